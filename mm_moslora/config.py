@@ -1,0 +1,505 @@
+"""Recipes: frozen dataclasses, and their strict way from YAML and back.
+
+A recipe is the only configuration of a run. Unknown keys are errors with a suggestion, every value is checked when the
+object is made, and the resolved recipe is written into the run folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import yaml
+
+from mm_moslora.errors import ConfigError, suggestion
+
+Mode = Literal["frozen", "adapter", "last_n", "full"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+RECIPES_FOLDER = Path(__file__).parent / "recipes"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _at_least(name: str, value: float, minimum: float) -> None:
+    _require(value >= minimum, f"{name} is {value}, expected at least {minimum}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The vision encoder."""
+
+    name: str
+    """Folder or hub id of a transformers vision model, a timm wrapper folder, or `open_clip:MODEL` by name."""
+    revision: str | None = None
+    """Hub revision (commit, tag or branch)."""
+    pretrained: str | None = None
+    """open_clip only: pretrained tag or weights file. None gives random weights."""
+    feature_layer: int = -2
+    """Which hidden state feeds the projector (LLaVA: -2)."""
+    select: Literal["patch", "cls_patch"] = "patch"
+    """`patch` drops the tokens before the first patch (CLS, registers), `cls_patch` keeps CLS."""
+    image_size: int | None = None
+    """Side in pixels; None keeps the encoder's own."""
+    mode: Mode = "frozen"
+    """frozen, adapter (MoSLoRA in its linear layers), last_n (train the last blocks) or full."""
+    last_n: int = 0
+    """Blocks to train when mode is `last_n`."""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.mode == "last_n") == (self.last_n > 0),
+            f"model.vision: mode is {self.mode!r} and last_n is {self.last_n}; set last_n >= 1 exactly for mode last_n.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+    """The projector from vision features to the language model's embedding space."""
+
+    kind: str = "mlp2x_gelu"
+    """linear, mlp2x_gelu or pixel_shuffle; see `mm_moslora.models.projector.PROJECTORS`."""
+    shuffle: int = 2
+    """pixel_shuffle only: side of the square of patches folded into one visual token."""
+    scale_to_embeddings: bool = False
+    """Scale the last layer at initialisation so that visual tokens have the size of word embeddings."""
+    weights: str | None = None
+    """A `projector.safetensors` to start from (the result of an align stage)."""
+    mode: Literal["frozen", "full"] = "full"
+    """Train it or not."""
+
+    def __post_init__(self) -> None:
+        _at_least("model.projector.shuffle", self.shuffle, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What the model is assembled from."""
+
+    language: str
+    """Folder or hub id of any causal language model."""
+    language_revision: str | None = None
+    """Hub revision of the language model."""
+    language_mode: Mode = "adapter"
+    """frozen, adapter (MoSLoRA), last_n or full."""
+    language_last_n: int = 0
+    """Decoder layers to train when language_mode is `last_n`."""
+    vision: VisionConfig | None = None
+    """None tunes the language model alone."""
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    """Ignored when there is no vision encoder."""
+    image_aspect: Literal["pad", "resize", "crop"] = "pad"
+    """pad to a square with the mean colour (LLaVA-1.5), resize regardless of aspect, or resize and centre-crop."""
+    attention: str = "auto"
+    """auto picks the fastest exact one for padding-free batches; or a transformers attention name."""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.language_mode == "last_n") == (self.language_last_n > 0),
+            f"model: language_mode is {self.language_mode!r} and language_last_n is {self.language_last_n}; "
+            "set language_last_n >= 1 exactly for language_mode last_n.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """MoSLoRA: y = W0 x + s * B M A dropout(x)."""
+
+    rank: int = 64
+    """r, the size of the mixer."""
+    alpha: float = 128.0
+    """s = alpha / rank (or alpha / sqrt(rank) with use_rslora)."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input."""
+    mixer_init: Literal["orthogonal", "kaiming", "identity", "butterfly"] = "orthogonal"
+    """orthogonal keeps LoRA's scale; kaiming is the paper's best; identity + frozen mixer is plain LoRA."""
+    mixer_trainable: bool = True
+    """False freezes the mixer (identity: LoRA; butterfly: two-subspaces-mixing)."""
+    mixer_pattern: dict[str, str] = field(default_factory=dict)
+    """Per-module override of mixer_init, by regular expression on the module path."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Per-module override of rank."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Per-module override of alpha."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank)."""
+    targets: str | list[str] = "all-linear"
+    """all-linear (every linear layer but the head) or names of linear layers, within the adapted component."""
+
+    def __post_init__(self) -> None:
+        _at_least("adapter.rank", self.rank, 1)
+        _require(0.0 <= self.dropout < 1.0, f"adapter.dropout is {self.dropout}, expected 0 <= dropout < 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of training records."""
+
+    path: str
+    """LLaVA JSON (a list) or JSONL (an object per line)."""
+    image_folder: str | None = None
+    """Images are looked up below this folder and may not leave it. None: the folder of `path`."""
+    weight: float = 1.0
+    """How often each record is seen per epoch (0.5: every other one, 2: twice)."""
+
+    def __post_init__(self) -> None:
+        _require(self.weight > 0, f"data source {self.path!r}: weight is {self.weight}, expected more than 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on, and in which order."""
+
+    train: list[SourceConfig] = field(default_factory=list)
+    """Sources that are mixed."""
+    validation: list[SourceConfig] = field(default_factory=list)
+    """Held-out sources for the validation loss; may be empty."""
+    max_length: int = 2048
+    """Tokens per example, visual tokens included. Longer ones lose whole turns at the end; an image is never cut."""
+    order: Literal["grouped", "random", "sequential"] = "grouped"
+    """grouped: by modality and length, so that ranks finish together (LLaVA); random; or as in the files."""
+    on_bad: Literal["error", "quarantine"] = "quarantine"
+    """What to do with a record that cannot be used: stop, or write it to quarantine.jsonl and go on."""
+    max_bad_share: float = 0.01
+    """Above this share of bad records the run stops."""
+    system_prompt: str | None = None
+    """Replaces the chat template's default system prompt; an empty string removes it where the template allows."""
+    workers: int = 0
+    """Processes that prepare examples ahead of the step; 0 prepares them in a thread."""
+
+    def __post_init__(self) -> None:
+        _at_least("data.max_length", self.max_length, 8)
+        _at_least("data.workers", self.workers, 0)
+        _require(0 <= self.max_bad_share <= 1, f"data.max_bad_share is {self.max_bad_share}, expected 0 to 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, one learning rate per kind of parameter, linear warm-up."""
+
+    lr: float = 2e-4
+    """Peak learning rate of adapter factors A and B (and of fully trained language layers)."""
+    mixer_lr: float | None = None
+    """Peak learning rate of the mixers; None: lr."""
+    projector_lr: float | None = None
+    """Peak learning rate of the projector; None: lr."""
+    vision_lr: float | None = None
+    """Peak learning rate of trained vision layers and of adapters in the encoder; None: lr."""
+    lora_plus_ratio: float = 1.0
+    """Learning rate of B divided by that of A (LoRA+, 2402.12354)."""
+    weight_decay: float = 0.0
+    """Decoupled; never applied to mixers, biases and norms."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's moving averages."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """After the warm-up, down to min_lr_ratio."""
+    warmup: float = 0.03
+    """Below 1: share of all steps; from 1 on: number of steps."""
+    min_lr_ratio: float = 0.0
+    """Last learning rate divided by the peak."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "mixer_lr", "projector_lr", "vision_lr"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, f"optim.{name} is {value}, expected 0 or more.")
+        _at_least("optim.warmup", self.warmup, 0)
+        _at_least("optim.max_grad_norm", self.max_grad_norm, 0)
+        _require(self.lora_plus_ratio > 0, f"optim.lora_plus_ratio is {self.lora_plus_ratio}, expected more than 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run."""
+
+    output: str = "runs/run"
+    """Run folder."""
+    epochs: float = 1.0
+    """Passes over the data; ignored when steps is set."""
+    steps: int | None = None
+    """Optimiser steps."""
+    global_batch: int = 16
+    """Examples per optimiser step, over all ranks and accumulation."""
+    micro_batch: int = 4
+    """Examples per forward pass and rank."""
+    zero: str = "zero2"
+    """DeepSpeed preset (zero0, zero1, zero2, zero3, ...), path of a DeepSpeed JSON file, or `none` for plain torch."""
+    precision: Precision = "auto"
+    """auto: bf16 where the hardware computes it fast, else fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the language model's backward pass."""
+    seed: int = 0
+    """Seeds initialisation, data order and dropout."""
+    save_every: int = 0
+    """Optimiser steps between checkpoints; 0: only the last."""
+    keep_last: int = 2
+    """Checkpoints to keep; older ones go once a newer one is verified. 0 keeps all."""
+    validate_every: int = 0
+    """Optimiser steps between validation losses; 0: only at the end."""
+    log_every: int = 1
+    """Optimiser steps between metric records."""
+    max_skipped_steps: int = 5
+    """Stop after this many steps in a row with a loss or gradient that is not finite."""
+    timeout_minutes: float = 30.0
+    """Limit of a collective operation between ranks."""
+
+    def __post_init__(self) -> None:
+        _at_least("train.global_batch", self.global_batch, 1)
+        _at_least("train.micro_batch", self.micro_batch, 1)
+        _require(
+            self.global_batch % self.micro_batch == 0,
+            f"train.global_batch is {self.global_batch}, expected a multiple of train.micro_batch ({self.micro_batch}).",
+        )
+        _require(self.steps is None or self.steps >= 1, f"train.steps is {self.steps}, expected 1 or more.")
+        _require(self.epochs > 0, f"train.epochs is {self.epochs}, expected more than 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackConfig:
+    """Where metrics go besides metrics.jsonl, which is always written."""
+
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Any of tensorboard, wandb."""
+    project: str = "mm_moslora"
+    """wandb project."""
+    entity: str | None = None
+    """wandb entity; None: the account's own."""
+    name: str | None = None
+    """Run name; None: the name of the run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a run."""
+
+    name: str = "run"
+    """For people."""
+    model: ModelConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, every default filled in."""
+        return typing.cast(dict[str, Any], _plain(self))
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML; `Recipe.from_yaml` reads it back equal."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
+        """Build a recipe from plain data.
+
+        Args:
+            data: nested mappings with the field names of the dataclasses.
+            source: where the data came from, for messages.
+
+        Raises:
+            ConfigError: an unknown key, a wrong type or an impossible value.
+        """
+        return typing.cast(Recipe, _build(cls, data, source, ""))
+
+    @classmethod
+    def from_yaml(cls, text: str, *, source: str = "recipe") -> Recipe:
+        """Build a recipe from YAML text; see `from_dict`."""
+        return cls.from_dict(_parse_yaml(text, source), source=source)
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by path or by the name of a shipped preset, and apply dotted overrides.
+
+    Args:
+        name_or_path: a YAML file, or one of `recipe_names()`.
+        overrides: `optim.lr=1e-4` items; values are read as YAML, list items are addressed by number.
+
+    Raises:
+        ConfigError: no such recipe, an unknown key or an impossible value.
+    """
+    path = Path(name_or_path)
+    if not path.is_file():
+        preset = RECIPES_FOLDER / f"{name_or_path}.yaml"
+        if path.suffix in (".yaml", ".yml") or not preset.is_file():
+            raise ConfigError(
+                f"No recipe {str(name_or_path)!r}: neither a file nor a preset.{suggestion(str(name_or_path), recipe_names())} "
+                f"Presets: {', '.join(recipe_names())}."
+            )
+        path = preset
+    data = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    for item in overrides:
+        key, separator, value = item.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"Override {item!r} is not of the form key=value, such as optim.lr=1e-4.")
+        _set_dotted(data, key.strip().lstrip("-").split("."), _parse_scalar(value), item)
+    return Recipe.from_dict(data, source=str(path))
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped presets."""
+    return sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
+
+
+def _parse_yaml(text: str, source: str) -> dict[str, Any]:
+    try:
+        data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506  (a SafeLoader that refuses repeated keys)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source} holds {type(data).__name__}, expected a mapping of recipe keys.")
+    return data
+
+
+def _parse_scalar(text: str) -> Any:
+    value = yaml.safe_load(text) if text.strip() else ""
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _set_dotted(data: Any, keys: list[str], value: Any, item: str) -> None:
+    for depth, key in enumerate(keys[:-1]):
+        if isinstance(data, list):
+            data = _list_item(data, key, item)
+        elif isinstance(data, dict):
+            if data.get(key) is None:
+                data[key] = {}
+            data = data[key]
+        else:
+            raise ConfigError(f"Override {item!r}: {'.'.join(keys[:depth])} holds a value, not a group of keys.")
+    if isinstance(data, list):
+        _list_item(data, keys[-1], item)
+        data[int(keys[-1])] = value
+    elif isinstance(data, dict):
+        data[keys[-1]] = value
+    else:
+        raise ConfigError(f"Override {item!r}: {'.'.join(keys[:-1])} holds a value, not a group of keys.")
+
+
+def _list_item(data: list[Any], key: str, item: str) -> Any:
+    if not key.isdigit() or int(key) >= len(data):
+        raise ConfigError(f"Override {item!r}: {key!r} is not an index of a list of {len(data)}; count from 0.")
+    return data[int(key)]
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.YAMLError(f"key {key!r} is written twice (line {key_node.start_mark.line + 1})")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _build(kind: Any, data: Any, source: str, where: str) -> Any:
+    """Turn plain data into `kind`, a dataclass or a typing form, or say exactly what does not fit."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _build_dataclass(kind, data, source, where)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _build_union(arguments, data, source, where)
+    if origin is Literal:
+        if data not in arguments:
+            hint = suggestion(str(data), [str(item) for item in arguments])
+            raise ConfigError(
+                f"{source}: {where} is {data!r}, expected one of {', '.join(map(str, arguments))}.{hint}"
+            )
+        return data
+    if origin in (list, tuple):
+        return _build_sequence(origin, arguments, data, source, where)
+    if origin is dict:
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{source}: {where} is {data!r}, expected a mapping.")
+        return {key: _build(arguments[1], item, source, f"{where}.{key}") for key, item in data.items()}
+    return _build_scalar(kind, data, source, where)
+
+
+def _build_dataclass(kind: type, data: Any, source: str, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{source}: {where or 'the recipe'} is {data!r}, expected a group of keys.")
+    hints = typing.get_type_hints(kind)
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    for key in data:
+        if key not in fields:
+            path = f"{where}.{key}" if where else str(key)
+            raise ConfigError(
+                f"{source}: unknown key {path!r}.{suggestion(str(key), fields)} Known here: {', '.join(fields)}."
+            )
+    required = [
+        name
+        for name, item in fields.items()
+        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING and name not in data
+    ]
+    if required:
+        missing = ", ".join(f"{where}.{name}" if where else name for name in required)
+        raise ConfigError(f"{source}: missing {missing}.")
+    prefix = f"{where}." if where else ""
+    return kind(**{key: _build(hints[key], value, source, f"{prefix}{key}") for key, value in data.items()})
+
+
+def _build_union(arguments: tuple[Any, ...], data: Any, source: str, where: str) -> Any:
+    if data is None and type(None) in arguments:
+        return None
+    errors: list[ConfigError] = []
+    for argument in arguments:
+        if argument is type(None):
+            continue
+        try:
+            return _build(argument, data, source, where)
+        except ConfigError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _build_sequence(origin: Any, arguments: tuple[Any, ...], data: Any, source: str, where: str) -> Any:
+    if not isinstance(data, list | tuple):
+        raise ConfigError(f"{source}: {where} is {data!r}, expected a list.")
+    if origin is tuple:
+        if len(data) != len(arguments):
+            raise ConfigError(f"{source}: {where} has {len(data)} items, expected {len(arguments)}.")
+        pairs = zip(arguments, data, strict=True)
+        return tuple(_build(kind, item, source, f"{where}.{index}") for index, (kind, item) in enumerate(pairs))
+    return [_build(arguments[0], item, source, f"{where}.{index}") for index, item in enumerate(data)]
+
+
+def _build_scalar(kind: Any, data: Any, source: str, where: str) -> Any:
+    if kind is float and isinstance(data, str):  # YAML 1.1 reads 1e-4 as text
+        data = _parse_scalar(data)
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        data = float(data)
+    if kind is int and isinstance(data, float) and data.is_integer():
+        data = int(data)
+    if kind is Any or (isinstance(data, kind) and not (kind in (int, float) and isinstance(data, bool))):
+        if kind is float and data != data:
+            raise ConfigError(f"{source}: {where} is not a number (nan).")
+        return data
+    raise ConfigError(f"{source}: {where} is {data!r} ({type(data).__name__}), expected {kind.__name__}.")

@@ -1,0 +1,155 @@
+"""Ranks: who am I, how many are we, and the few collectives that the project needs.
+
+Reads the environment that every launcher sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and nothing
+else. Without a launcher it is a world of one, and every function here still works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from mm_moslora.errors import DistributedError
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+def rank() -> int:
+    """This process's number, 0 is the main one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this is rank 0."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The accelerator of this rank, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def _free_port() -> int:
+    with contextlib.closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def process_group(*, timeout_minutes: float = 30.0) -> Iterator[None]:
+    """Join the process group for the length of a `with` block; leave it on the way out.
+
+    Args:
+        timeout_minutes: limit of one collective.
+
+    Raises:
+        DistributedError: the other ranks cannot be reached.
+    """
+    if dist.is_initialized():  # someone else's group: use it, leave it alone
+        yield
+        return
+    if world_size() == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("RANK", "0")
+        os.environ.setdefault("WORLD_SIZE", "1")
+        os.environ.setdefault("LOCAL_RANK", "0")
+    backend = "nccl" if device().type == "cuda" else "gloo"
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    except (RuntimeError, ValueError) as error:
+        raise DistributedError(
+            f"Rank {rank()} of {world_size()} could not join the others at {os.environ.get('MASTER_ADDR')}:"
+            f"{os.environ.get('MASTER_PORT')} ({error}). Check that every rank was started and the port is free."
+        ) from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _alone() -> bool:
+    return not dist.is_initialized() or dist.get_world_size() == 1
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Element-wise sum over all ranks, in fp64 (counts stay exact)."""
+    return _reduce(values, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(values: list[float]) -> list[float]:
+    """Element-wise maximum over all ranks."""
+    return _reduce(values, dist.ReduceOp.MAX)
+
+
+def _reduce(values: list[float], operation: Any) -> list[float]:
+    if _alone():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(tensor, op=operation)
+    return [float(value) for value in tensor.tolist()]
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if not _alone():
+        dist.barrier()
+
+
+def from_main(value: T) -> T:
+    """Rank 0's value, on every rank (JSON-like objects)."""
+    if _alone():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, in order of rank, on every rank."""
+    if _alone():
+        return [value]
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def agree(error: Exception | None, *, what: str) -> None:
+    """Fail on every rank when any rank failed, instead of leaving the others waiting.
+
+    Args:
+        error: this rank's failure, or None.
+        what: what was being done, for the message.
+
+    Raises:
+        DistributedError: naming the ranks that failed, on ranks that did not; the own error on those that did.
+    """
+    failures = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    failed = [f"rank {index}: {text}" for index, text in enumerate(failures) if text is not None]
+    if failed:
+        raise DistributedError(f"{what} failed on other ranks: {'; '.join(failed[:3])}")

@@ -1,0 +1,63 @@
+"""The exceptions of mm_moslora: one base, a few leaves that also derive from the builtin they stand for.
+
+Every message says what was found, what was expected and what to do about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MoSLoRAError(Exception):
+    """Base of every error that mm_moslora raises on purpose."""
+
+
+class ConfigError(MoSLoRAError, ValueError):
+    """A recipe, an option or an argument is not acceptable."""
+
+
+class AdapterError(MoSLoRAError, ValueError):
+    """An adapter cannot be built, merged, saved or loaded as asked."""
+
+
+class ModelError(MoSLoRAError, ValueError):
+    """A model cannot be assembled, exported or loaded as asked."""
+
+
+class DataError(MoSLoRAError, ValueError):
+    """A record, an image or a data set is not acceptable."""
+
+
+class AssetError(MoSLoRAError, RuntimeError):
+    """A file that is fetched on first use is missing, damaged or not the expected one."""
+
+
+class CheckpointError(MoSLoRAError, RuntimeError):
+    """A checkpoint is incomplete, damaged, or belongs to another run."""
+
+
+class TrainingError(MoSLoRAError, RuntimeError):
+    """Training cannot start or cannot go on."""
+
+
+class DistributedError(MoSLoRAError, RuntimeError):
+    """The processes of a run disagree or cannot reach each other."""
+
+
+class EvalError(MoSLoRAError, ValueError):
+    """A task, an answer file or a results folder is not acceptable."""
+
+
+def suggestion(name: str, known: Iterable[str], *, limit: int = 3) -> str:
+    """Return `` Did you mean 'x'?`` for the closest known names, or an empty string.
+
+    Args:
+        name: what the user wrote.
+        known: every accepted name.
+        limit: how many names to offer at most.
+    """
+    close = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)
+    if not close:
+        return ""
+    return f" Did you mean {' or '.join(repr(item) for item in close)}?"

@@ -1,0 +1,1 @@
+"""Models: vision encoders, projectors, assembly, export."""

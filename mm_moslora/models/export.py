@@ -1,0 +1,148 @@
+"""Export: to folders that stock libraries load, each checked by loading it back and comparing logits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlavaForConditionalGeneration
+
+from mm_moslora import adapters
+from mm_moslora.errors import ModelError
+from mm_moslora.models.build import Assembly, sane_generation_config
+from mm_moslora.models.processor import save_processor
+from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
+
+TOLERANCE = 1e-4
+"""Largest accepted difference of logits in fp32."""
+# Towers whose published checkpoints keep one more level in their names, which tools outside transformers rely on.
+_NESTED_TOWERS = {"clip_vision_model", "siglip_vision_model"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What an export wrote."""
+
+    folder: Path
+    architecture: str
+    """Class that loads it."""
+    stock: bool
+    """Whether transformers alone loads it; else `import mm_moslora.models` first."""
+    max_logit_difference: float
+    """Between the model in memory and the folder loaded back, fp32."""
+
+
+def export_model(assembly: Assembly, folder: Path, *, require_stock: bool = False) -> Exported:
+    """Write the whole model, adapters merged, as a Hugging Face folder.
+
+    Args:
+        assembly: loaded with `merge=True`, in the dtype to be written.
+        folder: new or empty.
+        require_stock: refuse a model that transformers alone cannot load.
+
+    Raises:
+        ModelError: the model cannot be expressed, the folder is not empty, or the folder gives other logits.
+    """
+    model = assembly.model
+    if assembly.peft_model is not None:
+        raise ModelError("The model still carries live adapters; load it with merge=True before exporting it whole.")
+    stock = not isinstance(model, VlmForConditionalGeneration)
+    if require_stock and not stock:
+        raise ModelError(why_not_stock(model))
+    if folder.exists() and any(folder.iterdir()):
+        raise ModelError(f"{folder} is not empty. Choose a new folder, so that no old file is mistaken for a new one.")
+    sane_generation_config(model)
+    model.save_pretrained(folder)
+    if assembly.processor is not None:
+        if model.config.vision_config.model_type in _NESTED_TOWERS:
+            _rename_tensors(folder, "vision_tower.", "vision_tower.vision_model.")
+        save_processor(assembly.processor, folder)
+    else:
+        assembly.tokenizer.save_pretrained(folder)
+    return Exported(
+        folder=folder,
+        architecture=type(model).__name__,
+        stock=stock,
+        max_logit_difference=_check(assembly, folder),
+    )
+
+
+def export_lora(assembly: Assembly, folder: Path) -> None:
+    """Write the adapter alone, folded to plain LoRA, for stock PEFT, vLLM and others.
+
+    Args:
+        assembly: loaded with `merge=False`.
+        folder: new or empty.
+
+    Raises:
+        ModelError: the model carries no adapter.
+    """
+    if assembly.peft_model is None:
+        raise ModelError("The model carries no adapter, so there is none to export. Export the whole model instead.")
+    adapters.save_adapter(assembly.peft_model, folder, base=assembly.base)
+
+
+def why_not_stock(model: VlmForConditionalGeneration) -> str:
+    """Why transformers alone cannot load the model, and what comes closest."""
+    config = model.config
+    reasons = []
+    if config.projector_kind != "mlp2x_gelu":
+        reasons.append(f"its projector is {config.projector_kind} (stock LLaVA has mlp2x_gelu only)")
+    if config.vision_config.model_type == "mm_moslora_vision":
+        reasons.append(f"its {config.vision_config.library} vision tower has no transformers class")
+    if config.vision_prefix > 1:
+        reasons.append(f"its tower puts {config.vision_prefix} tokens before the patches (stock LLaVA drops one)")
+    return (
+        f"The model is no LlavaForConditionalGeneration: {'; '.join(reasons)}. Export it with --to hf, which loads "
+        "after `import mm_moslora.models`, or train with a CLIP, SigLIP or DINOv2 tower and mlp2x_gelu."
+    )
+
+
+def _rename_tensors(folder: Path, old: str, new: str) -> None:
+    """Rename tensors in every shard of a saved model, and in its index."""
+    renamed: dict[str, str] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        for key in [key for key in state if key.startswith(old) and not key.startswith(new)]:
+            renamed[key] = new + key.removeprefix(old)
+            state[renamed[key]] = state.pop(key)
+        save_file(state, shard, metadata=metadata)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content["weight_map"] = {renamed.get(key, key): file for key, file in content["weight_map"].items()}
+        index.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+@torch.no_grad()
+def _check(assembly: Assembly, folder: Path) -> float:
+    """Load the folder back in fp32 and compare logits on a prompt with an image, where there is a tower."""
+    model = assembly.model
+    loader = AutoModelForImageTextToText if is_multimodal(model) else AutoModelForCausalLM
+    twin = loader.from_pretrained(folder, dtype=next(model.parameters()).dtype).eval()
+    if is_multimodal(model) and not isinstance(twin, LlavaForConditionalGeneration):
+        raise ModelError(f"{folder} loads as {type(twin).__name__}, expected a LLaVA model.")
+    difference = float((_probe(assembly, model).float() - _probe(assembly, twin).float()).abs().max())
+    if difference > TOLERANCE:
+        raise ModelError(
+            f"{folder} gives other logits than the model it was written from (largest difference {difference:.2e}, "
+            f"accepted {TOLERANCE:.0e}). Do not use it."
+        )
+    return difference
+
+
+def _probe(assembly: Assembly, model: torch.nn.Module) -> Tensor:
+    text = assembly.tokenizer("A short check of the weights.", return_tensors="pt")["input_ids"]
+    if assembly.image is None or assembly.image_token_id is None:
+        return model(input_ids=text).logits
+    size = assembly.image.size
+    picture = torch.linspace(-1, 1, 3 * size * size).view(1, 3, size, size).to(next(model.parameters()).dtype)
+    placeholders = torch.full((1, assembly.tokens_per_image), assembly.image_token_id)
+    return model(input_ids=torch.cat([placeholders, text], dim=1), pixel_values=picture).logits

@@ -1,0 +1,124 @@
+"""Loading for use: a run, one of its checkpoints, or an exported folder, told apart by what is in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+from mm_moslora import adapters
+from mm_moslora.config import Recipe
+from mm_moslora.errors import ModelError
+from mm_moslora.models.build import Assembly, assemble, load_projector
+from mm_moslora.models.vision import ImageSpec
+from mm_moslora.models.vlm import is_multimodal
+
+MANIFEST = "manifest.json"
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest one of a run folder.
+
+    Raises:
+        ModelError: nothing loadable there.
+    """
+    if (path / MANIFEST).is_file() or (path / "config.json").is_file():
+        return path
+    found = sorted(item for item in path.glob("checkpoint-*") if (item / MANIFEST).is_file())
+    if not found:
+        raise ModelError(
+            f"{path} is no checkpoint (no {MANIFEST}), no run with checkpoints and no exported model (no config.json). "
+            "Give the folder of a run, of a checkpoint, or of an export."
+        )
+    return found[-1]
+
+
+def load(path: str | Path, *, merge: bool = True, dtype: torch.dtype = torch.float32) -> Assembly:
+    """Load a model for inference.
+
+    Args:
+        path: a run, a checkpoint of ours, or an exported folder.
+        merge: fold adapters into the base weights (faster); False leaves them live in `Assembly.peft_model`.
+        dtype: dtype of the weights.
+
+    Raises:
+        ModelError: nothing loadable there, or its parts do not fit together.
+        AdapterError: the adapter is damaged or belongs to another base.
+    """
+    folder = find_checkpoint(Path(path))
+    if (folder / MANIFEST).is_file():
+        return _load_checkpoint(folder, merge=merge, dtype=dtype)
+    return _load_exported(folder, dtype=dtype)
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The resolved recipe of a checkpoint."""
+    file = folder / "config.yaml"
+    return Recipe.from_yaml(file.read_text(encoding="utf-8"), source=str(file))
+
+
+def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype) -> Assembly:
+    recipe = recipe_of(folder)
+    projector = dataclasses.replace(recipe.model.projector, weights=None)
+    # Weights are merged in fp32 and rounded once at the end.
+    assembly = assemble(dataclasses.replace(recipe.model, projector=projector), dtype=torch.float32)
+    if is_multimodal(assembly.model):
+        load_projector(assembly.model.model.multi_modal_projector, folder / "projector.safetensors")
+    for component in ("vision", "language"):
+        if (folder / f"{component}.safetensors").is_file():
+            _load_trained(assembly, folder / f"{component}.safetensors")
+    if (folder / "adapter").is_dir():
+        assembly.peft_model = adapters.load_adapter(assembly.model, folder / "adapter")
+        if merge:
+            adapters.merge(assembly.peft_model)
+            assembly.peft_model = None
+    assembly.model.to(dtype).requires_grad_(False)
+    return assembly
+
+
+def _load_trained(assembly: Assembly, file: Path) -> None:
+    state = load_file(file)
+    own = assembly.model.state_dict()
+    odd = [name for name, value in state.items() if name not in own or own[name].shape != value.shape]
+    if odd:
+        raise ModelError(f"{file} does not fit the model: {odd[0]!r} is unknown or of another shape.")
+    assembly.model.load_state_dict(state, strict=False)
+
+
+def _load_exported(folder: Path, *, dtype: torch.dtype) -> Assembly:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    base = {"exported": str(folder)}
+    if "vision_config" not in config:
+        language = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return Assembly(model=language.eval(), tokenizer=AutoTokenizer.from_pretrained(folder), base=base)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    images = processor.image_processor
+    crop: Any = images.crop_size
+    spec = ImageSpec(
+        size=int(crop["height"]),
+        tokens=int(model.config.image_seq_length),
+        width=int(model.config.vision_config.hidden_size),
+        prefix=int(getattr(processor, "num_additional_image_tokens", 0)),
+        patch=int(getattr(processor, "patch_size", 0) or 0),
+        mean=tuple(images.image_mean),
+        std=tuple(images.image_std),
+    )
+    return Assembly(
+        model=model, tokenizer=_plain_tokenizer(processor), processor=processor, image=spec,
+        tokens_per_image=int(model.config.image_seq_length), base=base,
+    )  # fmt: skip
+
+
+def _plain_tokenizer(processor: Any) -> Any:
+    """The processor's tokenizer, with a chat template that knows strings only when it has lost its own."""
+    tokenizer = processor.tokenizer
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = processor.chat_template
+    return tokenizer
+

@@ -1,0 +1,347 @@
+"""Vision encoders: transformers towers as they are, open_clip and timm towers through one registered wrapper.
+
+Shapes: ``N`` images, ``P`` patches per image, ``V`` vision width, ``H x W`` pixels.
+
+Everything that the rest of the model must know about a tower (visual tokens, width, pixel statistics) is an
+`ImageSpec`, known before any weight is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from mm_moslora.config import VisionConfig
+from mm_moslora.errors import ModelError, suggestion
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+BICUBIC = 3
+"""PIL's number for bicubic resampling, as image processors store it."""
+
+# Full contrastive models and the class of their vision half.
+_VISION_HALF = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel", "siglip2": "SiglipVisionModel"}
+_DEFAULT_STATISTICS = {
+    "clip_vision_model": (CLIP_MEAN, CLIP_STD),
+    "siglip_vision_model": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "vit": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+# Towers that interpolate their position embeddings to the size of the picture without being asked.
+_ANY_SIZE = {"dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSpec:
+    """What a vision tower takes and gives."""
+
+    size: int
+    """Side of the square input, pixels."""
+    tokens: int
+    """Patches per image, prefix tokens not counted (``P``)."""
+    width: int
+    """Feature width (``V``), all selected layers together."""
+    prefix: int
+    """Tokens before the first patch: CLS and registers."""
+    patch: int
+    """Side of a patch, pixels; 0 where the tower has none (convolutional trunks)."""
+    mean: tuple[float, float, float]
+    """Pixel mean per channel, after scaling to 0..1."""
+    std: tuple[float, float, float]
+    """Pixel standard deviation per channel."""
+    resample: int = BICUBIC
+    """PIL resampling filter."""
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side.
+
+        Raises:
+            ModelError: the patches are no square.
+        """
+        side = math.isqrt(self.tokens)
+        if side * side != self.tokens:
+            raise ModelError(f"The vision tower gives {self.tokens} patches, which form no square grid.")
+        return side
+
+
+class WrappedVisionConfig(PreTrainedConfig):
+    """An open_clip or timm tower that transformers has no class for."""
+
+    model_type = "mm_moslora_vision"
+
+    library: str = "timm"
+    """timm or open_clip."""
+    architecture: dict[str, Any] | str = ""
+    """timm: model name; open_clip: the model configuration as open_clip writes it."""
+    hidden_size: int = 0
+    """Width of the last feature map."""
+    image_size: int = 224
+    """Side of the input, pixels."""
+
+
+class WrappedVisionModel(PreTrainedModel):
+    """Runs an open_clip or timm tower and returns its feature maps as tokens ``[N, P, V]``, without prefix tokens.
+
+    `hidden_states[i]` is the output of block or stage ``i`` (counted from 1, as in transformers; entry 0, the
+    embeddings, is None). Only the requested ones are computed.
+    """
+
+    config: WrappedVisionConfig
+    config_class = WrappedVisionConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = "vision"
+
+    def __init__(self, config: WrappedVisionConfig) -> None:
+        super().__init__(config)
+        self.tower = _open_clip_tower(config) if config.library == "open_clip" else _timm_tower(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Towers initialise themselves."""
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks or stages whose output can be asked for."""
+        trunk = getattr(self.tower, "trunk", self.tower)
+        if hasattr(trunk, "feature_info"):
+            return len(trunk.feature_info)
+        return len(trunk.transformer.resblocks)
+
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool | int | list[int] = True, **_: Any
+    ) -> BaseModelOutputWithPooling:
+        """Encode images.
+
+        Args:
+            pixel_values: ``[N, 3, H, W]``.
+            output_hidden_states: True for all blocks, or the index or indices wanted.
+        """
+        count = self.blocks + 1
+        wanted = range(1, count) if output_hidden_states in (True, False) and isinstance(output_hidden_states, bool) else (
+            [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+        )
+        indices = sorted({index % count for index in wanted})
+        if not indices or indices[0] == 0:
+            raise ModelError(f"feature_layer {list(wanted)} asks for the embeddings; this tower offers 1 to {count - 1}.")
+        maps = self._maps(pixel_values, [index - 1 for index in indices])
+        states: list[Tensor | None] = [None] * count
+        for index, value in zip(indices, maps, strict=True):
+            states[index] = value.flatten(2).transpose(1, 2) if value.ndim == 4 else value
+        return BaseModelOutputWithPooling(last_hidden_state=states[indices[-1]], hidden_states=tuple(states))
+
+    def _maps(self, pixel_values: Tensor, blocks: list[int]) -> list[Tensor]:
+        trunk = getattr(self.tower, "trunk", self.tower)
+        output = trunk.forward_intermediates(pixel_values, indices=blocks, stop_early=True, intermediates_only=True)
+        return list(output["image_intermediates"]) if isinstance(output, dict) else list(output)
+
+
+def _timm_tower(config: WrappedVisionConfig) -> nn.Module:
+    import timm
+
+    name = str(config.architecture)
+    if not timm.is_model(name):
+        raise ModelError(f"timm has no model {name!r}.{suggestion(name, timm.list_models())}")
+    return timm.create_model(name, pretrained=False, num_classes=0)
+
+
+def _open_clip_tower(config: WrappedVisionConfig) -> nn.Module:
+    from open_clip.model import _build_vision_tower
+
+    assert isinstance(config.architecture, dict)
+    architecture = dict(config.architecture)
+    vision_cfg = dict(architecture["vision_cfg"], timm_model_pretrained=False)
+    return _build_vision_tower(
+        architecture["embed_dim"], vision_cfg, quick_gelu=bool(architecture.get("quick_gelu", False))
+    )
+
+
+AutoConfig.register(WrappedVisionConfig.model_type, WrappedVisionConfig)
+AutoModel.register(WrappedVisionConfig, WrappedVisionModel)
+
+
+def load_vision(config: VisionConfig, *, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, ImageSpec]:
+    """Load a vision tower and describe it.
+
+    Args:
+        config: the recipe's `model.vision`.
+        dtype: dtype of the weights.
+
+    Raises:
+        ModelError: unknown tower, a size it cannot take, or a layer it does not have.
+    """
+    library, _, name = config.name.partition(":")
+    if library == "open_clip":
+        tower, statistics = _load_open_clip(name, config)
+    elif library == "timm" or _is_timm_folder(Path(config.name)):
+        tower, statistics = _load_timm(name if library == "timm" else config.name, config)
+    else:
+        tower, statistics = _load_transformers(config)
+    tower = tower.to(dtype)
+    return tower, describe(tower, config, statistics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelStatistics:
+    """How a tower's pixels are normalised."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: int = BICUBIC
+
+
+def describe(tower: PreTrainedModel, config: VisionConfig, pixels: PixelStatistics) -> ImageSpec:
+    """Measure what a tower gives, by running its architecture without weights (on the meta device).
+
+    Raises:
+        ModelError: the tower cannot take the size, or lacks the layer.
+    """
+    size = config.image_size or pixels.size
+    native = getattr(tower.config, "image_size", size)
+    kind = tower.config.model_type
+    if size != native and kind not in _ANY_SIZE and kind != WrappedVisionConfig.model_type:
+        raise ModelError(
+            f"model.vision.image_size is {size}, but {kind} towers have fixed position embeddings for {native} pixels. "
+            f"Leave image_size out, or choose a tower that interpolates: {', '.join(sorted(_ANY_SIZE))}."
+        )
+    with torch.device("meta"):
+        twin = type(tower)(tower.config).eval()
+        try:
+            output = twin(torch.zeros(1, 3, size, size), output_hidden_states=config.feature_layer)
+            features = output.hidden_states[config.feature_layer]
+        except (IndexError, RuntimeError, AssertionError, ValueError) as error:
+            raise ModelError(
+                f"model.vision: {config.name!r} gives no features at layer {config.feature_layer} for {size} pixels "
+                f"({error}). Choose another feature_layer or image_size."
+            ) from error
+    patch = getattr(tower.config, "patch_size", 0) or 0
+    total, width = int(features.shape[1]), int(features.shape[2])
+    patches = (size // patch) ** 2 if patch else total
+    return ImageSpec(
+        size=size, tokens=patches, width=width, prefix=total - patches, patch=int(patch),
+        mean=pixels.mean, std=pixels.std, resample=pixels.resample,
+    )  # fmt: skip
+
+
+def _load_transformers(config: VisionConfig) -> tuple[PreTrainedModel, PixelStatistics]:
+    import transformers
+
+    try:
+        whole = AutoConfig.from_pretrained(config.name, revision=config.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model.vision.name is {config.name!r}, which is no folder or hub id of a vision model ({error}). "
+            "For other libraries write open_clip:MODEL or timm:MODEL."
+        ) from error
+    half = _VISION_HALF.get(whole.model_type)
+    loader = getattr(transformers, half) if half else AutoModel
+    tower = loader.from_pretrained(config.name, revision=config.revision, dtype=torch.float32)
+    return tower, _processor_statistics(config, tower.config)
+
+
+def _processor_statistics(config: VisionConfig, tower: PreTrainedConfig) -> PixelStatistics:
+    """Pixel statistics from the checkpoint's preprocessor file, or the family's own where there is none."""
+    mean, std = _DEFAULT_STATISTICS.get(tower.model_type, (IMAGENET_MEAN, IMAGENET_STD))
+    size = int(getattr(tower, "image_size", 224))
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        stored, _ = ImageProcessingMixin.get_image_processor_dict(config.name, revision=config.revision)
+    except OSError:
+        return PixelStatistics(size=size, mean=mean, std=std)
+    crop = stored.get("crop_size") if stored.get("do_center_crop", True) else None
+    crop = crop or stored.get("size") or {}
+    side = crop if isinstance(crop, int) else crop.get("height") or crop.get("shortest_edge")
+    return PixelStatistics(
+        size=int(side or size),
+        mean=tuple(stored.get("image_mean") or mean),
+        std=tuple(stored.get("image_std") or std),
+        resample=int(stored.get("resample", BICUBIC)),
+    )
+
+
+def _is_timm_folder(folder: Path) -> bool:
+    """A folder as timm publishes it: config.json with an architecture and no transformers model type of ours."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return False
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return "architecture" in content and content.get("model_type", "timm_wrapper") == "timm_wrapper"
+
+
+def _load_timm(name: str, config: VisionConfig) -> tuple[PreTrainedModel, PixelStatistics]:
+    import timm
+
+    folder = Path(name)
+    if folder.is_dir():
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        architecture, pretrained_cfg = content["architecture"], content.get("pretrained_cfg", {})
+        tower = WrappedVisionModel(WrappedVisionConfig(library="timm", architecture=architecture))
+        _load_tower(tower, folder / "model.safetensors", prefixes=("timm_model.", ""))
+    else:
+        tower = WrappedVisionModel(WrappedVisionConfig(library="timm", architecture=name))
+        if config.pretrained:
+            tower.tower = timm.create_model(name, pretrained=True, num_classes=0)
+        pretrained_cfg = timm.get_pretrained_cfg(name).to_dict() if timm.get_pretrained_cfg(name) else {}
+    size = int((pretrained_cfg.get("input_size") or (3, 224, 224))[-1])
+    tower.config.hidden_size, tower.config.image_size = int(tower.tower.num_features), config.image_size or size
+    return tower, PixelStatistics(
+        size=size,
+        mean=tuple(pretrained_cfg.get("mean", IMAGENET_MEAN)),
+        std=tuple(pretrained_cfg.get("std", IMAGENET_STD)),
+    )
+
+
+def _load_open_clip(name: str, config: VisionConfig) -> tuple[PreTrainedModel, PixelStatistics]:
+    import open_clip
+    from open_clip.factory import get_model_config
+
+    folder = Path(name)
+    if folder.is_dir():
+        content = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+        architecture, preprocess = content["model_cfg"], content.get("preprocess_cfg", {})
+    else:
+        architecture, preprocess = get_model_config(name), {}
+        if architecture is None:
+            raise ModelError(f"open_clip has no model {name!r}.{suggestion(name, open_clip.list_models())}")
+    size = architecture["vision_cfg"].get("image_size", 224)
+    wrapped = WrappedVisionConfig(library="open_clip", architecture=architecture, image_size=config.image_size or size)
+    tower = WrappedVisionModel(wrapped)
+    if folder.is_dir():
+        _load_tower(tower, folder / "model.safetensors", prefixes=("visual.", ""))
+    elif config.pretrained:
+        whole = open_clip.create_model(name, pretrained=config.pretrained)
+        tower.tower.load_state_dict(whole.visual.state_dict())
+    trunk = getattr(tower.tower, "trunk", None)
+    tower.config.hidden_size = int(trunk.num_features) if trunk is not None else architecture["vision_cfg"]["width"]
+    return tower, PixelStatistics(
+        size=int(size[0] if isinstance(size, list | tuple) else size),
+        mean=tuple(preprocess.get("mean", CLIP_MEAN)),
+        std=tuple(preprocess.get("std", CLIP_STD)),
+    )
+
+
+def _load_tower(tower: WrappedVisionModel, weights: Path, *, prefixes: tuple[str, ...]) -> None:
+    """Load a tower's weights; keys of a text tower or a classifier are left out, a missing weight is an error."""
+    from safetensors.torch import load_file
+
+    if not weights.is_file():
+        raise ModelError(f"{weights} does not exist, expected the weights of the vision tower there.")
+    state = load_file(weights)
+    prefix = next(item for item in prefixes if any(key.startswith(item) for key in state))
+    own = tower.tower.state_dict()
+    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    missing = [key for key in own if key not in found and not key.endswith("num_batches_tracked")]
+    # An open_clip tower ends in a projection to the text space that a trunk-only file does not hold and we never use.
+    missing = [key for key in missing if not key.startswith(("head.", "proj"))]
+    if missing:
+        raise ModelError(f"{weights} lacks {len(missing)} weights of the tower, the first is {missing[0]!r}.")
+    tower.tower.load_state_dict({key: value for key, value in found.items() if key in own}, strict=False)

@@ -1,0 +1,167 @@
+"""The vision-language model: transformers' LLaVA, with any projector, and its forward pass on a padding-free batch.
+
+Shapes: ``S`` tokens of the batch, ``K`` supervised positions, ``N`` images, ``Q`` visual tokens per image,
+``D`` LLM width, ``C`` vocabulary.
+
+With a stock tower and `mlp2x_gelu` the model *is* `LlavaForConditionalGeneration`; everything else is `VlmModel`, the
+same composition with another projector, registered with the Auto classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaModel
+
+from mm_moslora.batch import Batch
+from mm_moslora.errors import ModelError
+from mm_moslora.models.attention import segment_arguments
+from mm_moslora.models.projector import ProjectorShape, projector_class
+
+
+class VlmConfig(LlavaConfig):
+    """LLaVA's configuration plus a projector by name and the tower's prefix tokens."""
+
+    model_type = "mm_moslora_vlm"
+
+    projector_kind: str = "mlp2x_gelu"
+    """See `mm_moslora.models.projector.PROJECTORS`."""
+    projector_shuffle: int = 2
+    """pixel_shuffle only."""
+    vision_width: int = 0
+    """Width of the selected vision features."""
+    vision_grid: int = 0
+    """Patches along one side."""
+    vision_prefix: int = 0
+    """Tokens before the first patch that are dropped."""
+
+    @property
+    def projector_shape(self) -> ProjectorShape:
+        """What the projector is built for."""
+        return ProjectorShape(
+            vision_width=self.vision_width,
+            language_width=self.text_config.hidden_size,
+            grid=self.vision_grid,
+            shuffle=self.projector_shuffle,
+        )
+
+
+class VlmModel(LlavaModel):
+    """LLaVA without its head, any projector."""
+
+    config_class = VlmConfig
+
+    def __init__(self, config: VlmConfig) -> None:
+        super().__init__(config)
+        self.multi_modal_projector = projector_class(config.projector_kind)(config.projector_shape)
+        self.post_init()
+
+    def get_image_features(
+        self, pixel_values: Tensor, vision_feature_layer: int | None = None, **_: Any
+    ) -> BaseModelOutputWithPooling:
+        """Encode and project images.
+
+        Args:
+            pixel_values: ``[N, 3, H, W]``.
+            vision_feature_layer: None: the configured one.
+
+        Returns:
+            `pooler_output` is a list of ``N`` tensors ``[Q, D]``.
+        """
+        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        output = self.vision_tower(pixel_values, output_hidden_states=layer, return_dict=True)
+        features = output.hidden_states[layer][:, self.config.vision_prefix :]
+        output.pooler_output = list(self.multi_modal_projector(features))
+        return output
+
+
+class VlmForConditionalGeneration(LlavaForConditionalGeneration):
+    """LLaVA with a head, any projector."""
+
+    config_class = VlmConfig
+
+    def __init__(self, config: VlmConfig) -> None:
+        super().__init__(config)
+        self.model = VlmModel(config)
+        self.post_init()
+
+
+AutoConfig.register(VlmConfig.model_type, VlmConfig)
+AutoModelForImageTextToText.register(VlmConfig, VlmForConditionalGeneration)
+
+
+def is_multimodal(model: PreTrainedModel) -> bool:
+    """Whether the model has a vision tower of ours or of LLaVA's."""
+    return hasattr(getattr(model, "model", None), "vision_tower")
+
+
+def image_features(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+    """Encode and project images, once for all images of a batch.
+
+    Args:
+        model: a model for which `is_multimodal` holds.
+        pixel_values: ``[N, 3, H, W]``.
+
+    Returns:
+        ``[N, Q, D]``.
+    """
+    tower = model.model.vision_tower
+    weight = next(tower.parameters())
+    frozen = not any(parameter.requires_grad for parameter in tower.parameters())
+    pixels = pixel_values.to(device=weight.device, dtype=weight.dtype if weight.is_floating_point() else None)
+    # A frozen tower and a frozen projector need no graph; a frozen tower alone gets none because nothing in it asks.
+    needs_graph = torch.is_grad_enabled() and not (frozen and not _trains(model.model.multi_modal_projector))
+    with contextlib.nullcontext() if needs_graph else torch.no_grad():
+        return torch.stack(list(model.model.get_image_features(pixel_values=pixels).pooler_output))
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def supervised_logits(model: PreTrainedModel, batch: Batch, *, dummy_image: Tensor | None = None) -> Tensor:
+    """Logits at the supervised positions of a padding-free batch, and nowhere else.
+
+    Args:
+        model: causal language model, LLaVA or `VlmForConditionalGeneration`, with or without adapters inside.
+        batch: one micro-batch on the model's device.
+        dummy_image: ``[1, 3, H, W]``; for a batch without images on a rank whose peers have some: the vision path runs
+            with a weight of zero, so that every rank takes part in the same collectives.
+
+    Returns:
+        ``[K, C]``.
+
+    Raises:
+        ModelError: placeholders and images do not match.
+    """
+    arguments: dict[str, Any] = {"use_cache": False, "logits_to_keep": batch.target_positions}
+    arguments |= segment_arguments(batch.segment_lengths, batch.input_ids.device)
+    arguments["position_ids"] = batch.position_ids[None]
+    input_ids = batch.input_ids[None]
+    if not is_multimodal(model):
+        return model(input_ids=input_ids, **arguments).logits[0]
+    embeddings = model.get_input_embeddings()(input_ids)
+    if batch.pixel_values is not None:
+        features = image_features(model, batch.pixel_values)
+        places = batch.input_ids == model.config.image_token_id
+        found, expected = int(places.sum()), features.shape[0] * features.shape[1]
+        if found != expected:
+            raise ModelError(
+                f"The batch holds {found} image placeholders, but its {features.shape[0]} images give {expected} visual "
+                f"tokens ({features.shape[1]} each). Records: {', '.join(batch.ids[:4])}."
+            )
+        embeddings = embeddings.masked_scatter(places[None, :, None], features.to(embeddings.dtype))
+    elif dummy_image is not None:
+        embeddings = embeddings + 0.0 * image_features(model, dummy_image).sum().to(embeddings.dtype)
+    return model(inputs_embeds=embeddings, **arguments).logits[0]

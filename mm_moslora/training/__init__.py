@@ -1,0 +1,1 @@
+"""Training: optimiser groups, engines, checkpoints and the loop."""

@@ -1,0 +1,77 @@
+"""What the mixers learned: the matrices before and after, with a few figures each, as JSON for the report.
+
+Shapes: a mixer is ``[R, R]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mm_moslora.training.checkpoint import write_json
+
+SHOWN = 12
+"""Mixers written out in full; the rest have their figures only."""
+LARGEST = 64
+"""Side above which a mixer's picture is averaged down."""
+
+
+def mixer_matrices(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mixers of a trainable state, by module path.
+
+    Args:
+        state: parameter name to full fp32 value.
+    """
+    return {
+        name.split(".lora_mixer")[0].removeprefix("model."): value.float().clone()
+        for name, value in state.items()
+        if ".lora_mixer" in name
+    }
+
+
+def mixer_figures(matrix: Tensor) -> dict[str, float]:
+    """Distance from identity and from the nearest orthogonal matrix, condition number, effective rank.
+
+    Distances are Frobenius norms divided by ``sqrt(R)``; the effective rank is the participation ratio of the squared
+    singular values.
+    """
+    rank = matrix.shape[0]
+    u, s, v = torch.linalg.svd(matrix.double())
+    energy = s.square()
+    return {
+        "distance_from_identity": float((matrix.double() - torch.eye(rank).double()).norm() / rank**0.5),
+        "distance_from_orthogonal": float((matrix.double() - u @ v).norm() / rank**0.5),
+        "condition": float(s[0] / s[-1].clamp_min(1e-30)),
+        "effective_rank": float(energy.sum().square() / energy.square().sum().clamp_min(1e-30)),
+    }
+
+
+def write_mixers(path: Path, *, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+    """Write `mixers.json`.
+
+    Args:
+        path: the file.
+        before: mixers at step 0; may be empty after a resume.
+        after: mixers at the end.
+    """
+    chosen = set(list(after)[:: max(1, len(after) // SHOWN)][:SHOWN])
+    rows = []
+    for name, matrix in after.items():
+        row: dict[str, object] = {"path": name, "rank": matrix.shape[0], **mixer_figures(matrix)}
+        if name in before:
+            row["moved"] = float((matrix - before[name]).norm() / before[name].norm().clamp_min(1e-30))
+        if name in chosen:
+            row["after"] = _picture(matrix)
+            row["before"] = _picture(before[name]) if name in before else None
+        rows.append(row)
+    if rows:
+        write_json(path, rows)
+
+
+def _picture(matrix: Tensor) -> list[list[float]]:
+    if matrix.shape[0] > LARGEST:
+        matrix = torch.nn.functional.adaptive_avg_pool2d(matrix[None], LARGEST)[0]
+    return [[round(value, 4) for value in row] for row in matrix.tolist()]

@@ -1,0 +1,80 @@
+"""Progress for people: a bar with an ETA on a terminal, a line now and then elsewhere, nothing on other ranks."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+from mm_moslora import distributed
+
+logger = logging.getLogger(__name__)
+
+
+def format_seconds(seconds: float) -> str:
+    """`42 s`, `3 min 05 s` or `2 h 07 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class Progress:
+    """A counted piece of work.
+
+    Args:
+        what: a word or two, shown in front.
+        total: units of work.
+        unit: their name.
+        initial: units already done before (a resumed run); they do not count for the ETA.
+        every: seconds between lines where there is no terminal.
+    """
+
+    def __init__(self, what: str, total: int, *, unit: str = "step", initial: int = 0, every: float = 15.0) -> None:
+        self.what, self.total, self.unit, self.every = what, total, unit, every
+        self.done, self.initial = initial, initial
+        self.started = self.last_line = time.monotonic()
+        self.bar = None
+        if distributed.is_main() and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=initial, desc=what, unit=unit, dynamic_ncols=True, leave=True)
+
+    def update(self, done: int, note: str = "") -> None:
+        """Say how many units are done.
+
+        Args:
+            done: units done in all.
+            note: shown behind, such as the loss.
+        """
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(done - self.done)
+        self.done = done
+        now = time.monotonic()
+        if self.bar is None and distributed.is_main() and (now - self.last_line >= self.every or done >= self.total):
+            self.last_line = now
+            logger.info("%s: %s", self.what, self.line(note))
+
+    def line(self, note: str = "") -> str:
+        """The state in one line, with the time left."""
+        elapsed = time.monotonic() - self.started
+        fresh = self.done - self.initial
+        parts = [f"{self.done}/{self.total} {self.unit}s"]
+        if 0 < fresh and self.done < self.total:
+            parts.append(f"{format_seconds(elapsed / fresh * (self.total - self.done))} left")
+        else:
+            parts.append(format_seconds(elapsed))
+        return ", ".join([*parts, *([note] if note else [])])
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
