@@ -33,7 +33,8 @@ class Example:
     """float32 ``[n, 3, H, W]`` in the order of the placeholders, or None for text only."""
 
     def __post_init__(self) -> None:
-        assert self.input_ids.ndim == 1 and self.input_ids.shape == self.supervised.shape
+        assert self.input_ids.ndim == 1
+        assert self.input_ids.shape == self.supervised.shape
         assert self.supervised.dtype == torch.bool
 
     @property

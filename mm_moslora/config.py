@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
@@ -20,6 +20,8 @@ from mm_moslora.errors import ConfigError, suggestion
 
 Mode = Literal["frozen", "adapter", "last_n", "full"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+T = TypeVar("T")
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
 
@@ -57,7 +59,8 @@ class VisionConfig:
     def __post_init__(self) -> None:
         _require(
             (self.mode == "last_n") == (self.last_n > 0),
-            f"model.vision: mode is {self.mode!r} and last_n is {self.last_n}; set last_n >= 1 exactly for mode last_n.",
+            f"model.vision: mode is {self.mode!r} and last_n is {self.last_n}; "
+            "set last_n >= 1 exactly for mode last_n.",
         )
 
 
@@ -259,7 +262,8 @@ class TrainConfig:
         _at_least("train.micro_batch", self.micro_batch, 1)
         _require(
             self.global_batch % self.micro_batch == 0,
-            f"train.global_batch is {self.global_batch}, expected a multiple of train.micro_batch ({self.micro_batch}).",
+            f"train.global_batch is {self.global_batch}, expected a multiple of train.micro_batch "
+            f"({self.micro_batch}).",
         )
         _require(self.steps is None or self.steps >= 1, f"train.steps is {self.steps}, expected 1 or more.")
         _require(self.epochs > 0, f"train.epochs is {self.epochs}, expected more than 0.")
@@ -334,8 +338,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         preset = RECIPES_FOLDER / f"{name_or_path}.yaml"
         if path.suffix in (".yaml", ".yml") or not preset.is_file():
             raise ConfigError(
-                f"No recipe {str(name_or_path)!r}: neither a file nor a preset.{suggestion(str(name_or_path), recipe_names())} "
-                f"Presets: {', '.join(recipe_names())}."
+                f"No recipe {str(name_or_path)!r}: neither a file nor a preset."
+                f"{suggestion(str(name_or_path), recipe_names())} Presets: {', '.join(recipe_names())}."
             )
         path = preset
     data = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
@@ -350,6 +354,24 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 def recipe_names() -> list[str]:
     """Names of the shipped presets."""
     return sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
+
+
+def build_strictly(kind: type[T], data: Mapping[str, Any], *, source: str) -> T:
+    """Build any dataclass from plain data as strictly as a recipe (task files use it).
+
+    Raises:
+        ConfigError: an unknown or missing key, a wrong type or an impossible value.
+    """
+    return typing.cast(T, _build(kind, data, source, ""))
+
+
+def parse_yaml(text: str, *, source: str) -> dict[str, Any]:
+    """Read a YAML mapping; a key written twice is an error.
+
+    Raises:
+        ConfigError: not YAML, or not a mapping.
+    """
+    return _parse_yaml(text, source)
 
 
 def _parse_yaml(text: str, source: str) -> dict[str, Any]:
@@ -430,9 +452,7 @@ def _build(kind: Any, data: Any, source: str, where: str) -> Any:
     if origin is Literal:
         if data not in arguments:
             hint = suggestion(str(data), [str(item) for item in arguments])
-            raise ConfigError(
-                f"{source}: {where} is {data!r}, expected one of {', '.join(map(str, arguments))}.{hint}"
-            )
+            raise ConfigError(f"{source}: {where} is {data!r}, expected one of {', '.join(map(str, arguments))}.{hint}")
         return data
     if origin in (list, tuple):
         return _build_sequence(origin, arguments, data, source, where)
@@ -483,6 +503,8 @@ def _build_union(arguments: tuple[Any, ...], data: Any, source: str, where: str)
 def _build_sequence(origin: Any, arguments: tuple[Any, ...], data: Any, source: str, where: str) -> Any:
     if not isinstance(data, list | tuple):
         raise ConfigError(f"{source}: {where} is {data!r}, expected a list.")
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return tuple(_build(arguments[0], item, source, f"{where}.{index}") for index, item in enumerate(data))
     if origin is tuple:
         if len(data) != len(arguments):
             raise ConfigError(f"{source}: {where} has {len(data)} items, expected {len(arguments)}.")

@@ -1,1 +1,36 @@
-""""""
+"""MoSLoRA adapters on PEFT: configuration, layers, injection, folders, merge. Needs torch and PEFT only."""
+
+from mm_moslora.adapters.config import MoSLoRAConfig
+from mm_moslora.adapters.functional import delta_weight, fold, fused_linear, reference_linear, use_kernel
+from mm_moslora.adapters.inject import AdaptedModule, adapted_modules, add_moslora, resolve_targets
+from mm_moslora.adapters.layer import MoSLoRALayer, MoSLoRALinear
+from mm_moslora.adapters.load import load_adapter
+from mm_moslora.adapters.merge import merge
+from mm_moslora.adapters.mixer import MIXER_INITS, Mixer, MixerInit, butterfly, init_mixer, two_subspaces_delta
+from mm_moslora.adapters.state import base_fingerprint, fold_state_dict, save_adapter
+
+__all__ = [
+    "MIXER_INITS",
+    "AdaptedModule",
+    "Mixer",
+    "MixerInit",
+    "MoSLoRAConfig",
+    "MoSLoRALayer",
+    "MoSLoRALinear",
+    "adapted_modules",
+    "add_moslora",
+    "base_fingerprint",
+    "butterfly",
+    "delta_weight",
+    "fold",
+    "fold_state_dict",
+    "fused_linear",
+    "init_mixer",
+    "load_adapter",
+    "merge",
+    "reference_linear",
+    "resolve_targets",
+    "save_adapter",
+    "two_subspaces_delta",
+    "use_kernel",
+]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 SEGMENTS = "mm_moslora_segments"
 """Name under which the attention is registered with transformers."""
@@ -49,7 +49,8 @@ def segment_attention(
     Returns:
         ``[1, S, H, E]`` and None.
     """
-    assert attention_mask is None and sum(segment_lengths) == query.shape[2], "segment lengths must sum to the row"
+    assert attention_mask is None
+    assert sum(segment_lengths) == query.shape[2], "segment lengths must sum to the row"
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     outputs = []

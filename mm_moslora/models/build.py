@@ -1,16 +1,20 @@
-"""Assembly: from a recipe to a model, a processor and a table of what trains. Read top to bottom, it is the order of work."""
+"""Assembly: from a recipe to a model, a processor and a table of what trains.
+
+Read from top to bottom, it is the order of work.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlavaConfig,
@@ -23,7 +27,7 @@ from transformers import (
 from mm_moslora import adapters
 from mm_moslora.config import AdapterConfig, ModelConfig, VisionConfig
 from mm_moslora.errors import ConfigError, ModelError
-from mm_moslora.models.processor import IMAGE_TOKEN, build_processor
+from mm_moslora.models.processor import IMAGE_TOKEN, build_processor, image_processor
 from mm_moslora.models.projector import ProjectorShape, projector_class
 from mm_moslora.models.vision import ImageSpec, load_vision
 from mm_moslora.models.vlm import VlmConfig, VlmForConditionalGeneration, is_multimodal
@@ -97,9 +101,7 @@ def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Asse
     model.lm_head = language.get_output_embeddings()
     model.model.multi_modal_projector = projector
     model.generation_config = language.generation_config
-    processor = build_processor(
-        tokenizer, spec, aspect=config.image_aspect, tokens_per_image=tokens, standard=standard
-    )
+    processor = build_processor(tokenizer, spec, aspect=config.image_aspect, tokens_per_image=tokens, standard=standard)
     base |= {"vision": config.vision.name, "vision_revision": config.vision.revision}
     return Assembly(
         model=model.eval(), tokenizer=tokenizer, processor=processor, image=spec, tokens_per_image=tokens, base=base
@@ -110,9 +112,7 @@ def is_standard(config: ModelConfig, spec: ImageSpec, tower: PreTrainedModel) ->
     """Whether stock transformers can express the model as `LlavaForConditionalGeneration`."""
     from mm_moslora.models.vision import WrappedVisionModel
 
-    return (
-        config.projector.kind == "mlp2x_gelu" and not isinstance(tower, WrappedVisionModel) and spec.prefix in (0, 1)
-    )
+    return config.projector.kind == "mlp2x_gelu" and not isinstance(tower, WrappedVisionModel) and spec.prefix in (0, 1)
 
 
 def load_language(
@@ -152,8 +152,8 @@ def _refuse_head_extras(language: PreTrainedModel, name: str) -> None:
         value = getattr(text, key, None)
         if value is not None and value != neutral:
             raise ModelError(
-                f"{name!r} ({text.model_type}) applies {key}={value} after its head, which the LLaVA composition lacks. "
-                "Choose another language model."
+                f"{name!r} ({text.model_type}) applies {key}={value} after its head, which the LLaVA composition "
+                "lacks. Choose another language model."
             )
     head = language.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
@@ -165,18 +165,62 @@ def add_image_token(language: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
     The row is the mean of all others: it is never looked up (visual tokens take its place) and its logit never wins.
     """
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
-    token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
-    old = language.get_input_embeddings().weight.shape[0]
+    token_id = register_image_token(tokenizer)
+    old = int(cast(Any, language.get_input_embeddings()).weight.shape[0])
     if token_id >= old:
         language.resize_token_embeddings(token_id + 1, mean_resizing=False)
         tables = {language.get_input_embeddings().weight, language.get_output_embeddings().weight}
         with torch.no_grad():
             for table in tables:
                 table[old:] = table[:old].float().mean(dim=0).to(table.dtype)
+    return token_id
+
+
+def register_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Put the image token into a tokenizer's vocabulary and return its id."""
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return token_id
+    return int(cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextAndImages:
+    """What turns records into tensors: all that data preparation needs of a model, without its language weights."""
+
+    tokenizer: PreTrainedTokenizerBase
+    image_token_id: int | None = None
+    tokens_per_image: int = 0
+    image_processor: Any = None
+
+
+def text_and_images(config: ModelConfig) -> TextAndImages:
+    """Load tokenizer and image processor of a recipe's model, but not the language model.
+
+    Raises:
+        ModelError: a part is unknown.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.language, revision=config.language_revision)
+        language = AutoConfig.from_pretrained(config.language, revision=config.language_revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model.language is {config.language!r}, which does not load: {error}") from error
+    if config.vision is None:
+        return TextAndImages(tokenizer=tokenizer)
+    _, spec = load_vision(config.vision)
+    shape = ProjectorShape(
+        vision_width=spec.width,
+        language_width=language.get_text_config().hidden_size,
+        grid=spec.grid,
+        shuffle=config.projector.shuffle,
+    )
+    tokens = projector_class(config.projector.kind).tokens(shape) + (config.vision.select == "cls_patch")
+    return TextAndImages(
+        tokenizer=tokenizer,
+        image_token_id=register_image_token(tokenizer),
+        tokens_per_image=tokens,
+        image_processor=image_processor(spec, config.image_aspect),
+    )
 
 
 def _llava_settings(
@@ -262,7 +306,13 @@ def attach_adapters(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             assembly.peft_model = adapters.add_moslora(
-                assembly.model, moslora_config(adapter), component=components, targets=adapter.targets
+                assembly.model,
+                moslora_config(adapter),
+                component=components,
+                targets=adapter.targets,
+                # Factors live in the base's dtype; the engine keeps fp32 masters. PEFT's fp32 copies under a bf16 base
+                # cost a third of the step.
+                autocast_adapter_dtype=False,
             )
     _set_trainable(assembly, config)
     return assembly.peft_model
@@ -280,7 +330,7 @@ def moslora_config(adapter: AdapterConfig) -> adapters.MoSLoRAConfig:
     """The PEFT configuration of a recipe's adapter."""
     return adapters.MoSLoRAConfig(
         r=adapter.rank,
-        lora_alpha=adapter.alpha,
+        lora_alpha=cast(int, adapter.alpha),
         lora_dropout=adapter.dropout,
         use_rslora=adapter.use_rslora,
         mixer_init=adapter.mixer_init,
@@ -324,7 +374,7 @@ def _blocks(component: nn.Module) -> list[nn.Module]:
     lists = [module for module in component.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ConfigError("last_n needs a component with a list of blocks; this one has none. Use mode full.")
-    return list(max(lists, key=len))
+    return list(max(lists, key=lambda blocks: len(list(blocks))))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -52,7 +53,7 @@ def export_model(assembly: Assembly, folder: Path, *, require_stock: bool = Fals
     if assembly.peft_model is not None:
         raise ModelError("The model still carries live adapters; load it with merge=True before exporting it whole.")
     stock = not isinstance(model, VlmForConditionalGeneration)
-    if require_stock and not stock:
+    if require_stock and isinstance(model, VlmForConditionalGeneration):
         raise ModelError(why_not_stock(model))
     if folder.exists() and any(folder.iterdir()):
         raise ModelError(f"{folder} is not empty. Choose a new folder, so that no old file is mistaken for a new one.")
@@ -89,12 +90,13 @@ def export_lora(assembly: Assembly, folder: Path) -> None:
 
 def why_not_stock(model: VlmForConditionalGeneration) -> str:
     """Why transformers alone cannot load the model, and what comes closest."""
-    config = model.config
+    config: Any = model.config
+    vision: Any = config.vision_config
     reasons = []
     if config.projector_kind != "mlp2x_gelu":
         reasons.append(f"its projector is {config.projector_kind} (stock LLaVA has mlp2x_gelu only)")
-    if config.vision_config.model_type == "mm_moslora_vision":
-        reasons.append(f"its {config.vision_config.library} vision tower has no transformers class")
+    if vision.model_type == "mm_moslora_vision":
+        reasons.append(f"its {vision.library} vision tower has no transformers class")
     if config.vision_prefix > 1:
         reasons.append(f"its tower puts {config.vision_prefix} tokens before the patches (stock LLaVA drops one)")
     return (

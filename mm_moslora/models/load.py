@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -77,7 +77,7 @@ def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype) -> Assemb
         if merge:
             adapters.merge(assembly.peft_model)
             assembly.peft_model = None
-    assembly.model.to(dtype).requires_grad_(False)
+    assembly.model.to(cast(Any, dtype)).requires_grad_(False)
     return assembly
 
 
@@ -121,4 +121,3 @@ def _plain_tokenizer(processor: Any) -> Any:
     if tokenizer.chat_template is None:
         tokenizer.chat_template = processor.chat_template
     return tokenizer
-

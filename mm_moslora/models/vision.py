@@ -12,7 +12,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +110,7 @@ class WrappedVisionModel(PreTrainedModel):
     @property
     def blocks(self) -> int:
         """Number of blocks or stages whose output can be asked for."""
-        trunk = getattr(self.tower, "trunk", self.tower)
+        trunk: Any = getattr(self.tower, "trunk", self.tower)
         if hasattr(trunk, "feature_info"):
             return len(trunk.feature_info)
         return len(trunk.transformer.resblocks)
@@ -125,20 +125,24 @@ class WrappedVisionModel(PreTrainedModel):
             output_hidden_states: True for all blocks, or the index or indices wanted.
         """
         count = self.blocks + 1
-        wanted = range(1, count) if output_hidden_states in (True, False) and isinstance(output_hidden_states, bool) else (
-            [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+        wanted = (
+            range(1, count)
+            if output_hidden_states in (True, False) and isinstance(output_hidden_states, bool)
+            else ([output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states)
         )
         indices = sorted({index % count for index in wanted})
         if not indices or indices[0] == 0:
-            raise ModelError(f"feature_layer {list(wanted)} asks for the embeddings; this tower offers 1 to {count - 1}.")
+            raise ModelError(
+                f"feature_layer {list(wanted)} asks for the embeddings; this tower offers 1 to {count - 1}."
+            )
         maps = self._maps(pixel_values, [index - 1 for index in indices])
         states: list[Tensor | None] = [None] * count
         for index, value in zip(indices, maps, strict=True):
             states[index] = value.flatten(2).transpose(1, 2) if value.ndim == 4 else value
-        return BaseModelOutputWithPooling(last_hidden_state=states[indices[-1]], hidden_states=tuple(states))
+        return BaseModelOutputWithPooling(last_hidden_state=states[indices[-1]], hidden_states=cast(Any, tuple(states)))
 
     def _maps(self, pixel_values: Tensor, blocks: list[int]) -> list[Tensor]:
-        trunk = getattr(self.tower, "trunk", self.tower)
+        trunk: Any = getattr(self.tower, "trunk", self.tower)
         output = trunk.forward_intermediates(pixel_values, indices=blocks, stop_early=True, intermediates_only=True)
         return list(output["image_intermediates"]) if isinstance(output, dict) else list(output)
 
@@ -184,7 +188,7 @@ def load_vision(config: VisionConfig, *, dtype: torch.dtype = torch.float32) -> 
         tower, statistics = _load_timm(name if library == "timm" else config.name, config)
     else:
         tower, statistics = _load_transformers(config)
-    tower = tower.to(dtype)
+    tower.to(cast(Any, dtype))
     return tower, describe(tower, config, statistics)
 
 
@@ -290,9 +294,13 @@ def _load_timm(name: str, config: VisionConfig) -> tuple[PreTrainedModel, PixelS
         tower = WrappedVisionModel(WrappedVisionConfig(library="timm", architecture=name))
         if config.pretrained:
             tower.tower = timm.create_model(name, pretrained=True, num_classes=0)
-        pretrained_cfg = timm.get_pretrained_cfg(name).to_dict() if timm.get_pretrained_cfg(name) else {}
+        known = timm.get_pretrained_cfg(name)
+        pretrained_cfg = known.to_dict() if known else {}
     size = int((pretrained_cfg.get("input_size") or (3, 224, 224))[-1])
-    tower.config.hidden_size, tower.config.image_size = int(tower.tower.num_features), config.image_size or size
+    tower.config.hidden_size, tower.config.image_size = (
+        int(cast(Any, tower.tower).num_features),
+        config.image_size or size,
+    )
     return tower, PixelStatistics(
         size=size,
         mean=tuple(pretrained_cfg.get("mean", IMAGENET_MEAN)),

@@ -51,7 +51,7 @@ class VlmConfig(LlavaConfig):
         """What the projector is built for."""
         return ProjectorShape(
             vision_width=self.vision_width,
-            language_width=self.text_config.hidden_size,
+            language_width=self.get_text_config().hidden_size,
             grid=self.vision_grid,
             shuffle=self.projector_shuffle,
         )
@@ -64,7 +64,8 @@ class VlmModel(LlavaModel):
 
     def __init__(self, config: VlmConfig) -> None:
         super().__init__(config)
-        self.multi_modal_projector = projector_class(config.projector_kind)(config.projector_shape)
+        projector: Any = projector_class(config.projector_kind)(config.projector_shape)
+        self.multi_modal_projector = projector
         self.post_init()
 
     def get_image_features(
@@ -80,7 +81,7 @@ class VlmModel(LlavaModel):
             `pooler_output` is a list of ``N`` tensors ``[Q, D]``.
         """
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        output = self.vision_tower(pixel_values, output_hidden_states=layer, return_dict=True)
+        output: Any = self.vision_tower(pixel_values, output_hidden_states=layer, return_dict=True)
         features = output.hidden_states[layer][:, self.config.vision_prefix :]
         output.pooler_output = list(self.multi_modal_projector(features))
         return output
@@ -158,8 +159,8 @@ def supervised_logits(model: PreTrainedModel, batch: Batch, *, dummy_image: Tens
         found, expected = int(places.sum()), features.shape[0] * features.shape[1]
         if found != expected:
             raise ModelError(
-                f"The batch holds {found} image placeholders, but its {features.shape[0]} images give {expected} visual "
-                f"tokens ({features.shape[1]} each). Records: {', '.join(batch.ids[:4])}."
+                f"The batch holds {found} image placeholders, but its {features.shape[0]} images give {expected} "
+                f"visual tokens ({features.shape[1]} each). Records: {', '.join(batch.ids[:4])}."
             )
         embeddings = embeddings.masked_scatter(places[None, :, None], features.to(embeddings.dtype))
     elif dummy_image is not None:

@@ -1,1 +1,1 @@
-""""""
+"""Talking to a model."""

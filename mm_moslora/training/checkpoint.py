@@ -195,7 +195,9 @@ def _check_file(path: Path, expected: Mapping[str, Any], *, verify: bool) -> Non
             "choose an earlier checkpoint."
         )
     if verify and sha256_of(path) != expected["sha256"]:
-        raise CheckpointError(f"{path} was altered: its sha256 differs from the manifest. Choose an earlier checkpoint.")
+        raise CheckpointError(
+            f"{path} was altered: its sha256 differs from the manifest. Choose an earlier checkpoint."
+        )
 
 
 def newest_valid(run: Path) -> tuple[Path, Manifest] | None:

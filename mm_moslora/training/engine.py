@@ -158,7 +158,7 @@ class Engine(ABC):
     def load_state(self, folder: Path) -> None:
         """Read what `save_state` wrote, on the same number of ranks."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (most engines hold nothing)
         """Free what the engine holds outside the module."""
 
     def _named_trainable(self) -> list[tuple[str, nn.Parameter]]:
@@ -296,9 +296,7 @@ class DeepSpeedEngine(Engine):
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.max_grad_norm = optimizer.max_grad_norm
         adamw = optimizer.adamw(groups, [group.parameters for group in groups])
-        self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=adamw, config=config, dist_init_required=False
-        )
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=config, dist_init_required=False)
         if self.stage == 0:
             self._undo_warm_up_step()
 
@@ -365,9 +363,7 @@ class DeepSpeedEngine(Engine):
 
     def save_state(self, folder: Path) -> None:
         """DeepSpeed's own files; the commit around them is ours, so `latest` is never written."""
-        self.engine.save_checkpoint(
-            str(folder), tag=self.STATE_TAG, save_latest=False, exclude_frozen_parameters=True
-        )
+        self.engine.save_checkpoint(str(folder), tag=self.STATE_TAG, save_latest=False, exclude_frozen_parameters=True)
 
     def load_state(self, folder: Path) -> None:
         """See `Engine.load_state`. Frozen weights are not in the file, so the module part is not strict."""

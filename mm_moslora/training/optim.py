@@ -63,7 +63,11 @@ def _group_of(name: str, parameter: nn.Parameter, config: OptimConfig) -> tuple[
     elif "vision_tower" in name:
         label, lr = "vision", _or(config.vision_lr, config.lr)
     elif "lora_B" in name:
-        label, lr = ("adapter", config.lr) if config.lora_plus_ratio == 1.0 else ("adapter B", config.lr * config.lora_plus_ratio)
+        label, lr = (
+            ("adapter", config.lr)
+            if config.lora_plus_ratio == 1.0
+            else ("adapter B", config.lr * config.lora_plus_ratio)
+        )
     elif "lora_" in name:
         label, lr = "adapter", config.lr
     else:

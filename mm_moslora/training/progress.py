@@ -64,7 +64,7 @@ class Progress:
         elapsed = time.monotonic() - self.started
         fresh = self.done - self.initial
         parts = [f"{self.done}/{self.total} {self.unit}s"]
-        if 0 < fresh and self.done < self.total:
+        if fresh > 0 and self.done < self.total:
             parts.append(f"{format_seconds(elapsed / fresh * (self.total - self.done))} left")
         else:
             parts.append(format_seconds(elapsed))

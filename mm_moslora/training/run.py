@@ -164,9 +164,7 @@ def _match_projector_scale(recipe: Recipe, assembly: Assembly, data: TrainingSet
         projector = model.model.multi_modal_projector
         last = projector.last if hasattr(projector, "last") else projector.linear_2
         pixels = torch.cat(pictures)
-        factor = scale_to_embeddings(
-            last, lambda: image_features(model, pixels), model.get_input_embeddings().weight
-        )
+        factor = scale_to_embeddings(last, lambda: image_features(model, pixels), model.get_input_embeddings().weight)
         logger.info("Projector output scaled by %.3g to the size of word embeddings.", factor)
 
 

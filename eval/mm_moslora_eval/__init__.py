@@ -1,0 +1,1 @@
+"""mm_moslora_eval: benchmarks as protocols, answers that survive a crash, scores with error bars."""

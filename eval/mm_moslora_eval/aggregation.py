@@ -1,0 +1,156 @@
+"""How sample scores add up to a benchmark's number: plain means and the field's corpus metrics."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict, replace
+
+from . import statistics
+from .metrics import caption, groups, ptb, yesno
+from .metrics.documents import OCRBENCH_GROUPS
+from .scoring import Aggregate, Scored, mean_with_error
+
+Samples = Sequence[Scored]
+Numbers = dict[str, float]
+_ROUNDS = 500
+_SEED = 20240617  # fixed, so that a score file is reproduced to the last digit
+
+
+def _bootstrapped(samples: Samples, numbers: Callable[[Samples], Numbers], *, headline: str) -> Aggregate:
+    """A corpus metric with an error from drawing whole clusters."""
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for index, sample in enumerate(samples):
+        members[sample.cluster].append(index)
+    result = numbers(samples)
+    stderr, low, high = statistics.bootstrap_stderr(
+        list(members.values()),
+        lambda drawn: numbers([samples[index] for index in drawn])[headline],
+        rounds=_ROUNDS,
+        seed=_SEED,
+    )
+    return Aggregate(score=result[headline], stderr=stderr, low=low, high=high, stderr_kind="bootstrap", metrics=result)
+
+
+def _pope(samples: Samples) -> Numbers:
+    report = yesno.pope([(s.parsed.lower(), "".join(s.document.answers[:1]).lower()) for s in samples])
+    return {name: float(value) for name, value in asdict(report).items()}
+
+
+def pope(samples: Samples) -> Aggregate:
+    """F1 of `yes` over all questions, with accuracy, precision, recall and yes ratio."""
+    return _bootstrapped(samples, _pope, headline="f1")
+
+
+def pope_splits(samples: Samples) -> Aggregate:
+    """LLaVA's POPE number: the mean of the F1 of the random, popular and adversarial questions."""
+
+    def numbers(drawn: Samples) -> Numbers:
+        splits: dict[str, list[Scored]] = defaultdict(list)
+        for sample in drawn:
+            splits[sample.document.category or ""].append(sample)
+        rates = {name: _pope(members)["f1"] for name, members in sorted(splits.items())}
+        return {"f1": statistics.mean(list(rates.values()))} | {f"f1_{name}": rate for name, rate in rates.items()}
+
+    return _bootstrapped(samples, numbers, headline="f1")
+
+
+def mme(samples: Samples) -> Aggregate:
+    """MME's perception sum (0 to 2000), with cognition (0 to 800) and every sub-task."""
+
+    def numbers(drawn: Samples) -> Numbers:
+        return yesno.mme((s.document.category or "", str(s.cluster), s.score) for s in drawn)
+
+    return _bootstrapped(samples, numbers, headline="perception")
+
+
+def _hallusion_place(sample: Scored) -> dict[str, str]:
+    """Columns of the original data, or the parts of VLMEvalKit's index (`VD_figure_v_set_figure_question`)."""
+    extra = sample.document.extra
+    parts = sample.document.id.split("_")
+    from_id = dict(zip(("set_id", "figure_id", "question_id"), parts[-3:], strict=False)) if len(parts) >= 6 else {}
+    place = {key: extra.get(key, from_id.get(key, "")) for key in ("set_id", "figure_id", "question_id")}
+    subcategory = extra.get("subcategory", extra.get("l2-category", ""))
+    return {"category": sample.document.category or "", "subcategory": subcategory, **place}
+
+
+def hallusionbench(samples: Samples) -> Aggregate:
+    """HallusionBench's aAcc, with fAcc and qAcc."""
+    places = [_hallusion_place(sample) for sample in samples]
+    rows_of = {id(sample): place for sample, place in zip(samples, places, strict=True)}
+
+    def numbers(drawn: Samples) -> Numbers:
+        rows = [rows_of[id(sample)] for sample in drawn]
+        return yesno.hallusionbench(rows, [s.score == 1.0 for s in drawn])
+
+    return _bootstrapped(samples, numbers, headline="aAcc")
+
+
+def circular(samples: Samples) -> Aggregate:
+    """MMBench: a question counts when every rotation of its options is answered right."""
+    rows = [(int(sample.document.id), sample.score == 1.0) for sample in samples]
+    hits = groups.circular_hits(rows)
+    first = {groups.group_of(index): sample for (index, _), sample in reversed(list(zip(rows, samples, strict=True)))}
+    grouped = [replace(first[group], score=float(hit)) for group, hit in hits.items()]
+    vanilla = statistics.mean([sample.score for sample in samples])
+    return replace(mean_with_error(grouped), metrics={"questions": float(len(hits)), "vanilla": vanilla})
+
+
+def macro(samples: Samples) -> Aggregate:
+    """MMStar in lmms-eval: unweighted mean of the means of the second-level categories."""
+
+    def numbers(drawn: Samples) -> Numbers:
+        return groups.macro_average(
+            (s.document.category or "", s.document.extra.get("l2_category", s.document.category or ""), s.score)
+            for s in drawn
+        )
+
+    return _bootstrapped(samples, numbers, headline="average")
+
+
+def ocrbench(samples: Samples) -> Aggregate:
+    """OCRBench: the share of hits as headline, the sum and the five groups' sums beside it."""
+    sums: Numbers = defaultdict(float)
+    for sample in samples:
+        sums["total"] += sample.score
+        sums[OCRBENCH_GROUPS.get(sample.document.category or "", "other")] += sample.score
+    return replace(mean_with_error(samples), metrics=dict(sums))
+
+
+def caption_scores(samples: Samples) -> Aggregate:
+    """COCO captions: CIDEr-D of the set, with BLEU-1 to 4 and ROUGE-L.
+
+    CIDEr-D weighs words by the whole set, so the error comes from the per-image values and is an approximation.
+    """
+    return _captions(samples, ptb.tokenize)
+
+
+def caption_scores_plain(samples: Samples) -> Aggregate:
+    """The same on words between spaces, case and punctuation kept, as VLMEvalKit computes it (it prints 100 times that)."""
+    return _captions(samples, lambda text: " ".join(text.split()))
+
+
+def _captions(samples: Samples, tokenize: Callable[[str], str]) -> Aggregate:
+    predictions = [tokenize(sample.parsed) for sample in samples]
+    references = [[tokenize(answer) for answer in sample.document.answers] for sample in samples]
+    report = caption.caption_report(predictions, references)
+    stderr = statistics.mean_stderr(report.cider_per_image)
+    low, high = statistics.normal_interval(report.cider, stderr)
+    numbers = {"cider": report.cider, "rouge_l": report.rouge_l}
+    numbers |= {f"bleu_{order}": value for order, value in enumerate(report.bleu, start=1)}
+    return Aggregate(score=report.cider, stderr=stderr, low=low, high=high, stderr_kind="analytic", metrics=numbers)
+
+
+AGGREGATIONS: dict[str, Callable[[Samples], Aggregate]] = {
+    "mean": mean_with_error,
+    "pope": pope,
+    "pope_splits": pope_splits,
+    "mme": mme,
+    "hallusionbench": hallusionbench,
+    "circular": circular,
+    "macro": macro,
+    "ocrbench": ocrbench,
+    "caption": caption_scores,
+    "caption_plain": caption_scores_plain,
+}
+"""Name -> how scored samples add up."""

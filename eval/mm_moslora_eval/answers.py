@@ -1,0 +1,128 @@
+"""The answer file: append-only JSONL that survives a crash at any moment, one file per process, keyed by content."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+logger = logging.getLogger(__name__)
+
+MERGED = "answers.jsonl"
+_FLUSH_SECONDS = 2.0
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a JSONL file; a torn or damaged line is dropped with a warning (its sample is asked again)."""
+    rows: list[Row] = []
+    data = path.read_bytes()
+    lines = data.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            torn = number == len(lines)  # no newline after it: the process died while writing
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            row, torn = None, True
+        if torn or not isinstance(row, dict) or "key" not in row:
+            logger.warning("%s, line %d is torn or damaged and was dropped; its sample is asked again", path, number)
+            continue
+        rows.append(row)
+    return rows
+
+
+def read_folder(folder: Path) -> dict[str, Row]:
+    """Every stored answer by key; later files and lines win, but an error never replaces an answer."""
+    found: dict[str, Row] = {}
+    merged = folder / MERGED
+    for path in [merged, *sorted(folder.glob("answers-*.jsonl"))]:
+        try:
+            rows = read_rows(path)
+        except FileNotFoundError:  # not written yet, or merged by rank 0 in this moment
+            continue
+        for row in rows:
+            if row.get("error") is None or found.get(row["key"], row).get("error") is not None:
+                found[row["key"]] = row
+    return found
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """One row as a line of JSON, key order kept; lone surrogates are escaped."""
+    try:
+        text = json.dumps(row, ensure_ascii=False)
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(row)
+    return text + "\n"
+
+
+class AnswerLog:
+    """Appends rows to a file of this process's own; flushed and synced per batch and every two seconds.
+
+    A file of its own means that a torn line can only be the last one and that ranks never write into each other.
+    """
+
+    def __init__(self, folder: Path, *, rank: int, batch_size: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"answers-{rank:04d}-{time.time_ns()}-{os.getpid()}.jsonl"
+        self._stream: TextIO | None = None
+        self._batch_size = batch_size
+        self._waiting = 0
+        self._flushed = time.monotonic()
+
+    def __enter__(self) -> AnswerLog:
+        self._stream = self.path.open("x", encoding="utf-8")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._stream is not None
+        self.flush()
+        self._stream.close()
+
+    def add(self, row: Row) -> None:
+        """Append one row."""
+        assert self._stream is not None, "use `with AnswerLog(...)`"
+        self._stream.write(line(row))
+        self._waiting += 1
+        if self._waiting >= self._batch_size or time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Put everything on the disk."""
+        assert self._stream is not None
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._waiting, self._flushed = 0, time.monotonic()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8", errors="surrogatepass", newline="\n") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def merge(folder: Path, rows: Iterable[Row]) -> None:
+    """Replace the processes' files by one, in the order given."""
+    shards = sorted(folder.glob("answers-*.jsonl"))
+    write_atomically(folder / MERGED, "".join(line(row) for row in rows))
+    for shard in shards:
+        shard.unlink(missing_ok=True)

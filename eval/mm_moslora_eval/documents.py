@@ -1,0 +1,110 @@
+"""A benchmark's question with all that is needed to ask and to score it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_moslora.errors import EvalError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of JSON-like data, the same in every process."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One question of a data set."""
+
+    id: str
+    images: tuple[Path | Image | bytes, ...] = ()
+    question: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Letter -> text; empty for open questions."""
+    answers: tuple[str, ...] = ()
+    """References; a letter when there are options."""
+    category: str | None = None
+    hint: str | None = None
+    extra: Mapping[str, str] = field(default_factory=dict)
+    """Further columns that a prompt or an aggregation names."""
+    problem: str | None = None
+    """Why this document cannot be asked; it is counted as failed, never dropped."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the images, as plain data."""
+        return {
+            "id": self.id,
+            "question": self.question,
+            "options": dict(self.options),
+            "answers": list(self.answers),
+            "category": self.category,
+            "hint": self.hint,
+            "extra": dict(self.extra),
+            "problem": self.problem,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Document:
+        """The inverse of `to_dict`; the document has no images."""
+        return cls(
+            id=data["id"],
+            question=data["question"],
+            options=dict(data["options"]),
+            answers=tuple(data["answers"]),
+            category=data["category"],
+            hint=data["hint"],
+            extra=dict(data["extra"]),
+            problem=data["problem"],
+        )
+
+    @property
+    def hash(self) -> str:
+        """Of everything but the images."""
+        return digest(self.to_dict())
+
+    def with_problem(self, problem: str | None) -> Document:
+        """The same document, marked; the first problem stays."""
+        return self if problem is None or self.problem is not None else replace(self, problem=problem)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """The documents of a task and where they came from."""
+
+    documents: tuple[Document, ...]
+    path: str
+    sha256: str
+    dropped: int = 0
+    """Rows left out on purpose (the protocol skips rows without an image)."""
+
+
+def checked(documents: Iterable[Document], *, source: str) -> tuple[Document, ...]:
+    """Check what must hold over the whole set and mark documents whose answer cannot be right.
+
+    Raises:
+        EvalError: no documents, or two with the same id.
+    """
+    result = tuple(document.with_problem(_answer_problem(document)) for document in documents)
+    if not result:
+        raise EvalError(f"{source} holds no documents; expected at least one row.")
+    seen: set[str] = set()
+    repeated = [document.id for document in result if document.id in seen or seen.add(document.id)]  # type: ignore[func-returns-value]
+    if repeated:
+        shown = ", ".join(repr(name) for name in list(dict.fromkeys(repeated))[:5])
+        raise EvalError(f"{source}: {len(repeated)} repeated ids ({shown}); give every row an id of its own.")
+    return result
+
+
+def _answer_problem(document: Document) -> str | None:
+    if document.options and document.answers and not set(document.answers) <= document.options.keys():
+        return f"answer {document.answers[0]!r} is not one of the options {', '.join(document.options)}"
+    return None

@@ -1,0 +1,82 @@
+"""Identity of pictures, and the two controls: the mean colour (blind) and another item's picture (wrong)."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from mm_moslora.errors import EvalError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ImageMode = Literal["own", "blind", "wrong"]
+MODES: tuple[ImageMode, ...] = ("own", "blind", "wrong")
+
+
+class Hasher:
+    """SHA-256 of pictures; a file is read once per process."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, str] = {}
+
+    def __call__(self, image: Path | Image | bytes) -> str:
+        """Hash of the file's bytes, or of size, mode and pixels of an opened picture.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        if isinstance(image, bytes):
+            return hashlib.sha256(image).hexdigest()
+        if isinstance(image, Path):
+            if image not in self._known:
+                with image.open("rb") as stream:
+                    self._known[image] = hashlib.file_digest(stream, "sha256").hexdigest()
+            return self._known[image]
+        return hashlib.sha256(f"{image.size} {image.mode} ".encode() + image.tobytes()).hexdigest()
+
+
+def open_image(image: Path | Image | bytes) -> Image:
+    """Decode to RGB.
+
+    Raises:
+        OSError: not an image, or cut short.
+    """
+    from PIL import Image as Pillow
+
+    if isinstance(image, Path | bytes):
+        with Pillow.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            return opened.convert("RGB")
+    return image.convert("RGB")
+
+
+def mean_image(image: Path | Image | bytes) -> Image:
+    """A picture of the same size in the one colour that is the mean of all pixels."""
+    from PIL import Image as Pillow
+    from PIL import ImageStat
+
+    opened = open_image(image)
+    colour = tuple(round(value) for value in ImageStat.Stat(opened).mean)
+    return Pillow.new("RGB", opened.size, (colour[0], colour[1], colour[2]))
+
+
+def derangement(identities: Iterable[str], *, seed: int) -> dict[str, str]:
+    """Another picture for every picture: a seeded permutation without fixed points.
+
+    Args:
+        identities: hashes of pictures; repetitions count once.
+        seed: of this function's own generator.
+
+    Raises:
+        EvalError: fewer than two different pictures.
+    """
+    distinct = sorted(set(identities))
+    if len(distinct) < 2:
+        raise EvalError(f"Image mode `wrong` needs two different pictures, the data has {len(distinct)}.")
+    random.Random(seed).shuffle(distinct)
+    # A cycle through the shuffled list has no fixed point.
+    return dict(zip(distinct, [*distinct[1:], distinct[0]], strict=True))

@@ -1,0 +1,56 @@
+"""Exact match in the forms that GQA, AI2D, RealWorldQA and home-made sets use.
+
+Every function takes the answer and one reference and returns 1.0 or 0.0; `best` takes several references.
+Source: evaluation notes of LLaVA (GQA conversion script), lmms-eval (`exact_match`) and VLMEvalKit (`accuracy`).
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+
+from .mcq import lmms_eval as lmms_eval_letter
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def exact_match(text: str, reference: str) -> float:
+    """The default: case, surrounding space, inner runs of space and closing periods do not count."""
+    return float(_relaxed(text) == _relaxed(reference))
+
+
+def _relaxed(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".").rstrip()
+
+
+def normalize_gqa_llava(text: str) -> str:
+    """LLaVA's form of an answer before GQA's own script compares it: closing periods go, then lower case."""
+    return text.rstrip(".").lower()
+
+
+def gqa_llava(text: str, reference: str) -> float:
+    """LLaVA: `normalize_gqa_llava` equals the reference as it stands."""
+    return float(normalize_gqa_llava(text) == reference)
+
+
+def gqa_lmms_eval(text: str, reference: str) -> float:
+    """lmms-eval: equal without case and without ASCII punctuation; space counts."""
+    return float(text.lower().translate(_NO_PUNCTUATION) == reference.lower().translate(_NO_PUNCTUATION))
+
+
+def gqa_vlmevalkit(text: str, reference: str) -> float:
+    """VLMEvalKit: equal without case and surrounding space, so `Yes.` is wrong for `yes`."""
+    return float(text.strip().lower() == reference.strip().lower())
+
+
+def realworldqa_lmms_eval(text: str, reference: str) -> float:
+    """RealWorldQA as lmms-eval scores it: by letter when the reference is A to D, else by text."""
+    gold = reference.strip()
+    if gold.upper() in ("A", "B", "C", "D"):
+        return float(lmms_eval_letter(text, dict.fromkeys("ABCD", "")) == gold.upper())
+    return float(text.lower().strip().rstrip(".") == gold.lower())
+
+
+def best(metric: Callable[[str, str], float], text: str, references: Sequence[str]) -> float:
+    """The best score over the references."""
+    return max(metric(text, reference) for reference in references)

@@ -1,0 +1,82 @@
+"""Scores over groups of questions: MMBench's circular evaluation, MMStar's macro average, log-likelihood choice."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from .mcq import Options
+
+ROTATION = 1_000_000
+"""MMBench stores the rotations of one question as rows whose index differs by this much."""
+
+
+def group_of(index: int) -> int:
+    """The question that a row of MMBench belongs to."""
+    return index % ROTATION
+
+
+def circular_hits(rows: Iterable[tuple[int, bool]]) -> dict[int, int]:
+    """1 for each question whose every rotation is answered right, else 0.
+
+    Args:
+        rows: (index, right) of each row.
+    """
+    hits: dict[int, int] = {}
+    for index, right in rows:
+        group = group_of(index)
+        hits[group] = int(hits.get(group, 1) and right)
+    return hits
+
+
+def macro_average(scores: Iterable[tuple[str, str, float]]) -> dict[str, float]:
+    """MMStar in lmms-eval: per category and for `average`, the unweighted mean of the sub-categories' means.
+
+    Args:
+        scores: (category, sub-category, score) of each question.
+    """
+    groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for category, sub_category, score in scores:
+        groups[category][sub_category].append(score)
+        groups["average"][sub_category].append(score)
+    return {
+        name: sum(sum(values) / len(values) for values in members.values()) / len(members)
+        for name, members in groups.items()
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which option a model prefers, by three readings of its log-likelihoods."""
+
+    raw: int
+    """Index of the largest sum (`acc`)."""
+    per_character: int
+    """Index of the largest sum per character (`acc_norm`)."""
+    per_byte: int
+    """Index of the largest sum per UTF-8 byte (`acc_bytes`)."""
+
+
+def loglikelihood_choice(options: Sequence[str], loglikelihoods: Sequence[float]) -> Choice:
+    """lm-eval's choice among continuations; the first of equals wins.
+
+    Args:
+        options: the continuations without the space before them.
+        loglikelihoods: sums of log-probabilities, one per option.
+    """
+    indices = range(len(options))
+    return Choice(
+        raw=max(indices, key=lambda i: loglikelihoods[i]),
+        per_character=max(indices, key=lambda i: loglikelihoods[i] / max(1, len(options[i]))),
+        per_byte=max(indices, key=lambda i: loglikelihoods[i] / max(1, len(options[i].encode()))),
+    )
+
+
+def option_letters(row: Mapping[str, object]) -> Options:
+    """The options of a VLMEvalKit row: its one-letter columns that hold text."""
+    return {
+        key: str(value)
+        for key, value in sorted(row.items())
+        if len(key) == 1 and "A" <= key <= "Z" and value not in (None, "", "nan")
+    }

@@ -1,0 +1,123 @@
+"""MathVista: bring an extracted answer into the form of the reference, and compare.
+
+Source: MathVista's `calculate_score` and VLMEvalKit's `post_check`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .mcq import vlmevalkit
+from .text import letters, levenshtein, plain_number
+
+_BRACKETED = re.compile(r"\(([a-zA-Z])\)")
+_LAST_NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What decides the form of a MathVista answer."""
+
+    question_type: str
+    """multi_choice or free_form."""
+    answer_type: str
+    """text, integer, float or list."""
+    choices: tuple[str, ...] = ()
+    precision: float | None = None
+    """Decimals of a float answer."""
+
+
+def _attempt(convert: Callable[[], str]) -> str | None:
+    try:
+        return convert()
+    except (ValueError, OverflowError, TypeError):
+        return None
+
+
+def normalize_official(text: str, question: Question) -> str | None:
+    """The official form: a choice by letter or by similarity, or a number of the right kind; None where that fails.
+
+    An empty text becomes the most similar choice too, as in the source.
+    """
+    if question.question_type == "multi_choice":
+        return _choice(text.strip(), question.choices)
+    if question.answer_type == "integer":
+        return _attempt(lambda: str(int(float(text))))
+    if question.answer_type == "float":
+        return _attempt(lambda: str(round(float(text), int(question.precision or 0))))
+    return text
+
+
+def _choice(text: str, choices: Sequence[str]) -> str:
+    bracketed = _BRACKETED.findall(text)
+    if bracketed:
+        text = bracketed[0].upper()
+    names = letters(len(choices))
+    if text in names:
+        return choices[names.index(text)]
+    return min(choices, key=lambda choice: levenshtein(text, choice))
+
+
+def normalize(text: str, question: Question) -> str | None:
+    """The default: as the official form, but an empty text stays unanswered instead of becoming a choice."""
+    return normalize_official(text, question) if text.strip() else None
+
+
+def equal(normalized: str | None, reference: str) -> bool:
+    """The official comparison: equal after stripping."""
+    return str(normalized).strip() == reference.strip()
+
+
+def extract_without_judge(text: str, question: Question) -> str:
+    """A lower bound where no language model may extract: the text itself if it fits, else its last number or letter.
+
+    No other harness defines this step, so a score that used it must say so.
+    """
+    stripped = text.strip()
+    if question.question_type == "multi_choice":
+        if stripped in question.choices:
+            return stripped
+        return vlmevalkit(stripped, dict(zip(letters(len(question.choices)), question.choices, strict=True)))
+    if question.answer_type in ("integer", "float"):
+        if plain_number(stripped) is not None:
+            return stripped
+        numbers = _LAST_NUMBER.findall(stripped)
+        return numbers[-1].replace(",", "") if numbers else ""
+    return stripped
+
+
+def prefetch_vlmevalkit(text: str, question: Question, reference: str) -> str | int | float | bool:
+    """VLMEvalKit's check before it asks a judge: the letter or the number if it is right, else False."""
+    if question.question_type == "multi_choice":
+        return vlmevalkit(text, _named(question)) or False
+    answer, gold = _vlmevalkit_pair(text, question, reference)
+    return answer if answer is not None and answer == gold else False
+
+
+def correct_vlmevalkit(text: str, question: Question, reference: str) -> bool:
+    """VLMEvalKit's verdict on an extracted answer; precision is not used and text or list answers never match."""
+    if question.question_type == "multi_choice":
+        named = _named(question)
+        gold = next((letter for letter, choice in named.items() if choice == reference), None)
+        return (vlmevalkit(text, named) or False) == gold
+    answer, gold_value = _vlmevalkit_pair(text, question, reference)
+    return answer is not None and answer == gold_value
+
+
+def _named(question: Question) -> dict[str, str]:
+    return dict(zip(letters(len(question.choices)), question.choices, strict=True))
+
+
+def _vlmevalkit_pair(
+    text: str, question: Question, reference: str
+) -> tuple[str | int | float | None, str | int | float | None]:
+    convert = {"integer": int, "float": float}.get(question.answer_type)
+    if convert is None:
+        return "None", reference
+    try:
+        answer = convert(text)
+        return answer, convert(reference)
+    except ValueError:
+        return None, None

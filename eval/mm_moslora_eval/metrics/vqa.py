@@ -1,0 +1,144 @@
+"""VQA soft accuracy and its normalisers (VQAv2, TextVQA, VizWiz, OK-VQA).
+
+Ten people answered each question. For each of them the answer is compared with the other nine and scores
+min(1, matches / 3); the result is the mean over the ten. Source: Antol et al. 2015 and the evaluators named below.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_ARTICLES = frozenset({"a", "an", "the"})
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {"none": "0"} | {word: str(value) for value, word in enumerate(_NUMBER_WORDS)}
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")
+# The evaluators' look-behind is mistyped, so a period after a digit goes as well: "3." -> "3".
+_PERIOD_EVALAI = re.compile(r"\.(?!\d)")
+_PERIOD_VLMEVALKIT = re.compile(r"(?<!\d)\.(?!\d)")
+# The evaluators pass a flag where the count belongs: at most re.UNICODE = 32 periods are removed.
+_ANCHOR_PERIODS = 32
+
+_CONTRACTED = (
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
+    "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've "
+    "needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've "
+    "somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll "
+    "that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've "
+    "we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's "
+    "who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've "
+    "you'll you're you've"
+)
+
+
+def _missing_apostrophe(words: Sequence[str]) -> dict[str, str]:
+    return {word[:index] + word[index + 1 :]: word for word in words for index, mark in enumerate(word) if mark == "'"}
+
+
+_CONTRACTIONS = _missing_apostrophe(_CONTRACTED.split()) | {"somebody'd": "somebodyd"}
+# VizWiz writes most contractions with a backtick; these few kept the apostrophe.
+_VIZWIZ_APOSTROPHE = {"ain't", "aren't", "can't", "could've", "couldn't", "we've", "where's", "who've"}
+_VIZWIZ_CONTRACTIONS = {
+    key: word if word in _VIZWIZ_APOSTROPHE else word.replace("'", "`")
+    for key, word in _CONTRACTIONS.items()
+    if "'" not in key or key in ("couldn'tve", "hadn'tve")
+}
+
+
+def _punctuation(text: str, *, period: re.Pattern[str], periods: int) -> str:
+    comma_in_number = _COMMA_IN_NUMBER.search(text) is not None
+    out = text
+    for mark in _PUNCTUATION:
+        beside_space = f"{mark} " in text or f" {mark}" in text
+        out = out.replace(mark, "" if beside_space or comma_in_number else " ")
+    return period.sub("", out, count=periods)
+
+
+def _words(text: str, contractions: dict[str, str] = _CONTRACTIONS) -> str:
+    words = (_NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(contractions.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _normalize_evalai(text: str, *, periods: int) -> str:
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return _words(_punctuation(_one_line(text), period=_PERIOD_EVALAI, periods=periods))
+
+
+def normalize(text: str) -> str:
+    """The default: EvalAI's steps without its limit of 32 periods."""
+    return _normalize_evalai(text, periods=0)
+
+
+def normalize_evalai(text: str) -> str:
+    """EvalAI as in LLaVA's m4c evaluator and lmms-eval (TextVQA, VizWiz)."""
+    return _normalize_evalai(text, periods=_ANCHOR_PERIODS)
+
+
+def normalize_official(text: str) -> str:
+    """The official VQAv2 evaluator: commas go through the punctuation rule, `'s` is not split."""
+    return _words(_punctuation(_one_line(text), period=_PERIOD_EVALAI, periods=_ANCHOR_PERIODS))
+
+
+def normalize_vlmevalkit(text: str) -> str:
+    """VLMEvalKit: a period goes only when neither neighbour is a digit, so `3.` keeps it."""
+    return _words(punctuation_vlmevalkit(_one_line(text)))
+
+
+def punctuation_vlmevalkit(text: str) -> str:
+    """VLMEvalKit's punctuation step alone; its yes/no extraction uses it too."""
+    return _punctuation(text, period=_PERIOD_VLMEVALKIT, periods=_ANCHOR_PERIODS)
+
+
+def _normalize_vizwiz(text: str) -> str:
+    out = _punctuation(_one_line(text), period=_PERIOD_EVALAI, periods=_ANCHOR_PERIODS)
+    return _words(out, _VIZWIZ_CONTRACTIONS)
+
+
+def _punctuation_official(text: str) -> str:
+    return _punctuation(text, period=_PERIOD_EVALAI, periods=_ANCHOR_PERIODS)
+
+
+def soft_accuracy(text: str, references: Sequence[str]) -> float:
+    """The default: `normalize` on both sides.
+
+    With one reference it is exact match; with two or three the divisor is the number of others, so that agreement of
+    all of them is worth 1.
+
+    Args:
+        text: the answer.
+        references: people's answers, usually ten.
+    """
+    answer, people = normalize(text), [normalize(reference) for reference in references]
+    if len(people) == 1:
+        return float(answer == people[0])
+    return _leave_one_out(answer, people, enough=min(3, len(people) - 1))
+
+
+def _leave_one_out(answer: str, people: Sequence[str], *, enough: int = 3) -> float:
+    matches = sum(person == answer for person in people)
+    scores = [min(1.0, (matches - (person == answer)) / enough) for person in people]
+    return sum(scores) / len(scores)
+
+
+def _accuracy(
+    text: str, references: Sequence[str], *, answer: Callable[[str], str], reference: Callable[[str], str]
+) -> float:
+    return _leave_one_out(answer(text), [reference(item) for item in references])
+
+
+textvqa = partial(_accuracy, answer=normalize_evalai, reference=normalize_evalai)
+"""LLaVA and lmms-eval for TextVQA: EvalAI normaliser on both sides."""
+vlmevalkit = partial(_accuracy, answer=normalize_vlmevalkit, reference=normalize_vlmevalkit)
+"""VLMEvalKit's `vqa_score`."""
+vqav2_official = partial(_accuracy, answer=normalize_official, reference=_punctuation_official)
+"""VQAv2 as in the port of TRI-ML: references get the punctuation step only."""
+vqav2_lmms_eval = partial(_accuracy, answer=normalize_official, reference=normalize_official)
+"""VQAv2 as in lmms-eval: references get every step."""
+vizwiz_official = partial(_accuracy, answer=_normalize_vizwiz, reference=str)
+"""VizWiz: references as they stand; contractions with backticks."""

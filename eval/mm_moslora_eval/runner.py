@@ -1,0 +1,338 @@
+"""Ask a model every document of a task, and lose nothing: answers are appended as they arrive and found again.
+
+Folder of a run:
+
+    run.json                    model and format; another model or format is refused
+    results.json                one entry per task and image mode, rewritten after each
+    TASK@PROTOCOL/MODE/
+        task.json               the protocol, the data and the first prompt
+        documents.jsonl         what was asked, so that scoring needs neither data nor model
+        answers-*.jsonl         one per process while it runs; answers.jsonl when complete
+        samples.jsonl           answers read and scored
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.errors import EvalError
+
+from .answers import AnswerLog, Row, line, merge, read_folder, write_atomically
+from .documents import DataSet, Document
+from .images import Hasher, ImageMode
+from .model import Answer, Model, OptionScore
+from .requests import FORMAT, Item, Preparation, deal
+from .task import Task
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called with (documents answered, documents in all)."""
+
+_WINDOW_BATCHES = 8
+_HOPELESS = 16
+"""So many failures without a single answer are not about single samples."""
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a run goes; nothing here changes an answer but `seed` (it picks the wrong pictures)."""
+
+    batch_size: int = 8
+    limit: int | None = None
+    """Only the first so many documents."""
+    samples: tuple[str, ...] = ()
+    """Only documents with these ids."""
+    seed: int = 0
+    retry_failed: bool = True
+    """Ask samples again that failed in an earlier run."""
+    rank: int = field(default_factory=lambda: int(os.environ.get("RANK", "0")))
+    world_size: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise EvalError(f"batch_size is {self.batch_size}, expected 1 or more.")
+        if self.limit is not None and self.limit < 1:
+            raise EvalError(f"limit is {self.limit}, expected 1 or more documents.")
+
+
+def select(data: DataSet, settings: Settings) -> tuple[Document, ...]:
+    """The documents that the settings ask for.
+
+    Raises:
+        EvalError: a sample id that the data does not have.
+    """
+    documents = data.documents
+    if settings.samples:
+        missing = set(settings.samples) - {document.id for document in documents}
+        if missing:
+            raise EvalError(f"{data.path} has no document {', '.join(sorted(missing)[:5])}.")
+        documents = tuple(document for document in documents if document.id in set(settings.samples))
+    return documents[: settings.limit]
+
+
+@contextmanager
+def open_run(folder: Path, model: Model, *, rank: int = 0) -> Iterator[None]:
+    """Hold a run folder for this rank.
+
+    Raises:
+        EvalError: another process works in it, or it belongs to another model or format.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".rank-{rank}.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise EvalError(
+                f"{folder} is in use: another process works there as rank {rank}. Wait for it or choose another folder."
+            ) from error
+        identity = {"format": FORMAT, "model": {"name": model.name, "fingerprint": model.fingerprint}}
+        _claim(folder / "run.json", identity, what=str(folder))
+        yield
+
+
+def _claim(path: Path, identity: dict[str, Any], *, what: str) -> None:
+    """Write who a folder belongs to, or refuse one that belongs to somebody else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        write_atomically(path, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
+        return
+    except json.JSONDecodeError as error:
+        raise EvalError(f"{path} is damaged ({error}); remove the folder or choose another one.") from error
+    for key, value in identity.items():
+        if found.get(key) != value:
+            raise EvalError(
+                f"{what} holds another run: its {key} is {found.get(key)!r}, this one's is {value!r}. "
+                "Choose another output folder."
+            )
+
+
+def run_task(
+    model: Model,
+    task: Task,
+    folder: Path,
+    *,
+    mode: ImageMode = "own",
+    settings: Settings | None = None,
+    data: DataSet | None = None,
+    progress: Progress | None = None,
+    hasher: Hasher | None = None,
+) -> Path:
+    """Ask every document of a task; call it within `open_run(folder, ...)`.
+
+    What is already answered is not asked again. Rank 0 returns when all answers are there; other ranks when their share
+    is done.
+
+    Args:
+        model: answers.
+        task: the protocol.
+        folder: of the run.
+        mode: which pictures to show.
+        settings: batch size, limits, rank.
+        data: the loaded documents, if they are at hand.
+        progress: called after every answer.
+        hasher: shared between tasks, so that a picture is read once.
+
+    Returns:
+        The folder with `documents.jsonl` and `answers.jsonl`, for `results.score_folder`.
+
+    Raises:
+        EvalError: the folder belongs to another protocol, or every sample fails.
+    """
+    settings = settings or Settings()
+    data = data or task.load()
+    documents = select(data, settings)
+    work = Preparation(
+        task, documents, mode=mode, seed=settings.seed, fingerprint=model.fingerprint, hasher=hasher or Hasher()
+    )
+    place = folder / task.id / mode
+    place.mkdir(parents=True, exist_ok=True)
+    _claim(place / "asked.json", {"format": FORMAT, "task": task.id, "asked": task.asked}, what=str(place))
+    if settings.rank == 0:
+        _describe(place, model, task, data, work, mode, settings)
+    job = _Job(model, task, work, place, settings, progress)
+    job.answer(deal(work.items, rank=settings.rank, world_size=settings.world_size))
+    if settings.rank == 0:
+        _wait_for_others(folder, job, settings)
+        job.answer(work.items)  # whatever ranks that died left behind
+        rows = read_folder(place)
+        merge(place, [rows[item.key] for item in work.items])
+    return place
+
+
+def _describe(
+    place: Path, model: Model, task: Task, data: DataSet, work: Preparation, mode: ImageMode, settings: Settings
+) -> None:
+    rows = [
+        item.document.to_dict()
+        | {
+            "key": item.key,
+            "prompt": "\n".join(message.text for message in item.messages),
+            "images": list(item.image_ids),
+            "paths": work.paths(item),
+            "cluster": item.cluster,
+        }
+        for item in work.items
+    ]
+    write_atomically(place / "documents.jsonl", "".join(line(row) for row in rows))
+    first = next((item for item in work.items if item.problem is None), None)
+    described = {
+        "format": FORMAT,
+        "task": task.to_dict(),
+        "mode": mode,
+        "seed": settings.seed,
+        "model": {"name": model.name, "fingerprint": model.fingerprint},
+        "data": {"path": data.path, "sha256": data.sha256, "rows": len(data.documents), "dropped": data.dropped},
+        "first_prompt": [{"role": m.role, "text": m.text} for m in first.messages] if first else [],
+    }
+    write_atomically(place / "task.json", json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+
+
+def _wait_for_others(folder: Path, job: _Job, settings: Settings) -> None:
+    """Wait until all is answered, or until the ranks that owe answers are gone."""
+    others = [folder / f".rank-{rank}.lock" for rank in range(1, settings.world_size)]
+    while job.missing(job.work.items) and any(_held(path) for path in others):
+        time.sleep(_POLL_SECONDS)
+
+
+def _held(path: Path) -> bool:
+    try:
+        with path.open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
+
+
+class _Job:
+    """The answers of one task folder, as one rank adds to them."""
+
+    def __init__(
+        self,
+        model: Model,
+        task: Task,
+        work: Preparation,
+        place: Path,
+        settings: Settings,
+        progress: Progress | None,
+    ) -> None:
+        self.work = work
+        self._model, self._task, self._place = model, task, place
+        self._settings, self._progress = settings, progress
+        self._answered = self._failed = 0
+        self._asked_here: set[str] = set()
+        self._known: set[str] = set()
+
+    def missing(self, items: Sequence[Item]) -> list[Item]:
+        """Items without an answer; those that failed in an earlier run are asked once more."""
+        rows = read_folder(self._place)
+        self._known = {
+            key
+            for key, row in rows.items()
+            if row.get("error") is None or key in self._asked_here or not self._settings.retry_failed
+        }
+        return [item for item in items if item.key not in self._known]
+
+    def answer(self, items: Sequence[Item]) -> None:
+        """Ask what is missing of the items."""
+        pending = self.missing(items)
+        self._report()
+        if not pending:
+            return
+        window = self._settings.batch_size * _WINDOW_BATCHES
+        with AnswerLog(self._place, rank=self._settings.rank, batch_size=self._settings.batch_size) as log:
+            for start in range(0, len(pending), window):
+                self._window(pending[start : start + window], log)
+
+    def _window(self, items: Sequence[Item], log: AnswerLog) -> None:
+        left: dict[str, Item] = {}
+        for item in items:
+            if item.problem is None:
+                left[item.key] = item
+            else:
+                self._store(item, log, error=item.problem)
+        try:
+            for item, row in self._ask(list(left.values()), self._settings.batch_size):
+                self._store(item, log, **row)
+                del left[item.key]
+        except EvalError:
+            raise
+        except Exception as error:  # one bad sample must not cost the others their answers
+            logger.warning("%s: a batch failed (%s: %s); asking one by one", self._task.id, type(error).__name__, error)
+        for item in left.values():
+            self._single(item, log)
+
+    def _single(self, item: Item, log: AnswerLog) -> None:
+        try:
+            rows = list(self._ask([item], 1))
+            if not rows:
+                raise RuntimeError("the model gave no answer")
+        except EvalError:
+            raise
+        except Exception:  # recorded and counted
+            self._store(item, log, error=traceback.format_exc())
+        else:
+            self._store(item, log, **rows[0][1])
+
+    def _ask(self, items: Sequence[Item], batch_size: int) -> Iterator[tuple[Item, Row]]:
+        if not items:
+            return
+        started = time.monotonic()
+        produced: Iterable[tuple[int, Any]]
+        if self._task.decoding.kind == "loglikelihood":
+            produced = self._model.loglikelihood(
+                [self.work.option_request(item) for item in items], batch_size=batch_size
+            )
+        else:
+            produced = self._model.generate([self.work.request(item) for item in items], batch_size=batch_size)
+        seen: set[int] = set()
+        for index, result in produced:
+            if index in seen or not 0 <= index < len(items):
+                raise EvalError(
+                    f"Model {self._model.name!r} answered request {index} of {len(items)} twice or never had it."
+                )
+            seen.add(index)
+            seconds = time.monotonic() - started
+            yield items[index], _row(items[index], result) | {"seconds": round(seconds / len(seen), 4)}
+
+    def _store(self, item: Item, log: AnswerLog, *, error: str | None = None, **answer: Any) -> None:
+        row: Row = {"key": item.key, "task": self._task.id, "version": self._task.version, "id": item.document.id}
+        row |= {"text": None, "tokens": 0, "finish_reason": None, "options": None, "error": error, "seconds": None}
+        row |= answer
+        row["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        log.add(row)
+        self._asked_here.add(item.key)
+        self._known.add(item.key)
+        self._answered += error is None
+        self._failed += error is not None and item.problem is None
+        self._report()
+        if self._failed >= _HOPELESS and not self._answered:
+            raise EvalError(
+                f"The first {self._failed} samples of {self._task.id} all failed, so the fault is not in one sample. "
+                f"The last one: {(error or '').strip().splitlines()[-1]}"
+            )
+
+    def _report(self) -> None:
+        if self._progress is not None:
+            self._progress(sum(item.key in self._known for item in self.work.items), len(self.work.items))
+
+
+def _row(item: Item, result: Answer | Sequence[OptionScore]) -> Row:
+    if isinstance(result, Answer):
+        return {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
+    letters = list(item.document.options)
+    best = max(range(len(result)), key=lambda index: result[index].logprob)
+    scores = {letter: score.logprob for letter, score in zip(letters, result, strict=True)}
+    return {"text": letters[best], "tokens": result[best].tokens, "finish_reason": "stop", "options": scores}

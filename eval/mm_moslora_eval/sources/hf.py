@@ -1,0 +1,150 @@
+"""Hugging Face data sets as documents: a local parquet, JSON or saved folder, else a hub id; never a token."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_moslora.errors import EvalError, suggestion
+
+from ..documents import DataSet, Document, checked
+from .tsv import parse_list
+
+if TYPE_CHECKING:
+    from ..task import Source
+
+_OURS = ("id", "image", "question", "options", "answer", "category", "hint")
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def load(source: Source) -> DataSet:
+    """Read a split.
+
+    Raises:
+        EvalError: the data set cannot be opened, or a named column does not exist.
+    """
+    unknown = source.columns.keys() - set(_OURS)
+    if unknown:
+        name = sorted(unknown)[0]
+        raise EvalError(
+            f"source.columns: {name!r} is not a field of ours.{suggestion(name, _OURS)} Fields: {', '.join(_OURS)}."
+        )
+    table, sha256 = _open(source)
+    for ours, theirs in source.columns.items():
+        names = [part.strip() for part in theirs.split(",")]
+        missing = [name for name in names if name not in table.column_names]
+        if missing:
+            raise EvalError(
+                f"{source.path} has no column {missing[0]!r} (for {ours}).{suggestion(missing[0], table.column_names)} "
+                f"Columns: {', '.join(table.column_names)}."
+            )
+    documents = checked(_documents(table, source), source=source.path)
+    return DataSet(documents=documents, path=source.path, sha256=sha256)
+
+
+def _open(source: Source) -> tuple[Any, str]:
+    import datasets
+
+    path = Path(source.path).expanduser()
+    try:
+        if path.is_dir() and (path / "dataset_info.json").is_file():
+            return datasets.load_from_disk(str(path)), str(path)
+        if path.is_dir():
+            return datasets.load_dataset(str(path), source.config, split=source.split), str(path)
+        if path.is_file():
+            kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}.get(path.suffix)
+            if kind is None:
+                raise EvalError(f"{path} is neither parquet, JSON nor CSV.")
+            with path.open("rb") as stream:
+                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            return datasets.load_dataset(kind, data_files=str(path), split="train"), sha256
+        table = datasets.load_dataset(source.path, source.config, split=source.split)
+        return table, str(getattr(table, "_fingerprint", ""))
+    except (OSError, ValueError, RuntimeError, ConnectionError) as error:
+        if isinstance(error, EvalError):
+            raise
+        raise EvalError(
+            f"Data set {source.path!r} cannot be opened ({type(error).__name__}: {error}). "
+            "Give a local parquet file or folder, or a hub id while online."
+        ) from error
+
+
+def _documents(table: Any, source: Source) -> Iterator[Document]:
+    columns = source.columns
+    for number, row in enumerate(table):
+        yield document(row, columns, default_id=str(number))
+
+
+def document(row: Mapping[str, Any], columns: Mapping[str, str], *, default_id: str = "0") -> Document:
+    """One row as a document.
+
+    Args:
+        row: the data set's columns.
+        columns: our field -> their column, by default of the same name; `options` may name several, with commas.
+        default_id: when there is no id column.
+    """
+
+    def cell(name: str) -> Any:
+        return row.get(columns.get(name, name))
+
+    options = _options(row, columns.get("options", "options"))
+    names = [name.strip() for name in columns.get("image", "image").split(",")]
+    images = row.get(names[0]) if len(names) == 1 else [row[name] for name in names if row.get(name) is not None]
+    used = {part.strip() for name in _OURS for part in columns.get(name, name).split(",")}
+    return Document(
+        id=str(cell("id") if cell("id") is not None else default_id),
+        images=() if images is None else tuple(images) if isinstance(images, list | tuple) else (images,),
+        question=str(cell("question") or ""),
+        options=options,
+        answers=_answers(cell("answer"), options),
+        category=_text(cell("category")),
+        hint=_text(cell("hint")),
+        extra={key: _flat(value) for key, value in row.items() if key not in used and _is_plain(value)},
+    )
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None or str(value) in ("", "nan") else str(value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(isinstance(item, str | int | float) for item in value)
+    return isinstance(value, str | int | float)
+
+
+def _flat(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _options(row: Mapping[str, Any], names: str) -> dict[str, str]:
+    columns = [name.strip() for name in names.split(",")]
+    if len(columns) > 1:
+        values: list[Any] = [row.get(name) for name in columns]
+    else:
+        value = row.get(columns[0])
+        value = parse_list(value) if isinstance(value, str) else value
+        values = list(value) if isinstance(value, list | tuple) else []
+    return {
+        letter: str(text)
+        for letter, text in zip(_LETTERS, values, strict=False)
+        if text is not None and str(text) != "nan"
+    }
+
+
+def _answers(value: Any, options: Mapping[str, str]) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, list | tuple):
+        return tuple(str(item["answer"] if isinstance(item, dict) and "answer" in item else item) for item in value)
+    text = str(value)
+    if options and text not in options:
+        letters = list(options)
+        if text.isdigit() and int(text) < len(letters):  # an index into the options
+            return (letters[int(text)],)
+        same = [letter for letter, option in options.items() if option == text]
+        if len(same) == 1:
+            return (same[0],)
+    return (text,)

@@ -1,0 +1,1 @@
+"""Code that shipped task files name; the task files themselves are YAML."""

@@ -1,0 +1,338 @@
+"""Put adapters into a model: which modules, and into which component.
+
+A target name such as `q_proj` exists in the language model and in the vision tower alike. Here targets are resolved
+inside the component that was asked for, into whole module paths, and a target that matches nothing is an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import peft
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mm_moslora.adapters.config import MoSLoRAConfig, unmatched_patterns
+from mm_moslora.adapters.layer import MoSLoRALayer, why_not_adaptable
+from mm_moslora.adapters.mixer import Mixer
+from mm_moslora.errors import AdapterError, suggestion
+
+ALL_LINEAR = "all-linear"
+_HEADS = ("lm_head", "output_layer", "embed_out")
+_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedModule:
+    """One row of the table of adapted modules."""
+
+    path: str
+    """Module path in the base model."""
+    in_features: int
+    """D_in."""
+    out_features: int
+    """D_out."""
+    rank: int
+    """R."""
+    scaling: float
+    """alpha / R, or alpha / sqrt(R)."""
+    mixer: str
+    """How M started; `none` for plain LoRA (frozen identity)."""
+    mixer_trainable: bool
+    """Whether M trains."""
+    parameters: int
+    """Parameters of A, B and a trainable M."""
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+
+
+def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of the base model with its path; adapters, and what lies inside them, are left out."""
+    stack: list[tuple[str, nn.Module]] = [("", base_model(model))]
+    while stack:
+        path, module = stack.pop()
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module = module.original_module
+        yield path, module
+        prefix = f"{path}." if path else ""
+        stack.extend((prefix + name, child) for name, child in reversed(list(module.named_children())))
+
+
+def named_adapter_layers(model: nn.Module) -> Iterator[tuple[str, MoSLoRALayer]]:
+    """The adapted layers of a model with their paths in the base model."""
+    for path, module in base_model(model).named_modules():
+        if isinstance(module, MoSLoRALayer):
+            yield path, module
+
+
+def resolve_targets(model: nn.Module, component: str = "", targets: str | Sequence[str] = ALL_LINEAR) -> list[str]:
+    """Module paths to adapt inside one component.
+
+    Args:
+        model: the model, with or without adapters.
+        component: module path of the component, such as `model.language_model`; empty is the whole model.
+        targets: `all-linear` (every linear layer but the output head), a list of module names (`q_proj`,
+            `self_attn.q_proj`), or a regular expression that matches the whole path within the component.
+
+    Returns:
+        Whole paths in the base model, in the model's order.
+
+    Raises:
+        AdapterError: no such component, or a target that matches nothing or something that cannot be adapted.
+    """
+    return _resolve(model, [component], targets)
+
+
+def _resolve(model: nn.Module, components: Sequence[str], targets: str | Sequence[str]) -> list[str]:
+    modules = dict(named_base_modules(model))
+    heads = _head_modules(model)
+    unmatched = set() if isinstance(targets, str) else set(targets)
+    found: dict[str, None] = {}
+    empty = []
+    for component in components:
+        inside = _modules_of(component, modules)
+        prefix = f"{component}." if component else ""
+        paths = _match(inside, targets, unmatched, heads)
+        found |= dict.fromkeys(prefix + path for path in paths)
+        empty += [] if paths else [component]
+    where = " and ".join(repr(name) if name else "the model" for name in components)
+    if unmatched:
+        names = {part for path in modules for part in (path, path.rpartition(".")[2]) if part}
+        raise AdapterError(
+            f"Target {min(unmatched)!r} matches no module of {where}.{suggestion(min(unmatched), names)}"
+            f"{_linear_names(modules)}"
+        )
+    if empty or not found:
+        raise AdapterError(
+            f"No module of {repr(empty[0]) if empty and empty[0] else where} matches the targets {targets!r}."
+            f"{_linear_names(modules)}"
+        )
+    for path in found:
+        reason = why_not_adaptable(modules[path]) or _why_never_called(path, modules)
+        if reason:
+            raise AdapterError(f"Target {path!r} cannot carry MoSLoRA: {reason}")
+    return list(found)
+
+
+def _modules_of(component: str, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    if not component:
+        return {path: module for path, module in modules.items() if path}
+    if component not in modules:
+        raise AdapterError(
+            f"The model has no component {component!r}.{suggestion(component, modules)} "
+            f"At the top it has: {', '.join(path for path in modules if path and path.count('.') < 2)}."
+        )
+    prefix = f"{component}."
+    return {path.removeprefix(prefix): module for path, module in modules.items() if path.startswith(prefix)}
+
+
+def _match(
+    inside: dict[str, nn.Module], targets: str | Sequence[str], unmatched: set[str], heads: set[int]
+) -> list[str]:
+    if targets == ALL_LINEAR:
+        return [
+            path
+            for path, module in inside.items()
+            if _is_linear(module)
+            and id(module) not in heads
+            and path.rpartition(".")[2] not in _HEADS
+            and not _why_never_called(path, inside)
+        ]
+    if isinstance(targets, str):
+        pattern = re.compile(targets)
+        return [path for path in inside if pattern.fullmatch(path)]
+    matched = []
+    for path in inside:
+        names = {name for name in targets if path == name or path.endswith(f".{name}")}
+        if names:
+            matched.append(path)
+            unmatched -= names
+    return matched
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Linear layers of every kind, quantised ones too: they must raise later, not be skipped."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    return (
+        hasattr(module, "in_features") and hasattr(module, "out_features") and "linear" in type(module).__name__.lower()
+    )
+
+
+def _head_modules(model: nn.Module) -> set[int]:
+    heads = set()
+    for _, module in named_base_modules(model):
+        get_head = getattr(module, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
+        if head is not None:
+            heads.add(id(head.get_base_layer() if isinstance(head, BaseTunerLayer) else head))
+    return heads
+
+
+def _why_never_called(path: str, modules: dict[str, nn.Module]) -> str | None:
+    parent = modules.get(path.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return (
+            "torch.nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter here would do "
+            "nothing. Choose other targets."
+        )
+    return None
+
+
+def _linear_names(modules: dict[str, nn.Module]) -> str:
+    names = dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if _is_linear(module))
+    return f" Linear layers here: {', '.join(names)}." if names else " It has no linear layer."
+
+
+def add_moslora(
+    model: nn.Module,
+    config: MoSLoRAConfig,
+    *,
+    component: str | Sequence[str] = "",
+    targets: str | Sequence[str] = ALL_LINEAR,
+    adapter_name: str = "default",
+    autocast_adapter_dtype: bool = True,
+) -> peft.PeftModel:
+    """Put an adapter into a model.
+
+    Args:
+        model: any module tree, or a PEFT model that gets one more adapter. Changed in place; frozen but for the adapter
+            when it is the first.
+        config: the adapter's configuration; its `target_modules` is replaced, the object is not changed.
+        component: module path of the component to adapt, or several that share this adapter; empty is the whole model.
+        targets: see `resolve_targets`.
+        adapter_name: the adapter's name in PEFT.
+        autocast_adapter_dtype: keep the factors in float32 when the base is in half precision (PEFT's default).
+
+    Returns:
+        The PEFT model around `model`.
+
+    Raises:
+        AdapterError: see `resolve_targets`; a pattern of the configuration that matches nothing; a rank that does not
+            fit its mixer; an adapter of this name. The model is untouched then.
+    """
+    components = [component] if isinstance(component, str) else list(component)
+    paths = _resolve(model, components, targets)
+    check_plan(config, paths)
+    return inject(model, config, paths, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+
+
+def check_plan(config: MoSLoRAConfig, paths: Sequence[str]) -> None:
+    """Refuse a configuration that does not fit the modules, before any of them is touched.
+
+    Args:
+        config: the configuration.
+        paths: the modules to adapt.
+
+    Raises:
+        AdapterError: a pattern that matches nothing, or an odd rank with a butterfly mixer.
+    """
+    lost = unmatched_patterns(config, paths)
+    if lost:
+        raise AdapterError(
+            f"{', '.join(lost)} matches none of the {len(paths)} adapted modules (the first: "
+            f"{', '.join(paths[:_SHOWN])}). A key is a regular expression for the end of a module path."
+        )
+    for path in paths:
+        if config.mixer_for(path) == "butterfly" and config.rank_for(path) % 2:
+            raise AdapterError(f"{path} has rank {config.rank_for(path)}, but a butterfly mixer needs an even one.")
+
+
+def inject(
+    model: nn.Module,
+    config: MoSLoRAConfig,
+    paths: Sequence[str],
+    *,
+    adapter_name: str,
+    autocast_adapter_dtype: bool = True,
+    **options: Any,
+) -> peft.PeftModel:
+    """Put an adapter into exactly the given modules.
+
+    Args:
+        model: base or PEFT model.
+        config: the configuration; not changed.
+        paths: whole module paths.
+        adapter_name: the adapter's name in PEFT.
+        autocast_adapter_dtype: see `add_moslora`.
+        **options: handed to PEFT (`low_cpu_mem_usage`).
+
+    Raises:
+        AdapterError: an adapter of this name exists, or adapters lie in a model that PEFT no longer wraps.
+    """
+    own = copy.deepcopy(config)
+    own.target_modules = set(paths)  # type: ignore[assignment]  # PEFT keeps lists as sets
+    own.exclude_modules, own.layers_to_transform, own.layers_pattern = None, None, None
+    options["autocast_adapter_dtype"] = autocast_adapter_dtype
+    if isinstance(model, peft.PeftModel):
+        if adapter_name in model.peft_config:
+            raise AdapterError(f"The model has an adapter {adapter_name!r} already. Choose another adapter_name.")
+        _check_neighbours(model, own, paths)
+        model.add_adapter(adapter_name, own, **options)
+        wrapped = model
+    else:
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise AdapterError("The model holds adapters already. Pass the PeftModel that add_moslora returned.")
+        wrapped = peft.get_peft_model(model, own, adapter_name=adapter_name, **options)
+    adapted = {path for path, layer in named_adapter_layers(wrapped) if adapter_name in layer.lora_A}
+    assert adapted == set(paths), f"asked for {sorted(set(paths) ^ adapted)[:_SHOWN]} and PEFT did otherwise"
+    return wrapped
+
+
+def _check_neighbours(model: peft.PeftModel, config: MoSLoRAConfig, paths: Sequence[str]) -> None:
+    """A layer that another LoRA adapter wrapped stays PEFT's own class, which knows no mixer."""
+    modules = dict(base_model(model).named_modules())
+    for path in paths:
+        layer = modules.get(path)
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, MoSLoRALayer) and not config.is_plain(path):
+            raise AdapterError(
+                f"{path} carries a plain {type(layer).__module__}.{type(layer).__name__} of another adapter, which "
+                "cannot hold a mixer. Load that adapter with mm_moslora.adapters.load_adapter, or add the MoSLoRA "
+                "adapter first."
+            )
+
+
+def adapted_modules(model: nn.Module, *, adapter_name: str | None = None) -> list[AdaptedModule]:
+    """The adapted modules, one row each.
+
+    Args:
+        model: PEFT model, or the base model with adapters inside.
+        adapter_name: one adapter; None takes all, in the order of their names.
+    """
+    rows = []
+    for path, layer in named_adapter_layers(model):
+        for name in sorted(layer.lora_A):
+            if adapter_name not in (None, name):
+                continue
+            factors = layer.factors(name)
+            trains = factors.M is not None and cast(Mixer, layer.lora_mixer[name]).trainable
+            width_in, width_out = layer.widths
+            rows.append(
+                AdaptedModule(
+                    path=path,
+                    in_features=width_in,
+                    out_features=width_out,
+                    rank=layer.r[name],
+                    scaling=factors.scaling,
+                    mixer=layer.mixer_init[name] if factors.M is not None else "none",
+                    mixer_trainable=trains,
+                    parameters=_size(factors.A) + _size(factors.B) + (_size(factors.M) if trains else 0),
+                )
+            )
+    return rows
+
+
+def _size(tensor: Tensor | None) -> int:
+    # A ZeRO-3 shard is empty on most ranks; DeepSpeed keeps the whole size beside it.
+    return 0 if tensor is None else int(getattr(tensor, "ds_numel", tensor.numel()))

@@ -1,0 +1,243 @@
+"""Load an adapter folder: everything is checked before the model is touched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import peft
+import torch
+from peft import LoraConfig
+from peft.utils.save_and_load import set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mm_moslora.adapters.config import MoSLoRAConfig, config_from_dict, from_lora_config
+from mm_moslora.adapters.inject import inject, named_base_modules
+from mm_moslora.adapters.layer import why_not_adaptable
+from mm_moslora.adapters.state import (
+    FORMAT,
+    FORMAT_VERSION,
+    OWN_CONFIG,
+    OWN_WEIGHTS,
+    PREFIX,
+    STOCK_CONFIG,
+    STOCK_WEIGHTS,
+    base_fingerprint,
+    check_tensors,
+    expected_shapes,
+    file_sha256,
+)
+from mm_moslora.errors import AdapterError, suggestion
+
+# Options that put more than A, M and B into a folder.
+_EXTRAS = ("modules_to_save", "trainable_token_indices", "lora_bias", "use_dora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFolder:
+    """What a folder holds, read and verified."""
+
+    config: MoSLoRAConfig
+    """The adapter's configuration; its target_modules are whole module paths."""
+    tensors: dict[str, Tensor]
+    """A, M, B and other entries under PEFT's names."""
+    base: dict[str, Any]
+    """What was remembered of the base model; empty for a folder of stock PEFT."""
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    adapter_name: str = "default",
+    trainable: bool = False,
+    base: Mapping[str, Any] | None = None,
+    autocast_adapter_dtype: bool = True,
+) -> peft.PeftModel:
+    """Load a folder of `save_adapter`, or a plain LoRA folder of stock PEFT, into a model.
+
+    Args:
+        model: the base model, or a PEFT model. An adapter of this name that is there already gets the values, if its
+            modules and ranks are the same; else it is added.
+        folder: the adapter folder.
+        adapter_name: the adapter's name in PEFT.
+        trainable: whether it is going to train; if not, the model is put into evaluation mode. A plain LoRA folder
+            gets a trainable identity mixer when it trains, a frozen one (plain LoRA) otherwise.
+        base: what the base model is; an entry that contradicts the folder's is an error.
+        autocast_adapter_dtype: keep the factors in float32 when the base is in half precision.
+
+    Returns:
+        The PEFT model.
+
+    Raises:
+        AdapterError: a file that is missing, truncated, changed or stale; an adapter for another base; a factor of the
+            wrong shape. The model is untouched then.
+    """
+    content = read_folder(folder, trainable=trainable)
+    config, source = content.config, str(folder)
+    _check_base(model, content.base, base or {}, source)
+    paths = sorted(config.target_modules or ())
+    shapes = _planned_shapes(model, config, paths, content.tensors, source)
+    check_tensors(content.tensors, shapes)
+    extra = sorted(content.tensors.keys() - shapes.keys())
+    if extra and not any(getattr(config, name) for name in _EXTRAS) and config.bias == "none":
+        raise AdapterError(f"{source} holds {extra[0]!r}, for which its configuration has no place.")
+    config.inference_mode = not trainable
+    if isinstance(model, peft.PeftModel) and adapter_name in model.peft_config:
+        check_tensors(content.tensors, expected_shapes(model, adapter_name))
+        wrapped = model
+    else:
+        options: dict[str, Any] = {"adapter_name": adapter_name, "autocast_adapter_dtype": autocast_adapter_dtype}
+        wrapped = inject(model, config, paths, **options)
+    result: Any = set_peft_model_state_dict(wrapped, content.tensors, adapter_name=adapter_name)
+    if result.unexpected_keys:
+        raise AdapterError(f"{source} holds {result.unexpected_keys[0]!r}, for which the model has no place.")
+    wrapped.set_requires_grad(adapter_name, requires_grad=trainable)
+    if not trainable:
+        wrapped.eval()  # as PeftModel.from_pretrained does: an adapter's dropout is on in a fresh layer
+    return wrapped
+
+
+def read_folder(folder: str | Path, *, trainable: bool = False) -> AdapterFolder:
+    """Read and verify an adapter folder without a model.
+
+    Args:
+        folder: of `save_adapter`, or of stock PEFT.
+        trainable: for a stock folder, whether its identity mixer trains.
+
+    Raises:
+        AdapterError: see `load_adapter`.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise AdapterError(f"There is no adapter folder {str(root)!r}.")
+    has_config, has_weights = (root / OWN_CONFIG).is_file(), (root / OWN_WEIGHTS).is_file()
+    if has_config != has_weights:
+        there, lost = (OWN_CONFIG, OWN_WEIGHTS) if has_config else (OWN_WEIGHTS, OWN_CONFIG)
+        raise AdapterError(
+            f"{root} has {there} but no {lost}. Copy the whole folder; or delete {there} to load the folded factors as "
+            "plain LoRA."
+        )
+    return _read_own(root) if has_config else _read_stock(root, trainable)
+
+
+def _read_own(root: Path) -> AdapterFolder:
+    manifest = _read_json(root / OWN_CONFIG)
+    if manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
+        found = manifest.get("format")
+        raise AdapterError(f"{root / OWN_CONFIG} is not an adapter manifest: its format is {found!r}, not {FORMAT!r}.")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise AdapterError(
+            f"{root / OWN_CONFIG} has format version {manifest.get('format_version')!r}, this release reads "
+            f"{FORMAT_VERSION}. Update mm-moslora."
+        )
+    for name, expected in manifest["files"].items():
+        path = root / name
+        if not path.is_file():
+            raise AdapterError(f"{root} lacks {name}. Copy the whole folder.")
+        if file_sha256(path) != expected:
+            raise AdapterError(_stale(root, name))
+    return AdapterFolder(
+        config=config_from_dict(manifest["config"]), tensors=_read_tensors(root / OWN_WEIGHTS), base=manifest["base"]
+    )
+
+
+def _stale(root: Path, name: str) -> str:
+    if name == STOCK_WEIGHTS:
+        return (
+            f"{root / name} is not the fold of {OWN_WEIGHTS}: its sha256 differs from {OWN_CONFIG}. It was damaged, or "
+            f"another program saved over it. If it is the newer one, delete {OWN_CONFIG} and {OWN_WEIGHTS} and it "
+            "loads as plain LoRA; else copy the folder again."
+        )
+    return f"{root / name} is damaged or truncated: its sha256 differs from {OWN_CONFIG}. Copy the folder again."
+
+
+def _read_stock(root: Path, trainable: bool) -> AdapterFolder:
+    if not (root / STOCK_CONFIG).is_file():
+        raise AdapterError(f"{root} holds neither {OWN_CONFIG} nor {STOCK_CONFIG}; it is not an adapter folder.")
+    kind = _read_json(root / STOCK_CONFIG).get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(f"{root} holds a {kind} adapter, expected LORA.")
+    if not (root / STOCK_WEIGHTS).is_file():
+        raise AdapterError(f"{root} lacks {STOCK_WEIGHTS}. Pickled weights (.bin) are not read; save as safetensors.")
+    tensors = _read_tensors(root / STOCK_WEIGHTS)
+    mixers = [name for name in tensors if "lora_mixer" in name or "lora_AB" in name]
+    if mixers:
+        raise AdapterError(
+            f"{root} holds mixers ({mixers[0]!r}) but no {OWN_CONFIG}. Loaded as plain LoRA it would be wrong."
+        )
+    stock = LoraConfig.from_pretrained(str(root))
+    config = from_lora_config(stock, mixer_trainable=trainable and not stock.use_dora)
+    factors = {name: tensor for name, tensor in tensors.items() if ".lora_A." in name or ".lora_embedding_A" in name}
+    config.target_modules = sorted(name.removeprefix(PREFIX).partition(".lora_")[0] for name in factors)
+    if config.mixer_trainable:
+        # The mixers are not in the file; the identity makes them exactly this adapter.
+        tensors |= {name.replace("lora_A", "lora_mixer"): torch.eye(len(tensor)) for name, tensor in factors.items()}
+    return AdapterFolder(config=config, tensors=tensors, base={})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{path} is not valid JSON ({error}). Copy the folder again.") from error
+    if not isinstance(data, dict):
+        raise AdapterError(f"{path} holds a {type(data).__name__}, expected an object.")
+    return data
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise AdapterError(f"{path} is damaged or truncated ({error}). Copy the folder again.") from error
+
+
+def _check_base(model: nn.Module, saved: Mapping[str, Any], given: Mapping[str, Any], source: str) -> None:
+    for key in sorted(saved.keys() & given.keys()):
+        if saved[key] is not None and given[key] is not None and saved[key] != given[key]:
+            raise AdapterError(
+                f"{source} was made for a base with {key} {saved[key]!r}, this one has {given[key]!r}. Load the base "
+                "it was made for."
+            )
+    expected = saved.get("fingerprint")
+    if expected is not None and expected != base_fingerprint(model):
+        named = ", ".join(f"{key} {value}" for key, value in saved.items() if key != "fingerprint" and value)
+        raise AdapterError(
+            f"{source} was made for another base model{f' ({named})' if named else ''}: module names or sizes differ. "
+            "Load the base it was made for."
+        )
+
+
+def _planned_shapes(
+    model: nn.Module, config: MoSLoRAConfig, paths: list[str], tensors: Mapping[str, Tensor], source: str
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that the folder must have to fit the model."""
+    modules = dict(named_base_modules(model))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        if path not in modules:
+            raise AdapterError(f"{source} adapts {path!r}, which the model lacks.{suggestion(path, modules)}")
+        reason = why_not_adaptable(modules[path])
+        if reason:
+            raise AdapterError(f"{source} adapts {path!r}, which cannot carry MoSLoRA: {reason}")
+        rank = config.rank_for(path)
+        width_in, width_out = _widths(modules[path])
+        shapes[f"{PREFIX}{path}.lora_A.weight"] = (rank, width_in)
+        shapes[f"{PREFIX}{path}.lora_B.weight"] = (width_out, rank)
+        if f"{PREFIX}{path}.lora_mixer.weight" in tensors or not config.is_plain(path):
+            shapes[f"{PREFIX}{path}.lora_mixer.weight"] = (rank, rank)
+    return shapes
+
+
+def _widths(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    weight = cast(Tensor, module.weight)
+    rows, columns = getattr(weight, "ds_shape", weight.shape)
+    return int(rows), int(columns)

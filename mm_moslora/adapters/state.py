@@ -1,0 +1,309 @@
+"""The adapter folder: one set of factors for us, one for everybody else.
+
+::
+
+    adapter_config.json         stock PEFT's configuration, no key of ours
+    adapter_model.safetensors   folded factors A' = M A and B: a plain LoRA to stock PEFT, vLLM and llama.cpp, and right
+    moslora.safetensors         A, M and B in float32, under PEFT's names
+    moslora.json                full configuration, format version, sha256 of both weight files, the base they belong to
+
+`moslora.json` is written last and names the other two by hash: an interrupted or half-replaced folder is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mm_moslora.adapters.config import MoSLoRAConfig, config_to_dict
+from mm_moslora.adapters.functional import fold
+from mm_moslora.adapters.inject import base_model, named_adapter_layers, named_base_modules
+from mm_moslora.errors import AdapterError
+
+FORMAT = "mm_moslora.adapter"
+FORMAT_VERSION = 1
+PREFIX = "base_model.model."
+STOCK_CONFIG, STOCK_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OWN_CONFIG, OWN_WEIGHTS = "moslora.json", "moslora.safetensors"
+_A, _B, _MIXER = ".lora_A.weight", ".lora_B.weight", ".lora_mixer.weight"
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    adapter_name: str = "default",
+    state: Mapping[str, Tensor] | None = None,
+    base: Mapping[str, Any] | None = None,
+) -> None:
+    """Write one adapter as the double folder.
+
+    Args:
+        model: PEFT model, or the base model with adapters inside.
+        folder: made if missing; files of an earlier save are replaced.
+        adapter_name: which adapter.
+        state: parameter name to full tensor, for values that the model does not hold (ZeRO-3 shards, float32 masters).
+            Names are those of `named_parameters`, of the PEFT model or of the base. Must hold every parameter of the
+            adapter; anything else in it is ignored.
+        base: identity of the base model to remember, such as `{"id": ..., "revision": ...}`; JSON values.
+
+    Raises:
+        AdapterError: no such adapter; a factor that is missing, empty, of the wrong shape or not finite.
+    """
+    config = adapter_config(model, adapter_name)
+    tensors = adapter_tensors(model, adapter_name, state)
+    check_tensors(tensors, expected_shapes(model, adapter_name))
+    identity = dict(base or {}) | {"fingerprint": base_fingerprint(model)}
+    write_folder(Path(folder), config, tensors, base=identity, auto_mapping=_auto_mapping(model, config))
+
+
+def adapter_config(model: nn.Module, adapter_name: str) -> MoSLoRAConfig:
+    """The configuration of one adapter of a PEFT model or of the base model with adapters inside.
+
+    Raises:
+        AdapterError: no such adapter, or one that is not MoSLoRA.
+    """
+    configs = getattr(model, "peft_config", None)
+    configs = configs if isinstance(configs, dict) else {}
+    if adapter_name not in configs:
+        raise AdapterError(f"The model has no adapter {adapter_name!r}; it has {sorted(configs) or 'none'}.")
+    config = configs[adapter_name]
+    if not isinstance(config, MoSLoRAConfig):
+        raise AdapterError(
+            f"Adapter {adapter_name!r} has a {type(config).__name__}, expected MoSLoRAConfig. Save it with its own "
+            "library."
+        )
+    return config
+
+
+def expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
+    """Names, as in the folder, and shapes of every A, M and B of an adapter."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, layer in named_adapter_layers(model):
+        if adapter_name in layer.lora_A:
+            rank = layer.r[adapter_name]
+            shapes[PREFIX + path + _A] = (rank, layer.widths[0])
+            shapes[PREFIX + path + _B] = (layer.widths[1], rank)
+            if adapter_name in layer.lora_mixer:
+                shapes[PREFIX + path + _MIXER] = (rank, rank)
+    return shapes
+
+
+def adapter_tensors(
+    model: nn.Module, adapter_name: str, state: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Every tensor of an adapter under its name in the folder, in float32 on the CPU; see `save_adapter`."""
+    full = dict(model.state_dict())
+    if state is not None:
+        own = {name.removeprefix(PREFIX): name for name in full}
+        parameters = {name.removeprefix(PREFIX) for name, _ in model.named_parameters()}
+        given = {name.removeprefix("module.").removeprefix(PREFIX): tensor for name, tensor in state.items()}
+        lost = sorted(name for name in parameters - given.keys() if _belongs(name, adapter_name))
+        if lost:
+            raise AdapterError(
+                f"The state to save lacks {len(lost)} parameters of adapter {adapter_name!r}, first {lost[0]!r}. "
+                "Gather all of them before saving."
+            )
+        full |= {own[name]: tensor for name, tensor in given.items() if name in own}
+    tensors = get_peft_model_state_dict(model, state_dict=full, adapter_name=adapter_name, save_embedding_layers=False)
+    prefix = "" if isinstance(model, peft.PeftModel) else PREFIX
+    return {prefix + name: tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()}
+
+
+def _belongs(name: str, adapter_name: str) -> bool:
+    return "lora_" in name and (f".{adapter_name}." in name or name.endswith(f".{adapter_name}"))
+
+
+def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse factors that are not what the model needs.
+
+    Args:
+        tensors: name to tensor.
+        shapes: every name that must be there, and its shape.
+
+    Raises:
+        AdapterError: a factor is missing, unknown, empty, of another shape, or holds NaN or infinity.
+    """
+    factors = {name for name in tensors if name.endswith((_A, _B, _MIXER))}
+    for problem, names in (("lacks", shapes.keys() - factors), ("has besides the expected", factors - shapes.keys())):
+        if names:
+            raise AdapterError(f"The adapter {problem} {len(names)} factors, the first is {min(names)!r}.")
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            raise AdapterError(
+                f"{name} is empty. Under ZeRO-3 a parameter is a shard of size 0 on most ranks: gather before saving."
+            )
+        if name in shapes and tuple(tensor.shape) != shapes[name]:
+            raise AdapterError(f"{name} has shape {list(tensor.shape)}, expected {list(shapes[name])}.")
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(
+                f"{name} holds NaN or infinity; the adapter is broken. Go back to an earlier checkpoint."
+            )
+
+
+def fold_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Factors with mixers as a plain LoRA of the same rank with the same update.
+
+    Args:
+        tensors: PEFT's names without the adapter's name; A, B and, where there is one, M. Other entries are kept.
+
+    Returns:
+        The same without mixers, ``A' = M A`` in A's dtype, contiguous.
+    """
+    folded: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(_MIXER):
+            continue
+        mixer = tensors.get(name.removesuffix(_A) + _MIXER) if name.endswith(_A) else None
+        folded[name] = fold(tensor, mixer).to(tensor.dtype).contiguous()
+    return folded
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """A hash of the base model's structure: module paths and sizes, without adapters, dtype or quantisation.
+
+    Two models with equal fingerprints can carry the same adapter; whether it makes sense there is for the ids to say.
+
+    Args:
+        model: base model, or PEFT model.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    lines = []
+    for path, module in named_base_modules(model):
+        if hasattr(module, "in_features") and hasattr(module, "out_features"):
+            lines.append(f"{path} linear {module.in_features} {module.out_features}")
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            lines.append(f"{path}.{name} {list(getattr(parameter, 'ds_shape', parameter.shape))}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def write_folder(
+    folder: Path,
+    config: MoSLoRAConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    base: Mapping[str, Any],
+    auto_mapping: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the double folder from factors under their names in the folder.
+
+    Args:
+        folder: made if missing.
+        config: the adapter's configuration.
+        tensors: A, M, B and whatever else PEFT saves, in float32.
+        base: what to remember about the base model.
+        auto_mapping: PEFT's class hint for models without a task type.
+    """
+    paths = sorted(name.removeprefix(PREFIX).removesuffix(_A) for name in tensors if name.endswith(_A))
+    with _staged(folder, (STOCK_CONFIG, STOCK_WEIGHTS, OWN_WEIGHTS, OWN_CONFIG)) as staging:
+        save_file(fold_state_dict(tensors), staging / STOCK_WEIGHTS, metadata={"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            staging / OWN_WEIGHTS,
+            metadata={"format": "pt"},
+        )
+        _write_json(staging / STOCK_CONFIG, _stock_config(config, paths, auto_mapping))
+        _write_json(
+            staging / OWN_CONFIG,
+            {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "config": config_to_dict(config) | {"target_modules": paths, "inference_mode": True},
+                "files": {name: file_sha256(staging / name) for name in (STOCK_WEIGHTS, OWN_WEIGHTS)},
+                "base": dict(base),
+            },
+        )
+
+
+def complete_folder(folder: Path, config: MoSLoRAConfig, *, auto_mapping: Mapping[str, Any] | None) -> None:
+    """Turn what `PeftModel.save_pretrained` just wrote into the double folder.
+
+    Args:
+        folder: holds `adapter_model.safetensors` with mixers inside; without it, only the configuration is written.
+        config: the adapter's configuration.
+        auto_mapping: PEFT's class hint.
+
+    Raises:
+        AdapterError: the weights were pickled, or hold an empty or broken factor.
+    """
+    weights = folder / STOCK_WEIGHTS
+    if (folder / "adapter_model.bin").is_file():
+        raise AdapterError(
+            f"{folder / 'adapter_model.bin'} is a pickle: stock PEFT would load it and drop the mixers. "
+            "Save with safe_serialization=True, and remove that file."
+        )
+    if not weights.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(folder / STOCK_CONFIG, _stock_config(config, None, auto_mapping))
+        return
+    tensors = {name: tensor.float() for name, tensor in load_file(weights).items()}
+    check_tensors(
+        tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith((_A, _B, _MIXER))}
+    )
+    write_folder(folder, config, tensors, base={}, auto_mapping=auto_mapping)
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stock_config(
+    config: MoSLoRAConfig, paths: Sequence[str] | None, auto_mapping: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    changes: dict[str, Any] = {"inference_mode": True, "init_lora_weights": True, "auto_mapping": auto_mapping}
+    if paths is not None:
+        changes |= {"target_modules": list(paths), "exclude_modules": None}
+        changes |= {"layers_to_transform": None, "layers_pattern": None}
+    data = config.to_lora_config(**changes).to_dict()
+    alpha = data["lora_alpha"]
+    data["lora_alpha"] = int(alpha) if float(alpha).is_integer() else alpha
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(data.items())}
+
+
+def _auto_mapping(model: nn.Module, config: MoSLoRAConfig) -> dict[str, str] | None:
+    if config.task_type is not None:
+        return None
+    kind = type(base_model(model))
+    return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+
+
+@contextmanager
+def _staged(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A folder to write into; its files move to `folder` one by one, in the order of `names`, when all are written."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield staging
+        for path in staging.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if not folder.exists():
+            staging.chmod(0o755)
+            staging.rename(folder)
+        else:
+            for name in names:
+                (staging / name).replace(folder / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

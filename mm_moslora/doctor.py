@@ -1,0 +1,333 @@
+"""`mm-moslora doctor`: what would go wrong on this machine before it does, each with a remedy.
+
+Nothing here starts a process group or builds anything. A library that does not import is a finding, not a failure.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Literal
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+Status = Literal["ok", "warn", "bad"]
+
+SUPPORTED = {
+    "torch": ">=2.6",
+    "torchvision": ">=0.21",
+    "transformers": ">=5.17,<6",
+    "peft": ">=0.21,<0.22",
+    "deepspeed": ">=0.19.5,<0.20",
+    "accelerate": ">=1.10",
+    "datasets": ">=4.8",
+    "open_clip_torch": ">=3.3",
+    "timm": ">=1.0.20",
+    "safetensors": ">=0.6",
+    "pillow": ">=12.3",
+    "wandb": ">=0.25",
+}
+"""The ranges of the project's dependencies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownBad:
+    """Versions of a library that are known to do harm."""
+
+    package: str
+    versions: str
+    effect: str
+    status: Status = "bad"
+
+
+KNOWN_BAD = (
+    KnownBad(package="deepspeed", versions=">=0.17.6,<0.18.3", effect="ZeRO-2 computes wrong gradients"),
+    KnownBad(package="deepspeed", versions="==0.18.5", effect="ZeRO-3 with activation checkpointing crashes"),
+    KnownBad(package="deepspeed", versions="<0.19.0", effect="ZeRO-1 in bf16 drops the last micro-batch's gradient"),
+    KnownBad(
+        package="deepspeed", versions="<=0.19.2",
+        effect="ZeRO-3 with a frozen base and non-reentrant checkpointing raises CheckpointError",
+    ),
+    KnownBad(package="deepspeed", versions="<0.19.5", effect="its ops do not compile with torch 2.12 and later"),
+    KnownBad(package="transformers", versions="==5.1.0", effect="it does not work with DeepSpeed"),
+    KnownBad(package="transformers", versions="==4.57.0", effect="other trainers exclude this release as broken"),
+    KnownBad(package="transformers", versions="==5.6.0", effect="other trainers exclude this release as broken"),
+    KnownBad(
+        package="transformers", versions=">=4.56.0,<5.3", effect="a model's config.json can run code (CVE-2026-4372)"
+    ),
+    KnownBad(package="torch", versions="<2.6", effect="torch.load runs code even with weights_only (CVE-2025-32434)"),
+    KnownBad(
+        package="torch", versions=">=2.6,<2.10", status="warn",
+        effect="the weights-only unpickler can corrupt memory (CVE-2026-24747); load no foreign .pt or .bin file",
+    ),
+)  # fmt: skip
+"""Checked one by one; the remedy is always the supported range."""
+
+STALE_LOCK_SECONDS = 600.0
+ROOM_GIB = 10.0
+"""Free disk below which a run may fail at its first checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str = ""
+    """What to do; empty when there is nothing to do."""
+
+
+def diagnose(folder: Path | None = None) -> list[Finding]:
+    """Look at versions, hardware, compiler, caches, disk, threads and trackers.
+
+    Args:
+        folder: where runs will be written; None: the current folder.
+    """
+    checks: list[Callable[[], list[Finding]]] = [
+        _python,
+        _libraries,
+        _accelerator,
+        _precision,
+        _compiler,
+        _extension_locks,
+        lambda: _disk(folder or Path.cwd()),
+        _memory,
+        _threads,
+        _wandb,
+    ]
+    findings: list[Finding] = []
+    for check in checks:
+        try:
+            findings += check()
+        except Exception as error:  # one broken library must not hide the other findings
+            name = getattr(check, "__name__", "check").strip("_<>")
+            findings.append(
+                Finding(
+                    name=name,
+                    status="bad",
+                    detail=f"could not be looked at: {type(error).__name__}: {error}",
+                    remedy="Reinstall the library that is named here.",
+                )
+            )
+    return findings
+
+
+def check_version(package: str, version: str | None) -> Finding:
+    """Judge one library's version.
+
+    Args:
+        package: distribution name, a key of `SUPPORTED`.
+        version: None when it is not installed.
+    """
+    wanted = SUPPORTED[package]
+    remedy = f"pip install '{package}{wanted}'"
+    if version is None:
+        optional = package == "deepspeed" and sys.platform != "linux"
+        detail = "not installed" + (" (Linux only; one process trains with train.zero none)" if optional else "")
+        return Finding(name=package, status="warn" if optional else "bad", detail=detail, remedy=remedy)
+    try:
+        parsed = Version(version)
+    except InvalidVersion:
+        return Finding(name=package, status="warn", detail=f"{version}, which is not a version number", remedy=remedy)
+    plain = Version(parsed.public)  # 2.13.0+cpu is 2.13.0
+    harms = [
+        bad for bad in KNOWN_BAD if bad.package == package and plain in SpecifierSet(bad.versions, prereleases=True)
+    ]
+    if harms:
+        status: Status = "bad" if any(bad.status == "bad" for bad in harms) else "warn"
+        if status == "warn":
+            remedy = f"pip install --upgrade {package}"
+        return Finding(
+            name=package, status=status, detail=f"{version}: {'; '.join(bad.effect for bad in harms)}", remedy=remedy
+        )
+    if plain not in SpecifierSet(wanted, prereleases=True):
+        return Finding(
+            name=package, status="warn", detail=f"{version}, outside the tested range {wanted}", remedy=remedy
+        )
+    return Finding(name=package, status="ok", detail=version)
+
+
+def stale_locks(root: Path, *, now: float | None = None) -> list[Path]:
+    """Locks that a killed build left behind; the next build would wait for them for ever.
+
+    Args:
+        root: torch's extension cache.
+        now: seconds since the epoch.
+    """
+    moment = time.time() if now is None else now
+    return sorted(path for path in root.rglob("lock") if moment - path.stat().st_mtime > STALE_LOCK_SECONDS)
+
+
+def extensions_folder(environment: Mapping[str, str]) -> Path:
+    """Where torch keeps what it compiles: TORCH_EXTENSIONS_DIR, or its default.
+
+    Args:
+        environment: such as `os.environ`.
+    """
+    if given := environment.get("TORCH_EXTENSIONS_DIR"):
+        return Path(given)
+    cache = environment.get("XDG_CACHE_HOME") or str(Path(environment.get("HOME", "~")).expanduser() / ".cache")
+    return Path(cache) / "torch_extensions"
+
+
+def _python() -> list[Finding]:
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    return [Finding(name="python", status="ok", detail=f"{version}, {sys.executable}")]
+
+
+def _libraries() -> list[Finding]:
+    findings = []
+    for package in SUPPORTED:
+        try:
+            findings.append(check_version(package, installed_version(package)))
+        except PackageNotFoundError:
+            findings.append(check_version(package, None))
+    return findings
+
+
+def _accelerator() -> list[Finding]:
+    torch = importlib.import_module("torch")
+    if torch.cuda.is_available():
+        devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        names = ", ".join(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in devices)
+        return [Finding(name="accelerator", status="ok", detail=names)]
+    if Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi"):
+        built = torch.version.cuda or "no CUDA"
+        return [
+            Finding(
+                name="accelerator",
+                status="warn",
+                detail=f"an NVIDIA driver is here, but torch sees no GPU (torch is built for {built})",
+                remedy="Install a torch build for this driver, and look at CUDA_VISIBLE_DEVICES and nvidia-smi.",
+            )
+        ]
+    return [Finding(name="accelerator", status="ok", detail="none; the CPU is used")]
+
+
+def _precision() -> list[Finding]:
+    torch = importlib.import_module("torch")
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        detail = "the GPU computes bf16" if fast else "the GPU has no bf16; precision auto is fp32"
+        return [Finding(name="bf16", status="ok" if fast else "warn", detail=detail)]
+    text = _read(Path("/proc/cpuinfo"))
+    found = [flag for flag in ("amx_bf16", "avx512_bf16") if re.search(rf"\b{flag}\b", text)]
+    if found:
+        return [Finding(name="bf16", status="ok", detail=f"this CPU multiplies bf16 fast ({', '.join(found)})")]
+    return [
+        Finding(
+            name="bf16",
+            status="ok",
+            detail="this CPU has neither amx_bf16 nor avx512_bf16: precision auto is fp32, and bf16 would be slower",
+        )
+    ]
+
+
+def _compiler() -> list[Finding]:
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    ninja = shutil.which("ninja") or (importlib.util.find_spec("ninja") and "ninja")
+    present = [name for name, there in (("a C++ compiler", compiler), ("ninja", ninja)) if there]
+    return [
+        Finding(
+            name="compiler",
+            status="ok",
+            detail=f"{' and '.join(present) or 'neither compiler nor ninja'} here; none is needed "
+            "(DeepSpeed's shared-memory op is declined and AdamW is torch's own)",
+        )
+    ]
+
+
+def _extension_locks() -> list[Finding]:
+    root = extensions_folder(os.environ)
+    locks = stale_locks(root) if root.is_dir() else []
+    if not locks:
+        return [Finding(name="build locks", status="ok", detail=f"no stale lock below {root}")]
+    return [
+        Finding(
+            name="build locks",
+            status="warn",
+            detail=f"a killed build left {', '.join(str(path) for path in locks)}",
+            remedy=f"If nothing is being built now: rm {' '.join(str(path) for path in locks)}",
+        )
+    ]
+
+
+def _disk(folder: Path) -> list[Finding]:
+    findings = []
+    for name, place in (
+        ("disk for runs", folder),
+        ("disk for temporary files", Path(tempfile.gettempdir())),
+    ):
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        free = shutil.disk_usage(place).free / 2**30
+        enough = free >= (ROOM_GIB if name == "disk for runs" else 1.0)
+        findings.append(
+            Finding(
+                name=name,
+                status="ok" if enough else "warn",
+                detail=f"{free:.1f} GiB free at {place.resolve()}",
+                remedy="" if enough else "Free some space, or set train.output (TMPDIR) to a larger disk.",
+            )
+        )
+    return findings
+
+
+def _memory() -> list[Finding]:
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _read(Path("/proc/meminfo")))
+    if not found:
+        return [Finding(name="memory", status="ok", detail="unknown on this system")]
+    available = int(found[1]) / 2**20
+    enough = available >= 6
+    return [
+        Finding(
+            name="memory",
+            status="ok" if enough else "warn",
+            detail=f"{available:.1f} GiB available",
+            remedy="" if enough else "The quickstart wants 6 GiB; close other programs or use --smoke.",
+        )
+    ]
+
+
+def _threads() -> list[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    given = os.environ.get("OMP_NUM_THREADS")
+    policy = os.environ.get("OMP_WAIT_POLICY", "")
+    detail = f"{cores} cores, OMP_NUM_THREADS {given or 'not set'}, OMP_WAIT_POLICY {policy or 'not set'}"
+    remedies = []
+    if given and given.isdigit() and int(given) > cores:
+        remedies.append(f"export OMP_NUM_THREADS={cores}")
+    if policy.lower() != "passive":
+        remedies.append("export OMP_WAIT_POLICY=passive  # waiting threads then leave the cores to others")
+    return [
+        Finding(name="threads", status="warn" if remedies else "ok", detail=detail, remedy="\n".join(remedies)),
+    ]
+
+
+def _wandb() -> list[Finding]:
+    from mm_moslora.tracking.wandb import has_credentials
+
+    mode = os.environ.get("WANDB_MODE")
+    if mode:
+        return [Finding(name="wandb login", status="ok", detail=f"WANDB_MODE is {mode}")]
+    if has_credentials():
+        return [Finding(name="wandb login", status="ok", detail="a key is present: runs that ask for wandb go online")]
+    return [Finding(name="wandb login", status="ok", detail="no key: runs that ask for wandb are kept offline")]
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

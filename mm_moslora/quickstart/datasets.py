@@ -1,0 +1,227 @@
+"""Visual instructions from easy-VQA and from Tux Paint's stamps: LLaVA training files and held-out questions.
+
+Every answer is true by construction: it comes from the data set's own questions, sentences and folders. The same
+arguments give the same bytes. Yes/no questions are balanced per question text, so that a model that sees nothing and
+knows every habit of the questions still scores one half.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.errors import DataError
+
+YES_NO = ("yes", "no")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetFiles:
+    """What a builder wrote."""
+
+    images: Path
+    """Folder that the image paths in the files are relative to."""
+    align: Path
+    """LLaVA JSONL, one caption per training picture: for the projector."""
+    train: Path
+    """LLaVA JSONL, several questions per training picture in one conversation."""
+    test: Path
+    """Held-out questions, one JSON object per line: question_id, image, text, answer, category."""
+    train_pictures: int
+    """Pictures in `train`."""
+    test_pictures: int
+    """Distinct pictures in `test`; none of them is in `train`."""
+    questions: int
+    """Questions in `test`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question about one picture."""
+
+    image: str
+    text: str
+    answer: str
+
+    @property
+    def category(self) -> str:
+        """yes_no or open."""
+        return "yes_no" if self.answer in YES_NO else "open"
+
+
+def build_easy_vqa(
+    source: Path, out: Path, *, train_images: int = 4000, test_questions: int = 600, turns: int = 6, seed: int = 0
+) -> DatasetFiles:
+    """Write training and held-out files from an easy-VQA folder.
+
+    Args:
+        source: folder of `assets.easy_vqa`.
+        out: where the JSONL files go.
+        train_images: pictures taken from the package's training half (4,000 there).
+        test_questions: held-out questions, half open and half yes/no, from the package's test half.
+        turns: questions per conversation, at most.
+        seed: chooses pictures, questions and their order.
+
+    Raises:
+        DataError: `source` is no easy-VQA folder, or `turns` is below 1.
+    """
+    if turns < 1:
+        raise DataError(f"turns is {turns}, expected at least 1 question per conversation.")
+    rng = random.Random(f"easy-vqa {seed}")
+    by_image = _easy_questions(source, "train")
+    chosen = rng.sample(sorted(by_image), min(train_images, len(by_image)))
+    kept = balanced_yes_no([question for image in chosen for question in by_image[image]], rng)
+    conversations, captions = [], []
+    for image in chosen:
+        if questions := _arranged(kept.get(image, []), turns, rng):
+            conversations.append(conversation(f"easy-vqa/{image}", image, [(q.text, q.answer) for q in questions]))
+        if caption := easy_caption(by_image[image]):
+            captions.append(conversation(f"easy-vqa/{image}", image, [("what is in the image?", caption)]))
+    held_out = _easy_test(_easy_questions(source, "test"), test_questions, rng)
+    return write_files(out, source, captions, conversations, held_out)
+
+
+def _easy_questions(source: Path, half: str) -> dict[str, list[Question]]:
+    path = source / half / "questions.json"
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as easy-VQA's questions ({error}). Delete {source} and run again.") from error
+    grouped: dict[str, list[Question]] = defaultdict(list)
+    for text, answer, image_id in rows:
+        image = f"{half}/images/{image_id}.png"
+        grouped[image].append(Question(image=image, text=text, answer=answer))
+    return dict(grouped)
+
+
+def balanced_yes_no(questions: Sequence[Question], rng: random.Random) -> dict[str, list[Question]]:
+    """Keep every open question, and of each yes/no text as many yes as no; return them by picture."""
+    kept: dict[str, list[Question]] = defaultdict(list)
+    pools: dict[str, dict[str, list[Question]]] = defaultdict(lambda: {answer: [] for answer in YES_NO})
+    for question in questions:
+        if question.category == "open":
+            kept[question.image].append(question)
+        else:
+            pools[question.text][question.answer].append(question)
+    for text in sorted(pools):
+        yes, no = pools[text]["yes"], pools[text]["no"]
+        count = min(len(yes), len(no))
+        for question in rng.sample(yes, count) + rng.sample(no, count):
+            kept[question.image].append(question)
+    return dict(kept)
+
+
+def _arranged(questions: Sequence[Question], turns: int, rng: random.Random) -> list[Question]:
+    """Choose and order the turns of one conversation.
+
+    The first turn is the only one whose answer cannot be read off the conversation itself, so it is drawn from all.
+    """
+    shuffled = rng.sample(list(questions), len(questions))
+    return shuffled[:turns]
+
+
+def easy_caption(questions: Iterable[Question]) -> str | None:
+    """Return ``a red circle`` from what the questions and answers say, or None where they leave color or shape open."""
+    color = shape = None
+    for question in questions:
+        words = question.text.rstrip("?").split()
+        # What is asked about is there, unless a yes/no question says otherwise.
+        stated = question.category == "open" or (question.answer == "yes") != bool({"no", "not"} & set(words))
+        for word in (question.answer, *(words if stated else ())):
+            color = word if word in COLORS else color
+            shape = word if word in SHAPES else shape
+    return f"a {color} {shape}" if color and shape else None
+
+
+def _easy_test(by_image: dict[str, list[Question]], count: int, rng: random.Random) -> list[Record]:
+    """Half open questions, half yes/no in pairs of the same text, one answered yes and one no."""
+    everything = [question for image in sorted(by_image) for question in by_image[image]]
+    balanced = [question for image, kept in sorted(balanced_yes_no(everything, rng).items()) for question in kept]
+    open_questions = [question for question in balanced if question.category == "open"]
+    pairs = _pairs([question for question in balanced if question.category == "yes_no"], rng)
+    chosen = rng.sample(open_questions, min(count // 2, len(open_questions)))
+    for yes, no in rng.sample(pairs, min(count // 4, len(pairs))):
+        chosen += [yes, no]
+    return [question_record(f"easy-vqa-{index}", item, item.category) for index, item in enumerate(chosen)]
+
+
+def _pairs(questions: Sequence[Question], rng: random.Random) -> list[tuple[Question, Question]]:
+    by_text: dict[str, dict[str, list[Question]]] = defaultdict(lambda: {answer: [] for answer in YES_NO})
+    for question in questions:
+        by_text[question.text][question.answer].append(question)
+    pairs = []
+    for text in sorted(by_text):
+        yes, no = (rng.sample(by_text[text][answer], len(by_text[text][answer])) for answer in YES_NO)
+        pairs += list(zip(yes, no, strict=False))
+    return pairs
+
+
+def conversation(record_id: str, image: str, turns: Sequence[tuple[str, str]]) -> Record:
+    """Return a LLaVA training record; the image comes first in the first question."""
+    messages = []
+    for index, (question, answer) in enumerate(turns):
+        messages.append({"from": "human", "value": f"<image>\n{question}" if index == 0 else question})
+        messages.append({"from": "gpt", "value": answer})
+    return {"id": record_id, "image": image, "conversations": messages}
+
+
+def question_record(question_id: str, question: Question, category: str) -> Record:
+    """Return a held-out question in LLaVA's layout, with its answer."""
+    return {
+        "question_id": question_id,
+        "image": question.image,
+        "text": question.text,
+        "answer": question.answer,
+        "category": category,
+    }
+
+
+def wrong_images(records: Sequence[Record], *, seed: int = 0) -> list[Record]:
+    """Return the same questions, each with another item's picture: what a score is worth without seeing the right one.
+
+    Raises:
+        DataError: all records show one picture.
+    """
+    images = [record["image"] for record in records]
+    if len(set(images)) < 2:
+        raise DataError(f"{len(records)} questions about {len(set(images))} picture(s); another picture needs two.")
+    rng = random.Random(f"wrong {seed}")
+    others = []
+    for image in images:
+        other = rng.choice(images)
+        while other == image:
+            other = rng.choice(images)
+        others.append(other)
+    return [{**record, "image": other} for record, other in zip(records, others, strict=True)]
+
+
+def write_files(
+    out: Path, images: Path, align: Sequence[Record], train: Sequence[Record], test: Sequence[Record]
+) -> DatasetFiles:
+    files = {"align": align, "train": train, "test": test}
+    if empty := [name for name, records in files.items() if not records]:
+        raise DataError(f"No records for {', '.join(empty)} from {images}; is the folder complete?")
+    seen = {record["image"] for record in (*align, *train)}
+    assert not seen & {record["image"] for record in test}, "a picture is on both sides of the split"
+    out.mkdir(parents=True, exist_ok=True)
+    for name, records in files.items():
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return DatasetFiles(
+        images=images,
+        align=out / "align.jsonl",
+        train=out / "train.jsonl",
+        test=out / "test.jsonl",
+        train_pictures=len(train),
+        test_pictures=len({record["image"] for record in test}),
+        questions=len(test),
+    )

@@ -1,0 +1,246 @@
+"""Visual instructions from Tux Paint's stamps: cut-out pictures, each with an English sentence and a category folder.
+
+Pictures that show the same thing never stand on both sides of the split: those with the same sentence, and those that
+look nearly the same, stay together.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mm_moslora.errors import DataError
+from mm_moslora.quickstart.datasets import (
+    DatasetFiles,
+    Question,
+    Record,
+    conversation,
+    question_record,
+    write_files,
+)
+
+SENTENCE = "What is shown?"
+CATEGORY = "What kind of thing is this?"
+SIDE = 224
+"""Side of the square pictures that are written, pixels."""
+MARGIN = 0.04
+"""White border, as a share of the side."""
+
+# Folder of the package -> (answer, "Is this ...?"). Folders with fewer pictures than `MIN_CATEGORY` teach sentences only.
+CATEGORIES = {
+    "animals": ("animal", "an animal"),
+    "clothes": ("clothing", "a piece of clothing"),
+    "food": ("food", "food"),
+    "hobbies": ("hobby", "something for a hobby"),
+    "household": ("household", "a household item"),
+    "medical": ("medical", "something medical"),
+    "military": ("military", "something military"),
+    "naturalforces": ("nature", "a force of nature"),
+    "people": ("person", "a person"),
+    "plants": ("plant", "a plant"),
+    "seasonal": ("holiday", "something for a holiday"),
+    "space": ("space", "something in space"),
+    "sports": ("sport", "something for sports"),
+    "symbols": ("symbol", "a symbol"),
+    "town": ("town", "something in a town"),
+    "vehicles": ("vehicle", "a vehicle"),
+}
+MIN_CATEGORY = 20
+LEFT_OUT = ("symbols/alphabets",)
+"""Letter shapes: 158 pictures whose sentence is the letter."""
+
+THUMBNAIL = 16
+NEAR = 14.0
+"""Root mean square difference of 16 x 16 thumbnails, of 255, below which two pictures count as the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stamp:
+    """One picture of the package."""
+
+    path: Path
+    name: str
+    """Path below the package's folder, without suffix."""
+    sentence: str
+    folder: str
+    """Top folder: the category."""
+
+
+def build_stamps(
+    source: Path, out: Path, *, test_share: float = 0.15, seed: int = 0, limit: int | None = None
+) -> DatasetFiles:
+    """Write square pictures on white, training and held-out files from a stamps folder.
+
+    Args:
+        source: folder of `assets.stamps`.
+        out: where the pictures and JSONL files go.
+        test_share: share of each category's pictures that is held out.
+        seed: chooses the split and the negative pictures of yes/no questions.
+        limit: take at most so many pictures (for a smoke run).
+
+    Raises:
+        DataError: `source` holds no stamps, or `test_share` is not between 0 and 1.
+    """
+    if not 0 < test_share < 1:
+        raise DataError(f"test_share is {test_share}, expected a share between 0 and 1.")
+    rng = random.Random(f"stamps {seed}")
+    found = find_stamps(source)
+    if limit is not None and limit < len(found):
+        found = sorted(rng.sample(found, limit), key=lambda stamp: stamp.name)
+    pictures = {stamp.name: square(stamp.path) for stamp in found}
+    train, test = split(found, pictures, test_share, rng)
+    images = out / "images"
+    for name, picture in pictures.items():
+        target = images / f"{name}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(target)
+    counts = Counter(stamp.folder for stamp in found)
+    usable = {folder for folder in counts if counts[folder] >= MIN_CATEGORY or limit is not None}
+    captions = [conversation(f"stamps/{s.name}", _image(s), [(SENTENCE, s.sentence)]) for s in train]
+    return write_files(out, images, captions, _train_records(train, usable, rng), _test_records(test, usable, rng))
+
+
+def find_stamps(source: Path) -> list[Stamp]:
+    """Return the pictures that have an English sentence, in order of their names, the letter shapes left out.
+
+    Raises:
+        DataError: there is none.
+    """
+    stamps = []
+    for text in sorted(source.rglob("*.txt")):
+        name = text.relative_to(source).with_suffix("").as_posix()
+        picture = text.with_suffix(".png")
+        folder = name.split("/")[0]
+        if name.startswith(LEFT_OUT) or folder not in CATEGORIES or not picture.is_file():
+            continue
+        lines = text.read_text(encoding="utf-8").splitlines()
+        if lines and (sentence := lines[0].strip()):
+            stamps.append(Stamp(path=picture, name=name, sentence=sentence, folder=folder))
+    if not stamps:
+        raise DataError(f"{source} holds no stamps (pictures with a .txt beside them). Delete it and run again.")
+    return stamps
+
+
+def square(path: Path) -> Image.Image:
+    """Return the picture on white, centred in a square of `SIDE` pixels."""
+    with Image.open(path) as opened:
+        picture = opened.convert("RGBA")
+    inner = round(SIDE * (1 - 2 * MARGIN))
+    scale = inner / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    # Premultiplied resampling: the colour hidden under transparent pixels must not bleed into the edges.
+    white = Image.new("RGBA", picture.size, "white")
+    flat = Image.alpha_composite(white, picture).convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    canvas = Image.new("RGB", (SIDE, SIDE), "white")
+    canvas.paste(flat, ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2))
+    return canvas
+
+
+def split(
+    stamps: Sequence[Stamp], pictures: dict[str, Image.Image], test_share: float, rng: random.Random
+) -> tuple[list[Stamp], list[Stamp]]:
+    """Split by picture and category; groups of `same_thing` stay together."""
+    quota = {folder: round(count * test_share) for folder, count in Counter(s.folder for s in stamps).items()}
+    groups = same_thing(stamps, pictures)
+    rng.shuffle(groups)
+    train, test = [], []
+    for group in groups:
+        wanted = Counter(stamp.folder for stamp in group)
+        if all(wanted[folder] <= quota[folder] for folder in wanted):
+            quota = {folder: count - wanted[folder] for folder, count in quota.items()}
+            test += group
+        else:
+            train += group
+    return sorted(train, key=lambda stamp: stamp.name), sorted(test, key=lambda stamp: stamp.name)
+
+
+def same_thing(stamps: Sequence[Stamp], pictures: dict[str, Image.Image]) -> list[list[Stamp]]:
+    """Group stamps that share their sentence or look nearly the same, also mirrored."""
+    parent = list(range(len(stamps)))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = parent[parent[index]]
+            index = parent[index]
+        return index
+
+    first: dict[str, int] = {}
+    for index, stamp in enumerate(stamps):
+        parent[root(index)] = root(first.setdefault(_key(stamp.sentence), index))
+    thumbnails = np.stack([_thumbnail(pictures[stamp.name]) for stamp in stamps])
+    mirrored = thumbnails[:, :, ::-1]
+    for index in range(len(stamps)):
+        for others in (thumbnails, mirrored):
+            difference = np.sqrt(np.mean((others - thumbnails[index]) ** 2, axis=(1, 2, 3)))
+            for other in np.flatnonzero(difference < NEAR):
+                parent[root(int(other))] = root(index)
+    groups: dict[int, list[Stamp]] = defaultdict(list)
+    for index, stamp in enumerate(stamps):
+        groups[root(index)].append(stamp)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _key(sentence: str) -> str:
+    words = re.findall(r"[a-z]+", sentence.lower())
+    return " ".join(word for word in words if word not in {"a", "an", "the", "another", "some"}) or sentence
+
+
+def _thumbnail(picture: Image.Image) -> np.ndarray:
+    small = picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return np.asarray(small, dtype=np.float32)
+
+
+def _image(stamp: Stamp) -> str:
+    return f"{stamp.name}.png"
+
+
+def _is_question(folder: str) -> str:
+    return f"Is this {CATEGORIES[folder][1]}?"
+
+
+def yes_no_questions(stamps: Sequence[Stamp], usable: set[str], rng: random.Random) -> list[Question]:
+    """For each category as many pictures that belong to it as others, so that its question tells nothing."""
+    questions = []
+    for folder in sorted(usable):
+        inside = [stamp for stamp in stamps if stamp.folder == folder]
+        outside = [stamp for stamp in stamps if stamp.folder != folder]
+        count = min(len(inside), len(outside))
+        for answer, pool in (("yes", inside), ("no", outside)):
+            chosen = rng.sample(pool, count)
+            questions += [Question(image=_image(s), text=_is_question(folder), answer=answer) for s in chosen]
+    return questions
+
+
+def _train_records(stamps: Sequence[Stamp], usable: set[str], rng: random.Random) -> list[Record]:
+    asked: dict[str, list[Question]] = defaultdict(list)
+    for question in yes_no_questions(stamps, usable, rng):
+        asked[question.image].append(question)
+    records = []
+    for stamp in stamps:
+        turns = [(SENTENCE, stamp.sentence)]
+        if stamp.folder in usable:
+            turns.append((CATEGORY, CATEGORIES[stamp.folder][0]))
+        turns += [(question.text, question.answer) for question in asked[_image(stamp)]]
+        rng.shuffle(turns)
+        records.append(conversation(f"stamps/{stamp.name}", _image(stamp), turns))
+    return records
+
+
+def _test_records(stamps: Sequence[Stamp], usable: set[str], rng: random.Random) -> list[Record]:
+    records = []
+    for stamp in stamps:
+        sentence = Question(image=_image(stamp), text=SENTENCE, answer=stamp.sentence)
+        records.append(question_record(f"{stamp.name}#sentence", sentence, "sentence"))
+        if stamp.folder in usable:
+            kind = Question(image=_image(stamp), text=CATEGORY, answer=CATEGORIES[stamp.folder][0])
+            records.append(question_record(f"{stamp.name}#category", kind, "category"))
+    for index, question in enumerate(yes_no_questions(stamps, usable, rng)):
+        records.append(question_record(f"yes_no#{index}", question, "yes_no"))
+    return records

@@ -1,0 +1,77 @@
+"""Secrets never leave the process: one filter over everything that is logged, written or sent to a tracker.
+
+Three nets: names that sound like a secret, values that look like one, and the values that the environment itself
+declares secret. Standard library only, so that every layer can use it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+REDACTED = "[redacted]"
+
+_SECRET_NAME = re.compile(
+    r"(?:^|[_\-.])(?:api[_-]?key|access[_-]?key|secret|passw(?:or)?d|passphrase|credentials?|auth|private[_-]?key"
+    r"|(?:api|access|auth|hub|hf|bearer|session|refresh|wandb|huggingface|github)[_-]?token)(?:$|[_\-.])"
+    r"|^token$|(?-i:_TOKEN$)",  # any variable of the environment, but not `eos_token`
+    re.IGNORECASE,
+)
+_SECRET_VALUE = re.compile(
+    r"\bhf_[A-Za-z0-9]{16,}"  # Hugging Face
+    r"|\bwandb_v\d_[A-Za-z0-9_]{20,}"  # wandb, since 2025
+    r"|\bsk-[A-Za-z0-9_\-]{16,}"  # OpenAI-like
+    r"|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_[A-Za-z0-9_]{20,}"
+    r"|\bAKIA[0-9A-Z]{16}\b"  # AWS key id
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password of a URL
+    r"|(?<=Bearer )[A-Za-z0-9._\-]{16,}"
+)
+_HEX_40 = re.compile(r"\b[0-9a-f]{40}\b")  # an old wandb key; also what a git commit looks like
+_HASH_NAME = re.compile(r"revision|commit|sha|hash|digest|version", re.IGNORECASE)
+_SHORTEST = 8
+"""Environment values shorter than this are not searched for: they would match ordinary words."""
+
+
+def redact(value: Any, *, name: str = "") -> Any:
+    """The same nested data with every secret replaced by `[redacted]`.
+
+    Args:
+        value: mappings, lists, tuples and scalars; left untouched itself.
+        name: the key that holds `value`, which may say that it is a secret (`api_key`) or is none (`revision`).
+    """
+    if isinstance(value, Mapping):
+        return {key: redact(item, name=str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(item, name=name) for item in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    text = str(value)
+    if text and is_secret_name(name):
+        return REDACTED
+    cleaned = redact_text(text, keep_hashes=bool(_HASH_NAME.search(name)))
+    return value if cleaned == text else cleaned
+
+
+def redact_text(text: str, *, keep_hashes: bool = False) -> str:
+    """Free text with every secret replaced.
+
+    Args:
+        text: a log line, a file, an error.
+        keep_hashes: leave 40-digit hexadecimal numbers alone, because they are known to be commits.
+    """
+    for secret in _environment_secrets():
+        text = text.replace(secret, REDACTED)
+    text = _SECRET_VALUE.sub(REDACTED, text)
+    return text if keep_hashes else _HEX_40.sub(REDACTED, text)
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a key or variable of this name holds a secret; `tokens_per_image` and `max_tokens` do not."""
+    return bool(_SECRET_NAME.search(name))
+
+
+def _environment_secrets() -> list[str]:
+    found = {value for name, value in os.environ.items() if is_secret_name(name) and len(value) >= _SHORTEST}
+    return sorted((value for value in found if not os.path.exists(value)), key=len, reverse=True)

@@ -1,0 +1,196 @@
+"""Curves as hand-written SVG. Colours come from the page's style sheet, so one chart serves light and dark schemes.
+
+Shapes: a series is ``n`` points ``(x, y)``; a chart is a view box of ``WIDTH x HEIGHT`` units.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+
+WIDTH, HEIGHT = 440, 250
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 34
+MOST_POINTS = 240
+"""Points drawn per series; longer ones are averaged in buckets."""
+LOG_RATIO = 15.0
+"""Largest over smallest value from which a positive axis becomes logarithmic."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One line of a chart."""
+
+    name: str
+    points: list[tuple[float, float]]
+    faint: bool = False
+    """Drawn thin and pale, behind the others and without a legend entry."""
+
+
+def downsample(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
+    """At most `most` points, each the mean of a bucket of neighbours.
+
+    Args:
+        points: in order of x.
+        most: at least 1.
+    """
+    if len(points) <= most:
+        return list(points)
+    edges = [round(index * len(points) / most) for index in range(most + 1)]
+    buckets = [points[start:end] for start, end in pairwise(edges) if end > start]
+    return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in buckets]
+
+
+def smooth(points: Sequence[tuple[float, float]], *, share: float = 0.02) -> list[tuple[float, float]]:
+    """Exponential moving average without the start-up bias.
+
+    Args:
+        points: in order of x.
+        share: length of the memory as a share of the curve.
+    """
+    decay = 1 - 1 / max(1.0, share * len(points))
+    total = weight = 0.0
+    smoothed = []
+    for x, y in points:
+        total, weight = decay * total + (1 - decay) * y, decay * weight + (1 - decay)
+        smoothed.append((x, total / weight if weight else y))
+    return smoothed
+
+
+def ticks(low: float, high: float, *, count: int = 5) -> list[float]:
+    """About `count` round numbers from `low` to `high`.
+
+    Args:
+        low: smallest value.
+        high: largest value.
+        count: how many intervals to aim for.
+    """
+    if not high > low:
+        return [low]
+    raw = (high - low) / count
+    unit = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * unit for factor in (1, 2, 2.5, 5, 10) if raw <= factor * unit * 1.0001)
+    first = math.ceil(low / step - 1e-9)
+    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def format_number(value: float) -> str:
+    """Three significant digits, `1.2 k` and `3.4 M` for large ones, `2e-4` for small ones."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    for limit, suffix in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
+        if size >= limit:
+            return f"{value / (1e3 if suffix == ' k' else limit):.3g}{suffix}"
+    if size < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.4g}" if size >= 100 else f"{value:.3g}"
+
+
+class _Axis:
+    """Maps values to view-box units."""
+
+    def __init__(self, low: float, high: float, *, start: float, end: float, log: bool = False) -> None:
+        self.log = log
+        if log:
+            low, high = math.log10(low), math.log10(high)
+        if high == low:
+            pad = abs(low) * 0.1 or 1.0
+            low, high = low - pad, high + pad
+        self.low, self.high, self.start, self.end = low, high, start, end
+
+    def place(self, value: float) -> float:
+        value = math.log10(value) if self.log else value
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        if not self.log:
+            return ticks(self.low, self.high)
+        decades = range(math.floor(self.low), math.ceil(self.high) + 1)
+        marks = [factor * 10.0**decade for decade in decades for factor in (1, 2, 5)]
+        return [mark for mark in marks if self.low - 1e-9 <= math.log10(mark) <= self.high + 1e-9]
+
+
+def line_chart(series: Sequence[Series], *, title: str, x_label: str, zero: bool = False) -> str:
+    """An SVG figure with axes, lines, and the data for the page's read-out.
+
+    Args:
+        series: at least one point in all.
+        title: what is drawn, for the heading and for screen readers.
+        x_label: below the axis.
+        zero: the y axis starts at zero.
+    """
+    drawn = [Series(name=s.name, points=downsample(s.points), faint=s.faint) for s in series if s.points]
+    every = [point for item in drawn for point in item.points]
+    x_axis = _Axis(min(x for x, _ in every), max(x for x, _ in every), start=LEFT, end=WIDTH - RIGHT)
+    y_axis = _y_axis([y for _, y in every], zero=zero)
+    parts = [_grid(x_axis, y_axis, x_label)]
+    legend = []
+    colour = 0
+    for item in drawn:
+        style = "faint" if item.faint else f"line c{colour % 6}"
+        path = " ".join(f"{x_axis.place(x):.1f},{y_axis.place(y):.1f}" for x, y in item.points)
+        if len(item.points) == 1:
+            x, y = item.points[0]
+            parts.append(
+                f'<circle class="dot c{colour % 6}" cx="{x_axis.place(x):.1f}" cy="{y_axis.place(y):.1f}" r="4"/>'
+            )
+        else:
+            parts.append(f'<polyline class="{style}" points="{path}"/>')
+        if not item.faint:
+            legend.append(f'<li><i class="key c{colour % 6}"></i>{escape(item.name)}</li>')
+            colour += 1
+    shown = [item for item in drawn if not item.faint]
+    data = [
+        {
+            "name": item.name,
+            "points": [[round(x, 2), float(f"{y:.5g}"), round(x_axis.place(x), 1)] for x, y in item.points],
+        }
+        for item in shown
+    ]
+    key = f'<ul class="legend">{"".join(legend)}</ul>' if len(legend) > 1 else ""
+    last = ", ".join(f"{item.name} {format_number(item.points[-1][1])}" for item in shown)
+    return (
+        f'<figure class="chart card" data-series="{escape(json.dumps(data))}" data-x="{escape(x_label)}">'
+        f"<figcaption>{escape(title)}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" '
+        f'aria-label="{escape(title)}. Last: {escape(last)}">'
+        f"{''.join(parts)}"
+        f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/></svg>'
+        f'<p class="readout" aria-live="polite">Last: {escape(last)}</p>{key}</figure>'
+    )
+
+
+def _y_axis(values: Sequence[float], *, zero: bool) -> _Axis:
+    low, high = min(values), max(values)
+    if zero:
+        return _Axis(0.0, (high or 1.0) * 1.06, start=HEIGHT - BOTTOM, end=TOP)
+    if low > 0 and high / low > LOG_RATIO:
+        return _Axis(low / 1.1, high * 1.1, start=HEIGHT - BOTTOM, end=TOP, log=True)
+    pad = (high - low) * 0.06
+    bottom = 0.0 if low >= 0 > low - pad else low - pad
+    return _Axis(bottom, high + pad, start=HEIGHT - BOTTOM, end=TOP)
+
+
+def _grid(x_axis: _Axis, y_axis: _Axis, x_label: str) -> str:
+    parts = []
+    marks = y_axis.ticks()
+    if len(marks) > 7:
+        marks = [mark for mark in marks if math.log10(mark) % 1 < 1e-6] or marks[:: len(marks) // 6]
+    for mark in marks:
+        y = y_axis.place(mark)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{format_number(mark)}</text>')
+    for mark in x_axis.ticks():
+        x = x_axis.place(mark)
+        parts.append(
+            f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>'
+        )
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{format_number(mark)}</text>')
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
+    parts.append(f'<text class="label" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{escape(x_label)}</text>')
+    return "".join(parts)

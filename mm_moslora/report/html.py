@@ -1,0 +1,294 @@
+"""One self-contained HTML file from a run folder: `build_report`.
+
+The page loads nothing: style, script and pictures are inside it, and its content policy forbids the rest. Whatever a
+model or a data set wrote is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path, PurePath
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from mm_moslora.redaction import redact_text
+from mm_moslora.report import story
+from mm_moslora.report.charts import Series, format_number, line_chart, smooth
+from mm_moslora.report.pictures import heat_map, thumbnail
+from mm_moslora.report.schema import EvaluationRow, Mixer, RunData, Stage, load_run
+
+MOST_SAMPLES = 24
+"""Samples shown; a report stays small enough to mail."""
+MOST_MIXERS = 12
+LONGEST_ANSWER = 280
+"""Characters of an answer; the whole one is in samples.json."""
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_COMPONENTS = {
+    "vision": "Vision encoder", "projector": "Projector", "language": "Language model",
+    "adapter": "Adapter factors A, B", "mixer": "Mixers M",
+}  # fmt: skip
+
+
+def build_report(run_folder: Path, out: Path) -> Path:
+    """Write the report of a run.
+
+    Args:
+        run_folder: see `mm_moslora.report.schema` for what may lie in it; missing parts are said to be missing.
+        out: the HTML file; written in one move.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ConfigError: the folder holds nothing of a run.
+    """
+    page = render(load_run(run_folder))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=out.parent, suffix=".tmp")
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        stream.write(page)
+    os.chmod(name, 0o644)
+    os.replace(name, out)
+    return out
+
+
+def render(data: RunData) -> str:
+    """The page as text.
+
+    Args:
+        data: from `load_run`.
+    """
+    environment = Environment(
+        loader=PackageLoader("mm_moslora.report"), autoescape=True, undefined=StrictUndefined,
+        finalize=_printable, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters.update(
+        percent=story.percent, count=story.format_count, seconds=story.format_seconds, number=format_number
+    )
+    script = _asset("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("report.html.j2").render(
+        style=Markup(_asset("report.css")),  # noqa: S704  (shipped with the package)
+        script=Markup(script),  # noqa: S704
+        script_hash=digest,
+        **_context(data),
+    )
+
+
+def _context(data: RunData) -> dict[str, Any]:
+    summary = data.summary
+    tasks = story.tasks(data)
+    return {
+        "title": summary.get("title") or summary.get("name") or data.folder.name,
+        "description": summary.get("description"),
+        "facts": _facts(summary),
+        "verdicts": [v for task, rows in tasks if (v := story.verdict(task, rows))],
+        "tiles": story.tiles(data),
+        "assembly": _assembly(summary),
+        "tasks": [_task(task, rows) for task, rows in tasks],
+        "explained": story.EXPLAINED,
+        "samples": _samples(data),
+        "samples_left": max(0, len(data.samples) - MOST_SAMPLES),
+        "stages": [{"name": stage.name, "charts": _charts(stage)} for stage in data.stages],
+        "mixers": [_mixer(mixer) for mixer in data.mixers if mixer.after][:MOST_MIXERS],
+        "mixer_rows": data.mixers,
+        "data_facts": _flat(summary.get("data")),
+        "quarantine": data.quarantine,
+        "environment": _flat(summary.get("environment")),
+        "licences": _flat(summary.get("licences")),
+        "commands": _commands(data),
+        "recipes": _recipes(data),
+        "notes": data.notes,
+    }
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, Markup):
+        return value
+    if value is None:
+        return ""
+    return _CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) else value
+
+
+def _asset(name: str) -> str:
+    return resources.files("mm_moslora.report").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _facts(summary: Mapping[str, Any]) -> list[str]:
+    """The line under the title."""
+    facts = [str(summary[key]) for key in ("date", "hardware", "precision") if summary.get(key)]
+    if summary.get("zero"):
+        facts.append("plain torch" if summary["zero"] == "none" else f"DeepSpeed {summary['zero']}")
+    if summary.get("world_size"):
+        world = int(summary["world_size"])
+        facts.append(f"{world} process{'es' if world > 1 else ''}")
+    if summary.get("steps"):
+        total = summary.get("total_steps")
+        facts.append(f"step {summary['steps']} of {total}" if total else f"{summary['steps']} steps")
+    return facts
+
+
+def _assembly(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Boxes of the forward path, with what each is and how much of it trains."""
+    parts, base = summary.get("parts") or {}, summary.get("base") or {}
+    boxes = []
+    components = {str(c.get("name")): c for c in summary.get("components") or [] if isinstance(c, dict)}
+    order = [*(name for name in _COMPONENTS if name in components), *(n for n in components if n not in _COMPONENTS)]
+    for name in order:
+        component = components[name]
+        what = parts.get(name) or base.get(name)
+        boxes.append(
+            {
+                "name": name,
+                "label": _COMPONENTS.get(name, name),
+                "what": PurePath(str(what)).name if what else None,
+                "total": int(component.get("total", 0)),
+                "trainable": int(component.get("trainable", 0)),
+            }
+        )
+        if name == "projector" and summary.get("tokens_per_image"):
+            boxes[-1]["after"] = f"{summary['tokens_per_image']} visual tokens per picture"
+    return boxes
+
+
+def _task(task: str, rows: list[EvaluationRow]) -> dict[str, Any]:
+    categories = list(dict.fromkeys(name for row in rows for name in row.categories))
+    columns = [
+        ("All", _common({row.score.n for row in rows})),
+        *((name, _common({r.categories[name].n for r in rows if name in r.categories})) for name in categories),
+    ]
+    return {"name": task, "rows": rows, "categories": categories, "columns": columns}
+
+
+def _common(counts: set[int]) -> int | None:
+    """The number of questions of a column when all rows share it; else each cell says its own."""
+    return next(iter(counts)) if len(counts) == 1 else None
+
+
+def _samples(data: RunData) -> list[dict[str, Any]]:
+    return [
+        {
+            "question": _shorten(sample.question),
+            "answer": _shorten(sample.answer),
+            "tries": [
+                {"label": label, "text": _shorten(text), "correct": correct}
+                for label, text, correct in (
+                    ("Before", sample.before, sample.before_correct),
+                    ("After", sample.after, sample.after_correct),
+                )
+                if text is not None
+            ],
+            "wanted": sample.image is not None,
+            "kind": story.sample_kind(sample),
+            "picture": thumbnail(data.folder, sample.image) if sample.image else None,
+        }
+        for sample in data.samples[:MOST_SAMPLES]
+    ]
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= LONGEST_ANSWER else text[: LONGEST_ANSWER - 1].rstrip() + "…"
+
+
+def _curve(stage: Stage, key: str) -> list[tuple[float, float]]:
+    return [
+        (float(record["step"]), float(record[key]))
+        for record in stage.metrics
+        if isinstance(record.get("step"), int | float) and isinstance(record.get(key), int | float)
+    ]
+
+
+def _charts(stage: Stage) -> list[Markup]:
+    loss, validation = _curve(stage, "loss"), _curve(stage, "validation_loss")
+    rates = sorted({key for record in stage.metrics for key in record if key.startswith("lr/")})
+    wanted = [
+        (
+            "Loss per supervised token",
+            [
+                Series(name="every step", points=loss, faint=True),
+                Series(name="training, smoothed", points=smooth(loss)),
+                Series(name="validation", points=validation),
+            ],
+            False,
+        ),
+        ("Learning rate", [Series(name=key[3:], points=_curve(stage, key)) for key in rates], True),
+        ("Throughput, tokens per second", _smoothed("tokens per second", _curve(stage, "tokens_per_second")), True),
+        ("Gradient norm", _smoothed("gradient norm", _curve(stage, "grad_norm")), False),
+    ]
+    return [
+        Markup(line_chart(series, title=title, x_label="optimiser step", zero=zero))  # noqa: S704  (escapes its texts)
+        for title, series, zero in wanted
+        if any(item.points for item in series)
+    ]
+
+
+def _smoothed(name: str, points: list[tuple[float, float]]) -> list[Series]:
+    return [Series(name=name, points=points, faint=True), Series(name=name, points=smooth(points))]
+
+
+def _mixer(mixer: Mixer) -> dict[str, Any]:
+    """Before and after on one colour scale, the change on its own."""
+    assert mixer.after is not None
+    scale = max(abs(value) for matrix in (mixer.before or [], mixer.after) for row in matrix for value in row)
+    pictures = [{"label": "after", "url": heat_map(mixer.after, scale), "scale": scale}]
+    before = mixer.before
+    if before and len(before) == len(mixer.after) and len(before[0]) == len(mixer.after[0]):
+        change = [[b - a for a, b in zip(old, new, strict=True)] for old, new in zip(before, mixer.after, strict=True)]
+        largest = max(abs(value) for row in change for value in row)
+        pictures.insert(0, {"label": "before", "url": heat_map(before, scale), "scale": scale})
+        pictures.append({"label": "change", "url": heat_map(change, largest), "scale": largest})
+    return {"mixer": mixer, "pictures": pictures}
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested facts as name and text, in order."""
+    if not isinstance(value, Mapping):
+        return []
+    pairs = []
+    for key, item in value.items():
+        name = f"{prefix}{str(key).replace('_', ' ')}"
+        if isinstance(item, Mapping):
+            pairs += _flat(item, f"{name}, ")
+        elif isinstance(item, list | tuple):
+            pairs.append((name, ", ".join(str(part) for part in item)))
+        elif isinstance(item, int) and not isinstance(item, bool):
+            pairs.append((name, f"{item:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")))
+        else:
+            pairs.append((name, f"{item:.4g}" if isinstance(item, float) else str(item)))
+    return pairs
+
+
+def _commands(data: RunData) -> list[dict[str, str]]:
+    given = data.summary.get("commands")
+    if isinstance(given, list):
+        return [
+            {"what": str(item.get("what", "")), "command": redact_text(str(item["command"]))}
+            for item in given
+            if isinstance(item, dict) and "command" in item
+        ]
+    recipes = [stage.name for stage in data.stages if stage.config]
+    if not recipes:
+        return []
+    return [
+        {
+            "what": "Train again" if name == "train" else f"Stage {name} again",
+            "command": f"mm-moslora train {'' if name == 'train' else name + '/'}config.yaml --train.output runs/again",
+        }
+        for name in recipes
+    ]
+
+
+def _recipes(data: RunData) -> list[tuple[str, str]]:
+    found = [(stage.name, redact_text(stage.config, keep_hashes=True)) for stage in data.stages if stage.config]
+    own = data.folder / "config.yaml"
+    if not any(stage.name == "train" for stage in data.stages) and own.is_file():
+        found.insert(0, ("run", redact_text(own.read_text(encoding="utf-8", errors="replace"), keep_hashes=True)))
+    return found

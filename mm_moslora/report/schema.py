@@ -1,0 +1,288 @@
+"""What a run folder holds for its report, and a reader that takes whatever is there.
+
+Every file is optional. A missing or damaged one is named in `RunData.notes` and the report says so in its place.
+
+    summary.json       see below
+    config.yaml        the resolved recipe
+    metrics.jsonl      {"step", "time", "loss", "lr/<group>", "tokens_per_second", "validation_loss", ...} per line
+    align/, tune/      stages of one run, each with its own metrics.jsonl, summary.json, config.yaml, mixers.json
+    evaluation.json    [{"name", "label", "task", "n", "mean", "low", "high",
+                         "categories": {name: {"n", "mean", "low", "high"}}}]; shares between 0 and 1, 95 % intervals.
+                       Names with a meaning: tuned, untuned, wrong_image, blind, majority, best_answer
+    samples.json       [{"image": path below the run folder, "question", "answer", "before", "after",
+                         "before_correct", "after_correct"}]
+    mixers.json        [{"path", "rank", "before": [[..]], "after": [[..]], "distance_from_identity",
+                         "distance_from_orthogonal", "condition", "effective_rank", "moved"}]
+    quarantine.jsonl   one line per record that could not be used, with its "reason"
+
+summary.json, every key optional: `name`, `title`, `description`, `steps`, `total_steps`, `counters` {"seconds",
+"tokens", "images", "supervised_tokens", "skipped"}, `precision`, `world_size`, `zero`, `components` [{"name", "total",
+"trainable"}] (parameters), `parts` {component: what it is}, `base` {"language", "vision"}, `tokens_per_image`,
+`memory_gib`, `seconds` (the whole run), `hardware`, `date`, `data` {fact: value}, `environment` {package: version},
+`licences` {part: licence}, `commands` [{"what", "command"}].
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.errors import ConfigError
+
+STAGE_ORDER = ("align", "tune")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A share of right answers with its 95 % interval."""
+
+    n: int
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRow:
+    """One system on one task."""
+
+    name: str
+    label: str
+    task: str
+    score: Score
+    categories: dict[str, Score]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRow:
+    """One held-out question, before and after."""
+
+    image: str | None
+    question: str
+    answer: str
+    before: str | None
+    after: str | None
+    before_correct: bool | None
+    after_correct: bool | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixer:
+    """One mixer's figures, and its matrices where they were kept."""
+
+    path: str
+    rank: int | None
+    before: list[list[float]] | None
+    after: list[list[float]] | None
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stretch of training."""
+
+    name: str
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any]
+    config: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """Everything a report is made from."""
+
+    folder: Path
+    summary: dict[str, Any]
+    stages: list[Stage]
+    evaluation: list[EvaluationRow]
+    samples: list[SampleRow]
+    mixers: list[Mixer]
+    quarantine: dict[str, int]
+    """Bad records by reason."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be read, for the reader of the report."""
+
+
+def load_run(folder: Path) -> RunData:
+    """Read a run folder.
+
+    Args:
+        folder: a run folder of any stage of completeness.
+
+    Raises:
+        ConfigError: there is no such folder, or nothing in it belongs to a run.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; expected a run folder, such as the train.output of a recipe.")
+    notes: list[str] = []
+    stages = _stages(folder, notes)
+    summary = _mapping(_read_json(folder / "summary.json", notes), "summary.json", notes)
+    data = RunData(
+        folder=folder,
+        summary=_merged_summary(summary, stages),
+        stages=stages,
+        evaluation=[r for item in _rows(folder / "evaluation.json", notes) if (r := _evaluation_row(item, notes))],
+        samples=[_sample_row(item) for item in _rows(folder / "samples.json", notes)],
+        mixers=[m for item in _mixer_rows(folder, stages, notes) if (m := _mixer(item, notes))],
+        quarantine=_quarantine(folder, stages),
+        notes=notes,
+    )
+    if not (data.summary or data.stages or data.evaluation or data.samples or data.mixers or notes):
+        raise ConfigError(
+            f"{folder} holds none of summary.json, metrics.jsonl, evaluation.json, samples.json or mixers.json. "
+            "Give the run folder itself, not a checkpoint or its parent."
+        )
+    return data
+
+
+def _stages(folder: Path, notes: list[str]) -> list[Stage]:
+    found = []
+    names = sorted(
+        (path.parent.name for path in folder.glob("*/metrics.jsonl")),
+        key=lambda name: (STAGE_ORDER.index(name) if name in STAGE_ORDER else len(STAGE_ORDER), name),
+    )
+    places = [("train", folder)] if (folder / "metrics.jsonl").is_file() else []
+    for name, place in [*places, *((name, folder / name) for name in names)]:
+        summary = {} if place == folder else _mapping(_read_json(place / "summary.json", notes), f"{name}/", notes)
+        config = place / "config.yaml"
+        found.append(
+            Stage(
+                name=name,
+                metrics=_read_lines(place / "metrics.jsonl"),
+                summary=summary,
+                config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
+            )
+        )
+    return found
+
+
+def _merged_summary(summary: dict[str, Any], stages: list[Stage]) -> dict[str, Any]:
+    """The run's own summary; what it lacks comes from its last stage."""
+    merged = dict(stages[-1].summary) if stages else {}
+    merged.pop("name", None)
+    return merged | summary
+
+
+def _read_json(path: Path, notes: list[str]) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        notes.append(f"{path.name} could not be read ({error}).")
+        return None
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # the line a killed run was writing
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def _mapping(value: Any, what: str, notes: list[str]) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        notes.append(f"{what} holds {type(value).__name__}, expected an object.")
+        return {}
+    return dict(value)
+
+
+def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    value = _read_json(path, notes)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        notes.append(f"{path.name} holds {type(value).__name__}, expected a list.")
+        return []
+    rows = [item for item in value if isinstance(item, dict)]
+    if len(rows) < len(value):
+        notes.append(f"{path.name}: {len(value) - len(rows)} entries are not objects and were left out.")
+    return rows
+
+
+def _score(item: Mapping[str, Any]) -> Score:
+    mean = float(item["mean"])
+    low, high = float(item.get("low", mean)), float(item.get("high", mean))
+    if not all(math.isfinite(value) for value in (mean, low, high)):
+        raise ValueError("not finite")
+    return Score(n=int(item.get("n", 0)), mean=mean, low=low, high=high)
+
+
+def _evaluation_row(item: dict[str, Any], notes: list[str]) -> EvaluationRow | None:
+    name = str(item.get("name", "?"))
+    try:
+        categories = {str(key): _score(value) for key, value in (item.get("categories") or {}).items()}
+        score = _score(item)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        notes.append(f"evaluation.json: row {name!r} was left out ({type(error).__name__}: {error}).")
+        return None
+    label = str(item.get("label") or name.replace("_", " "))
+    return EvaluationRow(name=name, label=label, task=str(item.get("task", "")), score=score, categories=categories)
+
+
+def _sample_row(item: dict[str, Any]) -> SampleRow:
+    def text(key: str) -> str | None:
+        return None if item.get(key) is None else str(item[key])
+
+    def verdict(key: str) -> bool | None:
+        return None if item.get(key) is None else bool(item[key])
+
+    return SampleRow(
+        image=text("image"), question=text("question") or "", answer=text("answer") or "", before=text("before"),
+        after=text("after"), before_correct=verdict("before_correct"), after_correct=verdict("after_correct"),
+    )  # fmt: skip
+
+
+def _mixer_rows(folder: Path, stages: list[Stage], notes: list[str]) -> list[dict[str, Any]]:
+    """The run's mixers, or those of its last stage that has some."""
+    for place in [folder, *(folder / stage.name for stage in reversed(stages))]:
+        if (place / "mixers.json").is_file():
+            return _rows(place / "mixers.json", notes)
+    return []
+
+
+def _mixer(item: dict[str, Any], notes: list[str]) -> Mixer | None:
+    path = str(item.get("path", "?"))
+    try:
+        before, after = _matrix(item.get("before")), _matrix(item.get("after"))
+    except (TypeError, ValueError) as error:
+        notes.append(f"mixers.json: {path!r} was left out ({error}).")
+        return None
+    names = ("distance_from_identity", "distance_from_orthogonal", "condition", "effective_rank", "moved")
+    figures = {name: float(item[name]) for name in names if isinstance(item.get(name), int | float)}
+    rank = item.get("rank")
+    if not isinstance(rank, int):
+        rank = len(after) if after else None
+    return Mixer(path=path, rank=rank, before=before, after=after, figures=figures)
+
+
+def _matrix(value: Any) -> list[list[float]] | None:
+    if value is None:
+        return None
+    rows = [[float(cell) for cell in row] for row in value]
+    if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
+        raise ValueError("rows of different length, expected a matrix")
+    if not all(math.isfinite(cell) for row in rows for cell in row):
+        raise ValueError("holds values that are not finite")
+    return rows
+
+
+def _quarantine(folder: Path, stages: list[Stage]) -> dict[str, int]:
+    reasons: Counter[str] = Counter()
+    for place in {folder, *(folder / stage.name for stage in stages)}:
+        reasons.update(
+            str(record.get("reason", "no reason given")) for record in _read_lines(place / "quarantine.jsonl")
+        )
+    return dict(reasons.most_common())

@@ -1,0 +1,169 @@
+"""What a run's numbers say, in words and in figures to put first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mm_moslora.report.schema import EvaluationRow, RunData, SampleRow
+
+CONTROLS = ("wrong_image", "blind", "majority", "best_answer")
+"""Ways to score without looking at the right picture."""
+EXPLAINED = {
+    "tuned": "the model after tuning",
+    "untuned": "the same parts before tuning",
+    "wrong_image": "tuned, but shown another item's picture",
+    "blind": "tuned, but shown a plain picture of the mean colour",
+    "majority": "always the most frequent answer of the training data",
+    "best_answer": "for each question, its most frequent training answer",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """One key figure."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What one task's rows show, and whether it is good news."""
+
+    task: str
+    mood: str
+    """good, mixed or bad."""
+    sentences: list[str]
+
+
+def percent(share: float) -> str:
+    """`82.3 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def format_count(count: float) -> str:
+    """`134.5 M`, `1.2 k` or `17`."""
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            digits = 0 if count / limit >= 1000 else 1
+            return f"{count / limit:.{digits}f} {suffix}"
+    return f"{count:g}"
+
+
+def format_seconds(seconds: float) -> str:
+    """`42 s`, `3 min 05 s` or `2 h 07 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def tasks(data: RunData) -> list[tuple[str, list[EvaluationRow]]]:
+    """Evaluation rows by task, in the order of the file."""
+    grouped: dict[str, list[EvaluationRow]] = {}
+    for row in data.evaluation:
+        grouped.setdefault(row.task, []).append(row)
+    return list(grouped.items())
+
+
+def verdict(task: str, rows: list[EvaluationRow]) -> Verdict | None:
+    """Compare tuned with untuned and with the best control; None without a tuned row.
+
+    Intervals that do not overlap show a difference. Intervals that do overlap show none, and the verdict says so.
+    """
+    by_name = {row.name: row for row in rows}
+    tuned, untuned = by_name.get("tuned"), by_name.get("untuned")
+    if tuned is None:
+        return None
+    score = tuned.score
+    sentences = [
+        f"After tuning, {percent(score.mean)} of {score.n} held-out questions are answered right "
+        f"(95 % interval {percent(score.low)} to {percent(score.high)})."
+    ]
+    moods = []
+    if untuned is not None:
+        before = f"Before tuning it was {percent(untuned.score.mean)}"
+        if score.low > untuned.score.high:
+            sentences.append(f"{before}; the intervals are apart, so tuning helped.")
+            moods.append("good")
+        elif score.high < untuned.score.low:
+            sentences.append(f"{before}; the intervals are apart, so tuning made it worse.")
+            moods.append("bad")
+        else:
+            sentences.append(f"{before}; the intervals overlap, so no difference is shown.")
+            moods.append("mixed")
+    controls = [by_name[name] for name in CONTROLS if name in by_name]
+    if controls:
+        best = max(controls, key=lambda row: row.score.mean)
+        without = f"The best score without the right picture is {percent(best.score.mean)} ({best.label})"
+        apart = all(score.low > row.score.high for row in controls)
+        if apart:
+            sentences.append(f"{without}, clearly lower: the model looks at the picture.")
+        else:
+            sentences.append(f"{without}, not clearly lower: it is not shown that the model looks at the picture.")
+        moods.append("good" if apart else "mixed")
+    mood = "bad" if "bad" in moods else "mixed" if "mixed" in moods or not moods else "good"
+    return Verdict(task=task, mood=mood, sentences=sentences)
+
+
+def tiles(data: RunData) -> list[Tile]:
+    """The figures to show first; what is unknown is left out."""
+    found = []
+    for task, rows in tasks(data)[:2]:
+        by_name = {row.name: row for row in rows}
+        if "tuned" in by_name:
+            score = by_name["tuned"].score
+            note = f"{percent(score.low)} to {percent(score.high)}"
+            if "untuned" in by_name:
+                note += f", from {percent(by_name['untuned'].score.mean)}"
+            found.append(
+                Tile(label=f"Right answers{f', {task}' if task else ''}", value=percent(score.mean), note=note)
+            )
+    total, trainable = parameters(data.summary)
+    if total:
+        found.append(
+            Tile(
+                label="Trainable parameters",
+                value=format_count(trainable),
+                note=f"{100 * trainable / total:.2g} % of {format_count(total)}",
+            )
+        )
+    seconds = training_seconds(data)
+    if seconds:
+        counters = data.summary.get("counters") or {}
+        note = f"{format_count(counters['tokens'])} tokens" if counters.get("tokens") else ""
+        if data.summary.get("seconds"):
+            note = f"whole run {format_seconds(float(data.summary['seconds']))}"
+        found.append(Tile(label="Training time", value=format_seconds(seconds), note=note))
+    if data.summary.get("memory_gib"):
+        found.append(
+            Tile(label="Peak memory", value=f"{float(data.summary['memory_gib']):.2f} GiB", note="per process")
+        )
+    return found
+
+
+def parameters(summary: dict[str, Any]) -> tuple[int, int]:
+    """Total and trainable parameters; zeros when the summary does not say."""
+    components = [item for item in summary.get("components") or [] if isinstance(item, dict)]
+    return sum(int(c.get("total", 0)) for c in components), sum(int(c.get("trainable", 0)) for c in components)
+
+
+def training_seconds(data: RunData) -> float:
+    """Seconds spent in optimiser steps, over all stages; 0 when unknown."""
+    summaries = [stage.summary for stage in data.stages if stage.summary] or [data.summary]
+    return sum(float((summary.get("counters") or {}).get("seconds", 0.0)) for summary in summaries)
+
+
+def sample_kind(sample: SampleRow) -> str:
+    """fixed, broken, right, wrong or open (not scored)."""
+    if sample.after_correct is None:
+        return "open"
+    if sample.before_correct is None:
+        return "right" if sample.after_correct else "wrong"
+    if sample.after_correct:
+        return "right" if sample.before_correct else "fixed"
+    return "broken" if sample.before_correct else "wrong"

@@ -1,0 +1,165 @@
+"""The tracker interface, and the fan-out that the training loop talks to.
+
+A tracker must never stop a run: the fan-out catches whatever one raises, says so once, and goes on without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from mm_moslora.config import TrackConfig
+from mm_moslora.errors import ConfigError, suggestion
+from mm_moslora.redaction import redact, redact_text
+
+logger = logging.getLogger(__name__)
+
+KNOWN = ("tensorboard", "wandb")
+"""Trackers that a recipe may ask for besides JSONL."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One question with its picture and what the model said."""
+
+    question: str
+    expected: str
+    prediction: str
+    correct: bool | None = None
+    """None where there is no right or wrong."""
+    image: Path | None = None
+    """A picture file; re-encoded small before it is sent anywhere."""
+
+
+class Tracker(Protocol):
+    """Somewhere that metrics go. Steps are optimiser steps and count from 1."""
+
+    name: str
+    """For messages."""
+
+    def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
+        """Open the run.
+
+        Args:
+            config: the resolved recipe, free of secrets.
+            run_folder: exists.
+            resume_step: the last step whose results are kept; None for a fresh run.
+        """
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record numbers at a step."""
+
+    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+        """Record questions and answers at a step."""
+
+    def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
+        """Record a folder, such as an adapter, by name."""
+
+    def finish(self, *, ok: bool) -> None:
+        """Close the run, as successful or as failed."""
+
+
+class Trackers:
+    """Passes everything on to several trackers, on rank 0 only.
+
+    Args:
+        trackers: in order; the first is written first.
+        active: False makes every call do nothing; None: whether this process is rank 0.
+    """
+
+    def __init__(self, trackers: Sequence[Tracker], *, active: bool | None = None) -> None:
+        if active is None:
+            from mm_moslora import distributed
+
+            active = distributed.is_main()
+        self._trackers: list[Tracker] = list(trackers) if active else []
+
+    @property
+    def names(self) -> list[str]:
+        """The trackers still in use."""
+        return [tracker.name for tracker in self._trackers]
+
+    def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
+        """Open the run everywhere; see `Tracker.start`. Secrets are taken out of `config` here."""
+        clean = redact(config)
+        self._each("start", lambda tracker: tracker.start(clean, run_folder, resume_step=resume_step))
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record numbers everywhere; see `Tracker.log`."""
+        self._each("log", lambda tracker: tracker.log(metrics, step))
+
+    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+        """Record samples everywhere; see `Tracker.log_samples`. Secrets are taken out of the texts here."""
+        clean = [_without_secrets(sample) for sample in samples]
+        self._each("log samples", lambda tracker: tracker.log_samples(title, clean, step))
+
+    def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str] = ("latest",)) -> None:
+        """Record a folder everywhere; see `Tracker.log_folder`."""
+        self._each("log a folder", lambda tracker: tracker.log_folder(title, folder, aliases=aliases))
+
+    def finish(self, *, ok: bool) -> None:
+        """Close the run everywhere; see `Tracker.finish`."""
+        self._each("finish", lambda tracker: tracker.finish(ok=ok))
+
+    def _each(self, what: str, call: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                call(tracker)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                logger.warning(
+                    "Tracker %s could not %s (%s: %s); the run goes on without it.",
+                    tracker.name, what, type(error).__name__, redact_text(str(error)),
+                )  # fmt: skip
+
+
+def build_trackers(config: TrackConfig, *, active: bool | None = None) -> Trackers:
+    """The trackers that a recipe asks for, JSONL first.
+
+    Args:
+        config: the recipe's `track`.
+        active: see `Trackers`.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    from mm_moslora.tracking.jsonl import JsonlTracker
+    from mm_moslora.tracking.tensorboard import TensorBoardTracker
+    from mm_moslora.tracking.wandb import WandbTracker
+
+    for name in config.trackers:
+        if name not in KNOWN:
+            raise ConfigError(
+                f"track.trackers holds {name!r}, expected any of {', '.join(KNOWN)}.{suggestion(name, KNOWN)} "
+                "metrics.jsonl needs no entry: it is always written."
+            )
+    chosen: list[Tracker] = [JsonlTracker()]
+    if "tensorboard" in config.trackers:
+        chosen.append(TensorBoardTracker())
+    if "wandb" in config.trackers:
+        chosen.append(WandbTracker(project=config.project, entity=config.entity, run_name=config.name))
+    return Trackers(chosen, active=active)
+
+
+def _without_secrets(sample: Sample) -> Sample:
+    return dataclasses.replace(
+        sample,
+        question=redact_text(sample.question),
+        expected=redact_text(sample.expected),
+        prediction=redact_text(sample.prediction),
+    )
+
+
+def namespaced(name: str) -> str:
+    """A metric's name on a dashboard, where the part before the slash makes the panel: `loss` becomes `train/loss`."""
+    if name.startswith("validation_"):
+        return f"validation/{name.removeprefix('validation_')}"
+    if name == "memory_gib":
+        return "system/memory_gib"
+    if name.split("/")[0] in {"train", "validation", "eval", "system", "adapter"}:
+        return name
+    return f"train/{name}"

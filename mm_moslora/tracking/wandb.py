@@ -1,0 +1,154 @@
+"""Weights & Biases: online where there is a key, offline in the run folder where there is none.
+
+The run's id lies in `RUN/wandb_id.txt`, so a resumed run goes on in the same one. Upload an offline run later with
+`wandb sync RUN/wandb/offline-run-*`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import netrc
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from mm_moslora.redaction import redact_text
+from mm_moslora.tracking.base import Sample, namespaced
+from mm_moslora.tracking.pictures import thumbnail
+
+logger = logging.getLogger(__name__)
+
+ID_FILE = "wandb_id.txt"
+INIT_SECONDS = 20.0
+"""How long the service may take to answer before the run goes on offline (the library's own limit is 90 s)."""
+FINISH_SECONDS = 60.0
+"""How long the last upload may take; what is left stays on disk for `wandb sync`."""
+MAX_SAMPLES = 200
+"""Rows of one sample table."""
+STEP = "train/step"
+
+
+def has_credentials() -> bool:
+    """Whether wandb could log in without asking: a key in the environment, an identity token, or a login file."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    candidates = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
+    for candidate in candidates:
+        path = Path(candidate or "").expanduser()
+        if candidate and path.is_file():
+            try:
+                return netrc.netrc(str(path)).authenticators(host) is not None
+            except (OSError, netrc.NetrcParseError):
+                return False
+    return False
+
+
+class WandbTracker:
+    """One wandb run per run folder.
+
+    Args:
+        project: wandb project.
+        entity: wandb entity; None: the account's own.
+        run_name: shown name; None: the run folder's.
+    """
+
+    name = "wandb"
+
+    def __init__(self, *, project: str, entity: str | None = None, run_name: str | None = None) -> None:
+        self._project, self._entity, self._run_name = project, entity, run_name
+        self._run: Any = None
+
+    def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
+        """See `Tracker.start`. Without a key, or when the service does not answer in time, the run is offline."""
+
+        import wandb
+
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_credentials() else "offline")
+        id_file = run_folder / ID_FILE
+        known = id_file.read_text(encoding="utf-8").strip() if resume_step is not None and id_file.is_file() else ""
+        run_id = known or uuid.uuid4().hex[:12]
+        try:
+            self._run = self._init(mode, run_id, run_folder, config, resumed=bool(known))
+        except Exception as error:
+            if mode in ("offline", "disabled"):
+                raise
+            logger.warning(
+                "wandb did not answer (%s); metrics go to %s/wandb, upload them later with `wandb sync`.",
+                redact_text(str(error)).splitlines()[0][:200], run_folder,
+            )  # fmt: skip
+            wandb.teardown()  # the failed attempt still holds the id
+            self._run = self._init("offline", run_id, run_folder, config, resumed=bool(known))
+        id_file.write_text(run_id + "\n", encoding="utf-8")
+        # The step is a metric of its own: wandb drops records whose built-in step runs backwards after a resume.
+        self._run.define_metric(STEP, hidden=True)
+        self._run.define_metric("*", step_metric=STEP)
+
+    def _init(self, mode: str, run_id: str, folder: Path, config: Mapping[str, Any], *, resumed: bool) -> Any:
+        import wandb
+
+        return wandb.init(
+            project=self._project,
+            entity=self._entity,
+            name=self._run_name or folder.name,
+            id=run_id,
+            # An offline run cannot ask the service; its parts meet by id when they are uploaded.
+            resume=None if mode != "online" else ("allow" if resumed else "never"),
+            mode=mode,  # type: ignore[arg-type]
+            dir=str(folder),
+            config=dict(config),
+            reinit="create_new",
+            settings=_settings(),
+        )
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """See `Tracker.log`."""
+        self._run.log({STEP: step, **{namespaced(name): float(value) for name, value in metrics.items()}})
+
+    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+        """See `Tracker.log_samples`."""
+        import wandb
+
+        table = wandb.Table(columns=["image", "question", "expected", "prediction", "correct"])  # type: ignore[no-untyped-call]
+        for sample in samples[:MAX_SAMPLES]:
+            image = None if sample.image is None else wandb.Image(thumbnail(sample.image))
+            table.add_data(image, sample.question, sample.expected, sample.prediction, sample.correct)  # type: ignore[no-untyped-call]
+        if len(samples) > MAX_SAMPLES:
+            logger.info("wandb: the first %d of %d samples are logged.", MAX_SAMPLES, len(samples))
+        self._run.log({STEP: step, namespaced(title if "/" in title else f"eval/{title}"): table})
+
+    def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
+        """See `Tracker.log_folder`; the folder becomes an artifact of type `adapter`."""
+        import wandb
+
+        metadata = {}
+        manifest = folder / "adapter_config.json"
+        if manifest.is_file():
+            metadata = json.loads(manifest.read_text(encoding="utf-8"))
+        artifact = wandb.Artifact(name=title, type="adapter", metadata=metadata)
+        artifact.add_dir(str(folder))
+        self._run.log_artifact(artifact, aliases=list(aliases))
+
+    def finish(self, *, ok: bool) -> None:
+        """See `Tracker.finish`."""
+        if self._run is not None:
+            self._run.finish(exit_code=0 if ok else 1)
+            self._run = None
+
+
+def _settings() -> Any:
+    import wandb
+
+    wanted: dict[str, Any] = {
+        "init_timeout": INIT_SECONDS,
+        "login_timeout": INIT_SECONDS,
+        "finish_timeout": FINISH_SECONDS,
+        "console": "off",  # progress bars stay ours, and nothing printed leaves the machine
+        "silent": True,
+    }
+    known = wandb.Settings.model_fields  # older versions have no limit on finishing and refuse unknown settings
+    return wandb.Settings(**{name: value for name, value in wanted.items() if name in known})

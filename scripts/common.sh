@@ -1,0 +1,75 @@
+# Shared by the launchers in this folder; sourced, never run.
+# shellcheck shell=bash
+
+# Environment of every run. What is already set wins.
+run_environment() {
+  export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+  export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+  export PYTHONUNBUFFERED=1
+  # A rank that fails takes the others down instead of leaving them waiting.
+  export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-3}"
+  export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
+  export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
+  # Seconds that ranks get to save after SIGTERM, before they are killed.
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
+  # Two environments that share this cache rebuild each other's operators.
+  export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$("$PYTHON" -c 'import sys; print(sys.prefix)')/torch_extensions}"
+}
+
+# The Python to use: $PYTHON, else the checkout's own environment, else the one on the PATH.
+find_python() {
+  local root
+  root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  if [ -n "${PYTHON:-}" ]; then
+    return
+  elif [ -x "$root/.venv/bin/python" ]; then
+    PYTHON="$root/.venv/bin/python"
+  elif PYTHON=$(command -v python3); then
+    :
+  else
+    fail "no Python found; run 'make quickstart' once, or set PYTHON"
+  fi
+}
+
+# Processes on this machine: $NPROC, else the number of GPUs, else 1.
+process_count() {
+  if [ -n "${NPROC:-}" ]; then
+    echo "$NPROC"
+  else
+    "$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))'
+  fi
+}
+
+# Prints the resolved recipe of "$@" on stderr and leaves its run folder in $RUN_FOLDER.
+show_recipe() {
+  local resolved
+  resolved=$("$PYTHON" -m mm_moslora config "$@") || exit $?
+  printf '%s\n' "# resolved recipe" "$resolved" >&2
+  RUN_FOLDER=$("$PYTHON" -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["train"]["output"])' <<<"$resolved")
+}
+
+# Runs "$@", hands signals on to it, and exits 75 (try again later) when the trainer was stopped and has saved.
+run_and_report() {
+  local child status=0
+  rm -f "$RUN_FOLDER/PREEMPTED"
+  "$@" &
+  child=$!
+  trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT USR1
+  # wait returns early when a trapped signal arrives: wait until the child has really ended.
+  while kill -0 "$child" 2>/dev/null; do
+    status=0
+    wait "$child" || status=$?
+  done
+  trap - TERM INT USR1
+  if [ -e "$RUN_FOLDER/PREEMPTED" ]; then
+    echo "Stopped on request; the checkpoint is complete. The same command continues the run." >&2
+    exit 75
+  fi
+  exit "$status"
+}
+
+fail() {
+  echo "${0##*/}: $*" >&2
+  exit 2
+}

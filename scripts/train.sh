@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Trains a recipe on all GPUs of this machine (or on the CPU) with torchrun.
+set -euo pipefail
+# shellcheck source=scripts/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+usage() {
+  cat <<'TEXT'
+Usage: scripts/train.sh [--dry-run] RECIPE [OVERRIDES...]
+
+Trains RECIPE (a YAML file or the name of a preset) with one process per GPU, or one process on the CPU.
+Everything after RECIPE is passed on to `mm-moslora train`.
+
+  scripts/train.sh llava15_7b_moslora --optim.lr 1e-4 --train.output runs/first
+  NPROC=2 scripts/train.sh my.yaml --train.zero zero2
+
+Options
+  --dry-run   print the resolved recipe and the command, and start nothing
+  --help      this text
+
+Environment
+  NPROC       processes on this machine (default: number of GPUs, else 1)
+  PYTHON      Python to use (default: .venv/bin/python of the checkout, else python3)
+  TORCH_ELASTIC_SHUTDOWN_TIMEOUT   seconds to save in after SIGTERM (default 300)
+
+Exit codes: 0 finished, 75 stopped on request and saved (run the same command again), anything else failed.
+TEXT
+}
+
+dry_run=false
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -h | --help) usage; exit 0 ;;
+    --dry-run) dry_run=true; shift ;;
+    -*) fail "unknown option $1 before RECIPE; see --help" ;;
+    *) break ;;
+  esac
+done
+[ $# -gt 0 ] || fail "RECIPE is missing; see --help"
+
+find_python
+run_environment
+show_recipe "$@"
+# --standalone picks a free port, so that several runs fit on one machine.
+command=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$(process_count)" -m mm_moslora train "$@")
+printf '# %q' "${command[0]}" >&2
+printf ' %q' "${command[@]:1}" >&2
+echo >&2
+if $dry_run; then exit 0; fi
+run_and_report "${command[@]}"

@@ -1,0 +1,207 @@
+"""Assembly: any tower, any projector, saved and loaded back with equal logits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny import make_vision
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
+
+from mm_moslora.batch import Batch, Example
+from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
+from mm_moslora.errors import ModelError
+from mm_moslora.models.attention import SEGMENTS, set_attention, training_attention
+from mm_moslora.models.build import assemble, text_and_images
+from mm_moslora.models.processor import image_transform, save_processor
+from mm_moslora.models.projector import PixelShuffleProjector, ProjectorShape
+from mm_moslora.models.vlm import supervised_logits
+
+OPEN_CLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": 8, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+def open_clip_folder(folder):
+    from open_clip.model import _build_vision_tower
+    from safetensors.torch import save_file
+
+    torch.manual_seed(2)
+    tower = _build_vision_tower(OPEN_CLIP["embed_dim"], OPEN_CLIP["vision_cfg"])
+    save_file({f"visual.{k}": v.contiguous() for k, v in tower.state_dict().items()}, folder / "model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP, "preprocess_cfg": {}}))
+    return folder
+
+
+def vision_name(kind, tmp_path):
+    if kind == "open_clip":
+        return f"open_clip:{open_clip_folder(tmp_path)}"
+    if kind == "timm":
+        return "timm:test_vit"
+    return str(make_vision(tmp_path / kind, kind))
+
+
+def config_for(language, vision, projector="mlp2x_gelu", **options):
+    return ModelConfig(
+        language=str(language),
+        vision=VisionConfig(name=vision, **options),
+        projector=ProjectorConfig(kind=projector),
+    )
+
+
+def example(assembly, text=(5, 6, 7, 8), name="a"):
+    places = [assembly.image_token_id] * assembly.tokens_per_image
+    ids = torch.tensor([1, *places, *text])
+    supervised = torch.zeros(len(ids), dtype=torch.bool)
+    supervised[-3:] = True
+    generator = torch.Generator().manual_seed(3)
+    size = assembly.image.size
+    return Example(
+        id=name, input_ids=ids, supervised=supervised, pixel_values=torch.randn(1, 3, size, size, generator=generator)
+    )
+
+
+MATRIX = [
+    ("dinov2", "mlp2x_gelu", True, 16),
+    ("clip", "mlp2x_gelu", True, 16),
+    ("siglip", "mlp2x_gelu", True, 16),
+    ("dinov2", "pixel_shuffle", False, 4),
+    ("clip", "linear", False, 16),
+    ("open_clip", "mlp2x_gelu", False, 16),
+    ("open_clip", "pixel_shuffle", False, 4),
+]
+
+
+@pytest.mark.parametrize(("vision", "projector", "stock", "tokens"), MATRIX)
+def test_every_combination_builds_saves_and_loads_back_with_equal_logits(
+    vision, projector, stock, tokens, language_folder, tmp_path
+):
+    assembly = assemble(config_for(language_folder, vision_name(vision, tmp_path), projector))
+    assert assembly.tokens_per_image == tokens
+    assert (type(assembly.model) is LlavaForConditionalGeneration) == stock
+    assembly.model.save_pretrained(tmp_path / "out")
+    save_processor(assembly.processor, tmp_path / "out")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", backend="pil")
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what color?"}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    inputs = processor(images=[Image.new("RGB", (50, 70), (200, 30, 30))], text=text, return_tensors="pt")
+    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == tokens
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, assembly.model(**inputs).logits, rtol=0, atol=0)
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] >= inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("vision", ["dinov2", "open_clip"])
+def test_a_padding_free_batch_gives_each_sample_the_logits_it_has_alone(vision, language_folder, tmp_path):
+    assembly = assemble(config_for(language_folder, vision_name(vision, tmp_path)))
+    with_image = example(assembly)
+    text = Example(id="t", input_ids=torch.tensor([4, 5, 6, 9]), supervised=torch.tensor([False, True, True, True]))
+    batch = Batch.from_examples([text, with_image, text])
+    alone = []
+    with torch.no_grad():
+        for item in (text, with_image, text):
+            logits = assembly.model(
+                input_ids=item.input_ids[None],
+                pixel_values=item.pixel_values,
+            ).logits[0]
+            alone.append(logits[item.supervised.nonzero().flatten() - 1])
+        for attention in (training_attention(assembly.model), "sdpa"):
+            set_attention(assembly.model, attention)
+            torch.testing.assert_close(supervised_logits(assembly.model, batch), torch.cat(alone), rtol=0, atol=1e-5)
+    assert training_attention(assembly.model) == SEGMENTS
+
+
+def test_a_dummy_image_touches_every_projector_weight_and_changes_nothing(language_folder, vision_folder):
+    assembly = assemble(config_for(language_folder, str(vision_folder)))
+    assembly.model.requires_grad_(False)
+    projector = assembly.model.model.multi_modal_projector.requires_grad_(True)
+    text = Example(id="t", input_ids=torch.tensor([4, 5, 6]), supervised=torch.tensor([False, True, True]))
+    batch = Batch.from_examples([text])
+    plain = supervised_logits(assembly.model, batch)
+    dummy = supervised_logits(assembly.model, batch, dummy_image=torch.zeros(1, 3, 28, 28))
+    torch.testing.assert_close(dummy, plain, rtol=0, atol=0)
+    dummy.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in projector.parameters())
+
+
+def test_placeholders_that_do_not_match_the_images_are_named(language_folder, vision_folder):
+    assembly = assemble(config_for(language_folder, str(vision_folder)))
+    good = example(assembly, name="row 17")
+    bad = Example(
+        id="row 17", input_ids=good.input_ids[:-6], supervised=good.supervised[:-6], pixel_values=good.pixel_values
+    )
+    with pytest.raises(ModelError, match=r"14 image placeholders.*16 visual tokens.*row 17"):
+        supervised_logits(assembly.model, Batch.from_examples([bad]))
+
+
+def test_pixel_shuffle_keeps_every_feature():
+    shape = ProjectorShape(vision_width=3, language_width=8, grid=4, shuffle=2)
+    projector = PixelShuffleProjector(shape)
+    seen = []
+    projector.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    features = torch.arange(2 * 16 * 3, dtype=torch.float32).view(2, 16, 3)
+    assert projector(features).shape == (2, 4, 8)
+    assert seen[0].shape == (2, 4, 12)
+    first_square = features[0].view(4, 4, 3)[:2, :2].reshape(-1)
+    torch.testing.assert_close(seen[0][0, 0], first_square)
+
+
+def test_what_data_preparation_needs_is_known_without_the_language_model(language_folder, vision_folder):
+    config = config_for(language_folder, str(vision_folder), "pixel_shuffle")
+    parts, assembly = text_and_images(config), assemble(config)
+    assert parts.tokens_per_image == assembly.tokens_per_image == 4
+    assert parts.image_token_id == assembly.image_token_id
+    picture = Image.new("RGB", (30, 20), (10, 200, 10))
+    ours = image_transform(parts.image_processor)(picture)
+    torch.testing.assert_close(ours, image_transform(assembly.processor.image_processor)(picture), rtol=0, atol=0)
+
+
+def test_dinov2_runs_at_another_size_and_clip_refuses(language_folder, tmp_path):
+    dinov2 = config_for(language_folder, str(make_vision(tmp_path / "dinov2", "dinov2")), image_size=14)
+    assert assemble(dinov2).tokens_per_image == 4
+    clip = config_for(language_folder, str(make_vision(tmp_path / "clip", "clip")), image_size=64)
+    with pytest.raises(ModelError, match="fixed position embeddings for 32 pixels"):
+        assemble(clip)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vision": "open_clip:ViT-B-33"}, "open_clip has no model 'ViT-B-33'. Did you mean"),
+        ({"vision": "timm:resnet51"}, "timm has no model 'resnet51'"),
+        ({"vision": "nowhere/at-all"}, "no folder or hub id of a vision model"),
+        ({"projector": "mlp2x"}, "Did you mean 'mlp2x_gelu'"),
+        ({"feature_layer": 9}, "no features at layer 9"),
+        ({"language": "nowhere/at-all"}, "does not load as a causal language model"),
+    ],
+)
+def test_an_unknown_part_is_named(options, message, language_folder, vision_folder):
+    config = config_for(
+        options.get("language", language_folder),
+        options.get("vision", str(vision_folder)),
+        options.get("projector", "mlp2x_gelu"),
+        **{k: v for k, v in options.items() if k == "feature_layer"},
+    )
+    with pytest.raises(ModelError, match=message.replace("?", r"\?")):
+        assemble(config)
+
+
+def test_a_projector_of_other_widths_is_refused(language_folder, vision_folder, tmp_path):
+    from safetensors.torch import save_file
+
+    from mm_moslora.models.projector import MlpProjector
+
+    wrong = MlpProjector(ProjectorShape(vision_width=48, language_width=64, grid=4))
+    save_file(wrong.state_dict(), tmp_path / "projector.safetensors")
+    config = ModelConfig(
+        language=str(language_folder),
+        vision=VisionConfig(name=str(vision_folder)),
+        projector=ProjectorConfig(weights=str(tmp_path / "projector.safetensors")),
+    )
+    with pytest.raises(ModelError, match=r"linear_1.weight: file \[64, 48\], model \[64, 32\]"):
+        assemble(config)

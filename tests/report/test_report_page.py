@@ -1,0 +1,164 @@
+"""The report is one safe, self-contained page that says what is there and what is not."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mm_moslora.errors import ConfigError
+from mm_moslora.report import build_report
+
+VOID = {"meta", "link", "img", "input", "br", "circle", "polyline", "line"}
+URL_ATTRIBUTES = {"src", "href", "data", "action", "poster", "srcset", "xlink:href"}
+
+
+class _Page(HTMLParser):
+    """Checks nesting while it collects elements and texts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == [], f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += " " + data.strip() if data.strip() else ""
+
+    def of(self, tag: str, name: str = "") -> list[dict[str, str | None]]:
+        return [a for t, a in self.elements if t == tag and (not name or name in (a.get("class") or "").split())]
+
+
+def _page(folder: Path) -> _Page:
+    out = folder / "report.html"
+    assert build_report(folder, out) == out
+    return _Page(out.read_text(encoding="utf-8"))
+
+
+def test_every_part_is_on_the_page(run_folder: Path) -> None:
+    page = _page(run_folder)
+    assert "Demo run" in page.text
+    assert len(page.of("figure", "chart")) == 8
+    assert len(page.of("article", "sample")) == 2
+    assert len(page.of("div", "whisker")) == 4
+    assert len(page.of("figure", "mixer")) == 1
+    for text in (
+        "tiny-llm", "16 visual tokens per picture", "85.0 %", "1 234".replace(" ", "\N{NARROW NO-BREAK SPACE}"),
+        "image missing", "mm-moslora train demo", "2 min 05 s", "1.50 GiB", "600", "layers.1.q_proj", "n = 90",
+        "Resolved recipe", "10 %",
+    ):  # fmt: skip
+        assert text in page.text, text
+    assert not page.of("section", "missing")
+    assert "There is no" not in page.text
+
+
+def test_page_names_nothing_outside_itself(run_folder: Path) -> None:
+    page = _page(run_folder)
+    for tag, attributes in page.elements:
+        for name in URL_ATTRIBUTES & attributes.keys():
+            assert (attributes[name] or "").startswith(("data:", "#")), (tag, attributes[name])
+    text = (run_folder / "report.html").read_text()
+    assert not re.search(r"https?://|@import|url\(", text)
+    (policy,) = [a["content"] for a in page.of("meta") if a.get("http-equiv") == "Content-Security-Policy"]
+    assert "default-src 'none'" in (policy or "")
+
+
+def test_model_output_is_text_never_markup(run_folder: Path) -> None:
+    page = _page(run_folder)
+    assert len(page.of("script")) == 1
+    assert not [a for _, a in page.elements if any(name.startswith("on") for name in a)]
+    assert {a["src"] for a in page.of("img")} == {a["src"] for a in page.of("img") if (a["src"] or "")[:5] == "data:"}
+    assert '<img src="x" onerror=' in page.text
+    assert "{{ 7*7 }}" in page.text
+
+
+def test_right_and_wrong_answers_are_told_apart_by_more_than_colour(run_folder: Path) -> None:
+    marks = [(a["class"], a["title"]) for a in _page(run_folder).of("span", "mark")]
+    assert marks == [("mark no", "wrong"), ("mark yes", "right"), ("mark yes", "right"), ("mark no", "wrong")]
+
+
+def test_pictures_are_inlined_small_and_drawings_without_loss(run_folder: Path) -> None:
+    sources = [a["src"] or "" for a in _page(run_folder).of("img") if (a.get("alt") or "").startswith("Picture")]
+    pictures = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in sources]
+    assert [picture.size for picture in pictures] == [(64, 64), (320, 213)]
+    assert pictures[0].convert("RGB").getpixel((1, 1)) == (0, 128, 128)
+
+
+@pytest.mark.parametrize("name", ["../../outside.png", "/etc/hostname", "missing.png", "summary.json"])
+def test_pictures_outside_the_run_or_damaged_are_left_out(run_folder: Path, name: str) -> None:
+    Image.new("RGB", (8, 8)).save(run_folder.parent.parent / "outside.png")
+    samples = json.loads((run_folder / "samples.json").read_text())
+    samples[0]["image"] = name
+    (run_folder / "samples.json").write_text(json.dumps(samples))
+    page = _page(run_folder)
+    assert "picture not in the run folder" in page.text
+    assert len([a for a in page.of("img") if (a.get("alt") or "").startswith("Picture")]) == 1
+
+
+def test_missing_parts_are_said_to_be_missing(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    page = _page(tmp_path)
+    assert len(page.of("figure", "chart")) == 1
+    for text in (
+        "cannot say whether tuning helped",
+        "evaluation.json",
+        "samples.json",
+        "mixers.json",
+        "no data statistics",
+    ):
+        assert text in page.text
+
+
+def test_damaged_parts_are_named_and_the_rest_is_shown(run_folder: Path) -> None:
+    (run_folder / "samples.json").write_text("[1, 2")
+    (run_folder / "mixers.json").write_text('[{"path": "a", "after": [[1, 2], [3]]}, 7]')
+    rows = json.loads((run_folder / "evaluation.json").read_text())
+    (run_folder / "evaluation.json").write_text(json.dumps([*rows, {"name": "broken", "mean": "high"}]))
+    page = _page(run_folder)
+    assert "samples.json could not be read" in page.text
+    assert "'a' was left out" in page.text
+    assert "row 'broken' was left out" in page.text
+    assert len(page.of("div", "whisker")) == 4
+
+
+def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Give the run folder"):
+        build_report(tmp_path, tmp_path / "report.html")
+    with pytest.raises(ConfigError, match="not a folder"):
+        build_report(tmp_path / "nowhere", tmp_path / "report.html")
+
+
+def test_secrets_in_a_recipe_do_not_reach_the_page(run_folder: Path) -> None:
+    secret = "hf_" + "Ab1" * 10
+    (run_folder / "tune" / "config.yaml").write_text(f"model:\n  language: {secret}\n")
+    _page(run_folder)
+    assert secret not in (run_folder / "report.html").read_text()
+
+
+def test_report_needs_no_torch() -> None:
+    code = "import sys, mm_moslora.report; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

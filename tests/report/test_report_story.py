@@ -1,0 +1,82 @@
+"""What the report claims follows from the intervals, and charts place numbers where they belong."""
+
+from __future__ import annotations
+
+import pytest
+
+from mm_moslora.report.charts import downsample, format_number, smooth, ticks
+from mm_moslora.report.schema import EvaluationRow, SampleRow, Score
+from mm_moslora.report.story import format_count, format_seconds, sample_kind, verdict
+
+
+def _row(name: str, low: float, high: float) -> EvaluationRow:
+    score = Score(n=100, mean=(low + high) / 2, low=low, high=high)
+    return EvaluationRow(name=name, label=name, task="t", score=score, categories={})
+
+
+@pytest.mark.parametrize(
+    ("rows", "mood", "claim"),
+    [
+        ({"tuned": (0.7, 0.8), "untuned": (0.1, 0.2), "blind": (0.2, 0.3)}, "good", "tuning helped"),
+        ({"tuned": (0.7, 0.8), "untuned": (0.1, 0.2), "blind": (0.2, 0.3)}, "good", "the model looks at the picture"),
+        ({"tuned": (0.4, 0.6), "untuned": (0.5, 0.7)}, "mixed", "no difference is shown"),
+        ({"tuned": (0.1, 0.2), "untuned": (0.5, 0.7)}, "bad", "made it worse"),
+        ({"tuned": (0.7, 0.8), "untuned": (0.1, 0.2), "best_answer": (0.65, 0.75)}, "mixed", "it is not shown that"),
+        ({"tuned": (0.7, 0.8), "blind": (0.2, 0.3), "wrong_image": (0.72, 0.74)}, "mixed", "it is not shown that"),
+    ],
+)
+def test_claims_follow_from_the_intervals(rows: dict[str, tuple[float, float]], mood: str, claim: str) -> None:
+    found = verdict("t", [_row(name, *interval) for name, interval in rows.items()])
+    assert found is not None
+    assert found.mood == mood
+    assert claim in " ".join(found.sentences)
+
+
+def test_without_a_tuned_row_nothing_is_claimed() -> None:
+    assert verdict("t", [_row("untuned", 0.1, 0.2)]) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind"),
+    [(False, True, "fixed"), (True, False, "broken"), (True, True, "right"), (False, False, "wrong"),
+     (None, True, "right"), (None, None, "open")],
+)  # fmt: skip
+def test_samples_are_sorted_by_what_happened_to_them(before: bool | None, after: bool | None, kind: str) -> None:
+    row = SampleRow(
+        image=None, question="q", answer="a", before="b", after="c", before_correct=before, after_correct=after
+    )
+    assert sample_kind(row) == kind
+
+
+def test_downsampling_keeps_the_mean_and_the_order() -> None:
+    points = [(float(x), float(x * x % 7)) for x in range(960)]
+    fewer = downsample(points, 240)
+    assert len(fewer) == 240
+    assert [x for x, _ in fewer] == sorted(x for x, _ in fewer)
+    assert sum(y for _, y in fewer) / 240 == pytest.approx(sum(y for _, y in points) / 960)
+    assert downsample(points[:5], 240) == points[:5]
+
+
+def test_smoothing_starts_at_the_first_value_and_keeps_a_constant() -> None:
+    assert smooth([(0, 5.0), (1, 1.0)])[0] == (0, 5.0)
+    assert [y for _, y in smooth([(x, 3.0) for x in range(50)])] == pytest.approx([3.0] * 50)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.03, 0.19), (17, 12345), (-3, 3), (0, 2e-4)])
+def test_ticks_are_round_and_inside(low: float, high: float) -> None:
+    marks = ticks(low, high)
+    assert 3 <= len(marks) <= 8
+    assert all(low - 1e-9 * high <= mark <= high * (1 + 1e-9) for mark in marks)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (2e-4, "2e-4"), (0.0123456, "0.0123"), (2.5, "2.5"), (1234, "1234"), (25_000, "25 k"), (3.2e6, "3.2 M")],
+)
+def test_numbers_on_axes(value: float, text: str) -> None:
+    assert format_number(value) == text
+
+
+def test_counts_and_durations() -> None:
+    assert [format_count(n) for n in (17, 1200, 134_515_008, 7e9)] == ["17", "1.2 k", "134.5 M", "7.0 G"]
+    assert [format_seconds(s) for s in (42, 185, 7620)] == ["42 s", "3 min 05 s", "2 h 07 min"]

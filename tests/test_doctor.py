@@ -1,0 +1,103 @@
+"""The doctor names what is wrong and what to do; it never falls over."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from mm_moslora import doctor
+from mm_moslora.doctor import SUPPORTED, check_version, diagnose, extensions_folder, stale_locks
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "status", "words"),
+    [
+        ("deepspeed", "0.18.0", "bad", "wrong gradients"),
+        ("deepspeed", "0.19.2", "bad", "CheckpointError"),
+        ("deepspeed", "0.19.8", "ok", "0.19.8"),
+        ("deepspeed", "0.20.1", "warn", "outside the tested range"),
+        ("transformers", "5.1.0", "bad", "DeepSpeed"),
+        ("transformers", "5.24.0", "ok", ""),
+        ("torch", "2.5.1", "bad", "CVE-2025-32434"),
+        ("torch", "2.9.0+cu130", "warn", "CVE-2026-24747"),
+        ("torch", "2.13.0+cpu", "ok", ""),
+        ("peft", None, "bad", "not installed"),
+        ("peft", "nonsense", "warn", "not a version"),
+    ],
+)
+def test_versions_are_judged(package: str, version: str | None, status: str, words: str) -> None:
+    finding = check_version(package, version)
+    assert finding.status == status
+    assert words in finding.detail
+    assert bool(finding.remedy) == (status != "ok")
+
+
+def test_ranges_are_those_of_the_project() -> None:
+    pyproject = Path(doctor.__file__).parents[1] / "pyproject.toml"
+    declared = {}
+    for line in tomllib.loads(pyproject.read_text())["project"]["dependencies"]:
+        name, bounds = re.match(r"([\w-]+)([^;]*)", line).groups()  # type: ignore[union-attr]
+        declared[name] = ",".join(part for part in bounds.strip().split(",") if not part.startswith("!="))
+    assert {name: declared[name] for name in SUPPORTED} == SUPPORTED
+
+
+def test_locks_of_killed_builds_are_found_and_fresh_ones_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, fresh = tmp_path / "py311" / "op" / "lock", tmp_path / "py311" / "other" / "lock"
+    for path in (old, fresh):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    os.utime(old, (0, 0))
+    assert stale_locks(tmp_path) == [old]
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (finding,) = [finding for finding in diagnose(tmp_path) if finding.name == "build locks"]
+    assert finding.status == "warn"
+    assert str(old) in finding.remedy
+    assert str(fresh) not in finding.remedy
+
+
+def test_extension_cache_is_where_torch_puts_it() -> None:
+    assert extensions_folder({"TORCH_EXTENSIONS_DIR": "/x"}) == Path("/x")
+    assert extensions_folder({"HOME": "/home/me"}) == Path("/home/me/.cache/torch_extensions")
+    assert extensions_folder({"XDG_CACHE_HOME": "/c", "HOME": "/h"}) == Path("/c/torch_extensions")
+
+
+def test_this_environment_has_nothing_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    findings = diagnose(tmp_path / "not" / "yet")
+    assert [finding for finding in findings if finding.status == "bad"] == []
+    names = {finding.name for finding in findings}
+    assert {"python", "torch", "accelerator", "bf16", "compiler", "disk for runs", "threads", "wandb login"} <= names
+    assert len(names) == len(findings)
+
+
+def test_a_missing_compiler_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (finding,) = [finding for finding in diagnose(tmp_path) if finding.name == "compiler"]
+    assert finding.status == "ok"
+    assert "none is needed" in finding.detail
+
+
+def test_one_broken_library_does_not_hide_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise OSError(f"lib{name}.so is damaged")
+
+    monkeypatch.setattr(doctor.importlib, "import_module", broken)
+    findings = {finding.name: finding for finding in diagnose(tmp_path)}
+    assert findings["accelerator"].status == "bad"
+    assert "libtorch.so is damaged" in findings["accelerator"].detail
+    assert findings["python"].status == "ok"
+
+
+def test_threads_that_fight_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "4096")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    (finding,) = [finding for finding in diagnose(tmp_path) if finding.name == "threads"]
+    assert finding.status == "warn"
+    assert "OMP_WAIT_POLICY=passive" in finding.remedy
+    assert "OMP_NUM_THREADS=" in finding.remedy

@@ -1,0 +1,249 @@
+"""What trackers wrote is read back with the readers that people use."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mm_moslora.config import TrackConfig
+from mm_moslora.errors import ConfigError
+from mm_moslora.tracking import JsonlTracker, Sample, Trackers, build_trackers, read_metrics
+from mm_moslora.tracking.base import namespaced
+from mm_moslora.tracking.tensorboard import TensorBoardTracker
+from mm_moslora.tracking.wandb import WandbTracker, has_credentials
+
+
+@pytest.fixture(autouse=True)
+def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NETRC", str(home / "none"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(home))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(home))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(home))
+
+
+@pytest.fixture
+def sample(tmp_path: Path) -> Sample:
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (400, 200), "red").save(path)
+    return Sample(image=path, question="What colour | shape?", expected="red", prediction="<b>red</b>", correct=True)
+
+
+ReadRun = Callable[[Path], dict[str, Any]]
+
+
+class _Failing:
+    name = "failing"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None: ...
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self.calls += 1
+        raise ConnectionError("service at https://me:hunter2pw@example.org is gone")
+
+    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None: ...
+
+    def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None: ...
+
+    def finish(self, *, ok: bool) -> None: ...
+
+
+def test_resumed_curve_goes_on_without_gap_or_repetition(tmp_path: Path) -> None:
+    first = JsonlTracker()
+    first.start({}, tmp_path, resume_step=None)
+    for step in range(1, 6):
+        first.log({"loss": 10.0 - step}, step)
+    with (tmp_path / "metrics.jsonl").open("a") as stream:  # killed while it wrote
+        stream.write('{"step": 6, "lo')
+    second = JsonlTracker()
+    second.start({}, tmp_path, resume_step=3)
+    for step in range(4, 7):
+        second.log({"loss": 20.0 - step}, step)
+    second.finish(ok=True)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 9), (2, 8), (3, 7), (4, 16), (5, 15), (6, 14)]
+
+
+def test_records_are_on_disk_at_once_and_valid_json_even_for_nan(tmp_path: Path) -> None:
+    tracker = JsonlTracker()
+    tracker.start({}, tmp_path, resume_step=None)
+    tracker.log({"loss": float("nan"), "tokens": 3}, 1)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert record["loss"] is None
+    assert record["tokens"] == 3
+
+
+def test_fresh_run_in_a_used_folder_keeps_the_old_curve_aside(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        tracker = JsonlTracker()
+        tracker.start({}, tmp_path, resume_step=None)
+        tracker.log({"loss": value}, 1)
+        tracker.finish(ok=True)
+    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2.0]
+    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.previous.jsonl")] == [1.0]
+
+
+def test_failing_tracker_warns_once_and_the_others_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    failing, jsonl = _Failing(), JsonlTracker()
+    trackers = Trackers([failing, jsonl], active=True)
+    trackers.start({}, tmp_path, resume_step=None)
+    with caplog.at_level(logging.WARNING):
+        for step in (1, 2, 3):
+            trackers.log({"loss": 1.0}, step)
+    trackers.finish(ok=True)
+    assert failing.calls == 1
+    assert len([r for r in caplog.records if "failing" in r.message]) == 1
+    assert "hunter2pw" not in caplog.text
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_only_rank_zero_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    trackers = build_trackers(TrackConfig(trackers=["tensorboard", "wandb"]))
+    trackers.start({}, tmp_path, resume_step=None)
+    trackers.log({"loss": 1.0}, 1)
+    trackers.finish(ok=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+def test_unknown_tracker_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'tensorboard'"):
+        build_trackers(TrackConfig(trackers=["tensorbord"]))
+
+
+def test_recipe_order_and_default() -> None:
+    assert build_trackers(TrackConfig(), active=True).names == ["jsonl", "tensorboard"]
+    assert build_trackers(TrackConfig(trackers=[]), active=True).names == ["jsonl"]
+
+
+def test_tensorboard_reader_sees_one_point_per_step_after_a_resume(tmp_path: Path, sample: Sample) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resume_step, steps in ((None, range(1, 6)), (3, range(4, 7))):
+        tracker = TensorBoardTracker()
+        tracker.start({"optim": {"lr": 1e-4}}, tmp_path, resume_step=resume_step)
+        for step in steps:
+            tracker.log({"loss": float(step), "validation_loss": 0.5, "lr/mixer": 1e-4}, step)
+        tracker.log_samples("answers", [sample], 6)
+        tracker.finish(ok=True)
+    reader = EventAccumulator(str(tmp_path / "tensorboard"))
+    reader.Reload()
+    assert [event.step for event in reader.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert {"validation/loss", "train/lr/mixer"} <= set(reader.Tags()["scalars"])
+    assert reader.Images("answers/0")[0].width == 256
+    assert (
+        b"1e-4" in reader.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0]
+        or b"0.0001" in (reader.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0])
+    )
+    assert b"<b>" not in reader.Tensors("answers/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_wandb_offline_file_holds_config_curve_table_and_artifact(
+    tmp_path: Path, sample: Sample, read_run: ReadRun
+) -> None:
+    run_folder, adapter = tmp_path / "run", tmp_path / "adapter"
+    run_folder.mkdir()
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"r": 8}')
+    trackers = Trackers([WandbTracker(project="tests")], active=True)
+    trackers.start({"optim": {"lr": 1e-4}}, run_folder, resume_step=None)
+    for step in (1, 2):
+        trackers.log({"loss": 1.0 / step, "memory_gib": 0.5}, step)
+    trackers.log_samples("answers", [sample], 2)
+    trackers.log_folder("adapter", adapter)
+    trackers.finish(ok=False)
+    assert trackers.names == ["wandb"]
+    run = read_run(run_folder)
+    curve = [(row["train/step"], row["train/loss"]) for row in run["history"] if "train/loss" in row]
+    assert curve == [(1, 1.0), (2, 0.5)]
+    assert run["config"]["optim"] == {"lr": 1e-4}
+    assert run["project"] == "tests"
+    assert run["exit"] == 1
+    assert ("adapter", "adapter", ["latest"]) in run["artifacts"]
+    assert run["id"] == (run_folder / "wandb_id.txt").read_text().strip()
+    assert any(row.get("eval/answers/nrows") == 1 for row in run["history"])
+    (table,) = [file for name, file in run["files"] if name.endswith("table.json")]
+    stored = json.loads(table.read_text())
+    assert stored["columns"] == ["image", "question", "expected", "prediction", "correct"]
+    picture, *cells = stored["data"][0]
+    assert cells == ["What colour | shape?", "red", "<b>red</b>", True]
+    files = dict(run["files"])
+    assert Image.open(files[picture["path"]]).size == (256, 128)
+
+
+def test_resumed_wandb_run_keeps_its_id(tmp_path: Path) -> None:
+    ids = []
+    for resume_step in (None, 1, None):
+        tracker = WandbTracker(project="tests")
+        tracker.start({}, tmp_path, resume_step=resume_step)
+        tracker.finish(ok=True)
+        ids.append((tmp_path / "wandb_id.txt").read_text())
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_unreachable_wandb_falls_back_to_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, read_run: ReadRun
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("mm_moslora.tracking.wandb.INIT_SECONDS", 3.0)
+    trackers = Trackers([WandbTracker(project="tests")], active=True)
+    with caplog.at_level(logging.WARNING):
+        trackers.start({}, tmp_path, resume_step=None)
+    trackers.log({"loss": 1.0}, 1)
+    trackers.finish(ok=True)
+    assert trackers.names == ["wandb"]
+    assert "wandb sync" in caplog.text
+    offline = next(tmp_path.glob("wandb/offline-run-*"))
+    assert [row["train/loss"] for row in read_run(offline)["history"]] == [1.0]
+
+
+def test_no_secret_reaches_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    canaries = ["hf_" + "Q7x" * 10, "env-canary-value-1234", "cfg-canary-pass"]
+    monkeypatch.setenv("SOME_API_KEY", canaries[1])
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    trackers = build_trackers(TrackConfig(trackers=["tensorboard", "wandb"]), active=True)
+    config = {"a": canaries[0], "b": [f"x {canaries[1]}"], "password": canaries[2], "kept": "kept-canary"}
+    trackers.start(config, run_folder, resume_step=None)
+    sample = Sample(question=f"what is {canaries[0]}", expected=canaries[1], prediction=canaries[1])
+    trackers.log_samples("answers", [sample], 1)
+    trackers.finish(ok=True)
+    assert trackers.names == ["jsonl", "tensorboard", "wandb"]
+    written = b"".join(path.read_bytes() for path in run_folder.rglob("*") if path.is_file())
+    assert b"kept-canary" in written
+    assert [canary for canary in canaries if canary.encode() in written] == []
+
+
+def test_credentials_are_found_where_wandb_login_puts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not has_credentials()
+    login = tmp_path / "netrc"
+    login.write_text("machine api.wandb.ai\n login user\n password x\n")
+    login.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(login))
+    assert has_credentials()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert not has_credentials()
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("loss", "train/loss"), ("lr/mixer", "train/lr/mixer"), ("validation_loss", "validation/loss"),
+     ("memory_gib", "system/memory_gib"), ("eval/vqa", "eval/vqa")],
+)  # fmt: skip
+def test_metric_names_on_dashboards(name: str, shown: str) -> None:
+    assert namespaced(name) == shown
