@@ -6,11 +6,10 @@ else. Without a launcher it is a world of one, and every function here still wor
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import logging
 import os
 import socket
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,8 +19,6 @@ import torch.distributed as dist
 from mm_moslora.errors import DistributedError
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
-
 
 def rank() -> int:
     """This process's number, 0 is the main one."""
@@ -56,9 +53,10 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@contextlib.contextmanager
-def process_group(*, timeout_minutes: float = 30.0) -> Iterator[None]:
-    """Join the process group for the length of a `with` block; leave it on the way out.
+def join(*, timeout_minutes: float = 30.0) -> None:
+    """Join the process group, once per process; the process leaves it when it ends.
+
+    DeepSpeed keeps references to the group, so it must outlive every engine of the process.
 
     Args:
         timeout_minutes: limit of one collective.
@@ -66,8 +64,7 @@ def process_group(*, timeout_minutes: float = 30.0) -> Iterator[None]:
     Raises:
         DistributedError: the other ranks cannot be reached.
     """
-    if dist.is_initialized():  # someone else's group: use it, leave it alone
-        yield
+    if dist.is_initialized():
         return
     if world_size() == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -85,9 +82,11 @@ def process_group(*, timeout_minutes: float = 30.0) -> Iterator[None]:
             f"Rank {rank()} of {world_size()} could not join the others at {os.environ.get('MASTER_ADDR')}:"
             f"{os.environ.get('MASTER_PORT')} ({error}). Check that every rank was started and the port is free."
         ) from error
-    try:
-        yield
-    finally:
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -4,17 +4,19 @@
 # Environment of every run. What is already set wins.
 run_environment() {
   export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
-  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
   export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
   export PYTHONUNBUFFERED=1
-  # A rank that fails takes the others down instead of leaving them waiting.
-  export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-3}"
+  # What the ranks were waiting for is written down when a collective times out.
   export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
   export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
   # Seconds that ranks get to save after SIGTERM, before they are killed.
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
-  # Two environments that share this cache rebuild each other's operators.
-  export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$("$PYTHON" -c 'import sys; print(sys.prefix)')/torch_extensions}"
+  # Two environments that share this cache rebuild each other's operators, so each gets its own.
+  local prefix
+  prefix=$("$PYTHON" -c 'import sys; print(sys.prefix)')
+  if [ -z "${TORCH_EXTENSIONS_DIR:-}" ] && [ -w "$prefix" ]; then
+    export TORCH_EXTENSIONS_DIR="$prefix/torch_extensions"
+  fi
 }
 
 # The Python to use: $PYTHON, else the checkout's own environment, else the one on the PATH.
@@ -43,13 +45,20 @@ process_count() {
 
 # Prints the resolved recipe of "$@" on stderr and leaves its run folder in $RUN_FOLDER.
 show_recipe() {
-  local resolved
-  resolved=$("$PYTHON" -m mm_moslora config "$@") || exit $?
+  local resolved recipe=()
+  while [ $# -gt 0 ]; do
+    case "$1" in
+      --resume | --stop-at) shift 2 || fail "$1 has no value" ;; # of `train`, not of the recipe
+      --resume=* | --stop-at=*) shift ;;
+      *) recipe+=("$1"); shift ;;
+    esac
+  done
+  resolved=$("$PYTHON" -m mm_moslora config "${recipe[@]}") || exit $?
   printf '%s\n' "# resolved recipe" "$resolved" >&2
   RUN_FOLDER=$("$PYTHON" -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["train"]["output"])' <<<"$resolved")
 }
 
-# Runs "$@", hands signals on to it, and exits 75 (try again later) when the trainer was stopped and has saved.
+# Runs "$@", hands signals on to it, and returns 75 (try again later) when the trainer was stopped and has saved.
 run_and_report() {
   local child status=0
   rm -f "$RUN_FOLDER/PREEMPTED"
@@ -64,9 +73,9 @@ run_and_report() {
   trap - TERM INT USR1
   if [ -e "$RUN_FOLDER/PREEMPTED" ]; then
     echo "Stopped on request; the checkpoint is complete. The same command continues the run." >&2
-    exit 75
+    return 75
   fi
-  exit "$status"
+  return "$status"
 }
 
 fail() {

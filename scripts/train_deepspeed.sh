@@ -44,6 +44,7 @@ done
 
 find_python
 run_environment
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 show_recipe "$@"
 port=${MASTER_PORT:-$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 command=("$PYTHON" -m deepspeed.launcher.runner --master_port "$port" --no_local_rank)

@@ -126,7 +126,7 @@ def caption_scores(samples: Samples) -> Aggregate:
 
 
 def caption_scores_plain(samples: Samples) -> Aggregate:
-    """The same on words between spaces, case and punctuation kept, as VLMEvalKit computes it (it prints 100 times that)."""
+    """The same on words between spaces, case and punctuation kept: VLMEvalKit's number divided by 100."""
     return _captions(samples, lambda text: " ".join(text.split()))
 
 

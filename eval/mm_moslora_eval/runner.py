@@ -57,6 +57,8 @@ class Settings:
     seed: int = 0
     retry_failed: bool = True
     """Ask samples again that failed in an earlier run."""
+    grace_seconds: float = 30.0
+    """How long rank 0, its own work done, waits for ranks that have not started yet."""
     rank: int = field(default_factory=lambda: int(os.environ.get("RANK", "0")))
     world_size: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
 
@@ -163,7 +165,8 @@ def run_task(
     if settings.rank == 0:
         _describe(place, model, task, data, work, mode, settings)
     job = _Job(model, task, work, place, settings, progress)
-    job.answer(deal(work.items, rank=settings.rank, world_size=settings.world_size))
+    share = deal(work.items, rank=settings.rank, world_size=settings.world_size)
+    job.answer(share, retry=settings.retry_failed)
     if settings.rank == 0:
         _wait_for_others(folder, job, settings)
         job.answer(work.items)  # whatever ranks that died left behind
@@ -201,9 +204,19 @@ def _describe(
 
 
 def _wait_for_others(folder: Path, job: _Job, settings: Settings) -> None:
-    """Wait until all is answered, or until the ranks that owe answers are gone."""
+    """Wait until all is answered, or until the ranks that owe answers are gone.
+
+    A rank that was not seen yet may still be starting, so it gets `grace_seconds` before its share is taken over.
+    """
     others = [folder / f".rank-{rank}.lock" for rank in range(1, settings.world_size)]
-    while job.missing(job.work.items) and any(_held(path) for path in others):
+    seen: set[Path] = set()
+    started = time.monotonic()
+    while job.missing(job.work.items):
+        held = {path for path in others if _held(path)}
+        seen |= held
+        starting = len(seen) < len(others) and time.monotonic() - started < settings.grace_seconds
+        if not held and not starting:
+            break
         time.sleep(_POLL_SECONDS)
 
 
@@ -235,19 +248,18 @@ class _Job:
         self._asked_here: set[str] = set()
         self._known: set[str] = set()
 
-    def missing(self, items: Sequence[Item]) -> list[Item]:
-        """Items without an answer; those that failed in an earlier run are asked once more."""
+    def missing(self, items: Sequence[Item], *, retry: bool = False) -> list[Item]:
+        """Items without an answer; with `retry` also those that failed in an earlier run."""
         rows = read_folder(self._place)
-        self._known = {
-            key
-            for key, row in rows.items()
-            if row.get("error") is None or key in self._asked_here or not self._settings.retry_failed
-        }
+        again = (
+            {key for key, row in rows.items() if row.get("error") is not None} - self._asked_here if retry else set()
+        )
+        self._known = rows.keys() - again
         return [item for item in items if item.key not in self._known]
 
-    def answer(self, items: Sequence[Item]) -> None:
+    def answer(self, items: Sequence[Item], *, retry: bool = False) -> None:
         """Ask what is missing of the items."""
-        pending = self.missing(items)
+        pending = self.missing(items, retry=retry)
         self._report()
         if not pending:
             return

@@ -143,8 +143,16 @@ class WrappedVisionModel(PreTrainedModel):
 
     def _maps(self, pixel_values: Tensor, blocks: list[int]) -> list[Tensor]:
         trunk: Any = getattr(self.tower, "trunk", self.tower)
+        if blocks == [self.blocks - 1] and _widens_at_the_end(trunk):
+            return [trunk.forward_features(pixel_values)]
         output = trunk.forward_intermediates(pixel_values, indices=blocks, stop_early=True, intermediates_only=True)
         return list(output["image_intermediates"]) if isinstance(output, dict) else list(output)
+
+
+def _widens_at_the_end(trunk: Any) -> bool:
+    """Whether a convolutional trunk has one more layer behind its last stage (its features are then the layer's)."""
+    stages = getattr(trunk, "feature_info", None)
+    return bool(stages) and hasattr(trunk, "conv_head") and trunk.num_features != stages[-1]["num_chs"]
 
 
 def _timm_tower(config: WrappedVisionConfig) -> nn.Module:

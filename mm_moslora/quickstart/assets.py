@@ -66,6 +66,8 @@ STAMPS = Asset(
     bytes=80_872_956,
     what="pictures and sentences of Tux Paint's stamps",
 )
+ALL = (SMOLLM2, DINOV2, EFFICIENTNET, EASY_VQA, STAMPS)
+"""Everything that the quickstart may fetch."""
 
 ASSETS = (SMOLLM2, DINOV2, EFFICIENTNET, EASY_VQA, STAMPS)
 

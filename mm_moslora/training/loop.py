@@ -58,10 +58,8 @@ def train(recipe: Recipe, *, resume: str = "auto", stop_at: int | None = None) -
     Raises:
         MoSLoRAError: the recipe, the data, the model or the checkpoint is not acceptable, or training diverged.
     """
-    with (
-        distributed.process_group(timeout_minutes=recipe.train.timeout_minutes),
-        runs.exclusive(Path(recipe.train.output)),
-    ):
+    distributed.join(timeout_minutes=recipe.train.timeout_minutes)
+    with runs.exclusive(Path(recipe.train.output)):
         runs.seed_everything(recipe.train.seed)
         found = runs.find_resume(recipe, resume)
         run = runs.prepare(recipe)

@@ -7,16 +7,14 @@ import sys
 import torch
 
 from mm_moslora.config import load_recipe
-from mm_moslora.distributed import process_group
 from mm_moslora.training.loop import train
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    with process_group(timeout_minutes=1):
-        for argument in sys.argv[1:]:
-            path, _, stop_at = argument.partition("@")
-            train(load_recipe(path), stop_at=int(stop_at) if stop_at else None)
+    for argument in sys.argv[1:]:
+        path, _, stop_at = argument.partition("@")
+        train(load_recipe(path), stop_at=int(stop_at) if stop_at else None)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+# make quickstart | test | check | smoke | clean. Each sets up .venv on first use and is fast the second time.
+# PYTHON chooses the interpreter (3.11 or later): make test PYTHON=python3.12
+
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do command -v $$name && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+WORKERS ?= 2
+
+# Threads that wait for work leave the cores to others.
+export OMP_WAIT_POLICY ?= passive
+export PYTHONUNBUFFERED = 1
+# Not the user's cache: a lock that a killed build left there would hang every run.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart smoke test check clean
+
+help:
+	@echo "make quickstart  assemble, tune, measure and report on this machine, with real parts (minutes)"
+	@echo "make smoke       the same in two minutes, at lower quality"
+	@echo "make test        the whole test suite"
+	@echo "make check       format, lint, types, import layers, shell scripts"
+	@echo "make clean       remove the environment, caches and build products; runs/ stays"
+
+quickstart: $(VENV)/.installed
+	$(BIN)/mm-moslora quickstart $(ARGS)
+
+smoke: $(VENV)/.installed
+	$(BIN)/mm-moslora quickstart --smoke $(ARGS)
+
+test: $(VENV)/.installed-dev
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/shellcheck -x .ci/run $$(find scripts -name '*.sh' -o -name '*.sbatch')
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "No Python found. Install Python 3.11 or later, or name one: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is too old; Python 3.11 or later is needed: make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot make environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
+
+# The stamps depend on pyproject.toml alone: the installation is editable, so new code needs no new one.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(PIP) install --quiet --editable '.[quickstart]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(PIP) install --quiet --editable '.[dev,quickstart]'
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,172 @@
+"""Measuring the quickstart: untuned, tuned, wrong picture, blind, majority, best answer per question."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.models.load import load
+from mm_moslora.quickstart.datasets import DatasetFiles
+from mm_moslora.training.checkpoint import write_json
+from mm_moslora.training.engine import dtype_of, resolve_precision
+from mm_moslora.training.progress import Progress
+from mm_moslora_eval.baselines import BASELINES, TrainingAnswer
+from mm_moslora_eval.images import MODES, ImageMode
+from mm_moslora_eval.local import LocalModel
+from mm_moslora_eval.registry import get_task
+from mm_moslora_eval.results import TaskResult
+from mm_moslora_eval.runner import Settings
+from mm_moslora_eval.suite import evaluate, read_samples
+from mm_moslora_eval.task import Decoding, Task
+
+logger = logging.getLogger(__name__)
+
+BATCH_SIZE = 32
+SHOWN_SAMPLES = 24
+
+# (system, image mode or baseline) -> (name in evaluation.json, label)
+_ROWS = {
+    ("tuned", "own"): ("tuned", "Tuned with MoSLoRA"),
+    ("untuned", "own"): ("untuned", "Before tuning (projector aligned)"),
+    ("tuned", "wrong"): ("wrong_image", "Tuned, wrong picture"),
+    ("tuned", "blind"): ("blind", "Tuned, blind (mean colour)"),
+    ("tuned", "question_majority"): ("best_answer", "Best answer per question, unseen"),
+    ("tuned", "majority"): ("majority", "Most frequent answer"),
+}
+
+
+def evaluate_all(folder: Path, data: DatasetFiles, *, name: str) -> list[dict[str, Any]]:
+    """Measure both stages with all controls; what is done already is not done again.
+
+    Args:
+        folder: the quickstart's run folder, with `align` and `tune` trained.
+        data: its data files.
+        name: of the task.
+
+    Returns:
+        The rows of `evaluation.json`, tuned first.
+    """
+    written = folder / "evaluation.json"
+    if written.is_file():
+        return list(json.loads(written.read_text(encoding="utf-8")))
+    task = _task(data, name)
+    results = {}
+    for system, run, modes in (("untuned", "align", ("own",)), ("tuned", "tune", MODES)):
+        found = _evaluate(folder, run, system, task, modes, _training_answers(data.train))
+        results |= {(system, result.mode): result for result in found}
+    rows = [_row(*_ROWS[key], results[key]) for key in _ROWS]
+    write_json(folder / "samples.json", _samples(folder, task, data))
+    write_json(written, rows)
+    return rows
+
+
+def _task(data: DatasetFiles, name: str) -> Task:
+    task = get_task(f"llava:{data.test}@{data.images}")
+    return dataclasses.replace(task, name=name, decoding=Decoding(max_new_tokens=12))
+
+
+def _evaluate(
+    folder: Path, run: str, system: str, task: Task, modes: Sequence[ImageMode], training: list[TrainingAnswer]
+) -> list[TaskResult]:
+    dtype = dtype_of(resolve_precision("auto"))
+    model = LocalModel(load(folder / run, dtype=dtype), name=system)
+    count = sum(1 for _ in (Path(task.source.path)).open(encoding="utf-8"))
+    found = []
+    for mode in modes:
+        label = f"{system}, {mode}"
+        with Progress(label, count, unit="question") as progress:
+            found += evaluate(
+                model,
+                task,
+                folder / "eval" / system / mode,
+                modes=(mode,),
+                baselines=BASELINES if system == "tuned" and mode == "own" else (),
+                training=training,
+                settings=Settings(batch_size=BATCH_SIZE, rank=0, world_size=1),
+                progress=lambda done, _total, bar=progress: bar.update(done),
+            )
+    model.close()
+    return found
+
+
+def _training_answers(records: Path) -> list[TrainingAnswer]:
+    answers = []
+    for line in records.read_text(encoding="utf-8").splitlines():
+        turns = json.loads(line)["conversations"]
+        answers += [
+            TrainingAnswer(question["value"], answer["value"])
+            for question, answer in zip(turns[::2], turns[1::2], strict=True)
+        ]
+    return answers
+
+
+def _row(name: str, label: str, result: TaskResult) -> dict[str, Any]:
+    categories = {
+        category: {"n": int(part["n"]), "mean": part["score"], "low": part["low"], "high": part["high"]}
+        for category, part in result.categories.items()
+    }
+    return {
+        "name": name,
+        "label": label,
+        "task": result.task,
+        "n": result.n,
+        "mean": result.score,
+        "low": result.low,
+        "high": result.high,
+        "categories": categories,
+        "not_inferable": result.counts.not_inferable,
+        "failed": result.counts.failed,
+    }
+
+
+def _samples(folder: Path, task: Task, data: DatasetFiles) -> list[dict[str, Any]]:
+    """Some held-out questions, spread over the set, with the answers of both stages."""
+    place = f"{task.name}@{task.protocol}/own"
+    before = read_samples(folder / "eval" / "untuned" / "own" / place)
+    after = read_samples(folder / "eval" / "tuned" / "own" / place)
+    images = {}
+    for line in data.test.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        images[record["question_id"]] = record["image"]
+    step = max(1, len(after) // SHOWN_SAMPLES)
+    rows = []
+    for old, new in list(zip(before, after, strict=True))[::step][:SHOWN_SAMPLES]:
+        picture = data.images / images[new["id"]]
+        copy = folder / "pictures" / f"{len(rows):02d}{picture.suffix}"
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(picture.read_bytes())
+        rows.append(
+            {
+                "image": copy.relative_to(folder).as_posix(),
+                "question": new["question"],
+                "answer": new["answers"][0],
+                "before": old["text"],
+                "after": new["text"],
+                "before_correct": old["score"] == 1.0,
+                "after_correct": new["score"] == 1.0,
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The result for the terminal: a score in percent with its 95 % interval, over all questions and by category."""
+    names = sorted({category for row in rows for category in row["categories"]})
+    width = max(len(row["label"]) for row in rows)
+    head = f"{'':<{width}}  {'all questions':>20}" + "".join(f"  {name:>20}" for name in names)
+    lines = [head, "-" * len(head)]
+    for row in rows:
+        cells = [row, *(row["categories"].get(name) for name in names)]
+        lines.append(f"{row['label']:<{width}}" + "".join(f"  {_cell(cell):>20}" for cell in cells))
+    lines.append(f"{rows[0]['n']} held-out questions; percent right, 95 % interval in brackets.")
+    return "\n".join(lines)
+
+
+def _cell(part: dict[str, Any] | None) -> str:
+    if part is None or part["mean"] is None:
+        return "-"
+    return f"{100 * part['mean']:.1f} [{100 * part['low']:.1f}, {100 * part['high']:.1f}]"

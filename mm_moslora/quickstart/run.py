@@ -1,0 +1,294 @@
+"""The main job, end to end: fetch real parts, align, tune, measure with controls, export, report.
+
+Every stage leaves its result in the run folder and is skipped when it is already there, so the same command continues
+after an interruption and a second run only prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from mm_moslora.config import AdapterConfig, Recipe, SourceConfig, load_recipe
+from mm_moslora.quickstart import assets
+from mm_moslora.quickstart.datasets import DatasetFiles, build_easy_vqa
+from mm_moslora.quickstart.evaluation import evaluate_all, table
+from mm_moslora.quickstart.stamp_data import build_stamps
+from mm_moslora.training.checkpoint import write_json
+from mm_moslora.training.progress import format_seconds
+
+logger = logging.getLogger(__name__)
+
+Images = Literal["easy-vqa", "stamps"]
+Encoder = Literal["auto", "dinov2", "efficientnet", "open_clip"]
+EXIT_REQUEUE = 75
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The size of a quickstart."""
+
+    train_images: int
+    align_steps: int
+    tune_epochs: float
+    test_questions: int
+
+
+PLANS: dict[tuple[Images, bool], Plan] = {
+    ("easy-vqa", False): Plan(train_images=1600, align_steps=60, tune_epochs=1.0, test_questions=800),
+    ("easy-vqa", True): Plan(train_images=64, align_steps=4, tune_epochs=1.0, test_questions=48),
+    ("stamps", False): Plan(train_images=10_000, align_steps=60, tune_epochs=3.0, test_questions=10_000),
+    ("stamps", True): Plan(train_images=96, align_steps=4, tune_epochs=1.0, test_questions=48),
+}
+BEST_ENCODER: dict[Images, Encoder] = {"easy-vqa": "dinov2", "stamps": "efficientnet"}
+
+
+def quickstart(
+    *,
+    images: Images = "easy-vqa",
+    encoder: Encoder = "auto",
+    output: Path | None = None,
+    stamps_deb: Path | None = None,
+    smoke: bool = False,
+) -> int:
+    """Run or continue the quickstart.
+
+    Args:
+        images: which pictures and questions.
+        encoder: which vision encoder; auto: the one measured best for the pictures.
+        output: run folder.
+        stamps_deb: a downloaded tuxpaint-stamps-default package.
+        smoke: the same in two minutes, at lower quality.
+
+    Returns:
+        0, or 75 when a signal stopped it and the same command continues.
+    """
+    from mm_moslora.training.loop import train
+
+    folder = (output or Path("runs") / _default_name(images, encoder, smoke)).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    clock = _Clock(folder)
+    encoder = BEST_ENCODER[images] if encoder == "auto" else encoder
+    plan = PLANS[images, smoke]
+    _say("Parts, fetched once into the cache:")
+    parts = _parts(encoder)
+    data = _data(images, folder, plan, stamps_deb)
+    _say(f"Data: {data.train_pictures} pictures to learn from, {data.questions} held-out questions.")
+    align, tune = recipes(parts, data, folder, plan, images=images, encoder=encoder)
+    for what, recipe in (("Align the projector", align), ("Tune with MoSLoRA", tune)):
+        with clock.stage(recipe.name):
+            _say(f"\n{what}:")
+            result = train(recipe)
+        if not result.finished:
+            _say("Stopped. The same command continues from here.")
+            return EXIT_REQUEUE
+    with clock.stage("evaluate"):
+        _say("\nMeasure on held-out pictures, with controls:")
+        results = evaluate_all(folder, data, name=images)
+    with clock.stage("export"):
+        exported = _export(folder)
+    _summarise(folder, images=images, encoder=encoder, clock=clock, parts=parts, exported=exported, smoke=smoke)
+    from mm_moslora.report import build_report
+
+    build_report(folder, folder / "report.html")
+    _print(table(results))
+    _print(_closing(folder, clock, data))
+    return 0
+
+
+def _default_name(images: Images, encoder: Encoder, smoke: bool) -> str:
+    pieces = ["quickstart", *([images] if images != "easy-vqa" else []), *([encoder] if encoder != "auto" else [])]
+    return "-".join([*pieces, *(["smoke"] if smoke else [])])
+
+
+def _say(text: str) -> None:
+    logger.info("%s", text)
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+class _Clock:
+    """Seconds per stage, kept over interruptions."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "timing.json"
+        self.seconds: dict[str, float] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+
+    def stage(self, name: str) -> _Stage:
+        return _Stage(self, name)
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+class _Stage:
+    def __init__(self, clock: _Clock, name: str) -> None:
+        self.clock, self.name = clock, name
+
+    def __enter__(self) -> None:
+        self.started = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        spent = time.monotonic() - self.started
+        # A stage that finds its result only reads it back; that is not what it took.
+        if spent > self.clock.seconds.get(self.name, 0) / 4:
+            self.clock.seconds[self.name] = self.clock.seconds.get(self.name, 0) + spent
+            write_json(self.clock.path, self.clock.seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    language: Path
+    vision: str
+
+
+def _parts(encoder: Encoder) -> _Parts:
+    language = assets.language_model(_say)
+    towers: dict[str, Callable[[], str]] = {
+        "dinov2": lambda: str(assets.dinov2(_say)),
+        "efficientnet": lambda: str(assets.efficientnet_timm(_say)),
+        "open_clip": lambda: f"open_clip:{assets.efficientnet_open_clip(_say)}",
+    }
+    return _Parts(language=language, vision=towers[encoder]())
+
+
+def _data(images: Images, folder: Path, plan: Plan, stamps_deb: Path | None) -> DatasetFiles:
+    if images == "stamps":
+        return build_stamps(assets.stamps(stamps_deb, _say), folder / "data", limit=plan.train_images)
+    return build_easy_vqa(
+        assets.easy_vqa(_say), folder / "data", train_images=plan.train_images, test_questions=plan.test_questions
+    )
+
+
+# What differs from the shipped recipes when another encoder or other pictures are asked for.
+_ENCODER_KEYS: dict[str, list[str]] = {
+    "dinov2": [],
+    "efficientnet": ["model.vision.image_size=128", "model.vision.feature_layer=-1"],
+    "open_clip": ["model.vision.image_size=128", "model.vision.feature_layer=-1"],
+}
+_IMAGE_KEYS: dict[Images, list[str]] = {"easy-vqa": [], "stamps": ["model.image_aspect=pad"]}
+
+
+def recipes(
+    parts: _Parts, data: DatasetFiles, folder: Path, plan: Plan, *, images: Images, encoder: Encoder
+) -> tuple[Recipe, Recipe]:
+    """The two stages, from the shipped recipes with the paths filled in."""
+    common = [
+        f"model.language={json.dumps(str(parts.language))}",
+        f"model.vision.name={json.dumps(parts.vision)}",
+        *_ENCODER_KEYS[encoder],
+        *_IMAGE_KEYS[images],
+    ]
+    align = load_recipe("quickstart_align", [*common, f"train.steps={plan.align_steps}"])
+    tune = load_recipe("quickstart_tune", [*common, f"train.epochs={plan.tune_epochs}"])
+    projector = folder / "align" / f"checkpoint-{plan.align_steps:06d}" / "projector.safetensors"
+    tune = dataclasses.replace(
+        tune,
+        model=dataclasses.replace(
+            tune.model, projector=dataclasses.replace(tune.model.projector, weights=str(projector))
+        ),
+    )
+    return (
+        _placed(align, data.align, data.images, folder / "align"),
+        _placed(tune, data.train, data.images, folder / "tune"),
+    )
+
+
+def _placed(recipe: Recipe, records: Path, images: Path, output: Path) -> Recipe:
+    source = SourceConfig(path=str(records), image_folder=str(images))
+    return dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, train=[source]),
+        train=dataclasses.replace(recipe.train, output=str(output)),
+    )
+
+
+def _export(folder: Path) -> dict[str, Any]:
+    """The tuned model as a Hugging Face folder, checked against the model in memory."""
+    from mm_moslora.models.export import export_model
+    from mm_moslora.models.load import load
+
+    target, note = folder / "export", folder / "export.json"
+    if note.is_file() and target.is_dir():
+        return dict(json.loads(note.read_text()))
+    shutil.rmtree(target, ignore_errors=True)
+    result = export_model(load(folder / "tune"), target)
+    facts = {
+        "architecture": result.architecture,
+        "stock": result.stock,
+        "max_logit_difference": result.max_logit_difference,
+    }
+    write_json(note, facts)
+    return facts
+
+
+def _summarise(
+    folder: Path,
+    *,
+    images: Images,
+    encoder: Encoder,
+    clock: _Clock,
+    parts: _Parts,
+    exported: dict[str, Any],
+    smoke: bool,
+) -> None:
+    tune = json.loads((folder / "tune" / "summary.json").read_text())
+    adapter: AdapterConfig = load_recipe("quickstart_tune").adapter
+    write_json(
+        folder / "summary.json",
+        tune
+        | {
+            "name": folder.name,
+            "title": "mm_moslora quickstart" + (" (smoke)" if smoke else ""),
+            "description": f"{encoder} + {tune['tokens_per_image']} visual tokens + SmolLM2-135M-Instruct, MoSLoRA "
+            f"rank {adapter.rank} ({adapter.mixer_init} mixer) in every linear layer, on {images}.",
+            "seconds": clock.total,
+            "stages": clock.seconds,
+            "hardware": hardware(),
+            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "export": exported,
+            "environment": {
+                name: metadata.version(name) for name in ("torch", "transformers", "peft", "deepspeed", "mm-moslora")
+            },
+            "licences": {asset.what: asset.licence for asset in assets.ALL},
+            "commands": [{"what": what, "command": command} for what, command in _commands(folder)],
+        },
+    )
+
+
+def hardware() -> str:
+    """Processor, cores and memory in a few words."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    memory = Path("/proc/meminfo").read_text().split()[1] if cpuinfo.is_file() else "0"
+    return f"{names[0] if names else platform.processor()}, {len(names)} cores, {int(memory) / 2**20:.0f} GiB"
+
+
+def _commands(folder: Path) -> list[tuple[str, str]]:
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    return [
+        ("Talk to it", f"mm-moslora chat {shown}/tune --image PICTURE"),
+        ("Hand it on", f"mm-moslora export {shown}/tune {shown}/handed-on"),
+        ("Measure it again", f"mm-moslora eval run {shown}/tune llava:{shown}/data/test.jsonl"),
+        ("See what is supervised", f"mm-moslora data view {shown}/tune"),
+    ]
+
+
+def _closing(folder: Path, clock: _Clock, data: DatasetFiles) -> str:
+    lines = [f"Took {format_seconds(clock.total)} in all. Look at {folder / 'report.html'}", ""]
+    lines += [f"{what + ':':<24}{command}" for what, command in _commands(folder)]
+    return "\n".join(lines)

@@ -1,0 +1,224 @@
+"""Defaults where the field's code is wrong, statistics against textbook values, baselines, corpus metrics."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mm_moslora_eval import statistics
+from mm_moslora_eval.aggregation import AGGREGATIONS
+from mm_moslora_eval.baselines import TrainingAnswer, baseline
+from mm_moslora_eval.documents import DataSet, Document
+from mm_moslora_eval.images import Hasher, derangement, mean_image
+from mm_moslora_eval.metrics import documents, exact, judged, mathvista, mcq, vqa, yesno
+from mm_moslora_eval.registry import get_task
+from mm_moslora_eval.requests import Preparation, deal
+from mm_moslora_eval.runner import Settings
+from mm_moslora_eval.scoring import EXTRACTORS, METRICS, Scored, score_answer
+from mm_moslora_eval.suite import evaluate
+from mm_moslora_eval.task import Decoding, Source, Task
+
+from tests.eval.eval_data import picture
+from tests.eval.eval_fake import FakeModel
+
+OPTIONS = {"A": "teddy bear", "B": "rabbit", "C": "cat", "D": "dog"}
+
+
+def task(**changes: Any) -> Task:
+    return Task(**{"name": "t", "source": Source(kind="tsv", path="t.tsv"), **changes})
+
+
+def test_defaults_do_not_share_the_anchors_faults() -> None:
+    assert mcq.extract_letter("Sorry, I can't help with images of people yet.", OPTIONS) == ""
+    assert mcq.extract_letter("a rabbit", {"A": "", "B": "rabbit"}) == "B"
+    assert vqa.normalize("a." * 40) == "a" * 40
+    assert vqa.normalize_evalai("b." * 40) != "b" * 40
+    assert vqa.soft_accuracy("yes", ["Yes"]) == 1.0
+    assert vqa.soft_accuracy("yes", ["yes", "yes", "no"]) == pytest.approx(2 / 3 * 0.5 + 1 / 3)
+    assert yesno.extract_yes_no("") == ""
+    assert yesno.extract_yes_no("eyes") == ""
+    assert documents.ocrbench("anything", [""], "Doc-oriented VQA") == 0
+    question = mathvista.Question(question_type="multi_choice", answer_type="text", choices=("one", "two"))
+    assert mathvista.normalize("", question) is None
+    assert judged.mmvet_grade("nan") is None
+    assert judged.mmvet_scores([("rec", 1.0), ("rec,ocr", 0.0)])["by_capability"]["rec"] == 50.0
+    assert exact.exact_match(" Yes. ", "yes") == 1.0
+    right = yesno.pope([("yes", "yes"), ("no", "yes"), ("", "yes"), ("no", "no")])
+    assert (right.recall, right.yes_ratio, right.accuracy) == (pytest.approx(1 / 3), 0.25, 0.5)
+
+
+def test_equal_option_texts_are_not_inferable() -> None:
+    assert mcq.extract_letter("same", {"A": "same", "B": "same"}) == ""
+
+
+@given(st.text(max_size=200))
+def test_every_extractor_and_metric_survives_any_answer(text: str) -> None:
+    extra = {"dataset": "boolq", "question_type": "multi_choice"}
+    document = Document(id="1", question="q", options=OPTIONS, answers=("A",), category="x", extra=extra)
+    for name, extract in EXTRACTORS.items():
+        assert isinstance(extract(text, document), str), name
+    for name, metric in METRICS.items():
+        assert 0.0 <= metric(text, document) <= 1.0, name
+
+
+def test_an_answer_that_cannot_be_read_is_wrong_and_counted() -> None:
+    document = Document(id="1", question="q", answers=("",), category=None)
+    scored = score_answer(task(metric="exact"), document, "   ", cluster="1")
+    assert scored.score == 0.0
+    assert not scored.failed
+
+
+def test_intervals() -> None:
+    low, high = statistics.wilson_interval(0, 20)
+    assert (low, high) == (0.0, pytest.approx(0.16113, abs=1e-5))
+    assert statistics.t_quantile(0.95, 10) == pytest.approx(2.228138852, abs=1e-8)
+    assert statistics.t_two_sided(2.228138852, 10) == pytest.approx(0.05, abs=1e-9)
+    assert statistics.t_two_sided(1.0, 1) == pytest.approx(0.5, abs=1e-12)
+    assert statistics.sign_test(9, 1) == pytest.approx(2 * 11 / 1024)
+    assert statistics.sign_test(0, 0) == 1.0
+
+
+def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+    generator = random.Random(0)
+    hits = 0
+    for _ in range(1000):
+        successes = sum(generator.random() < 0.9 for _ in range(60))
+        low, high = statistics.wilson_interval(successes, 60)
+        hits += low <= 0.9 <= high
+    assert 0.92 <= hits / 1000 <= 0.98
+
+
+def test_clusters_widen_the_error_of_correlated_samples() -> None:
+    scores = [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    clusters = list("aaaabbbb")
+    assert statistics.clustered_stderr(scores, clusters) > 1.5 * statistics.mean_stderr(scores)
+    assert statistics.clustered_stderr(scores, range(8)) == pytest.approx(statistics.mean_stderr(scores))
+
+
+def test_paired_comparison_sees_what_two_intervals_do_not() -> None:
+    generator = random.Random(1)
+    hard = [float(generator.random() < 0.5) for _ in range(400)]
+    better = [max(value, float(generator.random() < 0.05)) for value in hard]
+    result = statistics.paired(better, hard)
+    assert result.losses == 0
+    assert result.low > 0
+    assert result.p_value < 0.01
+    assert math.isnan(statistics.paired([1.0], [0.0]).p_value)
+
+
+def test_detectable_difference_matches_the_power_analysis() -> None:
+    assert statistics.detectable_difference(statistics.power_analysis(0.03).min_n) == pytest.approx(0.03, rel=1e-3)
+
+
+def test_bootstrap_is_seeded_and_near_the_analytic_error() -> None:
+    generator = random.Random(2)
+    scores = [generator.random() for _ in range(300)]
+    groups = [[index] for index in range(300)]
+
+    def mean(drawn: Any) -> float:
+        return statistics.mean([scores[index] for index in drawn])
+
+    first = statistics.bootstrap_stderr(groups, mean, seed=5)
+    assert first == statistics.bootstrap_stderr(groups, mean, seed=5)
+    assert first[0] == pytest.approx(statistics.mean_stderr(scores), rel=0.15)
+
+
+@given(st.sets(st.text(max_size=5), min_size=2, max_size=30), st.integers(0, 100))
+def test_derangement_has_no_fixed_point(names: set[str], seed: int) -> None:
+    other = derangement(names, seed=seed)
+    assert other.keys() == set(other.values()) == names
+    assert all(name != shown for name, shown in other.items())
+    assert other == derangement(sorted(names), seed=seed)
+
+
+def test_mean_image_keeps_size_and_mean() -> None:
+    from PIL import Image, ImageStat
+
+    original = Image.open(__import__("io").BytesIO(picture(3))).convert("RGB")
+    blind = mean_image(picture(3))
+    assert blind.size == original.size
+    assert [round(value) for value in ImageStat.Stat(original).mean] == list(blind.getpixel((0, 0)))
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 40)), min_size=1, max_size=40), st.integers(1, 5))
+def test_ranks_share_everything_once_and_evenly(rows: list[tuple[int, int]], world: int) -> None:
+    rows_documents = [
+        Document(id=str(n), images=(picture(image),), question="q" * length, answers=("a",))
+        for n, (image, length) in enumerate(rows)
+    ]
+    items = Preparation(task(), rows_documents, mode="own", seed=0, fingerprint="f", hasher=Hasher()).items
+    shares = [deal(items, rank=rank, world_size=world) for rank in range(world)]
+    assert sorted(item.index for share in shares for item in share) == list(range(len(rows)))
+    pictures = [{item.image_ids for item in share} for share in shares]
+    assert sum(map(len, pictures)) == len({item.image_ids for item in items})
+
+
+def scored(rows: list[tuple[str, str, str, float]], **extra: str) -> list[Scored]:
+    return [
+        Scored(
+            document=Document(id=name, question="q", answers=("yes",), category=category, extra=extra),
+            text="yes",
+            parsed="yes",
+            score=score,
+            cluster=cluster,
+        )
+        for name, category, cluster, score in rows
+    ]
+
+
+def test_circular_counts_a_question_only_when_every_rotation_is_right() -> None:
+    rows = [("1", "c", "i1", 1.0), ("1000001", "c", "i1", 1.0), ("2", "c", "i2", 1.0), ("1000002", "c", "i2", 0.0)]
+    result = AGGREGATIONS["circular"](scored(rows))
+    assert result.score == 0.5
+    assert result.metrics == {"questions": 2.0, "vanilla": 0.75}
+
+
+def test_mme_survives_an_image_with_one_question() -> None:
+    rows = [("a", "OCR", "i1", 1.0), ("b", "OCR", "i1", 0.0), ("c", "OCR", "i2", 1.0)]
+    result = AGGREGATIONS["mme"](scored(rows))
+    assert result.score == pytest.approx(100 * 2 / 3 + 50)
+
+
+def baseline_documents() -> tuple[tuple[Document, ...], DataSet]:
+    rows = [
+        ("is it red?", "yes"),
+        ("is it red?", "yes"),
+        ("is it red?", "no"),
+        ("colour?", "blue"),
+        ("colour?", "blue"),
+    ]
+    made = tuple(Document(id=str(n), question=q, answers=(a,)) for n, (q, a) in enumerate([*rows, ("once?", "never")]))
+    return made, DataSet(documents=made, path="x", sha256="0")
+
+
+def test_baselines_learn_from_the_set_or_from_training() -> None:
+    made, data = baseline_documents()
+    majority = baseline("majority", task(), made, data=data)
+    assert majority.about["majority_answer"] == "blue"  # a tie with `yes`: the alphabetically first
+    assert majority.score == pytest.approx(2 / 6)
+    by_question = baseline("question_majority", task(), made, data=data)
+    assert by_question.score == pytest.approx(4 / 6)  # the question that occurs once is not given away
+    assert by_question.about["learned_from"] == "the evaluated set"
+    training = [TrainingAnswer(" RED?", "no"), TrainingAnswer("once?", "never")]
+    trained = baseline("question_majority", task(), made, data=data, training=training)
+    assert trained.about["learned_from"] == "training answers"
+    assert trained.score == pytest.approx(2 / 6)
+
+
+def test_option_scoring_needs_no_parsing(tmp_path: Path, write_tsv: Any, encoded: str) -> None:
+    rows = [
+        {"index": n, "image": encoded, "question": f"q{n}", "A": "x", "B": "y", "answer": "AB"[n % 2]} for n in range(6)
+    ]
+    chosen = get_task(f"tsv:{write_tsv(rows)}")
+    by_likelihood = task(
+        name="ll", source=chosen.source, decoding=Decoding(kind="loglikelihood"), extraction="letter", metric="equal"
+    )
+    one = Settings(batch_size=2, rank=0, world_size=1)
+    (result,) = evaluate(FakeModel(), by_likelihood, tmp_path / "run", modes=("own",), baselines=(), settings=one)
+    assert result.score == 0.5  # the fake always prefers B
+    assert result.counts.not_inferable == 0

@@ -1,0 +1,247 @@
+"""Data files: good ones become documents, bad ones a clear error or a counted failure, never a wrong score."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mm_moslora_eval import cli
+from mm_moslora_eval.documents import Document
+from mm_moslora_eval.registry import all_tasks, get_task, load_file
+from mm_moslora_eval.runner import Settings
+from mm_moslora_eval.sources.tsv import parse_list
+from mm_moslora_eval.suite import evaluate
+
+from mm_moslora.errors import ConfigError, EvalError, MoSLoRAError
+from tests.eval.eval_data import picture
+from tests.eval.eval_fake import FakeModel
+
+Writer = Callable[..., Path]
+ONE = Settings(batch_size=4, rank=0, world_size=1)
+
+
+def documents(path: Path) -> dict[str, Document]:
+    return {document.id: document for document in get_task(f"tsv:{path}").load().documents}
+
+
+def row(index: int, image: str, **more: Any) -> dict[str, Any]:
+    base = {"index": index, "image": image, "question": f"What is it? ({index})", "hint": "nan", "A": "cat", "B": "dog"}
+    return base | {"C": "", "D": "nan", "answer": "A", "category": "animals"} | more
+
+
+def test_tsv_rows_become_documents(write_tsv: Writer, encoded: str) -> None:
+    found = documents(write_tsv([row(7, encoded), row(8, "7", hint="Look twice.", answer="B")]))
+    first, second = found["7"], found["8"]
+    assert first.images == second.images == (base64.b64decode(encoded),)
+    assert first.options == {"A": "cat", "B": "dog"}
+    assert first.hint is None
+    assert second.hint == "Look twice."
+    assert second.answers == ("B",)
+    assert first.category == "animals"
+
+
+def test_tsv_cells_with_quotes_tabs_newlines_megabytes_and_foreign_scripts(write_tsv: Writer, encoded: str) -> None:
+    texts = ['He said "no"\tand\nleft', "אבג מה זה", "图中是什么？", "x" * 2_000_000]
+    found = documents(write_tsv([row(n, encoded, question=text) for n, text in enumerate(texts)]))
+    assert [found[str(n)].question for n in range(4)] == texts
+    assert all(document.problem is None for document in found.values())
+
+
+def test_tsv_option_that_reads_none_is_an_option(write_tsv: Writer, encoded: str) -> None:
+    found = documents(write_tsv([row(1, encoded, B="None", C="NA", answer="B")]))
+    assert found["1"].options == {"A": "cat", "B": "None", "C": "NA"}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"image": "99"}, "row '99', which does not exist"),
+        ({"image": "1"}, "refers back to it"),
+        ({"image": "!" * 80}, "not base64"),
+        ({"answer": "E"}, "answer 'E' is not one of the options A, B"),
+        ({"question": "nul \0 byte"}, "NUL byte in column 'question'"),
+        ({"image": "", "image_path": "../../etc/passwd"}, "leads out of"),
+    ],
+)
+def test_tsv_row_that_cannot_be_asked_is_counted_as_failed(
+    write_tsv: Writer, encoded: str, tmp_path: Path, change: dict[str, str], problem: str
+) -> None:
+    path = write_tsv([row(0, encoded), row(1, encoded) | change, row(2, encoded)])
+    bad = documents(path)["1"]
+    assert bad.problem is not None
+    assert problem in bad.problem
+    model = FakeModel()
+    (result,) = evaluate(model, get_task(f"tsv:{path}"), tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    assert (result.n, result.counts.failed) == (3, 1)
+    assert sorted(model.asked) == ["0", "2"]
+    with pytest.raises(EvalError, match="1 of 3 documents"):
+        cli.check(f"tsv:{path}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("index\tquestion\n1\tq\n", "no column answer"),
+        ("index\tquestion\tanswer\n1\tq\n", "row 2 has 2 cells, the header has 3"),
+        ('index\tquestion\tanswer\n1\t"open\ta\n2\tq\tb\n', "never closed"),
+        ("index\tquestion\tanswer\n1\tq\ta\n1\tr\tb\n", "1 repeated ids \\('1'\\)"),
+        ("index\tquestion\tanswer\n", "holds no documents"),
+    ],
+)
+def test_tsv_that_is_not_sound_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.tsv"
+    path.write_text(text)
+    with pytest.raises(EvalError, match=message):
+        documents(path)
+
+
+def test_tsv_text_after_a_closing_quote_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "loose.tsv"
+    path.write_text('index\tquestion\tanswer\n1\t"Hello" she said\ta\n')
+    assert documents(path)["1"].question == "Hello she said"
+
+
+def test_lists_are_parsed_and_never_evaluated() -> None:
+    assert parse_list("['a', \"b's\"]") == ["a", "b's"]
+    assert parse_list('["it\\"s"]') == ['it"s']
+    for text in ("__import__('os').getcwd()", "['a'] + ['b']", "[1, 2]", "plain", "['a', open('x')]"):
+        assert parse_list(text) == []
+
+
+def test_missing_file_names_the_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MM_MOSLORA_DATA", str(tmp_path))
+    with pytest.raises(EvalError, match=r"looked at .*MM_MOSLORA_DATA"):
+        get_task("tsv:nowhere.tsv").load()
+    (tmp_path / "nowhere.tsv").write_text("index\tquestion\tanswer\n1\tq\ta\n")
+    assert len(get_task("tsv:nowhere.tsv").load().documents) == 1
+
+
+def test_wrong_checksum_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "d.tsv").write_text("index\tquestion\tanswer\n1\tq\ta\n")
+    (tmp_path / "t.yaml").write_text("name: t\nsource: {kind: tsv, path: d.tsv, md5: 00}\n".replace("00", "'00'"))
+    with pytest.raises(EvalError, match="expects 00: it is another version"):
+        get_task(str(tmp_path / "t.yaml")).load()
+
+
+def test_llava_conversations_give_one_document_per_pair(tmp_path: Path) -> None:
+    (tmp_path / "p.png").write_bytes(picture(1))
+    turns = [("human", "<image>\nWhat?"), ("gpt", "A cat."), ("human", "Sure?"), ("gpt", "Yes")]
+    record = {"id": "r", "image": "p.png", "conversations": [{"from": who, "value": text} for who, text in turns]}
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps([record]))
+    task = get_task(f"llava:{path}")
+    first, second = task.load().documents
+    assert (first.id, first.answers, second.id, second.answers) == ("r:0", ("A cat.",), "r:1", ("Yes",))
+    assert [message.text for document in (first, second) for message in task.prompt.messages(document)] == [
+        "<image>\nWhat?",
+        "<image>\nSure?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", "line 1 is not valid JSON"),
+        ("[1, 2]", "record 1 is a int"),
+        ('{"question_id": 1, "text": "q"}', "has no `answer`"),
+        ('{"question_id": 1, "answer": "a"}', "needs `question_id` and `text`"),
+        ('{"id": "x", "conversations": [{"from": "human", "value": "q"}]}', "human/gpt pairs"),
+        ('{"id": "x", "conversations": [{"from": "gpt", "value": "q"}, {"from": "human", "value": "a"}]}', "are from"),
+    ],
+)
+def test_llava_file_that_is_not_sound_is_refused(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(EvalError, match=message):
+        get_task(f"llava:{path}").load()
+
+
+def test_llava_image_tags_that_differ_from_the_images_are_a_counted_failure(tmp_path: Path) -> None:
+    (tmp_path / "p.png").write_bytes(picture(1))
+    rows = [
+        {"question_id": "two", "image": "p.png", "text": "<image><image> same?", "answer": "yes"},
+        {"question_id": "one", "image": "p.png", "text": "red?", "answer": "yes"},
+        {"question_id": "out", "image": "../p.png", "text": "red?", "answer": "yes"},
+    ]
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in rows))
+    model = FakeModel()
+    (result,) = evaluate(model, get_task(f"llava:{path}"), tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    assert model.asked == ["one"]
+    assert result.counts.failed == 2
+
+
+def test_braces_in_a_question_stay_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"question_id": 1, "text": "Is {hint} in {0}?", "answer": "no"}) + "\n")
+    task = get_task(f"llava:{path}")
+    assert task.prompt.text(task.load().documents[0]) == "Is {hint} in {0}?"
+
+
+def test_local_parquet_is_a_task_of_ten_lines(tmp_path: Path) -> None:
+    import datasets
+
+    table = {"q": ["What?", "Which?"], "choices": [["cat", "dog"], ["a", "b"]], "label": [1, 0], "topic": ["x", "y"]}
+    datasets.Dataset.from_dict(table).to_parquet(str(tmp_path / "d.parquet"))
+    (tmp_path / "own.yaml").write_text(
+        f"""
+name: mine
+source:
+  kind: hf
+  path: {tmp_path / "d.parquet"}
+  columns: {{question: q, options: choices, answer: label, category: topic}}
+prompt: {{template: "{{question}}\\n{{options}}"}}
+extraction: letter
+metric: equal
+"""
+    )
+    task = get_task(str(tmp_path / "own.yaml"))
+    first, second = task.load().documents
+    assert (first.options, first.answers, second.answers) == ({"A": "cat", "B": "dog"}, ("B",), ("A",))
+    assert task.prompt.text(first) == "What?\nA. cat\nB. dog"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: t\nsource: {kind: tsv, path: x}\npromt: {}\n", "unknown key 'promt'.*Did you mean 'prompt'"),
+        ("name: t\nsource: {kind: tsv, path: x, md6: x}\n", "unknown key 'source.md6'"),
+        ("name: t\nsource: {kind: tsv, path: x}\nmetric: anlz\n", "metric 'anlz' is not known.*'anls'"),
+        ("name: t\nsource: {kind: tsv, path: x}\nextraction: leter\n", "Did you mean 'letter'"),
+        ("name: t\nname: u\n", "written twice"),
+        ("name: t\n", "missing source"),
+        ("name: a/b\nsource: {kind: tsv, path: x}\n", "not acceptable"),
+        (
+            "name: t\nsource: {kind: tsv, path: x}\nprompt: {function: mathvista_formt}\n",
+            "Did you mean 'mathvista_format'",
+        ),
+    ],
+)
+def test_task_file_with_a_fault_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "t.yaml"
+    path.write_text(text)
+    with pytest.raises((ConfigError, EvalError), match=message):
+        load_file(path)
+
+
+def test_unknown_names_get_a_suggestion() -> None:
+    with pytest.raises(MoSLoRAError, match="Did you mean 'mmbench_en_dev'"):
+        get_task("mmbench_en_dv")
+    with pytest.raises(MoSLoRAError, match="no protocol 'llama'; it has llava"):
+        get_task("pope@llama")
+
+
+def test_every_shipped_task_is_sound_and_described() -> None:
+    tasks = all_tasks()
+    assert len({task.name for task in tasks.values()}) >= 30
+    for identifier, task in tasks.items():
+        assert task.title, identifier
+        assert task.expected_count, identifier
+    assert "pope" in cli.list_tasks()
+    assert "published:   85.9" in cli.describe("pope@llava")
+    assert "published" not in cli.describe("pope@vlmevalkit")

@@ -1,0 +1,130 @@
+"""The launchers: clean by shellcheck, explained by --help, honest in a dry run, gentle when they are stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts"
+LAUNCHERS = ["train.sh", "train_deepspeed.sh", "train_slurm.sbatch"]
+
+
+def _run(script: str, *arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(SCRIPTS / script), *arguments], env=environment, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    return {
+        "PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHON": sys.executable, "NPROC": "2",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'eval'}",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "a recipe.yaml"
+    path.write_text(f"model: {{language: tiny}}\ntrain: {{output: {json.dumps(str(tmp_path / 'run'))}}}\n")
+    (tmp_path / "run").mkdir()
+    return path
+
+
+@pytest.fixture
+def stub(tmp_path: Path, environment: dict[str, str]) -> dict[str, str]:
+    """A Python that answers `config` for real and runs $TRAIN in place of the launcher."""
+    path = tmp_path / "stub-python"
+    path.write_text(
+        f'#!/usr/bin/env bash\ncase "$*" in *" train "*) printf "%s\\n" "$@" >"$HOME/arguments"; eval "$TRAIN" ;;'
+        f' *) exec {shlex.quote(sys.executable)} "$@" ;; esac\n'
+    )
+    path.chmod(0o755)
+    return environment | {"PYTHON": str(path)}
+
+
+def test_shellcheck_finds_nothing() -> None:
+    files = sorted(str(path) for pattern in ("*.sh", "*.sbatch") for path in SCRIPTS.rglob(pattern))
+    assert len(files) >= len(LAUNCHERS)
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    result = subprocess.run([str(shellcheck), "-x", *files], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_help_explains_and_starts_nothing(script: str, environment: dict[str, str]) -> None:
+    result = _run(script, "--help", environment=environment)
+    assert result.returncode == 0
+    assert result.stdout.startswith("Usage: ")
+    for word in ("RECIPE", "NPROC", "--dry-run"):
+        assert word in result.stdout
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_dry_run_shows_the_recipe_and_the_command(script: str, environment: dict[str, str], recipe: Path) -> None:
+    arguments = ["--dry-run", str(recipe), "--optim.lr", "3e-4", "--resume", "never"]
+    result = _run(script, *arguments, environment=environment)
+    assert result.returncode == 0, result.stderr
+    assert "lr: 0.0003" in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("# /")]
+    command = shlex.split(line[2:])
+    assert command[-6:] == ["train", str(recipe), "--optim.lr", "3e-4", "--resume", "never"]
+    assert "2" in command
+    assert not (recipe.parent / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_wrong_use_is_one_clear_line(script: str, environment: dict[str, str], recipe: Path) -> None:
+    result = _run(script, environment=environment)
+    assert result.returncode == 2
+    assert "RECIPE is missing" in result.stderr
+    result = _run(script, "--dry-run", str(recipe), "--optim.lrr", "1", environment=environment)
+    assert result.returncode != 0
+    assert "lrr" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("train", "code"),
+    [("exit 0", 0), ("exit 3", 3), ('touch "$HOME/run/PREEMPTED"; exit 1', 75)],
+)
+def test_exit_code_says_how_the_run_ended(train: str, code: int, stub: dict[str, str], recipe: Path) -> None:
+    (recipe.parent / "run" / "PREEMPTED").touch()  # of an earlier stop: must not count
+    result = _run("train.sh", str(recipe), "--optim.lr", "1e-4", environment=stub | {"TRAIN": train})
+    assert result.returncode == code, result.stderr
+    passed = (recipe.parent / "arguments").read_text().splitlines()
+    assert passed[-4:] == ["train", str(recipe), "--optim.lr", "1e-4"]
+    assert passed[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_run_which_saves_first(number: int, stub: dict[str, str], recipe: Path) -> None:
+    train = (
+        'trap \'sleep 0.5; touch "$HOME/run/saved" "$HOME/run/PREEMPTED"; exit 1\' TERM; touch "$HOME/run/started";'
+        "for _ in $(seq 300); do sleep 0.1; done"
+    )
+    process = subprocess.Popen(
+        ["bash", str(SCRIPTS / "train.sh"), str(recipe)], env=stub | {"TRAIN": train}, stderr=subprocess.PIPE
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (recipe.parent / "run" / "started").exists():
+            assert time.monotonic() < deadline, "the run did not start"
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 75
+    assert (recipe.parent / "run" / "saved").exists()
+    assert b"continues the run" in errors
