@@ -239,6 +239,7 @@ def chat(
 def doctor() -> int:
     """Check versions, accelerator, threads and leftovers; exit code 1 when something is bad."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from mm_moslora.doctor import diagnose
@@ -247,7 +248,7 @@ def doctor() -> int:
     findings = diagnose()
     signs = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "bad": "[red]bad[/]"}
     for item in findings:
-        table.add_row(signs[item.status], item.name, item.detail, item.remedy)
+        table.add_row(signs[item.status], *map(escape, (item.name, item.detail, item.remedy)))
     Console().print(table)
     return EXIT_ERROR if any(item.status == "bad" for item in findings) else 0
 

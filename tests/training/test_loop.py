@@ -1,0 +1,289 @@
+"""The training loop on one process: exact resume, complete checkpoints, named failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mm_moslora.batch import Batch
+from mm_moslora.config import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ProjectorConfig,
+    Recipe,
+    SourceConfig,
+    TrackConfig,
+    TrainConfig,
+    VisionConfig,
+)
+from mm_moslora.errors import CheckpointError, MoSLoRAError, TrainingError
+from mm_moslora.models.export import export_lora, export_model
+from mm_moslora.models.load import load
+from mm_moslora.models.vlm import supervised_logits
+from mm_moslora.training.loop import train
+from mm_moslora.training.optim import lr_factor
+
+
+@pytest.fixture
+def recipe(language_folder: Path, vision_folder: Path, records: Path, tmp_path: Path) -> Recipe:
+    return Recipe(
+        name="tiny",
+        model=ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(vision_folder))),
+        adapter=AdapterConfig(rank=4, alpha=8, dropout=0.1, mixer_init="kaiming"),
+        data=DataConfig(
+            train=[SourceConfig(path=str(records), image_folder=str(records.parent / "images"))], max_length=256
+        ),
+        optim=OptimConfig(lr=2e-3, projector_lr=1e-2, warmup=1),
+        train=TrainConfig(
+            output=str(tmp_path / "run"), steps=6, global_batch=8, micro_batch=4, zero="none", precision="fp32"
+        ),
+        track=TrackConfig(trackers=[]),
+    )
+
+
+def with_train(recipe: Recipe, **changes) -> Recipe:
+    return replace(recipe, train=replace(recipe.train, **changes))
+
+
+def losses(recipe: Recipe) -> list[str]:
+    path = Path(recipe.train.output) / "metrics.jsonl"
+    return [json.loads(line)["loss"].hex() for line in path.read_text().splitlines()]
+
+
+def test_a_stopped_run_continues_exactly(recipe, tmp_path):
+    straight = with_train(recipe, output=str(tmp_path / "straight"))
+    train(straight)
+    first = train(recipe, stop_at=2)
+    assert not first.finished
+    assert train(recipe).finished
+    assert losses(recipe) == losses(straight)
+    name = "checkpoint-000006/adapter/moslora.safetensors"
+    ours, theirs = load_file(tmp_path / "run" / name), load_file(tmp_path / "straight" / name)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert train(recipe).step == 6  # a third call finds everything done
+
+
+def test_the_loss_goes_down(recipe):
+    train(with_train(recipe, steps=40))
+    values = [float.fromhex(value) for value in losses(recipe)]
+    assert sum(values[-5:]) / 5 < 0.5 * sum(values[:5]) / 5
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(recipe):
+    recipe = with_train(recipe, steps=200)
+
+    def interrupt() -> None:
+        path = Path(recipe.train.output) / "metrics.jsonl"
+        while not (path.is_file() and len(path.read_text().splitlines()) >= 3):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    helper = threading.Thread(target=interrupt)
+    helper.start()
+    result = train(recipe)
+    helper.join()
+    assert result.stopped_by == signal.SIGTERM
+    assert 3 <= result.step < 200
+    assert train(recipe, stop_at=result.step + 1).step == result.step + 1
+
+
+def test_every_checkpoint_is_complete_and_loads(recipe, tmp_path):
+    train(with_train(recipe, save_every=2))
+    run = tmp_path / "run"
+    kept = sorted(path.name for path in run.glob("checkpoint-*"))
+    assert kept == ["checkpoint-000004", "checkpoint-000006"]
+    for name in kept:
+        files = {path.relative_to(run / name).as_posix() for path in (run / name).rglob("*") if path.is_file()}
+        assert {
+            "manifest.json", "config.yaml", "projector.safetensors", "adapter/adapter_config.json",
+            "adapter/adapter_model.safetensors", "adapter/moslora.safetensors", "processor/processor_config.json",
+            "processor/preprocessor_config.json", "processor/tokenizer.json",
+        } <= files  # fmt: skip
+        assert load(run / name).peft_model is None
+    assert Recipe.from_yaml((run / kept[-1] / "config.yaml").read_text()) == with_train(recipe, save_every=2)
+    assert json.loads((run / "mixers.json").read_text())[0]["moved"] > 0
+    assert json.loads((run / "summary.json").read_text())["counters"]["steps"] == 6
+
+
+def test_the_loaded_model_gives_the_logits_of_the_trained_one(recipe, records, tmp_path):
+    """Live adapter, merged, exported to stock LLaVA, and plain LoRA on the exported base: the same logits."""
+    from peft import PeftModel
+    from transformers import LlavaForConditionalGeneration
+
+    train(recipe)
+    live, merged = load(tmp_path / "run", merge=False), load(tmp_path / "run")
+    example = _example(live)
+    batch = Batch.from_examples([example])
+    with torch.no_grad():
+        expected = supervised_logits(live.model, batch)
+        torch.testing.assert_close(supervised_logits(merged.model, batch), expected, rtol=0, atol=1e-5)
+    exported = export_model(merged, tmp_path / "export", require_stock=True)
+    assert exported.stock
+    assert exported.max_logit_difference < 1e-4
+    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "export").eval()
+    inputs = {"input_ids": example.input_ids[None], "pixel_values": example.pixel_values}
+    with torch.no_grad():
+        torch.testing.assert_close(stock(**inputs).logits[0, batch.target_positions], expected, rtol=0, atol=1e-5)
+    export_lora(live, tmp_path / "lora")
+    base = load(tmp_path / "run", merge=False)
+    base.model = base.peft_model.unload()
+    plain = PeftModel.from_pretrained(base.model, tmp_path / "lora").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**inputs).logits[0, batch.target_positions], expected, rtol=0, atol=1e-5)
+
+
+def _example(assembly):
+    from mm_moslora.batch import Example
+
+    ids = torch.tensor([5, *[assembly.image_token_id] * assembly.tokens_per_image, 6, 7, 8])
+    supervised = torch.zeros(len(ids), dtype=torch.bool)
+    supervised[-3:] = True
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    return Example(id="x", input_ids=ids, supervised=supervised, pixel_values=pixels)
+
+
+@pytest.mark.parametrize("mode", ["frozen", "last_n", "full"])
+def test_components_train_as_asked(recipe, tmp_path, mode):
+    model = replace(
+        recipe.model,
+        language_mode=mode,
+        language_last_n=1 if mode == "last_n" else 0,
+        vision=replace(recipe.model.vision, mode="adapter" if mode == "full" else "frozen"),
+    )
+    train(with_train(replace(recipe, model=model), steps=2))
+    folder = tmp_path / "run" / "checkpoint-000002"
+    assert (folder / "language.safetensors").is_file() == (mode != "frozen")
+    assert (folder / "adapter").is_dir() == (mode == "full")
+    changed = load(folder)
+    names = set(load_file(folder / "language.safetensors")) if mode != "frozen" else set()
+    if mode == "last_n":
+        assert names
+        assert all(".layers.1." in name for name in names)
+    assert changed.model is not None
+
+
+def test_a_language_model_alone_trains_too(recipe, tmp_path):
+    lines = [
+        {"id": i, "conversations": [{"from": "human", "value": "say red"}, {"from": "gpt", "value": "red"}]}
+        for i in range(16)
+    ]
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    recipe = replace(
+        recipe,
+        model=replace(recipe.model, vision=None),
+        data=replace(recipe.data, train=[SourceConfig(path=str(path))]),
+    )
+    train(with_train(recipe, steps=3))
+    assert load(tmp_path / "run").processor is None
+
+
+def test_the_loss_does_not_depend_on_micro_batches(recipe, tmp_path):
+    recipe = replace(recipe, adapter=replace(recipe.adapter, dropout=0.0))
+    for micro in (1, 2, 8):
+        train(with_train(recipe, micro_batch=micro, output=str(tmp_path / f"m{micro}")))
+    values = {
+        micro: [float.fromhex(v) for v in losses(with_train(recipe, output=str(tmp_path / f"m{micro}")))]
+        for micro in (1, 2, 8)
+    }
+    assert values[1] == pytest.approx(values[8], rel=1e-5)
+    assert values[2] == pytest.approx(values[8], rel=1e-5)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_too_many_stop_the_run(recipe, tmp_path, caplog):
+    huge = replace(recipe, optim=replace(recipe.optim, lr=1e38, projector_lr=1e38, warmup=0, max_grad_norm=0))
+    with pytest.raises(TrainingError, match="5 steps in a row .* not finite; stopped at step"):
+        train(with_train(huge, steps=20))
+    assert "skipped: the loss or a gradient is not finite" in caplog.text
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_the_keys(recipe):
+    train(recipe, stop_at=2)
+    other = replace(recipe, optim=replace(recipe.optim, lr=5e-3))
+    with pytest.raises(CheckpointError, match=r"1 recipe keys differ \(optim.lr: 0.002 -> 0.005\)"):
+        train(other)
+    with pytest.raises(CheckpointError, match="already holds checkpoints and resume is never"):
+        train(recipe, resume="never")
+
+
+def test_resume_required_needs_a_checkpoint(recipe):
+    with pytest.raises(CheckpointError, match="holds no checkpoint, but resume is required"):
+        train(recipe, resume="required")
+
+
+def test_two_runs_in_one_folder_are_refused(recipe):
+    from mm_moslora.training.run import exclusive
+
+    pid = os.fork()
+    if pid == 0:
+        with exclusive(Path(recipe.train.output)):
+            time.sleep(20)
+        os._exit(0)
+    try:
+        for _ in range(200):
+            if (Path(recipe.train.output) / "run.lock").is_file():
+                break
+            time.sleep(0.02)
+        time.sleep(0.1)
+        with pytest.raises(TrainingError, match=f"in use by another run \\(process {pid} on"):
+            train(recipe)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_bad_records_are_counted_and_too_many_stop_the_run(recipe, records, tmp_path):
+    lines = records.read_text().splitlines()
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("\n".join([*lines, '{"id": "bad", "image": "missing.png"}', "{not json"]))
+    source = SourceConfig(path=str(broken), image_folder=str(records.parent / "images"))
+    some = replace(recipe, data=replace(recipe.data, train=[source], max_bad_share=0.2))
+    train(with_train(some, steps=2))
+    quarantined = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert [line["record"] for line in quarantined] == [len(lines), len(lines) + 1]
+    strict = replace(recipe, data=replace(recipe.data, train=[source], max_bad_share=0.01))
+    with pytest.raises(MoSLoRAError, match="max_bad_share"):
+        train(with_train(strict, output=str(tmp_path / "strict")))
+
+
+def test_an_align_stage_feeds_a_tune_stage(recipe, tmp_path):
+    align = replace(recipe, model=replace(recipe.model, language_mode="frozen"))
+    result = train(with_train(align, output=str(tmp_path / "align"), steps=2))
+    weights = result.checkpoint / "projector.safetensors"
+    tune = replace(recipe, model=replace(recipe.model, projector=ProjectorConfig(weights=str(weights))))
+    train(with_train(tune, steps=1))
+    first = load_file(weights)
+    later = load_file(tmp_path / "run" / "checkpoint-000001" / "projector.safetensors")
+    assert first.keys() == later.keys()
+
+
+def test_validation_disturbs_nothing(recipe, tmp_path):
+    source = recipe.data.train
+    watched = replace(recipe, data=replace(recipe.data, validation=source))
+    train(with_train(watched, validate_every=2))
+    train(with_train(recipe, output=str(tmp_path / "plain")))
+    plain = losses(with_train(recipe, output=str(tmp_path / "plain")))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"].hex() for line in lines if "loss" in line] == plain
+    assert len([line for line in lines if "validation_loss" in line]) == 3
+
+
+def test_the_learning_rate_warms_up_and_comes_down():
+    optim = OptimConfig(warmup=0.1, min_lr_ratio=0.1)
+    values = [lr_factor(step, 100, optim) for step in range(100)]
+    assert values[0] == pytest.approx(1 / 11)
+    assert max(values) == values[10] == 1.0
+    assert values[10:] == sorted(values[10:], reverse=True)
+    assert values[-1] == pytest.approx(0.1, abs=0.01)
