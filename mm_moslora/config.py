@@ -101,6 +101,8 @@ class ModelConfig:
     """Ignored when there is no vision encoder."""
     image_aspect: Literal["pad", "resize", "crop"] = "pad"
     """pad to a square with the mean colour (LLaVA-1.5), resize regardless of aspect, or resize and centre-crop."""
+    system_prompt: str | None = None
+    """Replaces the chat template's default system prompt, in training and in every export; "" leaves it empty."""
     attention: str = "auto"
     """auto picks the fastest exact one for padding-free batches; or a transformers attention name."""
 
@@ -152,9 +154,13 @@ class SourceConfig:
     """Images are looked up below this folder and may not leave it. None: the folder of `path`."""
     weight: float = 1.0
     """How often each record is seen per epoch (0.5: every other one, 2: twice)."""
+    follow_links: bool = False
+    """Accept symbolic links that lead out of the image folder (download caches that link to a store need it)."""
 
     def __post_init__(self) -> None:
-        _require(self.weight > 0, f"data source {self.path!r}: weight is {self.weight}, expected more than 0.")
+        _require(
+            0 < self.weight <= 1e6, f"data source {self.path!r}: weight is {self.weight}, expected more than 0, finite."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +179,6 @@ class DataConfig:
     """What to do with a record that cannot be used: stop, or write it to quarantine.jsonl and go on."""
     max_bad_share: float = 0.01
     """Above this share of bad records the run stops."""
-    system_prompt: str | None = None
-    """Replaces the chat template's default system prompt; an empty string removes it where the template allows."""
     workers: int = 0
     """Processes that prepare examples ahead of the step; 0 prepares them in a thread."""
 

@@ -5,6 +5,7 @@ Read from top to bottom, it is the order of work.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -72,6 +73,7 @@ def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Asse
         ModelError: a part is unknown or does not fit.
     """
     language, tokenizer = load_language(config.language, config.language_revision, dtype=dtype)
+    set_system_prompt(tokenizer, config.system_prompt)
     base = {"language": config.language, "language_revision": config.language_revision}
     if config.vision is None:
         return Assembly(model=language, tokenizer=tokenizer, base=base)
@@ -133,6 +135,23 @@ def load_language(
     _refuse_head_extras(language, name)
     sane_generation_config(language)
     return language, tokenizer
+
+
+def set_system_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | None) -> None:
+    """Make a system prompt the default of a tokenizer's chat template, so that whoever renders it uses it.
+
+    Args:
+        tokenizer: with a chat template that knows system messages; changed in place.
+        prompt: None leaves the template alone.
+    """
+    if prompt is None or tokenizer.chat_template is None:
+        return
+    default = json.dumps({"role": "system", "content": prompt}, ensure_ascii=False)
+    tokenizer.chat_template = (
+        "{%- if messages and messages[0]['role'] != 'system' -%}"
+        "{%- set messages = [" + default + "] + messages -%}"
+        "{%- endif -%}" + str(tokenizer.chat_template)
+    )
 
 
 def sane_generation_config(model: PreTrainedModel) -> None:
@@ -205,6 +224,7 @@ def text_and_images(config: ModelConfig) -> TextAndImages:
         language = AutoConfig.from_pretrained(config.language, revision=config.language_revision)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model.language is {config.language!r}, which does not load: {error}") from error
+    set_system_prompt(tokenizer, config.system_prompt)
     if config.vision is None:
         return TextAndImages(tokenizer=tokenizer)
     _, spec = load_vision(config.vision)

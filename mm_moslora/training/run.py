@@ -135,7 +135,6 @@ def _data_set(recipe: Recipe, assembly: Assembly, *, validation: bool) -> Traini
         assembly.tokenizer,
         image_token_id=assembly.image_token_id,
         tokens_per_image=assembly.tokens_per_image,
-        system_prompt=recipe.data.system_prompt,
     )
     transform = image_transform(assembly.processor.image_processor) if assembly.processor else None
     name = "validation_quarantine.jsonl" if validation else "quarantine.jsonl"

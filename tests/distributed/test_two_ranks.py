@@ -57,7 +57,10 @@ def write(recipe: Recipe, folder: Path) -> str:
 
 
 def launch(arguments: list[str], *, ranks: int = 2, limit: int = 300) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    checkout = WORKER.parents[2]
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{checkout}:{checkout / 'eval'}",
+    }  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     done = subprocess.run(
         [*command, str(WORKER), *arguments], capture_output=True, text=True, timeout=limit, env=environment

@@ -1,0 +1,128 @@
+"""The command line as a person meets it: help at once, one line per error, exit codes that tell."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mm_moslora.cli import override_items, run
+from mm_moslora.errors import ConfigError
+
+CHECKOUT = Path(__file__).parents[1]
+
+
+def command(*arguments: str, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{CHECKOUT}:{CHECKOUT / 'eval'}"}
+    return subprocess.run(
+        [sys.executable, "-m", "mm_moslora", *arguments], capture_output=True, text=True, timeout=240, env=environment,
+        **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(language_folder: Path, vision_folder: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run trained through the command line, recipe file and overrides and all."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "recipe.yaml").write_text(
+        f"""
+model: {{language: {language_folder}, vision: {{name: {vision_folder}}}}}
+adapter: {{rank: 4, alpha: 8}}
+data: {{train: [{{path: {records}, image_folder: {records.parent / "images"}}}], max_length: 256}}
+train: {{steps: 2, global_batch: 8, micro_batch: 4, zero: none, precision: fp32}}
+track: {{trackers: []}}
+"""
+    )
+    done = command("train", str(folder / "recipe.yaml"), "--train.output", str(folder / "run"), "--optim.lr=1e-3")
+    assert done.returncode == 0, done.stderr
+    assert "step 2 of 2" in done.stdout
+    assert "mixer" in done.stderr
+    return folder / "run"
+
+
+def test_help_needs_no_heavy_library():
+    code = "import sys; from mm_moslora.cli import run; run(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "quickstart_tun"], "Did you mean 'quickstart_tune'"),
+        (["train", "quickstart_tune", "--optim.lrr", "1"], "unknown key 'optim.lrr'. Did you mean 'lr'"),
+        (["train", "quickstart_tune", "--optim.lr"], "--optim.lr has no value"),
+        (["train", "quickstart_tune", "quickly"], "'quickly' is no override"),
+        (["export", "nowhere", "out"], "nowhere is no checkpoint"),
+        (["chat", "nowhere", "--question", "hi"], "nowhere is no checkpoint"),
+    ],
+)
+def test_an_error_is_one_line_on_stderr_and_exit_code_1(arguments, message, capsys):
+    assert run(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_config_prints_a_recipe_that_it_reads_back(capsys, tmp_path):
+    assert run(["config"]) == 0
+    assert "quickstart_tune" in capsys.readouterr().out.split()
+    assert run(["config", "quickstart_tune", "--adapter.rank", "8"]) == 0
+    text = capsys.readouterr().out
+    (tmp_path / "r.yaml").write_text(text)
+    assert run(["config", str(tmp_path / "r.yaml")]) == 0
+    assert capsys.readouterr().out == text
+    assert "rank: 8" in text
+
+
+def test_overrides_in_all_spellings():
+    tokens = ("--optim.lr", "1e-4", "--train.steps=5", "data.order=random")
+    assert override_items(tokens) == ["optim.lr=1e-4", "train.steps=5", "data.order=random"]
+    with pytest.raises(ConfigError, match="no override"):
+        override_items(("x",))
+
+
+@pytest.mark.slow
+def test_chat_answers_one_question_about_a_picture(trained, records, capsys):
+    picture = next((records.parent / "images").glob("*.png"))
+    arguments = ["chat", str(trained), "--image", str(picture), "--question", "what is the color?"]
+    assert run([*arguments, "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.endswith("\n")
+
+
+@pytest.mark.slow
+def test_chat_in_the_terminal_survives_mistakes(trained, records):
+    picture = next((records.parent / "images").glob("*.png"))
+    lines = ["/image missing.png", "/imagine", f"/image {picture}", "what is the color?", "/reset", "/quit"]
+    done = command("chat", str(trained), "--max-new-tokens", "3", input="\n".join(lines))
+    assert done.returncode == 0, done.stderr
+    assert "missing.png" in done.stdout
+    assert "Unknown command" in done.stdout
+
+
+@pytest.mark.slow
+def test_merge_and_export_write_folders_that_say_how_close_they_are(trained, tmp_path, capsys):
+    assert run(["export", str(trained), str(tmp_path / "llava")]) == 0
+    assert "LlavaForConditionalGeneration, largest logit difference" in capsys.readouterr().out
+    assert run(["merge", str(trained), str(tmp_path / "merged"), "--dtype", "bf16"]) == 0
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert run(["export", str(trained), str(tmp_path / "lora"), "--to", "lora"]) == 0
+    assert {"adapter_config.json", "moslora.safetensors"} <= {p.name for p in (tmp_path / "lora").iterdir()}
+    capsys.readouterr()
+    assert run(["export", str(trained), str(tmp_path / "llava")]) == 1
+    assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_report_of_a_run(trained, capsys):
+    assert run(["report", str(trained)]) == 0
+    assert (trained / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_doctor_runs(capsys):
+    assert run(["doctor"]) in (0, 1)
+    assert "torch" in capsys.readouterr().out
