@@ -19,6 +19,8 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 SEGMENTS = "mm_moslora_segments"
 """Name under which the attention is registered with transformers."""
+SHORT = 256
+"""Up to this length the CPU kernel's backward pass is faster in fp32 than in bf16 (twice as fast at 110 tokens)."""
 
 
 def segment_attention(
@@ -53,6 +55,9 @@ def segment_attention(
     assert sum(segment_lengths) == query.shape[2], "segment lengths must sum to the row"
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    dtype = query.dtype
+    if query.device.type == "cpu" and max(segment_lengths) <= SHORT:
+        query, key, value = query.float(), key.float(), value.float()
     outputs = []
     for q, k, v in zip(*(tensor.split(segment_lengths, dim=2) for tensor in (query, key, value)), strict=True):
         length = q.shape[2]
@@ -63,7 +68,7 @@ def segment_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None
             )
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype).contiguous(), None
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -15,7 +15,7 @@ from mm_moslora import adapters
 from mm_moslora.config import Recipe
 from mm_moslora.errors import ModelError
 from mm_moslora.models.build import Assembly, assemble, load_projector
-from mm_moslora.models.vision import ImageSpec
+from mm_moslora.models.vision import ImageSpec, cast_parameters
 from mm_moslora.models.vlm import is_multimodal
 
 MANIFEST = "manifest.json"
@@ -77,7 +77,7 @@ def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype) -> Assemb
         if merge:
             adapters.merge(assembly.peft_model)
             assembly.peft_model = None
-    assembly.model.to(cast(Any, dtype)).requires_grad_(False)
+    cast_parameters(assembly.model.requires_grad_(False), dtype)
     return assembly
 
 

@@ -102,6 +102,10 @@ class WrappedVisionModel(PreTrainedModel):
     def __init__(self, config: WrappedVisionConfig) -> None:
         super().__init__(config)
         self.tower = _open_clip_tower(config) if config.library == "open_clip" else _timm_tower(config)
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.tower.modules()):
+            # Running statistics lose too much in half precision, and kernels refuse a mixture; transformers and
+            # deepspeed both read this name.
+            self._keep_in_fp32_modules_strict = {"tower"}
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -196,8 +200,25 @@ def load_vision(config: VisionConfig, *, dtype: torch.dtype = torch.float32) -> 
         tower, statistics = _load_timm(name if library == "timm" else config.name, config)
     else:
         tower, statistics = _load_transformers(config)
-    tower.to(cast(Any, dtype))
+    cast_parameters(tower, dtype)
     return tower, describe(tower, config, statistics)
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Change the dtype of a model's parameters in place.
+
+    Buffers stay as they are (rotary frequencies and running statistics lose too much in half precision), and so do
+    modules that ask for fp32.
+    """
+    kept = {
+        id(parameter)
+        for child in module.modules()
+        if isinstance(child, WrappedVisionModel) and child._keep_in_fp32_modules_strict
+        for parameter in child.parameters()
+    }
+    for parameter in module.parameters():
+        if id(parameter) not in kept:
+            parameter.data = parameter.data.to(dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,6 +83,7 @@ class VlmModel(LlavaModel):
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         output: Any = self.vision_tower(pixel_values, output_hidden_states=layer, return_dict=True)
         features = output.hidden_states[layer][:, self.config.vision_prefix :]
+        features = features.to(next(self.multi_modal_projector.parameters()).dtype)
         output.pooler_output = list(self.multi_modal_projector(features))
         return output
 

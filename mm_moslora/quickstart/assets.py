@@ -69,7 +69,6 @@ STAMPS = Asset(
 ALL = (SMOLLM2, DINOV2, EFFICIENTNET, EASY_VQA, STAMPS)
 """Everything that the quickstart may fetch."""
 
-ASSETS = (SMOLLM2, DINOV2, EFFICIENTNET, EASY_VQA, STAMPS)
 
 TIMM_ARCHITECTURE = "tf_efficientnet_lite0"
 _INCEPTION = (0.5, 0.5, 0.5)
@@ -222,8 +221,9 @@ def _require(module: str) -> ModuleType:
         ) from error
 
 
-def _check_loading(name: str, info: dict[str, Any], model: torch.nn.Module) -> None:
-    """Refuse a converted folder that does not load whole, or holds a NaN or an infinity."""
+def _check_loading(name: str, kind: Any, folder: Path) -> None:
+    """Refuse a converted folder that does not load whole as `kind`, or holds a NaN or an infinity."""
+    model, info = kind.from_pretrained(folder, output_loading_info=True)
     problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if wrong := {kind: keys for kind, keys in problems.items() if keys}:
         raise AssetError(f"The converted {name} does not fit its model: {wrong}. Report this with your versions.")
@@ -254,10 +254,10 @@ def _convert_language_model(gguf: Path, folder: Path) -> None:
     model.load_state_dict(read.state_dict())
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.to(torch.bfloat16).save_pretrained(folder)
+    untyped: Any = model  # transformers wraps `to` in a way that hides its arguments from type checkers
+    untyped.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    _check_loading("language model", info, model)
+    _check_loading("language model", AutoModelForCausalLM, folder)
 
 
 def _convert_dinov2(onnx_file: Path, folder: Path) -> None:
@@ -278,8 +278,7 @@ def _convert_dinov2(onnx_file: Path, folder: Path) -> None:
         "do_normalize": True, "image_mean": _IMAGENET_MEAN, "image_std": _IMAGENET_STD,
     }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2), encoding="utf-8")
-    model, info = Dinov2Model.from_pretrained(folder, output_loading_info=True)
-    _check_loading("vision encoder", info, model)
+    _check_loading("vision encoder", Dinov2Model, folder)
 
 
 def _dinov2_state(onnx_file: Path) -> dict[str, torch.Tensor]:
@@ -305,7 +304,9 @@ def _dinov2_state(onnx_file: Path) -> dict[str, torch.Tensor]:
         int(value.shape[1]): value for name, value in tensors.items() if name.startswith("onnx::") and value.ndim == 3
     }
     if sorted(positions) != [1, 1369]:
-        raise AssetError(f"{onnx_file.name} has position embeddings for {sorted(positions)} places, expected 1 and 1369.")
+        raise AssetError(
+            f"{onnx_file.name} has position embeddings for {sorted(positions)} places, expected 1 and 1369."
+        )
     state["embeddings.position_embeddings"] = torch.cat([positions[1], positions[1369]], dim=1)
     state["embeddings.mask_token"] = torch.zeros(1, 384)  # used in pre-training only, and not in the graph
     return state
@@ -329,7 +330,9 @@ def _convert_efficientnet(weights: Path, folder: Path) -> None:
         )
     state = dict(model.state_dict())
     state.update(zip(names, given.values(), strict=True))
-    save_file({name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     pretrained_cfg = {
         "tag": "in1k", "custom_load": False, "input_size": [3, 224, 224], "fixed_input_size": False,
         "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center", "mean": _INCEPTION, "std": _INCEPTION,
@@ -341,12 +344,24 @@ def _convert_efficientnet(weights: Path, folder: Path) -> None:
         "model_type": "timm_wrapper", "pretrained_cfg": pretrained_cfg,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    loaded = AutoModel.from_pretrained(folder)
+    loaded = _quietly(AutoModel, folder)
     trunk = dict(loaded.timm_model.state_dict())
     missing = [name for name, value in trunk.items() if name not in state or not bool((value == state[name]).all())]
     if missing:
         raise AssetError(f"EfficientNet-Lite0 does not read back as written: {missing[:5]}. Convert it again.")
     _check_finite("vision encoder", loaded)
+
+
+def _quietly(kind: Any, folder: Path) -> Any:
+    """Load without transformers' table of the classifier weights that a feature extractor leaves out."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return kind.from_pretrained(folder)
+    finally:
+        logging.set_verbosity(level)
 
 
 def _without_counters(state: dict[str, Any]) -> dict[str, Any]:
@@ -365,8 +380,8 @@ def _convert_open_clip(timm_folder: Path, folder: Path) -> None:
     model_cfg = {
         "embed_dim": 512,
         "vision_cfg": {
-            "timm_model_name": TIMM_ARCHITECTURE, "timm_model_pretrained": False, "timm_pool": "", "timm_proj": "linear",
-            "image_size": 224,
+            "timm_model_name": TIMM_ARCHITECTURE, "timm_model_pretrained": False,
+            "timm_pool": "", "timm_proj": "linear", "image_size": 224,
         },
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 1},
     }  # fmt: skip

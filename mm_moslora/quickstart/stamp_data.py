@@ -33,7 +33,7 @@ SIDE = 224
 MARGIN = 0.04
 """White border, as a share of the side."""
 
-# Folder of the package -> (answer, "Is this ...?"). Folders with fewer pictures than `MIN_CATEGORY` teach sentences only.
+# Folder of the package -> (answer, "Is this ...?"). Below `MIN_CATEGORY` pictures a folder teaches sentences only.
 CATEGORIES = {
     "animals": ("animal", "an animal"),
     "clothes": ("clothing", "a piece of clothing"),

@@ -205,3 +205,15 @@ def test_a_projector_of_other_widths_is_refused(language_folder, vision_folder, 
     )
     with pytest.raises(ModelError, match=r"linear_1.weight: file \[64, 48\], model \[64, 32\]"):
         assemble(config)
+
+
+def test_a_tower_with_batch_norm_stays_in_fp32_and_rotary_buffers_too(language_folder):
+    config = config_for(language_folder, "timm:test_efficientnet", feature_layer=-1)
+    assembly = assemble(config, dtype=torch.bfloat16)
+    dtypes = {p.dtype for p in assembly.model.model.vision_tower.parameters()}
+    assert dtypes == {torch.float32}
+    assert assembly.model.lm_head.weight.dtype == torch.bfloat16
+    assert assembly.model.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
+    with torch.no_grad():
+        logits = supervised_logits(assembly.model, Batch.from_examples([example(assembly)]))
+    assert torch.isfinite(logits.float()).all()
