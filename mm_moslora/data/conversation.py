@@ -2,31 +2,28 @@
 
 Shapes: ``T`` tokens of one conversation.
 
-The chat template is rendered once with a marker in place of every content. What lies between the markers is scaffold:
-trusted text whose special tokens count. What replaces them is content: plain text, whatever it spells. Token ids and
-the supervised flag grow together, so nothing is ever found again by searching.
+The chat template gives the scaffold (`template`), whose special tokens count; contents are plain text, whatever they
+spell (`tokens`); images are ids, never text. Token ids and the supervised flag grow together, so nothing is ever found
+again by searching or counting. Training and inference share every step: a prompt is a training conversation that stops
+where the answer would begin.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mm_moslora.data.records import IMAGE, Turn
+from mm_moslora.data.faults import Code
+from mm_moslora.data.records import Turn
+from mm_moslora.data.template import PLAIN_TEMPLATE, Slot, Template
+from mm_moslora.data.tokens import Piece, Tokens
 from mm_moslora.errors import ConfigError, DataError
 
-_MARK = "\u241fslot{}\u241f"
-
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
-"""For tokenizers that bring no chat template."""
+_PROBE = ("user", "assistant", "user", "assistant")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,22 +34,49 @@ class Encoded:
     """int64 ``[T]``."""
     supervised: Tensor
     """bool ``[T]``: answers and the end-of-turn token behind each."""
+    images: int = 0
+    """Images in the turns that were kept."""
     dropped_turns: int = 0
     """Turns that did not fit."""
 
 
-class TooLong(DataError):
+class TooLong(DataError):  # noqa: N818  (reads as what happened)
     """Not even the first question and answer fit."""
+
+    code = Code.TOO_LONG
+
+
+@dataclass(kw_only=True)
+class _Growing:
+    """A conversation so far."""
+
+    ids: list[int] = field(default_factory=list)
+    supervised: list[bool] = field(default_factory=list)
+    images: int = 0
+    context: str = ""
+    """The special token that `ids` ends with, as text; tokenisers start afresh behind it."""
+    run: list[Piece] = field(default_factory=list)
+    """Text that is not tokenised yet."""
+    ends: list[tuple[int, int]] = field(default_factory=list)
+    """Behind every answer: turns and tokens so far."""
+
+    def add(self, tokens: list[int], *, supervised: bool) -> None:
+        self.ids += tokens
+        self.supervised += [supervised] * len(tokens)
 
 
 class Encoder:
-    """Tokenises conversations for one tokenizer and template.
+    """Tokenises conversations for one tokenizer and its chat template.
 
     Args:
-        tokenizer: with or without a chat template.
+        tokenizer: with a chat template, or without one (then `PLAIN_TEMPLATE` is used).
         image_token_id: vocabulary id of the image placeholder; None for a language model alone.
         tokens_per_image: placeholders per image.
-        system_prompt: replaces the template's default; an empty string asks for none.
+        system_prompt: replaces the template's default. A template that knows no system turn gets it in front of the
+            first question. An empty string removes a default; where there is none it changes nothing.
+
+    Raises:
+        ConfigError: the template cannot be taken apart, or nothing ends an answer.
     """
 
     def __init__(
@@ -66,161 +90,154 @@ class Encoder:
         self.tokenizer = tokenizer
         self.image_token_id, self.tokens_per_image = image_token_id, tokens_per_image
         self.system_prompt = system_prompt
-        self.template = tokenizer.chat_template or PLAIN_TEMPLATE
-        self.special_ids = set(tokenizer.all_special_ids)
-        special = {str(token) for token in tokenizer.added_tokens_decoder.values()} | {*tokenizer.all_special_tokens}
-        self.special_texts = sorted((text for text in special if text.strip()), key=len, reverse=True)
-        self._trims = self._detect_trimming()
-        self._plans: dict[tuple[tuple[str, ...], bool], list[str]] = {}
+        self.template = Template(tokenizer)
+        probe = self.template.plan(_PROBE)
+        self.tokens = Tokens(tokenizer, structural=[slot.before for slot in probe.slots[:3]] + [probe.tail])
+        image = None if image_token_id is None else tokenizer.convert_ids_to_tokens(image_token_id)
+        self._image_text = image if isinstance(image, str) and image in self.tokens.guarded else ""
+        # Models whose tokenizer adds BOS were trained with it; LLaVA and the stock processor put it there, too.
+        self._bos = self.template.missing_bos()
 
     def encode(self, turns: Sequence[Turn], *, max_length: int | None = None) -> Encoded:
         """Tokenise a conversation for training.
 
         Args:
-            turns: alternate, ending with an answer; `<image>` in questions stands for an image.
-            max_length: whole question-answer pairs are dropped from the end until the rest fits.
+            turns: an optional system turn, then questions and answers in turn, ending with an answer.
+            max_length: tokens; whole question-answer pairs are dropped from the end until the rest fits.
 
         Raises:
-            TooLong: not even the first pair fits.
+            TooLong: not even the first pair fits; an answer is never cut.
+            DataError: a text spells special tokens and the tokenizer cannot be told to read them as text.
         """
-        ids, supervised, ends = self._tokenise(turns, prompt=False)
-        if max_length is None or len(ids) <= max_length:
-            return Encoded(input_ids=torch.tensor(ids), supervised=torch.tensor(supervised))
-        fitting = [count for count, end in ends if end <= max_length]
-        if not fitting:
-            raise TooLong(
-                f"the first question and answer take {ends[0][1]} tokens, data.max_length is {max_length}; "
-                "raise data.max_length or shorten the record"
-            )
-        shorter = self.encode(list(turns)[: fitting[-1]])
-        return Encoded(
-            input_ids=shorter.input_ids, supervised=shorter.supervised, dropped_turns=len(turns) - fitting[-1]
+        if not turns or turns[-1].role != "assistant":
+            raise DataError("The conversation does not end with an answer, so there is nothing to train on.")
+        grown = self._grow(turns)
+        if max_length is None or len(grown.ids) <= max_length:
+            return _encoded(grown)
+        for count, length in reversed(grown.ends[:-1]):
+            if length <= max_length:
+                # Encoded anew: some templates write the last turn differently.
+                shorter = self._grow(turns[:count])
+                if len(shorter.ids) <= max_length:
+                    return replace(_encoded(shorter), dropped_turns=len(turns) - count)
+        raise TooLong(
+            f"the first question and answer take {grown.ends[0][1]} tokens, data.max_length is {max_length}; "
+            "raise data.max_length or shorten the record"
         )
 
     def encode_prompt(self, turns: Sequence[Turn]) -> Tensor:
-        """Tokenise a conversation that the model is to continue: int64 ``[T]``, ending with the answer's header."""
-        ids, _, _ = self._tokenise(turns, prompt=True)
-        return torch.tensor(ids)
+        """Tokenise a conversation that the model is to continue: int64 ``[T]``, ending where the answer begins.
+
+        Args:
+            turns: ends with a question.
+        """
+        if not turns or turns[-1].role != "user":
+            raise DataError("The conversation does not end with a question, so there is nothing to answer.")
+        return torch.tensor(self._grow([*turns, Turn(role="assistant", text="")], prompt=True).ids, dtype=torch.long)
 
     def encode_answer(self, text: str) -> list[int]:
-        """Token ids of an answer as training sees it, without the end-of-turn token."""
-        return self._plain(text.strip() if self._trims else text)
+        """Token ids of an answer behind a generation prompt, as training sees it, without its end of turn."""
+        turns = [Turn(role="user", text="a"), Turn(role="assistant", text=text)]
+        plan = self.template.plan(("user", "assistant"))
+        prompt = [Piece(plan.slots[0].before, True), Piece("a", False), Piece(plan.slots[1].before, True)]
+        answer = [Piece(plan.slots[1].lead, True), Piece(plan.slots[1].trim([turns[1].text])[0], False)]
+        return self._answer(prompt, answer, self.tokens.encode(prompt))
 
-    def _tokenise(self, turns: Sequence[Turn], *, prompt: bool) -> tuple[list[int], list[bool], list[tuple[int, int]]]:
-        messages = self._with_system(turns)
-        scaffold = self._scaffold(tuple(turn.role for turn in messages), prompt=prompt)
-        ids: list[int] = []
-        supervised: list[bool] = []
-        ends: list[tuple[int, int]] = []
-        pending: list[str | tuple[str]] = [scaffold[0]]
-        lead = len(messages) - len(turns)
-        for index, turn in enumerate(messages):
-            text = turn.text.strip() if self._trims else turn.text
-            if turn.role != "assistant":
-                pending += self._content(text, images=turn.role == "user") + [scaffold[index + 1]]
-                continue
-            self._extend(ids, supervised, self._flush(pending), learn=False)
-            tail = self._marked(scaffold[index + 1])
-            stop = next((place for place, token in enumerate(tail) if token in self.special_ids), None)
-            ending = tail[: stop + 1] if stop is not None else [self._eos()]
-            self._extend(ids, supervised, self._plain(text) + ending, learn=True)
-            ends.append((index + 1 - lead, len(ids)))
-            pending = [(scaffold[index + 1],)] if stop is not None else [scaffold[index + 1]]
-            pending = [self._rest(scaffold[index + 1], ending)] if stop is not None else pending
-        self._extend(ids, supervised, self._flush(pending), learn=False)
-        return ids, supervised, ends
+    def decode_answer(self, ids: Sequence[int]) -> str:
+        """The text of a generated answer: without special tokens and without the template's own space before it.
 
-    def _rest(self, scaffold: str, ending: list[int]) -> str:
-        """The scaffold behind the end-of-turn token, as text."""
-        token = str(self.tokenizer.convert_ids_to_tokens(ending[-1]))
-        return scaffold[scaffold.index(token) + len(token) :]
-
-    @staticmethod
-    def _extend(ids: list[int], supervised: list[bool], tokens: list[int], *, learn: bool) -> None:
-        ids += tokens
-        supervised += [learn] * len(tokens)
-
-    def _with_system(self, turns: Sequence[Turn]) -> list[Turn]:
-        if self.system_prompt is None or turns[0].role == "system":
-            return list(turns)
-        return [Turn(role="system", text=self.system_prompt), *turns]
-
-    def _content(self, text: str, *, images: bool) -> list[str | tuple[str]]:
-        """A content as pieces: strings are plain text, `(IMAGE,)` is an image."""
-        if not images or self.image_token_id is None:
-            return [f"\0{text}"]
-        pieces: list[str | tuple[str]] = []
-        for index, part in enumerate(text.split(IMAGE)):
-            pieces += [(IMAGE,), f"\0{part}"] if index else [f"\0{part}"]
-        return pieces
-
-    def _flush(self, pieces: list[str | tuple[str]]) -> list[int]:
-        """Tokenise scaffold and contents up to the next answer.
-
-        Ordinary text is joined first, so that the ids are those of the whole rendered prompt; only a content that
-        spells a special token is tokenised by itself.
+        Decoded so, an answer that is put back into the conversation gives its own tokens again.
         """
-        ids: list[int] = []
-        text = ""
-        for piece in pieces:
-            if isinstance(piece, tuple):
-                ids += self._marked(text) + [int(self.image_token_id or 0)] * self.tokens_per_image
-                text = ""
-            elif piece.startswith("\0") and any(special in piece for special in self.special_texts):
-                ids += self._marked(text) + self._plain(piece[1:])
-                text = ""
-            else:
-                text += piece.removeprefix("\0")
-        return ids + self._marked(text)
+        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return text.removeprefix(self.template.plan(("user", "assistant")).slots[1].lead)
 
-    def _marked(self, text: str) -> list[int]:
-        """Tokenise trusted text; special tokens count."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+    def _grow(self, turns: Sequence[Turn], *, prompt: bool = False) -> _Growing:
+        turns, added = self._with_system(turns)
+        plan = self.template.plan(tuple(turn.role for turn in turns))
+        grown = _Growing(ids=list(self._bos), supervised=[False] * len(self._bos))
+        scaffold = [*(slot.before for slot in plan.slots), plan.tail]
+        for index, (turn, slot) in enumerate(zip(turns, plan.slots, strict=True)):
+            grown.run.append(Piece(scaffold[index], True))
+            if turn.role != "assistant":
+                self._add_content(grown, turn, slot)
+                continue
+            if prompt and index == len(turns) - 1:
+                self._flush(grown)
+                return grown
+            end = self._end_of_turn(scaffold[index + 1], plan.tail)
+            self._add_answer(grown, turn, slot, end)
+            scaffold[index + 1] = scaffold[index + 1][len(end) :]
+            grown.ends.append((index + 1 - added, len(grown.ids)))
+        return grown
 
-    def _plain(self, text: str) -> list[int]:
-        """Tokenise a content; nothing in it is a special token."""
-        if not text:
-            return []
-        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+    def _with_system(self, turns: Sequence[Turn]) -> tuple[list[Turn], int]:
+        """The turns with the system prompt, and how many turns that added."""
+        own = turns[0].role == "system"
+        if not own and (self.system_prompt is None or not (self.system_prompt or self.template.has_default_system)):
+            return list(turns), 0
+        system = turns[0] if own else Turn(role="system", text=self.system_prompt or "")
+        rest = list(turns[1:] if own else turns)
+        if self.template.accepts(("system", *(turn.role for turn in rest))):
+            return [system, *rest], int(not own)
+        if system.text and rest:
+            rest[0] = rest[0].preceded_by(f"{system.text}\n\n")
+        return rest, -int(own)
 
-    def _eos(self) -> int:
-        if self.tokenizer.eos_token_id is None:
-            raise ConfigError("The tokenizer has no end-of-sequence token and its chat template ends no turn.")
-        return int(self.tokenizer.eos_token_id)
+    def _add_content(self, grown: _Growing, turn: Turn, slot: Slot) -> None:
+        parts = turn.parts() if self.image_token_id is not None else [turn.text]
+        for index, part in enumerate(slot.trim(parts)):
+            if index:
+                self._flush(grown)
+                grown.add([int(self.image_token_id or 0)] * self.tokens_per_image, supervised=False)
+                grown.images += 1
+                grown.context = self._image_text
+            grown.run.append(Piece(part, False))
 
-    def _scaffold(self, roles: tuple[str, ...], *, prompt: bool) -> list[str]:
-        """Texts before, between and behind the contents of a conversation with these roles."""
-        key = (roles, prompt)
-        if key not in self._plans:
-            marks = [_MARK.format(index) for index in range(len(roles))]
-            text = self._render(list(zip(roles, marks, strict=True)), prompt=prompt)
-            pieces = []
-            for mark in marks:
-                before, found, text = text.partition(mark)
-                if not found:
-                    raise ConfigError(
-                        "The tokenizer's chat template leaves out a turn or changes its order, so labels cannot be "
-                        f"built for the roles {', '.join(roles)}. Use another template."
-                    )
-                pieces.append(before)
-            if len(self._plans) > 4096:
-                self._plans.clear()
-            self._plans[key] = [*pieces, text]
-        return self._plans[key]
+    def _flush(self, grown: _Growing) -> list[int]:
+        """Tokenise the run as the continuation of the context; gives the ids of both."""
+        ids = self.tokens.encode([Piece(grown.context, True), *grown.run])
+        grown.add(ids[1:] if grown.context else ids, supervised=False)
+        grown.run = []
+        return ids
 
-    def _render(self, messages: list[tuple[str, str]], *, prompt: bool) -> str:
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    [{"role": role, "content": content} for role, content in messages],
-                    chat_template=self.template,
-                    tokenize=False,
-                    add_generation_prompt=prompt,
-                )
-            )
-        except Exception as error:  # templates raise what they like
-            roles = ", ".join(role for role, _ in messages)
-            raise ConfigError(f"The tokenizer's chat template refuses the roles {roles}: {error}") from error
+    def _add_answer(self, grown: _Growing, turn: Turn, slot: Slot, end: str) -> None:
+        before = [Piece(grown.context, True), *grown.run]
+        prompt = self._flush(grown)
+        answer = [Piece(slot.lead, True), Piece(slot.trim([turn.text])[0], False), Piece(end, True)]
+        grown.add(self._answer(before, answer, prompt), supervised=True)
+        ending = self.tokens.first_special(end)
+        if ending is not None:
+            grown.context = ending[0]
+            return
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise ConfigError("The chat template ends no answer and the tokenizer has no end-of-sequence token.")
+        grown.add([int(eos)], supervised=True)
+        text = str(self.tokenizer.eos_token)
+        grown.context = text if text in self.tokens.guarded else ""
 
-    def _detect_trimming(self) -> bool:
-        return "  \u241f" not in self._render([("user", "  \u241fx\u241f  "), ("assistant", "a")], prompt=False)
+    def _answer(self, before: list[Piece], answer: list[Piece], prompt: list[int]) -> list[int]:
+        """Ids of an answer such that the prompt in front of it has the ids it has in inference."""
+        whole = self.tokens.encode([*before, *answer])
+        if whole[: len(prompt)] == prompt:
+            return whole[len(prompt) :]
+        return self.tokens.encode_behind(answer)  # the first characters of the answer merge with the prompt's last
+
+    def _end_of_turn(self, behind: str, tail: str) -> str:
+        """Scaffold behind an answer up to the special token that ends it; empty when the template has none."""
+        last = self.tokens.first_special(tail)
+        here = self.tokens.first_special(behind)
+        if last is None or here is None or here[0] != last[0]:
+            return ""
+        return behind[: here.end()]
+
+
+def _encoded(grown: _Growing) -> Encoded:
+    return Encoded(
+        input_ids=torch.tensor(grown.ids, dtype=torch.long),
+        supervised=torch.tensor(grown.supervised, dtype=torch.bool),
+        images=grown.images,
+    )
+
+
+__all__ = ["PLAIN_TEMPLATE", "Encoded", "Encoder", "TooLong", "Turn"]

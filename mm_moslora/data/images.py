@@ -1,7 +1,13 @@
 """Opening pictures: any ordinary file becomes 8-bit RGB by documented rules, anything else one clear error.
 
-Rules: EXIF rotation is applied; transparency is composited on white; 16-bit, 32-bit and float pictures are scaled to
-their own range, never clipped; of an animation the first frame counts.
+Rules:
+
+- EXIF rotation is applied (an orientation that does not exist is ignored); colour profiles are not.
+- Transparency is composited on white.
+- Wide grey pictures are scaled, never clipped. 16 bit: by 65535. 32-bit integers and floats: by the smallest of
+  1 (floats only), 255 and 65535 that holds all values; otherwise by the picture's own smallest and largest value.
+- Of an animation the first frame counts.
+- The format is told by the content, not by the suffix.
 """
 
 from __future__ import annotations
@@ -9,36 +15,69 @@ from __future__ import annotations
 import io
 import os
 import stat
-import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from mm_moslora.data.faults import Code
 from mm_moslora.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Accepted file formats, whatever the suffix says."""
-MAX_PIXELS = 89_478_485
+MAX_BYTES = 256 * 2**20
+"""Larger files are not read."""
+MAX_PIXELS = 64_000_000
 """Larger pictures are refused before they are decoded."""
+MAX_SIDE = 16_384
+"""A square around a longer picture would take more than 800 MB."""
 MAX_ASPECT = 200
 """Longer side divided by the shorter one."""
+
+_SIGNS = (
+    (b"version https://git-lfs", "is a git-lfs pointer (run `git lfs pull`)"),
+    (b"<!doctype html", "is an HTML page, probably a failed download"),
+    (b"<html", "is an HTML page, probably a failed download"),
+    (b"<svg", "is SVG"),
+    (b"<?xml", "is XML or SVG"),
+    (b"%pdf", "is a PDF"),
+    (b"%!ps", "is PostScript"),
+    (b"pk\x03\x04", "is a zip archive"),
+    (b"\x1f\x8b", "is gzip data"),
+    (b"{", "is JSON or text"),
+)
+
+
+class ImageError(DataError):
+    """A picture that cannot be used.
+
+    Args:
+        code: the fault.
+        name: the file.
+        what: what was found.
+        remedy: what to do.
+    """
+
+    def __init__(self, code: Code, name: str, what: str, remedy: str) -> None:
+        self.code, self.name, self.what, self.remedy = code, name, what, remedy
+        super().__init__(f"{code}: {name}: {what}; {remedy}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Errors travel from worker processes."""
+        return ImageError, (self.code, self.name, self.what, self.remedy)
 
 
 def open_image(path: Path) -> Image.Image:
     """Open a picture file as RGB.
 
     Raises:
-        DataError: missing, not a regular file, not a picture, cut short, or out of proportion.
+        ImageError: missing, not a regular file, not a picture, cut short, too large or out of proportion.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"{path}: cannot be opened ({reason}). Check the path and the image folder.") from error
-    with os.fdopen(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            raise DataError(f"{path}: is no regular file, expected a picture.")
+    with _regular_file(path) as stream:
         return open_image_bytes(stream.read(), name=str(path))
 
 
@@ -49,49 +88,108 @@ def open_image_bytes(data: bytes, *, name: str = "image") -> Image.Image:
         data: the whole file.
         name: for messages.
     """
-    if not data:
-        raise DataError(f"{name}: is empty (0 bytes), expected a picture.")
+    with _faults(name, data[:512]), _opened(io.BytesIO(data), name) as image:
+        image.load()
+        return _to_rgb(_upright(image))
+
+
+def check_image(path: Path) -> tuple[int, int]:
+    """Check a picture by its header alone, without decoding it.
+
+    Returns:
+        Width and height in pixels, as stored.
+
+    Raises:
+        ImageError: what `open_image` would find in the header; damage further inside stays unseen.
+    """
+    with _regular_file(path) as stream:
+        head = stream.read(512)
+        stream.seek(0)
+        with _faults(str(path), head), _opened(stream, str(path)) as image:
+            return image.size
+
+
+@contextmanager
+def _regular_file(path: Path) -> Iterator[BinaryIO]:
+    name = str(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_size(image, name)
-                image.seek(0)
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
-    except DataError:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would block for ever
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        remedy = "check the path and the image folder"
+        raise ImageError(Code.IMAGE_MISSING, name, f"cannot be opened ({reason})", remedy) from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise ImageError(Code.IMAGE_NOT_A_FILE, name, "is a folder, a pipe or a device", "name a picture file")
+    with os.fdopen(descriptor, "rb") as file:
+        if status.st_size == 0:
+            raise ImageError(Code.IMAGE_EMPTY, name, "is empty (0 bytes)", "replace the file")
+        if status.st_size > MAX_BYTES:
+            raise ImageError(Code.IMAGE_TOO_LARGE, name, f"takes {status.st_size} bytes", f"stay below {MAX_BYTES}")
+        yield file
+
+
+@contextmanager
+def _faults(name: str, head: bytes) -> Iterator[None]:
+    """Turn whatever a decoder raises into one kind of error."""
+    if not head:
+        raise ImageError(Code.IMAGE_EMPTY, name, "is empty (0 bytes)", "replace the file")
+    try:
+        yield
+    except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise DataError(f"{name}: {_guess(data)}, expected one of {', '.join(FORMATS)}.") from error
+        raise ImageError(Code.IMAGE_FORMAT, name, _guess(head), f"expected one of {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{name}: has more than {MAX_PIXELS} pixels. Scale it down.") from error
-    except (OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError, OverflowError) as error:
-        raise DataError(f"{name}: is damaged or cut short and cannot be decoded. Replace the file.") from error
+        what, remedy = f"has more than {MAX_PIXELS} pixels", "scale it down"
+        raise ImageError(Code.IMAGE_TOO_LARGE, name, what, remedy) from error
+    except Exception as error:  # decoders raise nearly anything for broken files: struct, zlib, Key, Index, Memory...
+        what = f"is damaged or cut short and cannot be decoded ({type(error).__name__}: {str(error)[:80]})"
+        raise ImageError(Code.IMAGE_DAMAGED, name, what, "replace the file") from error
 
 
-def _check_size(image: Image.Image, name: str) -> None:
-    width, height = image.size
-    if width < 1 or height < 1 or max(width, height) > MAX_ASPECT * min(width, height):
-        raise DataError(f"{name}: is {width} x {height} pixels; sides may differ by a factor of {MAX_ASPECT} at most.")
-    if width * height > MAX_PIXELS:
-        raise DataError(f"{name}: has {width * height} pixels, at most {MAX_PIXELS} are accepted. Scale it down.")
+@contextmanager
+def _opened(stream: BinaryIO, name: str) -> Iterator[Image.Image]:
+    with Image.open(stream, formats=FORMATS) as image:
+        _check_size(image.size, name)
+        yield image
 
 
-def _guess(data: bytes) -> str:
-    head = data[:200].lstrip().lower()
-    if head.startswith(b"version https://git-lfs"):
-        return "is a git-lfs pointer (run `git lfs pull`)"
-    if head.startswith((b"<!doctype html", b"<html")):
-        return "is an HTML page, probably a failed download"
-    if head.startswith((b"<svg", b"<?xml")):
-        return "is XML or SVG"
-    return "is no picture"
+def _check_size(size: tuple[int, int], name: str) -> None:
+    long, short = max(size), min(size)
+    shown = f"is {size[0]} x {size[1]} pixels"
+    if short < 1 or long > MAX_ASPECT * short:
+        remedy = f"sides may differ by a factor of {MAX_ASPECT} at most"
+        raise ImageError(Code.IMAGE_ASPECT, name, shown, remedy)
+    if size[0] * size[1] > MAX_PIXELS or long > MAX_SIDE:
+        remedy = f"scale it down to {MAX_PIXELS} pixels and sides of {MAX_SIDE} at most"
+        raise ImageError(Code.IMAGE_TOO_LARGE, name, shown, remedy)
+
+
+def _guess(head: bytes) -> str:
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return next((what for sign, what in _SIGNS if start.startswith(sign)), "is no picture in an accepted format")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF says nothing about the pixels
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _scaled(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode == "LAB":
+        convert = ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
+        converted = ImageCms.applyTransform(image, convert)
+        assert converted is not None
+        return converted
+    if image.mode == "La":  # alpha premultiplied
+        image = image.convert("LA")
+    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layer).convert("RGB")
@@ -99,23 +197,44 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scaled(image: Image.Image) -> Image.Image:
-    """Wide grey pictures: 16-bit by its full range, others by the range of their own finite values."""
-    values = np.asarray(image).astype(np.float64)
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    if image.mode != "F" and 0 <= low and high <= 65535:
-        low, high = 0.0, 65535.0
-    elif 0.0 <= low and high <= 1.0:
-        low, high = 0.0, 1.0
-    scaled = np.nan_to_num((values - low) / max(high - low, 1e-12), nan=0.0, posinf=1.0, neginf=0.0)
-    return Image.fromarray((scaled.clip(0, 1) * 255).round().astype(np.uint8), mode="L").convert("RGB")
+    """8-bit RGB of a wide grey picture; the rule is in the module's description. Not-a-number becomes black."""
+    exact = np.float64 if image.mode == "I" else np.float32
+    values: NDArray[np.floating[Any]] = np.asarray(image).astype(exact)
+    finite = np.isfinite(values)
+    low, high = 0.0, 0.0
+    if finite.any():
+        low, high = float(values.min(where=finite, initial=np.inf)), float(values.max(where=finite, initial=-np.inf))
+    tops: tuple[float, ...] = (65535,) if image.mode.startswith("I;16") else (255, 65535)
+    if image.mode == "F":
+        tops = (1, *tops)
+    held = next((top for top in tops if low >= 0 and high <= top), None)
+    if held is not None:
+        low, high = 0.0, float(held)
+    with np.errstate(all="ignore"):  # in place: a wide picture may take half a gigabyte
+        values -= low
+        values /= max(high - low, 1e-12)
+    np.nan_to_num(values, copy=False, nan=0.0, posinf=1.0, neginf=0.0)
+    np.clip(values, 0, 1, out=values)
+    values *= 255
+    return Image.fromarray(np.rint(values, out=values).astype(np.uint8)).convert("RGB")
+
+
+def mean_colour(mean: Sequence[float]) -> tuple[int, int, int]:
+    """The padding colour of a processor with this channel mean (0 to 1), cut to integers as LLaVA does."""
+    red, green, blue = (int(value * 255) for value in mean)
+    return red, green, blue
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """Centre a picture on a square of one colour (LLaVA's rule)."""
-    side = max(image.size)
+    """Centre a picture on a square of one colour (LLaVA's rule: an odd pixel goes right or below).
+
+    Args:
+        image: RGB.
+        colour: of the border, 0 to 255; LLaVA takes `mean_colour` of the encoder's processor.
+    """
     if image.width == image.height:
         return image
+    side = max(image.size)
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square

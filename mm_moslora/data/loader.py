@@ -1,36 +1,81 @@
-"""Micro-batches for one rank, one optimiser step after the other, prepared ahead of the step."""
+"""Micro-batches for one rank, one optimiser step after the other, prepared ahead of the step.
+
+What is prepared depends on the step's number alone, never on how many workers prepare it or how far ahead they are.
+"""
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 import queue
 import threading
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import DataConfig
 from mm_moslora.data.dataset import TrainingSet
+from mm_moslora.data.faults import RecordError
 from mm_moslora.data.mixture import expand
 from mm_moslora.data.sampler import deal, plan_epoch
 
+logger = logging.getLogger(__name__)
+
 AHEAD = 3
-"""Optimiser steps prepared ahead."""
+"""Optimiser steps that the thread, or micro-batches that each worker process, prepares ahead."""
+
+
+class _Prepared(NamedTuple):
+    """A micro-batch and the records that it had to leave out."""
+
+    batch: Batch | None
+    faults: list[tuple[int, RecordError]]
+
+
+class _Preparation(Dataset[_Prepared]):
+    """Micro-batches by the numbers of their records; runs in the thread or in a worker process."""
+
+    def __init__(self, data: TrainingSet) -> None:
+        self.data = data
+
+    def __getitem__(self, numbers: list[int]) -> _Prepared:
+        examples: list[Example] = []
+        faults: list[tuple[int, RecordError]] = []
+        for number in numbers:
+            try:
+                examples.append(self.data.load(number))
+            except RecordError as error:
+                faults.append((number, error))
+        return _Prepared(Batch.from_examples(examples) if examples else None, faults)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 class BatchLoader:
-    """Iterates over optimiser steps for ever; use it in a `with` block.
+    """Iterates over optimiser steps for ever, each a list of micro-batches; use it in a `with` block.
+
+    A record that turns out to be damaged is left out of its micro-batch, counted and written to quarantine. A
+    micro-batch that this leaves empty, or that a short last step cannot fill, holds one token without supervision, so
+    that all ranks take the same number of forward passes.
 
     Args:
         data: the training set.
         rank: this process.
         world_size: processes.
-        config: the recipe's `data`.
+        config: the recipe's `data`; 0 workers prepare in a thread.
         global_batch: examples per optimiser step over all ranks.
         micro_batch: examples per micro-batch and rank.
         seed: of the order.
-        start_step: optimiser steps already done.
+        start_step: optimiser steps already done; the only state there is.
+
+    Raises:
+        DataError: while iterating, when more records than `max_bad_share` are bad, or any with `on_bad` error.
     """
 
     def __init__(
@@ -47,42 +92,82 @@ class BatchLoader:
     ) -> None:
         self.data, self.rank, self.world_size, self.config = data, rank, world_size, config
         self.global_batch, self.micro_batch, self.seed, self.start_step = global_batch, micro_batch, seed, start_step
-        self.steps_per_epoch = len(self._plan(0))
+        self.steps_per_epoch = len(self.plan(0))
+        """Optimiser steps per epoch, the same in every epoch."""
         self._queue: queue.Queue[list[Batch] | Exception] = queue.Queue(maxsize=AHEAD)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._workers: Iterator[_Prepared] | None = None
 
-    def _plan(self, epoch: int) -> list[list[int]]:
+    def plan(self, epoch: int) -> list[list[int]]:
+        """The optimiser steps of an epoch over all ranks, as record numbers."""
         data = self.data
-        usable = set(data.usable)
-        chosen = [i for i in expand(data.sizes, data.weights, seed=self.seed, epoch=epoch) if i in usable]
+        chosen = expand(data.members, data.weights, seed=self.seed, epoch=epoch)
         steps = plan_epoch(
-            [data.lengths[i] for i in chosen], [data.has_image[i] for i in chosen], seed=self.seed, epoch=epoch,
-            global_batch=self.global_batch, order=self.config.order,
+            [data.lengths[number] for number in chosen],
+            [bool(data.has_image[number]) for number in chosen],
+            seed=self.seed, epoch=epoch, global_batch=self.global_batch, order=self.config.order,
         )  # fmt: skip
-        return [[chosen[number] for number in step] for step in steps]
-
-    def _steps(self) -> Iterator[list[Batch]]:
-        epoch, offset = divmod(self.start_step, self.steps_per_epoch)
-        while True:
-            for step in self._plan(epoch)[offset:]:
-                mine = deal(step, self.data.lengths, world_size=self.world_size, micro_batch=self.micro_batch)[self.rank]
-                yield [self._batch(numbers) for numbers in mine]
-            epoch, offset = epoch + 1, 0
-
-    def _batch(self, numbers: list[int]) -> Batch:
-        examples = [example for number in numbers if (example := self.data[number]) is not None]
-        return Batch.from_examples(examples or [_empty(self.data)])
+        return [[chosen[place] for place in step] for step in steps]
 
     def __enter__(self) -> BatchLoader:
-        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
-        self._thread.start()
+        if self.config.workers:
+            self._workers = self._start_workers()
+        else:
+            self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
+            self._thread.start()
         return self
 
+    def __iter__(self) -> Iterator[list[Batch]]:
+        if self._workers is not None:
+            for micro_batches in self._dealt():
+                yield [self._received(next(self._workers)) for _ in micro_batches]
+        while self._thread is not None:
+            item = self._queue.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._workers = None  # torch ends the processes when their iterator goes
+        if self._thread is not None:
+            self._thread.join(timeout=30)
+            self._thread = None
+
+    def _dealt(self) -> Iterator[list[list[int]]]:
+        """This rank's micro-batches of every step, as record numbers, for ever."""
+        epoch, offset = divmod(self.start_step, self.steps_per_epoch)
+        while True:
+            for step in self.plan(epoch)[offset:]:
+                yield deal(step, self.data.lengths, world_size=self.world_size, micro_batch=self.micro_batch)[self.rank]
+            epoch, offset = epoch + 1, 0
+
+    def _received(self, prepared: _Prepared) -> Batch:
+        for number, fault in prepared.faults:
+            if number not in self.data.quarantine:
+                logger.warning("Left out: %s", fault)
+            self.data.quarantine.add(number, fault)
+        return prepared.batch or Batch.from_examples([_empty(self.data)])
+
+    def _start_workers(self) -> Iterator[_Prepared]:
+        # Forked, so that the data set need not be picklable; its own generator, so that the run's random state, which
+        # checkpoints restore bit for bit, is left alone.
+        context = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+        numbers = (micro for step in self._dealt() for micro in step)
+        loader = DataLoader(
+            _Preparation(self.data), batch_size=None, sampler=_Endless(numbers), num_workers=self.config.workers,
+            collate_fn=_as_it_is, prefetch_factor=AHEAD, multiprocessing_context=context, generator=torch.Generator(),
+        )  # fmt: skip
+        return iter(loader)
+
     def _work(self) -> None:
+        preparation = _Preparation(self.data)
         try:
-            for batches in self._steps():
-                if not self._put(batches):
+            for micro_batches in self._dealt():
+                if not self._put([self._received(preparation[numbers]) for numbers in micro_batches]):
                     return
         except Exception as error:  # handed to the training loop, which raises it
             self._put(error)
@@ -96,22 +181,18 @@ class BatchLoader:
             return True
         return False
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        while True:
-            item = self._queue.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=30)
+class _Endless(torch.utils.data.Sampler[list[int]]):
+    """A sampler over an iterator that never ends."""
+
+    def __init__(self, numbers: Iterator[list[int]]) -> None:
+        self.numbers = numbers
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.numbers
 
 
 def _empty(data: TrainingSet) -> Example:
-    """One unsupervised token: what a rank trains on when the last step of an epoch leaves it nothing."""
+    """One token without supervision."""
     token = data.encoder.tokenizer.eos_token_id or 0
     return Example(id="", input_ids=torch.tensor([token]), supervised=torch.tensor([False]))

@@ -6,28 +6,30 @@ import random
 from collections.abc import Sequence
 
 
-def expand(sizes: Sequence[int], weights: Sequence[float], *, seed: int, epoch: int) -> list[int]:
-    """Record numbers of one epoch over all sources laid behind each other.
+def expand(members: Sequence[Sequence[int]], weights: Sequence[float], *, seed: int, epoch: int) -> list[int]:
+    """Record numbers of one epoch, source by source.
+
+    Every epoch has the same number of them. A fraction walks through a seeded permutation, so that over the epochs all
+    records are seen equally often.
 
     Args:
-        sizes: records per source.
-        weights: how often a record is seen: 2 repeats all, 0.5 takes another half each epoch.
+        members: the record numbers of every source.
+        weights: how often a record is seen: 2 repeats all, 0.5 takes another half each epoch. A source gives at least
+            one record.
         seed: of the run.
         epoch: from 0.
-
-    Returns:
-        Numbers into the concatenation of all sources, source by source.
     """
     chosen: list[int] = []
-    offset = 0
-    for source, (size, weight) in enumerate(zip(sizes, weights, strict=True)):
-        whole, part = int(weight), round((weight - int(weight)) * size)
-        numbers = list(range(offset, offset + size))
-        chosen += numbers * whole
+    for source, (numbers, weight) in enumerate(zip(members, weights, strict=True)):
+        if not numbers:
+            continue
+        whole, size = int(weight), len(numbers)
+        part = round((weight - whole) * size)
+        if whole == 0:
+            part = max(1, part)
+        chosen += list(numbers) * whole
         if part:
-            order = numbers[:]
+            order = list(numbers)
             random.Random(f"{seed} {source}").shuffle(order)
-            start = epoch * part
-            chosen += [order[(start + i) % size] for i in range(part)]
-        offset += size
+            chosen += [order[(epoch * part + step) % size] for step in range(part)]
     return chosen

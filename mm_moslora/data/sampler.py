@@ -1,7 +1,7 @@
 """The order of an epoch, and how an optimiser step is dealt to ranks and micro-batches.
 
 Both are pure functions: of (seed, epoch) and of the step's examples. A run's place in the data is therefore one number,
-the optimiser steps done.
+the optimiser steps done, whatever the ranks and workers.
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ def plan_epoch(
 ) -> list[list[int]]:
     """The optimiser steps of an epoch, each a list of example numbers; every example exactly once.
 
+    `grouped` follows LLaVA's idea (training-time order by modality and length) with a generator of its own: each
+    modality is shuffled, cut into mega-batches, sorted by length inside each, and cut into steps of one modality; what
+    is left over of both modalities shares steps. The steps are shuffled; only a step with too few examples comes last.
+
     Args:
         lengths: tokens per example.
         has_image: modality per example.
         seed: of the run.
         epoch: from 0.
         global_batch: examples per step; the last step may be shorter.
-        order: grouped (steps of one modality and similar length, in random order), random, or sequential.
+        order: grouped, random, or sequential (as given).
     """
     rng = random.Random(f"{seed} {epoch}")
     everything = list(range(len(lengths)))
@@ -42,14 +46,16 @@ def plan_epoch(
     steps: list[list[int]] = []
     left: list[int] = []
     for modality in (True, False):
-        members = [index for index in everything if has_image[index] == modality]
-        for start in range(0, len(members), MEGABATCH * global_batch):
-            mega = sorted(members[start : start + MEGABATCH * global_batch], key=lambda index: lengths[index])
-            steps += _cut(mega, global_batch)
-        if steps and len(steps[-1]) < global_batch:
-            left += steps.pop()
+        members = [index for index in everything if bool(has_image[index]) == modality]
+        whole = len(members) - len(members) % global_batch
+        left += members[whole:]
+        for start in range(0, whole, MEGABATCH * global_batch):
+            stop = min(whole, start + MEGABATCH * global_batch)
+            steps += _cut(sorted(members[start:stop], key=lambda index: lengths[index]), global_batch)
+    steps += _cut(left, global_batch)
+    short = [steps.pop()] if steps and len(steps[-1]) < global_batch else []
     rng.shuffle(steps)
-    return steps + _cut(left, global_batch)
+    return steps + short
 
 
 def _cut(items: list[int], size: int) -> list[list[int]]:
@@ -59,6 +65,9 @@ def _cut(items: list[int], size: int) -> list[list[int]]:
 def deal(batch: Sequence[int], lengths: Sequence[int], *, world_size: int, micro_batch: int) -> list[list[list[int]]]:
     """Deal the examples of one step to ranks and micro-batches, so that ranks get about as many tokens each.
 
+    Longest first, always to the rank with the fewest tokens that has room (the LPT rule). The longest examples of all
+    ranks meet in the first micro-batch, so that ranks finish each micro-batch together.
+
     Args:
         batch: example numbers.
         lengths: tokens per example, by example number.
@@ -66,16 +75,21 @@ def deal(batch: Sequence[int], lengths: Sequence[int], *, world_size: int, micro
         micro_batch: examples per micro-batch and rank.
 
     Returns:
-        ``[rank][micro-batch]`` lists; every rank has the same number of micro-batches. In the last, short step of an
-        epoch some may be empty.
+        ``[rank][micro-batch]`` lists; every example once, every rank the same number of micro-batches. A micro-batch
+        is empty only where the step has fewer examples than there are micro-batches over all ranks.
     """
     count = -(-len(batch) // (world_size * micro_batch))
-    ordered = sorted(batch, key=lambda index: (-lengths[index], index))
+    room = count * micro_batch
+    least = min(count, len(batch) // world_size)
     ranks: list[list[int]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
-    room = count * micro_batch
-    for index in ordered:
-        target = min((r for r in range(world_size) if len(ranks[r]) < room), key=lambda r: (loads[r], r))
+    remaining = len(batch)
+    for index in sorted(batch, key=lambda index: (-lengths[index], index)):
+        missing = sum(max(0, least - len(members)) for members in ranks)
+        limit = least if remaining <= missing else room
+        open_ranks = [rank for rank in range(world_size) if len(ranks[rank]) < limit]
+        target = min(open_ranks, key=lambda rank: (loads[rank], len(ranks[rank]), rank))
         ranks[target].append(index)
         loads[target] += lengths[index]
-    return [[members[i::count] for i in range(count)] for members in ranks]
+        remaining -= 1
+    return [[members[step::count] for step in range(count)] for members in ranks]

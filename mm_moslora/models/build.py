@@ -143,9 +143,14 @@ def set_system_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | None) ->
     Args:
         tokenizer: with a chat template that knows system messages; changed in place.
         prompt: None leaves the template alone.
+
+    Raises:
+        ModelError: there is no chat template to put it into.
     """
-    if prompt is None or tokenizer.chat_template is None:
+    if prompt is None:
         return
+    if tokenizer.chat_template is None:
+        raise ModelError("model.system_prompt is set, but the tokenizer has no chat template that could carry it.")
     default = json.dumps({"role": "system", "content": prompt}, ensure_ascii=False)
     tokenizer.chat_template = (
         "{%- if messages and messages[0]['role'] != 'system' -%}"

@@ -66,7 +66,7 @@ def evaluate_all(folder: Path, data: DatasetFiles, *, name: str) -> list[dict[st
 
 def _task(data: DatasetFiles, name: str) -> Task:
     task = get_task(f"llava:{data.test}@{data.images}")
-    return dataclasses.replace(task, name=name, decoding=Decoding(max_new_tokens=12))
+    return dataclasses.replace(task, name=name, decoding=Decoding(max_new_tokens=8))
 
 
 def _evaluate(

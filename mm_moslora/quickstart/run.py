@@ -46,11 +46,13 @@ class Plan:
 
 
 PLANS: dict[tuple[Images, bool], Plan] = {
-    ("easy-vqa", False): Plan(train_images=1600, align_steps=60, tune_epochs=1.0, test_questions=800),
-    ("easy-vqa", True): Plan(train_images=64, align_steps=4, tune_epochs=1.0, test_questions=48),
+    ("easy-vqa", False): Plan(train_images=1200, align_steps=50, tune_epochs=1.0, test_questions=600),
+    ("easy-vqa", True): Plan(train_images=64, align_steps=4, tune_epochs=1.0, test_questions=40),
     ("stamps", False): Plan(train_images=10_000, align_steps=60, tune_epochs=3.0, test_questions=10_000),
     ("stamps", True): Plan(train_images=96, align_steps=4, tune_epochs=1.0, test_questions=48),
 }
+TURNS = 8
+"""Questions per conversation of easy-VQA."""
 BEST_ENCODER: dict[Images, Encoder] = {"easy-vqa": "dinov2", "stamps": "efficientnet"}
 
 
@@ -170,7 +172,11 @@ def _data(images: Images, folder: Path, plan: Plan, stamps_deb: Path | None) -> 
     if images == "stamps":
         return build_stamps(assets.stamps(stamps_deb, _say), folder / "data", limit=plan.train_images)
     return build_easy_vqa(
-        assets.easy_vqa(_say), folder / "data", train_images=plan.train_images, test_questions=plan.test_questions
+        assets.easy_vqa(_say),
+        folder / "data",
+        train_images=plan.train_images,
+        test_questions=plan.test_questions,
+        turns=TURNS,
     )
 
 

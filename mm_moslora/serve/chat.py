@@ -18,7 +18,6 @@ from mm_moslora.models.generation import Prompt, encode_images, stop_token_ids, 
 from mm_moslora.models.load import load
 from mm_moslora.models.processor import image_transform
 
-IMAGE = "<image>"
 HELP = "/image PATH shows a picture, /reset starts over, /quit leaves."
 
 
@@ -58,7 +57,7 @@ class Chat:
 
     def stream(self, question: str) -> Iterator[str]:
         """Ask; yields the answer piece by piece and remembers it."""
-        self.turns.append(Turn(role="user", text=f"{IMAGE}\n" * self.pending + question))
+        self.turns.append(Turn.asking(question, images=self.pending))
         self.pending = 0
         ids = self.encoder.encode_prompt(self.turns)
         features = torch.cat(self.features) if self.features else None
@@ -70,7 +69,7 @@ class Chat:
             if token is None:
                 break
             tokens.append(token)
-            text = self.assembly.tokenizer.decode(tokens, skip_special_tokens=True)
+            text = self.encoder.decode_answer(tokens)
             if not text.endswith("\ufffd"):  # half a character so far
                 yield text[len(said) :]
                 said = text

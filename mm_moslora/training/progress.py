@@ -59,6 +59,16 @@ class Progress:
             self.last_line = now
             logger.info("%s: %s", self.what, self.line(note))
 
+    def of(self, done: int, total: int) -> None:
+        """Say how many units of how many are done, where the total is not known beforehand."""
+        if self.total != total:
+            self.total = total
+            if self.bar is not None:
+                self.bar.reset(total)
+        self.update(done)
+        if done >= total and self.bar is not None:
+            self.bar.close()
+
     def line(self, note: str = "") -> str:
         """The state in one line, with the time left."""
         elapsed = time.monotonic() - self.started

@@ -37,6 +37,7 @@ from mm_moslora.training.engine import (
     resolve_precision,
 )
 from mm_moslora.training.optim import parameter_groups
+from mm_moslora.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +139,10 @@ def _data_set(recipe: Recipe, assembly: Assembly, *, validation: bool) -> Traini
     )
     transform = image_transform(assembly.processor.image_processor) if assembly.processor else None
     name = "validation_quarantine.jsonl" if validation else "quarantine.jsonl"
+    progress = Progress("read records", 0, unit="record")
     return TrainingSet(
-        sources, encoder, transform, config=recipe.data, quarantine_path=Path(recipe.train.output) / name
+        sources, encoder, transform, config=recipe.data, quarantine_path=Path(recipe.train.output) / name,
+        on_progress=progress.of,
     )
 
 

@@ -1,0 +1,101 @@
+"""Bad records: one JSON line each in a file, counted by code, and an error above a share."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from mm_moslora.config import DataConfig
+from mm_moslora.data.faults import RecordError
+from mm_moslora.errors import DataError
+
+
+class Quarantine:
+    """Counts and keeps bad records.
+
+    Those found while the data set is built are written in one go, so that several ranks, which all find the same, do
+    not disturb each other. Those found later (pictures damaged inside) are appended one by one.
+
+    Args:
+        path: the file; None keeps the counts only.
+        total: records in all.
+        config: `on_bad` and `max_bad_share`.
+    """
+
+    def __init__(self, path: Path | None, total: int, config: DataConfig) -> None:
+        self.path, self.total, self.config = path, total, config
+        self.codes: dict[str, int] = {}
+        """How many bad records of each code."""
+        self._seen: set[int] = set()
+        self._lines: list[str] | None = []
+        self._first: RecordError | None = None
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._seen
+
+    def add(self, index: int, error: RecordError) -> None:
+        """Take in one bad record; a second fault of the same record does not count.
+
+        Raises:
+            RecordError: `on_bad` is error.
+            DataError: too large a share is bad (checked by `close` while the data set is built).
+        """
+        if self.config.on_bad == "error":
+            raise error
+        if index in self._seen:
+            return
+        self._seen.add(index)
+        self._first = self._first or error
+        self.codes[error.code.value] = self.codes.get(error.code.value, 0) + 1
+        line = _line(error)
+        if self._lines is not None:
+            self._lines.append(line)
+            return
+        if self.path is not None:
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            with os.fdopen(descriptor, "wb", buffering=0) as stream:  # one write, so that lines of ranks do not mix
+                stream.write(line.encode("utf-8"))
+        self._check_share()
+
+    def close(self) -> None:
+        """The data set is built: write what was found so far.
+
+        Raises:
+            DataError: too large a share is bad.
+        """
+        if self.path is not None and self._lines is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
+            part.write_text("".join(self._lines), encoding="utf-8")
+            part.replace(self.path)
+        self._lines = None
+        self._check_share()
+
+    def _check_share(self) -> None:
+        bad = len(self._seen)
+        if bad <= self.config.max_bad_share * self.total:
+            return
+        see = f"All are in {self.path}." if self.path is not None else ""
+        raise DataError(
+            f"{bad} of {self.total} records ({bad / self.total:.1%}) cannot be used, more than data.max_bad_share "
+            f"({self.config.max_bad_share:.1%}): {summary(self.codes)}. The first one: {self._first}. {see} "
+            "Repair the data or raise data.max_bad_share."
+        ) from self._first
+
+
+def summary(codes: dict[str, int]) -> str:
+    """Counts by code, the most frequent first."""
+    return ", ".join(f"{code} {count}" for code, count in sorted(codes.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _line(error: RecordError) -> str:
+    where = error.where
+    entry = {
+        "file": str(where.file), "line": where.line, "row": where.row, "id": where.id, "field": error.field,
+        "path": error.path, "code": error.code.value, "reason": str(error),
+    }  # fmt: skip
+    return json.dumps(entry, ensure_ascii=True) + "\n"

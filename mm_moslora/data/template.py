@@ -1,0 +1,186 @@
+"""Chat templates taken apart: the fixed text around the contents of a conversation.
+
+A template is rendered once per sequence of roles with a marker in place of every content. The text between the markers
+is the scaffold. Templates that trim contents are found out by a second rendering with white space around the markers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from transformers import PreTrainedTokenizerBase
+
+from mm_moslora.errors import ConfigError
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ':\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
+"""For tokenizers that bring no chat template: `role:`, a line break, the content; end-of-sequence behind an answer."""
+_PLANS = 512
+
+# Letters, quotes and brackets show templates that change or escape contents; the symbol is in no template.
+_MARK = "<&\"'\u241fSlot {}\u241f>"
+_LEFT = {"keep": "\n \t", "lines": " \t", "space": ""}
+"""White space put before a mark, by what a template that trims so leaves of it."""
+_RIGHT = {"keep": "\t \n", "lines": "\t ", "space": ""}
+"""The same behind a mark."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """A content's place."""
+
+    before: str
+    """Scaffold between the previous content and this one."""
+    lead: str
+    """Answers only: white space between the generation prompt and the answer, which the model writes itself."""
+    left: str
+    """What the template trims at the content's start: keep (nothing), space, or lines (line breaks)."""
+    right: str
+    """What the template trims at the content's end."""
+
+    def trim(self, parts: Sequence[str]) -> list[str]:
+        """A content, in parts around its images, as the template leaves it."""
+        result = list(parts)
+        result[0] = {"keep": result[0], "space": result[0].lstrip(), "lines": result[0].lstrip("\n")}[self.left]
+        last = result[-1]
+        result[-1] = {"keep": last, "space": last.rstrip(), "lines": last.rstrip("\n")}[self.right]
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The scaffold of a sequence of roles."""
+
+    slots: tuple[Slot, ...]
+    tail: str
+    """Behind the last content."""
+
+
+class Template:
+    """The chat template of a tokenizer, or the plain one.
+
+    Args:
+        tokenizer: with or without a chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        own = tokenizer.chat_template
+        self.source = own if isinstance(own, str) else None if own is None else own.get("default")
+        if self.source is None:
+            start = "{{ bos_token }}" if _adds_bos(tokenizer) else ""
+            self.source = start + PLAIN_TEMPLATE
+        self._plans: dict[tuple[str, ...], Plan] = {}
+
+    def plan(self, roles: tuple[str, ...]) -> Plan:
+        """The scaffold of these roles.
+
+        Raises:
+            ConfigError: the template refuses the roles, leaves contents out, reorders or changes them.
+        """
+        plan = self._plans.get(roles)
+        if plan is None:
+            plan = self._make(roles)
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            self._plans[roles] = plan
+        return plan
+
+    def accepts(self, roles: tuple[str, ...]) -> bool:
+        """Whether the template takes these roles and shows all their contents."""
+        try:
+            self.plan(roles)
+        except ConfigError:
+            return False
+        return True
+
+    def missing_bos(self) -> list[int]:
+        """The beginning-of-sequence id when the tokenizer wants one and the template writes none; else nothing."""
+        start = self.plan(("user", "assistant")).slots[0].before
+        if not _adds_bos(self.tokenizer) or start.startswith(str(self.tokenizer.bos_token)):
+            return []
+        return [int(self.tokenizer.bos_token_id)]
+
+    @cached_property
+    def has_default_system(self) -> bool:
+        """Whether the template writes a system text of its own where none is given."""
+        if not self.accepts(("system", "user", "assistant")):
+            return False
+        header, between = (slot.before for slot in self.plan(("system", "user", "assistant")).slots[:2])
+        without = self.plan(("user", "assistant")).slots[0].before
+        rest = without[len(header) :] if without.startswith(header) else ""
+        return bool(rest.strip()) and rest.lstrip() != between.lstrip()
+
+    def _make(self, roles: tuple[str, ...]) -> Plan:
+        marks = [_MARK.format(index) for index in range(len(roles))]
+        pieces = self._cut(self._render(roles, marks), marks, roles)
+        wide = self._cut(self._render(roles, [_LEFT["keep"] + mark + _RIGHT["keep"] for mark in marks]), marks, roles)
+        # What is trimmed at the end of one content and at the start of the next shows in the same stretch of text.
+        trims = [
+            _trims(pieces[index], wide[index], roles, first=index == 0, last=index == len(roles))
+            for index in range(len(pieces))
+        ]
+        slots = []
+        text = ""
+        for index, role in enumerate(roles):
+            before, lead = pieces[index], ""
+            text += before
+            if role == "assistant":
+                lead = self._lead(roles[:index], marks, text)
+                before = before[: len(before) - len(lead)]
+            slots.append(Slot(before=before, lead=lead, left=trims[index][1], right=trims[index + 1][0]))
+            text += marks[index]
+        return Plan(slots=tuple(slots), tail=pieces[-1])
+
+    def _lead(self, roles: tuple[str, ...], marks: list[str], text: str) -> str:
+        """White space that the generation prompt leaves to the model.
+
+        Anything else that stands between the generation prompt and an answer (an empty thinking block, a header of a
+        template that knows no generation prompt) belongs to the prompt, in training and in inference alike.
+        """
+        prompt = self._render(roles, marks[: len(roles)], prompt=True)
+        rest = text.removeprefix(prompt)
+        return rest if len(rest) < len(text) and not rest.strip() else ""
+
+    def _cut(self, text: str, marks: list[str], roles: tuple[str, ...]) -> list[str]:
+        pieces = []
+        for mark in marks:
+            before, found, text = text.partition(mark)
+            if not found:
+                raise ConfigError(
+                    "The tokenizer's chat template leaves out, reorders or changes contents, so labels cannot be built "
+                    f"for the roles {', '.join(roles)}. Use another template."
+                )
+            pieces.append(before)
+        return [*pieces, text]
+
+    def _render(self, roles: Sequence[str], contents: Sequence[str], *, prompt: bool = False) -> str:
+        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=self.source, tokenize=False, add_generation_prompt=prompt
+            )
+        except Exception as error:  # templates raise what they like
+            raise ConfigError(f"The tokenizer's chat template refuses the roles {', '.join(roles)}: {error}") from error
+        return str(text)
+
+
+def _trims(plain: str, wide: str, roles: tuple[str, ...], *, first: bool, last: bool) -> tuple[str, str]:
+    """How a template trims the end of the content before a stretch of scaffold, and the start of the one behind it."""
+    for right, behind in ({"keep": ""} if first else _RIGHT).items():
+        for left, ahead in ({"keep": ""} if last else _LEFT).items():
+            if behind + plain + ahead == wide:
+                return right, left
+    raise ConfigError(
+        f"The tokenizer's chat template changes contents, so labels cannot be built for the roles {', '.join(roles)}. "
+        "Use another template."
+    )
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]

@@ -1,0 +1,48 @@
+"""Encoders and training sets for tests of data preparation."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tiny import CHATML
+
+from mm_moslora.config import DataConfig, SourceConfig
+from mm_moslora.data.conversation import Encoder
+from mm_moslora.data.dataset import TrainingSet
+from tests.data.chat_templates import build_tokenizer
+
+OF_SET = ("quarantine_path", "on_progress", "exact_limit")
+
+
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    """A tiny image transform."""
+    return torch.from_numpy(np.asarray(image.resize((4, 4)), dtype=np.float32)).permute(2, 0, 1) / 255
+
+
+@functools.cache
+def chatml_encoder() -> Encoder:
+    tokenizer = build_tokenizer("bytes", CHATML)
+    return Encoder(tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=4)
+
+
+def make_set(*paths: Path, weights: list[float] | None = None, vision: bool = True, **options) -> TrainingSet:
+    """A training set over record files with their pictures in `images` beside them.
+
+    Other keyword arguments are those of `DataConfig` and of `TrainingSet`.
+    """
+    of_set = {name: options.pop(name) for name in OF_SET if name in options}
+    sources = [
+        SourceConfig(path=str(path), image_folder=str(path.parent / "images"), weight=weight)
+        for path, weight in zip(paths, weights or [1.0] * len(paths), strict=True)
+    ]
+    return TrainingSet(sources, chatml_encoder(), to_pixels if vision else None, config=DataConfig(**options), **of_set)
+
+
+def damage(picture: Path) -> None:
+    """Replace a picture by one that is cut short: its header is fine, its pixels are not."""
+    Image.effect_noise((64, 64), 80).convert("RGB").save(picture)
+    picture.write_bytes(picture.read_bytes()[:2000])

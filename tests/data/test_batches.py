@@ -1,0 +1,159 @@
+"""The batch loader: every record once, the same for every world and any workers, resumable, and it always ends."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_records
+
+from mm_moslora.config import DataConfig
+from mm_moslora.data.loader import BatchLoader
+from mm_moslora.errors import DataError
+from tests.data.sets import damage, make_set
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    return make_records(tmp_path_factory.mktemp("loader"), 22)
+
+
+def loader_for(data, *, rank=0, world=1, micro=2, global_batch=4, start=0, seed=0, **options) -> BatchLoader:
+    config = DataConfig(**({"workers": 0, "max_bad_share": 1.0} | options))
+    return BatchLoader(
+        data, rank=rank, world_size=world, config=config, global_batch=global_batch, micro_batch=micro, seed=seed,
+        start_step=start,
+    )  # fmt: skip
+
+
+def ids_of(loader, steps: int) -> list[list[list[str]]]:
+    with loader:
+        return [[list(batch.ids) for batch in step] for step in itertools.islice(loader, steps)]
+
+
+def flat(steps) -> list[str]:
+    return [name for step in steps for batch in step for name in batch if name]
+
+
+@pytest.mark.parametrize("order", ["grouped", "random", "sequential"])
+@pytest.mark.parametrize(("world", "micro"), [(1, 1), (1, 4), (2, 1), (2, 2), (3, 2), (5, 1), (8, 1)])
+def test_every_record_once_per_epoch_over_all_ranks(path, world, micro, order):
+    data = make_set(path)
+    loaders = [
+        loader_for(data, rank=rank, world=world, micro=micro, global_batch=8, order=order) for rank in range(world)
+    ]
+    steps = loaders[0].steps_per_epoch
+    assert steps == 3
+    ranks = [ids_of(loader, steps) for loader in loaders]
+    assert sorted(name for rank in ranks for name in flat(rank)) == sorted(f"r{i}" for i in range(22))
+    for step in range(steps):
+        assert len({len(rank[step]) for rank in ranks}) == 1, "ranks must take the same number of micro-batches"
+    reference = [sorted(flat([step])) for step in ids_of(loader_for(data, micro=8, global_batch=8, order=order), steps)]
+    assert [sorted(name for rank in ranks for name in flat([rank[step]])) for step in range(steps)] == reference
+
+
+@pytest.mark.parametrize("start", range(14))
+def test_resuming_at_any_step_gives_the_same_continuation(path, start):
+    data = make_set(path)
+    whole = ids_of(loader_for(data), 14)
+    assert ids_of(loader_for(data, start=start), 14 - start) == whole[start:]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(path, workers):
+    data = make_set(path)
+    with loader_for(data) as plain, loader_for(data, workers=workers) as parallel:
+        for alone, together in zip(itertools.islice(plain, 8), parallel, strict=False):
+            for one, other in zip(alone, together, strict=True):
+                assert one.ids == other.ids
+                assert torch.equal(one.input_ids, other.input_ids)
+                assert (one.pixel_values is None) == (other.pixel_values is None)
+                assert one.pixel_values is None or torch.equal(one.pixel_values, other.pixel_values)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_preparing_ahead_leaves_the_random_state_alone(path, workers):
+    data = make_set(path)
+    before = torch.get_rng_state()
+    ids_of(loader_for(data, workers=workers), 3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_epochs_differ_and_cover_everything(path):
+    data = make_set(path)
+    steps = ids_of(loader_for(data), 12)
+    assert sorted(flat(steps[:6])) == sorted(flat(steps[6:])) == sorted(f"r{i}" for i in range(22))
+    assert steps[:6] != steps[6:]
+
+
+def test_weights_repeat_sources(path, tmp_path):
+    other = make_records(tmp_path, 6)
+    data = make_set(path, other, weights=[0.5, 2.0])
+    loader = loader_for(data)
+    assert loader.steps_per_epoch == -(-(11 + 12) // 4)
+    assert len(flat(ids_of(loader, loader.steps_per_epoch))) == 23
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_pictures_are_left_out_and_ranks_keep_step(tmp_path, workers):
+    path = make_records(tmp_path, 16, text_only_every=0)
+    for number in (3, 8):
+        damage(tmp_path / "images" / f"{number}.png")
+    seen, counts, bad = [], [], []
+    for rank in range(2):
+        data = make_set(path, quarantine_path=tmp_path / f"quarantine{rank}.jsonl", max_bad_share=0.5)
+        loader = loader_for(data, rank=rank, world=2, micro=1, global_batch=4, workers=workers, max_bad_share=0.5)
+        steps = ids_of(loader, loader.steps_per_epoch)
+        seen += flat(steps)
+        counts.append([len(step) for step in steps])
+        bad += (tmp_path / f"quarantine{rank}.jsonl").read_text().splitlines()
+    assert sorted(seen) == sorted(f"r{i}" for i in range(16) if i not in (3, 8))
+    assert counts[0] == counts[1]
+    assert len(bad) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_damaged_pictures_stop_the_iteration(tmp_path, workers):
+    path = make_records(tmp_path, 12, text_only_every=0)
+    for number in range(12):
+        damage(tmp_path / "images" / f"{number}.png")
+    data = make_set(path, max_bad_share=0.1)
+    with loader_for(data, workers=workers) as loader, pytest.raises(DataError, match=r"max_bad_share.*IMAGE_DAMAGED 2"):
+        for _ in itertools.islice(loader, 10):
+            pass
+
+
+def test_an_empty_micro_batch_supervises_nothing(path):
+    data = make_set(path)
+    loaders = [loader_for(data, rank=rank, world=4, micro=1, global_batch=4) for rank in range(4)]
+    last = [list(itertools.islice(loader.__enter__(), 6))[-1] for loader in loaders]
+    for loader in loaders:
+        loader.__exit__(None, None, None)
+    empty = [batch for step in last for batch in step if not any(batch.ids)]
+    assert len(empty) == 2
+    assert all(batch.supervised_tokens == 0 and batch.tokens == 1 and batch.images == 0 for batch in empty)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_it_ends_cleanly_at_any_moment(path, workers):
+    import multiprocessing
+
+    data = make_set(path)
+    threads = threading.active_count()
+    for steps in (0, 1, 5):
+        with loader_for(data, workers=workers) as loader:
+            list(itertools.islice(loader, steps))
+    with contextlib.suppress(KeyboardInterrupt), loader_for(data, workers=workers) as loader:
+        next(iter(loader))
+        raise KeyboardInterrupt
+    del loader
+    limit = time.monotonic() + 20
+    while (threading.active_count() > threads or multiprocessing.active_children()) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert threading.active_count() <= threads
+    assert not multiprocessing.active_children()

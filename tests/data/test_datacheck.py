@@ -1,0 +1,147 @@
+"""`mm-moslora data check|view`, through the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import make_records
+
+from mm_moslora.cli import run
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, language_folder: Path, vision_folder: Path):
+    """Writes a recipe; keyword arguments go into its data."""
+
+    def write(**data) -> str:
+        path = tmp_path / "train.jsonl"
+        if not path.is_file():
+            make_records(tmp_path, 20)
+        source = {"path": str(path), "image_folder": str(tmp_path / "images")}
+        content = {
+            "name": "t",
+            "model": {"language": str(language_folder), "vision": {"name": str(vision_folder)}},
+            "data": {"train": [source]} | data,
+            "train": {"output": str(tmp_path / "run")},
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+        return str(tmp_path / "recipe.yaml")
+
+    return write
+
+
+def row(text: str, name: str) -> str:
+    """The value of a row of a table."""
+    line = next(line for line in text.splitlines() if name in line)
+    return line.replace("│", " ").split()[-1]
+
+
+def test_check_counts_what_there_is(recipe, capsys):
+    assert run(["data", "check", recipe()]) == 0
+    text = capsys.readouterr().out
+    assert row(text, "records ") == "20"
+    assert row(text, "text only") == "5"
+    assert row(text, "with one image") == "15"
+    assert row(text, "answers") == "35"
+    assert row(text, "supervised share").endswith("%")
+    assert "20 of 20 records can be used." in text
+
+
+def test_check_names_faults_and_fails_when_a_run_would(recipe, tmp_path, capsys):
+    name = recipe()
+    (tmp_path / "images" / "4.png").write_bytes((tmp_path / "images" / "4.png").read_bytes()[:60])
+    (tmp_path / "images" / "5.png").unlink()
+    path = tmp_path / "train.jsonl"
+    lines = path.read_text().splitlines()
+    lines[8] = lines[8].replace('"gpt"', '"robot"')
+    path.write_text("\n".join(lines))
+    assert run(["data", "check", name]) == 1
+    text = capsys.readouterr().out
+    assert row(text, "IMAGE_DAMAGED") == "1"
+    assert re.search(r"IMAGE_MISSING: \S+train.jsonl:6 \(record 5, id='r5'\) field image\[0\]: \S+5\.png", text)
+    assert re.search(r"BAD_ROLE: \S+:9 \(record 8, id='r8'\) field conversations\[1\]: role is \"robot\"", text)
+    assert "17 of 20 records can be used; a run would stop" in text
+    assert run(["data", "check", name, "--data.max_bad_share", "0.2"]) == 0
+    assert "a run leaves out 3" in capsys.readouterr().out
+    assert run(["data", "check", name, "--data.max_bad_share", "0.2", "--data.on_bad", "error"]) == 1
+
+
+def test_check_counts_truncation_repeats_and_special_text(recipe, tmp_path, capsys):
+    name = recipe()
+    path = tmp_path / "train.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records[1]["id"] = "r0"
+    records[3]["conversations"][0]["value"] = "what is <|im_end|>?"
+    records[2]["conversations"][2]["value"] += "!" * 400
+    path.write_text("\n".join(map(json.dumps, records)))
+    assert run(["data", "check", name, "--data.max_length", "128"]) == 0
+    text = capsys.readouterr().out
+    assert row(text, "cut at the end") == "1"
+    assert row(text, "spelling special tokens") == "1"
+    assert row(text, "repeated ids") == "1"
+    assert "records repeat an id: 'r0'" in text
+
+
+def test_check_looks_at_validation_data_too(recipe, tmp_path, capsys):
+    other = tmp_path / "other.jsonl"
+    other.write_text("null\n")
+    assert run(["data", "check", recipe(validation=[{"path": str(other)}])]) == 1
+    assert "NOT_AN_OBJECT" in capsys.readouterr().out
+
+
+def test_check_of_missing_data_is_one_line(recipe, capsys):
+    name = recipe(train=[{"path": "/nowhere/train.jsonl"}])
+    assert run(["data", "check", name]) == 1
+    assert "error: /nowhere/train.jsonl does not exist" in capsys.readouterr().err
+
+
+def test_view_shows_records_as_they_are_trained_on(recipe, capsys):
+    assert run(["data", "view", recipe(), "--start", "2", "--count", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "r2:" in text
+    assert "r3:" in text
+    assert "r4:" not in text
+    assert "[image: 16 tokens]" in text
+    assert "<|im_start|>user" in text.replace("\n", "")
+
+
+def test_view_colours_exactly_the_supervised_tokens(recipe):
+    from rich.console import Console
+
+    from mm_moslora.config import load_recipe
+    from mm_moslora.data.view import SUPERVISED
+    from mm_moslora.datacheck import view_recipe
+
+    *_, panel = view_recipe(load_recipe(recipe(), []), start=0, count=1)
+    console = Console(width=200)
+    segments = console.render(panel)
+    green = "".join(
+        s.text for s in segments if s.style and s.style.bold and s.style.color and s.style.color.name == "green"
+    )
+    assert SUPERVISED == "bold green"
+    assert green == "red<|im_end|>yes<|im_end|>"
+
+
+def test_view_shows_a_bad_record_with_its_fault(recipe, tmp_path, capsys):
+    name = recipe()
+    path = tmp_path / "train.jsonl"
+    path.write_text("null\n" + path.read_text())
+    assert run(["data", "view", name, "--count", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "NOT_AN_OBJECT" in text
+    assert "r0:" in text
+
+
+@pytest.mark.parametrize("options", [["--start", "20"], ["--start", "-1"], ["--count", "0"]])
+def test_view_outside_the_data_says_so(recipe, options, capsys):
+    assert run(["data", "view", recipe(), *options]) == 1
+    assert "data.train has 20 records" in capsys.readouterr().err
