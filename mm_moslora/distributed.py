@@ -7,9 +7,7 @@ else. Without a launcher it is a world of one, and every function here still wor
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
-import socket
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -47,12 +45,6 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def _free_port() -> int:
-    with contextlib.closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def join(*, timeout_minutes: float = 30.0) -> None:
     """Join the process group, once per process; the process leaves it when it ends.
 
@@ -66,17 +58,13 @@ def join(*, timeout_minutes: float = 30.0) -> None:
     """
     if dist.is_initialized():
         return
-    if world_size() == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
-        os.environ.setdefault("RANK", "0")
-        os.environ.setdefault("WORLD_SIZE", "1")
-        os.environ.setdefault("LOCAL_RANK", "0")
     backend = "nccl" if device().type == "cuda" else "gloo"
     if device().type == "cuda":
         torch.cuda.set_device(device())
+    # Alone there is nobody to meet, so no port is opened and no child inherits an address.
+    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size() == 1 else {}
     try:
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **alone)
     except (RuntimeError, ValueError) as error:
         raise DistributedError(
             f"Rank {rank()} of {world_size()} could not join the others at {os.environ.get('MASTER_ADDR')}:"

@@ -51,7 +51,7 @@ class Quarantine:
         self._seen.add(index)
         self._first = self._first or error
         self.codes[error.code.value] = self.codes.get(error.code.value, 0) + 1
-        line = _line(error)
+        line = _line(index, error)
         if self._lines is not None:
             self._lines.append(line)
             return
@@ -92,10 +92,11 @@ def summary(codes: dict[str, int]) -> str:
     return ", ".join(f"{code} {count}" for code, count in sorted(codes.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _line(error: RecordError) -> str:
+def _line(index: int, error: RecordError) -> str:
+    """`record` counts over all sources (as `data view --start` does), `row` within the file."""
     where = error.where
     entry = {
-        "file": str(where.file), "line": where.line, "row": where.row, "id": where.id, "field": error.field,
-        "path": error.path, "code": error.code.value, "reason": str(error),
+        "record": index, "file": str(where.file), "line": where.line, "row": where.row, "id": where.id,
+        "field": error.field, "path": error.path, "code": error.code.value, "reason": str(error),
     }  # fmt: skip
     return json.dumps(entry, ensure_ascii=True) + "\n"

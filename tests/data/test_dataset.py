@@ -73,7 +73,9 @@ class TestQuarantine:
             "missing": "IMAGE_MISSING", "empty": "IMAGE_EMPTY", "page": "IMAGE_FORMAT", "long": "TOO_LONG",
             "count": "IMAGE_COUNT", "away": "PATH_ESCAPES", "silent": "EMPTY_ANSWER",
         }  # fmt: skip
-        assert [(line["row"], line["line"]) for line in lines] == [(row, row + 1) for row in range(10, 17)]
+        assert [(line["record"], line["row"], line["line"]) for line in lines] == [
+            (row, row, row + 1) for row in range(10, 17)
+        ]
         assert lines[0]["field"] == "image[0]"
         assert lines[0]["path"].endswith("good.jpg")
         assert "There is 'good.png'" in lines[0]["reason"]
