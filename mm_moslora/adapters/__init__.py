@@ -1,6 +1,8 @@
 """MoSLoRA adapters on PEFT: configuration, layers, injection, folders, merge. Needs torch and PEFT only."""
 
+from mm_moslora.adapters.combine import add_weighted_adapter, guard_peft, hot_swap
 from mm_moslora.adapters.config import MoSLoRAConfig
+from mm_moslora.adapters.export import Layout, export_adapter
 from mm_moslora.adapters.functional import delta_weight, fold, fused_linear, reference_linear, use_kernel
 from mm_moslora.adapters.inject import AdaptedModule, adapted_modules, add_moslora, resolve_targets
 from mm_moslora.adapters.layer import MoSLoRALayer, MoSLoRALinear
@@ -8,10 +10,14 @@ from mm_moslora.adapters.load import load_adapter
 from mm_moslora.adapters.merge import merge
 from mm_moslora.adapters.mixer import MIXER_INITS, Mixer, MixerInit, butterfly, init_mixer, two_subspaces_delta
 from mm_moslora.adapters.state import base_fingerprint, fold_state_dict, save_adapter
+from mm_moslora.adapters.steps import keep_orthonormal, one_product_per_step
+
+guard_peft()
 
 __all__ = [
     "MIXER_INITS",
     "AdaptedModule",
+    "Layout",
     "Mixer",
     "MixerInit",
     "MoSLoRAConfig",
@@ -19,15 +25,20 @@ __all__ = [
     "MoSLoRALinear",
     "adapted_modules",
     "add_moslora",
+    "add_weighted_adapter",
     "base_fingerprint",
     "butterfly",
     "delta_weight",
+    "export_adapter",
     "fold",
     "fold_state_dict",
     "fused_linear",
+    "hot_swap",
     "init_mixer",
+    "keep_orthonormal",
     "load_adapter",
     "merge",
+    "one_product_per_step",
     "reference_linear",
     "resolve_targets",
     "save_adapter",

@@ -7,13 +7,13 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
-from mm_moslora.adapters.layer import create_layer
+from mm_moslora.adapters.dispatch import create_layer
 from mm_moslora.adapters.mixer import MixerInit, check_mixer_init
 from mm_moslora.errors import AdapterError, suggestion
 
@@ -21,7 +21,6 @@ from mm_moslora.errors import AdapterError, suggestion
 _MEANINGFUL_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga", "mica", "orthogonal")
 # Other changes of the LoRA branch. Each would need its own combination with the mixer.
 _OTHER_VARIANTS = (
-    "use_dora",
     "use_qalora",
     "use_bdlora",
     "arrow_config",
@@ -33,6 +32,9 @@ _OTHER_VARIANTS = (
     "target_parameters",
     "layer_replication",
 )
+
+MixerForm = Literal["dense", "diagonal"]
+FactorForm = Literal["free", "svd", "orthonormal"]
 
 
 @dataclass
@@ -61,6 +63,21 @@ class MoSLoRAConfig(LoraConfig):
         default_factory=dict,
         metadata={"help": "Module name, or regular expression on its end, to mixer_init; like rank_pattern."},
     )
+    mixer_form: MixerForm = field(
+        default="dense",
+        metadata={"help": "dense: M is R x R. diagonal: M is R weights, one per rank-1 subspace, starting at 1."},
+    )
+    factor_form: FactorForm = field(
+        default="free",
+        metadata={
+            "help": "free: A and B train. svd: A and B are frozen at the base weight's leading singular vectors, M "
+            "trains (LoRA-XS, arXiv 2405.17604). orthonormal: A and B stay orthonormal (StelLA, arXiv 2510.01938); "
+            "call keep_orthonormal on the optimiser."
+        },
+    )
+
+    # Where the layer sits; `create_layer` sets it on its own copy. Without annotation: not an option, and not saved.
+    module_path = ""
 
     def __post_init__(self) -> None:
         """Check the options, and route every adapted layer to this package's layers."""
@@ -69,6 +86,7 @@ class MoSLoRAConfig(LoraConfig):
         for key, kind in self.mixer_pattern.items():
             check_mixer_init(kind, f"mixer_pattern[{key!r}]")
         self._check_ranks()
+        self._check_forms()
         if self.has_mixer:
             self._check_other_options()
         # One entry for all modules: a type that is not ours must raise, not fall through to PEFT's plain LoRA.
@@ -88,6 +106,11 @@ class MoSLoRAConfig(LoraConfig):
         """The rank of one module; `rank_pattern` goes before `r`."""
         patterns = self.rank_pattern or {}
         return int(patterns.get(get_pattern_key(list(patterns), module_path), self.r))
+
+    def alpha_for(self, module_path: str) -> float:
+        """alpha of one module; `alpha_pattern` goes before `lora_alpha`."""
+        patterns = self.alpha_pattern or {}
+        return float(patterns.get(get_pattern_key(list(patterns), module_path), self.lora_alpha))
 
     def is_plain(self, module_path: str) -> bool:
         """Whether one module is plain LoRA: its mixer is the frozen identity."""
@@ -130,6 +153,28 @@ class MoSLoRAConfig(LoraConfig):
             return config_from_dict(json.loads(own.read_text(encoding="utf-8"))["config"])
         stock = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         return from_lora_config(stock)
+
+    def _check_forms(self) -> None:
+        for name, known in (("mixer_form", get_args(MixerForm)), ("factor_form", get_args(FactorForm))):
+            value = getattr(self, name)
+            if value not in known:
+                raise AdapterError(
+                    f"{name} is {value!r}, expected one of {', '.join(known)}.{suggestion(str(value), known)}"
+                )
+        special = self.mixer_form != "dense" or self.factor_form != "free"
+        if not special:
+            return
+        where = f"mixer_form={self.mixer_form!r}, factor_form={self.factor_form!r}"
+        if not self.mixer_trainable:
+            raise AdapterError(f"{where} needs a mixer that trains. Set mixer_trainable=True.")
+        if self.mixer_pattern or self.mixer_init != "orthogonal":
+            raise AdapterError(
+                f"{where} brings its own start of the mixer. Leave mixer_init and mixer_pattern at their defaults."
+            )
+        if self.mixer_form != "dense" and self.factor_form != "free":
+            raise AdapterError(f"{where}: fixed subspaces need a dense mixer. Use one of the two.")
+        if self.factor_form != "free" and self.use_dora:
+            raise AdapterError(f"{where} together with use_dora is not defined. Unset one of them.")
 
     def _check_ranks(self) -> None:
         ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": rank for key, rank in (self.rank_pattern or {}).items()}

@@ -53,7 +53,7 @@ def fold(A: Tensor, M: Tensor | None) -> Tensor:
 
     Args:
         A: ``[R, D_in]``, or ``[R, ...]`` for a convolution.
-        M: ``[R, R]``; None is the identity.
+        M: ``[R, R]``, or ``[R]`` for a diagonal; None is the identity.
 
     Returns:
         Same shape as A, in the wider dtype of the two and at least float32.
@@ -61,24 +61,26 @@ def fold(A: Tensor, M: Tensor | None) -> Tensor:
     if M is None:
         return A
     dtype = torch.promote_types(torch.promote_types(A.dtype, M.dtype), torch.float32)
-    return (M.to(dtype) @ A.to(dtype).flatten(1)).view_as(A)
+    matrix = M if M.ndim == 2 else torch.diag(M)
+    return (matrix.to(dtype) @ A.to(dtype).flatten(1)).view(A.shape)
 
 
 def delta_weight(A: Tensor, M: Tensor | None, B: Tensor, scaling: float) -> Tensor:
     """``s B M A``, what merging adds to W.
 
     Args:
-        A: ``[R, D_in]``.
+        A: ``[R, D_in]``, or ``[R, C, h, w]`` for a convolution.
         M: ``[R, R]``; None is the identity.
-        B: ``[D_out, R]``.
+        B: ``[D_out, R]``, or ``[D_out, R, 1, 1]``.
         scaling: s.
 
     Returns:
-        ``[D_out, D_in]``, at least float32.
+        ``[D_out, D_in]``, or ``[D_out, C, h, w]``; at least float32.
     """
     folded = fold(A, M)
     dtype = torch.promote_types(torch.promote_types(folded.dtype, B.dtype), torch.float32)
-    return (B.to(dtype) @ folded.to(dtype)) * scaling
+    update = B.to(dtype).flatten(1) @ folded.to(dtype).flatten(1)
+    return update.view(B.shape[0], *A.shape[1:]) * scaling
 
 
 def reference_linear(
@@ -100,26 +102,67 @@ def reference_linear(
 
 
 def fused_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, M: Tensor | None, B: Tensor, scaling: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    M: Tensor | None,
+    B: Tensor,
+    scaling: float,
+    *,
+    dropout: float = 0.0,
 ) -> Tensor:
     """`reference_linear` in one autograd node; the base weight is frozen.
 
-    The factors may be wider than x (float32 masters over a bfloat16 base): small copies are cast, x never is.
+    The factors may be wider than x (float32 masters over a bfloat16 base): small copies are cast, x never is. Under
+    autocast everything runs in autocast's dtype, as the modules would.
 
     Args:
-        x: ``[..., D_in]``, in the dtype of `weight`.
+        x: ``[..., D_in]``, in the dtype of `weight` outside autocast.
         weight: ``[D_out, D_in]``; gets no gradient.
         bias: ``[D_out]`` or None.
         A: ``[R, D_in]``.
         M: ``[R, R]``; None is the identity.
         B: ``[D_out, R]``.
         scaling: s.
+        dropout: probability of dropping an entry of x before A. The mask is drawn twice from one saved seed (of torch's
+            CPU generator, so that checkpointing repeats it) instead of being kept.
 
     Returns:
-        ``[..., D_out]`` in the dtype of x. Differentiable once.
+        ``[..., D_out]`` in the dtype of x, or of autocast. Differentiable once.
     """
-    result: Tensor = _FusedLinear.apply(x, weight, bias, A, M, B, scaling)
-    return result
+    dropout = exact_rate(dropout)
+    seed = int(torch.randint(2**62, (), device="cpu")) if dropout else 0
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return _FusedLinear.apply(x, weight, bias, A, M, B, scaling, dropout, seed)  # type: ignore[no-any-return]
+    half = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return _FusedLinear.apply(half, weight, bias, A, M, B, scaling, dropout, seed)  # type: ignore[no-any-return]
+
+
+def dropout_mask(rows: Tensor, dropout: float, seed: int) -> Tensor:
+    """Ones and zeros like `rows`, the same for the same seed.
+
+    Sixteen random bits decide an entry, four entries to one drawn integer: on a CPU a fourth of `bernoulli_`'s time,
+    which is that of a bfloat16 product with a 2048 x 2048 weight.
+
+    Args:
+        rows: gives shape, dtype and device.
+        dropout: probability of a zero, a multiple of 2^-16 (`exact_rate`).
+        seed: see `fused_linear`.
+    """
+    generator = torch.Generator(rows.device).manual_seed(seed)
+    count = rows.numel()
+    words = torch.empty(-(-count // 4), dtype=torch.int64, device=rows.device)
+    words.random_(-(2**63), None, generator=generator)
+    threshold = round(dropout * 2**16) - 2**15
+    return words.view(torch.int16)[:count].ge(threshold).view_as(rows).to(rows.dtype)
+
+
+def exact_rate(dropout: float) -> float:
+    """The dropout probability that `dropout_mask` can draw: rounded to a multiple of 2^-16."""
+    return round(dropout * 2**16) / 2**16
 
 
 class _FusedLinear(torch.autograd.Function):
@@ -133,14 +176,18 @@ class _FusedLinear(torch.autograd.Function):
         M: Tensor | None,
         B: Tensor,
         scaling: float,
+        dropout: float,
+        seed: int,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        z = rows @ A.to(x.dtype).t()
-        C = _combine(B, M, x.dtype)
+        kept = dropout_mask(rows, dropout, seed).mul_(rows) if dropout else rows
+        z = kept @ A.to(x.dtype).t()
+        # Survivors are scaled up by 1 / (1 - dropout); as a part of s it costs nothing.
+        scaling = scaling / (1.0 - dropout)
         # Shaped by F.linear, not by a view at the end: callers may change the result in place.
-        y = F.linear(x, weight, bias)
-        y.view(-1, y.shape[-1]).addmm_(z, C.t(), alpha=scaling)
-        ctx.scaling = scaling
+        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y.view(-1, y.shape[-1]).addmm_(z, combine(B, M, x.dtype).t(), alpha=scaling)
+        ctx.scaling, ctx.dropout, ctx.seed = scaling, dropout, seed
         ctx.save_for_backward(x, z, weight, A, M, B)
         return y
 
@@ -151,25 +198,42 @@ class _FusedLinear(torch.autograd.Function):
                 "The fused kernel has no second derivative (the backward pass was asked for a graph: create_graph). "
                 "Run the forward pass under mm_moslora.adapters.use_kernel('reference')."
             )
+        with torch.autocast(grad.device.type, enabled=False):
+            return _FusedLinear._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, z, weight, A, M, B = ctx.saved_tensors
-        needs_x, _, needs_bias, needs_A, needs_M, needs_B, _ = ctx.needs_input_grad
+        needs_x, _, needs_bias, needs_A, needs_M, needs_B, *_ = ctx.needs_input_grad
         rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         dX = dA = dM = dB = None
         if needs_x or needs_A:
-            u = (g @ _combine(B, M, g.dtype)).mul_(ctx.scaling)
+            u = (g @ combine(B, M, g.dtype)).mul_(ctx.scaling)
+            mask = dropout_mask(rows, ctx.dropout, ctx.seed) if ctx.dropout else None
             if needs_x:
-                dX = (g @ weight).addmm_(u, A.to(u.dtype)).view_as(x)
+                dX = g @ weight.to(g.dtype)
+                if mask is None:
+                    dX.addmm_(u, A.to(u.dtype))
+                else:
+                    dX.addcmul_(u @ A.to(u.dtype), mask)
+                dX = dX.view_as(x)
             if needs_A:
-                dA = (u.t() @ rows).to(A.dtype)
+                dA = (u.t() @ (rows if mask is None else mask.mul_(rows))).to(A.dtype)
         if needs_B or needs_M:
             dC = (g.t() @ z).to(B.dtype).mul_(ctx.scaling)
             if needs_B:
                 dB = dC if M is None else dC @ M.to(B.dtype).t()
             if needs_M:
                 dM = (B.t() @ dC).to(M.dtype)
-        return dX, None, g.sum(0) if needs_bias else None, dA, dM, dB, None
+        return dX, None, g.sum(0) if needs_bias else None, dA, dM, dB, None, None, None
 
 
-def _combine(B: Tensor, M: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``C = B M`` in the factors' precision, rounded once."""
+def combine(B: Tensor, M: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``C = B M`` in the precision of B, rounded once.
+
+    Args:
+        B: ``[D_out, R]``.
+        M: ``[R, R]``; None is the identity.
+        dtype: of the result.
+    """
     return (B if M is None else B @ M.to(B.dtype)).to(dtype)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mm_moslora.adapters.config import MoSLoRAConfig, unmatched_patterns
-from mm_moslora.adapters.layer import MoSLoRALayer, why_not_adaptable
+from mm_moslora.adapters.dispatch import why_not_adaptable
+from mm_moslora.adapters.layer import MoSLoRALayer
 from mm_moslora.adapters.mixer import Mixer
 from mm_moslora.errors import AdapterError, suggestion
 
@@ -74,6 +75,11 @@ def named_adapter_layers(model: nn.Module) -> Iterator[tuple[str, MoSLoRALayer]]
     for path, module in base_model(model).named_modules():
         if isinstance(module, MoSLoRALayer):
             yield path, module
+
+
+def is_inner(path: str) -> bool:
+    """Whether a module path lies inside an adapted layer: the out_proj of `nn.MultiheadAttention`, adapted with it."""
+    return ".base_layer." in path
 
 
 def resolve_targets(model: nn.Module, component: str = "", targets: str | Sequence[str] = ALL_LINEAR) -> list[str]:
@@ -285,7 +291,8 @@ def inject(
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise AdapterError("The model holds adapters already. Pass the PeftModel that add_moslora returned.")
         wrapped = peft.get_peft_model(model, own, adapter_name=adapter_name, **options)
-    adapted = {path for path, layer in named_adapter_layers(wrapped) if adapter_name in layer.lora_A}
+    adapted = {path for path, layer in named_adapter_layers(wrapped) if layer.holds(adapter_name)}
+    adapted = {path for path in adapted if not is_inner(path)}
     assert adapted == set(paths), f"asked for {sorted(set(paths) ^ adapted)[:_SHOWN]} and PEFT did otherwise"
     return wrapped
 
@@ -312,7 +319,7 @@ def adapted_modules(model: nn.Module, *, adapter_name: str | None = None) -> lis
     """
     rows = []
     for path, layer in named_adapter_layers(model):
-        for name in sorted(layer.lora_A):
+        for name in layer.adapter_names():
             if adapter_name not in (None, name):
                 continue
             factors = layer.factors(name)

@@ -2,71 +2,33 @@
 
 Shapes: x ``[..., D_in]``, A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``.
 
-`create_layer` is the only entrance. It knows the module types that are supported and raises for every other one;
-PEFT's own dispatch, left to itself, would put plain LoRA on a quantised layer without a word.
+`MoSLoRALayer` is what all layer types share; `MoSLoRALinear` is the linear layer with its fused kernel. The other types
+are in `layer_types` and `quantised`; `dispatch` chooses.
 """
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraVariant
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from mm_moslora.adapters.functional import current_kernel, delta_weight, fused_linear
-from mm_moslora.adapters.mixer import Mixer, init_mixer
+from mm_moslora.adapters.functional import combine, current_kernel, delta_weight, fused_linear
+from mm_moslora.adapters.mixer import FrozenFactor, Mixer, init_mixer, orthonormal_rows
+from mm_moslora.adapters.variants import DoraMixerVariant, MoSLoRAVariant
 from mm_moslora.errors import AdapterError
 
 if TYPE_CHECKING:
     from mm_moslora.adapters.config import MoSLoRAConfig
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class MoSLoRAVariant(LoraVariant):
-    """PEFT's view of the method: how a LoRA layer starts, runs, merges and unmerges with a mixer."""
-
-    @staticmethod
-    def init(module: Any, adapter_name: str, config: Any = None, **kwargs: Any) -> None:
-        """Create the mixer next to A and B, on their device and in their dtype."""
-        like = module.lora_A[adapter_name].weight
-        weight = init_mixer(
-            module.r[adapter_name], module.mixer_init[adapter_name], dtype=like.dtype, device=like.device
-        )
-        module.lora_mixer[adapter_name] = Mixer(weight, trainable=config.mixer_trainable)
-
-    @staticmethod
-    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """``result + s B(M(A(dropout(x))))``, by calling the submodules: their hooks (ZeRO-3, FSDP) must fire."""
-        z = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
-        branch = module.lora_B[active_adapter](module.lora_mixer[active_adapter](z))
-        total: Tensor = result + branch * module.scaling[active_adapter]
-        return total
-
-    @staticmethod
-    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """The merged weight as a new tensor."""
-        merged: Tensor = orig_weight + module.wide_delta(active_adapter)
-        return merged.to(orig_weight.dtype)
-
-    @staticmethod
-    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
-        """Add the update in place; the sum is taken in float32 and rounded once."""
-        orig_weight.data += module.wide_delta(active_adapter)
-
-    @staticmethod
-    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """The weight without the update."""
-        restored: Tensor = orig_weight.data - module.wide_delta(active_adapter)
-        return restored.to(orig_weight.dtype)
+_AUTOCASTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,13 +36,23 @@ class Factors:
     """One adapter's factors in one layer."""
 
     A: Tensor
-    """``[R, D_in]``."""
+    """``[R, D_in]``; ``[R, C, h, w]`` in a convolution."""
     M: Tensor | None
     """``[R, R]``; None is the frozen identity (plain LoRA)."""
     B: Tensor
-    """``[D_out, R]``."""
+    """``[D_out, R]``; ``[D_out, R, 1, 1]`` in a convolution."""
     scaling: float
     """s."""
+
+
+@dataclass(kw_only=True)
+class SharedProduct:
+    """``C = B M``, computed once for all micro-batches of an optimiser step; see `one_product_per_step`."""
+
+    product: Tensor
+    """``[D_out, R]`` with its graph to B and M."""
+    leaf: Tensor
+    """The same values cut off from the graph; micro-batches add up their gradients here."""
 
 
 class MoSLoRALayer(nn.Module, lora.LoraLayer):
@@ -88,9 +60,12 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
 
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_mixer")
     other_param_names = (*lora.LoraLayer.other_param_names, "mixer_init")
+    mixer_variant: ClassVar[type[LoraVariant]] = MoSLoRAVariant
+    dora_variant: ClassVar[type[LoraVariant] | None] = None
 
     lora_mixer: nn.ModuleDict
     mixer_init: dict[str, str]
+    shared_products: dict[str, SharedProduct] | None
     _adding: str
     _module_path: str
 
@@ -99,8 +74,11 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         if not hasattr(self, "lora_mixer"):
             self.lora_mixer = nn.ModuleDict()
             self.mixer_init = {}
-        # PEFT resolves the variant before it hands the module's path on, and the path decides the mixer.
-        self._adding, self._module_path = adapter_name, kwargs.get("target_name", "")
+            self.shared_products = None
+        # PEFT resolves the variant before it hands the module's path on, and the path decides the mixer. For a fresh
+        # layer of some types it does not hand it on at all; `create_layer` leaves it in the configuration.
+        path = str(kwargs.get("target_name") or getattr(kwargs.get("config"), "module_path", ""))
+        self._adding, self._module_path = adapter_name, path
         super().update_layer(adapter_name, r, *args, **kwargs)
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
@@ -110,18 +88,85 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         own = cast("MoSLoRAConfig", config)
         if own.is_plain(self._module_path):
             return super().resolve_lora_variant(config=own.to_lora_config(), **kwargs)
+        if own.use_dora and self.dora_variant is None:
+            raise AdapterError(
+                f"{self._module_path}: use_dora with a mixer does not exist for {type(self).__name__}. Unset use_dora."
+            )
         self.mixer_init[self._adding] = own.mixer_for(self._module_path)
-        return MoSLoRAVariant()
+        variant = self.dora_variant if own.use_dora else self.mixer_variant
+        assert variant is not None
+        return variant()
+
+    def start_factors(self, adapter_name: str, config: MoSLoRAConfig) -> None:
+        """Create the mixer, and put A and B where the form of the factors wants them."""
+        like = self.factors(adapter_name).A
+        rank = self.r[adapter_name]
+        if config.factor_form != "free":
+            self._place_factors(adapter_name, config)
+            # B A is not zero here, so the mixer carries the zero: training starts at the base model.
+            scale = 1e-5 if config.factor_form == "svd" else 0.0
+            weight = torch.randn(rank, rank, device=like.device, dtype=torch.float32).mul_(scale).to(like.dtype)
+        elif config.mixer_form == "diagonal":
+            weight = torch.ones(rank, dtype=like.dtype, device=like.device)
+        else:
+            weight = init_mixer(rank, self.mixer_init[adapter_name], dtype=like.dtype, device=like.device)
+        self.lora_mixer[adapter_name] = Mixer(weight, trainable=config.mixer_trainable)
+
+    def _place_factors(self, adapter_name: str, config: MoSLoRAConfig) -> None:
+        """The truncated SVD of the base weight (LoRA-XS), or random orthonormal factors (StelLA)."""
+        if not isinstance(self, lora.Linear):
+            raise AdapterError(
+                f"factor_form={config.factor_form!r} is for unquantised linear layers; {self._module_path} is a "
+                f"{type(self).__name__}. Choose other targets."
+            )
+        A, B = (cast(Tensor, factor[adapter_name].weight) for factor in (self.lora_A, self.lora_B))
+        rank = self.r[adapter_name]
+        if rank > min(self.widths):
+            raise AdapterError(f"{self._module_path} has rank {rank}, above its smaller width {min(self.widths)}.")
+        if A.device.type == "meta":
+            if config.factor_form == "svd":
+                self.lora_A[adapter_name], self.lora_B[adapter_name] = FrozenFactor(A), FrozenFactor(B)
+            return
+        if config.factor_form == "svd":
+            weight = transpose(dequantize_module_weight(self.get_base_layer()).detach().float(), self.fan_in_fan_out)
+            U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+            self.lora_A[adapter_name] = FrozenFactor(Vh[:rank].to(A.dtype).contiguous())
+            self.lora_B[adapter_name] = FrozenFactor((U[:, :rank] * S[:rank]).to(B.dtype).contiguous())
+        else:
+            A.data.copy_(orthonormal_rows(*A.shape))
+            B.data.copy_(orthonormal_rows(*B.shape[::-1]).T)
+
+    def holds(self, adapter_name: str) -> bool:
+        """Whether this layer has factors of that adapter."""
+        return adapter_name in self.lora_A
+
+    def adapter_names(self) -> list[str]:
+        """The adapters in this layer, sorted."""
+        return sorted(self.lora_A)
 
     def factors(self, adapter_name: str) -> Factors:
-        """A, M, B and s of one adapter; the parameters themselves."""
-        mixer = self.lora_mixer[adapter_name].weight if adapter_name in self.lora_mixer else None
+        """A, M, B and s of one adapter; A and B are the parameters themselves, and so is a dense M."""
         return Factors(
             A=cast(Tensor, self.lora_A[adapter_name].weight),
-            M=cast("Tensor | None", mixer),
+            M=self.mixer_matrix(adapter_name),
             B=cast(Tensor, self.lora_B[adapter_name].weight),
             scaling=self.scaling[adapter_name],
         )
+
+    def mixer_matrix(self, adapter_name: str) -> Tensor | None:
+        """M ``[R, R]`` of one adapter; None for the frozen identity."""
+        return cast(Mixer, self.lora_mixer[adapter_name]).matrix() if adapter_name in self.lora_mixer else None
+
+    def named_factor_shapes(self, adapter_name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names, as PEFT saves them behind the module's path, and whole shapes of A, B and M."""
+        factors = {"lora_A.weight": self.lora_A[adapter_name].weight, "lora_B.weight": self.lora_B[adapter_name].weight}
+        yield from self._shapes(adapter_name, cast("dict[str, Tensor]", factors))
+
+    def _shapes(self, adapter_name: str, factors: dict[str, Tensor]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        if adapter_name in self.lora_mixer:
+            factors["lora_mixer.weight"] = cast(Tensor, self.lora_mixer[adapter_name].weight)
+        for name, factor in factors.items():
+            yield name, tuple(getattr(factor, "ds_shape", factor.shape))
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -132,7 +177,14 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         """``s B M A`` in the layout of the base weight, at least float32."""
         factors = self.factors(adapter_name)
         update = delta_weight(factors.A, factors.M, factors.B, factors.scaling)
-        return transpose(update, bool(self.fan_in_fan_out))
+        return transpose(update, bool(getattr(self, "fan_in_fan_out", False)))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``s B M A`` in the layout of the base weight and the dtype of B."""
+        if adapter not in self.lora_mixer:
+            plain: Tensor = super().get_delta_weight(adapter)  # type: ignore[misc]
+            return plain
+        return self.wide_delta(adapter).to(self.factors(adapter).B.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Give a mixer the identity when A comes without one.
@@ -140,22 +192,22 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         Folded factors and plain LoRA carry no mixer. Loading them beside a mixer that keeps its random start would be
         wrong in silence; with the identity it is exact.
         """
-        for adapter_name in self.lora_mixer:
+        for adapter_name, mixer in self.lora_mixer.items():
             key = f"{prefix}lora_mixer.{adapter_name}.weight"
-            factor = state_dict.get(f"{prefix}lora_A.{adapter_name}.weight")
+            names = (f"{prefix}lora_A.{adapter_name}.weight", f"{prefix}lora_embedding_A.{adapter_name}")
+            factor = next((state_dict[name] for name in names if name in state_dict), None)
             if factor is not None and key not in state_dict:
-                state_dict[key] = torch.eye(factor.shape[0], dtype=factor.dtype, device=factor.device)
+                rank = factor.shape[0]
+                square = cast(Tensor, mixer.weight).ndim == 2
+                start = torch.eye(rank) if square else torch.ones(rank)
+                state_dict[key] = start.to(factor)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class MoSLoRALinear(MoSLoRALayer, lora.Linear):
     """`nn.Linear` (or transformers' `Conv1D`) with LoRA and a mixer."""
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """``s B M A`` in the layout of the base weight and the dtype of B."""
-        if adapter not in self.lora_mixer:
-            return super().get_delta_weight(adapter)
-        return self.wide_delta(adapter).to(self.factors(adapter).B.dtype)
+    dora_variant = DoraMixerVariant
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus the active adapters, ``[..., D_out]``."""
@@ -164,7 +216,23 @@ class MoSLoRALinear(MoSLoRALayer, lora.Linear):
             return super().forward(x, *args, **kwargs)
         base = cast(nn.Linear, self.base_layer)
         factors = self.factors(adapter)
-        return fused_linear(x, base.weight, base.bias, factors.A, factors.M, factors.B, factors.scaling)
+        M, B = factors.M, factors.B
+        if self.shared_products and adapter in self.shared_products:
+            B, M = self.shared_products[adapter].leaf, None
+        dropout = self.lora_dropout[adapter]
+        rate = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        return fused_linear(x, base.weight, base.bias, factors.A, M, B, factors.scaling, dropout=rate)
+
+    def share_products(self) -> None:
+        """Compute ``C = B M`` of the active adapters for the forward passes to come; see `one_product_per_step`."""
+        self.shared_products = {}
+        for name in self.active_adapters:
+            if name not in self.lora_mixer or hasattr(self.lora_A[name].weight, "ds_id"):
+                continue
+            factors = self.factors(name)
+            product = combine(factors.B, factors.M, factors.B.dtype)
+            leaf = product.detach().requires_grad_(product.requires_grad)
+            self.shared_products[name] = SharedProduct(product=product, leaf=leaf)
 
     def _fusable_adapter(self, x: Tensor) -> str | None:
         """The one active adapter, if the fused kernel computes exactly what the modules would."""
@@ -175,15 +243,16 @@ class MoSLoRALinear(MoSLoRALayer, lora.Linear):
         if len(active) != 1:
             return None
         name = active[0]
-        plain = name not in self.lora_mixer
-        if plain and (kernel == "auto" or name in self.lora_variant):
+        mixed = name in self.lora_mixer
+        if not mixed and (kernel == "auto" or name in self.lora_variant):
             return None
-        dropout = self.lora_dropout[name]
-        if self.lora_bias[name] or (self.training and not isinstance(dropout, nn.Identity)):
+        if mixed and type(self.lora_variant[name]) is not MoSLoRAVariant:
             return None
-        return name if self._base_is_plain(x, self.factors(name).A) else None
+        if self.lora_bias[name] or not isinstance(self.scaling[name], int | float):
+            return None
+        return name if self._base_is_plain(x, self.lora_A[name]) else None
 
-    def _base_is_plain(self, x: Tensor, A: Tensor) -> bool:
+    def _base_is_plain(self, x: Tensor, A: nn.Module) -> bool:
         base = self.base_layer
         # Hooks and replaced forwards (offloading, tensor parallelism) only run when the base is called as a module.
         if type(base).forward is not nn.Linear.forward or "forward" in base.__dict__:
@@ -191,59 +260,11 @@ class MoSLoRALinear(MoSLoRALayer, lora.Linear):
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
             return False
         weight = base.weight
-        if hasattr(weight, "ds_id") or hasattr(A, "ds_id"):
+        if hasattr(weight, "ds_id") or hasattr(A.weight, "ds_id"):
             # ZeRO-3 fetches a shard when its own module is called.
             return False
-        return (
-            not weight.requires_grad
-            and weight.dtype == x.dtype
-            and not torch.is_autocast_enabled(x.device.type)
-            and not torch.compiler.is_compiling()
-        )
-
-
-def create_layer(target: nn.Module, adapter_name: str, *, config: MoSLoRAConfig, **kwargs: Any) -> nn.Module:
-    """The adapted layer around `target`; PEFT calls this for every module it replaces.
-
-    Args:
-        target: the layer to adapt.
-        adapter_name: the adapter's name.
-        config: the adapter's configuration.
-        **kwargs: PEFT's own (rank, alpha, the module's path, ...).
-
-    Raises:
-        AdapterError: a module type, a quantised weight or a single parameter that cannot be adapted.
-    """
-    path = kwargs.get("target_name", "")
-    if kwargs.pop("parameter_name", None) is not None:
-        raise AdapterError("target_parameters is not supported with a mixer. Name modules in target_modules.")
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    reason = why_not_adaptable(base)
-    if reason:
-        raise AdapterError(f"{path or type(base).__name__} cannot carry MoSLoRA: {reason}")
-    is_conv1d = isinstance(base, Conv1D)
-    # Per layer, not in the user's configuration: one model may hold both layouts.
-    own = config if config.fan_in_fan_out == is_conv1d else _with_layout(config, is_conv1d)
-    return MoSLoRALinear(target, adapter_name, config=own, is_target_conv_1d_layer=is_conv1d, **kwargs)
-
-
-def why_not_adaptable(base: nn.Module) -> str | None:
-    """Why a module cannot be adapted, None if it can."""
-    if not isinstance(base, nn.Linear | Conv1D):
-        return (
-            f"it is {type(base).__module__}.{type(base).__name__}, expected torch.nn.Linear or transformers' Conv1D. "
-            "Choose other targets."
-        )
-    weight = base.weight
-    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _FLOATS:
-        return (
-            f"its weight is quantised or sharded ({type(weight).__name__}, {weight.dtype}), and stock PEFT would put "
-            "plain LoRA there without a word. Load the base in float32, bfloat16 or float16."
-        )
-    return None
-
-
-def _with_layout(config: MoSLoRAConfig, fan_in_fan_out: bool) -> MoSLoRAConfig:
-    own = copy.copy(config)
-    own.fan_in_fan_out = fan_in_fan_out
-    return own
+        if torch.compiler.is_compiling() or weight.requires_grad or type(weight) not in (nn.Parameter, Tensor):
+            return False
+        if torch.is_autocast_enabled(x.device.type):
+            return x.dtype in _AUTOCASTS and weight.dtype in _AUTOCASTS
+        return weight.dtype == x.dtype

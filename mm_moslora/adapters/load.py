@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import peft
-import torch
-from peft import LoraConfig
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.save_and_load import set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mm_moslora.adapters.config import MoSLoRAConfig, config_from_dict, from_lora_config
+from mm_moslora.adapters.config import MoSLoRAConfig, config_from_dict
+from mm_moslora.adapters.dispatch import factor_shapes, why_not_adaptable
+from mm_moslora.adapters.foreign import AdapterFolder, read_foreign, read_json, read_tensors
 from mm_moslora.adapters.inject import inject, named_base_modules
-from mm_moslora.adapters.layer import why_not_adaptable
 from mm_moslora.adapters.state import (
     FORMAT,
     FORMAT_VERSION,
     OWN_CONFIG,
     OWN_WEIGHTS,
     PREFIX,
-    STOCK_CONFIG,
     STOCK_WEIGHTS,
     base_fingerprint,
     check_tensors,
@@ -36,18 +31,6 @@ from mm_moslora.errors import AdapterError, suggestion
 
 # Options that put more than A, M and B into a folder.
 _EXTRAS = ("modules_to_save", "trainable_token_indices", "lora_bias", "use_dora")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterFolder:
-    """What a folder holds, read and verified."""
-
-    config: MoSLoRAConfig
-    """The adapter's configuration; its target_modules are whole module paths."""
-    tensors: dict[str, Tensor]
-    """A, M, B and other entries under PEFT's names."""
-    base: dict[str, Any]
-    """What was remembered of the base model; empty for a folder of stock PEFT."""
 
 
 def load_adapter(
@@ -85,7 +68,7 @@ def load_adapter(
     shapes = _planned_shapes(model, config, paths, content.tensors, source)
     check_tensors(content.tensors, shapes)
     extra = sorted(content.tensors.keys() - shapes.keys())
-    if extra and not any(getattr(config, name) for name in _EXTRAS) and config.bias == "none":
+    if extra and not _has_place(extra[0], config):
         raise AdapterError(f"{source} holds {extra[0]!r}, for which its configuration has no place.")
     config.inference_mode = not trainable
     if isinstance(model, peft.PeftModel) and adapter_name in model.peft_config:
@@ -101,6 +84,14 @@ def load_adapter(
     if not trainable:
         wrapped.eval()  # as PeftModel.from_pretrained does: an adapter's dropout is on in a fresh layer
     return wrapped
+
+
+def _has_place(name: str, config: MoSLoRAConfig) -> bool:
+    """Whether an entry besides the factors can belong to this adapter."""
+    if any(getattr(config, option) for option in _EXTRAS) or config.bias != "none":
+        return True
+    # PEFT saves the embeddings of a model whose vocabulary was resized.
+    return any(part in EMBEDDING_LAYER_NAMES for part in name.split("."))
 
 
 def read_folder(folder: str | Path, *, trainable: bool = False) -> AdapterFolder:
@@ -123,11 +114,11 @@ def read_folder(folder: str | Path, *, trainable: bool = False) -> AdapterFolder
             f"{root} has {there} but no {lost}. Copy the whole folder; or delete {there} to load the folded factors as "
             "plain LoRA."
         )
-    return _read_own(root) if has_config else _read_stock(root, trainable)
+    return _read_own(root) if has_config else read_foreign(root, trainable=trainable)
 
 
 def _read_own(root: Path) -> AdapterFolder:
-    manifest = _read_json(root / OWN_CONFIG)
+    manifest = read_json(root / OWN_CONFIG)
     if manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
         found = manifest.get("format")
         raise AdapterError(f"{root / OWN_CONFIG} is not an adapter manifest: its format is {found!r}, not {FORMAT!r}.")
@@ -143,7 +134,7 @@ def _read_own(root: Path) -> AdapterFolder:
         if file_sha256(path) != expected:
             raise AdapterError(_stale(root, name))
     return AdapterFolder(
-        config=config_from_dict(manifest["config"]), tensors=_read_tensors(root / OWN_WEIGHTS), base=manifest["base"]
+        config=config_from_dict(manifest["config"]), tensors=read_tensors(root / OWN_WEIGHTS), base=manifest["base"]
     )
 
 
@@ -155,47 +146,6 @@ def _stale(root: Path, name: str) -> str:
             "loads as plain LoRA; else copy the folder again."
         )
     return f"{root / name} is damaged or truncated: its sha256 differs from {OWN_CONFIG}. Copy the folder again."
-
-
-def _read_stock(root: Path, trainable: bool) -> AdapterFolder:
-    if not (root / STOCK_CONFIG).is_file():
-        raise AdapterError(f"{root} holds neither {OWN_CONFIG} nor {STOCK_CONFIG}; it is not an adapter folder.")
-    kind = _read_json(root / STOCK_CONFIG).get("peft_type")
-    if kind != "LORA":
-        raise AdapterError(f"{root} holds a {kind} adapter, expected LORA.")
-    if not (root / STOCK_WEIGHTS).is_file():
-        raise AdapterError(f"{root} lacks {STOCK_WEIGHTS}. Pickled weights (.bin) are not read; save as safetensors.")
-    tensors = _read_tensors(root / STOCK_WEIGHTS)
-    mixers = [name for name in tensors if "lora_mixer" in name or "lora_AB" in name]
-    if mixers:
-        raise AdapterError(
-            f"{root} holds mixers ({mixers[0]!r}) but no {OWN_CONFIG}. Loaded as plain LoRA it would be wrong."
-        )
-    stock = LoraConfig.from_pretrained(str(root))
-    config = from_lora_config(stock, mixer_trainable=trainable and not stock.use_dora)
-    factors = {name: tensor for name, tensor in tensors.items() if ".lora_A." in name or ".lora_embedding_A" in name}
-    config.target_modules = sorted(name.removeprefix(PREFIX).partition(".lora_")[0] for name in factors)
-    if config.mixer_trainable:
-        # The mixers are not in the file; the identity makes them exactly this adapter.
-        tensors |= {name.replace("lora_A", "lora_mixer"): torch.eye(len(tensor)) for name, tensor in factors.items()}
-    return AdapterFolder(config=config, tensors=tensors, base={})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{path} is not valid JSON ({error}). Copy the folder again.") from error
-    if not isinstance(data, dict):
-        raise AdapterError(f"{path} holds a {type(data).__name__}, expected an object.")
-    return data
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise AdapterError(f"{path} is damaged or truncated ({error}). Copy the folder again.") from error
 
 
 def _check_base(model: nn.Module, saved: Mapping[str, Any], given: Mapping[str, Any], source: str) -> None:
@@ -227,17 +177,12 @@ def _planned_shapes(
         if reason:
             raise AdapterError(f"{source} adapts {path!r}, which cannot carry MoSLoRA: {reason}")
         rank = config.rank_for(path)
-        width_in, width_out = _widths(modules[path])
-        shapes[f"{PREFIX}{path}.lora_A.weight"] = (rank, width_in)
-        shapes[f"{PREFIX}{path}.lora_B.weight"] = (width_out, rank)
-        if f"{PREFIX}{path}.lora_mixer.weight" in tensors or not config.is_plain(path):
-            shapes[f"{PREFIX}{path}.lora_mixer.weight"] = (rank, rank)
+        mixer = (rank,) if config.mixer_form == "diagonal" else (rank, rank)
+        for name, shape in factor_shapes(modules[path], rank).items():
+            shapes[f"{PREFIX}{path}.{name}"] = shape
+            if name.endswith(("lora_A.weight", "lora_embedding_A")):
+                inner = name.removesuffix("lora_A.weight").removesuffix("lora_embedding_A")
+                mixer_name = f"{PREFIX}{path}.{inner}lora_mixer.weight"
+                if mixer_name in tensors or not config.is_plain(path):
+                    shapes[mixer_name] = mixer
     return shapes
-
-
-def _widths(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    weight = cast(Tensor, module.weight)
-    rows, columns = getattr(weight, "ds_shape", weight.shape)
-    return int(rows), int(columns)

@@ -13,14 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from mm_moslora.adapters.functional import use_kernel
-from mm_moslora.adapters.inject import named_adapter_layers
+from mm_moslora.adapters.inject import is_inner, named_adapter_layers
 from mm_moslora.adapters.layer import MoSLoRALayer
+from mm_moslora.adapters.quantised import quantisation
 from mm_moslora.errors import AdapterError
 
 logger = logging.getLogger(__name__)
 
 # Largest difference of the outputs over their largest value. Half precision rounds the merged weight itself.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Merging quantises the sum anew: the error is one of the base's own quantisation steps.
+_QUANTISED_TOLERANCE = 0.25
 _PROBES = 8
 
 
@@ -32,7 +35,7 @@ def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module
     Args:
         model: the PEFT model; changed in place.
         tolerance: largest accepted difference of a layer's outputs, relative to their largest value; None takes 1e-4
-            in float32, 5e-2 in bfloat16, 1e-2 in float16.
+            in float32, 5e-2 in bfloat16, 1e-2 in float16 and 0.25 on a quantised base.
 
     Returns:
         The base model with merged weights.
@@ -41,7 +44,7 @@ def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module
         AdapterError: a factor that is not finite (before anything is changed), or a layer whose merged output differs
             by more than the tolerance (the base weights are put back to within rounding).
     """
-    layers = dict(named_adapter_layers(model))
+    layers = {path: layer for path, layer in named_adapter_layers(model) if not is_inner(path)}
     for path, layer in layers.items():
         _check_finite(path, layer)
     worst, where = 0.0, ""
@@ -66,7 +69,7 @@ def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module
 
 def _check_finite(path: str, layer: MoSLoRALayer) -> None:
     for name in layer.active_adapters:
-        if name not in layer.lora_A:
+        if not layer.holds(name):
             continue
         factors = layer.factors(name)
         for factor, weight in {"lora_A": factors.A, "lora_mixer": factors.M, "lora_B": factors.B}.items():
@@ -80,16 +83,37 @@ def _check_finite(path: str, layer: MoSLoRALayer) -> None:
 @torch.no_grad()
 def _merge_layer(layer: MoSLoRALayer, tolerance: float | None) -> tuple[float, float]:
     """Merge one layer; its relative output difference and the limit for it."""
-    weight = cast(Tensor, layer.get_base_layer().weight)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_PROBES, layer.widths[0], generator=generator).to(weight.device, weight.dtype)
+    base = layer.get_base_layer()
+    weight = base.in_proj_weight if isinstance(base, nn.MultiheadAttention) else cast(Tensor, base.weight)
+    quantised = quantisation(base) is not None
+    dtype = layer.factors(layer.active_adapters[0]).B.dtype if quantised else weight.dtype
+    probes = _probes(layer, base, dtype, weight.device)
     with _eval_mode(layer), use_kernel("reference"):
-        live: Tensor = layer(x)
+        live = _output(layer(*probes))
         layer.merge()
-        merged: Tensor = layer(x)
-    scale = live.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    error = (live.float() - merged.float()).abs().max() / scale
-    return float(error), _TOLERANCE[weight.dtype] if tolerance is None else tolerance
+        merged = _output(layer(*probes))
+    scale = live.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    limit = _QUANTISED_TOLERANCE if quantised else _TOLERANCE[weight.dtype]
+    return float((live - merged).abs().max() / scale), limit if tolerance is None else tolerance
+
+
+def _probes(layer: MoSLoRALayer, base: nn.Module, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Random inputs of the kind that the layer takes."""
+    generator = torch.Generator().manual_seed(0)
+    width = layer.widths[0]
+    if isinstance(base, nn.Embedding):
+        return [torch.randint(width, (_PROBES,), generator=generator).to(device)]
+    shape: tuple[int, ...] = (_PROBES, width)
+    if isinstance(base, nn.Conv2d):
+        shape = (1, width, *(size + 2 for size in base.kernel_size))
+    elif isinstance(base, nn.MultiheadAttention):
+        shape = (_PROBES, 1, width)
+    x = torch.randn(shape, generator=generator).to(device, dtype)
+    return [x] * (3 if isinstance(base, nn.MultiheadAttention) else 1)
+
+
+def _output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return (result[0] if isinstance(result, tuple) else result).float()
 
 
 @contextmanager

@@ -125,6 +125,18 @@ def two_subspaces_delta(A: Tensor, B: Tensor) -> Tensor:
     return (B1 + B2) @ (A1 + A2)
 
 
+def orthonormal_rows(rank: int, width: int) -> Tensor:
+    """Random ``[R, width]`` with orthonormal rows, float32 on the CPU.
+
+    Args:
+        rank: R, at most `width`.
+        width: length of a row.
+    """
+    rows = torch.empty(rank, width, dtype=torch.float32, device="cpu")
+    nn.init.orthogonal_(rows)
+    return rows
+
+
 class Mixer(nn.Module):
     """Holds M and applies it to a row vector of subspace coordinates.
 
@@ -135,6 +147,7 @@ class Mixer(nn.Module):
     weight: Tensor
 
     def __init__(self, weight: Tensor, *, trainable: bool) -> None:
+        """Keep ``[R, R]``, or ``[R]`` for a diagonal mixer."""
         super().__init__()
         if trainable:
             self.weight = nn.Parameter(weight)
@@ -146,11 +159,34 @@ class Mixer(nn.Module):
         """Whether M is a parameter."""
         return "weight" in self._parameters
 
+    def matrix(self) -> Tensor:
+        """M as ``[R, R]``; the parameter itself unless the mixer is diagonal."""
+        return self.weight if self.weight.ndim == 2 else torch.diag(self.weight)
+
     def forward(self, z: Tensor) -> Tensor:
         """``z M^T`` for ``z`` of shape ``[..., R]``."""
-        # PEFT casts parameters to float32 but leaves buffers in the base's dtype, so a frozen mixer follows its input.
-        return F.linear(z, self.weight if self.trainable else self.weight.to(z.dtype))
+        # PEFT casts parameters to float32 but leaves buffers in the base's dtype: the narrower side follows.
+        if self.trainable and not torch.is_autocast_enabled(z.device.type):
+            z = z.to(self.weight.dtype)
+        weight = self.weight if self.trainable else self.weight.to(z.dtype)
+        return F.linear(z, weight) if weight.ndim == 2 else z * weight
 
     def extra_repr(self) -> str:
-        """Size and whether it trains."""
-        return f"rank={self.weight.shape[0]}, trainable={self.trainable}"
+        """Size, form and whether it trains."""
+        form = "dense" if self.weight.ndim == 2 else "diagonal"
+        return f"rank={self.weight.shape[0]}, form={form}, trainable={self.trainable}"
+
+
+class FrozenFactor(nn.Module):
+    """A or B that must not train (LoRA-XS): a linear layer whose weight is a buffer."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        """Keep the factor, ``[out, in]``."""
+        super().__init__()
+        self.register_buffer("weight", weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x W^T`` in the dtype of x."""
+        return F.linear(x, self.weight.to(x.dtype))

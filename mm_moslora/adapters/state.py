@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters.config import MoSLoRAConfig, config_to_dict
 from mm_moslora.adapters.functional import fold
-from mm_moslora.adapters.inject import base_model, named_adapter_layers, named_base_modules
+from mm_moslora.adapters.inject import base_model, is_inner, named_adapter_layers, named_base_modules
 from mm_moslora.errors import AdapterError
 
 FORMAT = "mm_moslora.adapter"
@@ -38,7 +38,10 @@ FORMAT_VERSION = 1
 PREFIX = "base_model.model."
 STOCK_CONFIG, STOCK_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OWN_CONFIG, OWN_WEIGHTS = "moslora.json", "moslora.safetensors"
-_A, _B, _MIXER = ".lora_A.weight", ".lora_B.weight", ".lora_mixer.weight"
+MIXER = ".lora_mixer.weight"
+# Embeddings keep their factors as bare parameters.
+FACTORS_A = (".lora_A.weight", ".lora_embedding_A")
+_FACTORS = (*FACTORS_A, ".lora_B.weight", ".lora_embedding_B", MIXER)
 
 
 def save_adapter(
@@ -91,15 +94,26 @@ def adapter_config(model: nn.Module, adapter_name: str) -> MoSLoRAConfig:
 
 def expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int, ...]]:
     """Names, as in the folder, and shapes of every A, M and B of an adapter."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path, layer in named_adapter_layers(model):
-        if adapter_name in layer.lora_A:
-            rank = layer.r[adapter_name]
-            shapes[PREFIX + path + _A] = (rank, layer.widths[0])
-            shapes[PREFIX + path + _B] = (layer.widths[1], rank)
-            if adapter_name in layer.lora_mixer:
-                shapes[PREFIX + path + _MIXER] = (rank, rank)
-    return shapes
+    return {
+        f"{PREFIX}{path}.{name}": shape
+        for path, layer in named_adapter_layers(model)
+        if layer.holds(adapter_name)
+        for name, shape in layer.named_factor_shapes(adapter_name)
+    }
+
+
+def adapted_path(name: str) -> str | None:
+    """The module path of an A factor's name in the folder; None for every other name."""
+    for suffix in FACTORS_A:
+        if name.endswith(suffix):
+            return name.removeprefix(PREFIX).removesuffix(suffix)
+    return None
+
+
+def target_paths(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The modules to adapt, from the names of their factors; what lies inside an adapted module comes with it."""
+    paths = (adapted_path(name) for name in tensors)
+    return sorted(path for path in paths if path is not None and not is_inner(path))
 
 
 def adapter_tensors(
@@ -137,7 +151,7 @@ def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int,
     Raises:
         AdapterError: a factor is missing, unknown, empty, of another shape, or holds NaN or infinity.
     """
-    factors = {name for name in tensors if name.endswith((_A, _B, _MIXER))}
+    factors = {name for name in tensors if name.endswith(_FACTORS)}
     for problem, names in (("lacks", shapes.keys() - factors), ("has besides the expected", factors - shapes.keys())):
         if names:
             raise AdapterError(f"The adapter {problem} {len(names)} factors, the first is {min(names)!r}.")
@@ -165,9 +179,11 @@ def fold_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     folded: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if name.endswith(_MIXER):
+        if name.endswith(MIXER):
             continue
-        mixer = tensors.get(name.removesuffix(_A) + _MIXER) if name.endswith(_A) else None
+        path = adapted_path(name)
+        prefix = PREFIX if name.startswith(PREFIX) else ""
+        mixer = None if path is None else tensors.get(prefix + path + MIXER)
         folded[name] = fold(tensor, mixer).to(tensor.dtype).contiguous()
     return folded
 
@@ -210,7 +226,7 @@ def write_folder(
         base: what to remember about the base model.
         auto_mapping: PEFT's class hint for models without a task type.
     """
-    paths = sorted(name.removeprefix(PREFIX).removesuffix(_A) for name in tensors if name.endswith(_A))
+    paths = target_paths(tensors)
     with _staged(folder, (STOCK_CONFIG, STOCK_WEIGHTS, OWN_WEIGHTS, OWN_CONFIG)) as staging:
         save_file(fold_state_dict(tensors), staging / STOCK_WEIGHTS, metadata={"format": "pt"})
         save_file(
@@ -218,7 +234,7 @@ def write_folder(
             staging / OWN_WEIGHTS,
             metadata={"format": "pt"},
         )
-        _write_json(staging / STOCK_CONFIG, _stock_config(config, paths, auto_mapping))
+        _write_json(staging / STOCK_CONFIG, stock_config(config, paths, auto_mapping))
         _write_json(
             staging / OWN_CONFIG,
             {
@@ -250,12 +266,11 @@ def complete_folder(folder: Path, config: MoSLoRAConfig, *, auto_mapping: Mappin
         )
     if not weights.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / STOCK_CONFIG, _stock_config(config, None, auto_mapping))
+        _write_json(folder / STOCK_CONFIG, stock_config(config, None, auto_mapping))
         return
-    tensors = {name: tensor.float() for name, tensor in load_file(weights).items()}
-    check_tensors(
-        tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith((_A, _B, _MIXER))}
-    )
+    # PEFT adds the frozen base weight of an adapted embedding.
+    tensors = {name: tensor.float() for name, tensor in load_file(weights).items() if ".base_layer.weight" not in name}
+    check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith(_FACTORS)})
     write_folder(folder, config, tensors, base={}, auto_mapping=auto_mapping)
 
 
@@ -265,9 +280,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _stock_config(
+def stock_config(
     config: MoSLoRAConfig, paths: Sequence[str] | None, auto_mapping: Mapping[str, Any] | None
 ) -> dict[str, Any]:
+    """The content of stock PEFT's `adapter_config.json`.
+
+    Args:
+        config: the adapter's configuration.
+        paths: the adapted modules; None keeps the targets as they are.
+        auto_mapping: PEFT's class hint.
+    """
     changes: dict[str, Any] = {"inference_mode": True, "init_lora_weights": True, "auto_mapping": auto_mapping}
     if paths is not None:
         changes |= {"target_modules": list(paths), "exclude_modules": None}

@@ -45,8 +45,8 @@ def test_regular_expression_matches_within_the_component() -> None:
         (LANGUAGE, ["q_proj", "fc1"], "Target 'fc1' matches no module of 'model.language_model'"),
         (LANGUAGE, r".*\.nothing", "matches the targets"),
         ("model.languag_model", "all-linear", "Did you mean 'model.language_model'"),
-        (LANGUAGE, ["self_attn"], "LlamaAttention, expected torch.nn.Linear"),
-        (LANGUAGE, ["embed_tokens"], "Embedding"),
+        (LANGUAGE, ["self_attn"], "LlamaAttention, expected Linear"),
+        (LANGUAGE, ["norm"], "LlamaRMSNorm, expected Linear, Embedding"),
         (f"{LANGUAGE}.norm", "all-linear", "No module of"),
     ],
 )

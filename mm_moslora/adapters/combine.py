@@ -1,0 +1,251 @@
+"""Operations on several adapters at once, and guards for PEFT's own that do not know the mixer.
+
+Shapes: A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils import hotswap
+from torch import Tensor, nn
+
+from mm_moslora.adapters.config import MoSLoRAConfig
+from mm_moslora.adapters.inject import is_inner, named_adapter_layers
+from mm_moslora.adapters.layer import MoSLoRALayer
+from mm_moslora.adapters.load import read_folder
+from mm_moslora.adapters.state import PREFIX, check_tensors, expected_shapes
+from mm_moslora.errors import AdapterError
+
+Combination = Literal["cat", "svd"]
+
+
+@torch.no_grad()
+def add_weighted_adapter(
+    model: peft.PeftModel | LoraModel,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    *,
+    combination: Combination = "cat",
+    rank: int | None = None,
+) -> None:
+    """Add an adapter whose update is the weighted sum of other adapters' updates.
+
+    Args:
+        model: the PEFT model; the new adapter is not made active.
+        adapters: names of the adapters to add up; plain LoRA and MoSLoRA may be mixed.
+        weights: one factor each, negative ones too.
+        adapter_name: name of the new adapter.
+        combination: `cat` is exact: the factors side by side, the mixers as blocks of one, the ranks added up. `svd` is
+            the best plain LoRA of a given rank.
+        rank: R of `svd`; None takes the largest rank of the adapters.
+
+    Raises:
+        AdapterError: unknown adapter or combination, as many weights as adapters are missing, different target modules,
+            DoRA (its update is no sum), or layers of a kind that cannot be combined.
+    """
+    if len(adapters) != len(weights) or not adapters:
+        raise AdapterError(f"There are {len(adapters)} adapters and {len(weights)} weights; give one weight each.")
+    if combination not in ("cat", "svd"):
+        raise AdapterError(
+            f"The combination {combination!r} has no meaning for three factors: it would average A, M and B apart from "
+            "each other. Use 'cat' (exact) or 'svd' (best plain LoRA of a rank)."
+        )
+    layers = _layers_of(model, adapters)
+    ranks = {name: max(layer.r[name] for layer in layers.values()) for name in adapters}
+    new_rank = sum(ranks.values()) if combination == "cat" else rank or max(ranks.values())
+    config = _combined_config(model, adapters[0], new_rank, plain=combination == "svd")
+    tuner = _tuner(model)
+    config.target_modules = {path for path in layers if not is_inner(path)}  # type: ignore[assignment]
+    tuner.peft_config[adapter_name] = config
+    tuner.inject_adapter(tuner.model, adapter_name)
+    for layer in layers.values():
+        deltas = [layer.factors(name) for name in adapters]
+        target = layer.factors(adapter_name)
+        target.A.zero_()
+        target.B.zero_()
+        if combination == "svd":
+            total = sum(weight * _flat_update(layer, name) for name, weight in zip(adapters, weights, strict=True))
+            _fit(target.A, target.B, cast(Tensor, total))
+            continue
+        assert target.M is not None
+        target.M.copy_(torch.eye(new_rank))
+        start = 0
+        for factors, weight in zip(deltas, weights, strict=True):
+            stop = start + len(factors.A)
+            target.A[start:stop] = factors.A
+            target.B[:, start:stop] = factors.B * (weight * factors.scaling)
+            if factors.M is not None:
+                target.M[start:stop, start:stop] = factors.M
+            start = stop
+    tuner.set_requires_grad(adapter_name, requires_grad=False)
+
+
+def _tuner(model: nn.Module) -> Any:
+    return model.base_model if isinstance(model, peft.PeftModel) else model
+
+
+def _layers_of(model: nn.Module, adapters: Sequence[str]) -> dict[str, MoSLoRALayer]:
+    configs = cast(dict[str, Any], _tuner(model).peft_config)
+    for name in adapters:
+        if name not in configs:
+            raise AdapterError(f"The model has no adapter {name!r}; it has {sorted(configs)}.")
+        if configs[name].use_dora:
+            raise AdapterError(f"Adapter {name!r} uses DoRA, whose update is not a sum of factors. Merge it instead.")
+        if configs[name].modules_to_save:
+            raise AdapterError(f"Adapter {name!r} has modules_to_save, which cannot be added up.")
+    layers = dict(named_adapter_layers(_tuner(model).model))
+    held = {name: {path for path, layer in layers.items() if layer.holds(name)} for name in adapters}
+    for name, paths in held.items():
+        if paths != held[adapters[0]] or not paths:
+            raise AdapterError(
+                f"Adapters {adapters[0]!r} and {name!r} sit in different modules and cannot be added up."
+            )
+    return {path: layers[path] for path in sorted(held[adapters[0]])}
+
+
+def _combined_config(model: nn.Module, first: str, rank: int, *, plain: bool) -> MoSLoRAConfig:
+    source = _tuner(model).peft_config[first]
+    fields = {key: getattr(source, key) for key in MoSLoRAConfig.__dataclass_fields__ if hasattr(source, key)}
+    # B carries the weights and the scalings, so that s is 1.
+    changes: dict[str, Any] = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
+    changes |= {"use_rslora": False, "init_lora_weights": True, "mixer_form": "dense", "factor_form": "free"}
+    changes |= {"mixer_pattern": {}, "mixer_init": "identity", "mixer_trainable": not plain}
+    values = {key: value for key, value in (fields | changes).items() if key not in ("peft_type", "runtime_config")}
+    return MoSLoRAConfig(**values)
+
+
+def _flat_update(layer: MoSLoRALayer, name: str) -> Tensor:
+    """``s B M A`` as ``[D_out, everything else]``."""
+    factors = layer.factors(name)
+    A = factors.A if factors.M is None else (factors.M.float() @ factors.A.float().flatten(1)).view(factors.A.shape)
+    return factors.B.float().flatten(1) @ A.float().flatten(1) * factors.scaling
+
+
+def _fit(A: Tensor, B: Tensor, update: Tensor) -> None:
+    """The best A and B for an update, with the singular values in B."""
+    U, S, Vh = torch.linalg.svd(update, full_matrices=False)
+    kept = min(len(A), len(S))
+    A.flatten(1)[:kept] = Vh[:kept].to(A)
+    B.flatten(1)[:, :kept] = (U[:, :kept] * S[:kept]).to(B)
+
+
+@torch.no_grad()
+def hot_swap(model: peft.PeftModel, folder: str | Path, *, adapter_name: str = "default") -> None:
+    """Put the values of another adapter folder into an adapter that is there, without touching the modules.
+
+    Works on a compiled model, which does not compile again. Plain LoRA may be swapped in: its mixers are the identity.
+
+    Args:
+        model: the PEFT model; the adapter keeps its name.
+        folder: an adapter folder with the same modules and ranks.
+        adapter_name: the adapter to replace.
+
+    Raises:
+        AdapterError: modules, ranks, scalings or layout differ, or the adapter is merged; nothing is changed then.
+    """
+    content = read_folder(folder)
+    layers = {path: layer for path, layer in named_adapter_layers(model) if layer.holds(adapter_name)}
+    if not layers:
+        raise AdapterError(f"The model has no adapter {adapter_name!r} to swap.")
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise AdapterError(f"Adapter {adapter_name!r} is merged into the weights. Unmerge it before swapping.")
+    shapes = expected_shapes(model, adapter_name)
+    tensors = dict(content.tensors)
+    for name, shape in shapes.items():
+        if "lora_mixer" in name and name not in tensors:
+            tensors[name] = torch.eye(shape[0]) if len(shape) == 2 else torch.ones(shape)
+    check_tensors(tensors, shapes)
+    extra = sorted(tensors.keys() - shapes.keys())
+    if extra:
+        raise AdapterError(
+            f"{folder} holds {extra[0]!r} besides the factors, which cannot be swapped in. Load it anew."
+        )
+    current = model.peft_config[adapter_name]
+    for key in ("use_rslora", "use_dora", "alpha_pattern", "lora_dropout"):
+        if getattr(current, key) != getattr(content.config, key):
+            raise AdapterError(
+                f"{folder} has {key}={getattr(content.config, key)!r}, the adapter in the model "
+                f"{getattr(current, key)!r}. Load it as an adapter of its own."
+            )
+    for path, layer in layers.items():
+        for name, _ in layer.named_factor_shapes(adapter_name):
+            kind, _, rest = name.partition(".")
+            owner = getattr(layer, kind)[adapter_name]
+            target = owner.weight if rest else owner
+            target.copy_(tensors[f"{PREFIX}{path}.{name}"])
+        # The out_proj of an attention follows the attention.
+        layer.lora_alpha[adapter_name] = content.config.alpha_for(path.partition(".base_layer.")[0])
+        layer.set_scale(adapter_name, 1.0)
+
+
+def guard_peft() -> None:
+    """Make the operations of PEFT that do not know the mixer right, or refuse; called once, on import.
+
+    - `LoraModel.add_weighted_adapter` reads A and B alone: adapters with mixers go to `add_weighted_adapter` here.
+    - `hotswap_adapter` sets whatever the new folder lacks to zero, mixers too: it refuses, `hot_swap` takes its place.
+    - adding an adapter with mixers to a layer that a plain LoRA adapter wrapped: quantised layers of PEFT would take it
+      for plain LoRA.
+    """
+    tuner: Any = LoraModel
+    tuner.add_weighted_adapter = _guard_weighted(tuner.add_weighted_adapter)
+    tuner._create_and_replace = _guard_existing(tuner._create_and_replace)
+    # It compares these keys with `to_dict` of both configurations; stock LoRA has no mixer_init.
+    keys = hotswap.CONFIG_KEYS_TO_CHECK[peft.PeftType.LORA]
+    if "mixer_init" not in keys:
+        keys.append("mixer_init")
+
+
+def _guard_weighted(original: Callable[..., None]) -> Callable[..., None]:
+    if hasattr(original, "_knows_mixers"):
+        return original
+
+    @functools.wraps(original)
+    def add(
+        self: Any,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        **rest: Any,
+    ) -> None:
+        layers = [layer for _, layer in named_adapter_layers(self.model)]
+        if not any(name in layer.lora_mixer for layer in layers for name in adapters):
+            original(self, adapters, weights, adapter_name, combination_type, **rest)
+            return
+        unknown = sorted(key for key, value in rest.items() if key != "svd_rank" and value not in (None, True, "total"))
+        if unknown:
+            raise AdapterError(f"{unknown[0]} is not supported for adapters with mixers. Leave it out.")
+        kind = cast(Combination, combination_type)
+        rank = rest.get("svd_rank")
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination=kind, rank=rank)
+
+    add._knows_mixers = True  # type: ignore[attr-defined]
+    return add
+
+
+def _guard_existing(original: Callable[..., None]) -> Callable[..., None]:
+    if hasattr(original, "_knows_mixers"):
+        return original
+
+    @functools.wraps(original)
+    def create(self: Any, lora_config: Any, adapter_name: str, target: nn.Module, *args: Any, **rest: Any) -> None:
+        stock = isinstance(target, LoraLayer) and not isinstance(target, MoSLoRALayer)
+        path = rest.get("current_key") or (args[-1] if args and isinstance(args[-1], str) else "")
+        if stock and isinstance(lora_config, MoSLoRAConfig) and not lora_config.is_plain(path):
+            raise AdapterError(
+                f"{path} carries a plain {type(target).__module__}.{type(target).__name__} of another adapter, which "
+                "cannot hold a mixer. Load that adapter with mm_moslora.adapters.load_adapter, or add the MoSLoRA "
+                "adapter first."
+            )
+        original(self, lora_config, adapter_name, target, *args, **rest)
+
+    create._knows_mixers = True  # type: ignore[attr-defined]
+    return create

@@ -1,0 +1,152 @@
+"""Hand an adapter to programs that know no mixer: fold it, and lay it out as each of them reads it.
+
+::
+
+    peft        adapter_config.json + adapter_model.safetensors, every option of LoRA kept
+    vllm        the same with one rank, one scaling and module names as targets, which is what vLLM's loader accepts
+    diffusers   pytorch_lora_weights.safetensors with `unet.` or `transformer.` names, for `load_lora_weights`
+    gguf        one .gguf file for llama.cpp's `--lora`
+
+In the last three the scaling s is a part of B, and alpha equals the rank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mm_moslora.adapters.config import MoSLoRAConfig
+from mm_moslora.adapters.foreign import AdapterFolder
+from mm_moslora.adapters.load import read_folder
+from mm_moslora.adapters.state import (
+    PREFIX,
+    STOCK_CONFIG,
+    STOCK_WEIGHTS,
+    adapted_path,
+    fold_state_dict,
+    stock_config,
+    target_paths,
+)
+from mm_moslora.errors import AdapterError, suggestion
+
+Layout = Literal["peft", "vllm", "diffusers", "gguf"]
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainPair:
+    """A folded adapter in one module."""
+
+    A: Tensor
+    """``[R, D_in]``, or ``[R, C, h, w]``."""
+    B: Tensor
+    """``[D_out, R]`` or ``[D_out, R, 1, 1]``, with the scaling inside."""
+
+
+def export_adapter(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    layout: Layout,
+    component: str = "unet",
+    model_config: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write an adapter folder in another program's layout.
+
+    Args:
+        folder: an adapter folder of any kind that `load_adapter` reads.
+        out: folder to write into (made if missing), or the .gguf file.
+        layout: see the module's text.
+        component: diffusers only: which part of the pipeline it adapts, `unet`, `transformer` or `text_encoder`.
+        model_config: gguf only: the language model's `config.json` as a mapping.
+
+    Returns:
+        The file or folder written.
+
+    Raises:
+        AdapterError: unknown layout, or an adapter that the layout cannot express.
+    """
+    if layout not in get_args(Layout):
+        known = get_args(Layout)
+        raise AdapterError(f"The layout is {layout!r}, expected one of {', '.join(known)}.{suggestion(layout, known)}")
+    content = read_folder(folder)
+    target = Path(out)
+    if layout == "gguf":
+        from mm_moslora.adapters.export_gguf import write_gguf
+
+        if model_config is None:
+            raise AdapterError("A gguf file needs the language model's configuration. Pass model_config.")
+        return write_gguf(target, plain_pairs(content), model_config)
+    target.mkdir(parents=True, exist_ok=True)
+    if layout == "peft":
+        _write_peft(target, content)
+    elif layout == "vllm":
+        _write_vllm(target, content)
+    else:
+        tensors = {
+            f"{component}.{path}.{name}": factor
+            for path, pair in plain_pairs(content).items()
+            for name, factor in (("lora_A.weight", pair.A), ("lora_B.weight", pair.B))
+        }
+        save_file(tensors, target / DIFFUSERS_WEIGHTS, metadata={"format": "pt"})
+    return target
+
+
+def plain_pairs(content: AdapterFolder) -> dict[str, PlainPair]:
+    """The folded factors by module path, with the scaling in B.
+
+    Raises:
+        AdapterError: the adapter holds more than A, M and B of layers that a LoRA reader knows.
+    """
+    folded = fold_state_dict(content.tensors)
+    pairs: dict[str, PlainPair] = {}
+    used = set()
+    for name, A in folded.items():
+        path = adapted_path(name)
+        if path is None or not name.endswith(".lora_A.weight"):
+            continue
+        B_name = f"{PREFIX}{path}.lora_B.weight"
+        used |= {name, B_name}
+        scaling = _scaling(content.config, path)
+        pairs[path] = PlainPair(A=A.float().contiguous(), B=(folded[B_name].float() * scaling).contiguous())
+    extra = sorted(folded.keys() - used)
+    if extra:
+        raise AdapterError(
+            f"The adapter holds {extra[0]!r}, which this layout cannot express (DoRA, embeddings, modules_to_save and "
+            "biases stay with PEFT). Export with layout='peft', or merge."
+        )
+    return pairs
+
+
+def _scaling(config: MoSLoRAConfig, path: str) -> float:
+    rank = config.rank_for(path)
+    return config.alpha_for(path) / (rank**0.5 if config.use_rslora else rank)
+
+
+def _write_peft(target: Path, content: AdapterFolder) -> None:
+    save_file(fold_state_dict(content.tensors), target / STOCK_WEIGHTS, metadata={"format": "pt"})
+    data = stock_config(content.config, target_paths(content.tensors), None)
+    (target / STOCK_CONFIG).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_vllm(target: Path, content: AdapterFolder) -> None:
+    pairs = plain_pairs(content)
+    rank = max(len(pair.A) for pair in pairs.values())
+    tensors: dict[str, Tensor] = {}
+    for path, pair in pairs.items():
+        A, B = torch.zeros(rank, *pair.A.shape[1:]), torch.zeros(len(pair.B), rank)
+        A[: len(pair.A)], B[:, : len(pair.A)] = pair.A, pair.B
+        tensors |= {f"{PREFIX}{path}.lora_A.weight": A, f"{PREFIX}{path}.lora_B.weight": B}
+    save_file(tensors, target / STOCK_WEIGHTS, metadata={"format": "pt"})
+    names = sorted({path.rpartition(".")[2] for path in pairs})
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, task_type="CAUSAL_LM", inference_mode=True)
+    data = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    (target / STOCK_CONFIG).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

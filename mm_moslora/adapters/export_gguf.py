@@ -1,0 +1,87 @@
+"""Write a folded adapter as a LoRA file for llama.cpp.
+
+llama.cpp names tensors its own way (`blk.0.attn_q.weight.lora_a`), and for the Llama family it keeps the rows of the
+query and key projections in another order, which is an order of B's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gguf
+import torch
+from torch import Tensor
+
+from mm_moslora.errors import AdapterError
+
+if TYPE_CHECKING:
+    from mm_moslora.adapters.export import PlainPair
+
+# transformers' model_type to llama.cpp's architecture, and whether its converter reorders query and key rows.
+_ARCHITECTURES = {
+    "llama": (gguf.MODEL_ARCH.LLAMA, True),
+    "mistral": (gguf.MODEL_ARCH.LLAMA, True),
+    "qwen2": (gguf.MODEL_ARCH.QWEN2, False),
+    "qwen3": (gguf.MODEL_ARCH.QWEN3, False),
+    "phi3": (gguf.MODEL_ARCH.PHI3, False),
+    "gemma2": (gguf.MODEL_ARCH.GEMMA2, False),
+}
+
+
+def write_gguf(out: Path, pairs: Mapping[str, PlainPair], model_config: Mapping[str, Any]) -> Path:
+    """Write the file.
+
+    Args:
+        out: the .gguf file.
+        pairs: folded factors by module path, the scaling in B; the paths are those of the language model, a component
+            such as `model.language_model` in front is dropped.
+        model_config: the language model's configuration.
+
+    Raises:
+        AdapterError: an architecture or a module that llama.cpp's naming does not cover.
+    """
+    kind = str(model_config.get("model_type"))
+    if kind not in _ARCHITECTURES:
+        raise AdapterError(
+            f"model_type {kind!r} is not covered, expected one of {', '.join(sorted(_ARCHITECTURES))}. Export with "
+            "layout='peft' and use llama.cpp's convert_lora_to_gguf.py."
+        )
+    architecture, reorders = _ARCHITECTURES[kind]
+    names = gguf.get_tensor_name_map(architecture, int(model_config["num_hidden_layers"]))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[architecture])
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    ranks = {len(pair.A) for pair in pairs.values()}
+    if len(ranks) != 1:
+        raise AdapterError(f"llama.cpp takes one rank per file, the adapter has {sorted(ranks)}. Merge it instead.")
+    # llama.cpp scales by alpha over the rank it sees; s is in B already.
+    writer.add_float32("adapter.lora.alpha", float(ranks.pop()))
+    for path, pair in pairs.items():
+        inside = "model." + path[path.index("layers.") :] if "layers." in path else path
+        name = names.get_name(inside)
+        if name is None:
+            raise AdapterError(f"llama.cpp has no name for the module {path!r}. Leave it out of the targets.")
+        B = pair.B
+        if reorders and path.endswith(("q_proj", "k_proj")):
+            B = _reordered(B, _heads(model_config, path.endswith("k_proj")))
+        writer.add_tensor(f"{name}.weight.lora_a", pair.A.numpy())
+        writer.add_tensor(f"{name}.weight.lora_b", B.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+def _heads(config: Mapping[str, Any], is_key: bool) -> int:
+    heads = int(config["num_attention_heads"])
+    return int(config.get("num_key_value_heads") or heads) if is_key else heads
+
+
+def _reordered(B: Tensor, heads: int) -> Tensor:
+    """Rows of a head from two halves (transformers' rotary layout) to pairs (llama.cpp's)."""
+    rows = torch.arange(len(B)).view(heads, 2, -1).transpose(1, 2).reshape(-1)
+    return B[rows]

@@ -1,0 +1,267 @@
+"""How fast evaluation is: our batched, prefix-sharing decoding against `model.generate` one question at a time.
+
+The peer is what lmms-eval's LLaVA adapter and VLMEvalKit run: for every question (or option) the whole prompt with its
+picture goes through the model, batch size 1. Both sides get the same weights, token ids and ready-made pixel tensors,
+so preprocessing, where the peers repeat work too, is left out. Answers must be identical.
+
+One thread, process CPU time, both sides interleaved with rotating order, medians of the per-round ratios.
+
+    python scripts/bench/eval.py            a table
+    python scripts/bench/eval.py --json     one JSON object on stdout
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from mm_moslora.models.generation import Prompt, encode_images, generate, score_options
+
+IMAGE_TOKEN = 3
+VISUAL_TOKENS = 256
+HEAD, QUESTION, OPTION = 8, 24, 6
+"""Tokens before the picture, of a question, and of an option."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt with its picture."""
+
+    ids: Tensor
+    pixels: Tensor
+    picture: int
+
+
+def build_model(vocabulary: int) -> LlavaForConditionalGeneration:
+    """The common yardstick: CLIP 6 x 256 at 224 px (256 visual tokens), Llama 512 x 6, fp32, random weights."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, image_size=224,
+        patch_size=14,
+    )  # fmt: skip
+    language = LlamaConfig(
+        hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8, vocab_size=vocabulary,
+        max_position_embeddings=1024, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=language, image_token_id=IMAGE_TOKEN, vision_feature_layer=-2,
+        vision_feature_select_strategy="default", image_seq_length=VISUAL_TOKENS,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def make_questions(count: int, *, pictures: int, vocabulary: int, seed: int) -> list[Question]:
+    """Questions of nearly equal length, dealt to the pictures in turn blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(pictures, 1, 3, 224, 224, generator=generator)
+    head = torch.randint(10, vocabulary, (HEAD,), generator=generator)
+    made = []
+    for index in range(count):
+        picture = index * pictures // count
+        text = torch.randint(10, vocabulary, (QUESTION - index % 4,), generator=generator)
+        ids = torch.cat([head, torch.full((VISUAL_TOKENS,), IMAGE_TOKEN), text])
+        made.append(Question(ids, images[picture], picture))
+    return made
+
+
+def peer_answers(model: LlavaForConditionalGeneration, questions: Sequence[Question], *, new: int) -> list[list[int]]:
+    """`model.generate` for each question by itself."""
+    answers = []
+    for question in questions:
+        output = model.generate(
+            input_ids=question.ids[None], attention_mask=torch.ones_like(question.ids)[None],
+            pixel_values=question.pixels, do_sample=False, max_new_tokens=new, use_cache=True,
+        )  # fmt: skip
+        answers.append(output[0, len(question.ids) :].tolist())
+    return answers
+
+
+def _prompts(model: LlavaForConditionalGeneration, questions: Sequence[Question]) -> list[Prompt]:
+    first = {question.picture: question.pixels for question in questions}
+    features = dict(zip(first, encode_images(model, torch.cat(list(first.values()))), strict=True))
+    return [Prompt(input_ids=q.ids, features=features[q.picture], group=q.picture) for q in questions]
+
+
+def our_answers(model: LlavaForConditionalGeneration, questions: Sequence[Question], *, new: int) -> list[list[int]]:
+    """One batch; pictures and beginnings are run once."""
+    return generate(model, _prompts(model, questions), max_new_tokens=new, stop_ids=[])
+
+
+Options = Sequence[Sequence[int]]
+
+
+@torch.inference_mode()
+def peer_options(model: LlavaForConditionalGeneration, questions: Sequence[Question], options: Options) -> list[int]:
+    """A forward pass with labels per option, as the adapters' `loglikelihood` does it; returns the best option."""
+    best = []
+    for question in questions:
+        scores = []
+        for option in options:
+            ids = torch.cat([question.ids, torch.tensor(option)])
+            labels = ids.clone()
+            labels[: len(question.ids)] = -100
+            output = model(input_ids=ids[None], pixel_values=question.pixels, labels=labels[None])
+            scores.append(-float(output.loss) * len(option))
+        best.append(scores.index(max(scores)))
+    return best
+
+
+def our_options(model: LlavaForConditionalGeneration, questions: Sequence[Question], options: Options) -> list[int]:
+    """Every prompt once, all its options behind it."""
+    found = score_options(model, _prompts(model, questions), [options] * len(questions))
+    return [max(range(len(scores)), key=lambda index: scores[index].logprob) for scores in found]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison."""
+
+    key: str
+    title: str
+    peer: Callable[[], Any]
+    ours: Callable[[], Any]
+
+
+def make_cases(model: LlavaForConditionalGeneration, *, vocabulary: int, new: int) -> list[Case]:
+    """The three comparisons of the summary."""
+    generator = torch.Generator().manual_seed(9)
+    options = torch.randint(10, vocabulary, (4, OPTION), generator=generator).tolist()
+    shared = make_questions(8, pictures=1, vocabulary=vocabulary, seed=1)
+    single = make_questions(8, pictures=8, vocabulary=vocabulary, seed=2)
+    choice = make_questions(4, pictures=4, vocabulary=vocabulary, seed=3)
+    return [
+        Case(
+            "speedup_shared_image", f"8 questions on one picture, {new} new tokens",
+            lambda: peer_answers(model, shared, new=new), lambda: our_answers(model, shared, new=new),
+        ),
+        Case(
+            "speedup_option_scoring", f"4 options of {OPTION} tokens, 4 pictures",
+            lambda: peer_options(model, choice, options), lambda: our_options(model, choice, options),
+        ),
+        Case(
+            "speedup_single_question", f"8 pictures with a question each, {new} new tokens",
+            lambda: peer_answers(model, single, new=new), lambda: our_answers(model, single, new=new),
+        ),
+    ]  # fmt: skip
+
+
+def cpu_seconds(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Process CPU time of a call; wall time lies on a busy machine."""
+    started = time.process_time()
+    result = call()
+    return time.process_time() - started, result
+
+
+def peak_mib(call: Callable[[], Any]) -> float | None:
+    """How far a call lifts the resident size above where it began, where Linux can say it."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        clear.write_text("5")  # the high-water mark starts anew
+        before = _kib(status, "VmRSS")
+        call()
+        return (_kib(status, "VmHWM") - before) / 1024
+    except (OSError, ValueError):
+        return None
+
+
+def _kib(status: Path, name: str) -> int:
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name + ":"))
+
+
+def measure(cases: Sequence[Case], *, rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Rows for people and the summary."""
+    times: dict[str, list[tuple[float, float]]] = {case.key: [] for case in cases}
+    same = answers = 0
+    for number in range(-1, rounds):  # round -1 warms up
+        for case in cases:
+            calls = [case.peer, case.ours]
+            order = (0, 1) if number % 2 else (1, 0)
+            found = {index: cpu_seconds(calls[index]) for index in order}
+            if number >= 0:
+                times[case.key].append((found[0][0], found[1][0]))
+                same += sum(a == b for a, b in zip(found[0][1], found[1][1], strict=True))
+                answers += len(found[0][1])
+    rows = []
+    for case in cases:
+        ratios = [peer / ours for peer, ours in times[case.key]]
+        rows.append(
+            {
+                "name": case.key,
+                "what": case.title,
+                "speedup": statistics.median(ratios),
+                "lowest": min(ratios),
+                "highest": max(ratios),
+                "peer_seconds": statistics.median(peer for peer, _ in times[case.key]),
+                "our_seconds": statistics.median(ours for _, ours in times[case.key]),
+                "peer_peak_mib": peak_mib(case.peer),
+                "our_peak_mib": peak_mib(case.ours),
+            }
+        )
+    return rows, {row["name"]: row["speedup"] for row in rows} | {"identical_answers": same / answers}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def main() -> int:
+    """Run the benchmark; exit code 1 when any answer differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--new-tokens", type=int, default=8)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    model = build_model(options.vocabulary)
+    cases = make_cases(model, vocabulary=options.vocabulary, new=options.new_tokens)
+    rows, summary = measure(cases, rounds=options.rounds)
+    result = {
+        "benchmark": "eval",
+        "hardware": {"processor": _processor(), "threads": 1, "cores": os.cpu_count()},
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
+        "rows": rows,
+        "summary": summary,
+    }
+    if options.json:
+        print(json.dumps(result))
+    else:
+        print(f"{'':52} {'speed-up':>9} {'range':>13} {'peer s':>8} {'ours s':>8} {'peer MiB':>9} {'ours MiB':>9}")
+        for row in rows:
+            peaks = [f"{row[name]:9.0f}" if row[name] is not None else f"{'?':>9}" for name in _PEAKS]
+            print(
+                f"{row['what']:52} {row['speedup']:8.2f}x {row['lowest']:6.2f}-{row['highest']:.2f} "
+                f"{row['peer_seconds']:8.3f} {row['our_seconds']:8.3f} {' '.join(peaks)}"
+            )
+        print(f"identical answers: {summary['identical_answers']:.0%}")
+    return 0 if summary["identical_answers"] == 1.0 else 1
+
+
+_PEAKS = ("peer_peak_mib", "our_peak_mib")
+
+if __name__ == "__main__":
+    sys.exit(main())

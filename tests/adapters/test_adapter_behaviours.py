@@ -1,0 +1,462 @@
+"""What PEFT promises of an adapter, for every layer type: one test per behaviour and layer.
+
+`docs/adapters.md` holds a table made from this file by `scripts/adapter_table.py`: the first line of a test's docstring
+names the behaviour, its parameters are the layer types.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from adapters.adapter_models import train_a_bit
+from adapters.behaviour_models import LAYERS, inputs, network
+from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mm_moslora.adapters import (
+    MoSLoRAConfig,
+    MoSLoRALayer,
+    add_moslora,
+    add_weighted_adapter,
+    hot_swap,
+    load_adapter,
+    merge,
+    save_adapter,
+)
+from mm_moslora.errors import AdapterError
+
+ROOT = Path(__file__).parents[2]
+every_layer = pytest.mark.parametrize("kind", list(LAYERS))
+where_dora = pytest.mark.parametrize("kind", [kind for kind, layer in LAYERS.items() if layer.dora])
+where_mixed = pytest.mark.parametrize("kind", [kind for kind, layer in LAYERS.items() if layer.mixed_batches])
+where_linear = pytest.mark.parametrize("kind", [kind for kind, layer in LAYERS.items() if layer.all_linear])
+where_compiled = pytest.mark.parametrize("kind", [kind for kind, layer in LAYERS.items() if layer.compiles])
+CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+
+
+def _config(**changes) -> MoSLoRAConfig:
+    return MoSLoRAConfig(**({"r": 4, "lora_alpha": 8} | changes))
+
+
+def _adapted(kind: str, *, seed: int = 1, **changes) -> peft.PeftModel:
+    model = add_moslora(network(kind), _config(**changes), targets=["target"])
+    train_a_bit(model, seed=seed)
+    return model.eval()
+
+
+def _second(model: peft.PeftModel, *, seed: int = 2, name: str = "second", **changes) -> peft.PeftModel:
+    add_moslora(model, _config(**({"r": 2, "mixer_init": "kaiming"} | changes)), targets=["target"], adapter_name=name)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(seed)
+        for key, parameter in model.named_parameters():
+            if f".{name}" in key:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+    return model
+
+
+@torch.no_grad()
+def _run(model: nn.Module, kind: str, **options) -> Tensor:
+    return model(inputs(kind), **options)
+
+
+def _assert_same(first: Tensor, second: Tensor) -> None:
+    """Equal but for the order of additions: convolutions choose it by memory layout."""
+    torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-6)
+
+
+def _layers(model: nn.Module) -> list[MoSLoRALayer]:
+    return [module for module in model.modules() if isinstance(module, MoSLoRALayer)]
+
+
+@every_layer
+def test_starts_at_base(kind: str) -> None:
+    """A fresh adapter changes nothing"""
+    model = add_moslora(network(kind), _config(), targets=["target"])
+    assert torch.equal(_run(model, kind), _run(network(kind), kind))
+    assert all("default" in layer.lora_mixer for layer in _layers(model))
+
+
+@every_layer
+def test_trains(kind: str) -> None:
+    """A, M and B get gradients; the base gets none"""
+    model = _adapted(kind).train()
+    model(inputs(kind)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == ("lora_" in name), name
+        assert "lora_" not in name or parameter.grad.abs().max() > 0, name
+    assert sum("lora_mixer" in name for name, _ in model.named_parameters()) == len(_layers(model))
+
+
+@every_layer
+def test_save_and_load(kind: str, tmp_path: Path) -> None:
+    """Save and load: output and every factor come back"""
+    model = _adapted(kind)
+    save_adapter(model, tmp_path / "a")
+    loaded = load_adapter(network(kind), tmp_path / "a")
+    _assert_same(_run(loaded, kind), _run(model, kind))
+    assert any("lora_mixer" in name for name in load_file(tmp_path / "a" / "moslora.safetensors"))
+
+
+@every_layer
+def test_save_pretrained(kind: str, tmp_path: Path) -> None:
+    """`save_pretrained` writes the double folder too"""
+    model = _adapted(kind)
+    model.save_pretrained(tmp_path / "a")
+    _assert_same(_run(load_adapter(network(kind), tmp_path / "a"), kind), _run(model, kind))
+    assert not any("lora_mixer" in name for name in load_file(tmp_path / "a" / "adapter_model.safetensors"))
+
+
+@every_layer
+def test_selected_adapters(kind: str, tmp_path: Path) -> None:
+    """Save selected adapters only"""
+    model = _second(_adapted(kind))
+    model.save_pretrained(tmp_path / "a", selected_adapters=["second"])
+    assert [path.name for path in (tmp_path / "a").iterdir() if path.is_dir()] == ["second"]
+    model.set_adapter("second")
+    loaded = load_adapter(network(kind), tmp_path / "a" / "second")
+    torch.testing.assert_close(_run(loaded, kind), _run(model, kind), **CLOSE)
+
+
+@every_layer
+def test_stock_peft_loads(kind: str, tmp_path: Path) -> None:
+    """Stock PEFT's `from_pretrained` gives the same output"""
+    model = _adapted(kind)
+    save_adapter(model, tmp_path / "a")
+    stock = peft.PeftModel.from_pretrained(network(kind), tmp_path / "a")
+    assert not _layers(stock)
+    torch.testing.assert_close(_run(stock, kind), _run(model, kind), **CLOSE)
+
+
+@every_layer
+def test_low_memory_load(kind: str, tmp_path: Path) -> None:
+    """Low-memory loading through the meta device"""
+    model = _adapted(kind)
+    save_adapter(model, tmp_path / "a")
+    config = MoSLoRAConfig.from_pretrained(str(tmp_path / "a"))
+    loaded = peft.PeftModel.from_pretrained(network(kind), tmp_path / "a", config=config, low_cpu_mem_usage=True)
+    assert not any(parameter.is_meta for parameter in loaded.parameters())
+    torch.testing.assert_close(_run(loaded.eval(), kind), _run(model, kind), **CLOSE)
+
+
+@every_layer
+def test_state_dict(kind: str) -> None:
+    """PEFT's state dict carries A, M and B"""
+    model = _adapted(kind)
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    fresh = add_moslora(network(kind), _config(), targets=["target"])
+    result = peft.set_peft_model_state_dict(fresh, state)
+    assert not result.unexpected_keys
+    _assert_same(_run(fresh, kind), _run(model, kind))
+
+
+@every_layer
+def test_plain_state_dict(kind: str, tmp_path: Path) -> None:
+    """A state dict without mixers counts as identity mixers"""
+    model = _adapted(kind)
+    save_adapter(model, tmp_path / "a")
+    fresh = _adapted(kind, seed=9)
+    peft.set_peft_model_state_dict(fresh, load_file(tmp_path / "a" / "adapter_model.safetensors"))
+    torch.testing.assert_close(_run(fresh, kind), _run(model, kind), **CLOSE)
+
+
+@every_layer
+def test_merge(kind: str) -> None:
+    """Merge and unload"""
+    model = _adapted(kind)
+    live = _run(model, kind)
+    merged = model.merge_and_unload()
+    assert not any("lora" in name for name in merged.state_dict())
+    torch.testing.assert_close(_run(merged, kind), live, **CLOSE)
+
+
+@every_layer
+def test_checked_merge(kind: str) -> None:
+    """`mm_moslora.adapters.merge` compares outputs before and after"""
+    model = _adapted(kind)
+    live = _run(model, kind)
+    torch.testing.assert_close(_run(merge(model), kind), live, **CLOSE)
+
+
+@every_layer
+def test_safe_merge(kind: str) -> None:
+    """Safe merge"""
+    model = _adapted(kind)
+    live = _run(model, kind)
+    torch.testing.assert_close(_run(model.merge_and_unload(safe_merge=True), kind), live, **CLOSE)
+
+
+@every_layer
+def test_safe_merge_refuses_nan(kind: str) -> None:
+    """Safe merge refuses NaN"""
+    model = _adapted(kind)
+    _layers(model)[0].lora_mixer["default"].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_and_unload(safe_merge=True)
+
+
+@every_layer
+def test_unmerge(kind: str) -> None:
+    """Merge, unmerge, and merge twice"""
+    model = _adapted(kind)
+    live = _run(model, kind)
+    model.merge_adapter()
+    torch.testing.assert_close(_run(model, kind), live, **CLOSE)
+    model.merge_adapter()
+    torch.testing.assert_close(_run(model, kind), live, **CLOSE)
+    model.unmerge_adapter()
+    torch.testing.assert_close(_run(model, kind), live, **CLOSE)
+
+
+@every_layer
+def test_switch(kind: str) -> None:
+    """Several adapters, switching between them"""
+    model = _second(_adapted(kind))
+    first = _run(model, kind)
+    model.set_adapter("second")
+    second = _run(model, kind)
+    assert (first - second).abs().max() > 1e-3
+    assert all(".second" in name for name, p in model.named_parameters() if p.requires_grad)
+    model.set_adapter("default")
+    assert torch.equal(_run(model, kind), first)
+
+
+@where_mixed
+def test_mixed_batch(kind: str) -> None:
+    """Mixed-adapter batches (`adapter_names`)"""
+    model = _second(_adapted(kind))
+    alone = {"__base__": _run(network(kind), kind), "default": _run(model, kind)}
+    model.set_adapter("second")
+    alone["second"] = _run(model, kind)
+    names = ["second", "default", "__base__", "second"]
+    mixed = _run(model, kind, adapter_names=names)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], alone[name][row], **CLOSE)
+
+
+@every_layer
+def test_disable(kind: str) -> None:
+    """Disabling restores the base bit for bit"""
+    model = _adapted(kind)
+    live = _run(model, kind)
+    with model.disable_adapter():
+        assert torch.equal(_run(model, kind), _run(network(kind), kind))
+    assert torch.equal(_run(model, kind), live)
+
+
+@every_layer
+def test_delete(kind: str) -> None:
+    """Delete leaves nothing behind"""
+    model = _second(_adapted(kind))
+    first = _run(model, kind)
+    model.delete_adapter("second")
+    assert not any("second" in name for name in model.state_dict())
+    assert torch.equal(_run(model, kind), first)
+
+
+@every_layer
+def test_unload(kind: str) -> None:
+    """Unload gives the base back bit for bit"""
+    base = _adapted(kind).unload()
+    assert torch.equal(_run(base, kind), _run(network(kind), kind))
+    assert base.state_dict().keys() == network(kind).state_dict().keys()
+
+
+@every_layer
+def test_modules_to_save(kind: str, tmp_path: Path) -> None:
+    """`modules_to_save` trains, saves and loads"""
+    model = _adapted(kind, modules_to_save=["head"])
+    model.base_model.model.head.modules_to_save["default"].weight.data.add_(0.5)
+    save_adapter(model, tmp_path / "a")
+    _assert_same(_run(load_adapter(network(kind), tmp_path / "a"), kind), _run(model, kind))
+
+
+@every_layer
+def test_layers_to_transform(kind: str) -> None:
+    """`layers_to_transform` restricts the layers"""
+    config = _config(target_modules=["target"], layers_to_transform=[1], layers_pattern="layers")
+    model = peft.get_peft_model(network(kind), config)
+    adapted = {name for name, module in model.named_modules() if isinstance(module, MoSLoRALayer)}
+    assert {name.split(".")[3] for name in adapted} == {"1"}
+
+
+@every_layer
+def test_regex_target(kind: str) -> None:
+    """A regular expression as target"""
+    model = add_moslora(network(kind), _config(), targets=r"layers\.0\.target")
+    assert {name.split(".")[3] for name, module in model.named_modules() if isinstance(module, MoSLoRALayer)} == {"0"}
+
+
+@where_linear
+def test_all_linear(kind: str) -> None:
+    """`all-linear` finds the layers"""
+    model = add_moslora(network(kind), _config())
+    assert sum("target" in name for name, m in model.named_modules() if isinstance(m, MoSLoRALayer)) == 2
+
+
+@every_layer
+@pytest.mark.parametrize("way", ["ours", "peft"])
+def test_weighted_sum(kind: str, way: str) -> None:
+    """`add_weighted_adapter`: `cat` is the exact sum"""
+    model = _second(_adapted(kind))
+    if way == "ours":
+        add_weighted_adapter(model, ["default", "second"], [0.7, -0.4], "sum")
+    else:
+        model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "sum", combination_type="cat")
+    for layer in _layers(model):
+        wanted = 0.7 * layer.wide_delta("default") - 0.4 * layer.wide_delta("second")
+        torch.testing.assert_close(layer.wide_delta("sum"), wanted, atol=1e-5, rtol=1e-5)
+    model.set_adapter("sum")
+    assert (_run(model, kind) - _run(network(kind), kind)).abs().max() > 1e-3
+
+
+@every_layer
+def test_weighted_svd(kind: str) -> None:
+    """`add_weighted_adapter`: `svd` is the best plain LoRA of a rank"""
+    model = _second(_adapted(kind))
+    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", combination_type="svd", svd_rank=6)
+    for layer in _layers(model):
+        assert "sum" not in layer.lora_mixer
+        wanted = layer.wide_delta("default") + layer.wide_delta("second")
+        torch.testing.assert_close(layer.wide_delta("sum"), wanted, atol=1e-4, rtol=1e-4)
+
+
+@every_layer
+def test_weighted_refuses(kind: str) -> None:
+    """`add_weighted_adapter` refuses what averages the factors apart"""
+    model = _second(_adapted(kind), r=4)
+    for combination in ("linear", "ties", "dare_linear"):
+        with pytest.raises(AdapterError, match="no meaning for three factors"):
+            model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", combination_type=combination)
+    assert "sum" not in model.peft_config
+
+
+@every_layer
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision(kind: str, dtype: torch.dtype) -> None:
+    """Half-precision base, float32 factors"""
+    model = add_moslora(network(kind, dtype), _config(), targets=["target"])
+    train_a_bit(model)
+    exact = _run(_adapted(kind), kind)
+    with torch.no_grad():
+        half = model(inputs(kind, dtype))
+    assert half.dtype == dtype
+    assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if "lora_" in name)
+    # An id that rounds to another token is another input.
+    if kind != "Embedding":
+        assert (half.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+@every_layer
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpointing(kind: str, reentrant: bool) -> None:
+    """Gradient checkpointing, both modes"""
+    gradients = []
+    for mode in (None, reentrant):
+        model = _adapted(kind).train()
+        model.get_base_model().reentrant = mode
+        model(inputs(kind).requires_grad_()).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@where_compiled
+def test_compile(kind: str) -> None:
+    """`torch.compile` (graph capture, `aot_eager`)"""
+    model = _adapted(kind)
+    live = _run(model, kind)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(_run(compiled, kind), live, **CLOSE)
+
+
+@every_layer
+def test_hot_swap(kind: str, tmp_path: Path) -> None:
+    """Hot swap"""
+    other = _adapted(kind, seed=5, lora_alpha=4)
+    save_adapter(other, tmp_path / "a")
+    model = _adapted(kind)
+    before = _run(model, kind)
+    modules = [id(module) for module in model.modules()]
+    hot_swap(model, tmp_path / "a")
+    assert (_run(model, kind) - before).abs().max() > 1e-3
+    _assert_same(_run(model, kind), _run(other, kind))
+    assert [id(module) for module in model.modules()] == modules
+
+
+@every_layer
+def test_stock_hot_swap(kind: str, tmp_path: Path) -> None:
+    """PEFT's own hot swap, which would zero the mixers, refuses"""
+    save_adapter(_adapted(kind, seed=5), tmp_path / "a")
+    model = _adapted(kind)
+    before = _run(model, kind)
+    with pytest.raises(ValueError, match="mixer_init"):
+        hotswap_adapter(model, str(tmp_path / "a"), adapter_name="default", torch_device="cpu")
+    assert torch.equal(_run(model, kind), before)
+
+
+@where_dora
+def test_dora(kind: str, tmp_path: Path) -> None:
+    """DoRA around the mixed update: starts at the base, merges right, stock PEFT agrees"""
+    fresh = add_moslora(network(kind), _config(use_dora=True), targets=["target"])
+    torch.testing.assert_close(_run(fresh, kind), _run(network(kind), kind), **CLOSE)
+    model = _adapted(kind, use_dora=True)
+    live = _run(model, kind)
+    plain = _adapted(kind)
+    assert (live - _run(plain, kind)).abs().max() > 1e-3
+    save_adapter(model, tmp_path / "a")
+    stock = peft.PeftModel.from_pretrained(network(kind), tmp_path / "a")
+    torch.testing.assert_close(_run(stock, kind), live, **CLOSE)
+    _assert_same(_run(load_adapter(network(kind), tmp_path / "a"), kind), live)
+    torch.testing.assert_close(_run(model.merge_and_unload(), kind), live, **CLOSE)
+
+
+@where_dora
+def test_dora_trains(kind: str) -> None:
+    """DoRA trains A, M, B and the magnitudes"""
+    model = _adapted(kind, use_dora=True).train()
+    model(inputs(kind)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None and bool(parameter.grad.abs().max() > 0)) == ("lora_" in name), name
+
+
+@every_layer
+def test_rslora_and_patterns(kind: str) -> None:
+    """`use_rslora`, `rank_pattern`, `alpha_pattern`, `mixer_pattern`"""
+    patterns = {"rank_pattern": {"layers.1.target": 2}, "alpha_pattern": {"layers.1.target": 6}}
+    model = _adapted(kind, use_rslora=True, mixer_pattern={"layers.1.target": "butterfly"}, **patterns)
+    first, last = _layers(model)[0], _layers(model)[-1]
+    assert (first.r["default"], last.r["default"]) == (4, 2)
+    assert first.scaling["default"] == 8 / 4**0.5
+    assert last.scaling["default"] == 6 / 2**0.5
+    assert (first.mixer_init["default"], last.mixer_init["default"]) == ("orthogonal", "butterfly")
+
+
+def test_trainable_token_indices(tmp_path: Path) -> None:
+    """`trainable_token_indices` next to adapters"""
+    from adapters.adapter_models import llama, logits
+
+    config = _config(trainable_token_indices={"embed_tokens": [1, 2]})
+    model = add_moslora(llama(), config, targets=["q_proj"])
+    train_a_bit(model)
+    name = next(name for name, _ in model.named_parameters() if "token_adapter" in name and "trainable" in name)
+    model.get_parameter(name).data.add_(0.5)
+    save_adapter(model, tmp_path / "a")
+    loaded = load_adapter(llama(), tmp_path / "a")
+    assert torch.equal(logits(loaded), logits(model))
+    assert (logits(model) - logits(llama())).abs().max() > 1e-2
+
+
+def test_table_is_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "adapter_table.py"), "--check"],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

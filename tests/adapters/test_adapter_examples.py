@@ -1,0 +1,55 @@
+"""The adapter in other people's training code and models: HF `Trainer`, an open_clip tower."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import open_clip
+import peft
+import torch
+from adapters.adapter_models import train_a_bit
+
+from mm_moslora.adapters import MoSLoRAConfig, add_moslora, load_adapter, merge, save_adapter
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_hf_trainer_trains_and_its_checkpoints_are_double_folders(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("hf_trainer", EXAMPLES / "hf_trainer.py")
+    example = importlib.util.module_from_spec(spec)
+    sys.modules["hf_trainer"] = example
+    spec.loader.exec_module(example)
+    losses = example.train(tmp_path, steps=20)
+    assert losses[-1] < 0.95 * losses[0]
+    ids = example.Pattern()[3]["input_ids"].unsqueeze(0)
+    outputs = []
+    for folder in (tmp_path / "adapter", tmp_path / "checkpoint-20"):
+        assert (folder / "moslora.safetensors").is_file()
+        ours = load_adapter(example.base(), folder)
+        stock = peft.PeftModel.from_pretrained(example.base(), folder).eval()
+        with torch.no_grad():
+            outputs += [ours(ids).logits, stock(ids).logits]
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], atol=1e-5, rtol=0)
+
+
+def _tower() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return open_clip.transformer.VisionTransformer(
+        image_size=8, patch_size=4, width=16, layers=2, heads=2, mlp_ratio=2.0, output_dim=8
+    ).eval()
+
+
+def test_an_open_clip_tower_carries_adapters_in_attention_and_mlp(tmp_path: Path) -> None:
+    pictures = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    model = add_moslora(_tower(), MoSLoRAConfig(r=4, lora_alpha=8), targets=["attn", "c_fc", "c_proj"])
+    with torch.no_grad():
+        assert torch.equal(model(pictures), _tower()(pictures))
+        train_a_bit(model)
+        live = model.eval()(pictures)
+        assert (live - _tower()(pictures)).abs().max() > 1e-2
+        save_adapter(model, tmp_path / "a")
+        assert torch.equal(load_adapter(_tower(), tmp_path / "a")(pictures), live)
+        torch.testing.assert_close(merge(model)(pictures), live, atol=1e-5, rtol=1e-5)

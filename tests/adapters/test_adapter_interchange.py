@@ -1,0 +1,227 @@
+"""Folders of other libraries coming in, layouts for other programs going out."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import gguf
+import numpy as np
+import peft
+import pytest
+import torch
+from adapters.adapter_models import llama, logits, train_a_bit
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mm_moslora.adapters import MoSLoRAConfig, MoSLoRALinear, add_moslora, export_adapter, load_adapter, save_adapter
+from mm_moslora.errors import AdapterError
+
+TARGETS = ["q_proj", "k_proj", "down_proj"]
+
+
+def _trained(**changes) -> peft.PeftModel:
+    config = MoSLoRAConfig(**({"r": 4, "lora_alpha": 8, "mixer_init": "kaiming"} | changes))
+    model = add_moslora(llama(), config, targets=TARGETS)
+    train_a_bit(model)
+    return model.eval()
+
+
+def _factors(model: peft.PeftModel) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    layers = model.get_base_model().named_modules()
+    found = {path: layer.factors("default") for path, layer in layers if isinstance(layer, MoSLoRALinear)}
+    return {path: (f.A.detach(), f.M.detach(), f.B.detach()) for path, f in found.items()}
+
+
+def _authors_folder(model: peft.PeftModel, folder: Path, *, pickled: bool = False, without: str = "") -> Path:
+    """What the authors' fork of PEFT 0.10 writes."""
+    folder.mkdir()
+    tensors = {}
+    for path, (A, M, B) in _factors(model).items():
+        prefix = f"base_model.model.{path}"
+        tensors |= {f"{prefix}.lora_A.weight": A, f"{prefix}.lora_B.weight": B}
+        if not without or without not in path:
+            tensors[f"{prefix}.lora_AB.weight"] = M
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": TARGETS, "lora_dropout": 0.0}
+    config |= {"lora_use_mixer": True, "lora_use_mixer_pattern": {}, "bias": "none", "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if pickled:
+        torch.save(tensors, folder / "adapter_model.bin")
+    else:
+        save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_the_authors_checkpoints_load(tmp_path: Path, pickled: bool) -> None:
+    model = _trained()
+    folder = _authors_folder(model, tmp_path / "a", pickled=pickled)
+    loaded = load_adapter(llama(), folder)
+    assert torch.equal(logits(loaded), logits(model))
+    trains = load_adapter(llama(), folder, trainable=True)
+    assert sum("lora_mixer" in name for name, p in trains.named_parameters() if p.requires_grad) == 6
+
+
+def test_a_module_without_mixer_in_the_authors_folder_is_plain(tmp_path: Path) -> None:
+    model = _trained()
+    for path, layer in model.get_base_model().named_modules():
+        if isinstance(layer, MoSLoRALinear) and "down_proj" in path:
+            layer.lora_mixer["default"].weight.data.copy_(torch.eye(4))
+    folder = _authors_folder(model, tmp_path / "a", without="down_proj")
+    assert torch.equal(logits(load_adapter(llama(), folder)), logits(model))
+
+
+def test_an_authors_folder_without_mixers_or_without_its_word_is_an_error(tmp_path: Path) -> None:
+    folder = _authors_folder(_trained(), tmp_path / "a")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_use_mixer": False}))
+    with pytest.raises(AdapterError, match="does not speak of"):
+        load_adapter(llama(), folder)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    plain = {k: v for k, v in load_file(folder / "adapter_model.safetensors").items() if "lora_AB" not in k}
+    save_file(plain, folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="holds no lora_AB"):
+        load_adapter(llama(), folder)
+
+
+def _paddle_folder(model: peft.PeftModel, folder: Path, *, pickled: bool, mixed: bool = True) -> Path:
+    """What PaddleNLP writes: matrices for x @ W, the family's name in front."""
+    folder.mkdir()
+    tensors = {}
+    for path, (A, M, B) in _factors(model).items():
+        name = path.replace("model.", "llama.", 1)
+        tensors |= {f"{name}.lora_A": A.T, f"{name}.lora_B": B.T}
+        if mixed:
+            tensors[f"{name}.lora_AB"] = M.T
+    config = {"r": 4, "lora_alpha": 8, "lora_use_mixer": True, "target_modules": [".*q_proj.*"], "rslora": False}
+    (folder / "lora_config.json").write_text(json.dumps(config))
+    if pickled:
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()} | {"StructuredToParameterName@@": {}}
+        (folder / "lora_model_state.pdparams").write_bytes(pickle.dumps(arrays, protocol=2))
+    else:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "peft_model-00001-of-00001.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_paddlenlp_checkpoints_load(tmp_path: Path, pickled: bool) -> None:
+    model = _trained()
+    folder = _paddle_folder(model, tmp_path / "a", pickled=pickled)
+    assert torch.equal(logits(load_adapter(llama(), folder)), logits(model))
+
+
+def test_paddlenlp_bfloat16_arrays_are_bits() -> None:
+    from mm_moslora.adapters.foreign import _from_numpy
+
+    values = torch.tensor([1.5, -2.25, 0.0]).bfloat16()
+    assert torch.equal(_from_numpy(values.view(torch.int16).numpy().view(np.uint16)), values)
+
+
+class _Evil:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+def test_a_pdparams_file_with_code_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _paddle_folder(_trained(), tmp_path / "a", pickled=True)
+    (folder / "lora_model_state.pdparams").write_bytes(pickle.dumps({"a": _Evil()}))
+    with pytest.raises(AdapterError, match="is no array"):
+        load_adapter(llama(), folder)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_paddlenlp_folder_that_contradicts_itself_is_an_error(tmp_path: Path) -> None:
+    folder = _paddle_folder(_trained(), tmp_path / "a", pickled=False, mixed=False)
+    with pytest.raises(AdapterError, match="lora_use_mixer=True"):
+        load_adapter(llama(), folder)
+
+
+# Going out.
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[peft.PeftModel, Path]:
+    model = _trained(rank_pattern={"down_proj": 2}, alpha_pattern={"k_proj": 3}, use_rslora=True)
+    save_adapter(model, tmp_path / "ours")
+    return model, tmp_path
+
+
+@pytest.mark.parametrize("layout", ["peft", "vllm"])
+def test_exported_folder_gives_the_same_logits_in_stock_peft(saved: tuple[peft.PeftModel, Path], layout: str) -> None:
+    model, root = saved
+    out = export_adapter(root / "ours", root / "out", layout=layout)
+    assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    stock = peft.PeftModel.from_pretrained(llama(), out)
+    torch.testing.assert_close(logits(stock), logits(model), atol=1e-5, rtol=0)
+
+
+def test_vllm_layout_has_one_rank_and_module_names(saved: tuple[peft.PeftModel, Path]) -> None:
+    _, root = saved
+    out = export_adapter(root / "ours", root / "out", layout="vllm")
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(TARGETS)
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["use_rslora"]) == (4, 4, {}, False)
+    tensors = load_file(out / "adapter_model.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if "layers.0.mlp" in name}
+    prefix = "base_model.model.model.layers.0.mlp.down_proj"
+    assert shapes == {f"{prefix}.lora_A.weight": (4, 48), f"{prefix}.lora_B.weight": (32, 4)}
+
+
+def test_diffusers_layout_names_and_update(saved: tuple[peft.PeftModel, Path]) -> None:
+    model, root = saved
+    out = export_adapter(root / "ours", root / "out", layout="diffusers", component="transformer")
+    tensors = load_file(out / "pytorch_lora_weights.safetensors")
+    path = "model.layers.1.self_attn.k_proj"
+    update = tensors[f"transformer.{path}.lora_B.weight"] @ tensors[f"transformer.{path}.lora_A.weight"]
+    torch.testing.assert_close(update, model.get_base_model().get_submodule(path).wide_delta("default"))
+    assert len(tensors) == 12
+
+
+def test_gguf_file_has_llama_cpp_names_and_the_same_update(tmp_path: Path) -> None:
+    model = _trained()
+    save_adapter(model, tmp_path / "ours")
+    config = model.get_base_model().config.to_dict()
+    out = export_adapter(tmp_path / "ours", tmp_path / "a.gguf", layout="gguf", model_config=config)
+    reader = gguf.GGUFReader(out)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.type"] == "adapter"
+    assert (fields["general.architecture"], fields["adapter.type"]) == ("llama", "lora")
+    assert fields["adapter.lora.alpha"] == 4.0
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    assert len(tensors) == 12
+    layer = model.get_base_model().model.layers[1]
+    update = tensors["blk.1.ffn_down.weight.lora_b"] @ tensors["blk.1.ffn_down.weight.lora_a"]
+    torch.testing.assert_close(update, layer.mlp.down_proj.wide_delta("default"))
+    # Its converter turns every head's two halves into pairs; undone, the update is ours.
+    update = tensors["blk.1.attn_k.weight.lora_b"] @ tensors["blk.1.attn_k.weight.lora_a"]
+    heads, width = 2, 8
+    halves = update.view(heads, width // 2, 2, -1).transpose(1, 2).reshape(heads * width, -1)
+    torch.testing.assert_close(halves, layer.self_attn.k_proj.wide_delta("default"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"layout": "gguff"}, "Did you mean 'gguf'"),
+        ({"layout": "gguf"}, "Pass model_config"),
+        ({"layout": "gguf", "model_config": {"model_type": "rwkv"}}, "'rwkv' is not covered"),
+        ({"layout": "gguf", "model_config": {"model_type": "llama", "num_hidden_layers": 2}}, "one rank per file"),
+    ],
+)
+def test_what_a_layout_cannot_express_is_an_error(
+    saved: tuple[peft.PeftModel, Path], options: dict, words: str
+) -> None:
+    with pytest.raises(AdapterError, match=words):
+        export_adapter(saved[1] / "ours", saved[1] / "out", **options)
+
+
+def test_dora_stays_with_peft(tmp_path: Path) -> None:
+    model = _trained(use_dora=True)
+    save_adapter(model, tmp_path / "ours")
+    with pytest.raises(AdapterError, match="layout cannot express"):
+        export_adapter(tmp_path / "ours", tmp_path / "out", layout="diffusers")
+    out = export_adapter(tmp_path / "ours", tmp_path / "out", layout="peft")
+    stock = peft.PeftModel.from_pretrained(llama(), out)
+    torch.testing.assert_close(logits(stock), logits(model), atol=1e-5, rtol=0)

@@ -1,0 +1,285 @@
+"""One product per optimiser step, dropout in the fused kernel, autocast, and the sub-forms of the three factors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from adapters.adapter_models import IDS, llama, logits, train_a_bit
+from torch import Tensor
+
+from mm_moslora.adapters import (
+    MoSLoRAConfig,
+    MoSLoRALinear,
+    add_moslora,
+    fused_linear,
+    keep_orthonormal,
+    load_adapter,
+    merge,
+    one_product_per_step,
+    reference_linear,
+    save_adapter,
+    use_kernel,
+)
+from mm_moslora.adapters.functional import _FusedLinear, dropout_mask
+from mm_moslora.errors import AdapterError
+
+
+def _model(**changes):
+    model = add_moslora(llama(), MoSLoRAConfig(**({"r": 4, "lora_alpha": 8} | changes))).train()
+    train_a_bit(model)
+    return model
+
+
+def _gradients(model) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_one_product_gives_the_same_gradients_over_micro_batches() -> None:
+    model = _model()
+    batches = [IDS, IDS + 3, IDS.flip(0)]
+    for ids in batches:
+        model(ids, labels=ids).loss.backward()
+    wanted = _gradients(model)
+    model.zero_grad()
+    with one_product_per_step(model):
+        for ids in batches:
+            model(ids, labels=ids).loss.backward()
+        assert not any("lora_mixer" in name for name in _gradients(model))
+    found = _gradients(model)
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_one_product_is_computed_once_and_follows_the_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model()
+    layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
+    with one_product_per_step(model):
+        model(IDS)
+        first = layer.shared_products["default"].leaf
+        model(IDS)
+        assert layer.shared_products["default"].leaf is first
+    assert layer.shared_products is None
+    layer.lora_mixer["default"].weight.data.mul_(2)
+    with one_product_per_step(model):
+        model(IDS)
+        torch.testing.assert_close(layer.shared_products["default"].leaf, 2 * first)
+
+
+def test_one_product_works_with_checkpointing_and_fires_gradient_hooks() -> None:
+    model = _model()
+    base = model.get_base_model()
+    model(IDS, labels=IDS).loss.backward()
+    wanted = _gradients(model)
+    model.zero_grad()
+    base.enable_input_require_grads()
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
+    fired: list[int] = []
+    layer.lora_mixer["default"].weight.register_post_accumulate_grad_hook(lambda _: fired.append(1))
+    with one_product_per_step(model):
+        model(IDS, labels=IDS).loss.backward()
+    assert fired == [1]
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(_gradients(model)[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_a_failed_step_leaves_no_product_behind() -> None:
+    model = _model()
+    with pytest.raises(AdapterError, match="no second derivative"), one_product_per_step(model):
+        model(IDS, labels=IDS).loss.backward(create_graph=True)
+    assert all(m.shared_products is None for m in model.modules() if isinstance(m, MoSLoRALinear))
+
+
+def _tensors(dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 7, 6), (8, 6), (8,), (4, 6), (4, 4), (8, 4))
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return [tensor.requires_grad_(index != 1) for index, tensor in enumerate(tensors)]
+
+
+def test_dropout_in_the_kernel_equals_a_masked_reference() -> None:
+    x, weight, bias, A, M, B = _tensors(torch.float64)
+    torch.manual_seed(11)
+    result = fused_linear(x, weight, bias, A, M, B, 1.7, dropout=0.25)
+    torch.manual_seed(11)
+    mask = dropout_mask(x.reshape(-1, 6), 0.25, int(torch.randint(2**62, ()))).view_as(x)
+    assert 0 < mask.sum() < mask.numel()
+    branch = reference_linear(x * mask / 0.75, torch.zeros_like(weight), None, A, M, B, 1.7)
+    wanted = torch.nn.functional.linear(x, weight, bias) + branch
+    torch.testing.assert_close(result, wanted, atol=1e-12, rtol=0)
+    trained = [x, bias, A, M, B]
+    pull = torch.randn_like(result)
+    for found, right in zip(
+        torch.autograd.grad(result, trained, pull), torch.autograd.grad(wanted, trained, pull), strict=True
+    ):
+        torch.testing.assert_close(found, right, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rate", [0.05, 0.5])
+def test_the_mask_has_the_right_rate_and_is_repeatable(dtype: torch.dtype, rate: float) -> None:
+    rows = torch.empty(301, 333, dtype=dtype)
+    mask = dropout_mask(rows, rate, 5)
+    assert mask.dtype == dtype
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    dropped = 1 - float(mask.double().mean())
+    assert abs(dropped - rate) < 5 * (rate * (1 - rate) / rows.numel()) ** 0.5
+    assert torch.equal(mask, dropout_mask(rows, rate, 5))
+    assert not torch.equal(mask, dropout_mask(rows, rate, 6))
+    columns = mask.double().mean(0)
+    assert (columns - (1 - rate)).abs().max() < 6 * (rate * (1 - rate) / 301) ** 0.5
+
+
+def test_checkpointing_repeats_the_mask() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = _model(lora_dropout=0.3)
+        if checkpointing:
+            model.get_base_model().enable_input_require_grads()
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(4)
+        model(IDS, labels=IDS).loss.backward()
+        gradients.append(_gradients(model))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    made: list[int] = []
+    original = _FusedLinear.apply
+
+    def counted(*args):
+        made.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(_FusedLinear, "apply", counted)
+    return made
+
+
+def test_dropout_and_autocast_take_the_fused_path(calls: list[int]) -> None:
+    model = _model(lora_dropout=0.1)
+    model(IDS)
+    assert len(calls) == 14
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(IDS).logits.dtype == torch.bfloat16
+    assert len(calls) == 28
+
+
+def test_autocast_equals_the_modules_under_autocast() -> None:
+    results, gradients = [], []
+    for kernel in ("reference", "fused"):
+        model = _model()
+        with torch.autocast("cpu", torch.bfloat16), use_kernel(kernel):
+            result = model(IDS, labels=IDS)
+        result.loss.backward()
+        results.append(result.logits.detach().float())
+        gradients.append(torch.cat([value.flatten() for value in _gradients(model).values()]))
+    model = _model()
+    model(IDS, labels=IDS).loss.backward()
+    right = torch.cat([value.flatten() for value in _gradients(model).values()])
+    exact = logits(model)
+    assert (results[1] - exact).abs().max() <= 1.5 * (results[0] - exact).abs().max()
+    assert (gradients[1] - right).norm() <= 1.2 * (gradients[0] - right).norm()
+
+
+# Sub-forms.
+
+
+def test_diagonal_mixer_trains_saves_merges_and_starts_as_lora(tmp_path: Path) -> None:
+    fresh = add_moslora(llama(), MoSLoRAConfig(r=4, mixer_form="diagonal"))
+    assert torch.equal(logits(fresh), logits(llama()))
+    model = _model(mixer_form="diagonal")
+    layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
+    assert layer.lora_mixer["default"].weight.shape == (4,)
+    model(IDS, labels=IDS).loss.backward()
+    assert layer.lora_mixer["default"].weight.grad.abs().min() > 0
+    fused = _gradients(model)
+    model.zero_grad()
+    with use_kernel("reference"):
+        model(IDS, labels=IDS).loss.backward()
+    for name, gradient in fused.items():
+        torch.testing.assert_close(_gradients(model)[name], gradient, atol=1e-6, rtol=1e-4)
+    model.eval()
+    save_adapter(model, tmp_path / "a")
+    assert torch.equal(logits(load_adapter(llama(), tmp_path / "a")), logits(model))
+    live = logits(model)
+    torch.testing.assert_close(logits(merge(model)), live, atol=1e-5, rtol=0)
+
+
+def test_svd_core_trains_the_mixer_alone_in_the_weights_leading_subspaces(tmp_path: Path) -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=4, factor_form="svd")).train()
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"lora_mixer"}
+    torch.testing.assert_close(logits(model), logits(llama()), atol=1e-3, rtol=0)
+    layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
+    factors = layer.factors("default")
+    U, S, Vh = torch.linalg.svd(layer.get_base_layer().weight)
+    torch.testing.assert_close(factors.B @ factors.A, (U[:, :4] * S[:4]) @ Vh[:4], atol=1e-5, rtol=0)
+    model.set_adapter("default")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    assert torch.equal(layer.factors("default").A, factors.A)
+    model.eval()
+    save_adapter(model, tmp_path / "a")
+    assert torch.equal(logits(load_adapter(llama(), tmp_path / "a")), logits(model))
+
+
+def test_orthonormal_factors_stay_orthonormal_and_the_loss_falls() -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8, factor_form="orthonormal")).train()
+    torch.testing.assert_close(logits(model), logits(llama()), atol=1e-6, rtol=0)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    keep_orthonormal(model, optimizer)
+    layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
+    start = layer.factors("default").A.detach().clone()
+    losses = []
+    for _ in range(6):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    factors = layer.factors("default")
+    torch.testing.assert_close(factors.A @ factors.A.T, torch.eye(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(factors.B.T @ factors.B, torch.eye(4), atol=1e-5, rtol=0)
+    assert (factors.A - start).abs().max() > 1e-3
+
+
+def test_orthonormal_hook_refuses_free_factors() -> None:
+    model = _model()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(AdapterError, match="not orthonormal"):
+        keep_orthonormal(model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mixer_form": "diagnal"}, "Did you mean 'diagonal'"),
+        ({"factor_form": "svg"}, "Did you mean 'svd'"),
+        ({"factor_form": "svd", "mixer_trainable": False}, "needs a mixer that trains"),
+        ({"factor_form": "svd", "mixer_init": "kaiming"}, "own start of the mixer"),
+        ({"factor_form": "svd", "mixer_form": "diagonal"}, "dense mixer"),
+        ({"factor_form": "orthonormal", "use_dora": True}, "use_dora"),
+    ],
+)
+def test_forms_that_contradict_each_other_are_errors(options: dict, words: str) -> None:
+    with pytest.raises(AdapterError, match=words):
+        MoSLoRAConfig(r=4, **options)
+
+
+def test_forms_need_linear_layers_and_a_rank_that_fits() -> None:
+    with pytest.raises(AdapterError, match="unquantised linear layers"):
+        add_moslora(llama(), MoSLoRAConfig(r=4, factor_form="svd"), targets=["embed_tokens"])
+    with pytest.raises(AdapterError, match="above its smaller width"):
+        add_moslora(llama(), MoSLoRAConfig(r=40, factor_form="orthonormal"), targets=["q_proj"])
