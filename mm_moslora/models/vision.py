@@ -128,6 +128,7 @@ class WrappedVisionModel(PreTrainedModel):
             pixel_values: ``[N, 3, H, W]``.
             output_hidden_states: True for all blocks, or the index or indices wanted.
         """
+        self._match_statistics()
         count = self.blocks + 1
         wanted = (
             range(1, count)
@@ -144,6 +145,14 @@ class WrappedVisionModel(PreTrainedModel):
         for index, value in zip(indices, maps, strict=True):
             states[index] = value.flatten(2).transpose(1, 2) if value.ndim == 4 else value
         return BaseModelOutputWithPooling(last_hidden_state=states[indices[-1]], hidden_states=cast(Any, tuple(states)))
+
+    def _match_statistics(self) -> None:
+        """Give running statistics the dtype of their weights, where somebody cast the weights alone."""
+        for module in self.tower.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                module.running_mean.data = module.running_mean.data.to(module.weight.dtype)
+                assert module.running_var is not None
+                module.running_var.data = module.running_var.data.to(module.weight.dtype)
 
     def _maps(self, pixel_values: Tensor, blocks: list[int]) -> list[Tensor]:
         trunk: Any = getattr(self.tower, "trunk", self.tower)
@@ -210,15 +219,20 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
     Buffers stay as they are (rotary frequencies and running statistics lose too much in half precision), and so do
     modules that ask for fp32.
     """
-    kept = {
-        id(parameter)
-        for child in module.modules()
-        if isinstance(child, WrappedVisionModel) and child._keep_in_fp32_modules_strict
-        for parameter in child.parameters()
-    }
+    kept = {id(parameter) for parameter in fp32_parameters(module)}
     for parameter in module.parameters():
         if id(parameter) not in kept:
             parameter.data = parameter.data.to(dtype)
+
+
+def fp32_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters that stay in fp32 whatever the rest of the model is cast to: those of towers with batch norm."""
+    return [
+        parameter
+        for child in module.modules()
+        if isinstance(child, WrappedVisionModel) and child._keep_in_fp32_modules_strict
+        for parameter in child.parameters()
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

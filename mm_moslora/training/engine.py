@@ -26,6 +26,7 @@ from mm_moslora.batch import Batch
 from mm_moslora.config import Precision, TrainConfig
 from mm_moslora.errors import ConfigError, TrainingError, suggestion
 from mm_moslora.losses import token_loss_sum
+from mm_moslora.models.vision import fp32_parameters
 from mm_moslora.models.vlm import supervised_logits
 from mm_moslora.training.optim import ParameterGroup
 
@@ -296,7 +297,11 @@ class DeepSpeedEngine(Engine):
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.max_grad_norm = optimizer.max_grad_norm
         adamw = optimizer.adamw(groups, [group.parameters for group in groups])
+        precise = [(p, p.detach().clone()) for p in fp32_parameters(module) if not p.requires_grad]
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=config, dist_init_required=False)
+        if self.stage < 3:  # stage 3 has already cut them up
+            for parameter, value in precise:
+                parameter.data = value.to(parameter.device)
         if self.stage == 0:
             self._undo_warm_up_step()
 
