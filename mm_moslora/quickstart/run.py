@@ -48,7 +48,7 @@ class Plan:
 PLANS: dict[tuple[Images, bool], Plan] = {
     ("easy-vqa", False): Plan(train_images=1000, align_steps=50, tune_epochs=1.0, test_questions=400),
     ("easy-vqa", True): Plan(train_images=64, align_steps=4, tune_epochs=1.0, test_questions=40),
-    ("stamps", False): Plan(train_images=10_000, align_steps=60, tune_epochs=3.0, test_questions=10_000),
+    ("stamps", False): Plan(train_images=10_000, align_steps=40, tune_epochs=2.5, test_questions=10_000),
     ("stamps", True): Plan(train_images=96, align_steps=4, tune_epochs=1.0, test_questions=48),
 }
 TURNS = 8
@@ -187,8 +187,8 @@ _VIEW: dict[tuple[Images, Encoder], tuple[int, int]] = {
     ("easy-vqa", "efficientnet"): (64, -1),
     ("easy-vqa", "open_clip"): (64, -1),
     ("stamps", "dinov2"): (112, -5),
-    ("stamps", "efficientnet"): (224, -1),
-    ("stamps", "open_clip"): (224, -1),
+    ("stamps", "efficientnet"): (160, -1),
+    ("stamps", "open_clip"): (160, -1),
 }
 
 
