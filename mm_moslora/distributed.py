@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from mm_moslora.errors import DistributedError
 
 T = TypeVar("T")
+
 
 def rank() -> int:
     """This process's number, 0 is the main one."""
@@ -62,7 +63,7 @@ def join(*, timeout_minutes: float = 30.0) -> None:
     if device().type == "cuda":
         torch.cuda.set_device(device())
     # Alone there is nobody to meet, so no port is opened and no child inherits an address.
-    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size() == 1 else {}
+    alone = {"store": cast(Any, dist).HashStore(), "rank": 0, "world_size": 1} if world_size() == 1 else {}
     try:
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **alone)
     except (RuntimeError, ValueError) as error:

@@ -25,7 +25,9 @@ def command(*arguments: str, **options) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def trained(language_folder: Path, vision_folder: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(
+    language_folder: Path, vision_folder: Path, records: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A run trained through the command line, recipe file and overrides and all."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "recipe.yaml").write_text(

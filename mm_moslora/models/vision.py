@@ -164,7 +164,7 @@ class WrappedVisionModel(PreTrainedModel):
 
 def _widens_at_the_end(trunk: Any) -> bool:
     """Whether a convolutional trunk has one more layer behind its last stage (its features are then the layer's)."""
-    stages = getattr(trunk, "feature_info", None)
+    stages: Any = getattr(trunk, "feature_info", ())
     return bool(stages) and hasattr(trunk, "conv_head") and trunk.num_features != stages[-1]["num_chs"]
 
 

@@ -145,7 +145,9 @@ def yes_no_wordings(texts: Iterable[str]) -> list[Wording]:
     return sorted(found, key=lambda wording: wording.text)
 
 
-def asked_yes_no(image: str, caption: str, wordings: Sequence[Wording], count: int, rng: random.Random) -> list[Question]:
+def asked_yes_no(
+    image: str, caption: str, wordings: Sequence[Wording], count: int, rng: random.Random
+) -> list[Question]:
     """Ask yes/no questions about a picture whose contents are known; as many yes as no.
 
     The package has few yes/no questions per picture and far more of one answer. Here the answer is drawn first, so that

@@ -9,11 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.models.load import load
-from mm_moslora.quickstart.datasets import DatasetFiles
-from mm_moslora.training.checkpoint import write_json
-from mm_moslora.training.engine import dtype_of, resolve_precision
-from mm_moslora.training.progress import Progress
 from mm_moslora_eval.baselines import BASELINES, TrainingAnswer
 from mm_moslora_eval.images import MODES, ImageMode
 from mm_moslora_eval.local import LocalModel
@@ -22,6 +17,12 @@ from mm_moslora_eval.results import TaskResult
 from mm_moslora_eval.runner import Settings
 from mm_moslora_eval.suite import evaluate, read_samples
 from mm_moslora_eval.task import Decoding, Task
+
+from mm_moslora.models.load import load
+from mm_moslora.quickstart.datasets import DatasetFiles
+from mm_moslora.training.checkpoint import write_json
+from mm_moslora.training.engine import dtype_of, resolve_precision
+from mm_moslora.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def evaluate_all(folder: Path, data: DatasetFiles, *, name: str) -> list[dict[st
     if written.is_file():
         return list(json.loads(written.read_text(encoding="utf-8")))
     task = _task(data, name)
-    results = {}
+    results: dict[tuple[str, str], TaskResult] = {}
     for system, run, modes in (("untuned", "align", ("own",)), ("tuned", "tune", MODES)):
         found = _evaluate(folder, run, system, task, modes, _training_answers(data.train))
         results |= {(system, result.mode): result for result in found}
@@ -74,7 +75,7 @@ def _evaluate(
 ) -> list[TaskResult]:
     dtype = dtype_of(resolve_precision("auto"))
     model = LocalModel(load(folder / run, dtype=dtype), name=system)
-    count = sum(1 for _ in (Path(task.source.path)).open(encoding="utf-8"))
+    count = Path(task.source.path).read_bytes().count(b"\n")
     found = []
     for mode in modes:
         label = f"{system}, {mode}"
@@ -87,7 +88,7 @@ def _evaluate(
                 baselines=BASELINES if system == "tuned" and mode == "own" else (),
                 training=training,
                 settings=Settings(batch_size=BATCH_SIZE, rank=0, world_size=1),
-                progress=lambda done, _total, bar=progress: bar.update(done),
+                progress=progress.of,
             )
     model.close()
     return found
@@ -133,7 +134,7 @@ def _samples(folder: Path, task: Task, data: DatasetFiles) -> list[dict[str, Any
         record = json.loads(line)
         images[record["question_id"]] = record["image"]
     step = max(1, len(after) // SHOWN_SAMPLES)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for old, new in list(zip(before, after, strict=True))[::step][:SHOWN_SAMPLES]:
         picture = data.images / images[new["id"]]
         copy = folder / "pictures" / f"{len(rows):02d}{picture.suffix}"

@@ -16,6 +16,7 @@ from mm_moslora import distributed
 from mm_moslora.config import Recipe
 from mm_moslora.data.loader import BatchLoader
 from mm_moslora.errors import TrainingError
+from mm_moslora.models.build import component_table
 from mm_moslora.tracking import Trackers, build_trackers
 from mm_moslora.training import checkpoint
 from mm_moslora.training import run as runs
@@ -228,7 +229,7 @@ def summary(run: runs.Run, total: int) -> dict[str, Any]:
         "precision": run.precision,
         "world_size": distributed.world_size(),
         "zero": run.recipe.train.zero,
-        "components": [vars(row) for row in runs.component_table(run.assembly)],
+        "components": [vars(row) for row in component_table(run.assembly)],
         "tokens_per_image": run.assembly.tokens_per_image,
         "base": run.assembly.base,
         "memory_gib": peak_memory_gib(),

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -141,7 +141,11 @@ def _data_set(recipe: Recipe, assembly: Assembly, *, validation: bool) -> Traini
     name = "validation_quarantine.jsonl" if validation else "quarantine.jsonl"
     progress = Progress("read records", 0, unit="record")
     return TrainingSet(
-        sources, encoder, transform, config=recipe.data, quarantine_path=Path(recipe.train.output) / name,
+        sources,
+        encoder,
+        transform,
+        config=recipe.data,
+        quarantine_path=Path(recipe.train.output) / name,
         on_progress=progress.of,
     )
 
@@ -166,7 +170,8 @@ def _match_projector_scale(recipe: Recipe, assembly: Assembly, data: TrainingSet
         projector = model.model.multi_modal_projector
         last = projector.last if hasattr(projector, "last") else projector.linear_2
         pixels = torch.cat(pictures)
-        factor = scale_to_embeddings(last, lambda: image_features(model, pixels), model.get_input_embeddings().weight)
+        embeddings = cast(Tensor, model.get_input_embeddings().weight)
+        factor = scale_to_embeddings(last, lambda: image_features(model, pixels), embeddings)
         logger.info("Projector output scaled by %.3g to the size of word embeddings.", factor)
 
 

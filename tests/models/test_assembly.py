@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from tiny import make_vision
 from PIL import Image
+from tiny import make_vision
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from mm_moslora.batch import Batch, Example

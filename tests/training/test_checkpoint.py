@@ -48,7 +48,7 @@ def test_a_failed_write_leaves_the_earlier_checkpoint_and_no_trace(tmp_path):
         write_files(folder)
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(CheckpointError, match="No space left on device.*Earlier checkpoints are untouched"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*Earlier checkpoints are untouched"):
         commit(tmp_path, 2, write=fail, describe=describe(2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000001", "latest"]
     assert newest_valid(tmp_path)[1].step == 1
@@ -60,6 +60,7 @@ def test_a_crash_at_any_moment_leaves_the_earlier_checkpoint_usable(tmp_path, cr
     make(tmp_path, 1)
     pid = os.fork()
     if pid == 0:
+
         def die(*_, **__):
             os.kill(os.getpid(), 9)
 

@@ -205,7 +205,7 @@ def test_the_loss_does_not_depend_on_micro_batches(recipe, tmp_path):
 
 def test_a_step_that_is_not_finite_is_skipped_and_too_many_stop_the_run(recipe, tmp_path, caplog):
     huge = replace(recipe, optim=replace(recipe.optim, lr=1e30, projector_lr=1e30, warmup=0, max_grad_norm=0))
-    with pytest.raises(TrainingError, match="5 steps in a row .* not finite; stopped at step"):
+    with pytest.raises(TrainingError, match=r"5 steps in a row .* not finite; stopped at step"):
         train(with_train(huge, steps=20))
     assert "skipped: the loss or a gradient is not finite" in caplog.text
     assert not list((tmp_path / "run").glob("checkpoint-*"))
