@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, replace
 
 from . import statistics
-from .metrics import caption, groups, ptb, yesno
+from .metrics import caption, groups, judged, ptb, yesno
 from .metrics.documents import OCRBENCH_GROUPS
 from .scoring import Aggregate, Scored, mean_with_error
 
@@ -141,6 +141,25 @@ def _captions(samples: Samples, tokenize: Callable[[str], str]) -> Aggregate:
     return Aggregate(score=report.cider, stderr=stderr, low=low, high=high, stderr_kind="analytic", metrics=numbers)
 
 
+def mmvet(samples: Samples) -> Aggregate:
+    """MM-Vet: the mean grade, with that of every capability (each 0 to 1)."""
+    table = judged.mmvet_scores((s.document.category or "", s.score) for s in samples)
+    return replace(mean_with_error(samples), metrics={k: v / 100 for k, v in table["by_capability"].items()})
+
+
+def llavabench(samples: Samples) -> Aggregate:
+    """LLaVA-Bench: mean rating of the answers over that of the references, with every category's (1 is equality)."""
+
+    def numbers(drawn: Samples) -> Numbers:
+        rated = []
+        for sample in drawn:
+            reference, model = sample.numbers or judged.UNPARSED
+            rated.append((sample.document.category or "", reference, model))
+        return {name: values[0] / 100 for name, values in judged.llavabench_summary(rated).items()}
+
+    return _bootstrapped(samples, numbers, headline="all")
+
+
 AGGREGATIONS: dict[str, Callable[[Samples], Aggregate]] = {
     "mean": mean_with_error,
     "pope": pope,
@@ -150,6 +169,8 @@ AGGREGATIONS: dict[str, Callable[[Samples], Aggregate]] = {
     "circular": circular,
     "macro": macro,
     "ocrbench": ocrbench,
+    "mmvet": mmvet,
+    "llavabench": llavabench,
     "caption": caption_scores,
     "caption_plain": caption_scores_plain,
 }

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mm_moslora.errors import EvalError
 
 if TYPE_CHECKING:
     from .baselines import TrainingAnswer
     from .images import ImageMode
+    from .judge import Judge
     from .model import Model
     from .results import TaskResult
     from .runner import Progress, Settings
@@ -30,6 +31,7 @@ def run(
     training: Sequence[TrainingAnswer] = (),
     settings: Settings | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    judge: Judge | None = None,
 ) -> list[TaskResult]:
     """Evaluate a model on tasks, one after the other; results are written after each.
 
@@ -42,6 +44,7 @@ def run(
         training: answers for the baselines to learn from.
         settings: batch size, limit, seed, ranks.
         progress: called with (task, answered, all).
+        judge: grades free answers; without one such tasks stay unscored.
 
     Raises:
         EvalError: an unknown task, data that cannot be read, a folder of another run.
@@ -65,6 +68,7 @@ def run(
                 training=training,
                 settings=settings,
                 progress=_named(task.id, progress),
+                judge=judge,
             )
     finally:
         if loaded is not model:
@@ -89,12 +93,13 @@ def dry_run(tasks: Sequence[str], *, documents: int = 1) -> str:
     return "\n".join(blocks)
 
 
-def score(path: Path, *, protocol: str | None = None) -> list[TaskResult]:
+def score(path: Path, *, protocol: str | None = None, judge: Judge | None = None) -> list[TaskResult]:
     """Score stored answers again, without a model, and rewrite `samples.jsonl` and `results.json`.
 
     Args:
         path: a run folder, a task folder within it, or its `answers.jsonl`.
         protocol: score with the extraction and metric of this task (`NAME@PROTOCOL`) instead.
+        judge: grades free answers.
 
     Raises:
         EvalError: nothing to score there, or documents without an answer.
@@ -107,19 +112,77 @@ def score(path: Path, *, protocol: str | None = None) -> list[TaskResult]:
     if not places:
         raise EvalError(f"{path} holds no answers; expected a run folder or a folder TASK@PROTOCOL/MODE in it.")
     task = get_task(protocol) if protocol else None
-    results = [score_folder(place, task=task) for place in places]
+    results = [score_folder(place, task=task, judge=judge) for place in places]
     write_results(places[0].parents[1], results)
     return results
 
 
-def list_tasks() -> str:
-    """A table of the registered tasks."""
+def run_folder(path: Path) -> Path:
+    """The run that a folder or answer file belongs to.
+
+    Raises:
+        EvalError: no run is there.
+    """
+    start = path.parent if path.is_file() else path
+    found = next((folder for folder in (start, *start.resolve().parents[:3]) if (folder / "run.json").is_file()), None)
+    if found is None:
+        raise EvalError(f"{path} lies in no evaluation run: there is no run.json in it or above it.")
+    return found
+
+
+def with_protocol(tasks: Sequence[str], protocol: str | None) -> list[str]:
+    """Task names, the protocol added to those that name none.
+
+    Raises:
+        EvalError: no task at all.
+    """
+    if not tasks:
+        raise EvalError("No task was given. Name one or more; `mm-moslora eval list` shows them.")
+    own_data = ("llava:", "tsv:")
+    return [
+        f"{task}@{protocol}" if protocol and "@" not in task and not task.startswith(own_data) else task
+        for task in tasks
+    ]
+
+
+def make_judge(name: str | None, run: Path, *, budget: int | None) -> Judge | None:
+    """The judge that `--judge` names, its replies cached in the run folder."""
+    if name is None or name == "none":
+        return None
+    from .endpoint import Endpoint
+    from .judge import Judge
+
+    return Judge(Endpoint.parse(name.removeprefix("openai:")), cache=run / "judge", budget_tokens=budget)
+
+
+class Bars:
+    """Progress of tasks one after the other, with the time left."""
+
+    def __init__(self) -> None:
+        self._name: str | None = None
+        self._bar: Any = None
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """Say that `done` of `total` documents are answered."""
+        from mm_moslora.training.progress import Progress as Bar
+
+        if name != self._name or self._bar is None or done < self._bar.done or total != self._bar.total:
+            if self._bar is not None:
+                self._bar.__exit__(None, None, None)
+            self._name, self._bar = name, Bar(name, total, unit="document", initial=done)
+        elif done > self._bar.done:
+            self._bar.update(done)
+
+
+def list_tasks(words: str = "") -> str:
+    """A table of the registered tasks; with words, of those whose line holds them all."""
     from .registry import all_tasks
 
     rows = [
         (task.name, task.protocol, str(task.expected_count or "?"), task.metric, task.title)
         for task in all_tasks().values()
     ]
+    rows = [row for row in rows if all(word.lower() in " ".join(row).lower() for word in words.split())]
     return _table(("task", "protocol", "documents", "metric", "title"), rows)
 
 
@@ -181,17 +244,42 @@ def compare(run_a: Path, run_b: Path) -> tuple[Comparison, str]:
     """Compare two task folders sample by sample; returns the numbers and a text for people."""
     from .suite import compare as compare_samples
 
-    result = compare_samples(run_a, run_b)
+    result = compare_samples([run_a], [run_b])
+    return result, comparison_text(result)
+
+
+def compare_runs(a: str, b: str) -> list[tuple[Comparison, str]]:
+    """Compare runs or task folders; several seeds of one system are separated by commas.
+
+    Raises:
+        EvalError: nothing comparable, or different documents.
+    """
+    from .suite import compare as compare_samples
+    from .suite import paired_folders
+
+    pairs = paired_folders([Path(name) for name in a.split(",")], [Path(name) for name in b.split(",")])
+    results = [compare_samples(left, right) for left, right in pairs]
+    return [(result, comparison_text(result)) for result in results]
+
+
+def comparison_text(result: Comparison) -> str:
+    """A comparison for people."""
     pair = result.paired
     verdict = "differs" if pair.p_value < 0.05 else "does not differ"
-    text = (
+    lines = [
         f"{result.task}: A {result.score_a:.4f}, B {result.score_b:.4f}, A - B {pair.difference:+.4f} "
-        f"(95 % {pair.low:+.4f} to {pair.high:+.4f}, p {pair.p_value:.3g}, sign test p {pair.mcnemar_p:.3g})\n"
+        f"(95 % {pair.low:+.4f} to {pair.high:+.4f}, p {pair.p_value:.3g}, sign test p {pair.mcnemar_p:.3g})",
         f"A wins {pair.wins}, B wins {pair.losses}, equal {pair.ties} of {pair.n}; "
-        f"A {verdict} from B at the 5 % level.\n"
-        f"With {pair.n} documents a true difference of {result.detectable:.4f} is seen four times out of five."
-    )
-    return result, text
+        f"A {verdict} from B at the 5 % level.",
+        f"With {pair.n} documents a true difference of {result.detectable:.4f} is seen four times out of five.",
+    ]
+    if max(len(result.seeds_a), len(result.seeds_b)) > 1:
+        shown = [", ".join(f"{score:.4f}" for score in seeds) for seeds in (result.seeds_a, result.seeds_b)]
+        lines.append(
+            f"Seeds: A {shown[0]}; B {shown[1]}. Every sample counts with its mean over the seeds; the spread between "
+            f"seeds is {result.seed_spread:.4f}."
+        )
+    return "\n".join(lines)
 
 
 def table(results: Sequence[TaskResult]) -> str:
@@ -203,9 +291,7 @@ def table(results: Sequence[TaskResult]) -> str:
             (
                 f"{result.task}@{result.protocol}",
                 result.mode,
-                f"{result.score:.4f}",
-                f"{result.stderr:.4f}",
-                f"{result.low:.4f} to {result.high:.4f}",
+                *_score_cells(result),
                 str(result.n),
                 str(counts.failed),
                 str(counts.not_inferable),
@@ -213,7 +299,14 @@ def table(results: Sequence[TaskResult]) -> str:
             )
         )
     head = ("task", "images", "score", "stderr", "95 %", "n", "failed", "not inferable", "truncated")
-    return _table(head, rows)
+    notes = [f"{result.id}: {result.about['unscored']}" for result in results if result.about.get("unscored")]
+    return "\n".join([_table(head, rows), *notes])
+
+
+def _score_cells(result: TaskResult) -> tuple[str, str, str]:
+    if result.score != result.score:
+        return "unscored", "-", "-"
+    return f"{result.score:.4f}", f"{result.stderr:.4f}", f"{result.low:.4f} to {result.high:.4f}"
 
 
 def exit_code(results: Sequence[TaskResult], *, max_failed_share: float = 0.0) -> int:

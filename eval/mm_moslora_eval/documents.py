@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+CONTEXT = "context_"
+"""Start of the extra columns that hold a context per option (WinoGrande)."""
+
+
 def digest(value: Any) -> str:
     """SHA-256 of JSON-like data, the same in every process."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

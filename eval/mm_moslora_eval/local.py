@@ -1,60 +1,65 @@
-"""Our own model behind the runner's `Model` protocol: batched greedy decoding, each picture encoded once.
-
-Shapes: ``Q`` visual tokens per image, ``D`` LLM width.
-"""
+"""Our own model behind the runner's `Model` protocol: batches that share what their questions have in common."""
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from mm_moslora.data.conversation import Encoder
-from mm_moslora.data.images import open_image, open_image_bytes
-from mm_moslora.data.records import Turn
 from torch import Tensor
 
+from mm_moslora import distributed
+from mm_moslora.data.conversation import Encoder
+from mm_moslora.data.records import IMAGE, Turn
 from mm_moslora.models.build import Assembly
-from mm_moslora.models.generation import Prompt, encode_images, generate, option_scores, stop_token_ids
+from mm_moslora.models.generation import ContinuationScore, Prompt, generate, score_options, stop_token_ids
 from mm_moslora.models.load import load
-from mm_moslora.models.processor import image_transform
 
-from .images import Hasher
-from .model import Answer, ImageLike, Message, OptionRequest, OptionScore, Request
-
-CACHED_IMAGES = 4096
-"""Pictures whose visual tokens are kept; the least recently used go first."""
+from .fingerprint import weights_fingerprint
+from .model import Answer, Message, OptionRequest, OptionScore, Request
+from .visual import VisualTokens
 
 
 class LocalModel:
     """A model loaded with `mm_moslora.models.load.load`.
 
+    Questions on the same pictures are decoded together: pictures and the common beginning are run once for all of them.
+    On an fp32 model the answers are those of the reference mode.
+
     Args:
         assembly: adapters merged, for speed.
         name: for people.
-        system_prompt: as in training; None: the chat template's own.
+        reference: one question at a time, nothing shared, nothing kept.
     """
 
-    def __init__(self, assembly: Assembly, *, name: str, system_prompt: str | None = None) -> None:
-        self.assembly, self._name = assembly, name
+    def __init__(
+        self, assembly: Assembly, *, name: str, system_prompt: str | None = None, reference: bool = False
+    ) -> None:
+        self.assembly, self._name, self._reference = assembly, name, reference
         self.model = assembly.model.eval()
         self.encoder = Encoder(
             assembly.tokenizer,
             image_token_id=assembly.image_token_id,
             tokens_per_image=assembly.tokens_per_image,
-            system_prompt=system_prompt,
         )
         self.stop_ids = stop_token_ids(self.model, assembly.tokenizer.eos_token_id)
-        self._hash = Hasher()
-        self._features: OrderedDict[str, Tensor] = OrderedDict()
+        self._visual = VisualTokens(assembly, keep=not reference)
         self._fingerprint: str | None = None
 
     @classmethod
-    def from_folder(cls, folder: Path, *, dtype: torch.dtype = torch.float32) -> LocalModel:
-        """Load a run, a checkpoint or an export."""
-        return cls(load(folder, dtype=dtype), name=str(folder))
+    def from_folder(
+        cls,
+        folder: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        reference: bool = False,
+        device: torch.device | None = None,
+    ) -> LocalModel:
+        """Load a run, a checkpoint or an export, adapters merged, onto this rank's accelerator or the given device."""
+        assembly = load(folder, dtype=dtype)
+        assembly.model.to(device or distributed.device())  # type: ignore[arg-type]
+        return cls(assembly, name=str(folder), reference=reference)
 
     @property
     def name(self) -> str:
@@ -65,19 +70,13 @@ class LocalModel:
     def fingerprint(self) -> str:
         """Hash over every weight, the configuration and the chat template."""
         if self._fingerprint is None:
-            digest = hashlib.sha256(self.model.config.to_json_string().encode())
-            digest.update(str(self.assembly.tokenizer.chat_template).encode())
-            for name, tensor in sorted(self.model.state_dict().items()):
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-            self._fingerprint = digest.hexdigest()
+            self._fingerprint = weights_fingerprint(self.model, str(self.assembly.tokenizer.chat_template))
         return self._fingerprint
 
     def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
         """See `mm_moslora_eval.model.Model.generate`."""
-        for indices in _batches(requests, batch_size):
+        for indices, prompts in self._prompts(requests, batch_size):
             chosen = [requests[index] for index in indices]
-            prompts = [self._prompt(request) for request in chosen]
             limit = max(request.max_new_tokens for request in chosen)
             answers = generate(self.model, prompts, max_new_tokens=limit, stop_ids=self.stop_ids)
             for index, request, tokens in zip(indices, chosen, answers, strict=True):
@@ -86,54 +85,91 @@ class LocalModel:
     def loglikelihood(
         self, requests: Sequence[OptionRequest], *, batch_size: int
     ) -> Iterator[tuple[int, tuple[OptionScore, ...]]]:
-        """See `mm_moslora_eval.model.Model.loglikelihood`; the prompt is run once for all its options."""
-        for index, item in enumerate(requests):
-            options = [self.encoder.encode_answer(option) for option in item.options]
-            scores = option_scores(self.model, self._prompt(item.request), options)
-            yield (
-                index,
-                tuple(OptionScore(logprob=s.logprob, tokens=s.tokens, greedy=s.greedy) for s in scores),
-            )
+        """See `mm_moslora_eval.model.Model.loglikelihood`; a prompt is run once for all its options."""
+        raw = [index for index, item in enumerate(requests) if item.request.raw]
+        yield from self._continuations(requests, raw, batch_size)
+        asked = [index for index, item in enumerate(requests) if not item.request.raw]
+        encoded: dict[str, list[int]] = {}
+        for numbers, prompts in self._prompts([requests[index].request for index in asked], batch_size):
+            indices = [asked[number] for number in numbers]
+            offered = [requests[index].options for index in indices]
+            for text in {text for options in offered for text in options} - encoded.keys():
+                encoded[text] = self.encoder.encode_answer(text)
+            scores = score_options(self.model, prompts, [[encoded[text] for text in options] for options in offered])
+            for index, found in zip(indices, scores, strict=True):
+                yield index, _option_scores(found)
+
+    def _continuations(
+        self, requests: Sequence[OptionRequest], indices: Sequence[int], batch_size: int
+    ) -> Iterator[tuple[int, tuple[OptionScore, ...]]]:
+        """Bare texts: the prompt once for all options, or one prompt per option where the contexts differ."""
+        size = 1 if self._reference else batch_size
+        for start in range(0, len(indices), size):
+            prompts, options, owners = [], [], []
+            for index in indices[start : start + size]:
+                item = requests[index]
+                contexts = item.contexts or (item.request.messages[-1].text,) * len(item.options)
+                pairs = [self._pair(*pair) for pair in zip(contexts, item.options, strict=True)]
+                for context in dict.fromkeys(context for context, _ in pairs):
+                    prompts.append(Prompt(input_ids=torch.tensor(context)))
+                    options.append([option for own, option in pairs if own == context])
+                    owners.append(index)
+            found: dict[int, list[ContinuationScore]] = defaultdict(list)
+            for owner, scores in zip(owners, score_options(self.model, prompts, options), strict=True):
+                found[owner] += scores
+            yield from ((index, _option_scores(scores)) for index, scores in found.items())
+
+    def _pair(self, context: str, continuation: str) -> tuple[tuple[int, ...], list[int]]:
+        """Token ids of a context and of what follows: the whole is tokenised and cut where the context alone ends."""
+        space = context[len(context.rstrip()) :]  # goes to the continuation, whose first word it belongs to
+        context = context.rstrip()
+        encode = self.assembly.tokenizer.encode
+        before = encode(context)
+        return tuple(before), list(encode(context + space + continuation))[len(before) :]
 
     def close(self) -> None:
-        """Drop the cached visual tokens."""
-        self._features.clear()
+        """Drop the visual tokens that are kept and stop the decoding threads."""
+        self._visual.close()
+
+    def _prompts(self, requests: Sequence[Request], batch_size: int) -> Iterator[tuple[list[int], list[Prompt]]]:
+        """Batches of request numbers with their prompts; the next batch's pictures are decoded meanwhile."""
+        keys = [self._visual.keys(request.images) for request in requests]
+        batches = _batches(requests, keys, 1 if self._reference else batch_size)
+        for number, indices in enumerate(batches):
+            for upcoming in batches[number : number + 2]:
+                self._visual.ahead([image for index in upcoming for image in requests[index].images])
+            features = self._visual([image for index in indices for image in requests[index].images])
+            yield indices, [self._prompt(requests[index], keys[index], features) for index in indices]
+
+    def _prompt(self, request: Request, keys: tuple[str, ...], features: dict[str, Tensor]) -> Prompt:
+        ids = self.encoder.encode_prompt([_turn(message) for message in request.messages])
+        shown = torch.cat([features[key] for key in keys]) if keys else None
+        return Prompt(input_ids=ids, features=shown, group=None if self._reference else keys)
 
     def _answer(self, request: Request, tokens: list[int]) -> Answer:
         stopped = len(tokens) < request.max_new_tokens
         tokens = tokens[: request.max_new_tokens]
-        text = self.assembly.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = self.encoder.decode_answer(tokens)
         for stop in request.stop:
-            text = text.split(stop)[0]
+            text, found, _ = text.partition(stop)
+            stopped |= bool(found)
         return Answer(text=text, tokens=len(tokens) + stopped, finish_reason="stop" if stopped else "length")
 
-    def _prompt(self, request: Request) -> Prompt:
-        turns = [_turn(message) for message in request.messages]
-        features = [self._image(image) for image in request.images]
-        return Prompt(input_ids=self.encoder.encode_prompt(turns), features=torch.cat(features) if features else None)
 
-    def _image(self, image: ImageLike) -> Tensor:
-        """Visual tokens ``[Q, D]`` of one picture."""
-        assert self.assembly.processor is not None, "a request with images needs a model with a vision tower"
-        key = self._hash(image)
-        if key not in self._features:
-            opened = (
-                open_image_bytes(image)
-                if isinstance(image, bytes)
-                else (open_image(image) if isinstance(image, Path) else image.convert("RGB"))
-            )
-            pixels = image_transform(self.assembly.processor.image_processor)(opened)
-            self._features[key] = encode_images(self.model, pixels[None])[0]
-            while len(self._features) > CACHED_IMAGES:
-                self._features.popitem(last=False)
-        self._features.move_to_end(key)
-        return self._features[key]
+def _option_scores(scores: Sequence[ContinuationScore]) -> tuple[OptionScore, ...]:
+    return tuple(OptionScore(logprob=score.logprob, tokens=score.tokens, greedy=score.greedy) for score in scores)
 
 
-def _batches(requests: Sequence[Request], batch_size: int) -> list[list[int]]:
-    """Indices in batches of similar length, longest first: memory shows at once, and the time left is honest."""
-    order = sorted(range(len(requests)), key=lambda i: (-_size(requests[i]), i))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def _batches(requests: Sequence[Request], keys: Sequence[tuple[str, ...]], batch_size: int) -> list[list[int]]:
+    """Request numbers in batches: questions on one picture together, longest first, so that memory shows at once."""
+    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for index, key in enumerate(keys):
+        groups[key].append(index)
+    for members in groups.values():
+        members.sort(key=lambda index: (-_size(requests[index]), index))
+    ordered = sorted(groups.values(), key=lambda members: (-_size(requests[members[0]]), members[0]))
+    flat = [index for members in ordered for index in members]
+    return [flat[start : start + batch_size] for start in range(0, len(flat), batch_size)]
 
 
 def _size(request: Request) -> int:
@@ -141,4 +177,12 @@ def _size(request: Request) -> int:
 
 
 def _turn(message: Message) -> Turn:
-    return Turn(role=message.role, text=message.text)
+    """The message with the offsets of its images, so that a typed `<image>` stays text."""
+    places, text = [], ""
+    for part in message.content:
+        if isinstance(part, str):
+            text += part
+        else:
+            places.append(len(text))
+            text += IMAGE
+    return Turn(role=message.role, text=text, places=tuple(places) if message.role == "user" else None)

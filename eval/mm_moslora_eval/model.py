@@ -37,6 +37,19 @@ class Message:
         """The content with `<image>` for each image, for people and for hashes."""
         return "".join(part if isinstance(part, str) else "<image>" for part in self.content)
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The content without the line breaks between images and text, for chat templates that set their own."""
+        images = [False, *(not isinstance(part, str) for part in self.content), False]
+        stripped: list[Part] = []
+        for place, part in enumerate(self.content):
+            if isinstance(part, str):
+                part = part.removeprefix("\n") if images[place] else part
+                part = part.removesuffix("\n") if images[place + 2] else part
+            if part != "":
+                stripped.append(part)
+        return tuple(stripped)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -49,6 +62,8 @@ class Request:
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these strings."""
+    raw: bool = False
+    """The text stands for itself: no chat template."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +72,8 @@ class OptionRequest:
 
     request: Request
     options: tuple[str, ...]
+    contexts: tuple[str, ...] = ()
+    """One raw text per option instead of the request's, where they differ (WinoGrande)."""
 
 
 @dataclass(frozen=True, kw_only=True)

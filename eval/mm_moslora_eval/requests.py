@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm_moslora.errors import EvalError
 
-from .documents import Document, digest
+from .documents import CONTEXT, Document, digest
 from .images import Hasher, ImageMode, derangement, mean_image
 from .model import Message, OptionRequest, Request
 from .task import Task
@@ -132,11 +132,17 @@ class Preparation:
             images=tuple(pictures),
             max_new_tokens=self._task.decoding.max_new_tokens,
             stop=self._task.decoding.stop,
+            raw=self._task.decoding.kind == "continuation",
         )
 
     def option_request(self, item: Item) -> OptionRequest:
-        """The item with its option letters as continuations."""
-        return OptionRequest(request=self.request(item), options=tuple(item.document.options))
+        """The item with its option letters as continuations, or with their texts."""
+        document = item.document
+        if self._task.decoding.kind == "loglikelihood":
+            return OptionRequest(request=self.request(item), options=tuple(document.options))
+        texts = tuple(f" {text}" for text in document.options.values())
+        contexts = tuple(text for name, text in document.extra.items() if name.startswith(CONTEXT))
+        return OptionRequest(request=self.request(item), options=texts, contexts=contexts)
 
     def paths(self, item: Item) -> list[str | None]:
         """The files of the pictures shown, where they are files."""

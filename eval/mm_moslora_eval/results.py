@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mm_moslora.config import build_strictly
 from mm_moslora.errors import EvalError
@@ -19,8 +20,11 @@ from .aggregation import AGGREGATIONS
 from .answers import line, read_folder, write_atomically
 from .documents import Document
 from .requests import FORMAT
-from .scoring import Aggregate, Scored, mean_with_error, score_answer
+from .scoring import JUDGED, Aggregate, Scored, mean_with_error, score_answer
 from .task import Task
+
+if TYPE_CHECKING:
+    from .judge import Judge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +92,16 @@ def result_from_dict(data: dict[str, Any]) -> TaskResult:
     return TaskResult(**{**data, **numbers, "counts": counts})
 
 
-def score_folder(place: Path, *, task: Task | None = None) -> TaskResult:
+def score_folder(place: Path, *, task: Task | None = None, judge: Judge | None = None) -> TaskResult:
     """Score the answers of one task folder and write `samples.jsonl`.
+
+    A task that only a judge can score is left unscored without one: its score is nan, `about["unscored"]` says why, and
+    a submission file lies beside the answers.
 
     Args:
         place: the folder that `runner.run_task` returned.
         task: score with this task's extraction, metric and aggregation instead of those it was asked with.
+        judge: grades free answers.
 
     Raises:
         EvalError: files are missing or of another format, or documents have no answer yet.
@@ -114,18 +122,105 @@ def score_folder(place: Path, *, task: Task | None = None) -> TaskResult:
             "run the evaluation again, it goes on where it stopped."
         )
     given = [answers[row["key"]] for row in rows]
-    scored = [
-        score_answer(task, Document.from_dict(row), answer["text"], cluster=row["cluster"])
-        for row, answer in zip(rows, given, strict=True)
-    ]
+    about = {key: described[key] for key in ("model", "seed", "data", "first_prompt")}
+    texts = [(Document.from_dict(row), answer["text"]) for row, answer in zip(rows, given, strict=True)]
+    scored, reason = _scored(task, texts, [row["cluster"] for row in rows], judge)
+    if judge is not None:
+        about["judge"] = judge.to_dict()
     samples = [
         _sample(index, row, answer, one)
         for index, (row, answer, one) in enumerate(zip(rows, given, scored, strict=True))
     ]
     write_atomically(place / "samples.jsonl", "".join(line(sample) for sample in samples))
-    about = {key: described[key] for key in ("model", "seed", "data", "first_prompt")}
     truncated = sum(answer["finish_reason"] == "length" for answer in given)
+    if reason is not None:
+        about["unscored"] = f"{reason} {_submit(task, place)}"
+        return unscored(task, scored, mode=described["mode"], about=about, truncated=truncated)
     return summarise(task, scored, mode=described["mode"], about=about, truncated=truncated)
+
+
+def _scored(
+    task: Task, given: Sequence[tuple[Document, str | None]], clusters: Sequence[str], judge: Judge | None
+) -> tuple[list[Scored], str | None]:
+    """Samples with their scores, and why there is no score, if there is none."""
+    if all(not document.answers for document, _ in given) and task.metric not in JUDGED:
+        return _without_scores(given, clusters), "The data holds no reference answers."
+    if task.metric not in JUDGED:
+        if judge is not None and task.extraction == "mathvista":
+            from .judge import extract_mathvista
+
+            given = [(document, text and extract_mathvista(judge, document, text)) for document, text in given]
+        pairs = zip(given, clusters, strict=True)
+        return [score_answer(task, document, text, cluster=cluster) for (document, text), cluster in pairs], None
+    plain = _without_scores(given, clusters)
+    if judge is None:
+        return plain, "Only a judge can score this task, and none was given (--judge)."
+    from .judge import BudgetError, grade_all
+
+    try:
+        grades = grade_all(judge, task.metric, given)
+    except BudgetError as error:
+        return plain, str(error)
+    graded = []
+    for sample, grade in zip(plain, grades, strict=True):
+        readable = grade is not None and grade.readable
+        graded.append(
+            replace(
+                sample, score=grade.score if grade else 0.0, parsed=grade.reply if grade and readable else "",
+                numbers=grade.numbers if grade else (),
+            )
+        )  # fmt: skip
+    return graded, None
+
+
+def _without_scores(given: Sequence[tuple[Document, str | None]], clusters: Sequence[str]) -> list[Scored]:
+    return [
+        Scored(
+            document=document, text=text or "", parsed=text or "", score=math.nan, failed=text is None, cluster=cluster
+        )
+        for (document, text), cluster in zip(given, clusters, strict=True)
+    ]
+
+
+def _submit(task: Task, place: Path) -> str:
+    from .submissions import DEFAULT_FORM, SUFFIXES, write_submission
+
+    form = DEFAULT_FORM.get(task.name, "vlmevalkit")
+    path = place / f"submission.{SUFFIXES.get(form, 'json')}"
+    write_submission(place, path, form=form)
+    return f"The answers were written to {path} in the form {form!r}."
+
+
+def unscored(
+    task: Task, samples: Sequence[Scored], *, mode: str, about: dict[str, Any], truncated: int = 0
+) -> TaskResult:
+    """The result of a task that has answers but no score."""
+    failed = sum(sample.failed for sample in samples)
+    nan = math.nan
+    return TaskResult(
+        task=task.name, protocol=task.protocol, version=task.version, mode=mode, n=len(samples), score=nan, stderr=nan,
+        low=nan, high=nan, stderr_kind="none",
+        counts=Counts(
+            total=len(samples), scored=0, failed=failed, not_inferable=0, truncated=truncated,
+            dropped=about.get("data", {}).get("dropped", 0),
+        ),
+        completed={"n": len(samples) - failed}, about=_protocol(task) | about,
+    )  # fmt: skip
+
+
+def _protocol(task: Task) -> dict[str, Any]:
+    return {
+        "title": task.title,
+        "prompt": asdict(task.prompt),
+        "decoding": asdict(task.decoding),
+        "extraction": task.extraction,
+        "metric": task.metric,
+        "aggregation": task.aggregation,
+        "expected_count": task.expected_count,
+        "licence": task.licence,
+        "published": [asdict(row) for row in task.published],
+        "notes": task.notes,
+    }
 
 
 def summarise(
@@ -159,19 +254,7 @@ def summarise(
         completed={"n": len(done)} | ({"score": completed.score, "stderr": completed.stderr} if completed else {}),
         metrics=headline.metrics,
         categories=_categories(task, scored),
-        about={
-            "title": task.title,
-            "prompt": asdict(task.prompt),
-            "decoding": asdict(task.decoding),
-            "extraction": task.extraction,
-            "metric": task.metric,
-            "aggregation": task.aggregation,
-            "expected_count": task.expected_count,
-            "licence": task.licence,
-            "published": [asdict(row) for row in task.published],
-            "notes": task.notes,
-            **about,
-        },
+        about=_protocol(task) | about,
     )
 
 
@@ -204,7 +287,7 @@ def _sample(index: int, row: dict[str, Any], answer: dict[str, Any], scored: Sco
         "text": answer["text"],
         "parsed": scored.parsed,
         "inferable": bool(scored.parsed.strip()),
-        "score": scored.score,
+        "score": None if math.isnan(scored.score) else scored.score,
         "failed": scored.failed,
         "error": error,
         "finish_reason": answer["finish_reason"],

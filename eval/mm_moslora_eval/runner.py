@@ -30,6 +30,7 @@ from mm_moslora.errors import EvalError
 from .answers import AnswerLog, Row, line, merge, read_folder, write_atomically
 from .documents import DataSet, Document
 from .images import Hasher, ImageMode
+from .metrics.groups import loglikelihood_choice
 from .model import Answer, Model, OptionScore
 from .requests import FORMAT, Item, Preparation, deal
 from .task import Task
@@ -43,6 +44,7 @@ _WINDOW_BATCHES = 8
 _HOPELESS = 16
 """So many failures without a single answer are not about single samples."""
 _POLL_SECONDS = 0.2
+_LOCK_ATTEMPTS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +95,17 @@ def open_run(folder: Path, model: Model, *, rank: int = 0) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".rank-{rank}.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise EvalError(
-                f"{folder} is in use: another process works there as rank {rank}. Wait for it or choose another folder."
-            ) from error
+        for attempt in range(_LOCK_ATTEMPTS):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if attempt == _LOCK_ATTEMPTS - 1:
+                    raise EvalError(
+                        f"{folder} is in use: another process works there as rank {rank}. "
+                        "Wait for it or choose another folder."
+                    ) from error
+                time.sleep(0.05)  # rank 0 may just be looking whether this rank is there
         identity = {"format": FORMAT, "model": {"name": model.name, "fingerprint": model.fingerprint}}
         _claim(folder / "run.json", identity, what=str(folder))
         yield
@@ -303,7 +310,7 @@ class _Job:
             return
         started = time.monotonic()
         produced: Iterable[tuple[int, Any]]
-        if self._task.decoding.kind == "loglikelihood":
+        if self._task.decoding.kind != "generate":
             produced = self._model.loglikelihood(
                 [self.work.option_request(item) for item in items], batch_size=batch_size
             )
@@ -317,7 +324,8 @@ class _Job:
                 )
             seen.add(index)
             seconds = time.monotonic() - started
-            yield items[index], _row(items[index], result) | {"seconds": round(seconds / len(seen), 4)}
+            row = _row(items[index], result, self._task.decoding.choice)
+            yield items[index], row | {"seconds": round(seconds / len(seen), 4)}
 
     def _store(self, item: Item, log: AnswerLog, *, error: str | None = None, **answer: Any) -> None:
         row: Row = {"key": item.key, "task": self._task.id, "version": self._task.version, "id": item.document.id}
@@ -341,10 +349,11 @@ class _Job:
             self._progress(sum(item.key in self._known for item in self.work.items), len(self.work.items))
 
 
-def _row(item: Item, result: Answer | Sequence[OptionScore]) -> Row:
+def _row(item: Item, result: Answer | Sequence[OptionScore], choice: str) -> Row:
     if isinstance(result, Answer):
         return {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
     letters = list(item.document.options)
-    best = max(range(len(result)), key=lambda index: result[index].logprob)
+    chosen = loglikelihood_choice(list(item.document.options.values()), [score.logprob for score in result])
+    best = {"sum": chosen.raw, "per_character": chosen.per_character, "per_byte": chosen.per_byte}[choice]
     scores = {letter: score.logprob for letter, score in zip(letters, result, strict=True)}
     return {"text": letters[best], "tokens": result[best].tokens, "finish_reason": "stop", "options": scores}

@@ -32,6 +32,8 @@ class Scored:
     """No answer: the sample could not be asked or the model failed on it. It scores 0."""
     cluster: Hashable = None
     """What samples that go together share: their image."""
+    numbers: tuple[float, ...] = ()
+    """Further numbers of a judge, for the aggregation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,13 +161,17 @@ METRICS: dict[str, Metric] = {
 """Name -> score of a parsed answer, 0 to 1."""
 
 
+JUDGED = ("judge_mmvet", "judge_llavabench")
+"""Metrics that only a judge can compute; without one a task is unscored."""
+
+
 def check_names(task: Task) -> None:
     """Refuse a task that names an extractor, metric or aggregation that does not exist."""
     from .aggregation import AGGREGATIONS
 
     tables: tuple[tuple[str, str, dict], ...] = (
         ("extraction", task.extraction, EXTRACTORS),
-        ("metric", task.metric, METRICS),
+        ("metric", task.metric, {**METRICS, **dict.fromkeys(JUDGED)}),
         ("aggregation", task.aggregation, AGGREGATIONS),
     )
     for kind, name, table in tables:

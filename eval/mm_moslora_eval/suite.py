@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mm_moslora.errors import EvalError
 
@@ -16,7 +17,11 @@ from .images import MODES, Hasher, ImageMode
 from .model import Model
 from .results import TaskResult, score_folder, write_results
 from .runner import Progress, Settings, open_run, run_task, select
+from .scoring import JUDGED
 from .task import Task
+
+if TYPE_CHECKING:
+    from .judge import Judge
 
 
 def evaluate(
@@ -29,6 +34,7 @@ def evaluate(
     training: Sequence[TrainingAnswer] = (),
     settings: Settings | None = None,
     progress: Progress | None = None,
+    judge: Judge | None = None,
 ) -> list[TaskResult]:
     """Ask, score and write one task in several image modes, with baselines.
 
@@ -41,6 +47,7 @@ def evaluate(
         training: for the baselines; without it they learn from the evaluated set.
         settings: batch size, limits, rank.
         progress: called with (answered, all) within each mode.
+        judge: grades free answers; without one such tasks stay unscored.
 
     Returns:
         One result per mode and baseline, in this order; an empty list on ranks other than 0.
@@ -58,10 +65,10 @@ def evaluate(
                 model, task, output, mode=mode, settings=settings, data=data, progress=progress, hasher=hasher
             )
             if settings.rank == 0:
-                results.append(score_folder(place))
+                results.append(score_folder(place, judge=judge))
                 write_results(output, results)
-        if settings.rank == 0:
-            documents = select(data, settings)
+        documents = select(data, settings)
+        if settings.rank == 0 and task.metric not in JUDGED and any(document.answers for document in documents):
             results += [baseline(name, task, documents, data=data, training=training) for name in baselines]
             write_results(output, results)
     return results
@@ -69,7 +76,7 @@ def evaluate(
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two runs on the same samples, A - B."""
+    """Two systems on the same samples, A - B; each may have run with several seeds."""
 
     task: str
     score_a: float
@@ -79,6 +86,13 @@ class Comparison:
     """Ids of the samples whose score differs."""
     detectable: float
     """The true difference that this many samples are likely to show (80 % power)."""
+    seeds_a: tuple[float, ...] = ()
+    """The mean score of each run of A."""
+    seeds_b: tuple[float, ...] = ()
+    seed_spread: float = math.nan
+    """Standard deviation between seeds, pooled over both systems; nan with one seed each."""
+    samples: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = ()
+    """The rows of A and B (of their first seeds) whose score differs."""
 
 
 def read_samples(place: Path) -> list[dict[str, Any]]:
@@ -89,34 +103,84 @@ def read_samples(place: Path) -> list[dict[str, Any]]:
     return [json.loads(text) for text in path.read_text(encoding="utf-8").split("\n") if text]
 
 
-def compare(run_a: Path, run_b: Path) -> Comparison:
-    """Compare the samples of two task folders (of two runs, or of two image modes of one run).
+def paired_folders(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> list[tuple[list[Path], list[Path]]]:
+    """The task folders that all runs have, or the given folders themselves.
 
     Raises:
-        EvalError: they hold different documents.
+        EvalError: nothing in common.
     """
-    a = {row["id"]: row for row in read_samples(run_a)}
-    b = {row["id"]: row for row in read_samples(run_b)}
-    if a.keys() != b.keys():
-        odd = sorted(a.keys() ^ b.keys())
+    everything = [*runs_a, *runs_b]
+    if all((run / "samples.jsonl").is_file() or run.is_file() for run in everything):
+        return [(list(runs_a), list(runs_b))]
+    found = [{path.parent.relative_to(run).as_posix() for path in run.glob("*/*/samples.jsonl")} for run in everything]
+    shared = sorted(set.intersection(*found))
+    if not shared:
         raise EvalError(
-            f"{run_a} and {run_b} hold different documents: {len(odd)} are in one only (first: {odd[0]!r}). "
-            "Evaluate both on the same data and limit."
+            f"{', '.join(str(run) for run in everything)} have no scored task in common. "
+            "Give two run folders, or two folders TASK@PROTOCOL/MODE."
         )
-    asked = [(row["question"], row["answers"]) for row in a.values()]
-    if asked != [(b[name]["question"], b[name]["answers"]) for name in a]:
-        raise EvalError(f"{run_a} and {run_b} use the same ids for different questions; they are not comparable.")
-    left, right = [a[name]["score"] for name in a], [b[name]["score"] for name in a]
-    clusters = [row["cluster"] for row in a.values()]
+    return [([run / name for run in runs_a], [run / name for run in runs_b]) for name in shared]
+
+
+def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Comparison:
+    """Compare the samples of task folders (of two systems, or of two image modes of one run).
+
+    Several folders of one system are its seeds: every sample counts with its mean over them.
+
+    Raises:
+        EvalError: they hold different documents, or are unscored.
+    """
+    a = [_by_id(place) for place in ([runs_a] if isinstance(runs_a, Path) else runs_a)]
+    b = [_by_id(place) for place in ([runs_b] if isinstance(runs_b, Path) else runs_b)]
+    first = a[0]
+    places = [*([runs_a] if isinstance(runs_a, Path) else runs_a), *([runs_b] if isinstance(runs_b, Path) else runs_b)]
+    for place, rows in zip(places, [*a, *b], strict=True):
+        _check_same(places[0], first, place, rows)
+    names = list(first)
+    left = [statistics.mean([rows[name]["score"] for rows in a]) for name in names]
+    right = [statistics.mean([rows[name]["score"] for rows in b]) for name in names]
+    clusters = [first[name]["cluster"] for name in names]
     shared = len(set(clusters)) < len(clusters)
+    seeds = [tuple(statistics.mean([row["score"] for row in rows.values()]) for rows in side) for side in (a, b)]
+    changed = tuple(name for name, x, y in zip(names, left, right, strict=True) if x != y)
+    place = places[0]
     return Comparison(
-        task=run_a.parent.name if run_a.is_dir() else run_a.parent.parent.name,
+        task=place.parent.name if place.is_dir() else place.parent.parent.name,
         score_a=statistics.mean(left),
         score_b=statistics.mean(right),
         paired=statistics.paired(left, right, clusters=clusters if shared else None),
-        changed=tuple(name for name in a if a[name]["score"] != b[name]["score"]),
+        changed=changed,
         detectable=_detectable(left, right),
+        seeds_a=seeds[0],
+        seeds_b=seeds[1],
+        seed_spread=_pooled_spread(seeds),
+        samples=tuple((first[name], b[0][name]) for name in changed),
     )
+
+
+def _by_id(place: Path) -> dict[str, dict[str, Any]]:
+    rows = {row["id"]: row for row in read_samples(place)}
+    if any(row["score"] is None for row in rows.values()):
+        raise EvalError(f"{place} is unscored, so there is nothing to compare; score it with a judge first.")
+    return rows
+
+
+def _check_same(place_a: Path, a: dict[str, dict[str, Any]], place_b: Path, b: dict[str, dict[str, Any]]) -> None:
+    if a.keys() != b.keys():
+        odd = sorted(a.keys() ^ b.keys())
+        raise EvalError(
+            f"{place_a} and {place_b} hold different documents: {len(odd)} are in one only (first: {odd[0]!r}). "
+            "Evaluate both on the same data and limit."
+        )
+    if any((row["question"], row["answers"]) != (b[name]["question"], b[name]["answers"]) for name, row in a.items()):
+        raise EvalError(f"{place_a} and {place_b} use the same ids for different questions; they are not comparable.")
+
+
+def _pooled_spread(seeds: Sequence[Sequence[float]]) -> float:
+    several = [scores for scores in seeds if len(scores) > 1]
+    squares = [statistics.sample_stddev(scores) ** 2 * (len(scores) - 1) for scores in several]
+    degrees = sum(len(scores) - 1 for scores in several)
+    return math.sqrt(sum(squares) / degrees) if degrees else math.nan
 
 
 def _detectable(left: Sequence[float], right: Sequence[float]) -> float:

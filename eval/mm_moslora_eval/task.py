@@ -34,6 +34,8 @@ class Source:
     """hf: split."""
     config: str | None = None
     """hf: configuration name."""
+    lm_eval_task: str | None = None
+    """hf: records of this lm-evaluation-harness task (`metrics.commonsense.LM_EVAL_TASKS`) in the original columns."""
     columns: dict[str, str] = field(default_factory=dict)
     """hf: our name (id, image, question, options, answer, category, hint) -> the data set's column."""
 
@@ -42,8 +44,11 @@ class Source:
 class Decoding:
     """How answers are produced; always greedy."""
 
-    kind: Literal["generate", "loglikelihood"] = "generate"
-    """loglikelihood: the option whose letter is most likely after the prompt."""
+    kind: Literal["generate", "loglikelihood", "continuation"] = "generate"
+    """loglikelihood: the option whose letter is most likely after the prompt; continuation: the option whose whole text
+    is most likely after the bare text of the prompt, without a chat template (lm-evaluation-harness)."""
+    choice: Literal["sum", "per_character", "per_byte"] = "sum"
+    """What is most likely: by log-probability, or by that over the option's length (`acc`, `acc_norm`, `acc_bytes`)."""
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ()
 

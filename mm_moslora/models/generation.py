@@ -1,24 +1,29 @@
-"""Greedy decoding of a batch of prompts with images, token by token.
+"""Greedy decoding and option scoring of batches of prompts with images; what prompts share is run once.
 
-Shapes: ``B`` prompts, ``T`` longest prompt, ``Q`` visual tokens per image, ``D`` LLM width, ``C`` vocabulary.
+Shapes: ``B`` prompts, ``T`` tokens of a prompt, ``Q`` visual tokens per image, ``D`` LLM width.
 
-Prompts are padded on the left with matching position ids, so that an fp32 model gives each prompt the answer that it
-gives alone.
+Prompts of one group begin alike (the same system prompt and images). Their common beginning is run once per group and
+only the rest per prompt (see `mm_moslora.models.branching`). Whatever is padded is padded on the left and masked, and
+position ids count real tokens only, so that an fp32 model gives each prompt the answer that it gives alone.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mm_moslora.errors import ModelError
+from mm_moslora.models.branching import Decoder
 from mm_moslora.models.vlm import image_features, is_multimodal
+
+_WORTH_SHARING = 16
+"""Tokens; a shorter common beginning costs more to split off than to run again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +34,8 @@ class Prompt:
     """int64 ``[T]``, placeholders expanded."""
     features: Tensor | None = None
     """``[n * Q, D]`` visual tokens of its images in order, from `encode_images`; None for text only."""
+    group: Hashable | None = None
+    """Prompts of one group show the same images in the same order; None: nothing is shared."""
 
 
 @torch.inference_mode()
@@ -37,11 +44,20 @@ def encode_images(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     return image_features(model, pixel_values)
 
 
+def stop_token_ids(model: PreTrainedModel, tokenizer_eos: int | None) -> list[int]:
+    """Every token that ends an answer: the generation settings' and the tokenizer's."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({int(item) for item in [*ids, tokenizer_eos] if item is not None})
+
+
 @torch.inference_mode()
 def stream(
     model: PreTrainedModel, prompts: Sequence[Prompt], *, max_new_tokens: int, stop_ids: Sequence[int]
 ) -> Iterator[list[int | None]]:
     """Decode greedily, yielding one token per prompt and step.
+
+    The first token comes from the logits of the prompt itself, so `max_new_tokens=1` runs no decoding step.
 
     Args:
         model: causal language model or VLM in eval mode.
@@ -52,27 +68,26 @@ def stream(
     Yields:
         A list of ``B`` token ids, None for a prompt that has ended. Ends when all have.
     """
-    embeddings, mask = _left_pad(model, prompts)
-    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-    cache = DynamicCache(config=model.config.get_text_config())
-    cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    alive = [True] * len(prompts)
+    state = _read(model, prompts)
+    rows = list(range(len(prompts)))  # which prompt each row of the state belongs to
     stops = set(stop_ids)
     for step in range(max_new_tokens):
-        output = model(
-            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1,
-            **{cache_name: cache},
-        )  # fmt: skip
-        chosen = output.logits[:, -1].float().argmax(dim=-1)
-        tokens = chosen.tolist()
-        alive = [was and token not in stops for was, token in zip(alive, tokens, strict=True)]
-        if not any(alive):
+        chosen = state.logits.argmax(dim=-1)
+        said: list[int | None] = [None] * len(prompts)
+        alive = []
+        for index, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
+            if token not in stops:
+                said[row] = token
+                alive.append(index)
+        if not alive:
             return
-        yield [token if lives else None for token, lives in zip(tokens, alive, strict=True)]
-        if step + 1 < max_new_tokens:
-            embeddings = model.get_input_embeddings()(chosen[:, None])
-            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
-            positions = positions[:, -1:] + 1
+        yield said
+        if step + 1 == max_new_tokens:
+            return
+        if len(alive) < len(rows):  # nobody waits for an answer that has ended
+            state.select(alive)
+            chosen, rows = chosen[alive], [rows[index] for index in alive]
+        state.extend(model.get_input_embeddings()(chosen[:, None]), torch.ones_like(chosen[:, None]))
 
 
 def generate(
@@ -87,26 +102,109 @@ def generate(
     return answers
 
 
-def stop_token_ids(model: PreTrainedModel, tokenizer_eos: int | None) -> list[int]:
-    """Every token that ends an answer: the generation settings' and the tokenizer's."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = configured if isinstance(configured, list) else [configured]
-    return sorted({int(item) for item in [*ids, tokenizer_eos] if item is not None})
+@dataclass(frozen=True, kw_only=True)
+class ContinuationScore:
+    """How likely one continuation of a prompt is."""
+
+    logprob: float
+    """Sum of log-probabilities over its tokens."""
+    tokens: int
+    """Its length."""
+    greedy: bool
+    """Whether greedy decoding would have produced it."""
 
 
-def _left_pad(model: PreTrainedModel, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-    """Embeddings ``[B, T, D]`` and attention mask ``[B, T]``."""
+def option_scores(model: PreTrainedModel, prompt: Prompt, options: Sequence[Sequence[int]]) -> list[ContinuationScore]:
+    """Log-likelihood of several continuations of one prompt; see `score_options`."""
+    return score_options(model, [prompt], [options])[0]
+
+
+@torch.inference_mode()
+def score_options(
+    model: PreTrainedModel, prompts: Sequence[Prompt], options: Sequence[Sequence[Sequence[int]]]
+) -> list[list[ContinuationScore]]:
+    """Log-likelihood of several continuations of each prompt, which is run once for all of them.
+
+    Continuations of one token are read off the prompt's logits; longer ones share its keys and values.
+
+    Args:
+        model: causal language model or VLM in eval mode.
+        prompts: at least one.
+        options: token ids of each continuation of each prompt, at least one token each.
+
+    Returns:
+        One score per option, per prompt.
+    """
+    state = _read(model, prompts)
+    first = state.logits.log_softmax(dim=-1)
+    flat = [(row, option) for row, offered in enumerate(options) for option in offered]
+    longest = max((len(option) for _, option in flat), default=0)
+    rest: Tensor | None = None
+    if longest > 1:
+        state.branch([row for row, _ in flat])
+        ids = torch.zeros(len(flat), longest - 1, dtype=torch.long, device=first.device)
+        valid = torch.zeros_like(ids)
+        for index, (_, option) in enumerate(flat):
+            ids[index, : len(option) - 1] = torch.tensor(option[:-1])
+            valid[index, : len(option) - 1] = 1
+        embeddings = model.get_input_embeddings()(ids)
+        rest = state.extend(embeddings, valid, keep=0).log_softmax(dim=-1)
+    scores: list[list[ContinuationScore]] = [[] for _ in prompts]
+    for index, (row, option) in enumerate(flat):
+        steps = [first[row], *(() if rest is None else rest[index, : len(option) - 1])]
+        scores[row].append(
+            ContinuationScore(
+                logprob=sum(float(step[token]) for step, token in zip(steps, option, strict=True)),
+                tokens=len(option),
+                greedy=all(int(step.argmax()) == token for step, token in zip(steps, option, strict=True)),
+            )
+        )
+    return scores
+
+
+def _read(model: PreTrainedModel, prompts: Sequence[Prompt]) -> Decoder:
+    """Run prompts; afterwards row b of the decoder stands at the end of prompt b."""
+    decoder = Decoder(model)
     rows = [_embed(model, prompt) for prompt in prompts]
-    longest = max(row.shape[0] for row in rows)
-    embeddings = rows[0].new_zeros(len(rows), longest, rows[0].shape[1])
-    mask = torch.zeros(len(rows), longest, dtype=torch.long, device=embeddings.device)
-    for index, row in enumerate(rows):
-        embeddings[index, longest - row.shape[0] :] = row
-        mask[index, longest - row.shape[0] :] = 1
-    return embeddings, mask
+    groups = _groups(prompts) if decoder.can_share else [[index] for index in range(len(prompts))]
+    if len(groups) < len(prompts):
+        heads = [_common_length([prompts[index].input_ids for index in members]) for members in groups]
+        beginnings = [rows[members[0]][:length] for members, length in zip(groups, heads, strict=True)]
+        decoder.append(beginnings, head=False)
+        of_prompt = {index: number for number, members in enumerate(groups) for index in members}
+        decoder.branch([of_prompt[index] for index in range(len(prompts))])
+        rows = [row[heads[of_prompt[index]] :] for index, row in enumerate(rows)]
+    decoder.append(rows)
+    return decoder
+
+
+def _groups(prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Prompt numbers that begin with enough tokens in common, each prompt once."""
+    by_group: dict[Hashable, list[int]] = defaultdict(list)
+    for index, prompt in enumerate(prompts):
+        by_group[("alone", index) if prompt.group is None else ("group", prompt.group)].append(index)
+    result = []
+    for members in by_group.values():
+        shared = _common_length([prompts[index].input_ids for index in members])
+        if len(members) == 1 or shared >= _WORTH_SHARING:
+            result.append(members)
+        else:
+            result += [[index] for index in members]
+    return result
+
+
+def _common_length(ids: Sequence[Tensor]) -> int:
+    """How many tokens all rows begin with; at least one token of every row is left over."""
+    shortest = min(row.shape[0] for row in ids) - 1
+    same = torch.ones(shortest, dtype=torch.bool, device=ids[0].device)
+    for row in ids[1:]:
+        same &= row[:shortest] == ids[0][:shortest]
+    different = (~same).nonzero()
+    return int(different[0]) if len(different) else shortest
 
 
 def _embed(model: PreTrainedModel, prompt: Prompt) -> Tensor:
+    """Embeddings ``[T, D]`` with the visual tokens in their places."""
     table: Any = model.get_input_embeddings()
     ids = prompt.input_ids.to(table.weight.device)
     row = table(ids)
@@ -122,68 +220,3 @@ def _embed(model: PreTrainedModel, prompt: Prompt) -> Tensor:
     if prompt.features is not None:
         row = row.masked_scatter(places[:, None], prompt.features.to(row.dtype))
     return row
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContinuationScore:
-    """How likely one continuation of a prompt is."""
-
-    logprob: float
-    """Sum of log-probabilities over its tokens."""
-    tokens: int
-    """Its length."""
-    greedy: bool
-    """Whether greedy decoding would have produced it."""
-
-
-@torch.inference_mode()
-def option_scores(
-    model: PreTrainedModel, prompt: Prompt, options: Sequence[Sequence[int]]
-) -> list[ContinuationScore]:
-    """Log-likelihood of several continuations of one prompt, which is run once for all of them.
-
-    Args:
-        model: causal language model or VLM in eval mode.
-        prompt: the common beginning.
-        options: token ids of each continuation, at least one token each.
-    """
-    embeddings, mask = _left_pad(model, [prompt])
-    cache = DynamicCache(config=model.config.get_text_config())
-    cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    first = model(
-        inputs_embeds=embeddings, attention_mask=mask, use_cache=True, logits_to_keep=1, **{cache_name: cache}
-    ).logits[0, -1]
-    first_logprobs = first.float().log_softmax(dim=-1)
-    longest = max(len(option) for option in options)
-    if longest > 1:
-        cache.batch_repeat_interleave(len(options))
-        rest_logprobs = _continue(model, cache, cache_name, mask, options)
-    scores = []
-    for row, option in enumerate(options):
-        steps = [first_logprobs] + ([rest_logprobs[row, i] for i in range(len(option) - 1)] if longest > 1 else [])
-        values = [float(step[token]) for step, token in zip(steps, option, strict=True)]
-        greedy = all(int(step.argmax()) == token for step, token in zip(steps, option, strict=True))
-        scores.append(ContinuationScore(logprob=sum(values), tokens=len(option), greedy=greedy))
-    return scores
-
-
-def _continue(
-    model: PreTrainedModel, cache: DynamicCache, cache_name: str, mask: Tensor, options: Sequence[Sequence[int]]
-) -> Tensor:
-    """Log-probabilities ``[options, longest, C]`` after each token of the options, padded on the right."""
-    longest = max(len(option) for option in options)
-    ids = torch.zeros(len(options), longest, dtype=torch.long, device=mask.device)
-    valid = torch.zeros_like(ids)
-    for row, option in enumerate(options):
-        ids[row, : len(option)] = torch.tensor(option)
-        valid[row, : len(option)] = 1
-    start = int(mask.sum())
-    positions = torch.arange(start, start + longest, device=mask.device).expand(len(options), -1)
-    output = model(
-        inputs_embeds=model.get_input_embeddings()(ids),
-        attention_mask=torch.cat([mask.expand(len(options), -1), valid], dim=1),
-        position_ids=positions,
-        use_cache=True,
-        **{cache_name: cache},
-    )
-    return output.logits.float().log_softmax(dim=-1)

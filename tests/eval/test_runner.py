@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -308,36 +309,43 @@ def test_two_ranks_share_the_work(tmp_path: Path) -> None:
     assert sorted(names) == sorted([f"q{n}" for n in range(13) if n != 5] * 2)
 
 
+def _wait_for_an_answer(log: Path, processes: list[subprocess.Popen[bytes]]) -> None:
+    started = log.stat().st_size if log.exists() else 0
+    deadline = time.monotonic() + 20
+    while (log.stat().st_size if log.exists() else 0) == started and time.monotonic() < deadline:
+        if all(process.poll() is not None for process in processes):
+            return
+        time.sleep(0.01)
+
+
+def _without_times(path: Path) -> bytes:
+    return re.sub(rb'"(date|time|seconds)": ("[^"]*"|[0-9.e-]+|null)', b"", path.read_bytes())
+
+
 @pytest.mark.slow
 def test_kill_9_at_random_points(tmp_path: Path) -> None:
-    """After SIGKILL at random points and reruns with other numbers of ranks, the files are those of a quiet run."""
-    data = write_questions(tmp_path / "data", count=60, pictures=12)
+    """Two ranks are killed at random points twenty times; the files are those of a quiet run byte for byte, times aside."""
+    data = write_questions(tmp_path / "data", count=120, pictures=24)
     _finish(_start(data, tmp_path / "quiet", tmp_path / "quiet.log", 1, 0.0))
     generator = random.Random(7)
     kills = 0
     run, log = tmp_path / "run", tmp_path / "run.log"
-    for attempt in range(int(os.environ.get("MM_MOSLORA_KILLS", "6"))):
-        processes = _start(data, run, log, 1 + attempt % 2, 0.02)
-        victims = processes if attempt % 3 else processes[:1]
-        started = log.stat().st_size if log.exists() else 0
-        deadline = time.monotonic() + 20
-        while (log.stat().st_size if log.exists() else 0) == started and time.monotonic() < deadline:
-            if all(process.poll() is not None for process in processes):
-                break
-            time.sleep(0.01)
-        time.sleep(generator.uniform(0.0, 0.25))
-        for process in victims:
+    for _ in range(20):
+        processes = _start(data, run, log, 2, 0.02)
+        _wait_for_an_answer(log, processes)
+        generator.shuffle(processes)
+        for process in processes:  # one rank first, the other a moment later
+            time.sleep(generator.uniform(0.0, 0.15))
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
                 kills += 1
-        for process in processes:
             process.wait(timeout=60)
-    assert kills >= 3
+    assert kills >= 20
     _finish(_start(data, run, log, 2, 0.0))
     for name in FILES:
         for mode in ("own", "wrong"):
             ours, quiet = run / name.format(mode), tmp_path / "quiet" / name.format(mode)
-            assert stripped(ours) == stripped(quiet), name
+            assert _without_times(ours) == _without_times(quiet), name
     # At most one batch per rank and kill is asked twice; the failing sample is asked again by design.
     asked = [text.split()[1] for text in log.read_text().splitlines()]
-    assert len([name for name in asked if name != "q5"]) <= 2 * 59 + kills * 4
+    assert len([name for name in asked if name != "q5"]) <= 2 * 119 + kills * 4

@@ -204,7 +204,7 @@ def test_baselines_learn_from_the_set_or_from_training() -> None:
     by_question = baseline("question_majority", task(), made, data=data)
     assert by_question.score == pytest.approx(4 / 6)  # the question that occurs once is not given away
     assert by_question.about["learned_from"] == "the evaluated set"
-    training = [TrainingAnswer(" RED?", "no"), TrainingAnswer("once?", "never")]
+    training = [TrainingAnswer("Is it  RED?", "no"), TrainingAnswer("once?", "never")]
     trained = baseline("question_majority", task(), made, data=data, training=training)
     assert trained.about["learned_from"] == "training answers"
     assert trained.score == pytest.approx(2 / 6)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from mm_moslora.errors import EvalError, suggestion
 
-from ..documents import DataSet, Document, checked
+from ..documents import CONTEXT, DataSet, Document, checked
+from ..metrics.commonsense import LM_EVAL_TASKS, lm_eval_requests
 from .tsv import parse_list
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ def load(source: Source) -> DataSet:
             f"source.columns: {name!r} is not a field of ours.{suggestion(name, _OURS)} Fields: {', '.join(_OURS)}."
         )
     table, sha256 = _open(source)
+    if source.lm_eval_task is not None:
+        documents = checked(_choices(table, source), source=source.path)
+        return DataSet(documents=documents, path=source.path, sha256=sha256)
     for ours, theirs in source.columns.items():
         names = [part.strip() for part in theirs.split(",")]
         missing = [name for name in names if name not in table.column_names]
@@ -75,6 +79,33 @@ def _documents(table: Any, source: Source) -> Iterator[Document]:
     columns = source.columns
     for number, row in enumerate(table):
         yield document(row, columns, default_id=str(number))
+
+
+def _choices(table: Any, source: Source) -> Iterator[Document]:
+    """Records of a commonsense task as lm-evaluation-harness puts them."""
+    task = source.lm_eval_task
+    assert task is not None
+    if task not in LM_EVAL_TASKS:
+        raise EvalError(
+            f"source.lm_eval_task {task!r} is not known.{suggestion(task, LM_EVAL_TASKS)} "
+            f"Known: {', '.join(LM_EVAL_TASKS)}."
+        )
+    for number, row in enumerate(table):
+        try:
+            choice = lm_eval_requests(task, row)
+        except (KeyError, ValueError, IndexError) as error:
+            raise EvalError(
+                f"{source.path}, row {number} is no record of {task} ({error!r}); the original columns are needed."
+            ) from error
+        contexts = [context for context, _ in choice.requests]
+        shared = len(set(contexts)) == 1
+        yield Document(
+            id=str(number),
+            question=contexts[0],
+            options={letter: text[1:] for letter, (_, text) in zip(_LETTERS, choice.requests, strict=False)},
+            answers=(_LETTERS[choice.gold],),
+            extra={} if shared else {f"{CONTEXT}{_LETTERS[i]}": text for i, text in enumerate(contexts)},
+        )
 
 
 def document(row: Mapping[str, Any], columns: Mapping[str, str], *, default_id: str = "0") -> Document:

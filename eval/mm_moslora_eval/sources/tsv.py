@@ -91,13 +91,18 @@ def parse_list(text: str) -> list[str]:
     ]
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def read_columns(path: Path, *, required: tuple[str, ...] = ("index",)) -> list[Row]:
+    """The rows of any TSV with these columns, cells as they stand."""
+    return list(_rows(path, required=required))
+
+
+def _rows(path: Path, *, required: tuple[str, ...] = ("index", "answer")) -> Iterator[Row]:
     # One cell may hold a picture of many megabytes.
     csv.field_size_limit(sys.maxsize)
     for strict in (True, False):
         try:
             with path.open(encoding="utf-8-sig", newline="") as stream:
-                rows = list(_checked_rows(csv.reader(stream, delimiter="\t", strict=strict), path))
+                rows = list(_checked_rows(csv.reader(stream, delimiter="\t", strict=strict), path, required))
         except csv.Error as error:
             if strict and "unexpected end of data" not in str(error):
                 continue  # text after a closing quote: harmless, and common in the field's files
@@ -108,11 +113,11 @@ def _rows(path: Path) -> Iterator[Row]:
         return
 
 
-def _checked_rows(reader: Iterator[list[str]], path: Path) -> Iterator[Row]:
+def _checked_rows(reader: Iterator[list[str]], path: Path, required: tuple[str, ...]) -> Iterator[Row]:
     header = next(reader, None)
     if not header:
         raise EvalError(f"{path} is empty; expected a header with index, question, answer.")
-    missing = [name for name in ("index", "answer") if name not in header]
+    missing = [name for name in required if name not in header]
     if missing and not (missing == ["answer"] and "answers" in header):
         raise EvalError(f"{path} has no column {', '.join(missing)}; found {', '.join(header)}.")
     for number, cells in enumerate(reader, start=2):

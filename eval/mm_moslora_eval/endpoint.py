@@ -1,0 +1,292 @@
+"""Any OpenAI-compatible endpoint: one client with retries, and the model behind the runner's `Model` protocol.
+
+Standard library only. The key comes from the environment and is never written anywhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mm_moslora.errors import EvalError
+from mm_moslora.redaction import redact_text
+
+from .documents import digest
+from .model import Answer, ImageLike, Message, OptionRequest, OptionScore, Request
+
+KEY_NAMES = ("MM_MOSLORA_API_KEY", "OPENAI_API_KEY")
+"""Environment variables that may hold the key, first one first."""
+
+_MOST_WAIT = 60.0
+_PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_HOPELESS = frozenset({401, 403, 404, 405})
+_FIRST_BYTES = {b"\x89PNG": "png", b"\xff\xd8": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
+
+_T = TypeVar("_T")
+
+
+@dataclass
+class Usage:
+    """What was asked of an endpoint; safe to count from several threads."""
+
+    calls: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, reply: dict[str, Any], *, retries: int) -> None:
+        """Count one call."""
+        used = reply.get("usage") or {}
+        with self._lock:
+            self.calls += 1
+            self.retries += retries
+            self.prompt_tokens += int(used.get("prompt_tokens") or 0)
+            self.completion_tokens += int(used.get("completion_tokens") or 0)
+
+    def to_dict(self) -> dict[str, int]:
+        """The counts."""
+        names = ("calls", "retries", "prompt_tokens", "completion_tokens")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """An OpenAI-compatible server and the model asked there."""
+
+    url: str
+    """Up to and including `/v1`."""
+    model: str
+    timeout: float = 300.0
+    """Seconds for one attempt."""
+    attempts: int = 6
+    first_wait: float = 1.0
+    """Seconds before the second attempt; it doubles each time, up to a minute. `Retry-After` is obeyed."""
+    usage: Usage = field(default_factory=Usage, compare=False)
+
+    @classmethod
+    def parse(cls, text: str) -> Endpoint:
+        """Read `URL#MODEL`.
+
+        Raises:
+            EvalError: no URL, no model, or a key within the URL.
+        """
+        url, separator, model = text.partition("#")
+        if not url.startswith(("http://", "https://")) or not separator or not model:
+            raise EvalError(
+                f"{redact_text(text)!r} names no endpoint; expected URL#MODEL, such as http://127.0.0.1:8000/v1#my-model."
+            )
+        if "@" in url.split("//", 1)[1].split("/", 1)[0]:
+            raise EvalError(f"An endpoint's URL holds no password; put the key into {KEY_NAMES[0]} instead.")
+        return cls(url=url.rstrip("/"), model=model)
+
+    def chat(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """One chat completion; waits and tries again where that can help.
+
+        Raises:
+            EvalError: the server refuses the key, the model or the address.
+            RuntimeError: this request failed.
+        """
+        body = json.dumps({"model": self.model, **payload}).encode()
+        wait = self.first_wait
+        for attempt in range(self.attempts):
+            try:
+                reply = self._post(body)
+            except _TryAgainError as error:
+                if attempt + 1 == self.attempts:
+                    raise RuntimeError(f"{self.url}: {error} after {self.attempts} attempts") from error
+                # Jitter, so that parallel requests do not come back all at once.
+                time.sleep(min(_MOST_WAIT, error.wait if error.wait is not None else wait * random.uniform(0.75, 1.25)))
+                wait *= 2
+            else:
+                self.usage.add(reply, retries=attempt)
+                return reply
+        raise AssertionError("unreachable")
+
+    def _post(self, body: bytes) -> dict[str, Any]:
+        key = next((value for name in KEY_NAMES if (value := os.environ.get(name))), None)
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        request = urllib.request.Request(f"{self.url}/chat/completions", data=body, headers=headers)  # noqa: S310
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:  # noqa: S310
+                reply = json.load(response)
+        except urllib.error.HTTPError as error:
+            text = redact_text(error.read(2000).decode("utf-8", "replace")).strip()
+            if error.code in _PASSING:
+                raise _TryAgainError(
+                    f"HTTP {error.code}: {text}", _retry_after(error.headers.get("Retry-After"))
+                ) from error
+            if error.code in _HOPELESS:
+                raise EvalError(
+                    f"{self.url} answered HTTP {error.code}: {text}. Check the address, the model {self.model!r} and "
+                    f"the key in {' or '.join(KEY_NAMES)}."
+                ) from error
+            raise RuntimeError(f"{self.url} answered HTTP {error.code}: {text}") from error
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            raise _TryAgainError(str(getattr(error, "reason", error)), None) from error
+        except json.JSONDecodeError as error:
+            raise _TryAgainError(f"the reply is no JSON ({error})", None) from error
+        if not isinstance(reply, dict) or not reply.get("choices"):
+            raise RuntimeError(f"{self.url} answered without choices: {redact_text(json.dumps(reply))[:500]}")
+        return reply
+
+
+class _TryAgainError(Exception):
+    def __init__(self, text: str, wait: float | None) -> None:
+        super().__init__(text)
+        self.wait = wait
+
+
+def _retry_after(text: str | None) -> float | None:
+    try:
+        return max(0.0, float(text)) if text else None
+    except ValueError:  # a date; the doubling wait will do
+        return None
+
+
+def in_parallel(call: Any, items: Sequence[_T], *, workers: int) -> Iterator[tuple[int, Any]]:
+    """Call a function on every item in threads; yields (number, result) as they come, and raises what failed last.
+
+    A failure does not cost the others their results; an `EvalError` stops everything at once.
+    """
+    pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="endpoint")
+    failure: Exception | None = None
+    try:
+        waiting: dict[Future[Any], int] = {pool.submit(call, item): number for number, item in enumerate(items)}
+        for done in as_completed(waiting):
+            error = done.exception()
+            if error is None:
+                yield waiting[done], done.result()
+            elif isinstance(error, EvalError) or not isinstance(error, Exception):
+                raise error
+            else:
+                failure = error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    if failure is not None:
+        raise failure
+
+
+class EndpointModel:
+    """A model behind an OpenAI-compatible server (vLLM, SGLang, our own, a provider).
+
+    Its fingerprint knows the address and the model's name only: nobody can see from here whether the weights behind a
+    name have changed.
+
+    Args:
+        endpoint: where to ask.
+        reference: one request at a time.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, reference: bool = False) -> None:
+        self.endpoint, self._reference = endpoint, reference
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.endpoint.model} at {self.endpoint.url}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash over address and model name."""
+        return digest(["endpoint", self.endpoint.url, self.endpoint.model])
+
+    def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
+        """See `mm_moslora_eval.model.Model.generate`; `batch_size` is how many requests are under way at a time."""
+        yield from in_parallel(self._answer, requests, workers=1 if self._reference else batch_size)
+
+    def loglikelihood(
+        self, requests: Sequence[OptionRequest], *, batch_size: int
+    ) -> Iterator[tuple[int, tuple[OptionScore, ...]]]:
+        """Options of one token, from the 20 most likely first tokens.
+
+        Raises:
+            RuntimeError: an option is not among them, so the endpoint does not tell how likely it is.
+        """
+        yield from in_parallel(self._score, requests, workers=1 if self._reference else batch_size)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _answer(self, request: Request) -> Answer:
+        payload: dict[str, Any] = {
+            "messages": chat_messages(request.messages, request.images),
+            "max_tokens": request.max_new_tokens,
+            "temperature": 0,
+        }
+        if request.stop:
+            payload["stop"] = list(request.stop)
+        reply = self.endpoint.chat(payload)
+        choice = reply["choices"][0]
+        return Answer(
+            text=str(choice["message"].get("content") or ""),
+            tokens=int((reply.get("usage") or {}).get("completion_tokens") or 0),
+            finish_reason="length" if choice.get("finish_reason") == "length" else "stop",
+        )
+
+    def _score(self, item: OptionRequest) -> tuple[OptionScore, ...]:
+        if item.request.raw:
+            raise EvalError("The protocol scores bare texts, which an endpoint's chat does not; use a folder of ours.")
+        payload = {
+            "messages": chat_messages(item.request.messages, item.request.images),
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": True,
+            "top_logprobs": 20,
+        }
+        choice = self.endpoint.chat(payload)["choices"][0]
+        first = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
+        known: dict[str, float] = {}
+        for entry in first:
+            text = str(entry["token"]).strip()
+            known[text] = max(known.get(text, float("-inf")), float(entry["logprob"]))
+        missing = [option for option in item.options if option not in known]
+        if missing:
+            raise RuntimeError(f"the endpoint gives no probability for option {missing[0]!r} among its first tokens")
+        best = max(known, key=lambda text: known[text])
+        return tuple(OptionScore(logprob=known[option], tokens=1, greedy=option == best) for option in item.options)
+
+
+def chat_messages(messages: Sequence[Message], images: Sequence[ImageLike]) -> list[dict[str, Any]]:
+    """Messages in the OpenAI form, pictures as data URLs in their places."""
+    left = iter(images)
+    result: list[dict[str, Any]] = []
+    for message in messages:
+        if all(isinstance(part, str) for part in message.content):
+            result.append({"role": message.role, "content": message.text})
+            continue
+        parts = [
+            {"type": "text", "text": part}
+            if isinstance(part, str)
+            else {"type": "image_url", "image_url": {"url": data_url(next(left))}}
+            for part in message.parts
+        ]
+        result.append({"role": message.role, "content": parts})
+    return result
+
+
+def data_url(image: ImageLike) -> str:
+    """A picture as a data URL: files as they are, opened pictures as PNG."""
+    if isinstance(image, bytes | Path):
+        data = image if isinstance(image, bytes) else image.read_bytes()
+        kind = next((name for start, name in _FIRST_BYTES.items() if data.startswith(start)), None)
+        if kind is not None:
+            return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        from .images import open_image
+
+        image = open_image(data)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,226 @@
+"""Judges: grading free answers with a language model behind an OpenAI-compatible endpoint.
+
+Replies are cached by content as JSON files, so that scoring again costs nothing; calls and tokens are counted, and a
+budget ends the grading before it is exceeded. The wording of the questions to the judge is our own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.errors import EvalError
+
+from .answers import write_atomically
+from .documents import Document, digest
+from .endpoint import Endpoint, in_parallel
+from .metrics import judged, mathvista
+
+_TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)  # VLMEvalKit's ladder: a reply that cannot be read is asked for again
+_WORKERS = 4
+
+
+class BudgetError(EvalError):
+    """The judge's budget is used up."""
+
+
+class Judge:
+    """A judge with a cache and a budget.
+
+    Args:
+        endpoint: where it answers.
+        cache: folder of the replies.
+        budget_tokens: most tokens (prompt and completion) to pay for in this process; None: no limit.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, cache: Path, budget_tokens: int | None = None) -> None:
+        self.endpoint, self._cache, self._budget = endpoint, cache, budget_tokens
+        self.cached = 0
+        cache.mkdir(parents=True, exist_ok=True)
+
+    def ask(self, prompt: str, *, max_tokens: int = 256, temperature: float = 0.0) -> str:
+        """The judge's reply, from the cache where it was given before.
+
+        Raises:
+            BudgetError: the budget is used up.
+            EvalError: the endpoint refuses.
+            RuntimeError: it failed.
+        """
+        messages = [{"role": "user", "content": prompt}]
+        payload: dict[str, Any] = {"messages": messages, "max_tokens": max_tokens, "temperature": temperature}
+        place = self._cache / f"{digest([self.endpoint.model, payload])}.json"
+        if place.is_file():
+            self.cached += 1
+            return str(json.loads(place.read_text(encoding="utf-8"))["reply"])
+        usage = self.endpoint.usage
+        spent = usage.prompt_tokens + usage.completion_tokens
+        if self._budget is not None and spent >= self._budget:
+            raise BudgetError(
+                f"The judge has used {spent} of {self._budget} tokens; nothing more is asked. What it said is kept: "
+                "score again with a larger --judge-budget."
+            )
+        reply = self.endpoint.chat(payload)
+        text = str(reply["choices"][0]["message"].get("content") or "")
+        stored = {"model": self.endpoint.model, "request": payload, "reply": text, "usage": reply.get("usage")}
+        write_atomically(place, json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
+        return text
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the result file: who judged, and what it cost."""
+        return {"model": self.endpoint.model, "url": self.endpoint.url, "cached": self.cached} | (
+            self.endpoint.usage.to_dict()
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grade:
+    """What a judge makes of one answer."""
+
+    score: float
+    """0 to 1."""
+    reply: str
+    """The words that were read; the last ones when none could be."""
+    readable: bool
+    numbers: tuple[float, ...] = ()
+    """llavabench: the scores of the reference and of the model, 1 to 10, or -1."""
+
+
+_MMVET = """\
+You grade answers to questions about pictures. Compare the answer with the reference and give a correctness score \
+between 0.0 (all wrong) and 1.0 (all right) in steps of 0.1. <AND> in the reference joins parts that must all be \
+there; <OR> joins alternatives of which one is enough. Judge what is said, not how it is worded.
+
+Question: What is in the bowl and what is beside it?
+Reference: an apple <AND> a spoon
+Answer: There is an apple in the bowl.
+Score: 0.5
+
+Question: What does the sign say?
+Reference: stop <OR> halt
+Answer: The sign reads "STOP".
+Score: 1.0
+
+Question: How many birds are on the wire?
+Reference: 4
+Answer: There are seven birds.
+Score: 0.0
+
+Question: {question}
+Reference: {reference}
+Answer: {answer}
+Reply with the number only.
+Score:"""
+
+_LLAVABENCH = """\
+A person asked a question about a picture. The picture is described to you in words, because you cannot see it. Two \
+assistants answered. Rate how helpful, relevant, accurate and detailed each answer is on a scale from 1 to 10. On the \
+first line write two numbers separated by a space: the rating of assistant 1, then that of assistant 2. Explain below.
+
+[Picture]
+{caption}
+
+[Question]
+{question}
+
+[Assistant 1]
+{reference}
+
+[Assistant 2]
+{answer}
+"""
+
+_MATHVISTA = """\
+Below are a question and what somebody answered. Copy out the final answer, and nothing else: the letter of the \
+choice, the number, or the list. If there is no final answer, reply with the word none.
+
+Question: {question}
+Choices: {choices}
+Response: {answer}
+Final answer:"""
+
+
+def grade_mmvet(judge: Judge, document: Document, answer: str) -> Grade:
+    """MM-Vet: the first readable grade of up to five replies; none is 0, and not readable."""
+    prompt = _MMVET.format(question=document.question, reference=_joined(document), answer=answer)
+    reply = ""
+    for temperature in _TEMPERATURES:
+        reply = judge.ask(prompt, max_tokens=8, temperature=temperature)
+        grade = judged.mmvet_grade(reply)
+        if grade is not None:
+            return Grade(score=grade, reply=reply, readable=True)
+    return Grade(score=0.0, reply=reply, readable=False)
+
+
+def grade_llavabench(judge: Judge, document: Document, answer: str) -> Grade:
+    """LLaVA-Bench: ratings of the reference and of the answer; the score is the answer's divided by ten."""
+    reference = document.extra.get("gpt4_ans") or _joined(document)
+    prompt = _LLAVABENCH.format(
+        caption=document.extra.get("caption", "(no description)"), question=document.question, reference=reference,
+        answer=answer,
+    )  # fmt: skip
+    reply = judge.ask(prompt, max_tokens=1024)
+    numbers = judged.llavabench_scores(reply)
+    readable = numbers != judged.UNPARSED
+    return Grade(score=min(1.0, max(0.0, numbers[1] / 10)), reply=reply, readable=readable, numbers=numbers)
+
+
+def extract_mathvista(judge: Judge, document: Document, answer: str) -> str:
+    """MathVista: the final answer within a long one; an answer that fits as it stands is not sent."""
+    question = mathvista.Question(
+        question_type="multi_choice" if document.options else document.extra.get("question_type", "free_form"),
+        answer_type=document.extra.get("answer_type", "text"),
+        choices=tuple(document.options.values()),
+    )
+    stripped = answer.strip()
+    short = stripped in (*question.choices, *document.options)
+    if not stripped or short or (question.answer_type in ("integer", "float") and _is_number(stripped)):
+        return answer
+    choices = "; ".join(f"({letter}) {text}" for letter, text in document.options.items()) or "none"
+    reply = judge.ask(_MATHVISTA.format(question=document.question, choices=choices, answer=answer), max_tokens=64)
+    return "" if reply.strip().lower().rstrip(".") == "none" else reply.strip()
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _joined(document: Document) -> str:
+    text = " <OR> ".join(document.answers)
+    return text.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ").replace("  ", " ")
+
+
+GRADERS: dict[str, Callable[[Judge, Document, str], Grade]] = {
+    "judge_mmvet": grade_mmvet,
+    "judge_llavabench": grade_llavabench,
+}
+"""Metric of a task -> how a judge grades one answer."""
+
+
+def grade_all(judge: Judge, metric: str, given: Sequence[tuple[Document, str | None]]) -> list[Grade | None]:
+    """Grade answers; None for one that never came.
+
+    Raises:
+        BudgetError: see `Judge.ask`.
+        EvalError: the judge cannot be reached.
+    """
+    graded: list[Grade | None] = [None] * len(given)
+    asked = [index for index, (_, answer) in enumerate(given) if answer is not None]
+    grader = GRADERS[metric]
+
+    def call(index: int) -> Grade:
+        document, answer = given[index]
+        return grader(judge, document, answer or "")
+
+    try:
+        for number, grade in in_parallel(call, asked, workers=_WORKERS):
+            graded[asked[number]] = grade
+    except RuntimeError as error:
+        raise EvalError(f"The judge failed: {error}. Its replies so far are kept; score again.") from error
+    return graded

@@ -1,0 +1,53 @@
+"""From what `--model` says to a model: a folder of ours, `hf:ID`, `openai:URL#MODEL` or `replay:FILE`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from mm_moslora.errors import EvalError
+
+if TYPE_CHECKING:
+    from .model import Model
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+def open_model(name: str, *, precision: Precision = "auto", reference: bool = False) -> Model:
+    """Load a model.
+
+    Args:
+        name: `FOLDER` (a run, a checkpoint or an export), `hf:ID_OR_FOLDER`, `openai:URL#MODEL`, `replay:FILE`.
+        precision: dtype of the weights; auto: bf16 on an accelerator that has it, else fp32.
+        reference: one question at a time, nothing shared.
+
+    Raises:
+        EvalError: not such a name, or nothing loadable there.
+        ModelError: the folder holds no model of ours.
+    """
+    if not name:
+        raise EvalError("No model was given. Add --model FOLDER, hf:ID, openai:URL#MODEL or replay:FILE.")
+    kind, separator, rest = name.partition(":")
+    if separator and kind == "openai":
+        from .endpoint import Endpoint, EndpointModel
+
+        return EndpointModel(Endpoint.parse(rest), reference=reference)
+    if separator and kind == "replay":
+        from .replay import ReplayModel
+
+        return ReplayModel(Path(rest))
+    from mm_moslora.training.engine import dtype_of, resolve_precision
+
+    dtype = dtype_of(resolve_precision(precision))
+    if separator and kind == "hf":
+        from .transformers_model import TransformersModel
+
+        return TransformersModel.from_pretrained(rest, dtype=dtype, reference=reference)
+    if not Path(name).is_dir():
+        raise EvalError(
+            f"--model {name!r} is no folder. Give the folder of a run, a checkpoint or an export, or hf:ID, "
+            "openai:URL#MODEL, replay:FILE."
+        )
+    from .local import LocalModel
+
+    return LocalModel.from_folder(Path(name), dtype=dtype, reference=reference)

@@ -1,0 +1,271 @@
+"""One self-contained HTML page of an evaluation run, and one of a comparison. No torch, no network.
+
+Whatever a model or a data set wrote is escaped; the page's content policy forbids everything but its own style and
+script.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from mm_moslora.config import build_strictly
+from mm_moslora.errors import EvalError, MoSLoRAError
+from mm_moslora.redaction import redact_text
+
+from .answers import write_atomically
+from .images import open_image
+from .results import TaskResult, read_results
+from .suite import Comparison, compare, read_samples
+from .task import Task
+
+MOST_SAMPLES = 60
+"""Samples shown per task and image mode: failures first, then what could not be read, then wrong and right ones."""
+MOST_CATEGORIES = 40
+_THUMBNAIL = 176
+_LONGEST = 1200
+"""Characters of a prompt or an answer; the whole ones are in samples.jsonl."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_MODES = {
+    "own": "own", "blind": "mean colour", "wrong": "another item's", "majority": "none (majority)",
+    "question_majority": "none (per question)",
+}  # fmt: skip
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Write the report of a run.
+
+    Args:
+        run: its folder, with `results.json`.
+        out: the HTML file; None: `report.html` in the folder.
+
+    Raises:
+        EvalError: nothing was scored there.
+    """
+    results = read_results(run)
+    if not results:
+        raise EvalError(f"{run} holds no results; expected a results.json. Run or score the evaluation first.")
+    data = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    tasks: dict[str, list[TaskResult]] = {}
+    for result in results:
+        tasks.setdefault(f"{result.task}@{result.protocol}", []).append(result)
+    model = next((r.about["model"] for r in results if r.about.get("model")), {"name": run.name, "fingerprint": ""})
+    page = _render(
+        "report.html.j2",
+        title=f"Evaluation of {model['name']}",
+        model=model,
+        date=data["date"],
+        environment=data["environment"],
+        rows=[_row(result) for result in results],
+        tasks=[_task(name, found, run) for name, found in tasks.items()],
+    )
+    target = out or run / "report.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, page)
+    return target
+
+
+def write_comparison(comparisons: Sequence[Comparison], out: Path) -> Path:
+    """Write comparisons as a page, the samples that changed included."""
+    page = _render(
+        "comparison.html.j2",
+        title="A against B",
+        comparisons=[{"it": item, "bar": _difference_bar(item), "changed": _changed(item)} for item in comparisons],
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, page)
+    return out
+
+
+def _render(template: str, **context: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("mm_moslora_eval"), autoescape=True, undefined=StrictUndefined, finalize=_printable,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters.update(score=format_score, short=_short)
+    assets = resources.files("mm_moslora_eval") / "templates"
+    script = (assets / "report.js").read_text(encoding="utf-8")
+    return environment.get_template(template).render(
+        style=Markup((assets / "report.css").read_text(encoding="utf-8")),  # noqa: S704  (shipped with the package)
+        script=Markup(script),  # noqa: S704
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **context,
+    )
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, Markup):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return redact_text(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", value), keep_hashes=True)
+    return value
+
+
+def _short(text: str | None) -> str:
+    text = text or ""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({len(text)} characters)"
+
+
+def format_score(value: float | None) -> str:
+    """A share as percent, a sum (MME) as it stands, nan as a dash."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:.1f}" if abs(value) > 2 else f"{100 * value:.1f}"
+
+
+def _row(result: TaskResult) -> dict[str, Any]:
+    bar = None
+    if not math.isnan(result.low) and result.high <= 1:  # a sum such as MME's has no place on this scale
+        bar = {"score": 100 * result.score, "low": 100 * result.low, "high": 100 * result.high}
+    return {
+        "it": result, "bar": bar, "mode": _MODES.get(result.mode, result.mode),
+        "baseline": result.mode in ("majority", "question_majority"), "unscored": result.about.get("unscored"),
+    }  # fmt: skip
+
+
+def _task(name: str, results: Sequence[TaskResult], run: Path) -> dict[str, Any]:
+    first = results[0]
+    galleries = []
+    for result in results:
+        place = run / name / result.mode
+        if (place / "samples.jsonl").is_file():
+            galleries.append(_gallery(place, result))
+    return {
+        "name": name,
+        "anchor": re.sub(r"[^\w-]", "-", name),
+        "about": first.about,
+        "rows": [_row(result) for result in results],
+        "verdicts": _verdicts(name, results, run),
+        "published": first.about.get("published", []),
+        "modes": [result.mode for result in results if result.metrics],
+        "metrics": [
+            (key, [result.metrics.get(key) for result in results if result.metrics])
+            for key in dict.fromkeys(key for result in results for key in result.metrics)
+        ],
+        "categories": _categories(first),
+        "galleries": galleries,
+    }
+
+
+def _verdicts(name: str, results: Sequence[TaskResult], run: Path) -> list[str]:
+    """Whether the model looks: own pictures against the controls, sample by sample."""
+    scored = {result.mode for result in results if not math.isnan(result.score)}
+    said = []
+    for control, words in (("blind", "no picture"), ("wrong", "another item's picture")):
+        if not {"own", control} <= scored:
+            continue
+        pair = compare(run / name / "own", run / name / control).paired
+        better = "better than" if pair.low > 0 else "worse than" if pair.high < 0 else "no different from"
+        said.append(
+            f"With its own pictures the model is {better} with {words}: {100 * pair.difference:+.1f} points "
+            f"(95 % {100 * pair.low:+.1f} to {100 * pair.high:+.1f}, {pair.wins} samples gained, {pair.losses} lost)."
+        )
+    return said
+
+
+def _categories(result: TaskResult) -> list[dict[str, Any]]:
+    if len(result.categories) < 2:
+        return []
+    return [
+        {"name": name} | {key: None if value != value else value for key, value in numbers.items()}
+        for name, numbers in list(result.categories.items())[:MOST_CATEGORIES]
+    ]
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    if row["failed"]:
+        return "failed"
+    if row["score"] is None:
+        return "unscored"
+    if not row["inferable"]:
+        return "unread"
+    return "right" if row["score"] >= 1.0 else "partly" if row["score"] > 0 else "wrong"
+
+
+def _gallery(place: Path, result: TaskResult) -> dict[str, Any]:
+    rows = read_samples(place)
+    by_verdict: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_verdict.setdefault(_verdict(row), []).append(row)
+    chosen: list[dict[str, Any]] = []
+    kinds = [by_verdict.get(kind, []) for kind in ("failed", "unread", "wrong", "partly", "right", "unscored")]
+    for number, kind in enumerate(kinds):
+        left = sum(1 for other in kinds[number:] if other)
+        share = (MOST_SAMPLES - len(chosen)) // max(1, left)
+        chosen += _spread(kind, share)
+    chosen.sort(key=lambda row: row["index"])
+    pictures = _pictures(place, result, [row["id"] for row in chosen])
+    shown = [
+        row | {"verdict": _verdict(row), "thumbnails": _thumbnails(row, pictures.get(row["id"], ()))} for row in chosen
+    ]
+    counts = {kind: len(members) for kind, members in by_verdict.items()}
+    return {
+        "mode": result.mode, "label": _MODES.get(result.mode, result.mode), "samples": shown, "total": len(rows),
+        "counts": counts,
+    }  # fmt: skip
+
+
+def _spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """At most `count` rows, spread over all of them."""
+    if len(rows) <= count:
+        return list(rows)
+    return [rows[index * len(rows) // count] for index in range(count)] if count else []
+
+
+def _pictures(place: Path, result: TaskResult, ids: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    """Pictures that are no files of their own (TSV, parquet), read from the data again where it is at hand."""
+    if result.mode != "own":
+        return {}
+    described = json.loads((place / "task.json").read_text(encoding="utf-8"))
+    if described["task"]["source"]["kind"] != "hf":
+        described["task"]["source"] |= {"path": described["data"]["path"], "md5": None}
+    try:
+        data = build_strictly(Task, described["task"], source=str(place)).load()
+    except (MoSLoRAError, OSError, ImportError):
+        return {}
+    wanted = set(ids)
+    return {document.id: document.images for document in data.documents if document.id in wanted}
+
+
+def _thumbnails(row: dict[str, Any], images: Sequence[Any]) -> list[Markup]:
+    sources = [Path(path) for path in row["paths"] if path] or list(images)
+    made = []
+    for source in sources[:4]:
+        try:
+            picture = open_image(source)
+        except (OSError, ValueError):
+            continue
+        picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=70)
+        made.append(Markup("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()))  # noqa: S704
+    return made
+
+
+def _difference_bar(item: Comparison) -> dict[str, float]:
+    """Places in percent on a scale that is symmetric around 0."""
+    pair = item.paired
+    numbers = [abs(value) for value in (pair.low, pair.high, pair.difference) if not math.isnan(value)]
+    reach = max([*numbers, 1e-9]) * 1.15
+    return {
+        name: 50 + 50 * (value if not math.isnan(value) else 0.0) / reach
+        for name, value in (("low", pair.low), ("high", pair.high), ("at", pair.difference))
+    }
+
+
+def _changed(item: Comparison) -> list[dict[str, Any]]:
+    pairs = _spread([{"a": a, "b": b} for a, b in item.samples], MOST_SAMPLES)
+    return [pair | {"gained": pair["a"]["score"] > pair["b"]["score"]} for pair in pairs]

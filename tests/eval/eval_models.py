@@ -1,0 +1,22 @@
+"""A tiny exported LLaVA whose answers differ from question to question."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+
+def export_tiny(folder: Path, language: Path, vision: Path) -> Path:
+    from mm_moslora.config import ModelConfig, VisionConfig
+    from mm_moslora.models.build import assemble
+    from mm_moslora.models.processor import save_processor
+
+    assembly = assemble(ModelConfig(language=str(language), vision=VisionConfig(name=str(vision))))
+    torch.manual_seed(3)
+    for name, weight in assembly.model.model.language_model.named_parameters():
+        if "layers" in name and weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=0.3)
+    assembly.model.save_pretrained(folder)
+    save_processor(assembly.processor, folder)
+    return folder

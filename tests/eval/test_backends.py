@@ -1,0 +1,207 @@
+"""Everything that can answer: our model, transformers models, OpenAI-compatible servers, stored answers."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from mm_moslora_eval.endpoint import Endpoint, EndpointModel
+from mm_moslora_eval.model import IMAGE, Message, Model, OptionRequest, Request
+from mm_moslora_eval.open_model import open_model
+from mm_moslora_eval.registry import get_task
+from mm_moslora_eval.replay import ReplayModel
+from mm_moslora_eval.runner import Settings
+from mm_moslora_eval.suite import evaluate
+
+from mm_moslora.errors import EvalError
+from tests.eval.eval_data import picture
+from tests.eval.eval_server import serve
+
+ONE = Settings(batch_size=4, rank=0, world_size=1)
+
+
+def request(name: str, text: str, *images: bytes, **options: object) -> Request:
+    content = (*([IMAGE] * len(images)), "\n" * bool(images) + text)
+    return Request(id=name, messages=(Message(role="user", content=content),), images=images, **options)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, language_folder: Path, vision_folder: Path) -> Path:
+    """A tiny stock LLaVA on disk."""
+    from mm_moslora.config import ModelConfig, VisionConfig
+    from mm_moslora.models.build import assemble
+    from mm_moslora.models.processor import save_processor
+
+    folder = tmp_path_factory.mktemp("exported")
+    assembly = assemble(ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(vision_folder))))
+    torch.manual_seed(3)
+    for name, weight in assembly.model.model.language_model.named_parameters():
+        if "layers" in name and weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=0.3)  # answers differ between questions
+    assembly.model.save_pretrained(folder)
+    save_processor(assembly.processor, folder)
+    return folder
+
+
+QUESTIONS = [
+    request("a", "what color?", picture(1), max_new_tokens=5),
+    request("b", "is it a circle or a square, red or blue?", picture(1), max_new_tokens=5),
+    request("c", "yes?", picture(1), max_new_tokens=5),
+    request("d", "what color?", picture(2), max_new_tokens=5),
+    request("e", "say <image> no", max_new_tokens=5),
+]
+
+
+def test_our_model_in_batches_answers_as_in_reference_mode(exported: Path) -> None:
+    fast, slow = (
+        open_model(str(exported), precision="fp32"),
+        open_model(str(exported), precision="fp32", reference=True),
+    )
+    assert isinstance(fast, Model)
+    assert fast.fingerprint == slow.fingerprint
+    expected = dict(slow.generate(QUESTIONS, batch_size=8))
+    assert dict(fast.generate(QUESTIONS, batch_size=8)) == expected
+    assert dict(fast.generate(QUESTIONS, batch_size=2)) == expected
+    assert len({answer.text for answer in expected.values()}) == len(QUESTIONS)
+    options = [OptionRequest(request=item, options=("yes", "no", "red", "green")) for item in QUESTIONS]
+    ours, reference = dict(fast.loglikelihood(options, batch_size=8)), dict(slow.loglikelihood(options, batch_size=1))
+    for index in range(len(QUESTIONS)):
+        assert [s.logprob for s in ours[index]] == pytest.approx([s.logprob for s in reference[index]], abs=1e-4)
+        assert [s.tokens for s in ours[index]] == [s.tokens for s in reference[index]]
+    fast.close()
+
+
+def test_transformers_backend_agrees_with_ours_on_the_same_weights(exported: Path) -> None:
+    ours, theirs = open_model(str(exported), precision="fp32"), open_model(f"hf:{exported}", precision="fp32")
+    pictures = QUESTIONS[:4]
+    expected = dict(ours.generate(pictures, batch_size=1))
+    found = dict(theirs.generate([*pictures, request("f", "say no", max_new_tokens=5)], batch_size=4))
+    assert [found[i].text.strip() for i in range(4)] == [expected[i].text.strip() for i in range(4)]
+    assert [found[i].finish_reason for i in range(4)] == [expected[i].finish_reason for i in range(4)]
+    options = [OptionRequest(request=item, options=("yes", "no")) for item in pictures]
+    a, b = dict(ours.loglikelihood(options, batch_size=4)), dict(theirs.loglikelihood(options, batch_size=4))
+    for index in range(4):
+        assert [s.logprob for s in a[index]] == pytest.approx([s.logprob for s in b[index]], abs=1e-3)
+
+
+def test_a_language_model_answers_text_tasks_and_refuses_pictures(language_folder: Path) -> None:
+    model = open_model(f"hf:{language_folder}", precision="fp32")
+    (found,) = dict(model.generate([request("f", "say no", max_new_tokens=5)], batch_size=1)).values()
+    assert found.finish_reason in ("stop", "length")
+    with pytest.raises(EvalError, match="is a language model"):
+        list(model.generate([QUESTIONS[0]], batch_size=1))
+
+
+def test_endpoint_gets_pictures_in_place_and_survives_429_and_500(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MM_MOSLORA_API_KEY", "sk-test-0123456789abcdef")
+    with serve(lambda payload: payload["messages"][-1]["content"][-1]["text"].upper(), faults=[429, 500]) as server:
+        endpoint = Endpoint(url=server.url, model="m", first_wait=0.01)
+        model = EndpointModel(endpoint)
+        answers = dict(model.generate(QUESTIONS[:4], batch_size=3))
+    assert answers[0].text == "WHAT COLOR?"
+    assert answers[0].finish_reason == "stop"
+    first = next(p for p in server.payloads if p["messages"][-1]["content"][-1]["text"] == "what color?")
+    url = first["messages"][-1]["content"][0]["image_url"]["url"]
+    assert base64.b64decode(url.removeprefix("data:image/png;base64,")) in (picture(1), picture(2))
+    assert first["model"] == "m"
+    assert first["max_tokens"] == 5
+    assert first["temperature"] == 0
+    assert set(server.keys) == {"Bearer sk-test-0123456789abcdef"}
+    assert endpoint.usage.to_dict() == {
+        "calls": 4, "retries": 2, "prompt_tokens": 40, "completion_tokens": sum(a.tokens for a in answers.values()),
+    }  # fmt: skip
+
+
+def test_endpoint_failure_costs_only_its_own_sample(question_file: Path, tmp_path: Path) -> None:
+    def reply(payload: dict) -> str | dict:
+        text = payload["messages"][-1]["content"][-1]["text"]
+        return {"nothing": 1} if "colour is it? (1)" in text else "yes"
+
+    with serve(reply) as server:
+        model = EndpointModel(Endpoint(url=server.url, model="m", attempts=2, first_wait=0.01))
+        (result,) = evaluate(
+            model, get_task(f"llava:{question_file}"), tmp_path / "run", modes=("own",), baselines=(), settings=ONE
+        )
+    assert (result.counts.total, result.counts.failed) == (12, 2)
+
+
+@pytest.mark.parametrize("code", [401, 404])
+def test_endpoint_that_refuses_everything_ends_the_run_at_once(code: int) -> None:
+    with serve(lambda _: "never", faults=[code] * 50) as server:
+        model = EndpointModel(Endpoint(url=server.url, model="m"))
+        with pytest.raises(EvalError, match=f"HTTP {code}.*Check the address"):
+            list(model.generate(QUESTIONS[:4], batch_size=1))
+    assert len(server.payloads) <= 2
+
+
+def test_endpoint_gives_up_after_its_attempts() -> None:
+    with serve(lambda _: "never", faults=[503] * 50) as server:
+        model = EndpointModel(Endpoint(url=server.url, model="m", attempts=3, first_wait=0.001))
+        with pytest.raises(RuntimeError, match=r"HTTP 503.*after 3 attempts"):
+            list(model.generate(QUESTIONS[:1], batch_size=1))
+    assert len(server.payloads) == 3
+
+
+def test_endpoint_scores_options_from_the_first_tokens_and_never_guesses() -> None:
+    def reply(_: dict) -> dict:
+        top = [{"token": " B", "logprob": -0.1}, {"token": "A", "logprob": -3.0}, {"token": "B", "logprob": -5.0}]
+        choice = {
+            "message": {"content": "B"},
+            "finish_reason": "length",
+            "logprobs": {"content": [{"top_logprobs": top}]},
+        }
+        return {"choices": [choice]}
+
+    with serve(reply) as server:
+        model = EndpointModel(Endpoint(url=server.url, model="m"))
+        ((_, scores),) = model.loglikelihood([OptionRequest(request=QUESTIONS[0], options=("A", "B"))], batch_size=1)
+        assert [score.logprob for score in scores] == [-3.0, -0.1]
+        assert [score.greedy for score in scores] == [False, True]
+        with pytest.raises(RuntimeError, match="no probability for option 'C'"):
+            list(model.loglikelihood([OptionRequest(request=QUESTIONS[0], options=("A", "C"))], batch_size=1))
+
+
+@pytest.mark.parametrize(
+    "name", ["openai:no-url", "openai:http://127.0.0.1/v1", "openai:http://me:pw@host/v1#m", "nowhere"]
+)
+def test_a_model_name_that_means_nothing_is_explained(name: str) -> None:
+    with pytest.raises(EvalError) as error:
+        open_model(name)
+    assert "pw" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["ours", "llava", "json", "tsv"])
+def test_replay_reads_every_form_and_scores_like_the_model(form: str, question_file: Path, tmp_path: Path) -> None:
+    answers = {f"q{n}": ("yes", "no", "blue", "green")[n % 4] for n in range(12)}
+    path = tmp_path / {"ours": "a.jsonl", "llava": "b.jsonl", "json": "c.json", "tsv": "d.tsv"}[form]
+    if form == "json":
+        path.write_text(json.dumps(answers))
+    elif form == "tsv":
+        path.write_text("index\tprediction\n" + "".join(f"{k}\t{v}\n" for k, v in answers.items()))
+    else:
+        key = "id" if form == "ours" else "question_id"
+        path.write_text("".join(json.dumps({key: k, "text": v}) + "\n" for k, v in answers.items()))
+    task = get_task(f"llava:{question_file}")
+    (result,) = evaluate(ReplayModel(path), task, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    assert result.score == 1.0
+    assert result.counts.failed == 0
+
+
+def test_replay_without_an_answer_counts_a_failure(question_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"id": f"q{n}", "text": "yes"}) + "\n" for n in range(11)))
+    task = get_task(f"llava:{question_file}")
+    (result,) = evaluate(ReplayModel(path), task, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    assert result.counts.failed == 1
+    with pytest.raises(EvalError, match="row 1 is a question"):
+        ReplayModel(question_file)
+
+
+def test_replay_refuses_two_answers_to_one_question(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": "q", "text": "yes"}\n{"id": "q", "text": "no"}\n')
+    with pytest.raises(EvalError, match="two different answers to 'q'"):
+        ReplayModel(path)
