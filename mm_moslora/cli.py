@@ -27,6 +27,8 @@ data_app = App(name="data", help="Look at training data before the run.")
 eval_app = App(name="eval", help="Measure a model on tasks; infer and score are separate steps.")
 app.command(data_app)
 app.command(eval_app)
+adapters_app = App(name="adapters", help="Look into adapter folders.")
+app.command(adapters_app)
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
 
@@ -73,7 +75,8 @@ def _set_up_logging() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=f"{prefix}%(message)s", force=True)
     logging.getLogger("mm_moslora").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.getLogger("mm_moslora_eval").setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    for chatty in ("DeepSpeed", "bitsandbytes", "torchao"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
 
 
 def _quiet_libraries() -> None:
@@ -300,6 +303,24 @@ def quickstart(
     from mm_moslora.quickstart.run import quickstart as run_quickstart
 
     return run_quickstart(images=images, encoder=encoder, output=output, stamps_deb=stamps_deb, smoke=smoke)
+
+
+@adapters_app.command(name="inspect")
+def adapters_inspect(folder: Path, *, picture: Path | None = None) -> int:
+    """Show what an adapter learned, module by module: norms, effective rank, and how far its mixers moved.
+
+    Parameters
+    ----------
+    folder
+        Adapter folder, such as RUN/checkpoint-000500/adapter.
+    picture
+        Also draw the mixers and the singular values by depth into this PNG file.
+    """
+    _quiet_libraries()
+    from mm_moslora.adapters.inspect import inspection
+
+    print(inspection(folder, picture=picture))
+    return 0
 
 
 @data_app.command(name="check")

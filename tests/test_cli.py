@@ -120,6 +120,14 @@ def test_merge_and_export_write_folders_that_say_how_close_they_are(trained, tmp
 
 
 @pytest.mark.slow
+def test_inspect_shows_every_module_and_draws_a_picture(trained, tmp_path, capsys):
+    adapter = trained / "checkpoint-000002" / "adapter"
+    assert run(["adapters", "inspect", str(adapter), "--picture", str(tmp_path / "mixers.png")]) == 0
+    assert capsys.readouterr().out.count("q_proj") == 2
+    assert (tmp_path / "mixers.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 def test_report_of_a_run(trained, capsys):
     assert run(["report", str(trained)]) == 0
     assert (trained / "report.html").read_text().startswith("<!doctype html>")
