@@ -256,6 +256,8 @@ def _summarise(
     exported: dict[str, Any],
     smoke: bool,
 ) -> None:
+    from mm_moslora.training.loop import peak_memory_gib
+
     tune = json.loads((folder / "tune" / "summary.json").read_text())
     adapter: AdapterConfig = load_recipe("quickstart_tune").adapter
     write_json(
@@ -267,6 +269,7 @@ def _summarise(
             "description": f"{encoder} + {tune['tokens_per_image']} visual tokens + SmolLM2-135M-Instruct, MoSLoRA "
             f"rank {adapter.rank} ({adapter.mixer_init} mixer) in every linear layer, on {images}.",
             "seconds": clock.total,
+            "memory_gib": max(tune["memory_gib"], peak_memory_gib()),
             "stages": clock.seconds,
             "hardware": hardware(),
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
