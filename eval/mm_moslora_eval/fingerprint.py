@@ -18,5 +18,6 @@ def weights_fingerprint(model: PreTrainedModel, *texts: str) -> str:
         digest.update(text.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        # A counter is a tensor without dimensions, which cannot be viewed as bytes.
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
