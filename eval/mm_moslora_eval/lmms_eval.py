@@ -90,7 +90,7 @@ class MoSLoRALmms(lmms):  # type: ignore[misc,valid-type]
         task: str,
         split: str,
     ) -> Request:
-        images = [] if visual is None else [item for item in visual(self.task_dict[task][split][doc_id]) or []]
+        images = [] if visual is None else list(visual(self.task_dict[task][split][doc_id]) or [])
         until = settings.get("until") or []
         return Request(
             id=f"{task}/{split}/{doc_id}/{number}",

@@ -111,9 +111,7 @@ class TransformersModel:
         """See `mm_moslora_eval.model.Model.loglikelihood`; one full forward pass per option."""
         for index, item in enumerate(requests):
             if item.request.raw:
-                raise EvalError(
-                    "The protocol scores bare texts, which only our own models do here; use a folder of ours."
-                )
+                raise EvalError("The protocol scores bare texts, which only a folder of ours can do here.")
             inputs = self._inputs([item.request])
             yield index, tuple(self._score(inputs, option) for option in item.options)
 

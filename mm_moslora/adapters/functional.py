@@ -132,13 +132,31 @@ def fused_linear(
         ``[..., D_out]`` in the dtype of x, or of autocast. Differentiable once.
     """
     dropout = exact_rate(dropout)
-    seed = int(torch.randint(2**62, (), device="cpu")) if dropout else 0
+    seed = _draw_seed() if dropout else 0
     device = x.device.type
     if not torch.is_autocast_enabled(device):
         return _FusedLinear.apply(x, weight, bias, A, M, B, scaling, dropout, seed)  # type: ignore[no-any-return]
     half = x.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
         return _FusedLinear.apply(half, weight, bias, A, M, B, scaling, dropout, seed)  # type: ignore[no-any-return]
+
+
+def _draw_seed() -> int:
+    return int(torch.randint(2**62, (), device="cpu"))
+
+
+def seeded_dropout(x: Tensor, dropout: float) -> Tensor:
+    """Dropout of x with the mask that `fused_linear` would draw, so that a layer drops the same entries on either path.
+
+    Args:
+        x: ``[..., D]``.
+        dropout: probability of dropping an entry.
+    """
+    dropout = exact_rate(dropout)
+    if not dropout:
+        return x
+    rows = x.reshape(-1, x.shape[-1])
+    return (rows * dropout_mask(rows, dropout, _draw_seed())).view_as(x) / (1.0 - dropout)
 
 
 def dropout_mask(rows: Tensor, dropout: float, seed: int) -> Tensor:

@@ -16,7 +16,7 @@ from peft.tuners.lora.dora import DoraConv2dLayer, DoraEmbeddingLayer, DoraLinea
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from mm_moslora.adapters.functional import combine, fold
+from mm_moslora.adapters.functional import combine, fold, seeded_dropout
 
 
 class MoSLoRAVariant(LoraVariant):
@@ -30,7 +30,10 @@ class MoSLoRAVariant(LoraVariant):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """``result + s B(M(A(dropout(x))))``, by calling the submodules: their hooks (ZeRO-3, FSDP) must fire."""
-        z = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
+        dropout = module.lora_dropout[active_adapter]
+        if module.training and isinstance(dropout, nn.Dropout):
+            x = seeded_dropout(x, dropout.p)
+        z = module.lora_A[active_adapter](x)
         branch = module.lora_B[active_adapter](module.lora_mixer[active_adapter](z))
         total: Tensor = result + branch * module.scaling[active_adapter]
         return total

@@ -324,7 +324,7 @@ def _without_times(path: Path) -> bytes:
 
 @pytest.mark.slow
 def test_kill_9_at_random_points(tmp_path: Path) -> None:
-    """Two ranks are killed at random points twenty times; the files are those of a quiet run byte for byte, times aside."""
+    """Two ranks killed twenty times at random points end with the files of a quiet run byte for byte, times aside."""
     data = write_questions(tmp_path / "data", count=120, pictures=24)
     _finish(_start(data, tmp_path / "quiet", tmp_path / "quiet.log", 1, 0.0))
     generator = random.Random(7)

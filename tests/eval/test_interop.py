@@ -1,0 +1,195 @@
+"""Our checkpoints in other harnesses give the scores that our runner gives; skipped where a harness is missing."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from mm_moslora_eval.miniature import SCENES
+from mm_moslora_eval.registry import get_task
+from mm_moslora_eval.runner import Settings
+from mm_moslora_eval.suite import evaluate, read_samples
+
+from tests.eval.eval_data import picture
+from tests.eval.eval_models import export_tiny
+
+ONE = Settings(batch_size=4, rank=0, world_size=1)
+ROOT = Path(__file__).parents[2]
+needs_lm_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (pip install mm-moslora[lm-eval])"
+)
+needs_lmms_eval = pytest.mark.skipif(
+    importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed (mm-moslora[lmms-eval])"
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, language_folder: Path, vision_folder: Path) -> Path:
+    return export_tiny(tmp_path_factory.mktemp("tiny"), language_folder, vision_folder)
+
+
+WORDS = ("red square", "a blue circle", "no colour", "yes", "the green one", "is it")
+
+
+def piqa_file(folder: Path) -> Path:
+    rows = [
+        {"goal": f"what is {WORDS[n % 6]}?", "sol1": WORDS[(n + 1) % 6], "sol2": WORDS[(3 * n + 2) % 6] + " shape",
+         "label": n % 2}
+        for n in range(24)
+    ]  # fmt: skip
+    path = folder / "piqa.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def continuation_task(folder: Path, data: Path, kind: str, choice: str) -> Path:
+    path = folder / f"{kind}_{choice}.yaml"
+    path.write_text(
+        f"name: {kind}\nsource: {{kind: hf, path: {data}, lm_eval_task: {kind}}}\n"
+        "prompt: {template: '{question}'}\n"
+        f"decoding: {{kind: continuation, choice: {choice}}}\nmetric: equal\n"
+    )
+    return path
+
+
+def test_bare_continuations_are_scored_as_a_full_forward_pass_scores_them(tiny: Path, tmp_path: Path) -> None:
+    import torch
+    from mm_moslora_eval.open_model import open_model
+
+    rows = [{"sentence": "the _ is red square", "option1": "circle", "option2": "green shape", "answer": "2"}]
+    data = tmp_path / "winogrande.jsonl"
+    data.write_text(json.dumps(rows[0]) + "\n")
+    model = open_model(str(tiny), precision="fp32")
+    task = get_task(str(continuation_task(tmp_path, data, "winogrande", "sum")))
+    evaluate(model, task, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    (row,) = read_samples(tmp_path / "run" / "winogrande@own" / "own")
+    tokenizer = model.assembly.tokenizer
+    for letter, option in (("A", "circle"), ("B", "green shape")):
+        context, text = f"the {option}", " is red square"
+        ids = tokenizer.encode(context + text)
+        start = len(tokenizer.encode(context))
+        with torch.no_grad():
+            steps = model.model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        expected = sum(float(steps[place - 1, ids[place]]) for place in range(start, len(ids)))
+        assert row["logprobs"][letter] == pytest.approx(expected, abs=1e-4)
+
+
+@needs_lm_eval
+def test_lm_eval_gets_the_scores_of_our_runner(tiny: Path, tmp_path: Path) -> None:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+    from mm_moslora_eval.lm_eval import lm_eval_model
+    from mm_moslora_eval.open_model import open_model
+
+    data = piqa_file(tmp_path)
+    config = {
+        "task": "local_piqa", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "Question: {{goal}}\nAnswer:",
+        "doc_to_target": "label", "doc_to_choice": "{{[sol1, sol2]}}",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }  # fmt: skip
+    results = lm_eval.simple_evaluate(
+        model=lm_eval_model(tiny, dtype="fp32"), tasks=[config], task_manager=TaskManager(include_defaults=False),
+        log_samples=True, bootstrap_iters=0,
+    )  # fmt: skip
+    theirs = results["results"]["local_piqa"]
+    model = open_model(str(tiny), precision="fp32")
+    for choice, metric in (("sum", "acc"), ("per_character", "acc_norm")):
+        task = get_task(str(continuation_task(tmp_path, data, "piqa", choice)))
+        (ours,) = evaluate(model, task, tmp_path / choice, modes=("own",), baselines=(), settings=ONE)
+        assert ours.score == pytest.approx(theirs[f"{metric},none"], abs=1e-9)
+    rows = read_samples(tmp_path / "sum" / "piqa@own" / "own")
+    samples = sorted(results["samples"]["local_piqa"], key=lambda sample: sample["doc_id"])
+    for row, sample in zip(rows, samples, strict=True):
+        values = [float(response[0][0]) for response in sample["resps"]]
+        assert list(row["logprobs"].values()) == pytest.approx(values, abs=1e-3)
+    assert 0 < sum(row["score"] for row in rows) < 24  # the comparison is not about all or nothing
+
+
+@needs_lmms_eval
+def test_lmms_eval_gets_the_scores_of_our_runner(tiny: Path, tmp_path: Path) -> None:
+    import datasets
+    from lmms_eval import evaluator
+    from lmms_eval.tasks import TaskManager
+    from mm_moslora_eval.lmms_eval import MoSLoRALmms
+
+    images, questions = [scene.png() for scene in SCENES], ["what color?", "is it red?"]
+    rows = [(image, question) for image in images for question in questions]
+    model = MoSLoRALmms(pretrained=str(tiny), precision="fp32", batch_size=4)
+    table = datasets.Dataset.from_dict(
+        {"image": [{"bytes": image, "path": None} for image, _ in rows], "question": [question for _, question in rows],
+         "answer": ["red"] * len(rows)}
+    ).cast_column("image", datasets.Image())  # fmt: skip
+    answers = [answer for _, answer in sorted(model.answering.generate(_requests(rows), batch_size=4))]
+    # References that are right for every other document, so that the score is neither 0 nor 1.
+    right = [answers[n].text.strip() if n % 2 else "red" for n in range(len(rows))]
+    table = table.remove_columns("answer").add_column("answer", right)
+    table.to_parquet(str(tmp_path / "test.parquet"))
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "local_vqa.yaml").write_text(
+        "task: local_vqa\ndataset_path: parquet\ndataset_kwargs:\n"
+        f"  data_files:\n    test: {tmp_path / 'test.parquet'}\n"
+        "test_split: test\noutput_type: generate_until\n"
+        "doc_to_visual: !function local_vqa.visual\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+        "generation_kwargs: {max_new_tokens: 6, until: ['STOP']}\n"
+        "metric_list:\n- {metric: exact_match, aggregation: mean, higher_is_better: true}\nmetadata: {version: 0}\n"
+    )
+    (tasks / "local_vqa.py").write_text("def visual(doc):\n    return [doc['image'].convert('RGB')]\n")
+    results = evaluator.simple_evaluate(
+        model=model, tasks=["local_vqa"], task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        batch_size=4, log_samples=True, bootstrap_iters=0,
+    )  # fmt: skip
+    task = tmp_path / "ours.yaml"
+    task.write_text(
+        f"name: ours\nsource: {{kind: hf, path: {tmp_path / 'test.parquet'}}}\nprompt: {{template: '{{question}}'}}\n"
+        "decoding: {max_new_tokens: 6, stop: [STOP]}\n"
+    )
+    (ours,) = evaluate(
+        model.answering, get_task(str(task)), tmp_path / "run", modes=("own",), baselines=(), settings=ONE
+    )  # fmt: skip
+    theirs = results["results"]["local_vqa"]["exact_match,none"]
+    assert ours.score == pytest.approx(theirs, abs=1e-9)
+    assert 0 < theirs < 1
+    said = [sample["resps"][0][0] for sample in sorted(results["samples"]["local_vqa"], key=lambda s: s["doc_id"])]
+    assert said == [row["text"].strip() for row in read_samples(tmp_path / "run" / "ours@own" / "own")]
+
+
+def _requests(rows: list[tuple[bytes, str]]):
+    from mm_moslora_eval.model import IMAGE, Message, Request
+
+    return [
+        Request(
+            id=str(n), messages=(Message(role="user", content=(IMAGE, "\n" + question)),), images=(image,),
+            max_new_tokens=6,
+        )
+        for n, (image, question) in enumerate(rows)
+    ]  # fmt: skip
+
+
+@needs_lmms_eval
+def test_the_entry_point_names_a_class_that_lmms_eval_can_build() -> None:
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["lmms_eval.models"]
+    module, _, name = points["mm_moslora"].partition(":")
+    manifest = getattr(importlib.import_module(module), name)()
+    module, _, name = manifest.simple_class_path.rpartition(".")
+    model = getattr(importlib.import_module(module), name)
+    assert not model.__abstractmethods__
+    assert manifest.model_id == "mm_moslora"
+
+
+def test_vlmevalkit_example_answers_a_message(tiny: Path, tmp_path: Path) -> None:
+    from mm_moslora_eval.vlmevalkit_example import MoSLoRAModel
+
+    (tmp_path / "a.png").write_bytes(picture(1))
+    model = MoSLoRAModel(str(tiny), max_new_tokens=5, precision="fp32")
+    message = [{"type": "image", "value": str(tmp_path / "a.png")}, {"type": "text", "value": "what color?"}]
+    assert not model.use_custom_prompt("MMBench_DEV_EN")
+    expected = dict(model.model.generate(_requests([(picture(1), "what color?")]), batch_size=1))[0].text
+    said = model.generate(message, dataset="MMBench_DEV_EN")
+    assert said
+    assert expected.strip().startswith(said[:3])
