@@ -331,13 +331,15 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     """Read a recipe by path or by the name of a shipped preset, and apply dotted overrides.
 
     Args:
-        name_or_path: a YAML file, or one of `recipe_names()`.
+        name_or_path: a YAML file, one of `recipe_names()`, or the folder of a run or checkpoint.
         overrides: `optim.lr=1e-4` items; values are read as YAML, list items are addressed by number.
 
     Raises:
         ConfigError: no such recipe, an unknown key or an impossible value.
     """
     path = Path(name_or_path)
+    if path.is_dir():
+        path = _recipe_of_run(path)
     if not path.is_file():
         preset = RECIPES_FOLDER / f"{name_or_path}.yaml"
         if path.suffix in (".yaml", ".yml") or not preset.is_file():
@@ -353,6 +355,15 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
             raise ConfigError(f"Override {item!r} is not of the form key=value, such as optim.lr=1e-4.")
         _set_dotted(data, key.strip().lstrip("-").split("."), _parse_scalar(value), item)
     return Recipe.from_dict(data, source=str(path))
+
+
+def _recipe_of_run(folder: Path) -> Path:
+    """The resolved recipe that a run left in its newest checkpoint."""
+    found = [folder / "config.yaml", *sorted(folder.glob("checkpoint-*/config.yaml"), reverse=True)]
+    for path in found:
+        if path.is_file():
+            return path
+    raise ConfigError(f"{folder} is a folder without config.yaml, neither a checkpoint nor a run with checkpoints.")
 
 
 def recipe_names() -> list[str]:

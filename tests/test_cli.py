@@ -128,6 +128,14 @@ def test_inspect_shows_every_module_and_draws_a_picture(trained, tmp_path, capsy
 
 
 @pytest.mark.slow
+def test_data_view_takes_a_run_folder(trained, tmp_path, capsys):
+    assert run(["data", "view", str(trained), "--count", "1"]) == 0
+    assert "what is the color?" in capsys.readouterr().out
+    assert run(["data", "view", str(tmp_path)]) == 1
+    assert "a folder without config.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_report_of_a_run(trained, capsys):
     assert run(["report", str(trained)]) == 0
     assert (trained / "report.html").read_text().startswith("<!doctype html>")

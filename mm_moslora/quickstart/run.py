@@ -100,7 +100,7 @@ def quickstart(
         results = evaluate_all(folder, data, name=images)
     with clock.stage("export"):
         exported = _export(folder)
-    _summarise(folder, images=images, encoder=encoder, clock=clock, parts=parts, exported=exported, smoke=smoke)
+    _summarise(folder, data, images=images, encoder=encoder, clock=clock, exported=exported, smoke=smoke)
     from mm_moslora.report import build_report
 
     build_report(folder, folder / "report.html")
@@ -248,11 +248,11 @@ def _export(folder: Path) -> dict[str, Any]:
 
 def _summarise(
     folder: Path,
+    data: DatasetFiles,
     *,
     images: Images,
     encoder: Encoder,
     clock: _Clock,
-    parts: _Parts,
     exported: dict[str, Any],
     smoke: bool,
 ) -> None:
@@ -278,7 +278,7 @@ def _summarise(
                 name: metadata.version(name) for name in ("torch", "transformers", "peft", "deepspeed", "mm-moslora")
             },
             "licences": {asset.what: asset.licence for asset in assets.ALL},
-            "commands": [{"what": what, "command": command} for what, command in _commands(folder)],
+            "commands": [{"what": what, "command": command} for what, command in _commands(folder, data.images)],
         },
     )
 
@@ -291,17 +291,20 @@ def hardware() -> str:
     return f"{names[0] if names else platform.processor()}, {len(names)} cores, {int(memory) / 2**20:.0f} GiB"
 
 
-def _commands(folder: Path) -> list[tuple[str, str]]:
+def _commands(folder: Path, pictures: Path) -> list[tuple[str, str]]:
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     return [
         ("Talk to it", f"mm-moslora chat {shown}/tune --image PICTURE"),
         ("Hand it on", f"mm-moslora export {shown}/tune {shown}/handed-on"),
-        ("Measure it again", f"mm-moslora eval run {shown}/tune llava:{shown}/data/test.jsonl"),
+        (
+            "Measure it again",
+            f"mm-moslora eval run llava:{shown}/data/test.jsonl@{pictures} --model {shown}/tune --output {shown}/again",
+        ),
         ("See what is supervised", f"mm-moslora data view {shown}/tune"),
     ]
 
 
 def _closing(folder: Path, clock: _Clock, data: DatasetFiles) -> str:
     lines = [f"Took {format_seconds(clock.total)} in all. Look at {folder / 'report.html'}", ""]
-    lines += [f"{what + ':':<24}{command}" for what, command in _commands(folder)]
+    lines += [f"{what + ':':<24}{command}" for what, command in _commands(folder, data.images)]
     return "\n".join(lines)
