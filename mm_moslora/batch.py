@@ -15,9 +15,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
-"""Label of a position that is not supervised (the convention of torch's cross entropy and of transformers)."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Example:

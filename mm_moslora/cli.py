@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from mm_moslora import __version__
+from mm_moslora.cli_eval import eval_app, quiet_libraries
 from mm_moslora.errors import ConfigError, MoSLoRAError
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ app = App(
     help="Assemble a vision-language model, tune it with MoSLoRA, measure it, hand it on.",
 )
 data_app = App(name="data", help="Look at training data before the run.")
-eval_app = App(name="eval", help="Measure a model on tasks; infer and score are separate steps.")
 app.command(data_app)
 app.command(eval_app)
 adapters_app = App(name="adapters", help="Look into adapter folders.")
@@ -79,17 +79,6 @@ def _set_up_logging() -> None:
         logging.getLogger(chatty).setLevel(logging.ERROR)
 
 
-def _quiet_libraries() -> None:
-    """Switch off the libraries' own bars and notices; ours say what matters."""
-    import warnings
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|deepspeed|timm|open_clip)(\.|$)")
-
-
 def _recipe(name: str, tokens: tuple[str, ...]) -> Recipe:
     from mm_moslora.config import load_recipe
 
@@ -132,7 +121,7 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
         Save and stop after this optimiser step.
     """
     resolved = _recipe(recipe, overrides)
-    _quiet_libraries()
+    quiet_libraries()
     from mm_moslora import distributed
     from mm_moslora.training.loop import train as run_training
 
@@ -188,7 +177,7 @@ def export(
     dtype
         Dtype of the written weights.
     """
-    _quiet_libraries()
+    quiet_libraries()
     from mm_moslora.models.export import export_lora, export_model
     from mm_moslora.models.load import load
     from mm_moslora.training.engine import dtype_of
@@ -225,7 +214,7 @@ def chat(
     max_new_tokens
         Longest answer, tokens.
     """
-    _quiet_libraries()
+    quiet_libraries()
     from mm_moslora.serve.chat import Chat, interactive
 
     talk = Chat.from_folder(model, max_new_tokens=max_new_tokens)
@@ -299,7 +288,7 @@ def quickstart(
     smoke
         Everything in two minutes, at lower quality.
     """
-    _quiet_libraries()
+    quiet_libraries()
     from mm_moslora.quickstart.run import quickstart as run_quickstart
 
     return run_quickstart(images=images, encoder=encoder, output=output, stamps_deb=stamps_deb, smoke=smoke)
@@ -316,7 +305,7 @@ def adapters_inspect(folder: Path, *, picture: Path | None = None) -> int:
     picture
         Also draw the mixers and the singular values by depth into this PNG file.
     """
-    _quiet_libraries()
+    quiet_libraries()
     from mm_moslora.adapters.inspect import inspection
 
     print(inspection(folder, picture=picture))
@@ -326,7 +315,7 @@ def adapters_inspect(folder: Path, *, picture: Path | None = None) -> int:
 @data_app.command(name="check")
 def data_check(recipe: str, *overrides: Overrides) -> int:
     """Read every record and picture of a recipe's data and say what is wrong; exit code 1 when the run would stop."""
-    _quiet_libraries()
+    quiet_libraries()
     from mm_moslora.datacheck import check_recipe
 
     return _print_all(*check_recipe(_recipe(recipe, overrides)))
@@ -335,240 +324,10 @@ def data_check(recipe: str, *overrides: Overrides) -> int:
 @data_app.command(name="view")
 def data_view(recipe: str, *overrides: Overrides, count: int = 3, start: int = 0) -> int:
     """Show records as the trainer sees them, supervised tokens coloured."""
-    _quiet_libraries()
+    quiet_libraries()
     from mm_moslora.datacheck import view_recipe
 
     return _print_all(view_recipe(_recipe(recipe, overrides), start=start, count=count), 0)
-
-
-ModelName = Annotated[
-    str, Parameter(help="A folder (run, checkpoint, export), hf:ID, openai:URL#MODEL or replay:FILE.")
-]
-JudgeName = Annotated[
-    str | None, Parameter(help="URL#MODEL of an OpenAI-compatible judge; the key is read from the environment.")
-]
-
-
-@eval_app.command(name="run")
-def eval_run(
-    *tasks: str,
-    model: ModelName = "",
-    output: Path = Path("runs/eval"),
-    protocol: str | None = None,
-    modes: tuple[Literal["own", "blind", "wrong"], ...] = ("own",),
-    baselines: tuple[Literal["majority", "question_majority"], ...] = (),
-    batch_size: int = 8,
-    limit: int | None = None,
-    samples: tuple[str, ...] = (),
-    seed: int = 0,
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-    reference: bool = False,
-    dry_run: bool = False,
-    judge: JudgeName = None,
-    judge_budget: int | None = None,
-    max_failed_share: float = 0.0,
-    report: bool = True,
-) -> int:
-    """Ask a model the questions of tasks and score the answers; the same command again asks only what is missing.
-
-    Exit code 0: all scored; 1: an error; 3: more samples failed than --max-failed-share allows.
-
-    Parameters
-    ----------
-    tasks
-        NAME, NAME@PROTOCOL, a task file, llava:FILE[@IMAGE_FOLDER] or tsv:FILE; see `mm-moslora eval list`.
-    output
-        Run folder; it belongs to one model.
-    protocol
-        For tasks that name none.
-    modes
-        Pictures shown: own (the real ones), blind (their mean colour), wrong (another item's).
-    baselines
-        Answers without a model, scored alike.
-    batch_size
-        Questions decoded together; for an endpoint, requests under way.
-    limit
-        Only the first so many documents.
-    samples
-        Only documents with these ids.
-    seed
-        Picks the wrong pictures.
-    precision
-        Dtype of the weights; auto: bf16 where the hardware is fast at it, else fp32.
-    reference
-        One question at a time, nothing shared: slow, for comparisons.
-    dry_run
-        Print the first prompts and leave.
-    judge_budget
-        Most tokens to spend on the judge.
-    max_failed_share
-        Share of failed samples, 0 to 1, up to which the exit code is 0.
-    report
-        Write report.html into the run folder.
-    """
-    from mm_moslora_eval import cli as evaluation
-
-    names = evaluation.with_protocol(tasks, protocol)
-    if dry_run:
-        print(evaluation.dry_run(names))
-        return 0
-    _quiet_libraries()
-    from mm_moslora_eval.open_model import open_model
-    from mm_moslora_eval.runner import Settings
-
-    settings = Settings(batch_size=1 if reference else batch_size, limit=limit, samples=samples, seed=seed)
-    results = evaluation.run(
-        lambda: open_model(model, precision=precision, reference=reference),
-        names,
-        output,
-        modes=modes,
-        baselines=baselines,
-        settings=settings,
-        progress=evaluation.Bars(),
-        judge=evaluation.make_judge(judge, output, budget=judge_budget),
-    )
-    return _eval_results(results, output, max_failed_share=max_failed_share, report=report) if settings.rank == 0 else 0
-
-
-@eval_app.command(name="score")
-def eval_score(
-    answers: Path,
-    *,
-    protocol: str | None = None,
-    judge: JudgeName = None,
-    judge_budget: int | None = None,
-    max_failed_share: float = 0.0,
-    report: bool = True,
-) -> int:
-    """Score stored answers again; needs no model and no data.
-
-    Parameters
-    ----------
-    answers
-        A run folder, a task folder in it, or its answers.jsonl.
-    protocol
-        NAME@PROTOCOL whose extraction and metric are used instead.
-    judge_budget
-        Most tokens to spend on the judge.
-    max_failed_share
-        Share of failed samples, 0 to 1, up to which the exit code is 0.
-    report
-        Write report.html into the run folder.
-    """
-    from mm_moslora_eval import cli as evaluation
-
-    run = evaluation.run_folder(answers)
-    results = evaluation.score(answers, protocol=protocol, judge=evaluation.make_judge(judge, run, budget=judge_budget))
-    return _eval_results(results, run, max_failed_share=max_failed_share, report=report)
-
-
-def _eval_results(results: list[Any], run: Path, *, max_failed_share: float, report: bool) -> int:
-    from mm_moslora_eval import cli as evaluation
-
-    print(evaluation.table(results))
-    if report:
-        from mm_moslora_eval.report import write_report
-
-        print(f"Report: {write_report(run)}")
-    return evaluation.exit_code(results, max_failed_share=max_failed_share)
-
-
-@eval_app.command(name="list")
-def eval_list(words: str = "") -> int:
-    """List the tasks, or those whose line holds all the given words."""
-    from mm_moslora_eval import cli as evaluation
-
-    print(evaluation.list_tasks(words))
-    return 0
-
-
-@eval_app.command(name="describe")
-def eval_describe(task: str) -> int:
-    """Show a task: data, prompt of its first document, decoding, extraction, metric, published numbers."""
-    from mm_moslora_eval import cli as evaluation
-
-    print(evaluation.describe(task))
-    return 0
-
-
-@eval_app.command(name="check")
-def eval_check(*tasks: str) -> int:
-    """Read the data of tasks, every picture included; exit code 1 when something is missing or unsound."""
-    from mm_moslora_eval import cli as evaluation
-
-    for task in evaluation.with_protocol(tasks, None):
-        print(evaluation.check(task))
-    return 0
-
-
-@eval_app.command(name="compare")
-def eval_compare(a: str, b: str, *, html: Path | None = None) -> int:
-    """Compare two runs sample by sample: difference, interval, p-value, wins and losses, samples that changed.
-
-    Parameters
-    ----------
-    a
-        A run or task folder; several seeds of one system separated by commas.
-    b
-        The other one; A - B is reported.
-    html
-        Write the comparison as a page, too.
-    """
-    from mm_moslora_eval import cli as evaluation
-
-    comparisons = evaluation.compare_runs(a, b)
-    print("\n\n".join(text for _, text in comparisons))
-    if html is not None:
-        from mm_moslora_eval.report import write_comparison
-
-        print(f"Page: {write_comparison([item for item, _ in comparisons], html)}")
-    return 0
-
-
-@eval_app.command(name="export")
-def eval_export(answers: Path, output: Path, *, to: str = "vlmevalkit") -> int:
-    """Write answers for an evaluation server or another harness.
-
-    Parameters
-    ----------
-    answers
-        A folder TASK@PROTOCOL/MODE of a run.
-    output
-        The file.
-    to
-        vqav2, vizwiz, docvqa, mmvet, mmbench, llava, vlmevalkit or vlmevalkit_xlsx.
-    """
-    from mm_moslora_eval.submissions import write_submission
-
-    empty = write_submission(answers, output, form=to)
-    print(f"{output}: written in the form {to}; {empty} documents have no answer and are written as empty ones.")
-    return 0
-
-
-@eval_app.command(name="miniature")
-def eval_miniature(folder: Path) -> int:
-    """Write small made-up documents of seventeen benchmarks in their original layouts, to try everything offline."""
-    from mm_moslora_eval.miniature import make_miniature
-
-    print(" ".join(str(path) for path in make_miniature(folder)))
-    return 0
-
-
-@eval_app.command(name="report")
-def eval_report(run: Path, *, output: Path | None = None) -> int:
-    """Write one self-contained page of an evaluation run.
-
-    Parameters
-    ----------
-    run
-        Run folder.
-    output
-        HTML file; default: report.html in the run folder.
-    """
-    from mm_moslora_eval.report import write_report
-
-    print(write_report(run, output))
-    return 0
 
 
 def _print_all(renderables: list[Any], code: int) -> int:

@@ -55,6 +55,8 @@ def test_dotted_overrides_reach_into_lists_and_new_groups(tmp_path):
     assert recipe.model.vision is not None
     with pytest.raises(ConfigError, match="'2' is not an index of a list of 2"):
         load_recipe(path, ["data.train.2.weight=1"])
+    with pytest.raises(ConfigError, match=r"'\[' is no YAML value"):
+        load_recipe(path, ["optim.lr=["])
     with pytest.raises(ConfigError, match="not of the form key=value"):
         load_recipe(path, ["optim.lr"])
 

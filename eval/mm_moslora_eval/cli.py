@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora.errors import EvalError
+from mm_moslora.errors import DataError, EvalError
 
 if TYPE_CHECKING:
     from .baselines import TrainingAnswer
@@ -229,7 +229,7 @@ def check(name: str) -> str:
                 seen.add(identity)
                 try:
                     open_image(image)
-                except OSError as error:
+                except DataError as error:
                     faults.append(f"{item.document.id}: image cannot be decoded: {error}")
     if faults:
         shown = "\n".join(f"  {fault}" for fault in faults[:10])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,17 +40,16 @@ class Hasher:
 
 
 def open_image(image: Path | Image | bytes) -> Image:
-    """Decode to RGB.
+    """Decode to RGB by the rules of training (`mm_moslora.data.images`).
 
     Raises:
-        OSError: not an image, or cut short.
+        DataError: not an image, cut short, too large or out of proportion.
     """
-    from PIL import Image as Pillow
+    from mm_moslora.data import images
 
-    if isinstance(image, Path | bytes):
-        with Pillow.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            return opened.convert("RGB")
-    return image.convert("RGB")
+    if isinstance(image, Path):
+        return images.open_image(image)
+    return images.open_image_bytes(image) if isinstance(image, bytes) else images.as_rgb(image)
 
 
 def mean_image(image: Path | Image | bytes) -> Image:

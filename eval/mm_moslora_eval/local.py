@@ -33,9 +33,7 @@ class LocalModel:
         reference: one question at a time, nothing shared, nothing kept.
     """
 
-    def __init__(
-        self, assembly: Assembly, *, name: str, system_prompt: str | None = None, reference: bool = False
-    ) -> None:
+    def __init__(self, assembly: Assembly, *, name: str, reference: bool = False) -> None:
         self.assembly, self._name, self._reference = assembly, name, reference
         self.model = assembly.model.eval()
         self.encoder = Encoder(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from mm_moslora.config import parse_yaml
+from mm_moslora.strict import parse_yaml
 
 from .registry import task_folder
 

@@ -8,8 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.config import build_strictly, parse_yaml
 from mm_moslora.errors import EvalError, suggestion
+from mm_moslora.strict import build_strictly, parse_yaml
 
 from .prompt import Prompt
 from .task import Decoding, Source, Task

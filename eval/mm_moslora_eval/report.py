@@ -20,9 +20,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mm_moslora.config import build_strictly
 from mm_moslora.errors import EvalError, MoSLoRAError
 from mm_moslora.redaction import redact_text
+from mm_moslora.strict import build_strictly
 
 from .answers import write_atomically
 from .images import open_image

@@ -121,7 +121,7 @@ class Preparation:
         """The item as the model gets it; pictures of the mode `blind` are made here.
 
         Raises:
-            OSError: the picture cannot be decoded (mode `blind`).
+            DataError: the picture cannot be decoded (mode `blind`).
         """
         pictures: list[Any] = []
         for own, shown in zip(item.own_ids, item.image_ids, strict=True):

@@ -13,8 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora.config import build_strictly
 from mm_moslora.errors import EvalError
+from mm_moslora.strict import build_strictly
 
 from .aggregation import AGGREGATIONS
 from .answers import line, read_folder, write_atomically

@@ -9,18 +9,16 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mm_moslora.data.images import open_image, open_image_bytes
 from mm_moslora.errors import EvalError
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.generation import encode_images
 from mm_moslora.models.processor import image_transform
 
-from .images import Hasher
+from .images import Hasher, open_image
 from .model import ImageLike
 
 CACHE_BYTES = 1 << 30
@@ -96,11 +94,7 @@ class VisualTokens:
     def _decode(self, image: ImageLike) -> Tensor:
         if self._assembly.processor is None:
             raise EvalError("The task shows pictures, but this model has no vision encoder. Choose a text task.")
-        if isinstance(image, bytes):
-            opened = open_image_bytes(image)
-        else:
-            opened = open_image(image) if isinstance(image, Path) else image.convert("RGB")
-        return image_transform(self._assembly.processor.image_processor)(opened)
+        return image_transform(self._assembly.processor.image_processor)(open_image(image))
 
     def _remember(self, found: dict[str, Tensor]) -> None:
         for key, tokens in found.items():

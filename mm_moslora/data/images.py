@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -90,7 +90,12 @@ def open_image_bytes(data: bytes, *, name: str = "image") -> Image.Image:
     """
     with _faults(name, data[:512]), _opened(io.BytesIO(data), name) as image:
         image.load()
-        return _to_rgb(_upright(image))
+        return as_rgb(image)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An opened picture as RGB, by the rules at the top: upright, on white, scaled and not clipped."""
+    return _to_rgb(_upright(image))
 
 
 def check_image(path: Path) -> tuple[int, int]:
@@ -217,24 +222,3 @@ def _scaled(image: Image.Image) -> Image.Image:
     np.clip(values, 0, 1, out=values)
     values *= 255
     return Image.fromarray(np.rint(values, out=values).astype(np.uint8)).convert("RGB")
-
-
-def mean_colour(mean: Sequence[float]) -> tuple[int, int, int]:
-    """The padding colour of a processor with this channel mean (0 to 1), cut to integers as LLaVA does."""
-    red, green, blue = (int(value * 255) for value in mean)
-    return red, green, blue
-
-
-def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """Centre a picture on a square of one colour (LLaVA's rule: an odd pixel goes right or below).
-
-    Args:
-        image: RGB.
-        colour: of the border, 0 to 255; LLaVA takes `mean_colour` of the encoder's processor.
-    """
-    if image.width == image.height:
-        return image
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square

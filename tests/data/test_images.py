@@ -14,7 +14,7 @@ from PIL import Image
 
 from mm_moslora.data import images
 from mm_moslora.data.faults import Code
-from mm_moslora.data.images import ImageError, check_image, mean_colour, open_image, open_image_bytes, pad_to_square
+from mm_moslora.data.images import ImageError, check_image, open_image, open_image_bytes
 
 
 def data(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -205,16 +205,3 @@ class TestRefusals:
             except ImageError:
                 refused += 1
         assert refused > 100
-
-
-class TestPadding:
-    def test_the_picture_is_centred_on_a_square(self) -> None:
-        square = pad_to_square(RED, (1, 2, 3))
-        assert square.size == (8, 8)
-        assert square.getpixel((0, 0)) == square.getpixel((7, 7)) == (1, 2, 3)
-        assert square.getpixel((0, 1)) == square.getpixel((7, 6)) == (200, 30, 20)
-        tall = pad_to_square(Image.new("RGB", (3, 6)), (9, 9, 9))
-        assert [tall.getpixel((x, 0))[0] for x in range(6)] == [9, 0, 0, 0, 9, 9]
-
-    def test_the_colour_is_the_mean_cut_to_integers(self) -> None:
-        assert mean_colour((0.48145466, 0.4578275, 0.40821073)) == (122, 116, 104)

@@ -245,3 +245,26 @@ def test_every_shipped_task_is_sound_and_described() -> None:
     assert "pope" in cli.list_tasks()
     assert "published:   85.9" in cli.describe("pope@llava")
     assert "published" not in cli.describe("pope@vlmevalkit")
+
+
+def test_pictures_are_opened_as_in_training(tmp_path: Path) -> None:
+    """Transparent on white, wide grey scaled, rotation applied; the blind control is made from the same pixels."""
+    import numpy as np
+    from mm_moslora_eval.images import mean_image, open_image
+    from PIL import Image
+
+    from mm_moslora.data import images as training
+
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "grey16.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 4), (9, 9, 9)).save(tmp_path / "turned.jpg", exif=exif)
+    for path in sorted(tmp_path.iterdir()):
+        expected = training.open_image(path)
+        for source in (path, path.read_bytes(), Image.open(path)):
+            assert open_image(source).size == expected.size
+            assert np.array_equal(np.asarray(open_image(source)), np.asarray(expected))
+    assert mean_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert 120 < mean_image(tmp_path / "grey16.png").getpixel((0, 0))[0] < 136

@@ -15,8 +15,9 @@ from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.errors import ModelError
 from mm_moslora.models.attention import SEGMENTS, set_attention, training_attention
 from mm_moslora.models.build import assemble, text_and_images
-from mm_moslora.models.processor import image_transform, save_processor
+from mm_moslora.models.processor import image_processor, image_transform, save_processor
 from mm_moslora.models.projector import PixelShuffleProjector, ProjectorShape
+from mm_moslora.models.vision import ImageSpec
 from mm_moslora.models.vlm import supervised_logits
 
 OPEN_CLIP = {
@@ -217,3 +218,13 @@ def test_a_tower_with_batch_norm_stays_in_fp32_and_rotary_buffers_too(language_f
     with torch.no_grad():
         logits = supervised_logits(assembly.model, Batch.from_examples([example(assembly)]))
     assert torch.isfinite(logits.float()).all()
+
+
+def test_padding_centres_the_picture_on_the_mean_colour():
+    """LLaVA's rule: a square as large as the longer side, in the channel mean cut to integers."""
+    spec = ImageSpec(size=8, tokens=1, width=1, prefix=0, patch=8, mean=(0.5, 0.25, 0.0), std=(1.0, 1.0, 1.0))
+    pixels = image_transform(image_processor(spec, "pad"))(Image.new("RGB", (8, 4), (255, 255, 255)))
+    border = torch.tensor([127 / 255 - 0.5, 63 / 255 - 0.25, 0.0])
+    for row in (0, 1, 6, 7):
+        torch.testing.assert_close(pixels[:, row, :], border[:, None].expand(3, 8), rtol=0, atol=1e-6)
+    torch.testing.assert_close(pixels[:, 2:6, :].amin(dim=(1, 2)), torch.tensor([0.5, 0.75, 1.0]), rtol=0, atol=1e-6)
