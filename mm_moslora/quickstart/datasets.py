@@ -31,7 +31,7 @@ class DatasetFiles:
     images: Path
     """Folder that the image paths in the files are relative to."""
     align: Path
-    """LLaVA JSONL, one caption per training picture: for the projector."""
+    """LLaVA JSONL, one short answer per training picture: for the projector."""
     train: Path
     """LLaVA JSONL, several questions per training picture in one conversation."""
     test: Path
@@ -249,25 +249,6 @@ def question_record(question_id: str, question: Question, category: str) -> Reco
     }
 
 
-def wrong_images(records: Sequence[Record], *, seed: int = 0) -> list[Record]:
-    """Return the same questions, each with another item's picture: what a score is worth without seeing the right one.
-
-    Raises:
-        DataError: all records show one picture.
-    """
-    images = [record["image"] for record in records]
-    if len(set(images)) < 2:
-        raise DataError(f"{len(records)} questions about {len(set(images))} picture(s); another picture needs two.")
-    rng = random.Random(f"wrong {seed}")
-    others = []
-    for image in images:
-        other = rng.choice(images)
-        while other == image:
-            other = rng.choice(images)
-        others.append(other)
-    return [{**record, "image": other} for record, other in zip(records, others, strict=True)]
-
-
 def write_files(
     out: Path, images: Path, align: Sequence[Record], train: Sequence[Record], test: Sequence[Record]
 ) -> DatasetFiles:
@@ -290,7 +271,7 @@ def write_files(
         align=out / "align.jsonl",
         train=out / "train.jsonl",
         test=out / "test.jsonl",
-        train_pictures=len(train),
+        train_pictures=len({record["image"] for record in train}),
         test_pictures=len({record["image"] for record in test}),
         questions=len(test),
     )

@@ -48,7 +48,7 @@ class Plan:
 PLANS: dict[tuple[Images, bool], Plan] = {
     ("easy-vqa", False): Plan(train_images=1000, align_steps=50, tune_epochs=1.0, test_questions=400),
     ("easy-vqa", True): Plan(train_images=64, align_steps=4, tune_epochs=1.0, test_questions=40),
-    ("stamps", False): Plan(train_images=10_000, align_steps=40, tune_epochs=2.5, test_questions=10_000),
+    ("stamps", False): Plan(train_images=10_000, align_steps=75, tune_epochs=1.0, test_questions=10_000),
     ("stamps", True): Plan(train_images=96, align_steps=4, tune_epochs=1.0, test_questions=48),
 }
 TURNS = 8
@@ -187,8 +187,21 @@ _VIEW: dict[tuple[Images, Encoder], tuple[int, int]] = {
     ("easy-vqa", "efficientnet"): (64, -1),
     ("easy-vqa", "open_clip"): (64, -1),
     ("stamps", "dinov2"): (112, -5),
-    ("stamps", "efficientnet"): (160, -1),
-    ("stamps", "open_clip"): (160, -1),
+    ("stamps", "efficientnet"): (96, -1),
+    ("stamps", "open_clip"): (96, -1),
+}
+
+
+# Few pictures and short conversations: larger steps, smaller rates.
+_TUNE_KEYS: dict[Images, list[str]] = {
+    "easy-vqa": [],
+    "stamps": [
+        "optim.lr=5e-4",
+        "optim.projector_lr=5e-4",
+        "optim.betas=[0.9, 0.98]",
+        "train.global_batch=16",
+        "train.micro_batch=16",
+    ],
 }
 
 
@@ -204,7 +217,7 @@ def recipes(
         f"model.vision.feature_layer={layer}",
     ]
     align = load_recipe("quickstart_align", [*common, f"train.steps={plan.align_steps}"])
-    tune = load_recipe("quickstart_tune", [*common, f"train.epochs={plan.tune_epochs}"])
+    tune = load_recipe("quickstart_tune", [*common, *_TUNE_KEYS[images], f"train.epochs={plan.tune_epochs}"])
     projector = folder / "align" / f"checkpoint-{plan.align_steps:06d}" / "projector.safetensors"
     tune = dataclasses.replace(
         tune,
@@ -292,16 +305,28 @@ def hardware() -> str:
 
 
 def _commands(folder: Path, pictures: Path) -> list[tuple[str, str]]:
-    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    shown, program = _shown(folder), _program()
     return [
-        ("Talk to it", f"mm-moslora chat {shown}/tune --image PICTURE"),
-        ("Hand it on", f"mm-moslora export {shown}/tune {shown}/handed-on"),
+        ("Talk to it", f"{program} chat {shown}/tune --image PICTURE"),
+        ("Hand it on", f"{program} export {shown}/tune {shown}/handed-on"),
         (
             "Measure it again",
-            f"mm-moslora eval run llava:{shown}/data/test.jsonl@{pictures} --model {shown}/tune --output {shown}/again",
+            f"{program} eval run llava:{shown}/data/test.jsonl@{pictures} --model {shown}/tune --output {shown}/again",
         ),
-        ("See what is supervised", f"mm-moslora data view {shown}/tune"),
+        ("See what is supervised", f"{program} data view {shown}/tune"),
     ]
+
+
+def _shown(path: Path) -> Path:
+    """A path as a person in this folder would write it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _program() -> str:
+    """The command as it can be typed here: by name, or by path where the environment is not activated."""
+    name = "mm-moslora"
+    beside = Path(sys.executable).parent / name
+    return str(_shown(beside)) if shutil.which(name) is None and beside.is_file() else name
 
 
 def _closing(folder: Path, clock: _Clock, data: DatasetFiles) -> str:

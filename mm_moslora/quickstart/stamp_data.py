@@ -103,8 +103,8 @@ def build_stamps(
         picture.save(target)
     counts = Counter(stamp.folder for stamp in found)
     usable = {folder for folder in counts if counts[folder] >= MIN_CATEGORY or limit is not None}
-    captions = [conversation(f"stamps/{s.name}", _image(s), [(SENTENCE, s.sentence)]) for s in train]
-    return write_files(out, images, captions, _train_records(train, usable, rng), _test_records(test, usable, rng))
+    align = _align_records(train, usable)
+    return write_files(out, images, align, _train_records(train, usable, rng), _test_records(test, usable, rng))
 
 
 def find_stamps(source: Path) -> list[Stamp]:
@@ -218,18 +218,38 @@ def yes_no_questions(stamps: Sequence[Stamp], usable: set[str], rng: random.Rand
     return questions
 
 
+VARIANTS = 2
+"""How often a picture is gone through, each time with other yes/no questions."""
+
+
+def _align_records(stamps: Sequence[Stamp], usable: set[str]) -> list[Record]:
+    """Category questions alone: a word per picture teaches a projector more in a minute than a sentence does."""
+    return [
+        conversation(f"stamps/{stamp.name}", _image(stamp), [(CATEGORY, CATEGORIES[stamp.folder][0])])
+        for stamp in stamps
+        if stamp.folder in usable
+    ]
+
+
 def _train_records(stamps: Sequence[Stamp], usable: set[str], rng: random.Random) -> list[Record]:
+    """Two short conversations per picture and variant: category and yes/no, yes/no and sentence.
+
+    "Is this an animal?" answered yes gives the category away, and the category gives away the yes/no questions. In long
+    conversations most answers can be read off the earlier ones, and the picture is hardly looked at; so each of the two
+    stands first in one of them.
+    """
     asked: dict[str, list[Question]] = defaultdict(list)
     for question in yes_no_questions(stamps, usable, rng):
         asked[question.image].append(question)
     records = []
-    for stamp in stamps:
-        turns = [(SENTENCE, stamp.sentence)]
-        if stamp.folder in usable:
-            turns.append((CATEGORY, CATEGORIES[stamp.folder][0]))
-        turns += [(question.text, question.answer) for question in asked[_image(stamp)]]
-        rng.shuffle(turns)
-        records.append(conversation(f"stamps/{stamp.name}", _image(stamp), turns))
+    for variant in range(VARIANTS):
+        for stamp in stamps:
+            image = _image(stamp)
+            yes_no = [(question.text, question.answer) for question in rng.sample(asked[image], len(asked[image]))]
+            category = [(CATEGORY, CATEGORIES[stamp.folder][0])] if stamp.folder in usable else []
+            for half, turns in (("a", category + yes_no[1:2]), ("b", [*yes_no[:1], (SENTENCE, stamp.sentence)])):
+                if turns:
+                    records.append(conversation(f"stamps/{stamp.name}#{variant}{half}", image, turns))
     return records
 
 

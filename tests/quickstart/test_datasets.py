@@ -12,9 +12,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from mm_moslora.errors import DataError
-from mm_moslora.quickstart.datasets import COLORS, SHAPES, build_easy_vqa, easy_caption, wrong_images
+from mm_moslora.quickstart.datasets import COLORS, SHAPES, build_easy_vqa, easy_caption
 from mm_moslora.quickstart.datasets import Question as Asked
-from mm_moslora.quickstart.stamp_data import build_stamps, find_stamps, same_thing, square
+from mm_moslora.quickstart.stamp_data import CATEGORY, SENTENCE, build_stamps, find_stamps, same_thing, square
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -164,6 +164,20 @@ class TestStamps:
         pictures[second.name] = pictures[first.name].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         assert len(same_thing([first, second], pictures)) == 1
 
+    def test_no_answer_can_be_read_off_an_earlier_one(self, stamps: Path, tmp_path: Path) -> None:
+        """The category stands first wherever it is asked, and a sentence never comes with it."""
+        files = build_stamps(stamps, tmp_path, test_share=0.25)
+        pictures: dict[str, int] = Counter()
+        for record in read(files.train):
+            questions = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"][::2]]
+            assert len(questions) <= 2
+            assert CATEGORY not in questions[1:]
+            assert not {CATEGORY, SENTENCE} <= set(questions)
+            pictures[record["image"]] += 1
+        assert set(pictures.values()) == {4}
+        assert files.train_pictures == len(pictures)
+        assert all(record["conversations"][0]["value"] == f"<image>\n{CATEGORY}" for record in read(files.align))
+
     def test_yes_no_balanced_and_true(self, stamps: Path, tmp_path: Path) -> None:
         tally: dict[str, Counter[str]] = defaultdict(Counter)
         for record in read(build_stamps(stamps, tmp_path, test_share=0.25).test):
@@ -185,12 +199,3 @@ class TestStamps:
             build_stamps(stamps, tmp_path, test_share=1.0)
         with pytest.raises(DataError, match="holds no stamps"):
             build_stamps(tmp_path, tmp_path / "out")
-
-
-def test_wrong_images_are_others() -> None:
-    records = [{"image": f"{index}.png", "text": "q"} for index in range(5)]
-    for right, wrong in zip(records, wrong_images(records), strict=True):
-        assert right["image"] != wrong["image"]
-        assert right["text"] == wrong["text"]
-    with pytest.raises(DataError, match="needs two"):
-        wrong_images(records[:1])
