@@ -111,6 +111,20 @@ class WrappedVisionModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Towers initialise themselves."""
 
+    def train(self, mode: bool = True) -> WrappedVisionModel:
+        """As always, but what is frozen goes on seeing as it does in evaluation.
+
+        A batch normalisation in training mode would normalise by the batch at hand and move its statistics, which no
+        checkpoint of a frozen tower holds: the projector would learn features that nothing shows it afterwards.
+        """
+        super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
+                parameter.requires_grad for parameter in module.parameters()
+            ):
+                module.eval()
+        return self
+
     @property
     def blocks(self) -> int:
         """Number of blocks or stages whose output can be asked for."""
@@ -156,8 +170,9 @@ class WrappedVisionModel(PreTrainedModel):
 
     def _maps(self, pixel_values: Tensor, blocks: list[int]) -> list[Tensor]:
         trunk: Any = getattr(self.tower, "trunk", self.tower)
-        if blocks == [self.blocks - 1] and _widens_at_the_end(trunk):
-            return [trunk.forward_features(pixel_values)]
+        if self.blocks - 1 in blocks and _widens_at_the_end(trunk):
+            final, maps = trunk.forward_intermediates(pixel_values, indices=blocks)
+            return [*maps[:-1], final]
         output = trunk.forward_intermediates(pixel_values, indices=blocks, stop_early=True, intermediates_only=True)
         return list(output["image_intermediates"]) if isinstance(output, dict) else list(output)
 

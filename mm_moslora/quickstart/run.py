@@ -192,13 +192,14 @@ _VIEW: dict[tuple[Images, Encoder], tuple[int, int]] = {
 }
 
 
+# Few steps: an optimiser with a shorter memory.
+_KEYS: dict[Images, list[str]] = {"easy-vqa": [], "stamps": ["optim.betas=[0.9, 0.98]"]}
 # Few pictures and short conversations: larger steps, smaller rates.
 _TUNE_KEYS: dict[Images, list[str]] = {
     "easy-vqa": [],
     "stamps": [
         "optim.lr=5e-4",
         "optim.projector_lr=5e-4",
-        "optim.betas=[0.9, 0.98]",
         "train.global_batch=16",
         "train.micro_batch=16",
     ],
@@ -215,6 +216,7 @@ def recipes(
         f"model.vision.name={json.dumps(parts.vision)}",
         f"model.vision.image_size={size}",
         f"model.vision.feature_layer={layer}",
+        *_KEYS[images],
     ]
     align = load_recipe("quickstart_align", [*common, f"train.steps={plan.align_steps}"])
     tune = load_recipe("quickstart_tune", [*common, *_TUNE_KEYS[images], f"train.epochs={plan.tune_epochs}"])

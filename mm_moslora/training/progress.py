@@ -39,6 +39,7 @@ class Progress:
         self.what, self.total, self.unit, self.every = what, total, unit, every
         self.done, self.initial = initial, initial
         self.started = self.last_line = time.monotonic()
+        self.said_all = False
         self.bar = None
         if distributed.is_main() and sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=initial, desc=what, unit=unit, dynamic_ncols=True, leave=True)
@@ -55,7 +56,10 @@ class Progress:
             self.bar.update(done - self.done)
         self.done = done
         now = time.monotonic()
-        if self.bar is None and distributed.is_main() and (now - self.last_line >= self.every or done >= self.total):
+        finished = done >= self.total
+        due = (not self.said_all) if finished else now - self.last_line >= self.every
+        self.said_all = finished
+        if self.bar is None and distributed.is_main() and due:
             self.last_line = now
             logger.info("%s: %s", self.what, self.line(note))
 

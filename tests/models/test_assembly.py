@@ -18,7 +18,7 @@ from mm_moslora.models.build import assemble, text_and_images
 from mm_moslora.models.processor import image_processor, image_transform, save_processor
 from mm_moslora.models.projector import PixelShuffleProjector, ProjectorShape
 from mm_moslora.models.vision import ImageSpec
-from mm_moslora.models.vlm import supervised_logits
+from mm_moslora.models.vlm import image_features, supervised_logits
 
 OPEN_CLIP = {
     "embed_dim": 32,
@@ -218,6 +218,27 @@ def test_a_tower_with_batch_norm_stays_in_fp32_and_rotary_buffers_too(language_f
     with torch.no_grad():
         logits = supervised_logits(assembly.model, Batch.from_examples([example(assembly)]))
     assert torch.isfinite(logits.float()).all()
+
+
+def test_a_frozen_tower_with_batch_norm_sees_in_training_what_it_sees_in_evaluation(language_folder):
+    assembly = assemble(config_for(language_folder, "timm:test_efficientnet", feature_layer=-1))
+    model, tower = assembly.model, assembly.model.model.vision_tower
+    before = {name: value.clone() for name, value in tower.named_buffers()}
+    pixels = torch.randn(2, 3, assembly.image.size, assembly.image.size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = image_features(model.eval(), pixels)
+        seen = image_features(model.train(), pixels)
+    assert model.training
+    torch.testing.assert_close(seen, expected, rtol=0, atol=0)
+    assert all(torch.equal(value, before[name]) for name, value in tower.named_buffers())
+
+
+def test_the_last_layer_is_the_same_however_many_are_asked_for(language_folder):
+    tower = assemble(config_for(language_folder, "timm:test_efficientnet", feature_layer=-1)).model.model.vision_tower
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        alone, among = tower(pixels, output_hidden_states=-1), tower(pixels, output_hidden_states=True)
+    torch.testing.assert_close(among.hidden_states[-1], alone.hidden_states[-1], rtol=0, atol=0)
 
 
 def test_padding_centres_the_picture_on_the_mean_colour():
