@@ -223,6 +223,7 @@ def test_a_tower_with_batch_norm_stays_in_fp32_and_rotary_buffers_too(language_f
 def test_a_frozen_tower_with_batch_norm_sees_in_training_what_it_sees_in_evaluation(language_folder):
     assembly = assemble(config_for(language_folder, "timm:test_efficientnet", feature_layer=-1))
     model, tower = assembly.model, assembly.model.model.vision_tower
+    tower.requires_grad_(False)
     before = {name: value.clone() for name, value in tower.named_buffers()}
     pixels = torch.randn(2, 3, assembly.image.size, assembly.image.size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
