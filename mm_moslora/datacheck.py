@@ -9,8 +9,9 @@ from rich.text import Text
 
 from mm_moslora.data.check import check
 from mm_moslora.data.conversation import Encoder
-from mm_moslora.data.dataset import encode_record, open_sources
+from mm_moslora.data.dataset import encode_record
 from mm_moslora.data.faults import RecordError
+from mm_moslora.data.sources import open_sources
 from mm_moslora.data.view import legend, view_record, view_report
 from mm_moslora.errors import DataError
 from mm_moslora.models.build import text_and_images
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from mm_moslora.config import Recipe
-    from mm_moslora.data.records import RecordFile
+    from mm_moslora.data.sources import RecordSource
 
 
 class _Parts(NamedTuple):
@@ -92,7 +93,7 @@ def _parts(recipe: Recipe) -> _Parts:
     return _Parts(encoder, parts.image_processor is not None)
 
 
-def _view_one(files: list[RecordFile], number: int, recipe: Recipe, parts: _Parts) -> RenderableType:
+def _view_one(files: list[RecordSource], number: int, recipe: Recipe, parts: _Parts) -> RenderableType:
     for file in files:
         if number < len(file):
             break

@@ -7,14 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.conversation import Encoded, Encoder
-from mm_moslora.data.dataset import encode_record, image_fault, open_sources
+from mm_moslora.data.dataset import encode_record, image_fault
 from mm_moslora.data.faults import Code, RecordError
-from mm_moslora.data.images import ImageError, check_image, open_image
-from mm_moslora.data.records import Record, RecordFile
+from mm_moslora.data.images import ImageError
+from mm_moslora.data.pictures import Picture, check_picture, open_picture
+from mm_moslora.data.records import Record
+from mm_moslora.data.sources import RecordSource, open_sources
 
 SHOWN = 20
 """Faults and repeated ids that a report names; all are counted."""
@@ -128,13 +129,13 @@ def check(
 _Read = tuple[Record, Encoded] | RecordError
 
 
-def _groups(files: Iterable[RecordFile]) -> Iterator[list[tuple[RecordFile, int]]]:
+def _groups(files: Iterable[RecordSource]) -> Iterator[list[tuple[RecordSource, int]]]:
     for file in files:
         for start in range(0, len(file), _TOGETHER):
             yield [(file, row) for row in range(start, min(len(file), start + _TOGETHER))]
 
 
-def _read(file: RecordFile, row: int, encoder: Encoder, config: DataConfig, *, vision: bool) -> _Read:
+def _read(file: RecordSource, row: int, encoder: Encoder, config: DataConfig, *, vision: bool) -> _Read:
     try:
         record = file[row]
         return record, encode_record(record, encoder, max_length=config.max_length, vision=vision)
@@ -154,11 +155,11 @@ def _picture_fault(item: _Read, *, decode: bool) -> RecordError | None:
     return None
 
 
-def _look(path: Path, *, decode: bool) -> None:
+def _look(path: Picture, *, decode: bool) -> None:
     if decode:
-        open_image(path)
+        open_picture(path)
     else:
-        check_image(path)
+        check_picture(path)
 
 
 def _count(report: CheckReport, item: _Read, fault: RecordError | None, encoder: Encoder, seen: set[str]) -> None:
@@ -180,7 +181,7 @@ def _count(report: CheckReport, item: _Read, fault: RecordError | None, encoder:
     report.answers += sum(turn.role == "assistant" for turn in kept)
     report.truncated += encoded.dropped_turns > 0
     report.special_text += any(encoder.tokens.spells_special(part) for turn in kept for part in turn.parts())
-    report.images.update(str(path) for path in record.images)
+    report.images.update(record.image_names)
     if not record.images:
         report.text_only += 1
     elif len(record.images) == 1:

@@ -10,10 +10,12 @@ where the answer would begin.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -97,6 +99,16 @@ class Encoder:
         self._image_text = image if isinstance(image, str) and image in self.tokens.guarded else ""
         # Models whose tokenizer adds BOS were trained with it; LLaVA and the stock processor put it there, too.
         self._bos = self.template.missing_bos()
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides which ids a conversation gets."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if isinstance(backend, Tokenizer) else sorted(self.tokenizer.get_vocab().items())
+        parts = (
+            type(self.tokenizer).__name__, vocabulary, self.template.source, self.tokenizer.special_tokens_map,
+            self.image_token_id, self.tokens_per_image, self.system_prompt, self._bos,
+        )  # fmt: skip
+        return hashlib.sha256(repr(parts).encode("utf-8", errors="surrogatepass")).hexdigest()
 
     def encode(self, turns: Sequence[Turn], *, max_length: int | None = None) -> Encoded:
         """Tokenise a conversation for training.

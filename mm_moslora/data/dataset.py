@@ -20,9 +20,13 @@ from mm_moslora.batch import Example
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.conversation import Encoded, Encoder, TooLong
 from mm_moslora.data.faults import Code, RecordError
-from mm_moslora.data.images import ImageError, check_image, open_image
+from mm_moslora.data.images import ImageError
+from mm_moslora.data.mixture import repeats
+from mm_moslora.data.pictures import check_picture, open_picture, picture_name, similar_file
 from mm_moslora.data.quarantine import Quarantine, summary
-from mm_moslora.data.records import Record, RecordFile, similar_file
+from mm_moslora.data.records import Record
+from mm_moslora.data.sources import open_sources
+from mm_moslora.data.tokencache import TokenCache, open_cache
 from mm_moslora.data.tokens import SpecialTextError
 from mm_moslora.errors import DataError
 
@@ -33,24 +37,6 @@ ImageTransform = Callable[[Image.Image], Tensor]
 EXACT_LIMIT = 50_000
 """Larger sets estimate lengths and look at pictures only when they are used."""
 _SAMPLE = 512
-
-
-def open_sources(sources: Sequence[SourceConfig]) -> list[RecordFile]:
-    """The record files of some sources.
-
-    Raises:
-        DataError: none is named, or one cannot be read.
-    """
-    if not sources:
-        raise DataError("No data source is named. Add one to data.train, with the path of a LLaVA JSON or JSONL file.")
-    return [
-        RecordFile(
-            Path(source.path),
-            Path(source.image_folder) if source.image_folder else None,
-            follow_links=source.follow_links,
-        )
-        for source in sources
-    ]
 
 
 def encode_record(record: Record, encoder: Encoder, *, max_length: int, vision: bool) -> Encoded:
@@ -73,19 +59,19 @@ def encode_record(record: Record, encoder: Encoder, *, max_length: int, vision: 
 
 def image_fault(record: Record, number: int, error: ImageError) -> RecordError:
     """The error of a record whose picture cannot be used."""
-    path = record.images[number]
-    hint = similar_file(path) if error.code == Code.IMAGE_MISSING else ""
-    return record.where.error(
-        error.code, f"image[{number}]", f"{path}: {error.what}", error.remedy + hint, path=str(path)
-    )
+    picture = record.images[number]
+    hint = similar_file(picture) if error.code == Code.IMAGE_MISSING and isinstance(picture, Path) else ""
+    name = picture_name(picture)
+    return record.where.error(error.code, f"image[{number}]", f"{name}: {error.what}", error.remedy + hint, path=name)
 
 
 class TrainingSet:
     """All records of some sources.
 
     While it is built every record is read and tokenised, and the header of every picture is read, so that bad records
-    are known before the first step, to all ranks alike. Above `EXACT_LIMIT` records the lengths are estimated from the
-    characters, and what is found only later is skipped when its turn comes.
+    are known before the first step, to all ranks alike. With `data.cache` the tokens are kept on disk and read from
+    there. Above `EXACT_LIMIT` records pictures are looked at only when they are used, and without a cache the lengths
+    are estimated from the characters; what is found only later is skipped when its turn comes.
 
     Args:
         sources: at least one.
@@ -113,17 +99,23 @@ class TrainingSet:
     ) -> None:
         self.encoder, self.transform, self.config = encoder, transform, config
         self.files = open_sources(sources)
-        self.weights = [source.weight for source in sources]
         self._starts = list(itertools.accumulate((len(file) for file in self.files), initial=0))
         self.quarantine = Quarantine(quarantine_path, len(self), config)
-        self.estimated = len(self) > exact_limit
+        self.estimated = len(self) > exact_limit and config.cache is None
         """Whether `lengths` are estimates."""
+        self._look = len(self) <= exact_limit
+        if self.estimated and config.pack_tokens:
+            raise DataError(
+                f"data.pack_tokens needs exact lengths, and {len(self)} records are too many to tokenise at every "
+                "start. Set data.cache to a folder that keeps them."
+            )
         self.truncated = 0
         """Records that lose turns because they are too long."""
         self.lengths = array("L", bytes(array("L").itemsize * len(self)))
         """Tokens per record, visual tokens included; 0 for a bad one."""
         self.has_image = bytearray(len(self))
         """1 per record with a picture."""
+        self.caches = self._open_caches(on_progress)
         self._per_character = self._tokens_per_character() if self.estimated else 0.0
         self._build(on_progress)
         self.members = [
@@ -131,6 +123,11 @@ class TrainingSet:
             for start, stop in itertools.pairwise(self._starts)
         ]
         """Numbers of the usable records of every source, the same on all ranks and for the whole run."""
+        self.weights = [source.weight for source in sources]
+        """How often a record of every source is seen per epoch."""
+        if config.mixing == "parts":
+            sizes = [len(numbers) for numbers in self.members]
+            self.weights = repeats(sizes, self.weights, records=config.epoch_records)
         self._report()
 
     def __len__(self) -> int:
@@ -141,21 +138,36 @@ class TrainingSet:
         """Numbers of the records that were found usable when the set was built."""
         return [index for members in self.members for index in members]
 
+    def place(self, index: int) -> tuple[int, int]:
+        """Source and row of a number over all sources."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        source = bisect.bisect_right(self._starts, index) - 1
+        return source, index - self._starts[source]
+
     def record(self, index: int) -> Record:
         """The record with a number over all sources.
 
         Raises:
             RecordError: it cannot be used.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        source = bisect.bisect_right(self._starts, index) - 1
-        return self.files[source][index - self._starts[source]]
+        source, row = self.place(index)
+        return self.files[source][row]
 
     def encode(self, record: Record) -> Encoded:
         """Tokenise a record; see `encode_record`."""
         vision = self.transform is not None
         return encode_record(record, self.encoder, max_length=self.config.max_length, vision=vision)
+
+    def encoded(self, index: int, record: Record) -> Encoded:
+        """The tokens of a record, from the cache where there is one.
+
+        Raises:
+            RecordError: it cannot be used.
+        """
+        source, row = self.place(index)
+        cache = self.caches[source]
+        return self.encode(record) if cache is None else cache.encoded(row)
 
     def load(self, index: int) -> Example:
         """Make one example.
@@ -164,12 +176,12 @@ class TrainingSet:
             RecordError: the record cannot be used.
         """
         record = self.record(index)
-        encoded = self.encode(record)
+        encoded = self.encoded(index, record)
         pixels: list[Tensor] = []
-        for number, path in enumerate(record.images[: encoded.images]):
+        for number, picture in enumerate(record.images[: encoded.images]):
             assert self.transform is not None
             try:
-                pixels.append(self.transform(open_image(path)))
+                pixels.append(self.transform(open_picture(picture)))
             except ImageError as error:
                 raise image_fault(record, number, error) from error
         return Example(
@@ -191,11 +203,29 @@ class TrainingSet:
             self.quarantine.add(index, error)
             return None
 
+    def _open_caches(self, on_progress: Callable[[int, int], None] | None) -> list[TokenCache | None]:
+        config = self.config
+        if config.cache is None:
+            return [None] * len(self.files)
+        settings = f"{config.max_length} {self.transform is not None}"
+        return [
+            open_cache(
+                Path(config.cache), file, self.encoder, encode=self.encode, settings=settings, on_progress=on_progress
+            )
+            for file in self.files
+        ]
+
     def _build(self, on_progress: Callable[[int, int], None] | None) -> None:
+        for source, cache in enumerate(self.caches):
+            if cache is not None:
+                self._take_over(cache, self._starts[source])
         for index in range(len(self)):
+            cache = self.caches[self.place(index)[0]]
+            if cache is not None and (not self._look or not self.has_image[index]):
+                continue
             try:
                 record = self.record(index)
-                self.lengths[index] = self._measure(record)
+                self.lengths[index] = self._measure(index, record)
                 self.has_image[index] = bool(record.images)
             except RecordError as error:
                 self.quarantine.add(index, error)
@@ -203,16 +233,25 @@ class TrainingSet:
                 on_progress(index + 1, len(self))
         self.quarantine.close()
 
-    def _measure(self, record: Record) -> int:
+    def _take_over(self, cache: TokenCache, start: int) -> None:
+        """Lengths, modalities and faults of a cache, without reading its records."""
+        stop = start + len(cache.lengths)
+        self.lengths[start:stop] = array("L", cache.lengths.tolist())
+        self.has_image[start:stop] = cache.has_image.astype("u1").tobytes()
+        self.truncated += 0 if self._look else int((cache.dropped > 0).sum())
+        for row in sorted(cache.faults):
+            self.quarantine.add(start + row, cache.fault(row))
+
+    def _measure(self, index: int, record: Record) -> int:
         """Tokens of a record, exact or estimated; exact ones come with a look at the pictures."""
         if self.estimated:
             characters = sum(len(turn.text) for turn in record.turns)
             tokens = 1 + int(characters * self._per_character) + len(record.images) * self.encoder.tokens_per_image
             return min(tokens, self.config.max_length)
-        encoded = self.encode(record)
-        for number, path in enumerate(record.images[: encoded.images]):
+        encoded = self.encoded(index, record)
+        for number, picture in enumerate(record.images[: encoded.images]):
             try:
-                check_image(path)
+                check_picture(picture)
             except ImageError as error:
                 raise image_fault(record, number, error) from error
         self.truncated += encoded.dropped_turns > 0

@@ -83,7 +83,7 @@ class JsonFile:
         return parse_strictly(raw)
 
     def _index_list(self) -> None:
-        """Value by value: slower, for lists that are damaged or hold more than objects; says what is wrong and where."""
+        """Value by value: slower; for lists that are damaged or hold no objects. Says what is wrong and where."""
         window = _Window(self.path)
         window.peek()
         window.skip()  # the opening bracket

@@ -122,7 +122,8 @@ def _scan(buffer: bytes) -> _Part | None:
         closed = int(places[closing[0]])
         if buffer[closed : closed + 1] != b"]":
             return None
-        places, step, depth, quotes = (item[: closing[0]] for item in (places, step, depth, quotes))
+        stop = int(closing[0])
+        places, step, depth, quotes = places[:stop], step[:stop], depth[:stop], quotes[:stop]
     if np.any(quotes & (depth == 0)):  # a bare string
         return None
     starts = places[(step == 1) & (depth == 1)]

@@ -6,6 +6,19 @@ import random
 from collections.abc import Sequence
 
 
+def repeats(sizes: Sequence[int], parts: Sequence[float], *, records: int | None = None) -> list[float]:
+    """How often each record of each source is seen, so that the sources make up given parts of an epoch.
+
+    Args:
+        sizes: usable records of every source.
+        parts: of every source; only their ratio counts. Empty sources get nothing, the others share.
+        records: of an epoch; None: as many as there are.
+    """
+    total = sum(part for part, size in zip(parts, sizes, strict=True) if size)
+    wanted = records or sum(sizes)
+    return [part / total * wanted / size if size else 1.0 for part, size in zip(parts, sizes, strict=True)]
+
+
 def expand(members: Sequence[Sequence[int]], weights: Sequence[float], *, seed: int, epoch: int) -> list[int]:
     """Record numbers of one epoch, source by source.
 

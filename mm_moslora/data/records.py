@@ -1,21 +1,19 @@
-"""Training records: LLaVA JSON and JSONL, and chat messages, read strictly into one form.
+"""Training records: whatever the source, one form, read strictly.
 
-Every fault is named as `CODE: file:line (record i, id=...) field path: what; what to do`; see `faults.Code`.
+Understood are LLaVA's `conversations`, chat `messages` with text or content parts (OpenAI, Hugging Face), `texts`
+(pairs of user and assistant), `question` and `answer`, and `caption`. Every fault is named as
+`CODE: file:line (record i, id=...) field path: what; what to do`; see `faults.Code`.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from mm_moslora.data.faults import Code, RecordError, Where
-from mm_moslora.data.jsonfile import JsonFile, StrictJsonError
+from mm_moslora.data.faults import BAD_CHARACTER, Code, RecordError, Where, kind_of
+from mm_moslora.data.pictures import Picture, PictureRules, find_picture, picture_name
 from mm_moslora.errors import suggestion
 
 Role = Literal["system", "user", "assistant"]
@@ -25,10 +23,9 @@ IMAGE = "<image>"
 MAX_TEXT = 2_000_000
 """Characters of one turn; longer ones are refused."""
 _ROLES: dict[str, Role] = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
+    "system": "system",
 }  # fmt: skip
-_BAD_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,87 +78,53 @@ class Record:
     """The record's own id, or its number."""
     turns: tuple[Turn, ...]
     """An optional system turn, then questions and answers in turn."""
-    images: tuple[Path, ...] = ()
-    """Below the image folder, in order of their places."""
+    images: tuple[Picture, ...] = ()
+    """In order of their places."""
     where: Where
     """Where it came from, for messages."""
 
-
-class RecordFile:
-    """Random access to the records of one file.
-
-    Args:
-        path: LLaVA JSON (a list) or JSONL.
-        image_folder: images lie below it; None: the file's folder.
-        follow_links: accept symbolic links that lead out of the image folder.
-
-    Raises:
-        DataError: the file is missing, empty, or no JSON at all.
-    """
-
-    def __init__(self, path: Path, image_folder: Path | None = None, *, follow_links: bool = False) -> None:
-        self.path = path
-        self.image_folder = (image_folder or path.parent).resolve()
-        self.follow_links = follow_links
-        self._values = JsonFile(path)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def where(self, row: int) -> Where:
-        """The place of a record, for messages."""
-        return Where(file=self.path, line=self._values.line(row), row=row)
-
-    def __getitem__(self, row: int) -> Record:
-        """Read and check one record.
-
-        Raises:
-            RecordError: the record cannot be used.
-        """
-        where = self.where(row)
-        try:
-            value = self._values[row]
-        except StrictJsonError as fault:
-            code = Code.TOO_DEEP if fault.deep else Code.TOO_LARGE if fault.large else Code.BAD_JSON
-            raise where.error(code, "-", str(fault), "repair or remove the record") from fault
-        return parse_record(value, where, self.image_folder, follow_links=self.follow_links)
+    @property
+    def image_names(self) -> list[str]:
+        """Paths, members or URLs of the images."""
+        return [picture_name(picture) for picture in self.images]
 
 
-def parse_record(value: Any, where: Where, image_folder: Path, *, follow_links: bool = False) -> Record:
-    """Turn one JSON value into a record.
+def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
+    """Turn one value into a record.
 
     Args:
-        value: an object with `conversations` (LLaVA) or `messages` (chat).
+        value: an object in one of the forms at the top.
         where: for messages.
-        image_folder: resolved; images must lie below it.
-        follow_links: accept symbolic links that lead out of it.
+        rules: what its pictures may be.
 
     Raises:
         RecordError: with one of `faults.Code`.
     """
     if not isinstance(value, Mapping):
-        raise where.error(Code.NOT_AN_OBJECT, "-", f"is {_kind(value)}", "write one JSON object per record")
+        raise where.error(Code.NOT_AN_OBJECT, "-", f"is {kind_of(value)}", "write one JSON object per record")
     name = _id(value, where)
     where = where.named(name)
-    turns, inline = _turns(value, where)
+    turns, inline, marked = _turns(value, where)
     names = _image_names(value, where)
     if names and any(item is not None for item in inline):
         raise where.error(Code.IMAGE_COUNT, "image", "images are named here and in the messages", "name them once")
     names = names or inline
-    images = tuple(
-        _image_path(item, index, image_folder, where, follow_links=follow_links) for index, item in enumerate(names)
-    )
+    images = tuple(find_picture(item, index, where, rules) for index, item in enumerate(names))
+    if not marked and images and not any(turn.images for turn in turns):
+        turns = _images_asked_first(turns, len(images))
     _check_roles(turns, where)
     _check_places(turns, len(images), where)
     return Record(id=name, turns=tuple(turns), images=images, where=where)
 
 
-def _kind(value: Any) -> str:
-    """A JSON type, in JSON's words."""
-    if value is None:
-        return "null"
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value"}
-    return names.get(type(value), "a number")
+def _images_asked_first(turns: list[Turn], count: int) -> list[Turn]:
+    """The pictures of a form that knows no placeholder, before the first question."""
+    first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
+    if first is None:
+        return turns
+    text = turns[first].text
+    asked = Turn.asking(text, images=count) if text else Turn(role="user", text=IMAGE * count)
+    return [*turns[:first], asked, *turns[first + 1 :]]
 
 
 def _id(value: Mapping[str, Any], where: Where) -> str:
@@ -169,7 +132,7 @@ def _id(value: Mapping[str, Any], where: Where) -> str:
     if name is None:
         return str(where.row)
     if isinstance(name, bool) or not isinstance(name, str | int):
-        raise where.error(Code.BAD_ID, "id", f"is {_kind(name)}", "write a string or an integer")
+        raise where.error(Code.BAD_ID, "id", f"is {kind_of(name)}", "write a string or an integer")
     if isinstance(name, str):
         _check_characters(name, "id", where)
     return str(name)
@@ -183,31 +146,68 @@ def _image_names(value: Mapping[str, Any], where: Where) -> list[Any]:
         raise where.error(Code.BAD_IMAGE_NAME, "image", "is null", "leave the key out of a record without a picture")
     if given is None:
         return []
-    return given if isinstance(given, list) else [given]
+    return list(given) if isinstance(given, list | tuple) else [given]
 
 
-def _turns(value: Mapping[str, Any], where: Where) -> tuple[list[Turn], list[Any]]:
+def _turns(value: Mapping[str, Any], where: Where) -> tuple[list[Turn], list[Any], bool]:
+    """The turns, the images that stand in them, and whether their form marks the places of images."""
+    for find in (_pairs, _question_and_answer):
+        simple = find(value, where)
+        if simple is not None:
+            return simple, [], False
     key = "messages" if "messages" in value and "conversations" not in value else "conversations"
     items = value.get(key)
     if not isinstance(items, list) or not items:
-        what = f"is {_kind(items)}" if items else "is missing or empty"
+        what = f"is {kind_of(items)}" if items else "is missing or empty"
         hint = suggestion(key, [str(name) for name in value]) if key not in value else ""
         raise where.error(Code.NO_TURNS, key, what, f"add at least a question and an answer.{hint}")
     turns: list[Turn] = []
     images: list[Any] = []
+    if value.get("system"):  # ShareGPT keeps it beside the conversation
+        turns.append(Turn(role="system", text=_text(value["system"], "system", where)))
     for index, item in enumerate(items):
         field = f"{key}[{index}]"
         if not isinstance(item, Mapping):
-            raise where.error(Code.BAD_TURN, field, f"is {_kind(item)}", "write an object per turn")
+            raise where.error(Code.BAD_TURN, field, f"is {kind_of(item)}", "write an object per turn")
         speaker = item.get("from", item.get("role"))
         role = _ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
-            found = json.dumps(speaker, ensure_ascii=True)[:60]
+            found = json.dumps(speaker, ensure_ascii=True, default=str)[:60]
             raise where.error(
                 Code.BAD_ROLE, field, f"role is {found}", "use human and gpt, or user and assistant, and system first"
             )
         turns.append(_turn(role, item.get("value", item.get("content")), field, where, images))
-    return turns, images
+    return turns, images, True
+
+
+def _pairs(value: Mapping[str, Any], where: Where) -> list[Turn] | None:
+    """`texts`: a list of objects with `user` and `assistant`."""
+    items = value.get("texts")
+    if not isinstance(items, list) or "conversations" in value or "messages" in value:
+        return None
+    turns: list[Turn] = []
+    for index, item in enumerate(items):
+        field = f"texts[{index}]"
+        if not isinstance(item, Mapping):
+            raise where.error(Code.BAD_TURN, field, f"is {kind_of(item)}", "write an object with user and assistant")
+        turns += [Turn.asking(_text(item.get("user"), f"{field}.user", where)),
+                  Turn(role="assistant", text=_text(item.get("assistant"), f"{field}.assistant", where))]  # fmt: skip
+    if not turns:
+        raise where.error(Code.NO_TURNS, "texts", "is empty", "add at least a question and an answer.")
+    return turns
+
+
+def _question_and_answer(value: Mapping[str, Any], where: Where) -> list[Turn] | None:
+    """`question` and `answer`, or `caption` alone."""
+    if "conversations" in value or "messages" in value:
+        return None
+    if "question" in value and "answer" in value:
+        question, answer = (_text(value[key], key, where) for key in ("question", "answer"))
+    elif "caption" in value:
+        question, answer = "", _text(value["caption"], "caption", where)
+    else:
+        return None
+    return [Turn.asking(question), Turn(role="assistant", text=answer)]
 
 
 def _turn(role: Role, content: Any, field: str, where: Where, images: list[Any]) -> Turn:
@@ -218,8 +218,8 @@ def _turn(role: Role, content: Any, field: str, where: Where, images: list[Any])
     places: list[int] = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "image" and role == "user":
-            images.append(part.get("image", part.get("path")))
+        if kind in ("image", "image_url") and role == "user":
+            images.append(next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key)), None))
             places.append(len(text))
             text += f"{IMAGE}\n"
         elif kind == "text":
@@ -244,7 +244,7 @@ def _image_first(text: str) -> str:
 
 def _text(value: Any, field: str, where: Where) -> str:
     if not isinstance(value, str):
-        raise where.error(Code.BAD_TEXT, field, f"text is {_kind(value)}", "write a string")
+        raise where.error(Code.BAD_TEXT, field, f"text is {kind_of(value)}", "write a string")
     if len(value) > MAX_TEXT:
         raise where.error(Code.TOO_LARGE, field, f"has {len(value)} characters", f"stay below {MAX_TEXT}")
     _check_characters(value, field, where)
@@ -252,53 +252,12 @@ def _text(value: Any, field: str, where: Where) -> str:
 
 
 def _check_characters(text: str, field: str, where: Where) -> None:
-    bad = _BAD_CHARACTER.search(text)
+    bad = BAD_CHARACTER.search(text)
     if bad:
         what = f"holds U+{ord(bad[0]):04X} at character {bad.start()}"
         surrogate = bad[0] >= "\ud800"
         remedy = "write the whole surrogate pair" if surrogate else "remove control characters"
         raise where.error(Code.BAD_CHARACTER, field, what, remedy)
-
-
-def _image_path(name: Any, index: int, folder: Path, where: Where, *, follow_links: bool) -> Path:
-    field = f"image[{index}]"
-    if not isinstance(name, str) or not name.strip():
-        found = _kind(name) if not isinstance(name, str) else "empty"
-        raise where.error(Code.BAD_IMAGE_NAME, field, f"is {found}", "write a path below the image folder")
-    shown = ascii(name)[:100]
-    bad = _BAD_CHARACTER.search(name) or "\\" in name or name.startswith("~") or "%2e" in name.lower()
-    if bad or _SCHEME.match(name):
-        what = f"{shown} is no plain relative path"
-        remedy = "write a path below the image folder, without scheme, ~, backslash or escapes; nothing is downloaded"
-        raise where.error(Code.BAD_IMAGE_NAME, field, what, remedy, path=name)
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        remedy = f"write a path below {folder}"
-        raise where.error(Code.PATH_ESCAPES, field, f"{shown} leaves the image folder", remedy, path=name)
-    path = folder / name
-    if follow_links:
-        return path
-    try:
-        real = Path(os.path.realpath(path))
-    except (OSError, ValueError) as error:
-        remedy = "shorten or repair the path"
-        raise where.error(Code.BAD_IMAGE_NAME, field, f"{shown} ({error})", remedy, path=name) from error
-    if not real.is_relative_to(folder):
-        remedy = "copy the picture there, or set follow_links for this source"
-        raise where.error(Code.PATH_ESCAPES, field, f"{shown} links out of {folder}", remedy, path=name)
-    return real
-
-
-def similar_file(path: Path) -> str:
-    """A hint when a missing file exists under another spelling of its name; empty otherwise."""
-    other = [
-        path.with_name(unicodedata.normalize("NFC", path.name)),
-        path.with_name(unicodedata.normalize("NFD", path.name)),
-    ]
-    other += [path.with_suffix(suffix) for suffix in (".jpg", ".JPG", ".jpeg", ".png", ".PNG", ".gif", ".webp")]
-    for candidate in other:
-        if candidate != path and candidate.is_file():
-            return f" There is {candidate.name!a}."
-    return ""
 
 
 def _check_roles(turns: list[Turn], where: Where) -> None:
@@ -331,4 +290,4 @@ def _check_places(turns: list[Turn], images: int, where: Where) -> None:
     raise where.error(Code.IMAGE_COUNT, "conversations", what, f"write one {IMAGE} per image, in human turns")
 
 
-__all__ = ["IMAGE", "Record", "RecordError", "RecordFile", "Role", "Turn", "parse_record", "similar_file"]
+__all__ = ["IMAGE", "Record", "RecordError", "Role", "Turn", "parse_record"]

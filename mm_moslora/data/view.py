@@ -33,7 +33,7 @@ def view_record(record: Record, encoded: Encoded, encoder: Encoder) -> Renderabl
     supervised, tokens = int(encoded.supervised.sum()), int(encoded.input_ids.shape[0])
     share = f"{supervised} of {tokens} tokens supervised ({supervised / tokens:.0%})"
     dropped = f", {encoded.dropped_turns} turns dropped" if encoded.dropped_turns else ""
-    names = [str(path) for path in record.images]
+    names = record.image_names
     text = view_tokens(encoded, encoder.tokenizer, image_token_id=encoder.image_token_id)
     head = Text("\n".join(names) + "\n", style="italic") if names else Text("")
     return Panel(Group(head, text), title=escape(f"{record.id}: {share}{dropped}"), title_align="left")

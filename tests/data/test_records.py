@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from mm_moslora.data import jsonfile
 from mm_moslora.data.faults import Code, RecordError, Where
-from mm_moslora.data.records import RecordFile, parse_record
+from mm_moslora.data.pictures import PictureRules
+from mm_moslora.data.records import parse_record
+from mm_moslora.data.sources import RecordFile
 from mm_moslora.errors import DataError
 
 QA = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
@@ -47,7 +49,7 @@ class TestGoodRecords:
         parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "what is <image>?"}]
         row = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": parts},
                             {"role": "assistant", "content": [{"type": "text", "text": "a tag"}]}]}  # fmt: skip
-        record = parse_record(row, Where(file=tmp_path, line=None, row=0), tmp_path)
+        record = parse_record(row, Where(file=tmp_path, line=None, row=0), PictureRules(folder=tmp_path))
         assert [turn.role for turn in record.turns] == ["system", "user", "assistant"]
         assert record.turns[1].parts() == ["", "\nwhat is <image>?"]  # the typed one is text
         assert record.images == (tmp_path / "a.png",)
@@ -63,13 +65,16 @@ class TestGoodRecords:
             "images": ["a.png", "b.png"],
             "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}],
         }
-        record = parse_record(row, Where(file=tmp_path, line=None, row=0), tmp_path)
+        record = parse_record(row, Where(file=tmp_path, line=None, row=0), PictureRules(folder=tmp_path))
         assert [path.name for path in record.images] == ["a.png", "b.png"]
         assert record.turns[0].images == 2
 
     def test_a_placeholder_in_an_answer_is_text(self, tmp_path: Path) -> None:
         row = chat(("human", "which tag?"), ("gpt", "<image>"))
-        assert parse_record(row, Where(file=tmp_path, line=None, row=0), tmp_path).turns[1].images == 0
+        assert (
+            parse_record(row, Where(file=tmp_path, line=None, row=0), PictureRules(folder=tmp_path)).turns[1].images
+            == 0
+        )
 
 
 def deep(levels: int) -> str:
@@ -123,7 +128,8 @@ ROWS = {
     "link": (with_image("out/secret.png"), Code.PATH_ESCAPES, "links out"),
     "http": (with_image("http://host/a.png"), Code.BAD_IMAGE_NAME, "nothing is downloaded"),
     "file scheme": (with_image("file:///etc/passwd"), Code.BAD_IMAGE_NAME, "scheme"),
-    "data scheme": (with_image("data:image/png;base64,AAAA"), Code.BAD_IMAGE_NAME, "scheme"),
+    "data scheme": (with_image("data:text/html;base64,AAAA"), Code.BAD_IMAGE_NAME, "scheme"),
+    "data base64": (with_image("data:image/png;base64,A*AA"), Code.BAD_IMAGE_NAME, "no base64"),
     "home": (with_image("~/a.png"), Code.BAD_IMAGE_NAME, "~"),
     "percent": (with_image("%2e%2E/a.png"), Code.BAD_IMAGE_NAME, "escapes"),
     "backslash": (with_image("..\\a.png"), Code.BAD_IMAGE_NAME, "backslash"),
@@ -131,7 +137,7 @@ ROWS = {
     "surrogate in name": (with_image("\ud83d.png"), Code.BAD_IMAGE_NAME, "plain relative path"),
     "image number": (with_image(5), Code.BAD_IMAGE_NAME, "a number"),
     "image null": (with_image(None), Code.BAD_IMAGE_NAME, "null"),
-    "image object": (with_image({"path": "a.png"}), Code.BAD_IMAGE_NAME, "an object"),
+    "image object": (with_image({"file": "a.png"}), Code.BAD_IMAGE_NAME, "an object"),
     "list of lists": (with_image([["a.png"]]), Code.BAD_IMAGE_NAME, "a list"),
     "empty name": (with_image(" "), Code.BAD_IMAGE_NAME, "empty"),
 }  # fmt: skip
@@ -160,7 +166,7 @@ class TestBadRecords:
         folder.mkdir()
         (folder / "out").symlink_to(tmp_path)
         with pytest.raises(RecordError) as caught:
-            parse_record(row, Where(file=Path("d.jsonl"), line=3, row=2), folder.resolve())
+            parse_record(row, Where(file=Path("d.jsonl"), line=3, row=2), PictureRules(folder=folder.resolve()))
         message = str(caught.value)
         assert caught.value.code == code, message
         assert message.startswith(f"{code}: d.jsonl:3 (record 2")
@@ -173,7 +179,9 @@ class TestBadRecords:
         folder.mkdir()
         (folder / "a.png").symlink_to(tmp_path / "store.png")
         where = Where(file=tmp_path, line=None, row=0)
-        assert parse_record(with_image("a.png"), where, folder, follow_links=True).images == (folder / "a.png",)
+        assert parse_record(with_image("a.png"), where, PictureRules(folder=folder, follow_links=True)).images == (
+            folder / "a.png",
+        )
 
     @settings(deadline=None, max_examples=200)
     @given(
@@ -190,7 +198,7 @@ class TestBadRecords:
     )  # fmt: skip
     def test_anything_is_a_record_or_a_named_error(self, value) -> None:
         with contextlib.suppress(RecordError):  # anything else is a failure
-            parse_record(value, Where(file=Path("f"), line=1, row=0), Path("/nowhere"))
+            parse_record(value, Where(file=Path("f"), line=1, row=0), PictureRules(folder=Path("/nowhere")))
 
 
 class TestFiles:
@@ -257,7 +265,7 @@ class TestFiles:
 )
 def test_the_only_image_of_a_question_stands_first_as_in_llava(written: str, read: str) -> None:
     row = {"image": "a.png", "conversations": [{"from": "human", "value": written}, {"from": "gpt", "value": "red"}]}
-    record = parse_record(row, Where(file=Path("f"), line=1, row=0), Path("/nowhere"))
+    record = parse_record(row, Where(file=Path("f"), line=1, row=0), PictureRules(folder=Path("/nowhere")))
     assert record.turns[0].text == read
     assert record.turns[0].images == 1
 
@@ -265,5 +273,5 @@ def test_the_only_image_of_a_question_stands_first_as_in_llava(written: str, rea
 def test_several_images_of_a_question_stay_in_place() -> None:
     talk = [{"from": "human", "value": "is <image> like <image>?"}, {"from": "gpt", "value": "no"}]
     row = {"image": ["a.png", "b.png"], "conversations": talk}
-    record = parse_record(row, Where(file=Path("f"), line=1, row=0), Path("/nowhere"))
+    record = parse_record(row, Where(file=Path("f"), line=1, row=0), PictureRules(folder=Path("/nowhere")))
     assert record.turns[0].text == "is <image> like <image>?"

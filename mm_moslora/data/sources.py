@@ -1,0 +1,185 @@
+"""Where records come from: JSON and JSONL files, Hugging Face tables (parquet among them), webdataset tar files.
+
+Every source is random access by row number, so that the order of training depends on a seed alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.config import SourceConfig
+from mm_moslora.data.faults import Code, Where
+from mm_moslora.data.jsonfile import JsonFile, StrictJsonError
+from mm_moslora.data.pictures import PictureRules
+from mm_moslora.data.records import Record, parse_record
+from mm_moslora.errors import DataError
+
+TABLE_SUFFIXES = (".parquet", ".arrow")
+
+
+class RecordSource(ABC):
+    """Random access to the records of one source.
+
+    Args:
+        path: of the source, for messages.
+        rules: what its pictures may be.
+    """
+
+    def __init__(self, path: Path, rules: PictureRules) -> None:
+        self.path, self.rules = path, rules
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def value(self, row: int) -> Any:
+        """The unchecked value of a row.
+
+        Raises:
+            StrictJsonError: it is not strict JSON.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash of what the texts of this source are; reading them all may be needed."""
+
+    def where(self, row: int) -> Where:
+        """The place of a record, for messages."""
+        return Where(file=self.path, line=None, row=row)
+
+    def __getitem__(self, row: int) -> Record:
+        """Read and check one record.
+
+        Raises:
+            RecordError: the record cannot be used.
+        """
+        where = self.where(row)
+        try:
+            value = self.value(row)
+        except StrictJsonError as fault:
+            code = Code.TOO_DEEP if fault.deep else Code.TOO_LARGE if fault.large else Code.BAD_JSON
+            raise where.error(code, "-", str(fault), "repair or remove the record") from fault
+        return parse_record(value, where, self.rules)
+
+
+class RecordFile(RecordSource):
+    """The records of a LLaVA JSON list or a JSONL file.
+
+    Args:
+        path: the file.
+        rules: what its pictures may be; None: files below the file's folder.
+
+    Raises:
+        DataError: the file is missing, empty, or no JSON at all.
+    """
+
+    def __init__(self, path: Path, rules: PictureRules | None = None) -> None:
+        super().__init__(path, rules or PictureRules(folder=path.parent.resolve()))
+        self._values = JsonFile(path)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def where(self, row: int) -> Where:
+        """The place of a record, with its line in a JSONL file."""
+        return Where(file=self.path, line=self._values.line(row), row=row)
+
+    def value(self, row: int) -> Any:
+        """The parsed value of a row."""
+        return self._values[row]
+
+    def fingerprint(self) -> str:
+        """A hash of the file's bytes."""
+        with self.path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class Selection(RecordSource):
+    """Some rows of a source.
+
+    Args:
+        source: the whole.
+        rows: which rows, in their order.
+    """
+
+    def __init__(self, source: RecordSource, rows: Sequence[int]) -> None:
+        super().__init__(source.path, source.rules)
+        self.source, self.rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def where(self, row: int) -> Where:
+        """The place in the whole source."""
+        return self.source.where(self.rows[row])
+
+    def value(self, row: int) -> Any:
+        """The value in the whole source."""
+        return self.source.value(self.rows[row])
+
+    def fingerprint(self) -> str:
+        """A hash of the whole and of the choice."""
+        choice = hashlib.sha256(repr(list(self.rows)).encode()).hexdigest()
+        return f"{self.source.fingerprint()}-{choice[:16]}"
+
+
+def open_source(config: SourceConfig) -> RecordSource:
+    """Open one source by its configuration.
+
+    Raises:
+        DataError: it is missing, of no known kind, or cannot be read.
+    """
+    kind = config.format if config.format != "auto" else _kind(config.path)
+    if kind == "json":
+        source: RecordSource = RecordFile(Path(config.path), _rules(config, Path(config.path).parent))
+    elif kind == "webdataset":
+        from mm_moslora.data.tarfiles import TarSource
+
+        source = TarSource(config.path, _rules(config, Path(config.path).parent))
+    else:
+        from mm_moslora.data.tables import TableSource
+
+        path = Path(config.path)
+        source = TableSource(config, _rules(config, path if path.is_dir() else path.parent))
+    if config.limit is None or config.limit >= len(source):
+        return source
+    rows = range(config.limit)
+    if config.limit_by == "first":
+        return Selection(source, rows)
+    # Of its own seed, so that runs that differ in seed alone see the same records.
+    return Selection(source, sorted(random.Random("limit").sample(range(len(source)), config.limit)))
+
+
+def open_sources(sources: Sequence[SourceConfig]) -> list[RecordSource]:
+    """Open several sources.
+
+    Raises:
+        DataError: none is named, or one cannot be read.
+    """
+    if not sources:
+        raise DataError("No data source is named. Add one to data.train, with the path of a LLaVA JSON or JSONL file.")
+    return [open_source(source) for source in sources]
+
+
+def _rules(config: SourceConfig, beside: Path) -> PictureRules:
+    folder = Path(config.image_folder) if config.image_folder else beside
+    return PictureRules(
+        folder=folder.resolve(),
+        follow_links=config.follow_links,
+        hosts=tuple(host.lower() for host in config.image_hosts),
+    )
+
+
+def _kind(path: str) -> str:
+    """The kind of a source, told by its path."""
+    lower = path.lower()
+    if lower.startswith("hf:") or Path(path).is_dir() or lower.endswith(TABLE_SUFFIXES):
+        return "table"
+    if lower.endswith((".tar", ".tar.gz", ".tgz", ".tar.zst")):
+        return "webdataset"
+    return "json"

@@ -1,0 +1,176 @@
+"""Hugging Face datasets as sources: from the hub, a folder saved to disk, parquet or Arrow files, also streamed.
+
+Tables stay on disk (Arrow, memory-mapped). Picture bytes are read when the picture is used, not when the text is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_moslora.config import SourceConfig
+from mm_moslora.data.pictures import PictureRules, StoredPicture
+from mm_moslora.data.sources import RecordSource
+from mm_moslora.errors import DataError, suggestion
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class TableSource(RecordSource):
+    """The rows of a Hugging Face dataset.
+
+    Args:
+        config: path (`hf:NAME`, a folder, or .parquet or .arrow files with wildcards), subset, split, revision,
+            columns, streaming.
+        rules: what pictures named by path may be.
+
+    Raises:
+        DataError: it cannot be loaded, the split is missing, or `columns` names columns that are not there.
+    """
+
+    def __init__(self, config: SourceConfig, rules: PictureRules) -> None:
+        super().__init__(Path(config.path), rules)
+        table = _load(config)
+        odd = sorted(set(config.columns.values()) - set(table.column_names))
+        if odd:
+            hint = suggestion(odd[0], table.column_names)
+            raise DataError(
+                f"{config.path}: columns names {odd[0]!r}, but the columns are {', '.join(table.column_names)}.{hint}"
+            )
+        self._names = {own: name for name, own in config.columns.items()}
+        self._table = table.with_format("arrow")
+        self._identity = f"{table._fingerprint}-{json.dumps(self._names, sort_keys=True)}"
+        if not len(table):
+            raise DataError(f"{config.path} is empty: 0 records. Check the split ({config.split}).")
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def value(self, row: int) -> dict[str, Any]:
+        """A row, its pictures not read yet."""
+        slice_ = self._table[row]
+        found: dict[str, Any] = {}
+        for own in slice_.column_names:
+            cell = slice_.column(own)[0]
+            value = _pictures(cell, f"{self.path}:{row}#{own}")
+            if value is not None:
+                found[self._names.get(own, own)] = value
+        return found
+
+    def fingerprint(self) -> str:
+        """The dataset's own fingerprint."""
+        return self._identity
+
+
+def _pictures(cell: Any, name: str) -> Any:
+    """A cell as plain data; pictures inside become places from which they can be read."""
+    import pyarrow as pa
+
+    if not cell.is_valid:
+        return None
+    kind = cell.type
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return StoredPicture(name, cell.as_py)
+    if pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}:
+        return StoredPicture(name, cell["bytes"].as_py) if cell["bytes"].is_valid else cell["path"].as_py()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        if not pa.types.is_nested(kind.value_type) and not pa.types.is_binary(kind.value_type):
+            return cell.as_py()
+        return [_pictures(item, f"{name}[{index}]") for index, item in enumerate(cell.values)]
+    if pa.types.is_struct(kind):  # Arrow gives every part of a message the keys of all parts
+        pairs = ((field.name, _pictures(cell[field.name], f"{name}.{field.name}")) for field in kind)
+        return {key: value for key, value in pairs if value is not None}
+    return cell.as_py()
+
+
+def _load(config: SourceConfig) -> Dataset:
+    import datasets
+
+    datasets.disable_progress_bars()
+    path, name = Path(config.path), config.path.removeprefix("hf:")
+    try:
+        if config.streaming:
+            return _streamed(config, name)
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return _of_split(datasets.load_from_disk(config.path), config)
+        return _of_split(datasets.load_dataset(**_arguments(config, name)), config)
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises nearly anything
+        raise DataError(
+            f"{config.path} does not load as a Hugging Face dataset ({type(error).__name__}: {str(error)[:300]}). "
+            "Check path, subset, split and revision."
+        ) from error
+
+
+def _arguments(config: SourceConfig, name: str) -> dict[str, Any]:
+    """What `datasets.load_dataset` is called with."""
+    path = Path(config.path)
+    suffix = path.suffix if path.suffix in (".parquet", ".arrow") else ""
+    files = sorted(glob.glob(config.path)) if suffix else []
+    if path.is_dir() and any(path.glob("*.parquet")):
+        suffix, files = ".parquet", sorted(str(item) for item in path.glob("*.parquet"))
+    if suffix:
+        if not files:
+            raise DataError(f"No file matches {config.path}. Check its path.")
+        return {"path": suffix[1:], "data_files": {config.split: files}, "split": config.split}
+    return {"path": name, "name": config.subset, "split": config.split, "revision": config.revision}
+
+
+def _of_split(loaded: Any, config: SourceConfig) -> Dataset:
+    import datasets
+
+    if isinstance(loaded, datasets.DatasetDict):
+        if config.split not in loaded:
+            raise DataError(f"{config.path} has no split {config.split!r}, only {', '.join(loaded)}. Set split.")
+        loaded = loaded[config.split]
+    if not isinstance(loaded, datasets.Dataset):
+        raise DataError(f"{config.path} is {type(loaded).__name__}, expected a dataset with rows.")
+    return _undecoded(loaded)
+
+
+def _undecoded(table: Any) -> Any:
+    """The same with pictures as bytes or paths: they are decoded here, by rules that training and serving share."""
+    import datasets
+
+    for name, feature in (table.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+            table = table.cast_column(name, datasets.List(datasets.Image(decode=False)))
+    return table
+
+
+def _streamed(config: SourceConfig, name: str) -> Dataset:
+    """The first `limit` rows of a stream, read once and kept on this machine, so that they have numbers.
+
+    One process reads; others that ask for the same wait for it.
+    """
+    import datasets
+
+    from mm_moslora.data.tokencache import default_cache
+
+    assert config.limit is not None, "checked by SourceConfig"
+    arguments = _arguments(config, name)
+    files = [Path(item) for item in next(iter(arguments.get("data_files", {"": []}).values()))]
+    state = [(item.stat().st_size, item.stat().st_mtime_ns) for item in files]
+    key = hashlib.sha256(json.dumps([arguments, state, config.limit], sort_keys=True).encode()).hexdigest()[:24]
+    folder = default_cache() / "streams" / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            stream = _undecoded(datasets.load_dataset(**arguments, streaming=True)).take(config.limit)
+            table = datasets.Dataset.from_generator(
+                stream.__iter__, features=stream.features, cache_dir=str(folder.parent / "parts")
+            )
+            part = folder.with_suffix(".part")
+            table.save_to_disk(str(part))
+            part.rename(folder)
+    loaded: Dataset = datasets.load_from_disk(str(folder))
+    return loaded

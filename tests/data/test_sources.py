@@ -1,0 +1,381 @@
+"""Sources of every kind give the same records; limits, mixtures and caches choose and keep them as they say."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import io
+import json
+import multiprocessing
+import tarfile
+import threading
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import make_records
+
+from mm_moslora.config import DataConfig, SourceConfig
+from mm_moslora.data import tokencache
+from mm_moslora.data.dataset import TrainingSet
+from mm_moslora.data.faults import Code, RecordError
+from mm_moslora.data.images import ImageError
+from mm_moslora.data.pictures import open_picture
+from mm_moslora.data.sources import RecordFile, open_source
+from mm_moslora.errors import ConfigError, DataError
+from tests.data.sets import chatml_encoder, make_set, to_pixels
+
+
+def picture(colour: tuple[int, int, int] = (200, 30, 20)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def colour_of(record, number: int = 0) -> tuple[int, ...]:
+    return open_picture(record.images[number]).getpixel((0, 0))
+
+
+def chat(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+class TestTables:
+    @pytest.fixture
+    def table(self):
+        import datasets
+
+        rows = [
+            {
+                "id": f"r{n}", "messages": chat("<image>\nwhat?", f"a{n}"),
+                "image": {"bytes": picture((n, 0, 0)), "path": None},
+            }
+            for n in range(6)
+        ]  # fmt: skip
+        return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+
+    @pytest.mark.parametrize("kind", ["parquet", "folder of parquet", "saved", "saved splits", "streamed"])
+    def test_every_way_gives_the_same_records(self, tmp_path: Path, monkeypatch, table, kind: str) -> None:
+        import datasets
+
+        monkeypatch.setenv("MM_MOSLORA_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+        options = {}
+        path = tmp_path / "d"
+        if kind in ("parquet", "streamed"):
+            path = tmp_path / "d.parquet"
+            table.to_parquet(path)
+        elif kind == "folder of parquet":
+            path.mkdir()
+            table.to_parquet(path / "0.parquet")
+        elif kind == "saved":
+            table.save_to_disk(path)
+        else:
+            datasets.DatasetDict({"test": table}).save_to_disk(path)
+            options["split"] = "test"
+        if kind == "streamed":
+            options |= {"streaming": True, "limit": 4, "limit_by": "first"}
+        source = open_source(SourceConfig(path=str(path), **options))
+        assert len(source) == (4 if kind == "streamed" else 6)
+        assert [source[n].id for n in range(len(source))] == [f"r{n}" for n in range(len(source))]
+        assert [turn.text for turn in source[3].turns] == ["<image>\nwhat?", "a3"]
+        assert colour_of(source[3]) == (3, 0, 0)
+        if kind == "streamed":  # kept: nothing is read from the stream again
+            monkeypatch.setattr(datasets, "load_dataset", None)
+            assert len(open_source(SourceConfig(path=str(path), **options))) == 4
+
+    def test_content_parts_and_lists_of_images(self, tmp_path: Path) -> None:
+        import datasets
+
+        parts = [{"type": "image", "text": None}, {"type": "image", "text": None}, {"type": "text", "text": "differ?"}]
+        rows = [{
+            "images": [{"bytes": picture((5, 0, 0)), "path": None}, {"bytes": picture((7, 0, 0)), "path": None}],
+            "messages": [
+                {"role": "user", "content": parts},
+                {"role": "assistant", "content": [{"type": "text", "text": "yes"}]},
+            ],
+        }]  # fmt: skip
+        table = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
+        table.save_to_disk(tmp_path / "d")
+        record = open_source(SourceConfig(path=str(tmp_path / "d")))[0]
+        assert record.turns[0].images == 2
+        assert [colour_of(record, n) for n in (0, 1)] == [(5, 0, 0), (7, 0, 0)]
+
+    def test_columns_are_renamed_and_pictures_come_first(self, tmp_path: Path) -> None:
+        import datasets
+
+        rows = [{"query": "a <image> tag?", "label": "yes", "photo": {"bytes": picture(), "path": None}}]
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "d")
+        columns = {"question": "query", "answer": "label", "image": "photo"}
+        record = open_source(SourceConfig(path=str(tmp_path / "d"), columns=columns))[0]
+        assert record.turns[0].parts() == ["", "\na <image> tag?"]
+        with pytest.raises(DataError, match="columns are query, label, photo"):
+            open_source(SourceConfig(path=str(tmp_path / "d"), columns={"question": "quary"}))
+
+    def test_a_path_in_a_table_may_not_leave_the_folder(self, tmp_path: Path) -> None:
+        import datasets
+
+        rows = [{"image": {"bytes": None, "path": "/etc/passwd"}, "question": "q", "answer": "a"}]
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "d")
+        with pytest.raises(RecordError) as caught:
+            open_source(SourceConfig(path=str(tmp_path / "d")))[0]
+        assert caught.value.code == Code.PATH_ESCAPES
+
+    def test_what_does_not_load_says_so(self, tmp_path: Path) -> None:
+        import datasets
+
+        table = datasets.Dataset.from_list([{"question": "q", "answer": "a"}])
+        datasets.DatasetDict({"test": table}).save_to_disk(tmp_path / "d")
+        with pytest.raises(DataError, match="no split 'train', only test"):
+            open_source(SourceConfig(path=str(tmp_path / "d")))
+        with pytest.raises(DataError, match="No file matches"):
+            open_source(SourceConfig(path=str(tmp_path / "*.parquet")))
+        with pytest.raises(ConfigError, match="streaming is set, so set limit"):
+            SourceConfig(path="hf:x", streaming=True)
+
+
+class TestTarFiles:
+    def write(self, path: Path, *members: tuple[str, bytes], mode: str = "w", kind: bytes = tarfile.REGTYPE) -> Path:
+        with tarfile.open(path, mode) as tar:
+            for name, data in members:
+                info = tarfile.TarInfo(name)
+                info.size, info.type = (len(data), kind) if kind == tarfile.REGTYPE else (0, kind)
+                tar.addfile(info, io.BytesIO(data))
+        return path
+
+    def test_members_with_one_key_are_one_record(self, tmp_path: Path) -> None:
+        record = {"conversations": [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]}
+        self.write(tmp_path / "s-00.tar", ("a/1.jpg", picture((1, 0, 0))), ("a/1.json", json.dumps(record).encode()))
+        self.write(
+            tmp_path / "s-01.tar", ("b/1.png", picture((2, 0, 0))), ("b/1.txt", b" a red card \n"), ("c.cls", b"3")
+        )
+        source = open_source(SourceConfig(path=str(tmp_path / "s-{00..01}.tar"), format="webdataset"))
+        assert len(source) == len(open_source(SourceConfig(path=str(tmp_path / "*.tar")))) == 3
+        assert [source[n].id for n in (0, 1)] == ["a/1", "b/1"]
+        assert source[1].turns[1].text == "a red card"
+        assert [colour_of(source[n]) for n in (0, 1)] == [(1, 0, 0), (2, 0, 0)]
+        with pytest.raises(RecordError, match="members cls, but neither json nor txt"):
+            source[2]
+
+    def test_a_json_member_names_members_of_its_record(self, tmp_path: Path) -> None:
+        record = {"images": ["1.b.png", "1.a.png"], "question": "which?", "answer": "left"}
+        self.write(
+            tmp_path / "s.tar", ("x/1.a.png", picture((1, 0, 0))), ("x/1.b.png", picture((2, 0, 0))),
+            ("x/1.json", json.dumps(record).encode()),
+        )  # fmt: skip
+        (row,) = list(open_source(SourceConfig(path=str(tmp_path / "s.tar"))))
+        assert [colour_of(row, n) for n in (0, 1)] == [(2, 0, 0), (1, 0, 0)]
+
+    @pytest.mark.parametrize(
+        ("members", "options", "text"),
+        [
+            ([("../x.txt", b"a")], {}, "leaves the archive"),
+            ([("/x.txt", b"a")], {}, "leaves the archive"),
+            ([("x.txt", b"")], {"kind": tarfile.SYMTYPE}, "link or a device"),
+            ([("x.txt", b"")], {"kind": tarfile.CHRTYPE}, "link or a device"),
+            ([("x.txt", b"a")], {"mode": "w:gz"}, "unpack it to .tar first"),
+            ([], {}, "0 records"),
+        ],
+    )
+    def test_an_archive_that_plays_tricks_is_refused(self, tmp_path: Path, members, options, text) -> None:
+        path = self.write(tmp_path / "s.tar", *members, **options)
+        with pytest.raises(DataError, match=text):
+            open_source(SourceConfig(path=str(path)))
+
+    def test_a_cut_file_is_refused(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path / "s.tar", ("1.txt", b"a" * 3000))
+        path.write_bytes(path.read_bytes()[:1500])
+        with pytest.raises(DataError, match=r"breaks off|cannot be read"):
+            open_source(SourceConfig(path=str(path)))
+
+
+class TestForms:
+    def read(self, tmp_path: Path, row: dict[str, object]):
+        (tmp_path / "d.jsonl").write_text(json.dumps(row))
+        return RecordFile(tmp_path / "d.jsonl")[0]
+
+    def test_openai_parts_with_data_urls(self, tmp_path: Path) -> None:
+        url = "data:image/png;base64," + base64.b64encode(picture()).decode()
+        parts = [{"type": "text", "text": "what?"}, {"type": "image_url", "image_url": {"url": url}}]
+        row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a card"}]}
+        record = self.read(tmp_path, row)
+        assert colour_of(record) == (200, 30, 20)
+        assert record.turns[0].images == 1
+
+    def test_sharegpt_system_and_pairs(self, tmp_path: Path) -> None:
+        row = {"system": "Be brief.", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+        assert [turn.role for turn in self.read(tmp_path, row).turns] == ["system", "user", "assistant"]
+        row = {"texts": [{"user": "a <image>?", "assistant": "b"}, {"user": "c", "assistant": "d"}]}
+        record = self.read(tmp_path, row)
+        assert [turn.text for turn in record.turns] == ["a <image>?", "b", "c", "d"]
+        assert record.turns[0].images == 0
+
+    def test_a_caption_is_asked_for_by_its_picture_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "a.png").write_bytes(picture())
+        record = self.read(tmp_path, {"image": "a.png", "caption": "a card"})
+        assert [turn.text for turn in record.turns] == ["<image>", "a card"]
+
+
+class TestRemotePictures:
+    @pytest.fixture
+    def server(self, tmp_path: Path, monkeypatch):
+        monkeypatch.setenv("MM_MOSLORA_CACHE", str(tmp_path / "cache"))
+        asked: list[str] = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked.append(self.path)
+                away = self.path == "/away.png"
+                self.send_response(302 if away else 200)
+                if away:
+                    self.send_header("Location", "http://localhost:1/x.png")
+                self.end_headers()
+                self.wfile.write(b"" if away else picture())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=served.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{served.server_port}", asked
+        served.shutdown()
+        served.server_close()
+
+    def record(self, tmp_path: Path, url: str, hosts: list[str]):
+        (tmp_path / "d.jsonl").write_text(json.dumps({"image": url, "question": "q", "answer": "a"}))
+        return open_source(SourceConfig(path=str(tmp_path / "d.jsonl"), image_hosts=hosts))[0]
+
+    def test_an_allowed_host_is_asked_once(self, tmp_path: Path, server) -> None:
+        address, asked = server
+        record = self.record(tmp_path, f"{address}/a.png", ["127.0.0.1"])
+        assert asked == []
+        assert [colour_of(record), colour_of(record)] == [(200, 30, 20)] * 2
+        assert asked == ["/a.png"]
+
+    @pytest.mark.parametrize("hosts", [[], ["example.org"]])
+    def test_no_other_host_is_asked(self, tmp_path: Path, server, hosts) -> None:
+        address, asked = server
+        with pytest.raises(RecordError) as caught:
+            self.record(tmp_path, f"{address}/a.png", hosts)
+        assert caught.value.code == Code.BAD_IMAGE_NAME
+        assert asked == []
+
+    def test_a_redirect_may_not_leave_the_hosts(self, tmp_path: Path, server) -> None:
+        address, _ = server
+        with pytest.raises(ImageError, match="image_hosts does not allow"):
+            colour_of(self.record(tmp_path, f"{address}/away.png", ["127.0.0.1"]))
+
+
+class TestLimits:
+    def test_a_limit_takes_the_first_or_a_fixed_random_choice(self, tmp_path: Path) -> None:
+        path = make_records(tmp_path, 40)
+        first = open_source(SourceConfig(path=str(path), limit=5, limit_by="first"))
+        assert [record.id for record in first] == [f"r{n}" for n in range(5)]
+        chosen = [[r.id for r in open_source(SourceConfig(path=str(path), limit=5))] for _ in range(2)]
+        assert chosen[0] == chosen[1] != [f"r{n}" for n in range(5)]
+        assert open_source(SourceConfig(path=str(path), limit=5))[4].where.row > 4
+        assert len(open_source(SourceConfig(path=str(path), limit=100))) == 40
+
+
+def test_parts_share_an_epoch(tmp_path: Path) -> None:
+    from mm_moslora.data.loader import BatchLoader
+
+    paths = [make_records(tmp_path / name, count) for name, count in (("a", 30), ("b", 10))]
+    config = {"mixing": "parts", "epoch_records": 60, "order": "random"}
+    data = make_set(*paths, weights=[1.0, 3.0], **config)
+    loader = BatchLoader(data, rank=0, world_size=1, config=data.config, global_batch=4, micro_batch=4)
+    seen = Counter(number >= 30 for step in loader.plan(0) for number in step)
+    assert seen == {False: 15, True: 45}
+
+
+class TestTokenCache:
+    def sets(self, path: Path, cache: Path, **options):
+        plain = make_set(path, **options)
+        return plain, make_set(path, cache=str(cache), **options)
+
+    def test_it_gives_the_same_examples_and_the_same_faults(self, tmp_path: Path) -> None:
+        path = make_records(tmp_path, 20)
+        with path.open("a") as stream:
+            stream.write('{"id": "bad"}\n{"id": NaN}\n')
+        plain, cached = self.sets(path, tmp_path / "cache", max_bad_share=0.5)
+        assert list(plain.lengths) == list(cached.lengths)
+        assert plain.members == cached.members
+        assert plain.has_image == cached.has_image
+        assert plain.quarantine.codes == cached.quarantine.codes
+        for number in plain.usable:
+            one, other = plain.load(number), cached.load(number)
+            assert torch.equal(one.input_ids, other.input_ids)
+            assert torch.equal(one.supervised, other.supervised)
+            assert (one.pixel_values is None) == (other.pixel_values is None)
+        with pytest.raises(RecordError, match=r"train.jsonl:21 \(record 20, id='bad'\)"):
+            cached.load(20)
+
+    def test_a_second_run_tokenises_nothing(self, tmp_path: Path, monkeypatch) -> None:
+        path = make_records(tmp_path, 12)
+        first = make_set(path, cache=str(tmp_path / "cache"))
+        monkeypatch.setattr(type(first.encoder), "encode", None)
+        again = make_set(path, cache=str(tmp_path / "cache"))
+        assert list(again.lengths) == list(first.lengths)
+        assert again.load(3) is not None
+
+    def test_other_content_or_another_limit_makes_another_cache(self, tmp_path: Path) -> None:
+        path, cache = make_records(tmp_path, 12), tmp_path / "cache"
+        make_set(path, cache=str(cache))
+        make_set(path, cache=str(cache), max_length=64)
+        path.write_text(path.read_text().replace("color", "colour"))
+        make_set(path, cache=str(cache))
+        assert len([item for item in cache.iterdir() if item.is_dir()]) == 3
+
+    def test_what_a_killed_process_left_is_no_cache(self, tmp_path: Path) -> None:
+        path, cache = make_records(tmp_path, 12), tmp_path / "cache"
+        make_set(path, cache=str(cache))
+        (folder,) = [item for item in cache.iterdir() if item.is_dir()]
+        folder.rename(folder.with_name(folder.name + ".part"))
+        (folder.with_name(folder.name + ".part") / "table.npy").write_bytes(b"half")
+        assert len(make_set(path, cache=str(cache)).usable) == 12
+
+    @pytest.mark.slow
+    def test_processes_that_come_together_build_it_once(self, tmp_path: Path, monkeypatch) -> None:
+        path = make_records(tmp_path, 60)
+        counter = tmp_path / "built"
+        build = tokencache._build
+
+        def counted(*arguments) -> None:
+            with counter.open("a") as stream:
+                stream.write("x")
+            build(*arguments)
+
+        monkeypatch.setattr(tokencache, "_build", counted)
+        monkeypatch.setattr(tokencache, "_ROWS", 8)  # several processes tokenise
+        context = multiprocessing.get_context("fork")
+        results = context.Queue()
+
+        def work() -> None:
+            results.put(list(make_set(path, cache=str(tmp_path / "cache")).lengths))
+
+        processes = [context.Process(target=work) for _ in range(3)]
+        for process in processes:
+            process.start()
+        lengths = [results.get(timeout=60) for _ in processes]
+        for process in processes:
+            process.join()
+        assert counter.read_text() == "x"
+        assert lengths[0] == lengths[1] == lengths[2] == list(make_set(path).lengths)
+
+
+def test_sources_of_all_kinds_train_together(tmp_path: Path) -> None:
+    import datasets
+
+    path = make_records(tmp_path, 6)
+    rows = [{"question": "what?", "answer": "red", "image": {"bytes": picture(), "path": None}}]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "d")
+    sources = [
+        SourceConfig(path=str(path), image_folder=str(tmp_path / "images")),
+        SourceConfig(path=str(tmp_path / "d")),
+    ]
+    data = TrainingSet(sources, chatml_encoder(), to_pixels, config=DataConfig())
+    assert len(data.usable) == 7
+    assert data.load(6).pixel_values.shape == (1, 3, 4, 4)
