@@ -244,6 +244,11 @@ class Power:
     alpha: float
     power: float
     correlation: float
+    current_n: int | None = None
+    current_power: float | None = None
+    """Share of true differences of `effect_size` that are seen with `current_n` samples."""
+    min_detectable_effect: float | None = None
+    """The difference that is seen with the wanted power on `current_n` samples."""
 
 
 def power_analysis(
@@ -254,6 +259,7 @@ def power_analysis(
     alpha: float = 0.05,
     power: float = 0.8,
     correlation: float = 0.5,
+    current_n: int | None = None,
 ) -> Power:
     """Samples needed to see a true difference of `effect_size` between two paired runs (Miller 2024, section 5).
 
@@ -264,19 +270,27 @@ def power_analysis(
         alpha: accepted share of false alarms.
         power: share of true differences that are seen.
         correlation: between the runs' scores.
+        current_n: samples at hand; what they can show is added, rounded to four digits.
     """
     first = std_a if std_a is not None else std_b if std_b is not None else 0.5
     second = std_b if std_b is not None else first
-    z = _NORMAL.inv_cdf(1 - alpha / 2) + _NORMAL.inv_cdf(power)
-    minimum = math.ceil((z * _difference_std(first, second, correlation) / effect_size) ** 2)
+    spread = _difference_std(first, second, correlation)
+    z_alpha, z_beta = _NORMAL.inv_cdf(1 - alpha / 2), _NORMAL.inv_cdf(power)
+    current_power = smallest = None
+    if current_n is not None:
+        current_power = round(_NORMAL.cdf(effect_size / spread * math.sqrt(current_n) - z_alpha), 4)
+        smallest = round((z_alpha + z_beta) * spread / math.sqrt(current_n), 4)
     return Power(
-        min_n=minimum,
+        min_n=math.ceil(((z_alpha + z_beta) * spread / effect_size) ** 2),
         effect_size=effect_size,
         std_a=first,
         std_b=second,
         alpha=alpha,
         power=power,
         correlation=correlation,
+        current_n=current_n,
+        current_power=current_power,
+        min_detectable_effect=smallest,
     )
 
 
@@ -307,11 +321,15 @@ class Repeats:
 
 
 def repeats(samples: Sequence[Sequence[float]]) -> Repeats:
-    """Summarise several scores per question."""
+    """Summarise several scores per question; nan where nothing can be said."""
     scored = [scores for scores in samples if scores]
     return Repeats(
         expected_accuracy=mean([score for scores in scored for score in scores]),
-        consensus_accuracy=sum(sum(scores) > len(scores) / 2 for scores in scored) / len(samples),
+        consensus_accuracy=_share(sum(sum(scores) > len(scores) / 2 for scores in scored), samples),
         internal_variance=mean([sample_stddev(scores) ** 2 for scores in scored if len(scores) > 1]),
-        consistency_rate=sum(len(set(scores)) == 1 for scores in scored) / len(samples),
+        consistency_rate=_share(sum(len(set(scores)) == 1 for scores in scored), samples),
     )
+
+
+def _share(part: int, of: Sequence[object]) -> float:
+    return part / len(of) if of else math.nan

@@ -127,7 +127,7 @@ def mathvista_question(row: Row) -> mathvista.Question:
 
 def mathvista_official(row: Row) -> Any:
     normalized = mathvista.normalize_official(row["prediction"], mathvista_question(row))
-    return {"normalized": normalized, "correct": mathvista.equal(normalized, row["references"][0])}
+    return {"normalized": normalized, "correct": mathvista.equal_official(normalized, row["references"][0])}
 
 
 def mathvista_vlmevalkit(row: Row) -> Any:
@@ -175,6 +175,8 @@ def loglikelihood(row: Row) -> Any:
 
 def mean_stderr(row: Row) -> Any:
     scores = row["scores"]
+    if len(scores) < 2:
+        raise ZeroDivisionError  # as in the source; ours is nan
     return {
         "mean": statistics.mean(scores),
         "mean_stderr": statistics.mean_stderr(scores),
@@ -187,7 +189,7 @@ def paired(row: Row) -> Any:
     return {
         "ci_lower": result.low,
         "ci_upper": result.high,
-        "mean_diff": result.difference,
+        "mean_diff": result.difference if result.n > 1 else math.nan,
         "n": result.n,
         "p_value": result.p_value,
         "se_diff": result.stderr,
@@ -195,10 +197,24 @@ def paired(row: Row) -> Any:
     }
 
 
+def power(row: Row) -> Any:
+    result = vars(statistics.power_analysis(**row["arguments"]))
+    return {name: value for name, value in result.items() if value is not None}
+
+
 def mmmu_open(row: Row) -> Any:
     parsed = mmmu.parse_open(row["prediction"])
-    assert set(parsed) == set(row["parsed"]), row
+    assert same(sorted(parsed, key=str), sorted(row["parsed"], key=str)), row
     return mmmu.open_correct(parsed, row["references"])
+
+
+def mmmu_real(row: Row) -> Any:
+    return letter(mcq.mmmu_official)(row) if row.get("options") else mmmu_open(row)
+
+
+def mmvet_tail(row: Row) -> Any:
+    (reference,) = row["references"] if "references" in row else (row["answer"],)
+    return judged.mmvet_table_row(row["question"], reference, row["prediction"])
 
 
 def gqa_llava(row: Row) -> Any:
@@ -247,14 +263,26 @@ def lmms_document(row: Row) -> Document:
 
 def prompt_lmms_eval(row: Row) -> Any:
     kwargs = row.get("kwargs", {})
-    name = next(task for benchmark, task in LMMS_TASKS.items() if row["benchmark"].startswith(benchmark))
+    said, path = row["benchmark"].lower(), row["source"].lower()
+    named = [task for benchmark, task in LMMS_TASKS.items() if said.startswith(benchmark.lower())]
+    named += [task for benchmark, task in LMMS_TASKS.items() if f"tasks/{benchmark.lower()}" in path]
+    name = named[0]
     if kwargs.get("ocr"):
         return get_task("textvqa_val_ocr").prompt.text(lmms_document(row))
     protocol = MATHVISTA[kwargs["shot_type"]] if name == "mathvista_testmini" else "lmms_eval"
-    written = get_task(f"{name}@{protocol}").prompt.text(lmms_document(row))
-    if row["benchmark"].startswith("MMBench CN") and row["doc"].get("hint") == "nan":
-        return f"nan {written}"  # lmms-eval's bug, which we do not share
+    prompt = get_task(f"{name}@{protocol}").prompt
+    if name == "realworldqa" and kwargs.get("post_prompt"):  # lmms-eval's other wording, for chosen models
+        question = row["doc"]["question"].strip().replace(REALWORLDQA_ASKS, "")
+        return f"{question}{kwargs['post_prompt']}"
+    written = prompt.text(lmms_document(row))
+    # lmms-eval puts hints before the question that are none: an empty one, and in Chinese the word `nan`. We do not.
+    nothing = ("", "nan") if row["benchmark"].startswith("MMBench CN") else ("",)
+    if row["benchmark"].startswith("MMBench") and row["doc"].get("hint") in nothing:
+        return f"{row['doc']['hint']} {written}"
     return written
+
+
+REALWORLDQA_ASKS = "Please answer directly with only the letter of the correct option and nothing else."
 
 
 VLMEVALKIT_TASKS = {
@@ -327,10 +355,12 @@ CHECKS: dict[str, Callable[[Row], Any]] = {
     "mmmu_mcq_parse_official": letter(mcq.mmmu_official),
     "mmmu_normalize_str": text(mmmu.normalize),
     "mmmu_open": mmmu_open,
+    "mmmu_real_llava15_13b": mmmu_real,
     "mmstar_lmms_eval": mmstar,
     "mmvet_aggregate": lambda row: judged.mmvet_scores_vlmevalkit(
         (item["category"], item["score"]) for item in row["samples"]
     ),
+    "mmvet_judge_prompt_tail": mmvet_tail,
     "mmvet_judge_parse": lambda row: judged.mmvet_grade_of_tries(row["judge_outputs"]),
     "ocrbench_lmms_eval": lambda row: documents.ocrbench_lmms_eval(
         row["prediction"], row["references"], row["category"]
@@ -353,7 +383,7 @@ CHECKS: dict[str, Callable[[Row], Any]] = {
     "stats_mean_stderr": mean_stderr,
     "stats_paired_ttest": paired,
     "stats_pooled_stderr": lambda row: statistics.pooled_stderr(row["stderrs"], row["sizes"]),
-    "stats_power_analysis": lambda row: vars(statistics.power_analysis(**row["arguments"])),
+    "stats_power_analysis": power,
     "stats_repeats": lambda row: vars(statistics.repeats(row["samples"])),
     "vqa_accuracy_textvqa": over_references(vqa.textvqa),
     "vqa_accuracy_vizwiz_official": over_references(vqa.vizwiz_official),
@@ -378,8 +408,8 @@ def same(ours: Any, theirs: Any) -> bool:
         return len(ours) == len(theirs) and all(same(a, b) for a, b in zip(ours, theirs, strict=True))
     if ours is None:
         return theirs in (None, False, "")
-    if isinstance(ours, float) and isinstance(theirs, str):
-        return str(ours) == theirs or (theirs in ("NaN", "Infinity", "-Infinity") and _same_special(ours, theirs))
+    if isinstance(ours, float) and theirs in ("NaN", "Infinity", "-Infinity"):
+        return _same_special(ours, theirs)
     if isinstance(ours, int | float) and isinstance(theirs, int | float):
         return math.isclose(ours, theirs, rel_tol=1e-9, abs_tol=1e-15)
     return bool(ours == theirs)

@@ -20,9 +20,24 @@ def mmvet_grade(reply: str) -> float | None:
 
 
 def mmvet_grade_of_tries(replies: Iterable[str], *, tries: int = 5) -> float:
-    """VLMEvalKit's rule: the first acceptable grade of up to five replies, else 0."""
-    grades = (mmvet_grade(reply) for _, reply in zip(range(tries), replies, strict=False))
-    return next((grade for grade in grades if grade is not None), 0.0)
+    """VLMEvalKit's rule: the first of up to five replies that `float` takes and that is not outside [0, 1], else 0.
+
+    `nan` is outside of nothing, so there it is a grade; `mmvet_grade` refuses it.
+    """
+    for _, reply in zip(range(tries), replies, strict=False):
+        try:
+            grade = float(reply)
+        except ValueError:
+            continue
+        if not (grade < 0 or grade > 1):
+            return grade
+    return 0.0
+
+
+def mmvet_table_row(question: str, reference: str, prediction: str) -> str:
+    """The last line of MM-Vet's table for its judge, which is to continue it with the grade."""
+    spaced = reference.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+    return " | ".join([question, spaced, prediction, ""])
 
 
 def mmvet_scores(grades: Iterable[tuple[str, float]]) -> dict[str, dict[str, float]]:

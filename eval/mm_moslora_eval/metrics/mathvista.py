@@ -46,7 +46,8 @@ def normalize_official(text: str, question: Question) -> str | None:
     if question.answer_type == "integer":
         return _attempt(lambda: str(int(float(text))))
     if question.answer_type == "float":
-        return _attempt(lambda: str(round(float(text), int(question.precision or 0))))
+        # Without a precision there is no form to bring a float into: int(None) raises, and so did the source.
+        return _attempt(lambda: str(round(float(text), int(question.precision))))  # type: ignore[arg-type]
     return text
 
 
@@ -61,13 +62,25 @@ def _choice(text: str, choices: Sequence[str]) -> str:
 
 
 def normalize(text: str, question: Question) -> str | None:
-    """The default: as the official form, but an empty text stays unanswered instead of becoming a choice."""
-    return normalize_official(text, question) if text.strip() else None
+    """The default: as the official form, but an empty text stays unanswered instead of becoming a choice.
+
+    A float without a given precision keeps its digits.
+    """
+    if not text.strip():
+        return None
+    if question.answer_type == "float" and question.question_type != "multi_choice" and question.precision is None:
+        return _attempt(lambda: str(float(text)))
+    return normalize_official(text, question)
 
 
 def equal(normalized: str | None, reference: str) -> bool:
-    """The official comparison: equal after stripping."""
-    return str(normalized).strip() == reference.strip()
+    """The default: equal without surrounding space; what could not be normalised equals nothing, not even `None`."""
+    return normalized is not None and normalized.strip() == reference.strip()
+
+
+def equal_official(normalized: str | None, reference: str) -> bool:
+    """The official comparison: the very same string."""
+    return normalized == reference
 
 
 def extract_without_judge(text: str, question: Question) -> str:

@@ -44,7 +44,7 @@ def _mathvista(document: Document, *, style: str) -> str:
     parts = [question, choices if document.options else "", hint]
     if style == "reason_first":
         parts = [hint, *parts[:2]]
-    return "\n".join(part for part in (*parts, "Solution:" if style == "solution" else "") if part)
+    return "\n".join(part for part in (*parts, "Solution:" if style == "solution" else "") if part).strip()
 
 
 def _mathvista_hint(document: Document, style: str) -> str:
