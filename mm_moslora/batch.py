@@ -4,16 +4,45 @@ Shapes: ``T`` tokens of one example, ``S`` tokens of the whole batch, ``G`` exam
 ``N`` images, ``K`` supervised positions, ``H x W`` pixels.
 
 A batch is **padding-free**: its examples lie behind each other in one row of ``S`` tokens, position ids restart with
-every example, and attention never crosses from one example into the next.
+every example, and attention never crosses from one example into the next. Models that cannot take such a row get the
+same batch cut into padded rows (`mm_moslora.models.rows`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """One picture, ready for a model."""
+
+    placeholders: tuple[int, ...]
+    """Token ids that stand for it in a conversation."""
+    tensors: dict[str, Tensor]
+    """What the model takes of it, pictures, tiles or patches first: `pixel_values`, `image_grid_thw`, ..."""
+
+
+class Eyes(Protocol):
+    """What turns pictures into tensors for one model."""
+
+    @property
+    def fixed(self) -> bool:
+        """Whether every picture takes as many tokens as any other."""
+        ...
+
+    def see(self, images: Sequence[Any]) -> list[Seen]:
+        """Prepare the RGB pictures (PIL images) of one conversation."""
+        ...
+
+    def placeholders(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
+        """As many token ids as pictures of these widths and heights take, known without decoding them."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +56,60 @@ class Example:
     supervised: Tensor
     """bool ``[T]``; True where the token is an answer token or its end-of-turn and is to be predicted."""
     pixel_values: Tensor | None = None
-    """float32 ``[n, 3, H, W]`` in the order of the placeholders, or None for text only."""
+    """float32 ``[n, 3, H, W]`` in the order of the placeholders, or None for text only. Ready-made models have shapes
+    of their own, with pictures, tiles or patches first."""
+    image_inputs: dict[str, Tensor] = field(default_factory=dict)
+    """What else a model takes with its pictures (`image_grid_thw`, `image_sizes`, ...), pictures or tiles first."""
+    images: int = 0
+    """Pictures; 0 with `pixel_values` means one per entry."""
 
     def __post_init__(self) -> None:
+        if self.pixel_values is not None and not self.images:
+            object.__setattr__(self, "images", int(self.pixel_values.shape[0]))
         assert self.input_ids.ndim == 1
         assert self.input_ids.shape == self.supervised.shape
         assert self.supervised.dtype == torch.bool
+
+    @classmethod
+    def of(cls, *, id: str, input_ids: Tensor, supervised: Tensor, seen: Sequence[Seen]) -> Example:
+        """An example with its pictures.
+
+        Args:
+            id: the record's own.
+            input_ids: int64 ``[T]``.
+            supervised: bool ``[T]``.
+            seen: its pictures in order.
+        """
+        tensors = join_images([picture.tensors for picture in seen])
+        pixels = tensors.pop("pixel_values", None)
+        return cls(
+            id=id, input_ids=input_ids, supervised=supervised, pixel_values=pixels, image_inputs=tensors,
+            images=len(seen),
+        )  # fmt: skip
 
     @property
     def length(self) -> int:
         """Tokens, visual tokens included."""
         return int(self.input_ids.shape[0])
+
+
+def join_images(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Lay the tensors of several pictures behind each other, padding further dimensions with zeros to the largest."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: _concatenate([part[name] for part in parts if name in part]) for name in names}
+
+
+def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
+    shapes = {tensor.shape[1:] for tensor in tensors}
+    if len(shapes) > 1:
+        largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+        padded = []
+        for tensor in tensors:
+            whole = tensor.new_zeros((tensor.shape[0], *largest))
+            whole[tuple(slice(size) for size in tensor.shape)] = tensor
+            padded.append(whole)
+        tensors = padded
+    return torch.cat(list(tensors))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +127,11 @@ class Batch:
     targets: Tensor
     """int64 ``[K]``; the supervised next tokens."""
     pixel_values: Tensor | None = None
-    """float32 ``[N, 3, H, W]`` of all images, in order of their placeholders, or None."""
+    """float32 ``[N, 3, H, W]`` of all images, in order of their placeholders, or None; see `Example.pixel_values`."""
+    image_inputs: dict[str, Tensor] = field(default_factory=dict)
+    """See `Example.image_inputs`."""
+    images: int = 0
+    """Images in the batch, ``N``."""
     ids: tuple[str, ...] = field(default=())
     """The examples' ids, for logs."""
 
@@ -76,14 +152,21 @@ class Batch:
             positions.append(supervised + offset)
             targets.append(example.input_ids[1:][supervised])
             offset += example.length
-        images = [example.pixel_values for example in examples if example.pixel_values is not None]
+        parts = [
+            example.image_inputs | {"pixel_values": example.pixel_values}
+            for example in examples
+            if example.pixel_values is not None
+        ]
+        tensors = join_images(parts)
         return cls(
             input_ids=torch.cat([example.input_ids for example in examples]),
             position_ids=torch.cat(position_ids),
             segment_lengths=tuple(example.length for example in examples),
             target_positions=torch.cat(positions),
             targets=torch.cat(targets),
-            pixel_values=torch.cat(images) if images else None,
+            pixel_values=tensors.pop("pixel_values", None),
+            image_inputs=tensors,
+            images=sum(example.images for example in examples),
             ids=tuple(example.id for example in examples),
         )
 
@@ -97,11 +180,6 @@ class Batch:
         """Supervised tokens, ``K``."""
         return int(self.targets.shape[0])
 
-    @property
-    def images(self) -> int:
-        """Images in the batch, ``N``."""
-        return 0 if self.pixel_values is None else int(self.pixel_values.shape[0])
-
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         moved = {
@@ -109,4 +187,5 @@ class Batch:
             for name in ("input_ids", "position_ids", "target_positions", "targets")
         }
         pixels = None if self.pixel_values is None else self.pixel_values.to(device, non_blocking=True)
-        return replace(self, pixel_values=pixels, **moved)
+        inputs = {name: value.to(device, non_blocking=True) for name, value in self.image_inputs.items()}
+        return replace(self, pixel_values=pixels, image_inputs=inputs, **moved)

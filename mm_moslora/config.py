@@ -36,8 +36,9 @@ def _at_least(name: str, value: float, minimum: float) -> None:
 class VisionConfig:
     """The vision encoder."""
 
-    name: str
-    """Folder or hub id of a transformers vision model, a timm wrapper folder, or `open_clip:MODEL` by name."""
+    name: str | None = None
+    """Folder or hub id of a transformers vision model, a timm wrapper folder, or `open_clip:MODEL` by name. None with
+    `model.vlm`, which brings its own."""
     revision: str | None = None
     """Hub revision (commit, tag or branch)."""
     pretrained: str | None = None
@@ -73,8 +74,8 @@ class ProjectorConfig:
     """Scale the last layer at initialisation so that visual tokens have the size of word embeddings."""
     weights: str | None = None
     """A `projector.safetensors` to start from (the result of an align stage)."""
-    mode: Literal["frozen", "full"] = "full"
-    """Train it or not."""
+    mode: Literal["auto", "frozen", "full"] = "auto"
+    """Train it or not; auto trains a projector of our own and leaves that of a ready-made model alone."""
 
     def __post_init__(self) -> None:
         _at_least("model.projector.shuffle", self.shuffle, 1)
@@ -84,8 +85,12 @@ class ProjectorConfig:
 class ModelConfig:
     """What the model is assembled from."""
 
-    language: str
-    """Folder or hub id of any causal language model."""
+    language: str | None = None
+    """Folder or hub id of any causal language model, to be assembled with `vision` and `projector`."""
+    vlm: str | None = None
+    """Folder or hub id of a ready-made vision-language model instead, tuned through its own processor."""
+    vlm_revision: str | None = None
+    """Hub revision of the ready-made model."""
     language_revision: str | None = None
     """Hub revision of the language model."""
     language_mode: Mode = "adapter"
@@ -104,6 +109,16 @@ class ModelConfig:
     """auto picks the fastest exact one for padding-free batches; or a transformers attention name."""
 
     def __post_init__(self) -> None:
+        _require(
+            (self.language is None) != (self.vlm is None),
+            f"model: language is {self.language!r} and vlm is {self.vlm!r}; name exactly one of them: a language model "
+            "to assemble, or a ready-made vision-language model.",
+        )
+        _require(
+            self.vision is None or (self.vision.name is None) != (self.vlm is None),
+            "model.vision.name names an encoder to assemble: it is needed with model.language, and a ready-made model "
+            "(model.vlm) brings its own, so leave it out there.",
+        )
         _require(
             (self.language_mode == "last_n") == (self.language_last_n > 0),
             f"model: language_mode is {self.language_mode!r} and language_last_n is {self.language_last_n}; "

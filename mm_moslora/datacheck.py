@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.panel import Panel
 from rich.text import Text
 
+from mm_moslora.batch import Eyes
 from mm_moslora.data.check import check
 from mm_moslora.data.conversation import Encoder
-from mm_moslora.data.dataset import encode_record
+from mm_moslora.data.dataset import encode_record, placeholders_of
 from mm_moslora.data.faults import RecordError
 from mm_moslora.data.sources import open_sources
 from mm_moslora.data.view import legend, view_record, view_report
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 class _Parts(NamedTuple):
     encoder: Encoder
-    vision: bool
+    eyes: Eyes | None
 
 
 def check_recipe(recipe: Recipe) -> tuple[list[RenderableType], int]:
@@ -54,7 +55,14 @@ def check_recipe(recipe: Recipe) -> tuple[list[RenderableType], int]:
             def tell(done: int, _: int, progress: Progress = progress) -> None:
                 progress.update(done)
 
-            report = check(sources, parts.encoder, config=recipe.data, vision=parts.vision, on_progress=tell)
+            report = check(
+                sources,
+                parts.encoder,
+                config=recipe.data,
+                vision=parts.eyes is not None,
+                eyes=parts.eyes,
+                on_progress=tell,
+            )
         shown += [Text(f"data.{name}", style="bold"), *view_report(report)]
         code = code if report.ok else 1
     return shown, code
@@ -89,8 +97,9 @@ def _parts(recipe: Recipe) -> _Parts:
         parts.tokenizer,
         image_token_id=parts.image_token_id,
         tokens_per_image=parts.tokens_per_image,
+        processor=parts.processor,
     )
-    return _Parts(encoder, parts.image_processor is not None)
+    return _Parts(encoder, parts.eyes)
 
 
 def _view_one(files: list[RecordSource], number: int, recipe: Recipe, parts: _Parts) -> RenderableType:
@@ -100,7 +109,13 @@ def _view_one(files: list[RecordSource], number: int, recipe: Recipe, parts: _Pa
         number -= len(file)
     try:
         record = file[number]
-        encoded = encode_record(record, parts.encoder, max_length=recipe.data.max_length, vision=parts.vision)
+        encoded = encode_record(
+            record,
+            parts.encoder,
+            max_length=recipe.data.max_length,
+            vision=parts.eyes is not None,
+            pictures=placeholders_of(record, parts.eyes),
+        )
     except RecordError as error:
         return Panel(Text(str(error)), title="cannot be used", title_align="left", border_style="red")
     return view_record(record, encoded, parts.encoder)

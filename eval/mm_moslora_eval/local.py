@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mm_moslora import distributed
 from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.records import IMAGE, Turn
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.generation import ContinuationScore, Prompt, generate, score_options, stop_token_ids
-from mm_moslora.models.load import load
 
 from .fingerprint import weights_fingerprint
 from .model import Answer, Message, OptionRequest, OptionScore, Request
@@ -40,24 +37,11 @@ class LocalModel:
             assembly.tokenizer,
             image_token_id=assembly.image_token_id,
             tokens_per_image=assembly.tokens_per_image,
+            processor=assembly.processor if assembly.ready_made else None,
         )
         self.stop_ids = stop_token_ids(self.model, assembly.tokenizer.eos_token_id)
         self._visual = VisualTokens(assembly, keep=not reference)
         self._fingerprint: str | None = None
-
-    @classmethod
-    def from_folder(
-        cls,
-        folder: Path,
-        *,
-        dtype: torch.dtype = torch.float32,
-        reference: bool = False,
-        device: torch.device | None = None,
-    ) -> LocalModel:
-        """Load a run, a checkpoint or an export, adapters merged, onto this rank's accelerator or the given device."""
-        assembly = load(folder, dtype=dtype)
-        assembly.model.to(device or distributed.device())  # type: ignore[arg-type]
-        return cls(assembly, name=str(folder), reference=reference)
 
     @property
     def name(self) -> str:

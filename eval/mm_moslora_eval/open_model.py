@@ -48,6 +48,16 @@ def open_model(name: str, *, precision: Precision = "auto", reference: bool = Fa
             f"--model {name!r} is no folder. Give the folder of a run, a checkpoint or an export, or hf:ID, "
             "openai:URL#MODEL, replay:FILE."
         )
+    from mm_moslora import distributed
+    from mm_moslora.models.load import load
+    from mm_moslora.models.vlm import takes_rows
+
+    assembly = load(name, dtype=dtype)
+    assembly.model.to(distributed.device())  # type: ignore[arg-type]
+    if takes_rows(assembly.model):
+        from .transformers_model import TransformersModel
+
+        return TransformersModel(assembly.model, assembly.processor, name=name, reference=reference)
     from .local import LocalModel
 
-    return LocalModel.from_folder(Path(name), dtype=dtype, reference=reference)
+    return LocalModel(assembly, name=name, reference=reference)

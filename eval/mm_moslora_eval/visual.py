@@ -16,7 +16,6 @@ from torch import Tensor
 from mm_moslora.errors import EvalError
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.generation import encode_images
-from mm_moslora.models.processor import image_transform
 
 from .images import Hasher, open_image
 from .model import ImageLike
@@ -92,9 +91,10 @@ class VisualTokens:
         return self._decode(image) if waiting is None else waiting.result()
 
     def _decode(self, image: ImageLike) -> Tensor:
-        if self._assembly.processor is None:
+        if self._assembly.eyes is None:
             raise EvalError("The task shows pictures, but this model has no vision encoder. Choose a text task.")
-        return image_transform(self._assembly.processor.image_processor)(open_image(image))
+        (seen,) = self._assembly.eyes.see([open_image(image)])
+        return seen.tensors["pixel_values"][0]
 
     def _remember(self, found: dict[str, Tensor]) -> None:
         for key, tokens in found.items():

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from mm_moslora.batch import Eyes
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.conversation import Encoded, Encoder
-from mm_moslora.data.dataset import encode_record, image_fault
+from mm_moslora.data.dataset import encode_record, image_fault, placeholders_of
 from mm_moslora.data.faults import Code, RecordError
 from mm_moslora.data.images import ImageError
 from mm_moslora.data.pictures import Picture, check_picture, open_picture
@@ -94,6 +95,7 @@ def check(
     *,
     config: DataConfig,
     vision: bool = True,
+    eyes: Eyes | None = None,
     decode: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
@@ -104,6 +106,7 @@ def check(
         encoder: tokenises.
         config: the recipe's `data`.
         vision: whether the model has a vision encoder.
+        eyes: count the tokens of every picture; None: all take as many as the encoder says.
         decode: decode every picture (in threads), not just its header; finds damage inside.
         on_progress: called with (records done, records in all).
 
@@ -117,7 +120,7 @@ def check(
     seen: set[str] = set()
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for group in _groups(files):
-            read = [_read(file, row, encoder, config, vision=vision) for file, row in group]
+            read = [_read(file, row, encoder, config, vision=vision, eyes=eyes) for file, row in group]
             pictures = pool.map(lambda item: _picture_fault(item, decode=decode), read)
             for item, fault in zip(read, pictures, strict=True):
                 _count(report, item, fault, encoder, seen)
@@ -135,10 +138,13 @@ def _groups(files: Iterable[RecordSource]) -> Iterator[list[tuple[RecordSource, 
             yield [(file, row) for row in range(start, min(len(file), start + _TOGETHER))]
 
 
-def _read(file: RecordSource, row: int, encoder: Encoder, config: DataConfig, *, vision: bool) -> _Read:
+def _read(
+    file: RecordSource, row: int, encoder: Encoder, config: DataConfig, *, vision: bool, eyes: Eyes | None
+) -> _Read:
     try:
         record = file[row]
-        return record, encode_record(record, encoder, max_length=config.max_length, vision=vision)
+        pictures = placeholders_of(record, eyes)
+        return record, encode_record(record, encoder, max_length=config.max_length, vision=vision, pictures=pictures)
     except RecordError as error:
         return error
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.data.faults import Code
+from mm_moslora.data.parts import PartsTemplate
 from mm_moslora.data.records import Turn
 from mm_moslora.data.template import PLAIN_TEMPLATE, Slot, Template
 from mm_moslora.data.tokens import Piece, Tokens
@@ -59,6 +61,8 @@ class _Growing:
     """The special token that `ids` ends with, as text; tokenisers start afresh behind it."""
     run: list[Piece] = field(default_factory=list)
     """Text that is not tokenised yet."""
+    pictures: Sequence[Sequence[int]] | None = None
+    """Placeholder ids of every picture, where they differ."""
     ends: list[tuple[int, int]] = field(default_factory=list)
     """Behind every answer: turns and tokens so far."""
 
@@ -76,6 +80,7 @@ class Encoder:
         tokens_per_image: placeholders per image.
         system_prompt: replaces the template's default. A template that knows no system turn gets it in front of the
             first question. An empty string removes a default; where there is none it changes nothing.
+        processor: of a ready-made model, whose chat template places pictures itself.
 
     Raises:
         ConfigError: the template cannot be taken apart, or nothing ends an answer.
@@ -88,15 +93,14 @@ class Encoder:
         image_token_id: int | None = None,
         tokens_per_image: int = 0,
         system_prompt: str | None = None,
+        processor: Any = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.image_token_id, self.tokens_per_image = image_token_id, tokens_per_image
         self.system_prompt = system_prompt
-        self.template = Template(tokenizer)
+        self.template = Template(tokenizer) if processor is None else PartsTemplate(processor)
         probe = self.template.plan(_PROBE)
         self.tokens = Tokens(tokenizer, structural=[slot.before for slot in probe.slots[:3]] + [probe.tail])
-        image = None if image_token_id is None else tokenizer.convert_ids_to_tokens(image_token_id)
-        self._image_text = image if isinstance(image, str) and image in self.tokens.guarded else ""
         # Models whose tokenizer adds BOS were trained with it; LLaVA and the stock processor put it there, too.
         self._bos = self.template.missing_bos()
 
@@ -110,12 +114,19 @@ class Encoder:
         )  # fmt: skip
         return hashlib.sha256(repr(parts).encode("utf-8", errors="surrogatepass")).hexdigest()
 
-    def encode(self, turns: Sequence[Turn], *, max_length: int | None = None) -> Encoded:
+    def encode(
+        self,
+        turns: Sequence[Turn],
+        *,
+        max_length: int | None = None,
+        pictures: Sequence[Sequence[int]] | None = None,
+    ) -> Encoded:
         """Tokenise a conversation for training.
 
         Args:
             turns: an optional system turn, then questions and answers in turn, ending with an answer.
             max_length: tokens; whole question-answer pairs are dropped from the end until the rest fits.
+            pictures: placeholder ids of every picture, where their number depends on the picture; None: all alike.
 
         Raises:
             TooLong: not even the first pair fits; an answer is never cut.
@@ -123,13 +134,13 @@ class Encoder:
         """
         if not turns or turns[-1].role != "assistant":
             raise DataError("The conversation does not end with an answer, so there is nothing to train on.")
-        grown = self._grow(turns)
+        grown = self._grow(turns, pictures)
         if max_length is None or len(grown.ids) <= max_length:
             return _encoded(grown)
         for count, length in reversed(grown.ends[:-1]):
             if length <= max_length:
                 # Encoded anew: some templates write the last turn differently.
-                shorter = self._grow(turns[:count])
+                shorter = self._grow(turns[:count], pictures)
                 if len(shorter.ids) <= max_length:
                     return replace(_encoded(shorter), dropped_turns=len(turns) - count)
         raise TooLong(
@@ -137,15 +148,17 @@ class Encoder:
             "raise data.max_length or shorten the record"
         )
 
-    def encode_prompt(self, turns: Sequence[Turn]) -> Tensor:
+    def encode_prompt(self, turns: Sequence[Turn], *, pictures: Sequence[Sequence[int]] | None = None) -> Tensor:
         """Tokenise a conversation that the model is to continue: int64 ``[T]``, ending where the answer begins.
 
         Args:
             turns: ends with a question.
+            pictures: see `encode`.
         """
         if not turns or turns[-1].role != "user":
             raise DataError("The conversation does not end with a question, so there is nothing to answer.")
-        return torch.tensor(self._grow([*turns, Turn(role="assistant", text="")], prompt=True).ids, dtype=torch.long)
+        grown = self._grow([*turns, Turn(role="assistant", text="")], pictures, prompt=True)
+        return torch.tensor(grown.ids, dtype=torch.long)
 
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an answer behind a generation prompt, as training sees it, without its end of turn."""
@@ -163,13 +176,16 @@ class Encoder:
         text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
         return text.removeprefix(self.template.plan(("user", "assistant")).slots[1].lead)
 
-    def _grow(self, turns: Sequence[Turn], *, prompt: bool = False) -> _Growing:
+    def _grow(
+        self, turns: Sequence[Turn], pictures: Sequence[Sequence[int]] | None = None, *, prompt: bool = False
+    ) -> _Growing:
         turns, added = self._with_system(turns)
-        plan = self.template.plan(tuple(turn.role for turn in turns))
-        grown = _Growing(ids=list(self._bos), supervised=[False] * len(self._bos))
+        turns, shape, numbers = self.template.lay_out(turns)
+        plan = self.template.plan(shape)
+        grown = _Growing(ids=list(self._bos), supervised=[False] * len(self._bos), pictures=pictures)
         scaffold = [*(slot.before for slot in plan.slots), plan.tail]
         for index, (turn, slot) in enumerate(zip(turns, plan.slots, strict=True)):
-            grown.run.append(Piece(scaffold[index], True))
+            self._add_scaffold(grown, scaffold[index])
             if turn.role != "assistant":
                 self._add_content(grown, turn, slot)
                 continue
@@ -179,8 +195,24 @@ class Encoder:
             end = self._end_of_turn(scaffold[index + 1], plan.tail)
             self._add_answer(grown, turn, slot, end)
             scaffold[index + 1] = scaffold[index + 1][len(end) :]
-            grown.ends.append((index + 1 - added, len(grown.ids)))
+            grown.ends.append((numbers[index] + 1 - added, len(grown.ids)))
         return grown
+
+    def _add_scaffold(self, grown: _Growing, text: str) -> None:
+        """Text of the template, with the pictures that the template places itself."""
+        for index, part in enumerate(text.split(self.template.image_text) if self.template.image_text else [text]):
+            if index:
+                self._add_image(grown)
+            grown.run.append(Piece(part, True))
+
+    def _add_image(self, grown: _Growing) -> None:
+        self._flush(grown)
+        ids = [int(self.image_token_id or 0)] * self.tokens_per_image
+        if grown.pictures is not None:
+            ids = list(grown.pictures[grown.images])
+        grown.add(ids, supervised=False)
+        grown.images += 1
+        grown.context = self.tokens.text_of(ids[-1]) if ids else ""
 
     def _with_system(self, turns: Sequence[Turn]) -> tuple[list[Turn], int]:
         """The turns with the system prompt, and how many turns that added."""
@@ -199,10 +231,7 @@ class Encoder:
         parts = turn.parts() if self.image_token_id is not None else [turn.text]
         for index, part in enumerate(slot.trim(parts)):
             if index:
-                self._flush(grown)
-                grown.add([int(self.image_token_id or 0)] * self.tokens_per_image, supervised=False)
-                grown.images += 1
-                grown.context = self._image_text
+                self._add_image(grown)
             grown.run.append(Piece(part, False))
 
     def _flush(self, grown: _Growing) -> list[int]:

@@ -12,11 +12,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-from PIL import Image
-from torch import Tensor
-
-from mm_moslora.batch import Example
+from mm_moslora.batch import Example, Eyes, Seen
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.conversation import Encoded, Encoder, TooLong
 from mm_moslora.data.faults import Code, RecordError
@@ -32,15 +28,29 @@ from mm_moslora.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-ImageTransform = Callable[[Image.Image], Tensor]
-"""From an RGB picture to float32 ``[3, H, W]``."""
 EXACT_LIMIT = 50_000
 """Larger sets estimate lengths and look at pictures only when they are used."""
 _SAMPLE = 512
+_NOT_FETCHED = (448, 448)
+"""Pixels that a picture counts with as long as it would have to be fetched first."""
 
 
-def encode_record(record: Record, encoder: Encoder, *, max_length: int, vision: bool) -> Encoded:
+def encode_record(
+    record: Record,
+    encoder: Encoder,
+    *,
+    max_length: int,
+    vision: bool,
+    pictures: Sequence[Sequence[int]] | None = None,
+) -> Encoded:
     """Tokenise a record.
+
+    Args:
+        record: to be tokenised.
+        encoder: of the model.
+        max_length: tokens.
+        vision: whether the model sees.
+        pictures: placeholder ids of every picture, where their number depends on the picture; None: all alike.
 
     Raises:
         RecordError: it does not fit, spells special tokens that cannot be kept apart, or has pictures that the model
@@ -51,7 +61,7 @@ def encode_record(record: Record, encoder: Encoder, *, max_length: int, vision: 
             Code.NO_VISION, "image", f"{len(record.images)} images", "set model.vision, or drop the record"
         )
     try:
-        return encoder.encode(record.turns, max_length=max_length)
+        return encoder.encode(record.turns, max_length=max_length, pictures=pictures)
     except (TooLong, SpecialTextError) as error:
         what, _, remedy = str(error).partition("; ")
         raise record.where.error(error.code, "conversations", what, remedy) from error
@@ -65,6 +75,23 @@ def image_fault(record: Record, number: int, error: ImageError) -> RecordError:
     return record.where.error(error.code, f"image[{number}]", f"{name}: {error.what}", error.remedy + hint, path=name)
 
 
+def placeholders_of(record: Record, eyes: Eyes | None) -> list[tuple[int, ...]] | None:
+    """What the pictures of a record take in the conversation, by their headers; None where all take the same.
+
+    Raises:
+        RecordError: a header shows that its picture cannot be used.
+    """
+    if eyes is None or eyes.fixed:
+        return None
+    sizes = []
+    for number, picture in enumerate(record.images):
+        try:
+            sizes.append(check_picture(picture) or _NOT_FETCHED)
+        except ImageError as error:
+            raise image_fault(record, number, error) from error
+    return eyes.placeholders(sizes)
+
+
 class TrainingSet:
     """All records of some sources.
 
@@ -76,7 +103,7 @@ class TrainingSet:
     Args:
         sources: at least one.
         encoder: tokenises.
-        transform: turns a picture into pixels; None for a language model alone.
+        eyes: turn pictures into tensors; None for a language model alone.
         config: the recipe's `data`.
         quarantine_path: where bad records are written.
         on_progress: called with (records read, records in all) while the set is built.
@@ -90,14 +117,14 @@ class TrainingSet:
         self,
         sources: Sequence[SourceConfig],
         encoder: Encoder,
-        transform: ImageTransform | None,
+        eyes: Eyes | None,
         *,
         config: DataConfig,
         quarantine_path: Path | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         exact_limit: int = EXACT_LIMIT,
     ) -> None:
-        self.encoder, self.transform, self.config = encoder, transform, config
+        self.encoder, self.eyes, self.config = encoder, eyes, config
         self.files = open_sources(sources)
         self._starts = list(itertools.accumulate((len(file) for file in self.files), initial=0))
         self.quarantine = Quarantine(quarantine_path, len(self), config)
@@ -154,10 +181,11 @@ class TrainingSet:
         source, row = self.place(index)
         return self.files[source][row]
 
-    def encode(self, record: Record) -> Encoded:
-        """Tokenise a record; see `encode_record`."""
-        vision = self.transform is not None
-        return encode_record(record, self.encoder, max_length=self.config.max_length, vision=vision)
+    def encode(self, record: Record, pictures: Sequence[Sequence[int]] | None = None) -> Encoded:
+        """Tokenise a record; see `encode_record`. The sizes of its pictures are looked up where they matter."""
+        pictures = placeholders_of(record, self.eyes) if pictures is None else pictures
+        vision = self.eyes is not None
+        return encode_record(record, self.encoder, max_length=self.config.max_length, vision=vision, pictures=pictures)
 
     def encoded(self, index: int, record: Record) -> Encoded:
         """The tokens of a record, from the cache where there is one.
@@ -176,20 +204,30 @@ class TrainingSet:
             RecordError: the record cannot be used.
         """
         record = self.record(index)
-        encoded = self.encoded(index, record)
-        pixels: list[Tensor] = []
-        for number, picture in enumerate(record.images[: encoded.images]):
-            assert self.transform is not None
-            try:
-                pixels.append(self.transform(open_picture(picture)))
-            except ImageError as error:
-                raise image_fault(record, number, error) from error
-        return Example(
+        if self.eyes is not None and not self.eyes.fixed:
+            seen = self._see(record, len(record.images))
+            encoded = self.encode(record, [picture.placeholders for picture in seen])
+        else:
+            encoded = self.encoded(index, record)
+            seen = self._see(record, encoded.images)
+        return Example.of(
             id=record.id,
             input_ids=encoded.input_ids,
             supervised=encoded.supervised,
-            pixel_values=torch.stack(pixels) if pixels else None,
+            seen=seen[: encoded.images],
         )
+
+    def _see(self, record: Record, count: int) -> list[Seen]:
+        """The first pictures of a record."""
+        if self.eyes is None or not count:
+            return []
+        images = []
+        for number, picture in enumerate(record.images[:count]):
+            try:
+                images.append(open_picture(picture))
+            except ImageError as error:
+                raise image_fault(record, number, error) from error
+        return self.eyes.see(images)
 
     def __getitem__(self, index: int) -> Example | None:
         """One example, or None when it turns out to be bad; then it is in quarantine.
@@ -207,13 +245,19 @@ class TrainingSet:
         config = self.config
         if config.cache is None:
             return [None] * len(self.files)
-        settings = f"{config.max_length} {self.transform is not None}"
+        settings = f"{config.max_length} {self._eyesight()}"
         return [
             open_cache(
                 Path(config.cache), file, self.encoder, encode=self.encode, settings=settings, on_progress=on_progress
             )
             for file in self.files
         ]
+
+    def _eyesight(self) -> str:
+        """What tokens depend on besides the encoder."""
+        if self.eyes is None or self.eyes.fixed:
+            return str(self.eyes is not None)
+        return str([len(ids) for ids in self.eyes.placeholders([(2**side, 512) for side in range(6, 12)])])
 
     def _build(self, on_progress: Callable[[int, int], None] | None) -> None:
         for source, cache in enumerate(self.caches):

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from mm_moslora.data.records import Turn
 from mm_moslora.errors import ConfigError
 
 PLAIN_TEMPLATE = (
@@ -68,6 +70,9 @@ class Template:
         tokenizer: with or without a chat template.
     """
 
+    image_text = ""
+    """What the template writes for a picture; empty where pictures are part of the contents."""
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         own = tokenizer.chat_template
@@ -76,6 +81,10 @@ class Template:
             start = "{{ bos_token }}" if _adds_bos(tokenizer) else ""
             self.source = start + PLAIN_TEMPLATE
         self._plans: dict[tuple[str, ...], Plan] = {}
+
+    def lay_out(self, turns: Sequence[Turn]) -> tuple[list[Turn], tuple[str, ...], list[int]]:
+        """The contents that need a slot each, the shape to plan for, and the turn that each content comes from."""
+        return list(turns), tuple(turn.role for turn in turns), list(range(len(turns)))
 
     def plan(self, roles: tuple[str, ...]) -> Plan:
         """The scaffold of these roles.
@@ -116,22 +125,27 @@ class Template:
         rest = without[len(header) :] if without.startswith(header) else ""
         return bool(rest.strip()) and rest.lstrip() != between.lstrip()
 
+    def _owners(self, roles: tuple[str, ...]) -> list[int]:
+        """For every content the number of its turn."""
+        return list(range(len(roles)))
+
     def _make(self, roles: tuple[str, ...]) -> Plan:
-        marks = [_MARK.format(index) for index in range(len(roles))]
+        owners = self._owners(roles)
+        marks = [_MARK.format(index) for index in range(len(owners))]
         pieces = self._cut(self._render(roles, marks), marks, roles)
         wide = self._cut(self._render(roles, [_LEFT["keep"] + mark + _RIGHT["keep"] for mark in marks]), marks, roles)
         # What is trimmed at the end of one content and at the start of the next shows in the same stretch of text.
         trims = [
-            _trims(pieces[index], wide[index], roles, first=index == 0, last=index == len(roles))
+            _trims(pieces[index], wide[index], roles, first=index == 0, last=index == len(owners))
             for index in range(len(pieces))
         ]
         slots = []
         text = ""
-        for index, role in enumerate(roles):
+        for index, turn in enumerate(owners):
             before, lead = pieces[index], ""
             text += before
-            if role == "assistant":
-                lead = self._lead(roles[:index], marks, text)
+            if roles[turn] == "assistant":
+                lead = self._lead(roles[:turn], marks[:index], text)
                 before = before[: len(before) - len(lead)]
             slots.append(Slot(before=before, lead=lead, left=trims[index][1], right=trims[index + 1][0]))
             text += marks[index]
@@ -143,7 +157,7 @@ class Template:
         Anything else that stands between the generation prompt and an answer (an empty thinking block, a header of a
         template that knows no generation prompt) belongs to the prompt, in training and in inference alike.
         """
-        prompt = self._render(roles, marks[: len(roles)], prompt=True)
+        prompt = self._render(roles, marks, prompt=True)
         rest = text.removeprefix(prompt)
         return rest if len(rest) < len(text) and not rest.strip() else ""
 
@@ -159,8 +173,11 @@ class Template:
             pieces.append(before)
         return [*pieces, text]
 
+    def _messages(self, roles: Sequence[str], contents: Sequence[str]) -> list[dict[str, Any]]:
+        return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+
     def _render(self, roles: Sequence[str], contents: Sequence[str], *, prompt: bool = False) -> str:
-        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+        messages = self._messages(roles, contents)
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.source, tokenize=False, add_generation_prompt=prompt

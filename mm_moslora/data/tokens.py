@@ -63,6 +63,11 @@ class Tokens:
         self._names: dict[str, str] = {}
         self._back: dict[int, int] = {}
 
+    def text_of(self, number: int) -> str:
+        """The text of a guarded token; empty for any other id."""
+        text = self.tokenizer.convert_ids_to_tokens(number)
+        return text if isinstance(text, str) and text in self.guarded else ""
+
     def first_special(self, text: str) -> re.Match[str] | None:
         """The first guarded token in a trusted text."""
         return self._pattern.search(text)

@@ -1,4 +1,4 @@
-"""Assembly: from a recipe to a model, a processor and a table of what trains.
+"""Assembly: from a recipe to a model and a processor.
 
 Read from top to bottom, it is the order of work.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,21 +21,19 @@ from transformers import (
     AutoTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from mm_moslora import adapters
-from mm_moslora.config import AdapterConfig, ModelConfig, VisionConfig
-from mm_moslora.errors import ConfigError, ModelError
+from mm_moslora.batch import Eyes
+from mm_moslora.config import ModelConfig, VisionConfig
+from mm_moslora.errors import ModelError
+from mm_moslora.models.eyes import ProcessorEyes, SquareEyes
 from mm_moslora.models.processor import IMAGE_TOKEN, build_processor, image_processor
 from mm_moslora.models.projector import ProjectorShape, projector_class
+from mm_moslora.models.ready import load_ready, load_ready_processor, ready_image_token
 from mm_moslora.models.vision import ImageSpec, load_vision
 from mm_moslora.models.vlm import VlmConfig, VlmForConditionalGeneration, is_multimodal
-
-LANGUAGE, VISION, PROJECTOR = "model.language_model", "model.vision_tower", "model.multi_modal_projector"
-"""Module paths of the components inside the assembled model."""
 
 
 @dataclass(kw_only=True)
@@ -45,12 +44,14 @@ class Assembly:
     """The base model; adapters, if any, sit inside it."""
     tokenizer: PreTrainedTokenizerBase
     """With the image token where there is a vision tower."""
-    processor: LlavaProcessor | None = None
+    processor: Any = None
     """None for a language model alone."""
+    ready_made: bool = False
+    """Whether conversations take the form of the processor's own chat template."""
     image: ImageSpec | None = None
-    """The vision tower's specification."""
+    """The vision tower's specification, where the assembly is ours."""
     tokens_per_image: int = 0
-    """Visual tokens after the projector."""
+    """Visual tokens of a picture; of a ready-made model, of one of 448 x 448 pixels."""
     peft_model: peft.PeftModel | None = None
     """The PEFT view of `model`, once adapters are in."""
     base: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +61,17 @@ class Assembly:
     def image_token_id(self) -> int | None:
         """Vocabulary id of the image placeholder."""
         return self.model.config.image_token_id if is_multimodal(self.model) else None
+
+    @cached_property
+    def eyes(self) -> Eyes | None:
+        """What turns pictures into tensors; None for a language model alone."""
+        if self.processor is None or self.image_token_id is None:
+            return None
+        if self.ready_made:
+            return ProcessorEyes(self.processor, image_token_id=self.image_token_id)
+        return SquareEyes(
+            self.processor.image_processor, image_token_id=self.image_token_id, tokens=self.tokens_per_image
+        )
 
 
 def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Assembly:
@@ -72,6 +84,9 @@ def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Asse
     Raises:
         ModelError: a part is unknown or does not fit.
     """
+    if config.vlm is not None:
+        return _assemble_ready(config, dtype=dtype)
+    assert config.language is not None
     language, tokenizer = load_language(config.language, config.language_revision, dtype=dtype)
     set_system_prompt(tokenizer, config.system_prompt)
     base = {"language": config.language, "language_revision": config.language_revision}
@@ -110,6 +125,24 @@ def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Asse
     )
 
 
+def _assemble_ready(config: ModelConfig, *, dtype: torch.dtype) -> Assembly:
+    assert config.vlm is not None
+    model, processor = load_ready(config.vlm, config.vlm_revision, dtype=dtype)
+    set_system_prompt(processor, config.system_prompt)
+    sane_generation_config(model)
+    return ready_assembly(model, processor, base={"vlm": config.vlm, "vlm_revision": config.vlm_revision})
+
+
+def ready_assembly(model: PreTrainedModel, processor: Any, *, base: dict[str, Any]) -> Assembly:
+    """A loaded ready-made model with its processor."""
+    assembly = Assembly(
+        model=model.eval(), tokenizer=processor.tokenizer, processor=processor, ready_made=True, base=base
+    )
+    assert assembly.eyes is not None
+    assembly.tokens_per_image = len(assembly.eyes.placeholders([(448, 448)])[0])
+    return assembly
+
+
 def is_standard(config: ModelConfig, spec: ImageSpec, tower: PreTrainedModel) -> bool:
     """Whether stock transformers can express the model as `LlavaForConditionalGeneration`."""
     from mm_moslora.models.vision import WrappedVisionModel
@@ -137,11 +170,11 @@ def load_language(
     return language, tokenizer
 
 
-def set_system_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | None) -> None:
-    """Make a system prompt the default of a tokenizer's chat template, so that whoever renders it uses it.
+def set_system_prompt(tokenizer: Any, prompt: str | None) -> None:
+    """Make a system prompt the default of a chat template, so that whoever renders it uses it.
 
     Args:
-        tokenizer: with a chat template that knows system messages; changed in place.
+        tokenizer: a tokenizer or processor with a chat template that knows system messages; changed in place.
         prompt: None leaves the template alone.
 
     Raises:
@@ -149,9 +182,11 @@ def set_system_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | None) ->
     """
     if prompt is None:
         return
-    if tokenizer.chat_template is None:
-        raise ModelError("model.system_prompt is set, but the tokenizer has no chat template that could carry it.")
-    default = json.dumps({"role": "system", "content": prompt}, ensure_ascii=False)
+    if not isinstance(tokenizer.chat_template, str):
+        raise ModelError("model.system_prompt is set, but the model has no chat template that could carry it.")
+    parts = hasattr(tokenizer, "image_processor")  # processors take contents in parts
+    content: Any = [{"type": "text", "text": prompt}] if parts else prompt
+    default = json.dumps({"role": "system", "content": content}, ensure_ascii=False)
     tokenizer.chat_template = (
         "{%- if messages and messages[0]['role'] != 'system' -%}"
         "{%- set messages = [" + default + "] + messages -%}"
@@ -216,6 +251,10 @@ class TextAndImages:
     image_token_id: int | None = None
     tokens_per_image: int = 0
     image_processor: Any = None
+    processor: Any = None
+    """Of a ready-made model, whose chat template then counts."""
+    eyes: Eyes | None = None
+    """None for a language model alone."""
 
 
 def text_and_images(config: ModelConfig) -> TextAndImages:
@@ -224,6 +263,9 @@ def text_and_images(config: ModelConfig) -> TextAndImages:
     Raises:
         ModelError: a part is unknown.
     """
+    if config.vlm is not None:
+        return _ready_text_and_images(config)
+    assert config.language is not None
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.language, revision=config.language_revision)
         language = AutoConfig.from_pretrained(config.language, revision=config.language_revision)
@@ -240,11 +282,29 @@ def text_and_images(config: ModelConfig) -> TextAndImages:
         shuffle=config.projector.shuffle,
     )
     tokens = projector_class(config.projector.kind).tokens(shape) + (config.vision.select == "cls_patch")
+    token, images = register_image_token(tokenizer), image_processor(spec, config.image_aspect)
     return TextAndImages(
         tokenizer=tokenizer,
-        image_token_id=register_image_token(tokenizer),
+        image_token_id=token,
         tokens_per_image=tokens,
-        image_processor=image_processor(spec, config.image_aspect),
+        image_processor=images,
+        eyes=SquareEyes(images, image_token_id=token, tokens=tokens),
+    )
+
+
+def _ready_text_and_images(config: ModelConfig) -> TextAndImages:
+    assert config.vlm is not None
+    processor = load_ready_processor(config.vlm, config.vlm_revision)
+    set_system_prompt(processor, config.system_prompt)
+    token = ready_image_token(config.vlm, config.vlm_revision, processor)
+    eyes = ProcessorEyes(processor, image_token_id=token)
+    return TextAndImages(
+        tokenizer=processor.tokenizer,
+        image_token_id=token,
+        tokens_per_image=len(eyes.placeholders([(448, 448)])[0]),
+        image_processor=processor.image_processor,
+        processor=processor,
+        eyes=eyes,
     )
 
 
@@ -309,133 +369,3 @@ def load_projector(projector: nn.Module, weights: Path) -> None:
             "tower, language model or projector kind."
         )
     projector.load_state_dict(state)
-
-
-def attach_adapters(
-    assembly: Assembly, config: ModelConfig, adapter: AdapterConfig, *, seed: int = 0
-) -> peft.PeftModel | None:
-    """Put MoSLoRA into the components whose mode is `adapter`, and set what trains everywhere else.
-
-    Args:
-        assembly: from `assemble`; its model is changed in place.
-        config: the recipe's `model`.
-        adapter: the recipe's `adapter`.
-        seed: seeds the factors, so that every rank makes the same.
-
-    Returns:
-        The PEFT model, or None where no component carries adapters.
-    """
-    components = adapted_components(config)
-    assembly.model.requires_grad_(False)
-    if components:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            assembly.peft_model = adapters.add_moslora(
-                assembly.model,
-                moslora_config(adapter),
-                component=components,
-                targets=adapter.targets,
-                # Factors live in the base's dtype; the engine keeps fp32 masters. PEFT's fp32 copies under a bf16 base
-                # cost a third of the step.
-                autocast_adapter_dtype=False,
-            )
-    _set_trainable(assembly, config)
-    return assembly.peft_model
-
-
-def adapted_components(config: ModelConfig) -> list[str]:
-    """Module paths of the components that carry adapters; "" is the whole language model."""
-    if config.vision is None:
-        return [""] if config.language_mode == "adapter" else []
-    modes = {LANGUAGE: config.language_mode, VISION: config.vision.mode}
-    return [path for path, mode in modes.items() if mode == "adapter"]
-
-
-def moslora_config(adapter: AdapterConfig) -> adapters.MoSLoRAConfig:
-    """The PEFT configuration of a recipe's adapter."""
-    return adapters.MoSLoRAConfig(
-        r=adapter.rank,
-        lora_alpha=cast(int, adapter.alpha),
-        lora_dropout=adapter.dropout,
-        use_rslora=adapter.use_rslora,
-        mixer_init=adapter.mixer_init,
-        mixer_trainable=adapter.mixer_trainable,
-        mixer_pattern=dict(adapter.mixer_pattern),
-        rank_pattern=dict(adapter.rank_pattern),
-        alpha_pattern=dict(adapter.alpha_pattern),
-        task_type="CAUSAL_LM",
-    )
-
-
-def _set_trainable(assembly: Assembly, config: ModelConfig) -> None:
-    model = assembly.model
-    multimodal = is_multimodal(model)
-    language = model.model.language_model if multimodal else model
-    _train_component(language, config.language_mode, config.language_last_n, what="model.language")
-    if multimodal and config.vision is not None:
-        _train_component(model.model.vision_tower, config.vision.mode, config.vision.last_n, what="model.vision")
-        if config.projector.mode == "full":
-            model.model.multi_modal_projector.requires_grad_(True)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(
-            "Nothing would train: the language model, the vision encoder and the projector are all frozen. "
-            "Set model.language_mode, model.vision.mode or model.projector.mode."
-        )
-
-
-def _train_component(component: nn.Module, mode: str, last_n: int, *, what: str) -> None:
-    if mode == "full":
-        component.requires_grad_(True)
-    elif mode == "last_n":
-        blocks = _blocks(component)
-        if last_n > len(blocks):
-            raise ConfigError(f"{what}: last_n is {last_n}, but it has {len(blocks)} blocks.")
-        for block in blocks[-last_n:]:
-            block.requires_grad_(True)
-
-
-def _blocks(component: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a component: its longest module list."""
-    lists = [module for module in component.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise ConfigError("last_n needs a component with a list of blocks; this one has none. Use mode full.")
-    return list(max(lists, key=lambda blocks: len(list(blocks))))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComponentRow:
-    """One line of the table of what trains."""
-
-    name: str
-    total: int
-    trainable: int
-
-
-def component_table(assembly: Assembly) -> list[ComponentRow]:
-    """Parameters and trainable parameters by component."""
-    groups: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in assembly.model.named_parameters():
-        groups.setdefault(component_of(name), []).append(parameter)
-    return [
-        ComponentRow(
-            name=name,
-            total=sum(_count(parameter) for parameter in parameters),
-            trainable=sum(_count(parameter) for parameter in parameters if parameter.requires_grad),
-        )
-        for name, parameters in groups.items()
-    ]
-
-
-def component_of(name: str) -> str:
-    """Which component a parameter belongs to: mixer, adapter, projector, vision or language."""
-    if "lora_mixer" in name:
-        return "mixer"
-    if "lora_" in name:
-        return "vision adapter" if "vision_tower" in name else "adapter"
-    if "multi_modal_projector" in name:
-        return "projector"
-    return "vision" if "vision_tower" in name else "language"
-
-
-def _count(parameter: nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlavaForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from mm_moslora import adapters
+from mm_moslora.batch import Example
 from mm_moslora.errors import ModelError
 from mm_moslora.models.build import Assembly, sane_generation_config
 from mm_moslora.models.processor import save_processor
+from mm_moslora.models.rows import row_inputs
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
 
 TOLERANCE = 1e-4
@@ -60,7 +63,7 @@ def export_model(assembly: Assembly, folder: Path, *, require_stock: bool = Fals
     sane_generation_config(model)
     model.save_pretrained(folder)
     if assembly.processor is not None:
-        if model.config.vision_config.model_type in _NESTED_TOWERS:
+        if not assembly.ready_made and model.config.vision_config.model_type in _NESTED_TOWERS:
             _rename_tensors(folder, "vision_tower.", "vision_tower.vision_model.")
         save_processor(assembly.processor, folder)
     else:
@@ -129,8 +132,8 @@ def _check(assembly: Assembly, folder: Path) -> float:
     model = assembly.model
     loader = AutoModelForImageTextToText if is_multimodal(model) else AutoModelForCausalLM
     twin = loader.from_pretrained(folder, dtype=next(model.parameters()).dtype).eval()
-    if is_multimodal(model) and not isinstance(twin, LlavaForConditionalGeneration):
-        raise ModelError(f"{folder} loads as {type(twin).__name__}, expected a LLaVA model.")
+    if type(twin) is not type(model):
+        raise ModelError(f"{folder} loads as {type(twin).__name__}, expected {type(model).__name__}.")
     difference = float((_probe(assembly, model).float() - _probe(assembly, twin).float()).abs().max())
     if difference > TOLERANCE:
         raise ModelError(
@@ -140,11 +143,14 @@ def _check(assembly: Assembly, folder: Path) -> float:
     return difference
 
 
-def _probe(assembly: Assembly, model: torch.nn.Module) -> Tensor:
-    text = assembly.tokenizer("A short check of the weights.", return_tensors="pt")["input_ids"]
-    if assembly.image is None or assembly.image_token_id is None:
-        return model(input_ids=text).logits
-    size = assembly.image.size
-    picture = torch.linspace(-1, 1, 3 * size * size).view(1, 3, size, size).to(next(model.parameters()).dtype)
-    placeholders = torch.full((1, assembly.tokens_per_image), assembly.image_token_id)
-    return model(input_ids=torch.cat([placeholders, text], dim=1), pixel_values=picture).logits
+def _probe(assembly: Assembly, model: PreTrainedModel) -> Tensor:
+    """Logits ``[T, C]`` of a prompt with a picture (a gradient from dark to light), where the model sees."""
+    text = assembly.tokenizer("A short check of the weights.", return_tensors="pt")["input_ids"][0]
+    if assembly.eyes is None:
+        return model(input_ids=text[None]).logits[0]
+    (seen,) = assembly.eyes.see([Image.linear_gradient("L").convert("RGB")])
+    ids = torch.cat([torch.tensor(seen.placeholders), text])
+    example = Example.of(id="", input_ids=ids, supervised=torch.zeros(len(ids), dtype=torch.bool), seen=[seen])
+    assert example.pixel_values is not None
+    inputs = row_inputs(model, [ids], example.pixel_values, example.image_inputs, answers=[len(ids)])
+    return model(**inputs).logits[0]

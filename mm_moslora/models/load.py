@@ -9,12 +9,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+)
 
 from mm_moslora import adapters
 from mm_moslora.config import Recipe
 from mm_moslora.errors import ModelError
-from mm_moslora.models.build import Assembly, assemble, load_projector
+from mm_moslora.models.build import Assembly, assemble, load_projector, ready_assembly
+from mm_moslora.models.processor import takes_plain_contents
+from mm_moslora.models.ready import load_ready_processor
 from mm_moslora.models.vision import ImageSpec, cast_parameters
 from mm_moslora.models.vlm import is_multimodal
 
@@ -67,9 +75,9 @@ def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype) -> Assemb
     projector = dataclasses.replace(recipe.model.projector, weights=None)
     # Weights are merged in fp32 and rounded once at the end.
     assembly = assemble(dataclasses.replace(recipe.model, projector=projector), dtype=torch.float32)
-    if is_multimodal(assembly.model):
+    if is_multimodal(assembly.model) and not assembly.ready_made:
         load_projector(assembly.model.model.multi_modal_projector, folder / "projector.safetensors")
-    for component in ("vision", "language"):
+    for component in ("vision", "language", *(("projector",) if assembly.ready_made else ())):
         if (folder / f"{component}.safetensors").is_file():
             _load_trained(assembly, folder / f"{component}.safetensors")
     if (folder / "adapter").is_dir():
@@ -97,6 +105,9 @@ def _load_exported(folder: Path, *, dtype: torch.dtype) -> Assembly:
         language = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         return Assembly(model=language.eval(), tokenizer=AutoTokenizer.from_pretrained(folder), base=base)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
+    processor: Any = load_ready_processor(str(folder), None)
+    if not (isinstance(model, LlavaForConditionalGeneration) and takes_plain_contents(processor)):
+        return ready_assembly(model, processor, base=base)
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     images = processor.image_processor
     crop: Any = images.crop_size

@@ -117,7 +117,12 @@ def build_processor(
     )
 
 
-def save_processor(processor: LlavaProcessor, folder: Path) -> None:
+def takes_plain_contents(processor: Any) -> bool:
+    """Whether a processor carries a language model's own chat template, as those that we assemble do."""
+    return str(processor.chat_template or "").startswith(_FLATTEN_PARTS)
+
+
+def save_processor(processor: Any, folder: Path) -> None:
     """Save in both layouts: processor_config.json (transformers 5) and preprocessor_config.json (older readers)."""
     processor.save_pretrained(folder)
     if not (folder / "preprocessor_config.json").is_file():

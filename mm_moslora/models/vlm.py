@@ -28,6 +28,10 @@ from mm_moslora.batch import Batch
 from mm_moslora.errors import ModelError
 from mm_moslora.models.attention import segment_arguments
 from mm_moslora.models.projector import ProjectorShape, projector_class
+from mm_moslora.models.rows import rows_logits
+
+_PROJECTORS = ("multi_modal_projector.", "image_newline", ".connector.", ".merger.", ".deepstack_merger_list.")
+_TOWERS = ("vision_tower.", ".visual.", ".vision_model.", ".vision_embed_tokens.")
 
 
 class VlmConfig(LlavaConfig):
@@ -104,8 +108,20 @@ AutoModelForImageTextToText.register(VlmConfig, VlmForConditionalGeneration)
 
 
 def is_multimodal(model: PreTrainedModel) -> bool:
-    """Whether the model has a vision tower of ours or of LLaVA's."""
-    return hasattr(getattr(model, "model", None), "vision_tower")
+    """Whether the model sees."""
+    return getattr(model.config, "vision_config", None) is not None
+
+
+def takes_rows(model: PreTrainedModel) -> bool:
+    """Whether a batch has to be cut into padded rows: every vision-language model but LLaVA and our own."""
+    return is_multimodal(model) and not isinstance(model, LlavaForConditionalGeneration)
+
+
+def part_of(name: str) -> str:
+    """Which part of a model a parameter belongs to: projector, vision or language."""
+    if any(part in name for part in _PROJECTORS):
+        return "projector"
+    return "vision" if any(part in name for part in _TOWERS) else "language"
 
 
 def image_features(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
@@ -132,14 +148,14 @@ def _trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def supervised_logits(model: PreTrainedModel, batch: Batch, *, dummy_image: Tensor | None = None) -> Tensor:
-    """Logits at the supervised positions of a padding-free batch, and nowhere else.
+def supervised_logits(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None) -> Tensor:
+    """Logits at the supervised positions of a batch, and nowhere else.
 
     Args:
-        model: causal language model, LLaVA or `VlmForConditionalGeneration`, with or without adapters inside.
+        model: causal language model or vision-language model, with or without adapters inside.
         batch: one micro-batch on the model's device.
-        dummy_image: ``[1, 3, H, W]``; for a batch without images on a rank whose peers have some: the vision path runs
-            with a weight of zero, so that every rank takes part in the same collectives.
+        dummy: one picture, for a batch without images on a rank whose peers have some: the vision path runs with a
+            weight of zero, so that every rank takes part in the same collectives.
 
     Returns:
         ``[K, C]``.
@@ -147,6 +163,8 @@ def supervised_logits(model: PreTrainedModel, batch: Batch, *, dummy_image: Tens
     Raises:
         ModelError: placeholders and images do not match.
     """
+    if takes_rows(model):
+        return rows_logits(model, batch, dummy=dummy)
     arguments: dict[str, Any] = {"use_cache": False, "logits_to_keep": batch.target_positions}
     arguments |= segment_arguments(batch.segment_lengths, batch.input_ids.device)
     arguments["position_ids"] = batch.position_ids[None]
@@ -164,6 +182,6 @@ def supervised_logits(model: PreTrainedModel, batch: Batch, *, dummy_image: Tens
                 f"visual tokens ({features.shape[1]} each). Records: {', '.join(batch.ids[:4])}."
             )
         embeddings = embeddings.masked_scatter(places[None, :, None], features.to(embeddings.dtype))
-    elif dummy_image is not None:
-        embeddings = embeddings + 0.0 * image_features(model, dummy_image).sum().to(embeddings.dtype)
+    elif dummy is not None and dummy.pixel_values is not None:
+        embeddings = embeddings + 0.0 * image_features(model, dummy.pixel_values).sum().to(embeddings.dtype)
     return model(inputs_embeds=embeddings, **arguments).logits[0]

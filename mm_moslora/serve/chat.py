@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from mm_moslora.batch import Example, Seen
 from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.images import open_image
 from mm_moslora.data.records import Turn
@@ -16,7 +18,8 @@ from mm_moslora.errors import DataError, MoSLoRAError
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.generation import Prompt, encode_images, stop_token_ids, stream
 from mm_moslora.models.load import load
-from mm_moslora.models.processor import image_transform
+from mm_moslora.models.rows import generate_rows
+from mm_moslora.models.vlm import takes_rows
 
 HELP = "/image PATH shows a picture, /reset starts over, /quit leaves."
 
@@ -32,10 +35,14 @@ class Chat:
     def __init__(self, assembly: Assembly, *, max_new_tokens: int = 128) -> None:
         self.assembly, self.max_new_tokens = assembly, max_new_tokens
         self.encoder = Encoder(
-            assembly.tokenizer, image_token_id=assembly.image_token_id, tokens_per_image=assembly.tokens_per_image
+            assembly.tokenizer,
+            image_token_id=assembly.image_token_id,
+            tokens_per_image=assembly.tokens_per_image,
+            processor=assembly.processor if assembly.ready_made else None,
         )
         self.turns: list[Turn] = []
-        self.features: list[Tensor] = []
+        self.images: list[Image.Image] = []
+        self.features: dict[int, Tensor] = {}
         self.pending = 0
 
     @classmethod
@@ -49,25 +56,20 @@ class Chat:
         Raises:
             DataError: no picture there, or the model has no vision encoder.
         """
-        if self.assembly.processor is None:
+        if self.assembly.eyes is None:
             raise DataError("This model has no vision encoder, so it cannot look at a picture.")
-        pixels = image_transform(self.assembly.processor.image_processor)(open_image(path))
-        self.features.append(encode_images(self.assembly.model, pixels[None])[0])
+        self.images.append(open_image(path))
         self.pending += 1
 
     def stream(self, question: str) -> Iterator[str]:
         """Ask; yields the answer piece by piece and remembers it."""
         self.turns.append(Turn.asking(question, images=self.pending))
         self.pending = 0
-        ids = self.encoder.encode_prompt(self.turns)
-        features = torch.cat(self.features) if self.features else None
-        stops = stop_token_ids(self.assembly.model, self.assembly.tokenizer.eos_token_id)
+        seen = self.assembly.eyes.see(self.images) if self.assembly.eyes else []
+        ids = self.encoder.encode_prompt(self.turns, pictures=[picture.placeholders for picture in seen])
         tokens: list[int] = []
         said = ""
-        prompt = Prompt(input_ids=ids, features=features)
-        for (token,) in stream(self.assembly.model, [prompt], max_new_tokens=self.max_new_tokens, stop_ids=stops):
-            if token is None:
-                break
+        for token in self._tokens(ids, seen):
             tokens.append(token)
             text = self.encoder.decode_answer(tokens)
             if not text.endswith("\ufffd"):  # half a character so far
@@ -75,13 +77,30 @@ class Chat:
                 said = text
         self.turns.append(Turn(role="assistant", text=said))
 
+    def _tokens(self, ids: Tensor, seen: list[Seen]) -> Iterator[int]:
+        model = self.assembly.model
+        stops = stop_token_ids(model, self.assembly.tokenizer.eos_token_id)
+        if takes_rows(model):
+            nothing = torch.zeros(len(ids), dtype=torch.bool)
+            prompt = Example.of(id="", input_ids=ids, supervised=nothing, seen=seen)
+            yield from generate_rows(model, prompt, max_new_tokens=self.max_new_tokens, stop_ids=stops)
+            return
+        for number in range(len(self.features), len(seen)):
+            self.features[number] = encode_images(model, seen[number].tensors["pixel_values"])[0]
+        features = torch.cat(list(self.features.values())) if self.features else None
+        asked = Prompt(input_ids=ids, features=features)
+        for (token,) in stream(model, [asked], max_new_tokens=self.max_new_tokens, stop_ids=stops):
+            if token is None:
+                return
+            yield token
+
     def ask(self, question: str) -> str:
         """Ask and wait for the whole answer."""
         return "".join(self.stream(question))
 
     def reset(self) -> None:
         """Forget the conversation and its pictures."""
-        self.turns, self.features, self.pending = [], [], 0
+        self.turns, self.images, self.features, self.pending = [], [], {}, 0
 
 
 def interactive(chat: Chat) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mm_moslora import distributed
-from mm_moslora.batch import Batch
+from mm_moslora.batch import Batch, Example
 from mm_moslora.config import Precision, TrainConfig
 from mm_moslora.errors import ConfigError, TrainingError, suggestion
 from mm_moslora.losses import token_loss_sum
@@ -52,10 +52,10 @@ def dtype_of(precision: str) -> torch.dtype:
 class LossModule(nn.Module):
     """What an engine wraps: a micro-batch in, the sum of its token losses out."""
 
-    def __init__(self, model: PreTrainedModel, image_size: int | None) -> None:
+    def __init__(self, model: PreTrainedModel, dummy: Example | None) -> None:
         super().__init__()
         self.model = model
-        self.image_size = image_size
+        self.dummy = None if dummy is None else Batch.from_examples([dummy])
 
     def forward(self, batch: Batch, needs_vision: bool) -> Tensor:
         """Sum of cross entropies over the batch's supervised tokens, fp32 scalar.
@@ -64,10 +64,8 @@ class LossModule(nn.Module):
             batch: on the model's device.
             needs_vision: some rank has images in this micro-batch, so every rank must run the vision path.
         """
-        dummy = None
-        if needs_vision and batch.pixel_values is None and self.image_size:
-            dummy = torch.zeros(1, 3, self.image_size, self.image_size, device=batch.input_ids.device)
-        return token_loss_sum(supervised_logits(self.model, batch, dummy_image=dummy), batch.targets)
+        dummy = self.dummy.to(batch.input_ids.device) if self.dummy and needs_vision and not batch.images else None
+        return token_loss_sum(supervised_logits(self.model, batch, dummy=dummy), batch.targets)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from mm_moslora import distributed
 from mm_moslora.config import Recipe
 from mm_moslora.data.loader import BatchLoader
 from mm_moslora.errors import TrainingError
-from mm_moslora.models.build import component_table
+from mm_moslora.models.trainable import component_table
 from mm_moslora.tracking import Trackers, build_trackers
 from mm_moslora.training import checkpoint
 from mm_moslora.training import run as runs

@@ -9,6 +9,7 @@ from torch import nn
 
 from mm_moslora.config import OptimConfig
 from mm_moslora.errors import ConfigError
+from mm_moslora.models.vlm import part_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +59,10 @@ def _group_of(name: str, parameter: nn.Parameter, config: OptimConfig) -> tuple[
     if "lora_mixer" in name:
         # The mixer starts from a norm that matters; decay would shrink it.
         return "mixer", _or(config.mixer_lr, config.lr), 0.0
-    if "multi_modal_projector" in name:
+    part = part_of(name)
+    if part == "projector":
         label, lr = "projector", _or(config.projector_lr, config.lr)
-    elif "vision_tower" in name:
+    elif part == "vision":
         label, lr = "vision", _or(config.vision_lr, config.lr)
     elif "lora_B" in name:
         label, lr = (

@@ -24,9 +24,11 @@ from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.dataset import TrainingSet
 from mm_moslora.errors import CheckpointError, TrainingError
 from mm_moslora.models.attention import set_attention, training_attention
-from mm_moslora.models.build import Assembly, assemble, attach_adapters, component_of, component_table
-from mm_moslora.models.processor import image_transform, save_processor
-from mm_moslora.models.vlm import is_multimodal
+from mm_moslora.models.build import Assembly, assemble
+from mm_moslora.models.eyes import dummy_example
+from mm_moslora.models.processor import save_processor
+from mm_moslora.models.trainable import attach_adapters, component_of, component_table
+from mm_moslora.models.vlm import is_multimodal, takes_rows
 from mm_moslora.training import checkpoint
 from mm_moslora.training.engine import (
     Engine,
@@ -111,14 +113,15 @@ def prepare(recipe: Recipe) -> Run:
     validation_set = _data_set(recipe, assembly, validation=True)
     _match_projector_scale(recipe, assembly, training_set)
     model = assembly.model.train()
-    set_attention(model, training_attention(model, recipe.model.attention))
+    if not takes_rows(model):
+        set_attention(model, training_attention(model, recipe.model.attention))
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     groups = parameter_groups(model, recipe.optim)
     settings = OptimizerSettings(
         betas=recipe.optim.betas, eps=recipe.optim.eps, max_grad_norm=recipe.optim.max_grad_norm
     )
-    module = LossModule(model, assembly.image.size if assembly.image else None)
+    module = LossModule(model, dummy_example(assembly.eyes) if assembly.eyes else None)
     groups_in_module = parameter_groups(module, recipe.optim)
     assert [g.name for g in groups] == [g.name for g in groups_in_module]
     engine = build_engine(module, groups_in_module, recipe.train, precision=precision, optimizer=settings)
@@ -136,14 +139,14 @@ def _data_set(recipe: Recipe, assembly: Assembly, *, validation: bool) -> Traini
         assembly.tokenizer,
         image_token_id=assembly.image_token_id,
         tokens_per_image=assembly.tokens_per_image,
+        processor=assembly.processor if assembly.ready_made else None,
     )
-    transform = image_transform(assembly.processor.image_processor) if assembly.processor else None
     name = "validation_quarantine.jsonl" if validation else "quarantine.jsonl"
     progress = Progress("read records", 0, unit="record")
     return TrainingSet(
         sources,
         encoder,
-        transform,
+        assembly.eyes,
         config=recipe.data,
         quarantine_path=Path(recipe.train.output) / name,
         on_progress=progress.of,
@@ -157,7 +160,8 @@ def _match_projector_scale(recipe: Recipe, assembly: Assembly, data: TrainingSet
     from mm_moslora.models.vlm import image_features
 
     model = assembly.model
-    if not (is_multimodal(model) and recipe.model.projector.scale_to_embeddings) or recipe.model.projector.weights:
+    ours = is_multimodal(model) and not assembly.ready_made
+    if not (ours and recipe.model.projector.scale_to_embeddings) or recipe.model.projector.weights:
         return
     pictures: list[Tensor] = []
     for index in range(len(data)):
@@ -224,14 +228,14 @@ def write_model(run: Run, state: dict[str, Tensor], folder: Path) -> None:
     if assembly.peft_model is not None:
         adapter_state = {name: value for name, value in state.items() if "lora_" in name}
         adapters.save_adapter(assembly.peft_model, folder / "adapter", state=adapter_state, base=assembly.base)
-    if is_multimodal(model):
+    if is_multimodal(model) and not assembly.ready_made:
         prefix = "model.multi_modal_projector."
         if any(name.startswith(prefix) for name in state):
             projector = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         else:
             projector = {k: v.detach().float().cpu() for k, v in model.model.multi_modal_projector.state_dict().items()}
         save_file(_contiguous(projector), folder / "projector.safetensors")
-    for component in ("vision", "language"):
+    for component in ("vision", "language", *(("projector",) if assembly.ready_made else ())):
         part = {name: value for name, value in state.items() if component_of(name) == component}
         if part:
             save_file(_contiguous(part), folder / f"{component}.safetensors")

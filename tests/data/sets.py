@@ -10,12 +10,30 @@ import torch
 from PIL import Image
 from tiny import CHATML
 
+from mm_moslora.batch import Seen
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.dataset import TrainingSet
 from tests.data.chat_templates import build_tokenizer
 
 OF_SET = ("quarantine_path", "on_progress", "exact_limit")
+
+
+class TinyEyes:
+    """Pictures that all take as many tokens."""
+
+    fixed = True
+
+    def __init__(self, transform, *, token: int, tokens: int = 4) -> None:
+        self.transform, self.ids = transform, (token,) * tokens
+
+    def see(self, images):
+        """See `Eyes.see`."""
+        return [Seen(placeholders=self.ids, tensors={"pixel_values": self.transform(i)[None]}) for i in images]
+
+    def placeholders(self, sizes):
+        """See `Eyes.placeholders`."""
+        return [self.ids] * len(sizes)
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
@@ -39,7 +57,9 @@ def make_set(*paths: Path, weights: list[float] | None = None, vision: bool = Tr
         SourceConfig(path=str(path), image_folder=str(path.parent / "images"), weight=weight)
         for path, weight in zip(paths, weights or [1.0] * len(paths), strict=True)
     ]
-    return TrainingSet(sources, chatml_encoder(), to_pixels if vision else None, config=DataConfig(**options), **of_set)
+    encoder = chatml_encoder()
+    eyes = TinyEyes(to_pixels, token=encoder.image_token_id) if vision else None
+    return TrainingSet(sources, encoder, eyes, config=DataConfig(**options), **of_set)
 
 
 def damage(picture: Path) -> None:

@@ -16,6 +16,7 @@ from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.dataset import TrainingSet
 from mm_moslora.data.loader import BatchLoader
 from tests.data.conftest import Setup
+from tests.data.sets import TinyEyes
 
 Write = Callable[..., Path]
 
@@ -35,8 +36,10 @@ def build(
 ) -> TrainingSet:
     config = config or DataConfig()
     sources = [SourceConfig(path=str(path), image_folder=str(path.parent / "images")) for path in paths]
-    vision = options.pop("transform", transform)
-    return TrainingSet(sources, setup.encoder(), vision, config=config, quarantine_path=out, **options)
+    to_pixels = options.pop("transform", transform)
+    encoder = setup.encoder()
+    eyes = None if to_pixels is None else TinyEyes(to_pixels, token=encoder.image_token_id, tokens=3)
+    return TrainingSet(sources, encoder, eyes, config=config, quarantine_path=out, **options)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.errors import ModelError
 from mm_moslora.models.attention import SEGMENTS, set_attention, training_attention
 from mm_moslora.models.build import assemble, text_and_images
+from mm_moslora.models.eyes import dummy_example
 from mm_moslora.models.processor import image_processor, image_transform, save_processor
 from mm_moslora.models.projector import PixelShuffleProjector, ProjectorShape
 from mm_moslora.models.vision import ImageSpec
@@ -124,7 +125,7 @@ def test_a_dummy_image_touches_every_projector_weight_and_changes_nothing(langua
     text = Example(id="t", input_ids=torch.tensor([4, 5, 6]), supervised=torch.tensor([False, True, True]))
     batch = Batch.from_examples([text])
     plain = supervised_logits(assembly.model, batch)
-    dummy = supervised_logits(assembly.model, batch, dummy_image=torch.zeros(1, 3, 28, 28))
+    dummy = supervised_logits(assembly.model, batch, dummy=Batch.from_examples([dummy_example(assembly.eyes)]))
     torch.testing.assert_close(dummy, plain, rtol=0, atol=0)
     dummy.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in projector.parameters())

@@ -1,0 +1,87 @@
+"""Ready-made vision-language models: any `AutoModelForImageTextToText` checkpoint with its own processor.
+
+Nothing is assembled. The recipe names one model (`model.vlm`), and its parts are found by what they are in
+transformers: the decoder, the vision tower and what lies between them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from mm_moslora.errors import ModelError
+
+# Paths of the vision towers of transformers' models, in the order in which they are looked for.
+_TOWERS = ("model.vision_tower", "model.visual", "model.vision_model", "model.vision_embed_tokens")
+
+
+def load_ready(name: str, revision: str | None, *, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    """Load a ready-made model with its processor.
+
+    Args:
+        name: folder or hub id.
+        revision: on the hub.
+        dtype: of the weights.
+
+    Raises:
+        ModelError: nothing there, or no image-text-to-text model.
+    """
+    processor = load_ready_processor(name, revision)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(name, revision=revision, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model.vlm is {name!r}, which does not load as an image-text-to-text model: {error}"
+        ) from error
+    if not hasattr(model, "model") or model.get_output_embeddings() is None:
+        raise ModelError(
+            f"{name!r} ({type(model).__name__}) has no decoder with a linear head behind it, which training needs. "
+            "Choose a model such as LLaVA, Qwen-VL, SmolVLM, InternVL or PaliGemma."
+        )
+    return model, processor
+
+
+def load_ready_processor(name: str, revision: str | None) -> Any:
+    """Load the processor of a ready-made model.
+
+    Raises:
+        ModelError: nothing there, no processor for pictures, or a package that it needs is missing.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"model.vlm is {name!r}, whose processor does not load: {error}") from error
+    if getattr(processor, "image_processor", None) is None or getattr(processor, "image_token", None) is None:
+        raise ModelError(
+            f"model.vlm is {name!r}, whose processor ({type(processor).__name__}) takes no pictures with placeholders. "
+            "Put a language model into model.language, or choose another vision-language model."
+        )
+    return processor
+
+
+def ready_image_token(name: str, revision: str | None, processor: Any) -> int:
+    """The token that visual features replace, without loading weights."""
+    config: Any = AutoConfig.from_pretrained(name, revision=revision)
+    number = getattr(config, "image_token_id", None)
+    return int(processor.image_token_id if number is None else number)
+
+
+def tower_path(model: PreTrainedModel) -> str:
+    """Path of a model's vision tower.
+
+    Raises:
+        ModelError: none of the known ones.
+    """
+    names = {name for name, _ in model.named_modules()}
+    for path in _TOWERS:
+        if path in names:
+            return path
+    raise ModelError(f"{type(model).__name__} has no vision tower at {', '.join(_TOWERS)}; leave model.vision frozen.")
+
+
+def decoder_path(model: PreTrainedModel) -> str:
+    """Path of a model's language model, without its head."""
+    decoder = model.get_decoder()
+    return next(name for name, module in model.named_modules() if module is decoder)

@@ -1,0 +1,158 @@
+"""Padded rows: the forward pass of models that cannot take a padding-free batch (their positions, masks or visual
+features need one sample per row), with logits at supervised positions only.
+
+Shapes: ``G`` samples, ``T`` longest sample, ``S`` tokens of the batch, ``K`` supervised positions, ``D`` width,
+``C`` vocabulary.
+
+The models are transformers' own and get what their processors would give them: ids, mask, image inputs, and one type
+per token where they ask for it (Qwen-VL derives its three-part positions from it, PaliGemma its prefix).
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mm_moslora.batch import Batch, Example
+from mm_moslora.errors import ModelError
+
+_ONE_IMAGE_LIST = {"idefics2", "idefics3", "smolvlm"}
+"""Models whose pixels are ``[samples, pictures, ...]`` and are read in order: all pictures go into one sample."""
+
+
+def rows_logits(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None) -> Tensor:
+    """Logits at the supervised positions of a batch, each sample in a row of its own, padded on the right.
+
+    Args:
+        model: an image-text-to-text model of transformers, with or without adapters inside.
+        batch: on the model's device.
+        dummy: for a batch without images on a rank whose peers have some: it runs as one more row with a weight of
+            zero, so that every rank takes part in the same collectives.
+
+    Returns:
+        ``[K, C]``.
+
+    Raises:
+        ModelError: placeholders and images do not match.
+    """
+    rows = list(batch.input_ids.split(batch.segment_lengths))
+    pixels, inputs = batch.pixel_values, batch.image_inputs
+    if dummy is not None and pixels is None:
+        rows.append(dummy.input_ids)
+        pixels, inputs = dummy.pixel_values, dummy.image_inputs
+    first_answer = _first_supervised(batch) + [len(row) for row in rows[len(batch.segment_lengths) :]]
+    arguments = row_inputs(model, rows, pixels, inputs, answers=first_answer)
+    try:
+        hidden = model.model(**arguments, use_cache=False).last_hidden_state
+    except ValueError as error:
+        if "do not match" not in str(error):
+            raise
+        raise ModelError(f"{error}. Records: {', '.join(batch.ids[:4])}.") from error
+    flat = torch.cat([row[:length] for row, length in zip(hidden, batch.segment_lengths, strict=False)])
+    logits = model.get_output_embeddings()(flat[batch.target_positions])
+    if len(rows) > len(batch.segment_lengths):
+        logits = logits + 0.0 * hidden[-1].sum().to(logits.dtype)
+    return logits
+
+
+def row_inputs(
+    model: PreTrainedModel,
+    rows: Sequence[Tensor],
+    pixel_values: Tensor | None,
+    image_inputs: dict[str, Tensor],
+    *,
+    answers: Sequence[int],
+) -> dict[str, Any]:
+    """Keyword arguments of a model's forward pass.
+
+    Args:
+        model: an image-text-to-text model of transformers.
+        rows: ``G`` samples of ids, different lengths.
+        pixel_values: of all pictures in order.
+        image_inputs: the rest that belongs to the pictures.
+        answers: where each sample's first answer begins.
+    """
+    device = rows[0].device
+    longest = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = row
+        mask[index, : len(row)] = 1
+    known = inspect.signature(type(model.base_model).forward).parameters
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if "mm_token_type_ids" in known:
+        arguments["mm_token_type_ids"] = ((ids == model.config.image_token_id) & (mask == 1)).long()
+    if "token_type_ids" in known:
+        starts = torch.tensor(list(answers), device=device)[:, None]
+        arguments["token_type_ids"] = (torch.arange(longest, device=device)[None] >= starts).long()
+    if pixel_values is not None:
+        inputs = {"pixel_values": pixel_values, **image_inputs}
+        if "batch_num_images" in inputs:
+            inputs["batch_num_images"] = _runs(inputs["batch_num_images"])
+        if model.config.model_type in _ONE_IMAGE_LIST:
+            inputs = {name: value[None] for name, value in inputs.items()}
+        arguments |= {
+            name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()
+        }
+    return arguments
+
+
+@torch.inference_mode()
+def generate_rows(
+    model: PreTrainedModel, prompt: Example, *, max_new_tokens: int, stop_ids: Sequence[int]
+) -> list[int]:
+    """Greedy answer to one prompt: its new tokens, without the one that ends it.
+
+    Args:
+        model: an image-text-to-text model of transformers, in eval mode.
+        prompt: ids and pictures; nothing in it needs to be supervised.
+        max_new_tokens: most tokens.
+        stop_ids: tokens that end the answer.
+    """
+    device = next(model.parameters()).device
+    pixels = None if prompt.pixel_values is None else prompt.pixel_values.to(device)
+    inputs = {name: value.to(device) for name, value in prompt.image_inputs.items()}
+    row = prompt.input_ids.to(device)
+    arguments = row_inputs(model, [row], pixels, inputs, answers=[len(row)])
+    output: Any = model.generate(
+        **arguments, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=list(stop_ids),
+        pad_token_id=stop_ids[0], temperature=None, top_p=None, top_k=None,
+    )  # fmt: skip
+    new = output[0, len(row) :].tolist()
+    return list(itertools.takewhile(lambda token: token not in set(stop_ids), new))
+
+
+def _first_supervised(batch: Batch) -> list[int]:
+    """Where the first answer of every sample begins, counted from its own start; its length where it has none."""
+    positions = batch.target_positions.tolist()
+    starts, offset = [], 0
+    for length in batch.segment_lengths:
+        inside = [position for position in positions if offset <= position < offset + length]
+        starts.append(min(inside) + 1 - offset if inside else length)
+        offset += length
+    return starts
+
+
+def _runs(counts: Tensor) -> Tensor:
+    """LLaVA-OneVision's pictures per sample, from one count per picture (1: tiled, more: one of several, not tiled).
+
+    Raises:
+        ModelError: a single picture that is not tiled, which the model cannot be told.
+    """
+    runs: list[int] = []
+    for tiled, group in itertools.groupby(counts.tolist(), key=lambda count: count == 1):
+        length = len(list(group))
+        if not tiled and length == 1:
+            raise ModelError(
+                "Truncation left one of several pictures, which LLaVA-OneVision would read as a tiled one. Raise "
+                "data.max_length."
+            )
+        runs += [1] * length if tiled else [length]
+    return torch.tensor(runs, device=counts.device)

@@ -1,0 +1,161 @@
+"""What trains: adapters in the components that ask for them, whole components, last blocks; and a table of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import peft
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mm_moslora import adapters
+from mm_moslora.config import AdapterConfig, ModelConfig
+from mm_moslora.errors import ConfigError
+from mm_moslora.models.build import Assembly
+from mm_moslora.models.ready import decoder_path, tower_path
+from mm_moslora.models.vlm import is_multimodal, part_of
+
+
+def attach_adapters(
+    assembly: Assembly, config: ModelConfig, adapter: AdapterConfig, *, seed: int = 0
+) -> peft.PeftModel | None:
+    """Put MoSLoRA into the components whose mode is `adapter`, and set what trains everywhere else.
+
+    Args:
+        assembly: from `assemble`; its model is changed in place.
+        config: the recipe's `model`.
+        adapter: the recipe's `adapter`.
+        seed: seeds the factors, so that every rank makes the same.
+
+    Returns:
+        The PEFT model, or None where no component carries adapters.
+    """
+    components = adapted_components(assembly.model, config)
+    assembly.model.requires_grad_(False)
+    if components:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            assembly.peft_model = adapters.add_moslora(
+                assembly.model,
+                moslora_config(adapter),
+                component=components,
+                targets=adapter.targets,
+                # Factors live in the base's dtype; the engine keeps fp32 masters. PEFT's fp32 copies under a bf16 base
+                # cost a third of the step.
+                autocast_adapter_dtype=False,
+            )
+    _set_trainable(assembly, config)
+    return assembly.peft_model
+
+
+def adapted_components(model: PreTrainedModel, config: ModelConfig) -> list[str]:
+    """Module paths of the components that carry adapters; "" is the whole language model."""
+    if not is_multimodal(model):
+        return [""] if config.language_mode == "adapter" else []
+    paths = [decoder_path(model)] if config.language_mode == "adapter" else []
+    if config.vision is not None and config.vision.mode == "adapter":
+        paths.append(tower_path(model))
+    return paths
+
+
+def moslora_config(adapter: AdapterConfig) -> adapters.MoSLoRAConfig:
+    """The PEFT configuration of a recipe's adapter."""
+    return adapters.MoSLoRAConfig(
+        r=adapter.rank,
+        lora_alpha=cast(int, adapter.alpha),
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.use_rslora,
+        mixer_init=adapter.mixer_init,
+        mixer_trainable=adapter.mixer_trainable,
+        mixer_pattern=dict(adapter.mixer_pattern),
+        rank_pattern=dict(adapter.rank_pattern),
+        alpha_pattern=dict(adapter.alpha_pattern),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _set_trainable(assembly: Assembly, config: ModelConfig) -> None:
+    model = assembly.model
+    language = model.get_submodule(decoder_path(model)) if is_multimodal(model) else model
+    _train_component(language, config.language_mode, config.language_last_n, what="model.language")
+    if is_multimodal(model):
+        if config.vision is not None and config.vision.mode in ("full", "last_n"):
+            tower = model.get_submodule(tower_path(model))
+            _train_component(tower, config.vision.mode, config.vision.last_n, what="model.vision")
+        _train_projector(model, trains=config.projector.mode == "full" or trains_by_default(config))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "Nothing would train: the language model, the vision encoder and the projector are all frozen. "
+            "Set model.language_mode, model.vision.mode or model.projector.mode."
+        )
+
+
+def trains_by_default(config: ModelConfig) -> bool:
+    """Whether the projector trains because the recipe says nothing else and the assembly is ours."""
+    return config.projector.mode == "auto" and config.vlm is None
+
+
+def _train_projector(model: PreTrainedModel, *, trains: bool) -> None:
+    """Projectors of some models lie inside their towers, so they are told by name."""
+    for name, parameter in model.named_parameters():
+        if part_of(name) == "projector" and "lora_" not in name:
+            parameter.requires_grad_(trains)
+
+
+def _train_component(component: nn.Module, mode: str, last_n: int, *, what: str) -> None:
+    if mode == "full":
+        component.requires_grad_(True)
+    elif mode == "last_n":
+        blocks = _blocks(component)
+        if last_n > len(blocks):
+            raise ConfigError(f"{what}: last_n is {last_n}, but it has {len(blocks)} blocks.")
+        for block in blocks[-last_n:]:
+            block.requires_grad_(True)
+
+
+def _blocks(component: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a component: its longest module list."""
+    lists = [module for module in component.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ConfigError("last_n needs a component with a list of blocks; this one has none. Use mode full.")
+    return list(max(lists, key=lambda blocks: len(list(blocks))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentRow:
+    """One line of the table of what trains."""
+
+    name: str
+    total: int
+    trainable: int
+
+
+def component_table(assembly: Assembly) -> list[ComponentRow]:
+    """Parameters and trainable parameters by component."""
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in assembly.model.named_parameters():
+        groups.setdefault(component_of(name), []).append(parameter)
+    return [
+        ComponentRow(
+            name=name,
+            total=sum(_count(parameter) for parameter in parameters),
+            trainable=sum(_count(parameter) for parameter in parameters if parameter.requires_grad),
+        )
+        for name, parameters in groups.items()
+    ]
+
+
+def component_of(name: str) -> str:
+    """Which component a parameter belongs to: mixer, adapter, projector, vision or language."""
+    if "lora_mixer" in name:
+        return "mixer"
+    part = part_of(name)
+    if "lora_" not in name:
+        return part
+    return "adapter" if part == "language" else "vision adapter"
+
+
+def _count(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
