@@ -36,8 +36,8 @@ def _at_least(name: str, value: float, minimum: float) -> None:
 class VisionConfig:
     """The vision encoder."""
 
-    name: str | None = None
-    """Folder or hub id of a transformers vision model, a timm wrapper folder, or `open_clip:MODEL` by name. None with
+    name: str = ""
+    """Folder or hub id of a transformers vision model, a timm wrapper folder, or `open_clip:MODEL` by name. Empty with
     `model.vlm`, which brings its own."""
     revision: str | None = None
     """Hub revision (commit, tag or branch)."""
@@ -115,7 +115,7 @@ class ModelConfig:
             "to assemble, or a ready-made vision-language model.",
         )
         _require(
-            self.vision is None or (self.vision.name is None) != (self.vlm is None),
+            self.vision is None or bool(self.vision.name) == (self.vlm is None),
             "model.vision.name names an encoder to assemble: it is needed with model.language, and a ready-made model "
             "(model.vlm) brings its own, so leave it out there.",
         )

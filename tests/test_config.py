@@ -27,7 +27,7 @@ def test_every_shipped_recipe_parses_and_survives_a_round_trip(name):
         ({"train": {"global_batch": 6, "micro_batch": 4}}, r"multiple of train\.micro_batch \(4\)"),
         ({"optim": {"betas": [0.9]}}, r"optim\.betas has 1 items, expected 2"),
         ({"optim": {"lr": float("nan")}}, r"optim\.lr is not a number"),
-        ({"model": {}}, r"missing model\.language"),
+        ({"model": {}}, r"name exactly one of them"),
         ({"data": {"train": {"path": "x"}}}, r"data\.train is .* expected a list"),
     ],
 )

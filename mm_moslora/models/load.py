@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -114,7 +114,7 @@ def _load_exported(folder: Path, *, dtype: torch.dtype) -> Assembly:
     spec = ImageSpec(
         size=int(crop["height"]),
         tokens=int(model.config.image_seq_length),
-        width=int(model.config.vision_config.hidden_size),
+        width=int(cast(Any, model.config.vision_config).hidden_size),
         prefix=int(getattr(processor, "num_additional_image_tokens", 0)),
         patch=int(getattr(processor, "patch_size", 0) or 0),
         mean=tuple(images.image_mean),

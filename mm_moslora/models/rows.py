@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ def generate_rows(
     inputs = {name: value.to(device) for name, value in prompt.image_inputs.items()}
     row = prompt.input_ids.to(device)
     arguments = row_inputs(model, [row], pixels, inputs, answers=[len(row)])
-    output: Any = model.generate(
+    output = cast(Any, model).generate(
         **arguments, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=list(stop_ids),
         pad_token_id=stop_ids[0], temperature=None, top_p=None, top_k=None,
     )  # fmt: skip

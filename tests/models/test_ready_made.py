@@ -1,4 +1,4 @@
-"""Ready-made vision-language models: their own ids and logits, MoSLoRA in the language model, saved, loaded, answering."""
+"""Ready-made vision-language models: their own ids and logits, MoSLoRA in the language model, saved and loaded."""
 
 from __future__ import annotations
 
