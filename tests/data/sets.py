@@ -47,6 +47,11 @@ def chatml_encoder() -> Encoder:
     return Encoder(tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=4)
 
 
+def tiny_eyes() -> TinyEyes:
+    """Those that go with `chatml_encoder`."""
+    return TinyEyes(to_pixels, token=chatml_encoder().image_token_id)
+
+
 def make_set(*paths: Path, weights: list[float] | None = None, vision: bool = True, **options) -> TrainingSet:
     """A training set over record files with their pictures in `images` beside them.
 
@@ -57,9 +62,8 @@ def make_set(*paths: Path, weights: list[float] | None = None, vision: bool = Tr
         SourceConfig(path=str(path), image_folder=str(path.parent / "images"), weight=weight)
         for path, weight in zip(paths, weights or [1.0] * len(paths), strict=True)
     ]
-    encoder = chatml_encoder()
-    eyes = TinyEyes(to_pixels, token=encoder.image_token_id) if vision else None
-    return TrainingSet(sources, encoder, eyes, config=DataConfig(**options), **of_set)
+    eyes = tiny_eyes() if vision else None
+    return TrainingSet(sources, chatml_encoder(), eyes, config=DataConfig(**options), **of_set)
 
 
 def damage(picture: Path) -> None:

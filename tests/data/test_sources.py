@@ -25,7 +25,7 @@ from mm_moslora.data.images import ImageError
 from mm_moslora.data.pictures import open_picture
 from mm_moslora.data.sources import RecordFile, open_source
 from mm_moslora.errors import ConfigError, DataError
-from tests.data.sets import chatml_encoder, make_set, to_pixels
+from tests.data.sets import chatml_encoder, make_set, tiny_eyes
 
 
 def picture(colour: tuple[int, int, int] = (200, 30, 20)) -> bytes:
@@ -376,6 +376,6 @@ def test_sources_of_all_kinds_train_together(tmp_path: Path) -> None:
         SourceConfig(path=str(path), image_folder=str(tmp_path / "images")),
         SourceConfig(path=str(tmp_path / "d")),
     ]
-    data = TrainingSet(sources, chatml_encoder(), to_pixels, config=DataConfig())
+    data = TrainingSet(sources, chatml_encoder(), tiny_eyes(), config=DataConfig())
     assert len(data.usable) == 7
     assert data.load(6).pixel_values.shape == (1, 3, 4, 4)

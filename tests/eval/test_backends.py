@@ -84,7 +84,7 @@ def test_transformers_backend_agrees_with_ours_on_the_same_weights(exported: Pat
     options = [OptionRequest(request=item, options=("yes", "no")) for item in pictures]
     a, b = dict(ours.loglikelihood(options, batch_size=4)), dict(theirs.loglikelihood(options, batch_size=4))
     for index in range(4):
-        assert [s.logprob for s in a[index]] == pytest.approx([s.logprob for s in b[index]], abs=1e-3)
+        assert [s.logprob for s in a[index]] == pytest.approx([s.logprob for s in b[index]], abs=5e-3)
 
 
 def test_a_language_model_answers_text_tasks_and_refuses_pictures(language_folder: Path) -> None:
