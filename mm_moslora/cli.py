@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from mm_moslora import __version__
+from mm_moslora import __version__, cli_serve
 from mm_moslora.cli_eval import eval_app, quiet_libraries
 from mm_moslora.errors import ConfigError, MoSLoRAError
 
@@ -27,6 +27,7 @@ app = App(
 data_app = App(name="data", help="Look at training data before the run.")
 app.command(data_app)
 app.command(eval_app)
+cli_serve.register(app)
 adapters_app = App(name="adapters", help="Look into adapter folders.")
 app.command(adapters_app)
 
@@ -190,40 +191,6 @@ def export(
     print(f"{result.folder}: {result.architecture}, largest logit difference {result.max_logit_difference:.2e}")
     if not result.stock:
         print("Loads with transformers after `import mm_moslora.models`.")
-    return 0
-
-
-@app.command
-def chat(
-    model: Path,
-    *,
-    image: Path | None = None,
-    question: str | None = None,
-    max_new_tokens: int = 128,
-) -> int:
-    """Talk to a model in the terminal.
-
-    Parameters
-    ----------
-    model
-        A run, a checkpoint or an export.
-    image
-        Picture to start with; /image PATH changes it later.
-    question
-        Ask this one question and leave.
-    max_new_tokens
-        Longest answer, tokens.
-    """
-    quiet_libraries()
-    from mm_moslora.serve.chat import Chat, interactive
-
-    talk = Chat.from_folder(model, max_new_tokens=max_new_tokens)
-    if image is not None:
-        talk.show(image)
-    if question is not None:
-        print(talk.ask(question))
-        return 0
-    interactive(talk)
     return 0
 
 

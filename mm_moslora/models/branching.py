@@ -202,6 +202,20 @@ class _RoomyLayer(DynamicLayer):
         super().batch_select_indices(indices)
         self._buffers = []
 
+    def drop_columns(self, count: int) -> None:
+        """Forget the first tokens of every row."""
+        self.keys, self.values = self.keys[..., count:, :], self.values[..., count:, :]
+        self._buffers = []
+
+    def join(self, other: _RoomyLayer) -> None:
+        """Put the rows of another layer behind one's own; the shorter is padded on its left."""
+        longest = max(self.get_seq_length(), other.get_seq_length())
+        self.keys, self.values = (
+            torch.cat([nn.functional.pad(x, (0, 0, longest - x.shape[-2], 0)) for x in pair])
+            for pair in ((self.keys, other.keys), (self.values, other.values))
+        )
+        self._buffers = []
+
     @staticmethod
     def _roomier(old: Tensor, more: int) -> Tensor:
         length = old.shape[-2]
@@ -298,6 +312,31 @@ class Decoder:
         self._cache.batch_select_indices(indices)
         self._valid = self._valid[indices]
         self._keep_rows(rows)
+
+    def join(self, other: Decoder) -> None:
+        """Put the rows of another decoder of this model behind one's own; `other` is used up.
+
+        Both must be able to share and have no forks. Columns that no row needs any more are dropped.
+        """
+        assert self.can_share
+        assert not self._levels
+        assert not other._levels
+        masks = []
+        for decoder in (self, other):
+            assert decoder._valid is not None
+            empty = int((decoder._valid.cumsum(dim=1) == 0).all(dim=0).sum())
+            layers: Sequence[Any] = decoder._cache.layers
+            for layer in layers if empty else ():
+                layer.drop_columns(empty)
+            masks.append(decoder._valid[:, empty:])
+        mine, theirs = self._cache.layers, other._cache.layers
+        pairs: Sequence[tuple[Any, Any]] = list(zip(mine, theirs, strict=True))
+        for own, new in pairs:
+            own.join(new)
+        longest = max(mask.shape[1] for mask in masks)
+        self._valid = torch.cat([nn.functional.pad(mask, (longest - mask.shape[1], 0)) for mask in masks])
+        self._length = self._valid.sum(dim=1, keepdim=True)
+        self.logits = torch.cat([self.logits, other.logits])
 
     def _keep_rows(self, rows: Sequence[int]) -> None:
         indices = torch.tensor(rows, device=self.logits.device)

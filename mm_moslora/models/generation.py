@@ -44,6 +44,29 @@ def encode_images(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
     return image_features(model, pixel_values)
 
 
+def embed_prompt(model: PreTrainedModel, prompt: Prompt) -> Tensor:
+    """Embeddings ``[T, D]`` of a prompt with the visual tokens in their places.
+
+    Raises:
+        ModelError: the prompt has more or fewer placeholders than visual tokens.
+    """
+    table: Any = model.get_input_embeddings()
+    ids = prompt.input_ids.to(table.weight.device)
+    row = table(ids)
+    if not is_multimodal(model):
+        return row
+    places = ids == model.config.image_token_id
+    given = 0 if prompt.features is None else prompt.features.shape[0]
+    if int(places.sum()) != given:
+        raise ModelError(
+            f"A prompt holds {int(places.sum())} image placeholders, but its images give {given} visual tokens. "
+            "Pass as many images as the conversation mentions."
+        )
+    if prompt.features is not None:
+        row = row.masked_scatter(places[:, None], prompt.features.to(row.dtype))
+    return row
+
+
 def stop_token_ids(model: PreTrainedModel, tokenizer_eos: int | None) -> list[int]:
     """Every token that ends an answer: the generation settings' and the tokenizer's."""
     configured = getattr(model.generation_config, "eos_token_id", None)
@@ -165,7 +188,7 @@ def score_options(
 def _read(model: PreTrainedModel, prompts: Sequence[Prompt]) -> Decoder:
     """Run prompts; afterwards row b of the decoder stands at the end of prompt b."""
     decoder = Decoder(model)
-    rows = [_embed(model, prompt) for prompt in prompts]
+    rows = [embed_prompt(model, prompt) for prompt in prompts]
     groups = _groups(prompts) if decoder.can_share else [[index] for index in range(len(prompts))]
     if len(groups) < len(prompts):
         heads = [_common_length([prompts[index].input_ids for index in members]) for members in groups]
@@ -201,22 +224,3 @@ def _common_length(ids: Sequence[Tensor]) -> int:
         same &= row[:shortest] == ids[0][:shortest]
     different = (~same).nonzero()
     return int(different[0]) if len(different) else shortest
-
-
-def _embed(model: PreTrainedModel, prompt: Prompt) -> Tensor:
-    """Embeddings ``[T, D]`` with the visual tokens in their places."""
-    table: Any = model.get_input_embeddings()
-    ids = prompt.input_ids.to(table.weight.device)
-    row = table(ids)
-    if not is_multimodal(model):
-        return row
-    places = ids == model.config.image_token_id
-    given = 0 if prompt.features is None else prompt.features.shape[0]
-    if int(places.sum()) != given:
-        raise ModelError(
-            f"A prompt holds {int(places.sum())} image placeholders, but its images give {given} visual tokens. "
-            "Pass as many images as the conversation mentions."
-        )
-    if prompt.features is not None:
-        row = row.masked_scatter(places[:, None], prompt.features.to(row.dtype))
-    return row

@@ -1,0 +1,281 @@
+"""The server's routes: `/v1/chat/completions`, `/v1/models`, `/health`, `/metrics`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route, Router
+
+from mm_moslora.errors import suggestion
+from mm_moslora.serve.engine import Engine, Job, Piece
+from mm_moslora.serve.faults import ApiError, busy, internal
+from mm_moslora.serve.guard import App, Guard, Receive, Scope, Send
+from mm_moslora.serve.limits import Limits
+from mm_moslora.serve.metrics import CONTENT_TYPE, Metrics
+from mm_moslora.serve.pictures import Fetch
+from mm_moslora.serve.prepare import Prepared, jobs_of, prepare
+from mm_moslora.serve.replies import Reply, error_frame
+from mm_moslora.serve.wire import ChatRequest, chat_request, read_json
+
+_WORKERS = 2
+"""Threads that open pictures and tokenise."""
+
+
+def create_app(
+    engine: Engine, limits: Limits, *, key: str | None = None, local: bool = True, fetch: Fetch | None = None
+) -> App:
+    """The ASGI application around an engine, which it starts and stops.
+
+    Args:
+        engine: not started yet.
+        limits: the server's.
+        key: see `Guard`.
+        local: see `Guard`.
+        fetch: gives the bytes behind a picture's address; None: addresses are refused.
+    """
+    metrics = Metrics(engine)
+    service = _Service(engine, limits, metrics, fetch)
+
+    @asynccontextmanager
+    async def lifespan(_: object) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await asyncio.to_thread(engine.stop)
+        service.workers.shutdown(wait=False, cancel_futures=True)
+
+    routes = [
+        Route("/v1/chat/completions", service.chat, methods=["POST"]),
+        Route("/v1/models", service.models, methods=["GET"]),
+        Route("/v1/models/{name:path}", service.model, methods=["GET"]),
+        Route("/health", service.health, methods=["GET"]),
+        Route("/metrics", service.metrics_page, methods=["GET"]),
+    ]
+    app = Router(routes, lifespan=lifespan, redirect_slashes=False)
+    return Guard(app, limits=limits, metrics=metrics, key=key, local=local)  # type: ignore[arg-type]
+
+
+class _Service:
+    def __init__(self, engine: Engine, limits: Limits, metrics: Metrics, fetch: Fetch | None) -> None:
+        self._engine, self._limits, self._metrics, self._fetch = engine, limits, metrics, fetch
+        self.workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="mm-moslora-prepare")
+        self._created = int(time.time())
+        self._busy = 0
+        self._buffered = 0
+        """Bytes of all bodies that are in memory."""
+
+    async def health(self, _: Request) -> Response:
+        alive = self._engine.alive
+        body = {
+            "status": "ok" if alive else "stopped",
+            "running": self._engine.running,
+            "waiting": self._engine.waiting,
+        }
+        return JSONResponse(body, status_code=200 if alive else 503)
+
+    async def metrics_page(self, _: Request) -> Response:
+        return Response(self._metrics.text(), media_type=CONTENT_TYPE)
+
+    async def models(self, _: Request) -> Response:
+        return JSONResponse(
+            {"object": "list", "data": [self._described(name) for name in self._engine.models.variants]}
+        )
+
+    async def model(self, request: Request) -> Response:
+        return JSONResponse(self._described(self._known(request.path_params["name"])))
+
+    async def chat(self, request: Request) -> Response:
+        limits = self._limits
+        if self._busy >= limits.queue + limits.batch:
+            raise busy(f"{self._busy} requests are under way")
+        self._busy += 1
+        handed_over = False
+        try:
+            wanted = await self._read(request)
+            self._known(wanted.model)
+            self._metrics.images.inc(len(wanted.pictures))
+            prepared = await self._prepared(wanted)
+            answer = _Answer(self._engine, self._metrics, wanted, prepared, limits, self._done, request)
+            await answer.begin()
+            handed_over = True
+            return answer
+        finally:
+            if not handed_over:
+                self._done()
+
+    def _done(self) -> None:
+        self._busy -= 1
+
+    def _described(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name, "object": "model", "created": self._created, "owned_by": "mm_moslora",
+            "root": self._engine.models.variants[name].source,
+        }  # fmt: skip
+
+    def _known(self, name: str) -> str:
+        variants = self._engine.models.variants
+        if name not in variants:
+            shown = name if len(name) <= 80 else name[:80] + "…"
+            raise ApiError(
+                f"There is no model {shown!r} here.{suggestion(name[:80], variants)} GET /v1/models lists all.",
+                status=404, code="model_not_found", param="model",
+            )  # fmt: skip
+        return name
+
+    async def _read(self, request: Request) -> ChatRequest:
+        """The checked request; its body is bounded in size and in time while it arrives."""
+        if request.headers.get("content-encoding", "identity").lower() != "identity":
+            raise ApiError("Compressed bodies are not accepted.", status=415, code="unsupported_encoding")
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # a web page could send anything else without asking
+            raise ApiError("Content-Type must be application/json.", status=415, code="unsupported_content_type")
+        most = self._limits.body_bytes
+        too_large = ApiError(f"The body is larger than {most} bytes.", status=413, code="body_too_large")
+        if int(request.headers.get("content-length", "0")) > most:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._limits.body_seconds):
+                async for chunk in request.stream():
+                    self._buffered += len(chunk)
+                    body += chunk
+                    if len(body) > most:
+                        raise too_large
+                    if self._buffered > self._limits.bodies_bytes:
+                        raise busy("requests fill its memory")
+            return chat_request(read_json(bytes(body)), self._limits)
+        except TimeoutError:
+            raise ApiError(
+                f"The body did not arrive within {self._limits.body_seconds:g} s.", status=408, code="body_too_slow"
+            ) from None
+        except ClientDisconnect:
+            raise ApiError("The client left.", status=499, code="client_left") from None
+        finally:
+            self._buffered -= len(body)
+
+    async def _prepared(self, wanted: ChatRequest) -> Prepared:
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(
+            self.workers, lambda: prepare(wanted, self._engine.models, self._limits, fetch=self._fetch)
+        )
+        try:
+            return await asyncio.wait_for(work, self._limits.prepare_seconds)
+        except TimeoutError:
+            raise busy("pictures wait to be opened", seconds=2) from None
+
+
+class _Answer(Response):
+    """Sends an answer, whole or as it grows, and drops the jobs the moment the client leaves."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        wanted: ChatRequest,
+        prepared: Prepared,
+        limits: Limits,
+        done: Callable[[], None],
+        request: Request,
+    ) -> None:
+        self._engine, self._metrics, self._wanted, self._limits = engine, metrics, wanted, limits
+        self._done, self._request = done, request
+        self._reply = Reply(request=wanted, prompt_tokens=len(prepared.input_ids))
+        self._happened: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        self._jobs: list[Job] = jobs_of(
+            wanted, prepared, lambda *item: loop.call_soon_threadsafe(self._happened.put_nowait, item),
+            seconds=limits.request_seconds,
+        )  # fmt: skip
+        self.background = None
+        self.status_code = 200
+        self._first: tuple[int, Piece] | None = None
+
+    async def begin(self) -> None:
+        """Queue the jobs and wait for the first piece, so that a failure still gets its own status."""
+        self._engine.submit(self._jobs)
+        leaving = asyncio.ensure_future(_left(self._request.receive))
+        first = asyncio.ensure_future(self._next())
+        try:
+            await asyncio.wait({leaving, first}, return_when=asyncio.FIRST_COMPLETED)
+            if not first.done():
+                raise ApiError("The client left.", status=499, code="client_left")
+            self._first = first.result()
+            self._metrics.first_token.observe(time.monotonic() - self._jobs[0].submitted)
+        except BaseException:
+            self._cancel()
+            raise
+        finally:
+            leaving.cancel()
+            first.cancel()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # type: ignore[override]
+        """See ASGI."""
+        work = asyncio.ensure_future(self._stream(send) if self._wanted.stream else self._whole(send))
+        leaving = asyncio.ensure_future(_left(receive))
+        try:
+            await asyncio.wait({leaving, work}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                await work
+        finally:
+            self._cancel()
+            self._done()
+            leaving.cancel()
+            work.cancel()
+            with suppress(BaseException):
+                await work
+
+    async def _pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        assert self._first is not None, "begin() comes first"
+        item = self._first
+        while True:
+            self._reply.add(*item)
+            yield item
+            if self._reply.finished:
+                return
+            item = await self._next()
+
+    async def _next(self) -> tuple[int, Piece]:
+        choice, piece = await self._happened.get()
+        if piece.ending == "failed":
+            raise internal(self._request.scope["mm_moslora_request"])
+        if piece.ending == "late":
+            raise busy("the queue was too long", seconds=5)
+        if piece.ending == "cancelled":
+            raise ApiError("The server is stopping.", status=503, code="stopping", retry_after=5)
+        return choice, piece
+
+    async def _whole(self, send: Send) -> None:
+        async for _ in self._pieces():
+            pass
+        await JSONResponse(self._reply.whole())(self._request.scope, self._request.receive, send)  # type: ignore[arg-type]
+
+    async def _stream(self, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        opened: set[int] = set()
+        try:
+            async for choice, piece in self._pieces():
+                opening = b"" if choice in opened else self._reply.opening(choice)
+                opened.add(choice)
+                event = opening + self._reply.event(choice, piece)
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            closing = self._reply.closing()
+        except ApiError as error:
+            closing = error_frame(error.body())
+        await send({"type": "http.response.body", "body": closing, "more_body": False})
+
+    def _cancel(self) -> None:
+        for job in self._jobs:
+            job.cancelled = True
+
+
+async def _left(receive: Receive) -> None:
+    """Returns when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

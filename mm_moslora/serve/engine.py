@@ -1,0 +1,313 @@
+"""Continuous batching: answers join and leave the batch between decoding steps.
+
+One thread owns the model. Each turn of its loop drops who has left, admits who waits, and then decodes one token for
+every answer; answers of one variant are one batch. Padding is on the left and masked and positions count real tokens
+(`mm_moslora.models.branching`), so that in fp32 an answer does not depend on what is decoded beside it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mm_moslora.models.branching import Decoder
+from mm_moslora.models.generation import Prompt, embed_prompt
+from mm_moslora.redaction import redact_text
+from mm_moslora.serve.faults import ApiError, busy
+from mm_moslora.serve.limits import Limits
+from mm_moslora.serve.models import Models
+from mm_moslora.serve.sampling import Sampling, choose
+from mm_moslora.serve.text import TextStream
+
+logger = logging.getLogger(__name__)
+
+_ADMITTED_AT_ONCE = 4
+"""Prompts read between two decoding steps; more would make the answers under way stutter."""
+
+Ending = Literal["stop", "length", "failed", "late", "cancelled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What happened to an answer."""
+
+    text: str = ""
+    ending: Ending | None = None
+    """None while it goes on; late: its time was over before it began."""
+    tokens: int = 0
+    """Tokens said so far."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Job:
+    """One answer to be given."""
+
+    model: str
+    """Name of a variant."""
+    input_ids: Tensor
+    """int64 ``[T]``, placeholders expanded."""
+    pixels: Sequence[Tensor]
+    """``[3, H, W]`` each."""
+    sampling: Sampling
+    stop: tuple[str, ...] = ()
+    choice: int = 0
+    deliver: Callable[[Piece], None]
+    """Called from the engine's thread."""
+    deadline: float
+    """On the monotonic clock, seconds."""
+    cancelled: bool = False
+    """Set by whoever gave the job, to have it dropped before the next token."""
+    submitted: float = field(default_factory=time.monotonic)
+    first_token: float | None = None
+    said: Counter[int] = field(default_factory=Counter)
+    count: int = 0
+
+    @property
+    def room(self) -> int:
+        """Tokens that it may take in the cache."""
+        return len(self.input_ids) + self.sampling.max_tokens
+
+
+class _Group:
+    """The answers of one variant: their decoder, and a job per row."""
+
+    def __init__(self) -> None:
+        self.decoder: Decoder | None = None
+        self.jobs: list[Job] = []
+        self.texts: list[TextStream] = []
+        self.generators: list[torch.Generator] = []
+
+    def admit(self, decoder: Decoder, jobs: Sequence[Job], texts: Sequence[TextStream]) -> None:
+        """Take over rows that have read their prompts."""
+        if self.decoder is None:
+            self.decoder = decoder
+        else:
+            self.decoder.join(decoder)
+        self.jobs += jobs
+        self.texts += texts
+        self.generators += [job.sampling.generator(job.choice) for job in jobs]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all other rows."""
+        if len(rows) == len(self.jobs):
+            return
+        self.jobs, self.texts = [self.jobs[row] for row in rows], [self.texts[row] for row in rows]
+        self.generators = [self.generators[row] for row in rows]
+        if rows and self.decoder is not None:
+            self.decoder.select(rows)
+        else:
+            self.decoder = None
+
+
+class Engine:
+    """Answers jobs in a thread of its own.
+
+    Args:
+        models: the loaded model; nobody else may use it while the engine runs.
+        limits: the server's.
+    """
+
+    def __init__(self, models: Models, limits: Limits) -> None:
+        self.models, self.limits = models, limits
+        self._groups: dict[str, list[_Group]] = {name: [] for name in models.variants}
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="mm-moslora-engine", daemon=True)
+        self.prompt_tokens = self.answer_tokens = self.steps = self.failures = 0
+        self.running = 0
+        probe = Decoder(models.assembly.model)
+        self._joins = probe.can_share
+        """With a sliding window rows may not be padded, so every answer is a batch of its own."""
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End at once; answers under way are cancelled."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout=30)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can answer."""
+        return self._thread.is_alive() and not self._stopping
+
+    @property
+    def waiting(self) -> int:
+        """Answers without a place yet."""
+        return len(self._waiting)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue the answers of one request, all or none.
+
+        Raises:
+            ApiError: the queue is full, or a job can never fit.
+        """
+        for job in jobs:
+            if job.room > self.limits.cached_tokens:
+                raise ApiError(
+                    f"The prompt and the answer take {job.room} tokens, this server holds {self.limits.cached_tokens}.",
+                    code="context_length_exceeded",
+                )
+        with self._changed:
+            if self._stopping:
+                raise ApiError("The server is stopping.", status=503, code="stopping", retry_after=5)
+            if len(self._waiting) + len(jobs) > self.limits.queue:
+                raise busy(f"{len(self._waiting)} answers wait already")
+            self._waiting.extend(jobs)
+            self._changed.notify()
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while True:
+                with self._changed:
+                    while not (self._stopping or self._waiting or self.running):
+                        self._changed.wait()
+                    if self._stopping:
+                        break
+                self._turn()
+        for job in [*self._waiting, *(job for group in self._all() for job in group.jobs)]:
+            self._end(job, "cancelled")
+
+    def _turn(self) -> None:
+        """Drop, admit, decode."""
+        self._drop()
+        for name, jobs in self._admissible().items():
+            self._guarded(jobs, lambda name=name, jobs=jobs: self._read(name, jobs))
+        for name, groups in self._groups.items():
+            for group in groups:
+                if group.jobs:
+                    self._guarded(group.jobs, lambda name=name, group=group: self._step(name, group), group)
+            self._groups[name] = [group for group in groups if group.jobs]
+        self.running = sum(len(group.jobs) for group in self._all())
+
+    def _guarded(self, jobs: Sequence[Job], work: Callable[[], None], group: _Group | None = None) -> None:
+        """A fault ends the answers it hit, and no others."""
+        jobs = list(jobs)
+        try:
+            work()
+        except Exception as error:
+            self.failures += 1
+            logger.error("A decoding step failed: %s", redact_text(f"{type(error).__name__}: {error}"), exc_info=True)
+            if group is not None:
+                group.keep([])
+            for job in jobs:
+                self._end(job, "failed")
+
+    def _all(self) -> list[_Group]:
+        return [group for groups in self._groups.values() for group in groups]
+
+    def _drop(self) -> None:
+        """Forget jobs whose client has left or whose time is over."""
+        now = time.monotonic()
+        with self._changed:
+            gone = [job for job in self._waiting if job.cancelled or now > job.deadline]
+            if gone:
+                self._waiting = deque(job for job in self._waiting if job not in gone)
+        for job in gone:
+            self._end(job, "cancelled" if job.cancelled else "late")
+        for group in self._all():
+            kept = []
+            for row, job in enumerate(group.jobs):
+                if not job.cancelled and now <= job.deadline:
+                    kept.append(row)
+                elif job.cancelled:
+                    self._end(job, "cancelled")
+                else:
+                    self._end(job, "length", group.texts[row].finish())
+            group.keep(kept)
+
+    def _admissible(self) -> dict[str, list[Job]]:
+        """The next jobs in order of arrival, as many as fit, by variant."""
+        groups = self._all()
+        rows = sum(len(group.jobs) for group in groups)
+        tokens = sum(job.room for group in groups for job in group.jobs)
+        chosen: dict[str, list[Job]] = {}
+        count = 0
+        with self._changed:
+            while self._waiting and count < _ADMITTED_AT_ONCE and rows < self.limits.batch:
+                job = self._waiting[0]
+                if tokens + job.room > self.limits.cached_tokens:
+                    break
+                chosen.setdefault(job.model, []).append(self._waiting.popleft())
+                count, rows, tokens = count + 1, rows + 1, tokens + job.room
+        return chosen
+
+    def _read(self, name: str, jobs: list[Job]) -> None:
+        """Run prompts and put their rows into the batch."""
+        model = self.models.assembly.model
+        with self.models.use(name):
+            prompts = [
+                Prompt(input_ids=job.input_ids, features=self.models.image_tokens(name, job.pixels)) for job in jobs
+            ]
+            for batch in [range(len(jobs))] if self._joins else [[row] for row in range(len(jobs))]:
+                decoder = Decoder(model)
+                decoder.append([embed_prompt(model, prompts[row]) for row in batch])
+                groups = self._groups[name]
+                if not (groups and self._joins):
+                    groups.append(_Group())
+                chosen = [jobs[row] for row in batch]
+                groups[-1].admit(decoder, chosen, [TextStream(self.models.encoder, job.stop) for job in chosen])
+        self.prompt_tokens += sum(len(job.input_ids) for job in jobs)
+
+    def _step(self, name: str, group: _Group) -> None:
+        """Say one token per row, then run it for the rows that go on."""
+        decoder = group.decoder
+        assert decoder is not None
+        going, tokens = [], []
+        for row, job in enumerate(group.jobs):
+            token = choose(decoder.logits[row], job.sampling, job.said, group.generators[row])
+            if self._say(job, group.texts[row], token):
+                going.append(row)
+                tokens.append(token)
+        group.keep(going)
+        self.steps += 1
+        if not going:
+            return
+        with self.models.use(name):
+            ids = torch.tensor(tokens, device=decoder.logits.device)[:, None]
+            decoder.extend(self.models.assembly.model.get_input_embeddings()(ids), torch.ones_like(ids))
+
+    def _say(self, job: Job, text: TextStream, token: int) -> bool:
+        """Give one token out; returns whether the answer goes on."""
+        if job.first_token is None:
+            job.first_token = time.monotonic()
+        if token in self.models.stops:
+            self._end(job, "stop", text.finish())
+            return False
+        job.count += 1
+        job.said[token] += 1
+        self.answer_tokens += 1
+        piece = text.add(token)
+        if text.stopped:
+            self._end(job, "stop", piece)
+        elif job.count >= job.sampling.max_tokens:
+            self._end(job, "length", piece + text.finish())
+        else:
+            if piece:
+                self._deliver(job, Piece(text=piece, tokens=job.count))
+            return True
+        return False
+
+    def _end(self, job: Job, ending: Ending, text: str = "") -> None:
+        self._deliver(job, Piece(text=text, ending=ending, tokens=job.count))
+
+    @staticmethod
+    def _deliver(job: Job, piece: Piece) -> None:
+        try:
+            job.deliver(piece)
+        except RuntimeError:  # the client's event loop has closed
+            job.cancelled = True

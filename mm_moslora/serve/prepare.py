@@ -1,0 +1,122 @@
+"""From a checked request to jobs for the engine: the conversation as turns, as tokens, and its pictures as pixels.
+
+Runs in a worker thread: decoding a picture takes time, and the event loop serves everybody.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mm_moslora.data.records import IMAGE, Turn
+from mm_moslora.errors import MoSLoRAError
+from mm_moslora.serve.engine import Job, Piece
+from mm_moslora.serve.faults import ApiError
+from mm_moslora.serve.limits import Limits
+from mm_moslora.serve.models import Models
+from mm_moslora.serve.pictures import Fetch, open_pictures
+from mm_moslora.serve.wire import ChatRequest, Message, Picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A request in the model's terms."""
+
+    input_ids: Tensor
+    pixels: tuple[Tensor, ...]
+
+
+def prepare(request: ChatRequest, models: Models, limits: Limits, *, fetch: Fetch | None = None) -> Prepared:
+    """Tokens and pixels of a request.
+
+    Raises:
+        ApiError: a picture cannot be used, the model has no eyes, or the conversation is too long.
+    """
+    if request.pictures and not models.sees:
+        raise ApiError(
+            f"{request.model} has no vision encoder; send text only.", param="messages", code="images_not_supported"
+        )
+    pictures = open_pictures(request.pictures, limits, fetch=fetch)
+    pixels = tuple(models.pixels(picture) for picture in pictures)
+    try:
+        ids = models.encoder.encode_prompt(turns_of(request.messages))
+    except MoSLoRAError:
+        raise ApiError(
+            "The conversation does not fit the model's chat template (a role or a text that it cannot express).",
+            param="messages", code="conversation_not_supported",
+        ) from None  # fmt: skip
+    longest = min(limits.context, models.context or limits.context)
+    if len(ids) + request.sampling.max_tokens > longest:
+        raise ApiError(
+            f"The conversation takes {len(ids)} tokens and the answer up to {request.sampling.max_tokens}; this model "
+            f"holds {longest} together. Shorten the conversation, send fewer pictures or lower max_tokens.",
+            param="messages", code="context_length_exceeded",
+        )  # fmt: skip
+    return Prepared(input_ids=ids, pixels=pixels)
+
+
+def jobs_of(
+    request: ChatRequest, prepared: Prepared, deliver: Callable[[int, Piece], None], *, seconds: float
+) -> list[Job]:
+    """One job per answer asked for.
+
+    Args:
+        request: what was asked.
+        prepared: of it.
+        deliver: gets the number of the answer and what happened to it, from the engine's thread.
+        seconds: until the answer is cut.
+    """
+    return [
+        Job(
+            model=request.model, input_ids=prepared.input_ids, pixels=prepared.pixels, sampling=request.sampling,
+            stop=request.stop, choice=choice, deadline=time.monotonic() + seconds,
+            deliver=lambda piece, choice=choice: deliver(choice, piece),
+        )
+        for choice in range(request.choices)
+    ]  # fmt: skip
+
+
+def turns_of(messages: Sequence[Message]) -> list[Turn]:
+    """Messages as turns: system messages become one, and so do neighbours of one role."""
+    turns: list[Turn] = []
+    for role, parts in _merged(messages):
+        if role == "user":
+            turns.append(_question(parts))
+        else:
+            text = ("\n\n" if role == "system" else "\n").join(part for part in parts if isinstance(part, str))
+            turns.append(Turn(role="system" if role == "system" else "assistant", text=text))
+    return turns
+
+
+def _merged(messages: Sequence[Message]) -> list[tuple[str, list[str | Picture]]]:
+    merged: list[tuple[str, list[str | Picture]]] = []
+    for message in messages:
+        if merged and merged[-1][0] == message.role:
+            merged[-1][1].extend(message.parts)
+        else:
+            merged.append((message.role, list(message.parts)))
+    return merged
+
+
+def _question(parts: Sequence[str | Picture]) -> Turn:
+    """A user turn. Pictures stand where the message has them, each on a line of its own.
+
+    Most clients send the text first and the pictures behind it; models are trained with the pictures first, so
+    pictures that end a message are moved to its beginning.
+    """
+    last_text = max((index for index, part in enumerate(parts) if isinstance(part, str)), default=-1)
+    first_picture = next((index for index, part in enumerate(parts) if isinstance(part, Picture)), len(parts))
+    if first_picture > last_text:
+        parts = [*parts[first_picture:], *parts[:first_picture]]
+    text, places = "", []
+    for index, part in enumerate(parts):
+        if isinstance(part, Picture):
+            places.append(len(text))
+            text += f"{IMAGE}\n"
+        else:
+            behind_text = index > 0 and isinstance(parts[index - 1], str)
+            text += f"\n{part}" if behind_text else part
+    return Turn(role="user", text=text, places=tuple(places))

@@ -1,0 +1,83 @@
+"""A server in a thread of its own around a tiny model, and pictures as data URLs."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from PIL import Image
+
+KEY = "test-key-of-some-length"
+
+
+def data_url(image: Image.Image, kind: str = "PNG") -> str:
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def asking(text: str, *pictures: str, **more: Any) -> dict[str, Any]:
+    """A request body."""
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
+    content = [{"type": "text", "text": text}, *parts] if parts else text
+    return {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 6, **more}
+
+
+class Running:
+    """A server that answers."""
+
+    def __init__(self, engine: Any, app: Any, port: int) -> None:
+        self.engine, self.app, self.port = engine, app, port
+        self.url = f"http://127.0.0.1:{port}"
+
+    def client(self, **options: Any) -> Any:
+        import openai
+
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, **{"max_retries": 0, "timeout": 60} | options)
+
+    def post(self, body: Any, **options: Any) -> Any:
+        import httpx
+
+        content = {"content": body} if isinstance(body, bytes | str) else {"json": body}
+        headers = {"Content-Type": "application/json", **options.pop("headers", {})}
+        return httpx.post(f"{self.url}/v1/chat/completions", headers=headers, timeout=60, **content, **options)
+
+    def get(self, path: str, **options: Any) -> Any:
+        import httpx
+
+        return httpx.get(self.url + path, timeout=60, **options)
+
+    def socket(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+
+
+@contextmanager
+def serving(engine: Any, limits: Any, **options: Any) -> Iterator[Running]:
+    from mm_moslora.serve.app import create_app
+    from mm_moslora.serve.run import Server, settings
+
+    app = create_app(engine, limits, **options)
+    server = Server(settings(app, host="127.0.0.1", port=0, limits=limits))
+    server.capture_signals = _nothing  # type: ignore[method-assign]  (signals belong to the main thread)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread.start()
+    while not server.started:
+        thread.join(0.01)
+        assert thread.is_alive(), "the server did not start"
+    try:
+        yield Running(engine, app, server.servers[0].sockets[0].getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive(), "the server did not stop"
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
