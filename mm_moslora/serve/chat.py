@@ -1,7 +1,8 @@
-"""Talking to a model: one conversation with its pictures, and a loop for the terminal."""
+"""Talking to a model in the terminal: one conversation with its pictures."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,18 @@ from mm_moslora.models.generation import Prompt, encode_images, stop_token_ids, 
 from mm_moslora.models.load import load
 from mm_moslora.models.rows import generate_rows
 from mm_moslora.models.vlm import takes_rows
+from mm_moslora.serve.text import TextStream
 
-HELP = "/image PATH shows a picture, /reset starts over, /quit leaves."
+HELP = """\
+Ask a question, or paste the path of a picture to show it.
+  /image PATH   show a picture with the next question
+  /images       list the pictures of this conversation
+  /retry        ask the last question again
+  /history      print the conversation so far
+  /reset        forget the conversation and its pictures
+  /help         this list
+  /quit         leave (or Ctrl-D); Ctrl-C stops an answer"""
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 
 class Chat:
@@ -43,7 +54,9 @@ class Chat:
         self.turns: list[Turn] = []
         self.images: list[Image.Image] = []
         self.features: dict[int, Tensor] = {}
+        self.names: list[str] = []
         self.pending = 0
+        """Pictures shown since the last question."""
 
     @classmethod
     def from_folder(cls, folder: Path, *, max_new_tokens: int = 128) -> Chat:
@@ -51,81 +64,173 @@ class Chat:
         return cls(load(folder), max_new_tokens=max_new_tokens)
 
     def show(self, path: Path) -> None:
-        """Put a picture before the next question.
+        """Put a picture file before the next question.
 
         Raises:
             DataError: no picture there, or the model has no vision encoder.
         """
+        self.look(open_image(path), name=str(path))
+
+    def look(self, picture: Image.Image, *, name: str = "picture") -> None:
+        """Put an RGB picture before the next question.
+
+        Raises:
+            DataError: the model has no vision encoder.
+        """
         if self.assembly.eyes is None:
             raise DataError("This model has no vision encoder, so it cannot look at a picture.")
-        self.images.append(open_image(path))
+        self.images.append(picture)
+        self.names.append(name)
         self.pending += 1
 
     def stream(self, question: str) -> Iterator[str]:
-        """Ask; yields the answer piece by piece and remembers it."""
-        self.turns.append(Turn.asking(question, images=self.pending))
+        """Ask; yields the answer piece by piece and remembers what was said, also when it is stopped half-way.
+
+        Raises:
+            DataError: the conversation has grown longer than the model can hold; the question is taken back.
+        """
+        asked = Turn.asking(question, images=self.pending)
+        ids, seen = self._prompt([*self.turns, asked])
+        self.turns.append(asked)
         self.pending = 0
+        text, said = TextStream(self.encoder), ""
+        try:
+            for token in self._tokens(ids, seen):
+                piece = text.add(token)
+                said += piece
+                yield piece
+            rest = text.finish()
+            said += rest
+            yield rest
+        finally:
+            self.turns.append(Turn(role="assistant", text=said))
+
+    def ask(self, question: str) -> str:
+        """Ask and wait for the whole answer."""
+        return "".join(self.stream(question))
+
+    def take_back(self) -> str | None:
+        """Forget the last question and its answer; returns the question, None when there is none."""
+        if not self.turns:
+            return None
+        asked = self.turns[-2]
+        self.turns, self.pending = self.turns[:-2], self.pending + asked.images
+        return asked.parts()[-1].removeprefix("\n") if asked.images else asked.text
+
+    def reset(self) -> None:
+        """Forget the conversation and its pictures."""
+        self.turns, self.images, self.features, self.names, self.pending = [], [], {}, [], 0
+
+    def _prompt(self, turns: list[Turn]) -> tuple[Tensor, list[Seen]]:
+        """Token ids of a conversation, and its pictures as tensors."""
         seen = self.assembly.eyes.see(self.images) if self.assembly.eyes else []
-        ids = self.encoder.encode_prompt(self.turns, pictures=[picture.placeholders for picture in seen])
-        tokens: list[int] = []
-        said = ""
-        for token in self._tokens(ids, seen):
-            tokens.append(token)
-            text = self.encoder.decode_answer(tokens)
-            if not text.endswith("\ufffd"):  # half a character so far
-                yield text[len(said) :]
-                said = text
-        self.turns.append(Turn(role="assistant", text=said))
+        ids = self.encoder.encode_prompt(turns, pictures=[picture.placeholders for picture in seen])
+        longest = getattr(self.assembly.model.config.get_text_config(), "max_position_embeddings", None)
+        if longest and len(ids) + self.max_new_tokens > longest:
+            raise DataError(
+                f"The conversation takes {len(ids)} tokens and an answer up to {self.max_new_tokens}; this model holds "
+                f"{longest}. Type /reset, or start with a smaller --max-new-tokens."
+            )
+        return ids, seen
 
     def _tokens(self, ids: Tensor, seen: list[Seen]) -> Iterator[int]:
         model = self.assembly.model
         stops = stop_token_ids(model, self.assembly.tokenizer.eos_token_id)
         if takes_rows(model):
             nothing = torch.zeros(len(ids), dtype=torch.bool)
-            prompt = Example.of(id="", input_ids=ids, supervised=nothing, seen=seen)
-            yield from generate_rows(model, prompt, max_new_tokens=self.max_new_tokens, stop_ids=stops)
+            example = Example.of(id="", input_ids=ids, supervised=nothing, seen=seen)
+            yield from generate_rows(model, example, max_new_tokens=self.max_new_tokens, stop_ids=stops)
             return
         for number in range(len(self.features), len(seen)):
             self.features[number] = encode_images(model, seen[number].tensors["pixel_values"])[0]
         features = torch.cat(list(self.features.values())) if self.features else None
-        asked = Prompt(input_ids=ids, features=features)
-        for (token,) in stream(model, [asked], max_new_tokens=self.max_new_tokens, stop_ids=stops):
+        prompt = Prompt(input_ids=ids, features=features)
+        for (token,) in stream(model, [prompt], max_new_tokens=self.max_new_tokens, stop_ids=stops):
             if token is None:
                 return
             yield token
 
-    def ask(self, question: str) -> str:
-        """Ask and wait for the whole answer."""
-        return "".join(self.stream(question))
-
-    def reset(self) -> None:
-        """Forget the conversation and its pictures."""
-        self.turns, self.images, self.features, self.pending = [], [], {}, 0
-
 
 def interactive(chat: Chat) -> None:
     """Read questions from the terminal until the end of input."""
-    write = sys.stdout.write
-    write(f"{HELP}\n")
+    _line_editing()
+    _say(f"{HELP}\n")
     while True:
         try:
             line = input("> ").strip()
-        except EOFError:
-            write("\n")
+        except (EOFError, KeyboardInterrupt):
+            _say("\n")
             return
         try:
             if line in ("/quit", "/exit"):
                 return
-            if line == "/reset":
-                chat.reset()
-            elif line.startswith("/image "):
-                chat.show(Path(line.removeprefix("/image ").strip()))
-            elif line.startswith("/"):
-                write(f"Unknown command. {HELP}\n")
-            elif line:
-                for piece in chat.stream(line):
-                    write(piece)
-                    sys.stdout.flush()
-                write("\n")
+            _obey(chat, line)
         except MoSLoRAError as error:
-            write(f"{error}\n")
+            _say(f"{error}\n")
+
+
+def _obey(chat: Chat, line: str) -> None:
+    """Do what one line says."""
+    command, _, rest = line.partition(" ")
+    dropped = _dropped_picture(line)
+    if dropped is not None or command == "/image":
+        chat.show(dropped or Path(_unquoted(rest)).expanduser())
+        _say(f"Picture {len(chat.names)} goes with your next question.\n")
+    elif command == "/images":
+        _say("".join(f"{number}  {name}\n" for number, name in enumerate(chat.names, 1)) or "No pictures yet.\n")
+    elif command == "/history":
+        _say("".join(f"{turn.role}: {turn.parts()[-1].strip()}\n" for turn in chat.turns) or "Nothing yet.\n")
+    elif command == "/reset":
+        chat.reset()
+        _say("Forgotten.\n")
+    elif command == "/retry":
+        question = chat.take_back()
+        if question is None:
+            _say("There is no question yet.\n")
+        else:
+            _answer(chat, question)
+    elif command == "/help":
+        _say(f"{HELP}\n")
+    elif line.startswith("/"):
+        _say(f"Unknown command {command}. Type /help.\n")
+    elif line:
+        _answer(chat, line)
+
+
+def _answer(chat: Chat, question: str) -> None:
+    pieces = chat.stream(question)
+    try:
+        for piece in pieces:
+            _say(piece)
+    except KeyboardInterrupt:  # what was said so far stays in the conversation
+        _say(" [stopped]")
+    finally:
+        pieces.close()  # type: ignore[attr-defined]
+    _say("\n")
+
+
+def _dropped_picture(line: str) -> Path | None:
+    """The picture whose path is the whole line, as terminals write it when a file is dropped on them."""
+    path = Path(_unquoted(line).removeprefix("file://")).expanduser()
+    return path if path.suffix.lower() in SUFFIXES and path.is_file() else None
+
+
+def _unquoted(text: str) -> str:
+    try:
+        parts = shlex.split(text)
+    except ValueError:
+        return text.strip()
+    return parts[0] if len(parts) == 1 else text.strip()
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _line_editing() -> None:
+    """Arrow keys and earlier lines, where the platform has them."""
+    try:
+        import readline  # noqa: F401  (importing it changes `input`)
+    except ImportError:
+        return

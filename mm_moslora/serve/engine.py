@@ -13,6 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -186,11 +187,11 @@ class Engine:
         """Drop, admit, decode."""
         self._drop()
         for name, jobs in self._admissible().items():
-            self._guarded(jobs, lambda name=name, jobs=jobs: self._read(name, jobs))
+            self._guarded(jobs, partial(self._read, name, jobs))
         for name, groups in self._groups.items():
             for group in groups:
                 if group.jobs:
-                    self._guarded(group.jobs, lambda name=name, group=group: self._step(name, group), group)
+                    self._guarded(group.jobs, partial(self._step, name, group), group)
             self._groups[name] = [group for group in groups if group.jobs]
         self.running = sum(len(group.jobs) for group in self._all())
 

@@ -26,7 +26,7 @@ from mm_moslora.errors import ConfigError, ModelError
 from mm_moslora.models.build import Assembly, load_projector
 from mm_moslora.models.generation import encode_images, stop_token_ids
 from mm_moslora.models.load import MANIFEST, find_checkpoint, load, recipe_of
-from mm_moslora.models.processor import image_transform
+from mm_moslora.models.vlm import takes_rows
 
 _KEPT_IMAGES = 256
 """Pictures whose visual tokens stay in memory: a conversation shows the same picture at every turn."""
@@ -51,15 +51,22 @@ class Models:
     Args:
         assembly: the base, with or without adapters in it.
         variants: by name, the default first.
+
+    Raises:
+        ModelError: a ready-made model, which this server cannot batch.
     """
 
     def __init__(self, assembly: Assembly, variants: Mapping[str, Variant]) -> None:
+        if takes_rows(assembly.model):
+            raise ModelError(
+                f"{type(assembly.model).__name__} is a ready-made model whose rows cannot be decoded together here. "
+                "Merge it (mm-moslora merge) and serve the folder with vLLM, see docs/serving.md; or use mm-moslora chat."
+            )
         self.assembly, self.variants = assembly, dict(variants)
         self.encoder = Encoder(
             assembly.tokenizer, image_token_id=assembly.image_token_id, tokens_per_image=assembly.tokens_per_image
         )
         self.stops = stop_token_ids(assembly.model, assembly.tokenizer.eos_token_id)
-        self._transform = None if assembly.processor is None else image_transform(assembly.processor.image_processor)
         self._seen: OrderedDict[tuple[int, bytes], Tensor] = OrderedDict()
         self.image_hits = self.image_misses = 0
 
@@ -71,7 +78,7 @@ class Models:
     @property
     def sees(self) -> bool:
         """Whether it can look at pictures."""
-        return self._transform is not None
+        return self.assembly.eyes is not None
 
     @property
     def context(self) -> int | None:
@@ -81,8 +88,8 @@ class Models:
 
     def pixels(self, picture: Image.Image) -> Tensor:
         """What the vision tower sees of an RGB picture, ``[3, H, W]``; may run in any thread."""
-        assert self._transform is not None, "checked by whoever takes the request"
-        return self._transform(picture)
+        assert self.assembly.eyes is not None, "checked by whoever takes the request"
+        return self.assembly.eyes.see([picture])[0].tensors["pixel_values"][0]
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -59,7 +60,7 @@ def prepare(request: ChatRequest, models: Models, limits: Limits, *, fetch: Fetc
 
 
 def jobs_of(
-    request: ChatRequest, prepared: Prepared, deliver: Callable[[int, Piece], None], *, seconds: float
+    request: ChatRequest, prepared: Prepared, deliver: Callable[[int, Piece], object], *, seconds: float
 ) -> list[Job]:
     """One job per answer asked for.
 
@@ -73,7 +74,7 @@ def jobs_of(
         Job(
             model=request.model, input_ids=prepared.input_ids, pixels=prepared.pixels, sampling=request.sampling,
             stop=request.stop, choice=choice, deadline=time.monotonic() + seconds,
-            deliver=lambda piece, choice=choice: deliver(choice, piece),
+            deliver=partial(deliver, choice),
         )
         for choice in range(request.choices)
     ]  # fmt: skip

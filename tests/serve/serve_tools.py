@@ -44,7 +44,7 @@ class Running:
     def post(self, body: Any, **options: Any) -> Any:
         import httpx
 
-        content = {"content": body} if isinstance(body, bytes | str) else {"json": body}
+        content = {"json": body} if isinstance(body, dict) else {"content": body}
         headers = {"Content-Type": "application/json", **options.pop("headers", {})}
         return httpx.post(f"{self.url}/v1/chat/completions", headers=headers, timeout=60, **content, **options)
 

@@ -1,0 +1,87 @@
+"""The terminal conversation: commands, pictures by path, mistakes, and answers that remember."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mm_moslora.serve.chat import Chat, interactive
+
+
+@pytest.fixture
+def chat(assembly: Any) -> Chat:
+    return Chat(assembly, max_new_tokens=6)
+
+
+def talk(chat: Chat, lines: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    rest: Iterator[str] = iter(lines)
+
+    def read(_: str) -> str:
+        try:
+            return next(rest)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    interactive(chat)
+    return capsys.readouterr().out
+
+
+def test_commands_do_what_help_says(chat: Chat, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "my picture.png")
+    dropped = str(tmp_path / "my picture.png").replace(" ", "\\ ")
+    lines = [
+        "/images", "/retry", f"/image '{tmp_path}/my picture.png'", dropped, "what is the color?", "/images",
+        "/history", "/nonsense", "/image missing.png", "/help",
+    ]  # fmt: skip
+    said = talk(chat, lines, monkeypatch, capsys)
+    for text in (
+        "No pictures yet", "There is no question yet", "Picture 1 goes", "Picture 2 goes", "2  ", "user: what is the",
+        "assistant: ", "Unknown command /nonsense", "missing.png", "/reset        forget",
+    ):  # fmt: skip
+        assert text in said, text
+    assert [turn.role for turn in chat.turns] == ["user", "assistant"]
+    assert chat.turns[0].images == 2
+
+
+def test_retry_asks_the_same_with_the_same_pictures(chat: Chat) -> None:
+    chat.look(Image.new("RGB", (20, 20), "blue"))
+    first = chat.ask("what is <image> here?")
+    question = chat.take_back()
+    assert question == "what is <image> here?"
+    assert chat.turns == []
+    assert chat.ask(question) == first
+
+
+def test_reset_forgets_everything(chat: Chat, monkeypatch: Any, capsys: Any) -> None:
+    fresh = chat.ask("is it red?")
+    talk(chat, ["what is the shape?", "/reset"], monkeypatch, capsys)
+    assert chat.turns == chat.images == chat.names == []
+    assert chat.ask("is it red?") == fresh
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(chat: Chat, monkeypatch: Any, capsys: Any) -> None:
+    from mm_moslora.serve import chat as module
+
+    real = module.stream
+
+    def interrupted(*arguments: Any, **more: Any) -> Iterator[Any]:
+        yield next(real(*arguments, **more))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "stream", interrupted)
+    said = talk(chat, ["is it red?"], monkeypatch, capsys)
+    assert "[stopped]" in said
+    assert [turn.role for turn in chat.turns] == ["user", "assistant"]
+
+
+def test_a_conversation_that_no_longer_fits_says_so_and_can_go_on_after_a_reset(
+    chat: Chat, monkeypatch: Any, capsys: Any
+) -> None:
+    said = talk(chat, ["red " * 900, "/reset", "is it red?"], monkeypatch, capsys)
+    assert "this model holds 512. Type /reset" in said
+    assert len(chat.turns) == 2

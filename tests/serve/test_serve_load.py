@@ -1,0 +1,236 @@
+"""Overload, clients that leave, stall or trickle, faults inside, and an orderly end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from serve.serve_tools import asking, data_url
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+def wait_until(condition: Any, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def slowly(engine: Any, seconds: float) -> None:
+    """Make every decoding step take a while."""
+    step = engine._step
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(seconds)
+        step(*arguments)
+
+    engine._step = slow
+
+
+@pytest.fixture
+def slow_engine(models: Any) -> Any:
+    from mm_moslora.serve.engine import Engine
+    from mm_moslora.serve.limits import Limits
+
+    def make(seconds: float, **limits: Any) -> Any:
+        engine = Engine(models, Limits(**{"context": 512, "max_tokens": 400} | limits))
+        slowly(engine, seconds)
+        return engine
+
+    return make
+
+
+def test_input_19_two_hundred_clients_get_answers_or_429_and_good_ones_are_right(
+    serve_with: Any, slow_engine: Any
+) -> None:
+    with serve_with(engine=slow_engine(0.02, queue=16, batch=4), queue=16, batch=4) as server:
+        bodies = [json.dumps(asking(f"question {index}", max_tokens=4)) if index % 5 else "{" for index in range(200)]
+        right = {
+            body: server.post(body).json()["choices"][0]["message"]["content"]
+            for body in bodies[:12] if body != "{"
+        }  # fmt: skip
+        with ThreadPoolExecutor(200) as pool:
+            replies = list(pool.map(server.post, bodies))
+        statuses = [reply.status_code for reply in replies]
+        assert set(statuses) == {200, 400, 429}
+        for body, reply in zip(bodies, replies, strict=True):
+            if reply.status_code == 429:
+                assert int(reply.headers["retry-after"]) >= 1
+                assert reply.json()["error"]["code"] == "overloaded"
+            elif reply.status_code == 200 and body in right:
+                assert reply.json()["choices"][0]["message"]["content"] == right[body]
+        wait_until(lambda: server.engine.running == server.engine.waiting == 0)
+        assert server.post(asking("hello")).status_code == 200
+
+
+def test_fifty_at_once_never_see_each_others_pictures(models: Any, serve_with: Any) -> None:
+    """A model that says the mean colour of its own pictures, whoever else is in the batch."""
+    import torch
+
+    from mm_moslora.serve.engine import Engine
+    from mm_moslora.serve.limits import Limits
+
+    class Colours(Engine):
+        def _step(self, name: str, group: Any) -> None:
+            for job in group.jobs:
+                colour = [int(pixel.float().mean() * 1000) for picture in job.pixels for pixel in picture]
+                self._end(job, "stop", json.dumps(colour))
+            group.keep([])
+
+    pictures = [Image.new("RGB", (28, 28), (5 * index, 255 - 5 * index, 90 + index)) for index in range(50)]
+    limits = Limits(context=512)
+    with serve_with(engine=Colours(models, limits)) as server, ThreadPoolExecutor(50) as pool:
+        said = list(pool.map(lambda p: server.client().chat.completions.create(**asking("?", data_url(p))), pictures))
+    expected = [[int(pixel.mean() * 1000) for pixel in torch.as_tensor(models.pixels(p))] for p in pictures]
+    assert [json.loads(reply.choices[0].message.content) for reply in said] == expected
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_input_18_a_client_that_leaves_frees_its_place(serve_with: Any, slow_engine: Any, stream: bool) -> None:
+    body = json.dumps(asking("hello", stream=stream, max_tokens=400, temperature=2, n=2)).encode()
+    with serve_with(engine=slow_engine(0.02), max_tokens=400) as server:
+        head = HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode()
+        for _ in range(20):
+            with server.socket() as connection:
+                connection.sendall(head + body)
+                if stream:
+                    assert b"200 OK" in connection.recv(100)
+                else:
+                    wait_until(lambda: server.engine.running)
+            wait_until(lambda: server.engine.running == 0, 3)
+        assert server.post(asking("hello")).status_code == 200
+
+
+def test_input_18_trickling_headers_and_bodies_are_cut(serve_with: Any) -> None:
+    with serve_with(header_seconds=0.5, body_seconds=0.5) as server:
+        with server.socket() as connection:
+            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: local")
+            started = time.monotonic()
+            assert connection.recv(100) == b""
+            assert time.monotonic() - started < 5
+        with server.socket() as connection:
+            connection.sendall(HEAD + b"Content-Length: 500\r\n\r\n{")
+            assert b" 408 " in connection.recv(200)
+        assert server.get("/health").status_code == 200
+
+
+def test_input_18_a_client_that_never_reads_holds_no_place(serve_with: Any, monkeypatch: Any) -> None:
+    import socket as sockets
+
+    with serve_with(write_seconds=0.5) as server:
+        engine = server.engine
+        original = engine._say
+
+        def flood(job: Any, text: Any, token: int) -> bool:
+            original_add = text.add
+            text.add = lambda token: original_add(token) + "x" * 200_000
+            return bool(original(job, text, token))
+
+        monkeypatch.setattr(engine, "_say", flood)
+        body = json.dumps(asking("hello", stream=True, max_tokens=60)).encode()
+        with sockets.socket() as connection:
+            connection.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", server.port))
+            connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)  # fmt: skip
+            wait_until(lambda: engine.steps)
+            wait_until(lambda: engine.running == 0, 10)
+            wait_until(lambda: b'status="200"} 1.0' in server.get("/metrics").content, 10)
+        monkeypatch.undo()
+        assert server.post(asking("hello")).status_code == 200
+
+
+@pytest.mark.parametrize("where", ["_read", "_step"])
+def test_a_fault_inside_is_a_500_without_its_text_and_the_next_request_works(
+    models: Any, serve_with: Any, where: str
+) -> None:
+    from mm_moslora.serve.engine import Engine
+    from mm_moslora.serve.limits import Limits
+
+    engine = Engine(models, Limits(context=512))
+    original, faults = getattr(engine, where), [RuntimeError("secret at /home/me 0x7f0000000000")]
+
+    def faulty(*arguments: Any) -> None:
+        if faults:
+            raise faults.pop()
+        original(*arguments)
+
+    setattr(engine, where, faulty)
+    with serve_with(engine=engine) as server:
+        reply = server.post(asking("hello"))
+        assert reply.status_code == 500
+        assert "secret" not in reply.text
+        assert reply.headers["x-request-id"] in reply.json()["error"]["message"]
+        assert server.post(asking("hello")).status_code == 200
+        assert server.get("/health").status_code == 200
+
+
+def test_health_is_red_when_the_engine_is_dead(serve_with: Any) -> None:
+    with serve_with() as server:
+        server.engine.stop()
+        assert server.get("/health").status_code == 503
+        assert server.post(asking("hello")).status_code == 503
+
+
+def test_an_answer_is_cut_when_its_time_is_over(serve_with: Any, slow_engine: Any) -> None:
+    with serve_with(engine=slow_engine(0.1), request_seconds=0.6, max_tokens=400) as server:
+        reply = server.post(asking("hello", max_tokens=300, temperature=2, seed=4)).json()
+        assert reply["choices"][0]["finish_reason"] == "length"
+        assert 1 <= reply["usage"]["completion_tokens"] < 20
+
+
+def test_metrics_count_what_happened(serve_with: Any) -> None:
+    with serve_with() as server:
+        server.post(asking("hello", max_tokens=5))
+        server.post(b"{")
+        picture = data_url(Image.new("RGB", (9, 9), "blue"))
+        server.post(asking("what?", picture))
+        server.post(asking("and now?", picture))
+        page = server.get("/metrics").text
+    for line in (
+        'mm_moslora_requests_total{route="/v1/chat/completions",status="200"} 3.0',
+        'mm_moslora_refused_total{code="invalid_json"} 1.0', "mm_moslora_images_total 2.0",
+        "mm_moslora_first_token_seconds_count 3.0", "mm_moslora_engine_alive 1.0", "mm_moslora_running 0.0",
+    ):  # fmt: skip
+        assert line in page
+
+
+@pytest.mark.slow
+def test_input_19_a_stop_signal_lets_answers_end(tmp_path: Path, language_folder: Path) -> None:
+    """The real process: SIGTERM in the middle of a stream; the stream ends whole and the process with 0."""
+    code = (
+        "import sys, time; from mm_moslora.serve.engine import Engine; step = Engine._step\n"
+        "def slow(*a): time.sleep(0.05); step(*a)\n"
+        "Engine._step = slow\n"
+        "from mm_moslora.cli import run; sys.exit(run(sys.argv[1:]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "serve", str(language_folder), "--name", "tiny", "--port", "0"],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    try:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if "Listening on" in line)
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        import openai
+
+        client = openai.OpenAI(base_url=line.split()[2] + "/v1", api_key="none", max_retries=0)
+        stream = client.chat.completions.create(**asking("hello", stream=True, max_tokens=40, temperature=1, seed=1))
+        chunks = [next(iter(stream))]
+        process.send_signal(signal.SIGTERM)
+        chunks += list(stream)
+        assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
