@@ -60,7 +60,7 @@ class Models:
         if takes_rows(assembly.model):
             raise ModelError(
                 f"{type(assembly.model).__name__} is a ready-made model whose rows cannot be decoded together here. "
-                "Merge it (mm-moslora merge) and serve the folder with vLLM, see docs/serving.md; or use mm-moslora chat."
+                "Merge it (mm-moslora merge) and serve the folder with vLLM (docs/serving.md), or use mm-moslora chat."
             )
         self.assembly, self.variants = assembly, dict(variants)
         self.encoder = Encoder(
