@@ -141,7 +141,7 @@ def _eval_results(results: list[Any], run: Path, *, max_failed_share: float, rep
     return evaluation.exit_code(results, max_failed_share=max_failed_share)
 
 
-@eval_app.command(name="list")
+@eval_app.command(name=["list", "--list"])
 def eval_list(words: str = "") -> int:
     """List the tasks, or those whose line holds all the given words."""
     from mm_moslora_eval import cli as evaluation
@@ -150,7 +150,7 @@ def eval_list(words: str = "") -> int:
     return 0
 
 
-@eval_app.command(name="describe")
+@eval_app.command(name=["describe", "--describe"])
 def eval_describe(task: str) -> int:
     """Show a task: data, prompt of its first document, decoding, extraction, metric, published numbers."""
     from mm_moslora_eval import cli as evaluation
@@ -159,7 +159,7 @@ def eval_describe(task: str) -> int:
     return 0
 
 
-@eval_app.command(name="check")
+@eval_app.command(name=["check", "--check"])
 def eval_check(*tasks: str) -> int:
     """Read the data of tasks, every picture included; exit code 1 when something is missing or unsound."""
     from mm_moslora_eval import cli as evaluation

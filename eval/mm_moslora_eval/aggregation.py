@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from . import statistics
 from .metrics import caption, groups, judged, ptb, yesno
 from .metrics.documents import OCRBENCH_GROUPS
-from .scoring import Aggregate, Scored, mean_with_error
+from .scored import Aggregate, Scored, mean_with_error
 
 Samples = Sequence[Scored]
 Numbers = dict[str, float]
@@ -37,19 +37,31 @@ def _pope(samples: Samples) -> Numbers:
     return {name: float(value) for name, value in asdict(report).items()}
 
 
+def _by_split(samples: Samples) -> dict[str, list[Scored]]:
+    """VLMEvalKit's file holds a question once and names every split that asks it, as `random,popular`."""
+    splits: dict[str, list[Scored]] = defaultdict(list)
+    for sample in samples:
+        for name in (sample.document.category or "").split(","):
+            splits[name.strip()].append(sample)
+    return splits
+
+
 def pope(samples: Samples) -> Aggregate:
-    """F1 of `yes` over all questions, with accuracy, precision, recall and yes ratio."""
-    return _bootstrapped(samples, _pope, headline="f1")
+    """F1 of `yes` over the questions of all splits, with the other rates and every split's F1."""
+
+    def numbers(drawn: Samples) -> Numbers:
+        splits = _by_split(drawn)
+        rates = {f"f1_{name}": _pope(members)["f1"] for name, members in sorted(splits.items()) if name}
+        return _pope([sample for members in splits.values() for sample in members]) | rates
+
+    return _bootstrapped(samples, numbers, headline="f1")
 
 
 def pope_splits(samples: Samples) -> Aggregate:
     """LLaVA's POPE number: the mean of the F1 of the random, popular and adversarial questions."""
 
     def numbers(drawn: Samples) -> Numbers:
-        splits: dict[str, list[Scored]] = defaultdict(list)
-        for sample in drawn:
-            splits[sample.document.category or ""].append(sample)
-        rates = {name: _pope(members)["f1"] for name, members in sorted(splits.items())}
+        rates = {name: _pope(members)["f1"] for name, members in sorted(_by_split(drawn).items())}
         return {"f1": statistics.mean(list(rates.values()))} | {f"f1_{name}": rate for name, rate in rates.items()}
 
     return _bootstrapped(samples, numbers, headline="f1")
@@ -59,9 +71,15 @@ def mme(samples: Samples) -> Aggregate:
     """MME's perception sum (0 to 2000), with cognition (0 to 800) and every sub-task."""
 
     def numbers(drawn: Samples) -> Numbers:
-        return yesno.mme((s.document.category or "", str(s.cluster), s.score) for s in drawn)
+        return yesno.mme((s.document.category or "", _mme_pair(s), s.score) for s in drawn)
 
     return _bootstrapped(samples, numbers, headline="perception")
+
+
+def _mme_pair(sample: Scored) -> str:
+    """The two questions of a picture share its name; equal pictures under two names are two pairs."""
+    extra = sample.document.extra
+    return extra.get("question_id") or extra.get("image_path") or str(sample.cluster)
 
 
 def _hallusion_place(sample: Scored) -> dict[str, str]:

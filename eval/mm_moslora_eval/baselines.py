@@ -56,7 +56,9 @@ def baseline(
     for item in items:
         known = by_question.get(_key(item.document.question), [])
         answer = _most_frequent(known) if name == "question_majority" and len(known) >= needed else overall
-        scored.append(score_answer(task, item.document, answer, cluster=item.cluster))
+        scored.append(
+            score_answer(item.document, answer, extraction=task.extraction, metric=task.metric, cluster=item.cluster)
+        )
     about = {
         "learned_from": "training answers" if training else "the evaluated set",
         "majority_answer": overall,

@@ -200,6 +200,7 @@ def describe(name: str) -> str:
         f"metric:      {task.metric}, aggregated by {task.aggregation}",
     ]
     lines += [f"note:        {task.notes}"] if task.notes else []
+    lines += [f"unverified:  {', '.join(task.unverified)}"] if task.unverified else []
     lines += [f"published:   {row.score} {row.model} ({row.source})" for row in task.published]
     try:
         lines += ["", dry_run([name])]

@@ -97,7 +97,9 @@ def checked(documents: Iterable[Document], *, source: str) -> tuple[Document, ..
     Raises:
         EvalError: no documents, or two with the same id.
     """
-    result = tuple(document.with_problem(_answer_problem(document)) for document in documents)
+    read = tuple(documents)
+    some = any(document.answers for document in read)  # a set without any reference is exported, not scored
+    result = tuple(document.with_problem(_answer_problem(document, needed=some)) for document in read)
     if not result:
         raise EvalError(f"{source} holds no documents; expected at least one row.")
     seen: set[str] = set()
@@ -108,7 +110,9 @@ def checked(documents: Iterable[Document], *, source: str) -> tuple[Document, ..
     return result
 
 
-def _answer_problem(document: Document) -> str | None:
+def _answer_problem(document: Document, *, needed: bool) -> str | None:
+    if needed and not document.answers:
+        return "no reference answer, though other documents have one"
     if document.options and document.answers and not set(document.answers) <= document.options.keys():
         return f"answer {document.answers[0]!r} is not one of the options {', '.join(document.options)}"
     return None

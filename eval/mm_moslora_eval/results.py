@@ -20,7 +20,8 @@ from .aggregation import AGGREGATIONS
 from .answers import line, read_folder, write_atomically
 from .documents import Document
 from .requests import FORMAT
-from .scoring import JUDGED, Aggregate, Scored, mean_with_error, score_answer
+from .scored import Aggregate, Scored, mean_with_error
+from .scoring import JUDGED, score_answer
 from .task import Task
 
 if TYPE_CHECKING:
@@ -151,7 +152,8 @@ def _scored(
 
             given = [(document, text and extract_mathvista(judge, document, text)) for document, text in given]
         pairs = zip(given, clusters, strict=True)
-        return [score_answer(task, document, text, cluster=cluster) for (document, text), cluster in pairs], None
+        rules = {"extraction": task.extraction, "metric": task.metric}
+        return [score_answer(document, text, cluster=cluster, **rules) for (document, text), cluster in pairs], None
     plain = _without_scores(given, clusters)
     if judge is None:
         return plain, "Only a judge can score this task, and none was given (--judge)."

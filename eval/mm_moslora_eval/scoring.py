@@ -1,54 +1,17 @@
-"""From answers to scores: named extractors, metrics and aggregations. Needs no model and no torch."""
+"""From answers to scores: named extractors and metrics. Needs no model and no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from mm_moslora.errors import EvalError, suggestion
+from mm_moslora.errors import EvalError
 
-from . import statistics
 from .documents import Document
 from .metrics import commonsense, documents, exact, mathvista, mcq, mmmu, vqa, yesno
-
-if TYPE_CHECKING:
-    from .task import Task
+from .scored import Scored
 
 Extractor = Callable[[str, Document], str]
 Metric = Callable[[str, Document], float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """One document with its answer read and scored."""
-
-    document: Document
-    text: str
-    parsed: str
-    """What the extraction read; empty: not inferable."""
-    score: float
-    failed: bool = False
-    """No answer: the sample could not be asked or the model failed on it. It scores 0."""
-    cluster: Hashable = None
-    """What samples that go together share: their image."""
-    numbers: tuple[float, ...] = ()
-    """Further numbers of a judge, for the aggregation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Aggregate:
-    """The numbers of a set of scored samples."""
-
-    score: float
-    stderr: float
-    low: float
-    high: float
-    """95 % interval."""
-    stderr_kind: str
-    """analytic, clustered or bootstrap."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Further numbers, by name."""
 
 
 def _letter(extract: Callable[[str, mcq.Options], str]) -> Extractor:
@@ -165,53 +128,27 @@ JUDGED = ("judge_mmvet", "judge_llavabench")
 """Metrics that only a judge can compute; without one a task is unscored."""
 
 
-def check_names(task: Task) -> None:
-    """Refuse a task that names an extractor, metric or aggregation that does not exist."""
-    from .aggregation import AGGREGATIONS
-
-    tables: tuple[tuple[str, str, dict], ...] = (
-        ("extraction", task.extraction, EXTRACTORS),
-        ("metric", task.metric, {**METRICS, **dict.fromkeys(JUDGED)}),
-        ("aggregation", task.aggregation, AGGREGATIONS),
-    )
-    for kind, name, table in tables:
-        if name not in table:
-            raise EvalError(
-                f"Task {task.name!r}: {kind} {name!r} is not known.{suggestion(name, table)} Known: {', '.join(table)}."
-            )
-
-
-def score_answer(task: Task, document: Document, text: str | None, *, cluster: Hashable) -> Scored:
+def score_answer(
+    document: Document, text: str | None, *, extraction: str, metric: str, cluster: Hashable = None
+) -> Scored:
     """Read and score one answer; None is an answer that never came.
+
+    Args:
+        document: the question.
+        text: the answer.
+        extraction: a name in `EXTRACTORS`.
+        metric: a name in `METRICS`.
+        cluster: what samples that go together share.
 
     Raises:
         EvalError: the document has no reference.
     """
     if not document.answers and document.problem is None:
-        raise EvalError(f"Document {document.id!r} of {task.id} has no reference answer and cannot be scored.")
+        raise EvalError(f"Document {document.id!r} has no reference answer and cannot be scored.")
     if text is None:
         return Scored(document=document, text="", parsed="", score=0.0, failed=True, cluster=cluster)
-    parsed = EXTRACTORS[task.extraction](text, document)
+    parsed = EXTRACTORS[extraction](text, document)
     # An answer that cannot be read is wrong, whatever a metric makes of an empty string.
-    score = METRICS[task.metric](parsed, document) if parsed.strip() else 0.0
-    assert 0.0 <= score <= 1.0, (task.id, document.id, score)
+    score = METRICS[metric](parsed, document) if parsed.strip() else 0.0
+    assert 0.0 <= score <= 1.0, (metric, document.id, score)
     return Scored(document=document, text=text, parsed=parsed, score=score, cluster=cluster)
-
-
-def mean_with_error(samples: Sequence[Scored]) -> Aggregate:
-    """Mean score; the error is clustered by image where several samples share one.
-
-    Right/wrong scores without clusters get Wilson's interval, which behaves near 0 and 1.
-    """
-    scores = [sample.score for sample in samples]
-    centre = statistics.mean(scores)
-    clusters = [sample.cluster for sample in samples]
-    if len(set(clusters)) < len(clusters):
-        stderr, kind = statistics.clustered_stderr(scores, clusters), "clustered"
-    else:
-        stderr, kind = statistics.mean_stderr(scores), "analytic"
-    if kind == "analytic" and set(scores) <= {0.0, 1.0}:
-        low, high = statistics.wilson_interval(sum(scores), len(scores))
-    else:
-        low, high = statistics.normal_interval(centre, stderr)
-    return Aggregate(score=centre, stderr=stderr, low=max(0.0, low), high=min(1.0, high), stderr_kind=kind)

@@ -15,6 +15,7 @@ from typing import Any
 from mm_moslora.errors import EvalError, suggestion
 
 from .answers import line, read_folder
+from .metrics import vqa
 
 Row = Mapping[str, Any]
 _XLSX_CELL = 32_767
@@ -60,16 +61,18 @@ def _json(data: Any) -> bytes:
 
 
 def _vqav2(rows: Sequence[Row]) -> bytes:
-    return _json([{"question_id": _number(row["id"]), "answer": row["text"]} for row in rows])
+    # LLaVA uploads normalised answers.
+    return _json([{"question_id": _number(row["id"]), "answer": vqa.normalize_evalai(row["text"])} for row in rows])
 
 
 def _vizwiz(rows: Sequence[Row]) -> bytes:
-    return _json([{"image": _image_name(row), "answer": row["text"]} for row in rows])
+    return _json([{"image": _image_name(row), "answer": vqa.normalize_evalai(row["text"])} for row in rows])
 
 
 def _image_name(row: Row) -> str:
     given = row["extra"].get("image_path") or next((path for path in row["paths"] if path), None) or row["id"]
-    return PurePath(given).name
+    name = PurePath(given)
+    return name.name if name.suffix else f"{name.name}.jpg"  # as ids, the pictures of VizWiz have no suffix
 
 
 def _docvqa(rows: Sequence[Row]) -> bytes:
@@ -180,6 +183,9 @@ FORMS: dict[str, Callable[[Sequence[Row]], bytes]] = {
 """vqav2, vizwiz, docvqa, mmvet: their servers' JSON; mmbench: its server's workbook; llava: answer JSONL;
 vlmevalkit: predictions for its `--mode eval` with PRED_FORMAT=tsv (or the workbook)."""
 
-DEFAULT_FORM = {"mmvet": "mmvet", "llavabench": "llava"}
-"""Task -> the form that is written when no judge is there."""
+DEFAULT_FORM = {
+    "mmvet": "mmvet", "llavabench": "llava", "vqav2_testdev": "vqav2", "vizwiz_test": "vizwiz", "docvqa_test": "docvqa",
+    "mmbench_en_test": "mmbench", "mmbench_cn_test": "mmbench",
+}  # fmt: skip
+"""Task -> the form that is written when nothing here can score it."""
 SUFFIXES = {"mmbench": "xlsx", "vlmevalkit_xlsx": "xlsx", "vlmevalkit": "tsv", "llava": "jsonl"}

@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mm_moslora.errors import EvalError
+from mm_moslora.errors import EvalError, suggestion
 
-from .documents import DataSet, Document, checked, digest
+from . import sources
+from .aggregation import AGGREGATIONS
+from .documents import DataSet, digest
 from .prompt import Prompt
-from .sources import find_file
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where the documents of a task come from."""
-
-    kind: Literal["llava", "tsv", "hf"]
-    path: str
-    """A file (see `sources.find_file`), or for `hf` a folder, a file or a hub id."""
-    image_folder: str | None = None
-    """llava: images lie below it; None: the file's folder."""
-    drop_without_image: bool = False
-    """tsv: leave out rows without a picture (counted)."""
-    answer_lists: bool = True
-    """tsv: an answer written as a list holds several references."""
-    md5: str | None = None
-    """Expected checksum of the file."""
-    split: str = "test"
-    """hf: split."""
-    config: str | None = None
-    """hf: configuration name."""
-    lm_eval_task: str | None = None
-    """hf: records of this lm-evaluation-harness task (`metrics.commonsense.LM_EVAL_TASKS`) in the original columns."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """hf: our name (id, image, question, options, answer, category, hint) -> the data set's column."""
+from .scoring import EXTRACTORS, JUDGED, METRICS
+from .sources import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +61,13 @@ class Task:
     metric: str = "exact"
     """A name in `scoring.METRICS`."""
     aggregation: str = "mean"
-    """A name in `scoring.AGGREGATIONS`."""
+    """A name in `aggregation.AGGREGATIONS`."""
     expected_count: int | None = None
     """Documents in the full set; another number is reported."""
     licence: str = "unknown"
     """Of the data."""
+    unverified: tuple[str, ...] = ()
+    """Which of these facts (expected_count, licence) nobody has compared with the data or its card."""
     published: tuple[Published, ...] = ()
     notes: str = ""
     """What a reader of the score must know."""
@@ -96,11 +75,22 @@ class Task:
     """Where the task file lies; data files are looked for there too."""
 
     def __post_init__(self) -> None:
-        from .scoring import check_names
-
         if not self.name or any(character in self.name for character in "/\\@ \t\n"):
             raise EvalError(f"Task name {self.name!r} is not acceptable: use letters, digits, `-`, `_` and `.`.")
-        check_names(self)
+        self._check_names()
+
+    def _check_names(self) -> None:
+        tables: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
+            ("extraction", self.extraction, EXTRACTORS),
+            ("metric", self.metric, {**METRICS, **dict.fromkeys(JUDGED)}),
+            ("aggregation", self.aggregation, AGGREGATIONS),
+        )
+        for kind, name, table in tables:
+            if name not in table:
+                raise EvalError(
+                    f"Task {self.name!r}: {kind} {name!r} is not known.{suggestion(name, table)} "
+                    f"Known: {', '.join(table)}."
+                )
 
     @property
     def id(self) -> str:
@@ -124,33 +114,4 @@ class Task:
         Raises:
             EvalError: the file is missing, has another checksum, or cannot be read; the message says where.
         """
-        if self.source.kind == "hf":
-            from .sources import hf
-
-            return hf.load(self.source)
-        path = find_file(self.source.path, beside=Path(self.folder) if self.folder else None)
-        sha256 = _checksum(path, self.source.md5)
-        read = list(self._read(path))
-        documents = checked((document for document in read if document is not None), source=str(path))
-        return DataSet(documents=documents, path=str(path), sha256=sha256, dropped=read.count(None))
-
-    def _read(self, path: Path) -> Iterator[Document | None]:
-        from .sources import llava, tsv
-
-        if self.source.kind == "llava":
-            return llava.read(path, image_folder=self.source.image_folder)
-        return tsv.read(path, drop_without_image=self.source.drop_without_image, answer_lists=self.source.answer_lists)
-
-
-def _checksum(path: Path, expected_md5: str | None) -> str:
-    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            sha256.update(chunk)
-            md5.update(chunk)
-    if expected_md5 is not None and md5.hexdigest() != expected_md5:
-        raise EvalError(
-            f"{path} has MD5 {md5.hexdigest()}, the protocol expects {expected_md5}: it is another version or damaged. "
-            "Fetch it again, or copy the task file and change `source.md5`."
-        )
-    return sha256.hexdigest()
+        return sources.load(self.source, beside=Path(self.folder) if self.folder else None)

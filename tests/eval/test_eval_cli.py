@@ -111,8 +111,8 @@ def test_lists_and_descriptions(arguments: list[str], capsys) -> None:
 def test_check_and_dry_run(miniature: Path, capsys) -> None:
     assert cli.run(["eval", "check", *(str(miniature / f"{name}.yaml") for name in TASKS)]) == 0
     assert capsys.readouterr().out.count(" is sound: ") == len(TASKS)
-    assert cli.run(["eval", "run", str(miniature / "pope.yaml"), "--protocol", "lmms_eval", "--dry-run"]) == 0
-    assert "pope@lmms_eval" in capsys.readouterr().out
+    assert cli.run(["eval", "run", str(miniature / "mme.yaml"), "--protocol", "lmms_eval", "--dry-run"]) == 0
+    assert "mme@lmms_eval" in capsys.readouterr().out
 
 
 BAD = [

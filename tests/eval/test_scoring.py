@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from mm_moslora_eval.metrics import documents, exact, judged, mathvista, mcq, vq
 from mm_moslora_eval.registry import get_task
 from mm_moslora_eval.requests import Preparation, deal
 from mm_moslora_eval.runner import Settings
-from mm_moslora_eval.scoring import EXTRACTORS, METRICS, Scored, score_answer
+from mm_moslora_eval.scored import Scored
+from mm_moslora_eval.scoring import EXTRACTORS, METRICS, score_answer
 from mm_moslora_eval.suite import evaluate
 from mm_moslora_eval.task import Decoding, Source, Task
 
@@ -68,7 +70,7 @@ def test_every_extractor_and_metric_survives_any_answer(text: str) -> None:
 
 def test_an_answer_that_cannot_be_read_is_wrong_and_counted() -> None:
     document = Document(id="1", question="q", answers=("",), category=None)
-    scored = score_answer(task(metric="exact"), document, "   ", cluster="1")
+    scored = score_answer(document, "   ", extraction="text", metric="exact", cluster="1")
     assert scored.score == 0.0
     assert not scored.failed
 
@@ -176,6 +178,26 @@ def test_circular_counts_a_question_only_when_every_rotation_is_right() -> None:
     result = AGGREGATIONS["circular"](scored(rows))
     assert result.score == 0.5
     assert result.metrics == {"questions": 2.0, "vanilla": 0.75}
+
+
+def test_a_pope_question_of_several_splits_counts_in_each() -> None:
+    rows = [("1", "random,popular", "i1", 1.0), ("2", "popular", "i2", 0.0), ("3", "adversarial", "i3", 1.0)]
+    samples = [replace(one, parsed="yes" if one.score else "no") for one in scored(rows)]
+    both = AGGREGATIONS["pope"](samples).metrics
+    assert (both["tp"], both["fn"], both["recall"]) == (3.0, 1.0, 0.75)
+    splits = AGGREGATIONS["pope_splits"](samples)
+    assert splits.metrics["f1_random"] == splits.metrics["f1_adversarial"] == 1.0
+    assert splits.score == pytest.approx((1 + 1 + 2 / 3) / 3)
+
+
+def test_mme_pairs_questions_by_the_name_of_the_picture() -> None:
+    rows = [("a", "OCR", "same pixels", 1.0), ("b", "OCR", "same pixels", 0.0), ("c", "OCR", "same pixels", 1.0)]
+    names = ("x.png", "x.png", "y.png")
+    samples = [
+        replace(one, document=replace(one.document, extra={"image_path": name}))
+        for one, name in zip(scored(rows), names, strict=True)
+    ]
+    assert AGGREGATIONS["mme"](samples).score == pytest.approx(100 * 2 / 3 + 50)
 
 
 def test_mme_survives_an_image_with_one_question() -> None:

@@ -51,6 +51,19 @@ def test_tsv_cells_with_quotes_tabs_newlines_megabytes_and_foreign_scripts(write
     assert all(document.problem is None for document in found.values())
 
 
+def test_only_the_rows_asked_for_are_read(write_tsv: Writer, encoded: str, tmp_path: Path) -> None:
+    path = write_tsv([row(1, encoded, split="dev"), row(2, "1", split="validation"), row(3, "1", split="validation")])
+    task = tmp_path / "mine.yaml"
+    task.write_text(f"name: mine\nsource: {{kind: tsv, path: {path}, where: {{split: validation}}}}\n")
+    data = get_task(str(task)).load()
+    assert [document.id for document in data.documents] == ["2", "3"]
+    assert data.dropped == 1
+    assert data.documents[0].images  # a dropped row still lends its picture
+    task.write_text(f"name: mine\nsource: {{kind: tsv, path: {path}, where: {{splt: validation}}}}\n")
+    with pytest.raises(EvalError, match="no column splt"):
+        get_task(str(task)).load()
+
+
 def test_tsv_option_that_reads_none_is_an_option(write_tsv: Writer, encoded: str) -> None:
     found = documents(write_tsv([row(1, encoded, B="None", C="NA", answer="B")]))
     assert found["1"].options == {"A": "cat", "B": "None", "C": "NA"}
@@ -148,7 +161,6 @@ def test_llava_conversations_give_one_document_per_pair(tmp_path: Path) -> None:
     [
         ("{broken", "line 1 is not valid JSON"),
         ("[1, 2]", "record 1 is a int"),
-        ('{"question_id": 1, "text": "q"}', "has no `answer`"),
         ('{"question_id": 1, "answer": "a"}', "needs `question_id` and `text`"),
         ('{"id": "x", "conversations": [{"from": "human", "value": "q"}]}', "human/gpt pairs"),
         ('{"id": "x", "conversations": [{"from": "gpt", "value": "q"}, {"from": "human", "value": "a"}]}', "are from"),

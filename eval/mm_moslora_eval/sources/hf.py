@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mm_moslora.errors import EvalError, suggestion
 
 from ..documents import CONTEXT, DataSet, Document, checked
 from ..metrics.commonsense import LM_EVAL_TASKS, lm_eval_requests
+from .files import matches
+from .source import Source
 from .tsv import parse_list
-
-if TYPE_CHECKING:
-    from ..task import Source
 
 _OURS = ("id", "image", "question", "options", "answer", "category", "hint")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -44,8 +43,9 @@ def load(source: Source) -> DataSet:
                 f"{source.path} has no column {missing[0]!r} (for {ours}).{suggestion(missing[0], table.column_names)} "
                 f"Columns: {', '.join(table.column_names)}."
             )
+    rows = len(table)
     documents = checked(_documents(table, source), source=source.path)
-    return DataSet(documents=documents, path=source.path, sha256=sha256)
+    return DataSet(documents=documents, path=source.path, sha256=sha256, dropped=rows - len(documents))
 
 
 def _open(source: Source) -> tuple[Any, str]:
@@ -77,8 +77,14 @@ def _open(source: Source) -> tuple[Any, str]:
 
 def _documents(table: Any, source: Source) -> Iterator[Document]:
     columns = source.columns
+    for column in source.where:
+        if column not in table.column_names:
+            raise EvalError(
+                f"{source.path} has no column {column!r} (for source.where).{suggestion(column, table.column_names)}"
+            )
     for number, row in enumerate(table):
-        yield document(row, columns, default_id=str(number))
+        if matches(row, source.where):
+            yield document(row, columns, default_id=str(number))
 
 
 def _choices(table: Any, source: Source) -> Iterator[Document]:

@@ -14,17 +14,20 @@ from typing import Any
 from mm_moslora.errors import EvalError
 
 from ..documents import Document
-from . import inside
+from .files import inside, matches
 
 Record = Mapping[str, Any]
 
 
-def read(path: Path, *, image_folder: str | None = None) -> Iterator[Document]:
+def read(
+    path: Path, *, image_folder: str | None = None, where: Mapping[str, str] | None = None
+) -> Iterator[Document | None]:
     """Read a question or conversation file, JSON list or JSONL.
 
     Args:
         path: the file.
         image_folder: images lie below it and may not leave it; None is the file's own folder.
+        where: only records with these values in these fields; None stands for one that was dropped.
 
     Raises:
         EvalError: a line that is not a JSON object, or a record without question or answer; names the row.
@@ -33,11 +36,13 @@ def read(path: Path, *, image_folder: str | None = None) -> Iterator[Document]:
     if not folder.is_absolute():
         folder = path.parent / folder
     for row, record in _records(path):
-        where = f"{path}, record {row}"
-        if "conversations" in record:
-            yield from _conversation(record, folder, where, row)
+        place = f"{path}, record {row}"
+        if not matches(record, where):
+            yield None
+        elif "conversations" in record:
+            yield from _conversation(record, folder, place, row)
         else:
-            yield _question(record, folder, where)
+            yield _question(record, folder, place)
 
 
 def _records(path: Path) -> Iterator[tuple[int, Record]]:
@@ -96,8 +101,6 @@ def _question(record: Record, folder: Path, where: str) -> Document:
     if not isinstance(question, str) or name is None:
         raise EvalError(f"{where} needs `question_id` and `text`; found {', '.join(record) or 'nothing'}.")
     answers = _strings(record["answers"] if record.get("answers") is not None else record.get("answer"))
-    if not answers:
-        raise EvalError(f"{where} (id {name!r}) has no `answer` or `answers`; without a reference it cannot be scored.")
     given = record.get("options") or {}
     options = given if isinstance(given, dict) else dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", given, strict=False))
     images, problem = _images(record, folder)

@@ -17,7 +17,7 @@ from pathlib import Path
 from mm_moslora.errors import EvalError
 
 from ..documents import Document
-from . import inside
+from .files import inside, matches
 
 Row = dict[str, str]
 _INDEX_LENGTH = 64  # VLMEvalKit: a shorter cell is the index of another row
@@ -26,20 +26,30 @@ _LIST = re.compile(rf"\[\s*(?:{_LIST_ITEM.pattern})(?:\s*,\s*(?:{_LIST_ITEM.patt
 _EMPTY = ("", "nan", "NaN")
 
 
-def read(path: Path, *, drop_without_image: bool = False, answer_lists: bool = True) -> Iterator[Document | None]:
+def read(
+    path: Path,
+    *,
+    drop_without_image: bool = False,
+    answer_lists: bool = True,
+    where: Mapping[str, str] | None = None,
+) -> Iterator[Document | None]:
     """Read a TSV; None stands for a row that was dropped on purpose.
 
     Args:
         path: the file.
         drop_without_image: leave out rows without a picture, as VLMEvalKit does.
         answer_lists: an answer such as `['a', 'b']` holds several references.
+        where: only rows with these values in these columns; the others are dropped.
 
     Raises:
         EvalError: no header, a missing column, an unclosed quote, or a row of another width; names the row.
     """
-    rows = list(_rows(path))
+    rows = list(_rows(path, required=("index", "answer", *(where or ()))))
     pictures = {row["index"]: row.get("image", "") for row in rows}
     for row in rows:
+        if not matches(row, where):
+            yield None
+            continue
         images, problem = _images(row, pictures, path.parent)
         if drop_without_image and not images and problem is None:
             yield None
@@ -65,7 +75,7 @@ def document(
     options = {key: value for key, value in cells.items() if len(key) == 1 and "A" <= key <= "Z"}
     answer = cells.get("answer", cells.get("answers", ""))
     answers = tuple(parse_list(answer)) if answer_lists else ()
-    known = {"index", "image", "image_path", "question", "hint", "answer", "answers", "category", *options}
+    known = {"index", "image", "question", "hint", "answer", "answers", "category", *options}
     return Document(
         id=str(cells.get("index", "")),
         images=images,

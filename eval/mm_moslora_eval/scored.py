@@ -1,0 +1,60 @@
+"""A scored answer, the numbers of a set of them, and the mean with its error."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+from . import statistics
+from .documents import Document
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """One document with its answer read and scored."""
+
+    document: Document
+    text: str
+    parsed: str
+    """What the extraction read; empty: not inferable."""
+    score: float
+    failed: bool = False
+    """No answer: the sample could not be asked or the model failed on it. It scores 0."""
+    cluster: Hashable = None
+    """What samples that go together share: their image."""
+    numbers: tuple[float, ...] = ()
+    """Further numbers of a judge, for the aggregation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aggregate:
+    """The numbers of a set of scored samples."""
+
+    score: float
+    stderr: float
+    low: float
+    high: float
+    """95 % interval."""
+    stderr_kind: str
+    """analytic, clustered or bootstrap."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Further numbers, by name."""
+
+
+def mean_with_error(samples: Sequence[Scored]) -> Aggregate:
+    """Mean score; the error is clustered by image where several samples share one.
+
+    Right/wrong scores without clusters get Wilson's interval, which behaves near 0 and 1.
+    """
+    scores = [sample.score for sample in samples]
+    centre = statistics.mean(scores)
+    clusters = [sample.cluster for sample in samples]
+    if len(set(clusters)) < len(clusters):
+        stderr, kind = statistics.clustered_stderr(scores, clusters), "clustered"
+    else:
+        stderr, kind = statistics.mean_stderr(scores), "analytic"
+    if kind == "analytic" and set(scores) <= {0.0, 1.0}:
+        low, high = statistics.wilson_interval(sum(scores), len(scores))
+    else:
+        low, high = statistics.normal_interval(centre, stderr)
+    return Aggregate(score=centre, stderr=stderr, low=max(0.0, low), high=min(1.0, high), stderr_kind=kind)

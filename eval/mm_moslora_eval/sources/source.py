@@ -1,0 +1,33 @@
+"""Where the documents of a task come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the documents of a task come from."""
+
+    kind: Literal["llava", "tsv", "hf"]
+    path: str
+    """A file (see `files.find_file`), or for `hf` a folder, a file or a hub id."""
+    image_folder: str | None = None
+    """llava: images lie below it; None: the file's folder."""
+    drop_without_image: bool = False
+    """tsv: leave out rows without a picture (counted)."""
+    answer_lists: bool = True
+    """tsv: an answer written as a list holds several references."""
+    md5: str | None = None
+    """Expected checksum of the file."""
+    split: str = "test"
+    """hf: split."""
+    config: str | None = None
+    """hf: configuration name."""
+    lm_eval_task: str | None = None
+    """hf: records of this lm-evaluation-harness task (`metrics.commonsense.LM_EVAL_TASKS`) in the original columns."""
+    where: dict[str, str] = field(default_factory=dict)
+    """Only rows with these values, such as `split: validation`; the others count as dropped."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """hf: our name (id, image, question, options, answer, category, hint) -> the data set's column."""

@@ -1,0 +1,174 @@
+"""Every kind of bad input by name: a clear error or a counted record, never a wrong score and never a lost run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mm_moslora_eval.model import Answer, Request
+from mm_moslora_eval.registry import get_task, load_file
+from mm_moslora_eval.results import TaskResult
+from mm_moslora_eval.runner import Settings
+from mm_moslora_eval.suite import evaluate, read_samples
+
+from mm_moslora.errors import EvalError, MoSLoRAError
+from tests.eval.eval_data import picture
+from tests.eval.eval_fake import FakeModel
+
+Writer = Callable[..., Path]
+ONE = Settings(batch_size=4, rank=0, world_size=1)
+
+
+class Fixed(FakeModel):
+    """Answers with given texts in the order of the documents' ids."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        super().__init__()
+        self.texts = texts
+
+    def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
+        for index, request in enumerate(requests):
+            yield index, Answer(text=self.texts[int(request.id)], tokens=1, finish_reason="stop")
+
+
+def rows_of(texts: Sequence[str], encoded: str, **more: Any) -> list[dict[str, Any]]:
+    base = {"image": encoded, "question": "What is it?", "hint": "nan", "A": "cat", "B": "dog", "answer": "A"}
+    return [{"index": number, **base, **more} for number in range(len(texts))]
+
+
+def score(path: Path, texts: Sequence[str], run: Path) -> tuple[TaskResult, list[dict[str, Any]]]:
+    (result,) = evaluate(Fixed(texts), get_task(f"tsv:{path}"), run, modes=("own",), baselines=(), settings=ONE)
+    assert result.n == result.counts.total == len(texts), "N scored equals N in the data"
+    return result, read_samples(run / "bench@own" / "own")
+
+
+def counted(path: Path, problem: str, run: Path) -> None:
+    """Row 0 is good and right; row 1 is bad: it is recorded, counts as wrong and costs row 0 nothing."""
+    result, samples = score(path, ["A", "A"], run)
+    assert (result.score, result.counts.failed, result.counts.scored) == (0.5, 1, 1)
+    assert problem in samples[1]["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"image": "!!!! not base64 " * 8}, "not base64"),
+        ({"image": "77"}, "does not exist"),
+        ({"image": "1"}, "refers back to it"),
+        ({"answer": "D"}, "not one of the options"),
+        ({"answer": ""}, "no reference answer"),
+        ({"question": "What\0is it?"}, "NUL byte"),
+        ({"image": "", "image_path": "gone.png"}, "cannot be read"),
+        ({"image": "", "image_path": "../../etc/passwd"}, "leads out of"),
+    ],
+    ids=[
+        "base64 junk", "image index that points nowhere", "image index that points to itself",
+        "answer letter outside the options", "no reference", "NUL", "missing image", "image outside the folder",
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_counted(
+    change: dict[str, Any], problem: str, write_tsv: Writer, encoded: str, tmp_path: Path
+) -> None:
+    rows = rows_of(["A", "A"], encoded)
+    counted(write_tsv([rows[0], rows[1] | change]), problem, tmp_path / "run")
+
+
+def test_quotes_and_cells_of_two_megabytes(write_tsv: Writer, encoded: str, tmp_path: Path) -> None:
+    rows = rows_of(["A", "B"], encoded, question='He said "no"\tand\nleft. ' + "x" * 2_000_000)
+    result, _ = score(write_tsv(rows), ["A", "B"], tmp_path / "run")
+    assert result.score == 0.5
+
+
+def test_an_unclosed_quote_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "bench.tsv").write_text('index\tquestion\tanswer\n1\t"open\tA\n2\tq\tA\n')
+    with pytest.raises(EvalError, match="a quote is opened and never closed"):
+        get_task(f"tsv:{tmp_path / 'bench.tsv'}").load()
+
+
+def test_duplicate_ids_are_refused(write_tsv: Writer, encoded: str) -> None:
+    rows = rows_of(["A", "A"], encoded)
+    with pytest.raises(EvalError, match="1 repeated ids"):
+        get_task(f"tsv:{write_tsv([rows[0], rows[0]])}").load()
+
+
+def test_a_nan_hint_is_no_hint(write_tsv: Writer, encoded: str) -> None:
+    task = get_task(f"tsv:{write_tsv(rows_of(['A'], encoded))}")
+    (document,) = task.load().documents
+    assert document.hint is None
+    assert "nan" not in task.prompt.text(document)
+
+
+def test_empty_and_endless_answers(write_tsv: Writer, encoded: str, tmp_path: Path) -> None:
+    texts = ["", "   \n", "A " * 5000, "word " * 2000 + "B", "\0", "\ud800", "A\u2028"]
+    result, samples = score(write_tsv(rows_of(texts, encoded)), texts, tmp_path / "run")
+    assert [sample["parsed"] for sample in samples] == ["", "", "", "B", "", "", "A"]
+    assert result.counts.not_inferable == 5
+    assert result.score == pytest.approx(1 / 7)
+    assert [sample["text"] for sample in samples] == texts, "answers are kept as they came"
+
+
+def test_options_with_equal_texts_are_not_guessed(write_tsv: Writer, encoded: str, tmp_path: Path) -> None:
+    texts = ["cat", "B"]
+    result, samples = score(write_tsv(rows_of(texts, encoded, B="cat")), texts, tmp_path / "run")
+    assert [sample["parsed"] for sample in samples] == ["", "B"]
+    assert result.counts.not_inferable == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "parsed"),
+    [
+        ({"A": "חתול", "B": "כלב"}, "זה כלב", "B"),
+        ({"A": "قطة", "B": "كلب"}, "الجواب هو A", "A"),
+        ({"A": "猫", "B": "狗"}, "是狗。", "B"),
+        ({"A": "猫", "B": "狗"}, "答案是 B 。", "B"),
+        ({"A": "ねこ", "B": "いぬ"}, "いぬです", "B"),
+    ],
+    ids=["Hebrew", "Arabic", "Chinese text", "Chinese letter", "Japanese"],
+)
+def test_right_to_left_and_cjk(
+    options: dict[str, str], text: str, parsed: str, write_tsv: Writer, encoded: str, tmp_path: Path
+) -> None:
+    _, samples = score(write_tsv(rows_of([text], encoded, **options)), [text], tmp_path / "run")
+    assert samples[0]["parsed"] == parsed
+
+
+def test_an_unknown_key_in_a_task_file_gets_a_suggestion(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nsource: {kind: tsv, path: x.tsv}\nextracton: letter\n")
+    with pytest.raises(MoSLoRAError, match="extraction"):
+        load_file(path)
+
+
+def test_a_results_folder_of_another_version_is_refused(question_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    evaluate(FakeModel(), get_task(f"llava:{question_file}"), run, modes=("own",), baselines=(), settings=ONE)
+    before = (run / "results.json").read_text()
+    (run / "run.json").write_text(json.dumps(json.loads((run / "run.json").read_text()) | {"format": 0}))
+    with pytest.raises(EvalError, match="holds another run"):
+        evaluate(FakeModel(), get_task(f"llava:{question_file}"), run, modes=("own",), baselines=(), settings=ONE)
+    assert (run / "results.json").read_text() == before
+
+
+def test_a_model_that_answers_code_is_not_run(write_tsv: Writer, encoded: str, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    texts = [f"__import__('pathlib').Path({str(marker)!r}).touch()"]
+    score(write_tsv(rows_of(texts, encoded, A="", B="", answer="['x', 'y']")), texts, tmp_path / "run")
+    assert not marker.exists()
+
+
+def test_a_set_without_references_is_exported_and_one_gap_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(1))
+    rows = [{"question_id": n, "image": "a.png", "text": f"Q{n}?"} for n in range(2)]
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = Fixed(["yes", "yes"])
+    run = {"modes": ("own",), "baselines": (), "settings": ONE}
+    (result,) = evaluate(model, get_task(f"llava:{path}"), tmp_path / "none", **run)
+    assert "no reference answers" in result.about["unscored"]
+    rows[0]["answer"] = "yes"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (result,) = evaluate(model, get_task(f"llava:{path}"), tmp_path / "one", **run)
+    assert (result.score, result.counts.failed) == (0.5, 1)
