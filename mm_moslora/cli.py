@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from mm_moslora import __version__, cli_serve
+from mm_moslora import __version__, cli_compare, cli_serve
 from mm_moslora.cli_eval import eval_app, quiet_libraries
-from mm_moslora.errors import ConfigError, MoSLoRAError
+from mm_moslora.config import load_recipe, override_items
+from mm_moslora.errors import MoSLoRAError
 
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
@@ -30,6 +31,7 @@ app.command(eval_app)
 cli_serve.register(app)
 adapters_app = App(name="adapters", help="Look into adapter folders.")
 app.command(adapters_app)
+cli_compare.register(app)
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
 
@@ -81,31 +83,7 @@ def _set_up_logging() -> None:
 
 
 def _recipe(name: str, tokens: tuple[str, ...]) -> Recipe:
-    from mm_moslora.config import load_recipe
-
     return load_recipe(name, override_items(tokens))
-
-
-def override_items(tokens: tuple[str, ...]) -> list[str]:
-    """Turn `--optim.lr 1e-4`, `--optim.lr=1e-4` and `optim.lr=1e-4` into `optim.lr=1e-4`.
-
-    Raises:
-        ConfigError: a key without a value.
-    """
-    items, waiting = [], None
-    for token in tokens:
-        if waiting is not None:
-            items.append(f"{waiting}={token}")
-            waiting = None
-        elif "=" in token:
-            items.append(token.lstrip("-"))
-        elif token.startswith("--"):
-            waiting = token.lstrip("-")
-        else:
-            raise ConfigError(f"{token!r} is no override. Write --key value or key=value, such as --optim.lr 1e-4.")
-    if waiting is not None:
-        raise ConfigError(f"--{waiting} has no value. Write --{waiting} VALUE.")
-    return items
 
 
 @app.command

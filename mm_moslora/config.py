@@ -148,6 +148,8 @@ class AdapterConfig:
     """Per-module override of alpha."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank)."""
+    use_dora: bool = False
+    """Train the length of every row of the adapted weight apart from its direction (DoRA, 2402.09353)."""
     targets: str | list[str] = "all-linear"
     """all-linear (every linear layer but the head) or names of linear layers, within the adapted component."""
 
@@ -419,3 +421,25 @@ def _recipe_of_run(folder: Path) -> Path:
 def recipe_names() -> list[str]:
     """Names of the shipped presets."""
     return sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
+
+
+def override_items(tokens: Sequence[str]) -> list[str]:
+    """Turn `--optim.lr 1e-4`, `--optim.lr=1e-4` and `optim.lr=1e-4` into `optim.lr=1e-4`.
+
+    Raises:
+        ConfigError: a key without a value.
+    """
+    items, waiting = [], None
+    for token in tokens:
+        if waiting is not None:
+            items.append(f"{waiting}={token}")
+            waiting = None
+        elif "=" in token:
+            items.append(token.lstrip("-"))
+        elif token.startswith("--"):
+            waiting = token.lstrip("-")
+        else:
+            raise ConfigError(f"{token!r} is no override. Write --key value or key=value, such as --optim.lr 1e-4.")
+    if waiting is not None:
+        raise ConfigError(f"--{waiting} has no value. Write --{waiting} VALUE.")
+    return items

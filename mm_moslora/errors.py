@@ -41,6 +41,10 @@ class TrainingError(MoSLoRAError, RuntimeError):
     """Training cannot start or cannot go on."""
 
 
+class DivergedError(TrainingError):
+    """Training went on with numbers that are not finite."""
+
+
 class DistributedError(MoSLoRAError, RuntimeError):
     """The processes of a run disagree or cannot reach each other."""
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mm_moslora.cli import override_items, run
+from mm_moslora.cli import run
+from mm_moslora.config import override_items
 from mm_moslora.errors import ConfigError
 
 CHECKOUT = Path(__file__).parents[1]

@@ -108,12 +108,12 @@ def _nonzero(value: float, tiny: float) -> float:
     return value if abs(value) > tiny else tiny
 
 
-def t_two_sided(t: float, degrees: int) -> float:
+def t_two_sided(t: float, degrees: float) -> float:
     """Two-sided p-value of Student's t."""
     return _incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t))
 
 
-def t_quantile(level: float, degrees: int) -> float:
+def t_quantile(level: float, degrees: float) -> float:
     """The t that leaves (1 - level) in both tails together, by bisection."""
     low, high = 0.0, 1.0
     while t_two_sided(high, degrees) > 1 - level:

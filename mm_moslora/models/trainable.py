@@ -67,6 +67,7 @@ def moslora_config(adapter: AdapterConfig) -> adapters.MoSLoRAConfig:
         lora_alpha=cast(int, adapter.alpha),
         lora_dropout=adapter.dropout,
         use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
         mixer_init=adapter.mixer_init,
         mixer_trainable=adapter.mixer_trainable,
         mixer_pattern=dict(adapter.mixer_pattern),

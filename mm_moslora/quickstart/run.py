@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import platform
 import shutil
 import sys
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mm_moslora.config import AdapterConfig, Recipe, SourceConfig, load_recipe
+from mm_moslora.machine import hardware
 from mm_moslora.quickstart import assets
 from mm_moslora.quickstart.datasets import DatasetFiles, build_easy_vqa
 from mm_moslora.quickstart.evaluation import evaluate_all, table
@@ -296,14 +296,6 @@ def _summarise(
             "commands": [{"what": what, "command": command} for what, command in _commands(folder, data.images)],
         },
     )
-
-
-def hardware() -> str:
-    """Processor, cores and memory in a few words."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-    memory = Path("/proc/meminfo").read_text().split()[1] if cpuinfo.is_file() else "0"
-    return f"{names[0] if names else platform.processor()}, {len(names)} cores, {int(memory) / 2**20:.0f} GiB"
 
 
 def _commands(folder: Path, pictures: Path) -> list[tuple[str, str]]:

@@ -50,14 +50,18 @@ def build_report(run_folder: Path, out: Path) -> Path:
     Raises:
         ConfigError: the folder holds nothing of a run.
     """
-    page = render(load_run(run_folder))
+    write_atomically(out, render(load_run(run_folder)))
+    return out
+
+
+def write_atomically(out: Path, page: str) -> None:
+    """Write a page in one move."""
     out.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=out.parent, suffix=".tmp")
     with os.fdopen(handle, "w", encoding="utf-8") as stream:
         stream.write(page)
     os.chmod(name, 0o644)
     os.replace(name, out)
-    return out
 
 
 def render(data: RunData) -> str:
@@ -68,15 +72,15 @@ def render(data: RunData) -> str:
     """
     environment = Environment(
         loader=PackageLoader("mm_moslora.report"), autoescape=True, undefined=StrictUndefined,
-        finalize=_printable, trim_blocks=True, lstrip_blocks=True,
+        finalize=printable, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(
         percent=story.percent, count=story.format_count, seconds=story.format_seconds, number=format_number
     )
-    script = _asset("report.js")
+    script = asset("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("report.html.j2").render(
-        style=Markup(_asset("report.css")),  # noqa: S704  (shipped with the package)
+        style=Markup(asset("report.css")),  # noqa: S704  (shipped with the package)
         script=Markup(script),  # noqa: S704
         script_hash=digest,
         **_context(data),
@@ -110,7 +114,8 @@ def _context(data: RunData) -> dict[str, Any]:
     }
 
 
-def _printable(value: Any) -> Any:
+def printable(value: Any) -> Any:
+    """What a template prints: nothing for None, and no control characters."""
     if isinstance(value, Markup):
         return value
     if value is None:
@@ -118,7 +123,8 @@ def _printable(value: Any) -> Any:
     return _CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) else value
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """A style sheet or script that is shipped with the package."""
     return resources.files("mm_moslora.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ import torch
 from mm_moslora import distributed
 from mm_moslora.config import Recipe
 from mm_moslora.data.loader import BatchLoader
-from mm_moslora.errors import TrainingError
+from mm_moslora.errors import DivergedError
 from mm_moslora.models.trainable import component_table
 from mm_moslora.tracking import Trackers, build_trackers
 from mm_moslora.training import checkpoint
@@ -144,7 +144,7 @@ class _Loop:
             self.run.step, result.loss, distributed.rank(), ", ".join(ids[:16]),
         )  # fmt: skip
         if self.skipped_in_a_row >= self.recipe.train.max_skipped_steps:
-            raise TrainingError(
+            raise DivergedError(
                 f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; stopped at step "
                 f"{self.run.step}. Earlier checkpoints are untouched. Lower optim.lr or optim.projector_lr, look at "
                 "the records named above, or use bf16 instead of fp16."

@@ -1,0 +1,130 @@
+"""What is compared: an arm is a name and the recipe keys that make it.
+
+`lora`, `moslora:kaiming` and so on are known; `@key=value` behind one changes keys of the adapter (or any recipe key by
+its dotted name), so that `moslora:orthogonal@rank=16` is an arm of a rank ablation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from mm_moslora.adapters.mixer import MIXER_INITS
+from mm_moslora.config import AdapterConfig, Recipe
+from mm_moslora.errors import ConfigError, suggestion
+from mm_moslora.strict import parse_scalar, set_dotted
+
+_LORA = {"adapter.mixer_init": "identity", "adapter.mixer_trainable": False}
+KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("plain LoRA: the mixer is the frozen identity", _LORA),
+    "tsm": (
+        "two-subspaces mixing, the paper's first step: a fixed butterfly mixer",
+        {"adapter.mixer_init": "butterfly", "adapter.mixer_trainable": False},
+    ),
+    **{f"moslora:{init}": (f"MoSLoRA, mixer started {init}", {"adapter.mixer_init": init}) for init in MIXER_INITS},
+    "dora": ("DoRA: LoRA and a trained length of every row", _LORA | {"adapter.use_dora": True}),
+    "rslora": ("LoRA scaled by alpha / sqrt(rank)", _LORA | {"adapter.use_rslora": True}),
+    "lora+": ("LoRA+: the learning rate of B is 16 times that of A", _LORA | {"optim.lora_plus_ratio": 16.0}),
+    "full": ("every weight of the language model trains, no adapter", {"model.language_mode": "full"}),
+}
+"""Arms by name: what they are, and the recipe keys they set."""
+
+_RESET = {
+    "adapter.mixer_trainable": True,
+    "adapter.mixer_pattern": {},
+    "adapter.use_dora": False,
+    "adapter.use_rslora": False,
+    "optim.lora_plus_ratio": 1.0,
+    "model.language_mode": "adapter",
+}
+"""What an arm decides alone, whatever the recipe says: two arms differ in what their names say and in nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to tune."""
+
+    name: str
+    """As the user wrote it."""
+    about: str
+    """For people."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Dotted recipe keys and their values."""
+
+    @property
+    def slug(self) -> str:
+        """The name as a part of a folder name."""
+        return re.sub(r"[^A-Za-z0-9_.+=-]+", "-", self.name).strip("-")
+
+    def apply(self, recipe: Recipe, **further: Any) -> Recipe:
+        """The recipe of this arm.
+
+        Args:
+            recipe: the one that all arms share.
+            **further: dotted keys, `__` for the dot, such as `optim__lr`.
+
+        Raises:
+            ConfigError: a key that does not exist, or a value that is not acceptable.
+        """
+        data = recipe.to_dict()
+        changes = {**self.changes, **{key.replace("__", "."): value for key, value in further.items()}}
+        for key, value in changes.items():
+            set_dotted(data, key.split("."), value, f"{key}={value}")
+        return Recipe.from_dict(data, source=f"arm {self.name!r}")
+
+
+def parse_arms(text: str | Sequence[str], recipe: Recipe) -> list[Arm]:
+    """Read `lora,moslora:kaiming,moslora:orthogonal@rank=16`.
+
+    Args:
+        text: arms separated by commas, or a list of them. Commas within brackets do not separate.
+        recipe: the one that all arms share; every arm is applied to it once, so that a bad key is found here.
+
+    Raises:
+        ConfigError: fewer than two arms, one twice, an unknown one, or keys that the recipe does not take.
+    """
+    names = split(text) if isinstance(text, str) else [name for item in text for name in split(item)]
+    if len(names) < 2:
+        raise ConfigError(f"{len(names)} arm given, expected at least two: --arms lora,moslora:orthogonal.")
+    arms = [_parse(name) for name in names]
+    for key in ("name", "slug"):
+        values = [getattr(arm, key) for arm in arms]
+        twice = sorted({value for value in values if values.count(value) > 1})
+        if twice:
+            raise ConfigError(f"Arm {twice[0]!r} is given twice. Name every arm once.")
+    for arm in arms:
+        arm.apply(recipe)
+    return arms
+
+
+def split(text: str) -> list[str]:
+    """Split at commas outside brackets; empty parts vanish."""
+    return [part.strip() for part in re.split(r",(?![^\[\]{}]*[\]}])", text) if part.strip()]
+
+
+def _parse(text: str) -> Arm:
+    name, *changes = text.split("@")
+    if name == "moslora":
+        name = "moslora:orthogonal"
+    if name not in KNOWN:
+        raise ConfigError(f"Arm {name!r} is not known.{suggestion(name, KNOWN)} Known: {', '.join(KNOWN)}.")
+    about, own = KNOWN[name]
+    keys: dict[str, Any] = {}
+    for item in changes:
+        key, separator, value = item.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"Arm {text!r}: {item!r} is not of the form key=value, such as rank=16.")
+        full = f"adapter.{key}" if "." not in key else key
+        if "." not in key and key not in {item.name for item in fields(AdapterConfig)}:
+            known = [item.name for item in fields(AdapterConfig)]
+            raise ConfigError(f"Arm {text!r}: the adapter has no key {key!r}.{suggestion(key, known)}")
+        keys[full] = parse_scalar(value)
+    if "adapter.rank" in keys and "adapter.alpha" not in keys:
+        about += ", alpha as in the recipe"
+    shown = "; ".join(changes)
+    return Arm(
+        name="@".join([name, *changes]), about=f"{about} ({shown})" if shown else about,
+        changes={**_RESET, **own, **keys},
+    )  # fmt: skip

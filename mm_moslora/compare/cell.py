@@ -1,0 +1,206 @@
+"""One run of a comparison in a process of its own: train, measure, write how it ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from mm_moslora.compare.plan import LOSS, Cell, Outcome, Settings, recipe_hash
+from mm_moslora.config import Recipe
+from mm_moslora.errors import DivergedError, MoSLoRAError
+
+logger = logging.getLogger(__name__)
+
+OUTCOME, LOG = "outcome.json", "log.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a process is told."""
+
+    cell: Cell
+    recipe: Recipe
+    settings: Settings
+    folder: Path
+    """Of the comparison."""
+    devices: tuple[str, ...] = ()
+    """Accelerators of this run, as in CUDA_VISIBLE_DEVICES; none on a CPU."""
+    stop_at: int | None = None
+    """Only so many steps, to measure the speed."""
+
+    @property
+    def place(self) -> Path:
+        """The run's folder."""
+        return Path(self.recipe.train.output)
+
+
+def read_outcome(place: Path) -> Outcome | None:
+    """How a run ended, None if it has not."""
+    file = place / OUTCOME
+    return Outcome(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def write_outcome(place: Path, outcome: Outcome) -> None:
+    """Write how a run ended, in one move."""
+    place.mkdir(parents=True, exist_ok=True)
+    part = place / f"{OUTCOME}.part"
+    part.write_text(json.dumps(dataclasses.asdict(outcome), indent=1) + "\n", encoding="utf-8")
+    part.replace(place / OUTCOME)
+
+
+def run(job: Job) -> None:
+    """Train and measure one run; whatever happens is written into its folder, and the process ends with 0.
+
+    What is printed goes to the run's log. Only a process that is killed leaves no outcome; the caller writes it then.
+    """
+    os.setpgrp()  # Ctrl-C reaches the parent alone, which passes it on once
+    if job.devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(job.devices)
+    job.place.mkdir(parents=True, exist_ok=True)
+    _log_into(job.place / LOG)
+    started = time.monotonic()
+    try:
+        outcome = _run(job, started)
+    except DivergedError as error:
+        outcome = Outcome(status="diverged", reason=str(error))
+    except MoSLoRAError as error:
+        outcome = Outcome(status="failed", reason=str(error))
+    except Exception as error:  # the other runs must not pay for this one
+        logger.error("%s", traceback.format_exc())
+        outcome = Outcome(status="failed", reason=f"{type(error).__name__}: {_first_line(error)}")
+    if outcome is not None:
+        write_outcome(job.place, dataclasses.replace(outcome, recipe=recipe_hash(job.recipe)))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def _log_into(path: Path) -> None:
+    """Send standard output and error, of libraries and of child processes too, into a file."""
+    with path.open("a", encoding="utf-8") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s", force=True)
+
+
+def _run(job: Job, started: float) -> Outcome | None:
+    finished = _train(job)
+    if not finished:
+        return None
+    outcome = _measured(job)
+    return dataclasses.replace(outcome, total_seconds=time.monotonic() - started)
+
+
+def _train(job: Job) -> bool:
+    """Train to the end, or until a signal or `stop_at`; whether the end is reached."""
+    (job.place / "recipe.yaml").write_text(job.recipe.to_yaml(), encoding="utf-8")
+    if len(job.devices) > 1:
+        return _train_on_several(job)
+    from mm_moslora.training.loop import train
+
+    return train(job.recipe, stop_at=job.stop_at).finished
+
+
+def _train_on_several(job: Job) -> bool:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(job.devices)}",
+        "-m", "mm_moslora", "train", str(job.place / "recipe.yaml"),
+        *(["--stop-at", str(job.stop_at)] if job.stop_at else []),
+    ]  # fmt: skip
+    with subprocess.Popen(command) as process:
+        signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
+        code = process.wait()
+    if code == 0:
+        return (job.place / "summary.json").is_file()
+    if code == 75:
+        return False
+    raise MoSLoRAError(f"Training on {len(job.devices)} devices ended with code {code}; see {job.place / LOG}.")
+
+
+def _measured(job: Job) -> Outcome:
+    summary = json.loads((job.place / "summary.json").read_text(encoding="utf-8"))
+    rows = metrics(job.place)
+    losses = [row["loss"] for row in rows if "loss" in row]
+    tenth = max(1, len(losses) // 10)
+    held_out = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    validation = {LOSS: held_out[-1]} if held_out else {}
+    test: dict[str, float] = {}
+    places: dict[str, str] = {}
+    floors: dict[str, dict[str, float]] = {}
+    wanted = job.settings.validation if job.cell.tuning else job.settings.tasks
+    for name, task, results, place in _evaluate(job, [name for name in wanted if name != LOSS]):
+        if job.cell.tuning:
+            validation[name] = results["own"]
+        else:
+            test[name], floors[name] = results.pop("own"), results
+            places[name] = (place / f"{task}/own").relative_to(job.folder).as_posix()
+    return Outcome(
+        status="ok", validation=validation, test=test, places=places, floors=floors,
+        first_loss=sum(losses[:tenth]) / tenth if losses else None,
+        last_loss=sum(losses[-tenth:]) / tenth if losses else None,
+        trainable=sum(row["trainable"] for row in summary["components"]), steps=summary["steps"],
+        step_seconds=median(row["step_seconds"] for row in rows if "step_seconds" in row),
+        train_seconds=summary["counters"]["seconds"], memory_gib=summary["memory_gib"],
+        processes=summary["world_size"],
+    )  # fmt: skip
+
+
+def _evaluate(job: Job, names: list[str]) -> Any:
+    """Yield (name, task id, score by mode or baseline, folder) of every task."""
+    if not names:
+        return
+    from mm_moslora_eval.local import LocalModel
+    from mm_moslora_eval.runner import Settings as EvalSettings
+    from mm_moslora_eval.suite import evaluate
+
+    from mm_moslora.training.engine import dtype_of, resolve_precision
+    from mm_moslora.training.progress import Progress
+
+    dtype = dtype_of(resolve_precision(job.recipe.train.precision))
+    model = LocalModel.from_folder(job.place, dtype=dtype)
+    place = job.place / "eval"
+    settings = EvalSettings(batch_size=job.settings.batch_size, limit=job.settings.limit, rank=0, world_size=1)
+    try:
+        for name in names:
+            task = open_task(name, job.settings)
+            with Progress(name, 0, unit="document") as progress:
+                results = evaluate(
+                    model, task, place, modes=("own",), settings=settings, progress=progress.of,
+                    baselines=() if job.cell.tuning else ("majority", "question_majority"),
+                )  # fmt: skip
+            yield name, task.id, {result.mode: result.score for result in results}, place
+    finally:
+        model.close()
+
+
+def open_task(name: str, settings: Settings) -> Any:
+    """A task by name, its answers as long as the settings want them."""
+    from mm_moslora_eval.registry import get_task
+
+    task = get_task(name)
+    if settings.max_new_tokens is None:
+        return task
+    decoding = dataclasses.replace(task.decoding, max_new_tokens=settings.max_new_tokens)
+    return dataclasses.replace(task, decoding=decoding)
+
+
+def metrics(place: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics so far; a last line that is half written does not count."""
+    file = place / "metrics.jsonl"
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(text) for text in lines if text]

@@ -1,0 +1,78 @@
+"""A validation split held out of the training records, whole pictures at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.config import Recipe, SourceConfig
+from mm_moslora.data.jsonfile import JsonFile, StrictJsonError
+from mm_moslora.errors import ConfigError
+
+MOST = 2000
+"""Records held out at most, over all sources: more would cost time and not choose better."""
+
+
+def with_holdout(recipe: Recipe, folder: Path, *, share: float) -> Recipe:
+    """The recipe with its records split into training and validation; written once, found again later.
+
+    Records about one picture stay on one side, and the side depends on the picture's name alone, so the split does not
+    change with the seed or with the order of records.
+
+    Args:
+        recipe: without validation sources.
+        folder: where the two files of every source go.
+        share: of the records, 0 to 1.
+
+    Raises:
+        ConfigError: nothing would be held out, or nothing be left.
+    """
+    if not 0 < share < 1:
+        raise ConfigError(f"--hold-out is {share}, expected more than 0 and less than 1, such as 0.05.")
+    train, validation = [], []
+    for number, source in enumerate(recipe.data.train):
+        kept, held = folder / f"train-{number}.jsonl", folder / f"validation-{number}.jsonl"
+        if not (kept.is_file() and held.is_file()):
+            _split(Path(source.path), kept, held, share=share, most=MOST // len(recipe.data.train))
+        images = source.image_folder or str(Path(source.path).parent)
+        train.append(dataclasses.replace(source, path=str(kept), image_folder=images))
+        validation.append(SourceConfig(path=str(held), image_folder=images, follow_links=source.follow_links))
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=train, validation=validation))
+
+
+def _split(path: Path, kept: Path, held: Path, *, share: float, most: int) -> None:
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    counts = [0, 0]
+    parts = [target.with_suffix(".part") for target in (kept, held)]
+    with parts[0].open("w", encoding="utf-8") as rest, parts[1].open("w", encoding="utf-8") as out:
+        for record in _records(path):
+            aside = counts[1] < most and _position(record) < share
+            (out if aside else rest).write(json.dumps(record, ensure_ascii=False) + "\n")
+            counts[aside] += 1
+    if not all(counts):
+        raise ConfigError(
+            f"{path}: holding out {share:g} of its records leaves {counts[0]} for training and {counts[1]} for "
+            "validation. Change --hold-out, or give data.validation or --validation TASK."
+        )
+    for part, target in zip(parts, (kept, held), strict=True):
+        part.rename(target)
+
+
+def _records(path: Path) -> Iterator[Any]:
+    file = JsonFile(path)
+    for row in range(len(file)):
+        try:
+            yield file[row]
+        except StrictJsonError:
+            continue  # the trainer counts what it cannot read, in the file that the user gave
+
+
+def _position(record: Any) -> float:
+    """Where a record falls between 0 and 1, by its picture, else by its own text."""
+    image = record.get("image") if isinstance(record, dict) else None
+    key = json.dumps(image if image else record, sort_keys=True)
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6]) / 2**48

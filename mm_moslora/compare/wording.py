@@ -1,0 +1,124 @@
+"""What the results of a comparison say, in sentences and in a table for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mm_moslora.compare.plan import ALL, LOSS
+
+
+def says(results: Mapping[str, Any]) -> list[str]:
+    """What the numbers say, and what they cannot say, in sentences."""
+    whole = any(row["task"] == ALL for row in results["comparisons"])
+    lines = [_sentence(row) for row in results["comparisons"] if row["task"] == ALL or not whole]
+    if not results["comparisons"]:
+        lines.append("Nothing to compare yet: the reference or every other arm has no measured run.")
+    for arm in results["arms"]:
+        lines += _arm_sentences(arm, results)
+    lines += [
+        f"{failure['arm']} at learning rate {failure['rate']:g}, seed {failure['seed']}, {failure['status']}: "
+        f"{failure['reason']}"
+        for failure in results["failures"]
+    ]
+    if results["settings"]["tuning_seeds"] == 0:
+        lines.append("The learning rate was not tuned: a difference between arms may be one of learning rates.")
+    return lines
+
+
+def _sentence(row: Mapping[str, Any]) -> str:
+    value, low, high = (100 * row[key] for key in ("difference", "low", "high"))
+    numbers = f"{value:+.1f} points (95 % {low:+.1f} to {high:+.1f}, corrected p {row['p_corrected']:.2g})"
+    size = f"{row['documents']} documents and {row['seeds'][0]} seed{'s' * (row['seeds'][0] != 1)}"
+    subject = f"{row['arm']} against {row['reference']}"
+    if row["verdict"] == "one seed":
+        return (
+            f"{subject}: {numbers}, for these documents and this one seed. The interval knows nothing of other seeds: "
+            "run at least 3 (--seeds 3) before believing it."
+        )
+    if row["stderr"] == 0 and row["difference"] == 0:
+        return f"{subject}: no difference seen, every one of {size} scores the same."
+    if row["verdict"] == "no difference seen":
+        return (
+            f"{subject}: no difference seen, {numbers}; {size} can resolve {100 * row['detectable']:.1f} points "
+            "(four times out of five)."
+        )
+    return f"{subject}: {row['verdict']}, {numbers}; {size}."
+
+
+def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if arm["edge"]:
+        lines.append(
+            f"{arm['name']} was best at {arm['rate']:g}, an edge of the grid: its best rate may lie beyond. Widen --lr."
+        )
+    if arm["rate"] is None:
+        done = len({point["rate"] for point in arm["curve"]}) == len(results["settings"]["rates"])
+        lines.append(
+            f"{arm['name']}: no learning rate of the grid worked; it is left out."
+            if done
+            else f"{arm['name']}: its learning rate is not chosen yet."
+        )
+    wanted, good = results["settings"]["seeds"], [seed for seed in arm["seeds"] if seed["status"] == "ok"]
+    if arm["seeds"] and len(good) < wanted:
+        lines.append(
+            f"{arm['name']} counts with {len(good)} of {wanted} seeds; those that are missing may be the worst ones."
+        )
+    worse = [s["seed"] for s in arm["seeds"] if (s["last_loss"] or 0) > (s["first_loss"] or math.inf)]
+    if worse:
+        lines.append(f"{arm['name']}: the training loss went up over the run (seed {', '.join(map(str, worse))}).")
+    return lines
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The result for the terminal."""
+    tasks = list(dict.fromkeys(name for arm in results["arms"] for name in arm["tasks"]))
+    reference = results["settings"]["reference"]
+    head = ["arm", "lr", "seeds", *tasks, f"- {reference}", "95 %", "p (Holm)", "parameters", "s/step", "GiB"]
+    rows = [_cells(arm, tasks, results) for arm in results["arms"]]
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    by = (
+        "held-out loss" if results["settings"]["validation"] == [LOSS] else ", ".join(results["settings"]["validation"])
+    )
+    lines.append(f"Mean percent ± standard error over documents and seeds; rates chosen by {by}.")
+    return "\n".join([*lines, "", *(f"- {line}" for line in results["says"])])
+
+
+def _cells(arm: Mapping[str, Any], tasks: Sequence[str], results: Mapping[str, Any]) -> list[str]:
+    last = tasks[-1] if tasks else None
+    row = next((r for r in results["comparisons"] if r["arm"] == arm["name"] and r["task"] == last), None)
+    good = [seed for seed in arm["seeds"] if seed["status"] == "ok"]
+    return [
+        arm["name"],
+        "-" if arm["rate"] is None else f"{arm['rate']:g}",
+        str(len(good)),
+        *(_mean_cell(arm["tasks"].get(task)) for task in tasks),
+        *_difference_cells(row),
+        *_cost_cells(arm["cost"]),
+    ]
+
+
+def _mean_cell(measure: Mapping[str, Any] | None) -> str:
+    return "-" if measure is None else f"{100 * measure['mean']:.1f} ± {100 * measure['stderr']:.1f}"
+
+
+def _difference_cells(row: Mapping[str, Any] | None) -> list[str]:
+    if row is None:
+        return ["", "", ""]
+    interval = f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
+    return [
+        f"{100 * row['difference']:+.1f}",
+        interval,
+        "-" if row["verdict"] == "one seed" else f"{row['p_corrected']:.2g}",
+    ]
+
+
+def _cost_cells(cost: Mapping[str, Any] | None) -> list[str]:
+    if cost is None:
+        return ["-", "-", "-"]
+    return [f"{cost['trainable']:,}", f"{cost['step_seconds']:.2f}", f"{cost['memory_gib']:.1f}"]

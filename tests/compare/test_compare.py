@@ -1,0 +1,272 @@
+"""`mm-moslora compare` end to end on tiny models: tuning, seeds, a failing arm, going on, the page, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from mm_moslora import cli
+from mm_moslora.compare.arms import parse_arms
+from mm_moslora.compare.cell import read_outcome
+from mm_moslora.compare.plan import Outcome, Settings, choose_rates, tuning_cells
+from mm_moslora.compare.pool import Pool, Slot
+from mm_moslora.config import ModelConfig, Recipe
+from mm_moslora.errors import ConfigError
+from mm_moslora.report.comparison import write_page
+
+ARMS = "full,full@optim.max_grad_norm=0.5,lora@targets=[nope]"
+CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
+
+
+def questions(records: Path, out: Path) -> Path:
+    """The held-out questions: one on the colour per picture."""
+    rows = []
+    for line in records.read_text().splitlines():
+        record = json.loads(line)
+        if "image" in record:
+            question, answer = record["conversations"][0]["value"], record["conversations"][1]["value"]
+            rows.append(
+                {"question_id": record["id"], "image": record["image"], "text": question.replace("<image>\n", ""),
+                 "answer": answer}
+            )  # fmt: skip
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return out
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, language_folder: Path, vision_folder: Path, records: Path) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    questions(records, folder / "test.jsonl")
+    (folder / "recipe.yaml").write_text(
+        f"""
+name: tiny
+model: {{language: {language_folder}, vision: {{name: {vision_folder}}}}}
+adapter: {{rank: 4, alpha: 8}}
+data: {{train: [{{path: {records}, image_folder: {records.parent / "images"}}}], max_length: 256}}
+train: {{steps: 5, global_batch: 8, micro_batch: 8, zero: none, precision: fp32}}
+track: {{trackers: []}}
+"""
+    )
+    return folder / "recipe.yaml"
+
+
+def command(
+    recipe: Path, records: Path, out: Path, *more: str, arms: str = ARMS, rates: str = "1e-3,1e-2"
+) -> list[str]:
+    task = f"llava:{recipe.parent / 'test.jsonl'}@{records.parent / 'images'}"
+    return ["compare", str(recipe), "--arms", arms, "--lr", rates, "--seeds", "2", "--tasks", task, "--hold-out", "0.3",
+            "--max-new-tokens", "3", "--output", str(out), *more]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, recipe: Path, records: Path) -> Path:
+    out = tmp_path_factory.mktemp("compare") / "out"
+    assert cli.run(command(recipe, records, out)) == 0
+    return out
+
+
+@pytest.mark.slow
+def test_a_comparison_tunes_runs_seeds_and_reports_the_arm_that_fails(finished: Path):
+    results = json.loads((finished / "results.json").read_text())
+    full, clipped, broken = results["arms"]
+    assert [len(arm["seeds"]) for arm in results["arms"]] == [2, 2, 0]
+    for arm in (full, clipped):
+        curve = {point["rate"]: point["value"] for point in arm["curve"]}
+        assert arm["rate"] == min(curve, key=curve.get)
+        assert arm["tasks"]["test"]["documents"] == 18
+        assert arm["cost"]["steps"] == 5
+        assert arm["cost"]["trainable"] > 0
+    assert broken["rate"] is None
+    assert {failure["status"] for failure in results["failures"]} == {"failed"}
+    assert "matches no module" in results["failures"][0]["reason"]
+    (row,) = results["comparisons"]
+    assert (row["arm"], row["reference"], row["seeds"]) == (clipped["name"], "full", [2, 2])
+    assert row["low"] <= row["difference"] <= row["high"]
+    assert any("no learning rate of the grid worked" in line for line in results["says"])
+    tuning = {path.name for path in finished.glob("runs/*_tune0/checkpoint-*")}
+    assert not tuning, "checkpoints of runs that only chose a rate stay"
+
+
+@pytest.mark.slow
+def test_validation_is_held_out_by_picture_and_never_trained_on(finished: Path):
+    def pictures(name):
+        lines = (finished / "data" / name).read_text().splitlines()
+        return {json.loads(line).get("image") for line in lines} - {None}
+
+    train, validation = pictures("train-0.jsonl"), pictures("validation-0.jsonl")
+    assert train
+    assert validation
+    assert not train & validation
+
+
+@pytest.mark.slow
+def test_a_stopped_comparison_goes_on(tmp_path: Path, recipe: Path, records: Path, capsys):
+    stop = command(recipe, records, tmp_path / "out", "--max-minutes", "0", arms="lora,moslora:kaiming", rates="1e-3")
+    assert cli.run(stop) == 75
+    assert cli.run([*stop[:-2], "--plan"]) == 0
+    assert "runs: about" in capsys.readouterr().out
+    assert cli.run(stop[:-2]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [len(arm["seeds"]) for arm in results["arms"]] == [2, 2]
+    assert any("not tuned" in line for line in results["says"])
+
+
+def _dies(item: str, slot: Slot) -> None:
+    if item == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    Path(item).write_text("lived")
+
+
+def test_a_process_that_is_killed_takes_no_other_with_it(tmp_path: Path):
+    pool = Pool(_dies, [Slot(), Slot()])
+    pool.start("dies")
+    pool.start(str(tmp_path / "other"))
+    assert not pool.free
+    ended, deadline = {}, time.monotonic() + 60
+    while pool.running and time.monotonic() < deadline:
+        ended |= dict(pool.wait(5))
+    assert ended == {"dies": -signal.SIGKILL, str(tmp_path / "other"): 0}
+    assert (tmp_path / "other").read_text() == "lived"
+    assert pool.free
+
+
+RECIPE = Recipe(model=ModelConfig(language="none"))
+
+
+def settings(**changes) -> Settings:
+    given = {
+        "arms": parse_arms("lora,moslora:kaiming", RECIPE),
+        "rates": [1e-4, 2e-4, 4e-4],
+        "seeds": 2,
+        "tasks": ["t"],
+    }
+    return Settings(**{**given, **changes})
+
+
+def test_a_rate_is_chosen_by_the_runs_that_did_not_diverge():
+    asked = settings()
+    losses = {1e-4: 2.0, 2e-4: 1.5, 4e-4: 1.0}
+    outcomes = {cell.name: Outcome(status="ok", validation={"loss": losses[cell.rate]}) for cell in tuning_cells(asked)}
+    assert set(choose_rates(asked, outcomes).values()) == {4e-4}
+    bad = next(cell.name for cell in tuning_cells(asked) if cell.arm.name == "lora" and cell.rate == 4e-4)
+    outcomes[bad] = Outcome(status="diverged", reason="the loss is not finite")
+    assert choose_rates(asked, outcomes) == {"lora": 2e-4, "moslora:kaiming": 4e-4}
+    by_task = settings(validation=["v"])
+    scored = {cell.name: Outcome(status="ok", validation={"v": losses[cell.rate]}) for cell in tuning_cells(by_task)}
+    assert set(choose_rates(by_task, scored).values()) == {1e-4}, "a score is the better the higher it is"
+    del outcomes[bad]
+    assert "lora" not in choose_rates(asked, outcomes), "its runs are not over"
+
+
+def test_arms_differ_in_what_their_names_say_and_nothing_else():
+    names = "lora,tsm,moslora:kaiming,dora,rslora,lora+,full,moslora:orthogonal@rank=16@alpha=32"
+    shared = Recipe.from_dict({"model": {"language": "x"}, "adapter": {"use_rslora": True, "dropout": 0.1}})
+    made = {arm.name: arm.apply(shared) for arm in parse_arms(names, shared)}
+    assert not made["lora"].adapter.mixer_trainable
+    assert made["lora"].adapter.mixer_init == "identity"
+    assert (made["tsm"].adapter.mixer_init, made["tsm"].adapter.mixer_trainable) == ("butterfly", False)
+    assert made["moslora:kaiming"].adapter.mixer_trainable
+    assert [name for name, one in made.items() if one.adapter.use_rslora] == ["rslora"]
+    assert [name for name, one in made.items() if one.adapter.use_dora] == ["dora"]
+    assert made["lora+"].optim.lora_plus_ratio == 16
+    assert made["full"].model.language_mode == "full"
+    last = made["moslora:orthogonal@rank=16@alpha=32"].adapter
+    assert (last.rank, last.alpha, last.dropout) == (16, 32.0, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arms", "lora,moslra:kaiming"], "Did you mean 'moslora:kaiming'"),
+        (["--arms", "lora"], "expected at least two"),
+        (["--arms", "lora,lora"], "given twice"),
+        (["--arms", "lora,lora@rnak=4"], "Did you mean 'rank'"),
+        (["--arms", "lora,moslora:kaiming@mixer_init=zeros"], "expected one of"),
+        (["--lr", "fast"], "expected numbers"),
+        (["--lr", "1e-4,-1"], "expected positive numbers"),
+        (["--lr", "1e-4,1e-4"], "twice"),
+        (["--seeds", "0"], "expected 1 or more"),
+        (["--tasks", ""], "No test task"),
+        (["--tasks", "gqa_testdv"], "Did you mean"),
+        (["--reference", "dora"], "is no arm"),
+        (["--lr", "1e-4,2e-4", "--validation", "SAME"], "chosen on what is reported"),
+        (["--gpus-per-run", "2"], "accelerator"),
+        (["--optim.lrr", "1"], "unknown key"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, recipe: Path, records: Path, tmp_path: Path, capsys):
+    line = command(recipe, records, tmp_path / "out", rates="1e-3")
+    task = line[line.index("--tasks") + 1]
+    for key, value in zip(arguments[::2], arguments[1::2], strict=True):
+        value = task if value == "SAME" else value
+        if key in line:
+            line[line.index(key) + 1] = value
+        else:
+            line += [key, value]
+    assert cli.run(line) == 1
+    assert re.search(re.escape(message), capsys.readouterr().err), capsys.readouterr().err
+
+
+def test_a_folder_of_another_comparison_or_version_is_refused(recipe: Path, records: Path, tmp_path: Path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    line = command(recipe, records, out, "--only-report")
+    assert cli.run(line) == 0  # claims the folder; nothing has run
+    assert "Nothing to compare yet" in capsys.readouterr().out
+    assert cli.run([*line, "--limit", "3"]) == 1
+    assert "compares with limit None" in capsys.readouterr().err
+    stored = json.loads((out / "comparison.json").read_text())
+    (out / "comparison.json").write_text(json.dumps(stored | {"format": 0}))
+    assert cli.run(line) == 1
+    assert "format 0, this version reads 1" in capsys.readouterr().err
+    (out / "results.json").write_text(json.dumps({"format": 9}))
+    with pytest.raises(ConfigError, match="format 9"):
+        write_page(out / "results.json", out / "report.html")
+
+
+@pytest.mark.slow
+def test_what_a_run_says_at_its_end_is_kept_beside_it(finished: Path):
+    place = finished / "runs" / "lora-targets=-nope_lr0.01_tune0"
+    assert read_outcome(place).status == "failed"
+    assert (place / "log.txt").is_file()
+    good = next(finished.glob("runs/full_*_seed0"))
+    assert "component" in (good / "log.txt").read_text(), "the run's own table is not in its log"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
+def test_the_page_loads_nothing_and_shows_every_part(finished: Path, tmp_path: Path):
+    page = finished / "report.html"
+    found = subprocess.run(
+        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+         "--disable-background-networking", "--disable-dev-shm-usage", "--enable-logging=stderr",
+         "--virtual-time-budget=2000",
+         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in found.stderr, found.stderr
+    assert found.stdout.count("<svg") == 3, "means, differences, learning rates"
+    for text in ("full@optim.max_grad_norm=0.5", "matches no module", "Most frequent answer", "mm-moslora"):
+        assert text in found.stdout
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', found.stdout)
+
+
+@pytest.mark.slow
+def test_the_same_command_only_reports_and_a_seed_can_be_added(finished: Path, recipe: Path, records: Path, capsys):
+    kept = {path: path.stat().st_mtime_ns for path in finished.glob("runs/full_*/outcome.json")}
+    line = command(recipe, records, finished, arms="full,full@optim.max_grad_norm=0.5")
+    assert cli.run(line) == 0
+    assert "4 runs with 2 new seeds" in capsys.readouterr().out
+    line[line.index("--seeds") + 1] = "3"
+    assert cli.run(line) == 0
+    results = json.loads((finished / "results.json").read_text())
+    assert [len(arm["seeds"]) for arm in results["arms"]] == [3, 3]
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}, "a finished run was run again"
