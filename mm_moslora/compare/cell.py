@@ -162,15 +162,13 @@ def _evaluate(job: Job, names: list[str]) -> Any:
     """Yield (name, task id, score by mode or baseline, folder) of every task."""
     if not names:
         return
-    from mm_moslora_eval.local import LocalModel
+    from mm_moslora_eval.open_model import open_model
     from mm_moslora_eval.runner import Settings as EvalSettings
     from mm_moslora_eval.suite import evaluate
 
-    from mm_moslora.training.engine import dtype_of, resolve_precision
     from mm_moslora.training.progress import Progress
 
-    dtype = dtype_of(resolve_precision(job.recipe.train.precision))
-    model = LocalModel.from_folder(job.place, dtype=dtype)
+    model = open_model(str(job.place), precision=job.recipe.train.precision)
     place = job.place / "eval"
     settings = EvalSettings(batch_size=job.settings.batch_size, limit=job.settings.limit, rank=0, world_size=1)
     try:

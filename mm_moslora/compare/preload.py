@@ -5,6 +5,7 @@ import logging
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 import mm_moslora_eval.local  # noqa: E402
+import mm_moslora_eval.open_model  # noqa: E402
 import mm_moslora_eval.suite  # noqa: E402, F401
 
 import mm_moslora.models.load  # noqa: E402
