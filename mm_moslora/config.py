@@ -107,6 +107,8 @@ class ModelConfig:
     """Replaces the chat template's default system prompt, in training and in every export; "" leaves it empty."""
     attention: str = "auto"
     """auto picks the fastest exact one for padding-free batches; or a transformers attention name."""
+    lean_layers: bool = True
+    """Let decoder layers of known families keep less for the backward pass; the numbers stay the same."""
 
     def __post_init__(self) -> None:
         _require(

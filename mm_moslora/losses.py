@@ -1,6 +1,6 @@
-"""Token-weighted cross entropy over supervised positions.
+"""Token-weighted cross entropy over supervised positions, without ever holding all their logits.
 
-Shapes: ``K`` supervised positions of a micro-batch, ``C`` vocabulary.
+Shapes: ``K`` supervised positions of a micro-batch, ``C`` vocabulary, ``D`` LLM width.
 
 The loss of an optimiser step is ``sum over supervised tokens / global count of supervised tokens``; it does not depend
 on how the step is split into ranks, micro-batches or packs.
@@ -8,8 +8,17 @@ on how the step is split into ranks, micro-batches or packs.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
+"""Largest block of fp32 logits. On a CPU small enough to stay near the cores."""
+SMALLEST_CHUNK = 64
+"""Positions; below that the matrix products lose speed."""
 
 
 def token_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -20,3 +29,79 @@ def token_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
         targets: int64 ``[K]``.
     """
     return cross_entropy(logits.float(), targets, reduction="sum")
+
+
+class LossHead(nn.Linear):
+    """A language-model head that can go on to the loss; the class that `use_loss_head` gives to a plain head."""
+
+    def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits ``[..., C]``; with targets ``[K]``, the sum of the cross entropies of ``input`` ``[K, D]`` instead.
+
+        The loss is part of the head's own call so that an engine that fetches weights per module (ZeRO-3) does it once,
+        however many chunks a rank has.
+        """
+        if targets is None:
+            return super().forward(input)
+        if torch.is_autocast_enabled(input.device.type):
+            return token_loss_sum(super().forward(input), targets)
+        return cast(Tensor, _ChunkedLoss.apply(input, self.weight, targets))
+
+
+def use_loss_head(model: PreTrainedModel) -> bool:
+    """Let the model's head compute the loss in chunks, in place; False where it is not a plain linear layer."""
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and head.bias is None and "forward" not in head.__dict__:
+        head.__class__ = LossHead
+    return isinstance(head, LossHead)
+
+
+def head_loss_sum(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross entropies of the head's logits, fp32 scalar.
+
+    Args:
+        model: its head is used.
+        hidden: ``[K, D]``.
+        targets: int64 ``[K]``.
+    """
+    head: Any = model.get_output_embeddings()
+    if isinstance(head, LossHead):
+        return cast(Tensor, head(hidden, targets))
+    return token_loss_sum(head(hidden), targets)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Gradients are taken while a chunk's logits are at hand: nothing of size ``K x C`` is kept or computed twice."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+        rows = max(SMALLEST_CHUNK, budget // (4 * weight.shape[0]))
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, hidden.shape[0], rows):
+            part = hidden[start : start + rows]
+            wanted = targets[start : start + rows, None]
+            logits = (part @ weight.t()).float()
+            norm = torch.logsumexp(logits, dim=-1, keepdim=True)
+            total += (norm - logits.gather(1, wanted)).sum()
+            if d_hidden is None and d_weight is None:
+                continue
+            pull = logits.sub_(norm).exp_()
+            pull.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=pull.dtype))
+            exact = pull.to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(exact, weight, out=d_hidden[start : start + rows])
+            if d_weight is not None:
+                d_weight.addmm_(exact.t().float(), part.float())
+        ctx.dtype = weight.dtype
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        # In fp32, for a loss scale (fp16) may not fit into the narrow dtype before it meets small gradients.
+        scaled = None if d_hidden is None else (d_hidden.float() * grad).to(d_hidden.dtype)
+        return scaled, None if d_weight is None else (d_weight * grad).to(ctx.dtype), None

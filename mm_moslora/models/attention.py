@@ -9,6 +9,7 @@ was measured 2.4 times faster on a CPU. On CUDA, flash-attention's variable-leng
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,6 +54,10 @@ def segment_attention(
     """
     assert attention_mask is None
     assert sum(segment_lengths) == query.shape[2], "segment lengths must sum to the row"
+    windowed = sliding_window is not None and max(segment_lengths) > sliding_window
+    if query.device.type == "cpu" and not (windowed or dropout) and query.requires_grad:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return _CpuSegments.apply(query, key, value, scale, segment_lengths), None
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     dtype = query.dtype
@@ -69,6 +74,72 @@ def segment_attention(
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype).contiguous(), None
+
+
+class _CpuSegments(torch.autograd.Function):
+    """Causal attention of every segment, keeping q, k, v and one output for all of them.
+
+    The same kernel as `scaled_dot_product_attention` on a CPU. Called there, every segment's output is kept beside the
+    concatenated one, and the repeated heads of grouped queries as well.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: tuple[int, ...]) -> Tensor:
+        _, heads, tokens, width = query.shape
+        output = query.new_empty(1, tokens, heads, width)
+        statistics = []
+        for q, k, v, o in _segments(lengths, query, key, value, output.transpose(1, 2)):
+            attended, logsumexp = _kernel(*_alike(q, k, v), 0.0, True, scale=scale)
+            o.copy_(attended)
+            statistics.append(logsumexp.transpose(1, 2).flatten())
+        ctx.scale, ctx.lengths = scale, lengths
+        ctx.save_for_backward(query, key, value, output, torch.cat(statistics))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, statistics = ctx.saved_tensors
+        gradients = [
+            torch.empty_like(tensor.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+            for tensor in (query, key, value)
+        ]
+        heads = query.shape[1]
+        rows = (output.transpose(1, 2), grad.transpose(1, 2))
+        parts = zip(
+            _segments(ctx.lengths, query, key, value, *rows, *gradients),
+            statistics.split([heads * length for length in ctx.lengths]),
+            strict=True,
+        )
+        for (q, k, v, o, pull, *found), logsumexp in parts:
+            wide = _alike(q, k, v, o, pull)
+            # The kernel's statistics are [1, H, T], stored as [1, T, H].
+            flat = logsumexp.view(1, q.shape[2], heads).transpose(1, 2)
+            exact = _kernel_backward(wide[4], *wide[:4], flat, 0.0, True, scale=ctx.scale)
+            for place, gradient in zip(found, exact, strict=True):
+                place.copy_(_summed(gradient, place.shape[1]))
+        return (*gradients, None, None)
+
+
+_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _segments(lengths: tuple[int, ...], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(tensor.split(lengths, dim=2) for tensor in tensors), strict=True)
+
+
+def _alike(query: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Heads repeated for grouped queries, and short segments in fp32 (see `SHORT`)."""
+    groups = query.shape[1] // key.shape[1]
+    tensors = (query, repeat_kv(key, groups), repeat_kv(value, groups), *others)
+    return tuple(tensor.float() for tensor in tensors) if query.shape[2] <= SHORT else tensors
+
+
+def _summed(gradient: Tensor, heads: int) -> Tensor:
+    """Gradients of repeated heads, added up."""
+    if gradient.shape[1] == heads:
+        return gradient
+    return gradient.unflatten(1, (heads, -1)).sum(2)
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:

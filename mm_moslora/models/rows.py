@@ -1,8 +1,7 @@
 """Padded rows: the forward pass of models that cannot take a padding-free batch (their positions, masks or visual
-features need one sample per row), with logits at supervised positions only.
+features need one sample per row), read at supervised positions only.
 
-Shapes: ``G`` samples, ``T`` longest sample, ``S`` tokens of the batch, ``K`` supervised positions, ``D`` width,
-``C`` vocabulary.
+Shapes: ``G`` samples, ``T`` longest sample, ``S`` tokens of the batch, ``K`` supervised positions, ``D`` width.
 
 The models are transformers' own and get what their processors would give them: ids, mask, image inputs, and one type
 per token where they ask for it (Qwen-VL derives its three-part positions from it, PaliGemma its prefix).
@@ -26,8 +25,8 @@ _ONE_IMAGE_LIST = {"idefics2", "idefics3", "smolvlm"}
 """Models whose pixels are ``[samples, pictures, ...]`` and are read in order: all pictures go into one sample."""
 
 
-def rows_logits(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None) -> Tensor:
-    """Logits at the supervised positions of a batch, each sample in a row of its own, padded on the right.
+def rows_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None) -> Tensor:
+    """What the head reads at the supervised positions, each sample in a row of its own, padded on the right.
 
     Args:
         model: an image-text-to-text model of transformers, with or without adapters inside.
@@ -36,7 +35,7 @@ def rows_logits(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = N
             zero, so that every rank takes part in the same collectives.
 
     Returns:
-        ``[K, C]``.
+        ``[K, D]``.
 
     Raises:
         ModelError: placeholders and images do not match.
@@ -55,10 +54,10 @@ def rows_logits(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = N
             raise
         raise ModelError(f"{error}. Records: {', '.join(batch.ids[:4])}.") from error
     flat = torch.cat([row[:length] for row, length in zip(hidden, batch.segment_lengths, strict=False)])
-    logits = model.get_output_embeddings()(flat[batch.target_positions])
+    chosen = flat[batch.target_positions]
     if len(rows) > len(batch.segment_lengths):
-        logits = logits + 0.0 * hidden[-1].sum().to(logits.dtype)
-    return logits
+        chosen = chosen + 0.0 * hidden[-1].sum()
+    return chosen
 
 
 def row_inputs(

@@ -27,8 +27,9 @@ from transformers.models.llava.modeling_llava import LlavaModel
 from mm_moslora.batch import Batch
 from mm_moslora.errors import ModelError
 from mm_moslora.models.attention import segment_arguments
+from mm_moslora.models.lean import TARGET_POSITIONS, drops_positions
 from mm_moslora.models.projector import ProjectorShape, projector_class
-from mm_moslora.models.rows import rows_logits
+from mm_moslora.models.rows import rows_hidden
 
 _PROJECTORS = ("multi_modal_projector.", "image_newline", ".connector.", ".merger.", ".deepstack_merger_list.")
 _TOWERS = ("vision_tower.", ".visual.", ".vision_model.", ".vision_embed_tokens.")
@@ -148,8 +149,8 @@ def _trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def supervised_logits(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None) -> Tensor:
-    """Logits at the supervised positions of a batch, and nowhere else.
+def supervised_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None) -> Tensor:
+    """What the head reads at the supervised positions of a padding-free batch.
 
     Args:
         model: causal language model or vision-language model, with or without adapters inside.
@@ -158,30 +159,46 @@ def supervised_logits(model: PreTrainedModel, batch: Batch, *, dummy: Batch | No
             weight of zero, so that every rank takes part in the same collectives.
 
     Returns:
-        ``[K, C]``.
+        ``[K, D]``.
 
     Raises:
         ModelError: placeholders and images do not match.
     """
     if takes_rows(model):
-        return rows_logits(model, batch, dummy=dummy)
-    arguments: dict[str, Any] = {"use_cache": False, "logits_to_keep": batch.target_positions}
+        return rows_hidden(model, batch, dummy=dummy)
+    arguments: dict[str, Any] = {"use_cache": False, "position_ids": batch.position_ids[None]}
     arguments |= segment_arguments(batch.segment_lengths, batch.input_ids.device)
-    arguments["position_ids"] = batch.position_ids[None]
-    input_ids = batch.input_ids[None]
-    if not is_multimodal(model):
-        return model(input_ids=input_ids, **arguments).logits[0]
-    embeddings = model.get_input_embeddings()(input_ids)
-    if batch.pixel_values is not None:
-        features = image_features(model, batch.pixel_values)
-        places = batch.input_ids == model.config.image_token_id
-        found, expected = int(places.sum()), features.shape[0] * features.shape[1]
-        if found != expected:
-            raise ModelError(
-                f"The batch holds {found} image placeholders, but its {features.shape[0]} images give {expected} "
-                f"visual tokens ({features.shape[1]} each). Records: {', '.join(batch.ids[:4])}."
-            )
-        embeddings = embeddings.masked_scatter(places[None, :, None], features.to(embeddings.dtype))
-    elif dummy is not None and dummy.pixel_values is not None:
-        embeddings = embeddings + 0.0 * image_features(model, dummy.pixel_values).sum().to(embeddings.dtype)
-    return model(inputs_embeds=embeddings, **arguments).logits[0]
+    trimmed = drops_positions(model)
+    if trimmed:
+        arguments[TARGET_POSITIONS] = batch.target_positions
+    if is_multimodal(model):
+        arguments["inputs_embeds"] = _embeddings(model, batch, dummy)
+    else:
+        arguments["input_ids"] = batch.input_ids[None]
+    hidden: Tensor = model.base_model(**arguments).last_hidden_state[0]
+    return hidden if trimmed else hidden[batch.target_positions]
+
+
+def _embeddings(model: PreTrainedModel, batch: Batch, dummy: Batch | None) -> Tensor:
+    """Word embeddings with the visual tokens in place, ``[1, S, D]``."""
+    embeddings: Tensor = model.get_input_embeddings()(batch.input_ids[None])
+    if batch.pixel_values is None:
+        if dummy is None or dummy.pixel_values is None:
+            return embeddings
+        return embeddings + 0.0 * image_features(model, dummy.pixel_values).sum().to(embeddings.dtype)
+    features = image_features(model, batch.pixel_values)
+    places = batch.input_ids == model.config.image_token_id
+    found, expected = int(places.sum()), features.shape[0] * features.shape[1]
+    if found != expected:
+        raise ModelError(
+            f"The batch holds {found} image placeholders, but its {features.shape[0]} images give {expected} "
+            f"visual tokens ({features.shape[1]} each). Records: {', '.join(batch.ids[:4])}."
+        )
+    return embeddings.masked_scatter(places[None, :, None], features.to(embeddings.dtype))
+
+
+def supervised_logits(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None) -> Tensor:
+    """Logits at the supervised positions, and nowhere else: ``[K, C]``; see `supervised_hidden`."""
+    head: Any = model.get_output_embeddings()
+    logits: Tensor = head(supervised_hidden(model, batch, dummy=dummy))
+    return logits

@@ -25,9 +25,9 @@ from mm_moslora import distributed
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import Precision, TrainConfig
 from mm_moslora.errors import ConfigError, TrainingError, suggestion
-from mm_moslora.losses import token_loss_sum
+from mm_moslora.losses import head_loss_sum
 from mm_moslora.models.vision import fp32_parameters
-from mm_moslora.models.vlm import supervised_logits
+from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.training.optim import ParameterGroup
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,7 +65,7 @@ class LossModule(nn.Module):
             needs_vision: some rank has images in this micro-batch, so every rank must run the vision path.
         """
         dummy = self.dummy.to(batch.input_ids.device) if self.dummy and needs_vision and not batch.images else None
-        return token_loss_sum(supervised_logits(self.model, batch, dummy=dummy), batch.targets)
+        return head_loss_sum(self.model, supervised_hidden(self.model, batch, dummy=dummy), batch.targets)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,9 +23,11 @@ from mm_moslora.config import Recipe
 from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.dataset import TrainingSet
 from mm_moslora.errors import CheckpointError, TrainingError
+from mm_moslora.losses import use_loss_head
 from mm_moslora.models.attention import set_attention, training_attention
 from mm_moslora.models.build import Assembly, assemble
 from mm_moslora.models.eyes import dummy_example
+from mm_moslora.models.lean import use_lean_layers
 from mm_moslora.models.processor import save_processor
 from mm_moslora.models.trainable import attach_adapters, component_of, component_table
 from mm_moslora.models.vlm import is_multimodal, takes_rows
@@ -115,6 +117,9 @@ def prepare(recipe: Recipe) -> Run:
     model = assembly.model.train()
     if not takes_rows(model):
         set_attention(model, training_attention(model, recipe.model.attention))
+    use_loss_head(model)
+    if recipe.model.lean_layers:
+        use_lean_layers(model)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     groups = parameter_groups(model, recipe.optim)

@@ -1,0 +1,163 @@
+"""Decoder layers that keep little for the backward pass, for families whose layers are known; the rest is untouched.
+
+Shapes: ``S`` tokens, ``K`` supervised positions, ``D`` LLM width, ``H`` heads, ``E`` head width.
+
+`use_lean_layers` changes the class of the layers, not their weights or names, so that saving, merging, generation and
+gradient checkpointing go on as before. A layer falls back to its own forward pass whenever a call is not plain training
+on a padding-free row: with a cache, without gradients, with trained base weights, quantised weights, adapter dropout,
+several adapters, or weights that ZeRO-3 has taken away.
+
+The last layer does one thing more: what follows its attention is computed at the supervised positions alone, since
+nothing reads the others. That is exact.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mm_moslora.adapters.layer import MoSLoRALinear
+from mm_moslora.models.lean_ops import AdaptedLinear, gated_mlp, normed_linears, rotate
+
+KNOWN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+"""Pre-norm layers with RMS norms, a gated MLP and rotary embedding in halves."""
+TARGET_POSITIONS = "target_positions"
+"""Keyword under which the supervised positions travel through the decoder to its last layer."""
+
+
+class LeanLayer(nn.Module):
+    """Mixed in before a known decoder layer's class; see the module's description."""
+
+    is_last: bool = False
+    """Whether the layer may drop positions that nothing reads."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``[1, S, D]``, or ``[1, K, D]`` from the last layer when the supervised positions are given."""
+        positions = kwargs.pop(TARGET_POSITIONS, None)
+        layer = cast(Any, self)
+        linears = None if args else _usable(layer, hidden_states, kwargs)
+        if linears is None:
+            output: Tensor = super().forward(hidden_states, *args, **kwargs)
+            return output[:, positions] if self.is_last and positions is not None else output
+        q, k, v, gate, up, down = linears
+        x = hidden_states[0]
+        norm = layer.input_layernorm
+        attended = _attention(layer.self_attn, normed_linears(x, norm.weight, norm.variance_epsilon, (q, k, v)), kwargs)
+        if self.is_last and positions is not None:
+            attended, x = attended[positions], x[positions]
+        x = x + layer.self_attn.o_proj(attended)
+        norm = layer.post_attention_layernorm
+        return gated_mlp(x, norm.weight, norm.variance_epsilon, gate, up, down)[None]
+
+
+def _attention(attention: Any, projected: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What stands between q, k, v and the output projection; ``[S, H * E]``."""
+    query, key, value = (tensor.view(tensor.shape[0], -1, attention.head_dim) for tensor in projected)
+    if hasattr(attention, "q_norm"):
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    cos, sin = kwargs["position_embeddings"]
+    query, key = rotate(query, cos[0], sin[0]), rotate(key, cos[0], sin[0])
+    function = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+    rest = {name: given for name, given in kwargs.items() if name not in ("position_embeddings", "use_cache", "cache")}
+    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+    attended, _ = function(
+        attention,
+        *(tensor.transpose(0, 1)[None] for tensor in (query, key, value)),
+        rest.pop("attention_mask", None),
+        dropout=attention.attention_dropout if attention.training else 0.0,
+        scaling=attention.scaling,
+        sliding_window=window,
+        **rest,
+    )
+    return attended.reshape(projected[0].shape[0], -1)
+
+
+def _usable(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> list[AdaptedLinear] | None:
+    """q, k, v, gate, up and down as tensors (the output projection runs as a module), or None: fall back."""
+    if not (torch.is_grad_enabled() and layer.training) or torch.compiler.is_compiling() or hidden.shape[0] != 1:
+        return None
+    embeddings = kwargs.get("position_embeddings")
+    if kwargs.get("cache") is not None or embeddings is None or embeddings[0].ndim != 3 or embeddings[0].shape[0] != 1:
+        return None
+    if torch.is_autocast_enabled(hidden.device.type):
+        return None
+    attention, mlp = layer.self_attn, layer.mlp
+    if attention.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS:
+        return None
+    norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
+    if any(w.requires_grad or w.dtype != hidden.dtype or hasattr(w, "ds_id") for w in norms):
+        return None
+    modules = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    found = [as_tensors(module, hidden) for module in modules]
+    return None if any(item is None for item in found) else cast(list[AdaptedLinear], found)
+
+
+def as_tensors(module: nn.Module, x: Tensor) -> AdaptedLinear | None:
+    """A linear layer as tensors where their product is all that the module would compute.
+
+    Args:
+        module: `nn.Linear`, or one of ours around it.
+        x: its input, for dtype and device.
+    """
+    if isinstance(module, MoSLoRALinear):
+        name = module._fusable_adapter(x)
+        if name is None:
+            return None
+        dropout = module.lora_dropout[name]
+        if module.training and isinstance(dropout, nn.Dropout) and dropout.p:
+            return None
+        base, factors = cast(nn.Linear, module.base_layer), module.factors(name)
+        M, B = factors.M, factors.B
+        if module.shared_products and name in module.shared_products:
+            B, M = module.shared_products[name].leaf, None
+        return AdaptedLinear(base.weight, base.bias, factors.A, M, B, factors.scaling)
+    plain = type(module) is nn.Linear and "forward" not in module.__dict__ and type(module.weight) is nn.Parameter
+    if not plain or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return None
+    weight = cast(nn.Linear, module).weight
+    if weight.requires_grad or hasattr(weight, "ds_id") or weight.dtype != x.dtype:
+        return None
+    return AdaptedLinear(weight, cast(nn.Linear, module).bias)
+
+
+def use_lean_layers(model: PreTrainedModel) -> int:
+    """Make the decoder layers of a model lean, in place.
+
+    Args:
+        model: causal language model or VLM, adapters inside or not yet.
+
+    Returns:
+        How many layers changed; 0 where the family is unknown.
+    """
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None:
+        return 0
+    changed = 0
+    for layer in layers:
+        kind = type(layer)
+        if kind.__name__ in KNOWN and getattr(layer.mlp, "act_fn", None).__class__.__name__ in (
+            "SiLUActivation",
+            "SiLU",
+        ):
+            layer.__class__ = _lean_class(kind)
+            changed += 1
+    if changed:
+        last = layers[len(layers) - 1]
+        last.is_last = isinstance(last, LeanLayer)
+    return changed
+
+
+@cache
+def _lean_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Lean{kind.__name__}", (LeanLayer, kind), {"__module__": __name__})
+
+
+def drops_positions(model: PreTrainedModel) -> bool:
+    """Whether the model's last layer returns the supervised positions alone when it is given them."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    return layers is not None and len(layers) > 0 and bool(getattr(layers[len(layers) - 1], "is_last", False))

@@ -1,0 +1,252 @@
+#!/usr/bin/env python
+"""What a training step costs: ours against Hugging Face's Llava with PEFT's LoRA and the authors' mixer.
+
+    python scripts/bench/train.py            table for people
+    python scripts/bench/train.py --json     one object on stdout
+    python scripts/bench/train.py --quick    3 rounds, the large vocabulary only
+
+The model is that of `yardstick.py` (CLIP 6 x 256 at 224 pixels, Llama 512 x 6, rank 16, four conversations of 304 to
+512 tokens). A step is a forward and a backward pass. All contenders have the same weights and samples and run in turn
+in one process, in an order that rotates from round to round; one thread, process CPU time; every figure is the median
+of the ratios of single rounds. Losses and fp32 gradients are compared before anything is timed. Saved bytes are
+counted.
+
+Contenders:
+    hf          padded batch, all logits, PEFT's default adapters (fp32 under a bf16 base)
+    best hf     the same, scoring supervised positions alone, adapters in the dtype of the base
+    ours        the step of `mm-moslora train`
+
+Useful MFU: the FLOPs that the step needs (no padding, supervised positions at the head, and behind the last attention,
+no gradient of frozen weights, no recomputation; a multiply-add is two) over its time, over the speed of the fastest of
+the step's own matrix products, measured in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import peft
+import torch
+import transformers
+import yardstick
+from yardstick import Contender
+
+import mm_moslora
+from mm_moslora.data.sampler import deal, plan_epoch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+VOCABULARIES = (32_000, 4_000)
+TARGETS = {
+    "step_speedup_vs_hf_fp32": 2.3, "step_speedup_vs_hf_bf16": 2.7, "step_speedup_vs_best_hf": 1.5,
+    "saved_activation_ratio": 0.35, "useful_mfu_fp32": 0.80, "useful_mfu_bf16": 0.60, "padding_efficiency": 0.97,
+}  # fmt: skip
+PRODUCTS = ((1584, 512, 1408), (1584, 1408, 512), (1584, 512, 512), (1024, 1024, 1024))
+"""Rows, inner and columns of the matrix products whose fastest is the peak."""
+
+
+class Product:
+    """A bare matrix product, timed like a contender."""
+
+    def __init__(self, rows: int, inner: int, columns: int, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        self.left, self.right = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
+        self.flops = 2 * rows * inner * columns
+
+    def step(self) -> None:
+        """One product with a transposed right side, as a linear layer does it."""
+        self.left @ self.right.t()
+
+
+def interleaved(steps: dict[str, Any], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of every contender in every round."""
+    for contender in steps.values():
+        contender.step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for turn in range(rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = time.process_time()
+            steps[name].step()
+            times[name].append(time.process_time() - start)
+    return times
+
+
+def ratio(times: dict[str, list[float]], name: str, against: str) -> float:
+    """Median over the rounds of one contender's time over another's."""
+    return statistics.median(one / other for one, other in zip(times[name], times[against], strict=True))
+
+
+def needed_flops(vocabulary: int) -> float:
+    """FLOPs that a step on the yardstick cannot do without; see the module's description."""
+    width, inner, layers, rank = 512, 1408, 6, yardstick.RANK
+    tokens, supervised = sum(yardstick.LENGTHS), sum(yardstick.SUPERVISED)
+    pairs = sum(length * (length + 1) // 2 for length in yardstick.LENGTHS)
+    attention_in, rest = 3 * width * width, width * width + 3 * width * inner
+    adapters_in, adapters_rest = 3 * rank * 2 * width, rank * (2 * width + 3 * (width + inner))
+    per_token = 4 * attention_in + 6 * adapters_in
+    behind = 4 * rest + 6 * adapters_rest
+    decoder = layers * tokens * per_token + ((layers - 1) * tokens + supervised) * behind
+    scores = layers * pairs * width * 2 * (2 + 4)
+    head = 4 * vocabulary * width * supervised
+    pictures, patches, vision = len(yardstick.LENGTHS), yardstick.IMAGE_TOKENS + 1, 256
+    blocks = 5  # features come from the last but one
+    tower = pictures * patches * (blocks * (2 * 12 * vision * vision + 4 * patches * vision) + 2 * 3 * 14 * 14 * vision)
+    projector = pictures * yardstick.IMAGE_TOKENS * (4 * vision * width + 6 * width * width)
+    return float(decoder + scores + head + tower + projector)
+
+
+def check_equal(contenders: dict[str, Contender], name: str) -> dict[str, float]:
+    """Relative differences from the peer: of the loss, and in fp32 the worst of any gradient.
+
+    Raises:
+        SystemExit: they are not the same computation.
+    """
+    losses = {kind: float(contender.forward().detach()) for kind, contender in contenders.items()}
+    found = {"loss_difference": abs(losses["ours"] - losses["hf"]) / losses["hf"]}
+    limit = 1e-5 if name == "fp32" else 5e-3
+    if name == "fp32":
+        theirs, mine = contenders["hf"].gradients(), contenders["ours"].gradients()
+        if theirs.keys() != mine.keys():
+            raise SystemExit(f"other gradients than the peer's: {sorted(theirs.keys() ^ mine.keys())[:4]}")
+        found["gradient_difference"] = max(float((mine[k] - g).norm() / g.norm()) for k, g in theirs.items())
+    if max(found.values()) > limit:
+        raise SystemExit(f"not the peer's numbers ({name}): {found}, expected at most {limit}")
+    return found
+
+
+def step_rows(rounds: int, vocabularies: tuple[int, ...], *, extras: bool) -> Iterator[dict[str, Any]]:
+    """One row for each dtype and vocabulary."""
+    for vocabulary in vocabularies:
+        for name, dtype in DTYPES.items():
+            contenders = {
+                "hf": yardstick.peer(vocabulary, dtype),
+                "best hf": yardstick.peer(vocabulary, dtype, supervised_only=True, wide_adapters=False),
+                "ours": yardstick.ours(vocabulary, dtype),
+            }
+            if extras and vocabulary == VOCABULARIES[0]:
+                contenders["stock layers"] = yardstick.ours(vocabulary, dtype, lean=False)
+            equal = check_equal(contenders, name)
+            saved = {kind: yardstick.saved_bytes(contender) / 2**20 for kind, contender in contenders.items()}
+            products = {f"product {shape}": Product(*shape, dtype) for shape in PRODUCTS}
+            times = interleaved(contenders | products, rounds)
+            peak = max(product.flops / statistics.median(times[key]) for key, product in products.items())
+            others = [kind for kind in contenders if kind != "ours"]
+            yield {
+                "case": "step", "dtype": name, "vocabulary": vocabulary, **equal,
+                "speedup_vs": {kind: ratio(times, kind, "ours") for kind in others},
+                "cpu_seconds": {kind: statistics.median(times[kind]) for kind in contenders},
+                "saved_mib": saved, "saved_ratio": saved["ours"] / saved["hf"],
+                "gemm_peak_gflops": peak / 1e9,
+                "useful_mfu": {
+                    kind: needed_flops(vocabulary) / statistics.median(times[kind]) / peak for kind in contenders
+                },
+            }  # fmt: skip
+
+
+def padding_row(*, samples: int = 66_500, ranks: int = 8, per_rank: int = 16) -> dict[str, Any]:
+    """Share of computed tokens that are real, on lengths like those of LLaVA's 665k mix, ranks in lock-step.
+
+    A rank that waits for a longer one counts as padding. The text lengths are assumed (log-normal, mean 297, at most
+    1,472); the share of text-only samples (6.1 %) is the mix's.
+    """
+    rng = random.Random(0)
+    has_image = [rng.random() > 0.061 for _ in range(samples)]
+    lengths = [min(1472, max(20, int(rng.lognormvariate(5.45, 0.7)))) + 576 * image for image in has_image]
+    whole = ranks * per_rank
+    ours = plan_epoch(lengths, has_image, seed=0, epoch=0, global_batch=whole)
+    dealt = [deal(step, lengths, world_size=ranks, micro_batch=per_rank) for step in ours]
+    spent = sum(ranks * max(sum(lengths[i] for i in rank[0]) for rank in step) for step in dealt)
+    shares = {"ours": sum(lengths) / spent}
+    for name, order in (("random, padded", "random"), ("LLaVA's grouping, padded", "grouped")):
+        spent = 0
+        for step in plan_epoch(lengths, has_image, seed=0, epoch=0, global_batch=whole, order=order):
+            members = sorted(step, key=lambda i: -lengths[i]) if order == "grouped" else step
+            for start in range(0, len(members), whole):
+                spent += whole * max(lengths[i] for i in members[start : start + whole])
+        shares[name] = sum(lengths) / spent
+    return {"case": "padding", "samples": samples, "ranks": ranks, "per_rank": per_rank, "useful_share": shares}
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The stable keys; the slower dtype decides the speed-up over the best peer."""
+    large = {row["dtype"]: row for row in rows if row.get("vocabulary") == VOCABULARIES[0]}
+    return {
+        "step_speedup_vs_hf_fp32": large["fp32"]["speedup_vs"]["hf"],
+        "step_speedup_vs_hf_bf16": large["bf16"]["speedup_vs"]["hf"],
+        "step_speedup_vs_best_hf": min(row["speedup_vs"]["best hf"] for row in large.values()),
+        "saved_activation_ratio": large["bf16"]["saved_ratio"],
+        "useful_mfu_fp32": large["fp32"]["useful_mfu"]["ours"],
+        "useful_mfu_bf16": large["bf16"]["useful_mfu"]["ours"],
+        "padding_efficiency": next(row["useful_share"]["ours"] for row in rows if row["case"] == "padding"),
+    }
+
+
+def show(rows: list[dict[str, Any]], summary: dict[str, float]) -> None:
+    """A table for people."""
+    print(f"{'vocabulary':>10} dtype {'contender':14} {'ours faster by':>14} {'saved MiB':>10} {'useful MFU':>10}")
+    for row in rows:
+        for kind in row.get("cpu_seconds", ()):
+            speedup = row["speedup_vs"].get(kind, 1.0)
+            print(
+                f"{row['vocabulary']:10,} {row['dtype']:5} {kind:14} {speedup:14.2f} {row['saved_mib'][kind]:10.0f} "
+                f"{row['useful_mfu'][kind]:10.2f}"
+            )
+        if row["case"] == "padding":
+            for kind, share in row["useful_share"].items():
+                print(f"useful tokens, {row['ranks']} ranks x {row['per_rank']}: {kind:26} {share:.3f}")
+    for key, value in summary.items():
+        sign = "<=" if key == "saved_activation_ratio" else ">="
+        print(f"{key:28} {value:6.3f}   target {sign} {TARGETS[key]}")
+
+
+def hardware() -> str:
+    """Processor's name, threads used."""
+    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as stream:
+        names = [line.partition(":")[2].strip() for line in stream if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, 1 thread"
+
+
+def main() -> int:
+    """Measure, then print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--quick", action="store_true", help="the large vocabulary only, 3 rounds")
+    parser.add_argument("--rounds", type=int, default=0, help="rounds per case (default 5, with --quick 3)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    rows: list[dict[str, Any]] = [padding_row()]
+    vocabularies = VOCABULARIES[:1] if options.quick else VOCABULARIES
+    for row in step_rows(options.rounds or (3 if options.quick else 5), vocabularies, extras=not options.quick):
+        rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    summary = summarise(rows)
+    if not options.json:
+        show(rows, summary)
+        return 0
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    result = {
+        "benchmark": "train", "hardware": hardware(), "date": datetime.now(UTC).date().isoformat(),
+        "versions": versions | {"mm_moslora": mm_moslora.__version__, "python": platform.python_version()},
+        "rows": rows, "summary": summary,
+    }  # fmt: skip
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""The yardstick of the training benchmark: one small LLaVA, four conversations, and the contenders on them.
+
+Shapes: ``G`` conversations, ``T`` longest of them, ``S`` tokens of all, ``K`` supervised positions, ``C`` vocabulary.
+
+Every contender gets the same weights (the adapters' B is not zero, so that the update counts) and the same samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+
+from mm_moslora import adapters
+from mm_moslora.batch import Batch, Example
+from mm_moslora.losses import use_loss_head
+from mm_moslora.models.attention import set_attention, training_attention
+from mm_moslora.models.lean import use_lean_layers
+from mm_moslora.training.engine import LossModule
+
+RANK, ALPHA = 16, 32
+LENGTHS = (304, 352, 416, 512)
+"""Tokens per conversation, 256 visual ones included: 1,584 of all, 2,048 when padded."""
+SUPERVISED = (20, 40, 63, 100)
+"""Supervised tokens at the end of each conversation: 223 of all."""
+IMAGE_TOKENS = 256
+LANGUAGE = "model.language_model"
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+Step = Callable[[], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One way to run a training step."""
+
+    model: PreTrainedModel
+    forward: Callable[[], Tensor]
+    """The loss, mean per supervised token."""
+
+    def step(self) -> Tensor:
+        """Forward and backward pass; gradients are dropped."""
+        loss = self.forward()
+        loss.backward()
+        self.model.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradients of A, M, B and of the projector, under one set of names, fp32."""
+        self.model.zero_grad(set_to_none=True)
+        self.forward().backward()
+        found = {_plain(name): p.grad.float() for name, p in self.model.named_parameters() if p.grad is not None}
+        self.model.zero_grad(set_to_none=True)
+        return found
+
+
+def _plain(name: str) -> str:
+    """`...lora_B.default.0.weight` (a mixer of the peer) and `...lora_mixer.default.weight` (ours) are one name."""
+    name = name.removeprefix("base_model.model.")
+    return name.replace("lora_B.default.0.", "lora_mixer.default.").replace("lora_B.default.1.", "lora_B.default.")
+
+
+def base(vocabulary: int, dtype: torch.dtype, *, layers: int = 6, width: int = 512) -> LlavaForConditionalGeneration:
+    """CLIP 6 x 256 at 224 pixels, Llama `layers` x `width`; equal weights at every call."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, image_size=224,
+        patch_size=14,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers,
+        num_attention_heads=width // 64, num_key_value_heads=width // 64, tie_word_embeddings=False,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=vocabulary - 1, image_seq_length=IMAGE_TOKENS,
+        vision_feature_layer=-2, vision_feature_select_strategy="default",
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config).to(dtype)
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    return model.train()
+
+
+def examples(vocabulary: int) -> list[Example]:
+    """One picture and one answer each."""
+    torch.manual_seed(1)
+    found = []
+    for number, (length, count) in enumerate(zip(LENGTHS, SUPERVISED, strict=True)):
+        ids = torch.randint(3, vocabulary - 1, (length,))
+        ids[4 : 4 + IMAGE_TOKENS] = vocabulary - 1
+        supervised = torch.zeros(length, dtype=torch.bool)
+        supervised[-count:] = True
+        pixels = torch.randn(1, 3, 224, 224)
+        found.append(Example(id=str(number), input_ids=ids, supervised=supervised, pixel_values=pixels))
+    return found
+
+
+def factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """A, M and B for every adapted layer by path, fp32; equal at every call."""
+    generator = torch.Generator().manual_seed(2)
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and path.startswith(LANGUAGE):
+            A = torch.randn(RANK, module.in_features, generator=generator) / module.in_features**0.5
+            M = torch.linalg.qr(torch.randn(RANK, RANK, generator=generator)).Q
+            B = torch.randn(module.out_features, RANK, generator=generator) * 0.02
+            found[path] = (A, M, B)
+    return found
+
+
+def padded(items: list[Example]) -> dict[str, Tensor]:
+    """What a Hugging Face collator makes: ``[G, T]`` ids, labels and mask, padded on the right."""
+    length = max(item.length for item in items)
+    ids, labels, mask = (torch.zeros(len(items), length, dtype=torch.long) for _ in range(3))
+    labels.fill_(-100)
+    for row, item in enumerate(items):
+        ids[row, : item.length] = item.input_ids
+        labels[row, : item.length] = torch.where(item.supervised, item.input_ids, -100)
+        mask[row, : item.length] = 1
+    pixels = torch.cat([item.pixel_values for item in items if item.pixel_values is not None])
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask, "pixel_values": pixels}
+
+
+def peer(
+    vocabulary: int,
+    dtype: torch.dtype,
+    *,
+    supervised_only: bool = False,
+    wide_adapters: bool = True,
+    dropout: float = 0.0,
+) -> Contender:
+    """Hugging Face's Llava with PEFT's LoRA and the authors' mixer ``B(M(A x))``, padded.
+
+    Args:
+        vocabulary: C.
+        dtype: of the base.
+        supervised_only: score the supervised positions instead of all.
+        wide_adapters: PEFT's default, adapters in fp32 under a base in bf16; else in the base's dtype.
+        dropout: of the adapters.
+    """
+    model = base(vocabulary, dtype)
+    known = factors(model)
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=list(known), init_lora_weights=True
+    )
+    wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=wide_adapters)
+    model.model.multi_modal_projector.requires_grad_(True)
+    with torch.no_grad():
+        for path, (A, M, B) in known.items():
+            layer: Any = model.get_submodule(path)
+            assert isinstance(layer, lora.Linear)
+            mixer = nn.Linear(RANK, RANK, bias=False).to(layer.lora_A["default"].weight.dtype)
+            layer.lora_A["default"].weight.copy_(A)
+            mixer.weight.copy_(M)
+            layer.lora_B["default"].weight.copy_(B)
+            layer.lora_B["default"] = nn.Sequential(mixer, layer.lora_B["default"])
+    given = padded(examples(vocabulary))
+    given["pixel_values"] = given["pixel_values"].to(dtype)
+
+    def all_positions() -> Tensor:
+        return wrapped(**given, use_cache=False).loss
+
+    def supervised() -> Tensor:
+        inputs = {name: value for name, value in given.items() if name != "labels"}
+        hidden = model.model(**inputs, use_cache=False).last_hidden_state
+        labels = F.pad(given["labels"], (0, 1), value=-100)[:, 1:]
+        chosen = labels != -100
+        return F.cross_entropy(model.lm_head(hidden[chosen]).float(), labels[chosen])
+
+    return Contender(model=model, forward=supervised if supervised_only else all_positions)
+
+
+def ours(vocabulary: int, dtype: torch.dtype, *, lean: bool = True) -> Contender:
+    """The step that `mm-moslora train` runs."""
+    model = base(vocabulary, dtype)
+    known = factors(model)
+    config = adapters.MoSLoRAConfig(r=RANK, lora_alpha=ALPHA, task_type="CAUSAL_LM")
+    adapters.add_moslora(model, config, component=LANGUAGE, autocast_adapter_dtype=False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    with torch.no_grad():
+        for path, given in known.items():
+            layer: Any = model.get_submodule(path)
+            for part, value in zip((layer.lora_A, layer.lora_mixer, layer.lora_B), given, strict=True):
+                part["default"].weight.copy_(value)
+    set_attention(model, training_attention(model))
+    if lean:
+        use_lean_layers(model)
+    use_loss_head(model)
+    module = LossModule(model, None)
+    batch = Batch.from_examples(examples(vocabulary))
+    return Contender(model=model, forward=lambda: module(batch, True) / batch.supervised_tokens)
+
+
+def saved_bytes(contender: Contender) -> int:
+    """Bytes kept for the backward pass, every storage once, weights left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in contender.model.parameters()}
+    seen: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            seen[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = contender.forward()
+    total = sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+    del loss
+    return total
