@@ -103,6 +103,10 @@ class ModelConfig:
     """Ignored when there is no vision encoder."""
     image_aspect: Literal["pad", "resize", "crop"] = "pad"
     """pad to a square with the mean colour (LLaVA-1.5), resize regardless of aspect, or resize and centre-crop."""
+    chat_template: str | None = None
+    """LLaVA's plain, v1, llama_2, llama_3, chatml, mistral, gemma or phi3; None: the tokenizer's own."""
+    faithful: bool = False
+    """With chat_template: the token ids of LLaVA's own code where that is sound, instead of the tokenizer's."""
     system_prompt: str | None = None
     """Replaces the chat template's default system prompt, in training and in every export; "" leaves it empty."""
     attention: str = "auto"
@@ -125,6 +129,10 @@ class ModelConfig:
             (self.language_mode == "last_n") == (self.language_last_n > 0),
             f"model: language_mode is {self.language_mode!r} and language_last_n is {self.language_last_n}; "
             "set language_last_n >= 1 exactly for language_mode last_n.",
+        )
+        _require(
+            not self.faithful or self.chat_template is not None,
+            "model.faithful is set; it means LLaVA's token ids, so set model.chat_template to one of LLaVA's.",
         )
 
 

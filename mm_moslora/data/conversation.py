@@ -20,9 +20,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mm_moslora.chat_templates import notes_of
 from mm_moslora.data.faults import Code
 from mm_moslora.data.parts import PartsTemplate
-from mm_moslora.data.records import Turn
+from mm_moslora.data.records import IMAGE, Turn
 from mm_moslora.data.template import PLAIN_TEMPLATE, Slot, Template
 from mm_moslora.data.tokens import Piece, Tokens
 from mm_moslora.errors import ConfigError, DataError
@@ -101,6 +102,7 @@ class Encoder:
         self.template = Template(tokenizer) if processor is None else PartsTemplate(processor)
         probe = self.template.plan(_PROBE)
         self.tokens = Tokens(tokenizer, structural=[slot.before for slot in probe.slots[:3]] + [probe.tail])
+        self.notes = notes_of(str(self.template.source))
         # Models whose tokenizer adds BOS were trained with it; LLaVA and the stock processor put it there, too.
         self._bos = self.template.missing_bos()
 
@@ -212,10 +214,14 @@ class Encoder:
             ids = list(grown.pictures[grown.images])
         grown.add(ids, supervised=False)
         grown.images += 1
-        grown.context = self.tokens.text_of(ids[-1]) if ids else ""
+        # LLaVA tokenises what follows a picture as a text of its own.
+        grown.context = self.tokens.text_of(ids[-1]) if ids and not self.notes.faithful else ""
 
     def _with_system(self, turns: Sequence[Turn]) -> tuple[list[Turn], int]:
         """The turns with the system prompt, and how many turns that added."""
+        if self.notes.name == "plain":  # captions are learnt from pictures alone
+            spoken = [turn for turn in turns if turn.role != "system"]
+            return [_pictures_alone(turn) for turn in spoken], len(spoken) - len(turns)
         own = turns[0].role == "system"
         if not own and (self.system_prompt is None or not (self.system_prompt or self.template.has_default_system)):
             return list(turns), 0
@@ -250,6 +256,9 @@ class Encoder:
         if ending is not None:
             grown.context = ending[0]
             return
+        if end and self.notes.faithful:
+            grown.context = ""
+            return
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise ConfigError("The chat template ends no answer and the tokenizer has no end-of-sequence token.")
@@ -265,12 +274,22 @@ class Encoder:
         return self.tokens.encode_behind(answer)  # the first characters of the answer merge with the prompt's last
 
     def _end_of_turn(self, behind: str, tail: str) -> str:
-        """Scaffold behind an answer up to the special token that ends it; empty when the template has none."""
+        """Scaffold behind an answer that ends it: up to a special token, or the text that ends every answer.
+
+        Empty when the template has neither.
+        """
         last = self.tokens.first_special(tail)
         here = self.tokens.first_special(behind)
-        if last is None or here is None or here[0] != last[0]:
+        if last is not None and here is not None and here[0] == last[0]:
+            return behind[: here.end()]
+        if last is not None or not self.notes.name or not behind.startswith(tail):
             return ""
-        return behind[: here.end()]
+        return tail.rstrip() or tail
+
+
+def _pictures_alone(turn: Turn) -> Turn:
+    """A question without its text."""
+    return Turn(role="user", text=IMAGE * turn.images) if turn.role == "user" else turn
 
 
 def _encoded(grown: _Growing) -> Encoded:

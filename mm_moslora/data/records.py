@@ -236,7 +236,7 @@ def _image_first(text: str) -> str:
 
     Half of LLaVA's instruction data has it at the end; chat and evaluation show it first.
     """
-    if text.count(IMAGE) != 1 or text.startswith(IMAGE):
+    if text.count(IMAGE) != 1:
         return text
     rest = text.replace(IMAGE, "").strip()
     return f"{IMAGE}\n{rest}" if rest else IMAGE

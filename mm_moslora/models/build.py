@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from mm_moslora.batch import Eyes
+from mm_moslora.chat_templates import set_chat_template
 from mm_moslora.config import ModelConfig, VisionConfig
 from mm_moslora.errors import ModelError
 from mm_moslora.models.eyes import ProcessorEyes, SquareEyes
@@ -88,6 +89,7 @@ def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Asse
         return _assemble_ready(config, dtype=dtype)
     assert config.language is not None
     language, tokenizer = load_language(config.language, config.language_revision, dtype=dtype)
+    set_chat_template(tokenizer, config.chat_template, faithful=config.faithful)
     set_system_prompt(tokenizer, config.system_prompt)
     base = {"language": config.language, "language_revision": config.language_revision}
     if config.vision is None:
@@ -271,6 +273,7 @@ def text_and_images(config: ModelConfig) -> TextAndImages:
         language = AutoConfig.from_pretrained(config.language, revision=config.language_revision)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model.language is {config.language!r}, which does not load: {error}") from error
+    set_chat_template(tokenizer, config.chat_template, faithful=config.faithful)
     set_system_prompt(tokenizer, config.system_prompt)
     if config.vision is None:
         return TextAndImages(tokenizer=tokenizer)
