@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from mm_moslora import __version__, cli_compare, cli_serve
+from mm_moslora import __version__, cli_compare, cli_launch, cli_serve
 from mm_moslora.cli_eval import eval_app, quiet_libraries
 from mm_moslora.config import load_recipe, override_items
 from mm_moslora.errors import MoSLoRAError
@@ -29,6 +29,7 @@ data_app = App(name="data", help="Look at training data before the run.")
 app.command(data_app)
 app.command(eval_app)
 cli_serve.register(app)
+cli_launch.register(app)
 adapters_app = App(name="adapters", help="Look into adapter folders.")
 app.command(adapters_app)
 cli_compare.register(app)
@@ -101,10 +102,13 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
     """
     resolved = _recipe(recipe, overrides)
     quiet_libraries()
+    from mm_moslora_eval.in_training import measure
+
     from mm_moslora import distributed
     from mm_moslora.training.loop import train as run_training
 
-    result = run_training(resolved, resume=resume, stop_at=stop_at)
+    tasks = measure if resolved.validate.tasks else None
+    result = run_training(resolved, resume=resume, stop_at=stop_at, measure=tasks)
     if not distributed.is_main():
         return 0 if not result.stopped_by else EXIT_REQUEUE
     print(f"Checkpoint: {result.checkpoint} (step {result.step} of {result.total_steps})")

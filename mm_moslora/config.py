@@ -308,20 +308,30 @@ class TrainConfig:
     """auto: bf16 where the hardware computes it fast, else fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the language model's backward pass."""
+    vision_gradient_checkpointing: bool = False
+    """Recompute activations in the vision encoder's backward pass; pays only when the encoder trains."""
     seed: int = 0
     """Seeds initialisation, data order and dropout."""
     save_every: int = 0
     """Optimiser steps between checkpoints; 0: only the last."""
     keep_last: int = 2
     """Checkpoints to keep; older ones go once a newer one is verified. 0 keeps all."""
+    keep_every: int = 0
+    """Also keep the checkpoints whose step is a multiple of this; 0: none."""
+    background_save: bool = True
+    """Write checkpoints while training goes on, from a copy in main memory."""
+    rehearsal: bool = True
+    """Before the first step: a self-test of the engine, the largest micro-batch, and a checkpoint on trial."""
     validate_every: int = 0
-    """Optimiser steps between validation losses; 0: only at the end."""
+    """Optimiser steps between validations; 0: only at the end."""
     log_every: int = 1
     """Optimiser steps between metric records."""
     max_skipped_steps: int = 5
     """Stop after this many steps in a row with a loss or gradient that is not finite."""
     timeout_minutes: float = 30.0
-    """Limit of a collective operation between ranks."""
+    """Limit of a collective operation between ranks, of the first step, and of a save or a validation."""
+    step_timeout_minutes: float = 10.0
+    """Limit of one optimiser step after the first; a rank that hangs is named, with its stacks, and the run ends."""
 
     def __post_init__(self) -> None:
         _at_least("train.global_batch", self.global_batch, 1)
@@ -333,6 +343,39 @@ class TrainConfig:
         )
         _require(self.steps is None or self.steps >= 1, f"train.steps is {self.steps}, expected 1 or more.")
         _require(self.epochs > 0, f"train.epochs is {self.epochs}, expected more than 0.")
+        for name in ("timeout_minutes", "step_timeout_minutes"):
+            _require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, expected more than 0.")
+        for name in ("keep_last", "keep_every", "save_every", "validate_every"):
+            _at_least(f"train.{name}", getattr(self, name), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateConfig:
+    """What is measured during the run, every `train.validate_every` steps, besides the held-out loss."""
+
+    samples: int = 0
+    """Held-out records (data.validation) whose answers are written out, with their pictures."""
+    sample_tokens: int = 64
+    """Longest written-out answer, tokens."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of the evaluation harness; each gives metrics named `eval/TASK/METRIC`."""
+    task_limit: int = 64
+    """Documents per task; 0: all."""
+    best: str | None = None
+    """Metric that names the best checkpoint, which is kept: validation_loss, or eval/TASK/METRIC."""
+    best_is: Literal["auto", "lowest", "highest"] = "auto"
+    """auto: lowest for losses and perplexities, highest for all others."""
+    patience: int = 0
+    """Stop after this many validations in a row without a better `best`; 0: never."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "task_limit", "patience"):
+            _at_least(f"validate.{name}", getattr(self, name), 0)
+        _at_least("validate.sample_tokens", self.sample_tokens, 1)
+        _require(
+            self.patience == 0 or self.best is not None,
+            f"validate.patience is {self.patience}, but validate.best names no metric. Set it: validation_loss.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,6 +403,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def to_dict(self) -> dict[str, Any]:

@@ -43,6 +43,34 @@ process_count() {
   fi
 }
 
+# Reads an option of several hosts or of restarts, which is two words.
+NNODES=1 RDZV="" RDZV_ID=mm-moslora LOCAL_ADDR="" MAX_RESTARTS=0
+elastic_option() {
+  case "$1" in
+    --nnodes) NNODES=${2:?--nnodes needs a number} ;;
+    --rdzv) RDZV=${2:?--rdzv needs HOST:PORT} ;;
+    --rdzv-id) RDZV_ID=${2:?--rdzv-id needs a word} ;;
+    --local-addr) LOCAL_ADDR=${2:?--local-addr needs an address} ;;
+    --max-restarts) MAX_RESTARTS=${2:?--max-restarts needs a number} ;;
+  esac
+}
+
+# Leaves torchrun's own arguments in the array ELASTIC.
+elastic_arguments() {
+  # --standalone picks a free port, so that several runs fit on one machine.
+  ELASTIC=(--standalone)
+  if [ "$NNODES" != 1 ]; then
+    [ -n "$RDZV" ] || fail "--nnodes $NNODES needs --rdzv HOST:PORT, the same on every host"
+    ELASTIC=(--nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$RDZV" --rdzv_id "$RDZV_ID")
+  fi
+  if [ -n "$LOCAL_ADDR" ]; then
+    ELASTIC+=(--local_addr "$LOCAL_ADDR")
+  fi
+  if [ "$MAX_RESTARTS" != 0 ]; then
+    ELASTIC+=(--max_restarts "$MAX_RESTARTS")
+  fi
+}
+
 # Prints the resolved recipe of "$@" on stderr and leaves its run folder in $RUN_FOLDER.
 show_recipe() {
   local resolved recipe=()

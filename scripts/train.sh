@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains a recipe on all GPUs of this machine (or on the CPU) with torchrun.
+# Trains a recipe on all GPUs of this machine (or on the CPU), or of several, with torchrun.
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
   cat <<'TEXT'
-Usage: scripts/train.sh [--dry-run] RECIPE [OVERRIDES...]
+Usage: scripts/train.sh [OPTIONS] RECIPE [OVERRIDES...]
 
 Trains RECIPE (a YAML file or the name of a preset) with one process per GPU, or one process on the CPU.
 Everything after RECIPE is passed on to `mm-moslora train`.
@@ -14,13 +14,24 @@ Everything after RECIPE is passed on to `mm-moslora train`.
   scripts/train.sh llava15_7b_moslora --optim.lr 1e-4 --train.output runs/first
   NPROC=2 scripts/train.sh my.yaml --train.zero zero2
 
+On several hosts, run the same command on each; they meet at HOST:PORT, which one of them must own, and share the run
+folder:
+
+  scripts/train.sh --nnodes 2 --rdzv node-1:29400 llava15_7b_moslora --train.zero zero3
+
 Options
-  --dry-run   print the resolved recipe and the command, and start nothing
-  --help      this text
+  --nnodes N         hosts (default 1)
+  --rdzv HOST:PORT   where they meet
+  --rdzv-id WORD     tells runs apart that meet at the same place (default mm-moslora)
+  --local-addr ADDR  this host's address, where its name leads elsewhere
+  --max-restarts N   when a rank dies or hangs, start all again from the newest checkpoint, N times at most (default 0)
+  --dry-run          print the resolved recipe and the command, and start nothing
+  --help             this text
 
 Environment
   NPROC       processes on this machine (default: number of GPUs, else 1)
   PYTHON      Python to use (default: .venv/bin/python of the checkout, else python3)
+  GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME   network interface between hosts, where the default is the wrong one
   TORCH_ELASTIC_SHUTDOWN_TIMEOUT   seconds to save in after SIGTERM (default 300)
 
 Exit codes: 0 finished, 75 stopped on request and saved (run the same command again), anything else failed.
@@ -32,6 +43,7 @@ while [ $# -gt 0 ]; do
   case "$1" in
     -h | --help) usage; exit 0 ;;
     --dry-run) dry_run=true; shift ;;
+    --nnodes | --rdzv | --rdzv-id | --local-addr | --max-restarts) elastic_option "$@"; shift 2 ;;
     -*) fail "unknown option $1 before RECIPE; see --help" ;;
     *) break ;;
   esac
@@ -41,8 +53,10 @@ done
 find_python
 run_environment
 show_recipe "$@"
-# --standalone picks a free port, so that several runs fit on one machine.
-command=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$(process_count)" -m mm_moslora train "$@")
+elastic_arguments
+command=(
+  "$PYTHON" -m torch.distributed.run "${ELASTIC[@]}" --nproc_per_node "$(process_count)" -m mm_moslora train "$@"
+)
 printf '# %q' "${command[0]}" >&2
 printf ' %q' "${command[@]:1}" >&2
 echo >&2

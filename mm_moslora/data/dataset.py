@@ -205,11 +205,11 @@ class TrainingSet:
         """
         record = self.record(index)
         if self.eyes is not None and not self.eyes.fixed:
-            seen = self._see(record, len(record.images))
+            seen = self.see(record, len(record.images))
             encoded = self.encode(record, [picture.placeholders for picture in seen])
         else:
             encoded = self.encoded(index, record)
-            seen = self._see(record, encoded.images)
+            seen = self.see(record, encoded.images)
         return Example.of(
             id=record.id,
             input_ids=encoded.input_ids,
@@ -217,8 +217,12 @@ class TrainingSet:
             seen=seen[: encoded.images],
         )
 
-    def _see(self, record: Record, count: int) -> list[Seen]:
-        """The first pictures of a record."""
+    def see(self, record: Record, count: int) -> list[Seen]:
+        """The first pictures of a record, ready for the model.
+
+        Raises:
+            RecordError: a picture cannot be used.
+        """
         if self.eyes is None or not count:
             return []
         images = []

@@ -192,6 +192,22 @@ class _Endless(torch.utils.data.Sampler[list[int]]):
         return self.numbers
 
 
+def largest_batch(data: TrainingSet, micro_batch: int) -> Batch:
+    """A micro-batch of the longest examples, with pictures if any example has some: what needs the most memory."""
+    order = sorted(data.usable, key=lambda number: (data.lengths[number], data.has_image[number]), reverse=True)
+    with_image = next((number for number in order if data.has_image[number]), order[0])
+    chosen = order[:micro_batch]
+    if with_image not in chosen:
+        chosen[-1] = with_image
+    examples = []
+    for number in chosen:
+        try:
+            examples.append(data.load(number))
+        except RecordError:  # found and counted when its turn comes
+            continue
+    return Batch.from_examples(examples or [_empty(data)])
+
+
 def _empty(data: TrainingSet) -> Example:
     """One token without supervision."""
     token = data.encoder.tokenizer.eos_token_id or 0

@@ -20,7 +20,7 @@ from mm_moslora_eval.task import Decoding, Task
 
 from mm_moslora.models.load import load
 from mm_moslora.quickstart.datasets import DatasetFiles
-from mm_moslora.training.checkpoint import write_json
+from mm_moslora.training.disk import replace_json
 from mm_moslora.training.engine import dtype_of, resolve_precision
 from mm_moslora.training.progress import Progress
 
@@ -60,8 +60,8 @@ def evaluate_all(folder: Path, data: DatasetFiles, *, name: str) -> list[dict[st
         found = _evaluate(folder, run, system, task, modes, _training_answers(data.train))
         results |= {(system, result.mode): result for result in found}
     rows = [_row(*_ROWS[key], results[key]) for key in _ROWS]
-    write_json(folder / "samples.json", _samples(folder, task, data))
-    write_json(written, rows)
+    replace_json(folder / "samples.json", _samples(folder, task, data))
+    replace_json(written, rows)
     return rows
 
 

@@ -25,7 +25,7 @@ from mm_moslora.quickstart import assets
 from mm_moslora.quickstart.datasets import DatasetFiles, build_easy_vqa
 from mm_moslora.quickstart.evaluation import evaluate_all, table
 from mm_moslora.quickstart.stamp_data import build_stamps
-from mm_moslora.training.checkpoint import write_json
+from mm_moslora.training.disk import replace_json
 from mm_moslora.training.progress import format_seconds
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class _Stage:
         # A stage that finds its result only reads it back; that is not what it took.
         if spent > self.clock.seconds.get(self.name, 0) / 4:
             self.clock.seconds[self.name] = self.clock.seconds.get(self.name, 0) + spent
-            write_json(self.clock.path, self.clock.seconds)
+            replace_json(self.clock.path, self.clock.seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +257,7 @@ def _export(folder: Path) -> dict[str, Any]:
         "stock": result.stock,
         "max_logit_difference": result.max_logit_difference,
     }
-    write_json(note, facts)
+    replace_json(note, facts)
     return facts
 
 
@@ -275,7 +275,7 @@ def _summarise(
 
     tune = json.loads((folder / "tune" / "summary.json").read_text())
     adapter: AdapterConfig = load_recipe("quickstart_tune").adapter
-    write_json(
+    replace_json(
         folder / "summary.json",
         tune
         | {

@@ -1,8 +1,7 @@
-"""Checkpoints: complete, atomic, verified.
+"""Checkpoints on disk: which there are, whether they are whole, which may go.
 
-All ranks write into a temporary folder; success is agreed on; rank 0 writes the manifest with a sha256 of every file,
-syncs, and renames the folder into place. A folder without a valid manifest does not count, whatever it is called.
-`latest` is a hint for people; the newest folder with a valid manifest is the truth.
+A folder without a valid manifest, which holds a sha256 of every file, does not count, whatever it is called. `latest`
+is a hint for people; the newest folder with a valid manifest is the truth. `mm_moslora.training.commit` writes them.
 """
 
 from __future__ import annotations
@@ -10,20 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mm_moslora import __version__, distributed
+from mm_moslora import __version__
 from mm_moslora.errors import CheckpointError
+from mm_moslora.training import disk
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Version of the manifest."""
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d{6,})$")
@@ -50,7 +48,13 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the file."""
-        return {"format": FORMAT, "version": __version__} | vars(self)
+        content = json.loads(json.dumps({"format": FORMAT, "version": __version__} | vars(self), default=str))
+        return content | {"checksum": _checksum(content)}
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def folder_name(step: int) -> str:
@@ -58,101 +62,10 @@ def folder_name(step: int) -> str:
     return f"checkpoint-{step:06d}"
 
 
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
     """Committed checkpoints of a run as (step, folder), oldest first. Nothing is verified."""
     found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _NAME.match(path.name))]
     return sorted(found)
-
-
-def commit(
-    run: Path,
-    step: int,
-    *,
-    write: Callable[[Path], None],
-    describe: Callable[[dict[str, dict[str, Any]]], Manifest],
-) -> Path:
-    """Write one checkpoint, atomically.
-
-    Args:
-        run: the run folder, shared by all ranks.
-        step: optimiser steps done.
-        write: called on every rank with the temporary folder; each rank writes its own files.
-        describe: called on rank 0 with the files' sizes and hashes; gives the manifest.
-
-    Raises:
-        CheckpointError: this rank could not write; nothing was committed and the previous checkpoint is untouched.
-        DistributedError: another rank could not write.
-    """
-    final, temporary = run / folder_name(step), run / f".tmp-{folder_name(step)}"
-    failure: Exception | None = None
-    if distributed.is_main():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    distributed.barrier()
-    try:
-        write(temporary)
-    except (OSError, RuntimeError, ValueError) as error:
-        failure = CheckpointError(
-            f"The checkpoint of step {step} could not be written to {temporary} ({error}). Free bytes there: "
-            f"{_free_bytes(run)}. Earlier checkpoints are untouched."
-        )
-    try:
-        distributed.agree(failure, what=f"Writing the checkpoint of step {step}")
-        if distributed.is_main():
-            _seal(temporary, final, describe)
-    except Exception:
-        if distributed.is_main():
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    distributed.barrier()
-    return final
-
-
-def _free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
-
-
-def _seal(temporary: Path, final: Path, describe: Callable[[dict[str, dict[str, Any]]], Manifest]) -> None:
-    files = {}
-    for path in sorted(item for item in temporary.rglob("*") if item.is_file()):
-        _sync(path)
-        files[path.relative_to(temporary).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    write_json(temporary / MANIFEST, describe(files).to_json())
-    _sync(temporary)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    _sync(final.parent)
-    write_text(final.parent / "latest", final.name)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file so that a reader sees the old or the new one, never a half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Replace a JSON file; see `write_text`."""
-    write_text(path, json.dumps(data, indent=1, sort_keys=False, default=str))
 
 
 def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
@@ -168,17 +81,22 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
     path = folder / MANIFEST
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+        damage = None if isinstance(data, dict) and "format" in data else "it is no manifest"
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} has no {MANIFEST}, so it is no complete checkpoint. Choose another checkpoint folder."
         ) from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Choose an earlier checkpoint.") from error
-    if data.get("format") != FORMAT:
+        damage = str(error)
+    if damage is not None:
+        raise CheckpointError(f"{path} is damaged ({damage}). Choose an earlier checkpoint.")
+    if data["format"] != FORMAT:
         raise CheckpointError(
             f"{path} has format {data.get('format')!r}, this version reads {FORMAT}. "
             f"It was written by mm_moslora {data.get('version')}; use that version."
         )
+    if data.get("checksum") != _checksum(data):
+        raise CheckpointError(f"{path} was altered: its checksum differs. Choose an earlier checkpoint.")
     manifest = Manifest(**{key: data[key] for key in Manifest.__dataclass_fields__})
     for name, expected in manifest.files.items():
         _check_file(folder / name, expected, verify=verify)
@@ -194,7 +112,7 @@ def _check_file(path: Path, expected: Mapping[str, Any], *, verify: bool) -> Non
             f"{path} has {size} bytes, the manifest says {expected['bytes']}. It was cut or replaced; "
             "choose an earlier checkpoint."
         )
-    if verify and sha256_of(path) != expected["sha256"]:
+    if verify and disk.sha256_of(path) != expected["sha256"]:
         raise CheckpointError(
             f"{path} was altered: its sha256 differs from the manifest. Choose an earlier checkpoint."
         )
@@ -216,8 +134,8 @@ def newest_valid(run: Path) -> tuple[Path, Manifest] | None:
         try:
             return folder, read_manifest(folder)
         except CheckpointError as error:
-            aside = folder.with_name(f"{folder.name}.corrupt")
-            folder.rename(aside)
+            aside = unused(folder.with_name(f"{folder.name}.corrupt"))
+            disk.rename(folder, aside)
             logger.warning("Passed over a damaged checkpoint, now %s: %s", aside.name, error)
     if found:
         raise CheckpointError(
@@ -226,37 +144,97 @@ def newest_valid(run: Path) -> tuple[Path, Manifest] | None:
     return None
 
 
-def remove_old(run: Path, *, keep_last: int) -> None:
-    """Delete all but the newest checkpoints, after verifying that the newest is whole.
+def unused(path: Path) -> Path:
+    """The path, with a number behind it where something has that name already."""
+    number = 0
+    while (candidate := path.with_name(f"{path.name}{number or ''}")).exists():
+        number += 1
+    return candidate
 
-    Args:
-        run: the run folder.
-        keep_last: how many to keep; 0 keeps all.
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which checkpoints to keep."""
+
+    last: int = 2
+    """The newest ones; 0 keeps all."""
+    every: int = 0
+    """Also those whose step is a multiple of this; 0: none."""
+    best: str | None = None
+    """Also this one, by name."""
+
+    def superfluous(self, found: Sequence[tuple[int, Path]]) -> list[Path]:
+        """Those that may go, of all there are, oldest first."""
+        if self.last < 1:
+            return []
+        return [
+            folder
+            for step, folder in found[: -self.last]
+            if not (self.every and step % self.every == 0) and folder.name != self.best
+        ]
+
+
+def remove_old(run: Path, retention: Retention) -> None:
+    """Delete what need not be kept, oldest first, once the newest checkpoint has been read back and is whole.
+
+    Raises:
+        CheckpointError: the newest is damaged; nothing was deleted.
     """
     found = checkpoints(run)
-    if keep_last < 1 or len(found) <= keep_last:
-        return
-    read_manifest(found[-1][1], verify=False)
-    for _, folder in found[:-keep_last]:
+    superfluous = retention.superfluous(found)
+    if superfluous:
+        read_manifest(found[-1][1])
+    for folder in superfluous:
         trash = folder.with_name(f".trash-{folder.name}")
-        folder.rename(trash)
-        shutil.rmtree(trash, ignore_errors=True)
+        disk.remove(trash)
+        disk.rename(folder, trash)
+        disk.remove(trash)
 
 
 # Keys of a recipe that may differ between a run and its continuation without changing what is computed.
-_FREE_KEYS = ("name", "track", "train.output", "train.save_every", "train.keep_last", "train.validate_every",
-              "train.log_every", "train.timeout_minutes", "data.workers",
-              "data.validation")  # fmt: skip
+_FREE_KEYS = (
+    "name", "track", "validate", "data.validation", "data.workers",
+    *(f"train.{key}" for key in (
+        "output", "save_every", "keep_last", "keep_every", "validate_every", "log_every", "timeout_minutes",
+        "step_timeout_minutes", "rehearsal", "background_save",
+    )),
+)  # fmt: skip
+# Keys that change the order of summation only: a continuation gives the same numbers to rounding.
+_ROUNDING_KEYS = (
+    "train.zero",
+    "train.micro_batch",
+    "train.gradient_checkpointing",
+    "model.attention",
+    "model.lean_layers",
+)
 
 
-def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Dotted recipe keys that differ and change what is computed, as `key: old -> new`."""
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """How a recipe differs from the one that a checkpoint was written with, as `key: old -> new`."""
+
+    other_run: tuple[str, ...]
+    """Keys that change what is computed."""
+    rounding: tuple[str, ...]
+    """Keys that change the order of summation only."""
+
+
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> Changes:
+    """Compare two resolved recipes."""
     old, new = _flatten(before), _flatten(after)
-    return [
-        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+    changed = {
+        key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not any(key == free or key.startswith(f"{free}.") for free in _FREE_KEYS)
-    ]
+        if old.get(key) != new.get(key) and not _is_below(key, _FREE_KEYS)
+    }
+    return Changes(
+        other_run=tuple(text for key, text in changed.items() if not _is_below(key, _ROUNDING_KEYS)),
+        rounding=tuple(text for key, text in changed.items() if _is_below(key, _ROUNDING_KEYS)),
+    )
+
+
+def _is_below(key: str, prefixes: Sequence[str]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def _flatten(data: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,28 +7,33 @@ same numbers on either, and for every split into ranks and micro-batches.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mm_moslora import distributed
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import Precision, TrainConfig
+from mm_moslora.doctor import extensions_folder, stale_locks
 from mm_moslora.errors import ConfigError, TrainingError, suggestion
 from mm_moslora.losses import head_loss_sum
 from mm_moslora.models.vision import fp32_parameters
 from mm_moslora.models.vlm import supervised_hidden
+from mm_moslora.training import zero_state
 from mm_moslora.training.optim import ParameterGroup
+from mm_moslora.training.state import MOMENTS, HostState, Piece, StoredState, adam_state
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -84,6 +89,8 @@ class StepResult:
     """Over all ranks, visual tokens included."""
     images: int
     """Over all ranks."""
+    rescaling: bool = False
+    """A skipped step that only means that fp16's loss scale was still too large; it has been lowered."""
 
 
 class Engine(ABC):
@@ -93,6 +100,8 @@ class Engine(ABC):
         self.module = module
         self.groups = list(groups)
         self.device = distributed.device()
+        self.lockstep = False
+        """Whether all ranks must run the same forward passes, generation included: ZeRO-3 gathers weights in them."""
 
     def step(self, micro_batches: Sequence[Batch], lr_factor: float) -> StepResult:
         """One optimiser step.
@@ -108,6 +117,7 @@ class Engine(ABC):
             *(float(batch.images > 0) for batch in micro_batches),
         ]
         supervised, tokens, images, *with_images = distributed.sum_over_ranks(counts)
+        self._begin_step(with_images)
         total = 0.0
         scale = distributed.world_size() / max(1.0, supervised)
         for index, batch in enumerate(micro_batches):
@@ -116,11 +126,25 @@ class Engine(ABC):
             total += float(loss.detach())
             self._backward(loss * scale, last=last)
         (total,) = distributed.sum_over_ranks([total])
-        applied, norm = self._update(lr_factor, finite=math.isfinite(total))
+        finite = math.isfinite(total)
+        applied, norm = self._update(lr_factor, finite=finite)
         return StepResult(
             loss=total / max(1.0, supervised), grad_norm=norm, applied=applied,
             supervised_tokens=int(supervised), tokens=int(tokens), images=int(images),
+            rescaling=finite and not applied and self.loss_scale > 1,
         )  # fmt: skip
+
+    def _begin_step(self, with_images: list[float]) -> None:  # noqa: B027  (most engines need nothing)
+        """Prepare for a step.
+
+        Args:
+            with_images: ranks with pictures, per micro-batch; may be changed to have the vision path run there.
+        """
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor on the loss before the backward pass (fp16), else 1."""
+        return 1.0
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, float]:
@@ -150,12 +174,30 @@ class Engine(ABC):
         """Full fp32 values of every trainable parameter by name, on the CPU, the same on every rank."""
 
     @abstractmethod
-    def save_state(self, folder: Path) -> None:
-        """Write optimiser state; every rank calls it and writes its own part."""
+    def pieces(self) -> list[Piece]:
+        """The optimiser state that this rank holds, as views; see `mm_moslora.training.state`."""
 
     @abstractmethod
-    def load_state(self, folder: Path) -> None:
-        """Read what `save_state` wrote, on the same number of ranks."""
+    def refresh(self, stored: StoredState) -> None:
+        """Take over masters that were just written into `pieces`."""
+
+    def copy_state(self) -> HostState:
+        """This rank's share of the optimiser state, copied to main memory."""
+        return HostState.copy_of(self.pieces(), scaler={})
+
+    def load_state(self, folders: Sequence[Path]) -> None:
+        """Read what any number of ranks on any ZeRO stage wrote.
+
+        Args:
+            folders: of every rank that wrote.
+        """
+        with StoredState(folders) as stored:
+            stored.fill(self.pieces())
+            self.refresh(stored)
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """A context in which every rank holds all weights whole."""
+        return nullcontext()
 
     def close(self) -> None:  # noqa: B027  (most engines hold nothing)
         """Free what the engine holds outside the module."""
@@ -197,6 +239,9 @@ class TorchEngine(Engine):
 
     def _update(self, lr_factor: float, *, finite: bool) -> tuple[bool, float]:
         masters = [master for group in self.masters for master in group]
+        for master in masters:
+            if master.grad is None:  # as with ZeRO, a projector without pictures still moves by its momentum
+                master.grad = torch.zeros_like(master)
         norm = float(nn.utils.clip_grad_norm_(masters, self.settings.max_grad_norm or math.inf))
         applied = finite and math.isfinite(norm)
         if applied:
@@ -222,37 +267,23 @@ class TorchEngine(Engine):
         masters = [master for group in self.masters for master in group]
         return {name: master.detach().cpu().clone() for name, master in zip(names, masters, strict=True)}
 
-    def save_state(self, folder: Path) -> None:
-        """Masters and both moments of Adam, as safetensors."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"master.{name}": value for name, value in self.trainable_state().items()}
-        steps: dict[str, float] = {}
+    def pieces(self) -> list[Piece]:
+        """See `Engine.pieces`."""
         masters = [master for group in self.masters for master in group]
+        pieces = []
         for (name, _), master in zip(self._named_trainable(), masters, strict=True):
-            state = self.optimizer.state.get(master, {})
-            for key, value in state.items():
-                if key == "step":
-                    steps[name] = float(value)
-                else:
-                    tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
-        save_file(tensors, folder / "optimizer.safetensors")
-        (folder / "optimizer.json").write_text(json.dumps({"steps": steps}), encoding="utf-8")
+            state = adam_state(self.optimizer, master)
+            moments = {kind: state[kind].view(-1) for kind in MOMENTS}
+            pieces.append(
+                Piece(name=name, start=0, master=master.detach().view(-1), moments=moments, step=state["step"])
+            )
+        return pieces
 
-    def load_state(self, folder: Path) -> None:
-        """See `Engine.load_state`."""
-        tensors = load_file(folder / "optimizer.safetensors")
-        steps = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))["steps"]
-        masters = [master for group in self.masters for master in group]
-        with torch.no_grad():
-            for (name, parameter), master in zip(self._named_trainable(), masters, strict=True):
-                master.copy_(tensors[f"master.{name}"])
-                parameter.copy_(master)
-                if name in steps:
-                    self.optimizer.state[master] = {
-                        "step": torch.tensor(steps[name]),
-                        "exp_avg": tensors[f"exp_avg.{name}"].to(master.device),
-                        "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(master.device),
-                    }
+    @torch.no_grad()
+    def refresh(self, stored: StoredState) -> None:
+        """See `Engine.refresh`."""
+        for master, parameter in self._pairs():
+            parameter.copy_(master)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,8 +311,6 @@ class OptimizerSettings:
 class DeepSpeedEngine(Engine):
     """DeepSpeed ZeRO, any stage."""
 
-    STATE_TAG = "state"
-
     def __init__(
         self,
         module: LossModule,
@@ -293,6 +322,7 @@ class DeepSpeedEngine(Engine):
         import deepspeed
 
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
+        self.lockstep = self.stage == 3
         self.max_grad_norm = optimizer.max_grad_norm
         adamw = optimizer.adamw(groups, [group.parameters for group in groups])
         precise = [(p, p.detach().clone()) for p in fp32_parameters(module) if not p.requires_grad]
@@ -318,6 +348,12 @@ class DeepSpeedEngine(Engine):
             for master, weight in zip(masters, weights, strict=True):
                 master.copy_(weight)
 
+    def _begin_step(self, with_images: list[float]) -> None:
+        zero_state.clear_gradients(self.engine, self.stage)
+        if zero_state.offloads(self.engine, self.stage) and any(with_images):
+            # Only what the last micro-batch uses is handed to the optimiser, so it must use the vision path, too.
+            with_images[-1] = max(1.0, with_images[-1])
+
     def _forward(self, batch: Batch, needs_vision: bool, *, last: bool) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(last)
         return self.engine(batch, needs_vision)
@@ -330,8 +366,9 @@ class DeepSpeedEngine(Engine):
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def _update(self, lr_factor: float, *, finite: bool) -> tuple[bool, float]:
-        own_norm = self._gradient_norm() if self.stage == 0 else None
-        if own_norm is not None and not (finite and math.isfinite(own_norm)):
+        own_norm = self._gradient_norm() / self.loss_scale if self.stage == 0 else None
+        rescales = bool(zero_state.read_scaler(self.engine))  # fp16: must see the overflow to lower its scale
+        if own_norm is not None and not rescales and not (finite and math.isfinite(own_norm)):
             # Stages 1 to 3 skip a step whose gradients are not finite by themselves; stage 0 would apply it.
             self.engine.zero_grad()
             self.engine.optimizer.zero_grad()
@@ -342,6 +379,11 @@ class DeepSpeedEngine(Engine):
         norm = own_norm if own_norm is not None else self.engine.get_global_grad_norm()
         return bool(self.engine.was_step_applied()), math.nan if norm is None else float(norm)
 
+    @property
+    def loss_scale(self) -> float:
+        """See `Engine.loss_scale`."""
+        return zero_state.scale_of(self.engine)
+
     def _gradient_norm(self) -> float:
         """Stage 0: gradients are whole and already averaged on every rank, and deepspeed does not tell their norm."""
         squares = [float(p.grad.float().pow(2).sum()) for _, p in self._named_trainable() if p.grad is not None]
@@ -349,11 +391,9 @@ class DeepSpeedEngine(Engine):
 
     def trainable_state(self) -> dict[str, Tensor]:
         """See `Engine.trainable_state`; gathers the fp32 masters from all ranks."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
         state = {}
         for name, parameter in self._named_trainable():
-            value = safe_get_full_fp32_param(parameter)
+            value = zero_state.whole_master(self.engine, self.stage, parameter)
             value = parameter.data if value is None else value
             if value.numel() == 0:
                 raise TrainingError(
@@ -364,15 +404,29 @@ class DeepSpeedEngine(Engine):
             state[name] = value.detach().float().cpu().reshape(shape).clone()
         return state
 
-    def save_state(self, folder: Path) -> None:
-        """DeepSpeed's own files; the commit around them is ours, so `latest` is never written."""
-        self.engine.save_checkpoint(str(folder), tag=self.STATE_TAG, save_latest=False, exclude_frozen_parameters=True)
+    def pieces(self) -> list[Piece]:
+        """See `Engine.pieces`."""
+        return zero_state.zero_pieces(self.engine, self.stage, self._named_trainable())
 
-    def load_state(self, folder: Path) -> None:
-        """See `Engine.load_state`. Frozen weights are not in the file, so the module part is not strict."""
-        path, _ = self.engine.load_checkpoint(str(folder), tag=self.STATE_TAG, load_module_strict=False)
-        if path is None:
-            raise TrainingError(f"DeepSpeed found no state in {folder}, expected a folder named {self.STATE_TAG!r}.")
+    def copy_state(self) -> HostState:
+        """See `Engine.copy_state`; at stage 0, where all ranks hold the same, each copies every n-th parameter."""
+        pieces = self.pieces()
+        if self.stage == 0:
+            pieces = pieces[distributed.rank() :: distributed.world_size()]
+        return HostState.copy_of(pieces, scaler=zero_state.read_scaler(self.engine))
+
+    def refresh(self, stored: StoredState) -> None:
+        """See `Engine.refresh`."""
+        zero_state.refresh_weights(self.engine, self.stage, self._named_trainable(), stored)
+        zero_state.write_scaler(self.engine, stored.scaler)
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """See `Engine.gathered`."""
+        if self.stage < 3:
+            return nullcontext()
+        from deepspeed.zero import GatheredParameters
+
+        return GatheredParameters(list(self.module.parameters()))
 
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers."""
@@ -443,12 +497,25 @@ def prepare_deepspeed() -> None:
     os.environ.setdefault("LOCAL_RANK", str(distributed.local_rank()))  # deepspeed insists on it
     import deepspeed.ops
 
+    _warn_of_stale_locks()
     if os.environ["DS_ACCELERATOR"] == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     import deepspeed.comm as comm
 
     with ExitStack():
         comm.init_distributed(dist_backend=None, verbose=False)
+
+
+def _warn_of_stale_locks() -> None:
+    """A build that was killed leaves a lock; whoever needs the same operator then waits for it without a word."""
+    folder = extensions_folder(os.environ)
+    locks = stale_locks(folder) if folder.is_dir() and distributed.local_rank() == 0 else []
+    if locks:
+        logger.warning(
+            "A killed build left %s. If an operator must be built, this run will wait for ever; when nothing is being "
+            "built now: rm %s",
+            ", ".join(map(str, locks)), " ".join(map(str, locks)),
+        )  # fmt: skip
 
 
 def build_engine(
@@ -469,6 +536,11 @@ def build_engine(
         optimizer: AdamW's settings.
     """
     if train.zero == "none":
+        if precision == "fp16":
+            raise ConfigError(
+                "train.precision is fp16, whose loss must be scaled; plain torch (train.zero none) does not do that. "
+                "Choose bf16 or fp32, or zero0 to zero3."
+            )
         return TorchEngine(module, groups, optimizer)
     try:
         prepare_deepspeed()

@@ -6,6 +6,8 @@ import logging
 import math
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +15,31 @@ from typing import Any
 import torch
 
 from mm_moslora import distributed
+from mm_moslora.batch import Batch
 from mm_moslora.config import Recipe
 from mm_moslora.data.loader import BatchLoader
-from mm_moslora.errors import DivergedError
+from mm_moslora.errors import CheckpointError, DistributedError, DivergedError, MoSLoRAError
 from mm_moslora.models.trainable import component_table
 from mm_moslora.tracking import Trackers, build_trackers
-from mm_moslora.training import checkpoint
+from mm_moslora.training import checkpoint, disk
 from mm_moslora.training import run as runs
+from mm_moslora.training.commit import Saver
 from mm_moslora.training.engine import StepResult
 from mm_moslora.training.mixers import mixer_matrices, write_mixers
 from mm_moslora.training.optim import lr_factor
 from mm_moslora.training.progress import Progress
+from mm_moslora.training.rehearsal import rehearse
+from mm_moslora.training.resume import find_resume, restore
+from mm_moslora.training.saving import snapshot
 from mm_moslora.training.signals import StopRequest
+from mm_moslora.training.spikes import SPIKE, SpikeScore
+from mm_moslora.training.validation import Best, Measure, Validator
+from mm_moslora.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+
+MAX_FAILED_SAVES = 3
+"""Saves in a row that may fail before the run stops: training on without checkpoints risks too much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,44 +54,63 @@ class TrainResult:
     """Optimiser steps of the whole run."""
     stopped_by: int
     """The signal that stopped it early, 0 for none."""
+    stopped_early: bool = False
+    """Whether it stopped because validations got no better."""
 
     @property
     def finished(self) -> bool:
-        """Whether every step was done."""
-        return self.step >= self.total_steps
+        """Whether every step was done, or no more are worth it."""
+        return self.step >= self.total_steps or self.stopped_early
 
 
-def train(recipe: Recipe, *, resume: str = "auto", stop_at: int | None = None) -> TrainResult:
+def train(
+    recipe: Recipe, *, resume: str = "auto", stop_at: int | None = None, measure: Measure | None = None
+) -> TrainResult:
     """Train a recipe, from the start or from where it stopped.
 
     Args:
         recipe: resolved.
         resume: `auto`, `required`, `never`, or a checkpoint folder.
         stop_at: save and return after this optimiser step, as if a signal had come; None: go to the end.
+        measure: runs the harness tasks of `validate.tasks`; None: there must be none.
 
     Raises:
         MoSLoRAError: the recipe, the data, the model or the checkpoint is not acceptable, or training diverged.
     """
     distributed.join(timeout_minutes=recipe.train.timeout_minutes)
-    with runs.exclusive(Path(recipe.train.output)):
+    folder = Path(recipe.train.output)
+    with runs.exclusive(folder), Watchdog(folder) as watchdog, blaming(watchdog):
         runs.seed_everything(recipe.train.seed)
-        found = runs.find_resume(recipe, resume)
+        found = find_resume(recipe, resume)
         run = runs.prepare(recipe)
         try:
             if found is not None:
-                runs.restore(run, *found)
+                restore(run, *found)
                 logger.info("Continuing from %s, step %d.", found[0].name, run.step)
-            return _Loop(run, resumed=found is not None).go(stop_at)
+            return _Loop(run, watchdog, measure, resumed=found is not None).go(stop_at)
         finally:
             run.engine.close()
+
+
+@contextmanager
+def blaming(watchdog: Watchdog) -> Iterator[None]:
+    """Turn a collective that fails because another rank is gone into an error that names the rank."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = any(text in str(error) for text in ("Connection", "gloo", "NCCL", "Timed out", "timed out", "peer"))
+        if distributed.world_size() == 1 or isinstance(error, MoSLoRAError) or not lost:
+            raise
+        reason = str(error).strip().splitlines()[0][:200]
+        raise DistributedError(f"The other ranks cannot be reached. {watchdog.verdict()} ({reason})") from error
 
 
 class _Loop:
     """The state of one stretch of training."""
 
-    def __init__(self, run: runs.Run, *, resumed: bool) -> None:
+    def __init__(self, run: runs.Run, watchdog: Watchdog, measure: Measure | None, *, resumed: bool) -> None:
         recipe = run.recipe
-        self.run, self.recipe = run, recipe
+        self.run, self.recipe, self.watchdog, self.fresh = run, recipe, watchdog, not resumed
         self.loader = BatchLoader(
             run.training_set,
             rank=distributed.rank(),
@@ -92,40 +124,70 @@ class _Loop:
         self.total = recipe.train.steps or max(1, math.ceil(self.loader.steps_per_epoch * recipe.train.epochs))
         self.trackers: Trackers = build_trackers(recipe.track)
         self.trackers.start(recipe.to_dict(), run.folder, resume_step=run.step if resumed else None)
-        self.skipped_in_a_row = 0
+        self.saver = Saver(run.folder)
+        self.validator = Validator(run, measure)
+        self.best = Best.of(run.folder, recipe.validate, resume_step=run.step if resumed else -1)
+        self.spikes = SpikeScore()
+        self.skipped_in_a_row = self.failed_saves = 0
         self.saved_at = run.step if resumed else -1
+        self.extra: dict[str, float] = {}  # logged with the next step
+        self.validated_at = -1
         self.first_mixers = mixer_matrices(run.engine.trainable_state()) if run.step == 0 else {}
 
     def go(self, stop_at: int | None) -> TrainResult:
-        """Train until the last step, `stop_at`, or a signal."""
-        run, recipe = self.run, self.recipe
+        """Train until the last step, `stop_at`, the end of patience, or a signal."""
+        run = self.run
         signal_number, ok = 0, False
         started = time.monotonic()
         try:
+            self._phase("rehearsal")
+            if self.fresh and self.recipe.train.rehearsal:
+                rehearse(run, self.saver)
             with StopRequest() as stop, Progress("train", self.total, initial=run.step) as progress, self.loader:
                 batches = iter(self.loader)
                 while run.step < self.total:
-                    waited = time.monotonic()
-                    micro_batches = next(batches)
-                    data_seconds = time.monotonic() - waited
-                    factor = lr_factor(int(run.counters.get("applied", 0)), self.total, recipe.optim)
-                    result = run.engine.step(micro_batches, factor)
-                    seconds = time.monotonic() - waited
-                    self._count(result, seconds, [i for b in micro_batches for i in b.ids])
-                    self._log(result, factor, seconds=seconds, data_seconds=data_seconds)
-                    progress.update(run.step, f"loss {result.loss:.4f}")
+                    self._step(batches, first=progress.done == progress.initial)
+                    progress.update(run.step, f"loss {self.last_loss:.4f}")
                     self._periodically()
-                    signal_number = stop.agreed()
-                    if signal_number or run.step == stop_at:
+                    # One collective per step tells about signals and about the checkpoint that is being written.
+                    number, writing = distributed.max_over_ranks([float(stop.received), float(self.saver.busy)])
+                    if self.saver.pending is not None and not writing:
+                        self._finish_save()
+                    signal_number = int(number)
+                    if signal_number or run.step == stop_at or self.best.out_of_patience:
                         break
-            folder = self._save() if self.saved_at != run.step else run.folder / checkpoint.folder_name(run.step)
-            if run.step >= self.total:
+            if self.best.out_of_patience:
+                logger.info("Stopped: no better %s for %d validations.", self.best.config.best, self.best.since)
+            if run.step >= self.total or self.best.out_of_patience:
                 self._finish()
+            folder = self._last_save()
             ok = True
         finally:
             run.counters["session_seconds"] = time.monotonic() - started
             self.trackers.finish(ok=ok)
-        return TrainResult(checkpoint=folder, step=run.step, total_steps=self.total, stopped_by=signal_number)
+        return TrainResult(
+            checkpoint=folder, step=run.step, total_steps=self.total, stopped_by=signal_number,
+            stopped_early=self.best.out_of_patience,
+        )  # fmt: skip
+
+    def _phase(self, what: str, *, limit_minutes: float | None = None) -> None:
+        minutes = limit_minutes or self.recipe.train.timeout_minutes
+        self.watchdog.phase(what, self.run.step, minutes * 60)
+
+    def _step(self, batches: Iterator[list[Batch]], *, first: bool) -> None:
+        run, recipe = self.run, self.recipe
+        self._phase("data", limit_minutes=None if first else recipe.train.step_timeout_minutes)
+        waited = time.monotonic()
+        micro_batches = next(batches)
+        data_seconds = time.monotonic() - waited
+        factor = lr_factor(int(run.counters.get("applied", 0)), self.total, recipe.optim)
+        self._phase("step", limit_minutes=None if first else recipe.train.step_timeout_minutes)
+        result = run.engine.step(micro_batches, factor)
+        self._phase("after the step")
+        seconds = time.monotonic() - waited
+        self.last_loss = result.loss
+        self._count(result, seconds, [i for b in micro_batches for i in b.ids])
+        self._log(result, factor, seconds=seconds, data_seconds=data_seconds)
 
     def _count(self, result: StepResult, seconds: float, ids: list[str]) -> None:
         counters = self.run.counters
@@ -135,14 +197,23 @@ class _Loop:
         }  # fmt: skip
         for name, value in added.items():
             counters[name] = counters.get(name, 0) + value
+        self.spike = self.spikes.update(result.loss)
+        records = f"Records of rank {distributed.rank()}: {', '.join(ids[:16])}"
         if result.applied:
             self.skipped_in_a_row = 0
+            if self.spike > SPIKE:
+                logger.warning(
+                    "Step %d: the loss %.4f is %.1f standard deviations above the last %d. %s",
+                    self.run.step, result.loss, self.spike, self.spikes.count, records,
+                )  # fmt: skip
+            return
+        if result.rescaling:
+            logger.info("Step %d skipped: fp16's loss scale is now %g.", self.run.step, self.run.engine.loss_scale)
             return
         self.skipped_in_a_row += 1
         logger.warning(
-            "Step %d skipped: the loss or a gradient is not finite (loss %s). Records of rank %d: %s",
-            self.run.step, result.loss, distributed.rank(), ", ".join(ids[:16]),
-        )  # fmt: skip
+            "Step %d skipped: the loss or a gradient is not finite (loss %s). %s", self.run.step, result.loss, records
+        )
         if self.skipped_in_a_row >= self.recipe.train.max_skipped_steps:
             raise DivergedError(
                 f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; stopped at step "
@@ -157,6 +228,7 @@ class _Loop:
         metrics: dict[str, float] = {
             "loss": result.loss,
             "grad_norm": result.grad_norm,
+            "loss_spike": self.spike,
             "tokens": result.tokens,
             "supervised_tokens": result.supervised_tokens,
             "images": result.images,
@@ -168,48 +240,91 @@ class _Loop:
             "memory_gib": peak_memory_gib(),
         }
         metrics |= {f"lr/{group.name}": group.peak_lr * factor for group in self.run.engine.groups}
-        self.trackers.log(metrics, step)
+        if self.run.engine.loss_scale != 1:
+            metrics["loss_scale"] = self.run.engine.loss_scale
+        self.trackers.log(metrics | self.extra, step)
+        self.extra = {}
 
     def _periodically(self) -> None:
         train, step = self.recipe.train, self.run.step
-        if train.validate_every and step % train.validate_every == 0:
-            self._validate()
-        if train.save_every and step % train.save_every == 0 and step < self.total:
-            self._save()
+        better = bool(train.validate_every) and step % train.validate_every == 0 and self._validate()
+        due = bool(train.save_every) and step % train.save_every == 0
+        if (due or better) and step < self.total:
+            self._start_save()
 
-    def _save(self) -> Path:
-        folder = runs.save(self.run)
+    def _start_save(self) -> None:
+        """Copy the state and begin to write it; a failure is counted and does not stop the run at once."""
+        self._phase("save")
+        if self.saver.pending is not None:
+            self._finish_save()
+        started = time.monotonic()
+        taken = snapshot(self.run)
+        try:
+            self.saver.start(taken.manifest, taken.write, size=taken.size)
+        except CheckpointError as error:
+            self._save_failed(error)
+            return
         self.saved_at = self.run.step
+        if not self.recipe.train.background_save:
+            self._finish_save()
+        self.extra["save_seconds"] = time.monotonic() - started
+
+    def _finish_save(self) -> None:
+        self._phase("save")
+        try:
+            folder = self.saver.finish()
+        except CheckpointError as error:
+            self.saved_at = -1
+            self._save_failed(error)
+            return
+        self.failed_saves = 0
+        if self.best.step >= 0 and distributed.is_main():
+            self.best.write(self.run.folder, checkpoint.folder_name(self.best.step))
+        train = self.recipe.train
+        best = checkpoint.folder_name(self.best.step) if self.best.step >= 0 else None
+        self.saver.tidy(checkpoint.Retention(last=train.keep_last, every=train.keep_every, best=best))
+        logger.debug("Saved %s.", folder)
+
+    def _save_failed(self, error: CheckpointError) -> None:
+        self.failed_saves += 1
+        self.extra["failed_saves"] = self.failed_saves
+        if self.failed_saves >= MAX_FAILED_SAVES:
+            raise CheckpointError(f"{error} The last {self.failed_saves} saves failed; stopped.")
+        if distributed.is_main():
+            logger.error("%s Training goes on.", error)
+
+    def _last_save(self) -> Path:
+        """The checkpoint of the last step; a failure to write this one is an error."""
+        if self.saver.pending is not None:
+            self._finish_save()
+        if self.saved_at != self.run.step:
+            self._start_save()
+            if self.saver.pending is not None:
+                self._finish_save()
+        self.saver.rest()
+        folder = self.run.folder / checkpoint.folder_name(self.run.step)
+        if self.saved_at != self.run.step:
+            raise CheckpointError(f"The last checkpoint, {folder}, could not be written; the reason is above.")
         return folder
 
-    def _validate(self) -> None:
-        """Held-out loss; touches neither the random state nor the order of the training data."""
-        held_out, recipe = self.run.validation_set, self.recipe
-        if held_out is None:
-            return
-        state = torch.get_rng_state()
-        self.run.engine.module.eval()
-        loss = count = 0.0
-        loader = BatchLoader(
-            held_out, rank=distributed.rank(), world_size=distributed.world_size(), config=recipe.data,
-            global_batch=recipe.train.global_batch, micro_batch=recipe.train.micro_batch, seed=0,
-        )  # fmt: skip
-        with loader:
-            batches = iter(loader)
-            for _ in range(loader.steps_per_epoch):
-                part, tokens = self.run.engine.evaluate(next(batches))
-                loss, count = loss + part, count + tokens
-        self.run.engine.module.train()
-        torch.set_rng_state(state)
-        self.trackers.log({"validation_loss": loss / max(1.0, count)}, self.run.step)
+    def _validate(self) -> bool:
+        """Measure; True when the model is the best so far."""
+        self._phase("validation")
+        metrics, samples = self.validator()
+        self.validated_at = self.run.step
+        if metrics:
+            self.trackers.log(metrics, self.run.step)
+        if samples:
+            self.trackers.log_samples("validation", samples, self.run.step)
+        return bool(metrics) and self.best.update(metrics, self.run.step)
 
     def _finish(self) -> None:
-        if not (self.recipe.train.validate_every and self.run.step % self.recipe.train.validate_every == 0):
+        if self.validated_at != self.run.step:
             self._validate()
         final = mixer_matrices(self.run.engine.trainable_state())
         if distributed.is_main():
             write_mixers(self.run.folder / "mixers.json", before=self.first_mixers, after=final)
-            checkpoint.write_json(self.run.folder / "summary.json", summary(self.run, self.total))
+            disk.replace_json(self.run.folder / "summary.json", summary(self.run, self.total))
 
 
 def peak_memory_gib() -> float:

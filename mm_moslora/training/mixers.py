@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mm_moslora.training.checkpoint import write_json
+from mm_moslora.training.disk import replace_json
 
 SHOWN = 12
 """Mixers written out in full; the rest have their figures only."""
@@ -68,7 +68,7 @@ def write_mixers(path: Path, *, before: Mapping[str, Tensor], after: Mapping[str
             row["before"] = _picture(before[name]) if name in before else None
         rows.append(row)
     if rows:
-        write_json(path, rows)
+        replace_json(path, rows)
 
 
 def _picture(matrix: Tensor) -> list[list[float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import random
@@ -12,26 +11,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from mm_moslora import adapters, distributed
+from mm_moslora import distributed
 from mm_moslora.config import Recipe
 from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.dataset import TrainingSet
-from mm_moslora.errors import CheckpointError, TrainingError
+from mm_moslora.errors import ConfigError, TrainingError
 from mm_moslora.losses import use_loss_head
 from mm_moslora.models.attention import set_attention, training_attention
 from mm_moslora.models.build import Assembly, assemble
 from mm_moslora.models.eyes import dummy_example
 from mm_moslora.models.lean import use_lean_layers
-from mm_moslora.models.processor import save_processor
-from mm_moslora.models.trainable import attach_adapters, component_of, component_table
+from mm_moslora.models.trainable import attach_adapters, component_table
 from mm_moslora.models.vlm import is_multimodal, takes_rows
-from mm_moslora.training import checkpoint
 from mm_moslora.training.engine import (
     Engine,
     LossModule,
@@ -89,6 +86,8 @@ class Run:
     training_set: TrainingSet
     validation_set: TrainingSet | None
     engine: Engine
+    frozen_projector: dict[str, Tensor] = field(default_factory=dict)
+    """Weights of a projector that does not train, whole: ZeRO-3 cuts up the model's own."""
     counters: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -121,7 +120,9 @@ def prepare(recipe: Recipe) -> Run:
     if recipe.model.lean_layers:
         use_lean_layers(model)
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_gradients(model.get_decoder())
+    if recipe.train.vision_gradient_checkpointing and is_multimodal(model):
+        _checkpoint_gradients(next(m for name in ("vision_tower", "visual") if (m := getattr(model.model, name, None))))
     groups = parameter_groups(model, recipe.optim)
     settings = OptimizerSettings(
         betas=recipe.optim.betas, eps=recipe.optim.eps, max_grad_norm=recipe.optim.max_grad_norm
@@ -129,11 +130,26 @@ def prepare(recipe: Recipe) -> Run:
     module = LossModule(model, dummy_example(assembly.eyes) if assembly.eyes else None)
     groups_in_module = parameter_groups(module, recipe.optim)
     assert [g.name for g in groups] == [g.name for g in groups_in_module]
+    ours = is_multimodal(model) and not assembly.ready_made
+    frozen_projector = {
+        name: value.detach().float().cpu().clone()
+        for name, value in (model.model.multi_modal_projector.state_dict() if ours else {}).items()
+        if distributed.is_main() and recipe.model.projector.mode == "frozen"
+    }
     engine = build_engine(module, groups_in_module, recipe.train, precision=precision, optimizer=settings)
     return Run(
         recipe=recipe, folder=folder, precision=precision, assembly=assembly, training_set=training_set,
-        validation_set=validation_set, engine=engine,
+        validation_set=validation_set, engine=engine, frozen_projector=frozen_projector,
     )  # fmt: skip
+
+
+def _checkpoint_gradients(component: PreTrainedModel) -> None:
+    if not component.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"{type(component).__name__} has no gradient checkpointing. Leave train.gradient_checkpointing or "
+            "train.vision_gradient_checkpointing off for it."
+        )
+    component.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _data_set(recipe: Recipe, assembly: Assembly, *, validation: bool) -> TrainingSet | None:
@@ -192,155 +208,3 @@ def trainable_table(assembly: Assembly) -> list[str]:
     lines += [f"{row.name:<16}{row.total:>14,}{row.trainable:>14,}" for row in rows]
     lines.append(f"{'all':<16}{total:>14,}{trainable:>14,}  ({100 * trainable / total:.2f} %)")
     return lines
-
-
-def save(run: Run) -> Path:
-    """Write and commit a checkpoint of the run's present state, then drop the oldest beyond `keep_last`."""
-    state = {name.removeprefix("model."): value for name, value in run.engine.trainable_state().items()}
-    expected = {name for name, parameter in run.assembly.model.named_parameters() if parameter.requires_grad}
-    if set(state) != expected:
-        odd = sorted(set(state) ^ expected)
-        raise CheckpointError(f"The weights to save are not the weights that train; they differ in {odd[:4]}.")
-    shapes = {name: list(value.shape) for name, value in state.items()}
-
-    def write(folder: Path) -> None:
-        if distributed.is_main():
-            write_model(run, state, folder)
-        run.engine.save_state(folder / "trainer")
-        _save_rng(folder / "trainer")
-
-    def describe(files: dict[str, dict[str, Any]]) -> checkpoint.Manifest:
-        return checkpoint.Manifest(
-            step=run.step,
-            world_size=distributed.world_size(),
-            recipe=run.recipe.to_dict(),
-            base=run.assembly.base,
-            counters=dict(run.counters),
-            trainable=shapes,
-            files=files,
-        )
-
-    folder = checkpoint.commit(run.folder, run.step, write=write, describe=describe)
-    if distributed.is_main():
-        checkpoint.remove_old(run.folder, keep_last=run.recipe.train.keep_last)
-    return folder
-
-
-def write_model(run: Run, state: dict[str, Tensor], folder: Path) -> None:
-    """The part of a checkpoint that is for use: recipe, adapter, projector, other trained weights, processor."""
-    (folder / "config.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
-    model, assembly = run.assembly.model, run.assembly
-    if assembly.peft_model is not None:
-        adapter_state = {name: value for name, value in state.items() if "lora_" in name}
-        adapters.save_adapter(assembly.peft_model, folder / "adapter", state=adapter_state, base=assembly.base)
-    if is_multimodal(model) and not assembly.ready_made:
-        prefix = "model.multi_modal_projector."
-        if any(name.startswith(prefix) for name in state):
-            projector = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        else:
-            projector = {k: v.detach().float().cpu() for k, v in model.model.multi_modal_projector.state_dict().items()}
-        save_file(_contiguous(projector), folder / "projector.safetensors")
-    for component in ("vision", "language", *(("projector",) if assembly.ready_made else ())):
-        part = {name: value for name, value in state.items() if component_of(name) == component}
-        if part:
-            save_file(_contiguous(part), folder / f"{component}.safetensors")
-    if assembly.processor is not None:
-        save_processor(assembly.processor, folder / "processor")
-    else:
-        assembly.tokenizer.save_pretrained(folder / "processor")
-
-
-def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.contiguous() for name, value in state.items()}
-
-
-def _rng_file(folder: Path) -> Path:
-    return folder / f"rng-rank{distributed.rank():05d}.safetensors"
-
-
-def _save_rng(folder: Path) -> None:
-    """Random state as safetensors and JSON: nothing here needs pickle."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    version, words, gauss = random.getstate()
-    save_file(state, _rng_file(folder), metadata={"python": json.dumps([version, list(words), gauss])})
-
-
-def _load_rng(folder: Path) -> None:
-    from safetensors import safe_open
-
-    state = load_file(_rng_file(folder))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    with safe_open(_rng_file(folder), framework="pt") as file:
-        version, words, gauss = json.loads(file.metadata()["python"])
-    random.setstate((version, tuple(words), gauss))
-
-
-def find_resume(recipe: Recipe, resume: str) -> tuple[Path, checkpoint.Manifest] | None:
-    """Which checkpoint to go on from, the same on every rank.
-
-    Args:
-        recipe: resolved.
-        resume: `auto` (the newest valid one, or none in a fresh folder), `required`, `never`, or a checkpoint folder.
-
-    Raises:
-        CheckpointError: `required` without a checkpoint, `never` with one, a damaged or foreign one.
-    """
-    run = Path(recipe.train.output)
-    choice: tuple[str, str] | None = None
-    failure: Exception | None = None
-    if distributed.is_main():
-        try:
-            found = _choose(run, resume)
-            choice = None if found is None else (str(found[0]), str(found[1].step))
-            if found is not None:
-                _check_same_run(found[0], found[1], recipe)
-        except CheckpointError as error:
-            failure = error
-    distributed.agree(failure, what="Looking for a checkpoint")
-    choice = distributed.from_main(choice)
-    if choice is None:
-        return None
-    folder = Path(choice[0])
-    return folder, checkpoint.read_manifest(folder, verify=False)
-
-
-def _choose(run: Path, resume: str) -> tuple[Path, checkpoint.Manifest] | None:
-    if resume not in ("auto", "required", "never"):
-        folder = Path(resume)
-        return folder, checkpoint.read_manifest(folder)
-    if resume == "never":
-        if checkpoint.checkpoints(run):
-            raise CheckpointError(
-                f"{run} already holds checkpoints and resume is never. Choose another train.output, or resume: auto."
-            )
-        return None
-    found = checkpoint.newest_valid(run)
-    if found is None and resume == "required":
-        raise CheckpointError(f"{run} holds no checkpoint, but resume is required. Check train.output.")
-    return found
-
-
-def _check_same_run(folder: Path, manifest: checkpoint.Manifest, recipe: Recipe) -> None:
-    changed = checkpoint.changed_keys(manifest.recipe, recipe.to_dict())
-    if changed:
-        raise CheckpointError(
-            f"{folder} belongs to another run: {len(changed)} recipe keys differ ({'; '.join(changed[:6])}). "
-            "Restore them, or choose another train.output."
-        )
-    if manifest.world_size != distributed.world_size():
-        raise CheckpointError(
-            f"{folder} was written by {manifest.world_size} ranks, this run has {distributed.world_size()}. "
-            f"Start {manifest.world_size} ranks."
-        )
-
-
-def restore(run: Run, folder: Path, manifest: checkpoint.Manifest) -> None:
-    """Put a run back into the state of a checkpoint, bit for bit."""
-    run.engine.load_state(folder / "trainer")
-    run.counters.update(manifest.counters)
-    _load_rng(folder / "trainer")

@@ -1,11 +1,9 @@
-"""Stopping on request: a signal sets a flag, all ranks see it at the same step, save and leave."""
+"""Stopping on request: a signal sets a flag, the loop tells all ranks at the same step, they save and leave."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
-
-from mm_moslora import distributed
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -29,10 +27,6 @@ class StopRequest:
         if self.received:
             raise KeyboardInterrupt
         self.received = number
-
-    def agreed(self) -> int:
-        """The signal that any rank has received, the same on every rank; 0 for none."""
-        return int(distributed.max_over_ranks([float(self.received)])[0])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -8,35 +8,32 @@ import os
 import pytest
 
 from mm_moslora.errors import CheckpointError
-from mm_moslora.training import checkpoint
-from mm_moslora.training.checkpoint import Manifest, changed_keys, commit, newest_valid, read_manifest, remove_old
+from mm_moslora.training import checkpoint, disk
+from mm_moslora.training.checkpoint import Manifest, Retention, changed_keys, newest_valid, read_manifest, remove_old
+from mm_moslora.training.commit import commit
 
 
 def write_files(folder):
-    (folder / "trainer").mkdir()
-    (folder / "trainer" / "state.bin").write_bytes(os.urandom(300))
+    (folder / "trainer" / "rank-00000" / "state.bin").write_bytes(os.urandom(300))
     (folder / "adapter.safetensors").write_bytes(os.urandom(200))
 
 
-def describe(step):
-    def build(files):
-        return Manifest(
-            step=step, world_size=1, recipe={"optim": {"lr": 1e-4}}, base={}, counters={"steps": step}, trainable={},
-            files=files,
-        )  # fmt: skip
-
-    return build
+def manifest(step):
+    return Manifest(
+        step=step, world_size=1, recipe={"optim": {"lr": 1e-4}}, base={}, counters={"steps": step}, trainable={},
+        files={},
+    )  # fmt: skip
 
 
 def make(run, step):
-    return commit(run, step, write=write_files, describe=describe(step))
+    return commit(run, manifest(step), write_files)
 
 
 def test_a_committed_checkpoint_reads_back(tmp_path):
     folder = make(tmp_path, 3)
-    manifest = read_manifest(folder)
-    assert manifest.step == 3
-    assert set(manifest.files) == {"trainer/state.bin", "adapter.safetensors"}
+    found = read_manifest(folder)
+    assert found.step == 3
+    assert set(found.files) == {"trainer/rank-00000/state.bin", "adapter.safetensors"}
     assert (tmp_path / "latest").read_text() == "checkpoint-000003"
     assert not list(tmp_path.glob(".tmp-*"))
 
@@ -49,7 +46,7 @@ def test_a_failed_write_leaves_the_earlier_checkpoint_and_no_trace(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(CheckpointError, match=r"No space left on device.*Earlier checkpoints are untouched"):
-        commit(tmp_path, 2, write=fail, describe=describe(2))
+        commit(tmp_path, manifest(2), fail)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000001", "latest"]
     assert newest_valid(tmp_path)[1].step == 1
 
@@ -65,10 +62,10 @@ def test_a_crash_at_any_moment_leaves_the_earlier_checkpoint_usable(tmp_path, cr
             os.kill(os.getpid(), 9)
 
         if crash == "seal":
-            checkpoint.write_json = die
+            disk.replace_json = die
         if crash == "rename":
-            type(tmp_path).rename = die
-        commit(tmp_path, 2, write=die if crash == "write" else write_files, describe=describe(2))
+            disk.rename = die
+        commit(tmp_path, manifest(2), die if crash == "write" else write_files)
         os._exit(0)
     _, status = os.waitpid(pid, 0)
     assert os.WTERMSIG(status) == 9
@@ -77,7 +74,7 @@ def test_a_crash_at_any_moment_leaves_the_earlier_checkpoint_usable(tmp_path, cr
     assert newest_valid(tmp_path)[1].step == 2
 
 
-@pytest.mark.parametrize("name", ["trainer/state.bin", "adapter.safetensors"])
+@pytest.mark.parametrize("name", ["trainer/rank-00000/state.bin", "adapter.safetensors"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
 def test_damage_is_found_named_and_passed_over(tmp_path, name, damage, caplog):
     make(tmp_path, 1)
@@ -110,20 +107,21 @@ def test_another_format_is_refused_by_name(tmp_path):
     folder = make(tmp_path, 1)
     content = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**content, "format": 99}))
-    with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
+    with pytest.raises(CheckpointError, match="format 99, this version reads 2"):
         read_manifest(folder)
 
 
 def test_old_ones_go_by_step_whatever_the_clock_says(tmp_path):
     for step in (1, 2, 3):
         os.utime(make(tmp_path, step), (1000 - step, 1000 - step))
-    remove_old(tmp_path, keep_last=2)
+    remove_old(tmp_path, Retention(last=2))
     assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [2, 3]
-    remove_old(tmp_path, keep_last=0)
+    remove_old(tmp_path, Retention(last=0))
     assert len(checkpoint.checkpoints(tmp_path)) == 2
 
 
 def test_keys_that_change_the_computation_are_listed_and_others_are_free():
     before = {"optim": {"lr": 1e-4}, "train": {"save_every": 5, "seed": 0}, "data": {"train": [{"path": "a"}]}}
     after = {"optim": {"lr": 2e-4}, "train": {"save_every": 9, "seed": 0}, "data": {"train": [{"path": "b"}]}}
-    assert changed_keys(before, after) == ["data.train.0.path: 'a' -> 'b'", "optim.lr: 0.0001 -> 0.0002"]
+    changes = changed_keys(before, after)
+    assert list(changes.other_run) == ["data.train.0.path: 'a' -> 'b'", "optim.lr: 0.0001 -> 0.0002"]

@@ -16,16 +16,10 @@ from safetensors.torch import load_file
 
 from mm_moslora.batch import Batch
 from mm_moslora.config import (
-    AdapterConfig,
-    DataConfig,
-    ModelConfig,
     OptimConfig,
     ProjectorConfig,
     Recipe,
     SourceConfig,
-    TrackConfig,
-    TrainConfig,
-    VisionConfig,
 )
 from mm_moslora.errors import CheckpointError, MoSLoRAError, TrainingError
 from mm_moslora.models.export import export_lora, export_model
@@ -33,23 +27,6 @@ from mm_moslora.models.load import load
 from mm_moslora.models.vlm import supervised_logits
 from mm_moslora.training.loop import train
 from mm_moslora.training.optim import lr_factor
-
-
-@pytest.fixture
-def recipe(language_folder: Path, vision_folder: Path, records: Path, tmp_path: Path) -> Recipe:
-    return Recipe(
-        name="tiny",
-        model=ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(vision_folder))),
-        adapter=AdapterConfig(rank=4, alpha=8, dropout=0.1, mixer_init="kaiming"),
-        data=DataConfig(
-            train=[SourceConfig(path=str(records), image_folder=str(records.parent / "images"))], max_length=256
-        ),
-        optim=OptimConfig(lr=2e-3, projector_lr=1e-2, warmup=1),
-        train=TrainConfig(
-            output=str(tmp_path / "run"), steps=6, global_batch=8, micro_batch=4, zero="none", precision="fp32"
-        ),
-        track=TrackConfig(trackers=[]),
-    )
 
 
 def with_train(recipe: Recipe, **changes) -> Recipe:

@@ -1,0 +1,67 @@
+"""Harness tasks during a training run: `validate.tasks` of a recipe, measured on the model as it is."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mm_moslora import distributed
+
+from .local import LocalModel
+from .registry import get_task
+from .results import TaskResult
+from .runner import Settings
+from .suite import evaluate
+
+if TYPE_CHECKING:
+    from mm_moslora.training.validation import Moment
+
+
+def measure(moment: Moment) -> Mapping[str, float]:
+    """Run the recipe's tasks; answers and scores stay in the moment's folder.
+
+    Args:
+        moment: model, recipe, step; see `mm_moslora.training.validation`.
+
+    Returns:
+        `eval/TASK/score` and `eval/TASK/METRIC`, on rank 0; nothing on other ranks.
+
+    Raises:
+        EvalError: no such task, or every sample fails.
+    """
+    config = moment.recipe.validate
+    output = moment.folder
+    settings = Settings(batch_size=moment.recipe.train.micro_batch, limit=config.task_limit or None)
+    if moment.lockstep:
+        # Every rank runs everything, since each forward pass gathers weights from all; rank 0's results are kept.
+        settings = replace(settings, rank=0, world_size=1)
+        output = moment.folder if distributed.is_main() else moment.folder / f".rank-{distributed.rank()}"
+    _start_over(moment.folder)
+    model = LocalModel(moment.assembly, name=f"{moment.recipe.name} at step {moment.step}")
+    metrics: dict[str, float] = {}
+    try:
+        for name in config.tasks:
+            for result in evaluate(model, get_task(name), output, modes=("own",), baselines=(), settings=settings):
+                metrics |= _named(name, result)
+    finally:
+        model.close()
+    distributed.barrier()
+    if output != moment.folder:
+        shutil.rmtree(output, ignore_errors=True)
+    return metrics if distributed.is_main() else {}
+
+
+def _start_over(folder: Path) -> None:
+    """A resumed run measures a step anew, with weights that may differ in the last bit."""
+    if distributed.is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+    distributed.barrier()
+
+
+def _named(name: str, result: TaskResult) -> dict[str, float]:
+    found = {"score": result.score} | dict(result.metrics)
+    return {f"eval/{name}/{metric}": value for metric, value in found.items() if math.isfinite(value)}

@@ -1,0 +1,128 @@
+"""`mm-moslora launch`: find this machine's accelerators, choose the launcher that fits, start the ranks and wait.
+
+A signal is handed on to the ranks; they finish their step, save and leave, and the exit code is then 75.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mm_moslora.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+EXIT_REQUEUE = 75
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where ranks are to run."""
+
+    nproc: int | None = None
+    """Processes on each host; None: one per accelerator, or one."""
+    nnodes: int = 1
+    """Hosts; the same command runs on each."""
+    rdzv: str | None = None
+    """HOST:PORT where they meet."""
+    hostfile: Path | None = None
+    """Lines such as `worker-1 slots=8`; the deepspeed launcher starts the ranks there through ssh."""
+    max_restarts: int = 0
+    """How often to start again from the newest checkpoint when a rank dies or hangs."""
+
+    def __post_init__(self) -> None:
+        if self.nnodes > 1 and self.rdzv is None:
+            raise ConfigError(f"--nnodes is {self.nnodes}, but no --rdzv HOST:PORT says where the hosts meet.")
+        if self.hostfile is not None and self.nnodes > 1:
+            raise ConfigError("--hostfile and --nnodes are two ways to use several hosts; give one of them.")
+        if self.hostfile is not None and not self.hostfile.is_file():
+            raise ConfigError(f"--hostfile {self.hostfile} does not exist.")
+        if self.hostfile is not None and self.max_restarts:
+            raise ConfigError("--max-restarts needs torchrun; the deepspeed launcher of --hostfile cannot restart.")
+
+
+def accelerators() -> int:
+    """Accelerators that this process may use."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def command(places: Places, arguments: Sequence[str], *, environment: Mapping[str, str]) -> list[str]:
+    """The command that starts the ranks.
+
+    Args:
+        places: where.
+        arguments: of `mm-moslora train`.
+        environment: such as `os.environ`; SLURM's variables are read from it.
+    """
+    train = ["mm_moslora", "train", *arguments]
+    if places.hostfile is not None:
+        return [
+            sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(places.hostfile), "--no_local_rank",
+            "--module", *train,
+        ]  # fmt: skip
+    nproc = places.nproc or max(1, accelerators())
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(nproc)]
+    if places.max_restarts:
+        torchrun += ["--max_restarts", str(places.max_restarts)]
+    hosts = int(environment.get("SLURM_JOB_NUM_NODES", "1"))
+    if places.nnodes == 1 and hosts > 1 and "SLURM_JOB_ID" in environment and shutil.which("srun"):
+        job = int(environment["SLURM_JOB_ID"])
+        head = _first_host(environment["SLURM_JOB_NODELIST"])
+        meet = ["--nnodes", str(hosts), "--rdzv_backend", "c10d", "--rdzv_id", str(job)]
+        meet += ["--rdzv_endpoint", f"{head}:{20000 + job % 20000}"]
+        return ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", *torchrun, *meet, "-m", *train]
+    if places.nnodes > 1:
+        meet = ["--rdzv_backend", "c10d", "--rdzv_id", "mm-moslora", "--rdzv_endpoint", str(places.rdzv)]
+        return [*torchrun, "--nnodes", str(places.nnodes), *meet, "-m", *train]
+    if nproc == 1 and not places.max_restarts:
+        return [sys.executable, "-m", *train]
+    return [*torchrun, "--standalone", "-m", *train]
+
+
+def _first_host(nodes: str) -> str:
+    done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return done.stdout.split()[0]
+
+
+def launch(places: Places, arguments: Sequence[str], *, run_folder: Path, dry_run: bool = False) -> int:
+    """Start the ranks and wait for them.
+
+    Args:
+        places: where.
+        arguments: of `mm-moslora train`.
+        run_folder: where a run that was stopped leaves its mark.
+        dry_run: show the command and start nothing.
+
+    Returns:
+        0 when the run is finished, 75 when it was stopped on request and has saved, else the launcher's code.
+    """
+    environment = {
+        "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300", "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
+    } | os.environ  # fmt: skip
+    words = command(places, arguments, environment=environment)
+    logger.info("%s", shlex.join(words))
+    if dry_run:
+        return 0
+    mark = run_folder / "PREEMPTED"
+    mark.unlink(missing_ok=True)
+    child = subprocess.Popen(words, env=environment)
+    previous = {number: signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM)) for number in _SIGNALS}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return EXIT_REQUEUE if mark.exists() else code

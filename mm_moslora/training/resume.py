@@ -1,0 +1,116 @@
+"""Going on from a checkpoint: which one, whether it belongs to this run, and how its state comes back."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from mm_moslora import distributed
+from mm_moslora.config import Recipe
+from mm_moslora.errors import CheckpointError
+from mm_moslora.training import checkpoint
+from mm_moslora.training.commit import rank_folder
+from mm_moslora.training.run import Run, seed_everything
+from mm_moslora.training.saving import RandomState, moving_statistics
+
+logger = logging.getLogger(__name__)
+
+
+def find_resume(recipe: Recipe, resume: str) -> tuple[Path, checkpoint.Manifest] | None:
+    """Which checkpoint to go on from, the same on every rank.
+
+    Args:
+        recipe: resolved.
+        resume: `auto` (the newest valid one, or none in a fresh folder), `required`, `never`, or a checkpoint folder.
+
+    Raises:
+        CheckpointError: `required` without a checkpoint, `never` with one, a damaged or foreign one.
+        DistributedError: any of these, on the other ranks.
+    """
+    run = Path(recipe.train.output)
+    choice: str | None = None
+    failure: Exception | None = None
+    if distributed.is_main():
+        try:
+            found = _choose(run, resume)
+            if found is not None:
+                choice = str(found[0])
+                _check_same_run(found[0], found[1], recipe)
+        except CheckpointError as error:
+            failure = error
+    distributed.agree(failure, what="Looking for a checkpoint")
+    choice = distributed.from_main(choice)
+    if choice is None:
+        return None
+    return Path(choice), checkpoint.read_manifest(Path(choice), verify=False)
+
+
+def _choose(run: Path, resume: str) -> tuple[Path, checkpoint.Manifest] | None:
+    if resume not in ("auto", "required", "never"):
+        folder = Path(resume)
+        return folder, checkpoint.read_manifest(folder)
+    if resume == "never":
+        if checkpoint.checkpoints(run):
+            raise CheckpointError(
+                f"{run} already holds checkpoints and resume is never. Choose another train.output, or resume: auto."
+            )
+        return None
+    found = checkpoint.newest_valid(run)
+    if found is None and resume == "required":
+        raise CheckpointError(f"{run} holds no checkpoint, but resume is required. Check train.output.")
+    return found
+
+
+def _check_same_run(folder: Path, manifest: checkpoint.Manifest, recipe: Recipe) -> None:
+    changes = checkpoint.changed_keys(manifest.recipe, recipe.to_dict())
+    if changes.other_run:
+        raise CheckpointError(
+            f"{folder} belongs to another run: {len(changes.other_run)} recipe keys differ "
+            f"({'; '.join(changes.other_run[:6])}). Restore them, or choose another train.output."
+        )
+    world = distributed.world_size()
+    differences = list(changes.rounding)
+    if manifest.world_size != world:
+        differences.insert(0, f"ranks: {manifest.world_size} -> {world}")
+    if differences:
+        logger.info(
+            "%s was written with other settings (%s): the same samples follow in the same order and the numbers agree "
+            "to rounding, but not bit for bit; dropout masks differ where the number of ranks does.",
+            folder.name, "; ".join(differences),
+        )  # fmt: skip
+
+
+def restore(run: Run, folder: Path, manifest: checkpoint.Manifest) -> None:
+    """Put a run back into the state of a checkpoint; on the same number of ranks and the same stage, bit for bit.
+
+    Raises:
+        CheckpointError: the checkpoint lacks state of something that trains.
+    """
+    run.engine.load_state([rank_folder(folder, rank) for rank in range(manifest.world_size)])
+    _restore_statistics(run, folder)
+    run.counters.update(manifest.counters)
+    if manifest.world_size == distributed.world_size():
+        RandomState.read(rank_folder(folder)).restore()
+    else:
+        # As many streams as ranks are needed, and none may be one that was used before.
+        seed_everything(run.recipe.train.seed + 7919 * (run.step + 1) + 31 * distributed.world_size())
+
+
+@torch.no_grad()
+def _restore_statistics(run: Run, folder: Path) -> None:
+    buffers = moving_statistics(run.assembly.model)
+    if not buffers:
+        return
+    stored = {
+        name: value
+        for file in folder.glob("*.safetensors")
+        for name, value in load_file(file).items()
+        if name in buffers
+    }
+    for name, buffer in buffers.items():
+        if name not in stored:
+            raise CheckpointError(f"{folder} lacks {name}, which training moves. Choose another checkpoint.")
+        buffer.copy_(stored[name])

@@ -1,0 +1,253 @@
+"""Measuring during the run: held-out loss, written-out answers, harness tasks; the best checkpoint, early stopping.
+
+Nothing here changes the training: generators, training mode, attention and data order are afterwards what they were.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm_moslora import distributed
+from mm_moslora.batch import Example, Seen
+from mm_moslora.config import Recipe, ValidateConfig
+from mm_moslora.data.dataset import TrainingSet
+from mm_moslora.data.faults import RecordError
+from mm_moslora.data.loader import BatchLoader
+from mm_moslora.data.records import Record
+from mm_moslora.errors import TrainingError, suggestion
+from mm_moslora.models.attention import set_attention, training_attention
+from mm_moslora.models.build import Assembly
+from mm_moslora.models.generation import Prompt, encode_images, generate, stop_token_ids
+from mm_moslora.models.rows import generate_rows
+from mm_moslora.models.vlm import takes_rows
+from mm_moslora.tracking.base import Sample
+from mm_moslora.training import disk
+from mm_moslora.training.run import Run
+from mm_moslora.training.saving import RandomState
+
+logger = logging.getLogger(__name__)
+
+BEST = "best.json"
+LOSS = "validation_loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """What a harness gets to measure with."""
+
+    assembly: Assembly
+    """The model in eval mode, weights whole."""
+    recipe: Recipe
+    folder: Path
+    """Where results of this step may be written."""
+    step: int
+    lockstep: bool
+    """Every rank must run the same forward passes (ZeRO-3), so work cannot be dealt to ranks."""
+
+
+Measure = Callable[[Moment], Mapping[str, float]]
+"""From a moment of training to metrics by name, the same on all ranks or on rank 0 alone."""
+
+
+class Validator:
+    """Measures a run.
+
+    Args:
+        run: the run.
+        measure: runs harness tasks; None: there are none.
+    """
+
+    def __init__(self, run: Run, measure: Measure | None) -> None:
+        self.run, self.measure = run, measure
+        if run.recipe.validate.samples and run.validation_set is None:
+            raise TrainingError(
+                f"validate.samples is {run.recipe.validate.samples}, but data.validation names no source. Add one."
+            )
+        if run.recipe.validate.tasks and measure is None:
+            raise TrainingError(
+                f"validate.tasks is {run.recipe.validate.tasks}, but this program brings no evaluation harness. "
+                "Start the run with `mm-moslora train`, or pass `measure`."
+            )
+
+    def __call__(self) -> tuple[dict[str, float], list[Sample]]:
+        """Metrics by name, the same on all ranks, and written-out answers (on rank 0)."""
+        run, metrics, samples = self.run, {}, []
+        with undisturbed(run):
+            if run.validation_set is not None:
+                metrics[LOSS] = self._loss(run.validation_set)
+            if run.recipe.validate.samples or self.measure is not None:
+                with whole_model(run):
+                    if run.validation_set is not None and run.recipe.validate.samples:
+                        samples = self._answers(run.validation_set)
+                    if self.measure is not None:
+                        metrics |= self.measure(self._moment())
+        return distributed.from_main(metrics), samples
+
+    def _moment(self) -> Moment:
+        run = self.run
+        return Moment(
+            assembly=run.assembly, recipe=run.recipe, folder=run.folder / "validation" / f"step-{run.step:06d}",
+            step=run.step, lockstep=run.engine.lockstep and distributed.world_size() > 1,
+        )  # fmt: skip
+
+    def _loss(self, held_out: TrainingSet) -> float:
+        recipe = self.run.recipe
+        loss = count = 0.0
+        loader = BatchLoader(
+            held_out, rank=distributed.rank(), world_size=distributed.world_size(), config=recipe.data,
+            global_batch=recipe.train.global_batch, micro_batch=recipe.train.micro_batch, seed=0,
+        )  # fmt: skip
+        with loader:
+            batches = iter(loader)
+            for _ in range(loader.steps_per_epoch):
+                part, tokens = self.run.engine.evaluate(next(batches))
+                loss, count = loss + part, count + tokens
+        return loss / max(1.0, count)
+
+    def _answers(self, held_out: TrainingSet) -> list[Sample]:
+        """The first answers of the same records every time; on one rank, or on all where they must go in step."""
+        if not (distributed.is_main() or self.run.engine.lockstep):
+            return []
+        samples = []
+        for number in _spread(held_out.usable, self.run.recipe.validate.samples):
+            try:
+                samples.append(self._answer(held_out, held_out.record(number)))
+            except RecordError as error:
+                logger.warning("No sample answer: %s", error)
+        return samples
+
+    def _answer(self, held_out: TrainingSet, record: Record) -> Sample:
+        first = next(index for index, turn in enumerate(record.turns) if turn.role == "assistant")
+        turns = record.turns[:first]
+        seen = held_out.see(record, sum(turn.images for turn in turns))
+        ids = held_out.encoder.encode_prompt(turns, pictures=[picture.placeholders for picture in seen])
+        picture = record.images[0] if record.images else None
+        return Sample(
+            question=turns[-1].text, expected=record.turns[first].text,
+            prediction=held_out.encoder.decode_answer(self._decode(ids, seen)), correct=None,
+            image=picture if isinstance(picture, Path) else None,
+        )  # fmt: skip
+
+    def _decode(self, ids: Tensor, seen: list[Seen]) -> list[int]:
+        model, limit = self.run.assembly.model, self.run.recipe.validate.sample_tokens
+        stops = stop_token_ids(model, self.run.assembly.tokenizer.eos_token_id)
+        if takes_rows(model):
+            nothing = torch.zeros(len(ids), dtype=torch.bool)
+            prompt = Example.of(id="", input_ids=ids, supervised=nothing, seen=seen)
+            return list(generate_rows(model, prompt, max_new_tokens=limit, stop_ids=stops))
+        features = None
+        if seen:
+            pixels = torch.cat([picture.tensors["pixel_values"] for picture in seen])
+            features = encode_images(model, pixels.to(self.run.engine.device)).flatten(0, 1)
+        return generate(model, [Prompt(input_ids=ids, features=features)], max_new_tokens=limit, stop_ids=stops)[0]
+
+
+def _spread(numbers: list[int], count: int) -> list[int]:
+    count = min(count, len(numbers))
+    return [numbers[index * len(numbers) // count] for index in range(count)]
+
+
+@contextmanager
+def undisturbed(run: Run) -> Iterator[None]:
+    """Evaluation mode inside; afterwards generators and training mode are what they were."""
+    before = RandomState.now()
+    run.engine.module.eval()
+    try:
+        yield
+    finally:
+        run.engine.module.train()
+        before.restore()
+
+
+@contextmanager
+def whole_model(run: Run) -> Iterator[None]:
+    """The model as generation wants it: all weights whole, ordinary attention, a cache."""
+    model = run.assembly.model
+    with ExitStack() as stack:
+        stack.enter_context(run.engine.gathered())
+        if not takes_rows(model):
+            set_attention(model, "sdpa")
+            stack.callback(lambda: set_attention(model, training_attention(model, run.recipe.model.attention)))
+        yield
+
+
+def lower_is_better(metric: str, choice: str) -> bool:
+    """Whether small values of a metric are good."""
+    if choice != "auto":
+        return choice == "lowest"
+    last = metric.rsplit("/", 1)[-1]
+    return any(word in last for word in ("loss", "perplexity", "ppl", "error", "wer"))
+
+
+@dataclass(kw_only=True)
+class Best:
+    """The best value so far, kept in `best.json` in the run folder, and the validations since."""
+
+    config: ValidateConfig
+    value: float = math.nan
+    step: int = -1
+    since: int = 0
+    """Validations in a row that were not better."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Step and value of every validation."""
+
+    @classmethod
+    def of(cls, folder: Path, config: ValidateConfig, *, resume_step: int) -> Best:
+        """What an earlier stretch of the run left, if it is about the same metric."""
+        best = cls(config=config)
+        try:
+            found = json.loads((folder / BEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return best
+        if found.get("metric") == config.best and found.get("step", -1) <= resume_step:
+            history = [entry for entry in found["history"] if entry["step"] <= resume_step]
+            best.value, best.step = float(found["value"]), int(found["step"])
+            best.since = sum(entry["step"] > best.step for entry in history)
+            best.history = history
+        return best
+
+    def update(self, metrics: Mapping[str, float], step: int) -> bool:
+        """Take in a validation; True when it is the best so far.
+
+        Raises:
+            TrainingError: the metric was not measured.
+        """
+        name = self.config.best
+        if name is None:
+            return False
+        if name not in metrics:
+            raise TrainingError(
+                f"validate.best is {name!r}, which was not measured; expected one of {sorted(metrics)}."
+                f"{suggestion(name, metrics)}"
+            )
+        value = metrics[name]
+        self.history.append({"step": step, "value": value})
+        sign = -1 if lower_is_better(name, self.config.best_is) else 1
+        if math.isfinite(value) and not (math.isfinite(self.value) and sign * value <= sign * self.value):
+            self.value, self.step, self.since = value, step, 0
+            return True
+        self.since += 1
+        return False
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the run should stop."""
+        return 0 < self.config.patience <= self.since
+
+    def write(self, folder: Path, checkpoint: str) -> None:
+        """Keep it for people and for a resumed run."""
+        content: dict[str, Any] = {
+            "metric": self.config.best, "value": self.value, "step": self.step, "checkpoint": checkpoint,
+            "history": self.history,
+        }  # fmt: skip
+        disk.replace_json(folder / BEST, content)

@@ -1,0 +1,75 @@
+"""Flip one bit in a file of a real checkpoint, many times: every flip must be found, and named with its file.
+
+python scripts/soak/bit_flips.py --flips 1000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from parts import make_parts, tiny_recipe
+
+from mm_moslora.errors import CheckpointError
+from mm_moslora.training.checkpoint import read_manifest
+
+
+def flip(folder: Path, rng: random.Random) -> str:
+    """Flip one bit of one file, look, and put it back; gives `found`, `missed NAME` or `unnamed NAME`."""
+    path = rng.choice(sorted(item for item in folder.rglob("*") if item.is_file() and item.stat().st_size))
+    name = path.relative_to(folder).as_posix()
+    place, bit = rng.randrange(path.stat().st_size), 1 << rng.randrange(8)
+    _flip(path, place, bit)
+    try:
+        read_manifest(folder)
+    except CheckpointError as error:
+        return "found" if path.name in str(error) else f"unnamed {name}"
+    finally:
+        _flip(path, place, bit)
+    return f"missed {name}"
+
+
+def _flip(path: Path, place: int, bit: int) -> None:
+    with path.open("r+b") as stream:
+        stream.seek(place)
+        old = stream.read(1)[0]
+        stream.seek(place)
+        stream.write(bytes([old ^ bit]))
+
+
+def run(flips: int, folder: Path) -> Counter[str]:
+    """Outcomes of so many flips in a checkpoint."""
+    rng = random.Random(0)
+    outcomes = Counter(flip(folder, rng) for _ in range(flips))
+    read_manifest(folder)  # everything was put back
+    return outcomes
+
+
+def main() -> int:
+    """Run and print the counts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--flips", type=int, default=1000)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        from mm_moslora.training.loop import train
+
+        folder = Path(place)
+        result = train(tiny_recipe(make_parts(folder), folder / "run", zero="none", steps=2))
+        outcomes = run(options.flips, result.checkpoint)
+        files = len([path for path in result.checkpoint.rglob("*") if path.is_file()])
+    missed = options.flips - outcomes["found"]
+    if options.json:
+        print(json.dumps({"soak": "bit_flips", "flips": options.flips, "files": files, "missed": missed}))
+    else:
+        print(f"{options.flips} flips in {files} files, {missed} missed", *sorted(outcomes.items()), sep="\n")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

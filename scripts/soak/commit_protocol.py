@@ -1,0 +1,160 @@
+"""Crash the commit protocol at every operation, many times, on a disk that may lose what was not synced.
+
+Two ranks save some checkpoints, with retention. After a crash at any operation the newest valid checkpoint must be at
+least as new as the last one that was reported as committed, and hold what was written, bit for bit; and the next save
+must succeed.
+
+    python scripts/soak/commit_protocol.py --points 12000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from simulated_disk import Operation, SimulatedDisk, note_file, recording
+
+from mm_moslora import distributed
+from mm_moslora.errors import CheckpointError
+from mm_moslora.training.checkpoint import Manifest, Retention, folder_name, newest_valid
+from mm_moslora.training.commit import Saver, rank_folder
+
+RANKS = 2
+
+
+def manifest(step: int) -> Manifest:
+    """Of one small checkpoint."""
+    return Manifest(
+        step=step, world_size=RANKS, recipe={}, base={}, counters={"steps": step}, trainable={}, files={}
+    )  # fmt: skip
+
+
+@contextmanager
+def as_rank(number: int, outcomes: list) -> Iterator[None]:
+    """Pretend to be one of two ranks, whose talk is played by the script."""
+    with (
+        patch.object(distributed, "rank", lambda: number),
+        patch.object(distributed, "is_main", lambda: number == 0),
+        patch.object(distributed, "gather_objects", lambda value: [value, *outcomes]),
+    ):
+        yield
+
+
+def content_of(step: int, name: str) -> bytes:
+    """What a file of a step holds."""
+    return random.Random(f"{step} {name}").randbytes(200 + 37 * (step % 5))
+
+
+def save(run: Path, step: int, operations: list[Operation], retention: Retention) -> None:
+    """One checkpoint by two ranks, then retention."""
+
+    def writer(number: int):
+        def write(folder: Path) -> None:
+            names = [rank_folder(folder, number) / "optimizer.safetensors", rank_folder(folder, number) / "random.json"]
+            if number == 0:
+                (folder / "adapter").mkdir(exist_ok=True)
+                names += [folder / "config.yaml", folder / "adapter" / "moslora.safetensors"]
+            for path in names:
+                note_file(operations, run, path, content_of(step, path.relative_to(folder).as_posix()))
+
+        return write
+
+    savers = [Saver(run) for _ in range(RANKS)]
+    with as_rank(0, []):
+        savers[0].start(manifest(step), writer(0))
+        savers[0]._thread.join()
+    with as_rank(1, []):
+        savers[1].start(manifest(step), writer(1))
+        savers[1]._thread.join()
+    with as_rank(0, [(savers[1]._failure, savers[1].files)]):
+        savers[0].finish()
+    operations.append(("report", (step,)))
+    with as_rank(0, []):
+        savers[0].tidy(retention)
+        savers[0].rest()
+
+
+def history(seed: int, work: Path) -> list[Operation]:
+    """The operations of some saves with some retention."""
+    rng = random.Random(seed)
+    retention = Retention(last=rng.choice((1, 2, 3)), every=rng.choice((0, 4)), best=rng.choice((None, folder_name(2))))
+    run = work / f"history-{seed}"
+    run.mkdir(parents=True)
+    with recording(run) as operations:
+        for step in range(1, rng.randrange(4, 7)):
+            save(run, step, operations, retention)
+    shutil.rmtree(run)
+    return operations
+
+
+def crash_point(operations: list[Operation], stop: int, seed: int, place: Path) -> str:
+    """Crash after `stop` operations, recover, and say how it went."""
+    simulated = SimulatedDisk()
+    for name, arguments in operations[:stop]:
+        getattr(simulated, name)(*arguments)
+    shutil.rmtree(place, ignore_errors=True)
+    simulated.crash(place, random.Random(seed))
+    try:
+        found = newest_valid(place)
+    except CheckpointError as error:
+        return f"unrecoverable: {error}"
+    if found is None:
+        return "nothing yet" if simulated.reported == 0 else f"lost: step {simulated.reported} was reported"
+    folder, written = found
+    if written.step < simulated.reported:
+        return f"lost: step {simulated.reported} was reported, step {written.step} came back"
+    for name in written.files:
+        if (folder / name).read_bytes() != content_of(written.step, name):
+            return f"altered: {folder / name}"
+    return "the last reported one" if written.step == simulated.reported else "one that was just being committed"
+
+
+def main() -> int:
+    """Run and print the counts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", type=int, default=12_000, help="crash points to try")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    started = time.process_time()
+    outcomes = run(options.points)
+    bad = sum(count for outcome, count in outcomes.items() if outcome.startswith(("lost", "unrec", "altered")))
+    result = {"soak": "commit_protocol", "points": sum(outcomes.values()), "unrecoverable": bad}
+    if options.json:
+        print(json.dumps(result | {"outcomes": outcomes, "cpu_seconds": round(time.process_time() - started, 1)}))
+    else:
+        for outcome, count in outcomes.most_common():
+            print(f"{count:8}  {outcome}")
+        print(f"{result['points']} crash points, {bad} unrecoverable")
+    return 1 if bad else 0
+
+
+def run(points: int) -> Counter[str]:
+    """Outcomes of so many crash points."""
+    outcomes: Counter[str] = Counter()
+    base = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(dir=base) as folder:
+        work, seed = Path(folder), 0
+        while sum(outcomes.values()) < points:
+            operations = history(seed, work)
+            for stop in range(len(operations) + 1):
+                for repeat in range(3):
+                    if sum(outcomes.values()) < points:
+                        outcomes[crash_point(operations, stop, 1000 * seed + 10 * stop + repeat, work / "crashed")] += 1
+            seed += 1
+    return outcomes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""The order of the data as a property: whatever the ranks, micro-batches, workers and interruptions, every epoch sees
+every sample as often as its weight says, and the same steps follow in the same order.
+
+    python scripts/soak/data_order.py --cases 5000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import torch
+
+from mm_moslora.batch import Example
+from mm_moslora.config import DataConfig
+from mm_moslora.data.loader import BatchLoader
+
+
+class Numbers:
+    """A training set whose examples are their own numbers; stands in for `TrainingSet`."""
+
+    def __init__(self, rng: random.Random) -> None:
+        sizes = [rng.randrange(1, 60) for _ in range(rng.choice((1, 1, 2, 3)))]
+        total, start = sum(sizes), 0
+        self.lengths = [rng.randrange(1, 200) for _ in range(total)]
+        share = rng.choice((0.0, 0.3, 0.7, 1.0))
+        self.has_image = [rng.random() < share for _ in range(total)]
+        self.members, self.quarantine = [], set()
+        for size in sizes:
+            self.members.append([number for number in range(start, start + size) if rng.random() < 0.95] or [start])
+            start += size
+        self.encoder = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=0))
+        self.weights = [rng.choice((1.0, 1.0, 0.5, 2.0, 1.3)) for _ in sizes]
+
+    def load(self, number: int) -> Example:
+        """The example with this number."""
+        return Example(id=str(number), input_ids=torch.tensor([0, 1]), supervised=torch.tensor([False, True]))
+
+
+def _loader(data: Numbers, rank: int, world: int, micro: int, batch: int, config: DataConfig, seed: int, start: int):
+    return BatchLoader(
+        data, rank=rank, world_size=world, config=config, global_batch=batch, micro_batch=micro, seed=seed,
+        start_step=start,
+    )  # fmt: skip
+
+
+def _stretch(data: Numbers, world: int, micro: int, count: int, **settings) -> Iterator[list[int]]:
+    """The samples of some steps, put together from all ranks as they really arrive."""
+    ranks = [_loader(data, rank, world, micro, **settings) for rank in range(world)]
+    entered = [loader.__enter__() for loader in ranks]
+    try:
+        arriving = [iter(loader) for loader in entered]
+        for _ in range(count):
+            batches = [next(rank) for rank in arriving]
+            assert len({len(micro_batches) for micro_batches in batches}) == 1, "ranks differ in micro-batches"
+            yield sorted(int(id) for rank in batches for batch in rank for id in batch.ids if id)
+    finally:
+        for loader in ranks:
+            loader.__exit__(None, None, None)
+
+
+def case(seed: int, *, workers: int = 0) -> str:
+    """One random data set, run with interruptions on changing ranks, against the plan; says what happened."""
+    rng = random.Random(seed)
+    data, batch = Numbers(rng), rng.randrange(1, 17)
+    config = DataConfig(order=rng.choice(("grouped", "random", "sequential")), workers=workers)
+    settings = {"batch": batch, "config": config, "seed": rng.randrange(100)}
+    plan = _loader(data, 0, 1, 1, start=0, **settings)
+    epochs = 2
+    expected = [sorted(step) for epoch in range(epochs) for step in plan.plan(epoch)]
+    per_epoch = len(expected) // epochs
+    found: list[list[int]] = []
+    while len(found) < len(expected):
+        count = min(len(expected) - len(found), rng.randrange(1, len(expected) + 1))
+        world, micro = rng.randrange(1, 9), rng.randrange(1, 5)
+        found += _stretch(data, world, micro, count, start=len(found), **settings)
+    if found != expected:
+        return "another order"
+    for epoch in range(epochs):
+        seen = Counter(number for step in found[epoch * per_epoch : (epoch + 1) * per_epoch] for number in step)
+        for numbers, weight in zip(data.members, data.weights, strict=True):
+            if any(not int(weight) <= seen[number] <= -(-weight // 1) for number in numbers):
+                return "a sample was seen too often or not often enough"
+        if set(seen) - {number for numbers in data.members for number in numbers}:
+            return "a sample that does not belong"
+    return "same samples, same order"
+
+
+def run(cases: int, *, with_workers: int = 0) -> Counter[str]:
+    """Outcomes of so many cases in the thread, and of some with worker processes."""
+    outcomes = Counter(case(seed) for seed in range(cases))
+    outcomes.update(case(10**6 + seed, workers=1 + seed % 3) for seed in range(with_workers))
+    return outcomes
+
+
+def main() -> int:
+    """Run and print the counts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=5000, help="cases with batches prepared in a thread")
+    parser.add_argument("--with-workers", type=int, default=10, help="more cases, with worker processes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    outcomes = run(options.cases, with_workers=options.with_workers)
+    bad = sum(outcomes.values()) - outcomes["same samples, same order"]
+    if options.json:
+        print(json.dumps({"soak": "data_order", "cases": sum(outcomes.values()), "wrong": bad}))
+    else:
+        print(f"{sum(outcomes.values())} cases, {bad} wrong", *outcomes.items(), sep="\n")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

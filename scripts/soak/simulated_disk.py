@@ -1,0 +1,176 @@
+"""A file system that may lose what was not synced: records what the real code does to the disk, then shows what a crash
+could leave of it.
+
+The rules are POSIX's, at their least friendly. Names live in folders, contents in files. `fsync` of a file saves its
+content but not its name; `fsync` of a folder saves the names in it. A change of names that was not synced may or
+may not survive, each for itself or in order; a content that was not synced may be whole, cut, empty or zeros.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest.mock import patch
+
+from mm_moslora.training import disk
+
+
+@dataclass
+class File:
+    """A file: what it holds, and what of that is safe."""
+
+    content: bytes
+    safe: bytes | None = None
+
+
+@dataclass
+class Folder:
+    """A folder: the names that are safe, and changes that are not yet; a change is a list of (name, node or None)."""
+
+    safe: dict[str, File | Folder] = field(default_factory=dict)
+    changes: list[list[tuple[str, File | Folder | None]]] = field(default_factory=list)
+
+    def now(self) -> dict[str, File | Folder]:
+        """What a program sees."""
+        return _applied(self.safe, self.changes)
+
+    def sync(self) -> None:
+        """Make all names safe."""
+        self.safe, self.changes = self.now(), []
+
+
+def _applied(names: dict, changes: list) -> dict:
+    names = dict(names)
+    for change in changes:
+        for name, node in change:
+            if node is None:
+                names.pop(name, None)
+            else:
+                names[name] = node
+    return names
+
+
+Operation = tuple[str, tuple]
+"""A method of `SimulatedDisk` and its arguments."""
+
+
+class SimulatedDisk:
+    """Replays recorded operations and crashes."""
+
+    def __init__(self) -> None:
+        self.root = Folder()
+        self.reported = 0
+
+    def report(self, step: int) -> None:
+        """The program says that this checkpoint is safe."""
+        self.reported = step
+
+    def _folder(self, parts: tuple[str, ...]) -> Folder:
+        node: File | Folder = self.root
+        for part in parts:
+            assert isinstance(node, Folder)
+            node = node.now()[part]
+        assert isinstance(node, Folder)
+        return node
+
+    def make(self, path: Path) -> None:
+        """mkdir."""
+        self._folder(path.parts[:-1]).changes.append([(path.name, Folder())])
+
+    def write(self, path: Path, content: bytes) -> None:
+        """Create a file."""
+        self._folder(path.parts[:-1]).changes.append([(path.name, File(content))])
+
+    def sync(self, path: Path) -> None:
+        """fsync of a file or folder."""
+        node = self.root if path == Path() else self._folder(path.parts[:-1]).now()[path.name]
+        if isinstance(node, Folder):
+            node.sync()
+        else:
+            node.safe = node.content
+
+    def rename(self, path: Path, target: Path) -> None:
+        """One change: never half done."""
+        assert path.parent == target.parent
+        parent = self._folder(path.parts[:-1])
+        parent.changes.append([(path.name, None), (target.name, parent.now()[path.name])])
+
+    def unlink(self, path: Path) -> None:
+        """Remove one file or empty folder."""
+        self._folder(path.parts[:-1]).changes.append([(path.name, None)])
+
+    def crash(self, target: Path, rng: random.Random) -> None:
+        """Write into a real folder what a loss of power may have left."""
+        ordered = rng.random() < 0.5  # like a journal, or each change for itself
+        likely = rng.choice((0.1, 0.5, 0.9, 1.0))
+        self._leave(self.root, target, rng, ordered=ordered, likely=likely)
+
+    def _leave(self, folder: Folder, target: Path, rng: random.Random, *, ordered: bool, likely: float) -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        if ordered:
+            kept = folder.changes[: sum(rng.random() < likely for _ in folder.changes)]
+        else:
+            kept = [change for change in folder.changes if rng.random() < likely]
+        for name, node in _applied(folder.safe, kept).items():
+            if isinstance(node, Folder):
+                self._leave(node, target / name, rng, ordered=ordered, likely=likely)
+            else:
+                (target / name).write_bytes(node.safe if node.safe is not None else _torn(node.content, rng))
+
+
+def _torn(content: bytes, rng: random.Random) -> bytes:
+    return rng.choice((content, b"", content[: len(content) // 2], bytes(len(content))))
+
+
+@contextmanager
+def recording(run: Path) -> Iterator[list[Operation]]:
+    """Record what the checkpoint code does below a run folder, while it really does it."""
+    operations: list[Operation] = []
+    real_sync, real_rename, real_replace, real_remove = disk.sync, disk.rename, disk.replace_text, disk.remove
+    real_mkdir = Path.mkdir
+
+    def inside(path: Path) -> Path:
+        return path.relative_to(run)
+
+    def sync(path: Path) -> None:
+        real_sync(path)
+        operations.append(("sync", (inside(path),)))
+
+    def rename(path: Path, target: Path) -> None:
+        real_rename(path, target)
+        operations.append(("rename", (inside(path), inside(target))))
+
+    def replace_text(path: Path, text: str) -> None:
+        real_replace(path, text)
+        temporary = inside(path).with_name(f".{path.name}.tmp")
+        operations.append(("write", (temporary, text.encode())))
+        operations.append(("sync", (temporary,)))
+        operations.append(("rename", (temporary, inside(path))))
+
+    def remove(folder: Path) -> None:
+        gone = sorted(folder.rglob("*"), key=lambda path: -len(path.parts)) if folder.exists() else []
+        real_remove(folder)
+        operations.extend(("unlink", (inside(path),)) for path in ([*gone, folder] if gone else []))
+
+    def mkdir(path: Path, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        new = [folder for folder in (path, *path.parents) if not folder.exists()]
+        real_mkdir(path, mode, parents, exist_ok)
+        operations.extend(("make", (inside(folder),)) for folder in reversed(new) if run in folder.parents)
+
+    with (
+        patch.object(disk, "sync", sync),
+        patch.object(disk, "rename", rename),
+        patch.object(disk, "replace_text", replace_text),
+        patch.object(disk, "remove", remove),
+        patch.object(Path, "mkdir", mkdir),
+    ):
+        yield operations
+
+
+def note_file(operations: list[Operation], run: Path, path: Path, content: bytes) -> None:
+    """Write a file for real and record it."""
+    path.write_bytes(content)
+    operations.append(("write", (path.relative_to(run), content)))

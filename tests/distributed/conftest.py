@@ -1,0 +1,28 @@
+"""Ranks and tiny parts for all tests here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ranks import Ranks
+from tiny import make_language, make_records, make_vision
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Starts groups of processes."""
+    with Ranks(tmp_path_factory.mktemp("ranks")) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny language model, a tiny vision tower, and 40 records."""
+    folder = tmp_path_factory.mktemp("parts")
+    return {
+        "language": make_language(folder / "language"),
+        "vision": make_vision(folder / "vision"),
+        "records": make_records(folder / "records", 40),
+    }

@@ -1,0 +1,72 @@
+"""What goes wrong in the ranks of the fault tests; each function is called in every rank, see `ranks.Ranks.start`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import replace
+
+import torch
+from ranks import train_recipes
+
+from mm_moslora import distributed
+from mm_moslora.training import loop, saving
+from mm_moslora.training.engine import Engine
+
+
+def poison(rank: str, step: str, *recipes: str) -> int:
+    """Pictures of one rank are not finite in one step."""
+    real = loop._Loop._step
+
+    def poisoned_step(self, batches, *, first):
+        def broken(batch):
+            return replace(batch, pixel_values=torch.full_like(batch.pixel_values, torch.nan))
+
+        if distributed.rank() == int(rank) and self.run.step == int(step):
+            micro_batches = [broken(b) if b.pixel_values is not None else b for b in next(batches)]
+            assert any(b.pixel_values is not None for b in micro_batches)
+            batches = iter([micro_batches])
+        real(self, batches, first=first)
+
+    loop._Loop._step = poisoned_step
+    return train_recipes(list(recipes))
+
+
+def at_step(what: str, rank: str, step: str, *recipes: str) -> int:
+    """One rank is killed, stopped, put to sleep, raises or gets SIGTERM within one step."""
+    real = Engine.step
+
+    def step_or_not(self, micro_batches, lr_factor):
+        step_or_not.done += 1
+        if distributed.rank() == int(rank) and step_or_not.done == int(step):
+            if what == "sleep":
+                lost_in_thought()
+            elif what == "raise":
+                raise RuntimeError("a bug of rank 1")
+            else:
+                os.kill(os.getpid(), getattr(signal, what))
+                time.sleep(0.05)
+        return real(self, micro_batches, lr_factor)
+
+    step_or_not.done = 0
+    Engine.step = step_or_not
+    return train_recipes(list(recipes))
+
+
+def lost_in_thought() -> None:
+    """A hang whose place must show in the stacks."""
+    time.sleep(3600)
+
+
+def full_disk(rank: str, step: str, *recipes: str) -> int:
+    """One rank cannot write the checkpoint of one step."""
+    real = saving.Snapshot.write
+
+    def write(self, folder):
+        if distributed.rank() == int(rank) and self.manifest.step == int(step):
+            raise OSError(28, "No space left on device")
+        real(self, folder)
+
+    saving.Snapshot.write = write
+    return train_recipes(list(recipes))

@@ -1,0 +1,88 @@
+"""Recipes of tiny runs on several ranks, and what they left."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from mm_moslora.config import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    Recipe,
+    SourceConfig,
+    TrackConfig,
+    TrainConfig,
+    VisionConfig,
+)
+
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+STEPS, HALF = 4, 2
+
+
+def make_recipe(
+    parts: dict[str, Path], output: Path, zero: str, *, order: str = "grouped", dropout: float = 0.0, **train
+) -> Recipe:
+    """A tiny VLM; `train` overrides keys of the recipe's `train`."""
+    settings = {
+        "output": str(output), "steps": STEPS, "global_batch": 8, "micro_batch": 2, "zero": zero, "precision": "fp32",
+        "timeout_minutes": 5, "rehearsal": False,
+    }  # fmt: skip
+    source = SourceConfig(path=str(parts["records"]), image_folder=str(parts["records"].parent / "images"))
+    return Recipe(
+        name=output.name,
+        model=ModelConfig(language=str(parts["language"]), vision=VisionConfig(name=str(parts["vision"]))),
+        adapter=AdapterConfig(rank=4, alpha=8, dropout=dropout, mixer_init="kaiming"),
+        data=DataConfig(train=[source], order=order, max_length=256),
+        optim=OptimConfig(lr=1e-3, projector_lr=5e-3, warmup=1),
+        train=TrainConfig(**(settings | train)),
+        track=TrackConfig(trackers=[]),
+    )
+
+
+def full(recipe: Recipe) -> Recipe:
+    """The same with a language model that trains whole, without adapters."""
+    return replace(recipe, model=replace(recipe.model, language_mode="full"))
+
+
+def write(recipe: Recipe, name: str = "") -> str:
+    """Write a recipe beside its run folder; gives the path."""
+    output = Path(recipe.train.output)
+    path = output.with_name(f"{name or output.name}.yaml")
+    path.write_text(recipe.to_yaml())
+    return str(path)
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """The records of all steps."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run)]
+
+
+def train_fp16(*arguments: str) -> int:
+    """Train with the accelerator's claim that it cannot do fp16 taken back: this CPU can, only slowly."""
+    from deepspeed.accelerator import get_accelerator
+    from ranks import train_recipes
+
+    get_accelerator().is_fp16_supported = lambda: True
+    return train_recipes(list(arguments))
+
+
+def hexed(run: Path) -> list[str]:
+    return [value.hex() for value in losses(run)]
+
+
+def weights(run: Path, step: int = STEPS) -> dict[str, str]:
+    """Hashes of everything that was trained, by file."""
+    files = json.loads((run / f"checkpoint-{step:06d}" / "manifest.json").read_text())["files"]
+    return {
+        name: entry["sha256"]
+        for name, entry in files.items()
+        if name.endswith(".safetensors") and not name.startswith("trainer/")
+    }

@@ -1,0 +1,101 @@
+"""Staying alive: values that are not finite, ranks that die, hang or are told to stop, disks that are full."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+
+import pytest
+from runs import STAGES, hexed, make_recipe, metrics, weights, write
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_value_that_is_not_finite_on_one_rank_skips_the_step_on_all(parts, ranks, tmp_path):
+    recipes = {stage: make_recipe(parts, tmp_path / stage, stage) for stage in STAGES}
+    recipes["bf16"] = make_recipe(parts, tmp_path / "bf16", "zero2", precision="bf16")
+    group = ranks.run(["faults:poison", "1", "1", *map(write, recipes.values())])
+    assert group.output(1).count("skipped: the loss or a gradient is not finite") == len(recipes)
+    assert "Records of rank 1: r" in group.output(1)
+    for name in recipes:
+        lines = metrics(tmp_path / name)
+        assert [line["skipped_steps"] for line in lines] == [0, 1, 1, 1]
+        assert all(math.isfinite(line["loss"]) for line in lines[2:])
+        # Applied steps alone advance the learning rate.
+        rates = [line["lr/adapter"] for line in lines]
+        assert rates[2] == rates[1]
+    for stage in STAGES[1:]:
+        assert metrics(tmp_path / stage)[3]["loss"] == pytest.approx(metrics(tmp_path / "zero0")[3]["loss"], rel=1e-5)
+
+
+def _interrupted(parts, ranks, tmp_path, arguments, **train):
+    recipe = make_recipe(parts, tmp_path / "run", "zero2", save_every=1, **train)
+    group = ranks.finish(ranks.start([*arguments, write(recipe)]))
+    return recipe, group
+
+
+def test_a_killed_rank_is_named_and_the_run_goes_on_exactly(parts, ranks, tmp_path):
+    straight = make_recipe(parts, tmp_path / "straight", "zero2")
+    recipe, group = _interrupted(parts, ranks, tmp_path, ["faults:at_step", "SIGKILL", "1", "3"])
+    assert group.codes[1] == -signal.SIGKILL
+    assert group.codes[0] not in (0, -signal.SIGKILL)
+    assert f"rank 1 (process {group.pids[1]} on" in group.output(0)
+    assert "died; last seen at step" in group.output(0)
+    ranks.run([write(recipe), write(straight)])
+    assert hexed(tmp_path / "run") == hexed(tmp_path / "straight")
+    assert weights(tmp_path / "run") == weights(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("what", ["SIGSTOP", "sleep"])
+def test_a_rank_that_hangs_is_named_with_stacks_in_time(what, parts, ranks, tmp_path):
+    recipe = make_recipe(parts, tmp_path / "run", "zero2", step_timeout_minutes=0.1)
+    group = ranks.start(["faults:at_step", what, "1", "2", write(recipe)])
+    started = time.monotonic()
+    try:
+        while "No progress for" not in group.output(0) and time.monotonic() - started < 120:
+            time.sleep(0.2)
+    finally:
+        if what == "SIGSTOP":
+            os.kill(group.pids[1], signal.SIGKILL)
+    ranks.finish(group, limit=60)
+    assert f"rank 1 (process {group.pids[1]} on" in group.output(0), group.outputs
+    stacks = tmp_path / "run" / "stacks"
+    assert "in step_or_not" in (stacks / "rank-00000.txt").read_text()
+    if what == "sleep":
+        assert "does not wait for others: it is in lost_in_thought (faults.py:" in group.output(0)
+        assert "in lost_in_thought" in (stacks / "rank-00001.txt").read_text()
+        assert group.codes == [70, 70]
+    else:
+        assert "is silent for" in group.output(0)
+        assert group.codes[0] == 70
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(parts, ranks, tmp_path):
+    straight = make_recipe(parts, tmp_path / "straight", "zero1")
+    recipe = make_recipe(parts, tmp_path / "run", "zero1")
+    group = ranks.run(["faults:at_step", "SIGTERM", "1", "2", write(recipe)])
+    assert group.codes == [0, 0]
+    assert len(metrics(tmp_path / "run")) == 2
+    assert (tmp_path / "run" / "checkpoint-000002" / "manifest.json").is_file()
+    ranks.run([write(recipe), write(straight)])
+    assert hexed(tmp_path / "run") == hexed(tmp_path / "straight")
+
+
+def test_a_bug_of_one_rank_is_reported_by_the_others(parts, ranks, tmp_path):
+    _, group = _interrupted(parts, ranks, tmp_path, ["faults:at_step", "raise", "1", "2"])
+    assert group.codes == [1, 1]
+    assert "failed: RuntimeError: a bug of rank 1 at step 1" in group.output(0)
+
+
+def test_a_rank_that_cannot_write_costs_one_checkpoint_only(parts, ranks, tmp_path):
+    recipe = make_recipe(parts, tmp_path / "run", "zero2", save_every=1, keep_last=0)
+    group = ranks.run(["faults:full_disk", "1", "2", write(recipe)])
+    assert "could not be written" in group.output(0)
+    assert "rank 1: OSError: [Errno 28] No space left on device" in group.output(0)
+    assert "Training goes on." in group.output(0)
+    kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert kept == ["checkpoint-000001", "checkpoint-000003", "checkpoint-000004"]
+    assert not list((tmp_path / "run").glob(".tmp-*"))
+    assert [line["failed_saves"] for line in metrics(tmp_path / "run") if "failed_saves" in line] == [1]

@@ -1,0 +1,73 @@
+"""Going on: exactly on the same ranks and stage, to rounding on others, and with everything that was trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from runs import HALF, STAGES, full, hexed, losses, make_recipe, metrics, weights, write
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def halves(parts, ranks, tmp_path_factory) -> Path:
+    """Every stage once straight through and once stopped half-way; then, in new processes, the second halves."""
+    folder = tmp_path_factory.mktemp("halves")
+    straight = {stage: make_recipe(parts, folder / f"{stage}-straight", stage, dropout=0.1) for stage in STAGES}
+    straight["bf16"] = full(make_recipe(parts, folder / "bf16-straight", "zero2", precision="bf16"))
+    straight["fp16"] = make_recipe(parts, folder / "fp16-straight", "zero1", precision="fp16", steps=8)
+    # The first processes rehearse, the straight ones do not: it must not show.
+    resumed = [
+        write(replace(recipe, train=replace(recipe.train, output=str(folder / f"{name}-resumed"), rehearsal=True)))
+        for name, recipe in straight.items()
+    ]
+    ranks.run(["runs:train_fp16", *map(write, straight.values()), *(f"{path}@{HALF}" for path in resumed)])
+    ranks.run(["runs:train_fp16", *resumed])
+    return folder
+
+
+@pytest.mark.parametrize("name", [*STAGES, "bf16", "fp16"])
+def test_a_resumed_run_continues_exactly(name, halves):
+    straight = hexed(halves / f"{name}-straight")
+    assert len(straight) == (8 if name == "fp16" else 4)
+    assert hexed(halves / f"{name}-resumed") == straight
+    step = len(straight)
+    assert weights(halves / f"{name}-resumed", step) == weights(halves / f"{name}-straight", step)
+
+
+def test_ranks_and_stages_may_change_on_the_way(parts, ranks, tmp_path):
+    """2 -> 1 -> 2 -> 4 ranks, another ZeRO stage each time: the samples and the numbers of an undisturbed run."""
+    way = [(2, "zero2"), (1, "zero3"), (2, "zero0"), (4, "zero1"), (1, "none"), (2, "zero3")]
+    steps = len(way)
+    ranks.run([write(make_recipe(parts, tmp_path / "straight", "zero2", steps=steps))])
+    for number, (world, zero) in enumerate(way):
+        recipe = make_recipe(parts, tmp_path / "changing", zero, steps=steps)
+        ranks.run([f"{write(recipe)}@{number + 1}"], ranks=world)
+    for key in ("loss", "grad_norm", "tokens", "images"):
+        expected = [line[key] for line in metrics(tmp_path / "straight")]
+        assert [line[key] for line in metrics(tmp_path / "changing")] == pytest.approx(expected, rel=1e-5), key
+
+
+def test_every_weight_that_trains_is_saved_on_every_stage(parts, ranks, tmp_path):
+    """Align, then tune on its projector; a projector that stands still is saved whole under ZeRO-3, too."""
+    from mm_moslora.models.load import load
+
+    stages = ("zero2", "zero3")
+    align = [make_recipe(parts, tmp_path / f"align-{stage}", stage, steps=1) for stage in stages]
+    align = [replace(recipe, model=replace(recipe.model, language_mode="frozen")) for recipe in align]
+    ranks.run([write(recipe) for recipe in align])
+    tune = []
+    for stage in stages:
+        weights_file = tmp_path / f"align-{stage}" / "checkpoint-000001" / "projector.safetensors"
+        recipe = make_recipe(parts, tmp_path / f"tune-{stage}", stage, steps=2)
+        projector = replace(recipe.model.projector, weights=str(weights_file), mode="frozen")
+        tune.append(replace(recipe, model=replace(recipe.model, projector=projector)))
+    ranks.run([write(recipe) for recipe in tune])
+    for stage in stages:
+        before = tmp_path / f"align-{stage}" / "checkpoint-000001" / "projector.safetensors"
+        after = tmp_path / f"tune-{stage}" / "checkpoint-000002" / "projector.safetensors"
+        assert before.read_bytes() == after.read_bytes()
+        assert load(tmp_path / f"tune-{stage}").model is not None
+    assert losses(tmp_path / "tune-zero3") == pytest.approx(losses(tmp_path / "tune-zero2"), rel=1e-5)

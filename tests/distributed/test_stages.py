@@ -1,0 +1,93 @@
+"""The same numbers for every split: ranks, accumulation, ZeRO stages, precisions, ranks without pictures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from runs import STAGES, full, losses, make_recipe, metrics, write
+from tiny import make_records
+
+pytestmark = pytest.mark.slow
+SPLITS = (1, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def splits(parts, ranks, tmp_path_factory) -> Path:
+    """Eight samples per step as 1 x 4, 2 x 2 and 4 x 1 (ranks x micro-batches), on every stage, in fp32.
+
+    The six steps hold one without any picture, in which the projector gets no gradient.
+    """
+    folder = tmp_path_factory.mktemp("splits")
+    for world in SPLITS:
+        recipes = [make_recipe(parts, folder / f"{stage}-{world}", stage, steps=6) for stage in STAGES]
+        ranks.run([write(recipe) for recipe in recipes], ranks=world)
+    ranks.run([write(make_recipe(parts, folder / "none-1", "none", steps=6))], ranks=1)
+    return folder
+
+
+@pytest.mark.parametrize("world", SPLITS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses_and_gradients_are_those_of_plain_torch(stage, world, splits):
+    expected, found = metrics(splits / "none-1"), metrics(splits / f"{stage}-{world}")
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in found] == pytest.approx([line[key] for line in expected], rel=1e-5), key
+
+
+def test_a_rank_without_pictures_takes_part(parts, ranks, tmp_path):
+    """Two records per step, one with a picture and one without: one rank never sees a picture."""
+    mixed = parts | {"records": make_records(tmp_path / "records", 8, text_only_every=2)}
+    names = [*STAGES, "none"]
+    recipes = {
+        name: make_recipe(mixed, tmp_path / name, name, order="sequential", global_batch=2, micro_batch=1)
+        for name in names
+    }
+    ranks.run([write(recipes[name]) for name in STAGES])
+    ranks.run([write(recipes["none"])], ranks=1)
+    for stage in STAGES:
+        assert losses(tmp_path / stage) == pytest.approx(losses(tmp_path / "none"), rel=1e-5)
+
+
+def test_offload_gives_the_numbers_of_its_stage(parts, ranks, tmp_path):
+    """In an order in which pictures come in some micro-batches only, and in some steps not at all."""
+    mixed = parts | {"records": make_records(tmp_path / "records", 24, text_only_every=2)}
+    recipes = {
+        name: full(make_recipe(mixed, tmp_path / name, name, order="random", global_batch=4, micro_batch=1, steps=8))
+        for name in ("none", "zero2_offload", "zero3_offload")
+    }
+    ranks.run([write(recipes["none"])], ranks=1)
+    ranks.run([write(recipes[name]) for name in ("zero2_offload", "zero3_offload")])
+    for name in ("zero2_offload", "zero3_offload"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "none"), rel=1e-5)
+
+
+def test_half_precision_is_close_and_fp16_finds_its_loss_scale(parts, ranks, tmp_path):
+    recipes = [make_recipe(parts, tmp_path / f"{s}-bf16", s, precision="bf16") for s in ("zero0", "zero2", "zero3")]
+    recipes += [make_recipe(parts, tmp_path / f"{s}-fp16", s, precision="fp16", steps=8) for s in ("zero0", "zero2")]
+    recipes.append(make_recipe(parts, tmp_path / "fp32", "zero2"))
+    ranks.run(["runs:train_fp16", *map(write, recipes)])
+    expected = losses(tmp_path / "fp32")
+    for stage in ("zero0", "zero2", "zero3"):
+        assert losses(tmp_path / f"{stage}-bf16") == pytest.approx(expected, rel=2e-2)
+    for stage in ("zero0", "zero2"):
+        lines = metrics(tmp_path / f"{stage}-fp16")
+        assert lines[0]["loss"] == pytest.approx(expected[0], rel=2e-2)
+        assert lines[-1]["loss_scale"] > 1
+        assert lines[-1]["skipped_steps"] < len(lines) - 2
+
+
+def test_checkpointing_a_component_changes_no_number(parts, ranks, tmp_path):
+    plain = make_recipe(parts, tmp_path / "plain", "zero2")
+    plain = replace(plain, model=replace(plain.model, vision=replace(plain.model.vision, mode="adapter")))
+    saving = replace(
+        plain,
+        train=replace(
+            plain.train,
+            output=str(tmp_path / "saving"),
+            gradient_checkpointing=True,
+            vision_gradient_checkpointing=True,
+        ),
+    )
+    ranks.run([write(plain), write(saving)])
+    assert losses(tmp_path / "saving") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)

@@ -1,0 +1,45 @@
+"""Two hosts, as network namespaces with a cable: training and resuming across them, and one cut off in the middle."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from runs import hexed, make_recipe, weights, write
+
+SOAK = Path(__file__).parents[2] / "scripts" / "soak"
+pytestmark = pytest.mark.slow
+
+
+def test_training_survives_a_host_that_is_cut_off(parts, ranks, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SOAK))
+    import two_hosts
+
+    reason = two_hosts.impossible()
+    if reason:
+        pytest.skip(reason)
+    steps = 40
+    recipe = make_recipe(
+        parts, tmp_path / "run", "zero2", steps=steps, save_every=1, dropout=0.1, step_timeout_minutes=0.1
+    )
+    straight = make_recipe(parts, tmp_path / "straight", "zero2", steps=steps, dropout=0.1)
+    run = tmp_path / "run"
+    with two_hosts.two_hosts() as hosts:
+        group = ranks.start([write(recipe)], hosts=list(hosts))
+        deadline = time.monotonic() + 120
+        while not (run / "checkpoint-000002").exists():
+            assert time.monotonic() < deadline, group.outputs
+            time.sleep(0.02)
+        hosts[1].cable("down")
+        ranks.finish(group, limit=120)
+        assert all(group.codes), group.outputs
+        said = group.output(0)
+        assert "suspect the network between their hosts" in said or "cannot be reached" in said
+        assert not (run / f"checkpoint-{steps:06d}").exists()
+        hosts[1].cable("up")
+        again = ranks.finish(ranks.start([write(recipe)], hosts=list(hosts)))
+        assert again.codes == [0, 0], again.outputs
+    ranks.run([write(straight)])
+    assert hexed(run) == hexed(tmp_path / "straight")
+    assert weights(run, steps) == weights(tmp_path / "straight", steps)

@@ -1,0 +1,84 @@
+"""`mm-moslora launch` chooses the launcher that fits, hands signals on, and says how the run ended."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from mm_moslora import launch
+from mm_moslora.errors import ConfigError
+from mm_moslora.launch import Places, command
+
+
+def joined(places: Places, **environment: str) -> str:
+    return " ".join(command(places, ["r.yaml", "--optim.lr", "1e-4"], environment=environment))
+
+
+def test_the_launcher_follows_from_the_places(monkeypatch, tmp_path):
+    monkeypatch.setattr(launch, "accelerators", lambda: 4)
+    assert "--nproc_per_node 4 --standalone -m mm_moslora train r.yaml --optim.lr 1e-4" in joined(Places())
+    monkeypatch.setattr(launch, "accelerators", lambda: 0)
+    assert joined(Places()).endswith("-m mm_moslora train r.yaml --optim.lr 1e-4")
+    assert "torch.distributed.run" not in joined(Places())
+    assert "--max_restarts 3 --standalone" in joined(Places(max_restarts=3))
+    two = joined(Places(nnodes=2, rdzv="node-1:29400"))
+    assert "--rdzv_backend c10d" in two
+    assert "--rdzv_endpoint node-1:29400 --nnodes 2" in two or "--nnodes 2" in two
+    hosts = tmp_path / "hosts"
+    hosts.write_text("worker-1 slots=8\n")
+    assert f"deepspeed.launcher.runner --hostfile {hosts}" in joined(Places(hostfile=hosts))
+
+
+def test_a_slurm_job_of_several_nodes_goes_through_srun(monkeypatch):
+    monkeypatch.setattr(launch.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(launch, "_first_host", lambda nodes: "node-7")
+    words = joined(Places(nproc=8), SLURM_JOB_ID="12", SLURM_JOB_NUM_NODES="2", SLURM_JOB_NODELIST="node-[7-8]")
+    assert words.startswith("srun --ntasks-per-node=1 --kill-on-bad-exit=1")
+    assert "--nnodes 2 --rdzv_backend c10d --rdzv_id 12 --rdzv_endpoint node-7:20012" in words
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"nnodes": 2}, "no --rdzv HOST:PORT"),
+        ({"hostfile": "missing"}, "does not exist"),
+        ({"hostfile": "missing", "nnodes": 2, "rdzv": "a:1"}, "two ways"),
+    ],
+)
+def test_wrong_places_are_explained(wrong, said, tmp_path):
+    if "hostfile" in wrong:
+        wrong = wrong | {"hostfile": tmp_path / wrong["hostfile"]}
+    with pytest.raises(ConfigError, match=said):
+        Places(**wrong)
+
+
+@pytest.mark.parametrize(("script", "code"), [("raise SystemExit(3)", 3), ("", 0)])
+def test_the_exit_code_is_the_launchers(script, code, monkeypatch, tmp_path):
+    monkeypatch.setattr(launch, "command", lambda *_, **__: [sys.executable, "-c", script])
+    assert launch.launch(Places(), [], run_folder=tmp_path) == code
+    assert launch.launch(Places(), [], run_folder=tmp_path, dry_run=True) == 0
+
+
+def test_a_signal_is_handed_on_and_a_stopped_run_asks_to_be_started_again(monkeypatch, tmp_path):
+    script = (
+        "import pathlib, signal, sys, time\n"
+        f"mark = pathlib.Path({str(tmp_path / 'PREEMPTED')!r})\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (mark.touch(), sys.exit(1)))\n"
+        f"pathlib.Path({str(tmp_path / 'started')!r}).touch()\n"
+        "time.sleep(30)\n"
+    )
+    monkeypatch.setattr(launch, "command", lambda *_, **__: [sys.executable, "-c", script])
+
+    def interrupt() -> None:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.02)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert launch.launch(Places(), [], run_folder=tmp_path) == 75
+    thread.join()

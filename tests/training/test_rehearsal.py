@@ -1,0 +1,79 @@
+"""Before the first step: what would fail later fails now, and nothing of it remains."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mm_moslora.config import TrainConfig
+from mm_moslora.errors import CheckpointError, TrainingError
+from mm_moslora.training import disk, rehearsal
+from mm_moslora.training.engine import Engine
+from mm_moslora.training.loop import train
+
+
+def hexed(folder: Path) -> str:
+    return (folder / "metrics.jsonl").read_text().split('"loss": ')[1].split(",")[0]
+
+
+def test_nothing_remains_of_it(recipe, tmp_path, caplog):
+    caplog.set_level("INFO")
+    short = replace(recipe, train=replace(recipe.train, steps=2))
+    train(short)
+    train(replace(short, train=replace(short.train, rehearsal=False, output=str(tmp_path / "other"))))
+    assert hexed(tmp_path / "run") == hexed(tmp_path / "other")
+    assert caplog.text.count("Rehearsal: a checkpoint takes") == 1
+    assert not list((tmp_path / "run").glob(".tmp*"))
+
+
+def test_too_little_room_is_said_before_the_first_step(recipe, monkeypatch):
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: 1000)
+    with pytest.raises(CheckpointError, match=r"0 MiB free, .* MiB are needed, .* MiB are missing"):
+        train(recipe)
+
+
+def test_a_disk_that_fills_up_later_costs_no_training(recipe, monkeypatch, caplog, tmp_path):
+    """Two saves find no room, the later ones do; three in a row would stop the run."""
+    real = disk.free_bytes
+    steps = replace(recipe.train, save_every=1, rehearsal=False, keep_last=0)
+
+    remaining = {"full": 2}
+
+    def free(folder):
+        if remaining["full"]:
+            remaining["full"] -= 1
+            return 1000
+        return real(folder)
+
+    monkeypatch.setattr(disk, "free_bytes", free)
+    train(replace(recipe, train=steps))
+    assert caplog.text.count("Training goes on.") == 2
+    names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert names == [f"checkpoint-{step:06d}" for step in (3, 4, 5, 6)]
+    remaining["full"] = 3
+    with pytest.raises(CheckpointError, match="The last 3 saves failed"):
+        train(replace(recipe, train=replace(steps, output=str(tmp_path / "full"))))
+
+
+def test_a_trial_that_reads_back_otherwise_is_an_error(recipe, monkeypatch):
+    hashes = iter(range(10**6))
+    monkeypatch.setattr(disk, "sha256_of", lambda path: str(next(hashes)))
+    with pytest.raises(CheckpointError, match="reads back otherwise than it was written"):
+        train(recipe)
+
+
+def test_the_self_test_finds_gradients_that_are_off(monkeypatch):
+    """As in DeepSpeed 0.17.6 to 0.18.2, whose ZeRO-2 gave a third of the gradient."""
+    train_config = TrainConfig(zero="none")
+    rehearsal.self_test(train_config, "fp32")
+    real = Engine.step
+
+    def third(self, micro_batches, lr_factor):
+        result = real(self, micro_batches, lr_factor)
+        return replace(result, grad_norm=result.grad_norm / 3)
+
+    monkeypatch.setattr(Engine, "step", third)
+    with pytest.raises(TrainingError, match="computes wrong gradients"):
+        rehearsal.self_test(train_config, "fp32")

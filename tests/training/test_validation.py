@@ -1,0 +1,110 @@
+"""Measuring during the run: it changes nothing, names the best checkpoint, and knows when to stop."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mm_moslora.config import ConfigError, ValidateConfig
+from mm_moslora.errors import TrainingError
+from mm_moslora.training.loop import train
+from mm_moslora.training.spikes import SPIKE, SpikeScore
+from mm_moslora.training.validation import Best, lower_is_better
+
+
+def losses(folder: Path) -> list[str]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"].hex() for line in lines if "loss" in line]
+
+
+def watched(recipe, **validate):
+    return replace(
+        recipe,
+        data=replace(recipe.data, validation=recipe.data.train),
+        train=replace(recipe.train, validate_every=2, output=f"{recipe.train.output}-watched"),
+        validate=ValidateConfig(**validate),
+    )
+
+
+def unruly(moment):
+    """A harness that uses up random numbers and gradients' settings."""
+    random.random()
+    torch.rand(7)
+    assert not moment.assembly.model.training
+    return {"eval/fake/score": 10.0 - moment.step}
+
+
+def test_loss_answers_and_tasks_leave_the_training_bit_equal(recipe, tmp_path):
+    train(recipe)
+    chosen = watched(recipe, samples=3, sample_tokens=5, tasks=["fake"])
+    train(chosen, measure=unruly)
+    run = Path(chosen.train.output)
+    assert losses(run) == losses(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if "validation_loss" in line]
+    assert [line["step"] for line in measured] == [2, 4, 6]
+    assert [line["eval/fake/score"] for line in measured] == [8.0, 6.0, 4.0]
+    samples = [json.loads(line) for line in (run / "tracked_samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 9
+    assert {Path(sample["image"]).suffix for sample in samples if sample["image"]} == {".png"}
+    assert samples[0]["question"] == samples[3]["question"]  # the same records every time
+    assert all(sample["expected"] for sample in samples)
+
+
+def test_patience_ends_the_run_and_the_best_checkpoint_is_kept(recipe):
+    chosen = watched(recipe, tasks=["fake"], best="eval/fake/score", patience=2)
+    chosen = replace(chosen, train=replace(chosen.train, steps=40, save_every=2, keep_last=1))
+    first = train(chosen, measure=unruly, stop_at=4)
+    assert not first.finished
+    result = train(chosen, measure=unruly)  # patience goes on where it was
+    assert result.stopped_early
+    assert result.finished
+    assert result.step == 6
+    run = Path(chosen.train.output)
+    best = json.loads((run / "best.json").read_text())
+    assert (best["step"], best["value"], best["checkpoint"]) == (2, 8.0, "checkpoint-000002")
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000006"]
+
+
+def test_what_cannot_be_measured_is_said_before_the_first_step(recipe):
+    with pytest.raises(TrainingError, match="brings no evaluation harness"):
+        train(replace(recipe, validate=ValidateConfig(tasks=["pope"])))
+    with pytest.raises(TrainingError, match="names no source"):
+        train(replace(recipe, validate=ValidateConfig(samples=2)))
+    with pytest.raises(ConfigError, match=r"validate\.best names no metric"):
+        ValidateConfig(patience=1)
+
+
+def test_an_unknown_best_metric_is_named_with_those_there_are(tmp_path):
+    best = Best(config=ValidateConfig(best="validation_los"))
+    with pytest.raises(TrainingError, match="Did you mean 'validation_loss'"):
+        best.update({"validation_loss": 1.0}, 2)
+
+
+@pytest.mark.parametrize(
+    ("metric", "lower"), [("validation_loss", True), ("eval/gqa/score", False), ("eval/x/perplexity", True)]
+)
+def test_which_way_is_better(metric, lower):
+    assert lower_is_better(metric, "auto") == lower
+    assert lower_is_better(metric, "highest") is False
+
+
+def test_a_value_that_is_not_a_number_is_never_the_best():
+    best = Best(config=ValidateConfig(best="validation_loss"))
+    assert best.update({"validation_loss": 2.0}, 1)
+    assert not best.update({"validation_loss": float("nan")}, 2)
+    assert best.update({"validation_loss": 1.0}, 3)
+    assert (best.step, best.since) == (3, 0)
+
+
+def test_a_spike_stands_out_and_a_slow_fall_does_not():
+    spikes = SpikeScore()
+    scores = [spikes.update(3.0 - 0.01 * step + 0.02 * (step % 3)) for step in range(40)]
+    assert max(scores) < SPIKE
+    assert spikes.update(9.0) > SPIKE
+    assert spikes.update(float("nan")) == float("inf")
