@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from mm_moslora import __version__, cli_compare, cli_launch, cli_serve
+from mm_moslora import __version__, cli_board, cli_compare, cli_launch, cli_serve
 from mm_moslora.cli_eval import eval_app, quiet_libraries
 from mm_moslora.config import load_recipe, override_items
 from mm_moslora.errors import MoSLoRAError
@@ -30,6 +30,7 @@ app.command(data_app)
 app.command(eval_app)
 cli_serve.register(app)
 cli_launch.register(app)
+cli_board.register(app)
 adapters_app = App(name="adapters", help="Look into adapter folders.")
 app.command(adapters_app)
 cli_compare.register(app)
@@ -192,25 +193,6 @@ def doctor() -> int:
         table.add_row(signs[item.status], *map(escape, (item.name, item.detail, item.remedy)))
     Console().print(table)
     return EXIT_ERROR if any(item.status == "bad" for item in findings) else 0
-
-
-@app.command
-def report(run: Path, *, output: Path | None = None) -> int:
-    """Write one self-contained report.html of a run.
-
-    Parameters
-    ----------
-    run
-        Run folder.
-    output
-        HTML file; default: report.html in the run folder.
-    """
-    from mm_moslora.report import build_report
-
-    target = output or run / "report.html"
-    build_report(run, target)
-    print(target)
-    return 0
 
 
 @app.command

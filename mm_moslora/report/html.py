@@ -1,4 +1,4 @@
-"""One self-contained HTML file from a run folder: `build_report`.
+"""One self-contained HTML file from one run folder or several: `build_report`.
 
 The page loads nothing: style, script and pictures are inside it, and its content policy forbids the rest. Whatever a
 model or a data set wrote is escaped.
@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path, PurePath
 from typing import Any
@@ -19,9 +19,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from mm_moslora.errors import ConfigError
 from mm_moslora.redaction import redact_text
 from mm_moslora.report import story
 from mm_moslora.report.charts import Series, format_number, line_chart, smooth
+from mm_moslora.report.overlay import MOST_RUNS, curve, overlay
 from mm_moslora.report.pictures import heat_map, thumbnail
 from mm_moslora.report.schema import EvaluationRow, Mixer, RunData, Stage, load_run
 
@@ -37,20 +39,27 @@ _COMPONENTS = {
 }  # fmt: skip
 
 
-def build_report(run_folder: Path, out: Path) -> Path:
-    """Write the report of a run.
+def build_report(run_folders: Path | Sequence[Path], out: Path) -> Path:
+    """Write the report of a run, or of several laid over each other.
 
     Args:
-        run_folder: see `mm_moslora.report.schema` for what may lie in it; missing parts are said to be missing.
+        run_folders: see `mm_moslora.report.schema` for what may lie in one; missing parts are said to be missing.
         out: the HTML file; written in one move.
 
     Returns:
         `out`.
 
     Raises:
-        ConfigError: the folder holds nothing of a run.
+        ConfigError: a folder holds nothing of a run, was written by a newer release, or there are too many.
     """
-    write_atomically(out, render(load_run(run_folder)))
+    if isinstance(run_folders, Path):
+        folders = [run_folders]
+    else:
+        folders = list({path.resolve(): path for path in run_folders}.values())
+    if not 0 < len(folders) <= MOST_RUNS:
+        raise ConfigError(f"A report shows 1 to {MOST_RUNS} runs, not {len(folders)}. For more, use mm-moslora board.")
+    runs = [load_run(folder) for folder in folders]
+    write_atomically(out, render(runs[0]) if len(runs) == 1 else _render("overlay.html.j2", overlay(runs)))
     return out
 
 
@@ -65,11 +74,15 @@ def write_atomically(out: Path, page: str) -> None:
 
 
 def render(data: RunData) -> str:
-    """The page as text.
+    """The page of one run as text.
 
     Args:
         data: from `load_run`.
     """
+    return _render("report.html.j2", _context(data))
+
+
+def _render(template: str, context: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("mm_moslora.report"), autoescape=True, undefined=StrictUndefined,
         finalize=printable, trim_blocks=True, lstrip_blocks=True,
@@ -79,11 +92,11 @@ def render(data: RunData) -> str:
     )
     script = asset("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template(template).render(
         style=Markup(asset("report.css")),  # noqa: S704  (shipped with the package)
         script=Markup(script),  # noqa: S704
         script_hash=digest,
-        **_context(data),
+        **context,
     )
 
 
@@ -204,16 +217,8 @@ def _shorten(text: str) -> str:
     return text if len(text) <= LONGEST_ANSWER else text[: LONGEST_ANSWER - 1].rstrip() + "…"
 
 
-def _curve(stage: Stage, key: str) -> list[tuple[float, float]]:
-    return [
-        (float(record["step"]), float(record[key]))
-        for record in stage.metrics
-        if isinstance(record.get("step"), int | float) and isinstance(record.get(key), int | float)
-    ]
-
-
 def _charts(stage: Stage) -> list[Markup]:
-    loss, validation = _curve(stage, "loss"), _curve(stage, "validation_loss")
+    loss, validation = curve(stage, "loss"), curve(stage, "validation_loss")
     rates = sorted({key for record in stage.metrics for key in record if key.startswith("lr/")})
     wanted = [
         (
@@ -225,9 +230,9 @@ def _charts(stage: Stage) -> list[Markup]:
             ],
             False,
         ),
-        ("Learning rate", [Series(name=key[3:], points=_curve(stage, key)) for key in rates], True),
-        ("Throughput, tokens per second", _smoothed("tokens per second", _curve(stage, "tokens_per_second")), True),
-        ("Gradient norm", _smoothed("gradient norm", _curve(stage, "grad_norm")), False),
+        ("Learning rate", [Series(name=key[3:], points=curve(stage, key)) for key in rates], True),
+        ("Throughput, tokens per second", _smoothed("tokens per second", curve(stage, "tokens_per_second")), True),
+        ("Gradient norm", _smoothed("gradient norm", curve(stage, "grad_norm")), False),
     ]
     return [
         Markup(line_chart(series, title=title, x_label="optimiser step", zero=zero))  # noqa: S704  (escapes its texts)

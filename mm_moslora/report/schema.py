@@ -15,11 +15,12 @@ Every file is optional. A missing or damaged one is named in `RunData.notes` and
                          "distance_from_orthogonal", "condition", "effective_rank", "moved"}]
     quarantine.jsonl   one line per record that could not be used, with its "reason"
 
-summary.json, every key optional: `name`, `title`, `description`, `steps`, `total_steps`, `counters` {"seconds",
-"tokens", "images", "supervised_tokens", "skipped"}, `precision`, `world_size`, `zero`, `components` [{"name", "total",
-"trainable"}] (parameters), `parts` {component: what it is}, `base` {"language", "vision"}, `tokens_per_image`,
-`memory_gib`, `seconds` (the whole run), `hardware`, `date`, `data` {fact: value}, `environment` {package: version},
-`licences` {part: licence}, `commands` [{"what", "command"}].
+summary.json, every key optional: `format` (version of this layout; missing before there were versions), `name`,
+`title`, `description`, `steps`, `total_steps`, `counters` {"seconds", "tokens", "images", "supervised_tokens",
+"skipped"}, `precision`, `world_size`, `zero`, `components` [{"name", "total", "trainable"}] (parameters), `parts`
+{component: what it is}, `base` {"language", "vision"}, `tokens_per_image`, `memory_gib`, `seconds` (the whole run),
+`hardware`, `date`, `data` {fact: value}, `environment` {package: version}, `licences` {part: licence}, `commands`
+[{"what", "command"}].
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from typing import Any
 from mm_moslora.errors import ConfigError
 
 STAGE_ORDER = ("align", "tune")
+FORMAT = 1
+"""Version of the layout above; older ones are read, newer ones refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +118,15 @@ def load_run(folder: Path) -> RunData:
         folder: a run folder of any stage of completeness.
 
     Raises:
-        ConfigError: there is no such folder, or nothing in it belongs to a run.
+        ConfigError: there is no such folder, nothing in it belongs to a run, or a newer release wrote it.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; expected a run folder, such as the train.output of a recipe.")
     notes: list[str] = []
     stages = _stages(folder, notes)
     summary = _mapping(_read_json(folder / "summary.json", notes), "summary.json", notes)
+    for source, found in ((folder, summary), *((folder / stage.name, stage.summary) for stage in stages)):
+        _check_format(source, found)
     data = RunData(
         folder=folder,
         summary=_merged_summary(summary, stages),
@@ -138,6 +143,15 @@ def load_run(folder: Path) -> RunData:
             "Give the run folder itself, not a checkpoint or its parent."
         )
     return data
+
+
+def _check_format(folder: Path, summary: Mapping[str, Any]) -> None:
+    found = summary.get("format", 0)
+    if not isinstance(found, int) or found > FORMAT:
+        raise ConfigError(
+            f"{folder / 'summary.json'} has run format {found!r}, this release reads up to {FORMAT}. A newer release "
+            "wrote it: update mm-moslora."
+        )
 
 
 def _stages(folder: Path, notes: list[str]) -> list[Stage]:

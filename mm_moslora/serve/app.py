@@ -16,7 +16,8 @@ from starlette.routing import Route, Router
 from mm_moslora.errors import suggestion
 from mm_moslora.serve.engine import Engine, Job, Piece
 from mm_moslora.serve.faults import ApiError, busy, internal
-from mm_moslora.serve.guard import App, Guard, Receive, Scope, Send
+from mm_moslora.serve.guard import Guard
+from mm_moslora.serve.http import App, Receive, Scope, Send
 from mm_moslora.serve.limits import Limits
 from mm_moslora.serve.metrics import CONTENT_TYPE, Metrics
 from mm_moslora.serve.pictures import Fetch

@@ -8,7 +8,7 @@ import hmac
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -16,20 +16,15 @@ from starlette.responses import JSONResponse
 
 from mm_moslora.redaction import redact_text
 from mm_moslora.serve.faults import ApiError, internal
+from mm_moslora.serve.http import LOCAL_NAMES, App, Receive, Scope, Send, host_name
 from mm_moslora.serve.limits import Limits
 from mm_moslora.serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
 OPEN_ROUTES = frozenset({"/health"})
 """Routes that need no key: a load balancer has none."""
 KNOWN_ROUTES = frozenset({"/health", "/metrics", "/v1/models", "/v1/chat/completions"})
-_LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 class SlowReaderError(Exception):
@@ -90,7 +85,7 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = {bytes(name): bytes(value) for name, value in scope["headers"]}
-        if self._local and _host_name(headers.get(b"host", b"")) not in _LOCAL:
+        if self._local and host_name(scope) not in LOCAL_NAMES:
             raise ApiError(
                 "The Host header names no machine that this server listens for.", status=403, code="bad_host"
             )
@@ -118,11 +113,6 @@ class Guard:
         self._metrics.request_seconds.labels(route=route).observe(seconds)
         # The query is left out: people put keys there.
         logger.info("%s %s %s %s %.3f s", request_id, scope["method"], repr(scope["path"][:80]), status or 499, seconds)
-
-
-def _host_name(header: bytes) -> str:
-    text = header.decode("latin-1").lower()
-    return text.rpartition(":")[0] if ":" in text.rpartition("]")[2] else text
 
 
 def _no_route(status: int) -> ApiError:

@@ -337,6 +337,7 @@ def peak_memory_gib() -> float:
 def summary(run: runs.Run, total: int) -> dict[str, Any]:
     """What a run was and did, for the report."""
     return {
+        "format": 1,  # of the run folder, see report.schema
         "name": run.recipe.name,
         "steps": run.step,
         "total_steps": total,

@@ -58,11 +58,10 @@ class Running:
 
 
 @contextmanager
-def serving(engine: Any, limits: Any, **options: Any) -> Iterator[Running]:
-    from mm_moslora.serve.app import create_app
-    from mm_moslora.serve.run import Server, settings
+def listening(app: Any, limits: Any) -> Iterator[int]:
+    """Any application on a port of its own."""
+    from mm_moslora.serve.http import Server, settings
 
-    app = create_app(engine, limits, **options)
     server = Server(settings(app, host="127.0.0.1", port=0, limits=limits))
     server.capture_signals = _nothing  # type: ignore[method-assign]  (signals belong to the main thread)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
@@ -71,11 +70,20 @@ def serving(engine: Any, limits: Any, **options: Any) -> Iterator[Running]:
         thread.join(0.01)
         assert thread.is_alive(), "the server did not start"
     try:
-        yield Running(engine, app, server.servers[0].sockets[0].getsockname()[1])
+        yield server.servers[0].sockets[0].getsockname()[1]
     finally:
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive(), "the server did not stop"
+
+
+@contextmanager
+def serving(engine: Any, limits: Any, **options: Any) -> Iterator[Running]:
+    from mm_moslora.serve.app import create_app
+
+    app = create_app(engine, limits, **options)
+    with listening(app, limits) as port:
+        yield Running(engine, app, port)
 
 
 @contextmanager

@@ -1,0 +1,218 @@
+"""The runs of a folder as the dashboard shows them: found by what lies in them, read again only when that changes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.errors import ConfigError
+from mm_moslora.redaction import redact, redact_text
+from mm_moslora.report.charts import downsample
+from mm_moslora.report.overlay import flat_recipe
+from mm_moslora.report.schema import RunData, load_run
+from mm_moslora.report.story import sample_kind
+
+DEEPEST = 4
+"""Levels below the folder in which runs are looked for."""
+MOST_RUNS = 500
+STALE_SECONDS = 120.0
+"""A run that wrote nothing for so long, and has not finished, is shown as stopped."""
+POINTS = 400
+"""Points of a curve that are sent; longer ones are averaged in buckets."""
+MOST_SAMPLES = 200
+_MARKS = ("summary.json", "metrics.jsonl", "evaluation.json", "samples.json")
+_PASSED_OVER = ("checkpoint-", "tensorboard", "wandb", ".")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """One run, read."""
+
+    stamp: tuple[tuple[str, int, int], ...]
+    """Names, times and sizes of the files it was read from."""
+    row: dict[str, Any]
+    """For the table of runs."""
+    detail: dict[str, Any]
+    """For its curves, scores and samples."""
+
+
+@dataclass
+class Folder:
+    """All runs below a folder.
+
+    Args:
+        root: searched again at every look, since runs come and go.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+
+    root: Path
+    _read: dict[str, Shown] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.root.is_dir():
+            raise ConfigError(f"{self.root} is not a folder; give the folder that your runs are written to.")
+        self.root = self.root.resolve()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per run, the newest first."""
+        found = self._find()
+        for name in [name for name in self._read if name not in found]:
+            del self._read[name]
+        rows = [self._shown(name, path).row | {"state": _state(path)} for name, path in found.items()]
+        return sorted(rows, key=lambda row: -row["changed"])
+
+    def detail(self, name: str) -> dict[str, Any] | None:
+        """Curves, scores, samples, mixers and recipe of a run; None when there is none of that name."""
+        path = self._find().get(name)
+        return None if path is None else self._shown(name, path).detail
+
+    def path(self, name: str) -> Path | None:
+        """The folder of a run."""
+        return self._find().get(name)
+
+    def _find(self) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        queue = [(self.root, 0)]
+        while queue and len(found) < MOST_RUNS:
+            folder, depth = queue.pop(0)
+            if _is_run(folder):
+                found[folder.relative_to(self.root).as_posix()] = folder
+                continue  # its subfolders are its stages
+            if depth < DEEPEST:
+                queue += [(child, depth + 1) for child in _children(folder)]
+        return found
+
+    def _shown(self, name: str, path: Path) -> Shown:
+        stamp = _stamp(path)
+        known = self._read.get(name)
+        if known is None or known.stamp != stamp:
+            known = self._read[name] = _read(name, path, stamp)
+        return known
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return sorted(
+            item for item in folder.iterdir()
+            if item.is_dir() and not item.is_symlink() and not item.name.startswith(_PASSED_OVER)
+        )  # fmt: skip
+    except OSError:
+        return []
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is a run: files of one in it, or stages that go on in one another."""
+    if any((folder / mark).is_file() for mark in _MARKS):
+        return True
+    return any((folder / stage / "metrics.jsonl").is_file() for stage in ("align", "tune"))
+
+
+def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    marks = []
+    for place in [folder, *_children(folder)]:
+        for name in (*_MARKS, "mixers.json", "config.yaml"):
+            try:
+                status = (place / name).stat()
+            except OSError:
+                continue
+            marks.append((f"{place.name}/{name}", status.st_mtime_ns, status.st_size))
+    return tuple(marks)
+
+
+def _read(name: str, path: Path, stamp: tuple[tuple[str, int, int], ...]) -> Shown:
+    changed = max((time_ns for _, time_ns, _ in stamp), default=0) / 1e9
+    shown_name = path.name if name == "." else name
+    row: dict[str, Any] = {
+        "id": name,
+        "name": shown_name,
+        "changed": changed,
+        "fault": None,
+        "recipe": {},
+        "scores": {},
+    }
+    try:
+        data = load_run(path)
+    except ConfigError as error:  # a newer release's, or half gone
+        row |= {"fault": redact_text(str(error)), "title": shown_name, "step": None, "total": None, "loss": None}
+        return Shown(stamp=stamp, row=row, detail={"id": name, "stages": [], "tasks": [], "samples": [], "mixers": []})
+    recipe = {key: value for stage in data.stages for key, value in flat_recipe(stage.config or "").items()}
+    row |= {
+        "title": str(data.summary.get("title") or data.summary.get("name") or shown_name),
+        "recipe": redact(recipe), **_progress(data),
+        "scores": {row.task or "score": row.score.mean for row in data.evaluation if row.name == "tuned"},
+    }  # fmt: skip
+    return Shown(stamp=stamp, row=row, detail=_detail(name, data))
+
+
+def _progress(data: RunData) -> dict[str, Any]:
+    """The last known step, loss and speed."""
+    metrics = data.stages[-1].metrics if data.stages else []
+    last: dict[str, Any] = {}
+    for record in metrics:
+        last |= {key: value for key, value in record.items() if value is not None}
+    return {
+        "stage": data.stages[-1].name if len(data.stages) > 1 else None, "step": last.get("step"),
+        "total": data.summary.get("total_steps"), "loss": last.get("loss"),
+        "validation_loss": last.get("validation_loss"), "tokens_per_second": last.get("tokens_per_second"),
+    }  # fmt: skip
+
+
+def _detail(name: str, data: RunData) -> dict[str, Any]:
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for row in data.evaluation:
+        tasks.setdefault(row.task, []).append({"name": row.name, "label": row.label, **vars(row.score)})
+    return {
+        "id": name,
+        "stages": [{"name": stage.name, "curves": _curves(stage.metrics)} for stage in data.stages],
+        "tasks": [{"name": task, "rows": rows} for task, rows in tasks.items()],
+        "samples": [
+            {
+                "number": number, "picture": sample.image is not None, "kind": sample_kind(sample),
+                "question": sample.question, "answer": sample.answer, "before": sample.before, "after": sample.after,
+            }
+            for number, sample in enumerate(data.samples[:MOST_SAMPLES])
+        ],
+        "mixers": [
+            {"path": mixer.path, "before": mixer.before, "after": mixer.after, "figures": mixer.figures}
+            for mixer in data.mixers if mixer.after
+        ],
+        "pictures": [sample.image for sample in data.samples[:MOST_SAMPLES]],
+        "notes": data.notes,
+    }  # fmt: skip
+
+
+def _curves(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for record in metrics:
+        step = record.get("step")
+        if not isinstance(step, int | float):
+            continue
+        for key, value in record.items():
+            if key not in ("step", "time") and isinstance(value, int | float) and not isinstance(value, bool):
+                curves.setdefault(key, []).append((float(step), float(value)))
+    return {key: [(x, float(f"{y:.6g}")) for x, y in downsample(points, POINTS)] for key, points in curves.items()}
+
+
+def _state(path: Path) -> str:
+    """finished, running or stopped."""
+    summary = _json(path / "summary.json")
+    if summary.get("steps") and summary.get("steps") == summary.get("total_steps"):
+        return "finished"
+    newest = max((time_ns / 1e9 for _, time_ns, _ in _stamp(path)), default=0.0)
+    if (path / "evaluation.json").is_file() and summary:
+        return "finished"
+    return "running" if time.time() - newest < STALE_SECONDS else "stopped"
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,201 @@
+"""Several runs on one page: curves laid over each other, scores side by side, and what differs between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from markupsafe import Markup
+
+from mm_moslora.report import story
+from mm_moslora.report.charts import Series, line_chart, smooth
+from mm_moslora.report.pictures import thumbnail
+from mm_moslora.report.schema import EvaluationRow, Mixer, RunData, SampleRow, Stage
+
+MOST_SAMPLES = 12
+MOST_RUNS = 6
+"""Runs that get a colour of their own."""
+MEASURES = (
+    ("loss", "Training loss per supervised token, smoothed", False),
+    ("validation_loss", "Validation loss", False),
+    ("grad_norm", "Gradient norm, smoothed", False),
+    ("tokens_per_second", "Throughput, tokens per second, smoothed", True),
+)
+"""Metric, title, and whether its axis starts at zero."""
+_RAW = frozenset({"validation_loss"})
+_FIGURES = ("moved", "distance_from_identity", "distance_from_orthogonal", "condition", "effective_rank")
+
+
+def names_of(runs: Sequence[RunData]) -> list[str]:
+    """A short name per run, all different: the folder's, with its parents where needed."""
+    paths = [run.folder.resolve() for run in runs]
+    for depth in range(1, 12):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def overlay(runs: Sequence[RunData]) -> dict[str, Any]:
+    """What the page shows.
+
+    Args:
+        runs: at least two, at most `MOST_RUNS`.
+    """
+    names = names_of(runs)
+    return {
+        "names": names,
+        "runs": [
+            {
+                "name": name, "title": run.summary.get("title") or run.summary.get("name") or name,
+                "tiles": story.tiles(run), "notes": run.notes,
+            }
+            for name, run in zip(names, runs, strict=True)
+        ],
+        "tasks": _tasks(names, runs),
+        "charts": _charts(names, runs),
+        "differences": _table(names, [_recipe_facts(run) for run in runs], only_different=True),
+        "environment": _table(names, [_facts(run.summary.get("environment")) for run in runs]),
+        "data": _table(names, [_facts(run.summary.get("data")) for run in runs]),
+        "mixers": [
+            {"name": name, **_mixer_means(run.mixers)} for name, run in zip(names, runs, strict=True) if run.mixers
+        ],
+        "samples": _samples(names, runs),
+    }  # fmt: skip
+
+
+def _charts(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    stages = list(dict.fromkeys(stage.name for run in runs for stage in run.stages))
+    found = []
+    for stage_name in stages:
+        charts = []
+        for key, title, zero in MEASURES:
+            series = []
+            for name, run in zip(names, runs, strict=True):
+                stage = next((stage for stage in run.stages if stage.name == stage_name), None)
+                points = [] if stage is None else curve(stage, key)
+                series.append(Series(name=name, points=points if key in _RAW else smooth(points)))
+            if any(item.points for item in series):
+                charts.append(Markup(line_chart(series, title=title, x_label="optimiser step", zero=zero)))  # noqa: S704
+        if charts:
+            found.append({"name": stage_name, "charts": charts})
+    return found
+
+
+def curve(stage: Stage, key: str) -> list[tuple[float, float]]:
+    """The points of one metric of a stage."""
+    return [
+        (float(record["step"]), float(record[key]))
+        for record in stage.metrics
+        if isinstance(record.get("step"), int | float) and isinstance(record.get(key), int | float)
+    ]
+
+
+def _tasks(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    tasks: dict[str, list[tuple[str, EvaluationRow]]] = {}
+    for name, run in zip(names, runs, strict=True):
+        for row in run.evaluation:
+            tasks.setdefault(row.task, []).append((name, row))
+    found = []
+    for task, rows in tasks.items():
+        # The tuned systems first: they are what the runs differ in.
+        ordered = sorted(rows, key=lambda item: item[1].name != "tuned")
+        found.append(
+            {"name": task, "rows": ordered, "verdict": _verdict([row for row in rows if row[1].name == "tuned"])}
+        )
+    return found
+
+
+def _verdict(tuned: Sequence[tuple[str, EvaluationRow]]) -> str | None:
+    """What the intervals of the tuned systems allow to say."""
+    if len(tuned) < 2:
+        return None
+    ranked = sorted(tuned, key=lambda item: -item[1].score.mean)
+    (best_name, best), (_, second) = ranked[0], ranked[1]
+    if best.score.low > second.score.high:
+        return f"{best_name} is best; its interval is apart from all others."
+    tied = [name for name, row in ranked if row.score.high >= best.score.low]
+    return (
+        f"No difference is shown between {', '.join(tied)}: their intervals overlap. One run per setting says nothing "
+        "about other seeds; `mm-moslora compare` trains several."
+    )
+
+
+def _samples(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    """Questions that at least two runs answered."""
+    by_question: dict[tuple[str, str], list[tuple[int, SampleRow]]] = {}
+    for number, run in enumerate(runs):
+        for sample in run.samples:
+            by_question.setdefault((sample.question, sample.image or ""), []).append((number, sample))
+    shared = [answers for answers in by_question.values() if len({number for number, _ in answers}) > 1]
+    # Where runs disagree there is something to see.
+    shared.sort(key=lambda answers: len({sample.after_correct for _, sample in answers}) < 2)
+    return [
+        {
+            "question": answers[0][1].question,
+            "answer": answers[0][1].answer,
+            "picture": _picture(runs, answers),
+            "tries": [
+                {"label": names[number], "text": sample.after, "correct": sample.after_correct}
+                for number, sample in answers
+                if sample.after is not None
+            ],
+        }
+        for answers in shared[:MOST_SAMPLES]
+    ]
+
+
+def _picture(runs: Sequence[RunData], answers: Sequence[tuple[int, SampleRow]]) -> str | None:
+    for number, sample in answers:
+        if sample.image and (found := thumbnail(runs[number].folder, sample.image)):
+            return found
+    return None
+
+
+def _mixer_means(mixers: Sequence[Mixer]) -> dict[str, Any]:
+    means = {
+        key: sum(values) / len(values)
+        for key in _FIGURES
+        if (values := [mixer.figures[key] for mixer in mixers if key in mixer.figures])
+    }
+    return {"count": len(mixers), "figures": means}
+
+
+def _recipe_facts(run: RunData) -> dict[str, str]:
+    texts = [(stage.name, stage.config) for stage in run.stages if stage.config]
+    facts: dict[str, str] = {}
+    for stage, text in texts:
+        prefix = "" if len(texts) == 1 else f"{stage}: "
+        facts |= {f"{prefix}{key}": value for key, value in flat_recipe(text).items()}
+    return facts
+
+
+def flat_recipe(text: str) -> dict[str, str]:
+    """A recipe's YAML as dotted keys; empty when it cannot be read."""
+    try:
+        return _facts(yaml.safe_load(text), separator=".")
+    except yaml.YAMLError:
+        return {}
+
+
+def _facts(value: Any, *, separator: str = ", ", prefix: str = "") -> dict[str, str]:
+    if not isinstance(value, dict):
+        return {}
+    facts: dict[str, str] = {}
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        if isinstance(item, dict):
+            facts |= _facts(item, separator=separator, prefix=f"{name}{separator}")
+        else:
+            facts[name] = str(item)
+    return facts
+
+
+def _table(
+    names: Sequence[str], columns: Sequence[dict[str, str]], *, only_different: bool = False
+) -> list[tuple[str, list[str | None]]]:
+    """Rows of a table with one column per run; None where a run does not say."""
+    keys = list(dict.fromkeys(key for column in columns for key in column))
+    rows = [(key, [column.get(key) for column in columns]) for key in keys]
+    return [row for row in rows if len(set(row[1])) > 1] if only_different else rows

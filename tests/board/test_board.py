@@ -1,0 +1,149 @@
+"""The dashboard in a real browser: it finds runs, follows one that trains, filters, compares, and shows pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, MISSING, browsing
+from PIL import Image
+from serve.serve_tools import listening
+
+from mm_moslora.board.app import create_board
+from mm_moslora.board.runs import Folder
+from mm_moslora.errors import ConfigError
+from mm_moslora.serve.limits import Limits
+
+HOSTILE = "<img src=x onerror=\"document.title='owned'\">"
+
+
+def make_run(folder: Path, *, steps: int, total: int, rank: int, mean: float | None) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(f"name: {folder.name}\nadapter: {{rank: {rank}}}\nkey: hf_{'Ab1' * 10}\n")
+    with (folder / "metrics.jsonl").open("w") as stream:
+        for step in range(1, steps + 1):
+            stream.write(json.dumps({"step": step, "time": 0, "loss": rank / step, "lr/mixer": 1e-4}) + "\n")
+        stream.write(json.dumps({"step": steps, "validation_loss": 0.5}) + "\n")
+    if mean is None:
+        return folder
+    (folder / "summary.json").write_text(
+        json.dumps({"format": 1, "name": "demo", "steps": steps, "total_steps": total})
+    )
+    score = {
+        "name": "tuned",
+        "label": "tuned",
+        "task": "shapes",
+        "n": 90,
+        "mean": mean,
+        "low": mean - 0.1,
+        "high": mean + 0.1,
+    }
+    (folder / "evaluation.json").write_text(json.dumps([score]))
+    Image.new("RGB", (40, 30), "teal").save(folder / "0.png")
+    sample = {"image": "0.png", "question": HOSTILE, "answer": "teal", "before": "red", "after": "teal",
+              "before_correct": False, "after_correct": True}  # fmt: skip
+    (folder / "samples.json").write_text(json.dumps([sample, sample | {"image": "../../secret.png"}]))
+    mixer = {
+        "path": "layers.0.q_proj",
+        "rank": 2,
+        "before": [[1, 0], [0, 1]],
+        "after": [[1, 0.5], [-0.5, 1]],
+        "moved": 0.5,
+    }
+    (folder / "mixers.json").write_text(json.dumps([mixer]))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    make_run(tmp_path / "runs" / "sweep" / "rank4", steps=30, total=30, rank=4, mean=0.8)
+    make_run(tmp_path / "runs" / "sweep" / "rank8", steps=30, total=30, rank=8, mean=0.6)
+    old = make_run(tmp_path / "runs" / "abandoned", steps=5, total=30, rank=8, mean=None)
+    for path in old.iterdir():
+        os.utime(path, (time.time() - 9000, time.time() - 9000))
+    newer = tmp_path / "runs" / "newer"
+    newer.mkdir()
+    (newer / "summary.json").write_text('{"format": 99}')
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def port(runs: Path) -> Iterator[int]:
+    with listening(create_board(runs), Limits(drain_seconds=1)) as number:
+        yield number
+
+
+def test_runs_are_found_with_their_state_and_secrets_stay_out(runs: Path) -> None:
+    rows = {row["id"]: row for row in Folder(runs).rows()}
+    assert set(rows) == {"sweep/rank4", "sweep/rank8", "abandoned", "newer"}
+    assert rows["sweep/rank4"]["state"] == "finished"
+    assert rows["abandoned"]["state"] == "stopped"
+    assert rows["sweep/rank4"]["scores"] == {"shapes": 0.8}
+    assert rows["sweep/rank8"]["recipe"]["adapter.rank"] == "8"
+    assert "run format 99" in rows["newer"]["fault"]
+    assert "hf_Ab1" not in json.dumps(rows)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a folder"):
+        create_board(tmp_path / "nowhere")
+
+
+def test_no_path_leads_out_and_other_hosts_get_nothing(port: int) -> None:
+    import httpx
+
+    url = f"http://127.0.0.1:{port}"
+    assert httpx.get(f"{url}/api/picture?id=sweep/rank4&number=0").headers["content-type"].startswith("image/")
+    for query in ("id=sweep/rank4&number=1", "id=..&number=0", "id=sweep/rank4&number=-1", "id=sweep/rank4&number=²",
+                  "id=/etc&number=0", "id=sweep/rank4&number=99", ""):  # fmt: skip
+        assert httpx.get(f"{url}/api/picture?{query}").status_code == 404
+    for name in ("../runs/sweep/rank4", "/etc", "", "sweep"):
+        assert httpx.get(f"{url}/api/run", params={"id": name}).status_code == 404
+    assert httpx.get(url, headers={"Host": "evil.example"}).status_code == 403
+    assert "default-src 'none'" in httpx.get(url).headers["content-security-policy"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
+def test_in_a_browser_it_follows_compares_filters_and_shows(port: int, runs: Path, tmp_path: Path) -> None:
+    with browsing(tmp_path / "profile") as page:
+        page.open(f"http://127.0.0.1:{port}/")
+        page.wait("document.querySelectorAll('#runs li').length === 4")
+        page.wait("document.getElementById('live').dataset.state === 'live'")
+        wrong = "[...document.querySelectorAll('#runs input')].filter(i => i.checked !== i.value.startsWith('sweep'))"
+        while page.run(f"{wrong}.length"):  # the list is drawn anew at every click
+            page.run(f"{wrong}[0].click()")
+        page.wait("document.querySelectorAll('figure.chart').length === 3")
+        page.wait("document.querySelector('figure.chart').querySelectorAll('polyline').length === 2")
+
+        # Live: a run that goes on moves the read-out without a reload.
+        with (runs / "sweep" / "rank4" / "metrics.jsonl").open("a") as stream:
+            stream.write(json.dumps({"step": 31, "loss": 123.0}) + "\n")
+        page.wait("[...document.querySelectorAll('#runs small')].some(e => e.textContent.includes('loss 123'))")
+        page.wait("document.querySelector('.readout').textContent.length > 5")
+
+        def show(tab: str) -> None:
+            page.run(f"document.querySelector('[data-tab={tab}]').click()")
+            page.wait(f"document.getElementById('panel').dataset.tab === '{tab}'")
+
+        show("scores")
+        assert page.run("document.querySelectorAll('.whisker').length") == 2
+        show("gallery")
+        page.wait("[...document.querySelectorAll('.sample img')].filter(i => i.complete && i.naturalWidth).length >= 1")
+        assert page.run("document.querySelector('.sample b').textContent") == HOSTILE
+        show("mixers")
+        assert page.run("document.querySelectorAll('canvas').length") == 4
+        show("recipes")
+        assert "adapter.rank" in page.run("document.querySelector('#panel table').textContent")
+        page.run("const f = document.getElementById('filter'); f.value = 'rank=4'; f.dispatchEvent(new Event('input'))")
+        assert page.run("document.querySelectorAll('#runs li').length") == 1
+        assert page.run("document.title") == "mm_moslora board"
+        missing_picture = [error for error in page.errors if "404" not in error]
+        assert missing_picture == []
+        page.open(f"http://127.0.0.1:{port}/", width=400)
+        page.wait("document.querySelectorAll('#runs li').length === 4")
+        assert page.run("document.documentElement.scrollWidth") <= 400
