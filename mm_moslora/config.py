@@ -223,8 +223,9 @@ class DataConfig:
     """mixing parts only: records per epoch; None: as many as there are."""
     max_length: int = 2048
     """Tokens per example, visual tokens included. Longer ones lose whole turns at the end; an image is never cut."""
-    order: Literal["grouped", "random", "sequential"] = "grouped"
-    """grouped: by modality and length, so that ranks finish together (LLaVA); random; or as in the files."""
+    order: Literal["grouped", "llava", "random", "sequential"] = "grouped"
+    """grouped: by modality and length, so that ranks finish together; llava: the same records per step as LLaVA's
+    own grouping; random; or sequential, as in the files."""
     on_bad: Literal["error", "quarantine"] = "quarantine"
     """What to do with a record that cannot be used: stop, or write it to quarantine.jsonl and go on."""
     max_bad_share: float = 0.01

@@ -142,6 +142,8 @@ class TrainingSet:
         """Tokens per record, visual tokens included; 0 for a bad one."""
         self.has_image = bytearray(len(self))
         """1 per record with a picture."""
+        self.words = array("L", bytes(array("L").itemsize * len(self))) if config.order == "llava" else array("L")
+        """White-space separated words per record, which LLaVA takes for its length; only with `data.order` llava."""
         self.caches = self._open_caches(on_progress)
         self._per_character = self._tokens_per_character() if self.estimated else 0.0
         self._build(on_progress)
@@ -252,7 +254,13 @@ class TrainingSet:
         settings = f"{config.max_length} {self._eyesight()}"
         return [
             open_cache(
-                Path(config.cache), file, self.encoder, encode=self.encode, settings=settings, on_progress=on_progress
+                Path(config.cache),
+                file,
+                self.encoder,
+                encode=self.encode,
+                settings=settings,
+                tokens_per_image=self.encoder.tokens_per_image if self.eyes is not None and self.eyes.fixed else 1,
+                on_progress=on_progress,
             )
             for file in self.files
         ]
@@ -269,10 +277,15 @@ class TrainingSet:
                 self._take_over(cache, self._starts[source])
         for index in range(len(self)):
             cache = self.caches[self.place(index)[0]]
-            if cache is not None and (not self._look or not self.has_image[index]):
+            look = self._look and self.has_image[index]
+            if cache is not None and not look and not self.words:
                 continue
             try:
                 record = self.record(index)
+                if self.words:
+                    self.words[index] = sum(len(turn.text.split()) for turn in record.turns)
+                    if cache is not None and not look:
+                        continue
                 self.lengths[index] = self._measure(index, record)
                 self.has_image[index] = bool(record.images)
             except RecordError as error:

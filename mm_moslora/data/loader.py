@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import queue
+import random
 import threading
 from collections.abc import Iterator
 from types import TracebackType
@@ -21,7 +22,8 @@ from mm_moslora.config import DataConfig
 from mm_moslora.data.dataset import TrainingSet
 from mm_moslora.data.faults import RecordError
 from mm_moslora.data.mixture import expand
-from mm_moslora.data.sampler import deal, plan_epoch
+from mm_moslora.data.packing import pack
+from mm_moslora.data.sampler import deal, plan_epoch, plan_llava, plan_rows
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +71,8 @@ class BatchLoader:
         rank: this process.
         world_size: processes.
         config: the recipe's `data`; 0 workers prepare in a thread.
-        global_batch: examples per optimiser step over all ranks.
-        micro_batch: examples per micro-batch and rank.
+        global_batch: examples, or packed rows, per optimiser step over all ranks.
+        micro_batch: examples, or packed rows, per micro-batch and rank.
         seed: of the order.
         start_step: optimiser steps already done; the only state there is.
 
@@ -93,7 +95,7 @@ class BatchLoader:
         self.data, self.rank, self.world_size, self.config = data, rank, world_size, config
         self.global_batch, self.micro_batch, self.seed, self.start_step = global_batch, micro_batch, seed, start_step
         self.steps_per_epoch = len(self.plan(0))
-        """Optimiser steps per epoch, the same in every epoch."""
+        """Optimiser steps per epoch; with packing those of the first one, from which others differ by a few."""
         self._queue: queue.Queue[list[Batch] | Exception] = queue.Queue(maxsize=AHEAD)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -101,14 +103,27 @@ class BatchLoader:
 
     def plan(self, epoch: int) -> list[list[int]]:
         """The optimiser steps of an epoch over all ranks, as record numbers."""
-        data = self.data
+        return [[number for unit in step for number in unit] for step in self.plan_units(epoch)]
+
+    def plan_units(self, epoch: int) -> list[list[list[int]]]:
+        """The optimiser steps of an epoch over all ranks; a unit is what is never split: a record, or a packed row."""
+        data, config = self.data, self.config
         chosen = expand(data.members, data.weights, seed=self.seed, epoch=epoch)
-        steps = plan_epoch(
-            [data.lengths[number] for number in chosen],
-            [bool(data.has_image[number]) for number in chosen],
-            seed=self.seed, epoch=epoch, global_batch=self.global_batch, order=self.config.order,
-        )  # fmt: skip
-        return [[chosen[place] for place in step] for step in steps]
+        if config.pack_tokens:
+            if config.order != "sequential":
+                random.Random(f"{self.seed} {epoch}").shuffle(chosen)
+            rows = pack(chosen, data.lengths, tokens=config.pack_tokens)
+            return plan_rows(rows, seed=self.seed, epoch=epoch, global_batch=self.global_batch)
+        has_image = [bool(data.has_image[number]) for number in chosen]
+        if config.order == "llava":
+            words = [data.words[number] for number in chosen]
+            steps = plan_llava(words, has_image, seed=self.seed, epoch=epoch, global_batch=self.global_batch)
+        else:
+            steps = plan_epoch(
+                [data.lengths[number] for number in chosen], has_image,
+                seed=self.seed, epoch=epoch, global_batch=self.global_batch, order=config.order,
+            )  # fmt: skip
+        return [[[chosen[place]] for place in step] for step in steps]
 
     def __enter__(self) -> BatchLoader:
         if self.config.workers:
@@ -139,11 +154,20 @@ class BatchLoader:
 
     def _dealt(self) -> Iterator[list[list[int]]]:
         """This rank's micro-batches of every step, as record numbers, for ever."""
-        epoch, offset = divmod(self.start_step, self.steps_per_epoch)
+        epoch, offset = 0, self.start_step
         while True:
-            for step in self.plan(epoch)[offset:]:
-                yield deal(step, self.data.lengths, world_size=self.world_size, micro_batch=self.micro_batch)[self.rank]
-            epoch, offset = epoch + 1, 0
+            if not self.config.pack_tokens and offset >= self.steps_per_epoch:  # all epochs have as many steps
+                epoch, offset = epoch + offset // self.steps_per_epoch, offset % self.steps_per_epoch
+            steps = self.plan_units(epoch)
+            for step in steps[offset:]:
+                yield [[number for unit in micro for number in unit] for micro in self._deal(step)]
+            epoch, offset = epoch + 1, max(0, offset - len(steps))
+
+    def _deal(self, step: list[list[int]]) -> list[list[list[int]]]:
+        """This rank's micro-batches of a step, as units."""
+        lengths = [sum(self.data.lengths[number] for number in unit) for unit in step]
+        places = deal(range(len(step)), lengths, world_size=self.world_size, micro_batch=self.micro_batch)[self.rank]
+        return [[step[place] for place in micro] for micro in places]
 
     def _received(self, prepared: _Prepared) -> Batch:
         for number, fault in prepared.faults:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import torch
+
 MEGABATCH = 16
 """Optimiser steps that are sorted by length together; more gives better balance, fewer gives more mixing."""
 
@@ -56,6 +58,51 @@ def plan_epoch(
     short = [steps.pop()] if steps and len(steps[-1]) < global_batch else []
     rng.shuffle(steps)
     return steps + short
+
+
+def plan_rows(rows: Sequence[list[int]], *, seed: int, epoch: int, global_batch: int) -> list[list[list[int]]]:
+    """The optimiser steps of an epoch of packed rows, each a list of rows; only the last step may be shorter.
+
+    Args:
+        rows: from `packing.pack`.
+        seed: of the run.
+        epoch: from 0.
+        global_batch: rows per step.
+    """
+    shuffled = list(rows)
+    random.Random(f"{seed} {epoch} rows").shuffle(shuffled)  # rows are closed fullest first
+    return [shuffled[start : start + global_batch] for start in range(0, len(shuffled), global_batch)]
+
+
+def plan_llava(
+    words: Sequence[int], has_image: Sequence[bool], *, seed: int, epoch: int, global_batch: int
+) -> list[list[int]]:
+    """The optimiser steps of an epoch as LLaVA's `group_by_modality_length` forms them.
+
+    The same records share a step as in LLaVA with the same torch seed (there the global generator, here one of its own
+    with `seed + epoch`): mega-batches of one modality, shuffled; what is left over of both comes last, mixed.
+
+    Args:
+        words: white-space separated words of each record, which LLaVA takes for its length.
+        has_image: modality per record.
+        seed: of the run.
+        epoch: from 0.
+        global_batch: records per step.
+    """
+    generator = torch.Generator().manual_seed(seed + epoch)
+    groups = [[number for number in range(len(words)) if bool(has_image[number]) == kind] for kind in (True, False)]
+    batches: list[list[int]] = []
+    left: list[int] = []
+    for members in groups:
+        order = [members[place] for place in torch.randperm(len(members), generator=generator).tolist()]
+        cut = _cut(order, global_batch)
+        if all(groups):  # LLaVA joins the last mega-batches of both modalities even when they are whole
+            left += cut.pop()
+        batches += cut
+    if not all(groups):
+        return batches
+    batches = [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
+    return _cut([number for batch in batches for number in batch] + sorted(left), global_batch)
 
 
 def _cut(items: list[int], size: int) -> list[list[int]]:

@@ -7,6 +7,7 @@ builds it while the others wait; it appears as a whole or not at all. An image i
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -70,11 +71,14 @@ class TokenCache:
     Args:
         folder: a finished cache.
         source: what it was made from.
-        encoder: what it was made with.
+        image_token_id: stands for an image.
+        tokens_per_image: what an image expands to; 1 where every picture's tokens are kept as they are.
     """
 
-    def __init__(self, folder: Path, source: RecordSource, encoder: Encoder) -> None:
-        self.source, self.encoder = source, encoder
+    def __init__(
+        self, folder: Path, source: RecordSource, *, image_token_id: int | None, tokens_per_image: int
+    ) -> None:
+        self.source, self.image_token_id, self.tokens_per_image = source, image_token_id, tokens_per_image
         self._ids = np.memmap(folder / "ids.bin", dtype=np.int32, mode="r")
         self._supervised = np.memmap(folder / "supervised.bin", dtype=np.bool_, mode="r")
         table = np.load(folder / "table.npy")
@@ -105,8 +109,8 @@ class TokenCache:
             raise self.fault(row)
         part = slice(self._starts[row], self._starts[row + 1])
         ids, supervised = np.array(self._ids[part], dtype=np.int64), np.array(self._supervised[part])
-        if self._images[row]:
-            times = np.where(ids == self.encoder.image_token_id, self.encoder.tokens_per_image, 1)
+        if self._images[row] and self.tokens_per_image > 1:
+            times = np.where(ids == self.image_token_id, self.tokens_per_image, 1)
             ids, supervised = np.repeat(ids, times), np.repeat(supervised, times)
         return Encoded(
             input_ids=torch.from_numpy(ids), supervised=torch.from_numpy(supervised), images=int(self._images[row]),
@@ -121,6 +125,7 @@ def open_cache(
     *,
     encode: Encode,
     settings: str,
+    tokens_per_image: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> TokenCache:
     """Open the cache of a source, after building it if need be.
@@ -131,6 +136,7 @@ def open_cache(
         encoder: tokenises.
         encode: what is called for a record.
         settings: what else decides about the tokens, such as the length limit.
+        tokens_per_image: the same for every picture, or 1 where they differ.
         on_progress: called with (records done, records in all) while it is built.
     """
     name = f"{source.fingerprint()} {encoder.fingerprint()} {settings} {len(source)} {VERSION}"
@@ -138,8 +144,11 @@ def open_cache(
     if not folder.is_dir():
         with _lock(root, folder.name):
             if not folder.is_dir():
-                _build(folder, source, encoder, encode, on_progress)
-    return TokenCache(folder, source, encoder)
+                fold = functools.partial(
+                    _first_of_images, image_token_id=encoder.image_token_id, tokens_per_image=tokens_per_image
+                )
+                _build(folder, source, encode, fold, on_progress)
+    return TokenCache(folder, source, image_token_id=encoder.image_token_id, tokens_per_image=tokens_per_image)
 
 
 @contextmanager
@@ -153,8 +162,8 @@ def _lock(root: Path, name: str) -> Iterator[None]:
 def _build(
     folder: Path,
     source: RecordSource,
-    encoder: Encoder,
     encode: Encode,
+    fold: Callable[[NDArray[np.int32]], NDArray[np.bool_]],
     on_progress: Callable[[int, int], None] | None,
 ) -> None:
     part = folder.with_name(f"{folder.name}.part")
@@ -165,7 +174,7 @@ def _build(
     faults: list[_Fault] = []
 
     def tokenise(start: int) -> _Rows:
-        return _tokenise(source, range(start, min(len(source), start + _ROWS)), encoder, encode)
+        return _tokenise(source, range(start, min(len(source), start + _ROWS)), encode, fold)
 
     with (part / "ids.bin").open("wb") as ids, (part / "supervised.bin").open("wb") as supervised:
         processes = usable_processes() if len(source) > 4 * _ROWS else 1
@@ -187,7 +196,9 @@ def _build(
     part.rename(folder)
 
 
-def _tokenise(source: RecordSource, rows: range, encoder: Encoder, encode: Encode) -> _Rows:
+def _tokenise(
+    source: RecordSource, rows: range, encode: Encode, fold: Callable[[NDArray[np.int32]], NDArray[np.bool_]]
+) -> _Rows:
     ids: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
     supervised: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)]
     table = np.zeros((len(rows), 5), dtype=np.int32)
@@ -202,17 +213,19 @@ def _tokenise(source: RecordSource, rows: range, encoder: Encoder, encode: Encod
             )
             continue
         tokens = encoded.input_ids.numpy().astype(np.int32)
-        keep = _first_of_images(tokens, encoder)
+        keep = fold(tokens)
         ids.append(tokens[keep])
         supervised.append(encoded.supervised.numpy()[keep])
         table[place] = (keep.sum(), len(tokens), encoded.images, len(record.images), encoded.dropped_turns)
     return _Rows(ids=np.concatenate(ids), supervised=np.concatenate(supervised), table=table, faults=faults)
 
 
-def _first_of_images(tokens: NDArray[np.int32], encoder: Encoder) -> NDArray[np.bool_]:
+def _first_of_images(
+    tokens: NDArray[np.int32], *, image_token_id: int | None, tokens_per_image: int
+) -> NDArray[np.bool_]:
     """Everything but the second and further tokens of each image."""
     keep = np.ones(len(tokens), dtype=np.bool_)
-    if encoder.image_token_id is not None and encoder.tokens_per_image > 1:
-        places = np.flatnonzero(tokens == encoder.image_token_id)
-        keep[places[np.arange(len(places)) % encoder.tokens_per_image > 0]] = False
+    if image_token_id is not None and tokens_per_image > 1:
+        places = np.flatnonzero(tokens == image_token_id)
+        keep[places[np.arange(len(places)) % tokens_per_image > 0]] = False
     return keep

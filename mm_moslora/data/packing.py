@@ -1,0 +1,109 @@
+"""Packing: examples laid into rows of up to so many tokens, so that every forward pass costs about the same.
+
+Rows are padding-free like every batch: position ids restart and attention stays within each example, so an example has
+the loss and the gradients that it has alone.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+WAITING = 512
+"""Examples to choose from; more fill better, fewer keep examples closer to their shuffled place."""
+_FREELY = 3.0
+"""While a row has room for this many average examples, it takes those that have waited longest."""
+
+
+def pack(numbers: Iterable[int], lengths: Sequence[int], *, tokens: int, waiting: int = WAITING) -> list[list[int]]:
+    """Lay examples into rows, online.
+
+    A row takes the examples that have waited longest until it is nearly full, and then the one or two that leave the
+    least room. No example waits for more than `waiting` rows.
+
+    Args:
+        numbers: of the examples, in shuffled order.
+        lengths: tokens per example, by number; none above `tokens`.
+        tokens: per row.
+        waiting: see `WAITING`.
+    """
+    return list(_rows(iter(numbers), lengths, tokens, waiting))
+
+
+def _rows(numbers: Iterator[int], lengths: Sequence[int], tokens: int, waiting: int) -> Iterator[list[int]]:
+    pool = _Pool()
+    while True:
+        for number in itertools.islice(numbers, waiting - len(pool)):
+            assert lengths[number] <= tokens, "an example is longer than a row"
+            pool.add(number, lengths[number])
+        if not len(pool):
+            return
+        row, room = [pool.take(pool.oldest())], tokens
+        room -= lengths[row[0]]
+        while keys := pool.oldest_that_fits(room) if room > _FREELY * pool.mean else pool.best(room):
+            taken = [pool.take(key) for key in keys]
+            row += taken
+            room -= sum(lengths[number] for number in taken)
+        yield row
+
+
+class _Pool:
+    """Examples that wait, by length and by age."""
+
+    def __init__(self) -> None:
+        self._sorted: list[tuple[int, int]] = []  # length, key
+        self._sizes: list[int] = []
+        self._waiting: dict[int, int] = {}  # key: number, in order of age
+        self._length: dict[int, int] = {}
+        self._next, self._total = 0, 0
+
+    def __len__(self) -> int:
+        return len(self._sorted)
+
+    @property
+    def mean(self) -> float:
+        """Average length."""
+        return self._total / max(1, len(self))
+
+    def add(self, number: int, length: int) -> None:
+        key, self._next = self._next, self._next + 1
+        place = bisect.bisect_left(self._sorted, (length, key))
+        self._sorted.insert(place, (length, key))
+        self._sizes.insert(place, length)
+        self._waiting[key], self._length[key] = number, length
+        self._total += length
+
+    def take(self, key: int) -> int:
+        length = self._length.pop(key)
+        place = bisect.bisect_left(self._sorted, (length, key))
+        del self._sorted[place], self._sizes[place]
+        self._total -= length
+        return self._waiting.pop(key)
+
+    def oldest(self) -> int:
+        return next(iter(self._waiting))
+
+    def oldest_that_fits(self, room: int) -> list[int]:
+        return list(itertools.islice((key for key in self._waiting if self._length[key] <= room), 1))
+
+    def best(self, room: int) -> list[int]:
+        """The one or two that fill a room best; nothing when none fits."""
+        count = bisect.bisect_right(self._sizes, room)
+        if not count:
+            return []
+        sizes = np.array(self._sizes[:count])
+        places = np.arange(count)
+        partners = np.searchsorted(sizes, room - sizes, side="right") - 1
+        partners = np.minimum(partners, places - 1)  # the shorter of two, so that none is its own partner
+        sums = sizes + np.where(partners >= 0, sizes[partners], 0)
+        first = int(sums.argmax())
+        chosen = [first, int(partners[first])] if partners[first] >= 0 else [first]
+        return [self._sorted[place][1] for place in chosen]
+
+
+def fill_rate(rows: Sequence[Sequence[int]], lengths: Sequence[int], *, tokens: int) -> float:
+    """Tokens in the rows divided by the tokens that they could hold."""
+    return sum(lengths[number] for row in rows for number in row) / (tokens * max(1, len(rows)))

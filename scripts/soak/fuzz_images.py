@@ -1,0 +1,185 @@
+"""Throw broken picture files at the decoder: every one becomes RGB or one named error, quickly and in little memory.
+
+    python scripts/soak/fuzz_images.py --count 200000 --seed 0 [--json]
+
+Files are small JPEG, PNG, GIF, TIFF and WebP pictures of every mode with bytes flipped, cut, inserted or repeated, and
+header fields set to extreme values. Decoders are C libraries, so the work is done in child processes, and one that dies
+counts as a crash. The exit code is 0 only when nothing but `ImageError` was raised, no file took a second of processor
+time, no process died, and memory stayed below 1 GiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import random
+import resource
+import sys
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from PIL import Image
+
+from mm_moslora.data.images import ImageError, check_image_bytes, open_image_bytes
+
+SLOW = 1.0
+"""Seconds of processor time that one file may take."""
+CHUNK = 20_000
+"""Files per child process."""
+EXTREMES = (
+    b"\x00",
+    b"\xff",
+    b"\x7f\xff\xff\xff",
+    b"\xff\xff\xff\xff",
+    b"\x00\x00\x00\x00",
+    b"\x80\x00",
+    b"\x01",
+    b"\xff\xd9",
+)
+
+
+def seeds() -> list[tuple[str, bytes]]:
+    """Valid small pictures of every format and mode."""
+    base = Image.effect_mandelbrot((40, 28), (-2, -1, 1, 1), 50)
+    colour = Image.merge("RGB", (base, base.rotate(90, expand=False), base.rotate(180)))
+    frames = [colour.rotate(angle) for angle in (30, 60)]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    made: list[tuple[str, Image.Image, dict[str, Any]]] = [
+        ("JPEG", colour, {"quality": 80}), ("JPEG", colour, {"progressive": True, "exif": exif}),
+        ("JPEG", colour.convert("CMYK"), {}), ("JPEG", base, {}), ("PNG", colour, {}),
+        ("PNG", colour.convert("RGBA"), {}), ("PNG", colour.convert("P"), {"transparency": 0}),
+        ("PNG", base.convert("I;16"), {}), ("PNG", base.convert("LA"), {}), ("PNG", base.convert("1"), {}),
+        ("GIF", colour.convert("P"), {"save_all": True, "append_images": frames}), ("GIF", base, {}),
+        ("TIFF", colour, {}), ("TIFF", colour, {"compression": "tiff_lzw"}), ("TIFF", colour, {"compression": "jpeg"}),
+        ("TIFF", base.convert("F"), {}), ("TIFF", base.convert("I"), {}),
+        ("TIFF", base.convert("1"), {"compression": "group4"}), ("WEBP", colour, {"lossless": True}),
+        ("WEBP", colour.convert("RGBA"), {"quality": 70}),
+        ("WEBP", colour, {"save_all": True, "append_images": frames}),
+    ]  # fmt: skip
+    result = []
+    for kind, image, options in made:
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        result.append((kind, buffer.getvalue()))
+    return result
+
+
+def damage(raw: bytes, draw: random.Random) -> bytes:
+    """The same file with one to four faults."""
+    data = bytearray(raw)
+    for _ in range(draw.randint(1, 4)):
+        head = draw.random() < 0.3
+        place = draw.randrange(min(len(data), 120) if head else len(data)) if data else 0
+        kind = draw.random()
+        if kind < 0.35 and data:
+            data[place] = draw.randrange(256)
+        elif kind < 0.55:
+            value = draw.choice(EXTREMES)
+            data[place : place + len(value)] = value
+        elif kind < 0.7:
+            del data[place : place + draw.randint(1, 64)]
+        elif kind < 0.85:
+            data[place:place] = draw.randbytes(draw.randint(1, 32))
+        elif kind < 0.95:
+            data = data[:place]
+        else:
+            data[place:place] = data[place : place + 200]
+    return bytes(data)
+
+
+def run_chunk(count: int, *, seed: int) -> dict[str, Any]:
+    """Open `count` broken files in this process."""
+    warnings.simplefilter("ignore")
+    draw, pictures = random.Random(seed), seeds()
+    codes: Counter[str] = Counter()
+    formats: Counter[str] = Counter()
+    uncaught: list[str] = []
+    slowest, slow, named = 0.0, 0, 0
+    for number in range(count):
+        kind, raw = pictures[number % len(pictures)]
+        data = damage(raw, draw)
+        formats[kind] += 1
+        began = time.thread_time()
+        try:
+            try:
+                size = open_image_bytes(data).size
+                codes["opened"] += 1
+                assert min(size) >= 1
+                check_image_bytes(data)
+            except ImageError as error:
+                codes[error.code.value] += 1
+                named += bool(error.what and error.remedy)
+        except Exception as error:  # what this script looks for
+            uncaught.append(f"{kind} {type(error).__name__}: {str(error)[:100]} (seed {seed}, number {number})")
+        took = time.thread_time() - began
+        slowest, slow = max(slowest, took), slow + (took > SLOW)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return {
+        "codes": codes, "formats": formats, "uncaught": uncaught, "slowest": slowest, "slow": slow, "peak": peak,
+        "named": named, "cpu": time.process_time(),
+    }  # fmt: skip
+
+
+def _child(count: int, seed: int, results: Any) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff writes what it finds to stderr
+    results.put(run_chunk(count, seed=seed))
+
+
+def run(count: int, *, seed: int, chunk: int = CHUNK) -> dict[str, Any]:
+    """Open `count` broken files in child processes, one after the other, and say what came back."""
+    context = multiprocessing.get_context("fork")
+    codes: Counter[str] = Counter()
+    formats: Counter[str] = Counter()
+    uncaught: list[str] = []
+    crashes, slow, slowest, peak, cpu, named = 0, 0, 0.0, 0, 0.0, 0
+    for start in range(0, count, chunk):
+        results = context.SimpleQueue()
+        child = context.Process(target=_child, args=(min(chunk, count - start), seed * 1_000_003 + start, results))
+        child.start()
+        while child.is_alive() and results.empty():
+            child.join(0.1)
+        if results.empty():
+            crashes += 1
+            continue
+        found = results.get()
+        child.join()
+        codes, formats = codes + found["codes"], formats + found["formats"]
+        uncaught += found["uncaught"]
+        slow, slowest, peak = slow + found["slow"], max(slowest, found["slowest"]), max(peak, found["peak"])
+        cpu, named = cpu + found["cpu"], named + found["named"]
+    return {
+        "files": sum(formats.values()), "seed": seed, "uncaught": len(uncaught), "first_uncaught": uncaught[:5],
+        "crashes": crashes, "over_one_second": slow, "slowest_seconds": round(slowest, 4), "peak_mib": peak,
+        "cpu_seconds": round(cpu, 1), "formats": dict(formats), "outcomes": dict(codes.most_common()),
+        "rejections_named": named,
+    }  # fmt: skip
+
+
+def main() -> int:
+    """Run, print, and say by the exit code whether it went well."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=200_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    result = run(options.count, seed=options.seed)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        for name, value in result.items():
+            print(f"{name:>18}: {value}")
+    bad = result["uncaught"] or result["over_one_second"] or result["crashes"] or result["peak_mib"] >= 1024
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
