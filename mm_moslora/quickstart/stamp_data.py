@@ -218,8 +218,10 @@ def yes_no_questions(stamps: Sequence[Stamp], usable: set[str], rng: random.Rand
     return questions
 
 
-VARIANTS = 2
+VARIANTS = 4
 """How often a picture is gone through, each time with other yes/no questions."""
+SENTENCES = 2
+"""In how many of the variants the sentence is asked for."""
 
 
 def _align_records(stamps: Sequence[Stamp], usable: set[str]) -> list[Record]:
@@ -232,24 +234,25 @@ def _align_records(stamps: Sequence[Stamp], usable: set[str]) -> list[Record]:
 
 
 def _train_records(stamps: Sequence[Stamp], usable: set[str], rng: random.Random) -> list[Record]:
-    """Two short conversations per picture and variant: category and yes/no, yes/no and sentence.
+    """Short conversations of one question each, several per picture: category, yes/no and, less often, the sentence.
 
     "Is this an animal?" answered yes gives the category away, and the category gives away the yes/no questions. In long
-    conversations most answers can be read off the earlier ones, and the picture is hardly looked at; so each of the two
-    stands first in one of them.
+    conversations most answers can be read off the earlier ones, and the picture is hardly looked at.
     """
-    asked: dict[str, list[Question]] = defaultdict(list)
-    for question in yes_no_questions(stamps, usable, rng):
-        asked[question.image].append(question)
     records = []
     for variant in range(VARIANTS):
+        asked: dict[str, list[Question]] = defaultdict(list)
+        for question in yes_no_questions(stamps, usable, rng):
+            asked[question.image].append(question)
         for stamp in stamps:
             image = _image(stamp)
-            yes_no = [(question.text, question.answer) for question in rng.sample(asked[image], len(asked[image]))]
-            category = [(CATEGORY, CATEGORIES[stamp.folder][0])] if stamp.folder in usable else []
-            for half, turns in (("a", category + yes_no[1:2]), ("b", [*yes_no[:1], (SENTENCE, stamp.sentence)])):
-                if turns:
-                    records.append(conversation(f"stamps/{stamp.name}#{variant}{half}", image, turns))
+            turns = [(question.text, question.answer) for question in asked[image][:1]]
+            if stamp.folder in usable:
+                turns.append((CATEGORY, CATEGORIES[stamp.folder][0]))
+            if variant < SENTENCES:
+                turns.append((SENTENCE, stamp.sentence))
+            for index, turn in enumerate(turns):
+                records.append(conversation(f"stamps/{stamp.name}#{variant}.{index}", image, [turn]))
     return records
 
 

@@ -14,7 +14,16 @@ from PIL import Image, ImageDraw
 from mm_moslora.errors import DataError
 from mm_moslora.quickstart.datasets import COLORS, SHAPES, build_easy_vqa, easy_caption
 from mm_moslora.quickstart.datasets import Question as Asked
-from mm_moslora.quickstart.stamp_data import CATEGORY, SENTENCE, build_stamps, find_stamps, same_thing, square
+from mm_moslora.quickstart.stamp_data import (
+    CATEGORY,
+    SENTENCE,
+    SENTENCES,
+    VARIANTS,
+    build_stamps,
+    find_stamps,
+    same_thing,
+    square,
+)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -165,17 +174,14 @@ class TestStamps:
         assert len(same_thing([first, second], pictures)) == 1
 
     def test_no_answer_can_be_read_off_an_earlier_one(self, stamps: Path, tmp_path: Path) -> None:
-        """The category stands first wherever it is asked, and a sentence never comes with it."""
+        """Every training conversation asks one question; the category is asked once per variant."""
         files = build_stamps(stamps, tmp_path, test_share=0.25)
-        pictures: dict[str, int] = Counter()
+        asked: dict[str, Counter[str]] = defaultdict(Counter)
         for record in read(files.train):
-            questions = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"][::2]]
-            assert len(questions) <= 2
-            assert CATEGORY not in questions[1:]
-            assert not {CATEGORY, SENTENCE} <= set(questions)
-            pictures[record["image"]] += 1
-        assert set(pictures.values()) == {4}
-        assert files.train_pictures == len(pictures)
+            question, _ = record["conversations"]
+            asked[record["image"]][question["value"].removeprefix("<image>\n")] += 1
+        assert all(counts[CATEGORY] == VARIANTS and counts[SENTENCE] == SENTENCES for counts in asked.values())
+        assert files.train_pictures == len(asked)
         assert all(record["conversations"][0]["value"] == f"<image>\n{CATEGORY}" for record in read(files.align))
 
     def test_yes_no_balanced_and_true(self, stamps: Path, tmp_path: Path) -> None:
