@@ -118,6 +118,29 @@ def test_letters_as_vlmevalkit_reads_them(text: str, now: str, then: str) -> Non
     assert mcq.vlmevalkit_2024_06(text, OPTIONS) == then
 
 
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("A dog.", "B"),
+        ("A big dog", "B"),
+        ("A small dog is running", ""),  # long answers are not searched for texts
+        ("A horse.", ""),
+        ("A dog. The answer is A", "A"),
+        ("It runs. A bird", "C"),
+        ("A", "A"),
+        ("A.", "A"),
+        ("A. cat", "A"),
+        ("A because it meows", "A"),
+        ("Answer: A", "A"),
+        ("A Cat", "A"),
+    ],
+)
+def test_an_article_is_no_letter_by_default(text: str, letter: str) -> None:
+    assert mcq.extract_letter(text, OPTIONS) == letter
+    if text == "A dog.":
+        assert mcq.vlmevalkit(text, OPTIONS) == "A"  # as its source reads it
+
+
 def test_options_that_are_empty_or_equal_are_never_guessed() -> None:
     assert mcq.vlmevalkit_2024_06("nothing here", {"A": "", "B": "dog"}) == "A"  # an empty text lies within any
     assert mcq.extract_letter("nothing here", {"A": "", "B": "dog"}) == ""

@@ -26,8 +26,15 @@ _VERBOSE_ANSWER = re.compile(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**")
 _LAST_TOKENS = 4
 
 
+_ARTICLE = re.compile(r"(?:^|(?<=[.!?]\s)|(?<=\n))\s*A(?=\s+(?!(?:because|since|as|is|and|or)\b)[a-z])")
+
+
 def extract_letter(text: str, options: Options) -> str:
-    """The default: VLMEvalKit's current rules; refusals are not inferable and empty option texts match nothing."""
+    """The default: VLMEvalKit's current rules, except that `A dog.` is an article with a noun and no letter.
+
+    Refusals are not inferable, and empty option texts match nothing.
+    """
+    text = _ARTICLE.sub(lambda match: match.group().lower(), text)
     letter = vlmevalkit(text, {key: value for key, value in options.items() if str(value).strip()} or options)
     return "" if letter == "Z" else letter
 
