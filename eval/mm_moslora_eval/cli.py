@@ -49,7 +49,9 @@ def run(
     Raises:
         EvalError: an unknown task, data that cannot be read, a folder of another run.
     """
+    from .provenance import record
     from .registry import get_task
+    from .runner import Settings, open_run
     from .suite import evaluate
 
     found = [get_task(name) for name in tasks]
@@ -57,7 +59,11 @@ def run(
         task.load()  # fail before the model is loaded
     loaded = model() if callable(model) and not hasattr(model, "generate") else model
     results: list[TaskResult] = []
+    chosen = settings or Settings()
     try:
+        if chosen.rank == 0:
+            with open_run(output, loaded):  # type: ignore[arg-type]
+                record(output, loaded, chosen)  # type: ignore[arg-type]
         for task in found:
             results += evaluate(
                 loaded,  # type: ignore[arg-type]
@@ -66,7 +72,7 @@ def run(
                 modes=modes,
                 baselines=baselines,
                 training=training,
-                settings=settings,
+                settings=chosen,
                 progress=_named(task.id, progress),
                 judge=judge,
             )

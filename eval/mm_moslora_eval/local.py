@@ -13,7 +13,7 @@ from mm_moslora.data.records import IMAGE, Turn
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.generation import ContinuationScore, Prompt, generate, score_options, stop_token_ids
 
-from .fingerprint import weights_fingerprint
+from .fingerprint import circumstances, weights_fingerprint
 from .model import Answer, Message, OptionRequest, OptionScore, Request
 from .visual import VisualTokens
 
@@ -54,6 +54,11 @@ class LocalModel:
         if self._fingerprint is None:
             self._fingerprint = weights_fingerprint(self.model, str(self.assembly.tokenizer.chat_template))
         return self._fingerprint
+
+    @property
+    def details(self) -> dict[str, str]:
+        """What a run records beside the name: precision, device, attention kernel."""
+        return circumstances(self.model)
 
     def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
         """See `mm_moslora_eval.model.Model.generate`."""

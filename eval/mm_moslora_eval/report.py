@@ -24,6 +24,7 @@ from mm_moslora.errors import EvalError, MoSLoRAError
 from mm_moslora.redaction import redact_text
 from mm_moslora.strict import build_strictly
 
+from . import provenance
 from .answers import write_atomically
 from .images import open_image
 from .results import TaskResult, read_results
@@ -33,6 +34,7 @@ from .task import Task
 MOST_SAMPLES = 60
 """Samples shown per task and image mode: failures first, then what could not be read, then wrong and right ones."""
 MOST_CATEGORIES = 40
+MOST_INVOCATIONS = 10
 _THUMBNAIL = 176
 _LONGEST = 1200
 """Characters of a prompt or an answer; the whole ones are in samples.jsonl."""
@@ -67,6 +69,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         model=model,
         date=data["date"],
         environment=data["environment"],
+        invocations=provenance.read(run)[-MOST_INVOCATIONS:],
         rows=[_row(result) for result in results],
         tasks=[_task(name, found, run) for name, found in tasks.items()],
     )

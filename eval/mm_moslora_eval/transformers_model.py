@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from mm_moslora import distributed
 from mm_moslora.errors import EvalError
 
-from .fingerprint import weights_fingerprint
+from .fingerprint import circumstances, weights_fingerprint
 from .images import open_image
 from .model import Answer, OptionRequest, OptionScore, Request
 
@@ -90,6 +90,11 @@ class TransformersModel:
         return self._fingerprint
 
     @torch.inference_mode()
+    @property
+    def details(self) -> dict[str, str]:
+        """What a run records beside the name: precision, device, attention kernel."""
+        return circumstances(self.model)
+
     def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
         """See `mm_moslora_eval.model.Model.generate`."""
         for indices in self._batches(requests, 1 if self._reference else batch_size):

@@ -60,6 +60,14 @@ def test_ten_miniature_benchmarks_run_and_score(finished: Path) -> None:
     assert results["commonsense_boolq", "majority"].score == 0.75
     texts = {row["text"] for row in read_samples(finished / "pope@llava" / "own")}
     assert len(texts) > 1
+    (call,) = [json.loads(text) for text in (finished / "invocations.jsonl").read_text().splitlines()]
+    assert (call["model"]["precision"], call["model"]["device"], call["settings"]["batch_size"]) == (
+        "float32",
+        "cpu",
+        16,
+    )
+    assert call["environment"]["torch"]
+    assert "Calls that answered" in (finished / "report.html").read_text()
 
 
 def test_miniature_answers_score_full_marks_when_they_are_right(miniature: Path, tmp_path: Path, capsys) -> None:
