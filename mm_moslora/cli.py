@@ -6,11 +6,12 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
 from mm_moslora import __version__, cli_board, cli_compare, cli_launch, cli_serve
+from mm_moslora.cli_data import data_app
 from mm_moslora.cli_eval import eval_app, quiet_libraries
 from mm_moslora.config import load_recipe, override_items
 from mm_moslora.errors import MoSLoRAError
@@ -25,7 +26,6 @@ app = App(
     version=__version__,
     help="Assemble a vision-language model, tune it with MoSLoRA, measure it, hand it on.",
 )
-data_app = App(name="data", help="Look at training data before the run.")
 app.command(data_app)
 app.command(eval_app)
 cli_serve.register(app)
@@ -241,33 +241,6 @@ def adapters_inspect(folder: Path, *, picture: Path | None = None) -> int:
 
     print(inspection(folder, picture=picture))
     return 0
-
-
-@data_app.command(name="check")
-def data_check(recipe: str, *overrides: Overrides) -> int:
-    """Read every record and picture of a recipe's data and say what is wrong; exit code 1 when the run would stop."""
-    quiet_libraries()
-    from mm_moslora.datacheck import check_recipe
-
-    return _print_all(*check_recipe(_recipe(recipe, overrides)))
-
-
-@data_app.command(name="view")
-def data_view(recipe: str, *overrides: Overrides, count: int = 3, start: int = 0) -> int:
-    """Show records as the trainer sees them, supervised tokens coloured."""
-    quiet_libraries()
-    from mm_moslora.datacheck import view_recipe
-
-    return _print_all(view_recipe(_recipe(recipe, overrides), start=start, count=count), 0)
-
-
-def _print_all(renderables: list[Any], code: int) -> int:
-    from rich.console import Console
-
-    console = Console()
-    for item in renderables:
-        console.print(item)
-    return code
 
 
 if __name__ == "__main__":

@@ -1,19 +1,27 @@
-"""`mm-moslora data check|view`: a recipe's data as the trainer will see them, without loading the language model."""
+"""`mm-moslora data check|stats|view`: a recipe's data as the trainer sees them, without loading the language model."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.panel import Panel
 from rich.text import Text
 
 from mm_moslora.batch import Eyes
-from mm_moslora.data.check import check
+from mm_moslora.config import SourceConfig
+from mm_moslora.data.check import CheckReport, check
 from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.dataset import encode_record, placeholders_of
 from mm_moslora.data.faults import RecordError
+from mm_moslora.data.findings import Finding, findings, leakage, length_percentiles
+from mm_moslora.data.fingerprints import Fingerprint, Match, fingerprint
+from mm_moslora.data.images import ImageError, open_image
+from mm_moslora.data.packing import fill_rate, pack
 from mm_moslora.data.sources import open_sources
-from mm_moslora.data.view import legend, view_record, view_report
+from mm_moslora.data.view import legend, view_findings, view_record, view_report, view_statistics
+from mm_moslora.data.view_html import Sample, page
 from mm_moslora.errors import DataError
 from mm_moslora.models.build import text_and_images
 from mm_moslora.training.progress import Progress
@@ -24,20 +32,37 @@ if TYPE_CHECKING:
     from mm_moslora.config import Recipe
     from mm_moslora.data.sources import RecordSource
 
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
 
 class _Parts(NamedTuple):
     encoder: Encoder
     eyes: Eyes | None
 
 
-def check_recipe(recipe: Recipe) -> tuple[list[RenderableType], int]:
+class Checked(NamedTuple):
+    """What a check has found."""
+
+    shown: list[RenderableType]
+    """For a rich console."""
+    plain: dict[str, Any]
+    """The same as plain data."""
+    code: int
+    """Exit code: 1 when a run would stop because of the data."""
+
+
+def check_recipe(
+    recipe: Recipe,
+    *,
+    against: Sequence[Path] = (),
+    processes: int | None = None,
+) -> Checked:
     """Read every record and decode every picture of a recipe's training and validation data.
 
     Args:
         recipe: resolved.
-
-    Returns:
-        What was found, for a rich console, and an exit code: 1 when a run would stop because of the data.
+        against: folders of held-out pictures, in which pictures of the training data should not occur.
+        processes: that share the work; None: one per processor.
 
     Raises:
         DataError: a source cannot be read at all.
@@ -45,27 +70,87 @@ def check_recipe(recipe: Recipe) -> tuple[list[RenderableType], int]:
     """
     parts = _parts(recipe)
     shown: list[RenderableType] = []
-    code = 0
-    for name, sources in (("train", recipe.data.train), ("validation", recipe.data.validation)):
-        if not sources and name == "validation":
-            continue
-        total = sum(len(file) for file in open_sources(sources))
-        with Progress(f"check {name}", total, unit="record") as progress:
-
-            def tell(done: int, _: int, progress: Progress = progress) -> None:
-                progress.update(done)
-
-            report = check(
-                sources,
-                parts.encoder,
-                config=recipe.data,
-                vision=parts.eyes is not None,
-                eyes=parts.eyes,
-                on_progress=tell,
-            )
+    plain: dict[str, Any] = {}
+    reports: dict[str, CheckReport] = {}
+    for name, sources in _sets(recipe):
+        reports[name] = report = _check(name, sources, recipe, parts, decode=True, processes=processes)
         shown += [Text(f"data.{name}", style="bold"), *view_report(report)]
-        code = code if report.ok else 1
-    return shown, code
+        plain[name] = _plain(report, findings(report))
+    held_out: dict[str, dict[str, Fingerprint | None]] = {str(folder): _folder(folder) for folder in against}
+    if "validation" in reports:
+        held_out["data.validation"] = reports["validation"].images
+    leaks: list[Finding] = []
+    found: list[Match] = []
+    for name, marks in held_out.items():
+        finding, pairs = leakage(reports["train"].images, marks, name=name)
+        leaks, found = [*leaks, finding], found + pairs
+    if leaks:
+        shown.append(view_findings(leaks))
+        plain["leakage"] = {"findings": [item._asdict() for item in leaks], "pairs": [list(pair) for pair in found]}
+    return Checked(shown, plain, int(not all(report.ok for report in reports.values())))
+
+
+def statistics_of(recipe: Recipe, *, processes: int | None = None) -> Checked:
+    """Count what a recipe's data hold, reading pictures no further than their headers; see `check_recipe`."""
+    parts = _parts(recipe)
+    shown: list[RenderableType] = []
+    plain: dict[str, Any] = {}
+    for name, sources in _sets(recipe):
+        report = _check(name, sources, recipe, parts, decode=False, processes=processes)
+        shown += [Text(f"data.{name}", style="bold"), *view_statistics(report)]
+        plain[name] = _plain(report, [])
+        rates = {tokens: _fill(report, tokens) for tokens in (recipe.data.pack_tokens, 4096, 8192) if tokens}
+        rates = {tokens: rate for tokens, rate in rates.items() if tokens >= report.max_length}
+        plain[name]["packing_fill_rate"] = rates
+        text = ", ".join(f"{rate:.1%} of rows of {tokens} tokens" for tokens, rate in rates.items())
+        shown.append(Text(f"Packed, records would fill {text}." if text else ""))
+    return Checked(shown, plain, 0)
+
+
+def _sets(recipe: Recipe) -> list[tuple[str, list[SourceConfig]]]:
+    sets = [("train", recipe.data.train)]
+    return [*sets, ("validation", recipe.data.validation)] if recipe.data.validation else sets
+
+
+def _check(
+    name: str, sources: list[SourceConfig], recipe: Recipe, parts: _Parts, *, decode: bool, processes: int | None
+) -> CheckReport:
+    with Progress(f"check {name}", 0, unit="record") as progress:
+        return check(
+            sources, parts.encoder, config=recipe.data, vision=parts.eyes is not None, eyes=parts.eyes, decode=decode,
+            processes=processes, on_progress=progress.of,
+        )  # fmt: skip
+
+
+def _folder(folder: Path) -> dict[str, Fingerprint | None]:
+    """What the pictures of a folder look like; files that are none are left out."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder. Name a folder of held-out pictures.")
+    marks: dict[str, Fingerprint | None] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in PICTURES:
+            try:
+                marks[str(path)] = fingerprint(open_image(path))
+            except ImageError:
+                continue
+    return marks
+
+
+def _fill(report: CheckReport, tokens: int) -> float:
+    return fill_rate(pack(range(report.usable), report.lengths, tokens=tokens), report.lengths, tokens=tokens)
+
+
+def _plain(report: CheckReport, found: list[Finding]) -> dict[str, Any]:
+    names = (
+        "records", "usable", "text_only", "one_image", "several_images", "answers", "tokens", "supervised_tokens",
+        "supervised_share", "truncated", "special_text", "separator_text", "endless", "duplicates", "ok",
+    )  # fmt: skip
+    return {name: getattr(report, name) for name in names} | {
+        "images": len(report.images), "bad": {code.value: count for code, count in report.bad.items()},
+        "faults": [str(fault) for fault in report.faults], "lengths": length_percentiles(report),
+        "histogram": report.histogram(), "repeated_ids": dict(report.repeated_ids.most_common(20)),
+        "findings": [item._asdict() for item in found],
+    }  # fmt: skip
 
 
 def view_recipe(recipe: Recipe, *, start: int = 0, count: int = 3) -> list[RenderableType]:
@@ -79,6 +164,26 @@ def view_recipe(recipe: Recipe, *, start: int = 0, count: int = 3) -> list[Rende
     Raises:
         DataError: `start` lies outside the data, `count` is no count, or a source cannot be read at all.
     """
+    parts, samples = _samples(recipe, start, count)
+    return [legend(), *(_view_one(sample, parts) for sample in samples)]
+
+
+def view_page(recipe: Recipe, path: Path, *, start: int = 0, count: int = 20) -> Path:
+    """Write an HTML page of training records; see `view_recipe`.
+
+    Args:
+        recipe: resolved.
+        path: of the page.
+        start: number of the first record.
+        count: how many.
+    """
+    parts, samples = _samples(recipe, start, count)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(samples, parts.encoder, title=f"Training data of {recipe.name}"), encoding="utf-8")
+    return path
+
+
+def _samples(recipe: Recipe, start: int, count: int) -> tuple[_Parts, list[Sample]]:
     files = open_sources(recipe.data.train)
     total = sum(len(file) for file in files)
     if not 0 <= start < total or count < 1:
@@ -87,8 +192,7 @@ def view_recipe(recipe: Recipe, *, start: int = 0, count: int = 3) -> list[Rende
             f"Choose start from 0 to {total - 1} and a count of at least 1."
         )
     parts = _parts(recipe)
-    numbers = range(start, min(total, start + count))
-    return [legend(), *(_view_one(files, number, recipe, parts) for number in numbers)]
+    return parts, [_sample(files, number, recipe, parts) for number in range(start, min(total, start + count))]
 
 
 def _parts(recipe: Recipe) -> _Parts:
@@ -102,7 +206,7 @@ def _parts(recipe: Recipe) -> _Parts:
     return _Parts(encoder, parts.eyes)
 
 
-def _view_one(files: list[RecordSource], number: int, recipe: Recipe, parts: _Parts) -> RenderableType:
+def _sample(files: list[RecordSource], number: int, recipe: Recipe, parts: _Parts) -> Sample:
     for file in files:
         if number < len(file):
             break
@@ -117,5 +221,11 @@ def _view_one(files: list[RecordSource], number: int, recipe: Recipe, parts: _Pa
             pictures=placeholders_of(record, parts.eyes),
         )
     except RecordError as error:
-        return Panel(Text(str(error)), title="cannot be used", title_align="left", border_style="red")
-    return view_record(record, encoded, parts.encoder)
+        return Sample(None, None, error)
+    return Sample(record, encoded)
+
+
+def _view_one(sample: Sample, parts: _Parts) -> RenderableType:
+    if sample.record is None or sample.encoded is None:
+        return Panel(Text(str(sample.fault)), title="cannot be used", title_align="left", border_style="red")
+    return view_record(sample.record, sample.encoded, parts.encoder)

@@ -1,26 +1,30 @@
-"""Look at every record and every picture of some sources before a run, and count what there is."""
+"""Look at every record and every picture of some sources before a run, in parallel, and count what there is."""
 
 from __future__ import annotations
 
-import os
+import hashlib
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from mm_moslora.batch import Eyes
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.conversation import Encoded, Encoder
 from mm_moslora.data.dataset import encode_record, image_fault, placeholders_of
 from mm_moslora.data.faults import Code, RecordError
+from mm_moslora.data.fingerprints import Fingerprint, fingerprint
 from mm_moslora.data.images import ImageError
-from mm_moslora.data.pictures import Picture, check_picture, open_picture
+from mm_moslora.data.parallel import in_processes, usable_processes
+from mm_moslora.data.pictures import check_picture, open_picture, picture_name
 from mm_moslora.data.records import Record
 from mm_moslora.data.sources import RecordSource, open_sources
 
 SHOWN = 20
-"""Faults and repeated ids that a report names; all are counted."""
-_TOGETHER = 256
+"""Faults, repeated ids and the like that a report names; all are counted."""
+_TOGETHER = 128
+_SHORT_ANSWER = 60
 
 
 @dataclass(kw_only=True)
@@ -45,8 +49,10 @@ class CheckReport:
     """Usable records with one picture."""
     several_images: int = 0
     """Usable records with more pictures."""
-    images: set[str] = field(default_factory=set)
-    """Picture files of usable records."""
+    images: dict[str, Fingerprint | None] = field(default_factory=dict)
+    """Pictures of usable records, and what those that were decoded look like."""
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """Width and height in pixels of the pictures that were looked at."""
     answers: int = 0
     """Answers that are trained on."""
     supervised_tokens: int = 0
@@ -57,8 +63,28 @@ class CheckReport:
     """Usable records that lose turns because they are too long."""
     special_text: int = 0
     """Usable records whose texts spell special tokens; they stay text."""
-    repeated_ids: Counter[str] = field(default_factory=Counter)
-    """How often an id occurs beyond the first time."""
+    separator_text: int = 0
+    """Usable records whose texts spell ordinary text that the chat template puts between turns, such as `USER:`."""
+    endless: int = 0
+    """Usable records with an answer whose last supervised token is no end of turn."""
+    turns: Counter[int] = field(default_factory=Counter)
+    """Answers per usable record."""
+    short_answers: Counter[str] = field(default_factory=Counter)
+    """How often each short answer is given."""
+    ids: Counter[str] = field(default_factory=Counter)
+    """How often each id occurs."""
+    contents: Counter[bytes] = field(default_factory=Counter)
+    """How often each conversation occurs with the same pictures, by hash."""
+
+    @property
+    def repeated_ids(self) -> Counter[str]:
+        """How often an id occurs beyond the first time."""
+        return Counter({name: count - 1 for name, count in self.ids.items() if count > 1})
+
+    @property
+    def duplicates(self) -> int:
+        """Usable records whose conversation and pictures occurred before."""
+        return sum(self.contents.values()) - len(self.contents)
 
     @property
     def usable(self) -> int:
@@ -88,6 +114,16 @@ class CheckReport:
             counts[next(place for place, bound in enumerate(bounds) if length <= bound)] += 1
         return list(zip(bounds, counts, strict=True))
 
+    def add(self, other: CheckReport) -> None:
+        """Take in the report of further records."""
+        for name in ("records", "text_only", "one_image", "several_images", "answers", "supervised_tokens", "truncated",
+                     "special_text", "separator_text", "endless"):  # fmt: skip
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("bad", "sizes", "turns", "short_answers", "ids", "contents", "images"):
+            getattr(self, name).update(getattr(other, name))
+        self.lengths += other.lengths
+        self.faults += other.faults[: SHOWN - len(self.faults)]
+
 
 def check(
     sources: Sequence[SourceConfig],
@@ -97,6 +133,7 @@ def check(
     vision: bool = True,
     eyes: Eyes | None = None,
     decode: bool = True,
+    processes: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
     """Check sources as a run would use them.
@@ -107,7 +144,8 @@ def check(
         config: the recipe's `data`.
         vision: whether the model has a vision encoder.
         eyes: count the tokens of every picture; None: all take as many as the encoder says.
-        decode: decode every picture (in threads), not just its header; finds damage inside.
+        decode: decode every picture, not just its header; finds damage inside, and what pictures look like.
+        processes: that share the work; None: one per processor.
         on_progress: called with (records done, records in all).
 
     Raises:
@@ -115,82 +153,119 @@ def check(
     """
     files = open_sources(sources)
     share = 0.0 if config.on_bad == "error" else config.max_bad_share
-    report = CheckReport(sources=[source.path for source in sources], max_length=config.max_length, max_bad_share=share)
-    total = sum(len(file) for file in files)
-    seen: set[str] = set()
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for group in _groups(files):
-            read = [_read(file, row, encoder, config, vision=vision, eyes=eyes) for file, row in group]
-            pictures = pool.map(lambda item: _picture_fault(item, decode=decode), read)
-            for item, fault in zip(read, pictures, strict=True):
-                _count(report, item, fault, encoder, seen)
-            if on_progress is not None:
-                on_progress(report.records, total)
+    empty = partial(
+        CheckReport, sources=[source.path for source in sources], max_length=config.max_length, max_bad_share=share
+    )
+    look = _Look(files, encoder, config, vision=vision, eyes=eyes, decode=decode, empty=empty)
+    report, total = empty(), sum(len(file) for file in files)
+    if processes is None:
+        processes = usable_processes() if total > 2 * _TOGETHER else 1
+    for part in in_processes(look, list(_chunks(files)), processes=processes):
+        report.add(part)
+        if on_progress is not None:
+            on_progress(report.records, total)
     return report
 
 
-_Read = tuple[Record, Encoded] | RecordError
-
-
-def _groups(files: Iterable[RecordSource]) -> Iterator[list[tuple[RecordSource, int]]]:
-    for file in files:
+def _chunks(files: Sequence[RecordSource]) -> Iterator[tuple[int, range]]:
+    for number, file in enumerate(files):
         for start in range(0, len(file), _TOGETHER):
-            yield [(file, row) for row in range(start, min(len(file), start + _TOGETHER))]
+            yield number, range(start, min(len(file), start + _TOGETHER))
 
 
-def _read(
-    file: RecordSource, row: int, encoder: Encoder, config: DataConfig, *, vision: bool, eyes: Eyes | None
-) -> _Read:
-    try:
-        record = file[row]
-        pictures = placeholders_of(record, eyes)
-        return record, encode_record(record, encoder, max_length=config.max_length, vision=vision, pictures=pictures)
-    except RecordError as error:
-        return error
+class _Look:
+    """Looks at some rows of a source; runs in a process of its own."""
+
+    def __init__(
+        self,
+        files: Sequence[RecordSource],
+        encoder: Encoder,
+        config: DataConfig,
+        *,
+        vision: bool,
+        eyes: Eyes | None,
+        decode: bool,
+        empty: Callable[[], CheckReport],
+    ) -> None:
+        self.files, self.encoder, self.config, self.empty = files, encoder, config, empty
+        self.vision, self.eyes, self.decode = vision, eyes, decode
+        self.separators = _separators(encoder)
+        eos = encoder.tokenizer.eos_token_id
+        self.ends = set(encoder.tokens.guarded.values()) | ({int(eos)} if isinstance(eos, int) else set())
+
+    def __call__(self, chunk: tuple[int, range]) -> CheckReport:
+        report = self.empty()
+        file = self.files[chunk[0]]
+        for row in chunk[1]:
+            report.records += 1
+            try:
+                record = file[row]
+                pictures = placeholders_of(record, self.eyes)
+                encoded = encode_record(
+                    record, self.encoder, max_length=self.config.max_length, vision=self.vision, pictures=pictures
+                )
+                self._pictures(report, record, encoded)
+            except RecordError as error:
+                report.bad[error.code] += 1
+                report.faults.append(error)
+                continue
+            self._count(report, record, encoded)
+        return report
+
+    def _pictures(self, report: CheckReport, record: Record, encoded: Encoded) -> None:
+        seen: dict[str, Fingerprint | None] = {}
+        for number, picture in enumerate(record.images):
+            name = picture_name(picture)
+            if number >= encoded.images or name in report.images:
+                continue
+            try:
+                size = check_picture(picture)
+                seen[name] = fingerprint(open_picture(picture)) if self.decode else None
+            except ImageError as error:
+                raise image_fault(record, number, error) from error
+            if size is not None:
+                report.sizes[size] += 1
+        report.images.update(seen)
+
+    def _count(self, report: CheckReport, record: Record, encoded: Encoded) -> None:
+        kept = record.turns[: len(record.turns) - encoded.dropped_turns]
+        answers = [turn.text for turn in kept if turn.role == "assistant"]
+        texts = [part for turn in kept for part in turn.parts()]
+        report.ids[record.id] += 1
+        report.contents[_digest(record)] += 1
+        report.lengths.append(int(encoded.input_ids.shape[0]))
+        report.supervised_tokens += int(encoded.supervised.sum())
+        report.answers += len(answers)
+        report.turns[len(answers)] += 1
+        report.short_answers.update(text.strip() for text in answers if len(text) <= _SHORT_ANSWER)
+        report.truncated += encoded.dropped_turns > 0
+        report.special_text += any(self.encoder.tokens.spells_special(text) for text in texts)
+        report.separator_text += self.separators is not None and any(self.separators.search(text) for text in texts)
+        report.endless += _ends(encoded) - self.ends != set()
+        report.text_only += not record.images
+        report.one_image += len(record.images) == 1
+        report.several_images += len(record.images) > 1
 
 
-def _picture_fault(item: _Read, *, decode: bool) -> RecordError | None:
-    if isinstance(item, RecordError):
-        return None
-    record, encoded = item
-    for number, path in enumerate(record.images[: encoded.images]):
-        try:
-            _look(path, decode=decode)
-        except ImageError as error:
-            return image_fault(record, number, error)
-    return None
+def _digest(record: Record) -> bytes:
+    text = repr([(turn.role, turn.text) for turn in record.turns] + record.image_names)
+    return hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=12).digest()
 
 
-def _look(path: Picture, *, decode: bool) -> None:
-    if decode:
-        open_picture(path)
-    else:
-        check_picture(path)
+def _ends(encoded: Encoded) -> set[int]:
+    """The last supervised token of every stretch."""
+    flags = encoded.supervised
+    last = flags.clone()
+    last[:-1] &= ~flags[1:]
+    return set(encoded.input_ids[last].tolist())
 
 
-def _count(report: CheckReport, item: _Read, fault: RecordError | None, encoder: Encoder, seen: set[str]) -> None:
-    report.records += 1
-    error = item if isinstance(item, RecordError) else fault
-    if error is not None:
-        report.bad[error.code] += 1
-        if len(report.faults) < SHOWN:
-            report.faults.append(error)
-        return
-    assert not isinstance(item, RecordError)
-    record, encoded = item
-    if record.id in seen:
-        report.repeated_ids[record.id] += 1
-    seen.add(record.id)
-    kept = record.turns[: len(record.turns) - encoded.dropped_turns]
-    report.lengths.append(int(encoded.input_ids.shape[0]))
-    report.supervised_tokens += int(encoded.supervised.sum())
-    report.answers += sum(turn.role == "assistant" for turn in kept)
-    report.truncated += encoded.dropped_turns > 0
-    report.special_text += any(encoder.tokens.spells_special(part) for turn in kept for part in turn.parts())
-    report.images.update(record.image_names)
-    if not record.images:
-        report.text_only += 1
-    elif len(record.images) == 1:
-        report.one_image += 1
-    else:
-        report.several_images += 1
+def _separators(encoder: Encoder) -> re.Pattern[str] | None:
+    """Ordinary text that the template writes between turns; typed by a user it looks like a change of speaker."""
+    plan = encoder.template.plan(("user", "assistant", "user", "assistant"))
+    found: set[str] = set()
+    for text in (plan.slots[1].before, plan.slots[2].before, plan.slots[3].before):
+        for special in encoder.tokens.guarded:
+            text = text.replace(special, "\n")
+        found |= {line.strip() for line in text.splitlines() if len(line.strip()) > 2 and not line.strip().isalnum()}
+    return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True)))) if found else None

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.data.check import SHOWN, CheckReport
 from mm_moslora.data.conversation import Encoded, Encoder
+from mm_moslora.data.findings import Finding, findings, length_percentiles
 from mm_moslora.data.records import Record
 
 SUPERVISED = "bold green"
@@ -76,8 +77,8 @@ def _runs(ids: Sequence[int], supervised: Sequence[bool], special: set[int]) -> 
 
 
 def view_report(report: CheckReport) -> list[RenderableType]:
-    """A check's report: counts, lengths, faults."""
-    parts: list[RenderableType] = [_counts(report), _lengths(report)]
+    """A check's report: counts, lengths, findings, faults."""
+    parts: list[RenderableType] = [_counts(report), _lengths(report), view_findings(findings(report))]
     if report.bad:
         parts.append(_faults(report))
     if report.repeated_ids:
@@ -94,6 +95,33 @@ def view_report(report: CheckReport) -> list[RenderableType]:
     return parts
 
 
+def view_findings(found: Sequence[Finding]) -> Table:
+    """Findings as a table."""
+    colours = {"ok": "green", "warn": "yellow", "bad": "bold red"}
+    table = Table(title="What it means", title_justify="left", box=None)
+    for name in ("", "what", "found", "what to do"):
+        table.add_column(name)
+    for item in found:
+        status = Text(item.status, style=colours[item.status])
+        table.add_row(status, Text(item.name), Text(item.detail), Text(item.remedy))
+    return table
+
+
+def view_statistics(report: CheckReport) -> list[RenderableType]:
+    """What a set holds, in numbers."""
+    table = Table(title="Distribution", title_justify="left")
+    table.add_column("")
+    marks = length_percentiles(report)
+    for name in marks:
+        table.add_column(name, justify="right")
+    table.add_row("tokens per record", *(f"{value:,}" for value in marks.values()))
+    turns = ", ".join(f"{number}: {count:,}" for number, count in sorted(report.turns.items())[:12])
+    sizes = ", ".join(f"{w} x {h} ({count:,})" for (w, h), count in report.sizes.most_common(8))
+    short = ", ".join(f"{text!a} ({count:,})" for text, count in report.short_answers.most_common(8))
+    lines = [f"Answers per record: {turns or '-'}", f"Picture sizes: {sizes or '-'}", f"Short answers: {short or '-'}"]
+    return [_counts(report), _lengths(report), table, Text("\n".join(lines))]
+
+
 def _counts(report: CheckReport) -> Table:
     table = Table(title=escape("Data: " + ", ".join(report.sources)), title_justify="left", show_header=False)
     table.add_column()
@@ -104,7 +132,8 @@ def _counts(report: CheckReport) -> Table:
         "different image files": len(report.images), "answers": report.answers, "tokens": report.tokens,
         "supervised tokens": report.supervised_tokens, "cut at the end (too long)": report.truncated,
         "spelling special tokens (kept as text)": report.special_text,
-        "repeated ids": sum(report.repeated_ids.values()),
+        "spelling the template's separators": report.separator_text,
+        "repeated ids": sum(report.repeated_ids.values()), "copies of other records": report.duplicates,
     }  # fmt: skip
     for name, value in rows.items():
         table.add_row(name, f"{value:,}")

@@ -145,3 +145,106 @@ def test_view_shows_a_bad_record_with_its_fault(recipe, tmp_path, capsys):
 def test_view_outside_the_data_says_so(recipe, options, capsys):
     assert run(["data", "view", recipe(), *options]) == 1
     assert "data.train has 20 records" in capsys.readouterr().err
+
+
+def test_check_names_what_would_hurt(recipe, tmp_path, capsys):
+    name = recipe()
+    path = tmp_path / "train.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, lines[0], lines[3]]))
+    assert run(["data", "check", name, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["train"]
+    status = {item["name"]: item["status"] for item in found["findings"]}
+    assert status["duplicates"] == "warn"
+    assert found["duplicates"] == 2
+    assert found["repeated_ids"] == {"r0": 1, "r3": 1}
+    assert {status[name] for name in ("records", "ends of answers", "supervision", "length", "modality")} == {"ok"}
+
+
+def test_separators_typed_by_users_are_counted(recipe, tmp_path, capsys):
+    name = recipe()
+    path = tmp_path / "train.jsonl"
+    lines = path.read_text().splitlines()
+    lines[3] = lines[3].replace("say red", "say ASSISTANT: red")
+    path.write_text("\n".join(lines))
+    assert run(["data", "check", name, "--model.chat_template", "v1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["train"]
+    assert found["separator_text"] == 1
+    assert any(item["name"] == "separators" and item["status"] == "warn" for item in found["findings"])
+
+
+def test_pictures_that_are_evaluated_on_are_found_in_other_sizes(recipe, tmp_path, capsys):
+    from PIL import Image
+
+    name = recipe()
+    photo = Image.effect_mandelbrot((200, 150), (-2, -1, 1, 1), 60).convert("RGB")
+    photo.save(tmp_path / "images" / "4.png")
+    other = tmp_path / "evaluated"
+    other.mkdir()
+    photo.resize((120, 90)).save(other / "copy.jpg", quality=70)
+    Image.effect_mandelbrot((200, 150), (-1, 0, 0, 1), 60).convert("RGB").save(other / "different.png")
+    (other / "broken.png").write_bytes(b"no picture")
+    assert run(["data", "check", name, "--against", str(other), "--json"]) == 0
+    pairs = json.loads(capsys.readouterr().out)["leakage"]["pairs"]
+    assert [[Path(one).name for one in pair] for pair in pairs] == [["4.png", "copy.jpg"]]
+    assert run(["data", "check", name, "--against", str(tmp_path / "nowhere")]) == 1
+
+
+def test_validation_pictures_are_compared_by_themselves(recipe, tmp_path, capsys):
+    name = recipe()
+    source = {"path": str(tmp_path / "train.jsonl"), "image_folder": str(tmp_path / "images"), "limit": 3}
+    assert run(["data", "check", recipe(validation=[source]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["leakage"]["findings"][0]["status"] == "warn"
+    assert name
+
+
+@pytest.mark.slow
+def test_several_processes_find_what_one_finds(recipe, tmp_path, capsys, monkeypatch):
+    from mm_moslora.data import check
+
+    monkeypatch.setattr(check, "_TOGETHER", 4)
+    name = recipe()
+    (tmp_path / "images" / "5.png").unlink()
+    found = []
+    for processes in ("1", "3"):
+        run(["data", "check", name, "--processes", processes, "--json"])
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1]
+    assert json.loads(found[0])["train"]["bad"] == {"IMAGE_MISSING": 1}
+
+
+def test_stats_count_turns_sizes_answers_and_packing(recipe, capsys):
+    name = recipe()
+    assert run(["data", "stats", name, "--data.max_length", "256", "--data.pack_tokens", "512"]) == 0
+    text = capsys.readouterr().out
+    assert "Answers per record: 1: 5, 2: 15" in text
+    assert "tokens per record" in text
+    assert "'no'" in text
+    assert "of rows of 512 tokens" in text
+    assert run(["data", "stats", name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["train"]["packing_fill_rate"]["4096"] > 0
+
+
+def test_the_page_shows_pictures_and_colours_exactly_the_supervised_tokens(recipe, tmp_path, capsys):
+    import html
+
+    name = recipe()
+    path = tmp_path / "train.jsonl"
+    lines = path.read_text().splitlines()
+    lines[0] = (
+        lines[0].replace("what is the color?", "what <script>alert(1)</script>?").replace('"red"', '"na\\u00efve 🙂"')
+    )
+    path.write_text("\n".join(["null", *lines]), encoding="utf-8")
+    page = tmp_path / "page.html"
+    assert run(["data", "view", name, "--html", str(page), "--count", "2"]) == 0
+    assert capsys.readouterr().out.strip() == str(page)
+    text = page.read_text(encoding="utf-8")
+    learnt = [
+        html.unescape(part) for part in re.findall(r'<span class="s(?: x)?" title="\d+">(.*?)</span>', text, re.S)
+    ]
+    assert "".join(learnt).replace("·", "") == "naïve 🙂<|im_end|>yes<|im_end|>"
+    assert "NOT_AN_OBJECT" in text
+    assert text.count("data:image/jpeg;base64,") == 1
+    assert "image: 16 tokens" in text
+    assert "<script>" not in text
+    assert not re.search(r'(?:src|href)="(?!data:)', text)

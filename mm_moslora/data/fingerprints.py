@@ -1,0 +1,71 @@
+"""Perceptual hashes of pictures: two files of the same picture are found though size, format or quality differ."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+DISTANCE = 3
+"""Bits of 64 that may differ. With four bands of 16 bits, two hashes this near share a band."""
+COLOUR_DISTANCE = 16
+"""How far mean colours may lie apart (per channel, of 255): flat pictures have equal gradients."""
+_BANDS = 4
+
+
+class Fingerprint(NamedTuple):
+    """What a picture looks like."""
+
+    gradient: int
+    """64 bits: whether grey grows to the right, in 8 x 8 cells."""
+    colour: tuple[int, int, int]
+    """Mean red, green and blue."""
+
+
+class Match(NamedTuple):
+    """Two pictures that look the same."""
+
+    first: str
+    second: str
+
+
+def fingerprint(image: Image.Image) -> Fingerprint:
+    """The fingerprint of an RGB picture."""
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
+    bits = np.packbits(grey[:, 1:] > grey[:, :-1])
+    mean = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+    assert isinstance(mean, tuple)
+    return Fingerprint(int.from_bytes(bits.tobytes(), "big"), (int(mean[0]), int(mean[1]), int(mean[2])))
+
+
+def matches(first: Mapping[str, Fingerprint], second: Mapping[str, Fingerprint]) -> list[Match]:
+    """Pictures of the first set that look like one of the second, each with the nearest."""
+    table = _by_band(second)
+    found = []
+    for name, mark in first.items():
+        near = {other for band in _bands(mark.gradient) for other in table.get(band, ())}
+        alike = [other for other in near if _alike(mark, second[other])]
+        ranked = sorted(((mark.gradient ^ second[other].gradient).bit_count(), other) for other in alike)
+        if ranked:
+            found.append(Match(name, ranked[0][1]))
+    return found
+
+
+def _by_band(marks: Mapping[str, Fingerprint]) -> dict[tuple[int, int], list[str]]:
+    table: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for name, mark in marks.items():
+        for band in _bands(mark.gradient):
+            table[band].append(name)
+    return table
+
+
+def _bands(gradient: int) -> Iterable[tuple[int, int]]:
+    return ((band, gradient >> (16 * band) & 0xFFFF) for band in range(_BANDS))
+
+
+def _alike(one: Fingerprint, other: Fingerprint) -> bool:
+    near = max(abs(a - b) for a, b in zip(one.colour, other.colour, strict=True)) <= COLOUR_DISTANCE
+    return near and (one.gradient ^ other.gradient).bit_count() <= DISTANCE
