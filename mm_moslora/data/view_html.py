@@ -126,7 +126,7 @@ def _spans(encoded: Encoded, encoder: Encoder) -> Iterator[str]:
         place += 1
 
 
-def _texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What each token adds to the text; part of a character is shown as a dot, the whole with its last token."""
     texts = []
     known = whole = 0  # tokens whose text is known lie before `whole`; `known` leaves some before them as context
