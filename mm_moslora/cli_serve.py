@@ -18,7 +18,7 @@ Adapters = Annotated[
 
 def register(app: App) -> None:
     """Add the verbs to the command line."""
-    for verb in (chat, serve):
+    for verb in (chat, serve, demo):
         app.command(verb)
 
 
@@ -120,6 +120,34 @@ def serve(
     further = parse_adapters(adapter)
     models = load_models(model, name=name, further=further, with_base=with_base, dtype=dtype_of(precision))
     run_server(models, host=host, port=port, limits=limits, allowed_hosts=allow_image_host)
+    return 0
+
+
+def demo(model: Path, *, port: int = 7860, max_new_tokens: int = 128) -> int:
+    """Open a web page to talk to a model, beside the model before tuning, with attention drawn over the picture.
+
+    Parameters
+    ----------
+    model
+        A run, a checkpoint or an export; an export has no model before tuning.
+    port
+        On this machine alone; 0 chooses a free one.
+    max_new_tokens
+        Longest answer, tokens.
+    """
+    quiet_libraries()
+    needs("gradio", extra="demo")
+    from mm_moslora.models.load import MANIFEST, find_checkpoint
+    from mm_moslora.serve.demo import Demo, launch
+    from mm_moslora.serve.models import load_models
+
+    tuned = (find_checkpoint(model) / MANIFEST).is_file()
+    talk = Demo(load_models(model, with_base=tuned), max_new_tokens=max_new_tokens)
+    print(f"http://127.0.0.1:{port}" if port else "The address follows.")
+    try:
+        launch(talk, port=port)
+    finally:
+        talk.close()
     return 0
 
 

@@ -60,12 +60,12 @@ class Browser:
         assert "exceptionDetails" not in reply, reply["exceptionDetails"]
         return reply["result"].get("value")
 
-    def wait(self, condition: str, seconds: float = 60) -> Any:
+    def wait(self, condition: str, seconds: float = 60) -> None:
+        """Until an expression is true; an element that is there is true."""
         deadline = time.monotonic() + seconds
-        while not (value := self.run(condition)):
+        while not self.run(f"!!({condition})"):
             assert time.monotonic() < deadline, f"waited in vain for {condition}; errors: {self.errors}"
             time.sleep(0.05)
-        return value
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.command("Page.captureScreenshot", format="png")["data"]))

@@ -12,9 +12,10 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 _ADMITTED_AT_ONCE = 4
 """Prompts read between two decoding steps; more would make the answers under way stutter."""
 
+_Result = TypeVar("_Result")
 Ending = Literal["stop", "length", "failed", "late", "cancelled"]
 
 
@@ -69,7 +71,8 @@ class Job:
     submitted: float = field(default_factory=time.monotonic)
     first_token: float | None = None
     said: Counter[int] = field(default_factory=Counter)
-    count: int = 0
+    tokens: list[int] = field(default_factory=list)
+    """The answer so far."""
 
     @property
     def room(self) -> int:
@@ -120,6 +123,7 @@ class Engine:
         self.models, self.limits = models, limits
         self._groups: dict[str, list[_Group]] = {name: [] for name in models.variants}
         self._waiting: deque[Job] = deque()
+        self._errands: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="mm-moslora-engine", daemon=True)
@@ -171,11 +175,32 @@ class Engine:
             self._waiting.extend(jobs)
             self._changed.notify()
 
+    def between_steps(self, work: Callable[[], _Result]) -> _Result:
+        """Run something with the model while no answer uses it; waits for the result.
+
+        Raises:
+            ApiError: the engine has stopped.
+        """
+        future: Future[_Result] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+
+        with self._changed:
+            if not self.alive:
+                raise ApiError("The server is stopping.", status=503, code="stopping", retry_after=5)
+            self._errands.append(run)
+            self._changed.notify()
+        return future.result()
+
     def _run(self) -> None:
         with torch.inference_mode():
             while True:
                 with self._changed:
-                    while not (self._stopping or self._waiting or self.running):
+                    while not (self._stopping or self._waiting or self.running or self._errands):
                         self._changed.wait()
                     if self._stopping:
                         break
@@ -184,7 +209,9 @@ class Engine:
             self._end(job, "cancelled")
 
     def _turn(self) -> None:
-        """Drop, admit, decode."""
+        """Run errands, drop, admit, decode."""
+        while self._errands:
+            self._errands.popleft()()
         self._drop()
         for name, jobs in self._admissible().items():
             self._guarded(jobs, partial(self._read, name, jobs))
@@ -289,22 +316,22 @@ class Engine:
         if token in self.models.stops:
             self._end(job, "stop", text.finish())
             return False
-        job.count += 1
+        job.tokens.append(token)
         job.said[token] += 1
         self.answer_tokens += 1
         piece = text.add(token)
         if text.stopped:
             self._end(job, "stop", piece)
-        elif job.count >= job.sampling.max_tokens:
+        elif len(job.tokens) >= job.sampling.max_tokens:
             self._end(job, "length", piece + text.finish())
         else:
             if piece:
-                self._deliver(job, Piece(text=piece, tokens=job.count))
+                self._deliver(job, Piece(text=piece, tokens=len(job.tokens)))
             return True
         return False
 
     def _end(self, job: Job, ending: Ending, text: str = "") -> None:
-        self._deliver(job, Piece(text=text, ending=ending, tokens=job.count))
+        self._deliver(job, Piece(text=text, ending=ending, tokens=len(job.tokens)))
 
     @staticmethod
     def _deliver(job: Job, piece: Piece) -> None:

@@ -1,0 +1,122 @@
+"""The demo: both models are asked the same, attention is drawn, and a real browser can use the page."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from browser import CHROMIUM, MISSING, browsing
+from PIL import Image
+
+from mm_moslora.serve.demo import Demo, messages_of
+from mm_moslora.serve.wire import Picture
+
+
+@pytest.fixture
+def pair(assembly: Any) -> Any:
+    from mm_moslora.serve.models import Models, Variant
+
+    projector = assembly.model.model.multi_modal_projector
+    names = ("tiny", "tiny-base")
+    return Models(assembly, {name: Variant(name=name, adapter=None, projector=projector, source="t") for name in names})
+
+
+@pytest.fixture
+def demo(pair: Any) -> Iterator[Demo]:
+    made = Demo(pair, max_new_tokens=6)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    Image.new("RGB", (40, 40), (220, 40, 30)).save(tmp_path / "red.png")
+    return tmp_path / "red.png"
+
+
+def test_both_answers_are_those_of_chat_and_attention_covers_the_picture(demo: Demo, pair: Any, picture: Path) -> None:
+    from mm_moslora.serve.chat import Chat
+
+    chat = Chat(pair.assembly, max_new_tokens=6)
+    chat.show(picture)
+    expected = chat.ask("what is the color?")
+    said = list(demo.ask(messages_of({"text": "what is the color?", "files": [str(picture)]}, [])))
+    assert said[-1].tuned == said[-1].base == expected
+    assert said[-1].attention is not None
+    assert said[-1].attention.size == (448, 448)
+    assert all(one.attention is None for one in said[:-1])
+
+
+def test_attention_is_that_of_the_model(pair: Any, picture: Path) -> None:
+    """Against weights computed by hand from one more forward pass."""
+    from mm_moslora.data.records import Turn
+    from mm_moslora.models.generation import Prompt, embed_prompt
+    from mm_moslora.serve.attention import attention_maps
+
+    pixels = [pair.pixels(Image.open(picture).convert("RGB"))]
+    ids = pair.encoder.encode_prompt([Turn.asking("what is the color?", images=1)])
+    (found,) = attention_maps(pair, "tiny", input_ids=ids, pixels=pixels, answer=[5, 6]) or []
+    model = pair.assembly.model
+    with torch.no_grad():
+        whole = torch.cat([ids, torch.tensor([5, 6])])
+        row = embed_prompt(model, Prompt(input_ids=whole, features=pair.image_tokens("tiny", pixels)))
+        before = model.get_decoder().config._attn_implementation
+        model.get_decoder().config._attn_implementation = "eager"
+        layers = model.get_decoder()(inputs_embeds=row[None], output_attentions=True).attentions
+        model.get_decoder().config._attn_implementation = before
+    start = len(ids) - 1
+    mean = sum(layer[0, :, start : start + 2].mean(dim=(0, 1)) for layer in layers)[
+        whole == model.config.image_token_id
+    ]
+    assert found.flatten().tolist() == pytest.approx((mean / mean.max()).tolist(), abs=1e-5)
+    assert attention_maps(pair, "tiny", input_ids=ids, pixels=[], answer=[5]) is None
+
+
+def test_history_of_gradio_becomes_turns(picture: Path) -> None:
+    history = [
+        {
+            "role": "user",
+            "content": [{"type": "file", "file": {"path": str(picture)}}, {"type": "text", "text": "what?"}],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+    ]
+    messages = messages_of({"text": "sure?", "files": []}, history)
+    assert [message.role for message in messages] == ["user", "assistant", "user"]
+    assert isinstance(messages[0].parts[0], Picture)
+    assert messages[0].parts[1] == "what?"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
+@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed (extra: demo)")
+def test_in_a_browser(demo: Demo, picture: Path, tmp_path: Path) -> None:
+    from mm_moslora.serve.demo import launch
+
+    expected = list(demo.ask(messages_of({"text": "what is the color?", "files": [str(picture)]}, [])))[-1]
+    page, url = launch(demo, port=0, wait=False)
+    try:
+        with browsing(tmp_path / "profile") as browser:
+            browser.open(url)
+            browser.wait("document.querySelector('textarea') && document.querySelector('input[type=file]')")
+            browser.choose_files("input[type=file]", picture)
+            browser.wait(
+                "document.querySelector('.thumbnails img, .thumbnail-item img, [data-testid=multimodal-textbox] img')"
+            )
+            browser.run(
+                "const box = document.querySelector('textarea:not([disabled])'); box.focus();"
+                "const set = Object.getOwnPropertyDescriptor(HTMLTextAreaElement.prototype, 'value').set;"
+                "set.call(box, 'what is the color?');"
+                "box.dispatchEvent(new Event('input', {bubbles: true}))"
+            )
+            browser.run("document.querySelector('[data-testid=submit-button]').click()")
+            browser.wait("document.querySelector('#attention img')", 120)
+            assert expected.tuned.strip() in browser.run("document.querySelector('#tuned').innerText")
+            assert browser.run("document.querySelector('#base textarea').value") == expected.base
+            browser.screenshot(tmp_path / "demo.png")
+            ours = [error for error in browser.errors if "favicon" not in error and "manifest" not in error]
+            assert ours == []
+    finally:
+        page.close()
