@@ -384,7 +384,7 @@ class TrackConfig:
     """Where metrics go besides metrics.jsonl, which is always written."""
 
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Any of tensorboard, wandb."""
+    """Any of tensorboard, wandb, trackio, mlflow."""
     project: str = "mm_moslora"
     """wandb project."""
     entity: str | None = None

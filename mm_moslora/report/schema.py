@@ -13,6 +13,7 @@ Every file is optional. A missing or damaged one is named in `RunData.notes` and
                          "before_correct", "after_correct"}]
     mixers.json        [{"path", "rank", "before": [[..]], "after": [[..]], "distance_from_identity",
                          "distance_from_orthogonal", "condition", "effective_rank", "moved"}]
+    environment.json   {fact: value} where the summary has no `environment`
     quarantine.jsonl   one line per record that could not be used, with its "reason"
 
 summary.json, every key optional: `format` (version of this layout; missing before there were versions), `name`,
@@ -127,9 +128,13 @@ def load_run(folder: Path) -> RunData:
     summary = _mapping(_read_json(folder / "summary.json", notes), "summary.json", notes)
     for source, found in ((folder, summary), *((folder / stage.name, stage.summary) for stage in stages)):
         _check_format(source, found)
+    if "environment" not in summary:  # trackers write it at the start; the run's own summary may know more
+        places = [folder, *(folder / stage.name for stage in reversed(stages))]
+        known = (_mapping(_read_json(place / "environment.json", notes), "environment.json", notes) for place in places)
+        summary |= {"environment": next((item for item in known if item), None)}
     data = RunData(
         folder=folder,
-        summary=_merged_summary(summary, stages),
+        summary={key: value for key, value in _merged_summary(summary, stages).items() if value is not None},
         stages=stages,
         evaluation=[r for item in _rows(folder / "evaluation.json", notes) if (r := _evaluation_row(item, notes))],
         samples=[_sample_row(item) for item in _rows(folder / "samples.json", notes)],

@@ -6,7 +6,11 @@ A tracker must never stop a run: the fan-out catches whatever one raises, says s
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.util
 import logging
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +19,13 @@ from typing import Any, Protocol
 from mm_moslora.config import TrackConfig
 from mm_moslora.errors import ConfigError, suggestion
 from mm_moslora.redaction import redact, redact_text
+from mm_moslora.tracking.environment import environment
+from mm_moslora.tracking.mixers import mean_figures
+from mm_moslora.tracking.watch import Alert, Watch
 
 logger = logging.getLogger(__name__)
 
-KNOWN = ("tensorboard", "wandb")
+KNOWN = ("tensorboard", "wandb", "trackio", "mlflow")
 """Trackers that a recipe may ask for besides JSONL."""
 
 
@@ -56,8 +63,22 @@ class Tracker(Protocol):
     def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
         """Record questions and answers at a step."""
 
+    def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Record mixers as pictures and spectra; `rows` are those of `mixers.json`."""
+
     def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
         """Record a folder, such as an adapter, by name."""
+
+    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None) -> None:
+        """Record scores and what they belong to.
+
+        Args:
+            rows: of `evaluation.json`.
+            adapter: sha256 of the adapter's weights; None: no adapter.
+        """
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell whoever is not looking; may be called from another thread."""
 
     def finish(self, *, ok: bool) -> None:
         """Close the run, as successful or as failed."""
@@ -77,6 +98,8 @@ class Trackers:
 
             active = distributed.is_main()
         self._trackers: list[Tracker] = list(trackers) if active else []
+        self._lock = threading.RLock()  # a stall is found by a timer
+        self._watch = Watch(self.alert, clock=time.monotonic)
 
     @property
     def names(self) -> list[str]:
@@ -85,12 +108,29 @@ class Trackers:
 
     def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
         """Open the run everywhere; see `Tracker.start`. Secrets are taken out of `config` here."""
-        clean = redact(config)
+        clean = redact(dict(config) | ({"environment": environment()} if self._trackers else {}))
         self._each("start", lambda tracker: tracker.start(clean, run_folder, resume_step=resume_step))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers everywhere; see `Tracker.log`."""
         self._each("log", lambda tracker: tracker.log(metrics, step))
+        if self._trackers:
+            self._watch.see(metrics, step)
+
+    def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Record mixers everywhere; see `Tracker.log_mixers`."""
+        if rows and self._trackers:
+            self._each("log", lambda tracker: tracker.log(mean_figures(rows), step))
+            self._each("log mixers", lambda tracker: tracker.log_mixers(rows, step))
+
+    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None = None) -> None:
+        """Record scores everywhere; see `Tracker.log_evaluation`."""
+        self._each("log an evaluation", lambda tracker: tracker.log_evaluation(rows, adapter=adapter))
+
+    def alert(self, alert: Alert) -> None:
+        """Tell everywhere; see `Tracker.alert`."""
+        text = redact_text(alert.text)
+        self._each("raise an alert", lambda tracker: tracker.alert(alert.title, text))
 
     def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
         """Record samples everywhere; see `Tracker.log_samples`. Secrets are taken out of the texts here."""
@@ -103,18 +143,20 @@ class Trackers:
 
     def finish(self, *, ok: bool) -> None:
         """Close the run everywhere; see `Tracker.finish`."""
+        self._watch.stop()
         self._each("finish", lambda tracker: tracker.finish(ok=ok))
 
     def _each(self, what: str, call: Callable[[Tracker], None]) -> None:
-        for tracker in list(self._trackers):
-            try:
-                call(tracker)
-            except Exception as error:
-                self._trackers.remove(tracker)
-                logger.warning(
-                    "Tracker %s could not %s (%s: %s); the run goes on without it.",
-                    tracker.name, what, type(error).__name__, redact_text(str(error)),
-                )  # fmt: skip
+        with self._lock:
+            for tracker in list(self._trackers):
+                try:
+                    call(tracker)
+                except Exception as error:
+                    self._trackers.remove(tracker)
+                    logger.warning(
+                        "Tracker %s could not %s (%s: %s); the run goes on without it.",
+                        tracker.name, what, type(error).__name__, redact_text(str(error)),
+                    )  # fmt: skip
 
 
 def build_trackers(config: TrackConfig, *, active: bool | None = None) -> Trackers:
@@ -125,10 +167,12 @@ def build_trackers(config: TrackConfig, *, active: bool | None = None) -> Tracke
         active: see `Trackers`.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, or one whose package is not installed.
     """
     from mm_moslora.tracking.jsonl import JsonlTracker
+    from mm_moslora.tracking.mlflow import MlflowTracker
     from mm_moslora.tracking.tensorboard import TensorBoardTracker
+    from mm_moslora.tracking.trackio import TrackioTracker
     from mm_moslora.tracking.wandb import WandbTracker
 
     for name in config.trackers:
@@ -137,9 +181,17 @@ def build_trackers(config: TrackConfig, *, active: bool | None = None) -> Tracke
                 f"track.trackers holds {name!r}, expected any of {', '.join(KNOWN)}.{suggestion(name, KNOWN)} "
                 "metrics.jsonl needs no entry: it is always written."
             )
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"track.trackers holds {name!r}, which is not installed: pip install 'mm-moslora[{name}]'"
+            )
     chosen: list[Tracker] = [JsonlTracker()]
     if "tensorboard" in config.trackers:
         chosen.append(TensorBoardTracker())
+    if "trackio" in config.trackers:
+        chosen.append(TrackioTracker(project=config.project, run_name=config.name))
+    if "mlflow" in config.trackers:
+        chosen.append(MlflowTracker(project=config.project, run_name=config.name))
     if "wandb" in config.trackers:
         chosen.append(WandbTracker(project=config.project, entity=config.entity, run_name=config.name))
     return Trackers(chosen, active=active)
@@ -152,6 +204,26 @@ def _without_secrets(sample: Sample) -> Sample:
         expected=redact_text(sample.expected),
         prediction=redact_text(sample.prediction),
     )
+
+
+def adapter_digest(folder: Path) -> str | None:
+    """sha256 of an adapter's weights, which names it in evaluations; None when there are none."""
+    for name in ("moslora.safetensors", "adapter_model.safetensors"):
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest()
+    return None
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
+    return found
 
 
 def namespaced(name: str) -> str:

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 SAMPLES = "tracked_samples.jsonl"
+ALERTS = "alerts.jsonl"
+ENVIRONMENT = "environment.json"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -59,6 +61,8 @@ class JsonlTracker:
                 aside = path.with_name(f"{path.stem}.previous.jsonl")
                 os.replace(path, aside)
                 logger.info("A fresh run: the earlier %s is now %s.", file_name, aside.name)
+        if "environment" in config:
+            (run_folder / ENVIRONMENT).write_text(json.dumps(config["environment"], indent=1) + "\n", encoding="utf-8")
         self._metrics = (run_folder / METRICS).open("a", encoding="utf-8")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -79,6 +83,17 @@ class JsonlTracker:
                         "prediction": sample.prediction, "correct": sample.correct,
                     },
                 )  # fmt: skip
+
+    def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Nothing: they are in `mixers.json`."""
+
+    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None) -> None:
+        """Nothing: it is in `evaluation.json`."""
+
+    def alert(self, title: str, text: str) -> None:
+        """See `Tracker.alert`; one line of `alerts.jsonl`."""
+        with (self._folder / ALERTS).open("a", encoding="utf-8") as stream:
+            _write(stream, {"time": round(time.time(), 3), "title": title, "text": text})
 
     def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
         """Nothing: the folder is already on this disk."""

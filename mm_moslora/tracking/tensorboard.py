@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.tracking.base import Sample, namespaced
+from mm_moslora.tracking.mixers import mixer_views
 from mm_moslora.tracking.pictures import thumbnail
 
 FOLDER = "tensorboard"
@@ -49,6 +50,26 @@ class TensorBoardTracker:
                 pixels = np.asarray(thumbnail(sample.image))
                 self._writer.add_image(f"{title}/{index}", pixels, step, dataformats="HWC")
         self._writer.add_text(title, "\n".join(rows), step)
+
+    def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """See `Tracker.log_mixers`."""
+        import numpy as np
+
+        for view in mixer_views(rows):
+            self._writer.add_image(f"mixers/{view.path}", np.asarray(view.heat_map), step, dataformats="HWC")
+            self._writer.add_histogram(f"mixer_spectra/{view.path}", np.asarray(view.spectrum), step)
+
+    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None) -> None:
+        """See `Tracker.log_evaluation`."""
+        cells = ["| task | system | n | mean | low | high |", "|---|---|---|---|---|---|"]
+        for row in rows:
+            named = [str(row.get(key, "")) for key in ("task", "label", "n", "mean", "low", "high")]
+            cells.append("| " + " | ".join(_cell(text) for text in named) + " |")
+        self._writer.add_text("evaluation", "\n".join([*cells, "", f"adapter sha256 {adapter}"]), 0)
+
+    def alert(self, title: str, text: str) -> None:
+        """See `Tracker.alert`."""
+        self._writer.add_text("alerts", f"**{_cell(title)}** {_cell(text)}", 0)
 
     def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
         """Nothing: TensorBoard keeps no files."""

@@ -17,7 +17,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mm_moslora.redaction import redact_text
-from mm_moslora.tracking.base import Sample, namespaced
+from mm_moslora.tracking.base import Sample, adapter_digest, namespaced
+from mm_moslora.tracking.mixers import mixer_views
 from mm_moslora.tracking.pictures import thumbnail
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class WandbTracker:
     def __init__(self, *, project: str, entity: str | None = None, run_name: str | None = None) -> None:
         self._project, self._entity, self._run_name = project, entity, run_name
         self._run: Any = None
+        self._online = False
 
     def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
         """See `Tracker.start`. Without a key, or when the service does not answer in time, the run is offline."""
@@ -84,6 +86,7 @@ class WandbTracker:
             wandb.teardown()  # the failed attempt still holds the id
             self._run = self._init("offline", run_id, run_folder, config, resumed=bool(known))
         id_file.write_text(run_id + "\n", encoding="utf-8")
+        self._online = not self._run.offline
         # The step is a metric of its own: wandb drops records whose built-in step runs backwards after a resume.
         self._run.define_metric(STEP, hidden=True)
         self._run.define_metric("*", step_metric=STEP)
@@ -121,6 +124,43 @@ class WandbTracker:
             logger.info("wandb: the first %d of %d samples are logged.", MAX_SAMPLES, len(samples))
         self._run.log({STEP: step, namespaced(title if "/" in title else f"eval/{title}"): table})
 
+    def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """See `Tracker.log_mixers`: one table with heat maps, and each spectrum as a line."""
+        import wandb
+
+        views = mixer_views(rows)
+        table = wandb.Table(columns=["mixer", "heat map", "largest", "smallest", "figures"])  # type: ignore[no-untyped-call]
+        for view in views:
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in view.figures.items())
+            table.add_data(view.path, wandb.Image(view.heat_map), view.spectrum[0], view.spectrum[-1], figures)  # type: ignore[no-untyped-call]
+        spectra = wandb.Table(  # type: ignore[no-untyped-call]
+            columns=["mixer", "index", "singular value"],
+            data=[[view.path, index, value] for view in views for index, value in enumerate(view.spectrum)],
+        )
+        self._run.log({STEP: step, "adapter/mixers": table, "adapter/spectra": spectra})
+
+    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None) -> None:
+        """See `Tracker.log_evaluation`: a table, and an artifact whose lineage leads to the adapter."""
+        import wandb
+
+        columns = ["task", "system", "n", "mean", "low", "high"]
+        keys = ("task", "label", "n", "mean", "low", "high")
+        table = wandb.Table(columns=columns, data=[[row.get(key) for key in keys] for row in rows])  # type: ignore[no-untyped-call]
+        if self._online and adapter is not None:
+            self._run.use_artifact("adapter:latest")  # an offline run cannot look artifacts up; the digest stays
+        artifact = wandb.Artifact(name=f"evaluation-{self._run.id}", type="evaluation", metadata={"adapter": adapter})
+        artifact.add(table, "scores")
+        self._run.log_artifact(artifact)
+        scores = {f"eval/{row.get('task') or 'score'}": row["mean"] for row in rows if row.get("name") == "tuned"}
+        self._run.log({"eval/scores": table, **scores})
+        self._run.summary.update(scores | {"eval/adapter": adapter})
+
+    def alert(self, title: str, text: str) -> None:
+        """See `Tracker.alert`."""
+        import wandb
+
+        self._run.alert(title=title, text=text, level=wandb.AlertLevel.WARN, wait_duration=600)
+
     def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
         """See `Tracker.log_folder`; the folder becomes an artifact of type `adapter`."""
         import wandb
@@ -129,6 +169,9 @@ class WandbTracker:
         manifest = folder / "adapter_config.json"
         if manifest.is_file():
             metadata = json.loads(manifest.read_text(encoding="utf-8"))
+        digest = adapter_digest(folder)
+        if digest is not None:
+            metadata["sha256"] = digest
         artifact = wandb.Artifact(name=title, type="adapter", metadata=metadata)
         artifact.add_dir(str(folder))
         self._run.log_artifact(artifact, aliases=list(aliases))

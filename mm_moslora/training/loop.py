@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import resource
@@ -324,7 +325,17 @@ class _Loop:
         final = mixer_matrices(self.run.engine.trainable_state())
         if distributed.is_main():
             write_mixers(self.run.folder / "mixers.json", before=self.first_mixers, after=final)
+            self._show_adapter()
             disk.replace_json(self.run.folder / "summary.json", summary(self.run, self.total))
+
+    def _show_adapter(self) -> None:
+        """What was learned, to the trackers: the mixers, and the adapter as an artifact."""
+        mixers = self.run.folder / "mixers.json"
+        if mixers.is_file():
+            self.trackers.log_mixers(json.loads(mixers.read_text(encoding="utf-8")), self.run.step)
+        adapter = self.run.folder / checkpoint.folder_name(self.run.step) / "adapter"
+        if adapter.is_dir():
+            self.trackers.log_folder("adapter", adapter, aliases=("latest", f"step-{self.run.step}"))
 
 
 def peak_memory_gib() -> float:

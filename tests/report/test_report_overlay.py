@@ -71,6 +71,15 @@ def test_a_run_of_a_newer_release_is_refused_and_an_older_one_is_read(run_folder
         build_report(run_folder, tmp_path / "new.html")
 
 
+def test_the_environment_of_a_run_without_a_full_summary_is_shown(run_folder: Path, tmp_path: Path) -> None:
+    summary = json.loads((run_folder / "summary.json").read_text())
+    del summary["environment"]
+    (run_folder / "summary.json").write_text(json.dumps(summary))
+    (run_folder / "tune" / "environment.json").write_text('{"git_commit": "abc123", "peft": "0.21.2"}')
+    page = build_report(run_folder, tmp_path / "report.html").read_text()
+    assert "abc123" in page
+
+
 def test_names_tell_runs_of_one_folder_name_apart(tmp_path: Path, run_folder: Path) -> None:
     first, second = tmp_path / "a" / "run", tmp_path / "b" / "run"
     for folder in (first, second):

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from wandb.proto import wandb_internal_pb2
+
+from mm_moslora.tracking import Sample
 
 BLOCK, HEADER = 32768, 7
 
@@ -42,6 +45,8 @@ def _read_run(folder: Path) -> dict[str, Any]:
         "config": {},
         "artifacts": [],
         "files": [],
+        "alerts": [],
+        "summary": {},
         "exit": None,
         "folder": path.parent,
     }
@@ -56,9 +61,33 @@ def _read_run(folder: Path) -> dict[str, Any]:
         elif kind == "artifact":
             run["artifacts"].append((record.artifact.type, record.artifact.name, list(record.artifact.aliases)))
             run["files"] += [(entry.path, Path(entry.local_path)) for entry in record.artifact.manifest.contents]
+        elif kind == "alert":
+            run["alerts"].append((record.alert.title, record.alert.text))
+        elif kind == "summary":
+            run["summary"] |= {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.summary.update}
         elif kind == "exit":
             run["exit"] = record.exit.exit_code
     return run
+
+
+@pytest.fixture(autouse=True)
+def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NETRC", str(home / "none"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(home))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(home))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(home))
+
+
+@pytest.fixture
+def sample(tmp_path: Path) -> Sample:
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (400, 200), "red").save(path)
+    return Sample(image=path, question="What colour | shape?", expected="red", prediction="<b>red</b>", correct=True)
 
 
 @pytest.fixture

@@ -18,27 +18,6 @@ from mm_moslora.tracking.base import namespaced
 from mm_moslora.tracking.tensorboard import TensorBoardTracker
 from mm_moslora.tracking.wandb import WandbTracker, has_credentials
 
-
-@pytest.fixture(autouse=True)
-def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
-        monkeypatch.delenv(name, raising=False)
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("NETRC", str(home / "none"))
-    monkeypatch.setenv("WANDB_DATA_DIR", str(home))
-    monkeypatch.setenv("WANDB_CACHE_DIR", str(home))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(home))
-
-
-@pytest.fixture
-def sample(tmp_path: Path) -> Sample:
-    path = tmp_path / "picture.png"
-    Image.new("RGB", (400, 200), "red").save(path)
-    return Sample(image=path, question="What colour | shape?", expected="red", prediction="<b>red</b>", correct=True)
-
-
 ReadRun = Callable[[Path], dict[str, Any]]
 
 

@@ -1,0 +1,52 @@
+"""Where a run ran: code state, versions and hardware, so that it can be told apart and repeated."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("mm-moslora", "torch", "transformers", "peft", "deepspeed", "datasets", "safetensors", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and the git state of the working folder; whatever cannot be found is left out."""
+    found: dict[str, Any] = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    for package in PACKAGES:
+        try:
+            # A local version such as +cpu says how torch was installed here, not what is needed.
+            found[package] = metadata.version(package).partition("+")[0]
+        except metadata.PackageNotFoundError:
+            continue
+    found["processors"] = os.cpu_count() or 0
+    found |= _accelerator()
+    return found | git_state(Path.cwd())
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """Commit, and whether files differ from it; nothing outside a repository. No remote: addresses may hold keys."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return {}
+    return {"git_commit": commit, "git_changed": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _accelerator() -> dict[str, Any]:
+    torch = sys.modules.get("torch")  # never imported for this alone
+    if torch is None or not torch.cuda.is_available():
+        return {}
+    return {"accelerator": torch.cuda.get_device_name(0), "accelerators": torch.cuda.device_count()}

@@ -1,0 +1,61 @@
+"""Mixers for dashboards: a heat map and the singular values of each, from the rows of `mixers.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+_POSITIVE, _NEGATIVE = np.array([217.0, 95.0, 14.0]), np.array([37.0, 99.0, 235.0])
+_CELL = 6
+"""Pixels per entry."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerView:
+    """One mixer, drawn."""
+
+    path: str
+    heat_map: Image.Image
+    spectrum: list[float]
+    """Singular values, largest first."""
+    figures: dict[str, float]
+
+
+def mixer_views(rows: Sequence[Mapping[str, Any]]) -> list[MixerView]:
+    """The mixers whose matrices were kept.
+
+    Args:
+        rows: of `mixers.json`.
+    """
+    views = []
+    for row in rows:
+        if not row.get("after"):
+            continue
+        matrix = np.asarray(row["after"], dtype=np.float64)
+        figures = {key: float(value) for key, value in row.items() if isinstance(value, float)}
+        spectrum = np.linalg.svd(matrix, compute_uv=False).tolist()
+        views.append(MixerView(path=str(row["path"]), heat_map=heat_map(matrix), spectrum=spectrum, figures=figures))
+    return views
+
+
+def heat_map(matrix: np.ndarray[Any, np.dtype[np.float64]]) -> Image.Image:
+    """Orange for positive, blue for negative entries, white for zero."""
+    largest = float(np.abs(matrix).max()) or 1.0
+    strength = np.sqrt(np.abs(matrix) / largest)[..., None]
+    colours = np.where(matrix[..., None] >= 0, _POSITIVE, _NEGATIVE) * strength + 255.0 * (1 - strength)
+    small = Image.fromarray(colours.astype(np.uint8))
+    return small.resize((small.width * _CELL, small.height * _CELL), Image.Resampling.NEAREST)
+
+
+def mean_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over all mixers, as metrics."""
+    names = ("moved", "distance_from_identity", "distance_from_orthogonal", "condition", "effective_rank")
+    return {
+        f"adapter/mixer_{name}": sum(values) / len(values)
+        for name in names
+        if (values := [float(row[name]) for row in rows if isinstance(row.get(name), int | float)])
+    }

@@ -1,0 +1,105 @@
+"""MLflow: to `MLFLOW_TRACKING_URI`, or a database in the run folder. Look at it with
+`mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db`."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.tracking.base import Sample, flat, namespaced
+from mm_moslora.tracking.mixers import mixer_views
+from mm_moslora.tracking.pictures import thumbnail
+
+ID_FILE = "mlflow_id.txt"
+_LONGEST_VALUE = 500
+"""Characters of a parameter."""
+
+
+class MlflowTracker:
+    """One MLflow run per run folder.
+
+    Args:
+        project: name of the experiment.
+        run_name: shown name; None: the run folder's.
+    """
+
+    name = "mlflow"
+
+    def __init__(self, *, project: str, run_name: str | None = None) -> None:
+        self._project, self._run_name = project, run_name
+        self._client: Any = None
+        self._run = ""
+
+    def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
+        """See `Tracker.start`. A resumed run goes on in the same MLflow run."""
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        from mlflow import MlflowClient
+
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_folder.resolve() / 'mlflow.db'}"
+        self._client = MlflowClient(tracking_uri=uri)
+        id_file = run_folder / ID_FILE
+        if resume_step is not None and id_file.is_file():
+            self._run = id_file.read_text(encoding="utf-8").strip()
+            self._client.update_run(self._run, status="RUNNING")
+            return
+        found = self._client.get_experiment_by_name(self._project)
+        place = None if os.environ.get("MLFLOW_TRACKING_URI") else (run_folder / "mlflow").resolve().as_uri()
+        experiment = found.experiment_id if found else self._client.create_experiment(self._project, place)
+        self._run = self._client.create_run(experiment, run_name=self._run_name or run_folder.name).info.run_id
+        id_file.write_text(self._run + "\n", encoding="utf-8")
+        for key, value in flat(config).items():
+            self._client.log_param(self._run, key, str(value)[:_LONGEST_VALUE])
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """See `Tracker.log`."""
+        for name, value in metrics.items():
+            self._client.log_metric(self._run, namespaced(name), float(value), step=step)
+
+    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+        """See `Tracker.log_samples`."""
+        rows = []
+        for index, sample in enumerate(samples):
+            picture = None
+            if sample.image is not None:
+                picture = f"samples/{title}/{step}/{index}.png"
+                self._client.log_image(self._run, thumbnail(sample.image), artifact_file=picture)
+            rows.append(
+                {
+                    "image": picture, "question": sample.question, "expected": sample.expected,
+                    "prediction": sample.prediction, "correct": sample.correct,
+                }
+            )  # fmt: skip
+        self._client.log_dict(self._run, {"step": step, "samples": rows}, f"samples/{title}/{step}.json")
+
+    def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """See `Tracker.log_mixers`."""
+        for view in mixer_views(rows):
+            self._client.log_image(self._run, view.heat_map, artifact_file=f"mixers/{step}/{view.path}.png")
+
+    def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
+        """See `Tracker.log_folder`."""
+        self._client.log_artifacts(self._run, str(folder), f"{title}/{aliases[0] if aliases else 'latest'}")
+
+    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None) -> None:
+        """See `Tracker.log_evaluation`."""
+        for row in rows:
+            if row.get("name") == "tuned":
+                self._client.log_metric(self._run, f"eval/{row.get('task') or 'score'}", float(row["mean"]))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "evaluation.json"
+            path.write_text(json.dumps({"adapter": adapter, "rows": list(rows)}), encoding="utf-8")
+            self._client.log_artifact(self._run, str(path), "evaluation")
+
+    def alert(self, title: str, text: str) -> None:
+        """See `Tracker.alert`."""
+        self._client.set_tag(self._run, f"alert.{title.lower().replace(' ', '_')}", text)
+
+    def finish(self, *, ok: bool) -> None:
+        """See `Tracker.finish`."""
+        if self._run:
+            self._client.set_terminated(self._run, "FINISHED" if ok else "FAILED")
+            self._run = ""

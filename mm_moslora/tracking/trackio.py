@@ -1,0 +1,85 @@
+"""trackio: local first, the dashboard with `trackio show --project PROJECT`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.tracking.base import Sample, flat, namespaced
+from mm_moslora.tracking.mixers import mixer_views
+from mm_moslora.tracking.pictures import thumbnail
+
+
+class TrackioTracker:
+    """One trackio run per run folder, in trackio's own store on this machine.
+
+    Args:
+        project: trackio project.
+        run_name: shown name; None: the run folder's.
+    """
+
+    name = "trackio"
+
+    def __init__(self, *, project: str, run_name: str | None = None) -> None:
+        self._project, self._run_name = project, run_name
+        self._run: Any = None
+        self._step = 0
+
+    def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
+        """See `Tracker.start`."""
+        import trackio
+
+        self._run = trackio.init(
+            project=self._project, name=self._run_name or run_folder.name, config=flat(config),
+            resume="never" if resume_step is None else "allow", embed=False, auto_log_gpu=False, auto_log_cpu=False,
+        )  # fmt: skip
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """See `Tracker.log`."""
+        self._step = step
+        self._run.log({namespaced(name): float(value) for name, value in metrics.items()}, step=step)
+
+    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+        """See `Tracker.log_samples`."""
+        import pandas
+        import trackio
+
+        rows = [
+            {
+                "image": None if sample.image is None else trackio.Image(thumbnail(sample.image)),
+                "question": sample.question, "expected": sample.expected, "prediction": sample.prediction,
+                "correct": sample.correct,
+            }
+            for sample in samples
+        ]  # fmt: skip
+        self._run.log({f"samples/{title}": trackio.Table(dataframe=pandas.DataFrame(rows))}, step=step)
+
+    def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """See `Tracker.log_mixers`."""
+        import trackio
+
+        self._run.log({f"mixers/{view.path}": trackio.Image(view.heat_map) for view in mixer_views(rows)}, step=step)
+
+    def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
+        """Nothing: the folder is already on this disk."""
+
+    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None) -> None:
+        """See `Tracker.log_evaluation`."""
+        scores = {
+            f"eval/{row.get('task') or 'score'}": float(row["mean"]) for row in rows if row.get("name") == "tuned"
+        }
+        if scores:
+            self._run.log(scores, step=self._step)
+
+    def alert(self, title: str, text: str) -> None:
+        """See `Tracker.alert`."""
+        import trackio
+
+        trackio.alert(title, text)
+
+    def finish(self, *, ok: bool) -> None:
+        """See `Tracker.finish`."""
+        if self._run is not None:
+            self._run.finish()
+            self._run = None

@@ -1,0 +1,267 @@
+"""Mixers, evaluations with their adapter, alerts and the environment, read back from every tracker."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mm_moslora.config import TrackConfig
+from mm_moslora.errors import ConfigError
+from mm_moslora.tracking import Sample, Trackers, build_trackers
+from mm_moslora.tracking.base import KNOWN, adapter_digest
+from mm_moslora.tracking.environment import environment, git_state
+from mm_moslora.tracking.jsonl import JsonlTracker
+from mm_moslora.tracking.mixers import mean_figures, mixer_views
+from mm_moslora.tracking.watch import Alert, Watch
+
+MIXERS = [
+    {"path": "layers.0.q_proj", "rank": 2, "after": [[3.0, 0.0], [0.0, -1.0]], "before": None, "moved": 0.5},
+    {"path": "layers.1.q_proj", "rank": 2, "moved": 0.1},
+]
+SCORES = [
+    {"name": "tuned", "label": "tuned", "task": "shapes", "n": 50, "mean": 0.8, "low": 0.7, "high": 0.9},
+    {"name": "blind", "label": "blind", "task": "shapes", "n": 50, "mean": 0.3, "low": 0.2, "high": 0.4},
+]
+SECRET = "hf_" + "Q7x" * 10
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"r": 8}')
+    (folder / "moslora.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def everything(trackers: Trackers, run: Path, sample: Sample, adapter: Path, *, resume_step: int | None = None) -> None:
+    """A short life of a run, with a secret where it might slip through."""
+    run.mkdir(exist_ok=True)
+    trackers.start({"optim": {"lr": 1e-4}, "note": SECRET}, run, resume_step=resume_step)
+    for step in range((resume_step or 0) + 1, (resume_step or 0) + 3):
+        trackers.log({"loss": 1.0 / step, "lr/mixer": 1e-4}, step)
+    trackers.log_samples("answers", [sample], 2)
+    trackers.log_mixers(MIXERS, 2)
+    trackers.log_folder("adapter", adapter)
+    trackers.log_evaluation(SCORES, adapter=adapter_digest(adapter))
+    trackers.alert(Alert(title="Not a number", text=f"Step 2: loss, {SECRET}"))
+    trackers.finish(ok=True)
+
+
+def no_secret_below(folder: Path) -> None:
+    assert [path for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()] == []
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    missing = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(missing, reason=f"{package} is not installed (extra: {package})")
+
+
+def test_wandb_offline_file_holds_all_of_it(
+    tmp_path: Path, sample: Sample, adapter: Path, read_run: Callable[[Path], dict[str, Any]]
+) -> None:
+    trackers = build_trackers(TrackConfig(trackers=["wandb"]), active=True)
+    everything(trackers, tmp_path / "run", sample, adapter)
+    assert trackers.names == ["jsonl", "wandb"]
+    run = read_run(tmp_path / "run")
+    rows = {key: value for row in run["history"] for key, value in row.items()}
+    assert rows["adapter/mixer_moved"] == pytest.approx(0.3)
+    assert rows["eval/shapes"] == 0.8
+    assert rows["adapter/mixers/nrows"] == 1
+    assert rows["adapter/spectra/nrows"] == 2
+    assert run["alerts"] == [("Not a number", "Step 2: loss, [redacted]")]
+    assert {kind for kind, *_ in run["artifacts"]} >= {"adapter", "evaluation"}
+    assert run["summary"]["eval/adapter"] == adapter_digest(adapter)
+    assert "torch" in run["config"]["environment"]
+    tables = [
+        json.loads(path.read_text()) for name, path in run["files"] if name.endswith("table.json") and path.is_file()
+    ]
+    assert ["shapes", "tuned", 50, 0.8, 0.7, 0.9] in [row for table in tables for row in table["data"]]
+    assert [row[2] for table in tables if table["columns"][-1] == "singular value" for row in table["data"]] == [
+        3.0,
+        1.0,
+    ]
+    no_secret_below(tmp_path / "run")
+
+
+def test_tensorboard_holds_mixers_scores_and_alerts(tmp_path: Path, sample: Sample, adapter: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    everything(build_trackers(TrackConfig(trackers=["tensorboard"]), active=True), tmp_path / "run", sample, adapter)
+    reader = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    reader.Reload()
+    assert reader.Images("mixers/layers.0.q_proj")[0].width == 12
+    assert reader.Histograms("mixer_spectra/layers.0.q_proj")[0].histogram_value.max == 3.0
+    assert b"| shapes | tuned | 50 |" in reader.Tensors("evaluation/text_summary")[0].tensor_proto.string_val[0]
+    assert b"Not a number" in reader.Tensors("alerts/text_summary")[0].tensor_proto.string_val[0]
+    assert reader.Scalars("adapter/mixer_moved")[0].value == pytest.approx(0.3)
+    no_secret_below(tmp_path / "run")
+
+
+@needs("mlflow")
+def test_mlflow_api_gives_it_back_and_a_resume_goes_on_in_the_same_run(
+    tmp_path: Path, sample: Sample, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for resume_step in (None, 2):
+        trackers = build_trackers(TrackConfig(trackers=["mlflow"], project="tests"), active=True)
+        everything(trackers, tmp_path / "run", sample, adapter, resume_step=resume_step)
+        assert trackers.names == ["jsonl", "mlflow"]
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'run' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("tests")
+    (run,) = client.search_runs([experiment.experiment_id])
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25)]
+    assert run.info.status == "FINISHED"
+    assert run.data.params["optim.lr"] == "0.0001"
+    assert run.data.params["note"] == "[redacted]"
+    assert run.data.metrics["eval/shapes"] == 0.8
+    assert run.data.tags["alert.not_a_number"] == "Step 2: loss, [redacted]"
+    assert [item.path for item in client.list_artifacts(run.info.run_id, "adapter/latest")] == [
+        "adapter/latest/adapter_config.json", "adapter/latest/moslora.safetensors",
+    ]  # fmt: skip
+    answers = json.loads(Path(client.download_artifacts(run.info.run_id, "samples/answers/2.json")).read_text())
+    assert answers["samples"][0]["prediction"] == "<b>red</b>"
+    assert Path(client.download_artifacts(run.info.run_id, "mixers/2/layers.0.q_proj.png")).is_file()
+    no_secret_below(tmp_path / "run")
+
+
+@needs("trackio")
+def test_trackio_gives_it_back(tmp_path: Path, sample: Sample, adapter: Path) -> None:
+    """In a process of its own: trackio reads its folder from the environment once."""
+    code = (
+        "import sys; from pathlib import Path; from mm_moslora.tracking import Sample, build_trackers\n"
+        "from mm_moslora.config import TrackConfig; from tests.tracking.test_tracking_depth import everything\n"
+        "root = Path(sys.argv[1]); config = TrackConfig(trackers=['trackio'], project='tests')\n"
+        "trackers = build_trackers(config, active=True)\n"
+        "sample = Sample(question='q', expected='red', prediction='red', image=root / 'picture.png')\n"
+        "everything(trackers, root / 'run', sample, root / 'adapter')\n"
+        "assert trackers.names == ['jsonl', 'trackio'], trackers.names\n"
+        "from trackio.sqlite_storage import SQLiteStorage as s\n"
+        "logs = s.get_logs('tests', 'run'); print([l['train/loss'] for l in logs if 'train/loss' in l])\n"
+        "print(any('mixers/layers.0.q_proj' in l for l in logs), any(l.get('eval/shapes') == 0.8 for l in logs))\n"
+        "print(s.get_run_config('tests', 'run')['note'])\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=240, cwd=root,
+        env={**os.environ, "TRACKIO_DIR": str(tmp_path / "store")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "[1.0, 0.5]" in done.stdout
+    assert "True True" in done.stdout
+    assert "[redacted]" in done.stdout
+    no_secret_below(tmp_path / "store")
+
+
+def test_a_tracker_that_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mm_moslora.tracking.base.importlib.util.find_spec", lambda _: None)
+    for name in KNOWN:
+        with pytest.raises(ConfigError, match=rf"mm-moslora\[{name}\]"):
+            build_trackers(TrackConfig(trackers=[name]), active=True)
+
+
+def test_not_a_number_is_told_once_until_the_run_is_well_again() -> None:
+    told: list[Alert] = []
+    watch = Watch(told.append, clock=time.monotonic)
+    for step, loss in enumerate([1.0, float("nan"), float("nan"), 1.0, float("inf")], 1):
+        watch.see({"loss": loss, "grad_norm": 1.0}, step)
+    watch.stop()
+    assert [alert.text for alert in told] == ["Step 2: loss not finite.", "Step 5: loss not finite."]
+
+
+def test_a_stall_is_told_by_the_clock_and_slow_runs_get_more_patience() -> None:
+    told: list[Alert] = []
+    watch = Watch(told.append, clock=time.monotonic, shortest=0.2)
+    watch.see({"loss": 1.0}, 7)
+    deadline = time.monotonic() + 10
+    while not told and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert told[0].title == "Stalled"
+    assert "since step 7" in told[0].text
+    watch.stop()
+    times = iter([0.0, 100.0, 200.0])
+    slow = Watch(told.append, clock=lambda: next(times), shortest=300)
+    for step in (1, 2, 3):
+        slow.see({"loss": 1.0}, step)
+    slow.stop()
+    assert slow.patience == 1000
+    assert len(told) == 1
+
+
+def test_alerts_and_environment_are_files_of_the_run(tmp_path: Path) -> None:
+    trackers = Trackers([JsonlTracker()], active=True)
+    trackers.start({}, tmp_path, resume_step=None)
+    trackers.log({"loss": float("nan")}, 3)
+    trackers.finish(ok=False)
+    alert = json.loads((tmp_path / "alerts.jsonl").read_text())
+    assert alert["title"] == "Not a number"
+    known = json.loads((tmp_path / "environment.json").read_text())
+    assert known["torch"] == environment()["torch"]
+    assert "+" not in known["torch"]
+
+
+def test_git_state_names_commit_and_change_and_no_remote(tmp_path: Path) -> None:
+    assert git_state(tmp_path) == {}
+    for command in (
+        "init -q", "remote add origin https://me:secret@example.org/x.git", "config user.email a@b.c",
+        "config user.name a",
+    ):  # fmt: skip
+        subprocess.run(["git", "-C", str(tmp_path), *command.split()], check=True)
+    (tmp_path / "a").write_text("1")
+    subprocess.run(["git", "-C", str(tmp_path), "add", "a"], check=True)
+    subprocess.run(["git", "-C", str(tmp_path), "commit", "-qm", "a"], check=True)
+    clean = git_state(tmp_path)
+    assert len(clean["git_commit"]) == 40
+    assert clean["git_changed"] is False
+    (tmp_path / "a").write_text("2")
+    assert git_state(tmp_path)["git_changed"] is True
+    assert "secret" not in json.dumps(clean)
+
+
+def test_mixer_views_show_sign_size_and_spectrum() -> None:
+    (view,) = mixer_views(MIXERS)
+    assert view.spectrum == [3.0, 1.0]
+    assert view.heat_map.getpixel((0, 0)) == (217, 95, 14)
+    assert view.heat_map.getpixel((11, 0)) == (255, 255, 255)
+    red, _, blue = view.heat_map.getpixel((11, 11))  # type: ignore[misc]
+    assert blue > red
+    assert mean_figures(MIXERS) == {"adapter/mixer_moved": pytest.approx(0.3)}
+
+
+def test_the_sweep_file_makes_commands_that_the_trainer_takes() -> None:
+    from mm_moslora.config import load_recipe, override_items
+
+    sweep = yaml.safe_load((Path(__file__).parents[2] / "examples" / "wandb_sweep.yaml").read_text())
+    assert sweep["command"][-1] == "${args_no_hyphens}"
+    verb = [part for part in sweep["command"] if not part.startswith("${")]
+    assert verb[:2] == ["mm-moslora", "train"]
+    values = [f"{name}={spec['values'][0]}" for name, spec in sweep["parameters"].items() if "values" in spec]
+    values += [f"{name}={spec['min']}" for name, spec in sweep["parameters"].items() if "min" in spec]
+    assert len(values) == len(sweep["parameters"])
+    load_recipe(verb[2], override_items((*verb[3:], *values)))
+    assert sweep["metric"] == {"name": "validation/loss", "goal": "minimize"}
+
+
+@needs("wandb_workspaces")
+def test_workspace_and_report_as_code_are_built_offline() -> None:
+    from mm_moslora.tracking.dashboards import report, workspace
+
+    made = workspace(entity="us", project="demo")
+    assert [section.name for section in made.sections] == ["Loss", "Adapter", "Evaluation", "Speed and memory"]
+    assert "train/loss" in str(made.sections[0].panels)
+    page = report(entity="us", project="demo", title="What was learned")
+    assert page.title == "What was learned"
+    assert len(page.blocks) >= 4
