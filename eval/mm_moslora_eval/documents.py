@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mm_moslora.errors import EvalError
 
@@ -25,12 +25,35 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+@dataclass(frozen=True, eq=False)
+class StoredImage:
+    """A picture that stays where it is stored until it is needed."""
+
+    reader: Callable[[int, str, int], bytes]
+    row: int
+    column: str
+    place: int = 0
+    """Its number in a list of pictures."""
+
+    def read(self) -> bytes:
+        """The bytes of the file.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        return self.reader(self.row, self.column, self.place)
+
+
+ImageLike: TypeAlias = "Path | Image | bytes | StoredImage"
+"""A file, an opened picture, the bytes of an image file, or where to find them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Document:
     """One question of a data set."""
 
     id: str
-    images: tuple[Path | Image | bytes, ...] = ()
+    images: tuple[ImageLike, ...] = ()
     question: str
     options: Mapping[str, str] = field(default_factory=dict)
     """Letter -> text; empty for open questions."""

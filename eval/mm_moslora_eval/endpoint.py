@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 from mm_moslora.errors import EvalError
 from mm_moslora.redaction import redact_text
 
-from .documents import digest
-from .model import Answer, ImageLike, Message, OptionRequest, OptionScore, Request
+from .documents import ImageLike, StoredImage, digest
+from .model import Answer, Message, OptionRequest, OptionScore, Request
 
 KEY_NAMES = ("MM_MOSLORA_API_KEY", "OPENAI_API_KEY")
 """Environment variables that may hold the key, first one first."""
@@ -279,8 +279,8 @@ def chat_messages(messages: Sequence[Message], images: Sequence[ImageLike]) -> l
 
 def data_url(image: ImageLike) -> str:
     """A picture as a data URL: files as they are, opened pictures as PNG."""
-    if isinstance(image, bytes | Path):
-        data = image if isinstance(image, bytes) else image.read_bytes()
+    if isinstance(image, bytes | Path | StoredImage):
+        data = image if isinstance(image, bytes) else image.read_bytes() if isinstance(image, Path) else image.read()
         kind = next((name for start, name in _FIRST_BYTES.items() if data.startswith(start)), None)
         if kind is not None:
             return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

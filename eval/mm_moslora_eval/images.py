@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 from mm_moslora.errors import EvalError
 
+from .documents import ImageLike, StoredImage
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -21,9 +23,9 @@ class Hasher:
     """SHA-256 of pictures; a file is read once per process."""
 
     def __init__(self) -> None:
-        self._known: dict[Path, str] = {}
+        self._known: dict[Path | StoredImage, str] = {}
 
-    def __call__(self, image: Path | Image | bytes) -> str:
+    def __call__(self, image: ImageLike) -> str:
         """Hash of the file's bytes, or of size, mode and pixels of an opened picture.
 
         Raises:
@@ -31,15 +33,21 @@ class Hasher:
         """
         if isinstance(image, bytes):
             return hashlib.sha256(image).hexdigest()
-        if isinstance(image, Path):
+        if isinstance(image, Path | StoredImage):
             if image not in self._known:
-                with image.open("rb") as stream:
-                    self._known[image] = hashlib.file_digest(stream, "sha256").hexdigest()
+                self._known[image] = _digest(image)
             return self._known[image]
         return hashlib.sha256(f"{image.size} {image.mode} ".encode() + image.tobytes()).hexdigest()
 
 
-def open_image(image: Path | Image | bytes) -> Image:
+def _digest(image: Path | StoredImage) -> str:
+    if isinstance(image, StoredImage):
+        return hashlib.sha256(image.read()).hexdigest()
+    with image.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def open_image(image: ImageLike) -> Image:
     """Decode to RGB by the rules of training (`mm_moslora.data.images`).
 
     Raises:
@@ -49,10 +57,12 @@ def open_image(image: Path | Image | bytes) -> Image:
 
     if isinstance(image, Path):
         return images.open_image(image)
+    if isinstance(image, StoredImage):
+        image = image.read()
     return images.open_image_bytes(image) if isinstance(image, bytes) else images.as_rgb(image)
 
 
-def mean_image(image: Path | Image | bytes) -> Image:
+def mean_image(image: ImageLike) -> Image:
     """A picture of the same size in the one colour that is the mean of all pixels."""
     from PIL import Image as Pillow
     from PIL import ImageStat

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mm_moslora.errors import EvalError
 
-from .documents import CONTEXT, Document, digest
+from .documents import CONTEXT, Document, ImageLike, digest
 from .images import Hasher, ImageMode, derangement, mean_image
 from .model import Message, OptionRequest, Request
 from .task import Task
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 FORMAT = 1
 """Version of keys and files; another version is never mixed in."""
@@ -58,7 +55,7 @@ class Preparation:
         self, task: Task, documents: Sequence[Document], *, mode: ImageMode, seed: int, fingerprint: str, hasher: Hasher
     ) -> None:
         self._task, self._mode = task, mode
-        self._pictures: dict[str, Path | Image | bytes] = {}
+        self._pictures: dict[str, ImageLike] = {}
         identified = [self._identify(document, hasher) for document in documents]
         known = [name for ids, problem in identified if problem is None for name in ids]
         self._other = derangement(known, seed=seed) if mode == "wrong" and known else {}

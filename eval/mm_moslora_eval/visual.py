@@ -17,8 +17,8 @@ from mm_moslora.errors import EvalError
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.generation import encode_images
 
+from .documents import ImageLike
 from .images import Hasher, open_image
-from .model import ImageLike
 
 CACHE_BYTES = 1 << 30
 """Visual tokens that are kept; the least recently used go first. 576 tokens of width 4096 take 4.7 MB in bf16."""

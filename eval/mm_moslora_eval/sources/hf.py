@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mm_moslora.errors import EvalError, suggestion
 
-from ..documents import CONTEXT, DataSet, Document, checked
+from ..documents import CONTEXT, DataSet, Document, ImageLike, checked
 from ..metrics.commonsense import LM_EVAL_TASKS, lm_eval_requests
 from .files import matches
+from .pictures import Pictures
 from .source import Source
 from .tsv import parse_list
 
@@ -51,6 +52,7 @@ def load(source: Source) -> DataSet:
 def _open(source: Source) -> tuple[Any, str]:
     import datasets
 
+    datasets.disable_progress_bars()  # rows are checked and counted here; the bars would hide that
     path = Path(source.path).expanduser()
     try:
         if path.is_dir() and (path / "dataset_info.json").is_file():
@@ -82,9 +84,12 @@ def _documents(table: Any, source: Source) -> Iterator[Document]:
             raise EvalError(
                 f"{source.path} has no column {column!r} (for source.where).{suggestion(column, table.column_names)}"
             )
-    for number, row in enumerate(table):
+    pictures = Pictures(table, _names(columns, "image"))
+    rows = table.remove_columns(pictures.columns)
+    for number, row in enumerate(rows):
         if matches(row, source.where):
-            yield document(row, columns, default_id=str(number))
+            shown = pictures.of(number) if pictures.columns else None
+            yield document(row, columns, default_id=str(number), images=shown, answer_is=source.answer_is)
 
 
 def _choices(table: Any, source: Source) -> Iterator[Document]:
@@ -114,28 +119,44 @@ def _choices(table: Any, source: Source) -> Iterator[Document]:
         )
 
 
-def document(row: Mapping[str, Any], columns: Mapping[str, str], *, default_id: str = "0") -> Document:
+def _names(columns: Mapping[str, str], ours: str) -> list[str]:
+    return [name.strip() for name in columns.get(ours, ours).split(",")]
+
+
+def document(
+    row: Mapping[str, Any],
+    columns: Mapping[str, str],
+    *,
+    default_id: str = "0",
+    images: Sequence[ImageLike] | None = None,
+    answer_is: str = "auto",
+) -> Document:
     """One row as a document.
 
     Args:
         row: the data set's columns.
         columns: our field -> their column, by default of the same name; `options` may name several, with commas.
         default_id: when there is no id column.
+        images: its pictures; None: those in the row, opened, as bytes or by file name.
+        answer_is: see `Source.answer_is`.
+
+    Raises:
+        EvalError: a number that may be an index or the text of an option.
     """
 
     def cell(name: str) -> Any:
         return row.get(columns.get(name, name))
 
     options = _options(row, columns.get("options", "options"))
-    names = [name.strip() for name in columns.get("image", "image").split(",")]
-    images = row.get(names[0]) if len(names) == 1 else [row[name] for name in names if row.get(name) is not None]
+    identity = str(cell("id") if cell("id") is not None else default_id)
+    shown = _shown(row, _names(columns, "image")) if images is None else tuple(images)
     used = {part.strip() for name in _OURS for part in columns.get(name, name).split(",")}
     return Document(
-        id=str(cell("id") if cell("id") is not None else default_id),
-        images=() if images is None else tuple(images) if isinstance(images, list | tuple) else (images,),
+        id=identity,
+        images=shown,
         question=str(cell("question") or ""),
         options=options,
-        answers=_answers(cell("answer"), options),
+        answers=_answers(cell("answer"), options, answer_is, where=identity),
         category=_text(cell("category")),
         hint=_text(cell("hint")),
         extra={key: _flat(value) for key, value in row.items() if key not in used and _is_plain(value)},
@@ -171,17 +192,31 @@ def _options(row: Mapping[str, Any], names: str) -> dict[str, str]:
     }
 
 
-def _answers(value: Any, options: Mapping[str, str]) -> tuple[str, ...]:
+def _shown(row: Mapping[str, Any], names: Sequence[str]) -> tuple[ImageLike, ...]:
+    given: list[Any] = []
+    for value in (row.get(name) for name in names):
+        given += value if isinstance(value, list | tuple) else [] if value is None else [value]
+    return tuple(Path(value) if isinstance(value, str) else value for value in given)
+
+
+def _answers(value: Any, options: Mapping[str, str], answer_is: str, *, where: str) -> tuple[str, ...]:
     if value is None:
         return ()
     if isinstance(value, list | tuple):
         return tuple(str(item["answer"] if isinstance(item, dict) and "answer" in item else item) for item in value)
     text = str(value)
-    if options and text not in options:
-        letters = list(options)
-        if text.isdigit() and int(text) < len(letters):  # an index into the options
-            return (letters[int(text)],)
-        same = [letter for letter, option in options.items() if option == text]
-        if len(same) == 1:
-            return (same[0],)
-    return (text,)
+    if not text:
+        return ()
+    if not options or text in options or answer_is == "letter":
+        return (text,)
+    letters = list(options)
+    index = letters[int(text)] if text.isdecimal() and int(text) < len(letters) else None
+    same = [letter for letter, option in options.items() if option == text]
+    written = same[0] if len(same) == 1 else None
+    if answer_is == "auto" and isinstance(value, str) and index and written and index != written:
+        raise EvalError(
+            f"Document {where!r}: answer {text!r} is option {index} as an index and option {written} as a text. "
+            "Say which with source.answer_is: index or text."
+        )
+    by_index = index if answer_is != "text" else None
+    return (by_index or (written if answer_is != "index" else None) or text,)

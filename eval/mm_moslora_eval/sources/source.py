@@ -27,6 +27,8 @@ class Source:
     """hf: configuration name."""
     lm_eval_task: str | None = None
     """hf: records of this lm-evaluation-harness task (`metrics.commonsense.LM_EVAL_TASKS`) in the original columns."""
+    answer_is: Literal["auto", "letter", "index", "text"] = "auto"
+    """hf: what an answer says about the options; auto: a number is an index from 0, text a letter or an option."""
     where: dict[str, str] = field(default_factory=dict)
     """Only rows with these values, such as `split: validation`; the others count as dropped."""
     columns: dict[str, str] = field(default_factory=dict)
