@@ -21,7 +21,7 @@ from mm_moslora.data.records import Turn, parse_record
 from mm_moslora.errors import ConfigError
 from tests.data.real_tokenizers import NAMES, real_tokenizer
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "llava_labels.json"
+GOLDEN = Path(__file__).parent / "golden" / "llava_labels.json"
 ENDS = {
     "plain": ("{}\n", ""), "v1": (" {}", ""), "llama_2": (" {} ", ""), "mistral": (" {} ", ""),
     "llama_3": ("{}", "<|eot_id|>"), "chatml": ("{}", "<|im_end|>"), "gemma": ("{}", "<end_of_turn>"),

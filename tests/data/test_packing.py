@@ -24,7 +24,7 @@ from mm_moslora.data.sampler import plan_llava
 from mm_moslora.errors import ConfigError, DataError
 from tests.data.sets import make_set
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "llava_order.json"
+GOLDEN = Path(__file__).parent / "golden" / "llava_order.json"
 
 
 class TestRows:
