@@ -134,6 +134,42 @@ def config(recipe: str | None = None, *overrides: Overrides) -> int:
 
 
 @app.command
+def plan(
+    recipe: str,
+    *overrides: Overrides,
+    gpus: str,
+    samples: int | None = None,
+    tokens_per_sample: float | None = None,
+    supervised: float = 0.15,
+    price: float | None = None,
+) -> int:
+    """Memory per GPU, tokens per second, hours and cost of a recipe, before anything is loaded.
+
+    Parameters
+    ----------
+    recipe
+        YAML file, or the name of a shipped preset.
+    gpus
+        Count, card and memory: 8xA100-80G, 1xRTX4090.
+    samples
+        Records of an epoch; known for LLaVA's and the commonsense sets.
+    tokens_per_sample
+        Mean tokens of a record, visual ones included.
+    supervised
+        Share of the tokens that is supervised.
+    price
+        Per GPU and hour, in any currency.
+    """
+    quiet_libraries()
+    from mm_moslora.cli_plan import show_plan
+
+    return show_plan(
+        _recipe(recipe, overrides), gpus, samples=samples, tokens_per_sample=tokens_per_sample, supervised=supervised,
+        price=price,
+    )  # fmt: skip
+
+
+@app.command
 def merge(model: Path, output: Path, *, dtype: Literal["fp32", "bf16", "fp16"] = "fp32") -> int:
     """Merge the adapter into the base and write one Hugging Face folder; prints the largest logit difference."""
     return export(model, output, to="hf", dtype=dtype)

@@ -111,6 +111,8 @@ class ModelConfig:
     """Replaces the chat template's default system prompt, in training and in every export; "" leaves it empty."""
     attention: str = "auto"
     """auto picks the fastest exact one for padding-free batches; or a transformers attention name."""
+    quantisation: Literal["none", "nf4", "int8"] = "none"
+    """Load the assembled language model's linear layers in 4 bits (nf4, double quantised) or 8; needs bitsandbytes."""
     lean_layers: bool = True
     """Let decoder layers of known families keep less for the backward pass; the numbers stay the same."""
 

@@ -134,11 +134,16 @@ def fused_linear(
     dropout = exact_rate(dropout)
     seed = _draw_seed() if dropout else 0
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(x.device):
         return _FusedLinear.apply(x, weight, bias, A, M, B, scaling, dropout, seed)  # type: ignore[no-any-return]
     half = x.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
         return _FusedLinear.apply(half, weight, bias, A, M, B, scaling, dropout, seed)  # type: ignore[no-any-return]
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; the meta device, on which costs are counted, has none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _draw_seed() -> int:
@@ -170,6 +175,8 @@ def dropout_mask(rows: Tensor, dropout: float, seed: int) -> Tensor:
         dropout: probability of a zero, a multiple of 2^-16 (`exact_rate`).
         seed: see `fused_linear`.
     """
+    if rows.device.type == "meta":  # costs are counted there; nothing is drawn
+        return torch.empty_like(rows)
     generator = torch.Generator(rows.device).manual_seed(seed)
     count = rows.numel()
     words = torch.empty(-(-count // 4), dtype=torch.int64, device=rows.device)

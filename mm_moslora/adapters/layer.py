@@ -20,7 +20,7 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
-from mm_moslora.adapters.functional import combine, current_kernel, delta_weight, fused_linear
+from mm_moslora.adapters.functional import autocasts, combine, current_kernel, delta_weight, fused_linear
 from mm_moslora.adapters.mixer import FrozenFactor, Mixer, init_mixer, orthonormal_rows
 from mm_moslora.adapters.variants import DoraMixerVariant, MoSLoRAVariant
 from mm_moslora.errors import AdapterError
@@ -265,6 +265,6 @@ class MoSLoRALinear(MoSLoRALayer, lora.Linear):
             return False
         if torch.compiler.is_compiling() or weight.requires_grad or type(weight) not in (nn.Parameter, Tensor):
             return False
-        if torch.is_autocast_enabled(x.device.type):
+        if autocasts(x.device):
             return x.dtype in _AUTOCASTS and weight.dtype in _AUTOCASTS
         return weight.dtype == x.dtype

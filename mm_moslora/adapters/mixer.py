@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mm_moslora.adapters.functional import autocasts
 from mm_moslora.errors import AdapterError, suggestion
 
 MixerInit = Literal["orthogonal", "kaiming", "identity", "butterfly"]
@@ -166,7 +167,7 @@ class Mixer(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """``z M^T`` for ``z`` of shape ``[..., R]``."""
         # PEFT casts parameters to float32 but leaves buffers in the base's dtype: the narrower side follows.
-        if self.trainable and not torch.is_autocast_enabled(z.device.type):
+        if self.trainable and not autocasts(z.device):
             z = z.to(self.weight.dtype)
         weight = self.weight if self.trainable else self.weight.to(z.dtype)
         return F.linear(z, weight) if weight.ndim == 2 else z * weight

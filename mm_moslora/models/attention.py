@@ -55,7 +55,7 @@ def segment_attention(
     assert attention_mask is None
     assert sum(segment_lengths) == query.shape[2], "segment lengths must sum to the row"
     windowed = sliding_window is not None and max(segment_lengths) > sliding_window
-    if query.device.type == "cpu" and not (windowed or dropout) and query.requires_grad:
+    if query.device.type in ("cpu", "meta") and not (windowed or dropout) and query.requires_grad:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return _CpuSegments.apply(query, key, value, scale, segment_lengths), None
     groups = query.shape[1] // key.shape[1]

@@ -5,6 +5,7 @@ Read from top to bottom, it is the order of work.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
@@ -88,7 +90,9 @@ def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Asse
     if config.vlm is not None:
         return _assemble_ready(config, dtype=dtype)
     assert config.language is not None
-    language, tokenizer = load_language(config.language, config.language_revision, dtype=dtype)
+    language, tokenizer = load_language(
+        config.language, config.language_revision, dtype=dtype, quantisation=config.quantisation
+    )
     set_chat_template(tokenizer, config.chat_template, faithful=config.faithful)
     set_system_prompt(tokenizer, config.system_prompt)
     base = {"language": config.language, "language_revision": config.language_revision}
@@ -153,7 +157,7 @@ def is_standard(config: ModelConfig, spec: ImageSpec, tower: PreTrainedModel) ->
 
 
 def load_language(
-    name: str, revision: str | None, *, dtype: torch.dtype
+    name: str, revision: str | None, *, dtype: torch.dtype, quantisation: str = "none"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load any causal language model with its tokenizer.
 
@@ -162,7 +166,9 @@ def load_language(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        language = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
+        language = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=dtype, quantization_config=_quantisation(quantisation, dtype)
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"model.language is {name!r}, which does not load as a causal language model: {error}"
@@ -170,6 +176,20 @@ def load_language(
     _refuse_head_extras(language, name)
     sane_generation_config(language)
     return language, tokenizer
+
+
+def _quantisation(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if kind == "none":
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"model.quantisation is {kind}, which needs bitsandbytes. Install it: pip install bitsandbytes."
+        )
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def set_system_prompt(tokenizer: Any, prompt: str | None) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mm_moslora.adapters.functional import autocasts
 from mm_moslora.adapters.layer import MoSLoRALinear
 from mm_moslora.models.lean_ops import AdaptedLinear, gated_mlp, normed_linears, rotate
 
@@ -84,7 +85,7 @@ def _usable(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> list[AdaptedL
     embeddings = kwargs.get("position_embeddings")
     if kwargs.get("cache") is not None or embeddings is None or embeddings[0].ndim != 3 or embeddings[0].shape[0] != 1:
         return None
-    if torch.is_autocast_enabled(hidden.device.type):
+    if autocasts(hidden.device):
         return None
     attention, mlp = layer.self_attn, layer.mlp
     if attention.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS:

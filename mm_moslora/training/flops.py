@@ -93,6 +93,10 @@ class _Linears:
     mixers: float = 0.0
     """Sum of ``d_out r^2``."""
 
+    def times(self, factor: float) -> _Linears:
+        """So many of them."""
+        return _Linears(**{item.name: factor * getattr(self, item.name) for item in fields(self)})
+
     def cost(self, tokens: float, *, passes_back: bool, again: int) -> float:
         """FLOPs of the weights themselves."""
         every = 2 + 2 * again + (2 if passes_back else 0)
@@ -108,39 +112,43 @@ class FlopCounter:
 
     Args:
         model: causal language model or VLM with whatever trains set; may be on the meta device.
+        layers: decoder layers to count, where the model at hand holds only some of them; None: its own.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, layers: int | None = None) -> None:
         decoder: Any = model.get_decoder()
         config = model.config.get_text_config()
-        layers = list(decoder.layers)
+        held = list(decoder.layers)
+        count = layers or len(held)
         behind = ("o_proj", "dense", "gate_proj", "up_proj", "down_proj", "gate_up_proj")
         self.drops = drops_positions(model)
-        last = layers[-1]
-        self.decoder = _count([module for layer in layers for module in _with_paths(layer)])
-        self.behind = _count([(path, m) for path, m in _with_paths(last) if path.rpartition(".")[2] in behind])
+        self.decoder = _count([module for layer in held for module in _with_paths(layer)]).times(count / len(held))
+        self.behind = _count([(path, m) for path, m in _with_paths(held[-1]) if path.rpartition(".")[2] in behind])
         head = model.get_output_embeddings()
         self.head, self.head_trains = head.weight.shape[-1] * head.weight.shape[0], head.weight.requires_grad
         if hasattr(head.weight, "ds_numel"):
             self.head = head.weight.ds_numel
         heads = config.num_attention_heads
-        self.attention_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) * len(layers)
+        self.attention_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) * count
         self._count_vision(model)
         needs = any(parameter.requires_grad for parameter in decoder.parameters())
         self.passes_back = needs or self.projector_trains or self.tower_trains
 
     def _count_vision(self, model: PreTrainedModel) -> None:
         inner: Any = getattr(model, "model", None)
-        tower, projector = getattr(inner, "vision_tower", None), getattr(inner, "multi_modal_projector", None)
+        tower = getattr(inner, "vision_tower", None) or getattr(inner, "visual", None)
+        projector = getattr(inner, "multi_modal_projector", None)
         self.tower, self.projector = _count(_with_paths(tower)), _count(_with_paths(projector))
+        linears: list[Any] = [base for _, (base, _) in _with_paths(projector)]
+        self.projector_entry = float(linears[0].in_features * linears[0].out_features) if linears else 0.0
         self.tower_trains, self.projector_trains = _trains(tower), _trains(projector)
         self.patches = self.tower_pairs = self.tower_extra = self.visual_tokens = 0.0
         if tower is None:
             return
         config = tower.config
-        self.visual_tokens = float(model.config.image_seq_length)
+        self.visual_tokens = float(getattr(model.config, "image_seq_length", 256))
         side = getattr(config, "image_size", 224) // (getattr(config, "patch_size", 0) or 16)
-        self.patches = float(side * side)
+        self.patches = float(side * side + getattr(config, "model_type", "").startswith("clip"))
         self.tower_pairs = self.patches**2 * config.hidden_size * getattr(config, "num_hidden_layers", 0)
         pixels = 3 * (getattr(config, "patch_size", 0) or 16) ** 2
         self.tower_extra = 2.0 * pixels * config.hidden_size * self.patches
@@ -164,9 +172,10 @@ class FlopCounter:
         vision = self.tower.cost(vision_tokens, passes_back=self.tower_trains, again=0)
         vision += self.tower.adapter_cost(vision_tokens, steps, again=0)
         vision += shape.images * (4 * self.tower_pairs * tower_passes + self.tower_extra)
-        vision += self.projector.cost(
-            shape.images * self.visual_tokens, passes_back=self.tower_trains or self.projector_trains, again=0
-        )
+        seen = shape.images * self.visual_tokens
+        vision += self.projector.cost(seen, passes_back=self.tower_trains or self.projector_trains, again=0)
+        if self.projector_trains and not self.tower_trains:
+            vision -= 2 * seen * self.projector_entry  # nothing asks for the gradient of a frozen tower's features
         head = shape.supervised * self.head * (2 + (2 if self.passes_back else 0) + (2 if self.head_trains else 0))
         return Flops(
             base=base, adapters=adapters, attention=4 * self.attention_width * shape.pairs * passes, head=head,

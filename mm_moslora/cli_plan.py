@@ -1,0 +1,121 @@
+"""`mm-moslora plan`: printing only; the arithmetic is in `mm_moslora.planning`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mm_moslora.config import Recipe
+    from mm_moslora.planning import Memory, Option, Plan
+
+SHOWN = 12
+
+
+def show_plan(
+    recipe: Recipe,
+    gpus: str,
+    *,
+    samples: int | None,
+    tokens_per_sample: float | None,
+    supervised: float,
+    price: float | None,
+) -> int:
+    """Print a plan; 1 when nothing fits.
+
+    Args:
+        recipe: resolved.
+        gpus: such as `8xA100-80G`.
+        samples: of an epoch; None: known by the data file's name.
+        tokens_per_sample: mean, visual tokens included; None: as `samples`.
+        supervised: share of the tokens.
+        price: per GPU and hour, in any currency.
+    """
+    from rich.console import Console
+
+    from mm_moslora.errors import ConfigError
+    from mm_moslora.planning import DataSize, parse_gpus, plan
+
+    if (samples is None) != (tokens_per_sample is None):
+        raise ConfigError("--samples and --tokens-per-sample belong together; one of them is missing.")
+    data = None
+    if samples is not None and tokens_per_sample is not None:
+        pictures = 0.0 if recipe.model.vision is None and recipe.model.vlm is None else 1.0
+        data = DataSize(samples=samples, tokens=tokens_per_sample, supervised=supervised, pictures=pictures)
+    found = plan(recipe, parse_gpus(gpus), data)
+    console = Console()
+    console.print(_parts(found))
+    console.print(_memory(found.best or min(found.options, key=lambda option: option.memory.total)))
+    console.print(_options(found))
+    _verdict(console, found, price)
+    return 0 if found.best is not None else 1
+
+
+def _parts(found: Plan) -> Any:
+    from rich.table import Table
+
+    table = Table("part", "parameters", "trainable", box=None)
+    for name, (total, trainable) in found.footprint.parts.items():
+        table.add_row(name, f"{total:,}", f"{trainable:,}")
+    return table
+
+
+def _options(found: Plan) -> Any:
+    from rich.table import Table
+
+    table = Table("setting", "GiB", "tokens/s", "hours", "fits", box=None)
+    fastest = sorted(found.options, key=lambda option: -option.tokens_per_second)
+    chosen = [option for option in fastest if option is found.best]
+    others = [option for option in fastest if option is not found.best]
+    fitting = [option for option in others if option.fits][: SHOWN // 2]
+    for option in [*chosen, *fitting, *[option for option in others if not option.fits][: SHOWN // 2]]:
+        table.add_row(
+            ("[bold]" if option is found.best else "") + option.label,
+            f"{option.memory.total / 2**30:.1f}", f"{option.tokens_per_second:,.0f}", f"{found.hours(option):.1f}",
+            "[green]yes[/]" if option.fits else f"[red]no[/]: {_reason(option)}",
+        )  # fmt: skip
+    return table
+
+
+def _memory(option: Option) -> Any:
+    from rich.table import Table
+
+    table = Table("GiB per GPU", "", box=None)
+    for item in fields(option.memory):
+        table.add_row(item.name, f"{getattr(option.memory, item.name) / 2**30:.2f}")
+    return table
+
+
+def _reason(option: Option) -> str:
+    """The largest part of what does not fit."""
+    needed: Memory = option.memory
+    name = max((item.name for item in fields(needed)), key=lambda name: getattr(needed, name))
+    return f"{name} take {getattr(needed, name) / 2**30:.0f} GiB"
+
+
+def _verdict(console: Any, found: Plan, price: float | None) -> None:
+    from mm_moslora.planning import utilisation
+
+    gpus, best = found.gpus, found.best
+    console.print(
+        f"Data: {found.data.samples:,} samples of {found.data.tokens:,.0f} tokens, {found.epochs:g} epochs. "
+        f"FLOPs per sample: {found.flops.total / 1e12:.1f} T "
+        f"(base {found.flops.base / found.flops.total:.0%}, adapters {found.flops.adapters / found.flops.total:.0%}, "
+        f"attention {found.flops.attention / found.flops.total:.0%}, head {found.flops.head / found.flops.total:.0%}, "
+        f"vision {found.flops.vision / found.flops.total:.0%})."
+    )
+    if best is None:
+        console.print(f"[red]Nothing fits on {gpus.count} x {gpus.name}.[/] Take more or larger GPUs, or nf4.")
+        return
+    hours, share = found.hours(best), utilisation(gpus, found.footprint)
+    console.print(
+        f"[bold]{best.label}[/]: {best.memory.total / 2**30:.0f} of {gpus.memory / 2**30:.0f} GiB, "
+        f"{best.tokens_per_second:,.0f} tokens/s, {hours:.1f} h ({hours / 1.2:.1f} to {hours / 0.8:.1f}) at "
+        f"{share:.0%} of the peak."
+    )
+    if price is not None:
+        console.print(f"Cost: {hours * gpus.count * price:,.0f} at {price:g} per GPU and hour.")
+    console.print(
+        f"--train.zero {best.zero} --train.micro_batch {best.micro_batch} "
+        f"--train.gradient_checkpointing {str(best.checkpointing).lower()}"
+    )

@@ -1,0 +1,145 @@
+"""A recipe's model without its weights: two decoder layers on the meta device, from the configurations alone.
+
+All decoder layers are alike, so two of them tell the size, the cost and the trainable parameters of any number.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlavaConfig, PreTrainedModel
+from transformers import LlavaForConditionalGeneration as Llava
+
+from mm_moslora.config import Recipe
+from mm_moslora.errors import ModelError
+from mm_moslora.models.attention import SEGMENTS, set_attention
+from mm_moslora.models.build import Assembly
+from mm_moslora.models.lean import use_lean_layers
+from mm_moslora.models.projector import ProjectorShape, projector_class
+from mm_moslora.models.trainable import attach_adapters
+from mm_moslora.models.vlm import VlmConfig, VlmForConditionalGeneration, part_of, takes_rows
+
+LAYERS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skeleton:
+    """A model on the meta device with a few of its decoder layers."""
+
+    model: PreTrainedModel
+    layers: int
+    """Decoder layers of the whole model."""
+    tokens_per_image: int
+
+    @property
+    def held(self) -> nn.ModuleList:
+        """The decoder layers at hand."""
+        return cast(nn.ModuleList, cast(Any, self.model.get_decoder()).layers)
+
+    def parameters(self) -> dict[str, tuple[int, int]]:
+        """Parameters and trainable ones of the whole model by part: language, vision, projector, adapter, mixer."""
+        last = {id(parameter) for parameter in self.held[-1].parameters()}
+        found: dict[str, tuple[int, int]] = {}
+        for name, parameter in self.model.named_parameters():
+            part = "mixer" if "lora_mixer" in name else "adapter" if "lora_" in name else part_of(name)
+            if "lora_" in name and part_of(name) == "vision":
+                part = f"vision {part}"
+            times = 1 + (self.layers - len(self.held) if id(parameter) in last else 0)
+            total, trainable = found.get(part, (0, 0))
+            size = times * parameter.numel()
+            found[part] = (total + size, trainable + (size if parameter.requires_grad else 0))
+        return found
+
+    def quantisable(self) -> int:
+        """Weights of the language model's linear layers but the head, which 4-bit loading packs."""
+        linears = [module for module in self.held[-1].modules() if isinstance(module, nn.Linear)]
+        own = [module for module in linears if not module.weight.requires_grad]
+        return self.layers * sum(module.weight.numel() for module in own)
+
+
+def skeleton(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16) -> Skeleton:
+    """Build a recipe's model on the meta device, adapters and what trains included.
+
+    Args:
+        recipe: names the parts; only their configurations are read.
+        dtype: of the weights.
+
+    Raises:
+        ModelError: a configuration is not to be had, or of a kind that cannot be built without its weights.
+    """
+    config = recipe.model
+    with torch.device("meta"):
+        if config.vlm is not None:
+            model, layers, tokens = _ready(config.vlm, config.vlm_revision)
+        else:
+            model, layers, tokens = _assembled(recipe)
+        model = model.to(dtype)
+        attach_adapters(Assembly(model=model, tokenizer=cast(Any, None)), config, recipe.adapter)
+    if not takes_rows(model):
+        set_attention(model, SEGMENTS)
+        if config.lean_layers:
+            use_lean_layers(model)
+    return Skeleton(model=model.train(), layers=layers, tokens_per_image=tokens)
+
+
+def _read(name: str, revision: str | None, key: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{key} is {name!r}, whose configuration is not to be had ({error}). Give a folder with its config.json, "
+            "or go online."
+        ) from error
+
+
+def _shortened(config: Any) -> tuple[Any, int]:
+    """The configuration with few layers, and how many there were."""
+    config = copy.deepcopy(config)
+    layers = int(config.num_hidden_layers)
+    config.num_hidden_layers = min(LAYERS, layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    return config, layers
+
+
+def _assembled(recipe: Recipe) -> tuple[PreTrainedModel, int, int]:
+    config = recipe.model
+    text, layers = _shortened(_read(str(config.language), config.language_revision, "model.language").get_text_config())
+    if config.vision is None:
+        return AutoModelForCausalLM.from_config(text), layers, 0
+    if ":" in config.vision.name:
+        raise ModelError(
+            f"model.vision.name is {config.vision.name!r}; only towers of transformers can be planned without weights."
+        )
+    vision = _read(config.vision.name, config.vision.revision, "model.vision.name")
+    vision = copy.deepcopy(getattr(vision, "vision_config", vision))
+    vision.image_size = config.vision.image_size or vision.image_size
+    grid = vision.image_size // vision.patch_size
+    shape = ProjectorShape(
+        vision_width=vision.hidden_size, language_width=text.hidden_size, grid=grid, shuffle=config.projector.shuffle
+    )
+    tokens = projector_class(config.projector.kind).tokens(shape)
+    common = {
+        "vision_config": vision, "text_config": text, "image_token_index": text.vocab_size - 1,
+        "image_seq_length": tokens, "vision_feature_layer": config.vision.feature_layer,
+        "tie_word_embeddings": bool(text.tie_word_embeddings),
+    }  # fmt: skip
+    if config.projector.kind == "mlp2x_gelu":
+        return Llava(LlavaConfig(**common)), layers, tokens
+    whole = VlmConfig(
+        **common, projector_kind=config.projector.kind, projector_shuffle=config.projector.shuffle,
+        vision_width=vision.hidden_size, vision_grid=grid,
+    )  # fmt: skip
+    return VlmForConditionalGeneration(whole), layers, tokens
+
+
+def _ready(name: str, revision: str | None) -> tuple[PreTrainedModel, int, int]:
+    config = copy.deepcopy(_read(name, revision, "model.vlm"))
+    text, layers = _shortened(config.get_text_config())
+    config.text_config = text
+    side = getattr(config.vision_config, "patch_size", 14) * getattr(config.vision_config, "spatial_merge_size", 1)
+    return AutoModelForImageTextToText.from_config(config), layers, (448 // side) ** 2

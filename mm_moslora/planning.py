@@ -1,0 +1,293 @@
+"""Memory, time and cost of a run before it starts, from a recipe and a list of GPUs; only configurations are read.
+
+Symbols: ``P`` frozen and ``Pt`` trainable parameters, ``W`` GPUs, ``T`` tokens of a micro-batch, ``K`` supervised ones,
+``C`` vocabulary, ``D`` width, ``F`` MLP width, ``b`` bytes per value. Formulas and their checks: docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from mm_moslora.config import Recipe
+from mm_moslora.errors import ConfigError, suggestion
+from mm_moslora.footprint import Footprint, footprint
+from mm_moslora.training.flops import DENSE_TFLOPS, Flops, StepShape
+
+GIB = 2**30
+FREE_SHARE = 0.94
+"""Of a GPU's memory that a plan may fill; the rest is fragmentation."""
+CONTEXT = 1.2 * GIB
+"""CUDA context, libraries and communication buffers."""
+BUCKET = 50_000_000
+"""Elements of a reduce bucket in the presets."""
+LIVE = 1_000_000_000
+"""ZeRO-3: elements that stay gathered (stage3_max_live_parameters), at most the whole model."""
+LOGIT_CHUNK = 512 * 2**20
+"""Largest block of fp32 logits on a GPU (`mm_moslora.losses`)."""
+STAGES = ("zero1", "zero2", "zero3")
+
+MEMORY_GB = {
+    "A100-40G": ("A100", 40, 230), "A100-80G": ("A100", 80, 230), "A800-80G": ("A800", 80, 160),
+    "H100-80G": ("H100", 80, 370), "H800-80G": ("H800", 80, 160), "H200-141G": ("H200", 141, 370),
+    "H20-96G": ("H20", 96, 370), "B200-180G": ("B200", 180, 700), "L40S-48G": ("L40S", 48, 20),
+    "L4-24G": ("L4", 24, 20), "A10-24G": ("A10", 24, 20), "A6000-48G": ("A6000", 48, 20),
+    "RTX3090-24G": ("RTX 3090", 24, 10), "RTX4090-24G": ("RTX 4090", 24, 10), "RTX5090-32G": ("RTX 5090", 32, 20),
+    "V100-32G": ("V100", 32, 120), "T4-16G": ("T4", 16, 8), "MI300X-192G": ("MI300X", 192, 300),
+}  # fmt: skip
+"""Name: peak's name in `DENSE_TFLOPS`, memory in GB, bandwidth between GPUs of one machine in GB/s (usual wiring)."""
+
+KNOWN_DATA = {
+    "llava_v1_5_mix665k": (665_298, 838, 0.939), "blip_laion_cc_sbu_558k": (558_128, 620, 1.0),
+    "commonsense_170k": (170_420, 110, 0.0),
+}  # fmt: skip
+"""Data file: samples, mean tokens per sample with 576 visual ones (assumed lengths), share with a picture."""
+LLAVA_VISUAL = 576
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpus:
+    """What a run has."""
+
+    name: str
+    count: int
+    memory: float
+    """Bytes of one."""
+    peak: float
+    """Dense half-precision FLOP/s of one."""
+    bandwidth: float
+    """Bytes per second between them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSize:
+    """What an epoch holds."""
+
+    samples: int
+    tokens: float
+    """Mean per sample, visual ones included."""
+    supervised: float = 0.15
+    """Share of the tokens."""
+    pictures: float = 1.0
+    """Mean per sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one GPU, by part."""
+
+    weights: float
+    adapters: float
+    """Trained weights, in the compute dtype."""
+    gradients: float
+    optimiser: float
+    activations: float
+    workspace: float
+    """Largest temporaries of a backward pass."""
+    logits: float
+    buffers: float
+    """ZeRO's buckets and gathered weights."""
+    context: float = CONTEXT
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return float(sum(getattr(self, item.name) for item in fields(self)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One setting, and what becomes of it."""
+
+    zero: str
+    checkpointing: bool
+    micro_batch: int
+    memory: Memory
+    tokens_per_second: float
+    """Over all GPUs, at the middle of the expected utilisation."""
+    fits: bool
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"{self.zero}, micro-batch {self.micro_batch}{', checkpointing' if self.checkpointing else ''}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The fastest setting that fits, and the others."""
+
+    gpus: Gpus
+    footprint: Footprint
+    data: DataSize
+    epochs: float
+    flops: Flops
+    """Of one mean sample, with the chosen setting's recomputation."""
+    best: Option | None
+    options: list[Option]
+
+    def hours(self, option: Option) -> float:
+        """Wall time of the run."""
+        return self.data.samples * self.data.tokens * self.epochs / option.tokens_per_second / 3600
+
+
+def parse_gpus(text: str) -> Gpus:
+    """`8xA100-80G` as `Gpus`; memory may be left out where a card has one size.
+
+    Raises:
+        ConfigError: not of that form, or an unknown card.
+    """
+    match = re.fullmatch(r"(?:(\d+)x)?([A-Za-z0-9]+)(?:-(\d+)G?B?)?", text.strip())
+    if match is None or match[1] == "0":
+        raise ConfigError(f"{text!r} is no list of GPUs, expected COUNTxNAME-MEMORY such as 8xA100-80G.")
+    name = match[2].upper() + (f"-{match[3]}G" if match[3] else "")
+    found = [key for key in MEMORY_GB if key == name or (not match[3] and key.startswith(f"{name}-"))]
+    if len(found) != 1:
+        raise ConfigError(f"{text!r} names no known GPU.{suggestion(name, MEMORY_GB)} Known: {', '.join(MEMORY_GB)}.")
+    peak, memory, bandwidth = MEMORY_GB[found[0]]
+    return Gpus(
+        name=found[0], count=int(match[1] or 1), memory=memory * 1e9, peak=DENSE_TFLOPS[peak] * 1e12,
+        bandwidth=bandwidth * 1e9,
+    )  # fmt: skip
+
+
+def known_data(recipe: Recipe, tokens_per_image: int) -> DataSize | None:
+    """Size of the recipe's first source, if it is one that everybody uses."""
+    for source in recipe.data.train:
+        known = KNOWN_DATA.get(Path(source.path).stem)
+        if known:
+            samples, tokens, pictures = known
+            mean = tokens + (tokens_per_image - LLAVA_VISUAL) * pictures
+            return DataSize(samples=samples, tokens=mean, pictures=pictures)
+    return None
+
+
+def memory(
+    size: Footprint,
+    *,
+    zero: str,
+    world: int,
+    tokens: float,
+    supervised: float,
+    images: float,
+    checkpointing: bool,
+    logit_chunk: int = LOGIT_CHUNK,
+) -> Memory:
+    """Bytes on one GPU.
+
+    Args:
+        size: of the model.
+        zero: `none` (plain torch), or zero0 to zero3.
+        world: GPUs.
+        tokens: of one micro-batch.
+        supervised: of those.
+        images: in the micro-batch.
+        checkpointing: full, of the decoder.
+        logit_chunk: bytes of fp32 logits at a time.
+    """
+    trained, b = size.trainable, size.value_bytes
+    split = {"none": (1, 1, 1), "zero0": (1, 1, 1), "zero1": (1, 1, world), "zero2": (1, world, world)}
+    by_weights, by_gradients, by_states = split.get(zero.removesuffix("_offload"), (world, world, world))
+    masters = 0 if b == 4 and zero != "none" else 4
+    layers = size.layers * size.width * b if checkpointing else size.layers * size.kept_per_layer
+    kept = layers + (size.kept_per_layer if checkpointing else 0) + size.kept_elsewhere
+    rows = min(supervised, max(64, logit_chunk // (4 * size.vocabulary)))
+    gathered = min(LIVE, size.frozen + trained) * 2 * b if by_weights > 1 else 0
+    return Memory(
+        weights=size.weight_bytes / by_weights,
+        adapters=trained * b / by_weights,
+        gradients=trained * (4 if zero == "none" else b) / by_gradients,
+        optimiser=0 if zero.endswith("_offload") else trained * (8 + masters) / by_states,
+        activations=tokens * kept + images * size.kept_per_image,
+        workspace=tokens * size.workspace_per_token + images * size.workspace_per_image,
+        logits=rows * size.vocabulary * (4 + b) + supervised * size.width * b,
+        buffers=(0 if zero == "none" else 2 * min(BUCKET, trained) * b) + gathered,
+    )
+
+
+def utilisation(gpus: Gpus, size: Footprint) -> float:
+    """Share of the peak that executed FLOPs reach: measured runs of others lie within a fifth of these figures."""
+    lean = size.is_lean
+    return (0.40 if lean else 0.30) if gpus.peak > 5e14 else (0.45 if lean else 0.33)
+
+
+def speed(size: Footprint, gpus: Gpus, data: DataSize, *, zero: str, micro_batch: int, checkpointing: bool) -> float:
+    """Tokens per second over all GPUs; ZeRO-3's gathers hide behind computation as far as they can."""
+    work = size.counter.count(_sample(data, micro_batch), checkpointing=checkpointing).total
+    seconds = work / (gpus.peak * utilisation(gpus, size))
+    if zero.startswith("zero3"):
+        passes = 3 if checkpointing else 2
+        seconds = max(seconds, passes * size.weight_bytes * (gpus.count - 1) / gpus.count / gpus.bandwidth)
+    elif gpus.count > 1:
+        seconds += 2 * size.trainable * size.value_bytes / gpus.bandwidth / 4  # a few micro-batches share it
+    return gpus.count * micro_batch * data.tokens / seconds
+
+
+def _sample(data: DataSize, count: int) -> StepShape:
+    return StepShape(
+        tokens=round(count * data.tokens), supervised=round(count * data.tokens * data.supervised),
+        pairs=count * data.tokens * (data.tokens + 1) / 2, images=round(count * data.pictures),
+    )  # fmt: skip
+
+
+def _simplest(options: list[Option]) -> Option | None:
+    """Of about equally fast settings: ZeRO-2 before 1 before 3, then the larger micro-batch (fewer, larger kernels)."""
+    order = {"zero0": 0, "zero2": 0, "zero1": 1, "zero3": 2}
+    return min(options, key=lambda o: (o.checkpointing, order[o.zero], -o.micro_batch), default=None)
+
+
+def settings(recipe: Recipe, gpus: Gpus) -> Iterator[tuple[str, bool, int]]:
+    """ZeRO stage, checkpointing and micro-batch to try; the recipe's global batch is kept."""
+    share = max(1, recipe.train.global_batch // gpus.count)
+    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if share % size == 0]
+    stages = STAGES if gpus.count > 1 else ("zero0",)
+    for zero in stages:
+        for checkpointing in (False, True):
+            for micro_batch in sizes:
+                yield zero, checkpointing, micro_batch
+
+
+def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None) -> Plan:
+    """Try every setting and choose the fastest that fits.
+
+    Args:
+        recipe: resolved; its parts' configurations are read.
+        gpus: from `parse_gpus`.
+        data: None: `known_data`.
+
+    Raises:
+        ConfigError: the data's size is neither given nor known.
+        ModelError: a configuration is not to be had.
+    """
+    size = footprint(recipe)
+    data = data or known_data(recipe, size.tokens_per_image)
+    if data is None:
+        raise ConfigError("How much data there is is not known. Give --samples and --tokens-per-sample.")
+    data = replace(data, tokens=min(data.tokens, recipe.data.max_length))
+    options = []
+    for zero, checkpointing, micro_batch in settings(recipe, gpus):
+        needed = memory(
+            size, zero=zero, world=gpus.count, tokens=micro_batch * data.tokens,
+            supervised=micro_batch * data.tokens * data.supervised, images=micro_batch * data.pictures,
+            checkpointing=checkpointing,
+        )  # fmt: skip
+        rate = speed(size, gpus, data, zero=zero, micro_batch=micro_batch, checkpointing=checkpointing)
+        options.append(
+            Option(
+                zero=zero,
+                checkpointing=checkpointing,
+                micro_batch=micro_batch,
+                memory=needed,
+                tokens_per_second=rate,
+                fits=needed.total <= FREE_SHARE * gpus.memory,
+            )
+        )
+    fitting = [option for option in options if option.fits]
+    best = _simplest([o for o in fitting if o.tokens_per_second >= 0.98 * max(f.tokens_per_second for f in fitting)])
+    flops = size.counter.count(_sample(data, 1), checkpointing=best.checkpointing if best else False)
+    epochs = recipe.train.epochs
+    if recipe.train.steps:
+        epochs = recipe.train.steps * recipe.train.global_batch / data.samples
+    return Plan(gpus=gpus, footprint=size, data=data, epochs=epochs, flops=flops, best=best, options=options)

@@ -1,0 +1,111 @@
+"""What a plan counts, held against what is measured: peak memory, and torch's own count of FLOPs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import planning_worker
+import pytest
+import torch
+import transformers as t
+from torch.utils.flop_counter import FlopCounterMode
+
+from mm_moslora import adapters
+from mm_moslora.batch import Batch, Example
+from mm_moslora.errors import ConfigError
+from mm_moslora.footprint import footprint
+from mm_moslora.losses import CHUNK_BYTES
+from mm_moslora.models.attention import set_attention
+from mm_moslora.models.lean import use_lean_layers
+from mm_moslora.planning import memory, parse_gpus
+from mm_moslora.training.engine import LossModule
+from mm_moslora.training.flops import FlopCounter, StepShape, device_peak
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_the_memory_model_is_within_a_tenth_of_the_measured_peak_for_four_sizes(tmp_path: Path) -> None:
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    worker = [sys.executable, str(TESTS / "planning_worker.py"), str(tmp_path)]
+    output = subprocess.run(worker, capture_output=True, text=True, check=True, env=environment, timeout=540).stdout
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert len(rows) == 4
+    for row in rows:
+        size = footprint(planning_worker.recipe(tmp_path / str(row["width"])), dtype=torch.float32)
+        needed = memory(
+            size, zero="none", world=1, tokens=row["tokens"], supervised=row["supervised"], images=0,
+            checkpointing=False, logit_chunk=CHUNK_BYTES["cpu"],
+        )  # fmt: skip
+        expected = row["start"] + needed.total - needed.context
+        own, counted = row["peak"] - row["start"], expected - row["start"]
+        print(
+            f"{row['width']}: {own / 1e6:.0f} MB measured, {counted / 1e6:.0f} expected, {row['start'] / 1e6:.0f} before"
+        )
+        assert expected == pytest.approx(row["peak"], rel=0.10)
+
+
+def vlm(*, mode: str) -> t.PreTrainedModel:
+    vision = t.CLIPVisionConfig(
+        hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    text = t.LlamaConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    config = t.LlavaConfig(vision_config=vision, text_config=text, image_token_index=511, image_seq_length=16)
+    model = t.LlavaForConditionalGeneration(config).requires_grad_(False)
+    if mode == "adapters":
+        adapters.add_moslora(model, adapters.MoSLoRAConfig(r=8), component="model.language_model")
+    elif mode == "full":
+        model.model.language_model.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+    model.model.multi_modal_projector.requires_grad_(True)
+    return model.train()
+
+
+@pytest.mark.parametrize("mode", ["adapters", "projector alone", "full"])
+@pytest.mark.parametrize("lean", [False, True])
+def test_flops_are_within_two_per_cent_of_torchs_count(mode: str, lean: bool) -> None:
+    model = vlm(mode=mode)
+    set_attention(model, "mm_moslora_segments" if lean else "eager")
+    if lean:
+        use_lean_layers(model)
+    length = 128
+    ids = torch.randint(0, 500, (length,))
+    ids[:16] = 511
+    supervised = torch.arange(length) >= 100
+    example = Example(id="", input_ids=ids, supervised=supervised, pixel_values=torch.randn(1, 3, 56, 56))
+    batch = Batch.from_examples([example])
+    # torch's counter knows no in-place addmm_, which adapters add themselves with, and no attention kernel of the CPU.
+    known = {torch.ops.aten.addmm_: lambda _, left, right, **__: 2 * left[0] * left[1] * right[1]}
+    with FlopCounterMode(display=False, custom_mapping=known) as counted:
+        LossModule(model, None)(batch, True).backward()
+    # Eager attention multiplies whole squares.
+    shape = StepShape(tokens=length, supervised=batch.supervised_tokens, pairs=0 if lean else length**2, images=1)
+    assert FlopCounter(model).count(shape).total == pytest.approx(counted.get_total_flops(), rel=0.02)
+
+
+def test_checkpointing_a_frozen_base_costs_half_as_much_again() -> None:
+    counter = FlopCounter(vlm(mode="adapters"))
+    shape = StepShape.of([300, 200], supervised=50)
+    plain, again = counter.count(shape), counter.count(shape, checkpointing=True)
+    assert again.base == pytest.approx(1.5 * plain.base)
+    assert again.head == plain.head
+
+
+def test_devices_and_gpu_lists_are_read_as_people_write_them() -> None:
+    assert device_peak("NVIDIA A100-SXM4-80GB") == 312e12
+    assert device_peak("NVIDIA H100 PCIe") == 756e12
+    assert device_peak("NVIDIA GeForce RTX 4090") == 165e12
+    assert device_peak("Some future card") is None
+    gpus = parse_gpus("8xA100-80G")
+    assert (gpus.count, gpus.memory) == (8, 80e9)
+    assert parse_gpus("rtx4090").count == 1
+    for wrong in ("8xA100", "two A100s", "0xA100-80G", "4xH101-80G"):
+        with pytest.raises(ConfigError, match=r"COUNTxNAME|names no known GPU"):
+            parse_gpus(wrong)

@@ -1,0 +1,128 @@
+"""Every shipped recipe on meta tensors: what is adapted, how much trains, at which rates, for how many steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from planning_configs import INTERNLM2, write_configurations
+
+from mm_moslora.config import Recipe, load_recipe, recipe_names
+from mm_moslora.footprint import footprint
+from mm_moslora.models.skeleton import skeleton
+from mm_moslora.planning import known_data, parse_gpus, plan
+from mm_moslora.training.optim import lr_factor, parameter_groups
+
+SHIPPED = [name for name in recipe_names() if not name.startswith("quickstart")]
+# Millions of adapter and mixer parameters: language model, then encoder (arXiv 2406.11909 and arithmetic).
+COUNTS = {
+    "llava15_7b_lora": (319.8, 0, 0, 0), "llava15_7b_moslora": (319.8, 3.7, 0, 0),
+    "llava15_13b_lora": (500.7, 0, 0, 0), "llava15_13b_moslora": (500.7, 4.6, 0, 0),
+    "llama3_8b_clip_moslora": (167.8, 0.9, 28.3, 0.6), "internlm2_7b_qmoslora": (1208.0, 41.9, 28.3, 0.6),
+    "commonsense_170k": (28.3, 0.04, 0, 0),
+}  # fmt: skip
+BATCHES = {"pretrain": 256, "full": 128, "lora": 128, "moslora": 128}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_configurations(tmp_path_factory.mktemp("configurations"))
+
+
+def shipped(name: str, folders: dict[str, str]) -> Recipe:
+    model = load_recipe(name).model
+    overrides = [f"model.vlm={folders[model.vlm]}"] if model.vlm else [f"model.language={folders[str(model.language)]}"]
+    if model.vision is not None:
+        overrides.append(f"model.vision.name={folders[model.vision.name]}")
+    return load_recipe(name, overrides)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_recipe_adapts_the_right_modules_and_as_many_parameters_as_is_known(name: str, folders) -> None:
+    recipe = shipped(name, folders)
+    bones = skeleton(recipe)
+    found = bones.parameters()
+    kinds = ("adapter", "mixer", "vision adapter", "vision mixer")
+    trained = [found.get(kind, (0, 0))[1] / 1e6 for kind in kinds]
+    if name in COUNTS:
+        assert trained == pytest.approx(COUNTS[name], abs=0.06, rel=0.001)
+    adapted = {path.split(".lora_A")[0] for path, _ in bones.model.named_parameters() if ".lora_A." in path}
+    assert bool(adapted) == (recipe.model.language_mode == "adapter")
+    assert not any("lm_head" in path or "multi_modal_projector" in path for path in adapted)
+    assert any("vision_tower" in path for path in adapted) == bool(
+        recipe.model.vision and recipe.model.vision.mode == "adapter"
+    )
+    leaves = {path.rpartition(".")[2] for path in adapted if "vision_tower" not in path}
+    if recipe.model.language == folders[INTERNLM2]:
+        assert leaves == {"wqkv", "wo", "w1", "w2", "w3"}
+    elif adapted:
+        whole = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+        assert leaves == (whole if recipe.adapter.targets == "all-linear" else set(recipe.adapter.targets))
+    assert found.get("projector", (0, 0))[1] > 0 or recipe.model.vision is None
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_recipe_trains_its_groups_at_its_rates_over_its_schedule(name: str, folders) -> None:
+    recipe = shipped(name, folders)
+    rates = {group.name: group.peak_lr for group in parameter_groups(skeleton(recipe).model, recipe.optim)}
+    optim = recipe.optim
+    if recipe.model.language_mode == "adapter":
+        assert rates["adapter"] == optim.lr
+        assert rates.get("mixer", optim.lr) == optim.lr
+    if "projector" in rates:
+        assert rates["projector"] == (optim.lr if optim.projector_lr is None else optim.projector_lr)
+    if name.startswith("llava15"):
+        kind = name.rpartition("_")[2]
+        assert recipe.train.global_batch == BATCHES[kind]
+        assert rates["projector"] == {"pretrain": 1e-3}.get(kind, 2e-5)
+    if name in ("llama3_8b_clip_moslora", "internlm2_7b_qmoslora"):
+        assert recipe.train.global_batch == 64
+        assert lr_factor(310, 10_395, optim) < 1.0 <= lr_factor(312, 10_395, optim)
+    assert lr_factor(10_000, 10_000, optim) == 0.0
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_head_of_a_recipe_says_how_to_launch_it_and_what_to_expect(name: str) -> None:
+    text = (Path(__file__).parents[2] / "mm_moslora" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    comment = text.partition("\nname:")[0]
+    assert f"train {name}" in comment
+    for word in ("Launch:", "Data:", "Expect:"):
+        assert word in comment
+
+
+def test_a_plan_names_the_fastest_setting_that_fits_and_why_others_do_not(folders) -> None:
+    recipe = shipped("llava15_7b_moslora", folders)
+    found = plan(recipe, parse_gpus("8xA100-80G"))
+    assert found.best is not None
+    assert found.best.zero == "zero2"
+    assert not found.best.checkpointing
+    # 14.1 GB of weights and 323.5 M trained: 2P + 2Pt + 14Pt/W.
+    states = found.best.memory
+    assert (states.weights + states.adapters + states.gradients + states.optimiser) / 1e9 == pytest.approx(
+        15.3, rel=0.02
+    )
+    small = plan(recipe, parse_gpus("8xRTX4090"))
+    assert small.best is not None
+    assert small.best.memory.total < 0.94 * 24e9
+    assert any(not option.fits for option in small.options)
+    alone = plan(shipped("llava15_13b_full", folders), parse_gpus("1xRTX3090"))
+    assert alone.best is None
+    halved = plan(recipe, parse_gpus("4xA100-80G"))
+    assert halved.best is not None
+    assert halved.hours(halved.best) == pytest.approx(2 * found.hours(found.best), rel=0.02)
+
+
+def test_a_quantised_base_takes_a_third_of_the_memory(folders) -> None:
+    recipe = shipped("llama3_8b_clip_moslora", folders)
+    whole = footprint(recipe)
+    packed = footprint(load_recipe_with(recipe, "nf4"))
+    assert packed.weight_bytes < 0.4 * whole.weight_bytes
+    data = known_data(recipe, whole.tokens_per_image)
+    assert data is not None
+    assert data.samples == 665_298
+
+
+def load_recipe_with(recipe: Recipe, quantisation: str) -> Recipe:
+    changed = recipe.to_dict()
+    changed["model"]["quantisation"] = quantisation
+    return Recipe.from_dict(changed)
