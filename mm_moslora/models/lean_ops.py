@@ -111,10 +111,12 @@ def _normalise_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor
 
 
 def _group(flat: Sequence[Tensor | None], scalings: Sequence[float]) -> list[AdaptedLinear]:
-    return [
-        AdaptedLinear(*flat[start : start + _PARTS], scaling)  # type: ignore[arg-type]
-        for start, scaling in zip(range(0, len(flat), _PARTS), scalings, strict=True)
-    ]
+    grouped = []
+    for index, scaling in enumerate(scalings):
+        weight, bias, A, M, B = flat[index * _PARTS : (index + 1) * _PARTS]
+        assert weight is not None
+        grouped.append(AdaptedLinear(weight, bias, A, M, B, scaling))
+    return grouped
 
 
 def _stacked(linears: Sequence[AdaptedLinear], dtype: torch.dtype) -> Tensor | None:
