@@ -280,6 +280,7 @@ def comparison_text(result: Comparison) -> str:
         f"A {verdict} from B at the 5 % level.",
         f"With {pair.n} documents a true difference of {result.detectable:.4f} is seen four times out of five.",
     ]
+    lines += [result.caution] if result.caution else []
     if max(len(result.seeds_a), len(result.seeds_b)) > 1:
         shown = [", ".join(f"{score:.4f}" for score in seeds) for seeds in (result.seeds_a, result.seeds_b)]
         lines.append(
@@ -307,7 +308,17 @@ def table(results: Sequence[TaskResult]) -> str:
         )
     head = ("task", "images", "score", "stderr", "95 %", "n", "failed", "not inferable", "truncated")
     notes = [f"{result.id}: {result.about['unscored']}" for result in results if result.about.get("unscored")]
+    notes += [f"{result.id}: {odd}" for result in results if (odd := _odd_count(result))]
     return "\n".join([_table(head, rows), *notes])
+
+
+def _odd_count(result: TaskResult) -> str:
+    """Says so when the data is not the whole benchmark, whatever --limit took of it."""
+    rows, expected = result.about.get("data", {}).get("rows"), result.about.get("expected_count")
+    if expected is None or rows in (None, expected):
+        return ""
+    doubt = ", a number that nobody has checked" if "expected_count" in result.about.get("unverified", ()) else ""
+    return f"the data holds {rows} documents, the full set has {expected}{doubt}."
 
 
 def _score_cells(result: TaskResult) -> tuple[str, str, str]:

@@ -220,6 +220,7 @@ def _protocol(task: Task) -> dict[str, Any]:
         "aggregation": task.aggregation,
         "expected_count": task.expected_count,
         "licence": task.licence,
+        "unverified": list(task.unverified),
         "published": [asdict(row) for row in task.published],
         "notes": task.notes,
     }

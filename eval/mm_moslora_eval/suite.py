@@ -93,6 +93,18 @@ class Comparison:
     """Standard deviation between seeds, pooled over both systems; nan with one seed each."""
     samples: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = ()
     """The rows of A and B (of their first seeds) whose score differs."""
+    aggregation: str = "mean"
+    """How the task adds samples up for its headline; what is compared here is always the mean over samples."""
+
+    @property
+    def caution(self) -> str:
+        """What a reader must know whose task has another headline than the mean; empty for a mean."""
+        if self.aggregation == "mean":
+            return ""
+        return (
+            f"Compared is the mean score of single samples; the headline of this task adds them up otherwise "
+            f"({self.aggregation})."
+        )
 
 
 def read_samples(place: Path) -> list[dict[str, Any]]:
@@ -155,7 +167,15 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Com
         seeds_b=seeds[1],
         seed_spread=_pooled_spread(seeds),
         samples=tuple((first[name], b[0][name]) for name in changed),
+        aggregation=_aggregation(place),
     )
+
+
+def _aggregation(place: Path) -> str:
+    described = (place if place.is_dir() else place.parent) / "task.json"
+    if not described.is_file():
+        return "mean"
+    return str(json.loads(described.read_text(encoding="utf-8"))["task"]["aggregation"])
 
 
 def _by_id(place: Path) -> dict[str, dict[str, Any]]:

@@ -184,6 +184,23 @@ def test_compare_runs_seeds_and_page(tmp_path: Path, capsys) -> None:
     assert "does not differ" in capsys.readouterr().out
 
 
+def test_a_comparison_says_when_the_headline_is_no_mean(finished: Path, tmp_path: Path, capsys) -> None:
+    place, page = finished / "pope@llava", tmp_path / "page.html"
+    assert cli.run(["eval", "compare", str(place / "own"), str(place / "wrong"), "--html", str(page)]) == 0
+    assert "the headline of this task adds them up otherwise (pope_splits)" in capsys.readouterr().out
+    assert "(pope_splits)" in page.read_text()
+
+
+def test_a_run_on_a_part_of_the_benchmark_says_so(miniature: Path, tmp_path: Path, capsys) -> None:
+    task = tmp_path / "part.yaml"
+    text = (miniature / "ai2d.yaml").read_text().replace("expected_count: null", "expected_count: 3088")
+    task.write_text(text.replace("path: AI2D_TEST.tsv", f"path: {miniature / 'AI2D_TEST.tsv'}"))
+    (tmp_path / "answers.json").write_text(json.dumps({str(n): "A" for n in range(6)}))
+    model, run = f"replay:{tmp_path / 'answers.json'}", str(tmp_path / "run")
+    assert cli.run(["eval", "run", str(task), "--model", model, "--output", run, "--no-report"]) == 0
+    assert "the data holds 6 documents, the full set has 3088." in capsys.readouterr().out
+
+
 def test_report_is_one_escaped_page_without_network(tmp_path: Path) -> None:
     html = (replayed(tmp_path, "a", 4) / "report.html").read_text()
     assert "&lt;b&gt;x&lt;/b&gt;" in html
