@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mm_moslora.errors import EvalError, suggestion
@@ -13,7 +13,7 @@ from .model import IMAGE, Message, Part
 from .tasks.wordings import WORDINGS
 
 _FIELD = re.compile(r"\{(\w+(?:-\w+)*)\}")
-_IMAGE_TAG = re.compile(r"<image(?: \d+)?>")
+_IMAGE_TAG = re.compile(r"<image(?: (\d+))?>")
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
 
@@ -81,13 +81,39 @@ class Prompt:
         """The conversation that asks the document.
 
         Raises:
-            EvalError: no question, or another number of image tags in the text than the document has images.
+            EvalError: no question, or image tags in the text that do not fit the document's images.
         """
         if not document.question and self.default_question is None and "{question}" in self.template:
             raise EvalError("the document has no question")
-        content = self._content(self.text(document), len(document.images))
+        text = self.text(document)
+        content = self._content(text, self._order(text, len(document.images)))
         user = Message(role="user", content=content)
         return (user,) if self.system is None else (Message(role="system", content=(self.system,)), user)
+
+    def image_order(self, document: Document) -> tuple[int, ...]:
+        """Which of the document's images stands at each image part of its messages.
+
+        `<image 2>` is the second one, wherever and however often it is named; images that no such tag names are not
+        shown (MMMU). Without numbers every image stands once, in order.
+
+        Raises:
+            EvalError: see `messages`.
+        """
+        return self._order(self.text(document), len(document.images))
+
+    @staticmethod
+    def _order(text: str, images: int) -> tuple[int, ...]:
+        tags = _IMAGE_TAG.findall(text)
+        if not tags:
+            return tuple(range(images))
+        if all(tags):
+            order = tuple(int(number) - 1 for number in tags)
+            if not set(order) <= set(range(images)):
+                raise EvalError(f"the text names image {max(order) + 1}, the document has {images} images")
+            return order
+        if any(tags) or len(tags) != images:
+            raise EvalError(f"the text has {len(tags)} image tags, the document has {images} images")
+        return tuple(range(images))
 
     def _question(self, question: str) -> str:
         for piece in self.remove:
@@ -105,18 +131,15 @@ class Prompt:
             translated, plain = self.chinese_instruction, self.instruction
         return translated if chinese and translated is not None else plain
 
-    def _content(self, text: str, images: int) -> tuple[Part, ...]:
-        tags = _IMAGE_TAG.findall(text)
-        if tags:
-            if len(tags) != images:
-                raise EvalError(f"the text has {len(tags)} image tags, the document has {images} images")
+    def _content(self, text: str, order: Sequence[int]) -> tuple[Part, ...]:
+        if _IMAGE_TAG.search(text):
             parts: list[Part] = []
-            for index, piece in enumerate(_IMAGE_TAG.split(text)):
+            for index, piece in enumerate(_IMAGE_TAG.split(text)[::2]):  # every second one is a tag's number
                 parts += [IMAGE, piece] if index else [piece]
             return tuple(part for part in parts if part != "")
-        if images == 0:
+        if not order:
             return (text,)
-        places: tuple[Part, ...] = (IMAGE,) * images
+        places: tuple[Part, ...] = (IMAGE,) * len(order)
         separator = self.image_separator
         return (*places, separator + text) if self.images == "first" else (text + separator, *places)
 

@@ -81,17 +81,19 @@ class Preparation:
     def _item(
         self, index: int, document: Document, own: tuple[str, ...], problem: str | None, fingerprint: str
     ) -> Item:
-        task, shown = self._task, own
-        if self._mode == "wrong":
-            shown = tuple(self._other[name] for name in own)
-        elif self._mode == "blind":
-            shown = tuple(f"mean:{name}" for name in own)
+        task = self._task
         messages: tuple[Message, ...] = ()
         if problem is None:
             try:
                 messages = task.prompt.messages(document)
+                own = tuple(own[place] for place in task.prompt.image_order(document))
             except EvalError as error:
                 problem = str(error)
+        shown = own
+        if self._mode == "wrong":
+            shown = tuple(self._other[name] for name in own)
+        elif self._mode == "blind":
+            shown = tuple(f"mean:{name}" for name in own)
         conversation = [[message.role, message.text] for message in messages]
         decided = {
             "format": FORMAT,

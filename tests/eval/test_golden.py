@@ -313,8 +313,9 @@ def prompt_vlmevalkit(row: Row) -> Any:
     protocol = "moslora" if "XTuner" in row["source"] else "llava" if "LLaVA.build" in row["source"] else "vlmevalkit"
     task = get_task(f"{VLMEVALKIT_TASKS.get(row['benchmark'], 'mmbench_en_dev')}@{protocol}")
     prompt = dataclasses.replace(task.prompt, image_separator="")  # VLMEvalKit leaves the separator to the model
-    (message,) = prompt.messages(tsv.document(given, images=pictures))
-    shown = iter(pictures)
+    document = tsv.document(given, images=pictures)
+    (message,) = prompt.messages(document)
+    shown = iter([pictures[place] for place in prompt.image_order(document)])
     return [
         {"type": "text", "value": part} if isinstance(part, str) else {"type": "image", "value": str(next(shown))}
         for part in message.content

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from mm_moslora_eval.documents import Document, StoredImage
 from mm_moslora_eval.images import Hasher, mean_image, open_image
+from mm_moslora_eval.model import IMAGE
 from mm_moslora_eval.registry import all_tasks, get_task
+from mm_moslora_eval.requests import Preparation
 from mm_moslora_eval.runner import Settings
 from mm_moslora_eval.sources import hf
 from mm_moslora_eval.suite import evaluate
@@ -183,3 +185,32 @@ def test_a_number_that_is_an_index_and_a_text_is_not_guessed() -> None:
         answer_of("2")
     assert answer_of("1", options=("cat", "dog")).answers == ("B",)
     assert answer_of("dog", options=("cat", "dog")).answers == ("B",)
+
+
+@pytest.mark.parametrize(
+    ("question", "order"),
+    [
+        ("<image 1> or <image 2>?", (0, 1)),
+        ("<image 2> before <image 1>?", (1, 0)),
+        ("<image 1>, once more <image 1>?", (0, 0)),
+        ("Only <image 2>?", (1,)),
+        ("None named", (0, 1)),
+    ],
+)
+def test_numbered_image_tags_show_the_images_they_name(question: str, order: tuple[int, ...], tmp_path: Path) -> None:
+    prompt = get_task("mmmu_val@lmms_eval").prompt
+    images = (picture(1), picture(2))
+    document = Document(id="1", images=images, question=question, options={"A": "x"}, answers=("A",))
+    assert prompt.image_order(document) == order
+    task = get_task("mmmu_val@lmms_eval")
+    (item,) = Preparation(task, [document], mode="own", seed=0, fingerprint="f", hasher=Hasher()).items
+    assert item.problem is None
+    assert item.image_ids == tuple(Hasher()(images[place]) for place in order)
+    assert sum(part is IMAGE for part in item.messages[0].content) == len(order)
+
+
+def test_a_tag_for_an_image_that_is_not_there_is_a_counted_failure() -> None:
+    task = get_task("mmmu_val@lmms_eval")
+    document = Document(id="1", images=(picture(1),), question="<image 2>?", options={"A": "x"}, answers=("A",))
+    (item,) = Preparation(task, [document], mode="own", seed=0, fingerprint="f", hasher=Hasher()).items
+    assert item.problem == "the text names image 2, the document has 1 images"
