@@ -40,6 +40,8 @@ class Recipe:
     """R; alpha is the same, so that s = 1."""
     mixer_init: str = "orthogonal"
     """How M starts."""
+    mixer_trainable: bool = True
+    """False with mixer_init identity is plain LoRA."""
     init_lora_weights: str = "gaussian"
     """How A starts."""
     targets: tuple[str, ...] = TARGETS
@@ -110,6 +112,7 @@ def adapt(denoiser: nn.Module, recipe: Recipe) -> nn.Module:
         r=recipe.rank,
         lora_alpha=recipe.rank,
         mixer_init=recipe.mixer_init,  # type: ignore[arg-type]
+        mixer_trainable=recipe.mixer_trainable,
         init_lora_weights=recipe.init_lora_weights,  # type: ignore[arg-type]
     )
     return add_moslora(denoiser, config, targets=list(recipe.targets)).train()

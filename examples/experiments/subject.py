@@ -1,0 +1,308 @@
+#!/usr/bin/env python
+"""The subject-driven experiment (section 4.3 of arXiv 2406.11909) in small: real pictures, a diffusion model made here.
+
+    python examples/experiments/subject.py OUT [--limit-minutes M]
+
+A UNet from a config learns 16 x 16 pictures of Tux Paint's stamps, conditioned on their category. Then each arm teaches
+it one subject (a picture under small shifts and mirrored) with prior preservation, for several subjects. Scored by the
+cosine between features of generated and of real pictures of the subject, from the frozen EfficientNet-Lite0 of the
+quickstart. Rates are tuned and seeds kept apart as in `mm-moslora compare`, whose analysis and page are used. The paper's
+own setting is `examples/recipes/sdxl_dreambooth_moslora.yaml`. Again continues.
+
+Shapes: pictures ``[N, 3, S, S]`` from -1 to 1, text ``[N, 1, D]``, features ``[N, F]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import random
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from dreambooth import Example, Recipe, adapt, noise_objective, train
+
+from mm_moslora.compare.arms import parse_arms
+from mm_moslora.compare.cell import read_outcome, write_outcome
+from mm_moslora.compare.plan import Cell, Outcome, Settings, choose_rates, reported_cells, tuning_cells
+from mm_moslora.config import ModelConfig
+from mm_moslora.config import Recipe as TrainingRecipe
+
+SIDE, WIDTH = 16, 32
+MEASURE = "similarity"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How large the experiment is."""
+
+    arms: str = "lora,moslora:orthogonal,moslora:kaiming"
+    rates: tuple[float, ...] = (5e-4, 2e-3, 8e-3)
+    seeds: int = 3
+    subjects: int = 3
+    base_steps: int = 500
+    steps: int = 40
+    batch: int = 8
+    pictures: int = 8
+    """Generated per subject and run."""
+    sampling_steps: int = 12
+    rank: int = 4
+
+
+def main() -> int:
+    """Run or continue; write results.json and report.html."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--limit-minutes", type=float, help="stop after so long; the same command goes on")
+    options = parser.parse_args()
+    from mm_moslora.quickstart import assets
+
+    stamps, encoder = assets.stamps(None, print), assets.efficientnet_timm(print)
+    return run(Plan(), stamps, encoder, options.out, limit_minutes=options.limit_minutes)
+
+
+def run(plan: Plan, stamps: Path, encoder: Path, out: Path, *, limit_minutes: float | None = None) -> int:
+    """The experiment; what is over already is not done again.
+
+    Args:
+        plan: its size.
+        stamps: folder of pictures, by category.
+        encoder: folder of the frozen vision encoder.
+        out: folder of the experiment.
+        limit_minutes: stop after so long.
+
+    Returns:
+        0, or 75 when time was up.
+    """
+    started = time.monotonic()
+    shared = TrainingRecipe(name="subject-small", model=ModelConfig(language="none"))
+    settings = Settings(
+        arms=parse_arms(plan.arms, shared), rates=plan.rates, seeds=plan.seeds, tasks=[MEASURE], validation=[MEASURE]
+    )
+    world = World.build(plan, stamps, encoder, out)
+    outcomes: dict[str, Outcome] = {}
+    finished = True
+    while (waiting := _waiting(settings, outcomes)) and finished:
+        for cell in waiting:
+            place = out / "runs" / cell.name
+            outcome = read_outcome(place)
+            if outcome is None:
+                if limit_minutes is not None and time.monotonic() - started > 60 * limit_minutes:
+                    finished = False
+                    break
+                outcome = world.measure(cell, place)
+                write_outcome(place, outcome)
+                print(f"{cell.name}: {outcome.validation or outcome.test}", flush=True)
+            outcomes[cell.name] = outcome
+    from mm_moslora.compare.analysis import analyse
+    from mm_moslora.compare.wording import table
+    from mm_moslora.report.comparison import write_page
+
+    about = SimpleNamespace(name=shared.name, to_yaml=lambda: yaml.safe_dump(_plain(plan), sort_keys=False))
+    state: Any = SimpleNamespace(settings=settings, outcomes=outcomes, folder=out, recipe=about)
+    print(table(analyse(state, command=f"python examples/experiments/subject.py {out}")))
+    print(f"Page: {write_page(out / 'results.json', out / 'report.html')}")
+    return 0 if finished else 75
+
+
+def _plain(plan: Plan) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(plan).items()}
+
+
+def _waiting(settings: Settings, outcomes: Mapping[str, Outcome]) -> list[Cell]:
+    every = [*tuning_cells(settings), *reported_cells(settings, choose_rates(settings, outcomes))]
+    return [cell for cell in every if cell.name not in outcomes]
+
+
+@dataclass(kw_only=True)
+class World:
+    """Everything that the runs share."""
+
+    plan: Plan
+    base: nn.Module
+    scheduler: Any
+    subjects: list[Tensor]
+    """Views of each subject, ``[V, 3, S, S]``."""
+    classes: list[Tensor]
+    """Pictures of each subject's category."""
+    encoder: nn.Module
+    references: list[Tensor]
+    """Features of each subject's views, ``[V, F]``, of length 1."""
+
+    @classmethod
+    def build(cls, plan: Plan, stamps: Path, encoder: Path, out: Path) -> World:
+        """Read the pictures, teach the base model (kept in `out`), choose the subjects."""
+        from diffusers import DDPMScheduler
+        from transformers import AutoModel
+
+        pictures = read_pictures(stamps)
+        names = sorted(pictures)
+        base, file = unet(), out / "base.pt"
+        scheduler = DDPMScheduler(num_train_timesteps=1000)
+        if file.is_file():
+            base.load_state_dict(torch.load(file, weights_only=True))
+        else:
+            teach_base(base, scheduler, [pictures[name] for name in names], plan)
+            out.mkdir(parents=True, exist_ok=True)
+            torch.save(base.state_dict(), file)
+        rng = random.Random(0)
+        chosen = [names[index % len(names)] for index in range(plan.subjects)]
+        subjects = [views(pictures[name][rng.randrange(len(pictures[name]))]) for name in chosen]
+        eyes = AutoModel.from_pretrained(encoder).eval().requires_grad_(False)
+        world = cls(
+            plan=plan, base=base, scheduler=scheduler, subjects=subjects,
+            classes=[pictures[name] for name in chosen], encoder=eyes, references=[],
+        )  # fmt: skip
+        world.references = [world.features(subject) for subject in subjects]
+        return world
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """Features of length 1, ``[N, F]``."""
+        large = F.interpolate(pictures, size=(96, 96), mode="bilinear")
+        maps = self.encoder(large).last_hidden_state
+        return F.normalize(maps.flatten(2).mean(2), dim=-1)
+
+    def measure(self, cell: Cell, place: Path) -> Outcome:
+        """Teach every subject with one arm, rate and seed; score the pictures that it makes then."""
+        started = time.monotonic()
+        adapter = {key.split(".")[1]: value for key, value in cell.arm.changes.items() if key.startswith("adapter.")}
+        recipe = Recipe(
+            rank=adapter.get("rank", self.plan.rank), mixer_init=adapter["mixer_init"],
+            mixer_trainable=adapter["mixer_trainable"], lr=cell.rate, steps=self.plan.steps, accumulation=1,
+            resolution=SIDE, seed=cell.seed,
+        )  # fmt: skip
+        rows, losses, trainable, seconds = [], [], 0, 0.0
+        for index in range(len(self.subjects)):
+            torch.manual_seed(cell.seed)
+            denoiser = adapt(copy.deepcopy(self.base), recipe)
+            trainable = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
+            begun = time.monotonic()
+            losses += train(denoiser, recipe, noise_objective(self.scheduler), self._pairs(index, cell.seed))
+            seconds += time.monotonic() - begun
+            # The noise of tuning runs is another one than that of reported runs; arms and seeds share it.
+            scores = self._score(denoiser.eval(), index, noise_seed=1 if cell.tuning else 0)
+            rows += [{"id": f"{index}-{i}", "cluster": f"{index}", "score": s} for i, s in enumerate(scores)]
+        if any(loss != loss for loss in losses):
+            return Outcome(status="diverged", reason="the loss is not a number")
+        folder = place / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        mean = sum(row["score"] for row in rows) / len(rows)
+        return Outcome(
+            status="ok", validation={MEASURE: mean} if cell.tuning else {}, test={} if cell.tuning else {MEASURE: mean},
+            places={} if cell.tuning else {MEASURE: f"runs/{cell.name}/samples"}, trainable=trainable,
+            steps=self.plan.steps, step_seconds=seconds / (self.plan.steps * len(self.subjects)), train_seconds=seconds,
+            total_seconds=time.monotonic() - started,
+            memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        )  # fmt: skip
+
+    def _pairs(self, index: int, seed: int) -> Iterator[tuple[Example, Example]]:
+        generator, half = torch.Generator().manual_seed(seed), self.plan.batch // 2
+        subject, others = self.subjects[index], self.classes[index]
+        while True:
+            sides = []
+            for pictures, text in ((subject, SUBJECT), (others, index)):
+                drawn = torch.randint(len(pictures), (half,), generator=generator)
+                sides.append(Example(latents=pictures[drawn], text=embedding(text, half)))
+            yield sides[0], sides[1]
+
+    @torch.no_grad()
+    def _score(self, denoiser: nn.Module, index: int, *, noise_seed: int) -> list[float]:
+        made = sample(denoiser, embedding(SUBJECT, self.plan.pictures), seed=noise_seed, steps=self.plan.sampling_steps)
+        return (self.features(made) @ self.references[index].T).amax(1).tolist()
+
+
+SUBJECT = 99
+"""Number of the subject's word."""
+
+
+def embedding(word: int, count: int) -> Tensor:
+    """A made-up text embedding, the same for a word each time, ``[N, 1, D]``."""
+    vector = torch.randn(WIDTH, generator=torch.Generator().manual_seed(word))
+    return vector.expand(count, 1, WIDTH)
+
+
+def unet() -> nn.Module:
+    """A UNet with cross attention, about a million parameters, random weights."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=SIDE, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(32, 64),
+        norm_num_groups=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=WIDTH, attention_head_dim=8,
+    )  # fmt: skip
+
+
+def read_pictures(stamps: Path, *, least: int = 30) -> dict[str, Tensor]:
+    """Pictures by category on white, of the categories with at least so many."""
+    found: dict[str, list[Tensor]] = {}
+    for file in sorted(stamps.rglob("*.png")):
+        category = file.relative_to(stamps).parts[0]
+        if category == "symbols":
+            continue
+        with Image.open(file) as opened:
+            picture = opened.convert("RGBA")
+        side = max(picture.size)
+        square = Image.new("RGBA", (side, side), (255, 255, 255, 255))
+        square.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+        small = square.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        values = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(SIDE, SIDE, 3)
+        found.setdefault(category, []).append(values.permute(2, 0, 1).float() / 127.5 - 1)
+    return {name: torch.stack(items) for name, items in found.items() if len(items) >= least}
+
+
+def views(picture: Tensor) -> Tensor:
+    """A picture shifted by one pixel on white and mirrored, ``[V, 3, S, S]``."""
+    padded = F.pad(picture, (1, 1, 1, 1), value=1.0)
+    shifted = [padded[:, y : y + SIDE, x : x + SIDE] for y in range(3) for x in range(3)]
+    return torch.stack([*shifted, *(view.flip(-1) for view in shifted)])
+
+
+def teach_base(model: nn.Module, scheduler: Any, classes: Sequence[Tensor], plan: Plan) -> None:
+    """Teach the whole model pictures of every category."""
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    objective = noise_objective(scheduler)
+    for _ in range(plan.base_steps):
+        index = int(torch.randint(len(classes), (1,), generator=generator))
+        drawn = torch.randint(len(classes[index]), (plan.batch,), generator=generator)
+        example = Example(latents=classes[index][drawn], text=embedding(index, plan.batch))
+        prediction, target = objective(model, example, generator)
+        F.mse_loss(prediction, target).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def sample(denoiser: nn.Module, text: Tensor, *, seed: int, steps: int) -> Tensor:
+    """Pictures from noise, by DDIM without added noise."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(num_train_timesteps=1000)
+    scheduler.set_timesteps(steps)
+    x = torch.randn(len(text), 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+    for step in scheduler.timesteps:
+        x = scheduler.step(denoiser(x, step, encoder_hidden_states=text).sample, step, x).prev_sample
+    return x.clamp(-1, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
