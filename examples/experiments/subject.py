@@ -6,8 +6,8 @@
 A UNet from a config learns 16 x 16 pictures of Tux Paint's stamps, conditioned on their category. Then each arm teaches
 it one subject (a picture under small shifts and mirrored) with prior preservation, for several subjects. Scored by the
 cosine between features of generated and of real pictures of the subject, from the frozen EfficientNet-Lite0 of the
-quickstart. Rates are tuned and seeds kept apart as in `mm-moslora compare`, whose analysis and page are used. The paper's
-own setting is `examples/recipes/sdxl_dreambooth_moslora.yaml`. Again continues.
+quickstart. Rates are tuned and seeds kept apart as in `mm-moslora compare`, whose analysis and page are used. The
+paper's own setting is `examples/recipes/sdxl_dreambooth_moslora.yaml`. Again continues.
 
 Shapes: pictures ``[N, 3, S, S]`` from -1 to 1, text ``[N, 1, D]``, features ``[N, F]``.
 """

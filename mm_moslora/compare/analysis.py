@@ -27,7 +27,7 @@ from mm_moslora.compare.run import Comparison, short
 from mm_moslora.compare.statistics import Estimate, TaskScores, arm_mean, difference, holm
 from mm_moslora.compare.wording import says
 from mm_moslora.machine import hardware
-from mm_moslora.training.checkpoint import write_json
+from mm_moslora.training.disk import replace_json
 
 SIGNIFICANT = 0.05
 
@@ -80,7 +80,7 @@ def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
         }
     )
     results["says"] = says(results)
-    write_json(folder / "results.json", results)
+    replace_json(folder / "results.json", results)
     return results
 
 

@@ -33,7 +33,7 @@ from mm_moslora.compare.plan import (
 from mm_moslora.compare.pool import Pool, Slot, slots
 from mm_moslora.config import Recipe
 from mm_moslora.errors import ConfigError, MoSLoRAError
-from mm_moslora.training.checkpoint import write_json
+from mm_moslora.training.disk import replace_json
 from mm_moslora.training.progress import format_seconds
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class Comparison:
                     "seeds may be added to a comparison, the rest may not change. Choose another --output."
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, own)
+        replace_json(file, own)
 
     def _read_outcomes(self) -> None:
         """Runs that are over, however they ended."""

@@ -1,0 +1,104 @@
+"""Code blocks of the documents, and how each line of them is tried: run on tiny stand-ins, or checked and not run.
+
+A block is run where it can be. What needs a GPU, a network or a person is checked: commands are parsed against the
+real command line, scripts and make targets must exist. A comment `<!-- docs: skip REASON -->` before a block says why neither is
+possible; there is no other way out.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted([
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "eval" / "README.md", ROOT / "deepspeed_configs" / "README.md",
+    *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"),
+])  # fmt: skip
+_FENCE = re.compile(r"^(?P<mark>`{3,})(?P<kind>[\w-]*)[^\n]*\n(?P<text>.*?)^(?P=mark)[ \t]*$", re.M | re.S)
+_SKIP = re.compile(r"<!-- docs: skip (?P<reason>.+?) -->\s*$", re.S)
+PARSED_ONLY = {"quickstart", "chat", "serve", "demo", "board", "doctor", "launch"}
+"""Verbs that talk to people or networks, or take minutes: their options are checked, nothing is run."""
+PLAIN = {"", "text", "bibtex", "json", "console", "html"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block."""
+
+    document: Path
+    line: int
+    kind: str
+    text: str
+    skip: str | None
+
+    def __str__(self) -> str:
+        return f"{self.document.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(document: Path) -> list[Block]:
+    """The fenced blocks of a document."""
+    text = document.read_text(encoding="utf-8")
+    found = []
+    for match in _FENCE.finditer(text):
+        before = _SKIP.search(text[: match.start()])
+        line = text.count("\n", 0, match.start()) + 1
+        found.append(Block(document, line, match["kind"], match["text"], before["reason"] if before else None))
+    return found
+
+
+def commands(text: str) -> list[list[str]]:
+    """The commands of a shell block: comments dropped, continued lines joined, `$ ` taken off."""
+    joined = text.replace("\\\n", " ")
+    lines = [line.strip().removeprefix("$ ") for line in joined.splitlines()]
+    parts = [part for line in lines for part in re.split(r"\s&&\s", line)]
+    split = [shlex.split(part, comments=True) for part in parts]
+    return [words for words in split if words]
+
+
+def check_command(words: list[str]) -> None:
+    """A command that is not run: what it names must exist.
+
+    Raises:
+        AssertionError: it does not, or nobody knows how to check it.
+    """
+    while "=" in words[0] and not words[0].startswith("-"):
+        words = words[1:]  # VARIABLE=value in front
+    program, rest = words[0], words[1:]
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text()
+        targets = [word for word in rest if "=" not in word]
+        assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets), f"make has no target {targets}"
+    elif program in ("git", "cd", "source", "ls", "export", "nvidia-smi"):
+        pass
+    elif program == "pip":
+        check_extras(rest)
+    elif program == "mm-moslora":
+        parse(rest)
+    elif program in ("torchrun", "deepspeed"):
+        assert "mm_moslora" in rest
+        parse(rest[rest.index("mm_moslora") + 1 :])
+    elif program in ("python", "sbatch", "bash") or program.startswith("scripts/"):
+        scripts = [word for word in words if word.startswith(("scripts/", "examples/", "eval/"))]
+        assert scripts, f"nothing to check in {words}"
+        for script in scripts:
+            assert (ROOT / script).is_file(), f"{script} does not exist"
+    else:
+        raise AssertionError(f"nobody knows how to check {program!r}")
+
+
+def check_extras(words: list[str]) -> None:
+    """`pip install "mm-moslora[extra]"`: the extra must be declared."""
+    declared = (ROOT / "pyproject.toml").read_text()
+    for extra in re.findall(r"mm-moslora\[([\w,-]+)\]", " ".join(words)):
+        for name in extra.split(","):
+            assert re.search(rf"^{re.escape(name)} = \[", declared, re.M), f"there is no extra {name!r}"
+
+
+def parse(words: list[str]) -> None:
+    """Read a command line of ours without running it."""
+    from mm_moslora.cli import app
+
+    app.parse_args(words, exit_on_error=False, print_error=False)

@@ -1,0 +1,60 @@
+"""A workspace in which the documents' commands run: tiny parts under the names that the documents use."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mm_moslora import cli
+
+LANGUAGES = ("meta-llama/Llama-3.1-8B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
+TOWERS = ("openai/clip-vit-large-patch14-336", "google/siglip-base-patch16-224")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, language_folder: Path, vision_folder: Path, records: Path) -> Path:
+    """Hub ids as folders, `my/` with pictures and questions, and what README calls RECIPE.yaml, RUN and so on."""
+    folder = tmp_path_factory.mktemp("workspace")
+    for names, part in ((LANGUAGES, language_folder), (TOWERS, vision_folder)):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to(part)
+    (folder / "my").mkdir()
+    shutil.copytree(records.parent / "images", folder / "my" / "images")
+    shutil.copytree(records.parent / "images", folder / "images")
+    shutil.copy(records, folder / "my" / "train.jsonl")
+    rows = [json.loads(line) for line in records.read_text().splitlines()]
+    (folder / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
+    questions = [
+        {"question_id": row["id"], "image": row["image"], "text": "what is the color?",
+         "answer": row["conversations"][1]["value"]}
+        for row in rows if "image" in row
+    ]  # fmt: skip
+    for place in (folder / "my" / "test.jsonl", folder / "questions.jsonl"):
+        place.write_text("".join(json.dumps(row) + "\n" for row in questions))
+    for row in questions:
+        shutil.copy(folder / "images" / row["image"], folder / row["image"])
+    shutil.copy(folder / "images" / questions[0]["image"], folder / "picture.png")
+    (folder / "RECIPE.yaml").write_text(
+        f"""
+model: {{language: {LANGUAGES[0]}, vision: {{name: {TOWERS[0]}}}}}
+adapter: {{rank: 4, alpha: 8}}
+data: {{train: [{{path: my/train.jsonl, image_folder: my/images}}], max_length: 256}}
+optim: {{lr: 1.0e-4}}
+train: {{output: RUN, steps: 2, global_batch: 8, micro_batch: 8, zero: none, precision: fp32}}
+track: {{trackers: []}}
+"""
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(workspace: Path) -> Path:
+    """The workspace with a run in RUN."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace)
+        assert cli.run(["train", "RECIPE.yaml"]) == 0
+    return workspace

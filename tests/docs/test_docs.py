@@ -1,0 +1,109 @@
+"""Every code block and command of the documents is run on tiny stand-ins, or checked where it cannot be run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from mm_moslora_eval.task import Task
+
+from mm_moslora import cli
+from mm_moslora.config import Recipe
+from mm_moslora.strict import build_strictly
+from tests.docs.blocks import DOCUMENTS, PARSED_ONLY, PLAIN, ROOT, Block, blocks, check_command, commands, parse
+
+OURS = "mm-moslora"
+_LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def run_shell(block: Block) -> None:
+    """Run our commands of a shell block, check the others."""
+    for words in commands(block.text):
+        if words[0] != OURS:
+            check_command(words)
+        elif words[1] in PARSED_ONLY or "..." in words:
+            parse(words[1:])
+        else:
+            assert cli.run(words[1:]) == 0, f"{block}: {' '.join(words)} failed"
+
+
+def run_yaml(block: Block) -> None:
+    """A recipe or a task; one that begins with `# NAME.yaml` is written, for the commands below it."""
+    data = yaml.safe_load(block.text)
+    if "model" in data:
+        Recipe.from_yaml(block.text, source=str(block))
+    elif "source" in data:
+        build_strictly(Task, data, source=str(block))
+    else:
+        Recipe.from_dict({"model": {"language": "none"}, **data}, source=str(block))
+    name = re.match(r"# (\S+\.yaml)\b", block.text)
+    if name:
+        Path(name[1]).write_text(block.text)
+
+
+def namespace(document: Path) -> dict:
+    """What a document's Python begins with: `model`, a tiny vision-language model, and `fresh_model`, the same again."""
+    if document.parent.name == "eval":
+        from mm_moslora_eval.open_model import open_model
+
+        return {"model": open_model("RUN")}
+    from mm_moslora.config import load_recipe
+    from mm_moslora.models.build import assemble
+
+    recipe = load_recipe("RECIPE.yaml")
+    return {"model": assemble(recipe.model).model, "fresh_model": assemble(recipe.model).model}
+
+
+def run_document(document: Path) -> None:
+    """All blocks of a document in order, in one namespace."""
+    names: dict | None = None
+    for block in blocks(document):
+        if block.skip is not None or block.kind in PLAIN:
+            continue
+        if block.kind in ("bash", "sh", "shell"):
+            run_shell(block)
+        elif block.kind == "yaml":
+            run_yaml(block)
+        elif block.kind == "python":
+            names = names or {"__name__": "document", **namespace(document)}
+            exec(compile(block.text, str(block), "exec"), names)
+        else:
+            raise AssertionError(f"{block}: nobody knows how to try a block of {block.kind!r}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_code_blocks_work(document: Path, trained: Path, monkeypatch):
+    monkeypatch.chdir(trained)
+    run_document(document)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(document: Path):
+    targets = _LINK.findall(document.read_text(encoding="utf-8"))
+    missing = [
+        t for t in targets if "://" not in t and not t.startswith("mailto:") and not (document.parent / t).exists()
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_skipped_block_says_what_it_needs(document: Path):
+    for block in blocks(document):
+        assert block.skip is None or len(block.skip.split()) >= 3, f"{block}: skipped for {block.skip!r}"
+
+
+def test_a_wrong_command_in_a_document_is_found(tmp_path: Path, trained: Path, monkeypatch):
+    monkeypatch.chdir(trained)
+    wrong = {
+        "bash": "mm-moslora trian RECIPE.yaml", "yaml": "model: {langage: x}", "python": "import mm_moslora.nothing",
+        "sh": "make nothing-like-it", "fortran": "end",
+    }  # fmt: skip
+    for kind, text in wrong.items():
+        document = ROOT / "docs" / f".wrong-{kind}.md"
+        found = Block(document, 1, kind, text, None)
+        monkeypatch.setattr("tests.docs.test_docs.blocks", lambda _, block=found: [block])
+        with pytest.raises(BaseException):  # noqa: B017, PT011  (whatever the block's kind raises)
+            run_document(document)
