@@ -3,8 +3,9 @@
 
     python scripts/api_reference.py docs/api
 
-Nothing is imported: the pages come from the source files, so that no library has to be installed. A module is public when
-no part of its name begins with an underscore; so are classes, functions, methods, fields and constants with a docstring.
+Nothing is imported: the pages come from the source files, so that no library has to be installed. A module is public
+when no part of its name begins with an underscore; so are classes, functions, methods, fields and constants with a
+docstring.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Code blocks of the documents, and how each line of them is tried: run on tiny stand-ins, or checked and not run.
 
 A block is run where it can be. What needs a GPU, a network or a person is checked: commands are parsed against the
-real command line, scripts and make targets must exist. A comment `<!-- docs: skip REASON -->` before a block says why neither is
-possible; there is no other way out.
+real command line, scripts and make targets must exist. A comment
+`<!-- docs: skip REASON -->` before a block says why neither is possible; there is no other way out.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def run_yaml(block: Block) -> None:
 
 
 def namespace(document: Path) -> dict:
-    """What a document's Python begins with: `model`, a tiny vision-language model, and `fresh_model`, the same again."""
+    """What a document's Python begins with: `model`, a tiny vision-language model, and `fresh_model`, its like."""
     if document.parent.name == "eval":
         from mm_moslora_eval.open_model import open_model
 
