@@ -9,6 +9,9 @@ run_environment() {
   # What the ranks were waiting for is written down when a collective times out.
   export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
   export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
+  # Each restart meets in a store of its own: torchrun shares one between restarts, in which the ranks find the addresses
+  # of those that died.
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
   # Seconds that ranks get to save after SIGTERM, before they are killed.
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
   # Two environments that share this cache rebuild each other's operators, so each gets its own.

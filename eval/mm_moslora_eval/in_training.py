@@ -46,7 +46,7 @@ def measure(moment: Moment) -> Mapping[str, float]:
     try:
         for name in config.tasks:
             for result in evaluate(model, get_task(name), output, modes=("own",), baselines=(), settings=settings):
-                metrics |= _named(name, result)
+                metrics |= _named(result)
     finally:
         model.close()
     distributed.barrier()
@@ -62,6 +62,6 @@ def _start_over(folder: Path) -> None:
     distributed.barrier()
 
 
-def _named(name: str, result: TaskResult) -> dict[str, float]:
+def _named(result: TaskResult) -> dict[str, float]:
     found = {"score": result.score} | dict(result.metrics)
-    return {f"eval/{name}/{metric}": value for metric, value in found.items() if math.isfinite(value)}
+    return {f"eval/{result.task}/{metric}": value for metric, value in found.items() if math.isfinite(value)}

@@ -175,6 +175,12 @@ class _Loop:
         minutes = limit_minutes or self.recipe.train.timeout_minutes
         self.watchdog.phase(what, self.run.step, minutes * 60)
 
+    def _save_phase(self) -> None:
+        """What ranks do together for a save in the background takes no longer than a step; waiting for a disk may."""
+        train = self.recipe.train
+        brief = train.background_save and not self.saver.busy
+        self._phase("save", limit_minutes=train.step_timeout_minutes if brief else None)
+
     def _step(self, batches: Iterator[list[Batch]], *, first: bool) -> None:
         run, recipe = self.run, self.recipe
         self._phase("data", limit_minutes=None if first else recipe.train.step_timeout_minutes)
@@ -184,7 +190,7 @@ class _Loop:
         factor = lr_factor(int(run.counters.get("applied", 0)), self.total, recipe.optim)
         self._phase("step", limit_minutes=None if first else recipe.train.step_timeout_minutes)
         result = run.engine.step(micro_batches, factor)
-        self._phase("after the step")
+        self._phase("after the step", limit_minutes=recipe.train.step_timeout_minutes)
         seconds = time.monotonic() - waited
         self.last_loss = result.loss
         self._count(result, seconds, [i for b in micro_batches for i in b.ids])
@@ -255,7 +261,7 @@ class _Loop:
 
     def _start_save(self) -> None:
         """Copy the state and begin to write it; a failure is counted and does not stop the run at once."""
-        self._phase("save")
+        self._save_phase()
         if self.saver.pending is not None:
             self._finish_save()
         started = time.monotonic()
@@ -271,7 +277,7 @@ class _Loop:
         self.extra["save_seconds"] = time.monotonic() - started
 
     def _finish_save(self) -> None:
-        self._phase("save")
+        self._save_phase()
         try:
             folder = self.saver.finish()
         except CheckpointError as error:

@@ -46,6 +46,8 @@ class Beat:
     """Seconds since it said so, by the file system's clock."""
     place: str = ""
     """Where its main thread is, once it has given up; empty when it waits for other ranks there."""
+    gave_up: bool = False
+    """Whether its own watchdog has ended it, or is about to."""
 
     @property
     def who(self) -> str:
@@ -74,7 +76,7 @@ class Watchdog:
         self.beats, self.stacks = folder / "heartbeat", folder / "stacks"
         self.interval = 1.0
         self._phase, self._step, self._limit, self._since = "start", 0, float("inf"), time.monotonic()
-        self._place = ""
+        self._place, self._gave_up = "", False
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -132,7 +134,7 @@ class Watchdog:
         content = {
             "rank": distributed.rank(), "host": socket.gethostname(), "pid": os.getpid(), "step": self._step,
             "phase": self._phase, "seconds_in_phase": round(time.monotonic() - self._since, 1),
-            "place": self._place,
+            "place": self._place, "gave_up": self._gave_up,
         }  # fmt: skip
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(content), encoding="utf-8")
@@ -141,7 +143,7 @@ class Watchdog:
     def _give_up(self) -> None:
         faulthandler.dump_traceback(file=self._stacks_file, all_threads=True)
         self._stacks_file.flush()
-        self._place = _own_place()
+        self._place, self._gave_up = _own_place(), True
         with contextlib.suppress(OSError):
             self._write()
         self._ask_for_stacks()
@@ -173,7 +175,7 @@ class Watchdog:
                 age = own.stat().st_mtime - path.stat().st_mtime
             except (OSError, ValueError):
                 continue
-            fields = {key: content[key] for key in ("rank", "host", "pid", "step", "phase", "place")}
+            fields = {key: content[key] for key in ("rank", "host", "pid", "step", "phase", "place", "gave_up")}
             found.append(Beat(**fields, age=max(0.0, age)))
         return found
 
@@ -185,7 +187,8 @@ class Watchdog:
             others = [beat for beat in beats if beat.rank != distributed.rank()]
             failed = [beat for beat in others if beat.phase.startswith("failed: ")]
             culprits = [beat for beat in failed if not _is_consequence(beat.phase)]
-            dead = [beat for beat in others if beat.is_dead() and beat not in failed and beat.phase != "ended"]
+            left = [beat for beat in others if beat in failed or beat.gave_up or beat.phase == "ended"]
+            dead = [beat for beat in others if beat.is_dead() and beat not in left]
             if culprits or dead or time.monotonic() > deadline:
                 break
             time.sleep(0.2)
@@ -194,7 +197,7 @@ class Watchdog:
         parts += [f"{beat.who} does not wait for others: it is in {beat.place}" for beat in beats if beat.place]
         if parts:
             return "; ".join(parts) + "."
-        silent = [beat for beat in others if beat.age > 3 * self.interval and beat not in failed]
+        silent = [beat for beat in others if beat.age > 3 * self.interval and beat not in left]
         if silent:
             return "; ".join(
                 f"{beat.who} is silent for {beat.age:.0f} s, last seen at step {beat.step} ({beat.phase}): it is "
@@ -209,7 +212,7 @@ class Watchdog:
             return "; ".join(f"{beat.who} is behind, at step {beat.step} ({beat.phase})" for beat in behind) + "."
         if len(beats) == 1:
             return "There is one rank only."
-        return f"All {len(beats)} ranks are alive and wait in the same place: suspect the network between their hosts."
+        return f"All {len(beats)} ranks answer and wait in the same place: suspect the network between their hosts."
 
 
 def _own_place() -> str:

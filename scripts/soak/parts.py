@@ -10,10 +10,10 @@ _TESTS = Path(__file__).resolve().parents[2] / "tests"
 sys.path[:0] = [str(_TESTS), str(_TESTS / "distributed")]
 
 from ranks import Ranks  # noqa: E402
-from runs import full, hexed, make_recipe, weights, write  # noqa: E402
+from runs import full, hexed, make_recipe, metrics, weights, write  # noqa: E402
 from tiny import make_language, make_records, make_vision  # noqa: E402
 
-__all__ = ["Ranks", "full", "hexed", "make_parts", "tiny_recipe", "weights", "write"]
+__all__ = ["Ranks", "full", "hexed", "make_parts", "metrics", "tiny_recipe", "weights", "write"]
 
 
 def make_parts(folder: Path, *, records: int = 40) -> dict[str, Path]:

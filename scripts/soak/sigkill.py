@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from parts import Ranks, hexed, make_parts, tiny_recipe, weights, write
+from parts import Ranks, hexed, make_parts, metrics, tiny_recipe, weights, write
 
 STEPS, KILLS_PER_RUN = 12, 5
 
@@ -47,12 +47,26 @@ def _moment(run: Path) -> str:
     return "between saves"
 
 
+def _steps(run: Path) -> int:
+    """Steps that are logged."""
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def _wait(run: Path, steps: int, pids: list[int]) -> None:
+    """Wait until so many steps are logged, or a rank is gone."""
+    while _steps(run) < steps and all(Path(f"/proc/{pid}").exists() for pid in pids):
+        time.sleep(0.01)
+
+
 def torment(ranks: Ranks, recipe: str, run: Path, seconds: float, rng: random.Random, report: Report) -> None:
-    """Kill a run some times, then let it end."""
-    for _ in range(KILLS_PER_RUN):
+    """Kill a run some times, at a random moment of a random step or of the start, then let it end."""
+    for number in range(KILLS_PER_RUN):
         group = ranks.start([recipe])
         victims = rng.choice((group.pids[:1], group.pids[1:], group.pids))
-        time.sleep(rng.uniform(0.2, 1.0) * seconds)
+        if rng.random() < 0.8:
+            _wait(run, rng.randint(1, 2) + number * (STEPS - 2) // KILLS_PER_RUN, group.pids)
+        time.sleep(rng.random() * seconds)
         moment = _moment(run)
         killed = 0
         for pid in victims:
@@ -77,10 +91,9 @@ def run(kills: int, place: Path, *, stages: tuple[str, ...], say: Callable[[str]
             straight = tiny_recipe(
                 parts, place / f"straight-{stage}", zero=stage, steps=STEPS, save_every=1, dropout=0.1
             )
-            started = time.monotonic()
             ranks.run([write(straight)], limit=600)
-            seconds[stage] = time.monotonic() - started
             folder = place / f"straight-{stage}"
+            seconds[stage] = max(line["step_seconds"] for line in metrics(folder))
             expected[stage] = (hexed(folder), weights(folder, STEPS))
         while report.kills < kills:
             stage = stages[report.runs % len(stages)]

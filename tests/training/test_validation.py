@@ -108,3 +108,27 @@ def test_a_spike_stands_out_and_a_slow_fall_does_not():
     assert max(scores) < SPIKE
     assert spikes.update(9.0) > SPIKE
     assert spikes.update(float("nan")) == float("inf")
+
+
+def test_a_harness_task_is_measured_on_the_model_as_it_is(recipe, records, tmp_path):
+    """With its adapters live; and the run is the same with and without it."""
+    from mm_moslora_eval.in_training import measure
+
+    images = records.parent / "images"
+    rows = [
+        {"question_id": f"q{n}", "image": f"{n}.png", "text": "what is the color?", "answer": "red"}
+        for n in range(12)
+        if (images / f"{n}.png").is_file()
+    ]
+    path = tmp_path / "colours.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(recipe)
+    chosen = watched(recipe, tasks=[f"llava:{path}@{images}"], task_limit=4)
+    train(chosen, measure=measure)
+    run = Path(chosen.train.output)
+    assert losses(run) == losses(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if "eval/colours/score" in line]
+    assert [line["step"] for line in measured] == [2, 4, 6]
+    assert all(0 <= line["eval/colours/score"] <= 1 for line in measured)
+    assert len(list((run / "validation").glob("step-*/*/own/samples.jsonl"))) == 3

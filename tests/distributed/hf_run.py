@@ -1,0 +1,53 @@
+"""A run of Hugging Face's Trainer with DeepSpeed on our model, data and collator, in every rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mm_moslora.config import load_recipe
+from mm_moslora.data.collate import Collator
+from mm_moslora.models.build import assemble
+from mm_moslora.models.trainable import attach_adapters
+from mm_moslora.training.engine import prepare_deepspeed
+from mm_moslora.training.run import _data_set, seed_everything
+
+
+def train(recipe_path: str, steps: str) -> int:
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    from mm_moslora import distributed
+
+    recipe = load_recipe(recipe_path)
+    distributed.join()
+    prepare_deepspeed()
+    seed_everything(recipe.train.seed)
+    assembly = assemble(recipe.model, dtype=torch.float32)
+    attach_adapters(assembly, recipe.model, recipe.adapter, seed=recipe.train.seed)
+    output = Path(recipe.train.output)
+    output.mkdir(parents=True, exist_ok=True)
+    data = _data_set(recipe, assembly, validation=False)
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    arguments = TrainingArguments(
+        output_dir=str(output), max_steps=int(steps), per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        learning_rate=recipe.optim.lr, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, use_cpu=True,
+        logging_steps=1, save_strategy="no", report_to=[], remove_unused_columns=False,
+        optim="adamw_torch", disable_tqdm=True,
+        deepspeed={
+            "zero_optimization": {"stage": 2}, "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        },
+    )  # fmt: skip
+    collate = Collator(pad_token_id=assembly.tokenizer.pad_token_id)
+    trainer = InOrder(model=assembly.model.train(), args=arguments, train_dataset=data, data_collator=collate)
+    trainer.train()
+    if distributed.is_main():
+        logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        (output / "losses.json").write_text(json.dumps(logged))
+    return 0
