@@ -1,0 +1,387 @@
+"""How fast the input pipeline is: opening a large file, samples per second, and how full packed rows are.
+
+The peer is LLaVA's lazy dataset, its logic written down again here: the whole file through `json.load`, and per sample
+PIL, the square of the mean colour, CLIP's image processor, the prompt of the `v1` template, and labels by tokenising
+every round again. Both sides get the same JPEG files, tokenizer and 336 px CLIP processor and give the same token ids.
+
+One thread, process CPU time, both sides interleaved with rotating order, medians of the per-round ratios. Files are
+opened in processes of their own, so that their peak memory is theirs alone.
+
+    python scripts/bench/data.py            a table
+    python scripts/bench/data.py --json     one JSON object on stdout
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.resources
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mm_moslora.chat_templates import CHAT_TEMPLATES, set_chat_template
+from mm_moslora.config import DataConfig, SourceConfig
+from mm_moslora.data.conversation import Encoder
+from mm_moslora.data.dataset import TrainingSet
+from mm_moslora.data.packing import fill_rate, pack
+from mm_moslora.models.eyes import SquareEyes
+
+ROWS = 665_298
+"""Records of LLaVA-1.5's instruction mixture."""
+ROW_TOKENS = 4096
+VISUAL_TOKENS = 576
+SIDE = 336
+SENTENCE = "the of a in red blue woman man dog standing next to table large white street sign with two people what is"
+WORDS = SENTENCE.split()
+
+
+def text(rng: random.Random, low: int, high: int) -> str:
+    """Some words."""
+    return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+
+def record(rng: random.Random, number: int, image: str | None) -> dict[str, Any]:
+    """One record of one to six questions, as LLaVA writes them."""
+    turns = []
+    for place in range(rng.randint(1, 6)):
+        mark = "<image>\n" if image is not None and place == 0 else ""
+        turns.append({"from": "human", "value": mark + text(rng, 5, 25)})
+        turns.append({"from": "gpt", "value": text(rng, 1, 60)})
+    found: dict[str, Any] = {"id": f"{number:012d}", "conversations": turns}
+    return found if image is None else {**found, "image": image}
+
+
+def write_large(path: Path) -> None:
+    """A file like LLaVA-665k's in rows and size."""
+    rng = random.Random(0)
+    pool = [json.dumps(record(rng, number, f"coco/train2017/{number:012d}.jpg")) for number in range(2000)]
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write("[" + ", ".join(rng.choices(pool, k=1000)))
+        for _ in range(ROWS // 1000 - 1):
+            stream.write(", " + ", ".join(rng.choices(pool, k=1000)))
+        stream.write(", " + ", ".join(rng.choices(pool, k=ROWS % 1000)) + "]")
+
+
+OPEN_OURS = """
+import sys, time
+from pathlib import Path
+from mm_moslora.data.sources import RecordFile
+imported = time.process_time()
+file = RecordFile(Path(sys.argv[1]))
+file[0], file[len(file) - 1]
+"""
+OPEN_PEER = """
+import json, sys, time
+imported = time.process_time()
+with open(sys.argv[1]) as stream:
+    file = json.load(stream)
+"""
+OPEN_END = """
+seconds = time.process_time() - imported
+# The peak of this process alone; ru_maxrss would count the process that started it.
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(len(file), seconds, peak / 1024)
+"""
+
+
+def open_file(code: str, path: Path) -> tuple[int, float, float]:
+    """Records, CPU seconds and peak resident MiB of opening a file in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", code + OPEN_END, str(path)], check=True, capture_output=True, text=True
+    ).stdout.split()
+    return int(done[0]), float(done[1]), float(done[2])
+
+
+def measure_opening(rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Ours and `json.load` on one file, interleaved."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "large.json"
+        write_large(path)
+        size = path.stat().st_size / 2**20
+        found: dict[str, list[tuple[int, float, float]]] = {"ours": [], "peer": []}
+        for _ in range(rounds):
+            found["ours"].append(open_file(OPEN_OURS, path))
+            found["peer"].append(open_file(OPEN_PEER, path))
+    rows = []
+    for who, runs in found.items():
+        assert {run[0] for run in runs} == {ROWS}
+        rows.append({
+            "what": f"open {ROWS} records ({size:.0f} MiB), {who}",
+            "seconds": statistics.median(run[1] for run in runs), "peak_mib": max(run[2] for run in runs),
+        })  # fmt: skip
+    summary = {
+        "open_665k_seconds": rows[0]["seconds"], "open_665k_peak_mib": rows[0]["peak_mib"],
+        "open_665k_seconds_peer": rows[1]["seconds"], "open_665k_peak_mib_peer": rows[1]["peak_mib"],
+    }  # fmt: skip
+    return rows, summary
+
+
+def make_photos(folder: Path, count: int) -> None:
+    """JPEG files of the sizes that COCO has, with detail, so that decoding costs what it costs."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        width, height = ((640, 480), (480, 640), (640, 427), (500, 375))[number % 4]
+        coarse = Image.fromarray(rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
+        image = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
+        noisy = np.clip(image + rng.normal(0, 12, image.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(noisy).save(folder / f"{number}.jpg", quality=90)
+
+
+@functools.cache
+def tokenizer() -> Any:
+    """The 32k Llama-style SentencePiece model of the mistral-common package, with BOS."""
+    from transformers import LlamaTokenizer
+
+    folder = Path(tempfile.mkdtemp())
+    source = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"
+    (folder / "tokenizer.model").write_bytes(source.read_bytes())
+    made = LlamaTokenizer.from_pretrained(folder, legacy=True, add_bos_token=True, padding_side="right")
+    made.pad_token = made.unk_token
+    return made
+
+
+class LazyPeer:
+    """LLaVA's `LazySupervisedDataset` for the `v1` template: everything happens when a sample is asked for."""
+
+    def __init__(self, path: Path, folder: Path, processor: Any) -> None:
+        self.records = json.loads(path.read_text(encoding="utf-8"))
+        self.folder, self.processor, self.tokenizer = folder, processor, tokenizer()
+        self.background = tuple(int(value * 255) for value in processor.image_mean)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        found = self.records[index]
+        turns = found["conversations"]
+        if "image" not in found:
+            return self._tokens(turns, has_image=False)
+        image = Image.open(self.folder / found["image"]).convert("RGB")
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), self.background)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        pixels = self.processor(square, return_tensors="pt")["pixel_values"][0]
+        turns = [dict(turn) for turn in turns]
+        for turn in turns:
+            if "<image>" in turn["value"]:
+                turn["value"] = "<image>\n" + turn["value"].replace("<image>", "").strip()
+        return self._tokens(turns, has_image=True) | {"image": pixels}
+
+    def _tokens(self, turns: list[dict[str, str]], *, has_image: bool) -> dict[str, Any]:
+        prompt = CHAT_TEMPLATES["v1"].system + " "
+        for turn in turns:
+            human = turn["from"] == "human"
+            prompt += f"{'USER' if human else 'ASSISTANT'}: {turn['value']}{' ' if human else '</s>'}"
+        ids = torch.tensor(self._ids(prompt, has_image=has_image))
+        labels = ids.clone()
+        place = 1
+        labels[:place] = -100
+        for part in prompt.split("</s>"):
+            if not part:
+                break
+            head, _, answer = part.partition(" ASSISTANT: ")
+            if not answer:
+                break
+            length = len(self._ids(part, has_image=has_image))
+            masked = len(self._ids(f"{head} ASSISTANT: ", has_image=has_image)) - 2
+            labels[place : place + masked] = -100
+            place += length
+        labels[place:] = -100
+        if place != len(ids):
+            labels[:] = -100
+        return {"input_ids": ids, "labels": labels}
+
+    def _ids(self, text: str, *, has_image: bool) -> list[int]:
+        if not has_image:
+            return self.tokenizer(text).input_ids
+        chunks = [self.tokenizer(chunk).input_ids for chunk in text.split("<image>")]
+        ids = list(chunks[0])
+        for chunk in chunks[1:]:
+            ids += [-200, *chunk[1:]]
+        return ids
+
+
+def measure_samples(count: int, rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Samples per CPU second, ours and the peer's, on the same files."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_photos(folder, count)
+        rng = random.Random(1)
+        rows = [record(rng, number, f"{number}.jpg" if number % 16 else None) for number in range(count)]
+        path = folder / "small.json"
+        path.write_text(json.dumps(rows), encoding="utf-8")
+        own = tokenizer().__class__.from_pretrained(tokenizer().name_or_path, legacy=True, add_bos_token=True)
+        own.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
+        set_chat_template(own, "v1", faithful=True)
+        token = own.convert_tokens_to_ids("<image>")
+        eyes = SquareEyes(LlavaImageProcessorPil(do_pad=True, **size), image_token_id=token, tokens=VISUAL_TOKENS)
+        encoder = Encoder(own, image_token_id=token, tokens_per_image=VISUAL_TOKENS)
+        source = SourceConfig(path=str(path), image_folder=name)
+        sets: dict[str, Callable[[int], Any]] = {
+            "ours": TrainingSet([source], encoder, eyes, config=DataConfig(max_length=4096)).load,
+            "ours, token cache": TrainingSet(
+                [source], encoder, eyes, config=DataConfig(max_length=4096, cache=str(folder / "cache"))
+            ).load,
+            "peer": LazyPeer(path, folder, CLIPImageProcessorPil(**size)).__getitem__,
+        }
+        check_equal(sets["ours"], sets["peer"], count, token)
+        seconds: dict[str, list[float]] = {who: [] for who in sets}
+        names = list(sets)
+        for turn in range(rounds):
+            for who in names[turn % len(names) :] + names[: turn % len(names)]:
+                began = time.process_time()
+                for number in range(count):
+                    sets[who](number)
+                seconds[who].append((time.process_time() - began) / count)
+        text_seconds = text_alone(encoder, sets["peer"], source, rows, rounds)
+    table = [{"what": f"a sample, {who}", "seconds": statistics.median(values)} for who, values in seconds.items()]
+    table += [{"what": f"text of a sample, {who}", "seconds": value} for who, value in text_seconds.items()]
+    ratios = [peer / ours for peer, ours in zip(seconds["peer"], seconds["ours"], strict=True)]
+    cached = [peer / ours for peer, ours in zip(seconds["peer"], seconds["ours, token cache"], strict=True)]
+    return table, {
+        "samples_per_second": 1 / statistics.median(seconds["ours"]),
+        "samples_per_second_peer": 1 / statistics.median(seconds["peer"]),
+        "sample_speedup_vs_llava": statistics.median(ratios),
+        "sample_speedup_vs_llava_cached": statistics.median(cached),
+        "text_speedup_vs_llava": text_seconds["peer"] / text_seconds["ours"],
+    }
+
+
+def text_alone(encoder: Encoder, peer: Any, source: SourceConfig, rows: list[Any], rounds: int) -> dict[str, float]:
+    """CPU seconds per sample of records and tokens without pictures."""
+    from mm_moslora.data.sources import open_source
+
+    file, lazy = open_source(source), peer.__self__
+    work: dict[str, Callable[[int], Any]] = {
+        "ours": lambda number: encoder.encode(file[number].turns),
+        "peer": lambda number: lazy._tokens(rows[number]["conversations"], has_image="image" in rows[number]),
+    }
+    seconds: dict[str, list[float]] = {who: [] for who in work}
+    for turn in range(rounds):
+        for who in list(work)[:: 1 if turn % 2 else -1]:
+            began = time.process_time()
+            for number in range(len(rows)):
+                work[who](number)
+            seconds[who].append((time.process_time() - began) / len(rows))
+    return {who: statistics.median(values) for who, values in seconds.items()}
+
+
+def check_equal(ours: Callable[[int], Any], peer: Callable[[int], Any], count: int, token: int) -> None:
+    """Both give the same ids, labels and pixels."""
+    for number in range(min(count, 32)):
+        one, other = ours(number), peer(number)
+        ids = one.input_ids.tolist()
+        if one.images:
+            first = ids.index(token)
+            ids[first : first + VISUAL_TOKENS] = [-200]
+            difference = (one.pixel_values[0] - torch.as_tensor(other["image"])).abs().max().item()
+            assert difference < 0.02, f"pixels differ by {difference}"
+        assert ids == other["input_ids"].tolist(), f"ids of record {number} differ"
+        supervised = one.input_ids[one.supervised].tolist()
+        assert supervised == other["labels"][other["labels"] != -100].tolist(), f"labels of record {number} differ"
+
+
+def measure_packing() -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """How full rows are for lengths distributed like LLaVA-665k's, against padding within LLaVA's grouped batches.
+
+    94 % of the records have a picture of 576 tokens; texts are log-normal (median 148 tokens, sigma 0.75) plus the 40
+    of the template, cut so that nothing exceeds 2,048.
+    """
+    rng = random.Random(0)
+    image = [rng.random() < 0.94 for _ in range(ROWS)]
+    lengths = [min(2048, int(rng.lognormvariate(5, 0.75)) + 40 + VISUAL_TOKENS * seen) for seen in image]
+    rows, summary = [], {}
+    for tokens in (2048, ROW_TOKENS, 8192):
+        began = time.process_time()
+        packed = pack(range(ROWS), lengths, tokens=tokens)
+        seconds = time.process_time() - began
+        rate = fill_rate(packed, lengths, tokens=tokens)
+        rows.append({"what": f"rows of {tokens} tokens, share filled", "share": rate, "seconds": seconds})
+        if tokens == ROW_TOKENS:
+            summary["packing_fill_rate"] = rate
+            summary["packing_seconds"] = seconds
+    rows.append({"what": "LLaVA, batches of 16 padded to the longest", "share": padded_share(lengths, image)})
+    summary["padding_efficiency_llava"] = rows[-1]["share"]
+    return rows, summary
+
+
+def padded_share(lengths: list[int], image: list[bool], *, ranks: int = 8, batch: int = 16) -> float:
+    """Tokens divided by padded tokens in LLaVA's order, 8 GPUs of 16 samples each."""
+    from mm_moslora.data.sampler import plan_llava
+
+    held = 0
+    for step in plan_llava(lengths, image, seed=0, epoch=0, global_batch=ranks * batch):
+        members = sorted((lengths[number] for number in step), reverse=True)
+        chunks: list[list[int]] = [[] for _ in range(ranks)]
+        for length in members:  # LLaVA deals the longest first to the chunk with the fewest tokens
+            open_chunks = [chunk for chunk in chunks if len(chunk) < batch]
+            min(open_chunks, key=sum).append(length)
+        held += sum(max(chunk) * len(chunk) for chunk in chunks if chunk)
+    return sum(lengths) / held
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=96)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    summary: dict[str, float] = {}
+    for part in (
+        lambda: measure_opening(options.rounds),
+        lambda: measure_samples(options.samples, options.rounds),
+        measure_packing,
+    ):
+        more, keys = part()
+        rows, summary = rows + more, summary | keys
+    result = {
+        "benchmark": "data",
+        "hardware": {"processor": _processor(), "threads": 1, "cores": os.cpu_count()},
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "pillow", "numpy")},
+        "rows": rows,
+        "summary": summary,
+    }
+    if options.json:
+        print(json.dumps(result))
+        return 0
+    for row in rows:
+        shown = [f"{row['seconds']:.4f} s"] if "seconds" in row else []
+        shown += [f"{row['peak_mib']:.0f} MiB"] if "peak_mib" in row else []
+        shown += [f"{row['share']:.1%}"] if "share" in row else []
+        print(f"{row['what']:56} {'  '.join(shown)}")
+    for name, value in summary.items():
+        print(f"{name:40} {value:.4g}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
