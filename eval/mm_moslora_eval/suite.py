@@ -14,6 +14,7 @@ from mm_moslora.errors import EvalError
 from . import statistics
 from .baselines import BASELINES, TrainingAnswer, baseline
 from .images import MODES, Hasher, ImageMode
+from .metrics.groups import group_of
 from .model import Model
 from .results import TaskResult, score_folder, write_results
 from .runner import Progress, Settings, open_run, run_task, select
@@ -94,13 +95,13 @@ class Comparison:
     samples: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = ()
     """The rows of A and B (of their first seeds) whose score differs."""
     aggregation: str = "mean"
-    """How the task adds samples up for its headline; what is compared here is always the mean over samples."""
+    """How the task adds samples up; compared is the mean over samples, for `circular` that over questions."""
 
     @property
     def caution(self) -> str:
         """What a reader must know whose task has another headline than the mean; empty for a mean."""
-        if self.aggregation == "mean":
-            return ""
+        if self.aggregation in ("mean", "circular", "ocrbench", "mmvet"):
+            return ""  # means of samples, or of questions
         return (
             f"Compared is the mean score of single samples; the headline of this task adds them up otherwise "
             f"({self.aggregation})."
@@ -148,6 +149,11 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Com
     places = [*([runs_a] if isinstance(runs_a, Path) else runs_a), *([runs_b] if isinstance(runs_b, Path) else runs_b)]
     for place, rows in zip(places, [*a, *b], strict=True):
         _check_same(places[0], first, place, rows)
+    place = places[0]
+    aggregation = _aggregation(place)
+    if aggregation == "circular":
+        a, b = [_by_question(rows) for rows in a], [_by_question(rows) for rows in b]
+        first = a[0]
     names = list(first)
     left = [statistics.mean([rows[name]["score"] for rows in a]) for name in names]
     right = [statistics.mean([rows[name]["score"] for rows in b]) for name in names]
@@ -155,7 +161,6 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Com
     shared = len(set(clusters)) < len(clusters)
     seeds = [tuple(statistics.mean([row["score"] for row in rows.values()]) for rows in side) for side in (a, b)]
     changed = tuple(name for name, x, y in zip(names, left, right, strict=True) if x != y)
-    place = places[0]
     return Comparison(
         task=place.parent.name if place.is_dir() else place.parent.parent.name,
         score_a=statistics.mean(left),
@@ -167,8 +172,19 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Com
         seeds_b=seeds[1],
         seed_spread=_pooled_spread(seeds),
         samples=tuple((first[name], b[0][name]) for name in changed),
-        aggregation=_aggregation(place),
+        aggregation=aggregation,
     )
+
+
+def _by_question(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """MMBench's questions instead of their rotations: right when every rotation is."""
+    questions: dict[str, dict[str, Any]] = {}
+    for name, row in sorted(rows.items(), key=lambda item: int(item[0])):
+        question = str(group_of(int(name)))
+        before = questions.setdefault(question, dict(row))
+        if row["score"] < before["score"]:
+            questions[question] = dict(row)  # the rotation that went wrong is the one to look at
+    return questions
 
 
 def _aggregation(place: Path) -> str:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from mm_moslora_eval.miniature import TASKS, make_miniature
-from mm_moslora_eval.registry import load_file
+from mm_moslora_eval.registry import get_task, load_file
 from mm_moslora_eval.results import read_results
-from mm_moslora_eval.suite import read_samples
+from mm_moslora_eval.suite import compare, read_samples
 
 from mm_moslora import cli
 from tests.eval.eval_data import write_questions
@@ -189,6 +189,25 @@ def test_a_comparison_says_when_the_headline_is_no_mean(finished: Path, tmp_path
     assert cli.run(["eval", "compare", str(place / "own"), str(place / "wrong"), "--html", str(page)]) == 0
     assert "the headline of this task adds them up otherwise (pope_splits)" in capsys.readouterr().out
     assert "(pope_splits)" in page.read_text()
+
+
+def test_mmbench_is_compared_by_question(miniature: Path, tmp_path: Path) -> None:
+    documents = get_task(str(miniature / "mmbench_en_dev.yaml")).load().documents
+    right = {document.id: document.answers[0] for document in documents}
+    wrong_once = right | {"1000000": "Z"}  # one rotation of question 0
+    places = []
+    for name, answers in (("a", right), ("b", wrong_once)):
+        stored = tmp_path / f"{name}.json"
+        stored.write_text(json.dumps(answers))
+        run = tmp_path / name
+        arguments = ["--model", f"replay:{stored}", "--output", str(run), "--no-report"]
+        assert cli.run(["eval", "run", str(miniature / "mmbench_en_dev.yaml"), *arguments]) == 0
+        places.append(run / "mmbench_en_dev@llava" / "own")
+    result = compare(places[0], places[1])
+    assert (result.score_a, result.score_b) == (1.0, pytest.approx(5 / 6))
+    assert (result.paired.n, result.paired.wins, result.changed) == (6, 1, ("0",))
+    assert result.samples[0][1]["id"] == "1000000"
+    assert result.caution == ""
 
 
 def test_a_run_on_a_part_of_the_benchmark_says_so(miniature: Path, tmp_path: Path, capsys) -> None:
