@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 from . import statistics
 from .metrics import caption, groups, judged, ptb, yesno
@@ -46,34 +46,34 @@ def _by_split(samples: Samples) -> dict[str, list[Scored]]:
     return splits
 
 
+def _pope_numbers(samples: Samples) -> Numbers:
+    splits = _by_split(samples)
+    rates = {f"f1_{name}": _pope(members)["f1"] for name, members in sorted(splits.items()) if name}
+    return _pope([sample for members in splits.values() for sample in members]) | rates
+
+
 def pope(samples: Samples) -> Aggregate:
     """F1 of `yes` over the questions of all splits, with the other rates and every split's F1."""
+    return _bootstrapped(samples, _pope_numbers, headline="f1")
 
-    def numbers(drawn: Samples) -> Numbers:
-        splits = _by_split(drawn)
-        rates = {f"f1_{name}": _pope(members)["f1"] for name, members in sorted(splits.items()) if name}
-        return _pope([sample for members in splits.values() for sample in members]) | rates
 
-    return _bootstrapped(samples, numbers, headline="f1")
+def _pope_split_numbers(samples: Samples) -> Numbers:
+    rates = {name: _pope(members)["f1"] for name, members in sorted(_by_split(samples).items())}
+    return {"f1": statistics.mean(list(rates.values()))} | {f"f1_{name}": rate for name, rate in rates.items()}
 
 
 def pope_splits(samples: Samples) -> Aggregate:
     """LLaVA's POPE number: the mean of the F1 of the random, popular and adversarial questions."""
+    return _bootstrapped(samples, _pope_split_numbers, headline="f1")
 
-    def numbers(drawn: Samples) -> Numbers:
-        rates = {name: _pope(members)["f1"] for name, members in sorted(_by_split(drawn).items())}
-        return {"f1": statistics.mean(list(rates.values()))} | {f"f1_{name}": rate for name, rate in rates.items()}
 
-    return _bootstrapped(samples, numbers, headline="f1")
+def _mme_numbers(samples: Samples) -> Numbers:
+    return yesno.mme((s.document.category or "", _mme_pair(s), s.score) for s in samples)
 
 
 def mme(samples: Samples) -> Aggregate:
     """MME's perception sum (0 to 2000), with cognition (0 to 800) and every sub-task."""
-
-    def numbers(drawn: Samples) -> Numbers:
-        return yesno.mme((s.document.category or "", _mme_pair(s), s.score) for s in drawn)
-
-    return _bootstrapped(samples, numbers, headline="perception")
+    return _bootstrapped(samples, _mme_numbers, headline="perception")
 
 
 def _mme_pair(sample: Scored) -> str:
@@ -114,16 +114,16 @@ def circular(samples: Samples) -> Aggregate:
     return replace(mean_with_error(grouped), metrics={"questions": float(len(hits)), "vanilla": vanilla})
 
 
+def _macro_numbers(samples: Samples) -> Numbers:
+    return groups.macro_average(
+        (s.document.category or "", s.document.extra.get("l2_category", s.document.category or ""), s.score)
+        for s in samples
+    )
+
+
 def macro(samples: Samples) -> Aggregate:
     """MMStar in lmms-eval: unweighted mean of the means of the second-level categories."""
-
-    def numbers(drawn: Samples) -> Numbers:
-        return groups.macro_average(
-            (s.document.category or "", s.document.extra.get("l2_category", s.document.category or ""), s.score)
-            for s in drawn
-        )
-
-    return _bootstrapped(samples, numbers, headline="average")
+    return _bootstrapped(samples, _macro_numbers, headline="average")
 
 
 def ocrbench(samples: Samples) -> Aggregate:
@@ -193,3 +193,41 @@ AGGREGATIONS: dict[str, Callable[[Samples], Aggregate]] = {
     "caption_plain": caption_scores_plain,
 }
 """Name -> how scored samples add up."""
+
+HEADLINES: dict[str, tuple[str, Callable[[Samples], float]]] = {
+    "pope": ("F1", lambda samples: _pope_numbers(samples)["f1"]),
+    "pope_splits": ("mean F1", lambda samples: _pope_split_numbers(samples)["f1"]),
+    "mme": ("perception", lambda samples: _mme_numbers(samples)["perception"]),
+    "macro": ("macro average", lambda samples: _macro_numbers(samples)["average"]),
+}
+"""Aggregation whose headline is no mean of samples -> its name and the number itself, without an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadlineDifference:
+    """A - B of a corpus metric on the same samples."""
+
+    name: str
+    a: float
+    b: float
+    stderr: float
+    low: float
+    high: float
+    """95 % interval, from drawing whole clusters for both systems at once."""
+
+
+def headline_difference(aggregation: str, a: Samples, b: Samples) -> HeadlineDifference | None:
+    """Compare the headline of two systems on the same samples in the same order; None for a mean."""
+    if aggregation not in HEADLINES:
+        return None
+    name, number = HEADLINES[aggregation]
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for index, sample in enumerate(a):
+        members[sample.cluster].append(index)
+    stderr, low, high = statistics.bootstrap_stderr(
+        list(members.values()),
+        lambda drawn: number([a[index] for index in drawn]) - number([b[index] for index in drawn]),
+        rounds=_ROUNDS,
+        seed=_SEED,
+    )
+    return HeadlineDifference(name=name, a=number(a), b=number(b), stderr=stderr, low=low, high=high)

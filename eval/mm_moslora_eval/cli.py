@@ -281,6 +281,12 @@ def comparison_text(result: Comparison) -> str:
         f"With {pair.n} documents a true difference of {result.detectable:.4f} is seen four times out of five.",
     ]
     lines += [result.caution] if result.caution else []
+    if result.headline is not None:
+        own = result.headline
+        lines.append(
+            f"Headline ({own.name}): A {own.a:.4f}, B {own.b:.4f}, A - B {own.a - own.b:+.4f} "
+            f"(95 % {own.low:+.4f} to {own.high:+.4f}, bootstrap over both at once)"
+        )
     if max(len(result.seeds_a), len(result.seeds_b)) > 1:
         shown = [", ".join(f"{score:.4f}" for score in seeds) for seeds in (result.seeds_a, result.seeds_b)]
         lines.append(

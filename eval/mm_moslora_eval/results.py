@@ -299,6 +299,25 @@ def _sample(index: int, row: dict[str, Any], answer: dict[str, Any], scored: Sco
     }
 
 
+def read_scored(place: Path) -> list[Scored]:
+    """The scored samples of a task folder, as an aggregation takes them.
+
+    Raises:
+        EvalError: it is no such folder, or has not been scored.
+    """
+    path = place / "samples.jsonl"
+    if not path.is_file():
+        raise EvalError(f"{path} is missing; score the folder first.")
+    rows = [json.loads(text) for text in path.read_text(encoding="utf-8").split("\n") if text]
+    return [
+        Scored(
+            document=Document.from_dict(document), text=row["text"] or "", parsed=row["parsed"], score=row["score"],
+            failed=row["failed"], cluster=row["cluster"],
+        )
+        for document, row in zip(_documents(place), rows, strict=True)
+    ]  # fmt: skip
+
+
 def _documents(place: Path) -> list[dict[str, Any]]:
     path = place / "documents.jsonl"
     if not path.is_file():

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from mm_moslora.errors import EvalError
 
 from . import statistics
+from .aggregation import HeadlineDifference, headline_difference
 from .baselines import BASELINES, TrainingAnswer, baseline
 from .images import MODES, Hasher, ImageMode
 from .metrics.groups import group_of
 from .model import Model
-from .results import TaskResult, score_folder, write_results
+from .results import TaskResult, read_scored, score_folder, write_results
 from .runner import Progress, Settings, open_run, run_task, select
 from .scoring import JUDGED
 from .task import Task
@@ -97,13 +98,16 @@ class Comparison:
     aggregation: str = "mean"
     """How the task adds samples up; compared is the mean over samples, for `circular` that over questions."""
 
+    headline: HeadlineDifference | None = None
+    """The task's own number, where that is no mean of samples (POPE, MME, MMStar's macro average)."""
+
     @property
     def caution(self) -> str:
         """What a reader must know whose task has another headline than the mean; empty for a mean."""
         if self.aggregation in ("mean", "circular", "ocrbench", "mmvet"):
             return ""  # means of samples, or of questions
         return (
-            f"Compared is the mean score of single samples; the headline of this task adds them up otherwise "
+            f"Wins, losses and p-values are about single samples; the headline of this task adds them up otherwise "
             f"({self.aggregation})."
         )
 
@@ -173,7 +177,16 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Com
         seed_spread=_pooled_spread(seeds),
         samples=tuple((first[name], b[0][name]) for name in changed),
         aggregation=aggregation,
+        headline=_headline(aggregation, places) if len(places) == 2 else None,
     )
+
+
+def _headline(aggregation: str, places: Sequence[Path]) -> HeadlineDifference | None:
+    if not all(place.is_dir() for place in places):
+        return None
+    left, right = (read_scored(place) for place in places)
+    by_id = {sample.document.id: sample for sample in right}
+    return headline_difference(aggregation, left, [by_id[sample.document.id] for sample in left])
 
 
 def _by_question(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

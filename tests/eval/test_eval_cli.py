@@ -187,7 +187,11 @@ def test_compare_runs_seeds_and_page(tmp_path: Path, capsys) -> None:
 def test_a_comparison_says_when_the_headline_is_no_mean(finished: Path, tmp_path: Path, capsys) -> None:
     place, page = finished / "pope@llava", tmp_path / "page.html"
     assert cli.run(["eval", "compare", str(place / "own"), str(place / "wrong"), "--html", str(page)]) == 0
-    assert "the headline of this task adds them up otherwise (pope_splits)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the headline of this task adds them up otherwise (pope_splits)" in out
+    scores = {(r.task, r.mode): r.score for r in read_results(finished)}
+    a, b = scores["pope", "own"], scores["pope", "wrong"]
+    assert f"Headline (mean F1): A {a:.4f}, B {b:.4f}, A - B {a - b:+.4f}" in out
     assert "(pope_splits)" in page.read_text()
 
 

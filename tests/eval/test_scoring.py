@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mm_moslora_eval import statistics
-from mm_moslora_eval.aggregation import AGGREGATIONS
+from mm_moslora_eval.aggregation import AGGREGATIONS, headline_difference
 from mm_moslora_eval.baselines import TrainingAnswer, baseline
 from mm_moslora_eval.documents import DataSet, Document
 from mm_moslora_eval.images import Hasher, derangement, mean_image
@@ -198,6 +198,19 @@ def test_mme_pairs_questions_by_the_name_of_the_picture() -> None:
         for one, name in zip(scored(rows), names, strict=True)
     ]
     assert AGGREGATIONS["mme"](samples).score == pytest.approx(100 * 2 / 3 + 50)
+
+
+def test_a_headline_is_compared_on_the_same_draws() -> None:
+    a = scored([(str(n), "OCR", f"i{n // 2}", 1.0) for n in range(40)])
+    b = [replace(one, score=float(n % 4 != 0)) for n, one in enumerate(a)]
+    same = headline_difference("mme", b, b)
+    assert same is not None
+    assert (same.a, same.low, same.high) == (same.b, 0.0, 0.0)  # unpaired, the interval would not be a point
+    better = headline_difference("mme", a, b)
+    assert better is not None
+    assert (better.a, better.b) == (200.0, 75.0 + 50.0)
+    assert 0 < better.low < 75.0 < better.high
+    assert headline_difference("mean", a, b) is None
 
 
 def test_mme_survives_an_image_with_one_question() -> None:
