@@ -2,8 +2,8 @@
 
     python scripts/bench/serve.py MODEL --answers 16 --tokens 24 --rounds 3 [--json]
 
-MODEL is a run, a checkpoint or an export that sees pictures. One thread; every round runs both ways on the same jobs, and
-the ratio is the median over rounds. The answers of both ways are compared token by token.
+MODEL is a run, a checkpoint or an export that sees pictures. One thread; every round runs both ways on the same jobs,
+and the ratio is the median over rounds. The answers of both ways are compared token by token.
 """
 
 from __future__ import annotations

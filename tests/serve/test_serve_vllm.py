@@ -1,7 +1,7 @@
 """What the vLLM recipe of docs/serving.md hands over has the names that vLLM reads.
 
-vLLM's LLaVA maps `model.language_model.` to `language_model.model.` and takes LoRA tensors of the linear layers below it;
-names that match nothing are passed over in silence there, so they are checked here.
+vLLM's LLaVA maps `model.language_model.` to `language_model.model.` and takes LoRA tensors of the linear layers below
+it; names that match nothing are passed over in silence there, so they are checked here.
 """
 
 from __future__ import annotations
