@@ -8,6 +8,7 @@ Needs the extra `dashboards` and a login; wandb calls these APIs a public previe
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import Any
 
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -22,17 +23,14 @@ _TABLES = ("eval/scores", "eval/answers")
 
 def workspace(*, entity: str, project: str) -> Any:
     """A workspace with one section per question that one asks of a run; `.save()` puts it online."""
-    import wandb_workspaces.reports.v2 as wr
-    import wandb_workspaces.workspaces as ws
-
+    wr, ws = import_module("wandb_workspaces.reports.v2"), import_module("wandb_workspaces.workspaces")
     sections = [ws.Section(name=name, panels=_panels(wr, metrics), is_open=True) for name, metrics in SECTIONS.items()]
     return ws.Workspace(entity=entity, project=project, name="mm_moslora", sections=sections)
 
 
 def report(*, entity: str, project: str, title: str) -> Any:
     """A report over all runs of a project; `.save()` puts it online."""
-    import wandb_workspaces.reports.v2 as wr
-
+    wr = import_module("wandb_workspaces.reports.v2")
     blocks: list[Any] = [wr.P("Intervals, controls and seeds are in the run folders: `mm-moslora report RUN`.")]
     for name, metrics in SECTIONS.items():
         runs = wr.Runset(entity=entity, project=project)

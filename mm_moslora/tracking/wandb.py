@@ -143,7 +143,7 @@ class WandbTracker:
         """See `Tracker.log_evaluation`: a table, and an artifact whose lineage leads to the adapter."""
         import wandb
 
-        columns = ["task", "system", "n", "mean", "low", "high"]
+        columns: list[str | int] = ["task", "system", "n", "mean", "low", "high"]
         keys = ("task", "label", "n", "mean", "low", "high")
         table = wandb.Table(columns=columns, data=[[row.get(key) for key in keys] for row in rows])  # type: ignore[no-untyped-call]
         if self._online and adapter is not None:
@@ -157,9 +157,7 @@ class WandbTracker:
 
     def alert(self, title: str, text: str) -> None:
         """See `Tracker.alert`."""
-        import wandb
-
-        self._run.alert(title=title, text=text, level=wandb.AlertLevel.WARN, wait_duration=600)
+        self._run.alert(title=title, text=text, level="WARN", wait_duration=600)
 
     def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
         """See `Tracker.log_folder`; the folder becomes an artifact of type `adapter`."""
