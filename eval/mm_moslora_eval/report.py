@@ -122,16 +122,21 @@ def _short(text: str | None) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({len(text)} characters)"
 
 
-def format_score(value: float | None) -> str:
-    """A share as percent, a sum (MME) as it stands, nan as a dash."""
+_SUMS = frozenset({"mme"})
+"""Aggregations whose headline is a sum and no share."""
+
+
+def format_score(value: float | None, aggregation: str = "mean") -> str:
+    """A share (or CIDEr) as percent, a sum (MME) as it stands, nan as a dash."""
     if value is None or math.isnan(value):
         return "–"
-    return f"{value:.1f}" if abs(value) > 2 else f"{100 * value:.1f}"
+    return f"{value if aggregation in _SUMS else 100 * value:.1f}"
 
 
 def _row(result: TaskResult) -> dict[str, Any]:
     bar = None
-    if not math.isnan(result.low) and result.high <= 1:  # a sum such as MME's has no place on this scale
+    is_sum = result.about.get("aggregation") in _SUMS
+    if not math.isnan(result.low) and result.high <= 1 and not is_sum:  # a sum such as MME's has no place on this scale
         bar = {"score": 100 * result.score, "low": 100 * result.low, "high": 100 * result.high}
     return {
         "it": result, "bar": bar, "mode": _MODES.get(result.mode, result.mode),

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from mm_moslora_eval.miniature import TASKS, make_miniature
 from mm_moslora_eval.registry import get_task, load_file
+from mm_moslora_eval.report import format_score
 from mm_moslora_eval.results import read_results
 from mm_moslora_eval.suite import compare, read_samples
 
@@ -222,6 +223,20 @@ def test_a_run_on_a_part_of_the_benchmark_says_so(miniature: Path, tmp_path: Pat
     model, run = f"replay:{tmp_path / 'answers.json'}", str(tmp_path / "run")
     assert cli.run(["eval", "run", str(task), "--model", model, "--output", run, "--no-report"]) == 0
     assert "the data holds 6 documents, the full set has 3088." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("value", "aggregation", "text"),
+    [
+        (0.5, "mean", "50.0"),
+        (2.31, "caption", "231.0"),
+        (1.25, "mme", "1.2"),
+        (1510.7, "mme", "1510.7"),
+        (None, "", "–"),
+    ],
+)
+def test_scores_are_percent_and_sums_are_sums(value: float | None, aggregation: str, text: str) -> None:
+    assert format_score(value, aggregation) == text
 
 
 def test_report_is_one_escaped_page_without_network(tmp_path: Path) -> None:
