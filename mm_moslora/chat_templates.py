@@ -53,7 +53,7 @@ class NamedTemplate:
     system: str = ""
     """The system prompt where the conversation has none."""
     controls: tuple[str, ...] = ()
-    """Texts that should be tokens of the tokenizer."""
+    """Texts that should be tokens of the tokenizer; the last one ends an answer."""
 
 
 CHAT_TEMPLATES: dict[str, NamedTemplate] = {
@@ -163,6 +163,8 @@ def set_chat_template(tokenizer: Any, name: str | None, *, faithful: bool = Fals
             "The chat template %s writes %s, which this tokenizer has no tokens for; they are written as ordinary text "
             "and answers end with %s.", name, ", ".join(missing), tokenizer.eos_token,
         )  # fmt: skip
+    if template.controls and template.controls[-1] in known:  # what answers end with is what stops generation
+        tokenizer.eos_token = template.controls[-1]
     adds_bos = tokenizer.bos_token is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
     header = "{#- mm_moslora: " + name + (" faithful" if faithful else "") + " -#}"
     source = template.source

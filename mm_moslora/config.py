@@ -133,6 +133,10 @@ class ModelConfig:
             "set language_last_n >= 1 exactly for language_mode last_n.",
         )
         _require(
+            self.chat_template is None or self.vlm is None,
+            f"model.chat_template is {self.chat_template!r}, but a ready-made model (model.vlm) keeps its own.",
+        )
+        _require(
             not self.faithful or self.chat_template is not None,
             "model.faithful is set; it means LLaVA's token ids, so set model.chat_template to one of LLaVA's.",
         )

@@ -219,6 +219,13 @@ class _Endless(torch.utils.data.Sampler[list[int]]):
 def largest_batch(data: TrainingSet, micro_batch: int) -> Batch:
     """A micro-batch of the longest examples, with pictures if any example has some: what needs the most memory."""
     order = sorted(data.usable, key=lambda number: (data.lengths[number], data.has_image[number]), reverse=True)
+    if data.config.pack_tokens:
+        rows = pack(data.usable, data.lengths, tokens=data.config.pack_tokens)
+        rows.sort(
+            key=lambda row: (sum(data.lengths[n] for n in row), sum(data.has_image[n] for n in row)), reverse=True
+        )
+        order = [number for row in rows[:micro_batch] for number in row]
+        micro_batch = len(order)
     with_image = next((number for number in order if data.has_image[number]), order[0])
     chosen = order[:micro_batch]
     if with_image not in chosen:

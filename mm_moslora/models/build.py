@@ -32,6 +32,7 @@ from mm_moslora.chat_templates import set_chat_template
 from mm_moslora.config import ModelConfig, VisionConfig
 from mm_moslora.errors import ModelError
 from mm_moslora.models.eyes import ProcessorEyes, SquareEyes
+from mm_moslora.models.generation import stop_token_ids
 from mm_moslora.models.processor import IMAGE_TOKEN, build_processor, image_processor
 from mm_moslora.models.projector import ProjectorShape, projector_class
 from mm_moslora.models.ready import load_ready, load_ready_processor, ready_image_token
@@ -94,6 +95,8 @@ def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Asse
         config.language, config.language_revision, dtype=dtype, quantisation=config.quantisation
     )
     set_chat_template(tokenizer, config.chat_template, faithful=config.faithful)
+    if config.chat_template is not None and language.generation_config is not None:
+        language.generation_config.eos_token_id = stop_token_ids(language, tokenizer.eos_token_id)
     set_system_prompt(tokenizer, config.system_prompt)
     base = {"language": config.language, "language_revision": config.language_revision}
     if config.vision is None:

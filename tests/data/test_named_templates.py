@@ -55,11 +55,14 @@ def tokenizer_with(name: str, controls: tuple[str, ...]):
     return tokenizer
 
 
-@functools.cache
 def encoder(name: str, template: str, *, controls: bool) -> Encoder:
-    """An encoder for a real tokenizer; `controls` gives it the template's own tokens, as the models have them."""
+    """An encoder for a real tokenizer; `controls` gives it the template's own tokens, as the models have them.
+
+    Encoders share the tokenizer, so only the last one that was made is of use.
+    """
     every = tuple(text for named in CHAT_TEMPLATES.values() for text in named.controls)
     tokenizer = tokenizer_with(name, every if controls else ())
+    tokenizer.eos_token = real_tokenizer(name).eos_token
     set_chat_template(tokenizer, template)
     return Encoder(tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=2)
 
@@ -146,6 +149,14 @@ def test_an_unknown_name_gets_a_suggestion_and_a_missing_token_a_warning(caplog)
     assert not caplog.records
     set_chat_template(tokenizer, "gemma")
     assert "<start_of_turn>, <end_of_turn>, which this tokenizer has no tokens for" in caplog.text
+
+
+@pytest.mark.parametrize("template", ["llama_3", "chatml", "gemma", "phi3"])
+def test_generation_stops_where_answers_end(template: str) -> None:
+    made = encoder("llama", template, controls=True)
+    encoded = made.encode(typed([("what?", "a cat")]))
+    assert encoded.input_ids[-1] == made.tokenizer.eos_token_id
+    assert encoded.supervised[-1]
 
 
 def test_the_template_is_kept_with_the_tokenizer(tmp_path: Path) -> None:

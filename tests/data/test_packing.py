@@ -18,7 +18,7 @@ from mm_moslora.config import DataConfig, ModelConfig, SourceConfig, VisionConfi
 from mm_moslora.data.collate import Collator
 from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.dataset import TrainingSet
-from mm_moslora.data.loader import BatchLoader
+from mm_moslora.data.loader import BatchLoader, largest_batch
 from mm_moslora.data.packing import fill_rate, pack
 from mm_moslora.data.sampler import plan_llava
 from mm_moslora.errors import ConfigError, DataError
@@ -92,6 +92,11 @@ class TestPackedLoader:
         for start in (1, per_epoch, 2 * per_epoch + 1):
             assert self.steps(self.loader(data, start_step=start), 2) == whole[start : start + 2]
 
+    def test_the_rehearsal_tries_a_full_row(self, tmp_path: Path) -> None:
+        batch = largest_batch(self.data(tmp_path), 2)
+        assert 480 < batch.tokens <= 512
+        assert batch.images
+
     def test_settings_that_cannot_work_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"at least data\.max_length"):
             DataConfig(pack_tokens=100, max_length=200)
@@ -117,6 +122,16 @@ def tiny_vlm(tmp_path_factory):
     )
     source = SourceConfig(path=str(path), image_folder=str(folder / "images"))
     return assembly, TrainingSet([source], encoder, assembly.eyes, config=DataConfig())
+
+
+def test_a_named_template_reaches_model_and_processor(tmp_path: Path) -> None:
+    from mm_moslora.chat_templates import notes_of
+    from mm_moslora.models.build import assemble
+
+    folder = make_language(tmp_path / "language")
+    assembly = assemble(ModelConfig(language=str(folder), chat_template="v1", faithful=True), dtype=torch.float32)
+    assert notes_of(assembly.tokenizer.chat_template).name == "v1"
+    assert assembly.tokenizer.eos_token_id in assembly.model.generation_config.eos_token_id
 
 
 def test_a_packed_row_gives_each_sample_its_own_loss_and_gradients(tiny_vlm) -> None:
