@@ -56,12 +56,12 @@ class Plan:
     rates: tuple[float, ...] = (5e-4, 2e-3, 8e-3)
     seeds: int = 3
     subjects: int = 3
-    base_steps: int = 500
-    steps: int = 40
+    base_steps: int = 300
+    steps: int = 25
     batch: int = 8
-    pictures: int = 8
+    pictures: int = 6
     """Generated per subject and run."""
-    sampling_steps: int = 12
+    sampling_steps: int = 8
     rank: int = 4
 
 

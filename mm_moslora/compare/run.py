@@ -35,6 +35,7 @@ from mm_moslora.config import Recipe
 from mm_moslora.errors import ConfigError, MoSLoRAError
 from mm_moslora.training.disk import replace_json
 from mm_moslora.training.progress import format_seconds
+from mm_moslora.training.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -129,11 +130,15 @@ class Comparison:
             self.outcomes[item.name] = outcome
 
     def run(self, room: Room) -> bool:
-        """Run whatever is missing; whether all is over.
+        """Run whatever is missing; whether all is over. SIGTERM and Ctrl-C save and leave, as in training.
 
         Args:
             room: what may be used.
         """
+        with StopRequest() as stop:
+            return self._run(room, stop)
+
+    def _run(self, room: Room, stop: StopRequest) -> bool:
         started = time.monotonic()
         # The reason of a failure may have gone since; what diverged would diverge again.
         self.outcomes = {name: outcome for name, outcome in self.outcomes.items() if outcome.status != "failed"}
@@ -153,6 +158,9 @@ class Comparison:
                 for job, code in pool.wait(WAIT_SECONDS):
                     self._over(job, code, room)
                 self._say_cost(pool.running)
+                if stop.received:
+                    logger.info("Stopped by signal %d; saving. The same command goes on.", stop.received)
+                    return False
                 if room.max_minutes is not None and time.monotonic() - started > 60 * room.max_minutes:
                     logger.info("%g minutes are over; saving. The same command goes on.", room.max_minutes)
                     return False

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,12 +16,13 @@ import pytest
 
 from mm_moslora import cli
 from mm_moslora.compare.arms import parse_arms
-from mm_moslora.compare.cell import read_outcome
+from mm_moslora.compare.cell import metrics, read_outcome
 from mm_moslora.compare.plan import Outcome, Settings, choose_rates, tuning_cells
 from mm_moslora.compare.pool import Pool, Slot
 from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.errors import ConfigError
 from mm_moslora.report.comparison import write_page
+from tests.compare.dying import work
 
 ARMS = "full,full@optim.max_grad_norm=0.5,lora@targets=[nope]"
 CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
@@ -119,18 +121,28 @@ def test_a_stopped_comparison_goes_on(tmp_path: Path, recipe: Path, records: Pat
     assert any("not tuned" in line for line in results["says"])
 
 
-def _dies(item: str, slot: Slot) -> None:
-    if item == "dies":
-        os.kill(os.getpid(), signal.SIGKILL)
-    Path(item).write_text("lived")
+@pytest.mark.slow
+def test_a_signal_saves_what_runs_and_the_same_command_goes_on(tmp_path: Path, recipe: Path, records: Path):
+    line = command(recipe, records, tmp_path / "out", "--train.steps", "400", arms="lora,moslora:kaiming", rates="1e-3")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mm_moslora", *line], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    place, deadline = tmp_path / "out" / "runs" / "lora_lr0.001_seed0", time.monotonic() + 200
+    while len(metrics(place)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 75
+    assert read_outcome(place) is None
+    assert list(place.glob("checkpoint-*")), "what was trained is lost"
 
 
 def test_a_process_that_is_killed_takes_no_other_with_it(tmp_path: Path):
-    pool = Pool(_dies, [Slot(), Slot()])
+    pool = Pool(work, [Slot(), Slot()])
     pool.start("dies")
     pool.start(str(tmp_path / "other"))
     assert not pool.free
-    ended, deadline = {}, time.monotonic() + 60
+    ended, deadline = {}, time.monotonic() + 300
     while pool.running and time.monotonic() < deadline:
         ended |= dict(pool.wait(5))
     assert ended == {"dies": -signal.SIGKILL, str(tmp_path / "other"): 0}
