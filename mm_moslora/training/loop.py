@@ -33,6 +33,7 @@ from mm_moslora.training.rehearsal import rehearse
 from mm_moslora.training.resume import find_resume, restore
 from mm_moslora.training.saving import snapshot
 from mm_moslora.training.signals import StopRequest
+from mm_moslora.training.speed import Speedometer
 from mm_moslora.training.spikes import SPIKE, SpikeScore
 from mm_moslora.training.validation import Best, Measure, Validator
 from mm_moslora.training.watchdog import Watchdog
@@ -129,6 +130,7 @@ class _Loop:
         self.validator = Validator(run, measure)
         self.best = Best.of(run.folder, recipe.validate, resume_step=run.step if resumed else -1)
         self.spikes = SpikeScore()
+        self.speedometer = Speedometer(run.assembly.model)
         self.skipped_in_a_row = self.failed_saves = 0
         self.saved_at = run.step if resumed else -1
         self.extra: dict[str, float] = {}  # logged with the next step
@@ -194,7 +196,7 @@ class _Loop:
         seconds = time.monotonic() - waited
         self.last_loss = result.loss
         self._count(result, seconds, [i for b in micro_batches for i in b.ids])
-        self._log(result, factor, seconds=seconds, data_seconds=data_seconds)
+        self._log(result, micro_batches, factor, seconds=seconds, data_seconds=data_seconds)
 
     def _count(self, result: StepResult, seconds: float, ids: list[str]) -> None:
         counters = self.run.counters
@@ -228,7 +230,9 @@ class _Loop:
                 "the records named above, or use bf16 instead of fp16."
             )
 
-    def _log(self, result: StepResult, factor: float, *, seconds: float, data_seconds: float) -> None:
+    def _log(
+        self, result: StepResult, micro_batches: list[Batch], factor: float, *, seconds: float, data_seconds: float
+    ) -> None:
         step = self.run.step
         if step % self.recipe.train.log_every and step != self.total:
             return
@@ -246,6 +250,7 @@ class _Loop:
             "skipped_steps": self.run.counters["skipped"],
             "memory_gib": peak_memory_gib(),
         }
+        metrics |= self.speedometer.of(result, micro_batches, seconds)
         metrics |= {f"lr/{group.name}": group.peak_lr * factor for group in self.run.engine.groups}
         if self.run.engine.loss_scale != 1:
             metrics["loss_scale"] = self.run.engine.loss_scale

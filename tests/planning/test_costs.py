@@ -22,8 +22,9 @@ from mm_moslora.losses import CHUNK_BYTES
 from mm_moslora.models.attention import set_attention
 from mm_moslora.models.lean import use_lean_layers
 from mm_moslora.planning import memory, parse_gpus
-from mm_moslora.training.engine import LossModule
+from mm_moslora.training.engine import LossModule, StepResult
 from mm_moslora.training.flops import FlopCounter, StepShape, device_peak
+from mm_moslora.training.speed import Speedometer
 
 TESTS = Path(__file__).parents[1]
 
@@ -105,3 +106,16 @@ def test_devices_and_gpu_lists_are_read_as_people_write_them() -> None:
     for wrong in ("8xA100", "two A100s", "0xA100-80G", "4xH101-80G"):
         with pytest.raises(ConfigError, match=r"COUNTxNAME|names no known GPU"):
             parse_gpus(wrong)
+
+
+def test_a_step_logs_its_mfu_on_a_known_device_alone() -> None:
+    model = vlm(mode="adapters")
+    ids = torch.arange(1, 101)
+    example = Example(id="", input_ids=ids, supervised=torch.arange(100) >= 80)
+    batch = Batch.from_examples([example] * 2)
+    result = StepResult(loss=1.0, grad_norm=1.0, applied=True, supervised_tokens=40, tokens=200, images=0)
+    needed = FlopCounter(model).count(StepShape.of([100, 100], supervised=40)).total
+    found = Speedometer(model, device_name="NVIDIA A100-SXM4-80GB").of(result, [batch], 2.0)
+    assert found["mfu"] == pytest.approx(needed / (2.0 * 312e12))
+    assert found["padding_share"] == 0.0
+    assert "mfu" not in Speedometer(model, device_name="").of(result, [batch], 2.0)
