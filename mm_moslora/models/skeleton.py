@@ -77,7 +77,7 @@ def skeleton(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16) -> Skeleton
             model, layers, tokens = _ready(config.vlm, config.vlm_revision)
         else:
             model, layers, tokens = _assembled(recipe)
-        model = model.to(dtype)
+        cast(nn.Module, model).to(dtype)
         attach_adapters(Assembly(model=model, tokenizer=cast(Any, None)), config, recipe.adapter)
     if not takes_rows(model):
         set_attention(model, SEGMENTS)
