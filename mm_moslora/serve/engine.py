@@ -62,7 +62,7 @@ class Job:
     sampling: Sampling
     stop: tuple[str, ...] = ()
     choice: int = 0
-    deliver: Callable[[Piece], None]
+    deliver: Callable[[Piece], object]
     """Called from the engine's thread."""
     deadline: float
     """On the monotonic clock, seconds."""
