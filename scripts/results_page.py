@@ -48,7 +48,8 @@ def page(results: dict[str, Any], picture: str) -> str:
     lines += ["", "Percent, mean ± standard error over documents and seeds.", ""]
     lines += [f"- {sentence}" for sentence in results["says"]]
     lines += ["", f"![Scores, differences and learning rates]({picture})", ""]
-    lines += ["```bash", _without_places(results["command"]), "```", ""]
+    skip = "<!-- docs: skip it is the command as measured, on real parts -->"
+    lines += [skip, "```bash", _without_places(results["command"]), "```", ""]
     lines.append(
         f"Measured on {results['date']}: {results['hardware']}, beside other work; {runs['over']} of {runs['planned']} "
         f"runs, {minutes:.0f} minutes in all."
