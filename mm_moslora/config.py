@@ -43,8 +43,10 @@ class VisionConfig:
     """Hub revision (commit, tag or branch)."""
     pretrained: str | None = None
     """open_clip only: pretrained tag or weights file. None gives random weights."""
-    feature_layer: int = -2
-    """Which hidden state feeds the projector (LLaVA: -2)."""
+    feature_layer: int | list[int] = -2
+    """Which hidden state feeds the projector (LLaVA: -2); several are laid side by side."""
+    fuse_with: str | None = None
+    """A second encoder, named as the first; their features are laid side by side (prismatic: DINOv2 and SigLIP)."""
     select: Literal["patch", "cls_patch"] = "patch"
     """`patch` drops the tokens before the first patch (CLS, registers), `cls_patch` keeps CLS."""
     image_size: int | None = None
@@ -67,9 +69,14 @@ class ProjectorConfig:
     """The projector from vision features to the language model's embedding space."""
 
     kind: str = "mlp2x_gelu"
-    """linear, mlp2x_gelu or pixel_shuffle; see `mm_moslora.models.projector.PROJECTORS`."""
+    """linear, mlp2x_gelu (or mlp3x_gelu and so on), fused_mlp, avg_pool, pixel_shuffle, c_abstractor, perceiver or
+    qformer."""
     shuffle: int = 2
-    """pixel_shuffle only: side of the square of patches folded into one visual token."""
+    """pixel_shuffle and avg_pool: side of the square of patches that becomes one visual token."""
+    queries: int = 64
+    """perceiver, qformer and c_abstractor: visual tokens per image (c_abstractor: a square number)."""
+    depth: int = 2
+    """perceiver, qformer and c_abstractor: blocks (c_abstractor: in either of its two stages)."""
     scale_to_embeddings: bool = False
     """Scale the last layer at initialisation so that visual tokens have the size of word embeddings."""
     weights: str | None = None
@@ -78,7 +85,8 @@ class ProjectorConfig:
     """Train it or not; auto trains a projector of our own and leaves that of a ready-made model alone."""
 
     def __post_init__(self) -> None:
-        _at_least("model.projector.shuffle", self.shuffle, 1)
+        for name in ("shuffle", "queries", "depth"):
+            _at_least(f"model.projector.{name}", getattr(self, name), 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ def make_language(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
 
 
 def make_vision(folder: Path, kind: str = "dinov2") -> Path:
-    """A tiny vision tower: dinov2 (28 px, patch 7), clip or siglip (32 px, patch 8)."""
+    """A tiny vision tower: dinov2, with registers or without (28 px, patch 7), clip, siglip, vit or dinov3 (32, 8)."""
     import torch
     import transformers as t
 
@@ -57,6 +57,16 @@ def make_vision(folder: Path, kind: str = "dinov2") -> Path:
     small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
     models = {
         "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**small, image_size=28, patch_size=7)),
+        "dinov2_registers": lambda: t.Dinov2WithRegistersModel(
+            t.Dinov2WithRegistersConfig(**small, image_size=28, patch_size=7)
+        ),
+        "dinov3": lambda: t.DINOv3ViTModel(
+            t.DINOv3ViTConfig(**small, intermediate_size=64, image_size=32, patch_size=8, num_register_tokens=4)
+        ),
+        "vit": lambda: t.ViTModel(t.ViTConfig(**small, intermediate_size=64, image_size=32, patch_size=8)),
+        "siglip28": lambda: t.SiglipVisionModel(
+            t.SiglipVisionConfig(**small, intermediate_size=64, image_size=28, patch_size=7)
+        ),
         "clip": lambda: t.CLIPVisionModel(
             t.CLIPVisionConfig(**small, intermediate_size=64, image_size=32, patch_size=8)
         ),

@@ -23,6 +23,7 @@ from transformers import (
     BitsAndBytesConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,11 +34,13 @@ from mm_moslora.config import ModelConfig, VisionConfig
 from mm_moslora.errors import ModelError
 from mm_moslora.models.eyes import ProcessorEyes, SquareEyes
 from mm_moslora.models.generation import stop_token_ids
+from mm_moslora.models.fused import FusedVisionModel
 from mm_moslora.models.processor import IMAGE_TOKEN, build_processor, image_processor
-from mm_moslora.models.projector import ProjectorShape, projector_class
+from mm_moslora.models.projector import ProjectorShape, build_projector, projector_tokens
 from mm_moslora.models.ready import load_ready, load_ready_processor, ready_image_token
 from mm_moslora.models.vision import ImageSpec, load_vision
 from mm_moslora.models.vlm import VlmConfig, VlmForConditionalGeneration, is_multimodal
+from mm_moslora.models.wrapped import WrappedVisionModel
 
 
 @dataclass(kw_only=True)
@@ -102,14 +105,8 @@ def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Asse
     if config.vision is None:
         return Assembly(model=language, tokenizer=tokenizer, base=base)
     tower, spec = load_vision(config.vision, dtype=dtype)
-    kind = projector_class(config.projector.kind)
-    shape = ProjectorShape(
-        vision_width=spec.width,
-        language_width=language.config.get_text_config().hidden_size,
-        grid=spec.grid,
-        shuffle=config.projector.shuffle,
-    )
-    tokens = kind.tokens(shape) + (1 if config.vision.select == "cls_patch" else 0)
+    shape = _projector_shape(config, spec, language.config)
+    tokens = projector_tokens(config.projector.kind, shape) + (1 if config.vision.select == "cls_patch" else 0)
     image_token_id = add_image_token(language, tokenizer)
     settings = _llava_settings(config.vision, spec, tower, language, image_token_id=image_token_id, tokens=tokens)
     standard = is_standard(config, spec, tower)
@@ -119,7 +116,7 @@ def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Asse
             "Use select: patch."
         )
     model = _compose(config, settings, shape, standard=standard, prefix=spec.prefix)
-    projector = kind(shape).to(dtype)
+    projector = build_projector(config.projector.kind, shape).to(dtype)
     if config.projector.weights:
         load_projector(projector, Path(config.projector.weights))
     model.model.vision_tower = tower
@@ -154,9 +151,8 @@ def ready_assembly(model: PreTrainedModel, processor: Any, *, base: dict[str, An
 
 def is_standard(config: ModelConfig, spec: ImageSpec, tower: PreTrainedModel) -> bool:
     """Whether stock transformers can express the model as `LlavaForConditionalGeneration`."""
-    from mm_moslora.models.vision import WrappedVisionModel
-
-    return config.projector.kind == "mlp2x_gelu" and not isinstance(tower, WrappedVisionModel) and spec.prefix in (0, 1)
+    ours = isinstance(tower, WrappedVisionModel | FusedVisionModel)
+    return config.projector.kind == "mlp2x_gelu" and not ours and spec.prefix in (0, 1)
 
 
 def load_language(
@@ -301,13 +297,8 @@ def text_and_images(config: ModelConfig) -> TextAndImages:
     if config.vision is None:
         return TextAndImages(tokenizer=tokenizer)
     _, spec = load_vision(config.vision)
-    shape = ProjectorShape(
-        vision_width=spec.width,
-        language_width=language.get_text_config().hidden_size,
-        grid=spec.grid,
-        shuffle=config.projector.shuffle,
-    )
-    tokens = projector_class(config.projector.kind).tokens(shape) + (config.vision.select == "cls_patch")
+    shape = _projector_shape(config, spec, language)
+    tokens = projector_tokens(config.projector.kind, shape) + (config.vision.select == "cls_patch")
     token, images = register_image_token(tokenizer), image_processor(spec, config.image_aspect)
     return TextAndImages(
         tokenizer=tokenizer,
@@ -331,6 +322,17 @@ def _ready_text_and_images(config: ModelConfig) -> TextAndImages:
         image_processor=processor.image_processor,
         processor=processor,
         eyes=eyes,
+    )
+
+
+def _projector_shape(config: ModelConfig, spec: ImageSpec, language: PreTrainedConfig) -> ProjectorShape:
+    return ProjectorShape(
+        vision_width=spec.width,
+        language_width=language.get_text_config().hidden_size,
+        grid=spec.grid,
+        shuffle=config.projector.shuffle,
+        queries=config.projector.queries,
+        depth=config.projector.depth,
     )
 
 
@@ -367,6 +369,8 @@ def _compose(
                 **settings,
                 projector_kind=config.projector.kind,
                 projector_shuffle=config.projector.shuffle,
+                projector_queries=config.projector.queries,
+                projector_depth=config.projector.depth,
                 vision_width=shape.vision_width,
                 vision_grid=shape.grid,
                 vision_prefix=prefix,

@@ -100,11 +100,14 @@ def why_not_stock(model: VlmForConditionalGeneration) -> str:
         reasons.append(f"its projector is {config.projector_kind} (stock LLaVA has mlp2x_gelu only)")
     if vision.model_type == "mm_moslora_vision":
         reasons.append(f"its {vision.library} vision tower has no transformers class")
+    if vision.model_type == "mm_moslora_fused_vision":
+        reasons.append("it has two vision towers side by side")
     if config.vision_prefix > 1:
         reasons.append(f"its tower puts {config.vision_prefix} tokens before the patches (stock LLaVA drops one)")
     return (
         f"The model is no LlavaForConditionalGeneration: {'; '.join(reasons)}. Export it with --to hf, which loads "
-        "after `import mm_moslora.models`, or train with a CLIP, SigLIP or DINOv2 tower and mlp2x_gelu."
+        "after `import mm_moslora.models`, or train with one CLIP, SigLIP, ViT or DINOv2 tower (without registers) and "
+        "mlp2x_gelu."
     )
 
 

@@ -23,8 +23,9 @@ from mm_moslora.errors import ModelError
 from mm_moslora.models.build import Assembly, assemble, load_projector, ready_assembly
 from mm_moslora.models.processor import takes_plain_contents
 from mm_moslora.models.ready import load_ready_processor
-from mm_moslora.models.vision import ImageSpec, cast_parameters
+from mm_moslora.models.vision import ImageSpec
 from mm_moslora.models.vlm import is_multimodal
+from mm_moslora.models.wrapped import cast_parameters
 
 MANIFEST = "manifest.json"
 

@@ -1,135 +1,88 @@
 """Projectors: from vision features to the language model's embedding space. One table, one class each.
 
 Shapes: ``N`` images, ``P`` patches per image, ``Q`` visual tokens per image, ``V`` vision width, ``D`` LLM width.
+
+Every class takes a `ProjectorShape`, maps ``[N, P, V]`` to ``[N, Q, D]``, tells ``Q`` from the shape alone (`tokens`)
+and ends in a linear layer (`last`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from mm_moslora.errors import ModelError, suggestion
+from mm_moslora.models.projector_parts import (
+    AvgPoolProjector,
+    DeepMlpProjector,
+    FusedMlpProjector,
+    LinearProjector,
+    MlpProjector,
+    PixelShuffleProjector,
+    ProjectorShape,
+)
+from mm_moslora.models.resamplers import CAbstractorProjector, PerceiverProjector, QFormerProjector
 
-
-@dataclass(frozen=True, kw_only=True)
-class ProjectorShape:
-    """What a projector is built for."""
-
-    vision_width: int
-    """``V``."""
-    language_width: int
-    """``D``."""
-    grid: int
-    """Patches along one side; ``P = grid * grid``."""
-    shuffle: int = 2
-    """pixel_shuffle only: side of the square of patches folded into one token."""
-
-
-class LinearProjector(nn.Module):
-    """One linear layer (LLaVA 1.0): ``[N, P, V] -> [N, P, D]``."""
-
-    def __init__(self, shape: ProjectorShape) -> None:
-        super().__init__()
-        self.linear = nn.Linear(shape.vision_width, shape.language_width)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Project ``[N, P, V]`` to ``[N, P, D]``."""
-        return self.linear(features)
-
-    @property
-    def last(self) -> nn.Linear:
-        """The layer whose output is the visual tokens."""
-        return self.linear
-
-    @staticmethod
-    def tokens(shape: ProjectorShape) -> int:
-        """Visual tokens per image."""
-        return shape.grid * shape.grid
-
-
-class MlpProjector(nn.Module):
-    """Linear, GELU, linear (LLaVA 1.5), with the parameter names of transformers' LLaVA."""
-
-    def __init__(self, shape: ProjectorShape) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(shape.vision_width, shape.language_width)
-        self.act = nn.GELU()
-        self.linear_2 = nn.Linear(shape.language_width, shape.language_width)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Project ``[N, P, V]`` to ``[N, P, D]``."""
-        return self.linear_2(self.act(self.linear_1(features)))
-
-    @property
-    def last(self) -> nn.Linear:
-        """The layer whose output is the visual tokens."""
-        return self.linear_2
-
-    tokens = staticmethod(LinearProjector.tokens)
-
-
-class PixelShuffleProjector(nn.Module):
-    """Fold squares of ``shuffle x shuffle`` patches into one token, then norm and MLP (as in InternVL).
-
-    ``[N, P, V] -> [N, P / shuffle^2, D]``: fewer visual tokens, nothing thrown away.
-    """
-
-    def __init__(self, shape: ProjectorShape) -> None:
-        super().__init__()
-        if shape.grid % shape.shuffle:
-            raise ModelError(
-                f"model.projector.shuffle is {shape.shuffle}, which does not divide the grid of {shape.grid} x "
-                f"{shape.grid} patches. Divisors: {[n for n in range(1, shape.grid + 1) if shape.grid % n == 0]}."
-            )
-        self.grid, self.shuffle = shape.grid, shape.shuffle
-        folded = shape.vision_width * shape.shuffle**2
-        self.norm = nn.LayerNorm(folded)
-        self.linear_1 = nn.Linear(folded, shape.language_width)
-        self.act = nn.GELU()
-        self.linear_2 = nn.Linear(shape.language_width, shape.language_width)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Project ``[N, P, V]`` to ``[N, P / shuffle^2, D]``."""
-        images, _, width = features.shape
-        side, s = self.grid // self.shuffle, self.shuffle
-        squares = features.view(images, side, s, side, s, width).permute(0, 1, 3, 2, 4, 5)
-        folded = squares.reshape(images, side * side, s * s * width)
-        return self.linear_2(self.act(self.linear_1(self.norm(folded))))
-
-    @property
-    def last(self) -> nn.Linear:
-        """The layer whose output is the visual tokens."""
-        return self.linear_2
-
-    @staticmethod
-    def tokens(shape: ProjectorShape) -> int:
-        """Visual tokens per image."""
-        return (shape.grid // shape.shuffle) ** 2
-
-
-Projector = LinearProjector | MlpProjector | PixelShuffleProjector
-
-PROJECTORS: dict[str, type[LinearProjector] | type[MlpProjector] | type[PixelShuffleProjector]] = {
+Projector = (
+    LinearProjector | MlpProjector | DeepMlpProjector | FusedMlpProjector | AvgPoolProjector | PixelShuffleProjector
+    | PerceiverProjector | QFormerProjector | CAbstractorProjector
+)  # fmt: skip
+PROJECTORS: dict[str, type[Projector]] = {
     "linear": LinearProjector,
     "mlp2x_gelu": MlpProjector,
+    "mlpNx_gelu": DeepMlpProjector,
+    "fused_mlp": FusedMlpProjector,
+    "avg_pool": AvgPoolProjector,
     "pixel_shuffle": PixelShuffleProjector,
+    "c_abstractor": CAbstractorProjector,
+    "perceiver": PerceiverProjector,
+    "qformer": QFormerProjector,
 }
+_DEEP = re.compile(r"mlp([1-9])x_gelu")
 
 
-def projector_class(kind: str) -> type[LinearProjector] | type[MlpProjector] | type[PixelShuffleProjector]:
+def build_projector(kind: str, shape: ProjectorShape) -> Projector:
+    """A projector with fresh weights.
+
+    Raises:
+        ModelError: no such projector, or it does not fit the shape.
+    """
+    return projector_class(kind)(shaped(kind, shape))
+
+
+def projector_tokens(kind: str, shape: ProjectorShape) -> int:
+    """Visual tokens per image, known before anything is built.
+
+    Raises:
+        ModelError: no such projector, or it does not fit the shape.
+    """
+    return projector_class(kind).tokens(shaped(kind, shape))
+
+
+def projector_class(kind: str) -> type[Projector]:
     """Look a projector up by name.
 
     Raises:
         ModelError: no such projector.
     """
-    if kind not in PROJECTORS:
+    if kind not in PROJECTORS and _DEEP.fullmatch(kind):
+        return DeepMlpProjector
+    if kind not in PROJECTORS or kind == "mlpNx_gelu":
         raise ModelError(
-            f"model.projector.kind is {kind!r}, expected one of {', '.join(PROJECTORS)}.{suggestion(kind, PROJECTORS)}"
+            f"model.projector.kind is {kind!r}, expected one of {', '.join(PROJECTORS)} (N from 1 to 9)."
+            f"{suggestion(kind, PROJECTORS)}"
         )
     return PROJECTORS[kind]
+
+
+def shaped(kind: str, shape: ProjectorShape) -> ProjectorShape:
+    """The shape with what the name says: the layers of mlpNx_gelu."""
+    deep = _DEEP.fullmatch(kind)
+    return replace(shape, depth=int(deep[1])) if deep else shape
 
 
 @torch.no_grad()

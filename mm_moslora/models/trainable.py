@@ -14,6 +14,7 @@ from mm_moslora import adapters
 from mm_moslora.config import AdapterConfig, ModelConfig
 from mm_moslora.errors import ConfigError
 from mm_moslora.models.build import Assembly
+from mm_moslora.models.fused import FusedVisionModel
 from mm_moslora.models.ready import decoder_path, tower_path
 from mm_moslora.models.vlm import is_multimodal, part_of
 
@@ -109,11 +110,12 @@ def _train_component(component: nn.Module, mode: str, last_n: int, *, what: str)
     if mode == "full":
         component.requires_grad_(True)
     elif mode == "last_n":
-        blocks = _blocks(component)
-        if last_n > len(blocks):
-            raise ConfigError(f"{what}: last_n is {last_n}, but it has {len(blocks)} blocks.")
-        for block in blocks[-last_n:]:
-            block.requires_grad_(True)
+        for part in component.towers if isinstance(component, FusedVisionModel) else [component]:
+            blocks = _blocks(part)
+            if last_n > len(blocks):
+                raise ConfigError(f"{what}: last_n is {last_n}, but it has {len(blocks)} blocks.")
+            for block in blocks[-last_n:]:
+                block.requires_grad_(True)
 
 
 def _blocks(component: nn.Module) -> list[nn.Module]:

@@ -28,7 +28,7 @@ from mm_moslora.batch import Batch
 from mm_moslora.errors import ModelError
 from mm_moslora.models.attention import segment_arguments
 from mm_moslora.models.lean import TARGET_POSITIONS, drops_positions
-from mm_moslora.models.projector import ProjectorShape, projector_class
+from mm_moslora.models.projector import ProjectorShape, build_projector
 from mm_moslora.models.rows import rows_hidden
 
 _PROJECTORS = ("multi_modal_projector.", "image_newline", ".connector.", ".merger.", ".deepstack_merger_list.")
@@ -43,7 +43,11 @@ class VlmConfig(LlavaConfig):
     projector_kind: str = "mlp2x_gelu"
     """See `mm_moslora.models.projector.PROJECTORS`."""
     projector_shuffle: int = 2
-    """pixel_shuffle only."""
+    """See `ProjectorShape.shuffle`."""
+    projector_queries: int = 64
+    """See `ProjectorShape.queries`."""
+    projector_depth: int = 2
+    """See `ProjectorShape.depth`."""
     vision_width: int = 0
     """Width of the selected vision features."""
     vision_grid: int = 0
@@ -59,6 +63,8 @@ class VlmConfig(LlavaConfig):
             language_width=self.get_text_config().hidden_size,
             grid=self.vision_grid,
             shuffle=self.projector_shuffle,
+            queries=self.projector_queries,
+            depth=self.projector_depth,
         )
 
 
@@ -69,12 +75,12 @@ class VlmModel(LlavaModel):
 
     def __init__(self, config: VlmConfig) -> None:
         super().__init__(config)
-        projector: Any = projector_class(config.projector_kind)(config.projector_shape)
+        projector: Any = build_projector(config.projector_kind, config.projector_shape)
         self.multi_modal_projector = projector
         self.post_init()
 
     def get_image_features(
-        self, pixel_values: Tensor, vision_feature_layer: int | None = None, **_: Any
+        self, pixel_values: Tensor, vision_feature_layer: int | list[int] | None = None, **_: Any
     ) -> BaseModelOutputWithPooling:
         """Encode and project images.
 
@@ -87,7 +93,8 @@ class VlmModel(LlavaModel):
         """
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         output: Any = self.vision_tower(pixel_values, output_hidden_states=layer, return_dict=True)
-        features = output.hidden_states[layer][:, self.config.vision_prefix :]
+        layers = [layer] if isinstance(layer, int) else layer
+        features = torch.cat([output.hidden_states[item] for item in layers], dim=-1)[:, self.config.vision_prefix :]
         features = features.to(next(self.multi_modal_projector.parameters()).dtype)
         output.pooler_output = list(self.multi_modal_projector(features))
         return output

@@ -27,8 +27,8 @@ from mm_moslora.config import Precision, TrainConfig
 from mm_moslora.doctor import extensions_folder, stale_locks
 from mm_moslora.errors import ConfigError, TrainingError, suggestion
 from mm_moslora.losses import head_loss_sum
-from mm_moslora.models.vision import fp32_parameters
 from mm_moslora.models.vlm import supervised_hidden
+from mm_moslora.models.wrapped import fp32_parameters
 from mm_moslora.training import zero_state
 from mm_moslora.training.optim import ParameterGroup
 from mm_moslora.training.state import MOMENTS, HostState, Piece, StoredState, adam_state

@@ -17,7 +17,8 @@ from mm_moslora.models.attention import SEGMENTS, set_attention, training_attent
 from mm_moslora.models.build import assemble, text_and_images
 from mm_moslora.models.eyes import dummy_example
 from mm_moslora.models.processor import image_processor, image_transform, save_processor
-from mm_moslora.models.projector import PixelShuffleProjector, ProjectorShape
+from mm_moslora.models.projector import ProjectorShape
+from mm_moslora.models.projector_parts import PixelShuffleProjector
 from mm_moslora.models.vision import ImageSpec
 from mm_moslora.models.vlm import image_features, supervised_logits
 
@@ -73,7 +74,11 @@ MATRIX = [
     ("siglip", "mlp2x_gelu", True, 16),
     ("dinov2", "pixel_shuffle", False, 4),
     ("clip", "linear", False, 16),
-    ("open_clip", "mlp2x_gelu", False, 16),
+    ("open_clip", "mlp2x_gelu", True, 16),
+    ("timm", "mlp2x_gelu", False, 100),
+    ("vit", "mlp2x_gelu", True, 16),
+    ("dinov2_registers", "mlp2x_gelu", False, 16),
+    ("dinov3", "mlp2x_gelu", False, 16),
     ("open_clip", "pixel_shuffle", False, 4),
 ]
 

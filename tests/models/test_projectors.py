@@ -1,0 +1,79 @@
+"""Every projector: tokens known beforehand, every weight used, saved and loaded back with the same output."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
+from mm_moslora.errors import ConfigError, ModelError
+from mm_moslora.models.build import assemble
+from mm_moslora.models.export import export_model
+from mm_moslora.models.load import load
+from mm_moslora.models.projector import PROJECTORS, ProjectorShape, build_projector, projector_tokens
+
+KINDS = {
+    "linear": 36, "mlp1x_gelu": 36, "mlp2x_gelu": 36, "mlp3x_gelu": 36, "fused_mlp": 36, "avg_pool": 9,
+    "pixel_shuffle": 9, "c_abstractor": 4, "perceiver": 4, "qformer": 4,
+}  # fmt: skip
+SHAPE = ProjectorShape(vision_width=24, language_width=40, grid=6, queries=4)
+
+
+def test_the_table_is_tested_whole():
+    assert {kind.replace("1", "N").replace("3", "N") for kind in KINDS} == PROJECTORS.keys()
+
+
+@pytest.mark.parametrize(("kind", "tokens"), KINDS.items())
+def test_a_projector_gives_as_many_tokens_as_it_says_and_uses_every_weight(kind, tokens, tmp_path):
+    torch.manual_seed(0)
+    projector = build_projector(kind, SHAPE)
+    features = torch.randn(3, 36, 24, generator=torch.Generator().manual_seed(0))
+    output = projector(features)
+    assert output.shape == (3, tokens, 40)
+    assert projector_tokens(kind, SHAPE) == tokens
+    output.pow(2).sum().backward()
+    # A frozen tower gives features without a graph; what still trains must all be reached.
+    assert [name for name, p in projector.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert isinstance(projector.last, nn.Linear)
+    assert projector.last.out_features == 40
+    assert not list(projector.buffers())  # a model that is made empty and then filled would miss them
+    save_file({k: v.contiguous() for k, v in projector.state_dict().items()}, tmp_path / "p.safetensors")
+    torch.manual_seed(1)
+    twin = build_projector(kind, SHAPE)
+    twin.load_state_dict(load_file(tmp_path / "p.safetensors"))
+    torch.testing.assert_close(twin(features), output, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["avg_pool", "c_abstractor", "perceiver", "qformer"])
+def test_pictures_do_not_look_at_each_other(kind):
+    torch.manual_seed(0)
+    projector = build_projector(kind, SHAPE).eval()
+    features = torch.randn(2, 36, 24)
+    torch.testing.assert_close(projector(features)[1:], projector(features[1:]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mlp3x_gelu", "c_abstractor", "perceiver", "qformer"])
+def test_a_model_with_it_is_exported_and_loaded(kind, language_folder, vision_folder, tmp_path):
+    config = ModelConfig(
+        language=str(language_folder),
+        vision=VisionConfig(name=str(vision_folder)),
+        projector=ProjectorConfig(kind=kind, queries=9, depth=1),
+    )
+    assembly = assemble(config)
+    exported = export_model(assembly, tmp_path / "out")
+    assert not exported.stock
+    assert exported.max_logit_difference < 1e-5
+    assert load(tmp_path / "out").tokens_per_image == assembly.tokens_per_image
+    with pytest.raises(ModelError, match=f"its projector is {kind}"):
+        export_model(assembly, tmp_path / "stock", require_stock=True)
+
+
+def test_what_does_not_fit_is_named():
+    with pytest.raises(ModelError, match=r"expected a square for the c_abstractor: 49 or 64"):
+        projector_tokens("c_abstractor", ProjectorShape(vision_width=8, language_width=8, grid=8, queries=50))
+    with pytest.raises(ModelError, match="Did you mean 'perceiver'"):
+        build_projector("perciever", SHAPE)
+    with pytest.raises(ConfigError, match="queries is 0"):
+        ProjectorConfig(queries=0)
