@@ -109,8 +109,11 @@ class ModelConfig:
     """None tunes the language model alone."""
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     """Ignored when there is no vision encoder."""
-    image_aspect: Literal["pad", "resize", "crop"] = "pad"
-    """pad to a square with the mean colour (LLaVA-1.5), resize regardless of aspect, or resize and centre-crop."""
+    image_aspect: Literal["pad", "resize", "crop", "anyres"] = "pad"
+    """pad to a square with the mean colour (LLaVA-1.5), resize regardless of aspect, resize and centre-crop, or anyres:
+    the whole picture and tiles of it, a newline embedding behind every row (LLaVA-NeXT)."""
+    anyres_tiles: list[tuple[int, int]] = field(default_factory=lambda: [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)])
+    """anyres only: grids of tiles to choose from by the shape of the picture, rows and columns."""
     chat_template: str | None = None
     """LLaVA's plain, v1, llama_2, llama_3, chatml, mistral, gemma or phi3; None: the tokenizer's own."""
     faithful: bool = False
@@ -147,6 +150,11 @@ class ModelConfig:
         _require(
             not self.faithful or self.chat_template is not None,
             "model.faithful is set; it means LLaVA's token ids, so set model.chat_template to one of LLaVA's.",
+        )
+        tiles = self.anyres_tiles
+        _require(
+            bool(tiles) and all(rows >= 1 and columns >= 1 for rows, columns in tiles),
+            f"model.anyres_tiles is {tiles}, expected at least one pair of rows and columns, each 1 or more.",
         )
 
 

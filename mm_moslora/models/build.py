@@ -32,14 +32,16 @@ from mm_moslora.batch import Eyes
 from mm_moslora.chat_templates import set_chat_template
 from mm_moslora.config import ModelConfig, VisionConfig
 from mm_moslora.errors import ModelError
+from mm_moslora.models.anyres import NEWLINE, anyres_processor, compose_anyres, newline_of, require_anyres
 from mm_moslora.models.eyes import ProcessorEyes, SquareEyes
 from mm_moslora.models.generation import stop_token_ids
 from mm_moslora.models.fused import FusedVisionModel
 from mm_moslora.models.processor import IMAGE_TOKEN, build_processor, image_processor
-from mm_moslora.models.projector import ProjectorShape, build_projector, projector_tokens
+from mm_moslora.models.projector import build_projector, projector_tokens
+from mm_moslora.models.projector_parts import ProjectorShape
 from mm_moslora.models.ready import load_ready, load_ready_processor, ready_image_token
 from mm_moslora.models.vision import ImageSpec, load_vision
-from mm_moslora.models.vlm import VlmConfig, VlmForConditionalGeneration, is_multimodal
+from mm_moslora.models.vlm import VlmConfig, VlmForConditionalGeneration, is_multimodal, takes_rows
 from mm_moslora.models.wrapped import WrappedVisionModel
 
 
@@ -74,7 +76,7 @@ class Assembly:
         """What turns pictures into tensors; None for a language model alone."""
         if self.processor is None or self.image_token_id is None:
             return None
-        if self.ready_made:
+        if self.ready_made or takes_rows(self.model):
             return ProcessorEyes(self.processor, image_token_id=self.image_token_id)
         return SquareEyes(
             self.processor.image_processor, image_token_id=self.image_token_id, tokens=self.tokens_per_image
@@ -115,20 +117,32 @@ def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Asse
             "model.vision.select is cls_patch, which only a stock tower with CLS and the mlp2x_gelu projector offers. "
             "Use select: patch."
         )
-    model = _compose(config, settings, shape, standard=standard, prefix=spec.prefix)
+    if config.image_aspect == "anyres":
+        require_anyres(config, spec, tower, standard=standard)
+        model = compose_anyres(config, settings, spec, dtype=dtype)
+    else:
+        model = _compose(config, settings, shape, standard=standard, prefix=spec.prefix)
     projector = build_projector(config.projector.kind, shape).to(dtype)
     if config.projector.weights:
-        load_projector(projector, Path(config.projector.weights))
+        load_projector(projector, Path(config.projector.weights), newline=newline_of(model))
     model.model.vision_tower = tower
     model.model.language_model = language.base_model
     model.lm_head = language.get_output_embeddings()
     model.model.multi_modal_projector = projector
     model.generation_config = language.generation_config
-    processor = build_processor(tokenizer, spec, aspect=config.image_aspect, tokens_per_image=tokens, standard=standard)
+    processor = _processor(config, tokenizer, spec, tokens=tokens, standard=standard)
     base |= {"vision": config.vision.name, "vision_revision": config.vision.revision}
     return Assembly(
         model=model.eval(), tokenizer=tokenizer, processor=processor, image=spec, tokens_per_image=tokens, base=base
     )
+
+
+def _processor(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, spec: ImageSpec, *, tokens: int, standard: bool
+) -> Any:
+    if config.image_aspect == "anyres":
+        return anyres_processor(tokenizer, spec, config.anyres_tiles)
+    return build_processor(tokenizer, spec, aspect=config.image_aspect, tokens_per_image=tokens, standard=standard)
 
 
 def _assemble_ready(config: ModelConfig, *, dtype: torch.dtype) -> Assembly:
@@ -299,7 +313,17 @@ def text_and_images(config: ModelConfig) -> TextAndImages:
     _, spec = load_vision(config.vision)
     shape = _projector_shape(config, spec, language)
     tokens = projector_tokens(config.projector.kind, shape) + (config.vision.select == "cls_patch")
-    token, images = register_image_token(tokenizer), image_processor(spec, config.image_aspect)
+    token = register_image_token(tokenizer)
+    if config.image_aspect == "anyres":
+        processor = anyres_processor(tokenizer, spec, config.anyres_tiles)
+        return TextAndImages(
+            tokenizer=tokenizer,
+            image_token_id=token,
+            tokens_per_image=tokens,
+            image_processor=processor.image_processor,
+            eyes=ProcessorEyes(processor, image_token_id=token),
+        )
+    images = image_processor(spec, config.image_aspect)
     return TextAndImages(
         tokenizer=tokenizer,
         image_token_id=token,
@@ -378,8 +402,13 @@ def _compose(
         )
 
 
-def load_projector(projector: nn.Module, weights: Path) -> None:
+def load_projector(projector: nn.Module, weights: Path, *, newline: nn.Parameter | None = None) -> None:
     """Load `projector.safetensors`.
+
+    Args:
+        projector: changed in place.
+        weights: the file.
+        newline: the newline embedding of an anyres model; left as it is where the file, made without tiles, has none.
 
     Raises:
         ModelError: no such file, or it was made for other widths.
@@ -387,6 +416,9 @@ def load_projector(projector: nn.Module, weights: Path) -> None:
     if not weights.is_file():
         raise ModelError(f"model.projector.weights is {str(weights)!r}, which does not exist.")
     state, own = load_file(weights), projector.state_dict()
+    stored = state.pop(NEWLINE, None)
+    if newline is not None and stored is not None:
+        newline.data.copy_(stored)
     wrong = [
         f"{key}: file {list(state[key].shape) if key in state else 'lacks it'}, model "
         f"{list(own[key].shape) if key in own else 'lacks it'}"

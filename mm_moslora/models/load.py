@@ -20,6 +20,7 @@ from transformers import (
 from mm_moslora import adapters
 from mm_moslora.config import Recipe
 from mm_moslora.errors import ModelError
+from mm_moslora.models.anyres import newline_of
 from mm_moslora.models.build import Assembly, assemble, load_projector, ready_assembly
 from mm_moslora.models.processor import takes_plain_contents
 from mm_moslora.models.ready import load_ready_processor
@@ -77,7 +78,11 @@ def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype) -> Assemb
     # Weights are merged in fp32 and rounded once at the end.
     assembly = assemble(dataclasses.replace(recipe.model, projector=projector), dtype=torch.float32)
     if is_multimodal(assembly.model) and not assembly.ready_made:
-        load_projector(assembly.model.model.multi_modal_projector, folder / "projector.safetensors")
+        load_projector(
+            assembly.model.model.multi_modal_projector,
+            folder / "projector.safetensors",
+            newline=newline_of(assembly.model),
+        )
     for component in ("vision", "language", *(("projector",) if assembly.ready_made else ())):
         if (folder / f"{component}.safetensors").is_file():
             _load_trained(assembly, folder / f"{component}.safetensors")

@@ -132,6 +132,11 @@ def _on_square(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
     return square
 
 
+def flattening_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A chat template for contents in parts, from a language model's own, which knows strings only."""
+    return _FLATTEN_PARTS + tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+
+
 def build_processor(
     tokenizer: PreTrainedTokenizerBase, spec: ImageSpec, *, aspect: str, tokens_per_image: int, standard: bool
 ) -> LlavaProcessor:
@@ -145,7 +150,7 @@ def build_processor(
         standard: True for a stock `LlavaProcessor`, which counts tokens from the patch size.
     """
     images = image_processor(spec, aspect)
-    template = _FLATTEN_PARTS + tokenizer.chat_template if tokenizer.chat_template else None
+    template = flattening_template(tokenizer)
     if not standard:
         return VlmProcessor(images, tokenizer, tokens_per_image=tokens_per_image, chat_template=template)
     return LlavaProcessor(

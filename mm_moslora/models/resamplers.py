@@ -131,7 +131,7 @@ class CAbstractorProjector(nn.Module):
 
     def __init__(self, shape: ProjectorShape) -> None:
         super().__init__()
-        from timm.layers import LayerNorm2d
+        from timm.layers.norm import LayerNorm2d
         from timm.models.regnet import RegStage
 
         self.grid, self.side = shape.grid, _side(shape.queries)

@@ -28,7 +28,8 @@ from mm_moslora.batch import Batch
 from mm_moslora.errors import ModelError
 from mm_moslora.models.attention import segment_arguments
 from mm_moslora.models.lean import TARGET_POSITIONS, drops_positions
-from mm_moslora.models.projector import ProjectorShape, build_projector
+from mm_moslora.models.projector import build_projector
+from mm_moslora.models.projector_parts import ProjectorShape
 from mm_moslora.models.rows import rows_hidden
 
 _PROJECTORS = ("multi_modal_projector.", "image_newline", ".connector.", ".merger.", ".deepstack_merger_list.")

@@ -6,6 +6,7 @@ Shapes: ``N`` images, ``P`` patches per image, ``V`` vision width, ``H x W`` pix
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +22,9 @@ from mm_moslora.models.open_clip_towers import to_transformers
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+logger = logging.getLogger(__name__)
+
+_RANDOM = "model.vision: %r without pretrained has random weights, other ones every time it is loaded."
 BICUBIC = 3
 """PIL's number for bicubic resampling, as image processors store it."""
 
@@ -217,7 +221,9 @@ def load_timm(name: str, config: VisionConfig) -> tuple[PreTrainedModel, PixelSt
         _load_tower(tower, folder / "model.safetensors", prefixes=("timm_model.", ""))
     else:
         tower = WrappedVisionModel(WrappedVisionConfig(library="timm", architecture=name))
-        if config.pretrained:
+        if not config.pretrained:
+            logger.warning(_RANDOM, config.name)
+        else:
             tower.tower = timm.create_model(name, pretrained=True, num_classes=0)
         known = timm.get_pretrained_cfg(name)
         pretrained_cfg = known.to_dict() if known else {}
@@ -258,6 +264,8 @@ def load_open_clip(name: str, config: VisionConfig) -> tuple[PreTrainedModel, Pi
     elif config.pretrained:
         whole = open_clip.create_model(name, pretrained=config.pretrained)
         tower.tower.load_state_dict(whole.visual.state_dict())
+    else:
+        logger.warning(_RANDOM, config.name)
     known = PixelStatistics(
         size=int(size[0] if isinstance(size, list | tuple) else size),
         mean=tuple(preprocess.get("mean", CLIP_MEAN)),

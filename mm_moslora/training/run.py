@@ -23,6 +23,7 @@ from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.dataset import TrainingSet
 from mm_moslora.errors import ConfigError, TrainingError
 from mm_moslora.losses import use_loss_head
+from mm_moslora.models.anyres import NEWLINE, newline_of
 from mm_moslora.models.attention import set_attention, training_attention
 from mm_moslora.models.build import Assembly, assemble
 from mm_moslora.models.eyes import dummy_example
@@ -131,9 +132,12 @@ def prepare(recipe: Recipe) -> Run:
     groups_in_module = parameter_groups(module, recipe.optim)
     assert [g.name for g in groups] == [g.name for g in groups_in_module]
     ours = is_multimodal(model) and not assembly.ready_made
+    projector = dict(model.model.multi_modal_projector.state_dict()) if ours else {}
+    newline = newline_of(model) if ours else None
+    projector |= {} if newline is None else {NEWLINE: newline}
     frozen_projector = {
         name: value.detach().float().cpu().clone()
-        for name, value in (model.model.multi_modal_projector.state_dict() if ours else {}).items()
+        for name, value in projector.items()
         if distributed.is_main() and recipe.model.projector.mode == "frozen"
     }
     engine = build_engine(module, groups_in_module, recipe.train, precision=precision, optimizer=settings)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mm_moslora import adapters, distributed
 from mm_moslora.errors import CheckpointError
+from mm_moslora.models.anyres import NEWLINE
 from mm_moslora.models.processor import save_processor
 from mm_moslora.models.trainable import component_of
 from mm_moslora.models.vlm import is_multimodal
@@ -99,6 +100,8 @@ def write_model(run: Run, state: dict[str, Tensor], folder: Path) -> None:
         adapters.save_adapter(assembly.peft_model, folder / "adapter", state=adapter_state, base=assembly.base)
     if is_multimodal(model) and not assembly.ready_made:
         trained = {name.removeprefix(PROJECTOR): value for name, value in state.items() if name.startswith(PROJECTOR)}
+        newline = state.get(f"model.{NEWLINE}")
+        trained |= {} if newline is None else {NEWLINE: newline}
         save_file(_contiguous(run.frozen_projector | trained), folder / "projector.safetensors")
     for component in (*_COMPONENTS, *(("projector",) if assembly.ready_made else ())):
         part = {name: value for name, value in state.items() if component_of(name) == component}

@@ -1,0 +1,130 @@
+"""The test matrix: every language model, every tower and every projector at least once, built, trained with MoSLoRA on
+text-only, one-image and several-image records, saved, loaded, exported and asked."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import timm
+import torch
+import transformers as t
+from safetensors.torch import save_file
+from tiny import make_tokenizer, make_vision
+
+from mm_moslora.batch import Batch, Example
+from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
+from mm_moslora.data.conversation import Encoder
+from mm_moslora.models.build import assemble
+from mm_moslora.models.export import export_model
+from mm_moslora.models.load import load
+from mm_moslora.models.vlm import supervised_logits
+from mm_moslora.serve.chat import Chat
+from mm_moslora.training.loop import train
+from tests.models.test_assembly import vision_name
+from tests.models.test_ready_made import conversation, picture, recipe_for, write_records
+
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024, "bos_token_id": None,
+}  # fmt: skip
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}  # fmt: skip
+LANGUAGES = {
+    "llama3": lambda s: t.LlamaForCausalLM(t.LlamaConfig(**s, rope_parameters=LLAMA3_ROPE)),
+    "qwen2.5": lambda s: t.Qwen2ForCausalLM(t.Qwen2Config(**s, tie_word_embeddings=True)),
+    "qwen3": lambda s: t.Qwen3ForCausalLM(t.Qwen3Config(**s, head_dim=32)),
+    "mistral": lambda s: t.MistralForCausalLM(t.MistralConfig(**s, sliding_window=64)),
+    "gemma3": lambda s: t.Gemma3ForCausalLM(
+        t.Gemma3TextConfig(**s, head_dim=32, sliding_window=64, layer_types=["sliding_attention", "full_attention"])
+    ),
+    "phi3": lambda s: t.Phi3ForCausalLM(t.Phi3Config(**s)),
+    "smollm2": lambda s: t.LlamaForCausalLM(t.LlamaConfig(**s, tie_word_embeddings=True)),
+    "smollm3": lambda s: t.SmolLM3ForCausalLM(t.SmolLM3Config(**s, no_rope_layer_interval=2)),
+    "olmo2": lambda s: t.Olmo2ForCausalLM(t.Olmo2Config(**s)),
+    "gpt_neox": lambda s: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**s)),
+}
+# Language model, tower, projector: each tower and each projector with at least one language model.
+MATRIX = [
+    ("llama3", "clip", "mlp2x_gelu"),
+    ("qwen2.5", "siglip", "pixel_shuffle"),
+    ("qwen3", "dinov2", "mlp2x_gelu"),
+    ("mistral", "dinov2_registers", "mlp3x_gelu"),
+    ("gemma3", "siglip", "mlp2x_gelu"),
+    ("phi3", "dinov3", "perceiver"),
+    ("llama3", "vit", "linear"),
+    ("smollm2", "open_clip", "avg_pool"),
+    ("smollm3", "timm", "c_abstractor"),
+    ("olmo2", "fused", "fused_mlp"),
+    ("gpt_neox", "clip", "qformer"),
+]
+
+
+def make_language_of(folder, family):
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    LANGUAGES[family](SMALL | ids | {"vocab_size": len(tokenizer)}).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def vision_of(kind, folder):
+    if kind == "fused":
+        a, b = (str(make_vision(folder / name, name)) for name in ("dinov2", "siglip28"))
+        return VisionConfig(name=a, fuse_with=b)
+    folder.mkdir()
+    if kind == "timm":  # a folder as timm publishes it: by name alone the weights would be random
+        torch.manual_seed(1)
+        tower = timm.create_model("test_vit", num_classes=0)
+        save_file(tower.state_dict(), folder / "model.safetensors")
+        (folder / "config.json").write_text('{"architecture": "test_vit"}')
+        return VisionConfig(name=str(folder))
+    return VisionConfig(name=vision_name(kind, folder))
+
+
+def test_the_matrix_holds_everything():
+    assert {row[0] for row in MATRIX} == LANGUAGES.keys()
+
+
+@pytest.mark.parametrize(("language", "tower", "projector"), MATRIX)
+def test_a_combination_is_built_trained_saved_loaded_exported_and_asked(language, tower, projector, tmp_path):
+    model = ModelConfig(
+        language=make_language_of(tmp_path / "language", language),
+        vision=vision_of(tower, tmp_path / "vision"),
+        projector=ProjectorConfig(kind=projector, queries=4, depth=1),
+    )
+    recipe = dataclasses.replace(recipe_for("x", write_records(tmp_path), tmp_path / "run"), model=model)
+    train(recipe)
+    assert not (tmp_path / "run" / "quarantine.jsonl").read_text()
+    tuned, live, fresh = load(tmp_path / "run"), load(tmp_path / "run", merge=False), assemble(model)
+    encoder = Encoder(
+        tuned.tokenizer, image_token_id=tuned.image_token_id, tokens_per_image=tuned.tokens_per_image
+    )  # fmt: skip
+    examples = []
+    for name, text, images in (
+        ("text", "say red", []), ("one", "<image>\nwhat color?", [picture(60, 40)]),
+        ("two", "<image>\n<image>\nsame?", [picture(40, 40), picture(30, 60)]),
+    ):  # fmt: skip
+        encoded = encoder.encode(conversation(text))
+        seen = tuned.eyes.see(images)
+        examples.append(Example.of(id=name, input_ids=encoded.input_ids, supervised=encoded.supervised, seen=seen))
+    with torch.no_grad():
+        alone = torch.cat([supervised_logits(tuned.model, Batch.from_examples([item])) for item in examples])
+        mixed = supervised_logits(tuned.model, Batch.from_examples(examples))
+        unmerged = supervised_logits(live.model, Batch.from_examples(examples))
+        before = supervised_logits(fresh.model, Batch.from_examples(examples))
+    torch.testing.assert_close(mixed, alone, rtol=0, atol=1e-4)
+    torch.testing.assert_close(mixed, unmerged, rtol=0, atol=1e-4)
+    assert (mixed - before).abs().max() > 1e-3
+    exported = export_model(tuned, tmp_path / "out")
+    assert exported.max_logit_difference < 1e-5
+    picture(60, 40).save(tmp_path / "p.png")
+    answers = []
+    for folder in (tmp_path / "run", tmp_path / "out"):
+        chat = Chat.from_folder(folder, max_new_tokens=3)
+        chat.show(tmp_path / "p.png")
+        answers.append(chat.ask("what color?"))
+    assert answers[0] == answers[1]
