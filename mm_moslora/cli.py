@@ -13,6 +13,7 @@ from cyclopts import App, Parameter
 from mm_moslora import __version__, cli_board, cli_compare, cli_launch, cli_serve
 from mm_moslora.cli_data import data_app
 from mm_moslora.cli_eval import eval_app, quiet_libraries
+from mm_moslora.cli_models import register as register_models
 from mm_moslora.config import load_recipe, override_items
 from mm_moslora.errors import MoSLoRAError
 
@@ -33,6 +34,7 @@ cli_launch.register(app)
 cli_board.register(app)
 adapters_app = App(name="adapters", help="Look into adapter folders.")
 app.command(adapters_app)
+register_models(app)
 cli_compare.register(app)
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
@@ -167,50 +169,6 @@ def plan(
         _recipe(recipe, overrides), gpus, samples=samples, tokens_per_sample=tokens_per_sample, supervised=supervised,
         price=price,
     )  # fmt: skip
-
-
-@app.command
-def merge(model: Path, output: Path, *, dtype: Literal["fp32", "bf16", "fp16"] = "fp32") -> int:
-    """Merge the adapter into the base and write one Hugging Face folder; prints the largest logit difference."""
-    return export(model, output, to="hf", dtype=dtype)
-
-
-@app.command
-def export(
-    model: Path,
-    output: Path,
-    *,
-    to: Literal["llava", "hf", "lora"] = "llava",
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
-) -> int:
-    """Hand a tuned model on.
-
-    Parameters
-    ----------
-    model
-        A run, a checkpoint or an export.
-    output
-        New folder.
-    to
-        llava: stock `LlavaForConditionalGeneration`, or a refusal with the reason; hf: the whole model whatever its
-        parts; lora: the adapter alone, folded to plain LoRA.
-    dtype
-        Dtype of the written weights.
-    """
-    quiet_libraries()
-    from mm_moslora.models.export import export_lora, export_model
-    from mm_moslora.models.load import load
-    from mm_moslora.training.engine import dtype_of
-
-    if to == "lora":
-        export_lora(load(model, merge=False), output)
-        print(f"{output}: plain LoRA for stock PEFT, and the unfolded factors beside it.")
-        return 0
-    result = export_model(load(model, dtype=dtype_of(dtype)), output, require_stock=to == "llava")
-    print(f"{result.folder}: {result.architecture}, largest logit difference {result.max_logit_difference:.2e}")
-    if not result.stock:
-        print("Loads with transformers after `import mm_moslora.models`.")
-    return 0
 
 
 @app.command

@@ -1,0 +1,125 @@
+"""The verbs that take models in and hand them on: `export`, `merge` and `import`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from mm_moslora.cli_eval import quiet_libraries
+from mm_moslora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cyclopts import App
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+
+def register(app: App) -> None:
+    """Add the verbs to the command line."""
+    app.command(export)
+    app.command(merge)
+    app.command(import_model, name="import")
+
+
+def merge(model: Path, output: Path, *, dtype: Dtype = "fp32", licence: str | None = None) -> int:
+    """Merge the adapter into the base and write one Hugging Face folder; prints the largest logit difference."""
+    return export(model, output, to="hf", dtype=dtype, licence=licence)
+
+
+def export(
+    model: Path,
+    output: Path,
+    *,
+    to: Literal["llava", "hf", "lora", "llava-original", "gguf"] = "llava",
+    dtype: Dtype = "fp32",
+    vision: str | None = None,
+    licence: str | None = None,
+) -> int:
+    """Hand a tuned model on; prints the largest difference between the model and what was written, read back.
+
+    Parameters
+    ----------
+    model
+        A run, a checkpoint or an export.
+    output
+        New folder.
+    to
+        llava: a folder that stock transformers loads, or a refusal with the reason; hf: the whole model whatever its
+        parts; lora: the adapter alone, folded to plain LoRA; llava-original: the layout of LLaVA's own code; gguf:
+        model.gguf and mmproj.gguf for llama.cpp (fp32 or fp16).
+    dtype
+        Dtype of the written weights.
+    vision
+        llava-original only: the tower's name there, where the model does not know it.
+    licence
+        For the model card, as the hub knows it (apache-2.0, ...); without it the card points to the parts' licences.
+    """
+    quiet_libraries()
+    from mm_moslora.models.load import load
+    from mm_moslora.training.engine import dtype_of
+
+    if to == "lora":
+        from mm_moslora.models.export import export_lora
+
+        export_lora(load(model, merge=False), output)
+        print(f"{output}: plain LoRA for stock PEFT, and the unfolded factors beside it.")
+        return 0
+    if to == "gguf" and dtype == "bf16":
+        raise ConfigError("GGUF files are written in fp32 or fp16 here, and --dtype is bf16. Choose one of these.")
+    from mm_moslora.models.card import write_card
+
+    assembly = load(model, dtype=dtype_of("fp32" if to == "gguf" else dtype))
+    if to == "gguf":
+        from mm_moslora.models.export_gguf import export_gguf
+
+        files = export_gguf(assembly, output, half=dtype == "fp16")
+        names = ", ".join(path.name for path in (files.text, files.mmproj) if path)
+        print(f"{output}: {names}, largest tensor difference {files.largest_difference:.2e}")
+    elif to == "llava-original":
+        from mm_moslora.models.export_llava import export_original
+
+        difference = export_original(assembly, output, vision=vision)
+        print(f"{output}: LLaVA's own layout, largest tensor difference {difference:.2e}")
+    else:
+        from mm_moslora.models.export import export_model
+
+        result = export_model(assembly, output, require_stock=to == "llava")
+        print(f"{result.folder}: {result.architecture}, largest logit difference {result.max_logit_difference:.2e}")
+        if not result.stock:
+            print("Loads with transformers after `import mm_moslora.models`.")
+    write_card(assembly, output, source=model, licence=licence)
+    return 0
+
+
+def import_model(
+    source: Path, output: Path, *, vision: str | None = None, language: str | None = None, parts: bool = False
+) -> int:
+    """Take in a checkpoint of LLaVA's own code (whole, projector or LoRA) or of XTuner (.pth).
+
+    Parameters
+    ----------
+    source
+        Folder, .bin or .pth file.
+    output
+        New folder: the parts in it, and the whole model in `model`.
+    vision
+        The vision tower, where the source names none or it lies elsewhere.
+    language
+        The language model that the source was trained from, where it is needed.
+    parts
+        Leave it at the parts: `projector.safetensors` for model.projector.weights, and `language` where there is one.
+    """
+    quiet_libraries()
+    from mm_moslora.models.build import assemble
+    from mm_moslora.models.export import export_model
+    from mm_moslora.models.importing import import_parts, whole_config
+
+    found = import_parts(source, output, language=language)
+    taken = f"{found.kind}, {found.projector} projector, {found.tensors} tensors"
+    print(f"{output}: {taken}, largest difference {found.largest_difference:.2e}")
+    if parts:
+        return 0
+    whole = assemble(whole_config(found, vision=vision, language=None if found.language else language))
+    result = export_model(whole, output / "model")
+    print(f"{result.folder}: {result.architecture}, largest logit difference {result.max_logit_difference:.2e}")
+    return 0

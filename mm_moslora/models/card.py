@@ -1,0 +1,135 @@
+"""The model card of an exported folder: what it is made of, how it was trained, on which data, and how it scored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mm_moslora import __version__
+from mm_moslora.config import Recipe, SourceConfig
+from mm_moslora.errors import MoSLoRAError
+from mm_moslora.models.build import Assembly
+from mm_moslora.models.load import MANIFEST, find_checkpoint, recipe_of
+from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
+
+_HASHED_BYTES = 2**33
+"""Larger data files are named without a hash."""
+
+
+def write_card(assembly: Assembly, folder: Path, *, source: Path, licence: str | None = None) -> Path:
+    """Write `README.md`.
+
+    Args:
+        assembly: what was exported.
+        folder: where it lies.
+        source: the run or checkpoint that it was made from.
+        licence: an SPDX name as the hub knows it; None: the card says that the licences of the parts hold.
+    """
+    checkpoint = find_checkpoint(source)
+    recipe = recipe_of(checkpoint) if (checkpoint / MANIFEST).is_file() else None
+    front = yaml.safe_dump(_front(assembly, recipe, licence), sort_keys=False, allow_unicode=True)
+    parts = [f"---\n{front}---", f"# {recipe.name if recipe else folder.name}", _made_of(assembly, licence)]
+    if recipe is not None:
+        parts += [_training(checkpoint, recipe), _data(recipe), _results(checkpoint), _recipe(recipe)]
+    path = folder / "README.md"
+    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    return path
+
+
+def _bases(assembly: Assembly) -> dict[str, str]:
+    """The parts that have a name of their own."""
+    return {part: str(assembly.base[part]) for part in ("vlm", "language", "vision") if assembly.base.get(part)}
+
+
+def _front(assembly: Assembly, recipe: Recipe | None, licence: str | None) -> dict[str, Any]:
+    sees = is_multimodal(assembly.model)
+    hub_names = [name for name in _bases(assembly).values() if not Path(name).exists() and name.count("/") == 1]
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text" if sees else "text-generation",
+        "tags": ["moslora", "mm_moslora"],
+        "license": licence or "other",
+    }
+    if licence is None:
+        front["license_name"] = "licences-of-the-parts"
+    if hub_names:
+        front["base_model"] = hub_names
+    names = [source.path.removeprefix("hf:") for source in recipe.data.train] if recipe else []
+    hub_data = [name for name in names if name.count("/") == 1 and not Path(name).exists()]
+    return front | ({"datasets": hub_data} if hub_data else {})
+
+
+def _made_of(assembly: Assembly, licence: str | None) -> str:
+    rows = [f"| {part} | `{name}` |" for part, name in _bases(assembly).items()]
+    model = type(assembly.model).__name__
+    loads = f"It loads as `{model}`."
+    if isinstance(assembly.model, VlmForConditionalGeneration):
+        loads += " Install `mm-moslora` and `import mm_moslora.models` first."
+    held = f"Licence: {licence}." if licence else "The licences of these parts hold for it; look them up before use."
+    return "\n".join(
+        [f"Tuned with MoSLoRA (arXiv 2406.11909) by mm_moslora {__version__}. {loads}", "", "| part | name |",
+         "| --- | --- |", *rows, "", held]
+    )  # fmt: skip
+
+
+def _training(checkpoint: Path, recipe: Recipe) -> str:
+    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    counters = manifest["counters"]
+    trained = sum(_product(shape) for shape in manifest["trainable"].values())
+    rows = {
+        "optimiser steps": f"{manifest['step']:,}",
+        "tokens": f"{int(counters.get('tokens', 0)):,}",
+        "supervised tokens": f"{int(counters.get('supervised_tokens', 0)):,}",
+        "pictures": f"{int(counters.get('images', 0)):,}",
+        "trained parameters": f"{trained:,}",
+        "adapter": f"rank {recipe.adapter.rank}, alpha {recipe.adapter.alpha:g}, mixer {recipe.adapter.mixer_init}",
+        "seed": str(recipe.train.seed),
+    }
+    return _table("Training", rows)
+
+
+def _product(shape: list[int]) -> int:
+    size = 1
+    for side in shape:
+        size *= side
+    return size
+
+
+def _data(recipe: Recipe) -> str:
+    rows = {f"`{Path(source.path).name}`": _hash_of(source) for source in recipe.data.train}
+    return _table("Data", rows)
+
+
+def _hash_of(source: SourceConfig) -> str:
+    path = Path(source.path)
+    if not path.is_file() or path.stat().st_size > _HASHED_BYTES:
+        return f"weight {source.weight:g}"
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return f"weight {source.weight:g}, sha256 `{digest}`"
+
+
+def _results(checkpoint: Path) -> str:
+    """Scores that evaluations left in the run's folder."""
+    rows = {}
+    for file in sorted(checkpoint.parent.rglob("results.json")):
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))["results"]
+        except (ValueError, KeyError, TypeError, MoSLoRAError):
+            continue
+        for item in found:
+            name = f"{file.parent.name}: {item['task']} ({item['protocol']}, {item['mode']})"
+            rows[name] = f"{100 * item['score']:.1f} [{100 * item['low']:.1f}, {100 * item['high']:.1f}], n {item['n']}"
+    return _table("Results (percent, 95 % intervals)", rows) if rows else ""
+
+
+def _recipe(recipe: Recipe) -> str:
+    return f"## Recipe\n\n```yaml\n{recipe.to_yaml()}```"
+
+
+def _table(title: str, rows: dict[str, str]) -> str:
+    return "\n".join([f"## {title}", "", "| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows.items())])
