@@ -34,8 +34,8 @@ from mm_moslora.config import ModelConfig, VisionConfig
 from mm_moslora.errors import ModelError
 from mm_moslora.models.anyres import NEWLINE, anyres_processor, compose_anyres, newline_of, require_anyres
 from mm_moslora.models.eyes import ProcessorEyes, SquareEyes
-from mm_moslora.models.generation import stop_token_ids
 from mm_moslora.models.fused import FusedVisionModel
+from mm_moslora.models.generation import stop_token_ids
 from mm_moslora.models.processor import IMAGE_TOKEN, build_processor, image_processor
 from mm_moslora.models.projector import build_projector, projector_tokens
 from mm_moslora.models.projector_parts import ProjectorShape
