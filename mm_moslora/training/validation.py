@@ -79,6 +79,17 @@ class Validator:
                 "Start the run with `mm-moslora train`, or pass `measure`."
             )
 
+        if run.recipe.validate.best is not None and not run.recipe.train.validate_every:
+            raise TrainingError(
+                f"validate.best is {run.recipe.validate.best!r}, but train.validate_every is 0, so nothing is measured "
+                "before the end. Set it to a number of steps."
+            )
+        if run.recipe.validate.best is not None and run.validation_set is None and measure is None:
+            raise TrainingError(
+                f"validate.best is {run.recipe.validate.best!r}, but nothing is measured: data.validation and "
+                "validate.tasks are empty. Name a source or a task."
+            )
+
     def __call__(self) -> tuple[dict[str, float], list[Sample]]:
         """Metrics by name, the same on all ranks, and written-out answers (on rank 0)."""
         run, metrics, samples = self.run, {}, []

@@ -76,6 +76,11 @@ def test_what_cannot_be_measured_is_said_before_the_first_step(recipe):
         train(replace(recipe, validate=ValidateConfig(tasks=["pope"])))
     with pytest.raises(TrainingError, match="names no source"):
         train(replace(recipe, validate=ValidateConfig(samples=2)))
+    with pytest.raises(TrainingError, match=r"train\.validate_every is 0"):
+        train(replace(recipe, validate=ValidateConfig(best="validation_loss")))
+    unmeasured = replace(recipe, train=replace(recipe.train, validate_every=2))
+    with pytest.raises(TrainingError, match="nothing is measured"):
+        train(replace(unmeasured, validate=ValidateConfig(best="validation_loss")))
     with pytest.raises(ConfigError, match=r"validate\.best names no metric"):
         ValidateConfig(patience=1)
 
