@@ -13,13 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny import make_records
 
 from mm_moslora.config import ProjectorConfig, SourceConfig, TrackConfig, ValidateConfig, load_recipe, recipe_names
 from mm_moslora.training.loop import train
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses"
 UPDATE = bool(os.environ.get("UPDATE_GOLDEN_LOSSES"))
-NAMES = recipe_names() if UPDATE else sorted(path.stem for path in GOLDEN.glob("*.json"))
+OURS = [name for name in recipe_names() if load_recipe(name).model.vlm is None]
+"""Ready-made models have processors of their own, which tiny parts do not."""
+NAMES = OURS if UPDATE else sorted(path.stem for path in GOLDEN.glob("*.json"))
 STEPS = 6
 
 
@@ -51,8 +54,11 @@ def in_small(name: str, language: Path, vision: Path, records: Path, output: Pat
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_curve_of_a_recipe_has_not_moved(name, language_folder, vision_folder, records, tmp_path):
+    if load_recipe(name).model.vision is None:
+        records = make_records(tmp_path / "text", 24, text_only_every=1)
     train(in_small(name, language_folder, vision_folder, records, tmp_path / "run"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
     found = {key: [line[key] for line in lines] for key in ("loss", "grad_norm")}
     path = GOLDEN / f"{name}.json"
     if UPDATE:
