@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -94,7 +95,8 @@ class Ranks:
         while not select.select([self.process.stdout], [], [], 0.2)[0]:
             if time.monotonic() > deadline:
                 for pid in group.pids:
-                    os.kill(pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 self._read()
                 raise AssertionError(f"The ranks took more than {limit} s.\n{group.outputs}")
         group.statuses = {int(pid): status for pid, status in self._read()["statuses"].items()}

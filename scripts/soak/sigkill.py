@@ -9,6 +9,7 @@ and finished. Its losses and its weights must then equal, bit for bit, those of 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -59,6 +60,18 @@ def _wait(run: Path, steps: int, pids: list[int]) -> None:
         time.sleep(0.01)
 
 
+def _end_like_a_launcher(pids: list[int], *, grace: float = 30.0) -> None:
+    """A rank whose peer died before they met waits for it; torchrun ends it, and so does this."""
+    deadline = time.monotonic() + grace
+    while any(Path(f"/proc/{pid}/exe").exists() for pid in pids):
+        if time.monotonic() > deadline:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(0.05)
+
+
 def torment(ranks: Ranks, recipe: str, run: Path, seconds: float, rng: random.Random, report: Report) -> None:
     """Kill a run some times, at a random moment of a random step or of the start, then let it end."""
     for number in range(KILLS_PER_RUN):
@@ -75,6 +88,7 @@ def torment(ranks: Ranks, recipe: str, run: Path, seconds: float, rng: random.Ra
                 killed += 1
             except ProcessLookupError:
                 continue
+        _end_like_a_launcher(group.pids)
         ranks.finish(group, limit=300)
         if -signal.SIGKILL in group.codes and killed:
             report.kills += 1
