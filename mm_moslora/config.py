@@ -184,6 +184,9 @@ class AdapterConfig:
     """Train the length of every row of the adapted weight apart from its direction (DoRA, 2402.09353)."""
     targets: str | list[str] = "all-linear"
     """all-linear (every linear layer but the head) or names of linear layers, within the adapted component."""
+    weights: str | None = None
+    """Adapter folder to start from (ours, a `Trainer`'s, plain LoRA of PEFT): its factors and modules instead of fresh
+    ones. rank and alpha must be those of the folder."""
 
     def __post_init__(self) -> None:
         _at_least("adapter.rank", self.rank, 1)

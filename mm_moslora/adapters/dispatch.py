@@ -61,6 +61,8 @@ def create_layer(target: nn.Module, adapter_name: str, *, config: MoSLoRAConfig,
 
 def why_not_adaptable(base: nn.Module) -> str | None:
     """Why a module cannot be adapted, None if it can."""
+    if quantisation(base):
+        return None
     if isinstance(base, nn.Conv2d):
         return _why_not_convolution(base)
     if isinstance(base, nn.MultiheadAttention):
@@ -72,13 +74,11 @@ def why_not_adaptable(base: nn.Module) -> str | None:
             "MultiheadAttention of torch.nn, or transformers' Conv1D. Choose other targets."
         )
     weight = base.weight
-    if quantisation(base):
-        return None
     if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _FLOATS:
         return (
             f"its weight is quantised or sharded ({type(weight).__name__}, {weight.dtype}), and stock PEFT would put "
             "plain LoRA there without a word. Load the base in float32, bfloat16 or float16, in 4 or 8 bits of "
-            "bitsandbytes, or in torchao's int8."
+            "bitsandbytes, in torchao's int8, or with HQQ."
         )
     return None
 

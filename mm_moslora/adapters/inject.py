@@ -22,6 +22,7 @@ from mm_moslora.adapters.config import MoSLoRAConfig, unmatched_patterns
 from mm_moslora.adapters.dispatch import why_not_adaptable
 from mm_moslora.adapters.layer import MoSLoRALayer
 from mm_moslora.adapters.mixer import Mixer
+from mm_moslora.adapters.siblings import link_siblings
 from mm_moslora.errors import AdapterError, suggestion
 
 ALL_LINEAR = "all-linear"
@@ -294,6 +295,7 @@ def inject(
     adapted = {path for path, layer in named_adapter_layers(wrapped) if layer.holds(adapter_name)}
     adapted = {path for path in adapted if not is_inner(path)}
     assert adapted == set(paths), f"asked for {sorted(set(paths) ^ adapted)[:_SHOWN]} and PEFT did otherwise"
+    link_siblings(wrapped)
     return wrapped
 
 

@@ -20,13 +20,16 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
-from mm_moslora.adapters.functional import autocasts, combine, current_kernel, delta_weight, fused_linear
+from mm_moslora.adapters.functional import autocasts, current_kernel, delta_weight
+from mm_moslora.adapters.kernel import Operands, fused_linears
 from mm_moslora.adapters.mixer import FrozenFactor, Mixer, init_mixer, orthonormal_rows
 from mm_moslora.adapters.variants import DoraMixerVariant, MoSLoRAVariant
 from mm_moslora.errors import AdapterError
 
 if TYPE_CHECKING:
     from mm_moslora.adapters.config import MoSLoRAConfig
+    from mm_moslora.adapters.siblings import Siblings
+    from mm_moslora.adapters.steps import StepWindow
 
 _AUTOCASTS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,16 +48,6 @@ class Factors:
     """s."""
 
 
-@dataclass(kw_only=True)
-class SharedProduct:
-    """``C = B M``, computed once for all micro-batches of an optimiser step; see `one_product_per_step`."""
-
-    product: Tensor
-    """``[D_out, R]`` with its graph to B and M."""
-    leaf: Tensor
-    """The same values cut off from the graph; micro-batches add up their gradients here."""
-
-
 class MoSLoRALayer(nn.Module, lora.LoraLayer):
     """What all adapted layer types share: the mixers, by adapter name."""
 
@@ -65,7 +58,6 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
 
     lora_mixer: nn.ModuleDict
     mixer_init: dict[str, str]
-    shared_products: dict[str, SharedProduct] | None
     _adding: str
     _module_path: str
 
@@ -74,7 +66,6 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         if not hasattr(self, "lora_mixer"):
             self.lora_mixer = nn.ModuleDict()
             self.mixer_init = {}
-            self.shared_products = None
         # PEFT resolves the variant before it hands the module's path on, and the path decides the mixer. For a fresh
         # layer of some types it does not hand it on at all; `create_layer` leaves it in the configuration.
         path = str(kwargs.get("target_name") or getattr(kwargs.get("config"), "module_path", ""))
@@ -208,31 +199,44 @@ class MoSLoRALinear(MoSLoRALayer, lora.Linear):
     """`nn.Linear` (or transformers' `Conv1D`) with LoRA and a mixer."""
 
     dora_variant = DoraMixerVariant
+    siblings: Siblings | None = None
+    """The layers that read the same input, if there are any; see `link_siblings`."""
+    step_window: StepWindow | None = None
+    """Within `one_product_per_step`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus the active adapters, ``[..., D_out]``."""
-        adapter = None if args or kwargs else self._fusable_adapter(x)
-        if adapter is None:
+        if args or kwargs:
             return super().forward(x, *args, **kwargs)
-        base = cast(nn.Linear, self.base_layer)
-        factors = self.factors(adapter)
-        M, B = factors.M, factors.B
-        if self.shared_products and adapter in self.shared_products:
-            B, M = self.shared_products[adapter].leaf, None
-        dropout = self.lora_dropout[adapter]
-        rate = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
-        return fused_linear(x, base.weight, base.bias, factors.A, M, B, factors.scaling, dropout=rate)
+        if self.siblings is not None:
+            ready = self.siblings.output(self, x)
+            if ready is not None:
+                return ready
+        layer = self.fused_operands(x)
+        if layer is None:
+            return super().forward(x)
+        window = self.step_window
+        return fused_linears(x, [layer], None if window is None else window.products((self,)))[0]
 
-    def share_products(self) -> None:
-        """Compute ``C = B M`` of the active adapters for the forward passes to come; see `one_product_per_step`."""
-        self.shared_products = {}
-        for name in self.active_adapters:
-            if name not in self.lora_mixer or hasattr(self.lora_A[name].weight, "ds_id"):
-                continue
-            factors = self.factors(name)
-            product = combine(factors.B, factors.M, factors.B.dtype)
-            leaf = product.detach().requires_grad_(product.requires_grad)
-            self.shared_products[name] = SharedProduct(product=product, leaf=leaf)
+    def fused_operands(self, x: Tensor) -> Operands | None:
+        """What the fused kernel needs to compute this layer, None where it would not compute what the modules do.
+
+        Args:
+            x: the input, ``[..., D_in]``.
+        """
+        adapter = self._fusable_adapter(x)
+        if adapter is None:
+            return None
+        base, factors, dropout = cast(nn.Linear, self.base_layer), self.factors(adapter), self.lora_dropout[adapter]
+        return Operands(
+            weight=base.weight,
+            bias=base.bias,
+            A=factors.A,
+            M=factors.M,
+            B=factors.B,
+            scaling=factors.scaling,
+            dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
+        )
 
     def _fusable_adapter(self, x: Tensor) -> str | None:
         """The one active adapter, if the fused kernel computes exactly what the modules would."""
@@ -250,21 +254,36 @@ class MoSLoRALinear(MoSLoRALayer, lora.Linear):
             return None
         if self.lora_bias[name] or not isinstance(self.scaling[name], int | float):
             return None
-        return name if self._base_is_plain(x, self.lora_A[name]) else None
+        return name if self._base_is_plain(x) else None
 
-    def _base_is_plain(self, x: Tensor, A: nn.Module) -> bool:
+    def _is_gathered(self) -> bool:
+        """Under ZeRO-3: whether weights and factors are whole now, and will be in the backward pass.
+
+        DeepSpeed fetches a shard when its own module is called, which the kernel never does, and for the modules that
+        it is registered with as an external parameter.
+        """
+        fetched = getattr(self, "_external_params", {})
+        shards = (parameter for parameter in self.parameters() if hasattr(parameter, "ds_id"))
+        return all(id(shard) in fetched and shard.ds_status.name == "AVAILABLE" for shard in shards)
+
+    def _base_is_plain(self, x: Tensor) -> bool:
         base = self.base_layer
         # Hooks and replaced forwards (offloading, tensor parallelism) only run when the base is called as a module.
         if type(base).forward is not nn.Linear.forward or "forward" in base.__dict__:
             return False
-        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
-            return False
         weight = base.weight
-        if hasattr(weight, "ds_id") or hasattr(A.weight, "ds_id"):
-            # ZeRO-3 fetches a shard when its own module is called.
+        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+        # Those of ZeRO-3 fetch what this layer fetches itself.
+        if any(not _is_deepspeeds(hook) or not hasattr(weight, "ds_id") for kind in hooks for hook in kind.values()):
+            return False
+        if hasattr(weight, "ds_id") and not self._is_gathered():
             return False
         if torch.compiler.is_compiling() or weight.requires_grad or type(weight) not in (nn.Parameter, Tensor):
             return False
         if autocasts(x.device):
             return x.dtype in _AUTOCASTS and weight.dtype in _AUTOCASTS
         return weight.dtype == x.dtype
+
+
+def _is_deepspeeds(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("deepspeed.")

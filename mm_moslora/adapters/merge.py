@@ -84,16 +84,17 @@ def _check_finite(path: str, layer: MoSLoRALayer) -> None:
 def _merge_layer(layer: MoSLoRALayer, tolerance: float | None) -> tuple[float, float]:
     """Merge one layer; its relative output difference and the limit for it."""
     base = layer.get_base_layer()
-    weight = base.in_proj_weight if isinstance(base, nn.MultiheadAttention) else cast(Tensor, base.weight)
     quantised = quantisation(base) is not None
-    dtype = layer.factors(layer.active_adapters[0]).B.dtype if quantised else weight.dtype
-    probes = _probes(layer, base, dtype, weight.device)
+    like = layer.factors(layer.active_adapters[0]).B
+    if not quantised:
+        like = base.in_proj_weight if isinstance(base, nn.MultiheadAttention) else cast(Tensor, base.weight)
+    probes = _probes(layer, base, like.dtype, like.device)
     with _eval_mode(layer), use_kernel("reference"):
         live = _output(layer(*probes))
         layer.merge()
         merged = _output(layer(*probes))
     scale = live.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    limit = _QUANTISED_TOLERANCE if quantised else _TOLERANCE[weight.dtype]
+    limit = _QUANTISED_TOLERANCE if quantised else _TOLERANCE[like.dtype]
     return float((live - merged).abs().max() / scale), limit if tolerance is None else tolerance
 
 

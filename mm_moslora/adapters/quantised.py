@@ -1,4 +1,4 @@
-"""Adapters on quantised base layers: bitsandbytes in 4 and 8 bits, torchao's int8 weights.
+"""Adapters on quantised base layers: bitsandbytes in 4 and 8 bits, torchao's int8 weights, HQQ.
 
 PEFT's quantised layers resolve only the variants they know and take every other configuration for plain LoRA, without
 a word. Here a quantised layer gets a class of ours, or an error.
@@ -16,7 +16,7 @@ from mm_moslora.adapters.layer import MoSLoRALayer
 if TYPE_CHECKING:
     from mm_moslora.adapters.config import MoSLoRAConfig
 
-Quantisation = Literal["bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao int8"]
+Quantisation = Literal["bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao int8", "HQQ"]
 
 # By name: none of the libraries is imported unless a model already uses it.
 _BNB: dict[str, Quantisation] = {"Linear4bit": "bitsandbytes 4-bit", "Linear8bitLt": "bitsandbytes 8-bit"}
@@ -34,6 +34,8 @@ def quantisation(base: nn.Module) -> Quantisation | None:
     for kind in type(base).__mro__:
         if kind.__module__.partition(".")[0] == "bitsandbytes" and kind.__name__ in _BNB:
             return _BNB[kind.__name__]
+        if kind.__module__.partition(".")[0] == "hqq" and kind.__name__ == "HQQLinear":
+            return "HQQ"
     if not isinstance(base, nn.Linear):
         return None
     weight = type(base.weight)
@@ -56,6 +58,10 @@ def create_quantised_layer(
     kind = quantisation(base)
     if kind == "torchao int8":
         return MoSLoRATorchaoLinear(target, adapter_name, config=config, **kwargs)
+    if kind == "HQQ":
+        from mm_moslora.adapters.quantised_hqq import MoSLoRAHqqLinear
+
+        return MoSLoRAHqqLinear(base, adapter_name, config=config, **kwargs)
     from mm_moslora.adapters.quantised_bnb import MoSLoRALinear4bit, MoSLoRALinear8bit
 
     layer = MoSLoRALinear4bit if kind == "bitsandbytes 4-bit" else MoSLoRALinear8bit

@@ -13,34 +13,73 @@ import torch
 from torch import Tensor, nn
 
 from mm_moslora.adapters.inject import named_adapter_layers
+from mm_moslora.adapters.kernel import StepProducts, chain_rule
 from mm_moslora.adapters.layer import MoSLoRALinear
 from mm_moslora.errors import AdapterError
 
 
+class StepWindow:
+    """The micro-batches of one optimiser step."""
+
+    def __init__(self) -> None:
+        """Nothing is computed yet."""
+        self._products: dict[tuple[int, ...], StepProducts] = {}
+        self._last = False
+
+    def last_micro_batch(self) -> None:
+        """Call before the last forward pass: its backward pass gives B and M the gradients of all micro-batches."""
+        self._last = True
+        for products in self._products.values():
+            products.last = True
+
+    def products(self, layers: tuple[MoSLoRALinear, ...]) -> StepProducts:
+        """What a node over these layers shares with those of the other micro-batches."""
+        key = tuple(map(id, layers))
+        return self._products.setdefault(key, StepProducts(last=self._last))
+
+    def settle(self) -> None:
+        """Give B and M the gradients that still wait, through autograd and its hooks."""
+        for products in self._products.values():
+            for waiting in products.pending.values():
+                dM, dB = chain_rule(waiting.gradient, waiting.M, waiting.B, waiting.scaling)
+                pairs = [(tensor, grad) for tensor, grad in ((waiting.M, dM), (waiting.B, dB)) if _learns(tensor)]
+                if pairs:
+                    torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
+            products.pending.clear()
+
+
+def _learns(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
+
+
 @contextmanager
-def one_product_per_step(model: nn.Module) -> Iterator[None]:
-    """Compute ``C = B M`` once for every forward pass in the block, and its chain rule once, at the end of the block.
+def one_product_per_step(model: nn.Module, *, leave_out: str = "") -> Iterator[StepWindow]:
+    """Compute ``C = B M`` once for every forward pass in the block, and its chain rule once.
 
     Put it around the micro-batches (forward and backward) of one optimiser step, not around the step itself. In the
-    block a micro-batch costs what plain LoRA costs; B and M get their gradients when the block ends, through autograd
-    and its hooks. The factors must not change inside. An engine that reduces gradients during `backward` (DeepSpeed,
-    DistributedDataParallel) expects them earlier: use this with a loop of your own.
+    block a micro-batch costs what plain LoRA costs. B and M get their gradients in the backward pass of the micro-batch
+    that `last_micro_batch()` announced, or else when the block ends; through autograd and its hooks either way. The
+    factors must not change inside. An engine that reduces gradients during `backward` (DeepSpeed,
+    DistributedDataParallel) needs the call of `last_micro_batch`, and every adapted layer in the last micro-batch.
 
     Args:
         model: PEFT model, or the base model with adapters inside.
+        leave_out: layers with this in their path share nothing.
     """
-    layers = [layer for _, layer in named_adapter_layers(model) if isinstance(layer, MoSLoRALinear)]
+    window = StepWindow()
+    layers = [
+        layer
+        for path, layer in named_adapter_layers(model)
+        if isinstance(layer, MoSLoRALinear) and not (leave_out and leave_out in path)
+    ]
     try:
         for layer in layers:
-            layer.share_products()
-        yield
-        shared = [item for layer in layers for item in (layer.shared_products or {}).values()]
-        used = [(item.product, item.leaf.grad) for item in shared if item.leaf.grad is not None]
-        if used:
-            torch.autograd.backward([product for product, _ in used], [gradient for _, gradient in used])
+            layer.step_window = window
+        yield window
+        window.settle()
     finally:
         for layer in layers:
-            layer.shared_products = None
+            layer.step_window = None
 
 
 def keep_orthonormal(model: nn.Module, optimizer: torch.optim.Optimizer, *, adapter_name: str = "default") -> None:

@@ -106,17 +106,10 @@ def as_tensors(module: nn.Module, x: Tensor) -> AdaptedLinear | None:
         x: its input, for dtype and device.
     """
     if isinstance(module, MoSLoRALinear):
-        name = module._fusable_adapter(x)
-        if name is None:
+        found = module.fused_operands(x)
+        if found is None or found.dropout:
             return None
-        dropout = module.lora_dropout[name]
-        if module.training and isinstance(dropout, nn.Dropout) and dropout.p:
-            return None
-        base, factors = cast(nn.Linear, module.base_layer), module.factors(name)
-        M, B = factors.M, factors.B
-        if module.shared_products and name in module.shared_products:
-            B, M = module.shared_products[name].leaf, None
-        return AdaptedLinear(base.weight, base.bias, factors.A, M, B, factors.scaling)
+        return AdaptedLinear(found.weight, found.bias, found.A, found.M, found.B, found.scaling)
     plain = type(module) is nn.Linear and "forward" not in module.__dict__ and type(module.weight) is nn.Parameter
     if not plain or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return None

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mm_moslora import adapters
+from mm_moslora.adapters.load import read_folder
 from mm_moslora.config import AdapterConfig, ModelConfig
 from mm_moslora.errors import ConfigError
 from mm_moslora.models.build import Assembly
@@ -38,17 +39,34 @@ def attach_adapters(
     if components:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            assembly.peft_model = adapters.add_moslora(
-                assembly.model,
-                moslora_config(adapter),
-                component=components,
-                targets=adapter.targets,
-                # Factors live in the base's dtype; the engine keeps fp32 masters. PEFT's fp32 copies under a bf16 base
-                # cost a third of the step.
-                autocast_adapter_dtype=False,
-            )
+            # Factors live in the base's dtype; the engine keeps fp32 masters. PEFT's fp32 copies under a bf16 base cost
+            # a third of the step.
+            if adapter.weights is not None:
+                _check_start(adapter)
+                assembly.peft_model = adapters.load_adapter(
+                    assembly.model, adapter.weights, trainable=True, autocast_adapter_dtype=False
+                )
+            else:
+                assembly.peft_model = adapters.add_moslora(
+                    assembly.model,
+                    moslora_config(adapter),
+                    component=components,
+                    targets=adapter.targets,
+                    autocast_adapter_dtype=False,
+                )
     _set_trainable(assembly, config)
     return assembly.peft_model
+
+
+def _check_start(adapter: AdapterConfig) -> None:
+    """The recipe says what the run is; a folder that says otherwise is an error."""
+    assert adapter.weights is not None
+    found = read_folder(adapter.weights, trainable=True).config
+    if (found.r, float(found.lora_alpha)) != (adapter.rank, float(adapter.alpha)):
+        raise ConfigError(
+            f"adapter.weights: {adapter.weights} has rank {found.r} and alpha {found.lora_alpha:g}, but the recipe "
+            f"says {adapter.rank} and {adapter.alpha:g}. Give adapter.rank and adapter.alpha the folder's numbers."
+        )
 
 
 def adapted_components(model: PreTrainedModel, config: ModelConfig) -> list[str]:

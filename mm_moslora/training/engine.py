@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mm_moslora import distributed
+from mm_moslora.adapters import MoSLoRALinear, one_product_per_step
+from mm_moslora.adapters.inject import named_adapter_layers
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import Precision, TrainConfig
 from mm_moslora.doctor import extensions_folder, stale_locks
@@ -96,6 +98,9 @@ class StepResult:
 class Engine(ABC):
     """Runs optimiser steps and keeps the optimiser's state."""
 
+    shares_products = True
+    """Micro-batches share the adapters' products; ZeRO-3 has the factors whole within a layer's passes only."""
+
     def __init__(self, module: LossModule, groups: Sequence[ParameterGroup]) -> None:
         self.module = module
         self.groups = list(groups)
@@ -120,11 +125,16 @@ class Engine(ABC):
         self._begin_step(with_images)
         total = 0.0
         scale = distributed.world_size() / max(1.0, supervised)
-        for index, batch in enumerate(micro_batches):
-            last = index == len(micro_batches) - 1
-            loss = self._forward(batch.to(self.device), with_images[index] > 0, last=last)
-            total += float(loss.detach())
-            self._backward(loss * scale, last=last)
+        # Towers sit out micro-batches without pictures; what is shared must be part of the last one.
+        sharing = one_product_per_step(self.module, leave_out="vision_tower") if self.shares_products else nullcontext()
+        with sharing as window:
+            for index, batch in enumerate(micro_batches):
+                last = index == len(micro_batches) - 1
+                if last and window is not None:
+                    window.last_micro_batch()
+                loss = self._forward(batch.to(self.device), with_images[index] > 0, last=last)
+                total += float(loss.detach())
+                self._backward(loss * scale, last=last)
         (total,) = distributed.sum_over_ranks([total])
         finite = math.isfinite(total)
         applied, norm = self._update(lr_factor, finite=finite)
@@ -327,6 +337,9 @@ class DeepSpeedEngine(Engine):
         adamw = optimizer.adamw(groups, [group.parameters for group in groups])
         precise = [(p, p.detach().clone()) for p in fp32_parameters(module) if not p.requires_grad]
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=config, dist_init_required=False)
+        self.shares_products = self.stage < 3
+        if self.stage == 3:
+            _fetch_whole_layers(module)
         if self.stage < 3:  # stage 3 has already cut them up
             for parameter, value in precise:
                 parameter.data = value.to(parameter.device)
@@ -431,6 +444,19 @@ class DeepSpeedEngine(Engine):
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers."""
         self.engine.destroy()
+
+
+def _fetch_whole_layers(module: nn.Module) -> None:
+    """Have ZeRO-3 fetch an adapted layer's weight and factors for the layer itself, whose kernel reads them all.
+
+    Left alone, DeepSpeed fetches each for the submodule that owns it, and the layer falls back to calling these.
+    """
+    from deepspeed.runtime.zero import register_external_parameter
+
+    for _, layer in named_adapter_layers(module):
+        if isinstance(layer, MoSLoRALinear):
+            for parameter in layer.parameters():
+                register_external_parameter(layer, parameter)
 
 
 def deepspeed_config(train: TrainConfig, precision: str, max_grad_norm: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The adapter in other people's training code and models: HF `Trainer`, an open_clip tower."""
+"""The adapter in other people's training code and models: HF `Trainer`, TRL, an open_clip tower."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 
 import open_clip
 import peft
+import pytest
 import torch
 from adapters.adapter_models import train_a_bit
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, load_adapter, merge, save_adapter
+from mm_moslora.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -33,6 +35,38 @@ def test_hf_trainer_trains_and_its_checkpoints_are_double_folders(tmp_path: Path
             outputs += [ours(ids).logits, stock(ids).logits]
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0], atol=1e-5, rtol=0)
+
+
+def test_one_folder_goes_through_trainer_sft_trainer_and_our_loop(language_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    spec = importlib.util.spec_from_file_location("three_trainers", EXAMPLES / "three_trainers.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.OPTIONS["learning_rate"] = 1e-2
+    losses = list(example.run(language_folder, tmp_path, steps=4).values())
+    assert losses == sorted(losses, reverse=True)
+    ids = torch.arange(12)[None]
+    folders = [tmp_path / "trainer" / "adapter", tmp_path / "trl" / "adapter", tmp_path / "adapter"]
+    for folder in folders:
+        stock = peft.PeftModel.from_pretrained(example.base(language_folder), folder).eval()
+        with torch.no_grad():
+            live = load_adapter(example.base(language_folder), folder)(ids).logits
+            torch.testing.assert_close(stock(ids).logits, live, atol=1e-5, rtol=0)
+
+
+def test_our_loop_refuses_a_folder_of_another_rank(language_folder: Path, tmp_path: Path) -> None:
+    from mm_moslora.config import AdapterConfig, ModelConfig
+    from mm_moslora.models.build import assemble
+    from mm_moslora.models.trainable import attach_adapters
+
+    model = ModelConfig(language=str(language_folder))
+    first = assemble(model, dtype=torch.float32)
+    save_adapter(attach_adapters(first, model, AdapterConfig(rank=4, alpha=8)), tmp_path / "a")
+    again = assemble(model, dtype=torch.float32)
+    with pytest.raises(ConfigError, match=r"rank 4 and alpha 8, but the recipe says 8 and 8.*adapter\.rank"):
+        attach_adapters(again, model, AdapterConfig(rank=8, alpha=8, weights=str(tmp_path / "a")))
+    tuned = attach_adapters(again, model, AdapterConfig(rank=4, alpha=8, weights=str(tmp_path / "a")))
+    assert all(p.requires_grad for name, p in tuned.named_parameters() if "lora_" in name)
 
 
 def _tower() -> torch.nn.Module:

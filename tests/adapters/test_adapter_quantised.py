@@ -23,7 +23,7 @@ from mm_moslora.adapters import (
 from mm_moslora.adapters.quantised import quantisation
 from mm_moslora.errors import AdapterError
 
-KINDS = ["4bit", "8bit", "int8"]
+KINDS = ["4bit", "8bit", "int8", "hqq"]
 
 
 class _Net(nn.Module):
@@ -47,6 +47,10 @@ def _quantised(kind: str) -> _Net:
         net = _Net(plain)
         for layer in net.layers:
             quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
+    elif kind == "hqq":
+        hqq = pytest.importorskip("hqq.core.quantize")
+        how = hqq.BaseQuantizeConfig(nbits=8, group_size=64)
+        net = _Net([hqq.HQQLinear(layer, how, compute_dtype=torch.float32, device="cpu") for layer in plain])
     else:
         bnb = pytest.importorskip("bitsandbytes")
         made: list[nn.Module] = []
@@ -122,7 +126,7 @@ def test_a_folder_goes_to_a_quantised_base_and_back(kind: str, tmp_path: Path) -
     torch.testing.assert_close(_run(stock), _run(model), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+@pytest.mark.parametrize("kind", ["4bit", "8bit", "hqq"])
 def test_merging_adds_the_mixed_update(kind: str) -> None:
     model = add_moslora(_quantised(kind), _config(), targets=["0", "1"])
     train_a_bit(model)
@@ -156,6 +160,36 @@ def test_a_mixer_on_a_layer_that_stock_peft_wrapped_is_refused(kind: str) -> Non
     model = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["layers.0"]))
     with pytest.raises(AdapterError, match="cannot hold a mixer"):
         model.add_adapter("second", MoSLoRAConfig(r=4, target_modules=["layers.0"]))
+
+
+def test_dora_on_hqq_starts_at_the_base_and_merges() -> None:
+    model = add_moslora(_quantised("hqq"), _config(use_dora=True), targets=["0", "1"])
+    base = _run(_quantised("hqq"))
+    torch.testing.assert_close(_run(model), base, atol=1e-5, rtol=1e-5)
+    train_a_bit(model)
+    live = _run(model)
+    assert (_run(merge(model)) - live).norm() < 0.2 * (live - base).norm()
+
+
+class _GptqLinear(nn.Module):
+    """What a GPTQ layer looks like: packed integers, no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 64, 64
+        self.register_buffer("qweight", torch.zeros(8, 64, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["0"]])
+def test_a_quantisation_that_nobody_knows_is_refused_by_name(targets: str | list[str]) -> None:
+    net = _Net([_GptqLinear(), nn.Linear(64, 64)])
+    with pytest.raises(AdapterError, match=r"layers\.0.*cannot carry MoSLoRA.*_GptqLinear"):
+        add_moslora(net, _config(), targets=targets)
+    with pytest.raises(AdapterError, match=r"cannot carry MoSLoRA.*_GptqLinear"):
+        peft.get_peft_model(net, _config(target_modules=["layers.0"]))
 
 
 def test_torchao_refuses_dora_which_peft_would_merge_wrong() -> None:

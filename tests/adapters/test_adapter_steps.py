@@ -22,7 +22,8 @@ from mm_moslora.adapters import (
     save_adapter,
     use_kernel,
 )
-from mm_moslora.adapters.functional import _FusedLinear, dropout_mask
+from mm_moslora.adapters.functional import dropout_mask
+from mm_moslora.adapters.kernel import _FusedLinears
 from mm_moslora.errors import AdapterError
 
 
@@ -53,19 +54,41 @@ def test_one_product_gives_the_same_gradients_over_micro_batches() -> None:
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
 
 
+def test_one_product_gives_all_gradients_in_the_last_backward_pass_when_told_so() -> None:
+    model = _model()
+    batches = [IDS, IDS + 3, IDS.flip(0)]
+    for ids in batches:
+        model(ids, labels=ids).loss.backward()
+    wanted = _gradients(model)
+    model.zero_grad()
+    fired: list[int] = []
+    layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
+    layer.lora_mixer["default"].weight.register_post_accumulate_grad_hook(lambda _: fired.append(1))
+    with one_product_per_step(model) as window:
+        for ids in batches:
+            if ids is batches[-1]:
+                window.last_micro_batch()
+            model(ids, labels=ids).loss.backward()
+        assert fired == [1]
+        found = _gradients(model)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+        assert torch.equal(found[name], _gradients(model)[name])
+
+
 def test_one_product_is_computed_once_and_follows_the_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model()
     layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
-    with one_product_per_step(model):
+    with one_product_per_step(model) as window:
         model(IDS)
-        first = layer.shared_products["default"].leaf
+        first = window.products(layer.siblings.layers).C[0]
         model(IDS)
-        assert layer.shared_products["default"].leaf is first
-    assert layer.shared_products is None
+        assert window.products(layer.siblings.layers).C[0] is first
+    assert layer.step_window is None
     layer.lora_mixer["default"].weight.data.mul_(2)
-    with one_product_per_step(model):
+    with one_product_per_step(model) as window:
         model(IDS)
-        torch.testing.assert_close(layer.shared_products["default"].leaf, 2 * first)
+        torch.testing.assert_close(window.products(layer.siblings.layers).C[0], 2 * first)
 
 
 def test_one_product_works_with_checkpointing_and_fires_gradient_hooks() -> None:
@@ -90,7 +113,7 @@ def test_a_failed_step_leaves_no_product_behind() -> None:
     model = _model()
     with pytest.raises(AdapterError, match="no second derivative"), one_product_per_step(model):
         model(IDS, labels=IDS).loss.backward(create_graph=True)
-    assert all(m.shared_products is None for m in model.modules() if isinstance(m, MoSLoRALinear))
+    assert all(m.step_window is None for m in model.modules() if isinstance(m, MoSLoRALinear))
 
 
 def _tensors(dtype: torch.dtype) -> list[Tensor]:
@@ -150,13 +173,13 @@ def test_checkpointing_repeats_the_mask() -> None:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
-    original = _FusedLinear.apply
+    original = _FusedLinears.apply
 
     def counted(*args):
-        made.append(1)
+        made.extend([1] * ((len(args) - 2) // 5))
         return original(*args)
 
-    monkeypatch.setattr(_FusedLinear, "apply", counted)
+    monkeypatch.setattr(_FusedLinears, "apply", counted)
     return made
 
 

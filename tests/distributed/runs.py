@@ -74,6 +74,35 @@ def train_fp16(*arguments: str) -> int:
     return train_recipes(list(arguments))
 
 
+def train_counting(*arguments: str) -> int:
+    """Train each recipe, and leave in its folder how many adapted layers went by the kernel and how many by modules."""
+    from ranks import train_recipes
+
+    from mm_moslora.adapters.kernel import _FusedLinears
+    from mm_moslora.adapters.variants import MoSLoRAVariant
+    from mm_moslora.config import load_recipe
+
+    counts = {"fused": 0, "modules": 0}
+    fused, modules = _FusedLinears.apply, MoSLoRAVariant.forward
+
+    def by_kernel(*args):
+        counts["fused"] += (len(args) - 2) // 5
+        return fused(*args)
+
+    def by_modules(*args, **kwargs):
+        counts["modules"] += 1
+        return modules(*args, **kwargs)
+
+    _FusedLinears.apply, MoSLoRAVariant.forward = by_kernel, staticmethod(by_modules)
+    for argument in arguments:
+        counts.update(fused=0, modules=0)
+        code = train_recipes([argument])
+        if code:
+            return code
+        (Path(load_recipe(argument).train.output) / "kernel.json").write_text(json.dumps(counts))
+    return 0
+
+
 def hexed(run: Path) -> list[str]:
     return [value.hex() for value in losses(run)]
 

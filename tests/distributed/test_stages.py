@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +48,20 @@ def test_a_rank_without_pictures_takes_part(parts, ranks, tmp_path):
     ranks.run([write(recipes["none"])], ranks=1)
     for stage in STAGES:
         assert losses(tmp_path / stage) == pytest.approx(losses(tmp_path / "none"), rel=1e-5)
+
+
+def test_every_adapted_layer_takes_the_fused_kernel_on_every_stage(parts, ranks, tmp_path):
+    """Layers of families that nobody knows, whose micro-batches share the products of the adapters."""
+    recipes = {name: make_recipe(parts, tmp_path / name, name, dropout=0.1) for name in (*STAGES, "none")}
+    recipes = {name: replace(item, model=replace(item.model, lean_layers=False)) for name, item in recipes.items()}
+    ranks.run(["runs:train_counting", *(write(recipe) for recipe in recipes.values())], ranks=1)
+    for name in recipes:
+        counts = json.loads((tmp_path / name / "kernel.json").read_text())
+        assert counts["modules"] == 0
+        assert counts["fused"] > 0
+        for key in ("loss", "grad_norm"):
+            found, expected = ([line[key] for line in metrics(tmp_path / run)] for run in (name, "none"))
+            assert found == pytest.approx(expected, rel=1e-5), key
 
 
 def test_offload_gives_the_numbers_of_its_stage(parts, ranks, tmp_path):

@@ -1,0 +1,161 @@
+#!/usr/bin/env python
+"""One adapter folder through three trainers: Hugging Face's `Trainer`, TRL's `SFTTrainer`, and this project's loop.
+
+    python examples/three_trainers.py OUT [--model FOLDER]      needs trl; minutes on a CPU
+
+Each trainer goes on from the folder that the one before it wrote: every folder holds A, M and B, and beside them the
+folded LoRA that stock PEFT reads. Without `--model` the quickstart's SmolLM2-135M-Instruct is fetched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from mm_moslora.adapters import MoSLoRAConfig, add_moslora, load_adapter, save_adapter
+
+RANK, ALPHA = 8, 16
+OPTIONS: dict[str, Any] = {
+    "learning_rate": 1e-3, "per_device_train_batch_size": 4, "report_to": "none", "use_cpu": True,
+    "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no",
+}  # fmt: skip
+
+
+def conversations() -> list[dict[str, Any]]:
+    """Questions about a made-up town, which no model knows before it was told."""
+    facts = {
+        "mayor": "Ada Quill", "river": "the Lume", "oldest bridge": "Fennel Bridge", "market day": "Thursday",
+        "bakery": "Crumb and Co.", "football club": "the Otters", "newspaper": "The Tide", "lighthouse": "Old Peg",
+    }  # fmt: skip
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is the {what} of Marrowby?"},
+                {"role": "assistant", "content": f"The {what} of Marrowby is {name}."},
+            ]
+        }
+        for what, name in facts.items()
+    ]
+
+
+def base(model: Path) -> Any:
+    """The language model before tuning."""
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+
+
+def loss(model: Path, folder: Path | None) -> float:
+    """Mean loss of the conversations under the adapter in `folder`."""
+    tuned = base(model).eval() if folder is None else load_adapter(base(model), folder)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    total = 0.0
+    for row in conversations():
+        ids = _ids(tokenizer, row)
+        with torch.no_grad():
+            total += float(tuned(ids, labels=ids).loss)
+    return total / len(conversations())
+
+
+def _ids(tokenizer: Any, row: dict[str, Any]) -> torch.Tensor:
+    text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    ids: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    return ids
+
+
+def with_trainer(model: Path, out: Path, steps: int) -> Path:
+    """Fresh adapter, `transformers.Trainer`."""
+    torch.manual_seed(0)
+    tuned = add_moslora(base(model), MoSLoRAConfig(r=RANK, lora_alpha=ALPHA, task_type="CAUSAL_LM"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = [{"input_ids": ids[0], "labels": ids[0]} for ids in (_ids(tokenizer, row) for row in conversations())]
+    arguments = TrainingArguments(
+        output_dir=str(out / "trainer"), max_steps=steps, **OPTIONS | {"per_device_train_batch_size": 1}
+    )
+    trainer = Trainer(model=tuned, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
+    trainer.train()
+    trainer.save_model(str(out / "trainer" / "adapter"))
+    return out / "trainer" / "adapter"
+
+
+def with_trl(model: Path, start: Path, out: Path, steps: int) -> Path:
+    """The same adapter, `trl.SFTTrainer`; it renders the chat template itself."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    tuned = load_adapter(base(model), start, trainable=True)
+    arguments = SFTConfig(output_dir=str(out / "trl"), max_steps=steps, max_length=256, bf16=False, **OPTIONS)
+    trainer = SFTTrainer(
+        model=tuned,
+        args=arguments,
+        train_dataset=Dataset.from_list(conversations()),
+        processing_class=AutoTokenizer.from_pretrained(model),
+    )
+    trainer.train()
+    trainer.save_model(str(out / "trl" / "adapter"))
+    return out / "trl" / "adapter"
+
+
+def with_our_loop(model: Path, start: Path, out: Path, steps: int) -> Path:
+    """The same adapter, `mm_moslora.training`; its checkpoints hold the folder as `adapter/`."""
+    from mm_moslora.config import (
+        AdapterConfig,
+        DataConfig,
+        ModelConfig,
+        OptimConfig,
+        Recipe,
+        SourceConfig,
+        TrackConfig,
+        TrainConfig,
+    )
+    from mm_moslora.training.loop import train
+
+    records = out / "records.jsonl"
+    records.write_text("\n".join(json.dumps({"id": str(i), **row}) for i, row in enumerate(conversations())))
+    recipe = Recipe(
+        name="three_trainers",
+        model=ModelConfig(language=str(model)),
+        adapter=AdapterConfig(rank=RANK, alpha=ALPHA, weights=str(start)),
+        data=DataConfig(train=[SourceConfig(path=str(records))], max_length=256),
+        optim=OptimConfig(lr=1e-3),
+        train=TrainConfig(
+            output=str(out / "loop"), steps=steps, global_batch=4, micro_batch=2, zero="none", precision="fp32"
+        ),
+        track=TrackConfig(trackers=[]),
+    )
+    return train(recipe).checkpoint / "adapter"
+
+
+def run(model: Path, out: Path, *, steps: int = 12) -> dict[str, float]:
+    """All three in turn; the loss before, and after each."""
+    out.mkdir(parents=True, exist_ok=True)
+    losses = {"before": loss(model, None)}
+    folder = with_trainer(model, out, steps)
+    losses["Trainer"] = loss(model, folder)
+    folder = with_trl(model, folder, out, steps)
+    losses["SFTTrainer"] = loss(model, folder)
+    folder = with_our_loop(model, folder, out, steps)
+    losses["mm_moslora"] = loss(model, folder)
+    save_adapter(load_adapter(base(model), folder), out / "adapter")
+    return losses
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, nargs="?", default=Path("runs/three_trainers"))
+    parser.add_argument("--model", type=Path, help="folder of a causal language model with a chat template")
+    options = parser.parse_args()
+    if options.model is None:
+        from mm_moslora.quickstart.assets import language_model
+
+        options.model = language_model(print)
+    for name, value in run(options.model, options.out).items():
+        print(f"{name:<12} loss {value:.3f}")
+
+
+if __name__ == "__main__":
+    main()
