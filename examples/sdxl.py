@@ -1,4 +1,6 @@
-"""SDXL for `dreambooth.py`: encode prompts and pictures once, train the UNet's adapter, write it. Needs a GPU.
+"""SDXL for `dreambooth.py`: encode prompts and pictures once, train the UNet's adapter, write it.
+
+On a GPU in bfloat16; on a CPU in float32, which only a tiny model from a config is small enough for.
 
 Shapes: pictures ``[N, 3, H, W]`` in -1..1, latents ``[N, 4, H / 8, W / 8]``.
 """
@@ -19,7 +21,7 @@ from torchvision.transforms import functional as pictures_to
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-def run(model: str, recipe: Recipe, pictures: Path, class_pictures: Path, out: Path) -> None:
+def run(model: str, recipe: Recipe, pictures: Path, class_pictures: Path, out: Path) -> list[float]:
     """Train SDXL's UNet on a subject.
 
     Args:
@@ -28,11 +30,15 @@ def run(model: str, recipe: Recipe, pictures: Path, class_pictures: Path, out: P
         pictures: folder of the subject's pictures.
         class_pictures: folder of pictures of its class, for prior preservation.
         out: folder to write the adapter into.
+
+    Returns:
+        The loss of every step.
     """
     from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 
-    device = torch.device("cuda")
-    pipeline = StableDiffusionXLPipeline.from_pretrained(model, torch_dtype=torch.bfloat16).to(device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
     pipeline.vae.to(torch.float32)  # SDXL's own VAE overflows in half precision
     subject = _examples(pipeline, recipe, recipe.prompt, pictures)
     prior = _examples(pipeline, recipe, recipe.class_prompt, class_pictures)
@@ -40,8 +46,9 @@ def run(model: str, recipe: Recipe, pictures: Path, class_pictures: Path, out: P
     pipeline.unet.enable_gradient_checkpointing()
     denoiser = adapt(pipeline.unet, recipe)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    train(denoiser, recipe, noise_objective(scheduler), _endless(subject, prior))
+    losses = train(denoiser, recipe, noise_objective(scheduler), _endless(subject, prior))
     write(denoiser, out, component="unet")
+    return losses
 
 
 def _endless(subject: list[Example], prior: list[Example]) -> Iterator[tuple[Example, Example]]:

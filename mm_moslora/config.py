@@ -416,6 +416,11 @@ class TrackConfig:
     """wandb entity; None: the account's own."""
     name: str | None = None
     """Run name; None: the name of the run folder."""
+    mixers_every: int = 0
+    """Log what the mixers learned every this many steps (`mixer/...`: distances, rank, condition); 0: never."""
+
+    def __post_init__(self) -> None:
+        _at_least("track.mixers_every", self.mixers_every, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from mm_moslora.training import checkpoint, disk
 from mm_moslora.training import run as runs
 from mm_moslora.training.commit import Saver
 from mm_moslora.training.engine import StepResult
-from mm_moslora.training.mixers import mixer_matrices, write_mixers
+from mm_moslora.training.mixers import adapter_metrics, mixer_matrices, write_mixers
 from mm_moslora.training.optim import lr_factor
 from mm_moslora.training.progress import Progress
 from mm_moslora.training.rehearsal import rehearse
@@ -259,6 +259,10 @@ class _Loop:
 
     def _periodically(self) -> None:
         train, step = self.recipe.train, self.run.step
+        if self.recipe.track.mixers_every and step % self.recipe.track.mixers_every == 0:
+            state = self.run.engine.trainable_state()
+            if distributed.is_main():
+                self.trackers.log(adapter_metrics(self.run.assembly.model, state), step)
         better = bool(train.validate_every) and step % train.validate_every == 0 and self._validate()
         due = bool(train.save_every) and step % train.save_every == 0
         if (due or better) and step < self.total:

@@ -5,12 +5,15 @@ Shapes: a mixer is ``[R, R]``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mm_moslora.adapters.inject import named_adapter_layers
+from mm_moslora.adapters.inspect import describe, summary
 from mm_moslora.training.disk import replace_json
 
 SHOWN = 12
@@ -47,6 +50,34 @@ def mixer_figures(matrix: Tensor) -> dict[str, float]:
         "condition": float(s[0] / s[-1].clamp_min(1e-30)),
         "effective_rank": float(energy.sum().square() / energy.square().sum().clamp_min(1e-30)),
     }
+
+
+def adapter_metrics(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, float]:
+    """Means over the adapted modules for a tracker, under `mixer/...`; see `mm_moslora.adapters.inspect.summary`.
+
+    Args:
+        model: with adapters inside; gives what does not train.
+        state: parameter name to full fp32 value, as `Engine.trainable_state` gives it: live weights may be shards.
+
+    Returns:
+        Finite numbers only (a mixer of lower rank has no condition number); empty without adapters.
+    """
+    whole = {name.removeprefix("model."): value for name, value in state.items()}
+    reports = []
+    for path, layer in named_adapter_layers(model):
+        for name in layer.adapter_names():
+            kept = layer.factors(name)
+            inside = {
+                key.removeprefix(f"{path}.").partition(".")[0]: value
+                for key, value in whole.items()
+                if key.startswith(f"{path}.lora_") and f".{name}" in key
+            }
+            A = inside.get("lora_A", inside.get("lora_embedding_A", kept.A))
+            B = inside.get("lora_B", inside.get("lora_embedding_B", kept.B))
+            M = inside.get("lora_mixer", kept.M)
+            reports.append(describe(path, A.cpu(), None if M is None else M.cpu(), B.cpu(), kept.scaling))
+    found = summary(reports) if reports else {}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def write_mixers(path: Path, *, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +111,75 @@ def test_an_unknown_recipe_key_is_an_error(dreambooth: ModuleType, tmp_path: Pat
     (tmp_path / "r.yaml").write_text("rnak: 4\n")
     with pytest.raises(SystemExit, match="rnak"):
         dreambooth.read_recipe(tmp_path / "r.yaml")
+
+
+def _tiny_sdxl(folder: Path) -> Path:
+    """An SDXL pipeline of a few thousand parameters, in the files of the real one."""
+    import diffusers
+    import transformers
+
+    torch.manual_seed(0)
+    letters = [chr(code) for code in range(33, 127)]
+    vocabulary = {token: i for i, token in enumerate([*letters, *(letter + "</w>" for letter in letters)])}
+    vocabulary |= {"<|startoftext|>": len(vocabulary), "<|endoftext|>": len(vocabulary) + 1}
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+    text = transformers.CLIPTextConfig(
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=16, bos_token_id=len(vocabulary) - 2, eos_token_id=len(vocabulary) - 1,
+        pad_token_id=len(vocabulary) - 1,
+    )  # fmt: skip
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
+        norm_num_groups=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=32, attention_head_dim=(2, 4),
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16, transformer_layers_per_block=1,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=64,
+    )  # fmt: skip
+    diffusers.StableDiffusionXLPipeline(
+        vae=vae, unet=unet, tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=diffusers.EulerDiscreteScheduler(),
+        text_encoder=transformers.CLIPTextModel(text),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(text),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def test_the_sdxl_script_trains_a_tiny_sdxl_and_the_stock_pipeline_draws_the_same(
+    dreambooth: ModuleType, tmp_path: Path
+) -> None:
+    import diffusers
+    from PIL import Image
+
+    model = _tiny_sdxl(tmp_path / "sdxl")
+    for name, colours in {"subject": ("red", "darkred"), "class": ("blue", "green")}.items():
+        (tmp_path / name).mkdir()
+        for colour in colours:
+            Image.new("RGB", (80, 64), colour).save(tmp_path / name / f"{colour}.png")
+    spec = importlib.util.spec_from_file_location("sdxl", EXAMPLES / "sdxl.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    recipe = dreambooth.read_recipe(EXAMPLES / "recipes" / "sdxl_dreambooth_moslora.yaml")
+    recipe = dataclasses.replace(recipe, resolution=64, steps=2, lr=0.05)
+    losses = script.run(str(model), recipe, tmp_path / "subject", tmp_path / "class", tmp_path / "out")
+    assert len(losses) == 2
+
+    def draw(pipeline) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        result = pipeline(
+            "a photo of sks subject", height=64, width=64, num_inference_steps=2, generator=generator, output_type="pt"
+        )
+        return result.images
+
+    load = diffusers.StableDiffusionXLPipeline.from_pretrained
+    plain, stock, ours = (load(model) for _ in range(3))
+    stock.load_lora_weights(str(tmp_path / "out"))
+    ours.unet = load_adapter(ours.unet, tmp_path / "out" / "adapter").get_base_model()
+    before, by_diffusers, by_us = (draw(pipeline) for pipeline in (plain, stock, ours))
+    assert (by_us - before).abs().max() > 1e-3
+    torch.testing.assert_close(by_diffusers, by_us, atol=1e-5, rtol=0)

@@ -96,6 +96,17 @@ def test_every_checkpoint_is_complete_and_loads(recipe, tmp_path):
     assert json.loads((run / "summary.json").read_text())["counters"]["steps"] == 6
 
 
+def test_what_the_mixers_learned_is_logged_as_the_folder_tells_it(recipe, tmp_path):
+    from mm_moslora.adapters.inspect import inspect_adapter, summary
+
+    result = train(replace(recipe, track=replace(recipe.track, mixers_every=3)))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if "mixer/effective_rank" in line]
+    assert [line["step"] for line in found] == [3, 6]
+    for name, value in summary(inspect_adapter(result.checkpoint / "adapter")).items():
+        assert found[-1][name] == pytest.approx(value, rel=1e-4)
+
+
 def test_the_loaded_model_gives_the_logits_of_the_trained_one(recipe, records, tmp_path):
     """Live adapter, merged, exported to stock LLaVA, and plain LoRA on the exported base: the same logits."""
     from peft import PeftModel
