@@ -240,7 +240,7 @@ class _Backward:
             return None, {}
         us = [self.grads[index] @ self.C[index] for index in self.used]
         if any(self.plan.masks):
-            dA = [self._masked_inputs(dX, index, u) for index, u in zip(self.used, us, strict=True)]
+            dA: Sequence[Tensor] = [self._masked_inputs(dX, index, u) for index, u in zip(self.used, us, strict=True)]
         else:
             u = us[0] if len(us) == 1 else torch.cat(us, 1)
             A = self.whole_A if len(us) == len(self.A) else torch.cat([self.A[index] for index in self.used])

@@ -264,7 +264,7 @@ class MoSLoRALinear(MoSLoRALayer, lora.Linear):
         """
         fetched = getattr(self, "_external_params", {})
         shards = (parameter for parameter in self.parameters() if hasattr(parameter, "ds_id"))
-        return all(id(shard) in fetched and shard.ds_status.name == "AVAILABLE" for shard in shards)
+        return all(id(shard) in fetched and cast(Any, shard).ds_status.name == "AVAILABLE" for shard in shards)
 
     def _base_is_plain(self, x: Tensor) -> bool:
         base = self.base_layer

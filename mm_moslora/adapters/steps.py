@@ -42,14 +42,11 @@ class StepWindow:
         for products in self._products.values():
             for waiting in products.pending.values():
                 dM, dB = chain_rule(waiting.gradient, waiting.M, waiting.B, waiting.scaling)
-                pairs = [(tensor, grad) for tensor, grad in ((waiting.M, dM), (waiting.B, dB)) if _learns(tensor)]
+                found = ((waiting.M, dM), (waiting.B, dB))
+                pairs = [(tensor, grad) for tensor, grad in found if tensor is not None and tensor.requires_grad]
                 if pairs:
                     torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
             products.pending.clear()
-
-
-def _learns(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
 
 
 @contextmanager
