@@ -12,7 +12,8 @@ from mm_moslora.errors import EvalError, suggestion
 from mm_moslora.strict import build_strictly, parse_yaml
 
 from .prompt import Prompt
-from .task import Decoding, Source, Task
+from .sources.source import Source
+from .task import Decoding, Task
 
 ENTRY_POINTS = "mm_moslora_eval.tasks"
 """Entry-point group of packages that bring tasks: each names a function without arguments that returns `Task`s."""

@@ -89,12 +89,12 @@ class TransformersModel:
             self._fingerprint = weights_fingerprint(self.model, str(self._template))
         return self._fingerprint
 
-    @torch.inference_mode()
     @property
     def details(self) -> dict[str, str]:
         """What a run records beside the name: precision, device, attention kernel."""
         return circumstances(self.model)
 
+    @torch.inference_mode()
     def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
         """See `mm_moslora_eval.model.Model.generate`."""
         for indices in self._batches(requests, 1 if self._reference else batch_size):

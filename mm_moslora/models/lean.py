@@ -133,7 +133,7 @@ def use_lean_layers(model: PreTrainedModel) -> int:
         return 0
     changed = 0
     for layer in layers:
-        kind = type(layer)
+        kind: Any = type(layer)
         if kind.__name__ in KNOWN and getattr(layer.mlp, "act_fn", None).__class__.__name__ in (
             "SiLUActivation",
             "SiLU",

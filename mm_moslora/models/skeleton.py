@@ -19,7 +19,8 @@ from mm_moslora.errors import ModelError
 from mm_moslora.models.attention import SEGMENTS, set_attention
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.lean import use_lean_layers
-from mm_moslora.models.projector import ProjectorShape, projector_class
+from mm_moslora.models.projector import projector_class
+from mm_moslora.models.projector_parts import ProjectorShape
 from mm_moslora.models.trainable import attach_adapters
 from mm_moslora.models.vlm import VlmConfig, VlmForConditionalGeneration, part_of, takes_rows
 

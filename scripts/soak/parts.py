@@ -10,8 +10,8 @@ _TESTS = Path(__file__).resolve().parents[2] / "tests"
 sys.path[:0] = [str(_TESTS), str(_TESTS / "distributed")]
 
 from ranks import Ranks  # noqa: E402
-from runs import full, hexed, make_recipe, metrics, weights, write  # noqa: E402
 from tiny import make_language, make_records, make_vision  # noqa: E402
+from trials import full, hexed, make_recipe, metrics, weights, write  # noqa: E402
 
 __all__ = ["Ranks", "full", "hexed", "make_parts", "metrics", "tiny_recipe", "weights", "write"]
 

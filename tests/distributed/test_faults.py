@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from runs import STAGES, hexed, make_recipe, metrics, weights, write
+from trials import STAGES, hexed, make_recipe, metrics, weights, write
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from runs import losses, make_recipe, write
+from trials import losses, make_recipe, write
 
 from mm_moslora.config import OptimConfig
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from runs import losses, make_recipe, write
 from safetensors.torch import load_file
+from trials import losses, make_recipe, write
 
 from mm_moslora.config import ProjectorConfig
 from mm_moslora.models.load import load

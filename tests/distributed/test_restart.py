@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import hexed, make_recipe, weights, write
+from trials import hexed, make_recipe, weights, write
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import HALF, STAGES, full, hexed, losses, make_recipe, metrics, weights, write
+from trials import HALF, STAGES, full, hexed, losses, make_recipe, metrics, weights, write
 
 pytestmark = pytest.mark.slow
 

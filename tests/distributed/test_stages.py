@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import STAGES, full, losses, make_recipe, metrics, write
 from tiny import make_records
+from trials import STAGES, full, losses, make_recipe, metrics, write
 
 pytestmark = pytest.mark.slow
 SPLITS = (1, 2, 4)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import hexed, make_recipe, weights, write
+from trials import hexed, make_recipe, weights, write
 
 SOAK = Path(__file__).parents[2] / "scripts" / "soak"
 pytestmark = pytest.mark.slow
