@@ -211,7 +211,7 @@ def main() -> int:
     from mm_moslora.quickstart import assets
 
     language, stamps = assets.language_model(print), assets.stamps(None, print)
-    build_small(read_stamps(stamps), read_words(), out, train=64, validation=24, test=80)
+    build_small(read_stamps(stamps), read_words(), out, train=96, validation=24, test=80)
     recipe = write_recipe(
         "commonsense_small", out / "recipe.yaml",
         {
@@ -222,7 +222,7 @@ def main() -> int:
     )  # fmt: skip
     tasks = ",".join(f"llava:{out / name}.jsonl" for name in SETS)
     print(
-        f"mm-moslora compare {recipe} --arms lora,moslora:orthogonal,moslora:kaiming --lr 5e-4,2e-3,8e-3 --seeds 3 "
+        f"mm-moslora compare {recipe} --arms lora,moslora:orthogonal,moslora:kaiming --lr 5e-4,2e-3 --seeds 3 "
         f"--tasks {tasks} --max-new-tokens 6 --output {out / 'compare'}"
     )
     return 0
