@@ -97,7 +97,10 @@ def quickstart(
             return EXIT_REQUEUE
     with clock.stage("evaluate"):
         _say("\nMeasure on held-out pictures, with controls:")
+        measured_before = (folder / "evaluation.json").is_file()
         results = evaluate_all(folder, data, name=images)
+        if not measured_before:
+            _track(results, tune, step=result.step)
     with clock.stage("export"):
         exported = _export(folder)
     _summarise(folder, data, images=images, encoder=encoder, clock=clock, exported=exported, smoke=smoke)
@@ -107,6 +110,19 @@ def quickstart(
     _print(table(results))
     _print(_closing(folder, clock, data))
     return 0
+
+
+def _track(rows: list[dict[str, Any]], tune: Recipe, *, step: int) -> None:
+    """Put the scores beside the curves of the tuned run, under the name of the adapter they belong to."""
+    from mm_moslora.tracking import build_trackers
+    from mm_moslora.tracking.base import adapter_digest
+    from mm_moslora.training.checkpoint import folder_name
+
+    run = Path(tune.train.output)
+    trackers = build_trackers(tune.track)
+    trackers.start(tune.to_dict(), run, resume_step=step)
+    trackers.log_evaluation(rows, adapter=adapter_digest(run / folder_name(step) / "adapter"))
+    trackers.finish(ok=True)
 
 
 def _default_name(images: Images, encoder: Encoder, smoke: bool) -> str:
