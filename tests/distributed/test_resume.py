@@ -23,8 +23,8 @@ def halves(parts, ranks, tmp_path_factory) -> Path:
         write(replace(recipe, train=replace(recipe.train, output=str(folder / f"{name}-resumed"), rehearsal=True)))
         for name, recipe in straight.items()
     ]
-    ranks.run(["runs:train_fp16", *map(write, straight.values()), *(f"{path}@{HALF}" for path in resumed)])
-    ranks.run(["runs:train_fp16", *resumed])
+    ranks.run(["trials:train_fp16", *map(write, straight.values()), *(f"{path}@{HALF}" for path in resumed)])
+    ranks.run(["trials:train_fp16", *resumed])
     return folder
 
 

@@ -54,7 +54,7 @@ def test_every_adapted_layer_takes_the_fused_kernel_on_every_stage(parts, ranks,
     """Layers of families that nobody knows, whose micro-batches share the products of the adapters."""
     recipes = {name: make_recipe(parts, tmp_path / name, name, dropout=0.1) for name in (*STAGES, "none")}
     recipes = {name: replace(item, model=replace(item.model, lean_layers=False)) for name, item in recipes.items()}
-    ranks.run(["runs:train_counting", *(write(recipe) for recipe in recipes.values())], ranks=1)
+    ranks.run(["trials:train_counting", *(write(recipe) for recipe in recipes.values())], ranks=1)
     for name in recipes:
         counts = json.loads((tmp_path / name / "kernel.json").read_text())
         assert counts["modules"] == 0
@@ -81,7 +81,7 @@ def test_half_precision_is_close_and_fp16_finds_its_loss_scale(parts, ranks, tmp
     recipes = [make_recipe(parts, tmp_path / f"{s}-bf16", s, precision="bf16") for s in ("zero0", "zero2", "zero3")]
     recipes += [make_recipe(parts, tmp_path / f"{s}-fp16", s, precision="fp16", steps=8) for s in ("zero0", "zero2")]
     recipes.append(make_recipe(parts, tmp_path / "fp32", "zero2"))
-    ranks.run(["runs:train_fp16", *map(write, recipes)])
+    ranks.run(["trials:train_fp16", *map(write, recipes)])
     expected = losses(tmp_path / "fp32")
     for stage in ("zero0", "zero2", "zero3"):
         assert losses(tmp_path / f"{stage}-bf16") == pytest.approx(expected, rel=2e-2)
