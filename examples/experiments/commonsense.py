@@ -222,7 +222,7 @@ def main() -> int:
     )  # fmt: skip
     tasks = ",".join(f"llava:{out / name}.jsonl" for name in SETS)
     print(
-        f"mm-moslora compare {recipe} --arms lora,moslora:orthogonal,moslora:kaiming --lr 5e-4,2e-3 --seeds 3 "
+        f"mm-moslora compare {recipe} --arms lora,moslora:orthogonal,moslora:kaiming --lr 5e-4,2e-3 --seeds 2 "
         f"--tasks {tasks} --max-new-tokens 6 --output {out / 'compare'}"
     )
     return 0
