@@ -46,7 +46,7 @@ class Plan:
 
 
 PLANS: dict[tuple[Images, bool], Plan] = {
-    ("easy-vqa", False): Plan(train_images=1000, align_steps=50, tune_epochs=1.0, test_questions=400),
+    ("easy-vqa", False): Plan(train_images=850, align_steps=50, tune_epochs=1.0, test_questions=400),
     ("easy-vqa", True): Plan(train_images=64, align_steps=4, tune_epochs=1.0, test_questions=40),
     ("stamps", False): Plan(train_images=10_000, align_steps=60, tune_epochs=1.0, test_questions=10_000),
     ("stamps", True): Plan(train_images=96, align_steps=4, tune_epochs=1.0, test_questions=48),
