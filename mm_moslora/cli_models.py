@@ -56,7 +56,7 @@ def export(
     """
     quiet_libraries()
     from mm_moslora.models.load import load
-    from mm_moslora.training.engine import dtype_of
+    from mm_moslora.training.precision import dtype_of
 
     if to == "lora":
         from mm_moslora.models.export import export_lora

@@ -111,7 +111,7 @@ def serve(
     from mm_moslora.serve.models import load_models
     from mm_moslora.serve.run import parse_adapters
     from mm_moslora.serve.run import serve as run_server
-    from mm_moslora.training.engine import dtype_of
+    from mm_moslora.training.precision import dtype_of
 
     limits = Limits(
         batch=max_batch, queue=max_queue, max_tokens=max_tokens, body_bytes=max_body_mib * 2**20,

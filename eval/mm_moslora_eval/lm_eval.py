@@ -27,7 +27,7 @@ def lm_eval_model(folder: Path, *, batch_size: int = 8, dtype: str = "auto") -> 
         raise EvalError(f"lm-eval is not installed ({error}); run `pip install 'mm-moslora[lm-eval]'`.") from error
     from mm_moslora import distributed
     from mm_moslora.models.load import load
-    from mm_moslora.training.engine import dtype_of, resolve_precision
+    from mm_moslora.training.precision import dtype_of, resolve_precision
 
     assembly = load(folder, dtype=dtype_of(resolve_precision(dtype)))  # type: ignore[arg-type]
     model: Any = assembly.model.to(distributed.device())  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ def open_model(name: str, *, precision: Precision = "auto", reference: bool = Fa
         from .replay import ReplayModel
 
         return ReplayModel(Path(rest))
-    from mm_moslora.training.engine import dtype_of, resolve_precision
+    from mm_moslora.training.precision import dtype_of, resolve_precision
 
     dtype = dtype_of(resolve_precision(precision))
     if separator and kind == "hf":

@@ -21,7 +21,7 @@ from mm_moslora_eval.task import Decoding, Task
 from mm_moslora.models.load import load
 from mm_moslora.quickstart.datasets import DatasetFiles
 from mm_moslora.training.disk import replace_json
-from mm_moslora.training.engine import dtype_of, resolve_precision
+from mm_moslora.training.precision import dtype_of, resolve_precision
 from mm_moslora.training.progress import Progress
 
 logger = logging.getLogger(__name__)

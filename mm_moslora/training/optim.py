@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from mm_moslora.config import OptimConfig
@@ -26,6 +28,28 @@ class ParameterGroup:
     """Parameter names, in the model's order."""
     parameters: tuple[nn.Parameter, ...]
     """The parameters, in the order of `names`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """What AdamW and clipping need, from the recipe."""
+
+    betas: tuple[float, float]
+    eps: float
+    max_grad_norm: float
+
+    def adamw(
+        self, groups: Sequence[ParameterGroup], parameters: Sequence[Sequence[nn.Parameter]]
+    ) -> torch.optim.AdamW:
+        """Torch's AdamW over the groups, weight decay written out (libraries disagree about its default)."""
+        return torch.optim.AdamW(
+            [
+                {"params": list(members), "lr": group.peak_lr, "weight_decay": group.weight_decay}
+                for group, members in zip(groups, parameters, strict=True)
+            ],
+            betas=self.betas,
+            eps=self.eps,
+        )
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGroup]:

@@ -22,8 +22,9 @@ from mm_moslora.data.loader import largest_batch
 from mm_moslora.errors import CheckpointError, TrainingError
 from mm_moslora.training import disk
 from mm_moslora.training.commit import Saver, rank_folder
-from mm_moslora.training.engine import LossModule, OptimizerSettings, build_engine, dtype_of
+from mm_moslora.training.engine import LossModule, OptimizerSettings, build_engine
 from mm_moslora.training.optim import parameter_groups
+from mm_moslora.training.precision import dtype_of
 from mm_moslora.training.run import Run
 from mm_moslora.training.saving import RandomState, Snapshot, moving_statistics, snapshot
 

@@ -30,15 +30,9 @@ from mm_moslora.models.eyes import dummy_example
 from mm_moslora.models.lean import use_lean_layers
 from mm_moslora.models.trainable import attach_adapters, component_table
 from mm_moslora.models.vlm import is_multimodal, takes_rows
-from mm_moslora.training.engine import (
-    Engine,
-    LossModule,
-    OptimizerSettings,
-    build_engine,
-    dtype_of,
-    resolve_precision,
-)
+from mm_moslora.training.engine import Engine, LossModule, OptimizerSettings, build_engine
 from mm_moslora.training.optim import parameter_groups
+from mm_moslora.training.precision import dtype_of, resolve_precision
 from mm_moslora.training.progress import Progress
 
 logger = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ def test_the_reference_has_a_page_with_every_public_name(tmp_path: Path):
     index = (tmp_path / "api" / "README.md").read_text()
     assert {"mm_moslora.config", "mm_moslora.adapters.config", "mm_moslora_eval.suite"} <= written.keys()
     assert all(f"({name}.md)" in index for name in written)
-    assert "- `rank: int = 64` r, the size of the mixer." in written["mm_moslora.config"]
-    assert "**Raises**" in written["mm_moslora.config"]
+    assert "- `rank: int = 64` r, the size of the mixer." in written["mm_moslora.config.model"]
+    assert "**Raises**" in written["mm_moslora.config.recipe"]
     assert "## `PROJECTORS`" not in written["mm_moslora.models.projector"], "it has no docstring"
     assert "_build" not in written["mm_moslora.strict"]

@@ -1,0 +1,171 @@
+"""Recipes: what the model is assembled from, and its adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mm_moslora.config.checks import at_least, require
+
+Mode = Literal["frozen", "adapter", "last_n", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The vision encoder."""
+
+    name: str = ""
+    """Folder or hub id of a transformers vision model, a timm wrapper folder, or `open_clip:MODEL` by name. Empty with
+    `model.vlm`, which brings its own."""
+    revision: str | None = None
+    """Hub revision (commit, tag or branch)."""
+    pretrained: str | None = None
+    """open_clip only: pretrained tag or weights file. None gives random weights."""
+    feature_layer: int | list[int] = -2
+    """Which hidden state feeds the projector (LLaVA: -2); several are laid side by side."""
+    fuse_with: str | None = None
+    """A second encoder, named as the first; their features are laid side by side (prismatic: DINOv2 and SigLIP)."""
+    select: Literal["patch", "cls_patch"] = "patch"
+    """`patch` drops the tokens before the first patch (CLS, registers), `cls_patch` keeps CLS."""
+    image_size: int | None = None
+    """Side in pixels; None keeps the encoder's own."""
+    mode: Mode = "frozen"
+    """frozen, adapter (MoSLoRA in its linear layers), last_n (train the last blocks) or full."""
+    last_n: int = 0
+    """Blocks to train when mode is `last_n`."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.mode == "last_n") == (self.last_n > 0),
+            f"model.vision: mode is {self.mode!r} and last_n is {self.last_n}; "
+            "set last_n >= 1 exactly for mode last_n.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+    """The projector from vision features to the language model's embedding space."""
+
+    kind: str = "mlp2x_gelu"
+    """linear, mlp2x_gelu (or mlp3x_gelu and so on), fused_mlp, avg_pool, pixel_shuffle, c_abstractor, perceiver or
+    qformer."""
+    shuffle: int = 2
+    """pixel_shuffle and avg_pool: side of the square of patches that becomes one visual token."""
+    queries: int = 64
+    """perceiver, qformer and c_abstractor: visual tokens per image (c_abstractor: a square number)."""
+    depth: int = 2
+    """perceiver, qformer and c_abstractor: blocks (c_abstractor: in either of its two stages)."""
+    scale_to_embeddings: bool = False
+    """Scale the last layer at initialisation so that visual tokens have the size of word embeddings."""
+    weights: str | None = None
+    """A `projector.safetensors` to start from (the result of an align stage)."""
+    mode: Literal["auto", "frozen", "full"] = "auto"
+    """Train it or not; auto trains a projector of our own and leaves that of a ready-made model alone."""
+
+    def __post_init__(self) -> None:
+        for name in ("shuffle", "queries", "depth"):
+            at_least(f"model.projector.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What the model is assembled from."""
+
+    language: str | None = None
+    """Folder or hub id of any causal language model, to be assembled with `vision` and `projector`."""
+    vlm: str | None = None
+    """Folder or hub id of a ready-made vision-language model instead, tuned through its own processor."""
+    vlm_revision: str | None = None
+    """Hub revision of the ready-made model."""
+    language_revision: str | None = None
+    """Hub revision of the language model."""
+    language_mode: Mode = "adapter"
+    """frozen, adapter (MoSLoRA), last_n or full."""
+    language_last_n: int = 0
+    """Decoder layers to train when language_mode is `last_n`."""
+    vision: VisionConfig | None = None
+    """None tunes the language model alone."""
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    """Ignored when there is no vision encoder."""
+    image_aspect: Literal["pad", "resize", "crop", "anyres"] = "pad"
+    """pad to a square with the mean colour (LLaVA-1.5), resize regardless of aspect, resize and centre-crop, or anyres:
+    the whole picture and tiles of it, a newline embedding behind every row (LLaVA-NeXT)."""
+    anyres_tiles: list[tuple[int, int]] = field(default_factory=lambda: [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)])
+    """anyres only: grids of tiles to choose from by the shape of the picture, rows and columns."""
+    chat_template: str | None = None
+    """LLaVA's plain, v1, llama_2, llama_3, chatml, mistral, gemma or phi3; None: the tokenizer's own."""
+    faithful: bool = False
+    """With chat_template: the token ids of LLaVA's own code where that is sound, instead of the tokenizer's."""
+    system_prompt: str | None = None
+    """Replaces the chat template's default system prompt, in training and in every export; "" leaves it empty."""
+    attention: str = "auto"
+    """auto picks the fastest exact one for padding-free batches; or a transformers attention name."""
+    quantisation: Literal["none", "nf4", "int8"] = "none"
+    """Load the assembled language model's linear layers in 4 bits (nf4, double quantised) or 8; needs bitsandbytes."""
+    lean_layers: bool = True
+    """Let decoder layers of known families keep less for the backward pass; the numbers stay the same."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.language is None) != (self.vlm is None),
+            f"model: language is {self.language!r} and vlm is {self.vlm!r}; name exactly one of them: a language model "
+            "to assemble, or a ready-made vision-language model.",
+        )
+        require(
+            self.vision is None or bool(self.vision.name) == (self.vlm is None),
+            "model.vision.name names an encoder to assemble: it is needed with model.language, and a ready-made model "
+            "(model.vlm) brings its own, so leave it out there.",
+        )
+        require(
+            (self.language_mode == "last_n") == (self.language_last_n > 0),
+            f"model: language_mode is {self.language_mode!r} and language_last_n is {self.language_last_n}; "
+            "set language_last_n >= 1 exactly for language_mode last_n.",
+        )
+        require(
+            self.chat_template is None or self.vlm is None,
+            f"model.chat_template is {self.chat_template!r}, but a ready-made model (model.vlm) keeps its own.",
+        )
+        require(
+            not self.faithful or self.chat_template is not None,
+            "model.faithful is set; it means LLaVA's token ids, so set model.chat_template to one of LLaVA's.",
+        )
+        tiles = self.anyres_tiles
+        require(
+            bool(tiles) and all(rows >= 1 and columns >= 1 for rows, columns in tiles),
+            f"model.anyres_tiles is {tiles}, expected at least one pair of rows and columns, each 1 or more.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """MoSLoRA: y = W0 x + s * B M A dropout(x)."""
+
+    rank: int = 64
+    """r, the size of the mixer."""
+    alpha: float = 128.0
+    """s = alpha / rank (or alpha / sqrt(rank) with use_rslora)."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input."""
+    mixer_init: Literal["orthogonal", "kaiming", "identity", "butterfly"] = "orthogonal"
+    """orthogonal keeps LoRA's scale; kaiming is the paper's best; identity + frozen mixer is plain LoRA."""
+    mixer_trainable: bool = True
+    """False freezes the mixer (identity: LoRA; butterfly: two-subspaces-mixing)."""
+    mixer_pattern: dict[str, str] = field(default_factory=dict)
+    """Per-module override of mixer_init, by regular expression on the module path."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Per-module override of rank."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Per-module override of alpha."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank)."""
+    use_dora: bool = False
+    """Train the length of every row of the adapted weight apart from its direction (DoRA, 2402.09353)."""
+    targets: str | list[str] = "all-linear"
+    """all-linear (every linear layer but the head) or names of linear layers, within the adapted component."""
+    weights: str | None = None
+    """Adapter folder to start from (ours, a `Trainer`'s, plain LoRA of PEFT): its factors and modules instead of fresh
+    ones. rank and alpha must be those of the folder."""
+
+    def __post_init__(self) -> None:
+        at_least("adapter.rank", self.rank, 1)
+        require(0.0 <= self.dropout < 1.0, f"adapter.dropout is {self.dropout}, expected 0 <= dropout < 1.")

@@ -1,0 +1,126 @@
+"""Recipes as a whole: their strict way from YAML and back, presets by name, overrides."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mm_moslora.config.data import DataConfig
+from mm_moslora.config.model import AdapterConfig, ModelConfig
+from mm_moslora.config.run import OptimConfig, TrackConfig, TrainConfig, ValidateConfig
+from mm_moslora.errors import ConfigError, suggestion
+from mm_moslora.strict import build_strictly, parse_scalar, parse_yaml, plain, set_dotted
+
+RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a run."""
+
+    name: str = "run"
+    """For people."""
+    model: ModelConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, every default filled in."""
+        return typing.cast(dict[str, Any], plain(self))
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML; `Recipe.from_yaml` reads it back equal."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
+        """Build a recipe from plain data.
+
+        Args:
+            data: nested mappings with the field names of the dataclasses.
+            source: where the data came from, for messages.
+
+        Raises:
+            ConfigError: an unknown key, a wrong type or an impossible value.
+        """
+        return build_strictly(cls, data, source=source)
+
+    @classmethod
+    def from_yaml(cls, text: str, *, source: str = "recipe") -> Recipe:
+        """Build a recipe from YAML text; see `from_dict`."""
+        return cls.from_dict(parse_yaml(text, source=source), source=source)
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by path or by the name of a shipped preset, and apply dotted overrides.
+
+    Args:
+        name_or_path: a YAML file, one of `recipe_names()`, or the folder of a run or checkpoint.
+        overrides: `optim.lr=1e-4` items; values are read as YAML, list items are addressed by number.
+
+    Raises:
+        ConfigError: no such recipe, an unknown key or an impossible value.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        path = _recipe_of_run(path)
+    if not path.is_file():
+        preset = RECIPES_FOLDER / f"{name_or_path}.yaml"
+        if path.suffix in (".yaml", ".yml") or not preset.is_file():
+            raise ConfigError(
+                f"No recipe {str(name_or_path)!r}: neither a file nor a preset."
+                f"{suggestion(str(name_or_path), recipe_names())} Presets: {', '.join(recipe_names())}."
+            )
+        path = preset
+    data = parse_yaml(path.read_text(encoding="utf-8"), source=str(path))
+    for item in overrides:
+        key, separator, value = item.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"Override {item!r} is not of the form key=value, such as optim.lr=1e-4.")
+        set_dotted(data, key.strip().lstrip("-").split("."), parse_scalar(value), item)
+    return Recipe.from_dict(data, source=str(path))
+
+
+def _recipe_of_run(folder: Path) -> Path:
+    """The resolved recipe that a run left in its newest checkpoint."""
+    found = [folder / "config.yaml", *sorted(folder.glob("checkpoint-*/config.yaml"), reverse=True)]
+    for path in found:
+        if path.is_file():
+            return path
+    raise ConfigError(f"{folder} is a folder without config.yaml, neither a checkpoint nor a run with checkpoints.")
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped presets."""
+    return sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
+
+
+def override_items(tokens: Sequence[str]) -> list[str]:
+    """Turn `--optim.lr 1e-4`, `--optim.lr=1e-4` and `optim.lr=1e-4` into `optim.lr=1e-4`.
+
+    Raises:
+        ConfigError: a key without a value.
+    """
+    items, waiting = [], None
+    for token in tokens:
+        if waiting is not None:
+            items.append(f"{waiting}={token}")
+            waiting = None
+        elif "=" in token:
+            items.append(token.lstrip("-"))
+        elif token.startswith("--"):
+            waiting = token.lstrip("-")
+        else:
+            raise ConfigError(f"{token!r} is no override. Write --key value or key=value, such as --optim.lr 1e-4.")
+    if waiting is not None:
+        raise ConfigError(f"--{waiting} has no value. Write --{waiting} VALUE.")
+    return items

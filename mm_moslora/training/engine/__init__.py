@@ -1,0 +1,63 @@
+"""Engines: one optimiser step over a list of micro-batches, on DeepSpeed or on plain torch, behind one interface.
+
+Both take the loss as a sum over supervised tokens divided by the global count of the step, so the same recipe gives the
+same numbers on either, and for every split into ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mm_moslora.config import TrainConfig
+from mm_moslora.errors import ConfigError
+from mm_moslora.training.engine.base import Engine, LossModule, StepResult
+from mm_moslora.training.engine.plain import TorchEngine
+from mm_moslora.training.engine.settings import deepspeed_config, prepare_deepspeed
+from mm_moslora.training.engine.zero import DeepSpeedEngine
+from mm_moslora.training.optim import OptimizerSettings, ParameterGroup
+
+__all__ = [
+    "DeepSpeedEngine",
+    "Engine",
+    "LossModule",
+    "OptimizerSettings",
+    "StepResult",
+    "TorchEngine",
+    "build_engine",
+    "deepspeed_config",
+    "prepare_deepspeed",
+]
+
+
+def build_engine(
+    module: LossModule,
+    groups: Sequence[ParameterGroup],
+    train: TrainConfig,
+    *,
+    precision: str,
+    optimizer: OptimizerSettings,
+) -> Engine:
+    """The engine that `train.zero` asks for.
+
+    Args:
+        module: on the CPU.
+        groups: from `parameter_groups`.
+        train: the recipe's `train`.
+        precision: resolved.
+        optimizer: AdamW's settings.
+    """
+    if train.zero == "none":
+        if precision == "fp16":
+            raise ConfigError(
+                "train.precision is fp16, whose loss must be scaled; plain torch (train.zero none) does not do that. "
+                "Choose bf16 or fp32, or zero0 to zero3."
+            )
+        return TorchEngine(module, groups, optimizer)
+    try:
+        prepare_deepspeed()
+    except ImportError as error:
+        raise ConfigError(
+            f"train.zero is {train.zero!r}, but deepspeed does not import ({error}). Install it "
+            "(pip install deepspeed), or run one process with train.zero none."
+        ) from error
+    return DeepSpeedEngine(module, groups, optimizer, deepspeed_config(train, precision, optimizer.max_grad_norm))

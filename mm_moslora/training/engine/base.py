@@ -1,0 +1,183 @@
+"""The interface of the engines, and the optimiser step that they share."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mm_moslora import distributed
+from mm_moslora.adapters import one_product_per_step
+from mm_moslora.batch import Batch, Example
+from mm_moslora.losses import head_loss_sum
+from mm_moslora.models.vlm import supervised_hidden
+from mm_moslora.training.optim import ParameterGroup
+from mm_moslora.training.state import HostState, Piece, StoredState
+
+
+class LossModule(nn.Module):
+    """What an engine wraps: a micro-batch in, the sum of its token losses out."""
+
+    def __init__(self, model: PreTrainedModel, dummy: Example | None) -> None:
+        super().__init__()
+        self.model = model
+        self.dummy = None if dummy is None else Batch.from_examples([dummy])
+
+    def forward(self, batch: Batch, needs_vision: bool) -> Tensor:
+        """Sum of cross entropies over the batch's supervised tokens, fp32 scalar.
+
+        Args:
+            batch: on the model's device.
+            needs_vision: some rank has images in this micro-batch, so every rank must run the vision path.
+        """
+        dummy = self.dummy.to(batch.input_ids.device) if self.dummy and needs_vision and not batch.images else None
+        return head_loss_sum(self.model, supervised_hidden(self.model, batch, dummy=dummy), batch.targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimiser step did."""
+
+    loss: float
+    """Mean cross entropy per supervised token, over all ranks."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    applied: bool
+    """False when the step was skipped because a loss or gradient was not finite."""
+    supervised_tokens: int
+    """Over all ranks."""
+    tokens: int
+    """Over all ranks, visual tokens included."""
+    images: int
+    """Over all ranks."""
+    rescaling: bool = False
+    """A skipped step that only means that fp16's loss scale was still too large; it has been lowered."""
+
+
+class Engine(ABC):
+    """Runs optimiser steps and keeps the optimiser's state."""
+
+    shares_products = True
+    """Micro-batches share the adapters' products; ZeRO-3 has the factors whole within a layer's passes only."""
+
+    def __init__(self, module: LossModule, groups: Sequence[ParameterGroup]) -> None:
+        self.module = module
+        self.groups = list(groups)
+        self.device = distributed.device()
+        self.lockstep = False
+        """Whether all ranks must run the same forward passes, generation included: ZeRO-3 gathers weights in them."""
+
+    def step(self, micro_batches: Sequence[Batch], lr_factor: float) -> StepResult:
+        """One optimiser step.
+
+        Args:
+            micro_batches: this rank's; every rank must pass the same number.
+            lr_factor: factor on each group's peak learning rate.
+        """
+        counts = [
+            float(sum(batch.supervised_tokens for batch in micro_batches)),
+            float(sum(batch.tokens for batch in micro_batches)),
+            float(sum(batch.images for batch in micro_batches)),
+            *(float(batch.images > 0) for batch in micro_batches),
+        ]
+        supervised, tokens, images, *with_images = distributed.sum_over_ranks(counts)
+        self._begin_step(with_images)
+        total = 0.0
+        scale = distributed.world_size() / max(1.0, supervised)
+        # Towers sit out micro-batches without pictures; what is shared must be part of the last one.
+        sharing = one_product_per_step(self.module, leave_out="vision_tower") if self.shares_products else nullcontext()
+        with sharing as window:
+            for index, batch in enumerate(micro_batches):
+                last = index == len(micro_batches) - 1
+                if last and window is not None:
+                    window.last_micro_batch()
+                loss = self._forward(batch.to(self.device), with_images[index] > 0, last=last)
+                total += float(loss.detach())
+                self._backward(loss * scale, last=last)
+        (total,) = distributed.sum_over_ranks([total])
+        finite = math.isfinite(total)
+        applied, norm = self._update(lr_factor, finite=finite)
+        return StepResult(
+            loss=total / max(1.0, supervised), grad_norm=norm, applied=applied,
+            supervised_tokens=int(supervised), tokens=int(tokens), images=int(images),
+            rescaling=finite and not applied and self.loss_scale > 1,
+        )  # fmt: skip
+
+    def _begin_step(self, with_images: list[float]) -> None:  # noqa: B027  (most engines need nothing)
+        """Prepare for a step.
+
+        Args:
+            with_images: ranks with pictures, per micro-batch; may be changed to have the vision path run there.
+        """
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor on the loss before the backward pass (fp16), else 1."""
+        return 1.0
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, float]:
+        """Sum of losses and count of supervised tokens over all ranks, without a gradient."""
+        flags = distributed.sum_over_ranks([float(batch.images > 0) for batch in micro_batches])
+        total = 0.0
+        for batch, with_images in zip(micro_batches, flags, strict=True):
+            total += float(self._evaluate(batch.to(self.device), with_images > 0))
+        loss, count = distributed.sum_over_ranks([total, float(sum(b.supervised_tokens for b in micro_batches))])
+        return loss, count
+
+    @abstractmethod
+    def _forward(self, batch: Batch, needs_vision: bool, *, last: bool) -> Tensor: ...
+
+    @abstractmethod
+    def _evaluate(self, batch: Batch, needs_vision: bool) -> Tensor: ...
+
+    @abstractmethod
+    def _backward(self, loss: Tensor, *, last: bool) -> None: ...
+
+    @abstractmethod
+    def _update(self, lr_factor: float, *, finite: bool) -> tuple[bool, float]:
+        """Clip and step; returns (applied, gradient norm)."""
+
+    @abstractmethod
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Full fp32 values of every trainable parameter by name, on the CPU, the same on every rank."""
+
+    @abstractmethod
+    def pieces(self) -> list[Piece]:
+        """The optimiser state that this rank holds, as views; see `mm_moslora.training.state`."""
+
+    @abstractmethod
+    def refresh(self, stored: StoredState) -> None:
+        """Take over masters that were just written into `pieces`."""
+
+    def copy_state(self) -> HostState:
+        """This rank's share of the optimiser state, copied to main memory."""
+        return HostState.copy_of(self.pieces(), scaler={})
+
+    def load_state(self, folders: Sequence[Path]) -> None:
+        """Read what any number of ranks on any ZeRO stage wrote.
+
+        Args:
+            folders: of every rank that wrote.
+        """
+        with StoredState(folders) as stored:
+            stored.fill(self.pieces())
+            self.refresh(stored)
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """A context in which every rank holds all weights whole."""
+        return nullcontext()
+
+    def close(self) -> None:  # noqa: B027  (most engines hold nothing)
+        """Free what the engine holds outside the module."""
+
+    def _named_trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [pair for group in self.groups for pair in zip(group.names, group.parameters, strict=True)]

@@ -1,0 +1,106 @@
+"""DeepSpeed's settings: a preset or file, filled with what the recipe decides; and its start on this machine."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mm_moslora import distributed
+from mm_moslora.config import TrainConfig
+from mm_moslora.doctor import extensions_folder, stale_locks
+from mm_moslora.errors import ConfigError, suggestion
+
+logger = logging.getLogger(__name__)
+
+_PACKAGE = Path(__file__).parents[2]
+
+
+def deepspeed_config(train: TrainConfig, precision: str, max_grad_norm: float) -> dict[str, Any]:
+    """A preset or file, filled with what the recipe decides.
+
+    Args:
+        train: the recipe's `train`.
+        precision: resolved.
+        max_grad_norm: from `optim`.
+
+    Raises:
+        ConfigError: no such preset, or the file contradicts the recipe.
+    """
+    config: dict[str, Any] = json.loads(_preset_file(train.zero).read_text(encoding="utf-8"))
+    world = distributed.world_size()
+    filled = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": max(1, train.global_batch // (train.micro_batch * world)),
+        # These two changed their defaults in 0.19.3, so they are always written.
+        "gradient_clipping": max_grad_norm,
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
+        "fp16": {"enabled": precision == "fp16"},
+        "steps_per_print": 10**9,
+    }
+    for key, value in filled.items():
+        given = config.get(key, "auto")
+        if isinstance(value, dict):
+            merged = dict(given) if isinstance(given, dict) else {}
+            merged.update({name: item for name, item in value.items() if merged.get(name, "auto") == "auto"})
+            if merged["enabled"] != value["enabled"]:
+                raise ConfigError(
+                    f"{train.zero}: {key}.enabled is {merged['enabled']}, but train.precision is {precision}. "
+                    'Write "auto" in the DeepSpeed file or change train.precision.'
+                )
+            config[key] = merged
+        elif given == "auto" or key == "train_micro_batch_size_per_gpu":
+            config[key] = value
+    config.pop("train_batch_size", None)
+    config.setdefault("zero_allow_untested_optimizer", True)
+    return config
+
+
+def _preset_file(name: str) -> Path:
+    path = Path(name)
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise ConfigError(f"train.zero is {name!r}, which does not exist.")
+        return path
+    folders = [_PACKAGE / "deepspeed_configs", _PACKAGE.parent / "deepspeed_configs"]
+    for folder in folders:
+        if (folder / f"{name}.json").is_file():
+            return folder / f"{name}.json"
+    known = sorted({file.stem for folder in folders for file in folder.glob("*.json")} | {"none"})
+    raise ConfigError(f"train.zero is {name!r}, expected {', '.join(known)} or a JSON file.{suggestion(name, known)}")
+
+
+def prepare_deepspeed() -> None:
+    """Make DeepSpeed start on a machine without a compiler.
+
+    On CPUs it would otherwise build a shared-memory op that only inference uses, for minutes, and die without ninja.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    os.environ.setdefault("LOCAL_RANK", str(distributed.local_rank()))  # deepspeed insists on it
+    import deepspeed.ops
+
+    _warn_of_stale_locks()
+    if os.environ["DS_ACCELERATOR"] == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    import deepspeed.comm as comm
+
+    with ExitStack():
+        comm.init_distributed(dist_backend=None, verbose=False)
+
+
+def _warn_of_stale_locks() -> None:
+    """A build that was killed leaves a lock; whoever needs the same operator then waits for it without a word."""
+    folder = extensions_folder(os.environ)
+    locks = stale_locks(folder) if folder.is_dir() and distributed.local_rank() == 0 else []
+    if locks:
+        logger.warning(
+            "A killed build left %s. If an operator must be built, this run will wait for ever; when nothing is being "
+            "built now: rm %s",
+            ", ".join(map(str, locks)), " ".join(map(str, locks)),
+        )  # fmt: skip

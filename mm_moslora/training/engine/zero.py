@@ -1,0 +1,163 @@
+"""The engine on DeepSpeed ZeRO, any stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mm_moslora import distributed
+from mm_moslora.adapters import MoSLoRALinear
+from mm_moslora.adapters.inject import named_adapter_layers
+from mm_moslora.batch import Batch
+from mm_moslora.errors import TrainingError
+from mm_moslora.models.wrapped import fp32_parameters
+from mm_moslora.training import zero_state
+from mm_moslora.training.engine.base import Engine, LossModule
+from mm_moslora.training.optim import OptimizerSettings, ParameterGroup
+from mm_moslora.training.state import HostState, Piece, StoredState
+
+
+class DeepSpeedEngine(Engine):
+    """DeepSpeed ZeRO, any stage."""
+
+    def __init__(
+        self,
+        module: LossModule,
+        groups: Sequence[ParameterGroup],
+        optimizer: OptimizerSettings,
+        config: dict[str, Any],
+    ) -> None:
+        super().__init__(module, groups)
+        import deepspeed
+
+        self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
+        self.lockstep = self.stage == 3
+        self.max_grad_norm = optimizer.max_grad_norm
+        adamw = optimizer.adamw(groups, [group.parameters for group in groups])
+        precise = [(p, p.detach().clone()) for p in fp32_parameters(module) if not p.requires_grad]
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=config, dist_init_required=False)
+        self.shares_products = self.stage < 3
+        if self.stage == 3:
+            _fetch_whole_layers(module)
+        if self.stage < 3:  # stage 3 has already cut them up
+            for parameter, value in precise:
+                parameter.data = value.to(parameter.device)
+        if self.stage == 0:
+            self._undo_warm_up_step()
+
+    @torch.no_grad()
+    def _undo_warm_up_step(self) -> None:
+        """DeepSpeed's half-precision optimiser of stage 0 takes one AdamW step with zero gradients when it is made.
+
+        That step decays the weights and leaves Adam's step count at one; without it, stage 0 gives the numbers of the
+        other stages.
+        """
+        wrapper = self.engine.optimizer
+        for masters, weights in zip(
+            getattr(wrapper, "fp32_groups", ()), getattr(wrapper, "fp16_groups", ()), strict=True
+        ):
+            wrapper.optimizer.state.clear()
+            for master, weight in zip(masters, weights, strict=True):
+                master.copy_(weight)
+
+    def _begin_step(self, with_images: list[float]) -> None:
+        zero_state.clear_gradients(self.engine, self.stage)
+        if zero_state.offloads(self.engine, self.stage) and any(with_images):
+            # Only what the last micro-batch uses is handed to the optimiser, so it must use the vision path, too.
+            with_images[-1] = max(1.0, with_images[-1])
+
+    def _forward(self, batch: Batch, needs_vision: bool, *, last: bool) -> Tensor:
+        self.engine.set_gradient_accumulation_boundary(last)
+        return self.engine(batch, needs_vision)
+
+    def _evaluate(self, batch: Batch, needs_vision: bool) -> Tensor:
+        return self.engine(batch, needs_vision)
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        # The loss is already divided by the step's token count, so accumulation must not divide again.
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def _update(self, lr_factor: float, *, finite: bool) -> tuple[bool, float]:
+        own_norm = self._gradient_norm() / self.loss_scale if self.stage == 0 else None
+        rescales = bool(zero_state.read_scaler(self.engine))  # fp16: must see the overflow to lower its scale
+        if own_norm is not None and not rescales and not (finite and math.isfinite(own_norm)):
+            # Stages 1 to 3 skip a step whose gradients are not finite by themselves; stage 0 would apply it.
+            self.engine.zero_grad()
+            self.engine.optimizer.zero_grad()
+            return False, own_norm
+        for settings, group in zip(self.engine.optimizer.param_groups, self.groups, strict=True):
+            settings["lr"] = group.peak_lr * lr_factor
+        self.engine.step()
+        norm = own_norm if own_norm is not None else self.engine.get_global_grad_norm()
+        return bool(self.engine.was_step_applied()), math.nan if norm is None else float(norm)
+
+    @property
+    def loss_scale(self) -> float:
+        """See `Engine.loss_scale`."""
+        return zero_state.scale_of(self.engine)
+
+    def _gradient_norm(self) -> float:
+        """Stage 0: gradients are whole and already averaged on every rank, and deepspeed does not tell their norm."""
+        squares = [float(p.grad.float().pow(2).sum()) for _, p in self._named_trainable() if p.grad is not None]
+        return math.sqrt(sum(squares)) if all(map(math.isfinite, squares)) else math.nan
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """See `Engine.trainable_state`; gathers the fp32 masters from all ranks."""
+        state = {}
+        for name, parameter in self._named_trainable():
+            value = zero_state.whole_master(self.engine, self.stage, parameter)
+            value = parameter.data if value is None else value
+            if value.numel() == 0:
+                raise TrainingError(
+                    f"{name} came out empty while gathering the trained weights. Nothing was saved; "
+                    "this is a defect of the ZeRO stage in use, choose another one."
+                )
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            state[name] = value.detach().float().cpu().reshape(shape).clone()
+        return state
+
+    def pieces(self) -> list[Piece]:
+        """See `Engine.pieces`."""
+        return zero_state.zero_pieces(self.engine, self.stage, self._named_trainable())
+
+    def copy_state(self) -> HostState:
+        """See `Engine.copy_state`; at stage 0, where all ranks hold the same, each copies every n-th parameter."""
+        pieces = self.pieces()
+        if self.stage == 0:
+            pieces = pieces[distributed.rank() :: distributed.world_size()]
+        return HostState.copy_of(pieces, scaler=zero_state.read_scaler(self.engine))
+
+    def refresh(self, stored: StoredState) -> None:
+        """See `Engine.refresh`."""
+        zero_state.refresh_weights(self.engine, self.stage, self._named_trainable(), stored)
+        zero_state.write_scaler(self.engine, stored.scaler)
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """See `Engine.gathered`."""
+        if self.stage < 3:
+            return nullcontext()
+        from deepspeed.zero import GatheredParameters
+
+        return GatheredParameters(list(self.module.parameters()))
+
+    def close(self) -> None:
+        """Drop DeepSpeed's hooks and buffers."""
+        self.engine.destroy()
+
+
+def _fetch_whole_layers(module: nn.Module) -> None:
+    """Have ZeRO-3 fetch an adapted layer's weight and factors for the layer itself, whose kernel reads them all.
+
+    Left alone, DeepSpeed fetches each for the submodule that owns it, and the layer falls back to calling these.
+    """
+    from deepspeed.runtime.zero import register_external_parameter
+
+    for _, layer in named_adapter_layers(module):
+        if isinstance(layer, MoSLoRALinear):
+            for parameter in layer.parameters():
+                register_external_parameter(layer, parameter)
