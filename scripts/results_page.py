@@ -76,7 +76,7 @@ def _row(arm: dict[str, Any], tasks: list[str], results: dict[str, Any]) -> list
 
 def _without_places(command: str) -> str:
     """The command without the folders of the machine it ran on."""
-    return re.sub(r"/\S*?/(?=runs/|examples/)", "", command)
+    return re.sub(r"/\S*?/(?=runs/|examples/)", "", command.replace(str(Path.home()), "$HOME"))
 
 
 def draw(results: dict[str, Any], out: Path) -> None:

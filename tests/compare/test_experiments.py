@@ -4,24 +4,45 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from PIL import Image, ImageDraw
+from transformers import ResNetConfig, ResNetModel
 
 from mm_moslora.config import load_recipe
 
 EXPERIMENTS = Path(__file__).parents[2] / "examples" / "experiments"
 
 
-@pytest.fixture(scope="module")
-def commonsense():
-    spec = importlib.util.spec_from_file_location("commonsense", EXPERIMENTS / "commonsense.py")
+def script(name: str) -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["commonsense"] = module
+    path, sys.modules[name] = list(sys.path), module
     spec.loader.exec_module(module)
     yield module
-    del sys.modules["commonsense"]
+    del sys.modules[name]
+    sys.path[:] = path
+
+
+@pytest.fixture(scope="module")
+def commonsense():
+    yield from script("commonsense")
+
+
+@pytest.fixture(scope="module")
+def visual():
+    yield from script("visual")
+
+
+@pytest.fixture(scope="module")
+def subject():
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    yield from script("subject")
 
 
 @pytest.mark.parametrize("recipe", sorted((EXPERIMENTS / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
@@ -60,3 +81,61 @@ def test_the_full_set_is_put_in_the_prompt_that_the_evaluation_uses(commonsense,
     assert "### Instruction:" in question
     assert "Is water wet?" in question
     assert answer == "the correct answer is true"
+
+
+def test_the_visual_experiment_takes_conversations_and_questions_of_a_quickstart(visual, tmp_path: Path):
+    quickstart = tmp_path / "quickstart"
+    (quickstart / "data").mkdir(parents=True)
+    (quickstart / "tune").mkdir()
+    taught = quickstart / "data" / "train.jsonl"
+    lines = [json.dumps({"id": str(n), "image": f"{n}.png", "conversations": []}) for n in range(300)]
+    taught.write_text("\n".join(lines))
+    asked = [
+        json.dumps({"question_id": n, "text": "what?", "answer": "this", "image": f"x{n}.png"}) for n in range(250)
+    ]
+    (quickstart / "data" / "test.jsonl").write_text("\n".join(asked))
+    source = json.dumps([{"path": str(taught), "image_folder": str(tmp_path)}])
+    tuned = load_recipe("quickstart_tune", [f"data.train={source}", "model.projector.weights=projector.safetensors"])
+    (quickstart / "tune" / "config.yaml").write_text(tuned.to_yaml())
+    path, task = visual.build(quickstart, tmp_path / "out")
+    recipe = load_recipe(path)
+    learnt, validated = (
+        {row["id"] for row in rows(Path(part[0].path))} for part in (recipe.data.train, recipe.data.validation)
+    )
+    assert (len(learnt), len(validated), len(learnt & validated)) == (visual.TRAIN, visual.VALIDATION, 0)
+    assert recipe.model.projector.weights == "projector.safetensors"
+    assert len(rows(Path(task.removeprefix("llava:").split("@")[0]))) == visual.TEST
+
+
+def stamps_folder(folder: Path) -> Path:
+    draw = random.Random(0)
+    for kind, number in [(kind, number) for kind in ("animals", "vehicles") for number in range(30)]:
+        picture = Image.new("RGBA", (20, 16), (0, 0, 0, 0))
+        ImageDraw.Draw(picture).ellipse((2, 2, 4 + draw.randrange(14), 13), fill=(draw.randrange(256), 90, 30, 255))
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        picture.save(folder / kind / f"{number}.png")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_subject_experiment_runs_stops_and_goes_on(subject, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    stamps = stamps_folder(tmp_path / "stamps")
+    shape = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
+    ResNetModel(shape).save_pretrained(tmp_path / "encoder")
+    plan = subject.Plan(
+        arms="lora,moslora:orthogonal", rates=(1e-2,), seeds=2, subjects=2, base_steps=2, steps=2, batch=4, pictures=2,
+        sampling_steps=2,
+    )  # fmt: skip
+    out = tmp_path / "out"
+    assert subject.run(plan, stamps, tmp_path / "encoder", out, limit_minutes=0.0) == 75
+    assert subject.run(plan, stamps, tmp_path / "encoder", out) == 0
+    said = capsys.readouterr().out
+    assert "Before tuning" in said
+    results = json.loads((out / "results.json").read_text())
+    assert results["runs"] == {"over": 4, "planned": 4} | results["runs"]
+    lora, mixed = results["arms"]
+    assert mixed["cost"]["trainable"] > lora["cost"]["trainable"]
+    assert [seed["status"] for seed in mixed["seeds"]] == ["ok", "ok"]
+    capsys.readouterr()
+    assert subject.run(plan, stamps, tmp_path / "encoder", out) == 0
+    assert "[1/" not in capsys.readouterr().out  # nothing is done twice
