@@ -149,6 +149,9 @@ class BatchLoader:
         self._stop.set()
         self._workers = None  # torch ends the processes when their iterator goes
         if self._thread is not None:
+            # The thread puts at most one more item, for which an emptied queue has room.
+            while not self._queue.empty():
+                self._queue.get()
             self._thread.join(timeout=30)
             self._thread = None
 
@@ -191,19 +194,11 @@ class BatchLoader:
         preparation = _Preparation(self.data)
         try:
             for micro_batches in self._dealt():
-                if not self._put([self._received(preparation[numbers]) for numbers in micro_batches]):
+                self._queue.put([self._received(preparation[numbers]) for numbers in micro_batches])
+                if self._stop.is_set():
                     return
         except Exception as error:  # handed to the training loop, which raises it
-            self._put(error)
-
-    def _put(self, item: list[Batch] | Exception) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-            return True
-        return False
+            self._queue.put(error)
 
 
 class _Endless(torch.utils.data.Sampler[list[int]]):

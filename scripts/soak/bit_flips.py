@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from parts import make_parts, tiny_recipe
+from parts import make_parts, make_recipe
 
 from mm_moslora.errors import CheckpointError
 from mm_moslora.training.checkpoint import read_manifest
@@ -60,7 +60,7 @@ def main() -> int:
         from mm_moslora.training.loop import train
 
         folder = Path(place)
-        result = train(tiny_recipe(make_parts(folder), folder / "run", zero="none", steps=2))
+        result = train(make_recipe(make_parts(folder), folder / "run", "none", steps=2))
         outcomes = run(options.flips, result.checkpoint)
         files = len([path for path in result.checkpoint.rglob("*") if path.is_file()])
     missed = options.flips - outcomes["found"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 import sys
 from collections import Counter
@@ -19,6 +20,10 @@ import torch
 from mm_moslora.batch import Example
 from mm_moslora.config import DataConfig
 from mm_moslora.data.loader import BatchLoader
+from mm_moslora.training.progress import Progress
+
+EPOCHS = 2
+GOOD = "same samples, same order"
 
 
 class Numbers:
@@ -28,6 +33,7 @@ class Numbers:
         sizes = [rng.randrange(1, 22) for _ in range(rng.choice((1, 1, 2)))]
         total, start = sum(sizes), 0
         self.lengths = [rng.randrange(1, 200) for _ in range(total)]
+        self.words = [rng.randrange(1, 60) for _ in range(total)]
         share = rng.choice((0.0, 0.3, 0.7, 1.0))
         self.has_image = [rng.random() < share for _ in range(total)]
         self.members, self.quarantine = [], set()
@@ -68,12 +74,15 @@ def case(seed: int, *, workers: int = 0) -> str:
     """One random data set, run with interruptions on changing ranks, against the plan; says what happened."""
     rng = random.Random(seed)
     data, batch = Numbers(rng), rng.randrange(1, 17)
-    config = DataConfig(order=rng.choice(("grouped", "random", "sequential")), workers=workers)
+    packed = rng.random() < 0.25
+    config = DataConfig(
+        order=rng.choice(("grouped", "llava", "random", "sequential")), workers=workers,
+        max_length=256, pack_tokens=rng.choice((256, 512)) if packed else 0,
+    )  # fmt: skip
     settings = {"batch": batch, "config": config, "seed": rng.randrange(100)}
     plan = _loader(data, 0, 1, 1, start=0, **settings)
-    epochs = 2
-    expected = [sorted(step) for epoch in range(epochs) for step in plan.plan(epoch)]
-    per_epoch = len(expected) // epochs
+    epochs = [[sorted(step) for step in plan.plan(epoch)] for epoch in range(EPOCHS)]
+    expected = [step for epoch in epochs for step in epoch]
     found: list[list[int]] = []
     while len(found) < len(expected):
         count = min(len(expected) - len(found), rng.randrange(1, len(expected) + 1))
@@ -81,20 +90,27 @@ def case(seed: int, *, workers: int = 0) -> str:
         found += _stretch(data, world, micro, count, start=len(found), **settings)
     if found != expected:
         return "another order"
-    for epoch in range(epochs):
-        seen = Counter(number for step in found[epoch * per_epoch : (epoch + 1) * per_epoch] for number in step)
-        for numbers, weight in zip(data.members, data.weights, strict=True):
-            if any(not int(weight) <= seen[number] <= -(-weight // 1) for number in numbers):
-                return "a sample was seen too often or not often enough"
-        if set(seen) - {number for numbers in data.members for number in numbers}:
-            return "a sample that does not belong"
-    return "same samples, same order"
+    return next((fault for epoch in epochs if (fault := _fault(epoch, data))), GOOD)
 
 
-def run(cases: int, *, with_workers: int = 0) -> Counter[str]:
-    """Outcomes of so many cases in the thread, and of some with worker processes."""
-    outcomes = Counter(case(seed) for seed in range(cases))
-    outcomes.update(case(10**6 + seed, workers=1 + seed % 3) for seed in range(with_workers))
+def _fault(epoch: list[list[int]], data: Numbers) -> str | None:
+    """What is wrong with the samples of an epoch."""
+    seen = Counter(number for step in epoch for number in step)
+    for numbers, weight in zip(data.members, data.weights, strict=True):
+        if any(not int(weight) <= seen[number] <= -(-weight // 1) for number in numbers):
+            return "a sample was seen too often or not often enough"
+    if set(seen) - {number for numbers in data.members for number in numbers}:
+        return "a sample that does not belong"
+    return None
+
+
+def run(seeds: range, *, with_workers: int = 0) -> Counter[str]:
+    """Outcomes of cases in the thread, and of some with worker processes."""
+    outcomes: Counter[str] = Counter()
+    with Progress("data order", len(seeds) + with_workers, unit="case") as progress:
+        for number, seed in enumerate([*seeds, *range(with_workers)]):
+            outcomes[case(seed) if number < len(seeds) else case(10**6 + seed, workers=1 + seed % 2)] += 1
+            progress.update(number + 1, f"{number + 1 - outcomes[GOOD]} wrong")
     return outcomes
 
 
@@ -102,11 +118,13 @@ def main() -> int:
     """Run and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=5000, help="cases with batches prepared in a thread")
+    parser.add_argument("--first", type=int, default=0, help="seed of the first case, to go on or to share the work")
     parser.add_argument("--with-workers", type=int, default=10, help="more cases, with worker processes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    outcomes = run(options.cases, with_workers=options.with_workers)
-    bad = sum(outcomes.values()) - outcomes["same samples, same order"]
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    outcomes = run(range(options.first, options.first + options.cases), with_workers=options.with_workers)
+    bad = sum(outcomes.values()) - outcomes[GOOD]
     if options.json:
         print(json.dumps({"soak": "data_order", "cases": sum(outcomes.values()), "wrong": bad}))
     else:

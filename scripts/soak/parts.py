@@ -1,7 +1,8 @@
-"""Tiny models, records and recipes for the soak tests; the same as in `tests/`."""
+"""What the soak scripts that train share: the tests' tiny runs, and results that survive an interruption."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,26 @@ _TESTS = Path(__file__).resolve().parents[2] / "tests"
 sys.path[:0] = [str(_TESTS), str(_TESTS / "distributed")]
 
 from ranks import Ranks  # noqa: E402
-from tiny import make_language, make_records, make_vision  # noqa: E402
-from trials import full, hexed, make_recipe, metrics, weights, write  # noqa: E402
+from trials import full, hexed, make_parts, make_recipe, metrics, weights, write  # noqa: E402
 
-__all__ = ["Ranks", "full", "hexed", "make_parts", "metrics", "tiny_recipe", "weights", "write"]
-
-
-def make_parts(folder: Path, *, records: int = 40) -> dict[str, Path]:
-    """A tiny language model, a tiny vision tower and records."""
-    return {
-        "language": make_language(folder / "language"),
-        "vision": make_vision(folder / "vision"),
-        "records": make_records(folder / "records", records),
-    }
+__all__ = ["Ledger", "Ranks", "full", "hexed", "make_parts", "make_recipe", "metrics", "weights", "write"]
 
 
-def tiny_recipe(parts: dict[str, Path], output: Path, *, zero: str, **changes: Any):
-    """A recipe of a few steps; `changes` are keys of `train`, or `dropout`."""
-    return make_recipe(parts, output, zero, **changes)
+class Ledger:
+    """Results as JSON lines, one for each finished piece of work; a script that starts again skips those.
+
+    Args:
+        path: of the file; None: in memory only.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        known = path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []
+        self.entries: list[dict[str, Any]] = [json.loads(line) for line in known if line.endswith("}")]
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Note a result, on disk at once."""
+        self.entries.append(entry)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(entry) + "\n")

@@ -8,12 +8,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from parts import Ranks, full, hexed, make_parts, tiny_recipe, weights, write
+from parts import Ledger, Ranks, full, hexed, make_parts, make_recipe, weights, write
+
+from mm_moslora.config import Recipe
+from mm_moslora.training.progress import Progress
 
 STEPS, HALF = 6, 3
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -23,31 +27,32 @@ VISION = ("frozen", "full")
 """With a frozen vision tower its weights are not in the checkpoint; trained whole, they are."""
 
 
-def run(place: Path, *, stages: tuple[str, ...] = STAGES, precisions: tuple[str, ...] = PRECISIONS) -> dict[str, bool]:
-    """Whether each combination continues exactly."""
+def run(
+    place: Path, *, stages: tuple[str, ...] = STAGES, precisions: tuple[str, ...] = PRECISIONS, ledger: Ledger
+) -> None:
+    """Whether each combination continues exactly; each becomes an entry."""
     parts = make_parts(place)
     cases = list(itertools.product(stages, precisions, TRAINS, VISION))
-    recipes = {}
-    for zero, precision, trains, vision in cases:
-        name = f"{zero} {precision} {trains} vision-{vision}"
-        recipe = tiny_recipe(
-            parts, place / name.replace(" ", "-"), zero=zero, precision=precision, steps=STEPS, dropout=0.1
-        )
-        recipe = full(recipe) if trains == "full" else recipe
-        recipes[name] = replace(recipe, model=replace(recipe.model, vision=replace(recipe.model.vision, mode=vision)))
-    halves = {
-        name: replace(recipe, train=replace(recipe.train, output=f"{recipe.train.output}-resumed"))
-        for name, recipe in recipes.items()
-    }
-    with Ranks(place / "logs") as ranks:
-        ranks.run([write(recipe) for recipe in recipes.values()], limit=3600)
-        paths = [write(recipe) for recipe in halves.values()]
-        ranks.run([f"{path}@{HALF}" for path in paths], limit=3600)
-        ranks.run(paths, limit=3600)
-    return {name: _equal(Path(recipes[name].train.output), Path(halves[name].train.output)) for name in recipes}
+    known = {entry["name"] for entry in ledger.entries}
+    with Ranks(place / "logs") as ranks, Progress("resume matrix", len(cases), unit="combination") as progress:
+        for number, (zero, precision, trains, vision) in enumerate(cases):
+            name = f"{zero} {precision} {trains} vision-{vision}"
+            if name not in known:
+                recipe = make_recipe(
+                    parts, place / name.replace(" ", "-"), zero, precision=precision, steps=STEPS, dropout=0.1
+                )
+                recipe = full(recipe) if trains == "full" else recipe
+                recipe = replace(recipe, model=replace(recipe.model, vision=replace(recipe.model.vision, mode=vision)))
+                ledger.add({"name": name, "equal": _continues(ranks, recipe)})
+            progress.update(number + 1, name)
 
 
-def _equal(straight: Path, resumed: Path) -> bool:
+def _continues(ranks: Ranks, recipe: Recipe) -> bool:
+    """Whether a run that stops half-way, and goes on in new processes, equals one that does not."""
+    straight, resumed = Path(recipe.train.output), Path(f"{recipe.train.output}-resumed")
+    half = write(replace(recipe, train=replace(recipe.train, output=str(resumed))))
+    ranks.run([write(recipe), f"{half}@{HALF}"], limit=600)
+    ranks.run([half], limit=600)
     return hexed(straight) == hexed(resumed) and weights(straight, STEPS) == weights(resumed, STEPS)
 
 
@@ -55,10 +60,14 @@ def main() -> int:
     """Run and print the matrix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--ledger", type=Path, help="JSON lines of what is finished; started again, it goes on there")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    ledger = Ledger(options.ledger)
     with tempfile.TemporaryDirectory() as place:
-        equal = run(Path(place), stages=tuple(options.stages.split(",")))
+        run(Path(place), stages=tuple(options.stages.split(",")), ledger=ledger)
+    equal = {entry["name"]: entry["equal"] for entry in ledger.entries}
     bad = sum(not value for value in equal.values())
     if options.json:
         print(json.dumps({"soak": "resume_matrix", "combinations": len(equal), "unequal": bad, "equal": equal}))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -19,24 +20,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from parts import Ranks, hexed, make_parts, metrics, tiny_recipe, weights, write
+from parts import Ledger, Ranks, hexed, make_parts, make_recipe, metrics, weights, write
 
-STEPS, KILLS_PER_RUN = 12, 5
+from mm_moslora.training.progress import Progress
 
-
-@dataclass
-class Report:
-    """What was done and what came of it."""
-
-    kills: int = 0
-    runs: int = 0
-    unequal: list[str] = field(default_factory=list)
-    moments: Counter[str] = field(default_factory=Counter)
-    """What the run had reached when it was killed."""
+STEPS, KILLS_PER_RUN = 12, 8
+STAGES = ("zero2", "zero3", "zero0", "zero1")
 
 
 def _moment(run: Path) -> str:
@@ -56,24 +47,38 @@ def _steps(run: Path) -> int:
 
 def _wait(run: Path, steps: int, pids: list[int]) -> None:
     """Wait until so many steps are logged, or a rank is gone."""
-    while _steps(run) < steps and all(Path(f"/proc/{pid}").exists() for pid in pids):
+    while _steps(run) < steps and all(Path(f"/proc/{pid}/exe").exists() for pid in pids):
         time.sleep(0.01)
 
 
-def _end_like_a_launcher(pids: list[int], *, grace: float = 30.0) -> None:
-    """A rank whose peer died before they met waits for it; torchrun ends it, and so does this."""
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _end_like_a_launcher(pids: list[int], grace: float) -> None:
+    """A rank that lost its peer ends by itself or, past the grace, by its launcher."""
     deadline = time.monotonic() + grace
-    while any(Path(f"/proc/{pid}/exe").exists() for pid in pids):
-        if time.monotonic() > deadline:
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            return
-        time.sleep(0.05)
+    while time.monotonic() < deadline and any(Path(f"/proc/{pid}/exe").exists() for pid in pids):
+        time.sleep(0.02)
+    _kill(pids)
 
 
-def torment(ranks: Ranks, recipe: str, run: Path, seconds: float, rng: random.Random, report: Report) -> None:
-    """Kill a run some times, at a random moment of a random step or of the start, then let it end."""
+def torment(ranks: Ranks, recipe: str, run: Path, seconds: float, rng: random.Random) -> list[str]:
+    """Kill a run some times, at a random moment of a random step or of the start, then let it end.
+
+    Args:
+        ranks: where runs are started.
+        recipe: its file.
+        run: its folder.
+        seconds: of its longest step.
+        rng: of the moments.
+
+    Returns:
+        What the run had reached at each kill.
+    """
+    moments = []
     for number in range(KILLS_PER_RUN):
         group = ranks.start([recipe])
         victims = rng.choice((group.pids[:1], group.pids[1:], group.pids))
@@ -81,65 +86,62 @@ def torment(ranks: Ranks, recipe: str, run: Path, seconds: float, rng: random.Ra
             _wait(run, rng.randint(1, 2) + number * (STEPS - 2) // KILLS_PER_RUN, group.pids)
         time.sleep(rng.random() * seconds)
         moment = _moment(run)
-        killed = 0
-        for pid in victims:
-            try:
-                os.kill(pid, signal.SIGKILL)
-                killed += 1
-            except ProcessLookupError:
-                continue
-        _end_like_a_launcher(group.pids)
+        alive = any(Path(f"/proc/{pid}/exe").exists() for pid in victims)
+        _kill(victims)
+        _end_like_a_launcher(group.pids, grace=2 * rng.random())
         ranks.finish(group, limit=300)
-        if -signal.SIGKILL in group.codes and killed:
-            report.kills += 1
-            report.moments[moment] += 1
+        if alive and -signal.SIGKILL in group.codes:
+            moments.append(moment)
     ranks.run([recipe], limit=600)
+    return moments
 
 
-def run(kills: int, place: Path, *, stages: tuple[str, ...], say: Callable[[str], None]) -> Report:
-    """Kill until there were enough."""
-    parts, report, rng = make_parts(place), Report(), random.Random(0)
-    with Ranks(place / "logs") as ranks:
+def run(kills: int, place: Path, *, stages: tuple[str, ...] = STAGES, ledger: Ledger) -> None:
+    """Kill until there were enough; each finished run becomes an entry."""
+    parts = make_parts(place)
+
+    def recipe_of(name: str, stage: str) -> str:
+        return write(make_recipe(parts, place / name, stage, steps=STEPS, save_every=1, dropout=0.1))
+
+    done = sum(len(entry["moments"]) for entry in ledger.entries)
+    with Ranks(place / "logs") as ranks, Progress("kills", kills, unit="kill", initial=done) as progress:
         expected, seconds = {}, {}
         for stage in stages:
-            straight = tiny_recipe(
-                parts, place / f"straight-{stage}", zero=stage, steps=STEPS, save_every=1, dropout=0.1
-            )
-            ranks.run([write(straight)], limit=600)
+            ranks.run([recipe_of(f"straight-{stage}", stage)], limit=600)
             folder = place / f"straight-{stage}"
             seconds[stage] = max(line["step_seconds"] for line in metrics(folder))
             expected[stage] = (hexed(folder), weights(folder, STEPS))
-        while report.kills < kills:
-            stage = stages[report.runs % len(stages)]
-            folder = place / f"run-{report.runs}"
-            recipe = write(tiny_recipe(parts, folder, zero=stage, steps=STEPS, save_every=1, dropout=0.1))
-            torment(ranks, recipe, folder, seconds[stage], rng, report)
-            report.runs += 1
-            if (hexed(folder), weights(folder, STEPS)) != expected[stage]:
-                report.unequal.append(f"{stage}, run {report.runs}")
+        while done < kills:
+            number = len(ledger.entries)
+            stage, folder = stages[number % len(stages)], place / f"run-{number}"
+            moments = torment(ranks, recipe_of(folder.name, stage), folder, seconds[stage], random.Random(number))
+            equal = (hexed(folder), weights(folder, STEPS)) == expected[stage]
+            ledger.add({"stage": stage, "equal": equal, "moments": moments})
             shutil.rmtree(folder)
-            say(f"{report.kills} kills, {report.runs} runs finished, {len(report.unequal)} not bit-equal")
-    return report
+            done += len(moments)
+            progress.update(done, f"{sum(not entry['equal'] for entry in ledger.entries)} runs not bit-equal")
 
 
 def main() -> int:
     """Run and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--stages", default="zero2,zero3,zero0,zero1", help="ZeRO presets, taken in turn")
+    parser.add_argument("--stages", default=",".join(STAGES), help="ZeRO presets, taken in turn")
+    parser.add_argument("--ledger", type=Path, help="JSON lines of finished runs; started again, it goes on from there")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    ledger = Ledger(options.ledger)
     with tempfile.TemporaryDirectory() as place:
-        report = run(
-            options.kills, Path(place), stages=tuple(options.stages.split(",")),
-            say=lambda text: print(text, file=sys.stderr, flush=True),
-        )  # fmt: skip
+        run(options.kills, Path(place), stages=tuple(options.stages.split(",")), ledger=ledger)
+    moments = Counter(moment for entry in ledger.entries for moment in entry["moments"])
+    unequal = sum(not entry["equal"] for entry in ledger.entries)
     result = {
-        "soak": "sigkill", "kills": report.kills, "runs": report.runs, "unequal": len(report.unequal),
-        "moments": report.moments,
+        "soak": "sigkill", "kills": sum(moments.values()), "runs": len(ledger.entries), "unequal": unequal,
+        "stages": Counter(entry["stage"] for entry in ledger.entries), "moments": moments,
     }  # fmt: skip
     print(json.dumps(result) if options.json else "\n".join(f"{key}: {value}" for key, value in result.items()))
-    return 1 if report.unequal else 0
+    return 1 if unequal else 0
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from parts import hexed, make_parts, tiny_recipe, weights, write
+from parts import hexed, make_parts, make_recipe, weights, write
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 30
@@ -102,7 +102,7 @@ def run(place: Path) -> dict[str, object]:
     """Train, cut, mend, go on; says what happened."""
     parts = make_parts(place)
     changes = {"zero": "zero2", "steps": STEPS, "save_every": 1, "dropout": 0.1, "step_timeout_minutes": 0.3}
-    cut, whole = (tiny_recipe(parts, place / name, **changes) for name in ("cut", "whole"))
+    cut, whole = (make_recipe(parts, place / name, **changes) for name in ("cut", "whole"))
     codes: dict[str, list[int]] = {}
     with two_hosts() as hosts:
         for name, recipe in (("cut", cut), ("mended", cut), ("whole", whole)):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from ranks import Ranks
-from tiny import make_language, make_records, make_vision
+from trials import make_parts
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +20,4 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny language model, a tiny vision tower, and 40 records."""
-    folder = tmp_path_factory.mktemp("parts")
-    return {
-        "language": make_language(folder / "language"),
-        "vision": make_vision(folder / "vision"),
-        "records": make_records(folder / "records", 40),
-    }
+    return make_parts(tmp_path_factory.mktemp("parts"))

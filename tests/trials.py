@@ -1,10 +1,12 @@
-"""Recipes of tiny runs on several ranks, and what they left."""
+"""Recipes of tiny runs, on one rank or several, and what they left; for the tests and for scripts/soak."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
 from pathlib import Path
+
+from tiny import make_language, make_records, make_vision
 
 from mm_moslora.config import (
     AdapterConfig,
@@ -20,6 +22,15 @@ from mm_moslora.config import (
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 STEPS, HALF = 4, 2
+
+
+def make_parts(folder: Path, *, records: int = 40) -> dict[str, Path]:
+    """A tiny language model, a tiny vision tower, and records."""
+    return {
+        "language": make_language(folder / "language"),
+        "vision": make_vision(folder / "vision"),
+        "records": make_records(folder / "records", records),
+    }
 
 
 def make_recipe(
@@ -115,3 +126,14 @@ def weights(run: Path, step: int = STEPS) -> dict[str, str]:
         for name, entry in files.items()
         if name.endswith(".safetensors") and not name.startswith("trainer/")
     }
+
+
+def train_measured(*arguments: str) -> int:
+    """Train each recipe with the evaluation harness at hand, as the command line does."""
+    from mm_moslora.config import load_recipe
+    from mm_moslora.training.loop import train
+    from mm_moslora_eval.in_training import measure
+
+    for path in arguments:
+        train(load_recipe(path), measure=measure)
+    return 0

@@ -1,0 +1,108 @@
+"""Measuring during a run of several ranks: in step on every stage, on uneven work, and without a trace in the training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny import make_records
+from trials import STAGES, hexed, make_recipe, weights, write
+
+from mm_moslora.config import Recipe, SourceConfig, ValidateConfig
+
+pytestmark = pytest.mark.slow
+HELD_OUT = 11
+"""With one example per micro-batch and eight per step: two ranks get 6 and 5, and one of them a step of its own."""
+
+
+def measured(recipe: Recipe, held_out: Path, task: str, **validate) -> Recipe:
+    """The same run, measured after every second step by loss, answers and a task of seven documents."""
+    source = SourceConfig(path=str(held_out), image_folder=str(held_out.parent / "images"))
+    return replace(
+        recipe,
+        data=replace(recipe.data, validation=[source]),
+        train=replace(recipe.train, validate_every=2),
+        validate=ValidateConfig(samples=3, sample_tokens=6, tasks=[task], task_limit=7, **validate),
+    )
+
+
+def found(run: Path) -> list[dict]:
+    """The validations of a run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "validation_loss" in line]
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory) -> Path:
+    return make_records(tmp_path_factory.mktemp("held-out"), HELD_OUT)
+
+
+@pytest.fixture(scope="module")
+def task(held_out) -> str:
+    """Questions about the pictures of the held-out records, as a task of the harness."""
+    images = held_out.parent / "images"
+    rows = [
+        {"question_id": path.stem, "image": path.name, "text": "what is the color?", "answer": "red"}
+        for path in sorted(images.glob("*.png"))
+    ]
+    path = held_out.parent / "colours.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"llava:{path}@{images}"
+
+
+@pytest.fixture(scope="module")
+def runs(parts, ranks, held_out, task, tmp_path_factory) -> Path:
+    """Every stage on two ranks, plain torch on one, and ZeRO-3 without being measured."""
+    folder = tmp_path_factory.mktemp("measured")
+    tiny = {"dropout": 0.1, "micro_batch": 1}
+    recipes = {name: make_recipe(parts, folder / name, name, **tiny) for name in (*STAGES, "none")}
+    chosen = {name: write(measured(recipe, held_out, task)) for name, recipe in recipes.items()}
+    ranks.run(["trials:train_measured", *(chosen[stage] for stage in STAGES)])
+    ranks.run(["trials:train_measured", chosen["none"]], ranks=1)
+    ranks.run([write(make_recipe(parts, folder / f"{stage}-alone", stage, **tiny)) for stage in ("zero2", "zero3")])
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_measuring_leaves_the_training_of_two_ranks_bit_equal(stage, runs):
+    assert hexed(runs / stage) == hexed(runs / f"{stage}-alone")
+    assert weights(runs / stage) == weights(runs / f"{stage}-alone")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_measure_the_same_on_every_stage(stage, runs):
+    """Dropout differs with the ranks, so what one rank finds is close; what two find on another stage is equal."""
+    two, other = found(runs / stage), found(runs / "zero1")
+    assert [line["step"] for line in two] == [2, 4]
+    for line, same in zip(two, other, strict=True):
+        assert line["validation_loss"] == pytest.approx(same["validation_loss"], rel=1e-5)
+        assert line["eval/colours/score"] == same["eval/colours/score"]
+    alone = found(runs / "none")
+    assert [line["validation_loss"] for line in two] == pytest.approx([l["validation_loss"] for l in alone], rel=0.05)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_answers_and_documents_are_there_once(stage, runs):
+    samples = [json.loads(line) for line in (runs / stage / "tracked_samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 * 3
+    assert [s["question"] for s in samples[:3]] == [s["question"] for s in samples[3:]]
+    answered = sorted((runs / stage / "validation").glob("step-*/*/own/samples.jsonl"))
+    assert len(answered) == 2
+    for path in answered:
+        documents = [json.loads(line)["id"] for line in path.read_text().splitlines()]
+        assert len(documents) == len(set(documents)) == 7
+    assert not list((runs / stage / "validation").rglob(".rank-*"))
+
+
+def test_all_ranks_lose_patience_at_the_same_step(parts, ranks, held_out, task, tmp_path):
+    """The score of a task of which every answer is wrong never gets better."""
+    recipe = make_recipe(parts, tmp_path / "run", "zero3", steps=20, micro_batch=4, save_every=2, keep_last=1)
+    chosen = measured(recipe, held_out, task, best="eval/colours/score", best_is="highest", patience=2)
+    ranks.run(["trials:train_measured", write(chosen)])
+    best = json.loads((tmp_path / "run" / "best.json").read_text())
+    assert best["step"] == 2
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 6
+    kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert kept == ["checkpoint-000002", "checkpoint-000006"]
