@@ -130,9 +130,10 @@ def weights(run: Path, step: int = STEPS) -> dict[str, str]:
 
 def train_measured(*arguments: str) -> int:
     """Train each recipe with the evaluation harness at hand, as the command line does."""
+    from mm_moslora_eval.in_training import measure
+
     from mm_moslora.config import load_recipe
     from mm_moslora.training.loop import train
-    from mm_moslora_eval.in_training import measure
 
     for path in arguments:
         train(load_recipe(path), measure=measure)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,24 +33,19 @@ def measure(moment: Moment) -> Mapping[str, float]:
         EvalError: no such task, or every sample fails.
     """
     config = moment.recipe.validate
-    output = moment.folder
     settings = Settings(batch_size=moment.recipe.train.micro_batch, limit=config.task_limit or None)
-    if moment.lockstep:
-        # Every rank runs everything, since each forward pass gathers weights from all; rank 0's results are kept.
-        settings = replace(settings, rank=0, world_size=1)
-        output = moment.folder if distributed.is_main() else moment.folder / f".rank-{distributed.rank()}"
     _start_over(moment.folder)
     model = LocalModel(moment.assembly, name=f"{moment.recipe.name} at step {moment.step}")
     metrics: dict[str, float] = {}
     try:
         for name in config.tasks:
-            for result in evaluate(model, get_task(name), output, modes=("own",), baselines=(), settings=settings):
+            for result in evaluate(
+                model, get_task(name), moment.folder, modes=("own",), baselines=(), settings=settings
+            ):
                 metrics |= _named(result)
     finally:
         model.close()
     distributed.barrier()
-    if output != moment.folder:
-        shutil.rmtree(output, ignore_errors=True)
     return metrics if distributed.is_main() else {}
 
 

@@ -51,8 +51,6 @@ class Moment:
     folder: Path
     """Where results of this step may be written."""
     step: int
-    lockstep: bool
-    """Every rank must run the same forward passes (ZeRO-3), so work cannot be dealt to ranks."""
 
 
 Measure = Callable[[Moment], Mapping[str, float]]
@@ -108,7 +106,7 @@ class Validator:
         run = self.run
         return Moment(
             assembly=run.assembly, recipe=run.recipe, folder=run.folder / "validation" / f"step-{run.step:06d}",
-            step=run.step, lockstep=run.engine.lockstep and distributed.world_size() > 1,
+            step=run.step,
         )  # fmt: skip
 
     def _loss(self, held_out: TrainingSet) -> float:
@@ -126,8 +124,8 @@ class Validator:
         return loss / max(1.0, count)
 
     def _answers(self, held_out: TrainingSet) -> list[Sample]:
-        """The first answers of the same records every time; on one rank, or on all where they must go in step."""
-        if not (distributed.is_main() or self.run.engine.lockstep):
+        """The first answers of the same records every time; on rank 0."""
+        if not distributed.is_main():
             return []
         samples = []
         for number in _spread(held_out.usable, self.run.recipe.validate.samples):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -151,3 +152,26 @@ def whole_master(engine: Any, stage: int, parameter: nn.Parameter) -> Tensor | N
                 if candidate is parameter:
                     return master
     return safe_get_full_fp32_param(parameter)
+
+
+@contextmanager
+def whole(engine: Any, module: nn.Module) -> Iterator[None]:
+    """Stage 3 with all weights gathered once, and with the hooks taken off that would let them go after each layer.
+
+    A forward pass in here, such as each token of an answer, moves no bytes between ranks and needs no other rank.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+
+    offload = engine.optimizer.parameter_offload
+    handles = [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]
+    tables = {id(table): table for handle in handles if (table := handle.hooks_dict_ref()) is not None}
+    before = [(table, dict(table)) for table in tables.values()]
+    with GatheredParameters(list(module.parameters())):
+        for handle in handles:
+            (handle.hooks_dict_ref() or {}).pop(handle.id, None)
+        try:
+            yield
+        finally:
+            for table, hooks in before:  # in the order in which they were
+                table.clear()
+                table.update(hooks)

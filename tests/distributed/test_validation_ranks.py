@@ -1,4 +1,4 @@
-"""Measuring during a run of several ranks: in step on every stage, on uneven work, and without a trace in the training."""
+"""Measuring during a run of several ranks: the same on every stage, on uneven work, and no trace in the training."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from pathlib import Path
 
 import pytest
 from tiny import make_records
-from trials import STAGES, hexed, make_recipe, weights, write
+from trials import hexed, make_recipe, weights, write
 
 from mm_moslora.config import Recipe, SourceConfig, ValidateConfig
 
 pytestmark = pytest.mark.slow
-HELD_OUT = 11
-"""With one example per micro-batch and eight per step: two ranks get 6 and 5, and one of them a step of its own."""
+STAGES = ("zero2", "zero3")
+HELD_OUT, DOCUMENTS = 11, 3
+"""Eight of the records make a step; of the other three one rank gets two and the other one."""
 
 
 def measured(recipe: Recipe, held_out: Path, task: str, **validate) -> Recipe:
-    """The same run, measured after every second step by loss, answers and a task of seven documents."""
+    """The same run, measured after every second step by loss, answers and a task of three documents."""
     source = SourceConfig(path=str(held_out), image_folder=str(held_out.parent / "images"))
     return replace(
         recipe,
         data=replace(recipe.data, validation=[source]),
         train=replace(recipe.train, validate_every=2),
-        validate=ValidateConfig(samples=3, sample_tokens=6, tasks=[task], task_limit=7, **validate),
+        validate=ValidateConfig(samples=2, sample_tokens=4, tasks=[task], task_limit=DOCUMENTS, **validate),
     )
 
 
@@ -54,46 +55,44 @@ def task(held_out) -> str:
 
 @pytest.fixture(scope="module")
 def runs(parts, ranks, held_out, task, tmp_path_factory) -> Path:
-    """Every stage on two ranks, plain torch on one, and ZeRO-3 without being measured."""
+    """On two ranks, measured and not, and plain torch on one."""
     folder = tmp_path_factory.mktemp("measured")
     tiny = {"dropout": 0.1, "micro_batch": 1}
     recipes = {name: make_recipe(parts, folder / name, name, **tiny) for name in (*STAGES, "none")}
     chosen = {name: write(measured(recipe, held_out, task)) for name, recipe in recipes.items()}
     ranks.run(["trials:train_measured", *(chosen[stage] for stage in STAGES)])
     ranks.run(["trials:train_measured", chosen["none"]], ranks=1)
-    ranks.run([write(make_recipe(parts, folder / f"{stage}-alone", stage, **tiny)) for stage in ("zero2", "zero3")])
+    ranks.run([write(make_recipe(parts, folder / f"{stage}-alone", stage, **tiny)) for stage in STAGES])
     return folder
 
 
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_measuring_leaves_the_training_of_two_ranks_bit_equal(stage, runs):
     assert hexed(runs / stage) == hexed(runs / f"{stage}-alone")
     assert weights(runs / stage) == weights(runs / f"{stage}-alone")
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_measure_the_same_on_every_stage(stage, runs):
-    """Dropout differs with the ranks, so what one rank finds is close; what two find on another stage is equal."""
-    two, other = found(runs / stage), found(runs / "zero1")
+def test_two_ranks_measure_the_same_on_both_stages(runs):
+    two, other = found(runs / "zero3"), found(runs / "zero2")
     assert [line["step"] for line in two] == [2, 4]
     for line, same in zip(two, other, strict=True):
         assert line["validation_loss"] == pytest.approx(same["validation_loss"], rel=1e-5)
         assert line["eval/colours/score"] == same["eval/colours/score"]
-    alone = found(runs / "none")
-    assert [line["validation_loss"] for line in two] == pytest.approx([l["validation_loss"] for l in alone], rel=0.05)
+    # Dropout differs with the number of ranks, so what one rank finds is close only.
+    alone = [line["validation_loss"] for line in found(runs / "none")]
+    assert [line["validation_loss"] for line in two] == pytest.approx(alone, rel=0.05)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_answers_and_documents_are_there_once(stage, runs):
     samples = [json.loads(line) for line in (runs / stage / "tracked_samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 2 * 3
-    assert [s["question"] for s in samples[:3]] == [s["question"] for s in samples[3:]]
+    assert len(samples) == 2 * 2
+    assert [s["question"] for s in samples[:2]] == [s["question"] for s in samples[2:]]
     answered = sorted((runs / stage / "validation").glob("step-*/*/own/samples.jsonl"))
     assert len(answered) == 2
     for path in answered:
         documents = [json.loads(line)["id"] for line in path.read_text().splitlines()]
-        assert len(documents) == len(set(documents)) == 7
-    assert not list((runs / stage / "validation").rglob(".rank-*"))
+        assert len(documents) == len(set(documents)) == DOCUMENTS
 
 
 def test_all_ranks_lose_patience_at_the_same_step(parts, ranks, held_out, task, tmp_path):

@@ -72,8 +72,6 @@ class Engine(ABC):
         self.module = module
         self.groups = list(groups)
         self.device = distributed.device()
-        self.lockstep = False
-        """Whether all ranks must run the same forward passes, generation included: ZeRO-3 gathers weights in them."""
 
     def step(self, micro_batches: Sequence[Batch], lr_factor: float) -> StepResult:
         """One optimiser step.
@@ -173,7 +171,7 @@ class Engine(ABC):
             self.refresh(stored)
 
     def gathered(self) -> AbstractContextManager[Any]:
-        """A context in which every rank holds all weights whole."""
+        """A context in which every rank holds all weights whole, and its model runs without the other ranks."""
         return nullcontext()
 
     def close(self) -> None:  # noqa: B027  (most engines hold nothing)

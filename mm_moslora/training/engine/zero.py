@@ -36,7 +36,6 @@ class DeepSpeedEngine(Engine):
         import deepspeed
 
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
-        self.lockstep = self.stage == 3
         self.max_grad_norm = optimizer.max_grad_norm
         adamw = optimizer.adamw(groups, [group.parameters for group in groups])
         precise = [(p, p.detach().clone()) for p in fp32_parameters(module) if not p.requires_grad]
@@ -141,9 +140,7 @@ class DeepSpeedEngine(Engine):
         """See `Engine.gathered`."""
         if self.stage < 3:
             return nullcontext()
-        from deepspeed.zero import GatheredParameters
-
-        return GatheredParameters(list(self.module.parameters()))
+        return zero_state.whole(self.engine, self.module)
 
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers."""
