@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mm_moslora.config import ConfigError, ValidateConfig
-from mm_moslora.errors import TrainingError
+from mm_moslora.config import ValidateConfig
+from mm_moslora.errors import ConfigError, TrainingError
 from mm_moslora.training.loop import train
 from mm_moslora.training.spikes import SPIKE, SpikeScore
 from mm_moslora.training.validation import Best, lower_is_better
