@@ -26,6 +26,8 @@ class Seen:
     """Token ids that stand for it in a conversation."""
     tensors: dict[str, Tensor]
     """What the model takes of it, pictures, tiles or patches first: `pixel_values`, `image_grid_thw`, ..."""
+    key: str = ""
+    """Names its pixels: equal keys, equal pixels. Empty: nothing is known; it counts as different from all others."""
 
 
 class Eyes(Protocol):
@@ -62,6 +64,8 @@ class Example:
     """What else a model takes with its pictures (`image_grid_thw`, `image_sizes`, ...), pictures or tiles first."""
     images: int = 0
     """Pictures; 0 with `pixel_values` means one per entry."""
+    image_keys: tuple[str, ...] = ()
+    """`Seen.key` of every picture, or nothing."""
 
     def __post_init__(self) -> None:
         if self.pixel_values is not None and not self.images:
@@ -84,7 +88,7 @@ class Example:
         pixels = tensors.pop("pixel_values", None)
         return cls(
             id=id, input_ids=input_ids, supervised=supervised, pixel_values=pixels, image_inputs=tensors,
-            images=len(seen),
+            images=len(seen), image_keys=tuple(picture.key for picture in seen) if all(s.key for s in seen) else (),
         )  # fmt: skip
 
     @property
@@ -132,6 +136,8 @@ class Batch:
     """See `Example.image_inputs`."""
     images: int = 0
     """Images in the batch, ``N``."""
+    image_keys: tuple[str, ...] = ()
+    """See `Example.image_keys`; ``N`` of them, or none."""
     ids: tuple[str, ...] = field(default=())
     """The examples' ids, for logs."""
 
@@ -158,6 +164,8 @@ class Batch:
             if example.pixel_values is not None
         ]
         tensors = join_images(parts)
+        images = sum(example.images for example in examples)
+        keys = tuple(key for example in examples for key in example.image_keys)
         return cls(
             input_ids=torch.cat([example.input_ids for example in examples]),
             position_ids=torch.cat(position_ids),
@@ -166,7 +174,8 @@ class Batch:
             targets=torch.cat(targets),
             pixel_values=tensors.pop("pixel_values", None),
             image_inputs=tensors,
-            images=sum(example.images for example in examples),
+            images=images,
+            image_keys=keys if len(keys) == images else (),
             ids=tuple(example.id for example in examples),
         )
 

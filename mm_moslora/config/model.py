@@ -33,6 +33,11 @@ class VisionConfig:
     """frozen, adapter (MoSLoRA in its linear layers), last_n (train the last blocks) or full."""
     last_n: int = 0
     """Blocks to train when mode is `last_n`."""
+    feature_cache: str | None = None
+    """Folder that keeps a frozen encoder's features, so that each picture is encoded once for all runs. Pays where the
+    encoder is large beside the language model and pictures come again; None: none."""
+    feature_cache_gib: float = 0.0
+    """Size of an encoder's features beyond which none are added; 0: until 1 GiB is free on the disk."""
 
     def __post_init__(self) -> None:
         require(
@@ -40,6 +45,12 @@ class VisionConfig:
             f"model.vision: mode is {self.mode!r} and last_n is {self.last_n}; "
             "set last_n >= 1 exactly for mode last_n.",
         )
+        require(
+            self.feature_cache is None or self.mode == "frozen",
+            f"model.vision.feature_cache is set, but mode is {self.mode!r}: one that trains gives other features at "
+            "every step. Leave feature_cache out, or set mode: frozen.",
+        )
+        at_least("model.vision.feature_cache_gib", self.feature_cache_gib, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +126,12 @@ class ModelConfig:
             self.vision is None or bool(self.vision.name) == (self.vlm is None),
             "model.vision.name names an encoder to assemble: it is needed with model.language, and a ready-made model "
             "(model.vlm) brings its own, so leave it out there.",
+        )
+        cached = self.vision is not None and self.vision.feature_cache is not None
+        require(
+            not cached or (self.vlm is None and self.image_aspect != "anyres"),
+            "model.vision.feature_cache keeps the features of an assembled encoder that sees one square per picture; "
+            "ready-made models (model.vlm) and image_aspect anyres have none. Leave it out.",
         )
         require(
             (self.language_mode == "last_n") == (self.language_last_n > 0),

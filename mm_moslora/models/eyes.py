@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mm_moslora.batch import Example, Eyes, Seen
+from mm_moslora.models.feature_store import picture_key
 from mm_moslora.models.processor import image_transform
 
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
@@ -36,10 +37,12 @@ class SquareEyes:
 
     def see(self, images: Sequence[Image.Image]) -> list[Seen]:
         """See `Eyes.see`."""
-        return [
-            Seen(placeholders=self._placeholders, tensors={"pixel_values": self._transform(image)[None]})
-            for image in images
-        ]
+        return [self._one(self._transform(image)) for image in images]
+
+    def _one(self, pixels: Tensor) -> Seen:
+        return Seen(
+            placeholders=self._placeholders, tensors={"pixel_values": pixels[None]}, key=picture_key(pixels)
+        )  # fmt: skip
 
     def placeholders(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
         """See `Eyes.placeholders`."""

@@ -10,10 +10,11 @@ same composition with another projector, registered with the Auto classes.
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -28,6 +29,7 @@ from mm_moslora.batch import Batch
 from mm_moslora.errors import ModelError
 from mm_moslora.models.attention import segment_arguments
 from mm_moslora.models.lean import TARGET_POSITIONS, drops_positions
+from mm_moslora.models.pictures import PictureMemory, is_frozen, tower_states, unique_states
 from mm_moslora.models.projector import build_projector
 from mm_moslora.models.projector_parts import ProjectorShape
 from mm_moslora.models.rows import rows_hidden
@@ -93,12 +95,8 @@ class VlmModel(LlavaModel):
             `pooler_output` is a list of ``N`` tensors ``[Q, D]``.
         """
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        output: Any = self.vision_tower(pixel_values, output_hidden_states=layer, return_dict=True)
-        layers = [layer] if isinstance(layer, int) else layer
-        features = torch.cat([output.hidden_states[item] for item in layers], dim=-1)[:, self.config.vision_prefix :]
-        features = features.to(next(self.multi_modal_projector.parameters()).dtype)
-        output.pooler_output = list(self.multi_modal_projector(features))
-        return output
+        states = tower_states(self.vision_tower, layer, pixel_values)
+        return BaseModelOutputWithPooling(pooler_output=cast(Any, list(_project(self, states))))
 
 
 class VlmForConditionalGeneration(LlavaForConditionalGeneration):
@@ -133,31 +131,42 @@ def part_of(name: str) -> str:
     return "vision" if any(part in name for part in _TOWERS) else "language"
 
 
-def image_features(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+def image_features(
+    model: PreTrainedModel, pixel_values: Tensor, *, keys: Sequence[str] = (), memory: PictureMemory | None = None
+) -> Tensor:
     """Encode and project images, once for all images of a batch.
 
     Args:
         model: a model for which `is_multimodal` holds.
         pixel_values: ``[N, 3, H, W]``.
+        keys: names of the pictures' content; a frozen tower encodes those with the same name once.
+        memory: what was encoded before.
 
     Returns:
         ``[N, Q, D]``.
     """
-    tower = model.model.vision_tower
+    tower, layer = model.model.vision_tower, model.config.vision_feature_layer
     weight = next(tower.parameters())
-    frozen = not any(parameter.requires_grad for parameter in tower.parameters())
     pixels = pixel_values.to(device=weight.device, dtype=weight.dtype if weight.is_floating_point() else None)
-    # A frozen tower and a frozen projector need no graph; a frozen tower alone gets none because nothing in it asks.
-    needs_graph = torch.is_grad_enabled() and not (frozen and not _trains(model.model.multi_modal_projector))
-    with contextlib.nullcontext() if needs_graph else torch.no_grad():
-        return torch.stack(list(model.model.get_image_features(pixel_values=pixels).pooler_output))
+    if not is_frozen(tower):
+        return _project(model.model, tower_states(tower, layer, pixels))
+    states = unique_states(tower, layer, pixels, keys=keys, memory=memory)
+    with torch.no_grad() if is_frozen(model.model.multi_modal_projector) else contextlib.nullcontext():
+        return _project(model.model, states)
 
 
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
+def _project(model: Any, states: Tensor) -> Tensor:
+    """Visual tokens ``[N, Q, D]`` of a tower's hidden states, tokens before the first patch dropped."""
+    config = model.config
+    stock = int(config.vision_feature_select_strategy == "default")
+    features = states[:, getattr(config, "vision_prefix", stock) :]
+    tokens: Tensor = model.multi_modal_projector(features.to(next(model.multi_modal_projector.parameters()).dtype))
+    return tokens
 
 
-def supervised_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None) -> Tensor:
+def supervised_hidden(
+    model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None, memory: PictureMemory | None = None
+) -> Tensor:
     """What the head reads at the supervised positions of a padding-free batch.
 
     Args:
@@ -165,6 +174,7 @@ def supervised_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | No
         batch: one micro-batch on the model's device.
         dummy: one picture, for a batch without images on a rank whose peers have some: the vision path runs with a
             weight of zero, so that every rank takes part in the same collectives.
+        memory: pictures that a frozen tower encoded before.
 
     Returns:
         ``[K, D]``.
@@ -180,21 +190,22 @@ def supervised_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | No
     if trimmed:
         arguments[TARGET_POSITIONS] = batch.target_positions
     if is_multimodal(model):
-        arguments["inputs_embeds"] = _embeddings(model, batch, dummy)
+        arguments["inputs_embeds"] = _embeddings(model, batch, dummy, memory)
     else:
         arguments["input_ids"] = batch.input_ids[None]
     hidden: Tensor = model.base_model(**arguments).last_hidden_state[0]
     return hidden if trimmed else hidden[batch.target_positions]
 
 
-def _embeddings(model: PreTrainedModel, batch: Batch, dummy: Batch | None) -> Tensor:
+def _embeddings(model: PreTrainedModel, batch: Batch, dummy: Batch | None, memory: PictureMemory | None) -> Tensor:
     """Word embeddings with the visual tokens in place, ``[1, S, D]``."""
     embeddings: Tensor = model.get_input_embeddings()(batch.input_ids[None])
     if batch.pixel_values is None:
         if dummy is None or dummy.pixel_values is None:
             return embeddings
-        return embeddings + 0.0 * image_features(model, dummy.pixel_values).sum().to(embeddings.dtype)
-    features = image_features(model, batch.pixel_values)
+        tokens = image_features(model, dummy.pixel_values, keys=dummy.image_keys, memory=memory)
+        return embeddings + 0.0 * tokens.sum().to(embeddings.dtype)
+    features = image_features(model, batch.pixel_values, keys=batch.image_keys, memory=memory)
     places = batch.input_ids == model.config.image_token_id
     found, expected = int(places.sum()), features.shape[0] * features.shape[1]
     if found != expected:

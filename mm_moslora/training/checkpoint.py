@@ -206,6 +206,8 @@ _ROUNDING_KEYS = (
     "train.gradient_checkpointing",
     "model.attention",
     "model.lean_layers",
+    "model.vision.feature_cache",
+    "model.vision.feature_cache_gib",
 )
 
 

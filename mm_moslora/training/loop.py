@@ -252,6 +252,8 @@ class _Loop:
         }
         metrics |= self.speedometer.of(result, micro_batches, seconds)
         metrics |= {f"lr/{group.name}": group.peak_lr * factor for group in self.run.engine.groups}
+        if (store := self.run.engine.module.pictures.store) is not None:
+            metrics["feature_cache_hits"] = store.counts.hit_share
         if self.run.engine.loss_scale != 1:
             metrics["loss_scale"] = self.run.engine.loss_scale
         self.trackers.log(metrics | self.extra, step)

@@ -20,6 +20,7 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.config import OptimConfig, TrainConfig
 from mm_moslora.data.loader import largest_batch
 from mm_moslora.errors import CheckpointError, TrainingError
+from mm_moslora.models.pictures import PictureMemory
 from mm_moslora.training import disk
 from mm_moslora.training.commit import Saver, rank_folder
 from mm_moslora.training.engine import LossModule, OptimizerSettings, build_engine
@@ -39,6 +40,7 @@ class _Tiny(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.pictures = PictureMemory()
         generator = torch.Generator().manual_seed(0)
         self.embed = nn.Parameter(torch.randn(_WORDS, _WIDTH, generator=generator))
         self.lora_mixer = nn.Parameter(torch.randn(_WIDTH, _WIDTH, generator=generator) / _WIDTH**0.5)

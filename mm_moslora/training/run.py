@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mm_moslora import distributed
-from mm_moslora.config import Recipe
+from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.dataset import TrainingSet
 from mm_moslora.errors import ConfigError, TrainingError
@@ -27,7 +27,9 @@ from mm_moslora.models.anyres import NEWLINE, newline_of
 from mm_moslora.models.attention import set_attention, training_attention
 from mm_moslora.models.build import Assembly, assemble
 from mm_moslora.models.eyes import dummy_example
+from mm_moslora.models.feature_store import FeatureStore, tower_key
 from mm_moslora.models.lean import use_lean_layers
+from mm_moslora.models.pictures import PictureMemory
 from mm_moslora.models.trainable import attach_adapters, component_table
 from mm_moslora.models.vlm import is_multimodal, takes_rows
 from mm_moslora.training.engine import Engine, LossModule, OptimizerSettings, build_engine
@@ -122,7 +124,8 @@ def prepare(recipe: Recipe) -> Run:
     settings = OptimizerSettings(
         betas=recipe.optim.betas, eps=recipe.optim.eps, max_grad_norm=recipe.optim.max_grad_norm
     )
-    module = LossModule(model, dummy_example(assembly.eyes) if assembly.eyes else None)
+    dummy = dummy_example(assembly.eyes) if assembly.eyes else None
+    module = LossModule(model, dummy, memory=PictureMemory(_feature_store(recipe.model, model)))
     groups_in_module = parameter_groups(module, recipe.optim)
     assert [g.name for g in groups] == [g.name for g in groups_in_module]
     ours = is_multimodal(model) and not assembly.ready_made
@@ -139,6 +142,18 @@ def prepare(recipe: Recipe) -> Run:
         recipe=recipe, folder=folder, precision=precision, assembly=assembly, training_set=training_set,
         validation_set=validation_set, engine=engine, frozen_projector=frozen_projector,
     )  # fmt: skip
+
+
+def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore | None:
+    if config.vision is None or config.vision.feature_cache is None:
+        return None
+    tower = tower_key(model.model.vision_tower, model.config.vision_feature_layer)
+    return FeatureStore(
+        Path(config.vision.feature_cache).expanduser(),
+        tower,
+        limit_gib=config.vision.feature_cache_gib,
+        writers=distributed.world_size(),
+    )
 
 
 def _checkpoint_gradients(component: PreTrainedModel) -> None:

@@ -18,6 +18,7 @@ from mm_moslora import distributed
 from mm_moslora.adapters import one_product_per_step
 from mm_moslora.batch import Batch, Example
 from mm_moslora.losses import head_loss_sum
+from mm_moslora.models.pictures import PictureMemory
 from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.training.optim import ParameterGroup
 from mm_moslora.training.state import HostState, Piece, StoredState
@@ -26,10 +27,12 @@ from mm_moslora.training.state import HostState, Piece, StoredState
 class LossModule(nn.Module):
     """What an engine wraps: a micro-batch in, the sum of its token losses out."""
 
-    def __init__(self, model: PreTrainedModel, dummy: Example | None) -> None:
+    def __init__(self, model: PreTrainedModel, dummy: Example | None, *, memory: PictureMemory | None = None) -> None:
         super().__init__()
         self.model = model
         self.dummy = None if dummy is None else Batch.from_examples([dummy])
+        self.pictures = PictureMemory() if memory is None else memory
+        """What a frozen tower has already encoded."""
 
     def forward(self, batch: Batch, needs_vision: bool) -> Tensor:
         """Sum of cross entropies over the batch's supervised tokens, fp32 scalar.
@@ -39,7 +42,8 @@ class LossModule(nn.Module):
             needs_vision: some rank has images in this micro-batch, so every rank must run the vision path.
         """
         dummy = self.dummy.to(batch.input_ids.device) if self.dummy and needs_vision and not batch.images else None
-        return head_loss_sum(self.model, supervised_hidden(self.model, batch, dummy=dummy), batch.targets)
+        hidden = supervised_hidden(self.model, batch, dummy=dummy, memory=self.pictures)
+        return head_loss_sum(self.model, hidden, batch.targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +92,7 @@ class Engine(ABC):
         ]
         supervised, tokens, images, *with_images = distributed.sum_over_ranks(counts)
         self._begin_step(with_images)
+        self.module.pictures.begin_step(micro_batches)
         total = 0.0
         scale = distributed.world_size() / max(1.0, supervised)
         # Towers sit out micro-batches without pictures; what is shared must be part of the last one.

@@ -1,0 +1,186 @@
+"""Features of a frozen vision tower on disk, one file per picture, shared by all runs and ranks that use the tower.
+
+Shapes: ``L`` tokens of a picture before any is dropped, ``V`` width of the selected layers together.
+
+An entry is named by what the tower was shown (the prepared pixels, so picture and processing count) and lies in a
+folder named by the tower (weights, configuration, layers, dtype). It is written aside and renamed, so any number of
+processes may share a folder, and read as a memory map. An entry that is not what was written is encoded again and
+counted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Part of a tower's name; a change of what is stored makes new folders."""
+_FEATURES, _CHECKSUM = "features", "xxh3_128"
+_KEPT_FREE = 2**30
+"""Bytes that stay free on the disk: checkpoints need room more than a cache."""
+
+
+@dataclass(kw_only=True)
+class StoreCounts:
+    """What became of the pictures asked for since the store was opened, in this process."""
+
+    read: int = 0
+    """Found on disk."""
+    encoded: int = 0
+    """Not there; the tower ran."""
+    written: int = 0
+    """Encoded and kept."""
+    damaged: int = 0
+    """There, but not what was written; encoded again."""
+    unwritten: int = 0
+    """Encoded and not kept: the limit is reached, or the disk is full."""
+
+    @property
+    def hit_share(self) -> float:
+        """Pictures that were found on disk, out of all asked for."""
+        return self.read / max(1, self.read + self.encoded)
+
+    def __str__(self) -> str:
+        """For people."""
+        return ", ".join(f"{getattr(self, item.name):,} {item.name}" for item in fields(self))
+
+
+def tower_key(tower: PreTrainedModel, layers: int | list[int]) -> str:
+    """A name for a tower's features: its weights, configuration and layers.
+
+    Args:
+        tower: whole on this process (before ZeRO-3 cuts it up).
+        layers: hidden states that are kept.
+    """
+    digest = xxhash.xxh3_128()
+    config = {k: v for k, v in tower.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    digest.update(json.dumps([FORMAT, type(tower).__name__, config, layers], sort_keys=True, default=str).encode())
+    for name, value in sorted(tower.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
+def picture_key(pixels: Tensor) -> str:
+    """A name for a prepared picture.
+
+    Args:
+        pixels: ``[3, H, W]`` as the tower gets them, on the CPU.
+    """
+    return xxhash.xxh3_128_hexdigest(_bytes(pixels))
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+class FeatureStore:
+    """The features of one tower.
+
+    Args:
+        folder: of all towers.
+        tower: from `tower_key`.
+        limit_gib: size of this tower's folder beyond which nothing is added; 0: none but the disk's.
+        writers: processes that add to it at the same time.
+    """
+
+    def __init__(self, folder: Path, tower: str, *, limit_gib: float = 0.0, writers: int = 1) -> None:
+        self.folder = folder / tower
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.counts = StoreCounts()
+        self._writers = writers
+        self._limit = limit_gib * 2**30
+        self._size = sum(file.stat().st_size for file in self.folder.glob("*/*.safetensors")) if self._limit else 0
+        self._full = False
+
+    def fetch(
+        self, keys: Sequence[str], asked: Sequence[int], encode: Callable[[Sequence[int]], Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """Features of pictures, from disk where they are there.
+
+        Args:
+            keys: of pictures, from `picture_key`.
+            asked: numbers of those that are wanted.
+            encode: given the numbers of those that must be encoded, returns ``[L, V]`` for each. It is called once,
+                with an empty list if need be: ranks may have to agree about it.
+
+        Returns:
+            ``[L, V]`` for each that is wanted, on the CPU where it came from disk.
+        """
+        found = {number: value for number in asked if (value := self._read(keys[number])) is not None}
+        missing = [number for number in asked if number not in found]
+        for number, value in zip(missing, encode(missing), strict=True):
+            found[number] = value
+            self._write(keys[number], value)
+        self.counts.read += len(asked) - len(missing)
+        self.counts.encoded += len(missing)
+        return [found[number] for number in asked]
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def _read(self, key: str) -> Tensor | None:
+        path = self._path(key)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                value: Tensor = file.get_tensor(_FEATURES)
+                checksum = (file.metadata() or {}).get(_CHECKSUM)
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            self._damaged(path, str(error))
+            return None
+        if xxhash.xxh3_128_hexdigest(_bytes(value)) != checksum:
+            self._damaged(path, "its checksum differs")
+            return None
+        return value
+
+    def _damaged(self, path: Path, why: str) -> None:
+        self.counts.damaged += 1
+        logger.warning("The cached features in %s are damaged (%s); the picture is encoded again.", path, why)
+
+    def _write(self, key: str, value: Tensor) -> None:
+        path = self._path(key)
+        kept = value.detach().cpu().contiguous()
+        size = kept.numel() * kept.element_size()
+        if self._full or not self._has_room(size):
+            self.counts.unwritten += 1
+            return
+        aside = path.with_name(f".{key}.{os.getpid()}.{os.urandom(4).hex()}")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            save_file({_FEATURES: kept}, aside, metadata={_CHECKSUM: xxhash.xxh3_128_hexdigest(_bytes(kept))})
+            aside.replace(path)
+        except (OSError, SafetensorError) as error:
+            aside.unlink(missing_ok=True)
+            self._stop(f"writing fails: {error}")
+            self.counts.unwritten += 1
+            return
+        self._size += size * self._writers
+        self.counts.written += 1
+
+    def _has_room(self, size: int) -> bool:
+        if self._limit and self._size + size > self._limit:
+            self._stop(f"it has reached its limit of {self._limit / 2**30:g} GiB")
+        elif self.counts.written % 64 == 0 and shutil.disk_usage(self.folder).free < size + _KEPT_FREE:
+            self._stop("less than 1 GiB is free on its disk")
+        return not self._full
+
+    def _stop(self, why: str) -> None:
+        self._full = True
+        logger.warning("Nothing more is added to the feature cache %s: %s. What it holds is used.", self.folder, why)
