@@ -1,9 +1,10 @@
-# make quickstart | test | check | smoke | clean. Each sets up .venv on first use and is fast the second time.
+# make quickstart | test | test-extras | check | smoke | clean. Each sets up .venv on first use and is fast the second time.
 # PYTHON chooses the interpreter (3.11 or later): make test PYTHON=python3.12
 
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do command -v $$name && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+EXTRAS := $(VENV)/extras
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 
@@ -14,12 +15,13 @@ export PYTHONUNBUFFERED = 1
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart smoke test check clean
+.PHONY: help quickstart smoke test test-extras check clean
 
 help:
 	@echo "make quickstart  assemble, tune, measure and report on this machine, with real parts (minutes)"
 	@echo "make smoke       the same in two minutes, at lower quality"
 	@echo "make test        the whole test suite"
+	@echo "make test-extras what needs gradio, trackio or MLflow"
 	@echo "make check       format, lint, types, import layers, shell scripts"
 	@echo "make clean       remove the environment, caches and build products; runs/ stays"
 
@@ -31,6 +33,10 @@ smoke: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+
+test-extras: $(EXTRAS)/.installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -q tests/tracking/test_tracking_depth.py \
+	  tests/serve/test_serve_demo.py $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -54,6 +60,15 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(PIP) install --quiet --editable '.[dev,quickstart]'
 	@touch $@ $(VENV)/.installed
+
+# gradio and trackio insist on an older Pillow and MLflow on an older pyarrow than the rest is tested with, so they live in
+# an environment on top of the first one: what they do not change is found there.
+$(EXTRAS)/.installed: pyproject.toml $(VENV)/.installed-dev
+	$(BIN)/python -m venv $(EXTRAS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  $$($(EXTRAS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	$(EXTRAS)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[demo,trackio,mlflow]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -11,7 +11,7 @@ of its ancestors and to its own tokens under one softmax, which is the attention
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -245,6 +245,31 @@ class Decoder:
         self._plain = self.can_share and self._config.model_type in _PLAIN
         self._cache = self._empty_cache() if self.can_share else cache
 
+    def start(self, arguments: Mapping[str, Any]) -> None:
+        """Run a first row as the model itself takes it, pictures and all; only tokens may follow.
+
+        The positions of what follows count on from the last one that the decoder got, so that models with positions of
+        their own (three per token, from 1) need no word here.
+
+        Args:
+            arguments: of the model's forward pass for one row without padding, `input_ids` ``[1, T]`` among them.
+        """
+        positions: list[Tensor] = []
+
+        def note(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
+            if given.get("position_ids") is not None:
+                positions.append(given["position_ids"])
+
+        hook = self._model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            output = self._model(**arguments, use_cache=True, logits_to_keep=1, **{self._cache_name: self._cache})
+        finally:
+            hook.remove()
+        self._valid = torch.ones_like(arguments["input_ids"])
+        last = positions[0].amax() + 1 if positions else torch.tensor(self._valid.shape[1])
+        self._length = last.to(self._valid.device).view(1, 1)
+        self.logits = output.logits[:, -1].float()
+
     def append(self, rows: Sequence[Tensor], *, head: bool = True) -> None:
         """Run more of every row.
 
@@ -335,7 +360,8 @@ class Decoder:
             own.join(new)
         longest = max(mask.shape[1] for mask in masks)
         self._valid = torch.cat([nn.functional.pad(mask, (longest - mask.shape[1], 0)) for mask in masks])
-        self._length = self._valid.sum(dim=1, keepdim=True)
+        lengths: Sequence[Any] = (self._length, other._length)
+        self._length = torch.cat(list(lengths))
         self.logits = torch.cat([self.logits, other.logits])
 
     def _keep_rows(self, rows: Sequence[int]) -> None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from mm_moslora.batch import Batch, Example
 from mm_moslora.errors import ModelError
+from mm_moslora.models.branching import Decoder
 
 _ONE_IMAGE_LIST = {"idefics2", "idefics3", "smolvlm"}
 """Models whose pixels are ``[samples, pictures, ...]`` and are read in order: all pictures go into one sample."""
@@ -104,28 +105,45 @@ def row_inputs(
 
 
 @torch.inference_mode()
-def generate_rows(
-    model: PreTrainedModel, prompt: Example, *, max_new_tokens: int, stop_ids: Sequence[int]
-) -> list[int]:
-    """Greedy answer to one prompt: its new tokens, without the one that ends it.
+def start_row(model: PreTrainedModel, prompt: Example) -> Decoder:
+    """Run one prompt with its pictures; the decoder stands at its end and can join others.
 
     Args:
         model: an image-text-to-text model of transformers, in eval mode.
         prompt: ids and pictures; nothing in it needs to be supervised.
-        max_new_tokens: most tokens.
-        stop_ids: tokens that end the answer.
+
+    Raises:
+        ModelError: placeholders and images do not match.
     """
     device = next(model.parameters()).device
     pixels = None if prompt.pixel_values is None else prompt.pixel_values.to(device)
     inputs = {name: value.to(device) for name, value in prompt.image_inputs.items()}
     row = prompt.input_ids.to(device)
-    arguments = row_inputs(model, [row], pixels, inputs, answers=[len(row)])
-    output = cast(Any, model).generate(
-        **arguments, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=list(stop_ids),
-        pad_token_id=stop_ids[0], temperature=None, top_p=None, top_k=None,
-    )  # fmt: skip
-    new = output[0, len(row) :].tolist()
-    return list(itertools.takewhile(lambda token: token not in set(stop_ids), new))
+    decoder = Decoder(model)
+    decoder.start(row_inputs(model, [row], pixels, inputs, answers=[len(row)]))
+    return decoder
+
+
+@torch.inference_mode()
+def stream_row(
+    model: PreTrainedModel, prompt: Example, *, max_new_tokens: int, stop_ids: Sequence[int]
+) -> Iterator[int]:
+    """Greedy answer to one prompt, token by token, without the one that ends it.
+
+    Args:
+        model: an image-text-to-text model of transformers, in eval mode.
+        prompt: see `start_row`.
+        max_new_tokens: most tokens.
+        stop_ids: tokens that end the answer.
+    """
+    decoder = start_row(model, prompt)
+    for number in range(max_new_tokens):
+        token = decoder.logits.argmax(dim=-1, keepdim=True)
+        if int(token) in stop_ids:
+            return
+        yield int(token)
+        if number + 1 < max_new_tokens:
+            decoder.extend(model.get_input_embeddings()(token), torch.ones_like(token))
 
 
 def _first_supervised(batch: Batch) -> list[int]:

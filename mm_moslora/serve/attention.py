@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mm_moslora.batch import Seen
 from mm_moslora.models.generation import Prompt, embed_prompt
 from mm_moslora.serve.models import Models
 
@@ -30,7 +31,7 @@ SIDE = 448
 
 @torch.inference_mode()
 def attention_maps(
-    models: Models, name: str, *, input_ids: Tensor, pixels: Sequence[Tensor], answer: Sequence[int]
+    models: Models, name: str, *, input_ids: Tensor, seen: Sequence[Seen], answer: Sequence[int]
 ) -> list[Tensor] | None:
     """Mean attention of the answer to each picture's tokens.
 
@@ -38,7 +39,7 @@ def attention_maps(
         models: nobody else may use it meanwhile.
         name: a variant.
         input_ids: int64 ``[T - A]``, placeholders expanded.
-        pixels: ``[3, H, W]`` per picture.
+        seen: its pictures in order.
         answer: token ids.
 
     Returns:
@@ -47,16 +48,16 @@ def attention_maps(
     """
     side = math.isqrt(models.assembly.tokens_per_image)
     length = len(input_ids) + len(answer)
-    if not pixels or not answer or length > LONGEST or side * side != models.assembly.tokens_per_image:
+    if not seen or not answer or length > LONGEST or side * side != models.assembly.tokens_per_image:
         return None
     model = models.assembly.model
     ids = torch.cat([input_ids, torch.tensor(list(answer))])
     with models.use(name), _readable(model):
-        embedded = embed_prompt(model, Prompt(input_ids=ids, features=models.image_tokens(name, pixels)))
+        embedded = embed_prompt(model, Prompt(input_ids=ids, features=models.image_tokens(name, seen)))
         weights = model.get_decoder()(inputs_embeds=embedded[None], output_attentions=True, use_cache=False).attentions
     asking = range(len(input_ids) - 1, length - 1)  # the positions whose output became the answer
     looked = torch.stack([layer[0, :, list(asking)].float().mean(dim=(0, 1)) for layer in weights]).mean(dim=0)
-    maps = looked[ids == models.assembly.image_token_id].view(len(pixels), side, side)
+    maps = looked[ids == models.assembly.image_token_id].view(len(seen), side, side)
     return [one / one.max().clamp_min(1e-12) for one in maps]
 
 

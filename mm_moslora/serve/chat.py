@@ -19,7 +19,7 @@ from mm_moslora.errors import DataError, MoSLoRAError
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.generation import Prompt, encode_images, stop_token_ids, stream
 from mm_moslora.models.load import load
-from mm_moslora.models.rows import generate_rows
+from mm_moslora.models.rows import stream_row
 from mm_moslora.models.vlm import takes_rows
 from mm_moslora.serve.text import TextStream
 
@@ -139,7 +139,7 @@ class Chat:
         if takes_rows(model):
             nothing = torch.zeros(len(ids), dtype=torch.bool)
             example = Example.of(id="", input_ids=ids, supervised=nothing, seen=seen)
-            yield from generate_rows(model, example, max_new_tokens=self.max_new_tokens, stop_ids=stops)
+            yield from stream_row(model, example, max_new_tokens=self.max_new_tokens, stop_ids=stops)
             return
         for number in range(len(self.features), len(seen)):
             self.features[number] = encode_images(model, seen[number].tensors["pixel_values"])[0]

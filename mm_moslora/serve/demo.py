@@ -13,8 +13,9 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from mm_moslora.batch import Seen
 from mm_moslora.data.images import open_image
-from mm_moslora.errors import MoSLoRAError
+from mm_moslora.errors import DataError, MoSLoRAError
 from mm_moslora.serve.attention import attention_maps, overlay
 from mm_moslora.serve.engine import Engine, Job, Piece
 from mm_moslora.serve.limits import Limits
@@ -65,11 +66,13 @@ class Demo:
             MoSLoRAError: a picture cannot be used, or too many people ask at once.
         """
         pictures = [part for message in messages for part in message.parts if isinstance(part, Picture)]
-        pixels = [self.models.pixels(open_image(Path(picture.url))) for picture in pictures]
-        ids = self.models.encoder.encode_prompt(turns_of(messages))
+        opened = [open_image(Path(picture.url)) for picture in pictures]
+        if opened and not self.models.sees:
+            raise DataError("This model has no vision encoder, so it cannot look at a picture.")
+        ids, seen = self.models.prompt(turns_of(messages), opened)
         names = list(self.models.variants)[:2]
         happened: queue.Queue[tuple[int, Piece]] = queue.Queue()
-        jobs = [self._job(name, number, ids, pixels, happened) for number, name in enumerate(names)]
+        jobs = [self._job(name, number, ids, seen, happened) for number, name in enumerate(names)]
         self.engine.submit(jobs)
         texts, open_ones = ["", ""], len(jobs)
         try:
@@ -78,30 +81,34 @@ class Demo:
                 texts[number] += piece.text
                 open_ones -= piece.ending is not None
                 yield Said(tuned=texts[0], base=texts[1])
-            yield Said(tuned=texts[0], base=texts[1], attention=self._attention(ids, pixels, jobs[0].tokens))
+            yield Said(tuned=texts[0], base=texts[1], attention=self._attention(ids, seen, jobs[0].tokens))
         finally:
             for job in jobs:
                 job.cancelled = True
 
     def _job(
-        self, name: str, number: int, ids: Tensor, pixels: Sequence[Tensor], happened: queue.Queue[tuple[int, Piece]]
+        self, name: str, number: int, ids: Tensor, seen: Sequence[Seen], happened: queue.Queue[tuple[int, Piece]]
     ) -> Job:
         return Job(
-            model=name, input_ids=ids, pixels=pixels, sampling=Sampling(max_tokens=self.max_new_tokens),
+            model=name, input_ids=ids, seen=seen, sampling=Sampling(max_tokens=self.max_new_tokens),
             deadline=time.monotonic() + self.limits.request_seconds,
             deliver=lambda piece: happened.put((number, piece)),
         )  # fmt: skip
 
-    def _attention(self, ids: Tensor, pixels: Sequence[Tensor], answer: Sequence[int]) -> Image.Image | None:
+    def _attention(self, ids: Tensor, seen: Sequence[Seen], answer: Sequence[int]) -> Image.Image | None:
         image = self.models.assembly.image
-        if image is None:
+        if image is None:  # a ready-made model, whose tokens form no known grid
             return None
         maps = self.engine.between_steps(
             lambda: attention_maps(
-                self.models, self.models.default, input_ids=ids, pixels=pixels, answer=answer
+                self.models, self.models.default, input_ids=ids, seen=seen, answer=answer
             )
         )  # fmt: skip
-        return None if maps is None else overlay(pixels[-1], maps[-1], mean=image.mean, std=image.std)
+        return (
+            None
+            if maps is None
+            else overlay(seen[-1].tensors["pixel_values"][0], maps[-1], mean=image.mean, std=image.std)
+        )
 
 
 def messages_of(message: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[Message]:

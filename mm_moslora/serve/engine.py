@@ -20,8 +20,8 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
+from mm_moslora.batch import Seen
 from mm_moslora.models.branching import Decoder
-from mm_moslora.models.generation import Prompt, embed_prompt
 from mm_moslora.redaction import redact_text
 from mm_moslora.serve.faults import ApiError, busy
 from mm_moslora.serve.limits import Limits
@@ -57,8 +57,8 @@ class Job:
     """Name of a variant."""
     input_ids: Tensor
     """int64 ``[T]``, placeholders expanded."""
-    pixels: Sequence[Tensor]
-    """``[3, H, W]`` each."""
+    seen: Sequence[Seen]
+    """Its pictures in order."""
     sampling: Sampling
     stop: tuple[str, ...] = ()
     choice: int = 0
@@ -129,9 +129,6 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="mm-moslora-engine", daemon=True)
         self.prompt_tokens = self.answer_tokens = self.steps = self.failures = 0
         self.running = 0
-        probe = Decoder(models.assembly.model)
-        self._joins = probe.can_share
-        """With a sliding window rows may not be padded, so every answer is a batch of its own."""
 
     def start(self) -> None:
         """Begin to answer."""
@@ -214,7 +211,8 @@ class Engine:
             self._errands.popleft()()
         self._drop()
         for name, jobs in self._admissible().items():
-            self._guarded(jobs, partial(self._read, name, jobs))
+            for batch in [[job] for job in jobs] if self.models.reads_alone else [jobs]:
+                self._guarded(batch, partial(self._read, name, batch))
         for name, groups in self._groups.items():
             for group in groups:
                 if group.jobs:
@@ -276,19 +274,12 @@ class Engine:
 
     def _read(self, name: str, jobs: list[Job]) -> None:
         """Run prompts and put their rows into the batch."""
-        model = self.models.assembly.model
         with self.models.use(name):
-            prompts = [
-                Prompt(input_ids=job.input_ids, features=self.models.image_tokens(name, job.pixels)) for job in jobs
-            ]
-            for batch in [range(len(jobs))] if self._joins else [[row] for row in range(len(jobs))]:
-                decoder = Decoder(model)
-                decoder.append([embed_prompt(model, prompts[row]) for row in batch])
-                groups = self._groups[name]
-                if not (groups and self._joins):
-                    groups.append(_Group())
-                chosen = [jobs[row] for row in batch]
-                groups[-1].admit(decoder, chosen, [TextStream(self.models.encoder, job.stop) for job in chosen])
+            decoder = self.models.read(name, [(job.input_ids, job.seen) for job in jobs])
+        groups = self._groups[name]
+        if not (groups and self.models.joins):
+            groups.append(_Group())
+        groups[-1].admit(decoder, jobs, [TextStream(self.models.encoder, job.stop) for job in jobs])
         self.prompt_tokens += sum(len(job.input_ids) for job in jobs)
 
     def _step(self, name: str, group: _Group) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mm_moslora import adapters
+from mm_moslora.batch import Example, Seen
 from mm_moslora.data.conversation import Encoder
+from mm_moslora.data.records import Turn
 from mm_moslora.errors import ConfigError, ModelError
+from mm_moslora.models.branching import Decoder
 from mm_moslora.models.build import Assembly, load_projector
-from mm_moslora.models.generation import encode_images, stop_token_ids
+from mm_moslora.models.generation import Prompt, embed_prompt, encode_images, stop_token_ids
 from mm_moslora.models.load import MANIFEST, find_checkpoint, load, recipe_of
+from mm_moslora.models.rows import start_row
 from mm_moslora.models.vlm import takes_rows
 
 _KEPT_IMAGES = 256
@@ -40,7 +45,7 @@ class Variant:
     adapter: str | None
     """The adapter's name in PEFT; None: no adapter is active."""
     projector: nn.Module | None
-    """None for a language model alone."""
+    """None for a language model alone and for models that have none of this name."""
     source: str
     """Name of the folder it came from, for `/v1/models`."""
 
@@ -51,22 +56,23 @@ class Models:
     Args:
         assembly: the base, with or without adapters in it.
         variants: by name, the default first.
-
-    Raises:
-        ModelError: a ready-made model, which this server cannot batch.
     """
 
     def __init__(self, assembly: Assembly, variants: Mapping[str, Variant]) -> None:
-        if takes_rows(assembly.model):
-            raise ModelError(
-                f"{type(assembly.model).__name__} is a ready-made model whose rows cannot be decoded together here. "
-                "Merge it (mm-moslora merge) and serve the folder with vLLM (docs/serving.md), or use mm-moslora chat."
-            )
         self.assembly, self.variants = assembly, dict(variants)
         self.encoder = Encoder(
-            assembly.tokenizer, image_token_id=assembly.image_token_id, tokens_per_image=assembly.tokens_per_image
+            assembly.tokenizer,
+            image_token_id=assembly.image_token_id,
+            tokens_per_image=assembly.tokens_per_image,
+            processor=assembly.processor if assembly.ready_made else None,
         )
         self.stops = stop_token_ids(assembly.model, assembly.tokenizer.eos_token_id)
+        self.reads_alone = takes_rows(assembly.model) or not Decoder(assembly.model).can_share
+        """Whether every prompt is run by itself: ready-made models prepare rows of their own."""
+        self.joins = Decoder(assembly.model).can_share
+        """Whether answers can be decoded together; with a sliding window rows may not be padded."""
+        # A processor changes its tokenizer's settings while it works, so one thread at a time may use it.
+        self._alone = threading.Lock() if assembly.ready_made else nullcontext()
         self._seen: OrderedDict[tuple[int, bytes], Tensor] = OrderedDict()
         self.image_hits = self.image_misses = 0
 
@@ -86,10 +92,40 @@ class Models:
         limit = getattr(self.assembly.model.config.get_text_config(), "max_position_embeddings", None)
         return int(limit) if limit else None
 
-    def pixels(self, picture: Image.Image) -> Tensor:
-        """What the vision tower sees of an RGB picture, ``[3, H, W]``; may run in any thread."""
-        assert self.assembly.eyes is not None, "checked by whoever takes the request"
-        return self.assembly.eyes.see([picture])[0].tensors["pixel_values"][0]
+    def prompt(self, turns: Sequence[Turn], pictures: Sequence[Image.Image]) -> tuple[Tensor, list[Seen]]:
+        """A conversation that ends with a question, for the model: ids ``[T]`` and its pictures. From any thread.
+
+        Args:
+            turns: the conversation.
+            pictures: RGB, in order; none where the model has no eyes.
+
+        Raises:
+            ModelError: the model's own processor takes no such picture.
+            DataError: the chat template cannot express the conversation.
+        """
+        with self._alone:
+            try:
+                seen = self.assembly.eyes.see(pictures) if self.assembly.eyes and pictures else []
+            except Exception as error:  # processors raise nearly anything
+                raise ModelError("The model's processor cannot take one of the pictures.") from error
+            return self.encoder.encode_prompt(turns, pictures=[item.placeholders for item in seen]), seen
+
+    def read(self, name: str, prompts: Sequence[tuple[Tensor, Sequence[Seen]]]) -> Decoder:
+        """Run prompts, one only where `reads_alone`; the decoder stands at their ends. The variant must be active.
+
+        Args:
+            name: a variant.
+            prompts: from `prompt`.
+        """
+        model = self.assembly.model
+        if takes_rows(model):
+            ((ids, seen),) = prompts
+            nothing = torch.zeros(len(ids), dtype=torch.bool)
+            return start_row(model, Example.of(id="", input_ids=ids, supervised=nothing, seen=seen))
+        decoder = Decoder(model)
+        made = [Prompt(input_ids=ids, features=self.image_tokens(name, seen)) for ids, seen in prompts]
+        decoder.append([embed_prompt(model, prompt) for prompt in made])
+        return decoder
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
@@ -107,10 +143,11 @@ class Models:
                 peft_model.set_adapter(variant.adapter, inference_mode=True)
             yield
 
-    def image_tokens(self, name: str, pixels: Sequence[Tensor]) -> Tensor | None:
+    def image_tokens(self, name: str, seen: Sequence[Seen]) -> Tensor | None:
         """Visual tokens of pictures, ``[N * Q, D]``; the variant must be the active one. None without pictures."""
-        if not pixels:
+        if not seen:
             return None
+        pixels = [item.tensors["pixel_values"][0] for item in seen]
         projector = id(self.variants[name].projector)
         keys = [(projector, hashlib.sha256(item.numpy().tobytes()).digest()) for item in pixels]
         fresh = {key: item for key, item in zip(keys, pixels, strict=True) if key not in self._seen}
@@ -173,7 +210,8 @@ def _add(assembly: Assembly, name: str, path: Path, adapter: str) -> Variant:
     projector = _projector(assembly)
     if not (path / "adapter_config.json").is_file():
         checkpoint = find_checkpoint(path)
-        for component in ("vision", "language"):
+        own_parts = ("vision", "language", *(("projector",) if assembly.ready_made else ()))
+        for component in own_parts:
             if (checkpoint / f"{component}.safetensors").is_file():
                 raise ModelError(
                     f"{path} trained its {component} weights, so it is no adapter of the model that is served. "

@@ -12,8 +12,9 @@ from functools import partial
 
 from torch import Tensor
 
+from mm_moslora.batch import Seen
 from mm_moslora.data.records import IMAGE, Turn
-from mm_moslora.errors import MoSLoRAError
+from mm_moslora.errors import ModelError, MoSLoRAError
 from mm_moslora.serve.engine import Job, Piece
 from mm_moslora.serve.faults import ApiError
 from mm_moslora.serve.limits import Limits
@@ -27,7 +28,7 @@ class Prepared:
     """A request in the model's terms."""
 
     input_ids: Tensor
-    pixels: tuple[Tensor, ...]
+    seen: list[Seen]
 
 
 def prepare(request: ChatRequest, models: Models, limits: Limits, *, fetch: Fetch | None = None) -> Prepared:
@@ -41,9 +42,10 @@ def prepare(request: ChatRequest, models: Models, limits: Limits, *, fetch: Fetc
             f"{request.model} has no vision encoder; send text only.", param="messages", code="images_not_supported"
         )
     pictures = open_pictures(request.pictures, limits, fetch=fetch)
-    pixels = tuple(models.pixels(picture) for picture in pictures)
     try:
-        ids = models.encoder.encode_prompt(turns_of(request.messages))
+        ids, seen = models.prompt(turns_of(request.messages), pictures)
+    except ModelError as error:
+        raise ApiError(str(error), param="messages", code="invalid_image") from None
     except MoSLoRAError:
         raise ApiError(
             "The conversation does not fit the model's chat template (a role or a text that it cannot express).",
@@ -56,7 +58,7 @@ def prepare(request: ChatRequest, models: Models, limits: Limits, *, fetch: Fetc
             f"holds {longest} together. Shorten the conversation, send fewer pictures or lower max_tokens.",
             param="messages", code="context_length_exceeded",
         )  # fmt: skip
-    return Prepared(input_ids=ids, pixels=pixels)
+    return Prepared(input_ids=ids, seen=seen)
 
 
 def jobs_of(
@@ -72,7 +74,7 @@ def jobs_of(
     """
     return [
         Job(
-            model=request.model, input_ids=prepared.input_ids, pixels=prepared.pixels, sampling=request.sampling,
+            model=request.model, input_ids=prepared.input_ids, seen=prepared.seen, sampling=request.sampling,
             stop=request.stop, choice=choice, deadline=time.monotonic() + seconds,
             deliver=partial(deliver, choice),
         )

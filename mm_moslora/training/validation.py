@@ -28,7 +28,7 @@ from mm_moslora.errors import TrainingError, suggestion
 from mm_moslora.models.attention import set_attention, training_attention
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.generation import Prompt, encode_images, generate, stop_token_ids
-from mm_moslora.models.rows import generate_rows
+from mm_moslora.models.rows import stream_row
 from mm_moslora.models.vlm import takes_rows
 from mm_moslora.tracking.base import Sample
 from mm_moslora.training import disk
@@ -153,7 +153,7 @@ class Validator:
         if takes_rows(model):
             nothing = torch.zeros(len(ids), dtype=torch.bool)
             prompt = Example.of(id="", input_ids=ids, supervised=nothing, seen=seen)
-            return list(generate_rows(model, prompt, max_new_tokens=limit, stop_ids=stops))
+            return list(stream_row(model, prompt, max_new_tokens=limit, stop_ids=stops))
         features = None
         if seen:
             pixels = torch.cat([picture.tensors["pixel_values"] for picture in seen])

@@ -37,10 +37,10 @@ def jobs_for(models: Models, count: int, tokens: int, done: queue.Queue[Piece]) 
         picture = Image.new("RGB", (64, 64), (index * 37 % 256, index * 91 % 256, index * 53 % 256))
         question = "What is shown " + "here and there " * (index % 5) + f"in picture {index}? Answer at length."
         message = Message(role="user", parts=(Picture(url="", where=""), question), where="")
+        ids, seen = models.prompt(turns_of([message]), [picture])
         made.append(
             Job(
-                model=models.default, input_ids=models.encoder.encode_prompt(turns_of([message])),
-                pixels=[models.pixels(picture)], sampling=Sampling(max_tokens=tokens), deliver=done.put,
+                model=models.default, input_ids=ids, seen=seen, sampling=Sampling(max_tokens=tokens), deliver=done.put,
                 deadline=time.monotonic() + 3600,
             )
         )  # fmt: skip

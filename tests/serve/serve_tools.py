@@ -29,6 +29,11 @@ def asking(text: str, *pictures: str, **more: Any) -> dict[str, Any]:
     return {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 6, **more}
 
 
+def pixels_of(models: Any, picture: Image.Image) -> Any:
+    """What the tower sees of a picture, ``[3, H, W]``."""
+    return models.assembly.eyes.see([picture])[0].tensors["pixel_values"][0]
+
+
 class Running:
     """A server that answers."""
 

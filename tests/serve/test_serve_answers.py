@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serve.serve_tools import asking, data_url
+from serve.serve_tools import asking, data_url, pixels_of
 
 pytest.importorskip("openai", reason="the official client is not installed (pip install openai)")
 
@@ -22,7 +22,7 @@ def alone(models: Any, text: str, pictures: list[Image.Image], count: int) -> st
     ids = models.encoder.encode_prompt([Turn.asking(text, images=len(pictures))])
     features = None
     if pictures:
-        pixels = torch.stack([models.pixels(picture) for picture in pictures])
+        pixels = torch.stack([pixels_of(models, picture) for picture in pictures])
         features = encode_images(models.assembly.model, pixels).flatten(0, 1)
     prompt = Prompt(input_ids=ids, features=features)
     (tokens,) = generate(models.assembly.model, [prompt], max_new_tokens=count, stop_ids=models.stops)

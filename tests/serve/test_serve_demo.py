@@ -57,13 +57,12 @@ def test_attention_is_that_of_the_model(pair: Any, picture: Path) -> None:
     from mm_moslora.models.generation import Prompt, embed_prompt
     from mm_moslora.serve.attention import attention_maps
 
-    pixels = [pair.pixels(Image.open(picture).convert("RGB"))]
-    ids = pair.encoder.encode_prompt([Turn.asking("what is the color?", images=1)])
-    (found,) = attention_maps(pair, "tiny", input_ids=ids, pixels=pixels, answer=[5, 6]) or []
+    ids, seen = pair.prompt([Turn.asking("what is the color?", images=1)], [Image.open(picture).convert("RGB")])
+    (found,) = attention_maps(pair, "tiny", input_ids=ids, seen=seen, answer=[5, 6]) or []
     model = pair.assembly.model
     with torch.no_grad():
         whole = torch.cat([ids, torch.tensor([5, 6])])
-        row = embed_prompt(model, Prompt(input_ids=whole, features=pair.image_tokens("tiny", pixels)))
+        row = embed_prompt(model, Prompt(input_ids=whole, features=pair.image_tokens("tiny", seen)))
         before = model.get_decoder().config._attn_implementation
         model.get_decoder().config._attn_implementation = "eager"
         layers = model.get_decoder()(inputs_embeds=row[None], output_attentions=True).attentions
@@ -73,7 +72,7 @@ def test_attention_is_that_of_the_model(pair: Any, picture: Path) -> None:
         whole == model.config.image_token_id
     ]
     assert found.flatten().tolist() == pytest.approx((mean / mean.max()).tolist(), abs=1e-5)
-    assert attention_maps(pair, "tiny", input_ids=ids, pixels=[], answer=[5]) is None
+    assert attention_maps(pair, "tiny", input_ids=ids, seen=[], answer=[5]) is None
 
 
 def test_history_of_gradio_becomes_turns(picture: Path) -> None:
@@ -91,7 +90,7 @@ def test_history_of_gradio_becomes_turns(picture: Path) -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
-@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed (extra: demo)")
+@pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed (make test-extras)")
 def test_in_a_browser(demo: Demo, picture: Path, tmp_path: Path) -> None:
     from mm_moslora.serve.demo import launch
 

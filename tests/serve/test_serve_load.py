@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serve.serve_tools import asking, data_url
+from serve.serve_tools import asking, data_url, pixels_of
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -76,15 +76,15 @@ def test_input_19_two_hundred_clients_get_answers_or_429_and_good_ones_are_right
 
 def test_fifty_at_once_never_see_each_others_pictures(models: Any, serve_with: Any) -> None:
     """A model that says the mean colour of its own pictures, whoever else is in the batch."""
-    import torch
-
     from mm_moslora.serve.engine import Engine
     from mm_moslora.serve.limits import Limits
 
     class Colours(Engine):
         def _step(self, name: str, group: Any) -> None:
             for job in group.jobs:
-                colour = [int(pixel.float().mean() * 1000) for picture in job.pixels for pixel in picture]
+                colour = [
+                    int(pixel.float().mean() * 1000) for one in job.seen for pixel in one.tensors["pixel_values"][0]
+                ]
                 self._end(job, "stop", json.dumps(colour))
             group.keep([])
 
@@ -92,7 +92,7 @@ def test_fifty_at_once_never_see_each_others_pictures(models: Any, serve_with: A
     limits = Limits(context=512)
     with serve_with(engine=Colours(models, limits)) as server, ThreadPoolExecutor(50) as pool:
         said = list(pool.map(lambda p: server.client().chat.completions.create(**asking("?", data_url(p))), pictures))
-    expected = [[int(pixel.mean() * 1000) for pixel in torch.as_tensor(models.pixels(p))] for p in pictures]
+    expected = [[int(pixel.mean() * 1000) for pixel in pixels_of(models, p)] for p in pictures]
     assert [json.loads(reply.choices[0].message.content) for reply in said] == expected
 
 

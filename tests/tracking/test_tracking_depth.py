@@ -64,7 +64,7 @@ def no_secret_below(folder: Path) -> None:
 
 def needs(package: str) -> pytest.MarkDecorator:
     missing = importlib.util.find_spec(package) is None
-    return pytest.mark.skipif(missing, reason=f"{package} is not installed (extra: {package})")
+    return pytest.mark.skipif(missing, reason=f"{package} is not installed (make test-extras)")
 
 
 def test_wandb_offline_file_holds_all_of_it(
