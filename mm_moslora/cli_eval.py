@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +37,8 @@ def eval_run(
     judge_budget: int | None = None,
     max_failed_share: float = 0.0,
     report: bool = True,
+    untuned: bool = False,
+    track: bool = True,
 ) -> int:
     """Ask a model the questions of tasks and score the answers; the same command again asks only what is missing.
 
@@ -73,6 +76,11 @@ def eval_run(
         Share of failed samples, 0 to 1, up to which the exit code is 0.
     report
         Write report.html into the run folder.
+    untuned
+        Also ask the model that the run started from, for a before and after.
+    track
+        Put scores and some samples of a run of ours into its folder, for `mm-moslora report` and `board`, and
+        the scores into the trackers of its recipe, under the adapter that was measured.
     """
     from mm_moslora_eval import cli as evaluation
 
@@ -81,20 +89,29 @@ def eval_run(
         print(evaluation.dry_run(names))
         return 0
     quiet_libraries()
+    from mm_moslora_eval.evidence import UNTUNED, keep
     from mm_moslora_eval.open_model import open_model
     from mm_moslora_eval.runner import Settings
 
     settings = Settings(batch_size=1 if reference else batch_size, limit=limit, samples=samples, seed=seed)
+    shared: dict[str, Any] = {"settings": settings, "judge": evaluation.make_judge(judge, output, budget=judge_budget)}
+    before = []
+    if untuned:
+        start = partial(open_model, model, precision=precision, reference=reference, untuned=True)
+        before = evaluation.run(start, names, output / UNTUNED, progress=evaluation.Bars(), **shared)
     results = evaluation.run(
-        lambda: open_model(model, precision=precision, reference=reference),
+        partial(open_model, model, precision=precision, reference=reference),
         names,
         output,
         modes=modes,
         baselines=baselines,
-        settings=settings,
         progress=evaluation.Bars(),
-        judge=evaluation.make_judge(judge, output, budget=judge_budget),
+        **shared,
     )
+    if track and settings.rank == 0:
+        keep(Path(model), results, output, before=before)
+    if before:
+        print(f"Before tuning:\n{evaluation.table(before)}\n\nAfter:")
     return _eval_results(results, output, max_failed_share=max_failed_share, report=report) if settings.rank == 0 else 0
 
 

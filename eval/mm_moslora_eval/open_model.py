@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
-def open_model(name: str, *, precision: Precision = "auto", reference: bool = False) -> Model:
+def open_model(name: str, *, precision: Precision = "auto", reference: bool = False, untuned: bool = False) -> Model:
     """Load a model.
 
     Args:
         name: `FOLDER` (a run, a checkpoint or an export), `hf:ID_OR_FOLDER`, `openai:URL#MODEL`, `replay:FILE`.
         precision: dtype of the weights; auto: bf16 on an accelerator that has it, else fp32.
         reference: one question at a time, nothing shared.
+        untuned: the model that a run or checkpoint started from: its recipe's parts before any step.
 
     Raises:
         EvalError: not such a name, or nothing loadable there.
@@ -49,10 +50,15 @@ def open_model(name: str, *, precision: Precision = "auto", reference: bool = Fa
             "openai:URL#MODEL, replay:FILE."
         )
     from mm_moslora import distributed
-    from mm_moslora.models.load import load
+    from mm_moslora.models.build import assemble
+    from mm_moslora.models.load import MANIFEST, find_checkpoint, load, recipe_of
     from mm_moslora.models.vlm import takes_rows
 
-    assembly = load(name, dtype=dtype)
+    folder = find_checkpoint(Path(name))
+    if untuned and not (folder / MANIFEST).is_file():
+        raise EvalError(f"{name} is an export, which knows no model before tuning. Give a run or a checkpoint.")
+    assembly = assemble(recipe_of(folder).model, dtype=dtype) if untuned else load(folder, dtype=dtype)
+    name = f"{name}, before tuning" if untuned else name
     assembly.model.to(distributed.device())  # type: ignore[arg-type]
     if takes_rows(assembly.model):
         from .transformers_model import TransformersModel

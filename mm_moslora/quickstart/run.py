@@ -120,8 +120,8 @@ def _track(rows: list[dict[str, Any]], tune: Recipe, *, step: int) -> None:
 
     run = Path(tune.train.output)
     trackers = build_trackers(tune.track)
-    trackers.start(tune.to_dict(), run, resume_step=step)
-    trackers.log_evaluation(rows, adapter=adapter_digest(run / folder_name(step) / "adapter"))
+    trackers.reopen(tune.to_dict(), run)
+    trackers.log_evaluation(rows, adapter=adapter_digest(run / folder_name(step) / "adapter"), step=step)
     trackers.finish(ok=True)
 
 

@@ -57,6 +57,9 @@ class Tracker(Protocol):
             resume_step: the last step whose results are kept; None for a fresh run.
         """
 
+    def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
+        """Open a run that is over, to add to it; nothing that was recorded is cut off."""
+
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers at a step."""
 
@@ -69,12 +72,13 @@ class Tracker(Protocol):
     def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
         """Record a folder, such as an adapter, by name."""
 
-    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None) -> None:
+    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
         """Record scores and what they belong to.
 
         Args:
             rows: of `evaluation.json`.
             adapter: sha256 of the adapter's weights; None: no adapter.
+            step: of the checkpoint that was measured.
         """
 
     def alert(self, title: str, text: str) -> None:
@@ -111,6 +115,11 @@ class Trackers:
         clean = redact(dict(config) | ({"environment": environment()} if self._trackers else {}))
         self._each("start", lambda tracker: tracker.start(clean, run_folder, resume_step=resume_step))
 
+    def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
+        """Open a run that is over everywhere; see `Tracker.reopen`."""
+        clean = redact(dict(config))
+        self._each("reopen the run", lambda tracker: tracker.reopen(clean, run_folder))
+
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers everywhere; see `Tracker.log`."""
         self._each("log", lambda tracker: tracker.log(metrics, step))
@@ -123,9 +132,9 @@ class Trackers:
             self._each("log", lambda tracker: tracker.log(mean_figures(rows), step))
             self._each("log mixers", lambda tracker: tracker.log_mixers(rows, step))
 
-    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None = None) -> None:
+    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None = None, step: int) -> None:
         """Record scores everywhere; see `Tracker.log_evaluation`."""
-        self._each("log an evaluation", lambda tracker: tracker.log_evaluation(rows, adapter=adapter))
+        self._each("log an evaluation", lambda tracker: tracker.log_evaluation(rows, adapter=adapter, step=step))
 
     def alert(self, alert: Alert) -> None:
         """Tell everywhere; see `Tracker.alert`."""
@@ -213,6 +222,11 @@ def adapter_digest(folder: Path) -> str | None:
             with (folder / name).open("rb") as stream:
                 return hashlib.file_digest(stream, "sha256").hexdigest()
     return None
+
+
+def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """`eval/TASK`: the score of the tuned model on its own pictures."""
+    return {f"eval/{row.get('task') or 'score'}": float(row["mean"]) for row in rows if row.get("name") == "tuned"}
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 SAMPLES = "tracked_samples.jsonl"
 ALERTS = "alerts.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 ENVIRONMENT = "environment.json"
 
 
@@ -65,6 +66,10 @@ class JsonlTracker:
             (run_folder / ENVIRONMENT).write_text(json.dumps(config["environment"], indent=1) + "\n", encoding="utf-8")
         self._metrics = (run_folder / METRICS).open("a", encoding="utf-8")
 
+    def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
+        """See `Tracker.reopen`."""
+        self._folder = run_folder
+
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """See `Tracker.log`."""
         assert self._metrics is not None, "start() comes first"
@@ -87,8 +92,10 @@ class JsonlTracker:
     def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """Nothing: they are in `mixers.json`."""
 
-    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None) -> None:
-        """Nothing: it is in `evaluation.json`."""
+    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
+        """See `Tracker.log_evaluation`; one line of `evaluations.jsonl`."""
+        with (self._folder / EVALUATIONS).open("a", encoding="utf-8") as stream:
+            _write(stream, {"step": step, "time": round(time.time(), 3), "adapter": adapter, "rows": list(rows)})
 
     def alert(self, title: str, text: str) -> None:
         """See `Tracker.alert`; one line of `alerts.jsonl`."""

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.tracking.base import Sample, flat, namespaced
+from mm_moslora.tracking.base import Sample, adapter_digest, flat, headline, namespaced
 from mm_moslora.tracking.mixers import mixer_views
 from mm_moslora.tracking.pictures import thumbnail
 
@@ -54,6 +52,10 @@ class MlflowTracker:
         for key, value in flat(config).items():
             self._client.log_param(self._run, key, str(value)[:_LONGEST_VALUE])
 
+    def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
+        """See `Tracker.reopen`."""
+        self.start(config, run_folder, resume_step=0)
+
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """See `Tracker.log`."""
         for name, value in metrics.items():
@@ -83,16 +85,16 @@ class MlflowTracker:
     def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
         """See `Tracker.log_folder`."""
         self._client.log_artifacts(self._run, str(folder), f"{title}/{aliases[0] if aliases else 'latest'}")
+        digest = adapter_digest(folder)
+        if digest is not None:
+            self._client.set_tag(self._run, f"{title}.sha256", digest)
 
-    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None) -> None:
+    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
         """See `Tracker.log_evaluation`."""
-        for row in rows:
-            if row.get("name") == "tuned":
-                self._client.log_metric(self._run, f"eval/{row.get('task') or 'score'}", float(row["mean"]))
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "evaluation.json"
-            path.write_text(json.dumps({"adapter": adapter, "rows": list(rows)}), encoding="utf-8")
-            self._client.log_artifact(self._run, str(path), "evaluation")
+        for name, score in headline(rows).items():
+            self._client.log_metric(self._run, name, score, step=step)
+        scores = {"adapter": adapter, "step": step, "rows": list(rows)}
+        self._client.log_dict(self._run, scores, f"evaluation/step-{step}.json")
 
     def alert(self, title: str, text: str) -> None:
         """See `Tracker.alert`."""

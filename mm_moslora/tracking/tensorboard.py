@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.tracking.base import Sample, namespaced
+from mm_moslora.tracking.base import Sample, headline, namespaced
 from mm_moslora.tracking.mixers import mixer_views
 from mm_moslora.tracking.pictures import thumbnail
 
@@ -31,6 +31,12 @@ class TensorBoardTracker:
         )
         if resume_step is None:
             self._writer.add_text("recipe", _preformatted(json.dumps(config, indent=2, default=str)), 0)
+
+    def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
+        """See `Tracker.reopen`."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(log_dir=str(run_folder / FOLDER))  # type: ignore[no-untyped-call]
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """See `Tracker.log`."""
@@ -59,13 +65,15 @@ class TensorBoardTracker:
             self._writer.add_image(f"mixers/{view.path}", np.asarray(view.heat_map), step, dataformats="HWC")
             self._writer.add_histogram(f"mixer_spectra/{view.path}", np.asarray(view.spectrum), step)
 
-    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None) -> None:
+    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
         """See `Tracker.log_evaluation`."""
         cells = ["| task | system | n | mean | low | high |", "|---|---|---|---|---|---|"]
         for row in rows:
             named = [str(row.get(key, "")) for key in ("task", "label", "n", "mean", "low", "high")]
             cells.append("| " + " | ".join(_cell(text) for text in named) + " |")
-        self._writer.add_text("evaluation", "\n".join([*cells, "", f"adapter sha256 {adapter}"]), 0)
+        self._writer.add_text("evaluation", "\n".join([*cells, "", f"adapter sha256 {adapter}"]), step)
+        for name, score in headline(rows).items():
+            self._writer.add_scalar(name, score, step)
 
     def alert(self, title: str, text: str) -> None:
         """See `Tracker.alert`."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.tracking.base import Sample, flat, namespaced
+from mm_moslora.tracking.base import Sample, flat, headline, namespaced
 from mm_moslora.tracking.mixers import mixer_views
 from mm_moslora.tracking.pictures import thumbnail
 
@@ -24,7 +24,6 @@ class TrackioTracker:
     def __init__(self, *, project: str, run_name: str | None = None) -> None:
         self._project, self._run_name = project, run_name
         self._run: Any = None
-        self._step = 0
 
     def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
         """See `Tracker.start`."""
@@ -35,9 +34,12 @@ class TrackioTracker:
             resume="never" if resume_step is None else "allow", embed=False, auto_log_gpu=False, auto_log_cpu=False,
         )  # fmt: skip
 
+    def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
+        """See `Tracker.reopen`."""
+        self.start(config, run_folder, resume_step=0)
+
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """See `Tracker.log`."""
-        self._step = step
         self._run.log({namespaced(name): float(value) for name, value in metrics.items()}, step=step)
 
     def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
@@ -64,13 +66,9 @@ class TrackioTracker:
     def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
         """Nothing: the folder is already on this disk."""
 
-    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None) -> None:
+    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
         """See `Tracker.log_evaluation`."""
-        scores = {
-            f"eval/{row.get('task') or 'score'}": float(row["mean"]) for row in rows if row.get("name") == "tuned"
-        }
-        if scores:
-            self._run.log(scores, step=self._step)
+        self._run.log({**headline(rows), "eval/adapter": adapter or "none"}, step=step)
 
     def alert(self, title: str, text: str) -> None:
         """See `Tracker.alert`."""

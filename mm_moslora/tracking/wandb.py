@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mm_moslora.redaction import redact_text
-from mm_moslora.tracking.base import Sample, adapter_digest, namespaced
+from mm_moslora.tracking.base import Sample, adapter_digest, headline, namespaced
 from mm_moslora.tracking.mixers import mixer_views
 from mm_moslora.tracking.pictures import thumbnail
 
@@ -108,6 +108,10 @@ class WandbTracker:
             settings=_settings(),
         )
 
+    def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
+        """See `Tracker.reopen`."""
+        self.start(config, run_folder, resume_step=0)
+
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """See `Tracker.log`."""
         self._run.log({STEP: step, **{namespaced(name): float(value) for name, value in metrics.items()}})
@@ -139,7 +143,7 @@ class WandbTracker:
         )
         self._run.log({STEP: step, "adapter/mixers": table, "adapter/spectra": spectra})
 
-    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None) -> None:
+    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
         """See `Tracker.log_evaluation`: a table, and an artifact whose lineage leads to the adapter."""
         import wandb
 
@@ -147,12 +151,14 @@ class WandbTracker:
         keys = ("task", "label", "n", "mean", "low", "high")
         table = wandb.Table(columns=columns, data=[[row.get(key) for key in keys] for row in rows])  # type: ignore[no-untyped-call]
         if self._online and adapter is not None:
-            self._run.use_artifact("adapter:latest")  # an offline run cannot look artifacts up; the digest stays
-        artifact = wandb.Artifact(name=f"evaluation-{self._run.id}", type="evaluation", metadata={"adapter": adapter})
+            self._run.use_artifact(f"adapter:{_alias(adapter)}")  # an offline run cannot look it up; the digest stays
+        artifact = wandb.Artifact(
+            name=f"evaluation-{self._run.id}", type="evaluation", metadata={"adapter": adapter, "step": step}
+        )
         artifact.add(table, "scores")
         self._run.log_artifact(artifact)
-        scores = {f"eval/{row.get('task') or 'score'}": row["mean"] for row in rows if row.get("name") == "tuned"}
-        self._run.log({"eval/scores": table, **scores})
+        scores = headline(rows)
+        self._run.log({STEP: step, "eval/scores": table, **scores})
         self._run.summary.update(scores | {"eval/adapter": adapter})
 
     def alert(self, title: str, text: str) -> None:
@@ -170,6 +176,7 @@ class WandbTracker:
         digest = adapter_digest(folder)
         if digest is not None:
             metadata["sha256"] = digest
+            aliases = [*aliases, _alias(digest)]
         artifact = wandb.Artifact(name=title, type="adapter", metadata=metadata)
         artifact.add_dir(str(folder))
         self._run.log_artifact(artifact, aliases=list(aliases))
@@ -179,6 +186,11 @@ class WandbTracker:
         if self._run is not None:
             self._run.finish(exit_code=0 if ok else 1)
             self._run = None
+
+
+def _alias(digest: str) -> str:
+    """The name of an adapter's version by its weights."""
+    return f"sha256-{digest[:12]}"
 
 
 def _settings() -> Any:

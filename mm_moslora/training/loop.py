@@ -161,9 +161,12 @@ class _Loop:
                         break
             if self.best.out_of_patience:
                 logger.info("Stopped: no better %s for %d validations.", self.best.config.best, self.best.since)
-            if run.step >= self.total or self.best.out_of_patience:
+            over = run.step >= self.total or self.best.out_of_patience
+            if over:
                 self._finish()
             folder = self._last_save()
+            if over and distributed.is_main():
+                self._show_adapter(folder / "adapter")
             ok = True
         finally:
             run.counters["session_seconds"] = time.monotonic() - started
@@ -342,15 +345,13 @@ class _Loop:
         final = mixer_matrices(self.run.engine.trainable_state())
         if distributed.is_main():
             write_mixers(self.run.folder / "mixers.json", before=self.first_mixers, after=final)
-            self._show_adapter()
             disk.replace_json(self.run.folder / "summary.json", summary(self.run, self.total))
 
-    def _show_adapter(self) -> None:
+    def _show_adapter(self, adapter: Path) -> None:
         """What was learned, to the trackers: the mixers, and the adapter as an artifact."""
         mixers = self.run.folder / "mixers.json"
         if mixers.is_file():
             self.trackers.log_mixers(json.loads(mixers.read_text(encoding="utf-8")), self.run.step)
-        adapter = self.run.folder / checkpoint.folder_name(self.run.step) / "adapter"
         if adapter.is_dir():
             self.trackers.log_folder("adapter", adapter, aliases=("latest", f"step-{self.run.step}"))
 

@@ -53,7 +53,7 @@ def everything(trackers: Trackers, run: Path, sample: Sample, adapter: Path, *, 
     trackers.log_samples("answers", [sample], 2)
     trackers.log_mixers(MIXERS, 2)
     trackers.log_folder("adapter", adapter)
-    trackers.log_evaluation(SCORES, adapter=adapter_digest(adapter))
+    trackers.log_evaluation(SCORES, adapter=adapter_digest(adapter), step=2)
     trackers.alert(Alert(title="Not a number", text=f"Step 2: loss, {SECRET}"))
     trackers.finish(ok=True)
 
@@ -128,6 +128,9 @@ def test_mlflow_api_gives_it_back_and_a_resume_goes_on_in_the_same_run(
     assert run.data.params["optim.lr"] == "0.0001"
     assert run.data.params["note"] == "[redacted]"
     assert run.data.metrics["eval/shapes"] == 0.8
+    assert run.data.tags["adapter.sha256"] == adapter_digest(adapter)
+    scores = json.loads(Path(client.download_artifacts(run.info.run_id, "evaluation/step-2.json")).read_text())
+    assert (scores["adapter"], scores["rows"][0]["mean"]) == (adapter_digest(adapter), 0.8)
     assert run.data.tags["alert.not_a_number"] == "Step 2: loss, [redacted]"
     assert [item.path for item in client.list_artifacts(run.info.run_id, "adapter/latest")] == [
         "adapter/latest/adapter_config.json", "adapter/latest/moslora.safetensors",

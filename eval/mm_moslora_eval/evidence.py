@@ -1,0 +1,153 @@
+"""What an evaluation leaves with the run that it measured: scores and samples for its report, records of its trackers.
+
+The evaluation folder keeps every answer. The run folder gets `evaluation.json`, `samples.json` with small copies of the
+pictures (see `mm_moslora.report.schema`), and each tracker of its recipe the scores, under the digest of the adapter.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .results import TaskResult
+from .suite import read_samples
+
+logger = logging.getLogger(__name__)
+
+UNTUNED = "untuned"
+"""Folder, in that of an evaluation, with the answers of the model before tuning."""
+MOST_SAMPLES = 24
+"""Questions of one evaluation that a run folder shows."""
+_MODES = {
+    "own": ("tuned", "Tuned"), "wrong": ("wrong_image", "Tuned, wrong picture"),
+    "blind": ("blind", "Tuned, blind (mean colour)"), "question_majority": ("best_answer", "Best answer per question"),
+    "majority": ("majority", "Most frequent answer"),
+}  # fmt: skip
+
+
+def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Sequence[TaskResult] = ()) -> None:
+    """Put scores beside the run they belong to; nothing happens for exports and models that are not ours.
+
+    Args:
+        model: what `--model` named.
+        results: of the tuned model and baselines.
+        output: folder of the evaluation.
+        before: results of the model before tuning.
+    """
+    from mm_moslora.models.load import MANIFEST, find_checkpoint, recipe_of
+
+    if not model.is_dir() or not (find_checkpoint(model) / MANIFEST).is_file():
+        return
+    checkpoint = find_checkpoint(model).resolve()
+    run = checkpoint.parent
+    newest = find_checkpoint(run) == checkpoint
+    step = int(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["step"])
+    scored = [(result, False) for result in results] + [(result, True) for result in before]
+    rows = [row for result, early in scored if (row := _row(result, before=early, step=step))]
+    try:
+        if newest:  # a report shows the run as it ended
+            _merge(run / "evaluation.json", rows)
+            _keep_samples(run, results, output)
+    except OSError as error:
+        logger.warning("%s takes no scores (%s); they are in %s alone.", run, error.strerror, output)
+        return
+    _tell_trackers(run, recipe_of(checkpoint), rows, checkpoint / "adapter", step=step)
+
+
+def _row(result: TaskResult, *, before: bool, step: int) -> dict[str, Any] | None:
+    """A row of `evaluation.json`; None for what is no share of right answers, such as an unscored task or a sum."""
+    if not all(math.isfinite(value) and 0 <= value <= 1 for value in (result.score, result.low, result.high)):
+        return None
+    name, label = ("untuned", "Before tuning") if before else _MODES.get(result.mode, (result.mode, result.mode))
+    categories = {
+        category: {"n": int(part["n"]), "mean": part["score"], "low": part["low"], "high": part["high"]}
+        for category, part in result.categories.items()
+        if all(math.isfinite(part[key]) for key in ("score", "low", "high"))
+    }
+    return {
+        "name": name, "label": label, "task": result.task, "n": result.n, "mean": result.score, "low": result.low,
+        "high": result.high, "categories": categories, "not_inferable": result.counts.not_inferable,
+        "failed": result.counts.failed, "step": step, "protocol": result.protocol,
+    }  # fmt: skip
+
+
+def _merge(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Newer rows take the place of older ones of the same task and name; tuned rows come first."""
+    from mm_moslora.training.disk import replace_json
+
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    merged = {(row.get("task"), row.get("name")): row for row in [*known, *rows]}
+    names = ["tuned", "untuned", *(name for name, _ in _MODES.values()), *(name for _, name in merged)]
+    tasks = [task for task, _ in merged]
+    order = sorted(merged, key=lambda key: (tasks.index(key[0]), names.index(key[1])))
+    replace_json(path, [merged[key] for key in order])
+
+
+def _keep_samples(run: Path, results: Sequence[TaskResult], output: Path) -> None:
+    """Some questions of every task, spread over it, with the answers and copies of the pictures."""
+    from mm_moslora.training.disk import replace_json
+
+    own = [result for result in results if result.mode == "own"]
+    rows: list[dict[str, Any]] = []
+    for result in own:
+        after = read_samples(output / result.id)
+        old = {row["id"]: row for row in _samples_if_any(output / UNTUNED / result.id)}
+        share = max(1, MOST_SAMPLES // len(own))
+        for row in after[:: max(1, len(after) // share)][:share]:
+            earlier = old.get(row["id"], {})
+            rows.append(
+                {
+                    "image": _copied(run, row, len(rows)), "question": row["question"],
+                    "answer": row["answers"][0] if row["answers"] else "", "before": earlier.get("text"),
+                    "after": row["text"], "before_correct": _right(earlier.get("score")),
+                    "after_correct": _right(row["score"]), "task": result.task,
+                }
+            )  # fmt: skip
+    if rows:
+        replace_json(run / "samples.json", rows)
+
+
+def _samples_if_any(place: Path) -> list[dict[str, Any]]:
+    return read_samples(place) if (place / "samples.jsonl").is_file() else []
+
+
+def _right(score: float | None) -> bool | None:
+    return None if score is None else score >= 0.5
+
+
+def _copied(run: Path, row: dict[str, Any], number: int) -> str | None:
+    """A copy of a question's first picture, where it was a file."""
+    source = Path(row["paths"][0]) if row.get("paths") and row["paths"][0] else None
+    if source is None or not source.is_file():
+        return None
+    copy = run / "pictures" / f"{number:02d}{source.suffix}"
+    copy.parent.mkdir(exist_ok=True)
+    shutil.copyfile(source, copy)
+    return copy.relative_to(run).as_posix()
+
+
+def _tell_trackers(run: Path, recipe: Any, rows: Sequence[dict[str, Any]], adapter: Path, *, step: int) -> None:
+    from mm_moslora.errors import ConfigError
+    from mm_moslora.tracking import build_trackers
+    from mm_moslora.tracking.base import adapter_digest
+
+    with (run / "run.lock").open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            logger.warning("%s still trains; its trackers get no scores until it is evaluated again.", run)
+            return
+        try:
+            trackers = build_trackers(recipe.track)
+        except ConfigError as error:  # a tracker that is not installed here
+            logger.warning("Scores go to no tracker: %s", error)
+            return
+        trackers.reopen(recipe.to_dict(), run)
+        trackers.log_evaluation(rows, adapter=adapter_digest(adapter), step=step)
+        trackers.finish(ok=True)

@@ -1,0 +1,117 @@
+"""What `mm-moslora eval run --model RUN` leaves with the run: rows and samples for its report, scores for trackers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from wandb_files import read_finished
+
+from mm_moslora import cli
+from mm_moslora.tracking.base import adapter_digest
+
+RECIPE = """
+name: tiny
+model: {{language: {language}, vision: {{name: {vision}}}}}
+adapter: {{rank: 4, alpha: 8, mixer_init: kaiming}}
+data: {{train: [{{path: {records}, image_folder: {images}}}], max_length: 256}}
+optim: {{lr: 1.0e-2}}
+train: {{output: {output}, steps: 4, save_every: 2, global_batch: 8, micro_batch: 8, zero: none, precision: fp32}}
+track: {{trackers: [tensorboard, wandb], project: tests}}
+"""
+
+
+@pytest.fixture(scope="module")
+def measured(
+    tmp_path_factory: pytest.TempPathFactory, language_folder: Path, vision_folder: Path, records: Path
+) -> Path:
+    """A run with trackers, measured before and after, and once more at its middle."""
+    folder = tmp_path_factory.mktemp("measured")
+    rows = [json.loads(line) for line in records.read_text().splitlines()]
+    questions = [
+        {"question_id": row["id"], "image": row["image"], "text": "what is the color?",
+         "answer": row["conversations"][1]["value"]}
+        for row in rows if "image" in row
+    ]  # fmt: skip
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    (folder / "recipe.yaml").write_text(
+        RECIPE.format(
+            language=language_folder, vision=vision_folder, records=records, images=records.parent / "images",
+            output=folder / "run",
+        )
+    )  # fmt: skip
+    task = f"llava:{folder / 'test.jsonl'}@{records.parent / 'images'}"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
+            patch.delenv(name, raising=False)
+        patch.setenv("WANDB_MODE", "offline")
+        assert cli.run(["train", str(folder / "recipe.yaml")]) == 0
+        (folder / "metrics").write_text((folder / "run" / "metrics.jsonl").read_text())
+        line = ["eval", "run", task, "--model", str(folder / "run"), "--output", str(folder / "eval"), "--untuned"]
+        assert cli.run([*line, "--modes", "own", "--modes", "wrong", "--baselines", "majority"]) == 0
+        middle = [*line[:4], str(folder / "run" / "checkpoint-000002"), "--output", str(folder / "middle")]
+        assert cli.run(middle) == 0
+    return folder
+
+
+def test_the_run_folder_holds_what_its_report_shows(measured: Path) -> None:
+    rows = json.loads((measured / "run" / "evaluation.json").read_text())
+    assert [row["name"] for row in rows] == ["tuned", "untuned", "wrong_image", "majority"]
+    assert {row["step"] for row in rows} == {4}
+    samples = json.loads((measured / "run" / "samples.json").read_text())
+    assert len(samples) == 18
+    assert all((measured / "run" / sample["image"]).is_file() for sample in samples)
+    assert all(sample["before"] is not None and sample["after"] is not None for sample in samples)
+    assert cli.run(["report", str(measured / "run")]) == 0
+    page = (measured / "run" / "report.html").read_text()
+    assert "After tuning" in page
+    assert "Before tuning it was" in page
+    assert (measured / "run" / "metrics.jsonl").read_text() == (measured / "metrics").read_text()
+
+
+def test_every_tracker_leads_from_the_score_to_the_adapter(measured: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = measured / "run"
+    last, middle = (adapter_digest(run / f"checkpoint-{step:06d}" / "adapter") for step in (4, 2))
+    assert last != middle
+    lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["adapter"]) for line in lines] == [(4, last), (2, middle)]
+    reader = EventAccumulator(str(run / "tensorboard"))
+    reader.Reload()
+    assert {event.step for event in reader.Scalars("eval/test")} == {2, 4}
+    assert [event.step for event in reader.Scalars("train/loss")] == [1, 2, 3, 4]
+    texts = [event.tensor_proto.string_val[0] for event in reader.Tensors("evaluation/text_summary")]
+    assert all(any(digest.encode() in text for text in texts) for digest in (last, middle) if digest)
+    parts = [read_finished(path) for path in run.rglob("*.wandb")]
+    assert len({part["id"] for part in parts}) == 1  # one run for wandb, however often it was opened
+    adapters = {
+        alias for part in parts for kind, _, aliases in part["artifacts"] if kind == "adapter" for alias in aliases
+    }
+    assert f"sha256-{str(last)[:12]}" in adapters
+    named = {part["summary"]["eval/adapter"]: part["history"] for part in parts if "eval/adapter" in part["summary"]}
+    assert named.keys() == {last, middle}
+    assert any(row.get("train/step") == 4 and "eval/test" in row for row in named[last])
+
+
+def test_a_model_that_is_no_run_of_ours_is_left_alone(measured: Path, tmp_path: Path, records: Path) -> None:
+    task = f"llava:{measured / 'test.jsonl'}@{records.parent / 'images'}"
+    export = tmp_path / "export"
+    assert cli.run(["merge", str(measured / "run"), str(export)]) == 0
+    before = sorted(path.name for path in export.iterdir())
+    assert cli.run(["eval", "run", task, "--model", str(export), "--output", str(tmp_path / "eval")]) == 0
+    assert sorted(path.name for path in export.iterdir()) == before
+    kept = (measured / "run" / "evaluations.jsonl").read_text()
+    line = ["eval", "run", task, "--model", str(measured / "run"), "--output", str(tmp_path / "quiet"), "--no-track"]
+    assert cli.run(line) == 0
+    assert (measured / "run" / "evaluations.jsonl").read_text() == kept
+
+
+def test_an_export_has_no_before(measured: Path, tmp_path: Path, records: Path, capsys: Any) -> None:
+    assert cli.run(["merge", str(measured / "run"), str(tmp_path / "export")]) == 0
+    task = f"llava:{measured / 'test.jsonl'}@{records.parent / 'images'}"
+    line = ["eval", "run", task, "--model", str(tmp_path / "export"), "--output", str(tmp_path / "eval"), "--untuned"]
+    assert cli.run(line) == 1
+    assert "knows no model before tuning" in capsys.readouterr().err
