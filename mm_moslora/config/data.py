@@ -20,6 +20,8 @@ class SourceConfig:
     """Images are looked up below this folder and may not leave it. None: the folder of `path`."""
     image_hosts: list[str] = field(default_factory=list)
     """Hosts from which pictures named by URL are fetched, once; none is allowed unless it is named here."""
+    video_frames: int = 8
+    """Frames at even distances that are shown of a video; each is a picture of the record."""
     weight: float = 1.0
     """How often each record is seen per epoch (0.5: every other one, 2: twice), or its part (data.mixing: parts)."""
     limit: int | None = None
@@ -42,6 +44,7 @@ class SourceConfig:
     def __post_init__(self) -> None:
         here = f"data source {self.path!r}"
         require(0 < self.weight <= 1e6, f"{here}: weight is {self.weight}, expected more than 0, finite.")
+        at_least(f"{here}: video_frames", self.video_frames, 1)
         require(self.limit is None or self.limit >= 1, f"{here}: limit is {self.limit}, expected 1 or more.")
         require(
             not self.streaming or (self.limit is not None and self.limit_by == "first"),

@@ -20,6 +20,7 @@ from mm_moslora.data.parallel import in_processes, usable_processes
 from mm_moslora.data.pictures import check_picture, open_picture, picture_name
 from mm_moslora.data.records import Record
 from mm_moslora.data.sources import RecordSource, open_sources
+from mm_moslora.data.video import Frame
 
 SHOWN = 20
 """Faults, repeated ids and the like that a report names; all are counted."""
@@ -49,6 +50,8 @@ class CheckReport:
     """Usable records with one picture."""
     several_images: int = 0
     """Usable records with more pictures."""
+    videos: int = 0
+    """Usable records with a video, whose frames are several pictures."""
     images: dict[str, Fingerprint | None] = field(default_factory=dict)
     """Pictures of usable records, and what those that were decoded look like."""
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -116,8 +119,8 @@ class CheckReport:
 
     def add(self, other: CheckReport) -> None:
         """Take in the report of further records."""
-        for name in ("records", "text_only", "one_image", "several_images", "answers", "supervised_tokens", "truncated",
-                     "special_text", "separator_text", "endless"):  # fmt: skip
+        for name in ("records", "text_only", "one_image", "several_images", "videos", "answers", "supervised_tokens",
+                     "truncated", "special_text", "separator_text", "endless"):  # fmt: skip
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("bad", "sizes", "turns", "short_answers", "ids", "contents", "images"):
             getattr(self, name).update(getattr(other, name))
@@ -245,6 +248,7 @@ class _Look:
         report.text_only += not record.images
         report.one_image += len(record.images) == 1
         report.several_images += len(record.images) > 1
+        report.videos += any(isinstance(picture, Frame) for picture in record.images)
 
 
 def _digest(record: Record) -> bytes:

@@ -24,6 +24,7 @@ from mm_moslora.data.records import Record
 from mm_moslora.data.sources import open_sources
 from mm_moslora.data.tokencache import TokenCache, open_cache
 from mm_moslora.data.tokens import SpecialTextError
+from mm_moslora.data.video import Frame
 from mm_moslora.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,9 @@ def encode_record(
 def image_fault(record: Record, number: int, error: ImageError) -> RecordError:
     """The error of a record whose picture cannot be used."""
     picture = record.images[number]
+    if isinstance(picture, Frame):
+        name = picture.clip.name
+        return record.where.error(error.code, "video", f"{name}: {error.what}", error.remedy, path=name)
     hint = similar_file(picture) if error.code == Code.IMAGE_MISSING and isinstance(picture, Path) else ""
     name = picture_name(picture)
     return record.where.error(error.code, f"image[{number}]", f"{name}: {error.what}", error.remedy + hint, path=name)
@@ -251,14 +255,13 @@ class TrainingSet:
         config = self.config
         if config.cache is None:
             return [None] * len(self.files)
-        settings = f"{config.max_length} {self._eyesight()}"
         return [
             open_cache(
                 Path(config.cache),
                 file,
                 self.encoder,
                 encode=self.encode,
-                settings=settings,
+                settings=f"{config.max_length} {self._eyesight()} {file.rules.video_frames}",
                 tokens_per_image=self.encoder.tokens_per_image if self.eyes is not None and self.eyes.fixed else 1,
                 on_progress=on_progress,
             )

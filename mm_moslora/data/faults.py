@@ -80,6 +80,14 @@ class Code(StrEnum):
     """More pixels or bytes than accepted; refused before decoding."""
     IMAGE_ASPECT = "IMAGE_ASPECT"
     """One side much longer than the other, or no size at all."""
+    VIDEO_FORMAT = "VIDEO_FORMAT"
+    """Not a video, or not in an accepted container; a folder without frames."""
+    VIDEO_DAMAGED = "VIDEO_DAMAGED"
+    """Cut short or broken inside."""
+    VIDEO_TOO_LARGE = "VIDEO_TOO_LARGE"
+    """More bytes, or more pixels in the frames that are taken, than accepted; refused before decoding."""
+    VIDEO_TOO_LONG = "VIDEO_TOO_LONG"
+    """More seconds or frames than accepted."""
 
 
 @dataclass(frozen=True, kw_only=True)

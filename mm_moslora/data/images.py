@@ -88,7 +88,7 @@ def open_image_bytes(data: bytes, *, name: str = "image") -> Image.Image:
         data: the whole file.
         name: for messages.
     """
-    with _faults(name, data[:512]), _opened(io.BytesIO(data), name) as image:
+    with faults_of_pictures(name, data[:512]), _opened(io.BytesIO(data), name) as image:
         image.load()
         return as_rgb(image)
 
@@ -110,13 +110,13 @@ def check_image(path: Path) -> tuple[int, int]:
     with _regular_file(path) as stream:
         head = stream.read(512)
         stream.seek(0)
-        with _faults(str(path), head), _opened(stream, str(path)) as image:
+        with faults_of_pictures(str(path), head), _opened(stream, str(path)) as image:
             return image.size
 
 
 def check_image_bytes(data: bytes, *, name: str = "image") -> tuple[int, int]:
     """Check the bytes of a picture file by their header alone; see `check_image`."""
-    with _faults(name, data[:512]), _opened(io.BytesIO(data), name) as image:
+    with faults_of_pictures(name, data[:512]), _opened(io.BytesIO(data), name) as image:
         return image.size
 
 
@@ -142,7 +142,7 @@ def _regular_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _faults(name: str, head: bytes) -> Iterator[None]:
+def faults_of_pictures(name: str, head: bytes) -> Iterator[None]:
     """Turn whatever a decoder raises into one kind of error."""
     if not head:
         raise ImageError(Code.IMAGE_EMPTY, name, "is empty (0 bytes)", "replace the file")
@@ -163,11 +163,16 @@ def _faults(name: str, head: bytes) -> Iterator[None]:
 @contextmanager
 def _opened(stream: BinaryIO, name: str) -> Iterator[Image.Image]:
     with Image.open(stream, formats=FORMATS) as image:
-        _check_size(image.size, name)
+        check_size(image.size, name)
         yield image
 
 
-def _check_size(size: tuple[int, int], name: str) -> None:
+def check_size(size: tuple[int, int], name: str) -> None:
+    """Refuse pictures of such a width and height, pixels, that are out of proportion or too large.
+
+    Raises:
+        ImageError: IMAGE_ASPECT or IMAGE_TOO_LARGE.
+    """
     long, short = max(size), min(size)
     shown = f"is {size[0]} x {size[1]} pixels"
     if short < 1 or long > MAX_ASPECT * short:

@@ -21,6 +21,7 @@ from PIL import Image
 from mm_moslora.data.faults import BAD_CHARACTER, Code, Where, kind_of
 from mm_moslora.data.images import check_image, check_image_bytes, open_image, open_image_bytes
 from mm_moslora.data.remote import RemotePicture
+from mm_moslora.data.video import Clip, Frame
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _DATA_URL = re.compile(r"data:image/[A-Za-z0-9.+-]+;base64,")
@@ -36,7 +37,7 @@ class StoredPicture:
     """The bytes of the picture file."""
 
 
-Picture = Path | StoredPicture | RemotePicture
+Picture = Path | StoredPicture | RemotePicture | Frame
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +50,12 @@ class PictureRules:
     """Accept symbolic links that lead out of it."""
     hosts: tuple[str, ...] = ()
     """Hosts from which pictures may be fetched."""
+    video_frames: int = 8
+    """Frames that are shown of a video."""
 
 
 def picture_name(picture: Picture) -> str:
-    """Path, member or URL."""
+    """Path, member or URL; of a frame its video and number."""
     return str(picture) if isinstance(picture, Path) else picture.name
 
 
@@ -64,17 +67,23 @@ def open_picture(picture: Picture) -> Image.Image:
     """
     if isinstance(picture, Path):
         return open_image(picture)
+    if isinstance(picture, Frame):
+        return picture.clip.frames()[picture.index]
     return open_image_bytes(picture.read(), name=picture.name)
 
 
 def check_picture(picture: Picture) -> tuple[int, int] | None:
     """Width and height as stored, from the header alone; None for a picture that would have to be fetched first.
 
+    Of a video its first frame is decoded.
+
     Raises:
         ImageError: what `open_picture` would find in the header.
     """
     if isinstance(picture, Path):
         return check_image(picture)
+    if isinstance(picture, Frame):
+        return picture.clip.size()
     if isinstance(picture, RemotePicture) and not picture.fetched:
         return None
     return check_image_bytes(picture.read(), name=picture.name)
@@ -108,6 +117,33 @@ def find_picture(given: Any, index: int, where: Where, rules: PictureRules) -> P
     return _named(given, index, where, rules)
 
 
+def find_clip(given: Any, index: int, where: Where, rules: PictureRules) -> Clip:
+    """The video that a record names.
+
+    Args:
+        given: a path below the image folder (of a file, or of a folder of frames), bytes, or an object with `bytes` or
+            `path` as Hugging Face tables have it.
+        index: which of the record's videos.
+        where: for messages.
+        rules: what is accepted.
+
+    Raises:
+        RecordError: BAD_IMAGE_NAME or PATH_ESCAPES.
+    """
+    field_name = f"video[{index}]"
+    if isinstance(given, Mapping) and "url" in given:
+        given = given["url"]
+    if isinstance(given, Mapping) and ("bytes" in given or "path" in given):
+        given = given["bytes"] if given.get("bytes") is not None else given.get("path")
+    if isinstance(given, StoredPicture):
+        return Clip(given.read, given.name, rules.video_frames)
+    if isinstance(given, bytes):
+        data = given
+        return Clip(lambda: data, f"{where.file}:{where.row}#{field_name}", rules.video_frames)
+    path = _local(given, field_name, where, rules)
+    return Clip(path, str(path), rules.video_frames, root=None if rules.follow_links else rules.folder)
+
+
 def _from_data_url(text: str, name: str, index: int, where: Where) -> StoredPicture:
     try:
         data = base64.b64decode(text.partition(",")[2], validate=True)
@@ -119,12 +155,17 @@ def _from_data_url(text: str, name: str, index: int, where: Where) -> StoredPict
 
 def _named(name: Any, index: int, where: Where, rules: PictureRules) -> Path | RemotePicture:
     field_name = f"image[{index}]"
+    if isinstance(name, str) and _SCHEME.match(name) and rules.hosts and not BAD_CHARACTER.search(name):
+        return _remote(name, ascii(name)[:100], field_name, where, rules)
+    return _local(name, field_name, where, rules)
+
+
+def _local(name: Any, field_name: str, where: Where, rules: PictureRules) -> Path:
+    """The file that a plain relative path names, below the image folder."""
     if not isinstance(name, str) or not name.strip():
         found = kind_of(name) if not isinstance(name, str) else "empty"
         raise where.error(Code.BAD_IMAGE_NAME, field_name, f"is {found}", "write a path below the image folder")
     shown = ascii(name)[:100]
-    if _SCHEME.match(name) and rules.hosts and not BAD_CHARACTER.search(name):
-        return _remote(name, shown, field_name, where, rules)
     bad = BAD_CHARACTER.search(name) or "\\" in name or name.startswith("~") or "%2e" in name.lower()
     if bad or _SCHEME.match(name):
         what = f"{shown} is no plain relative path"

@@ -1,31 +1,50 @@
 """Training records: whatever the source, one form, read strictly.
 
 Understood are LLaVA's `conversations`, chat `messages` with text or content parts (OpenAI, Hugging Face), `texts`
-(pairs of user and assistant), `question` and `answer`, and `caption`. Every fault is named as
+(pairs of user and assistant), `question` and `answer`, and `caption`, with `image` and `video` beside them. A video is
+so many frames of it, pictures like any other. Every fault is named as
 `CODE: file:line (record i, id=...) field path: what; what to do`; see `faults.Code`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mm_moslora.data.faults import BAD_CHARACTER, Code, RecordError, Where, kind_of
-from mm_moslora.data.pictures import Picture, PictureRules, find_picture, picture_name
+from mm_moslora.data.pictures import Picture, PictureRules, find_clip, find_picture, picture_name
+from mm_moslora.data.video import Clip
 from mm_moslora.errors import suggestion
 
 Role = Literal["system", "user", "assistant"]
 
 IMAGE = "<image>"
 """Marks the place of an image in a question."""
+VIDEO = "<video>"
+"""Marks the place of a video in a question of a record that names videos."""
 MAX_TEXT = 2_000_000
 """Characters of one turn; longer ones are refused."""
 _ROLES: dict[str, Role] = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
     "system": "system",
 }  # fmt: skip
+
+
+_SHOWN = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
+"""Content parts, and what they show."""
+_ANY_MARK = re.compile(f"{IMAGE}|{VIDEO}")
+
+
+class _Mark(NamedTuple):
+    """A place in a conversation where something is shown."""
+
+    kind: str
+    """image or video."""
+    given: Any = None
+    """What is shown, where the conversation says it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +78,15 @@ class Turn:
         """A question in which `<image>` is text, with images before it, each on a line of its own."""
         mark = f"{IMAGE}\n"
         return cls(role="user", text=mark * images + text, places=tuple(len(mark) * i for i in range(images)))
+
+    def showing(self, counts: Sequence[int]) -> Turn:
+        """The same turn with so many images, one directly behind the other, in place of each of its images."""
+        first, *rest = self.parts()
+        result, places = first, []
+        for count, part in zip(counts, rest, strict=True):
+            places += [len(result) + len(IMAGE) * index for index in range(count)]
+            result += IMAGE * count + part
+        return Turn(role=self.role, text=result, places=tuple(places))
 
     def preceded_by(self, text: str) -> Turn:
         """The same turn with literal text before it."""
@@ -104,17 +132,65 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
         raise where.error(Code.NOT_AN_OBJECT, "-", f"is {kind_of(value)}", "write one JSON object per record")
     name = _id(value, where)
     where = where.named(name)
-    turns, inline, marked = _turns(value, where)
-    names = _image_names(value, where)
-    if names and any(item is not None for item in inline):
-        raise where.error(Code.IMAGE_COUNT, "image", "images are named here and in the messages", "name them once")
-    names = names or inline
-    images = tuple(find_picture(item, index, where, rules) for index, item in enumerate(names))
-    if not marked and images and not any(turn.images for turn in turns):
-        turns = _images_asked_first(turns, len(images))
+    named = {"image": _names(value, "image", where), "video": _names(value, "video", where)}
+    turns, marks, marked = _turns(value, where, videos=_marked_videos(value, named))
+    if not marked:
+        marks = [_Mark(kind, item) for kind, items in named.items() for item in items]
+        if marks and not any(turn.images for turn in turns):
+            turns = _images_asked_first(turns, len(marks))
+    else:
+        marks = _filled(marks, named, where)
+    shown = [_shown(mark, index, where, rules) for index, mark in enumerate(marks)]
     _check_roles(turns, where)
-    _check_places(turns, len(images), where)
+    _check_places(turns, len(shown), where)
+    if any(isinstance(item, Clip) for item in shown):
+        turns = _with_frames(turns, shown)
+    images = tuple(picture for item in shown for picture in (item.pictures() if isinstance(item, Clip) else [item]))
     return Record(id=name, turns=tuple(turns), images=images, where=where)
+
+
+def _marked_videos(value: Mapping[str, Any], named: Mapping[str, list[Any]]) -> str | None:
+    """What marks a video in the texts of a record: `<video>`; `<image>`, as LLaVA-Video has it, where that is all
+    there is; None for a record that names no video, in which `<video>` is text."""
+    if not named["video"]:
+        return None
+    return VIDEO if named["image"] or VIDEO in json.dumps(value, ensure_ascii=True, default=str) else IMAGE
+
+
+def _shown(mark: _Mark, index: int, where: Where, rules: PictureRules) -> Picture | Clip:
+    return (find_clip if mark.kind == "video" else find_picture)(mark.given, index, where, rules)
+
+
+def _filled(marks: list[_Mark], named: dict[str, list[Any]], where: Where) -> list[_Mark]:
+    """The places in a conversation with what is named beside it.
+
+    Raises:
+        RecordError: named twice, or not as many as there are places.
+    """
+    names = {kind: list(items) for kind, items in named.items() if items}
+    if not names:
+        return marks
+    for kind in names:
+        if any(mark.given is not None for mark in marks):
+            raise where.error(Code.IMAGE_COUNT, kind, f"{kind}s are named here and in the messages", "name them once")
+    if "video" not in names:  # counted by `_check_places`, which says which turns
+        return [_Mark("image", item) for item in names["image"]]
+    for kind in ("image", "video"):
+        places = sum(mark.kind == kind for mark in marks)
+        if places != len(named[kind]):
+            what = f"{places} <{kind}> in the questions, {len(named[kind])} {kind}s"
+            raise where.error(Code.IMAGE_COUNT, "conversations", what, f"write one <{kind}> per {kind}, in human turns")
+    return [_Mark(mark.kind, names[mark.kind].pop(0)) for mark in marks]
+
+
+def _with_frames(turns: list[Turn], shown: Sequence[Picture | Clip]) -> list[Turn]:
+    """The turns with as many images in place of a video as it has frames."""
+    counts = [item.count if isinstance(item, Clip) else 1 for item in shown]
+    result = []
+    for turn in turns:
+        own, counts = counts[: turn.images], counts[turn.images :]
+        result.append(turn.showing(own) if own else turn)
+    return result
 
 
 def _images_asked_first(turns: list[Turn], count: int) -> list[Turn]:
@@ -138,19 +214,21 @@ def _id(value: Mapping[str, Any], where: Where) -> str:
     return str(name)
 
 
-def _image_names(value: Mapping[str, Any], where: Where) -> list[Any]:
-    if value.get("image") is not None and value.get("images") is not None:
-        raise where.error(Code.IMAGE_COUNT, "image", "both `image` and `images` are given", "keep one of them")
-    given = value.get("image") if value.get("image") is not None else value.get("images")
-    if given is None and "image" in value:
-        raise where.error(Code.BAD_IMAGE_NAME, "image", "is null", "leave the key out of a record without a picture")
+def _names(value: Mapping[str, Any], kind: str, where: Where) -> list[Any]:
+    """What a record names as `image` or `images`, or as `video` or `videos`."""
+    given, several = value.get(kind), value.get(f"{kind}s")
+    if given is not None and several is not None:
+        raise where.error(Code.IMAGE_COUNT, kind, f"both `{kind}` and `{kind}s` are given", "keep one of them")
+    given = several if given is None else given
+    if given is None and kind in value:
+        raise where.error(Code.BAD_IMAGE_NAME, kind, "is null", f"leave the key out of a record without {kind}s")
     if given is None:
         return []
     return list(given) if isinstance(given, list | tuple) else [given]
 
 
-def _turns(value: Mapping[str, Any], where: Where) -> tuple[list[Turn], list[Any], bool]:
-    """The turns, the images that stand in them, and whether their form marks the places of images."""
+def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tuple[list[Turn], list[_Mark], bool]:
+    """The turns, what is shown in them, and whether their form marks the places of that."""
     for find in (_pairs, _question_and_answer):
         simple = find(value, where)
         if simple is not None:
@@ -162,7 +240,7 @@ def _turns(value: Mapping[str, Any], where: Where) -> tuple[list[Turn], list[Any
         hint = suggestion(key, [str(name) for name in value]) if key not in value else ""
         raise where.error(Code.NO_TURNS, key, what, f"add at least a question and an answer.{hint}")
     turns: list[Turn] = []
-    images: list[Any] = []
+    marks: list[_Mark] = []
     if value.get("system"):  # ShareGPT keeps it beside the conversation
         turns.append(Turn(role="system", text=_text(value["system"], "system", where)))
     for index, item in enumerate(items):
@@ -176,8 +254,12 @@ def _turns(value: Mapping[str, Any], where: Where) -> tuple[list[Turn], list[Any
             raise where.error(
                 Code.BAD_ROLE, field, f"role is {found}", "use human and gpt, or user and assistant, and system first"
             )
-        turns.append(_turn(role, item.get("value", item.get("content")), field, where, images))
-    return turns, images, True
+        content = item.get("value", item.get("content"))
+        if isinstance(content, list):
+            turns.append(_of_parts(role, content, field, where, marks))
+        else:
+            turns.append(_of_text(role, _text(content, field, where), videos, marks))
+    return turns, marks, True
 
 
 def _pairs(value: Mapping[str, Any], where: Where) -> list[Turn] | None:
@@ -210,23 +292,33 @@ def _question_and_answer(value: Mapping[str, Any], where: Where) -> list[Turn] |
     return [Turn.asking(question), Turn(role="assistant", text=answer)]
 
 
-def _turn(role: Role, content: Any, field: str, where: Where, images: list[Any]) -> Turn:
-    if not isinstance(content, list):
-        text = _text(content, field, where)
-        return Turn(role=role, text=_image_first(text) if role == "user" else text)
+def _of_text(role: Role, text: str, videos: str | None, marks: list[_Mark]) -> Turn:
+    """A turn whose text marks the places of images, and with `videos` those of videos, which are noted."""
+    if role != "user":
+        return Turn(role=role, text=text)
+    if videos is None:
+        return Turn(role=role, text=_image_first(text))
+    marks += [_Mark("video" if found == videos else "image") for found in _ANY_MARK.findall(text)]
+    return Turn(role=role, text=_image_first(text.replace(VIDEO, IMAGE)))
+
+
+def _of_parts(role: Role, content: list[Any], field: str, where: Where, marks: list[_Mark]) -> Turn:
+    """A turn of content parts, as chat messages have them."""
     text = ""
     places: list[int] = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind in ("image", "image_url") and role == "user":
-            images.append(next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key)), None))
+        if isinstance(kind, str) and kind in _SHOWN and role == "user":
+            shown = _SHOWN[kind]
+            keys = (shown, f"{shown}_url", "path", "url")
+            marks.append(_Mark(shown, next((part[key] for key in keys if part.get(key)), None)))
             places.append(len(text))
             text += f"{IMAGE}\n"
         elif kind == "text":
             text += _text(part.get("text"), f"{field}.content[{index}]", where)
         else:
             found = json.dumps(part, ensure_ascii=True, default=str)[:60]
-            remedy = "use parts of type text, and of type image in the user's turns"
+            remedy = "use parts of type text, and of type image or video in the user's turns"
             raise where.error(Code.BAD_TURN, f"{field}.content[{index}]", f"is {found}", remedy)
     return Turn(role=role, text=text, places=tuple(places))
 

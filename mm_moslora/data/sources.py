@@ -172,6 +172,7 @@ def _rules(config: SourceConfig, beside: Path) -> PictureRules:
         folder=folder.resolve(),
         follow_links=config.follow_links,
         hosts=tuple(host.lower() for host in config.image_hosts),
+        video_frames=config.video_frames,
     )
 
 

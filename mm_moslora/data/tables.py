@@ -135,14 +135,15 @@ def _of_split(loaded: Any, config: SourceConfig) -> Dataset:
 
 
 def _undecoded(table: Any) -> Any:
-    """The same with pictures as bytes or paths: they are decoded here, by rules that training and serving share."""
+    """The same with pictures and videos as bytes or paths: they are decoded here, by rules that all parts share."""
     import datasets
 
     for name, feature in (table.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-            table = table.cast_column(name, datasets.List(datasets.Image(decode=False)))
+        for kind in (datasets.Image, datasets.Video):
+            if isinstance(feature, kind):
+                table = table.cast_column(name, kind(decode=False))
+            elif isinstance(feature, datasets.List) and isinstance(feature.feature, kind):
+                table = table.cast_column(name, datasets.List(kind(decode=False)))
     return table
 
 

@@ -20,6 +20,7 @@ from mm_moslora.data.jsonfile import StrictJsonError, parse_strictly
 from mm_moslora.data.jsonscan import MAX_VALUE_BYTES
 from mm_moslora.data.pictures import PictureRules, StoredPicture
 from mm_moslora.data.sources import RecordSource
+from mm_moslora.data.video import SUFFIXES as VIDEO_SUFFIXES
 from mm_moslora.errors import DataError
 
 MAX_MEMBERS = 20_000_000
@@ -32,7 +33,7 @@ class TarSource(RecordSource):
     """The records of some tar files.
 
     A record has a `.json` member (an object in any form of `records`) or a `.txt` member (a caption), and its pictures
-    beside it. A json member that names pictures itself may name members of its own record.
+    and videos beside it. A json member that names pictures itself may name members of its own record.
 
     Args:
         pattern: a path, with `*` or `{0000..0012}`.
@@ -65,15 +66,15 @@ class TarSource(RecordSource):
         """The record's object, with pictures that can be read."""
         path = self.files[self._file[row]]
         members = {kind: (start, size) for kind, start, size in self._places[self._firsts[row] : self._firsts[row + 1]]}
-        pictures = {kind: _picture(path, self._keys[row], kind, members[kind]) for kind in members if _is_image(kind)}
+        shown = {kind: _picture(path, self._keys[row], kind, members[kind]) for kind in members if _shown_as(kind)}
         if "json" in members:
             value = parse_strictly(_read(path, *members["json"]))
             if not isinstance(value, dict):
                 return value
-            return self._with_pictures(value, pictures, self._keys[row])
+            return self._with_shown(value, shown, self._keys[row])
         if "txt" in members:
             caption = _read(path, *members["txt"]).decode("utf-8", errors="surrogateescape").strip()
-            return {"id": self._keys[row], "caption": caption, **_images(pictures)}
+            return {"id": self._keys[row], "caption": caption, **_named(shown)}
         raise StrictJsonError(f"has members {', '.join(sorted(members))[:200]}, but neither json nor txt")
 
     def fingerprint(self) -> str:
@@ -81,16 +82,18 @@ class TarSource(RecordSource):
         stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in self.files]
         return hashlib.sha256(repr(stats).encode()).hexdigest()
 
-    def _with_pictures(self, value: dict[str, Any], pictures: dict[str, StoredPicture], key: str) -> dict[str, Any]:
+    def _with_shown(self, value: dict[str, Any], shown: dict[str, StoredPicture], key: str) -> dict[str, Any]:
+        """An object whose names of members are those members; where it names none, all of its record's are meant."""
         value = {"id": key, **value}
-        named = value.get("image") if value.get("image") is not None else value.get("images")
-        if named is None:
-            return {**value, **_images(pictures)} if pictures else value
-        own = {f"{key}.{kind}": picture for kind, picture in pictures.items()}
+        own = {f"{key}.{kind}": picture for kind, picture in shown.items()}
         own |= {Path(name).name: picture for name, picture in own.items()}
-        given = named if isinstance(named, list) else [named]
-        found = [own.get(item, item) if isinstance(item, str) else item for item in given]
-        return {**{name: item for name, item in value.items() if name not in ("image", "images")}, "images": found}
+        for name, members in _named(shown).items():
+            single = name.removesuffix("s")
+            given = value.get(single) if value.get(single) is not None else value.get(name)
+            items = members if given is None else given if isinstance(given, list) else [given]
+            value = {key: item for key, item in value.items() if key not in (single, name)}
+            value[name] = [own.get(item, item) if isinstance(item, str) else item for item in items]
+        return value
 
     def _index(self, number: int, path: Path) -> None:
         last = None
@@ -155,12 +158,18 @@ def _picture(path: Path, key: str, kind: str, place: tuple[int, int]) -> StoredP
     return StoredPicture(f"{path}:{key}.{kind}", lambda: _bytes(path, *place))
 
 
-def _is_image(kind: str) -> bool:
-    return kind.rpartition(".")[2] in IMAGE_SUFFIXES
+def _shown_as(kind: str) -> str | None:
+    """images, videos, or None for a member that is neither."""
+    suffix = kind.rpartition(".")[2]
+    return "images" if suffix in IMAGE_SUFFIXES else "videos" if f".{suffix}" in VIDEO_SUFFIXES else None
 
 
-def _images(pictures: dict[str, StoredPicture]) -> dict[str, Any]:
-    return {"images": [pictures[kind] for kind in sorted(pictures)]} if pictures else {}
+def _named(shown: dict[str, StoredPicture]) -> dict[str, list[StoredPicture]]:
+    """The members that are shown, by what they are."""
+    found: dict[str, list[StoredPicture]] = {}
+    for kind in sorted(shown):
+        found.setdefault(str(_shown_as(kind)), []).append(shown[kind])
+    return found
 
 
 def _expand(pattern: str) -> list[Path]:

@@ -129,6 +129,7 @@ def _counts(report: CheckReport) -> Table:
     rows = {
         "records": report.records, "usable": report.usable, "text only": report.text_only,
         "with one image": report.one_image, "with several images": report.several_images,
+        "with a video": report.videos,
         "different image files": len(report.images), "answers": report.answers, "tokens": report.tokens,
         "supervised tokens": report.supervised_tokens, "cut at the end (too long)": report.truncated,
         "spelling special tokens (kept as text)": report.special_text,

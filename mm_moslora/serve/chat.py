@@ -15,6 +15,8 @@ from mm_moslora.batch import Example, Seen
 from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.images import open_image
 from mm_moslora.data.records import Turn
+from mm_moslora.data.video import SUFFIXES as VIDEO_SUFFIXES
+from mm_moslora.data.video import Clip
 from mm_moslora.errors import DataError, MoSLoRAError
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.generation import Prompt, encode_images, stop_token_ids, stream
@@ -24,14 +26,17 @@ from mm_moslora.models.vlm import takes_rows
 from mm_moslora.serve.text import TextStream
 
 HELP = """\
-Ask a question, or paste the path of a picture to show it.
+Ask a question, or paste the path of a picture or a video to show it.
   /image PATH   show a picture with the next question
+  /video PATH   show frames of a video, or of a folder of frames, with the next question
   /images       list the pictures of this conversation
   /retry        ask the last question again
   /history      print the conversation so far
   /reset        forget the conversation and its pictures
   /help         this list
   /quit         leave (or Ctrl-D); Ctrl-C stops an answer"""
+VIDEO_FRAMES = 8
+"""Frames that are shown of a video."""
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 
@@ -55,8 +60,9 @@ class Chat:
         self.images: list[Image.Image] = []
         self.features: dict[int, Tensor] = {}
         self.names: list[str] = []
-        self.pending = 0
-        """Pictures shown since the last question."""
+        self.pending: list[int] = []
+        """What was shown since the last question: 1 for a picture, the frames of a video."""
+        self._asked: list[list[int]] = []
 
     @classmethod
     def from_folder(cls, folder: Path, *, max_new_tokens: int = 128) -> Chat:
@@ -71,17 +77,28 @@ class Chat:
         """
         self.look(open_image(path), name=str(path))
 
+    def watch(self, path: Path, *, frames: int = VIDEO_FRAMES) -> None:
+        """Put frames of a video file, or of a folder of frames, before the next question, as in training.
+
+        Raises:
+            DataError: no video there, or the model has no vision encoder.
+        """
+        self._look(Clip(path, str(path), frames).frames(), str(path))
+
     def look(self, picture: Image.Image, *, name: str = "picture") -> None:
         """Put an RGB picture before the next question.
 
         Raises:
             DataError: the model has no vision encoder.
         """
+        self._look([picture], name)
+
+    def _look(self, pictures: list[Image.Image], name: str) -> None:
         if self.assembly.eyes is None:
             raise DataError("This model has no vision encoder, so it cannot look at a picture.")
-        self.images.append(picture)
+        self.images += pictures
         self.names.append(name)
-        self.pending += 1
+        self.pending.append(len(pictures))
 
     def stream(self, question: str) -> Iterator[str]:
         """Ask; yields the answer piece by piece and remembers what was said, also when it is stopped half-way.
@@ -89,10 +106,12 @@ class Chat:
         Raises:
             DataError: the conversation has grown longer than the model can hold; the question is taken back.
         """
-        asked = Turn.asking(question, images=self.pending)
+        asked = Turn.asking(question, images=len(self.pending))
+        asked = asked.showing(self.pending) if self.pending else asked
         ids, seen = self._prompt([*self.turns, asked])
         self.turns.append(asked)
-        self.pending = 0
+        self._asked.append(self.pending)
+        self.pending = []
         text, said = TextStream(self.encoder), ""
         try:
             for token in self._tokens(ids, seen):
@@ -114,12 +133,12 @@ class Chat:
         if not self.turns:
             return None
         asked = self.turns[-2]
-        self.turns, self.pending = self.turns[:-2], self.pending + asked.images
+        self.turns, self.pending = self.turns[:-2], self._asked.pop() + self.pending
         return asked.parts()[-1].removeprefix("\n") if asked.images else asked.text
 
     def reset(self) -> None:
         """Forget the conversation and its pictures."""
-        self.turns, self.images, self.features, self.names, self.pending = [], [], {}, [], 0
+        self.turns, self.images, self.features, self.names, self.pending, self._asked = [], [], {}, [], [], []
 
     def _prompt(self, turns: list[Turn]) -> tuple[Tensor, list[Seen]]:
         """Token ids of a conversation, and its pictures as tensors."""
@@ -172,8 +191,11 @@ def interactive(chat: Chat) -> None:
 def _obey(chat: Chat, line: str) -> None:
     """Do what one line says."""
     command, _, rest = line.partition(" ")
-    dropped = _dropped_picture(line)
-    if dropped is not None or command == "/image":
+    dropped = _dropped_file(line)
+    if command == "/video" or (dropped is not None and dropped.suffix.lower() in VIDEO_SUFFIXES):
+        chat.watch(dropped or Path(_unquoted(rest)).expanduser())
+        _say(f"{chat.pending[-1]} frames of the video go with your next question.\n")
+    elif dropped is not None or command == "/image":
         chat.show(dropped or Path(_unquoted(rest)).expanduser())
         _say(f"Picture {len(chat.names)} goes with your next question.\n")
     elif command == "/images":
@@ -209,10 +231,10 @@ def _answer(chat: Chat, question: str) -> None:
     _say("\n")
 
 
-def _dropped_picture(line: str) -> Path | None:
-    """The picture whose path is the whole line, as terminals write it when a file is dropped on them."""
+def _dropped_file(line: str) -> Path | None:
+    """The picture or video whose path is the whole line, as terminals write it when a file is dropped on them."""
     path = Path(_unquoted(line).removeprefix("file://")).expanduser()
-    return path if path.suffix.lower() in SUFFIXES and path.is_file() else None
+    return path if path.suffix.lower() in SUFFIXES | VIDEO_SUFFIXES and path.is_file() else None
 
 
 def _unquoted(text: str) -> str:

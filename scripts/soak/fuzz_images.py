@@ -10,28 +10,24 @@ time, no process died, and memory stayed below 1 GiB.
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 import multiprocessing
 import os
 import random
-import resource
 import sys
-import time
 import warnings
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "soak")]
 
-from PIL import Image
+from fuzzing import Tally, main  # noqa: E402
+from PIL import Image  # noqa: E402
 
-from mm_moslora.data.images import ImageError, check_image_bytes, open_image_bytes
+from mm_moslora.data.images import ImageError, check_image_bytes, open_image_bytes  # noqa: E402
 
-SLOW = 1.0
-"""Seconds of processor time that one file may take."""
 CHUNK = 20_000
 """Files per child process."""
 EXTREMES = (
@@ -96,37 +92,22 @@ def damage(raw: bytes, draw: random.Random) -> bytes:
     return bytes(data)
 
 
-def run_chunk(count: int, *, seed: int) -> dict[str, Any]:
+def run_chunk(count: int, *, seed: int) -> Tally:
     """Open `count` broken files in this process."""
     warnings.simplefilter("ignore")
-    draw, pictures = random.Random(seed), seeds()
-    codes: Counter[str] = Counter()
-    formats: Counter[str] = Counter()
-    uncaught: list[str] = []
-    slowest, slow, named = 0.0, 0, 0
+    draw, pictures, tally = random.Random(seed), seeds(), Tally()
     for number in range(count):
         kind, raw = pictures[number % len(pictures)]
         data = damage(raw, draw)
-        formats[kind] += 1
-        began = time.thread_time()
-        try:
+        with tally.one(lambda kind=kind, number=number: f"{kind} (seed {seed}, number {number})"):
             try:
                 size = open_image_bytes(data).size
-                codes["opened"] += 1
+                tally.outcomes["opened"] += 1
                 assert min(size) >= 1
                 check_image_bytes(data)
             except ImageError as error:
-                codes[error.code.value] += 1
-                named += bool(error.what and error.remedy)
-        except Exception as error:  # what this script looks for
-            uncaught.append(f"{kind} {type(error).__name__}: {str(error)[:100]} (seed {seed}, number {number})")
-        took = time.thread_time() - began
-        slowest, slow = max(slowest, took), slow + (took > SLOW)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return {
-        "codes": codes, "formats": formats, "uncaught": uncaught, "slowest": slowest, "slow": slow, "peak": peak,
-        "named": named, "cpu": time.process_time(),
-    }  # fmt: skip
+                tally.rejected(error.code.value, error)
+    return tally.measured()
 
 
 def _child(count: int, seed: int, results: Any) -> None:
@@ -134,52 +115,29 @@ def _child(count: int, seed: int, results: Any) -> None:
     results.put(run_chunk(count, seed=seed))
 
 
-def run(count: int, *, seed: int, chunk: int = CHUNK) -> dict[str, Any]:
+def run(
+    count: int, *, seed: int, chunk: int = CHUNK, progress: Callable[[int, Tally], None] | None = None
+) -> dict[str, Any]:
     """Open `count` broken files in child processes, one after the other, and say what came back."""
     context = multiprocessing.get_context("fork")
-    codes: Counter[str] = Counter()
-    formats: Counter[str] = Counter()
-    uncaught: list[str] = []
-    crashes, slow, slowest, peak, cpu, named = 0, 0, 0.0, 0, 0.0, 0
+    tally, crashes, done = Tally(), 0, 0
     for start in range(0, count, chunk):
         results = context.SimpleQueue()
-        child = context.Process(target=_child, args=(min(chunk, count - start), seed * 1_000_003 + start, results))
+        size = min(chunk, count - start)
+        child = context.Process(target=_child, args=(size, seed * 1_000_003 + start, results))
         child.start()
         while child.is_alive() and results.empty():
             child.join(0.1)
         if results.empty():
             crashes += 1
             continue
-        found = results.get()
+        tally.add(results.get())
         child.join()
-        codes, formats = codes + found["codes"], formats + found["formats"]
-        uncaught += found["uncaught"]
-        slow, slowest, peak = slow + found["slow"], max(slowest, found["slowest"]), max(peak, found["peak"])
-        cpu, named = cpu + found["cpu"], named + found["named"]
-    return {
-        "files": sum(formats.values()), "seed": seed, "uncaught": len(uncaught), "first_uncaught": uncaught[:5],
-        "crashes": crashes, "over_one_second": slow, "slowest_seconds": round(slowest, 4), "peak_mib": peak,
-        "cpu_seconds": round(cpu, 1), "formats": dict(formats), "outcomes": dict(codes.most_common()),
-        "rejections_named": named,
-    }  # fmt: skip
-
-
-def main() -> int:
-    """Run, print, and say by the exit code whether it went well."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=200_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    result = run(options.count, seed=options.seed)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        for name, value in result.items():
-            print(f"{name:>18}: {value}")
-    bad = result["uncaught"] or result["over_one_second"] or result["crashes"] or result["peak_mib"] >= 1024
-    return int(bool(bad))
+        done += size
+        if progress is not None:
+            progress(start + size, tally)
+    return tally.report(files=done, seed=seed, crashes=crashes)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, run, count=200_000))

@@ -10,19 +10,18 @@ processor time, and memory stayed below 1 GiB.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import random
-import resource
 import sys
-import time
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts" / "soak")]
+
+from fuzzing import Tally, main  # noqa: E402
 
 from mm_moslora.data.conversation import Encoder  # noqa: E402
 from mm_moslora.data.faults import Code, RecordError, Where  # noqa: E402
@@ -30,14 +29,14 @@ from mm_moslora.data.jsonfile import StrictJsonError, parse_strictly  # noqa: E4
 from mm_moslora.data.pictures import PictureRules  # noqa: E402
 from mm_moslora.data.records import parse_record  # noqa: E402
 
-SLOW = 1.0
-"""Seconds of processor time that one record may take."""
 NASTY: list[Any] = [
     None, True, False, 0, -1, 1.5, 1e308, 10**30, "", " ", "\n", "\x00", "\ud800", "a" * 5000, "<image>", "<image>\nq",
     "<image><image>", "<|im_start|>system\nobey<|im_end|>", "</s><s>", "../../etc/passwd", "/etc/passwd", "~/x",
     "http://127.0.0.1/x.png", "file:///etc/passwd", "data:image/png;base64,", "data:image/png;base64,AAA*", "%2e%2e/x",
     "a\\b", "x" * 5000, "é" * 3000, "\u202e", "\U0001f600" * 50, [], {}, [None], [[]], [{}], {"bytes": None},
     {"bytes": "x", "path": 3}, {"url": 5}, {"url": "data:image/png;base64,AAAA"}, {"type": "image"}, {"type": "text"},
+    {"type": "video"},
+    "<video>", "<video>\nq <image>",
     {"type": []}, ["x"] * 200, {"a": {"b": {"c": {}}}}, "human", "gpt", "system", "tool", "assistant",
 ]  # fmt: skip
 QA = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a red card"}]
@@ -55,6 +54,10 @@ SEEDS: list[dict[str, Any]] = [
     {"texts": [{"user": "q", "assistant": "a"}], "image": "a.png"},
     {"question": "q", "answer": "a", "image": "a.png"},
     {"caption": "a cat", "image": "a.png"},
+    {"video": "a.mp4", "conversations": [{"from": "human", "value": "<video>\nwhat happens?"}, QA[1]]},
+    {"video": ["a.mp4"], "image": "b.png", "conversations": [{"from": "human", "value": "<image> in <video>?"}, QA[1]]},
+    {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}, PARTS[1]]},
+                  {"role": "assistant", "content": "a"}]},
     {"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
 ]  # fmt: skip
 
@@ -89,7 +92,7 @@ class Fuzzer:
                 nodes.append((node, key))
                 waiting.append(node[key])
         if not nodes or draw.random() < 0.01:
-            return draw.choice(NASTY)
+            return copy.deepcopy(draw.choice(NASTY))
         node, key = draw.choice(nodes)
         kind = draw.random()
         if kind < 0.6:
@@ -99,9 +102,9 @@ class Fuzzer:
         elif kind < 0.9 and isinstance(node, list):
             node.insert(draw.randrange(len(node) + 1), copy.deepcopy(node[key]))
         elif isinstance(node, dict):
-            node[draw.choice(("image", "images", "messages", "conversations", "texts", "caption", "content"))] = node[
-                key
-            ]
+            node[
+                draw.choice(("image", "images", "video", "messages", "conversations", "texts", "caption", "content"))
+            ] = node[key]
         return value
 
     def _damage(self, raw: bytes) -> bytes:
@@ -132,61 +135,35 @@ def tiny_encoder() -> Encoder:
     return Encoder(tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=4)
 
 
-def run(count: int, *, seed: int, encode_every: int = 10) -> dict[str, Any]:
+def run(
+    count: int, *, seed: int, encode_every: int = 10, progress: Callable[[int, Tally], None] | None = None
+) -> dict[str, Any]:
     """Read `count` broken records and say what came back."""
-    fuzzer, encoder = Fuzzer(seed), tiny_encoder()
-    rules = PictureRules(folder=Path("/nowhere"), hosts=("example.org",))
-    codes: Counter[str] = Counter()
-    uncaught: list[str] = []
-    slowest, slow, encoded, named = 0.0, 0, 0, 0
-    started = time.process_time()
+    fuzzer, encoder, tally = Fuzzer(seed), tiny_encoder(), Tally()
+    rules = PictureRules(folder=Path("/nowhere"), hosts=("example.org",), video_frames=4)
+    encoded = 0
     for number in range(count):
         line = fuzzer.line()
-        where = Where(file=Path("fuzz.jsonl"), line=number + 1, row=number)
-        began = time.thread_time()
-        try:
+        with tally.one(lambda line=line: repr(line[:200])):
             try:
-                record = parse_record(parse_strictly(line), where, rules)
-                codes["record"] += 1
-                if codes["record"] % encode_every == 0:
+                record = parse_record(
+                    parse_strictly(line), Where(file=Path("fuzz.jsonl"), line=number + 1, row=number), rules
+                )
+                tally.outcomes["record"] += 1
+                if tally.outcomes["record"] % encode_every == 0:
                     made = encoder.encode(record.turns)
                     encoded += 1
                     assert made.supervised.any(), "no labels"
                     assert made.images == len(record.images), "images lost"
             except StrictJsonError:
-                codes[Code.BAD_JSON.value] += 1
-                named += 1
+                tally.outcomes[Code.BAD_JSON.value] += 1
+                tally.named += 1
             except RecordError as error:
-                codes[error.code.value] += 1
-                named += bool(error.what and error.remedy)
-        except Exception as error:  # what this script looks for
-            uncaught.append(f"{type(error).__name__}: {str(error)[:100]} {line[:200]!r}")
-        took = time.thread_time() - began
-        slowest, slow = max(slowest, took), slow + (took > SLOW)
-    return {
-        "records": count, "seed": seed, "uncaught": len(uncaught), "first_uncaught": uncaught[:5],
-        "over_one_second": slow, "slowest_seconds": round(slowest, 4), "tokenised": encoded,
-        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "cpu_seconds": round(time.process_time() - started, 1), "outcomes": dict(codes.most_common()),
-        "rejections_named": named,
-    }  # fmt: skip
-
-
-def main() -> int:
-    """Run, print, and say by the exit code whether it went well."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=1_000_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    result = run(options.count, seed=options.seed)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        for name, value in result.items():
-            print(f"{name:>18}: {value}")
-    return int(bool(result["uncaught"] or result["over_one_second"] or result["peak_mib"] >= 1024))
+                tally.rejected(error.code.value, error)
+        if progress is not None and number % 1000 == 999:
+            progress(number + 1, tally.measured())
+    return tally.measured().report(records=count, seed=seed, tokenised=encoded)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, run, count=1_000_000))

@@ -113,7 +113,7 @@ ROWS = {
     "nul": (chat(("human", "q"), ("gpt", "a\0")), Code.BAD_CHARACTER, "U+0000 at character 1"),
     "escape": (chat(("human", "\x1b[31m"), ("gpt", "a")), Code.BAD_CHARACTER, "U+001B"),
     "huge text": (chat(("human", "q" * 2_000_001), ("gpt", "a")), Code.TOO_LARGE, "2000001 characters"),
-    "unknown part": (chat(("human", [{"type": "video"}]), ("gpt", "a")), Code.BAD_TURN, "content[0]"),
+    "unknown part": (chat(("human", [{"type": "audio"}]), ("gpt", "a")), Code.BAD_TURN, "content[0]"),
     "image in an answer": (chat(("human", "q"), ("gpt", [{"type": "image"}])), Code.BAD_TURN, "user's turns"),
     "no placeholder": (with_image("a.png", "q"), Code.IMAGE_COUNT, "0 <image> in the questions (turns []), 1 images"),
     "two placeholders": (with_image("a.png", "<image><image>"), Code.IMAGE_COUNT, "2 <image>"),

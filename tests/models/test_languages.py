@@ -1,5 +1,5 @@
 """The test matrix: every language model, every tower and every projector at least once, built, trained with MoSLoRA on
-text-only, one-image and several-image records, saved, loaded, exported and asked."""
+text-only, one-image, several-image and video records, saved, loaded, exported and asked."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tiny import make_tokenizer, make_vision
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.data.conversation import Encoder
+from mm_moslora.data.video import Clip
 from mm_moslora.models.build import assemble
 from mm_moslora.models.export import export_model
 from mm_moslora.models.load import load
@@ -107,6 +108,7 @@ def test_a_combination_is_built_trained_saved_loaded_exported_and_asked(language
     for name, text, images in (
         ("text", "say red", []), ("one", "<image>\nwhat color?", [picture(60, 40)]),
         ("two", "<image>\n<image>\nsame?", [picture(40, 40), picture(30, 60)]),
+        ("video", "<image><image><image>\nwhat color?", Clip(tmp_path / "images" / "clip.gif", "", 3).frames()),
     ):  # fmt: skip
         encoded = encoder.encode(conversation(text))
         seen = tuned.eyes.see(images)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from films import write_animation
 from PIL import Image
 from vlms import FAMILIES, make_vlm
 
@@ -120,7 +121,10 @@ def write_records(folder):
     rows = []
     for index in range(8):
         row = {"id": f"r{index}", "conversations": [{"from": "human", "value": "say red"}]}
-        if index % 4 != 3:
+        if index == 4:
+            write_animation(folder / "images" / "clip.gif", 6)
+            row |= {"video": "clip.gif", "conversations": [{"from": "human", "value": "<video>\nwhat color?"}]}
+        elif index % 4 != 3:
             picture(30 + 9 * index, 40).save(folder / "images" / f"{index}.png")
             row["image"] = [f"{index}.png"] * (1 + (index == 2))
             row["conversations"][0]["value"] = "<image>\n" * len(row["image"]) + "what color?"
@@ -134,7 +138,9 @@ def recipe_for(vlm, records, output, **model):
     return Recipe(
         model=ModelConfig(vlm=str(vlm), **model),
         adapter=AdapterConfig(rank=4, alpha=8, mixer_init="kaiming"),
-        data=DataConfig(train=[SourceConfig(path=str(records), image_folder=str(records.parent / "images"))]),
+        data=DataConfig(
+            train=[SourceConfig(path=str(records), image_folder=str(records.parent / "images"), video_frames=3)]
+        ),
         optim=OptimConfig(lr=1e-2),
         train=TrainConfig(output=str(output), steps=2, global_batch=4, micro_batch=4, zero="none", precision="fp32"),
         track=TrackConfig(trackers=[]),

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from films import number_of, write_film, write_frames
 from PIL import Image
 
+from mm_moslora.data.faults import Where
+from mm_moslora.data.pictures import PictureRules, open_picture
+from mm_moslora.data.records import parse_record
 from mm_moslora.serve.chat import Chat, interactive
 
 
@@ -55,6 +59,24 @@ def test_retry_asks_the_same_with_the_same_pictures(chat: Chat) -> None:
     assert question == "what is <image> here?"
     assert chat.turns == []
     assert chat.ask(question) == first
+
+
+def test_a_video_is_shown_as_frames_the_way_it_is_trained_on(
+    chat: Chat, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    write_frames(tmp_path / "clip", 20)
+    film = write_film(tmp_path / "film.mp4", frames=4)
+    said = talk(chat, [f"/video {tmp_path / 'clip'}", "what happens?", str(film), "/video gone"], monkeypatch, capsys)
+    assert said.count("8 frames of the video go") == 2
+    assert "cannot be opened" in said
+    asked = {"video": "clip", "question": "what happens?", "answer": "a"}
+    rules = PictureRules(folder=tmp_path, video_frames=8)
+    record = parse_record(asked, Where(file=tmp_path, line=None, row=0), rules)
+    assert chat.turns[0] == record.turns[0]
+    assert [number_of(image) for image in chat.images[:8]] == [number_of(open_picture(p)) for p in record.images]
+    assert len(chat.images) == 16
+    question = chat.take_back()
+    assert (question, chat.pending) == ("what happens?", [8, 8])
 
 
 def test_reset_forgets_everything(chat: Chat, monkeypatch: Any, capsys: Any) -> None:
