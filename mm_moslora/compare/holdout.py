@@ -40,7 +40,11 @@ def with_holdout(recipe: Recipe, folder: Path, *, share: float) -> Recipe:
             _split(Path(source.path), kept, held, share=share, most=MOST // len(recipe.data.train))
         images = source.image_folder or str(Path(source.path).parent)
         train.append(dataclasses.replace(source, path=str(kept), image_folder=images))
-        validation.append(SourceConfig(path=str(held), image_folder=images, follow_links=source.follow_links))
+        validation.append(
+            SourceConfig(
+                path=str(held), image_folder=images, follow_links=source.follow_links, video_frames=source.video_frames
+            )
+        )
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=train, validation=validation))
 
 

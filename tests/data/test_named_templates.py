@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,53 @@ def test_faithful_gives_the_ids_and_labels_of_llava(template: str, legacy: bool)
         ids = [-200 if token == made.image_token_id else token for token in encoded.input_ids.tolist()]
         assert ids == case["input_ids"]
         assert encoded.supervised.int().tolist() == case["supervised"]
+
+
+OTHERS = json.loads((GOLDEN.parent / "other_code_bases.json").read_text(encoding="utf-8"))
+SCAFFOLD = re.compile(r"(<[|]?[a-z_]+[|]?>|assistant|model|\n)*")
+
+
+@pytest.mark.parametrize(
+    ("code", "template"), sorted({(case["code"], case["template"]) for case in OTHERS}), ids=lambda value: value
+)
+def test_texts_and_ids_are_those_of_other_code_bases(code: str, template: str) -> None:
+    """Values of the code of LLaVA-NeXT, LLaVA++ and TinyLLaVA Factory, run on real vocabularies.
+
+    Their labels hold ours. What LLaVA-NeXT supervises besides is scaffold (role headers, markers of the user's turns).
+    LLaVA++ masks samples of several rounds wholly with a tokenizer other than Phi-3's; there is nothing to compare.
+    """
+    for case in OTHERS:
+        if (case["code"], case["template"]) != (code, template):
+            continue
+        tokenizer = copy.deepcopy(real_tokenizer(case["tokenizer"]))
+        controls = [case["eos"]] if "eos" in case else list(CHAT_TEMPLATES[template].controls)
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": [*controls, "<image>"]}, replace_extra_special_tokens=False
+        )
+        tokenizer.eos_token = case.get("eos", tokenizer.eos_token)
+        if template == "phi3":  # Phi-3's adds none
+            tokenizer.add_bos_token = False
+        set_chat_template(tokenizer, template, faithful=template in ("gemma", "phi3"))
+        made = Encoder(tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=1)
+        value = {"conversations": case["conversations"]}
+        pictures = sum(turn["value"].count("<image>") for turn in case["conversations"])
+        record = parse_record(
+            value | ({"image": ["a.png"] * pictures} if pictures else {}),
+            Where(file=Path("f"), line=1, row=0), PictureRules(folder=Path("/nowhere")),
+        )  # fmt: skip
+        messages = [{"role": turn.role, "content": turn.text} for turn in record.turns]
+        text = tokenizer.apply_chat_template(messages, tokenize=False).removeprefix(tokenizer.bos_token)
+        assert text.rstrip("\n") == case["text"].removeprefix(tokenizer.bos_token).rstrip("\n")
+        if "input_ids" not in case:
+            continue
+        encoded = made.encode(record.turns)
+        ids = [-200 if token == made.image_token_id else token for token in encoded.input_ids.tolist()]
+        assert ids == case["input_ids"][: len(ids)]
+        assert not tokenizer.decode(case["input_ids"][len(ids) :]).strip("\n")  # behind the last end of turn
+        if not any(case["supervised"]):
+            continue
+        ours = encoded.supervised.int().tolist()
+        more = [b - a for a, b in zip(ours, case["supervised"], strict=False)]
+        assert min(more) == 0
+        beyond = tokenizer.decode([token for token, flag in zip(ids, more, strict=False) if flag])
+        assert SCAFFOLD.fullmatch(beyond), beyond
