@@ -63,7 +63,7 @@ def _parts(found: Plan) -> Any:
 def _options(found: Plan) -> Any:
     from rich.table import Table
 
-    table = Table("setting", "GiB", "tokens/s", "hours", "fits", box=None)
+    table = Table("setting", "GiB", "tokens/s", "time", "fits", box=None)
     fastest = sorted(found.options, key=lambda option: -option.tokens_per_second)
     chosen = [option for option in fastest if option is found.best]
     others = [option for option in fastest if option is not found.best]
@@ -71,10 +71,15 @@ def _options(found: Plan) -> Any:
     for option in [*chosen, *fitting, *[option for option in others if not option.fits][: SHOWN // 2]]:
         table.add_row(
             ("[bold]" if option is found.best else "") + option.label,
-            f"{option.memory.total / 2**30:.1f}", f"{option.tokens_per_second:,.0f}", f"{found.hours(option):.1f}",
+            f"{option.memory.total / 2**30:.1f}", f"{option.tokens_per_second:,.0f}", _hours(found.hours(option)),
             "[green]yes[/]" if option.fits else f"[red]no[/]: {_reason(option)}",
         )  # fmt: skip
     return table
+
+
+def _hours(hours: float) -> str:
+    """`3.4 h`, or minutes where that says more."""
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min" if hours >= 1 / 60 else "under 1 min"
 
 
 def _memory(option: Option) -> Any:
@@ -97,8 +102,9 @@ def _verdict(console: Any, found: Plan, price: float | None) -> None:
     from mm_moslora.planning import utilisation
 
     gpus, best = found.gpus, found.best
+    epochs = "1 epoch" if found.epochs == 1 else f"{found.epochs:g} epochs"
     console.print(
-        f"Data: {found.data.samples:,} samples of {found.data.tokens:,.0f} tokens, {found.epochs:g} epochs. "
+        f"Data: {found.data.samples:,} samples of {found.data.tokens:,.0f} tokens, {epochs}. "
         f"FLOPs per sample: {found.flops.total / 1e12:.1f} T "
         f"(base {found.flops.base / found.flops.total:.0%}, adapters {found.flops.adapters / found.flops.total:.0%}, "
         f"attention {found.flops.attention / found.flops.total:.0%}, head {found.flops.head / found.flops.total:.0%}, "
@@ -110,11 +116,11 @@ def _verdict(console: Any, found: Plan, price: float | None) -> None:
     hours, share = found.hours(best), utilisation(gpus, found.footprint)
     console.print(
         f"[bold]{best.label}[/]: {best.memory.total / 2**30:.0f} of {gpus.memory / 2**30:.0f} GiB, "
-        f"{best.tokens_per_second:,.0f} tokens/s, {hours:.1f} h ({hours / 1.2:.1f} to {hours / 0.8:.1f}) at "
+        f"{best.tokens_per_second:,.0f} tokens/s, {_hours(hours)} ({_hours(hours / 1.2)} to {_hours(hours / 0.8)}) at "
         f"{share:.0%} of the peak."
     )
     if price is not None:
-        console.print(f"Cost: {hours * gpus.count * price:,.0f} at {price:g} per GPU and hour.")
+        console.print(f"Cost: {hours * gpus.count * price:,.2f} at {price:g} per GPU and hour.")
     console.print(
         f"--train.zero {best.zero} --train.micro_batch {best.micro_batch} "
         f"--train.gradient_checkpointing {str(best.checkpointing).lower()}"

@@ -5,12 +5,14 @@ Shapes: ``T`` tokens, ``D`` LLM width, ``F`` MLP width, ``N`` images.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mm_moslora.config import Recipe
 from mm_moslora.errors import ModelError
@@ -70,16 +72,17 @@ def footprint(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16) -> Footpri
     config: Any = bones.model.config.get_text_config()
     inner = config.intermediate_size
     kept = _kept_by_layer(bones, dtype) / PROBE
+    image = _per_image(bones, dtype)
     return Footprint(
         parts=parts, frozen=frozen, trainable=trainable, weight_bytes=(frozen - packed) * size + packed * each,
         value_bytes=size, layers=bones.layers, width=config.hidden_size, vocabulary=config.vocab_size,
         tokens_per_image=bones.tokens_per_image, kept_per_layer=kept,
-        kept_elsewhere=config.hidden_size * (2 * size + 4), kept_per_image=_kept_per_image(bones, dtype),
+        kept_elsewhere=config.hidden_size * (2 * size + 4), kept_per_image=image.kept,
         # A gated MLP's backward pass holds four of its inner width and as many of the model's.
         workspace_per_token=4 * (inner + config.hidden_size) * size,
-        workspace_per_image=_tower_workspace(bones, size),
+        workspace_per_image=image.workspace,
         is_lean=kept <= (10 * config.hidden_size + 2.5 * inner) * size,
-        counter=FlopCounter(bones.model, layers=bones.layers),
+        counter=FlopCounter(bones.model, layers=bones.layers, tower_flops=image.flops),
     )  # fmt: skip
 
 
@@ -118,27 +121,51 @@ def _kept_by_layer(bones: Skeleton, dtype: torch.dtype) -> int:
             raise ModelError(f"{type(layer).__name__} cannot be planned: {error}") from error
 
 
-def _kept_per_image(bones: Skeleton, dtype: torch.dtype) -> float:
-    inner: Any = getattr(bones.model, "model", None)
-    tower, projector = getattr(inner, "vision_tower", None), getattr(inner, "multi_modal_projector", None)
-    if tower is None or projector is None:
-        return 0.0
-    config = tower.config
-    patches = (config.image_size // config.patch_size) ** 2
+@dataclass(frozen=True, kw_only=True)
+class _PerImage:
+    """What one picture costs, counted by running tower and projector on the meta device."""
+
+    kept: float = 0.0
+    workspace: float = 0.0
+    flops: float | None = None
+    """Of the tower's forward pass; None: there is no tower of ours to count."""
+
+
+def _per_image(bones: Skeleton, dtype: torch.dtype) -> _PerImage:
+    spec, inner = bones.image, getattr(bones.model, "model", None)
+    if spec is None or inner is None:
+        return _PerImage()
+    tower, projector = cast(Any, inner).vision_tower, cast(Any, inner).multi_modal_projector
     with torch.device("meta"):
-        features = torch.zeros(1, patches, config.hidden_size, dtype=dtype)
-        kept = kept_bytes(lambda: projector(features), projector)
+        kept = kept_bytes(lambda: projector(torch.zeros(1, spec.tokens, spec.width, dtype=dtype)), projector)
+        pixels = torch.zeros(1, 3, spec.size, spec.size, dtype=_dtype_of(tower, dtype))
+        with torch.no_grad(), _widest(tower) as widest, FlopCounterMode(display=False) as counted:
+            tower(pixels)
         if any(parameter.requires_grad for parameter in tower.parameters()):
-            pixels = torch.zeros(1, 3, config.image_size, config.image_size, dtype=dtype, requires_grad=True)
-            kept += kept_bytes(lambda: tower(pixels), tower)
-    return float(kept)
+            kept += kept_bytes(lambda: tower(pixels.requires_grad_()), tower)
+    size = torch.finfo(dtype).bits // 8
+    # The widest layer's input and output, the residual stream and a norm's copies of it, and the picture itself.
+    workspace = max(widest) + 4 * spec.tokens * spec.width * size + 3 * spec.size**2 * (4 + size)
+    return _PerImage(kept=float(kept), workspace=float(workspace), flops=float(counted.get_total_flops()))
 
 
-def _tower_workspace(bones: Skeleton, size: int) -> float:
-    tower: Any = getattr(getattr(bones.model, "model", None), "vision_tower", None)
-    if tower is None:
-        return 0.0
-    config = tower.config
-    patches = (config.image_size // config.patch_size) ** 2 + 1
-    pixels = 3 * config.image_size**2 * (4 + size)
-    return float(pixels + patches * size * (2 * config.intermediate_size + 4 * config.hidden_size))
+def _dtype_of(tower: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """Convolutions need pixels in their own type: towers with running statistics stay in fp32."""
+    return next((parameter.dtype for parameter in tower.parameters()), dtype)
+
+
+@contextmanager
+def _widest(module: nn.Module) -> Iterator[list[int]]:
+    """Bytes that each leaf module takes in and gives out."""
+    found: list[int] = [0]
+
+    def note(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors = [item for item in (*inputs, output) if isinstance(item, Tensor)]
+        found.append(sum(item.nbytes for item in tensors))
+
+    handles = [leaf.register_forward_hook(note) for leaf in module.modules() if not list(leaf.children())]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

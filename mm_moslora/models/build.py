@@ -107,10 +107,10 @@ def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Asse
     if config.vision is None:
         return Assembly(model=language, tokenizer=tokenizer, base=base)
     tower, spec = load_vision(config.vision, dtype=dtype)
-    shape = _projector_shape(config, spec, language.config)
+    shape = projector_shape(config, spec, language.config)
     tokens = projector_tokens(config.projector.kind, shape) + (1 if config.vision.select == "cls_patch" else 0)
     image_token_id = add_image_token(language, tokenizer)
-    settings = _llava_settings(config.vision, spec, tower, language, image_token_id=image_token_id, tokens=tokens)
+    settings = llava_settings(config.vision, spec, tower, language.config, image_token_id=image_token_id, tokens=tokens)
     standard = is_standard(config, spec, tower)
     if not standard and config.vision.select == "cls_patch":
         raise ModelError(
@@ -121,7 +121,7 @@ def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Asse
         require_anyres(config, spec, tower, standard=standard)
         model = compose_anyres(config, settings, spec, dtype=dtype)
     else:
-        model = _compose(config, settings, shape, standard=standard, prefix=spec.prefix)
+        model = compose(config, settings, shape, standard=standard, prefix=spec.prefix)
     projector = build_projector(config.projector.kind, shape).to(dtype)
     if config.projector.weights:
         load_projector(projector, Path(config.projector.weights), newline=newline_of(model))
@@ -311,7 +311,7 @@ def text_and_images(config: ModelConfig) -> TextAndImages:
     if config.vision is None:
         return TextAndImages(tokenizer=tokenizer)
     _, spec = load_vision(config.vision)
-    shape = _projector_shape(config, spec, language)
+    shape = projector_shape(config, spec, language)
     tokens = projector_tokens(config.projector.kind, shape) + (config.vision.select == "cls_patch")
     token = register_image_token(tokenizer)
     if config.image_aspect == "anyres":
@@ -349,7 +349,8 @@ def _ready_text_and_images(config: ModelConfig) -> TextAndImages:
     )
 
 
-def _projector_shape(config: ModelConfig, spec: ImageSpec, language: PreTrainedConfig) -> ProjectorShape:
+def projector_shape(config: ModelConfig, spec: ImageSpec, language: PreTrainedConfig) -> ProjectorShape:
+    """What a recipe's projector joins."""
     return ProjectorShape(
         vision_width=spec.width,
         language_width=language.get_text_config().hidden_size,
@@ -360,28 +361,29 @@ def _projector_shape(config: ModelConfig, spec: ImageSpec, language: PreTrainedC
     )
 
 
-def _llava_settings(
+def llava_settings(
     vision: VisionConfig,
     spec: ImageSpec,
     tower: PreTrainedModel,
-    language: PreTrainedModel,
+    language: PreTrainedConfig,
     *,
     image_token_id: int,
     tokens: int,
 ) -> dict[str, Any]:
+    """Keys of `LlavaConfig`, and of ours, for these parts."""
     drop_prefix = vision.select == "patch" and spec.prefix > 0
     return {
         "vision_config": tower.config,
-        "text_config": language.config.get_text_config(),
+        "text_config": language.get_text_config(),
         "image_token_index": image_token_id,
         "image_seq_length": tokens,
         "vision_feature_layer": vision.feature_layer,
         "vision_feature_select_strategy": "default" if drop_prefix else "full",
-        "tie_word_embeddings": bool(language.config.get_text_config().tie_word_embeddings),
+        "tie_word_embeddings": bool(language.get_text_config().tie_word_embeddings),
     }
 
 
-def _compose(
+def compose(
     config: ModelConfig, settings: dict[str, Any], shape: ProjectorShape, *, standard: bool, prefix: int
 ) -> PreTrainedModel:
     """The empty shell: every module on the meta device, to be replaced by the loaded parts."""

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlavaConfig, PreTrainedModel
-from transformers import LlavaForConditionalGeneration as Llava
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from mm_moslora.config import Recipe
 from mm_moslora.errors import ModelError
 from mm_moslora.models.attention import SEGMENTS, set_attention
-from mm_moslora.models.build import Assembly
+from mm_moslora.models.build import Assembly, compose, is_standard, llava_settings, projector_shape
 from mm_moslora.models.lean import use_lean_layers
-from mm_moslora.models.projector import projector_class
-from mm_moslora.models.projector_parts import ProjectorShape
+from mm_moslora.models.projector import projector_tokens
 from mm_moslora.models.trainable import attach_adapters
-from mm_moslora.models.vlm import VlmConfig, VlmForConditionalGeneration, part_of, takes_rows
+from mm_moslora.models.vision import ImageSpec, sketch_vision
+from mm_moslora.models.vlm import part_of, takes_rows
 
 LAYERS = 2
 
@@ -35,6 +34,8 @@ class Skeleton:
     layers: int
     """Decoder layers of the whole model."""
     tokens_per_image: int
+    image: ImageSpec | None
+    """Of an assembled model's tower."""
 
     @property
     def held(self) -> nn.ModuleList:
@@ -75,16 +76,16 @@ def skeleton(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16) -> Skeleton
     config = recipe.model
     with torch.device("meta"):
         if config.vlm is not None:
-            model, layers, tokens = _ready(config.vlm, config.vlm_revision)
+            model, layers, tokens, image = _ready(config.vlm, config.vlm_revision)
         else:
-            model, layers, tokens = _assembled(recipe)
+            model, layers, tokens, image = _assembled(recipe)
         cast(nn.Module, model).to(dtype)
         attach_adapters(Assembly(model=model, tokenizer=cast(Any, None)), config, recipe.adapter)
     if not takes_rows(model):
         set_attention(model, SEGMENTS)
         if config.lean_layers:
             use_lean_layers(model)
-    return Skeleton(model=model.train(), layers=layers, tokens_per_image=tokens)
+    return Skeleton(model=model.train(), layers=layers, tokens_per_image=tokens, image=image)
 
 
 def _read(name: str, revision: str | None, key: str) -> Any:
@@ -107,40 +108,29 @@ def _shortened(config: Any) -> tuple[Any, int]:
     return config, layers
 
 
-def _assembled(recipe: Recipe) -> tuple[PreTrainedModel, int, int]:
+class _Bones(NamedTuple):
+    model: PreTrainedModel
+    layers: int
+    tokens: int
+    image: ImageSpec | None
+
+
+def _assembled(recipe: Recipe) -> _Bones:
     config = recipe.model
     text, layers = _shortened(_read(str(config.language), config.language_revision, "model.language").get_text_config())
     if config.vision is None:
-        return AutoModelForCausalLM.from_config(text), layers, 0
-    if ":" in config.vision.name:
-        raise ModelError(
-            f"model.vision.name is {config.vision.name!r}; only towers of transformers can be planned without weights."
-        )
-    vision = _read(config.vision.name, config.vision.revision, "model.vision.name")
-    vision = copy.deepcopy(getattr(vision, "vision_config", vision))
-    vision.image_size = config.vision.image_size or vision.image_size
-    grid = vision.image_size // vision.patch_size
-    shape = ProjectorShape(
-        vision_width=vision.hidden_size, language_width=text.hidden_size, grid=grid, shuffle=config.projector.shuffle
-    )
-    tokens = projector_class(config.projector.kind).tokens(shape)
-    common = {
-        "vision_config": vision, "text_config": text, "image_token_index": text.vocab_size - 1,
-        "image_seq_length": tokens, "vision_feature_layer": config.vision.feature_layer,
-        "tie_word_embeddings": bool(text.tie_word_embeddings),
-    }  # fmt: skip
-    if config.projector.kind == "mlp2x_gelu":
-        return Llava(LlavaConfig(**common)), layers, tokens
-    whole = VlmConfig(
-        **common, projector_kind=config.projector.kind, projector_shuffle=config.projector.shuffle,
-        vision_width=vision.hidden_size, vision_grid=grid,
-    )  # fmt: skip
-    return VlmForConditionalGeneration(whole), layers, tokens
+        return _Bones(AutoModelForCausalLM.from_config(text), layers, 0, None)
+    tower, spec = sketch_vision(config.vision)
+    shape = projector_shape(config, spec, text)
+    tokens = projector_tokens(config.projector.kind, shape) + (1 if config.vision.select == "cls_patch" else 0)
+    settings = llava_settings(config.vision, spec, tower, text, image_token_id=text.vocab_size - 1, tokens=tokens)
+    model = compose(config, settings, shape, standard=is_standard(config, spec, tower), prefix=spec.prefix)
+    return _Bones(model, layers, tokens, spec)
 
 
-def _ready(name: str, revision: str | None) -> tuple[PreTrainedModel, int, int]:
+def _ready(name: str, revision: str | None) -> _Bones:
     config = copy.deepcopy(_read(name, revision, "model.vlm"))
     text, layers = _shortened(config.get_text_config())
     config.text_config = text
     side = getattr(config.vision_config, "patch_size", 14) * getattr(config.vision_config, "spatial_merge_size", 1)
-    return AutoModelForImageTextToText.from_config(config), layers, (448 // side) ** 2
+    return _Bones(AutoModelForImageTextToText.from_config(config), layers, (448 // side) ** 2, None)

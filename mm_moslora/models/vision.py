@@ -13,6 +13,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -89,30 +90,45 @@ def load_vision(config: VisionConfig, *, dtype: torch.dtype = torch.float32) -> 
     Raises:
         ModelError: unknown tower, a size it cannot take, a layer it does not have, or two that do not fit together.
     """
-    tower, statistics = _load_one(config)
-    spec = describe(tower, config, statistics)
-    if config.fuse_with:
-        tower, spec = _load_beside(config, tower, spec)
+    tower, spec = _load(config, weights=True)
     cast_parameters(tower, dtype)
     return tower, spec
 
 
-def _load_one(config: VisionConfig) -> tuple[PreTrainedModel, PixelStatistics]:
+def sketch_vision(config: VisionConfig) -> tuple[PreTrainedModel, ImageSpec]:
+    """What `load_vision` gives, on the meta device: only configurations are read.
+
+    Raises:
+        ModelError: as `load_vision`.
+    """
+    with torch.device("meta"):
+        return _load(config, weights=False)
+
+
+def _load(config: VisionConfig, *, weights: bool) -> tuple[PreTrainedModel, ImageSpec]:
+    tower, statistics = _load_one(config, weights=weights)
+    spec = describe(tower, config, statistics)
+    return _load_beside(config, tower, spec, weights=weights) if config.fuse_with else (tower, spec)
+
+
+def _load_one(config: VisionConfig, *, weights: bool) -> tuple[PreTrainedModel, PixelStatistics]:
     library, _, name = config.name.partition(":")
     if library == "open_clip":
-        return load_open_clip(name, config)
+        return load_open_clip(name, config, weights=weights)
     if library == "timm" or is_timm_folder(Path(config.name)):
-        return load_timm(name if library == "timm" else config.name, config)
-    return _load_transformers(config)
+        return load_timm(name if library == "timm" else config.name, config, weights=weights)
+    return _load_transformers(config, weights=weights)
 
 
-def _load_beside(config: VisionConfig, tower: PreTrainedModel, spec: ImageSpec) -> tuple[PreTrainedModel, ImageSpec]:
+def _load_beside(
+    config: VisionConfig, tower: PreTrainedModel, spec: ImageSpec, *, weights: bool
+) -> tuple[PreTrainedModel, ImageSpec]:
     """Load the second tower and join the two channel by channel (prismatic, 2402.07865, section 4.2)."""
     assert config.fuse_with is not None
     alone = dataclasses.replace(
         config, name=config.fuse_with, fuse_with=None, revision=None, image_size=config.image_size or spec.size
     )
-    second, statistics = _load_one(alone)
+    second, statistics = _load_one(alone, weights=weights)
     other = describe(second, alone, statistics)
     if other.tokens != spec.tokens:
         raise ModelError(
@@ -168,7 +184,7 @@ def describe(tower: PreTrainedModel, config: VisionConfig, pixels: PixelStatisti
     )  # fmt: skip
 
 
-def _load_transformers(config: VisionConfig) -> tuple[PreTrainedModel, PixelStatistics]:
+def _load_transformers(config: VisionConfig, *, weights: bool) -> tuple[PreTrainedModel, PixelStatistics]:
     import transformers
 
     try:
@@ -185,6 +201,10 @@ def _load_transformers(config: VisionConfig) -> tuple[PreTrainedModel, PixelStat
         )
     half = _VISION_HALF.get(whole.model_type)
     loader = getattr(transformers, half) if half else AutoModel
+    if not weights:
+        part = getattr(whole, "vision_config", whole)
+        sketch: PreTrainedModel = loader(part) if half else cast(Any, AutoModel).from_config(part)
+        return sketch, _processor_statistics(config, sketch.config)
     tower = loader.from_pretrained(config.name, revision=config.revision, dtype=torch.float32)
     return tower, _processor_statistics(config, tower.config)
 

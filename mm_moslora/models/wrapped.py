@@ -205,8 +205,8 @@ def is_timm_folder(folder: Path) -> bool:
     return "architecture" in content and content.get("model_type", "timm_wrapper") == "timm_wrapper"
 
 
-def load_timm(name: str, config: VisionConfig) -> tuple[PreTrainedModel, PixelStatistics]:
-    """A timm tower by name or folder, with its pixel statistics.
+def load_timm(name: str, config: VisionConfig, *, weights: bool = True) -> tuple[PreTrainedModel, PixelStatistics]:
+    """A timm tower by name or folder, with its pixel statistics; without weights it is only built.
 
     Raises:
         ModelError: unknown name, or weights are missing.
@@ -218,12 +218,13 @@ def load_timm(name: str, config: VisionConfig) -> tuple[PreTrainedModel, PixelSt
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         architecture, pretrained_cfg = content["architecture"], content.get("pretrained_cfg", {})
         tower = WrappedVisionModel(WrappedVisionConfig(library="timm", architecture=architecture))
-        _load_tower(tower, folder / "model.safetensors", prefixes=("timm_model.", ""))
+        if weights:
+            _load_tower(tower, folder / "model.safetensors", prefixes=("timm_model.", ""))
     else:
         tower = WrappedVisionModel(WrappedVisionConfig(library="timm", architecture=name))
-        if not config.pretrained:
+        if weights and not config.pretrained:
             logger.warning(_RANDOM, config.name)
-        else:
+        elif weights:
             tower.tower = timm.create_model(name, pretrained=True, num_classes=0)
         known = timm.get_pretrained_cfg(name)
         pretrained_cfg = known.to_dict() if known else {}
@@ -239,8 +240,10 @@ def load_timm(name: str, config: VisionConfig) -> tuple[PreTrainedModel, PixelSt
     )
 
 
-def load_open_clip(name: str, config: VisionConfig) -> tuple[PreTrainedModel, PixelStatistics]:
+def load_open_clip(name: str, config: VisionConfig, *, weights: bool = True) -> tuple[PreTrainedModel, PixelStatistics]:
     """An open_clip tower by name or folder, with its pixel statistics; as transformers' own class where it can be.
+
+    Without weights it is only built.
 
     Raises:
         ModelError: unknown name, or weights are missing.
@@ -259,7 +262,9 @@ def load_open_clip(name: str, config: VisionConfig) -> tuple[PreTrainedModel, Pi
     size = architecture["vision_cfg"].get("image_size", 224)
     wrapped = WrappedVisionConfig(library="open_clip", architecture=architecture, image_size=config.image_size or size)
     tower = WrappedVisionModel(wrapped)
-    if folder.is_dir():
+    if not weights:
+        pass
+    elif folder.is_dir():
         _load_tower(tower, folder / "model.safetensors", prefixes=("visual.", ""))
     elif config.pretrained:
         whole = open_clip.create_model(name, pretrained=config.pretrained)

@@ -113,9 +113,11 @@ class FlopCounter:
     Args:
         model: causal language model or VLM with whatever trains set; may be on the meta device.
         layers: decoder layers to count, where the model at hand holds only some of them; None: its own.
+        tower_flops: of one picture's way through the tower, where it was counted by running it; None: by arithmetic,
+            which knows transformers' towers.
     """
 
-    def __init__(self, model: PreTrainedModel, *, layers: int | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, *, layers: int | None = None, tower_flops: float | None = None) -> None:
         decoder: Any = model.get_decoder()
         config = model.config.get_text_config()
         held = list(decoder.layers)
@@ -131,11 +133,11 @@ class FlopCounter:
             self.head = head.weight.ds_numel
         heads = config.num_attention_heads
         self.attention_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) * count
-        self._count_vision(model)
+        self._count_vision(model, tower_flops)
         needs = any(parameter.requires_grad for parameter in decoder.parameters())
         self.passes_back = needs or self.projector_trains or self.tower_trains
 
-    def _count_vision(self, model: PreTrainedModel) -> None:
+    def _count_vision(self, model: PreTrainedModel, tower_flops: float | None) -> None:
         inner: Any = getattr(model, "model", None)
         tower = getattr(inner, "vision_tower", None) or getattr(inner, "visual", None)
         projector = getattr(inner, "multi_modal_projector", None)
@@ -143,16 +145,17 @@ class FlopCounter:
         linears: list[Any] = [base for _, (base, _) in _with_paths(projector)]
         self.projector_entry = float(linears[0].in_features * linears[0].out_features) if linears else 0.0
         self.tower_trains, self.projector_trains = _trains(tower), _trains(projector)
-        self.patches = self.tower_pairs = self.tower_extra = self.visual_tokens = 0.0
+        self.patches = self.tower_pairs = self.tower_once = self.visual_tokens = 0.0
         if tower is None:
             return
         config = tower.config
         self.visual_tokens = float(getattr(model.config, "image_seq_length", 256))
-        side = getattr(config, "image_size", 224) // (getattr(config, "patch_size", 0) or 16)
-        self.patches = float(side * side + getattr(config, "model_type", "").startswith("clip"))
+        self.patches = float(_patches(model.config, config))
         self.tower_pairs = self.patches**2 * config.hidden_size * getattr(config, "num_hidden_layers", 0)
         pixels = 3 * (getattr(config, "patch_size", 0) or 16) ** 2
-        self.tower_extra = 2.0 * pixels * config.hidden_size * self.patches
+        self.tower_once = 2 * self.patches * (self.tower.frozen + self.tower.trained + pixels * config.hidden_size)
+        if tower_flops is not None:
+            self.tower_once = tower_flops - 4 * self.tower_pairs - 2 * self.patches * self.tower.adapters
 
     def count(self, shape: StepShape, *, checkpointing: bool = False) -> Flops:
         """FLOPs of forward and backward passes.
@@ -169,10 +172,10 @@ class FlopCounter:
         adapters -= self.behind.adapter_cost(dropped, 0, again=again)
         passes = 1 + again + (2 if self.passes_back else 0)
         vision_tokens = shape.images * self.patches
-        tower_passes = 3 if self.tower_trains else 1
-        vision = self.tower.cost(vision_tokens, passes_back=self.tower_trains, again=0)
+        own = self.tower.trained / max(1.0, self.tower.frozen + self.tower.trained)
+        linear, attention = (2 + own, 3) if self.tower_trains else (1, 1)
+        vision = shape.images * (linear * self.tower_once + 4 * attention * self.tower_pairs)
         vision += self.tower.adapter_cost(vision_tokens, steps, again=0)
-        vision += shape.images * (4 * self.tower_pairs * tower_passes + self.tower_extra)
         seen = shape.images * self.visual_tokens
         vision += self.projector.cost(seen, passes_back=self.tower_trains or self.projector_trains, again=0)
         if self.projector_trains and not self.tower_trains:
@@ -182,6 +185,16 @@ class FlopCounter:
             base=base, adapters=adapters, attention=4 * self.attention_width * shape.pairs * passes, head=head,
             vision=vision,
         )  # fmt: skip
+
+
+def _patches(model: Any, tower: Any) -> int:
+    """Tokens in the tower, prefix included; our own models know them, whatever the size of the tower's training."""
+    if getattr(model, "vision_grid", 0):
+        return int(model.vision_grid) ** 2 + int(model.vision_prefix)
+    prefix = not getattr(tower, "model_type", "").startswith("siglip")
+    if hasattr(model, "image_seq_length"):
+        return int(model.image_seq_length) + prefix
+    return int((getattr(tower, "image_size", 224) // (getattr(tower, "patch_size", 0) or 16)) ** 2)
 
 
 def _trains(module: nn.Module | None) -> bool:

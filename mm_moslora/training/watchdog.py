@@ -154,6 +154,7 @@ class Watchdog:
             time.monotonic() - self._since, self._step, self._phase, self.verdict(), self.stacks,
         )  # fmt: skip
         sys.stderr.flush()
+        _release_torchrun()
         os._exit(EXIT_HANG)
 
     def _ask_for_stacks(self) -> None:
@@ -213,6 +214,18 @@ class Watchdog:
         if len(beats) == 1:
             return "There is one rank only."
         return f"All {len(beats)} ranks answer and wait in the same place: suspect the network between their hosts."
+
+
+def _release_torchrun() -> None:
+    """Have torchrun end with its ranks when they run on several hosts and may not be restarted.
+
+    Left alone on a host that is cut off, it waits for the others' store until TCP gives up, a quarter of an hour later.
+    """
+    several = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+    restarts, allowed = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    if several and restarts is not None and restarts == allowed:
+        with contextlib.suppress(OSError):
+            os.kill(os.getppid(), signal.SIGTERM)
 
 
 def _own_place() -> str:

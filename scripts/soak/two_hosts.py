@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from pathlib import Path
 from parts import hexed, make_parts, make_recipe, weights, write
 
 ROOT = Path(__file__).resolve().parents[2]
+ETC = Path("/etc/netns")
 STEPS = 30
 
 
@@ -79,10 +81,15 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             _ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", host.interface)
             _ip("-n", host.name, "link", "set", "lo", "up")
             host.cable("up")
+            # `ip netns exec` lays this over /etc/hosts: torchrun looks up its own host's name.
+            (ETC / host.name).mkdir(parents=True)
+            names_of = "".join(f"{other.address} {other.name}\n" for other in hosts)
+            (ETC / host.name / "hosts").write_text(f"127.0.0.1 localhost\n{names_of}")
         yield hosts[0], hosts[1]
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+            shutil.rmtree(ETC / name, ignore_errors=True)
 
 
 def start(host: Host, first: Host, recipe: str, log: Path) -> subprocess.Popen[bytes]:
@@ -109,10 +116,14 @@ def run(place: Path) -> dict[str, object]:
             logs = [place / f"{name}-{host.interface}.log" for host in hosts]
             path = write(recipe)
             running = [start(host, hosts[0], path, log) for host, log in zip(hosts, logs, strict=True)]
-            if name == "cut":
-                _wait_for_step(place / "cut", 3)
-                hosts[1].cable("down")
-            codes[name] = [process.wait(timeout=900) for process in running]
+            try:
+                if name == "cut":
+                    _wait_for_step(place / "cut", 3, running, logs)
+                    hosts[1].cable("down")
+                codes[name] = [process.wait(timeout=900) for process in running]
+            finally:
+                for process in running:
+                    process.terminate()
             if name == "cut":
                 said = "".join(log.read_text(errors="replace") for log in logs)
                 named = [line for line in said.splitlines() if "No progress for" in line or "cannot be reached" in line]
@@ -127,11 +138,12 @@ def run(place: Path) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _wait_for_step(folder: Path, step: int) -> None:
+def _wait_for_step(folder: Path, step: int, running: list[subprocess.Popen[bytes]], logs: list[Path]) -> None:
     deadline = time.monotonic() + 600
     while not list(folder.glob(f"checkpoint-{step:06d}")):
-        if time.monotonic() > deadline:
-            raise SystemExit(f"step {step} was not reached")
+        if time.monotonic() > deadline or any(process.poll() is not None for process in running):
+            said = "\n".join(log.read_text(errors="replace")[-3000:] for log in logs)
+            raise SystemExit(f"step {step} was not reached\n{said}")
         time.sleep(0.02)
 
 
@@ -144,6 +156,7 @@ def main() -> int:
     if reason is not None:
         print(f"two_hosts: {reason}", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the namespaces go
     with tempfile.TemporaryDirectory() as place:
         result = run(Path(place))
     good = bool(result["equal"]) and all(result["codes"]["cut"])  # type: ignore[index]

@@ -1,0 +1,81 @@
+"""Plans with every kind of vision tower: what is read off configurations is what loading gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import make_language, make_vision
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mm_moslora.config import Recipe, VisionConfig
+from mm_moslora.footprint import footprint
+from mm_moslora.models.skeleton import skeleton
+from mm_moslora.models.vision import load_vision, sketch_vision
+from mm_moslora.planning import DataSize, parse_gpus, plan
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, VisionConfig]:
+    folder = tmp_path_factory.mktemp("towers")
+    dino, siglip = make_vision(folder / "dinov2"), make_vision(folder / "siglip", "siglip28")
+    return {
+        "transformers": VisionConfig(name=str(dino), feature_layer=-2, image_size=42),
+        "transformers, without prefix": VisionConfig(name=str(siglip), feature_layer=-2),
+        "two side by side": VisionConfig(name=str(dino), fuse_with=str(siglip), feature_layer=-2),
+        "open_clip": VisionConfig(name="open_clip:ViT-S-32-alt", feature_layer=-2),
+        "timm, convolutions": VisionConfig(name="timm:efficientnet_lite0", feature_layer=-1),
+        "timm, transformer": VisionConfig(name="timm:vit_tiny_patch16_224", feature_layer=-2),
+    }
+
+
+KINDS = [
+    "transformers", "transformers, without prefix", "two side by side", "open_clip", "timm, convolutions",
+    "timm, transformer",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sketch_is_the_tower_without_its_weights(kind: str, towers: dict[str, VisionConfig]) -> None:
+    sketched, spec = sketch_vision(towers[kind])
+    loaded, expected = load_vision(towers[kind])
+    assert spec == expected
+    assert all(parameter.is_meta for parameter in sketched.parameters())
+    assert {n: p.shape for n, p in sketched.named_parameters()} == {n: p.shape for n, p in loaded.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_language(tmp_path_factory.mktemp("language")))
+
+
+def recipe(language: str, vision: VisionConfig, *, mode: str = "frozen") -> Recipe:
+    fields = {"name": vision.name, "feature_layer": vision.feature_layer, "mode": mode}
+    more = {"image_size": vision.image_size, "fuse_with": vision.fuse_with}
+    fields |= {key: value for key, value in more.items() if value}
+    return Recipe.from_dict({"model": {"language": language, "vision": fields}})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tower_can_be_planned_and_its_work_is_counted(kind: str, towers, language: str) -> None:
+    chosen = recipe(language, towers[kind])
+    data = DataSize(samples=1000, tokens=100)
+    found = plan(chosen, parse_gpus("2xRTX4090"), data)
+    assert found.best is not None
+    tower, spec = load_vision(towers[kind])
+    assert found.footprint.parts["vision"][0] == sum(parameter.numel() for parameter in tower.parameters())
+    # torch's counter does not know the CPU's fused attention, so attention is spelt out.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        tower.eval()(torch.zeros(1, 3, spec.size, spec.size))
+    projector = found.footprint.counter.projector
+    seen = found.footprint.counter.visual_tokens
+    back = 2 * seen * (projector.trained - found.footprint.counter.projector_entry) + 2 * seen * projector.trained
+    expected = counted.get_total_flops() + 2 * seen * projector.trained + back
+    assert found.flops.vision == pytest.approx(expected, rel=0.02)
+
+
+def test_a_tower_that_trains_needs_more_of_everything(towers, language: str) -> None:
+    frozen, trained = (footprint(recipe(language, towers["transformers"], mode=mode)) for mode in ("frozen", "full"))
+    assert trained.kept_per_image > 2 * frozen.kept_per_image
+    assert trained.trainable > frozen.trainable
+    assert skeleton(recipe(language, towers["transformers"])).tokens_per_image == 36
