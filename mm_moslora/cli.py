@@ -82,7 +82,7 @@ def _set_up_logging() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=f"{prefix}%(message)s", force=True)
     logging.getLogger("mm_moslora").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.getLogger("mm_moslora_eval").setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    for chatty in ("DeepSpeed", "bitsandbytes", "torchao"):
+    for chatty in ("DeepSpeed", "bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
 
 

@@ -6,6 +6,7 @@ import logging
 # peft imports bitsandbytes where it is installed, which then says on stderr that an optional CPU kernel is missing.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
+from mm_moslora.adapters.callback import MixerCallback
 from mm_moslora.adapters.combine import add_weighted_adapter, guard_peft, hot_swap
 from mm_moslora.adapters.config import MoSLoRAConfig
 from mm_moslora.adapters.export import Layout, export_adapter
@@ -27,6 +28,7 @@ __all__ = [
     "AdaptedModule",
     "Layout",
     "Mixer",
+    "MixerCallback",
     "MixerInit",
     "MoSLoRAConfig",
     "MoSLoRALayer",

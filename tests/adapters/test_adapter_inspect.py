@@ -8,8 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from adapters.adapter_models import llama, train_a_bit
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from mm_moslora.adapters import MoSLoRAConfig, MoSLoRALinear, add_moslora, butterfly, init_mixer, save_adapter
+from mm_moslora.adapters import (
+    MixerCallback,
+    MoSLoRAConfig,
+    MoSLoRALinear,
+    add_moslora,
+    butterfly,
+    init_mixer,
+    save_adapter,
+)
 from mm_moslora.adapters.inspect import (
     describe,
     draw,
@@ -100,3 +109,68 @@ def test_the_commands_text_names_every_module_and_the_picture(tmp_path: Path) ->
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="no adapter folder"):
         inspect_adapter(tmp_path / "nothing")
+
+
+class _Tracker(TrainerCallback):
+    """Stands where wandb's or tensorboard's own callback stands."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, dict[str, float]]] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        self.seen.append((state.global_step, dict(logs)))
+
+
+def _trainer(folder: Path, tracker: _Tracker, **changes) -> Trainer:
+    ids = torch.arange(12)
+    options = {"max_steps": 5, "logging_steps": 2, "report_to": "tensorboard", "use_cpu": True, "learning_rate": 1e-2}
+    options |= {"logging_dir": str(folder / "board")} if "logging_dir" in TrainingArguments.__dataclass_fields__ else {}
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        save_strategy="no",
+        disable_tqdm=True,
+        per_device_train_batch_size=2,
+        **options | changes,
+    )
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8))
+    rows = [{"input_ids": ids, "labels": ids}] * 4
+    return Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[tracker])
+
+
+def test_hf_trainer_logs_the_mixers_to_its_trackers(tmp_path: Path) -> None:
+    tracker = _Tracker()
+    trainer = _trainer(tmp_path, tracker)
+    trainer.add_callback(MixerCallback(trainer))
+    trainer.train()
+    mixers = [(step, logs) for step, logs in tracker.seen if "mixer/norm_update" in logs]
+    assert [step for step, _ in mixers] == [2, 4, 5]
+    expected = summary(inspect_model(trainer.model))
+    assert {name: mixers[-1][1][name] for name in expected} == pytest.approx(expected)
+    assert mixers[-1][1]["mixer/norm_update"] > mixers[0][1]["mixer/norm_update"] > 0
+    assert any("mixer/crossed_energy" in entry for entry in trainer.state.log_history)
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("events.out*"))
+    assert b"mixer/crossed_energy" in written
+
+
+def test_the_callback_has_its_own_rhythm_and_leaves_out_what_is_infinite(tmp_path: Path) -> None:
+    tracker = _Tracker()
+    trainer = _trainer(tmp_path, tracker, max_steps=3, report_to="none")
+    for layer in trainer.model.modules():
+        if isinstance(layer, MoSLoRALinear):
+            layer.lora_mixer["default"].weight.data.copy_(butterfly(4))
+            layer.lora_mixer["default"].weight.requires_grad_(False)
+    trainer.add_callback(MixerCallback(trainer, every=1))
+    trainer.train()
+    mixers = [logs for _, logs in tracker.seen if "mixer/norm_update" in logs]
+    assert len(mixers) == 3
+    assert "mixer/condition_max" not in mixers[0]
+
+
+def test_the_callback_refuses_a_model_without_the_adapter_before_the_first_step(tmp_path: Path) -> None:
+    tracker = _Tracker()
+    trainer = _trainer(tmp_path, tracker, report_to="none")
+    trainer.add_callback(MixerCallback(trainer, adapter_name="second"))
+    with pytest.raises(AdapterError, match="no adapter 'second'"):
+        trainer.train()
+    with pytest.raises(AdapterError, match="every is 0, expected at least 1"):
+        MixerCallback(trainer, every=0)
