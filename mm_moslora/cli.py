@@ -226,14 +226,15 @@ def adapters_inspect(folder: Path, *, picture: Path | None = None) -> int:
     Parameters
     ----------
     folder
-        Adapter folder, such as RUN/checkpoint-000500/adapter.
+        Adapter folder, or a checkpoint or run with one.
     picture
         Also draw the mixers and the singular values by depth into this PNG file.
     """
     quiet_libraries()
     from mm_moslora.adapters.inspect import inspection
+    from mm_moslora.models.load import adapter_folder
 
-    print(inspection(folder, picture=picture))
+    print(inspection(adapter_folder(folder), picture=picture))
     return 0
 
 

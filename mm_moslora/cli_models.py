@@ -21,9 +21,25 @@ def register(app: App) -> None:
     app.command(import_model, name="import")
 
 
-def merge(model: Path, output: Path, *, dtype: Dtype = "fp32", licence: str | None = None) -> int:
-    """Merge the adapter into the base and write one Hugging Face folder; prints the largest logit difference."""
-    return export(model, output, to="hf", dtype=dtype, licence=licence)
+def merge(
+    model: Path, output: Path, *, dtype: Dtype = "fp32", base: str | None = None, licence: str | None = None
+) -> int:
+    """Merge the adapter into the base and write one Hugging Face folder; prints how far the logits move.
+
+    Parameters
+    ----------
+    model
+        A run, a checkpoint, or an adapter folder of any trainer.
+    output
+        New folder.
+    dtype
+        Dtype of the written weights.
+    base
+        For an adapter folder: the model it was trained on, where the folder does not name it.
+    licence
+        For the model card, as the hub knows it (apache-2.0, ...).
+    """
+    return export(model, output, to="hf", dtype=dtype, base=base, licence=licence)
 
 
 def export(
@@ -32,6 +48,7 @@ def export(
     *,
     to: Literal["llava", "hf", "lora", "llava-original", "gguf"] = "llava",
     dtype: Dtype = "fp32",
+    base: str | None = None,
     vision: str | None = None,
     licence: str | None = None,
 ) -> int:
@@ -40,7 +57,7 @@ def export(
     Parameters
     ----------
     model
-        A run, a checkpoint or an export.
+        A run, a checkpoint, an export, or an adapter folder of any trainer.
     output
         New folder.
     to
@@ -49,26 +66,32 @@ def export(
         model.gguf and mmproj.gguf for llama.cpp (fp32 or fp16).
     dtype
         Dtype of the written weights.
+    base
+        For an adapter folder: the model it was trained on, where the folder does not name it.
     vision
         llava-original only: the tower's name there, where the model does not know it.
     licence
         For the model card, as the hub knows it (apache-2.0, ...); without it the card points to the parts' licences.
     """
     quiet_libraries()
+    from mm_moslora.models.export import export_lora, export_model, merge_adapter
     from mm_moslora.models.load import load
     from mm_moslora.training.precision import dtype_of
 
     if to == "lora":
-        from mm_moslora.models.export import export_lora
-
-        export_lora(load(model, merge=False), output)
+        difference = export_lora(load(model, merge=False, base=base), output)
         print(f"{output}: plain LoRA for stock PEFT, and the unfolded factors beside it.")
+        print(f"Largest logit difference between the live adapter and stock PEFT on this folder: {difference:.2e}")
         return 0
     if to == "gguf" and dtype == "bf16":
         raise ConfigError("GGUF files are written in fp32 or fp16 here, and --dtype is bf16. Choose one of these.")
     from mm_moslora.models.card import write_card
 
-    assembly = load(model, dtype=dtype_of("fp32" if to == "gguf" else dtype))
+    assembly = load(model, merge=False, base=base)
+    moved = merge_adapter(assembly, dtype_of("fp32" if to == "gguf" else dtype))
+    if moved is not None:
+        rounded = "" if dtype == "fp32" or to == "gguf" else f", rounding to {dtype} included"
+        print(f"adapter merged: largest logit difference from the live adapter {moved:.2e}{rounded}")
     if to == "gguf":
         from mm_moslora.models.export_gguf import export_gguf
 
@@ -81,8 +104,6 @@ def export(
         difference = export_original(assembly, output, vision=vision)
         print(f"{output}: LLaVA's own layout, largest tensor difference {difference:.2e}")
     else:
-        from mm_moslora.models.export import export_model
-
         result = export_model(assembly, output, require_stock=to == "llava")
         print(f"{result.folder}: {result.architecture}, largest logit difference {result.max_logit_difference:.2e}")
         if not result.stock:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -21,6 +22,7 @@ from mm_moslora.models.build import Assembly, sane_generation_config
 from mm_moslora.models.processor import save_processor
 from mm_moslora.models.rows import row_inputs
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
+from mm_moslora.models.wrapped import cast_parameters
 
 TOLERANCE = 1e-4
 """Largest accepted difference of logits in fp32."""
@@ -58,8 +60,7 @@ def export_model(assembly: Assembly, folder: Path, *, require_stock: bool = Fals
     stock = not isinstance(model, VlmForConditionalGeneration)
     if require_stock and isinstance(model, VlmForConditionalGeneration):
         raise ModelError(why_not_stock(model))
-    if folder.exists() and any(folder.iterdir()):
-        raise ModelError(f"{folder} is not empty. Choose a new folder, so that no old file is mistaken for a new one.")
+    _check_empty(folder)
     sane_generation_config(model)
     model.save_pretrained(folder)
     if assembly.processor is not None:
@@ -76,19 +77,49 @@ def export_model(assembly: Assembly, folder: Path, *, require_stock: bool = Fals
     )
 
 
-def export_lora(assembly: Assembly, folder: Path) -> None:
+def export_lora(assembly: Assembly, folder: Path) -> float:
     """Write the adapter alone, folded to plain LoRA, for stock PEFT, vLLM and others.
 
     Args:
-        assembly: loaded with `merge=False`.
+        assembly: loaded with `merge=False`; its adapter is replaced by the plain LoRA that was written.
         folder: new or empty.
 
+    Returns:
+        Largest difference of logits between the live adapter and the folder as stock PEFT loads it, fp32.
+
     Raises:
-        ModelError: the model carries no adapter.
+        ModelError: the model carries no adapter, the folder is not empty, or the folder gives other logits.
     """
     if assembly.peft_model is None:
         raise ModelError("The model carries no adapter, so there is none to export. Export the whole model instead.")
+    _check_empty(folder)
+    live = _probe(assembly, assembly.model)
     adapters.save_adapter(assembly.peft_model, folder, base=assembly.base)
+    assembly.peft_model.unload()
+    assembly.peft_model = peft.PeftModel.from_pretrained(assembly.model, folder).eval()
+    return _compare(folder, live, _probe(assembly, assembly.model))
+
+
+@torch.no_grad()
+def merge_adapter(assembly: Assembly, dtype: torch.dtype) -> float | None:
+    """Merge the live adapter, and only then cast the weights.
+
+    Args:
+        assembly: loaded with `merge=False` in float32; changed in place.
+        dtype: of the weights afterwards.
+
+    Returns:
+        Largest difference of logits from those of the live adapter, the rounding to `dtype` included; None: no adapter.
+
+    Raises:
+        AdapterError: see `mm_moslora.adapters.merge`.
+    """
+    live = None if assembly.peft_model is None else _probe(assembly, assembly.model)
+    if assembly.peft_model is not None:
+        adapters.merge(assembly.peft_model)
+        assembly.peft_model = None
+    cast_parameters(assembly.model, dtype)
+    return None if live is None else float((_probe(assembly, assembly.model).float() - live).abs().max())
 
 
 def why_not_stock(model: VlmForConditionalGeneration) -> str:
@@ -129,7 +160,6 @@ def _rename_tensors(folder: Path, old: str, new: str) -> None:
         index.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
-@torch.no_grad()
 def _check(assembly: Assembly, folder: Path) -> float:
     """Load the folder back in fp32 and compare logits on a prompt with an image, where there is a tower."""
     model = assembly.model
@@ -137,7 +167,16 @@ def _check(assembly: Assembly, folder: Path) -> float:
     twin = loader.from_pretrained(folder, dtype=next(model.parameters()).dtype).eval()
     if type(twin) is not type(model):
         raise ModelError(f"{folder} loads as {type(twin).__name__}, expected {type(model).__name__}.")
-    difference = float((_probe(assembly, model).float() - _probe(assembly, twin).float()).abs().max())
+    return _compare(folder, _probe(assembly, model), _probe(assembly, twin))
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise ModelError(f"{folder} is not empty. Choose a new folder, so that no old file is mistaken for a new one.")
+
+
+def _compare(folder: Path, ours: Tensor, theirs: Tensor) -> float:
+    difference = float((ours.float() - theirs.float()).abs().max())
     if difference > TOLERANCE:
         raise ModelError(
             f"{folder} gives other logits than the model it was written from (largest difference {difference:.2e}, "
@@ -146,6 +185,7 @@ def _check(assembly: Assembly, folder: Path) -> float:
     return difference
 
 
+@torch.no_grad()
 def _probe(assembly: Assembly, model: PreTrainedModel) -> Tensor:
     """Logits ``[T, C]`` of a prompt with a picture (a gradient from dark to light), where the model sees."""
     text = assembly.tokenizer("A short check of the weights.", return_tensors="pt")["input_ids"][0]

@@ -1,4 +1,4 @@
-"""Loading for use: a run, one of its checkpoints, or an exported folder, told apart by what is in it."""
+"""Loading for use: a run, one of its checkpoints, an export or an adapter folder, told apart by what is in it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     LlavaForConditionalGeneration,
+    PretrainedConfig,
 )
 
 from mm_moslora import adapters
@@ -29,40 +30,63 @@ from mm_moslora.models.vlm import is_multimodal
 from mm_moslora.models.wrapped import cast_parameters
 
 MANIFEST = "manifest.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest one of a run folder.
+    """The folder that a path means: itself, the checkpoint around an `adapter/`, or the newest one of a run folder.
 
     Raises:
         ModelError: nothing loadable there.
     """
     if (path / MANIFEST).is_file() or (path / "config.json").is_file():
         return path
+    if (path / ADAPTER_CONFIG).is_file():
+        return path.parent if (path.parent / MANIFEST).is_file() else path
     found = sorted(item for item in path.glob("checkpoint-*") if (item / MANIFEST).is_file())
     if not found:
         raise ModelError(
-            f"{path} is no checkpoint (no {MANIFEST}), no run with checkpoints and no exported model (no config.json). "
-            "Give the folder of a run, of a checkpoint, or of an export."
+            f"{path} is no checkpoint (no {MANIFEST}), no run with checkpoints, no exported model (no config.json) and "
+            f"no adapter (no {ADAPTER_CONFIG}). Give the folder of a run, a checkpoint, an export or an adapter."
         )
     return found[-1]
 
 
-def load(path: str | Path, *, merge: bool = True, dtype: torch.dtype = torch.float32) -> Assembly:
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter that a path means: the folder itself, or `adapter/` of a checkpoint or of a run's newest one.
+
+    A folder that holds neither is given back as it is; whoever reads it says what is wrong with it.
+    """
+    folder = Path(path)
+    if any((folder / name).is_file() for name in (ADAPTER_CONFIG, "moslora.json", "lora_config.json")):
+        return folder
+    inside = [item / "adapter" for item in (folder, *sorted(folder.glob("checkpoint-*"), reverse=True))]
+    return next((item for item in inside if item.is_dir()), folder)
+
+
+def load(
+    path: str | Path, *, merge: bool = True, dtype: torch.dtype = torch.float32, base: str | Path | None = None
+) -> Assembly:
     """Load a model for inference.
 
     Args:
-        path: a run, a checkpoint of ours, or an exported folder.
+        path: a run, a checkpoint of ours, an exported folder, or an adapter folder of any trainer.
         merge: fold adapters into the base weights (faster); False leaves them live in `Assembly.peft_model`.
         dtype: dtype of the weights.
+        base: for an adapter folder, the model it belongs to; None takes the one that it names.
 
     Raises:
         ModelError: nothing loadable there, or its parts do not fit together.
         AdapterError: the adapter is damaged or belongs to another base.
     """
     folder = find_checkpoint(Path(path))
-    if (folder / MANIFEST).is_file():
+    is_ours, is_adapter = (folder / MANIFEST).is_file(), (folder / ADAPTER_CONFIG).is_file()
+    if base is not None and (is_ours or not is_adapter):
+        raise ModelError(f"{folder} is no adapter of another trainer; it knows its base. Leave out base.")
+    if is_ours:
         return _load_checkpoint(folder, merge=merge, dtype=dtype)
+    if is_adapter:
+        return _load_adapter(folder, base, merge=merge, dtype=dtype)
     return _load_exported(folder, dtype=dtype)
 
 
@@ -104,8 +128,28 @@ def _load_trained(assembly: Assembly, file: Path) -> None:
     assembly.model.load_state_dict(state, strict=False)
 
 
-def _load_exported(folder: Path, *, dtype: torch.dtype) -> Assembly:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def _load_adapter(folder: Path, base: str | Path | None, *, merge: bool, dtype: torch.dtype) -> Assembly:
+    """An adapter of another trainer, on the model that it names."""
+    named = base or json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not named:
+        raise ModelError(f"{folder} is an adapter that does not name its base model. Give it with --base.")
+    try:
+        assembly = _load_exported(named, dtype=torch.float32)
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"The base model {str(named)!r} of {folder} does not load ({first}). Give it with --base."
+        ) from error
+    assembly.peft_model = adapters.load_adapter(assembly.model, folder)
+    if merge:
+        adapters.merge(assembly.peft_model)
+        assembly.peft_model = None
+    cast_parameters(assembly.model.requires_grad_(False), dtype)
+    return assembly
+
+
+def _load_exported(folder: str | Path, *, dtype: torch.dtype) -> Assembly:
+    config, _ = PretrainedConfig.get_config_dict(folder)
     base = {"exported": str(folder)}
     if "vision_config" not in config:
         language = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)

@@ -1,0 +1,164 @@
+"""`merge`, `export --to lora` and `adapters inspect` on an adapter folder of another trainer, and on damaged ones."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mm_moslora.adapters import MoSLoRAConfig, add_moslora, load_adapter, save_adapter
+from mm_moslora.cli import run
+
+IDS = torch.arange(3, 15)[None]
+
+
+def _base(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def adapter(language_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `Trainer.save_model` leaves behind: a double folder that names its base."""
+    folder = tmp_path_factory.mktemp("theirs") / "adapter"
+    model = add_moslora(_base(language_folder), MoSLoRAConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=generator)
+    model.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def _live(language_folder: Path, adapter: Path) -> torch.Tensor:
+    return load_adapter(_base(language_folder), adapter)(IDS).logits
+
+
+def _difference(text: str) -> float:
+    found = re.search(r"argest logit difference [^\n]*?(\d\.\d+e[-+]\d+)", text)
+    assert found, text
+    return float(found[1])
+
+
+def test_merge_takes_an_adapter_of_another_trainer(adapter: Path, language_folder: Path, tmp_path: Path, capsys):
+    assert run(["merge", str(adapter), str(tmp_path / "merged")]) == 0
+    text = capsys.readouterr().out
+    assert "from the live adapter" in text
+    assert _difference(text) < 1e-4
+    with torch.no_grad():
+        merged = _base(tmp_path / "merged")(IDS).logits
+    live = _live(language_folder, adapter)
+    torch.testing.assert_close(merged, live, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        assert (live - _base(language_folder)(IDS).logits).abs().max() > 1e-2
+
+
+def test_export_to_lora_compares_stock_peft_with_the_live_adapter(
+    adapter: Path, language_folder: Path, tmp_path: Path, capsys
+):
+    assert run(["export", str(adapter), str(tmp_path / "lora"), "--to", "lora"]) == 0
+    text = capsys.readouterr().out
+    assert "stock PEFT on this folder" in text
+    assert _difference(text) < 1e-4
+    with torch.no_grad():
+        stock = PeftModel.from_pretrained(_base(language_folder), tmp_path / "lora").eval()(IDS).logits
+    torch.testing.assert_close(stock, _live(language_folder, adapter), atol=1e-5, rtol=0)
+    assert run(["export", str(adapter), str(tmp_path / "lora"), "--to", "lora"]) == 1
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_folder_that_names_no_base_wants_one(adapter: Path, language_folder: Path, tmp_path: Path, capsys):
+    nameless = tmp_path / "nameless"
+    save_adapter(load_adapter(_base(language_folder), adapter), nameless)
+    config = json.loads((nameless / "adapter_config.json").read_text())
+    (nameless / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    shutil.copytree(nameless, tmp_path / "lost")
+    (tmp_path / "lost" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/gone"}))
+    assert run(["merge", str(nameless), str(tmp_path / "m")]) == 1
+    assert "does not name its base model. Give it with --base" in capsys.readouterr().err
+    assert run(["merge", str(tmp_path / "lost"), str(tmp_path / "m")]) == 1
+    assert "The base model '/gone'" in capsys.readouterr().err
+    assert run(["merge", str(nameless), str(tmp_path / "m"), "--base", str(language_folder)]) == 0
+
+
+def _truncate(folder: Path) -> None:
+    file = folder / "moslora.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+
+
+def _stale(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+
+
+def _nan(folder: Path) -> None:
+    _rewrite(folder, lambda tensors: next(iter(tensors.values())).fill_(float("nan")))
+
+
+def _wrong_mixer(folder: Path) -> None:
+    def shrink(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in tensors if "lora_mixer" in name)
+        tensors[name] = torch.eye(3)
+
+    _rewrite(folder, shrink)
+
+
+def _rewrite(folder: Path, change) -> None:
+    """Change the unfolded factors and make their hash fit, as a careless tool would."""
+    from mm_moslora.adapters.state import file_sha256
+
+    file, manifest = folder / "moslora.safetensors", folder / "moslora.json"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    content = json.loads(manifest.read_text())
+    content["files"][file.name] = file_sha256(file)
+    manifest.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_truncate, "is damaged or truncated"),
+        (_stale, "is not the fold of moslora.safetensors"),
+        (_nan, "NaN or infinity"),
+        (_wrong_mixer, "lora_mixer"),
+    ],
+)
+def test_a_bad_folder_is_one_clear_error_and_nothing_is_written(
+    adapter: Path, tmp_path: Path, capsys, damage, message: str
+):
+    bad = tmp_path / "bad"
+    shutil.copytree(adapter, bad)
+    damage(bad)
+    assert run(["merge", str(bad), str(tmp_path / "out")]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_for_another_base_is_refused(adapter: Path, language_folder: Path, tmp_path: Path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(language_folder, other)
+    config = AutoConfig.from_pretrained(other)
+    config.intermediate_size *= 2
+    AutoModelForCausalLM.from_config(config).save_pretrained(other)
+    assert run(["merge", str(adapter), str(tmp_path / "out"), "--base", str(other)]) == 1
+    assert "was made for another base model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_takes_a_run_as_well(adapter: Path, tmp_path: Path, capsys):
+    shutil.copytree(adapter, tmp_path / "run" / "checkpoint-000001" / "adapter")
+    assert run(["adapters", "inspect", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.count("q_proj") == 2
+    assert run(["adapters", "inspect", str(tmp_path)]) == 1
+    assert "it is not an adapter folder" in capsys.readouterr().err
