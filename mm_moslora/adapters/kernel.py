@@ -53,8 +53,8 @@ class Operands:
 class Pending:
     """A layer's gradient that waits for the chain rule."""
 
-    gradient: Tensor
-    """``dC``, ``[D_out, R]`` in float32, added up over the micro-batches."""
+    gradient: Tensor | None
+    """``dC``, ``[D_out, R]`` in float32, added up over the micro-batches; None before the first."""
     M: Tensor | None
     """``[R, R]``, with its way to the parameter."""
     B: Tensor
@@ -286,7 +286,7 @@ class _Backward:
     def _add_to_pending(self, shared: StepProducts, index: int, dC: Tensor | None) -> Tensor | None:
         """Keep ``dC`` for later; in the last micro-batch give back the sum of all."""
         waiting = shared.pending.get(index)
-        if dC is not None and waiting is not None:
+        if dC is not None and waiting is not None and waiting.gradient is not None:
             waiting.gradient.add_(dC)
         elif dC is not None:
             M, B = self.plan.owners[index]

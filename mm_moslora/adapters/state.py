@@ -161,7 +161,10 @@ def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int,
                 f"{name} is empty. Under ZeRO-3 a parameter is a shard of size 0 on most ranks: gather before saving."
             )
         if name in shapes and tuple(tensor.shape) != shapes[name]:
-            raise AdapterError(f"{name} has shape {list(tensor.shape)}, expected {list(shapes[name])}.")
+            raise AdapterError(
+                f"{name} has shape {list(tensor.shape)}, expected {list(shapes[name])}: the adapter was made for "
+                "another base model, or its files were changed."
+            )
         if not torch.isfinite(tensor).all():
             raise AdapterError(
                 f"{name} holds NaN or infinity; the adapter is broken. Go back to an earlier checkpoint."

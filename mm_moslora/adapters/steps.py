@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mm_moslora.adapters.inject import named_adapter_layers
-from mm_moslora.adapters.kernel import StepProducts, chain_rule
+from mm_moslora.adapters.kernel import Operands, Pending, StepProducts, chain_rule
 from mm_moslora.adapters.layer import MoSLoRALinear
 from mm_moslora.errors import AdapterError
 
@@ -24,6 +26,7 @@ class StepWindow:
     def __init__(self) -> None:
         """Nothing is computed yet."""
         self._products: dict[tuple[int, ...], StepProducts] = {}
+        self._lent: dict[tuple[int, torch.dtype], _Lent] = {}
         self._last = False
 
     def last_micro_batch(self) -> None:
@@ -37,16 +40,70 @@ class StepWindow:
         key = tuple(map(id, layers))
         return self._products.setdefault(key, StepProducts(last=self._last))
 
+    def product(self, layer: MoSLoRALinear, operands: Operands, dtype: torch.dtype) -> Tensor:
+        """One layer's ``C = s B M`` for a kernel of somebody else's, ``[D_out, R]``, made once for all micro-batches.
+
+        To that kernel it is the B of a plain LoRA without scaling; B and M get their gradients when the step has all.
+
+        Args:
+            layer: whose product it is.
+            operands: its factors.
+            dtype: of the product.
+        """
+        M, B, scaling = operands.M, operands.B, operands.scaling
+        lent = self._lent.get((id(layer), dtype))
+        if lent is None:
+            with torch.no_grad():
+                C = (B * scaling if M is None else B @ (M.to(B.dtype) * scaling)).to(dtype)
+            lent = self._lent[id(layer), dtype] = _Lent(C=C, pending=Pending(gradient=None, M=M, B=B, scaling=scaling))
+        if not (B.requires_grad or (M is not None and M.requires_grad)):
+            return lent.C
+        anchor = torch.zeros((), requires_grad=True)
+        return _Lend.apply(anchor, lent, *((M, B) if self._last else (None, None)))  # type: ignore[no-any-return]
+
     def settle(self) -> None:
         """Give B and M the gradients that still wait, through autograd and its hooks."""
+        waiting = [pending for products in self._products.values() for pending in products.pending.values()]
+        for pending in (*waiting, *(lent.pending for lent in self._lent.values())):
+            if pending.gradient is None:
+                continue
+            dM, dB = chain_rule(pending.gradient, pending.M, pending.B, pending.scaling)
+            found = ((pending.M, dM), (pending.B, dB))
+            pairs = [(tensor, grad) for tensor, grad in found if tensor is not None and tensor.requires_grad]
+            if pairs:
+                torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
+        self._lent.clear()
         for products in self._products.values():
-            for waiting in products.pending.values():
-                dM, dB = chain_rule(waiting.gradient, waiting.M, waiting.B, waiting.scaling)
-                found = ((waiting.M, dM), (waiting.B, dB))
-                pairs = [(tensor, grad) for tensor, grad in found if tensor is not None and tensor.requires_grad]
-                if pairs:
-                    torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
             products.pending.clear()
+
+
+@dataclass(kw_only=True)
+class _Lent:
+    """A product that other kernels compute with."""
+
+    C: Tensor
+    """``s B M``, ``[D_out, R]``."""
+    pending: Pending
+
+
+class _Lend(torch.autograd.Function):
+    """Hands out a product, and takes its gradient in: for later, or together with all others to M and B."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, lent: _Lent, M: Tensor | None, B: Tensor | None) -> Tensor:
+        ctx.lent, ctx.last = lent, B is not None
+        return lent.C.detach()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dC: Tensor) -> tuple[Tensor | None, ...]:
+        pending: Pending = ctx.lent.pending
+        pending.gradient = dC.float() if pending.gradient is None else pending.gradient.add_(dC)
+        if not ctx.last:
+            return None, None, None, None
+        whole, pending.gradient = pending.gradient, None
+        dM, dB = chain_rule(whole, pending.M, pending.B, pending.scaling)
+        return None, None, dM if ctx.needs_input_grad[2] else None, dB if ctx.needs_input_grad[3] else None
 
 
 @contextmanager
@@ -62,6 +119,9 @@ def one_product_per_step(model: nn.Module, *, leave_out: str = "") -> Iterator[S
     Args:
         model: PEFT model, or the base model with adapters inside.
         leave_out: layers with this in their path share nothing.
+
+    Raises:
+        AdapterError: the factors are sharded (ZeRO-3).
     """
     window = StepWindow()
     layers = [
@@ -69,6 +129,12 @@ def one_product_per_step(model: nn.Module, *, leave_out: str = "") -> Iterator[S
         for path, layer in named_adapter_layers(model)
         if isinstance(layer, MoSLoRALinear) and not (leave_out and leave_out in path)
     ]
+    if any(hasattr(parameter, "ds_id") for layer in layers for parameter in layer.parameters()):
+        raise AdapterError(
+            "one_product_per_step does not work under ZeRO-3: B and M are whole only while their layer computes, and "
+            "their gradients must come in its backward pass. Leave it out; every micro-batch then computes its own "
+            "product, 8 D_out R^2 operations a layer."
+        )
     try:
         for layer in layers:
             layer.step_window = window

@@ -109,6 +109,10 @@ def as_tensors(module: nn.Module, x: Tensor) -> AdaptedLinear | None:
         found = module.fused_operands(x)
         if found is None or found.dropout:
             return None
+        if module.step_window is not None:
+            return AdaptedLinear(
+                found.weight, found.bias, found.A, None, module.step_window.product(module, found, x.dtype)
+            )
         return AdaptedLinear(found.weight, found.bias, found.A, found.M, found.B, found.scaling)
     plain = type(module) is nn.Linear and "forward" not in module.__dict__ and type(module.weight) is nn.Parameter
     if not plain or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:

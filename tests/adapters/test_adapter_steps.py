@@ -109,6 +109,15 @@ def test_one_product_works_with_checkpointing_and_fires_gradient_hooks() -> None
         torch.testing.assert_close(_gradients(model)[name], gradient, atol=1e-6, rtol=1e-4)
 
 
+def test_shared_products_are_refused_where_factors_are_shards() -> None:
+    model = _model()
+    layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
+    layer.lora_B["default"].weight.ds_id = 7  # what DeepSpeed marks a shard with
+    with pytest.raises(AdapterError, match=r"does not work under ZeRO-3.*Leave it out"), one_product_per_step(model):
+        pass
+    assert layer.step_window is None
+
+
 def test_a_failed_step_leaves_no_product_behind() -> None:
     model = _model()
     with pytest.raises(AdapterError, match="no second derivative"), one_product_per_step(model):

@@ -11,6 +11,7 @@ import transformers as t
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
 from mm_moslora.losses import head_loss_sum, use_loss_head
+from mm_moslora.models import lean_ops
 from mm_moslora.models.attention import set_attention, training_attention
 from mm_moslora.models.lean import LeanLayer, use_lean_layers
 from mm_moslora.models.vlm import supervised_hidden
@@ -89,6 +90,39 @@ def test_lean_layers_give_the_loss_and_gradients_of_stock_layers_and_keep_less(f
     assert lean_loss == pytest.approx(stock_loss, rel=1e-6)
     assert_close(lean, stock)
     assert kept_bytes(model, given) < 0.75 * before
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("told", [False, True])
+def test_micro_batches_of_a_step_share_the_product_of_b_and_m(
+    checkpointing: bool, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted("llama")
+    use_lean_layers(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    given = batch()
+    _, one = loss_and_gradients(model, given)
+    made = []
+    combine = lean_ops.combine
+    monkeypatch.setattr(lean_ops, "combine", lambda B, M, dtype: made.append(M) or combine(B, M, dtype))
+    model.zero_grad(set_to_none=True)
+    fired = []
+    mixer = next(p for name, p in model.named_parameters() if "q_proj.lora_mixer" in name)
+    mixer.register_post_accumulate_grad_hook(lambda _: fired.append(1))
+    with adapters.one_product_per_step(model) as window:
+        for index in range(3):
+            if told and index == 2:
+                window.last_micro_batch()
+            head_loss_sum(model, supervised_hidden(model, given), given.targets).backward()
+        assert fired == ([1] if told else [])
+    assert fired == [1]
+    assert made
+    assert all(M is None for M in made)
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == one.keys()
+    for name, gradient in one.items():
+        torch.testing.assert_close(found[name], 3 * gradient, atol=1e-5, rtol=1e-4)
 
 
 def test_gradient_checkpointing_of_lean_layers_changes_nothing() -> None:
