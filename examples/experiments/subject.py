@@ -20,6 +20,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import logging
 import random
 import resource
 import sys
@@ -79,6 +80,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--limit-minutes", type=float, help="stop after so long; the same command goes on")
     options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     from mm_moslora.quickstart import assets
 
     stamps, encoder = assets.stamps(None, print), assets.efficientnet_timm(print)
