@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -73,20 +72,14 @@ class MixerCallback(TrainerCallback):
             self._log(kwargs["model"], state.global_step)
 
     def _log(self, model: nn.Module, step: int) -> None:
-        with _whole_factors(model):
+        # Under ZeRO-3 every rank must take part; without it nothing happens.
+        with gather_params_ctx(_factors(model), modifier_rank=None):
             figures = summary(inspect_model(model, adapter_name=self.adapter_name))
         # A singular mixer has no condition number, and trackers take no infinity.
         self.trainer.log({name: value for name, value in figures.items() if math.isfinite(value)})
         self._logged = step
 
 
-def _whole_factors(model: nn.Module) -> AbstractContextManager[object]:
-    """Under ZeRO-3 the adapters' factors are whole within the block; every rank must enter it."""
-    layers = (cast(BaseTunerLayer, layer) for _, layer in named_adapter_layers(model))
-    factors = [p for layer in layers for name, p in layer.named_parameters() if "lora_" in name and hasattr(p, "ds_id")]
-    if not factors:
-        return nullcontext()
-    from deepspeed.zero import GatheredParameters
-
-    gathered: AbstractContextManager[object] = GatheredParameters(factors)
-    return gathered
+def _factors(model: nn.Module) -> list[nn.Parameter]:
+    layers = (cast(nn.Module, layer) for _, layer in named_adapter_layers(model))
+    return [p for layer in layers for name, p in layer.named_parameters() if "lora_" in name]

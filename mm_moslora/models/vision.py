@@ -13,7 +13,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -200,10 +200,10 @@ def _load_transformers(config: VisionConfig, *, weights: bool) -> tuple[PreTrain
             "Choose one of fixed size, such as google/siglip2-so400m-patch14-384."
         )
     half = _VISION_HALF.get(whole.model_type)
-    loader = getattr(transformers, half) if half else AutoModel
+    loader: Any = getattr(transformers, half) if half else AutoModel
     if not weights:
         part = getattr(whole, "vision_config", whole)
-        sketch: PreTrainedModel = loader(part) if half else cast(Any, AutoModel).from_config(part)
+        sketch: PreTrainedModel = loader(part) if half else loader.from_config(part)
         return sketch, _processor_statistics(config, sketch.config)
     tower = loader.from_pretrained(config.name, revision=config.revision, dtype=torch.float32)
     return tower, _processor_statistics(config, tower.config)
