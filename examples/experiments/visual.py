@@ -5,7 +5,8 @@
 
 QUICKSTART is the folder of a finished `mm-moslora quickstart` (easy-VQA): its aligned projector is where every arm
 begins, so that the arms differ in the second stage alone, as in the paper. Writes a part of its conversations for
-training, others for validation, and the recipe; prints the command.
+training, others for validation, and the recipe; prints the command. Questions that are answered by yes or no are left
+out: they take most of the tokens, and half of them are right by chance.
 """
 
 from __future__ import annotations
@@ -14,16 +15,20 @@ import argparse
 import json
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from commonsense import write_recipe
 
 from mm_moslora.config import load_recipe
+from mm_moslora.models.processor import IMAGE_TOKEN
 
-TRAIN, VALIDATION, TEST = 240, 32, 200
+TRAIN, VALIDATION, TEST = 600, 64, 200
 """Pictures to train and to choose rates with, questions to measure."""
+YES_NO = ("yes", "no")
 
 
 def build(quickstart: Path, out: Path, *, seed: int = 0) -> tuple[Path, str]:
@@ -40,14 +45,13 @@ def build(quickstart: Path, out: Path, *, seed: int = 0) -> tuple[Path, str]:
     tuned = load_recipe(quickstart / "tune")
     source = tuned.data.train[0]
     rng = random.Random(seed)
-    records = Path(source.path).read_text(encoding="utf-8").splitlines()
+    records = [kept for row in _read(Path(source.path)) if (kept := without_yes_no(row))["conversations"]]
     drawn = rng.sample(records, min(len(records), TRAIN + VALIDATION))
-    questions = [json.loads(line) for line in (quickstart / "data" / "test.jsonl").read_text().splitlines()]
+    questions = [row for row in _read(quickstart / "data" / "test.jsonl") if row["answer"] not in YES_NO]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "train.jsonl").write_text("\n".join(drawn[VALIDATION:]) + "\n", encoding="utf-8")
-    (out / "validation.jsonl").write_text("\n".join(drawn[:VALIDATION]) + "\n", encoding="utf-8")
-    asked = rng.sample(questions, min(len(questions), TEST))
-    (out / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
+    _write(out / "train.jsonl", drawn[VALIDATION:])
+    _write(out / "validation.jsonl", drawn[:VALIDATION])
+    _write(out / "test.jsonl", rng.sample(questions, min(len(questions), TEST)))
     images = source.image_folder
     assert tuned.model.vision is not None
     recipe = write_recipe(
@@ -63,6 +67,28 @@ def build(quickstart: Path, out: Path, *, seed: int = 0) -> tuple[Path, str]:
         },
     )  # fmt: skip
     return recipe, f"llava:{out / 'test.jsonl'}@{images}"
+
+
+def without_yes_no(record: dict[str, Any]) -> dict[str, Any]:
+    """A conversation without the questions whose answer is yes or no; the picture stands before the first one left."""
+    turns = record["conversations"]
+    kept = [pair for pair in zip(turns[::2], turns[1::2], strict=True) if pair[1]["value"] not in YES_NO]
+    questions = [question["value"].removeprefix(f"{IMAGE_TOKEN}\n") for question, _ in kept]
+    if questions:
+        questions[0] = f"{IMAGE_TOKEN}\n{questions[0]}"
+    asked = [{**question, "value": text} for (question, _), text in zip(kept, questions, strict=True)]
+    return {
+        **record,
+        "conversations": [turn for pair in zip(asked, (a for _, a in kept), strict=True) for turn in pair],
+    }
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def main() -> int:

@@ -88,10 +88,14 @@ def test_the_visual_experiment_takes_conversations_and_questions_of_a_quickstart
     (quickstart / "data").mkdir(parents=True)
     (quickstart / "tune").mkdir()
     taught = quickstart / "data" / "train.jsonl"
-    lines = [json.dumps({"id": str(n), "image": f"{n}.png", "conversations": []}) for n in range(300)]
+    said = ("<image>\nis it red?", "no", "what is it?", "circle", "is it blue?", "yes", "what color is it?", "blue")
+    turns = [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(said)]
+    lines = [json.dumps({"id": str(n), "image": f"{n}.png", "conversations": turns}) for n in range(700)]
+    lines.append(json.dumps({"id": "yes-no", "image": "0.png", "conversations": turns[:2]}))
     taught.write_text("\n".join(lines))
     asked = [
-        json.dumps({"question_id": n, "text": "what?", "answer": "this", "image": f"x{n}.png"}) for n in range(250)
+        json.dumps({"question_id": n, "text": "what?", "answer": ("blue", "no")[n % 2], "image": f"x{n}.png"})
+        for n in range(500)
     ]
     (quickstart / "data" / "test.jsonl").write_text("\n".join(asked))
     source = json.dumps([{"path": str(taught), "image_folder": str(tmp_path)}])
@@ -99,12 +103,14 @@ def test_the_visual_experiment_takes_conversations_and_questions_of_a_quickstart
     (quickstart / "tune" / "config.yaml").write_text(tuned.to_yaml())
     path, task = visual.build(quickstart, tmp_path / "out")
     recipe = load_recipe(path)
-    learnt, validated = (
-        {row["id"] for row in rows(Path(part[0].path))} for part in (recipe.data.train, recipe.data.validation)
-    )
+    parts = [rows(Path(part[0].path)) for part in (recipe.data.train, recipe.data.validation)]
+    learnt, validated = ({row["id"] for row in part} for part in parts)
+    kept = ["<image>\nwhat is it?", "circle", "what color is it?", "blue"]
+    assert all([turn["value"] for turn in row["conversations"]] == kept for part in parts for row in part)
     assert (len(learnt), len(validated), len(learnt & validated)) == (visual.TRAIN, visual.VALIDATION, 0)
     assert recipe.model.projector.weights == "projector.safetensors"
-    assert len(rows(Path(task.removeprefix("llava:").split("@")[0]))) == visual.TEST
+    measured = rows(Path(task.removeprefix("llava:").split("@")[0]))
+    assert ([row["answer"] for row in measured], len(measured)) == (["blue"] * visual.TEST, visual.TEST)
 
 
 def stamps_folder(folder: Path) -> Path:
