@@ -17,7 +17,7 @@ from starlette.routing import Route, Router
 
 from mm_moslora.board.runs import Folder
 from mm_moslora.report.pictures import thumbnail
-from mm_moslora.serve.http import LOCAL_NAMES, App, Scope, host_name, run_app
+from mm_moslora.serve.http import LOCAL_NAMES, App, Scope, Server, host_name, settings
 from mm_moslora.serve.limits import Limits
 
 LOOK_SECONDS = 1.0
@@ -36,16 +36,22 @@ def serve_board(folder: Path, *, port: int) -> None:
         folder: see `Folder`.
         port: 0 chooses a free one.
     """
-    run_app(create_board(folder), host="127.0.0.1", port=port, limits=Limits(drain_seconds=1))
+    app = create_board(folder, stopping=lambda: server.should_exit)
+    server = Server(settings(app, host="127.0.0.1", port=port, limits=Limits(drain_seconds=3 * LOOK_SECONDS)))
+    server.run()
 
 
-def create_board(folder: Path) -> App:
+def create_board(folder: Path, *, stopping: Callable[[], bool] = lambda: False) -> App:
     """The ASGI application.
+
+    Args:
+        folder: see `Folder`.
+        stopping: whether the server is about to end; pages that watch are let go then.
 
     Raises:
         ConfigError: there is no such folder.
     """
-    board = _Board(Folder(folder))
+    board = _Board(Folder(folder), stopping)
     routes = [
         Route("/", board.asset("board.html")),
         Route("/board.js", board.asset("board.js")),
@@ -59,8 +65,8 @@ def create_board(folder: Path) -> App:
 
 
 class _Board:
-    def __init__(self, folder: Folder) -> None:
-        self._folder = folder
+    def __init__(self, folder: Folder, stopping: Callable[[], bool]) -> None:
+        self._folder, self._stopping = folder, stopping
 
     def asset(self, name: str) -> Callable[[Request], Response]:
         """A handler that gives a file of the package."""
@@ -110,7 +116,7 @@ class _Board:
         async def watch() -> AsyncIterator[str]:
             before = ""
             quiet = 0.0
-            while not await request.is_disconnected():
+            while not self._stopping() and not await request.is_disconnected():
                 text = json.dumps(await asyncio.to_thread(self._rows))
                 digest = hashlib.sha256(text.encode()).hexdigest()
                 if digest != before:

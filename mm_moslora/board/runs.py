@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,18 +10,17 @@ from mm_moslora.errors import ConfigError
 from mm_moslora.redaction import redact, redact_text
 from mm_moslora.report.charts import downsample
 from mm_moslora.report.overlay import flat_recipe
-from mm_moslora.report.schema import RunData, load_run
-from mm_moslora.report.story import sample_kind
+from mm_moslora.report.schema import STAGE_ORDER, RunData, load_run
+from mm_moslora.report.state import read_state
+from mm_moslora.report.story import progress, sample_kind
 
 DEEPEST = 4
 """Levels below the folder in which runs are looked for."""
 MOST_RUNS = 500
-STALE_SECONDS = 120.0
-"""A run that wrote nothing for so long, and has not finished, is shown as stopped."""
 POINTS = 400
 """Points of a curve that are sent; longer ones are averaged in buckets."""
 MOST_SAMPLES = 200
-_MARKS = ("summary.json", "metrics.jsonl", "evaluation.json", "samples.json")
+_MARKS = ("state.json", "summary.json", "metrics.jsonl", "evaluation.json", "samples.json")
 _PASSED_OVER = ("checkpoint-", "tensorboard", "wandb", ".")
 
 
@@ -64,7 +60,7 @@ class Folder:
         found = self._find()
         for name in [name for name in self._read if name not in found]:
             del self._read[name]
-        rows = [self._shown(name, path).row | {"state": _state(path)} for name, path in found.items()]
+        rows = [_state(path) | self._shown(name, path).row for name, path in found.items()]
         return sorted(rows, key=lambda row: -row["changed"])
 
     def detail(self, name: str) -> dict[str, Any] | None:
@@ -110,7 +106,7 @@ def _is_run(folder: Path) -> bool:
     """Whether a folder is a run: files of one in it, or stages that go on in one another."""
     if any((folder / mark).is_file() for mark in _MARKS):
         return True
-    return any((folder / stage / "metrics.jsonl").is_file() for stage in ("align", "tune"))
+    return any((folder / stage / mark).is_file() for stage in STAGE_ORDER for mark in ("metrics.jsonl", "state.json"))
 
 
 def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
@@ -139,8 +135,19 @@ def _read(name: str, path: Path, stamp: tuple[tuple[str, int, int], ...]) -> Sho
     try:
         data = load_run(path)
     except ConfigError as error:  # a newer release's, or half gone
-        row |= {"fault": redact_text(str(error)), "title": shown_name, "step": None, "total": None, "loss": None}
-        return Shown(stamp=stamp, row=row, detail={"id": name, "stages": [], "tasks": [], "samples": [], "mixers": []})
+        row |= {
+            "state": "unreadable",
+            "fault": redact_text(str(error)),
+            "title": shown_name,
+            "step": None,
+            "total": None,
+            "loss": None,
+        }
+        return Shown(
+            stamp=stamp,
+            row=row,
+            detail={"id": name, "stages": [], "tasks": [], "samples": [], "mixers": [], "notes": []},
+        )
     recipe = {key: value for stage in data.stages for key, value in flat_recipe(stage.config or "").items()}
     row |= {
         "title": str(data.summary.get("title") or data.summary.get("name") or shown_name),
@@ -156,10 +163,11 @@ def _progress(data: RunData) -> dict[str, Any]:
     last: dict[str, Any] = {}
     for record in metrics:
         last |= {key: value for key, value in record.items() if value is not None}
+    step, total = progress(data)
     return {
-        "stage": data.stages[-1].name if len(data.stages) > 1 else None, "step": last.get("step"),
-        "total": data.summary.get("total_steps"), "loss": last.get("loss"),
-        "validation_loss": last.get("validation_loss"), "tokens_per_second": last.get("tokens_per_second"),
+        "stage": data.stages[-1].name if len(data.stages) > 1 else None, "step": step, "total": total,
+        "loss": last.get("loss"), "validation_loss": last.get("validation_loss"),
+        "tokens_per_second": last.get("tokens_per_second"),
     }  # fmt: skip
 
 
@@ -183,7 +191,7 @@ def _detail(name: str, data: RunData) -> dict[str, Any]:
             for mixer in data.mixers if mixer.after
         ],
         "pictures": [sample.image for sample in data.samples[:MOST_SAMPLES]],
-        "notes": data.notes,
+        "notes": [*(redact_text(alert) for alert in data.alerts), *data.notes],
     }  # fmt: skip
 
 
@@ -199,20 +207,7 @@ def _curves(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]
     return {key: [(x, float(f"{y:.6g}")) for x, y in downsample(points, POINTS)] for key, points in curves.items()}
 
 
-def _state(path: Path) -> str:
-    """finished, running or stopped."""
-    summary = _json(path / "summary.json")
-    if summary.get("steps") and summary.get("steps") == summary.get("total_steps"):
-        return "finished"
-    newest = max((time_ns / 1e9 for _, time_ns, _ in _stamp(path)), default=0.0)
-    if (path / "evaluation.json").is_file() and summary:
-        return "finished"
-    return "running" if time.time() - newest < STALE_SECONDS else "stopped"
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+def _state(path: Path) -> dict[str, str | None]:
+    stages = [stage for name in STAGE_ORDER if (stage := path / name).is_dir()]
+    state = read_state(path, stages)
+    return {"state": state.name, "reason": redact_text(state.reason) if state.reason else None}

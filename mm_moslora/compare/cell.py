@@ -115,6 +115,8 @@ def _train(job: Job) -> bool:
 
 
 def _train_on_several(job: Job) -> bool:
+    from mm_moslora.training.ending import STATE
+
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(job.devices)}",
         "-m", "mm_moslora", "train", str(job.place / "recipe.yaml"),
@@ -124,7 +126,7 @@ def _train_on_several(job: Job) -> bool:
         signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
         code = process.wait()
     if code == 0:
-        return (job.place / "summary.json").is_file()
+        return bool(json.loads((job.place / STATE).read_text(encoding="utf-8"))["state"] == "finished")
     if code == 75:
         return False
     raise MoSLoRAError(f"Training on {len(job.devices)} devices ended with code {code}; see {job.place / LOG}.")

@@ -76,12 +76,22 @@ def quickstart(
     Returns:
         0, or 75 when a signal stopped it and the same command continues.
     """
-    from mm_moslora.training.loop import train
+    from mm_moslora.training.ending import recorded
+    from mm_moslora.training.run import exclusive
 
     folder = (output or Path("runs") / _default_name(images, encoder, smoke)).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    clock = _Clock(folder)
     encoder = BEST_ENCODER[images] if encoder == "auto" else encoder
+    with exclusive(folder), recorded(folder) as ending:
+        ending.begun = True
+        ending.finished = _quickstart(folder, images=images, encoder=encoder, stamps_deb=stamps_deb, smoke=smoke)
+    return 0 if ending.finished else EXIT_REQUEUE
+
+
+def _quickstart(folder: Path, *, images: Images, encoder: Encoder, stamps_deb: Path | None, smoke: bool) -> bool:
+    """Whether the end was reached."""
+    from mm_moslora.training.loop import train
+
+    clock = _Clock(folder)
     plan = PLANS[images, smoke]
     _say("Parts, fetched once into the cache:")
     parts = _parts(encoder)
@@ -94,7 +104,7 @@ def quickstart(
             result = train(recipe)
         if not result.finished:
             _say("Stopped. The same command continues from here.")
-            return EXIT_REQUEUE
+            return False
     with clock.stage("evaluate"):
         _say("\nMeasure on held-out pictures, with controls:")
         measured_before = (folder / "evaluation.json").is_file()
@@ -109,7 +119,7 @@ def quickstart(
     build_report(folder, folder / "report.html")
     _print(table(results))
     _print(_closing(folder, clock, data))
-    return 0
+    return True
 
 
 def _track(rows: list[dict[str, Any]], tune: Recipe, *, step: int) -> None:

@@ -82,12 +82,12 @@ def format_number(value: float) -> str:
     if value == 0:
         return "0"
     size = abs(value)
+    if size < 1e-3 or size >= 1e12:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
     for limit, suffix in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
         if size >= limit:
             return f"{value / (1e3 if suffix == ' k' else limit):.3g}{suffix}"
-    if size < 1e-3:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:.4g}" if size >= 100 else f"{value:.3g}"
 
 
@@ -185,7 +185,7 @@ def _grid(x_axis: _Axis, y_axis: _Axis, x_label: str) -> str:
         y = y_axis.place(mark)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{format_number(mark)}</text>')
-    for mark in x_axis.ticks():
+    for mark in (mark for mark in x_axis.ticks() if mark == round(mark)):  # there are no half steps
         x = x_axis.place(mark)
         parts.append(
             f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>'

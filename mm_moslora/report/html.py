@@ -106,7 +106,9 @@ def _context(data: RunData) -> dict[str, Any]:
     return {
         "title": summary.get("title") or summary.get("name") or data.folder.name,
         "description": summary.get("description"),
-        "facts": _facts(summary),
+        "facts": _facts(data),
+        "standing": story.standing(data),
+        "alerts": [redact_text(text) for text in data.alerts],
         "verdicts": [v for task, rows in tasks if (v := story.verdict(task, rows))],
         "tiles": story.tiles(data),
         "assembly": _assembly(summary),
@@ -141,17 +143,18 @@ def asset(name: str) -> str:
     return resources.files("mm_moslora.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
-def _facts(summary: Mapping[str, Any]) -> list[str]:
+def _facts(data: RunData) -> list[str]:
     """The line under the title."""
+    summary = data.summary
     facts = [str(summary[key]) for key in ("date", "hardware", "precision") if summary.get(key)]
     if summary.get("zero"):
         facts.append("plain torch" if summary["zero"] == "none" else f"DeepSpeed {summary['zero']}")
     if summary.get("world_size"):
         world = int(summary["world_size"])
         facts.append(f"{world} process{'es' if world > 1 else ''}")
-    if summary.get("steps"):
-        total = summary.get("total_steps")
-        facts.append(f"step {summary['steps']} of {total}" if total else f"{summary['steps']} steps")
+    step, total = story.progress(data)
+    if step:
+        facts.append(f"step {step} of {total}" if total else f"{step} steps")
     return facts
 
 

@@ -49,7 +49,7 @@ def overlay(runs: Sequence[RunData]) -> dict[str, Any]:
         "runs": [
             {
                 "name": name, "title": run.summary.get("title") or run.summary.get("name") or name,
-                "tiles": story.tiles(run), "notes": run.notes,
+                "tiles": story.tiles(run), "notes": run.notes, "standing": story.standing(run),
             }
             for name, run in zip(names, runs, strict=True)
         ],

@@ -15,6 +15,8 @@ Every file is optional. A missing or damaged one is named in `RunData.notes` and
                          "distance_from_orthogonal", "condition", "effective_rank", "moved"}]
     environment.json   {fact: value} where the summary has no `environment`
     quarantine.jsonl   one line per record that could not be used, with its "reason"
+    state.json         {"state": running, finished, stopped or failed, "reason", "process", "host", "since", "ended"}
+    alerts.jsonl       {"time", "title", "text"} per line
 
 summary.json, every key optional: `format` (version of this layout; missing before there were versions), `name`,
 `title`, `description`, `steps`, `total_steps`, `counters` {"seconds", "tokens", "images", "supervised_tokens",
@@ -35,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.errors import ConfigError
+from mm_moslora.report.state import RunState, read_state
 
 STAGE_ORDER = ("align", "tune")
 FORMAT = 1
@@ -108,6 +111,9 @@ class RunData:
     mixers: list[Mixer]
     quarantine: dict[str, int]
     """Bad records by reason."""
+    state: RunState
+    alerts: list[str]
+    """What the trackers were warned of, in order."""
     notes: list[str] = field(default_factory=list)
     """What could not be read, for the reader of the report."""
 
@@ -140,9 +146,12 @@ def load_run(folder: Path) -> RunData:
         samples=[_sample_row(item) for item in _rows(folder / "samples.json", notes)],
         mixers=[m for item in _mixer_rows(folder, stages, notes) if (m := _mixer(item, notes))],
         quarantine=_quarantine(folder, stages),
+        state=read_state(folder, [folder / name for name in STAGE_ORDER if (folder / name).is_dir()]),
+        alerts=_alerts(folder, stages),
         notes=notes,
     )
-    if not (data.summary or data.stages or data.evaluation or data.samples or data.mixers or notes):
+    told = (folder / "state.json").is_file()  # all that a run has that failed before its first step
+    if not (data.summary or data.stages or told or data.evaluation or data.samples or data.mixers or notes):
         raise ConfigError(
             f"{folder} holds none of summary.json, metrics.jsonl, evaluation.json, samples.json or mixers.json. "
             "Give the run folder itself, not a checkpoint or its parent."
@@ -305,3 +314,9 @@ def _quarantine(folder: Path, stages: list[Stage]) -> dict[str, int]:
             str(record.get("reason", "no reason given")) for record in _read_lines(place / "quarantine.jsonl")
         )
     return dict(reasons.most_common())
+
+
+def _alerts(folder: Path, stages: list[Stage]) -> list[str]:
+    places = dict.fromkeys([folder, *(folder / stage.name for stage in stages)])
+    records = [record for place in places for record in _read_lines(place / "alerts.jsonl")]
+    return [f"{record.get('title', 'Alert')}: {record.get('text', '')}" for record in records]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mm_moslora.redaction import redact_text
 from mm_moslora.report.schema import EvaluationRow, RunData, SampleRow
 
 CONTROLS = ("wrong_image", "blind", "majority", "best_answer")
@@ -60,6 +61,35 @@ def format_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def progress(data: RunData) -> tuple[int | None, int | None]:
+    """The last known step of the last stage, and how many it is to have."""
+    last = data.stages[-1] if data.stages else None
+    summary = data.summary | (last.summary if last else {})
+    steps = [r["step"] for r in last.metrics if isinstance(r.get("step"), int)] if last else []
+    known = [step for step in (*steps[-1:], summary.get("steps")) if isinstance(step, int)]
+    total = summary.get("total_steps")
+    return max(known, default=0) or None, total if isinstance(total, int) else None
+
+
+def standing(data: RunData) -> Verdict | None:
+    """How a run stands that is not finished; None for one that is."""
+    step, total = progress(data)
+    place = (f" at step {step}" + (f" of {total}" if total else "")) if step else " before its first step"
+    stage = f" in stage {data.stages[-1].name}" if len(data.stages) > 1 else ""
+    again = "The same command continues it from its last checkpoint."
+    sentences = {
+        "running": [f"This run is under way{f',{place}' if step else ''}{stage}."],
+        "stopped": [f"This run was stopped{place}{stage}.", again],
+        "killed": [
+            f"The process of this run ended without a word{place}{stage}: killed, or its machine went down.",
+            again,
+        ],
+        "failed": [f"This run failed{place}{stage}.", redact_text(data.state.reason or "Its folder does not say why.")],
+    }.get(data.state.name)
+    mood = "mixed" if data.state.name in ("running", "stopped") else "bad"
+    return Verdict(task="", mood=mood, sentences=sentences) if sentences else None
 
 
 def tasks(data: RunData) -> list[tuple[str, list[EvaluationRow]]]:

@@ -25,6 +25,7 @@ from mm_moslora.tracking import Trackers, build_trackers
 from mm_moslora.training import checkpoint, disk
 from mm_moslora.training import run as runs
 from mm_moslora.training.commit import Saver
+from mm_moslora.training.ending import recorded
 from mm_moslora.training.engine import StepResult
 from mm_moslora.training.mixers import adapter_metrics, mixer_matrices, write_mixers
 from mm_moslora.training.optim import lr_factor
@@ -81,7 +82,7 @@ def train(
     """
     distributed.join(timeout_minutes=recipe.train.timeout_minutes)
     folder = Path(recipe.train.output)
-    with runs.exclusive(folder), Watchdog(folder) as watchdog, blaming(watchdog):
+    with runs.exclusive(folder), recorded(folder) as ending, Watchdog(folder) as watchdog, blaming(watchdog):
         runs.seed_everything(recipe.train.seed)
         found = find_resume(recipe, resume)
         run = runs.prepare(recipe)
@@ -89,7 +90,11 @@ def train(
             if found is not None:
                 restore(run, *found)
                 logger.info("Continuing from %s, step %d.", found[0].name, run.step)
-            return _Loop(run, watchdog, measure, resumed=found is not None).go(stop_at)
+            loop = _Loop(run, watchdog, measure, resumed=found is not None)
+            ending.begun = True
+            result = loop.go(stop_at)
+            ending.finished = result.finished
+            return result
         finally:
             run.engine.close()
 
@@ -124,6 +129,9 @@ class _Loop:
             start_step=run.step,
         )
         self.total = recipe.train.steps or max(1, math.ceil(self.loader.steps_per_epoch * recipe.train.epochs))
+        if distributed.is_main():
+            disk.replace_text(run.folder / "config.yaml", recipe.to_yaml())
+        self._write_summary()
         self.trackers: Trackers = build_trackers(recipe.track)
         self.trackers.start(recipe.to_dict(), run.folder, resume_step=run.step if resumed else None)
         self.saver = Saver(run.folder)
@@ -164,6 +172,7 @@ class _Loop:
             over = run.step >= self.total or self.best.out_of_patience
             if over:
                 self._finish()
+            self._write_summary()
             folder = self._last_save()
             if over and distributed.is_main():
                 self._show_adapter(folder / "adapter")
@@ -200,6 +209,7 @@ class _Loop:
         self.last_loss = result.loss
         self._count(result, seconds, [i for b in micro_batches for i in b.ids])
         self._log(result, micro_batches, factor, seconds=seconds, data_seconds=data_seconds)
+        self._give_up_if_diverged()
 
     def _count(self, result: StepResult, seconds: float, ids: list[str]) -> None:
         counters = self.run.counters
@@ -226,6 +236,8 @@ class _Loop:
         logger.warning(
             "Step %d skipped: the loss or a gradient is not finite (loss %s). %s", self.run.step, result.loss, records
         )
+
+    def _give_up_if_diverged(self) -> None:
         if self.skipped_in_a_row >= self.recipe.train.max_skipped_steps:
             raise DivergedError(
                 f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite; stopped at step "
@@ -345,6 +357,9 @@ class _Loop:
         final = mixer_matrices(self.run.engine.trainable_state())
         if distributed.is_main():
             write_mixers(self.run.folder / "mixers.json", before=self.first_mixers, after=final)
+
+    def _write_summary(self) -> None:
+        if distributed.is_main():
             disk.replace_json(self.run.folder / "summary.json", summary(self.run, self.total))
 
     def _show_adapter(self, adapter: Path) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +69,15 @@ def runs(tmp_path: Path) -> Path:
     old = make_run(tmp_path / "runs" / "abandoned", steps=5, total=30, rank=8, mean=None)
     for path in old.iterdir():
         os.utime(path, (time.time() - 9000, time.time() - 9000))
+    failed = tmp_path / "runs" / "failed"
+    failed.mkdir()
+    told = {"state": "failed", "reason": "no such file: train.jsonl", "host": socket.gethostname()}
+    (failed / "state.json").write_text(json.dumps(told))
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    killed = make_run(tmp_path / "runs" / "killed", steps=5, total=30, rank=8, mean=None)
+    (killed / "state.json").write_text(json.dumps(told | {"state": "running", "process": gone.pid}))
+    (killed / "alerts.jsonl").write_text(json.dumps({"title": "Not a number", "text": f"{HOSTILE} not finite"}) + "\n")
     newer = tmp_path / "runs" / "newer"
     newer.mkdir()
     (newer / "summary.json").write_text('{"format": 99}')
@@ -80,7 +93,10 @@ def port(runs: Path) -> Iterator[int]:
 
 def test_runs_are_found_with_their_state_and_secrets_stay_out(runs: Path) -> None:
     rows = {row["id"]: row for row in Folder(runs).rows()}
-    assert set(rows) == {"sweep/rank4", "sweep/rank8", "abandoned", "newer"}
+    assert set(rows) == {"sweep/rank4", "sweep/rank8", "abandoned", "failed", "killed", "newer"}
+    assert (rows["failed"]["state"], rows["failed"]["reason"]) == ("failed", "no such file: train.jsonl")
+    assert rows["killed"]["state"] == "killed"
+    assert rows["newer"]["state"] == "unreadable"
     assert rows["sweep/rank4"]["state"] == "finished"
     assert rows["abandoned"]["state"] == "stopped"
     assert rows["sweep/rank4"]["scores"] == {"shapes": 0.8}
@@ -112,8 +128,15 @@ def test_no_path_leads_out_and_other_hosts_get_nothing(port: int) -> None:
 def test_in_a_browser_it_follows_compares_filters_and_shows(port: int, runs: Path, tmp_path: Path) -> None:
     with browsing(tmp_path / "profile") as page:
         page.open(f"http://127.0.0.1:{port}/")
-        page.wait("document.querySelectorAll('#runs li').length === 4")
+        page.wait("document.querySelectorAll('#runs li').length === 6")
         page.wait("document.getElementById('live').dataset.state === 'live'")
+        page.run("document.querySelector('#runs input[value=failed]').click()")
+        page.run("document.querySelector('#runs input[value=killed]').click()")
+        page.wait("document.querySelectorAll('.note').length === 3")
+        notes = page.run("[...document.querySelectorAll('.note')].map(e => e.textContent).join()")
+        assert "newer release wrote it" in notes  # the newest is chosen at first
+        assert "failed: no such file: train.jsonl" in notes
+        assert f"killed: Not a number: {HOSTILE}" in notes
         wrong = "[...document.querySelectorAll('#runs input')].filter(i => i.checked !== i.value.startsWith('sweep'))"
         while page.run(f"{wrong}.length"):  # the list is drawn anew at every click
             page.run(f"{wrong}[0].click()")
@@ -145,5 +168,22 @@ def test_in_a_browser_it_follows_compares_filters_and_shows(port: int, runs: Pat
         missing_picture = [error for error in page.errors if "404" not in error]
         assert missing_picture == []
         page.open(f"http://127.0.0.1:{port}/", width=400)
-        page.wait("document.querySelectorAll('#runs li').length === 4")
+        page.wait("document.querySelectorAll('#runs li').length === 6")
         assert page.run("document.documentElement.scrollWidth") <= 400
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
+def test_ctrl_c_ends_it_quietly_while_somebody_watches(runs: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mm_moslora", "board", str(runs), "--port", "0"]
+    with (
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process,
+        browsing(tmp_path / "profile") as page,
+    ):
+        assert process.stderr is not None
+        url = next(word for word in process.stderr.readline().split() if word.startswith("http"))
+        page.open(url)
+        page.wait("document.querySelectorAll('#runs li').length === 6")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+        assert process.stderr.read().strip() == ""
+        page.wait("document.getElementById('live').dataset.state === 'lost'")

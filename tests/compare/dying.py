@@ -1,11 +1,15 @@
-"""What the processes of the pool's test do; a module of its own, so that they import next to nothing."""
+"""What the processes of the pool's tests do; a module of its own, so that they import next to nothing."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
+from mm_moslora.compare import cell as cells
+from mm_moslora.compare.cell import Job
+from mm_moslora.compare.plan import Outcome
 from mm_moslora.compare.pool import Slot
 
 
@@ -14,3 +18,21 @@ def work(item: str, slot: Slot) -> None:
     if item == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
     Path(item).write_text("lived")
+
+
+def meet(job: Job, slot: Slot) -> None:
+    """A run that ends once it has met the run of the other device, and then fails if it is the second arm's first."""
+    cells._run = _meeting
+    cells.run(cells.dataclasses.replace(job, devices=slot.devices))
+
+
+def _meeting(job: Job, started: float) -> Outcome:
+    device = os.environ["CUDA_VISIBLE_DEVICES"]
+    rounds = len(list(job.folder.glob(f"here-{device}-*")))
+    (job.folder / f"here-{device}-{rounds}").write_text(job.cell.name)
+    deadline = time.monotonic() + 60
+    while len(list(job.folder.glob(f"here-*-{rounds}"))) < 2:
+        assert time.monotonic() < deadline, "no run came beside this one"
+        time.sleep(0.05)
+    assert not (job.cell.seed == 0 and job.cell.arm.name.startswith("moslora")), "boom"
+    return Outcome(status="ok", test={"t": 0.5})

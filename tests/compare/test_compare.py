@@ -18,11 +18,12 @@ from mm_moslora import cli
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.cell import metrics, read_outcome
 from mm_moslora.compare.plan import Outcome, Settings, choose_rates, tuning_cells
-from mm_moslora.compare.pool import Pool, Slot
+from mm_moslora.compare.pool import Pool, Slot, slots
+from mm_moslora.compare.run import Comparison, Room
 from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.errors import ConfigError
 from mm_moslora.report.comparison import write_page
-from tests.compare.dying import work
+from tests.compare.dying import meet, work
 
 ARMS = "full,full@optim.max_grad_norm=0.5,lora@targets=[nope]"
 CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
@@ -161,6 +162,41 @@ def settings(**changes) -> Settings:
         "tasks": ["t"],
     }
     return Settings(**{**given, **changes})
+
+
+def fake_devices(monkeypatch: pytest.MonkeyPatch, count: int, visible: str | None = None) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+
+def test_with_several_devices_runs_go_side_by_side_one_on_each(tmp_path: Path, monkeypatch, caplog):
+    fake_devices(monkeypatch, 2, visible="4,7")
+    monkeypatch.setattr("mm_moslora.compare.run._work", meet)
+    comparison = Comparison(RECIPE, settings(rates=[1e-4]), tmp_path, hold_out=0.1)
+    with caplog.at_level("INFO"):
+        assert comparison.run(Room())
+    met = {path.name.removeprefix("here-"): path.read_text() for path in tmp_path.glob("here-*")}
+    assert sorted(met) == ["4-0", "4-1", "7-0", "7-1"], "each device has had two of the four runs"
+    assert len(set(met.values())) == 4
+    ended = {name: outcome.status for name, outcome in comparison.outcomes.items()}
+    assert sorted(ended.values()) == ["failed", "ok", "ok", "ok"]
+    (failed,) = [name for name, status in ended.items() if status == "failed"]
+    assert failed == "moslora-kaiming_lr0.0001_seed0"
+    assert comparison.outcomes[failed].reason.startswith("AssertionError: boom")
+    assert "moslora:kaiming at 0.0001, seed 0: failed: AssertionError: boom" in caplog.text
+
+
+def test_devices_are_shared_out_by_runs(monkeypatch):
+    fake_devices(monkeypatch, 5)
+    assert [slot.devices for slot in slots(parallel=None, devices_per_run=2)] == [("0", "1"), ("2", "3")]
+    assert [slot.devices for slot in slots(parallel=2, devices_per_run=1)] == [("0",), ("1",)]
+    with pytest.raises(ConfigError, match="--gpus-per-run is 8, but there are 5 accelerators"):
+        slots(parallel=None, devices_per_run=8)
+    fake_devices(monkeypatch, 0)
+    assert slots(parallel=3, devices_per_run=1) == [Slot()] * 3
 
 
 def test_a_rate_is_chosen_by_the_runs_that_did_not_diverge():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -143,6 +145,37 @@ def test_damaged_parts_are_named_and_the_rest_is_shown(run_folder: Path) -> None
     assert "'a' was left out" in page.text
     assert "row 'broken' was left out" in page.text
     assert len(page.of("div", "whisker")) == 4
+
+
+def told(folder: Path, state: str, **more: object) -> _Page:
+    (folder / "state.json").write_text(json.dumps({"state": state, "host": socket.gethostname()} | more))
+    return _page(folder)
+
+
+def test_how_a_run_stands_is_said_first(run_folder: Path) -> None:
+    assert "This run" not in told(run_folder, "finished").text
+    failed = told(run_folder, "failed", reason=f"no room for hf_{'Ab1' * 10} <b>").text
+    assert "This run failed at step 400 in stage tune." in failed
+    assert "no room for" in failed
+    assert "hf_Ab1" not in failed
+    assert "The same command continues it" in told(run_folder, "stopped").text
+    assert "under way, at step 400" in told(run_folder, "running", process=os.getpid()).text
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    assert "ended without a word at step 400" in told(run_folder, "running", process=gone.pid).text
+
+
+def test_a_run_that_failed_before_its_first_step_has_a_page(tmp_path: Path) -> None:
+    page = told(tmp_path, "failed", reason="train.jsonl does not exist")
+    assert "This run failed before its first step." in page.text
+    assert "train.jsonl does not exist" in page.text
+
+
+def test_alerts_are_shown_with_the_curves(run_folder: Path) -> None:
+    (run_folder / "tune" / "alerts.jsonl").write_text(
+        '{"title": "Not a number", "text": "Step 2: loss <not> finite."}\n'
+    )
+    assert "Not a number: Step 2: loss <not> finite." in _page(run_folder).text
 
 
 def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from mm_moslora.errors import CheckpointError, MoSLoRAError, TrainingError
 from mm_moslora.models.export import export_lora, export_model
 from mm_moslora.models.load import load
 from mm_moslora.models.vlm import supervised_logits
+from mm_moslora.report.state import read_state
 from mm_moslora.training.loop import train
 from mm_moslora.training.optim import lr_factor
 
@@ -94,6 +95,7 @@ def test_every_checkpoint_is_complete_and_loads(recipe, tmp_path):
     assert Recipe.from_yaml((run / kept[-1] / "config.yaml").read_text()) == with_train(recipe, save_every=2)
     assert json.loads((run / "mixers.json").read_text())[0]["moved"] > 0
     assert json.loads((run / "summary.json").read_text())["counters"]["steps"] == 6
+    assert read_state(run).name == "finished"
 
 
 def test_what_the_mixers_learned_is_logged_as_the_folder_tells_it(recipe, tmp_path):
@@ -197,6 +199,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_too_many_stop_the_run(recipe, 
     with pytest.raises(TrainingError, match=r"5 steps in a row .* not finite; stopped at step"):
         train(with_train(huge, steps=20))
     assert "skipped: the loss or a gradient is not finite" in caplog.text
+    state = read_state(tmp_path / "run")
+    assert state.name == "failed"
+    assert "5 steps in a row" in str(state.reason)
+    logged = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert f"stopped at step {logged[-1]}." in str(state.reason)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
@@ -205,6 +212,9 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_keys(recipe):
     other = replace(recipe, optim=replace(recipe.optim, lr=5e-3))
     with pytest.raises(CheckpointError, match=r"1 recipe keys differ \(optim.lr: 0.002 -> 0.005\)"):
         train(other)
+    run = Path(recipe.train.output)
+    assert read_state(run).name == "stopped", "a refused attempt says nothing about the run that is there"
+    assert Recipe.from_yaml((run / "config.yaml").read_text()) == recipe
     with pytest.raises(CheckpointError, match="already holds checkpoints and resume is never"):
         train(recipe, resume="never")
 

@@ -2,7 +2,7 @@
 (() => {
   // State: the rows of all runs, what was fetched of the chosen ones, and what is chosen. Texts are only ever set as
   // text, never as markup: questions and answers are other people's.
-  const COLOURS = 6, W = 440, H = 240, LEFT = 54, RIGHT = 12, TOP = 10, BOTTOM = 26;
+  const COLOURS = 6, W = 440, H = 240, LEFT = 54, RIGHT = 20, TOP = 10, BOTTOM = 26;
   const at = (id) => document.getElementById(id);
   let rows = [], chosen = [], details = new Map(), tab = "curves", smoothing = 0.6, logScale = false, first = true;
 
@@ -40,6 +40,7 @@
     if (item.stage) parts.push(item.stage);
     if (item.step !== null) parts.push(item.total ? `step ${item.step} of ${item.total}` : `step ${item.step}`);
     if (item.loss !== null && item.loss !== undefined) parts.push(`loss ${short(item.loss)}`);
+    if (item.reason) parts.push(item.reason);
     for (const [task, value] of Object.entries(item.scores)) parts.push(`${task} ${percent(value)}`);
     return parts.join(" · ");
   };
@@ -48,7 +49,7 @@
     return make("li", {}, make("label", {},
       chosen.includes(item.id) ? make("span", {}, box, make("i", { class: `key ${colour(item.id)}` })) : make("span", {}, box),
       make("b", {}, item.name), make("span", { class: `state ${item.state}` }, item.state),
-      item.fault ? make("small", { class: "fault" }, item.fault) : make("small", {}, describe(item)),
+      make("small", { class: item.fault ? "fault" : "", title: item.fault ?? item.reason }, item.fault ?? describe(item)),
       item.total && item.state === "running" ? progress(item.step / item.total) : null));
   };
   const progress = (share) => {
@@ -148,8 +149,8 @@
     const cards = chosen.flatMap((id) => (details.get(id)?.samples ?? []).map((sample) => make("article", { class: "sample" },
       sample.picture ? make("img", { src: `api/picture?id=${encodeURIComponent(id)}&number=${sample.number}`, alt: `Picture of: ${sample.question}`, loading: "lazy" }) : null,
       make("div", {}, make("i", { class: `key ${colour(id)}`, title: title(id) }), make("b", {}, sample.question), make("dl", {}, make("dt", {}, "Expected"), make("dd", {}, sample.answer),
-        ...(sample.before === null ? [] : [make("dt", {}, "Before"), make("dd", {}, sample.before)]),
-        ...(sample.after === null ? [] : [make("dt", {}, "After"), make("dd", { class: sample.kind }, sample.after)]))))));
+        ...(sample.before === null ? [] : [make("dt", {}, "Before"), make("dd", {}, sample.before.trim() || "(nothing)")]),
+        ...(sample.after === null ? [] : [make("dt", {}, "After"), make("dd", { class: sample.kind }, sample.after.trim() || "(nothing)")]))))));
     return cards.length ? make("div", { class: "gallery" }, ...cards) : missing("The chosen runs have kept no samples.");
   };
 
@@ -180,9 +181,11 @@
   };
 
   const views = { curves: drawCurves, scores: drawScores, gallery: drawGallery, mixers: drawMixers, recipes: drawRecipes };
+  const notes = () => chosen.flatMap((id) => [row(id)?.fault, row(id)?.reason, ...(details.get(id)?.notes ?? [])].filter(Boolean).map((text) =>
+    make("p", { class: "note" }, make("i", { class: `key ${colour(id)}` }), ` ${title(id)}: ${text}`)));
   const drawPanel = () => {
     if (tab !== "curves") at("tools").replaceChildren();
-    at("panel").replaceChildren(chosen.length ? views[tab]() : missing("Choose one or several runs on the left."));
+    at("panel").replaceChildren(...(tab === "curves" ? notes() : []), chosen.length ? views[tab]() : missing("Choose one or several runs on the left."));
     at("panel").dataset.tab = tab;
   };
   const drawPanelOnly = () => {
@@ -193,8 +196,8 @@
 
   // ---------------------------------------------------------------- the server
   const fetchDetails = (ids) => Promise.all(ids.map(async (id) => {
-    const answer = await fetch(`api/run?id=${encodeURIComponent(id)}`);
-    if (answer.ok) details.set(id, await answer.json());
+    const answer = await fetch(`api/run?id=${encodeURIComponent(id)}`).catch(() => null); // the server has gone: the header says so
+    if (answer?.ok) details.set(id, await answer.json());
   }));
   const take = async (state) => {
     const before = new Map(rows.map((item) => [item.id, item.changed]));
