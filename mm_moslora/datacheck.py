@@ -20,7 +20,7 @@ from mm_moslora.data.fingerprints import Fingerprint, Match, fingerprint
 from mm_moslora.data.images import ImageError, open_image
 from mm_moslora.data.packing import fill_rate, pack
 from mm_moslora.data.sources import open_sources
-from mm_moslora.data.view import legend, view_findings, view_record, view_report, view_statistics
+from mm_moslora.data.view import legend, view_findings, view_matches, view_record, view_report, view_statistics
 from mm_moslora.data.view_html import Sample, page
 from mm_moslora.errors import DataError
 from mm_moslora.models.build import text_and_images
@@ -85,7 +85,7 @@ def check_recipe(
         finding, pairs = leakage(reports["train"].images, marks, name=name)
         leaks, found = [*leaks, finding], found + pairs
     if leaks:
-        shown.append(view_findings(leaks))
+        shown += [view_findings(leaks), view_matches(found)]
         plain["leakage"] = {"findings": [item._asdict() for item in leaks], "pairs": [list(pair) for pair in found]}
     return Checked(shown, plain, int(not all(report.ok for report in reports.values())))
 
@@ -104,6 +104,8 @@ def statistics_of(recipe: Recipe, *, processes: int | None = None) -> Checked:
         plain[name]["packing_fill_rate"] = rates
         text = ", ".join(f"{rate:.1%} of rows of {tokens} tokens" for tokens, rate in rates.items())
         shown.append(Text(f"Packed, records would fill {text}." if text else ""))
+        if bad := report.records - report.usable:
+            shown.append(Text(f"{bad} records cannot be used and are not counted: see `mm-moslora data check`."))
     return Checked(shown, plain, 0)
 
 

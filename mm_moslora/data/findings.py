@@ -43,7 +43,7 @@ def leakage(
     title = f"leakage into {name}"
     if not found:
         return Finding("ok", title, f"none of {len(known)} training pictures looks like one of {len(others)}"), []
-    detail = f"{len(found)} training pictures look like held-out ones, such as {found[0].first} and {found[0].second}"
+    detail = f"training pictures that look like held-out ones: {len(found)}"
     return Finding("warn", title, detail, "take them out of one of the sets, or scores there are too good"), found
 
 
@@ -82,7 +82,7 @@ def _truncation(report: CheckReport) -> Finding:
     lost = report.bad.get("TOO_LONG", 0)  # type: ignore[call-overload]
     if not report.truncated and not lost:
         return Finding("ok", "length", f"all fit into {report.max_length} tokens")
-    detail = f"{report.truncated} records lose turns and {lost} do not fit at all into {report.max_length} tokens"
+    detail = f"over {report.max_length} tokens: {report.truncated} records lose turns, {lost} cannot be used at all"
     return Finding("warn", "length", detail, "raise data.max_length, or split long records")
 
 
@@ -109,7 +109,8 @@ def _repeats(report: CheckReport) -> Finding:
     repeats = sum(report.repeated_ids.values())
     detail = f"{report.duplicates} records are copies of others, {repeats} repeat an id"
     status: Literal["ok", "warn"] = "warn" if report.duplicates or repeats else "ok"
-    return Finding(status, "duplicates", detail, "remove them, or say the repetition by weight" if repeats else "")
+    remedy = "remove them, or say the repetition by weight" if status == "warn" else ""
+    return Finding(status, "duplicates", detail, remedy)
 
 
 def _answers(report: CheckReport) -> Finding:

@@ -161,7 +161,7 @@ def _named(name: Any, index: int, where: Where, rules: PictureRules) -> Path | R
 
 
 def _local(name: Any, field_name: str, where: Where, rules: PictureRules) -> Path:
-    """The file that a plain relative path names, below the image folder."""
+    """The file that a plain path names, below the image folder; absolute ones are what `imagefolder` tables hold."""
     if not isinstance(name, str) or not name.strip():
         found = kind_of(name) if not isinstance(name, str) else "empty"
         raise where.error(Code.BAD_IMAGE_NAME, field_name, f"is {found}", "write a path below the image folder")
@@ -174,7 +174,8 @@ def _local(name: Any, field_name: str, where: Where, rules: PictureRules) -> Pat
             "unless the source names its host in image_hosts"
         )
         raise where.error(Code.BAD_IMAGE_NAME, field_name, what, remedy, path=name)
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    pure = PurePosixPath(name)
+    if ".." in pure.parts or (pure.is_absolute() and not _lies_in(name, rules.folder)):
         remedy = f"write a path below {rules.folder}"
         raise where.error(Code.PATH_ESCAPES, field_name, f"{shown} leaves the image folder", remedy, path=name)
     path = rules.folder / name
@@ -189,6 +190,11 @@ def _local(name: Any, field_name: str, where: Where, rules: PictureRules) -> Pat
         remedy = "copy the picture there, or set follow_links for this source"
         raise where.error(Code.PATH_ESCAPES, field_name, f"{shown} links out of {rules.folder}", remedy, path=name)
     return real
+
+
+def _lies_in(name: str, folder: Path) -> bool:
+    """Whether an absolute path is one below a folder, as it is written or by its links."""
+    return Path(name).is_relative_to(folder) or Path(os.path.realpath(name)).is_relative_to(folder)
 
 
 def _remote(name: str, shown: str, field_name: str, where: Where, rules: PictureRules) -> RemotePicture:

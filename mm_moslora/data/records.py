@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 from mm_moslora.data.faults import BAD_CHARACTER, Code, RecordError, Where, kind_of
 from mm_moslora.data.pictures import Picture, PictureRules, find_clip, find_picture, picture_name
 from mm_moslora.data.video import Clip
-from mm_moslora.errors import suggestion
 
 Role = Literal["system", "user", "assistant"]
 
@@ -236,9 +235,10 @@ def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tup
     key = "messages" if "messages" in value and "conversations" not in value else "conversations"
     items = value.get(key)
     if not isinstance(items, list) or not items:
-        what = f"is {kind_of(items)}" if items else "is missing or empty"
-        hint = suggestion(key, [str(name) for name in value]) if key not in value else ""
-        raise where.error(Code.NO_TURNS, key, what, f"add at least a question and an answer.{hint}")
+        if key not in value:
+            raise _formless(value, key, where)
+        what = f"is {kind_of(items)}" if items else "is empty"
+        raise where.error(Code.NO_TURNS, key, what, "add at least a question and an answer")
     turns: list[Turn] = []
     marks: list[_Mark] = []
     if value.get("system"):  # ShareGPT keeps it beside the conversation
@@ -262,6 +262,16 @@ def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tup
     return turns, marks, True
 
 
+def _formless(value: Mapping[str, Any], key: str, where: Where) -> RecordError:
+    """What to say of a record in none of the forms: the keys that it has."""
+    found = ", ".join(ascii(str(name)[:40]) for name in list(value)[:8])
+    remedy = (
+        "write conversations, messages, texts, question and answer, or caption; for a table, `columns` of the source "
+        "says which of its columns is which"
+    )
+    return where.error(Code.NO_TURNS, key, f"is missing; the record has {found or 'no key'}", remedy)
+
+
 def _pairs(value: Mapping[str, Any], where: Where) -> list[Turn] | None:
     """`texts`: a list of objects with `user` and `assistant`."""
     items = value.get("texts")
@@ -275,7 +285,7 @@ def _pairs(value: Mapping[str, Any], where: Where) -> list[Turn] | None:
         turns += [Turn.asking(_text(item.get("user"), f"{field}.user", where)),
                   Turn(role="assistant", text=_text(item.get("assistant"), f"{field}.assistant", where))]  # fmt: skip
     if not turns:
-        raise where.error(Code.NO_TURNS, "texts", "is empty", "add at least a question and an answer.")
+        raise where.error(Code.NO_TURNS, "texts", "is empty", "add at least a question and an answer")
     return turns
 
 

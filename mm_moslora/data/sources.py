@@ -168,6 +168,10 @@ def open_sources(sources: Sequence[SourceConfig]) -> list[RecordSource]:
 
 def _rules(config: SourceConfig, beside: Path) -> PictureRules:
     folder = Path(config.image_folder) if config.image_folder else beside
+    if config.image_folder and not folder.is_dir():
+        raise DataError(
+            f"image_folder of {config.path} is {folder}, which is no folder. Name the folder of its images."
+        )
     return PictureRules(
         folder=folder.resolve(),
         follow_links=config.follow_links,

@@ -9,6 +9,8 @@ import fcntl
 import glob
 import hashlib
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,8 @@ class TableSource(RecordSource):
     """
 
     def __init__(self, config: SourceConfig, rules: PictureRules) -> None:
+        import datasets
+
         super().__init__(Path(config.path), rules)
         table = _load(config)
         odd = sorted(set(config.columns.values()) - set(table.column_names))
@@ -43,6 +47,8 @@ class TableSource(RecordSource):
                 f"{config.path}: columns names {odd[0]!r}, but the columns are {', '.join(table.column_names)}.{hint}"
             )
         self._names = {own: name for name, own in config.columns.items()}
+        self._classes = {n: f.names for n, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
+        self._store = _hub_store() if config.path.startswith("hf:") else ()
         self._table = table.with_format("arrow")
         self._identity = f"{table._fingerprint}-{json.dumps(self._names, sort_keys=True)}"
         if not len(table):
@@ -57,7 +63,9 @@ class TableSource(RecordSource):
         found: dict[str, Any] = {}
         for own in slice_.column_names:
             cell = slice_.column(own)[0]
-            value = _pictures(cell, f"{self.path}:{row}#{own}")
+            value = _pictures(cell, f"{self.path}:{row}#{own}", self._store)
+            if own in self._classes and value is not None:
+                value = self._classes[own][value] if value >= 0 else None
             if value is not None:
                 found[self._names.get(own, own)] = value
         return found
@@ -67,8 +75,26 @@ class TableSource(RecordSource):
         return self._identity
 
 
-def _pictures(cell: Any, name: str) -> Any:
-    """A cell as plain data; pictures inside become places from which they can be read."""
+def _hub_store() -> tuple[Path, ...]:
+    """Where files that `datasets` fetches from the hub come to lie."""
+    import datasets
+    import huggingface_hub
+
+    return (
+        Path(huggingface_hub.constants.HF_HUB_CACHE),
+        Path(datasets.config.DOWNLOADED_DATASETS_PATH),
+        Path(datasets.config.EXTRACTED_DATASETS_PATH),
+    )
+
+
+def _pictures(cell: Any, name: str, store: Sequence[Path] = ()) -> Any:
+    """A cell as plain data; pictures inside become places from which they can be read.
+
+    Args:
+        cell: of a column.
+        name: for messages.
+        store: folders of fetched files; a path into one of them is as good as bytes.
+    """
     import pyarrow as pa
 
     if not cell.is_valid:
@@ -77,13 +103,17 @@ def _pictures(cell: Any, name: str) -> Any:
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return StoredPicture(name, cell.as_py)
     if pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}:
-        return StoredPicture(name, cell["bytes"].as_py) if cell["bytes"].is_valid else cell["path"].as_py()
+        path = cell["path"].as_py()
+        if cell["bytes"].is_valid:
+            return StoredPicture(name, cell["bytes"].as_py)
+        fetched = path is not None and any(Path(os.path.normpath(path)).is_relative_to(folder) for folder in store)
+        return StoredPicture(path, Path(path).read_bytes) if fetched else path
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         if not pa.types.is_nested(kind.value_type) and not pa.types.is_binary(kind.value_type):
             return cell.as_py()
-        return [_pictures(item, f"{name}[{index}]") for index, item in enumerate(cell.values)]
+        return [_pictures(item, f"{name}[{index}]", store) for index, item in enumerate(cell.values)]
     if pa.types.is_struct(kind):  # Arrow gives every part of a message the keys of all parts
-        pairs = ((field.name, _pictures(cell[field.name], f"{name}.{field.name}")) for field in kind)
+        pairs = ((field.name, _pictures(cell[field.name], f"{name}.{field.name}", store)) for field in kind)
         return {key: value for key, value in pairs if value is not None}
     return cell.as_py()
 
@@ -168,10 +198,41 @@ def _streamed(config: SourceConfig, name: str) -> Dataset:
         if not folder.is_dir():
             stream = _undecoded(datasets.load_dataset(**arguments, streaming=True)).take(config.limit)
             table = datasets.Dataset.from_generator(
-                stream.__iter__, features=stream.features, cache_dir=str(folder.parent / "parts")
+                lambda: (_fetched(row, name) for row in stream),
+                features=_unread(stream.features),
+                cache_dir=str(folder.parent / "parts"),
             )
             part = folder.with_suffix(".part")
             table.save_to_disk(str(part))
             part.rename(folder)
     loaded: Dataset = datasets.load_from_disk(str(folder))
     return loaded
+
+
+def _unread(features: Any) -> Any:
+    """The same features with pictures and videos as plain bytes and paths, of which `datasets` reads no file."""
+    import datasets
+
+    def plain(feature: Any) -> Any:
+        if isinstance(feature, datasets.Image | datasets.Video):
+            return {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+        return datasets.List(plain(feature.feature)) if isinstance(feature, datasets.List) else feature
+
+    return features and datasets.Features({name: plain(feature) for name, feature in features.items()})
+
+
+def _fetched(value: Any, name: str) -> Any:
+    """A row of a stream in which files of the hub's dataset `name` are bytes; other paths stay paths."""
+    if isinstance(value, list):
+        return [_fetched(item, name) for item in value]
+    if not isinstance(value, dict):
+        return value
+    path = value.get("path")
+    if value.keys() != {"bytes", "path"} or value["bytes"] is not None or not isinstance(path, str):
+        return {key: _fetched(item, name) for key, item in value.items()}
+    if not path.rpartition("::")[2].startswith(f"hf://datasets/{name}@"):
+        return value
+    import fsspec
+
+    with fsspec.open(path, "rb") as stream:
+        return {"bytes": stream.read(), "path": path}

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from mm_moslora.data.check import SHOWN, CheckReport
 from mm_moslora.data.conversation import Encoded, Encoder
 from mm_moslora.data.findings import Finding, findings, length_percentiles
+from mm_moslora.data.fingerprints import Match
 from mm_moslora.data.records import Record
 
 SUPERVISED = "bold green"
@@ -105,6 +106,12 @@ def view_findings(found: Sequence[Finding]) -> Table:
         status = Text(item.status, style=colours[item.status])
         table.add_row(status, Text(item.name), Text(item.detail), Text(item.remedy))
     return table
+
+
+def view_matches(found: Sequence[Match]) -> Text:
+    """Training pictures and the held-out ones that they look like, line by line."""
+    lines = [f"{a} is in both" if a == b else f"{a} looks like {b}" for a, b in found[:SHOWN]]
+    return Text("\n".join([*lines, f"... and {len(found) - SHOWN} more"] if len(found) > SHOWN else lines))
 
 
 def view_statistics(report: CheckReport) -> list[RenderableType]:

@@ -187,6 +187,8 @@ def test_pictures_that_are_evaluated_on_are_found_in_other_sizes(recipe, tmp_pat
     assert run(["data", "check", name, "--against", str(other), "--json"]) == 0
     pairs = json.loads(capsys.readouterr().out)["leakage"]["pairs"]
     assert [[Path(one).name for one in pair] for pair in pairs] == [["4.png", "copy.jpg"]]
+    assert run(["data", "check", name, "--against", str(other)]) == 0
+    assert f"{tmp_path}/images/4.pnglookslike{other}/copy.jpg" in "".join(capsys.readouterr().out.split())
     assert run(["data", "check", name, "--against", str(tmp_path / "nowhere")]) == 1
 
 
@@ -195,7 +197,8 @@ def test_validation_pictures_are_compared_by_themselves(recipe, tmp_path, capsys
     source = {"path": str(tmp_path / "train.jsonl"), "image_folder": str(tmp_path / "images"), "limit": 3}
     assert run(["data", "check", recipe(validation=[source]), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["leakage"]["findings"][0]["status"] == "warn"
-    assert name
+    assert run(["data", "check", name]) == 0
+    assert "17.pngisinboth" in "".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow
@@ -213,7 +216,7 @@ def test_several_processes_find_what_one_finds(recipe, tmp_path, capsys, monkeyp
     assert json.loads(found[0])["train"]["bad"] == {"IMAGE_MISSING": 1}
 
 
-def test_stats_count_turns_sizes_answers_and_packing(recipe, capsys):
+def test_stats_count_turns_sizes_answers_and_packing(recipe, tmp_path, capsys):
     name = recipe()
     assert run(["data", "stats", name, "--data.max_length", "256", "--data.pack_tokens", "512"]) == 0
     text = capsys.readouterr().out
@@ -221,6 +224,11 @@ def test_stats_count_turns_sizes_answers_and_packing(recipe, capsys):
     assert "tokens per record" in text
     assert "'no'" in text
     assert "of rows of 512 tokens" in text
+    assert "cannot be used" not in text
+    path = tmp_path / "train.jsonl"
+    path.write_text("null\n" + path.read_text())
+    assert run(["data", "stats", name]) == 0
+    assert "1 records cannot be used and are not counted: see `mm-moslora data check`" in capsys.readouterr().out
     assert run(["data", "stats", name, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["train"]["packing_fill_rate"]["4096"] > 0
 

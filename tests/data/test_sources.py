@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_hub import fake_hub, run_beside
 from PIL import Image
 from tiny import make_records
 
@@ -40,6 +41,29 @@ def colour_of(record, number: int = 0) -> tuple[int, ...]:
 
 def chat(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def picture_folder(kind: str) -> dict[str, bytes]:
+    """Files of a cat and a dog, as `imagefolder` has them: with a table beside them, or in a folder per class."""
+    if kind == "classes":
+        return {"train/cat/a.png": picture((1, 0, 0)), "train/dog/b.png": picture((2, 0, 0))}
+    table = b"file_name,text\na.png,cat\nb.png,dog\n"
+    return {"a.png": picture((1, 0, 0)), "b.png": picture((2, 0, 0)), "metadata.csv": table}
+
+
+FROM_THE_HUB = """
+import json
+from mm_moslora.config import SourceConfig
+from mm_moslora.data.pictures import open_picture
+from mm_moslora.data.sources import open_source
+
+for options in ({}, {"streaming": True, "limit": 2, "limit_by": "first"}):
+    for name, column in (("metadata", "text"), ("classes", "label")):
+        source = open_source(SourceConfig(path=f"hf:me/{name}", columns={"caption": column}, **options))
+        for row in range(2):
+            colour = open_picture(source[row].images[0]).getpixel((0, 0))
+            print(json.dumps([len(source), source[row].turns[1].text, colour]))
+"""
 
 
 class TestTables:
@@ -122,6 +146,51 @@ class TestTables:
         with pytest.raises(RecordError) as caught:
             open_source(SourceConfig(path=str(tmp_path / "d")))[0]
         assert caught.value.code == Code.PATH_ESCAPES
+
+    @pytest.mark.parametrize("streamed", [False, True])
+    def test_a_picture_column_may_not_name_a_file_elsewhere(self, tmp_path: Path, monkeypatch, streamed) -> None:
+        import datasets
+        import pyarrow.parquet
+
+        monkeypatch.setenv("MM_MOSLORA_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+        (tmp_path / "private.png").write_bytes(picture())
+        (tmp_path / "d").mkdir()
+        row = {"image": {"bytes": None, "path": str(tmp_path / "private.png")}, "question": "q", "answer": "a"}
+        table = datasets.Dataset.from_list([row]).cast_column("image", datasets.Image(decode=False))
+        pyarrow.parquet.write_table(table.data.table, tmp_path / "d" / "0.parquet")
+        options = {"streaming": True, "limit": 1, "limit_by": "first"} if streamed else {}
+        source = open_source(SourceConfig(path=str(tmp_path / "d" / "0.parquet"), **options))
+        with pytest.raises(RecordError) as caught:
+            source[0]
+        assert caught.value.code == Code.PATH_ESCAPES
+
+    @pytest.mark.parametrize("streamed", [False, True])
+    @pytest.mark.parametrize("kind", ["metadata", "classes"])
+    def test_folders_of_pictures(self, tmp_path: Path, monkeypatch, kind: str, streamed) -> None:
+        import datasets
+
+        monkeypatch.setenv("MM_MOSLORA_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+        for name, data in picture_folder(kind).items():
+            (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "d" / name).write_bytes(data)
+        options = {"streaming": True, "limit": 2, "limit_by": "first"} if streamed else {}
+        columns = {"caption": "label" if kind == "classes" else "text"}
+        source = open_source(SourceConfig(path=str(tmp_path / "d"), columns=columns, **options))
+        assert [source[n].turns[1].text for n in range(2)] == ["cat", "dog"]
+        assert [colour_of(source[n]) for n in range(2)] == [(1, 0, 0), (2, 0, 0)]
+        with pytest.raises(RecordError, match=r"the record has 'image', '(label|text)'; write"):
+            open_source(SourceConfig(path=str(tmp_path / "d"), **options))[0]
+
+    def test_folders_of_pictures_on_the_hub(self, tmp_path: Path) -> None:
+        """The real client, in a process whose hub is this machine."""
+        with fake_hub() as hub:
+            hub.files = {("datasets", f"me/{kind}"): picture_folder(kind) for kind in ("metadata", "classes")}
+            done = run_beside(hub, tmp_path, FROM_THE_HUB)
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = [(2, "cat", [1, 0, 0]), (2, "dog", [2, 0, 0])]
+        assert [tuple(json.loads(line)) for line in done.stdout.splitlines()] == lines * 4
 
     def test_what_does_not_load_says_so(self, tmp_path: Path) -> None:
         import datasets

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import yaml
+from fake_hub import fake_hub, run_beside
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import make_vision
@@ -23,6 +24,7 @@ from tests.models.test_ready_made import recipe_for, write_records
 STOCK = """
 import sys
 import torch
+from fake_hub import fake_hub, run_beside
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
@@ -122,3 +124,47 @@ def test_the_command_line_goes_to_other_layouts_and_back(folder, tmp_path, capsy
     assert run(["export", str(folder / "own"), str(tmp_path / "x"), "--to", "gguf"]) == 1
     assert run(["export", str(folder / "stock"), str(tmp_path / "y"), "--to", "gguf", "--dtype", "bf16"]) == 1
     assert "fp32 or fp16" in capsys.readouterr().err
+
+
+PUSHED = """
+import sys
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+stock, own, image = sys.argv[1:]
+def numbers(name):
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(name, backend="pil")
+    messages = [{"role": "user", "content": [{"type": "image", "url": image}, {"type": "text", "text": "what color?"}]}]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        return model, processor, model(**inputs).logits
+for folder in (stock, own):
+    if folder == own:
+        import mm_moslora.models
+    model, processor, before = numbers(folder)
+    name = "me/" + folder.rpartition("/")[2]
+    for part in (model, processor):
+        part.push_to_hub(name)
+    after = numbers(name)[2]
+    ours = any(key.startswith("mm_moslora") for key in sys.modules)
+    print(name, float((after - before).abs().max()), ours, type(model).__name__)
+"""
+
+
+def test_what_is_pushed_to_the_hub_comes_back_by_its_name(folder, tmp_path):
+    """The real client against a hub on this machine: stock parts without this package, ours with it."""
+    for name, to in (("stock", "llava"), ("own", "hf")):
+        assert run(["export", str(folder / name), str(tmp_path / name), "--to", to]) == 0
+    Image.linear_gradient("L").convert("RGB").resize((50, 30)).save(tmp_path / "p.png")
+    with fake_hub() as hub:
+        done = run_beside(hub, tmp_path, PUSHED, *(str(tmp_path / name) for name in ("stock", "own", "p.png")))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line.split() for line in done.stdout.splitlines() if line.startswith("me/")] == [
+        ["me/stock", "0.0", "False", "LlavaForConditionalGeneration"],
+        ["me/own", "0.0", "True", "VlmForConditionalGeneration"],
+    ]
+    assert {"config.json", "model.safetensors", "processor_config.json"} <= hub.files["models", "me/own"].keys()
+    assert not hub.unknown
