@@ -26,7 +26,7 @@ from commonsense import write_recipe
 from mm_moslora.config import load_recipe
 from mm_moslora.models.processor import IMAGE_TOKEN
 
-TRAIN, VALIDATION, TEST = 600, 64, 200
+TRAIN, VALIDATION, TEST = 240, 64, 200
 """Pictures to train and to choose rates with, questions to measure."""
 YES_NO = ("yes", "no")
 
