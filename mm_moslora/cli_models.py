@@ -98,6 +98,8 @@ def export(
         files = export_gguf(assembly, output, half=dtype == "fp16")
         names = ", ".join(path.name for path in (files.text, files.mmproj) if path)
         print(f"{output}: {names}, largest tensor difference {files.largest_difference:.2e}")
+        if files.mmproj:
+            print("llama.cpp builds with its issue 25814 misplace the CLS token of CLIP; see docs/models.md.")
     elif to == "llava-original":
         from mm_moslora.models.export_llava import export_original
 

@@ -6,6 +6,7 @@ Both files are read back tensor by tensor. Weights are written in fp32 or fp16, 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,14 +23,17 @@ from mm_moslora.errors import ModelError
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
 
-# transformers' model_type to llama.cpp's architecture, whether its converter reorders query and key rows, and the name
-# of the byte-level pre-tokeniser that llama.cpp uses for the family.
+# transformers' model_type to llama.cpp's architecture, and whether its converter reorders query and key rows.
 _FAMILIES = {
-    "llama": (gguf.MODEL_ARCH.LLAMA, True, "llama-bpe"),
-    "mistral": (gguf.MODEL_ARCH.LLAMA, True, "llama-bpe"),
-    "qwen2": (gguf.MODEL_ARCH.QWEN2, False, "qwen2"),
-    "qwen3": (gguf.MODEL_ARCH.QWEN3, False, "qwen2"),
+    "llama": (gguf.MODEL_ARCH.LLAMA, True),
+    "mistral": (gguf.MODEL_ARCH.LLAMA, True),
+    "qwen2": (gguf.MODEL_ARCH.QWEN2, False),
+    "qwen3": (gguf.MODEL_ARCH.QWEN3, False),
 }
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
+"""How a byte-level tokenizer cuts a text into words, and llama.cpp's name for it."""
 _NORMAL, _CONTROL, _USER_DEFINED = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED
 _PROJECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}
 
@@ -81,9 +85,11 @@ def why_not_gguf(assembly: Assembly) -> str | None:
         return f"The GGUF export knows {', '.join(_FAMILIES)}, not {text.model_type}. {nearest}"
     if (rope := _rope(text)["rope_type"]) not in ("default", "llama3"):
         return f"The GGUF export knows plain and llama3 rotary embeddings, not {rope}. {nearest}"
-    backend = getattr(assembly.tokenizer, "backend_tokenizer", None)
-    if backend is None or '"type":"ByteLevel"' not in backend.to_str().replace(" ", ""):
-        return f"The GGUF export writes byte-level BPE vocabularies only. {nearest}"
+    if _pre_tokenizer(assembly.tokenizer) is None:
+        return (
+            "The GGUF export writes byte-level BPE vocabularies that cut text into words as GPT-2, SmolLM, Llama 3 or "
+            f"Qwen do, and this one does not. {nearest}"
+        )
     if not is_multimodal(model):
         return None
     if not isinstance(model, LlavaForConditionalGeneration) or isinstance(model, VlmForConditionalGeneration):
@@ -96,13 +102,30 @@ def why_not_gguf(assembly: Assembly) -> str | None:
     return None
 
 
+def _pre_tokenizer(tokenizer: Any) -> str | None:
+    """llama.cpp's name for how a tokenizer cuts text into words; None where it is no byte-level BPE or has no name."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    whole = json.loads(backend.to_str()) if backend is not None else {"model": {}}
+    first = whole.get("pre_tokenizer") or {}
+    steps = first.get("pretokenizers", [first])
+    last = steps[-1]
+    if whole["model"].get("type") != "BPE" or last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    before = [step["type"] for step in steps[:-1]]
+    if last.get("use_regex", True):
+        if before == ["Digits"] and steps[0]["individual_digits"]:
+            return "smollm"
+        return None if before else "gpt-2"
+    return _SPLITS.get(steps[0]["pattern"].get("Regex", "")) if before == ["Split"] else None
+
+
 def _rope(text: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10_000.0} | dict(getattr(text, "rope_parameters", None) or {})
 
 
 def _text_metadata(assembly: Assembly) -> gguf.GGUFWriter:
     text: Any = assembly.model.config.get_text_config()
-    architecture, _, pre = _FAMILIES[text.model_type]
+    architecture, _ = _FAMILIES[text.model_type]
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture])
     head = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     writer.add_name("mm_moslora export")
@@ -118,14 +141,12 @@ def _text_metadata(assembly: Assembly) -> gguf.GGUFWriter:
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_vocab_size(text.vocab_size)
-    _add_vocabulary(writer, assembly.tokenizer, text.vocab_size, pre)
+    _add_vocabulary(writer, assembly.tokenizer, text.vocab_size)
     return writer
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, size: int, pre: str) -> None:
+def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, size: int) -> None:
     """Tokens by id, what they are, and the merges of a byte-level BPE."""
-    import json
-
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     by_id = {number: token for token, number in tokenizer.get_vocab().items()}
     added = {number: token.special for number, token in tokenizer.added_tokens_decoder.items()}
@@ -133,7 +154,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, size: int, pre: str
         _CONTROL if added.get(n, n not in by_id) else _USER_DEFINED if n in added else _NORMAL for n in range(size)
     ]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    writer.add_tokenizer_pre(_pre_tokenizer(tokenizer) or "")
     writer.add_token_list([by_id.get(number, f"[PAD{number}]") for number in range(size)])
     writer.add_token_types(kinds)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
@@ -153,7 +174,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, size: int, pre: str
 def _text_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """llama.cpp's names and tensors of the language model."""
     text: Any = model.config.get_text_config()
-    architecture, reorders, _ = _FAMILIES[text.model_type]
+    architecture, reorders = _FAMILIES[text.model_type]
     names = gguf.get_tensor_name_map(architecture, text.num_hidden_layers)
     decoder: Any = model.get_decoder()
     state = {f"model.{name}": value for name, value in decoder.state_dict().items()}
@@ -204,6 +225,7 @@ def _vision_metadata(assembly: Assembly) -> gguf.GGUFWriter:
     writer.add_vision_head_count(vision.num_attention_heads)
     writer.add_vision_attention_layernorm_eps(vision.layer_norm_eps)
     writer.add_vision_block_count(_layers_used(config))
+    writer.add_array("clip.vision.feature_layer", [_layers_used(config)])
     writer.add_vision_use_gelu(vision.hidden_act != "quick_gelu")
     images = assembly.processor.image_processor
     writer.add_vision_image_mean([float(value) for value in images.image_mean])
@@ -212,7 +234,7 @@ def _vision_metadata(assembly: Assembly) -> gguf.GGUFWriter:
 
 
 def _layers_used(config: Any) -> int:
-    """llama.cpp reads the last layer that the file holds, so the file ends with the feature layer."""
+    """The file ends with the feature layer. It must be named, too: llama.cpp leaves out the last layer otherwise."""
     count, layer = config.vision_config.num_hidden_layers, config.vision_feature_layer
     return int(layer if layer >= 0 else count + 1 + layer)
 

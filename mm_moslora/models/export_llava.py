@@ -22,6 +22,10 @@ _CLASSES = {
     "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
 }
 _PROJECTOR = {"linear_1": "0", "linear_2": "2"}
+_SQUEEZED = (
+    "LLaVA's code pads pictures to a square or crops them, and this model was shown squeezed ones (model.image_aspect "
+    "resize). Export with --to llava or hf instead, or train with pad or crop."
+)
 
 
 def export_original(assembly: Assembly, folder: Path, *, vision: str | None = None) -> float:
@@ -41,14 +45,15 @@ def export_original(assembly: Assembly, folder: Path, *, vision: str | None = No
     model = assembly.model
     tower = vision or assembly.base.get("vision")
     reason = why_not_original(model, tower)
-    if reason:
-        raise ModelError(reason)
+    aspect = None if reason else _aspect(assembly)
+    if reason or aspect is None:
+        raise ModelError(reason or _SQUEEZED)
     if folder.exists() and any(folder.iterdir()):
         raise ModelError(f"{folder} is not empty. Choose a new folder, so that no old file is mistaken for a new one.")
     folder.mkdir(parents=True, exist_ok=True)
     state = original_state(model)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(_config(model, str(tower)), indent=2), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(_config(model, str(tower), aspect), indent=2), encoding="utf-8")
     assembly.tokenizer.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
@@ -91,7 +96,17 @@ def original_state(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
 
 
-def _config(model: PreTrainedModel, tower: str) -> dict[str, Any]:
+def _aspect(assembly: Assembly) -> str | None:
+    """LLaVA's name for how pictures become squares; None where it has none."""
+    if isinstance(assembly.model, LlavaNextForConditionalGeneration):
+        return "anyres"
+    images: Any = assembly.processor.image_processor
+    if getattr(images, "do_pad", False):
+        return "pad"
+    return "square" if images.do_center_crop else None
+
+
+def _config(model: PreTrainedModel, tower: str, aspect: str) -> dict[str, Any]:
     config: Any = model.config
     kind, name = _CLASSES[config.text_config.model_type]
     tiles = isinstance(model, LlavaNextForConditionalGeneration)
@@ -106,7 +121,7 @@ def _config(model: PreTrainedModel, tower: str) -> dict[str, Any]:
         "mm_vision_select_feature": "patch" if config.vision_feature_select_strategy == "default" else "cls_patch",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
-        "image_aspect_ratio": "anyres" if tiles else "pad",
+        "image_aspect_ratio": aspect,
         "use_mm_proj": True,
         "torch_dtype": str(model.dtype).removeprefix("torch."),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gguf
 import pytest
 import torch
-from tiny import make_vision
+from tiny import make_tokenizer, make_vision
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
@@ -58,19 +58,26 @@ def test_the_tower_and_the_projector_go_into_a_file_of_their_own(half, language_
     names = {tensor.name for tensor in reader.tensors}
     assert {"v.class_embd", "v.patch_embd.weight", "v.position_embd.weight", "v.pre_ln.weight", "mm.0.weight",
             "mm.2.bias", "v.blk.1.attn_q.weight", "v.blk.1.ffn_down.bias"} <= names  # fmt: skip
-    # Layer -2 of three is the second, and llama.cpp reads the last layer that it finds.
+    # Layer -2 of three is the second; llama.cpp leaves out the last layer of a file that does not name its layer.
     assert not any(name.startswith("v.blk.2") or "post_ln" in name for name in names)
     found = values(reader)
     assert found["general.architecture"] == "clip"
     assert found["clip.projector_type"] == "mlp"
     assert found["clip.vision.block_count"] == 2
+    assert found["clip.vision.feature_layer"] == [2]
     assert found["clip.vision.image_size"] == 32
     assert not found["clip.use_gelu"]  # this one has OpenAI's quick GELU
 
 
 def test_what_llama_cpp_has_no_place_for_is_refused(language_folder, clip, tmp_path):
     siglip = str(make_vision(tmp_path / "siglip", "siglip"))
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Whitespace
+
+    odd = make_tokenizer()
+    odd.backend_tokenizer.pre_tokenizer = Sequence([Whitespace(), ByteLevel(add_prefix_space=False)])
+    odd.save_pretrained(make_language_of(tmp_path / "odd", "smollm2"))
     cases = [
+        (ModelConfig(language=str(tmp_path / "odd")), "cut text into words as GPT-2"),
         (ModelConfig(language=make_language_of(tmp_path / "n", "gpt_neox")), "not gpt_neox"),
         (ModelConfig(language=str(language_folder), vision=VisionConfig(name=siglip)), "CLIP towers only"),
         (

@@ -53,6 +53,22 @@ def test_a_whole_llava_checkpoint_goes_out_and_comes_back(layout, assembly, tmp_
     torch.testing.assert_close(logits_of(again)[..., :384], logits_of(assembly)[..., :384], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("aspect", "theirs"), [("pad", "pad"), ("crop", "square"), ("resize", None)])
+def test_how_pictures_become_squares_goes_out_and_comes_back(aspect, theirs, language_folder, clip, tmp_path):
+    model = ModelConfig(language=str(language_folder), vision=VisionConfig(name=clip), image_aspect=aspect)
+    whole = assemble(model)
+    if theirs is None:
+        with pytest.raises(ModelError, match=r"squeezed ones.*--to llava or hf"):
+            export_original(whole, tmp_path / "llava")
+        return
+    export_original(whole, tmp_path / "llava")
+    assert json.loads((tmp_path / "llava" / "config.json").read_text())["image_aspect_ratio"] == theirs
+    again = assemble(whole_config(import_parts(tmp_path / "llava", tmp_path / "parts")))
+    picture = [Image.linear_gradient("L").convert("RGB").resize((60, 30))]
+    for name, value in whole.eyes.see(picture)[0].tensors.items():
+        torch.testing.assert_close(again.eyes.see(picture)[0].tensors[name], value)
+
+
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("layout", ["llava", "xtuner"])
 def test_a_projector_alone_starts_a_recipe(layers, layout, language_folder, clip, tmp_path):
