@@ -24,7 +24,6 @@ from tests.models.test_ready_made import recipe_for, write_records
 STOCK = """
 import sys
 import torch
-from fake_hub import fake_hub, run_beside
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
