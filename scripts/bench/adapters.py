@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """What an adapter costs: MoSLoRA against PEFT's LoRA, against our own LoRA, and against the frozen model.
 
-    python scripts/bench/adapters.py            table for people
-    python scripts/bench/adapters.py --json     one object on stdout
-    python scripts/bench/adapters.py --quick    512 tokens and 3 rounds
+    python scripts/bench/adapters.py                    table for people; minutes
+    python scripts/bench/adapters.py --json             one object on stdout
+    python scripts/bench/adapters.py --rows rows.jsonl  keep finished rows there; a run that was stopped goes on
+    python scripts/bench/adapters.py --quick            512 tokens and 3 rounds
 
 All contenders of a case run in turn in one process, on the same weights and inputs, in an order that rotates from round
 to round; one thread, process CPU time; every figure is the median of the ratios of single rounds. Saved bytes and FLOPs
@@ -15,24 +16,30 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import peft
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 import mm_moslora
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, one_product_per_step, use_kernel
+from mm_moslora.machine import hardware
+from mm_moslora.training.progress import Progress
 
 SHAPES = ((576, 1536), (2048, 2048), (2048, 5504))
 RANKS = (16, 64)
@@ -42,7 +49,39 @@ PLAIN: dict[str, Any] = {"mixer_init": "identity", "mixer_trainable": False}
 TARGETS = {"overhead_fp32": 0.12, "overhead_bf16": 0.07, "time_ratio_vs_peft_geomean": 0.85}
 TARGETS |= {"saved_bytes_ratio_vs_peft_bf16": 0.5, "moslora_vs_own_lora": 1.01}
 
+MODEL, OWN, BYTES = "llama 576 x 6", "llama 576 x 6, own LoRA", "linears of a llama block"
+SEQUENCE = 512
+"""Tokens of a sequence; 2,048 tokens are the four sequences of the common yardstick's batch."""
+
 Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one row is about."""
+
+    case: str
+    """`MODEL`, `OWN`, `BYTES`, or the widths of a single linear layer."""
+    dtype: str
+    rank: int
+    tokens: int
+    dropout: float = 0.0
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """``(D_in, D_out)`` of a single layer."""
+        width_in, width_out = self.case.split("->")
+        return int(width_in), int(width_out)
+
+    @property
+    def weight(self) -> float:
+        """Roughly its share of the whole run's time, in units of a 2048 x 2048 layer on 2048 tokens in bfloat16."""
+        if self.case == BYTES:
+            return 0.0
+        if self.case in (MODEL, OWN):
+            return self.tokens / 2**10 * (1.0 if self.case == MODEL else 2.5)
+        width_in, width_out = self.widths
+        return width_in * width_out * self.tokens / 2**33 * (1.5 if self.dtype == "fp32" else 1.0)
 
 
 class Single(nn.Module):
@@ -132,65 +171,66 @@ def ratio(times: dict[str, list[float]], name: str, against: str) -> float:
     return statistics.median(mine / theirs for mine, theirs in zip(times[name], times[against], strict=True))
 
 
-def single_rows(rounds: int, tokens: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """One linear layer, every combination."""
-    for name, (width_in, width_out), rank, count, dropout in itertools.product(
-        DTYPES, SHAPES, RANKS, tokens, (0.0, 0.05)
-    ):
-        torch.manual_seed(2)
-        given = torch.randn(count, width_in).to(DTYPES[name])
-        steps = {}
-        for kind in ("frozen", "peft", "moslora"):
-            torch.manual_seed(0)
-            base = Single(width_in, width_out).to(DTYPES[name])
-            steps[kind] = step(adapt(base, kind, rank=rank, dropout=dropout), kind, given)
-        times = interleaved(steps, rounds)
-        yield {
-            "case": f"{width_in}->{width_out}", "dtype": name, "rank": rank, "tokens": count, "dropout": dropout,
-            "vs_peft": ratio(times, "moslora", "peft"),
-            "vs_frozen": ratio(times, "moslora", "frozen"),
-            "flop_bound_vs_frozen": 1 + 1.5 * rank * (width_in + width_out) / (width_in * width_out),
-        }  # fmt: skip
-
-
-def model_rows(rounds: int, tokens: int) -> Iterator[dict[str, Any]]:
-    """The small Llama, all linear layers, rank 16; our factors as our training loop keeps them, PEFT's both ways."""
-    for name, dtype in DTYPES.items():
-        torch.manual_seed(2)
-        given = torch.randn(1, tokens, 576).to(dtype)
-        models = {kind: adapt(llama(dtype), kind, rank=16) for kind in ("frozen", "peft")}
-        models |= {kind: adapt(llama(dtype), kind, rank=16, wide=False) for kind in ("own lora", "moslora")}
-        steps = {kind: step(model, kind, given) for kind, model in models.items()}
-        if name == "bf16":
-            narrow, wide = adapt(llama(dtype), "peft", rank=16, wide=False), adapt(llama(dtype), "moslora", rank=16)
-            steps |= {"peft bf16": step(narrow, "peft", given), "moslora fp32": step(wide, "moslora", given)}
-        times = interleaved(steps, rounds)
-        linears = [module for module in models["frozen"].modules() if isinstance(module, nn.Linear)]
-        work = sum(4 * layer.in_features * layer.out_features for layer in linears)
-        extra = sum(6 * 16 * (layer.in_features + layer.out_features) for layer in linears)
-        accumulated = interleaved(
-            {kind: step(models[kind], kind, given, micro_batches=MICRO_BATCHES) for kind in ("own lora", "moslora")},
-            rounds,
-        )
-        others = {kind: ratio(times, kind, "frozen") for kind in ("peft", "peft bf16", "moslora fp32") if kind in times}
-        yield {
-            "case": "llama 576 x 6", "dtype": name, "rank": 16, "tokens": tokens, "dropout": 0.0,
-            "vs_peft": ratio(times, "moslora", "peft"),
-            "vs_frozen": ratio(times, "moslora", "frozen"),
-            "others_vs_frozen": others,
-            "flop_bound_vs_frozen": 1 + extra / work,
-            "vs_own_lora_one_batch": ratio(times, "moslora", "own lora"),
-            "vs_own_lora": ratio(accumulated, "moslora", "own lora"),
-        }  # fmt: skip
-
-
-def saved_row(tokens: int) -> dict[str, Any]:
-    """Bytes kept for the backward pass by the linear layers of one Llama block, bf16, counted once per storage."""
-    kept = {kind: _saved_bytes(kind, tokens) for kind in ("peft", "moslora")}
+def single_row(case: Case, rounds: int) -> dict[str, Any]:
+    """One linear layer."""
+    torch.manual_seed(2)
+    width_in, width_out = case.widths
+    given = torch.randn(case.tokens, width_in).to(DTYPES[case.dtype])
+    steps = {}
+    for kind in ("frozen", "peft", "moslora"):
+        torch.manual_seed(0)
+        base = Single(width_in, width_out).to(DTYPES[case.dtype])
+        steps[kind] = step(adapt(base, kind, rank=case.rank, dropout=case.dropout), kind, given)
+    times = interleaved(steps, rounds)
     return {
-        "case": "linears of a llama block", "dtype": "bf16", "rank": 16, "tokens": tokens, "dropout": 0.0,
-        "saved_bytes": kept, "saved_ratio": kept["moslora"] / kept["peft"],
-    }  # fmt: skip
+        "vs_peft": ratio(times, "moslora", "peft"),
+        "vs_frozen": ratio(times, "moslora", "frozen"),
+        "flop_bound_vs_frozen": 1 + 1.5 * case.rank * (width_in + width_out) / (width_in * width_out),
+    }
+
+
+def model_row(case: Case, rounds: int) -> dict[str, Any]:
+    """The small Llama, all linear layers; our factors as our training loop keeps them, PEFT's both ways."""
+    torch.manual_seed(2)
+    name, rank, dtype = case.dtype, case.rank, DTYPES[case.dtype]
+    given = torch.randn(case.tokens // SEQUENCE, SEQUENCE, 576).to(dtype)
+    models = {kind: adapt(llama(dtype), kind, rank=rank) for kind in ("frozen", "peft")}
+    models["moslora"] = adapt(llama(dtype), "moslora", rank=rank, wide=False)
+    steps = {kind: step(model, kind, given) for kind, model in models.items()}
+    if name == "bf16":
+        steps["peft bf16"] = step(adapt(llama(dtype), "peft", rank=rank, wide=False), "peft", given)
+        steps["moslora fp32"] = step(adapt(llama(dtype), "moslora", rank=rank), "moslora", given)
+    times = interleaved(steps, rounds)
+    linears = [module for module in models["frozen"].modules() if isinstance(module, nn.Linear)]
+    work = sum(4 * layer.in_features * layer.out_features for layer in linears)
+    extra = sum(6 * rank * (layer.in_features + layer.out_features) for layer in linears)
+    others = {kind: ratio(times, kind, "frozen") for kind in ("peft", "peft bf16", "moslora fp32") if kind in times}
+    return {
+        "vs_peft": ratio(times, "moslora", "peft"),
+        "vs_frozen": ratio(times, "moslora", "frozen"),
+        "others_vs_frozen": others,
+        "flop_bound_vs_frozen": 1 + extra / work,
+    }
+
+
+def own_lora_row(case: Case, rounds: int) -> dict[str, Any]:
+    """The small Llama with mixers against the same kernel without: a step of one micro-batch, and one of several."""
+    torch.manual_seed(2)
+    dtype = DTYPES[case.dtype]
+    given = torch.randn(case.tokens // SEQUENCE, SEQUENCE, 576).to(dtype)
+    kinds = ("own lora", "moslora")
+    models = {kind: adapt(llama(dtype), kind, rank=case.rank, wide=False) for kind in kinds}
+    found = {}
+    for key, count in {"vs_own_lora_one_batch": 1, "vs_own_lora": MICRO_BATCHES}.items():
+        steps = {kind: step(model, kind, given, micro_batches=count) for kind, model in models.items()}
+        found[key] = ratio(interleaved(steps, rounds), "moslora", "own lora")
+    return found
+
+
+def saved_row(case: Case, rounds: int) -> dict[str, Any]:
+    """Bytes kept for the backward pass by the linear layers of one Llama block, counted once per storage."""
+    kept = {kind: _saved_bytes(kind, case.tokens) for kind in ("peft", "moslora")}
+    return {"saved_bytes": kept, "saved_ratio": kept["moslora"] / kept["peft"]}
 
 
 def _saved_bytes(kind: str, tokens: int) -> int:
@@ -216,16 +256,86 @@ def _saved_bytes(kind: str, tokens: int) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
 
 
+def cases(tokens: tuple[int, ...]) -> list[Case]:
+    """All rows; the model before single layers."""
+    whole = [
+        *(Case(MODEL, dtype, 16, count) for count in tokens for dtype in DTYPES),
+        *(Case(OWN, dtype, 16, SEQUENCE) for dtype in DTYPES),
+        Case(BYTES, "bf16", 16, SEQUENCE),
+    ]
+    singles = [
+        Case(f"{width_in}->{width_out}", dtype, rank, count, dropout)
+        for dtype, (width_in, width_out), rank, count, dropout in itertools.product(
+            DTYPES, SHAPES, RANKS, tokens, (0.0, 0.05)
+        )
+    ]
+    return [*whole, *singles]
+
+
+def measure(case: Case, rounds: int) -> dict[str, Any]:
+    """One row."""
+    kinds: dict[str, Callable[[Case, int], dict[str, Any]]] = {MODEL: model_row, OWN: own_lora_row, BYTES: saved_row}
+    return asdict(case) | kinds.get(case.case, single_row)(case, rounds)
+
+
+class Rows:
+    """Finished rows in a JSON Lines file, below a line that says how and on what they were measured.
+
+    Args:
+        path: the file; None keeps nothing.
+        header: of this run.
+
+    Raises:
+        SystemExit: the file holds rows of another kind of run.
+    """
+
+    def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
+        self.path = path
+        self.done: dict[Case, dict[str, Any]] = {}
+        lines = path.read_text().splitlines(keepends=True) if path is not None and path.exists() else []
+        whole = [json.loads(line) for line in lines if line.endswith("\n")]  # one that was being written is not
+        if whole and whole[0] != header:
+            raise SystemExit(f"{path} holds rows of {whole[0]}, and this run is {header}. Name another file.")
+        names = [field.name for field in fields(Case)]
+        for row in whole[1:]:
+            self.done[Case(*(row[name] for name in names))] = row
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(line) + "\n" for line in [header, *whole[1:]]))
+
+    def add(self, case: Case, row: dict[str, Any]) -> None:
+        """Keep a row, on disk at once."""
+        self.done[case] = row
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def run(wanted: list[Case], rounds: int, rows: Rows) -> list[dict[str, Any]]:
+    """Measure what is not there yet; the rows in the order of `wanted`."""
+    share = 100 / sum(case.weight for case in wanted)
+    ready = sum(case.weight for case in wanted if case in rows.done) * share
+    with Progress("adapters", 100, unit="part", initial=round(ready)) as progress:
+        for case in wanted:
+            if case in rows.done:
+                continue
+            rows.add(case, measure(case, rounds))
+            ready += case.weight * share
+            progress.update(round(ready), f"{case.case} {case.dtype} r {case.rank}, {case.tokens} tokens")
+    return [rows.done[case] for case in wanted]
+
+
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The stable keys."""
-    models = {row["dtype"]: row for row in rows if "vs_own_lora" in row}
+    # The common yardstick's batch, or with --quick the only one.
+    models = {row["dtype"]: row for row in sorted(rows, key=lambda row: row["tokens"]) if row["case"] == MODEL}
     singles = [row["vs_peft"] for row in rows if "->" in row["case"]]
     return {
         "overhead_fp32": models["fp32"]["vs_frozen"] - 1,
         "overhead_bf16": models["bf16"]["vs_frozen"] - 1,
         "time_ratio_vs_peft_geomean": statistics.geometric_mean(singles),
-        "saved_bytes_ratio_vs_peft_bf16": next(row["saved_ratio"] for row in rows if "saved_ratio" in row),
-        "moslora_vs_own_lora": statistics.geometric_mean(row["vs_own_lora"] for row in models.values()),
+        "saved_bytes_ratio_vs_peft_bf16": next(row["saved_ratio"] for row in rows if row["case"] == BYTES),
+        "moslora_vs_own_lora": statistics.geometric_mean(row["vs_own_lora"] for row in rows if row["case"] == OWN),
     }
 
 
@@ -248,25 +358,23 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--quick", action="store_true", help="512 tokens only, 3 rounds")
     parser.add_argument("--rounds", type=int, default=0, help="rounds per case (default 5, with --quick 3)")
+    parser.add_argument("--rows", type=Path, help="JSON Lines file of finished rows; go on with what it lacks")
     options = parser.parse_args()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     rounds = options.rounds or (3 if options.quick else 5)
-    tokens = (512,) if options.quick else (512, 2048)
-    rows: list[dict[str, Any]] = []
-    cases = itertools.chain(model_rows(max(rounds, 5), 512), [saved_row(512)], single_rows(rounds, tokens))
-    for row in cases:
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
-    summary = summarise(rows)
-    if not options.json:
-        show(rows, summary)
-        return 0
     versions = {"torch": torch.__version__, "peft": peft.__version__, "mm_moslora": mm_moslora.__version__}
-    result = {
-        "benchmark": "adapters", "hardware": f"{platform.processor() or platform.machine()}, 1 thread",
-        "versions": versions | {"python": platform.python_version()}, "rows": rows, "summary": summary,
+    header = {
+        "benchmark": "adapters", "hardware": f"{hardware()}; one thread",
+        "versions": versions | {"python": platform.python_version()},
     }  # fmt: skip
-    print(json.dumps(result))
+    rows = run(cases((512,) if options.quick else (512, 2048)), rounds, Rows(options.rows, header | {"rounds": rounds}))
+    summary = summarise(rows)
+    if options.json:
+        print(json.dumps(header | {"rows": rows, "summary": summary}))
+    else:
+        show(rows, summary)
     return 0
 
 
