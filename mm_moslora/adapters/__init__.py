@@ -3,8 +3,16 @@
 # ruff: noqa: E402
 import logging
 
-# peft imports bitsandbytes where it is installed, which then says on stderr that an optional CPU kernel is missing.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# peft imports bitsandbytes and torchao where they are installed, and these say on stderr that optional kernels are
+# missing and that torch will refuse an enum one day. diffusers looks for classes that torchao no longer has. Nothing
+# else of theirs is silenced.
+for _name, _start in {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm",
+    "torchao": "Failed to load ",
+    "torch.utils._pytree": "%s is an Enum subclass",
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao`",
+}.items():
+    logging.getLogger(_name).addFilter(lambda record, start=_start: not str(record.msg).startswith(start))
 
 from mm_moslora.adapters.callback import MixerCallback
 from mm_moslora.adapters.combine import add_weighted_adapter, guard_peft, hot_swap

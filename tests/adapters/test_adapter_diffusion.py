@@ -29,7 +29,7 @@ def dreambooth() -> ModuleType:
     return module
 
 
-# Runs without mm_moslora: builds the same base, loads the weights as any user of diffusers would, prints the output.
+# Runs without mm_moslora: builds the same base, loads the weights as any user of diffusers, and of PEFT, would.
 _STOCK = """
 import sys, torch
 from pathlib import Path
@@ -53,10 +53,12 @@ else:
         tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None)
 pipe.load_lora_weights({folder!r})
 given = torch.load(Path({folder!r}, "given.pt"))
+import peft
+tuned = peft.PeftModel.from_pretrained(space["tiny_" + kind](), Path({folder!r}, "adapter"))
 with torch.no_grad():
-    result = base.eval()(**given).sample
-assert "mm_moslora" not in sys.modules
-torch.save(result, Path({folder!r}, "stock.pt"))
+    results = {{"diffusers": base.eval()(**given).sample, "peft": tuned.eval()(**given).sample}}
+assert not any(name.startswith("mm_moslora") for name in sys.modules)
+torch.save(results, Path({folder!r}, "stock.pt"))
 """
 
 
@@ -73,7 +75,9 @@ def _given(kind: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["unet", "transformer"])
-def test_dreambooth_learns_and_stock_diffusers_reads_it(dreambooth: ModuleType, kind: str, tmp_path: Path) -> None:
+def test_dreambooth_learns_and_stock_diffusers_and_stock_peft_read_it(
+    dreambooth: ModuleType, kind: str, tmp_path: Path
+) -> None:
     from diffusers import DDPMScheduler
 
     is_unet = kind == "unet"
@@ -98,7 +102,8 @@ def test_dreambooth_learns_and_stock_diffusers_reads_it(dreambooth: ModuleType, 
     code = _STOCK.format(examples=str(EXAMPLES), kind=kind, folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    torch.testing.assert_close(torch.load(tmp_path / "stock.pt"), live, atol=1e-5, rtol=0)
+    for output in torch.load(tmp_path / "stock.pt").values():
+        torch.testing.assert_close(output, live, atol=1e-5, rtol=0)
 
 
 def test_the_sdxl_recipe_is_the_papers(dreambooth: ModuleType) -> None:
