@@ -84,6 +84,11 @@ def _set_up_logging() -> None:
     logging.getLogger("mm_moslora_eval").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     for chatty in ("DeepSpeed", "bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_is_error)  # it sets a level of its own when it is imported
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _recipe(name: str, tokens: tuple[str, ...]) -> Recipe:

@@ -74,10 +74,11 @@ def export(
         For the model card, as the hub knows it (apache-2.0, ...); without it the card points to the parts' licences.
     """
     quiet_libraries()
-    from mm_moslora.models.export import export_lora, export_model, merge_adapter
+    from mm_moslora.models.export import check_empty, export_lora, export_model, merge_adapter
     from mm_moslora.models.load import load
     from mm_moslora.training.precision import dtype_of
 
+    check_empty(output)  # before minutes of loading
     if to == "lora":
         difference = export_lora(load(model, merge=False, base=base), output)
         print(f"{output}: plain LoRA for stock PEFT, and the unfolded factors beside it.")

@@ -176,13 +176,17 @@ def view_page(recipe: Recipe, path: Path, *, start: int = 0, count: int = 20) ->
 
     Args:
         recipe: resolved.
-        path: of the page.
+        path: of the page; must be writable.
         start: number of the first record.
         count: how many.
     """
     parts, samples = _samples(recipe, start, count)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(samples, parts.encoder, title=f"Training data of {recipe.name}"), encoding="utf-8")
+    text = page(samples, parts.encoder, title=f"Training data of {recipe.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error.strerror}). Name another place for the page.") from error
     return path
 
 

@@ -21,6 +21,7 @@ from mm_moslora.data.pictures import check_picture, open_picture, picture_name
 from mm_moslora.data.records import Record
 from mm_moslora.data.sources import RecordSource, open_sources
 from mm_moslora.data.video import Frame
+from mm_moslora.errors import DataError
 
 SHOWN = 20
 """Faults, repeated ids and the like that a report names; all are counted."""
@@ -161,6 +162,8 @@ def check(
     )
     look = _Look(files, encoder, config, vision=vision, eyes=eyes, decode=decode, empty=empty)
     report, total = empty(), sum(len(file) for file in files)
+    if processes is not None and processes < 1:
+        raise DataError(f"processes is {processes}, expected 1 or more. Leave it out for one per processor.")
     if processes is None:
         processes = usable_processes() if total > 2 * _TOGETHER else 1
     for part in in_processes(look, list(_chunks(files)), processes=processes):

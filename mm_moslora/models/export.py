@@ -60,7 +60,7 @@ def export_model(assembly: Assembly, folder: Path, *, require_stock: bool = Fals
     stock = not isinstance(model, VlmForConditionalGeneration)
     if require_stock and isinstance(model, VlmForConditionalGeneration):
         raise ModelError(why_not_stock(model))
-    _check_empty(folder)
+    check_empty(folder)
     sane_generation_config(model)
     model.save_pretrained(folder)
     if assembly.processor is not None:
@@ -92,7 +92,7 @@ def export_lora(assembly: Assembly, folder: Path) -> float:
     """
     if assembly.peft_model is None:
         raise ModelError("The model carries no adapter, so there is none to export. Export the whole model instead.")
-    _check_empty(folder)
+    check_empty(folder)
     live = _probe(assembly, assembly.model)
     adapters.save_adapter(assembly.peft_model, folder, base=assembly.base)
     assembly.peft_model.unload()
@@ -170,7 +170,12 @@ def _check(assembly: Assembly, folder: Path) -> float:
     return _compare(folder, _probe(assembly, model), _probe(assembly, twin))
 
 
-def _check_empty(folder: Path) -> None:
+def check_empty(folder: Path) -> None:
+    """Refuse a folder with something in it.
+
+    Raises:
+        ModelError: it has.
+    """
     if folder.exists() and any(folder.iterdir()):
         raise ModelError(f"{folder} is not empty. Choose a new folder, so that no old file is mistaken for a new one.")
 

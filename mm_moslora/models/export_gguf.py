@@ -21,6 +21,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from mm_moslora.errors import ModelError
 from mm_moslora.models.build import Assembly
+from mm_moslora.models.export import check_empty
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
 
 # transformers' model_type to llama.cpp's architecture, and whether its converter reorders query and key rows.
@@ -63,8 +64,7 @@ def export_gguf(assembly: Assembly, folder: Path, *, half: bool = False) -> Gguf
     reason = why_not_gguf(assembly)
     if reason:
         raise ModelError(reason)
-    if folder.exists() and any(folder.iterdir()):
-        raise ModelError(f"{folder} is not empty. Choose a new folder, so that no old file is mistaken for a new one.")
+    check_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = dict(_text_tensors(assembly.model))
     _write(folder / "model.gguf", _text_metadata(assembly), text, half=half)

@@ -14,6 +14,7 @@ from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalG
 from mm_moslora.errors import ModelError
 from mm_moslora.models.anyres import NEWLINE
 from mm_moslora.models.build import Assembly
+from mm_moslora.models.export import check_empty
 from mm_moslora.models.vlm import VlmForConditionalGeneration
 
 _CLASSES = {
@@ -48,8 +49,7 @@ def export_original(assembly: Assembly, folder: Path, *, vision: str | None = No
     aspect = None if reason else _aspect(assembly)
     if reason or aspect is None:
         raise ModelError(reason or _SQUEEZED)
-    if folder.exists() and any(folder.iterdir()):
-        raise ModelError(f"{folder} is not empty. Choose a new folder, so that no old file is mistaken for a new one.")
+    check_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = original_state(model)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

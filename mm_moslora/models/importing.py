@@ -32,6 +32,7 @@ from mm_moslora import adapters
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.errors import ModelError
 from mm_moslora.models.anyres import NEWLINE
+from mm_moslora.models.export import check_empty
 
 _PLAIN_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2",
                 "llava_qwen2": "qwen2", "llava_phi": "phi3", "llava_gemma": "gemma"}  # fmt: skip
@@ -71,8 +72,7 @@ def import_parts(source: Path, folder: Path, *, language: str | None = None) -> 
     Raises:
         ModelError: no such form, a projector that cannot be expressed, or a base that is needed and not named.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise ModelError(f"{folder} is not empty. Choose a new folder.")
+    check_empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
     settings = _settings(source)
     if source.is_dir() and (source / "adapter_config.json").is_file():
@@ -154,10 +154,9 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0]
         raise ModelError(
-            f"{file} cannot be read as weights alone ({reason}). Save its state_dict with torch.save, or as "
-            "safetensors."
+            f"{file} cannot be read as weights alone ({type(error).__name__}): it is damaged, no file of torch.save, "
+            "or holds code, which is never run here. Save its state_dict with torch.save, or as safetensors."
         ) from error
     for key in ("state_dict", "module", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):

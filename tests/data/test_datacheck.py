@@ -256,3 +256,18 @@ def test_the_page_shows_pictures_and_colours_exactly_the_supervised_tokens(recip
     assert "image: 16 tokens" in text
     assert "<script>" not in text
     assert not re.search(r'(?:src|href)="(?!data:)', text)
+
+
+def test_bad_arguments_are_said_in_one_line(recipe, tmp_path, capsys):
+    name = recipe()
+    (tmp_path / "file").write_text("")
+    for arguments, message in (
+        (["check", name, "--processes", "0"], "processes is 0, expected 1 or more"),
+        (["view", name, "--html", str(tmp_path / "file" / "page.html")], "cannot be written"),
+        (["view", name, "--start", "20"], "start is 20 and count is 3, but data.train has 20 records"),
+        (["view", name, "--data.train.0.image_folder", "nowhere"], "image_folder of"),
+    ):
+        assert run(["data", *arguments]) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
