@@ -244,6 +244,8 @@ def namespaced(name: str) -> str:
     """A metric's name on a dashboard, where the part before the slash makes the panel: `loss` becomes `train/loss`."""
     if name.startswith("validation_"):
         return f"validation/{name.removeprefix('validation_')}"
+    if name.startswith("mixer/"):
+        return f"adapter/{name}"
     if name == "memory_gib":
         return "system/memory_gib"
     if name.split("/")[0] in {"train", "validation", "eval", "system", "adapter"}:

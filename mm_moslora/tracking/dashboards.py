@@ -13,12 +13,26 @@ from typing import Any
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Loss": ("train/loss", "validation/loss", "train/grad_norm", "train/lr/adapter", "train/lr/mixer"),
-    "Adapter": ("adapter/mixer_moved", "adapter/mixer_distance_from_identity", "adapter/mixer_effective_rank"),
-    "Evaluation": ("eval/scores", "eval/answers"),
-    "Speed and memory": ("train/tokens_per_second", "train/step_seconds", "train/data_seconds", "system/memory_gib"),
+    "Components": tuple(
+        f"train/{kind}_norm/{part}" for kind in ("momentum", "weight") for part in ("adapter", "mixer", "projector")
+    ),
+    "Adapter": (
+        "adapter/mixer/identity_distance",
+        "adapter/mixer/effective_rank",
+        "adapter/mixer_moved",
+        "adapter/mixers",
+    ),
+    "Evaluation": ("eval/scores", "eval/validation"),
+    "Speed and memory": (
+        "train/tokens_per_second",
+        "train/mfu",
+        "train/step_seconds",
+        "train/data_seconds",
+        "system/memory_gib",
+    ),
 }
 """Sections and the metrics in them."""
-_TABLES = ("eval/scores", "eval/answers")
+_TABLES = ("eval/scores", "eval/validation", "adapter/mixers")
 
 
 def workspace(*, entity: str, project: str) -> Any:

@@ -73,9 +73,10 @@ class WandbTracker:
         mode = os.environ.get("WANDB_MODE") or ("online" if has_credentials() else "offline")
         id_file = run_folder / ID_FILE
         known = id_file.read_text(encoding="utf-8").strip() if resume_step is not None and id_file.is_file() else ""
-        run_id = known or uuid.uuid4().hex[:12]
+        given = os.environ.get("WANDB_RUN_ID", "")  # a sweep's agent has already named the trial
+        run_id = known or given or uuid.uuid4().hex[:12]
         try:
-            self._run = self._init(mode, run_id, run_folder, config, resumed=bool(known))
+            self._run = self._init(mode, run_id, run_folder, config, resumed=bool(known or given))
         except Exception as error:
             if mode in ("offline", "disabled"):
                 raise
@@ -84,7 +85,7 @@ class WandbTracker:
                 redact_text(str(error)).splitlines()[0][:200], run_folder,
             )  # fmt: skip
             wandb.teardown()  # the failed attempt still holds the id
-            self._run = self._init("offline", run_id, run_folder, config, resumed=bool(known))
+            self._run = self._init("offline", run_id, run_folder, config, resumed=bool(known or given))
         id_file.write_text(run_id + "\n", encoding="utf-8")
         self._online = not self._run.offline
         # The step is a metric of its own: wandb drops records whose built-in step runs backwards after a resume.

@@ -266,6 +266,7 @@ class _Loop:
             "memory_gib": peak_memory_gib(),
         }
         metrics |= self.speedometer.of(result, micro_batches, seconds)
+        metrics |= self.run.engine.component_norms()
         metrics |= {f"lr/{group.name}": group.peak_lr * factor for group in self.run.engine.groups}
         if (store := self.run.engine.module.pictures.store) is not None:
             metrics["feature_cache_hits"] = store.counts.hit_share

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from parent import end_with_parent
 from PIL import Image
 
 from mm_moslora.serve.engine import Engine, Job, Piece
@@ -69,6 +70,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="one object on stdout")
     options = parser.parse_args()
+    end_with_parent()
     torch.set_num_threads(1)
     models = load_models(options.model)
     models.stops = []  # every answer has the same length
@@ -99,4 +101,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -32,7 +32,8 @@ def splits(parts, ranks, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("stage", STAGES)
 def test_losses_and_gradients_are_those_of_plain_torch(stage, world, splits):
     expected, found = metrics(splits / "none-1"), metrics(splits / f"{stage}-{world}")
-    for key in ("loss", "grad_norm"):
+    norms = [f"{kind}_norm/{part}" for kind in ("weight", "momentum") for part in ("adapter", "mixer", "projector")]
+    for key in ("loss", "grad_norm", *norms):
         assert [line[key] for line in found] == pytest.approx([line[key] for line in expected], rel=1e-5), key
 
 

@@ -174,6 +174,17 @@ def test_resumed_wandb_run_keeps_its_id(tmp_path: Path) -> None:
     assert ids[0] == ids[1] != ids[2]
 
 
+def test_a_trial_of_a_sweep_keeps_the_id_that_the_agent_gave_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "trial7")
+    tracker = WandbTracker(project="tests")
+    tracker.start({}, tmp_path, resume_step=None)
+    tracker.finish(ok=True)
+    assert (tmp_path / "wandb_id.txt").read_text().strip() == "trial7"
+    assert list(tmp_path.glob("wandb/offline-run-*trial7"))
+
+
 def test_unreachable_wandb_falls_back_to_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, read_run: ReadRun
 ) -> None:

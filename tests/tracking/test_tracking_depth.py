@@ -244,18 +244,77 @@ def test_mixer_views_show_sign_size_and_spectrum() -> None:
     assert mean_figures(MIXERS) == {"adapter/mixer_moved": pytest.approx(0.3)}
 
 
-def test_the_sweep_file_makes_commands_that_the_trainer_takes() -> None:
+def test_the_sweep_file_makes_commands_that_the_trainer_takes(tmp_path: Path) -> None:
+    """The command is started as wandb's agent starts it, with a trainer that writes down its arguments."""
     from mm_moslora.config import load_recipe, override_items
 
     sweep = yaml.safe_load((Path(__file__).parents[2] / "examples" / "wandb_sweep.yaml").read_text())
     assert sweep["command"][-1] == "${args_no_hyphens}"
-    verb = [part for part in sweep["command"] if not part.startswith("${")]
-    assert verb[:2] == ["mm-moslora", "train"]
     values = [f"{name}={spec['values'][0]}" for name, spec in sweep["parameters"].items() if "values" in spec]
     values += [f"{name}={spec['min']}" for name, spec in sweep["parameters"].items() if "min" in spec]
     assert len(values) == len(sweep["parameters"])
-    load_recipe(verb[2], override_items((*verb[3:], *values)))
+    trainer = tmp_path / "mm-moslora"
+    trainer.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    trainer.chmod(0o755)
+    done = subprocess.run(
+        [*sweep["command"][:-1], *values], capture_output=True, text=True, check=True,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "WANDB_RUN_ID": "trial7"},
+    )  # fmt: skip
+    verb, recipe, *overrides = done.stdout.split()
+    assert (verb, recipe) == ("train", "RECIPE.yaml")
+    trial = load_recipe("quickstart_tune", override_items(overrides))
+    assert trial.train.output == "runs/sweep/trial7"
+    assert trial.track.trackers == ["wandb"]
+    assert (trial.adapter.rank, trial.optim.lr) == (8, 0.00005)
     assert sweep["metric"] == {"name": "validation/loss", "goal": "minimize"}
+
+
+@pytest.mark.slow
+def test_a_run_and_its_evaluation_fill_every_section_of_the_dashboard(
+    tmp_path: Path, language_folder: Path, vision_folder: Path, records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained and measured through the command line, read back from the offline files; an account's key stays out."""
+    from wandb_files import read_finished
+
+    from mm_moslora import cli
+    from mm_moslora.tracking.dashboards import SECTIONS
+
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.chdir(Path(__file__).parents[2])  # a repository
+    source = f"{{path: {records}, image_folder: {records.parent / 'images'}}}"
+    rows = [json.loads(line) for line in records.read_text().splitlines()]
+    questions = [
+        {"question_id": row["id"], "image": row["image"], "text": "what?", "answer": "red"}
+        for row in rows if "image" in row
+    ]  # fmt: skip
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions[:4]))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+model: {{language: {language_folder}, vision: {{name: {vision_folder}}}}}
+adapter: {{rank: 4, alpha: 8}}
+data: {{train: [{source}], validation: [{source}], max_length: 256}}
+train: {{output: {tmp_path / "run"}, steps: 2, global_batch: 8, micro_batch: 8, validate_every: 1, zero: none,
+        precision: fp32}}
+validate: {{samples: 2}}
+track: {{trackers: [wandb], mixers_every: 1}}
+"""
+    )
+    assert cli.run(["train", str(recipe)]) == 0
+    task = f"llava:{tmp_path / 'test.jsonl'}@{records.parent / 'images'}"
+    assert cli.run(["eval", "run", task, "--model", str(tmp_path / "run"), "--output", str(tmp_path / "eval")]) == 0
+    trained, measured = (read_finished(path) for path in sorted((tmp_path / "run").rglob("*.wandb")))
+    assert trained["id"] == measured["id"]
+    rows = {key.removesuffix("/nrows") for run in (trained, measured) for row in run["history"] for key in row}
+    wanted = {name for names in SECTIONS.values() for name in names}
+    assert wanted - rows == {"train/mfu"}, "on a CPU there is no peak to measure against"
+    assert trained["config"]["adapter"]["rank"] == 4
+    assert len(trained["config"]["environment"]["git_commit"]) == 40
+    (weights,) = (tmp_path / "run").glob("checkpoint-*/adapter")
+    digest = adapter_digest(weights)
+    assert f"sha256-{str(digest)[:12]}" in next(a for kind, _, a in trained["artifacts"] if kind == "adapter")
+    assert measured["summary"]["eval/adapter"] == digest
+    no_secret_below(tmp_path)
 
 
 @needs("wandb_workspaces")
@@ -263,7 +322,13 @@ def test_workspace_and_report_as_code_are_built_offline() -> None:
     from mm_moslora.tracking.dashboards import report, workspace
 
     made = workspace(entity="us", project="demo")
-    assert [section.name for section in made.sections] == ["Loss", "Adapter", "Evaluation", "Speed and memory"]
+    assert [section.name for section in made.sections] == [
+        "Loss",
+        "Components",
+        "Adapter",
+        "Evaluation",
+        "Speed and memory",
+    ]
     assert "train/loss" in str(made.sections[0].panels)
     page = report(entity="us", project="demo", title="What was learned")
     assert page.title == "What was learned"

@@ -72,6 +72,9 @@ class Engine(ABC):
     shares_products = True
     """Micro-batches share the adapters' products; ZeRO-3 has the factors whole within a layer's passes only."""
 
+    replicated = False
+    """Every rank holds all pieces."""
+
     def __init__(self, module: LossModule, groups: Sequence[ParameterGroup]) -> None:
         self.module = module
         self.groups = list(groups)
@@ -160,6 +163,25 @@ class Engine(ABC):
     @abstractmethod
     def refresh(self, stored: StoredState) -> None:
         """Take over masters that were just written into `pieces`."""
+
+    @torch.no_grad()
+    def component_norms(self) -> dict[str, float]:
+        """`weight_norm/COMPONENT` and `momentum_norm/COMPONENT` over all ranks; every rank calls it.
+
+        The momentum is Adam's mean of the last gradients, after clipping: the one trace of a component's gradients that
+        every ZeRO stage keeps.
+        """
+        component = {name: group.name.partition("/")[0] for group in self.groups for name in group.names}
+        kinds = {"weight_norm": lambda piece: piece.master, "momentum_norm": lambda piece: piece.moments["exp_avg"]}
+        squares = {f"{kind}/{name}": torch.zeros(()) for kind in kinds for name in dict.fromkeys(component.values())}
+        for piece in self.pieces():
+            for kind, values in kinds.items():
+                name = f"{kind}/{component[piece.name]}"
+                added = values(piece).float().square().sum()
+                squares[name] = squares[name].to(added.device) + added
+        totals = distributed.sum_over_ranks([float(square) for square in squares.values()])
+        copies = distributed.world_size() if self.replicated else 1
+        return {name: math.sqrt(total / copies) for name, total in zip(squares, totals, strict=True)}
 
     def copy_state(self) -> HostState:
         """This rank's share of the optimiser state, copied to main memory."""

@@ -41,6 +41,7 @@ class DeepSpeedEngine(Engine):
         precise = [(p, p.detach().clone()) for p in fp32_parameters(module) if not p.requires_grad]
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=config, dist_init_required=False)
         self.shares_products = self.stage < 3
+        self.replicated = self.stage == 0
         if self.stage == 3:
             _fetch_whole_layers(module)
         if self.stage < 3:  # stage 3 has already cut them up

@@ -1,0 +1,49 @@
+"""A benchmark ends when the process that started it is gone, and stays under nohup."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "scripts" / "bench"
+CHILD = (
+    "import os, pathlib, sys, time; from parent import end_with_parent; end_with_parent(seconds=0.05);"
+    "pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(30)"
+)
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_benchmark_ends_with_its_parent_unless_nohup_says_otherwise(tmp_path: Path, nohup: bool) -> None:
+    started = [*(["nohup"] if nohup else []), sys.executable, "-c", CHILD]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", *started],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(BENCH)},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    pid, deadline = tmp_path / "pid", time.monotonic() + 60
+    while not (pid.is_file() and pid.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    child = int(pid.read_text())
+    parent.kill()
+    parent.wait()
+    try:
+        deadline = time.monotonic() + (1 if nohup else 30)
+        while alive(child) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert alive(child) is nohup
+    finally:
+        if alive(child):
+            os.kill(child, 9)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
