@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 
 from mm_moslora import __version__, cli_board, cli_compare, cli_launch, cli_serve
 from mm_moslora.cli_data import data_app
@@ -20,7 +20,7 @@ from mm_moslora.errors import MoSLoRAError
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
 
-EXIT_ERROR, EXIT_INTERRUPTED, EXIT_REQUEUE = 1, 130, 75
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_REQUEUE = 1, 2, 130, 75
 
 app = App(
     name="mm-moslora",
@@ -52,11 +52,15 @@ def run(arguments: list[str]) -> int:
         arguments: without the program's name.
 
     Returns:
-        0 on success, 1 on an error, 75 when a run was stopped by a signal and can go on, 130 on Ctrl-C.
+        0 on success, 1 on an error, 2 when the command line cannot be read, 75 when a run was stopped by a signal and
+        can go on, 130 on Ctrl-C.
     """
     _set_up_logging()
     try:
-        result = app(arguments, exit_on_error=True, result_action="return_value")
+        result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        _fail(_usage(error))
+        return EXIT_USAGE
     except MoSLoRAError as error:
         _fail(str(error))
         return EXIT_ERROR
@@ -64,6 +68,16 @@ def run(arguments: list[str]) -> int:
         _fail("interrupted")
         return EXIT_INTERRUPTED
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def _usage(error: CycloptsError) -> str:
+    """What is wrong with a command line, and where the right one is shown."""
+    command = " ".join(("mm-moslora", *(error.command_chain or ())))
+    text = str(error).strip()
+    if isinstance(error, MissingArgumentError) and error.argument is not None and error.keyword is None:
+        name, info = error.argument.name, error.argument.field_info
+        text = f"{command} needs {name.lstrip('-').upper().replace('-', '_') if info.is_positional else name}."
+    return f"{text} See {command} --help."
 
 
 def _fail(text: str) -> None:

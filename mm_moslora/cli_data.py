@@ -39,19 +39,21 @@ def data_check(
     against
         Folders of pictures that you evaluate on: training pictures that look like one of them are named.
     """
+    resolved = _recipe(recipe, overrides)
     quiet_libraries()
     from mm_moslora.datacheck import check_recipe
 
-    return _show(check_recipe(_recipe(recipe, overrides), against=against, processes=processes), as_json=as_json)
+    return _show(check_recipe(resolved, against=against, processes=processes), as_json=as_json)
 
 
 @data_app.command(name="stats")
 def data_stats(recipe: str, *overrides: Overrides, processes: Processes = None, as_json: AsJson = False) -> int:
     """Count what a recipe's data hold: tokens, turns, answers, picture sizes, how well packing would fill rows."""
+    resolved = _recipe(recipe, overrides)
     quiet_libraries()
     from mm_moslora.datacheck import statistics_of
 
-    return _show(statistics_of(_recipe(recipe, overrides), processes=processes), as_json=as_json)
+    return _show(statistics_of(resolved, processes=processes), as_json=as_json)
 
 
 @data_app.command(name="view")
@@ -69,13 +71,14 @@ def data_view(recipe: str, *overrides: Overrides, count: int = 3, start: int = 0
     html
         Write one self-contained page with pictures instead, and print its path.
     """
+    resolved = _recipe(recipe, overrides)
     quiet_libraries()
     from mm_moslora.datacheck import view_page, view_recipe
 
     if html is not None:
-        print(view_page(_recipe(recipe, overrides), html, start=start, count=count))
+        print(view_page(resolved, html, start=start, count=count))
         return 0
-    _print_all(view_recipe(_recipe(recipe, overrides), start=start, count=count))
+    _print_all(view_recipe(resolved, start=start, count=count))
     return 0
 
 

@@ -168,14 +168,15 @@ def _enter(host: dict, first: dict) -> None:
 
 
 def _serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print is no answer
+
     import deepspeed  # noqa: F401
     import torch
 
     import mm_moslora.training.loop  # noqa: F401
 
     torch.set_num_threads(1)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print is no answer
     for line in sys.stdin:
         command = json.loads(line)
         pids = []

@@ -71,6 +71,26 @@ def test_an_error_is_one_line_on_stderr_and_exit_code_1(arguments, message, caps
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], 'Unknown command "trian". Did you mean "train"?'),
+        (["train"], "mm-moslora train needs RECIPE. See mm-moslora train --help."),
+        (["plan", "quickstart_tune"], "mm-moslora plan needs --gpus."),
+        (["adapters", "inspect"], "mm-moslora adapters inspect needs FOLDER. See mm-moslora adapters inspect --help."),
+        (["doctor", "--x"], "Unknown option: --x. See mm-moslora doctor --help."),
+        (["serve", "x", "--port", "abc"], 'unable to convert "abc" into int. See mm-moslora serve --help.'),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_one_line_and_exit_code_2(arguments, message, capsys):
+    assert run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
 def test_config_prints_a_recipe_that_it_reads_back(capsys, tmp_path):
     assert run(["config"]) == 0
     assert "quickstart_tune" in capsys.readouterr().out.split()

@@ -127,6 +127,9 @@ def paired_folders(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> list[tuple
         EvalError: nothing in common.
     """
     everything = [*runs_a, *runs_b]
+    missing = [str(run) for run in everything if not run.exists()]
+    if missing:
+        raise EvalError(f"There is no {missing[0]!r}. Give two run folders, or two folders TASK@PROTOCOL/MODE.")
     if all((run / "samples.jsonl").is_file() or run.is_file() for run in everything):
         return [(list(runs_a), list(runs_b))]
     found = [{path.parent.relative_to(run).as_posix() for path in run.glob("*/*/samples.jsonl")} for run in everything]

@@ -171,6 +171,22 @@ class TrainingSet:
         """Numbers of the records that were found usable when the set was built."""
         return [index for members in self.members for index in members]
 
+    def statistics(self) -> dict[str, float]:
+        """Counts for a report: records, those that cannot be used, those with pictures, and tokens per record.
+
+        Tokens are estimates where `estimated` is true; visual tokens are included.
+        """
+        lengths = sorted(self.lengths[index] for index in self.usable)
+        return {
+            "records": len(self),
+            "unusable": len(self.quarantine),
+            "with_pictures": sum(self.has_image[index] for index in self.usable),
+            "tokens": sum(lengths),
+            "tokens_per_record_median": lengths[len(lengths) // 2],
+            "tokens_per_record_longest": lengths[-1],
+            "shortened": self.truncated,
+        }
+
     def place(self, index: int) -> tuple[int, int]:
         """Source and row of a number over all sources."""
         if not 0 <= index < len(self):

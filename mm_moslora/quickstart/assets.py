@@ -70,6 +70,11 @@ ALL = (SMOLLM2, DINOV2, EFFICIENTNET, EASY_VQA, STAMPS)
 """Everything that the quickstart may fetch."""
 
 
+def used(images: str, encoder: str) -> tuple[Asset, ...]:
+    """What a quickstart with these pictures and this encoder stands on."""
+    return (SMOLLM2, DINOV2 if encoder == "dinov2" else EFFICIENTNET, STAMPS if images == "stamps" else EASY_VQA)
+
+
 TIMM_ARCHITECTURE = "tf_efficientnet_lite0"
 _INCEPTION = (0.5, 0.5, 0.5)
 _IMAGENET_MEAN, _IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

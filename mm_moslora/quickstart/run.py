@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -299,6 +298,7 @@ def _summarise(
     exported: dict[str, Any],
     smoke: bool,
 ) -> None:
+    from mm_moslora.tracking.environment import environment
     from mm_moslora.training.loop import peak_memory_gib
 
     tune = json.loads((folder / "tune" / "summary.json").read_text())
@@ -317,10 +317,8 @@ def _summarise(
             "hardware": hardware(),
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "export": exported,
-            "environment": {
-                name: metadata.version(name) for name in ("torch", "transformers", "peft", "deepspeed", "mm-moslora")
-            },
-            "licences": {asset.what: asset.licence for asset in assets.ALL},
+            "environment": environment(),
+            "licences": {asset.what: asset.licence for asset in assets.used(images, encoder)},
             "commands": [{"what": what, "command": command} for what, command in _commands(folder, data.images)],
         },
     )

@@ -394,5 +394,14 @@ def summary(run: runs.Run, total: int) -> dict[str, Any]:
         "tokens_per_image": run.assembly.tokens_per_image,
         "base": run.assembly.base,
         "memory_gib": peak_memory_gib(),
-        "data": {"examples": len(run.training_set)},
+        "data": _data_facts(run),
     }
+
+
+def _data_facts(run: runs.Run) -> dict[str, Any]:
+    facts: dict[str, Any] = dict(run.training_set.statistics())
+    if run.counters.get("tokens"):
+        facts["supervised_share"] = run.counters["supervised_tokens"] / run.counters["tokens"]
+    if run.validation_set is not None:
+        facts["validation_records"] = len(run.validation_set)
+    return facts

@@ -25,7 +25,8 @@ from mm_moslora.errors import ConfigError
 from mm_moslora.report.comparison import write_page
 from tests.compare.dying import meet, work
 
-ARMS = "full,full@optim.max_grad_norm=0.5,lora@targets=[nope]"
+DIVERGING = "lora@alpha=1e30@train.max_skipped_steps=2"
+ARMS = f"full,full@optim.max_grad_norm=0.5,lora@targets=[nope],{DIVERGING}"
 CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
 
 
@@ -79,17 +80,20 @@ def finished(tmp_path_factory, recipe: Path, records: Path) -> Path:
 @pytest.mark.slow
 def test_a_comparison_tunes_runs_seeds_and_reports_the_arm_that_fails(finished: Path):
     results = json.loads((finished / "results.json").read_text())
-    full, clipped, broken = results["arms"]
-    assert [len(arm["seeds"]) for arm in results["arms"]] == [2, 2, 0]
+    full, clipped, broken, diverging = results["arms"]
+    assert [len(arm["seeds"]) for arm in results["arms"]] == [2, 2, 0, 0]
     for arm in (full, clipped):
         curve = {point["rate"]: point["value"] for point in arm["curve"]}
         assert arm["rate"] == min(curve, key=curve.get)
         assert arm["tasks"]["test"]["documents"] == 18
         assert arm["cost"]["steps"] == 5
         assert arm["cost"]["trainable"] > 0
-    assert broken["rate"] is None
-    assert {failure["status"] for failure in results["failures"]} == {"failed"}
-    assert "matches no module" in results["failures"][0]["reason"]
+    assert broken["rate"] is diverging["rate"] is None
+    how = {failure["arm"]: (failure["status"], failure["reason"]) for failure in results["failures"]}
+    assert how[broken["name"]][0] == "failed"
+    assert "matches no module" in how[broken["name"]][1]
+    assert how[diverging["name"]][0] == "diverged"
+    assert "2 steps in a row had a loss or gradient that is not finite" in how[diverging["name"]][1]
     (row,) = results["comparisons"]
     assert (row["arm"], row["reference"], row["seeds"]) == (clipped["name"], "full", [2, 2])
     assert row["low"] <= row["difference"] <= row["high"]
@@ -318,3 +322,15 @@ def test_the_same_command_only_reports_and_a_seed_can_be_added(finished: Path, r
     results = json.loads((finished / "results.json").read_text())
     assert [len(arm["seeds"]) for arm in results["arms"]] == [3, 3]
     assert kept == {path: path.stat().st_mtime_ns for path in kept}, "a finished run was run again"
+
+
+@pytest.mark.slow
+def test_one_seed_says_what_it_cannot_say(finished: Path, recipe: Path, records: Path, capsys):
+    line = command(recipe, records, finished)
+    line[line.index("--seeds") + 1] = "1"
+    assert cli.run([*line, "--plan"]) == 0
+    assert "with one seed the comparison cannot say whether another seed would give the same" in capsys.readouterr().out
+    assert cli.run(line) == 0
+    results = json.loads((finished / "results.json").read_text())
+    assert [row["verdict"] for row in results["comparisons"]] == ["one seed"]
+    assert any("knows nothing of other seeds: run at least 3 (--seeds 3)" in sentence for sentence in results["says"])

@@ -44,6 +44,16 @@ def test_examples_have_their_pixels_and_exact_lengths(path):
     assert data[0].pixel_values.shape == (1, 3, 4, 4)
 
 
+def test_statistics_for_a_report_are_counts_of_what_is_used(path):
+    rewrite(path, lambda index, record: {} if index else {**record, "image": "missing.png"})
+    facts = make_set(path, max_bad_share=0.5).statistics()
+    data = make_set(path, max_bad_share=0.5)
+    lengths = sorted(data[index].length for index in data.usable)
+    assert (facts["records"], facts["unusable"], facts["with_pictures"], facts["shortened"]) == (20, 1, 14, 0)
+    assert facts["tokens"] == sum(lengths)
+    assert (facts["tokens_per_record_median"], facts["tokens_per_record_longest"]) == (lengths[9], lengths[-1])
+
+
 def test_progress_is_told(path):
     told = []
     make_set(path, on_progress=lambda done, total: told.append((done, total)))

@@ -88,10 +88,12 @@ def test_an_unclosed_quote_is_one_error(tmp_path: Path) -> None:
         get_task(f"tsv:{tmp_path / 'bench.tsv'}").load()
 
 
-def test_duplicate_ids_are_refused(write_tsv: Writer, encoded: str) -> None:
-    rows = rows_of(["A", "A"], encoded)
-    with pytest.raises(EvalError, match="1 repeated ids"):
-        get_task(f"tsv:{write_tsv([rows[0], rows[0]])}").load()
+def test_input_02_duplicate_ids_are_refused(write_tsv: Writer, encoded: str) -> None:
+    rows = rows_of(["A"] * 7, encoded)
+    with pytest.raises(EvalError, match="7 repeated ids") as caught:
+        get_task(f"tsv:{write_tsv([*rows, *rows])}").load()
+    named = [row["index"] for row in rows if repr(str(row["index"])) in str(caught.value)]
+    assert named == [row["index"] for row in rows[:5]]
 
 
 def test_a_nan_hint_is_no_hint(write_tsv: Writer, encoded: str) -> None:
@@ -101,7 +103,7 @@ def test_a_nan_hint_is_no_hint(write_tsv: Writer, encoded: str) -> None:
     assert "nan" not in task.prompt.text(document)
 
 
-def test_empty_and_endless_answers(write_tsv: Writer, encoded: str, tmp_path: Path) -> None:
+def test_input_04_empty_and_endless_answers(write_tsv: Writer, encoded: str, tmp_path: Path) -> None:
     texts = ["", "   \n", "A " * 5000, "word " * 2000 + "B", "\0", "\ud800", "A\u2028"]
     result, samples = score(write_tsv(rows_of(texts, encoded)), texts, tmp_path / "run")
     assert [sample["parsed"] for sample in samples] == ["", "", "", "B", "", "", "A"]

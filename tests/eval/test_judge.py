@@ -73,7 +73,7 @@ def grades(payload: dict[str, Any]) -> str:
     return "nan"
 
 
-def test_mmvet_is_graded_retried_cached_and_counted(mmvet: Path, tmp_path: Path) -> None:
+def test_input_08_mmvet_is_graded_retried_cached_and_counted(mmvet: Path, tmp_path: Path) -> None:
     task = judged_task(mmvet, "mmvet")
     evaluate(FakeModel(), task, tmp_path / "run", modes=("own",), settings=ONE)
     place = tmp_path / "run" / "mmvet@own" / "own"
@@ -110,7 +110,7 @@ def test_the_budget_ends_the_grading_and_keeps_what_was_said(mmvet: Path, tmp_pa
     assert len(list((tmp_path / "judge").glob("*.json"))) == judge.endpoint.usage.calls
 
 
-def test_a_judge_that_is_down_is_an_error_and_not_a_zero(mmvet: Path, tmp_path: Path) -> None:
+def test_input_08_a_judge_that_is_down_is_an_error_and_not_a_zero(mmvet: Path, tmp_path: Path) -> None:
     evaluate(FakeModel(), judged_task(mmvet, "mmvet"), tmp_path / "run", modes=("own",), settings=ONE)
     with serve(grades, faults=[503] * 99) as server:
         endpoint = Endpoint(url=server.url, model="j", attempts=2, first_wait=0.001)

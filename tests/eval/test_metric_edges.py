@@ -113,7 +113,7 @@ OPTIONS = {"A": "cat", "B": "dog", "C": "bird"}
         ("Z", "Z", "Z"),
     ],
 )
-def test_letters_as_vlmevalkit_reads_them(text: str, now: str, then: str) -> None:
+def test_input_03_letters_as_vlmevalkit_reads_them(text: str, now: str, then: str) -> None:
     assert mcq.vlmevalkit(text, OPTIONS) == now
     assert mcq.vlmevalkit_2024_06(text, OPTIONS) == then
 

@@ -81,7 +81,7 @@ def test_second_run_calls_the_model_for_nothing(question_file: Path, tmp_path: P
     assert stripped(tmp_path / "run" / "results.json") == before
 
 
-def test_torn_last_line_is_dropped_and_only_its_sample_asked_again(
+def test_input_05_torn_last_line_is_dropped_and_only_its_sample_asked_again(
     question_file: Path, tmp_path: Path, model: FakeModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     evaluate(model, task_of(question_file), tmp_path / "run", modes=("own",), settings=ONE)
@@ -105,7 +105,9 @@ def test_duplicate_answers_the_last_one_wins(question_file: Path, tmp_path: Path
     assert read_samples(path.parent)[2]["text"] == "purple"
 
 
-def test_changed_pixel_word_or_weight_is_not_answered_from_the_file(question_file: Path, tmp_path: Path) -> None:
+def test_input_06_changed_pixel_word_or_weight_is_not_answered_from_the_file(
+    question_file: Path, tmp_path: Path
+) -> None:
     evaluate(FakeModel(), task_of(question_file), tmp_path / "run", modes=("own",), settings=ONE)
     (question_file.parent / "1.png").write_bytes(picture(77))
     pixel = FakeModel()
@@ -299,7 +301,7 @@ FILES = (
 )
 
 
-def test_two_ranks_share_the_work(tmp_path: Path) -> None:
+def test_input_07_two_ranks_share_the_work(tmp_path: Path) -> None:
     data = write_questions(tmp_path / "data", count=13)
     log = tmp_path / "log"
     _finish(_start(data, tmp_path / "run", log, 2, 0.01))

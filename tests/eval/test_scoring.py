@@ -68,7 +68,7 @@ def test_every_extractor_and_metric_survives_any_answer(text: str) -> None:
         assert 0.0 <= metric(text, document) <= 1.0, name
 
 
-def test_an_answer_that_cannot_be_read_is_wrong_and_counted() -> None:
+def test_input_03_an_answer_that_cannot_be_read_is_wrong_and_counted() -> None:
     document = Document(id="1", question="q", answers=("",), category=None)
     scored = score_answer(document, "   ", extraction="text", metric="exact", cluster="1")
     assert scored.score == 0.0

@@ -126,7 +126,7 @@ def test_lists_are_parsed_and_never_evaluated() -> None:
         assert parse_list(text) == []
 
 
-def test_missing_file_names_the_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_input_01_missing_file_names_the_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MM_MOSLORA_DATA", str(tmp_path))
     with pytest.raises(EvalError, match=r"looked at .*MM_MOSLORA_DATA"):
         get_task("tsv:nowhere.tsv").load()
@@ -134,7 +134,7 @@ def test_missing_file_names_the_places(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(get_task("tsv:nowhere.tsv").load().documents) == 1
 
 
-def test_wrong_checksum_is_refused(tmp_path: Path) -> None:
+def test_input_01_wrong_checksum_is_refused(tmp_path: Path) -> None:
     (tmp_path / "d.tsv").write_text("index\tquestion\tanswer\n1\tq\ta\n")
     (tmp_path / "t.yaml").write_text("name: t\nsource: {kind: tsv, path: d.tsv, md5: 00}\n".replace("00", "'00'"))
     with pytest.raises(EvalError, match="expects 00: it is another version"):
