@@ -278,7 +278,9 @@ def comparison_text(result: Comparison) -> str:
         f"(95 % {pair.low:+.4f} to {pair.high:+.4f}, p {pair.p_value:.3g}, sign test p {pair.mcnemar_p:.3g})",
         f"A wins {pair.wins}, B wins {pair.losses}, equal {pair.ties} of {pair.n}; "
         f"A {verdict} from B at the 5 % level.",
-        f"With {pair.n} documents a true difference of {result.detectable:.4f} is seen four times out of five.",
+        f"With {pair.n} documents a true difference of {result.detectable:.4f} is seen four times out of five."
+        if result.detectable
+        else f"Every one of {pair.n} documents scores the same in both, so how far they may differ is unknown.",
     ]
     lines += [result.caution] if result.caution else []
     if result.headline is not None:

@@ -182,7 +182,10 @@ def test_compare_runs_seeds_and_page(tmp_path: Path, capsys) -> None:
     assert "<b>x</b>" not in html
     assert "&lt;b&gt;x&lt;/b&gt;" in html
     assert cli.run(["eval", "compare", str(a), str(a)]) == 0
-    assert "does not differ" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "does not differ" in out
+    assert "Every one of 40 documents scores the same in both" in out
+    assert "0.0000 is seen" not in out
 
 
 def test_a_comparison_says_when_the_headline_is_no_mean(finished: Path, tmp_path: Path, capsys) -> None:
