@@ -99,7 +99,7 @@ def main() -> int:
     options = parser.parse_args()
     recipe, task = build(options.quickstart.resolve(), options.out.resolve())
     print(
-        f"mm-moslora compare {recipe} --arms lora,moslora:orthogonal,moslora:kaiming --lr 5e-4,2e-3,8e-3 --seeds 3 "
+        f"mm-moslora compare {recipe} --arms lora,moslora:orthogonal,moslora:kaiming --lr 5e-4,2e-3 --seeds 3 "
         f"--tasks {task} --max-new-tokens 6 --output {options.out.resolve() / 'compare'}"
     )
     return 0
