@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from mm_moslora.errors import AdapterError, suggestion
 
 Kernel = Literal["auto", "reference", "fused"]
 
@@ -27,7 +29,13 @@ def use_kernel(kernel: Kernel) -> Iterator[None]:
     Args:
         kernel: `auto` (fused where it applies, and PEFT's own path for plain LoRA), `reference` (always the plain
             three-factor chain) or `fused` (plain LoRA too).
+
+    Raises:
+        AdapterError: another name.
     """
+    known = get_args(Kernel)
+    if kernel not in known:
+        raise AdapterError(f"The kernel is {kernel!r}, expected one of {', '.join(known)}.{suggestion(kernel, known)}")
     token = _kernel.set(kernel)
     try:
         yield

@@ -18,10 +18,12 @@ from mm_moslora.adapters.inject import inject, named_base_modules
 from mm_moslora.adapters.state import (
     FORMAT,
     FORMAT_VERSION,
+    MIXER,
     OWN_CONFIG,
     OWN_WEIGHTS,
     PREFIX,
     STOCK_WEIGHTS,
+    adapted_path,
     base_fingerprint,
     check_tensors,
     expected_shapes,
@@ -102,7 +104,7 @@ def read_folder(folder: str | Path, *, trainable: bool = False) -> AdapterFolder
         trainable: for a stock folder, whether its identity mixer trains.
 
     Raises:
-        AdapterError: see `load_adapter`.
+        AdapterError: see `load_adapter`; factors that do not fit each other, or hold NaN.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -114,7 +116,29 @@ def read_folder(folder: str | Path, *, trainable: bool = False) -> AdapterFolder
             f"{root} has {there} but no {lost}. Copy the whole folder; or delete {there} to load the folded factors as "
             "plain LoRA."
         )
-    return _read_own(root) if has_config else read_foreign(root, trainable=trainable)
+    content = _read_own(root) if has_config else read_foreign(root, trainable=trainable)
+    check_tensors(content.tensors, _shapes_by_rank(content))
+    return content
+
+
+def _shapes_by_rank(content: AdapterFolder) -> dict[str, tuple[int, ...]]:
+    """What factors of these ranks look like, for readers that have no model; widths are taken as they are."""
+    config, tensors = content.config, content.tensors
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, A in tensors.items():
+        path = adapted_path(name)
+        if path is None:
+            continue
+        outer = path.partition(".base_layer.")[0]
+        rank = config.rank_for(outer)
+        shapes[name] = (rank, *A.shape[1:])
+        start = f"{PREFIX}{path}"
+        other = start + name.removeprefix(start).replace("_A", "_B")
+        B = tensors.get(other)
+        shapes[other] = (0, rank) if B is None else (*B.shape[:1], rank, *B.shape[2:])
+        if f"{start}{MIXER}" in tensors or not config.is_plain(outer):
+            shapes[f"{start}{MIXER}"] = (rank,) if config.mixer_form == "diagonal" else (rank, rank)
+    return shapes
 
 
 def _read_own(root: Path) -> AdapterFolder:

@@ -41,10 +41,15 @@ def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module
         The base model with merged weights.
 
     Raises:
-        AdapterError: a factor that is not finite (before anything is changed), or a layer whose merged output differs
-            by more than the tolerance (the base weights are put back to within rounding).
+        AdapterError: no PEFT model; a factor that is not finite (before anything is changed), or a layer whose merged
+            output differs by more than the tolerance (the base weights are put back to within rounding).
     """
     layers = {path: layer for path, layer in named_adapter_layers(model) if not is_inner(path)}
+    if not hasattr(model, "merge_and_unload"):
+        raise AdapterError(
+            f"A {type(model).__name__} is no PEFT model, so there is nothing to merge. Give what add_moslora, "
+            "load_adapter or peft.get_peft_model returned."
+        )
     for path, layer in layers.items():
         _check_finite(path, layer)
     worst, where = 0.0, ""

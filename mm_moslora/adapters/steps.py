@@ -202,7 +202,10 @@ def _tangent(point: Tensor, direction: Tensor) -> Tensor:
 
 
 def _check_orthonormal(path: str, columns: Tensor) -> None:
-    error = float((columns.T.float() @ columns.float() - torch.eye(columns.shape[1])).abs().max())
+    columns = columns.detach()
+    error = float(
+        (columns.T.float() @ columns.float() - torch.eye(columns.shape[1], device=columns.device)).abs().max()
+    )
     if error > 1e-2:
         raise AdapterError(
             f"The factors of {path} are not orthonormal (error {error:.2g}). Make the adapter with "

@@ -164,6 +164,16 @@ def test_nan_is_refused_before_anything_is_merged(factor: str) -> None:
             assert torch.equal(parameter, before[name])
 
 
+def test_a_model_without_adapters_is_not_merged() -> None:
+    with pytest.raises(AdapterError, match="LlamaForCausalLM is no PEFT model"):
+        merge(llama())
+
+
+def test_an_unknown_kernel_is_refused() -> None:
+    with pytest.raises(AdapterError, match="Did you mean 'fused'"), use_kernel("fuzed"):
+        pass
+
+
 def test_a_merge_that_changes_outputs_is_undone() -> None:
     model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8))
     train_a_bit(model)

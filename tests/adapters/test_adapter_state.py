@@ -23,11 +23,13 @@ from mm_moslora.adapters import (
     adapted_modules,
     add_moslora,
     base_fingerprint,
+    export_adapter,
     fold_state_dict,
     load_adapter,
     merge,
     save_adapter,
 )
+from mm_moslora.adapters.inspect import inspect_adapter
 from mm_moslora.errors import AdapterError
 
 TARGETS = ["q_proj", "down_proj"]
@@ -289,6 +291,14 @@ def test_damage_is_one_clear_error_and_nothing_is_half_loaded(copied: Path, kind
     with pytest.raises(AdapterError, match=words):
         load_adapter(model, copied)
     assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_a_wrong_mixer_is_named_without_a_model_too(copied: Path, tmp_path: Path) -> None:
+    _reshape_mixer(copied)
+    for read in (inspect_adapter, lambda folder: export_adapter(folder, tmp_path / "out", layout="peft")):
+        with pytest.raises(AdapterError, match=r"lora_mixer.weight has shape \[3, 3\], expected \[4, 4\]"):
+            read(copied)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_for_another_base_is_refused(saved: Path) -> None:
