@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mm_moslora.adapters.functional import autocasts, current_kernel, delta_weight
 from mm_moslora.adapters.kernel import Operands, fused_linears
 from mm_moslora.adapters.mixer import FrozenFactor, Mixer, init_mixer, orthonormal_rows
+from mm_moslora.adapters.sharding import fetches_whole, only_fetches
 from mm_moslora.adapters.variants import DoraMixerVariant, MoSLoRAVariant
 from mm_moslora.errors import AdapterError
 
@@ -256,34 +257,16 @@ class MoSLoRALinear(MoSLoRALayer, lora.Linear):
             return None
         return name if self._base_is_plain(x) else None
 
-    def _is_gathered(self) -> bool:
-        """Under ZeRO-3: whether weights and factors are whole now, and will be in the backward pass.
-
-        DeepSpeed fetches a shard when its own module is called, which the kernel never does, and for the modules that
-        it is registered with as an external parameter.
-        """
-        fetched = getattr(self, "_external_params", {})
-        shards = (parameter for parameter in self.parameters() if hasattr(parameter, "ds_id"))
-        return all(id(shard) in fetched and cast(Any, shard).ds_status.name == "AVAILABLE" for shard in shards)
-
     def _base_is_plain(self, x: Tensor) -> bool:
         base = self.base_layer
         # Hooks and replaced forwards (offloading, tensor parallelism) only run when the base is called as a module.
         if type(base).forward is not nn.Linear.forward or "forward" in base.__dict__:
             return False
         weight = base.weight
-        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
-        # Those of ZeRO-3 fetch what this layer fetches itself.
-        if any(not _is_deepspeeds(hook) or not hasattr(weight, "ds_id") for kind in hooks for hook in kind.values()):
-            return False
-        if hasattr(weight, "ds_id") and not self._is_gathered():
+        if not only_fetches(base) or (hasattr(weight, "ds_id") and not fetches_whole(self)):
             return False
         if torch.compiler.is_compiling() or weight.requires_grad or type(weight) not in (nn.Parameter, Tensor):
             return False
         if autocasts(x.device):
             return x.dtype in _AUTOCASTS and weight.dtype in _AUTOCASTS
         return weight.dtype == x.dtype
-
-
-def _is_deepspeeds(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("deepspeed.")

@@ -5,7 +5,7 @@ Shapes: ``S`` tokens, ``K`` supervised positions, ``D`` LLM width, ``H`` heads, 
 `use_lean_layers` changes the class of the layers, not their weights or names, so that saving, merging, generation and
 gradient checkpointing go on as before. A layer falls back to its own forward pass whenever a call is not plain training
 on a padding-free row: with a cache, without gradients, with trained base weights, quantised weights, adapter dropout,
-several adapters, or weights that ZeRO-3 has taken away.
+several adapters, or weights that ZeRO-3 has taken away (our engine has it fetch them, a layer at a time).
 
 The last layer does one thing more: what follows its attention is computed at the supervised positions alone, since
 nothing reads the others. That is exact.
@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mm_moslora.adapters.functional import autocasts
 from mm_moslora.adapters.layer import MoSLoRALinear
+from mm_moslora.adapters.sharding import fetches_whole, only_fetches
 from mm_moslora.models.lean_ops import AdaptedLinear, gated_mlp, normed_linears, rotate
 
 KNOWN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -91,7 +92,7 @@ def _usable(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> list[AdaptedL
     if attention.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS:
         return None
     norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
-    if any(w.requires_grad or w.dtype != hidden.dtype or hasattr(w, "ds_id") for w in norms):
+    if any(w.requires_grad or w.dtype != hidden.dtype for w in norms) or not fetches_whole(layer):
         return None
     modules = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     found = [as_tensors(module, hidden) for module in modules]
@@ -115,10 +116,10 @@ def as_tensors(module: nn.Module, x: Tensor) -> AdaptedLinear | None:
             )
         return AdaptedLinear(found.weight, found.bias, found.A, found.M, found.B, found.scaling)
     plain = type(module) is nn.Linear and "forward" not in module.__dict__ and type(module.weight) is nn.Parameter
-    if not plain or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+    if not plain or not only_fetches(module):
         return None
     weight = cast(nn.Linear, module).weight
-    if weight.requires_grad or hasattr(weight, "ds_id") or weight.dtype != x.dtype:
+    if weight.requires_grad or weight.dtype != x.dtype:
         return None
     return AdaptedLinear(weight, cast(nn.Linear, module).bias)
 

@@ -90,6 +90,27 @@ def refresh_weights(engine: Any, stage: int, named: Named, stored: StoredState) 
     optimizer.checkpoint_event_epilogue()
 
 
+def gather_persistent_together(engine: Any) -> None:
+    """Stage 3: after a step, bring the small parameters that stay whole together, not one by one.
+
+    DeepSpeed sends one gather for each, 672 in a step for the adapters of a 7B model.
+    """
+    kept = engine.optimizer.persistent_parameters
+    if not kept:
+        return
+    one_by_one = kept[0].all_gather
+
+    def together(param_list: Sequence[Any] | None = None, **options: Any) -> Any:
+        if param_list is None or options:
+            return one_by_one(param_list, **options)
+        absent = [parameter for parameter in param_list if parameter.ds_status.name == "NOT_AVAILABLE"]
+        if absent:
+            absent[0].all_gather_coalesced(absent).wait()
+        return None
+
+    kept[0].all_gather = together
+
+
 @torch.no_grad()
 def clear_gradients(engine: Any, stage: int) -> None:
     """Empty the buffers that gradients are collected in, before a step.

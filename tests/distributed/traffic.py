@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mm_moslora import distributed
 from mm_moslora.config import load_recipe
+from mm_moslora.models import lean
 from mm_moslora.training.engine import Engine
 
 
@@ -27,7 +28,7 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls, self.bytes = Counter(), Counter()
+        self.calls, self.bytes, self.sizes = Counter(), Counter(), Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
@@ -36,14 +37,27 @@ class Traffic(TorchDispatchMode):
             if max(sizes) > 64:  # counts and flags of the step are no weights and no gradients
                 self.calls[kind] += 1
                 self.bytes[kind] += max(sizes)
+                self.sizes[max(sizes)] += 1
         return function(*args, **(kwargs or {}))
+
+
+def _sharded(module) -> int:
+    """Bytes of a module's weights that ZeRO-3 cuts up; the small ones stay whole."""
+    shards = [p for p in module.parameters() if hasattr(p, "ds_id") and not p.ds_persist]
+    return sum(p.ds_numel * p.element_size() for p in shards)
 
 
 def train_counting(*arguments: str) -> int:
     """Train each recipe, and leave in its folder what every step sent, as rank 0 saw it."""
     from ranks import train_recipes
 
-    plain = Engine.step
+    plain, mlp, passes = Engine.step, lean.gated_mlp, Counter()
+
+    def noted(*args):
+        passes["lean"] += 1
+        return mlp(*args)
+
+    lean.gated_mlp = noted
     for argument in arguments:
         found = []
 
@@ -52,8 +66,12 @@ def train_counting(*arguments: str) -> int:
                 result = plain(self, micro_batches, lr_factor)
             trainable = sum(getattr(p, "ds_numel", p.numel()) for g in self.groups for p in g.parameters)
             whole = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+            layer = next(m for name, m in self.module.named_modules() if name.endswith("language_model.layers.0"))
             found.append(
-                {"calls": traffic.calls, "bytes": traffic.bytes, "trainable": trainable, "parameters": whole}
+                {
+                    "calls": traffic.calls, "bytes": traffic.bytes, "sizes": traffic.sizes, "trainable": trainable,
+                    "parameters": whole, "layer": _sharded(layer), "lean_passes": passes.pop("lean", 0),
+                }
             )  # fmt: skip
             return result
 

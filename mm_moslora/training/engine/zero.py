@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mm_moslora import distributed
 from mm_moslora.adapters import MoSLoRALinear
-from mm_moslora.adapters.inject import named_adapter_layers
 from mm_moslora.batch import Batch
 from mm_moslora.errors import TrainingError
 from mm_moslora.models.wrapped import fp32_parameters
@@ -44,6 +44,7 @@ class DeepSpeedEngine(Engine):
         self.replicated = self.stage == 0
         if self.stage == 3:
             _fetch_whole_layers(module)
+            zero_state.gather_persistent_together(self.engine)
         if self.stage < 3:  # stage 3 has already cut them up
             for parameter, value in precise:
                 parameter.data = value.to(parameter.device)
@@ -149,13 +150,15 @@ class DeepSpeedEngine(Engine):
 
 
 def _fetch_whole_layers(module: nn.Module) -> None:
-    """Have ZeRO-3 fetch an adapted layer's weight and factors for the layer itself, whose kernel reads them all.
+    """Have ZeRO-3 fetch the weights of a decoder or tower layer for the whole layer at once, and those of adapted ones.
 
-    Left alone, DeepSpeed fetches each for the submodule that owns it, and the layer falls back to calling these.
+    Left alone, DeepSpeed fetches each for the submodule that owns it: dozens of gathers a layer, and kernels that span
+    several submodules would find nothing. Its leaf modules do not serve here: they reduce gradients when that of their
+    input is ready, which a first layer behind frozen embeddings never gets, so its adapter would not train.
     """
     from deepspeed.runtime.zero import register_external_parameter
 
-    for _, layer in named_adapter_layers(module):
-        if isinstance(layer, MoSLoRALinear):
+    for layer in module.modules():
+        if isinstance(layer, GradientCheckpointingLayer | MoSLoRALinear):
             for parameter in layer.parameters():
                 register_external_parameter(layer, parameter)

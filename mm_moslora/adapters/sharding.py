@@ -1,0 +1,31 @@
+"""Weights that DeepSpeed ZeRO-3 has cut up: whether a module has them whole while it computes.
+
+DeepSpeed fetches a shard when the module that owns it is called, and for every module that it was registered with as an
+external parameter. A kernel that reads weights without calling their owners needs the latter.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+
+
+def fetches_whole(module: nn.Module) -> bool:
+    """Whether all weights below a module are whole now, and will be in the module's backward pass.
+
+    Args:
+        module: in its forward pass; without ZeRO-3 all its weights are always whole.
+    """
+    fetched = getattr(module, "_external_params", {})
+    shards = (parameter for parameter in module.parameters() if hasattr(parameter, "ds_id"))
+    return all(id(shard) in fetched and cast(Any, shard).ds_status.name == "AVAILABLE" for shard in shards)
+
+
+def only_fetches(module: nn.Module) -> bool:
+    """Whether every hook of a module is one of DeepSpeed's that fetch weights; true of a module without hooks."""
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    hooks = [hook for kind in kinds for hook in kind.values()]
+    if hooks and not any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False)):
+        return False
+    return all(str(getattr(hook, "__module__", "")).startswith("deepspeed.") for hook in hooks)
