@@ -33,7 +33,7 @@ from mm_moslora.adapters.load import load_adapter
 from mm_moslora.adapters.merge import merge
 from mm_moslora.adapters.mixer import MIXER_INITS, Mixer, MixerInit, butterfly, init_mixer, two_subspaces_delta
 from mm_moslora.adapters.siblings import link_siblings
-from mm_moslora.adapters.state import base_fingerprint, fold_state_dict, save_adapter
+from mm_moslora.adapters.state import TakenAdapter, base_fingerprint, fold_state_dict, save_adapter, take_adapter
 from mm_moslora.adapters.steps import keep_orthonormal, one_product_per_step
 
 guard_peft()
@@ -48,6 +48,7 @@ __all__ = [
     "MoSLoRAConfig",
     "MoSLoRALayer",
     "MoSLoRALinear",
+    "TakenAdapter",
     "adapted_modules",
     "add_moslora",
     "add_weighted_adapter",
@@ -68,6 +69,7 @@ __all__ = [
     "reference_linear",
     "resolve_targets",
     "save_adapter",
+    "take_adapter",
     "two_subspaces_delta",
     "use_kernel",
 ]

@@ -209,7 +209,7 @@ class MoSLoRALinear(MoSLoRALayer, lora.Linear):
         """Base output plus the active adapters, ``[..., D_out]``."""
         if args or kwargs:
             return super().forward(x, *args, **kwargs)
-        if self.siblings is not None:
+        if self.siblings is not None and not torch.compiler.is_compiling():
             ready = self.siblings.output(self, x)
             if ready is not None:
                 return ready

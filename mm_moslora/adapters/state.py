@@ -19,6 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,41 @@ def save_adapter(
     Raises:
         AdapterError: no such adapter; a factor that is missing, empty, of the wrong shape or not finite.
     """
+    take_adapter(model, adapter_name=adapter_name, state=state, base=base).write(Path(folder))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakenAdapter:
+    """An adapter taken out of its model, to be written without it: while the model trains on, say."""
+
+    config: MoSLoRAConfig
+    tensors: dict[str, Tensor]
+    shapes: dict[str, tuple[int, ...]]
+    base: dict[str, Any]
+    auto_mapping: dict[str, str] | None
+
+    def write(self, folder: Path) -> None:
+        """Write the double folder; see `save_adapter`."""
+        check_tensors(self.tensors, self.shapes)
+        write_folder(folder, self.config, self.tensors, base=self.base, auto_mapping=self.auto_mapping)
+
+
+def take_adapter(
+    model: nn.Module,
+    *,
+    adapter_name: str = "default",
+    state: Mapping[str, Tensor] | None = None,
+    base: Mapping[str, Any] | None = None,
+) -> TakenAdapter:
+    """What `save_adapter` writes. Tensors that are float32 on the CPU are not copied; see there for the rest."""
     config = adapter_config(model, adapter_name)
-    tensors = adapter_tensors(model, adapter_name, state)
-    check_tensors(tensors, expected_shapes(model, adapter_name))
-    identity = dict(base or {}) | {"fingerprint": base_fingerprint(model)}
-    write_folder(Path(folder), config, tensors, base=identity, auto_mapping=_auto_mapping(model, config))
+    return TakenAdapter(
+        config=config,
+        tensors=adapter_tensors(model, adapter_name, state),
+        shapes=expected_shapes(model, adapter_name),
+        base=dict(base or {}) | {"fingerprint": base_fingerprint(model)},
+        auto_mapping=_auto_mapping(model, config),
+    )
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> MoSLoRAConfig:

@@ -70,6 +70,8 @@ class TrainConfig:
     """Recompute activations in the language model's backward pass."""
     vision_gradient_checkpointing: bool = False
     """Recompute activations in the vision encoder's backward pass; pays only when the encoder trains."""
+    compile: str | None = None
+    """Backend of torch.compile for the decoder layers (inductor); None: they run as they are. Not under ZeRO-3."""
     seed: int = 0
     """Seeds initialisation, data order and dropout."""
     save_every: int = 0
@@ -103,6 +105,11 @@ class TrainConfig:
         )
         require(self.steps is None or self.steps >= 1, f"train.steps is {self.steps}, expected 1 or more.")
         require(self.epochs > 0, f"train.epochs is {self.epochs}, expected more than 0.")
+        require(
+            self.compile is None or not self.gradient_checkpointing,
+            f"train.compile is {self.compile!r} with train.gradient_checkpointing: layers that are computed a second "
+            "time in the backward pass run uncompiled. Leave one of the two out.",
+        )
         for name in ("timeout_minutes", "step_timeout_minutes"):
             require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, expected more than 0.")
         for name in ("keep_last", "keep_every", "save_every", "validate_every"):

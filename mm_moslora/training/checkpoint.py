@@ -204,6 +204,7 @@ _ROUNDING_KEYS = (
     "train.zero",
     "train.micro_batch",
     "train.gradient_checkpointing",
+    "train.compile",
     "model.attention",
     "model.lean_layers",
     "model.vision.feature_cache",

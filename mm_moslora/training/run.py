@@ -32,6 +32,7 @@ from mm_moslora.models.lean import use_lean_layers
 from mm_moslora.models.pictures import PictureMemory
 from mm_moslora.models.trainable import attach_adapters, component_table
 from mm_moslora.models.vlm import is_multimodal, takes_rows
+from mm_moslora.training.compiling import compile_layers
 from mm_moslora.training.engine import Engine, LossModule, OptimizerSettings, build_engine
 from mm_moslora.training.optim import parameter_groups
 from mm_moslora.training.precision import dtype_of, resolve_precision
@@ -120,6 +121,8 @@ def prepare(recipe: Recipe) -> Run:
         _checkpoint_gradients(model.get_decoder())
     if recipe.train.vision_gradient_checkpointing and is_multimodal(model):
         _checkpoint_gradients(next(m for name in ("vision_tower", "visual") if (m := getattr(model.model, name, None))))
+    if recipe.train.compile is not None:
+        compile_layers(model, recipe.train.compile)
     groups = parameter_groups(model, recipe.optim)
     settings = OptimizerSettings(
         betas=recipe.optim.betas, eps=recipe.optim.eps, max_grad_norm=recipe.optim.max_grad_norm

@@ -37,6 +37,8 @@ class Snapshot:
     manifest: Manifest
     weights: dict[str, Tensor]
     """fp32 masters of everything that trains, whole; on rank 0 only."""
+    adapter: adapters.TakenAdapter | None
+    """Made of them; on rank 0 only."""
     state: HostState
     """This rank's share of the optimiser state."""
     random_state: RandomState
@@ -49,7 +51,7 @@ class Snapshot:
     def write(self, folder: Path) -> None:
         """Write this rank's part into a checkpoint's folder; see `mm_moslora.training.commit.Saver.start`."""
         if distributed.is_main():
-            write_model(self.run, self.weights, folder)
+            write_model(self, folder)
         own = rank_folder(folder)
         self.state.write(own)
         self.random_state.write(own)
@@ -75,9 +77,16 @@ def snapshot(run: Run) -> Snapshot:
         weights = {}
     else:
         weights |= {name: value.detach().cpu().clone() for name, value in moving_statistics(run.assembly.model).items()}
+    adapter = None
+    if distributed.is_main() and run.assembly.peft_model is not None:
+        # Here and not while it is written: ZeRO-3 fetches a weight that is looked at during a forward pass, and the
+        # other ranks know nothing of it.
+        chosen = {name: value for name, value in weights.items() if "lora_" in name}
+        adapter = adapters.take_adapter(run.assembly.peft_model, state=chosen, base=run.assembly.base)
     return Snapshot(
-        run=run, manifest=manifest, weights=weights, state=run.engine.copy_state(), random_state=RandomState.now()
-    )
+        run=run, manifest=manifest, weights=weights, adapter=adapter, state=run.engine.copy_state(),
+        random_state=RandomState.now(),
+    )  # fmt: skip
 
 
 def moving_statistics(model: nn.Module) -> dict[str, Tensor]:
@@ -91,13 +100,16 @@ def moving_statistics(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def write_model(run: Run, state: dict[str, Tensor], folder: Path) -> None:
-    """The part of a checkpoint that is for use: recipe, adapter, projector, other trained weights, processor."""
+def write_model(taken: Snapshot, folder: Path) -> None:
+    """The part of a checkpoint that is for use: recipe, adapter, projector, other trained weights, processor.
+
+    Looks at no weight of the live model, which may be training on.
+    """
+    run, state, assembly = taken.run, taken.weights, taken.run.assembly
+    model = assembly.model
     (folder / "config.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
-    model, assembly = run.assembly.model, run.assembly
-    if assembly.peft_model is not None:
-        adapter_state = {name: value for name, value in state.items() if "lora_" in name}
-        adapters.save_adapter(assembly.peft_model, folder / "adapter", state=adapter_state, base=assembly.base)
+    if taken.adapter is not None:
+        taken.adapter.write(folder / "adapter")
     if is_multimodal(model) and not assembly.ready_made:
         trained = {name.removeprefix(PROJECTOR): value for name, value in state.items() if name.startswith(PROJECTOR)}
         newline = state.get(f"model.{NEWLINE}")

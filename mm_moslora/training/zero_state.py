@@ -179,7 +179,8 @@ def whole_master(engine: Any, stage: int, parameter: nn.Parameter) -> Tensor | N
 def whole(engine: Any, module: nn.Module) -> Iterator[None]:
     """Stage 3 with all weights gathered once, and with the hooks taken off that would let them go after each layer.
 
-    A forward pass in here, such as each token of an answer, moves no bytes between ranks and needs no other rank.
+    A forward pass in here, such as each token of an answer, moves no bytes between ranks and needs no other rank. The
+    small weights that stay whole during training are whole again afterwards.
     """
     from deepspeed.runtime.zero import GatheredParameters
 
@@ -196,3 +197,6 @@ def whole(engine: Any, module: nn.Module) -> Iterator[None]:
             for table, hooks in before:  # in the order in which they were
                 table.clear()
                 table.update(hooks)
+    kept = engine.optimizer.persistent_parameters
+    if kept:
+        kept[0].all_gather(kept)

@@ -8,20 +8,19 @@ One thread, process CPU time, both sides interleaved with rotating order, median
 
     python scripts/bench/eval.py            a table
     python scripts/bench/eval.py --json     one JSON object on stdout
+    python scripts/bench/eval.py --rows F   keep finished rows in F; a run that was stopped goes on
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+from measuring import Rows, head, interleaved, ratios, settings_of
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mm_moslora.models.generation import Prompt, encode_images, generate, score_options
+from mm_moslora.training.progress import Progress
 
 IMAGE_TOKEN = 3
 VISUAL_TOKENS = 256
@@ -165,13 +166,6 @@ def make_cases(model: LlavaForConditionalGeneration, *, vocabulary: int, new: in
     ]  # fmt: skip
 
 
-def cpu_seconds(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Process CPU time of a call; wall time lies on a busy machine."""
-    started = time.process_time()
-    result = call()
-    return time.process_time() - started, result
-
-
 def peak_mib(call: Callable[[], Any]) -> float | None:
     """How far a call lifts the resident size above where it began, where Linux can say it."""
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -188,76 +182,76 @@ def _kib(status: Path, name: str) -> int:
     return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name + ":"))
 
 
-def measure(cases: Sequence[Case], *, rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Rows for people and the summary."""
-    times: dict[str, list[tuple[float, float]]] = {case.key: [] for case in cases}
-    same = answers = 0
-    for number in range(-1, rounds):  # round -1 warms up
-        for case in cases:
-            calls = [case.peer, case.ours]
-            order = (0, 1) if number % 2 else (1, 0)
-            found = {index: cpu_seconds(calls[index]) for index in order}
-            if number >= 0:
-                times[case.key].append((found[0][0], found[1][0]))
-                same += sum(a == b for a, b in zip(found[0][1], found[1][1], strict=True))
-                answers += len(found[0][1])
-    rows = []
-    for case in cases:
-        ratios = [peer / ours for peer, ours in times[case.key]]
-        rows.append(
-            {
-                "name": case.key,
-                "what": case.title,
-                "speedup": statistics.median(ratios),
-                "lowest": min(ratios),
-                "highest": max(ratios),
-                "peer_seconds": statistics.median(peer for peer, _ in times[case.key]),
-                "our_seconds": statistics.median(ours for _, ours in times[case.key]),
-                "peer_peak_mib": peak_mib(case.peer),
-                "our_peak_mib": peak_mib(case.ours),
-            }
+def measure(case: Case, rounds: int, after_round: Callable[[], None]) -> dict[str, Any]:
+    """One row; `identical` is the share of answers that are the peer's."""
+    answers: dict[str, list[list[Any]]] = {}
+    times = interleaved(
+        {"peer": case.peer, "ours": case.ours}, rounds, after_round=after_round, results=answers
+    )  # fmt: skip
+    pairs = [pair for one, other in zip(*answers.values(), strict=True) for pair in zip(one, other, strict=True)]
+    speedups = ratios(times, "peer", "ours")
+    return {
+        "name": case.key, "what": case.title,
+        "speedup": statistics.median(speedups), "lowest": min(speedups), "highest": max(speedups),
+        "peer_seconds": statistics.median(times["peer"]), "our_seconds": statistics.median(times["ours"]),
+        "peer_peak_mib": peak_mib(case.peer), "our_peak_mib": peak_mib(case.ours),
+        "answers": len(pairs), "identical": sum(one == other for one, other in pairs) / len(pairs),
+    }  # fmt: skip
+
+
+def measure_all(cases: Sequence[Case], rounds: int, rows: Rows) -> None:
+    """Add the row of each case that is not there yet."""
+    missing = [case for case in cases if rows.find(name=case.key) is None]
+    total = len(cases) * (rounds + 1)
+    done = total - len(missing) * (rounds + 1)
+    with Progress("eval benchmark", total, unit="round", initial=done) as progress:
+        for case in missing:
+
+            def after_round(note: str = case.title) -> None:
+                progress.update(progress.done + 1, note)
+
+            rows.add(measure(case, rounds, after_round))
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The stable keys."""
+    same = sum(row["identical"] * row["answers"] for row in rows) / sum(row["answers"] for row in rows)
+    return {row["name"]: row["speedup"] for row in rows} | {"identical_answers": same}
+
+
+def show(rows: Sequence[dict[str, Any]], summary: dict[str, float]) -> None:
+    """A table for people."""
+    print(f"{'':52} {'speed-up':>9} {'range':>13} {'peer s':>8} {'ours s':>8} {'peer MiB':>9} {'ours MiB':>9}")
+    for row in rows:
+        peaks = [f"{row[name]:9.0f}" if row[name] is not None else f"{'?':>9}" for name in _PEAKS]
+        print(
+            f"{row['what']:52} {row['speedup']:8.2f}x {row['lowest']:6.2f}-{row['highest']:.2f} "
+            f"{row['peer_seconds']:8.3f} {row['our_seconds']:8.3f} {' '.join(peaks)}"
         )
-    return rows, {row["name"]: row["speedup"] for row in rows} | {"identical_answers": same / answers}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+    print(f"identical answers: {summary['identical_answers']:.0%}")
 
 
 def main() -> int:
     """Run the benchmark; exit code 1 when any answer differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--vocabulary", type=int, default=32_000)
-    parser.add_argument("--new-tokens", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per case (default 5)")
+    parser.add_argument("--vocabulary", type=int, default=32_000, help="words of the model (default 32000)")
+    parser.add_argument("--new-tokens", type=int, default=8, help="tokens per answer (default 8)")
+    parser.add_argument("--rows", type=Path, help="JSON Lines file of finished rows; go on with what it lacks")
     options = parser.parse_args()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
+    opening = head("eval", "transformers")
+    settings = {"rounds": options.rounds, "vocabulary": options.vocabulary, "new_tokens": options.new_tokens}
+    rows = Rows(options.rows, settings_of(opening, **settings))
     model = build_model(options.vocabulary)
-    cases = make_cases(model, vocabulary=options.vocabulary, new=options.new_tokens)
-    rows, summary = measure(cases, rounds=options.rounds)
-    result = {
-        "benchmark": "eval",
-        "hardware": {"processor": _processor(), "threads": 1, "cores": os.cpu_count()},
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
-        "rows": rows,
-        "summary": summary,
-    }
+    measure_all(make_cases(model, vocabulary=options.vocabulary, new=options.new_tokens), options.rounds, rows)
+    summary = summarise(rows.rows)
     if options.json:
-        print(json.dumps(result))
+        print(json.dumps(opening | {"rows": rows.rows, "summary": summary}))
     else:
-        print(f"{'':52} {'speed-up':>9} {'range':>13} {'peer s':>8} {'ours s':>8} {'peer MiB':>9} {'ours MiB':>9}")
-        for row in rows:
-            peaks = [f"{row[name]:9.0f}" if row[name] is not None else f"{'?':>9}" for name in _PEAKS]
-            print(
-                f"{row['what']:52} {row['speedup']:8.2f}x {row['lowest']:6.2f}-{row['highest']:.2f} "
-                f"{row['peer_seconds']:8.3f} {row['our_seconds']:8.3f} {' '.join(peaks)}"
-            )
-        print(f"identical answers: {summary['identical_answers']:.0%}")
+        show(rows.rows, summary)
     return 0 if summary["identical_answers"] == 1.0 else 1
 
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """What a training step costs: ours against Hugging Face's Llava with PEFT's LoRA and the authors' mixer.
 
-    python scripts/bench/train.py            table for people
-    python scripts/bench/train.py --json     one object on stdout
-    python scripts/bench/train.py --quick    3 rounds, the large vocabulary only
+    python scripts/bench/train.py                    table for people
+    python scripts/bench/train.py --json             one object on stdout
+    python scripts/bench/train.py --rows rows.jsonl  keep finished rows there; a run that was stopped goes on
+    python scripts/bench/train.py --quick            3 rounds, the large vocabulary only
 
 The model is that of `yardstick.py` (CLIP 6 x 256 at 224 pixels, Llama 512 x 6, rank 16, four conversations of 304 to
 512 tokens). A step is a forward and a backward pass. All contenders have the same weights and samples and run in turn
@@ -24,28 +25,28 @@ the step's own matrix products, measured in the same rounds.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import logging
 import os
-import platform
 import random
 import statistics
 import sys
-import time
-from collections.abc import Iterator
-from datetime import UTC, datetime
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import peft
 import torch
 import transformers
 import yardstick
+from measuring import Rows, head, interleaved, ratio
 from yardstick import Contender
 
-import mm_moslora
 from mm_moslora.data.sampler import deal, plan_epoch
+from mm_moslora.training.progress import Progress
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VOCABULARIES = (32_000, 4_000)
@@ -68,26 +69,6 @@ class Product:
     def step(self) -> None:
         """One product with a transposed right side, as a linear layer does it."""
         self.left @ self.right.t()
-
-
-def interleaved(steps: dict[str, Any], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of every contender in every round."""
-    for contender in steps.values():
-        contender.step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for turn in range(rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            start = time.process_time()
-            steps[name].step()
-            times[name].append(time.process_time() - start)
-    return times
-
-
-def ratio(times: dict[str, list[float]], name: str, against: str) -> float:
-    """Median over the rounds of one contender's time over another's."""
-    return statistics.median(one / other for one, other in zip(times[name], times[against], strict=True))
 
 
 def needed_flops(vocabulary: int) -> float:
@@ -128,33 +109,47 @@ def check_equal(contenders: dict[str, Contender], name: str) -> dict[str, float]
     return found
 
 
-def step_rows(rounds: int, vocabularies: tuple[int, ...], *, extras: bool) -> Iterator[dict[str, Any]]:
-    """One row for each dtype and vocabulary."""
-    for vocabulary in vocabularies:
-        for name, dtype in DTYPES.items():
-            contenders = {
-                "hf": yardstick.peer(vocabulary, dtype),
-                "best hf": yardstick.peer(vocabulary, dtype, supervised_only=True, wide_adapters=False),
-                "ours": yardstick.ours(vocabulary, dtype),
-            }
-            if extras and vocabulary == VOCABULARIES[0]:
-                contenders["stock layers"] = yardstick.ours(vocabulary, dtype, lean=False)
-            equal = check_equal(contenders, name)
-            saved = {kind: yardstick.saved_bytes(contender) / 2**20 for kind, contender in contenders.items()}
-            products = {f"product {shape}": Product(*shape, dtype) for shape in PRODUCTS}
-            times = interleaved(contenders | products, rounds)
-            peak = max(product.flops / statistics.median(times[key]) for key, product in products.items())
-            others = [kind for kind in contenders if kind != "ours"]
-            yield {
-                "case": "step", "dtype": name, "vocabulary": vocabulary, **equal,
-                "speedup_vs": {kind: ratio(times, kind, "ours") for kind in others},
-                "cpu_seconds": {kind: statistics.median(times[kind]) for kind in contenders},
-                "saved_mib": saved, "saved_ratio": saved["ours"] / saved["hf"],
-                "gemm_peak_gflops": peak / 1e9,
-                "useful_mfu": {
-                    kind: needed_flops(vocabulary) / statistics.median(times[kind]) / peak for kind in contenders
-                },
-            }  # fmt: skip
+def measure_steps(rows: Rows, rounds: int, vocabularies: tuple[int, ...], *, extras: bool) -> None:
+    """Add the row of each vocabulary and dtype that is not there yet."""
+    cases = list(itertools.product(vocabularies, DTYPES))
+    missing = [case for case in cases if rows.find(vocabulary=case[0], dtype=case[1]) is None]
+    total, done = len(cases) * (rounds + 1), (len(cases) - len(missing)) * (rounds + 1)
+    with Progress("train benchmark", total, unit="round", initial=done) as progress:
+        for vocabulary, name in missing:
+
+            def after_round(note: str = f"{name}, vocabulary {vocabulary:,}") -> None:
+                progress.update(progress.done + 1, note)
+
+            with_stock = extras and vocabulary == VOCABULARIES[0]
+            rows.add(step_row(vocabulary, name, rounds, with_stock=with_stock, after_round=after_round))
+
+
+def step_row(
+    vocabulary: int, name: str, rounds: int, *, with_stock: bool, after_round: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """All contenders on one vocabulary in one dtype."""
+    dtype = DTYPES[name]
+    contenders = {
+        "hf": yardstick.peer(vocabulary, dtype),
+        "best hf": yardstick.peer(vocabulary, dtype, supervised_only=True, wide_adapters=False),
+        "ours": yardstick.ours(vocabulary, dtype),
+    }
+    if with_stock:
+        contenders["stock layers"] = yardstick.ours(vocabulary, dtype, lean=False)
+    equal = check_equal(contenders, name)
+    saved = {kind: yardstick.saved_bytes(contender) / 2**20 for kind, contender in contenders.items()}
+    products = {f"product {shape}": Product(*shape, dtype) for shape in PRODUCTS}
+    steps = {kind: timed.step for kind, timed in (contenders | products).items()}
+    times = interleaved(steps, rounds, after_round=after_round)
+    peak = max(product.flops / statistics.median(times[key]) for key, product in products.items())
+    seconds = {kind: statistics.median(times[kind]) for kind in contenders}
+    return {
+        "case": "step", "dtype": name, "vocabulary": vocabulary, **equal,
+        "speedup_vs": {kind: ratio(times, kind, "ours") for kind in contenders if kind != "ours"},
+        "cpu_seconds": seconds, "saved_mib": saved, "saved_ratio": saved["ours"] / saved["hf"],
+        "gemm_peak_gflops": peak / 1e9,
+        "useful_mfu": {kind: needed_flops(vocabulary) / spent / peak for kind, spent in seconds.items()},
+    }  # fmt: skip
 
 
 def padding_row(*, samples: int = 66_500, ranks: int = 8, per_rank: int = 16) -> dict[str, Any]:
@@ -213,38 +208,30 @@ def show(rows: list[dict[str, Any]], summary: dict[str, float]) -> None:
         print(f"{key:28} {value:6.3f}   target {sign} {TARGETS[key]}")
 
 
-def hardware() -> str:
-    """Processor's name, threads used."""
-    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as stream:
-        names = [line.partition(":")[2].strip() for line in stream if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, 1 thread"
-
-
 def main() -> int:
     """Measure, then print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--quick", action="store_true", help="the large vocabulary only, 3 rounds")
     parser.add_argument("--rounds", type=int, default=0, help="rounds per case (default 5, with --quick 3)")
+    parser.add_argument("--rows", type=Path, help="JSON Lines file of finished rows; go on with what it lacks")
     options = parser.parse_args()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    rows: list[dict[str, Any]] = [padding_row()]
-    vocabularies = VOCABULARIES[:1] if options.quick else VOCABULARIES
-    for row in step_rows(options.rounds or (3 if options.quick else 5), vocabularies, extras=not options.quick):
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
-    summary = summarise(rows)
-    if not options.json:
-        show(rows, summary)
-        return 0
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-    result = {
-        "benchmark": "train", "hardware": hardware(), "date": datetime.now(UTC).date().isoformat(),
-        "versions": versions | {"mm_moslora": mm_moslora.__version__, "python": platform.python_version()},
-        "rows": rows, "summary": summary,
-    }  # fmt: skip
-    print(json.dumps(result))
+    opening = head("train", "transformers", "peft")
+    rounds = options.rounds or (3 if options.quick else 5)
+    rows = Rows(
+        options.rows, {name: opening[name] for name in ("benchmark", "hardware", "versions")} | {"rounds": rounds}
+    )
+    if rows.find(case="padding") is None:
+        rows.add(padding_row())
+    measure_steps(rows, rounds, VOCABULARIES[:1] if options.quick else VOCABULARIES, extras=not options.quick)
+    summary = summarise(rows.rows)
+    if options.json:
+        print(json.dumps(opening | {"rows": rows.rows, "summary": summary}))
+    else:
+        show(rows.rows, summary)
     return 0
 
 

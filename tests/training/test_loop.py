@@ -288,3 +288,20 @@ def test_the_learning_rate_warms_up_and_comes_down():
     assert max(values) == values[10] == 1.0
     assert values[10:] == sorted(values[10:], reverse=True)
     assert values[-1] == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_save_in_the_background_looks_at_no_weight_of_the_live_model(recipe, monkeypatch):
+    """Under ZeRO-3 a look during a forward pass is a gather, which the other ranks do not join: all would wait."""
+    looked = set()
+
+    def noting(plain):
+        def call(self, *args, **kwargs):
+            looked.add(threading.current_thread().name)
+            return plain(self, *args, **kwargs)
+
+        return call
+
+    for name in ("named_parameters", "parameters", "state_dict"):
+        monkeypatch.setattr(torch.nn.Module, name, noting(getattr(torch.nn.Module, name)))
+    train(with_train(recipe, steps=2, save_every=1))
+    assert looked == {"MainThread"}

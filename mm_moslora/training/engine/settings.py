@@ -56,6 +56,12 @@ def deepspeed_config(train: TrainConfig, precision: str, max_grad_norm: float) -
             config[key] = merged
         elif given == "auto" or key == "train_micro_batch_size_per_gpu":
             config[key] = value
+    if train.compile is not None and config.get("zero_optimization", {}).get("stage") == 3:
+        raise ConfigError(
+            f"train.compile is {train.compile!r} with train.zero {train.zero}. Compiled layers are tried on ZeRO-0 to "
+            "2 and plain torch; the hooks by which ZeRO-3 fetches weights break their graphs. Take zero2, or leave "
+            "train.compile out."
+        )
     config.pop("train_batch_size", None)
     config.setdefault("zero_allow_untested_optimizer", True)
     return config

@@ -1,0 +1,51 @@
+"""`torch.compile` of the decoder layers, one by one: short graphs, compiled once for all layers of a kind."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+
+from mm_moslora.errors import ConfigError, suggestion
+from mm_moslora.models.attention import SEGMENTS, segment_attention
+
+
+def compile_layers(model: PreTrainedModel, backend: str) -> int:
+    """Compile the decoder layers in place, for rows of any length; weights and their names stay.
+
+    Lean layers run in their stock form then, with the adapters' modules: the compiler fuses what they would, and keeps
+    what it likes. The loop over segments stays outside the graphs, for it would be compiled anew for every batch.
+
+    Args:
+        model: causal language model or VLM, adapters inside.
+        backend: of torch.compile.
+
+    Returns:
+        How many layers.
+
+    Raises:
+        ConfigError: no such backend, no layers, or a compiler is missing.
+    """
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise ConfigError(
+            f"train.compile is {backend!r}, expected a backend of torch.compile: {', '.join(known)}."
+            f"{suggestion(backend, known)}"
+        )
+    on_cpu = backend == "inductor" and not torch.cuda.is_available()
+    if on_cpu and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise ConfigError(
+            "train.compile is 'inductor', which needs a C++ compiler on a CPU, and none is here. Install one (g++), or "
+            "leave train.compile out."
+        )
+    layers: Any = getattr(model.get_decoder(), "layers", None)
+    if layers is None:
+        raise ConfigError(
+            f"train.compile is {backend!r}, but the layers of {type(model).__name__} are not known. Leave it out."
+        )
+    AttentionInterface.register(SEGMENTS, torch.compiler.disable(segment_attention))
+    for layer in layers:
+        layer.compile(backend=backend, dynamic=True)
+    return len(layers)

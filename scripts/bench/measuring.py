@@ -1,0 +1,105 @@
+"""What the benchmarks share: contenders timed in turn, and rows that survive an interruption."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.machine import hardware
+
+
+def interleaved(
+    steps: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    after_round: Callable[[], None] = lambda: None,
+    results: dict[str, list[Any]] | None = None,
+) -> dict[str, list[float]]:
+    """CPU seconds of every contender in every round, in an order that rotates; one round before warms up.
+
+    Args:
+        steps: what each contender does.
+        rounds: that count.
+        after_round: called after every round, the first one included.
+        results: takes what the contenders returned.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for turn in range(-1, rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = time.process_time()
+            result = steps[name]()
+            seconds = time.process_time() - start
+            if turn >= 0:
+                times[name].append(seconds)
+                if results is not None:
+                    results.setdefault(name, []).append(result)
+        after_round()
+    return times
+
+
+def ratios(times: Mapping[str, list[float]], name: str, against: str) -> list[float]:
+    """One contender's time over another's, round by round."""
+    return [one / other for one, other in zip(times[name], times[against], strict=True)]
+
+
+def ratio(times: Mapping[str, list[float]], name: str, against: str) -> float:
+    """Median of the ratios of single rounds."""
+    return statistics.median(ratios(times, name, against))
+
+
+def head(benchmark: str, *packages: str) -> dict[str, Any]:
+    """What a result opens with: benchmark, hardware, date, versions."""
+    return {
+        "benchmark": benchmark, "hardware": f"{hardware()}; one thread", "date": datetime.now(UTC).date().isoformat(),
+        "versions": {
+            name: metadata.version(name).partition("+")[0] for name in ("torch", *packages, "mm_moslora")
+        } | {"python": platform.python_version()},
+    }  # fmt: skip
+
+
+def settings_of(opening: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """What rows must have in common to stand beside each other: all that a result opens with but the date, and more."""
+    return {name: value for name, value in opening.items() if name != "date"} | more
+
+
+class Rows:
+    """Finished rows as JSON lines below a line that says how they were measured; a stopped run goes on after them.
+
+    Args:
+        path: of the file; None keeps nothing.
+        settings: of this run; rows that were measured otherwise are not mixed with its own.
+
+    Raises:
+        SystemExit: the file holds rows of other settings.
+    """
+
+    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        lines = path.read_text().splitlines(keepends=True) if path is not None and path.exists() else []
+        known = [json.loads(line) for line in lines if line.endswith("\n")]  # one that was being written is not whole
+        if known and known[0] != settings:
+            raise SystemExit(f"{path} holds rows of {known[0]}, and this run is {dict(settings)}. Name another file.")
+        self.rows: list[dict[str, Any]] = known[1:]
+        if path is not None:
+            path.write_text("".join(json.dumps(line) + "\n" for line in [settings, *self.rows]))
+
+    def find(self, **names: Any) -> dict[str, Any] | None:
+        """The row with these entries, None while there is none."""
+        return next((row for row in self.rows if names.items() <= row.items()), None)
+
+    def add(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Keep a row, on disk at once."""
+        self.rows.append(row)
+        if self.path is not None:
+            with self.path.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+        return row
