@@ -56,6 +56,7 @@ def test_help_needs_no_heavy_library():
     ("arguments", "message"),
     [
         (["train", "quickstart_tun"], "Did you mean 'quickstart_tune'"),
+        (["data", "check", "quickstart_tune", "--agianst", "x"], "No option --agianst. Keys of the recipe"),
         (["train", "quickstart_tune", "--optim.lrr", "1"], "unknown key 'optim.lrr'. Did you mean 'lr'"),
         (["train", "quickstart_tune", "--optim.lr"], "--optim.lr has no value"),
         (["train", "quickstart_tune", "quickly"], "'quickly' is no override"),

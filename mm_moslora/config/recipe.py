@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +108,12 @@ def override_items(tokens: Sequence[str]) -> list[str]:
     """Turn `--optim.lr 1e-4`, `--optim.lr=1e-4` and `optim.lr=1e-4` into `optim.lr=1e-4`.
 
     Raises:
-        ConfigError: a key without a value.
+        ConfigError: a key without a value, or an option that is neither the command's nor a key.
     """
     items, waiting = [], None
     for token in tokens:
+        if waiting is None and token.startswith("--"):
+            _refuse_option(token[2:].partition("=")[0])
         if waiting is not None:
             items.append(f"{waiting}={token}")
             waiting = None
@@ -124,3 +126,12 @@ def override_items(tokens: Sequence[str]) -> list[str]:
     if waiting is not None:
         raise ConfigError(f"--{waiting} has no value. Write --{waiting} VALUE.")
     return items
+
+
+def _refuse_option(key: str) -> None:
+    """A misspelt option of the command reaches the recipe's keys; those have a section, or are one."""
+    if "." not in key and key not in {item.name for item in fields(Recipe)}:
+        raise ConfigError(
+            f"No option --{key}. Keys of the recipe carry their section, such as --optim.lr 1e-4; the command's own "
+            "options are in its --help."
+        )
