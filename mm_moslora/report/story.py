@@ -12,7 +12,7 @@ CONTROLS = ("wrong_image", "blind", "majority", "best_answer")
 """Ways to score without looking at the right picture."""
 EXPLAINED = {
     "tuned": "the model after tuning",
-    "untuned": "the same parts before tuning",
+    "untuned": "the same parts before tuning: they do not know the form of answer yet",
     "wrong_image": "tuned, but shown another item's picture",
     "blind": "tuned, but shown a plain picture of the mean colour",
     "majority": "always the most frequent answer of the training data",
