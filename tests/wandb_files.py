@@ -24,6 +24,8 @@ def _records(path: Path) -> Iterator[Any]:
             position += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
+        if position + HEADER + length > len(data):
+            return  # it is being written
         parts.append(data[position + HEADER : position + HEADER + length])
         position += HEADER + length
         if kind in (1, 4):  # the whole record, or its last part

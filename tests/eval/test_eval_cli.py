@@ -132,7 +132,7 @@ BAD = [
     (["run", "llava:QUESTIONS", "--batch-size", "0", "--model", "replay:x"], "batch_size is 0"),
     (["check", "mmvet"], "was not found"),
     (["score", "nowhere"], "lies in no evaluation run"),
-    (["compare", "nowhere", "elsewhere"], "no scored task in common"),
+    (["compare", "nowhere", "elsewhere"], "There is no 'nowhere'"),
 ]
 
 
