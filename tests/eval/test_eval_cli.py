@@ -133,6 +133,7 @@ BAD = [
     (["check", "mmvet"], "was not found"),
     (["score", "nowhere"], "lies in no evaluation run"),
     (["compare", "nowhere", "elsewhere"], "There is no 'nowhere'"),
+    (["compare", ".", "."], "no scored task in common"),
 ]
 
 
