@@ -51,9 +51,9 @@ def launch(
     from mm_moslora.launch import Places
     from mm_moslora.launch import launch as start
 
+    places = Places(nproc=nproc, nnodes=nnodes, rdzv=rdzv, hostfile=hostfile, max_restarts=max_restarts)
     resolved = load_recipe(recipe, override_items(_of_the_recipe(overrides)))
     print(resolved.to_yaml(), end="")
-    places = Places(nproc=nproc, nnodes=nnodes, rdzv=rdzv, hostfile=hostfile, max_restarts=max_restarts)
     arguments = [recipe, *overrides]
     return start(places, arguments, run_folder=Path(resolved.train.output), dry_run=dry_run)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,14 @@ def show_plan(
     from mm_moslora.errors import ConfigError
     from mm_moslora.planning import DataSize, parse_gpus, plan
 
+    if samples is not None and samples < 1:
+        raise ConfigError(f"--samples is {samples}, expected 1 or more.")
+    if tokens_per_sample is not None and not 1 <= tokens_per_sample < math.inf:
+        raise ConfigError(f"--tokens-per-sample is {tokens_per_sample:g}, expected 1 or more.")
+    if not 0 < supervised <= 1:
+        raise ConfigError(f"--supervised is {supervised:g}, expected a share above 0 and up to 1.")
+    if price is not None and not 0 <= price < math.inf:
+        raise ConfigError(f"--price is {price:g}, expected 0 or more.")
     if (samples is None) != (tokens_per_sample is None):
         raise ConfigError("--samples and --tokens-per-sample belong together; one of them is missing.")
     data = None

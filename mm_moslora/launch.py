@@ -40,6 +40,14 @@ class Places:
     """How often to start again from the newest checkpoint when a rank dies or hangs."""
 
     def __post_init__(self) -> None:
+        for name, least in (("nproc", 1), ("nnodes", 1), ("max_restarts", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected {least} or more.")
+        if self.rdzv is not None and not _is_place(self.rdzv):
+            raise ConfigError(f"--rdzv is {self.rdzv!r}, expected HOST:PORT such as node-1:29400.")
+        if self.rdzv is not None and self.nnodes == 1:
+            raise ConfigError(f"--rdzv {self.rdzv} is where several hosts meet, but --nnodes is 1. Give --nnodes, too.")
         if self.nnodes > 1 and self.rdzv is None:
             raise ConfigError(f"--nnodes is {self.nnodes}, but no --rdzv HOST:PORT says where the hosts meet.")
         if self.hostfile is not None and self.nnodes > 1:
@@ -48,6 +56,12 @@ class Places:
             raise ConfigError(f"--hostfile {self.hostfile} does not exist.")
         if self.hostfile is not None and self.max_restarts:
             raise ConfigError("--max-restarts needs torchrun; the deepspeed launcher of --hostfile cannot restart.")
+
+
+def _is_place(text: str) -> bool:
+    """Whether it reads HOST:PORT."""
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 2**16
 
 
 def accelerators() -> int:

@@ -10,6 +10,7 @@ run: a mark in the table says that the suite checks it.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.util
 import sys
@@ -62,13 +63,16 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """Rewrite or check the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
     page = PAGE.read_text(encoding="utf-8")
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     wanted = f"{before}{BEGIN}\n{table()}\n{END}{after}"
-    if arguments == ["--check"]:
+    if check:
         if page != wanted:
             print(f"{PAGE} is out of date. Run: python scripts/adapter_table.py", file=sys.stderr)
             return 1
@@ -78,4 +82,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -3,6 +3,7 @@
 
 # Environment of every run. What is already set wins.
 run_environment() {
+  [ -z "${NPROC:-}" ] || needs_number NPROC 1 "$NPROC"
   export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
   export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
   export PYTHONUNBUFFERED=1
@@ -49,12 +50,13 @@ process_count() {
 # Reads an option of several hosts or of restarts, which is two words.
 NNODES=1 RDZV="" RDZV_ID=mm-moslora LOCAL_ADDR="" MAX_RESTARTS=0
 elastic_option() {
+  [ -n "${2:-}" ] || fail "$1 has no value; see --help"
   case "$1" in
-    --nnodes) NNODES=${2:?--nnodes needs a number} ;;
-    --rdzv) RDZV=${2:?--rdzv needs HOST:PORT} ;;
-    --rdzv-id) RDZV_ID=${2:?--rdzv-id needs a word} ;;
-    --local-addr) LOCAL_ADDR=${2:?--local-addr needs an address} ;;
-    --max-restarts) MAX_RESTARTS=${2:?--max-restarts needs a number} ;;
+    --nnodes) NNODES=$2; needs_number --nnodes 1 "$NNODES" ;;
+    --rdzv) RDZV=$2 ;;
+    --rdzv-id) RDZV_ID=$2 ;;
+    --local-addr) LOCAL_ADDR=$2 ;;
+    --max-restarts) MAX_RESTARTS=$2; needs_number --max-restarts 0 "$MAX_RESTARTS" ;;
   esac
 }
 
@@ -64,6 +66,7 @@ elastic_arguments() {
   ELASTIC=(--standalone)
   if [ "$NNODES" != 1 ]; then
     [ -n "$RDZV" ] || fail "--nnodes $NNODES needs --rdzv HOST:PORT, the same on every host"
+    [[ "$RDZV" =~ ^.+:[0-9]{1,5}$ ]] || fail "--rdzv is '$RDZV', expected HOST:PORT such as node-1:29400"
     ELASTIC=(--nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$RDZV" --rdzv_id "$RDZV_ID")
   fi
   if [ -n "$LOCAL_ADDR" ]; then
@@ -113,3 +116,12 @@ fail() {
   echo "${0##*/}: $*" >&2
   exit 2
 }
+
+# Stops at a number that torchrun would answer with a traceback: needs_number NAME LEAST VALUE.
+needs_number() {
+  [[ "$3" =~ ^[0-9]+$ ]] && [ "$3" -ge "$2" ] || fail "$1 is '$3', expected a number from $2 on"
+}
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+  echo "What train.sh, train_deepspeed.sh and train_slurm.sbatch share; they read it. Run one of them with --help."
+fi

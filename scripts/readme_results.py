@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 README = Path(__file__).parents[1] / "README.md"
@@ -40,14 +40,17 @@ def _cell(part: dict | None) -> str:
     return f"{100 * part['mean']:.1f} [{100 * part['low']:.1f}, {100 * part['high']:.1f}]"
 
 
-def main(runs: list[str]) -> None:
+def main() -> None:
     """Replace what stands between the markers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished quickstart run")
+    runs = parser.parse_args().runs
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    body = "\n\n".join(section(Path(run)) for run in runs)
+    body = "\n\n".join(section(run) for run in runs)
     README.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

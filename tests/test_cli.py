@@ -62,6 +62,14 @@ def test_help_needs_no_heavy_library():
         (["train", "quickstart_tune", "quickly"], "'quickly' is no override"),
         (["export", "nowhere", "out"], "nowhere is no checkpoint"),
         (["chat", "nowhere", "--question", "hi"], "nowhere is no checkpoint"),
+        (["launch", "quickstart_tune", "--nproc", "0"], "--nproc is 0, expected 1 or more"),
+        (["launch", "quickstart_tune", "--nnodes", "2", "--rdzv", "x"], "expected HOST:PORT"),
+        (["plan", "quickstart_tune", "--gpus", "8xFOO"], "'8xFOO' names no known GPU"),
+        (["plan", "quickstart_tune", "--gpus", "T4-16G", "--samples", "0"], "--samples is 0"),
+        (["plan", "quickstart_tune", "--gpus", "T4-16G", "--samples", "9"], "one of them is missing"),
+        (["plan", "quickstart_tune", "--gpus", "T4-16G", "--tokens-per-sample", "nan"], "--tokens-per-sample is nan"),
+        (["plan", "quickstart_tune", "--gpus", "T4-16G", "--supervised", "3"], "--supervised is 3"),
+        (["plan", "quickstart_tune", "--gpus", "T4-16G", "--price=-3"], "--price is -3"),
     ],
 )
 def test_an_error_is_one_line_on_stderr_and_exit_code_1(arguments, message, capsys):

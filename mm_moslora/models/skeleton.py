@@ -92,8 +92,9 @@ def _read(name: str, revision: str | None, key: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ModelError(
-            f"{key} is {name!r}, whose configuration is not to be had ({error}). Give a folder with its config.json, "
+            f"{key} is {name!r}, whose configuration is not to be had ({reason}). Give a folder with its config.json, "
             "or go online."
         ) from error
 

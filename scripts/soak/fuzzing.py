@@ -121,3 +121,7 @@ def main(description: str | None, run: Callable[..., dict[str, Any]], *, count: 
             print(f"{name:>18}: {value}")
     bad = result["uncaught"] or result["over_one_second"] or result.get("crashes") or result["peak_mib"] >= MEMORY
     return int(bool(bad))
+
+
+if __name__ == "__main__":
+    print(f"{__doc__}\nA part of the scripts beside it; there is nothing to run.")

@@ -34,3 +34,7 @@ class Ledger:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
+
+
+if __name__ == "__main__":
+    print(f"{__doc__}\nA part of the scripts beside it; there is nothing to run.")

@@ -174,3 +174,7 @@ def note_file(operations: list[Operation], run: Path, path: Path, content: bytes
     """Write a file for real and record it."""
     path.write_bytes(content)
     operations.append(("write", (path.relative_to(run), content)))
+
+
+if __name__ == "__main__":
+    print(f"{__doc__}\nA part of the scripts beside it; there is nothing to run.")

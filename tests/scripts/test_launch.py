@@ -47,6 +47,12 @@ def test_a_slurm_job_of_several_nodes_goes_through_srun(monkeypatch):
         ({"nnodes": 2}, "no --rdzv HOST:PORT"),
         ({"hostfile": "missing"}, "does not exist"),
         ({"hostfile": "missing", "nnodes": 2, "rdzv": "a:1"}, "two ways"),
+        ({"nproc": 0}, "--nproc is 0, expected 1 or more"),
+        ({"nnodes": 0}, "--nnodes is 0, expected 1 or more"),
+        ({"max_restarts": -1}, "--max-restarts is -1, expected 0 or more"),
+        ({"nnodes": 2, "rdzv": "node-1"}, "expected HOST:PORT"),
+        ({"nnodes": 2, "rdzv": "node-1:99999"}, "expected HOST:PORT"),
+        ({"rdzv": "node-1:29400"}, "--nnodes is 1"),
     ],
 )
 def test_wrong_places_are_explained(wrong, said, tmp_path):

@@ -95,6 +95,41 @@ def test_wrong_use_is_one_clear_line(script: str, environment: dict[str, str], r
 
 
 @pytest.mark.parametrize(
+    ("options", "nproc", "said"),
+    [
+        (["--nnodes", "two"], "1", "--nnodes is 'two', expected a number from 1 on"),
+        (["--nnodes", "2"], "1", "--nnodes 2 needs --rdzv HOST:PORT"),
+        (["--nnodes", "2", "--rdzv", "node-1"], "1", "--rdzv is 'node-1', expected HOST:PORT"),
+        (["--max-restarts", "-1"], "1", "--max-restarts is '-1', expected a number from 0 on"),
+        (["--rdzv"], "1", "--rdzv has no value"),
+        ([], "many", "NPROC is 'many', expected a number from 1 on"),
+    ],
+)
+def test_an_option_that_cannot_be_is_one_line(
+    options: list[str], nproc: str, said: str, stub: dict[str, str], recipe: Path
+) -> None:
+    """Before anything starts; `config` is answered without loading it."""
+    python = Path(stub["PYTHON"])
+    python.write_text(f"#!/usr/bin/env bash\ncat {shlex.quote(str(recipe))}\n")
+    last = [] if options == ["--rdzv"] else [str(recipe)]
+    result = _run("train.sh", "--dry-run", *options, *last, environment=stub | {"NPROC": nproc})
+    assert result.returncode == 2
+    assert said in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_every_script_answers_help_and_starts_nothing(environment: dict[str, str]) -> None:
+    """Those of `soak` and the rest of the folder; parts of others say so."""
+    common = _run("common.sh", "--help", environment=environment)
+    assert common.stdout.startswith("What train.sh, train_deepspeed.sh and train_slurm.sbatch share")
+    for name in ("adapter_table.py", "readme_results.py", "soak/parts.py", "soak/fuzzing.py", "soak/simulated_disk.py"):
+        words = [sys.executable, str(SCRIPTS / name), "--help"]
+        result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        assert result.returncode == 0, result.stderr
+        assert "usage: " in result.stdout or "nothing to run" in result.stdout, name
+
+
+@pytest.mark.parametrize(
     ("train", "code"),
     [("exit 0", 0), ("exit 3", 3), ('touch "$HOME/run/PREEMPTED"; exit 1', 75)],
 )
