@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from mm_moslora.config import TrainConfig
+from mm_moslora.errors import ConfigError
 
 FOLDER = Path(__file__).parents[2] / "deepspeed_configs"
 STAGES = {"zero0": 0, "zero1": 1, "zero2": 2, "zero2_offload": 2, "zero3": 3, "zero3_offload": 3}
@@ -51,6 +55,49 @@ def test_what_the_recipe_decides_is_left_to_it(name: str) -> None:
     assert config["bf16"]["enabled"] == config["fp16"]["enabled"] == "auto"
     assert "optimizer" not in config
     assert "scheduler" not in config
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_recipe_fills_a_preset_and_writes_what_releases_differ_in(precision: str) -> None:
+    from mm_moslora.training.engine.settings import deepspeed_config
+
+    for name in STAGES:
+        config = deepspeed_config(TrainConfig(zero=name, global_batch=8, micro_batch=2), precision, 0.5)
+        assert config["gradient_clipping"] == 0.5
+        assert config["gradient_accumulation_steps"] == 4
+        assert config["bf16"] == {"enabled": precision == "bf16", "check_grad_overflow": True}
+        assert config["fp16"]["enabled"] is (precision == "fp16")
+        assert "auto" not in json.dumps(config)
+
+
+def test_a_file_that_contradicts_the_recipe_and_a_preset_that_is_not_there_are_refused(tmp_path: Path) -> None:
+    from mm_moslora.training.engine.settings import deepspeed_config
+
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(_load("zero2") | {"bf16": {"enabled": True}}))
+    assert deepspeed_config(TrainConfig(zero=str(own)), "bf16", 1.0)["bf16"]["enabled"]
+    with pytest.raises(ConfigError, match=r"bf16\.enabled is True, but train\.precision is fp32"):
+        deepspeed_config(TrainConfig(zero=str(own)), "fp32", 1.0)
+    with pytest.raises(ConfigError, match="which does not exist"):
+        deepspeed_config(TrainConfig(zero=str(tmp_path / "no.json")), "fp32", 1.0)
+    with pytest.raises(ConfigError, match="Did you mean 'zero2_offload'"):
+        deepspeed_config(TrainConfig(zero="zero2_ofload"), "fp32", 1.0)
+
+
+def test_a_lock_of_a_killed_build_is_named_before_anybody_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mm_moslora.training.engine.settings import _warn_of_stale_locks
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    _warn_of_stale_locks()
+    assert not caplog.text
+    lock = tmp_path / "py311" / "op" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (0, 0))
+    _warn_of_stale_locks()
+    assert f"rm {lock}" in caplog.text
 
 
 def test_every_key_is_explained() -> None:

@@ -120,6 +120,19 @@ def test_old_ones_go_by_step_whatever_the_clock_says(tmp_path):
     assert len(checkpoint.checkpoints(tmp_path)) == 2
 
 
+def test_every_kth_and_the_best_stay_and_nothing_goes_while_the_newest_is_damaged(tmp_path):
+    for step in range(1, 7):
+        make(tmp_path, step)
+    kept = Retention(last=1, every=4, best="checkpoint-000002")
+    (tmp_path / "checkpoint-000006" / "adapter.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"adapter\.safetensors"):
+        remove_old(tmp_path, kept)
+    assert len(checkpoint.checkpoints(tmp_path)) == 6
+    make(tmp_path, 7)
+    remove_old(tmp_path, kept)
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [2, 4, 7]
+
+
 def test_keys_that_change_the_computation_are_listed_and_others_are_free():
     before = {"optim": {"lr": 1e-4}, "train": {"save_every": 5, "seed": 0}, "data": {"train": [{"path": "a"}]}}
     after = {"optim": {"lr": 2e-4}, "train": {"save_every": 9, "seed": 0}, "data": {"train": [{"path": "b"}]}}
