@@ -50,6 +50,25 @@ def test_ranks_and_stages_may_change_on_the_way(parts, ranks, tmp_path):
         assert [line[key] for line in metrics(tmp_path / "changing")] == pytest.approx(expected, rel=1e-5), key
 
 
+def test_an_align_stage_resumes_exactly_and_on_other_ranks(parts, ranks, tmp_path):
+    """The projector alone trains; half-way on the same two ranks, and on one rank with another stage."""
+
+    def align(name: str, zero: str) -> str:
+        recipe = make_recipe(parts, tmp_path / name, zero)
+        return write(replace(recipe, model=replace(recipe.model, language_mode="frozen")))
+
+    stages = ("zero1", "zero3")
+    halves = [f"{align(f'{stage}-{kind}', stage)}@{HALF}" for stage in stages for kind in ("resumed", "changed")]
+    ranks.run([*(align(f"{stage}-straight", stage) for stage in stages), *halves])
+    ranks.run([align(f"{stage}-resumed", stage) for stage in stages])
+    ranks.run([align("zero1-changed", "zero3"), align("zero3-changed", "none")], ranks=1)
+    for stage in stages:
+        straight = tmp_path / f"{stage}-straight"
+        assert hexed(tmp_path / f"{stage}-resumed") == hexed(straight)
+        assert weights(tmp_path / f"{stage}-resumed") == weights(straight)
+        assert losses(tmp_path / f"{stage}-changed") == pytest.approx(losses(straight), rel=1e-5)
+
+
 def test_every_weight_that_trains_is_saved_on_every_stage(parts, ranks, tmp_path):
     """Align, then tune on its projector; a projector that stands still is saved whole under ZeRO-3, too."""
     from mm_moslora.models.load import load

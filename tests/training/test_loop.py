@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -21,7 +22,7 @@ from mm_moslora.config import (
     Recipe,
     SourceConfig,
 )
-from mm_moslora.errors import CheckpointError, MoSLoRAError, TrainingError
+from mm_moslora.errors import CheckpointError, ConfigError, MoSLoRAError, TrainingError
 from mm_moslora.models.export import export_lora, export_model
 from mm_moslora.models.load import load
 from mm_moslora.models.vlm import supervised_logits
@@ -218,6 +219,14 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_keys(recipe):
     assert Recipe.from_yaml((run / "config.yaml").read_text()) == recipe
     with pytest.raises(CheckpointError, match="already holds checkpoints and resume is never"):
         train(recipe, resume="never")
+
+
+def test_without_deepspeed_one_process_trains_and_a_stage_says_what_is_missing(recipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    assert train(recipe, stop_at=1).step == 1
+    staged = with_train(recipe, zero="zero2", output=f"{recipe.train.output}-staged")
+    with pytest.raises(ConfigError, match=r"train\.zero is 'zero2', but deepspeed does not import .*pip install"):
+        train(staged)
 
 
 def test_resume_required_needs_a_checkpoint(recipe):

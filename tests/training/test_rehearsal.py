@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mm_moslora.config import TrainConfig
 from mm_moslora.errors import CheckpointError, TrainingError
 from mm_moslora.training import disk, rehearsal
-from mm_moslora.training.engine import Engine
+from mm_moslora.training.engine import Engine, TorchEngine
 from mm_moslora.training.loop import train
 
 
@@ -26,6 +27,16 @@ def test_nothing_remains_of_it(recipe, tmp_path, caplog):
     assert hexed(tmp_path / "run") == hexed(tmp_path / "other")
     assert caplog.text.count("Rehearsal: a checkpoint takes") == 1
     assert not list((tmp_path / "run").glob(".tmp*"))
+
+
+def test_a_micro_batch_that_does_not_fit_is_said_before_the_first_step(recipe, monkeypatch, tmp_path):
+    def full(self, micro_batches, lr_factor):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(TorchEngine, "step", full)
+    with pytest.raises(TrainingError, match=r"4 examples with \d+ tokens .* does not fit .* Lower train\.micro_batch"):
+        train(recipe)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 def test_too_little_room_is_said_before_the_first_step(recipe, monkeypatch):
