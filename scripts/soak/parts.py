@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+# DeepSpeed says what it found on stdout, where the results go, unless it is told.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 _TESTS = Path(__file__).resolve().parents[2] / "tests"
 sys.path[:0] = [str(_TESTS), str(_TESTS / "distributed")]
 
