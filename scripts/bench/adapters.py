@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import peft
 import torch
 import transformers
+from measuring import Rows
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
@@ -278,51 +279,19 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     return asdict(case) | kinds.get(case.case, single_row)(case, rounds)
 
 
-class Rows:
-    """Finished rows in a JSON Lines file, below a line that says how and on what they were measured.
-
-    Args:
-        path: the file; None keeps nothing.
-        header: of this run.
-
-    Raises:
-        SystemExit: the file holds rows of another kind of run.
-    """
-
-    def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
-        self.path = path
-        self.done: dict[Case, dict[str, Any]] = {}
-        lines = path.read_text().splitlines(keepends=True) if path is not None and path.exists() else []
-        whole = [json.loads(line) for line in lines if line.endswith("\n")]  # one that was being written is not
-        if whole and whole[0] != header:
-            raise SystemExit(f"{path} holds rows of {whole[0]}, and this run is {header}. Name another file.")
-        names = [field.name for field in fields(Case)]
-        for row in whole[1:]:
-            self.done[Case(*(row[name] for name in names))] = row
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(line) + "\n" for line in [header, *whole[1:]]))
-
-    def add(self, case: Case, row: dict[str, Any]) -> None:
-        """Keep a row, on disk at once."""
-        self.done[case] = row
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-
-
 def run(wanted: list[Case], rounds: int, rows: Rows) -> list[dict[str, Any]]:
     """Measure what is not there yet; the rows in the order of `wanted`."""
     share = 100 / sum(case.weight for case in wanted)
-    ready = sum(case.weight for case in wanted if case in rows.done) * share
+    found = {case: row for case in wanted if (row := rows.find(**asdict(case))) is not None}
+    ready = sum(case.weight for case in found) * share
     with Progress("adapters", 100, unit="part", initial=round(ready)) as progress:
         for case in wanted:
-            if case in rows.done:
+            if case in found:
                 continue
-            rows.add(case, measure(case, rounds))
+            found[case] = rows.add(measure(case, rounds))
             ready += case.weight * share
             progress.update(round(ready), f"{case.case} {case.dtype} r {case.rank}, {case.tokens} tokens")
-    return [rows.done[case] for case in wanted]
+    return [found[case] for case in wanted]
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:

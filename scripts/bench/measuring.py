@@ -90,6 +90,7 @@ class Rows:
             raise SystemExit(f"{path} holds rows of {known[0]}, and this run is {dict(settings)}. Name another file.")
         self.rows: list[dict[str, Any]] = known[1:]
         if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(line) + "\n" for line in [settings, *self.rows]))
 
     def find(self, **names: Any) -> dict[str, Any] | None:
