@@ -195,9 +195,11 @@ def memory(
     kept = layers + (size.kept_per_layer if checkpointing else 0) + size.kept_elsewhere
     rows = min(supervised, max(64, logit_chunk // (4 * size.vocabulary)))
     gathered = min(LIVE, size.frozen + trained) * 2 * b if by_weights > 1 else 0
+    adapters = sum(mine for part, (_, mine) in size.parts.items() if part.endswith(("adapter", "mixer")))
+    whole = adapters * b if by_weights > 1 else 0
     return Memory(
         weights=size.weight_bytes / by_weights,
-        adapters=trained * b / by_weights,
+        adapters=trained * b / by_weights + whole,
         gradients=trained * (4 if zero == "none" else b) / by_gradients,
         optimiser=0 if zero.endswith("_offload") else trained * (8 + masters) / by_states,
         activations=tokens * kept + images * size.kept_per_image,

@@ -22,7 +22,6 @@ def counted(parts, ranks, tmp_path_factory) -> Path:
     given = parts | {"language": make_language(folder / "language", layers=LAYERS)}
     preset = json.loads((Path(__file__).parents[2] / "deepspeed_configs" / "zero3.json").read_text())
     preset["zero_optimization"] |= {
-        "stage3_param_persistence_threshold": 1000,  # as 10^6 is to the widths of real models
         "stage3_prefetch_bucket_size": 0,
         "stage3_max_reuse_distance": 0,
     }
@@ -62,9 +61,15 @@ def test_zero3_gathers_a_layer_once_in_each_direction(run: str, counted: Path) -
     assert found["bytes"]["reduce_scatter_base"] == MICRO_BATCHES * 4 * found["trainable"]
 
 
+def test_zero3_leaves_adapters_whole(counted: Path) -> None:
+    found = traffic(counted / "zero3")
+    assert found["adapters"] > 0
+    assert found["adapters_cut_up"] == 0
+
+
 def test_zero3_gathers_nothing_else_by_the_piece(counted: Path) -> None:
-    tower, patches, projector, words_and_head = 3, 1, 2 * DIRECTIONS, 3
-    in_a_pass = LAYERS * DIRECTIONS + tower + patches + projector + words_and_head
+    tower, patches, positions, projector, words_and_head = 3, 1, 1, 2 * DIRECTIONS, 3
+    in_a_pass = LAYERS * DIRECTIONS + tower + patches + positions + projector + words_and_head
     small_ones_after_the_step = 1
     found = traffic(counted / "zero3")
     assert found["calls"]["allgather_base"] == MICRO_BATCHES * in_a_pass + small_ones_after_the_step

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mm_moslora import distributed
 from mm_moslora.config import load_recipe
 from mm_moslora.models import lean
-from mm_moslora.training.engine import Engine
+from mm_moslora.training.engine import Engine, settings
 
 
 def _tensors(value):
@@ -51,6 +51,7 @@ def train_counting(*arguments: str) -> int:
     """Train each recipe, and leave in its folder what every step sent, as rank 0 saw it."""
     from ranks import train_recipes
 
+    settings.PERSISTENT = 100  # less than an adapter, as 10^6 is to large ranks
     plain, mlp, passes = Engine.step, lean.gated_mlp, Counter()
 
     def noted(*args):
@@ -66,11 +67,14 @@ def train_counting(*arguments: str) -> int:
                 result = plain(self, micro_batches, lr_factor)
             trainable = sum(getattr(p, "ds_numel", p.numel()) for g in self.groups for p in g.parameters)
             whole = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+            lora = [p for name, p in self.module.named_parameters() if "lora_" in name]
+            cut_up = sum(not getattr(p, "ds_persist", True) for p in lora)
             layer = next(m for name, m in self.module.named_modules() if name.endswith("language_model.layers.0"))
             found.append(
                 {
                     "calls": traffic.calls, "bytes": traffic.bytes, "sizes": traffic.sizes, "trainable": trainable,
                     "parameters": whole, "layer": _sharded(layer), "lean_passes": passes.pop("lean", 0),
+                    "adapters": len(lora), "adapters_cut_up": cut_up,
                 }
             )  # fmt: skip
             return result

@@ -11,6 +11,7 @@ from mm_moslora.config import Recipe, load_recipe, recipe_names
 from mm_moslora.footprint import footprint
 from mm_moslora.models.skeleton import skeleton
 from mm_moslora.planning import known_data, parse_gpus, plan
+from mm_moslora.training.engine import largest_adapter
 from mm_moslora.training.optim import lr_factor, parameter_groups
 
 SHIPPED = [name for name in recipe_names() if not name.startswith("quickstart")]
@@ -79,6 +80,14 @@ def test_a_recipe_trains_its_groups_at_its_rates_over_its_schedule(name: str, fo
         assert recipe.train.global_batch == 64
         assert lr_factor(310, 10_395, optim) < 1.0 <= lr_factor(312, 10_395, optim)
     assert lr_factor(10_000, 10_000, optim) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "largest"), [("llava15_7b_moslora", 128 * 11_008), ("internlm2_7b_qmoslora", 512 * 14_336)]
+)
+def test_zero3_leaves_the_adapters_of_large_ranks_whole(name: str, largest: int, folders) -> None:
+    recipe = shipped(name, folders)
+    assert largest_adapter(parameter_groups(skeleton(recipe).model, recipe.optim)) == largest
 
 
 @pytest.mark.parametrize("name", SHIPPED)

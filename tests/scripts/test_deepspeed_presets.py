@@ -35,6 +35,9 @@ def test_deepspeed_accepts_a_filled_preset(name: str, monkeypatch: pytest.Monkey
     config |= {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
     config |= {"gradient_clipping": 1.0, "bf16": {"enabled": True, "check_grad_overflow": True}}
     config["fp16"] |= {"enabled": False}
+    if STAGES[name] == 3:
+        assert config["zero_optimization"]["stage3_param_persistence_threshold"] == "auto"
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 1_000_000
     assert "auto" not in json.dumps(config)
     parsed = DeepSpeedConfig(config)
     assert parsed.zero_optimization_stage == STAGES[name]
@@ -68,6 +71,23 @@ def test_the_recipe_fills_a_preset_and_writes_what_releases_differ_in(precision:
         assert config["bf16"] == {"enabled": precision == "bf16", "check_grad_overflow": True}
         assert config["fp16"]["enabled"] is (precision == "fp16")
         assert "auto" not in json.dumps(config)
+
+
+def test_adapters_of_any_rank_stay_whole_under_zero3_unless_the_file_says_otherwise(tmp_path: Path) -> None:
+    from mm_moslora.training.engine.settings import deepspeed_config
+
+    def threshold(zero: str, largest: int) -> int:
+        config = deepspeed_config(TrainConfig(zero=zero), "bf16", 1.0, largest_adapter=largest)
+        return config["zero_optimization"]["stage3_param_persistence_threshold"]
+
+    for name in ("zero3", "zero3_offload"):
+        assert threshold(name, 16 * 4096) == 1_000_000
+        assert threshold(name, 512 * 14_336) == 512 * 14_336
+    own = tmp_path / "own.json"
+    for given, expected in ((200_000, 200_000), (0, 0), (None, 128 * 11_008)):
+        settings = {"stage": 3} | ({} if given is None else {"stage3_param_persistence_threshold": given})
+        own.write_text(json.dumps({"zero_optimization": settings}))
+        assert threshold(str(own), 128 * 11_008) == expected
 
 
 def test_a_file_that_contradicts_the_recipe_and_a_preset_that_is_not_there_are_refused(tmp_path: Path) -> None:

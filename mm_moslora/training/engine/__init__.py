@@ -12,7 +12,7 @@ from mm_moslora.config import TrainConfig
 from mm_moslora.errors import ConfigError
 from mm_moslora.training.engine.base import Engine, LossModule, StepResult
 from mm_moslora.training.engine.plain import TorchEngine
-from mm_moslora.training.engine.settings import deepspeed_config, prepare_deepspeed
+from mm_moslora.training.engine.settings import deepspeed_config, largest_adapter, prepare_deepspeed
 from mm_moslora.training.engine.zero import DeepSpeedEngine
 from mm_moslora.training.optim import OptimizerSettings, ParameterGroup
 
@@ -25,6 +25,7 @@ __all__ = [
     "TorchEngine",
     "build_engine",
     "deepspeed_config",
+    "largest_adapter",
     "prepare_deepspeed",
 ]
 
@@ -60,4 +61,5 @@ def build_engine(
             f"train.zero is {train.zero!r}, but deepspeed does not import ({error}). Install it "
             "(pip install deepspeed), or run one process with train.zero none."
         ) from error
-    return DeepSpeedEngine(module, groups, optimizer, deepspeed_config(train, precision, optimizer.max_grad_norm))
+    config = deepspeed_config(train, precision, optimizer.max_grad_norm, largest_adapter=largest_adapter(groups))
+    return DeepSpeedEngine(module, groups, optimizer, config)

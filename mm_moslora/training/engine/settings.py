@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,25 @@ from mm_moslora import distributed
 from mm_moslora.config import TrainConfig
 from mm_moslora.doctor import extensions_folder, stale_locks
 from mm_moslora.errors import ConfigError, suggestion
+from mm_moslora.training.optim import ParameterGroup
 
 logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parents[2]
+PERSISTENT = 1_000_000
+"""Elements up to which ZeRO-3 leaves weights whole on every rank, where adapters are no larger."""
 
 
-def deepspeed_config(train: TrainConfig, precision: str, max_grad_norm: float) -> dict[str, Any]:
+def deepspeed_config(
+    train: TrainConfig, precision: str, max_grad_norm: float, *, largest_adapter: int = 0
+) -> dict[str, Any]:
     """A preset or file, filled with what the recipe decides.
 
     Args:
         train: the recipe's `train`.
         precision: resolved.
         max_grad_norm: from `optim`.
+        largest_adapter: elements of it, see `largest_adapter`; ZeRO-3 leaves weights of that size whole.
 
     Raises:
         ConfigError: no such preset, or the file contradicts the recipe.
@@ -56,7 +63,11 @@ def deepspeed_config(train: TrainConfig, precision: str, max_grad_norm: float) -
             config[key] = merged
         elif given == "auto" or key == "train_micro_batch_size_per_gpu":
             config[key] = value
-    if train.compile is not None and config.get("zero_optimization", {}).get("stage") == 3:
+    zero = config.get("zero_optimization", {})
+    threshold = "stage3_param_persistence_threshold"
+    if zero.get("stage") == 3 and zero.get(threshold, "auto") == "auto":
+        zero[threshold] = max(PERSISTENT, largest_adapter)
+    if train.compile is not None and zero.get("stage") == 3:
         raise ConfigError(
             f"train.compile is {train.compile!r} with train.zero {train.zero}. Compiled layers are tried on ZeRO-0 to "
             "2 and plain torch; the hooks by which ZeRO-3 fetches weights break their graphs. Take zero2, or leave "
@@ -65,6 +76,12 @@ def deepspeed_config(train: TrainConfig, precision: str, max_grad_norm: float) -
     config.pop("train_batch_size", None)
     config.setdefault("zero_allow_untested_optimizer", True)
     return config
+
+
+def largest_adapter(groups: Iterable[ParameterGroup]) -> int:
+    """Elements of the largest A, B or mixer among the trained parameters; 0 without adapters."""
+    members = (pair for group in groups for pair in zip(group.names, group.parameters, strict=True))
+    return max((parameter.numel() for name, parameter in members if "lora_" in name), default=0)
 
 
 def _preset_file(name: str) -> Path:
