@@ -34,12 +34,25 @@ def poison(rank: str, step: str, *recipes: str) -> int:
 
 
 def at_step(what: str, rank: str, step: str, *recipes: str) -> int:
-    """One rank is killed, stopped, put to sleep, raises or gets SIGTERM within one step."""
+    """One rank, or with `all` each, is killed, stopped, put to sleep, raises or gets a signal within one step."""
+    _fail_within_step(what, rank, int(step))
+    return train_recipes(list(recipes))
+
+
+def commanded(what: str, rank: str, step: str, *words: str) -> int:
+    """The same under `mm-moslora`; gives its exit code."""
+    from mm_moslora import cli
+
+    _fail_within_step(what, rank, int(step))
+    return cli.run(list(words))
+
+
+def _fail_within_step(what: str, rank: str, step: int) -> None:
     real = Engine.step
 
     def step_or_not(self, micro_batches, lr_factor):
         step_or_not.done += 1
-        if distributed.rank() == int(rank) and step_or_not.done == int(step):
+        if rank in ("all", str(distributed.rank())) and step_or_not.done == step:
             if what == "sleep":
                 lost_in_thought()
             elif what == "raise":
@@ -51,7 +64,6 @@ def at_step(what: str, rank: str, step: str, *recipes: str) -> int:
 
     step_or_not.done = 0
     Engine.step = step_or_not
-    return train_recipes(list(recipes))
 
 
 def lost_in_thought() -> None:
@@ -69,4 +81,19 @@ def full_disk(rank: str, step: str, *recipes: str) -> int:
         real(self, folder)
 
     saving.Snapshot.write = write
+    return train_recipes(list(recipes))
+
+
+def no_builds(folder: str, *recipes: str) -> int:
+    """A compiler and ninja seem to be here, and whoever builds an operator fails; a stale lock waits for them."""
+    import deepspeed.ops
+    from deepspeed.ops.op_builder.builder import OpBuilder
+    from torch.utils import cpp_extension
+
+    def build(*_, **__):
+        raise AssertionError("an operator is built")
+
+    os.environ["TORCH_EXTENSIONS_DIR"] = folder
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = True
+    OpBuilder.jit_load = cpp_extension.load = cpp_extension.load_inline = build
     return train_recipes(list(recipes))

@@ -13,7 +13,7 @@ from mm_moslora.training.engine import prepare_deepspeed
 from mm_moslora.training.run import _data_set, seed_everything
 
 
-def train(recipe_path: str, steps: str) -> int:
+def train(recipe_path: str, steps: str, stage: str) -> int:
     import torch
     from transformers import Trainer, TrainingArguments
 
@@ -33,13 +33,15 @@ def train(recipe_path: str, steps: str) -> int:
         def _get_train_sampler(self, *_):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
+    nothing_whole = {"stage3_param_persistence_threshold": 0} if stage == "3" else {}
     arguments = TrainingArguments(
         output_dir=str(output), max_steps=int(steps), per_device_train_batch_size=2, gradient_accumulation_steps=2,
         learning_rate=recipe.optim.lr, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, use_cpu=True,
         logging_steps=1, save_strategy="no", report_to=[], remove_unused_columns=False,
         optim="adamw_torch", disable_tqdm=True,
         deepspeed={
-            "zero_optimization": {"stage": 2}, "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",
+            "zero_optimization": {"stage": int(stage), **nothing_whole}, "train_batch_size": "auto",
+            "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         },

@@ -11,6 +11,7 @@ import pytest
 from trials import STAGES, hexed, make_recipe, metrics, weights, write
 
 pytestmark = pytest.mark.slow
+OFFLOADED = ("zero2_offload", "zero3_offload")
 
 
 def test_a_value_that_is_not_finite_on_one_rank_skips_the_step_on_all(parts, ranks, tmp_path):
@@ -72,15 +73,32 @@ def test_a_rank_that_hangs_is_named_with_stacks_in_time(what, parts, ranks, tmp_
         assert group.codes[0] == 70
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(parts, ranks, tmp_path):
+@pytest.mark.parametrize(("number", "rank"), [("SIGTERM", "1"), ("SIGUSR1", "0"), ("SIGINT", "1"), ("SIGINT", "all")])
+def test_a_signal_stops_all_ranks_at_the_same_step(number, rank, parts, ranks, tmp_path):
+    """A scheduler tells one rank or several, Ctrl-C in a terminal tells all."""
     straight = make_recipe(parts, tmp_path / "straight", "zero1")
     recipe = make_recipe(parts, tmp_path / "run", "zero1")
-    group = ranks.run(["faults:at_step", "SIGTERM", "1", "2", write(recipe)])
-    assert group.codes == [0, 0]
+    group = ranks.finish(ranks.start(["faults:commanded", number, rank, "2", "train", write(recipe)]))
+    assert group.codes == [75, 75], group.outputs
     assert len(metrics(tmp_path / "run")) == 2
     assert (tmp_path / "run" / "checkpoint-000002" / "manifest.json").is_file()
-    ranks.run([write(recipe), write(straight)])
+    mark = tmp_path / "run" / "PREEMPTED"
+    assert mark.read_text() == f"signal {getattr(signal, number):d}\n"
+    ranks.run([write(straight)])
+    ranks.run(["faults:commanded", "nothing", "0", "0", "train", write(recipe)])
+    assert not mark.exists()
     assert hexed(tmp_path / "run") == hexed(tmp_path / "straight")
+
+
+def test_no_operator_is_built_on_a_cpu_and_a_stale_lock_does_not_hang_a_run(parts, ranks, tmp_path):
+    lock = tmp_path / "cache" / "py311" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (0, 0))
+    recipes = [make_recipe(parts, tmp_path / zero, zero, steps=1) for zero in (*STAGES, *OFFLOADED)]
+    group = ranks.run(["faults:no_builds", str(tmp_path / "cache"), *map(write, recipes)])
+    assert f"rm {lock}" in group.output(0)
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [lock]
 
 
 def test_a_bug_of_one_rank_is_reported_by_the_others(parts, ranks, tmp_path):
