@@ -173,13 +173,18 @@ def stale_locks(root: Path, *, now: float | None = None) -> list[Path]:
 
 
 def extensions_folder(environment: Mapping[str, str]) -> Path:
-    """Where torch keeps what it compiles: TORCH_EXTENSIONS_DIR, or its default.
+    """Where what torch compiles is kept: TORCH_EXTENSIONS_DIR, or a folder of this Python environment.
+
+    Environments that share torch's own default rebuild each other's operators. It is used where the environment cannot
+    be written to.
 
     Args:
         environment: such as `os.environ`.
     """
     if given := environment.get("TORCH_EXTENSIONS_DIR"):
         return Path(given)
+    if os.access(sys.prefix, os.W_OK):
+        return Path(sys.prefix) / "torch_extensions"
     cache = environment.get("XDG_CACHE_HOME") or str(Path(environment.get("HOME", "~")).expanduser() / ".cache")
     return Path(cache) / "torch_extensions"
 

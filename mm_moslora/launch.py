@@ -127,7 +127,6 @@ def launch(places: Places, arguments: Sequence[str], *, run_folder: Path, dry_ru
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
         # torchrun shares one store between restarts, in which the ranks find the addresses of those that died.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
     } | os.environ  # fmt: skip
     words = command(places, arguments, environment=environment)
     logger.info("%s", shlex.join(words))

@@ -15,12 +15,6 @@ run_environment() {
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
   # Seconds that ranks get to save after SIGTERM, before they are killed.
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
-  # Two environments that share this cache rebuild each other's operators, so each gets its own.
-  local prefix
-  prefix=$("$PYTHON" -c 'import sys; print(sys.prefix)')
-  if [ -z "${TORCH_EXTENSIONS_DIR:-}" ] && [ -w "$prefix" ]; then
-    export TORCH_EXTENSIONS_DIR="$prefix/torch_extensions"
-  fi
 }
 
 # The Python to use: $PYTHON, else the checkout's own environment, else the one on the PATH.

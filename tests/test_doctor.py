@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -61,8 +62,11 @@ def test_locks_of_killed_builds_are_found_and_fresh_ones_left_alone(
     assert str(fresh) not in finding.remedy
 
 
-def test_extension_cache_is_where_torch_puts_it() -> None:
+def test_extension_cache_is_of_this_environment_alone_where_that_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     assert extensions_folder({"TORCH_EXTENSIONS_DIR": "/x"}) == Path("/x")
+    monkeypatch.setattr("mm_moslora.doctor.os.access", lambda *_: True)
+    assert extensions_folder({"HOME": "/home/me"}) == Path(sys.prefix) / "torch_extensions"
+    monkeypatch.setattr("mm_moslora.doctor.os.access", lambda *_: False)
     assert extensions_folder({"HOME": "/home/me"}) == Path("/home/me/.cache/torch_extensions")
     assert extensions_folder({"XDG_CACHE_HOME": "/c", "HOME": "/h"}) == Path("/c/torch_extensions")
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mm_moslora.config import TrainConfig
+from mm_moslora.doctor import extensions_folder
 from mm_moslora.errors import ConfigError
 
 FOLDER = Path(__file__).parents[2] / "deepspeed_configs"
@@ -118,6 +119,22 @@ def test_a_lock_of_a_killed_build_is_named_before_anybody_waits_for_it(
     os.utime(lock, (0, 0))
     _warn_of_stale_locks()
     assert f"rm {lock}" in caplog.text
+
+
+def test_a_run_keeps_what_it_compiles_to_itself_under_any_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mm_moslora.training.engine import prepare_deepspeed
+
+    monkeypatch.setattr("deepspeed.comm.init_distributed", lambda **_: None)
+    for name, value in (("DS_ACCELERATOR", "cpu"), ("DS_SKIP_CUDA_CHECK", "1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    for given in (None, "/elsewhere"):
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "taken back after the test")
+        if given is None:
+            monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+        else:
+            monkeypatch.setenv("TORCH_EXTENSIONS_DIR", given)
+        prepare_deepspeed()
+        assert os.environ["TORCH_EXTENSIONS_DIR"] == (given or str(extensions_folder({})))
 
 
 def test_every_key_is_explained() -> None:

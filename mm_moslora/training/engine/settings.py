@@ -105,6 +105,7 @@ def prepare_deepspeed() -> None:
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder(os.environ)))
     os.environ.setdefault("LOCAL_RANK", str(distributed.local_rank()))  # deepspeed insists on it
     import deepspeed.ops
 
