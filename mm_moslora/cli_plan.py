@@ -107,6 +107,21 @@ def _reason(option: Option) -> str:
     return f"{name} take {getattr(needed, name) / 2**30:.0f} GiB"
 
 
+def expected(found: Plan, option: Option) -> str:
+    """`60 of 75 GiB per GPU, 3.9 h (3.2 h to 4.9 h)`."""
+    hours = found.hours(option)
+    return (
+        f"{option.memory.total / 2**30:.0f} of {found.gpus.memory / 2**30:.0f} GiB per GPU, {_hours(hours)} "
+        f"({_hours(hours / 1.2)} to {_hours(hours / 0.8)})"
+    )
+
+
+def as_it_stands(found: Plan, own: Option) -> str:
+    """What becomes of the recipe's own setting; the heads of the shipped recipes hold this sentence."""
+    outcome = expected(found, own) if own.fits else f"does not fit, {_reason(own)}"
+    return f"As it stands ({own.label}): {outcome}."
+
+
 def _verdict(console: Any, found: Plan, price: float | None) -> None:
     from mm_moslora.planning import utilisation
 
@@ -119,17 +134,18 @@ def _verdict(console: Any, found: Plan, price: float | None) -> None:
         f"attention {found.flops.attention / found.flops.total:.0%}, head {found.flops.head / found.flops.total:.0%}, "
         f"vision {found.flops.vision / found.flops.total:.0%})."
     )
+    if found.own is not None:
+        console.print(as_it_stands(found, found.own))
     if best is None:
         console.print(f"[red]Nothing fits on {gpus.count} x {gpus.name}.[/] Take more or larger GPUs, or nf4.")
         return
-    hours, share = found.hours(best), utilisation(gpus, found.footprint)
+    share = utilisation(gpus, found.footprint)
     console.print(
-        f"[bold]{best.label}[/]: {best.memory.total / 2**30:.0f} of {gpus.memory / 2**30:.0f} GiB, "
-        f"{best.tokens_per_second:,.0f} tokens/s, {_hours(hours)} ({_hours(hours / 1.2)} to {_hours(hours / 0.8)}) at "
-        f"{share:.0%} of the peak."
+        f"[bold]{best.label}[/]: {expected(found, best)}, {best.tokens_per_second:,.0f} tokens/s at {share:.0%} "
+        "of the peak."
     )
     if price is not None:
-        console.print(f"Cost: {hours * gpus.count * price:,.2f} at {price:g} per GPU and hour.")
+        console.print(f"Cost: {found.hours(best) * gpus.count * price:,.2f} at {price:g} per GPU and hour.")
     console.print(
         f"--train.zero {best.zero} --train.micro_batch {best.micro_batch} "
         f"--train.gradient_checkpointing {str(best.checkpointing).lower()}"

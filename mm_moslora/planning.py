@@ -127,6 +127,8 @@ class Plan:
     """Of one mean sample, with the chosen setting's recomputation."""
     best: Option | None
     options: list[Option]
+    own: Option | None
+    """The recipe's own setting; None for a DeepSpeed file of the user's."""
 
     def hours(self, option: Option) -> float:
         """Wall time of the run."""
@@ -268,28 +270,30 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None) -> Plan:
     if data is None:
         raise ConfigError("How much data there is is not known. Give --samples and --tokens-per-sample.")
     data = replace(data, tokens=min(data.tokens, recipe.data.max_length))
-    options = []
-    for zero, checkpointing, micro_batch in settings(recipe, gpus):
+
+    def option(zero: str, checkpointing: bool, micro_batch: int) -> Option:
         needed = memory(
             size, zero=zero, world=gpus.count, tokens=micro_batch * data.tokens,
             supervised=micro_batch * data.tokens * data.supervised, images=micro_batch * data.pictures,
             checkpointing=checkpointing,
         )  # fmt: skip
-        rate = speed(size, gpus, data, zero=zero, micro_batch=micro_batch, checkpointing=checkpointing)
-        options.append(
-            Option(
-                zero=zero,
-                checkpointing=checkpointing,
-                micro_batch=micro_batch,
-                memory=needed,
-                tokens_per_second=rate,
-                fits=needed.total <= FREE_SHARE * gpus.memory,
-            )
-        )
+        return Option(
+            zero=zero, checkpointing=checkpointing, micro_batch=micro_batch, memory=needed,
+            tokens_per_second=speed(
+                size, gpus, data, zero=zero, micro_batch=micro_batch, checkpointing=checkpointing
+            ),
+            fits=needed.total <= FREE_SHARE * gpus.memory,
+        )  # fmt: skip
+
+    options = [option(*setting) for setting in settings(recipe, gpus)]
+    train = recipe.train
+    own = None
+    if not train.zero.endswith(".json"):
+        own = option(train.zero, train.gradient_checkpointing, train.micro_batch)
     fitting = [option for option in options if option.fits]
     best = _simplest([o for o in fitting if o.tokens_per_second >= 0.98 * max(f.tokens_per_second for f in fitting)])
     flops = size.counter.count(_sample(data, 1), checkpointing=best.checkpointing if best else False)
     epochs = recipe.train.epochs
     if recipe.train.steps:
         epochs = recipe.train.steps * recipe.train.global_batch / data.samples
-    return Plan(gpus=gpus, footprint=size, data=data, epochs=epochs, flops=flops, best=best, options=options)
+    return Plan(gpus=gpus, footprint=size, data=data, epochs=epochs, flops=flops, best=best, options=options, own=own)

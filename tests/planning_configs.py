@@ -14,6 +14,8 @@ LLAMA = {
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": (2048, 8192, 24, 32, 32, 49152),
 }
 INTERNLM2 = "internlm/internlm2-chat-7b"
+CONVERTED = "internlm2-chat-7b-llama"
+"""The same in Llama's layout."""
 
 
 class FusedConfig(t.LlamaConfig):
@@ -68,6 +70,7 @@ def llama(width: int, inner: int, layers: int, heads: int, key_heads: int, vocab
 def configurations() -> dict[str, t.PreTrainedConfig]:
     found = {name: llama(*sizes) for name, sizes in LLAMA.items()}
     found[INTERNLM2] = llama(4096, 14336, 32, 32, 8, 92544, kind=FusedConfig)
+    found[CONVERTED] = llama(4096, 14336, 32, 32, 8, 92544)
     found["Qwen/Qwen3-4B"] = t.Qwen3Config(
         hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
         head_dim=128, vocab_size=151936, tie_word_embeddings=True,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
-from planning_configs import INTERNLM2, write_configurations
+from planning_configs import CONVERTED, INTERNLM2, write_configurations
 
+from mm_moslora import cli
+from mm_moslora.cli_plan import as_it_stands, expected
 from mm_moslora.config import Recipe, load_recipe, recipe_names
 from mm_moslora.footprint import footprint
 from mm_moslora.models.skeleton import skeleton
-from mm_moslora.planning import known_data, parse_gpus, plan
+from mm_moslora.planning import DataSize, known_data, parse_gpus, plan
 from mm_moslora.training.engine import largest_adapter
 from mm_moslora.training.optim import lr_factor, parameter_groups
 
@@ -22,6 +27,9 @@ COUNTS = {
     "llama3_8b_clip_moslora": (167.8, 0.9, 28.3, 0.6), "internlm2_7b_qmoslora": (1208.0, 41.9, 28.3, 0.6),
     "commonsense_170k": (28.3, 0.04, 0, 0),
 }  # fmt: skip
+ROOT = Path(__file__).parents[2]
+RECIPES, TABLE = ROOT / "mm_moslora" / "recipes", ROOT / "docs" / "recipes.md"
+UPDATE = bool(os.environ.get("UPDATE_PLANS"))
 BATCHES = {"pretrain": 256, "full": 128, "lora": 128, "moslora": 128}
 
 
@@ -90,13 +98,59 @@ def test_zero3_leaves_the_adapters_of_large_ranks_whole(name: str, largest: int,
     assert largest_adapter(parameter_groups(skeleton(recipe).model, recipe.optim)) == largest
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", recipe_names())
 def test_the_head_of_a_recipe_says_how_to_launch_it_and_what_to_expect(name: str) -> None:
-    text = (Path(__file__).parents[2] / "mm_moslora" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    comment = text.partition("\nname:")[0]
-    assert f"train {name}" in comment
-    for word in ("Launch:", "Data:", "Expect:"):
-        assert word in comment
+    head = head_of(name)
+    assert f"train {name}" in head
+    for word in ("Launch:", "Data:", "Expect:", "Source:"):
+        assert f"# {word}" in head
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_head_of_a_recipe_and_the_table_say_what_is_planned(name: str, folders) -> None:
+    """After a change of the planner or of a recipe: UPDATE_PLANS=1 python -m pytest tests/planning/test_recipes.py"""
+    words = shlex.split(re.search(r"# Plan:    mm-moslora plan (.*)  \(not measured\)", head_of(name))[1])
+    assert words[0] == name
+    given = dict(zip(words[1::2], words[2::2], strict=True))
+    data = None
+    if "--samples" in given:
+        data = DataSize(samples=int(given["--samples"]), tokens=float(given["--tokens-per-sample"]))
+    gpus = parse_gpus(given["--gpus"])
+    found = plan(shipped(name, folders | {INTERNLM2: folders[CONVERTED]}), gpus, data)
+    assert found.own is not None
+    assert found.best is not None
+    assert found.own.fits
+    line = f"#          {as_it_stands(found, found.own)}"
+    own, best = (f"{option.label}: {expected(found, option)}" for option in (found.own, found.best))
+    row = f"| `{name}` | {gpus.count} x {gpus.name} | {own} | {'the same' if best == own else best} |"
+    if UPDATE:
+        RECIPES.joinpath(f"{name}.yaml").write_text(re.sub("#          As it stands.*", line, text_of(name)))
+        TABLE.write_text(re.sub(rf"\| `{name}` \| \d x .*", row, TABLE.read_text()))
+    assert line in head_of(name).splitlines()
+    assert row in TABLE.read_text().splitlines()
+
+
+def text_of(name: str) -> str:
+    return RECIPES.joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def head_of(name: str) -> str:
+    return text_of(name).partition("\nname:")[0]
+
+
+def test_a_plan_says_what_the_run_costs(folders, monkeypatch, capsys) -> None:
+    recipe = shipped("llava15_7b_moslora", folders)
+    monkeypatch.setenv("COLUMNS", "300")
+    words = ["plan", "llava15_7b_moslora", "--model.language", str(recipe.model.language), "--gpus", "8xA100-80G"]
+    words += ["--model.vision.name", recipe.model.vision.name]
+    assert cli.run([*words, "--price", "1.8"]) == 0
+    shown = capsys.readouterr().out
+    found = plan(recipe, parse_gpus("8xA100-80G"))
+    cost = float(re.search(r"^Cost: ([\d,.]+) at 1.8 per GPU and hour\.$", shown, re.MULTILINE)[1].replace(",", ""))
+    assert cost == pytest.approx(found.hours(found.best) * 8 * 1.8, abs=0.01)
+    assert as_it_stands(found, found.own) in shown
+    assert cli.run(words) == 0
+    assert "Cost" not in capsys.readouterr().out
 
 
 def test_a_plan_names_the_fastest_setting_that_fits_and_why_others_do_not(folders) -> None:
