@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -20,6 +21,8 @@ from mm_moslora.errors import MoSLoRAError
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
 
+_AT_HOME = re.compile(r"^(--[\w.-]+=)~/")
+"""`--output=~/runs`: shells put the home folder in place of a `~` only at the start of a word."""
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_REQUEUE = 1, 2, 130, 75
 
 app = App(
@@ -56,6 +59,7 @@ def run(arguments: list[str]) -> int:
         can go on, 130 on Ctrl-C.
     """
     _set_up_logging()
+    arguments = [_AT_HOME.sub(lambda found: f"{found[1]}{Path.home()}/", word) for word in arguments]
     try:
         result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:

@@ -6,9 +6,10 @@ Recipes, task files and stored protocols are all read this way.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union
 
 import yaml
@@ -60,6 +61,35 @@ def parse_scalar(text: str) -> Any:
     return value
 
 
+def parse_text(text: str) -> str | None:
+    """Read one value of a key that takes text: as it stands, without quotes around it; null is None."""
+    bare = text.strip()
+    if bare in ("null", "~"):
+        return None
+    quoted = len(bare) > 1 and bare[0] == bare[-1] and bare[0] in "'\""
+    value = parse_scalar(bare) if quoted else text
+    return value if isinstance(value, str) else text
+
+
+def takes_text(kind: Any, keys: Sequence[str]) -> bool:
+    """Whether the value at the end of a way into a dataclass can be text and nothing else but None."""
+    for key in keys:
+        kind = _without_none(kind)
+        if dataclasses.is_dataclass(kind):
+            kind = typing.get_type_hints(kind).get(key)
+        else:
+            kind = (typing.get_args(kind) or (None,))[-1]
+    return _without_none(kind) is str
+
+
+def _without_none(kind: Any) -> Any:
+    """X of `X | None`; other kinds as they are."""
+    if typing.get_origin(kind) not in (Union, types.UnionType):
+        return kind
+    rest = [argument for argument in typing.get_args(kind) if argument is not type(None)]
+    return rest[0] if len(rest) == 1 else kind
+
+
 def set_dotted(data: Any, keys: list[str], value: Any, item: str) -> None:
     """Set one value of nested plain data in place.
 
@@ -102,7 +132,14 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.YAMLError(
+                    f"a key is itself a list or mapping (line {key_node.start_mark.line + 1}); a text with braces, "
+                    "such as a placeholder that was never filled in, needs quotes"
+                )
             if key in seen:
                 raise yaml.YAMLError(f"key {key!r} is written twice (line {key_node.start_mark.line + 1})")
             seen.add(key)
@@ -199,7 +236,7 @@ def _build_scalar(kind: Any, data: Any, source: str, where: str) -> Any:
     if kind is int and isinstance(data, float) and data.is_integer():
         data = int(data)
     if kind is Any or (isinstance(data, kind) and not (kind in (int, float) and isinstance(data, bool))):
-        if kind is float and data != data:
-            raise ConfigError(f"{source}: {where} is not a number (nan).")
+        if kind is float and not math.isfinite(data):
+            raise ConfigError(f"{source}: {where} is {data}, expected a finite number.")
         return data
     raise ConfigError(f"{source}: {where} is {data!r} ({type(data).__name__}), expected {kind.__name__}.")

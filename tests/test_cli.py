@@ -111,6 +111,13 @@ def test_config_prints_a_recipe_that_it_reads_back(capsys, tmp_path):
     assert "rank: 8" in text
 
 
+def test_a_home_folder_behind_an_equals_sign_is_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "r.yaml").write_text("model: {language: x}\n")
+    assert run(["config", "--recipe=~/r.yaml", "--train.output=~/runs/x"]) == 0
+    assert f"output: {tmp_path}/runs/x\n" in capsys.readouterr().out
+
+
 def test_overrides_in_all_spellings():
     tokens = ("--optim.lr", "1e-4", "--train.steps=5", "data.order=random")
     assert override_items(tokens) == ["optim.lr=1e-4", "train.steps=5", "data.order=random"]

@@ -271,9 +271,7 @@ def cost_line(settings: Settings, job: Job, rows: Sequence[dict[str, Any]]) -> s
     if len(steps) < PROBE_STEPS:
         return None
     usual = sorted(row["step_seconds"] for row in steps)[len(steps) // 2]
-    train = job.recipe.train
-    per_epoch = steps[-1]["step"] / steps[-1]["epoch"]
-    total = train.steps or max(1, math.ceil(round(per_epoch * train.epochs, 6)))
+    total = job.recipe.train.total_steps(steps[-1]["step"] / steps[-1]["epoch"])
     runs = run_count(settings)
     return (
         f"Cost: {usual:.2f} s a step, {total} steps a run, {runs} runs: about {format_seconds(usual * total * runs)} "

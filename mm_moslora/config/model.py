@@ -185,4 +185,5 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         at_least("adapter.rank", self.rank, 1)
+        require(self.alpha > 0, f"adapter.alpha is {self.alpha}, expected more than 0.")
         require(0.0 <= self.dropout < 1.0, f"adapter.dropout is {self.dropout}, expected 0 <= dropout < 1.")

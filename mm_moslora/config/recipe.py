@@ -14,7 +14,7 @@ from mm_moslora.config.data import DataConfig
 from mm_moslora.config.model import AdapterConfig, ModelConfig
 from mm_moslora.config.run import OptimConfig, TrackConfig, TrainConfig, ValidateConfig
 from mm_moslora.errors import ConfigError, suggestion
-from mm_moslora.strict import build_strictly, parse_scalar, parse_yaml, plain, set_dotted
+from mm_moslora.strict import build_strictly, parse_scalar, parse_text, parse_yaml, plain, set_dotted, takes_text
 
 RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"
 
@@ -52,7 +52,7 @@ class Recipe:
         Raises:
             ConfigError: an unknown key, a wrong type or an impossible value.
         """
-        return build_strictly(cls, data, source=source)
+        return build_strictly(cls, _at_home(data), source=source)
 
     @classmethod
     def from_yaml(cls, text: str, *, source: str = "recipe") -> Recipe:
@@ -65,7 +65,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
     Args:
         name_or_path: a YAML file, one of `recipe_names()`, or the folder of a run or checkpoint.
-        overrides: `optim.lr=1e-4` items; values are read as YAML, list items are addressed by number.
+        overrides: `optim.lr=1e-4` items; values are read as YAML where the key takes more than text, list items are
+            addressed by number.
 
     Raises:
         ConfigError: no such recipe, an unknown key or an impossible value.
@@ -86,8 +87,18 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         key, separator, value = item.partition("=")
         if not separator or not key:
             raise ConfigError(f"Override {item!r} is not of the form key=value, such as optim.lr=1e-4.")
-        set_dotted(data, key.strip().lstrip("-").split("."), parse_scalar(value), item)
+        keys = key.strip().lstrip("-").split(".")
+        set_dotted(data, keys, parse_text(value) if takes_text(Recipe, keys) else parse_scalar(value), item)
     return Recipe.from_dict(data, source=str(path))
+
+
+def _at_home(data: Any) -> Any:
+    """Plain data with the home folder in place of a leading `~`, which only shells know."""
+    if isinstance(data, str) and data.startswith("~/"):
+        return str(Path(data).expanduser())
+    if isinstance(data, Mapping):
+        return {key: _at_home(item) for key, item in data.items()}
+    return [_at_home(item) for item in data] if isinstance(data, list) else data
 
 
 def _recipe_of_run(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,8 +44,13 @@ class OptimConfig:
         for name in ("lr", "mixer_lr", "projector_lr", "vision_lr"):
             value = getattr(self, name)
             require(value is None or value >= 0, f"optim.{name} is {value}, expected 0 or more.")
-        at_least("optim.warmup", self.warmup, 0)
-        at_least("optim.max_grad_norm", self.max_grad_norm, 0)
+        for name in ("weight_decay", "warmup", "max_grad_norm"):
+            at_least(f"optim.{name}", getattr(self, name), 0)
+        require(self.eps > 0, f"optim.eps is {self.eps}, expected more than 0.")
+        require(
+            all(0 <= beta < 1 for beta in self.betas), f"optim.betas is {self.betas}, expected two numbers from 0 to 1."
+        )
+        require(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio is {self.min_lr_ratio}, expected 0 to 1.")
         require(self.lora_plus_ratio > 0, f"optim.lora_plus_ratio is {self.lora_plus_ratio}, expected more than 0.")
 
 
@@ -114,6 +120,16 @@ class TrainConfig:
             require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, expected more than 0.")
         for name in ("keep_last", "keep_every", "save_every", "validate_every"):
             at_least(f"train.{name}", getattr(self, name), 0)
+        for name in ("log_every", "max_skipped_steps"):
+            at_least(f"train.{name}", getattr(self, name), 1)
+
+    def total_steps(self, per_epoch: float) -> int:
+        """Optimiser steps of the run.
+
+        Args:
+            per_epoch: optimiser steps of an epoch.
+        """
+        return self.steps or max(1, math.ceil(round(per_epoch * self.epochs, 6)))
 
 
 @dataclass(frozen=True, kw_only=True)

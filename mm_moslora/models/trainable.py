@@ -100,6 +100,8 @@ def _set_trainable(assembly: Assembly, config: ModelConfig) -> None:
     model = assembly.model
     language = model.get_submodule(decoder_path(model)) if is_multimodal(model) else model
     _train_component(language, config.language_mode, config.language_last_n, what="model.language")
+    if config.language_mode == "full" and (head := model.get_output_embeddings()) is not None:
+        head.requires_grad_(True)  # lies beside the decoder of a vision-language model
     if is_multimodal(model):
         if config.vision is not None and config.vision.mode in ("full", "last_n"):
             tower = model.get_submodule(tower_path(model))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import resource
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from mm_moslora import distributed
 from mm_moslora.batch import Batch
 from mm_moslora.config import Recipe
 from mm_moslora.data.loader import BatchLoader
-from mm_moslora.errors import CheckpointError, DistributedError, DivergedError, MoSLoRAError
+from mm_moslora.errors import CheckpointError, DistributedError, DivergedError, MoSLoRAError, TrainingError
 from mm_moslora.models.trainable import component_table
 from mm_moslora.tracking import Trackers, build_trackers
 from mm_moslora.training import checkpoint, disk
@@ -101,10 +100,16 @@ def train(
 
 @contextmanager
 def blaming(watchdog: Watchdog) -> Iterator[None]:
-    """Turn a collective that fails because another rank is gone into an error that names the rank."""
+    """Turn a collective that fails because another rank is gone, or a worker that is, into an error that says so."""
     try:
         yield
     except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):
+            raise TrainingError(
+                f"A process that prepares examples died ({str(error).strip().splitlines()[0]}). Mostly memory or, in a "
+                "container, /dev/shm ran out: give more, lower data.workers, or set it to 0 for a thread. The same "
+                "command goes on from the last checkpoint."
+            ) from error
         lost = any(text in str(error) for text in ("Connection", "gloo", "NCCL", "Timed out", "timed out", "peer"))
         if distributed.world_size() == 1 or isinstance(error, MoSLoRAError) or not lost:
             raise
@@ -128,7 +133,7 @@ class _Loop:
             seed=recipe.train.seed,
             start_step=run.step,
         )
-        self.total = recipe.train.steps or max(1, math.ceil(self.loader.steps_per_epoch * recipe.train.epochs))
+        self.total = recipe.train.total_steps(self.loader.steps_per_epoch)
         if distributed.is_main():
             disk.replace_text(run.folder / "config.yaml", recipe.to_yaml())
         self._write_summary()
@@ -143,7 +148,6 @@ class _Loop:
         self.saved_at = run.step if resumed else -1
         self.extra: dict[str, float] = {}  # logged with the next step
         self.validated_at = -1
-        self.first_mixers = mixer_matrices(run.engine.trainable_state()) if run.step == 0 else {}
 
     def go(self, stop_at: int | None) -> TrainResult:
         """Train until the last step, `stop_at`, the end of patience, or a signal."""
@@ -156,7 +160,7 @@ class _Loop:
                 rehearse(run, self.saver)
             with StopRequest() as stop, Progress("train", self.total, initial=run.step) as progress, self.loader:
                 batches = iter(self.loader)
-                while run.step < self.total:
+                while not self._over:
                     self._step(batches, first=progress.done == progress.initial)
                     progress.update(run.step, f"loss {self.last_loss:.4f}")
                     self._periodically()
@@ -165,16 +169,15 @@ class _Loop:
                     if self.saver.pending is not None and not writing:
                         self._finish_save()
                     signal_number = int(number)
-                    if signal_number or run.step == stop_at or self.best.out_of_patience:
+                    if signal_number or run.step == stop_at:
                         break
             if self.best.out_of_patience:
                 logger.info("Stopped: no better %s for %d validations.", self.best.config.best, self.best.since)
-            over = run.step >= self.total or self.best.out_of_patience
-            if over:
+            if self._over:
                 self._finish()
             self._write_summary()
             folder = self._last_save()
-            if over and distributed.is_main():
+            if self._over and distributed.is_main():
                 self._show_adapter(folder / "adapter")
             ok = True
         finally:
@@ -184,6 +187,11 @@ class _Loop:
             checkpoint=folder, step=run.step, total_steps=self.total, stopped_by=signal_number,
             stopped_early=self.best.out_of_patience,
         )  # fmt: skip
+
+    @property
+    def _over(self) -> bool:
+        """Whether every step was done, or no more are worth it."""
+        return self.run.step >= self.total or self.best.out_of_patience
 
     def _phase(self, what: str, *, limit_minutes: float | None = None) -> None:
         minutes = limit_minutes or self.recipe.train.timeout_minutes
@@ -357,7 +365,7 @@ class _Loop:
             self._validate()
         final = mixer_matrices(self.run.engine.trainable_state())
         if distributed.is_main():
-            write_mixers(self.run.folder / "mixers.json", before=self.first_mixers, after=final)
+            write_mixers(self.run.folder / "mixers.json", before=self.run.first_mixers, after=final)
 
     def _write_summary(self) -> None:
         if distributed.is_main():

@@ -85,18 +85,17 @@ def write_mixers(path: Path, *, before: Mapping[str, Tensor], after: Mapping[str
 
     Args:
         path: the file.
-        before: mixers at step 0; may be empty after a resume.
+        before: mixers at step 0.
         after: mixers at the end.
     """
     chosen = set(list(after)[:: max(1, len(after) // SHOWN)][:SHOWN])
     rows = []
     for name, matrix in after.items():
-        row: dict[str, object] = {"path": name, "rank": matrix.shape[0], **mixer_figures(matrix)}
-        if name in before:
-            row["moved"] = float((matrix - before[name]).norm() / before[name].norm().clamp_min(1e-30))
+        moved = float((matrix - before[name]).norm() / before[name].norm().clamp_min(1e-30))
+        row: dict[str, object] = {"path": name, "rank": matrix.shape[0], **mixer_figures(matrix), "moved": moved}
         if name in chosen:
             row["after"] = _picture(matrix)
-            row["before"] = _picture(before[name]) if name in before else None
+            row["before"] = _picture(before[name])
         rows.append(row)
     if rows:
         replace_json(path, rows)

@@ -9,7 +9,7 @@ import random
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -34,6 +34,7 @@ from mm_moslora.models.trainable import attach_adapters, component_table
 from mm_moslora.models.vlm import is_multimodal, takes_rows
 from mm_moslora.training.compiling import compile_layers
 from mm_moslora.training.engine import Engine, LossModule, OptimizerSettings, build_engine
+from mm_moslora.training.mixers import mixer_matrices
 from mm_moslora.training.optim import parameter_groups
 from mm_moslora.training.precision import dtype_of, resolve_precision
 from mm_moslora.training.progress import Progress
@@ -86,6 +87,8 @@ class Run:
     engine: Engine
     frozen_projector: dict[str, Tensor] = field(default_factory=dict)
     """Weights of a projector that does not train, whole: ZeRO-3 cuts up the model's own."""
+    first_mixers: dict[str, Tensor] = field(default_factory=dict)
+    """The mixers at step 0, also of a run that goes on from a checkpoint."""
     counters: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -144,6 +147,7 @@ def prepare(recipe: Recipe) -> Run:
     return Run(
         recipe=recipe, folder=folder, precision=precision, assembly=assembly, training_set=training_set,
         validation_set=validation_set, engine=engine, frozen_projector=frozen_projector,
+        first_mixers=mixer_matrices(engine.trainable_state()),
     )  # fmt: skip
 
 
@@ -169,9 +173,12 @@ def _checkpoint_gradients(component: PreTrainedModel) -> None:
 
 
 def _data_set(recipe: Recipe, assembly: Assembly, *, validation: bool) -> TrainingSet | None:
-    sources = recipe.data.validation if validation else recipe.data.train
-    if validation and not sources:
-        return None
+    config, sources = recipe.data, recipe.data.train
+    if validation:
+        # Every held-out record once, however training mixes its sources.
+        config, sources = replace(config, mixing="repeats", epoch_records=None), config.validation
+        if not sources:
+            return None
     encoder = Encoder(
         assembly.tokenizer,
         image_token_id=assembly.image_token_id,
@@ -184,7 +191,7 @@ def _data_set(recipe: Recipe, assembly: Assembly, *, validation: bool) -> Traini
         sources,
         encoder,
         assembly.eyes,
-        config=recipe.data,
+        config=config,
         quarantine_path=Path(recipe.train.output) / name,
         on_progress=progress.of,
     )

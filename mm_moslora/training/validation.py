@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -194,8 +195,8 @@ def lower_is_better(metric: str, choice: str) -> bool:
     """Whether small values of a metric are good."""
     if choice != "auto":
         return choice == "lowest"
-    last = metric.rsplit("/", 1)[-1]
-    return any(word in last for word in ("loss", "perplexity", "ppl", "error", "wer"))
+    words = re.split(r"[^a-z]+", metric.rsplit("/", 1)[-1].lower())
+    return not {"loss", "perplexity", "ppl", "error", "wer"}.isdisjoint(words)
 
 
 @dataclass(kw_only=True)

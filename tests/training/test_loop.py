@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from mm_moslora.batch import Batch
 from mm_moslora.config import (
@@ -52,7 +53,10 @@ def test_a_stopped_run_continues_exactly(recipe, tmp_path):
     name = "checkpoint-000006/adapter/moslora.safetensors"
     ours, theirs = load_file(tmp_path / "run" / name), load_file(tmp_path / "straight" / name)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    mixers = (tmp_path / "run" / "mixers.json").read_text()
+    assert mixers == (tmp_path / "straight" / "mixers.json").read_text()
     assert train(recipe).step == 6  # a third call finds everything done
+    assert (tmp_path / "run" / "mixers.json").read_text() == mixers
 
 
 def test_the_loss_goes_down(recipe):
@@ -166,6 +170,32 @@ def test_components_train_as_asked(recipe, tmp_path, mode):
         assert names
         assert all(".layers.1." in name for name in names)
     assert changed.model is not None
+
+
+def test_a_language_model_that_trains_whole_trains_its_head(recipe, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path / "untied"
+    config = AutoConfig.from_pretrained(recipe.model.language, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(recipe.model.language).save_pretrained(folder)
+    whole = replace(recipe.model, language=str(folder), language_mode="full")
+    train(with_train(replace(recipe, model=whole), steps=2))
+    before = AutoModelForCausalLM.from_pretrained(folder).lm_head.weight
+    after = load(tmp_path / "run").model.lm_head.weight[: len(before)]
+    assert not torch.equal(after, before)
+    assert torch.allclose(after, before, atol=0.1)
+
+
+def test_a_worker_that_dies_is_told_in_a_line(recipe, monkeypatch):
+    from mm_moslora.data.dataset import TrainingSet
+
+    def die(self, number):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(TrainingSet, "load", die)
+    with pytest.raises(TrainingError, match=r"A process that prepares examples died .* lower data\.workers"):
+        train(with_train(replace(recipe, data=replace(recipe.data, workers=1)), rehearsal=False))
 
 
 def test_a_language_model_alone_trains_too(recipe, tmp_path):

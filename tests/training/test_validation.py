@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from mm_moslora.config import ValidateConfig
+from mm_moslora.data.loader import BatchLoader
 from mm_moslora.errors import ConfigError, TrainingError
 from mm_moslora.training.loop import train
+from mm_moslora.training.run import prepare
 from mm_moslora.training.spikes import SPIKE, SpikeScore
 from mm_moslora.training.validation import Best, lower_is_better
 
@@ -68,7 +70,16 @@ def test_patience_ends_the_run_and_the_best_checkpoint_is_kept(recipe):
     run = Path(chosen.train.output)
     best = json.loads((run / "best.json").read_text())
     assert (best["step"], best["value"], best["checkpoint"]) == (2, 8.0, "checkpoint-000002")
+    assert train(chosen, measure=unruly).step == 6  # asked again, it does not go on
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000006"]
+
+
+def test_held_out_records_are_seen_once_however_training_mixes(recipe):
+    held_out = replace(recipe.data.train[0], limit=5)
+    data = replace(recipe.data, validation=[held_out], mixing="parts", epoch_records=200)
+    run = prepare(replace(recipe, data=data))
+    loader = BatchLoader(run.validation_set, rank=0, world_size=1, config=data, global_batch=4, micro_batch=4)
+    assert sorted(number for step in loader.plan(0) for number in step) == [0, 1, 2, 3, 4]
 
 
 def test_what_cannot_be_measured_is_said_before_the_first_step(recipe):
@@ -92,8 +103,12 @@ def test_an_unknown_best_metric_is_named_with_those_there_are(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("metric", "lower"), [("validation_loss", True), ("eval/gqa/score", False), ("eval/x/perplexity", True)]
-)
+    ("metric", "lower"),
+    [
+        ("validation_loss", True), ("eval/gqa/score", False), ("eval/x/perplexity", True), ("eval/x/WER", True),
+        ("eval/x/answer_accuracy", False),
+    ],
+)  # fmt: skip
 def test_which_way_is_better(metric, lower):
     assert lower_is_better(metric, "auto") == lower
     assert lower_is_better(metric, "highest") is False
