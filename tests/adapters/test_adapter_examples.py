@@ -43,8 +43,9 @@ def test_one_folder_goes_through_trainer_sft_trainer_and_our_loop(language_folde
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     example.OPTIONS["learning_rate"] = 1e-2
-    losses = list(example.run(language_folder, tmp_path, steps=4).values())
+    *losses, stock_loss = example.run(language_folder, tmp_path, steps=4).values()
     assert losses == sorted(losses, reverse=True)
+    assert stock_loss == pytest.approx(losses[-1], abs=1e-5)
     ids = torch.arange(12)[None]
     folders = [tmp_path / "trainer" / "adapter", tmp_path / "trl" / "adapter", tmp_path / "adapter"]
     for folder in folders:
