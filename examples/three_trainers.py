@@ -76,7 +76,9 @@ def with_trainer(model: Path, out: Path, steps: int) -> Path:
     torch.manual_seed(0)
     tuned = add_moslora(base(model), MoSLoRAConfig(r=RANK, lora_alpha=ALPHA, task_type="CAUSAL_LM"))
     tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = [{"input_ids": ids[0], "labels": ids[0]} for ids in (_ids(tokenizer, row["messages"]) for row in conversations())]
+    rows = [
+        {"input_ids": ids[0], "labels": ids[0]} for ids in (_ids(tokenizer, row["messages"]) for row in conversations())
+    ]
     arguments = TrainingArguments(
         output_dir=str(out / "trainer"), max_steps=steps, **OPTIONS | {"per_device_train_batch_size": 1}
     )
