@@ -7,6 +7,7 @@ Every contender gets the same weights (the adapters' B is not zero, so that the 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.losses import use_loss_head
 from mm_moslora.models.attention import set_attention, training_attention
 from mm_moslora.models.lean import use_lean_layers
+from mm_moslora.training.compiling import compile_layers
 from mm_moslora.training.engine import LossModule
 
 RANK, ALPHA = 16, 32
@@ -128,23 +130,10 @@ def padded(items: list[Example]) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": mask, "pixel_values": pixels}
 
 
-def peer(
-    vocabulary: int,
-    dtype: torch.dtype,
-    *,
-    supervised_only: bool = False,
-    wide_adapters: bool = True,
-    dropout: float = 0.0,
-) -> Contender:
-    """Hugging Face's Llava with PEFT's LoRA and the authors' mixer ``B(M(A x))``, padded.
-
-    Args:
-        vocabulary: C.
-        dtype: of the base.
-        supervised_only: score the supervised positions instead of all.
-        wide_adapters: PEFT's default, adapters in fp32 under a base in bf16; else in the base's dtype.
-        dropout: of the adapters.
-    """
+def _adapted_by_peft(
+    vocabulary: int, dtype: torch.dtype, *, wide_adapters: bool, dropout: float = 0.0
+) -> tuple[LlavaForConditionalGeneration, peft.PeftModel]:
+    """The base with PEFT's LoRA and the authors' mixer ``B(M(A x))`` in it, and PEFT's wrapper around it."""
     model = base(vocabulary, dtype)
     known = factors(model)
     config = peft.LoraConfig(
@@ -161,8 +150,34 @@ def peer(
             mixer.weight.copy_(M)
             layer.lora_B["default"].weight.copy_(B)
             layer.lora_B["default"] = nn.Sequential(mixer, layer.lora_B["default"])
+    return model, wrapped
+
+
+def _padded_inputs(vocabulary: int, dtype: torch.dtype) -> dict[str, Tensor]:
     given = padded(examples(vocabulary))
     given["pixel_values"] = given["pixel_values"].to(dtype)
+    return given
+
+
+def peer(
+    vocabulary: int,
+    dtype: torch.dtype,
+    *,
+    supervised_only: bool = False,
+    wide_adapters: bool = True,
+    dropout: float = 0.0,
+) -> Contender:
+    """Hugging Face's Llava with PEFT's LoRA and the authors' mixer, padded.
+
+    Args:
+        vocabulary: C.
+        dtype: of the base.
+        supervised_only: score the supervised positions instead of all.
+        wide_adapters: PEFT's default, adapters in fp32 under a base in bf16; else in the base's dtype.
+        dropout: of the adapters.
+    """
+    model, wrapped = _adapted_by_peft(vocabulary, dtype, wide_adapters=wide_adapters, dropout=dropout)
+    given = _padded_inputs(vocabulary, dtype)
 
     def all_positions() -> Tensor:
         return wrapped(**given, use_cache=False).loss
@@ -177,8 +192,36 @@ def peer(
     return Contender(model=model, forward=supervised if supervised_only else all_positions)
 
 
-def ours(vocabulary: int, dtype: torch.dtype, *, lean: bool = True) -> Contender:
-    """The step that `mm-moslora train` runs."""
+def trl(vocabulary: int, dtype: torch.dtype) -> Contender:
+    """TRL's SFTTrainer on the same, adapters in the base's dtype, without the checkpointing that it turns on by itself.
+
+    Padded, for it refuses packing and padding-free rows where there are pictures. The head that it puts in scores the
+    supervised positions alone on a GPU with Triton, and all of them elsewhere.
+    """
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    model, wrapped = _adapted_by_peft(vocabulary, dtype, wide_adapters=False)
+    given = _padded_inputs(vocabulary, dtype)
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SFTTrainer(
+            model=wrapped,
+            args=SFTConfig(
+                output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+                max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
+            ),
+            train_dataset=Dataset.from_list([{"input_ids": [0, 1]}]),  # it is never read
+            processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"),
+        )  # fmt: skip
+    count = sum(SUPERVISED)
+    return Contender(model=model, forward=lambda: trainer.compute_loss(wrapped, dict(given), num_items_in_batch=count))
+
+
+def ours(vocabulary: int, dtype: torch.dtype, *, lean: bool = True, compiler: str | None = None) -> Contender:
+    """The step that `mm-moslora train` runs; with a backend of torch.compile that of `train.compile`."""
     model = base(vocabulary, dtype)
     known = factors(model)
     config = adapters.MoSLoRAConfig(r=RANK, lora_alpha=ALPHA, task_type="CAUSAL_LM")
@@ -193,6 +236,8 @@ def ours(vocabulary: int, dtype: torch.dtype, *, lean: bool = True) -> Contender
     if lean:
         use_lean_layers(model)
     use_loss_head(model)
+    if compiler is not None:
+        compile_layers(model, compiler)
     module = LossModule(model, None)
     batch = Batch.from_examples(examples(vocabulary))
     return Contender(model=model, forward=lambda: module(batch, True) / batch.supervised_tokens)

@@ -28,6 +28,13 @@ def test_our_step_has_the_loss_and_gradients_of_hugging_faces_and_keeps_a_third(
     assert yardstick.saved_bytes(ours) < 0.45 * yardstick.saved_bytes(peer)
 
 
+def test_the_step_of_trl_is_the_same_computation(ours: yardstick.Contender) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed")
+    contenders = {"hf": yardstick.peer(600, torch.float32), "ours": ours, "trl": yardstick.trl(600, torch.float32)}
+    found = bench.check_equal(contenders, "fp32")
+    assert max(found.values()) < 1e-5
+
+
 def test_the_flops_that_a_step_needs_are_those_of_the_planner(ours: yardstick.Contender) -> None:
     shape = StepShape.of(yardstick.LENGTHS, supervised=sum(yardstick.SUPERVISED), images=len(yardstick.LENGTHS))
     # The planner counts the tower's last block, which runs, and the mixers' products.
