@@ -17,6 +17,7 @@ from mm_moslora.cli_eval import eval_app, quiet_libraries
 from mm_moslora.cli_models import register as register_models
 from mm_moslora.config import load_recipe, override_items
 from mm_moslora.errors import MoSLoRAError
+from mm_moslora.folders import adapter_folder, resume_folder
 
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
@@ -127,6 +128,7 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
         Save and stop after this optimiser step.
     """
     resolved = _recipe(recipe, overrides)
+    resume_folder(resume)  # a wrong one is told before seconds of imports, here as in the other verbs
     quiet_libraries()
     from mm_moslora_eval.in_training import measure
 
@@ -253,11 +255,11 @@ def adapters_inspect(folder: Path, *, picture: Path | None = None) -> int:
     picture
         Also draw the mixers and the singular values by depth into this PNG file.
     """
+    adapter = adapter_folder(folder)
     quiet_libraries()
     from mm_moslora.adapters.inspect import inspection
-    from mm_moslora.models.load import adapter_folder
 
-    print(inspection(adapter_folder(folder), picture=picture))
+    print(inspection(adapter, picture=picture))
     return 0
 
 

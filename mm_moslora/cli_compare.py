@@ -10,6 +10,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from mm_moslora.cli_eval import quiet_libraries
+from mm_moslora.config import load_recipe, override_items
 from mm_moslora.errors import ConfigError
 
 EXIT_REQUEUE = 75
@@ -92,12 +93,11 @@ def compare(
     only_report
         Analyse what is there and leave.
     """
+    shared = load_recipe(recipe, override_items(overrides))
     from mm_moslora.compare.arms import parse_arms, split
     from mm_moslora.compare.plan import LOSS, Settings
     from mm_moslora.compare.run import Comparison, Room, exclusive, plan_lines
-    from mm_moslora.config import load_recipe, override_items
 
-    shared = load_recipe(recipe, override_items(overrides))
     settings = Settings(
         arms=parse_arms(arms, shared), rates=_rates(lr) or [shared.optim.lr], seeds=seeds, tasks=split(tasks),
         validation=split(validation) or (LOSS,), tuning_seeds=tune_seeds, reference=reference, limit=limit,

@@ -88,9 +88,11 @@ def eval_run(
     if dry_run:
         print(evaluation.dry_run(names))
         return 0
+    from mm_moslora_eval.open_model import check_name, open_model
+
+    check_name(model)
     quiet_libraries()
     from mm_moslora_eval.evidence import UNTUNED, keep
-    from mm_moslora_eval.open_model import open_model
     from mm_moslora_eval.runner import Settings
 
     settings = Settings(batch_size=1 if reference else batch_size, limit=limit, samples=samples, seed=seed)

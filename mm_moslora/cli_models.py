@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mm_moslora.cli_eval import quiet_libraries
-from mm_moslora.errors import ConfigError
+from mm_moslora.errors import ConfigError, ModelError
+from mm_moslora.folders import find_checkpoint
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -73,6 +74,7 @@ def export(
     licence
         For the model card, as the hub knows it (apache-2.0, ...); without it the card points to the parts' licences.
     """
+    find_checkpoint(model)
     quiet_libraries()
     from mm_moslora.models.export import check_empty, export_lora, export_model, merge_adapter
     from mm_moslora.models.load import load
@@ -133,6 +135,8 @@ def import_model(
     parts
         Leave it at the parts: `projector.safetensors` for model.projector.weights, and `language` where there is one.
     """
+    if not source.exists():
+        raise ModelError(f"There is no {str(source)!r}; expected a folder, .bin or .pth file.")
     quiet_libraries()
     from mm_moslora.models.build import assemble
     from mm_moslora.models.export import export_model

@@ -10,6 +10,7 @@ from cyclopts import App, Parameter
 
 from mm_moslora.cli_eval import quiet_libraries
 from mm_moslora.errors import ConfigError
+from mm_moslora.folders import MANIFEST, find_checkpoint
 
 Adapters = Annotated[
     tuple[str, ...], Parameter(name="--adapter", help="NAME=FOLDER of a further adapter for the same base; repeatable.")
@@ -42,6 +43,7 @@ def chat(
     max_new_tokens
         Longest answer, tokens.
     """
+    find_checkpoint(model)
     quiet_libraries()
     from mm_moslora.serve.chat import Chat, interactive
 
@@ -105,6 +107,7 @@ def serve(
     allow_image_host
         Host that pictures may be fetched from (https, public addresses only); repeatable. Default: none.
     """
+    find_checkpoint(model)
     quiet_libraries()
     needs("starlette", "uvicorn", "prometheus_client", extra="serve")
     from mm_moslora.serve.limits import Limits
@@ -135,13 +138,12 @@ def demo(model: Path, *, port: int = 7860, max_new_tokens: int = 128) -> int:
     max_new_tokens
         Longest answer, tokens.
     """
+    tuned = (find_checkpoint(model) / MANIFEST).is_file()
     quiet_libraries()
     needs("gradio", extra="demo")
-    from mm_moslora.models.load import MANIFEST, find_checkpoint
     from mm_moslora.serve.demo import Demo, launch
     from mm_moslora.serve.models import load_models
 
-    tuned = (find_checkpoint(model) / MANIFEST).is_file()
     talk = Demo(load_models(model, with_base=tuned), max_new_tokens=max_new_tokens)
     print(f"http://127.0.0.1:{port}" if port else "The address follows.")
     try:

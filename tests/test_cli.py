@@ -52,6 +52,22 @@ def test_help_needs_no_heavy_library():
     assert subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True).returncode == 0
 
 
+def test_a_folder_that_is_not_there_is_told_before_anything_heavy_is_imported():
+    verbs = [
+        "chat X", "serve X", "demo X", "merge X Y", "export X Y", "import X Y", "adapters inspect X",
+        "eval run pope --model X", "train quickstart_tune --resume X", "compare X", "report X", "board X",
+        "eval score X", "eval report X", "data check X",
+    ]  # fmt: skip
+    code = f"""
+import sys
+from mm_moslora.cli import run
+codes = [run(words.replace("X", "nowhere").split()) for words in {verbs}]
+sys.exit(codes != [1] * len(codes) or "torch" in sys.modules)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("nowhere") == done.stderr.count("error: ") == len(verbs), done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mm_moslora import doctor
+from mm_moslora import doctor, machine
 from mm_moslora.doctor import SUPPORTED, check_version, diagnose, extensions_folder, stale_locks
 
 
@@ -69,6 +69,18 @@ def test_extension_cache_is_of_this_environment_alone_where_that_can_be(monkeypa
     monkeypatch.setattr("mm_moslora.doctor.os.access", lambda *_: False)
     assert extensions_folder({"HOME": "/home/me"}) == Path("/home/me/.cache/torch_extensions")
     assert extensions_folder({"XDG_CACHE_HOME": "/c", "HOME": "/h"}) == Path("/c/torch_extensions")
+
+
+def test_the_machine_is_named_with_and_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = f"{os.cpu_count()} cores"
+    cpuinfo, meminfo = tmp_path / "cpuinfo", tmp_path / "meminfo"
+    monkeypatch.setattr(machine, "CPUINFO", cpuinfo)
+    monkeypatch.setattr(machine, "MEMINFO", meminfo)
+    monkeypatch.setattr(machine.platform, "processor", lambda: "arm")
+    assert machine.hardware() == f"arm, {cores}"
+    cpuinfo.write_text("processor : 0\nmodel name : A chip\nprocessor : 1\nmodel name : A chip\n")
+    meminfo.write_text("MemTotal:       25165824 kB\n")
+    assert machine.hardware() == f"A chip, {cores}, 24 GiB"
 
 
 def test_this_environment_has_nothing_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

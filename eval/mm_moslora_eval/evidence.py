@@ -40,7 +40,8 @@ def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Se
         output: folder of the evaluation.
         before: results of the model before tuning.
     """
-    from mm_moslora.models.load import MANIFEST, find_checkpoint, recipe_of
+    from mm_moslora.folders import MANIFEST, find_checkpoint
+    from mm_moslora.models.load import recipe_of
 
     if not model.is_dir() or not (find_checkpoint(model) / MANIFEST).is_file():
         return

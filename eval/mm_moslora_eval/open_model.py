@@ -6,11 +6,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mm_moslora.errors import EvalError
+from mm_moslora.folders import MANIFEST, find_checkpoint
 
 if TYPE_CHECKING:
     from .model import Model
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+KINDS = ("hf", "openai", "replay")
+
+
+def check_name(name: str) -> None:
+    """Refuse what no model can be behind, before anything is imported or read.
+
+    Raises:
+        EvalError: no name, or no folder.
+        ModelError: the folder holds no model of ours.
+    """
+    if not name:
+        raise EvalError("No model was given. Add --model FOLDER, hf:ID, openai:URL#MODEL or replay:FILE.")
+    kind, separator, _ = name.partition(":")
+    if separator and kind in KINDS:
+        return
+    if not Path(name).is_dir():
+        raise EvalError(
+            f"--model {name!r} is no folder. Give the folder of a run, a checkpoint or an export, or hf:ID, "
+            "openai:URL#MODEL, replay:FILE."
+        )
+    find_checkpoint(Path(name))
 
 
 def open_model(name: str, *, precision: Precision = "auto", reference: bool = False, untuned: bool = False) -> Model:
@@ -26,8 +50,7 @@ def open_model(name: str, *, precision: Precision = "auto", reference: bool = Fa
         EvalError: not such a name, or nothing loadable there.
         ModelError: the folder holds no model of ours.
     """
-    if not name:
-        raise EvalError("No model was given. Add --model FOLDER, hf:ID, openai:URL#MODEL or replay:FILE.")
+    check_name(name)
     kind, separator, rest = name.partition(":")
     if separator and kind == "openai":
         from .endpoint import Endpoint, EndpointModel
@@ -44,14 +67,9 @@ def open_model(name: str, *, precision: Precision = "auto", reference: bool = Fa
         from .transformers_model import TransformersModel
 
         return TransformersModel.from_pretrained(rest, dtype=dtype, reference=reference)
-    if not Path(name).is_dir():
-        raise EvalError(
-            f"--model {name!r} is no folder. Give the folder of a run, a checkpoint or an export, or hf:ID, "
-            "openai:URL#MODEL, replay:FILE."
-        )
     from mm_moslora import distributed
     from mm_moslora.models.build import assemble
-    from mm_moslora.models.load import MANIFEST, find_checkpoint, load, recipe_of
+    from mm_moslora.models.load import load, recipe_of
     from mm_moslora.models.vlm import takes_rows
 
     folder = find_checkpoint(Path(name))

@@ -12,8 +12,9 @@ import yaml
 from mm_moslora import __version__
 from mm_moslora.config import Recipe, SourceConfig
 from mm_moslora.errors import MoSLoRAError
+from mm_moslora.folders import MANIFEST, find_checkpoint
 from mm_moslora.models.build import Assembly
-from mm_moslora.models.load import MANIFEST, find_checkpoint, recipe_of
+from mm_moslora.models.load import recipe_of
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
 
 _HASHED_BYTES = 2**33

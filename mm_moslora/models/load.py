@@ -21,6 +21,7 @@ from transformers import (
 from mm_moslora import adapters
 from mm_moslora.config import Recipe
 from mm_moslora.errors import ModelError
+from mm_moslora.folders import ADAPTER_CONFIG, MANIFEST, find_checkpoint
 from mm_moslora.models.anyres import newline_of
 from mm_moslora.models.build import Assembly, assemble, load_projector, ready_assembly
 from mm_moslora.models.processor import takes_plain_contents
@@ -28,40 +29,6 @@ from mm_moslora.models.ready import load_ready_processor
 from mm_moslora.models.vision import ImageSpec
 from mm_moslora.models.vlm import is_multimodal
 from mm_moslora.models.wrapped import cast_parameters
-
-MANIFEST = "manifest.json"
-ADAPTER_CONFIG = "adapter_config.json"
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The folder that a path means: itself, the checkpoint around an `adapter/`, or the newest one of a run folder.
-
-    Raises:
-        ModelError: nothing loadable there.
-    """
-    if (path / MANIFEST).is_file() or (path / "config.json").is_file():
-        return path
-    if (path / ADAPTER_CONFIG).is_file():
-        return path.parent if (path.parent / MANIFEST).is_file() else path
-    found = sorted(item for item in path.glob("checkpoint-*") if (item / MANIFEST).is_file())
-    if not found:
-        raise ModelError(
-            f"{path} is no checkpoint (no {MANIFEST}), no run with checkpoints, no exported model (no config.json) and "
-            f"no adapter (no {ADAPTER_CONFIG}). Give the folder of a run, a checkpoint, an export or an adapter."
-        )
-    return found[-1]
-
-
-def adapter_folder(path: str | Path) -> Path:
-    """The adapter that a path means: the folder itself, or `adapter/` of a checkpoint or of a run's newest one.
-
-    A folder that holds neither is given back as it is; whoever reads it says what is wrong with it.
-    """
-    folder = Path(path)
-    if any((folder / name).is_file() for name in (ADAPTER_CONFIG, "moslora.json", "lora_config.json")):
-        return folder
-    inside = [item / "adapter" for item in (folder, *sorted(folder.glob("checkpoint-*"), reverse=True))]
-    return next((item for item in inside if item.is_dir()), folder)
 
 
 def load(

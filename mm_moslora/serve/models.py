@@ -26,10 +26,11 @@ from mm_moslora.batch import Example, Seen
 from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.records import Turn
 from mm_moslora.errors import ConfigError, ModelError
+from mm_moslora.folders import MANIFEST, find_checkpoint
 from mm_moslora.models.branching import Decoder
 from mm_moslora.models.build import Assembly, load_projector
 from mm_moslora.models.generation import Prompt, embed_prompt, encode_images, stop_token_ids
-from mm_moslora.models.load import MANIFEST, find_checkpoint, load, recipe_of
+from mm_moslora.models.load import load, recipe_of
 from mm_moslora.models.rows import start_row
 from mm_moslora.models.vlm import takes_rows
 

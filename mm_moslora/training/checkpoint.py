@@ -17,13 +17,13 @@ from typing import Any
 
 from mm_moslora import __version__
 from mm_moslora.errors import CheckpointError
+from mm_moslora.folders import MANIFEST
 from mm_moslora.training import disk
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
 """Version of the manifest."""
-MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d{6,})$")
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from mm_moslora import distributed
 from mm_moslora.errors import CheckpointError
+from mm_moslora.folders import MANIFEST
 from mm_moslora.training import disk
-from mm_moslora.training.checkpoint import MANIFEST, Manifest, Retention, folder_name, read_manifest, remove_old, unused
+from mm_moslora.training.checkpoint import Manifest, Retention, folder_name, read_manifest, remove_old, unused
 
 logger = logging.getLogger(__name__)
 

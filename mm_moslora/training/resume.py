@@ -10,16 +10,14 @@ from safetensors.torch import load_file
 
 from mm_moslora import distributed
 from mm_moslora.config import Recipe
-from mm_moslora.errors import CheckpointError, suggestion
+from mm_moslora.errors import CheckpointError
+from mm_moslora.folders import resume_folder
 from mm_moslora.training import checkpoint
 from mm_moslora.training.commit import rank_folder
 from mm_moslora.training.run import Run, seed_everything
 from mm_moslora.training.saving import RandomState, moving_statistics
 
 logger = logging.getLogger(__name__)
-
-WORDS = ("auto", "required", "never")
-"""What `resume` may be besides a folder."""
 
 
 def find_resume(recipe: Recipe, resume: str) -> tuple[Path, checkpoint.Manifest] | None:
@@ -52,14 +50,9 @@ def find_resume(recipe: Recipe, resume: str) -> tuple[Path, checkpoint.Manifest]
 
 
 def _choose(run: Path, resume: str) -> tuple[Path, checkpoint.Manifest] | None:
-    if resume not in WORDS:
-        folder = Path(resume)
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"resume is {resume!r}, which is no folder; expected auto, required, never or a checkpoint's folder."
-                f"{suggestion(resume, WORDS)}"
-            )
-        return folder, checkpoint.read_manifest(folder)
+    named = resume_folder(resume)
+    if named is not None:
+        return named, checkpoint.read_manifest(named)
     if resume == "never":
         if checkpoint.checkpoints(run):
             raise CheckpointError(

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import queue
-import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import head, interleaved, ratio
 from parent import end_with_parent
 from PIL import Image
 
@@ -48,17 +47,30 @@ def jobs_for(models: Models, count: int, tokens: int, done: queue.Queue[Piece]) 
     return made
 
 
-def answer(engine: Engine, count: int, tokens: int, *, together: bool) -> tuple[float, list[list[int]]]:
-    """CPU seconds of the process, and the answers."""
-    done: queue.Queue[Piece] = queue.Queue()
-    jobs = jobs_for(engine.models, count, tokens, done)
-    started = time.process_time()
+def answer(engine: Engine, jobs: list[Job], done: queue.Queue[Piece], *, together: bool) -> list[list[int]]:
+    """The answers to all jobs, handed in at once or one after the other."""
     for group in [jobs] if together else [[job] for job in jobs]:
         engine.submit(group)
         ended = 0
         while ended < len(group):
             ended += done.get().ending is not None
-    return time.process_time() - started, [job.tokens for job in jobs]
+    return [job.tokens for job in jobs]
+
+
+def measure(engine: Engine, answers: int, tokens: int, rounds: int) -> tuple[dict[str, list[float]], bool]:
+    """CPU seconds of both ways, round by round, and whether their answers are the same. Prompts are made beforehand."""
+    done: queue.Queue[Piece] = queue.Queue()
+    ready = [jobs_for(engine.models, answers, tokens, done) for _ in range(2 * (rounds + 1))]
+    given: dict[str, list[Any]] = {}
+    times = interleaved(
+        {
+            "alone": lambda: answer(engine, ready.pop(), done, together=False),
+            "together": lambda: answer(engine, ready.pop(), done, together=True),
+        },
+        rounds,
+        results=given,
+    )
+    return times, given["alone"] == given["together"]
 
 
 def main() -> int:
@@ -76,24 +88,18 @@ def main() -> int:
     models.stops = []  # every answer has the same length
     engine = Engine(models, Limits(batch=options.answers))
     engine.start()
-    rows: list[dict[str, Any]] = []
-    same = True
     try:
-        answer(engine, 2, 4, together=True)
-        for number in range(options.rounds):
-            order = (True, False) if number % 2 else (False, True)
-            found = {way: answer(engine, options.answers, options.tokens, together=way) for way in order}
-            same &= found[True][1] == found[False][1]
-            rows.append({"alone_cpu_seconds": found[False][0], "together_cpu_seconds": found[True][0]})
-            print(rows[-1], file=sys.stderr, flush=True)
+        times, same = measure(engine, options.answers, options.tokens, options.rounds)
     finally:
         engine.stop()
-    speedup = statistics.median(row["alone_cpu_seconds"] / row["together_cpu_seconds"] for row in rows)
-    result = {
-        "benchmark": "serve", "hardware": f"{platform.processor() or platform.machine()}, one thread", "rows": rows,
-        "versions": {"torch": torch.__version__.partition("+")[0]},
+    speedup = ratio(times, "alone", "together")
+    result = head("serve", "transformers") | {
+        "rows": [
+            {"alone_cpu_seconds": alone, "together_cpu_seconds": together}
+            for alone, together in zip(times["alone"], times["together"], strict=True)
+        ],
         "summary": {"speedup_continuous_batching": round(speedup, 2), "identical_answers": float(same)},
-    }  # fmt: skip
+    }
     print(
         json.dumps(result) if options.json else f"{speedup:.2f} times less CPU time together; identical answers: {same}"
     )

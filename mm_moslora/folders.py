@@ -1,0 +1,64 @@
+"""What a path means: a run, a checkpoint, an export or an adapter, told apart by its files; imports nothing heavy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mm_moslora.errors import AdapterError, CheckpointError, ModelError, suggestion
+
+RESUME_WORDS = ("auto", "required", "never")
+"""What `--resume` may be besides a folder."""
+MANIFEST = "manifest.json"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The folder that a path means: itself, the checkpoint around an `adapter/`, or the newest one of a run folder.
+
+    Raises:
+        ModelError: nothing loadable there.
+    """
+    if (path / MANIFEST).is_file() or (path / "config.json").is_file():
+        return path
+    if (path / ADAPTER_CONFIG).is_file():
+        return path.parent if (path.parent / MANIFEST).is_file() else path
+    found = sorted(item for item in path.glob("checkpoint-*") if (item / MANIFEST).is_file())
+    if not found:
+        raise ModelError(
+            f"{path} is no checkpoint (no {MANIFEST}), no run with checkpoints, no exported model (no config.json) and "
+            f"no adapter (no {ADAPTER_CONFIG}). Give the folder of a run, a checkpoint, an export or an adapter."
+        )
+    return found[-1]
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter that a path means: the folder itself, or `adapter/` of a checkpoint or of a run's newest one.
+
+    A folder that holds neither is given back as it is; whoever reads it says what is wrong with it.
+
+    Raises:
+        AdapterError: no folder.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise AdapterError(f"There is no adapter folder {str(path)!r}.")
+    if any((folder / name).is_file() for name in (ADAPTER_CONFIG, "moslora.json", "lora_config.json")):
+        return folder
+    inside = [item / "adapter" for item in (folder, *sorted(folder.glob("checkpoint-*"), reverse=True))]
+    return next((item for item in inside if item.is_dir()), folder)
+
+
+def resume_folder(resume: str) -> Path | None:
+    """The checkpoint that `--resume` names, None for one of its words.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    if resume in RESUME_WORDS:
+        return None
+    if not Path(resume).is_dir():
+        raise CheckpointError(
+            f"resume is {resume!r}, which is no folder; expected auto, required, never or a checkpoint's folder."
+            f"{suggestion(resume, RESUME_WORDS)}"
+        )
+    return Path(resume)
