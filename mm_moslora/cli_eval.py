@@ -90,7 +90,8 @@ def eval_run(
         return 0
     from mm_moslora_eval.open_model import check_name, open_model
 
-    check_name(model)
+    if model:  # without one, what is wrong with the tasks is told first
+        check_name(model)
     quiet_libraries()
     from mm_moslora_eval.evidence import UNTUNED, keep
     from mm_moslora_eval.runner import Settings
