@@ -69,13 +69,13 @@ def open_model(name: str, *, precision: Precision = "auto", reference: bool = Fa
         return TransformersModel.from_pretrained(rest, dtype=dtype, reference=reference)
     from mm_moslora import distributed
     from mm_moslora.models.build import assemble
-    from mm_moslora.models.load import load, recipe_of
+    from mm_moslora.models.load import load, model_of
     from mm_moslora.models.vlm import takes_rows
 
     folder = find_checkpoint(Path(name))
     if untuned and not (folder / MANIFEST).is_file():
         raise EvalError(f"{name} is an export, which knows no model before tuning. Give a run or a checkpoint.")
-    assembly = assemble(recipe_of(folder).model, dtype=dtype) if untuned else load(folder, dtype=dtype)
+    assembly = assemble(model_of(folder), dtype=dtype) if untuned else load(folder, dtype=dtype)
     name = f"{name}, before tuning" if untuned else name
     assembly.model.to(distributed.device())  # type: ignore[arg-type]
     if takes_rows(assembly.model):

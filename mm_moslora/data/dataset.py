@@ -6,10 +6,12 @@ Shapes: ``H x W`` pixels.
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import logging
 from array import array
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from mm_moslora.batch import Example, Eyes, Seen
@@ -170,6 +172,13 @@ class TrainingSet:
     def usable(self) -> list[int]:
         """Numbers of the records that were found usable when the set was built."""
         return [index for members in self.members for index in members]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that the order of the records depends on: which can be used, their lengths, and how often."""
+        usable, weights = array("L", self.usable), array("d", self.weights)
+        parts = (self.lengths, self.has_image, self.words, usable, weights)
+        return hashlib.sha256(b"".join(bytes(part) for part in parts)).hexdigest()
 
     def statistics(self) -> dict[str, float]:
         """Counts for a report: records, those that cannot be used, those with pictures, and tokens per record.

@@ -36,6 +36,7 @@ from mm_moslora.models.anyres import NEWLINE, anyres_processor, compose_anyres, 
 from mm_moslora.models.eyes import ProcessorEyes, SquareEyes
 from mm_moslora.models.fused import FusedVisionModel
 from mm_moslora.models.generation import stop_token_ids
+from mm_moslora.models.places import require_there
 from mm_moslora.models.processor import IMAGE_TOKEN, build_processor, image_processor
 from mm_moslora.models.projector import build_projector, projector_tokens
 from mm_moslora.models.projector_parts import ProjectorShape
@@ -93,6 +94,8 @@ def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Asse
     Raises:
         ModelError: a part is unknown or does not fit.
     """
+    require_there("model.language", config.language)
+    require_there("model.vlm", config.vlm)
     if config.vlm is not None:
         return _assemble_ready(config, dtype=dtype)
     assert config.language is not None
@@ -301,6 +304,7 @@ def text_and_images(config: ModelConfig) -> TextAndImages:
     if config.vlm is not None:
         return _ready_text_and_images(config)
     assert config.language is not None
+    require_there("model.language", config.language)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.language, revision=config.language_revision)
         language = AutoConfig.from_pretrained(config.language, revision=config.language_revision)

@@ -19,11 +19,12 @@ from transformers import (
 )
 
 from mm_moslora import adapters
-from mm_moslora.config import Recipe
+from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.errors import ModelError
 from mm_moslora.folders import ADAPTER_CONFIG, MANIFEST, find_checkpoint
 from mm_moslora.models.anyres import newline_of
 from mm_moslora.models.build import Assembly, assemble, load_projector, ready_assembly
+from mm_moslora.models.places import seen_from
 from mm_moslora.models.processor import takes_plain_contents
 from mm_moslora.models.ready import load_ready_processor
 from mm_moslora.models.vision import ImageSpec
@@ -63,11 +64,16 @@ def recipe_of(folder: Path) -> Recipe:
     return Recipe.from_yaml(file.read_text(encoding="utf-8"), source=str(file))
 
 
+def model_of(folder: Path) -> ModelConfig:
+    """The recipe's `model` of a checkpoint, its relative paths as they are found from here."""
+    return seen_from(recipe_of(folder).model, folder)
+
+
 def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype) -> Assembly:
-    recipe = recipe_of(folder)
-    projector = dataclasses.replace(recipe.model.projector, weights=None)
+    config = model_of(folder)
+    projector = dataclasses.replace(config.projector, weights=None)
     # Weights are merged in fp32 and rounded once at the end.
-    assembly = assemble(dataclasses.replace(recipe.model, projector=projector), dtype=torch.float32)
+    assembly = assemble(dataclasses.replace(config, projector=projector), dtype=torch.float32)
     if is_multimodal(assembly.model) and not assembly.ready_made:
         load_projector(
             assembly.model.model.multi_modal_projector,

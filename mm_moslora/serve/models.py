@@ -30,7 +30,7 @@ from mm_moslora.folders import MANIFEST, find_checkpoint
 from mm_moslora.models.branching import Decoder
 from mm_moslora.models.build import Assembly, load_projector
 from mm_moslora.models.generation import Prompt, embed_prompt, encode_images, stop_token_ids
-from mm_moslora.models.load import load, recipe_of
+from mm_moslora.models.load import load, model_of
 from mm_moslora.models.rows import start_row
 from mm_moslora.models.vlm import takes_rows
 
@@ -236,7 +236,7 @@ def _untuned_projector(path: Path, own: nn.Module | None) -> nn.Module | None:
     checkpoint = find_checkpoint(path)
     if own is None or not (checkpoint / MANIFEST).is_file():
         return own
-    weights = recipe_of(checkpoint).model.projector.weights
+    weights = model_of(checkpoint).projector.weights
     return own if weights is None else _read_projector(own, Path(weights))
 
 

@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ class Manifest:
     """Names and shapes of all trained parameters."""
     files: dict[str, dict[str, Any]]
     """Relative path to {bytes, sha256}."""
+    data: str = ""
+    """Fingerprint of the training set, on which the place in the data depends."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the file."""
@@ -97,7 +100,7 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
         )
     if data.get("checksum") != _checksum(data):
         raise CheckpointError(f"{path} was altered: its checksum differs. Choose an earlier checkpoint.")
-    manifest = Manifest(**{key: data[key] for key in Manifest.__dataclass_fields__})
+    manifest = Manifest(**{key: data[key] for key in Manifest.__dataclass_fields__ if key in data})
     for name, expected in manifest.files.items():
         _check_file(folder / name, expected, verify=verify)
     return manifest
@@ -194,6 +197,7 @@ def remove_old(run: Path, retention: Retention) -> None:
 # Keys of a recipe that may differ between a run and its continuation without changing what is computed.
 _FREE_KEYS = (
     "name", "track", "validate", "data.validation", "data.workers",
+    "data.train.*.path", "data.train.*.image_folder", "data.cache",  # the manifest knows the data by a fingerprint
     *(f"train.{key}" for key in (
         "output", "save_every", "keep_last", "keep_every", "validate_every", "log_every", "timeout_minutes",
         "step_timeout_minutes", "rehearsal", "background_save",
@@ -237,7 +241,7 @@ def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> Changes
 
 
 def _is_below(key: str, prefixes: Sequence[str]) -> bool:
-    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+    return any(fnmatchcase(key, prefix) or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def _flatten(data: Any, prefix: str = "") -> dict[str, Any]:

@@ -88,8 +88,14 @@ def restore(run: Run, folder: Path, manifest: checkpoint.Manifest) -> None:
     """Put a run back into the state of a checkpoint; on the same number of ranks and the same stage, bit for bit.
 
     Raises:
-        CheckpointError: the checkpoint lacks state of something that trains.
+        CheckpointError: the data changed, or the checkpoint lacks state of something that trains.
     """
+    if manifest.data not in ("", run.training_set.fingerprint):
+        raise CheckpointError(
+            f"The training data is not what {folder} was written with: records were added, removed, changed in length "
+            "or became unusable, so that some would be seen twice and others never. Restore the data, or start another "
+            "run from the checkpoint's weights (adapter.weights, model.projector.weights)."
+        )
     run.engine.load_state([rank_folder(folder, rank) for rank in range(manifest.world_size)])
     _restore_statistics(run, folder)
     run.counters.update(manifest.counters)

@@ -71,7 +71,7 @@ def snapshot(run: Run) -> Snapshot:
     shapes = {name: list(value.shape) for name, value in weights.items()}
     manifest = Manifest(
         step=run.step, world_size=distributed.world_size(), recipe=run.recipe.to_dict(), base=run.assembly.base,
-        counters=dict(run.counters), trainable=shapes, files={},
+        counters=dict(run.counters), trainable=shapes, files={}, data=run.training_set.fingerprint,
     )  # fmt: skip
     if not distributed.is_main():
         weights = {}

@@ -134,7 +134,15 @@ def test_every_kth_and_the_best_stay_and_nothing_goes_while_the_newest_is_damage
 
 
 def test_keys_that_change_the_computation_are_listed_and_others_are_free():
-    before = {"optim": {"lr": 1e-4}, "train": {"save_every": 5, "seed": 0}, "data": {"train": [{"path": "a"}]}}
-    after = {"optim": {"lr": 2e-4}, "train": {"save_every": 9, "seed": 0}, "data": {"train": [{"path": "b"}]}}
+    before = {
+        "optim": {"lr": 1e-4},
+        "train": {"save_every": 5, "seed": 0},
+        "data": {"train": [{"path": "a", "weight": 1}]},
+    }
+    after = {
+        "optim": {"lr": 2e-4},
+        "train": {"save_every": 9, "seed": 0},
+        "data": {"train": [{"path": "b", "weight": 2}]},
+    }
     changes = changed_keys(before, after)
-    assert list(changes.other_run) == ["data.train.0.path: 'a' -> 'b'", "optim.lr: 0.0001 -> 0.0002"]
+    assert list(changes.other_run) == ["data.train.0.weight: 1 -> 2", "optim.lr: 0.0001 -> 0.0002"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -23,7 +24,7 @@ from mm_moslora.config import (
     Recipe,
     SourceConfig,
 )
-from mm_moslora.errors import CheckpointError, ConfigError, MoSLoRAError, TrainingError
+from mm_moslora.errors import CheckpointError, ConfigError, ModelError, MoSLoRAError, TrainingError
 from mm_moslora.models.export import export_lora, export_model
 from mm_moslora.models.load import load
 from mm_moslora.models.vlm import supervised_logits
@@ -57,6 +58,46 @@ def test_a_stopped_run_continues_exactly(recipe, tmp_path):
     assert mixers == (tmp_path / "straight" / "mixers.json").read_text()
     assert train(recipe).step == 6  # a third call finds everything done
     assert (tmp_path / "run" / "mixers.json").read_text() == mixers
+
+
+def test_a_run_is_used_and_goes_on_from_elsewhere(recipe, records, tmp_path, monkeypatch):
+    """Its recipe names folders relative to where it was started; then the tree moves, the data goes to another disk."""
+    project = tmp_path / "project"
+    for name, folder in (("llm", recipe.model.language), ("tower", recipe.model.vision.name), ("data", records.parent)):
+        shutil.copytree(folder, project / "parts" / name)
+    monkeypatch.chdir(project)
+    source = replace(recipe.data.train[0], path="parts/data/train.jsonl", image_folder="parts/data/images")
+    model = replace(recipe.model, language="parts/llm", vision=replace(recipe.model.vision, name="parts/tower"))
+    recipe = with_train(replace(recipe, model=model, data=replace(recipe.data, train=[source])), output="runs/x")
+    train(recipe, stop_at=2)
+    moved = project.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert load(moved / "runs" / "x").model is not None
+
+    shutil.move(moved / "parts" / "data", tmp_path / "disk")
+    monkeypatch.chdir(moved)
+    source = replace(source, path=str(tmp_path / "disk/train.jsonl"), image_folder=str(tmp_path / "disk/images"))
+    assert train(replace(recipe, data=replace(recipe.data, train=[source]))).finished
+
+
+def test_a_model_folder_that_is_gone_is_told(recipe, tmp_path):
+    gone = replace(recipe.model, language=str(tmp_path / "gone"))
+    with pytest.raises(ModelError, match=r"model\.language is '.*gone', and nothing is there"):
+        train(replace(recipe, model=gone))
+
+
+def test_data_that_changed_in_between_is_told(recipe, records, tmp_path):
+    lines = records.read_text().splitlines()
+    path = tmp_path / "records.jsonl"
+    path.write_text("\n".join(lines))
+    source = replace(recipe.data.train[0], path=str(path))
+    recipe = replace(recipe, data=replace(recipe.data, train=[source]))
+    train(recipe, stop_at=2)
+    path.write_text("\n".join([*lines, lines[0]]))
+    with pytest.raises(CheckpointError, match=r"data is not what .*checkpoint-000002 was written with"):
+        train(recipe)
+    path.write_text("\n".join(lines))
+    assert train(recipe).finished
 
 
 def test_the_loss_goes_down(recipe):
