@@ -21,7 +21,7 @@ from mm_moslora.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 EXIT_REQUEUE = 75
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +134,13 @@ def launch(places: Places, arguments: Sequence[str], *, run_folder: Path, dry_ru
         return 0
     mark = run_folder / "PREEMPTED"
     mark.unlink(missing_ok=True)
-    child = subprocess.Popen(words, env=environment)
-    previous = {number: signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM)) for number in _SIGNALS}
+    # In a group of its own: Ctrl-C reaches whole groups, and ranks that hear it twice stop without saving.
+    child = subprocess.Popen(words, env=environment, process_group=0)
+    previous = {
+        number: signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM))
+        for number in _SIGNALS
+        if signal.getsignal(number) != signal.SIG_IGN  # nohup
+    }
     try:
         code = child.wait()
     finally:

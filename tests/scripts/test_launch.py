@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -67,6 +69,32 @@ def test_the_exit_code_is_the_launchers(script, code, monkeypatch, tmp_path):
     monkeypatch.setattr(launch, "command", lambda *_, **__: [sys.executable, "-c", script])
     assert launch.launch(Places(), [], run_folder=tmp_path) == code
     assert launch.launch(Places(), [], run_folder=tmp_path, dry_run=True) == 0
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_ranks_once(tmp_path):
+    """A terminal sends it to the whole process group, and ranks take a second one for: at once, without saving."""
+    ranks = (
+        "import pathlib, signal, time\n"
+        f"heard = pathlib.Path({str(tmp_path / 'heard')!r})\n"
+        "for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "    signal.signal(number, lambda number, _: heard.open('a').write(f'{number}\\n'))\n"
+        f"pathlib.Path({str(tmp_path / 'started')!r}).touch()\n"
+        "end = time.monotonic() + 20\n"
+        "while not heard.exists() and time.monotonic() < end: time.sleep(0.02)\n"
+        "time.sleep(0.5)\n"
+    )
+    code = (
+        "import pathlib, signal, sys; from mm_moslora import launch\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"launch.command = lambda *_, **__: [sys.executable, '-c', {ranks!r}]\n"
+        f"launch.launch(launch.Places(), [], run_folder=pathlib.Path({str(tmp_path)!r}))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as process:
+        end = time.monotonic() + 30
+        while not (tmp_path / "started").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+    assert (tmp_path / "heard").read_text().split() == [str(int(signal.SIGTERM))]
 
 
 def test_a_signal_is_handed_on_and_a_stopped_run_asks_to_be_started_again(monkeypatch, tmp_path):
