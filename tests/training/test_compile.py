@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import make_language
 
 from mm_moslora.config import Recipe
 from mm_moslora.errors import ConfigError
@@ -41,6 +43,20 @@ def test_compiled_layers_give_the_numbers_of_the_others(recipe: Recipe, tmp_path
     assert numbers(recipe) == pytest.approx(numbers(plain), rel=1e-5)
     # Batches of other lengths use the same graphs: far fewer than two steps of two layers would need.
     assert 0 < len(seen) <= 30
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler is here")
+def test_layers_compiled_to_machine_code_give_the_numbers_of_the_others(recipe: Recipe, tmp_path: Path) -> None:
+    torch.compiler.reset()
+    language = str(make_language(tmp_path / "language", layers=1))
+    recipe = replace(
+        recipe, model=replace(recipe.model, language=language), adapter=replace(recipe.adapter, dropout=0.0)
+    )
+    plain = replace(recipe, train=replace(recipe.train, steps=2, rehearsal=False, output=str(tmp_path / "plain")))
+    train(plain)
+    train(compiled(recipe, "inductor"))
+    assert numbers(recipe) == pytest.approx(numbers(plain), rel=1e-5)
 
 
 def test_an_unknown_backend_is_named_with_a_suggestion(recipe: Recipe) -> None:
