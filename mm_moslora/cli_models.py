@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cyclopts import App
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+Layout = Literal["llava", "hf", "lora", "llava-original", "gguf"]
 
 
 def register(app: App) -> None:
@@ -40,14 +41,14 @@ def merge(
     licence
         For the model card, as the hub knows it (apache-2.0, ...).
     """
-    return export(model, output, to="hf", dtype=dtype, base=base, licence=licence)
+    return _hand_on(model, output, to="hf", dtype=dtype, base=base, licence=licence, needs_adapter=True)
 
 
 def export(
     model: Path,
     output: Path,
     *,
-    to: Literal["llava", "hf", "lora", "llava-original", "gguf"] = "llava",
+    to: Layout = "llava",
     dtype: Dtype = "fp32",
     base: str | None = None,
     vision: str | None = None,
@@ -74,6 +75,20 @@ def export(
     licence
         For the model card, as the hub knows it (apache-2.0, ...); without it the card points to the parts' licences.
     """
+    return _hand_on(model, output, to=to, dtype=dtype, base=base, vision=vision, licence=licence)
+
+
+def _hand_on(
+    model: Path,
+    output: Path,
+    *,
+    to: Layout,
+    dtype: Dtype,
+    base: str | None,
+    licence: str | None,
+    vision: str | None = None,
+    needs_adapter: bool = False,
+) -> int:
     find_checkpoint(model)
     quiet_libraries()
     from mm_moslora.models.export import check_empty, export_lora, export_model, merge_adapter
@@ -91,6 +106,8 @@ def export(
     from mm_moslora.models.card import write_card
 
     assembly = load(model, merge=False, base=base)
+    if needs_adapter and assembly.peft_model is None:
+        raise ConfigError(f"{model} carries no adapter to merge. Write it as it is with mm-moslora export --to hf.")
     moved = merge_adapter(assembly, dtype_of("fp32" if to == "gguf" else dtype))
     if moved is not None:
         rounded = "" if dtype == "fp32" or to == "gguf" else f", rounding to {dtype} included"

@@ -110,6 +110,22 @@ def _wrong_mixer(folder: Path) -> None:
     _rewrite(folder, shrink)
 
 
+def _other_method(folder: Path) -> None:
+    _plain(folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_type": "IA3"}))
+
+
+def _empty(folder: Path) -> None:
+    _plain(folder)
+    save_file({}, folder / "adapter_model.safetensors")
+
+
+def _plain(folder: Path) -> None:
+    for name in ("moslora.json", "moslora.safetensors"):
+        (folder / name).unlink()
+
+
 def _rewrite(folder: Path, change) -> None:
     """Change the unfolded factors and make their hash fit, as a careless tool would."""
     from mm_moslora.adapters.state import file_sha256
@@ -130,6 +146,10 @@ def _rewrite(folder: Path, change) -> None:
         (_stale, "is not the fold of moslora.safetensors"),
         (_nan, "NaN or infinity"),
         (_wrong_mixer, "lora_mixer"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "is not valid JSON"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "holds a list"),
+        (_other_method, "peft_type 'IA3'"),
+        (_empty, "holds no factors of an adapter"),
     ],
 )
 def test_a_bad_folder_is_one_clear_error_and_nothing_is_written(
@@ -162,3 +182,12 @@ def test_inspect_takes_a_run_as_well(adapter: Path, tmp_path: Path, capsys):
     assert capsys.readouterr().out.count("q_proj") == 2
     assert run(["adapters", "inspect", str(tmp_path)]) == 1
     assert "it is not an adapter folder" in capsys.readouterr().err
+
+
+def test_merge_without_an_adapter_writes_nothing(language_folder: Path, adapter: Path, tmp_path: Path, capsys):
+    assert run(["merge", str(language_folder), str(tmp_path / "out")]) == 1
+    assert "carries no adapter to merge" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").touch()
+    assert run(["merge", str(adapter), str(tmp_path / "out")]) == 1
+    assert "is a file" in capsys.readouterr().err

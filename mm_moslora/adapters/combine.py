@@ -48,8 +48,8 @@ def add_weighted_adapter(
         rank: R of `svd`; None takes the largest rank of the adapters.
 
     Raises:
-        AdapterError: unknown adapter or combination, as many weights as adapters are missing, different target modules,
-            DoRA (its update is no sum), or layers of a kind that cannot be combined.
+        AdapterError: unknown adapter or combination, not as many weights as adapters, DoRA (its update is no sum), or
+            layers of a kind that cannot be combined.
     """
     if len(adapters) != len(weights) or not adapters:
         raise AdapterError(f"There are {len(adapters)} adapters and {len(weights)} weights; give one weight each.")
@@ -59,7 +59,7 @@ def add_weighted_adapter(
             "each other. Use 'cat' (exact) or 'svd' (best plain LoRA of a rank)."
         )
     layers = _layers_of(model, adapters)
-    ranks = {name: max(layer.r[name] for layer in layers.values()) for name in adapters}
+    ranks = {name: max(layer.r[name] for layer in layers.values() if layer.holds(name)) for name in adapters}
     new_rank = sum(ranks.values()) if combination == "cat" else rank or max(ranks.values())
     config = _combined_config(model, adapters[0], new_rank, plain=combination == "svd")
     tuner = _tuner(model)
@@ -67,18 +67,19 @@ def add_weighted_adapter(
     tuner.peft_config[adapter_name] = config
     tuner.inject_adapter(tuner.model, adapter_name)
     for layer in layers.values():
-        deltas = [layer.factors(name) for name in adapters]
+        held = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if layer.holds(name)]
         target = layer.factors(adapter_name)
         target.A.zero_()
         target.B.zero_()
         if combination == "svd":
-            total = sum(weight * _flat_update(layer, name) for name, weight in zip(adapters, weights, strict=True))
+            total = sum(weight * _flat_update(layer, name) for name, weight in held)
             _fit(target.A, target.B, cast(Tensor, total))
             continue
         assert target.M is not None
         target.M.copy_(torch.eye(new_rank))
         start = 0
-        for factors, weight in zip(deltas, weights, strict=True):
+        for name, weight in held:
+            factors = layer.factors(name)
             stop = start + len(factors.A)
             target.A[start:stop] = factors.A
             target.B[:, start:stop] = factors.B * (weight * factors.scaling)
@@ -104,11 +105,9 @@ def _layers_of(model: nn.Module, adapters: Sequence[str]) -> dict[str, MoSLoRALa
     layers = dict(named_adapter_layers(_tuner(model).model))
     held = {name: {path for path, layer in layers.items() if layer.holds(name)} for name in adapters}
     for name, paths in held.items():
-        if paths != held[adapters[0]] or not paths:
-            raise AdapterError(
-                f"Adapters {adapters[0]!r} and {name!r} sit in different modules and cannot be added up."
-            )
-    return {path: layers[path] for path in sorted(held[adapters[0]])}
+        if not paths:
+            raise AdapterError(f"Adapter {name!r} sits in no module that carries MoSLoRA, and cannot be added up.")
+    return {path: layers[path] for path in sorted(set().union(*held.values()))}
 
 
 def _combined_config(model: nn.Module, first: str, rank: int, *, plain: bool) -> MoSLoRAConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,6 +182,10 @@ class MoSLoRAConfig(LoraConfig):
         for where, rank in ranks.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise AdapterError(f"{where} is {rank!r}, expected a whole number of at least 1.")
+        alphas = {f"alpha_pattern[{key!r}]": alpha for key, alpha in (self.alpha_pattern or {}).items()}
+        for where, alpha in ({"lora_alpha": self.lora_alpha} | alphas).items():
+            if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+                raise AdapterError(f"{where} is {alpha!r}, expected a number.")
 
     def _check_other_options(self) -> None:
         init = self.init_lora_weights

@@ -39,7 +39,13 @@ def create_layer(target: nn.Module, adapter_name: str, *, config: MoSLoRAConfig,
     """
     path = kwargs.get("target_name", "")
     if kwargs.pop("parameter_name", None) is not None:
-        raise AdapterError("target_parameters is not supported with a mixer. Name modules in target_modules.")
+        raise AdapterError("MoSLoRAConfig knows no target_parameters. Name modules in target_modules.")
+    if getattr(config, "target_modules_to_tie", None) and not config.is_plain(path):
+        raise AdapterError(
+            "ensure_weight_tying with the embedding among the targets: the tied head would need the embedding's mixer "
+            "transposed, and stock PEFT could not read the folder. Leave the embedding out of the targets, or train it "
+            "whole (modules_to_save)."
+        )
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     reason = why_not_adaptable(base)
     if reason:

@@ -94,7 +94,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _read_peft(root: Path, trainable: bool) -> AdapterFolder:
     data = read_json(root / STOCK_CONFIG)
     if data.get("peft_type") != "LORA":
-        raise AdapterError(f"{root} holds a {data.get('peft_type')} adapter, expected LORA.")
+        raise AdapterError(
+            f"{root} holds an adapter of peft_type {data.get('peft_type')!r}; LORA (MoSLoRA and plain LoRA) is read "
+            "here. Load it with PEFT itself."
+        )
     is_authors = bool(data.get("lora_use_mixer") or data.get("lora_use_mixer_pattern"))
     tensors = _peft_tensors(root, pickled=is_authors)
     lost = [name for name in tensors if "lora_mixer" in name or ("lora_AB" in name and not is_authors)]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import peft
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -207,7 +207,7 @@ def add_moslora(
     config: MoSLoRAConfig,
     *,
     component: str | Sequence[str] = "",
-    targets: str | Sequence[str] = ALL_LINEAR,
+    targets: str | Sequence[str] | None = None,
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
 ) -> peft.PeftModel:
@@ -216,9 +216,10 @@ def add_moslora(
     Args:
         model: any module tree, or a PEFT model that gets one more adapter. Changed in place; frozen but for the adapter
             when it is the first.
-        config: the adapter's configuration; its `target_modules` is replaced, the object is not changed.
+        config: the adapter's configuration; not changed. Its `exclude_modules`, `layers_to_transform`,
+            `layers_pattern` and `modules_to_save` take modules out of the targets, as in PEFT.
         component: module path of the component to adapt, or several that share this adapter; empty is the whole model.
-        targets: see `resolve_targets`.
+        targets: see `resolve_targets`; None takes the configuration's `target_modules`, `all-linear` if it has none.
         adapter_name: the adapter's name in PEFT.
         autocast_adapter_dtype: keep the factors in float32 when the base is in half precision (PEFT's default).
 
@@ -230,9 +231,25 @@ def add_moslora(
             fit its mixer; an adapter of this name. The model is untouched then.
     """
     components = [component] if isinstance(component, str) else list(component)
-    paths = _resolve(model, components, targets)
+    paths = _chosen(config, _resolve(model, components, targets or config.target_modules or ALL_LINEAR))
     check_plan(config, paths)
     return inject(model, config, paths, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+
+
+def _chosen(config: MoSLoRAConfig, paths: list[str]) -> list[str]:
+    """The targets that the configuration does not take out again."""
+    # PEFT does not look at the layer's number where a target is a whole path.
+    own = copy.copy(config)
+    chosen = []
+    for path in paths:
+        own.target_modules = {path.rpartition(".")[2]}  # type: ignore[assignment]
+        if check_target_module_exists(own, path):
+            chosen.append(path)
+    if not chosen:
+        options = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+        given = ", ".join(f"{name}={getattr(config, name)!r}" for name in options if getattr(config, name))
+        raise AdapterError(f"{given} leaves none of the {len(paths)} targets (the first: {', '.join(paths[:_SHOWN])}).")
+    return chosen
 
 
 def check_plan(config: MoSLoRAConfig, paths: Sequence[str]) -> None:

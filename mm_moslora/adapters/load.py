@@ -68,13 +68,13 @@ def load_adapter(
     _check_base(model, content.base, base or {}, source)
     paths = sorted(config.target_modules or ())
     shapes = _planned_shapes(model, config, paths, content.tensors, source)
-    check_tensors(content.tensors, shapes)
+    check_tensors(content.tensors, shapes, source=source)
     extra = sorted(content.tensors.keys() - shapes.keys())
     if extra and not _has_place(extra[0], config):
         raise AdapterError(f"{source} holds {extra[0]!r}, for which its configuration has no place.")
     config.inference_mode = not trainable
     if isinstance(model, peft.PeftModel) and adapter_name in model.peft_config:
-        check_tensors(content.tensors, expected_shapes(model, adapter_name))
+        check_tensors(content.tensors, expected_shapes(model, adapter_name), source=source)
         wrapped = model
     else:
         options: dict[str, Any] = {"adapter_name": adapter_name, "autocast_adapter_dtype": autocast_adapter_dtype}
@@ -117,7 +117,9 @@ def read_folder(folder: str | Path, *, trainable: bool = False) -> AdapterFolder
             "plain LoRA."
         )
     content = _read_own(root) if has_config else read_foreign(root, trainable=trainable)
-    check_tensors(content.tensors, _shapes_by_rank(content))
+    if not content.config.target_modules:
+        raise AdapterError(f"{root} holds no factors of an adapter. Save it again.")
+    check_tensors(content.tensors, _shapes_by_rank(content), source=str(root))
     return content
 
 
@@ -143,7 +145,7 @@ def _shapes_by_rank(content: AdapterFolder) -> dict[str, tuple[int, ...]]:
 
 def _read_own(root: Path) -> AdapterFolder:
     manifest = read_json(root / OWN_CONFIG)
-    if manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
+    if manifest.get("format") != FORMAT:
         found = manifest.get("format")
         raise AdapterError(f"{root / OWN_CONFIG} is not an adapter manifest: its format is {found!r}, not {FORMAT!r}.")
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -151,6 +153,11 @@ def _read_own(root: Path) -> AdapterFolder:
             f"{root / OWN_CONFIG} has format version {manifest.get('format_version')!r}, this release reads "
             f"{FORMAT_VERSION}. Update mm-moslora."
         )
+    for part in ("config", "files", "base"):
+        if not isinstance(manifest.get(part), dict):
+            raise AdapterError(f"{root / OWN_CONFIG} lacks {part!r}, or it is no object. Copy the folder again.")
+    if lost := {STOCK_WEIGHTS, OWN_WEIGHTS} - manifest["files"].keys():
+        raise AdapterError(f"{root / OWN_CONFIG} has no sha256 of {min(lost)}. Copy the folder again.")
     for name, expected in manifest["files"].items():
         path = root / name
         if not path.is_file():

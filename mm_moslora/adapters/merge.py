@@ -41,8 +41,9 @@ def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module
         The base model with merged weights.
 
     Raises:
-        AdapterError: no PEFT model; a factor that is not finite (before anything is changed), or a layer whose merged
-            output differs by more than the tolerance (the base weights are put back to within rounding).
+        AdapterError: no PEFT model; a factor that is not finite, or a bias without a place (nothing is changed then);
+            or a layer whose merged output differs by more than the tolerance (the base weights are put back to within
+            rounding).
     """
     layers = {path: layer for path, layer in named_adapter_layers(model) if not is_inner(path)}
     if not hasattr(model, "merge_and_unload"):
@@ -52,6 +53,7 @@ def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module
         )
     for path, layer in layers.items():
         _check_finite(path, layer)
+        _check_bias(path, layer)
     worst, where = 0.0, ""
     for path, layer in layers.items():
         error, limit = _merge_layer(layer, tolerance)
@@ -83,6 +85,14 @@ def _check_finite(path: str, layer: MoSLoRALayer) -> None:
                     f"{factor} of {path} holds NaN or infinity; merging would destroy the base model. Nothing was "
                     "merged."
                 )
+
+
+def _check_bias(path: str, layer: MoSLoRALayer) -> None:
+    biased = any(layer.lora_bias.get(name) for name in layer.active_adapters)
+    if biased and getattr(layer.get_base_layer(), "bias", None) is None:
+        raise AdapterError(
+            f"The adapter has lora_bias, and {path} has no bias to merge it into. Nothing was merged; use it unmerged."
+        )
 
 
 @torch.no_grad()

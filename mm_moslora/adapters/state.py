@@ -172,20 +172,23 @@ def _belongs(name: str, adapter_name: str) -> bool:
     return "lora_" in name and (f".{adapter_name}." in name or name.endswith(f".{adapter_name}"))
 
 
-def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_tensors(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, source: str = "The adapter"
+) -> None:
     """Refuse factors that are not what the model needs.
 
     Args:
         tensors: name to tensor.
         shapes: every name that must be there, and its shape.
+        source: what holds them, for the message.
 
     Raises:
-        AdapterError: a factor is missing, unknown, empty, of another shape, or holds NaN or infinity.
+        AdapterError: a factor is missing, unknown, empty, of another shape or no floats, or holds NaN or infinity.
     """
     factors = {name for name in tensors if name.endswith(_FACTORS)}
     for problem, names in (("lacks", shapes.keys() - factors), ("has besides the expected", factors - shapes.keys())):
         if names:
-            raise AdapterError(f"The adapter {problem} {len(names)} factors, the first is {min(names)!r}.")
+            raise AdapterError(f"{source} {problem} {len(names)} factors, the first is {min(names)!r}.")
     for name, tensor in tensors.items():
         if tensor.numel() == 0:
             raise AdapterError(
@@ -193,12 +196,14 @@ def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int,
             )
         if name in shapes and tuple(tensor.shape) != shapes[name]:
             raise AdapterError(
-                f"{name} has shape {list(tensor.shape)}, expected {list(shapes[name])}: the adapter was made for "
+                f"{source}: {name} has shape {list(tensor.shape)}, expected {list(shapes[name])}. It was made for "
                 "another base model, or its files were changed."
             )
+        if name in shapes and not tensor.is_floating_point():
+            raise AdapterError(f"{source}: {name} holds {tensor.dtype}, expected floats. Its files were changed.")
         if not torch.isfinite(tensor).all():
             raise AdapterError(
-                f"{name} holds NaN or infinity; the adapter is broken. Go back to an earlier checkpoint."
+                f"{source}: {name} holds NaN or infinity; it is broken. Go back to an earlier checkpoint."
             )
 
 
@@ -302,8 +307,8 @@ def complete_folder(folder: Path, config: MoSLoRAConfig, *, auto_mapping: Mappin
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / STOCK_CONFIG, stock_config(config, None, auto_mapping))
         return
-    # PEFT adds the frozen base weight of an adapted embedding.
-    tensors = {name: tensor.float() for name, tensor in load_file(weights).items() if ".base_layer.weight" not in name}
+    # The base weight of an adapted embedding, which PEFT adds unless save_embedding_layers is False, keeps its dtype.
+    tensors = {name: t if ".base_layer." in name else t.float() for name, t in load_file(weights).items()}
     check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith(_FACTORS)})
     write_folder(folder, config, tensors, base={}, auto_mapping=auto_mapping)
 

@@ -174,8 +174,10 @@ def check_empty(folder: Path) -> None:
     """Refuse a folder with something in it.
 
     Raises:
-        ModelError: it has.
+        ModelError: it has, or it is a file.
     """
+    if folder.is_file():
+        raise ModelError(f"{folder} is a file. Choose a new folder.")
     if folder.exists() and any(folder.iterdir()):
         raise ModelError(f"{folder} is not empty. Choose a new folder, so that no old file is mistaken for a new one.")
 

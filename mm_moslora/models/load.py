@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from mm_moslora import adapters
+from mm_moslora.adapters.foreign import read_json
 from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.errors import ModelError
 from mm_moslora.folders import ADAPTER_CONFIG, MANIFEST, find_checkpoint
@@ -103,7 +103,7 @@ def _load_trained(assembly: Assembly, file: Path) -> None:
 
 def _load_adapter(folder: Path, base: str | Path | None, *, merge: bool, dtype: torch.dtype) -> Assembly:
     """An adapter of another trainer, on the model that it names."""
-    named = base or json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    named = base or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not named:
         raise ModelError(f"{folder} is an adapter that does not name its base model. Give it with --base.")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import peft
 import pytest
 import torch
 from adapters.adapter_models import gpt2, llama, llava, llava_inputs, logits, train_a_bit
@@ -151,3 +152,42 @@ def test_a_taken_name_and_an_unwrapped_model_are_errors() -> None:
     with pytest.raises(AdapterError, match="Pass the PeftModel"):
         add_moslora(model.get_base_model(), MoSLoRAConfig(r=2))
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "layers", "names"),
+    [
+        ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, ["1"], ["q_proj"]),
+        ({"layers_to_transform": [1]}, ["1"], ["q_proj"]),
+        ({"modules_to_save": ["layers.0.self_attn.q_proj"]}, ["1"], ["q_proj"]),
+    ],
+)
+def test_options_that_take_targets_out_are_heard(options: dict, layers: list[str], names: list[str]) -> None:
+    paths = [
+        row.path for row in adapted_modules(add_moslora(llama(), MoSLoRAConfig(r=4, **options), targets=["q_proj"]))
+    ]
+    assert [path.split(".")[2] for path in paths] == layers
+    assert [path.rpartition(".")[2] for path in paths] == names
+
+
+def test_without_targets_those_of_the_configuration_count() -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, target_modules=["q_proj"]))
+    assert {row.path.rpartition(".")[2] for row in adapted_modules(model)} == {"q_proj"}
+    with pytest.raises(AdapterError, match=r"'q_porj' matches no module.*Did you mean 'q_proj'"):
+        add_moslora(llama(), MoSLoRAConfig(r=4, target_modules=["q_porj", "v_proj"]))
+
+
+def test_options_that_leave_no_target_are_an_error() -> None:
+    model = llama()
+    with pytest.raises(AdapterError, match=r"exclude_modules=\{'q_proj'\} leaves none of the 2 targets"):
+        add_moslora(model, MoSLoRAConfig(r=4, exclude_modules=["q_proj"]), targets=["q_proj"])
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings")
+def test_tied_adapters_of_embedding_and_head_are_refused() -> None:
+    tied = llama(tie_word_embeddings=True)
+    config = MoSLoRAConfig(r=4, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    with pytest.raises(AdapterError, match="the tied head would need the embedding's mixer transposed"):
+        peft.get_peft_model(tied, config)
+    assert not any("lora" in name for name, _ in tied.named_modules())

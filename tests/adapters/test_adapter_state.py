@@ -29,6 +29,7 @@ from mm_moslora.adapters import (
     merge,
     save_adapter,
 )
+from mm_moslora.adapters.inject import named_adapter_layers
 from mm_moslora.adapters.inspect import inspect_adapter
 from mm_moslora.errors import AdapterError
 
@@ -369,3 +370,73 @@ def test_merged_model_equals_the_loaded_adapter(saved: Path) -> None:
         warnings.simplefilter("error", UserWarning)
         merged = merge(load_adapter(llama(), saved))
     torch.testing.assert_close(logits(merged), logits(_adapted()), atol=1e-5, rtol=0)
+
+
+def _change(folder: Path, change: Callable[[dict], None]) -> None:
+    content = json.loads((folder / "moslora.json").read_text())
+    change(content)
+    (folder / "moslora.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.pop("files"), "lacks 'files'"),
+        (lambda content: content.update(config="r=4"), "lacks 'config'"),
+        (lambda content: content["files"].pop("moslora.safetensors"), "no sha256 of moslora.safetensors"),
+        (lambda content: content["config"].update(lora_alpha="8"), "lora_alpha is '8', expected a number"),
+    ],
+)
+def test_a_manifest_that_lost_a_part_is_one_clear_error(tmp_path: Path, change, message: str) -> None:
+    save_adapter(_adapted(), tmp_path / "a")
+    _change(tmp_path / "a", change)
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(llama(), tmp_path / "a")
+
+
+def test_factors_of_whole_numbers_are_refused(tmp_path: Path) -> None:
+    save_adapter(_adapted(), tmp_path / "a")
+    for name in ("moslora.json", "moslora.safetensors"):
+        (tmp_path / "a" / name).unlink()
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({name: tensor.int() for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(AdapterError, match=r"holds torch\.int32, expected floats"):
+        load_adapter(llama(), tmp_path / "a")
+
+
+def test_new_rows_of_an_adapted_embedding_come_back(tmp_path: Path) -> None:
+    def grown() -> nn.Module:
+        base = llama()
+        base.resize_token_embeddings(66)
+        return base
+
+    model = add_moslora(grown(), MoSLoRAConfig(r=4), targets=["embed_tokens", "q_proj"])
+    train_a_bit(model)
+    model.get_input_embeddings().base_layer.weight.data[64:] += 1
+    model.eval().save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    ids = torch.tensor([[64, 65, 3]])
+    with torch.no_grad():
+        live = model(ids).logits
+        for loaded in (load_adapter(grown(), tmp_path / "a"), peft.PeftModel.from_pretrained(grown(), tmp_path / "a")):
+            torch.testing.assert_close(loaded.eval()(ids).logits, live, atol=1e-5, rtol=0)
+
+
+def test_a_bias_without_a_place_is_not_merged() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = _adapted(lora_bias=True)
+    before = logits(model)
+    with pytest.raises(AdapterError, match=r"lora_bias, and .* has no bias to merge it into"):
+        merge(model)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("combination", ["cat", "svd"])
+def test_adapters_in_different_modules_add_up(combination: str) -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4), targets=["q_proj", "v_proj"])
+    add_moslora(model, MoSLoRAConfig(r=2), targets=["q_proj", "o_proj"], adapter_name="second")
+    train_a_bit(model)
+    model.add_weighted_adapter(["default", "second"], [0.5, -1.0], "sum", combination_type=combination, svd_rank=6)
+    for path, layer in named_adapter_layers(model):
+        parts = [w * layer.wide_delta(name) for name, w in (("default", 0.5), ("second", -1.0)) if layer.holds(name)]
+        torch.testing.assert_close(layer.wide_delta("sum"), sum(parts), atol=1e-5, rtol=1e-4, msg=path)
