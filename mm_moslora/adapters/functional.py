@@ -1,4 +1,4 @@
-"""MoSLoRA as functions of tensors: update, fold, the adapted linear layer written out, and seeded dropout.
+"""MoSLoRA as functions of tensors: update, fold, and the adapted linear layer written out.
 
 Shapes: ``D_in``, ``D_out`` widths, ``R`` rank; x ``[..., D_in]``, W ``[D_out, D_in]``, A ``[R, D_in]``, M ``[R, R]``,
 B ``[D_out, R]``; ``s`` is the scaling. The fused forward and backward are in `kernel`.
@@ -104,51 +104,6 @@ def reference_linear(
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for a device; the meta device, on which costs are counted, has none."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
-
-
-def draw_seed() -> int:
-    """A seed for `dropout_mask`, from torch's CPU generator, so that checkpointing repeats it."""
-    return int(torch.randint(2**62, (), device="cpu"))
-
-
-def seeded_dropout(x: Tensor, dropout: float) -> Tensor:
-    """Dropout of x with the mask that the fused kernel would draw: a layer drops the same entries on either path.
-
-    Args:
-        x: ``[..., D]``.
-        dropout: probability of dropping an entry.
-    """
-    dropout = exact_rate(dropout)
-    if not dropout:
-        return x
-    rows = x.reshape(-1, x.shape[-1])
-    return (rows * dropout_mask(rows, dropout, draw_seed())).view_as(x) / (1.0 - dropout)
-
-
-def dropout_mask(rows: Tensor, dropout: float, seed: int) -> Tensor:
-    """Ones and zeros like `rows`, the same for the same seed.
-
-    Sixteen random bits decide an entry, four entries to one drawn integer: on a CPU a fourth of `bernoulli_`'s time,
-    which is that of a bfloat16 product with a 2048 x 2048 weight.
-
-    Args:
-        rows: gives shape, dtype and device.
-        dropout: probability of a zero, a multiple of 2^-16 (`exact_rate`).
-        seed: from `draw_seed`.
-    """
-    if rows.device.type == "meta":  # costs are counted there; nothing is drawn
-        return torch.empty_like(rows)
-    generator = torch.Generator(rows.device).manual_seed(seed)
-    count = rows.numel()
-    words = torch.empty(-(-count // 4), dtype=torch.int64, device=rows.device)
-    words.random_(-(2**63), None, generator=generator)
-    threshold = round(dropout * 2**16) - 2**15
-    return words.view(torch.int16)[:count].ge(threshold).view_as(rows).to(rows.dtype)
-
-
-def exact_rate(dropout: float) -> float:
-    """The dropout probability that `dropout_mask` can draw: rounded to a multiple of 2^-16."""
-    return round(dropout * 2**16) / 2**16
 
 
 def combine(B: Tensor, M: Tensor | None, dtype: torch.dtype) -> Tensor:

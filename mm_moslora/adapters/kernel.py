@@ -14,7 +14,7 @@ layers' own parts of dX are added up by the products themselves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mm_moslora.adapters.functional import autocasts, draw_seed, dropout_mask, exact_rate
+from mm_moslora.adapters.dropout import draw_seed, exact_rate, keep, keep_, kept_bits
+from mm_moslora.adapters.functional import autocasts
 from mm_moslora.errors import AdapterError
 
 _TENSORS = 5
@@ -174,7 +175,7 @@ class _FusedLinears(torch.autograd.Function):
         ranks = [C.shape[1] for C in Cs]
         if any(plan.masks):
             pairs = zip(_parts(A, ranks, 0), plan.masks, strict=True)
-            z = torch.cat([_masked(rows, mask) @ a.t() for a, mask in pairs], 1)
+            z = torch.cat([_inner(rows, a, mask) for a, mask in pairs], 1)
         else:
             z = rows @ A.t()
         results = []
@@ -231,19 +232,15 @@ class _Backward:
 
     def _inputs(self) -> tuple[Tensor | None, dict[int, Tensor]]:
         """``dX`` and every ``dA``."""
-        dX = None
-        if self.needs_x:
-            for index in self.used:
-                grad, weight = self.grads[index], self.weights[index].to(self.x.dtype)
-                dX = grad @ weight if dX is None else dX.addmm_(grad, weight)
         if not (self.needs_x or any(needs[2] for needs in self.needs)):
             return None, {}
         us = [self.grads[index] @ self.C[index] for index in self.used]
         if any(self.plan.masks):
-            dA: Sequence[Tensor] = [self._masked_inputs(dX, index, u) for index, u in zip(self.used, us, strict=True)]
+            dX, dA = self._masked_inputs(us)
         else:
             u = us[0] if len(us) == 1 else torch.cat(us, 1)
             A = self.whole_A if len(us) == len(self.A) else torch.cat([self.A[index] for index in self.used])
+            dX = self._through_weights(None)
             if dX is not None:
                 dX.addmm_(u, A)
             dA = _parts(u.t() @ self.rows, [part.shape[1] for part in us], 0)
@@ -254,16 +251,30 @@ class _Backward:
         }
         return None if dX is None else dX.view_as(self.x), gradients
 
-    def _masked_inputs(self, dX: Tensor | None, index: int, u: Tensor) -> Tensor:
-        mask = self.plan.masks[index]
-        if mask is None:
-            if dX is not None:
-                dX.addmm_(u, self.A[index])
-            return u.t() @ self.rows
-        kept = dropout_mask(self.rows, *mask)
-        if dX is not None:
-            dX.addcmul_(u @ self.A[index], kept)
-        return u.t() @ kept.mul_(self.rows)
+    def _through_weights(self, dX: Tensor | None) -> Tensor | None:
+        """``dX`` and the base weights' part of it, added up by the products."""
+        if not self.needs_x:
+            return None
+        for index in self.used:
+            grad, weight = self.grads[index], self.weights[index].to(self.x.dtype)
+            assert grad is not None
+            dX = grad @ weight if dX is None else dX.addmm_(grad, weight)
+        return dX
+
+    def _masked_inputs(self, us: Sequence[Tensor]) -> tuple[Tensor | None, Sequence[Tensor]]:
+        """``dX`` and every ``dA`` where an adapter has dropout."""
+        dX, gradients = torch.empty_like(self.rows) if self.needs_x else None, []
+        for place, (index, u) in enumerate(zip(self.used, us, strict=True)):
+            A, mask = self.A[index], self.plan.masks[index]
+            dA = torch.zeros_like(A, dtype=torch.promote_types(A.dtype, torch.float32))
+            for block, bits in _blocks(self.rows, mask):
+                if dX is not None and place == 0:
+                    keep_(torch.mm(u[block], A, out=dX[block]), bits)
+                elif dX is not None:
+                    dX[block].add_(keep_(u[block] @ A, bits))
+                dA.add_(u[block].t() @ keep(self.rows[block], bits))
+            gradients.append(dA)
+        return self._through_weights(dX), gradients
 
     def _outputs(self, index: int) -> tuple[Tensor | None, Tensor | None]:
         """``dM`` and ``dB`` of one layer."""
@@ -336,5 +347,14 @@ def _parts(whole: Tensor, sizes: Sequence[int], dim: int) -> Sequence[Tensor]:
     return (whole,) if len(sizes) == 1 else whole.split_with_sizes(sizes, dim)
 
 
-def _masked(rows: Tensor, mask: tuple[float, int] | None) -> Tensor:
-    return rows if mask is None else dropout_mask(rows, *mask).mul_(rows)
+def _inner(rows: Tensor, A: Tensor, mask: tuple[float, int] | None) -> Tensor:
+    """``z = dropout(x) A^T``."""
+    z = rows.new_empty(rows.shape[0], A.shape[0])
+    for block, bits in _blocks(rows, mask):
+        torch.mm(keep(rows[block], bits), A.t(), out=z[block])
+    return z
+
+
+def _blocks(rows: Tensor, mask: tuple[float, int] | None) -> Iterable[tuple[slice, Tensor | None]]:
+    """The rows in blocks with their masks, in one without."""
+    return [(slice(None), None)] if mask is None else kept_bits(rows, *mask)

@@ -16,7 +16,8 @@ from peft.tuners.lora.dora import DoraConv2dLayer, DoraEmbeddingLayer, DoraLinea
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from mm_moslora.adapters.functional import combine, fold, seeded_dropout
+from mm_moslora.adapters.dropout import seeded_dropout
+from mm_moslora.adapters.functional import combine, fold
 
 
 class MoSLoRAVariant(LoraVariant):

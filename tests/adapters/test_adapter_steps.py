@@ -22,7 +22,7 @@ from mm_moslora.adapters import (
     save_adapter,
     use_kernel,
 )
-from mm_moslora.adapters.functional import dropout_mask
+from mm_moslora.adapters.dropout import keep, kept_bits
 from mm_moslora.adapters.kernel import _FusedLinears
 from mm_moslora.errors import AdapterError
 
@@ -132,12 +132,16 @@ def _tensors(dtype: torch.dtype) -> list[Tensor]:
     return [tensor.requires_grad_(index != 1) for index, tensor in enumerate(tensors)]
 
 
+def mask_of(rows: Tensor, rate: float, seed: int) -> Tensor:
+    return torch.cat([bits for _, bits in kept_bits(rows, rate, seed)])
+
+
 def test_dropout_in_the_kernel_equals_a_masked_reference() -> None:
     x, weight, bias, A, M, B = _tensors(torch.float64)
     torch.manual_seed(11)
     result = fused_linear(x, weight, bias, A, M, B, 1.7, dropout=0.25)
     torch.manual_seed(11)
-    mask = dropout_mask(x.reshape(-1, 6), 0.25, int(torch.randint(2**62, ()))).view_as(x)
+    mask = -mask_of(x.reshape(-1, 6), 0.25, int(torch.randint(2**62, ()))).view_as(x)
     assert 0 < mask.sum() < mask.numel()
     branch = reference_linear(x * mask / 0.75, torch.zeros_like(weight), None, A, M, B, 1.7)
     wanted = torch.nn.functional.linear(x, weight, bias) + branch
@@ -150,19 +154,18 @@ def test_dropout_in_the_kernel_equals_a_masked_reference() -> None:
         torch.testing.assert_close(found, right, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rate", [0.05, 0.5])
 def test_the_mask_has_the_right_rate_and_is_repeatable(dtype: torch.dtype, rate: float) -> None:
-    rows = torch.empty(301, 333, dtype=dtype)
-    mask = dropout_mask(rows, rate, 5)
-    assert mask.dtype == dtype
-    assert set(mask.unique().tolist()) == {0.0, 1.0}
-    dropped = 1 - float(mask.double().mean())
-    assert abs(dropped - rate) < 5 * (rate * (1 - rate) / rows.numel()) ** 0.5
-    assert torch.equal(mask, dropout_mask(rows, rate, 5))
-    assert not torch.equal(mask, dropout_mask(rows, rate, 6))
-    columns = mask.double().mean(0)
-    assert (columns - (1 - rate)).abs().max() < 6 * (rate * (1 - rate) / 301) ** 0.5
+    rows = torch.randn(301, 333).to(dtype)
+    bits = mask_of(rows, rate, 5)
+    assert set(bits.unique().tolist()) == {-1, 0}
+    assert torch.equal(keep(rows, bits), torch.where(bits == 0, 0, rows))
+    kept = -bits.double()
+    assert abs(1 - float(kept.mean()) - rate) < 5 * (rate * (1 - rate) / rows.numel()) ** 0.5
+    assert torch.equal(bits, mask_of(rows, rate, 5))
+    assert not torch.equal(bits, mask_of(rows, rate, 6))
+    assert (kept.mean(0) - (1 - rate)).abs().max() < 6 * (rate * (1 - rate) / 301) ** 0.5
 
 
 def test_checkpointing_repeats_the_mask() -> None:
