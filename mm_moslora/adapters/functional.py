@@ -106,12 +106,13 @@ def autocasts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def combine(B: Tensor, M: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``C = B M`` in the precision of B, rounded once.
+def combine(B: Tensor, M: Tensor | None, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
+    """``C = s B M`` in the precision of B, rounded once.
 
     Args:
         B: ``[D_out, R]``.
         M: ``[R, R]``; None is the identity.
         dtype: of the result.
+        scaling: s.
     """
-    return (B if M is None else B @ M.to(B.dtype)).to(dtype)
+    return (B * scaling if M is None else B @ (M.to(B.dtype) * scaling)).to(dtype)

@@ -21,8 +21,9 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from mm_moslora.adapters.functional import autocasts, current_kernel, delta_weight
-from mm_moslora.adapters.kernel import Operands, fused_linears
+from mm_moslora.adapters.kernel import fused_linears
 from mm_moslora.adapters.mixer import FrozenFactor, Mixer, init_mixer, orthonormal_rows
+from mm_moslora.adapters.products import Operands
 from mm_moslora.adapters.sharding import fetches_whole, only_fetches
 from mm_moslora.adapters.variants import DoraMixerVariant, MoSLoRAVariant
 from mm_moslora.errors import AdapterError

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm_moslora.adapters.kernel import Operands, fused_linears
+from mm_moslora.adapters.kernel import fused_linears
 from mm_moslora.adapters.layer import MoSLoRALinear
+from mm_moslora.adapters.products import Operands
 
 _FAMILIES = (
     ("q_proj", "k_proj", "v_proj"),

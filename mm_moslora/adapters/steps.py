@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mm_moslora.adapters.functional import combine
 from mm_moslora.adapters.inject import named_adapter_layers
-from mm_moslora.adapters.kernel import Operands, Pending, StepProducts, chain_rule
+from mm_moslora.adapters.kernel import Pending, StepProducts
 from mm_moslora.adapters.layer import MoSLoRALinear
+from mm_moslora.adapters.products import Operands, chain_rule
 from mm_moslora.errors import AdapterError
 
 
@@ -51,10 +53,11 @@ class StepWindow:
             dtype: of the product.
         """
         M, B, scaling = operands.M, operands.B, operands.scaling
+        assert B is not None
         lent = self._lent.get((id(layer), dtype))
         if lent is None:
             with torch.no_grad():
-                C = (B * scaling if M is None else B @ (M.to(B.dtype) * scaling)).to(dtype)
+                C = combine(B, M, dtype, scaling)
             lent = self._lent[id(layer), dtype] = _Lent(C=C, pending=Pending(gradient=None, M=M, B=B, scaling=scaling))
         if not (B.requires_grad or (M is not None and M.requires_grad)):
             return lent.C

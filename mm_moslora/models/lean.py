@@ -4,8 +4,8 @@ Shapes: ``S`` tokens, ``K`` supervised positions, ``D`` LLM width, ``H`` heads, 
 
 `use_lean_layers` changes the class of the layers, not their weights or names, so that saving, merging, generation and
 gradient checkpointing go on as before. A layer falls back to its own forward pass whenever a call is not plain training
-on a padding-free row: with a cache, without gradients, with trained base weights, quantised weights, adapter dropout,
-several adapters, or weights that ZeRO-3 has taken away (our engine has it fetch them, a layer at a time).
+on a padding-free row: with a cache, without gradients, with trained base weights, quantised weights, several
+adapters, or weights that ZeRO-3 has taken away (our engine has it fetch them, a layer at a time).
 
 The last layer does one thing more: what follows its attention is computed at the supervised positions alone, since
 nothing reads the others. That is exact.
@@ -23,8 +23,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mm_moslora.adapters.functional import autocasts
 from mm_moslora.adapters.layer import MoSLoRALinear
+from mm_moslora.adapters.products import Operands
 from mm_moslora.adapters.sharding import fetches_whole, only_fetches
-from mm_moslora.models.lean_ops import AdaptedLinear, gated_mlp, normed_linears, rotate
+from mm_moslora.models.lean_ops import gated_mlp, normed_linears, rotate
 
 KNOWN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 """Pre-norm layers with RMS norms, a gated MLP and rotary embedding in halves."""
@@ -79,7 +80,7 @@ def _attention(attention: Any, projected: tuple[Tensor, ...], kwargs: dict[str, 
     return attended.reshape(projected[0].shape[0], -1)
 
 
-def _usable(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> list[AdaptedLinear] | None:
+def _usable(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> list[Operands] | None:
     """q, k, v, gate, up and down as tensors (the output projection runs as a module), or None: fall back."""
     if not (torch.is_grad_enabled() and layer.training) or torch.compiler.is_compiling() or hidden.shape[0] != 1:
         return None
@@ -96,10 +97,10 @@ def _usable(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> list[AdaptedL
         return None
     modules = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     found = [as_tensors(module, hidden) for module in modules]
-    return None if any(item is None for item in found) else cast(list[AdaptedLinear], found)
+    return None if any(item is None for item in found) else cast(list[Operands], found)
 
 
-def as_tensors(module: nn.Module, x: Tensor) -> AdaptedLinear | None:
+def as_tensors(module: nn.Module, x: Tensor) -> Operands | None:
     """A linear layer as tensors where their product is all that the module would compute.
 
     Args:
@@ -108,20 +109,17 @@ def as_tensors(module: nn.Module, x: Tensor) -> AdaptedLinear | None:
     """
     if isinstance(module, MoSLoRALinear):
         found = module.fused_operands(x)
-        if found is None or found.dropout:
-            return None
-        if module.step_window is not None:
-            return AdaptedLinear(
-                found.weight, found.bias, found.A, None, module.step_window.product(module, found, x.dtype)
-            )
-        return AdaptedLinear(found.weight, found.bias, found.A, found.M, found.B, found.scaling)
+        if found is None or module.step_window is None:
+            return found
+        product = module.step_window.product(module, found, x.dtype)
+        return Operands(weight=found.weight, bias=found.bias, A=found.A, M=None, B=product, dropout=found.dropout)
     plain = type(module) is nn.Linear and "forward" not in module.__dict__ and type(module.weight) is nn.Parameter
     if not plain or not only_fetches(module):
         return None
     weight = cast(nn.Linear, module).weight
     if weight.requires_grad or weight.dtype != x.dtype:
         return None
-    return AdaptedLinear(weight, cast(nn.Linear, module).bias)
+    return Operands(weight=weight, bias=cast(nn.Linear, module).bias, A=None, M=None, B=None)
 
 
 def use_lean_layers(model: PreTrainedModel) -> int:

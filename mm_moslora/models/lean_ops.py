@@ -4,49 +4,23 @@ Shapes: ``S`` tokens, ``D`` LLM width, ``F`` MLP width, ``R`` rank, ``H`` heads,
 
 What a cheap elementwise pass can rebuild is not kept: the norm's output is rebuilt from its input, the product of the
 gated MLP from its two factors. Per token and layer 6 D + 2 F values stay (stock modules with PEFT's adapters: about
-twice that in fp32, three times in bf16). Base weights are frozen and get no gradient. The adapters' formulas are those
-of `mm_moslora.adapters.functional`; siblings that read the same input share one product with their stacked A.
+twice that in fp32, three times in bf16). Base weights are frozen and get no gradient. The linear layers' formulas are
+those of `mm_moslora.adapters.products`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mm_moslora.adapters.functional import combine
+from mm_moslora.adapters.products import TENSORS, Operands, Products, Rules, chain_rule, copies
 
 
-@dataclass(frozen=True)
-class AdaptedLinear:
-    """A frozen linear layer, with or without an adapter, as tensors."""
-
-    weight: Tensor
-    """``[D_out, D_in]``."""
-    bias: Tensor | None = None
-    """``[D_out]``."""
-    A: Tensor | None = None
-    """``[R, D_in]``; None: no adapter."""
-    M: Tensor | None = None
-    """``[R, R]``; None: the identity."""
-    B: Tensor | None = None
-    """``[D_out, R]``."""
-    scaling: float = 1.0
-    """s."""
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """In the order of the fields."""
-        return self.weight, self.bias, self.A, self.M, self.B
-
-
-_PARTS = 5
-
-
-def normed_linears(x: Tensor, norm_weight: Tensor, eps: float, linears: Sequence[AdaptedLinear]) -> tuple[Tensor, ...]:
+def normed_linears(x: Tensor, norm_weight: Tensor, eps: float, linears: Sequence[Operands]) -> tuple[Tensor, ...]:
     """RMS norm, then several linear layers that all read it; keeps x and the adapters' inner products.
 
     Args:
@@ -59,13 +33,10 @@ def normed_linears(x: Tensor, norm_weight: Tensor, eps: float, linears: Sequence
         ``[S, D_out]`` for each.
     """
     flat = [tensor for linear in linears for tensor in linear.tensors()]
-    scalings = tuple(linear.scaling for linear in linears)
-    return _NormedLinears.apply(x, norm_weight, eps, scalings, *flat)  # type: ignore[no-any-return]
+    return _NormedLinears.apply(x, norm_weight, eps, Rules.of(linears), *flat)  # type: ignore[no-any-return]
 
 
-def gated_mlp(
-    x: Tensor, norm_weight: Tensor, eps: float, gate: AdaptedLinear, up: AdaptedLinear, down: AdaptedLinear
-) -> Tensor:
+def gated_mlp(x: Tensor, norm_weight: Tensor, eps: float, gate: Operands, up: Operands, down: Operands) -> Tensor:
     """``x + down(silu(gate(norm(x))) * up(norm(x)))``; keeps x, the outputs of gate and up, and inner products.
 
     Args:
@@ -80,8 +51,8 @@ def gated_mlp(
         ``[S, D]``.
     """
     flat = [tensor for linear in (gate, up, down) for tensor in linear.tensors()]
-    scalings = (gate.scaling, up.scaling, down.scaling)
-    return _GatedMlp.apply(x, norm_weight, eps, scalings, *flat)  # type: ignore[no-any-return]
+    rules = (Rules.of((gate, up)), Rules.of((down,)))
+    return _GatedMlp.apply(x, norm_weight, eps, rules, *flat)  # type: ignore[no-any-return]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -110,76 +81,42 @@ def _normalise_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor
     return pull.addcmul_(direction, mean, value=-1).mul_(inverse).to(x.dtype)
 
 
-def _group(flat: Sequence[Tensor | None], scalings: Sequence[float]) -> list[AdaptedLinear]:
-    grouped = []
-    for index, scaling in enumerate(scalings):
-        weight, bias, A, M, B = flat[index * _PARTS : (index + 1) * _PARTS]
-        assert weight is not None
-        grouped.append(AdaptedLinear(weight, bias, A, M, B, scaling))
-    return grouped
+class _Linears:
+    """Siblings inside a node: their tensors as the node got them, and their products."""
 
+    def __init__(self, flat: Sequence[Tensor | None], rules: Rules, dtype: torch.dtype) -> None:
+        self.layers = [flat[start : start + TENSORS] for start in range(0, len(flat), TENSORS)]
+        self.rules = rules
+        weights, self.biases = ([layer[index] for layer in self.layers] for index in range(2))
+        A, C = copies(self.layers, rules.scalings, dtype)
+        self.products = Products(weights, A, C, rules.masks)  # type: ignore[arg-type]
 
-def _stacked(linears: Sequence[AdaptedLinear], dtype: torch.dtype) -> Tensor | None:
-    factors = [linear.A.to(dtype) for linear in linears if linear.A is not None]
-    return (factors[0] if len(factors) == 1 else torch.cat(factors)) if factors else None
+    def outputs(self, y: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """Of y ``[S, D]``, and the adapters' inner products."""
+        return self.products.outputs(y, self.biases)
 
-
-def _forward(y: Tensor, linears: Sequence[AdaptedLinear]) -> tuple[list[Tensor], Tensor | None]:
-    """Outputs of siblings that read y, and their stacked inner products ``z = y A^T``."""
-    A = _stacked(linears, y.dtype)
-    z = None if A is None else y @ A.t()
-    outputs, start = [], 0
-    for linear in linears:
-        bias = None if linear.bias is None else linear.bias.to(y.dtype)
-        output = F.linear(y, linear.weight.to(y.dtype), bias)
-        if linear.A is not None and linear.B is not None and z is not None:
-            rank = linear.A.shape[0]
-            output.addmm_(z[:, start : start + rank], combine(linear.B, linear.M, y.dtype).t(), alpha=linear.scaling)
-            start += rank
-        outputs.append(output)
-    return outputs, z
-
-
-def _backward(
-    y: Tensor, z: Tensor | None, grads: Sequence[Tensor], linears: Sequence[AdaptedLinear]
-) -> tuple[Tensor, list[tuple[Tensor | None, ...]]]:
-    """Gradient of y, and gradients of (weight, bias, A, M, B) for each sibling."""
-    dy: Tensor | None = None
-    pulls, start = [], 0
-    found: list[list[Tensor | None]] = []
-    for grad, linear in zip(grads, linears, strict=True):
-        dy = grad @ linear.weight.to(grad.dtype) if dy is None else dy.addmm_(grad, linear.weight.to(grad.dtype))
-        own: list[Tensor | None] = [None] * _PARTS
-        if linear.A is not None and linear.B is not None and z is not None:
-            rank = linear.A.shape[0]
-            pulls.append((grad @ combine(linear.B, linear.M, grad.dtype)).mul_(linear.scaling))
-            dC = (grad.t() @ z[:, start : start + rank]).to(linear.B.dtype).mul_(linear.scaling)
-            own[4] = dC if linear.M is None else dC @ linear.M.to(dC.dtype).t()
-            own[3] = None if linear.M is None else (linear.B.t() @ dC).to(linear.M.dtype)
-            start += rank
-        found.append(own)
-    assert dy is not None
-    if pulls:
-        u = pulls[0] if len(pulls) == 1 else torch.cat(pulls, dim=1)
-        stacked = _stacked(linears, u.dtype)
-        assert stacked is not None
-        dy.addmm_(u, stacked)
-        dA, start = u.t() @ y, 0
-        for own, linear in zip(found, linears, strict=True):
-            if linear.A is not None:
-                own[2] = dA[start : start + linear.A.shape[0]].to(linear.A.dtype)
-                start += linear.A.shape[0]
-    return dy, [tuple(own) for own in found]
+    def gradients(self, y: Tensor, z: Tensor | None, grads: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        """Of y, and of every layer's tensors."""
+        dy, dA = self.products.input_gradients(y, grads)
+        assert dy is not None
+        found: list[Tensor | None] = []
+        for index, (grad, (_, _, A, M, B)) in enumerate(zip(grads, self.layers, strict=True)):
+            dM = dB = None
+            if B is not None and z is not None:
+                dC = self.products.product_gradient(index, grad, z)
+                dM, dB = chain_rule(dC, M, B, self.rules.scalings[index])
+            found += [None, None, None if A is None else dA[index].to(A.dtype), dM, dB]
+        return dy, found
 
 
 class _NormedLinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, scalings: tuple[float, ...], *flat: Tensor | None
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, rules: Rules, *flat: Tensor | None
     ) -> tuple[Tensor, ...]:
         y, inverse = _normalise(x, weight, eps)
-        outputs, z = _forward(y, _group(flat, scalings))
-        ctx.scalings = scalings
+        outputs, z = _Linears(flat, rules, y.dtype).outputs(y)
+        ctx.rules = rules
         ctx.save_for_backward(x, weight, inverse, z, *flat)
         return tuple(outputs)
 
@@ -187,37 +124,36 @@ class _NormedLinears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse, z, *flat = ctx.saved_tensors
         y = (x.float() * inverse).to(x.dtype) * weight
-        dy, found = _backward(y, z, grads, _group(flat, ctx.scalings))
+        dy, found = _Linears(flat, ctx.rules, y.dtype).gradients(y, z, grads)
         dx = _normalise_backward(dy, x, weight, inverse) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, *(tensor for own in found for tensor in own)
+        return dx, None, None, None, *found
 
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, scalings: tuple[float, ...], *flat: Tensor | None
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, rules: tuple[Rules, Rules], *flat: Tensor | None
     ) -> Tensor:
-        gate, up, down = _group(flat, scalings)
         y, inverse = _normalise(x, weight, eps)
-        (e, g), z = _forward(y, (gate, up))
+        (e, g), z = _Linears(flat[: 2 * TENSORS], rules[0], y.dtype).outputs(y)
         del y
-        (output,), z_down = _forward(F.silu(e).mul_(g), (down,))
-        ctx.scalings = scalings
+        (output,), z_down = _Linears(flat[2 * TENSORS :], rules[1], x.dtype).outputs(F.silu(e).mul_(g))
+        ctx.rules = rules
         ctx.save_for_backward(x, weight, inverse, z, e, g, z_down, *flat)
         return output.add_(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse, z, e, g, z_down, *flat = ctx.saved_tensors
-        gate, up, down = _group(flat, ctx.scalings)
         activated = F.silu(e)
-        dh, found_down = _backward(activated * g, z_down, (grad,), (down,))
+        down = _Linears(flat[2 * TENSORS :], ctx.rules[1], x.dtype)
+        dh, found_down = down.gradients(activated * g, z_down, (grad,))
         d_up = activated.mul_(dh)
         d_gate = torch.ops.aten.silu_backward(dh.mul_(g), e)
         y = (x.float() * inverse).to(x.dtype) * weight
-        dy, found = _backward(y, z, (d_gate, d_up), (gate, up))
+        dy, found = _Linears(flat[: 2 * TENSORS], ctx.rules[0], x.dtype).gradients(y, z, (d_gate, d_up))
         dx = _normalise_backward(dy, x, weight, inverse).add_(grad) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, *(tensor for own in (*found, *found_down) for tensor in own)
+        return dx, None, None, None, *found, *found_down
 
 
 class _Rotate(torch.autograd.Function):

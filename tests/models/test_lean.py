@@ -80,12 +80,17 @@ def assert_close(lean: dict[str, torch.Tensor], stock: dict[str, torch.Tensor], 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lean_layers_give_the_loss_and_gradients_of_stock_layers_and_keep_less(family: str) -> None:
-    model, given = adapted(family), batch()
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_lean_layers_give_the_loss_and_gradients_of_stock_layers_and_keep_less(family: str, dropout: float) -> None:
+    model, given = adapted(family, lora_dropout=dropout), batch()
+    torch.manual_seed(3)
     stock_loss, stock = loss_and_gradients(model, given)
     before = kept_bytes(model, given)
     assert use_lean_layers(model) == 3
     use_loss_head(model)
+    if dropout:  # behind the last attention it computes fewer rows, whose masks are other ones
+        model.model.layers[-1].is_last = False
+    torch.manual_seed(3)
     lean_loss, lean = loss_and_gradients(model, given)
     assert lean_loss == pytest.approx(stock_loss, rel=1e-6)
     assert_close(lean, stock)
@@ -104,8 +109,10 @@ def test_micro_batches_of_a_step_share_the_product_of_b_and_m(
     given = batch()
     _, one = loss_and_gradients(model, given)
     made = []
-    combine = lean_ops.combine
-    monkeypatch.setattr(lean_ops, "combine", lambda B, M, dtype: made.append(M) or combine(B, M, dtype))
+    copies = lean_ops.copies
+    monkeypatch.setattr(
+        lean_ops, "copies", lambda layers, *rest: made.extend(M for _, _, _, M, _ in layers) or copies(layers, *rest)
+    )
     model.zero_grad(set_to_none=True)
     fired = []
     mixer = next(p for name, p in model.named_parameters() if "q_proj.lora_mixer" in name)
@@ -136,9 +143,9 @@ def test_gradient_checkpointing_of_lean_layers_changes_nothing() -> None:
     assert_close(recomputed, gradients)
 
 
-@pytest.mark.parametrize("case", ["dropout", "trained norm", "plain linear", "no segments"])
+@pytest.mark.parametrize("case", ["trained norm", "plain linear", "no segments"])
 def test_what_lean_layers_cannot_do_runs_as_before(case: str) -> None:
-    model, given = adapted("llama", lora_dropout=0.5 if case == "dropout" else 0.0), batch()
+    model, given = adapted("llama"), batch()
     if case == "trained norm":
         model.model.layers[1].input_layernorm.weight.requires_grad_(True)
     if case == "plain linear":

@@ -1,0 +1,236 @@
+"""Adapted linear layers that read the same input, forward and backward, as products of tensors without autograd.
+
+Shapes: ``T`` tokens (all leading dimensions), ``D_in``, ``D_out`` widths, ``R`` rank; x ``[..., D_in]``, W
+``[D_out, D_in]``, A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``; ``s`` is the scaling, ``C = s B M``.
+
+Forward ``y = x W^T + (x A^T) C^T``. Backward with ``u = dY C`` and ``z = x A^T``::
+
+    dX = dY W + u A     dA = u^T x     dC = dY^T z     dB = s dC M^T     dM = s B^T dC
+
+No product of size T is spent on M, and nothing of size T is kept but x and z. Layers that read one x (query, key and
+value; gate and up) have their A on top of each other: z, dA and the adapters' part of dX are one product each, and the
+layers' own parts of dX are added up by the products themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mm_moslora.adapters.dropout import draw_seed, exact_rate, keep, keep_, kept_bits
+from mm_moslora.adapters.functional import combine
+
+Mask = tuple[float, int]
+"""Dropout probability and seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operands:
+    """What one linear layer computes with, adapted or not."""
+
+    weight: Tensor
+    """``[D_out, D_in]``; gets no gradient."""
+    bias: Tensor | None
+    """``[D_out]``."""
+    A: Tensor | None
+    """``[R, D_in]``; None: no adapter."""
+    M: Tensor | None
+    """``[R, R]``; None is the identity."""
+    B: Tensor | None
+    """``[D_out, R]``; None: no adapter."""
+    scaling: float = 1.0
+    """s."""
+    dropout: float = 0.0
+    """Probability of dropping an entry of x before A."""
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """W, bias, A, M and B."""
+        return self.weight, self.bias, self.A, self.M, self.B
+
+
+TENSORS = 5
+"""How many `Operands.tensors` gives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What siblings compute with beside tensors, an entry per layer."""
+
+    scalings: tuple[float, ...]
+    """Of the products ``C``."""
+    masks: tuple[Mask | None, ...]
+    """Dropout of x before A."""
+
+    @classmethod
+    def of(cls, layers: Sequence[Operands]) -> Rules:
+        """Draws seeds; survivors of dropout are scaled up by ``1 / (1 - dropout)``, free as a part of s."""
+        rates = [exact_rate(layer.dropout) for layer in layers]
+        return cls(
+            scalings=tuple(layer.scaling / (1.0 - rate) for layer, rate in zip(layers, rates, strict=True)),
+            masks=tuple((rate, draw_seed()) if rate else None for rate in rates),
+        )
+
+
+class Products:
+    """Siblings with their tensors in the compute dtype."""
+
+    def __init__(
+        self, weights: Sequence[Tensor], A: Tensor | None, C: Sequence[Tensor | None], masks: Sequence[Mask | None]
+    ) -> None:
+        """See `copies` for A and C.
+
+        Args:
+            weights: ``[D_out, D_in]`` each.
+            A: ``[sum of R, D_in]``; None: no layer has an adapter.
+            C: ``[D_out, R]`` each; None: no adapter.
+            masks: dropout of x before A.
+        """
+        self.weights, self.A, self.C, self.masks = weights, A, C, masks
+        self.ranks = [0 if c is None else c.shape[1] for c in C]
+
+    def outputs(self, x: Tensor, biases: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor | None]:
+        """Every ``y``, and ``z`` side by side (None without adapters).
+
+        Args:
+            x: ``[..., D_in]``.
+            biases: ``[D_out]`` each.
+        """
+        z = None if self.A is None else self._inner(x.reshape(-1, x.shape[-1]), self.A)
+        results = []
+        for index, (weight, bias, C) in enumerate(zip(self.weights, biases, self.C, strict=True)):
+            # Shaped by F.linear, not by a view at the end: callers may change the result in place.
+            y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            if C is not None and z is not None:
+                y.view(-1, y.shape[-1]).addmm_(self._part(z, index, 1), C.t())
+            results.append(y)
+        return results, z
+
+    def _inner(self, rows: Tensor, A: Tensor) -> Tensor:
+        if not any(self.masks):
+            return rows @ A.t()
+        z = rows.new_empty(rows.shape[0], A.shape[0])
+        for index, mask in enumerate(self.masks):
+            if self.ranks[index]:
+                own, place = self._factor(index).t(), self._part(z, index, 1)
+                for block, bits in _blocks(rows, mask):
+                    place[block] = keep(rows[block], bits) @ own
+        return z
+
+    def input_gradients(
+        self, x: Tensor, grads: Sequence[Tensor | None], *, needs_x: bool = True
+    ) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """``dX`` (None if it is not needed) and every ``dA``, by the layer's place.
+
+        Args:
+            x: ``[T, D_in]``.
+            grads: every ``dY`` ``[T, D_out]``; None: nobody used that layer's output.
+            needs_x: whether ``dX`` is needed.
+        """
+        us = {
+            i: grad @ C
+            for i, (grad, C) in enumerate(zip(grads, self.C, strict=True))
+            if not (grad is None or C is None)
+        }
+        if any(self.masks[index] for index in us):
+            dX, gradients = self._masked_gradients(x, us, needs_x=needs_x)
+            return self._through_weights(x, grads, dX) if needs_x else None, gradients
+        dX = self._through_weights(x, grads, None) if needs_x else None
+        if not us:
+            return dX, {}
+        u, A = _joined(list(us.values()), 1), _joined([self._factor(index) for index in us], 0)
+        if dX is not None:
+            dX.addmm_(u, A)
+        return dX, dict(zip(us, (u.t() @ x).split([part.shape[1] for part in us.values()]), strict=True))
+
+    def _through_weights(self, x: Tensor, grads: Sequence[Tensor | None], dX: Tensor | None) -> Tensor | None:
+        """``dX`` and the base weights' part of it, added up by the products."""
+        for grad, weight in zip(grads, self.weights, strict=True):
+            if grad is not None:
+                dX = grad @ weight.to(x.dtype) if dX is None else dX.addmm_(grad, weight.to(x.dtype))
+        return dX
+
+    def _masked_gradients(
+        self, x: Tensor, us: dict[int, Tensor], *, needs_x: bool
+    ) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """The adapters' part of ``dX``, and every ``dA``, where an adapter has dropout."""
+        dX = torch.empty_like(x) if needs_x else None
+        gradients: dict[int, Tensor] = {}
+        for index, u in us.items():
+            A = self._factor(index)
+            dA = torch.zeros_like(A, dtype=torch.promote_types(A.dtype, torch.float32))
+            for block, bits in _blocks(x, self.masks[index]):
+                if dX is not None and not gradients:
+                    keep_(torch.mm(u[block], A, out=dX[block]), bits)
+                elif dX is not None:
+                    dX[block].add_(keep_(u[block] @ A, bits))
+                dA.add_(u[block].t() @ keep(x[block], bits))
+            gradients[index] = dA
+        return dX, gradients
+
+    def product_gradient(self, index: int, grad: Tensor, z: Tensor) -> Tensor:
+        """``dC`` of one layer.
+
+        Args:
+            index: the layer's place.
+            grad: its ``dY``, ``[T, D_out]``.
+            z: from `outputs`.
+        """
+        # z^T dY is faster than dY^T z where D_out is large.
+        return (self._part(z, index, 1).t() @ grad).t()
+
+    def _factor(self, index: int) -> Tensor:
+        assert self.A is not None
+        return self._part(self.A, index, 0)
+
+    def _part(self, whole: Tensor, index: int, dim: int) -> Tensor:
+        """One layer's rows or columns of what all layers have on top of or beside each other."""
+        return whole.narrow(dim, sum(self.ranks[:index]), self.ranks[index])
+
+
+def copies(
+    layers: Sequence[Sequence[Tensor | None]], scalings: Sequence[float], dtype: torch.dtype
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """All A on top of each other, and every ``C = s B M``, in the compute dtype.
+
+    Args:
+        layers: the `Operands.tensors` of each.
+        scalings: s of each.
+        dtype: the compute dtype.
+    """
+    factors = [A.to(dtype) for _, _, A, _, _ in layers if A is not None]
+    products = [
+        None if B is None else combine(B, M, dtype, scaling)
+        for (_, _, _, M, B), scaling in zip(layers, scalings, strict=True)
+    ]
+    return (_joined(factors, 0) if factors else None), products
+
+
+def chain_rule(dC: Tensor, M: Tensor | None, B: Tensor, scaling: float) -> tuple[Tensor | None, Tensor]:
+    """The gradients of M and B from that of ``C = s B M``, in the precision of B.
+
+    Args:
+        dC: ``[D_out, R]``.
+        M: ``[R, R]``; None is the identity.
+        B: ``[D_out, R]``.
+        scaling: s.
+
+    Returns:
+        ``dM`` (None without a mixer) and ``dB``, each in its factor's dtype.
+    """
+    dC = dC.to(B.dtype)
+    if M is None:
+        return None, dC * scaling
+    return (B.t() @ dC).mul_(scaling).to(M.dtype), dC @ (M.to(B.dtype) * scaling).t()
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _blocks(rows: Tensor, mask: Mask | None) -> Iterable[tuple[slice, Tensor | None]]:
+    """The rows in blocks with their masks, in one without."""
+    return [(slice(None), None)] if mask is None else kept_bits(rows, *mask)
