@@ -58,6 +58,7 @@ from mm_moslora.training.progress import Progress
 logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VOCABULARIES = (32_000, 4_000)
+DROPOUT = 0.05
 TARGETS = {
     "step_speedup_vs_hf_fp32": 2.3, "step_speedup_vs_hf_bf16": 2.7, "step_speedup_vs_best_hf": 1.5,
     "saved_activation_ratio": 0.35, "useful_mfu_fp32": 0.80, "useful_mfu_bf16": 0.60, "padding_efficiency": 0.97,
@@ -177,6 +178,24 @@ def step_row(
     }  # fmt: skip
 
 
+def dropout_row(name: str, rounds: int) -> dict[str, Any]:
+    """The large vocabulary with adapter dropout; every contender draws masks of its own."""
+    vocabulary, dtype = VOCABULARIES[0], DTYPES[name]
+    contenders = {
+        "hf": yardstick.peer(vocabulary, dtype, dropout=DROPOUT),
+        "best hf": yardstick.peer(vocabulary, dtype, supervised_only=True, wide_adapters=False, dropout=DROPOUT),
+        "stock layers": yardstick.ours(vocabulary, dtype, lean=False, dropout=DROPOUT),
+        "ours": yardstick.ours(vocabulary, dtype, dropout=DROPOUT),
+        "ours without dropout": yardstick.ours(vocabulary, dtype),
+    }
+    times = interleaved({kind: timed.step for kind, timed in contenders.items()}, rounds)
+    return {
+        "case": "dropout", "dtype": name, "dropout": DROPOUT,
+        "speedup_vs": {kind: ratio(times, kind, "ours") for kind in contenders if kind != "ours"},
+        "saved_mib": {kind: yardstick.saved_bytes(timed) / 2**20 for kind, timed in contenders.items()},
+    }  # fmt: skip
+
+
 def padding_row(*, samples: int = 66_500, ranks: int = 8, per_rank: int = 16) -> dict[str, Any]:
     """Share of computed tokens that are real, on lengths like those of LLaVA's 665k mix, ranks in lock-step.
 
@@ -225,6 +244,9 @@ def show(rows: list[dict[str, Any]], summary: dict[str, float]) -> None:
                 f"{row['vocabulary']:10,} {row['dtype']:5} {kind:14} {speedup:14.2f} {row['saved_mib'][kind]:10.0f} "
                 f"{row['useful_mfu'][kind]:10.2f}"
             )
+        if row["case"] == "dropout":
+            for kind, speedup in row["speedup_vs"].items():
+                print(f"dropout {row['dropout']}, {row['dtype']}: ours faster by {speedup:5.2f} than {kind}")
         if row["case"] == "padding":
             for kind, share in row["useful_share"].items():
                 print(f"useful tokens, {row['ranks']} ranks x {row['per_rank']}: {kind:26} {share:.3f}")
@@ -252,6 +274,9 @@ def main() -> int:
     )
     if rows.find(case="padding") is None:
         rows.add(padding_row())
+    for name in () if options.quick else DTYPES:
+        if rows.find(case="dropout", dtype=name) is None:
+            rows.add(dropout_row(name, rounds))
     measure_steps(rows, rounds, VOCABULARIES[:1] if options.quick else VOCABULARIES, extras=not options.quick)
     summary = summarise(rows.rows)
     if options.json:

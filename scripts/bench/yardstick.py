@@ -220,11 +220,13 @@ def trl(vocabulary: int, dtype: torch.dtype) -> Contender:
     return Contender(model=model, forward=lambda: trainer.compute_loss(wrapped, dict(given), num_items_in_batch=count))
 
 
-def ours(vocabulary: int, dtype: torch.dtype, *, lean: bool = True, compiler: str | None = None) -> Contender:
+def ours(
+    vocabulary: int, dtype: torch.dtype, *, lean: bool = True, dropout: float = 0.0, compiler: str | None = None
+) -> Contender:
     """The step that `mm-moslora train` runs; with a backend of torch.compile that of `train.compile`."""
     model = base(vocabulary, dtype)
     known = factors(model)
-    config = adapters.MoSLoRAConfig(r=RANK, lora_alpha=ALPHA, task_type="CAUSAL_LM")
+    config = adapters.MoSLoRAConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, task_type="CAUSAL_LM")
     adapters.add_moslora(model, config, component=LANGUAGE, autocast_adapter_dtype=False)
     model.model.multi_modal_projector.requires_grad_(True)
     with torch.no_grad():
