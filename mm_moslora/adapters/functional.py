@@ -65,6 +65,21 @@ def fold(A: Tensor, M: Tensor | None) -> Tensor:
     return (matrix.to(dtype) @ A.to(dtype).flatten(1)).view(A.shape)
 
 
+def fold_right(B: Tensor, M: Tensor) -> Tensor:
+    """``B M``: the B of a plain LoRA of the same rank with the same update.
+
+    Args:
+        B: ``[D_out, R]``, or ``[D_out, R, 1, 1]`` for a convolution.
+        M: ``[R, R]``, or ``[R]`` for a diagonal.
+
+    Returns:
+        Same shape as B, in the wider dtype of the two and at least float32.
+    """
+    dtype = torch.promote_types(torch.promote_types(B.dtype, M.dtype), torch.float32)
+    matrix = M if M.ndim == 2 else torch.diag(M)
+    return (B.to(dtype).flatten(1) @ matrix.to(dtype)).view(B.shape)
+
+
 def delta_weight(A: Tensor, M: Tensor | None, B: Tensor, scaling: float) -> Tensor:
     """``s B M A``, what merging adds to W.
 

@@ -3,7 +3,7 @@
 ::
 
     adapter_config.json         stock PEFT's configuration, no key of ours
-    adapter_model.safetensors   folded factors A' = M A and B: a plain LoRA to stock PEFT, vLLM and llama.cpp, and right
+    adapter_model.safetensors   folded factors A and B' = B M: a plain LoRA to stock PEFT, vLLM and llama.cpp, and right
     moslora.safetensors         A, M and B in float32, under PEFT's names
     moslora.json                full configuration, format version, sha256 of both weight files, the base they belong to
 
@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mm_moslora.adapters.config import MoSLoRAConfig, config_to_dict
-from mm_moslora.adapters.functional import fold
+from mm_moslora.adapters.functional import fold_right
 from mm_moslora.adapters.inject import base_model, is_inner, named_adapter_layers, named_base_modules
 from mm_moslora.errors import AdapterError
 
@@ -42,7 +42,8 @@ OWN_CONFIG, OWN_WEIGHTS = "moslora.json", "moslora.safetensors"
 MIXER = ".lora_mixer.weight"
 # Embeddings keep their factors as bare parameters.
 FACTORS_A = (".lora_A.weight", ".lora_embedding_A")
-_FACTORS = (*FACTORS_A, ".lora_B.weight", ".lora_embedding_B", MIXER)
+_FACTORS_B = (".lora_B.weight", ".lora_embedding_B")
+_FACTORS = (*FACTORS_A, *_FACTORS_B, MIXER)
 
 
 def save_adapter(
@@ -214,16 +215,16 @@ def fold_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors: PEFT's names without the adapter's name; A, B and, where there is one, M. Other entries are kept.
 
     Returns:
-        The same without mixers, ``A' = M A`` in A's dtype, contiguous.
+        The same without mixers, ``B' = B M`` in B's dtype, contiguous: the product that the fused kernel uses, so
+        that a plain LoRA rounds as the live adapter does.
     """
     folded: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.endswith(MIXER):
             continue
-        path = adapted_path(name)
-        prefix = PREFIX if name.startswith(PREFIX) else ""
-        mixer = None if path is None else tensors.get(prefix + path + MIXER)
-        folded[name] = fold(tensor, mixer).to(tensor.dtype).contiguous()
+        suffix = next((suffix for suffix in _FACTORS_B if name.endswith(suffix)), None)
+        mixer = None if suffix is None else tensors.get(name.removesuffix(suffix) + MIXER)
+        folded[name] = (tensor if mixer is None else fold_right(tensor, mixer).to(tensor.dtype)).contiguous()
     return folded
 
 

@@ -338,10 +338,11 @@ def test_fingerprint_sees_structure_and_nothing_else() -> None:
 
 
 def test_fold_state_dict_keeps_what_is_not_a_factor() -> None:
-    state = {"a.lora_A.weight": torch.ones(2, 3), "a.lora_mixer.weight": 2 * torch.eye(2), "head.weight": torch.ones(1)}
-    folded = fold_state_dict(state)
-    assert folded.keys() == {"a.lora_A.weight", "head.weight"}
-    assert torch.equal(folded["a.lora_A.weight"], 2 * torch.ones(2, 3))
+    state = {"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(4, 2), "head.weight": torch.ones(1)}
+    folded = fold_state_dict(state | {"a.lora_mixer.weight": 2 * torch.eye(2)})
+    assert folded.keys() == state.keys()
+    assert torch.equal(folded["a.lora_A.weight"], state["a.lora_A.weight"])
+    assert torch.equal(folded["a.lora_B.weight"], 2 * torch.ones(4, 2))
 
 
 def test_modules_to_save_travel_in_both_files(tmp_path: Path) -> None:
