@@ -39,7 +39,7 @@ def seeded_dropout(x: Tensor, dropout: float) -> Tensor:
         dropout: probability of dropping an entry.
     """
     dropout = exact_rate(dropout)
-    if not dropout:
+    if not dropout or not x.numel():
         return x
     rows = x.reshape(-1, x.shape[-1])
     kept = torch.cat([bits.bitwise_and_(1).to(x.dtype) for _, bits in kept_bits(rows, dropout, draw_seed())])
@@ -64,7 +64,7 @@ def kept_bits(rows: Tensor, dropout: float, seed: int) -> Iterator[tuple[slice, 
         return
     words = _random_words(rows.device, seed)
     # A multiple of four rows uses whole words of 64 bits.
-    height = max(4, _BLOCK // width // 4 * 4) if rows.device.type == "cpu" else count
+    height = max(4, _BLOCK // width // 4 * 4) if rows.device.type == "cpu" else max(1, count)
     for start in range(0, count, height):
         block = slice(start, min(start + height, count))
         entries = (block.stop - start) * width

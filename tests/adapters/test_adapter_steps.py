@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapters.adapter_models import IDS, llama, logits, train_a_bit
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm_moslora.adapters import (
     MoSLoRAConfig,
@@ -166,6 +166,18 @@ def test_the_mask_has_the_right_rate_and_is_repeatable(dtype: torch.dtype, rate:
     assert torch.equal(bits, mask_of(rows, rate, 5))
     assert not torch.equal(bits, mask_of(rows, rate, 6))
     assert (kept.mean(0) - (1 - rate)).abs().max() < 6 * (rate * (1 - rate) / 301) ** 0.5
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_no_rows_have_no_mask(kernel: str) -> None:
+    layer = add_moslora(
+        nn.Sequential(nn.Linear(6, 8)), MoSLoRAConfig(r=4, lora_dropout=0.3, target_modules=["0"])
+    ).train()
+    x = torch.randn(0, 6, requires_grad=True)
+    with use_kernel(kernel):
+        layer(x).sum().backward()
+    assert x.grad.shape == (0, 6)
+    assert all(not p.grad.any() for p in layer.parameters() if p.requires_grad)
 
 
 def test_checkpointing_repeats_the_mask() -> None:
