@@ -1,7 +1,7 @@
 """Ranks: who am I, how many are we, and the few collectives that the project needs.
 
-Reads the environment that every launcher sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and nothing
-else. Without a launcher it is a world of one, and every function here still works.
+Of the launcher it reads what every one sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and nothing else.
+Without a launcher it is a world of one, and every function here still works.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 
 from mm_moslora.errors import DistributedError
 
@@ -62,6 +63,7 @@ def join(*, timeout_minutes: float = 30.0) -> None:
     backend = "nccl" if device().type == "cuda" else "gloo"
     if device().type == "cuda":
         torch.cuda.set_device(device())
+    _record_flight()
     # Alone there is nobody to meet, so no port is opened and no child inherits an address.
     alone = {"store": cast(Any, dist).HashStore(), "rank": 0, "world_size": 1} if world_size() == 1 else {}
     try:
@@ -72,6 +74,15 @@ def join(*, timeout_minutes: float = 30.0) -> None:
             f"{os.environ.get('MASTER_PORT')} ({error}). Check that every rank was started and the port is free."
         ) from error
     atexit.register(_leave)
+
+
+def _record_flight() -> None:
+    """Have what the ranks were waiting for written down when a collective times out; what is already set wins."""
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    # Since 2.9 torch warns of the old name; before, it does not know the new one.
+    new, old = "TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"
+    if new not in os.environ and old not in os.environ:
+        os.environ[new if Version(torch.__version__) >= Version("2.9") else old] = "2000"
 
 
 def _leave() -> None:

@@ -123,7 +123,6 @@ def launch(places: Places, arguments: Sequence[str], *, run_folder: Path, dry_ru
     """
     environment = {
         "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
         # torchrun shares one store between restarts, in which the ranks find the addresses of those that died.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",

@@ -7,9 +7,6 @@ run_environment() {
   export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
   export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
   export PYTHONUNBUFFERED=1
-  # What the ranks were waiting for is written down when a collective times out.
-  export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
-  export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
   # Each restart meets in a store of its own: torchrun shares one between restarts, in which the ranks find the addresses
   # of those that died.
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"

@@ -97,6 +97,23 @@ def test_ctrl_c_in_a_terminal_reaches_the_ranks_once(tmp_path):
     assert (tmp_path / "heard").read_text().split() == [str(int(signal.SIGTERM))]
 
 
+def test_ranks_record_what_they_wait_for_under_the_name_that_torch_knows():
+    code = (
+        "import os, torch\n"
+        "from mm_moslora import distributed\n"
+        "distributed.join()\n"
+        "torch.distributed.all_reduce(torch.ones(1))\n"
+        "print({name: value for name, value in os.environ.items() if 'BUFFER_SIZE' in name or 'DUMP_ON' in name})\n"
+    )
+    ours = {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT"}
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "BUFFER_SIZE': '2000'" in done.stdout
+    assert "DUMP_ON_TIMEOUT': '1'" in done.stdout
+    assert "deprecated" not in done.stderr
+
+
 def test_a_signal_is_handed_on_and_a_stopped_run_asks_to_be_started_again(monkeypatch, tmp_path):
     script = (
         "import pathlib, signal, sys, time\n"
