@@ -186,6 +186,9 @@ class MoSLoRAConfig(LoraConfig):
         for where, alpha in ({"lora_alpha": self.lora_alpha} | alphas).items():
             if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
                 raise AdapterError(f"{where} is {alpha!r}, expected a number.")
+        dropout: Any = self.lora_dropout
+        if not isinstance(dropout, int | float) or isinstance(dropout, bool) or not 0.0 <= dropout < 1.0:
+            raise AdapterError(f"lora_dropout is {dropout!r}, expected 0 <= lora_dropout < 1.")
 
     def _check_other_options(self) -> None:
         init = self.init_lora_weights

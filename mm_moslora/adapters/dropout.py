@@ -22,8 +22,8 @@ _BLOCK = 2**19
 
 
 def exact_rate(dropout: float) -> float:
-    """The dropout probability that `kept_bits` can draw: rounded to a multiple of 2^-15."""
-    return round(dropout * _STEPS) / _STEPS
+    """The dropout probability that `kept_bits` can draw: a multiple of 2^-15 below 1."""
+    return min(round(dropout * _STEPS), _STEPS - 1) / _STEPS
 
 
 def draw_seed() -> int:
