@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -69,6 +70,11 @@ def run(arguments: list[str]) -> int:
     except MoSLoRAError as error:
         _fail(str(error))
         return EXIT_ERROR
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise  # a line without a path would help nobody
+        _fail(_refused(error))
+        return EXIT_ERROR
     except KeyboardInterrupt:
         _fail("interrupted")
         return EXIT_INTERRUPTED
@@ -83,6 +89,12 @@ def _usage(error: CycloptsError) -> str:
         name, info = error.argument.name, error.argument.field_info
         text = f"{command} needs {name.lstrip('-').upper().replace('-', '_') if info.is_positional else name}."
     return f"{text} See {command} --help."
+
+
+def _refused(error: OSError) -> str:
+    """What the system would not read or write, and why."""
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return f"{' to '.join(names) or 'Writing failed'}: {error.strerror}. Give a path that can be read and written."
 
 
 def _fail(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -178,6 +179,39 @@ def test_inspect_shows_every_module_and_draws_a_picture(trained, tmp_path, capsy
     assert run(["adapters", "inspect", str(adapter), "--picture", str(tmp_path / "mixers.png")]) == 0
     assert capsys.readouterr().out.count("q_proj") == 2
     assert (tmp_path / "mixers.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "merge RUN FILE/out", "export RUN FILE/out --to lora", "adapters inspect RUN --picture FILE/out.png",
+        "report RUN --output FILE/out", "report RUN --output /proc/nowhere/out", "eval miniature FILE/out",
+        "train RUN/config.yaml --train.output FILE/out", "quickstart --output FILE/out",
+    ],
+)  # fmt: skip
+def test_a_path_that_cannot_be_written_is_one_line_that_names_it(verb, trained, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    words = [word.replace("RUN", str(trained)).replace("FILE", str(tmp_path / "file")) for word in verb.split()]
+    assert run(words) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert ("/proc/nowhere" if "/proc" in verb else str(tmp_path / "file")) in error
+
+
+def test_a_full_disk_is_one_line_and_a_fault_without_a_path_stays_whole(monkeypatch, capsys):
+    def refuse(number: int) -> None:
+        def fail(*_: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("mm_moslora.cli.load_recipe", fail)
+
+    refuse(errno.ENOSPC)
+    assert run(["config", "quickstart_tune"]) == 1
+    assert "error: Writing failed: No space left on device." in capsys.readouterr().err
+    refuse(errno.EBADF)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        run(["config", "quickstart_tune"])
 
 
 @pytest.mark.slow

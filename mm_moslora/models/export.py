@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,10 +175,12 @@ def check_empty(folder: Path) -> None:
     """Refuse a folder with something in it.
 
     Raises:
-        ModelError: it has, or it is a file.
+        ModelError: it has, or it cannot be made.
     """
-    if folder.is_file():
-        raise ModelError(f"{folder} is a file. Choose a new folder.")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "may not be written into" if there.is_dir() else "is a file"
+        raise ModelError(f"{folder} cannot be made: {there} {what}. Choose a new folder.")
     if folder.exists() and any(folder.iterdir()):
         raise ModelError(f"{folder} is not empty. Choose a new folder, so that no old file is mistaken for a new one.")
 

@@ -75,7 +75,8 @@ def cached(name: str, asset: Asset, build: Callable[[Path], None], say: Say = si
         say: receives progress lines.
 
     Raises:
-        AssetError: whatever `build` raises; the unfinished folder is removed at the next attempt.
+        AssetError: the cache cannot be written, or whatever `build` raises; the unfinished folder is removed at the
+            next attempt.
     """
     folder = cache_dir() / name
     marker = {"format": FORMAT, "name": asset.name, "version": asset.version, "sha256": asset.sha256}
@@ -110,9 +111,20 @@ def _write_marker(path: Path, marker: dict[str, object]) -> None:
 
 @contextmanager
 def _locked(path: Path, say: Say) -> Iterator[None]:
-    """Hold an exclusive lock between processes; the kernel drops it when a process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    """Hold an exclusive lock between processes; the kernel drops it when a process dies.
+
+    Raises:
+        AssetError: the cache cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise AssetError(
+            f"The folder of fetched parts, {path.parent}, cannot be written ({error.strerror}). "
+            "Set MM_MOSLORA_CACHE to one that can."
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -47,13 +47,20 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Hold a run folder for this run alone; freed by the kernel when the process ends, however it ends.
 
     Raises:
-        TrainingError: another process holds it.
+        TrainingError: another process holds it, or it cannot be written.
     """
     if not distributed.is_main():
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "run.lock").open("a+", encoding="utf-8") as stream:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "run.lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise TrainingError(
+            f"The run folder {folder} cannot be written ({error.strerror}). Choose another with train.output, or with "
+            "--output of the quickstart."
+        ) from error
+    with lock as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -128,6 +128,13 @@ class TestCached:
         assert (first / "a.txt").read_text() == "x"
         assert len(calls) == 1
 
+    def test_a_cache_that_cannot_be_written_is_named_with_what_chooses_another(self, monkeypatch, tmp_path) -> None:
+        monkeypatch.delenv("MM_MOSLORA_CACHE")
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("HOME", str(tmp_path / "file"))
+        with pytest.raises(AssetError, match=r"file/\.cache/.* cannot be written .*Set MM_MOSLORA_CACHE"):
+            cached("part", make_asset(), lambda folder: None)
+
     def test_interrupted_build_starts_again(self) -> None:
         def breaks(folder: Path) -> None:
             (folder / "half.txt").write_text("x")
