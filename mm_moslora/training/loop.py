@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import resource
 import time
@@ -42,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILED_SAVES = 3
 """Saves in a row that may fail before the run stops: training on without checkpoints risks too much."""
+
+FINISHED_AT = "finished_at"
+"""Among the counters: the step after which the run was over and had been measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,12 +175,12 @@ class _Loop:
                         break
             if self.best.out_of_patience:
                 logger.info("Stopped: no better %s for %d validations.", self.best.config.best, self.best.since)
-            if self._over:
+            if self._over and run.counters.get(FINISHED_AT) != run.step:
                 self._finish()
             self._write_summary()
             folder = self._last_save()
-            if self._over and distributed.is_main():
-                self._show_adapter(folder / "adapter")
+            if self._over and distributed.is_main() and (folder / "adapter").is_dir():
+                self.trackers.log_folder("adapter", folder / "adapter", aliases=("latest", f"step-{run.step}"))
             ok = True
         finally:
             run.counters["session_seconds"] = time.monotonic() - started
@@ -291,7 +293,7 @@ class _Loop:
                 self.trackers.log(adapter_metrics(self.run.assembly.model, state), step)
         better = bool(train.validate_every) and step % train.validate_every == 0 and self._validate()
         due = bool(train.save_every) and step % train.save_every == 0
-        if (due or better) and step < self.total:
+        if (due or better) and not self._over:  # the last save comes after `_finish`
             self._start_save()
 
     def _start_save(self) -> None:
@@ -361,23 +363,18 @@ class _Loop:
         return bool(metrics) and self.best.update(metrics, self.run.step)
 
     def _finish(self) -> None:
+        """Measure the end once: the mark goes into the last checkpoint, for a run started again."""
         if self.validated_at != self.run.step:
             self._validate()
         final = mixer_matrices(self.run.engine.trainable_state())
         if distributed.is_main():
-            write_mixers(self.run.folder / "mixers.json", before=self.run.first_mixers, after=final)
+            mixers = write_mixers(self.run.folder / "mixers.json", before=self.run.first_mixers, after=final)
+            self.trackers.log_mixers(mixers, self.run.step)
+        self.run.counters[FINISHED_AT] = self.run.step
 
     def _write_summary(self) -> None:
         if distributed.is_main():
             disk.replace_json(self.run.folder / "summary.json", summary(self.run, self.total))
-
-    def _show_adapter(self, adapter: Path) -> None:
-        """What was learned, to the trackers: the mixers, and the adapter as an artifact."""
-        mixers = self.run.folder / "mixers.json"
-        if mixers.is_file():
-            self.trackers.log_mixers(json.loads(mixers.read_text(encoding="utf-8")), self.run.step)
-        if adapter.is_dir():
-            self.trackers.log_folder("adapter", adapter, aliases=("latest", f"step-{self.run.step}"))
 
 
 def peak_memory_gib() -> float:

@@ -80,8 +80,8 @@ def adapter_metrics(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
-def write_mixers(path: Path, *, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-    """Write `mixers.json`.
+def write_mixers(path: Path, *, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[dict[str, object]]:
+    """Write `mixers.json`, where there are mixers, and give what was written.
 
     Args:
         path: the file.
@@ -89,7 +89,7 @@ def write_mixers(path: Path, *, before: Mapping[str, Tensor], after: Mapping[str
         after: mixers at the end.
     """
     chosen = set(list(after)[:: max(1, len(after) // SHOWN)][:SHOWN])
-    rows = []
+    rows: list[dict[str, object]] = []
     for name, matrix in after.items():
         moved = float((matrix - before[name]).norm() / before[name].norm().clamp_min(1e-30))
         row: dict[str, object] = {"path": name, "rank": matrix.shape[0], **mixer_figures(matrix), "moved": moved}
@@ -99,6 +99,7 @@ def write_mixers(path: Path, *, before: Mapping[str, Tensor], after: Mapping[str
         rows.append(row)
     if rows:
         replace_json(path, rows)
+    return rows
 
 
 def _picture(matrix: Tensor) -> list[list[float]]:

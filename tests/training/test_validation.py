@@ -70,8 +70,25 @@ def test_patience_ends_the_run_and_the_best_checkpoint_is_kept(recipe):
     run = Path(chosen.train.output)
     best = json.loads((run / "best.json").read_text())
     assert (best["step"], best["value"], best["checkpoint"]) == (2, 8.0, "checkpoint-000002")
+    written = {name: (run / name).read_text() for name in ("metrics.jsonl", "best.json")}
     assert train(chosen, measure=unruly).step == 6  # asked again, it does not go on
+    assert {name: (run / name).read_text() for name in written} == written
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000006"]
+
+
+def test_a_finished_run_that_is_started_again_measures_and_logs_nothing(recipe):
+    chosen = watched(recipe, samples=2, sample_tokens=3, tasks=["fake"])
+    train(chosen, measure=unruly, stop_at=4)
+    train(chosen, measure=unruly)
+    run = Path(chosen.train.output)
+    written = {name: (run / name).read_text() for name in ("metrics.jsonl", "tracked_samples.jsonl", "mixers.json")}
+    assert sum('"adapter/mixer_moved"' in line for line in written["metrics.jsonl"].splitlines()) == 1
+
+    def never(moment):
+        raise AssertionError("measured again")
+
+    assert train(chosen, measure=never).finished
+    assert {name: (run / name).read_text() for name in written} == written
 
 
 def test_held_out_records_are_seen_once_however_training_mixes(recipe):
