@@ -72,7 +72,7 @@ def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
             "seconds": sum(outcome.total_seconds for outcome in outcomes.values()),
             "arms": arms,
             "comparisons": comparisons,
-            "floors": _floors(settings, outcomes),
+            "floors": _floors(outcomes),
             "failures": [
                 {"arm": c.arm.name, "rate": c.rate, "seed": c.seed, "status": o.status, "reason": o.reason}
                 for c, o in failures
@@ -241,7 +241,7 @@ def _verdict(value: float, p: float, seeds: tuple[int, int]) -> str:
     return "no difference seen"
 
 
-def _floors(settings: Settings, outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, float]]:
+def _floors(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, float]]:
     """Scores of answers that need no model, by task; the same in every run."""
     for outcome in outcomes.values():
         if outcome.floors:

@@ -137,11 +137,6 @@ class ContinuationScore:
     """Whether greedy decoding would have produced it."""
 
 
-def option_scores(model: PreTrainedModel, prompt: Prompt, options: Sequence[Sequence[int]]) -> list[ContinuationScore]:
-    """Log-likelihood of several continuations of one prompt; see `score_options`."""
-    return score_options(model, [prompt], [options])[0]
-
-
 @torch.inference_mode()
 def score_options(
     model: PreTrainedModel, prompts: Sequence[Prompt], options: Sequence[Sequence[Sequence[int]]]

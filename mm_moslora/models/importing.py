@@ -85,7 +85,7 @@ def import_parts(source: Path, folder: Path, *, language: str | None = None) -> 
     whole = source.is_dir() and any(not _is_extra(name) for file in files for name in _names(file))
     result = Imported(
         folder=folder, kind="LLaVA, whole" if whole else "LLaVA, projector", projector=kind, settings=settings,
-        tensors=len(state), largest_difference=_difference(state, folder / "projector.safetensors", kind),
+        tensors=len(state), largest_difference=_difference(state, folder / "projector.safetensors"),
     )  # fmt: skip
     if whole:
         result.language = str(folder / "language")
@@ -210,7 +210,7 @@ def _write_projector(state: Mapping[str, Tensor], folder: Path, *, newline: Tens
     return kind
 
 
-def _difference(state: Mapping[str, Tensor], file: Path, kind: str) -> float:
+def _difference(state: Mapping[str, Tensor], file: Path) -> float:
     """Largest difference between a source's projector and what was written."""
     _, own = _own_names(state)
     written = dict(_tensors(file))
@@ -256,7 +256,7 @@ def _import_lora(source: Path, folder: Path, settings: dict[str, Any], language:
     AutoTokenizer.from_pretrained(base).save_pretrained(folder / "language")
     return Imported(
         folder=folder, kind="LLaVA, LoRA", projector=kind, settings=settings, language=str(folder / "language"),
-        tensors=len(state), largest_difference=_difference(projector, folder / "projector.safetensors", kind),
+        tensors=len(state), largest_difference=_difference(projector, folder / "projector.safetensors"),
     )  # fmt: skip
 
 
@@ -267,7 +267,7 @@ def _import_xtuner(source: Path, folder: Path, language: str | None) -> Imported
     kind = _write_projector(projector, folder)
     result = Imported(
         folder=folder, kind="XTuner", projector=kind, tensors=len(projector),
-        largest_difference=_difference(projector, folder / "projector.safetensors", kind), language=language,
+        largest_difference=_difference(projector, folder / "projector.safetensors"), language=language,
     )  # fmt: skip
     factors = {name.removeprefix("llm."): value for name, value in state.items() if name.startswith("llm.")}
     tower = [name for name in state if name.startswith("visual_encoder.")]

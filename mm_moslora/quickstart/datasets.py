@@ -38,8 +38,6 @@ class DatasetFiles:
     """Held-out questions, one JSON object per line: question_id, image, text, answer, category."""
     train_pictures: int
     """Pictures in `train`."""
-    test_pictures: int
-    """Distinct pictures in `test`; none of them is in `train`."""
     questions: int
     """Questions in `test`."""
 
@@ -272,6 +270,5 @@ def write_files(
         train=out / "train.jsonl",
         test=out / "test.jsonl",
         train_pictures=len({record["image"] for record in train}),
-        test_pictures=len({record["image"] for record in test}),
         questions=len(test),
     )

@@ -55,9 +55,9 @@ def overlay(runs: Sequence[RunData]) -> dict[str, Any]:
         ],
         "tasks": _tasks(names, runs),
         "charts": _charts(names, runs),
-        "differences": _table(names, [_recipe_facts(run) for run in runs], only_different=True),
-        "environment": _table(names, [_facts(run.summary.get("environment")) for run in runs]),
-        "data": _table(names, [_facts(run.summary.get("data")) for run in runs]),
+        "differences": _table([_recipe_facts(run) for run in runs], only_different=True),
+        "environment": _table([_facts(run.summary.get("environment")) for run in runs]),
+        "data": _table([_facts(run.summary.get("data")) for run in runs]),
         "mixers": [
             {"name": name, **_mixer_means(run.mixers)} for name, run in zip(names, runs, strict=True) if run.mixers
         ],
@@ -192,9 +192,7 @@ def _facts(value: Any, *, separator: str = ", ", prefix: str = "") -> dict[str, 
     return facts
 
 
-def _table(
-    names: Sequence[str], columns: Sequence[dict[str, str]], *, only_different: bool = False
-) -> list[tuple[str, list[str | None]]]:
+def _table(columns: Sequence[dict[str, str]], *, only_different: bool = False) -> list[tuple[str, list[str | None]]]:
     """Rows of a table with one column per run; None where a run does not say."""
     keys = list(dict.fromkeys(key for column in columns for key in column))
     rows = [(key, [column.get(key) for column in columns]) for key in keys]

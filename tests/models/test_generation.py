@@ -8,7 +8,7 @@ import torch
 from mm_moslora.config import ModelConfig, VisionConfig
 from mm_moslora.errors import ModelError
 from mm_moslora.models.build import assemble
-from mm_moslora.models.generation import Prompt, encode_images, generate, option_scores, score_options, stream
+from mm_moslora.models.generation import Prompt, encode_images, generate, score_options, stream
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_option_scores_in_a_batch_equal_the_full_forward_pass(assembly, options)
             assert score.logprob == pytest.approx(expected, abs=1e-4)
             assert score.tokens == len(option)
             assert score.greedy == all(int(logits[p].argmax()) == t for p, t in zip(places, option, strict=True))
-        (single,) = [option_scores(assembly.model, prompt, options)]
+        (single,) = score_options(assembly.model, [prompt], [options])
         assert [s.logprob for s in single] == pytest.approx([s.logprob for s in found], abs=1e-4)
 
 

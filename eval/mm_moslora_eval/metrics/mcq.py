@@ -236,8 +236,3 @@ def ai2d_lmms_eval(text: str, reference: str) -> float:
 def seedbench_lmms_eval(text: str) -> str:
     """lmms-eval's SEED-Bench answer: the first character of the stripped text, in any case."""
     return text.strip()[:1]
-
-
-def seedbench_llava(text: str, reference: str) -> float:
-    """LLaVA's SEED-Bench score: the text equals the letter, nothing stripped."""
-    return float(text == reference)
