@@ -29,6 +29,8 @@ def numbers(recipe: Recipe) -> list[float]:
 @pytest.mark.slow
 def test_compiled_layers_give_the_numbers_of_the_others(recipe: Recipe, tmp_path: Path) -> None:
     torch.compiler.reset()
+    # With dropout, lean layers draw other masks behind the last attention: for fewer rows.
+    recipe = replace(recipe, adapter=replace(recipe.adapter, dropout=0.0))
     plain = replace(recipe, train=replace(recipe.train, steps=2, rehearsal=False, output=str(tmp_path / "plain")))
     train(plain)
     seen = []
