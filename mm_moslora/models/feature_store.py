@@ -142,8 +142,10 @@ class FeatureStore:
             with safe_open(path, framework="pt") as file:
                 value: Tensor = file.get_tensor(_FEATURES)
                 checksum = (file.metadata() or {}).get(_CHECKSUM)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            self._damaged(path, str(error))
+        except (OSError, RuntimeError, SafetensorError, KeyError, ValueError) as error:
+            # Another process may have taken it away; torch, which maps the file, tells so in words alone.
+            if not isinstance(error, FileNotFoundError) and "No such file" not in str(error):
+                self._damaged(path, str(error))
             return None
         if xxhash.xxh3_128_hexdigest(_bytes(value)) != checksum:
             self._damaged(path, "its checksum differs")

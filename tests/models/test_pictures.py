@@ -159,6 +159,18 @@ def test_processes_that_write_the_same_entry_never_read_half_of_it(tmp_path):
     assert not list(tmp_path.glob("*/*/.*")), "nothing is left aside"
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file or directory"), RuntimeError("unable to open "
+    "file <x> in read-only mode: No such file or directory (2)")])  # fmt: skip
+def test_an_entry_that_goes_while_it_is_opened_is_made_again(error, tmp_path, monkeypatch):
+    FeatureStore(tmp_path, "tower")._write("ab", torch.full((64, 64), 0.5))
+
+    def gone(*_, **__):
+        raise error
+
+    monkeypatch.setattr("mm_moslora.models.feature_store.safe_open", gone)
+    _fill(tmp_path, "ab", 0.5, 1)
+
+
 def test_a_full_disk_stops_the_cache_and_not_the_run(assembly, tmp_path, monkeypatch, caplog):
     memory = PictureMemory(store(assembly, tmp_path))
 
