@@ -168,8 +168,9 @@ class Saver:
         return final
 
     def discard(self) -> None:
-        """Give up what was written."""
+        """Give up what was written, once no rank reads it any more; all ranks take part."""
         self.pending = None
+        distributed.barrier()
         if distributed.is_main():
             disk.remove(self._temporary)
 
