@@ -14,6 +14,7 @@ import transformers
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import Recipe
 from mm_moslora.losses import CHUNK_BYTES, use_loss_head
+from mm_moslora.machine import keep_memory
 from mm_moslora.models.attention import SEGMENTS, set_attention
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.lean import use_lean_layers
@@ -66,6 +67,7 @@ def main() -> None:
     """One child per size, forked when everything is imported."""
     torch.set_num_threads(1)
     assert CHUNK_BYTES
+    keep_memory()  # as `train` does
     torch.randn(256, 256) @ torch.randn(256, 256)
     for width, layers, tokens in SIZES:
         folder = Path(sys.argv[1]) / str(width)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -81,6 +83,36 @@ def test_the_machine_is_named_with_and_without_proc(tmp_path: Path, monkeypatch:
     cpuinfo.write_text("processor : 0\nmodel name : A chip\nprocessor : 1\nmodel name : A chip\n")
     meminfo.write_text("MemTotal:       25165824 kB\n")
     assert machine.hardware() == f"A chip, {cores}, 24 GiB"
+
+
+STEPS = """
+import resource, sys, torch
+from mm_moslora.machine import keep_memory
+asked = sys.argv[1:] == ["keep"] and keep_memory()
+def step():
+    blocks = [torch.ones(4_000_000) for _ in range(4)]
+step(), step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    step()
+print(asked, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="the setting is one of glibc's")
+def test_kept_memory_is_not_cleared_again_and_the_environment_wins() -> None:
+    def run(*arguments: str, **more: str) -> tuple[str, int]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | more
+        command = [sys.executable, "-c", STEPS, *arguments]
+        asked, faults = subprocess.run(
+            command, env=environment, check=True, capture_output=True, text=True
+        ).stdout.split()
+        return asked, int(faults)
+
+    (_, plain), (asked, kept) = run(), run("keep")
+    assert asked == "True"
+    assert kept < plain / 4
+    assert run("keep", MALLOC_TRIM_THRESHOLD_="131072")[0] == "False"
 
 
 def test_this_environment_has_nothing_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

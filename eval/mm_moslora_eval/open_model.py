@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mm_moslora.errors import EvalError
 from mm_moslora.folders import MANIFEST, find_checkpoint
+from mm_moslora.machine import keep_memory
 
 if TYPE_CHECKING:
     from .model import Model
@@ -60,14 +61,16 @@ def open_model(name: str, *, precision: Precision = "auto", reference: bool = Fa
         from .replay import ReplayModel
 
         return ReplayModel(Path(rest))
+    from mm_moslora import distributed
     from mm_moslora.training.precision import dtype_of, resolve_precision
 
+    if distributed.device().type == "cpu":
+        keep_memory()
     dtype = dtype_of(resolve_precision(precision))
     if separator and kind == "hf":
         from .transformers_model import TransformersModel
 
         return TransformersModel.from_pretrained(rest, dtype=dtype, reference=reference)
-    from mm_moslora import distributed
     from mm_moslora.models.build import assemble
     from mm_moslora.models.load import load, model_of
     from mm_moslora.models.vlm import takes_rows

@@ -18,6 +18,7 @@ from mm_moslora.batch import Batch
 from mm_moslora.config import Recipe
 from mm_moslora.data.loader import BatchLoader
 from mm_moslora.errors import CheckpointError, DistributedError, DivergedError, MoSLoRAError, TrainingError
+from mm_moslora.machine import keep_memory
 from mm_moslora.models.trainable import component_table
 from mm_moslora.tracking import Trackers, build_trackers
 from mm_moslora.training import checkpoint, disk
@@ -82,6 +83,8 @@ def train(
         MoSLoRAError: the recipe, the data, the model or the checkpoint is not acceptable, or training diverged.
     """
     distributed.join(timeout_minutes=recipe.train.timeout_minutes)
+    if distributed.device().type == "cpu":
+        keep_memory()
     folder = Path(recipe.train.output)
     with runs.exclusive(folder), recorded(folder) as ending, Watchdog(folder) as watchdog, blaming(watchdog):
         runs.seed_everything(recipe.train.seed)
