@@ -12,7 +12,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from torch.profiler import ProfilerActivity, profile
+
 from mm_moslora.machine import hardware
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
 
 
 def interleaved(
@@ -54,6 +58,20 @@ def ratios(times: Mapping[str, list[float]], name: str, against: str) -> list[fl
 def ratio(times: Mapping[str, list[float]], name: str, against: str) -> float:
     """Median of the ratios of single rounds."""
     return statistics.median(ratios(times, name, against))
+
+
+def kernel_seconds(step: Callable[[], Any], wanted: Callable[[str, list[list[int]]], bool]) -> tuple[float, float]:
+    """CPU seconds of one step's operators, of those that are wanted and of all.
+
+    Args:
+        step: was run before.
+        wanted: of an operator's name and its arguments' shapes (empty for what is no tensor).
+    """
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        step()
+    events = profiled.key_averages(group_by_input_shape=True)
+    chosen = sum(event.self_cpu_time_total for event in events if wanted(event.key, event.input_shapes))
+    return chosen / 1e6, sum(event.self_cpu_time_total for event in events) / 1e6
 
 
 def head(benchmark: str, *packages: str) -> dict[str, Any]:
