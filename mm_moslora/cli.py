@@ -149,15 +149,19 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
 
     tasks = measure if resolved.validate.tasks else None
     result = run_training(resolved, resume=resume, stop_at=stop_at, measure=tasks)
-    if not distributed.is_main():
-        return 0 if not result.stopped_by else EXIT_REQUEUE
-    print(f"Checkpoint: {result.checkpoint} (step {result.step} of {result.total_steps})")
-    if result.stopped_by:
-        (Path(resolved.train.output) / "PREEMPTED").write_text(f"signal {result.stopped_by}\n", encoding="utf-8")
-        print("Stopped by a signal. The same command continues from there.")
-        return EXIT_REQUEUE
-    (Path(resolved.train.output) / "PREEMPTED").unlink(missing_ok=True)
-    return 0
+    mark = Path(resolved.train.output) / "PREEMPTED"
+    if distributed.is_main():
+        print(f"Checkpoint: {result.checkpoint} (step {result.step} of {result.total_steps})")
+        if result.stopped_by:
+            mark.write_text(f"signal {result.stopped_by}\n", encoding="utf-8")
+            print("Stopped by a signal. The same command continues from there.")
+        else:
+            mark.unlink(missing_ok=True)
+    if not result.stopped_by:
+        return 0
+    # torchrun ends all ranks as soon as one leaves with a code, and rank 0 may still be closing a tracker.
+    distributed.barrier()
+    return EXIT_REQUEUE
 
 
 @app.command

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
@@ -169,7 +170,12 @@ def stale_locks(root: Path, *, now: float | None = None) -> list[Path]:
         now: seconds since the epoch.
     """
     moment = time.time() if now is None else now
-    return sorted(path for path in root.rglob("lock") if moment - path.stat().st_mtime > STALE_LOCK_SECONDS)
+    found = []
+    for folder, _, names in os.walk(root):
+        with suppress(OSError):  # a build that ends takes its lock away
+            if "lock" in names and moment - (path := Path(folder, "lock")).stat().st_mtime > STALE_LOCK_SECONDS:
+                found.append(path)
+    return sorted(found)
 
 
 def extensions_folder(environment: Mapping[str, str]) -> Path:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mm_moslora.errors import ConfigError
 
@@ -94,7 +95,7 @@ def command(places: Places, arguments: Sequence[str], *, environment: Mapping[st
         job = int(environment["SLURM_JOB_ID"])
         head = _first_host(environment["SLURM_JOB_NODELIST"])
         meet = ["--nnodes", str(hosts), "--rdzv_backend", "c10d", "--rdzv_id", str(job)]
-        meet += ["--rdzv_endpoint", f"{head}:{20000 + job % 20000}"]
+        meet += ["--rdzv_endpoint", f"{head}:{20000 + job % 10000}"]  # Linux hands out ports from 32768 by itself
         return ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", *torchrun, *meet, "-m", *train]
     if places.nnodes > 1:
         meet = ["--rdzv_backend", "c10d", "--rdzv_id", "mm-moslora", "--rdzv_endpoint", str(places.rdzv)]
@@ -134,15 +135,38 @@ def launch(places: Places, arguments: Sequence[str], *, run_folder: Path, dry_ru
     mark = run_folder / "PREEMPTED"
     mark.unlink(missing_ok=True)
     # In a group of its own: Ctrl-C reaches whole groups, and ranks that hear it twice stop without saving.
-    child = subprocess.Popen(words, env=environment, process_group=0)
+    code = run_and_hand_on(words, _SIGNALS, env=environment, process_group=0)
+    return EXIT_REQUEUE if mark.exists() else code
+
+
+def run_and_hand_on(words: Sequence[str], signals: Sequence[signal.Signals], **options: Any) -> int:
+    """Run a command; signals that come meanwhile, also while it is being started, reach it as SIGTERM.
+
+    Args:
+        words: the command.
+        signals: to hand on; those that are ignored here (nohup) stay ignored.
+        options: of `subprocess.Popen`.
+
+    Returns:
+        Its exit code.
+    """
+    child: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
+
+    def hand_on(number: int, _: object) -> None:
+        if child is None:
+            early.append(number)
+        else:
+            child.send_signal(signal.SIGTERM)
+
     previous = {
-        number: signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM))
-        for number in _SIGNALS
-        if signal.getsignal(number) != signal.SIG_IGN  # nohup
+        number: signal.signal(number, hand_on) for number in signals if signal.getsignal(number) != signal.SIG_IGN
     }
     try:
-        code = child.wait()
+        child = subprocess.Popen(words, **options)
+        if early:
+            child.send_signal(signal.SIGTERM)
+        return child.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return EXIT_REQUEUE if mark.exists() else code

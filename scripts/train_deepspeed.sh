@@ -46,7 +46,10 @@ find_python
 run_environment
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 show_recipe "$@"
-port=${MASTER_PORT:-$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+# Below the ports that Linux hands out by itself, so that nobody is given it before rank 0 listens there.
+port=${MASTER_PORT:-$("$PYTHON" -c 'import random, socket
+ports = iter(lambda: random.randrange(15000, 32768), None)
+print(next(port for port in ports if socket.socket().connect_ex(("127.0.0.1", port))))')}
 command=("$PYTHON" -m deepspeed.launcher.runner --master_port "$port" --no_local_rank)
 if [ -n "$hostfile" ]; then
   command+=(--hostfile "$hostfile")

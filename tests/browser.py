@@ -94,7 +94,7 @@ def browsing(profile: Path) -> Iterator[Browser]:
             yield Browser(socket)
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 def _page(profile: Path, process: subprocess.Popen[bytes]) -> str:
@@ -104,7 +104,7 @@ def _page(profile: Path, process: subprocess.Popen[bytes]) -> str:
         assert time.monotonic() < deadline, "the browser did not start"
         if file.is_file() and file.read_text().strip():
             port = file.read_text().split()[0]
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=20) as reply:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=60) as reply:
                 pages = [page for page in json.load(reply) if page["type"] == "page"]
             if pages:
                 return str(pages[0]["webSocketDebuggerUrl"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -63,22 +64,19 @@ class Ranks:
 
     def __exit__(self, *_: object) -> None:
         self.process.stdin.close()
-        self.process.wait(timeout=60)
+        self.process.wait(timeout=120)
 
     def start(self, arguments: list[str], *, ranks: int = 2, hosts: list | None = None) -> Group:
         """Start `mm-moslora`-like training of recipes on some ranks; see `train_recipes` for the arguments.
 
         With `hosts` (of `two_hosts`) each rank runs in the network namespace of its host.
         """
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         self.number += 1
         log = self.folder / f"group-{self.number}"
         self.process.stdin.write(
             json.dumps(
                 {
-                    "ranks": ranks, "port": port, "log": str(log), "arguments": arguments,
+                    "ranks": ranks, "port": _free_port(), "log": str(log), "arguments": arguments,
                     "hosts": [{"namespace": h.namespace, "address": h.address, "interface": h.interface} for h in hosts]
                     if hosts else None,
                 }
@@ -112,6 +110,15 @@ class Ranks:
         line = self.process.stdout.readline()
         assert line, (self.folder / "parent.log").read_text()
         return json.loads(line)
+
+
+def _free_port() -> int:
+    """One that nobody is given before rank 0 listens there: Linux hands out those from 32768 by itself."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 20_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def train_recipes(arguments: list[str]) -> int:

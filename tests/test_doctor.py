@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from between import just_before
 
 from mm_moslora import doctor, machine
 from mm_moslora.doctor import SUPPORTED, check_version, diagnose, extensions_folder, stale_locks
@@ -56,7 +57,11 @@ def test_locks_of_killed_builds_are_found_and_fresh_ones_left_alone(
         path.parent.mkdir(parents=True)
         path.touch()
     os.utime(old, (0, 0))
+    ending = tmp_path / "py311" / "ending"
+    ending.mkdir()
+    just_before(monkeypatch, os, "scandir", ending.rmdir, when=lambda path: Path(path) == ending)
     assert stale_locks(tmp_path) == [old]
+    assert not ending.exists()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     (finding,) = [finding for finding in diagnose(tmp_path) if finding.name == "build locks"]
     assert finding.status == "warn"

@@ -69,7 +69,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 def read_finished(path: Path) -> dict[str, Any]:
     """The same once its end is written: wandb's service writes the last block a moment after finish() has returned."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while True:
         run = read_file(path)
         if run["exit"] is not None or time.monotonic() > deadline:

@@ -107,7 +107,7 @@ class AnswerLog:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a crash leaves the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")  # process ids repeat from host to host
     with temporary.open("w", encoding="utf-8", errors="surrogatepass", newline="\n") as stream:
         stream.write(text)
         stream.flush()

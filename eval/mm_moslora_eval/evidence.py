@@ -52,13 +52,14 @@ def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Se
     scored = [(result, False) for result in results] + [(result, True) for result in before]
     rows = [row for result, early in scored if (row := _row(result, before=early, step=step))]
     try:
-        if newest:  # a report shows the run as it ended
-            _merge(run / "evaluation.json", rows)
-            _keep_samples(run, results, output)
+        with (run / ".evaluation.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another evaluation of the run may end just now
+            if newest:  # a report shows the run as it ended
+                _merge(run / "evaluation.json", rows)
+                _keep_samples(run, results, output)
+            _tell_trackers(run, recipe_of(checkpoint), rows, checkpoint / "adapter", step=step)
     except OSError as error:
         logger.warning("%s takes no scores (%s); they are in %s alone.", run, error.strerror, output)
-        return
-    _tell_trackers(run, recipe_of(checkpoint), rows, checkpoint / "adapter", step=step)
 
 
 def _row(result: TaskResult, *, before: bool, step: int) -> dict[str, Any] | None:

@@ -134,7 +134,7 @@ def _read(name: str, path: Path, stamp: tuple[tuple[str, int, int], ...]) -> Sho
     }
     try:
         data = load_run(path)
-    except ConfigError as error:  # a newer release's, or half gone
+    except (ConfigError, OSError) as error:  # a newer release's, or half gone
         row |= {
             "state": "unreadable",
             "fault": redact_text(str(error)),

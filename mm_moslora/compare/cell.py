@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -115,6 +114,7 @@ def _train(job: Job) -> bool:
 
 
 def _train_on_several(job: Job) -> bool:
+    from mm_moslora.launch import run_and_hand_on
     from mm_moslora.training.ending import STATE
 
     command = [
@@ -122,9 +122,7 @@ def _train_on_several(job: Job) -> bool:
         "-m", "mm_moslora", "train", str(job.place / "recipe.yaml"),
         *(["--stop-at", str(job.stop_at)] if job.stop_at else []),
     ]  # fmt: skip
-    with subprocess.Popen(command) as process:
-        signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
-        code = process.wait()
+    code = run_and_hand_on(command, [signal.SIGTERM])
     if code == 0:
         return bool(json.loads((job.place / STATE).read_text(encoding="utf-8"))["state"] == "finished")
     if code == 75:
@@ -199,8 +197,8 @@ def open_task(name: str, settings: Settings) -> Any:
 
 def metrics(place: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics so far; a last line that is half written does not count."""
-    file = place / "metrics.jsonl"
-    if not file.is_file():
+    try:
+        lines = (place / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    except FileNotFoundError:  # not there yet, or moved aside by a run that starts afresh
         return []
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(text) for text in lines if text]

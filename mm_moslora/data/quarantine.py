@@ -69,7 +69,7 @@ class Quarantine:
         """
         if self.path is not None and self._lines is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
+            part = self.path.with_name(f"{self.path.name}.{os.urandom(6).hex()}.part")  # of this rank alone
             part.write_text("".join(self._lines), encoding="utf-8")
             part.replace(self.path)
         self._lines = None

@@ -52,7 +52,7 @@ class RemotePicture:
         if not self.fetched:
             data = self._fetch()
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_suffix(f".{os.getpid()}.part")
+            part = self.path.with_suffix(f".{os.urandom(6).hex()}.part")
             part.write_bytes(data)
             part.replace(self.path)
         return self.path.read_bytes()

@@ -184,7 +184,7 @@ def _streamed(config: SourceConfig, name: str) -> Dataset:
     """
     import datasets
 
-    from mm_moslora.data.tokencache import default_cache
+    from mm_moslora.data.tokencache import default_cache, into_place
 
     assert config.limit is not None, "checked by SourceConfig"
     arguments = _arguments(config, name)
@@ -204,7 +204,7 @@ def _streamed(config: SourceConfig, name: str) -> Dataset:
             )
             part = folder.with_suffix(".part")
             table.save_to_disk(str(part))
-            part.rename(folder)
+            into_place(part, folder)
     loaded: Dataset = datasets.load_from_disk(str(folder))
     return loaded
 

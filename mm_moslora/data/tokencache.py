@@ -193,7 +193,20 @@ def _build(
     for path in part.iterdir():
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
-    part.rename(folder)
+    into_place(part, folder)
+
+
+def into_place(part: Path, folder: Path) -> None:
+    """Rename a finished folder, or drop it where another host was first.
+
+    The lock keeps hosts apart, but a network file system may still say for a while that there is no such folder.
+    """
+    try:
+        part.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(part)
 
 
 def _tokenise(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from pathlib import Path
@@ -117,10 +118,12 @@ def _hash_of(source: SourceConfig) -> str:
 def _results(checkpoint: Path) -> str:
     """Scores that evaluations left in the run's folder."""
     rows = {}
-    for file in sorted(checkpoint.parent.rglob("results.json")):
+    # Not `rglob`, which fails when a folder goes meanwhile: the run may be training on.
+    for name in sorted(glob.glob("**/results.json", root_dir=checkpoint.parent, recursive=True)):
+        file = checkpoint.parent / name
         try:
             found = json.loads(file.read_text(encoding="utf-8"))["results"]
-        except (ValueError, KeyError, TypeError, MoSLoRAError):
+        except (OSError, ValueError, KeyError, TypeError, MoSLoRAError):
             continue
         for item in found:
             name = f"{file.parent.name}: {item['task']} ({item['protocol']}, {item['mode']})"

@@ -89,6 +89,14 @@ def _bytes(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
+def _size_of(file: Path) -> int:
+    """Bytes of a file, none where another process has just taken it away."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 class FeatureStore:
     """The features of one tower.
 
@@ -105,7 +113,7 @@ class FeatureStore:
         self.counts = StoreCounts()
         self._writers = writers
         self._limit = limit_gib * 2**30
-        self._size = sum(file.stat().st_size for file in self.folder.glob("*/*.safetensors")) if self._limit else 0
+        self._size = sum(map(_size_of, self.folder.glob("*/*.safetensors"))) if self._limit else 0
         self._full = False
 
     def fetch(

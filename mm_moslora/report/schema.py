@@ -177,13 +177,12 @@ def _stages(folder: Path, notes: list[str]) -> list[Stage]:
     places = [("train", folder)] if (folder / "metrics.jsonl").is_file() else []
     for name, place in [*places, *((name, folder / name) for name in names)]:
         summary = {} if place == folder else _mapping(_read_json(place / "summary.json", notes), f"{name}/", notes)
-        config = place / "config.yaml"
         found.append(
             Stage(
                 name=name,
                 metrics=_read_lines(place / "metrics.jsonl"),
                 summary=summary,
-                config=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
+                config=_text(place / "config.yaml"),
             )
         )
     return found
@@ -196,11 +195,18 @@ def _merged_summary(summary: dict[str, Any], stages: list[Stage]) -> dict[str, A
     return merged | summary
 
 
-def _read_json(path: Path, notes: list[str]) -> Any:
-    if not path.is_file():
-        return None
+def _text(path: Path, *, errors: str = "replace") -> str | None:
+    """What a file holds; None where there is none: a run may be moved or deleted while it is looked at."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8", errors=errors)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+
+
+def _read_json(path: Path, notes: list[str]) -> Any:
+    try:
+        text = _text(path, errors="strict")
+        return None if text is None else json.loads(text)
     except (ValueError, OSError) as error:
         notes.append(f"{path.name} could not be read ({error}).")
         return None
@@ -208,7 +214,7 @@ def _read_json(path: Path, notes: list[str]) -> Any:
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+    for line in (_text(path) or "").splitlines():
         try:
             record = json.loads(line)
         except ValueError:

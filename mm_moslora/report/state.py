@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -70,12 +71,11 @@ def _guess(folder: Path) -> Literal["running", "finished", "stopped"]:
 def _age(folder: Path) -> float:
     """Seconds since a file of the run or of its stages was written."""
     newest = 0.0
-    for name in _WRITTEN:
-        for path in (folder / name, *folder.glob(f"*/{name}")):
-            try:
-                newest = max(newest, path.stat().st_mtime)
-            except OSError:
-                continue
+    with suppress(OSError):  # a run may go while it is looked at
+        for place in (folder, *folder.iterdir()):
+            for name in _WRITTEN:
+                with suppress(OSError):
+                    newest = max(newest, (place / name).stat().st_mtime)
     return time.time() - newest
 
 

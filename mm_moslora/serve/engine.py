@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -80,6 +80,10 @@ class Job:
         return len(self.input_ids) + self.sampling.max_tokens
 
 
+def _stopping() -> ApiError:
+    return ApiError("The server is stopping.", status=503, code="stopping", retry_after=5)
+
+
 class _Group:
     """The answers of one variant: their decoder, and a job per row."""
 
@@ -123,7 +127,7 @@ class Engine:
         self.models, self.limits = models, limits
         self._groups: dict[str, list[_Group]] = {name: [] for name in models.variants}
         self._waiting: deque[Job] = deque()
-        self._errands: deque[Callable[[], None]] = deque()
+        self._errands: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="mm-moslora-engine", daemon=True)
@@ -166,7 +170,7 @@ class Engine:
                 )
         with self._changed:
             if self._stopping:
-                raise ApiError("The server is stopping.", status=503, code="stopping", retry_after=5)
+                raise _stopping()
             if len(self._waiting) + len(jobs) > self.limits.queue:
                 raise busy(f"{len(self._waiting)} answers wait already")
             self._waiting.extend(jobs)
@@ -179,17 +183,10 @@ class Engine:
             ApiError: the engine has stopped.
         """
         future: Future[_Result] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(work())
-            except Exception as error:
-                future.set_exception(error)
-
         with self._changed:
             if not self.alive:
-                raise ApiError("The server is stopping.", status=503, code="stopping", retry_after=5)
-            self._errands.append(run)
+                raise _stopping()
+            self._errands.append((future, work))
             self._changed.notify()
         return future.result()
 
@@ -204,11 +201,17 @@ class Engine:
                 self._turn()
         for job in [*self._waiting, *(job for group in self._all() for job in group.jobs)]:
             self._end(job, "cancelled")
+        for future, _ in self._errands:
+            future.set_exception(_stopping())
 
     def _turn(self) -> None:
         """Run errands, drop, admit, decode."""
         while self._errands:
-            self._errands.popleft()()
+            future, work = self._errands.popleft()
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
         self._drop()
         for name, jobs in self._admissible().items():
             for batch in [[job] for job in jobs] if self.models.reads_alone else [jobs]:

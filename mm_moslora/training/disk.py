@@ -26,7 +26,7 @@ def rename(path: Path, target: Path) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Replace a text file so that a reader sees the old or the new one, never a half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")  # process ids repeat from host to host
     with temporary.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()

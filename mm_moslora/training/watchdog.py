@@ -136,7 +136,7 @@ class Watchdog:
             "phase": self._phase, "seconds_in_phase": round(time.monotonic() - self._since, 1),
             "place": self._place, "gave_up": self._gave_up,
         }  # fmt: skip
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".{threading.get_ident()}.tmp")  # `verdict` may write beside the thread
         temporary.write_text(json.dumps(content), encoding="utf-8")
         temporary.replace(path)
 

@@ -133,7 +133,7 @@ def _stock_logits(model: nn.Module, folder: Path, inputs: dict[str, torch.Tensor
     arguments = [str(folder), str(tmp_path / "base"), str(tmp_path / "inputs.pt"), str(tmp_path / "logits.pt")]
     subprocess.run(
         [sys.executable, "-c", _STOCK, *arguments], input=type(model).__name__, text=True, check=True, cwd=tmp_path,
-        timeout=120,
+        timeout=240,
     )  # fmt: skip
     return torch.load(tmp_path / "logits.pt")
 

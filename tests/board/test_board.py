@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from between import just_before
 from browser import CHROMIUM, MISSING, browsing
 from PIL import Image
 from serve.serve_tools import listening
@@ -20,6 +22,7 @@ from serve.serve_tools import listening
 from mm_moslora.board.app import create_board
 from mm_moslora.board.runs import Folder
 from mm_moslora.errors import ConfigError
+from mm_moslora.report.state import read_state
 from mm_moslora.serve.limits import Limits
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">"
@@ -105,6 +108,28 @@ def test_runs_are_found_with_their_state_and_secrets_stay_out(runs: Path) -> Non
     assert "hf_Ab1" not in json.dumps(rows)
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+def test_a_run_that_is_deleted_while_it_is_read_is_no_fault(name: str, runs: Path, monkeypatch) -> None:
+    gone = runs / "sweep" / "rank4"
+    just_before(
+        monkeypatch, Path, "read_text", lambda: shutil.rmtree(gone), when=lambda path: path == gone / name
+    )  # fmt: skip
+    folder = Folder(runs)
+    assert "sweep/rank8" in {row["id"] for row in folder.rows()}
+    assert not gone.exists()
+    assert {row["id"] for row in folder.rows()} == {"sweep/rank8", "abandoned", "failed", "killed", "newer"}
+
+
+def test_a_run_that_is_deleted_while_it_is_listed_is_no_fault(runs: Path, monkeypatch) -> None:
+    gone = runs / "abandoned"  # without `state.json`: its files are looked through for its last word
+    for name in ("scandir", "listdir"):
+        just_before(
+            monkeypatch, os, name, lambda: shutil.rmtree(gone, ignore_errors=True), when=lambda path: path == gone
+        )
+    assert read_state(gone).name == "stopped"
+    assert not gone.exists()
+
+
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a folder"):
         create_board(tmp_path / "nowhere")
@@ -184,6 +209,6 @@ def test_ctrl_c_ends_it_quietly_while_somebody_watches(runs: Path, tmp_path: Pat
         page.open(url)
         page.wait("document.querySelectorAll('#runs li').length === 6")
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
         assert process.stderr.read().strip() == ""
         page.wait("document.getElementById('live').dataset.state === 'lost'")

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from between import just_before
 
 from mm_moslora import cli
 from mm_moslora.compare.arms import parse_arms
@@ -137,9 +138,19 @@ def test_a_signal_saves_what_runs_and_the_same_command_goes_on(tmp_path: Path, r
     while len(metrics(place)) < 3 and time.monotonic() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 75
+    assert process.wait(240) == 75
     assert read_outcome(place) is None
     assert list(place.glob("checkpoint-*")), "what was trained is lost"
+
+
+def test_metrics_that_are_moved_aside_while_they_are_read_are_no_fault(tmp_path: Path, monkeypatch):
+    """By a run that starts afresh."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"loss": 1}\n{"lo')
+    assert metrics(tmp_path) == [{"loss": 1}]
+    just_before(monkeypatch, Path, "read_text", file.unlink, when=lambda path: path == file)
+    assert metrics(tmp_path) == []
+    assert not file.exists()
 
 
 def test_a_process_that_is_killed_takes_no_other_with_it(tmp_path: Path):
@@ -302,7 +313,7 @@ def test_the_page_loads_nothing_and_shows_every_part(finished: Path, tmp_path: P
          "--disable-background-networking", "--disable-dev-shm-usage", "--enable-logging=stderr",
          "--virtual-time-budget=2000",
          f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
+        capture_output=True, text=True, timeout=240, check=True,
     )  # fmt: skip
     assert "CONSOLE" not in found.stderr, found.stderr
     assert found.stdout.count("<svg") == 3, "means, differences, learning rates"

@@ -152,7 +152,7 @@ def test_it_ends_cleanly_at_any_moment(path, workers):
         next(iter(loader))
         raise KeyboardInterrupt
     del loader
-    limit = time.monotonic() + 20
+    limit = time.monotonic() + 60
     while (threading.active_count() > threads or multiprocessing.active_children()) and time.monotonic() < limit:
         time.sleep(0.05)
     assert threading.active_count() <= threads

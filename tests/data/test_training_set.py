@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from between import just_before
 from tiny import make_records
 
 from mm_moslora.errors import DataError
@@ -84,6 +85,19 @@ def test_a_bad_record_is_named_counted_and_left_out(path, tmp_path):
     assert missing["path"].endswith("4.png")
     assert missing["field"] == "image[0]"
     assert str(path) in missing["reason"]
+
+
+def test_ranks_whose_processes_have_the_same_number_write_one_quarantine(path, tmp_path, monkeypatch):
+    """On several hosts, mostly in containers."""
+    rewrite(path, lambda index, record: "null" if index == 3 else None)
+    file = tmp_path / "quarantine.jsonl"
+
+    def other_rank():
+        make_set(path, quarantine_path=file, max_bad_share=0.1)
+
+    just_before(monkeypatch, Path, "replace", other_rank, when=lambda part, _: part.name.startswith(file.name))
+    make_set(path, quarantine_path=file, max_bad_share=0.1)
+    assert len(quarantined(file)) == 1
 
 
 def test_above_the_share_it_stops_and_says_why(path, tmp_path):

@@ -6,11 +6,14 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from ranks import train_recipes
 
 from mm_moslora import distributed
+from mm_moslora.config import load_recipe
+from mm_moslora.tracking import Trackers
 from mm_moslora.training import loop, saving
 from mm_moslora.training.engine import Engine
 
@@ -40,11 +43,22 @@ def at_step(what: str, rank: str, step: str, *recipes: str) -> int:
 
 
 def commanded(what: str, rank: str, step: str, *words: str) -> int:
-    """The same under `mm-moslora`; gives its exit code."""
+    """The same under `mm-moslora`, with a tracker that takes its time at the end; gives its exit code."""
     from mm_moslora import cli
 
     _fail_within_step(what, rank, int(step))
-    return cli.run(list(words))
+    finish = Trackers.finish
+
+    def slowly(self, *, ok):
+        if distributed.is_main():
+            time.sleep(1)
+        finish(self, ok=ok)
+
+    Trackers.finish = slowly
+    code = cli.run(list(words))
+    mark = Path(load_recipe(words[-1]).train.output) / "PREEMPTED"
+    assert code != cli.EXIT_REQUEUE or mark.exists(), "torchrun would end rank 0 before it can leave its mark"
+    return code
 
 
 def _fail_within_step(what: str, rank: str, step: int) -> None:

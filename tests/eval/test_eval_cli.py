@@ -102,7 +102,7 @@ def test_scoring_again_changes_nothing_and_needs_no_torch(finished: Path, tmp_pa
     )
     done = subprocess.run(
         [sys.executable, "-c", script, "eval", "score", str(run), "--no-report"],
-        capture_output=True, text=True, cwd=ROOT, timeout=120,
+        capture_output=True, text=True, cwd=ROOT, timeout=240,
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'eval'}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -271,7 +271,7 @@ def test_report_in_a_browser_filters_and_fits(tmp_path: Path) -> None:
             "--virtual-time-budget=3000", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
             (page.parent / "frame.html").as_uri(),
         ],
-        capture_output=True, text=True, timeout=120, check=True,
+        capture_output=True, text=True, timeout=240, check=True,
     )  # fmt: skip
     found = re.search(r"<title>wide (\d+) open (\d+) found (\d+)", done.stdout)
     assert found is not None, done.stdout[:300] + done.stderr[-300:]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from between import just_before
+from mm_moslora_eval import evidence
+from mm_moslora_eval.results import read_results
 from wandb_files import read_finished
 
 from mm_moslora import cli
@@ -115,3 +119,23 @@ def test_an_export_has_no_before(measured: Path, tmp_path: Path, records: Path, 
     line = ["eval", "run", task, "--model", str(tmp_path / "export"), "--output", str(tmp_path / "eval"), "--untuned"]
     assert cli.run(line) == 1
     assert "knows no model before tuning" in capsys.readouterr().err
+
+
+def test_two_evaluations_that_end_together_both_leave_their_scores(measured: Path, monkeypatch: Any) -> None:
+    """The second comes while the first has read the scores that are there and not yet written its own."""
+    monkeypatch.setattr(evidence, "_tell_trackers", lambda *_, **__: None)
+    results = {result.mode: result for result in read_results(measured / "eval")}
+    scores = measured / "run" / "evaluation.json"
+    scores.unlink()
+    keep = [threading.Thread(target=evidence.keep, args=(measured / "run", [results[mode]], measured / "eval"))
+            for mode in ("own", "wrong")]  # fmt: skip
+
+    def second() -> None:
+        keep[1].start()
+        keep[1].join(1)
+
+    just_before(monkeypatch, Path, "replace", second, when=lambda path, target: target == scores)
+    keep[0].start()
+    for thread in keep:
+        thread.join(60)
+    assert {row["name"] for row in json.loads(scores.read_text())} == {"tuned", "wrong_image"}

@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from between import just_before
 from fake_hub import fake_hub, run_beside
 from PIL import Image
 from safetensors.torch import save_file
@@ -100,15 +102,19 @@ def test_the_card_says_what_the_model_is_made_of(folder, tmp_path, capsys):
     assert recipe["adapter"]["rank"] == 4
 
 
-def test_the_card_lists_the_scores_of_the_run(folder, tmp_path):
+def test_the_card_lists_the_scores_of_the_run(folder, tmp_path, monkeypatch):
     scores = folder / "own" / "evaluation"
     scores.mkdir()
     item = {"task": "pope", "protocol": "llava", "mode": "own", "score": 0.5, "low": 0.4, "high": 0.6, "n": 10}
     (scores / "results.json").write_text(json.dumps({"results": [item]}))
+    going = folder / "own" / "going"  # as folders do while a run trains on
+    going.mkdir()
+    just_before(monkeypatch, os, "scandir", going.rmdir, when=lambda path=".": Path(path) == going)
     assert run(["merge", str(folder / "own"), str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "README.md").read_text()
     assert "pope (llava, own) | 50.0 [40.0, 60.0], n 10" in text
     assert "import mm_moslora.models" in text
+    assert not going.exists()
 
 
 def test_the_command_line_goes_to_other_layouts_and_back(folder, tmp_path, capsys):

@@ -139,6 +139,13 @@ def test_beyond_the_limit_nothing_is_added_and_it_is_counted(assembly, tmp_path,
     assert "reached its limit" in caplog.text
 
 
+def test_an_entry_that_goes_while_the_folder_is_measured_counts_nothing(tmp_path):
+    FeatureStore(tmp_path, "tower")._write("ab", torch.zeros(64, 64))
+    size = FeatureStore(tmp_path, "tower", limit_gib=1)._size
+    (tmp_path / "tower" / "ab" / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    assert FeatureStore(tmp_path, "tower", limit_gib=1)._size == size > 64 * 64 * 4
+
+
 def _fill(folder, key, value, repeats):
     made = FeatureStore(folder, "tower")
     for _ in range(repeats):

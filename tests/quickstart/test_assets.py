@@ -162,7 +162,7 @@ class TestCached:
         def build(folder: Path) -> None:
             calls.append(folder)
             entered.set()
-            assert waited.wait(10)
+            assert waited.wait(60)
 
         def say(line: str) -> None:
             assert "another process is preparing part" in line
@@ -170,9 +170,9 @@ class TestCached:
 
         first = threading.Thread(target=cached, args=("part", make_asset(), build))
         first.start()
-        assert entered.wait(10)
+        assert entered.wait(60)
         cached("part", make_asset(), build, say)
-        first.join(10)
+        first.join(60)
         assert len(calls) == 1
 
 

@@ -27,7 +27,7 @@ def _browse(tmp_path: Path, page: Path, *arguments: str) -> subprocess.Completed
             "--virtual-time-budget=3000",
             f"--user-data-dir={tmp_path / 'profile'}", *arguments, page.as_uri(),
         ],
-        capture_output=True, text=True, timeout=120, check=True,
+        capture_output=True, text=True, timeout=240, check=True,
     )  # fmt: skip
 
 

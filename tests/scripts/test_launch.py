@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+from between import just_before
 
 from mm_moslora import launch
 from mm_moslora.errors import ConfigError
@@ -79,7 +80,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_ranks_once(tmp_path):
         "for number in (signal.SIGINT, signal.SIGTERM):\n"
         "    signal.signal(number, lambda number, _: heard.open('a').write(f'{number}\\n'))\n"
         f"pathlib.Path({str(tmp_path / 'started')!r}).touch()\n"
-        "end = time.monotonic() + 20\n"
+        "end = time.monotonic() + 60\n"
         "while not heard.exists() and time.monotonic() < end: time.sleep(0.02)\n"
         "time.sleep(0.5)\n"
     )
@@ -90,8 +91,9 @@ def test_ctrl_c_in_a_terminal_reaches_the_ranks_once(tmp_path):
         f"launch.launch(launch.Places(), [], run_folder=pathlib.Path({str(tmp_path)!r}))\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as process:
-        end = time.monotonic() + 30
-        while not (tmp_path / "started").exists() and time.monotonic() < end:
+        end = time.monotonic() + 60
+        while not (tmp_path / "started").exists():
+            assert time.monotonic() < end, "nothing was started"
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGINT)
     assert (tmp_path / "heard").read_text().split() == [str(int(signal.SIGTERM))]
@@ -107,7 +109,7 @@ def test_ranks_record_what_they_wait_for_under_the_name_that_torch_knows():
     )
     ours = {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT"}
     environment = {name: value for name, value in os.environ.items() if name not in ours}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr
     assert "BUFFER_SIZE': '2000'" in done.stdout
     assert "DUMP_ON_TIMEOUT': '1'" in done.stdout
@@ -133,3 +135,18 @@ def test_a_signal_is_handed_on_and_a_stopped_run_asks_to_be_started_again(monkey
     thread.start()
     assert launch.launch(Places(), [], run_folder=tmp_path) == 75
     thread.join()
+
+
+def test_a_signal_that_comes_while_the_launcher_starts_is_handed_on(monkeypatch):
+    lost = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: lost.append(1))
+    here = threading.main_thread().ident
+    just_before(
+        monkeypatch, subprocess, "Popen", lambda: signal.pthread_kill(here, signal.SIGUSR1), when=lambda *_: True
+    )
+    try:
+        code = launch.run_and_hand_on([sys.executable, "-c", "import time; time.sleep(20)"], [signal.SIGUSR1])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert code == -signal.SIGTERM
+    assert not lost

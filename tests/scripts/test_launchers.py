@@ -124,7 +124,7 @@ def test_every_script_answers_help_and_starts_nothing(environment: dict[str, str
     assert common.stdout.startswith("What train.sh, train_deepspeed.sh and train_slurm.sbatch share")
     for name in ("adapter_table.py", "readme_results.py", "soak/parts.py", "soak/fuzzing.py", "soak/simulated_disk.py"):
         words = [sys.executable, str(SCRIPTS / name), "--help"]
-        result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=180, check=False)
         assert result.returncode == 0, result.stderr
         assert "usage: " in result.stdout or "nothing to run" in result.stdout, name
 
@@ -157,7 +157,7 @@ def test_a_signal_reaches_the_run_which_saves_first(number: int, stub: dict[str,
             assert time.monotonic() < deadline, "the run did not start"
             time.sleep(0.05)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 75

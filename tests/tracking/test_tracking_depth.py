@@ -189,7 +189,7 @@ def test_a_stall_is_told_by_the_clock_and_slow_runs_get_more_patience() -> None:
     told: list[Alert] = []
     watch = Watch(told.append, clock=time.monotonic, shortest=0.2)
     watch.see({"loss": 1.0}, 7)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not told and time.monotonic() < deadline:
         time.sleep(0.01)
     assert told[0].title == "Stalled"

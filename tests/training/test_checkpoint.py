@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
+from between import just_before
 
 from mm_moslora.errors import CheckpointError
 from mm_moslora.training import checkpoint, disk
@@ -146,3 +148,11 @@ def test_keys_that_change_the_computation_are_listed_and_others_are_free():
     }
     changes = changed_keys(before, after)
     assert list(changes.other_run) == ["data.train.0.weight: 1 -> 2", "optim.lr: 0.0001 -> 0.0002"]
+
+
+def test_hosts_whose_processes_have_the_same_number_write_the_same_file(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    just_before(monkeypatch, Path, "replace", lambda: disk.replace_text(path, "theirs"), when=lambda *_: True)
+    disk.replace_text(path, "ours")
+    assert path.read_text() == "ours"
+    assert list(tmp_path.iterdir()) == [path]

@@ -331,14 +331,13 @@ def test_two_runs_in_one_folder_are_refused(recipe):
     pid = os.fork()
     if pid == 0:
         with exclusive(Path(recipe.train.output)):
-            time.sleep(20)
+            time.sleep(120)
         os._exit(0)
     try:
-        for _ in range(200):
-            if (Path(recipe.train.output) / "run.lock").is_file():
-                break
+        lock, deadline = Path(recipe.train.output) / "run.lock", time.monotonic() + 60
+        while not (lock.is_file() and lock.read_text()):  # written by whoever holds it
+            assert time.monotonic() < deadline
             time.sleep(0.02)
-        time.sleep(0.1)
         with pytest.raises(TrainingError, match=f"in use by another run \\(process {pid} on"):
             train(recipe)
     finally:
