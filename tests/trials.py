@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,24 +82,6 @@ def train_fp16(*arguments: str) -> int:
     from ranks import train_recipes
 
     get_accelerator().is_fp16_supported = lambda: True
-    return train_recipes(list(arguments))
-
-
-def train_reading_late(*arguments: str) -> int:
-    """Train with a rank 1 that is slow to read what it has just written."""
-    from ranks import train_recipes
-
-    from mm_moslora import distributed
-    from mm_moslora.training.state import StoredState
-
-    enter = StoredState.__enter__
-
-    def late(self: StoredState) -> StoredState:
-        if distributed.rank() == 1:
-            time.sleep(2)
-        return enter(self)
-
-    StoredState.__enter__ = late
     return train_recipes(list(arguments))
 
 

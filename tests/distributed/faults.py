@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,3 +113,23 @@ def no_builds(folder: str, *recipes: str) -> int:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = True
     OpBuilder.jit_load = cpp_extension.load = cpp_extension.load_inline = build
     return train_recipes(list(recipes))
+
+
+def late(who: str, folder: str, *words: str) -> int:
+    """`mm-moslora` with one rank that comes late to whatever it does with a file in a folder, each time it is new."""
+    from mm_moslora import cli
+
+    seen = set()
+
+    def wait(event, arguments):
+        if event.startswith(("open", "os.", "shutil.")) and arguments and str(arguments[0]).startswith(folder):
+            way = tuple((f.filename, f.lineno) for f in traceback.extract_stack() if "mm_moslora" in f.filename)
+            if way not in seen:
+                seen.add(way)
+                time.sleep(0.15)
+
+    if distributed.rank() == int(who):
+        sys.addaudithook(wait)
+    code = cli.run(list(words))
+    print(f"late {len(seen)} times")
+    return code

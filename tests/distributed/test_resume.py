@@ -37,12 +37,6 @@ def test_a_resumed_run_continues_exactly(name, halves):
     assert weights(halves / f"{name}-resumed", step) == weights(halves / f"{name}-straight", step)
 
 
-def test_the_rehearsal_waits_for_the_slowest_rank_before_it_clears_up(parts, ranks, tmp_path):
-    recipe = make_recipe(parts, tmp_path / "late", "zero2", steps=1, rehearsal=True)
-    ranks.run(["trials:train_reading_late", write(recipe)])
-    assert not list((tmp_path / "late").glob(".tmp*"))
-
-
 def test_ranks_and_stages_may_change_on_the_way(parts, ranks, tmp_path):
     """2 -> 1 -> 2 -> 4 ranks, another ZeRO stage each time: the samples and the numbers of an undisturbed run."""
     way = [(2, "zero2"), (1, "zero3"), (2, "zero0"), (4, "zero1"), (1, "none"), (2, "zero3")]
