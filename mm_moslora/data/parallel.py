@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -43,7 +45,8 @@ def in_processes(work: Callable[[Item], Result], items: Iterable[Item], *, proce
     global _work
     _work = work
     waiting: deque[Future[Result]] = deque()
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
         try:
             for item in items:
                 waiting.append(pool.submit(_call, item))
@@ -59,6 +62,17 @@ def in_processes(work: Callable[[Item], Result], items: Iterable[Item], *, proce
             for future in waiting:
                 future.cancel()
             _work = None
+
+
+def _end_with(parent: int) -> None:
+    """Have this process end when the one that hands out the work is gone, even killed; it would wait for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end with parent", daemon=True).start()
 
 
 def _call(item: Any) -> Any:

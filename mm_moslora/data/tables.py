@@ -5,7 +5,6 @@ Tables stay on disk (Arrow, memory-mapped). Picture bytes are read when the pict
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import hashlib
 import json
@@ -18,6 +17,7 @@ from mm_moslora.config import SourceConfig
 from mm_moslora.data.pictures import PictureRules, StoredPicture
 from mm_moslora.data.sources import RecordSource
 from mm_moslora.errors import DataError, suggestion
+from mm_moslora.locks import take
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -194,7 +194,7 @@ def _streamed(config: SourceConfig, name: str) -> Dataset:
     folder = default_cache() / "streams" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        take(lock, wait=True)
         if not folder.is_dir():
             stream = _undecoded(datasets.load_dataset(**arguments, streaming=True)).take(config.limit)
             table = datasets.Dataset.from_generator(

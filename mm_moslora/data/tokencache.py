@@ -6,7 +6,6 @@ builds it while the others wait; it appears as a whole or not at all. An image i
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import json
@@ -27,6 +26,7 @@ from mm_moslora.data.faults import Code, RecordError
 from mm_moslora.data.parallel import in_processes, usable_processes
 from mm_moslora.data.records import Record
 from mm_moslora.data.sources import RecordSource
+from mm_moslora.locks import take
 
 VERSION = 1
 """Part of a cache's name; a change of the format makes new ones."""
@@ -155,7 +155,7 @@ def open_cache(
 def _lock(root: Path, name: str) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
     with (root / f"{name}.lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        take(stream, wait=True)
         yield
 
 

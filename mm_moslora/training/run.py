@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import random
@@ -22,6 +21,7 @@ from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.dataset import TrainingSet
 from mm_moslora.errors import ConfigError, TrainingError
+from mm_moslora.locks import take
 from mm_moslora.losses import use_loss_head
 from mm_moslora.models.anyres import NEWLINE, newline_of
 from mm_moslora.models.attention import set_attention, training_attention
@@ -62,7 +62,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         ) from error
     with lock as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take(stream, wait=False)
         except OSError as error:
             stream.seek(0)
             raise TrainingError(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import http.server
 import io
 import itertools
 import json
 import multiprocessing
+import os
 import tarfile
 import threading
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +28,7 @@ from mm_moslora.data import tokencache
 from mm_moslora.data.dataset import TrainingSet
 from mm_moslora.data.faults import Code, RecordError
 from mm_moslora.data.images import ImageError
+from mm_moslora.data.parallel import in_processes
 from mm_moslora.data.pictures import open_picture
 from mm_moslora.data.sources import RecordFile, open_source
 from mm_moslora.errors import ConfigError, DataError
@@ -361,6 +366,21 @@ def test_parts_share_an_epoch(tmp_path: Path) -> None:
     assert seen == {False: 15, True: 45}
 
 
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
 class TestTokenCache:
     def sets(self, path: Path, cache: Path, **options):
         plain = make_set(path, **options)
@@ -421,6 +441,28 @@ class TestTokenCache:
         assert list(make_set(path, cache=str(cache)).lengths) == list(first.lengths)
         assert next(looks) > 2
         assert not list(cache.glob("*.part"))
+
+    def test_a_build_that_is_killed_leaves_no_process_and_no_lock(self, tmp_path: Path) -> None:
+        """As when memory runs out: whoever came next would wait for ever."""
+
+        def work(number: int) -> int:
+            (tmp_path / f"{os.getpid()}.pid").touch()
+            time.sleep(0.01)
+            return number
+
+        def build() -> None:
+            with tokencache._lock(tmp_path, "cache"):
+                for _ in in_processes(work, range(10**6), processes=2):
+                    pass
+
+        process = multiprocessing.get_context("fork").Process(target=build)
+        process.start()
+        wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+        process.kill()
+        process.join()
+        with (tmp_path / "cache.lock").open("w") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        wait_until(lambda: not any(alive(int(path.stem)) for path in tmp_path.glob("*.pid")))
 
     @pytest.mark.slow
     def test_processes_that_come_together_build_it_once(self, tmp_path: Path, monkeypatch) -> None:
