@@ -79,10 +79,10 @@ def join(*, timeout_minutes: float = 30.0) -> None:
 def _record_flight() -> None:
     """Have what the ranks were waiting for written down when a collective times out; what is already set wins."""
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    # Since 2.9 torch warns of the old name; before, it does not know the new one.
-    new, old = "TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"
-    if new not in os.environ and old not in os.environ:
-        os.environ[new if Version(torch.__version__) >= Version("2.9") else old] = "2000"
+    # torch 2.13 records by default. 2.8 and 2.9 warn of this name, but know it alone where they decide whether to write
+    # (ProcessGroupNCCL.hpp of the wheels); TORCH_FR_BUFFER_SIZE only makes them record (FlightRecorder.hpp).
+    if Version(torch.__version__) < Version("2.13") and "TORCH_FR_BUFFER_SIZE" not in os.environ:
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
 
 
 def _leave() -> None:

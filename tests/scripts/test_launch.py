@@ -8,11 +8,12 @@ import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import pytest
 from between import just_before
 
-from mm_moslora import launch
+from mm_moslora import distributed, launch
 from mm_moslora.errors import ConfigError
 from mm_moslora.launch import Places, command
 
@@ -99,21 +100,29 @@ def test_ctrl_c_in_a_terminal_reaches_the_ranks_once(tmp_path):
     assert (tmp_path / "heard").read_text().split() == [str(int(signal.SIGTERM))]
 
 
-def test_ranks_record_what_they_wait_for_under_the_name_that_torch_knows():
+def test_ranks_record_what_they_wait_for_without_a_warning():
     code = (
         "import os, torch\n"
         "from mm_moslora import distributed\n"
         "distributed.join()\n"
         "torch.distributed.all_reduce(torch.ones(1))\n"
-        "print({name: value for name, value in os.environ.items() if 'BUFFER_SIZE' in name or 'DUMP_ON' in name})\n"
+        "print(os.environ['TORCH_NCCL_DUMP_ON_TIMEOUT'], torch._C._distributed_c10d._dump_fr_trace_json())\n"
     )
     ours = {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT"}
     environment = {name: value for name, value in os.environ.items() if name not in ours}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr
-    assert "BUFFER_SIZE': '2000'" in done.stdout
-    assert "DUMP_ON_TIMEOUT': '1'" in done.stdout
+    assert done.stdout.startswith("1 ")
+    assert "gloo:all_reduce" in done.stdout
     assert "deprecated" not in done.stderr
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "2000"), ({"TORCH_FR_BUFFER_SIZE": "7"}, None)])
+def test_an_older_torch_is_told_to_record(given, expected, monkeypatch):
+    monkeypatch.setattr("torch.__version__", "2.9.1")
+    with mock.patch.dict(os.environ, given, clear=True):
+        distributed._record_flight()
+        assert os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE") == expected
 
 
 def test_a_signal_is_handed_on_and_a_stopped_run_asks_to_be_started_again(monkeypatch, tmp_path):
