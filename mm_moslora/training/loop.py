@@ -94,7 +94,7 @@ def train(
             if found is not None:
                 restore(run, *found)
                 logger.info("Continuing from %s, step %d.", found[0].name, run.step)
-            loop = _Loop(run, watchdog, measure, resumed=found is not None)
+            loop = _Loop(run, watchdog, measure, resumed_from=None if found is None else found[0])
             ending.begun = True
             result = loop.go(stop_at)
             ending.finished = result.finished
@@ -125,8 +125,10 @@ def blaming(watchdog: Watchdog) -> Iterator[None]:
 class _Loop:
     """The state of one stretch of training."""
 
-    def __init__(self, run: runs.Run, watchdog: Watchdog, measure: Measure | None, *, resumed: bool) -> None:
-        recipe = run.recipe
+    def __init__(
+        self, run: runs.Run, watchdog: Watchdog, measure: Measure | None, *, resumed_from: Path | None
+    ) -> None:
+        recipe, resumed = run.recipe, resumed_from is not None
         self.run, self.recipe, self.watchdog, self.fresh = run, recipe, watchdog, not resumed
         self.loader = BatchLoader(
             run.training_set,
@@ -139,26 +141,29 @@ class _Loop:
             start_step=run.step,
         )
         self.total = recipe.train.total_steps(self.loader.steps_per_epoch)
-        if distributed.is_main():
-            disk.replace_text(run.folder / "config.yaml", recipe.to_yaml())
-        self._write_summary()
         self.trackers: Trackers = build_trackers(recipe.track)
-        self.trackers.start(recipe.to_dict(), run.folder, resume_step=run.step if resumed else None)
         self.saver = Saver(run.folder)
         self.validator = Validator(run, measure)
         self.best = Best.of(run.folder, recipe.validate, resume_step=run.step if resumed else -1)
         self.spikes = SpikeScore()
         self.speedometer = Speedometer(run.assembly.model)
         self.skipped_in_a_row = self.failed_saves = 0
-        self.saved_at = run.step if resumed else -1
+        here = resumed_from is not None and resumed_from.resolve().parent == run.folder.resolve()
+        self.saved_at = run.step if here else -1
         self.extra: dict[str, float] = {}  # logged with the next step
         self.validated_at = -1
 
     def go(self, stop_at: int | None) -> TrainResult:
         """Train until the last step, `stop_at`, the end of patience, or a signal."""
         run = self.run
+        if self.saved_at == run.step == run.counters.get(FINISHED_AT) and self._over:
+            # What its folder says of the run was measured while it trained.
+            return self._result(run.folder / checkpoint.folder_name(run.step))
+        if distributed.is_main():
+            disk.replace_text(run.folder / "config.yaml", self.recipe.to_yaml())
+        self._write_summary()
         signal_number, ok = 0, False
-        started = time.monotonic()
+        self.trackers.start(self.recipe.to_dict(), run.folder, resume_step=None if self.fresh else run.step)
         try:
             self._phase("rehearsal")
             if self.fresh and self.recipe.train.rehearsal:
@@ -186,10 +191,12 @@ class _Loop:
                 self.trackers.log_folder("adapter", folder / "adapter", aliases=("latest", f"step-{run.step}"))
             ok = True
         finally:
-            run.counters["session_seconds"] = time.monotonic() - started
             self.trackers.finish(ok=ok)
+        return self._result(folder, stopped_by=signal_number)
+
+    def _result(self, folder: Path, *, stopped_by: int = 0) -> TrainResult:
         return TrainResult(
-            checkpoint=folder, step=run.step, total_steps=self.total, stopped_by=signal_number,
+            checkpoint=folder, step=self.run.step, total_steps=self.total, stopped_by=stopped_by,
             stopped_early=self.best.out_of_patience,
         )  # fmt: skip
 
@@ -232,6 +239,7 @@ class _Loop:
         }  # fmt: skip
         for name, value in added.items():
             counters[name] = counters.get(name, 0) + value
+        self._note_memory()
         self.spike = self.spikes.update(result.loss)
         records = f"Records of rank {distributed.rank()}: {', '.join(ids[:16])}"
         if result.applied:
@@ -375,7 +383,13 @@ class _Loop:
             self.trackers.log_mixers(mixers, self.run.step)
         self.run.counters[FINISHED_AT] = self.run.step
 
+    def _note_memory(self) -> None:
+        """The most that any session of the run used."""
+        counters = self.run.counters
+        counters["memory_gib"] = max(counters.get("memory_gib", 0.0), peak_memory_gib())
+
     def _write_summary(self) -> None:
+        self._note_memory()
         if distributed.is_main():
             disk.replace_json(self.run.folder / "summary.json", summary(self.run, self.total))
 
@@ -401,7 +415,7 @@ def summary(run: runs.Run, total: int) -> dict[str, Any]:
         "components": [vars(row) for row in component_table(run.assembly)],
         "tokens_per_image": run.assembly.tokens_per_image,
         "base": run.assembly.base,
-        "memory_gib": peak_memory_gib(),
+        "memory_gib": run.counters["memory_gib"],
         "data": _data_facts(run),
     }
 

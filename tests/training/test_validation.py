@@ -76,19 +76,26 @@ def test_patience_ends_the_run_and_the_best_checkpoint_is_kept(recipe):
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000006"]
 
 
-def test_a_finished_run_that_is_started_again_measures_and_logs_nothing(recipe):
+def test_a_finished_run_that_is_started_again_measures_and_writes_nothing(recipe, monkeypatch):
     chosen = watched(recipe, samples=2, sample_tokens=3, tasks=["fake"])
-    train(chosen, measure=unruly, stop_at=4)
-    train(chosen, measure=unruly)
+    for memory, stop_at in ((3.0, 4), (2.0, None)):
+        monkeypatch.setattr("mm_moslora.training.loop.peak_memory_gib", lambda memory=memory: memory)
+        train(chosen, measure=unruly, stop_at=stop_at)
     run = Path(chosen.train.output)
-    written = {name: (run / name).read_text() for name in ("metrics.jsonl", "tracked_samples.jsonl", "mixers.json")}
-    assert sum('"adapter/mixer_moved"' in line for line in written["metrics.jsonl"].splitlines()) == 1
+    its_session = ("state.json", "run.lock")
+    written = {path: path.read_text() for path in run.iterdir() if path.is_file() and path.name not in its_session}
+    assert {"summary.json", "config.yaml", "environment.json", "mixers.json"} <= {path.name for path in written}
+    assert sum('"adapter/mixer_moved"' in line for line in written[run / "metrics.jsonl"].splitlines()) == 1
+    assert json.loads(written[run / "summary.json"])["memory_gib"] == 3.0
 
     def never(moment):
         raise AssertionError("measured again")
 
-    assert train(chosen, measure=never).finished
-    assert {name: (run / name).read_text() for name in written} == written
+    monkeypatch.setattr("mm_moslora.training.loop.peak_memory_gib", lambda: 99.0)
+    again = train(replace(chosen, name="again"), measure=never)
+    assert again.finished
+    assert again.checkpoint == run / "checkpoint-000006"
+    assert {path: path.read_text() for path in written} == written
 
 
 def test_held_out_records_are_seen_once_however_training_mixes(recipe):
