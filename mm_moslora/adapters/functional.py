@@ -27,8 +27,8 @@ def use_kernel(kernel: Kernel) -> Iterator[None]:
     """Choose how adapted layers compute, within the block.
 
     Args:
-        kernel: `auto` (fused where it applies, and PEFT's own path for plain LoRA), `reference` (always the plain
-            three-factor chain) or `fused` (plain LoRA too).
+        kernel: `auto` (fused where it applies, and PEFT's own path for plain LoRA outside of lean layers), `reference`
+            (always the plain three-factor chain) or `fused` (plain LoRA too).
 
     Raises:
         AdapterError: another name.

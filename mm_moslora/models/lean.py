@@ -13,6 +13,7 @@ nothing reads the others. That is exact.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mm_moslora.adapters.functional import autocasts
+from mm_moslora.adapters.functional import autocasts, current_kernel, use_kernel
 from mm_moslora.adapters.layer import MoSLoRALinear
 from mm_moslora.adapters.products import Operands
 from mm_moslora.adapters.sharding import fetches_whole, only_fetches
@@ -53,7 +54,8 @@ class LeanLayer(nn.Module):
         attended = _attention(layer.self_attn, normed_linears(x, norm.weight, norm.variance_epsilon, (q, k, v)), kwargs)
         if self.is_last and positions is not None:
             attended, x = attended[positions], x[positions]
-        x = x + layer.self_attn.o_proj(attended)
+        with _plain_lora_too():
+            x = x + layer.self_attn.o_proj(attended)
         norm = layer.post_attention_layernorm
         return gated_mlp(x, norm.weight, norm.variance_epsilon, gate, up, down)[None]
 
@@ -96,8 +98,14 @@ def _usable(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> list[Operands
     if any(w.requires_grad or w.dtype != hidden.dtype for w in norms) or not fetches_whole(layer):
         return None
     modules = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    found = [as_tensors(module, hidden) for module in modules]
+    with _plain_lora_too():
+        found = [as_tensors(module, hidden) for module in modules]
     return None if any(item is None for item in found) else cast(list[Operands], found)
+
+
+def _plain_lora_too() -> AbstractContextManager[None]:
+    """Fuse adapters without a mixer like all others, unless a kernel was chosen."""
+    return use_kernel("fused" if current_kernel() == "auto" else current_kernel())
 
 
 def as_tensors(module: nn.Module, x: Tensor) -> Operands | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -95,6 +96,29 @@ def test_lean_layers_give_the_loss_and_gradients_of_stock_layers_and_keep_less(f
     assert lean_loss == pytest.approx(stock_loss, rel=1e-6)
     assert_close(lean, stock)
     assert kept_bytes(model, given) < 0.75 * before
+
+
+@pytest.mark.parametrize("accumulating", [False, True])
+def test_plain_lora_is_lean_like_a_mixer(accumulating: bool) -> None:
+    model, given = adapted("llama", mixer_init="identity", mixer_trainable=False), batch()
+    assert not [name for name, _ in model.named_parameters() if "lora_mixer" in name]
+    before = kept_bytes(model, given)
+    stock_loss, stock = loss_and_gradients(model, given)
+    use_lean_layers(model)
+    assert kept_bytes(model, given) == kept_bytes(lean_with_mixers(), given) < 0.75 * before
+    with adapters.one_product_per_step(model) if accumulating else nullcontext():
+        loss, gradients = loss_and_gradients(model, given)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert loss == pytest.approx(stock_loss, rel=1e-6)
+    assert_close(gradients, stock)
+    with adapters.use_kernel("reference"):
+        assert loss_and_gradients(model, given)[0] == stock_loss
+
+
+def lean_with_mixers() -> t.PreTrainedModel:
+    model = adapted("llama")
+    use_lean_layers(model)
+    return model
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
