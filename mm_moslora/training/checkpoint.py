@@ -226,13 +226,19 @@ class Changes:
     """Keys that change the order of summation only."""
 
 
-def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> Changes:
-    """Compare two resolved recipes."""
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], *, moved: Sequence[str] = ()) -> Changes:
+    """Compare two resolved recipes.
+
+    Args:
+        before: of the checkpoint.
+        after: of now.
+        moved: keys of paths that lead to the same contents.
+    """
     old, new = _flatten(before), _flatten(after)
     changed = {
         key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not _is_below(key, _FREE_KEYS)
+        if old.get(key) != new.get(key) and not _is_below(key, (*_FREE_KEYS, *moved))
     }
     return Changes(
         other_run=tuple(text for key, text in changed.items() if not _is_below(key, _ROUNDING_KEYS)),

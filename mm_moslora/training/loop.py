@@ -89,7 +89,7 @@ def train(
     with runs.exclusive(folder), recorded(folder) as ending, Watchdog(folder) as watchdog, blaming(watchdog):
         runs.seed_everything(recipe.train.seed)
         found = find_resume(recipe, resume)
-        run = runs.prepare(recipe)
+        run = runs.prepare(recipe, checkpoint=found[0] if found else None)
         try:
             if found is not None:
                 restore(run, *found)

@@ -12,6 +12,7 @@ from mm_moslora import distributed
 from mm_moslora.config import Recipe
 from mm_moslora.errors import CheckpointError
 from mm_moslora.folders import resume_folder
+from mm_moslora.models.places import CONTENTS, contents_of
 from mm_moslora.training import checkpoint
 from mm_moslora.training.commit import rank_folder
 from mm_moslora.training.run import Run, seed_everything
@@ -66,7 +67,9 @@ def _choose(run: Path, resume: str) -> tuple[Path, checkpoint.Manifest] | None:
 
 
 def _check_same_run(folder: Path, manifest: checkpoint.Manifest, recipe: Recipe) -> None:
-    changes = checkpoint.changed_keys(manifest.recipe, recipe.to_dict())
+    expected = manifest.base.get(CONTENTS, {})
+    same = [key for key, found in contents_of(recipe.model).items() if expected.get(key) == found]
+    changes = checkpoint.changed_keys(manifest.recipe, recipe.to_dict(), moved=same)
     if changes.other_run:
         raise CheckpointError(
             f"{folder} belongs to another run: {len(changes.other_run)} recipe keys differ "

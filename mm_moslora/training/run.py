@@ -30,6 +30,7 @@ from mm_moslora.models.eyes import dummy_example
 from mm_moslora.models.feature_store import FeatureStore, tower_key
 from mm_moslora.models.lean import use_lean_layers
 from mm_moslora.models.pictures import PictureMemory
+from mm_moslora.models.places import contents_of, seen_from
 from mm_moslora.models.trainable import attach_adapters, component_table
 from mm_moslora.models.vlm import is_multimodal, takes_rows
 from mm_moslora.training.compiling import compile_layers
@@ -96,6 +97,8 @@ class Run:
     """Weights of a projector that does not train, whole: ZeRO-3 cuts up the model's own."""
     first_mixers: dict[str, Tensor] = field(default_factory=dict)
     """The mixers at step 0, also of a run that goes on from a checkpoint."""
+    contents: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of the base model's files, see `mm_moslora.models.places`."""
     counters: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -104,15 +107,17 @@ class Run:
         return int(self.counters.get("steps", 0))
 
 
-def prepare(recipe: Recipe) -> Run:
+def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     """Assemble model, data and engine, in this order, and log what trains.
 
     Args:
         recipe: resolved; its `train.output` exists.
+        checkpoint: that the run goes on from; it helps to find models that were moved.
     """
     folder = Path(recipe.train.output)
     precision = resolve_precision(recipe.train.precision)
-    assembly = assemble(recipe.model, dtype=dtype_of(precision))
+    parts = recipe.model if checkpoint is None else seen_from(recipe.model, checkpoint)
+    assembly = assemble(parts, dtype=dtype_of(precision))
     attach_adapters(assembly, recipe.model, recipe.adapter, seed=recipe.train.seed)
     if distributed.is_main():
         for line in trainable_table(assembly):
@@ -154,7 +159,7 @@ def prepare(recipe: Recipe) -> Run:
     return Run(
         recipe=recipe, folder=folder, precision=precision, assembly=assembly, training_set=training_set,
         validation_set=validation_set, engine=engine, frozen_projector=frozen_projector,
-        first_mixers=mixer_matrices(engine.trainable_state()),
+        first_mixers=mixer_matrices(engine.trainable_state()), contents=contents_of(parts),
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mm_moslora import adapters, distributed
 from mm_moslora.errors import CheckpointError
 from mm_moslora.models.anyres import NEWLINE
+from mm_moslora.models.places import CONTENTS
 from mm_moslora.models.processor import save_processor
 from mm_moslora.models.trainable import component_of
 from mm_moslora.models.vlm import is_multimodal
@@ -70,7 +71,8 @@ def snapshot(run: Run) -> Snapshot:
         raise CheckpointError(f"The weights to save are not the weights that train; they differ in {odd[:4]}.")
     shapes = {name: list(value.shape) for name, value in weights.items()}
     manifest = Manifest(
-        step=run.step, world_size=distributed.world_size(), recipe=run.recipe.to_dict(), base=run.assembly.base,
+        step=run.step, world_size=distributed.world_size(), recipe=run.recipe.to_dict(),
+        base=run.assembly.base | {CONTENTS: run.contents},
         counters=dict(run.counters), trainable=shapes, files={}, data=run.training_set.fingerprint,
     )  # fmt: skip
     if not distributed.is_main():

@@ -80,6 +80,44 @@ def test_a_run_is_used_and_goes_on_from_elsewhere(recipe, records, tmp_path, mon
     assert train(replace(recipe, data=replace(recipe.data, train=[source]))).finished
 
 
+def test_a_base_named_by_an_absolute_path_may_move(recipe, tmp_path, monkeypatch):
+    old, new = tmp_path / "work" / "models", tmp_path / "work" / "store" / "models"
+    for name, folder in (("llm", recipe.model.language), ("tower", recipe.model.vision.name)):
+        shutil.copytree(folder, old / name)
+    model = replace(recipe.model, language=str(old / "llm"), vision=replace(recipe.model.vision, name=str(old / "tower")))
+    recipe = replace(recipe, model=model, train=replace(recipe.train, output=str(tmp_path / "work" / "runs" / "x")))
+    train(recipe, stop_at=2)
+    run = Path(recipe.train.output)
+
+    other = tmp_path / "work" / "runs" / "llm"  # lies nearer and is called the same, but is another model
+    shutil.copytree(old / "llm", other)
+    weights = other / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"else")
+    new.parent.mkdir()
+    old.rename(new)
+    with pytest.raises(ModelError, match=r"nothing is there.*MM_MOSLORA_MODELS"):
+        load(run)
+    with pytest.raises(ModelError, match=r"nothing is there.*MM_MOSLORA_MODELS"):
+        train(recipe)
+    monkeypatch.setenv("MM_MOSLORA_MODELS", f"/nowhere:{new.parent}")
+    assert load(run).model is not None
+    train(recipe, stop_at=4)
+
+    monkeypatch.delenv("MM_MOSLORA_MODELS")
+    named = replace(model, language=str(other), vision=replace(model.vision, name=str(new / "tower")))
+    with pytest.raises(CheckpointError, match=r"1 recipe keys differ \(model\.language"):
+        train(replace(recipe, model=named))
+    assert train(replace(recipe, model=replace(named, language=str(new / "llm")))).finished
+
+    (new / "llm").rename(run.parent / "beside")  # its name is gone, too
+    (new / "tower").rename(tmp_path / "tower")
+    with pytest.raises(ModelError, match="nothing is there"):
+        load(run)
+    shutil.rmtree(other)
+    (run.parent / "beside").rename(other)
+    assert load(run).model is not None  # both are found by what is in them
+
+
 def test_a_model_folder_that_is_gone_is_told(recipe, tmp_path):
     gone = replace(recipe.model, language=str(tmp_path / "gone"))
     with pytest.raises(ModelError, match=r"model\.language is '.*gone', and nothing is there"):
