@@ -31,8 +31,8 @@ def seen_from(config: ModelConfig, checkpoint: Path) -> ModelConfig:
 
     Relative paths start where the run was started, which is mostly a folder above its checkpoints: what is not found
     from here is looked up from there, also when the whole tree was moved. An absolute path that leads nowhere is looked
-    up by its last parts, and counts where its contents are those that the checkpoint was trained on. `MM_MOSLORA_MODELS`
-    names further folders to look into.
+    up by its last parts, and counts where its contents are those that the checkpoint was trained on.
+    `MM_MOSLORA_MODELS` names further folders to look into.
 
     Args:
         config: of the checkpoint's recipe.

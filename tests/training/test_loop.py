@@ -84,7 +84,9 @@ def test_a_base_named_by_an_absolute_path_may_move(recipe, tmp_path, monkeypatch
     old, new = tmp_path / "work" / "models", tmp_path / "work" / "store" / "models"
     for name, folder in (("llm", recipe.model.language), ("tower", recipe.model.vision.name)):
         shutil.copytree(folder, old / name)
-    model = replace(recipe.model, language=str(old / "llm"), vision=replace(recipe.model.vision, name=str(old / "tower")))
+    model = replace(
+        recipe.model, language=str(old / "llm"), vision=replace(recipe.model.vision, name=str(old / "tower"))
+    )
     recipe = replace(recipe, model=model, train=replace(recipe.train, output=str(tmp_path / "work" / "runs" / "x")))
     train(recipe, stop_at=2)
     run = Path(recipe.train.output)
