@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -55,8 +56,18 @@ class Places:
             raise ConfigError("--hostfile and --nnodes are two ways to use several hosts; give one of them.")
         if self.hostfile is not None and not self.hostfile.is_file():
             raise ConfigError(f"--hostfile {self.hostfile} does not exist.")
+        if self.hostfile is not None:
+            _check_hosts(self.hostfile)
         if self.hostfile is not None and self.max_restarts:
             raise ConfigError("--max-restarts needs torchrun; the deepspeed launcher of --hostfile cannot restart.")
+
+
+def _check_hosts(hostfile: Path) -> None:
+    lines = [line.partition("#")[0].strip() for line in hostfile.read_text(encoding="utf-8").splitlines()]
+    wrong = [line for line in lines if line and not re.fullmatch(r"\S+\s+slots=[1-9]\d*", line)]
+    if wrong or not any(lines):
+        found = f"holds {wrong[0]!r}" if wrong else "names no host"
+        raise ConfigError(f"--hostfile {hostfile} {found}, expected lines such as 'worker-1 slots=8'.")
 
 
 def _is_place(text: str) -> bool:

@@ -51,6 +51,8 @@ def test_a_slurm_job_of_several_nodes_goes_through_srun(monkeypatch):
         ({"nnodes": 2}, "no --rdzv HOST:PORT"),
         ({"hostfile": "missing"}, "does not exist"),
         ({"hostfile": "missing", "nnodes": 2, "rdzv": "a:1"}, "two ways"),
+        ({"hostfile": "odd"}, "holds 'worker-2', expected lines such as 'worker-1 slots=8'"),
+        ({"hostfile": "empty"}, "names no host"),
         ({"nproc": 0}, "--nproc is 0, expected 1 or more"),
         ({"nnodes": 0}, "--nnodes is 0, expected 1 or more"),
         ({"max_restarts": -1}, "--max-restarts is -1, expected 0 or more"),
@@ -60,6 +62,8 @@ def test_a_slurm_job_of_several_nodes_goes_through_srun(monkeypatch):
     ],
 )
 def test_wrong_places_are_explained(wrong, said, tmp_path):
+    (tmp_path / "odd").write_text("# two\nworker-1 slots=8  # the first\n\nworker-2\n")
+    (tmp_path / "empty").write_text("# none\n")
     if "hostfile" in wrong:
         wrong = wrong | {"hostfile": tmp_path / wrong["hostfile"]}
     with pytest.raises(ConfigError, match=said):
