@@ -77,7 +77,8 @@ class TrainConfig:
     vision_gradient_checkpointing: bool = False
     """Recompute activations in the vision encoder's backward pass; pays only when the encoder trains."""
     compile: str | None = None
-    """Backend of torch.compile for the decoder layers (inductor); None: they run as they are. Not under ZeRO-3."""
+    """Backend of torch.compile for decoder layers (inductor): what is between the products of lean ones, others whole;
+    None: they run as they are. Not under ZeRO-3."""
     seed: int = 0
     """Seeds initialisation, data order and dropout."""
     save_every: int = 0

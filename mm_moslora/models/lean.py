@@ -13,6 +13,7 @@ nothing reads the others. That is exact.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, cast
@@ -26,6 +27,7 @@ from mm_moslora.adapters.functional import autocasts, current_kernel, use_kernel
 from mm_moslora.adapters.layer import MoSLoRALinear
 from mm_moslora.adapters.products import Operands
 from mm_moslora.adapters.sharding import fetches_whole, only_fetches
+from mm_moslora.models.elementwise import EAGER, Elementwise, compiled
 from mm_moslora.models.lean_ops import gated_mlp, normed_linears, rotate
 
 KNOWN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -39,6 +41,10 @@ class LeanLayer(nn.Module):
 
     is_last: bool = False
     """Whether the layer may drop positions that nothing reads."""
+    passes: Elementwise = EAGER
+    """What runs between the products."""
+    compiled_stock: Callable[..., Tensor] | None = None
+    """The stock form, compiled, for the calls that fall back while training."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[1, S, D]``, or ``[1, K, D]`` from the last layer when the supervised positions are given."""
@@ -46,27 +52,38 @@ class LeanLayer(nn.Module):
         layer = cast(Any, self)
         linears = None if args else _usable(layer, hidden_states, kwargs)
         if linears is None:
-            output: Tensor = super().forward(hidden_states, *args, **kwargs)
+            stock = self.compiled_stock if self.compiled_stock is not None and self.training else super().forward
+            output: Tensor = stock(hidden_states, *args, **kwargs)
             return output[:, positions] if self.is_last and positions is not None else output
         q, k, v, gate, up, down = linears
         x = hidden_states[0]
         norm = layer.input_layernorm
-        attended = _attention(layer.self_attn, normed_linears(x, norm.weight, norm.variance_epsilon, (q, k, v)), kwargs)
+        projected = normed_linears(x, norm.weight, norm.variance_epsilon, (q, k, v), self.passes)
+        attended = _attention(layer.self_attn, projected, kwargs, self.passes)
         if self.is_last and positions is not None:
             attended, x = attended[positions], x[positions]
         with _plain_lora_too():
             x = x + layer.self_attn.o_proj(attended)
         norm = layer.post_attention_layernorm
-        return gated_mlp(x, norm.weight, norm.variance_epsilon, gate, up, down)[None]
+        return gated_mlp(x, norm.weight, norm.variance_epsilon, gate, up, down, self.passes)[None]
+
+    def compile_passes(self, backend: str) -> None:
+        """Compile what runs between the products, and the stock form for calls that fall back to it while training.
+
+        Args:
+            backend: of torch.compile.
+        """
+        self.passes = compiled(backend)
+        self.compiled_stock = torch.compile(super().forward, backend=backend, dynamic=True)
 
 
-def _attention(attention: Any, projected: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Tensor:
+def _attention(attention: Any, projected: tuple[Tensor, ...], kwargs: dict[str, Any], passes: Elementwise) -> Tensor:
     """What stands between q, k, v and the output projection; ``[S, H * E]``."""
     query, key, value = (tensor.view(tensor.shape[0], -1, attention.head_dim) for tensor in projected)
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
     cos, sin = kwargs["position_embeddings"]
-    query, key = rotate(query, cos[0], sin[0]), rotate(key, cos[0], sin[0])
+    query, key = rotate(query, cos[0], sin[0], passes), rotate(key, cos[0], sin[0], passes)
     function = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
     rest = {name: given for name, given in kwargs.items() if name not in ("position_embeddings", "use_cache", "cache")}
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))

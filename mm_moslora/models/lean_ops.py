@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mm_moslora.adapters.products import TENSORS, Operands, Products, Rules, chain_rule, copies
+from mm_moslora.models.elementwise import Elementwise
 
 
-def normed_linears(x: Tensor, norm_weight: Tensor, eps: float, linears: Sequence[Operands]) -> tuple[Tensor, ...]:
+def normed_linears(
+    x: Tensor, norm_weight: Tensor, eps: float, linears: Sequence[Operands], passes: Elementwise
+) -> tuple[Tensor, ...]:
     """RMS norm, then several linear layers that all read it; keeps x and the adapters' inner products.
 
     Args:
@@ -28,15 +30,18 @@ def normed_linears(x: Tensor, norm_weight: Tensor, eps: float, linears: Sequence
         norm_weight: ``[D]``, frozen.
         eps: of the norm.
         linears: read the norm's output.
+        passes: what runs between the products.
 
     Returns:
         ``[S, D_out]`` for each.
     """
     flat = [tensor for linear in linears for tensor in linear.tensors()]
-    return _NormedLinears.apply(x, norm_weight, eps, Rules.of(linears), *flat)  # type: ignore[no-any-return]
+    return _NormedLinears.apply(x, norm_weight, eps, passes, Rules.of(linears), *flat)  # type: ignore[no-any-return]
 
 
-def gated_mlp(x: Tensor, norm_weight: Tensor, eps: float, gate: Operands, up: Operands, down: Operands) -> Tensor:
+def gated_mlp(
+    x: Tensor, norm_weight: Tensor, eps: float, gate: Operands, up: Operands, down: Operands, passes: Elementwise
+) -> Tensor:
     """``x + down(silu(gate(norm(x))) * up(norm(x)))``; keeps x, the outputs of gate and up, and inner products.
 
     Args:
@@ -46,39 +51,28 @@ def gated_mlp(x: Tensor, norm_weight: Tensor, eps: float, gate: Operands, up: Op
         gate: ``D -> F``.
         up: ``D -> F``.
         down: ``F -> D``.
+        passes: what runs between the products.
 
     Returns:
         ``[S, D]``.
     """
     flat = [tensor for linear in (gate, up, down) for tensor in linear.tensors()]
     rules = (Rules.of((gate, up)), Rules.of((down,)))
-    return _GatedMlp.apply(x, norm_weight, eps, rules, *flat)  # type: ignore[no-any-return]
+    return _GatedMlp.apply(x, norm_weight, eps, passes, rules, *flat)  # type: ignore[no-any-return]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, passes: Elementwise) -> Tensor:
     """Rotary embedding of whole heads, halves layout; keeps nothing of the size of x.
 
     Args:
         x: ``[S, H, E]``.
         cos: ``[S, E]``, both halves equal.
         sin: ``[S, E]``, both halves equal.
+        passes: the rotation.
     """
     half = x.shape[-1] // 2
-    return _Rotate.apply(x, cos[:, None, :half].to(x.dtype), sin[:, None, :half].to(x.dtype))  # type: ignore[no-any-return]
-
-
-def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm's output and ``1 / rms`` (fp32 ``[S, 1]``), as transformers computes them."""
-    wide = x.float()
-    inverse = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps))
-    return (wide * inverse).to(x.dtype) * weight, inverse
-
-
-def _normalise_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    direction = (x.float() * inverse) if x.dtype != torch.float32 else x * inverse
-    pull = (grad * weight).float()
-    mean = torch.linalg.vecdot(pull, direction).div_(x.shape[-1])[:, None]
-    return pull.addcmul_(direction, mean, value=-1).mul_(inverse).to(x.dtype)
+    cos, sin = (turn[:, None, :half].to(x.dtype) for turn in (cos, sin))
+    return _Rotate.apply(x, cos, sin, passes)  # type: ignore[no-any-return]
 
 
 class _Linears:
@@ -112,66 +106,64 @@ class _Linears:
 class _NormedLinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, rules: Rules, *flat: Tensor | None
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, passes: Elementwise, rules: Rules, *flat: Tensor | None
     ) -> tuple[Tensor, ...]:
-        y, inverse = _normalise(x, weight, eps)
+        y, inverse = passes.normalise(x, weight, eps)
         outputs, z = _Linears(flat, rules, y.dtype).outputs(y)
-        ctx.rules = rules
+        ctx.rules, ctx.passes = rules, passes
         ctx.save_for_backward(x, weight, inverse, z, *flat)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse, z, *flat = ctx.saved_tensors
-        y = (x.float() * inverse).to(x.dtype) * weight
+        y = ctx.passes.normalised(x, weight, inverse)
         dy, found = _Linears(flat, ctx.rules, y.dtype).gradients(y, z, grads)
-        dx = _normalise_backward(dy, x, weight, inverse) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, *found
+        dx = ctx.passes.normalise_backward(dy, x, weight, inverse) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None, None, *found
 
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, rules: tuple[Rules, Rules], *flat: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        passes: Elementwise,
+        rules: tuple[Rules, Rules],
+        *flat: Tensor | None,
     ) -> Tensor:
-        y, inverse = _normalise(x, weight, eps)
+        y, inverse = passes.normalise(x, weight, eps)
         (e, g), z = _Linears(flat[: 2 * TENSORS], rules[0], y.dtype).outputs(y)
         del y
-        (output,), z_down = _Linears(flat[2 * TENSORS :], rules[1], x.dtype).outputs(F.silu(e).mul_(g))
-        ctx.rules = rules
+        (output,), z_down = _Linears(flat[2 * TENSORS :], rules[1], x.dtype).outputs(passes.gated(e, g))
+        ctx.rules, ctx.passes = rules, passes
         ctx.save_for_backward(x, weight, inverse, z, e, g, z_down, *flat)
         return output.add_(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse, z, e, g, z_down, *flat = ctx.saved_tensors
-        activated = F.silu(e)
         down = _Linears(flat[2 * TENSORS :], ctx.rules[1], x.dtype)
-        dh, found_down = down.gradients(activated * g, z_down, (grad,))
-        d_up = activated.mul_(dh)
-        d_gate = torch.ops.aten.silu_backward(dh.mul_(g), e)
-        y = (x.float() * inverse).to(x.dtype) * weight
+        h, activated = ctx.passes.regated(e, g)
+        dh, found_down = down.gradients(h, z_down, (grad,))
+        del h
+        d_gate, d_up = ctx.passes.gated_backward(dh, e, g, activated)
+        y = ctx.passes.normalised(x, weight, inverse)
         dy, found = _Linears(flat[: 2 * TENSORS], ctx.rules[0], x.dtype).gradients(y, z, (d_gate, d_up))
-        dx = _normalise_backward(dy, x, weight, inverse).add_(grad) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, *found, *found_down
+        dx = ctx.passes.normalise_backward(dy, x, weight, inverse).add_(grad) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None, None, *found, *found_down
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, passes: Elementwise) -> Tensor:
+        ctx.passes = passes
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+        return passes.rotated(x, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, -sin), None, None
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    output = torch.empty_like(x, memory_format=torch.contiguous_format)
-    left, right = output.chunk(2, dim=-1)
-    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=right).addcmul_(first, sin)
-    return output
+        return ctx.passes.rotated(grad, cos, -sin), None, None, None

@@ -20,7 +20,7 @@ Contenders:
     ours        the step of `mm-moslora train`
 and beside them, with the large vocabulary and without --quick:
     stock layers  ours with transformers' own decoder layers (`model.lean_layers: false`)
-    compiled      ours with `train.compile: inductor`, where a C++ compiler is; a minute to compile
+    compiled      ours with `train.compile: inductor`, where a C++ compiler is
     trl           TRL's SFTTrainer, where it is installed, padded and without checkpointing. Its head scores supervised
                   positions alone on GPUs only, so that its time here says little about its time there
 

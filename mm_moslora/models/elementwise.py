@@ -1,0 +1,110 @@
+"""The elementwise passes of lean decoder layers: RMS norm, gated activation, rotary embedding; and compiled, if asked.
+
+Shapes: ``S`` tokens, ``D`` LLM width, ``F`` MLP width, ``H`` heads, ``E`` head width.
+
+Each is a chain of operators that reads and writes everything several times. A compiler makes one pass of a chain; the
+matrix products around it gain nothing from being compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """RMS norm, as transformers computes it.
+
+    Args:
+        x: ``[S, D]``.
+        weight: ``[D]``.
+        eps: added to the mean square.
+
+    Returns:
+        The norm's output, and ``1 / rms`` (fp32 ``[S, 1]``).
+    """
+    wide = x.float()
+    inverse = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps))
+    return (wide * inverse).to(x.dtype) * weight, inverse
+
+
+def normalised(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """The output of `normalise` once more, from its ``1 / rms``."""
+    return (x.float() * inverse).to(x.dtype) * weight
+
+
+def normalise_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """The gradient of x, from that of the norm's output."""
+    direction = (x.float() * inverse) if x.dtype != torch.float32 else x * inverse
+    pull = (grad * weight).float()
+    mean = torch.linalg.vecdot(pull, direction).div_(x.shape[-1])[:, None]
+    return pull.addcmul_(direction, mean, value=-1).mul_(inverse).to(x.dtype)
+
+
+def gated(e: Tensor, g: Tensor) -> Tensor:
+    """``silu(e) * g``, each ``[S, F]``."""
+    return F.silu(e).mul_(g)
+
+
+def regated(e: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """`gated` once more, and ``silu(e)``."""
+    activated = F.silu(e)
+    return activated * g, activated
+
+
+def gated_backward(grad: Tensor, e: Tensor, g: Tensor, activated: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of e and g, from that of `gated` and from ``silu(e)``, both of which are used up."""
+    of_g = activated.mul_(grad)
+    return torch.ops.aten.silu_backward(grad.mul_(g), e), of_g
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in halves.
+
+    Args:
+        x: ``[S, H, E]``.
+        cos: ``[S, 1, E / 2]``.
+        sin: ``[S, 1, E / 2]``.
+    """
+    first, second = x.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    output = torch.empty_like(x, memory_format=torch.contiguous_format)
+    left, right = output.chunk(2, dim=-1)
+    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=right).addcmul_(first, sin)
+    return output
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elementwise:
+    """The functions of this module, as they are or compiled."""
+
+    normalise: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = normalise
+    normalised: Callable[[Tensor, Tensor, Tensor], Tensor] = normalised
+    normalise_backward: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = normalise_backward
+    gated: Callable[[Tensor, Tensor], Tensor] = gated
+    regated: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = regated
+    gated_backward: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = gated_backward
+    rotated: Callable[[Tensor, Tensor, Tensor], Tensor] = rotated
+
+
+EAGER = Elementwise()
+
+
+@cache
+def compiled(backend: str) -> Elementwise:
+    """The passes compiled for rows of any length, when each is first called.
+
+    Args:
+        backend: of torch.compile.
+    """
+    passes = {field.name: getattr(EAGER, field.name) for field in fields(Elementwise)}
+    return Elementwise(
+        **{name: torch.compile(function, backend=backend, dynamic=True) for name, function in passes.items()}
+    )
