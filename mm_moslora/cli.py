@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import re
+import select
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -25,12 +26,22 @@ if TYPE_CHECKING:
 
 _AT_HOME = re.compile(r"^(--[\w.-]+=)~/")
 """`--output=~/runs`: shells put the home folder in place of a `~` only at the start of a word."""
-EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_REQUEUE = 1, 2, 130, 75
+_STDOUT = 1
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_NO_READER, EXIT_REQUEUE = 1, 2, 130, 141, 75
+
+
+def _shown_default(value: object) -> str | None:
+    """What `--help` shows behind an option; nothing behind a switch that is off or where the default is empty."""
+    words = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return None if value is None or value is False else words or None
+
 
 app = App(
     name="mm-moslora",
     version=__version__,
     help="Assemble a vision-language model, tune it with MoSLoRA, measure it, hand it on.",
+    suppress_keyboard_interrupt=False,  # `run` tells it
+    default_parameter=Parameter(negative_iterable=(), show_default=_shown_default),
 )
 app.command(data_app)
 app.command(eval_app)
@@ -58,12 +69,13 @@ def run(arguments: list[str]) -> int:
 
     Returns:
         0 on success, 1 on an error, 2 when the command line cannot be read, 75 when a run was stopped by a signal and
-        can go on, 130 on Ctrl-C.
+        can go on, 130 on Ctrl-C, 141 when nobody reads the output any more (`| head`).
     """
     _set_up_logging()
     arguments = [_AT_HOME.sub(lambda found: f"{found[1]}{Path.home()}/", word) for word in arguments]
     try:
         result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        print(end="", flush=True)  # here a full disk or a reader that left can still be told
     except CycloptsError as error:
         _fail(_usage(error))
         return EXIT_USAGE
@@ -71,6 +83,10 @@ def run(arguments: list[str]) -> int:
         _fail(str(error))
         return EXIT_ERROR
     except OSError as error:
+        left = isinstance(error, BrokenPipeError) and _nobody_reads()
+        _drop_output()
+        if left:
+            return EXIT_NO_READER
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise  # a line without a path would help nobody
         _fail(_refused(error))
@@ -89,6 +105,21 @@ def _usage(error: CycloptsError) -> str:
         name, info = error.argument.name, error.argument.field_info
         text = f"{command} needs {name.lstrip('-').upper().replace('-', '_') if info.is_positional else name}."
     return f"{text} See {command} --help."
+
+
+def _drop_output() -> None:
+    """Send what standard output does not take elsewhere, so that it is not tried again when the process ends."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has left."""
+    poll = select.poll()
+    poll.register(_STDOUT, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _refused(error: OSError) -> str:
@@ -166,7 +197,13 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
 
 @app.command
 def config(recipe: str | None = None, *overrides: Overrides) -> int:
-    """Print the resolved recipe, every default filled in; without a recipe, list the shipped presets."""
+    """Print the resolved recipe, every default filled in; without a recipe, list the shipped presets.
+
+    Parameters
+    ----------
+    recipe
+        YAML file, or the name of a shipped preset.
+    """
     from mm_moslora.config import recipe_names
 
     if recipe is None:

@@ -48,7 +48,13 @@ def data_check(
 
 @data_app.command(name="stats")
 def data_stats(recipe: str, *overrides: Overrides, processes: Processes = None, as_json: AsJson = False) -> int:
-    """Count what a recipe's data hold: tokens, turns, answers, picture sizes, how well packing would fill rows."""
+    """Count what a recipe's data hold: tokens, turns, answers, picture sizes, how well packing would fill rows.
+
+    Parameters
+    ----------
+    recipe
+        YAML file, preset, or the folder of a run.
+    """
     resolved = _recipe(recipe, overrides)
     quiet_libraries()
     from mm_moslora.datacheck import statistics_of

@@ -162,8 +162,14 @@ def _eval_results(results: list[Any], run: Path, *, max_failed_share: float, rep
 
 
 @eval_app.command(name=["list", "--list"])
-def eval_list(words: str = "") -> int:
-    """List the tasks, or those whose line holds all the given words."""
+def eval_list(*words: str) -> int:
+    """List the tasks, or those whose line holds all the given words.
+
+    Parameters
+    ----------
+    words
+        Such as: mmbench lmms_eval
+    """
     from mm_moslora_eval import cli as evaluation
 
     print(evaluation.list_tasks(words))
@@ -172,7 +178,13 @@ def eval_list(words: str = "") -> int:
 
 @eval_app.command(name=["describe", "--describe"])
 def eval_describe(task: str) -> int:
-    """Show a task: data, prompt of its first document, decoding, extraction, metric, published numbers."""
+    """Show a task: data, prompt of its first document, decoding, extraction, metric, published numbers.
+
+    Parameters
+    ----------
+    task
+        NAME, NAME@PROTOCOL, a task file, llava:FILE[@IMAGE_FOLDER] or tsv:FILE.
+    """
     from mm_moslora_eval import cli as evaluation
 
     print(evaluation.describe(task))
@@ -181,7 +193,13 @@ def eval_describe(task: str) -> int:
 
 @eval_app.command(name=["check", "--check"])
 def eval_check(*tasks: str) -> int:
-    """Read the data of tasks, every picture included; exit code 1 when something is missing or unsound."""
+    """Read the data of tasks, every picture included; exit code 1 when something is missing or unsound.
+
+    Parameters
+    ----------
+    tasks
+        NAME, NAME@PROTOCOL, a task file, llava:FILE[@IMAGE_FOLDER] or tsv:FILE.
+    """
     from mm_moslora_eval import cli as evaluation
 
     for task in evaluation.with_protocol(tasks, None):
@@ -235,7 +253,13 @@ def eval_export(answers: Path, output: Path, *, to: str = "vlmevalkit") -> int:
 
 @eval_app.command(name="miniature")
 def eval_miniature(folder: Path) -> int:
-    """Write small made-up documents of seventeen benchmarks in their original layouts, to try everything offline."""
+    """Write small made-up documents of seventeen benchmarks in their original layouts, to try everything offline.
+
+    Parameters
+    ----------
+    folder
+        Where to; it is made. Their task files are printed, for `mm-moslora eval run`.
+    """
     from mm_moslora_eval.miniature import make_miniature
 
     print(" ".join(str(path) for path in make_miniature(folder)))

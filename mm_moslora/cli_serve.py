@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter
 
 from mm_moslora.cli_eval import quiet_libraries
-from mm_moslora.errors import ConfigError
+from mm_moslora.errors import ConfigError, DataError
 from mm_moslora.folders import MANIFEST, find_checkpoint
 
 Adapters = Annotated[
@@ -44,6 +44,8 @@ def chat(
         Longest answer, tokens.
     """
     find_checkpoint(model)
+    if image is not None and not image.is_file():
+        raise DataError(f"There is no picture {str(image)!r}; --image takes the path of a file.")
     quiet_libraries()
     from mm_moslora.serve.chat import Chat, interactive
 

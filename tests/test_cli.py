@@ -117,6 +117,50 @@ def test_a_command_line_that_cannot_be_read_is_one_line_and_exit_code_2(argument
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", [["config"], ["eval", "list"]], ids=["kept for the end", "more than a buffer"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_and_a_full_disk_cost_no_traceback(words, unbuffered):
+    environment = {**os.environ, "PYTHONPATH": f"{CHECKOUT}:{CHECKOUT / 'eval'}", "PYTHONUNBUFFERED": unbuffered}
+    arguments = [sys.executable, "-m", "mm_moslora", *words]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(arguments, stdout=write, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 1
+    assert (
+        done.stderr
+        == f"error: Writing failed: {os.strerror(errno.ENOSPC)}. Give a path that can be read and written.\n"
+    )
+
+
+def test_ctrl_c_is_told_and_is_exit_code_130(monkeypatch, capsys):
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mm_moslora_eval.cli.list_tasks", interrupted)
+    assert run(["eval", "list"]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_help_shows_no_empty_defaults_and_no_option_that_empties_another(capsys):
+    assert run(["eval", "run", "--help"]) == run(["compare", "--help"]) == 0
+    shown = "".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "[default:own]" in shown
+    assert "[default:runs/compare]" in shown
+    for clutter in ("--empty-", "[default:]", "[default:False]", "[default:None]", "[default:()]", '[default:""]'):
+        assert clutter not in shown
+
+
+def test_the_list_of_tasks_takes_several_words(capsys):
+    assert run(["eval", "list", "mmbench", "lmms_eval"]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        ["mmbench_cn_dev", "lmms_eval"], ["mmbench_en_dev", "lmms_eval"],
+    ]  # fmt: skip
+
+
 def test_config_prints_a_recipe_that_it_reads_back(capsys, tmp_path):
     assert run(["config"]) == 0
     assert "quickstart_tune" in capsys.readouterr().out.split()
@@ -151,6 +195,12 @@ def test_chat_answers_one_question_about_a_picture(trained, records, capsys):
 
 
 @pytest.mark.slow
+def test_a_picture_that_is_not_there_is_told_before_the_model_is_opened(trained, monkeypatch, capsys):
+    monkeypatch.setattr("mm_moslora.serve.chat.Chat.from_folder", None)
+    assert run(["chat", str(trained), "--image", "no.png"]) == 1
+    assert capsys.readouterr().err == "error: There is no picture 'no.png'; --image takes the path of a file.\n"
+
+
 def test_chat_in_the_terminal_survives_mistakes(trained, records):
     picture = next((records.parent / "images").glob("*.png"))
     lines = ["/image missing.png", "/imagine", f"/image {picture}", "what is the color?", "/reset", "/quit"]

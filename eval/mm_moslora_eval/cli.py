@@ -180,7 +180,7 @@ class Bars:
             self._bar.update(done)
 
 
-def list_tasks(words: str = "") -> str:
+def list_tasks(words: Sequence[str] = ()) -> str:
     """A table of the registered tasks; with words, of those whose line holds them all."""
     from .registry import all_tasks
 
@@ -188,7 +188,7 @@ def list_tasks(words: str = "") -> str:
         (task.name, task.protocol, str(task.expected_count or "?"), task.metric, task.title)
         for task in all_tasks().values()
     ]
-    rows = [row for row in rows if all(word.lower() in " ".join(row).lower() for word in words.split())]
+    rows = [row for row in rows if all(word.lower() in " ".join(row).lower() for word in words)]
     return _table(("task", "protocol", "documents", "metric", "title"), rows)
 
 

@@ -44,17 +44,19 @@ class Aggregate:
 def mean_with_error(samples: Sequence[Scored]) -> Aggregate:
     """Mean score; the error is clustered by image where several samples share one.
 
-    Right/wrong scores without clusters get Wilson's interval, which behaves near 0 and 1.
+    Right/wrong scores without clusters get Wilson's interval, which behaves near 0 and 1. So do clustered ones that are
+    all right or all wrong, each cluster counting once: without variation the error is unknown, not zero.
     """
     scores = [sample.score for sample in samples]
     centre = statistics.mean(scores)
     clusters = [sample.cluster for sample in samples]
-    if len(set(clusters)) < len(clusters):
+    independent = len(set(clusters))
+    if independent < len(clusters):
         stderr, kind = statistics.clustered_stderr(scores, clusters), "clustered"
     else:
         stderr, kind = statistics.mean_stderr(scores), "analytic"
-    if kind == "analytic" and set(scores) <= {0.0, 1.0}:
-        low, high = statistics.wilson_interval(sum(scores), len(scores))
+    if set(scores) <= {0.0, 1.0} and (kind == "analytic" or len(set(scores)) == 1):
+        low, high = statistics.wilson_interval(sum(scores[:independent]), independent)
     else:
         low, high = statistics.normal_interval(centre, stderr)
     return Aggregate(score=centre, stderr=stderr, low=max(0.0, low), high=min(1.0, high), stderr_kind=kind)

@@ -1,26 +1,5 @@
 """MoSLoRA adapters on PEFT: configuration, layers, injection, folders, merge. Needs torch and PEFT only."""
 
-# ruff: noqa: E402
-import logging
-
-# peft imports bitsandbytes and torchao where they are installed, and these say on stderr that optional kernels are
-# missing and that torch will refuse an enum one day. diffusers looks for classes that torchao no longer has. Nothing
-# else of theirs is silenced.
-_NOISE = {
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm",
-    "torchao": "Failed to load ",
-    "torch.utils._pytree": "%s is an Enum subclass",
-    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao`",
-}
-
-
-def _is_no_noise(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(_NOISE[record.name])
-
-
-for _name in _NOISE:
-    logging.getLogger(_name).addFilter(_is_no_noise)
-
 from mm_moslora.adapters.callback import MixerCallback
 from mm_moslora.adapters.combine import add_weighted_adapter, guard_peft, hot_swap
 from mm_moslora.adapters.config import MoSLoRAConfig

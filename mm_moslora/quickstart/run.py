@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shlex
 import shutil
 import sys
 import time
@@ -21,6 +22,7 @@ from typing import Any, Literal
 from mm_moslora.config import AdapterConfig, Recipe, SourceConfig, load_recipe
 from mm_moslora.machine import hardware
 from mm_moslora.quickstart import assets
+from mm_moslora.quickstart.cache import cache_dir
 from mm_moslora.quickstart.datasets import DatasetFiles, build_easy_vqa
 from mm_moslora.quickstart.evaluation import evaluate_all, table
 from mm_moslora.quickstart.stamp_data import build_stamps
@@ -92,7 +94,7 @@ def _quickstart(folder: Path, *, images: Images, encoder: Encoder, stamps_deb: P
 
     clock = _Clock(folder)
     plan = PLANS[images, smoke]
-    _say("Parts, fetched once into the cache:")
+    _say(f"Parts are kept in {cache_dir()}; what is missing is fetched.")
     parts = _parts(encoder)
     data = _data(images, folder, plan, stamps_deb)
     _say(f"Data: {data.train_pictures} pictures to learn from, {data.questions} held-out questions.")
@@ -117,7 +119,7 @@ def _quickstart(folder: Path, *, images: Images, encoder: Encoder, stamps_deb: P
 
     build_report(folder, folder / "report.html")
     _print(table(results))
-    _print(_closing(folder, clock, data))
+    _print(_closing(folder, clock, data, stock=exported["stock"]))
     return True
 
 
@@ -319,22 +321,24 @@ def _summarise(
             "export": exported,
             "environment": environment(),
             "licences": {asset.what: asset.licence for asset in assets.used(images, encoder)},
-            "commands": [{"what": what, "command": command} for what, command in _commands(folder, data.images)],
+            "commands": [
+                {"what": what, "command": command}
+                for what, command in _commands(folder, data.images, stock=exported["stock"])
+            ],
         },
     )
 
 
-def _commands(folder: Path, pictures: Path) -> list[tuple[str, str]]:
-    shown, program = _shown(folder), _program()
-    return [
-        ("Talk to it", f"{program} chat {shown}/tune --image PICTURE"),
-        ("Hand it on", f"{program} export {shown}/tune {shown}/handed-on"),
-        (
-            "Measure it again",
-            f"{program} eval run llava:{shown}/data/test.jsonl@{pictures} --model {shown}/tune --output {shown}/again",
-        ),
-        ("See what is supervised", f"{program} data view {shown}/tune"),
-    ]
+def _commands(folder: Path, pictures: Path, *, stock: bool) -> list[tuple[str, str]]:
+    tune, task = _shown(folder / "tune"), f"llava:{_shown(folder / 'data' / 'test.jsonl')}@{pictures}"
+    layout = [] if stock else ["--to", "hf"]
+    words = {
+        "Talk to it": ["chat", tune, "--image", "PICTURE"],
+        "Hand it on": ["export", tune, _shown(folder / "handed-on"), *layout],
+        "Measure it again": ["eval", "run", task, "--model", tune, "--output", _shown(folder / "again")],
+        "See what is supervised": ["data", "view", tune],
+    }
+    return [(what, shlex.join([_program(), *map(str, command)])) for what, command in words.items()]
 
 
 def _shown(path: Path) -> Path:
@@ -349,7 +353,7 @@ def _program() -> str:
     return str(_shown(beside)) if shutil.which(name) is None and beside.is_file() else name
 
 
-def _closing(folder: Path, clock: _Clock, data: DatasetFiles) -> str:
+def _closing(folder: Path, clock: _Clock, data: DatasetFiles, *, stock: bool) -> str:
     lines = [f"Took {format_seconds(clock.total)} in all. Look at {folder / 'report.html'}", ""]
-    lines += [f"{what + ':':<24}{command}" for what, command in _commands(folder, data.images)]
+    lines += [f"{what + ':':<24}{command}" for what, command in _commands(folder, data.images, stock=stock)]
     return "\n".join(lines)

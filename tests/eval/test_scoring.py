@@ -102,6 +102,17 @@ def test_clusters_widen_the_error_of_correlated_samples() -> None:
     assert statistics.clustered_stderr(scores, range(8)) == pytest.approx(statistics.mean_stderr(scores))
 
 
+@pytest.mark.parametrize("right", [0.0, 1.0])
+def test_answers_that_are_all_alike_leave_an_interval_as_wide_as_their_pictures_allow(right: float) -> None:
+    samples = [
+        Scored(document=Document(id=str(i), question="?"), text="", parsed="", score=right, cluster=i % 10)
+        for i in range(40)
+    ]
+    found = AGGREGATIONS["mean"](samples)
+    assert (found.stderr_kind, found.score) == ("clustered", right)
+    assert (found.low, found.high) == statistics.wilson_interval(10 * right, 10)
+
+
 def test_paired_comparison_sees_what_two_intervals_do_not() -> None:
     generator = random.Random(1)
     hard = [float(generator.random() < 0.5) for _ in range(400)]

@@ -1,0 +1,34 @@
+"""What a program meets that imports the package: nothing heavy, nothing on stderr, nothing changed behind its back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parents[1]
+
+
+def python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": f"{CHECKOUT}:{CHECKOUT / 'eval'}"}
+    return subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, env=environment)
+
+
+def test_the_package_itself_imports_nothing_heavy_and_without_a_warning() -> None:
+    code = "import sys, mm_moslora, mm_moslora.config, mm_moslora_eval; sys.exit('torch' in sys.modules)"
+    done = python(code, "-W", "error")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("module", ["mm_moslora.models.load", "mm_moslora_eval.transformers_model"])
+def test_nothing_is_said_and_no_logging_or_threads_are_set_up(module: str) -> None:
+    code = f"""
+import logging, threading
+import {module}
+ours = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("mm_moslora")]
+print(logging.root.handlers, [logger for logger in ours if logger.handlers], threading.active_count())"""
+    done = python(code)
+    assert (done.stdout, done.stderr) == ("[] [] 1\n", "")
