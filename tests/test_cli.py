@@ -195,9 +195,9 @@ def test_chat_answers_one_question_about_a_picture(trained, records, capsys):
 
 
 @pytest.mark.slow
-def test_a_picture_that_is_not_there_is_told_before_the_model_is_opened(trained, monkeypatch, capsys):
-    monkeypatch.setattr("mm_moslora.serve.chat.Chat.from_folder", None)
-    assert run(["chat", str(trained), "--image", "no.png"]) == 1
+def test_a_picture_that_is_not_there_is_told_before_the_model_is_opened(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")  # an export as far as its name goes
+    assert run(["chat", str(tmp_path), "--image", "no.png"]) == 1
     assert capsys.readouterr().err == "error: There is no picture 'no.png'; --image takes the path of a file.\n"
 
 
