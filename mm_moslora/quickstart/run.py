@@ -82,14 +82,23 @@ def quickstart(
 
     folder = (output or Path("runs") / _default_name(images, encoder, smoke)).resolve()
     encoder = BEST_ENCODER[images] if encoder == "auto" else encoder
-    with exclusive(folder), recorded(folder) as ending:
-        ending.begun = True
-        ending.finished = _quickstart(folder, images=images, encoder=encoder, stamps_deb=stamps_deb, smoke=smoke)
-    return 0 if ending.finished else EXIT_REQUEUE
+    with exclusive(folder):
+        with recorded(folder) as ending:
+            ending.begun = True
+            closing = _quickstart(folder, images=images, encoder=encoder, stamps_deb=stamps_deb, smoke=smoke)
+            ending.finished = closing is not None
+        if closing is None:
+            return EXIT_REQUEUE
+        # After the end is recorded: the report begins with how the run stands.
+        from mm_moslora.report import build_report
+
+        build_report(folder, folder / "report.html")
+        _print(closing)
+    return 0
 
 
-def _quickstart(folder: Path, *, images: Images, encoder: Encoder, stamps_deb: Path | None, smoke: bool) -> bool:
-    """Whether the end was reached."""
+def _quickstart(folder: Path, *, images: Images, encoder: Encoder, stamps_deb: Path | None, smoke: bool) -> str | None:
+    """What is said at the end; None when a signal stopped it."""
     from mm_moslora.training.loop import train
 
     clock = _Clock(folder)
@@ -105,7 +114,7 @@ def _quickstart(folder: Path, *, images: Images, encoder: Encoder, stamps_deb: P
             result = train(recipe)
         if not result.finished:
             _say("Stopped. The same command continues from here.")
-            return False
+            return None
     with clock.stage("evaluate"):
         _say("\nMeasure on held-out pictures, with controls:")
         measured_before = (folder / "evaluation.json").is_file()
@@ -115,12 +124,7 @@ def _quickstart(folder: Path, *, images: Images, encoder: Encoder, stamps_deb: P
     with clock.stage("export"):
         exported = _export(folder)
     _summarise(folder, data, images=images, encoder=encoder, clock=clock, exported=exported, smoke=smoke)
-    from mm_moslora.report import build_report
-
-    build_report(folder, folder / "report.html")
-    _print(table(results))
-    _print(_closing(folder, clock, data, stock=exported["stock"]))
-    return True
+    return f"{table(results)}\n{_closing(folder, clock, data, stock=exported['stock'])}"
 
 
 def _track(rows: list[dict[str, Any]], tune: Recipe, *, step: int) -> None:
