@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mm_moslora.errors import AdapterError, CheckpointError, ModelError, suggestion
@@ -62,3 +66,30 @@ def resume_folder(resume: str) -> Path | None:
             f"{suggestion(resume, RESUME_WORDS)}"
         )
     return Path(resume)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Around what writes a file or folder: whatever the system refuses names that path.
+
+    safetensors tells a full disk by an exception of its own, and neither it nor Python says where a write failed.
+
+    Args:
+        path: as the user knows it, not a temporary beside it.
+
+    Raises:
+        OSError: with `path` for its filename.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    except OSError as error:
+        if error.errno is None:  # not the system's
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -188,6 +189,39 @@ def test_merge_without_an_adapter_writes_nothing(language_folder: Path, adapter:
     assert run(["merge", str(language_folder), str(tmp_path / "out")]) == 1
     assert "carries no adapter to merge" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    (tmp_path / "out").touch()
-    assert run(["merge", str(adapter), str(tmp_path / "out")]) == 1
-    assert "is a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["merge"], ["export", "--to", "lora"], ["export", "--to", "gguf"]])
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("/proc/nowhere/out", "cannot be made in /proc: No such file"),
+        ("file", "is a file or a broken link"),
+        ("file/out", "is a file or a broken link"),
+        ("link", "is a file or a broken link"),
+        ("full", "is not empty"),
+    ],
+)
+def test_where_nothing_can_be_written_is_told_before_the_model_is_loaded(
+    adapter: Path, tmp_path: Path, capsys, monkeypatch, verb: list[str], place: str, message: str
+):
+    monkeypatch.setattr("mm_moslora.models.load.load", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    (tmp_path / "full" / "something").mkdir(parents=True)
+    assert run([verb[0], str(adapter), str(tmp_path / place), *verb[1:]]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize("to", ["hf", "lora", "gguf"])
+def test_a_disk_that_fills_is_one_line_with_the_path(adapter: Path, tmp_path: Path, capsys, to: str):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, hard))
+    try:
+        assert run(["export", str(adapter), str(tmp_path / "out"), "--to", to]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (line,) = [line for line in capsys.readouterr().err.strip().splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {tmp_path / 'out'}")
+    assert "too large" in line or "not whole" in line

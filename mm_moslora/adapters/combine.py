@@ -5,6 +5,7 @@ Shapes: A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Literal, cast
 import peft
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.utils import hotswap
+from peft.utils import ModulesToSaveWrapper, hotswap
 from torch import Tensor, nn
 
 from mm_moslora.adapters.config import MoSLoRAConfig
@@ -22,6 +23,7 @@ from mm_moslora.adapters.layer import MoSLoRALayer
 from mm_moslora.adapters.load import read_folder
 from mm_moslora.adapters.state import PREFIX, check_tensors, expected_shapes
 from mm_moslora.errors import AdapterError
+from mm_moslora.folders import writing
 
 Combination = Literal["cat", "svd"]
 
@@ -39,7 +41,8 @@ def add_weighted_adapter(
     """Add an adapter whose update is the weighted sum of other adapters' updates.
 
     Args:
-        model: the PEFT model; the new adapter is not made active.
+        model: the PEFT model; the new adapter is not made active. Modules that adapters train whole (`modules_to_save`)
+            are added up as well: the base's weights and the weighted sum of what each adapter changed in them.
         adapters: names of the adapters to add up; plain LoRA and MoSLoRA may be mixed.
         weights: one factor each, negative ones too.
         adapter_name: name of the new adapter.
@@ -48,8 +51,8 @@ def add_weighted_adapter(
         rank: R of `svd`; None takes the largest rank of the adapters.
 
     Raises:
-        AdapterError: unknown adapter or combination, not as many weights as adapters, DoRA (its update is no sum), or
-            layers of a kind that cannot be combined.
+        AdapterError: unknown adapter or combination, a name that is taken, not as many weights as adapters, an adapter
+            that has more than A, M, B and whole modules, or none of them.
     """
     if len(adapters) != len(weights) or not adapters:
         raise AdapterError(f"There are {len(adapters)} adapters and {len(weights)} weights; give one weight each.")
@@ -58,11 +61,15 @@ def add_weighted_adapter(
             f"The combination {combination!r} has no meaning for three factors: it would average A, M and B apart from "
             "each other. Use 'cat' (exact) or 'svd' (best plain LoRA of a rank)."
         )
+    if adapter_name in _tuner(model).peft_config:
+        raise AdapterError(f"The model has an adapter {adapter_name!r} already. Choose another adapter_name.")
     layers = _layers_of(model, adapters)
     ranks = {name: max(layer.r[name] for layer in layers.values() if layer.holds(name)) for name in adapters}
     new_rank = sum(ranks.values()) if combination == "cat" else rank or max(ranks.values())
-    config = _combined_config(model, adapters[0], new_rank, plain=combination == "svd")
     tuner = _tuner(model)
+    config = _combined_config(model, adapters[0], new_rank, plain=combination == "svd")
+    whole = {name for given in adapters for name in tuner.peft_config[given].modules_to_save or ()}
+    config.modules_to_save = sorted(whole) or None
     config.target_modules = {path for path in layers if not is_inner(path)}  # type: ignore[assignment]
     tuner.peft_config[adapter_name] = config
     tuner.inject_adapter(tuner.model, adapter_name)
@@ -86,7 +93,19 @@ def add_weighted_adapter(
             if factors.M is not None:
                 target.M[start:stop, start:stop] = factors.M
             start = stop
+    for module in tuner.model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            _add_up_module(module, list(zip(adapters, weights, strict=True)), adapter_name)
     tuner.set_requires_grad(adapter_name, requires_grad=False)
+
+
+def _add_up_module(module: ModulesToSaveWrapper, weights: list[tuple[str, float]], adapter_name: str) -> None:
+    states = {name: part.state_dict() for name, part in module.modules_to_save.items()}
+    base = module.original_module.state_dict()
+    for key, target in states[adapter_name].items():
+        if target.is_floating_point():
+            changes = (w * (states[name][key].float() - base[key].float()) for name, w in weights if name in states)
+            target.copy_(sum(changes, base[key].float()))
 
 
 def _tuner(model: nn.Module) -> Any:
@@ -100,8 +119,9 @@ def _layers_of(model: nn.Module, adapters: Sequence[str]) -> dict[str, MoSLoRALa
             raise AdapterError(f"The model has no adapter {name!r}; it has {sorted(configs)}.")
         if configs[name].use_dora:
             raise AdapterError(f"Adapter {name!r} uses DoRA, whose update is not a sum of factors. Merge it instead.")
-        if configs[name].modules_to_save:
-            raise AdapterError(f"Adapter {name!r} has modules_to_save, which cannot be added up.")
+        for option in ("trainable_token_indices", "lora_bias"):
+            if getattr(configs[name], option):
+                raise AdapterError(f"Adapter {name!r} has {option}, which cannot be added up. Merge it instead.")
     layers = dict(named_adapter_layers(_tuner(model).model))
     held = {name: {path for path, layer in layers.items() if layer.holds(name)} for name in adapters}
     for name, paths in held.items():
@@ -192,10 +212,13 @@ def guard_peft() -> None:
     - `hotswap_adapter` sets whatever the new folder lacks to zero, mixers too: it refuses, `hot_swap` takes its place.
     - adding an adapter with mixers to a layer that a plain LoRA adapter wrapped: quantised layers of PEFT would take it
       for plain LoRA.
+    - `PeftModel.save_pretrained` of adapters with mixers says what it could not write.
     """
     tuner: Any = LoraModel
     tuner.add_weighted_adapter = _guard_weighted(tuner.add_weighted_adapter)
     tuner._create_and_replace = _guard_existing(tuner._create_and_replace)
+    wrapper: Any = peft.PeftModel
+    wrapper.save_pretrained = _guard_saving(wrapper.save_pretrained)
     # It compares these keys with `to_dict` of both configurations; stock LoRA has no mixer_init.
     keys = hotswap.CONFIG_KEYS_TO_CHECK[peft.PeftType.LORA]
     if "mixer_init" not in keys:
@@ -228,6 +251,20 @@ def _guard_weighted(original: Callable[..., None]) -> Callable[..., None]:
 
     add._knows_mixers = True  # type: ignore[attr-defined]
     return add
+
+
+def _guard_saving(original: Callable[..., None]) -> Callable[..., None]:
+    if hasattr(original, "_knows_mixers"):
+        return original
+
+    @functools.wraps(original)
+    def save(self: Any, save_directory: str, *args: Any, **rest: Any) -> None:
+        ours = any(isinstance(config, MoSLoRAConfig) for config in self.peft_config.values())
+        with writing(save_directory) if ours else contextlib.nullcontext():
+            original(self, save_directory, *args, **rest)
+
+    save._knows_mixers = True  # type: ignore[attr-defined]
+    return save
 
 
 def _guard_existing(original: Callable[..., None]) -> Callable[..., None]:

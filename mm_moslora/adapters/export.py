@@ -36,6 +36,7 @@ from mm_moslora.adapters.state import (
     target_paths,
 )
 from mm_moslora.errors import AdapterError, suggestion
+from mm_moslora.folders import writing
 
 Layout = Literal["peft", "vllm", "diffusers", "gguf"]
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -73,6 +74,7 @@ def export_adapter(
 
     Raises:
         AdapterError: unknown layout, or an adapter that the layout cannot express.
+        OSError: `out` cannot be written.
     """
     if layout not in get_args(Layout):
         known = get_args(Layout)
@@ -85,18 +87,24 @@ def export_adapter(
         if model_config is None:
             raise AdapterError("A gguf file needs the language model's configuration. Pass model_config.")
         return write_gguf(target, plain_pairs(content), model_config)
-    target.mkdir(parents=True, exist_ok=True)
+    config: dict[str, Any] | None = None
     if layout == "peft":
-        _write_peft(target, content)
+        tensors = fold_state_dict(content.tensors)
+        config = stock_config(content.config, target_paths(content.tensors), None)
     elif layout == "vllm":
-        _write_vllm(target, content)
+        tensors, config = _vllm_files(content)
     else:
         tensors = {
             f"{component}.{path}.{name}": factor
             for path, pair in plain_pairs(content).items()
             for name, factor in (("lora_A.weight", pair.A), ("lora_B.weight", pair.B))
         }
-        save_file(tensors, target / DIFFUSERS_WEIGHTS, metadata={"format": "pt"})
+    with writing(target):
+        target.mkdir(parents=True, exist_ok=True)
+        name = DIFFUSERS_WEIGHTS if config is None else STOCK_WEIGHTS
+        save_file(tensors, target / name, metadata={"format": "pt"})
+        if config is not None:
+            (target / STOCK_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return target
 
 
@@ -131,13 +139,7 @@ def _scaling(config: MoSLoRAConfig, path: str) -> float:
     return config.alpha_for(path) / (rank**0.5 if config.use_rslora else rank)
 
 
-def _write_peft(target: Path, content: AdapterFolder) -> None:
-    save_file(fold_state_dict(content.tensors), target / STOCK_WEIGHTS, metadata={"format": "pt"})
-    data = stock_config(content.config, target_paths(content.tensors), None)
-    (target / STOCK_CONFIG).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _write_vllm(target: Path, content: AdapterFolder) -> None:
+def _vllm_files(content: AdapterFolder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     pairs = plain_pairs(content)
     rank = max(len(pair.A) for pair in pairs.values())
     tensors: dict[str, Tensor] = {}
@@ -145,8 +147,6 @@ def _write_vllm(target: Path, content: AdapterFolder) -> None:
         A, B = torch.zeros(rank, *pair.A.shape[1:]), torch.zeros(len(pair.B), rank)
         A[: len(pair.A)], B[:, : len(pair.A)] = pair.A, pair.B
         tensors |= {f"{PREFIX}{path}.lora_A.weight": A, f"{PREFIX}{path}.lora_B.weight": B}
-    save_file(tensors, target / STOCK_WEIGHTS, metadata={"format": "pt"})
     names = sorted({path.rpartition(".")[2] for path in pairs})
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, task_type="CAUSAL_LM", inference_mode=True)
-    data = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    (target / STOCK_CONFIG).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return tensors, {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}

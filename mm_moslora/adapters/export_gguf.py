@@ -6,6 +6,7 @@ query and key projections in another order, which is an order of B's rows.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mm_moslora.errors import AdapterError
+from mm_moslora.folders import writing
 
 if TYPE_CHECKING:
     from mm_moslora.adapters.export import PlainPair
@@ -41,6 +43,7 @@ def write_gguf(out: Path, pairs: Mapping[str, PlainPair], model_config: Mapping[
 
     Raises:
         AdapterError: an architecture or a module that llama.cpp's naming does not cover.
+        OSError: see `write_file`.
     """
     kind = str(model_config.get("model_type"))
     if kind not in _ARCHITECTURES:
@@ -50,8 +53,7 @@ def write_gguf(out: Path, pairs: Mapping[str, PlainPair], model_config: Mapping[
         )
     architecture, reorders = _ARCHITECTURES[kind]
     names = gguf.get_tensor_name_map(architecture, int(model_config["num_hidden_layers"]))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[architecture])
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
     ranks = {len(pair.A) for pair in pairs.values()}
@@ -69,11 +71,30 @@ def write_gguf(out: Path, pairs: Mapping[str, PlainPair], model_config: Mapping[
             B = _reordered(B, _heads(model_config, path.endswith("k_proj")))
         writer.add_tensor(f"{name}.weight.lora_a", pair.A.numpy())
         writer.add_tensor(f"{name}.weight.lora_b", B.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_file(writer, out)
     return out
+
+
+def write_file(writer: gguf.GGUFWriter, path: Path) -> None:
+    """Write what a writer was given, and read it back.
+
+    Args:
+        writer: made without a path.
+        path: the file; folders above it are made if missing.
+
+    Raises:
+        OSError: it cannot be written, or is not whole.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        try:  # numpy does not hear of a full disk when it closes its buffer
+            gguf.GGUFReader(path)
+        except (ValueError, IndexError) as error:
+            raise OSError(errno.ENOSPC, "it is not whole; the disk may be full") from error
 
 
 def _heads(config: Mapping[str, Any], is_key: bool) -> int:

@@ -19,6 +19,7 @@ from mm_moslora.adapters.inject import named_adapter_layers
 from mm_moslora.adapters.load import read_folder
 from mm_moslora.adapters.state import FACTORS_A, MIXER, PREFIX, adapted_path
 from mm_moslora.errors import AdapterError
+from mm_moslora.folders import writing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,14 +186,23 @@ def draw(reports: Sequence[ModuleReport], picture: str | Path, *, most: int = 24
         reports: what to draw.
         picture: file to write; the ending chooses the format (.png, .svg, .pdf).
         most: draw at most so many mixers, evenly chosen over the depth.
+
+    Raises:
+        AdapterError: an ending that is no format.
+        OSError: the file cannot be written.
     """
     from matplotlib.figure import Figure
 
+    target = Path(picture)
     step = max(1, math.ceil(len(reports) / most))
     chosen = list(reports)[::step]
     columns = min(6, len(chosen))
     rows = math.ceil(len(chosen) / columns)
     figure = Figure(figsize=(2.2 * columns, 2.3 * rows + 3.2), layout="constrained")
+    formats = figure.canvas.get_supported_filetypes()
+    ending = target.suffix.removeprefix(".").lower()
+    if ending not in formats:
+        raise AdapterError(f"{target} ends in {ending!r}, expected one of {', '.join(sorted(formats))}.")
     parts: Any = figure.subfigures(2, 1, height_ratios=[2.3 * rows, 3.2])
     above, below = parts
     axes: Any = above.subplots(rows, columns, squeeze=False)
@@ -210,9 +220,9 @@ def draw(reports: Sequence[ModuleReport], picture: str | Path, *, most: int = 24
     curves.set_xlabel("index")
     curves.set_ylabel("singular value of s B M A")
     curves.set_title("Updates, shallow (light) to deep (dark)", fontsize=9)
-    target = Path(picture)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=120)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(target, dpi=120)
     return target
 
 

@@ -33,6 +33,7 @@ from mm_moslora.adapters.config import MoSLoRAConfig, config_to_dict
 from mm_moslora.adapters.functional import fold_right
 from mm_moslora.adapters.inject import base_model, is_inner, named_adapter_layers, named_base_modules
 from mm_moslora.errors import AdapterError
+from mm_moslora.folders import writing
 
 FORMAT = "mm_moslora.adapter"
 FORMAT_VERSION = 1
@@ -67,6 +68,7 @@ def save_adapter(
 
     Raises:
         AdapterError: no such adapter; a factor that is missing, empty, of the wrong shape or not finite.
+        OSError: the folder cannot be written.
     """
     take_adapter(model, adapter_name=adapter_name, state=state, base=base).write(Path(folder))
 
@@ -267,7 +269,7 @@ def write_folder(
         auto_mapping: PEFT's class hint for models without a task type.
     """
     paths = target_paths(tensors)
-    with _staged(folder, (STOCK_CONFIG, STOCK_WEIGHTS, OWN_WEIGHTS, OWN_CONFIG)) as staging:
+    with writing(folder), _staged(folder, (STOCK_CONFIG, STOCK_WEIGHTS, OWN_WEIGHTS, OWN_CONFIG)) as staging:
         save_file(fold_state_dict(tensors), staging / STOCK_WEIGHTS, metadata={"format": "pt"})
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
@@ -305,8 +307,9 @@ def complete_folder(folder: Path, config: MoSLoRAConfig, *, auto_mapping: Mappin
             "Save with safe_serialization=True, and remove that file."
         )
     if not weights.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / STOCK_CONFIG, stock_config(config, None, auto_mapping))
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_json(folder / STOCK_CONFIG, stock_config(config, None, auto_mapping))
         return
     # The base weight of an adapted embedding, which PEFT adds unless save_embedding_layers is False, keeps its dtype.
     tensors = {name: t if ".base_layer." in name else t.float() for name, t in load_file(weights).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from mm_moslora import adapters
 from mm_moslora.batch import Example
 from mm_moslora.errors import ModelError
+from mm_moslora.folders import writing
 from mm_moslora.models.build import Assembly, sane_generation_config
 from mm_moslora.models.processor import save_processor
 from mm_moslora.models.rows import row_inputs
@@ -63,13 +65,14 @@ def export_model(assembly: Assembly, folder: Path, *, require_stock: bool = Fals
         raise ModelError(why_not_stock(model))
     check_empty(folder)
     sane_generation_config(model)
-    model.save_pretrained(folder)
-    if assembly.processor is not None:
-        if not assembly.ready_made and model.config.vision_config.model_type in _NESTED_TOWERS:
-            _rename_tensors(folder, "vision_tower.", "vision_tower.vision_model.")
-        save_processor(assembly.processor, folder)
-    else:
-        assembly.tokenizer.save_pretrained(folder)
+    with writing(folder):
+        model.save_pretrained(folder)
+        if assembly.processor is not None:
+            if not assembly.ready_made and model.config.vision_config.model_type in _NESTED_TOWERS:
+                _rename_tensors(folder, "vision_tower.", "vision_tower.vision_model.")
+            save_processor(assembly.processor, folder)
+        else:
+            assembly.tokenizer.save_pretrained(folder)
     return Exported(
         folder=folder,
         architecture=type(model).__name__,
@@ -177,10 +180,13 @@ def check_empty(folder: Path) -> None:
     Raises:
         ModelError: it has, or it cannot be made.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "may not be written into" if there.is_dir() else "is a file"
-        raise ModelError(f"{folder} cannot be made: {there} {what}. Choose a new folder.")
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise ModelError(f"{folder} cannot be made: {there} is a file or a broken link. Choose a new folder.")
+    try:  # permissions alone do not tell: root has them under /proc, and on file systems that are read-only
+        Path(tempfile.mkdtemp(prefix=".", dir=there)).rmdir()
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be made in {there}: {error.strerror}. Choose a new folder.") from error
     if folder.exists() and any(folder.iterdir()):
         raise ModelError(f"{folder} is not empty. Choose a new folder, so that no old file is mistaken for a new one.")
 

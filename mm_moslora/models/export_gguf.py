@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
+from mm_moslora.adapters.export_gguf import write_file
 from mm_moslora.errors import ModelError
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.export import check_empty
@@ -65,7 +66,6 @@ def export_gguf(assembly: Assembly, folder: Path, *, half: bool = False) -> Gguf
     if reason:
         raise ModelError(reason)
     check_empty(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     text = dict(_text_tensors(assembly.model))
     _write(folder / "model.gguf", _text_metadata(assembly), text, half=half)
     difference = _difference(folder / "model.gguf", text)
@@ -263,10 +263,7 @@ def _write(path: Path, writer: gguf.GGUFWriter, tensors: Mapping[str, Tensor], *
     for name, value in tensors.items():
         matrix = value.ndim > 1 and "position_embd" not in name
         writer.add_tensor(name, value.float().cpu().numpy().astype(np.float16 if half and matrix else np.float32))
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_file(writer, path)
 
 
 def _difference(path: Path, tensors: Mapping[str, Tensor]) -> float:

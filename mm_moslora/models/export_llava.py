@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration, PreTrainedModel
 
 from mm_moslora.errors import ModelError
+from mm_moslora.folders import writing
 from mm_moslora.models.anyres import NEWLINE
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.export import check_empty
@@ -50,13 +51,14 @@ def export_original(assembly: Assembly, folder: Path, *, vision: str | None = No
     if reason or aspect is None:
         raise ModelError(reason or _SQUEEZED)
     check_empty(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = original_state(model)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(_config(model, str(tower), aspect), indent=2), encoding="utf-8")
-    assembly.tokenizer.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(_config(model, str(tower), aspect), indent=2), encoding="utf-8")
+        assembly.tokenizer.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
     written = load_file(folder / "model.safetensors")
     return max(float((written[name].float() - value.float()).abs().max()) for name, value in state.items())
 

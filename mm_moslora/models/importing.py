@@ -26,11 +26,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mm_moslora import adapters
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.errors import ModelError
+from mm_moslora.folders import writing
 from mm_moslora.models.anyres import NEWLINE
 from mm_moslora.models.export import check_empty
 
@@ -206,7 +207,8 @@ def _write_projector(state: Mapping[str, Tensor], folder: Path, *, newline: Tens
     tensors = {name: value.float().contiguous() for name, value in own.items()}
     if newline is not None:
         tensors[NEWLINE] = newline.float().contiguous()
-    save_file(tensors, folder / "projector.safetensors")
+    with writing(folder / "projector.safetensors"):
+        save_file(tensors, folder / "projector.safetensors")
     return kind
 
 
@@ -230,7 +232,8 @@ def _write_language(source: Path, files: list[Path], settings: dict[str, Any], f
     for number, file in enumerate(files):
         name = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
         state = {key: value.contiguous() for key, value in _tensors(file) if not _is_extra(key)}
-        save_file(state, folder / name, metadata={"format": "pt"})
+        with writing(folder / name):
+            save_file(state, folder / name, metadata={"format": "pt"})
         index |= dict.fromkeys(state, name)
     text = json.dumps({"metadata": {}, "weight_map": index}, indent=2)
     (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
@@ -252,10 +255,9 @@ def _import_lora(source: Path, folder: Path, settings: dict[str, Any], language:
         raise ModelError(f"{source / 'adapter_config.json'} names no base model; name it: --language BASE.")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     adapters.merge(adapters.load_adapter(model, source))
-    model.save_pretrained(folder / "language")
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder / "language")
     return Imported(
-        folder=folder, kind="LLaVA, LoRA", projector=kind, settings=settings, language=str(folder / "language"),
+        folder=folder, kind="LLaVA, LoRA", projector=kind, settings=settings,
+        language=_save_language(model, base, folder / "language"),
         tensors=len(state), largest_difference=_difference(projector, folder / "projector.safetensors"),
     )  # fmt: skip
 
@@ -300,6 +302,13 @@ def _merge_factors(factors: Mapping[str, Tensor], folder: Path, language: str | 
     if odd:
         raise ModelError(f"{language!r} does not fit the checkpoint: {odd[0]!r} is unknown or of another shape.")
     model.load_state_dict(dict(factors), strict=False)
-    model.save_pretrained(folder / "language")
-    AutoTokenizer.from_pretrained(language).save_pretrained(folder / "language")
-    return str(folder / "language")
+    return _save_language(model, language, folder / "language")
+
+
+def _save_language(model: PreTrainedModel, source: str, folder: Path) -> str:
+    """Write a language model with the tokenizer of its source."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    with writing(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -334,6 +334,10 @@ def test_weighted_refuses(kind: str) -> None:
         with pytest.raises(AdapterError, match="no meaning for three factors"):
             model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", combination_type=combination)
     assert "sum" not in model.peft_config
+    before = _run(model, kind)
+    with pytest.raises(AdapterError, match="has an adapter 'second' already"):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "second", combination_type="cat")
+    assert torch.equal(_run(model, kind), before)
 
 
 @every_layer
