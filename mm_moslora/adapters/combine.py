@@ -187,7 +187,7 @@ def hot_swap(model: peft.PeftModel, folder: str | Path, *, adapter_name: str = "
         raise AdapterError(
             f"{folder} holds {extra[0]!r} besides the factors, which cannot be swapped in. Load it anew."
         )
-    current = model.peft_config[adapter_name]
+    current: Any = model.peft_config[adapter_name]
     for key in ("use_rslora", "use_dora", "alpha_pattern", "lora_dropout"):
         if getattr(current, key) != getattr(content.config, key):
             raise AdapterError(
@@ -203,6 +203,7 @@ def hot_swap(model: peft.PeftModel, folder: str | Path, *, adapter_name: str = "
         # The out_proj of an attention follows the attention.
         layer.lora_alpha[adapter_name] = content.config.alpha_for(path.partition(".base_layer.")[0])
         layer.set_scale(adapter_name, 1.0)
+    current.lora_alpha = content.config.lora_alpha
 
 
 def guard_peft() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import peft
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
-from peft.utils.save_and_load import set_peft_model_state_dict
+from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from mm_moslora.adapters.config import MoSLoRAConfig, config_from_dict
@@ -73,19 +73,43 @@ def load_adapter(
     if extra and not _has_place(extra[0], config):
         raise AdapterError(f"{source} holds {extra[0]!r}, for which its configuration has no place.")
     config.inference_mode = not trainable
-    if isinstance(model, peft.PeftModel) and adapter_name in model.peft_config:
+    known = isinstance(model, peft.PeftModel) and adapter_name in model.peft_config
+    if isinstance(model, peft.PeftModel) and known:
         check_tensors(content.tensors, expected_shapes(model, adapter_name), source=source)
         wrapped = model
     else:
         options: dict[str, Any] = {"adapter_name": adapter_name, "autocast_adapter_dtype": autocast_adapter_dtype}
         wrapped = inject(model, config, paths, **options)
-    result: Any = set_peft_model_state_dict(wrapped, content.tensors, adapter_name=adapter_name)
-    if result.unexpected_keys:
-        raise AdapterError(f"{source} holds {result.unexpected_keys[0]!r}, for which the model has no place.")
+    problem = _misfit(wrapped, adapter_name, content.tensors)
+    if problem:
+        if wrapped is not model:
+            wrapped.unload()
+        elif not known:
+            wrapped.delete_adapter(adapter_name)
+        raise AdapterError(f"{source} {problem}. It was made for another base model, or its files were changed.")
+    set_peft_model_state_dict(wrapped, content.tensors, adapter_name=adapter_name)
     wrapped.set_requires_grad(adapter_name, requires_grad=trainable)
     if not trainable:
         wrapped.eval()  # as PeftModel.from_pretrained does: an adapter's dropout is on in a fresh layer
     return wrapped
+
+
+def _misfit(model: peft.PeftModel, adapter_name: str, tensors: Mapping[str, Tensor]) -> str | None:
+    """What of an adapter's tensors, besides A, M and B, does not fit the model that it was put into."""
+    wanted = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    lost = wanted.keys() - tensors.keys()
+    if lost:
+        return f"lacks {min(lost)!r}"
+    places = wanted
+    if tensors.keys() - wanted.keys():  # the base's embeddings, which PEFT saves when the vocabulary was resized
+        places = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=True)
+    for name, tensor in tensors.items():
+        if name not in places:
+            return f"holds {name!r}, for which the model has no place"
+        shape = getattr(places[name], "ds_shape", places[name].shape)
+        if tensor.shape != shape:
+            return f"holds {name!r} of shape {list(tensor.shape)}, expected {list(shape)}"
+    return None
 
 
 def _has_place(name: str, config: MoSLoRAConfig) -> bool:

@@ -9,7 +9,8 @@ column (arXiv 2406.11909, section 3). Plain LoRA is M = I: each row meets its ow
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -138,14 +139,26 @@ def orthonormal_rows(rank: int, width: int) -> Tensor:
     return rows
 
 
-class Mixer(nn.Module):
-    """Holds M and applies it to a row vector of subspace coordinates.
+class _Factor(nn.Module):
+    """A factor that is a buffer where it must not train.
 
-    A mixer that does not train is a buffer: no optimiser, no `requires_grad_` sweep of PEFT and no sharding can then
-    make it move.
+    No optimiser, no `requires_grad_` sweep of PEFT and no sharding can then make it move.
     """
 
     weight: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        try:
+            return super()._apply(fn, recurse)
+        except NotImplementedError:
+            # Loading through the meta device fills it later; until then PEFT moves all but parameters that are empty.
+            if "weight" in self._buffers and self.weight.is_meta:
+                return self
+            raise
+
+
+class Mixer(_Factor):
+    """Holds M and applies it to a row vector of subspace coordinates."""
 
     def __init__(self, weight: Tensor, *, trainable: bool) -> None:
         """Keep ``[R, R]``, or ``[R]`` for a diagonal mixer."""
@@ -178,10 +191,8 @@ class Mixer(nn.Module):
         return f"rank={self.weight.shape[0]}, form={form}, trainable={self.trainable}"
 
 
-class FrozenFactor(nn.Module):
+class FrozenFactor(_Factor):
     """A or B that must not train (LoRA-XS): a linear layer whose weight is a buffer."""
-
-    weight: Tensor
 
     def __init__(self, weight: Tensor) -> None:
         """Keep the factor, ``[out, in]``."""

@@ -393,6 +393,8 @@ def test_hot_swap(kind: str, tmp_path: Path) -> None:
     assert (_run(model, kind) - before).abs().max() > 1e-3
     _assert_same(_run(model, kind), _run(other, kind))
     assert [id(module) for module in model.modules()] == modules
+    save_adapter(model, tmp_path / "b")
+    _assert_same(_run(load_adapter(network(kind), tmp_path / "b"), kind), _run(other, kind))
 
 
 @every_layer

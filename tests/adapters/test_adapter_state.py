@@ -257,15 +257,20 @@ def _retrain_folded(folder: Path) -> None:
     save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
 
 
-def _reshape_mixer(folder: Path) -> None:
-    """A mixer of the wrong shape in a folder whose hashes agree."""
+def _edit_tensor(folder: Path, part: str, change: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+    """Change (None: remove) the first tensor with `part` in its name, in a folder whose hashes agree."""
     from mm_moslora.adapters.state import file_sha256
 
     path = folder / "moslora.safetensors"
     tensors = load_file(path)
-    name = next(name for name in tensors if "lora_mixer" in name)
-    save_file(tensors | {name: torch.eye(3)}, path)
+    name = next(name for name in tensors if part in name)
+    changed = {} if change is None else {name: change(tensors.pop(name))}
+    save_file({other: tensor for other, tensor in tensors.items() if other != name} | changed, path)
     _edit_json("moslora.json", lambda data: data["files"].update({path.name: file_sha256(path)}))(folder)
+
+
+def _reshape_mixer(folder: Path) -> None:
+    _edit_tensor(folder, "lora_mixer", lambda _: torch.eye(3))
 
 
 DAMAGE = {
@@ -463,3 +468,47 @@ def test_adapters_with_trained_tokens_are_not_added_up() -> None:
     with pytest.raises(AdapterError, match="has trainable_token_indices, which cannot be added up"):
         model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="cat")
     assert "sum" not in model.peft_config
+
+
+@pytest.mark.parametrize("options", [{"mixer_trainable": False}, {"factor_form": "svd"}, {"mixer_form": "diagonal"}])
+def test_factors_that_do_not_train_load_through_the_meta_device(tmp_path: Path, options: dict) -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, **options))
+    train_a_bit(model)
+    save_adapter(model, tmp_path)
+    config = MoSLoRAConfig.from_pretrained(str(tmp_path))
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path, config=config, low_cpu_mem_usage=True).eval()
+    assert not any(tensor.is_meta for tensor in loaded.state_dict().values())
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("change", [None, lambda tensor: tensor[:-1].clone()], ids=["lost", "cut"])
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"use_dora": True}, "magnitude"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_tokens"),
+        ({"lora_bias": True}, "lora_B.bias"),
+    ],
+)
+def test_what_a_folder_holds_besides_factors_must_fit_too(tmp_path: Path, options: dict, part: str, change) -> None:
+    save_adapter(_adapted(**options), tmp_path / "a")
+    _edit_tensor(tmp_path / "a", part, change)
+    alone, beside = llama(), _adapted()
+    before = logits(beside)
+    for model in (alone, beside):
+        with pytest.raises(AdapterError, match=rf"(lacks|holds) '.*{part}.*made for another base"):
+            load_adapter(model, tmp_path / "a", adapter_name="new")
+    assert alone.state_dict().keys() == llama().state_dict().keys()
+    assert list(beside.peft_config) == ["default"]
+    assert not any(".new" in name for name in beside.state_dict())
+    assert torch.equal(logits(beside), before)
+
+
+def test_saved_embeddings_of_another_vocabulary_are_not_loaded(tmp_path: Path) -> None:
+    model = add_moslora(llama(vocab_size=70), MoSLoRAConfig(r=4), targets=["q_proj"])
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    base = llama()
+    with pytest.raises(AdapterError, match=r"of shape \[70, 32\], expected \[64, 32\]"):
+        load_adapter(base, tmp_path / "a")
+    assert torch.equal(logits(base), logits(llama()))
