@@ -20,6 +20,8 @@ from mm_moslora.errors import AdapterError, suggestion
 
 # These give the product B A a meaning at the start (a part of the base weight, or zero by construction).
 _MEANINGFUL_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga", "mica", "orthogonal")
+# These take their start out of the base weight: A and B mean nothing without the same start.
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Other changes of the LoRA branch. Each would need its own combination with the mixer.
 _OTHER_VARIANTS = (
     "use_qalora",
@@ -98,6 +100,12 @@ class MoSLoRAConfig(LoraConfig):
         """Whether any module can get a mixer that is not the frozen identity."""
         kinds = {self.mixer_init, *self.mixer_pattern.values()}
         return self.mixer_trainable or kinds != {"identity"}
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the start of A and B is taken out of the base weight (PiSSA and its like)."""
+        init = self.init_lora_weights
+        return isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS)
 
     def mixer_for(self, module_path: str) -> str:
         """The initialisation of one module's mixer; `mixer_pattern` goes before `mixer_init`."""

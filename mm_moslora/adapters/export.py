@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mm_moslora.adapters.config import MoSLoRAConfig
 from mm_moslora.adapters.foreign import AdapterFolder
+from mm_moslora.adapters.inject import is_inner
 from mm_moslora.adapters.load import read_folder
 from mm_moslora.adapters.state import (
     PREFIX,
@@ -39,6 +40,8 @@ from mm_moslora.errors import AdapterError, suggestion
 from mm_moslora.folders import writing
 
 Layout = Literal["peft", "vllm", "diffusers", "gguf"]
+COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
+"""Parts of diffusers' pipelines that load LoRA."""
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
@@ -66,8 +69,8 @@ def export_adapter(
         folder: an adapter folder of any kind that `load_adapter` reads.
         out: folder to write into (made if missing), or the .gguf file.
         layout: see the module's text.
-        component: diffusers only: which part of the pipeline it adapts, `unet`, `transformer` or `text_encoder`.
-        model_config: gguf only: the language model's `config.json` as a mapping.
+        component: diffusers only: which part of the pipeline it adapts, one of `COMPONENTS`.
+        model_config: gguf only: the `config.json` of the language model, or of the model around it, as a mapping.
 
     Returns:
         The file or folder written.
@@ -79,6 +82,9 @@ def export_adapter(
     if layout not in get_args(Layout):
         known = get_args(Layout)
         raise AdapterError(f"The layout is {layout!r}, expected one of {', '.join(known)}.{suggestion(layout, known)}")
+    if component not in COMPONENTS:
+        hint = suggestion(component, COMPONENTS)
+        raise AdapterError(f"The component is {component!r}, expected one of {', '.join(COMPONENTS)}.{hint}")
     content = read_folder(folder)
     target = Path(out)
     if layout == "gguf":
@@ -114,6 +120,18 @@ def plain_pairs(content: AdapterFolder) -> dict[str, PlainPair]:
     Raises:
         AdapterError: the adapter holds more than A, M and B of layers that a LoRA reader knows.
     """
+    inner = next((name for name in content.tensors if is_inner(name)), None)
+    if inner:
+        raise AdapterError(
+            f"The adapter holds {inner!r}, of an nn.MultiheadAttention, which only PEFT knows as an adapted layer. "
+            "Export with layout='peft', or merge."
+        )
+    if content.config.changes_base:
+        init = content.config.init_lora_weights
+        raise AdapterError(
+            f"The adapter began with init_lora_weights={init!r}, which changed the base; on the unchanged one it would "
+            "be wrong. Export with layout='peft', or merge."
+        )
     folded = fold_state_dict(content.tensors)
     pairs: dict[str, PlainPair] = {}
     used = set()
@@ -141,6 +159,9 @@ def _scaling(config: MoSLoRAConfig, path: str) -> float:
 
 def _vllm_files(content: AdapterFolder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     pairs = plain_pairs(content)
+    wide = next((path for path, pair in pairs.items() if pair.A.ndim != 2), None)
+    if wide:
+        raise AdapterError(f"{wide} is a convolution, which vLLM does not adapt. Export with layout='peft', or merge.")
     rank = max(len(pair.A) for pair in pairs.values())
     tensors: dict[str, Tensor] = {}
     for path, pair in pairs.items():

@@ -39,12 +39,13 @@ def write_gguf(out: Path, pairs: Mapping[str, PlainPair], model_config: Mapping[
         out: the .gguf file.
         pairs: folded factors by module path, the scaling in B; the paths are those of the language model, a component
             such as `model.language_model` in front is dropped.
-        model_config: the language model's configuration.
+        model_config: the configuration of the language model, or of the model around it.
 
     Raises:
         AdapterError: an architecture or a module that llama.cpp's naming does not cover.
         OSError: see `write_file`.
     """
+    model_config = model_config.get("text_config", model_config)
     kind = str(model_config.get("model_type"))
     if kind not in _ARCHITECTURES:
         raise AdapterError(
@@ -62,10 +63,14 @@ def write_gguf(out: Path, pairs: Mapping[str, PlainPair], model_config: Mapping[
     # llama.cpp scales by alpha over the rank it sees; s is in B already.
     writer.add_float32("adapter.lora.alpha", float(ranks.pop()))
     for path, pair in pairs.items():
-        inside = "model." + path[path.index("layers.") :] if "layers." in path else path
-        name = names.get_name(inside)
+        outside, layers, inside = path.partition("layers.")
+        # A vision tower has layers of the same names.
+        ours = bool(layers) and not set(outside.split(".")) - {"", "model", "language_model"}
+        name = names.get_name(f"model.layers.{inside}" if ours else path)
         if name is None:
-            raise AdapterError(f"llama.cpp has no name for the module {path!r}. Leave it out of the targets.")
+            raise AdapterError(
+                f"llama.cpp's language model has no module {path!r}. Leave it out of the targets, or merge."
+            )
         B = pair.B
         if reorders and path.endswith(("q_proj", "k_proj")):
             B = _reordered(B, _heads(model_config, path.endswith("k_proj")))

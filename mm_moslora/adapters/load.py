@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def load_adapter(
         wrapped = model
     else:
         options: dict[str, Any] = {"adapter_name": adapter_name, "autocast_adapter_dtype": autocast_adapter_dtype}
-        wrapped = inject(model, config, paths, **options)
+        with _usable(source):
+            wrapped = inject(model, config, paths, **options)
     problem = _misfit(wrapped, adapter_name, content.tensors)
     if problem:
         if wrapped is not model:
@@ -92,6 +94,17 @@ def load_adapter(
     if not trainable:
         wrapped.eval()  # as PeftModel.from_pretrained does: an adapter's dropout is on in a fresh layer
     return wrapped
+
+
+@contextmanager
+def _usable(source: str) -> Iterator[None]:
+    """PEFT checks an option where it uses it, and some not at all."""
+    try:
+        yield
+    except AdapterError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+        raise AdapterError(f"The configuration of {source} cannot be used ({error}). Copy the folder again.") from error
 
 
 def _misfit(model: peft.PeftModel, adapter_name: str, tensors: Mapping[str, Tensor]) -> str | None:
@@ -140,7 +153,8 @@ def read_folder(folder: str | Path, *, trainable: bool = False) -> AdapterFolder
             f"{root} has {there} but no {lost}. Copy the whole folder; or delete {there} to load the folded factors as "
             "plain LoRA."
         )
-    content = _read_own(root) if has_config else read_foreign(root, trainable=trainable)
+    with _usable(str(root)):
+        content = _read_own(root) if has_config else read_foreign(root, trainable=trainable)
     if not content.config.target_modules:
         raise AdapterError(f"{root} holds no factors of an adapter. Save it again.")
     check_tensors(content.tensors, _shapes_by_rank(content), source=str(root))

@@ -333,7 +333,9 @@ def stock_config(
         paths: the adapted modules; None keeps the targets as they are.
         auto_mapping: PEFT's class hint.
     """
-    changes: dict[str, Any] = {"inference_mode": True, "init_lora_weights": True, "auto_mapping": auto_mapping}
+    changes: dict[str, Any] = {"inference_mode": True, "auto_mapping": auto_mapping}
+    if not config.changes_base:  # else PEFT must take the same start out of its base
+        changes["init_lora_weights"] = True
     if paths is not None:
         changes |= {"target_modules": list(paths), "exclude_modules": None}
         changes |= {"layers_to_transform": None, "layers_pattern": None}

@@ -11,9 +11,9 @@ import numpy as np
 import peft
 import pytest
 import torch
-from adapters.adapter_models import llama, logits, train_a_bit
+from adapters.adapter_models import llama, llava, logits, train_a_bit
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm_moslora.adapters import MoSLoRAConfig, MoSLoRALinear, add_moslora, export_adapter, load_adapter, save_adapter
 from mm_moslora.errors import AdapterError
@@ -208,6 +208,7 @@ def test_gguf_file_has_llama_cpp_names_and_the_same_update(tmp_path: Path) -> No
         ({"layout": "gguf"}, "Pass model_config"),
         ({"layout": "gguf", "model_config": {"model_type": "rwkv"}}, "'rwkv' is not covered"),
         ({"layout": "gguf", "model_config": {"model_type": "llama", "num_hidden_layers": 2}}, "one rank per file"),
+        ({"layout": "diffusers", "component": "text_encodr"}, "Did you mean 'text_encoder'"),
     ],
 )
 def test_what_a_layout_cannot_express_is_an_error(
@@ -225,3 +226,48 @@ def test_dora_stays_with_peft(tmp_path: Path) -> None:
     out = export_adapter(tmp_path / "ours", tmp_path / "out", layout="peft")
     stock = peft.PeftModel.from_pretrained(llama(), out)
     torch.testing.assert_close(logits(stock), logits(model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_changed_the_base_is_taken_out_of_it_again(tmp_path: Path, init: str) -> None:
+    model = _trained(mixer_init="identity", init_lora_weights=init)
+    save_adapter(model, tmp_path / "ours")
+    out = export_adapter(tmp_path / "ours", tmp_path / "out", layout="peft")
+    for loaded in (load_adapter(llama(), tmp_path / "ours"), *_stock(tmp_path / "ours", out)):
+        torch.testing.assert_close(logits(loaded), logits(model), atol=1e-6, rtol=0)
+    with pytest.raises(AdapterError, match="which changed the base"):
+        export_adapter(tmp_path / "ours", tmp_path / "vllm", layout="vllm")
+
+
+def _stock(*folders: Path) -> list[peft.PeftModel]:
+    return [peft.PeftModel.from_pretrained(llama(), folder) for folder in folders]
+
+
+@pytest.mark.parametrize(
+    ("net", "layout", "words"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 3)), "vllm", "0 is a convolution"),
+        (lambda: nn.Sequential(nn.MultiheadAttention(8, 2)), "vllm", "nn.MultiheadAttention"),
+        (lambda: nn.Sequential(nn.MultiheadAttention(8, 2)), "diffusers", "nn.MultiheadAttention"),
+    ],
+)
+def test_layers_that_a_layout_does_not_know_are_errors(tmp_path: Path, net, layout: str, words: str) -> None:
+    save_adapter(add_moslora(net(), MoSLoRAConfig(r=2), targets=["0"]), tmp_path / "ours")
+    with pytest.raises(AdapterError, match=words):
+        export_adapter(tmp_path / "ours", tmp_path / "out", layout=layout)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("component", ["model.language_model", "model.vision_tower"])
+def test_gguf_takes_the_language_model_of_a_llava_and_not_its_tower(tmp_path: Path, component: str) -> None:
+    model = add_moslora(llava(), MoSLoRAConfig(r=2), component=component, targets=["q_proj"])
+    save_adapter(model, tmp_path / "ours")
+    arguments = (tmp_path / "ours", tmp_path / "a.gguf")
+    if component == "model.vision_tower":
+        with pytest.raises(AdapterError, match=r"language model has no module 'model\.vision_tower"):
+            export_adapter(*arguments, layout="gguf", model_config=model.config.to_dict())
+    else:
+        names = {tensor.name for tensor in gguf.GGUFReader(export_adapter(
+            *arguments, layout="gguf", model_config=model.config.to_dict()
+        )).tensors}  # fmt: skip
+        assert names == {f"blk.{layer}.attn_q.weight.lora_{factor}" for layer in (0, 1) for factor in "ab"}

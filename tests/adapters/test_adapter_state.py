@@ -391,6 +391,8 @@ def _change(folder: Path, change: Callable[[dict], None]) -> None:
         (lambda content: content.update(config="r=4"), "lacks 'config'"),
         (lambda content: content["files"].pop("moslora.safetensors"), "no sha256 of moslora.safetensors"),
         (lambda content: content["config"].update(lora_alpha="8"), "lora_alpha is '8', expected a number"),
+        (lambda content: content["config"].update(mixer_pattern=5), "configuration of .* cannot be used"),
+        (lambda content: content["config"].update(bias="x"), "configuration of .* cannot be used"),
     ],
 )
 def test_a_manifest_that_lost_a_part_is_one_clear_error(tmp_path: Path, change, message: str) -> None:
