@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mm_moslora.errors import AdapterError, CheckpointError, ModelError, suggestion
+from mm_moslora.errors import AdapterError, CheckpointError, ConfigError, ModelError, suggestion
 
 RESUME_WORDS = ("auto", "required", "never")
 """What `--resume` may be besides a folder."""
@@ -50,6 +50,17 @@ def adapter_folder(path: str | Path) -> Path:
         return folder
     inside = [item / "adapter" for item in (folder, *sorted(folder.glob("checkpoint-*"), reverse=True))]
     return next((item for item in inside if item.is_dir()), folder)
+
+
+def output_file(path: Path) -> Path:
+    """A file to write, as it was given.
+
+    Raises:
+        ConfigError: there is a folder.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; expected the file to write. Add a name to it.")
+    return path
 
 
 def resume_folder(resume: str) -> Path | None:

@@ -5,11 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 CHECKOUT = Path(__file__).parents[1]
+
+
+def test_every_module_stands_in_a_layer_of_the_import_contract() -> None:
+    contracts = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(item["layers"] for item in contracts if item["type"] == "layers")
+    placed = [name.strip() for layer in layers for name in layer.split("|")]
+    folder = CHECKOUT / "mm_moslora"
+    modules = [*folder.glob("*.py"), *(path.parent for path in folder.glob("*/__init__.py"))]
+    found = {f"mm_moslora.{path.stem}" for path in modules if path.stem != "__init__"}
+    assert sorted(placed) == sorted(found | {"mm_moslora_eval"})
 
 
 def python(code: str, *options: str) -> subprocess.CompletedProcess[str]:

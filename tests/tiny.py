@@ -106,3 +106,10 @@ def make_records(folder: Path, count: int = 24, *, text_only_every: int = 4) -> 
     path = folder / "train.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def supervised_logits(model, batch, *, dummy=None):
+    """Logits at the supervised positions of a batch, ``[K, C]``."""
+    from mm_moslora.models.vlm import supervised_hidden
+
+    return model.get_output_embeddings()(supervised_hidden(model, batch, dummy=dummy))

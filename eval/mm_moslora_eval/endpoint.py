@@ -10,12 +10,13 @@ import io
 import json
 import os
 import random
+import socket
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -96,7 +97,8 @@ class Endpoint:
         """One chat completion; waits and tries again where that can help.
 
         Raises:
-            EvalError: the server refuses the key, the model or the address.
+            EvalError: the server refuses the key, the model or the address, or there is none: at once where it has not
+                answered before, else after all attempts.
             RuntimeError: this request failed.
         """
         body = json.dumps({"model": self.model, **payload}).encode()
@@ -105,7 +107,12 @@ class Endpoint:
             try:
                 reply = self._post(body)
             except _TryAgainError as error:
-                if attempt + 1 == self.attempts:
+                last = attempt + 1 == self.attempts
+                if error.nobody and (last or not self.usage.calls):
+                    raise EvalError(
+                        f"No server answers at {self.url} ({error}). Start it, or check the address."
+                    ) from error
+                if last:
                     raise RuntimeError(f"{self.url}: {error} after {self.attempts} attempts") from error
                 # Jitter, so that parallel requests do not come back all at once.
                 time.sleep(min(_MOST_WAIT, error.wait if error.wait is not None else wait * random.uniform(0.75, 1.25)))
@@ -126,7 +133,7 @@ class Endpoint:
             text = redact_text(error.read(2000).decode("utf-8", "replace")).strip()
             if error.code in _PASSING:
                 raise _TryAgainError(
-                    f"HTTP {error.code}: {text}", _retry_after(error.headers.get("Retry-After"))
+                    f"HTTP {error.code}: {text}", wait=_retry_after(error.headers.get("Retry-After"))
                 ) from error
             if error.code in _HOPELESS:
                 raise EvalError(
@@ -135,18 +142,20 @@ class Endpoint:
                 ) from error
             raise RuntimeError(f"{self.url} answered HTTP {error.code}: {text}") from error
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            raise _TryAgainError(str(getattr(error, "reason", error)), None) from error
+            reason = getattr(error, "reason", error)
+            nobody = isinstance(reason, ConnectionRefusedError | socket.gaierror)
+            raise _TryAgainError(str(reason), nobody=nobody) from error
         except json.JSONDecodeError as error:
-            raise _TryAgainError(f"the reply is no JSON ({error})", None) from error
+            raise _TryAgainError(f"the reply is no JSON ({error})") from error
         if not isinstance(reply, dict) or not reply.get("choices"):
             raise RuntimeError(f"{self.url} answered without choices: {redact_text(json.dumps(reply))[:500]}")
         return reply
 
 
 class _TryAgainError(Exception):
-    def __init__(self, text: str, wait: float | None) -> None:
+    def __init__(self, text: str, *, wait: float | None = None, nobody: bool = False) -> None:
         super().__init__(text)
-        self.wait = wait
+        self.wait, self.nobody = wait, nobody
 
 
 def _retry_after(text: str | None) -> float | None:
@@ -163,8 +172,19 @@ def in_parallel(call: Any, items: Sequence[_T], *, workers: int) -> Iterator[tup
     """
     pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="endpoint")
     failure: Exception | None = None
+    stopped = threading.Event()
+
+    def one(item: _T) -> Any:
+        if stopped.is_set():
+            raise CancelledError
+        try:
+            return call(item)
+        except EvalError:
+            stopped.set()  # here, since this thread takes the next item before anybody looks at the result
+            raise
+
     try:
-        waiting: dict[Future[Any], int] = {pool.submit(call, item): number for number, item in enumerate(items)}
+        waiting: dict[Future[Any], int] = {pool.submit(one, item): number for number, item in enumerate(items)}
         for done in as_completed(waiting):
             error = done.exception()
             if error is None:

@@ -21,6 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mm_moslora.errors import EvalError, MoSLoRAError
+from mm_moslora.folders import output_file
 from mm_moslora.redaction import redact_text
 from mm_moslora.strict import build_strictly
 
@@ -54,6 +55,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
     Raises:
         EvalError: nothing was scored there.
+        ConfigError: `out` is a folder.
     """
     results = read_results(run)
     if not results:
@@ -73,20 +75,24 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         rows=[_row(result) for result in results],
         tasks=[_task(name, found, run) for name, found in tasks.items()],
     )
-    target = out or run / "report.html"
+    target = output_file(out or run / "report.html")
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, page)
     return target
 
 
 def write_comparison(comparisons: Sequence[Comparison], out: Path) -> Path:
-    """Write comparisons as a page, the samples that changed included."""
+    """Write comparisons as a page, the samples that changed included.
+
+    Raises:
+        ConfigError: `out` is a folder.
+    """
     page = _render(
         "comparison.html.j2",
         title="A against B",
         comparisons=[{"it": item, "bar": _difference_bar(item), "changed": _changed(item)} for item in comparisons],
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
+    output_file(out).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page)
     return out
 

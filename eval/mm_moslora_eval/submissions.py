@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from mm_moslora.errors import EvalError, suggestion
+from mm_moslora.folders import output_file
 
 from .answers import line, read_folder
 from .metrics import vqa
@@ -35,6 +36,7 @@ def write_submission(place: Path, out: Path, *, form: str) -> int:
 
     Raises:
         EvalError: an unknown form, a folder without answers, or documents that have not been asked.
+        ConfigError: `out` is a folder.
     """
     if form not in FORMS:
         raise EvalError(f"No submission form {form!r}.{suggestion(form, FORMS)} Known: {', '.join(FORMS)}.")
@@ -47,7 +49,7 @@ def write_submission(place: Path, out: Path, *, form: str) -> int:
     if missing:
         raise EvalError(f"{place}: {len(missing)} documents have no answer yet (first: {missing[0]!r}); run it again.")
     rows = [row | {"text": answers[row["key"]]["text"] or ""} for row in documents]
-    out.parent.mkdir(parents=True, exist_ok=True)
+    output_file(out).parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(FORMS[form](rows))
     return sum(answers[row["key"]]["text"] is None for row in documents)
 

@@ -214,10 +214,3 @@ def _embeddings(model: PreTrainedModel, batch: Batch, dummy: Batch | None, memor
             f"visual tokens ({features.shape[1]} each). Records: {', '.join(batch.ids[:4])}."
         )
     return embeddings.masked_scatter(places[None, :, None], features.to(embeddings.dtype))
-
-
-def supervised_logits(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None) -> Tensor:
-    """Logits at the supervised positions, and nowhere else: ``[K, C]``; see `supervised_hidden`."""
-    head: Any = model.get_output_embeddings()
-    logits: Tensor = head(supervised_hidden(model, batch, dummy=dummy))
-    return logits

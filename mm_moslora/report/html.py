@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mm_moslora.errors import ConfigError
+from mm_moslora.folders import output_file
 from mm_moslora.redaction import redact_text
 from mm_moslora.report import story
 from mm_moslora.report.charts import Series, format_number, line_chart, smooth
@@ -50,7 +51,8 @@ def build_report(run_folders: Path | Sequence[Path], out: Path) -> Path:
         `out`.
 
     Raises:
-        ConfigError: a folder holds nothing of a run, was written by a newer release, or there are too many.
+        ConfigError: a folder holds nothing of a run or was written by a newer release, there are too many, or `out` is
+            a folder.
     """
     if isinstance(run_folders, Path):
         folders = [run_folders]
@@ -59,7 +61,7 @@ def build_report(run_folders: Path | Sequence[Path], out: Path) -> Path:
     if not 0 < len(folders) <= MOST_RUNS:
         raise ConfigError(f"A report shows 1 to {MOST_RUNS} runs, not {len(folders)}. For more, use mm-moslora board.")
     runs = [load_run(folder) for folder in folders]
-    write_atomically(out, render(runs[0]) if len(runs) == 1 else _render("overlay.html.j2", overlay(runs)))
+    write_atomically(output_file(out), render(runs[0]) if len(runs) == 1 else _render("overlay.html.j2", overlay(runs)))
     return out
 
 

@@ -31,7 +31,7 @@ class Progress:
         what: a word or two, shown in front.
         total: units of work.
         unit: their name.
-        initial: units already done before (a resumed run); they do not count for the ETA.
+        initial: units already done before (a resumed run).
         every: seconds between lines where there is no terminal.
     """
 
@@ -39,6 +39,8 @@ class Progress:
         self.what, self.total, self.unit, self.every = what, total, unit, every
         self.done, self.initial = initial, initial
         self.started = self.last_line = time.monotonic()
+        self.warm: tuple[int, float] | None = None
+        """Units done and the time after the first new ones, whose warm-up says nothing about the others."""
         self.said_all = False
         self.bar = None
         if distributed.is_main() and sys.stderr.isatty():
@@ -62,11 +64,13 @@ class Progress:
         if self.bar is None and distributed.is_main() and due:
             self.last_line = now
             logger.info("%s: %s", self.what, self.line(note))
+        if self.warm is None and done > self.initial:
+            self.warm = done, now
 
     def of(self, done: int, total: int) -> None:
         """Say how many units of how many are done, where the total is not known beforehand."""
         if self.total != total:
-            self.total = total
+            self.total, self.warm = total, None
             if self.bar is not None:
                 self.bar.reset(total)
         self.update(done)
@@ -74,14 +78,14 @@ class Progress:
             self.bar.close()
 
     def line(self, note: str = "") -> str:
-        """The state in one line, with the time left."""
-        elapsed = time.monotonic() - self.started
-        fresh = self.done - self.initial
+        """The state in one line, with the time left where there is a pace to tell it from."""
+        now = time.monotonic()
         parts = [f"{self.done}/{self.total} {self.unit}s"]
-        if fresh > 0 and self.done < self.total:
-            parts.append(f"{format_seconds(elapsed / fresh * (self.total - self.done))} left")
+        if self.warm is not None and self.warm[0] < self.done < self.total:
+            pace = (now - self.warm[1]) / (self.done - self.warm[0])
+            parts.append(f"{format_seconds(pace * (self.total - self.done))} left")
         else:
-            parts.append(format_seconds(elapsed))
+            parts.append(format_seconds(now - self.started))
         return ", ".join([*parts, *([note] if note else [])])
 
     def __enter__(self) -> Progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,7 @@ def test_endpoint_that_refuses_everything_ends_the_run_at_once(code: int) -> Non
         model = EndpointModel(Endpoint(url=server.url, model="m"))
         with pytest.raises(EvalError, match=f"HTTP {code}.*Check the address"):
             list(model.generate(QUESTIONS[:4], batch_size=1))
-    assert len(server.payloads) <= 2
+    assert len(server.payloads) == 1
 
 
 def test_endpoint_gives_up_after_its_attempts() -> None:
@@ -143,6 +144,32 @@ def test_endpoint_gives_up_after_its_attempts() -> None:
         with pytest.raises(RuntimeError, match=r"HTTP 503.*after 3 attempts"):
             list(model.generate(QUESTIONS[:1], batch_size=1))
     assert len(server.payloads) == 3
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:1", "nowhere.invalid"])
+def test_endpoint_that_is_not_there_ends_the_run_at_once(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    if host == "nowhere.invalid":
+        monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    waits: list[float] = []
+    monkeypatch.setattr("mm_moslora_eval.endpoint.time.sleep", waits.append)
+    endpoint = Endpoint(url=f"http://{host}/v1", model="m")
+    with pytest.raises(EvalError, match=f"^No server answers at http://{host}/v1 .*check the address"):
+        list(EndpointModel(endpoint).generate(QUESTIONS[:4], batch_size=1))
+    assert waits == []
+
+
+def test_endpoint_that_goes_away_is_waited_for_and_then_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    with serve(lambda _: "yes") as server:
+        model = EndpointModel(Endpoint(url=server.url, model="m", attempts=3))
+        list(model.generate(QUESTIONS[:1], batch_size=1))
+    monkeypatch.setattr("mm_moslora_eval.endpoint.time.sleep", waits.append)
+    with pytest.raises(EvalError, match="No server answers"):
+        list(model.generate(QUESTIONS[:1], batch_size=1))
+    assert len(waits) == 2
 
 
 def test_endpoint_scores_options_from_the_first_tokens_and_never_guesses() -> None:

@@ -179,6 +179,9 @@ def test_compare_runs_seeds_and_page(tmp_path: Path, capsys) -> None:
     assert "B 0.5000, 0.4000" in out
     assert re.search(r"With 40 documents a true difference of 0\.\d+ is seen", out)
     html = page.read_text()
+    for verb in (["compare", str(a), str(b), "--html"], ["report", str(a), "--output"]):
+        assert cli.run(["eval", *verb, str(tmp_path)]) == 1
+        assert f"{tmp_path} is a folder; expected the file to write" in capsys.readouterr().err
     assert "A is better than B" in html
     assert "<b>x</b>" not in html
     assert "&lt;b&gt;x&lt;/b&gt;" in html

@@ -92,7 +92,8 @@ def yes_no_pope_lmms_eval(row: Row) -> Any:
 def circular(row: Row) -> Any:
     extract = mcq.vlmevalkit_2024_06 if "8106439" in row["source"].split("can_infer from")[1] else mcq.vlmevalkit
     rows = row["samples"]
-    right = [extract(item["prediction"], groups.option_letters(item)) == item["answer"] for item in rows]
+    options = [{key: value for key, value in sorted(item.items()) if key in LETTERS and value} for item in rows]
+    right = [extract(item["prediction"], o) == item["answer"] for item, o in zip(rows, options, strict=True)]
     if "hits" in row["expected"]:
         hits = {str(item["index"]): int(verdict) for item, verdict in zip(rows, right, strict=True)}
         return {"accuracy": sum(hits.values()) / len(hits), "hits": hits}
@@ -127,7 +128,7 @@ def mathvista_question(row: Row) -> mathvista.Question:
 
 def mathvista_official(row: Row) -> Any:
     normalized = mathvista.normalize_official(row["prediction"], mathvista_question(row))
-    return {"normalized": normalized, "correct": mathvista.equal_official(normalized, row["references"][0])}
+    return {"normalized": normalized, "correct": normalized == row["references"][0]}
 
 
 def mathvista_vlmevalkit(row: Row) -> Any:

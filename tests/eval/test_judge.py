@@ -23,7 +23,7 @@ from mm_moslora_eval.submissions import FORMS, write_submission
 from mm_moslora_eval.suite import compare, evaluate
 from mm_moslora_eval.task import Source, Task
 
-from mm_moslora.errors import EvalError
+from mm_moslora.errors import ConfigError, EvalError
 from tests.eval.eval_fake import FakeModel
 from tests.eval.eval_server import serve
 
@@ -200,6 +200,11 @@ def _workbook(data: bytes) -> list[list[str]]:
         sheet = ElementTree.fromstring(book.read("xl/worksheets/sheet1.xml"))
     name = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
     return [["".join(cell.itertext()) for cell in row.iter(f"{name}c")] for row in sheet.iter(f"{name}row")]
+
+
+def test_a_folder_is_no_place_for_a_submission(answered: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder; expected the file to write"):
+        write_submission(answered, tmp_path, form="vizwiz")
 
 
 def test_an_unknown_form_is_suggested(answered: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from PIL import Image
-from tiny import make_vision
+from tiny import make_vision, supervised_logits
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from mm_moslora.batch import Batch, Example
@@ -19,7 +19,7 @@ from mm_moslora.models.eyes import dummy_example
 from mm_moslora.models.processor import image_processor, image_transform, save_processor
 from mm_moslora.models.projector_parts import PixelShuffleProjector, ProjectorShape
 from mm_moslora.models.vision import ImageSpec
-from mm_moslora.models.vlm import image_features, supervised_logits
+from mm_moslora.models.vlm import image_features
 
 OPEN_CLIP = {
     "embed_dim": 32,

@@ -10,7 +10,7 @@ import timm
 import torch
 import transformers as t
 from safetensors.torch import save_file
-from tiny import make_tokenizer, make_vision
+from tiny import make_tokenizer, make_vision, supervised_logits
 
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
@@ -19,7 +19,6 @@ from mm_moslora.data.video import Clip
 from mm_moslora.models.build import assemble
 from mm_moslora.models.export import export_model
 from mm_moslora.models.load import load
-from mm_moslora.models.vlm import supervised_logits
 from mm_moslora.serve.chat import Chat
 from mm_moslora.training.loop import train
 from tests.models.test_assembly import vision_name

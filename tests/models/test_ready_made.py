@@ -8,6 +8,7 @@ import pytest
 import torch
 from films import write_animation
 from PIL import Image
+from tiny import supervised_logits
 from vlms import FAMILIES, make_vlm
 
 from mm_moslora.batch import Batch, Example
@@ -31,7 +32,7 @@ from mm_moslora.models.export import export_model
 from mm_moslora.models.eyes import dummy_example
 from mm_moslora.models.load import load
 from mm_moslora.models.trainable import attach_adapters
-from mm_moslora.models.vlm import part_of, supervised_logits
+from mm_moslora.models.vlm import part_of
 from mm_moslora.serve.chat import Chat
 from mm_moslora.training.loop import train
 

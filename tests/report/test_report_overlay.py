@@ -57,6 +57,10 @@ def test_overlapping_intervals_claim_nothing(two: tuple[Path, Path], tmp_path: P
 def test_the_command_takes_several_runs(two: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(["report", *map(str, two), "--output", str(tmp_path / "x.html")]) == 0
     assert (tmp_path / "x.html").is_file()
+    before = sorted(tmp_path.iterdir())
+    assert run(["report", str(two[0]), "--output", str(tmp_path)]) == 1
+    assert f"{tmp_path} is a folder; expected the file to write" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
     assert run(["report"]) == 1
     assert run(["report", *map(str, [two[0] / str(number) for number in range(7)])]) == 1
     assert "1 to 6 runs" in capsys.readouterr().err

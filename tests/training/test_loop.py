@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import supervised_logits
 from transformers import AutoConfig
 
 from mm_moslora.batch import Batch
@@ -27,7 +28,6 @@ from mm_moslora.config import (
 from mm_moslora.errors import CheckpointError, ConfigError, ModelError, MoSLoRAError, TrainingError
 from mm_moslora.models.export import export_lora, export_model
 from mm_moslora.models.load import load
-from mm_moslora.models.vlm import supervised_logits
 from mm_moslora.report.state import read_state
 from mm_moslora.training.loop import train
 from mm_moslora.training.optim import lr_factor

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-from .mcq import Options
 
 ROTATION = 1_000_000
 """MMBench stores the rotations of one question as rows whose index differs by this much."""
@@ -71,12 +69,3 @@ def loglikelihood_choice(options: Sequence[str], loglikelihoods: Sequence[float]
         per_character=max(indices, key=lambda i: loglikelihoods[i] / max(1, len(options[i]))),
         per_byte=max(indices, key=lambda i: loglikelihoods[i] / max(1, len(options[i].encode()))),
     )
-
-
-def option_letters(row: Mapping[str, object]) -> Options:
-    """The options of a VLMEvalKit row: its one-letter columns that hold text."""
-    return {
-        key: str(value)
-        for key, value in sorted(row.items())
-        if len(key) == 1 and "A" <= key <= "Z" and value not in (None, "", "nan")
-    }

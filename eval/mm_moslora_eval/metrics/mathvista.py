@@ -78,11 +78,6 @@ def equal(normalized: str | None, reference: str) -> bool:
     return normalized is not None and normalized.strip() == reference.strip()
 
 
-def equal_official(normalized: str | None, reference: str) -> bool:
-    """The official comparison: the very same string."""
-    return normalized == reference
-
-
 def extract_without_judge(text: str, question: Question) -> str:
     """A lower bound where no language model may extract: the text itself if it fits, else its last number or letter.
 
