@@ -19,7 +19,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 help:
 	@echo "make quickstart  assemble, tune, measure and report on this machine, with real parts (minutes)"
-	@echo "make smoke       the same in two minutes, at lower quality"
+	@echo "make smoke       the same in miniature, about three minutes, at lower quality"
 	@echo "make test        the whole test suite"
 	@echo "make test-extras what needs gradio, trackio or MLflow"
 	@echo "make check       format, lint, types, import layers, shell scripts"

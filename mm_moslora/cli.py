@@ -289,7 +289,7 @@ def quickstart(
     stamps_deb
         Path of Debian's tuxpaint-stamps-default package, where apt is not at hand.
     smoke
-        Everything in two minutes, at lower quality.
+        Everything in miniature, about three minutes, at lower quality.
     """
     quiet_libraries()
     from mm_moslora.quickstart.run import quickstart as run_quickstart
