@@ -7,7 +7,7 @@ import os
 import random
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -49,10 +49,21 @@ def exclusive(folder: Path) -> Iterator[None]:
 
     Raises:
         TrainingError: another process holds it, or it cannot be written.
+        DistributedError: the same, on the other ranks.
     """
-    if not distributed.is_main():
+    with ExitStack() as held:
+        failure: Exception | None = None
+        if distributed.is_main():
+            try:
+                held.enter_context(_lock(folder))
+            except TrainingError as error:
+                failure = error
+        distributed.agree(failure, what="Taking the run folder")
         yield
-        return
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "run.lock").open("a+", encoding="utf-8")

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 from trials import STAGES, hexed, make_recipe, metrics, weights, write
@@ -117,3 +118,14 @@ def test_a_rank_that_cannot_write_costs_one_checkpoint_only(parts, ranks, tmp_pa
     assert kept == ["checkpoint-000001", "checkpoint-000003", "checkpoint-000004"]
     assert not list((tmp_path / "run").glob(".tmp-*"))
     assert [line["failed_saves"] for line in metrics(tmp_path / "run") if "failed_saves" in line] == [1]
+
+
+def test_a_folder_that_cannot_be_had_is_told_on_every_rank(parts, ranks, tmp_path):
+    recipe = make_recipe(parts, tmp_path / "run", "zero2")
+    recipe = replace(recipe, train=replace(recipe.train, output="/proc/run"))
+    path = tmp_path / "run.yaml"
+    path.write_text(recipe.to_yaml())
+    group = ranks.finish(ranks.start([str(path)]))
+    assert group.codes == [1, 1]
+    assert "TrainingError: The run folder /proc/run cannot be written" in group.output(0)
+    assert "DistributedError: Taking the run folder failed on other ranks: rank 0: TrainingError" in group.output(1)
