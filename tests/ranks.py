@@ -47,6 +47,7 @@ class Ranks:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.number = folder, 0
+        self.unfinished: Group | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Ranks:
@@ -71,6 +72,8 @@ class Ranks:
 
         With `hosts` (of `two_hosts`) each rank runs in the network namespace of its host.
         """
+        if self.unfinished is not None:  # a test failed between `start` and `finish`; its answer is not ours
+            self._abandon(self.unfinished)
         self.number += 1
         log = self.folder / f"group-{self.number}"
         self.process.stdin.write(
@@ -83,7 +86,8 @@ class Ranks:
             ) + "\n"
         )  # fmt: skip
         self.process.stdin.flush()
-        return Group(pids=self._read()["pids"], log=log)
+        self.unfinished = Group(pids=self._read()["pids"], log=log)
+        return self.unfinished
 
     def finish(self, group: Group, *, limit: float = 240) -> Group:
         """Wait for all ranks; past the limit they are killed and it is an error."""
@@ -92,13 +96,18 @@ class Ranks:
 
         while not select.select([self.process.stdout], [], [], 0.2)[0]:
             if time.monotonic() > deadline:
-                for pid in group.pids:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                self._read()
+                self._abandon(group)
                 raise AssertionError(f"The ranks took more than {limit} s.\n{group.outputs}")
         group.statuses = {int(pid): status for pid, status in self._read()["statuses"].items()}
+        self.unfinished = None
         return group
+
+    def _abandon(self, group: Group) -> None:
+        for pid in group.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._read()
+        self.unfinished = None
 
     def run(self, arguments: list[str], *, ranks: int = 2, limit: float = 240) -> Group:
         """Start, wait, and fail unless every rank ended well."""
@@ -188,6 +197,7 @@ def _serve() -> None:
         command = json.loads(line)
         pids = []
         for rank in range(command["ranks"]):
+            Path(f"{command['log']}.{rank}").touch()  # a test may look before the rank has begun
             pid = os.fork()
             if pid == 0:
                 _rank(command, rank)
