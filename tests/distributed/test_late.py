@@ -14,8 +14,7 @@ from mm_moslora.config import SourceConfig, ValidateConfig
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("who", ["0", "1"])
-def test_a_rank_that_is_late_everywhere_changes_nothing(who, parts, ranks, tmp_path):
+def test_a_rank_that_is_late_everywhere_changes_nothing(parts, ranks, tmp_path):
     held_out = make_records(tmp_path / "held-out", 6)
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"question_id": 1, "text": "say red", "answer": "red"}\n')
@@ -30,8 +29,8 @@ def test_a_rank_that_is_late_everywhere_changes_nothing(who, parts, ranks, tmp_p
         validate=ValidateConfig(samples=1, sample_tokens=2, tasks=[f"llava:{questions}"], best="validation_loss"),
     )
     for words in (["--stop-at", "2"], []):  # and on from the checkpoint
-        group = ranks.run(["faults:late", who, str(tmp_path), "train", write(recipe), *words])
-        assert int(re.search(r"late (\d+) times", group.output(int(who)))[1]) > 15
+        group = ranks.run(["faults:late", "1", str(tmp_path), "train", write(recipe), *words])
+        assert int(re.search(r"late (\d+) times", group.output(1))[1]) > 15
     ranks.run([write(straight)])
     assert hexed(tmp_path / "run") == hexed(tmp_path / "straight")
     assert weights(tmp_path / "run") == weights(tmp_path / "straight")
