@@ -84,11 +84,14 @@ class _ChunkedLoss(torch.autograd.Function):
             part = hidden[start : start + rows]
             wanted = targets[start : start + rows, None]
             logits = (part @ weight.t()).float()
-            norm = torch.logsumexp(logits, dim=-1, keepdim=True)
-            total += (norm - logits.gather(1, wanted)).sum()
+            # A softmax in place: log_softmax makes a second block of this size, logsumexp one and a second exp.
+            picked, top = logits.gather(1, wanted), logits.amax(-1, keepdim=True)
+            pull = logits.sub_(top).exp_()
+            norm = pull.sum(-1, keepdim=True)
+            total += (top + norm.log() - picked).sum()
             if d_hidden is None and d_weight is None:
                 continue
-            pull = logits.sub_(norm).exp_()
+            pull.div_(norm)
             pull.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=pull.dtype))
             exact = pull.to(hidden.dtype)
             if d_hidden is not None:

@@ -122,7 +122,9 @@ def autocasts(device: torch.device) -> bool:
 
 
 def combine(B: Tensor, M: Tensor | None, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
-    """``C = s B M`` in the precision of B, rounded once.
+    """``C = s B M`` in the wider dtype of the two and at least float32, rounded once.
+
+    Some CPUs take several times as long for so small a product in bfloat16, and so the value is that of `fold_right`.
 
     Args:
         B: ``[D_out, R]``.
@@ -130,4 +132,6 @@ def combine(B: Tensor, M: Tensor | None, dtype: torch.dtype, scaling: float = 1.
         dtype: of the result.
         scaling: s.
     """
-    return (B * scaling if M is None else B @ (M.to(B.dtype) * scaling)).to(dtype)
+    if M is None:
+        return (B * scaling).to(dtype)
+    return fold_right(B, M).mul_(scaling).to(dtype)

@@ -210,7 +210,7 @@ def copies(
 
 
 def chain_rule(dC: Tensor, M: Tensor | None, B: Tensor, scaling: float) -> tuple[Tensor | None, Tensor]:
-    """The gradients of M and B from that of ``C = s B M``, in the precision of B.
+    """The gradients of M and B from that of ``C = s B M``, computed in float32 at least as `combine` is.
 
     Args:
         dC: ``[D_out, R]``.
@@ -221,10 +221,12 @@ def chain_rule(dC: Tensor, M: Tensor | None, B: Tensor, scaling: float) -> tuple
     Returns:
         ``dM`` (None without a mixer) and ``dB``, each in its factor's dtype.
     """
-    dC = dC.to(B.dtype)
+    wide = torch.promote_types(torch.promote_types(B.dtype, dC.dtype), torch.float32)
+    dC = dC.to(wide)
     if M is None:
-        return None, dC * scaling
-    return (B.t() @ dC).mul_(scaling).to(M.dtype), dC @ (M.to(B.dtype) * scaling).t()
+        return None, (dC * scaling).to(B.dtype)
+    dM, dB = B.to(wide).t() @ dC, dC @ M.to(wide).t()
+    return dM.mul_(scaling).to(M.dtype), dB.mul_(scaling).to(B.dtype)
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

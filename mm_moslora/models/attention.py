@@ -3,8 +3,8 @@
 Shapes: ``H`` heads, ``S`` tokens of the whole row, ``E`` head width.
 
 A dense block-diagonal mask costs the square of the whole row; a loop over segments costs the sum of the squares and
-was measured 2.4 times faster on a CPU. On CUDA, flash-attention's variable-length kernel is used when it is installed
-(transformers passes it `cu_seq_lens_*`).
+was measured 2.4 times faster on a CPU, where a segment's attention is written as matrix products besides. On CUDA,
+flash-attention's variable-length kernel is used when it is installed (transformers passes it `cu_seq_lens_*`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from mm_moslora.models.attention_products import attend, attend_backward
+
 SEGMENTS = "mm_moslora_segments"
 """Name under which the attention is registered with transformers."""
-SHORT = 256
-"""Up to this length the CPU kernel's backward pass is faster in fp32 than in bf16 (twice as fast at 110 tokens)."""
 
 
 def segment_attention(
@@ -55,14 +55,11 @@ def segment_attention(
     assert attention_mask is None
     assert sum(segment_lengths) == query.shape[2], "segment lengths must sum to the row"
     windowed = sliding_window is not None and max(segment_lengths) > sliding_window
-    if query.device.type in ("cpu", "meta") and not (windowed or dropout) and query.requires_grad:
+    if query.device.type in ("cpu", "meta") and not (windowed or dropout):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return _CpuSegments.apply(query, key, value, scale, segment_lengths), None
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    dtype = query.dtype
-    if query.device.type == "cpu" and max(segment_lengths) <= SHORT:
-        query, key, value = query.float(), key.float(), value.float()
     outputs = []
     for q, k, v in zip(*(tensor.split(segment_lengths, dim=2) for tensor in (query, key, value)), strict=True):
         length = q.shape[2]
@@ -73,73 +70,42 @@ def segment_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None
             )
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype).contiguous(), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
 class _CpuSegments(torch.autograd.Function):
-    """Causal attention of every segment, keeping q, k, v and one output for all of them.
+    """Causal attention of every segment, keeping nothing but q, k and v.
 
-    The same kernel as `scaled_dot_product_attention` on a CPU. Called there, every segment's output is kept beside the
-    concatenated one, and the repeated heads of grouped queries as well.
+    On the meta device, where a plan counts what a GPU would keep, the output and its statistics are kept as well.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: tuple[int, ...]) -> Tensor:
         _, heads, tokens, width = query.shape
         output = query.new_empty(1, tokens, heads, width)
-        statistics = []
         for q, k, v, o in _segments(lengths, query, key, value, output.transpose(1, 2)):
-            attended, logsumexp = _kernel(*_alike(q, k, v), 0.0, True, scale=scale)
-            o.copy_(attended)
-            statistics.append(logsumexp.transpose(1, 2).flatten())
+            o.copy_(attend(q, k, v, scale))
         ctx.scale, ctx.lengths = scale, lengths
-        ctx.save_for_backward(query, key, value, output, torch.cat(statistics))
+        as_on_gpu = (output, query.new_empty(heads, tokens, dtype=torch.float32)) if query.is_meta else ()
+        ctx.save_for_backward(query, key, value, *as_on_gpu)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, statistics = ctx.saved_tensors
+        tensors = ctx.saved_tensors[:3]
         gradients = [
             torch.empty_like(tensor.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-            for tensor in (query, key, value)
+            for tensor in tensors
         ]
-        heads = query.shape[1]
-        rows = (output.transpose(1, 2), grad.transpose(1, 2))
-        parts = zip(
-            _segments(ctx.lengths, query, key, value, *rows, *gradients),
-            statistics.split([heads * length for length in ctx.lengths]),
-            strict=True,
-        )
-        for (q, k, v, o, pull, *found), logsumexp in parts:
-            wide = _alike(q, k, v, o, pull)
-            # The kernel's statistics are [1, H, T], stored as [1, T, H].
-            flat = logsumexp.view(1, q.shape[2], heads).transpose(1, 2)
-            exact = _kernel_backward(wide[4], *wide[:4], flat, 0.0, True, scale=ctx.scale)
-            for place, gradient in zip(found, exact, strict=True):
-                place.copy_(_summed(gradient, place.shape[1]))
+        for pull, q, k, v, *places in _segments(ctx.lengths, grad.transpose(1, 2), *tensors, *gradients):
+            for place, gradient in zip(places, attend_backward(pull, q, k, v, ctx.scale), strict=True):
+                place.copy_(gradient)
         return (*gradients, None, None)
 
 
-_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-def _segments(lengths: tuple[int, ...], *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(tensor.split(lengths, dim=2) for tensor in tensors), strict=True)
-
-
-def _alike(query: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Heads repeated for grouped queries, and short segments in fp32 (see `SHORT`)."""
-    groups = query.shape[1] // key.shape[1]
-    tensors = (query, repeat_kv(key, groups), repeat_kv(value, groups), *others)
-    return tuple(tensor.float() for tensor in tensors) if query.shape[2] <= SHORT else tensors
-
-
-def _summed(gradient: Tensor, heads: int) -> Tensor:
-    """Gradients of repeated heads, added up."""
-    if gradient.shape[1] == heads:
-        return gradient
-    return gradient.unflatten(1, (heads, -1)).sum(2)
+def _segments(lengths: tuple[int, ...], *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The segments ``[H, T, E]`` of rows ``[1, H, S, E]``."""
+    return zip(*(row[0].split(lengths, dim=1) for row in rows), strict=True)
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:

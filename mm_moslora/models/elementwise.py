@@ -68,17 +68,11 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: ``[S, H, E]``.
-        cos: ``[S, 1, E / 2]``.
-        sin: ``[S, 1, E / 2]``.
+        cos: ``[S, 1, E]``, both halves equal.
+        sin: ``[S, 1, E]``, the first half negative and the second not.
     """
     first, second = x.chunk(2, dim=-1)
-    if torch.compiler.is_compiling():
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    output = torch.empty_like(x, memory_format=torch.contiguous_format)
-    left, right = output.chunk(2, dim=-1)
-    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=right).addcmul_(first, sin)
-    return output
+    return torch.cat((second, first), dim=-1).mul_(sin).addcmul_(x, cos)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from mm_moslora.adapters.layer import MoSLoRALinear
 from mm_moslora.adapters.products import Operands
 from mm_moslora.adapters.sharding import fetches_whole, only_fetches
 from mm_moslora.models.elementwise import EAGER, Elementwise, compiled
-from mm_moslora.models.lean_ops import gated_mlp, normed_linears, rotate
+from mm_moslora.models.lean_ops import gated_mlp, normed_linears, rotate, turns
 
 KNOWN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 """Pre-norm layers with RMS norms, a gated MLP and rotary embedding in halves."""
@@ -83,7 +83,8 @@ def _attention(attention: Any, projected: tuple[Tensor, ...], kwargs: dict[str, 
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
     cos, sin = kwargs["position_embeddings"]
-    query, key = rotate(query, cos[0], sin[0], passes), rotate(key, cos[0], sin[0], passes)
+    cos, sin = turns(cos[0], sin[0], query.dtype)
+    query, key = rotate(query, cos, sin, passes), rotate(key, cos, sin, passes)
     function = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
     rest = {name: given for name, given in kwargs.items() if name not in ("position_embeddings", "use_cache", "cache")}
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))

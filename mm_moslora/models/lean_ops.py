@@ -66,13 +66,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, passes: Elementwise) -> Tensor:
 
     Args:
         x: ``[S, H, E]``.
-        cos: ``[S, E]``, both halves equal.
-        sin: ``[S, E]``, both halves equal.
+        cos: ``[S, 1, E]``, from `turns`.
+        sin: ``[S, 1, E]``, from `turns`.
         passes: the rotation.
     """
-    half = x.shape[-1] // 2
-    cos, sin = (turn[:, None, :half].to(x.dtype) for turn in (cos, sin))
     return _Rotate.apply(x, cos, sin, passes)  # type: ignore[no-any-return]
+
+
+def turns(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What `rotate` multiplies with: cosines, and sines that are negative in the first half; ``[S, 1, E]``.
+
+    Args:
+        cos: ``[S, E]``, both halves equal.
+        sin: ``[S, E]``, both halves equal.
+        dtype: of what is rotated.
+    """
+    first, second = sin.chunk(2, dim=-1)
+    return cos[:, None].to(dtype), torch.cat((-first, second), dim=-1)[:, None].to(dtype)
 
 
 class _Linears:

@@ -8,7 +8,8 @@
 
 All contenders of a case run in turn in one process, on the same weights and inputs, in an order that rotates from round
 to round; one thread, process CPU time; every figure is the median of the ratios of single rounds. Saved bytes and FLOPs
-are counted. A step is a forward and a backward pass down to the input.
+are counted. A step is a forward and a backward pass down to the input. glibc keeps memory between steps, as the trainer
+has it do on a CPU: what fresh pages cost differs from machine to machine and would hide the adapters.
 
 Two bounds stand beside the cost over the frozen model. That of the FLOPs is what the adapters' products would cost at
 the speed of the base's. That of the products is what they do cost: the time of torch's own kernels for them within the
@@ -43,7 +44,7 @@ from transformers import LlamaConfig, LlamaModel
 
 import mm_moslora
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, one_product_per_step, use_kernel
-from mm_moslora.machine import hardware
+from mm_moslora.machine import hardware, keep_memory
 from mm_moslora.training.progress import Progress
 
 SHAPES = ((576, 1536), (2048, 2048), (2048, 5504))
@@ -324,6 +325,7 @@ def main() -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
+    keep_memory()
     rounds = options.rounds or (3 if options.quick else 5)
     versions = {"torch": torch.__version__, "peft": peft.__version__, "mm_moslora": mm_moslora.__version__}
     header = {

@@ -76,7 +76,7 @@ def test_query_key_value_and_gate_up_are_one_node_each(nodes: list[int]) -> None
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_together_alone_and_by_modules_the_gradients_are_the_same(dropout: float) -> None:
-    model = _llama(lora_dropout=dropout)
+    model = _llama(lora_dropout=dropout).double()
     together = _gradients(model)
     with use_kernel("reference"):
         reference = _gradients(model)
@@ -85,8 +85,9 @@ def test_together_alone_and_by_modules_the_gradients_are_the_same(dropout: float
             module.siblings = None
     alone = _gradients(model)
     for name, gradient in together.items():
-        torch.testing.assert_close(gradient, alone[name], atol=1e-6, rtol=1e-4)
-        torch.testing.assert_close(gradient, reference[name], atol=1e-6, rtol=1e-4)
+        assert gradient.dtype is torch.float64
+        torch.testing.assert_close(gradient, alone[name], atol=1e-13, rtol=1e-10)
+        torch.testing.assert_close(gradient, reference[name], atol=1e-13, rtol=1e-10)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

@@ -1,0 +1,68 @@
+"""Attention written as matrix products gives the numbers of PyTorch's own, and multiplies no more than it must."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from mm_moslora.models import attention_products
+from mm_moslora.models.attention import segment_attention
+from mm_moslora.models.attention_products import BLOCK, attend, attend_backward
+
+SCALE = 0.3
+
+
+def tensors(heads: int, key_heads: int, tokens: int, dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v and the output's gradient, in the values that the dtype can hold."""
+    torch.manual_seed(tokens)
+    shapes = [(1, heads, tokens, 16), *[(1, key_heads, tokens, 16)] * 2, (1, tokens, heads, 16)]
+    return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lengths: tuple[int, ...]) -> list[Tensor]:
+    """Output and gradients by `scaled_dot_product_attention` in float64."""
+    leaves = [tensor.double().requires_grad_() for tensor in (q, k, v)]
+    groups = q.shape[1] // k.shape[1]
+    wide = [leaves[0], *(leaf.repeat_interleave(groups, 1) for leaf in leaves[1:])]
+    parts = zip(*(tensor.split(lengths, 2) for tensor in wide), strict=True)
+    output = torch.cat([F.scaled_dot_product_attention(*part, is_causal=True, scale=SCALE) for part in parts], 2)
+    output = output.transpose(1, 2)
+    output.backward(grad.double())
+    return [output.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 7e-4)],
+)
+@pytest.mark.parametrize("lengths", [(1,), (BLOCK,), (3, 200, 1, 2 * BLOCK, 65)], ids=str)
+@pytest.mark.parametrize("key_heads", [6, 2])
+def test_segments_have_the_output_and_gradients_of_pytorch(
+    dtype: torch.dtype, limit: float, lengths: tuple[int, ...], key_heads: int
+) -> None:
+    q, k, v, grad = tensors(6, key_heads, sum(lengths), dtype)
+    leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+    output, _ = segment_attention(torch.nn.Module(), *leaves, None, scaling=SCALE, segment_lengths=lengths)
+    output.backward(grad)
+    for mine, exact in zip([output, *(leaf.grad for leaf in leaves)], reference(q, k, v, grad, lengths), strict=True):
+        assert (mine.double() - exact).norm() <= limit * exact.norm() + 1e-12
+
+
+def test_heads_taken_a_few_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, grad = tensors(6, 3, 150, torch.float32)
+    given = (grad[0].transpose(0, 1), q[0], k[0], v[0], SCALE)
+    whole = [attend(*given[1:]), *attend_backward(*given)]
+    monkeypatch.setattr(attention_products, "SCORES", 1)
+    for mine, exact in zip([attend(*given[1:]), *attend_backward(*given)], whole, strict=True):
+        torch.testing.assert_close(mine, exact, atol=1e-6, rtol=1e-6)
+
+
+def test_little_above_the_diagonal_is_multiplied() -> None:
+    q, k, v, _ = tensors(2, 2, 8 * BLOCK, torch.float32)
+    with FlopCounterMode(display=False) as counted:
+        attend(q[0], k[0], v[0], SCALE)
+    whole = 2 * 2 * 2 * (8 * BLOCK) ** 2 * 16
+    assert counted.get_total_flops() == whole * (1 + 1 / 8) / 2
