@@ -83,8 +83,9 @@ class _CpuSegments(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: tuple[int, ...]) -> Tensor:
         _, heads, tokens, width = query.shape
         output = query.new_empty(1, tokens, heads, width)
-        for q, k, v, o in _segments(lengths, query, key, value, output.transpose(1, 2)):
-            o.copy_(attend(q, k, v, scale))
+        with torch.autocast("cpu", enabled=False):  # it would round the scores
+            for q, k, v, o in _segments(lengths, query, key, value, output.transpose(1, 2)):
+                o.copy_(attend(q, k, v, scale))
         ctx.scale, ctx.lengths = scale, lengths
         as_on_gpu = (output, query.new_empty(heads, tokens, dtype=torch.float32)) if query.is_meta else ()
         ctx.save_for_backward(query, key, value, *as_on_gpu)
@@ -97,9 +98,10 @@ class _CpuSegments(torch.autograd.Function):
             torch.empty_like(tensor.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
             for tensor in tensors
         ]
-        for pull, q, k, v, *places in _segments(ctx.lengths, grad.transpose(1, 2), *tensors, *gradients):
-            for place, gradient in zip(places, attend_backward(pull, q, k, v, ctx.scale), strict=True):
-                place.copy_(gradient)
+        with torch.autocast("cpu", enabled=False):
+            for pull, q, k, v, *places in _segments(ctx.lengths, grad.transpose(1, 2), *tensors, *gradients):
+                for place, gradient in zip(places, attend_backward(pull, q, k, v, ctx.scale), strict=True):
+                    place.copy_(gradient)
         return (*gradients, None, None)
 
 

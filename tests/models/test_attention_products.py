@@ -60,6 +60,19 @@ def test_heads_taken_a_few_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(mine, exact, atol=1e-6, rtol=1e-6)
 
 
+def test_autocast_does_not_round_the_scores() -> None:
+    q, k, v, grad = tensors(4, 2, 100, torch.bfloat16)
+    found = []
+    for autocasting in (False, True):
+        leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocasting):
+            output, _ = segment_attention(torch.nn.Module(), *leaves, None, scaling=SCALE, segment_lengths=(60, 40))
+            output.backward(grad)
+        found.append([output.detach(), *(leaf.grad for leaf in leaves)])
+    for plain, autocast in zip(*found, strict=True):
+        assert torch.equal(plain, autocast)
+
+
 def test_little_above_the_diagonal_is_multiplied() -> None:
     q, k, v, _ = tensors(2, 2, 8 * BLOCK, torch.float32)
     with FlopCounterMode(display=False) as counted:
