@@ -8,6 +8,7 @@ on how the step is split into ranks, micro-batches or packs.
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any, cast
 
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
-"""Largest block of fp32 logits. On a CPU small enough to stay near the cores."""
-SMALLEST_CHUNK = 64
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+"""Largest block of fp32 logits. On a CPU a few hundred positions: the head's weights are read once per block."""
+SMALLEST_CHUNK = 128
 """Positions; below that the matrix products lose speed."""
 
 
@@ -76,11 +77,13 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
         budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
-        rows = max(SMALLEST_CHUNK, budget // (4 * weight.shape[0]))
+        count = hidden.shape[0]
+        most = max(SMALLEST_CHUNK, budget // (4 * weight.shape[0]))
+        rows = max(1, ceil(count / max(1, ceil(count / most))))  # equal blocks, no small one at the end
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, hidden.shape[0], rows):
+        for start in range(0, count, rows):
             part = hidden[start : start + rows]
             wanted = targets[start : start + rows, None]
             logits = (part @ weight.t()).float()

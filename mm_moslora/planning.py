@@ -14,6 +14,7 @@ from pathlib import Path
 from mm_moslora.config import Recipe
 from mm_moslora.errors import ConfigError, suggestion
 from mm_moslora.footprint import Footprint, footprint
+from mm_moslora.losses import CHUNK_BYTES, SMALLEST_CHUNK
 from mm_moslora.training.flops import DENSE_TFLOPS, Flops, StepShape
 
 GIB = 2**30
@@ -25,8 +26,6 @@ BUCKET = 50_000_000
 """Elements of a reduce bucket in the presets."""
 LIVE = 1_000_000_000
 """ZeRO-3: elements that stay gathered (stage3_max_live_parameters), at most the whole model."""
-LOGIT_CHUNK = 512 * 2**20
-"""Largest block of fp32 logits on a GPU (`mm_moslora.losses`)."""
 STAGES = ("zero1", "zero2", "zero3")
 
 MEMORY_GB = {
@@ -175,7 +174,7 @@ def memory(
     supervised: float,
     images: float,
     checkpointing: bool,
-    logit_chunk: int = LOGIT_CHUNK,
+    logit_chunk: int = CHUNK_BYTES["cuda"],
 ) -> Memory:
     """Bytes on one GPU.
 
@@ -195,7 +194,7 @@ def memory(
     masters = 0 if b == 4 and zero != "none" else 4
     layers = size.layers * size.width * b if checkpointing else size.layers * size.kept_per_layer
     kept = layers + (size.kept_per_layer if checkpointing else 0) + size.kept_elsewhere
-    rows = min(supervised, max(64, logit_chunk // (4 * size.vocabulary)))
+    rows = min(supervised, max(SMALLEST_CHUNK, logit_chunk // (4 * size.vocabulary)))
     gathered = min(LIVE, size.frozen + trained) * 2 * b if by_weights > 1 else 0
     adapters = sum(mine for part, (_, mine) in size.parts.items() if part.endswith(("adapter", "mixer")))
     whole = adapters * b if by_weights > 1 else 0
