@@ -144,6 +144,7 @@ def _set_up_logging() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=f"{prefix}%(message)s", force=True)
     logging.getLogger("mm_moslora").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.getLogger("mm_moslora_eval").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     for chatty in ("DeepSpeed", "bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(_is_error)  # it sets a level of its own when it is imported
@@ -240,7 +241,6 @@ def plan(
     price
         Per GPU and hour, in any currency.
     """
-    quiet_libraries()
     from mm_moslora.cli_plan import show_plan
 
     return show_plan(
