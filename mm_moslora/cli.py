@@ -57,7 +57,7 @@ Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted rec
 
 
 def main() -> None:
-    """Entry point; exits with 0 on success only."""
+    """Run this process's command line and exit, with 0 on success only."""
     sys.exit(run(sys.argv[1:]))
 
 
@@ -71,9 +71,9 @@ def run(arguments: list[str]) -> int:
         0 on success, 1 on an error, 2 when the command line cannot be read, 75 when a run was stopped by a signal and
         can go on, 130 on Ctrl-C, 141 when nobody reads the output any more (`| head`).
     """
-    _set_up_logging()
     arguments = [_AT_HOME.sub(lambda found: f"{found[1]}{Path.home()}/", word) for word in arguments]
     try:
+        _set_up_logging()
         result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         print(end="", flush=True)  # here a full disk or a reader that left can still be told
     except CycloptsError as error:

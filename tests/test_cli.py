@@ -146,6 +146,16 @@ def test_ctrl_c_is_told_and_is_exit_code_130(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: interrupted\n"
 
 
+def test_ctrl_c_while_the_command_line_is_imported_leaves_no_traceback(tmp_path):
+    (tmp_path / "cyclopts.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{CHECKOUT}:{CHECKOUT / 'eval'}"}
+    words = [sys.executable, "-m", "mm_moslora", "config"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
 def test_help_shows_no_empty_defaults_and_no_option_that_empties_another(capsys):
     assert run(["eval", "run", "--help"]) == run(["compare", "--help"]) == 0
     shown = "".join(capsys.readouterr().out.replace("│", " ").split())
