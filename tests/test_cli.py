@@ -156,6 +156,18 @@ def test_ctrl_c_while_the_command_line_is_imported_leaves_no_traceback(tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
 
 
+def test_a_command_leaves_the_interpreter_no_garbage_to_search_for_on_its_way_out():
+    code = """
+import atexit, gc, sys
+atexit.register(lambda: print(len(gc.get_objects()), gc.get_freeze_count()))
+sys.argv[1:] = ["eval", "list"]
+from mm_moslora.__main__ import main
+main()"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    searched, frozen = map(int, done.stdout.splitlines()[-1].split())
+    assert searched < 100 < frozen
+
+
 def test_help_shows_no_empty_defaults_and_no_option_that_empties_another(capsys):
     assert run(["eval", "run", "--help"]) == run(["compare", "--help"]) == 0
     shown = "".join(capsys.readouterr().out.replace("│", " ").split())
