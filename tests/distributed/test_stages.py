@@ -51,6 +51,28 @@ def test_a_rank_without_pictures_takes_part(parts, ranks, tmp_path):
         assert losses(tmp_path / stage) == pytest.approx(losses(tmp_path / "none"), rel=1e-5)
 
 
+def test_one_record_five_and_text_alone_give_the_numbers_of_one_rank(parts, ranks, tmp_path):
+    """On three ranks, some or two of which have no record in a step, or none of which ever has a picture."""
+    records = {
+        "one": make_records(tmp_path / "one", 1), "five": make_records(tmp_path / "five", 5),
+        "text": make_records(tmp_path / "text", 5, text_only_every=1),
+    }  # fmt: skip
+    runs = {
+        (kind, stage): make_recipe(
+            parts | {"records": path}, tmp_path / f"{kind}-{stage}", stage, micro_batch=1, steps=3
+        )
+        for kind, path in records.items()
+        for stage in ("none", "zero2", "zero3")
+    }
+    ranks.run([write(recipe) for (_, stage), recipe in runs.items() if stage != "none"], ranks=3)
+    ranks.run([write(recipe) for (_, stage), recipe in runs.items() if stage == "none"], ranks=1)
+    for kind, stage in runs:
+        expected, found = metrics(tmp_path / f"{kind}-none"), metrics(tmp_path / f"{kind}-{stage}")
+        assert {line["images"] for line in found} == {{"one": 1, "five": 4, "text": 0}[kind]}
+        for key in ("loss", "grad_norm", "weight_norm/adapter", "momentum_norm/mixer"):
+            assert [line[key] for line in found] == pytest.approx([line[key] for line in expected], rel=1e-5), key
+
+
 def test_every_adapted_layer_takes_the_fused_kernel_on_every_stage(parts, ranks, tmp_path):
     """Layers of families that nobody knows, whose micro-batches share the products of the adapters."""
     recipes = {name: make_recipe(parts, tmp_path / name, name, dropout=0.1) for name in (*STAGES, "none")}
