@@ -115,6 +115,23 @@ def test_half_precision_is_close_and_fp16_finds_its_loss_scale(parts, ranks, tmp
         assert lines[-1]["skipped_steps"] < len(lines) - 2
 
 
+@pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
+def test_gradients_that_overflow_at_any_loss_scale_end_the_run_at_the_limit(stage, parts, ranks, tmp_path):
+    recipe = make_recipe(parts, tmp_path / stage, stage, precision="fp16", steps=40, max_skipped_steps=2)
+    group = ranks.finish(ranks.start(["trials:train_overflowing", write(recipe)]))
+    assert group.codes == [1, 1]
+    said = "DivergedError: 2 steps in a row had a loss or gradient that is not finite; stopped at step"
+    assert all(said in group.output(rank) for rank in (0, 1)), group.outputs
+    lines = metrics(tmp_path / stage)
+    scales = [line.get("loss_scale", 1.0) for line in lines]
+    assert scales == sorted(scales, reverse=True)
+    assert scales[0] >= 2**15
+    assert scales[-3:] == [1.0, 1.0, 1.0]
+    assert scales[-4] == 2.0
+    assert [line["skipped_steps"] for line in lines] == list(range(1, len(lines) + 1))
+    assert len({line["lr/adapter"] for line in lines}) == 1
+
+
 def test_checkpointing_a_component_changes_no_number(parts, ranks, tmp_path):
     plain = make_recipe(parts, tmp_path / "plain", "zero2")
     plain = replace(plain, model=replace(plain.model, vision=replace(plain.model.vision, mode="adapter")))
