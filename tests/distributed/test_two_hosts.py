@@ -19,9 +19,9 @@ def test_training_survives_a_host_that_is_cut_off(parts, ranks, tmp_path, monkey
     reason = two_hosts.impossible()
     if reason:
         pytest.skip(reason)
-    steps = 40
+    steps = 16
     recipe = make_recipe(
-        parts, tmp_path / "run", "zero2", steps=steps, save_every=1, dropout=0.1, step_timeout_minutes=0.2
+        parts, tmp_path / "run", "zero2", steps=steps, save_every=1, dropout=0.1, step_timeout_minutes=0.1
     )
     straight = make_recipe(parts, tmp_path / "straight", "zero2", steps=steps, dropout=0.1)
     run = tmp_path / "run"

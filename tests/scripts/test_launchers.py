@@ -175,63 +175,17 @@ def test_a_signal_reaches_the_run_which_saves_first(number: int, stub: dict[str,
     assert b"continues the run" in errors
 
 
-@pytest.fixture
-def slurm(tmp_path: Path, stub: dict[str, str]) -> dict[str, str]:
-    """A job of two nodes: `srun` runs a task on each, hands signals on and ends all when one ends badly."""
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    (folder / "scontrol").write_text(
-        "#!/usr/bin/env bash\n"
-        'if [ "$1" = show ]; then printf "node-1\\nnode-2\\n"; else echo "$*" >>"$HOME/scontrol"; fi\n'
-    )
-    (folder / "srun").write_text("""#!/usr/bin/env bash
-while [[ "$1" == --* ]]; do shift; done
-pids=()
-for node in 1 2; do NODE=$node "$@" & pids+=("$!"); done
-trap 'kill -TERM "${pids[@]}"' TERM
-bad=0
-for pid in "${pids[@]}"; do
-  code=143
-  while [ "$code" = 143 ]; do code=0; wait "$pid" || code=$?; done
-  [ "$code" = 0 ] || bad=$code
-done
-exit "$bad"
-""")
-    for name in ("scontrol", "srun"):
-        (folder / name).chmod(0o755)
-    return stub | {
-        "PATH": f"{folder}:{stub['PATH']}", "SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_SUBMIT_DIR": str(ROOT),
-    }  # fmt: skip
-
-
-def test_a_slurm_job_that_was_stopped_is_put_back_into_the_queue(slurm: dict[str, str], recipe: Path) -> None:
-    """USR1 comes to the batch script alone, 300 s before the limit; the ranks of both nodes save."""
-    run = recipe.parent / "run"
-    train = (
-        'trap \'touch "$HOME/run/saved-$NODE" "$HOME/run/PREEMPTED"; exit 1\' TERM; touch "$HOME/run/started-$NODE";'
-        "for _ in $(seq 300); do sleep 0.1; done"
-    )
-    words = ["bash", str(SCRIPTS / "train_slurm.sbatch"), str(recipe)]
-    process = subprocess.Popen(words, env=slurm | {"TRAIN": train}, stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 60
-        while not all((run / f"started-{node}").exists() for node in (1, 2)):
-            assert time.monotonic() < deadline, "the run did not start"
-            time.sleep(0.05)
-        process.send_signal(signal.SIGUSR1)
-        _, errors = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors
-    assert all((run / f"saved-{node}").exists() for node in (1, 2))
-    assert (recipe.parent / "scontrol").read_text() == "requeue 4711\n"
-    passed = " ".join((recipe.parent / "arguments").read_text().splitlines())
-    assert "--nnodes 2 --nproc_per_node 2 --rdzv_id 4711 --rdzv_backend c10d --rdzv_endpoint node-1:24711" in passed
-
-
 @pytest.mark.parametrize("code", [0, 3])
-def test_a_slurm_job_that_ended_by_itself_is_not(code: int, slurm: dict[str, str], recipe: Path) -> None:
-    result = _run("train_slurm.sbatch", str(recipe), environment=slurm | {"TRAIN": f"exit {code}"})
+def test_a_slurm_job_that_ended_by_itself_is_not_put_back_into_the_queue(
+    code: int, stub: dict[str, str], recipe: Path, tmp_path: Path
+) -> None:
+    tools = {"scontrol": '[ "$1" = show ] && echo node-1 || touch "$HOME/requeued"', "srun": 'shift; exec "$@"'}
+    for name, text in tools.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node-1", "SLURM_SUBMIT_DIR": str(ROOT)}
+    environment = stub | job | {"PATH": f"{tmp_path}:{stub['PATH']}", "TRAIN": f"exit {code}"}
+    result = _run("train_slurm.sbatch", str(recipe), environment=environment)
     assert result.returncode == code, result.stderr
-    assert not (recipe.parent / "scontrol").exists()
+    assert "--rdzv_endpoint\nnode-1:24711\n" in (tmp_path / "arguments").read_text()
+    assert not (tmp_path / "requeued").exists()
