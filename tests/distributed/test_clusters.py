@@ -106,7 +106,7 @@ def started(command: list[str], environment: dict[str, str], log: Path) -> Itera
 
 
 def test_a_slurm_job_of_two_nodes_is_requeued_when_it_is_preempted_and_goes_on(parts, cluster, tmp_path):
-    steps = 16
+    steps = 40
     recipe = make_recipe(parts, tmp_path / "run", "zero2", steps=steps, save_every=1)
     log = tmp_path / "log"
     job = ["sbatch", str(ROOT / "scripts" / "train_slurm.sbatch"), write(recipe)]
