@@ -191,14 +191,8 @@ def test_odd_numbers_of_gpus_are_planned_with_what_the_fullest_of_them_gets(coun
     # A step takes as long as ceil(batch / count) records do on one GPU; ZeRO-2's exchange is small.
     one = next(o for o in alone.options if o.micro_batch == found.own.micro_batch and not o.checkpointing)
     assert found.own.tokens_per_second / one.tokens_per_second == pytest.approx(batch / -(-batch // count), rel=0.02)
-    words = [
-        "plan",
-        "llava15_7b_moslora",
-        "--gpus",
-        f"{count}xA100-80G",
-        "--model.language",
-        str(recipe.model.language),
-    ]
+    words = ["plan", "llava15_7b_moslora", "--gpus", f"{count}xA100-80G", "--model.vision.name"]
+    words += [recipe.model.vision.name, "--model.language", str(recipe.model.language)]
     assert cli.run([*words, "--model.vision.name", recipe.model.vision.name]) == 0
     assert ("872 of 1000 GPUs have nothing to do" in capsys.readouterr().out) == (count == 1000)
 
