@@ -6,6 +6,8 @@ import math
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from mm_moslora.cli_eval import quiet_libraries
+
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
     from mm_moslora.planning import Memory, Option, Plan
@@ -32,11 +34,10 @@ def show_plan(
         supervised: share of the tokens.
         price: per GPU and hour, in any currency.
     """
-    from rich.console import Console
-
     from mm_moslora.errors import ConfigError
-    from mm_moslora.planning import DataSize, parse_gpus, plan
+    from mm_moslora.gpus import parse_gpus
 
+    cards = parse_gpus(gpus)
     if samples is not None and samples < 1:
         raise ConfigError(f"--samples is {samples}, expected 1 or more.")
     if tokens_per_sample is not None and not 1 <= tokens_per_sample < math.inf:
@@ -47,11 +48,16 @@ def show_plan(
         raise ConfigError(f"--price is {price:g}, expected 0 or more.")
     if (samples is None) != (tokens_per_sample is None):
         raise ConfigError("--samples and --tokens-per-sample belong together; one of them is missing.")
+    quiet_libraries()
+    from rich.console import Console
+
+    from mm_moslora.planning import DataSize, plan
+
     data = None
     if samples is not None and tokens_per_sample is not None:
         pictures = 0.0 if recipe.model.vision is None and recipe.model.vlm is None else 1.0
         data = DataSize(samples=samples, tokens=tokens_per_sample, supervised=supervised, pictures=pictures)
-    found = plan(recipe, parse_gpus(gpus), data)
+    found = plan(recipe, cards, data)
     console = Console()
     console.print(_parts(found))
     console.print(_memory(found.best or min(found.options, key=lambda option: option.memory.total)))
@@ -134,6 +140,11 @@ def _verdict(console: Any, found: Plan, price: float | None) -> None:
         f"attention {found.flops.attention / found.flops.total:.0%}, head {found.flops.head / found.flops.total:.0%}, "
         f"vision {found.flops.vision / found.flops.total:.0%})."
     )
+    if found.idle:
+        console.print(
+            f"[yellow]{found.idle} of {gpus.count} GPUs have nothing to do[/]: a step has {gpus.count - found.idle} "
+            "records. Take fewer GPUs, or raise train.global_batch."
+        )
     if found.own is not None:
         console.print(as_it_stands(found, found.own))
     if best is None:

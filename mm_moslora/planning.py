@@ -6,16 +6,17 @@ Symbols: ``P`` frozen and ``Pt`` trainable parameters, ``W`` GPUs, ``T`` tokens 
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from mm_moslora.config import Recipe
-from mm_moslora.errors import ConfigError, suggestion
+from mm_moslora.errors import ConfigError
 from mm_moslora.footprint import Footprint, footprint
+from mm_moslora.gpus import Gpus
 from mm_moslora.losses import CHUNK_BYTES, SMALLEST_CHUNK
-from mm_moslora.training.flops import DENSE_TFLOPS, Flops, StepShape
+from mm_moslora.training.flops import Flops, StepShape
 
 GIB = 2**30
 FREE_SHARE = 0.94
@@ -28,36 +29,12 @@ LIVE = 1_000_000_000
 """ZeRO-3: elements that stay gathered (stage3_max_live_parameters), at most the whole model."""
 STAGES = ("zero1", "zero2", "zero3")
 
-MEMORY_GB = {
-    "A100-40G": ("A100", 40, 230), "A100-80G": ("A100", 80, 230), "A800-80G": ("A800", 80, 160),
-    "H100-80G": ("H100", 80, 370), "H800-80G": ("H800", 80, 160), "H200-141G": ("H200", 141, 370),
-    "H20-96G": ("H20", 96, 370), "B200-180G": ("B200", 180, 700), "L40S-48G": ("L40S", 48, 20),
-    "L4-24G": ("L4", 24, 20), "A10-24G": ("A10", 24, 20), "A6000-48G": ("A6000", 48, 20),
-    "RTX3090-24G": ("RTX 3090", 24, 10), "RTX4090-24G": ("RTX 4090", 24, 10), "RTX5090-32G": ("RTX 5090", 32, 20),
-    "V100-32G": ("V100", 32, 120), "T4-16G": ("T4", 16, 8), "MI300X-192G": ("MI300X", 192, 300),
-}  # fmt: skip
-"""Name: peak's name in `DENSE_TFLOPS`, memory in GB, bandwidth between GPUs of one machine in GB/s (usual wiring)."""
-
 KNOWN_DATA = {
     "llava_v1_5_mix665k": (665_298, 838, 0.939), "blip_laion_cc_sbu_558k": (558_128, 620, 1.0),
     "commonsense_170k": (170_420, 110, 0.0),
 }  # fmt: skip
 """Data file: samples, mean tokens per sample with 576 visual ones (assumed lengths), share with a picture."""
 LLAVA_VISUAL = 576
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gpus:
-    """What a run has."""
-
-    name: str
-    count: int
-    memory: float
-    """Bytes of one."""
-    peak: float
-    """Dense half-precision FLOP/s of one."""
-    bandwidth: float
-    """Bytes per second between them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,32 +103,14 @@ class Plan:
     """Of one mean sample, with the chosen setting's recomputation."""
     best: Option | None
     options: list[Option]
+    idle: int
+    """GPUs that have no record in a step: there are more of them than records."""
     own: Option | None
     """The recipe's own setting; None for a DeepSpeed file of the user's."""
 
     def hours(self, option: Option) -> float:
         """Wall time of the run."""
         return self.data.samples * self.data.tokens * self.epochs / option.tokens_per_second / 3600
-
-
-def parse_gpus(text: str) -> Gpus:
-    """`8xA100-80G` as `Gpus`; memory may be left out where a card has one size.
-
-    Raises:
-        ConfigError: not of that form, or an unknown card.
-    """
-    match = re.fullmatch(r"(?:(\d+)x)?([A-Za-z0-9]+)(?:-(\d+)G?B?)?", text.strip())
-    if match is None or match[1] == "0":
-        raise ConfigError(f"{text!r} is no list of GPUs, expected COUNTxNAME-MEMORY such as 8xA100-80G.")
-    name = match[2].upper() + (f"-{match[3]}G" if match[3] else "")
-    found = [key for key in MEMORY_GB if key == name or (not match[3] and key.startswith(f"{name}-"))]
-    if len(found) != 1:
-        raise ConfigError(f"{text!r} names no known GPU.{suggestion(name, MEMORY_GB)} Known: {', '.join(MEMORY_GB)}.")
-    peak, memory, bandwidth = MEMORY_GB[found[0]]
-    return Gpus(
-        name=found[0], count=int(match[1] or 1), memory=memory * 1e9, peak=DENSE_TFLOPS[peak] * 1e12,
-        bandwidth=bandwidth * 1e9,
-    )  # fmt: skip
 
 
 def known_data(recipe: Recipe, tokens_per_image: int) -> DataSize | None:
@@ -228,6 +187,11 @@ def speed(size: Footprint, gpus: Gpus, data: DataSize, *, zero: str, micro_batch
     return gpus.count * micro_batch * data.tokens / seconds
 
 
+def busy_share(global_batch: int, gpus: int) -> float:
+    """Share of the GPUs' time that has work: where records cannot be dealt evenly, the fullest GPU sets the pace."""
+    return global_batch / (gpus * math.ceil(global_batch / gpus))
+
+
 def _sample(data: DataSize, count: int) -> StepShape:
     return StepShape(
         tokens=round(count * data.tokens), supervised=round(count * data.tokens * data.supervised),
@@ -243,8 +207,9 @@ def _simplest(options: list[Option]) -> Option | None:
 
 def settings(recipe: Recipe, gpus: Gpus) -> Iterator[tuple[str, bool, int]]:
     """ZeRO stage, checkpointing and micro-batch to try; the recipe's global batch is kept."""
-    share = max(1, recipe.train.global_batch // gpus.count)
-    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if share % size == 0]
+    batch = recipe.train.global_batch
+    share = max(1, batch // gpus.count)
+    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= share and batch % size == 0]
     stages = STAGES if gpus.count > 1 else ("zero0",)
     for zero in stages:
         for checkpointing in (False, True):
@@ -269,6 +234,7 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None) -> Plan:
     if data is None:
         raise ConfigError("How much data there is is not known. Give --samples and --tokens-per-sample.")
     data = replace(data, tokens=min(data.tokens, recipe.data.max_length))
+    busy = busy_share(recipe.train.global_batch, gpus.count)
 
     def option(zero: str, checkpointing: bool, micro_batch: int) -> Option:
         needed = memory(
@@ -278,7 +244,7 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None) -> Plan:
         )  # fmt: skip
         return Option(
             zero=zero, checkpointing=checkpointing, micro_batch=micro_batch, memory=needed,
-            tokens_per_second=speed(
+            tokens_per_second=busy * speed(
                 size, gpus, data, zero=zero, micro_batch=micro_batch, checkpointing=checkpointing
             ),
             fits=needed.total <= FREE_SHARE * gpus.memory,
@@ -295,4 +261,7 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None) -> Plan:
     epochs = recipe.train.epochs
     if recipe.train.steps:
         epochs = recipe.train.steps * recipe.train.global_batch / data.samples
-    return Plan(gpus=gpus, footprint=size, data=data, epochs=epochs, flops=flops, best=best, options=options, own=own)
+    return Plan(
+        gpus=gpus, footprint=size, data=data, epochs=epochs, flops=flops, best=best, options=options,
+        idle=max(0, gpus.count - recipe.train.global_batch), own=own,
+    )  # fmt: skip

@@ -85,14 +85,14 @@ show_recipe() {
 
 # Runs "$@", hands signals on to it, and returns 75 (try again later) when the trainer was stopped and has saved.
 run_and_report() {
-  local child status=0
+  local child status signalled=true
   rm -f "$RUN_FOLDER/PREEMPTED"
   "$@" &
   child=$!
-  trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT USR1
-  # wait returns early when a trapped signal arrives: wait until the child has really ended.
-  while kill -0 "$child" 2>/dev/null; do
-    status=0
+  trap 'signalled=true; kill -TERM "$child" 2>/dev/null || true' TERM INT USR1
+  # wait returns early when a trapped signal arrives; asked again, it tells how the child ended, long gone or not.
+  while $signalled; do
+    signalled=false status=0
     wait "$child" || status=$?
   done
   trap - TERM INT USR1

@@ -187,12 +187,20 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print is no answer
 
+    import gc
+
     import deepspeed  # noqa: F401
     import torch
+    import transformers.models.dinov2.modeling_dinov2
+    import transformers.models.llama.modeling_llama
+    import transformers.models.llava.modeling_llava
+    import transformers.models.llava.processing_llava
+    import transformers.tokenization_mistral_common  # noqa: F401  (a processor imports it)
 
     import mm_moslora.training.loop  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # half a million objects that no rank need search for garbage, and copy for it
     for line in sys.stdin:
         command = json.loads(line)
         pids = []

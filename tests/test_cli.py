@@ -82,6 +82,7 @@ sys.exit(codes != [1] * len(codes) or "torch" in sys.modules)"""
         (["launch", "quickstart_tune", "--nproc", "0"], "--nproc is 0, expected 1 or more"),
         (["launch", "quickstart_tune", "--nnodes", "2", "--rdzv", "x"], "expected HOST:PORT"),
         (["plan", "quickstart_tune", "--gpus", "8xFOO"], "'8xFOO' names no known GPU"),
+        (["plan", "quickstart_tune", "--gpus", "0xA100-80G"], "'0xA100-80G' is no list of GPUs"),
         (["plan", "quickstart_tune", "--gpus", "T4-16G", "--samples", "0"], "--samples is 0"),
         (["plan", "quickstart_tune", "--gpus", "T4-16G", "--samples", "9"], "one of them is missing"),
         (["plan", "quickstart_tune", "--gpus", "T4-16G", "--tokens-per-sample", "nan"], "--tokens-per-sample is nan"),
@@ -143,6 +144,28 @@ def test_ctrl_c_is_told_and_is_exit_code_130(monkeypatch, capsys):
     monkeypatch.setattr("mm_moslora_eval.cli.list_tasks", interrupted)
     assert run(["eval", "list"]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_ctrl_c_while_the_command_line_is_imported_leaves_no_traceback(tmp_path):
+    (tmp_path / "cyclopts.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{CHECKOUT}:{CHECKOUT / 'eval'}"}
+    words = [sys.executable, "-m", "mm_moslora", "config"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
+def test_a_command_leaves_the_interpreter_no_garbage_to_search_for_on_its_way_out():
+    code = """
+import atexit, gc, sys
+atexit.register(lambda: print(len(gc.get_objects()), gc.get_freeze_count()))
+sys.argv[1:] = ["eval", "list"]
+from mm_moslora.__main__ import main
+main()"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    searched, frozen = map(int, done.stdout.splitlines()[-1].split())
+    assert searched < 100 < frozen
 
 
 def test_help_shows_no_empty_defaults_and_no_option_that_empties_another(capsys):

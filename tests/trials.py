@@ -85,6 +85,26 @@ def train_fp16(*arguments: str) -> int:
     return train_recipes(list(arguments))
 
 
+def train_overflowing(*arguments: str) -> int:
+    """Train in fp16 with gradients that overflow at any loss scale, below a loss that is finite."""
+    import torch
+
+    from mm_moslora.training.engine import LossModule
+
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * float("inf")
+
+    forward = LossModule.forward
+    LossModule.forward = lambda self, *args, **more: Overflow.apply(forward(self, *args, **more))
+    return train_fp16(*arguments)
+
+
 def train_counting(*arguments: str) -> int:
     """Train each recipe, and leave in its folder how many adapted layers went by the kernel and how many by modules."""
     from ranks import train_recipes

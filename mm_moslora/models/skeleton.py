@@ -6,14 +6,18 @@ All decoder layers are alike, so two of them tell the size, the cost and the tra
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from huggingface_hub import constants, get_session
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from mm_moslora.config import Recipe
+from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.errors import ModelError
 from mm_moslora.models.attention import SEGMENTS, set_attention
 from mm_moslora.models.build import Assembly, compose, is_standard, llava_settings, projector_shape
@@ -24,6 +28,8 @@ from mm_moslora.models.vision import ImageSpec, sketch_vision
 from mm_moslora.models.vlm import part_of, takes_rows
 
 LAYERS = 2
+HUB_SECONDS = 5
+"""How long the hub may take to answer before only its cache is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +80,7 @@ def skeleton(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16) -> Skeleton
         ModelError: a configuration is not to be had, or of a kind that cannot be built without its weights.
     """
     config = recipe.model
-    with torch.device("meta"):
+    with _hub_or_cache(config), torch.device("meta"):
         if config.vlm is not None:
             model, layers, tokens, image = _ready(config.vlm, config.vlm_revision)
         else:
@@ -86,6 +92,22 @@ def skeleton(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16) -> Skeleton
         if config.lean_layers and config.quantisation == "none":  # quantised layers run in their stock form
             use_lean_layers(model)
     return Skeleton(model=model.train(), layers=layers, tokens_per_image=tokens, image=image)
+
+
+@contextmanager
+def _hub_or_cache(config: ModelConfig) -> Iterator[None]:
+    """Ask the hub once whether it is there; its client alone retries for half a minute to minutes per file."""
+    offline = constants.HF_HUB_OFFLINE
+    names = [config.language, config.vlm, *([config.vision.name, config.vision.fuse_with] if config.vision else [])]
+    if not offline and any(name and not Path(name).exists() for name in names):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+        except Exception:  # of requests or httpx, as the hub's client has it
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
 
 
 def _read(name: str, revision: str | None, key: str) -> Any:

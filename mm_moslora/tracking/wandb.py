@@ -93,6 +93,9 @@ class WandbTracker:
         self._run.define_metric("*", step_metric=STEP)
 
     def _init(self, mode: str, run_id: str, folder: Path, config: Mapping[str, Any], *, resumed: bool) -> Any:
+        if mode != "online":
+            # Its client reports on itself to the service all the same, and waits 10 s at exit where nothing answers.
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         return wandb.init(

@@ -147,6 +147,18 @@ def newest_valid(run: Path) -> tuple[Path, Manifest] | None:
     return None
 
 
+def set_aside_newer(run: Path, step: int) -> None:
+    """Rename the checkpoints of a run that are newer than the step it goes on from to `*.superseded`.
+
+    Left there, the next start would go on from the newest of them, and the first to be deleted would be this stretch's.
+    """
+    for number, folder in checkpoints(run):
+        if number > step:
+            aside = unused(folder.with_name(f"{folder.name}.superseded"))
+            disk.rename(folder, aside)
+            logger.warning("%s is newer than step %d, which the run goes on from; now %s.", folder, step, aside.name)
+
+
 def unused(path: Path) -> Path:
     """The path, with a number behind it where something has that name already."""
     number = 0

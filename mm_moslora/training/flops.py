@@ -27,22 +27,6 @@ from mm_moslora.adapters.inject import named_base_modules
 from mm_moslora.adapters.layer import MoSLoRALayer
 from mm_moslora.models.lean import drops_positions
 
-DENSE_TFLOPS = {
-    "B200": 2250.0, "H200": 989.0, "H100 PCIE": 756.0, "H100": 989.0, "H800": 989.0, "H20": 148.0, "GH200": 989.0,
-    "A100": 312.0, "A800": 312.0, "L40S": 362.0, "L4": 121.0, "A10G": 125.0, "A10": 125.0, "A6000": 155.0,
-    "RTX 6000 ADA": 364.0, "RTX 5090": 209.0, "RTX 4090": 165.0, "RTX 3090": 71.0, "V100": 125.0, "T4": 65.0,
-    "MI300X": 1307.0, "MI250X": 383.0,
-}  # fmt: skip
-"""Dense half-precision peak by a part of the device's name, TFLOP/s (makers' data sheets; fp32 accumulation). The
-longest matching name counts. V100 and T4: fp16, they have no bf16."""
-
-
-def device_peak(name: str) -> float | None:
-    """Dense half-precision FLOP/s of a device by the name that its driver gives, or None: not known."""
-    words = name.upper().replace("-", " ")
-    found = [key for key in DENSE_TFLOPS if f" {key} " in f" {words} ".replace(" NVIDIA ", " ")]
-    return DENSE_TFLOPS[max(found, key=len)] * 1e12 if found else None
-
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:

@@ -149,6 +149,8 @@ class _Loop:
         self.speedometer = Speedometer(run.assembly.model)
         self.skipped_in_a_row = self.failed_saves = 0
         here = resumed_from is not None and resumed_from.resolve().parent == run.folder.resolve()
+        if here and distributed.is_main():
+            checkpoint.set_aside_newer(run.folder, run.step)
         self.saved_at = run.step if here else -1
         self.extra: dict[str, float] = {}  # logged with the next step
         self.validated_at = -1

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from mm_moslora import distributed
 from mm_moslora.batch import Batch
+from mm_moslora.gpus import device_peak
 from mm_moslora.training.engine import StepResult
-from mm_moslora.training.flops import FlopCounter, StepShape, device_peak
+from mm_moslora.training.flops import FlopCounter, StepShape
 
 
 class Speedometer:

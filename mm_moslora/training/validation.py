@@ -213,17 +213,16 @@ class Best:
 
     @classmethod
     def of(cls, folder: Path, config: ValidateConfig, *, resume_step: int) -> Best:
-        """What an earlier stretch of the run left, if it is about the same metric."""
+        """What the run measured of this metric up to the step that it goes on from."""
         best = cls(config=config)
         try:
             found = json.loads((folder / BEST).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return best
-        if found.get("metric") == config.best and found.get("step", -1) <= resume_step:
-            history = [entry for entry in found["history"] if entry["step"] <= resume_step]
-            best.value, best.step = float(found["value"]), int(found["step"])
-            best.since = sum(entry["step"] > best.step for entry in history)
-            best.history = history
+        if config.best is not None and found.get("metric") == config.best:
+            for entry in found["history"]:
+                if entry["step"] <= resume_step:
+                    best.update({config.best: entry["value"]}, entry["step"])
         return best
 
     def update(self, metrics: Mapping[str, float], step: int) -> bool:
@@ -255,9 +254,10 @@ class Best:
         return 0 < self.config.patience <= self.since
 
     def write(self, folder: Path, checkpoint: str) -> None:
-        """Keep it for people and for a resumed run."""
+        """Keep it for people and for a resumed run; the checkpoint is null when a better one had replaced it since."""
         content: dict[str, Any] = {
-            "metric": self.config.best, "value": self.value, "step": self.step, "checkpoint": checkpoint,
+            "metric": self.config.best, "value": self.value, "step": self.step,
+            "checkpoint": checkpoint if (folder / checkpoint).is_dir() else None,
             "history": self.history,
         }  # fmt: skip
         disk.replace_json(folder / BEST, content)

@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 EXIT_HANG = 70
 """Exit code of a rank that gave up waiting."""
+_TORCHRUN_SECONDS = 30
+"""How long torchrun may take to end when it is told to."""
 _CULPRIT_SECONDS = 4.0  # a rank that fails needs a moment to say so
 
 
@@ -220,12 +223,20 @@ def _release_torchrun() -> None:
     """Have torchrun end with its ranks when they run on several hosts and may not be restarted.
 
     Left alone on a host that is cut off, it waits for the others' store until TCP gives up, a quarter of an hour later.
+    Told to end while it waits, it hears so minutes later; then a process that outlives this one kills it.
     """
     several = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
     restarts, allowed = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     if several and restarts is not None and restarts == allowed:
+        torchrun = os.getppid()
         with contextlib.suppress(OSError):
-            os.kill(os.getppid(), signal.SIGTERM)
+            os.kill(torchrun, signal.SIGTERM)
+            wait = f"for _ in $(seq {5 * _TORCHRUN_SECONDS}); do kill -0 {torchrun} || exit 0; sleep 0.2; done"
+            nothing = subprocess.DEVNULL
+            subprocess.Popen(
+                ["sh", "-c", f"{wait}; kill -KILL {torchrun}"], start_new_session=True, stdin=nothing, stdout=nothing,
+                stderr=nothing,
+            )  # fmt: skip
 
 
 def _own_place() -> str:

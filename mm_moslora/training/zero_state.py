@@ -163,6 +163,20 @@ def scale_of(engine: Any) -> float:
     return float(getattr(_scaler_of(engine), "cur_scale", 1.0) or 1.0)
 
 
+def can_lower_scale(engine: Any) -> bool:
+    """Whether an overflow would lower the loss scale: it is dynamic and not yet at its minimum."""
+    scaler = _scaler_of(engine)
+    least = getattr(scaler, "min_scale", getattr(scaler, "min_loss_scale", None))
+    return bool(read_scaler(engine)) and scale_of(engine) > float(least or 1.0)
+
+
+def leave_lowest_scale_to_us(engine: Any) -> None:
+    """Skip a step that overflows at the lowest scale, too; DeepSpeed's stages 1 to 3 would end the run at the first."""
+    scaler = _scaler_of(engine)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False
+
+
 def whole_master(engine: Any, stage: int, parameter: nn.Parameter) -> Tensor | None:
     """The full fp32 master of one parameter, gathered from all ranks; None: the parameter is its own master."""
     from deepspeed.utils import safe_get_full_fp32_param

@@ -30,7 +30,8 @@ done
 trap 'kill -TERM "${pids[@]}"' TERM
 code=0
 for pid in "${pids[@]}"; do
-  while kill -0 "$pid" 2>/dev/null; do status=0; wait "$pid" || status=$?; done
+  status=143
+  while [ "$status" = 143 ]; do status=0; wait "$pid" || status=$?; done
   [ "$status" = 0 ] || code=$status
 done
 exit "$code"

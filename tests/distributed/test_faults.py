@@ -52,7 +52,7 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_exactly(parts, ranks, tmp_pa
 
 @pytest.mark.parametrize("what", ["SIGSTOP", "sleep"])
 def test_a_rank_that_hangs_is_named_with_stacks_in_time(what, parts, ranks, tmp_path):
-    recipe = make_recipe(parts, tmp_path / "run", "zero2", step_timeout_minutes=0.1)
+    recipe = make_recipe(parts, tmp_path / "run", "zero2", step_timeout_minutes=0.05)
     group = ranks.start(["faults:at_step", what, "1", "2", write(recipe)])
     started = time.monotonic()
     try:

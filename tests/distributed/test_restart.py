@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_killed_rank_is_started_again(parts, ranks, tmp_path):
-    steps = 60
+    steps = 30
     recipe = make_recipe(parts, tmp_path / "run", "zero2", steps=steps, save_every=1, dropout=0.1)
     straight = make_recipe(parts, tmp_path / "straight", "zero2", steps=steps, dropout=0.1)
     environment = os.environ | {

@@ -51,6 +51,28 @@ def test_a_rank_without_pictures_takes_part(parts, ranks, tmp_path):
         assert losses(tmp_path / stage) == pytest.approx(losses(tmp_path / "none"), rel=1e-5)
 
 
+def test_one_record_five_and_text_alone_give_the_numbers_of_one_rank(parts, ranks, tmp_path):
+    """On three ranks, some or two of which have no record in a step, or none of which ever has a picture."""
+    records = {
+        "one": make_records(tmp_path / "one", 1), "five": make_records(tmp_path / "five", 5),
+        "text": make_records(tmp_path / "text", 5, text_only_every=1),
+    }  # fmt: skip
+    runs = {
+        (kind, stage): make_recipe(
+            parts | {"records": path}, tmp_path / f"{kind}-{stage}", stage, micro_batch=1, steps=3
+        )
+        for kind, path in records.items()
+        for stage in ("none", "zero2", "zero3")
+    }
+    ranks.run([write(recipe) for (_, stage), recipe in runs.items() if stage != "none"], ranks=3)
+    ranks.run([write(recipe) for (_, stage), recipe in runs.items() if stage == "none"], ranks=1)
+    for kind, stage in runs:
+        expected, found = metrics(tmp_path / f"{kind}-none"), metrics(tmp_path / f"{kind}-{stage}")
+        assert {line["images"] for line in found} == {{"one": 1, "five": 4, "text": 0}[kind]}
+        for key in ("loss", "grad_norm", "weight_norm/adapter", "momentum_norm/mixer"):
+            assert [line[key] for line in found] == pytest.approx([line[key] for line in expected], rel=1e-5), key
+
+
 def test_every_adapted_layer_takes_the_fused_kernel_on_every_stage(parts, ranks, tmp_path):
     """Layers of families that nobody knows, whose micro-batches share the products of the adapters."""
     recipes = {name: make_recipe(parts, tmp_path / name, name, dropout=0.1) for name in (*STAGES, "none")}
@@ -91,6 +113,23 @@ def test_half_precision_is_close_and_fp16_finds_its_loss_scale(parts, ranks, tmp
         assert lines[0]["loss"] == pytest.approx(expected[0], rel=2e-2)
         assert lines[-1]["loss_scale"] > 1
         assert lines[-1]["skipped_steps"] < len(lines) - 2
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
+def test_gradients_that_overflow_at_any_loss_scale_end_the_run_at_the_limit(stage, parts, ranks, tmp_path):
+    recipe = make_recipe(parts, tmp_path / stage, stage, precision="fp16", steps=40, max_skipped_steps=2)
+    group = ranks.finish(ranks.start(["trials:train_overflowing", write(recipe)]))
+    assert group.codes == [1, 1]
+    said = "DivergedError: 2 steps in a row had a loss or gradient that is not finite; stopped at step"
+    assert all(said in group.output(rank) for rank in (0, 1)), group.outputs
+    lines = metrics(tmp_path / stage)
+    scales = [line.get("loss_scale", 1.0) for line in lines]
+    assert scales == sorted(scales, reverse=True)
+    assert scales[0] >= 2**15
+    assert scales[-3:] == [1.0, 1.0, 1.0]
+    assert scales[-4] == 2.0
+    assert [line["skipped_steps"] for line in lines] == list(range(1, len(lines) + 1))
+    assert len({line["lr/adapter"] for line in lines}) == 1
 
 
 def test_checkpointing_a_component_changes_no_number(parts, ranks, tmp_path):

@@ -21,8 +21,9 @@ def test_training_survives_a_host_that_is_cut_off(parts, ranks, tmp_path, monkey
         pytest.skip(reason)
     steps = 40
     recipe = make_recipe(
-        parts, tmp_path / "run", "zero2", steps=steps, save_every=1, dropout=0.1, step_timeout_minutes=0.2
-    )
+        parts, tmp_path / "run", "zero2", steps=steps, save_every=1, dropout=0.1, step_timeout_minutes=0.1,
+        timeout_minutes=0.3,  # the cut may come while one waits for the other's disk
+    )  # fmt: skip
     straight = make_recipe(parts, tmp_path / "straight", "zero2", steps=steps, dropout=0.1)
     run = tmp_path / "run"
     with two_hosts.two_hosts() as hosts:

@@ -18,12 +18,13 @@ from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
 from mm_moslora.errors import ConfigError
 from mm_moslora.footprint import footprint
+from mm_moslora.gpus import device_peak, parse_gpus
 from mm_moslora.losses import CHUNK_BYTES
 from mm_moslora.models.attention import set_attention
 from mm_moslora.models.lean import use_lean_layers
-from mm_moslora.planning import memory, parse_gpus
+from mm_moslora.planning import memory
 from mm_moslora.training.engine import LossModule, StepResult
-from mm_moslora.training.flops import FlopCounter, StepShape, device_peak
+from mm_moslora.training.flops import FlopCounter, StepShape
 from mm_moslora.training.speed import Speedometer
 
 TESTS = Path(__file__).parents[1]
@@ -105,7 +106,7 @@ def test_devices_and_gpu_lists_are_read_as_people_write_them() -> None:
     gpus = parse_gpus("8xA100-80G")
     assert (gpus.count, gpus.memory) == (8, 80e9)
     assert parse_gpus("rtx4090").count == 1
-    for wrong in ("8xA100", "two A100s", "0xA100-80G", "4xH101-80G"):
+    for wrong in ("8xA100", "two A100s", "0xA100-80G", "00xA100-80G", "9" * 5000 + "xA100-80G", "4xH101-80G"):
         with pytest.raises(ConfigError, match=r"COUNTxNAME|names no known GPU"):
             parse_gpus(wrong)
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
+import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from planning_configs import CONVERTED, INTERNLM2, write_configurations
 
 from mm_moslora import cli
 from mm_moslora.cli_plan import as_it_stands, expected
 from mm_moslora.config import Recipe, load_recipe, recipe_names
+from mm_moslora.errors import ModelError
 from mm_moslora.footprint import footprint
+from mm_moslora.gpus import parse_gpus
 from mm_moslora.models.skeleton import skeleton
-from mm_moslora.planning import DataSize, known_data, parse_gpus, plan
+from mm_moslora.planning import DataSize, known_data, plan
 from mm_moslora.training.engine import largest_adapter
 from mm_moslora.training.optim import lr_factor, parameter_groups
 
@@ -173,6 +178,36 @@ def test_a_plan_names_the_fastest_setting_that_fits_and_why_others_do_not(folder
     halved = plan(recipe, parse_gpus("4xA100-80G"))
     assert halved.best is not None
     assert halved.hours(halved.best) == pytest.approx(2 * found.hours(found.best), rel=0.02)
+
+
+@pytest.mark.parametrize("count", [3, 1000])
+def test_odd_numbers_of_gpus_are_planned_with_what_the_fullest_of_them_gets(count, folders, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "300")
+    recipe = shipped("llava15_7b_moslora", folders)
+    batch = recipe.train.global_batch
+    found, alone = (plan(recipe, parse_gpus(f"{gpus}xA100-80G")) for gpus in (count, 1))
+    for option in found.options:
+        assert batch % option.micro_batch == 0
+    # A step takes as long as ceil(batch / count) records do on one GPU; ZeRO-2's exchange is small.
+    one = next(o for o in alone.options if o.micro_batch == found.own.micro_batch and not o.checkpointing)
+    assert found.own.tokens_per_second / one.tokens_per_second == pytest.approx(batch / -(-batch // count), rel=0.02)
+    words = ["plan", "llava15_7b_moslora", "--gpus", f"{count}xA100-80G", "--model.vision.name"]
+    words += [recipe.model.vision.name, "--model.language", str(recipe.model.language)]
+    assert cli.run(words) == 0
+    assert ("872 of 1000 GPUs have nothing to do" in capsys.readouterr().out) == (count == 1000)
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch) -> None:
+    """Its client would retry for half a minute, or minutes where packets are lost."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr("mm_moslora.models.skeleton.HUB_SECONDS", 0.2)
+        start = time.monotonic()
+        with pytest.raises(ModelError, match=r"model\.language is 'lmsys/vicuna-7b-v1\.5'.* not to be had"):
+            skeleton(load_recipe("llava15_7b_moslora"))
+        assert time.monotonic() - start < 5
+    assert not constants.HF_HUB_OFFLINE
 
 
 def test_a_quantised_base_takes_a_third_of_the_memory(folders) -> None:

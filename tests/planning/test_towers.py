@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mm_moslora.config import Recipe, VisionConfig
 from mm_moslora.footprint import footprint
+from mm_moslora.gpus import parse_gpus
 from mm_moslora.models.skeleton import skeleton
 from mm_moslora.models.vision import load_vision, sketch_vision
-from mm_moslora.planning import DataSize, parse_gpus, plan
+from mm_moslora.planning import DataSize, plan
 
 
 @pytest.fixture(scope="module")

@@ -142,6 +142,16 @@ def test_exit_code_says_how_the_run_ended(train: str, code: int, stub: dict[str,
     assert passed[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
+def test_a_run_that_has_failed_before_it_is_waited_for_is_no_success(tmp_path: Path) -> None:
+    """A shell forgets processes that ended, but not their codes; everything that it does is slow here."""
+    code = f"""source {shlex.quote(str(SCRIPTS / "common.sh"))}
+RUN_FOLDER={shlex.quote(str(tmp_path))}
+trap() {{ sleep 0.2; builtin trap "$@"; }}
+kill() {{ sleep 0.2; builtin kill "$@"; }}
+run_and_report bash -c 'exit 3'"""
+    assert subprocess.run(["bash", "-c", code], check=False).returncode == 3
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_reaches_the_run_which_saves_first(number: int, stub: dict[str, str], recipe: Path) -> None:
     train = (
@@ -163,3 +173,19 @@ def test_a_signal_reaches_the_run_which_saves_first(number: int, stub: dict[str,
     assert process.returncode == 75
     assert (recipe.parent / "run" / "saved").exists()
     assert b"continues the run" in errors
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_slurm_job_that_ended_by_itself_is_not_put_back_into_the_queue(
+    code: int, stub: dict[str, str], recipe: Path, tmp_path: Path
+) -> None:
+    tools = {"scontrol": '[ "$1" = show ] && echo node-1 || touch "$HOME/requeued"', "srun": 'shift; exec "$@"'}
+    for name, text in tools.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node-1", "SLURM_SUBMIT_DIR": str(ROOT)}
+    environment = stub | job | {"PATH": f"{tmp_path}:{stub['PATH']}", "TRAIN": f"exit {code}"}
+    result = _run("train_slurm.sbatch", str(recipe), environment=environment)
+    assert result.returncode == code, result.stderr
+    assert "--rdzv_endpoint\nnode-1:24711\n" in (tmp_path / "arguments").read_text()
+    assert not (tmp_path / "requeued").exists()

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from mm_moslora.tracking.base import namespaced
 from mm_moslora.tracking.tensorboard import TensorBoardTracker
 from mm_moslora.tracking.wandb import WandbTracker, has_credentials
 
+CHECKOUT = Path(__file__).parents[2]
 ReadRun = Callable[[Path], dict[str, Any]]
 
 
@@ -162,6 +167,24 @@ def test_wandb_offline_file_holds_config_curve_table_and_artifact(
     assert cells == ["What colour | shape?", "red", "<b>red</b>", True]
     files = dict(run["files"])
     assert Image.open(files[picture["path"]]).size == (256, 128)
+
+
+def test_an_offline_wandb_run_talks_to_nobody(tmp_path: Path) -> None:
+    """The client's report on itself kept the process waiting for 10 s at its end."""
+    code = f"""
+from pathlib import Path
+from mm_moslora.tracking.wandb import WandbTracker
+tracker = WandbTracker(project="p")
+tracker.start({{}}, Path({str(tmp_path)!r}), resume_step=None)
+tracker.log({{"loss": 1.0}}, 1)
+tracker.finish(ok=True)"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        environment |= {"WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}", "HOME": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True, cwd=CHECKOUT)
+        silent.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            silent.accept()
 
 
 def test_resumed_wandb_run_keeps_its_id(tmp_path: Path) -> None:

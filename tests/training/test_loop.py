@@ -345,6 +345,18 @@ def test_resume_required_needs_a_checkpoint(recipe):
         train(recipe, resume="required")
 
 
+def test_a_run_goes_on_from_an_older_checkpoint_of_its_own_and_from_there_again(recipe):
+    recipe = with_train(recipe, save_every=2, keep_last=2)
+    train(recipe)
+    run, expected = Path(recipe.train.output), losses(recipe)
+    stopped = train(recipe, resume=str(run / "checkpoint-000004"), stop_at=5)
+    folders = ["checkpoint-000004", "checkpoint-000005", "checkpoint-000006.superseded"]
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == folders
+    assert stopped.checkpoint == run / "checkpoint-000005"
+    assert train(recipe).finished
+    assert losses(recipe) == expected
+
+
 def test_resume_from_a_named_folder_continues_exactly(recipe, tmp_path):
     straight = with_train(recipe, save_every=2, keep_last=0, output=str(tmp_path / "straight"))
     train(straight)

@@ -76,6 +76,28 @@ def test_patience_ends_the_run_and_the_best_checkpoint_is_kept(recipe):
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000006"]
 
 
+def test_what_was_measured_before_the_step_a_run_goes_on_from_counts(recipe):
+    """The newest checkpoint, which was the best, is damaged: the one before it is the best again."""
+    values = {2: 3.0, 4: 2.0, 6: 9.0, 8: 1.0, 10: 0.0}
+
+    def measured(moment):
+        return {"eval/fake/score": values[moment.step]}
+
+    chosen = watched(recipe, tasks=["fake"], best="eval/fake/score", patience=3)
+    chosen = replace(chosen, train=replace(chosen.train, steps=40, save_every=2, keep_last=3))
+    train(chosen, measure=measured, stop_at=6)
+    run = Path(chosen.train.output)
+    assert json.loads((run / "best.json").read_text())["step"] == 6
+    (run / "checkpoint-000006" / "manifest.json").write_text("{}")
+    values[6] = 1.5
+    result = train(chosen, measure=measured)
+    assert result.step == 8  # the third validation after step 2's
+    best = json.loads((run / "best.json").read_text())
+    assert (best["step"], best["value"], best["checkpoint"]) == (2, 3.0, "checkpoint-000002")
+    assert best["history"] == [{"step": step, "value": values[step]} for step in (2, 4, 6, 8)]
+    assert (run / "checkpoint-000002").is_dir()
+
+
 def test_a_finished_run_that_is_started_again_measures_and_writes_nothing(recipe, monkeypatch):
     chosen = watched(recipe, samples=2, sample_tokens=3, tasks=["fake"])
     for memory, stop_at in ((3.0, 4), (2.0, None)):

@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 from pathlib import Path
 
+import pytest
 from between import just_before
 
+from mm_moslora.training import watchdog
 from mm_moslora.training.watchdog import Watchdog
 
 
 def test_two_threads_may_say_where_the_rank_is(tmp_path, monkeypatch):
     """`verdict` does it in the main thread, beside the watching one."""
-    watchdog = Watchdog(tmp_path)
-    watchdog.beats.mkdir()
+    watched = Watchdog(tmp_path)
+    watched.beats.mkdir()
 
     def beside():
-        other = threading.Thread(target=watchdog._write)
+        other = threading.Thread(target=watched._write)
         other.start()
         other.join()
 
     just_before(monkeypatch, Path, "replace", beside, when=lambda *_: True)
-    watchdog._write()
-    assert [beat.rank for beat in watchdog.read()] == [0]
-    assert len(list(watchdog.beats.iterdir())) == 1
+    watched._write()
+    assert [beat.rank for beat in watched.read()] == [0]
+    assert len(list(watched.beats.iterdir())) == 1
+
+
+@pytest.mark.parametrize("restarts_left", [0, 1])
+def test_a_torchrun_that_waits_for_a_lost_host_is_ended(restarts_left, monkeypatch):
+    """Stuck in its store it does not hear SIGTERM; with a restart left it is the one that starts the ranks again."""
+    monkeypatch.setattr(watchdog, "_TORCHRUN_SECONDS", 1)
+    torchrun = os.fork()
+    if torchrun == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if os.fork() == 0:
+            os.environ |= {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "0"}
+            os.environ["TORCHELASTIC_MAX_RESTARTS"] = str(restarts_left)
+            watchdog._release_torchrun()
+        else:
+            time.sleep(2)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(torchrun, 0)[1]) == (0 if restarts_left else -signal.SIGKILL)

@@ -110,11 +110,12 @@ class Engine(ABC):
                 self._backward(loss * scale, last=last)
         (total,) = distributed.sum_over_ranks([total])
         finite = math.isfinite(total)
+        lowers_scale = self.can_lower_scale
         applied, norm = self._update(lr_factor, finite=finite)
         return StepResult(
             loss=total / max(1.0, supervised), grad_norm=norm, applied=applied,
             supervised_tokens=int(supervised), tokens=int(tokens), images=int(images),
-            rescaling=finite and not applied and self.loss_scale > 1,
+            rescaling=finite and not applied and lowers_scale,
         )  # fmt: skip
 
     def _begin_step(self, with_images: list[float]) -> None:  # noqa: B027  (most engines need nothing)
@@ -128,6 +129,11 @@ class Engine(ABC):
     def loss_scale(self) -> float:
         """Factor on the loss before the backward pass (fp16), else 1."""
         return 1.0
+
+    @property
+    def can_lower_scale(self) -> bool:
+        """Whether a gradient that is not finite would have the loss scale lowered (fp16)."""
+        return False
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, float]:

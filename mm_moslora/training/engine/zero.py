@@ -42,6 +42,7 @@ class DeepSpeedEngine(Engine):
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=config, dist_init_required=False)
         self.shares_products = self.stage < 3
         self.replicated = self.stage == 0
+        zero_state.leave_lowest_scale_to_us(self.engine)
         if self.stage == 3:
             _fetch_whole_layers(module)
             zero_state.gather_persistent_together(self.engine)
@@ -101,6 +102,11 @@ class DeepSpeedEngine(Engine):
     def loss_scale(self) -> float:
         """See `Engine.loss_scale`."""
         return zero_state.scale_of(self.engine)
+
+    @property
+    def can_lower_scale(self) -> bool:
+        """See `Engine.can_lower_scale`."""
+        return zero_state.can_lower_scale(self.engine)
 
     def _gradient_norm(self) -> float:
         """Stage 0: gradients are whole and already averaged on every rank, and deepspeed does not tell their norm."""
