@@ -11,9 +11,10 @@ from mm_moslora.adapters.layer import MoSLoRALayer, MoSLoRALinear
 from mm_moslora.adapters.load import load_adapter
 from mm_moslora.adapters.merge import merge
 from mm_moslora.adapters.mixer import MIXER_INITS, Mixer, MixerInit, butterfly, init_mixer, two_subspaces_delta
+from mm_moslora.adapters.orthonormal import keep_orthonormal
 from mm_moslora.adapters.siblings import link_siblings
 from mm_moslora.adapters.state import TakenAdapter, base_fingerprint, fold_state_dict, save_adapter, take_adapter
-from mm_moslora.adapters.steps import keep_orthonormal, one_product_per_step
+from mm_moslora.adapters.steps import one_product_per_step
 
 guard_peft()
 

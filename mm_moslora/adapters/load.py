@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
+import torch
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from mm_moslora.adapters.config import MoSLoRAConfig, config_from_dict
 from mm_moslora.adapters.dispatch import factor_shapes, why_not_adaptable
 from mm_moslora.adapters.foreign import AdapterFolder, read_foreign, read_json, read_tensors
-from mm_moslora.adapters.inject import inject, named_base_modules
+from mm_moslora.adapters.inject import inject, named_adapter_layers, named_base_modules
 from mm_moslora.adapters.state import (
     FORMAT,
     FORMAT_VERSION,
@@ -94,6 +95,42 @@ def load_adapter(
     if not trainable:
         wrapped.eval()  # as PeftModel.from_pretrained does: an adapter's dropout is on in a fresh layer
     return wrapped
+
+
+@torch.no_grad()
+def restore_frozen_factors(model: nn.Module, folder: str | Path, *, adapter_name: str = "default") -> int:
+    """Set the factors of an adapter that do not train to those of its folder, bit for bit.
+
+    They are buffers, which no optimiser's state brings back, and making them anew is not exact: singular vectors
+    (`factor_form="svd"`) have other signs with another number of threads or on another device, and the mixer that was
+    trained between them would then mean something else.
+
+    Args:
+        model: holds the adapter.
+        folder: of `save_adapter`, of the same adapter.
+        adapter_name: the adapter.
+
+    Returns:
+        How many factors were set.
+
+    Raises:
+        AdapterError: see `read_folder`; a factor that the folder lacks.
+    """
+    frozen = {
+        f"{PREFIX}{path}.{kind}.weight": buffer
+        for path, layer in named_adapter_layers(model)
+        for kind in ("lora_A", "lora_mixer", "lora_B")
+        if adapter_name in (modules := cast(nn.ModuleDict, getattr(layer, kind)))
+        and (buffer := modules[adapter_name]._buffers.get("weight")) is not None
+    }
+    if not frozen:
+        return 0
+    tensors = read_folder(folder).tensors
+    for name, buffer in frozen.items():
+        if name not in tensors or tensors[name].shape != buffer.shape:
+            raise AdapterError(f"{folder} has no {name} of shape {list(buffer.shape)}. It is of another adapter.")
+        buffer.copy_(tensors[name])
+    return len(frozen)
 
 
 @contextmanager
