@@ -1,10 +1,11 @@
 """MoSLoRA adapters on PEFT: configuration, layers, injection, folders, merge. Needs torch and PEFT only."""
 
 from mm_moslora.adapters.callback import MixerCallback
-from mm_moslora.adapters.combine import add_weighted_adapter, guard_peft, hot_swap
+from mm_moslora.adapters.combine import add_weighted_adapter, hot_swap
 from mm_moslora.adapters.config import MoSLoRAConfig
 from mm_moslora.adapters.export import Layout, export_adapter
 from mm_moslora.adapters.functional import delta_weight, fold, reference_linear, use_kernel
+from mm_moslora.adapters.guards import guard_peft
 from mm_moslora.adapters.inject import AdaptedModule, adapted_modules, add_moslora, resolve_targets
 from mm_moslora.adapters.kernel import fused_linear
 from mm_moslora.adapters.layer import MoSLoRALayer, MoSLoRALinear

@@ -23,7 +23,6 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mm_moslora.adapters.config import MoSLoRAConfig
 from mm_moslora.adapters.foreign import AdapterFolder
 from mm_moslora.adapters.inject import is_inner
 from mm_moslora.adapters.load import read_folder
@@ -141,7 +140,7 @@ def plain_pairs(content: AdapterFolder) -> dict[str, PlainPair]:
             continue
         B_name = f"{PREFIX}{path}.lora_B.weight"
         used |= {name, B_name}
-        scaling = _scaling(content.config, path)
+        scaling = content.config.scaling_for(path)
         pairs[path] = PlainPair(A=A.float().contiguous(), B=(folded[B_name].float() * scaling).contiguous())
     extra = sorted(folded.keys() - used)
     if extra:
@@ -150,11 +149,6 @@ def plain_pairs(content: AdapterFolder) -> dict[str, PlainPair]:
             "biases stay with PEFT). Export with layout='peft', or merge."
         )
     return pairs
-
-
-def _scaling(config: MoSLoRAConfig, path: str) -> float:
-    rank = config.rank_for(path)
-    return config.alpha_for(path) / (rank**0.5 if config.use_rslora else rank)
 
 
 def _vllm_files(content: AdapterFolder) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -85,8 +85,8 @@ def test_together_alone_and_by_modules_the_gradients_are_the_same(dropout: float
             module.siblings = None
     alone = _gradients(model)
     for name, gradient in together.items():
-        torch.testing.assert_close(gradient, alone[name], atol=1e-6, rtol=1e-4)
-        torch.testing.assert_close(gradient, reference[name], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(gradient, alone[name], atol=5e-6, rtol=1e-4)
+        torch.testing.assert_close(gradient, reference[name], atol=5e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
