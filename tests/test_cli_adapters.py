@@ -185,6 +185,31 @@ def test_inspect_takes_a_run_as_well(adapter: Path, tmp_path: Path, capsys):
     assert "it is not an adapter folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["adapters inspect IN", "merge IN OUT", "export IN OUT --to lora"])
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("trainer", "holds checkpoint-10, checkpoint-20. Give the folder of one of them"),
+        ("named", "holds second, third. Give"),
+        ("file", "is a file, expected"),
+        ("nowhere", r"(does not exist|There is no adapter folder)"),
+        ("empty", "(no|not an) adapter"),
+    ],
+)
+def test_a_folder_that_only_holds_adapters_names_them(
+    adapter: Path, tmp_path: Path, capsys, command: str, place: str, message: str
+):
+    for name in ("trainer/checkpoint-10", "trainer/checkpoint-20", "named/second", "named/third"):
+        shutil.copytree(adapter, tmp_path / name)
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    given = [str(tmp_path / "out") if word == "OUT" else word for word in command.split()]
+    assert run([str(tmp_path / place) if word == "IN" else word for word in given]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(message, line), line
+    assert not (tmp_path / "out").exists()
+
+
 def test_merge_without_an_adapter_writes_nothing(language_folder: Path, adapter: Path, tmp_path: Path, capsys):
     assert run(["merge", str(language_folder), str(tmp_path / "out")]) == 1
     assert "carries no adapter to merge" in capsys.readouterr().err
