@@ -75,6 +75,24 @@ def test_export_to_lora_compares_stock_peft_with_the_live_adapter(
     assert "is not empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("to", ["vllm", "diffusers"])
+def test_export_for_programs_that_read_no_double_folder(adapter: Path, tmp_path: Path, capsys, to: str):
+    shutil.copytree(adapter, tmp_path / "run" / "checkpoint-000001" / "adapter")
+    component = ["--component", "transformer"] if to == "diffusers" else []
+    assert run(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--to", to, *component]) == 0
+    assert "folded to plain LoRA" in capsys.readouterr().out
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    names = load_file(file)
+    start = "transformer.model." if component else "base_model.model.model."
+    assert all(name.startswith(start) and ("lora_A" in name or "lora_B" in name) for name in names)
+    assert run(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--to", to]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert run(["export", str(tmp_path / "empty"), str(tmp_path / "other"), "--to", to]) == 1
+    assert "not an adapter folder" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_folder_that_names_no_base_wants_one(adapter: Path, language_folder: Path, tmp_path: Path, capsys):
     nameless = tmp_path / "nameless"
     save_adapter(load_adapter(_base(language_folder), adapter), nameless)
@@ -185,7 +203,9 @@ def test_inspect_takes_a_run_as_well(adapter: Path, tmp_path: Path, capsys):
     assert "it is not an adapter folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["adapters inspect IN", "merge IN OUT", "export IN OUT --to lora"])
+@pytest.mark.parametrize(
+    "command", ["adapters inspect IN", "merge IN OUT", "export IN OUT --to lora", "export IN OUT --to vllm"]
+)
 @pytest.mark.parametrize(
     ("place", "message"),
     [

@@ -119,17 +119,17 @@ def plain_pairs(content: AdapterFolder) -> dict[str, PlainPair]:
     Raises:
         AdapterError: the adapter holds more than A, M and B of layers that a LoRA reader knows.
     """
-    inner = next((name for name in content.tensors if is_inner(name)), None)
+    inner = next((name for name in content.tensors if is_inner(name) and "lora_" in name), None)
     if inner:
         raise AdapterError(
             f"The adapter holds {inner!r}, of an nn.MultiheadAttention, which only PEFT knows as an adapted layer. "
-            "Export with layout='peft', or merge."
+            "Export with layout='peft' (--to lora), or merge."
         )
     if content.config.changes_base:
         init = content.config.init_lora_weights
         raise AdapterError(
             f"The adapter began with init_lora_weights={init!r}, which changed the base; on the unchanged one it would "
-            "be wrong. Export with layout='peft', or merge."
+            "be wrong. Export with layout='peft' (--to lora), or merge."
         )
     folded = fold_state_dict(content.tensors)
     pairs: dict[str, PlainPair] = {}
@@ -146,7 +146,7 @@ def plain_pairs(content: AdapterFolder) -> dict[str, PlainPair]:
     if extra:
         raise AdapterError(
             f"The adapter holds {extra[0]!r}, which this layout cannot express (DoRA, embeddings, modules_to_save and "
-            "biases stay with PEFT). Export with layout='peft', or merge."
+            "biases stay with PEFT). Export with layout='peft' (--to lora), or merge."
         )
     return pairs
 
@@ -155,7 +155,9 @@ def _vllm_files(content: AdapterFolder) -> tuple[dict[str, Tensor], dict[str, An
     pairs = plain_pairs(content)
     wide = next((path for path, pair in pairs.items() if pair.A.ndim != 2), None)
     if wide:
-        raise AdapterError(f"{wide} is a convolution, which vLLM does not adapt. Export with layout='peft', or merge.")
+        raise AdapterError(
+            f"{wide} is a convolution, which vLLM does not adapt. Export with layout='peft' (--to lora), or merge."
+        )
     rank = max(len(pair.A) for pair in pairs.values())
     tensors: dict[str, Tensor] = {}
     for path, pair in pairs.items():

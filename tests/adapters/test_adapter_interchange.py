@@ -312,3 +312,10 @@ def test_a_diagonal_mixer_goes_through_every_exchange(kind: str, tmp_path: Path)
     found["merged"] = merge(model)
     for name, other in found.items():
         assert (output(other) - live).abs().max() < 1e-5 * live.abs().max(), name
+
+
+def test_an_embedding_is_named_as_what_a_layout_cannot_hold(tmp_path: Path) -> None:
+    model = peft.get_peft_model(llama(), MoSLoRAConfig(r=4, target_modules=["embed_tokens"], task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    with pytest.raises(AdapterError, match=r"embed_tokens.*cannot express .*embeddings"):
+        export_adapter(tmp_path / "a", tmp_path / "out", layout="vllm")
