@@ -9,7 +9,7 @@ folders, which our loader and stock PEFT both read.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -52,5 +52,7 @@ def train(out: Path, *, steps: int = 40) -> list[float]:
 
 
 if __name__ == "__main__":
-    losses = train(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/hf_trainer"))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("out", nargs="?", type=Path, default=Path("runs/hf_trainer"), help="folder to write into")
+    losses = train(parser.parse_args().out)
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")

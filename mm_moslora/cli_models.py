@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Literal
 
 from mm_moslora.cli_eval import quiet_libraries
 from mm_moslora.errors import ConfigError, ModelError
-from mm_moslora.folders import find_checkpoint
+from mm_moslora.folders import adapter_folder, find_checkpoint
 
 if TYPE_CHECKING:
     from cyclopts import App
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-Layout = Literal["llava", "hf", "lora", "llava-original", "gguf"]
+Layout = Literal["llava", "hf", "lora", "vllm", "diffusers", "llava-original", "gguf"]
+Component = Literal["unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3"]
 
 
 def register(app: App) -> None:
@@ -52,6 +53,7 @@ def export(
     dtype: Dtype = "fp32",
     base: str | None = None,
     vision: str | None = None,
+    component: Component = "unet",
     licence: str | None = None,
 ) -> int:
     """Hand a tuned model on; prints the largest difference between the model and what was written, read back.
@@ -64,18 +66,36 @@ def export(
         New folder.
     to
         llava: a folder that stock transformers loads, or a refusal with the reason; hf: the whole model whatever its
-        parts; lora: the adapter alone, folded to plain LoRA; llava-original: the layout of LLaVA's own code; gguf:
-        model.gguf and mmproj.gguf for llama.cpp (fp32 or fp16).
+        parts; lora: the adapter alone, folded to plain LoRA; vllm, diffusers: the same as these two read it (written
+        without a look at the model); llava-original: the layout of LLaVA's own code; gguf: model.gguf and mmproj.gguf
+        for llama.cpp (fp32 or fp16).
     dtype
         Dtype of the written weights.
     base
         For an adapter folder: the model it was trained on, where the folder does not name it.
     vision
         llava-original only: the tower's name there, where the model does not know it.
+    component
+        diffusers only: the part of the pipeline that the adapter is for.
     licence
         For the model card, as the hub knows it (apache-2.0, ...); without it the card points to the parts' licences.
     """
+    if to in ("vllm", "diffusers"):
+        return _hand_on_adapter(model, output, to=to, component=component)
     return _hand_on(model, output, to=to, dtype=dtype, base=base, vision=vision, licence=licence)
+
+
+def _hand_on_adapter(model: Path, output: Path, *, to: Literal["vllm", "diffusers"], component: Component) -> int:
+    folder = adapter_folder(model)
+    quiet_libraries()
+    from mm_moslora.adapters import export_adapter
+    from mm_moslora.models.export import check_empty
+
+    check_empty(output)
+    export_adapter(folder, output, layout=to, component=component)
+    reader = "vllm serve --enable-lora" if to == "vllm" else "pipeline.load_lora_weights"
+    print(f"{output}: the adapter alone, folded to plain LoRA, for {reader}.")
+    return 0
 
 
 def _hand_on(

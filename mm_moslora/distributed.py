@@ -112,6 +112,12 @@ def _reduce(values: list[float], operation: Any) -> list[float]:
     return [float(value) for value in tensor.tolist()]
 
 
+def add_up(tensor: torch.Tensor) -> None:
+    """Replace a tensor by its sum over all ranks; every rank passes one of the same shape."""
+    if not _alone():
+        dist.all_reduce(tensor)
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if not _alone():

@@ -27,12 +27,25 @@ def find_checkpoint(path: Path) -> Path:
     if (path / ADAPTER_CONFIG).is_file():
         return path.parent if (path.parent / MANIFEST).is_file() else path
     found = sorted(item for item in path.glob("checkpoint-*") if (item / MANIFEST).is_file())
-    if not found:
-        raise ModelError(
-            f"{path} is no checkpoint (no {MANIFEST}), no run with checkpoints, no exported model (no config.json) and "
-            f"no adapter (no {ADAPTER_CONFIG}). Give the folder of a run, a checkpoint, an export or an adapter."
-        )
-    return found[-1]
+    if found:
+        return found[-1]
+    if not path.is_dir():
+        what = "is a file, expected a folder" if path.exists() else "does not exist"
+        raise ModelError(f"{path} {what}. Give the folder of a run, a checkpoint, an export or an adapter.")
+    if inside := adapters_inside(path):
+        raise ModelError(inside)
+    raise ModelError(
+        f"{path} is no checkpoint (no {MANIFEST}), no run with checkpoints, no exported model (no config.json) and "
+        f"no adapter (no {ADAPTER_CONFIG}). Give the folder of a run, a checkpoint, an export or an adapter."
+    )
+
+
+def adapters_inside(path: Path) -> str | None:
+    """What to say of a folder that is no adapter but holds some: a `Trainer`'s, or one of several named adapters."""
+    names = sorted(item.parent.name for item in path.glob(f"*/{ADAPTER_CONFIG}"))
+    if not names:
+        return None
+    return f"{path} is no adapter itself, but holds {', '.join(names[:5])}. Give the folder of one of them."
 
 
 def adapter_folder(path: str | Path) -> Path:
@@ -44,12 +57,17 @@ def adapter_folder(path: str | Path) -> Path:
         AdapterError: no folder.
     """
     folder = Path(path)
+    if folder.is_file():
+        raise AdapterError(f"{path} is a file, expected an adapter folder. Give the folder around it.")
     if not folder.is_dir():
         raise AdapterError(f"There is no adapter folder {str(path)!r}.")
     if any((folder / name).is_file() for name in (ADAPTER_CONFIG, "moslora.json", "lora_config.json")):
         return folder
     inside = [item / "adapter" for item in (folder, *sorted(folder.glob("checkpoint-*"), reverse=True))]
-    return next((item for item in inside if item.is_dir()), folder)
+    found = next((item for item in inside if item.is_dir()), None)
+    if found is None and (several := adapters_inside(folder)):
+        raise AdapterError(several)
+    return found or folder
 
 
 def output_file(path: Path) -> Path:

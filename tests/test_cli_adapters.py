@@ -75,6 +75,24 @@ def test_export_to_lora_compares_stock_peft_with_the_live_adapter(
     assert "is not empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("to", ["vllm", "diffusers"])
+def test_export_for_programs_that_read_no_double_folder(adapter: Path, tmp_path: Path, capsys, to: str):
+    shutil.copytree(adapter, tmp_path / "run" / "checkpoint-000001" / "adapter")
+    component = ["--component", "transformer"] if to == "diffusers" else []
+    assert run(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--to", to, *component]) == 0
+    assert "folded to plain LoRA" in capsys.readouterr().out
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    names = load_file(file)
+    start = "transformer.model." if component else "base_model.model.model."
+    assert all(name.startswith(start) and ("lora_A" in name or "lora_B" in name) for name in names)
+    assert run(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--to", to]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert run(["export", str(tmp_path / "empty"), str(tmp_path / "other"), "--to", to]) == 1
+    assert "not an adapter folder" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_folder_that_names_no_base_wants_one(adapter: Path, language_folder: Path, tmp_path: Path, capsys):
     nameless = tmp_path / "nameless"
     save_adapter(load_adapter(_base(language_folder), adapter), nameless)
@@ -183,6 +201,33 @@ def test_inspect_takes_a_run_as_well(adapter: Path, tmp_path: Path, capsys):
     assert capsys.readouterr().out.count("q_proj") == 2
     assert run(["adapters", "inspect", str(tmp_path)]) == 1
     assert "it is not an adapter folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", ["adapters inspect IN", "merge IN OUT", "export IN OUT --to lora", "export IN OUT --to vllm"]
+)
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("trainer", "holds checkpoint-10, checkpoint-20. Give the folder of one of them"),
+        ("named", "holds second, third. Give"),
+        ("file", "is a file, expected"),
+        ("nowhere", r"(does not exist|There is no adapter folder)"),
+        ("empty", "(no|not an) adapter"),
+    ],
+)
+def test_a_folder_that_only_holds_adapters_names_them(
+    adapter: Path, tmp_path: Path, capsys, command: str, place: str, message: str
+):
+    for name in ("trainer/checkpoint-10", "trainer/checkpoint-20", "named/second", "named/third"):
+        shutil.copytree(adapter, tmp_path / name)
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    given = [str(tmp_path / "out") if word == "OUT" else word for word in command.split()]
+    assert run([str(tmp_path / place) if word == "IN" else word for word in given]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(message, line), line
+    assert not (tmp_path / "out").exists()
 
 
 def test_merge_without_an_adapter_writes_nothing(language_folder: Path, adapter: Path, tmp_path: Path, capsys):

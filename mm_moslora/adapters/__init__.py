@@ -1,19 +1,21 @@
 """MoSLoRA adapters on PEFT: configuration, layers, injection, folders, merge. Needs torch and PEFT only."""
 
 from mm_moslora.adapters.callback import MixerCallback
-from mm_moslora.adapters.combine import add_weighted_adapter, guard_peft, hot_swap
+from mm_moslora.adapters.combine import add_weighted_adapter, hot_swap
 from mm_moslora.adapters.config import MoSLoRAConfig
 from mm_moslora.adapters.export import Layout, export_adapter
 from mm_moslora.adapters.functional import delta_weight, fold, reference_linear, use_kernel
+from mm_moslora.adapters.guards import guard_peft
 from mm_moslora.adapters.inject import AdaptedModule, adapted_modules, add_moslora, resolve_targets
 from mm_moslora.adapters.kernel import fused_linear
 from mm_moslora.adapters.layer import MoSLoRALayer, MoSLoRALinear
 from mm_moslora.adapters.load import load_adapter
 from mm_moslora.adapters.merge import merge
 from mm_moslora.adapters.mixer import MIXER_INITS, Mixer, MixerInit, butterfly, init_mixer, two_subspaces_delta
+from mm_moslora.adapters.orthonormal import keep_orthonormal
 from mm_moslora.adapters.siblings import link_siblings
 from mm_moslora.adapters.state import TakenAdapter, base_fingerprint, fold_state_dict, save_adapter, take_adapter
-from mm_moslora.adapters.steps import keep_orthonormal, one_product_per_step
+from mm_moslora.adapters.steps import one_product_per_step
 
 guard_peft()
 

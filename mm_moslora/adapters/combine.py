@@ -1,29 +1,26 @@
-"""Operations on several adapters at once, and guards for PEFT's own that do not know the mixer.
+"""Operations on several adapters at once.
 
 Shapes: A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import peft
 import torch
-from peft.tuners.lora import LoraLayer, LoraModel
-from peft.utils import ModulesToSaveWrapper, hotswap
+from peft.tuners.lora import LoraModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from mm_moslora.adapters.config import MoSLoRAConfig
-from mm_moslora.adapters.inject import is_inner, named_adapter_layers
+from mm_moslora.adapters.inject import is_inner, named_adapter_layers, unwrapped
 from mm_moslora.adapters.layer import MoSLoRALayer
 from mm_moslora.adapters.load import read_folder
 from mm_moslora.adapters.state import PREFIX, check_tensors, expected_shapes
 from mm_moslora.errors import AdapterError
-from mm_moslora.folders import writing
 
 Combination = Literal["cat", "svd"]
 
@@ -170,6 +167,7 @@ def hot_swap(model: peft.PeftModel, folder: str | Path, *, adapter_name: str = "
     Raises:
         AdapterError: modules, ranks, scalings or layout differ, or the adapter is merged; nothing is changed then.
     """
+    model = cast(peft.PeftModel, unwrapped(model))
     content = read_folder(folder)
     layers = {path: layer for path, layer in named_adapter_layers(model) if layer.holds(adapter_name)}
     if not layers:
@@ -204,85 +202,3 @@ def hot_swap(model: peft.PeftModel, folder: str | Path, *, adapter_name: str = "
         layer.lora_alpha[adapter_name] = content.config.alpha_for(path.partition(".base_layer.")[0])
         layer.set_scale(adapter_name, 1.0)
     current.lora_alpha = content.config.lora_alpha
-
-
-def guard_peft() -> None:
-    """Make the operations of PEFT that do not know the mixer right, or refuse; called once, on import.
-
-    - `LoraModel.add_weighted_adapter` reads A and B alone: adapters with mixers go to `add_weighted_adapter` here.
-    - `hotswap_adapter` sets whatever the new folder lacks to zero, mixers too: it refuses, `hot_swap` takes its place.
-    - adding an adapter with mixers to a layer that a plain LoRA adapter wrapped: quantised layers of PEFT would take it
-      for plain LoRA.
-    - `PeftModel.save_pretrained` of adapters with mixers says what it could not write.
-    """
-    tuner: Any = LoraModel
-    tuner.add_weighted_adapter = _guard_weighted(tuner.add_weighted_adapter)
-    tuner._create_and_replace = _guard_existing(tuner._create_and_replace)
-    wrapper: Any = peft.PeftModel
-    wrapper.save_pretrained = _guard_saving(wrapper.save_pretrained)
-    # It compares these keys with `to_dict` of both configurations; stock LoRA has no mixer_init.
-    keys = hotswap.CONFIG_KEYS_TO_CHECK[peft.PeftType.LORA]
-    if "mixer_init" not in keys:
-        keys.append("mixer_init")
-
-
-def _guard_weighted(original: Callable[..., None]) -> Callable[..., None]:
-    if hasattr(original, "_knows_mixers"):
-        return original
-
-    @functools.wraps(original)
-    def add(
-        self: Any,
-        adapters: list[str],
-        weights: list[float],
-        adapter_name: str,
-        combination_type: str = "svd",
-        **rest: Any,
-    ) -> None:
-        layers = [layer for _, layer in named_adapter_layers(self.model)]
-        if not any(name in layer.lora_mixer for layer in layers for name in adapters):
-            original(self, adapters, weights, adapter_name, combination_type, **rest)
-            return
-        unknown = sorted(key for key, value in rest.items() if key != "svd_rank" and value not in (None, True, "total"))
-        if unknown:
-            raise AdapterError(f"{unknown[0]} is not supported for adapters with mixers. Leave it out.")
-        kind = cast(Combination, combination_type)
-        rank = rest.get("svd_rank")
-        add_weighted_adapter(self, adapters, weights, adapter_name, combination=kind, rank=rank)
-
-    add._knows_mixers = True  # type: ignore[attr-defined]
-    return add
-
-
-def _guard_saving(original: Callable[..., None]) -> Callable[..., None]:
-    if hasattr(original, "_knows_mixers"):
-        return original
-
-    @functools.wraps(original)
-    def save(self: Any, save_directory: str, *args: Any, **rest: Any) -> None:
-        ours = any(isinstance(config, MoSLoRAConfig) for config in self.peft_config.values())
-        with writing(save_directory) if ours else contextlib.nullcontext():
-            original(self, save_directory, *args, **rest)
-
-    save._knows_mixers = True  # type: ignore[attr-defined]
-    return save
-
-
-def _guard_existing(original: Callable[..., None]) -> Callable[..., None]:
-    if hasattr(original, "_knows_mixers"):
-        return original
-
-    @functools.wraps(original)
-    def create(self: Any, lora_config: Any, adapter_name: str, target: nn.Module, *args: Any, **rest: Any) -> None:
-        stock = isinstance(target, LoraLayer) and not isinstance(target, MoSLoRALayer)
-        path = rest.get("current_key") or (args[-1] if args and isinstance(args[-1], str) else "")
-        if stock and isinstance(lora_config, MoSLoRAConfig) and not lora_config.is_plain(path):
-            raise AdapterError(
-                f"{path} carries a plain {type(target).__module__}.{type(target).__name__} of another adapter, which "
-                "cannot hold a mixer. Load that adapter with mm_moslora.adapters.load_adapter, or add the MoSLoRA "
-                "adapter first."
-            )
-        original(self, lora_config, adapter_name, target, *args, **rest)
-
-    create._knows_mixers = True  # type: ignore[attr-defined]
-    return create

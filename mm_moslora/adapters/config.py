@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,8 @@ _OTHER_VARIANTS = (
     "target_parameters",
     "layer_replication",
 )
+
+_PATTERNS = ("rank_pattern", "alpha_pattern", "mixer_pattern")
 
 MixerForm = Literal["dense", "diagonal"]
 FactorForm = Literal["free", "svd", "orthonormal"]
@@ -84,6 +87,7 @@ class MoSLoRAConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         """Check the options, and route every adapted layer to this package's layers."""
+        self._check_kinds()
         super().__post_init__()
         check_mixer_init(self.mixer_init, "mixer_init")
         for key, kind in self.mixer_pattern.items():
@@ -120,6 +124,11 @@ class MoSLoRAConfig(LoraConfig):
         """alpha of one module; `alpha_pattern` goes before `lora_alpha`."""
         patterns = self.alpha_pattern or {}
         return float(patterns.get(get_pattern_key(list(patterns), module_path), self.lora_alpha))
+
+    def scaling_for(self, module_path: str) -> float:
+        """s of one module: ``alpha / R``, or ``alpha / sqrt(R)`` with `use_rslora`."""
+        rank = self.rank_for(module_path)
+        return self.alpha_for(module_path) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def is_plain(self, module_path: str) -> bool:
         """Whether one module is plain LoRA: its mixer is the frozen identity."""
@@ -185,6 +194,25 @@ class MoSLoRAConfig(LoraConfig):
         if self.factor_form != "free" and self.use_dora:
             raise AdapterError(f"{where} together with use_dora is not defined. Unset one of them.")
 
+    def _check_kinds(self) -> None:
+        if not isinstance(self.mixer_trainable, bool):
+            raise AdapterError(f"mixer_trainable is {self.mixer_trainable!r}, expected True or False.")
+        for name in _PATTERNS:
+            patterns = getattr(self, name)
+            if patterns is None:
+                setattr(self, name, {})
+            elif not isinstance(patterns, dict):
+                raise AdapterError(
+                    f"{name} is {patterns!r}, expected a dictionary from module names (or regular expressions for the "
+                    "end of a module path) to values."
+                )
+        expressions = {f"{name}[{key!r}]": key for name in _PATTERNS for key in getattr(self, name)}
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), str):
+                expressions[name] = value
+        for where, expression in expressions.items():
+            check_expression(expression, where)
+
     def _check_ranks(self) -> None:
         ranks = {"r": self.r} | {f"rank_pattern[{key!r}]": rank for key, rank in (self.rank_pattern or {}).items()}
         for where, rank in ranks.items():
@@ -192,8 +220,8 @@ class MoSLoRAConfig(LoraConfig):
                 raise AdapterError(f"{where} is {rank!r}, expected a whole number of at least 1.")
         alphas = {f"alpha_pattern[{key!r}]": alpha for key, alpha in (self.alpha_pattern or {}).items()}
         for where, alpha in ({"lora_alpha": self.lora_alpha} | alphas).items():
-            if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-                raise AdapterError(f"{where} is {alpha!r}, expected a number.")
+            if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha) or alpha == 0:
+                raise AdapterError(f"{where} is {alpha!r}, expected a number other than 0, which would adapt nothing.")
         dropout: Any = self.lora_dropout
         if not isinstance(dropout, int | float) or isinstance(dropout, bool) or not 0.0 <= dropout < 1.0:
             raise AdapterError(f"lora_dropout is {dropout!r}, expected 0 <= lora_dropout < 1.")
@@ -249,12 +277,32 @@ def from_lora_config(config: LoraConfig, *, mixer_trainable: bool = False) -> Mo
     return MoSLoRAConfig(**values, mixer_init="identity", mixer_trainable=mixer_trainable)
 
 
+def check_expression(expression: object, where: str) -> None:
+    """Refuse what is no regular expression.
+
+    Args:
+        expression: to check.
+        where: the option that holds it, for the message.
+
+    Raises:
+        AdapterError: it is none.
+    """
+    if not isinstance(expression, str):
+        raise AdapterError(
+            f"{where} is a {type(expression).__name__}, expected text: a module name or a regular expression."
+        )
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise AdapterError(f"{where} is {expression!r}, which is no regular expression ({error}).") from error
+
+
 def unmatched_patterns(config: MoSLoRAConfig, module_paths: Iterable[str]) -> list[str]:
     """Keys of rank_pattern, alpha_pattern and mixer_pattern that match none of the modules, as `field['key']`."""
     paths = list(module_paths)
     return [
         f"{name}[{key!r}]"
-        for name in ("rank_pattern", "alpha_pattern", "mixer_pattern")
+        for name in _PATTERNS
         for key in getattr(config, name) or {}
         if not any(get_pattern_key([key], path) == key for path in paths)
     ]

@@ -23,7 +23,6 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mm_moslora.adapters.config import MoSLoRAConfig
 from mm_moslora.adapters.foreign import AdapterFolder
 from mm_moslora.adapters.inject import is_inner
 from mm_moslora.adapters.load import read_folder
@@ -120,17 +119,17 @@ def plain_pairs(content: AdapterFolder) -> dict[str, PlainPair]:
     Raises:
         AdapterError: the adapter holds more than A, M and B of layers that a LoRA reader knows.
     """
-    inner = next((name for name in content.tensors if is_inner(name)), None)
+    inner = next((name for name in content.tensors if is_inner(name) and "lora_" in name), None)
     if inner:
         raise AdapterError(
             f"The adapter holds {inner!r}, of an nn.MultiheadAttention, which only PEFT knows as an adapted layer. "
-            "Export with layout='peft', or merge."
+            "Export with layout='peft' (--to lora), or merge."
         )
     if content.config.changes_base:
         init = content.config.init_lora_weights
         raise AdapterError(
             f"The adapter began with init_lora_weights={init!r}, which changed the base; on the unchanged one it would "
-            "be wrong. Export with layout='peft', or merge."
+            "be wrong. Export with layout='peft' (--to lora), or merge."
         )
     folded = fold_state_dict(content.tensors)
     pairs: dict[str, PlainPair] = {}
@@ -141,27 +140,24 @@ def plain_pairs(content: AdapterFolder) -> dict[str, PlainPair]:
             continue
         B_name = f"{PREFIX}{path}.lora_B.weight"
         used |= {name, B_name}
-        scaling = _scaling(content.config, path)
+        scaling = content.config.scaling_for(path)
         pairs[path] = PlainPair(A=A.float().contiguous(), B=(folded[B_name].float() * scaling).contiguous())
     extra = sorted(folded.keys() - used)
     if extra:
         raise AdapterError(
             f"The adapter holds {extra[0]!r}, which this layout cannot express (DoRA, embeddings, modules_to_save and "
-            "biases stay with PEFT). Export with layout='peft', or merge."
+            "biases stay with PEFT). Export with layout='peft' (--to lora), or merge."
         )
     return pairs
-
-
-def _scaling(config: MoSLoRAConfig, path: str) -> float:
-    rank = config.rank_for(path)
-    return config.alpha_for(path) / (rank**0.5 if config.use_rslora else rank)
 
 
 def _vllm_files(content: AdapterFolder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     pairs = plain_pairs(content)
     wide = next((path for path, pair in pairs.items() if pair.A.ndim != 2), None)
     if wide:
-        raise AdapterError(f"{wide} is a convolution, which vLLM does not adapt. Export with layout='peft', or merge.")
+        raise AdapterError(
+            f"{wide} is a convolution, which vLLM does not adapt. Export with layout='peft' (--to lora), or merge."
+        )
     rank = max(len(pair.A) for pair in pairs.values())
     tensors: dict[str, Tensor] = {}
     for path, pair in pairs.items():

@@ -27,6 +27,7 @@ from torch import Tensor
 from mm_moslora.adapters.config import MoSLoRAConfig, from_lora_config
 from mm_moslora.adapters.state import MIXER, OWN_CONFIG, PREFIX, STOCK_CONFIG, STOCK_WEIGHTS, adapted_path, target_paths
 from mm_moslora.errors import AdapterError
+from mm_moslora.folders import adapters_inside
 
 PICKLED_WEIGHTS = "adapter_model.bin"
 PADDLE_CONFIG = "lora_config.json"
@@ -59,6 +60,8 @@ def read_foreign(root: Path, *, trainable: bool = False) -> AdapterFolder:
         return _read_peft(root, trainable)
     if (root / PADDLE_CONFIG).is_file():
         return _read_paddle(root)
+    if inside := adapters_inside(root):
+        raise AdapterError(inside)
     raise AdapterError(
         f"{root} holds none of {OWN_CONFIG}, {STOCK_CONFIG} and {PADDLE_CONFIG}; it is not an adapter folder."
     )

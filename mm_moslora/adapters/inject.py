@@ -18,7 +18,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mm_moslora.adapters.config import MoSLoRAConfig, unmatched_patterns
+from mm_moslora.adapters.config import MoSLoRAConfig, check_expression, unmatched_patterns
 from mm_moslora.adapters.dispatch import why_not_adaptable
 from mm_moslora.adapters.layer import MoSLoRALayer
 from mm_moslora.adapters.mixer import Mixer
@@ -52,8 +52,20 @@ class AdaptedModule:
     """Parameters of A, B and a trainable M."""
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of torch.compile, `DataParallel` and `DistributedDataParallel`."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
 def base_model(model: nn.Module) -> nn.Module:
     """The model inside a PEFT wrapper, or the model itself."""
+    model = unwrapped(model)
     return model.get_base_model() if isinstance(model, peft.PeftModel) else model
 
 
@@ -123,13 +135,19 @@ def _resolve(model: nn.Module, components: Sequence[str], targets: str | Sequenc
     if empty or not found:
         raise AdapterError(
             f"No module of {repr(empty[0]) if empty and empty[0] else where} matches the targets {targets!r}."
-            f"{_linear_names(modules)}"
+            f"{_list_hint(targets)}{_linear_names(modules)}"
         )
     for path in found:
         reason = why_not_adaptable(modules[path]) or _why_never_called(path, modules)
         if reason:
             raise AdapterError(f"Target {path!r} cannot carry MoSLoRA: {reason}")
     return list(found)
+
+
+def _list_hint(targets: str | Sequence[str]) -> str:
+    if not isinstance(targets, str):
+        return ""
+    return f" A string is a regular expression for the whole path; names come as a list: [{targets!r}]."
 
 
 def _modules_of(component: str, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -157,6 +175,7 @@ def _match(
             and not _why_never_called(path, inside)
         ]
     if isinstance(targets, str):
+        check_expression(targets, "targets")
         pattern = re.compile(targets)
         return [path for path in inside if pattern.fullmatch(path)]
     matched = []
@@ -230,10 +249,28 @@ def add_moslora(
         AdapterError: see `resolve_targets`; a pattern of the configuration that matches nothing; a rank that does not
             fit its mixer; an adapter of this name. The model is untouched then.
     """
+    _check_arguments(model, config, adapter_name)
     components = [component] if isinstance(component, str) else list(component)
-    paths = _chosen(config, _resolve(model, components, targets or config.target_modules or ALL_LINEAR))
+    targets = (config.target_modules or ALL_LINEAR) if targets is None else targets
+    paths = _chosen(config, _resolve(model, components, targets))
     check_plan(config, paths)
     return inject(model, config, paths, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+
+
+def _check_arguments(model: object, config: object, adapter_name: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"The model is a {type(model).__name__}, expected a torch.nn.Module.")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        raise AdapterError(
+            f"The model is wrapped already ({type(model).__name__}), so the adapter's names would be another model's. "
+            "Add the adapter first, and compile or distribute what add_moslora returns."
+        )
+    if not isinstance(config, MoSLoRAConfig):
+        plain = " Plain LoRA is MoSLoRAConfig(mixer_init='identity', mixer_trainable=False)."
+        hint = plain if isinstance(config, peft.LoraConfig) else ""
+        raise AdapterError(f"The configuration is a {type(config).__name__}, expected a MoSLoRAConfig.{hint}")
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise AdapterError(f"The adapter's name is {adapter_name!r}, expected text without a dot.")
 
 
 def _chosen(config: MoSLoRAConfig, paths: list[str]) -> list[str]:

@@ -71,9 +71,7 @@ def inspect_adapter(folder: str | Path) -> list[ModuleReport]:
             continue
         suffix = next(suffix for suffix in FACTORS_A if name.endswith(suffix))
         B = content.tensors[f"{PREFIX}{path}{suffix.replace('_A', '_B')}"]
-        outer = path.partition(".base_layer.")[0]
-        rank = content.config.rank_for(outer)
-        scaling = content.config.alpha_for(outer) / (math.sqrt(rank) if content.config.use_rslora else rank)
+        scaling = content.config.scaling_for(path.partition(".base_layer.")[0])
         reports.append(describe(path, A, content.tensors.get(f"{PREFIX}{path}{MIXER}"), B, scaling))
     if not reports:
         raise AdapterError(f"{folder} holds no factors to inspect.")

@@ -54,12 +54,13 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
     """What all adapted layer types share: the mixers, by adapter name."""
 
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_mixer")
-    other_param_names = (*lora.LoraLayer.other_param_names, "mixer_init")
+    other_param_names = (*lora.LoraLayer.other_param_names, "mixer_init", "factor_form")
     mixer_variant: ClassVar[type[LoraVariant]] = MoSLoRAVariant
     dora_variant: ClassVar[type[LoraVariant] | None] = None
 
     lora_mixer: nn.ModuleDict
     mixer_init: dict[str, str]
+    factor_form: dict[str, str]
     _adding: str
     _module_path: str
 
@@ -68,6 +69,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         if not hasattr(self, "lora_mixer"):
             self.lora_mixer = nn.ModuleDict()
             self.mixer_init = {}
+            self.factor_form = {}
         # PEFT resolves the variant before it hands the module's path on, and the path decides the mixer. For a fresh
         # layer of some types it does not hand it on at all; `create_layer` leaves it in the configuration.
         path = str(kwargs.get("target_name") or getattr(kwargs.get("config"), "module_path", ""))
@@ -94,6 +96,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         """Create the mixer, and put A and B where the form of the factors wants them."""
         like = self.factors(adapter_name).A
         rank = self.r[adapter_name]
+        self.factor_form[adapter_name] = config.factor_form
         if config.factor_form != "free":
             self._place_factors(adapter_name, config)
             # B A is not zero here, so the mixer carries the zero: training starts at the base model.

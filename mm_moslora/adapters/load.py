@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
+import torch
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from mm_moslora.adapters.config import MoSLoRAConfig, config_from_dict
 from mm_moslora.adapters.dispatch import factor_shapes, why_not_adaptable
 from mm_moslora.adapters.foreign import AdapterFolder, read_foreign, read_json, read_tensors
-from mm_moslora.adapters.inject import inject, named_base_modules
+from mm_moslora.adapters.inject import inject, is_inner, named_adapter_layers, named_base_modules
 from mm_moslora.adapters.state import (
     FORMAT,
     FORMAT_VERSION,
@@ -49,7 +50,7 @@ def load_adapter(
 
     Args:
         model: the base model, or a PEFT model. An adapter of this name that is there already gets the values, if its
-            modules and ranks are the same; else it is added.
+            modules, ranks and scalings are the same, and is added if there is none.
         folder: the adapter folder.
         adapter_name: the adapter's name in PEFT.
         trainable: whether it is going to train; if not, the model is put into evaluation mode. A plain LoRA folder
@@ -76,7 +77,7 @@ def load_adapter(
     config.inference_mode = not trainable
     known = isinstance(model, peft.PeftModel) and adapter_name in model.peft_config
     if isinstance(model, peft.PeftModel) and known:
-        check_tensors(content.tensors, expected_shapes(model, adapter_name), source=source)
+        _check_same(model, adapter_name, content, source)
         wrapped = model
     else:
         options: dict[str, Any] = {"adapter_name": adapter_name, "autocast_adapter_dtype": autocast_adapter_dtype}
@@ -94,6 +95,72 @@ def load_adapter(
     if not trainable:
         wrapped.eval()  # as PeftModel.from_pretrained does: an adapter's dropout is on in a fresh layer
     return wrapped
+
+
+@torch.no_grad()
+def restore_frozen_factors(model: nn.Module, folder: str | Path, *, adapter_name: str = "default") -> int:
+    """Set the factors of an adapter that do not train to those of its folder, bit for bit.
+
+    They are buffers, which no optimiser's state brings back, and making them anew is not exact: singular vectors
+    (`factor_form="svd"`) have other signs with another number of threads or on another device, and the mixer that was
+    trained between them would then mean something else.
+
+    Args:
+        model: holds the adapter.
+        folder: of `save_adapter`, of the same adapter.
+        adapter_name: the adapter.
+
+    Returns:
+        How many factors were set.
+
+    Raises:
+        AdapterError: see `read_folder`; a factor that the folder lacks.
+    """
+    frozen = {
+        f"{PREFIX}{path}.{kind}.weight": buffer
+        for path, layer in named_adapter_layers(model)
+        for kind in ("lora_A", "lora_mixer", "lora_B")
+        if adapter_name in (modules := cast(nn.ModuleDict, getattr(layer, kind)))
+        and (buffer := modules[adapter_name]._buffers.get("weight")) is not None
+    }
+    if not frozen:
+        return 0
+    tensors = read_folder(folder).tensors
+    for name, buffer in frozen.items():
+        if name not in tensors or tensors[name].shape != buffer.shape:
+            raise AdapterError(f"{folder} has no {name} of shape {list(buffer.shape)}. It is of another adapter.")
+        buffer.copy_(tensors[name])
+    return len(frozen)
+
+
+def _check_same(model: peft.PeftModel, adapter_name: str, content: AdapterFolder, source: str) -> None:
+    """Refuse values for an adapter that is there and computes something else with them."""
+    layers = {path: layer for path, layer in named_adapter_layers(model) if layer.holds(adapter_name)}
+    found = {name: tuple(tensor.shape) for name, tensor in content.tensors.items()}
+    expected = expected_shapes(model, adapter_name)
+    differing = sorted(name for name in expected if found.get(name) != expected[name])
+    own, theirs = content.config, cast(MoSLoRAConfig, model.peft_config[adapter_name])
+    outer = [path for path in layers if not is_inner(path)]
+    scaled = [path for path in outer if layers[path].scaling[adapter_name] != own.scaling_for(path)]
+    problem = ""
+    if set(outer) != set(own.target_modules or ()):
+        problem = "it is in other modules"
+    elif differing:
+        problem = (
+            f"{differing[0]} is {expected[differing[0]]} there and {found.get(differing[0], 'missing')} in the folder"
+        )
+    elif own.use_dora != theirs.use_dora:
+        problem = f"use_dora is {theirs.use_dora} there and {own.use_dora} in the folder"
+    elif scaled:
+        there = layers[scaled[0]].scaling[adapter_name]
+        problem = f"the scaling of {scaled[0]} is {there:g} there and {own.scaling_for(scaled[0]):g} in the folder"
+    elif any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        problem = "it is merged into the weights"
+    if problem:
+        raise AdapterError(
+            f"The model has an adapter {adapter_name!r} already, and {source} cannot take its place: {problem}. Load "
+            "it under another adapter_name, or delete that one (delete_adapter) first."
+        )
 
 
 @contextmanager
@@ -145,7 +212,7 @@ def read_folder(folder: str | Path, *, trainable: bool = False) -> AdapterFolder
     """
     root = Path(folder)
     if not root.is_dir():
-        raise AdapterError(f"There is no adapter folder {str(root)!r}.")
+        raise AdapterError(_why_no_folder(root))
     has_config, has_weights = (root / OWN_CONFIG).is_file(), (root / OWN_WEIGHTS).is_file()
     if has_config != has_weights:
         there, lost = (OWN_CONFIG, OWN_WEIGHTS) if has_config else (OWN_WEIGHTS, OWN_CONFIG)
@@ -159,6 +226,15 @@ def read_folder(folder: str | Path, *, trainable: bool = False) -> AdapterFolder
         raise AdapterError(f"{root} holds no factors of an adapter. Save it again.")
     check_tensors(content.tensors, _shapes_by_rank(content), source=str(root))
     return content
+
+
+def _why_no_folder(path: Path) -> str:
+    if path.exists():
+        return f"{path} is a file, expected an adapter folder. Give the folder around it."
+    text = f"There is no adapter folder {str(path)!r}."
+    if len(path.parts) == 2 and not path.is_absolute():  # what a name on the hub looks like
+        text += f" If it is on the hub, download it first: huggingface_hub.snapshot_download({str(path)!r})."
+    return text
 
 
 def _shapes_by_rank(content: AdapterFolder) -> dict[str, tuple[int, ...]]:
@@ -202,9 +278,11 @@ def _read_own(root: Path) -> AdapterFolder:
             raise AdapterError(f"{root} lacks {name}. Copy the whole folder.")
         if file_sha256(path) != expected:
             raise AdapterError(_stale(root, name))
-    return AdapterFolder(
-        config=config_from_dict(manifest["config"]), tensors=read_tensors(root / OWN_WEIGHTS), base=manifest["base"]
-    )
+    try:
+        config = config_from_dict(manifest["config"])
+    except AdapterError as error:
+        raise AdapterError(f"{root / OWN_CONFIG}: {error}") from error
+    return AdapterFolder(config=config, tensors=read_tensors(root / OWN_WEIGHTS), base=manifest["base"])
 
 
 def _stale(root: Path, name: str) -> str:

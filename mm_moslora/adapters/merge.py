@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_moslora.adapters.functional import use_kernel
-from mm_moslora.adapters.inject import is_inner, named_adapter_layers
+from mm_moslora.adapters.inject import is_inner, named_adapter_layers, unwrapped
 from mm_moslora.adapters.layer import MoSLoRALayer
 from mm_moslora.adapters.quantised import quantisation
 from mm_moslora.errors import AdapterError
@@ -45,6 +45,7 @@ def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module
             or a layer whose merged output differs by more than the tolerance (the base weights are put back to within
             rounding).
     """
+    model = cast(peft.PeftModel, unwrapped(model))
     layers = {path: layer for path, layer in named_adapter_layers(model) if not is_inner(path)}
     if not hasattr(model, "merge_and_unload"):
         raise AdapterError(

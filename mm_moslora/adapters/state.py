@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters.config import MoSLoRAConfig, config_to_dict
 from mm_moslora.adapters.functional import fold_right
-from mm_moslora.adapters.inject import base_model, is_inner, named_adapter_layers, named_base_modules
+from mm_moslora.adapters.inject import base_model, is_inner, named_adapter_layers, named_base_modules, unwrapped
 from mm_moslora.errors import AdapterError
 from mm_moslora.folders import writing
 
@@ -97,6 +98,7 @@ def take_adapter(
     base: Mapping[str, Any] | None = None,
 ) -> TakenAdapter:
     """What `save_adapter` writes. Tensors that are float32 on the CPU are not copied; see there for the rest."""
+    model = unwrapped(model)
     config = adapter_config(model, adapter_name)
     return TakenAdapter(
         config=config,
@@ -158,7 +160,7 @@ def adapter_tensors(
     if state is not None:
         own = {name.removeprefix(PREFIX): name for name in full}
         parameters = {name.removeprefix(PREFIX) for name, _ in model.named_parameters()}
-        given = {name.removeprefix("module.").removeprefix(PREFIX): tensor for name, tensor in state.items()}
+        given = {_bare(name): tensor for name, tensor in state.items()}
         lost = sorted(name for name in parameters - given.keys() if _belongs(name, adapter_name))
         if lost:
             raise AdapterError(
@@ -167,8 +169,16 @@ def adapter_tensors(
             )
         full |= {own[name]: tensor for name, tensor in given.items() if name in own}
     tensors = get_peft_model_state_dict(model, state_dict=full, adapter_name=adapter_name, save_embedding_layers=False)
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise AdapterError(f"{name} is on the meta device and holds no values. Load the model before saving it.")
     prefix = "" if isinstance(model, peft.PeftModel) else PREFIX
     return {prefix + name: tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()}
+
+
+def _bare(name: str) -> str:
+    """A parameter's name without what DistributedDataParallel, torch.compile and PEFT put before it."""
+    return re.sub(r"^(module\.|_orig_mod\.)*", "", name).removeprefix(PREFIX)
 
 
 def _belongs(name: str, adapter_name: str) -> bool:
@@ -277,16 +287,19 @@ def write_folder(
             metadata={"format": "pt"},
         )
         _write_json(staging / STOCK_CONFIG, stock_config(config, paths, auto_mapping))
-        _write_json(
-            staging / OWN_CONFIG,
-            {
-                "format": FORMAT,
-                "format_version": FORMAT_VERSION,
-                "config": config_to_dict(config) | {"target_modules": paths, "inference_mode": True},
-                "files": {name: file_sha256(staging / name) for name in (STOCK_WEIGHTS, OWN_WEIGHTS)},
-                "base": dict(base),
-            },
-        )
+        own = config_to_dict(config) | {"target_modules": paths, "inference_mode": True}
+        files = {name: file_sha256(staging / name) for name in (STOCK_WEIGHTS, OWN_WEIGHTS)}
+        _write_json(staging / OWN_CONFIG, _manifest(own, files=files, base=base))
+
+
+def _manifest(config: dict[str, Any], *, files: Mapping[str, str], base: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "config": config,
+        "files": dict(files),
+        "base": dict(base),
+    }
 
 
 def complete_folder(folder: Path, config: MoSLoRAConfig, *, auto_mapping: Mapping[str, Any] | None) -> None:
@@ -294,11 +307,11 @@ def complete_folder(folder: Path, config: MoSLoRAConfig, *, auto_mapping: Mappin
 
     Args:
         folder: holds `adapter_model.safetensors` with mixers inside; without it, only the configuration is written.
-        config: the adapter's configuration.
+        config: the adapter's configuration. In a folder that is a double folder already it is all that is written.
         auto_mapping: PEFT's class hint.
 
     Raises:
-        AdapterError: the weights were pickled, or hold an empty or broken factor.
+        AdapterError: the weights were pickled, hold an empty or broken factor, or lack mixers.
     """
     weights = folder / STOCK_WEIGHTS
     if (folder / "adapter_model.bin").is_file():
@@ -310,11 +323,35 @@ def complete_folder(folder: Path, config: MoSLoRAConfig, *, auto_mapping: Mappin
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _write_json(folder / STOCK_CONFIG, stock_config(config, None, auto_mapping))
+            _write_json(folder / OWN_CONFIG, _manifest(config_to_dict(config), files={}, base={}))
+        return
+    if _is_fold(folder):  # of what lies beside it: those are the factors, and this is the configuration alone
+        base = json.loads((folder / OWN_CONFIG).read_text(encoding="utf-8"))["base"]
+        write_folder(folder, config, load_file(folder / OWN_WEIGHTS), base=base, auto_mapping=auto_mapping)
         return
     # The base weight of an adapted embedding, which PEFT adds unless save_embedding_layers is False, keeps its dtype.
     tensors = {name: t if ".base_layer." in name else t.float() for name, t in load_file(weights).items()}
     check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith(_FACTORS)})
+    bare = next((path for path in target_paths(tensors) if _lacks_mixer(path, config, tensors)), None)
+    if bare is not None:
+        raise AdapterError(
+            f"{weights} has no mixer for {bare}, and the configuration gives it one: they are not of one adapter. Save "
+            "the model (save_adapter, save_pretrained), or write the configuration into a folder of its own."
+        )
     write_folder(folder, config, tensors, base={}, auto_mapping=auto_mapping)
+
+
+def _is_fold(folder: Path) -> bool:
+    """Whether the weights for everybody are the fold of ours beside them."""
+    try:
+        manifest = json.loads((folder / OWN_CONFIG).read_text(encoding="utf-8"))
+        return all(file_sha256(folder / name) == manifest["files"][name] for name in (STOCK_WEIGHTS, OWN_WEIGHTS))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _lacks_mixer(path: str, config: MoSLoRAConfig, tensors: Mapping[str, Tensor]) -> bool:
+    return not config.is_plain(path) and f"{PREFIX}{path}{MIXER}" not in tensors
 
 
 def file_sha256(path: Path) -> str:

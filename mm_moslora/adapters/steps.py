@@ -1,6 +1,6 @@
-"""What happens around an optimiser step: one product B M for all its micro-batches, and factors kept orthonormal.
+"""What happens around an optimiser step: one product B M for all its micro-batches.
 
-Shapes: A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``, ``C = B M``.
+Shapes: M ``[R, R]``, B ``[D_out, R]``, ``C = B M``.
 """
 
 from __future__ import annotations
@@ -146,71 +146,3 @@ def one_product_per_step(model: nn.Module, *, leave_out: str = "") -> Iterator[S
     finally:
         for layer in layers:
             layer.step_window = None
-
-
-def keep_orthonormal(model: nn.Module, optimizer: torch.optim.Optimizer, *, adapter_name: str = "default") -> None:
-    """Keep A's rows and B's columns orthonormal while an optimiser trains them (StelLA, arXiv 2510.01938).
-
-    Before a step the gradients are projected onto the tangent space of the Stiefel manifold; afterwards the step the
-    optimiser made is projected too, and its end is pulled back to the manifold (polar decomposition).
-
-    Args:
-        model: holds an adapter with ``factor_form="orthonormal"``.
-        optimizer: any optimiser over its parameters; gets two hooks.
-        adapter_name: the adapter.
-
-    Raises:
-        AdapterError: no such adapter, or one whose factors are not orthonormal.
-    """
-    # Columns are kept orthonormal: B as it is, A transposed.
-    points: list[tuple[Tensor, bool]] = []
-    for path, layer in named_adapter_layers(model):
-        if layer.holds(adapter_name):
-            factors = layer.factors(adapter_name)
-            points += [(factors.A, True), (factors.B, False)]
-            for matrix, transposed in points[-2:]:
-                _check_orthonormal(path, matrix.T if transposed else matrix)
-    if not points:
-        raise AdapterError(f"The model has no adapter {adapter_name!r} to keep orthonormal.")
-    before: list[Tensor] = []
-
-    @torch.no_grad()
-    def project(*_: Any) -> None:
-        before[:] = [_tall(matrix, flag).clone() for matrix, flag in points]
-        for (matrix, flag), start in zip(points, before, strict=True):
-            if matrix.grad is not None:
-                tangent = _tangent(start, _tall(matrix.grad, flag))
-                matrix.grad.copy_(tangent.T if flag else tangent)
-
-    @torch.no_grad()
-    def retract(*_: Any) -> None:
-        for (matrix, flag), start in zip(points, before, strict=True):
-            moved = start + _tangent(start, _tall(matrix, flag) - start)
-            U, _, Vh = torch.linalg.svd(moved.float(), full_matrices=False)
-            end = (U @ Vh).to(matrix.dtype)
-            matrix.copy_(end.T if flag else end)
-
-    optimizer.register_step_pre_hook(project)
-    optimizer.register_step_post_hook(retract)
-
-
-def _tall(matrix: Tensor, transposed: bool) -> Tensor:
-    return matrix.T if transposed else matrix
-
-
-def _tangent(point: Tensor, direction: Tensor) -> Tensor:
-    """The part of a direction along the manifold of matrices with orthonormal columns."""
-    product = point.T @ direction
-    return direction - point @ ((product + product.T) / 2)
-
-
-def _check_orthonormal(path: str, columns: Tensor) -> None:
-    columns = columns.detach()
-    error = float(
-        (columns.T.float() @ columns.float() - torch.eye(columns.shape[1], device=columns.device)).abs().max()
-    )
-    if error > 1e-2:
-        raise AdapterError(
-            f"The factors of {path} are not orthonormal (error {error:.2g}). Make the adapter with "
-            "factor_form='orthonormal'."
-        )

@@ -24,6 +24,18 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
         {"adapter.mixer_init": "butterfly", "adapter.mixer_trainable": False},
     ),
     **{f"moslora:{init}": (f"MoSLoRA, mixer started {init}", {"adapter.mixer_init": init}) for init in MIXER_INITS},
+    "diagonal": (
+        "a diagonal mixer: one trained weight per rank-1 subspace",
+        {"adapter.mixer_init": "orthogonal", "adapter.mixer_form": "diagonal"},
+    ),
+    "lora-xs": (
+        "LoRA-XS: A and B frozen at the weight's leading singular vectors, the mixer alone trains",
+        {"adapter.mixer_init": "orthogonal", "adapter.factor_form": "svd"},
+    ),
+    "stella": (
+        "StelLA: A and B stay orthonormal around a mixer that starts at zero",
+        {"adapter.mixer_init": "orthogonal", "adapter.factor_form": "orthonormal"},
+    ),
     "dora": ("DoRA: LoRA and a trained length of every row", _LORA | {"adapter.use_dora": True}),
     "rslora": ("LoRA scaled by alpha / sqrt(rank)", _LORA | {"adapter.use_rslora": True}),
     "lora+": ("LoRA+: the learning rate of B is 16 times that of A", _LORA | {"optim.lora_plus_ratio": 16.0}),
@@ -34,6 +46,8 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
 _RESET = {
     "adapter.mixer_trainable": True,
     "adapter.mixer_pattern": {},
+    "adapter.mixer_form": "dense",
+    "adapter.factor_form": "free",
     "adapter.use_dora": False,
     "adapter.use_rslora": False,
     "optim.lora_plus_ratio": 1.0,

@@ -169,6 +169,11 @@ class AdapterConfig:
     """False freezes the mixer (identity: LoRA; butterfly: two-subspaces-mixing)."""
     mixer_pattern: dict[str, str] = field(default_factory=dict)
     """Per-module override of mixer_init, by regular expression on the module path."""
+    mixer_form: Literal["dense", "diagonal"] = "dense"
+    """dense: M is rank x rank. diagonal: one weight per rank-1 subspace, starting at 1."""
+    factor_form: Literal["free", "svd", "orthonormal"] = "free"
+    """free: A and B train. svd: frozen at the weight's leading singular vectors, M alone trains (LoRA-XS, 2405.17604).
+    orthonormal: A and B stay orthonormal (StelLA, 2510.01938); not under ZeRO-3."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Per-module override of rank."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)

@@ -78,7 +78,7 @@ class TrainConfig:
     """Recompute activations in the vision encoder's backward pass; pays only when the encoder trains."""
     compile: str | None = None
     """Backend of torch.compile for decoder layers (inductor): what is between the products of lean ones, others whole;
-    None: they run as they are. Not under ZeRO-3."""
+    None: they run as they are. Goes with gradient_checkpointing, not with ZeRO-3."""
     seed: int = 0
     """Seeds initialisation, data order and dropout."""
     save_every: int = 0
@@ -112,11 +112,6 @@ class TrainConfig:
         )
         require(self.steps is None or self.steps >= 1, f"train.steps is {self.steps}, expected 1 or more.")
         require(self.epochs > 0, f"train.epochs is {self.epochs}, expected more than 0.")
-        require(
-            self.compile is None or not self.gradient_checkpointing,
-            f"train.compile is {self.compile!r} with train.gradient_checkpointing: layers that are computed a second "
-            "time in the backward pass run uncompiled. Leave one of the two out.",
-        )
         for name in ("timeout_minutes", "step_timeout_minutes"):
             require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, expected more than 0.")
         for name in ("keep_last", "keep_every", "save_every", "validate_every"):

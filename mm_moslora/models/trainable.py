@@ -90,6 +90,8 @@ def moslora_config(adapter: AdapterConfig) -> adapters.MoSLoRAConfig:
         mixer_init=adapter.mixer_init,
         mixer_trainable=adapter.mixer_trainable,
         mixer_pattern=dict(adapter.mixer_pattern),
+        mixer_form=adapter.mixer_form,
+        factor_form=adapter.factor_form,
         rank_pattern=dict(adapter.rank_pattern),
         alpha_pattern=dict(adapter.alpha_pattern),
         task_type="CAUSAL_LM",

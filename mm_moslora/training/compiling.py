@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from mm_moslora.errors import ConfigError, suggestion
@@ -13,12 +16,31 @@ from mm_moslora.models.attention import SEGMENTS, segment_attention
 from mm_moslora.models.lean import LeanLayer
 
 
+class CompiledLayer(nn.Module):
+    """Mixed in before a layer's class, to run its forward pass compiled.
+
+    transformers wraps the forward pass of every class of layers for gradient checkpointing, and what is compiled around
+    that wrapper (`layer.compile`) has no effect: torch does not look into checkpoints. Here it is inside.
+    """
+
+    compiled_forward: Callable[..., Tensor]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the layer computes."""
+        return self.compiled_forward(hidden_states, *args, **kwargs)
+
+
+@cache
+def _compiled_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Compiled{kind.__name__}", (CompiledLayer, kind), {"__module__": __name__})
+
+
 def compile_layers(model: PreTrainedModel, backend: str) -> int:
     """Compile the decoder layers in place, for rows of any length; weights and their names stay.
 
     Lean layers have the passes between their matrix products compiled, which is faster than the whole stock layer and
-    keeps as little as before. The loop over segments stays outside the graphs, for it would be compiled anew for every
-    batch.
+    keeps as little as before. With gradient checkpointing what is computed again is compiled, too. The loop over
+    segments stays outside the graphs, for it would be compiled anew for every batch.
 
     Args:
         model: causal language model or VLM, adapters inside.
@@ -52,5 +74,7 @@ def compile_layers(model: PreTrainedModel, backend: str) -> int:
         if isinstance(layer, LeanLayer):
             layer.compile_passes(backend)
         else:
-            layer.compile(backend=backend, dynamic=True)
+            layer.compiled_forward = torch.compile(layer.forward, backend=backend, dynamic=True)
+            kind: Any = type(layer)
+            layer.__class__ = _compiled_class(kind)
     return len(layers)

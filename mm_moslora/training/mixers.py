@@ -23,16 +23,20 @@ LARGEST = 64
 
 
 def mixer_matrices(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The mixers of a trainable state, by module path.
+    """The mixers of a trainable state as ``[R, R]``, by module path.
 
     Args:
         state: parameter name to full fp32 value.
     """
     return {
-        name.split(".lora_mixer")[0].removeprefix("model."): value.float().clone()
+        name.split(".lora_mixer")[0].removeprefix("model."): _square(value.float()).clone()
         for name, value in state.items()
         if ".lora_mixer" in name
     }
+
+
+def _square(mixer: Tensor) -> Tensor:
+    return torch.diag(mixer) if mixer.ndim == 1 else mixer
 
 
 def mixer_figures(matrix: Tensor) -> dict[str, float]:

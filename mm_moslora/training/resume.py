@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from mm_moslora import distributed
+from mm_moslora.adapters.load import restore_frozen_factors
 from mm_moslora.config import Recipe
-from mm_moslora.errors import CheckpointError
+from mm_moslora.errors import CheckpointError, ConfigError
 from mm_moslora.folders import resume_folder
 from mm_moslora.models.places import CONTENTS, contents_of
 from mm_moslora.training import checkpoint
@@ -69,7 +72,7 @@ def _choose(run: Path, resume: str) -> tuple[Path, checkpoint.Manifest] | None:
 def _check_same_run(folder: Path, manifest: checkpoint.Manifest, recipe: Recipe) -> None:
     expected = manifest.base.get(CONTENTS, {})
     same = [key for key, found in contents_of(recipe.model).items() if expected.get(key) == found]
-    changes = checkpoint.changed_keys(manifest.recipe, recipe.to_dict(), moved=same)
+    changes = checkpoint.changed_keys(_filled(manifest.recipe), recipe.to_dict(), moved=same)
     if changes.other_run:
         raise CheckpointError(
             f"{folder} belongs to another run: {len(changes.other_run)} recipe keys differ "
@@ -87,6 +90,14 @@ def _check_same_run(folder: Path, manifest: checkpoint.Manifest, recipe: Recipe)
         )  # fmt: skip
 
 
+def _filled(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A checkpoint's recipe with the defaults of keys that came later than it."""
+    try:
+        return Recipe.from_dict(recipe).to_dict()
+    except ConfigError:  # it has keys that are no more; the comparison names them
+        return recipe
+
+
 def restore(run: Run, folder: Path, manifest: checkpoint.Manifest) -> None:
     """Put a run back into the state of a checkpoint; on the same number of ranks and the same stage, bit for bit.
 
@@ -101,6 +112,8 @@ def restore(run: Run, folder: Path, manifest: checkpoint.Manifest) -> None:
         )
     run.engine.load_state([rank_folder(folder, rank) for rank in range(manifest.world_size)])
     _restore_statistics(run, folder)
+    if run.assembly.peft_model is not None:
+        restore_frozen_factors(run.assembly.peft_model, folder / "adapter")
     run.counters.update(manifest.counters)
     if manifest.world_size == distributed.world_size():
         RandomState.read(rank_folder(folder)).restore()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import runpy
 import sys
 from pathlib import Path
 
@@ -35,6 +36,16 @@ def test_hf_trainer_trains_and_its_checkpoints_are_double_folders(tmp_path: Path
             outputs += [ours(ids).logits, stock(ids).logits]
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0], atol=1e-5, rtol=0)
+
+
+def test_help_of_the_trainer_example_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["hf_trainer.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / "hf_trainer.py"), run_name="__main__")
+    assert ended.value.code == 0
+    assert "folder to write into" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_folder_goes_through_trainer_sft_trainer_and_our_loop(language_folder: Path, tmp_path: Path) -> None:

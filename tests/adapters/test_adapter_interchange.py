@@ -12,10 +12,21 @@ import peft
 import pytest
 import torch
 from adapters.adapter_models import llama, llava, logits, train_a_bit
+from adapters.behaviour_models import inputs, network
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mm_moslora.adapters import MoSLoRAConfig, MoSLoRALinear, add_moslora, export_adapter, load_adapter, save_adapter
+from mm_moslora.adapters import (
+    MoSLoRAConfig,
+    MoSLoRALinear,
+    add_moslora,
+    add_weighted_adapter,
+    export_adapter,
+    hot_swap,
+    load_adapter,
+    merge,
+    save_adapter,
+)
 from mm_moslora.errors import AdapterError
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]
@@ -271,3 +282,40 @@ def test_gguf_takes_the_language_model_of_a_llava_and_not_its_tower(tmp_path: Pa
             *arguments, layout="gguf", model_config=model.config.to_dict()
         )).tensors}  # fmt: skip
         assert names == {f"blk.{layer}.attn_q.weight.lora_{factor}" for layer in (0, 1) for factor in "ab"}
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Embedding", "Conv2d-3x3", "MultiheadAttention"])
+def test_a_diagonal_mixer_goes_through_every_exchange(kind: str, tmp_path: Path) -> None:
+    config = MoSLoRAConfig(r=4, lora_alpha=8, mixer_form="diagonal")
+
+    def output(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model.eval()(inputs(kind))
+
+    model = add_moslora(network(kind), config, targets=["target"])
+    train_a_bit(model)
+    live = output(model)
+    save_adapter(model, tmp_path / "a")
+    swapped = add_moslora(network(kind), config, targets=["target"])
+    hot_swap(swapped, tmp_path / "a")
+    found = {
+        "loaded": load_adapter(network(kind), tmp_path / "a"),
+        "exported": load_adapter(network(kind), export_adapter(tmp_path / "a", tmp_path / "plain", layout="peft")),
+        "stock": peft.PeftModel.from_pretrained(network(kind), tmp_path / "a"),
+        "swapped": swapped,
+    }
+    for combination in ("cat", "svd"):
+        summed = load_adapter(network(kind), tmp_path / "a", adapter_name="a")
+        add_weighted_adapter(summed, ["a"], [1.0], "sum", combination=combination)
+        summed.set_adapter("sum")
+        found[combination] = summed
+    found["merged"] = merge(model)
+    for name, other in found.items():
+        assert (output(other) - live).abs().max() < 1e-5 * live.abs().max(), name
+
+
+def test_an_embedding_is_named_as_what_a_layout_cannot_hold(tmp_path: Path) -> None:
+    model = peft.get_peft_model(llama(), MoSLoRAConfig(r=4, target_modules=["embed_tokens"], task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    with pytest.raises(AdapterError, match=r"embed_tokens.*cannot express .*embeddings"):
+        export_adapter(tmp_path / "a", tmp_path / "out", layout="vllm")

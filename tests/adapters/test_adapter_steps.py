@@ -24,6 +24,7 @@ from mm_moslora.adapters import (
 )
 from mm_moslora.adapters.dropout import keep, kept_bits
 from mm_moslora.adapters.kernel import _FusedLinears
+from mm_moslora.adapters.orthonormal import OrthonormalFactor, orthonormal_factors, project_gradients
 from mm_moslora.errors import AdapterError
 
 
@@ -330,3 +331,38 @@ def test_forms_need_linear_layers_and_a_rank_that_fits() -> None:
         add_moslora(llama(), MoSLoRAConfig(r=4, factor_form="svd"), targets=["embed_tokens"])
     with pytest.raises(AdapterError, match="above its smaller width"):
         add_moslora(llama(), MoSLoRAConfig(r=40, factor_form="orthonormal"), targets=["q_proj"])
+
+
+def test_orthonormal_hooks_refuse_an_optimiser_that_holds_copies() -> None:
+    """DeepSpeed's puts flat masters where the parameters were: before the hooks are set, or after."""
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, factor_form="orthonormal")).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    copies = [p.detach().clone().requires_grad_() for p in trained]
+    with pytest.raises(AdapterError, match=r"28 of 28 factors .*not in the optimiser.*adapter.factor_form"):
+        keep_orthonormal(model, torch.optim.SGD(copies, lr=0.1))
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    keep_orthonormal(model, optimizer)
+    optimizer.param_groups[0]["params"] = copies
+    with pytest.raises(AdapterError, match="not in the optimiser"):
+        optimizer.step()
+
+
+def test_projected_gradients_lie_along_the_manifold() -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8, factor_form="orthonormal")).train()
+    with torch.no_grad():
+        for layer in (module for module in model.modules() if isinstance(module, MoSLoRALinear)):
+            layer.factors("default").M.normal_()
+    factors = orthonormal_factors(model)
+    assert len(factors) == 28
+
+    def across(factor: OrthonormalFactor) -> float:
+        inside = factor.weight @ factor.weight.grad.T if factor.rows else factor.weight.T @ factor.weight.grad
+        return float((inside + inside.T).abs().max() / factor.weight.grad.abs().max())
+
+    model(IDS, labels=IDS).loss.backward()
+    assert all(across(factor) > 1e-3 for factor in factors)
+    model.zero_grad()
+    for factor in factors:
+        project_gradients(factor)
+    model(IDS, labels=IDS).loss.backward()
+    assert all(across(factor) < 1e-5 for factor in factors)

@@ -23,6 +23,7 @@ from mm_moslora.compare.pool import Pool, Slot, slots
 from mm_moslora.compare.run import Comparison, Room
 from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.errors import ConfigError
+from mm_moslora.models.trainable import moslora_config
 from mm_moslora.report.comparison import write_page
 from tests.compare.dying import meet, work
 
@@ -230,8 +231,11 @@ def test_a_rate_is_chosen_by_the_runs_that_did_not_diverge():
 
 
 def test_arms_differ_in_what_their_names_say_and_nothing_else():
-    names = "lora,tsm,moslora:kaiming,dora,rslora,lora+,full,moslora:orthogonal@rank=16@alpha=32"
-    shared = Recipe.from_dict({"model": {"language": "x"}, "adapter": {"use_rslora": True, "dropout": 0.1}})
+    names = (
+        "lora,tsm,moslora:kaiming,lora-xs,stella,diagonal,dora,rslora,lora+,full,moslora:orthogonal@rank=16@alpha=32"
+    )
+    adapter = {"use_rslora": True, "dropout": 0.1, "mixer_init": "kaiming", "factor_form": "svd"}
+    shared = Recipe.from_dict({"model": {"language": "x"}, "adapter": adapter})
     made = {arm.name: arm.apply(shared) for arm in parse_arms(names, shared)}
     assert not made["lora"].adapter.mixer_trainable
     assert made["lora"].adapter.mixer_init == "identity"
@@ -240,6 +244,11 @@ def test_arms_differ_in_what_their_names_say_and_nothing_else():
     assert [name for name, one in made.items() if one.adapter.use_rslora] == ["rslora"]
     assert [name for name, one in made.items() if one.adapter.use_dora] == ["dora"]
     assert made["lora+"].optim.lora_plus_ratio == 16
+    forms = {name: one.adapter.factor_form for name, one in made.items() if one.adapter.factor_form != "free"}
+    assert forms == {"lora-xs": "svd", "stella": "orthonormal"}
+    assert [name for name, one in made.items() if one.adapter.mixer_form == "diagonal"] == ["diagonal"]
+    for one in made.values():
+        moslora_config(one.adapter)  # a combination that exists
     assert made["full"].model.language_mode == "full"
     last = made["moslora:orthogonal@rank=16@alpha=32"].adapter
     assert (last.rank, last.alpha, last.dropout) == (16, 32.0, 0.1)

@@ -44,7 +44,7 @@ def run_yaml(block: Block) -> None:
 
 
 def namespace(document: Path) -> dict:
-    """What a document's Python begins with: `model`, a tiny vision-language model, and `fresh_model`, its like."""
+    """What a document's Python begins with: `model`, a tiny vision-language model, and its like under other names."""
     if document.parent.name == "eval":
         from mm_moslora_eval.open_model import open_model
 
@@ -53,7 +53,7 @@ def namespace(document: Path) -> dict:
     from mm_moslora.models.build import assemble
 
     recipe = load_recipe("RECIPE.yaml")
-    return {"model": assemble(recipe.model).model, "fresh_model": assemble(recipe.model).model}
+    return {name: assemble(recipe.model).model for name in ("model", "fresh_model", "base")}
 
 
 def run_document(document: Path) -> None:

@@ -55,6 +55,39 @@ def _has_products(graph: torch.fx.GraphModule) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lean", [True, False])
+def test_layers_that_are_computed_again_are_compiled_and_give_the_same_numbers(
+    recipe: Recipe, tmp_path: Path, lean: bool
+) -> None:
+    torch.compiler.reset()
+    language = str(make_language(tmp_path / "language", layers=1))
+    recipe = replace(recipe, model=replace(recipe.model, language=language, lean_layers=lean))
+    plain = replace(recipe, train=replace(recipe.train, steps=2, rehearsal=False, output=str(tmp_path / "plain")))
+    train(plain)
+    calls = {"graphs": 0, "runs": 0}
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        calls["graphs"] += 1
+
+        def run(*arguments: torch.Tensor) -> object:
+            calls["runs"] += 1
+            return graph.forward(*arguments)
+
+        return run
+
+    torch._dynamo.register_backend(backend, name=f"counting_{lean}")
+    if lean:
+        train(compiled(recipe, f"counting_{lean}", output=str(tmp_path / "once")))
+    once = dict(calls)
+    torch.compiler.reset()
+    recipe = compiled(recipe, f"counting_{lean}", gradient_checkpointing=True)
+    train(recipe)
+    assert numbers(recipe) == pytest.approx(numbers(plain), rel=1e-5)
+    assert 0 < calls["graphs"] - once["graphs"] <= 40
+    assert calls["runs"] - once["runs"] > 1.3 * once["runs"]
+
+
+@pytest.mark.slow
 def test_a_lean_layer_that_falls_back_while_training_runs_its_stock_form_compiled(tmp_path: Path) -> None:
     torch.compiler.reset()
     model = AutoModelForCausalLM.from_pretrained(make_language(tmp_path / "language")).requires_grad_(False).train()
@@ -102,8 +135,3 @@ def test_the_default_backend_needs_a_compiler_on_a_cpu(recipe: Recipe, monkeypat
 def test_zero3_is_refused(recipe: Recipe) -> None:
     with pytest.raises(ConfigError, match=r"train.compile is .* zero3.*Take zero2"):
         deepspeed_config(compiled(recipe, "inductor", zero="zero3").train, "fp32", 1.0)
-
-
-def test_checkpointing_is_refused(recipe: Recipe) -> None:
-    with pytest.raises(ConfigError, match=r"train.compile is .*gradient_checkpointing.*Leave one of the two out"):
-        compiled(recipe, "inductor", gradient_checkpointing=True)

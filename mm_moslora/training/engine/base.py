@@ -20,6 +20,7 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.losses import head_loss_sum
 from mm_moslora.models.pictures import PictureMemory
 from mm_moslora.models.vlm import supervised_hidden
+from mm_moslora.training.engine.manifold import Manifold
 from mm_moslora.training.optim import ParameterGroup
 from mm_moslora.training.state import HostState, Piece, StoredState
 
@@ -79,6 +80,7 @@ class Engine(ABC):
         self.module = module
         self.groups = list(groups)
         self.device = distributed.device()
+        self.manifold = Manifold(module, self._named_trainable(), self.device)
 
     def step(self, micro_batches: Sequence[Batch], lr_factor: float) -> StepResult:
         """One optimiser step.
@@ -111,7 +113,10 @@ class Engine(ABC):
         (total,) = distributed.sum_over_ranks([total])
         finite = math.isfinite(total)
         lowers_scale = self.can_lower_scale
+        before = self._on_manifold()
         applied, norm = self._update(lr_factor, finite=finite)
+        if before and applied:
+            self.manifold.pull_back(before, self._on_manifold(), self.pieces())
         return StepResult(
             loss=total / max(1.0, supervised), grad_norm=norm, applied=applied,
             supervised_tokens=int(supervised), tokens=int(tokens), images=int(images),
@@ -209,6 +214,10 @@ class Engine(ABC):
 
     def close(self) -> None:  # noqa: B027  (most engines hold nothing)
         """Free what the engine holds outside the module."""
+
+    def _on_manifold(self) -> dict[str, Tensor]:
+        kept = self.manifold.factors  # engines without it are not asked for their pieces
+        return self.manifold.whole(self.pieces(), replicated=self.replicated) if kept else {}
 
     def _named_trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [pair for group in self.groups for pair in zip(group.names, group.parameters, strict=True)]

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mm_moslora import distributed
 from mm_moslora.adapters import MoSLoRALinear
 from mm_moslora.batch import Batch
-from mm_moslora.errors import TrainingError
+from mm_moslora.errors import ConfigError, TrainingError
 from mm_moslora.models.wrapped import fp32_parameters
 from mm_moslora.training import zero_state
 from mm_moslora.training.engine.base import Engine, LossModule
@@ -37,6 +37,11 @@ class DeepSpeedEngine(Engine):
 
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.max_grad_norm = optimizer.max_grad_norm
+        if self.stage == 3 and self.manifold.factors:
+            raise ConfigError(
+                "The adapter's factors are to stay orthonormal (factor_form), which takes whole matrices, and "
+                "train.zero is a ZeRO-3: it has them whole only while their layer computes. Choose zero0 to zero2."
+            )
         adamw = optimizer.adamw(groups, [group.parameters for group in groups])
         precise = [(p, p.detach().clone()) for p in fp32_parameters(module) if not p.requires_grad]
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=config, dist_init_required=False)

@@ -1,0 +1,224 @@
+"""What people try who come from PEFT, wrong or unusual: it works, or one line says why not and nothing is changed."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from adapters.adapter_models import IDS, llama, logits, train_a_bit
+from torch import nn
+
+from mm_moslora.adapters import MoSLoRAConfig, add_moslora, hot_swap, load_adapter, merge, save_adapter
+from mm_moslora.errors import AdapterError
+
+NAMES = ["q_proj", "v_proj"]
+
+
+def config(**changes) -> MoSLoRAConfig:
+    return MoSLoRAConfig(**({"r": 4, "lora_alpha": 8, "target_modules": NAMES, "task_type": "CAUSAL_LM"} | changes))
+
+
+def adapted(**changes) -> peft.PeftModel:
+    model = add_moslora(llama(), config(**changes))
+    train_a_bit(model)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "adapter"
+    save_adapter(adapted(), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mixer_pattern": "kaiming"}, "mixer_pattern is 'kaiming', expected a dictionary"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern is .* expected a dictionary"),
+        ({"mixer_pattern": {"(": "kaiming"}}, r"mixer_pattern\['\('\] .* no regular expression"),
+        ({"mixer_pattern": {1: "kaiming"}}, "expected text"),
+        ({"target_modules": "(("}, "target_modules is .* no regular expression"),
+        ({"mixer_trainable": "yes"}, "mixer_trainable is 'yes', expected True or False"),
+        ({"lora_alpha": 0}, "lora_alpha is 0"),
+        ({"r": "16"}, "r is '16', expected a whole number"),
+        ({"mixer_init": "ortogonal"}, "Did you mean 'orthogonal'"),
+    ],
+)
+def test_a_wrong_option_is_one_line(options: dict, message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        config(**options)
+
+
+def test_no_patterns_may_be_none() -> None:
+    assert config(mixer_pattern=None, rank_pattern=None) == config()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: add_moslora(llama(), peft.LoraConfig(r=4)),
+            "is a LoraConfig, expected a MoSLoRAConfig. Plain LoRA is",
+        ),
+        (lambda: add_moslora(llama(), {"r": 4}), "is a dict, expected a MoSLoRAConfig"),
+        (lambda: add_moslora(None, config()), "is a NoneType, expected a torch.nn.Module"),
+        (lambda: add_moslora(llama(), config(), targets=[]), r"matches the targets \[\]"),
+        (lambda: add_moslora(llama(), config(target_modules="q_proj")), r"names come as a list: \['q_proj'\]"),
+        (lambda: add_moslora(llama(), config(), targets="(("), "targets is .* no regular expression"),
+        (lambda: add_moslora(llama(), config(), adapter_name="a.b"), "name is 'a.b', expected text without a dot"),
+        (
+            lambda: add_moslora(nn.DataParallel(llama()), config()),
+            "wrapped already .DataParallel.*Add the adapter first",
+        ),
+        (lambda: save_adapter(adapted().to("meta"), "nowhere"), "on the meta device"),
+        (lambda: load_adapter(llama(), __file__), "is a file, expected an adapter folder"),
+        (lambda: load_adapter(llama(), "someone/adapter"), "snapshot_download"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(call, message: str) -> None:
+    with pytest.raises(AdapterError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["q_proj", "v_porj"]}, "Target 'v_porj' matches no module.*Did you mean 'v_proj'"),
+        ({"mixer_pattern": {"k_proj": "kaiming"}}, r"mixer_pattern\['k_proj'\] matches none"),
+        ({"rank_pattern": {"k_proj": 2}, "target_modules": r".*\.[qv]_proj"}, r"rank_pattern\['k_proj'\] matches none"),
+        ({"rank_pattern": {"v_proj": 2}, "target_modules": r".*\.[qv]_proj"}, None),
+        ({"mixer_pattern": {"q_proj": "kaiming"}, "target_modules": "all-linear"}, None),
+        ({"mixer_pattern": {"nothing": "kaiming"}, "target_modules": "all-linear"}, "matches none"),
+    ],
+)
+def test_get_peft_model_refuses_names_that_match_nothing(options: dict, message: str | None) -> None:
+    base = llama()
+    if message is None:
+        peft.get_peft_model(base, config(**options))
+        return
+    with pytest.raises(AdapterError, match=message):
+        peft.get_peft_model(base, config(**options))
+    assert torch.equal(logits(peft.get_peft_model(base, config())), logits(llama()))
+
+
+def test_a_peft_model_is_not_wrapped_again() -> None:
+    """What it saved named modules of no base."""
+    model = adapted()
+    live = logits(model)
+    with pytest.raises(AdapterError, match="PeftModel already"):
+        peft.get_peft_model(model, config())
+    with pytest.raises(AdapterError, match="'v_porj' matches no module"):
+        model.add_adapter("second", config(target_modules=["q_proj", "v_porj"]))
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits(model), live)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_alpha": 32}, "scaling of .*q_proj is 8 there and 2 in the folder"),
+        ({"use_rslora": True}, "scaling of .*q_proj is 4 there"),
+        ({"r": 2}, r"is \(2, 32\) there and \(4, 32\) in the folder"),
+        ({"use_dora": True}, "use_dora is True there and False"),
+        ({"target_modules": ["q_proj"]}, "in other modules"),
+    ],
+)
+def test_a_folder_does_not_take_the_place_of_an_adapter_that_computes_otherwise(
+    saved: Path, options: dict, message: str
+) -> None:
+    model = adapted(**options)
+    live = logits(model)
+    with pytest.raises(AdapterError, match=f"'default' already, .*{message}.*another adapter_name"):
+        load_adapter(model, saved)
+    assert torch.equal(logits(model), live)
+
+
+def test_a_merged_adapter_gets_no_new_values(saved: Path) -> None:
+    model = adapted()
+    model.merge_adapter()
+    with pytest.raises(AdapterError, match="it is merged into the weights"):
+        load_adapter(model, saved)
+
+
+def test_a_configuration_alone_leaves_the_weights_of_its_folder_alone(saved: Path, tmp_path: Path) -> None:
+    """It took the folded factors for new ones, and the mixers were gone."""
+    model = load_adapter(llama(), saved)
+    model.save_pretrained(tmp_path / "a")
+    model.peft_config["default"].save_pretrained(str(tmp_path / "a"))
+    assert torch.equal(logits(load_adapter(llama(), tmp_path / "a")), logits(model))
+    for name in ("moslora.json", "moslora.safetensors"):
+        (tmp_path / "a" / name).unlink()
+    with pytest.raises(AdapterError, match=r"has no mixer for .*q_proj"):
+        model.peft_config["default"].save_pretrained(str(tmp_path / "a"))
+
+
+def test_a_configuration_alone_comes_back_whole(tmp_path: Path) -> None:
+    config(mixer_init="kaiming", mixer_form="dense").save_pretrained(str(tmp_path))
+    assert MoSLoRAConfig.from_pretrained(str(tmp_path)).mixer_init == "kaiming"
+    assert peft.PeftConfig.from_pretrained(str(tmp_path)).r == 4
+    with pytest.raises(AdapterError, match=r"has moslora.json but no moslora.safetensors"):
+        load_adapter(llama(), tmp_path)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_wrapped_model_saves_and_swaps_as_the_model_in_it(wrap, saved: Path, tmp_path: Path) -> None:
+    model = adapted(mixer_init="kaiming")
+    save_adapter(wrap(model), tmp_path / "a")
+    assert torch.equal(logits(load_adapter(llama(), tmp_path / "a")), logits(model))
+    hot_swap(wrap(model), saved)
+    assert torch.equal(logits(model), logits(load_adapter(llama(), saved)))
+    live = logits(model)
+    torch.testing.assert_close(logits(merge(wrap(model))), live, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_a_state_dict_of_a_wrapped_model_is_understood(prefix: str, tmp_path: Path) -> None:
+    model = adapted()
+    state = {prefix + name: tensor * 2 for name, tensor in model.state_dict().items()}
+    save_adapter(model, tmp_path / "a", state=state)
+    loaded = load_adapter(llama(), tmp_path / "a").state_dict()
+    assert all(torch.equal(loaded[name], 2 * tensor) for name, tensor in model.state_dict().items() if "lora_" in name)
+
+
+@pytest.mark.parametrize("form", [{}, {"factor_form": "svd"}, {"mixer_init": "butterfly", "mixer_trainable": False}])
+def test_copies_pickles_and_other_precisions_of_an_adapted_model_work(form: dict) -> None:
+    model = adapted(**form)
+    live = logits(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
+        assert torch.equal(logits(twin), live)
+        twin.train()(IDS, labels=IDS).loss.backward()
+        assert sum(p.grad is not None for p in twin.parameters()) == sum(p.requires_grad for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
+    torch.testing.assert_close(logits(copy.deepcopy(model).bfloat16()).float(), live, atol=2e-2, rtol=0)
+    half = copy.deepcopy(model).half().train()
+    half(IDS, labels=IDS).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in half.parameters() if p.requires_grad)
+    meta = model.to("meta").to_empty(device="cpu")
+    assert not any(tensor.is_meta for tensor in meta.state_dict().values())
+
+
+def test_plain_lora_and_moslora_live_in_one_model_and_switch(saved: Path) -> None:
+    model = load_adapter(llama(), saved)
+    live = logits(model)
+    model.add_adapter("plain", peft.LoraConfig(r=2, target_modules=NAMES, task_type="CAUSAL_LM"))
+    model.set_adapter("plain")
+    assert torch.equal(logits(model), logits(llama()))
+    model.set_adapter("default")
+    assert torch.equal(logits(model), live)
+
+
+def test_pefts_own_loading_trains_on_with_the_mixers_where_it_is_given_the_configuration(saved: Path) -> None:
+    own = MoSLoRAConfig.from_pretrained(str(saved))
+    model = peft.PeftModel.from_pretrained(llama(), saved, config=own, is_trainable=True)
+    assert torch.equal(logits(model), logits(load_adapter(llama(), saved)))
+    assert sum("lora_mixer" in name and p.requires_grad for name, p in model.named_parameters()) == 4

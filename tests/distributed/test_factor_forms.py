@@ -1,0 +1,86 @@
+"""Other forms of the factors in our trainer: orthonormal ones stay so on masters, frozen ones frozen, over a resume."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from trials import HALF, STEPS, hexed, losses, make_recipe, weights, write
+
+from mm_moslora.config import Recipe
+
+pytestmark = pytest.mark.slow
+
+
+def formed(recipe: Recipe, **form: str) -> Recipe:
+    return replace(recipe, adapter=replace(recipe.adapter, mixer_init="orthogonal", **form))
+
+
+def factors(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    return load_file(run / f"checkpoint-{step:06d}" / "adapter" / "moslora.safetensors")
+
+
+@pytest.fixture(scope="module")
+def runs(parts, ranks, tmp_path_factory) -> Path:
+    """Orthonormal factors on two ranks, straight and in two halves; and in one process of plain torch."""
+    folder = tmp_path_factory.mktemp("forms")
+    kinds = {"zero0": "fp32", "zero2": "fp32", "bf16": "bf16"}
+
+    def recipe(name: str, kind: str) -> str:
+        zero = "zero2" if kind == "bf16" else kind
+        made = make_recipe(parts, folder / f"{kind}-{name}", zero, precision=kinds.get(kind, "fp32"))
+        return write(formed(made, factor_form="orthonormal"))
+
+    ranks.run([*(recipe("straight", kind) for kind in kinds), *(f"{recipe('halves', k)}@{HALF}" for k in kinds)])
+    ranks.run([recipe("halves", kind) for kind in kinds])
+    ranks.run([recipe("straight", "none")], ranks=1)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["none", "zero0", "zero2", "bf16"])
+def test_orthonormal_factors_stay_so_on_the_masters(kind, runs):
+    before, after = factors(runs / "bf16-halves", HALF), factors(runs / f"{kind}-straight")
+    for name, factor in after.items():
+        tall = factor if "lora_B" in name else factor.T
+        if "lora_mixer" not in name:
+            assert torch.allclose(tall.T @ tall, torch.eye(tall.shape[1]), atol=1e-5), name
+        assert not torch.equal(factor, before[name]), name
+
+
+@pytest.mark.parametrize("kind", ["zero0", "zero2"])
+def test_orthonormal_factors_give_the_numbers_of_plain_torch(kind, runs):
+    assert losses(runs / f"{kind}-straight") == pytest.approx(losses(runs / "none-straight"), rel=1e-5)
+    expected = factors(runs / "none-straight")
+    for name, factor in factors(runs / f"{kind}-straight").items():
+        assert torch.allclose(factor, expected[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize("kind", ["zero0", "zero2", "bf16"])
+def test_orthonormal_factors_go_on_exactly(kind, runs):
+    assert hexed(runs / f"{kind}-halves") == hexed(runs / f"{kind}-straight")
+    assert weights(runs / f"{kind}-halves", STEPS) == weights(runs / f"{kind}-straight", STEPS)
+
+
+def test_orthonormal_factors_are_refused_where_ranks_have_shards_of_them(parts, ranks, tmp_path):
+    recipe = write(formed(make_recipe(parts, tmp_path / "run", "zero3"), factor_form="orthonormal"))
+    group = ranks.finish(ranks.start([recipe]))
+    assert all(group.codes)
+    assert "stay orthonormal" in group.outputs
+    assert "Choose zero0 to zero2" in group.outputs
+
+
+def test_frozen_factors_come_back_from_the_checkpoint(parts, ranks, tmp_path):
+    """Singular vectors made anew have other signs on another machine: here, where the second half makes them."""
+    recipe = {
+        name: write(formed(make_recipe(parts, tmp_path / name, "zero2"), factor_form="svd"))
+        for name in ("straight", "halves")
+    }
+    ranks.run([recipe["straight"], f"{recipe['halves']}@{HALF}"])
+    ranks.run(["trials:train_with_other_signs", recipe["halves"]])
+    assert hexed(tmp_path / "halves") == hexed(tmp_path / "straight")
+    assert weights(tmp_path / "halves", STEPS) == weights(tmp_path / "straight", STEPS)
+    first, last = factors(tmp_path / "halves", HALF), factors(tmp_path / "halves")
+    assert all(torch.equal(first[name], last[name]) == ("lora_mixer" not in name) for name in first)
