@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from mm_moslora.models.attention_products import attend, attend_backward
+from mm_moslora.models.attention_products import attend, attend_backward, keeps_probabilities
 
 SEGMENTS = "mm_moslora_segments"
 """Name under which the attention is registered with transformers."""
@@ -57,7 +57,8 @@ def segment_attention(
     windowed = sliding_window is not None and max(segment_lengths) > sliding_window
     if query.device.type in ("cpu", "meta") and not (windowed or dropout):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return _CpuSegments.apply(query, key, value, scale, segment_lengths), None
+        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+        return _CpuSegments.apply(query, key, value, scale, segment_lengths, learns), None
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     outputs = []
@@ -74,35 +75,40 @@ def segment_attention(
 
 
 class _CpuSegments(torch.autograd.Function):
-    """Causal attention of every segment, keeping nothing but q, k and v.
+    """Causal attention of every segment, keeping q, k and v, and P where `keeps_probabilities` says so.
 
     On the meta device, where a plan counts what a GPU would keep, the output and its statistics are kept as well.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: tuple[int, ...]) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: tuple[int, ...], learns: bool
+    ) -> Tensor:
         _, heads, tokens, width = query.shape
         output = query.new_empty(1, tokens, heads, width)
+        kept: list[Tensor] = []
         with torch.autocast("cpu", enabled=False):  # it would round the scores
             for q, k, v, o in _segments(lengths, query, key, value, output.transpose(1, 2)):
-                o.copy_(attend(q, k, v, scale))
+                attend(q, k, v, scale, out=o, keep=kept if learns and keeps_probabilities(q) else None)
         ctx.scale, ctx.lengths = scale, lengths
-        as_on_gpu = (output, query.new_empty(heads, tokens, dtype=torch.float32)) if query.is_meta else ()
-        ctx.save_for_backward(query, key, value, *as_on_gpu)
+        if query.is_meta:
+            kept = [output, query.new_empty(heads, tokens, dtype=torch.float32)]
+        ctx.save_for_backward(query, key, value, *kept)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors[:3]
+        query, key, value, *kept = ctx.saved_tensors
+        tensors, given = (query, key, value), iter(kept)
         gradients = [
             torch.empty_like(tensor.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
             for tensor in tensors
         ]
         with torch.autocast("cpu", enabled=False):
-            for pull, q, k, v, *places in _segments(ctx.lengths, grad.transpose(1, 2), *tensors, *gradients):
-                for place, gradient in zip(places, attend_backward(pull, q, k, v, ctx.scale), strict=True):
-                    place.copy_(gradient)
-        return (*gradients, None, None)
+            for pull, q, k, v, dq, dk, dv in _segments(ctx.lengths, grad.transpose(1, 2), *tensors, *gradients):
+                known = given if keeps_probabilities(q) and not q.is_meta else None
+                attend_backward(pull, q, k, v, ctx.scale, out=(dq, dk, dv), kept=known)
+        return (*gradients, None, None, None)
 
 
 def _segments(lengths: tuple[int, ...], *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -9,7 +9,7 @@ Forward ``S = s q k^T``, ``P = softmax(S)``, ``O = P v``. Backward, with P compu
 
 PyTorch's kernel for CPUs (2.13) runs at 40 to 60 GFLOP/s where the same core multiplies matrices at 108 in fp32 and at
 485 in bf16 (AMD EPYC); `scripts/bench/attention.py` compares the two. Scores and their softmax are in fp32, as in that
-kernel. Nothing but q, k and v is needed for the backward pass.
+kernel. The backward pass needs q, k and v; it is faster with P, which short segments in half precision keep.
 """
 
 from __future__ import annotations
@@ -25,7 +25,18 @@ SCORES = 2**21
 """Bytes of one block's scores, so that they stay in the cache: long segments take fewer heads at a time."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def keeps_probabilities(q: Tensor) -> bool:
+    """Whether the backward pass is to be given P: in half precision, where P is no bigger than q, k, v and O together.
+
+    Scores in fp32 are most of what P costs there, and its products need it in half precision anyway.
+
+    Args:
+        q: ``[H, T, E]``.
+    """
+    return q.dtype.itemsize == 2 and q.shape[1] <= 8 * q.shape[2]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, *, out: Tensor, keep: list[Tensor] | None = None) -> None:
     """Causal attention.
 
     Args:
@@ -33,19 +44,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         k: ``[K, T, E]``.
         v: ``[K, T, E]``.
         scale: factor on the scores.
-
-    Returns:
-        ``[H, T, E]``.
+        out: ``[H, T, E]``, takes the result; like the others in any layout.
+        keep: takes P of every block, in the dtype of q.
     """
-    rows, keys, values = _grouped(q, k), k.contiguous(), v.contiguous()
-    output = torch.empty_like(rows)
-    for heads, queries, seen, P in _probabilities(rows, keys, scale):
+    output, values = _grouped(out, k), v.contiguous()
+    for heads, queries, P in _probabilities(_grouped(q, k), k, scale):
+        P = P.to(q.dtype)
+        if keep is not None:
+            keep.append(P)
         block = output[heads, :, queries]
-        block.copy_(torch.bmm(P.to(q.dtype), values[heads, :seen]).view_as(block))
-    return output.view_as(q)
+        block.copy_(torch.bmm(P, values[heads, : queries.stop]).view(block.shape))
 
 
-def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def attend_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    out: tuple[Tensor, Tensor, Tensor],
+    kept: Iterator[Tensor] | None = None,
+) -> None:
     """The gradients of q, k and v from that of `attend`.
 
     Args:
@@ -54,42 +74,62 @@ def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float)
         k: ``[K, T, E]``.
         v: ``[K, T, E]``.
         scale: factor on the scores.
+        out: take the gradients of q, k and v.
+        kept: what `attend` kept, in its order; None: P is computed once more.
     """
-    rows, keys, values, pulls = _grouped(q, k), k.contiguous(), v.contiguous(), _grouped(grad, k)
-    dq = torch.empty_like(rows)
+    rows, keys, values, pulls = (
+        _grouped(q.contiguous(), k),
+        k.contiguous(),
+        v.contiguous(),
+        _grouped(grad.contiguous(), k),
+    )
+    dq = _grouped(out[0], k)
     dk, dv = (torch.zeros_like(keys, dtype=_wide(q.dtype)) for _ in range(2))
-    for heads, queries, seen, P in _probabilities(rows, keys, scale):
+    given = _probabilities(rows, keys, scale) if kept is None else ((*place, next(kept)) for place in _blocks(rows))
+    for heads, queries, P in given:
+        seen = queries.stop
         own, pull = (tensor[heads, :, queries].flatten(1, 2) for tensor in (rows, pulls))
         _add_product(dv[heads, :seen], P.to(q.dtype).mT, pull)
         dP = torch.bmm(pull, values[heads, :seen].mT).to(P.dtype)
         dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype).to(q.dtype)
         _add_product(dk[heads, :seen], dS.mT, own)
         block = dq[heads, :, queries]
-        block.copy_(torch.bmm(dS, keys[heads, :seen]).view_as(block))
-    return dq.mul_(scale).view_as(q), dk.mul_(scale).to(q.dtype), dv.to(q.dtype)
+        block.copy_(torch.bmm(dS, keys[heads, :seen]).mul_(scale).view(block.shape))
+    out[1].copy_(dk.mul_(scale))
+    out[2].copy_(dv)
 
 
-def _probabilities(rows: Tensor, keys: Tensor, scale: float) -> Iterator[tuple[slice, slice, int, Tensor]]:
-    """Every block: its heads of keys, its queries, how many keys it sees, and P ``[heads, G * b, j]``.
+def _blocks(rows: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Every block's heads of keys, and its queries, which see keys up to their own last one.
+
+    Args:
+        rows: ``[K, G, T, E]``.
+    """
+    total, groups, tokens, _ = rows.shape
+    size = BLOCK if rows.dtype.itemsize >= 4 else HALF_BLOCK
+    at_once = max(1, SCORES // (groups * min(size, tokens) * tokens * _wide(rows.dtype).itemsize))
+    for first in range(0, total, at_once):
+        for start in range(0, tokens, size):
+            yield slice(first, min(first + at_once, total)), slice(start, min(start + size, tokens))
+
+
+def _probabilities(rows: Tensor, keys: Tensor, scale: float) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Every block and its P ``[heads, G * b, j]``, at least in fp32.
 
     Args:
         rows: ``[K, G, T, E]``.
         keys: ``[K, T, E]``.
         scale: factor on the scores.
     """
-    total, groups, tokens, _ = rows.shape
-    dtype, size = _wide(rows.dtype), BLOCK if rows.dtype.itemsize >= 4 else HALF_BLOCK
-    at_once = max(1, SCORES // (groups * min(size, tokens) * tokens * dtype.itemsize))
-    future = torch.full((size, size), float("-inf"), dtype=dtype, device=rows.device).triu_(1)
-    wide_rows, wide_keys = rows.to(dtype) * scale, keys.to(dtype)
-    for first in range(0, total, at_once):
-        heads = slice(first, min(first + at_once, total))
-        for start in range(0, tokens, size):
-            end = min(start + size, tokens)
-            scores = torch.bmm(wide_rows[heads, :, start:end].flatten(1, 2), wide_keys[heads, :end].mT)
-            width = end - start
-            scores.unflatten(1, (groups, width))[..., start:].add_(future[:width, :width])
-            yield heads, slice(start, end), end, torch.softmax(scores, -1)
+    dtype = _wide(rows.dtype)
+    future = torch.full((HALF_BLOCK, HALF_BLOCK), float("-inf"), dtype=dtype, device=rows.device).triu_(1)
+    wide_rows, wide_keys = (torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x) for x in (rows, keys))
+    wide_rows.mul_(scale)
+    for heads, queries in _blocks(rows):
+        width = queries.stop - queries.start
+        scores = torch.bmm(wide_rows[heads, :, queries].flatten(1, 2), wide_keys[heads, : queries.stop].mT)
+        scores.unflatten(1, (-1, width))[..., queries].add_(future[:width, :width])
+        yield heads, queries, torch.softmax(scores, -1)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -102,7 +142,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _grouped(queries: Tensor, keys: Tensor) -> Tensor:
     """``[K, G, T, E]``, the heads that share keys together."""
-    return queries.contiguous().unflatten(0, (keys.shape[0], -1))
+    return queries.unflatten(0, (keys.shape[0], -1))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -30,20 +30,25 @@ def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """
     wide = x.float()
     inverse = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps))
-    return (wide * inverse).to(x.dtype) * weight, inverse
+    return _product(x, wide, inverse).to(x.dtype).mul_(weight), inverse
 
 
 def normalised(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     """The output of `normalise` once more, from its ``1 / rms``."""
-    return (x.float() * inverse).to(x.dtype) * weight
+    return _product(x, x.float(), inverse).to(x.dtype).mul_(weight)
 
 
 def normalise_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     """The gradient of x, from that of the norm's output."""
-    direction = (x.float() * inverse) if x.dtype != torch.float32 else x * inverse
+    direction = _product(x, x.float(), inverse)
     pull = (grad * weight).float()
     mean = torch.linalg.vecdot(pull, direction).div_(x.shape[-1])[:, None]
     return pull.addcmul_(direction, mean, value=-1).mul_(inverse).to(x.dtype)
+
+
+def _product(x: Tensor, wide: Tensor, inverse: Tensor) -> Tensor:
+    """``wide * inverse``, in the place of `wide` unless that is x itself."""
+    return wide * inverse if wide is x else wide.mul_(inverse)
 
 
 def gated(e: Tensor, g: Tensor) -> Tensor:
