@@ -17,9 +17,11 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
-"""Largest block of fp32 logits. On a CPU a few hundred positions: the head's weights are read once per block."""
+"""Largest block of logits, as if in fp32. On a CPU a few hundred positions: every block reads the head's weights."""
 SMALLEST_CHUNK = 128
 """Positions; below that the matrix products lose speed."""
+CACHED_BYTES = 2 * 2**20
+"""Of fp32 logits that a CPU takes through all passes of the softmax before the next ones."""
 
 
 def token_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -85,22 +87,12 @@ class _ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, count, rows):
             part = hidden[start : start + rows]
-            wanted = targets[start : start + rows, None]
-            logits = (part @ weight.t()).float()
-            # A softmax in place: log_softmax makes a second block of this size, logsumexp one and a second exp.
-            picked, top = logits.gather(1, wanted), logits.amax(-1, keepdim=True)
-            pull = logits.sub_(top).exp_()
-            norm = pull.sum(-1, keepdim=True)
-            total += (top + norm.log() - picked).sum()
-            if d_hidden is None and d_weight is None:
-                continue
-            pull.div_(norm)
-            pull.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=pull.dtype))
-            exact = pull.to(hidden.dtype)
+            logits = part @ weight.t()
+            total += _loss_(logits, targets[start : start + rows, None], pull=needs_hidden or needs_weight)
             if d_hidden is not None:
-                torch.mm(exact, weight, out=d_hidden[start : start + rows])
+                torch.mm(logits, weight, out=d_hidden[start : start + rows])
             if d_weight is not None:
-                d_weight.addmm_(exact.t().float(), part.float())
+                d_weight.addmm_(logits.t().float(), part.float())
         ctx.dtype = weight.dtype
         ctx.save_for_backward(d_hidden, d_weight)
         return total
@@ -111,3 +103,26 @@ class _ChunkedLoss(torch.autograd.Function):
         # In fp32, for a loss scale (fp16) may not fit into the narrow dtype before it meets small gradients.
         scaled = None if d_hidden is None else (d_hidden.float() * grad).to(d_hidden.dtype)
         return scaled, None if d_weight is None else (d_weight * grad).to(ctx.dtype), None
+
+
+def _loss_(logits: Tensor, wanted: Tensor, *, pull: bool) -> Tensor:
+    """Sum of the cross entropies, in fp32; on a CPU a few rows at a time.
+
+    Args:
+        logits: ``[K, C]``, used up: with `pull` they become the gradient of themselves.
+        wanted: int64 ``[K, 1]``.
+        pull: whether the gradient is wanted.
+    """
+    rows = max(1, CACHED_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else max(1, logits.shape[0])
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    for block, own in zip(logits.split(rows), wanted.split(rows), strict=True):
+        wide = block.float()
+        picked, top = wide.gather(1, own), wide.amax(-1, keepdim=True)
+        norm = wide.sub_(top).exp_().sum(-1, keepdim=True)
+        total += (top + norm.log() - picked).sum()
+        if not pull:
+            continue
+        wide.div_(norm).scatter_add_(1, own, torch.full_like(own, -1, dtype=wide.dtype))
+        if wide is not block:
+            block.copy_(wide)
+    return total

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from mm_moslora.models.attention_products import attend, attend_backward, keeps_probabilities
 
 SEGMENTS = "mm_moslora_segments"
 """Name under which the attention is registered with transformers."""
+PICTURES = "mm_moslora_pictures"
+"""Name of the vision towers' attention."""
 
 
 def segment_attention(
@@ -58,7 +60,7 @@ def segment_attention(
     if query.device.type in ("cpu", "meta") and not (windowed or dropout):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-        return _CpuSegments.apply(query, key, value, scale, segment_lengths, learns), None
+        return _CpuSegments.apply(query, key, value, scale, segment_lengths, True, learns), None
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     outputs = []
@@ -74,23 +76,69 @@ def segment_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
+def picture_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """Attention among all patches of a picture; transformers' own except for half precision on a CPU.
+
+    Args:
+        module: the attention layer; says whether it is causal.
+        query: ``[N, H, P, E]``, like key and value.
+        key: see query.
+        value: see query.
+        attention_mask: None in all towers that are known.
+        dropout: attention dropout.
+        scaling: factor on the scores; None: ``E ** -0.5``.
+        rest: for transformers.
+
+    Returns:
+        ``[N, P, H, E]`` and None.
+    """
+    causal = getattr(module, "is_causal", True) if rest.get("is_causal") is None else rest["is_causal"]
+    plain = attention_mask is None and not dropout and not causal and query.shape == key.shape
+    if query.device.type != "cpu" or query.dtype.itemsize != 2 or not plain:
+        given = {"dropout": dropout, "scaling": scaling, **rest}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    pictures, _, patches, _ = query.shape
+    rows = (tensor.flatten(0, 1)[None] for tensor in (query, key, value))  # the heads of all pictures beside each other
+    output = _CpuSegments.apply(*rows, scale, (patches,), False, learns)
+    return output[0].unflatten(1, (pictures, -1)).transpose(0, 1), None
+
+
 class _CpuSegments(torch.autograd.Function):
-    """Causal attention of every segment, keeping q, k and v, and P where `keeps_probabilities` says so.
+    """Attention of every segment, keeping q, k and v, and P where `keeps_probabilities` says so.
 
     On the meta device, where a plan counts what a GPU would keep, the output and its statistics are kept as well.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: tuple[int, ...], learns: bool
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        lengths: tuple[int, ...],
+        causal: bool,
+        learns: bool,
     ) -> Tensor:
         _, heads, tokens, width = query.shape
         output = query.new_empty(1, tokens, heads, width)
         kept: list[Tensor] = []
         with torch.autocast("cpu", enabled=False):  # it would round the scores
             for q, k, v, o in _segments(lengths, query, key, value, output.transpose(1, 2)):
-                attend(q, k, v, scale, out=o, keep=kept if learns and keeps_probabilities(q) else None)
-        ctx.scale, ctx.lengths = scale, lengths
+                keep = kept if learns and keeps_probabilities(q) else None
+                attend(q, k, v, scale, out=o, causal=causal, keep=keep)
+        ctx.scale, ctx.lengths, ctx.causal = scale, lengths, causal
         if query.is_meta:
             kept = [output, query.new_empty(heads, tokens, dtype=torch.float32)]
         ctx.save_for_backward(query, key, value, *kept)
@@ -107,8 +155,8 @@ class _CpuSegments(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             for pull, q, k, v, dq, dk, dv in _segments(ctx.lengths, grad.transpose(1, 2), *tensors, *gradients):
                 known = given if keeps_probabilities(q) and not q.is_meta else None
-                attend_backward(pull, q, k, v, ctx.scale, out=(dq, dk, dv), kept=known)
-        return (*gradients, None, None, None)
+                attend_backward(pull, q, k, v, ctx.scale, out=(dq, dk, dv), causal=ctx.causal, kept=known)
+        return (*gradients, None, None, None, None)
 
 
 def _segments(lengths: tuple[int, ...], *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -127,6 +175,7 @@ def _no_mask(*_: Any, **__: Any) -> None:
 
 AttentionInterface.register(SEGMENTS, segment_attention)
 AttentionMaskInterface.register(SEGMENTS, _no_mask)
+AttentionInterface.register(PICTURES, picture_attention)
 
 
 def training_attention(model: PreTrainedModel, requested: str = "auto") -> str:
@@ -146,8 +195,13 @@ def training_attention(model: PreTrainedModel, requested: str = "auto") -> str:
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Switch the language model's attention; the vision tower keeps its own."""
+    """Switch the language model's attention, and that of a vision tower that runs transformers' default."""
     model.get_decoder().set_attn_implementation(name)
+    tower = getattr(model.base_model, "vision_tower", None)
+    if not isinstance(tower, PreTrainedModel) or not tower._supports_attention_backend:
+        return
+    if tower.config._attn_implementation == "sdpa":
+        tower.set_attn_implementation(PICTURES)
 
 
 def segment_arguments(segment_lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:

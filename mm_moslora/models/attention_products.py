@@ -1,4 +1,4 @@
-"""Causal attention of one segment on a CPU, as matrix products over blocks of queries.
+"""Attention of one segment on a CPU, as matrix products over blocks of queries.
 
 Shapes: ``H`` heads, ``K`` heads of keys and values, ``G = H / K``, ``T`` tokens, ``E`` head width; a block has ``b``
 queries that see ``j`` keys.
@@ -36,8 +36,10 @@ def keeps_probabilities(q: Tensor) -> bool:
     return q.dtype.itemsize == 2 and q.shape[1] <= 8 * q.shape[2]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, *, out: Tensor, keep: list[Tensor] | None = None) -> None:
-    """Causal attention.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, out: Tensor, causal: bool = True, keep: list[Tensor] | None = None
+) -> None:
+    """Attention to all keys, or to those up to the query's own place.
 
     Args:
         q: ``[H, T, E]``.
@@ -45,15 +47,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, *, out: Tensor, keep: 
         v: ``[K, T, E]``.
         scale: factor on the scores.
         out: ``[H, T, E]``, takes the result; like the others in any layout.
+        causal: no query sees a later key.
         keep: takes P of every block, in the dtype of q.
     """
     output, values = _grouped(out, k), v.contiguous()
-    for heads, queries, P in _probabilities(_grouped(q, k), k, scale):
+    for heads, queries, P in _probabilities(_grouped(q, k), k, scale, causal=causal):
         P = P.to(q.dtype)
         if keep is not None:
             keep.append(P)
         block = output[heads, :, queries]
-        block.copy_(torch.bmm(P, values[heads, : queries.stop]).view(block.shape))
+        block.copy_(torch.bmm(P, values[heads, : P.shape[-1]]).view(block.shape))
 
 
 def attend_backward(
@@ -64,6 +67,7 @@ def attend_backward(
     scale: float,
     *,
     out: tuple[Tensor, Tensor, Tensor],
+    causal: bool = True,
     kept: Iterator[Tensor] | None = None,
 ) -> None:
     """The gradients of q, k and v from that of `attend`.
@@ -75,6 +79,7 @@ def attend_backward(
         v: ``[K, T, E]``.
         scale: factor on the scores.
         out: take the gradients of q, k and v.
+        causal: as for `attend`.
         kept: what `attend` kept, in its order; None: P is computed once more.
     """
     rows, keys, values, pulls = (
@@ -85,9 +90,9 @@ def attend_backward(
     )
     dq = _grouped(out[0], k)
     dk, dv = (torch.zeros_like(keys, dtype=_wide(q.dtype)) for _ in range(2))
-    given = _probabilities(rows, keys, scale) if kept is None else ((*place, next(kept)) for place in _blocks(rows))
-    for heads, queries, P in given:
-        seen = queries.stop
+    again = _probabilities(rows, keys, scale, causal=causal)
+    for heads, queries, P in again if kept is None else ((*place, next(kept)) for place in _blocks(rows)):
+        seen = P.shape[-1]
         own, pull = (tensor[heads, :, queries].flatten(1, 2) for tensor in (rows, pulls))
         _add_product(dv[heads, :seen], P.to(q.dtype).mT, pull)
         dP = torch.bmm(pull, values[heads, :seen].mT).to(P.dtype)
@@ -100,7 +105,7 @@ def attend_backward(
 
 
 def _blocks(rows: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Every block's heads of keys, and its queries, which see keys up to their own last one.
+    """Every block's heads of keys, and its queries.
 
     Args:
         rows: ``[K, G, T, E]``.
@@ -113,22 +118,25 @@ def _blocks(rows: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(first, min(first + at_once, total)), slice(start, min(start + size, tokens))
 
 
-def _probabilities(rows: Tensor, keys: Tensor, scale: float) -> Iterator[tuple[slice, slice, Tensor]]:
+def _probabilities(rows: Tensor, keys: Tensor, scale: float, *, causal: bool) -> Iterator[tuple[slice, slice, Tensor]]:
     """Every block and its P ``[heads, G * b, j]``, at least in fp32.
 
     Args:
         rows: ``[K, G, T, E]``.
         keys: ``[K, T, E]``.
         scale: factor on the scores.
+        causal: j is where the block's queries end.
     """
     dtype = _wide(rows.dtype)
     future = torch.full((HALF_BLOCK, HALF_BLOCK), float("-inf"), dtype=dtype, device=rows.device).triu_(1)
     wide_rows, wide_keys = (torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x) for x in (rows, keys))
     wide_rows.mul_(scale)
     for heads, queries in _blocks(rows):
-        width = queries.stop - queries.start
-        scores = torch.bmm(wide_rows[heads, :, queries].flatten(1, 2), wide_keys[heads, : queries.stop].mT)
-        scores.unflatten(1, (-1, width))[..., queries].add_(future[:width, :width])
+        seen = wide_keys[heads, : queries.stop if causal else None]
+        scores = torch.bmm(wide_rows[heads, :, queries].flatten(1, 2), seen.mT)
+        if causal:
+            width = queries.stop - queries.start
+            scores.unflatten(1, (-1, width))[..., queries].add_(future[:width, :width])
         yield heads, queries, torch.softmax(scores, -1)
 
 

@@ -41,7 +41,7 @@ def normalised(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
 def normalise_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     """The gradient of x, from that of the norm's output."""
     direction = _product(x, x.float(), inverse)
-    pull = (grad * weight).float()
+    pull = grad * weight if grad.dtype == torch.float32 else grad.float().mul_(weight.float())
     mean = torch.linalg.vecdot(pull, direction).div_(x.shape[-1])[:, None]
     return pull.addcmul_(direction, mean, value=-1).mul_(inverse).to(x.dtype)
 

@@ -206,11 +206,11 @@ def _embeddings(model: PreTrainedModel, batch: Batch, dummy: Batch | None, memor
         tokens = image_features(model, dummy.pixel_values, keys=dummy.image_keys, memory=memory)
         return embeddings + 0.0 * tokens.sum().to(embeddings.dtype)
     features = image_features(model, batch.pixel_values, keys=batch.image_keys, memory=memory)
-    places = batch.input_ids == model.config.image_token_id
-    found, expected = int(places.sum()), features.shape[0] * features.shape[1]
+    places = (batch.input_ids == model.config.image_token_id).nonzero()[:, 0]
+    found, expected = places.shape[0], features.shape[0] * features.shape[1]
     if found != expected:
         raise ModelError(
             f"The batch holds {found} image placeholders, but its {features.shape[0]} images give {expected} "
             f"visual tokens ({features.shape[1]} each). Records: {', '.join(batch.ids[:4])}."
         )
-    return embeddings.masked_scatter(places[None, :, None], features.to(embeddings.dtype))
+    return embeddings[0].index_copy(0, places, features.flatten(0, 1).to(embeddings.dtype))[None]

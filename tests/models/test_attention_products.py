@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_moslora.models import attention_products
-from mm_moslora.models.attention import segment_attention
+from mm_moslora.models.attention import picture_attention, segment_attention
 from mm_moslora.models.attention_products import BLOCK, attend, attend_backward
 
 SCALE = 0.3
@@ -49,6 +49,39 @@ def test_segments_have_the_output_and_gradients_of_pytorch(
     output.backward(grad)
     for mine, exact in zip([output, *(leaf.grad for leaf in leaves)], reference(q, k, v, grad, lengths), strict=True):
         assert (mine.double() - exact).norm() <= limit * exact.norm() + 1e-12
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 5e-3), (torch.float16, 7e-4), (torch.float32, 1e-6)])
+def test_pictures_have_the_output_and_gradients_of_pytorch(dtype: torch.dtype, limit: float) -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Module()
+    module.is_causal = False
+    q, k, v = (torch.randn(3, 4, 150, 16).to(dtype) for _ in range(3))
+    grad = torch.randn(3, 150, 4, 16).to(dtype)
+    found = []
+    for wide in (False, True):
+        leaves = [(tensor.double() if wide else tensor.clone()).requires_grad_() for tensor in (q, k, v)]
+        if wide:
+            output = F.scaled_dot_product_attention(*leaves, scale=SCALE).transpose(1, 2)
+        else:
+            output, _ = picture_attention(module, *leaves, None, scaling=SCALE)
+        output.backward(grad.double() if wide else grad)
+        found.append([output.detach(), *(leaf.grad for leaf in leaves)])
+    for mine, exact in zip(*found, strict=True):
+        assert (mine.double() - exact).norm() <= limit * exact.norm()
+
+
+def test_probabilities_are_kept_where_they_are_small_and_half_as_wide() -> None:
+    def kept(tokens: int, dtype: torch.dtype) -> int:
+        q, k, v, _ = tensors(2, 2, tokens, dtype)
+        numbers = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()), lambda _: None):
+            segment_attention(torch.nn.Module(), q.requires_grad_(), k, v, None, segment_lengths=(tokens,))
+        return sum(numbers) - 3 * q.numel()
+
+    assert kept(128, torch.bfloat16) == 2 * 128 * 128
+    assert kept(128, torch.float32) == 0
+    assert kept(129, torch.bfloat16) == 0
 
 
 def test_heads_taken_a_few_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
