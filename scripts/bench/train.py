@@ -47,6 +47,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed tells on stdout what it chooses by itself
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
