@@ -92,7 +92,9 @@ class Watchdog:
         self.stacks.mkdir(parents=True, exist_ok=True)
         self._stacks_path = self.stacks / f"rank-{distributed.rank():05d}.txt"
         self._stacks_file = self._stacks_path.open("w", encoding="utf-8")
-        faulthandler.register(signal.SIGUSR2, file=self._stacks_file, all_threads=True)
+        # The thread that the signal reaches, the main one, and not all: a handler holds no lock, and reading the frames
+        # of threads that run crashes some processes.
+        faulthandler.register(signal.SIGUSR2, file=self._stacks_file, all_threads=False)
         self._write()
         distributed.barrier()
         self._thread.start()

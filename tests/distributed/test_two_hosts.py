@@ -34,9 +34,9 @@ def test_training_survives_a_host_that_is_cut_off(parts, ranks, tmp_path, monkey
             time.sleep(0.02)
         hosts[1].cable("down")
         ranks.finish(group, limit=120)
-        assert all(group.codes), group.outputs
+        assert all(code > 0 for code in group.codes), (group.codes, group.outputs)  # and none crashed
         said = group.output(0)
-        assert "suspect the network between their hosts" in said or "cannot be reached" in said
+        assert "suspect the network between their hosts" in said or "cannot be reached" in said, group.outputs
         assert not (run / f"checkpoint-{steps:06d}").exists()
         hosts[1].cable("up")
         again = ranks.finish(ranks.start([write(recipe)], hosts=list(hosts)))
