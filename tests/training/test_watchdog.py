@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -46,3 +48,35 @@ def test_a_torchrun_that_waits_for_a_lost_host_is_ended(restarts_left, monkeypat
             time.sleep(2)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(torchrun, 0)[1]) == (0 if restarts_left else -signal.SIGKILL)
+
+
+BUSY = """
+import os, sys, threading, time
+from pathlib import Path
+from mm_moslora.training.watchdog import Watchdog
+
+def deep(depth):
+    return depth and deep(depth - 1)
+
+def work():
+    while True:
+        deep(400)
+
+with Watchdog(Path(sys.argv[1])):
+    for _ in range(3):
+        threading.Thread(target=work, daemon=True).start()
+    print("busy", flush=True)
+    time.sleep(3)
+    os._exit(0)
+"""
+
+
+def test_a_busy_process_survives_being_asked_for_its_stacks(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", BUSY, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "busy\n"
+    while process.poll() is None:
+        process.send_signal(signal.SIGUSR2)
+        time.sleep(0.0005)
+    assert process.returncode == 0
+    assert "<string>" in (tmp_path / "stacks" / "rank-00000.txt").read_text()
