@@ -48,6 +48,16 @@ def adapters_inside(path: Path) -> str | None:
     return f"{path} is no adapter itself, but holds {', '.join(names[:5])}. Give the folder of one of them."
 
 
+def why_no_adapter_folder(path: Path) -> str:
+    """What to say of a path that is no folder, where an adapter's was expected."""
+    if path.exists():
+        return f"{path} is a file, expected an adapter folder. Give the folder around it."
+    text = f"There is no adapter folder {str(path)!r}."
+    if len(path.parts) == 2 and not path.is_absolute():  # what a name on the hub looks like
+        text += f" If it is on the hub, download it first: huggingface_hub.snapshot_download({str(path)!r})."
+    return text
+
+
 def adapter_folder(path: str | Path) -> Path:
     """The adapter that a path means: the folder itself, or `adapter/` of a checkpoint or of a run's newest one.
 
@@ -57,10 +67,8 @@ def adapter_folder(path: str | Path) -> Path:
         AdapterError: no folder.
     """
     folder = Path(path)
-    if folder.is_file():
-        raise AdapterError(f"{path} is a file, expected an adapter folder. Give the folder around it.")
     if not folder.is_dir():
-        raise AdapterError(f"There is no adapter folder {str(path)!r}.")
+        raise AdapterError(why_no_adapter_folder(folder))
     if any((folder / name).is_file() for name in (ADAPTER_CONFIG, "moslora.json", "lora_config.json")):
         return folder
     inside = [item / "adapter" for item in (folder, *sorted(folder.glob("checkpoint-*"), reverse=True))]

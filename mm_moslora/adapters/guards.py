@@ -31,23 +31,27 @@ def guard_peft() -> None:
       for plain LoRA.
     - `PeftModel.save_pretrained` of adapters with mixers says what it could not write.
     """
-    tuner: Any = LoraModel
-    tuner.add_weighted_adapter = _guard_weighted(tuner.add_weighted_adapter)
-    tuner._create_and_replace = _guard_existing(tuner._create_and_replace)
-    tuner._prepare_adapter_config = _guard_names(tuner._prepare_adapter_config)
-    wrapper: Any = peft.PeftModel
-    wrapper.save_pretrained = _guard_saving(wrapper.save_pretrained)
+    _guard(LoraModel, "add_weighted_adapter", _weighted)
+    _guard(LoraModel, "_create_and_replace", _existing)
+    _guard(LoraModel, "_prepare_adapter_config", _names)
+    _guard(peft.PeftModel, "save_pretrained", _saving)
     # It compares these keys with `to_dict` of both configurations; stock LoRA has no mixer_init.
     keys = hotswap.CONFIG_KEYS_TO_CHECK[peft.PeftType.LORA]
     if "mixer_init" not in keys:
         keys.append("mixer_init")
 
 
-def _guard_weighted(original: Callable[..., None]) -> Callable[..., None]:
+def _guard(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put a guard around a method, once."""
+    original = getattr(owner, name)
     if hasattr(original, "_knows_mixers"):
-        return original
+        return
+    guarded: Any = functools.wraps(original)(around(original))
+    guarded._knows_mixers = True
+    setattr(owner, name, guarded)
 
-    @functools.wraps(original)
+
+def _weighted(original: Callable[..., None]) -> Callable[..., None]:
     def add(
         self: Any,
         adapters: list[str],
@@ -67,29 +71,19 @@ def _guard_weighted(original: Callable[..., None]) -> Callable[..., None]:
         rank = rest.get("svd_rank")
         add_weighted_adapter(self, adapters, weights, adapter_name, combination=kind, rank=rank)
 
-    add._knows_mixers = True  # type: ignore[attr-defined]
     return add
 
 
-def _guard_saving(original: Callable[..., None]) -> Callable[..., None]:
-    if hasattr(original, "_knows_mixers"):
-        return original
-
-    @functools.wraps(original)
+def _saving(original: Callable[..., None]) -> Callable[..., None]:
     def save(self: Any, save_directory: str, *args: Any, **rest: Any) -> None:
         ours = any(isinstance(config, MoSLoRAConfig) for config in self.peft_config.values())
         with writing(save_directory) if ours else contextlib.nullcontext():
             original(self, save_directory, *args, **rest)
 
-    save._knows_mixers = True  # type: ignore[attr-defined]
     return save
 
 
-def _guard_existing(original: Callable[..., None]) -> Callable[..., None]:
-    if hasattr(original, "_knows_mixers"):
-        return original
-
-    @functools.wraps(original)
+def _existing(original: Callable[..., None]) -> Callable[..., None]:
     def create(self: Any, lora_config: Any, adapter_name: str, target: nn.Module, *args: Any, **rest: Any) -> None:
         stock = isinstance(target, LoraLayer) and not isinstance(target, MoSLoRALayer)
         path = rest.get("current_key") or (args[-1] if args and isinstance(args[-1], str) else "")
@@ -101,22 +95,16 @@ def _guard_existing(original: Callable[..., None]) -> Callable[..., None]:
             )
         original(self, lora_config, adapter_name, target, *args, **rest)
 
-    create._knows_mixers = True  # type: ignore[attr-defined]
     return create
 
 
-def _guard_names(original: Callable[..., Any]) -> Callable[..., Any]:
-    if hasattr(original, "_knows_mixers"):
-        return original
-
-    @functools.wraps(original)
+def _names(original: Callable[..., Any]) -> Callable[..., Any]:
     def prepare(self: Any, peft_config: Any, model_config: Any) -> Any:
         # The first moment at which the model and the configuration are there, and nothing is changed.
         if isinstance(peft_config, MoSLoRAConfig):
             _check_names(self.model, peft_config)
         return original(self, peft_config, model_config)
 
-    prepare._knows_mixers = True  # type: ignore[attr-defined]
     return prepare
 
 

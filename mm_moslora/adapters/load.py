@@ -32,6 +32,7 @@ from mm_moslora.adapters.state import (
     file_sha256,
 )
 from mm_moslora.errors import AdapterError, suggestion
+from mm_moslora.folders import why_no_adapter_folder
 
 # Options that put more than A, M and B into a folder.
 _EXTRAS = ("modules_to_save", "trainable_token_indices", "lora_bias", "use_dora")
@@ -212,7 +213,7 @@ def read_folder(folder: str | Path, *, trainable: bool = False) -> AdapterFolder
     """
     root = Path(folder)
     if not root.is_dir():
-        raise AdapterError(_why_no_folder(root))
+        raise AdapterError(why_no_adapter_folder(root))
     has_config, has_weights = (root / OWN_CONFIG).is_file(), (root / OWN_WEIGHTS).is_file()
     if has_config != has_weights:
         there, lost = (OWN_CONFIG, OWN_WEIGHTS) if has_config else (OWN_WEIGHTS, OWN_CONFIG)
@@ -226,15 +227,6 @@ def read_folder(folder: str | Path, *, trainable: bool = False) -> AdapterFolder
         raise AdapterError(f"{root} holds no factors of an adapter. Save it again.")
     check_tensors(content.tensors, _shapes_by_rank(content), source=str(root))
     return content
-
-
-def _why_no_folder(path: Path) -> str:
-    if path.exists():
-        return f"{path} is a file, expected an adapter folder. Give the folder around it."
-    text = f"There is no adapter folder {str(path)!r}."
-    if len(path.parts) == 2 and not path.is_absolute():  # what a name on the hub looks like
-        text += f" If it is on the hub, download it first: huggingface_hub.snapshot_download({str(path)!r})."
-    return text
 
 
 def _shapes_by_rank(content: AdapterFolder) -> dict[str, tuple[int, ...]]:

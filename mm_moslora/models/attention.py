@@ -58,9 +58,7 @@ def segment_attention(
     assert sum(segment_lengths) == query.shape[2], "segment lengths must sum to the row"
     windowed = sliding_window is not None and max(segment_lengths) > sliding_window
     if query.device.type in ("cpu", "meta") and not (windowed or dropout):
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-        return _CpuSegments.apply(query, key, value, scale, segment_lengths, True, learns), None
+        return _as_products(query, key, value, scaling, segment_lengths, causal=True), None
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     outputs = []
@@ -106,12 +104,19 @@ def picture_attention(
     if query.device.type != "cpu" or query.dtype.itemsize != 2 or not plain:
         given = {"dropout": dropout, "scaling": scaling, **rest}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
+    pictures, _, patches, _ = query.shape
+    q, k, v = (tensor.flatten(0, 1)[None] for tensor in (query, key, value))  # heads of all pictures beside each other
+    output = _as_products(q, k, v, scaling, (patches,), causal=False)
+    return output[0].unflatten(1, (pictures, -1)).transpose(0, 1), None
+
+
+def _as_products(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, lengths: tuple[int, ...], *, causal: bool
+) -> Tensor:
+    """Attention within each segment; ``[1, S, H, E]`` from ``[1, H, S, E]``."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    pictures, _, patches, _ = query.shape
-    rows = (tensor.flatten(0, 1)[None] for tensor in (query, key, value))  # the heads of all pictures beside each other
-    output = _CpuSegments.apply(*rows, scale, (patches,), False, learns)
-    return output[0].unflatten(1, (pictures, -1)).transpose(0, 1), None
+    return _CpuSegments.apply(query, key, value, scale, lengths, causal, learns)  # type: ignore[no-any-return]
 
 
 class _CpuSegments(torch.autograd.Function):

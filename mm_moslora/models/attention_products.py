@@ -26,9 +26,10 @@ SCORES = 2**21
 
 
 def keeps_probabilities(q: Tensor) -> bool:
-    """Whether the backward pass is to be given P: in half precision, where P is no bigger than q, k, v and O together.
+    """Whether the backward pass is to be given P: in half precision, for segments of at most eight head widths.
 
-    Scores in fp32 are most of what P costs there, and its products need it in half precision anyway.
+    P is then at most about as big as q, k, v and O together (more where query heads share keys, or nothing is masked).
+    Scores in fp32 are most of what it costs to compute, and its products need it in half precision anyway.
 
     Args:
         q: ``[H, T, E]``.

@@ -48,7 +48,7 @@ def normalise_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor)
 
 def _product(x: Tensor, wide: Tensor, inverse: Tensor) -> Tensor:
     """``wide * inverse``, in the place of `wide` unless that is x itself."""
-    return wide * inverse if wide is x else wide.mul_(inverse)
+    return wide * inverse if x.dtype == torch.float32 else wide.mul_(inverse)
 
 
 def gated(e: Tensor, g: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mm_moslora.machine import hardware
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::baddbmm_")
 
 
 def interleaved(

@@ -168,6 +168,16 @@ def test_a_value_that_is_not_a_number_is_never_the_best():
     assert (best.step, best.since) == (3, 0)
 
 
+def test_a_best_checkpoint_that_is_gone_is_not_named(tmp_path):
+    best = Best(config=ValidateConfig(best="validation_loss"))
+    best.update({"validation_loss": 2.0}, 1)
+    best.write(tmp_path, "checkpoint-000001")
+    assert json.loads((tmp_path / "best.json").read_text())["checkpoint"] is None
+    (tmp_path / "checkpoint-000001").mkdir()
+    best.write(tmp_path, "checkpoint-000001")
+    assert json.loads((tmp_path / "best.json").read_text())["checkpoint"] == "checkpoint-000001"
+
+
 def test_a_spike_stands_out_and_a_slow_fall_does_not():
     spikes = SpikeScore()
     scores = [spikes.update(3.0 - 0.01 * step + 0.02 * (step % 3)) for step in range(40)]
