@@ -67,7 +67,7 @@ def export(
     to
         llava: a folder that stock transformers loads, or a refusal with the reason; hf: the whole model whatever its
         parts; lora: the adapter alone, folded to plain LoRA; vllm, diffusers: the same as these two read it (written
-        without a look at the model); llava-original: the layout of LLaVA's own code; gguf: model.gguf and mmproj.gguf
+        and checked without the model); llava-original: the layout of LLaVA's own code; gguf: model.gguf and mmproj.gguf
         for llama.cpp (fp32 or fp16).
     dtype
         Dtype of the written weights.
@@ -88,13 +88,17 @@ def export(
 def _hand_on_adapter(model: Path, output: Path, *, to: Literal["vllm", "diffusers"], component: Component) -> int:
     folder = adapter_folder(model)
     quiet_libraries()
-    from mm_moslora.adapters import export_adapter
+    from mm_moslora.adapters.export import export_adapter, largest_difference
     from mm_moslora.models.export import check_empty
 
     check_empty(output)
     export_adapter(folder, output, layout=to, component=component)
     reader = "vllm serve --enable-lora" if to == "vllm" else "pipeline.load_lora_weights"
     print(f"{output}: the adapter alone, folded to plain LoRA, for {reader}.")
+    difference = largest_difference(folder, output, layout=to)
+    print(
+        f"Largest difference of a layer's update, read back, from the adapter's: {difference:.1e} of its largest entry"
+    )
     return 0
 
 

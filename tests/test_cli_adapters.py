@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, load_adapter, save_adapter
+from mm_moslora.adapters.export import largest_difference
 from mm_moslora.cli import run
+from mm_moslora.errors import AdapterError
 
 IDS = torch.arange(3, 15)[None]
 
@@ -80,11 +82,19 @@ def test_export_for_programs_that_read_no_double_folder(adapter: Path, tmp_path:
     shutil.copytree(adapter, tmp_path / "run" / "checkpoint-000001" / "adapter")
     component = ["--component", "transformer"] if to == "diffusers" else []
     assert run(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--to", to, *component]) == 0
-    assert "folded to plain LoRA" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "folded to plain LoRA" in text
+    assert 0 < float(re.search(r"from the adapter's: (\S+) of", text).group(1)) < 1e-6
     (file,) = (tmp_path / "out").glob("*.safetensors")
     names = load_file(file)
     start = "transformer.model." if component else "base_model.model.model."
     assert all(name.startswith(start) and ("lora_A" in name or "lora_B" in name) for name in names)
+    damaged = next(name for name in names if name.endswith("lora_B.weight"))
+    save_file(names | {damaged: names[damaged] * 1.01}, file)
+    assert largest_difference(adapter, tmp_path / "out", layout=to) == pytest.approx(0.01, rel=1e-3)
+    save_file({name: factor for name, factor in names.items() if name != damaged}, file)
+    with pytest.raises(AdapterError, match="has no factors for"):
+        largest_difference(adapter, tmp_path / "out", layout=to)
     assert run(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--to", to]) == 1
     assert "is not empty" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()

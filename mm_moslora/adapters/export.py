@@ -23,10 +23,11 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mm_moslora.adapters.foreign import AdapterFolder
+from mm_moslora.adapters.foreign import AdapterFolder, read_tensors
 from mm_moslora.adapters.inject import is_inner
 from mm_moslora.adapters.load import read_folder
 from mm_moslora.adapters.state import (
+    MIXER,
     PREFIX,
     STOCK_CONFIG,
     STOCK_WEIGHTS,
@@ -111,6 +112,50 @@ def export_adapter(
         if config is not None:
             (target / STOCK_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return target
+
+
+@torch.no_grad()
+def largest_difference(folder: str | Path, out: str | Path, *, layout: Literal["vllm", "diffusers"]) -> float:
+    """How far the adapters in an export, read back, are from those of the folder that it was written from.
+
+    Every layer's ``s B M A x`` is computed from both, in float64, for eight random x.
+
+    Args:
+        folder: the adapter folder.
+        out: what `export_adapter` wrote.
+        layout: in which layout.
+
+    Returns:
+        The largest difference of an entry, over the largest entry of its layer; the largest of all layers.
+
+    Raises:
+        AdapterError: one of the two cannot be read, or the export lacks a layer.
+    """
+    content = read_folder(folder)
+    written = read_tensors(Path(out) / (DIFFUSERS_WEIGHTS if layout == "diffusers" else STOCK_WEIGHTS))
+    found = {
+        name.partition(".")[2] if layout == "diffusers" else name.removeprefix(PREFIX): factor
+        for name, factor in written.items()
+    }
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for path in target_paths(content.tensors):
+        A, M, B = (content.tensors.get(f"{PREFIX}{path}{part}") for part in (".lora_A.weight", MIXER, ".lora_B.weight"))
+        own_A, own_B = (found.get(f"{path}{part}") for part in (".lora_A.weight", ".lora_B.weight"))
+        if A is None or B is None or own_A is None or own_B is None:
+            raise AdapterError(f"{out} has no factors for {path}, which {folder} adapts. Export it again.")
+        x = torch.randn(A[0].numel(), 8, generator=generator, dtype=torch.float64)
+        expected = _update(A, M, B, x) * content.config.scaling_for(path)
+        difference = (_update(own_A, None, own_B, x) - expected).abs().max()
+        worst = max(worst, float(difference / expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)))
+    return worst
+
+
+def _update(A: Tensor, M: Tensor | None, B: Tensor, x: Tensor) -> Tensor:
+    z = A.flatten(1).to(x.dtype) @ x
+    if M is not None:
+        z = M.to(x.dtype) @ z if M.ndim == 2 else M.to(x.dtype)[:, None] * z
+    return B.flatten(1).to(x.dtype) @ z
 
 
 def plain_pairs(content: AdapterFolder) -> dict[str, PlainPair]:
