@@ -133,8 +133,10 @@ def _verdict(console: Any, found: Plan, price: float | None) -> None:
 
     gpus, best = found.gpus, found.best
     epochs = "1 epoch" if found.epochs == 1 else f"{found.epochs:g} epochs"
+    rows = found.data.per_row
+    packed = "" if rows == 1 else f"{rows:.1f} to a packed row (batch sizes count rows), "
     console.print(
-        f"Data: {found.data.samples:,} samples of {found.data.tokens:,.0f} tokens, {epochs}. "
+        f"Data: {found.data.samples:,} samples of {found.data.tokens:,.0f} tokens, {packed}{epochs}. "
         f"FLOPs per sample: {found.flops.total / 1e12:.1f} T "
         f"(base {found.flops.base / found.flops.total:.0%}, adapters {found.flops.adapters / found.flops.total:.0%}, "
         f"attention {found.flops.attention / found.flops.total:.0%}, head {found.flops.head / found.flops.total:.0%}, "
@@ -143,7 +145,7 @@ def _verdict(console: Any, found: Plan, price: float | None) -> None:
     if found.idle:
         console.print(
             f"[yellow]{found.idle} of {gpus.count} GPUs have nothing to do[/]: a step has {gpus.count - found.idle} "
-            "records. Take fewer GPUs, or raise train.global_batch."
+            f"{'records' if rows == 1 else 'rows'}. Take fewer GPUs, or raise train.global_batch."
         )
     if found.own is not None:
         console.print(as_it_stands(found, found.own))

@@ -48,6 +48,8 @@ class DataSize:
     """Share of the tokens."""
     pictures: float = 1.0
     """Mean per sample."""
+    per_row: float = 1.0
+    """Samples in a packed row (`data.pack_tokens`), which is what batch sizes then count; rows are taken as full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,14 +179,15 @@ def utilisation(gpus: Gpus, size: Footprint) -> float:
 
 def speed(size: Footprint, gpus: Gpus, data: DataSize, *, zero: str, micro_batch: int, checkpointing: bool) -> float:
     """Tokens per second over all GPUs; ZeRO-3's gathers hide behind computation as far as they can."""
-    work = size.counter.count(_sample(data, micro_batch), checkpointing=checkpointing).total
+    samples = micro_batch * data.per_row
+    work = size.counter.count(_shape(data, samples), checkpointing=checkpointing).total
     seconds = work / (gpus.peak * utilisation(gpus, size))
     if zero.startswith("zero3"):
         passes = 3 if checkpointing else 2
         seconds = max(seconds, passes * size.weight_bytes * (gpus.count - 1) / gpus.count / gpus.bandwidth)
     elif gpus.count > 1:
         seconds += 2 * size.trainable * size.value_bytes / gpus.bandwidth / 4  # a few micro-batches share it
-    return gpus.count * micro_batch * data.tokens / seconds
+    return gpus.count * samples * data.tokens / seconds
 
 
 def busy_share(global_batch: int, gpus: int) -> float:
@@ -192,7 +195,7 @@ def busy_share(global_batch: int, gpus: int) -> float:
     return global_batch / (gpus * math.ceil(global_batch / gpus))
 
 
-def _sample(data: DataSize, count: int) -> StepShape:
+def _shape(data: DataSize, count: float) -> StepShape:
     return StepShape(
         tokens=round(count * data.tokens), supervised=round(count * data.tokens * data.supervised),
         pairs=count * data.tokens * (data.tokens + 1) / 2, images=round(count * data.pictures),
@@ -233,13 +236,15 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None) -> Plan:
     data = data or known_data(recipe, size.tokens_per_image)
     if data is None:
         raise ConfigError("How much data there is is not known. Give --samples and --tokens-per-sample.")
-    data = replace(data, tokens=min(data.tokens, recipe.data.max_length))
+    tokens = min(data.tokens, recipe.data.max_length)
+    data = replace(data, tokens=tokens, per_row=max(1.0, recipe.data.pack_tokens / tokens))
     busy = busy_share(recipe.train.global_batch, gpus.count)
 
     def option(zero: str, checkpointing: bool, micro_batch: int) -> Option:
+        samples = micro_batch * data.per_row
         needed = memory(
-            size, zero=zero, world=gpus.count, tokens=micro_batch * data.tokens,
-            supervised=micro_batch * data.tokens * data.supervised, images=micro_batch * data.pictures,
+            size, zero=zero, world=gpus.count, tokens=samples * data.tokens,
+            supervised=samples * data.tokens * data.supervised, images=samples * data.pictures,
             checkpointing=checkpointing,
         )  # fmt: skip
         return Option(
@@ -257,10 +262,10 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None) -> Plan:
         own = option(train.zero, train.gradient_checkpointing, train.micro_batch)
     fitting = [option for option in options if option.fits]
     best = _simplest([o for o in fitting if o.tokens_per_second >= 0.98 * max(f.tokens_per_second for f in fitting)])
-    flops = size.counter.count(_sample(data, 1), checkpointing=best.checkpointing if best else False)
+    flops = size.counter.count(_shape(data, 1), checkpointing=best.checkpointing if best else False)
     epochs = recipe.train.epochs
     if recipe.train.steps:
-        epochs = recipe.train.steps * recipe.train.global_batch / data.samples
+        epochs = recipe.train.steps * recipe.train.global_batch * data.per_row / data.samples
     return Plan(
         gpus=gpus, footprint=size, data=data, epochs=epochs, flops=flops, best=best, options=options,
         idle=max(0, gpus.count - recipe.train.global_batch), own=own,

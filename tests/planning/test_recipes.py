@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
@@ -195,6 +196,30 @@ def test_odd_numbers_of_gpus_are_planned_with_what_the_fullest_of_them_gets(coun
     words += [recipe.model.vision.name, "--model.language", str(recipe.model.language)]
     assert cli.run(words) == 0
     assert ("872 of 1000 GPUs have nothing to do" in capsys.readouterr().out) == (count == 1000)
+
+
+def test_packed_rows_are_what_the_batch_sizes_of_a_plan_count(folders, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    recipe = shipped("llava15_7b_moslora", folders)
+    size = plan(recipe, parse_gpus("8xA100-80G")).data
+    rows = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, pack_tokens=4 * round(size.tokens)))
+    found, packed = (plan(which, parse_gpus("8xA100-80G")) for which in (recipe, rows))
+    assert packed.data.per_row == pytest.approx(4, rel=1e-3)
+    of = {(o.zero, o.checkpointing, o.micro_batch): o for o in found.options}
+    compared = 0
+    for option in packed.options:
+        alike = of.get((option.zero, option.checkpointing, 4 * option.micro_batch))
+        if alike is not None:
+            compared += 1
+            assert option.memory.total == pytest.approx(alike.memory.total, rel=1e-3)
+            assert option.tokens_per_second == pytest.approx(alike.tokens_per_second, rel=1e-3)
+    assert compared > 5
+    words = ["plan", "llava15_7b_moslora", "--model.language", str(recipe.model.language), "--gpus", "8xA100-80G"]
+    words += ["--model.vision.name", recipe.model.vision.name, "--data.pack_tokens", "4096", "--train.steps", "100"]
+    cli.run(words)
+    shown = capsys.readouterr().out
+    epochs = 100 * recipe.train.global_batch * (4096 / size.tokens) / size.samples
+    assert f"{4096 / size.tokens:.1f} to a packed row (batch sizes count rows), {epochs:g} epochs" in shown
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch) -> None:
