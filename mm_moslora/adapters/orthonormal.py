@@ -98,7 +98,8 @@ def keep_orthonormal(model: nn.Module, optimizer: torch.optim.Optimizer, *, adap
 
     Args:
         model: holds an adapter with ``factor_form="orthonormal"``.
-        optimizer: any torch optimiser that holds its factors themselves; gets two hooks.
+        optimizer: any torch optimiser that holds its factors themselves, or a wrapper such as accelerate's around one;
+            gets two hooks.
         adapter_name: the adapter.
 
     Raises:
@@ -117,6 +118,8 @@ def keep_orthonormal(model: nn.Module, optimizer: torch.optim.Optimizer, *, adap
                 )
     if not kept:
         raise AdapterError(f"The model has no adapter {adapter_name!r} to keep orthonormal.")
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
     _check_held(kept, optimizer)
     before: list[Tensor] = []
 

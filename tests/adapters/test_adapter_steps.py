@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from adapters.adapter_models import IDS, llama, logits, train_a_bit
 from torch import Tensor, nn
 
@@ -282,10 +283,13 @@ def test_svd_core_trains_the_mixer_alone_in_the_weights_leading_subspaces(tmp_pa
     assert torch.equal(logits(load_adapter(llama(), tmp_path / "a")), logits(model))
 
 
-def test_orthonormal_factors_stay_orthonormal_and_the_loss_falls() -> None:
+@pytest.mark.parametrize("wrapped", [False, True], ids=["torch", "accelerate"])
+def test_orthonormal_factors_stay_orthonormal_and_the_loss_falls(wrapped: bool) -> None:
     model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8, factor_form="orthonormal")).train()
     torch.testing.assert_close(logits(model), logits(llama()), atol=1e-6, rtol=0)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    if wrapped:
+        optimizer = Accelerator(cpu=True).prepare_optimizer(optimizer)
     keep_orthonormal(model, optimizer)
     layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
     start = layer.factors("default").A.detach().clone()
