@@ -4,13 +4,16 @@ Shapes: ``H`` heads, ``S`` tokens of the whole row, ``E`` head width.
 
 A dense block-diagonal mask costs the square of the whole row; a loop over segments costs the sum of the squares and
 was measured 2.4 times faster on a CPU, where a segment's attention is written as matrix products besides. On CUDA,
-flash-attention's variable-length kernel is used when it is installed (transformers passes it `cu_seq_lens_*`).
+flash-attention's variable-length kernel is used when it is installed (transformers passes it `cu_seq_lens_*`), and
+otherwise PyTorch's own where there is one (`varlen_attn`; half precision, compute capability 8.0 or more).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +39,7 @@ def segment_attention(
     scaling: float | None = None,
     segment_lengths: tuple[int, ...] = (),
     sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment of one row.
@@ -49,7 +53,8 @@ def segment_attention(
         dropout: attention dropout.
         scaling: factor on the scores; None: ``E ** -0.5``.
         segment_lengths: lengths that sum to ``S``.
-        sliding_window: how many tokens back a token sees; None: all.
+        sliding_window: how many tokens back a token sees, its own place included; None: all.
+        cu_seq_lens_q: where segments begin, and the end, int32; None: computed.
 
     Returns:
         ``[1, S, H, E]`` and None.
@@ -57,6 +62,13 @@ def segment_attention(
     assert attention_mask is None
     assert sum(segment_lengths) == query.shape[2], "segment lengths must sum to the row"
     windowed = sliding_window is not None and max(segment_lengths) > sliding_window
+    if not dropout and (kernel := variable_length_kernel(query)) is not None:
+        ends = _ends(segment_lengths, query.device) if cu_seq_lens_q is None else cu_seq_lens_q
+        rows = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+        options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+        options["window_size"] = (sliding_window - 1 if windowed and sliding_window else -1, 0)
+        longest = max(segment_lengths)
+        return kernel(*rows, ends, ends, longest, longest, **options).unsqueeze(0), None
     if query.device.type in ("cpu", "meta") and not (windowed or dropout):
         return _as_products(query, key, value, scaling, segment_lengths, causal=True), None
     groups = query.shape[1] // key.shape[1]
@@ -72,6 +84,29 @@ def segment_attention(
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def variable_length_kernel(query: Tensor) -> Callable[..., Tensor] | None:
+    """PyTorch's `varlen_attn`, which takes all segments in one call; None where it does not run.
+
+    Args:
+        query: ``[1, H, S, E]``.
+    """
+    fits = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    return _varlen_attn(query.device) if query.device.type == "cuda" and fits else None
+
+
+@cache
+def _varlen_attn(device: torch.device) -> Callable[..., Tensor] | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    if not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
+        return None  # earlier forms of it
+    if torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
+        return None
+    return cast(Any, varlen_attn) if torch.cuda.get_device_capability(device) >= (8, 0) else None
 
 
 def picture_attention(
@@ -211,7 +246,7 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
 
 def segment_arguments(segment_lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
     """Keyword arguments that tell an attention function where segments begin: ours and flash-attention's."""
-    ends = torch.tensor((0, *segment_lengths), dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    ends = _ends(segment_lengths, device)
     longest = max(segment_lengths)
     return {
         "segment_lengths": segment_lengths,
@@ -220,3 +255,7 @@ def segment_arguments(segment_lengths: tuple[int, ...], device: torch.device) ->
         "max_length_q": longest,
         "max_length_k": longest,
     }
+
+
+def _ends(segment_lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor((0, *segment_lengths), dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
