@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from functools import cache
 from pathlib import Path
 
 CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
@@ -18,6 +19,13 @@ def hardware() -> str:
     if MEMINFO.is_file():
         words.append(f"{int(MEMINFO.read_text().split()[1]) / 2**20:.0f} GiB")
     return ", ".join(words)
+
+
+@cache
+def made_by_amd() -> bool:
+    """Whether AMD made the processor."""
+    text = CPUINFO.read_text() if CPUINFO.is_file() else platform.processor()
+    return "AuthenticAMD" in text
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3

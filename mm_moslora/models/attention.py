@@ -3,7 +3,8 @@
 Shapes: ``H`` heads, ``S`` tokens of the whole row, ``E`` head width.
 
 A dense block-diagonal mask costs the square of the whole row; a loop over segments costs the sum of the squares and
-was measured 2.4 times faster on a CPU, where a segment's attention is written as matrix products besides. On CUDA,
+was measured 2.4 times faster on a CPU, where a segment's attention is written as matrix products where these are faster
+than PyTorch's kernel. On CUDA,
 flash-attention's variable-length kernel is used when it is installed (transformers passes it `cu_seq_lens_*`), and
 otherwise PyTorch's own where there is one (`varlen_attn`; half precision, compute capability 8.0 or more).
 """
@@ -21,7 +22,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from mm_moslora.models.attention_products import attend, attend_backward, keeps_probabilities
+from mm_moslora.models.attention_products import (
+    attend,
+    attend_backward,
+    attend_by_kernel,
+    attend_by_kernel_backward,
+    keeps_probabilities,
+    products_are_faster,
+)
 
 SEGMENTS = "mm_moslora_segments"
 """Name under which the attention is registered with transformers."""
@@ -70,7 +78,7 @@ def segment_attention(
         longest = max(segment_lengths)
         return kernel(*rows, ends, ends, longest, longest, **options).unsqueeze(0), None
     if query.device.type in ("cpu", "meta") and not (windowed or dropout):
-        return _as_products(query, key, value, scaling, segment_lengths, causal=True), None
+        return _on_cpu(query, key, value, scaling, segment_lengths, causal=True), None
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     outputs = []
@@ -119,7 +127,7 @@ def picture_attention(
     scaling: float | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Attention among all patches of a picture; transformers' own except for half precision on a CPU.
+    """Attention among all patches of a picture; transformers' own except where products are faster (half precision).
 
     Args:
         module: the attention layer; says whether it is causal.
@@ -136,16 +144,16 @@ def picture_attention(
     """
     causal = getattr(module, "is_causal", True) if rest.get("is_causal") is None else rest["is_causal"]
     plain = attention_mask is None and not dropout and not causal and query.shape == key.shape
-    if query.device.type != "cpu" or query.dtype.itemsize != 2 or not plain:
+    if query.device.type != "cpu" or query.dtype.itemsize != 2 or not plain or not products_are_faster(query[0]):
         given = {"dropout": dropout, "scaling": scaling, **rest}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
     pictures, _, patches, _ = query.shape
     q, k, v = (tensor.flatten(0, 1)[None] for tensor in (query, key, value))  # heads of all pictures beside each other
-    output = _as_products(q, k, v, scaling, (patches,), causal=False)
+    output = _on_cpu(q, k, v, scaling, (patches,), causal=False)
     return output[0].unflatten(1, (pictures, -1)).transpose(0, 1), None
 
 
-def _as_products(
+def _on_cpu(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, lengths: tuple[int, ...], *, causal: bool
 ) -> Tensor:
     """Attention within each segment; ``[1, S, H, E]`` from ``[1, H, S, E]``."""
@@ -155,9 +163,10 @@ def _as_products(
 
 
 class _CpuSegments(torch.autograd.Function):
-    """Attention of every segment, keeping q, k and v, and P where `keeps_probabilities` says so.
+    """Attention of every segment, as products or by PyTorch's kernel, whichever `products_are_faster` says.
 
-    On the meta device, where a plan counts what a GPU would keep, the output and its statistics are kept as well.
+    Kept are q, k and v; of products P where `keeps_probabilities` says so, of the kernel the output and its statistics.
+    On the meta device, where a plan counts what a GPU would keep, it is products that keep what a kernel does.
     """
 
     @staticmethod
@@ -174,28 +183,39 @@ class _CpuSegments(torch.autograd.Function):
         _, heads, tokens, width = query.shape
         output = query.new_empty(1, tokens, heads, width)
         kept: list[Tensor] = []
+        keeps_output = query.is_meta
         with torch.autocast("cpu", enabled=False):  # it would round the scores
             for q, k, v, o in _segments(lengths, query, key, value, output.transpose(1, 2)):
-                keep = kept if learns and keeps_probabilities(q) else None
-                attend(q, k, v, scale, out=o, causal=causal, keep=keep)
+                if not products_are_faster(q):
+                    keeps_output = True
+                    kept.append(attend_by_kernel(q, k, v, scale, out=o, causal=causal))
+                else:
+                    keep = kept if learns and keeps_probabilities(q) else None
+                    attend(q, k, v, scale, out=o, causal=causal, keep=keep)
         ctx.scale, ctx.lengths, ctx.causal = scale, lengths, causal
         if query.is_meta:
-            kept = [output, query.new_empty(heads, tokens, dtype=torch.float32)]
-        ctx.save_for_backward(query, key, value, *kept)
+            kept = [query.new_empty(heads, tokens, dtype=torch.float32)]
+        ctx.save_for_backward(query, key, value, output if keeps_output else None, *kept)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
+        query, key, value, output, *kept = ctx.saved_tensors
         tensors, given = (query, key, value), iter(kept)
         gradients = [
             torch.empty_like(tensor.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
             for tensor in tensors
         ]
+        outputs = grad if output is None else output
+        rows = (grad.transpose(1, 2), outputs.transpose(1, 2), *tensors, *gradients)
         with torch.autocast("cpu", enabled=False):
-            for pull, q, k, v, dq, dk, dv in _segments(ctx.lengths, grad.transpose(1, 2), *tensors, *gradients):
-                known = given if keeps_probabilities(q) and not q.is_meta else None
-                attend_backward(pull, q, k, v, ctx.scale, out=(dq, dk, dv), causal=ctx.causal, kept=known)
+            for pull, o, q, k, v, *grads in _segments(ctx.lengths, *rows):
+                out = (grads[0], grads[1], grads[2])
+                if not products_are_faster(q):
+                    attend_by_kernel_backward(pull, q, k, v, o, next(given), ctx.scale, out=out, causal=ctx.causal)
+                else:
+                    known = given if keeps_probabilities(q) and not q.is_meta else None
+                    attend_backward(pull, q, k, v, ctx.scale, out=out, causal=ctx.causal, kept=known)
         return (*gradients, None, None, None, None)
 
 

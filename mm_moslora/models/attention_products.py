@@ -1,4 +1,4 @@
-"""Attention of one segment on a CPU, as matrix products over blocks of queries.
+"""Attention of one segment on a CPU: as matrix products over blocks of queries, or by PyTorch's kernel.
 
 Shapes: ``H`` heads, ``K`` heads of keys and values, ``G = H / K``, ``T`` tokens, ``E`` head width; a block has ``b``
 queries that see ``j`` keys.
@@ -7,9 +7,10 @@ Forward ``S = s q k^T``, ``P = softmax(S)``, ``O = P v``. Backward, with P compu
 
     dv = P^T dO     dP = dO v^T     dS = P (dP - rowsum(P dP))     dq = s dS k     dk = s dS^T q
 
-PyTorch's kernel for CPUs (2.13) runs at 40 to 60 GFLOP/s where the same core multiplies matrices at 108 in fp32 and at
-485 in bf16 (AMD EPYC); `scripts/bench/attention.py` compares the two. Scores and their softmax are in fp32, as in that
-kernel. The backward pass needs q, k and v; it is faster with P, which short segments in half precision keep.
+On an AMD EPYC PyTorch's kernel for CPUs (2.13) runs at 40 to 60 GFLOP/s where the same core multiplies matrices at 108
+in fp32 and at 485 in bf16; on an Intel Xeon with matrix units it uses them and is the faster of the two.
+`scripts/bench/attention.py` compares them. Scores and their softmax are in fp32, as in the kernel. The backward pass
+needs q, k and v; it is faster with P, which short segments in half precision keep.
 """
 
 from __future__ import annotations
@@ -19,10 +20,25 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mm_moslora.machine import made_by_amd
+
 BLOCK, HALF_BLOCK = 64, 128
 """Queries of a block in fp32, and in half precision, whose faster products may waste more above the diagonal."""
 SCORES = 2**21
 """Bytes of one block's scores, so that they stay in the cache: long segments take fewer heads at a time."""
+
+
+SHORT = 128
+"""Tokens up to which the kernel is faster in fp32 wherever it was measured."""
+
+
+def products_are_faster(q: Tensor) -> bool:
+    """Whether `attend` is to be taken rather than PyTorch's kernel, by what was measured; on the meta device always.
+
+    Args:
+        q: ``[H, T, E]``.
+    """
+    return q.is_meta or (made_by_amd() and (q.dtype.itemsize == 2 or q.shape[1] > SHORT))
 
 
 def keeps_probabilities(q: Tensor) -> bool:
@@ -103,6 +119,47 @@ def attend_backward(
         block.copy_(torch.bmm(dS, keys[heads, :seen]).mul_(scale).view(block.shape))
     out[1].copy_(dk.mul_(scale))
     out[2].copy_(dv)
+
+
+def attend_by_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, *, out: Tensor, causal: bool) -> Tensor:
+    """`attend` by PyTorch's kernel.
+
+    Returns:
+        The logarithms of the sums in its softmax, which its backward pass needs.
+    """
+    rows = _batched(q, k, v)
+    output, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*rows, 0.0, causal, scale=scale)
+    out.copy_(output[0])
+    return sums  # type: ignore[no-any-return]
+
+
+def attend_by_kernel_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    sums: Tensor,
+    scale: float,
+    *,
+    out: tuple[Tensor, Tensor, Tensor],
+    causal: bool,
+) -> None:
+    """`attend_backward` for `attend_by_kernel`, from its output ``[H, T, E]`` and the logarithms it returned."""
+    rows = _batched(q, k, v)
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    found = backward(grad.contiguous()[None], *rows, output[None], sums, 0.0, causal, scale=scale)
+    out[0].copy_(found[0][0])
+    for target, shared in zip(out[1:], found[1:], strict=True):
+        target.copy_(shared[0] if len(q) == len(k) else _grouped(shared[0], k).sum(1))
+
+
+def _batched(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With a batch of one, and as many heads of k and v as of q."""
+    groups = q.shape[0] // k.shape[0]
+    if groups > 1:
+        k, v = (tensor.repeat_interleave(groups, 0) for tensor in (k, v))
+    return q[None], k[None], v[None]
 
 
 def _blocks(rows: Tensor) -> Iterator[tuple[slice, slice]]:

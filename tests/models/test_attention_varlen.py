@@ -57,7 +57,7 @@ def test_the_kernel_is_told_what_the_loop_over_segments_computes(
 
     expected = result()
     monkeypatch.setattr(attention, "variable_length_kernel", lambda _: documented)
-    monkeypatch.setattr(attention, "_as_products", None)
+    monkeypatch.setattr(attention, "_on_cpu", None)
     for mine, exact in zip(result(), expected, strict=True):
         torch.testing.assert_close(mine, exact)
 

@@ -23,6 +23,8 @@ def test_it_prints_ratios_and_errors_of_both() -> None:
     for row in found["rows"]:
         limit = 1e-5 if row["dtype"] == "fp32" else 1e-2
         assert row["time_ratio_vs_kernel"] > 0
+        assert row["taken"] in ("kernel", "products")
+        assert row["gradient_error"]["products"] != row["gradient_error"]["kernel"]  # not one of them twice
         assert 0 < row["gradient_error"]["products"] < limit
         assert 0 < row["gradient_error"]["kernel"] < limit
     assert found["summary"].keys() == {"time_ratio_vs_kernel_geomean_fp32", "time_ratio_vs_kernel_geomean_bf16"}
