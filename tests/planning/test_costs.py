@@ -20,6 +20,7 @@ from mm_moslora.errors import ConfigError
 from mm_moslora.footprint import footprint
 from mm_moslora.gpus import device_peak, parse_gpus
 from mm_moslora.losses import CHUNK_BYTES
+from mm_moslora.models import attention
 from mm_moslora.models.attention import set_attention
 from mm_moslora.models.lean import use_lean_layers
 from mm_moslora.planning import memory
@@ -68,7 +69,8 @@ def vlm(*, mode: str) -> t.PreTrainedModel:
 
 @pytest.mark.parametrize("mode", ["adapters", "projector alone", "full"])
 @pytest.mark.parametrize("lean", [False, True])
-def test_flops_are_within_two_per_cent_of_torchs_count(mode: str, lean: bool) -> None:
+def test_flops_are_within_two_per_cent_of_torchs_count(mode: str, lean: bool, monkeypatch) -> None:
+    monkeypatch.setattr(attention, "products_are_faster", lambda _: True)  # some torch count the kernel, some do not
     model = vlm(mode=mode)
     set_attention(model, "mm_moslora_segments" if lean else "eager")
     if lean:
