@@ -21,7 +21,7 @@ help:
 	@echo "make quickstart  assemble, tune, measure and report on this machine, with real parts (minutes)"
 	@echo "make smoke       the same in miniature, about three minutes, at lower quality"
 	@echo "make test        the whole test suite"
-	@echo "make test-extras what needs gradio, trackio or MLflow"
+	@echo "make test-extras what needs gradio, trackio, MLflow or Liger's kernels"
 	@echo "make check       format, lint, types, import layers, shell scripts"
 	@echo "make clean       remove the environment, caches and build products; runs/ stays"
 
@@ -36,7 +36,7 @@ test: $(VENV)/.installed-dev
 
 test-extras: $(EXTRAS)/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -q tests/tracking/test_tracking_depth.py \
-	  tests/serve/test_serve_demo.py $(ARGS)
+	  tests/serve/test_serve_demo.py tests/models/test_kernels.py $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -62,12 +62,13 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	@touch $@ $(VENV)/.installed
 
 # gradio and trackio insist on an older Pillow and MLflow on an older pyarrow than the rest is tested with, so they live in
-# an environment on top of the first one: what they do not change is found there.
+# an environment on top of the first one: what they do not change is found there. Liger's kernels bring Triton, 1 GB that
+# nothing else here uses without a GPU.
 $(EXTRAS)/.installed: pyproject.toml $(VENV)/.installed-dev
 	$(BIN)/python -m venv $(EXTRAS)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 	  $$($(EXTRAS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
-	$(EXTRAS)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[demo,trackio,mlflow]'
+	$(EXTRAS)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[demo,trackio,mlflow,liger]'
 	@touch $@
 
 clean:

@@ -24,6 +24,8 @@ from typing import Literal
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from mm_moslora.liger import LIGER_RANGE, fits, installed_liger, why_not_liger
+
 Status = Literal["ok", "warn", "bad"]
 
 SUPPORTED = {
@@ -103,6 +105,7 @@ def diagnose(folder: Path | None = None) -> list[Finding]:
         _libraries,
         _accelerator,
         _precision,
+        _kernels,
         _compiler,
         _extension_locks,
         lambda: _disk(folder or Path.cwd()),
@@ -246,6 +249,19 @@ def _precision() -> list[Finding]:
             detail="this CPU has neither amx_bf16 nor avx512_bf16: precision auto is fp32, and bf16 would be slower",
         )
     ]
+
+
+def _kernels() -> list[Finding]:
+    torch = importlib.import_module("torch")
+    found = installed_liger()
+    reason = why_not_liger(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if reason is None:
+        detail = f"Liger's (liger-kernel {found}) run between the matrix products of lean decoder layers"
+    else:
+        detail = f"PyTorch's own run between the matrix products of lean decoder layers: {reason}"
+    fine = found is None or fits(found)
+    remedy = "" if fine else f"pip install 'liger-kernel{LIGER_RANGE}'"
+    return [Finding(name="kernels", status="ok" if fine else "warn", detail=detail, remedy=remedy)]
 
 
 def _compiler() -> list[Finding]:

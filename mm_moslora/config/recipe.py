@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from mm_moslora.config.checks import require
 from mm_moslora.config.data import DataConfig
 from mm_moslora.config.model import AdapterConfig, ModelConfig
 from mm_moslora.config.run import OptimConfig, TrackConfig, TrainConfig, ValidateConfig
@@ -32,6 +33,13 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.train.compile is None or self.model.kernels != "liger",
+            f"model.kernels is 'liger' and train.compile is {self.train.compile!r}: both would run between the matrix "
+            "products of lean layers. Leave train.compile out, or set model.kernels to auto.",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, every default filled in."""

@@ -2,8 +2,8 @@
 
 Shapes: ``S`` tokens, ``D`` LLM width, ``F`` MLP width, ``H`` heads, ``E`` head width.
 
-Each is a chain of operators that reads and writes everything several times. A compiler makes one pass of a chain; the
-matrix products around it gain nothing from being compiled.
+Each is a chain of operators that reads and writes everything several times. A compiler makes one pass of a chain, and
+so do Liger's kernels (`liger_passes`); the matrix products around it gain nothing from either.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def normalised(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
 
 
 def normalise_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """The gradient of x, from that of the norm's output."""
+    """The gradient of x, from that of the norm's output, which may be used up."""
     direction = _product(x, x.float(), inverse)
     pull = grad * weight if grad.dtype == torch.float32 else grad.float().mul_(weight.float())
     mean = torch.linalg.vecdot(pull, direction).div_(x.shape[-1])[:, None]
@@ -57,13 +57,13 @@ def gated(e: Tensor, g: Tensor) -> Tensor:
 
 
 def regated(e: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """`gated` once more, and ``silu(e)``."""
+    """`gated` once more, and what `gated_backward` takes over from it, here ``silu(e)``."""
     activated = F.silu(e)
     return activated * g, activated
 
 
 def gated_backward(grad: Tensor, e: Tensor, g: Tensor, activated: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of e and g, from that of `gated` and from ``silu(e)``, both of which are used up."""
+    """The gradients of e and g, from that of `gated` and from what `regated` handed over; all may be used up."""
     of_g = activated.mul_(grad)
     return torch.ops.aten.silu_backward(grad.mul_(g), e), of_g
 
@@ -82,7 +82,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Elementwise:
-    """The functions of this module, as they are or compiled."""
+    """The functions of this module, as they are, compiled, or as other kernels compute them."""
 
     normalise: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = normalise
     normalised: Callable[[Tensor, Tensor, Tensor], Tensor] = normalised

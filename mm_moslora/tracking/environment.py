@@ -10,7 +10,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("mm-moslora", "torch", "transformers", "peft", "deepspeed", "datasets", "safetensors", "numpy")
+PACKAGES = (
+    "mm-moslora", "torch", "transformers", "peft", "deepspeed", "datasets", "safetensors", "numpy", "triton",
+    "liger-kernel",
+)  # fmt: skip
 
 
 def environment() -> dict[str, Any]:

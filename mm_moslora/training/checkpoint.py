@@ -223,6 +223,7 @@ _ROUNDING_KEYS = (
     "train.compile",
     "model.attention",
     "model.lean_layers",
+    "model.kernels",
     "model.vision.feature_cache",
     "model.vision.feature_cache_gib",
 )

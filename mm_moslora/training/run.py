@@ -28,6 +28,7 @@ from mm_moslora.models.attention import set_attention, training_attention
 from mm_moslora.models.build import Assembly, assemble
 from mm_moslora.models.eyes import dummy_example
 from mm_moslora.models.feature_store import FeatureStore, tower_key
+from mm_moslora.models.kernels import choose_kernels, use_kernels
 from mm_moslora.models.lean import use_lean_layers
 from mm_moslora.models.pictures import PictureMemory
 from mm_moslora.models.places import contents_of, seen_from
@@ -127,6 +128,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     """
     folder = Path(recipe.train.output)
     precision = resolve_precision(recipe.train.precision)
+    kernels = choose_kernels(recipe.model.kernels, distributed.device())
     parts = recipe.model if checkpoint is None else seen_from(recipe.model, checkpoint)
     assembly = assemble(parts, dtype=dtype_of(precision))
     attach_adapters(assembly, recipe.model, recipe.adapter, seed=recipe.train.seed)
@@ -149,6 +151,8 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         _checkpoint_gradients(next(m for name in ("vision_tower", "visual") if (m := getattr(model.model, name, None))))
     if recipe.train.compile is not None:
         compile_layers(model, recipe.train.compile)
+    elif (lean := use_kernels(model, kernels)) and distributed.is_main():
+        logger.info("%d lean decoder layers; the kernels between their products are %s.", lean, kernels.words)
     groups = parameter_groups(model, recipe.optim)
     settings = OptimizerSettings(
         betas=recipe.optim.betas, eps=recipe.optim.eps, max_grad_norm=recipe.optim.max_grad_norm

@@ -1,0 +1,70 @@
+"""Whether Liger's Triton kernels can run here; they are used where they can and never required."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+if TYPE_CHECKING:
+    import torch
+
+LIGER_RANGE = ">=0.8.5,<0.9"
+"""Versions of liger-kernel whose functions are called as they want it; the range of the extra `liger`."""
+OLDEST_CAPABILITY = (7, 0)
+"""Of NVIDIA's GPUs that Triton compiles for."""
+
+
+def installed_liger() -> str | None:
+    """The version of liger-kernel; None: it is not installed."""
+    try:
+        return version("liger-kernel")
+    except PackageNotFoundError:
+        return None
+
+
+def fits(found: str) -> bool:
+    """Whether a version of liger-kernel is one of `LIGER_RANGE`."""
+    return Version(found) in SpecifierSet(LIGER_RANGE, prereleases=True)
+
+
+def why_not_liger(device: torch.device) -> str | None:
+    """Why Liger's kernels cannot run, as half a sentence; None: they can.
+
+    Args:
+        device: of the model.
+    """
+    found = installed_liger()
+    if found is None:
+        return "liger-kernel is not installed"
+    if not fits(found):
+        return f"liger-kernel is {found}, expected {LIGER_RANGE}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        importlib.import_module("liger_kernel.ops")
+    except Exception as error:  # a Triton that does not fit torch or the driver fails in many ways
+        return f"liger-kernel {found} does not import ({type(error).__name__}: {error})"
+    return _why_not_triton(device)
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    import torch
+    from triton import knobs
+
+    if knobs.runtime.interpret:  # TRITON_INTERPRET=1: kernels run in Python, wherever the tensors are
+        return None
+    if device.type != "cuda":
+        return f"Triton does not run on {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        return f"Triton needs compute capability {_dotted(OLDEST_CAPABILITY)}, and the GPU has {_dotted(capability)}"
+    return None
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
