@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as t
 from trials import make_recipe
+from triton.runtime.interpreter import InterpretedFunction
 from triton_interpreter import complete_interpreter
 
 from mm_moslora import adapters
@@ -195,6 +196,19 @@ def test_what_takes_the_place_of_kept_tensors_is_not_used_twice() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_layer_is_thirteen_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = []
+    run = InterpretedFunction.run
+
+    def noted(self: InterpretedFunction, *arguments: object, **options: object) -> object:
+        launches.append(self.fn.__name__)
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(InterpretedFunction, "run", noted)
+    loss_and_gradients(lean_model("llama", torch.bfloat16), LIGER)
+    assert len(launches) == 2 * 13 - 1, launches  # what comes into the first layer needs no gradient
 
 
 def test_a_run_on_liger_has_the_numbers_of_one_on_torch(

@@ -1,0 +1,139 @@
+#!/usr/bin/env python
+"""What runs between the matrix products of a lean decoder layer, forward and backward: operators and bytes, counted.
+
+    python scripts/bench/passes.py          table for people; seconds, needs no GPU
+    python scripts/bench/passes.py --json   one object on stdout
+
+Every operator of PyTorch is a kernel launch on a GPU, reads its tensors and writes its results. A kernel of its
+own for a pass (`model.kernels: liger`, `train.compile`) is one launch that reads and writes what goes in and comes out,
+once. The passes run on the meta device: nothing is computed and nothing timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from measuring import head
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mm_moslora.models.elementwise import EAGER
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MIB = 2**20
+
+
+class Counter(TorchDispatchMode):
+    """Operators that touch memory, and the bytes of their tensors, each once per operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = 0
+        self.moved = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
+            self.operators += 1
+            self.moved += size((args, kwargs)) + size(result)
+        return result
+
+
+def size(tree: Any) -> int:
+    """Bytes of the tensors in a tree, each tensor once."""
+    tensors = {id(leaf): leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One of the functions of `mm_moslora.models.elementwise`."""
+
+    function: Callable[..., Any]
+    inputs: tuple[Any, ...]
+    times: int
+    """In a layer's forward and backward pass."""
+    unread: tuple[Tensor, ...] = ()
+    """Inputs and outputs that a kernel of its own has no use for."""
+
+
+def passes(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Pass]:
+    """All of a layer, with how often each runs."""
+    S, D, F = options.tokens, options.width, options.mlp_width
+
+    def blank(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x, e, inverse, weight = blank(S, D), blank(S, F), torch.empty(S, 1, device="meta"), blank(D)
+    activated = blank(S, F)
+    heads, turn = (blank(S, n, options.head_width) for n in (D // options.head_width, 1))
+    keys = blank(S, options.kv_heads, options.head_width)
+    return {
+        "normalise": Pass(EAGER.normalise, (x, weight, 1e-5), 2),
+        "normalised": Pass(EAGER.normalised, (x, weight, inverse), 2),
+        "normalise_backward": Pass(EAGER.normalise_backward, (blank(S, D), x, weight, inverse), 2),
+        "gated": Pass(EAGER.gated, (e, blank(S, F)), 1),
+        "regated": Pass(EAGER.regated, (e, blank(S, F)), 1, (activated,)),
+        "gated_backward": Pass(EAGER.gated_backward, (blank(S, F), e, blank(S, F), activated), 1, (activated,)),
+        "rotated, queries": Pass(EAGER.rotated, (heads, turn, turn), 2),
+        "rotated, keys": Pass(EAGER.rotated, (keys, turn, turn), 2),
+    }
+
+
+def row(name: str, dtype: str, counted: Pass) -> dict[str, Any]:
+    """A pass as it is and as one kernel."""
+    with Counter() as counter:
+        result = counted.function(*counted.inputs)
+    return {
+        "pass": name, "dtype": dtype, "times": counted.times, "operators": counter.operators,
+        "moved_bytes": counter.moved, "one_kernel_bytes": size(counted.inputs) + size(result) - size(counted.unread),
+    }  # fmt: skip
+
+
+def total(rows: list[dict[str, Any]], key: str) -> int:
+    """Of a layer."""
+    return sum(item["times"] * item[key] for item in rows)
+
+
+def main() -> int:
+    """Count, then print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--width", type=int, default=4096, help="the default is Vicuna 7B")
+    parser.add_argument("--mlp-width", type=int, default=11008)
+    parser.add_argument("--head-width", type=int, default=128)
+    parser.add_argument("--kv-heads", type=int, default=32)
+    options = parser.parse_args()
+    rows = [row(name, dtype, one) for dtype, kind in DTYPES.items() for name, one in passes(options, kind).items()]
+    layers = {dtype: [item for item in rows if item["dtype"] == dtype] for dtype in DTYPES}
+    if options.json:
+        summary = {
+            f"{key}_{dtype}": total(own, key)
+            for dtype, own in layers.items()
+            for key in ("operators", "moved_bytes", "one_kernel_bytes")
+        }
+        print(json.dumps(head("passes") | {"rows": rows, "summary": summary}))
+        return 0
+    print(f"{'dtype':5} {'pass':19} {'times':>5} {'operators':>9} {'MiB':>6} {'as one kernel, MiB':>19}")
+    for dtype, own in layers.items():
+        for item in own:
+            sizes = f"{item['moved_bytes'] / MIB:6.0f} {item['one_kernel_bytes'] / MIB:19.0f}"
+            print(f"{dtype:5} {item['pass']:19} {item['times']:5} {item['operators']:9} {sizes}")
+        kernels = sum(item["times"] for item in own)
+        print(
+            f"{dtype:5} a layer: {total(own, 'operators')} operators, {total(own, 'moved_bytes') / MIB:.0f} MiB; as "
+            f"kernels {kernels}, {total(own, 'one_kernel_bytes') / MIB:.0f} MiB"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
