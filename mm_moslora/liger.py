@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -45,19 +46,20 @@ def why_not_liger(device: torch.device) -> str | None:
         return f"liger-kernel is {found}, expected {LIGER_RANGE}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if (reason := _why_not_triton(device)) is not None:
+        return reason
     try:
         importlib.import_module("liger_kernel.ops")
     except Exception as error:  # a Triton that does not fit torch or the driver fails in many ways
         return f"liger-kernel {found} does not import ({type(error).__name__}: {error})"
-    return _why_not_triton(device)
+    return None
 
 
 def _why_not_triton(device: torch.device) -> str | None:
     import torch
-    from triton import knobs
 
-    if knobs.runtime.interpret:  # TRITON_INTERPRET=1: kernels run in Python, wherever the tensors are
-        return None
+    if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y"):
+        return None  # kernels run in Python, wherever the tensors are
     if device.type != "cuda":
         return f"Triton does not run on {device.type}"
     capability = torch.cuda.get_device_capability(device)

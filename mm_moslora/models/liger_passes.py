@@ -77,10 +77,12 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     tokens, heads, width = x.shape
     y = x.new_empty(x.shape)
     blocks = {"HEADS": triton.next_power_of_2(heads), "HALF": triton.next_power_of_2(width // 2)}
+    _, warps = calculate_settings(heads * width)
     with torch.cuda.device_of(x):
         _rotated[(tokens,)](
-            x, x.stride(0), x.stride(1), cos.contiguous(), sin.contiguous(), y, heads, width // 2, **blocks
-        )
+            x, x.stride(0), x.stride(1), cos.contiguous(), sin.contiguous(), y, heads, width // 2,
+            num_warps=warps, **blocks,
+        )  # fmt: skip
     return y
 
 

@@ -65,6 +65,7 @@ def test_a_liger_that_does_not_import_is_no_liger(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError(f"{name}: the driver is too old")
 
     monkeypatch.setattr(liger.importlib, "import_module", broken)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     reason = liger.why_not_liger(torch.device("cuda"))
     assert reason == "liger-kernel 0.8.5 does not import (RuntimeError: liger_kernel.ops: the driver is too old)"
 
