@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from mm_moslora.adapters.layer import MoSLoRALinear
 from mm_moslora.adapters.layer_types import MoSLoRAConv2d, MoSLoRAEmbedding, MoSLoRAMultiheadAttention
-from mm_moslora.adapters.quantised import create_quantised_layer, quantisation
+from mm_moslora.adapters.packed import quantisation
+from mm_moslora.adapters.quantised import create_quantised_layer
 from mm_moslora.errors import AdapterError
 
 if TYPE_CHECKING:

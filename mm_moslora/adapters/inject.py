@@ -22,6 +22,7 @@ from mm_moslora.adapters.config import MoSLoRAConfig, check_expression, unmatche
 from mm_moslora.adapters.dispatch import why_not_adaptable
 from mm_moslora.adapters.layer import MoSLoRALayer
 from mm_moslora.adapters.mixer import Mixer
+from mm_moslora.adapters.packed import stop_repacking
 from mm_moslora.adapters.siblings import link_siblings
 from mm_moslora.errors import AdapterError, suggestion
 
@@ -350,6 +351,8 @@ def inject(
     adapted = {path for path in adapted if not is_inner(path)}
     assert adapted == set(paths), f"asked for {sorted(set(paths) ^ adapted)[:_SHOWN]} and PEFT did otherwise"
     link_siblings(wrapped)
+    if not config.inference_mode:
+        stop_repacking(wrapped)
     return wrapped
 
 

@@ -97,7 +97,7 @@ def fused_linears(x: Tensor, layers: Sequence[Operands], shared: StepProducts | 
         last=shared is None or shared.last,
         owners=() if shared is None else tuple((layer.M, layer.B) for layer in layers),
     )
-    tensors = [t for layer in layers for t in (layer.weight, layer.bias, layer.A, *_mixed_by(layer, plan.last))]
+    tensors = [t for layer in layers for t in (*layer.tensors()[:3], *_mixed_by(layer, plan.last))]
     device = x.device.type
     if not autocasts(x.device):
         return _FusedLinears.apply(x, plan, *tensors)  # type: ignore[no-any-return]
@@ -134,7 +134,7 @@ class _FusedLinears(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, plan: _Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         weights, biases, As, Ms, Bs = (tensors[index::TENSORS] for index in range(TENSORS))
         A, Cs = _copies(plan, list(zip(weights, biases, As, Ms, Bs, strict=True)), x.dtype)
-        results, z = Products(weights, A, Cs, plan.rules.masks).outputs(x, biases)  # type: ignore[arg-type]
+        results, z = Products(weights, A, Cs, plan.rules).outputs(x, biases)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, z, A, *Cs, *weights, *As, *Ms, *Bs)
@@ -162,7 +162,7 @@ class _Backward:
         count = len(grads)
         Cs, weights, self.As, self.Ms, self.Bs = (rest[start * count : (start + 1) * count] for start in range(5))
         self.plan: _Plan = ctx.plan
-        self.products = Products(weights, A, Cs, self.plan.rules.masks)
+        self.products = Products(weights, A, Cs, self.plan.rules)
         self.needs_x = ctx.needs_input_grad[0]
         self.needs = [ctx.needs_input_grad[2 + TENSORS * i : 2 + TENSORS * (i + 1)] for i in range(count)]
         self.grads = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]

@@ -2,8 +2,8 @@
 
 Shapes: x ``[..., D_in]``, A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``.
 
-`MoSLoRALayer` is what all layer types share; `MoSLoRALinear` is the linear layer with its fused kernel. The other types
-are in `layer_types` and `quantised`; `dispatch` chooses.
+`MoSLoRALayer` is what all layer types share, `FusedLinear` what linear layers with a fused kernel do, and
+`MoSLoRALinear` is the one for plain weights. The other types are in `layer_types` and `quantised`; `dispatch` chooses.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
-from mm_moslora.adapters.functional import autocasts, current_kernel, delta_weight
+from mm_moslora.adapters.functional import current_kernel, delta_weight
 from mm_moslora.adapters.kernel import fused_linears
 from mm_moslora.adapters.mixer import FrozenFactor, Mixer, init_mixer, orthonormal_rows
+from mm_moslora.adapters.packed import weight_of
 from mm_moslora.adapters.products import Operands
-from mm_moslora.adapters.sharding import fetches_whole, only_fetches
+from mm_moslora.adapters.sharding import fetches_whole
 from mm_moslora.adapters.variants import DoraMixerVariant, MoSLoRAVariant
 from mm_moslora.errors import AdapterError
 
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from mm_moslora.adapters.config import MoSLoRAConfig
     from mm_moslora.adapters.siblings import Siblings
     from mm_moslora.adapters.steps import StepWindow
-
-_AUTOCASTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,10 +199,9 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class MoSLoRALinear(MoSLoRALayer, lora.Linear):
-    """`nn.Linear` (or transformers' `Conv1D`) with LoRA and a mixer."""
+class FusedLinear(MoSLoRALayer):
+    """A linear layer that the fused kernel computes where that is all that PEFT's layer would."""
 
-    dora_variant = DoraMixerVariant
     siblings: Siblings | None = None
     """The layers that read the same input, if there are any; see `link_siblings`."""
     step_window: StepWindow | None = None
@@ -212,14 +210,14 @@ class MoSLoRALinear(MoSLoRALayer, lora.Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus the active adapters, ``[..., D_out]``."""
         if args or kwargs:
-            return super().forward(x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         if self.siblings is not None and not torch.compiler.is_compiling():
             ready = self.siblings.output(self, x)
             if ready is not None:
                 return ready
         layer = self.fused_operands(x)
         if layer is None:
-            return super().forward(x)
+            return super().forward(x)  # type: ignore[no-any-return]
         window = self.step_window
         return fused_linears(x, [layer], None if window is None else window.products((self,)))[0]
 
@@ -229,12 +227,16 @@ class MoSLoRALinear(MoSLoRALayer, lora.Linear):
         Args:
             x: the input, ``[..., D_in]``.
         """
-        adapter = self._fusable_adapter(x)
+        adapter = self._fusable_adapter()
         if adapter is None:
             return None
-        base, factors, dropout = cast(nn.Linear, self.base_layer), self.factors(adapter), self.lora_dropout[adapter]
+        base = cast(nn.Linear, self.base_layer)
+        weight = weight_of(base, x)
+        if weight is None or (hasattr(weight, "ds_id") and not fetches_whole(self)):
+            return None
+        factors, dropout = self.factors(adapter), self.lora_dropout[adapter]
         return Operands(
-            weight=base.weight,
+            weight=weight,
             bias=base.bias,
             A=factors.A,
             M=factors.M,
@@ -243,7 +245,7 @@ class MoSLoRALinear(MoSLoRALayer, lora.Linear):
             dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
 
-    def _fusable_adapter(self, x: Tensor) -> str | None:
+    def _fusable_adapter(self) -> str | None:
         """The one active adapter, if the fused kernel computes exactly what the modules would."""
         kernel = current_kernel()
         if kernel == "reference" or self.disable_adapters or self.merged:
@@ -259,18 +261,10 @@ class MoSLoRALinear(MoSLoRALayer, lora.Linear):
             return None
         if self.lora_bias[name] or not isinstance(self.scaling[name], int | float):
             return None
-        return name if self._base_is_plain(x) else None
+        return name
 
-    def _base_is_plain(self, x: Tensor) -> bool:
-        base = self.base_layer
-        # Hooks and replaced forwards (offloading, tensor parallelism) only run when the base is called as a module.
-        if type(base).forward is not nn.Linear.forward or "forward" in base.__dict__:
-            return False
-        weight = base.weight
-        if not only_fetches(base) or (hasattr(weight, "ds_id") and not fetches_whole(self)):
-            return False
-        if torch.compiler.is_compiling() or weight.requires_grad or type(weight) not in (nn.Parameter, Tensor):
-            return False
-        if autocasts(x.device):
-            return x.dtype in _AUTOCASTS and weight.dtype in _AUTOCASTS
-        return weight.dtype == x.dtype
+
+class MoSLoRALinear(FusedLinear, lora.Linear):
+    """`nn.Linear` (or transformers' `Conv1D`) with LoRA and a mixer."""
+
+    dora_variant = DoraMixerVariant

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,11 +29,23 @@ Mask = tuple[float, int]
 """Dropout probability and seed."""
 
 
+class Packed(Protocol):
+    """A base weight that its layer keeps quantised."""
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """``[D_out, D_in]``, made for one product.
+
+        Args:
+            dtype: the compute dtype.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Operands:
     """What one linear layer computes with, adapted or not."""
 
-    weight: Tensor
+    weight: Tensor | Packed
     """``[D_out, D_in]``; gets no gradient."""
     bias: Tensor | None
     """``[D_out]``."""
@@ -48,8 +61,9 @@ class Operands:
     """Probability of dropping an entry of x before A."""
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """W, bias, A, M and B."""
-        return self.weight, self.bias, self.A, self.M, self.B
+        """W (None: packed, see `Rules`), bias, A, M and B."""
+        weight = self.weight if isinstance(self.weight, Tensor) else None
+        return weight, self.bias, self.A, self.M, self.B
 
 
 TENSORS = 5
@@ -64,6 +78,8 @@ class Rules:
     """Of the products ``C``."""
     masks: tuple[Mask | None, ...]
     """Dropout of x before A."""
+    packed: tuple[Packed | None, ...]
+    """The weights that are not tensors."""
 
     @classmethod
     def of(cls, layers: Sequence[Operands]) -> Rules:
@@ -72,6 +88,7 @@ class Rules:
         return cls(
             scalings=tuple(layer.scaling / (1.0 - rate) for layer, rate in zip(layers, rates, strict=True)),
             masks=tuple((rate, draw_seed()) if rate else None for rate in rates),
+            packed=tuple(None if isinstance(layer.weight, Tensor) else layer.weight for layer in layers),
         )
 
 
@@ -79,17 +96,17 @@ class Products:
     """Siblings with their tensors in the compute dtype."""
 
     def __init__(
-        self, weights: Sequence[Tensor], A: Tensor | None, C: Sequence[Tensor | None], masks: Sequence[Mask | None]
+        self, weights: Sequence[Tensor | None], A: Tensor | None, C: Sequence[Tensor | None], rules: Rules
     ) -> None:
         """See `copies` for A and C.
 
         Args:
-            weights: ``[D_out, D_in]`` each.
+            weights: ``[D_out, D_in]`` each; None: packed.
             A: ``[sum of R, D_in]``; None: no layer has an adapter.
             C: ``[D_out, R]`` each; None: no adapter.
-            masks: dropout of x before A.
+            rules: of the same layers.
         """
-        self.weights, self.A, self.C, self.masks = weights, A, C, masks
+        self.weights, self.packed, self.A, self.C, self.masks = weights, rules.packed, A, C, rules.masks
         self.ranks = [0 if c is None else c.shape[1] for c in C]
 
     def outputs(self, x: Tensor, biases: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor | None]:
@@ -101,9 +118,9 @@ class Products:
         """
         z = None if self.A is None else self._inner(x.reshape(-1, x.shape[-1]), self.A)
         results = []
-        for index, (weight, bias, C) in enumerate(zip(self.weights, biases, self.C, strict=True)):
+        for index, (bias, C) in enumerate(zip(biases, self.C, strict=True)):
             # Shaped by F.linear, not by a view at the end: callers may change the result in place.
-            y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            y = F.linear(x, self._weight(index, x.dtype), None if bias is None else bias.to(x.dtype))
             if C is not None and z is not None:
                 y.view(-1, y.shape[-1]).addmm_(self._part(z, index, 1), C.t())
             results.append(y)
@@ -148,10 +165,19 @@ class Products:
 
     def _through_weights(self, x: Tensor, grads: Sequence[Tensor | None], dX: Tensor | None) -> Tensor | None:
         """``dX`` and the base weights' part of it, added up by the products."""
-        for grad, weight in zip(grads, self.weights, strict=True):
+        for index, grad in enumerate(grads):
             if grad is not None:
-                dX = grad @ weight.to(x.dtype) if dX is None else dX.addmm_(grad, weight.to(x.dtype))
+                weight = self._weight(index, x.dtype)
+                dX = grad @ weight if dX is None else dX.addmm_(grad, weight)
+                del weight  # before the next one is made dense
         return dX
+
+    def _weight(self, index: int, dtype: torch.dtype) -> Tensor:
+        weight, packed = self.weights[index], self.packed[index]
+        if weight is not None:
+            return weight.to(dtype)
+        assert packed is not None
+        return packed.dense(dtype)
 
     def _masked_gradients(
         self, x: Tensor, us: dict[int, Tensor], *, needs_x: bool

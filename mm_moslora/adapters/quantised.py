@@ -6,41 +6,23 @@ a word. Here a quantised layer gets a class of ours, or an error.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import nn
 
-from mm_moslora.adapters.layer import MoSLoRALayer
+from mm_moslora.adapters.layer import FusedLinear
+from mm_moslora.adapters.packed import quantisation
 
 if TYPE_CHECKING:
     from mm_moslora.adapters.config import MoSLoRAConfig
 
-Quantisation = Literal["bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao int8", "HQQ"]
 
-# By name: none of the libraries is imported unless a model already uses it.
-_BNB: dict[str, Quantisation] = {"Linear4bit": "bitsandbytes 4-bit", "Linear8bitLt": "bitsandbytes 8-bit"}
-
-
-class MoSLoRATorchaoLinear(MoSLoRALayer, TorchaoLoraLinear):
+class MoSLoRATorchaoLinear(FusedLinear, TorchaoLoraLinear):
     """A linear layer with torchao's int8 weight, LoRA and a mixer.
 
     Merging needs the base model to be loaded by transformers with a `TorchAoConfig`, as in PEFT.
     """
-
-
-def quantisation(base: nn.Module) -> Quantisation | None:
-    """How a linear layer's weight is quantised; None if it is not, or in a way that is not supported."""
-    for kind in type(base).__mro__:
-        if kind.__module__.partition(".")[0] == "bitsandbytes" and kind.__name__ in _BNB:
-            return _BNB[kind.__name__]
-        if kind.__module__.partition(".")[0] == "hqq" and kind.__name__ == "HQQLinear":
-            return "HQQ"
-    if not isinstance(base, nn.Linear):
-        return None
-    weight = type(base.weight)
-    is_int8 = weight.__module__.partition(".")[0] == "torchao" and weight.__name__ == "Int8Tensor"
-    return "torchao int8" if is_int8 else None
 
 
 def create_quantised_layer(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from bitsandbytes import functional
 from peft import LoraConfig
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor
 
-from mm_moslora.adapters.layer import MoSLoRALayer
+from mm_moslora.adapters.layer import FusedLinear, MoSLoRALayer
+from mm_moslora.adapters.packed import learns_through, unpack
 from mm_moslora.adapters.variants import DoraMixerVariant
 from mm_moslora.errors import AdapterError
 
@@ -24,7 +25,7 @@ def _refuse_dora_on_cpu(layer: Any, config: LoraConfig) -> None:
         )
 
 
-class MoSLoRALinear4bit(MoSLoRALayer, Linear4bit):
+class MoSLoRALinear4bit(FusedLinear, Linear4bit):
     """`bitsandbytes.nn.Linear4bit` with LoRA and a mixer (QMoSLoRA)."""
 
     dora_variant = DoraMixerVariant
@@ -34,25 +35,21 @@ class MoSLoRALinear4bit(MoSLoRALayer, Linear4bit):
         _refuse_dora_on_cpu(self, config)
         return super().resolve_lora_variant(config=config, **kwargs)
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base output plus the active adapters, ``[..., D_out]``, in the dtype of x under autocast, too."""
+        if learns_through(self, x):
+            unpack(self.get_base_layer().weight)
+        return super().forward(x, *args, **kwargs).to(x.dtype)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge into the weight, which is quantised anew; see PEFT's layer."""
-        self._unpack()
+        unpack(self.get_base_layer().weight)
         super().merge(safe_merge, adapter_names)
 
     def unmerge(self) -> None:
         """Take the merged adapters out again, within the rounding of the quantisation."""
-        self._unpack()
+        unpack(self.get_base_layer().weight)
         super().unmerge()
-
-    def _unpack(self) -> None:
-        """Undo the layout that bitsandbytes gives the weight at the first evaluation on a CPU.
-
-        PEFT would read it as the usual layout: a merge was off by 28 % of the output's range, without a word.
-        """
-        weight: Any = self.get_base_layer().weight
-        state = weight.quant_state
-        if getattr(state, "packing_format_for_cpu", False):
-            weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
 
 
 class MoSLoRALinear8bit(MoSLoRALayer, Linear8bitLt):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_moslora.adapters.kernel import fused_linears
-from mm_moslora.adapters.layer import MoSLoRALinear
+from mm_moslora.adapters.layer import FusedLinear
 from mm_moslora.adapters.products import Operands
 
 _FAMILIES = (
@@ -48,7 +48,7 @@ def link_siblings(model: nn.Module) -> int:
         if _SECOND_INPUTS & set(inspect.signature(type(parent).forward).parameters):
             continue
         for names in _FAMILIES:
-            layers = [child for name in names if isinstance(child := parent._modules.get(name), MoSLoRALinear)]
+            layers = [child for name in names if isinstance(child := parent._modules.get(name), FusedLinear)]
             if len(layers) > 1 and len({layer.widths[0] for layer in layers}) == 1:
                 family = Siblings(layers)
                 for layer in layers:
@@ -60,7 +60,7 @@ def link_siblings(model: nn.Module) -> int:
 class Siblings:
     """The family of one input."""
 
-    def __init__(self, layers: Sequence[MoSLoRALinear]) -> None:
+    def __init__(self, layers: Sequence[FusedLinear]) -> None:
         """Nothing is computed together before the first layer is called."""
         self.layers = tuple(layers)
         self._together = self._together_before = True
@@ -68,7 +68,7 @@ class Siblings:
         self._version = -1
         self._ready: dict[int, Tensor] = {}
 
-    def output(self, layer: MoSLoRALinear, x: Tensor) -> Tensor | None:
+    def output(self, layer: FusedLinear, x: Tensor) -> Tensor | None:
         """A layer's output for x, or None if it must compute for itself.
 
         Args:
@@ -94,7 +94,7 @@ class Siblings:
         return self._together_before
 
     def _compute(self, x: Tensor) -> Tensor | None:
-        chosen: list[tuple[MoSLoRALinear, Operands]] = []
+        chosen: list[tuple[FusedLinear, Operands]] = []
         for layer in self.layers:
             # Such hooks (ZeRO-3's, for one) give every layer an input tensor of its own.
             hooked = layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from mm_moslora.adapters.functional import combine
 from mm_moslora.adapters.inject import named_adapter_layers
 from mm_moslora.adapters.kernel import Pending, StepProducts
-from mm_moslora.adapters.layer import MoSLoRALinear
+from mm_moslora.adapters.layer import FusedLinear
 from mm_moslora.adapters.products import Operands, chain_rule
 from mm_moslora.errors import AdapterError
 
@@ -37,12 +37,12 @@ class StepWindow:
         for products in self._products.values():
             products.last = True
 
-    def products(self, layers: tuple[MoSLoRALinear, ...]) -> StepProducts:
+    def products(self, layers: tuple[FusedLinear, ...]) -> StepProducts:
         """What a node over these layers shares with those of the other micro-batches."""
         key = tuple(map(id, layers))
         return self._products.setdefault(key, StepProducts(last=self._last))
 
-    def product(self, layer: MoSLoRALinear, operands: Operands, dtype: torch.dtype) -> Tensor:
+    def product(self, layer: FusedLinear, operands: Operands, dtype: torch.dtype) -> Tensor:
         """One layer's ``C = s B M`` for a kernel of somebody else's, ``[D_out, R]``, made once for all micro-batches.
 
         To that kernel it is the B of a plain LoRA without scaling; B and M get their gradients when the step has all.
@@ -130,7 +130,7 @@ def one_product_per_step(model: nn.Module, *, leave_out: str = "") -> Iterator[S
     layers = [
         layer
         for path, layer in named_adapter_layers(model)
-        if isinstance(layer, MoSLoRALinear) and not (leave_out and leave_out in path)
+        if isinstance(layer, FusedLinear) and not (leave_out and leave_out in path)
     ]
     if any(hasattr(parameter, "ds_id") for layer in layers for parameter in layer.parameters()):
         raise AdapterError(

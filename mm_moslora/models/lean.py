@@ -4,7 +4,7 @@ Shapes: ``S`` tokens, ``K`` supervised positions, ``D`` LLM width, ``H`` heads, 
 
 `use_lean_layers` changes the class of the layers, not their weights or names, so that saving, merging, generation and
 gradient checkpointing go on as before. A layer falls back to its own forward pass whenever a call is not plain training
-on a padding-free row: with a cache, without gradients, with trained base weights, quantised weights, several
+on a padding-free row: with a cache, without gradients, with trained base weights, weights in 8 bits, several
 adapters, or weights that ZeRO-3 has taken away (our engine has it fetch them, a layer at a time).
 
 The last layer does one thing more: what follows its attention is computed at the supervised positions alone, since
@@ -24,9 +24,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mm_moslora.adapters.functional import autocasts, current_kernel, use_kernel
-from mm_moslora.adapters.layer import MoSLoRALinear
+from mm_moslora.adapters.layer import FusedLinear
+from mm_moslora.adapters.packed import weight_of
 from mm_moslora.adapters.products import Operands
-from mm_moslora.adapters.sharding import fetches_whole, only_fetches
+from mm_moslora.adapters.sharding import fetches_whole
 from mm_moslora.models.elementwise import EAGER, Elementwise, compiled
 from mm_moslora.models.lean_ops import gated_mlp, normed_linears, rotate, turns
 
@@ -130,20 +131,17 @@ def as_tensors(module: nn.Module, x: Tensor) -> Operands | None:
     """A linear layer as tensors where their product is all that the module would compute.
 
     Args:
-        module: `nn.Linear`, or one of ours around it.
+        module: `nn.Linear`, a quantised one, or one of ours around either.
         x: its input, for dtype and device.
     """
-    if isinstance(module, MoSLoRALinear):
+    if isinstance(module, FusedLinear):
         found = module.fused_operands(x)
         if found is None or module.step_window is None:
             return found
         product = module.step_window.product(module, found, x.dtype)
         return Operands(weight=found.weight, bias=found.bias, A=found.A, M=None, B=product, dropout=found.dropout)
-    plain = type(module) is nn.Linear and "forward" not in module.__dict__ and type(module.weight) is nn.Parameter
-    if not plain or not only_fetches(module):
-        return None
-    weight = cast(nn.Linear, module).weight
-    if weight.requires_grad or weight.dtype != x.dtype:
+    weight = weight_of(module, x)
+    if weight is None:
         return None
     return Operands(weight=weight, bias=cast(nn.Linear, module).bias, A=None, M=None, B=None)
 

@@ -93,7 +93,7 @@ class _Linears:
         self.rules = rules
         weights, self.biases = ([layer[index] for layer in self.layers] for index in range(2))
         A, C = copies(self.layers, rules.scalings, dtype)
-        self.products = Products(weights, A, C, rules.masks)  # type: ignore[arg-type]
+        self.products = Products(weights, A, C, rules)
 
     def outputs(self, y: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """Of y ``[S, D]``, and the adapters' inner products."""

@@ -89,7 +89,7 @@ def skeleton(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16) -> Skeleton
         attach_adapters(Assembly(model=model, tokenizer=cast(Any, None)), config, recipe.adapter)
     if not takes_rows(model):
         set_attention(model, SEGMENTS)
-        if config.lean_layers and config.quantisation == "none":  # quantised layers run in their stock form
+        if config.lean_layers and config.quantisation != "int8":  # whose layers run in their stock form
             use_lean_layers(model)
     return Skeleton(model=model.train(), layers=layers, tokens_per_image=tokens, image=image)
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from mm_moslora import adapters
 from mm_moslora.adapters.load import read_folder
+from mm_moslora.adapters.packed import stop_repacking
 from mm_moslora.config import AdapterConfig, ModelConfig
 from mm_moslora.errors import ConfigError
 from mm_moslora.models.build import Assembly
@@ -36,6 +37,7 @@ def attach_adapters(
     """
     components = adapted_components(assembly.model, config)
     assembly.model.requires_grad_(False)
+    stop_repacking(assembly.model)
     if components:
         with torch.random.fork_rng():
             torch.manual_seed(seed)

@@ -20,7 +20,7 @@ from mm_moslora.adapters import (
     save_adapter,
     use_kernel,
 )
-from mm_moslora.adapters.quantised import quantisation
+from mm_moslora.adapters.packed import quantisation, stop_repacking
 from mm_moslora.errors import AdapterError
 
 KINDS = ["4bit", "8bit", "int8", "hqq"]
@@ -86,7 +86,9 @@ def _layers(model: nn.Module) -> list[MoSLoRALayer]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_mixer_is_there_and_is_used(kind: str) -> None:
-    base = _run(_quantised(kind))
+    bare = _quantised(kind)
+    stop_repacking(bare)
+    base = _run(bare)
     model = add_moslora(_quantised(kind), _config(mixer_pattern={"layers.1": "butterfly"}), targets=["0", "1"])
     assert torch.equal(_run(model), base)
     train_a_bit(model)
@@ -121,9 +123,11 @@ def test_a_folder_goes_to_a_quantised_base_and_back(kind: str, tmp_path: Path) -
     train_a_bit(model)
     save_adapter(model, tmp_path / "a")
     loaded = load_adapter(_quantised(kind), tmp_path / "a")
-    assert torch.equal(_run(loaded), _run(model))
+    torch.testing.assert_close(_run(loaded), _run(model), atol=5e-3, rtol=1e-2)  # bitsandbytes evaluates in bfloat16
+    again = load_adapter(_quantised(kind), tmp_path / "a", trainable=True).eval()
+    assert torch.equal(_run(again), _run(model))
     stock = peft.PeftModel.from_pretrained(_quantised(kind), tmp_path / "a")
-    torch.testing.assert_close(_run(stock), _run(model), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(_run(stock), _run(loaded), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["4bit", "8bit", "hqq"])

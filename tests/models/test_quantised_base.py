@@ -6,15 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as t
 
+from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import Recipe
 from mm_moslora.errors import ModelError
-from mm_moslora.losses import use_loss_head
+from mm_moslora.footprint import kept_bytes
+from mm_moslora.losses import head_loss_sum, use_loss_head
 from mm_moslora.models.attention import set_attention, training_attention
 from mm_moslora.models.build import assemble
 from mm_moslora.models.lean import use_lean_layers
 from mm_moslora.models.trainable import attach_adapters
+from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TorchEngine
 from mm_moslora.training.optim import parameter_groups
 
@@ -49,6 +53,119 @@ def test_adapters_train_on_a_base_in_four_bits(language_folder: Path) -> None:
     losses = [engine.step([batch], 1.0).loss for _ in range(6)]
     assert losses[-1] < losses[0] - 0.1
     assert all(torch.equal(module.weight.data, old) for module, old in zip(packed, before, strict=True))
+
+
+def language(
+    folder: Path, kind: str, *, targets: list[str] | None, dtype: torch.dtype, **options: object
+) -> t.LlamaForCausalLM:
+    bits = {"load_in_8bit": True} if kind == "int8" else {
+        "load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": dtype,
+    }  # fmt: skip
+    how = t.BitsAndBytesConfig(**bits)
+    model = t.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=how)
+    model.requires_grad_(False)
+    torch.manual_seed(0)
+    if targets is not None:
+        config = adapters.MoSLoRAConfig(r=4, lora_alpha=8, **options)
+        adapters.add_moslora(model, config, targets=targets or "all-linear", autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    set_attention(model, training_attention(model))
+    use_loss_head(model)
+    return model.train()
+
+
+def some_text() -> Batch:
+    torch.manual_seed(1)
+    lengths = (40, 7, 90)
+    return Batch.from_examples(
+        [Example(id="", input_ids=torch.randint(1, 90, (n,)), supervised=torch.arange(n) >= n // 2) for n in lengths]
+    )
+
+
+def loss_and_gradients(model: t.PreTrainedModel) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    given = some_text()
+    torch.manual_seed(3)
+    loss = head_loss_sum(model, supervised_hidden(model, given), given.targets)
+    loss.backward()
+    return {"loss": loss.detach()} | {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
+
+
+def kept(model: t.PreTrainedModel) -> int:
+    given = some_text()
+    return kept_bytes(lambda: head_loss_sum(model, supervised_hidden(model, given), given.targets), model)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_lean_layers_over_four_bits_give_the_numbers_of_stock_layers_and_keep_less(
+    language_folder: Path, kind: str, dropout: float, checkpointing: bool
+) -> None:
+    model = language(language_folder, kind, targets=[], dtype=torch.float32, lora_dropout=dropout)
+    model.model.layers[-1].is_last = False
+    with adapters.use_kernel("reference"):
+        stock, before = loss_and_gradients(model), kept(model)
+    assert use_lean_layers(model) == 2
+    assert kept(model) < 0.6 * before
+    model.model.layers[-1].is_last = not dropout  # fewer rows behind the last attention have other masks
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    lean = loss_and_gradients(model)
+    assert lean.keys() == stock.keys()
+    for name, value in stock.items():
+        assert (lean[name] - value).norm() <= 3e-5 * value.norm(), name
+
+
+def test_in_bfloat16_lean_layers_over_four_bits_are_as_near_to_float32_as_stock_layers(language_folder: Path) -> None:
+    """Both compute with the same dequantised weights, those of bfloat16; so does the truth."""
+    model = language(language_folder, "nf4", targets=[], dtype=torch.bfloat16)
+    with adapters.use_kernel("reference"):
+        stock, before = loss_and_gradients(model), kept(model)
+    use_lean_layers(model)
+    lean = loss_and_gradients(model)
+    assert kept(model) < 0.65 * before
+    truth = language(language_folder, "nf4", targets=[], dtype=torch.float32)
+    for mine, other in zip(truth.parameters(), model.parameters(), strict=True):
+        if mine.is_floating_point():
+            mine.data = other.data.float()
+    true = loss_and_gradients(truth)
+    far = {name: [((found[name].float() - value).norm() / value.norm()).item() for found in (lean, stock)]
+           for name, value in true.items()}  # fmt: skip
+    means = [sum(pair[index] for pair in far.values()) / len(far) for index in range(2)]
+    assert means[0] < 1.1 * means[1] < 0.1
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj", "down_proj"], None])
+def test_layers_without_an_adapter_are_lean_over_four_bits_too(
+    language_folder: Path, targets: list[str] | None
+) -> None:
+    """As where the projector alone trains: what reaches the first layer needs a gradient."""
+    model = language(language_folder, "nf4", targets=targets, dtype=torch.float32)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with adapters.use_kernel("reference"):
+        stock, before = loss_and_gradients(model), kept(model)
+    use_lean_layers(model)
+    lean = loss_and_gradients(model)
+    assert kept(model) < (0.75 if targets is None else 0.6) * before
+    assert lean.keys() == stock.keys()
+    for name, value in stock.items():
+        assert (lean[name] - value).norm() <= 3e-5 * value.norm(), name
+
+
+def test_eight_bits_run_in_stock_layers(language_folder: Path) -> None:
+    model = language(language_folder, "int8", targets=[], dtype=torch.float32)
+    stock, before = loss_and_gradients(model), kept(model)
+    use_lean_layers(model)
+    lean = loss_and_gradients(model)
+    model.model.layers[-1].is_last = False
+    assert kept(model) == before
+    assert all(torch.allclose(lean[name], value, atol=1e-6) for name, value in stock.items())
 
 
 def test_quantisation_without_its_library_is_one_clear_error(

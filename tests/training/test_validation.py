@@ -41,6 +41,18 @@ def unruly(moment):
     return {"eval/fake/score": 10.0 - moment.step}
 
 
+def test_measuring_leaves_a_base_in_four_bits_and_its_training_bit_equal(recipe, tmp_path):
+    """On a CPU bitsandbytes repacks what it evaluates, with other scales, and that layout has no gradient."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    recipe = replace(recipe, model=replace(recipe.model, quantisation="nf4"))
+    train(recipe)
+    chosen = watched(recipe, samples=3, sample_tokens=5)
+    run = Path(chosen.train.output)
+    assert not train(chosen, stop_at=3).finished
+    assert train(chosen).finished
+    assert losses(run) == losses(tmp_path / "run")
+
+
 def test_loss_answers_and_tasks_leave_the_training_bit_equal(recipe, tmp_path):
     train(recipe)
     chosen = watched(recipe, samples=3, sample_tokens=5, tasks=["fake"])
