@@ -50,6 +50,8 @@ class Footprint:
     """Kept by the projector, and by a tower that trains."""
     workspace_per_token: float
     workspace_per_image: float
+    made_dense: int
+    """The largest quantised weight in the compute dtype, for the length of its product."""
     is_lean: bool
     """Whether decoder layers keep no more than about 8 of their width and twice the MLP's."""
     counter: FlopCounter
@@ -67,7 +69,8 @@ def footprint(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16) -> Footpri
     trainable = sum(mine for _, mine in parts.values())
     frozen = sum(total for total, _ in parts.values()) - trainable
     size = torch.finfo(dtype).bits // 8
-    packed = bones.quantisable() if recipe.model.quantisation != "none" else 0
+    linears = bones.quantisable() if recipe.model.quantisation != "none" else []
+    packed = sum(linears)
     each = {"none": 0.0, "nf4": NF4_BYTES, "int8": 1.0}[recipe.model.quantisation]
     config: Any = bones.model.config.get_text_config()
     inner = config.intermediate_size
@@ -80,7 +83,7 @@ def footprint(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16) -> Footpri
         kept_elsewhere=config.hidden_size * (2 * size + 4), kept_per_image=image.kept,
         # A gated MLP's backward pass holds four of its inner width and as many of the model's.
         workspace_per_token=4 * (inner + config.hidden_size) * size,
-        workspace_per_image=image.workspace,
+        workspace_per_image=image.workspace, made_dense=max(linears, default=0) * size,
         is_lean=kept <= (10 * config.hidden_size + 2.5 * inner) * size,
         counter=FlopCounter(bones.model, layers=bones.layers, tower_flops=image.flops),
     )  # fmt: skip

@@ -165,7 +165,7 @@ def memory(
         gradients=trained * (4 if zero == "none" else b) / by_gradients,
         optimiser=0 if zero.endswith("_offload") else trained * (8 + masters) / by_states,
         activations=tokens * kept + images * size.kept_per_image,
-        workspace=tokens * size.workspace_per_token + images * size.workspace_per_image,
+        workspace=tokens * size.workspace_per_token + images * size.workspace_per_image + size.made_dense,
         logits=rows * size.vocabulary * (4 + b) + supervised * size.width * b,
         buffers=(0 if zero == "none" else 2 * min(BUCKET, trained) * b) + gathered,
     )

@@ -122,7 +122,7 @@ def _four_bit(base: Any, x: Tensor) -> _FourBit | None:
 def unpack(weight: Any) -> None:
     """Undo the layout that bitsandbytes gives a 4-bit weight at the first evaluation on a CPU.
 
-    Its kernel for that layout has no gradient, so that nothing below the layer would learn, and PEFT reads it as the
+    Its kernel for that layout has no gradient, so that nothing would learn through the layer, and PEFT reads it as the
     usual layout: a merge was off by 28 % of the output's range, without a word. Its scales stay rounded to bfloat16.
 
     Args:

@@ -62,11 +62,11 @@ class Skeleton:
             found[part] = (total + size, trainable + (size if parameter.requires_grad else 0))
         return found
 
-    def quantisable(self) -> int:
-        """Weights of the language model's linear layers but the head, which 4-bit loading packs."""
+    def quantisable(self) -> list[int]:
+        """Sizes of the language model's linear weights but the head's, which loading in 4 or 8 bits packs."""
         linears = [module for module in self.held[-1].modules() if isinstance(module, nn.Linear)]
-        own = [module for module in linears if not module.weight.requires_grad]
-        return self.layers * sum(module.weight.numel() for module in own)
+        own = [module.weight.numel() for module in linears if not module.weight.requires_grad]
+        return self.layers * own
 
 
 def skeleton(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16) -> Skeleton:

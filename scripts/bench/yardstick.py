@@ -220,11 +220,34 @@ def trl(vocabulary: int, dtype: torch.dtype) -> Contender:
     return Contender(model=model, forward=lambda: trainer.compute_loss(wrapped, dict(given), num_items_in_batch=count))
 
 
+def in_four_bits(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Put the language model's linear layers into nf4, doubly quantised, as `model.quantisation: nf4` loads them."""
+    import bitsandbytes as bnb
+
+    language = model.get_submodule(LANGUAGE)
+    for path, module in list(language.named_modules()):
+        if isinstance(module, nn.Linear):
+            packed = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
+            )
+            packed.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", module=packed)
+            parent, _, name = path.rpartition(".")
+            setattr(language.get_submodule(parent), name, packed.to("cpu"))
+
+
 def ours(
-    vocabulary: int, dtype: torch.dtype, *, lean: bool = True, dropout: float = 0.0, compiler: str | None = None
+    vocabulary: int,
+    dtype: torch.dtype,
+    *,
+    lean: bool = True,
+    dropout: float = 0.0,
+    compiler: str | None = None,
+    four_bits: bool = False,
 ) -> Contender:
     """The step that `mm-moslora train` runs; with a backend of torch.compile that of `train.compile`."""
     model = base(vocabulary, dtype)
+    if four_bits:
+        in_four_bits(model, dtype)
     known = factors(model)
     config = adapters.MoSLoRAConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, task_type="CAUSAL_LM")
     adapters.add_moslora(model, config, component=LANGUAGE, autocast_adapter_dtype=False)

@@ -55,15 +55,31 @@ def test_adapters_train_on_a_base_in_four_bits(language_folder: Path) -> None:
     assert all(torch.equal(module.weight.data, old) for module, old in zip(packed, before, strict=True))
 
 
+def in_hqq(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    hqq = pytest.importorskip("hqq.core.quantize")
+    for path, layer in [(path, layer) for path, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]:
+        parent, _, name = path.rpartition(".")
+        how = hqq.BaseQuantizeConfig(nbits=4, group_size=32)
+        packed = hqq.HQQLinear(layer, how, compute_dtype=dtype, device="cpu")
+        setattr(model.get_submodule(parent), name, packed)
+
+
 def language(
     folder: Path, kind: str, *, targets: list[str] | None, dtype: torch.dtype, **options: object
 ) -> t.LlamaForCausalLM:
-    bits = {"load_in_8bit": True} if kind == "int8" else {
-        "load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": dtype,
-    }  # fmt: skip
-    how = t.BitsAndBytesConfig(**bits)
+    bits = {"load_in_8bit": True}
+    if kind in ("nf4", "fp4"):
+        bits = {
+            "load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": dtype,
+        }  # fmt: skip
+    how = t.BitsAndBytesConfig(**bits) if kind in ("nf4", "fp4", "int8") else None
     model = t.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=how)
+    if kind == "torchao":
+        quantization = pytest.importorskip("torchao.quantization")
+        quantization.quantize_(model.model, quantization.Int8WeightOnlyConfig())
+    if kind == "hqq":
+        in_hqq(model.model, dtype)
     model.requires_grad_(False)
     torch.manual_seed(0)
     if targets is not None:
@@ -101,10 +117,11 @@ def kept(model: t.PreTrainedModel) -> int:
     return kept_bytes(lambda: head_loss_sum(model, supervised_hidden(model, given), given.targets), model)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_lean_layers_over_four_bits_give_the_numbers_of_stock_layers_and_keep_less(
+@pytest.mark.parametrize(
+    ("kind", "dropout", "checkpointing"),
+    [("nf4", 0.0, False), ("nf4", 0.3, True), ("fp4", 0.3, False), ("hqq", 0.0, True), ("torchao", 0.0, False)],
+)
+def test_lean_layers_over_packed_weights_give_the_numbers_of_stock_layers_and_keep_less(
     language_folder: Path, kind: str, dropout: float, checkpointing: bool
 ) -> None:
     model = language(language_folder, kind, targets=[], dtype=torch.float32, lora_dropout=dropout)

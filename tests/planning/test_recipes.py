@@ -21,7 +21,7 @@ from mm_moslora.errors import ModelError
 from mm_moslora.footprint import footprint
 from mm_moslora.gpus import parse_gpus
 from mm_moslora.models.skeleton import skeleton
-from mm_moslora.planning import DataSize, known_data, plan
+from mm_moslora.planning import DataSize, known_data, memory, plan
 from mm_moslora.training.engine import largest_adapter
 from mm_moslora.training.optim import lr_factor, parameter_groups
 
@@ -240,6 +240,14 @@ def test_a_quantised_base_takes_a_third_of_the_memory(folders) -> None:
     whole = footprint(recipe)
     packed = footprint(load_recipe_with(recipe, "nf4"))
     assert packed.weight_bytes < 0.4 * whole.weight_bytes
+    assert packed.is_lean
+    assert packed.kept_per_layer == whole.kept_per_layer
+    needed = [
+        memory(size, zero="zero2", world=4, tokens=1000, supervised=100, images=1, checkpointing=True)
+        for size in (whole, packed)
+    ]
+    assert needed[1].workspace - needed[0].workspace == 4096 * 14_336 * 2  # one weight of Llama 3 made dense
+    assert not footprint(load_recipe_with(recipe, "int8")).is_lean
     data = known_data(recipe, whole.tokens_per_image)
     assert data is not None
     assert data.samples == 665_298
