@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -22,8 +23,11 @@ from mm_moslora.models.trainable import attach_adapters
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TorchEngine
 from mm_moslora.training.optim import parameter_groups
 
-SIZES = ((256, 6, 2048), (384, 6, 1536), (512, 8, 1024), (768, 6, 1024))
-"""Width, layers, tokens."""
+SIZES = (
+    (256, 6, 2048, "none"), (384, 6, 1536, "none"), (512, 8, 1024, "none"), (768, 6, 1024, "none"),
+    (768, 6, 1024, "nf4"),
+)  # fmt: skip
+"""Width, layers, tokens, quantisation."""
 
 
 def status(key: str) -> int:
@@ -32,8 +36,9 @@ def status(key: str) -> int:
     return int(text.partition(f"{key}:")[2].split()[0]) * 1024
 
 
-def recipe(folder: Path) -> Recipe:
-    return Recipe.from_dict({"model": {"language": str(folder)}, "adapter": {"rank": 32, "alpha": 64}})
+def recipe(folder: Path, quantisation: str) -> Recipe:
+    model = {"language": str(folder), "quantisation": quantisation}
+    return Recipe.from_dict({"model": model, "adapter": {"rank": 32, "alpha": 64}})
 
 
 def configuration(width: int, layers: int) -> transformers.LlamaConfig:
@@ -43,11 +48,38 @@ def configuration(width: int, layers: int) -> transformers.LlamaConfig:
     )  # fmt: skip
 
 
-def run(folder: Path, tokens: int) -> dict[str, int]:
+def pack(module: torch.nn.Module) -> None:
+    """Put the linear layers of a model on the meta device into nf4, one by one: nothing dense is left behind."""
+    import bitsandbytes as bnb
+
+    for path, linear in list(module.named_modules()):
+        if isinstance(linear, torch.nn.Linear):
+            packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, False, torch.float32, quant_type="nf4")
+            parent, _, name = path.rpartition(".")
+            setattr(module.get_submodule(parent), name, packed.to("cpu"))
+
+
+def built(folder: Path, quantisation: str) -> transformers.PreTrainedModel:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if quantisation == "none":
+        return transformers.AutoModelForCausalLM.from_config(config)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    pack(model.model)
+    for module in model.modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None and tensor.is_meta:
+                made = torch.rand(tensor.shape)
+                own = torch.nn.Parameter(made) if name in module._parameters else made
+                setattr(module, name, own)
+    return model
+
+
+def run(folder: Path, tokens: int, quantisation: str) -> dict[str, int]:
     """Two steps."""
     start = status("VmRSS")
-    given = recipe(folder)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+    given = recipe(folder, quantisation)
+    model = built(folder, quantisation)
     attach_adapters(Assembly(model=model, tokenizer=cast(Any, None)), given.model, given.adapter)
     set_attention(model, SEGMENTS)
     use_lean_layers(model)
@@ -67,18 +99,20 @@ def main() -> None:
     """One child per size, forked when everything is imported."""
     torch.set_num_threads(1)
     assert CHUNK_BYTES
+    importlib.import_module("bitsandbytes")  # so that no child's memory grows by it
     keep_memory()  # as `train` does
     torch.randn(256, 256) @ torch.randn(256, 256)
-    for width, layers, tokens in SIZES:
+    for width, layers, tokens, quantisation in SIZES:
         folder = Path(sys.argv[1]) / str(width)
         configuration(width, layers).save_pretrained(folder)
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
-            os.write(writer, json.dumps(run(folder, tokens)).encode())
+            os.write(writer, json.dumps(run(folder, tokens, quantisation)).encode())
             os._exit(0)
         os.waitpid(child, 0)
-        print(json.dumps({"width": width, "tokens": tokens} | json.loads(os.read(reader, 4096))), flush=True)
+        known = {"width": width, "tokens": tokens, "quantisation": quantisation}
+        print(json.dumps(known | json.loads(os.read(reader, 4096))), flush=True)
 
 
 if __name__ == "__main__":

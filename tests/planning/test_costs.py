@@ -32,14 +32,16 @@ TESTS = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_the_memory_model_is_within_a_tenth_of_the_measured_peak_for_four_sizes(tmp_path: Path) -> None:
+def test_the_memory_model_is_within_a_tenth_of_the_measured_peak_for_four_sizes_and_in_four_bits(
+    tmp_path: Path,
+) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     worker = [sys.executable, str(TESTS / "planning_worker.py"), str(tmp_path)]
     output = subprocess.run(worker, capture_output=True, text=True, check=True, env=environment, timeout=540).stdout
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    assert len(rows) == 4
+    assert len(rows) == 5
     for row in rows:
-        size = footprint(planning_worker.recipe(tmp_path / str(row["width"])), dtype=torch.float32)
+        size = footprint(planning_worker.recipe(tmp_path / str(row["width"]), row["quantisation"]), dtype=torch.float32)
         needed = memory(
             size, zero="none", world=1, tokens=row["tokens"], supervised=row["supervised"], images=0,
             checkpointing=False, logit_chunk=CHUNK_BYTES["cpu"],
