@@ -101,7 +101,7 @@ def _four_bit(base: Any, x: Tensor) -> _FourBit | None:
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     weight = base.weight
-    if type(base).forward is not Linear4bit.forward or type(weight) is not Params4bit or hasattr(weight, "ds_id"):
+    if type(base).forward is not Linear4bit.forward or type(weight) is not Params4bit:
         return None
     state = weight.quant_state
     if weight.requires_grad or state is None or tuple(state.shape) != (base.out_features, base.in_features):

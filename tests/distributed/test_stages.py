@@ -87,6 +87,26 @@ def test_every_adapted_layer_takes_the_fused_kernel_on_every_stage(parts, ranks,
             assert found == pytest.approx(expected, rel=1e-5), key
 
 
+@pytest.mark.parametrize("lean", [True, False])
+def test_a_base_in_four_bits_is_fused_on_every_stage(lean, parts, ranks, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    recipes = {
+        name: make_recipe(parts, tmp_path / name, name, dropout=0.1 if not lean else 0.0) for name in (*STAGES, "none")
+    }
+    model = replace(recipes["none"].model, quantisation="nf4", lean_layers=lean)
+    recipes = {name: replace(item, model=model) for name, item in recipes.items()}
+    together = [write(recipe) for name, recipe in recipes.items() if name != "none"]
+    ranks.run(["trials:train_counting", write(recipes["none"])], ranks=1)
+    ranks.run(["trials:train_counting", *together], ranks=2 if lean else 1)
+    for name in recipes:
+        counts = json.loads((tmp_path / name / "kernel.json").read_text())
+        assert counts["modules"] == 0
+        assert counts["fused"] > 0
+        for key in ("loss", "grad_norm"):
+            found, expected = ([line[key] for line in metrics(tmp_path / run)] for run in (name, "none"))
+            assert found == pytest.approx(expected, rel=1e-5), key
+
+
 def test_offload_gives_the_numbers_of_its_stage(parts, ranks, tmp_path):
     """In an order in which pictures come in some micro-batches only, and in some steps not at all."""
     mixed = parts | {"records": make_records(tmp_path / "records", 24, text_only_every=2)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mm_moslora import distributed
-from mm_moslora.adapters import MoSLoRALinear
+from mm_moslora.adapters.layer import FusedLinear
 from mm_moslora.batch import Batch
 from mm_moslora.errors import ConfigError, TrainingError
 from mm_moslora.models.wrapped import fp32_parameters
@@ -170,6 +170,6 @@ def _fetch_whole_layers(module: nn.Module) -> None:
     from deepspeed.runtime.zero import register_external_parameter
 
     for layer in module.modules():
-        if isinstance(layer, GradientCheckpointingLayer | MoSLoRALinear):
+        if isinstance(layer, GradientCheckpointingLayer | FusedLinear):
             for parameter in layer.parameters():
                 register_external_parameter(layer, parameter)
