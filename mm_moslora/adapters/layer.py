@@ -232,7 +232,9 @@ class FusedLinear(MoSLoRALayer):
             return None
         base = cast(nn.Linear, self.base_layer)
         weight = weight_of(base, x)
-        if weight is None or (hasattr(getattr(base, "weight", None), "ds_id") and not fetches_whole(self)):
+        if weight is None:
+            return None
+        if (not isinstance(weight, Tensor) or hasattr(weight, "ds_id")) and not fetches_whole(self):
             return None
         factors, dropout = self.factors(adapter), self.lora_dropout[adapter]
         return Operands(

@@ -181,6 +181,6 @@ class _Int8:
 def _int8(base: Any, x: Tensor) -> _Int8 | None:
     weight = base.weight
     only_weight = weight.act_quant_kwargs is None and weight.act_pre_scale is None
-    if not only_weight or weight.requires_grad or weight.dtype != x.dtype or autocasts(x.device):
+    if type(base).forward is not nn.Linear.forward or not only_weight or weight.requires_grad or autocasts(x.device):
         return None
-    return _Int8(weight)
+    return _Int8(weight) if x.dtype == weight.dtype else None

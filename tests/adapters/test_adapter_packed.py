@@ -248,8 +248,9 @@ def test_micro_batches_share_products_and_checkpointing_repeats_dropout(told: bo
             assert error(parameter.grad, 3 * one[name]) < 1e-5, name
 
 
-def test_hooks_and_replaced_forwards_of_the_base_still_run() -> None:
-    model, x = adapted(), rows()
+@pytest.mark.parametrize("kind", BASES)
+def test_hooks_and_replaced_forwards_of_the_base_still_run(kind: str) -> None:
+    model, x = adapted(kind), rows()
     seen = []
     handle = model.base_model.model.out.get_base_layer().register_forward_hook(lambda *_: seen.append("hook"))
     model(x)
@@ -259,6 +260,12 @@ def test_hooks_and_replaced_forwards_of_the_base_still_run() -> None:
     base.forward = lambda x: seen.append("forward") or own(x)
     model(x)
     assert seen == ["hook", "forward"]
+    last = model.base_model.model.v_proj
+    kind_of_base = type(last.get_base_layer())
+    changed = {"forward": lambda self, x: seen.append("class") or kind_of_base.forward(self, x)}
+    last.get_base_layer().__class__ = type("Changed", (kind_of_base,), changed)
+    model(x)
+    assert seen[2:] == ["forward", "class"]
 
 
 def test_switching_disabling_and_merging_compute_as_the_modules_do() -> None:

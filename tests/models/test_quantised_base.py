@@ -175,6 +175,21 @@ def test_layers_without_an_adapter_are_lean_over_four_bits_too(
         assert (lean[name] - value).norm() <= 3e-5 * value.norm(), name
 
 
+def test_plain_lora_is_lean_over_four_bits_too(language_folder: Path) -> None:
+    plain = {"mixer_init": "identity", "mixer_trainable": False}
+    model = language(language_folder, "nf4", targets=[], dtype=torch.float32, **plain)
+    assert not [name for name, _ in model.named_parameters() if "lora_mixer" in name]
+    stock, before = loss_and_gradients(model), kept(model)
+    use_lean_layers(model)
+    with adapters.one_product_per_step(model):
+        lean = loss_and_gradients(model)
+    lean |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert kept(model) < 0.6 * before
+    assert lean.keys() == stock.keys()
+    for name, value in stock.items():
+        assert (lean[name] - value).norm() <= 3e-5 * value.norm(), name
+
+
 def test_eight_bits_run_in_stock_layers(language_folder: Path) -> None:
     model = language(language_folder, "int8", targets=[], dtype=torch.float32)
     stock, before = loss_and_gradients(model), kept(model)
