@@ -129,7 +129,7 @@ def test_lean_layers_over_packed_weights_give_the_numbers_of_stock_layers_and_ke
     with adapters.use_kernel("reference"):
         stock, before = loss_and_gradients(model), kept(model)
     assert use_lean_layers(model) == 2
-    assert kept(model) < 0.6 * before
+    assert kept(model) < 0.7 * before
     model.model.layers[-1].is_last = not dropout  # fewer rows behind the last attention have other masks
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -146,7 +146,7 @@ def test_in_bfloat16_lean_layers_over_four_bits_are_as_near_to_float32_as_stock_
         stock, before = loss_and_gradients(model), kept(model)
     use_lean_layers(model)
     lean = loss_and_gradients(model)
-    assert kept(model) < 0.65 * before
+    assert kept(model) < 0.7 * before
     truth = language(language_folder, "nf4", targets=[], dtype=torch.float32)
     for mine, other in zip(truth.parameters(), model.parameters(), strict=True):
         if mine.is_floating_point():
@@ -169,7 +169,7 @@ def test_layers_without_an_adapter_are_lean_over_four_bits_too(
         stock, before = loss_and_gradients(model), kept(model)
     use_lean_layers(model)
     lean = loss_and_gradients(model)
-    assert kept(model) < (0.75 if targets is None else 0.6) * before
+    assert kept(model) < (0.8 if targets is None else 0.7) * before
     assert lean.keys() == stock.keys()
     for name, value in stock.items():
         assert (lean[name] - value).norm() <= 3e-5 * value.norm(), name
@@ -184,7 +184,7 @@ def test_plain_lora_is_lean_over_four_bits_too(language_folder: Path) -> None:
     with adapters.one_product_per_step(model):
         lean = loss_and_gradients(model)
     lean |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert kept(model) < 0.6 * before
+    assert kept(model) < 0.7 * before
     assert lean.keys() == stock.keys()
     for name, value in stock.items():
         assert (lean[name] - value).norm() <= 3e-5 * value.norm(), name
