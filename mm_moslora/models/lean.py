@@ -4,7 +4,7 @@ Shapes: ``S`` tokens, ``K`` supervised positions, ``D`` LLM width, ``H`` heads, 
 
 `use_lean_layers` changes the class of the layers, not their weights or names, so that saving, merging, generation and
 gradient checkpointing go on as before. A layer falls back to its own forward pass whenever a call is not plain training
-on a padding-free row: with a cache, without gradients, with trained base weights, weights in 8 bits, several
+on a padding-free row: with a cache, without gradients, with trained base weights, LLM.int8 weights, several
 adapters, or weights that ZeRO-3 has taken away (our engine has it fetch them, a layer at a time).
 
 The last layer does one thing more: what follows its attention is computed at the supervised positions alone, since
