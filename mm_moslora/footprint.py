@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mm_moslora.config import Recipe
 from mm_moslora.errors import ModelError
+from mm_moslora.models.packed import has_three_part_positions
 from mm_moslora.models.skeleton import Skeleton, skeleton
-from mm_moslora.models.vlm import takes_rows
+from mm_moslora.models.vlm import is_padded
 from mm_moslora.training.flops import FlopCounter
 
 NF4_BYTES = 0.516
@@ -113,11 +114,11 @@ def _kept_by_layer(bones: Skeleton, dtype: torch.dtype) -> int:
     with torch.device("meta"):
         hidden = torch.zeros(1, PROBE, width, dtype=dtype, requires_grad=True)
         positions = torch.zeros(1, PROBE, dtype=torch.long)
-        rope = positions if not takes_rows(bones.model) else positions.expand(3, 1, PROBE)
+        rope = positions.expand(3, 1, PROBE) if has_three_part_positions(bones.model) else positions
         try:
             embeddings = decoder.rotary_emb(hidden, rope)
             arguments: dict[str, Any] = {"position_ids": positions, "position_embeddings": embeddings}
-            if not takes_rows(bones.model):
+            if not is_padded(bones.model):
                 arguments["segment_lengths"] = (PROBE,)
             return kept_bytes(lambda: layer(hidden, attention_mask=None, **arguments), layer)
         except (AttributeError, TypeError) as error:

@@ -133,6 +133,20 @@ def _qwen2_5_vl():
     return t.Qwen2_5_VLForConditionalGeneration(config), processor
 
 
+def _qwen2_vl():
+    tokenizer, ids = _qwen_tokens()
+    processor = t.Qwen2VLProcessor(
+        t.Qwen2VLImageProcessor(size={"shortest_edge": 28 * 28, "longest_edge": 84 * 84}), tokenizer,
+        t.Qwen2VLVideoProcessor(), chat_template=CHATML.replace("IMAGE", QWEN_IMAGE),
+    )  # fmt: skip
+    text = _text(t.Qwen2Config, tokenizer).to_dict()
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+    text.pop("model_type")
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    config = t.Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
+    return t.Qwen2VLForConditionalGeneration(config), processor
+
+
 def _qwen3_vl():
     tokenizer, ids = _qwen_tokens()
     processor = t.Qwen3VLProcessor(
@@ -196,8 +210,9 @@ def _paligemma():
 
 
 FAMILIES = {
-    "llava": _llava, "llava_next": _llava_next, "llava_onevision": _llava_onevision, "qwen2_5_vl": _qwen2_5_vl,
-    "qwen3_vl": _qwen3_vl, "smolvlm": _smolvlm, "internvl": _internvl, "paligemma": _paligemma,
+    "llava": _llava, "llava_next": _llava_next, "llava_onevision": _llava_onevision, "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl, "smolvlm": _smolvlm, "internvl": _internvl,
+    "paligemma": _paligemma,
 }  # fmt: skip
 
 

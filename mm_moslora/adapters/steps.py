@@ -110,7 +110,7 @@ class _Lend(torch.autograd.Function):
 
 
 @contextmanager
-def one_product_per_step(model: nn.Module, *, leave_out: str = "") -> Iterator[StepWindow]:
+def one_product_per_step(model: nn.Module, *, leave_out: tuple[str, ...] = ()) -> Iterator[StepWindow]:
     """Compute ``C = B M`` once for every forward pass in the block, and its chain rule once.
 
     Put it around the micro-batches (forward and backward) of one optimiser step, not around the step itself. In the
@@ -121,7 +121,7 @@ def one_product_per_step(model: nn.Module, *, leave_out: str = "") -> Iterator[S
 
     Args:
         model: PEFT model, or the base model with adapters inside.
-        leave_out: layers with this in their path share nothing.
+        leave_out: layers with one of these in their path share nothing.
 
     Raises:
         AdapterError: the factors are sharded (ZeRO-3).
@@ -130,7 +130,7 @@ def one_product_per_step(model: nn.Module, *, leave_out: str = "") -> Iterator[S
     layers = [
         layer
         for path, layer in named_adapter_layers(model)
-        if isinstance(layer, FusedLinear) and not (leave_out and leave_out in path)
+        if isinstance(layer, FusedLinear) and not any(part in path for part in leave_out)
     ]
     if any(hasattr(parameter, "ds_id") for layer in layers for parameter in layer.parameters()):
         raise AdapterError(

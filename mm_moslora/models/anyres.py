@@ -1,8 +1,8 @@
 """Anyres: the whole picture and tiles of it, padding cut off, a newline embedding behind every row of patches.
 
 The composition is transformers' own `LlavaNextForConditionalGeneration` with the recipe's parts inside, so that what is
-trained is what everybody loads. Visual tokens depend on the picture, so batches are padded rows
-(`mm_moslora.models.rows`). The picture's whole view is squeezed to a square, as in LLaVA-NeXT.
+trained is what everybody loads. Visual tokens depend on the picture, so its own forward pass places them
+(`mm_moslora.models.packed`). The picture's whole view is squeezed to a square, as in LLaVA-NeXT.
 """
 
 from __future__ import annotations

@@ -31,7 +31,10 @@ from mm_moslora.adapters.sharding import fetches_whole
 from mm_moslora.models.elementwise import EAGER, Elementwise, compiled
 from mm_moslora.models.lean_ops import gated_mlp, normed_linears, rotate, turns
 
-KNOWN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+KNOWN = (
+    "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Qwen2VLDecoderLayer",
+    "Qwen2_5_VLDecoderLayer", "Qwen3VLTextDecoderLayer",
+)  # fmt: skip
 """Pre-norm layers with RMS norms, a gated MLP and rotary embedding in halves."""
 TARGET_POSITIONS = "target_positions"
 """Keyword under which the supervised positions travel through the decoder to its last layer."""
@@ -146,11 +149,12 @@ def as_tensors(module: nn.Module, x: Tensor) -> Operands | None:
     return Operands(weight=weight, bias=cast(nn.Linear, module).bias, A=None, M=None, B=None)
 
 
-def use_lean_layers(model: PreTrainedModel) -> int:
+def use_lean_layers(model: PreTrainedModel, *, depth: int | None = None) -> int:
     """Make the decoder layers of a model lean, in place.
 
     Args:
         model: causal language model or VLM, adapters inside or not yet.
+        depth: decoder layers of the whole model, where the one at hand holds only some of them; None: its own.
 
     Returns:
         How many layers changed; 0 where the family is unknown.
@@ -169,8 +173,14 @@ def use_lean_layers(model: PreTrainedModel) -> int:
             changed += 1
     if changed:
         last = layers[len(layers) - 1]
-        last.is_last = isinstance(last, LeanLayer)
+        last.is_last = isinstance(last, LeanLayer) and (depth or len(layers)) > _deepstack_layers(model)
     return changed
+
+
+def _deepstack_layers(model: PreTrainedModel) -> int:
+    """Decoder layers, from the first, to whose outputs a model adds visual features at all visual positions."""
+    tower = getattr(model.config, "vision_config", None)
+    return len(getattr(tower, "deepstack_visual_indexes", ()))
 
 
 @cache

@@ -1,5 +1,5 @@
-"""Padded rows: the forward pass of models that cannot take a padding-free batch (their positions, masks or visual
-features need one sample per row), read at supervised positions only.
+"""Padded rows: one sample per row, as the processors of ready-made models make them. Prompts are read this way, and
+models train this way that are not known to take a packed row (`mm_moslora.models.packed`).
 
 Shapes: ``G`` samples, ``T`` longest sample, ``S`` tokens of the batch, ``K`` supervised positions, ``D`` width.
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from mm_moslora.batch import Batch, Example
@@ -78,30 +79,46 @@ def row_inputs(
         image_inputs: the rest that belongs to the pictures.
         answers: where each sample's first answer begins.
     """
-    device = rows[0].device
-    longest = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = row
-        mask[index, : len(row)] = 1
     known = inspect.signature(type(model.base_model).forward).parameters
-    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if "mm_token_type_ids" in known:
-        arguments["mm_token_type_ids"] = ((ids == model.config.image_token_id) & (mask == 1)).long()
+    arguments = text_inputs(model, rows)
+    ids = arguments["input_ids"]
     if "token_type_ids" in known:
-        starts = torch.tensor(list(answers), device=device)[:, None]
-        arguments["token_type_ids"] = (torch.arange(longest, device=device)[None] >= starts).long()
+        starts = torch.tensor(list(answers), device=ids.device)[:, None]
+        arguments["token_type_ids"] = (torch.arange(ids.shape[1], device=ids.device)[None] >= starts).long()
     if pixel_values is not None:
-        inputs = {"pixel_values": pixel_values, **image_inputs}
-        if "batch_num_images" in inputs:
-            inputs["batch_num_images"] = _runs(inputs["batch_num_images"])
-        if model.config.model_type in _ONE_IMAGE_LIST:
-            inputs = {name: value[None] for name, value in inputs.items()}
-        arguments |= {
-            name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()
-        }
+        arguments |= picture_inputs(model, pixel_values, image_inputs)
     return arguments
+
+
+def text_inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Ids and mask ``[G, T]`` of rows of different lengths, and where the pictures are for models that ask for it.
+
+    Args:
+        model: an image-text-to-text model of transformers.
+        rows: ``G`` samples of ids.
+    """
+    ids = pad_sequence(list(rows), batch_first=True)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "mm_token_type_ids" in inspect.signature(type(model.base_model).forward).parameters:
+        inputs["mm_token_type_ids"] = ((ids == model.config.image_token_id) & (mask == 1)).long()
+    return inputs
+
+
+def picture_inputs(model: PreTrainedModel, pixel_values: Tensor, image_inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """What a model takes of the pictures of all rows, in its dtype.
+
+    Args:
+        model: an image-text-to-text model of transformers.
+        pixel_values: of all pictures in order.
+        image_inputs: the rest that belongs to the pictures.
+    """
+    inputs: dict[str, Any] = {"pixel_values": pixel_values, **image_inputs}
+    if "batch_num_images" in inputs:
+        inputs["batch_num_images"] = _runs(inputs["batch_num_images"])
+    if model.config.model_type in _ONE_IMAGE_LIST:
+        inputs = {name: value[None] for name, value in inputs.items()}
+    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ from mm_moslora.models.lean import use_lean_layers
 from mm_moslora.models.projector import projector_tokens
 from mm_moslora.models.trainable import attach_adapters
 from mm_moslora.models.vision import ImageSpec, sketch_vision
-from mm_moslora.models.vlm import part_of, takes_rows
+from mm_moslora.models.vlm import is_padded, part_of
 
 LAYERS = 2
 HUB_SECONDS = 5
@@ -87,10 +87,10 @@ def skeleton(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16) -> Skeleton
             model, layers, tokens, image = _assembled(recipe)
         cast(nn.Module, model).to(dtype)
         attach_adapters(Assembly(model=model, tokenizer=cast(Any, None)), config, recipe.adapter)
-    if not takes_rows(model):
+    if not is_padded(model):
         set_attention(model, SEGMENTS)
         if config.lean_layers and config.quantisation != "int8":  # whose layers run in their stock form
-            use_lean_layers(model)
+            use_lean_layers(model, depth=layers)
     return Skeleton(model=model.train(), layers=layers, tokens_per_image=tokens, image=image)
 
 

@@ -27,15 +27,15 @@ from transformers.models.llava.modeling_llava import LlavaModel
 
 from mm_moslora.batch import Batch
 from mm_moslora.errors import ModelError
-from mm_moslora.models.attention import segment_arguments
-from mm_moslora.models.lean import TARGET_POSITIONS, drops_positions
+from mm_moslora.models.packed import packed_hidden, packs, row_hidden
 from mm_moslora.models.pictures import PictureMemory, is_frozen, tower_states, unique_states
 from mm_moslora.models.projector import build_projector
 from mm_moslora.models.projector_parts import ProjectorShape
 from mm_moslora.models.rows import rows_hidden
 
 _PROJECTORS = ("multi_modal_projector.", "image_newline", ".connector.", ".merger.", ".deepstack_merger_list.")
-_TOWERS = ("vision_tower.", ".visual.", ".vision_model.", ".vision_embed_tokens.")
+TOWERS = ("vision_tower.", ".visual.", ".vision_model.", ".vision_embed_tokens.")
+"""What the names of a tower's modules and parameters hold."""
 
 
 class VlmConfig(LlavaConfig):
@@ -120,15 +120,23 @@ def is_multimodal(model: PreTrainedModel) -> bool:
 
 
 def takes_rows(model: PreTrainedModel) -> bool:
-    """Whether a batch has to be cut into padded rows: every vision-language model but LLaVA and our own."""
+    """Whether pictures go through a model's own forward pass: every vision-language model but LLaVA and our own.
+
+    Such a model reads prompts as rows of their own (`mm_moslora.models.rows`).
+    """
     return is_multimodal(model) and not isinstance(model, LlavaForConditionalGeneration)
+
+
+def is_padded(model: PreTrainedModel) -> bool:
+    """Whether a batch has to be cut into padded rows, since the model cannot train on a packed one."""
+    return takes_rows(model) and not packs(model)
 
 
 def part_of(name: str) -> str:
     """Which part of a model a parameter belongs to: projector, vision or language."""
     if any(part in name for part in _PROJECTORS):
         return "projector"
-    return "vision" if any(part in name for part in _TOWERS) else "language"
+    return "vision" if any(part in name for part in TOWERS) else "language"
 
 
 def image_features(
@@ -183,18 +191,12 @@ def supervised_hidden(
         ModelError: placeholders and images do not match.
     """
     if takes_rows(model):
-        return rows_hidden(model, batch, dummy=dummy)
-    arguments: dict[str, Any] = {"use_cache": False, "position_ids": batch.position_ids[None]}
-    arguments |= segment_arguments(batch.segment_lengths, batch.input_ids.device)
-    trimmed = drops_positions(model)
-    if trimmed:
-        arguments[TARGET_POSITIONS] = batch.target_positions
+        read = rows_hidden if is_padded(model) else packed_hidden
+        return read(model, batch, dummy=dummy)
+    positions = batch.position_ids[None]
     if is_multimodal(model):
-        arguments["inputs_embeds"] = _embeddings(model, batch, dummy, memory)
-    else:
-        arguments["input_ids"] = batch.input_ids[None]
-    hidden: Tensor = model.base_model(**arguments).last_hidden_state[0]
-    return hidden if trimmed else hidden[batch.target_positions]
+        return row_hidden(model, batch, position_ids=positions, inputs_embeds=_embeddings(model, batch, dummy, memory))
+    return row_hidden(model, batch, position_ids=positions, input_ids=batch.input_ids[None])
 
 
 def _embeddings(model: PreTrainedModel, batch: Batch, dummy: Batch | None, memory: PictureMemory | None) -> Tensor:

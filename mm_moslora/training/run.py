@@ -33,7 +33,7 @@ from mm_moslora.models.lean import use_lean_layers
 from mm_moslora.models.pictures import PictureMemory
 from mm_moslora.models.places import contents_of, seen_from
 from mm_moslora.models.trainable import attach_adapters, component_table
-from mm_moslora.models.vlm import is_multimodal, takes_rows
+from mm_moslora.models.vlm import is_multimodal, is_padded
 from mm_moslora.training.compiling import compile_layers
 from mm_moslora.training.engine import Engine, LossModule, OptimizerSettings, build_engine
 from mm_moslora.training.mixers import mixer_matrices
@@ -140,7 +140,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     validation_set = _data_set(recipe, assembly, validation=True)
     _match_projector_scale(recipe, assembly, training_set)
     model = assembly.model.train()
-    if not takes_rows(model):
+    if not is_padded(model):
         set_attention(model, training_attention(model, recipe.model.attention))
     use_loss_head(model)
     if recipe.model.lean_layers:

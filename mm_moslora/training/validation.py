@@ -30,7 +30,7 @@ from mm_moslora.models.attention import set_attention, training_attention
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.generation import Prompt, encode_images, generate, stop_token_ids
 from mm_moslora.models.rows import stream_row
-from mm_moslora.models.vlm import takes_rows
+from mm_moslora.models.vlm import is_padded, takes_rows
 from mm_moslora.tracking.base import Sample
 from mm_moslora.training import disk
 from mm_moslora.training.run import Run
@@ -185,7 +185,7 @@ def whole_model(run: Run) -> Iterator[None]:
     model = run.assembly.model
     with ExitStack() as stack:
         stack.enter_context(run.engine.gathered())
-        if not takes_rows(model):
+        if not is_padded(model):
             set_attention(model, "sdpa")
             stack.callback(lambda: set_attention(model, training_attention(model, run.recipe.model.attention)))
         yield

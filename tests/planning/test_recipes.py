@@ -136,6 +136,17 @@ def test_the_head_of_a_recipe_and_the_table_say_what_is_planned(name: str, folde
     assert row in TABLE.read_text().splitlines()
 
 
+@pytest.mark.parametrize("name", ["qwen25_vl_7b_moslora", "qwen3_vl_8b_moslora"])
+def test_ready_made_models_are_planned_on_packed_rows_and_lean_layers(name: str, folders) -> None:
+    recipe = shipped(name, folders)
+    lean = footprint(recipe)
+    stock = footprint(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, lean_layers=False)))
+    assert lean.is_lean
+    assert lean.kept_per_layer < 0.5 * stock.kept_per_layer
+    assert lean.counter.drops  # though Qwen3-VL's three deepstack layers reach the end of the two that are at hand
+    assert not stock.counter.drops
+
+
 def text_of(name: str) -> str:
     return RECIPES.joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 

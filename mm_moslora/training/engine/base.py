@@ -19,7 +19,7 @@ from mm_moslora.adapters import one_product_per_step
 from mm_moslora.batch import Batch, Example
 from mm_moslora.losses import head_loss_sum
 from mm_moslora.models.pictures import PictureMemory
-from mm_moslora.models.vlm import supervised_hidden
+from mm_moslora.models.vlm import TOWERS, supervised_hidden
 from mm_moslora.training.engine.manifold import Manifold
 from mm_moslora.training.optim import ParameterGroup
 from mm_moslora.training.state import HostState, Piece, StoredState
@@ -101,7 +101,7 @@ class Engine(ABC):
         total = 0.0
         scale = distributed.world_size() / max(1.0, supervised)
         # Towers sit out micro-batches without pictures; what is shared must be part of the last one.
-        sharing = one_product_per_step(self.module, leave_out="vision_tower") if self.shares_products else nullcontext()
+        sharing = one_product_per_step(self.module, leave_out=TOWERS) if self.shares_products else nullcontext()
         with sharing as window:
             for index, batch in enumerate(micro_batches):
                 last = index == len(micro_batches) - 1
