@@ -22,6 +22,10 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.errors import ModelError
 from mm_moslora.models.branching import Decoder
 
+_SIZES = {"image_sizes", "batch_num_images", "image_grid_thw"}
+"""Image inputs that are read as numbers, from main memory, where nobody has to wait for them."""
+_STAY = {"image_sizes", "batch_num_images"}
+"""Those that models do nothing else with."""
 _ONE_IMAGE_LIST = {"idefics2", "idefics3", "smolvlm"}
 """Models whose pixels are ``[samples, pictures, ...]`` and are read in order: all pictures go into one sample."""
 
@@ -41,21 +45,23 @@ def rows_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = N
     Raises:
         ModelError: placeholders and images do not match.
     """
-    rows = list(batch.input_ids.split(batch.segment_lengths))
-    pixels, inputs = batch.pixel_values, batch.image_inputs
-    if dummy is not None and pixels is None:
-        rows.append(dummy.input_ids)
-        pixels, inputs = dummy.pixel_values, dummy.image_inputs
-    first_answer = _first_supervised(batch) + [len(row) for row in rows[len(batch.segment_lengths) :]]
-    arguments = row_inputs(model, rows, pixels, inputs, answers=first_answer)
+    host, shown = batch.on_host, batch
+    rows = list(host.input_ids.split(batch.segment_lengths))
+    if dummy is not None and batch.pixel_values is None:
+        rows.append(dummy.on_host.input_ids)
+        shown = dummy
+    first_answer = _first_supervised(host) + [len(row) for row in rows[len(batch.segment_lengths) :]]
+    inputs = {name: (shown.on_host if name in _SIZES else shown).image_inputs[name] for name in shown.image_inputs}
+    arguments = row_inputs(model, rows, shown.pixel_values, inputs, answers=first_answer)
+    arguments |= _positions(model, rows, inputs)
     try:
         hidden = model.model(**arguments, use_cache=False).last_hidden_state
     except ValueError as error:
         if "do not match" not in str(error):
             raise
         raise ModelError(f"{error}. Records: {', '.join(batch.ids[:4])}.") from error
-    flat = torch.cat([row[:length] for row, length in zip(hidden, batch.segment_lengths, strict=False)])
-    chosen = flat[batch.target_positions]
+    places = _in_rows(host, hidden.shape[1]).to(hidden.device, non_blocking=True)
+    chosen = hidden.flatten(0, 1)[places]
     if len(rows) > len(batch.segment_lengths):
         chosen = chosen + 0.0 * hidden[-1].sum()
     return chosen
@@ -73,35 +79,67 @@ def row_inputs(
 
     Args:
         model: an image-text-to-text model of transformers.
-        rows: ``G`` samples of ids, different lengths.
+        rows: ``G`` samples of ids in main memory, different lengths.
         pixel_values: of all pictures in order.
-        image_inputs: the rest that belongs to the pictures.
+        image_inputs: the rest that belongs to the pictures, anywhere.
         answers: where each sample's first answer begins.
     """
-    device = rows[0].device
-    longest = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = row
-        mask[index, : len(row)] = 1
+    ids, mask = _padded(rows)
     known = inspect.signature(type(model.base_model).forward).parameters
-    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    whole = {"input_ids": ids, "attention_mask": mask}
     if "mm_token_type_ids" in known:
-        arguments["mm_token_type_ids"] = ((ids == model.config.image_token_id) & (mask == 1)).long()
+        whole["mm_token_type_ids"] = _kinds(model, ids, mask)
     if "token_type_ids" in known:
-        starts = torch.tensor(list(answers), device=device)[:, None]
-        arguments["token_type_ids"] = (torch.arange(longest, device=device)[None] >= starts).long()
+        whole["token_type_ids"] = (torch.arange(ids.shape[1])[None] >= torch.tensor(list(answers))[:, None]).long()
+    device = model.device
+    arguments: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in whole.items()}
     if pixel_values is not None:
         inputs = {"pixel_values": pixel_values, **image_inputs}
         if "batch_num_images" in inputs:
             inputs["batch_num_images"] = _runs(inputs["batch_num_images"])
         if model.config.model_type in _ONE_IMAGE_LIST:
             inputs = {name: value[None] for name, value in inputs.items()}
-        arguments |= {
-            name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()
-        }
+        arguments |= {name: _placed(model, name, value) for name, value in inputs.items()}
     return arguments
+
+
+def _placed(model: PreTrainedModel, name: str, value: Tensor) -> Tensor:
+    """An image input where and as the model takes it."""
+    if name in _STAY:
+        return value
+    return value.to(model.device, model.dtype if value.is_floating_point() else None, non_blocking=True)
+
+
+def _kinds(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """1 for the tokens of pictures, 0 for all others, ``[G, T]``."""
+    return ((ids == model.config.image_token_id) & (mask == 1)).long()
+
+
+def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Ids, padded with zeros on the right, and the mask of those that count, ``[G, T]``."""
+    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
+
+
+def _positions(model: PreTrainedModel, rows: Sequence[Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Qwen-VL's three-part positions, counted in main memory; the model itself reads ids and grids one by one."""
+    count = getattr(model.base_model, "get_rope_index", None)
+    if count is None or "image_grid_thw" not in inputs:
+        return {}
+    ids, mask = _padded(rows)
+    given = {"input_ids": ids, "attention_mask": mask, "image_grid_thw": inputs["image_grid_thw"]}
+    if "mm_token_type_ids" in inspect.signature(count).parameters:
+        given["mm_token_type_ids"] = _kinds(model, ids, mask)
+    return {"position_ids": count(**given)[0].to(model.device, non_blocking=True)}
+
+
+def _in_rows(batch: Batch, width: int) -> Tensor:
+    """Where the supervised positions are in padded rows of this width that lie behind each other, ``[K]``."""
+    ends = torch.tensor(batch.segment_lengths).cumsum(0)
+    row = torch.bucketize(batch.target_positions, ends, right=True)
+    starts = ends - torch.tensor(batch.segment_lengths)
+    return batch.target_positions - starts[row] + row * width
 
 
 @torch.inference_mode()
@@ -115,12 +153,9 @@ def start_row(model: PreTrainedModel, prompt: Example) -> Decoder:
     Raises:
         ModelError: placeholders and images do not match.
     """
-    device = next(model.parameters()).device
-    pixels = None if prompt.pixel_values is None else prompt.pixel_values.to(device)
-    inputs = {name: value.to(device) for name, value in prompt.image_inputs.items()}
-    row = prompt.input_ids.to(device)
     decoder = Decoder(model)
-    decoder.start(row_inputs(model, [row], pixels, inputs, answers=[len(row)]))
+    row = prompt.input_ids
+    decoder.start(row_inputs(model, [row], prompt.pixel_values, prompt.image_inputs, answers=[len(row)]))
     return decoder
 
 
