@@ -10,7 +10,7 @@ same batch cut into padded rows (`mm_moslora.models.rows`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -140,6 +140,8 @@ class Batch:
     """See `Example.image_keys`; ``N`` of them, or none."""
     ids: tuple[str, ...] = field(default=())
     """The examples' ids, for logs."""
+    host: Batch | None = field(default=None, repr=False)
+    """On an accelerator: the batch in main memory that this one is a copy of."""
 
     @classmethod
     def from_examples(cls, examples: Sequence[Example]) -> Batch:
@@ -189,12 +191,26 @@ class Batch:
         """Supervised tokens, ``K``."""
         return int(self.targets.shape[0])
 
+    @property
+    def on_host(self) -> Batch:
+        """The same batch where its values can be read without waiting for an accelerator."""
+        return self.host or self
+
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids", "position_ids", "target_positions", "targets")
-        }
-        pixels = None if self.pixel_values is None else self.pixel_values.to(device, non_blocking=True)
-        inputs = {name: value.to(device, non_blocking=True) for name, value in self.image_inputs.items()}
-        return replace(self, pixel_values=pixels, image_inputs=inputs, **moved)
+        """The same batch on another device; to an accelerator the host does not wait for the copy."""
+        target = torch.device(device)
+        if target.type == "cpu" and self.host is not None:
+            return self.host
+        copied = self._each(lambda tensor: tensor.to(target, non_blocking=target.type != "cpu"))
+        return copied if target.type == "cpu" else replace(copied, host=self.on_host)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in memory that an accelerator copies from while the host goes on; `DataLoader` calls it."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        names = ("input_ids", "position_ids", "target_positions", "targets")
+        pixels = None if self.pixel_values is None else change(self.pixel_values)
+        inputs = {name: change(value) for name, value in self.image_inputs.items()}
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return replace(self, pixel_values=pixels, image_inputs=inputs, **changed)

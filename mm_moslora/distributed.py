@@ -60,20 +60,39 @@ def join(*, timeout_minutes: float = 30.0) -> None:
     """
     if dist.is_initialized():
         return
-    backend = "nccl" if device().type == "cuda" else "gloo"
+    backend, more = "gloo", {}
     if device().type == "cuda":
-        torch.cuda.set_device(device())
+        backend, more = "nccl", _on_own_gpu()
     _record_flight()
-    # Alone there is nobody to meet, so no port is opened and no child inherits an address.
-    alone = {"store": cast(Any, dist).HashStore(), "rank": 0, "world_size": 1} if world_size() == 1 else {}
+    if world_size() == 1:  # nobody to meet, so no port is opened and no child inherits an address
+        more |= {"store": cast(Any, dist).HashStore(), "rank": 0, "world_size": 1}
     try:
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **alone)
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **more)
     except (RuntimeError, ValueError) as error:
         raise DistributedError(
             f"Rank {rank()} of {world_size()} could not join the others at {os.environ.get('MASTER_ADDR')}:"
             f"{os.environ.get('MASTER_PORT')} ({error}). Check that every rank was started and the port is free."
         ) from error
     atexit.register(_leave)
+
+
+def _on_own_gpu() -> dict[str, Any]:
+    """Make this rank's GPU the current one; what `init_process_group` is to know of it.
+
+    Raises:
+        DistributedError: there are more ranks than GPUs on this machine.
+    """
+    count = torch.cuda.device_count()
+    # One GPU may be a launcher's choice for this rank alone (CUDA_VISIBLE_DEVICES of its own).
+    if 1 < count <= local_rank():
+        raise DistributedError(
+            f"This is rank {local_rank()} of its machine, counted from 0, and there are {count} GPUs; NCCL takes one "
+            f"rank per GPU. Start {count} processes here, or name more GPUs in CUDA_VISIBLE_DEVICES."
+        )
+    torch.cuda.set_device(device())
+    # Without it, a barrier guesses the GPU from the global rank. Releases before 2.7.1 may hang with it
+    # (https://github.com/pytorch/pytorch/issues/153960); there the guess counts.
+    return {"device_id": device()} if Version(torch.__version__) >= Version("2.7.1") else {}
 
 
 def _record_flight() -> None:

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from mm_moslora.adapters.layer import MoSLoRALinear
 from mm_moslora.adapters.layer_types import MoSLoRAConv2d, MoSLoRAEmbedding, MoSLoRAMultiheadAttention
 from mm_moslora.adapters.packed import quantisation
+from mm_moslora.adapters.products import is_plain
 from mm_moslora.adapters.quantised import create_quantised_layer
 from mm_moslora.errors import AdapterError
 
@@ -81,7 +82,7 @@ def why_not_adaptable(base: nn.Module) -> str | None:
             "MultiheadAttention of torch.nn, or transformers' Conv1D. Choose other targets."
         )
     weight = base.weight
-    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in _FLOATS:
+    if not is_plain(weight) or weight.dtype not in _FLOATS:
         return (
             f"its weight is quantised or sharded ({type(weight).__name__}, {weight.dtype}), and stock PEFT would put "
             "plain LoRA there without a word. Load the base in float32, bfloat16 or float16, in 4 or 8 bits of "

@@ -201,6 +201,8 @@ class _Backward:
     def _add_to_pending(self, shared: StepProducts, index: int, dC: Tensor | None) -> Tensor | None:
         """Keep ``dC`` for later; in the last micro-batch give back the sum of all."""
         waiting = shared.pending.get(index)
+        if waiting is None and self.plan.last:
+            return dC
         if dC is not None and waiting is not None and waiting.gradient is not None:
             waiting.gradient.add_(dC)
         elif dC is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_moslora.adapters.functional import autocasts
-from mm_moslora.adapters.products import Packed
+from mm_moslora.adapters.products import Packed, is_plain
 from mm_moslora.adapters.sharding import only_fetches
 
 Quantisation = Literal["bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao int8", "HQQ"]
@@ -52,7 +52,7 @@ def weight_of(base: nn.Module, x: Tensor) -> Tensor | Packed | None:
     if "forward" in base.__dict__ or torch.compiler.is_compiling() or not only_fetches(base):
         return None
     weight = base.weight if type(base).forward is nn.Linear.forward else None
-    if type(weight) not in (nn.Parameter, Tensor):
+    if not is_plain(weight):
         return _packed_weight(base, x)
     assert isinstance(weight, Tensor)
     if weight.requires_grad:

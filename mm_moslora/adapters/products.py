@@ -19,14 +19,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mm_moslora.adapters.dropout import draw_seed, exact_rate, keep, keep_, kept_bits
-from mm_moslora.adapters.functional import combine
+from mm_moslora.adapters.functional import combine, multiplies_at_once, scaled_product
 
 Mask = tuple[float, int]
 """Dropout probability and seed."""
+PLAIN_TYPES: tuple[type, ...] = (Tensor, nn.Parameter)
+"""Of weights that are the numbers they show; other types (quantised ones, say) compute in ways of their own."""
 
 
 class Packed(Protocol):
@@ -247,12 +249,19 @@ def chain_rule(dC: Tensor, M: Tensor | None, B: Tensor, scaling: float) -> tuple
     Returns:
         ``dM`` (None without a mixer) and ``dB``, each in its factor's dtype.
     """
+    if M is not None and M.dtype == B.dtype and multiplies_at_once(B, dC, B.dtype):
+        return scaled_product(B.t(), dC, scaling), scaled_product(dC, M.t(), scaling)
     wide = torch.promote_types(torch.promote_types(B.dtype, dC.dtype), torch.float32)
     dC = dC.to(wide)
     if M is None:
         return None, (dC * scaling).to(B.dtype)
     dM, dB = B.to(wide).t() @ dC, dC @ M.to(wide).t()
     return dM.mul_(scaling).to(M.dtype), dB.mul_(scaling).to(B.dtype)
+
+
+def is_plain(weight: object) -> bool:
+    """Whether a product with a weight is the product of its numbers."""
+    return type(weight) in PLAIN_TYPES
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

@@ -101,10 +101,11 @@ class _Lend(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dC: Tensor) -> tuple[Tensor | None, ...]:
         pending: Pending = ctx.lent.pending
-        pending.gradient = dC.float() if pending.gradient is None else pending.gradient.add_(dC)
+        alone = ctx.last and pending.gradient is None
+        whole = dC if alone else dC.float() if pending.gradient is None else pending.gradient.add_(dC)
+        pending.gradient = None if ctx.last else whole
         if not ctx.last:
             return None, None, None, None
-        whole, pending.gradient = pending.gradient, None
         dM, dB = chain_rule(whole, pending.M, pending.B, pending.scaling)
         return None, None, dM if ctx.needs_input_grad[2] else None, dB if ctx.needs_input_grad[3] else None
 

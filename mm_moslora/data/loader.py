@@ -75,6 +75,7 @@ class BatchLoader:
         micro_batch: examples, or packed rows, per micro-batch and rank.
         seed: of the order.
         start_step: optimiser steps already done; the only state there is.
+        pin: put batches into memory that an accelerator copies from while the host goes on.
 
     Raises:
         DataError: while iterating, when more records than `max_bad_share` are bad, or any with `on_bad` error.
@@ -91,8 +92,9 @@ class BatchLoader:
         micro_batch: int,
         seed: int = 0,
         start_step: int = 0,
+        pin: bool = False,
     ) -> None:
-        self.data, self.rank, self.world_size, self.config = data, rank, world_size, config
+        self.data, self.rank, self.world_size, self.config, self.pin = data, rank, world_size, config, pin
         self.global_batch, self.micro_batch, self.seed, self.start_step = global_batch, micro_batch, seed, start_step
         self.steps_per_epoch = len(self.plan(0))
         """Optimiser steps per epoch; with packing those of the first one, from which others differ by a few."""
@@ -187,6 +189,7 @@ class BatchLoader:
         loader = DataLoader(
             _Preparation(self.data), batch_size=None, sampler=_Endless(numbers), num_workers=self.config.workers,
             collate_fn=_as_it_is, prefetch_factor=AHEAD, multiprocessing_context=context, generator=torch.Generator(),
+            pin_memory=self.pin,
         )  # fmt: skip
         return iter(loader)
 
@@ -194,7 +197,8 @@ class BatchLoader:
         preparation = _Preparation(self.data)
         try:
             for micro_batches in self._dealt():
-                self._queue.put([self._received(preparation[numbers]) for numbers in micro_batches])
+                batches = [self._received(preparation[numbers]) for numbers in micro_batches]
+                self._queue.put([batch.pin_memory() for batch in batches] if self.pin else batches)
                 if self._stop.is_set():
                     return
         except Exception as error:  # handed to the training loop, which raises it

@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -238,19 +239,20 @@ AttentionMaskInterface.register(SEGMENTS, _no_mask)
 AttentionInterface.register(PICTURES, picture_attention)
 
 
-def training_attention(model: PreTrainedModel, requested: str = "auto") -> str:
+def training_attention(model: PreTrainedModel, requested: str = "auto", *, device: torch.device | None = None) -> str:
     """Name of the attention to train with on padding-free batches.
 
     Args:
         model: the causal language model or VLM.
         requested: `auto`, or a transformers attention name that is then used as it is (sdpa builds a dense mask).
+        device: where the model is going to run; None: where it is.
     """
     if requested != "auto":
         return requested
-    device = next(model.parameters()).device
-    if device.type == "cuda" and is_flash_attn_2_available():
-        return "flash_attention_2"
+    half_on_gpu = (device or model.device).type == "cuda" and model.dtype.itemsize == 2
     decoder = model.get_decoder()
+    if half_on_gpu and is_flash_attn_2_available() and getattr(decoder, "_supports_flash_attn", False):
+        return "flash_attention_2"
     return SEGMENTS if getattr(decoder, "_supports_attention_backend", False) else "sdpa"
 
 
@@ -278,4 +280,5 @@ def segment_arguments(segment_lengths: tuple[int, ...], device: torch.device) ->
 
 
 def _ends(segment_lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor((0, *segment_lengths), dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    # Added up on the host and copied without waiting: made on the device, it would wait for all that runs there.
+    return torch.tensor([0, *accumulate(segment_lengths)], dtype=torch.int32).to(device, non_blocking=True)

@@ -50,7 +50,7 @@ class Level:
         chosen = [self.group_of[row] for row in rows]
         used = sorted(set(chosen))
         if len(used) < len(self.valid):
-            kept = torch.tensor(used, device=self.valid.device)
+            kept = torch.tensor(used).to(self.valid.device, non_blocking=True)
             self.keys, self.values = [k[kept] for k in self.keys], [v[kept] for v in self.values]
             self.valid = self.valid[kept]
         number = {old: new for new, old in enumerate(used)}
@@ -64,10 +64,11 @@ class Level:
             members[group].append(row)
         widest = max(len(rows) for rows in members)
         device = self.valid.device
-        self._rows = torch.tensor([rows + [0] * (widest - len(rows)) for rows in members], device=device)
+        self._rows = torch.tensor([rows + [0] * (widest - len(rows)) for rows in members]).to(device, non_blocking=True)
         places = {row: group * widest + i for group, rows in enumerate(members) for i, row in enumerate(rows)}
         self._padded = not bool(self.valid.all())
-        self._places = torch.tensor([places[row] for row in range(len(self.group_of))], device=device)
+        places_of_rows = torch.tensor([places[row] for row in range(len(self.group_of))])
+        self._places = places_of_rows.to(device, non_blocking=True)
 
     def scores(self, query: Tensor, layer: int) -> Tensor:
         """Attention scores ``[B, H, t, L]`` of scaled queries ``[B, H, t, E]``."""
@@ -182,6 +183,12 @@ class _RoomyLayer(DynamicLayer):
         super().__init__()
         self._buffers: list[Tensor] = []
 
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take over dtype and device; the inherited way has the host wait for a copy to the device, layer by layer."""
+        self.device = key_states.device
+        self.keys, self.values = key_states.new_empty(0), value_states.new_empty(0)
+        self.is_initialized = True
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append; returns all keys and values so far."""
         if not self.is_initialized:
@@ -266,7 +273,7 @@ class Decoder:
         finally:
             hook.remove()
         self._valid = torch.ones_like(arguments["input_ids"])
-        last = positions[0].amax() + 1 if positions else torch.tensor(self._valid.shape[1])
+        last = positions[0].amax() + 1 if positions else self._valid.sum()
         self._length = last.to(self._valid.device).view(1, 1)
         self.logits = output.logits[:, -1].float()
 
@@ -331,7 +338,7 @@ class Decoder:
     def select(self, rows: Sequence[int]) -> None:
         """Keep, drop or repeat rows, with copies of what is theirs alone."""
         assert self._valid is not None
-        indices = torch.tensor(rows, device=self._valid.device)
+        indices = torch.tensor(rows).to(self._valid.device, non_blocking=True)
         for level in self._levels:
             level.select(rows)
         self._cache.batch_select_indices(indices)
@@ -365,7 +372,7 @@ class Decoder:
         self.logits = torch.cat([self.logits, other.logits])
 
     def _keep_rows(self, rows: Sequence[int]) -> None:
-        indices = torch.tensor(rows, device=self.logits.device)
+        indices = torch.tensor(rows).to(self.logits.device, non_blocking=True)
         self.logits = self.logits[indices] if len(self.logits) else self.logits
         if isinstance(self._length, Tensor):
             self._length = self._length[indices.to(self._length.device)]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from mm_moslora.errors import ModelError
@@ -51,19 +52,19 @@ def embed_prompt(model: PreTrainedModel, prompt: Prompt) -> Tensor:
         ModelError: the prompt has more or fewer placeholders than visual tokens.
     """
     table: Any = model.get_input_embeddings()
-    ids = prompt.input_ids.to(table.weight.device)
-    row = table(ids)
+    ids = prompt.input_ids
+    row = table(ids.to(table.weight.device, non_blocking=True))
     if not is_multimodal(model):
         return row
     places = ids == model.config.image_token_id
-    given = 0 if prompt.features is None else prompt.features.shape[0]
-    if int(places.sum()) != given:
+    found, given = int(places.sum()), 0 if prompt.features is None else prompt.features.shape[0]
+    if found != given:
         raise ModelError(
-            f"A prompt holds {int(places.sum())} image placeholders, but its images give {given} visual tokens. "
+            f"A prompt holds {found} image placeholders, but its images give {given} visual tokens. "
             "Pass as many images as the conversation mentions."
         )
     if prompt.features is not None:
-        row = row.masked_scatter(places[:, None], prompt.features.to(row.dtype))
+        row = row.masked_scatter(places[:, None].to(row.device, non_blocking=True), prompt.features.to(row.dtype))
     return row
 
 
@@ -156,27 +157,29 @@ def score_options(
     state = _read(model, prompts)
     first = state.logits.log_softmax(dim=-1)
     flat = [(row, option) for row, offered in enumerate(options) for option in offered]
-    longest = max((len(option) for _, option in flat), default=0)
-    rest: Tensor | None = None
-    if longest > 1:
-        state.branch([row for row, _ in flat])
-        ids = torch.zeros(len(flat), longest - 1, dtype=torch.long, device=first.device)
-        valid = torch.zeros_like(ids)
-        for index, (_, option) in enumerate(flat):
-            ids[index, : len(option) - 1] = torch.tensor(option[:-1])
-            valid[index, : len(option) - 1] = 1
-        embeddings = model.get_input_embeddings()(ids)
-        rest = state.extend(embeddings, valid, keep=0).log_softmax(dim=-1)
     scores: list[list[ContinuationScore]] = [[] for _ in prompts]
+    if not flat:
+        return scores
+    rows, lengths = [row for row, _ in flat], [len(option) for _, option in flat]
+    tokens = pad_sequence([torch.tensor(option) for _, option in flat], batch_first=True).to(
+        first.device, non_blocking=True
+    )
+    steps = first[torch.tensor(rows).to(first.device, non_blocking=True)][:, None]
+    found = [(steps.gather(2, tokens[:, :1, None]), steps.argmax(-1))]
+    if max(lengths) > 1:
+        state.branch(rows)
+        valid = torch.arange(max(lengths) - 1)[None] < torch.tensor(lengths)[:, None] - 1
+        embeddings = model.get_input_embeddings()(tokens[:, :-1])
+        steps = state.extend(embeddings, valid.long().to(first.device, non_blocking=True), keep=0).log_softmax(dim=-1)
+        found.append((steps.gather(2, tokens[:, 1:, None]), steps.argmax(-1)))
+    logprobs = torch.cat([picked[..., 0] for picked, _ in found], dim=1).tolist()
+    best = torch.cat([tops for _, tops in found], dim=1).tolist()
     for index, (row, option) in enumerate(flat):
-        steps = [first[row], *(() if rest is None else rest[index, : len(option) - 1])]
-        scores[row].append(
-            ContinuationScore(
-                logprob=sum(float(step[token]) for step, token in zip(steps, option, strict=True)),
-                tokens=len(option),
-                greedy=all(int(step.argmax()) == token for step, token in zip(steps, option, strict=True)),
-            )
-        )
+        score = ContinuationScore(
+            logprob=sum(logprobs[index][: len(option)]), tokens=len(option),
+            greedy=best[index][: len(option)] == list(option),
+        )  # fmt: skip
+        scores[row].append(score)
     return scores
 
 

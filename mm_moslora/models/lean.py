@@ -60,7 +60,7 @@ class LeanLayer(nn.Module):
             output: Tensor = stock(hidden_states, *args, **kwargs)
             return output[:, positions] if self.is_last and positions is not None else output
         q, k, v, gate, up, down = linears
-        x = hidden_states[0]
+        x = hidden_states.squeeze(0)  # not [0], whose gradient is a copy into zeros
         norm = layer.input_layernorm
         projected = normed_linears(x, norm.weight, norm.variance_epsilon, (q, k, v), self.passes)
         attended = _attention(layer.self_attn, projected, kwargs, self.passes)

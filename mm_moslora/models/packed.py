@@ -20,7 +20,7 @@ from mm_moslora.batch import Batch
 from mm_moslora.errors import ModelError
 from mm_moslora.models.attention import segment_arguments
 from mm_moslora.models.lean import TARGET_POSITIONS, drops_positions
-from mm_moslora.models.rows import picture_inputs, text_inputs
+from mm_moslora.models.rows import picture_inputs, readable, text_inputs
 
 PACKED = frozenset({"internvl", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm"})
 """Ready-made models that are tested on packed rows; PaliGemma and Gemma 3 let a prefix see what follows it."""
@@ -84,7 +84,7 @@ def packed_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None =
 
 def _with_stand_in(batch: Batch, dummy: Batch) -> Batch:
     """The batch with a conversation behind it, whose last position is read, too."""
-    end = torch.tensor([batch.tokens + dummy.tokens - 1], device=batch.input_ids.device)
+    end = torch.tensor([batch.tokens + dummy.tokens - 1]).to(batch.input_ids.device, non_blocking=True)
     return replace(
         batch,
         input_ids=torch.cat((batch.input_ids, dummy.input_ids)),
@@ -93,6 +93,7 @@ def _with_stand_in(batch: Batch, dummy: Batch) -> Batch:
         target_positions=torch.cat((batch.target_positions, end)),
         pixel_values=dummy.pixel_values,
         image_inputs=dummy.image_inputs,
+        host=None if batch.host is None else _with_stand_in(batch.host, dummy.on_host),
     )
 
 
@@ -102,14 +103,16 @@ def _positions(model: PreTrainedModel, batch: Batch) -> Tensor:
     if not has_three_part_positions(model):
         return plain
     inner: Any = model.base_model
-    inputs = text_inputs(model, batch.input_ids.cpu().split(batch.segment_lengths))  # it loops in Python
-    grids = batch.image_inputs.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.long)).cpu()
+    host = batch.on_host  # the model reads ids and grids one by one
+    inputs = text_inputs(model, host.input_ids.split(batch.segment_lengths))
+    grids = host.image_inputs.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.long))
     found = int(inputs["mm_token_type_ids"].sum())
     expected = int(grids.prod(dim=1).sum()) // inner.visual.spatial_merge_size**2
     if found != expected:
         raise ValueError(f"Image features and image tokens do not match, tokens: {found}, features: {expected}")
     parts, _ = inner.get_rope_index(**inputs, image_grid_thw=grids)  # [3, G, T]
-    return torch.cat((plain[None], parts[:, inputs["attention_mask"].bool()][:, None].to(plain.device)))
+    flat = parts[:, inputs["attention_mask"].bool()][:, None]
+    return torch.cat((plain[None], flat.to(plain.device, non_blocking=True)))
 
 
 def _pictures(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def _pictures(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     """
     if batch.pixel_values is None:
         return {}
-    given = picture_inputs(model, batch.pixel_values, batch.image_inputs)
+    given = picture_inputs(model, batch.pixel_values, readable(batch))
     if not has_three_part_positions(model):
         return given
     inner: Any = model.base_model

@@ -54,11 +54,11 @@ class PictureMemory:
             return self._keep(keys, frozen_states(tower, layer, pixels))
 
         def encode(numbers: Sequence[int]) -> Sequence[Tensor]:
-            return list(frozen_states(tower, layer, pixels[list(numbers)])) if numbers else []
+            return list(frozen_states(tower, layer, _chosen(pixels, numbers))) if numbers else []
 
         found = self.store.fetch(keys, asked, encode) if self.store else encode(asked)
         rows = self._kept | {keys[number]: row for number, row in zip(asked, found, strict=True)}
-        return self._keep(keys, torch.stack([rows[key].to(pixels.device) for key in keys]))
+        return self._keep(keys, torch.stack([rows[key].to(pixels.device, non_blocking=True) for key in keys]))
 
     def _states_in_lockstep(self, tower: PreTrainedModel, layer: Layers, pixels: Tensor, keys: Sequence[str]) -> Tensor:
         """ZeRO-3 gathers the tower's weights while it runs, so either all ranks run it or none does."""
@@ -69,10 +69,10 @@ class PictureMemory:
             (on_all_ranks,) = distributed.sum_over_ranks([float(len(numbers))])
             if not on_all_ranks:
                 return []
-            return list(frozen_states(tower, layer, pixels[list(numbers) or [0]]))[: len(numbers)]
+            return list(frozen_states(tower, layer, _chosen(pixels, list(numbers) or [0])))[: len(numbers)]
 
         found = self.store.fetch(keys, range(len(keys)), encode)
-        return torch.stack([row.to(pixels.device) for row in found])
+        return torch.stack([row.to(pixels.device, non_blocking=True) for row in found])
 
     def _keep(self, keys: Sequence[str], states: Tensor) -> Tensor:
         for key, row in zip(keys, states, strict=True):
@@ -139,7 +139,12 @@ def unique_states(
         keys = [picture_key(picture) for picture in pixels]
     unique = list(dict.fromkeys(keys))
     repeats = len(unique) < len(keys)
-    chosen = pixels[[keys.index(key) for key in unique]] if repeats else pixels
+    chosen = _chosen(pixels, [keys.index(key) for key in unique]) if repeats else pixels
     known = PictureMemory() if memory is None else memory
     states = known.states(tower, layer, chosen, unique)
-    return states[[unique.index(key) for key in keys]] if repeats else states
+    return _chosen(states, [unique.index(key) for key in keys]) if repeats else states
+
+
+def _chosen(rows: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Some rows; a list as an index would have the host wait until an accelerator has copied it."""
+    return rows[torch.tensor(numbers).to(rows.device, non_blocking=True)]

@@ -23,6 +23,10 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.errors import ModelError
 from mm_moslora.models.branching import Decoder
 
+_SIZES = {"image_sizes", "batch_num_images", "image_grid_thw"}
+"""Image inputs that are read as numbers, from main memory, where nobody has to wait for them."""
+_STAY = {"image_sizes", "batch_num_images"}
+"""Those that models do nothing else with."""
 _ONE_IMAGE_LIST = {"idefics2", "idefics3", "smolvlm"}
 """Models whose pixels are ``[samples, pictures, ...]`` and are read in order: all pictures go into one sample."""
 
@@ -42,21 +46,21 @@ def rows_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = N
     Raises:
         ModelError: placeholders and images do not match.
     """
-    rows = list(batch.input_ids.split(batch.segment_lengths))
-    pixels, inputs = batch.pixel_values, batch.image_inputs
-    if dummy is not None and pixels is None:
-        rows.append(dummy.input_ids)
-        pixels, inputs = dummy.pixel_values, dummy.image_inputs
-    first_answer = _first_supervised(batch) + [len(row) for row in rows[len(batch.segment_lengths) :]]
-    arguments = row_inputs(model, rows, pixels, inputs, answers=first_answer)
+    host, shown = batch.on_host, batch
+    rows = list(host.input_ids.split(batch.segment_lengths))
+    if dummy is not None and batch.pixel_values is None:
+        rows.append(dummy.on_host.input_ids)
+        shown = dummy
+    first_answer = _first_supervised(host) + [len(row) for row in rows[len(batch.segment_lengths) :]]
+    arguments = row_inputs(model, rows, shown.pixel_values, readable(shown), answers=first_answer)
     try:
         hidden = model.model(**arguments, use_cache=False).last_hidden_state
     except ValueError as error:
         if "do not match" not in str(error):
             raise
         raise ModelError(f"{error}. Records: {', '.join(batch.ids[:4])}.") from error
-    flat = torch.cat([row[:length] for row, length in zip(hidden, batch.segment_lengths, strict=False)])
-    chosen = flat[batch.target_positions]
+    places = _in_rows(host, hidden.shape[1]).to(hidden.device, non_blocking=True)
+    chosen = hidden.flatten(0, 1)[places]
     if len(rows) > len(batch.segment_lengths):
         chosen = chosen + 0.0 * hidden[-1].sum()
     return chosen
@@ -74,28 +78,28 @@ def row_inputs(
 
     Args:
         model: an image-text-to-text model of transformers.
-        rows: ``G`` samples of ids, different lengths.
+        rows: ``G`` samples of ids in main memory, different lengths.
         pixel_values: of all pictures in order.
-        image_inputs: the rest that belongs to the pictures.
+        image_inputs: the rest that belongs to the pictures, anywhere.
         answers: where each sample's first answer begins.
     """
     known = inspect.signature(type(model.base_model).forward).parameters
-    arguments = text_inputs(model, rows)
-    ids = arguments["input_ids"]
+    whole = text_inputs(model, rows)
     if "token_type_ids" in known:
-        starts = torch.tensor(list(answers), device=ids.device)[:, None]
-        arguments["token_type_ids"] = (torch.arange(ids.shape[1], device=ids.device)[None] >= starts).long()
+        starts = torch.tensor(list(answers))[:, None]
+        whole["token_type_ids"] = (torch.arange(whole["input_ids"].shape[1])[None] >= starts).long()
+    arguments: dict[str, Any] = {name: value.to(model.device, non_blocking=True) for name, value in whole.items()}
     if pixel_values is not None:
         arguments |= picture_inputs(model, pixel_values, image_inputs)
     return arguments
 
 
 def text_inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Ids and mask ``[G, T]`` of rows of different lengths, and where the pictures are for models that ask for it.
+    """Ids and mask ``[G, T]`` in main memory, and where the pictures are for models that ask for it.
 
     Args:
         model: an image-text-to-text model of transformers.
-        rows: ``G`` samples of ids.
+        rows: ``G`` samples of ids in main memory, different lengths.
     """
     ids = pad_sequence(list(rows), batch_first=True)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -106,19 +110,42 @@ def text_inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Ten
 
 
 def picture_inputs(model: PreTrainedModel, pixel_values: Tensor, image_inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """What a model takes of the pictures of all rows, in its dtype.
+    """What a model takes of the pictures of all rows, where and as it takes it.
 
     Args:
         model: an image-text-to-text model of transformers.
         pixel_values: of all pictures in order.
-        image_inputs: the rest that belongs to the pictures.
+        image_inputs: the rest that belongs to the pictures, anywhere; see `readable`.
     """
     inputs: dict[str, Any] = {"pixel_values": pixel_values, **image_inputs}
     if "batch_num_images" in inputs:
         inputs["batch_num_images"] = _runs(inputs["batch_num_images"])
     if model.config.model_type in _ONE_IMAGE_LIST:
         inputs = {name: value[None] for name, value in inputs.items()}
-    return {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    return {name: _placed(model, name, value) for name, value in inputs.items()}
+
+
+def readable(batch: Batch) -> dict[str, Tensor]:
+    """A batch's image inputs, those that are read as numbers from main memory."""
+    return {
+        name: batch.on_host.image_inputs[name] if name in _SIZES else value
+        for name, value in batch.image_inputs.items()
+    }
+
+
+def _placed(model: PreTrainedModel, name: str, value: Tensor) -> Tensor:
+    """An image input where and as the model takes it."""
+    if name in _STAY:
+        return value
+    return value.to(model.device, model.dtype if value.is_floating_point() else None, non_blocking=True)
+
+
+def _in_rows(batch: Batch, width: int) -> Tensor:
+    """Where the supervised positions are in padded rows of this width that lie behind each other, ``[K]``."""
+    ends = torch.tensor(batch.segment_lengths).cumsum(0)
+    row = torch.bucketize(batch.target_positions, ends, right=True)
+    starts = ends - torch.tensor(batch.segment_lengths)
+    return batch.target_positions - starts[row] + row * width
 
 
 @torch.inference_mode()
@@ -132,12 +159,9 @@ def start_row(model: PreTrainedModel, prompt: Example) -> Decoder:
     Raises:
         ModelError: placeholders and images do not match.
     """
-    device = next(model.parameters()).device
-    pixels = None if prompt.pixel_values is None else prompt.pixel_values.to(device)
-    inputs = {name: value.to(device) for name, value in prompt.image_inputs.items()}
-    row = prompt.input_ids.to(device)
     decoder = Decoder(model)
-    decoder.start(row_inputs(model, [row], pixels, inputs, answers=[len(row)]))
+    row = prompt.input_ids
+    decoder.start(row_inputs(model, [row], prompt.pixel_values, prompt.image_inputs, answers=[len(row)]))
     return decoder
 
 

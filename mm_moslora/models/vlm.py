@@ -155,7 +155,8 @@ def image_features(
     """
     tower, layer = model.model.vision_tower, model.config.vision_feature_layer
     weight = next(tower.parameters())
-    pixels = pixel_values.to(device=weight.device, dtype=weight.dtype if weight.is_floating_point() else None)
+    dtype = weight.dtype if weight.is_floating_point() else None
+    pixels = pixel_values.to(device=weight.device, dtype=dtype, non_blocking=True)
     if not is_frozen(tower):
         return _project(model.model, tower_states(tower, layer, pixels))
     states = unique_states(tower, layer, pixels, keys=keys, memory=memory)
@@ -208,11 +209,13 @@ def _embeddings(model: PreTrainedModel, batch: Batch, dummy: Batch | None, memor
         tokens = image_features(model, dummy.pixel_values, keys=dummy.image_keys, memory=memory)
         return embeddings + 0.0 * tokens.sum().to(embeddings.dtype)
     features = image_features(model, batch.pixel_values, keys=batch.image_keys, memory=memory)
-    places = (batch.input_ids == model.config.image_token_id).nonzero()[:, 0]
+    # How many there are is a value: on an accelerator the host would have to wait for it.
+    places = (batch.on_host.input_ids == model.config.image_token_id).nonzero()[:, 0]
     found, expected = places.shape[0], features.shape[0] * features.shape[1]
     if found != expected:
         raise ModelError(
             f"The batch holds {found} image placeholders, but its {features.shape[0]} images give {expected} "
             f"visual tokens ({features.shape[1]} each). Records: {', '.join(batch.ids[:4])}."
         )
+    places = places.to(embeddings.device, non_blocking=True)
     return embeddings[0].index_copy(0, places, features.flatten(0, 1).to(embeddings.dtype))[None]

@@ -18,6 +18,7 @@ from mm_moslora_eval.runner import Settings
 from mm_moslora_eval.suite import evaluate, read_samples
 from mm_moslora_eval.task import Decoding, Task
 
+from mm_moslora import distributed
 from mm_moslora.models.load import load
 from mm_moslora.quickstart.datasets import DatasetFiles
 from mm_moslora.training.disk import replace_json
@@ -74,7 +75,9 @@ def _evaluate(
     folder: Path, run: str, system: str, task: Task, modes: Sequence[ImageMode], training: list[TrainingAnswer]
 ) -> list[TaskResult]:
     dtype = dtype_of(resolve_precision("auto"))
-    model = LocalModel(load(folder / run, dtype=dtype), name=system)
+    assembly = load(folder / run, dtype=dtype)
+    assembly.model.to(distributed.device())  # type: ignore[arg-type]
+    model = LocalModel(assembly, name=system)
     count = Path(task.source.path).read_bytes().count(b"\n")
     found = []
     for mode in modes:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mm_moslora import distributed
 from mm_moslora.batch import Example, Seen
 from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.images import open_image
@@ -66,8 +67,10 @@ class Chat:
 
     @classmethod
     def from_folder(cls, folder: Path, *, max_new_tokens: int = 128) -> Chat:
-        """Load a run, a checkpoint or an export and start a conversation."""
-        return cls(load(folder), max_new_tokens=max_new_tokens)
+        """Load a run, a checkpoint or an export onto this process's accelerator and start a conversation."""
+        assembly = load(folder)
+        assembly.model.to(distributed.device())  # type: ignore[arg-type]
+        return cls(assembly, max_new_tokens=max_new_tokens)
 
     def show(self, path: Path) -> None:
         """Put a picture file before the next question.

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mm_moslora import adapters
+from mm_moslora import adapters, distributed
 from mm_moslora.batch import Example, Seen
 from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.records import Turn
@@ -203,6 +203,10 @@ def load_models(
             name=f"{main}-base", adapter=None, projector=_untuned_projector(path, own), source=path.name
         )
     assembly.model.requires_grad_(False).eval()
+    device = distributed.device()
+    for part in (assembly.model, *(variant.projector for variant in variants.values())):
+        if part is not None:
+            part.to(device)  # type: ignore[arg-type]
     return Models(assembly, variants)
 
 

@@ -139,6 +139,7 @@ class _Loop:
             micro_batch=recipe.train.micro_batch,
             seed=recipe.train.seed,
             start_step=run.step,
+            pin=run.engine.device.type == "cuda",
         )
         self.total = recipe.train.total_steps(self.loader.steps_per_epoch)
         self.trackers: Trackers = build_trackers(recipe.track)

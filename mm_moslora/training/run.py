@@ -141,7 +141,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     _match_projector_scale(recipe, assembly, training_set)
     model = assembly.model.train()
     if not is_padded(model):
-        set_attention(model, training_attention(model, recipe.model.attention))
+        set_attention(model, training_attention(model, recipe.model.attention, device=distributed.device()))
     use_loss_head(model)
     if recipe.model.lean_layers:
         use_lean_layers(model)

@@ -148,7 +148,7 @@ class Watchdog:
     def _give_up(self) -> None:
         faulthandler.dump_traceback(file=self._stacks_file, all_threads=True)
         self._stacks_file.flush()
-        self._place, self._gave_up = _own_place(), True
+        self._place, self._gave_up = _own_place(self._phase), True
         with contextlib.suppress(OSError):
             self._write()
         self._ask_for_stacks()
@@ -241,8 +241,14 @@ def _release_torchrun() -> None:
             )  # fmt: skip
 
 
-def _own_place() -> str:
-    """Function and line that the main thread is in; empty when it waits for other ranks."""
+def _own_place(phase: str) -> str:
+    """Function and line that the main thread is in; empty when it waits for other ranks.
+
+    On a GPU collectives are queued and the host goes on, to wait for its own device wherever it reads a value next: in
+    a step, a place says nothing.
+    """
+    if phase == "step" and distributed.device().type == "cuda":
+        return ""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     stack = traceback.extract_stack(frame)
     waits = ("torch/distributed/", "deepspeed/comm/", "mm_moslora/distributed.py")

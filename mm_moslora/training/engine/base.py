@@ -67,6 +67,18 @@ class StepResult:
     """A skipped step that only means that fp16's loss scale was still too large; it has been lowered."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What came of the end of a step."""
+
+    total: float
+    """Sum of all token losses."""
+    grad_norm: float
+    """See `StepResult.grad_norm`."""
+    applied: bool
+    """See `StepResult.applied`."""
+
+
 class Engine(ABC):
     """Runs optimiser steps and keeps the optimiser's state."""
 
@@ -98,7 +110,8 @@ class Engine(ABC):
         supervised, tokens, images, *with_images = distributed.sum_over_ranks(counts)
         self._begin_step(with_images)
         self.module.pictures.begin_step(micro_batches)
-        total = 0.0
+        # Added up where it is computed, and read when everything is under way: the host waits for the device once.
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         scale = distributed.world_size() / max(1.0, supervised)
         # Towers sit out micro-batches without pictures; what is shared must be part of the last one.
         sharing = one_product_per_step(self.module, leave_out=TOWERS) if self.shares_products else nullcontext()
@@ -108,19 +121,19 @@ class Engine(ABC):
                 if last and window is not None:
                     window.last_micro_batch()
                 loss = self._forward(batch.to(self.device), with_images[index] > 0, last=last)
-                total += float(loss.detach())
+                total += loss.detach()
                 self._backward(loss * scale, last=last)
-        (total,) = distributed.sum_over_ranks([total])
-        finite = math.isfinite(total)
+        distributed.add_up(total)
         lowers_scale = self.can_lower_scale
         before = self._on_manifold()
-        applied, norm = self._update(lr_factor, finite=finite)
+        update = self._update(lr_factor, total)
+        applied, norm = update.applied, update.grad_norm
         if before and applied:
             self.manifold.pull_back(before, self._on_manifold(), self.pieces())
         return StepResult(
-            loss=total / max(1.0, supervised), grad_norm=norm, applied=applied,
+            loss=update.total / max(1.0, supervised), grad_norm=norm, applied=applied,
             supervised_tokens=int(supervised), tokens=int(tokens), images=int(images),
-            rescaling=finite and not applied and lowers_scale,
+            rescaling=math.isfinite(update.total) and not applied and lowers_scale,
         )  # fmt: skip
 
     def _begin_step(self, with_images: list[float]) -> None:  # noqa: B027  (most engines need nothing)
@@ -144,11 +157,12 @@ class Engine(ABC):
     def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, float]:
         """Sum of losses and count of supervised tokens over all ranks, without a gradient."""
         flags = distributed.sum_over_ranks([float(batch.images > 0) for batch in micro_batches])
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch, with_images in zip(micro_batches, flags, strict=True):
-            total += float(self._evaluate(batch.to(self.device), with_images > 0))
-        loss, count = distributed.sum_over_ranks([total, float(sum(b.supervised_tokens for b in micro_batches))])
-        return loss, count
+            total += self._evaluate(batch.to(self.device), with_images > 0)
+        (count,) = distributed.sum_over_ranks([float(sum(batch.supervised_tokens for batch in micro_batches))])
+        distributed.add_up(total)
+        return float(total), count
 
     @abstractmethod
     def _forward(self, batch: Batch, needs_vision: bool, *, last: bool) -> Tensor: ...
@@ -160,8 +174,13 @@ class Engine(ABC):
     def _backward(self, loss: Tensor, *, last: bool) -> None: ...
 
     @abstractmethod
-    def _update(self, lr_factor: float, *, finite: bool) -> tuple[bool, float]:
-        """Clip and step; returns (applied, gradient norm)."""
+    def _update(self, lr_factor: float, total: Tensor) -> Update:
+        """Clip, and step if everything is finite.
+
+        Args:
+            lr_factor: factor on each group's peak learning rate.
+            total: sum of all token losses over all ranks, fp64 scalar on the device.
+        """
 
     @abstractmethod
     def trainable_state(self) -> dict[str, Tensor]:
@@ -184,15 +203,15 @@ class Engine(ABC):
         """
         component = {name: group.name.partition("/")[0] for group in self.groups for name in group.names}
         kinds = {"weight_norm": lambda piece: piece.master, "momentum_norm": lambda piece: piece.moments["exp_avg"]}
-        squares = {f"{kind}/{name}": torch.zeros(()) for kind in kinds for name in dict.fromkeys(component.values())}
+        parts: dict[str, list[Tensor]] = {f"{kind}/{name}": [] for kind in kinds for name in component.values()}
         for piece in self.pieces():
             for kind, values in kinds.items():
-                name = f"{kind}/{component[piece.name]}"
-                added = values(piece).float().square().sum()
-                squares[name] = squares[name].to(added.device) + added
-        totals = distributed.sum_over_ranks([float(square) for square in squares.values()])
+                parts[f"{kind}/{component[piece.name]}"].append(values(piece).float())
+        norms = [nn.utils.get_total_norm(tensors).to(self.device) for tensors in parts.values()]
+        squares = torch.stack(norms).double().square_()
+        distributed.add_up(squares)
         copies = distributed.world_size() if self.replicated else 1
-        return {name: math.sqrt(total / copies) for name, total in zip(squares, totals, strict=True)}
+        return {name: math.sqrt(total / copies) for name, total in zip(parts, squares.tolist(), strict=True)}
 
     def copy_state(self) -> HostState:
         """This rank's share of the optimiser state, copied to main memory."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mm_moslora import distributed
 from mm_moslora.batch import Batch
 from mm_moslora.errors import ConfigError
-from mm_moslora.training.engine.base import Engine, LossModule
+from mm_moslora.training.engine.base import Engine, LossModule, Update
 from mm_moslora.training.optim import OptimizerSettings, ParameterGroup
 from mm_moslora.training.state import MOMENTS, Piece, StoredState, adam_state
 
@@ -47,13 +47,14 @@ class TorchEngine(Engine):
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 parameter.grad = None
 
-    def _update(self, lr_factor: float, *, finite: bool) -> tuple[bool, float]:
+    def _update(self, lr_factor: float, total: Tensor) -> Update:
         masters = [master for group in self.masters for master in group]
         for master in masters:
             if master.grad is None:  # as with ZeRO, a projector without pictures still moves by its momentum
                 master.grad = torch.zeros_like(master)
-        norm = float(nn.utils.clip_grad_norm_(masters, self.settings.max_grad_norm or math.inf))
-        applied = finite and math.isfinite(norm)
+        clipped = nn.utils.clip_grad_norm_(masters, self.settings.max_grad_norm or math.inf)
+        loss, norm = torch.stack((total, clipped.double())).tolist()
+        applied = math.isfinite(loss) and math.isfinite(norm)
         if applied:
             for settings, group in zip(self.optimizer.param_groups, self.groups, strict=True):
                 settings["lr"] = group.peak_lr * lr_factor
@@ -62,7 +63,7 @@ class TorchEngine(Engine):
                 for master, parameter in self._pairs():
                     parameter.copy_(master)
         self.optimizer.zero_grad(set_to_none=True)
-        return applied, norm
+        return Update(total=loss, grad_norm=norm, applied=applied)
 
     def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         return [

@@ -17,7 +17,7 @@ from mm_moslora.batch import Batch
 from mm_moslora.errors import ConfigError, TrainingError
 from mm_moslora.models.wrapped import fp32_parameters
 from mm_moslora.training import zero_state
-from mm_moslora.training.engine.base import Engine, LossModule
+from mm_moslora.training.engine.base import Engine, LossModule, Update
 from mm_moslora.training.optim import OptimizerSettings, ParameterGroup
 from mm_moslora.training.state import HostState, Piece, StoredState
 
@@ -89,19 +89,24 @@ class DeepSpeedEngine(Engine):
         # The loss is already divided by the step's token count, so accumulation must not divide again.
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def _update(self, lr_factor: float, *, finite: bool) -> tuple[bool, float]:
+    def _update(self, lr_factor: float, total: Tensor) -> Update:
+        loss = float(total)
         own_norm = self._gradient_norm() / self.loss_scale if self.stage == 0 else None
         rescales = bool(zero_state.read_scaler(self.engine))  # fp16: must see the overflow to lower its scale
-        if own_norm is not None and not rescales and not (finite and math.isfinite(own_norm)):
+        if own_norm is not None and not rescales and not (math.isfinite(loss) and math.isfinite(own_norm)):
             # Stages 1 to 3 skip a step whose gradients are not finite by themselves; stage 0 would apply it.
             self.engine.zero_grad()
             self.engine.optimizer.zero_grad()
-            return False, own_norm
+            return Update(total=loss, grad_norm=own_norm, applied=False)
         for settings, group in zip(self.engine.optimizer.param_groups, self.groups, strict=True):
             settings["lr"] = group.peak_lr * lr_factor
         self.engine.step()
         norm = own_norm if own_norm is not None else self.engine.get_global_grad_norm()
-        return bool(self.engine.was_step_applied()), math.nan if norm is None else float(norm)
+        return Update(
+            total=loss,
+            grad_norm=math.nan if norm is None else float(norm),
+            applied=bool(self.engine.was_step_applied()),
+        )
 
     @property
     def loss_scale(self) -> float:
@@ -115,7 +120,8 @@ class DeepSpeedEngine(Engine):
 
     def _gradient_norm(self) -> float:
         """Stage 0: gradients are whole and already averaged on every rank, and deepspeed does not tell their norm."""
-        squares = [float(p.grad.float().pow(2).sum()) for _, p in self._named_trainable() if p.grad is not None]
+        gradients = [p.grad.float() for _, p in self._named_trainable() if p.grad is not None]
+        squares = torch.stack([gradient.pow(2).sum() for gradient in gradients]).tolist()  # one wait for the device
         return math.sqrt(sum(squares)) if all(map(math.isfinite, squares)) else math.nan
 
     def trainable_state(self) -> dict[str, Tensor]:
