@@ -14,9 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mm_moslora.adapters.base_weights import quantisation
 from mm_moslora.adapters.layer import MoSLoRALinear
 from mm_moslora.adapters.layer_types import MoSLoRAConv2d, MoSLoRAEmbedding, MoSLoRAMultiheadAttention
-from mm_moslora.adapters.packed import quantisation
 from mm_moslora.adapters.products import is_plain
 from mm_moslora.adapters.quantised import create_quantised_layer
 from mm_moslora.errors import AdapterError

@@ -18,11 +18,11 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mm_moslora.adapters.base_weights import stop_repacking
 from mm_moslora.adapters.config import MoSLoRAConfig, check_expression, unmatched_patterns
 from mm_moslora.adapters.dispatch import why_not_adaptable
 from mm_moslora.adapters.layer import MoSLoRALayer
 from mm_moslora.adapters.mixer import Mixer
-from mm_moslora.adapters.packed import stop_repacking
 from mm_moslora.adapters.siblings import link_siblings
 from mm_moslora.errors import AdapterError, suggestion
 

@@ -20,10 +20,10 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
+from mm_moslora.adapters.base_weights import weight_of
 from mm_moslora.adapters.functional import current_kernel, delta_weight
 from mm_moslora.adapters.kernel import fused_linears
 from mm_moslora.adapters.mixer import FrozenFactor, Mixer, init_mixer, orthonormal_rows
-from mm_moslora.adapters.packed import weight_of
 from mm_moslora.adapters.products import Operands
 from mm_moslora.adapters.sharding import fetches_whole
 from mm_moslora.adapters.variants import DoraMixerVariant, MoSLoRAVariant

@@ -12,10 +12,10 @@ import peft
 import torch
 from torch import Tensor, nn
 
+from mm_moslora.adapters.base_weights import quantisation
 from mm_moslora.adapters.functional import use_kernel
 from mm_moslora.adapters.inject import is_inner, named_adapter_layers, unwrapped
 from mm_moslora.adapters.layer import MoSLoRALayer
-from mm_moslora.adapters.packed import quantisation
 from mm_moslora.errors import AdapterError
 
 logger = logging.getLogger(__name__)

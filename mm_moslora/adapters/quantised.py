@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import nn
 
+from mm_moslora.adapters.base_weights import quantisation
 from mm_moslora.adapters.layer import FusedLinear
-from mm_moslora.adapters.packed import quantisation
 
 if TYPE_CHECKING:
     from mm_moslora.adapters.config import MoSLoRAConfig

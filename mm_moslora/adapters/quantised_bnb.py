@@ -9,8 +9,8 @@ from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor
 
+from mm_moslora.adapters.base_weights import learns_through, unpack
 from mm_moslora.adapters.layer import FusedLinear, MoSLoRALayer
-from mm_moslora.adapters.packed import learns_through, unpack
 from mm_moslora.adapters.variants import DoraMixerVariant
 from mm_moslora.errors import AdapterError
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mm_moslora.adapters.base_weights import weight_of
 from mm_moslora.adapters.functional import autocasts, current_kernel, use_kernel
 from mm_moslora.adapters.layer import FusedLinear
-from mm_moslora.adapters.packed import weight_of
 from mm_moslora.adapters.products import Operands
 from mm_moslora.adapters.sharding import fetches_whole
 from mm_moslora.models.elementwise import EAGER, Elementwise, compiled

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mm_moslora import adapters
+from mm_moslora.adapters.base_weights import stop_repacking
 from mm_moslora.adapters.load import read_folder
-from mm_moslora.adapters.packed import stop_repacking
 from mm_moslora.config import AdapterConfig, ModelConfig
 from mm_moslora.errors import ConfigError
 from mm_moslora.models.build import Assembly

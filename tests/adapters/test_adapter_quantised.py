@@ -20,7 +20,7 @@ from mm_moslora.adapters import (
     save_adapter,
     use_kernel,
 )
-from mm_moslora.adapters.packed import quantisation, stop_repacking
+from mm_moslora.adapters.base_weights import quantisation, stop_repacking
 from mm_moslora.errors import AdapterError
 
 KINDS = ["4bit", "8bit", "int8", "hqq"]
