@@ -121,6 +121,8 @@ class DeepSpeedEngine(Engine):
     def _gradient_norm(self) -> float:
         """Stage 0: gradients are whole and already averaged on every rank, and deepspeed does not tell their norm."""
         gradients = [p.grad.float() for _, p in self._named_trainable() if p.grad is not None]
+        if not gradients:
+            return 0.0
         squares = torch.stack([gradient.pow(2).sum() for gradient in gradients]).tolist()  # one wait for the device
         return math.sqrt(sum(squares)) if all(map(math.isfinite, squares)) else math.nan
 
