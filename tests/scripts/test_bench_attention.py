@@ -12,13 +12,13 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "attention.py"
 
 
 def test_it_prints_ratios_and_errors_of_both() -> None:
-    arguments = ["--json", "--rounds", "1", "--lengths", "16", "150"]
+    arguments = ["--json", "--rounds", "1", "--lengths", "64", "150"]
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=True, env={**os.environ}
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert [(row["dtype"], row["tokens"]) for row in found["rows"]] == [
-        ("fp32", 16), ("fp32", 150), ("bf16", 16), ("bf16", 150),
+        ("fp32", 64), ("fp32", 150), ("bf16", 64), ("bf16", 150),
     ]  # fmt: skip
     for row in found["rows"]:
         limit = 1e-5 if row["dtype"] == "fp32" else 1e-2

@@ -1,8 +1,7 @@
-"""The benchmark of ready-made models compares like with like, and says how to use it."""
+"""The benchmark of ready-made models compares like with like."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,9 +18,3 @@ def test_the_packed_step_is_the_padded_one_and_keeps_less(family: str, dtype: st
     assert row["speedup_vs"].keys() == {"padded", "packed stock"}
     assert row.get("gradient_difference", 0) < 1e-5
     assert bench.summarise([row]).keys() == {f"{kind}_{family}_far_{dtype}" for kind in ("speedup", "saved_ratio")}
-
-
-def test_help_says_what_is_compared() -> None:
-    text = subprocess.run([sys.executable, bench.__file__, "--help"], capture_output=True, text=True, check=True).stdout
-    assert "packed stock" in text
-    assert "--family" in text
