@@ -35,7 +35,7 @@ test: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
 
 test-extras: $(EXTRAS)/.installed
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -q tests/tracking/test_tracking_depth.py \
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -q -n $(WORKERS) tests/tracking/test_tracking_depth.py \
 	  tests/serve/test_serve_demo.py tests/models/test_kernels.py $(ARGS)
 
 check: $(VENV)/.installed-dev
