@@ -93,7 +93,7 @@ def test_without_the_interpreter_a_cpu_has_no_triton(monkeypatch: pytest.MonkeyP
 def test_kernels_give_the_numbers_of_torch_in_tritons_interpreter() -> None:
     worker = Path(__file__).with_name("liger_worker.py")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(worker)],
+        [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", str(worker)],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=540,
         cwd=worker.parents[2],
     )  # fmt: skip
