@@ -118,48 +118,36 @@ def _qwen_tokens():
     return tokenizer, ids
 
 
-def _qwen2_5_vl():
+def _qwen_vl(name: str, text_config: type, vision: dict, sections: list[int], *, side: int = 28, **images: int):
+    """A model and a processor of one of the families; `side` pixels make a visual token."""
     tokenizer, ids = _qwen_tokens()
-    processor = t.Qwen2_5_VLProcessor(
-        t.Qwen2VLImageProcessor(size={"shortest_edge": 28 * 28, "longest_edge": 84 * 84}), tokenizer,
-        t.Qwen2VLVideoProcessor(), chat_template=CHATML.replace("IMAGE", QWEN_IMAGE),
+    generation = "Qwen3VL" if name == "Qwen3VL" else "Qwen2VL"
+    processor = getattr(t, f"{name}Processor")(
+        t.Qwen2VLImageProcessor(size={"shortest_edge": side**2, "longest_edge": (3 * side) ** 2}, **images), tokenizer,
+        getattr(t, f"{generation}VideoProcessor")(), chat_template=CHATML.replace("IMAGE", QWEN_IMAGE),
     )  # fmt: skip
-    text = _text(t.Qwen2Config, tokenizer).to_dict()
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+    text = _text(text_config, tokenizer).to_dict()
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}}
     text.pop("model_type")
+    config = getattr(t, f"{name}Config")(text_config=text, vision_config=vision, **ids)
+    return getattr(t, f"{name}ForConditionalGeneration")(config), processor
+
+
+def _qwen2_5_vl():
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32,
               "fullatt_block_indexes": [1], "window_size": 56}  # fmt: skip
-    config = t.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
-    return t.Qwen2_5_VLForConditionalGeneration(config), processor
+    return _qwen_vl("Qwen2_5_VL", t.Qwen2Config, vision, [1, 1, 2])
 
 
 def _qwen2_vl():
-    tokenizer, ids = _qwen_tokens()
-    processor = t.Qwen2VLProcessor(
-        t.Qwen2VLImageProcessor(size={"shortest_edge": 28 * 28, "longest_edge": 84 * 84}), tokenizer,
-        t.Qwen2VLVideoProcessor(), chat_template=CHATML.replace("IMAGE", QWEN_IMAGE),
-    )  # fmt: skip
-    text = _text(t.Qwen2Config, tokenizer).to_dict()
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
-    text.pop("model_type")
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
-    config = t.Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
-    return t.Qwen2VLForConditionalGeneration(config), processor
+    return _qwen_vl("Qwen2VL", t.Qwen2Config, vision, [1, 1, 2])
 
 
 def _qwen3_vl():
-    tokenizer, ids = _qwen_tokens()
-    processor = t.Qwen3VLProcessor(
-        t.Qwen2VLImageProcessor(size={"shortest_edge": 32 * 32, "longest_edge": 96 * 96}, patch_size=16), tokenizer,
-        t.Qwen3VLVideoProcessor(), chat_template=CHATML.replace("IMAGE", QWEN_IMAGE),
-    )  # fmt: skip
-    text = _text(t.Qwen3Config, tokenizer).to_dict()
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
-    text.pop("model_type")
     vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32,
               "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}  # fmt: skip
-    config = t.Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
-    return t.Qwen3VLForConditionalGeneration(config), processor
+    return _qwen_vl("Qwen3VL", t.Qwen3Config, vision, [2, 1, 1], side=32, patch_size=16)
 
 
 def _smolvlm():

@@ -122,7 +122,7 @@ def autocasts(device: torch.device) -> bool:
 
 
 def combine(B: Tensor, M: Tensor | None, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
-    """``C = s B M`` in the wider dtype of the two and at least float32, rounded once.
+    """``C = s B M`` in the wider dtype of the two and at least float32, rounded once; on GPUs `scaled_product`.
 
     Some CPUs take several times as long for so small a product in bfloat16, and so the value is that of `fold_right`.
 
@@ -140,7 +140,10 @@ def combine(B: Tensor, M: Tensor | None, dtype: torch.dtype, scaling: float = 1.
 
 
 def multiplies_at_once(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `scaled_product` is as exact as a product in float32 that is rounded once: on a GPU, which adds up so."""
+    """Whether to take `scaled_product`: on a GPU, which adds up in float32 as it does for all other products.
+
+    Where cuBLAS splits a long sum it may round the parts (torch.backends.cuda.matmul has switches against that).
+    """
     return a.device.type == "cuda" and a.dtype == b.dtype == dtype and b.ndim == 2
 
 

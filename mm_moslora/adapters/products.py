@@ -238,7 +238,7 @@ def copies(
 
 
 def chain_rule(dC: Tensor, M: Tensor | None, B: Tensor, scaling: float) -> tuple[Tensor | None, Tensor]:
-    """The gradients of M and B from that of ``C = s B M``, computed in float32 at least as `combine` is.
+    """The gradients of M and B from that of ``C = s B M``, computed as `combine` is.
 
     Args:
         dC: ``[D_out, R]``.

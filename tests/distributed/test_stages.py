@@ -73,18 +73,23 @@ def test_one_record_five_and_text_alone_give_the_numbers_of_one_rank(parts, rank
             assert [line[key] for line in found] == pytest.approx([line[key] for line in expected], rel=1e-5), key
 
 
+def check_fused(folder, names):
+    """No layer ran as modules, and every run has the numbers of plain torch."""
+    for name in names:
+        counts = json.loads((folder / name / "kernel.json").read_text())
+        assert counts["modules"] == 0
+        assert counts["fused"] > 0
+        for key in ("loss", "grad_norm"):
+            found, expected = ([line[key] for line in metrics(folder / run)] for run in (name, "none"))
+            assert found == pytest.approx(expected, rel=1e-5), key
+
+
 def test_every_adapted_layer_takes_the_fused_kernel_on_every_stage(parts, ranks, tmp_path):
     """Layers of families that nobody knows, whose micro-batches share the products of the adapters."""
     recipes = {name: make_recipe(parts, tmp_path / name, name, dropout=0.1) for name in (*STAGES, "none")}
     recipes = {name: replace(item, model=replace(item.model, lean_layers=False)) for name, item in recipes.items()}
     ranks.run(["trials:train_counting", *(write(recipe) for recipe in recipes.values())], ranks=1)
-    for name in recipes:
-        counts = json.loads((tmp_path / name / "kernel.json").read_text())
-        assert counts["modules"] == 0
-        assert counts["fused"] > 0
-        for key in ("loss", "grad_norm"):
-            found, expected = ([line[key] for line in metrics(tmp_path / run)] for run in (name, "none"))
-            assert found == pytest.approx(expected, rel=1e-5), key
+    check_fused(tmp_path, recipes)
 
 
 @pytest.mark.parametrize("lean", [True, False])
@@ -98,13 +103,7 @@ def test_a_base_in_four_bits_is_fused_on_every_stage(lean, parts, ranks, tmp_pat
     together = [write(recipe) for name, recipe in recipes.items() if name != "none"]
     ranks.run(["trials:train_counting", write(recipes["none"])], ranks=1)
     ranks.run(["trials:train_counting", *together], ranks=2 if lean else 1)
-    for name in recipes:
-        counts = json.loads((tmp_path / name / "kernel.json").read_text())
-        assert counts["modules"] == 0
-        assert counts["fused"] > 0
-        for key in ("loss", "grad_norm"):
-            found, expected = ([line[key] for line in metrics(tmp_path / run)] for run in (name, "none"))
-            assert found == pytest.approx(expected, rel=1e-5), key
+    check_fused(tmp_path, recipes)
 
 
 def test_offload_gives_the_numbers_of_its_stage(parts, ranks, tmp_path):
