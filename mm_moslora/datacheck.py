@@ -204,13 +204,7 @@ def _samples(recipe: Recipe, start: int, count: int) -> tuple[_Parts, list[Sampl
 
 def _parts(recipe: Recipe) -> _Parts:
     parts = text_and_images(recipe.model)
-    encoder = Encoder(
-        parts.tokenizer,
-        image_token_id=parts.image_token_id,
-        tokens_per_image=parts.tokens_per_image,
-        processor=parts.processor,
-    )
-    return _Parts(encoder, parts.eyes)
+    return _Parts(Encoder.of(parts), parts.eyes)
 
 
 def _sample(files: list[RecordSource], number: int, recipe: Recipe, parts: _Parts) -> Sample:

@@ -277,7 +277,7 @@ def test_a_full_disk_is_one_line_and_a_fault_without_a_path_stays_whole(monkeypa
         def fail(*_: object) -> None:
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr("mm_moslora.cli.load_recipe", fail)
+        monkeypatch.setattr("mm_moslora.cli.root.load_recipe", fail)
 
     refuse(errno.ENOSPC)
     assert run(["config", "quickstart_tune"]) == 1

@@ -33,12 +33,7 @@ class LocalModel:
     def __init__(self, assembly: Assembly, *, name: str, reference: bool = False) -> None:
         self.assembly, self._name, self._reference = assembly, name, reference
         self.model = assembly.model.eval()
-        self.encoder = Encoder(
-            assembly.tokenizer,
-            image_token_id=assembly.image_token_id,
-            tokens_per_image=assembly.tokens_per_image,
-            processor=assembly.processor if assembly.ready_made else None,
-        )
+        self.encoder = Encoder.of(assembly)
         self.stop_ids = stop_token_ids(self.model, assembly.tokenizer.eos_token_id)
         self._visual = VisualTokens(assembly, keep=not reference)
         self._fingerprint: str | None = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tokenizers import Tokenizer
@@ -72,6 +72,28 @@ class _Growing:
         self.supervised += [supervised] * len(tokens)
 
 
+class Parts(Protocol):
+    """What an encoder needs of a model; see `Encoder`."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """With a chat template or without."""
+        ...
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Placeholders per image."""
+        ...
+
+    @property
+    def image_token_id(self) -> int | None:
+        """Of the placeholder."""
+
+    @property
+    def template_processor(self) -> Any:
+        """Of a ready-made model."""
+
+
 class Encoder:
     """Tokenises conversations for one tokenizer and its chat template.
 
@@ -105,6 +127,16 @@ class Encoder:
         self.notes = notes_of(str(self.template.source))
         # Models whose tokenizer adds BOS were trained with it; LLaVA and the stock processor put it there, too.
         self._bos = self.template.missing_bos()
+
+    @classmethod
+    def of(cls, parts: Parts) -> Encoder:
+        """For an assembled model, or for what is loaded of one to prepare data."""
+        return cls(
+            parts.tokenizer,
+            image_token_id=parts.image_token_id,
+            tokens_per_image=parts.tokens_per_image,
+            processor=parts.template_processor,
+        )
 
     def fingerprint(self) -> str:
         """A hash of all that decides which ids a conversation gets."""

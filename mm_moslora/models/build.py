@@ -72,6 +72,11 @@ class Assembly:
         """Vocabulary id of the image placeholder."""
         return self.model.config.image_token_id if is_multimodal(self.model) else None
 
+    @property
+    def template_processor(self) -> Any:
+        """The processor of a ready-made model, whose chat template then counts; else None."""
+        return self.processor if self.ready_made else None
+
     @cached_property
     def eyes(self) -> Eyes | None:
         """What turns pictures into tensors; None for a language model alone."""
@@ -289,7 +294,7 @@ class TextAndImages:
     image_token_id: int | None = None
     tokens_per_image: int = 0
     image_processor: Any = None
-    processor: Any = None
+    template_processor: Any = None
     """Of a ready-made model, whose chat template then counts."""
     eyes: Eyes | None = None
     """None for a language model alone."""
@@ -348,7 +353,7 @@ def _ready_text_and_images(config: ModelConfig) -> TextAndImages:
         image_token_id=token,
         tokens_per_image=len(eyes.placeholders([(448, 448)])[0]),
         image_processor=processor.image_processor,
-        processor=processor,
+        template_processor=processor,
         eyes=eyes,
     )
 

@@ -27,7 +27,7 @@ from mm_moslora.quickstart.datasets import DatasetFiles, build_easy_vqa
 from mm_moslora.quickstart.evaluation import evaluate_all, table
 from mm_moslora.quickstart.stamp_data import build_stamps
 from mm_moslora.training.disk import replace_json
-from mm_moslora.training.progress import format_seconds
+from mm_moslora.wording import format_seconds
 
 logger = logging.getLogger(__name__)
 

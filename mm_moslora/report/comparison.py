@@ -18,6 +18,7 @@ from mm_moslora.report import story
 from mm_moslora.report.charts import format_number
 from mm_moslora.report.comparison_charts import differences_chart, means_chart, rates_chart
 from mm_moslora.report.html import asset, printable, write_atomically
+from mm_moslora.wording import format_seconds
 
 FORMAT = 1
 ALL = "all tasks"
@@ -53,7 +54,7 @@ def render(data: Mapping[str, Any]) -> str:
         loader=PackageLoader("mm_moslora.report"), autoescape=True, undefined=StrictUndefined, finalize=printable,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters.update(count=story.format_count, seconds=story.format_seconds, number=format_number)
+    environment.filters.update(count=story.format_count, seconds=format_seconds, number=format_number)
     script = asset("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("comparison.html.j2").render(

@@ -27,6 +27,7 @@ from mm_moslora.report.charts import Series, format_number, line_chart, smooth
 from mm_moslora.report.overlay import MOST_RUNS, curve, overlay
 from mm_moslora.report.pictures import heat_map, thumbnail
 from mm_moslora.report.schema import EvaluationRow, Mixer, RunData, Stage, load_run
+from mm_moslora.wording import format_seconds
 
 MOST_SAMPLES = 24
 """Samples shown; a report stays small enough to mail."""
@@ -90,7 +91,7 @@ def _render(template: str, context: Mapping[str, Any]) -> str:
         finalize=printable, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(
-        percent=story.percent, count=story.format_count, seconds=story.format_seconds, number=format_number
+        percent=story.percent, count=story.format_count, seconds=format_seconds, number=format_number
     )
     script = asset("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -7,6 +7,7 @@ from typing import Any
 
 from mm_moslora.redaction import redact_text
 from mm_moslora.report.schema import EvaluationRow, RunData, SampleRow
+from mm_moslora.wording import format_seconds
 
 CONTROLS = ("wrong_image", "blind", "majority", "best_answer")
 """Ways to score without looking at the right picture."""
@@ -51,16 +52,6 @@ def format_count(count: float) -> str:
             digits = 0 if count / limit >= 1000 else 1
             return f"{count / limit:.{digits}f} {suffix}"
     return f"{count:g}"
-
-
-def format_seconds(seconds: float) -> str:
-    """`42 s`, `3 min 05 s` or `2 h 07 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def progress(data: RunData) -> tuple[int | None, int | None]:

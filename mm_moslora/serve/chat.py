@@ -51,12 +51,7 @@ class Chat:
 
     def __init__(self, assembly: Assembly, *, max_new_tokens: int = 128) -> None:
         self.assembly, self.max_new_tokens = assembly, max_new_tokens
-        self.encoder = Encoder(
-            assembly.tokenizer,
-            image_token_id=assembly.image_token_id,
-            tokens_per_image=assembly.tokens_per_image,
-            processor=assembly.processor if assembly.ready_made else None,
-        )
+        self.encoder = Encoder.of(assembly)
         self.turns: list[Turn] = []
         self.images: list[Image.Image] = []
         self.features: dict[int, Tensor] = {}

@@ -61,12 +61,7 @@ class Models:
 
     def __init__(self, assembly: Assembly, variants: Mapping[str, Variant]) -> None:
         self.assembly, self.variants = assembly, dict(variants)
-        self.encoder = Encoder(
-            assembly.tokenizer,
-            image_token_id=assembly.image_token_id,
-            tokens_per_image=assembly.tokens_per_image,
-            processor=assembly.processor if assembly.ready_made else None,
-        )
+        self.encoder = Encoder.of(assembly)
         self.stops = stop_token_ids(assembly.model, assembly.tokenizer.eos_token_id)
         self.reads_alone = takes_rows(assembly.model) or not Decoder(assembly.model).can_share
         """Whether every prompt is run by itself: ready-made models prepare rows of their own."""

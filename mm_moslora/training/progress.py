@@ -10,18 +10,9 @@ from types import TracebackType
 from tqdm import tqdm
 
 from mm_moslora import distributed
+from mm_moslora.wording import format_seconds
 
 logger = logging.getLogger(__name__)
-
-
-def format_seconds(seconds: float) -> str:
-    """`42 s`, `3 min 05 s` or `2 h 07 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 class Progress:

@@ -206,12 +206,7 @@ def _data_set(recipe: Recipe, assembly: Assembly, *, validation: bool) -> Traini
         config, sources = replace(config, mixing="repeats", epoch_records=None), config.validation
         if not sources:
             return None
-    encoder = Encoder(
-        assembly.tokenizer,
-        image_token_id=assembly.image_token_id,
-        tokens_per_image=assembly.tokens_per_image,
-        processor=assembly.processor if assembly.ready_made else None,
-    )
+    encoder = Encoder.of(assembly)
     name = "validation_quarantine.jsonl" if validation else "quarantine.jsonl"
     progress = Progress("read records", 0, unit="record")
     return TrainingSet(

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from planning_configs import CONVERTED, INTERNLM2, write_configurations
 
 from mm_moslora import cli
-from mm_moslora.cli_plan import as_it_stands, expected
+from mm_moslora.cli.plan import as_it_stands, expected
 from mm_moslora.config import Recipe, load_recipe, recipe_names
 from mm_moslora.errors import ModelError
 from mm_moslora.footprint import footprint

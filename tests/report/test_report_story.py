@@ -6,7 +6,8 @@ import pytest
 
 from mm_moslora.report.charts import downsample, format_number, smooth, ticks
 from mm_moslora.report.schema import EvaluationRow, SampleRow, Score
-from mm_moslora.report.story import format_count, format_seconds, sample_kind, verdict
+from mm_moslora.report.story import format_count, sample_kind, verdict
+from mm_moslora.wording import format_seconds
 
 
 def _row(name: str, low: float, high: float) -> EvaluationRow:

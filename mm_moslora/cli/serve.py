@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from mm_moslora.cli_eval import quiet_libraries
+from mm_moslora.cli.eval import quiet_libraries
 from mm_moslora.errors import ConfigError, DataError
 from mm_moslora.folders import MANIFEST, find_checkpoint
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora.cli_eval import quiet_libraries
+from mm_moslora.cli.eval import quiet_libraries
 
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe

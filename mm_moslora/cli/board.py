@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cyclopts import App
 
-from mm_moslora.cli_serve import needs
+from mm_moslora.cli.serve import needs
 from mm_moslora.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
-from mm_moslora.cli_eval import quiet_libraries
+from mm_moslora.cli.eval import quiet_libraries
 from mm_moslora.config import load_recipe, override_items
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mm_moslora.cli_eval import quiet_libraries
+from mm_moslora.cli.eval import quiet_libraries
 from mm_moslora.errors import ConfigError, ModelError
 from mm_moslora.folders import adapter_folder, find_checkpoint
 

@@ -1,4 +1,4 @@
-"""The command line: `mm-moslora <verb>`. Parsing and printing only; heavy imports happen inside the verbs."""
+"""The `mm-moslora` app: exit codes, how errors are told, and the verbs that belong to no family."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 
-from mm_moslora import __version__, cli_board, cli_compare, cli_launch, cli_serve
-from mm_moslora.cli_data import data_app
-from mm_moslora.cli_eval import eval_app, quiet_libraries
-from mm_moslora.cli_models import register as register_models
+from mm_moslora import __version__
+from mm_moslora.cli import board, compare, launch, models, serve
+from mm_moslora.cli.data import data_app
+from mm_moslora.cli.eval import eval_app, quiet_libraries
 from mm_moslora.config import load_recipe, override_items
 from mm_moslora.errors import MoSLoRAError
 from mm_moslora.folders import adapter_folder, resume_folder
@@ -46,13 +46,13 @@ app = App(
 )
 app.command(data_app)
 app.command(eval_app)
-cli_serve.register(app)
-cli_launch.register(app)
-cli_board.register(app)
+serve.register(app)
+launch.register(app)
+board.register(app)
 adapters_app = App(name="adapters", help="Look into adapter folders.")
 app.command(adapters_app)
-register_models(app)
-cli_compare.register(app)
+models.register(app)
+compare.register(app)
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
 
@@ -246,7 +246,7 @@ def plan(
     price
         Per GPU and hour, in any currency.
     """
-    from mm_moslora.cli_plan import show_plan
+    from mm_moslora.cli.plan import show_plan
 
     return show_plan(
         _recipe(recipe, overrides), gpus, samples=samples, tokens_per_sample=tokens_per_sample, supervised=supervised,
@@ -319,7 +319,3 @@ def adapters_inspect(folder: Path, *, picture: Path | None = None) -> int:
 
     print(inspection(adapter, picture=picture))
     return 0
-
-
-if __name__ == "__main__":
-    main()
