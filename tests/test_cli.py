@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -152,8 +153,13 @@ def test_ctrl_c_while_the_command_line_is_imported_leaves_no_traceback(tmp_path)
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{CHECKOUT}:{CHECKOUT / 'eval'}"}
     words = [sys.executable, "-m", "mm_moslora", "config"]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, preexec_fn=_hear_ctrl_c)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
+def _hear_ctrl_c() -> None:
+    """As on a terminal; what a shell starts with `&`, these tests perhaps, has Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_a_command_leaves_the_interpreter_no_garbage_to_search_for_on_its_way_out():
