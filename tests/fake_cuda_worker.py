@@ -10,7 +10,9 @@ import logging
 import sys
 import time
 import traceback
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -19,6 +21,7 @@ import fake_cuda
 import torch
 import transformers
 from tiny import make_records, make_vision
+from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import _disable_current_modes
 from trials import make_parts, make_recipe
@@ -169,6 +172,37 @@ def one_layer() -> dict[str, Any]:
         return {"forward": forward, "backward": device.noted()}
 
 
+def benchmark() -> dict[str, Any]:
+    """A step of every contender of the training benchmark; the device is there from when a model is moved to it."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "bench"))
+    import yardstick
+
+    setting = yardstick.Setting(device="cuda", width=128, layers=2)
+    contenders: dict[str, Any] = {
+        "hf": partial(yardstick.peer), "best hf": partial(yardstick.peer, supervised_only=True, wide_adapters=False),
+        "ours": partial(yardstick.ours, dropout=0.1), "stock layers": partial(yardstick.ours, lean=False),
+    }  # fmt: skip
+    found = {}
+    for kind, make in contenders.items():
+        with ExitStack() as stack:
+            devices = []
+
+            def to(model: Any, target: Any, stack: ExitStack = stack, devices: list[Any] = devices) -> Any:
+                if isinstance(target, torch.dtype):
+                    return nn.Module.to(model, target)
+                assert target == "cuda"
+                devices.append(stack.enter_context(fake_cuda.fake_cuda()))
+                fake_cuda.to_cuda(model)
+                return model
+
+            with mock.patch.object(transformers.PreTrainedModel, "to", to):
+                contender = make(256, torch.bfloat16, setting)
+            devices[0].noted()
+            contender.step()
+            found[kind] = devices[0].noted()
+    return found
+
+
 def answers(run: runs.Run, batches: list[Batch], device: Any) -> dict[str, Any]:
     """Decoding and option scoring, as evaluation and serving do it."""
     model = run.assembly.model.eval()
@@ -202,10 +236,11 @@ def main(folder: Path, *names: str) -> None:
     torch.set_num_threads(1)
     parts = make_parts(folder / "parts", records=8) | {"clip": make_vision(folder / "clip", "clip")}
     attention._varlen_attn = lambda _: varlen_attn  # the driver is asked otherwise
-    for name in names or (*CHANGES, "one layer"):
+    alone = {"one layer": one_layer, "benchmark": benchmark}
+    for name in names or (*CHANGES, *alone):
         started = time.process_time()
         try:
-            found = one_layer() if name == "one layer" else train_step(name, changed(name, parts, folder))
+            found = alone[name]() if name in alone else train_step(name, changed(name, parts, folder))
         except Exception:
             found = {"error": traceback.format_exc()}
         seconds = round(time.process_time() - started, 1)

@@ -3,6 +3,7 @@
 Shapes: ``G`` conversations, ``T`` longest of them, ``S`` tokens of all, ``K`` supervised positions, ``C`` vocabulary.
 
 Every contender gets the same weights (the adapters' B is not zero, so that the update counts) and the same samples.
+`Setting` makes it larger, and moves it to a GPU.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
 from mm_moslora.losses import use_loss_head
 from mm_moslora.models.attention import set_attention, training_attention
+from mm_moslora.models.kernels import choose_kernels, use_kernels
 from mm_moslora.models.lean import use_lean_layers
 from mm_moslora.training.compiling import compile_layers
 from mm_moslora.training.engine import LossModule
@@ -37,6 +39,25 @@ LANGUAGE = "model.language_model"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 Step = Callable[[], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What differs from machine to machine."""
+
+    device: str = "cpu"
+    width: int = 512
+    """Of the language model, in heads of 64."""
+    layers: int = 6
+    """Of the language model."""
+
+    @property
+    def inner(self) -> int:
+        """Width of the gated MLP."""
+        return self.width * 11 // 4
+
+
+YARDSTICK = Setting()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +90,16 @@ def _plain(name: str) -> str:
     return name.replace("lora_B.default.0.", "lora_mixer.default.").replace("lora_B.default.1.", "lora_B.default.")
 
 
-def base(vocabulary: int, dtype: torch.dtype, *, layers: int = 6, width: int = 512) -> LlavaForConditionalGeneration:
+def base(vocabulary: int, dtype: torch.dtype, setting: Setting = YARDSTICK) -> LlavaForConditionalGeneration:
     """CLIP 6 x 256 at 224 pixels, Llama `layers` x `width`; equal weights at every call."""
     torch.manual_seed(0)
+    width = setting.width
     vision = CLIPVisionConfig(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, image_size=224,
         patch_size=14,
     )  # fmt: skip
     text = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers,
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=setting.inner, num_hidden_layers=setting.layers,
         num_attention_heads=width // 64, num_key_value_heads=width // 64, tie_word_embeddings=False,
     )  # fmt: skip
     config = LlavaConfig(
@@ -131,10 +153,10 @@ def padded(items: list[Example]) -> dict[str, Tensor]:
 
 
 def _adapted_by_peft(
-    vocabulary: int, dtype: torch.dtype, *, wide_adapters: bool, dropout: float = 0.0
+    vocabulary: int, dtype: torch.dtype, setting: Setting, *, wide_adapters: bool, dropout: float = 0.0
 ) -> tuple[LlavaForConditionalGeneration, peft.PeftModel]:
     """The base with PEFT's LoRA and the authors' mixer ``B(M(A x))`` in it, and PEFT's wrapper around it."""
-    model = base(vocabulary, dtype)
+    model = base(vocabulary, dtype, setting)
     known = factors(model)
     config = peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=list(known), init_lora_weights=True
@@ -150,18 +172,19 @@ def _adapted_by_peft(
             mixer.weight.copy_(M)
             layer.lora_B["default"].weight.copy_(B)
             layer.lora_B["default"] = nn.Sequential(mixer, layer.lora_B["default"])
-    return model, wrapped
+    return model.to(setting.device), wrapped
 
 
-def _padded_inputs(vocabulary: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def _padded_inputs(vocabulary: int, dtype: torch.dtype, setting: Setting) -> dict[str, Tensor]:
     given = padded(examples(vocabulary))
     given["pixel_values"] = given["pixel_values"].to(dtype)
-    return given
+    return {name: tensor.to(setting.device) for name, tensor in given.items()}
 
 
 def peer(
     vocabulary: int,
     dtype: torch.dtype,
+    setting: Setting = YARDSTICK,
     *,
     supervised_only: bool = False,
     wide_adapters: bool = True,
@@ -172,12 +195,13 @@ def peer(
     Args:
         vocabulary: C.
         dtype: of the base.
+        setting: sizes and device.
         supervised_only: score the supervised positions instead of all.
         wide_adapters: PEFT's default, adapters in fp32 under a base in bf16; else in the base's dtype.
         dropout: of the adapters.
     """
-    model, wrapped = _adapted_by_peft(vocabulary, dtype, wide_adapters=wide_adapters, dropout=dropout)
-    given = _padded_inputs(vocabulary, dtype)
+    model, wrapped = _adapted_by_peft(vocabulary, dtype, setting, wide_adapters=wide_adapters, dropout=dropout)
+    given = _padded_inputs(vocabulary, dtype, setting)
 
     def all_positions() -> Tensor:
         return wrapped(**given, use_cache=False).loss
@@ -192,7 +216,7 @@ def peer(
     return Contender(model=model, forward=supervised if supervised_only else all_positions)
 
 
-def trl(vocabulary: int, dtype: torch.dtype) -> Contender:
+def trl(vocabulary: int, dtype: torch.dtype, setting: Setting = YARDSTICK) -> Contender:
     """TRL's SFTTrainer on the same, adapters in the base's dtype, without the checkpointing that it turns on by itself.
 
     Padded, for it refuses packing and padding-free rows where there are pictures. The head that it puts in scores the
@@ -203,15 +227,16 @@ def trl(vocabulary: int, dtype: torch.dtype) -> Contender:
     from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
 
-    model, wrapped = _adapted_by_peft(vocabulary, dtype, wide_adapters=False)
-    given = _padded_inputs(vocabulary, dtype)
+    model, wrapped = _adapted_by_peft(vocabulary, dtype, setting, wide_adapters=False)
+    given = _padded_inputs(vocabulary, dtype, setting)
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             model=wrapped,
             args=SFTConfig(
-                output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-                max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
+                output_dir=folder, use_cpu=setting.device == "cpu", bf16=False, gradient_checkpointing=False,
+                report_to="none", max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
+                remove_unused_columns=False,
             ),
             train_dataset=Dataset.from_list([{"input_ids": [0, 1]}]),  # it is never read
             processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"),
@@ -238,6 +263,7 @@ def in_four_bits(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def ours(
     vocabulary: int,
     dtype: torch.dtype,
+    setting: Setting = YARDSTICK,
     *,
     lean: bool = True,
     dropout: float = 0.0,
@@ -245,7 +271,7 @@ def ours(
     four_bits: bool = False,
 ) -> Contender:
     """The step that `mm-moslora train` runs; with a backend of torch.compile that of `train.compile`."""
-    model = base(vocabulary, dtype)
+    model = base(vocabulary, dtype, setting)
     if four_bits:
         in_four_bits(model, dtype)
     known = factors(model)
@@ -257,14 +283,16 @@ def ours(
             layer: Any = model.get_submodule(path)
             for part, value in zip((layer.lora_A, layer.lora_mixer, layer.lora_B), given, strict=True):
                 part["default"].weight.copy_(value)
+    model.to(setting.device)
     set_attention(model, training_attention(model))
     if lean:
         use_lean_layers(model)
+        use_kernels(model, choose_kernels("auto", model.device))
     use_loss_head(model)
     if compiler is not None:
         compile_layers(model, compiler)
     module = LossModule(model, None)
-    batch = Batch.from_examples(examples(vocabulary))
+    batch = Batch.from_examples(examples(vocabulary)).to(setting.device)
     return Contender(model=model, forward=lambda: module(batch, True) / batch.supervised_tokens)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from pathlib import Path
 
@@ -16,8 +15,8 @@ def test_lean_layers_keep_less_than_modules_and_give_their_numbers(monkeypatch: 
         monkeypatch.delitem(sys.modules, name, raising=False)
     import quantised  # of scripts/bench
 
-    small = functools.partial(quantised.yardstick.base, layers=2, width=128)
-    monkeypatch.setattr(quantised.yardstick, "base", small)
+    base, small = quantised.yardstick.base, quantised.yardstick.Setting(width=128, layers=2)
+    monkeypatch.setattr(quantised.yardstick, "base", lambda vocabulary, dtype, _: base(vocabulary, dtype, small))
     monkeypatch.setattr(quantised, "VOCABULARIES", (256,))
     row = quantised.step_row("fp32", 0.0, 1)
     assert 0 <= row["gradient_difference"] < 1e-5

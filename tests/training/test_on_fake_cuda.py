@@ -101,3 +101,13 @@ def test_a_lean_layer_launches_no_more_than_it_needs(found):
     assert not case["backward"]["waits"]
     launches = [sum(case[part]["kernels"].values()) for part in ("forward", "backward")]
     assert launches == [64, 127], case
+
+
+def test_the_training_benchmark_runs_there(found):
+    """As `scripts/bench/train.py --device cuda` has it; only time and values are missing."""
+    case = of(found, "benchmark")
+    assert {kind: sum(case[kind]["waits"].values()) for kind in case if kind not in ("case", "seconds")} == {
+        "hf": 1, "best hf": 4, "ours": 0, "stock layers": 0,
+    }  # fmt: skip
+    layers = 2
+    assert case["ours"]["kernels"]["_varlen_attn"] == case["stock layers"]["kernels"]["_varlen_attn"] == layers
