@@ -5,20 +5,26 @@ Shapes: ``T`` tokens, ``D`` LLM width, ``F`` MLP width, ``N`` images.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_moslora.config import Recipe
 from mm_moslora.errors import ModelError
 from mm_moslora.models.packed import has_three_part_positions
+from mm_moslora.models.pictures import is_frozen
+from mm_moslora.models.ready import READY_PIXELS, side_of, tower_path
 from mm_moslora.models.skeleton import Skeleton, skeleton
-from mm_moslora.models.vlm import is_padded
+from mm_moslora.models.vlm import is_multimodal, is_padded
 from mm_moslora.training.flops import FlopCounter
 
 NF4_BYTES = 0.516
@@ -132,25 +138,83 @@ class _PerImage:
     kept: float = 0.0
     workspace: float = 0.0
     flops: float | None = None
-    """Of the tower's forward pass; None: there is no tower of ours to count."""
+    """Of the tower's forward pass; None: there is no tower."""
 
 
 def _per_image(bones: Skeleton, dtype: torch.dtype) -> _PerImage:
-    spec, inner = bones.image, getattr(bones.model, "model", None)
-    if spec is None or inner is None:
+    if not is_multimodal(bones.model):
         return _PerImage()
-    tower, projector = cast(Any, inner).vision_tower, cast(Any, inner).multi_modal_projector
-    with torch.device("meta"):
-        kept = kept_bytes(lambda: projector(torch.zeros(1, spec.tokens, spec.width, dtype=dtype)), projector)
-        pixels = torch.zeros(1, 3, spec.size, spec.size, dtype=_dtype_of(tower, dtype))
+    tower = bones.model.get_submodule(tower_path(bones.model))
+    size, kept = torch.finfo(dtype).bits // 8, 0
+    with _MetaAndHost():
+        if bones.image is not None:
+            projector = cast(nn.Module, bones.model.model.multi_modal_projector)
+            features = _nothing(1, bones.image.tokens, bones.image.width, dtype=dtype)
+            kept += kept_bytes(lambda: projector(features), projector)
+        picture = _picture(bones, tower, _dtype_of(tower, dtype))
         with torch.no_grad(), _widest(tower) as widest, FlopCounterMode(display=False) as counted:
-            tower(pixels)
-        if any(parameter.requires_grad for parameter in tower.parameters()):
-            kept += kept_bytes(lambda: tower(pixels.requires_grad_()), tower)
-    size = torch.finfo(dtype).bits // 8
+            tower(picture.pixels, **picture.inputs)
+        if not is_frozen(tower):
+            with _FusedAttention():
+                kept += kept_bytes(lambda: tower(picture.pixels.requires_grad_(), **picture.inputs), tower)
     # The widest layer's input and output, the residual stream and a norm's copies of it, and the picture itself.
-    workspace = max(widest) + 4 * spec.tokens * spec.width * size + 3 * spec.size**2 * (4 + size)
+    workspace = max(widest) + 4 * picture.patches * picture.width * size + picture.pixels.numel() * (4 + size)
     return _PerImage(kept=float(kept), workspace=float(workspace), flops=float(counted.get_total_flops()))
+
+
+class _Picture(NamedTuple):
+    """A picture as a tower takes it; of a model that cuts pictures up, one tile."""
+
+    pixels: Tensor
+    inputs: dict[str, Tensor]
+    patches: int
+    width: int
+
+
+def _picture(bones: Skeleton, tower: nn.Module, dtype: torch.dtype) -> _Picture:
+    if (spec := bones.image) is not None:
+        return _Picture(_nothing(1, 3, spec.size, spec.size, dtype=dtype), {}, spec.tokens, spec.width)
+    config: Any = tower.config
+    width, patch = getattr(config, "embed_dim", None) or config.hidden_size, side_of(config, "patch_size")
+    if hasattr(config, "spatial_merge_size"):  # Qwen-VL takes patches of pictures of any size, and where they were
+        side = READY_PIXELS // (patch * config.spatial_merge_size) * config.spatial_merge_size
+        pixels = _nothing(side**2, 3 * config.temporal_patch_size * patch**2, dtype=dtype)
+        return _Picture(pixels, {"grid_thw": torch.tensor([[1, side, side]])}, side**2, width)
+    side = side_of(config, "image_size")
+    return _Picture(_nothing(1, 3, side, side, dtype=dtype), {}, (side // patch) ** 2, width)
+
+
+_nothing = functools.partial(torch.zeros, device="meta")
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention on the meta device as fused kernels do it: left alone, it keeps every probability."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(*args[:3], scale=(kwargs or {}).get("scale"))[0]
+
+
+class _MetaAndHost(TorchDispatchMode):
+    """Lets a tower without values compute on sizes that have some: what meets the meta device goes there.
+
+    A test of a mask is answered with yes: every patch of the picture is one to look at.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        arguments = (args, kwargs or {})
+        tensors = [item for item in tree_leaves(arguments) if isinstance(item, Tensor)]
+        if any(item.is_meta for item in tensors):
+            if func is torch.ops.aten._local_scalar_dense.default:
+                return True
+            arguments = tree_map(lambda item: item.to("meta") if isinstance(item, Tensor) else item, arguments)
+        return func(*arguments[0], **arguments[1])
 
 
 def _dtype_of(tower: nn.Module, dtype: torch.dtype) -> torch.dtype:

@@ -17,6 +17,10 @@ from mm_moslora.errors import ModelError
 _TOWERS = ("model.vision_tower", "model.visual", "model.vision_model", "model.vision_embed_tokens")
 
 
+READY_PIXELS = 448
+"""Side of the picture that stands for all where a model takes pictures of any size."""
+
+
 def load_ready(name: str, revision: str | None, *, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     """Load a ready-made model with its processor.
 
@@ -85,3 +89,14 @@ def decoder_path(model: PreTrainedModel) -> str:
     """Path of a model's language model, without its head."""
     decoder = model.get_decoder()
     return next(name for name, module in model.named_modules() if module is decoder)
+
+
+def side_of(tower: Any, key: str) -> int:
+    """A length of a vision tower's configuration, in pixels; some give one per side. 0: it has none.
+
+    Args:
+        tower: the configuration.
+        key: `image_size` or `patch_size`.
+    """
+    value = getattr(tower, key, None) or 0
+    return int(value if isinstance(value, int) else max(value))

@@ -23,6 +23,7 @@ from mm_moslora.models.attention import SEGMENTS, set_attention
 from mm_moslora.models.build import Assembly, compose, is_standard, llava_settings, projector_shape
 from mm_moslora.models.lean import use_lean_layers
 from mm_moslora.models.projector import projector_tokens
+from mm_moslora.models.ready import READY_PIXELS, side_of
 from mm_moslora.models.trainable import attach_adapters
 from mm_moslora.models.vision import ImageSpec, sketch_vision
 from mm_moslora.models.vlm import is_padded, part_of
@@ -53,9 +54,10 @@ class Skeleton:
         last = {id(parameter) for parameter in self.held[-1].parameters()}
         found: dict[str, tuple[int, int]] = {}
         for name, parameter in self.model.named_parameters():
-            part = "mixer" if "lora_mixer" in name else "adapter" if "lora_" in name else part_of(name)
-            if "lora_" in name and part_of(name) == "vision":
-                part = f"vision {part}"
+            part = part_of(name)
+            if "lora_" in name:  # a projector inside the tower has the tower's adapters
+                kind = "mixer" if "lora_mixer" in name else "adapter"
+                part = kind if part == "language" else f"vision {kind}"
             times = 1 + (self.layers - len(self.held) if id(parameter) in last else 0)
             total, trainable = found.get(part, (0, 0))
             size = times * parameter.numel()
@@ -155,5 +157,8 @@ def _ready(name: str, revision: str | None) -> _Bones:
     config = copy.deepcopy(_read(name, revision, "model.vlm"))
     text, layers = _shortened(config.get_text_config())
     config.text_config = text
-    side = getattr(config.vision_config, "patch_size", 14) * getattr(config.vision_config, "spatial_merge_size", 1)
-    return _Bones(AutoModelForImageTextToText.from_config(config), layers, (448 // side) ** 2, None)
+    tokens = getattr(config, "image_seq_length", None)
+    if tokens is None:
+        side = side_of(config.vision_config, "patch_size") * getattr(config.vision_config, "spatial_merge_size", 1)
+        tokens = (READY_PIXELS // side) ** 2
+    return _Bones(AutoModelForImageTextToText.from_config(config), layers, int(tokens), None)

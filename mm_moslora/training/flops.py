@@ -26,6 +26,8 @@ from transformers import PreTrainedModel
 from mm_moslora.adapters.inject import named_base_modules
 from mm_moslora.adapters.layer import MoSLoRALayer
 from mm_moslora.models.lean import drops_positions
+from mm_moslora.models.ready import READY_PIXELS, side_of, tower_path
+from mm_moslora.models.vlm import is_multimodal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +124,8 @@ class FlopCounter:
         self.passes_back = needs or self.projector_trains or self.tower_trains
 
     def _count_vision(self, model: PreTrainedModel, tower_flops: float | None) -> None:
-        inner: Any = getattr(model, "model", None)
-        tower = getattr(inner, "vision_tower", None) or getattr(inner, "visual", None)
-        projector = getattr(inner, "multi_modal_projector", None)
+        tower: Any = model.get_submodule(tower_path(model)) if is_multimodal(model) else None
+        projector = getattr(getattr(model, "model", None), "multi_modal_projector", None)
         self.tower, self.projector = _count(_with_paths(tower)), _count(_with_paths(projector))
         linears: list[Any] = [base for _, (base, _) in _with_paths(projector)]
         self.projector_entry = float(linears[0].in_features * linears[0].out_features) if linears else 0.0
@@ -136,7 +137,7 @@ class FlopCounter:
         self.visual_tokens = float(getattr(model.config, "image_seq_length", 256))
         self.patches = float(_patches(model.config, config))
         self.tower_pairs = self.patches**2 * config.hidden_size * getattr(config, "num_hidden_layers", 0)
-        pixels = 3 * (getattr(config, "patch_size", 0) or 16) ** 2
+        pixels = 3 * (side_of(config, "patch_size") or 16) ** 2
         self.tower_once = 2 * self.patches * (self.tower.frozen + self.tower.trained + pixels * config.hidden_size)
         if tower_flops is not None:
             self.tower_once = tower_flops - 4 * self.tower_pairs - 2 * self.patches * self.tower.adapters
@@ -177,8 +178,8 @@ def _patches(model: Any, tower: Any) -> int:
         return int(model.vision_grid) ** 2 + int(model.vision_prefix)
     prefix = not getattr(tower, "model_type", "").startswith("siglip")
     if hasattr(model, "image_seq_length"):
-        return int(model.image_seq_length) + prefix
-    return int((getattr(tower, "image_size", 224) // (getattr(tower, "patch_size", 0) or 16)) ** 2)
+        return round(model.image_seq_length / getattr(model, "downsample_ratio", 1.0) ** 2) + prefix
+    return ((side_of(tower, "image_size") or READY_PIXELS) // (side_of(tower, "patch_size") or 16)) ** 2
 
 
 def _trains(module: nn.Module | None) -> bool:
