@@ -17,6 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mm_moslora.errors import DataError
+
+IGNORED = -100
+"""Label of a token that is not supervised, in transformers' models."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
@@ -95,6 +100,25 @@ class Example:
     def length(self) -> int:
         """Tokens, visual tokens included."""
         return int(self.input_ids.shape[0])
+
+    @property
+    def labels(self) -> Tensor:
+        """The ids of supervised tokens, `IGNORED` elsewhere; the first, which no position predicts, never counts."""
+        labels = self.input_ids.masked_fill(~self.supervised, IGNORED)
+        labels[0] = IGNORED
+        return labels
+
+
+def usable(examples: Sequence[Example | None]) -> list[Example]:
+    """The examples of a batch without those that turned out to be bad.
+
+    Raises:
+        DataError: none is left.
+    """
+    kept = [example for example in examples if example is not None]
+    if not kept:
+        raise DataError("None of the examples of a batch can be used. Run `mm-moslora data check`.")
+    return kept
 
 
 def join_images(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -12,16 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_moslora.batch import Example, join_images
+from mm_moslora.batch import IGNORED, Example, join_images, usable
 from mm_moslora.errors import DataError
-
-IGNORED = -100
-"""Label of a token that is not supervised."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collator:
-    """Turns examples into keyword arguments of a transformers model, such as `Trainer(data_collator=...)` needs.
+    """Turns examples into keyword arguments of a stock LLaVA or language model, such as `Trainer(data_collator=...)`
+    needs. Other ready-made models take more than this: see `mm_moslora.models.rows.RowCollator`.
 
     Records that turned out to be bad (`TrainingSet` gives None for them) are left out.
     """
@@ -41,11 +39,14 @@ class Collator:
             ``[1, S]``; `pixel_values` float32 ``[N, 3, H, W]`` and the model's other image inputs if there are images.
 
         Raises:
-            DataError: not one example can be used.
+            DataError: not one example can be used, or they are of a model whose positions depend on its pictures.
         """
-        kept = [example for example in examples if example is not None]
-        if not kept:
-            raise DataError("None of the examples of a batch can be used. Run `mm-moslora data check`.")
+        kept = usable(examples)
+        if any("image_grid_thw" in example.image_inputs for example in kept):
+            raise DataError(
+                "These examples are of a Qwen-VL model, which counts positions by its pictures. Use "
+                "mm_moslora.models.rows.RowCollator(model=model) instead of Collator."
+            )
         batch: dict[str, Any] = self._row(kept) if self.packed else self._padded(kept)
         images = [
             item.image_inputs | {"pixel_values": item.pixel_values} for item in kept if item.pixel_values is not None
@@ -61,7 +62,7 @@ class Collator:
         mask = torch.zeros(shape, dtype=torch.long)
         for row, example in enumerate(examples):
             ids[row, : example.length] = example.input_ids
-            labels[row, : example.length] = _labels(example)
+            labels[row, : example.length] = example.labels
             mask[row, : example.length] = 1
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
@@ -70,12 +71,5 @@ class Collator:
         return {
             "input_ids": torch.cat([example.input_ids for example in examples])[None],
             "position_ids": torch.cat(positions)[None],
-            "labels": torch.cat([_labels(example) for example in examples])[None],
+            "labels": torch.cat([example.labels for example in examples])[None],
         }
-
-
-def _labels(example: Example) -> Tensor:
-    """The ids of supervised tokens; never the first, which no position of its own example predicts."""
-    labels = example.input_ids.masked_fill(~example.supervised, IGNORED)
-    labels[0] = IGNORED
-    return labels

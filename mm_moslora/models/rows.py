@@ -12,14 +12,16 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from mm_moslora.batch import Batch, Example
+from mm_moslora.adapters.inject import base_model
+from mm_moslora.batch import IGNORED, Batch, Example, usable
 from mm_moslora.errors import ModelError
 from mm_moslora.models.branching import Decoder
 
@@ -73,6 +75,7 @@ def row_inputs(
     image_inputs: dict[str, Tensor],
     *,
     answers: Sequence[int],
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of a model's forward pass.
 
@@ -82,16 +85,50 @@ def row_inputs(
         pixel_values: of all pictures in order.
         image_inputs: the rest that belongs to the pictures, anywhere.
         answers: where each sample's first answer begins.
+        device: where the model takes them; None: where it is.
     """
+    device = model.device if device is None else device
     known = inspect.signature(type(model.base_model).forward).parameters
     whole = text_inputs(model, rows)
     if "token_type_ids" in known:
         starts = torch.tensor(list(answers))[:, None]
         whole["token_type_ids"] = (torch.arange(whole["input_ids"].shape[1])[None] >= starts).long()
-    arguments: dict[str, Any] = {name: value.to(model.device, non_blocking=True) for name, value in whole.items()}
+    arguments: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in whole.items()}
     if pixel_values is not None:
-        arguments |= picture_inputs(model, pixel_values, image_inputs)
+        arguments |= picture_inputs(model, pixel_values, image_inputs, device=device)
     return arguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowCollator:
+    """For other trainers: turns examples into keyword arguments of a ready-made model, such as
+    `Trainer(data_collator=...)` needs. Records that turned out to be bad (`TrainingSet` gives None) are left out.
+    """
+
+    model: nn.Module
+    """The image-text-to-text model of transformers that the examples are for, adapters around it or not."""
+
+    def __call__(self, examples: Sequence[Example | None]) -> dict[str, Any]:
+        """Make a batch in main memory.
+
+        Returns:
+            What the model's own processor would give (see `row_inputs`), and `labels`, int64 ``[G, T]``.
+
+        Raises:
+            DataError: not one example can be used.
+        """
+        batch = Batch.from_examples(usable(examples))
+        rows = list(batch.input_ids.split(batch.segment_lengths))
+        inputs = row_inputs(
+            cast(PreTrainedModel, base_model(self.model)),
+            rows,
+            batch.pixel_values,
+            batch.image_inputs,
+            answers=_first_supervised(batch),
+            device=torch.device("cpu"),
+        )
+        labels = [example.labels for example in usable(examples)]
+        return inputs | {"labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED)}
 
 
 def text_inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -109,20 +146,30 @@ def text_inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Ten
     return inputs
 
 
-def picture_inputs(model: PreTrainedModel, pixel_values: Tensor, image_inputs: dict[str, Tensor]) -> dict[str, Any]:
+def picture_inputs(
+    model: PreTrainedModel, pixel_values: Tensor, image_inputs: dict[str, Tensor], *, device: torch.device | None = None
+) -> dict[str, Any]:
     """What a model takes of the pictures of all rows, where and as it takes it.
 
     Args:
         model: an image-text-to-text model of transformers.
         pixel_values: of all pictures in order.
         image_inputs: the rest that belongs to the pictures, anywhere; see `readable`.
+        device: where the model takes them; None: where it is.
     """
+    device = model.device if device is None else device
     inputs: dict[str, Any] = {"pixel_values": pixel_values, **image_inputs}
     if "batch_num_images" in inputs:
         inputs["batch_num_images"] = _runs(inputs["batch_num_images"])
     if model.config.model_type in _ONE_IMAGE_LIST:
         inputs = {name: value[None] for name, value in inputs.items()}
-    return {name: _placed(model, name, value) for name, value in inputs.items()}
+    dtype = model.dtype
+    return {
+        name: value
+        if name in _STAY
+        else value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+        for name, value in inputs.items()
+    }
 
 
 def readable(batch: Batch) -> dict[str, Tensor]:
@@ -131,13 +178,6 @@ def readable(batch: Batch) -> dict[str, Tensor]:
         name: batch.on_host.image_inputs[name] if name in _SIZES else value
         for name, value in batch.image_inputs.items()
     }
-
-
-def _placed(model: PreTrainedModel, name: str, value: Tensor) -> Tensor:
-    """An image input where and as the model takes it."""
-    if name in _STAY:
-        return value
-    return value.to(model.device, model.dtype if value.is_floating_point() else None, non_blocking=True)
 
 
 def _in_rows(batch: Batch, width: int) -> Tensor:
