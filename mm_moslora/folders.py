@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -10,10 +11,19 @@ from pathlib import Path
 
 from mm_moslora.errors import AdapterError, CheckpointError, ConfigError, ModelError, suggestion
 
+logger = logging.getLogger(__name__)
+
 RESUME_WORDS = ("auto", "required", "never")
 """What `--resume` may be besides a folder."""
 MANIFEST = "manifest.json"
 ADAPTER_CONFIG = "adapter_config.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d{6,})$")
+
+
+def checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """Committed checkpoints of a run as (step, folder), oldest first; none that was put aside. Nothing is verified."""
+    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _CHECKPOINT.match(path.name))]
+    return sorted(found)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -25,8 +35,9 @@ def find_checkpoint(path: Path) -> Path:
     if (path / MANIFEST).is_file() or (path / "config.json").is_file():
         return path
     if (path / ADAPTER_CONFIG).is_file():
+        _mention_others(path)
         return path.parent if (path.parent / MANIFEST).is_file() else path
-    found = sorted(item for item in path.glob("checkpoint-*") if (item / MANIFEST).is_file())
+    found = [item for _, item in checkpoints(path) if (item / MANIFEST).is_file()]
     if found:
         return found[-1]
     if not path.is_dir():
@@ -42,10 +53,23 @@ def find_checkpoint(path: Path) -> Path:
 
 def adapters_inside(path: Path) -> str | None:
     """What to say of a folder that is no adapter but holds some: a `Trainer`'s, or one of several named adapters."""
-    names = sorted(item.parent.name for item in path.glob(f"*/{ADAPTER_CONFIG}"))
+    names = _names_inside(path)
     if not names:
         return None
     return f"{path} is no adapter itself, but holds {', '.join(names[:5])}. Give the folder of one of them."
+
+
+def _names_inside(path: Path) -> list[str]:
+    return sorted(item.parent.name for item in path.glob(f"*/{ADAPTER_CONFIG}"))
+
+
+def _mention_others(path: Path) -> None:
+    """Say which adapter counts where PEFT saved several: the default one lies in the folder, the others below it."""
+    if names := _names_inside(path):
+        logger.info(
+            "%s holds an adapter itself, which is used, and below it %s. For one of those give its folder: %s.",
+            path, ", ".join(names[:5]), path / names[0],
+        )  # fmt: skip
 
 
 def why_no_adapter_folder(path: Path) -> str:
@@ -70,8 +94,9 @@ def adapter_folder(path: str | Path) -> Path:
     if not folder.is_dir():
         raise AdapterError(why_no_adapter_folder(folder))
     if any((folder / name).is_file() for name in (ADAPTER_CONFIG, "moslora.json", "lora_config.json")):
+        _mention_others(folder)
         return folder
-    inside = [item / "adapter" for item in (folder, *sorted(folder.glob("checkpoint-*"), reverse=True))]
+    inside = [item / "adapter" for item in (folder, *(item for _, item in reversed(checkpoints(folder))))]
     found = next((item for item in inside if item.is_dir()), None)
     if found is None and (several := adapters_inside(folder)):
         raise AdapterError(several)

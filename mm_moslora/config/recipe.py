@@ -15,6 +15,7 @@ from mm_moslora.config.data import DataConfig
 from mm_moslora.config.model import AdapterConfig, ModelConfig
 from mm_moslora.config.run import OptimConfig, TrackConfig, TrainConfig, ValidateConfig
 from mm_moslora.errors import ConfigError, suggestion
+from mm_moslora.folders import checkpoints
 from mm_moslora.strict import build_strictly, parse_scalar, parse_text, parse_yaml, plain, set_dotted, takes_text
 
 RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"
@@ -111,7 +112,7 @@ def _at_home(data: Any) -> Any:
 
 def _recipe_of_run(folder: Path) -> Path:
     """The resolved recipe that a run left in its newest checkpoint."""
-    found = [folder / "config.yaml", *sorted(folder.glob("checkpoint-*/config.yaml"), reverse=True)]
+    found = [item / "config.yaml" for item in (folder, *(item for _, item in reversed(checkpoints(folder))))]
     for path in found:
         if path.is_file():
             return path

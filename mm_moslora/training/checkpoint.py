@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,14 +17,13 @@ from typing import Any
 
 from mm_moslora import __version__
 from mm_moslora.errors import CheckpointError
-from mm_moslora.folders import MANIFEST
+from mm_moslora.folders import MANIFEST, checkpoints
 from mm_moslora.training import disk
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
 """Version of the manifest."""
-_NAME = re.compile(r"checkpoint-(\d{6,})$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +46,8 @@ class Manifest:
     """Relative path to {bytes, sha256}."""
     data: str = ""
     """Fingerprint of the training set, on which the place in the data depends."""
+    precision: str = ""
+    """What `train.precision` was on that machine; empty in checkpoints that are older than this."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the file."""
@@ -63,12 +63,6 @@ def _checksum(content: Mapping[str, Any]) -> str:
 def folder_name(step: int) -> str:
     """Name of the checkpoint of an optimiser step."""
     return f"checkpoint-{step:06d}"
-
-
-def checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """Committed checkpoints of a run as (step, folder), oldest first. Nothing is verified."""
-    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _NAME.match(path.name))]
-    return sorted(found)
 
 
 def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:

@@ -14,10 +14,11 @@ from mm_moslora import distributed
 from mm_moslora.adapters.load import restore_frozen_factors
 from mm_moslora.config import Recipe
 from mm_moslora.errors import CheckpointError, ConfigError
-from mm_moslora.folders import resume_folder
+from mm_moslora.folders import checkpoints, resume_folder
 from mm_moslora.models.places import CONTENTS, contents_of
 from mm_moslora.training import checkpoint
 from mm_moslora.training.commit import rank_folder
+from mm_moslora.training.precision import resolve_precision
 from mm_moslora.training.run import Run, seed_everything
 from mm_moslora.training.saving import RandomState, moving_statistics
 
@@ -58,7 +59,7 @@ def _choose(run: Path, resume: str) -> tuple[Path, checkpoint.Manifest] | None:
     if named is not None:
         return named, checkpoint.read_manifest(named)
     if resume == "never":
-        if checkpoint.checkpoints(run):
+        if checkpoints(run):
             raise CheckpointError(
                 f"{run} already holds checkpoints and resume is never. Choose another train.output, or resume: auto."
             )
@@ -80,6 +81,8 @@ def _check_same_run(folder: Path, manifest: checkpoint.Manifest, recipe: Recipe)
         )
     world = distributed.world_size()
     differences = list(changes.rounding)
+    if (precision := resolve_precision(recipe.train.precision)) != (manifest.precision or precision):
+        differences.append(f"precision on this machine: {manifest.precision} -> {precision}")
     if manifest.world_size != world:
         differences.insert(0, f"ranks: {manifest.world_size} -> {world}")
     if differences:

@@ -10,7 +10,8 @@ import pytest
 from between import just_before
 
 from mm_moslora.errors import CheckpointError
-from mm_moslora.training import checkpoint, disk
+from mm_moslora.folders import adapter_folder, checkpoints, find_checkpoint
+from mm_moslora.training import disk
 from mm_moslora.training.checkpoint import Manifest, Retention, changed_keys, newest_valid, read_manifest, remove_old
 from mm_moslora.training.commit import commit
 
@@ -105,6 +106,34 @@ def test_when_all_are_damaged_it_says_so_instead_of_starting_over(tmp_path):
     assert newest_valid(tmp_path / "empty") is None
 
 
+@pytest.mark.parametrize("why", ["superseded", "superseded1", "corrupt"])
+def test_a_checkpoint_that_was_put_aside_is_not_the_newest_of_its_run(tmp_path, why):
+    """Whoever evaluates or exports the run gets the newest that counts."""
+    for step in (4, 5, 999_999, 1_000_000):
+        (make(tmp_path, step) / "adapter").mkdir()
+    newest = tmp_path / "checkpoint-1000000"
+    assert find_checkpoint(tmp_path) == newest
+    for step in (999_999, 1_000_000):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.rename(f"{folder}.{why}")
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-000005"
+    assert adapter_folder(tmp_path) == tmp_path / "checkpoint-000005" / "adapter"
+
+
+def test_an_adapter_beside_named_ones_is_used_and_the_others_are_told(tmp_path, caplog):
+    caplog.set_level("INFO", logger="mm_moslora")
+    for folder in (tmp_path, tmp_path / "blue", tmp_path / "red"):
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_config.json").write_text("{}")
+    for find in (adapter_folder, find_checkpoint):
+        caplog.clear()
+        assert find(tmp_path) == tmp_path
+        assert f"below it blue, red. For one of those give its folder: {tmp_path / 'blue'}." in caplog.text
+        caplog.clear()
+        assert find(tmp_path / "red") == tmp_path / "red"
+        assert not caplog.text
+
+
 def test_another_format_is_refused_by_name(tmp_path):
     folder = make(tmp_path, 1)
     content = json.loads((folder / "manifest.json").read_text())
@@ -117,9 +146,9 @@ def test_old_ones_go_by_step_whatever_the_clock_says(tmp_path):
     for step in (1, 2, 3):
         os.utime(make(tmp_path, step), (1000 - step, 1000 - step))
     remove_old(tmp_path, Retention(last=2))
-    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [2, 3]
+    assert [step for step, _ in checkpoints(tmp_path)] == [2, 3]
     remove_old(tmp_path, Retention(last=0))
-    assert len(checkpoint.checkpoints(tmp_path)) == 2
+    assert len(checkpoints(tmp_path)) == 2
 
 
 def test_every_kth_and_the_best_stay_and_nothing_goes_while_the_newest_is_damaged(tmp_path):
@@ -129,10 +158,10 @@ def test_every_kth_and_the_best_stay_and_nothing_goes_while_the_newest_is_damage
     (tmp_path / "checkpoint-000006" / "adapter.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"adapter\.safetensors"):
         remove_old(tmp_path, kept)
-    assert len(checkpoint.checkpoints(tmp_path)) == 6
+    assert len(checkpoints(tmp_path)) == 6
     make(tmp_path, 7)
     remove_old(tmp_path, kept)
-    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [2, 4, 7]
+    assert [step for step, _ in checkpoints(tmp_path)] == [2, 4, 7]
 
 
 def test_keys_that_change_the_computation_are_listed_and_others_are_free():
