@@ -9,11 +9,9 @@ and ends in a linear layer (`last`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mm_moslora.errors import ModelError, suggestion
 from mm_moslora.models.projector_parts import (
@@ -85,23 +83,15 @@ def shaped(kind: str, shape: ProjectorShape) -> ProjectorShape:
     return replace(shape, depth=int(deep[1])) if deep else shape
 
 
-@torch.no_grad()
-def scale_to_embeddings(last: nn.Linear, project: Callable[[], Tensor], embeddings: Tensor) -> float:
-    """Scale a projector's last layer so that visual tokens have the size of word embeddings.
+def embedding_scale(visual_tokens: Tensor, embeddings: Tensor) -> float:
+    """The factor on a fresh projector's last layer that gives visual tokens the size of word embeddings.
 
     A fresh projector gives tokens several times larger or smaller than the words beside them; training first has to
-    undo that. Called once, on the features of real images.
+    undo that.
 
     Args:
-        last: the projector's last layer; changed in place.
-        project: gives visual tokens ``[..., D]`` of some real images.
+        visual_tokens: of some real pictures, ``[..., D]``.
         embeddings: word embeddings ``[vocabulary, D]``.
-
-    Returns:
-        The factor applied.
     """
     target = embeddings.float().pow(2).mean().sqrt()
-    factor = float(target / project().float().pow(2).mean().sqrt().clamp_min(1e-12))
-    last.weight.mul_(factor)
-    last.bias.mul_(factor)
-    return factor
+    return float(target) / max(1e-12, float(visual_tokens.float().pow(2).mean().sqrt()))

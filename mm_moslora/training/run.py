@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mm_moslora import distributed
-from mm_moslora.config import ModelConfig, Recipe
+from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
 from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.dataset import TrainingSet
 from mm_moslora.errors import ConfigError, TrainingError
@@ -32,6 +32,7 @@ from mm_moslora.models.kernels import choose_kernels, use_kernels
 from mm_moslora.models.lean import use_lean_layers
 from mm_moslora.models.pictures import PictureMemory
 from mm_moslora.models.places import contents_of, seen_from
+from mm_moslora.models.ready import tower_path
 from mm_moslora.models.trainable import attach_adapters, component_table
 from mm_moslora.models.vlm import is_multimodal, is_padded
 from mm_moslora.training.compiling import compile_layers
@@ -127,11 +128,14 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         checkpoint: that the run goes on from; it helps to find models that were moved.
     """
     folder = Path(recipe.train.output)
-    precision = resolve_precision(recipe.train.precision)
+    precision = distributed.from_main(resolve_precision(recipe.train.precision))  # hosts may differ
     kernels = choose_kernels(recipe.model.kernels, distributed.device())
     parts = recipe.model if checkpoint is None else seen_from(recipe.model, checkpoint)
-    assembly = assemble(parts, dtype=dtype_of(precision))
-    attach_adapters(assembly, recipe.model, recipe.adapter, seed=recipe.train.seed)
+    model_start, adapter_start = parts, recipe.adapter
+    if checkpoint is not None:
+        model_start, adapter_start = _start_of(parts, recipe.adapter, checkpoint)
+    assembly = assemble(model_start, dtype=dtype_of(precision))
+    attach_adapters(assembly, recipe.model, adapter_start, seed=recipe.train.seed)
     if distributed.is_main():
         for line in trainable_table(assembly):
             logger.info("%s", line)
@@ -148,7 +152,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     if recipe.train.gradient_checkpointing:
         _checkpoint_gradients(model.get_decoder())
     if recipe.train.vision_gradient_checkpointing and is_multimodal(model):
-        _checkpoint_gradients(next(m for name in ("vision_tower", "visual") if (m := getattr(model.model, name, None))))
+        _checkpoint_gradients(cast(PreTrainedModel, model.get_submodule(tower_path(model))))
     if recipe.train.compile is not None:
         compile_layers(model, recipe.train.compile)
     elif (lean := use_kernels(model, kernels)) and distributed.is_main():
@@ -176,6 +180,18 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         validation_set=validation_set, engine=engine, frozen_projector=frozen_projector,
         first_mixers=mixer_matrices(engine.trainable_state()), contents=contents_of(parts),
     )  # fmt: skip
+
+
+def _start_of(model: ModelConfig, adapter: AdapterConfig, checkpoint: Path) -> tuple[ModelConfig, AdapterConfig]:
+    """Where a run that goes on finds the weights that it began with: in its checkpoint, once their own place is gone.
+
+    What trains is read from the checkpoint's state later, so nothing but frozen parts and shapes depend on this.
+    """
+    if (weights := model.projector.weights) and not Path(weights).exists():
+        model = replace(model, projector=replace(model.projector, weights=str(checkpoint / "projector.safetensors")))
+    if adapter.weights and not Path(adapter.weights).exists():
+        adapter = replace(adapter, weights=str(checkpoint / "adapter"))
+    return model, adapter
 
 
 def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore | None:
@@ -221,28 +237,54 @@ def _data_set(recipe: Recipe, assembly: Assembly, *, validation: bool) -> Traini
 
 @torch.no_grad()
 def _match_projector_scale(recipe: Recipe, assembly: Assembly, data: TrainingSet) -> None:
-    """Give a fresh projector's visual tokens the size of word embeddings; see `scale_to_embeddings`."""
-    from mm_moslora.models.projector import scale_to_embeddings
-    from mm_moslora.models.vlm import image_features
+    """Give a fresh projector's visual tokens the size of word embeddings; see `embedding_scale`.
 
-    model = assembly.model
+    Rank 0 measures, where it is going to train, on its own weights: those are what the engine gives to all ranks.
+    """
+    model, wanted = assembly.model, recipe.model.projector
     ours = is_multimodal(model) and not assembly.ready_made
-    if not (ours and recipe.model.projector.scale_to_embeddings) or recipe.model.projector.weights:
+    if not (ours and wanted.scale_to_embeddings) or wanted.weights:
         return
+    factor, failure = 1.0, None
+    if distributed.is_main():
+        try:
+            if pictures := _first_pictures(data, 8):
+                factor = _measured_scale(model, torch.cat(pictures))
+        except Exception as error:  # the other ranks wait for the factor
+            failure = error
+    distributed.agree(failure, what="Scaling the projector")
+    factor = distributed.from_main(factor)
+    projector = model.model.multi_modal_projector
+    last = projector.last if hasattr(projector, "last") else projector.linear_2
+    for parameter in last.parameters():
+        parameter.mul_(factor)
+    logger.info("Projector output scaled by %.3g to the size of word embeddings.", factor)
+
+
+def _first_pictures(data: TrainingSet, count: int) -> list[Tensor]:
+    """Pictures or tiles ``[n, 3, H, W]`` of the first records that show some."""
     pictures: list[Tensor] = []
     for index in range(len(data)):
-        if len(pictures) >= 8:
+        if len(pictures) >= count:
             break
         example = data[index] if data.has_image[index] else None
         if example is not None and example.pixel_values is not None:
-            pictures.append(example.pixel_values)
-    if pictures:
-        projector = model.model.multi_modal_projector
-        last = projector.last if hasattr(projector, "last") else projector.linear_2
-        pixels = torch.cat(pictures)
-        embeddings = cast(Tensor, model.get_input_embeddings().weight)
-        factor = scale_to_embeddings(last, lambda: image_features(model, pixels), embeddings)
-        logger.info("Projector output scaled by %.3g to the size of word embeddings.", factor)
+            pictures.append(example.pixel_values.flatten(0, -4))
+    return pictures
+
+
+def _measured_scale(model: PreTrainedModel, pixels: Tensor) -> float:
+    from mm_moslora.models.projector import embedding_scale
+    from mm_moslora.models.vlm import image_features
+
+    parts: list[nn.Module] = [model.model.vision_tower, model.model.multi_modal_projector]
+    for part in parts:
+        part.to(distributed.device())
+    try:
+        return embedding_scale(image_features(model, pixels), cast(Tensor, model.get_input_embeddings().weight))
+    finally:  # the engine takes a whole model from the host
+        for part in parts:
+            part.to("cpu")
 
 
 def trainable_table(assembly: Assembly) -> list[str]:

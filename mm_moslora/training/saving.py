@@ -74,6 +74,7 @@ def snapshot(run: Run) -> Snapshot:
         step=run.step, world_size=distributed.world_size(), recipe=run.recipe.to_dict(),
         base=run.assembly.base | {CONTENTS: run.contents},
         counters=dict(run.counters), trainable=shapes, files={}, data=run.training_set.fingerprint,
+        precision=run.precision,
     )  # fmt: skip
     if not distributed.is_main():
         weights = {}
@@ -118,7 +119,10 @@ def write_model(taken: Snapshot, folder: Path) -> None:
         trained |= {} if newline is None else {NEWLINE: newline}
         save_file(_contiguous(run.frozen_projector | trained), folder / "projector.safetensors")
     for component in (*_COMPONENTS, *(("projector",) if assembly.ready_made else ())):
-        part = {name: value for name, value in state.items() if component_of(name) == component}
+        # A projector inside an adapted tower trains below its adapters; the base model knows nothing of them.
+        part = {
+            name.replace(".base_layer.", "."): value for name, value in state.items() if component_of(name) == component
+        }
         if part:
             save_file(_contiguous(part), folder / f"{component}.safetensors")
     if assembly.processor is not None:

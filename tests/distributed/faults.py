@@ -16,7 +16,7 @@ from ranks import train_recipes
 from mm_moslora import distributed
 from mm_moslora.config import load_recipe
 from mm_moslora.tracking import Trackers
-from mm_moslora.training import loop, saving
+from mm_moslora.training import loop, run, saving
 from mm_moslora.training.engine import Engine
 
 
@@ -35,6 +35,20 @@ def poison(rank: str, step: str, *recipes: str) -> int:
         real(self, batches, first=first)
 
     loop._Loop._step = poisoned_step
+    return train_recipes(list(recipes))
+
+
+def scale_on_main_alone(outcome: str, *recipes: str) -> int:
+    """The projector's scale is measured on rank 0 alone; there it may fail."""
+    real = run._measured_scale
+
+    def measured(model, pixels):
+        assert distributed.is_main(), "measured twice"
+        if outcome == "fails":
+            raise RuntimeError("no room for the tower")
+        return real(model, pixels)
+
+    run._measured_scale = measured
     return train_recipes(list(recipes))
 
 

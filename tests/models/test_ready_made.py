@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from films import write_animation
 from PIL import Image
 from tiny import supervised_logits
+from torch import nn
 from vlms import FAMILIES, make_vlm
 
 from mm_moslora.batch import Batch, Example
@@ -24,13 +26,15 @@ from mm_moslora.config import (
     TrainConfig,
     VisionConfig,
 )
+from mm_moslora.data.collate import Collator
 from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.records import Turn
-from mm_moslora.errors import ConfigError, ModelError
+from mm_moslora.errors import ConfigError, DataError, ModelError
 from mm_moslora.models.build import assemble, text_and_images
 from mm_moslora.models.export import export_model
 from mm_moslora.models.eyes import dummy_example
 from mm_moslora.models.load import load
+from mm_moslora.models.rows import RowCollator
 from mm_moslora.models.trainable import attach_adapters
 from mm_moslora.models.vlm import part_of
 from mm_moslora.serve.chat import Chat
@@ -106,6 +110,31 @@ def test_a_batch_gives_each_sample_the_logits_that_the_model_gives_its_processor
         together = supervised_logits(assembly.model, Batch.from_examples([blind, sighted, several]))
     torch.testing.assert_close(alone[1], expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_trainers_get_the_loss_of_ours(family, folders):
+    """The stock model on a collated batch, with an adapter around it as in `Trainer(model=peft_model)`."""
+    config = ModelConfig(vlm=str(folders(family)))
+    assembly = assemble(config)
+    examples = [
+        example_of(assembly, conversation("<image>\nwhat color?"), [picture(50, 70)]),
+        example_of(assembly, [*conversation("say red"), *conversation("is it red?", "yes")], name="b"),
+        example_of(assembly, conversation("<image>\n<image>\nsame?", "no"), [picture(40, 40), picture(30, 60)]),
+    ]
+    batch = Batch.from_examples(examples)
+    with torch.no_grad():  # attention of fresh weights is nearly uniform, whatever the positions
+        for name, weight in assembly.model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                weight.mul_(30)
+    attach_adapters(assembly, config, AdapterConfig(rank=2))
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(supervised_logits(assembly.model, batch), batch.targets)
+        found = assembly.peft_model(**RowCollator(model=assembly.peft_model)([examples[0], None, *examples[1:]])).loss
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    if family.startswith("qwen"):
+        with pytest.raises(DataError, match="RowCollator"):
+            Collator(pad_token_id=0)(examples)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -198,6 +227,25 @@ def test_tower_and_projector_train_when_the_recipe_says_so(family, folders, tmp_
     changed = {part_of(n) for (n, a), b in zip(tuned.model.named_parameters(), base.model.parameters(), strict=True)
                if not torch.equal(a, b)}  # fmt: skip
     assert changed == {"language", "vision", "projector"}
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "smolvlm"])
+def test_a_projector_that_trains_beside_adapters_in_the_tower_comes_back(family, folders, tmp_path):
+    """Qwen-VL's lies in the tower and carries its adapters, too."""
+    options = {"vision": VisionConfig(mode="adapter"), "projector": ProjectorConfig(mode="full")}
+    recipe = recipe_for(folders(family), write_records(tmp_path), tmp_path / "run", **options)
+    recipe = replace(recipe, train=replace(recipe.train, vision_gradient_checkpointing=True))
+    train(recipe)
+    tuned, live = load(tmp_path / "run"), load(tmp_path / "run", merge=False)
+    batch = Batch.from_examples([example_of(tuned, conversation("<image>\nwhat color?"), [picture(60, 40)])])
+    with torch.no_grad():
+        merged = supervised_logits(tuned.model, batch)
+        torch.testing.assert_close(merged, supervised_logits(live.model, batch), rtol=0, atol=1e-4)
+    base = assemble(recipe.model)
+    changed = {part_of(n) for (n, a), b in zip(tuned.model.named_parameters(), base.model.parameters(), strict=True)
+               if not torch.equal(a, b)}  # fmt: skip
+    assert changed == {"language", "vision", "projector"}
+    assert export_model(tuned, tmp_path / "out").max_logit_difference < 1e-5
 
 
 def test_a_system_prompt_goes_into_the_processors_template(folders):

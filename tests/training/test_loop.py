@@ -357,6 +357,17 @@ def test_a_run_goes_on_from_an_older_checkpoint_of_its_own_and_from_there_again(
     assert losses(recipe) == expected
 
 
+def test_a_machine_with_another_precision_is_told(recipe, monkeypatch, caplog):
+    """`auto` is bf16 on one machine and fp32 on another, whatever the recipe says."""
+    caplog.set_level("INFO", logger="mm_moslora")
+    recipe = with_train(recipe, precision="auto")
+    for here, step in (("bf16", 2), ("bf16", 4), ("fp32", 6)):
+        for module in ("run", "resume"):
+            monkeypatch.setattr(f"mm_moslora.training.{module}.resolve_precision", lambda _, here=here: here)
+        assert train(recipe, stop_at=step).step == step
+        assert ("precision on this machine: bf16 -> fp32" in caplog.text) == (here == "fp32")
+
+
 def test_resume_from_a_named_folder_continues_exactly(recipe, tmp_path):
     straight = with_train(recipe, save_every=2, keep_last=0, output=str(tmp_path / "straight"))
     train(straight)
@@ -420,6 +431,22 @@ def test_an_align_stage_feeds_a_tune_stage(recipe, tmp_path):
     first = load_file(weights)
     later = load_file(tmp_path / "run" / "checkpoint-000001" / "projector.safetensors")
     assert first.keys() == later.keys()
+
+
+@pytest.mark.parametrize("mode", ["full", "frozen"])
+def test_a_run_goes_on_when_the_stage_before_it_is_gone(recipe, tmp_path, mode):
+    """Projector and adapter of an earlier run, whose folder was cleaned up meanwhile."""
+    before = with_train(recipe, output=str(tmp_path / "before"), steps=2)
+    stage = train(before).checkpoint
+    projector = ProjectorConfig(weights=str(stage / "projector.safetensors"), mode=mode)
+    adapter = replace(recipe.adapter, weights=str(stage / "adapter"))
+    recipe = replace(recipe, model=replace(recipe.model, projector=projector), adapter=adapter)
+    straight = with_train(recipe, output=str(tmp_path / "straight"))
+    train(straight)
+    train(recipe, stop_at=2)
+    shutil.rmtree(tmp_path / "before")
+    assert train(recipe).finished
+    assert losses(recipe) == losses(straight)
 
 
 def test_validation_disturbs_nothing(recipe, tmp_path):
