@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm_moslora import distributed
+from mm_moslora.errors import EvalError
 
 from .local import LocalModel
 from .registry import get_task
 from .results import TaskResult
 from .runner import Settings
 from .suite import evaluate
+from .task import Task
 
 if TYPE_CHECKING:
     from mm_moslora.training.validation import Moment
+
+
+def tasks_of(names: Sequence[str]) -> list[Task]:
+    """The tasks of `validate.tasks`.
+
+    Raises:
+        EvalError: no such task, or two whose metrics would have the same name.
+    """
+    tasks = [get_task(name) for name in names]
+    for number, task in enumerate(tasks):
+        first = [other.name for other in tasks].index(task.name)
+        if first < number:
+            raise EvalError(
+                f"validate.tasks: {names[first]!r} and {names[number]!r} would both be measured as "
+                f"eval/{task.name}/... Keep one of them, or give its file another name."
+            )
+    return tasks
 
 
 def measure(moment: Moment) -> Mapping[str, float]:
@@ -30,7 +49,7 @@ def measure(moment: Moment) -> Mapping[str, float]:
         `eval/TASK/score` and `eval/TASK/METRIC`, on rank 0; nothing on other ranks.
 
     Raises:
-        EvalError: no such task, or every sample fails.
+        EvalError: see `tasks_of`; or every sample fails.
     """
     config = moment.recipe.validate
     settings = Settings(batch_size=moment.recipe.train.micro_batch, limit=config.task_limit or None)
@@ -38,10 +57,8 @@ def measure(moment: Moment) -> Mapping[str, float]:
     model = LocalModel(moment.assembly, name=f"{moment.recipe.name} at step {moment.step}")
     metrics: dict[str, float] = {}
     try:
-        for name in config.tasks:
-            for result in evaluate(
-                model, get_task(name), moment.folder, modes=("own",), baselines=(), settings=settings
-            ):
+        for task in tasks_of(config.tasks):
+            for result in evaluate(model, task, moment.folder, modes=("own",), baselines=(), settings=settings):
                 metrics |= _named(result)
     finally:
         model.close()

@@ -179,11 +179,12 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
     resolved = _recipe(recipe, overrides)
     resume_folder(resume)  # a wrong one is told before seconds of imports, here as in the other verbs
     quiet_libraries()
-    from mm_moslora_eval.in_training import measure
+    from mm_moslora_eval.in_training import measure, tasks_of
 
     from mm_moslora import distributed
     from mm_moslora.training.loop import train as run_training
 
+    tasks_of(resolved.validate.tasks)  # a wrong one is told before the first step
     tasks = measure if resolved.validate.tasks else None
     result = run_training(resolved, resume=resume, stop_at=stop_at, measure=tasks)
     mark = Path(resolved.train.output) / "PREEMPTED"

@@ -18,12 +18,13 @@ from mm_moslora.batch import Batch
 from mm_moslora.config import Recipe
 from mm_moslora.data.loader import BatchLoader
 from mm_moslora.errors import CheckpointError, DistributedError, DivergedError, MoSLoRAError, TrainingError
+from mm_moslora.folders import checkpoints
 from mm_moslora.machine import keep_memory
 from mm_moslora.models.trainable import component_table
 from mm_moslora.tracking import Trackers, build_trackers
 from mm_moslora.training import checkpoint, disk
 from mm_moslora.training import run as runs
-from mm_moslora.training.commit import Saver
+from mm_moslora.training.commit import Saver, amend
 from mm_moslora.training.ending import recorded
 from mm_moslora.training.engine import StepResult
 from mm_moslora.training.mixers import adapter_metrics, mixer_matrices, write_mixers
@@ -171,31 +172,38 @@ class _Loop:
             self._phase("rehearsal")
             if self.fresh and self.recipe.train.rehearsal:
                 rehearse(run, self.saver)
-            with StopRequest() as stop, Progress("train", self.total, initial=run.step) as progress, self.loader:
-                batches = iter(self.loader)
-                while not self._over:
-                    self._step(batches, first=progress.done == progress.initial)
-                    progress.update(run.step, f"loss {self.last_loss:.4f}")
-                    self._periodically()
-                    # One collective per step tells about signals and about the checkpoint that is being written.
-                    number, writing = distributed.max_over_ranks([float(stop.received), float(self.saver.busy)])
-                    if self.saver.pending is not None and not writing:
-                        self._finish_save()
-                    signal_number = int(number)
-                    if signal_number or run.step == stop_at:
-                        break
-            if self.best.out_of_patience:
-                logger.info("Stopped: no better %s for %d validations.", self.best.config.best, self.best.since)
-            if self._over and run.counters.get(FINISHED_AT) != run.step:
-                self._finish()
-            self._write_summary()
-            folder = self._last_save()
+            with StopRequest() as stop:  # to the very end: a signal must not cost what was trained
+                signal_number = self._until_over(stop, stop_at)
+                folder = self._last_save()
+                if self._over and run.counters.get(FINISHED_AT) != run.step:
+                    self._finish(folder)
+                self._write_summary()
+                self.saver.rest()
             if self._over and distributed.is_main() and (folder / "adapter").is_dir():
                 self.trackers.log_folder("adapter", folder / "adapter", aliases=("latest", f"step-{run.step}"))
             ok = True
         finally:
             self.trackers.finish(ok=ok)
         return self._result(folder, stopped_by=signal_number)
+
+    def _until_over(self, stop: StopRequest, stop_at: int | None) -> int:
+        """Take steps until the run is over or asked to stop; gives the signal that asked, or 0."""
+        run = self.run
+        with Progress("train", self.total, initial=run.step) as progress, self.loader:
+            batches = iter(self.loader)
+            while not self._over:
+                self._step(batches, first=progress.done == progress.initial)
+                progress.update(run.step, f"loss {self.last_loss:.4f}")
+                self._periodically()
+                # One collective per step tells about signals and about the checkpoint that is being written.
+                number, writing = distributed.max_over_ranks([float(stop.received), float(self.saver.busy)])
+                if self.saver.pending is not None and not writing:
+                    self._finish_save()
+                if number or run.step == stop_at:
+                    return int(number)
+        if self.best.out_of_patience:
+            logger.info("Stopped: no better %s for %d validations.", self.best.config.best, self.best.since)
+        return 0
 
     def _result(self, folder: Path, *, stopped_by: int = 0) -> TrainResult:
         return TrainResult(
@@ -305,9 +313,11 @@ class _Loop:
             state = self.run.engine.trainable_state()
             if distributed.is_main():
                 self.trackers.log(adapter_metrics(self.run.assembly.model, state), step)
+        if step >= self.total:  # saved first and measured then: what fails in measuring must not cost the run
+            return
         better = bool(train.validate_every) and step % train.validate_every == 0 and self._validate()
         due = bool(train.save_every) and step % train.save_every == 0
-        if (due or better) and not self._over:  # the last save comes after `_finish`
+        if (due or better) and not self._over:  # the last save comes after the loop
             self._start_save()
 
     def _start_save(self) -> None:
@@ -336,12 +346,20 @@ class _Loop:
             self._save_failed(error)
             return
         self.failed_saves = 0
-        if self.best.step >= 0 and distributed.is_main():
-            self.best.write(self.run.folder, checkpoint.folder_name(self.best.step))
-        train = self.recipe.train
-        best = checkpoint.folder_name(self.best.step) if self.best.step >= 0 else None
-        self.saver.tidy(checkpoint.Retention(last=train.keep_last, every=train.keep_every, best=best))
+        self._tidy()
         logger.debug("Saved %s.", folder)
+
+    def _tidy(self) -> None:
+        """Say which checkpoint is the best, and delete those that need not be kept."""
+        if not distributed.is_main():
+            return
+        train, folder = self.recipe.train, self.run.folder
+        there = [step for step, _ in checkpoints(folder)]
+        kept = self.best.among(there)
+        best = None if kept is None else checkpoint.folder_name(kept)
+        if self.best.step >= 0:
+            self.best.write(folder, best)
+        self.saver.tidy(checkpoint.Retention(last=train.keep_last, every=train.keep_every, best=best))
 
     def _save_failed(self, error: CheckpointError) -> None:
         self.failed_saves += 1
@@ -359,7 +377,6 @@ class _Loop:
             self._start_save()
             if self.saver.pending is not None:
                 self._finish_save()
-        self.saver.rest()
         folder = self.run.folder / checkpoint.folder_name(self.run.step)
         if self.saved_at != self.run.step:
             raise CheckpointError(f"The last checkpoint, {folder}, could not be written; the reason is above.")
@@ -376,15 +393,19 @@ class _Loop:
             self.trackers.log_samples("validation", samples, self.run.step)
         return bool(metrics) and self.best.update(metrics, self.run.step)
 
-    def _finish(self) -> None:
+    def _finish(self, last: Path) -> None:
         """Measure the end once: the mark goes into the last checkpoint, for a run started again."""
         if self.validated_at != self.run.step:
             self._validate()
+            self._tidy()
         final = mixer_matrices(self.run.engine.trainable_state())
         if distributed.is_main():
             mixers = write_mixers(self.run.folder / "mixers.json", before=self.run.first_mixers, after=final)
             self.trackers.log_mixers(mixers, self.run.step)
         self.run.counters[FINISHED_AT] = self.run.step
+        self._note_memory()
+        if distributed.is_main():
+            amend(last, self.run.counters)
 
     def _note_memory(self) -> None:
         """The most that any session of the run used."""

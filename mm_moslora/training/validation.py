@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,10 +83,17 @@ class Validator:
                 f"validate.best is {run.recipe.validate.best!r}, but train.validate_every is 0, so nothing is measured "
                 "before the end. Set it to a number of steps."
             )
-        if run.recipe.validate.best is not None and run.validation_set is None and measure is None:
+        best = run.recipe.validate.best
+        if best is not None and run.validation_set is None and (measure is None or best == LOSS):
+            nor = "" if best == LOSS else " and validate.tasks no task"
             raise TrainingError(
-                f"validate.best is {run.recipe.validate.best!r}, but nothing is measured: data.validation and "
-                "validate.tasks are empty. Name a source or a task."
+                f"validate.best is {best!r}, but data.validation names no source{nor}, so that nothing is measured for "
+                "it. Name one."
+            )
+        if best is not None and best != LOSS and measure is None:
+            raise TrainingError(
+                f"validate.best is {best!r}, but without validate.tasks only {LOSS} is measured."
+                f"{suggestion(best, [LOSS])}"
             )
 
     def __call__(self) -> tuple[dict[str, float], list[Sample]]:
@@ -229,17 +236,17 @@ class Best:
         """Take in a validation; True when it is the best so far.
 
         Raises:
-            TrainingError: the metric was not measured.
+            TrainingError: there is no such metric.
         """
         name = self.config.best
         if name is None:
             return False
-        if name not in metrics:
+        if name not in metrics and not self.history:  # later it may come out as no number, and is left out for that
             raise TrainingError(
                 f"validate.best is {name!r}, which was not measured; expected one of {sorted(metrics)}."
                 f"{suggestion(name, metrics)}"
             )
-        value = metrics[name]
+        value = metrics.get(name, math.nan)
         self.history.append({"step": step, "value": value})
         sign = -1 if lower_is_better(name, self.config.best_is) else 1
         if math.isfinite(value) and not (math.isfinite(self.value) and sign * value <= sign * self.value):
@@ -253,11 +260,23 @@ class Best:
         """Whether the run should stop."""
         return 0 < self.config.patience <= self.since
 
-    def write(self, folder: Path, checkpoint: str) -> None:
-        """Keep it for people and for a resumed run; the checkpoint is null when a better one had replaced it since."""
+    def among(self, steps: Collection[int]) -> int | None:
+        """The best measured step of those that have a checkpoint: a save may fail, or still be on its way."""
+        measured = Best(config=self.config)
+        for entry in self.history:
+            if entry["step"] in steps:
+                measured.update({self.config.best or "": entry["value"]}, int(entry["step"]))
+        return None if measured.step < 0 else measured.step
+
+    def write(self, folder: Path, checkpoint: str | None) -> None:
+        """Keep it for people and for a resumed run.
+
+        Args:
+            folder: of the run.
+            checkpoint: name of the best one that there is; of an earlier step where that of the best was not saved.
+        """
         content: dict[str, Any] = {
-            "metric": self.config.best, "value": self.value, "step": self.step,
-            "checkpoint": checkpoint if (folder / checkpoint).is_dir() else None,
+            "metric": self.config.best, "value": self.value, "step": self.step, "checkpoint": checkpoint,
             "history": self.history,
         }  # fmt: skip
         disk.replace_json(folder / BEST, content)

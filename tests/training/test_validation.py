@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from mm_moslora_eval.in_training import tasks_of
 
 from mm_moslora.config import ValidateConfig
 from mm_moslora.data.loader import BatchLoader
-from mm_moslora.errors import ConfigError, TrainingError
+from mm_moslora.errors import CheckpointError, ConfigError, EvalError, TrainingError
+from mm_moslora.training.commit import Saver
 from mm_moslora.training.loop import train
 from mm_moslora.training.run import prepare
 from mm_moslora.training.spikes import SPIKE, SpikeScore
@@ -132,6 +135,61 @@ def test_a_finished_run_that_is_started_again_measures_and_writes_nothing(recipe
     assert {path: path.read_text() for path in written} == written
 
 
+@pytest.mark.parametrize("every", [0, 7])
+def test_a_run_is_saved_before_its_end_is_measured(recipe, every):
+    """A harness that fails at the end, here at the seventh step, must not cost the training."""
+    chosen = watched(recipe, tasks=["fake"])
+    chosen = replace(chosen, train=replace(chosen.train, steps=7, validate_every=every))
+
+    def failing(moment):
+        if moment.step == 7:
+            raise TrainingError("no answers")
+        return {}
+
+    with pytest.raises(TrainingError, match="no answers"):
+        train(chosen, measure=failing)
+    trained = losses(Path(chosen.train.output))
+    assert len(trained) == 7
+    for _ in range(2):  # the second time everything was measured
+        assert train(chosen, measure=unruly).finished
+    lines = [json.loads(line) for line in (Path(chosen.train.output) / "metrics.jsonl").read_text().splitlines()]
+    assert [line["eval/fake/score"] for line in lines if "eval/fake/score" in line] == [3.0]
+    assert losses(Path(chosen.train.output)) == trained
+
+
+def test_a_signal_while_the_end_is_measured_costs_nothing(recipe):
+    chosen = watched(recipe, tasks=["fake"])
+    chosen = replace(chosen, train=replace(chosen.train, validate_every=0))
+
+    def interrupted(moment):
+        signal.raise_signal(signal.SIGTERM)
+        return unruly(moment)
+
+    result = train(chosen, measure=interrupted)
+    assert result.finished
+    assert result.checkpoint.is_dir()
+
+
+def test_the_best_checkpoint_stays_until_a_better_one_is_there(recipe, monkeypatch):
+    """The save of the better one fails."""
+    values = {2: 1.0, 4: 2.0, 6: 0.0}
+    chosen = watched(recipe, tasks=["fake"], best="eval/fake/score")
+    chosen = replace(chosen, train=replace(chosen.train, steps=8, save_every=2, keep_last=1))
+    start = Saver.start
+
+    def failing(saver, manifest, write, **options):
+        if manifest.step == 4:
+            raise CheckpointError("no room")
+        start(saver, manifest, write, **options)
+
+    monkeypatch.setattr(Saver, "start", failing)
+    train(chosen, measure=lambda moment: {"eval/fake/score": values[moment.step]}, stop_at=6)
+    run = Path(chosen.train.output)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000006"]
+    best = json.loads((run / "best.json").read_text())
+    assert (best["step"], best["value"], best["checkpoint"]) == (4, 2.0, "checkpoint-000002")
+
+
 def test_held_out_records_are_seen_once_however_training_mixes(recipe):
     held_out = replace(recipe.data.train[0], limit=5)
     data = replace(recipe.data, validation=[held_out], mixing="parts", epoch_records=200)
@@ -150,6 +208,15 @@ def test_what_cannot_be_measured_is_said_before_the_first_step(recipe):
     unmeasured = replace(recipe, train=replace(recipe.train, validate_every=2))
     with pytest.raises(TrainingError, match="nothing is measured"):
         train(replace(unmeasured, validate=ValidateConfig(best="validation_loss")))
+    with pytest.raises(TrainingError, match="nothing is measured"):
+        train(replace(unmeasured, validate=ValidateConfig(best="validation_loss", tasks=["fake"])), measure=unruly)
+    held_out = replace(unmeasured, data=replace(recipe.data, validation=recipe.data.train))
+    with pytest.raises(TrainingError, match="Did you mean 'validation_loss'"):
+        train(replace(held_out, validate=ValidateConfig(best="validation_los")))
+    with pytest.raises(EvalError, match="Did you mean 'pope'"):
+        tasks_of(["pop"])
+    with pytest.raises(EvalError, match="would both be measured as eval/pope/"):
+        tasks_of(["pope", "pope@llava"])
     with pytest.raises(ConfigError, match=r"validate\.best names no metric"):
         ValidateConfig(patience=1)
 
@@ -176,18 +243,20 @@ def test_a_value_that_is_not_a_number_is_never_the_best():
     best = Best(config=ValidateConfig(best="validation_loss"))
     assert best.update({"validation_loss": 2.0}, 1)
     assert not best.update({"validation_loss": float("nan")}, 2)
-    assert best.update({"validation_loss": 1.0}, 3)
-    assert (best.step, best.since) == (3, 0)
+    assert not best.update({"eval/x/score": 1.0}, 3)  # a task's metrics that are no numbers are left out
+    assert best.since == 2
+    assert best.update({"validation_loss": 1.0}, 4)
+    assert (best.step, best.since) == (4, 0)
 
 
-def test_a_best_checkpoint_that_is_gone_is_not_named(tmp_path):
+def test_a_best_checkpoint_that_is_not_there_is_not_named():
     best = Best(config=ValidateConfig(best="validation_loss"))
-    best.update({"validation_loss": 2.0}, 1)
-    best.write(tmp_path, "checkpoint-000001")
-    assert json.loads((tmp_path / "best.json").read_text())["checkpoint"] is None
-    (tmp_path / "checkpoint-000001").mkdir()
-    best.write(tmp_path, "checkpoint-000001")
-    assert json.loads((tmp_path / "best.json").read_text())["checkpoint"] == "checkpoint-000001"
+    for step, loss in ((1, 2.0), (2, 3.0), (3, 1.0)):
+        best.update({"validation_loss": loss}, step)
+    assert best.among([]) is None
+    assert best.among([2]) == 2
+    assert best.among([1, 2]) == 1
+    assert best.among([1, 2, 3, 4]) == 3
 
 
 def test_a_spike_stands_out_and_a_slow_fall_does_not():
