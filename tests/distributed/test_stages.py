@@ -106,16 +106,38 @@ def test_a_base_in_four_bits_is_fused_on_every_stage(lean, parts, ranks, tmp_pat
     check_fused(tmp_path, recipes)
 
 
+LLAVA_OFFLOAD = {
+    "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+    "optimizer": {
+        "type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+    },
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": "auto"}},
+    "zero_optimization": {
+        "stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "offload_param": {"device": "cpu", "pin_memory": True}, "overlap_comm": True, "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",
+    },
+    "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+}  # fmt: skip
+
+
 def test_offload_gives_the_numbers_of_its_stage(parts, ranks, tmp_path):
-    """In an order in which pictures come in some micro-batches only, and in some steps not at all."""
+    """In an order in which pictures come in some micro-batches only, and in some steps not at all.
+
+    The third is a file of Hugging Face's kind: `auto` in many places, an optimiser and a schedule of its own.
+    """
+    theirs = tmp_path / "theirs.json"
+    theirs.write_text(json.dumps(LLAVA_OFFLOAD))
+    stages = {"zero2_offload": "zero2_offload", "zero3_offload": "zero3_offload", "theirs": str(theirs)}
     mixed = parts | {"records": make_records(tmp_path / "records", 24, text_only_every=2)}
     recipes = {
-        name: full(make_recipe(mixed, tmp_path / name, name, order="random", global_batch=4, micro_batch=1, steps=8))
-        for name in ("none", "zero2_offload", "zero3_offload")
+        name: full(make_recipe(mixed, tmp_path / name, stage, order="random", global_batch=4, micro_batch=1, steps=8))
+        for name, stage in ({"none": "none"} | stages).items()
     }
     ranks.run([write(recipes["none"])], ranks=1)
-    ranks.run([write(recipes[name]) for name in ("zero2_offload", "zero3_offload")])
-    for name in ("zero2_offload", "zero3_offload"):
+    ranks.run([write(recipes[name]) for name in stages])
+    for name in stages:
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "none"), rel=1e-5)
 
 

@@ -75,6 +75,10 @@ def deepspeed_config(
         )
     config.pop("train_batch_size", None)
     config.setdefault("zero_allow_untested_optimizer", True)
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+    unused = [key for key in ("optimizer", "scheduler") if config.pop(key, None) is not None]
+    if unused and distributed.is_main():
+        logger.warning("%s: %s left out, since the recipe decides (optim).", train.zero, " and ".join(unused))
     return config
 
 
