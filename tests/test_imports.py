@@ -34,6 +34,14 @@ def test_the_package_itself_imports_nothing_heavy_and_without_a_warning() -> Non
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_stdout_is_left_to_what_a_program_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers prints that wandb is offline, which would be the first line before the JSON of a command."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    done = python("import mm_moslora, peft, transformers.integrations.integration_utils as it; print(it.__name__)")
+    assert done.stdout == "transformers.integrations.integration_utils\n"
+    assert "WANDB offline" in done.stderr
+
+
 @pytest.mark.parametrize("module", ["mm_moslora.models.load", "mm_moslora_eval.transformers_model"])
 def test_nothing_is_said_and_no_logging_or_threads_are_set_up(module: str) -> None:
     code = f"""
