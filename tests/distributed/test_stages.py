@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,9 +142,32 @@ def test_offload_gives_the_numbers_of_its_stage(parts, ranks, tmp_path):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "none"), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"zero_optimization": {"stage": 2, "reduce_buket_size": 5}},
+            "reduce_buket_size Extra inputs are not permitted",
+        ),
+        ({"prescale_gradients": True}, "pre-scale gradients is not yet supported"),
+    ],
+)
+def test_a_file_that_deepspeed_refuses_is_told_in_a_line(change, said, parts, ranks, tmp_path):
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"zero_optimization": {"stage": 2}} | change))
+    group = ranks.finish(ranks.start([write(make_recipe(parts, tmp_path / "run", str(own)))], ranks=1))
+    assert group.codes == [1]
+    last = group.output(0).strip().splitlines()[-1]
+    assert last.startswith(f"mm_moslora.errors.ConfigError: DeepSpeed refuses train.zero {own}: ")
+    assert said in last
+
+
 def test_half_precision_is_close_and_fp16_finds_its_loss_scale(parts, ranks, tmp_path):
     recipes = [make_recipe(parts, tmp_path / f"{s}-bf16", s, precision="bf16") for s in ("zero0", "zero2", "zero3")]
-    recipes += [make_recipe(parts, tmp_path / f"{s}-fp16", s, precision="fp16", steps=8) for s in ("zero0", "zero2")]
+    recipes += [
+        make_recipe(parts, tmp_path / f"{s}-fp16", s, precision="fp16", steps=8, rehearsal=True)
+        for s in ("zero0", "zero2")
+    ]
     recipes.append(make_recipe(parts, tmp_path / "fp32", "zero2"))
     ranks.run(["trials:train_fp16", *map(write, recipes)])
     expected = losses(tmp_path / "fp32")
@@ -152,6 +176,8 @@ def test_half_precision_is_close_and_fp16_finds_its_loss_scale(parts, ranks, tmp
     for stage in ("zero0", "zero2"):
         lines = metrics(tmp_path / f"{stage}-fp16")
         assert lines[0]["loss"] == pytest.approx(expected[0], rel=2e-2)
+        first = next(line for line in lines if math.isfinite(line["grad_norm"]))
+        assert first["grad_norm"] == pytest.approx(metrics(tmp_path / "fp32")[0]["grad_norm"], rel=2e-2)
         assert lines[-1]["loss_scale"] > 1
         assert lines[-1]["skipped_steps"] < len(lines) - 2
 

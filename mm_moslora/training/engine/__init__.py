@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mm_moslora.config import TrainConfig
-from mm_moslora.errors import ConfigError
+from mm_moslora.errors import ConfigError, MoSLoRAError
 from mm_moslora.training.engine.base import Engine, LossModule, StepResult
 from mm_moslora.training.engine.plain import TorchEngine
 from mm_moslora.training.engine.settings import deepspeed_config, largest_adapter, prepare_deepspeed
@@ -62,4 +62,14 @@ def build_engine(
             "(pip install deepspeed), or run one process with train.zero none."
         ) from error
     config = deepspeed_config(train, precision, optimizer.max_grad_norm, largest_adapter=largest_adapter(groups))
-    return DeepSpeedEngine(module, groups, optimizer, config)
+    try:
+        return DeepSpeedEngine(module, groups, optimizer, config)
+    except Exception as error:
+        lost = isinstance(error, MoSLoRAError | RuntimeError | OSError)  # ours, a rank's or the machine's
+        if lost or not train.zero.endswith(".json"):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(
+            f"DeepSpeed refuses train.zero {train.zero}: {' '.join(line.strip() for line in lines[:3])}. "
+            "deepspeed_configs/ has files to begin with."
+        ) from error

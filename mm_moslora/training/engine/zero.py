@@ -86,6 +86,8 @@ class DeepSpeedEngine(Engine):
         return self.engine(batch, needs_vision)
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
+        if self.stage == 0:  # its optimiser of stage 0 divides gradients by the scale that nobody multiplied (0.19)
+            loss = loss * self.loss_scale
         # The loss is already divided by the step's token count, so accumulation must not divide again.
         self.engine.backward(loss, scale_wrt_gas=False)
 
