@@ -142,6 +142,11 @@ class ModelConfig:
             "set language_last_n >= 1 exactly for language_mode last_n.",
         )
         require(
+            self.quantisation == "none" or self.language_mode in ("adapter", "frozen"),
+            f"model.quantisation is {self.quantisation!r} and language_mode {self.language_mode!r}: weights of 4 or 8 "
+            "bits do not train. Set language_mode: adapter, or quantisation: none.",
+        )
+        require(
             self.chat_template is None or self.vlm is None,
             f"model.chat_template is {self.chat_template!r}, but a ready-made model (model.vlm) keeps its own.",
         )
@@ -159,6 +164,30 @@ class ModelConfig:
             bool(tiles) and all(rows >= 1 and columns >= 1 for rows, columns in tiles),
             f"model.anyres_tiles is {tiles}, expected at least one pair of rows and columns, each 1 or more.",
         )
+
+    @property
+    def without_effect(self) -> list[str]:
+        """Keys that are set and mean the parts of an assembled model, which a ready-made one brings."""
+        if self.vlm is None:
+            return []
+        parts: dict[str, tuple[object, object]] = {
+            "": (self, ModelConfig(vlm=self.vlm)),
+            "vision.": (self.vision or VisionConfig(), VisionConfig()),
+            "projector.": (self.projector, ProjectorConfig()),
+        }
+        return [
+            f"model.{part}{key}"
+            for part, (given, default) in parts.items()
+            for key in _ASSEMBLED[part]
+            if getattr(given, key) != getattr(default, key)
+        ]
+
+
+_ASSEMBLED = {
+    "": ("language_revision", "image_aspect", "anyres_tiles", "quantisation"),
+    "vision.": ("revision", "pretrained", "feature_layer", "fuse_with", "select", "image_size"),
+    "projector.": ("kind", "shuffle", "queries", "depth", "scale_to_embeddings", "weights"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

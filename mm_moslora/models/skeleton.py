@@ -23,7 +23,7 @@ from mm_moslora.models.attention import SEGMENTS, set_attention
 from mm_moslora.models.build import Assembly, compose, is_standard, llava_settings, projector_shape
 from mm_moslora.models.lean import use_lean_layers
 from mm_moslora.models.projector import projector_tokens
-from mm_moslora.models.ready import READY_PIXELS, side_of
+from mm_moslora.models.ready import READY_PIXELS, refuse_without_effect, side_of
 from mm_moslora.models.trainable import attach_adapters
 from mm_moslora.models.vision import ImageSpec, sketch_vision
 from mm_moslora.models.vlm import is_padded, part_of
@@ -79,9 +79,11 @@ def skeleton(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16) -> Skeleton
         dtype: of the weights.
 
     Raises:
-        ModelError: a configuration is not to be had, or of a kind that cannot be built without its weights.
+        ModelError: a configuration is not to be had, or of a kind that cannot be built without its weights; see also
+            `refuse_without_effect`.
     """
     config = recipe.model
+    refuse_without_effect(config)
     with _hub_or_cache(config), torch.device("meta"):
         if config.vlm is not None:
             model, layers, tokens, image = _ready(config.vlm, config.vlm_revision)

@@ -32,7 +32,7 @@ from mm_moslora.models.kernels import choose_kernels, use_kernels
 from mm_moslora.models.lean import use_lean_layers
 from mm_moslora.models.pictures import PictureMemory
 from mm_moslora.models.places import contents_of, seen_from
-from mm_moslora.models.ready import tower_path
+from mm_moslora.models.ready import refuse_without_effect, tower_path
 from mm_moslora.models.trainable import attach_adapters, component_table
 from mm_moslora.models.vlm import is_multimodal, is_padded
 from mm_moslora.training.compiling import compile_layers
@@ -129,6 +129,8 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     """
     folder = Path(recipe.train.output)
     precision = distributed.from_main(resolve_precision(recipe.train.precision))  # hosts may differ
+    if checkpoint is None:
+        refuse_without_effect(recipe.model)
     kernels = choose_kernels(recipe.model.kernels, distributed.device())
     parts = recipe.model if checkpoint is None else seen_from(recipe.model, checkpoint)
     model_start, adapter_start = parts, recipe.adapter

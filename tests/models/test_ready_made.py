@@ -35,6 +35,7 @@ from mm_moslora.models.export import export_model
 from mm_moslora.models.eyes import dummy_example
 from mm_moslora.models.load import load
 from mm_moslora.models.rows import RowCollator
+from mm_moslora.models.skeleton import skeleton
 from mm_moslora.models.trainable import attach_adapters
 from mm_moslora.models.vlm import part_of
 from mm_moslora.serve.chat import Chat
@@ -248,6 +249,20 @@ def test_a_projector_that_trains_beside_adapters_in_the_tower_comes_back(family,
     assert export_model(tuned, tmp_path / "out").max_logit_difference < 1e-5
 
 
+def test_keys_of_an_assembled_model_are_refused_beside_a_ready_made_one(folders, tmp_path):
+    """They had no effect: a base that should be in four bits was in sixteen."""
+    options = {
+        "quantisation": "nf4", "vision": VisionConfig(mode="adapter", image_size=448),
+        "projector": ProjectorConfig(kind="linear", mode="full"),
+    }  # fmt: skip
+    recipe = recipe_for(folders("qwen2_5_vl"), write_records(tmp_path), tmp_path / "run", **options)
+    for use in (train, skeleton):
+        with pytest.raises(
+            ModelError, match=r"model\.quantisation, model\.vision\.image_size, model\.projector\.kind are"
+        ):
+            use(recipe)
+
+
 def test_a_system_prompt_goes_into_the_processors_template(folders):
     assembly = assemble(ModelConfig(vlm=str(folders("qwen2_5_vl")), system_prompt="Be brief."))
     text = assembly.tokenizer.decode(example_of(assembly, conversation("say red")).input_ids)
@@ -258,6 +273,7 @@ def test_a_system_prompt_goes_into_the_processors_template(folders):
     ("options", "message"),
     [
         ({"vlm": "a", "language": "b"}, "name exactly one of them"),
+        ({"language": "b", "quantisation": "nf4", "language_mode": "full"}, "weights of 4 or 8 bits do not train"),
         ({}, "name exactly one of them"),
         ({"vlm": "a", "vision": VisionConfig(name="clip")}, "brings its own"),
         ({"language": "a", "vision": VisionConfig()}, "brings its own"),
