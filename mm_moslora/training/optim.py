@@ -84,20 +84,14 @@ def _group_of(name: str, parameter: nn.Parameter, config: OptimConfig) -> tuple[
         # The mixer starts from a norm that matters; decay would shrink it.
         return "mixer", _or(config.mixer_lr, config.lr), 0.0
     part = part_of(name)
-    if part == "projector":
+    if part == "projector" and "lora_" not in name:
         label, lr = "projector", _or(config.projector_lr, config.lr)
-    elif part == "vision":
+    elif part != "language":  # adapters in a projector that lies in the tower are the tower's
         label, lr = "vision", _or(config.vision_lr, config.lr)
-    elif "lora_B" in name:
-        label, lr = (
-            ("adapter", config.lr)
-            if config.lora_plus_ratio == 1.0
-            else ("adapter B", config.lr * config.lora_plus_ratio)
-        )
-    elif "lora_" in name:
-        label, lr = "adapter", config.lr
     else:
-        label, lr = "language", config.lr
+        label, lr = "adapter" if "lora_" in name else "language", config.lr
+    if "lora_B" in name and config.lora_plus_ratio != 1.0:
+        label, lr = f"{label} B", lr * config.lora_plus_ratio
     return (label if decay == config.weight_decay else f"{label}/no_decay"), lr, decay
 
 

@@ -15,6 +15,7 @@ from mm_moslora.models.build import assemble
 from mm_moslora.models.ready import READY_PIXELS, tower_path
 from mm_moslora.models.trainable import attach_adapters, component_table
 from mm_moslora.planning import DataSize, plan
+from mm_moslora.training.optim import parameter_groups
 from mm_moslora.training.speed import Speedometer
 
 
@@ -30,10 +31,14 @@ def a_picture(config: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_in_a_ready_made_tower_are_planned_as_they_train(family: str, tmp_path) -> None:
     model = {"vlm": str(make_vlm(tmp_path / family, family)), "vision": {"mode": "adapter"}}
-    recipe = Recipe.from_dict({"model": model, "adapter": {"rank": 4}})
+    optim = {"lr": 1e-4, "vision_lr": 2e-4, "projector_lr": 3e-4, "lora_plus_ratio": 4.0}
+    recipe = Recipe.from_dict({"model": model, "adapter": {"rank": 4}, "optim": optim})
     assembly = assemble(recipe.model)
     attach_adapters(assembly, recipe.model, recipe.adapter)
     real = {row.name: (row.total, row.trainable) for row in component_table(assembly)}
+
+    rates = {group.name: group.peak_lr for group in parameter_groups(assembly.model, recipe.optim)}
+    assert rates == {"adapter": 1e-4, "adapter B": 4e-4, "mixer": 1e-4, "vision": 2e-4, "vision B": 8e-4}
 
     found = plan(recipe, parse_gpus("8xA100-80G"), DataSize(samples=1000, tokens=300))
     parts = dict(found.footprint.parts)
