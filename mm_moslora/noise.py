@@ -3,12 +3,13 @@
 peft and transformers import bitsandbytes and torchao where they are installed, and these say that optional kernels are
 missing and that torch will refuse an enum one day. diffusers looks for classes that torchao no longer has. Nothing else
 of theirs is silenced. One module of transformers prints on stdout that WANDB_MODE is offline, which would be the first
-line of what a `--json` gives; it goes to stderr.
+line of what a `--json` gives; that is dropped, too.
 """
 
 import contextlib
 import importlib.abc
 import importlib.util
+import io
 import logging
 import os
 import sys
@@ -32,8 +33,8 @@ for _name in _NOISE:
     logging.getLogger(_name).addFilter(_is_no_noise)
 
 
-class _PrintsAside(importlib.abc.MetaPathFinder):
-    """Sends to stderr what a module prints while it is imported."""
+class _WithoutPrints(importlib.abc.MetaPathFinder):
+    """Drops what a module prints while it is imported."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -49,13 +50,13 @@ class _PrintsAside(importlib.abc.MetaPathFinder):
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def aside(module: ModuleType) -> None:
-                with contextlib.redirect_stdout(sys.stderr):
+            def quietly(module: ModuleType) -> None:
+                with contextlib.redirect_stdout(io.StringIO()):
                     execute(module)
 
-            spec.loader.exec_module = aside  # type: ignore[method-assign]
+            spec.loader.exec_module = quietly  # type: ignore[method-assign]
         return spec
 
 
 if os.environ.get("WANDB_MODE") == "offline":
-    sys.meta_path.insert(0, _PrintsAside("transformers.integrations.integration_utils"))
+    sys.meta_path.insert(0, _WithoutPrints("transformers.integrations.integration_utils"))
