@@ -42,12 +42,12 @@ def test_stdout_is_left_to_what_a_program_prints(monkeypatch: pytest.MonkeyPatch
     assert not done.stderr
 
 
-@pytest.mark.parametrize("module", ["mm_moslora.models.load", "mm_moslora_eval.transformers_model"])
-def test_nothing_is_said_and_no_logging_or_threads_are_set_up(module: str) -> None:
-    code = f"""
-import logging, threading
-import {module}
+def test_nothing_is_said_no_logging_or_threads_are_set_up_and_datasets_is_not_imported() -> None:
+    code = """
+import logging, sys, threading
+import mm_moslora.models.load, mm_moslora.training.loop, mm_moslora_eval.transformers_model
 ours = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("mm_moslora")]
-print(logging.root.handlers, [logger for logger in ours if logger.handlers], threading.active_count())"""
+print(logging.root.handlers, [logger for logger in ours if logger.handlers], threading.active_count())
+print("datasets" in sys.modules)"""
     done = python(code)
-    assert (done.stdout.splitlines()[-1], done.stderr) == ("[] [] 1", "")
+    assert (done.stdout.splitlines()[-2:], done.stderr) == (["[] [] 1", "False"], "")

@@ -1,6 +1,7 @@
 """MoSLoRA adapters on PEFT: configuration, layers, injection, folders, merge. Needs torch and PEFT only."""
 
-from mm_moslora.adapters.callback import MixerCallback
+from typing import TYPE_CHECKING, Any
+
 from mm_moslora.adapters.combine import add_weighted_adapter, hot_swap
 from mm_moslora.adapters.config import MoSLoRAConfig
 from mm_moslora.adapters.export import Layout, export_adapter
@@ -16,6 +17,9 @@ from mm_moslora.adapters.orthonormal import keep_orthonormal
 from mm_moslora.adapters.siblings import link_siblings
 from mm_moslora.adapters.state import TakenAdapter, base_fingerprint, fold_state_dict, save_adapter, take_adapter
 from mm_moslora.adapters.steps import one_product_per_step
+
+if TYPE_CHECKING:
+    from mm_moslora.adapters.callback import MixerCallback
 
 guard_peft()
 
@@ -54,3 +58,11 @@ __all__ = [
     "two_subspaces_delta",
     "use_kernel",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "MixerCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from mm_moslora.adapters.callback import MixerCallback  # transformers' Trainer brings datasets and pandas: a second
+
+    return MixerCallback
