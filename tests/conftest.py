@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from preloaded import Preloaded
 from tiny import make_language, make_records, make_vision
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
@@ -32,6 +32,13 @@ def _own_logging() -> Iterator[None]:
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preloaded]:
+    """Pythons that have imported everything: `python.ours` and `python.stock`."""
+    with Preloaded(tmp_path_factory.mktemp("python")) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

@@ -45,8 +45,9 @@ class Group:
 class Ranks:
     """Starts groups of ranks, one group at a time. Use it in a `with` block."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, python: Path | str | None = None) -> None:
         self.folder, self.number = folder, 0
+        self.python = python or os.environ.get("PYTHON", sys.executable)
         self.unfinished: Group | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -58,7 +59,7 @@ class Ranks:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(name, None)
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            [self.python, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
             stderr=(self.folder / "parent.log").open("w"),
         )  # fmt: skip
         return self

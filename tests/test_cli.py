@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from preloaded import Preloaded
 
 from mm_moslora.cli import run
 from mm_moslora.config import override_items
@@ -19,17 +20,21 @@ from mm_moslora.errors import ConfigError
 CHECKOUT = Path(__file__).parents[1]
 
 
-def command(*arguments: str, **options) -> subprocess.CompletedProcess:
+def command(python: Preloaded, *arguments: str, **options) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{CHECKOUT}:{CHECKOUT / 'eval'}"}
     return subprocess.run(
-        [sys.executable, "-m", "mm_moslora", *arguments], capture_output=True, text=True, timeout=240, env=environment,
+        [python.ours, "-m", "mm_moslora", *arguments], capture_output=True, text=True, timeout=240, env=environment,
         **options,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def trained(
-    language_folder: Path, vision_folder: Path, records: Path, tmp_path_factory: pytest.TempPathFactory
+    python: Preloaded,
+    language_folder: Path,
+    vision_folder: Path,
+    records: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A run trained through the command line, recipe file and overrides and all."""
     folder = tmp_path_factory.mktemp("cli")
@@ -42,7 +47,9 @@ train: {{steps: 2, global_batch: 8, micro_batch: 4, zero: none, precision: fp32}
 track: {{trackers: []}}
 """
     )
-    done = command("train", str(folder / "recipe.yaml"), "--train.output", str(folder / "run"), "--optim.lr=1e-3")
+    done = command(
+        python, "train", str(folder / "recipe.yaml"), "--train.output", str(folder / "run"), "--optim.lr=1e-3"
+    )
     assert done.returncode == 0, done.stderr
     assert "step 2 of 2" in done.stdout
     assert "mixer" in done.stderr
@@ -230,10 +237,10 @@ def test_a_picture_that_is_not_there_is_told_before_the_model_is_opened(tmp_path
     assert capsys.readouterr().err == "error: There is no picture 'no.png'; --image takes the path of a file.\n"
 
 
-def test_chat_in_the_terminal_survives_mistakes(trained, records):
+def test_chat_in_the_terminal_survives_mistakes(python, trained, records):
     picture = next((records.parent / "images").glob("*.png"))
     lines = ["/image missing.png", "/imagine", f"/image {picture}", "what is the color?", "/reset", "/quit"]
-    done = command("chat", str(trained), "--max-new-tokens", "3", input="\n".join(lines))
+    done = command(python, "chat", str(trained), "--max-new-tokens", "3", input="\n".join(lines))
     assert done.returncode == 0, done.stderr
     assert "missing.png" in done.stdout
     assert "Unknown command" in done.stdout

@@ -7,7 +7,6 @@ names the behaviour, its parameters are the layer types.
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import peft
@@ -16,6 +15,7 @@ import torch
 from adapters.adapter_models import train_a_bit
 from adapters.behaviour_models import LAYERS, inputs, network
 from peft.utils.hotswap import hotswap_adapter
+from preloaded import Preloaded
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -460,9 +460,9 @@ def test_trainable_token_indices(tmp_path: Path) -> None:
     assert (logits(model) - logits(llama())).abs().max() > 1e-2
 
 
-def test_table_is_up_to_date() -> None:
+def test_table_is_up_to_date(python: Preloaded) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "adapter_table.py"), "--check"],
+        [python.ours, str(ROOT / "scripts" / "adapter_table.py"), "--check"],
         capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from preloaded import Preloaded
 
 pytest.importorskip("diffusers")
 
@@ -76,7 +77,7 @@ def _given(kind: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["unet", "transformer"])
 def test_dreambooth_learns_and_stock_diffusers_and_stock_peft_read_it(
-    dreambooth: ModuleType, kind: str, tmp_path: Path
+    dreambooth: ModuleType, kind: str, tmp_path: Path, python: Preloaded
 ) -> None:
     from diffusers import DDPMScheduler
 
@@ -100,7 +101,7 @@ def test_dreambooth_learns_and_stock_diffusers_and_stock_peft_read_it(
     torch.testing.assert_close(ours, live, atol=1e-6, rtol=0)
     torch.save(given, tmp_path / "given.pt")
     code = _STOCK.format(examples=str(EXAMPLES), kind=kind, folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([python.stock, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     for output in torch.load(tmp_path / "stock.pt").values():
         torch.testing.assert_close(output, live, atol=1e-5, rtol=0)

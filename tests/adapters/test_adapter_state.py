@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import peft
 import pytest
 import torch
 from adapters.adapter_models import IDS, llama, llava, llava_inputs, logits, train_a_bit
+from preloaded import Preloaded
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -126,24 +126,26 @@ assert not any(name.startswith("mm_moslora") for name in sys.modules)
 """
 
 
-def _stock_logits(model: nn.Module, folder: Path, inputs: dict[str, torch.Tensor], tmp_path: Path) -> torch.Tensor:
+def _stock_logits(
+    python: Preloaded, model: nn.Module, folder: Path, inputs: dict[str, torch.Tensor], tmp_path: Path
+) -> torch.Tensor:
     """Logits of stock PEFT in a process that never imports this package; a warning there is an error."""
     model.save_pretrained(tmp_path / "base")
     torch.save(inputs, tmp_path / "inputs.pt")
     arguments = [str(folder), str(tmp_path / "base"), str(tmp_path / "inputs.pt"), str(tmp_path / "logits.pt")]
     subprocess.run(
-        [sys.executable, "-c", _STOCK, *arguments], input=type(model).__name__, text=True, check=True, cwd=tmp_path,
+        [python.stock, "-c", _STOCK, *arguments], input=type(model).__name__, text=True, check=True, cwd=tmp_path,
         timeout=240,
     )  # fmt: skip
     return torch.load(tmp_path / "logits.pt")
 
 
-def test_stock_peft_gives_the_same_logits(saved: Path, tmp_path: Path) -> None:
-    found = _stock_logits(llama(), saved, {"input_ids": IDS}, tmp_path)
+def test_stock_peft_gives_the_same_logits(saved: Path, tmp_path: Path, python: Preloaded) -> None:
+    found = _stock_logits(python, llama(), saved, {"input_ids": IDS}, tmp_path)
     torch.testing.assert_close(found, logits(_adapted()), atol=1e-5, rtol=0)
 
 
-def test_stock_peft_gives_the_same_logits_in_a_llava(tmp_path: Path) -> None:
+def test_stock_peft_gives_the_same_logits_in_a_llava(tmp_path: Path, python: Preloaded) -> None:
     config = MoSLoRAConfig(r=4, lora_alpha=8, rank_pattern={r"model\.vision_tower\..*": 2}, task_type="CAUSAL_LM")
     model = add_moslora(llava(), config, component=["model.language_model", "model.vision_tower"]).eval()
     train_a_bit(model)
@@ -153,7 +155,7 @@ def test_stock_peft_gives_the_same_logits_in_a_llava(tmp_path: Path) -> None:
         loaded = load_adapter(llava(), tmp_path / "a")(**llava_inputs()).logits
     assert torch.equal(live, loaded)
     torch.testing.assert_close(
-        _stock_logits(llava(), tmp_path / "a", llava_inputs(), tmp_path), live, atol=1e-5, rtol=0
+        _stock_logits(python, llava(), tmp_path / "a", llava_inputs(), tmp_path), live, atol=1e-5, rtol=0
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from between import just_before
+from preloaded import Preloaded
 
 from mm_moslora import cli
 from mm_moslora.compare.arms import parse_arms
@@ -129,10 +130,12 @@ def test_a_stopped_comparison_goes_on(tmp_path: Path, recipe: Path, records: Pat
 
 
 @pytest.mark.slow
-def test_a_signal_saves_what_runs_and_the_same_command_goes_on(tmp_path: Path, recipe: Path, records: Path):
+def test_a_signal_saves_what_runs_and_the_same_command_goes_on(
+    tmp_path: Path, recipe: Path, records: Path, python: Preloaded
+):
     line = command(recipe, records, tmp_path / "out", "--train.steps", "400", arms="lora,moslora:kaiming", rates="1e-3")
     process = subprocess.Popen(
-        [sys.executable, "-m", "mm_moslora", *line], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        [python.ours, "-m", "mm_moslora", *line], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     place, deadline = tmp_path / "out" / "runs" / "lora_lr0.001_seed0", time.monotonic() + 200

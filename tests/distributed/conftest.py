@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from preloaded import Preloaded
 from ranks import Ranks
 from trials import make_parts
 
 
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+def ranks(tmp_path_factory: pytest.TempPathFactory, python: Preloaded) -> Iterator[Ranks]:
     """Starts groups of processes."""
-    with Ranks(tmp_path_factory.mktemp("ranks")) as started:
+    with Ranks(tmp_path_factory.mktemp("ranks"), python.ours) as started:
         yield started
 
 

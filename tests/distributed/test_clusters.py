@@ -8,13 +8,13 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from preloaded import Preloaded
 from trials import make_recipe, metrics, write
 
 pytestmark = pytest.mark.slow
@@ -76,7 +76,7 @@ exit "$code"
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> dict[str, str]:
+def cluster(tmp_path: Path, python: Preloaded) -> dict[str, str]:
     """The environment of somebody who is logged in to a cluster."""
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -85,7 +85,7 @@ def cluster(tmp_path: Path) -> dict[str, str]:
         (tools / name).write_text(f"#!/usr/bin/env bash\nset -u\n{text}")
         (tools / name).chmod(0o755)
     return os.environ | {
-        "PATH": f"{tools}:{os.environ['PATH']}", "CLUSTER": str(tmp_path), "PYTHON": sys.executable, "NPROC": "1",
+        "PATH": f"{tools}:{os.environ['PATH']}", "CLUSTER": str(tmp_path), "PYTHON": str(python.ours), "NPROC": "1",
         "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'eval'}",
         "SLURM_JOB_ID": str(random.randrange(10**6)),
     }  # fmt: skip

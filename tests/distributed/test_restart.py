@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,12 +16,12 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_killed_rank_is_started_again(parts, ranks, tmp_path):
+def test_a_killed_rank_is_started_again(parts, ranks, python, tmp_path):
     steps = 30
     recipe = make_recipe(parts, tmp_path / "run", "zero2", steps=steps, save_every=1, dropout=0.1)
     straight = make_recipe(parts, tmp_path / "straight", "zero2", steps=steps, dropout=0.1)
     environment = os.environ | {
-        "PYTHON": sys.executable, "NPROC": "2", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+        "PYTHON": str(python.ours), "NPROC": "2", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'eval'}",
     }  # fmt: skip
     log = tmp_path / "log"

@@ -16,6 +16,7 @@ from mm_moslora_eval.registry import get_task, load_file
 from mm_moslora_eval.report import format_score
 from mm_moslora_eval.results import read_results
 from mm_moslora_eval.suite import compare, read_samples
+from preloaded import Preloaded
 
 from mm_moslora import cli
 from tests.eval.eval_data import write_questions
@@ -283,12 +284,14 @@ def test_report_in_a_browser_filters_and_fits(tmp_path: Path) -> None:
     assert "CONSOLE" not in done.stderr
 
 
-def test_two_ranks_under_torchrun_give_the_files_of_one(tiny: Path, miniature: Path, tmp_path: Path) -> None:
+def test_two_ranks_under_torchrun_give_the_files_of_one(
+    tiny: Path, miniature: Path, tmp_path: Path, python: Preloaded
+) -> None:
     command = ["eval", "run", str(miniature / "pope.yaml"), "--model", str(tiny), "--precision", "fp32",
                "--batch-size", "4", "--no-report", "--output"]  # fmt: skip
     assert cli.run([*command, str(tmp_path / "one")]) == 0
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone",
+        [python.ours, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone",
          "-m", "mm_moslora", *command, str(tmp_path / "two")],
         capture_output=True, text=True, cwd=ROOT, timeout=300,
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'eval'}", "OMP_NUM_THREADS": "1"},

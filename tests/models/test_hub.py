@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -64,7 +63,7 @@ def folder(tmp_path_factory, language_folder):
 
 
 @pytest.mark.parametrize(("name", "to"), [("stock", "llava"), ("own", "hf")])
-def test_another_process_gives_the_same_logits_and_answers_through_a_pipeline(name, to, folder, tmp_path):
+def test_another_process_gives_the_same_logits_and_answers_through_a_pipeline(name, to, folder, tmp_path, python):
     assert run(["export", str(folder / name), str(tmp_path / "out"), "--to", to]) == 0
     picture = Image.linear_gradient("L").convert("RGB").resize((50, 30))
     picture.save(tmp_path / "p.png")
@@ -75,7 +74,7 @@ def test_another_process_gives_the_same_logits_and_answers_through_a_pipeline(na
     with torch.no_grad():
         save_file({"logits": tuned.model(**inputs).logits}, tmp_path / "expected.safetensors")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" or name == "own"}
-    command = [sys.executable, "-c", STOCK, *(str(tmp_path / x) for x in ("out", "p.png", "expected.safetensors"))]
+    command = [python.stock, "-c", STOCK, *(str(tmp_path / x) for x in ("out", "p.png", "expected.safetensors"))]
     done = subprocess.run(
         [*command, *(["import ours"] if name == "own" else [])], capture_output=True, text=True, env=environment,
         cwd=tmp_path if name == "stock" else None, timeout=300,

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
+
+from preloaded import Preloaded
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "attention.py"
 
 
-def test_it_prints_ratios_and_errors_of_both() -> None:
+def test_it_prints_ratios_and_errors_of_both(python: Preloaded) -> None:
     arguments = ["--json", "--rounds", "1", "--lengths", "64", "150"]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=True, env={**os.environ}
+        [python.ours, str(SCRIPT), *arguments], capture_output=True, text=True, check=True, env={**os.environ}
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert [(row["dtype"], row["tokens"]) for row in found["rows"]] == [

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
+
+from preloaded import Preloaded
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "passes.py"
 
 
-def test_operators_and_bytes_of_a_layer() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), "--json"], capture_output=True, text=True, check=True)
+def test_operators_and_bytes_of_a_layer(python: Preloaded) -> None:
+    done = subprocess.run([python.ours, str(SCRIPT), "--json"], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     rows = {(row["pass"], row["dtype"]): row for row in found["rows"]}
     assert len(rows) == 16

@@ -61,7 +61,8 @@ def test_the_order_of_the_data_survives_ranks_workers_and_interruptions():
 
 
 @pytest.mark.slow
-def test_killed_runs_end_as_undisturbed_ones(tmp_path, monkeypatch):
+def test_killed_runs_end_as_undisturbed_ones(tmp_path, monkeypatch, python):
+    monkeypatch.setenv("PYTHON", str(python.ours))  # of the ranks
     import sigkill
     from parts import Ledger
 

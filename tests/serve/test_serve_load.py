@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from preloaded import Preloaded
 from serve.serve_tools import asking, data_url, pixels_of
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -255,7 +255,7 @@ def test_metrics_count_what_happened(serve_with: Any) -> None:
 
 
 @pytest.mark.slow
-def test_input_19_a_stop_signal_lets_answers_end(tmp_path: Path, language_folder: Path) -> None:
+def test_input_19_a_stop_signal_lets_answers_end(tmp_path: Path, language_folder: Path, python: Preloaded) -> None:
     """The real process: SIGTERM in the middle of a stream; the stream ends whole and the process with 0."""
     code = (
         "import sys, time; from mm_moslora.serve.engine import Engine; step = Engine._step\n"
@@ -264,7 +264,7 @@ def test_input_19_a_stop_signal_lets_answers_end(tmp_path: Path, language_folder
         "from mm_moslora.cli import run; sys.exit(run(sys.argv[1:]))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "serve", str(language_folder), "--name", "tiny", "--port", "0"],
+        [python.ours, "-c", code, "serve", str(language_folder), "--name", "tiny", "--port", "0"],
         stderr=subprocess.PIPE, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     try:

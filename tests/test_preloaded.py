@@ -1,0 +1,69 @@
+"""Processes of a Python that has imported everything are like those of any other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from preloaded import Preloaded
+
+
+def test_arguments_environment_folder_files_and_exit_code_are_its_own(python: Preloaded, tmp_path: Path) -> None:
+    code = (
+        "import os, sys; print(sys.argv, os.getcwd(), os.environ['WORD'], sys.path[:2], sys.stdin.read());"
+        "sys.exit('no')"
+    )
+    environment = {"WORD": "x", "PYTHONPATH": "/first"}
+    command = [python.ours, "-c", code, "a", "b c"]
+    done = subprocess.run(command, input="in", capture_output=True, text=True, cwd=tmp_path, env=environment)
+    said = f"['-c', 'a', 'b c'] {tmp_path} x ['', '/first'] in\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, said, "no\n")
+    (tmp_path / "script.py").write_text("import sys\nif __name__ == '__main__': print(sys.argv, sys.path[0])\n1 / 0")
+    done = subprocess.run([python.ours, tmp_path / "script.py", "a"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, f"['{tmp_path / 'script.py'}', 'a'] {tmp_path}\n")
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+    done = subprocess.run([python.ours, "-u", "-m", "mm_moslora", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_one_has_imported_us_and_one_has_not_and_what_they_start_is_as_fast(python: Preloaded) -> None:
+    code = "import sys; print(*(m in sys.modules for m in ('torch', 'peft', 'mm_moslora', 'deepspeed')));"
+    for command, said in ((python.ours, "True True True True\n"), (python.stock, "True True False False\n")):
+        assert subprocess.run([command, "-c", code], capture_output=True, text=True).stdout == said
+        again = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+        assert subprocess.run([command, "-c", again], capture_output=True, text=True).stdout == said
+
+
+def _started(python: Preloaded, code: str) -> tuple[subprocess.Popen[str], int]:
+    code = f"import os, signal, sys, time; {code}; print(os.getpid(), flush=True); time.sleep(60)"
+    process = subprocess.Popen([python.ours, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, int(process.stdout.readline())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
+def test_signals_reach_it_and_its_end_by_one_is_told(number: signal.Signals, python: Preloaded) -> None:
+    process, pid = _started(python, "pass")
+    os.kill(pid, number)
+    assert process.wait(60) == -number
+    if number != signal.SIGKILL:
+        process, _ = _started(python, f"signal.signal({number:d}, lambda *_: sys.exit(7))")
+        process.send_signal(number)
+        assert process.wait(60) == 7
+        process, _ = _started(python, "pass")
+        process.send_signal(number)
+        assert process.wait(60) == -number
+
+
+def test_it_ends_when_the_command_is_killed(python: Preloaded) -> None:
+    process, pid = _started(python, "signal.signal(signal.SIGTERM, signal.SIG_IGN)")
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
