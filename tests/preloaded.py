@@ -2,7 +2,7 @@
 
 Importing PyTorch, transformers, PEFT and DeepSpeed takes a process ten seconds. A test whose subject is what the
 process does then starts `python.ours`, or `python.stock`, which has imported nothing of ours, in place of
-`sys.executable`. What is started is a process like any other: arguments, environment, working folder, standard files,
+`sys.executable`. What is started is a process like any other: arguments, environment, working folder, open files,
 signals and exit code are its own, and it ends when the command is killed. What libraries read from the environment
 while they are imported is what the tests have there.
 """
@@ -84,8 +84,9 @@ def _path() -> str:
 def _stand_in(executable: str, place: str, arguments: list[str]) -> None:
     """Be the command: ask for the process, hand signals on, and end as it ends."""
     ignored = [int(number) for number in SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
+    files = [number for number in map(int, os.listdir("/proc/self/fd")) if _is_handed_on(number)]
     asked = {"executable": executable, "arguments": arguments, "folder": os.getcwd(), "ignored": ignored,
-             "environment": dict(os.environ)}  # fmt: skip
+             "environment": dict(os.environ), "files": files}  # fmt: skip
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(place)
 
@@ -94,7 +95,7 @@ def _stand_in(executable: str, place: str, arguments: list[str]) -> None:
 
         content = json.dumps(asked).encode()
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # no signal within the question
-        socket.send_fds(connection, [len(content).to_bytes(4, "little")], [0, 1, 2])
+        socket.send_fds(connection, [len(content).to_bytes(4, "little")], files)
         connection.sendall(content)
         for number in SIGNALS:
             if number not in ignored:
@@ -109,6 +110,13 @@ def _stand_in(executable: str, place: str, arguments: list[str]) -> None:
             signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
         os.kill(os.getpid(), os.WTERMSIG(status))
     os._exit(os.waitstatus_to_exitcode(status))
+
+
+def _is_handed_on(file: int) -> bool:
+    try:
+        return os.get_inheritable(file)
+    except OSError:  # it was that of the folder listed
+        return False
 
 
 def _serve(stock: int, ours: int) -> None:
@@ -164,7 +172,7 @@ def _keep(connection: socket.socket) -> None:
     """Start what is asked for, pass signals to it, and tell how it ended; it ends with the command. Never returns."""
     import select
 
-    head, files, _, _ = socket.recv_fds(connection, 4, 3)
+    head, files, _, _ = socket.recv_fds(connection, 4, 250)
     content, size = b"", int.from_bytes(head, "little")
     while len(content) < size:
         content += connection.recv(size - len(content))
@@ -190,12 +198,16 @@ def _keep(connection: socket.socket) -> None:
 
 
 def _become(asked: dict, files: list[int]) -> None:
-    """Run a Python's command line as the interpreter does: `[-u] -c CODE | -m MODULE | FILE`. Never returns."""
+    """Run a Python's command line as the interpreter does: `-c CODE | -m MODULE | FILE`. Never returns."""
     import atexit
+    import fcntl
     import threading
     import traceback
 
-    for number, file in enumerate(files):
+    high = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 512) for file in files]  # out of the way of the numbers wanted
+    for file in files:
+        os.close(file)
+    for file, number in zip(high, asked["files"], strict=True):
         os.dup2(file, number)
         os.close(file)
     os.chdir(asked["folder"])
@@ -224,13 +236,15 @@ def _become(asked: dict, files: list[int]) -> None:
 
 
 def _run(executable: str, arguments: list[str]) -> None:
+    import multiprocessing.spawn
     import runpy
     from types import ModuleType
 
     sys.executable = executable  # what it starts is started at once, too
+    multiprocessing.spawn.set_executable(executable)
     path = [entry for entry in sys.path[1:] if entry not in _path().split(os.pathsep)]
     path = [*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *path]
-    if arguments[0] == "-u":
+    while arguments[0] in ("-u", "-B"):
         arguments = arguments[1:]
     how, rest = arguments[0], arguments[1:]
     sys.path[:] = ["" if how == "-c" else os.getcwd() if how == "-m" else str(Path(how).parent), *path]

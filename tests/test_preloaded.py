@@ -38,6 +38,25 @@ def test_one_has_imported_us_and_one_has_not_and_what_they_start_is_as_fast(pyth
         assert subprocess.run([command, "-c", again], capture_output=True, text=True).stdout == said
 
 
+def test_files_that_are_open_are_handed_on(python: Preloaded, tmp_path: Path) -> None:
+    with (tmp_path / "a").open("w") as a, (tmp_path / "b").open("w") as b:
+        code = f"import os; os.write({a.fileno()}, b'a'); os.write({b.fileno()}, b'b')"
+        subprocess.run([python.stock, "-c", code], pass_fds=[a.fileno(), b.fileno()], check=True)
+        assert subprocess.run([python.stock, "-c", code], pass_fds=[a.fileno()], stderr=subprocess.DEVNULL).returncode
+    assert ((tmp_path / "a").read_text(), (tmp_path / "b").read_text()) == ("aa", "b")
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_multiprocessing_starts_through_it(method: str, python: Preloaded) -> None:
+    code = (
+        "import multiprocessing, os, sys; context = multiprocessing.get_context(sys.argv[1]);"
+        'found = context.Pool(1).apply(eval, [\'__import__("sys").modules.keys() >= {"torch", "mm_moslora"}\']);'
+        "print(found)"
+    )
+    done = subprocess.run([python.ours, "-c", code, method], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "True\n", done.stderr
+
+
 def _started(python: Preloaded, code: str) -> tuple[subprocess.Popen[str], int]:
     code = f"import os, signal, sys, time; {code}; print(os.getpid(), flush=True); time.sleep(60)"
     process = subprocess.Popen([python.ours, "-c", code], stdout=subprocess.PIPE, text=True)
