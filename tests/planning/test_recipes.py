@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import shlex
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,8 @@ from mm_moslora.config import Recipe, load_recipe, recipe_names
 from mm_moslora.errors import ModelError
 from mm_moslora.footprint import footprint
 from mm_moslora.gpus import parse_gpus
-from mm_moslora.models.skeleton import skeleton
-from mm_moslora.planning import DataSize, known_data, memory, plan
+from mm_moslora.models.skeleton import Skeleton, skeleton
+from mm_moslora.planning import DataSize, Plan, known_data, memory, plan
 from mm_moslora.training.engine import largest_adapter
 from mm_moslora.training.optim import lr_factor, parameter_groups
 
@@ -52,16 +54,27 @@ def shipped(name: str, folders: dict[str, str]) -> Recipe:
     return load_recipe(name, overrides)
 
 
+@pytest.fixture(scope="module")
+def bones(folders) -> Callable[[str], Skeleton]:
+    """The skeleton of a shipped recipe."""
+    return functools.cache(lambda name: skeleton(shipped(name, folders)))
+
+
+@pytest.fixture(scope="module")
+def planned(folders) -> Callable[[str, str], Plan]:
+    """The plan of a shipped recipe on GPUs, as the command line names them."""
+    return functools.cache(lambda name, gpus: plan(shipped(name, folders), parse_gpus(gpus)))
+
+
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_recipe_adapts_the_right_modules_and_as_many_parameters_as_is_known(name: str, folders) -> None:
+def test_a_recipe_adapts_the_right_modules_and_as_many_parameters_as_is_known(name: str, folders, bones) -> None:
     recipe = shipped(name, folders)
-    bones = skeleton(recipe)
-    found = bones.parameters()
+    found = bones(name).parameters()
     kinds = ("adapter", "mixer", "vision adapter", "vision mixer")
     trained = [found.get(kind, (0, 0))[1] / 1e6 for kind in kinds]
     if name in COUNTS:
         assert trained == pytest.approx(COUNTS[name], abs=0.06, rel=0.001)
-    adapted = {path.split(".lora_A")[0] for path, _ in bones.model.named_parameters() if ".lora_A." in path}
+    adapted = {path.split(".lora_A")[0] for path, _ in bones(name).model.named_parameters() if ".lora_A." in path}
     assert bool(adapted) == (recipe.model.language_mode == "adapter")
     assert not any("lm_head" in path or "multi_modal_projector" in path for path in adapted)
     assert any("vision_tower" in path for path in adapted) == bool(
@@ -77,9 +90,9 @@ def test_a_recipe_adapts_the_right_modules_and_as_many_parameters_as_is_known(na
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_recipe_trains_its_groups_at_its_rates_over_its_schedule(name: str, folders) -> None:
+def test_a_recipe_trains_its_groups_at_its_rates_over_its_schedule(name: str, folders, bones) -> None:
     recipe = shipped(name, folders)
-    rates = {group.name: group.peak_lr for group in parameter_groups(skeleton(recipe).model, recipe.optim)}
+    rates = {group.name: group.peak_lr for group in parameter_groups(bones(name).model, recipe.optim)}
     optim = recipe.optim
     if recipe.model.language_mode == "adapter":
         assert rates["adapter"] == optim.lr
@@ -99,9 +112,9 @@ def test_a_recipe_trains_its_groups_at_its_rates_over_its_schedule(name: str, fo
 @pytest.mark.parametrize(
     ("name", "largest"), [("llava15_7b_moslora", 128 * 11_008), ("internlm2_7b_qmoslora", 512 * 14_336)]
 )
-def test_zero3_leaves_the_adapters_of_large_ranks_whole(name: str, largest: int, folders) -> None:
-    recipe = shipped(name, folders)
-    assert largest_adapter(parameter_groups(skeleton(recipe).model, recipe.optim)) == largest
+def test_zero3_leaves_the_adapters_of_large_ranks_whole(name: str, largest: int, folders, bones) -> None:
+    groups = parameter_groups(bones(name).model, shipped(name, folders).optim)
+    assert largest_adapter(groups) == largest
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -155,14 +168,14 @@ def head_of(name: str) -> str:
     return text_of(name).partition("\nname:")[0]
 
 
-def test_a_plan_says_what_the_run_costs(folders, monkeypatch, capsys) -> None:
+def test_a_plan_says_what_the_run_costs(folders, planned, monkeypatch, capsys) -> None:
     recipe = shipped("llava15_7b_moslora", folders)
     monkeypatch.setenv("COLUMNS", "300")
     words = ["plan", "llava15_7b_moslora", "--model.language", str(recipe.model.language), "--gpus", "8xA100-80G"]
     words += ["--model.vision.name", recipe.model.vision.name]
     assert cli.run([*words, "--price", "1.8"]) == 0
     shown = capsys.readouterr().out
-    found = plan(recipe, parse_gpus("8xA100-80G"))
+    found = planned("llava15_7b_moslora", "8xA100-80G")
     cost = float(re.search(r"^Cost: ([\d,.]+) at 1.8 per GPU and hour\.$", shown, re.MULTILINE)[1].replace(",", ""))
     assert cost == pytest.approx(found.hours(found.best) * 8 * 1.8, abs=0.01)
     assert as_it_stands(found, found.own) in shown
@@ -170,9 +183,8 @@ def test_a_plan_says_what_the_run_costs(folders, monkeypatch, capsys) -> None:
     assert "Cost" not in capsys.readouterr().out
 
 
-def test_a_plan_names_the_fastest_setting_that_fits_and_why_others_do_not(folders) -> None:
-    recipe = shipped("llava15_7b_moslora", folders)
-    found = plan(recipe, parse_gpus("8xA100-80G"))
+def test_a_plan_names_the_fastest_setting_that_fits_and_why_others_do_not(planned) -> None:
+    found = planned("llava15_7b_moslora", "8xA100-80G")
     assert found.best is not None
     assert found.best.zero == "zero2"
     assert not found.best.checkpointing
@@ -181,23 +193,25 @@ def test_a_plan_names_the_fastest_setting_that_fits_and_why_others_do_not(folder
     assert (states.weights + states.adapters + states.gradients + states.optimiser) / 1e9 == pytest.approx(
         15.3, rel=0.02
     )
-    small = plan(recipe, parse_gpus("8xRTX4090"))
+    small = planned("llava15_7b_moslora", "8xRTX4090")
     assert small.best is not None
     assert small.best.memory.total < 0.94 * 24e9
     assert any(not option.fits for option in small.options)
-    alone = plan(shipped("llava15_13b_full", folders), parse_gpus("1xRTX3090"))
+    alone = planned("llava15_13b_full", "1xRTX3090")
     assert alone.best is None
-    halved = plan(recipe, parse_gpus("4xA100-80G"))
+    halved = planned("llava15_7b_moslora", "4xA100-80G")
     assert halved.best is not None
     assert halved.hours(halved.best) == pytest.approx(2 * found.hours(found.best), rel=0.02)
 
 
 @pytest.mark.parametrize("count", [3, 1000])
-def test_odd_numbers_of_gpus_are_planned_with_what_the_fullest_of_them_gets(count, folders, monkeypatch, capsys):
+def test_odd_numbers_of_gpus_are_planned_with_what_the_fullest_of_them_gets(
+    count, folders, planned, monkeypatch, capsys
+):
     monkeypatch.setenv("COLUMNS", "300")
     recipe = shipped("llava15_7b_moslora", folders)
     batch = recipe.train.global_batch
-    found, alone = (plan(recipe, parse_gpus(f"{gpus}xA100-80G")) for gpus in (count, 1))
+    found, alone = (planned("llava15_7b_moslora", f"{gpus}xA100-80G") for gpus in (count, 1))
     for option in found.options:
         assert batch % option.micro_batch == 0
     # A step takes as long as ceil(batch / count) records do on one GPU; ZeRO-2's exchange is small.
@@ -209,12 +223,13 @@ def test_odd_numbers_of_gpus_are_planned_with_what_the_fullest_of_them_gets(coun
     assert ("872 of 1000 GPUs have nothing to do" in capsys.readouterr().out) == (count == 1000)
 
 
-def test_packed_rows_are_what_the_batch_sizes_of_a_plan_count(folders, monkeypatch, capsys) -> None:
+def test_packed_rows_are_what_the_batch_sizes_of_a_plan_count(folders, planned, monkeypatch, capsys) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     recipe = shipped("llava15_7b_moslora", folders)
-    size = plan(recipe, parse_gpus("8xA100-80G")).data
+    found = planned("llava15_7b_moslora", "8xA100-80G")
+    size = found.data
     rows = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, pack_tokens=4 * round(size.tokens)))
-    found, packed = (plan(which, parse_gpus("8xA100-80G")) for which in (recipe, rows))
+    packed = plan(rows, parse_gpus("8xA100-80G"))
     assert packed.data.per_row == pytest.approx(4, rel=1e-3)
     of = {(o.zero, o.checkpointing, o.micro_batch): o for o in found.options}
     compared = 0
