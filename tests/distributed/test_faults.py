@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from trials import STAGES, hexed, losses, make_recipe, metrics, weights, write
@@ -76,10 +77,17 @@ def test_a_rank_that_hangs_is_named_with_stacks_in_time(what, parts, ranks, tmp_
         assert group.codes[0] == 70
 
 
+@pytest.fixture(scope="module")
+def undisturbed(parts, ranks, tmp_path_factory):
+    """The run that is stopped below, not stopped."""
+    recipe = make_recipe(parts, tmp_path_factory.mktemp("undisturbed") / "run", "zero1")
+    ranks.run([write(recipe)])
+    return Path(recipe.train.output)
+
+
 @pytest.mark.parametrize(("number", "rank"), [("SIGTERM", "1"), ("SIGUSR1", "0"), ("SIGINT", "1"), ("SIGINT", "all")])
-def test_a_signal_stops_all_ranks_at_the_same_step(number, rank, parts, ranks, tmp_path):
+def test_a_signal_stops_all_ranks_at_the_same_step(number, rank, undisturbed, parts, ranks, tmp_path):
     """A scheduler tells one rank or several, Ctrl-C in a terminal tells all."""
-    straight = make_recipe(parts, tmp_path / "straight", "zero1")
     recipe = make_recipe(parts, tmp_path / "run", "zero1")
     group = ranks.finish(ranks.start(["faults:commanded", number, rank, "2", "train", write(recipe)]))
     assert group.codes == [75, 75], group.outputs
@@ -87,10 +95,9 @@ def test_a_signal_stops_all_ranks_at_the_same_step(number, rank, parts, ranks, t
     assert (tmp_path / "run" / "checkpoint-000002" / "manifest.json").is_file()
     mark = tmp_path / "run" / "PREEMPTED"
     assert mark.read_text() == f"signal {getattr(signal, number):d}\n"
-    ranks.run([write(straight)])
     ranks.run(["faults:commanded", "nothing", "0", "0", "train", write(recipe)])
     assert not mark.exists()
-    assert hexed(tmp_path / "run") == hexed(tmp_path / "straight")
+    assert hexed(tmp_path / "run") == hexed(undisturbed)
 
 
 def test_no_operator_is_built_on_a_cpu_and_a_stale_lock_does_not_hang_a_run(parts, ranks, tmp_path):
