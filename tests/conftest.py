@@ -12,10 +12,36 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from preloaded import Preloaded
 from tiny import make_language, make_records, make_vision
+
+LONGEST = ("distributed", "training", "planning", "compare", "models", "scripts", "docs")
+"""Folders whose tests begin first, so that the workers end together."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.parent.name, len(LONGEST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadfile`: a file is one worker's, and so are all files whose tests start groups of ranks."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "distributed" if "distributed/" in file else file
+
+    if config.getoption("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
