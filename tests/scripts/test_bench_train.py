@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -14,28 +15,34 @@ import yardstick
 
 from mm_moslora.training.flops import FlopCounter, StepShape
 
+SMALL = yardstick.Setting(layers=2)
+
 
 @pytest.fixture(scope="module")
-def ours() -> yardstick.Contender:
-    return yardstick.ours(600, torch.float32)
+def contenders() -> dict[str, yardstick.Contender]:
+    """On the yardstick with two of its six decoder layers."""
+    made = {"hf": yardstick.peer, "ours": yardstick.ours}
+    if importlib.util.find_spec("trl") is not None:
+        made["trl"] = yardstick.trl
+    return {name: make(600, torch.float32, SMALL) for name, make in made.items()}
 
 
-def test_our_step_has_the_loss_and_gradients_of_hugging_faces_and_keeps_a_third(ours: yardstick.Contender) -> None:
-    peer = yardstick.peer(600, torch.float32)
+def test_our_step_has_the_loss_and_gradients_of_hugging_faces_and_keeps_a_third(contenders) -> None:
+    ours, peer = contenders["ours"], contenders["hf"]
     found = bench.check_equal({"hf": peer, "ours": ours}, "fp32")
     assert found["loss_difference"] < 1e-5
     assert found["gradient_difference"] < 1e-5
     assert yardstick.saved_bytes(ours) < 0.45 * yardstick.saved_bytes(peer)
 
 
-def test_the_step_of_trl_is_the_same_computation(ours: yardstick.Contender) -> None:
+def test_the_step_of_trl_is_the_same_computation(contenders) -> None:
     pytest.importorskip("trl", reason="TRL is not installed")
-    contenders = {"hf": yardstick.peer(600, torch.float32), "ours": ours, "trl": yardstick.trl(600, torch.float32)}
-    found = bench.check_equal(contenders, "fp32")
+    found = bench.check_equal({"hf": contenders["hf"], "trl": contenders["trl"]}, "fp32")
     assert max(found.values()) < 1e-5
 
 
-def test_the_flops_that_a_step_needs_are_those_of_the_planner(ours: yardstick.Contender) -> None:
+def test_the_flops_that_a_step_needs_are_those_of_the_planner() -> None:
+    ours = yardstick.ours(600, torch.float32)
     shape = StepShape.of(yardstick.LENGTHS, supervised=sum(yardstick.SUPERVISED), images=len(yardstick.LENGTHS))
     # The planner counts the tower's last block, which runs, and the mixers' products.
     assert bench.needed_flops(600) == pytest.approx(FlopCounter(ours.model).count(shape).total, rel=0.03)
