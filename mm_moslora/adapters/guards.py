@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import peft
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import hotswap
 from torch import nn
 
@@ -17,6 +17,7 @@ from mm_moslora.adapters.combine import Combination, add_weighted_adapter
 from mm_moslora.adapters.config import MoSLoRAConfig, unmatched_patterns
 from mm_moslora.adapters.inject import named_adapter_layers
 from mm_moslora.adapters.layer import MoSLoRALayer
+from mm_moslora.adapters.tied import untie
 from mm_moslora.errors import AdapterError, suggestion
 from mm_moslora.folders import writing
 
@@ -30,11 +31,13 @@ def guard_peft() -> None:
     - adding an adapter with mixers to a layer that a plain LoRA adapter wrapped: quantised layers of PEFT would take it
       for plain LoRA.
     - `PeftModel.save_pretrained` of adapters with mixers says what it could not write.
+    - merging into a weight that other modules share would change them, too: such weights are untied first.
     """
     _guard(LoraModel, "add_weighted_adapter", _weighted)
     _guard(LoraModel, "_create_and_replace", _existing)
     _guard(LoraModel, "_prepare_adapter_config", _names)
     _guard(peft.PeftModel, "save_pretrained", _saving)
+    _guard(BaseTuner, "_check_merge_allowed", _merging)
     # It compares these keys with `to_dict` of both configurations; stock LoRA has no mixer_init.
     keys = hotswap.CONFIG_KEYS_TO_CHECK[peft.PeftType.LORA]
     if "mixer_init" not in keys:
@@ -81,6 +84,14 @@ def _saving(original: Callable[..., None]) -> Callable[..., None]:
             original(self, save_directory, *args, **rest)
 
     return save
+
+
+def _merging(original: Callable[..., None]) -> Callable[..., None]:
+    def check(self: Any) -> None:  # what every way of merging in PEFT calls first
+        untie(self.model)
+        original(self)
+
+    return check
 
 
 def _existing(original: Callable[..., None]) -> Callable[..., None]:

@@ -16,6 +16,7 @@ from mm_moslora.adapters.base_weights import quantisation
 from mm_moslora.adapters.functional import use_kernel
 from mm_moslora.adapters.inject import is_inner, named_adapter_layers, unwrapped
 from mm_moslora.adapters.layer import MoSLoRALayer
+from mm_moslora.adapters.tied import untie
 from mm_moslora.errors import AdapterError
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ _PROBES = 8
 def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module:
     """Merge the active adapters into the base weights and take the adapters out.
 
-    Every layer is run on random probes before and after.
+    Every layer is run on random probes before and after. Where an adapted layer shares its weight with another module
+    (tied embeddings), the model's tied weights get copies of their own first, and `tie_word_embeddings` becomes False.
 
     Args:
         model: the PEFT model; changed in place.
@@ -55,6 +57,7 @@ def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module
     for path, layer in layers.items():
         _check_finite(path, layer)
         _check_bias(path, layer)
+    untie(model)
     worst, where = 0.0, ""
     for path, layer in layers.items():
         error, limit = _merge_layer(layer, tolerance)
