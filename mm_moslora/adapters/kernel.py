@@ -26,6 +26,12 @@ class Pending:
     """``[D_out, R]``, the parameter."""
     scaling: float
     """s."""
+    learn: tuple[bool, bool] = field(init=False)
+    """Whether M and B train. Switching adapters freezes them, perhaps before their gradients come."""
+
+    def __post_init__(self) -> None:
+        """Look at M and B now."""
+        self.learn = (_requires_grad(self.M), _requires_grad(self.B))
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,7 @@ Shapes: M ``[R, R]``, B ``[D_out, R]``, ``C = B M``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +27,8 @@ class StepWindow:
 
     def __init__(self) -> None:
         """Nothing is computed yet."""
-        self._products: dict[tuple[int, ...], StepProducts] = {}
-        self._lent: dict[tuple[int, torch.dtype], _Lent] = {}
+        self._products: dict[tuple[object, ...], StepProducts] = {}
+        self._lent: dict[tuple[object, ...], _Lent] = {}
         self._last = False
 
     def last_micro_batch(self) -> None:
@@ -37,9 +37,9 @@ class StepWindow:
         for products in self._products.values():
             products.last = True
 
-    def products(self, layers: tuple[FusedLinear, ...]) -> StepProducts:
+    def products(self, layers: Sequence[FusedLinear]) -> StepProducts:
         """What a node over these layers shares with those of the other micro-batches."""
-        key = tuple(map(id, layers))
+        key = tuple(map(_identity, layers))
         return self._products.setdefault(key, StepProducts(last=self._last))
 
     def product(self, layer: FusedLinear, operands: Operands, dtype: torch.dtype) -> Tensor:
@@ -54,11 +54,12 @@ class StepWindow:
         """
         M, B, scaling = operands.M, operands.B, operands.scaling
         assert B is not None
-        lent = self._lent.get((id(layer), dtype))
+        key = (*_identity(layer), dtype)
+        lent = self._lent.get(key)
         if lent is None:
             with torch.no_grad():
                 C = combine(B, M, dtype, scaling)
-            lent = self._lent[id(layer), dtype] = _Lent(C=C, pending=Pending(gradient=None, M=M, B=B, scaling=scaling))
+            lent = self._lent[key] = _Lent(C=C, pending=Pending(gradient=None, M=M, B=B, scaling=scaling))
         if not (B.requires_grad or (M is not None and M.requires_grad)):
             return lent.C
         anchor = torch.zeros((), requires_grad=True)
@@ -71,13 +72,39 @@ class StepWindow:
             if pending.gradient is None:
                 continue
             dM, dB = chain_rule(pending.gradient, pending.M, pending.B, pending.scaling)
-            found = ((pending.M, dM), (pending.B, dB))
-            pairs = [(tensor, grad) for tensor, grad in found if tensor is not None and tensor.requires_grad]
-            if pairs:
+            found = zip((pending.M, pending.B), (dM, dB), pending.learn, strict=True)
+            pairs = [(tensor, grad) for tensor, grad, learns in found if learns and tensor is not None]
+            with _learning([tensor for tensor, _ in pairs]):
                 torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
         self._lent.clear()
         for products in self._products.values():
             products.pending.clear()
+
+
+@contextmanager
+def _learning(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Let parameters that were frozen meanwhile take their gradients."""
+    frozen = [leaf for leaf in map(_leaf, tensors) if not leaf.requires_grad]
+    for leaf in frozen:
+        leaf.requires_grad_(True)
+    yield
+    for leaf in frozen:
+        leaf.requires_grad_(False)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """The parameter that a tensor is, or was made of (the matrix of a diagonal mixer)."""
+    node: Any = tensor.grad_fn
+    while node is not None and not hasattr(node, "variable"):
+        node = node.next_functions[0][0]
+    leaf: Tensor = tensor if node is None else node.variable
+    return leaf
+
+
+def _identity(layer: FusedLinear) -> tuple[object, ...]:
+    """Whose product it is: micro-batches with another adapter, scaling or dropout have another one."""
+    names = layer.active_adapters
+    return (id(layer), *names, *(layer.scaling.get(name) for name in names), layer.training)
 
 
 @dataclass(kw_only=True)
@@ -117,7 +144,8 @@ def one_product_per_step(model: nn.Module, *, leave_out: tuple[str, ...] = ()) -
     Put it around the micro-batches (forward and backward) of one optimiser step, not around the step itself. In the
     block a micro-batch costs what plain LoRA costs. B and M get their gradients in the backward pass of the micro-batch
     that `last_micro_batch()` announced, or else when the block ends; through autograd and its hooks either way. The
-    factors must not change inside. An engine that reduces gradients during `backward` (DeepSpeed,
+    factors must not change inside; adapters may be switched and scaled (what the last micro-batch does not use gets its
+    gradients when the block ends). An engine that reduces gradients during `backward` (DeepSpeed,
     DistributedDataParallel) needs the call of `last_micro_batch`, and every adapted layer in the last micro-batch.
 
     Args:

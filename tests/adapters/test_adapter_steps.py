@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from adapters.adapter_models import IDS, llama, logits, train_a_bit
+from peft.helpers import rescale_adapter_scale
 from torch import Tensor, nn
 
 from mm_moslora.adapters import (
@@ -27,6 +28,7 @@ from mm_moslora.adapters.dropout import keep, kept_bits
 from mm_moslora.adapters.kernel import _FusedLinears
 from mm_moslora.adapters.orthonormal import OrthonormalFactor, orthonormal_factors, project_gradients
 from mm_moslora.errors import AdapterError
+from mm_moslora.models.lean import use_lean_layers
 
 
 def _model(**changes):
@@ -52,6 +54,34 @@ def test_one_product_gives_the_same_gradients_over_micro_batches() -> None:
         assert not any("lora_mixer" in name for name in _gradients(model))
     found = _gradients(model)
     assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["dense", "diagonal"])
+@pytest.mark.parametrize("lean", [False, True])
+def test_micro_batches_of_a_step_may_have_adapters_and_scalings_of_their_own(lean: bool, form: str) -> None:
+    """The first adapter's product was taken for all, and the second got no gradient."""
+    model = _model(lora_dropout=0.0)
+    model.add_adapter("second", MoSLoRAConfig(r=4, target_modules=["q_proj", "k_proj", "up_proj"], mixer_form=form))
+    train_a_bit(model, seed=5)
+    if lean:
+        assert use_lean_layers(model.get_base_model())
+
+    def step() -> None:
+        model.zero_grad()
+        for name, scale in (("default", 1.0), ("second", 1.0), ("default", 0.5)):
+            model.set_adapter(name)
+            with rescale_adapter_scale(model, scale):
+                model(IDS, labels=IDS).loss.backward()
+
+    step()
+    wanted = _gradients(model)
+    with one_product_per_step(model):
+        step()
+    found = _gradients(model)
+    assert found.keys() == wanted.keys()
+    assert any(".second." in name for name in found)
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
 
