@@ -118,6 +118,24 @@ def test_all_linear_finds_quantised_layers_and_training_reaches_every_factor(kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_mixed_adapters_has_the_mixers(kind: str) -> None:
+    """PEFT's code for HQQ left them out."""
+    bare = _quantised(kind)
+    stop_repacking(bare)
+    model = add_moslora(bare, _config(), targets=["0", "1"])
+    add_moslora(model, _config(mixer_init="butterfly"), targets=["0", "1"], adapter_name="second")
+    train_a_bit(model)
+    expected = _run(model)
+    model.set_adapter("second")
+    expected[1::2] = _run(model)[1::2]
+    with model.disable_adapter():
+        expected[4] = _run(model)[4]
+    names = ["default", "second", "default", "second", "__base__"]
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(X, adapter_names=names), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_goes_to_a_quantised_base_and_back(kind: str, tmp_path: Path) -> None:
     model = add_moslora(_quantised(kind), _config(), targets=["0", "1"])
     train_a_bit(model)
