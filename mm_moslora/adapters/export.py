@@ -67,7 +67,8 @@ def export_adapter(
 
     Args:
         folder: an adapter folder of any kind that `load_adapter` reads.
-        out: folder to write into (made if missing), or the .gguf file.
+        out: folder to write into (made if missing), or the .gguf file. An export for diffusers keeps what the file
+            there holds of other components: one folder for a UNet and its text encoders.
         layout: see the module's text.
         component: diffusers only: which part of the pipeline it adapts, one of `COMPONENTS`.
         model_config: gguf only: the `config.json` of the language model, or of the model around it, as a mapping.
@@ -100,7 +101,10 @@ def export_adapter(
     elif layout == "vllm":
         tensors, config = _vllm_files(content)
     else:
-        tensors = {
+        written = target / DIFFUSERS_WEIGHTS
+        others = read_tensors(written) if written.is_file() else {}
+        tensors = {name: factor for name, factor in others.items() if name.partition(".")[0] != component}
+        tensors |= {
             f"{component}.{path}.{name}": factor
             for path, pair in plain_pairs(content).items()
             for name, factor in (("lora_A.weight", pair.A), ("lora_B.weight", pair.B))
@@ -115,7 +119,9 @@ def export_adapter(
 
 
 @torch.no_grad()
-def largest_difference(folder: str | Path, out: str | Path, *, layout: Literal["vllm", "diffusers"]) -> float:
+def largest_difference(
+    folder: str | Path, out: str | Path, *, layout: Literal["vllm", "diffusers"], component: str = "unet"
+) -> float:
     """How far the adapters in an export, read back, are from those of the folder that it was written from.
 
     Every layer's ``s B M A x`` is computed from both, in float64, for eight random x.
@@ -124,6 +130,7 @@ def largest_difference(folder: str | Path, out: str | Path, *, layout: Literal["
         folder: the adapter folder.
         out: what `export_adapter` wrote.
         layout: in which layout.
+        component: diffusers only: the one it was written for.
 
     Returns:
         The largest difference of an entry, over the largest entry of its layer; the largest of all layers.
@@ -133,10 +140,8 @@ def largest_difference(folder: str | Path, out: str | Path, *, layout: Literal["
     """
     content = read_folder(folder)
     written = read_tensors(Path(out) / (DIFFUSERS_WEIGHTS if layout == "diffusers" else STOCK_WEIGHTS))
-    found = {
-        name.partition(".")[2] if layout == "diffusers" else name.removeprefix(PREFIX): factor
-        for name, factor in written.items()
-    }
+    prefix = f"{component}." if layout == "diffusers" else PREFIX
+    found = {name.removeprefix(prefix): factor for name, factor in written.items() if name.startswith(prefix)}
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for path in target_paths(content.tensors):

@@ -95,7 +95,7 @@ def _hand_on_adapter(model: Path, output: Path, *, to: Literal["vllm", "diffuser
     export_adapter(folder, output, layout=to, component=component)
     reader = "vllm serve --enable-lora" if to == "vllm" else "pipeline.load_lora_weights"
     print(f"{output}: the adapter alone, folded to plain LoRA, for {reader}.")
-    difference = largest_difference(folder, output, layout=to)
+    difference = largest_difference(folder, output, layout=to, component=component)
     print(
         f"Largest difference of a layer's update, read back, from the adapter's: {difference:.1e} of its largest entry"
     )

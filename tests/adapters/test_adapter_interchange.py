@@ -27,6 +27,7 @@ from mm_moslora.adapters import (
     merge,
     save_adapter,
 )
+from mm_moslora.adapters.export import largest_difference
 from mm_moslora.errors import AdapterError
 
 TARGETS = ["q_proj", "k_proj", "down_proj"]
@@ -319,3 +320,38 @@ def test_an_embedding_is_named_as_what_a_layout_cannot_hold(tmp_path: Path) -> N
     model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
     with pytest.raises(AdapterError, match=r"embed_tokens.*cannot express .*embeddings"):
         export_adapter(tmp_path / "a", tmp_path / "out", layout="vllm")
+
+
+def test_one_diffusers_file_holds_several_components(tmp_path: Path) -> None:
+    """The second export took the place of the first."""
+    model = add_moslora(llama(), MoSLoRAConfig(r=2), targets=["q_proj"])
+    other = add_moslora(llama(), MoSLoRAConfig(r=4), targets=["q_proj"])
+    for seed, (name, adapted) in enumerate({"text_encoder": model, "text_encoder_2": other}.items()):
+        train_a_bit(adapted, seed=seed)
+        save_adapter(adapted, tmp_path / name)
+        export_adapter(tmp_path / name, tmp_path / "out", layout="diffusers", component=name)
+    for name in ("text_encoder", "text_encoder_2"):
+        folders = (tmp_path / name, tmp_path / "out")
+        assert largest_difference(*folders, layout="diffusers", component=name) < 1e-6
+    written = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert {len(factor) for name, factor in written.items() if ".lora_A" in name} == {2, 4}
+    export_adapter(tmp_path / "text_encoder", tmp_path / "out", layout="diffusers", component="text_encoder_2")
+    written = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert {len(factor) for name, factor in written.items() if ".lora_A" in name} == {2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "refused"), [("llama", True, True), ("llama", None, False), ("gemma2", None, True)]
+)
+def test_gguf_has_no_place_for_a_tied_head(kind: str, said: bool | None, refused: bool, tmp_path: Path) -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=2), targets=["lm_head"])
+    train_a_bit(model)
+    save_adapter(model, tmp_path / "a")
+    config = {"model_type": kind, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config |= {} if said is None else {"tie_word_embeddings": said}
+    arguments = (tmp_path / "a", tmp_path / "a.gguf")
+    if not refused:
+        assert export_adapter(*arguments, layout="gguf", model_config=config).is_file()
+        return
+    with pytest.raises(AdapterError, match="lm_head is tied to the embedding"):
+        export_adapter(*arguments, layout="gguf", model_config=config)
