@@ -24,14 +24,13 @@ _MEANINGFUL_INITS = ("pissa", "olora", "corda", "loftq", "eva", "lora_ga", "mica
 # These take their start out of the base weight: A and B mean nothing without the same start.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Other changes of the LoRA branch. Each would need its own combination with the mixer.
-_OTHER_VARIANTS = (
-    "use_qalora",
+_OTHER_VARIANTS = ("use_qalora", "arrow_config", "alora_invocation_tokens")
+# These have other tensors than A and B, or put them elsewhere; an adapter folder has no place for that.
+_OTHER_LAYOUTS = (
     "use_bdlora",
-    "arrow_config",
     "kasa_config",
     "velora_config",
     "monteclora_config",
-    "alora_invocation_tokens",
     "megatron_config",
     "target_parameters",
     "layer_replication",
@@ -94,6 +93,12 @@ class MoSLoRAConfig(LoraConfig):
             check_mixer_init(kind, f"mixer_pattern[{key!r}]")
         self._check_ranks()
         self._check_forms()
+        for name in _OTHER_LAYOUTS:
+            if getattr(self, name):
+                raise AdapterError(
+                    f"{name} is set, and adapters with it are more than A and B of modules, which is all that a mixer "
+                    "goes with and that is saved and loaded here. Unset it, or use peft.LoraConfig."
+                )
         if self.has_mixer:
             self._check_other_options()
         # One entry for all modules: a type that is not ours must raise, not fall through to PEFT's plain LoRA.

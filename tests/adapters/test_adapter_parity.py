@@ -261,5 +261,24 @@ def test_kernels_agree_for_plain_lora_too() -> None:
 def test_other_variants_are_refused_with_a_mixer_only() -> None:
     with pytest.raises(AdapterError, match="alora_invocation_tokens"):
         MoSLoRAConfig(r=4, alora_invocation_tokens=[1])
+    MoSLoRAConfig(r=4, alora_invocation_tokens=[1], **PLAIN)
     model = add_moslora(llama(), MoSLoRAConfig(r=4, use_dora=True, **PLAIN), targets=["q_proj"])
     assert torch.allclose(logits(model), logits(llama()), atol=1e-6)
+
+
+@pytest.mark.parametrize("mixer", [{}, PLAIN])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_bdlora": peft.tuners.lora.config.BdLoraConfig(nblocks=2)},
+        {"kasa_config": peft.tuners.lora.config.KasaConfig()},
+        {"velora_config": peft.tuners.lora.config.VeloraConfig()},
+        {"monteclora_config": peft.tuners.lora.config.MontecloraConfig()},
+        {"target_parameters": ["mlp.experts.gate_up_proj"]},
+        {"layer_replication": [(0, 2), (0, 2)]},
+    ],
+)
+def test_options_that_no_folder_of_ours_holds_are_refused(options: dict, mixer: dict) -> None:
+    """With a frozen identity they trained, and the folder could not be loaded."""
+    with pytest.raises(AdapterError, match=f"{next(iter(options))} is set.* use peft.LoraConfig"):
+        MoSLoRAConfig(r=4, **options, **mixer)
