@@ -41,7 +41,10 @@ def create_layer(target: nn.Module, adapter_name: str, *, config: MoSLoRAConfig,
     """
     path = kwargs.get("target_name", "")
     if kwargs.pop("parameter_name", None) is not None:
-        raise AdapterError("MoSLoRAConfig knows no target_parameters. Name modules in target_modules.")
+        raise AdapterError(
+            f"{path} holds its weights as parameters and not as linear layers (target_parameters; PEFT takes the old "
+            "names of experts for that), which cannot carry MoSLoRA. Name linear layers, or take peft.LoraConfig."
+        )
     if getattr(config, "target_modules_to_tie", None) and not config.is_plain(path):
         raise AdapterError(
             "ensure_weight_tying with the embedding among the targets: the tied head would need the embedding's mixer "
@@ -69,6 +72,11 @@ def create_layer(target: nn.Module, adapter_name: str, *, config: MoSLoRAConfig,
 
 def why_not_adaptable(base: nn.Module) -> str | None:
     """Why a module cannot be adapted, None if it can."""
+    if hasattr(base, "_hf_hook") and any(parameter.is_meta for parameter in base.parameters()):
+        return (
+            "accelerate has offloaded its weights (they are on the meta device), and factors beside them would get no "
+            "values. Add or load the adapter first, and offload the model with it (accelerate.dispatch_model)."
+        )
     if quantisation(base):
         return None
     if isinstance(base, nn.Conv2d):

@@ -43,6 +43,19 @@ def use_kernel(kernel: Kernel) -> Iterator[None]:
         _kernel.reset(token)
 
 
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export, torch.jit.trace or a transform of torch.func looks at the operations.
+
+    They cannot look into an autograd node of ours.
+    """
+    # Dynamo, which knows the first to be true, never sees the others.
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def current_kernel() -> Kernel:
     """The kernel of the innermost `use_kernel`, `auto` outside."""
     return _kernel.get()

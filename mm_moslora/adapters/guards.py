@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import peft
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel, intruders
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from peft.utils import hotswap
+from peft.utils import hotswap, infer_device
 from torch import nn
 
 from mm_moslora.adapters.combine import Combination, add_weighted_adapter
 from mm_moslora.adapters.config import MoSLoRAConfig, unmatched_patterns
 from mm_moslora.adapters.inject import named_adapter_layers
 from mm_moslora.adapters.layer import MoSLoRALayer
+from mm_moslora.adapters.load import set_values
+from mm_moslora.adapters.state import OWN_WEIGHTS, named_as_modules
 from mm_moslora.adapters.tied import untie
 from mm_moslora.errors import AdapterError, suggestion
 from mm_moslora.folders import writing
@@ -31,12 +34,19 @@ def guard_peft() -> None:
     - adding an adapter with mixers to a layer that a plain LoRA adapter wrapped: quantised layers of PEFT would take it
       for plain LoRA.
     - `PeftModel.save_pretrained` of adapters with mixers says what it could not write.
+    - `PeftModel.load_adapter` into a MoSLoRA adapter that is there (what trainers call to go on from a checkpoint, or
+      to load the best one) reads A, M and B: the folded factors are right, but no place to go on from.
+    - an injection that fails halfway is taken back.
+    - `reduce_intruder_dimension` writes A and B beside a mixer that it does not know: it refuses.
     - merging into a weight that other modules share would change them, too: such weights are untied first.
     """
     _guard(LoraModel, "add_weighted_adapter", _weighted)
     _guard(LoraModel, "_create_and_replace", _existing)
     _guard(LoraModel, "_prepare_adapter_config", _names)
     _guard(peft.PeftModel, "save_pretrained", _saving)
+    _guard(peft.PeftModel, "load_adapter", _loading)
+    _guard(LoraModel, "inject_adapter", _injecting)
+    _guard(intruders, "reduce_intruder_dimension", _intruding)
     _guard(BaseTuner, "_check_merge_allowed", _merging)
     # It compares these keys with `to_dict` of both configurations; stock LoRA has no mixer_init.
     keys = hotswap.CONFIG_KEYS_TO_CHECK[peft.PeftType.LORA]
@@ -80,10 +90,73 @@ def _weighted(original: Callable[..., None]) -> Callable[..., None]:
 def _saving(original: Callable[..., None]) -> Callable[..., None]:
     def save(self: Any, save_directory: str, *args: Any, **rest: Any) -> None:
         ours = any(isinstance(config, MoSLoRAConfig) for config in self.peft_config.values())
+        if ours:
+            state = rest.get("state_dict")
+            rest["state_dict"] = named_as_modules(self, self.state_dict() if state is None else state)
         with writing(save_directory) if ours else contextlib.nullcontext():
             original(self, save_directory, *args, **rest)
 
     return save
+
+
+def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load(self: Any, model_id: Any, adapter_name: str, is_trainable: bool = False, *args: Any, **rest: Any) -> Any:
+        ours = isinstance(self.peft_config.get(adapter_name), MoSLoRAConfig)
+        if (
+            not ours
+            or rest.get("key_mapping")
+            or not Path(model_id, rest.get("subfolder") or "", OWN_WEIGHTS).is_file()
+        ):
+            return original(self, model_id, adapter_name, is_trainable, *args, **rest)
+        device = (args[0] if args else rest.get("torch_device")) or infer_device()
+        low = bool(rest.get("low_cpu_mem_usage"))
+        folder = Path(model_id, rest.get("subfolder") or "")
+        result = set_values(self, folder, adapter_name, device=device if low else None, low_cpu_mem_usage=low)
+        wide = rest.get("autocast_adapter_dtype", True)
+        self.base_model._cast_adapter_dtype(adapter_name=adapter_name, autocast_adapter_dtype=wide)
+        if not is_trainable:
+            self.eval()
+        return result
+
+    return load
+
+
+def _injecting(original: Callable[..., None]) -> Callable[..., None]:
+    def inject(self: Any, model: nn.Module, adapter_name: str, *args: Any, **rest: Any) -> None:
+        layers = [layer for layer in model.modules() if isinstance(layer, MoSLoRALayer)]
+        before = {id(layer) for layer in layers if layer.holds(adapter_name)}
+        try:
+            original(self, model, adapter_name, *args, **rest)
+        except Exception:
+            if isinstance(self.peft_config.get(adapter_name), MoSLoRAConfig):
+                _take_out(model, adapter_name, spared=before)
+            raise
+
+    return inject
+
+
+def _take_out(model: nn.Module, adapter_name: str, *, spared: set[int]) -> None:
+    """Remove whatever there is of an adapter, and the layers that hold nothing else; not in layers that had it."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if not isinstance(layer, MoSLoRALayer) or id(layer) in spared:
+                continue
+            if set(layer.adapter_names()) - {adapter_name}:
+                layer.delete_adapter(adapter_name)
+            else:
+                setattr(parent, name, layer.get_base_layer())
+
+
+def _intruding(original: Callable[..., None]) -> Callable[..., None]:
+    def reduce(peft_model: Any, old_adapter_name: str = "default", *args: Any, **rest: Any) -> None:
+        if isinstance(peft_model.peft_config.get(old_adapter_name), MoSLoRAConfig):
+            raise AdapterError(
+                "reduce_intruder_dimension writes A and B of a new adapter and knows no mixer. Give it plain LoRA: "
+                "peft.PeftModel.from_pretrained on the folder of this adapter."
+            )
+        original(peft_model, old_adapter_name, *args, **rest)
+
+    return reduce
 
 
 def _merging(original: Callable[..., None]) -> Callable[..., None]:
@@ -124,6 +197,12 @@ def _check_names(model: nn.Module, config: MoSLoRAConfig) -> None:
         raise AdapterError(
             "The model is a PeftModel already; wrapped once more, nobody could load what it saves. Give it another "
             "adapter with add_moslora or model.add_adapter, or take the first one out (model.unload())."
+        )
+    if config.target_parameters:
+        raise AdapterError(
+            f"The model holds {', '.join(config.target_parameters)} as parameters and not as linear layers (PEFT takes "
+            "the old names of experts for target_parameters), which cannot carry MoSLoRA. Name linear layers, or take "
+            "peft.LoraConfig."
         )
     paths = [path for path, _ in model.named_modules() if path]
     targets: Any = config.target_modules

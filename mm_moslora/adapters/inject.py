@@ -15,6 +15,7 @@ from typing import Any, cast
 import peft
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -28,7 +29,15 @@ from mm_moslora.errors import AdapterError, suggestion
 
 ALL_LINEAR = "all-linear"
 _HEADS = ("lm_head", "output_layer", "embed_out")
+# Heads that PEFT trains whole for a task.
+_TASK_HEADS = {
+    "SEQ_CLS": SEQ_CLS_HEAD_NAMES,
+    "TOKEN_CLS": SEQ_CLS_HEAD_NAMES,
+    "QUESTION_ANS": ["qa_outputs"],
+}
 _SHOWN = 5
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""What torch calls the module inside a wrapper: of torch.compile, of activation checkpointing, of FSDP."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +63,19 @@ class AdaptedModule:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of torch.compile, `DataParallel` and `DistributedDataParallel`."""
+    """The module inside wrappers: torch.compile, activation checkpointing, FSDP, `DataParallel`, DDP."""
     while True:
-        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
+        inner = next((model._modules[name] for name in _WRAPPED if name in model._modules), None)
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
             return model
+        model = inner
+
+
+def bare_name(name: str) -> str:
+    """A name of a module or a parameter as it is without wrappers."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -75,6 +89,7 @@ def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     stack: list[tuple[str, nn.Module]] = [("", base_model(model))]
     while stack:
         path, module = stack.pop()
+        module = unwrapped(module)
         if isinstance(module, BaseTunerLayer):
             module = module.get_base_layer()
         elif isinstance(module, AuxiliaryTrainingWrapper):
@@ -88,7 +103,7 @@ def named_adapter_layers(model: nn.Module) -> Iterator[tuple[str, MoSLoRALayer]]
     """The adapted layers of a model with their paths in the base model."""
     for path, module in base_model(model).named_modules():
         if isinstance(module, MoSLoRALayer):
-            yield path, module
+            yield bare_name(path), module
 
 
 def is_inner(path: str) -> bool:
@@ -278,6 +293,8 @@ def _chosen(config: MoSLoRAConfig, paths: list[str]) -> list[str]:
     """The targets that the configuration does not take out again."""
     # PEFT does not look at the layer's number where a target is a whole path.
     own = copy.copy(config)
+    if heads := _TASK_HEADS.get(str(getattr(config.task_type, "value", config.task_type))):
+        own.modules_to_save = [*(config.modules_to_save or ()), *heads]
     chosen = []
     for path in paths:
         own.target_modules = {path.rpartition(".")[2]}  # type: ignore[assignment]
@@ -285,7 +302,7 @@ def _chosen(config: MoSLoRAConfig, paths: list[str]) -> list[str]:
             chosen.append(path)
     if not chosen:
         options = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-        given = ", ".join(f"{name}={getattr(config, name)!r}" for name in options if getattr(config, name))
+        given = ", ".join(f"{name}={getattr(own, name)!r}" for name in options if getattr(own, name))
         raise AdapterError(f"{given} leaves none of the {len(paths)} targets (the first: {', '.join(paths[:_SHOWN])}).")
     return chosen
 
@@ -333,6 +350,12 @@ def inject(
     Raises:
         AdapterError: an adapter of this name exists, or adapters lie in a model that PEFT no longer wraps.
     """
+    wrapper = next((module for module in model.modules() if unwrapped(module) is not module), None)
+    if wrapper is not None:
+        raise AdapterError(
+            f"Parts of the model are wrapped ({type(wrapper).__name__}), so the adapter's names would be another "
+            "model's. Add or load the adapter first, and compile or wrap what that returns."
+        )
     own = copy.deepcopy(config)
     own.target_modules = set(paths)  # type: ignore[assignment]  # PEFT keeps lists as sets
     own.exclude_modules, own.layers_to_transform, own.layers_pattern = None, None, None

@@ -21,11 +21,11 @@ from peft.utils.other import transpose
 from torch import Tensor, nn
 
 from mm_moslora.adapters.base_weights import weight_of
-from mm_moslora.adapters.functional import current_kernel, delta_weight
+from mm_moslora.adapters.functional import current_kernel, delta_weight, is_traced
 from mm_moslora.adapters.kernel import fused_linears
 from mm_moslora.adapters.mixer import FrozenFactor, Mixer, init_mixer, orthonormal_rows
 from mm_moslora.adapters.products import Operands
-from mm_moslora.adapters.sharding import fetches_whole
+from mm_moslora.adapters.sharding import fetches_whole, only_fetches
 from mm_moslora.adapters.variants import DoraMixerVariant, MoSLoRAVariant
 from mm_moslora.errors import AdapterError
 
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from mm_moslora.adapters.config import MoSLoRAConfig
     from mm_moslora.adapters.siblings import Siblings
     from mm_moslora.adapters.steps import StepWindow
+
+
+# Others are wrappers (FSDP's, say), or a module that somebody put in the place of one.
+_FACTOR_TYPES = (nn.Linear, Mixer, FrozenFactor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,9 +213,9 @@ class FusedLinear(MoSLoRALayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus the active adapters, ``[..., D_out]``."""
-        if args or kwargs:
+        if args or kwargs or is_traced():
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        if self.siblings is not None and not torch.compiler.is_compiling():
+        if self.siblings is not None:
             ready = self.siblings.output(self, x)
             if ready is not None:
                 return ready
@@ -236,6 +240,10 @@ class FusedLinear(MoSLoRALayer):
             return None
         if (not isinstance(weight, Tensor) or hasattr(weight, "ds_id")) and not fetches_whole(self):
             return None
+        if not all(self._only_holds(part[adapter]) for part in (self.lora_A, self.lora_B)):
+            return None
+        if adapter in self.lora_mixer and not self._only_holds(self.lora_mixer[adapter]):
+            return None
         factors, dropout = self.factors(adapter), self.lora_dropout[adapter]
         return Operands(
             weight=weight,
@@ -246,6 +254,11 @@ class FusedLinear(MoSLoRALayer):
             scaling=factors.scaling,
             dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
+
+    @staticmethod
+    def _only_holds(part: nn.Module) -> bool:
+        """Whether a factor's weight is there without its module being called: FSDP and offloading fetch it then."""
+        return type(part) in _FACTOR_TYPES and "forward" not in part.__dict__ and only_fetches(part)
 
     def _fusable_adapter(self) -> str | None:
         """The one active adapter, if the fused kernel computes exactly what the modules would."""

@@ -66,15 +66,9 @@ def load_adapter(
         AdapterError: a file that is missing, truncated, changed or stale; an adapter for another base; a factor of the
             wrong shape. The model is untouched then.
     """
-    content = read_folder(folder, trainable=trainable)
+    content = _read_for(model, folder, base or {}, trainable=trainable)
     config, source = content.config, str(folder)
-    _check_base(model, content.base, base or {}, source)
     paths = sorted(config.target_modules or ())
-    shapes = _planned_shapes(model, config, paths, content.tensors, source)
-    check_tensors(content.tensors, shapes, source=source)
-    extra = sorted(content.tensors.keys() - shapes.keys())
-    if extra and not _has_place(extra[0], config):
-        raise AdapterError(f"{source} holds {extra[0]!r}, for which its configuration has no place.")
     config.inference_mode = not trainable
     known = isinstance(model, peft.PeftModel) and adapter_name in model.peft_config
     if isinstance(model, peft.PeftModel) and known:
@@ -84,18 +78,66 @@ def load_adapter(
         options: dict[str, Any] = {"adapter_name": adapter_name, "autocast_adapter_dtype": autocast_adapter_dtype}
         with _usable(source):
             wrapped = inject(model, config, paths, **options)
-    problem = _misfit(wrapped, adapter_name, content.tensors)
-    if problem:
+    try:
+        _set_values(wrapped, adapter_name, content.tensors, source)
+    except AdapterError:
         if wrapped is not model:
             wrapped.unload()
         elif not known:
             wrapped.delete_adapter(adapter_name)
-        raise AdapterError(f"{source} {problem}. It was made for another base model, or its files were changed.")
-    set_peft_model_state_dict(wrapped, content.tensors, adapter_name=adapter_name)
+        raise
     wrapped.set_requires_grad(adapter_name, requires_grad=trainable)
     if not trainable:
         wrapped.eval()  # as PeftModel.from_pretrained does: an adapter's dropout is on in a fresh layer
     return wrapped
+
+
+def set_values(
+    model: peft.PeftModel, folder: Path, adapter_name: str, *, device: str | None, low_cpu_mem_usage: bool
+) -> Any:
+    """Give an adapter that is there the values A, M and B of its folder; nothing else changes.
+
+    Args:
+        model: holds the adapter, on the meta device perhaps.
+        folder: of `save_adapter`.
+        adapter_name: the adapter.
+        device: where the values are put first; matters for factors on the meta device.
+        low_cpu_mem_usage: take the tensors themselves for the factors, as PEFT does.
+
+    Returns:
+        PEFT's result: the missing and the unexpected keys.
+
+    Raises:
+        AdapterError: see `load_adapter`. The adapter has its old values then.
+    """
+    content = _read_for(model, folder, {}, trainable=False)
+    _check_same(model, adapter_name, content, str(folder))
+    tensors = content.tensors if device is None else {name: t.to(device) for name, t in content.tensors.items()}
+    result = _set_values(model, adapter_name, tensors, str(folder), low_cpu_mem_usage=low_cpu_mem_usage)
+    result.missing_keys.clear()  # the base's own; the adapter's are all there
+    return result
+
+
+def _read_for(model: nn.Module, folder: str | Path, base: Mapping[str, Any], *, trainable: bool) -> AdapterFolder:
+    """Read a folder and check it against the model and what is known of it."""
+    content = read_folder(folder, trainable=trainable)
+    config, source = content.config, str(folder)
+    _check_base(model, content.base, base, source)
+    shapes = _planned_shapes(model, config, sorted(config.target_modules or ()), content.tensors, source)
+    check_tensors(content.tensors, shapes, source=source)
+    extra = sorted(content.tensors.keys() - shapes.keys())
+    if extra and not _has_place(extra[0], config):
+        raise AdapterError(f"{source} holds {extra[0]!r}, for which its configuration has no place.")
+    return content
+
+
+def _set_values(
+    model: peft.PeftModel, adapter_name: str, tensors: dict[str, Tensor], source: str, **options: Any
+) -> Any:
+    problem = _misfit(model, adapter_name, tensors)
+    if problem:
+        raise AdapterError(f"{source} {problem}. It was made for another base model, or its files were changed.")
+    return set_peft_model_state_dict(model, tensors, adapter_name=adapter_name, **options)
 
 
 @torch.no_grad()

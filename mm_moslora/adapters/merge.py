@@ -16,6 +16,7 @@ from mm_moslora.adapters.base_weights import quantisation
 from mm_moslora.adapters.functional import use_kernel
 from mm_moslora.adapters.inject import is_inner, named_adapter_layers, unwrapped
 from mm_moslora.adapters.layer import MoSLoRALayer
+from mm_moslora.adapters.sharding import why_not_whole
 from mm_moslora.adapters.tied import untie
 from mm_moslora.errors import AdapterError
 
@@ -48,7 +49,11 @@ def merge(model: peft.PeftModel, *, tolerance: float | None = None) -> nn.Module
             rounding).
     """
     model = cast(peft.PeftModel, unwrapped(model))
-    layers = {path: layer for path, layer in named_adapter_layers(model) if not is_inner(path)}
+    layers = {
+        path: layer
+        for path, layer in named_adapter_layers(model)
+        if not is_inner(path) and any(layer.holds(name) for name in layer.active_adapters)
+    }
     if not hasattr(model, "merge_and_unload"):
         raise AdapterError(
             f"A {type(model).__name__} is no PEFT model, so there is nothing to merge. Give what add_moslora, "
@@ -84,7 +89,11 @@ def _check_finite(path: str, layer: MoSLoRALayer) -> None:
             continue
         factors = layer.factors(name)
         for factor, weight in {"lora_A": factors.A, "lora_mixer": factors.M, "lora_B": factors.B}.items():
-            if weight is not None and not torch.isfinite(weight).all():
+            if weight is None:
+                continue
+            if reason := why_not_whole(weight):
+                raise AdapterError(f"{factor} of {path} {reason} Nothing was merged.")
+            if not torch.isfinite(weight).all():
                 raise AdapterError(
                     f"{factor} of {path} holds NaN or infinity; merging would destroy the base model. Nothing was "
                     "merged."
@@ -104,7 +113,7 @@ def _merge_layer(layer: MoSLoRALayer, tolerance: float | None) -> tuple[float, f
     """Merge one layer; its relative output difference and the limit for it."""
     base = layer.get_base_layer()
     quantised = quantisation(base) is not None
-    like = layer.factors(layer.active_adapters[0]).B
+    like = next(layer.factors(name).B for name in layer.active_adapters if layer.holds(name))
     if not quantised:
         like = base.in_proj_weight if isinstance(base, nn.MultiheadAttention) else cast(Tensor, base.weight)
     probes = _probes(layer, base, like.dtype, like.device)

@@ -1,4 +1,4 @@
-"""Weights that DeepSpeed ZeRO-3 has cut up: whether a module has them whole while it computes.
+"""Weights that are cut up or offloaded: whether a module has them whole while it computes, and a tensor its values.
 
 DeepSpeed fetches a shard when the module that owns it is called, and for every module that it was registered with as an
 external parameter. A kernel that reads weights without calling their owners needs the latter.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def fetches_whole(module: nn.Module) -> bool:
@@ -29,3 +30,18 @@ def only_fetches(module: nn.Module) -> bool:
     if hooks and not any(hasattr(parameter, "ds_id") for parameter in module.parameters(recurse=False)):
         return False
     return all(str(getattr(hook, "__module__", "")).startswith("deepspeed.") for hook in hooks)
+
+
+def why_not_whole(tensor: Tensor) -> str | None:
+    """Why a tensor does not hold all its values here, None if it does."""
+    if tensor.is_meta:
+        return (
+            "is on the meta device and holds no values. Load the model before saving or merging it; what accelerate "
+            "has offloaded comes back with accelerate.hooks.remove_hook_from_module(model, recurse=True)."
+        )
+    if isinstance(tensor, DTensor):
+        return (
+            "is a shard (FSDP, tensor parallelism). Gather all on all ranks (get_model_state_dict of torch.distributed."
+            "checkpoint.state_dict, with full_state_dict=True), and pass that as state to save_adapter."
+        )
+    return None

@@ -32,7 +32,15 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters.config import MoSLoRAConfig, config_to_dict
 from mm_moslora.adapters.functional import fold_right
-from mm_moslora.adapters.inject import base_model, is_inner, named_adapter_layers, named_base_modules, unwrapped
+from mm_moslora.adapters.inject import (
+    bare_name,
+    base_model,
+    is_inner,
+    named_adapter_layers,
+    named_base_modules,
+    unwrapped,
+)
+from mm_moslora.adapters.sharding import why_not_whole
 from mm_moslora.errors import AdapterError
 from mm_moslora.folders import writing
 
@@ -115,6 +123,11 @@ def adapter_config(model: nn.Module, adapter_name: str) -> MoSLoRAConfig:
     Raises:
         AdapterError: no such adapter, or one that is not MoSLoRA.
     """
+    if isinstance(model, peft.PeftMixedModel):
+        raise AdapterError(
+            "A PeftMixedModel cannot be saved, in PEFT neither: its adapters lie inside each other. Merge it "
+            "(merge_and_unload), or save the adapters before they are mixed."
+        )
     configs = getattr(model, "peft_config", None)
     configs = configs if isinstance(configs, dict) else {}
     if adapter_name not in configs:
@@ -156,10 +169,10 @@ def adapter_tensors(
     model: nn.Module, adapter_name: str, state: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Every tensor of an adapter under its name in the folder, in float32 on the CPU; see `save_adapter`."""
-    full = dict(model.state_dict())
+    full = named_as_modules(model, model.state_dict())
     if state is not None:
-        own = {name.removeprefix(PREFIX): name for name in full}
-        parameters = {name.removeprefix(PREFIX) for name, _ in model.named_parameters()}
+        own = {_bare(name): name for name in full}
+        parameters = {_bare(name) for name, _ in model.named_parameters()}
         given = {_bare(name): tensor for name, tensor in state.items()}
         lost = sorted(name for name in parameters - given.keys() if _belongs(name, adapter_name))
         if lost:
@@ -170,15 +183,25 @@ def adapter_tensors(
         full |= {own[name]: tensor for name, tensor in given.items() if name in own}
     tensors = get_peft_model_state_dict(model, state_dict=full, adapter_name=adapter_name, save_embedding_layers=False)
     for name, tensor in tensors.items():
-        if tensor.is_meta:
-            raise AdapterError(f"{name} is on the meta device and holds no values. Load the model before saving it.")
+        if reason := why_not_whole(tensor):
+            raise AdapterError(f"{name} {reason}")
     prefix = "" if isinstance(model, peft.PeftModel) else PREFIX
-    return {prefix + name: tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()}
+    return {prefix + bare_name(name): tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()}
+
+
+def named_as_modules(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict under the names that PEFT looks for: those of modules, FSDP's wrappers left out.
+
+    A wrapper for activation checkpointing leaves itself out of state dicts, and PEFT would then write nothing in it.
+    """
+    held = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    places = {bare_name(name): name.replace("_fsdp_wrapped_module.", "") for name, _ in held}
+    return {places.get(bare_name(name), name): tensor for name, tensor in state.items()}
 
 
 def _bare(name: str) -> str:
-    """A parameter's name without what DistributedDataParallel, torch.compile and PEFT put before it."""
-    return re.sub(r"^(module\.|_orig_mod\.)*", "", name).removeprefix(PREFIX)
+    """A parameter's name without what wrappers and PEFT put into it."""
+    return re.sub(r"^(module\.)*", "", bare_name(name)).removeprefix(PREFIX)
 
 
 def _belongs(name: str, adapter_name: str) -> bool:
@@ -280,16 +303,23 @@ def write_folder(
     """
     paths = target_paths(tensors)
     with writing(folder), _staged(folder, (STOCK_CONFIG, STOCK_WEIGHTS, OWN_WEIGHTS, OWN_CONFIG)) as staging:
-        save_file(fold_state_dict(tensors), staging / STOCK_WEIGHTS, metadata={"format": "pt"})
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            staging / OWN_WEIGHTS,
-            metadata={"format": "pt"},
-        )
+        for name, content in ((STOCK_WEIGHTS, fold_state_dict(tensors)), (OWN_WEIGHTS, tensors)):
+            save_file(_apart(content), staging / name, metadata={"format": "pt"})
         _write_json(staging / STOCK_CONFIG, stock_config(config, paths, auto_mapping))
         own = config_to_dict(config) | {"target_modules": paths, "inference_mode": True}
         files = {name: file_sha256(staging / name) for name in (STOCK_WEIGHTS, OWN_WEIGHTS)}
         _write_json(staging / OWN_CONFIG, _manifest(own, files=files, base=base))
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors contiguous and without shared memory (tied modules that train whole), as safetensors wants them."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        own = tensor.contiguous()
+        result[name] = own.clone() if own.data_ptr() in seen else own
+        seen.add(own.data_ptr())
+    return result
 
 
 def _manifest(config: dict[str, Any], *, files: Mapping[str, str], base: Mapping[str, Any]) -> dict[str, Any]:
@@ -330,7 +360,7 @@ def complete_folder(folder: Path, config: MoSLoRAConfig, *, auto_mapping: Mappin
         write_folder(folder, config, load_file(folder / OWN_WEIGHTS), base=base, auto_mapping=auto_mapping)
         return
     # The base weight of an adapted embedding, which PEFT adds unless save_embedding_layers is False, keeps its dtype.
-    tensors = {name: t if ".base_layer." in name else t.float() for name, t in load_file(weights).items()}
+    tensors = {bare_name(name): t if ".base_layer." in name else t.float() for name, t in load_file(weights).items()}
     check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith(_FACTORS)})
     bare = next((path for path in target_paths(tensors) if _lacks_mixer(path, config, tensors)), None)
     if bare is not None:

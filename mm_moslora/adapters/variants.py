@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from mm_moslora.adapters.dropout import seeded_dropout
-from mm_moslora.adapters.functional import combine, fold
+from mm_moslora.adapters.functional import combine, fold, is_traced
 
 
 class MoSLoRAVariant(LoraVariant):
@@ -33,7 +33,7 @@ class MoSLoRAVariant(LoraVariant):
         """``result + s B(M(A(dropout(x))))``, by calling the submodules: their hooks (ZeRO-3, FSDP) must fire."""
         dropout = module.lora_dropout[active_adapter]
         if module.training and isinstance(dropout, nn.Dropout):
-            x = seeded_dropout(x, dropout.p)
+            x = dropout(x) if is_traced() else seeded_dropout(x, dropout.p)
         z = module.lora_A[active_adapter](x)
         branch = module.lora_B[active_adapter](module.lora_mixer[active_adapter](z))
         total: Tensor = result + branch * module.scaling[active_adapter]

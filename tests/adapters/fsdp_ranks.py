@@ -1,0 +1,76 @@
+"""Run by two ranks of `test_adapter_ecosystem.py`: adapters under FSDP 1 and 2 train as without, and save whole."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ |= {"ACCELERATE_USE_CPU": "1", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}
+
+import pytest
+import torch
+import torch.distributed as dist
+from adapters.adapter_models import IDS
+from adapters.test_adapter_ecosystem import adapted
+from peft.utils.other import fsdp_auto_wrap_policy
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+from mm_moslora.adapters import merge, save_adapter
+from mm_moslora.errors import AdapterError
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+FOLDER = Path(sys.argv[1])
+FIRST = dist.get_rank() == 0
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def fsdp1() -> None:
+    model = adapted().train()
+    expected = gradients(copy.deepcopy(model))
+    policy = fsdp_auto_wrap_policy(model)
+    sharded = FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    sharded(input_ids=IDS, labels=IDS).loss.backward()
+    with FullyShardedDataParallel.summon_full_params(sharded, with_grads=True):
+        whole = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in sharded.named_parameters()}
+        for name, gradient in expected.items():
+            torch.testing.assert_close(whole[name].grad, gradient)
+        if FIRST:
+            save_adapter(adapted(), FOLDER / "fsdp1", state=whole)
+
+
+def fsdp2() -> None:
+    model = adapted().train()
+    expected = gradients(copy.deepcopy(model))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in list(model.modules()):
+        if not list(module.children()) and any(p.requires_grad for p in module.parameters()):
+            fully_shard(module, mesh=mesh)
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient.full_tensor(), expected[name])
+    for refused in (lambda: save_adapter(model, FOLDER / "shards"), lambda: merge(model)):
+        with pytest.raises(AdapterError, match=r"is a shard \(FSDP"):
+            refused()
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if FIRST:
+        save_adapter(model, FOLDER / "fsdp2", state=state)
+
+
+fsdp1()
+fsdp2()
+dist.destroy_process_group()

@@ -1,0 +1,330 @@
+"""What transformers, PEFT, accelerate and torch do with an adapted model: right, or refused in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from accelerate import disk_offload
+from adapters.adapter_models import IDS, llama, logits, train_a_bit
+from peft.tuners.lora.intruders import reduce_intruder_dimension
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from mm_moslora.adapters import (
+    MoSLoRAConfig,
+    adapted_modules,
+    add_moslora,
+    base_fingerprint,
+    load_adapter,
+    merge,
+    save_adapter,
+    use_kernel,
+)
+from mm_moslora.errors import AdapterError
+
+SIBLINGS = ["q_proj", "k_proj", "v_proj"]
+
+
+def adapted(**changes) -> peft.PeftModel:
+    options = {"r": 4, "lora_alpha": 8, "target_modules": SIBLINGS, "task_type": "CAUSAL_LM"}
+    model = add_moslora(llama(), MoSLoRAConfig(**(options | changes)))
+    train_a_bit(model)
+    return model.eval()
+
+
+def small() -> peft.PeftModel:
+    torch.manual_seed(0)
+    net = nn.Sequential(OrderedDict(a=nn.Linear(8, 8), b=nn.Tanh(), c=nn.Linear(8, 4)))
+    model = add_moslora(net, MoSLoRAConfig(r=2), targets=["a", "c"])
+    train_a_bit(model)
+    return model.eval()
+
+
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.1}, {"factor_form": "svd"}, {"mixer_form": "diagonal"}])
+def test_a_training_step_compiles_into_one_graph(options: dict) -> None:
+    """Every adapted layer broke the graph, an error with fullgraph."""
+    model = adapted(**options).train()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_model_is_exported(strict: bool) -> None:
+    model = small()
+    program = torch.export.export(model, (X,), strict=strict)
+    torch.testing.assert_close(program.module()(X), model(X))
+
+
+def test_a_traced_model_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = small()
+    torch.jit.save(torch.jit.trace(model, (X,)), tmp_path / "traced.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "traced.pt")(X), model(X))
+
+
+def test_gradients_per_sample_and_forward_mode_work() -> None:
+    model = small()
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x[None],)).square().sum()
+
+    together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(trained, X)
+    for index, x in enumerate(X):
+        model.zero_grad()
+        model(x[None]).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(together[name][index], parameter.grad)
+    _, tangent = torch.func.jvp(model, (X,), (torch.ones_like(X),))
+    torch.testing.assert_close(tangent, torch.func.jacfwd(model)(X).sum((2, 3)))
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_mixer", "lora_B"])
+def test_a_hook_on_a_factor_runs(part: str) -> None:
+    """FSDP and offloading fetch weights so; the kernel read what was not there."""
+    model = adapted().train()
+    calls: list[str] = []
+    layers = model.get_base_model().model.layers
+    getattr(layers[0].self_attn.k_proj, part)["default"].register_forward_pre_hook(lambda *_: calls.append(part))
+    model(IDS, labels=IDS).loss.backward()
+    assert calls == [part]
+    hooked = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    with use_kernel("reference"):
+        model(IDS, labels=IDS).loss.backward()
+    for own, expected in zip(hooked, (p.grad for p in model.parameters() if p.requires_grad), strict=True):
+        torch.testing.assert_close(own, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_fsdp_trains_and_a_shard_is_named(tmp_path: Path) -> None:
+    """Both kinds of FSDP, wrapped as accelerate and Trainer do it for PEFT: every module that trains for itself."""
+    script = Path(__file__).with_name("fsdp_ranks.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    live = logits(adapted())
+    for kind in ("fsdp1", "fsdp2"):
+        assert torch.equal(logits(load_adapter(llama(), tmp_path / kind)), live)
+
+
+FORMS = [
+    {},
+    {"factor_form": "svd"},
+    {"factor_form": "orthonormal"},
+    {"mixer_init": "butterfly", "mixer_trainable": False},
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_trainer_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(form: dict, tmp_path: Path) -> None:
+    """PEFT reads the folded factors, which left M at the identity and A and B with moments of others."""
+    rows = [{"input_ids": row, "labels": row} for row in (torch.arange(96).reshape(12, 8) % 59).tolist()]
+
+    def run(folder: str, resume: Path | None) -> peft.PeftModel:
+        set_seed(0)
+        model = add_moslora(llama(), MoSLoRAConfig(r=4, target_modules=SIBLINGS, task_type="CAUSAL_LM", **form))
+        options = {"per_device_train_batch_size": 4, "max_steps": 4, "save_steps": 2, "learning_rate": 3e-2}
+        quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
+        arguments = TrainingArguments(str(tmp_path / folder), **options, **quiet)
+        Trainer(model, arguments, train_dataset=rows).train(resume_from_checkpoint=resume and str(resume))
+        return model
+
+    whole = run("whole", None)
+    resumed = run("resumed", tmp_path / "whole" / "checkpoint-2").state_dict()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+def test_peft_loads_our_values_into_an_adapter_that_is_there(tmp_path: Path) -> None:
+    model = adapted()
+    save_adapter(model, tmp_path / "a")
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train_a_bit(model, seed=5)
+    model.train()
+    model.load_adapter(str(tmp_path / "a"), "default", is_trainable=True)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
+    assert model.training
+    (tmp_path / "a" / "moslora.safetensors").write_bytes(b"short")
+    with pytest.raises(AdapterError, match="damaged or truncated"):
+        model.load_adapter(str(tmp_path / "a"), "default")
+    own = MoSLoRAConfig.from_pretrained(str(tmp_path / "a"))
+    adapted().save_pretrained(tmp_path / "a")
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "a", config=own, low_cpu_mem_usage=True)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("way", ["add_moslora", "get_peft_model", "add_adapter"])
+def test_an_injection_that_fails_halfway_is_taken_back(way: str) -> None:
+    torch.manual_seed(0)
+    model = llama()
+    live = logits(model)
+    config = MoSLoRAConfig(r=20, factor_form="svd", target_modules=["q_proj", "v_proj"])  # v_proj is 16 wide
+    if way == "add_adapter":
+        model = add_moslora(model, MoSLoRAConfig(r=4), targets=["q_proj"])
+    names = list(model.state_dict())
+    calls = {
+        "add_moslora": lambda: add_moslora(model, config),
+        "get_peft_model": lambda: peft.get_peft_model(model, config),
+        "add_adapter": lambda: model.add_adapter("second", config),
+    }
+    with pytest.raises(AdapterError, match="above its smaller width 16"):
+        calls[way]()
+    assert list(model.state_dict()) == names
+    assert torch.equal(logits(model), live)
+
+
+def test_what_peft_refuses_in_a_model_leaves_it_alone() -> None:
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=1))
+    names = list(model.state_dict())
+    with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba"):
+        add_moslora(model, MoSLoRAConfig(r=4))
+    assert list(model.state_dict()) == names
+
+
+def test_a_classifier_that_trains_whole_gets_no_adapter(tmp_path: Path) -> None:
+    def base() -> BertForSequenceClassification:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+        return BertForSequenceClassification(BertConfig(vocab_size=64, num_labels=3, **sizes)).eval()
+
+    model = add_moslora(base(), MoSLoRAConfig(r=4, task_type="SEQ_CLS"))
+    assert "classifier" not in {row.path for row in adapted_modules(model)}
+    train_a_bit(model)
+    for name, parameter in model.named_parameters():
+        if "classifier" in name and parameter.requires_grad:
+            parameter.data.add_(0.3)
+    live = logits(model.eval())
+    save_adapter(model, tmp_path / "a")
+    assert torch.equal(logits(load_adapter(base(), tmp_path / "a")), live)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(base(), tmp_path / "a")), live)
+    with pytest.raises(AdapterError, match=r"modules_to_save=\['score', 'classifier'\] leaves none"):
+        add_moslora(base(), MoSLoRAConfig(r=4, task_type="SEQ_CLS"), targets=["classifier"])
+
+
+@pytest.mark.parametrize("names", [["w1", "w3"], ["q_proj", "w2"]])
+def test_experts_that_are_parameters_are_named(names: list[str]) -> None:
+    """PEFT turns the old names into target_parameters; the error spoke of a rank_pattern that nobody had set."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=64, num_hidden_layers=1, num_local_experts=2, **sizes))
+    with pytest.raises(AdapterError, match=r"holds .*_proj as parameters and not as linear layers"):
+        peft.get_peft_model(model, MoSLoRAConfig(r=4, target_modules=names))
+
+
+def test_an_offloaded_base_takes_no_adapter_and_an_offloaded_adapter_works(tmp_path: Path) -> None:
+    """Values loaded into factors beside offloaded weights were dropped, and the output was NaN."""
+    model = adapted()
+    live = logits(model)
+    save_adapter(model, tmp_path / "a")
+    offloaded = disk_offload(llama(), tmp_path / "base", execution_device="cpu")
+    for call in (
+        lambda: load_adapter(offloaded, tmp_path / "a"),
+        lambda: add_moslora(offloaded, MoSLoRAConfig(r=4), targets=["q_proj"]),
+        lambda: peft.get_peft_model(offloaded, MoSLoRAConfig(r=4, target_modules=["q_proj"])),
+    ):
+        with pytest.raises(AdapterError, match="accelerate has offloaded its weights"):
+            call()
+    assert torch.equal(logits(offloaded), logits(llama()))
+    whole = disk_offload(model, tmp_path / "whole", execution_device="cpu")
+    torch.testing.assert_close(logits(whole), live, atol=1e-6, rtol=0)
+    for refused in (lambda: save_adapter(whole, tmp_path / "b"), lambda: merge(whole)):
+        with pytest.raises(AdapterError, match=r"on the meta device .*remove_hook_from_module"):
+            refused()
+
+
+def test_intruder_dimensions_are_not_taken_out_of_a_mixed_adapter() -> None:
+    """It wrote the old A and B around a new random mixer."""
+    model = adapted()
+    with pytest.raises(AdapterError, match="knows no mixer"):
+        reduce_intruder_dimension(model, logging_sink=None)
+    assert list(model.peft_config) == ["default"]
+
+
+def test_a_model_of_mixed_methods_merges_and_is_not_saved(tmp_path: Path) -> None:
+    """What it saved could not be loaded by anybody."""
+    config = MoSLoRAConfig(r=4, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(llama(), config, mixed=True)
+    model.add_adapter("other", peft.LoHaConfig(r=2, target_modules=["q_proj", "k_proj"], init_weights=False))
+    train_a_bit(model)
+    model.set_adapter(["default", "other"])
+    live = logits(model.eval())
+    with pytest.raises(AdapterError, match="PeftMixedModel cannot be saved"):
+        save_adapter(model, tmp_path / "a")
+    torch.testing.assert_close(logits(model.merge_and_unload()), live, atol=1e-5, rtol=0)
+
+
+def test_tied_modules_that_train_whole_are_saved(tmp_path: Path) -> None:
+    """safetensors refused their shared memory."""
+    options = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True, "task_type": "CAUSAL_LM"}
+    model = add_moslora(llama(tie_word_embeddings=True), MoSLoRAConfig(r=4, **options), targets=["q_proj"])
+    train_a_bit(model)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data.mul_(1.5)
+    live = logits(model.eval())
+    save_adapter(model, tmp_path / "a")
+    assert torch.equal(logits(load_adapter(llama(tie_word_embeddings=True), tmp_path / "a")), live)
+    stock = peft.PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path / "a")
+    torch.testing.assert_close(logits(stock), live, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda layer: torch.compile(layer, backend="eager"), checkpoint_wrapper],
+    ids=["compile", "checkpoint_wrapper"],
+)
+def test_wrapped_blocks_save_as_the_blocks_in_them(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    """A folder had the wrappers' names in it, and could not be loaded."""
+    model = adapted(modules_to_save=["norm"])
+    live = logits(model)
+    layers = model.get_base_model().model.layers
+    for index, layer in enumerate(layers):
+        layers[index] = wrap(layer)
+    assert base_fingerprint(model) == base_fingerprint(llama())
+    save_adapter(model, tmp_path / "ours")
+    save_adapter(model, tmp_path / "state", state={name: p.clone() for name, p in model.named_parameters()})
+    model.save_pretrained(tmp_path / "pefts")
+    for name in ("ours", "state", "pefts"):
+        assert torch.equal(logits(load_adapter(llama(), tmp_path / name)), live)
+    bare = llama()
+    bare.model.layers[0] = wrap(bare.model.layers[0])
+    for refused in (
+        lambda: add_moslora(bare, MoSLoRAConfig(r=4), targets=["q_proj"]),
+        lambda: load_adapter(bare, tmp_path / "ours"),
+    ):
+        with pytest.raises(AdapterError, match="Parts of the model are wrapped"):
+            refused()
+
+
+@pytest.mark.parametrize("active", ["default", "second"])
+def test_a_model_merges_whose_layers_do_not_all_hold_the_active_adapter(active: str) -> None:
+    model = adapted(target_modules=["q_proj"])
+    add_moslora(model, MoSLoRAConfig(r=2), targets=["v_proj"], adapter_name="second")
+    train_a_bit(model, seed=3)
+    model.set_adapter(active)
+    live = logits(model.eval())
+    torch.testing.assert_close(logits(merge(model)), live, atol=1e-5, rtol=0)
