@@ -67,7 +67,7 @@ def write_gguf(out: Path, pairs: Mapping[str, PlainPair], model_config: Mapping[
         # A vision tower has layers of the same names.
         ours = bool(layers) and not set(outside.split(".")) - {"", "model", "language_model"}
         name = names.get_name(f"model.layers.{inside}" if ours else path)
-        if name == "output" and model_config.get("tie_word_embeddings", kind == "gemma2"):
+        if name == "output" and model_config.get("tie_word_embeddings"):
             raise AdapterError(
                 f"{path} is tied to the embedding (tie_word_embeddings), and llama.cpp has no head of its own for it "
                 "to adapt. Leave it out of the targets, or merge."

@@ -340,17 +340,14 @@ def test_one_diffusers_file_holds_several_components(tmp_path: Path) -> None:
     assert {len(factor) for name, factor in written.items() if ".lora_A" in name} == {2}
 
 
-@pytest.mark.parametrize(
-    ("kind", "said", "refused"), [("llama", True, True), ("llama", None, False), ("gemma2", None, True)]
-)
-def test_gguf_has_no_place_for_a_tied_head(kind: str, said: bool | None, refused: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_gguf_has_no_place_for_a_tied_head(tied: bool, tmp_path: Path) -> None:
     model = add_moslora(llama(), MoSLoRAConfig(r=2), targets=["lm_head"])
     train_a_bit(model)
     save_adapter(model, tmp_path / "a")
-    config = {"model_type": kind, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config |= {} if said is None else {"tie_word_embeddings": said}
+    config = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": tied}
     arguments = (tmp_path / "a", tmp_path / "a.gguf")
-    if not refused:
+    if not tied:
         assert export_adapter(*arguments, layout="gguf", model_config=config).is_file()
         return
     with pytest.raises(AdapterError, match="lm_head is tied to the embedding"):
