@@ -80,21 +80,22 @@ def test_export_to_lora_compares_stock_peft_with_the_live_adapter(
 @pytest.mark.parametrize("to", ["vllm", "diffusers"])
 def test_export_for_programs_that_read_no_double_folder(adapter: Path, tmp_path: Path, capsys, to: str):
     shutil.copytree(adapter, tmp_path / "run" / "checkpoint-000001" / "adapter")
-    component = ["--component", "transformer"] if to == "diffusers" else []
-    assert run(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--to", to, *component]) == 0
+    part = {"component": "transformer"} if to == "diffusers" else {}
+    words = [f"--component={name}" for name in part.values()]
+    assert run(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--to", to, *words]) == 0
     text = capsys.readouterr().out
     assert "folded to plain LoRA" in text
     assert 0 < float(re.search(r"from the adapter's: (\S+) of", text).group(1)) < 1e-6
     (file,) = (tmp_path / "out").glob("*.safetensors")
     names = load_file(file)
-    start = "transformer.model." if component else "base_model.model.model."
+    start = "transformer.model." if part else "base_model.model.model."
     assert all(name.startswith(start) and ("lora_A" in name or "lora_B" in name) for name in names)
     damaged = next(name for name in names if name.endswith("lora_B.weight"))
     save_file(names | {damaged: names[damaged] * 1.01}, file)
-    assert largest_difference(adapter, tmp_path / "out", layout=to) == pytest.approx(0.01, rel=1e-3)
+    assert largest_difference(adapter, tmp_path / "out", layout=to, **part) == pytest.approx(0.01, rel=1e-3)
     save_file({name: factor for name, factor in names.items() if name != damaged}, file)
     with pytest.raises(AdapterError, match="has no factors for"):
-        largest_difference(adapter, tmp_path / "out", layout=to)
+        largest_difference(adapter, tmp_path / "out", layout=to, **part)
     assert run(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--to", to]) == 1
     assert "is not empty" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()

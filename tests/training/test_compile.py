@@ -62,6 +62,8 @@ def test_layers_that_are_computed_again_are_compiled_and_give_the_same_numbers(
     torch.compiler.reset()
     language = str(make_language(tmp_path / "language", layers=1))
     recipe = replace(recipe, model=replace(recipe.model, language=language, lean_layers=lean))
+    if not lean:  # compiled whole they draw other masks
+        recipe = replace(recipe, adapter=replace(recipe.adapter, dropout=0.0))
     plain = replace(recipe, train=replace(recipe.train, steps=2, rehearsal=False, output=str(tmp_path / "plain")))
     train(plain)
     calls = {"graphs": 0, "runs": 0}
