@@ -122,13 +122,11 @@ def _is_handed_on(file: int) -> bool:
 def _serve(stock: int, ours: int) -> None:
     """Import what every process of ours needs, first without us, and fork what is asked for until the tests end."""
     import gc
-    import importlib
 
     import torch
     from PIL import Image
 
-    for name in STOCK:
-        importlib.import_module(name)
+    _import(STOCK)
     torch.set_num_threads(1)
     if os.fork():
         os.close(ours)
@@ -136,11 +134,20 @@ def _serve(stock: int, ours: int) -> None:
         _answer(stock)
         return
     os.close(stock)
-    for name in OURS:
-        importlib.import_module(name)
+    _import(OURS)
     Image.init()
     gc.freeze()
     _answer(ours)
+
+
+def _import(names: tuple[str, ...]) -> None:
+    """Import what there is of these: other versions of the libraries have other modules, and miss only speed."""
+    import contextlib
+    import importlib
+
+    for name in names:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(name)
 
 
 def _answer(number: int) -> None:

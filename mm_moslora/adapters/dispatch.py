@@ -37,14 +37,10 @@ def create_layer(target: nn.Module, adapter_name: str, *, config: MoSLoRAConfig,
         **kwargs: PEFT's own (rank, alpha, the module's path, ...).
 
     Raises:
-        AdapterError: a module type, a quantised weight or a single parameter that cannot be adapted.
+        AdapterError: a module type or a quantised weight that cannot be adapted.
     """
     path = kwargs.get("target_name", "")
-    if kwargs.pop("parameter_name", None) is not None:
-        raise AdapterError(
-            f"{path} holds its weights as parameters and not as linear layers (target_parameters; PEFT takes the old "
-            "names of experts for that), which cannot carry MoSLoRA. Name linear layers, or take peft.LoraConfig."
-        )
+    kwargs.pop("parameter_name", None)  # None always: `guards` refuses target_parameters
     if getattr(config, "target_modules_to_tie", None) and not config.is_plain(path):
         raise AdapterError(
             "ensure_weight_tying with the embedding among the targets: the tied head would need the embedding's mixer "

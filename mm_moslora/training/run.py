@@ -247,7 +247,8 @@ def _match_projector_scale(recipe: Recipe, assembly: Assembly, data: TrainingSet
     ours = is_multimodal(model) and not assembly.ready_made
     if not (ours and wanted.scale_to_embeddings) or wanted.weights:
         return
-    factor, failure = 1.0, None
+    factor: float | None = None  # without pictures
+    failure = None
     if distributed.is_main():
         try:
             if pictures := _first_pictures(data, 8):
@@ -256,6 +257,8 @@ def _match_projector_scale(recipe: Recipe, assembly: Assembly, data: TrainingSet
             failure = error
     distributed.agree(failure, what="Scaling the projector")
     factor = distributed.from_main(factor)
+    if factor is None:
+        return
     projector = model.model.multi_modal_projector
     last = projector.last if hasattr(projector, "last") else projector.linear_2
     for parameter in last.parameters():
