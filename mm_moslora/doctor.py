@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
@@ -25,6 +25,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from mm_moslora.liger import LIGER_RANGE, fits, installed_liger, why_not_liger
+from mm_moslora.machine import extensions_folder
+from mm_moslora.native import find_compiler
 
 Status = Literal["ok", "warn", "bad"]
 
@@ -181,23 +183,6 @@ def stale_locks(root: Path, *, now: float | None = None) -> list[Path]:
     return sorted(found)
 
 
-def extensions_folder(environment: Mapping[str, str]) -> Path:
-    """Where what torch compiles is kept: TORCH_EXTENSIONS_DIR, or a folder of this Python environment.
-
-    Environments that share torch's own default rebuild each other's operators. It is used where the environment cannot
-    be written to.
-
-    Args:
-        environment: such as `os.environ`.
-    """
-    if given := environment.get("TORCH_EXTENSIONS_DIR"):
-        return Path(given)
-    if os.access(sys.prefix, os.W_OK):
-        return Path(sys.prefix) / "torch_extensions"
-    cache = environment.get("XDG_CACHE_HOME") or str(Path(environment.get("HOME", "~")).expanduser() / ".cache")
-    return Path(cache) / "torch_extensions"
-
-
 def _python() -> list[Finding]:
     version = ".".join(str(part) for part in sys.version_info[:3])
     return [Finding(name="python", status="ok", detail=f"{version}, {sys.executable}")]
@@ -254,9 +239,12 @@ def _precision() -> list[Finding]:
 def _kernels() -> list[Finding]:
     torch = importlib.import_module("torch")
     found = installed_liger()
-    reason = why_not_liger(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    on_gpu = torch.cuda.is_available()
+    reason = why_not_liger(torch.device("cuda" if on_gpu else "cpu"))
     if reason is None:
         detail = f"Liger's (liger-kernel {found}) run between the matrix products of lean decoder layers"
+    elif not on_gpu and (compiler := find_compiler()) is not None:
+        detail = f"ours for CPUs (compiled by {compiler} at the first run) run in lean decoder layers: {reason}"
     else:
         detail = f"PyTorch's own run between the matrix products of lean decoder layers: {reason}"
     fine = found is None or fits(found)
@@ -265,7 +253,7 @@ def _kernels() -> list[Finding]:
 
 
 def _compiler() -> list[Finding]:
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    compiler = find_compiler()
     ninja = shutil.which("ninja") or (importlib.util.find_spec("ninja") and "ninja")
     present = [name for name, there in (("a C++ compiler", compiler), ("ninja", ninja)) if there]
     return [

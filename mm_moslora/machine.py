@@ -1,10 +1,12 @@
-"""The machine: what it is, in a few words to stand beside every figure, and how this process uses its memory."""
+"""The machine: its name beside every figure, how this process uses its memory, where what is compiled is kept."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import platform
+import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -26,6 +28,23 @@ def made_by_amd() -> bool:
     """Whether AMD made the processor."""
     text = CPUINFO.read_text() if CPUINFO.is_file() else platform.processor()
     return "AuthenticAMD" in text
+
+
+def extensions_folder(environment: Mapping[str, str]) -> Path:
+    """Where what torch compiles is kept: TORCH_EXTENSIONS_DIR, or a folder of this Python environment.
+
+    Environments that share torch's own default rebuild each other's operators. It is used where the environment cannot
+    be written to.
+
+    Args:
+        environment: such as `os.environ`.
+    """
+    if given := environment.get("TORCH_EXTENSIONS_DIR"):
+        return Path(given)
+    if os.access(sys.prefix, os.W_OK):
+        return Path(sys.prefix) / "torch_extensions"
+    cache = environment.get("XDG_CACHE_HOME") or str(Path(environment.get("HOME", "~")).expanduser() / ".cache")
+    return Path(cache) / "torch_extensions"
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3

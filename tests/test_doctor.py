@@ -14,7 +14,8 @@ import pytest
 from between import just_before
 
 from mm_moslora import doctor, machine
-from mm_moslora.doctor import SUPPORTED, check_version, diagnose, extensions_folder, stale_locks
+from mm_moslora.doctor import SUPPORTED, check_version, diagnose, stale_locks
+from mm_moslora.machine import extensions_folder
 
 
 @pytest.mark.parametrize(

@@ -115,9 +115,10 @@ class ModelConfig:
     """Load the assembled language model's linear layers in 4 bits (nf4, double quantised) or 8; needs bitsandbytes."""
     lean_layers: bool = True
     """Let decoder layers of known families keep less for the backward pass; the numbers stay the same."""
-    kernels: Literal["auto", "torch", "liger"] = "auto"
-    """What runs between the matrix products of lean layers: Liger's Triton kernels, or PyTorch's own. auto: Liger's on
-    a GPU where liger-kernel is installed. With `train.compile` PyTorch's are compiled instead."""
+    kernels: Literal["auto", "torch", "liger", "native"] = "auto"
+    """What runs between the matrix products of lean layers: Liger's Triton kernels, ours for CPUs (native), or
+    PyTorch's own. auto: Liger's on a GPU where liger-kernel is installed, ours on a CPU where a C++ compiler is. With
+    `train.compile` PyTorch's are compiled instead."""
 
     def __post_init__(self) -> None:
         require(
@@ -155,9 +156,9 @@ class ModelConfig:
             "model.faithful is set; it means LLaVA's token ids, so set model.chat_template to one of LLaVA's.",
         )
         require(
-            self.lean_layers or self.kernels != "liger",
-            "model.kernels is 'liger', but model.lean_layers is false, and Liger's kernels run in lean layers alone. "
-            "Set lean_layers: true, or kernels: auto.",
+            self.lean_layers or self.kernels in ("auto", "torch"),
+            f"model.kernels is {self.kernels!r}, but model.lean_layers is false, and such kernels run in lean layers "
+            "alone. Set lean_layers: true, or kernels: auto.",
         )
         tiles = self.anyres_tiles
         require(

@@ -287,7 +287,7 @@ def ours(
     set_attention(model, training_attention(model))
     if lean:
         use_lean_layers(model)
-        use_kernels(model, choose_kernels("auto", model.device))
+        use_kernels(model, choose_kernels("auto" if compiler is None else "torch", model.device))
     use_loss_head(model)
     if compiler is not None:
         compile_layers(model, compiler)

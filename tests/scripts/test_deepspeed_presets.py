@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mm_moslora.config import TrainConfig
-from mm_moslora.doctor import extensions_folder
 from mm_moslora.errors import ConfigError
+from mm_moslora.machine import extensions_folder
 
 FOLDER = Path(__file__).parents[2] / "deepspeed_configs"
 STAGES = {"zero0": 0, "zero1": 1, "zero2": 2, "zero2_offload": 2, "zero3": 3, "zero3_offload": 3}

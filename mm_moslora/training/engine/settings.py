@@ -14,8 +14,9 @@ import torch
 
 from mm_moslora import distributed
 from mm_moslora.config import TrainConfig
-from mm_moslora.doctor import extensions_folder, stale_locks
+from mm_moslora.doctor import stale_locks
 from mm_moslora.errors import ConfigError, suggestion
+from mm_moslora.machine import extensions_folder
 from mm_moslora.training.optim import ParameterGroup
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,134 @@
+"""Kernels of ours for CPUs, in C++, compiled once for the machine that they run on where a compiler is, never required.
+
+`mm_moslora.models.native_passes` calls them with tensors; they run in lean decoder layers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.errors import MoSLoRAError
+from mm_moslora.machine import CPUINFO, extensions_folder
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared")
+SECONDS = 300
+"""What a compilation may take; it takes two or three."""
+
+_POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_ARGUMENTS = {
+    "normalise": (_POINTER, _LONG, _POINTER, _FLOAT, _POINTER, _POINTER, _LONG, _LONG, _INT),
+    "normalised": (_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT),
+    "normalise_backward": (
+        _POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT,
+    ),
+    "gated": (_POINTER, _POINTER, _POINTER, _LONG, _INT),
+    "gated_backward": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _INT),
+    "rotated": (
+        _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG, _INT,
+    ),
+}  # fmt: skip
+"""What each function of the source takes."""
+DTYPES = ("full", "half")
+"""How the functions of float32 and of bfloat16 end."""
+
+
+class NativeError(MoSLoRAError, RuntimeError):
+    """The kernels cannot be compiled or loaded here."""
+
+
+class Library:
+    """The compiled kernels.
+
+    Args:
+        path: of the shared library.
+        compiler: that made it, in words.
+    """
+
+    def __init__(self, path: Path, compiler: str) -> None:
+        self.compiler = compiler
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise NativeError(f"{path} does not load ({error})") from error
+        self._functions: dict[str, Any] = {}
+        for name, arguments in _ARGUMENTS.items():
+            for dtype in DTYPES:
+                function = self._functions[f"{name}_{dtype}"] = getattr(library, f"{name}_{dtype}")
+                function.argtypes, function.restype = arguments, None
+
+    def __getitem__(self, name: str) -> Any:
+        """A function by its name in the source, such as `gated_half`."""
+        return self._functions[name]
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that the kernels are compiled with: the one that CXX names, or one that is usual on Unix."""
+    names = (os.environ.get("CXX") or "", *COMPILERS)
+    return next(filter(None, (shutil.which(name) for name in names if name)), None) if os.name == "posix" else None
+
+
+@cache
+def library() -> Library:
+    """The kernels, compiled if this machine has not done so yet.
+
+    Raises:
+        NativeError: they cannot be compiled or loaded.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise NativeError(f"there is no C++ compiler here ({', '.join(COMPILERS)}, or the one that CXX names)")
+    words = _run([compiler, "--version"]).splitlines()[0]
+    path = extensions_folder(os.environ) / "mm_moslora" / f"kernels-{_fingerprint(words)}.so"
+    if not path.exists():
+        _compile(compiler, path)
+    return Library(path, words)
+
+
+def _fingerprint(compiler: str) -> str:
+    """Of all that decides what comes out of the compiler: hosts may share a folder and differ in their processors."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.is_file() else []
+    kinds = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    parts = (SOURCE.read_text(), compiler, *FLAGS, platform.machine(), sys.platform, *kinds)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Beside its place and then into it, so that ranks that start together do not read half a file."""
+    machine = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder, path.name)
+            command = [compiler, *FLAGS, machine, str(SOURCE), "-o", str(made)]
+            try:
+                _run([*command, "-fopenmp"])
+            except NativeError:
+                _run(command)  # without threads
+            made.replace(path)
+    except OSError as error:
+        raise NativeError(f"nothing can be written to {path.parent} ({error.strerror})") from error
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise NativeError(f"{command[0]} did not end within {SECONDS} seconds") from error
+    except OSError as error:
+        raise NativeError(f"{command[0]} does not start ({error.strerror})") from error
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
+        raise NativeError(f"{command[0]} fails ({lines[0] if lines else f'exit code {done.returncode}'})")
+    return done.stdout
