@@ -6,7 +6,10 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
 from preloaded import Preloaded
+
+from mm_moslora.native import find_compiler
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "passes.py"
 
@@ -30,3 +33,16 @@ def test_operators_and_bytes_of_a_layer(python: Preloaded) -> None:
     summary = found["summary"]
     assert (summary["operators_bf16"], summary["operators_fp32"]) == (67, 51)
     assert (summary["moved_bytes_bf16"] >> 20, summary["one_kernel_bytes_bf16"] >> 20) == (3221, 827)
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler here")
+def test_our_kernels_are_timed_against_pytorchs_operators(python: Preloaded) -> None:
+    sizes = ["--tokens", "64", "--width", "128", "--mlp-width", "256", "--head-width", "32", "--kv-heads", "4"]
+    done = subprocess.run(
+        [python.ours, str(SCRIPT), "--json", "--time", *sizes], capture_output=True, text=True, check=True
+    )
+    ratios = json.loads(done.stdout.splitlines()[-1])["time_ratios"]
+    assert list(ratios) == ["fp32", "bf16"]
+    for found in ratios.values():
+        assert len(found) == 9
+        assert all(value > 0 for value in found.values())
