@@ -22,7 +22,7 @@ from mm_moslora.machine import CPUINFO, extensions_folder
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared")
 SECONDS = 300
 """What a compilation may take; it takes two or three."""
 
@@ -106,12 +106,11 @@ def _fingerprint(compiler: str) -> str:
 
 def _compile(compiler: str, path: Path) -> None:
     """Beside its place and then into it, so that ranks that start together do not read half a file."""
-    machine = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder, path.name)
-            command = [compiler, *FLAGS, machine, str(SOURCE), "-o", str(made)]
+            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
             try:
                 _run([*command, "-fopenmp"])
             except NativeError:

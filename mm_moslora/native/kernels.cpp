@@ -2,7 +2,7 @@
 // function computes.
 //
 // Compiled once per machine by mm_moslora.native, with the machine's own instructions. Vectors are GCC's and clang's
-// vector extension, which both compile for any processor. Half precision is bfloat16: read as the upper half of a
+// vector extension, of the width that the processor has. Half precision is bfloat16: read as the upper half of a
 // float, computed in float, rounded once to nearest even where a comment does not say otherwise. Every number of a
 // result is summed in one order, whatever the number of threads is.
 
@@ -11,18 +11,23 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX512F__
-#include <immintrin.h>
+#ifndef __AVX2__
+#error "the processor has no AVX2, and nothing was measured without"
 #endif
+#include <immintrin.h>
 
 namespace {
 
 using i64 = int64_t;
+#ifdef __AVX512F__
 constexpr i64 W = 16;  // floats of a vector
-typedef float vf __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint16_t vh __attribute__((vector_size(32)));
+#else
+constexpr i64 W = 8;
+#endif
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
 
 template <class T>
 T load(const void* from) {

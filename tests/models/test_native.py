@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,10 +24,22 @@ from mm_moslora.models.native_passes import NATIVE
 from mm_moslora.models.vlm import supervised_hidden
 
 CPU = torch.device("cpu")
+
+
+def why_not() -> str | None:
+    try:
+        native.library()
+    except native.NativeError as error:
+        return str(error)
+    return None
+
+
+WHY_NOT = why_not()
+needs_kernels = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="there is no C++ compiler here")
 
 
-@needs_compiler
+@needs_kernels
 class TestNative(PassChecks):
     passes = NATIVE
     name = "native"
@@ -42,7 +55,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     native.library.cache_clear()
 
 
-@needs_compiler
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_change_no_bit(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -67,7 +80,7 @@ def test_threads_change_no_bit(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
 
 
-@needs_compiler
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_numbers_at_the_edge(dtype: torch.dtype) -> None:
     e = torch.tensor([0.0, -0.0, 1e4, -1e4, 88.0, -88.0, 3e38, -3e38, torch.inf, torch.nan]).to(dtype)
@@ -80,7 +93,7 @@ def test_numbers_at_the_edge(dtype: torch.dtype) -> None:
     assert not y.any()
 
 
-@needs_compiler
+@needs_kernels
 @pytest.mark.parametrize("layout", ["every second", "columns", "a part"])
 def test_rows_in_any_layout(layout: str) -> None:
     torch.manual_seed(0)
@@ -97,7 +110,7 @@ def test_rows_in_any_layout(layout: str) -> None:
     torch.testing.assert_close(NATIVE.gated(x, grad), EAGER.gated(x, grad))
 
 
-@needs_compiler
+@needs_kernels
 def test_other_dtypes_and_counters_see_pytorchs_operators() -> None:
     e, g = torch.randn(3, 20, dtype=torch.float64), torch.randn(3, 20, dtype=torch.float64)
     assert torch.equal(NATIVE.gated(e, g), EAGER.gated(e, g))
@@ -109,7 +122,7 @@ def test_other_dtypes_and_counters_see_pytorchs_operators() -> None:
     assert NATIVE.gated(e.to("meta"), g.to("meta")).device.type == "meta"
 
 
-@needs_compiler
+@needs_kernels
 def test_a_graph_that_is_kept_gives_its_gradients_twice() -> None:
     model = lean_model("llama", torch.float32)
     use(model, NATIVE)
@@ -120,7 +133,7 @@ def test_a_graph_that_is_kept_gives_its_gradients_twice() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, trained), strict=True))
 
 
-@needs_compiler
+@needs_kernels
 def test_auto_is_ours_on_a_cpu_and_not_on_a_gpu() -> None:
     chosen = choose_kernels("auto", CPU)
     assert chosen.passes is NATIVE
@@ -144,6 +157,15 @@ def test_without_a_compiler_auto_is_torch_and_native_is_refused(
     assert not fresh.exists()
     (finding,) = (item for item in doctor.diagnose() if item.name == "kernels")
     assert finding.detail.startswith("PyTorch's own run between")
+
+
+@needs_compiler
+def test_a_processor_without_avx2_is_a_reason(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if platform.machine() in ("x86_64", "AMD64"):
+        monkeypatch.setattr(native, "FLAGS", tuple(flag for flag in native.FLAGS if "native" not in flag))
+    else:
+        assert WHY_NOT is not None
+    assert "the processor has no AVX2" in choose_kernels("auto", CPU).words
 
 
 @pytest.mark.parametrize(
@@ -173,7 +195,7 @@ def test_a_folder_that_cannot_be_written_is_a_reason(fresh: Path) -> None:
     assert "nothing can be written to" in choose_kernels("auto", CPU).words
 
 
-@needs_compiler
+@needs_kernels
 def test_it_is_compiled_once_by_ranks_that_start_together(fresh: Path) -> None:
     code = "from mm_moslora import native; native.library(); native.library.cache_clear(); native.library()"
 

@@ -7,9 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from preloaded import Preloaded
 
-from mm_moslora.native import find_compiler
+from mm_moslora.models.kernels import choose_kernels
+from mm_moslora.models.native_passes import NATIVE
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "passes.py"
 
@@ -35,8 +37,10 @@ def test_operators_and_bytes_of_a_layer(python: Preloaded) -> None:
     assert (summary["moved_bytes_bf16"] >> 20, summary["one_kernel_bytes_bf16"] >> 20) == (3221, 827)
 
 
-@pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler here")
 def test_our_kernels_are_timed_against_pytorchs_operators(python: Preloaded) -> None:
+    chosen = choose_kernels("auto", torch.device("cpu"))
+    if chosen.passes is not NATIVE:
+        pytest.skip(chosen.words)
     sizes = ["--tokens", "64", "--width", "128", "--mlp-width", "256", "--head-width", "32", "--kv-heads", "4"]
     done = subprocess.run(
         [python.ours, str(SCRIPT), "--json", "--time", *sizes], capture_output=True, text=True, check=True
