@@ -1,6 +1,7 @@
 """`mm-moslora launch`: find this machine's accelerators, choose the launcher that fits, start the ranks and wait.
 
-A signal is handed on to the ranks; they finish their step, save and leave, and the exit code is then 75.
+A signal is handed on to the ranks; they finish their step, save and leave, and the exit code is then 75. So it is when
+they had not begun.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from mm_moslora.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 EXIT_REQUEUE = 75
+PREEMPTED = "PREEMPTED"
+"""File in a run folder: the run was stopped by a signal, and nothing is unsaved."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -131,7 +134,7 @@ def launch(places: Places, arguments: Sequence[str], *, run_folder: Path, dry_ru
         dry_run: show the command and start nothing.
 
     Returns:
-        0 when the run is finished, 75 when it was stopped on request and has saved, else the launcher's code.
+        0 when the run is finished, 75 when it was stopped on request, else the launcher's code.
     """
     environment = {
         "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
@@ -143,31 +146,45 @@ def launch(places: Places, arguments: Sequence[str], *, run_folder: Path, dry_ru
     logger.info("%s", shlex.join(words))
     if dry_run:
         return 0
-    mark = run_folder / "PREEMPTED"
+    mark = run_folder / PREEMPTED
     mark.unlink(missing_ok=True)
     # In a group of its own: Ctrl-C reaches whole groups, and ranks that hear it twice stop without saving.
-    code = run_and_hand_on(words, _SIGNALS, env=environment, process_group=0)
-    return EXIT_REQUEUE if mark.exists() else code
+    ended = run_and_hand_on(words, _SIGNALS, env=environment, process_group=0)
+    if mark.exists():
+        return EXIT_REQUEUE
+    if ended.asked and ended.code != 0:
+        logger.info("Stopped by a signal without saving. The same command goes on from the newest checkpoint, if any.")
+        return EXIT_REQUEUE
+    return ended.code
 
 
-def run_and_hand_on(words: Sequence[str], signals: Sequence[signal.Signals], **options: Any) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    """Its exit code."""
+    asked: bool
+    """Whether a signal came before."""
+
+
+def run_and_hand_on(words: Sequence[str], signals: Sequence[signal.Signals], **options: Any) -> Ended:
     """Run a command; signals that come meanwhile, also while it is being started, reach it as SIGTERM.
 
     Args:
         words: the command.
         signals: to hand on; those that are ignored here (nohup) stay ignored.
         options: of `subprocess.Popen`.
-
-    Returns:
-        Its exit code.
     """
     child: subprocess.Popen[bytes] | None = None
     early: list[int] = []
+    handed_on: list[int] = []
 
     def hand_on(number: int, _: object) -> None:
         if child is None:
             early.append(number)
         else:
+            handed_on.append(number)
             child.send_signal(signal.SIGTERM)
 
     previous = {
@@ -177,7 +194,7 @@ def run_and_hand_on(words: Sequence[str], signals: Sequence[signal.Signals], **o
         child = subprocess.Popen(words, **options)
         if early:
             child.send_signal(signal.SIGTERM)
-        return child.wait()
+        return Ended(code=child.wait(), asked=bool(early or handed_on))
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

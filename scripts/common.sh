@@ -83,21 +83,36 @@ show_recipe() {
   RUN_FOLDER=$("$PYTHON" -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["train"]["output"])' <<<"$resolved")
 }
 
-# Runs "$@", hands signals on to it, and returns 75 (try again later) when the trainer was stopped and has saved.
+# Signals that came so far, and the process that they are handed on to, once there is one.
+SIGNALS=0 CHILD=""
+trap 'SIGNALS=$((SIGNALS + 1)); [ -z "$CHILD" ] || kill -TERM "$CHILD" 2>/dev/null || true' TERM INT USR1 HUP
+
+# Runs "$@", hands signals on to it, and returns 75 (try again later) when it was stopped on request.
 run_and_report() {
-  local child status signalled=true
+  local heard status
   rm -f "$RUN_FOLDER/PREEMPTED"
-  "$@" &
-  child=$!
-  trap 'signalled=true; kill -TERM "$child" 2>/dev/null || true' TERM INT USR1
+  if [ "$SIGNALS" != 0 ]; then
+    echo "Stopped on request before anything was started." >&2
+    return 75
+  fi
+  # In a process group of its own: Ctrl-C reaches whole groups, and a launcher that hears it twice leaves its ranks.
+  set -m
+  "$@" </dev/null &
+  CHILD=$!
+  set +m
+  [ "$SIGNALS" = 0 ] || kill -TERM "$CHILD" 2>/dev/null || true
   # wait returns early when a trapped signal arrives; asked again, it tells how the child ended, long gone or not.
-  while $signalled; do
-    signalled=false status=0
-    wait "$child" || status=$?
+  heard=""
+  while [ "$heard" != "$SIGNALS" ]; do
+    heard=$SIGNALS status=0
+    wait "$CHILD" || status=$?
   done
-  trap - TERM INT USR1
+  trap - TERM INT USR1 HUP
   if [ -e "$RUN_FOLDER/PREEMPTED" ]; then
-    echo "Stopped on request; the checkpoint is complete. The same command continues the run." >&2
+    echo "Stopped on request; nothing is unsaved. The same command continues the run." >&2
+    return 75
+  elif [ "$SIGNALS" != 0 ] && [ "$status" != 0 ]; then
+    echo "Stopped on request without saving. The same command goes on from the newest checkpoint, if any." >&2
     return 75
   fi
   return "$status"

@@ -34,7 +34,7 @@ Environment
   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME   network interface between hosts, where the default is the wrong one
   TORCH_ELASTIC_SHUTDOWN_TIMEOUT   seconds to save in after SIGTERM (default 300)
 
-Exit codes: 0 finished, 75 stopped on request and saved (run the same command again), anything else failed.
+Exit codes: 0 finished, 75 stopped on request (run the same command again), anything else failed.
 TEXT
 }
 

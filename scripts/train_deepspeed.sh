@@ -25,7 +25,7 @@ Environment
   PYTHON        Python to use (default: .venv/bin/python of the checkout, else python3)
   MASTER_PORT   port of rank 0 (default: a free one)
 
-Exit codes: 0 finished, 75 stopped on request and saved (run the same command again), anything else failed.
+Exit codes: 0 finished, 75 stopped on request (run the same command again), anything else failed.
 TEXT
 }
 

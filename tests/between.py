@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,3 +24,14 @@ def just_before(
         return inner(*arguments, **options)
 
     monkeypatch.setattr(owner, name, called)
+
+
+@contextmanager
+def somebody_builds(cache: Path) -> Iterator[None]:
+    """Runs that want the tokenised records of a cache wait for them: another process builds them, as it seems."""
+    (folder,) = (path for path in cache.iterdir() if path.is_dir())
+    away = folder.rename(cache.parent / "away")
+    with (cache / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    away.rename(folder)

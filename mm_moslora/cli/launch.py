@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -48,14 +49,20 @@ def launch(
         Print the resolved recipe and the command, and start nothing.
     """
     from mm_moslora.config import load_recipe, override_items
-    from mm_moslora.launch import Places
+    from mm_moslora.launch import EXIT_REQUEUE, Places
     from mm_moslora.launch import launch as start
+    from mm_moslora.training.signals import Stopped, StopRequest
 
-    places = Places(nproc=nproc, nnodes=nnodes, rdzv=rdzv, hostfile=hostfile, max_restarts=max_restarts)
-    resolved = load_recipe(recipe, override_items(_of_the_recipe(overrides)))
-    print(resolved.to_yaml(), end="")
-    arguments = [recipe, *overrides]
-    return start(places, arguments, run_folder=Path(resolved.train.output), dry_run=dry_run)
+    try:
+        with StopRequest().at_once():
+            places = Places(nproc=nproc, nnodes=nnodes, rdzv=rdzv, hostfile=hostfile, max_restarts=max_restarts)
+            resolved = load_recipe(recipe, override_items(_of_the_recipe(overrides)))
+            print(resolved.to_yaml(), end="")
+            arguments = [recipe, *overrides]
+            return start(places, arguments, run_folder=Path(resolved.train.output), dry_run=dry_run)
+    except Stopped:
+        print("Stopped by a signal before anything was started.", file=sys.stderr)
+        return EXIT_REQUEUE
 
 
 def _of_the_recipe(words: tuple[str, ...]) -> tuple[str, ...]:

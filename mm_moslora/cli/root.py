@@ -24,6 +24,7 @@ from mm_moslora.folders import adapter_folder, resume_folder
 
 if TYPE_CHECKING:
     from mm_moslora.config import Recipe
+    from mm_moslora.training.signals import StopRequest
 
 _AT_HOME = re.compile(r"^(--[\w.-]+=)~/")
 """`--output=~/runs`: shells put the home folder in place of a `~` only at the start of a word."""
@@ -176,18 +177,35 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
     stop_at
         Save and stop after this optimiser step.
     """
+    from mm_moslora.launch import PREEMPTED
+    from mm_moslora.training.signals import Stopped, StopRequest
+
     resolved = _recipe(recipe, overrides)
+    stop = StopRequest()
+    try:
+        with stop.at_once():
+            return _train(resolved, resume=resume, stop_at=stop_at, stop=stop)
+    except Stopped:
+        folder = Path(resolved.train.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / PREEMPTED).write_text(f"signal {stop.received}\n", encoding="utf-8")
+        print("Stopped by a signal; nothing was unsaved. The same command continues the run.")
+        return EXIT_REQUEUE
+
+
+def _train(recipe: Recipe, *, resume: str, stop_at: int | None, stop: StopRequest) -> int:
     resume_folder(resume)  # a wrong one is told before seconds of imports, here as in the other verbs
     quiet_libraries()
     from mm_moslora_eval.in_training import measure, tasks_of
 
     from mm_moslora import distributed
+    from mm_moslora.launch import PREEMPTED
     from mm_moslora.training.loop import train as run_training
 
-    tasks_of(resolved.validate.tasks)  # a wrong one is told before the first step
-    tasks = measure if resolved.validate.tasks else None
-    result = run_training(resolved, resume=resume, stop_at=stop_at, measure=tasks)
-    mark = Path(resolved.train.output) / "PREEMPTED"
+    tasks_of(recipe.validate.tasks)  # a wrong one is told before the first step
+    tasks = measure if recipe.validate.tasks else None
+    result = run_training(recipe, resume=resume, stop_at=stop_at, measure=tasks, stop=stop)
+    mark = Path(recipe.train.output) / PREEMPTED
     if distributed.is_main():
         print(f"Checkpoint: {result.checkpoint} (step {result.step} of {result.total_steps})")
         if result.stopped_by:

@@ -122,12 +122,12 @@ def _train_on_several(job: Job) -> bool:
         "-m", "mm_moslora", "train", str(job.place / "recipe.yaml"),
         *(["--stop-at", str(job.stop_at)] if job.stop_at else []),
     ]  # fmt: skip
-    code = run_and_hand_on(command, [signal.SIGTERM])
-    if code == 0:
+    ended = run_and_hand_on(command, [signal.SIGTERM])
+    if ended.code == 0:
         return bool(json.loads((job.place / STATE).read_text(encoding="utf-8"))["state"] == "finished")
-    if code == 75:
+    if ended.asked:
         return False
-    raise MoSLoRAError(f"Training on {len(job.devices)} devices ended with code {code}; see {job.place / LOG}.")
+    raise MoSLoRAError(f"Training on {len(job.devices)} devices ended with code {ended.code}; see {job.place / LOG}.")
 
 
 def _measured(job: Job) -> Outcome:

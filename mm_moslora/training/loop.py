@@ -70,7 +70,12 @@ class TrainResult:
 
 
 def train(
-    recipe: Recipe, *, resume: str = "auto", stop_at: int | None = None, measure: Measure | None = None
+    recipe: Recipe,
+    *,
+    resume: str = "auto",
+    stop_at: int | None = None,
+    measure: Measure | None = None,
+    stop: StopRequest | None = None,
 ) -> TrainResult:
     """Train a recipe, from the start or from where it stopped.
 
@@ -79,6 +84,7 @@ def train(
         resume: `auto`, `required`, `never`, or a checkpoint folder.
         stop_at: save and return after this optimiser step, as if a signal had come; None: go to the end.
         measure: runs the harness tasks of `validate.tasks`; None: there must be none.
+        stop: hears signals from the first step on; what it has heard before counts.
 
     Raises:
         MoSLoRAError: the recipe, the data, the model or the checkpoint is not acceptable, or training diverged.
@@ -95,7 +101,9 @@ def train(
             if found is not None:
                 restore(run, *found)
                 logger.info("Continuing from %s, step %d.", found[0].name, run.step)
-            loop = _Loop(run, watchdog, measure, resumed_from=None if found is None else found[0])
+            loop = _Loop(
+                run, watchdog, measure, stop or StopRequest(), resumed_from=None if found is None else found[0]
+            )
             ending.begun = True
             result = loop.go(stop_at)
             ending.finished = result.finished
@@ -127,10 +135,16 @@ class _Loop:
     """The state of one stretch of training."""
 
     def __init__(
-        self, run: runs.Run, watchdog: Watchdog, measure: Measure | None, *, resumed_from: Path | None
+        self,
+        run: runs.Run,
+        watchdog: Watchdog,
+        measure: Measure | None,
+        stop: StopRequest,
+        *,
+        resumed_from: Path | None,
     ) -> None:
         recipe, resumed = run.recipe, resumed_from is not None
-        self.run, self.recipe, self.watchdog, self.fresh = run, recipe, watchdog, not resumed
+        self.run, self.recipe, self.watchdog, self.stop, self.fresh = run, recipe, watchdog, stop, not resumed
         self.loader = BatchLoader(
             run.training_set,
             rank=distributed.rank(),
@@ -172,8 +186,10 @@ class _Loop:
             self._phase("rehearsal")
             if self.fresh and self.recipe.train.rehearsal:
                 rehearse(run, self.saver)
-            with StopRequest() as stop:  # to the very end: a signal must not cost what was trained
-                signal_number = self._until_over(stop, stop_at)
+            # No rank begins to remember signals while another can still be ended by them, and would be waited for.
+            distributed.barrier()
+            with self.stop:  # to the very end: a signal must not cost what was trained
+                signal_number = self._until_over(stop_at)
                 folder = self._last_save()
                 if self._over and run.counters.get(FINISHED_AT) != run.step:
                     self._finish(folder)
@@ -186,7 +202,7 @@ class _Loop:
             self.trackers.finish(ok=ok)
         return self._result(folder, stopped_by=signal_number)
 
-    def _until_over(self, stop: StopRequest, stop_at: int | None) -> int:
+    def _until_over(self, stop_at: int | None) -> int:
         """Take steps until the run is over or asked to stop; gives the signal that asked, or 0."""
         run = self.run
         with Progress("train", self.total, initial=run.step) as progress, self.loader:
@@ -196,7 +212,7 @@ class _Loop:
                 progress.update(run.step, f"loss {self.last_loss:.4f}")
                 self._periodically()
                 # One collective per step tells about signals and about the checkpoint that is being written.
-                number, writing = distributed.max_over_ranks([float(stop.received), float(self.saver.busy)])
+                number, writing = distributed.max_over_ranks([float(self.stop.received), float(self.saver.busy)])
                 if self.saver.pending is not None and not writing:
                     self._finish_save()
                 if number or run.step == stop_at:

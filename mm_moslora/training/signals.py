@@ -1,35 +1,87 @@
-"""Stopping on request: a signal sets a flag, the loop tells all ranks at the same step, they save and leave."""
+"""Stopping on request. While there is nothing to save a signal ends the program at once; later it sets a flag, the loop
+tells all ranks at the same step, they save and leave.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
+from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_ONE_REQUEST_SECONDS = 3.0
+"""Signals so close to the first are the same request: terminals and schedulers tell whole groups of processes, the
+launchers hand on what they hear, and that of DeepSpeed sends SIGINT and SIGTERM."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal came while there was nothing to save."""
 
 
 class StopRequest:
-    """Catches SIGTERM, SIGINT and SIGUSR1 for the length of a `with` block. The second signal stops at once."""
+    """Hears SIGTERM, SIGINT and SIGUSR1.
+
+    In a `with` block of it the first signal is remembered, and another one, some seconds later, stops at once
+    (KeyboardInterrupt). In one of `at_once`, around it, every signal stops at once (Stopped).
+    """
 
     def __init__(self) -> None:
         self.received = 0
-        self._previous: dict[int, object] = {}
+        """The first signal, 0 for none."""
+        self._since = 0.0
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        try:
-            for number in _SIGNALS:
-                self._previous[number] = signal.signal(number, self._remember)
-        except ValueError:  # not the main thread: the embedding program handles signals
-            self._previous.clear()
+        self._previous = _heard_by(self._remember)
         return self
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = number
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        _put_back(self._previous)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """For programs that have nothing to save, yet or any more.
+
+        One rank of several keeps what it has: its launcher ends it by the same signals when another rank has failed,
+        which is no request, and one that waits for others in a collective would not hear them.
+        """
+        process = os.getpid()
+
+        def leave(number: int, frame: FrameType | None) -> None:
+            if os.getpid() != process:  # a process that prepares data, forked from this one
+                os._exit(128 + number)
+            self.received = self.received or number  # a library may swallow what is raised; then the loop obeys
+            raise Stopped
+
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        previous = _heard_by(leave, unless_ignored=True) if alone else {}
+        try:
+            yield
+        finally:
+            _put_back(previous)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self.received, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > _ONE_REQUEST_SECONDS:
+            raise KeyboardInterrupt
+
+
+def _heard_by(handler: Callable[[int, FrameType | None], None], *, unless_ignored: bool = False) -> dict[int, Any]:
+    """Give the signals to a handler; returns what had them."""
+    numbers = [n for n in _SIGNALS if not (unless_ignored and signal.getsignal(n) == signal.SIG_IGN)]
+    try:
+        return {number: signal.signal(number, handler) for number in numbers}
+    except ValueError:  # not the main thread: the embedding program handles signals
+        return {}
+
+
+def _put_back(previous: dict[int, Any]) -> None:
+    for number, handler in previous.items():
+        signal.signal(number, handler)

@@ -1,4 +1,6 @@
-"""The launch script for real: a rank is killed, torchrun starts all again, and the run ends as an undisturbed one."""
+"""The launch script for real: a rank is killed, torchrun starts all again, and the run ends as an undisturbed one; all
+are told to stop before the first step, and end.
+"""
 
 from __future__ import annotations
 
@@ -7,38 +9,75 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from between import somebody_builds
+from preloaded import Preloaded
 from trials import hexed, make_recipe, weights, write
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_killed_rank_is_started_again(parts, ranks, python, tmp_path):
-    steps = 30
-    recipe = make_recipe(parts, tmp_path / "run", "zero2", steps=steps, save_every=1, dropout=0.1)
-    straight = make_recipe(parts, tmp_path / "straight", "zero2", steps=steps, dropout=0.1)
+@contextmanager
+def launched(python: Preloaded, log: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The launch script with two ranks; stopped afterwards."""
     environment = os.environ | {
         "PYTHON": str(python.ours), "NPROC": "2", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'eval'}",
     }  # fmt: skip
-    log = tmp_path / "log"
-    command = ["bash", str(ROOT / "scripts" / "train.sh"), "--max-restarts", "1", write(recipe)]
+    command = ["bash", str(ROOT / "scripts" / "train.sh"), *words]
     process = subprocess.Popen(command, env=environment, stdout=log.open("wb"), stderr=subprocess.STDOUT)
-    run, deadline = tmp_path / "run", time.monotonic() + 300
     try:
-        while not (run / "checkpoint-000003").exists():
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            assert process.poll() is None, log.read_text()[-3000:]
-            time.sleep(0.02)
-        os.kill(json.loads((run / "heartbeat" / "rank-00001.json").read_text())["pid"], signal.SIGKILL)
-        assert process.wait(timeout=300) == 0, log.read_text()[-3000:]
+        yield process
     finally:
         process.terminate()
         process.wait(timeout=60)
+
+
+def wait_for(there: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait for something that a launched run does."""
+    deadline = time.monotonic() + 300
+    while not there():
+        assert time.monotonic() < deadline, said(log)
+        assert process.poll() is None, said(log)
+        time.sleep(0.02)
+
+
+def said(log: Path) -> str:
+    return log.read_text()[-3000:]
+
+
+def test_a_killed_rank_is_started_again(parts, ranks, python, tmp_path):
+    steps = 30
+    recipe = make_recipe(parts, tmp_path / "run", "zero2", steps=steps, save_every=1, dropout=0.1)
+    straight = make_recipe(parts, tmp_path / "straight", "zero2", steps=steps, dropout=0.1)
+    run, log = tmp_path / "run", tmp_path / "log"
+    with launched(python, log, "--max-restarts", "1", write(recipe)) as process:
+        wait_for((run / "checkpoint-000003").exists, process, log)
+        os.kill(json.loads((run / "heartbeat" / "rank-00001.json").read_text())["pid"], signal.SIGKILL)
+        assert process.wait(timeout=300) == 0, said(log)
     assert "Continuing from checkpoint-" in log.read_text()
     ranks.run([write(straight)])
     assert hexed(run) == hexed(tmp_path / "straight")
     assert weights(run, steps) == weights(tmp_path / "straight", steps)
+
+
+def test_ranks_that_are_told_to_stop_while_they_load_end_and_ask_to_be_started_again(parts, ranks, python, tmp_path):
+    first, recipe = (
+        replace(made, data=replace(made.data, cache=str(tmp_path / "cache")))
+        for made in (make_recipe(parts, tmp_path / name, "zero2", steps=1) for name in ("first", "run"))
+    )
+    ranks.run([write(first)])
+    beats = [tmp_path / "run" / "heartbeat" / f"rank-0000{rank}.json" for rank in (0, 1)]
+    with somebody_builds(tmp_path / "cache"), launched(python, tmp_path / "log", write(recipe)) as process:
+        wait_for(lambda: all(beat.exists() for beat in beats), process, tmp_path / "log")
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=60) == 75, said(tmp_path / "log")
+    assert "Stopped on request without saving." in said(tmp_path / "log")
+    assert not any(Path(f"/proc/{json.loads(beat.read_text())['pid']}/exe").exists() for beat in beats)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))

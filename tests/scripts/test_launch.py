@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 from between import just_before
 
-from mm_moslora import distributed, launch
+from mm_moslora import cli, distributed, launch
 from mm_moslora.errors import ConfigError
 from mm_moslora.launch import Places, command
 
@@ -129,11 +129,14 @@ def test_an_older_torch_is_told_to_record(given, expected, monkeypatch):
         assert os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE") == expected
 
 
-def test_a_signal_is_handed_on_and_a_stopped_run_asks_to_be_started_again(monkeypatch, tmp_path):
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_signal_is_handed_on_and_a_stopped_run_asks_to_be_started_again(saves, monkeypatch, tmp_path):
+    """Also one whose ranks had not begun, or could not save."""
+    leave = "(mark.touch(), sys.exit(1))" if saves else "sys.exit(1)"
     script = (
         "import pathlib, signal, sys, time\n"
         f"mark = pathlib.Path({str(tmp_path / 'PREEMPTED')!r})\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (mark.touch(), sys.exit(1)))\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: {leave})\n"
         f"pathlib.Path({str(tmp_path / 'started')!r}).touch()\n"
         "time.sleep(30)\n"
     )
@@ -150,6 +153,13 @@ def test_a_signal_is_handed_on_and_a_stopped_run_asks_to_be_started_again(monkey
     thread.join()
 
 
+def test_a_signal_before_the_launcher_is_started_asks_for_another_start(monkeypatch, capsys):
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)
+    monkeypatch.setattr("mm_moslora.launch.launch", lambda *_, **__: signal.raise_signal(signal.SIGUSR1))
+    assert cli.run(["launch", "quickstart_tune"]) == 75
+    assert "before anything was started" in capsys.readouterr().err
+
+
 def test_a_signal_that_comes_while_the_launcher_starts_is_handed_on(monkeypatch):
     lost = []
     before = signal.signal(signal.SIGUSR1, lambda *_: lost.append(1))
@@ -158,8 +168,8 @@ def test_a_signal_that_comes_while_the_launcher_starts_is_handed_on(monkeypatch)
         monkeypatch, subprocess, "Popen", lambda: signal.pthread_kill(here, signal.SIGUSR1), when=lambda *_: True
     )
     try:
-        code = launch.run_and_hand_on([sys.executable, "-c", "import time; time.sleep(20)"], [signal.SIGUSR1])
+        ended = launch.run_and_hand_on([sys.executable, "-c", "import time; time.sleep(20)"], [signal.SIGUSR1])
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert code == -signal.SIGTERM
+    assert (ended.code, ended.asked) == (-signal.SIGTERM, True)
     assert not lost

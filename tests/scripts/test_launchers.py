@@ -162,10 +162,7 @@ def test_a_signal_reaches_the_run_which_saves_first(number: int, stub: dict[str,
         ["bash", str(SCRIPTS / "train.sh"), str(recipe)], env=stub | {"TRAIN": train}, stderr=subprocess.PIPE
     )
     try:
-        deadline = time.monotonic() + 60
-        while not (recipe.parent / "run" / "started").exists():
-            assert time.monotonic() < deadline, "the run did not start"
-            time.sleep(0.05)
+        _wait_for(recipe.parent / "run" / "started")
         process.send_signal(number)
         _, errors = process.communicate(timeout=120)
     finally:
@@ -175,17 +172,78 @@ def test_a_signal_reaches_the_run_which_saves_first(number: int, stub: dict[str,
     assert b"continues the run" in errors
 
 
-@pytest.mark.parametrize("code", [0, 3])
-def test_a_slurm_job_that_ended_by_itself_is_not_put_back_into_the_queue(
-    code: int, stub: dict[str, str], recipe: Path, tmp_path: Path
+def test_ctrl_c_in_a_terminal_reaches_the_launcher_once(stub: dict[str, str], recipe: Path) -> None:
+    """A terminal sends it to the whole process group, and torchrun leaves its ranks when it hears a second one."""
+    train = (
+        'trap \'echo heard >>"$HOME/heard"\' TERM INT; touch "$HOME/run/started"; '
+        'until [ -e "$HOME/heard" ]; do sleep 0.1; done; sleep 0.5; exit 1'
+    )
+    process = subprocess.Popen(
+        ["bash", str(SCRIPTS / "train.sh"), str(recipe)], env=stub | {"TRAIN": train}, stderr=subprocess.DEVNULL,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        _wait_for(recipe.parent / "run" / "started")
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=120) == 75
+    finally:
+        process.kill()
+    assert (recipe.parent / "heard").read_text().splitlines() == ["heard"]
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("moment", "said"),
+    [("config", "Stopped on request before anything was started."), ("train", "Stopped on request without saving.")],
+)
+def test_a_slurm_job_that_is_preempted_while_it_starts_is_put_back_into_the_queue(
+    moment: str, said: str, stub: dict[str, str], recipe: Path, slurm: dict[str, str]
 ) -> None:
+    """The recipe is being read, or the launcher of the ranks is there and they are not."""
+    python = recipe.parent / "slow-python"
+    python.write_text(
+        f'#!/usr/bin/env bash\ncase "$*" in *" {moment} "*) touch "$HOME/there"; sleep 0.5 ;; esac\n'
+        f'exec {shlex.quote(stub["PYTHON"])} "$@"\n'
+    )
+    python.chmod(0o755)
+    environment = slurm | {"PYTHON": str(python), "TRAIN": 'touch "$HOME/trained"; exit 1'}
+    process = subprocess.Popen(
+        ["bash", str(SCRIPTS / "train_slurm.sbatch"), str(recipe)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        _wait_for(recipe.parent / "there")
+        process.send_signal(signal.SIGUSR1)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    assert said in errors
+    assert (recipe.parent / "requeued").exists()
+    assert not (recipe.parent / "trained").exists()
+
+
+@pytest.fixture
+def slurm(stub: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """The environment of a job."""
     tools = {"scontrol": '[ "$1" = show ] && echo node-1 || touch "$HOME/requeued"', "srun": 'shift; exec "$@"'}
     for name, text in tools.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node-1", "SLURM_SUBMIT_DIR": str(ROOT)}
-    environment = stub | job | {"PATH": f"{tmp_path}:{stub['PATH']}", "TRAIN": f"exit {code}"}
-    result = _run("train_slurm.sbatch", str(recipe), environment=environment)
+    return stub | job | {"PATH": f"{tmp_path}:{stub['PATH']}"}
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_slurm_job_that_ended_by_itself_is_not_put_back_into_the_queue(
+    code: int, slurm: dict[str, str], recipe: Path, tmp_path: Path
+) -> None:
+    result = _run("train_slurm.sbatch", str(recipe), environment=slurm | {"TRAIN": f"exit {code}"})
     assert result.returncode == code, result.stderr
     assert "--rdzv_endpoint\nnode-1:24711\n" in (tmp_path / "arguments").read_text()
     assert not (tmp_path / "requeued").exists()

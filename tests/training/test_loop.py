@@ -31,7 +31,6 @@ from mm_moslora.models.load import load
 from mm_moslora.report.state import read_state
 from mm_moslora.training.loop import train
 from mm_moslora.training.optim import lr_factor
-from mm_moslora.training.signals import StopRequest
 
 
 def with_train(recipe: Recipe, **changes) -> Recipe:
@@ -375,17 +374,6 @@ def test_resume_from_a_named_folder_continues_exactly(recipe, tmp_path):
     assert losses(recipe) == losses(straight)[4:]
     with pytest.raises(CheckpointError, match=r"resume is 'requird', which is no folder.*Did you mean 'required'"):
         train(recipe, resume="requird")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_the_first_signal_is_remembered_and_the_second_stops_at_once(number):
-    before = signal.getsignal(number)
-    with StopRequest() as stop:
-        signal.raise_signal(number)
-        assert stop.received == number
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(number)
-    assert signal.getsignal(number) is before
 
 
 def test_two_runs_in_one_folder_are_refused(recipe):

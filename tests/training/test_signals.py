@@ -1,0 +1,110 @@
+"""Stopping on request: at once while there is nothing to save, and once for all that tell the same."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from between import somebody_builds
+from preloaded import Preloaded
+from trials import losses, write
+
+from mm_moslora.training import signals
+from mm_moslora.training.loop import train
+from mm_moslora.training.signals import StopRequest
+
+ROOT = Path(__file__).parents[2]
+NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+
+
+def heard_by_default() -> None:
+    """As on a terminal; what a shell starts with `&`, these tests perhaps, has Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_run_that_is_told_to_stop_while_it_loads_asks_to_be_started_again(recipe, python: Preloaded, tmp_path):
+    cache = tmp_path / "cache"
+    recipe = replace(recipe, data=replace(recipe.data, cache=str(cache)))
+    straight = replace(recipe, train=replace(recipe.train, output=str(tmp_path / "straight")))
+    train(straight)
+    run = Path(recipe.train.output)
+    words = [python.ours, "-m", "mm_moslora", "train", write(recipe)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'eval'}"}
+    with somebody_builds(cache):
+        for number in NUMBERS:
+            process = subprocess.Popen(
+                words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                preexec_fn=heard_by_default,
+            )  # fmt: skip
+            deadline = time.monotonic() + 120
+            while not list(run.glob("heartbeat/*.json")):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(number)
+            said, errors = process.communicate(timeout=60)
+            assert process.returncode == 75, errors
+            assert "nothing was unsaved. The same command continues the run." in said
+            assert "Traceback" not in errors
+            assert (run / "PREEMPTED").read_text() == f"signal {number:d}\n"
+            assert json.loads((run / "state.json").read_text())["state"] == "stopped"
+            (run / "heartbeat" / "rank-00000.json").unlink()
+    assert not list(run.glob("checkpoint-*"))
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (run / "PREEMPTED").exists()
+    assert losses(run) == losses(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_the_first_signal_is_remembered_and_one_of_some_seconds_later_stops_at_once(number, monkeypatch):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        signal.raise_signal(number)
+        assert stop.received == number
+        for other in NUMBERS:  # a launcher hands on what the terminal has told already
+            signal.raise_signal(other)
+        monkeypatch.setattr(signals, "_ONE_REQUEST_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+        assert stop.received == number
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_signal_that_a_library_swallows_while_it_loads_is_obeyed_by_the_loop(number, recipe, monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)  # these tests may have Ctrl-C ignored
+    stop = StopRequest()
+    with stop.at_once():
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(number)
+        result = train(recipe, stop=stop)
+    assert (result.step, result.stopped_by) == (1, number)
+    assert result.checkpoint.is_dir()
+
+
+def test_what_is_forked_while_a_run_loads_ends_quietly_and_the_run_goes_on(tmp_path):
+    """A pool ends its processes by SIGTERM."""
+    stop = StopRequest()
+    with stop.at_once():
+        child = os.fork()
+        if child == 0:
+            while True:
+                time.sleep(1)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+    assert not stop.received
+
+
+def test_one_rank_of_several_is_ended_by_its_launcher_as_before(monkeypatch):
+    """It sends SIGTERM to the others when one has failed: no reason to start again."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = [signal.getsignal(number) for number in NUMBERS]
+    with StopRequest().at_once():
+        assert [signal.getsignal(number) for number in NUMBERS] == before
