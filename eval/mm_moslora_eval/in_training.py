@@ -39,14 +39,19 @@ def tasks_of(names: Sequence[str]) -> list[Task]:
     return tasks
 
 
-def measure(moment: Moment) -> Mapping[str, float]:
+class _CutShort(BaseException):  # what a sample raises as an Exception is recorded, and the next one is asked
+    """A signal came."""
+
+
+def measure(moment: Moment) -> Mapping[str, float] | None:
     """Run the recipe's tasks; answers and scores stay in the moment's folder.
 
     Args:
         moment: model, recipe, step; see `mm_moslora.training.validation`.
 
     Returns:
-        `eval/TASK/score` and `eval/TASK/METRIC`, on rank 0; nothing on other ranks.
+        `eval/TASK/score` and `eval/TASK/METRIC`, on rank 0; nothing on other ranks. None on ranks that gave up because
+        one of them has heard a signal.
 
     Raises:
         EvalError: see `tasks_of`; or every sample fails.
@@ -56,13 +61,28 @@ def measure(moment: Moment) -> Mapping[str, float]:
     _start_over(moment.folder)
     model = LocalModel(moment.assembly, name=f"{moment.recipe.name} at step {moment.step}")
     metrics: dict[str, float] = {}
+    asked = moment.folder / "stop"  # rank 0 would wait for a rank that gave up, and then do its share
+
+    def give_way(*_: int) -> None:
+        if moment.stop.received:
+            asked.touch()
+        if asked.exists():
+            raise _CutShort
+
+    cut = False
     try:
         for task in tasks_of(config.tasks):
-            for result in evaluate(model, task, moment.folder, modes=("own",), baselines=(), settings=settings):
+            for result in evaluate(
+                model, task, moment.folder, modes=("own",), baselines=(), settings=settings, progress=give_way
+            ):
                 metrics |= _named(result)
+    except _CutShort:
+        cut = True
     finally:
         model.close()
     distributed.barrier()
+    if cut:
+        return None
     return metrics if distributed.is_main() else {}
 
 

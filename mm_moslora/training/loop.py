@@ -36,7 +36,7 @@ from mm_moslora.training.saving import snapshot
 from mm_moslora.training.signals import StopRequest
 from mm_moslora.training.speed import Speedometer
 from mm_moslora.training.spikes import SPIKE, SpikeScore
-from mm_moslora.training.validation import Best, Measure, Validator
+from mm_moslora.training.validation import Best, CutShortError, Measure, Validator
 from mm_moslora.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ MAX_FAILED_SAVES = 3
 
 FINISHED_AT = "finished_at"
 """Among the counters: the step after which the run was over and had been measured."""
+CUT_SHORT_AT = "cut_short_at"
+"""Among the counters: the step whose validation a signal cut short, so that whoever goes on does it again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +64,13 @@ class TrainResult:
     """The signal that stopped it early, 0 for none."""
     stopped_early: bool = False
     """Whether it stopped because validations got no better."""
+    measured: bool = True
+    """Whether the end was measured, where every step was done; a signal may have cut that short."""
 
     @property
     def finished(self) -> bool:
-        """Whether every step was done, or no more are worth it."""
-        return self.step >= self.total_steps or self.stopped_early
+        """Whether every step was done, or no more are worth it, and the end was measured."""
+        return (self.step >= self.total_steps or self.stopped_early) and self.measured
 
 
 def train(
@@ -159,7 +163,7 @@ class _Loop:
         self.total = recipe.train.total_steps(self.loader.steps_per_epoch)
         self.trackers: Trackers = build_trackers(recipe.track)
         self.saver = Saver(run.folder)
-        self.validator = Validator(run, measure)
+        self.validator = Validator(run, measure, stop)
         self.best = Best.of(run.folder, recipe.validate, resume_step=run.step if resumed else -1)
         self.spikes = SpikeScore()
         self.speedometer = Speedometer(run.assembly.model)
@@ -170,6 +174,7 @@ class _Loop:
         self.saved_at = run.step if here else -1
         self.extra: dict[str, float] = {}  # logged with the next step
         self.validated_at = -1
+        self.stopped_by = 0
 
     def go(self, stop_at: int | None) -> TrainResult:
         """Train until the last step, `stop_at`, the end of patience, or a signal."""
@@ -180,7 +185,7 @@ class _Loop:
         if distributed.is_main():
             disk.replace_text(run.folder / "config.yaml", self.recipe.to_yaml())
         self._write_summary()
-        signal_number, ok = 0, False
+        ok = False
         self.trackers.start(self.recipe.to_dict(), run.folder, resume_step=None if self.fresh else run.step)
         try:
             self._phase("rehearsal")
@@ -189,25 +194,29 @@ class _Loop:
             # No rank begins to remember signals while another can still be ended by them, and would be waited for.
             distributed.barrier()
             with self.stop:  # to the very end: a signal must not cost what was trained
-                signal_number = self._until_over(stop_at)
+                self._until_over(stop_at)
                 folder = self._last_save()
                 if self._over and run.counters.get(FINISHED_AT) != run.step:
                     self._finish(folder)
                 self._write_summary()
                 self.saver.rest()
-            if self._over and distributed.is_main() and (folder / "adapter").is_dir():
+            if self._over and not self._cut_short and distributed.is_main() and (folder / "adapter").is_dir():
                 self.trackers.log_folder("adapter", folder / "adapter", aliases=("latest", f"step-{run.step}"))
             ok = True
         finally:
             self.trackers.finish(ok=ok)
-        return self._result(folder, stopped_by=signal_number)
+        return self._result(folder)
 
-    def _until_over(self, stop_at: int | None) -> int:
-        """Take steps until the run is over or asked to stop; gives the signal that asked, or 0."""
+    def _until_over(self, stop_at: int | None) -> None:
+        """Take steps until the run is over or asked to stop."""
         run = self.run
+        if self._cut_short and not self._over:
+            if self._validate() and self.saved_at != run.step:
+                self._start_save()
+            self._tidy()
         with Progress("train", self.total, initial=run.step) as progress, self.loader:
             batches = iter(self.loader)
-            while not self._over:
+            while not (self._over or self._cut_short):
                 self._step(batches, first=progress.done == progress.initial)
                 progress.update(run.step, f"loss {self.last_loss:.4f}")
                 self._periodically()
@@ -215,17 +224,22 @@ class _Loop:
                 number, writing = distributed.max_over_ranks([float(self.stop.received), float(self.saver.busy)])
                 if self.saver.pending is not None and not writing:
                     self._finish_save()
+                self.stopped_by = int(number)
                 if number or run.step == stop_at:
-                    return int(number)
+                    return
         if self.best.out_of_patience:
             logger.info("Stopped: no better %s for %d validations.", self.best.config.best, self.best.since)
-        return 0
 
-    def _result(self, folder: Path, *, stopped_by: int = 0) -> TrainResult:
+    def _result(self, folder: Path) -> TrainResult:
         return TrainResult(
-            checkpoint=folder, step=self.run.step, total_steps=self.total, stopped_by=stopped_by,
-            stopped_early=self.best.out_of_patience,
+            checkpoint=folder, step=self.run.step, total_steps=self.total, stopped_by=self.stopped_by,
+            stopped_early=self.best.out_of_patience, measured=not self._cut_short,
         )  # fmt: skip
+
+    @property
+    def _cut_short(self) -> bool:
+        """Whether a signal cut the validation of this step short."""
+        return self.run.counters.get(CUT_SHORT_AT) == self.run.step
 
     @property
     def _over(self) -> bool:
@@ -401,7 +415,13 @@ class _Loop:
     def _validate(self) -> bool:
         """Measure; True when the model is the best so far."""
         self._phase("validation")
-        metrics, samples = self.validator()
+        try:
+            metrics, samples = self.validator()
+        except CutShortError as cut:
+            self.stopped_by, self.run.counters[CUT_SHORT_AT] = cut.number, self.run.step
+            logger.info("Signal %d cut the validation of step %d short; it is done again.", cut.number, self.run.step)
+            return False
+        self.run.counters.pop(CUT_SHORT_AT, None)
         self.validated_at = self.run.step
         if metrics:
             self.trackers.log(metrics, self.run.step)
@@ -414,6 +434,8 @@ class _Loop:
         if self.validated_at != self.run.step:
             self._validate()
             self._tidy()
+        if self._cut_short:
+            return
         final = mixer_matrices(self.run.engine.trainable_state())
         if distributed.is_main():
             mixers = write_mixers(self.run.folder / "mixers.json", before=self.run.first_mixers, after=final)

@@ -35,6 +35,7 @@ from mm_moslora.tracking.base import Sample
 from mm_moslora.training import disk
 from mm_moslora.training.run import Run
 from mm_moslora.training.saving import RandomState
+from mm_moslora.training.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +53,20 @@ class Moment:
     folder: Path
     """Where results of this step may be written."""
     step: int
+    stop: StopRequest
+    """Once this rank has heard a signal, whoever measures gives up soon, on all ranks."""
 
 
-Measure = Callable[[Moment], Mapping[str, float]]
-"""From a moment of training to metrics by name, the same on all ranks or on rank 0 alone."""
+Measure = Callable[[Moment], Mapping[str, float] | None]
+"""From a moment of training to metrics by name, the same on all ranks or on rank 0 alone; None: a signal came."""
+
+
+class CutShortError(Exception):
+    """A signal came while a run was measured; on all ranks at the same place."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {number}")
+        self.number = number
 
 
 class Validator:
@@ -64,10 +75,11 @@ class Validator:
     Args:
         run: the run.
         measure: runs harness tasks; None: there are none.
+        stop: a signal that it hears cuts a validation short.
     """
 
-    def __init__(self, run: Run, measure: Measure | None) -> None:
-        self.run, self.measure = run, measure
+    def __init__(self, run: Run, measure: Measure | None, stop: StopRequest) -> None:
+        self.run, self.measure, self.stop = run, measure, stop
         if run.recipe.validate.samples and run.validation_set is None:
             raise TrainingError(
                 f"validate.samples is {run.recipe.validate.samples}, but data.validation names no source. Add one."
@@ -97,7 +109,11 @@ class Validator:
             )
 
     def __call__(self) -> tuple[dict[str, float], list[Sample]]:
-        """Metrics by name, the same on all ranks, and written-out answers (on rank 0)."""
+        """Metrics by name, the same on all ranks, and written-out answers (on rank 0).
+
+        Raises:
+            CutShortError: a signal came.
+        """
         run, metrics, samples = self.run, {}, []
         with undisturbed(run):
             if run.validation_set is not None:
@@ -107,14 +123,23 @@ class Validator:
                     if run.validation_set is not None and run.recipe.validate.samples:
                         samples = self._answers(run.validation_set)
                     if self.measure is not None:
-                        metrics |= self.measure(self._moment())
+                        self._give_way(self.stop.received)
+                        found = self.measure(self._moment())
+                        self._give_way(self.stop.received if found is None else 0)
+                        metrics |= found or {}
         return distributed.from_main(metrics), samples
+
+    def _give_way(self, number: int) -> None:
+        """Give up where any rank has to: all call this at the same place, with the signal or 0."""
+        (first,) = distributed.max_over_ranks([float(number)])
+        if first:
+            raise CutShortError(int(first))
 
     def _moment(self) -> Moment:
         run = self.run
         return Moment(
             assembly=run.assembly, recipe=run.recipe, folder=run.folder / "validation" / f"step-{run.step:06d}",
-            step=run.step,
+            step=run.step, stop=self.stop,
         )  # fmt: skip
 
     def _loss(self, held_out: TrainingSet) -> float:
@@ -127,20 +152,24 @@ class Validator:
         with loader:
             batches = iter(loader)
             for _ in range(loader.steps_per_epoch):
+                self._give_way(self.stop.received)
                 part, tokens = self.run.engine.evaluate(next(batches))
                 loss, count = loss + part, count + tokens
         return loss / max(1.0, count)
 
     def _answers(self, held_out: TrainingSet) -> list[Sample]:
         """The first answers of the same records every time; on rank 0."""
-        if not distributed.is_main():
-            return []
-        samples = []
-        for number in _spread(held_out.usable, self.run.recipe.validate.samples):
+        samples: list[Sample] = []
+        numbers = _spread(held_out.usable, self.run.recipe.validate.samples) if distributed.is_main() else []
+        heard = 0
+        for number in numbers:
+            if heard := self.stop.received:
+                break
             try:
                 samples.append(self._answer(held_out, held_out.record(number)))
             except RecordError as error:
                 logger.warning("No sample answer: %s", error)
+        self._give_way(heard)
         return samples
 
     def _answer(self, held_out: TrainingSet, record: Record) -> Sample:

@@ -97,6 +97,25 @@ def _fail_within_step(what: str, rank: str, step: int) -> None:
     Engine.step = step_or_not
 
 
+def while_measuring(what: str, rank: str, *recipes: str) -> int:
+    """One rank gets SIGTERM in its first batch of the held-out loss, or at its first answer to a task's question."""
+    from mm_moslora_eval.runner import _Job
+    from trials import train_measured
+
+    owner, name = {"loss": (Engine, "evaluate"), "task": (_Job, "_store")}[what]
+    real = getattr(owner, name)
+
+    def told(self, *arguments, **options):
+        if distributed.rank() == int(rank) and not told.done:
+            told.done = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *arguments, **options)
+
+    told.done = False
+    setattr(owner, name, told)
+    return train_measured(*recipes)
+
+
 def lost_in_thought() -> None:
     """A hang whose place must show in the stacks."""
     time.sleep(3600)

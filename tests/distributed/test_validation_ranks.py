@@ -14,12 +14,13 @@ from mm_moslora.config import Recipe, SourceConfig, ValidateConfig
 
 pytestmark = pytest.mark.slow
 STAGES = ("zero2", "zero3")
-HELD_OUT, DOCUMENTS = 11, 3
-"""Eight of the records make a step; of the other three one rank gets two and the other one."""
+TINY = {"dropout": 0.1, "micro_batch": 1}
+HELD_OUT, DOCUMENTS = 11, 9
+"""Eight of the records make a step; of the other three, and of the documents, one rank gets one more."""
 
 
 def measured(recipe: Recipe, held_out: Path, task: str, **validate) -> Recipe:
-    """The same run, measured after every second step by loss, answers and a task of three documents."""
+    """The same run, measured after every second step by loss, answers and a task of nine documents."""
     source = SourceConfig(path=str(held_out), image_folder=str(held_out.parent / "images"))
     return replace(
         recipe,
@@ -57,12 +58,11 @@ def task(held_out) -> str:
 def runs(parts, ranks, held_out, task, tmp_path_factory) -> Path:
     """On two ranks, measured and not, and plain torch on one."""
     folder = tmp_path_factory.mktemp("measured")
-    tiny = {"dropout": 0.1, "micro_batch": 1}
-    recipes = {name: make_recipe(parts, folder / name, name, **tiny) for name in (*STAGES, "none")}
+    recipes = {name: make_recipe(parts, folder / name, name, **TINY) for name in (*STAGES, "none")}
     chosen = {name: write(measured(recipe, held_out, task)) for name, recipe in recipes.items()}
     ranks.run(["trials:train_measured", *(chosen[stage] for stage in STAGES)])
     ranks.run(["trials:train_measured", chosen["none"]], ranks=1)
-    ranks.run([write(make_recipe(parts, folder / f"{stage}-alone", stage, **tiny)) for stage in STAGES])
+    ranks.run([write(make_recipe(parts, folder / f"{stage}-alone", stage, **TINY)) for stage in STAGES])
     return folder
 
 
@@ -93,6 +93,24 @@ def test_answers_and_documents_are_there_once(stage, runs):
     for path in answered:
         documents = [json.loads(line)["id"] for line in path.read_text().splitlines()]
         assert len(documents) == len(set(documents)) == DOCUMENTS
+
+
+@pytest.mark.parametrize(("stage", "what"), [("zero2", "loss"), ("zero3", "task")])
+def test_a_signal_to_one_rank_ends_the_validation_of_both_and_nothing_is_lost(
+    stage, what, runs, parts, ranks, held_out, task, tmp_path
+):
+    recipe = write(measured(make_recipe(parts, tmp_path / "run", stage, **TINY), held_out, task))
+    ranks.run(["faults:while_measuring", what, "1", recipe])
+    run = tmp_path / "run"
+    assert not found(run)
+    answers = sum(len(path.read_text().splitlines()) for path in run.glob("validation/*/*/own/answers-*.jsonl"))
+    assert 0 < answers <= 1 + 5 if what == "task" else not answers, "the other rank has done its share"
+    assert json.loads((run / "summary.json").read_text())["steps"] == 2
+    ranks.run(["trials:train_measured", recipe])
+    untimed = [[{k: v for k, v in line.items() if k != "time"} for line in found(one)] for one in (run, runs / stage)]
+    assert untimed[0] == untimed[1]
+    assert hexed(run) == hexed(runs / stage)
+    assert weights(run) == weights(runs / stage)
 
 
 def test_all_ranks_lose_patience_at_the_same_step(parts, ranks, held_out, task, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import random
 import signal
@@ -10,16 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from mm_moslora_eval.in_training import tasks_of
+from between import just_before
+from mm_moslora_eval.in_training import measure, tasks_of
+from mm_moslora_eval.runner import _Job
 
 from mm_moslora.config import ValidateConfig
 from mm_moslora.data.loader import BatchLoader
 from mm_moslora.errors import CheckpointError, ConfigError, EvalError, TrainingError
+from mm_moslora.report.state import read_state
 from mm_moslora.training.commit import Saver
+from mm_moslora.training.engine import Engine
 from mm_moslora.training.loop import train
 from mm_moslora.training.run import prepare
 from mm_moslora.training.spikes import SPIKE, SpikeScore
-from mm_moslora.training.validation import Best, lower_is_better
+from mm_moslora.training.validation import Best, Validator, lower_is_better
 
 
 def losses(folder: Path) -> list[str]:
@@ -269,18 +275,8 @@ def test_a_spike_stands_out_and_a_slow_fall_does_not():
 
 def test_a_harness_task_is_measured_on_the_model_as_it_is(recipe, records, tmp_path):
     """With its adapters live; and the run is the same with and without it."""
-    from mm_moslora_eval.in_training import measure
-
-    images = records.parent / "images"
-    rows = [
-        {"question_id": f"q{n}", "image": f"{n}.png", "text": "what is the color?", "answer": "red"}
-        for n in range(12)
-        if (images / f"{n}.png").is_file()
-    ]
-    path = tmp_path / "colours.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     train(recipe)
-    chosen = watched(recipe, tasks=[f"llava:{path}@{images}"], task_limit=4)
+    chosen = watched(recipe, tasks=[colours(records, tmp_path)], task_limit=4)
     train(chosen, measure=measure)
     run = Path(chosen.train.output)
     assert losses(run) == losses(tmp_path / "run")
@@ -289,3 +285,73 @@ def test_a_harness_task_is_measured_on_the_model_as_it_is(recipe, records, tmp_p
     assert [line["step"] for line in measured] == [2, 4, 6]
     assert all(0 <= line["eval/colours/score"] <= 1 for line in measured)
     assert len(list((run / "validation").glob("step-*/*/own/samples.jsonl"))) == 3
+
+
+def colours(records: Path, folder: Path) -> str:
+    """A task of the harness, about the pictures of the records."""
+    images = records.parent / "images"
+    rows = [
+        {"question_id": path.stem, "image": path.name, "text": "what is the color?", "answer": "red"}
+        for path in sorted(images.glob("*.png"))
+    ]
+    path = folder / "colours.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"llava:{path}@{images}"
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def story(run: Path) -> dict[str, object]:
+    """All that a run measured, answered and chose, without times."""
+    timed = ("second", "memory", "time")
+    return {
+        "metrics": [
+            {k: v for k, v in line.items() if not any(word in k for word in timed)}
+            for line in read(run / "metrics.jsonl")
+        ],
+        "samples": read(run / "tracked_samples.jsonl"),
+        "best": json.loads((run / "best.json").read_text()),
+        "weights": [path.read_bytes() for path in sorted((run / "checkpoint-000006").rglob("*.safetensors"))],
+        "counters": sorted(json.loads((run / "checkpoint-000006" / "manifest.json").read_text())["counters"]),
+    }
+
+
+def test_signals_cut_validations_short_and_nothing_is_lost(recipe, records, tmp_path, monkeypatch):
+    """In the loss of three batches, two answers and a task of four documents, at step 4, again and again, and at 6."""
+    chosen = watched(
+        recipe, samples=2, sample_tokens=3, tasks=[colours(records, tmp_path)], task_limit=4, best="validation_loss"
+    )
+    straight = replace(chosen, train=replace(chosen.train, output=str(tmp_path / "straight")))
+    train(straight, measure=measure)
+    run = Path(chosen.train.output)
+    told = functools.partial(signal.raise_signal, signal.SIGTERM)
+    for owner, name, call, step in (
+        (Engine, "evaluate", 5, 4), (Validator, "_answer", 1, 4), (_Job, "_store", 2, 4), (Engine, "evaluate", 5, 6),
+        (_Job, "_store", 2, 6),
+    ):  # fmt: skip
+        calls = itertools.count(1)
+        with monkeypatch.context() as patch:
+            just_before(patch, owner, name, told, when=lambda *_, n=calls, call=call: next(n) == call)
+            stopped = train(chosen, measure=measure)
+        assert (stopped.step, stopped.stopped_by, stopped.finished) == (step, signal.SIGTERM, False)
+        assert read(run / "metrics.jsonl")[-1]["step"] == step
+        assert "validation_loss" not in read(run / "metrics.jsonl")[-1]
+        assert read_state(run).name == "stopped"
+    assert train(chosen, measure=measure).finished
+    assert story(run) == story(tmp_path / "straight")
+
+
+def test_a_validation_that_is_done_again_may_be_cut_short_again_and_end_the_run(recipe, monkeypatch):
+    """Its result is the one that patience waited for."""
+    chosen = watched(recipe, tasks=["fake"], best="eval/fake/score", patience=1)
+    for first in (4, 1):
+        calls = itertools.count(1)
+        with monkeypatch.context() as patch:
+            told = functools.partial(signal.raise_signal, signal.SIGTERM)
+            just_before(patch, Engine, "evaluate", told, when=lambda *_, n=calls, first=first: next(n) == first)
+            stopped = train(chosen, measure=unruly)
+        assert (stopped.step, stopped.stopped_by) == (4, signal.SIGTERM)
+    result = train(chosen, measure=unruly)
+    assert (result.step, result.stopped_early, result.finished) == (4, True, True)
