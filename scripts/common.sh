@@ -85,7 +85,11 @@ show_recipe() {
 
 # Signals that came so far, and the process that they are handed on to, once there is one.
 SIGNALS=0 CHILD=""
-trap 'SIGNALS=$((SIGNALS + 1)); [ -z "$CHILD" ] || kill -TERM "$CHILD" 2>/dev/null || true' TERM INT USR1 HUP
+trap 'SIGNALS=$((SIGNALS + 1)); [ -z "$CHILD" ] || hand_on' TERM INT USR1 HUP
+
+hand_on() {
+  kill -TERM "$CHILD" 2>/dev/null || true
+}
 
 # Runs "$@", hands signals on to it, and returns 75 (try again later) when it was stopped on request.
 run_and_report() {
@@ -100,7 +104,7 @@ run_and_report() {
   "$@" </dev/null &
   CHILD=$!
   set +m
-  [ "$SIGNALS" = 0 ] || kill -TERM "$CHILD" 2>/dev/null || true
+  [ "$SIGNALS" = 0 ] || hand_on
   # wait returns early when a trapped signal arrives; asked again, it tells how the child ended, long gone or not.
   heard=""
   while [ "$heard" != "$SIGNALS" ]; do
@@ -111,7 +115,8 @@ run_and_report() {
   if [ -e "$RUN_FOLDER/PREEMPTED" ]; then
     echo "Stopped on request; nothing is unsaved. The same command continues the run." >&2
     return 75
-  elif [ "$SIGNALS" != 0 ] && [ "$status" != 0 ]; then
+  elif [ "$SIGNALS" != 0 ] && ! { [ "$status" = 0 ] && grep -qs '"state": "finished"' "$RUN_FOLDER/state.json"; }; then
+    # Not by the code alone: DeepSpeed's runner takes a launcher that was ended by a signal for a success.
     echo "Stopped on request without saving. The same command goes on from the newest checkpoint, if any." >&2
     return 75
   fi

@@ -61,4 +61,13 @@ printf '# %q' "${command[0]}" >&2
 printf ' %q' "${command[@]:1}" >&2
 echo >&2
 if $dry_run; then exit 0; fi
+if [ -z "$hostfile" ]; then
+  # On one machine the runner hands nothing on: told to end, it leaves the ranks to themselves. Their launcher ends them.
+  hand_on() {
+    "$PYTHON" -c 'import psutil, sys
+runner = psutil.Process(int(sys.argv[1]))
+for process in runner.children() or [runner]:
+    process.terminate()' "$CHILD" 2>/dev/null || true
+  }
+fi
 run_and_report "${command[@]}"

@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -142,3 +143,21 @@ def test_the_hosts_of_a_host_file_train_together(parts, cluster, tmp_path):
     assert 1024 <= int(re.search(r"--master_port (\d+)", said)[1]) < 65536
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
     assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_a_run_of_deepspeeds_launcher_on_one_machine_saves_when_it_is_stopped(parts, cluster, tmp_path):
+    """By processes of its own, not forked ones: who is whose child is the point."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    recipe = make_recipe(parts, run, "zero2", steps=2000)
+    command = ["bash", str(ROOT / "scripts" / "train_deepspeed.sh"), write(recipe)]
+    with started(command, cluster | {"PYTHON": sys.executable}, log) as process:
+        deadline = time.monotonic() + 300
+        while not (run / "metrics.jsonl").is_file():
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(timeout=120) == 75, log.read_text()[-3000:]
+    assert "nothing is unsaved" in log.read_text()
+    (checkpoint,) = run.glob("checkpoint-*")
+    assert checkpoint.name == f"checkpoint-{len(metrics(run)):06d}"

@@ -172,6 +172,24 @@ def test_a_signal_reaches_the_run_which_saves_first(number: int, stub: dict[str,
     assert b"continues the run" in errors
 
 
+@pytest.mark.parametrize(("state", "code"), [("finished", 0), ("running", 75)])
+def test_a_launcher_that_takes_a_stop_for_a_success_is_not_believed(
+    state: str, code: int, stub: dict[str, str], recipe: Path
+) -> None:
+    """The runner of DeepSpeed does, where the launcher below it was ended by a signal."""
+    (recipe.parent / "run" / "state.json").write_text(json.dumps({"state": state}))
+    train = 'trap "exit 0" TERM; touch "$HOME/run/started"; for _ in $(seq 300); do sleep 0.1; done'
+    process = subprocess.Popen(
+        ["bash", str(SCRIPTS / "train.sh"), str(recipe)], env=stub | {"TRAIN": train}, stderr=subprocess.DEVNULL
+    )
+    try:
+        _wait_for(recipe.parent / "run" / "started")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == code
+    finally:
+        process.kill()
+
+
 def test_ctrl_c_in_a_terminal_reaches_the_launcher_once(stub: dict[str, str], recipe: Path) -> None:
     """A terminal sends it to the whole process group, and torchrun leaves its ranks when it hears a second one."""
     train = (
