@@ -24,6 +24,7 @@ from mm_moslora.models.packed import has_three_part_positions
 from mm_moslora.models.pictures import is_frozen
 from mm_moslora.models.ready import READY_PIXELS, side_of, tower_path
 from mm_moslora.models.skeleton import Skeleton, skeleton
+from mm_moslora.models.trainable import checkpoint_layers
 from mm_moslora.models.vlm import is_multimodal, is_padded
 from mm_moslora.training.flops import FlopCounter
 
@@ -54,11 +55,13 @@ class Footprint:
     kept_elsewhere: float
     """Kept by embeddings and the last norm."""
     kept_per_image: float
-    """Kept by the projector, and by a tower that trains."""
+    """Kept by the projector and by a tower that trains; with its checkpointing, its layers' inputs and one layer."""
     workspace_per_token: float
     workspace_per_image: float
     made_dense: int
     """The largest quantised weight in the compute dtype, for the length of its product."""
+    vision_checkpointing: bool
+    """Whether the tower's layers run again in its backward pass."""
     is_lean: bool
     """Whether decoder layers keep no more than about 8 of their width and twice the MLP's."""
     counter: FlopCounter
@@ -82,7 +85,7 @@ def footprint(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16) -> Footpri
     config: Any = bones.model.config.get_text_config()
     inner = config.intermediate_size
     kept = _kept_by_layer(bones, dtype) / PROBE
-    image = _per_image(bones, dtype)
+    image = _per_image(bones, dtype, checkpointing=recipe.train.vision_gradient_checkpointing)
     return Footprint(
         parts=parts, frozen=frozen, trainable=trainable, weight_bytes=(frozen - packed) * size + packed * each,
         value_bytes=size, layers=bones.layers, width=config.hidden_size, vocabulary=config.vocab_size,
@@ -90,7 +93,8 @@ def footprint(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16) -> Footpri
         kept_elsewhere=config.hidden_size * (2 * size + 4), kept_per_image=image.kept,
         # A gated MLP's backward pass holds four of its inner width and as many of the model's.
         workspace_per_token=4 * (inner + config.hidden_size) * size,
-        workspace_per_image=image.workspace, made_dense=max(linears, default=0) * size,
+        workspace_per_image=image.workspace, vision_checkpointing=recipe.train.vision_gradient_checkpointing,
+        made_dense=max(linears, default=0) * size,
         is_lean=kept <= (10 * config.hidden_size + 2.5 * inner) * size,
         counter=FlopCounter(bones.model, layers=bones.layers, tower_flops=image.flops),
     )  # fmt: skip
@@ -141,7 +145,7 @@ class _PerImage:
     """Of the tower's forward pass; None: there is no tower."""
 
 
-def _per_image(bones: Skeleton, dtype: torch.dtype) -> _PerImage:
+def _per_image(bones: Skeleton, dtype: torch.dtype, *, checkpointing: bool) -> _PerImage:
     if not is_multimodal(bones.model):
         return _PerImage()
     tower = bones.model.get_submodule(tower_path(bones.model))
@@ -154,12 +158,32 @@ def _per_image(bones: Skeleton, dtype: torch.dtype) -> _PerImage:
         picture = _picture(bones, tower, _dtype_of(tower, dtype))
         with torch.no_grad(), _widest(tower) as widest, FlopCounterMode(display=False) as counted:
             tower(picture.pixels, **picture.inputs)
+        largest = _largest_again(tower) if checkpointing else [0]
         if not is_frozen(tower):
             with _FusedAttention():
-                kept += kept_bytes(lambda: tower(picture.pixels.requires_grad_(), **picture.inputs), tower)
+                kept += kept_bytes(lambda: tower(picture.pixels, **picture.inputs), tower)
+            kept += max(largest)
     # The widest layer's input and output, the residual stream and a norm's copies of it, and the picture itself.
     workspace = max(widest) + 4 * picture.patches * picture.width * size + picture.pixels.numel() * (4 + size)
     return _PerImage(kept=float(kept), workspace=float(workspace), flops=float(counted.get_total_flops()))
+
+
+def _largest_again(tower: Any) -> list[int]:
+    """Checkpoint a tower's layers, and note what each keeps when the backward pass runs it again."""
+    checkpoint_layers(tower)
+    found: list[int] = [0]
+    for layer in tower.modules():
+        if getattr(layer, "gradient_checkpointing", False):
+            layer._gradient_checkpointing_func = _noting(found, layer, layer._gradient_checkpointing_func)
+    return found
+
+
+def _noting(found: list[int], layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    def run(function: Callable[..., Any], *args: Any) -> Any:
+        found.append(kept_bytes(lambda: function(*args), layer))
+        return checkpoint(function, *args)
+
+    return run
 
 
 class _Picture(NamedTuple):

@@ -180,7 +180,7 @@ def utilisation(gpus: Gpus, size: Footprint) -> float:
 def speed(size: Footprint, gpus: Gpus, data: DataSize, *, zero: str, micro_batch: int, checkpointing: bool) -> float:
     """Tokens per second over all GPUs; ZeRO-3's gathers hide behind computation as far as they can."""
     samples = micro_batch * data.per_row
-    work = size.counter.count(_shape(data, samples), checkpointing=checkpointing).total
+    work = _flops(size, data, samples, checkpointing=checkpointing).total
     seconds = work / (gpus.peak * utilisation(gpus, size))
     if zero.startswith("zero3"):
         passes = 3 if checkpointing else 2
@@ -195,11 +195,12 @@ def busy_share(global_batch: int, gpus: int) -> float:
     return global_batch / (gpus * math.ceil(global_batch / gpus))
 
 
-def _shape(data: DataSize, count: float) -> StepShape:
-    return StepShape(
+def _flops(size: Footprint, data: DataSize, count: float, *, checkpointing: bool) -> Flops:
+    shape = StepShape(
         tokens=round(count * data.tokens), supervised=round(count * data.tokens * data.supervised),
         pairs=count * data.tokens * (data.tokens + 1) / 2, images=round(count * data.pictures),
     )  # fmt: skip
+    return size.counter.count(shape, checkpointing=checkpointing, vision_checkpointing=size.vision_checkpointing)
 
 
 def _simplest(options: list[Option]) -> Option | None:
@@ -262,7 +263,7 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None) -> Plan:
         own = option(train.zero, train.gradient_checkpointing, train.micro_batch)
     fitting = [option for option in options if option.fits]
     best = _simplest([o for o in fitting if o.tokens_per_second >= 0.98 * max(f.tokens_per_second for f in fitting)])
-    flops = size.counter.count(_shape(data, 1), checkpointing=best.checkpointing if best else False)
+    flops = _flops(size, data, 1, checkpointing=best.checkpointing if best else False)
     epochs = recipe.train.epochs
     if recipe.train.steps:
         epochs = recipe.train.steps * recipe.train.global_batch * data.per_row / data.samples

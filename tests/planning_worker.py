@@ -1,11 +1,16 @@
-"""Measures the peak resident memory of two training steps, each size in a process of its own; JSON on stdout."""
+"""Measures the peak resident memory of two training steps, each size in a process of its own; JSON on stdout.
+
+First argument: a folder to write into; second: `text` or `towers`.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +24,9 @@ from mm_moslora.machine import keep_memory
 from mm_moslora.models.attention import SEGMENTS, set_attention
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.lean import use_lean_layers
-from mm_moslora.models.trainable import attach_adapters
+from mm_moslora.models.ready import tower_path
+from mm_moslora.models.skeleton import skeleton
+from mm_moslora.models.trainable import attach_adapters, checkpoint_layers
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TorchEngine
 from mm_moslora.training.optim import parameter_groups
 
@@ -28,6 +35,9 @@ SIZES = (
     (768, 6, 1024, "nf4"),
 )  # fmt: skip
 """Width, layers, tokens, quantisation."""
+TOWERS = (False, True)
+"""Checkpointing of a tower with adapters."""
+PICTURES, TOKENS = 4, 1200
 
 
 def status(key: str) -> int:
@@ -79,40 +89,94 @@ def run(folder: Path, tokens: int, quantisation: str) -> dict[str, int]:
     """Two steps."""
     start = status("VmRSS")
     given = recipe(folder, quantisation)
-    model = built(folder, quantisation)
+    supervised = torch.arange(tokens // 2) >= tokens * 3 // 8
+    ids = torch.randint(0, 8000, (tokens // 2,))
+    batch = Batch.from_examples([Example(id="", input_ids=ids, supervised=supervised)] * 2)
+    peak = peak_of(given, built(folder, quantisation), batch)
+    return {"start": start, "peak": peak, "supervised": batch.supervised_tokens}
+
+
+def with_tower(folder: Path, checkpointing: bool) -> Recipe:
+    vision = {"name": str(folder / "vision"), "mode": "adapter"}
+    return Recipe.from_dict({
+        "model": {"language": str(folder / "256"), "vision": vision}, "adapter": {"rank": 16, "alpha": 32},
+        "train": {"vision_gradient_checkpointing": checkpointing},
+    })  # fmt: skip
+
+
+def run_tower(folder: Path, checkpointing: bool) -> dict[str, int]:
+    """Two steps on pictures."""
+    given = with_tower(folder, checkpointing)
+    bones = skeleton(given, dtype=torch.float32)
+    # What is needed is asked here, not what lies in the holes between blocks that the C library keeps.
+    ctypes.CDLL(None).mallopt(-3, 2**16)
+    start = status("VmRSS")
+    model = transformers.LlavaForConditionalGeneration(bones.model.config)
+    ids = torch.randint(0, 7000, (TOKENS // PICTURES,))
+    ids[: bones.tokens_per_image] = model.config.image_token_id
+    supervised = torch.arange(len(ids)) >= len(ids) * 15 // 16
+    example = Example(id="", input_ids=ids, supervised=supervised, pixel_values=torch.randn(1, 3, 224, 224))
+    batch = Batch.from_examples([example] * PICTURES)
+    return {"start": start, "peak": peak_of(given, model, batch), "supervised": batch.supervised_tokens}
+
+
+def peak_of(given: Recipe, model: transformers.PreTrainedModel, batch: Batch) -> int:
     attach_adapters(Assembly(model=model, tokenizer=cast(Any, None)), given.model, given.adapter)
     set_attention(model, SEGMENTS)
     use_lean_layers(model)
     use_loss_head(model)
-    module = LossModule(model.train(), None)
+    model.train()
+    if given.train.vision_gradient_checkpointing:
+        checkpoint_layers(cast(transformers.PreTrainedModel, model.get_submodule(tower_path(model))))
+    module = LossModule(model, None)
     settings = OptimizerSettings(betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
     engine = TorchEngine(module, parameter_groups(module, given.optim), settings)
-    supervised = torch.arange(tokens // 2) >= tokens * 3 // 8
-    ids = torch.randint(0, 8000, (tokens // 2,))
-    batch = Batch.from_examples([Example(id="", input_ids=ids, supervised=supervised)] * 2)
     for _ in range(2):
         engine.step([batch], 1.0)
-    return {"start": start, "peak": status("VmHWM"), "supervised": batch.supervised_tokens}
+    return status("VmHWM")
+
+
+def in_child(work: Callable[[], dict[str, int]]) -> dict[str, int]:
+    """Forked when everything is imported."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, json.dumps(work()).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    return dict(json.loads(os.read(reader, 4096)))
+
+
+def write_tower(folder: Path) -> None:
+    configuration(256, 2).save_pretrained(folder / "256")
+    transformers.CLIPVisionConfig(
+        hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6, image_size=224,
+        patch_size=14,
+    ).save_pretrained(folder / "vision")  # fmt: skip
+    transformers.CLIPImageProcessor(size={"height": 224, "width": 224}).save_pretrained(folder / "vision")
 
 
 def main() -> None:
-    """One child per size, forked when everything is imported."""
+    """One child per size."""
+    folder, what = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     assert CHUNK_BYTES
     importlib.import_module("bitsandbytes")  # so that no child's memory grows by it
     keep_memory()  # as `train` does
     torch.randn(256, 256) @ torch.randn(256, 256)
+    if what == "towers":
+        write_tower(folder)
+        skeleton(with_tower(folder, checkpointing=False))  # imports what it needs
+        for checkpointing in TOWERS:
+            found = in_child(lambda checkpointing=checkpointing: run_tower(folder, checkpointing))
+            print(json.dumps({"checkpointing": checkpointing} | found), flush=True)
+        return
     for width, layers, tokens, quantisation in SIZES:
-        folder = Path(sys.argv[1]) / str(width)
-        configuration(width, layers).save_pretrained(folder)
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.write(writer, json.dumps(run(folder, tokens, quantisation)).encode())
-            os._exit(0)
-        os.waitpid(child, 0)
+        own = folder / str(width)
+        configuration(width, layers).save_pretrained(own)
+        found = in_child(lambda own=own, tokens=tokens, kind=quantisation: run(own, tokens, kind))
         known = {"width": width, "tokens": tokens, "quantisation": quantisation}
-        print(json.dumps(known | json.loads(os.read(reader, 4096))), flush=True)
+        print(json.dumps(known | found), flush=True)
 
 
 if __name__ == "__main__":

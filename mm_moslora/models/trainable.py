@@ -150,6 +150,20 @@ def _blocks(component: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=lambda blocks: len(list(blocks))))
 
 
+def checkpoint_layers(component: PreTrainedModel) -> None:
+    """Keep the inputs of a component's layers alone; the backward pass runs each layer again.
+
+    Raises:
+        ConfigError: its class has no checkpointing.
+    """
+    if not component.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"{type(component).__name__} has no gradient checkpointing. Leave train.gradient_checkpointing or "
+            "train.vision_gradient_checkpointing off for it."
+        )
+    component.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 @dataclass(frozen=True, kw_only=True)
 class ComponentRow:
     """One line of the table of what trains."""

@@ -142,12 +142,13 @@ class FlopCounter:
         if tower_flops is not None:
             self.tower_once = tower_flops - 4 * self.tower_pairs - 2 * self.patches * self.tower.adapters
 
-    def count(self, shape: StepShape, *, checkpointing: bool = False) -> Flops:
+    def count(self, shape: StepShape, *, checkpointing: bool = False, vision_checkpointing: bool = False) -> Flops:
         """FLOPs of forward and backward passes.
 
         Args:
             shape: of the step, on one rank or over all.
             checkpointing: full gradient checkpointing of the decoder, its recomputation counted.
+            vision_checkpointing: the same of a tower that trains.
         """
         again, steps = int(checkpointing), shape.micro_batches
         dropped = shape.tokens - shape.supervised if self.drops else 0
@@ -158,9 +159,10 @@ class FlopCounter:
         passes = 1 + again + (2 if self.passes_back else 0)
         vision_tokens = shape.images * self.patches
         own = self.tower.trained / max(1.0, self.tower.frozen + self.tower.trained)
-        linear, attention = (2 + own, 3) if self.tower_trains else (1, 1)
+        seen_again = int(vision_checkpointing and self.tower_trains)
+        linear, attention = (2 + own + seen_again, 3 + seen_again) if self.tower_trains else (1, 1)
         vision = shape.images * (linear * self.tower_once + 4 * attention * self.tower_pairs)
-        vision += self.tower.adapter_cost(vision_tokens, steps, again=0)
+        vision += self.tower.adapter_cost(vision_tokens, steps, again=seen_again)
         seen = shape.images * self.visual_tokens
         vision += self.projector.cost(seen, passes_back=self.tower_trains or self.projector_trains, again=0)
         if self.projector_trains and not self.tower_trains:

@@ -20,7 +20,7 @@ from mm_moslora import distributed
 from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
 from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.dataset import TrainingSet
-from mm_moslora.errors import ConfigError, TrainingError
+from mm_moslora.errors import TrainingError
 from mm_moslora.locks import take
 from mm_moslora.losses import use_loss_head
 from mm_moslora.models.anyres import NEWLINE, newline_of
@@ -33,7 +33,7 @@ from mm_moslora.models.lean import use_lean_layers
 from mm_moslora.models.pictures import PictureMemory
 from mm_moslora.models.places import contents_of, seen_from
 from mm_moslora.models.ready import refuse_without_effect, tower_path
-from mm_moslora.models.trainable import attach_adapters, component_table
+from mm_moslora.models.trainable import attach_adapters, checkpoint_layers, component_table
 from mm_moslora.models.vlm import is_multimodal, is_padded
 from mm_moslora.training.compiling import compile_layers
 from mm_moslora.training.engine import Engine, LossModule, OptimizerSettings, build_engine
@@ -153,9 +153,9 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     if recipe.model.lean_layers:
         use_lean_layers(model)
     if recipe.train.gradient_checkpointing:
-        _checkpoint_gradients(model.get_decoder())
+        checkpoint_layers(model.get_decoder())
     if recipe.train.vision_gradient_checkpointing and is_multimodal(model):
-        _checkpoint_gradients(cast(PreTrainedModel, model.get_submodule(tower_path(model))))
+        checkpoint_layers(cast(PreTrainedModel, model.get_submodule(tower_path(model))))
     if recipe.train.compile is not None:
         compile_layers(model, recipe.train.compile)
     elif (lean := use_kernels(model, kernels)) and distributed.is_main():
@@ -207,15 +207,6 @@ def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore 
         limit_gib=config.vision.feature_cache_gib,
         writers=distributed.world_size(),
     )
-
-
-def _checkpoint_gradients(component: PreTrainedModel) -> None:
-    if not component.supports_gradient_checkpointing:
-        raise ConfigError(
-            f"{type(component).__name__} has no gradient checkpointing. Leave train.gradient_checkpointing or "
-            "train.vision_gradient_checkpointing off for it."
-        )
-    component.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _data_set(recipe: Recipe, assembly: Assembly, *, validation: bool) -> TrainingSet | None:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
+from mm_moslora.config import Recipe
 from mm_moslora.errors import ConfigError
 from mm_moslora.footprint import footprint
 from mm_moslora.gpus import device_peak, parse_gpus
@@ -31,23 +32,49 @@ from mm_moslora.training.speed import Speedometer
 TESTS = Path(__file__).parents[1]
 
 
+def measured(folder: Path, what: str) -> list[dict[str, int]]:
+    """What two real steps took, from `planning_worker`."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    worker = [sys.executable, str(TESTS / "planning_worker.py"), str(folder), what]
+    output = subprocess.run(worker, capture_output=True, text=True, check=True, env=environment, timeout=540).stdout
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+def planned(recipe: Recipe, row: dict[str, int], *, tokens: int, images: int = 0) -> float:
+    size = footprint(recipe, dtype=torch.float32)
+    needed = memory(
+        size, zero="none", world=1, tokens=tokens, supervised=row["supervised"], images=images,
+        checkpointing=False, logit_chunk=CHUNK_BYTES["cpu"],
+    )  # fmt: skip
+    return needed.total - needed.context
+
+
 @pytest.mark.slow
 def test_the_memory_model_is_within_a_tenth_of_the_measured_peak_for_four_sizes_and_in_four_bits(
     tmp_path: Path,
 ) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    worker = [sys.executable, str(TESTS / "planning_worker.py"), str(tmp_path)]
-    output = subprocess.run(worker, capture_output=True, text=True, check=True, env=environment, timeout=540).stdout
-    rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    rows = measured(tmp_path, "text")
     assert len(rows) == 5
     for row in rows:
-        size = footprint(planning_worker.recipe(tmp_path / str(row["width"]), row["quantisation"]), dtype=torch.float32)
-        needed = memory(
-            size, zero="none", world=1, tokens=row["tokens"], supervised=row["supervised"], images=0,
-            checkpointing=False, logit_chunk=CHUNK_BYTES["cpu"],
-        )  # fmt: skip
-        expected = row["start"] + needed.total - needed.context
+        recipe = planning_worker.recipe(tmp_path / str(row["width"]), row["quantisation"])
+        expected = row["start"] + planned(recipe, row, tokens=row["tokens"])
         assert expected == pytest.approx(row["peak"], rel=0.10), (row, expected)
+
+
+@pytest.mark.slow
+def test_what_checkpointing_a_tower_saves_is_planned_within_a_tenth(tmp_path: Path) -> None:
+    rows = measured(tmp_path, "towers")
+    expected = [
+        planned(
+            planning_worker.with_tower(tmp_path, row["checkpointing"]), row, tokens=planning_worker.TOKENS,
+            images=planning_worker.PICTURES,
+        )
+        for row in rows
+    ]  # fmt: skip
+    for row, planned_bytes in zip(rows, expected, strict=True):
+        assert row["start"] + planned_bytes == pytest.approx(row["peak"], rel=0.10), (row, planned_bytes)
+    saved = rows[0]["peak"] - rows[0]["start"] - (rows[1]["peak"] - rows[1]["start"])
+    assert expected[0] - expected[1] == pytest.approx(saved, rel=0.10)
 
 
 def vlm(*, mode: str) -> t.PreTrainedModel:

@@ -24,8 +24,8 @@ def a_picture(config: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     if hasattr(config, "spatial_merge_size"):
         side = READY_PIXELS // config.patch_size
         width = 3 * config.temporal_patch_size * config.patch_size**2
-        return torch.zeros(side**2, width, requires_grad=True), {"grid_thw": torch.tensor([[1, side, side]])}
-    return torch.zeros(1, 3, 32, 32, requires_grad=True), {}
+        return torch.zeros(side**2, width), {"grid_thw": torch.tensor([[1, side, side]])}
+    return torch.zeros(1, 3, 32, 32), {}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -51,3 +51,16 @@ def test_adapters_in_a_ready_made_tower_are_planned_as_they_train(family: str, t
     assert found.footprint.kept_per_image == pytest.approx(kept, rel=0.1)
     assert found.flops.vision > 0
     assert Speedometer(assembly.model, device_name="NVIDIA A100-SXM4-80GB").counter is not None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_a_ready_made_tower_is_planned(family: str, tmp_path) -> None:
+    model = {"vlm": str(make_vlm(tmp_path / family, family)), "vision": {"mode": "adapter"}}
+    plain, again = (
+        Recipe.from_dict({"model": model, "train": {"vision_gradient_checkpointing": wanted}})
+        for wanted in (False, True)
+    )
+    data = DataSize(samples=1000, tokens=300)
+    found, cheaper = (plan(recipe, parse_gpus("8xA100-80G"), data) for recipe in (plain, again))
+    assert 0 < cheaper.footprint.kept_per_image < found.footprint.kept_per_image
+    assert found.flops.vision < cheaper.flops.vision < 1.5 * found.flops.vision

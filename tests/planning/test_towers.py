@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_moslora.config import Recipe, VisionConfig
+from mm_moslora.errors import ConfigError
 from mm_moslora.footprint import footprint
 from mm_moslora.gpus import parse_gpus
 from mm_moslora.models.skeleton import skeleton
@@ -57,6 +58,14 @@ def recipe(language: str, vision: VisionConfig, *, mode: str = "frozen") -> Reci
     return Recipe.from_dict({"model": {"language": language, "vision": fields}})
 
 
+@pytest.mark.parametrize("kind", ["transformers", "open_clip"])
+def test_checkpointing_a_tower_is_planned(kind: str, towers, language: str) -> None:
+    chosen = recipe(language, towers[kind], mode="full").to_dict()
+    plain = footprint(Recipe.from_dict(chosen))
+    chosen["train"]["vision_gradient_checkpointing"] = True
+    assert 0 < footprint(Recipe.from_dict(chosen)).kept_per_image < 0.6 * plain.kept_per_image
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_tower_can_be_planned_and_its_work_is_counted(kind: str, towers, language: str) -> None:
     chosen = recipe(language, towers[kind])
@@ -79,4 +88,18 @@ def test_a_tower_that_trains_needs_more_of_everything(towers, language: str) -> 
     frozen, trained = (footprint(recipe(language, towers["transformers"], mode=mode)) for mode in ("frozen", "full"))
     assert trained.kept_per_image > 2 * frozen.kept_per_image
     assert trained.trainable > frozen.trainable
+    chosen = recipe(language, towers["transformers"], mode="full").to_dict()
+    chosen["model"]["vision"] |= {"mode": "last_n", "last_n": 1}
+    last = footprint(Recipe.from_dict(chosen))  # of three layers
+    assert frozen.kept_per_image < last.kept_per_image < 0.5 * trained.kept_per_image
     assert skeleton(recipe(language, towers["transformers"])).tokens_per_image == 36
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("two side by side", "FusedVisionModel"), ("timm, transformer", "WrappedVisionModel")]
+)
+def test_a_tower_without_checkpointing_is_refused_by_a_plan_as_by_a_run(kind, name, towers, language: str) -> None:
+    chosen = recipe(language, towers[kind]).to_dict()
+    chosen["train"]["vision_gradient_checkpointing"] = True
+    with pytest.raises(ConfigError, match=f"{name} has no gradient checkpointing"):
+        footprint(Recipe.from_dict(chosen))
