@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from mm_moslora.config import Recipe
 from mm_moslora.errors import ModelError
 from mm_moslora.models.packed import has_three_part_positions
-from mm_moslora.models.pictures import is_frozen
-from mm_moslora.models.ready import READY_PIXELS, side_of, tower_path
+from mm_moslora.models.ready import PICTURE, side_of, tower_path
+from mm_moslora.models.rows import picture_inputs
 from mm_moslora.models.skeleton import Skeleton, skeleton
 from mm_moslora.models.trainable import checkpoint_layers
-from mm_moslora.models.vlm import is_multimodal, is_padded
-from mm_moslora.training.flops import FlopCounter
+from mm_moslora.models.vision import ImageSpec
+from mm_moslora.models.vlm import image_features, is_multimodal, is_padded, takes_rows
+from mm_moslora.training.flops import FlopCounter, PictureCost
 
 NF4_BYTES = 0.516
 """Per weight: 4 bits and, doubly quantised, 0.127 bits of scale."""
+_DENSE = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
+"""Products with weights; all others are attention's."""
 PROBE = 256
 """Tokens with which activations are counted; they grow in proportion."""
 
@@ -50,6 +53,10 @@ class Footprint:
     width: int
     vocabulary: int
     tokens_per_image: int
+    tiles: int
+    """Of a picture, the whole view included; 0: the model sees nothing."""
+    unseen: str
+    """Why a picture's tiles and tokens are not those of the model's own processor."""
     kept_per_layer: float
     """Kept by one decoder layer for its backward pass."""
     kept_elsewhere: float
@@ -67,14 +74,15 @@ class Footprint:
     counter: FlopCounter
 
 
-def footprint(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16) -> Footprint:
+def footprint(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16, picture: tuple[int, int] = PICTURE) -> Footprint:
     """Measure a recipe's model on the meta device.
 
     Args:
         recipe: its parts' configurations are read.
         dtype: the compute dtype.
+        picture: width and height of the one that stands for all, where they decide what it costs.
     """
-    bones = skeleton(recipe, dtype=dtype)
+    bones = skeleton(recipe, dtype=dtype, picture=picture)
     parts = bones.parameters()
     trainable = sum(mine for _, mine in parts.values())
     frozen = sum(total for total, _ in parts.values()) - trainable
@@ -89,14 +97,14 @@ def footprint(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16) -> Footpri
     return Footprint(
         parts=parts, frozen=frozen, trainable=trainable, weight_bytes=(frozen - packed) * size + packed * each,
         value_bytes=size, layers=bones.layers, width=config.hidden_size, vocabulary=config.vocab_size,
-        tokens_per_image=bones.tokens_per_image, kept_per_layer=kept,
+        tokens_per_image=bones.tokens_per_image, tiles=image.tiles, unseen=bones.unseen, kept_per_layer=kept,
         kept_elsewhere=config.hidden_size * (2 * size + 4), kept_per_image=image.kept,
         # A gated MLP's backward pass holds four of its inner width and as many of the model's.
         workspace_per_token=4 * (inner + config.hidden_size) * size,
         workspace_per_image=image.workspace, vision_checkpointing=recipe.train.vision_gradient_checkpointing,
         made_dense=max(linears, default=0) * size,
         is_lean=kept <= (10 * config.hidden_size + 2.5 * inner) * size,
-        counter=FlopCounter(bones.model, layers=bones.layers, tower_flops=image.flops),
+        counter=FlopCounter(bones.model, layers=bones.layers, picture=image.cost),
     )  # fmt: skip
 
 
@@ -141,31 +149,93 @@ class _PerImage:
 
     kept: float = 0.0
     workspace: float = 0.0
-    flops: float | None = None
-    """Of the tower's forward pass; None: there is no tower."""
+    tiles: int = 0
+    cost: PictureCost | None = None
+    """None: there is no tower."""
 
 
 def _per_image(bones: Skeleton, dtype: torch.dtype, *, checkpointing: bool) -> _PerImage:
     if not is_multimodal(bones.model):
         return _PerImage()
     tower = bones.model.get_submodule(tower_path(bones.model))
-    size, kept = torch.finfo(dtype).bits // 8, 0
+    size = torch.finfo(dtype).bits // 8
     with _MetaAndHost():
-        if bones.image is not None:
-            projector = cast(nn.Module, bones.model.model.multi_modal_projector)
-            features = _nothing(1, bones.image.tokens, bones.image.width, dtype=dtype)
-            kept += kept_bytes(lambda: projector(features), projector)
-        picture = _picture(bones, tower, _dtype_of(tower, dtype))
-        with torch.no_grad(), _widest(tower) as widest, FlopCounterMode(display=False) as counted:
-            tower(picture.pixels, **picture.inputs)
+        look = _look(bones, tower, dtype)
+        with torch.no_grad(), _widest(tower) as widest, _watched(tower) as seen:
+            look()
         largest = _largest_again(tower) if checkpointing else [0]
-        if not is_frozen(tower):
-            with _FusedAttention():
-                kept += kept_bytes(lambda: tower(picture.pixels, **picture.inputs), tower)
-            kept += max(largest)
+        with _FusedAttention():
+            kept = kept_bytes(look, bones.model) + max(largest)
+    tiles, patches, width = _tiles(bones.image, tower, seen)
     # The widest layer's input and output, the residual stream and a norm's copies of it, and the picture itself.
-    workspace = max(widest) + 4 * picture.patches * picture.width * size + picture.pixels.numel() * (4 + size)
-    return _PerImage(kept=float(kept), workspace=float(workspace), flops=float(counted.get_total_flops()))
+    workspace = max(widest) + 4 * patches * width * size + seen.pixels.numel() * (4 + size)
+    flops = seen.counter.get_flop_counts()["Global"]
+    attention = sum(number for kind, number in flops.items() if kind not in _DENSE)
+    cost = PictureCost(
+        flops=float(sum(flops.values())), attention=float(attention), patches=patches, tokens=bones.tokens_per_image
+    )  # fmt: skip
+    return _PerImage(kept=float(kept), workspace=float(workspace), tiles=tiles, cost=cost)
+
+
+def _look(bones: Skeleton, tower: nn.Module, dtype: torch.dtype) -> Callable[[], object]:
+    """A picture's way through tower and projector, as in a step; without a processor, one tile's through the tower."""
+    model: Any = bones.model
+    if bones.seen is not None:
+        tensors = dict(bones.seen.tensors)
+        inputs = picture_inputs(model, tensors.pop("pixel_values"), tensors, device=torch.device("cpu"))
+        return lambda: model.base_model.get_image_features(**inputs, return_dict=True)
+    if (spec := bones.image) is not None and not takes_rows(model):
+        return lambda: image_features(model, _nothing(1, 3, spec.size, spec.size))
+    config: Any = tower.config
+    if bones.patches is not None:
+        grid = torch.tensor([[1, *bones.patches]])
+        wide = 3 * config.temporal_patch_size * side_of(config, "patch_size") ** 2
+        pixels = _nothing(int(grid.prod()), wide, dtype=dtype)
+        return lambda: tower(pixels, grid_thw=grid)
+    side = side_of(config, "image_size")
+    return lambda: tower(_nothing(1, 3, side, side, dtype=dtype))
+
+
+@dataclass(kw_only=True)
+class _Pass:
+    """One pass through a tower."""
+
+    counter: FlopCounterMode
+    pixels: Any = None
+    output: Any = None
+
+
+def _tiles(spec: ImageSpec | None, tower: Any, seen: _Pass) -> tuple[int, int, int]:
+    """Tiles of a picture, patches of all of them, prefixes included, and the width of one."""
+    tiles = seen.pixels.shape[0]
+    if spec is not None:
+        return tiles, tiles * (spec.tokens + spec.prefix), spec.width
+    width = getattr(tower.config, "embed_dim", None) or tower.config.hidden_size
+    if seen.pixels.ndim == 2:  # Qwen-VL takes the patches themselves
+        return 1, tiles, width
+    return tiles, seen.output.last_hidden_state.shape[:2].numel(), width
+
+
+@contextmanager
+def _watched(tower: nn.Module) -> Iterator[_Pass]:
+    """What a tower takes in, gives out and computes."""
+    found, stack = _Pass(counter=FlopCounterMode(display=False)), ExitStack()
+
+    def before(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found.pixels = next(item for item in (*args, *named.values()) if isinstance(item, Tensor))
+        stack.enter_context(found.counter)
+
+    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        stack.close()
+        found.output = output
+
+    handles = [tower.register_forward_pre_hook(before, with_kwargs=True), tower.register_forward_hook(after)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+        stack.close()
 
 
 def _largest_again(tower: Any) -> list[int]:
@@ -184,28 +254,6 @@ def _noting(found: list[int], layer: nn.Module, checkpoint: Callable[..., Any]) 
         return checkpoint(function, *args)
 
     return run
-
-
-class _Picture(NamedTuple):
-    """A picture as a tower takes it; of a model that cuts pictures up, one tile."""
-
-    pixels: Tensor
-    inputs: dict[str, Tensor]
-    patches: int
-    width: int
-
-
-def _picture(bones: Skeleton, tower: nn.Module, dtype: torch.dtype) -> _Picture:
-    if (spec := bones.image) is not None:
-        return _Picture(_nothing(1, 3, spec.size, spec.size, dtype=dtype), {}, spec.tokens, spec.width)
-    config: Any = tower.config
-    width, patch = getattr(config, "embed_dim", None) or config.hidden_size, side_of(config, "patch_size")
-    if hasattr(config, "spatial_merge_size"):  # Qwen-VL takes patches of pictures of any size, and where they were
-        side = READY_PIXELS // (patch * config.spatial_merge_size) * config.spatial_merge_size
-        pixels = _nothing(side**2, 3 * config.temporal_patch_size * patch**2, dtype=dtype)
-        return _Picture(pixels, {"grid_thw": torch.tensor([[1, side, side]])}, side**2, width)
-    side = side_of(config, "image_size")
-    return _Picture(_nothing(1, 3, side, side, dtype=dtype), {}, (side // patch) ** 2, width)
 
 
 _nothing = functools.partial(torch.zeros, device="meta")
@@ -239,11 +287,6 @@ class _MetaAndHost(TorchDispatchMode):
                 return True
             arguments = tree_map(lambda item: item.to("meta") if isinstance(item, Tensor) else item, arguments)
         return func(*arguments[0], **arguments[1])
-
-
-def _dtype_of(tower: nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """Convolutions need pixels in their own type: towers with running statistics stay in fp32."""
-    return next((parameter.dtype for parameter in tower.parameters()), dtype)
 
 
 @contextmanager

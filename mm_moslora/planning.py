@@ -16,6 +16,8 @@ from mm_moslora.errors import ConfigError
 from mm_moslora.footprint import Footprint, footprint
 from mm_moslora.gpus import Gpus
 from mm_moslora.losses import CHUNK_BYTES, SMALLEST_CHUNK
+from mm_moslora.models.ready import PICTURE
+from mm_moslora.models.skeleton import size_decides
 from mm_moslora.training.flops import Flops, StepShape
 
 GIB = 2**30
@@ -99,6 +101,8 @@ class Plan:
 
     gpus: Gpus
     footprint: Footprint
+    picture: tuple[int, int] | None
+    """Width and height of the one that stands for all; None: every picture costs the same."""
     data: DataSize
     epochs: float
     flops: Flops
@@ -221,19 +225,27 @@ def settings(recipe: Recipe, gpus: Gpus) -> Iterator[tuple[str, bool, int]]:
                 yield zero, checkpointing, micro_batch
 
 
-def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None) -> Plan:
+def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: tuple[int, int] | None = None) -> Plan:
     """Try every setting and choose the fastest that fits.
 
     Args:
         recipe: resolved; its parts' configurations are read.
         gpus: from `parse_gpus`.
         data: None: `known_data`.
+        picture: width and height of the one that stands for all, of models that cut pictures up or take them in any
+            size; None: `PICTURE`.
 
     Raises:
-        ConfigError: the data's size is neither given nor known.
+        ConfigError: the data's size is neither given nor known, or pictures of any size cost the same.
         ModelError: a configuration is not to be had.
     """
-    size = footprint(recipe)
+    varies = size_decides(recipe.model)
+    if picture is not None and not varies:
+        raise ConfigError(
+            f"A picture of {picture[0]} x {picture[1]} pixels is asked for, but this model turns every picture into "
+            "one square of the same size. Leave --picture out."
+        )
+    size = footprint(recipe, picture=picture or PICTURE)
     data = data or known_data(recipe, size.tokens_per_image)
     if data is None:
         raise ConfigError("How much data there is is not known. Give --samples and --tokens-per-sample.")
@@ -267,7 +279,8 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None) -> Plan:
     epochs = recipe.train.epochs
     if recipe.train.steps:
         epochs = recipe.train.steps * recipe.train.global_batch * data.per_row / data.samples
+    shown = (picture or PICTURE) if varies else None
     return Plan(
-        gpus=gpus, footprint=size, data=data, epochs=epochs, flops=flops, best=best, options=options,
+        gpus=gpus, footprint=size, picture=shown, data=data, epochs=epochs, flops=flops, best=best, options=options,
         idle=max(0, gpus.count - recipe.train.global_batch), own=own,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ def show_plan(
     samples: int | None,
     tokens_per_sample: float | None,
     supervised: float,
+    picture: str | None,
     price: float | None,
 ) -> int:
     """Print a plan; 1 when nothing fits.
@@ -32,6 +34,7 @@ def show_plan(
         samples: of an epoch; None: known by the data file's name.
         tokens_per_sample: mean, visual tokens included; None: as `samples`.
         supervised: share of the tokens.
+        picture: such as `640x480`; None: the model's own, or that.
         price: per GPU and hour, in any currency.
     """
     from mm_moslora.errors import ConfigError
@@ -48,6 +51,7 @@ def show_plan(
         raise ConfigError(f"--price is {price:g}, expected 0 or more.")
     if (samples is None) != (tokens_per_sample is None):
         raise ConfigError("--samples and --tokens-per-sample belong together; one of them is missing.")
+    size = _size(picture) if picture is not None else None
     quiet_libraries()
     from rich.console import Console
 
@@ -57,13 +61,37 @@ def show_plan(
     if samples is not None and tokens_per_sample is not None:
         pictures = 0.0 if recipe.model.vision is None and recipe.model.vlm is None else 1.0
         data = DataSize(samples=samples, tokens=tokens_per_sample, supervised=supervised, pictures=pictures)
-    found = plan(recipe, cards, data)
+    found = plan(recipe, cards, data, picture=size)
     console = Console()
     console.print(_parts(found))
     console.print(_memory(found.best or min(found.options, key=lambda option: option.memory.total)))
     console.print(_options(found))
     _verdict(console, found, price)
     return 0 if found.best is not None else 1
+
+
+def _size(picture: str) -> tuple[int, int]:
+    """Width and height of `640x480`."""
+    from mm_moslora.errors import ConfigError
+
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", picture)
+    if match is None:
+        raise ConfigError(f"--picture is {picture!r}, expected width and height in pixels: 640x480.")
+    return int(match[1]), int(match[2])
+
+
+def _pictures(found: Plan) -> str:
+    """What stands for all pictures, where their size decides what they cost."""
+    from rich.markup import escape
+
+    size = found.footprint
+    assert found.picture is not None
+    tiles = "" if size.tiles == 1 else f"{size.tiles} tiles, "
+    width, height = found.picture
+    line = f"Pictures: of {width} x {height} pixels (--picture), {tiles}{size.tokens_per_image:,} tokens each."
+    if size.unseen:
+        line += f" [yellow]The model's processor was not asked[/], its configuration alone: {escape(size.unseen)}"
+    return line
 
 
 def _parts(found: Plan) -> Any:
@@ -142,6 +170,8 @@ def _verdict(console: Any, found: Plan, price: float | None) -> None:
         f"attention {found.flops.attention / found.flops.total:.0%}, head {found.flops.head / found.flops.total:.0%}, "
         f"vision {found.flops.vision / found.flops.total:.0%})."
     )
+    if found.picture is not None:
+        console.print(_pictures(found))
     if found.idle:
         console.print(
             f"[yellow]{found.idle} of {gpus.count} GPUs have nothing to do[/]: a step has {gpus.count - found.idle} "

@@ -246,6 +246,7 @@ def plan(
     samples: int | None = None,
     tokens_per_sample: float | None = None,
     supervised: float = 0.15,
+    picture: str | None = None,
     price: float | None = None,
 ) -> int:
     """Memory per GPU, tokens per second, hours and cost of a recipe, before anything is loaded.
@@ -262,6 +263,9 @@ def plan(
         Mean tokens of a record, visual ones included.
     supervised
         Share of the tokens that is supervised.
+    picture
+        Width and height, in pixels, of the picture that stands for all, of models that cut pictures into tiles or take
+        them in any size; 640x480 where nothing is said.
     price
         Per GPU and hour, in any currency.
     """
@@ -269,7 +273,7 @@ def plan(
 
     return show_plan(
         _recipe(recipe, overrides), gpus, samples=samples, tokens_per_sample=tokens_per_sample, supervised=supervised,
-        price=price,
+        picture=picture, price=price,
     )  # fmt: skip
 
 

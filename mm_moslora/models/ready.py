@@ -18,8 +18,8 @@ from mm_moslora.errors import ModelError
 _TOWERS = ("model.vision_tower", "model.visual", "model.vision_model", "model.vision_embed_tokens")
 
 
-READY_PIXELS = 448
-"""Side of the picture that stands for all where a model takes pictures of any size."""
+PICTURE = (640, 480)
+"""Width and height of the picture that stands for all where they decide what it costs: of most of COCO's."""
 
 
 def refuse_without_effect(config: ModelConfig) -> None:

@@ -14,16 +14,33 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub import constants, get_session
+from PIL import Image
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
+from mm_moslora.batch import Seen
 from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.errors import ModelError
+from mm_moslora.models.anyres import anyres_processor, compose_anyres, require_anyres
 from mm_moslora.models.attention import SEGMENTS, set_attention
-from mm_moslora.models.build import Assembly, compose, is_standard, llava_settings, projector_shape
+from mm_moslora.models.build import (
+    Assembly,
+    compose,
+    is_standard,
+    llava_settings,
+    projector_shape,
+    register_image_token,
+)
+from mm_moslora.models.eyes import ProcessorEyes
 from mm_moslora.models.lean import use_lean_layers
 from mm_moslora.models.projector import projector_tokens
-from mm_moslora.models.ready import READY_PIXELS, refuse_without_effect, side_of
+from mm_moslora.models.ready import (
+    PICTURE,
+    load_ready_processor,
+    ready_image_token,
+    refuse_without_effect,
+    side_of,
+)
 from mm_moslora.models.trainable import attach_adapters
 from mm_moslora.models.vision import ImageSpec, sketch_vision
 from mm_moslora.models.vlm import is_padded, part_of
@@ -43,6 +60,12 @@ class Skeleton:
     tokens_per_image: int
     image: ImageSpec | None
     """Of an assembled model's tower."""
+    seen: Seen | None
+    """A picture of the size asked for, as the model's own processor prepares it; see `size_decides`."""
+    unseen: str
+    """Why there is none, though the size decides."""
+    patches: tuple[int, int] | None
+    """Rows and columns of a picture's patches, by the configuration alone, where the tower takes any number."""
 
     @property
     def held(self) -> nn.ModuleList:
@@ -71,12 +94,13 @@ class Skeleton:
         return self.layers * own
 
 
-def skeleton(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16) -> Skeleton:
+def skeleton(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16, picture: tuple[int, int] = PICTURE) -> Skeleton:
     """Build a recipe's model on the meta device, adapters and what trains included.
 
     Args:
         recipe: names the parts; only their configurations are read.
         dtype: of the weights.
+        picture: width and height of the one that stands for all; see `size_decides`.
 
     Raises:
         ModelError: a configuration is not to be had, or of a kind that cannot be built without its weights; see also
@@ -84,18 +108,45 @@ def skeleton(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16) -> Skeleton
     """
     config = recipe.model
     refuse_without_effect(config)
-    with _hub_or_cache(config), torch.device("meta"):
-        if config.vlm is not None:
-            model, layers, tokens, image = _ready(config.vlm, config.vlm_revision)
-        else:
-            model, layers, tokens, image = _assembled(recipe)
-        cast(nn.Module, model).to(dtype)
-        attach_adapters(Assembly(model=model, tokenizer=cast(Any, None)), config, recipe.adapter)
+    with _hub_or_cache(config):
+        with torch.device("meta"):
+            if config.vlm is not None:
+                model, layers, tokens, image, patches = _ready(config.vlm, config.vlm_revision, picture)
+            else:
+                model, layers, tokens, image, patches = _assembled(recipe)
+            cast(nn.Module, model).to(dtype)
+            attach_adapters(Assembly(model=model, tokenizer=cast(Any, None)), config, recipe.adapter)
+        seen, unseen = _seen(config, image, picture) if size_decides(config) else (None, "")
     if not is_padded(model):
         set_attention(model, SEGMENTS)
         if config.lean_layers and config.quantisation != "int8":  # whose layers run in their stock form
             use_lean_layers(model, depth=layers)
-    return Skeleton(model=model.train(), layers=layers, tokens_per_image=tokens, image=image)
+    return Skeleton(
+        model=model.train(), layers=layers, tokens_per_image=tokens if seen is None else len(seen.placeholders),
+        image=image, seen=seen, unseen=unseen, patches=patches,
+    )  # fmt: skip
+
+
+def size_decides(config: ModelConfig) -> bool:
+    """Whether the size of a picture decides how many tiles, patches and tokens it takes: not of one square each."""
+    return config.vlm is not None or (config.vision is not None and config.image_aspect == "anyres")
+
+
+def _seen(config: ModelConfig, spec: ImageSpec | None, picture: tuple[int, int]) -> tuple[Seen | None, str]:
+    """A picture in the eyes of the model's own processor, or why it has none."""
+    try:
+        if config.vlm is not None:
+            processor = load_ready_processor(config.vlm, config.vlm_revision)
+            token = ready_image_token(config.vlm, config.vlm_revision, processor)
+        else:
+            assert spec is not None
+            tokenizer = AutoTokenizer.from_pretrained(str(config.language), revision=config.language_revision)
+            token = register_image_token(tokenizer)
+            processor = anyres_processor(tokenizer, spec, config.anyres_tiles)
+    except (ModelError, OSError, ValueError, KeyError) as error:
+        return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
+    # White, since SmolVLM leaves out tiles that are zero everywhere, which grey may be.
+    return ProcessorEyes(processor, image_token_id=token).see([Image.new("RGB", picture, "white")])[0], ""
 
 
 @contextmanager
@@ -140,6 +191,7 @@ class _Bones(NamedTuple):
     layers: int
     tokens: int
     image: ImageSpec | None
+    patches: tuple[int, int] | None = None
 
 
 def _assembled(recipe: Recipe) -> _Bones:
@@ -151,16 +203,20 @@ def _assembled(recipe: Recipe) -> _Bones:
     shape = projector_shape(config, spec, text)
     tokens = projector_tokens(config.projector.kind, shape) + (1 if config.vision.select == "cls_patch" else 0)
     settings = llava_settings(config.vision, spec, tower, text, image_token_id=text.vocab_size - 1, tokens=tokens)
-    model = compose(config, settings, shape, standard=is_standard(config, spec, tower), prefix=spec.prefix)
-    return _Bones(model, layers, tokens, spec)
+    standard = is_standard(config, spec, tower)
+    if config.image_aspect == "anyres":
+        require_anyres(config, spec, tower, standard=standard)
+        return _Bones(compose_anyres(config, settings, spec, dtype=torch.float32), layers, tokens, spec)
+    return _Bones(compose(config, settings, shape, standard=standard, prefix=spec.prefix), layers, tokens, spec)
 
 
-def _ready(name: str, revision: str | None) -> _Bones:
+def _ready(name: str, revision: str | None, picture: tuple[int, int]) -> _Bones:
     config = copy.deepcopy(_read(name, revision, "model.vlm"))
     text, layers = _shortened(config.get_text_config())
     config.text_config = text
-    tokens = getattr(config, "image_seq_length", None)
+    tower, tokens, patches = config.vision_config, getattr(config, "image_seq_length", None), None
     if tokens is None:
-        side = side_of(config.vision_config, "patch_size") * getattr(config.vision_config, "spatial_merge_size", 1)
-        tokens = (READY_PIXELS // side) ** 2
-    return _Bones(AutoModelForImageTextToText.from_config(config), layers, int(tokens), None)
+        merged = getattr(tower, "spatial_merge_size", 1)
+        height, width = (max(1, round(side / side_of(tower, "patch_size") / merged)) for side in reversed(picture))
+        tokens, patches = height * width, (height * merged, width * merged)
+    return _Bones(AutoModelForImageTextToText.from_config(config), layers, int(tokens), None, patches)

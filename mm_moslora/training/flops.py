@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from mm_moslora.adapters.inject import named_base_modules
 from mm_moslora.adapters.layer import MoSLoRALayer
 from mm_moslora.models.lean import drops_positions
-from mm_moslora.models.ready import READY_PIXELS, side_of, tower_path
+from mm_moslora.models.ready import PICTURE, side_of, tower_path
 from mm_moslora.models.vlm import is_multimodal
 
 
@@ -93,17 +93,32 @@ class _Linears:
         return tokens * self.adapters * (6 + 2 * again) + micro_batches * self.mixers * (8 + 2 * again)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PictureCost:
+    """Of one picture's way through the tower, tiles and all, as it was counted by running it."""
+
+    flops: float
+    """Of the forward pass."""
+    attention: float
+    """Of those."""
+    patches: float
+    """Prefixes included."""
+    tokens: float
+    """Visual ones, of the language model."""
+
+
 class FlopCounter:
     """Counts what a model costs; made once, as it walks over the model's modules.
 
     Args:
         model: causal language model or VLM with whatever trains set; may be on the meta device.
         layers: decoder layers to count, where the model at hand holds only some of them; None: its own.
-        tower_flops: of one picture's way through the tower, where it was counted by running it; None: by arithmetic,
-            which knows transformers' towers.
+        picture: None: by arithmetic, which knows transformers' towers and one tile.
     """
 
-    def __init__(self, model: PreTrainedModel, *, layers: int | None = None, tower_flops: float | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, layers: int | None = None, picture: PictureCost | None = None
+    ) -> None:
         decoder: Any = model.get_decoder()
         config = model.config.get_text_config()
         held = list(decoder.layers)
@@ -119,11 +134,11 @@ class FlopCounter:
             self.head = head.weight.ds_numel
         heads = config.num_attention_heads
         self.attention_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) * count
-        self._count_vision(model, tower_flops)
+        self._count_vision(model, picture)
         needs = any(parameter.requires_grad for parameter in decoder.parameters())
         self.passes_back = needs or self.projector_trains or self.tower_trains
 
-    def _count_vision(self, model: PreTrainedModel, tower_flops: float | None) -> None:
+    def _count_vision(self, model: PreTrainedModel, picture: PictureCost | None) -> None:
         tower: Any = model.get_submodule(tower_path(model)) if is_multimodal(model) else None
         projector = getattr(getattr(model, "model", None), "multi_modal_projector", None)
         self.tower, self.projector = _count(_with_paths(tower)), _count(_with_paths(projector))
@@ -133,14 +148,17 @@ class FlopCounter:
         self.patches = self.tower_pairs = self.tower_once = self.visual_tokens = 0.0
         if tower is None:
             return
+        if picture is not None:
+            self.visual_tokens, self.patches = picture.tokens, picture.patches
+            self.tower_pairs = picture.attention / 4
+            self.tower_once = picture.flops - picture.attention - 2 * picture.patches * self.tower.adapters
+            return
         config = tower.config
         self.visual_tokens = float(getattr(model.config, "image_seq_length", 256))
         self.patches = float(_patches(model.config, config))
         self.tower_pairs = self.patches**2 * config.hidden_size * getattr(config, "num_hidden_layers", 0)
         pixels = 3 * (side_of(config, "patch_size") or 16) ** 2
         self.tower_once = 2 * self.patches * (self.tower.frozen + self.tower.trained + pixels * config.hidden_size)
-        if tower_flops is not None:
-            self.tower_once = tower_flops - 4 * self.tower_pairs - 2 * self.patches * self.tower.adapters
 
     def count(self, shape: StepShape, *, checkpointing: bool = False, vision_checkpointing: bool = False) -> Flops:
         """FLOPs of forward and backward passes.
@@ -181,7 +199,9 @@ def _patches(model: Any, tower: Any) -> int:
     prefix = not getattr(tower, "model_type", "").startswith("siglip")
     if hasattr(model, "image_seq_length"):
         return round(model.image_seq_length / getattr(model, "downsample_ratio", 1.0) ** 2) + prefix
-    return ((side_of(tower, "image_size") or READY_PIXELS) // (side_of(tower, "patch_size") or 16)) ** 2
+    side, patch = side_of(tower, "image_size"), side_of(tower, "patch_size") or 16
+    width, height = (side, side) if side else PICTURE
+    return (width // patch) * (height // patch)
 
 
 def _trains(module: nn.Module | None) -> bool:

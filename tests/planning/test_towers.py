@@ -76,7 +76,7 @@ def test_every_tower_can_be_planned_and_its_work_is_counted(kind: str, towers, l
     assert found.footprint.parts["vision"][0] == sum(parameter.numel() for parameter in tower.parameters())
     # torch's counter does not know the CPU's fused attention, so attention is spelt out.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
-        tower.eval()(torch.zeros(1, 3, spec.size, spec.size))
+        tower.eval()(torch.zeros(1, 3, spec.size, spec.size), output_hidden_states=towers[kind].feature_layer)
     projector = found.footprint.counter.projector
     seen = found.footprint.counter.visual_tokens
     back = 2 * seen * (projector.trained - found.footprint.counter.projector_entry) + 2 * seen * projector.trained
