@@ -7,6 +7,7 @@ own dispatch, left to itself, would put plain LoRA on a quantised layer without 
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +78,8 @@ def why_not_adaptable(base: nn.Module) -> str | None:
         return None
     if isinstance(base, nn.Conv2d):
         return _why_not_convolution(base)
+    if isinstance(base, nn.Embedding) and type(base).forward is not nn.Embedding.forward:
+        return _why_not_embedding(base)
     if isinstance(base, nn.MultiheadAttention):
         same = base._qkv_same_embed_dim and isinstance(base.out_proj, nn.Linear | BaseTunerLayer)
         return None if same else "its query, key and value have different widths. Choose other targets."
@@ -130,6 +133,18 @@ def _linear_widths(base: nn.Module) -> tuple[int, int]:
     assert isinstance(base.weight, Tensor)
     rows, columns = getattr(base.weight, "ds_shape", base.weight.shape)
     return int(rows), int(columns)
+
+
+def _why_not_embedding(base: nn.Embedding) -> str | None:
+    """Scaled word embeddings (Gemma's) are known to PEFT; others change what is looked up, or what was found."""
+    names = list(inspect.signature(type(base).forward).parameters)[1:]
+    if hasattr(base, "embed_scale") and len(names) == 1:
+        return None
+    return (
+        f"it is {type(base).__module__}.{type(base).__name__}, an embedding whose forward pass ({', '.join(names)}) is "
+        "not that of torch.nn.Embedding: an adapter would look up other rows, or be added in another place than the "
+        "weight. Choose other targets, or train it whole (modules_to_save)."
+    )
 
 
 def _why_not_convolution(base: nn.Conv2d) -> str | None:

@@ -19,6 +19,7 @@ from mm_moslora.adapters.config import MoSLoRAConfig, unmatched_patterns
 from mm_moslora.adapters.inject import named_adapter_layers
 from mm_moslora.adapters.layer import MoSLoRALayer
 from mm_moslora.adapters.load import set_values
+from mm_moslora.adapters.never_called import why_never_called
 from mm_moslora.adapters.state import OWN_WEIGHTS, named_as_modules
 from mm_moslora.adapters.tied import untie
 from mm_moslora.errors import AdapterError, suggestion
@@ -36,6 +37,7 @@ def guard_peft() -> None:
     - `PeftModel.save_pretrained` of adapters with mixers says what it could not write.
     - `PeftModel.load_adapter` into a MoSLoRA adapter that is there (what trainers call to go on from a checkpoint, or
       to load the best one) reads A, M and B: the folded factors are right, but no place to go on from.
+    - targets whose weight is read in place, and embeddings that look up something else, are refused.
     - an injection that fails halfway is taken back.
     - `reduce_intruder_dimension` writes A and B beside a mixer that it does not know: it refuses.
     - merging into a weight that other modules share would change them, too: such weights are untied first.
@@ -177,6 +179,12 @@ def _existing(original: Callable[..., None]) -> Callable[..., None]:
                 "cannot hold a mixer. Load that adapter with mm_moslora.adapters.load_adapter, or add the MoSLoRA "
                 "adapter first."
             )
+        parent: Any = rest.get("parent") or next((item for item in args if isinstance(item, nn.Module)), None)
+        trains = isinstance(lora_config, MoSLoRAConfig) and not lora_config.inference_mode
+        if trains and not isinstance(parent, nn.MultiheadAttention):  # whose out_proj PEFT adapts with the whole
+            reason = why_never_called(parent, path.rpartition(".")[2])
+            if reason:
+                raise AdapterError(f"Target {path!r} cannot carry MoSLoRA: {reason}")
         original(self, lora_config, adapter_name, target, *args, **rest)
 
     return create

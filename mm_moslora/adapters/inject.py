@@ -24,6 +24,7 @@ from mm_moslora.adapters.config import MoSLoRAConfig, check_expression, unmatche
 from mm_moslora.adapters.dispatch import why_not_adaptable
 from mm_moslora.adapters.layer import MoSLoRALayer
 from mm_moslora.adapters.mixer import Mixer
+from mm_moslora.adapters.never_called import why_never_called
 from mm_moslora.adapters.siblings import link_siblings
 from mm_moslora.errors import AdapterError, suggestion
 
@@ -223,13 +224,8 @@ def _head_modules(model: nn.Module) -> set[int]:
 
 
 def _why_never_called(path: str, modules: dict[str, nn.Module]) -> str | None:
-    parent = modules.get(path.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        return (
-            "torch.nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter here would do "
-            "nothing. Choose other targets."
-        )
-    return None
+    parent, _, name = path.rpartition(".")
+    return why_never_called(modules.get(parent), name)
 
 
 def _linear_names(modules: dict[str, nn.Module]) -> str:

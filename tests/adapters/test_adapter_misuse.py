@@ -10,10 +10,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers as t
 from adapters.adapter_models import IDS, llama, logits, train_a_bit
 from torch import nn
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, hot_swap, load_adapter, merge, save_adapter
+from mm_moslora.adapters.inject import resolve_targets
 from mm_moslora.errors import AdapterError
 
 NAMES = ["q_proj", "v_proj"]
@@ -222,3 +224,82 @@ def test_pefts_own_loading_trains_on_with_the_mixers_where_it_is_given_the_confi
     model = peft.PeftModel.from_pretrained(llama(), saved, config=own, is_trainable=True)
     assert torch.equal(logits(model), logits(load_adapter(llama(), saved)))
     assert sum("lora_mixer" in name and p.requires_grad for name, p in model.named_parameters()) == 4
+
+
+def mamba(kind: str) -> t.PreTrainedModel:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 1}
+    if kind == "mamba":
+        return t.MambaForCausalLM(t.MambaConfig(**sizes))
+    return t.FalconMambaForCausalLM(t.FalconMambaConfig(**sizes))
+
+
+WAYS = {
+    "add_moslora": lambda model, targets: add_moslora(model, config(target_modules=None), targets=targets),
+    "get_peft_model": lambda model, targets: peft.get_peft_model(model, config(target_modules=targets)),
+}
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon mamba"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_layer_whose_weight_is_read_without_a_call_is_refused(kind: str, way: str) -> None:
+    """Its adapter got no gradient, and merging it changed the model."""
+    model = mamba(kind)
+    names = list(model.state_dict())
+    with pytest.raises(AdapterError, match=r"mixer\.dt_proj' cannot carry MoSLoRA: .*MambaMixer reads .* never calls"):
+        WAYS[way](model, ["in_proj", "dt_proj"])
+    assert list(model.state_dict()) == names
+    assert not any("dt_proj" in path for path in resolve_targets(model))
+
+
+class ReadsInPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.called, self.handed_on, self.both = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x.to(self.called.weight.dtype))
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (self.called, self.handed_on):
+            x = layer(x)
+        return self.both(nn.functional.linear(x, self.read.weight, self.read.bias)) + self.both.weight.sum()
+
+
+def test_code_tells_which_layers_are_read_in_place() -> None:
+    assert resolve_targets(nn.Sequential(ReadsInPlace())) == ["0.called", "0.handed_on", "0.both"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_embeddings_that_look_up_something_else_are_refused(way: str) -> None:
+    """They took an adapter and ended the first step with a traceback."""
+    model = t.OPTForCausalLM(
+        t.OPTConfig(
+            vocab_size=64,
+            hidden_size=32,
+            ffn_dim=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            word_embed_proj_dim=32,
+        )
+    )
+    names = list(model.state_dict())
+    with pytest.raises(AdapterError, match=r"embed_positions'? cannot carry .*forward pass \(attention_mask, .*rows"):
+        WAYS[way](model, ["embed_positions", "q_proj"])
+    assert list(model.state_dict()) == names
+    train_a_bit(WAYS[way](model, ["embed_tokens"]))
+
+
+def test_scaled_word_embeddings_take_adapters() -> None:
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+    }
+    gemma = t.Gemma3ForCausalLM(t.Gemma3TextConfig(vocab_size=64, num_key_value_heads=1, **sizes))
+    model = add_moslora(gemma.eval(), config(target_modules=["embed_tokens"]))
+    train_a_bit(model)
+    live = logits(model.eval())
+    torch.testing.assert_close(logits(merge(model)), live, rtol=0, atol=1e-5)
