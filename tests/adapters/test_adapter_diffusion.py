@@ -10,13 +10,16 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import peft
 import pytest
 import torch
 from preloaded import Preloaded
 
 pytest.importorskip("diffusers")
 
-from mm_moslora.adapters import load_adapter
+import diffusers
+
+from mm_moslora.adapters import MoSLoRAConfig, add_moslora, export_adapter, load_adapter, merge, save_adapter
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -121,7 +124,6 @@ def test_an_unknown_recipe_key_is_an_error(dreambooth: ModuleType, tmp_path: Pat
 
 def _tiny_sdxl(folder: Path) -> Path:
     """An SDXL pipeline of a few thousand parameters, in the files of the real one."""
-    import diffusers
     import transformers
 
     torch.manual_seed(0)
@@ -159,7 +161,6 @@ def _tiny_sdxl(folder: Path) -> Path:
 def test_the_sdxl_script_trains_a_tiny_sdxl_and_the_stock_pipeline_draws_the_same(
     dreambooth: ModuleType, tmp_path: Path
 ) -> None:
-    import diffusers
     from PIL import Image
 
     model = _tiny_sdxl(tmp_path / "sdxl")
@@ -189,3 +190,67 @@ def test_the_sdxl_script_trains_a_tiny_sdxl_and_the_stock_pipeline_draws_the_sam
     before, by_diffusers, by_us = (draw(pipeline) for pipeline in (plain, stock, ours))
     assert (by_us - before).abs().max() > 1e-3
     torch.testing.assert_close(by_diffusers, by_us, atol=1e-5, rtol=0)
+
+
+def _sd3() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
+        pos_embed_max_size=8, qk_norm="rms_norm", dual_attention_layers=(0,),
+    ).eval()  # fmt: skip
+
+
+def _pixart() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
+        cross_attention_dim=16, sample_size=8, patch_size=2, caption_channels=16, use_additional_conditions=False,
+    ).eval()  # fmt: skip
+
+
+def _call(model: torch.nn.Module, *, pooled: bool) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    given = {
+        "hidden_states": torch.randn(2, 4, 8, 8, generator=generator), "timestep": torch.tensor([10.0, 500.0]),
+        "encoder_hidden_states": torch.randn(2, 5, 16, generator=generator),
+    }  # fmt: skip
+    if pooled:
+        return model(**given, pooled_projections=torch.randn(2, 16, generator=generator)).sample
+    return model(**given, added_cond_kwargs={"resolution": None, "aspect_ratio": None}).sample
+
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+JOINT = [*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj"]
+
+
+@pytest.mark.parametrize(("make", "targets"), [(_sd3, JOINT), (_pixart, ATTENTION)])
+def test_transformers_of_sd3_and_pixart_train_and_stock_libraries_give_the_same(make, targets, tmp_path: Path) -> None:
+    pooled = make is _sd3
+    config = MoSLoRAConfig(r=4, lora_alpha=8, rank_pattern={"to_q": 2}, alpha_pattern={"to_k": 3})
+    model = add_moslora(make(), config, targets=targets)
+    optimizer = torch.optim.AdamW([item for item in model.parameters() if item.requires_grad], lr=3e-2)
+    for _ in range(2):
+        (_call(model.train(), pooled=pooled) - 1).square().mean().backward()
+        assert all(item.grad is not None for item in model.parameters() if item.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    save_adapter(model.eval(), tmp_path / "adapter")
+    with torch.no_grad():
+        live = _call(model, pooled=pooled)
+        assert (live - _call(make(), pooled=pooled)).abs().max() > 1e-2
+        read = {
+            "ours": load_adapter(make(), tmp_path / "adapter"),
+            "folded": merge(load_adapter(make(), tmp_path / "adapter")),
+            "PEFT": peft.PeftModel.from_pretrained(make(), tmp_path / "adapter").eval(),
+        }  # fmt: skip
+        if pooled:  # diffusers' PixArt loads no LoRA; PEFT does
+            export_adapter(tmp_path / "adapter", tmp_path / "out", layout="diffusers", component="transformer")
+            read["diffusers"] = base = make()
+            others = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3")
+            diffusers.StableDiffusion3Pipeline(
+                transformer=base, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), tokenizer_3=None,
+                **dict.fromkeys(others),
+            ).load_lora_weights(tmp_path / "out")  # fmt: skip
+        for name, other in read.items():
+            torch.testing.assert_close(_call(other, pooled=pooled), live, atol=1e-5, rtol=0, msg=name)
