@@ -19,9 +19,11 @@ def why_never_called(parent: nn.Module | None, name: str) -> str | None:
         parent: the module that holds the layer.
         name: of the layer in it.
     """
-    if parent is None or not (isinstance(parent, nn.MultiheadAttention) or name in _read_in_place(type(parent))):
+    if parent is None:
         return None
-    kind = type(parent)
+    kind: Any = type(parent)
+    if not (isinstance(parent, nn.MultiheadAttention) or name in _read_in_place(kind)):
+        return None
     where = "torch.nn" if isinstance(parent, nn.MultiheadAttention) else kind.__module__
     return (
         f"{where}.{kind.__name__} reads this layer's weight and never calls it, so an adapter here would do nothing in "
@@ -30,7 +32,7 @@ def why_never_called(parent: nn.Module | None, name: str) -> str | None:
 
 
 @functools.cache
-def _read_in_place(kind: type[nn.Module]) -> frozenset[str]:
+def _read_in_place(kind: Any) -> frozenset[str]:
     """Names of the children that a class reads in place.
 
     transformers declares them where it matters for offloading (`force_accelerate_hooks`: dt_proj of Mamba). Otherwise
@@ -50,7 +52,7 @@ def _read_in_place(kind: type[nn.Module]) -> frozenset[str]:
     return frozenset(declared | (weights - others))
 
 
-def _methods(kind: type[nn.Module]) -> Iterator[ast.AST]:
+def _methods(kind: Any) -> Iterator[ast.AST]:
     """Syntax trees of `forward` and of the methods that it calls, and these; none where there is no source."""
     todo, seen = ["forward"], {"forward"}
     while todo:
@@ -62,25 +64,22 @@ def _methods(kind: type[nn.Module]) -> Iterator[ast.AST]:
         if tree is None:
             continue
         yield tree
-        found = {
-            node.attr for node in ast.walk(tree) if _is_own(node) and inspect.isfunction(getattr(kind, node.attr, None))
-        }
+        found = {node.attr for node in _own(tree) if inspect.isfunction(getattr(kind, node.attr, None))}
         todo += sorted(found - seen)
         seen |= found
 
 
-def _is_own(node: ast.AST) -> bool:
-    """Whether it is `self.something`."""
-    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+def _own(tree: ast.AST) -> Iterator[ast.Attribute]:
+    """Every `self.something`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+            yield node
 
 
 def _sort_uses(tree: ast.AST, weights: set[str], others: set[str]) -> None:
     """Add the children whose weight is computed with to `weights`, and those used in any other way to `others`."""
     around = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-    for node in ast.walk(tree):
-        if not _is_own(node):
-            continue
-        assert isinstance(node, ast.Attribute)
+    for node in _own(tree):
         use = around[node]
         if not isinstance(use, ast.Attribute):
             others.add(node.attr)  # called, or handed on to something that may call it

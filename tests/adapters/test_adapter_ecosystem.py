@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import disk_offload
 from adapters.adapter_models import IDS, llama, logits, train_a_bit
+from peft import optimizers
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -336,7 +337,7 @@ def test_lora_plus_with_8_bit_states_trains_mixers_at_the_rate_of_a(form: dict, 
     targets = ["q_proj", "down_proj", "embed_tokens"]
     config = MoSLoRAConfig(r=32, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM", **form)
     model = add_moslora(llama(hidden_size=128), config)
-    optimizer = peft.optimizers.create_loraplus_optimizer(model, bnb.optim.AdamW8bit, lr=1e-3, loraplus_lr_ratio=16)
+    optimizer = optimizers.create_loraplus_optimizer(model, bnb.optim.AdamW8bit, lr=1e-3, loraplus_lr_ratio=16)
     rate = {id(item): group["lr"] for group in optimizer.param_groups for item in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
