@@ -100,7 +100,7 @@ def test_a_signal_stops_all_ranks_at_the_same_step(number, rank, undisturbed, pa
     assert hexed(tmp_path / "run") == hexed(undisturbed)
 
 
-def test_no_operator_is_built_on_a_cpu_and_a_stale_lock_does_not_hang_a_run(parts, ranks, tmp_path):
+def test_no_operator_of_deepspeeds_is_built_on_a_cpu_and_a_stale_lock_does_not_hang_a_run(parts, ranks, tmp_path):
     lock = tmp_path / "cache" / "py311" / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
@@ -108,7 +108,8 @@ def test_no_operator_is_built_on_a_cpu_and_a_stale_lock_does_not_hang_a_run(part
     recipes = [make_recipe(parts, tmp_path / zero, zero, steps=1) for zero in (*STAGES, *OFFLOADED)]
     group = ranks.run(["faults:no_builds", str(tmp_path / "cache"), *map(write, recipes)])
     assert f"rm {lock}" in group.output(0)
-    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [lock]
+    built = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert [path for path in built if not path.name.startswith("kernels-")] == [lock]  # ours are built once, see native
 
 
 def test_a_bug_of_one_rank_is_reported_by_the_others(parts, ranks, tmp_path):

@@ -92,11 +92,14 @@ def test_a_signal_that_a_library_swallows_while_it_loads_is_obeyed_by_the_loop(n
 def test_what_is_forked_while_a_run_loads_ends_quietly_and_the_run_goes_on(tmp_path):
     """A pool ends its processes by SIGTERM."""
     stop = StopRequest()
+    ready, told = os.pipe()
     with stop.at_once():
         child = os.fork()
         if child == 0:
+            os.write(told, b".")  # Python forgets what a process is told while it is forked
             while True:
                 time.sleep(1)
+        assert os.read(ready, 1) == b"."
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
     assert not stop.received
