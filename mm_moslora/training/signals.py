@@ -16,6 +16,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _ONE_REQUEST_SECONDS = 3.0
 """Signals so close to the first are the same request: terminals and schedulers tell whole groups of processes, the
 launchers hand on what they hear, and that of DeepSpeed sends SIGINT and SIGTERM."""
+_AGAIN_SECONDS = 30.0
+"""What was raised where Python or a library swallows it (in a finaliser, say) is raised once more after these."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -36,6 +38,7 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)  # what was swallowed before is obeyed here
         self._previous = _heard_by(self._remember)
         return self
 
@@ -56,14 +59,18 @@ class StopRequest:
         def leave(number: int, frame: FrameType | None) -> None:
             if os.getpid() != process:  # a process that prepares data, forked from this one
                 os._exit(128 + number)
-            self.received = self.received or number  # a library may swallow what is raised; then the loop obeys
+            self.received = self.received or number
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
             raise Stopped
 
         alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
         previous = _heard_by(leave, unless_ignored=True) if alone else {}
+        if previous:
+            previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, leave)
         try:
             yield
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
             _put_back(previous)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

@@ -89,6 +89,23 @@ def test_a_signal_that_a_library_swallows_while_it_loads_is_obeyed_by_the_loop(n
     assert result.checkpoint.is_dir()
 
 
+def test_what_was_swallowed_is_raised_again(monkeypatch):
+    monkeypatch.setattr(signals, "_AGAIN_SECONDS", 0.05)
+    stop, before = StopRequest(), signal.getsignal(signal.SIGALRM)
+
+    def load() -> None:
+        with stop.at_once():
+            with contextlib.suppress(BaseException):
+                signal.raise_signal(signal.SIGTERM)
+            time.sleep(60)
+
+    with pytest.raises(signals.Stopped):
+        load()
+    assert stop.received == signal.SIGTERM
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    assert signal.getsignal(signal.SIGALRM) is before
+
+
 def test_what_is_forked_while_a_run_loads_ends_quietly_and_the_run_goes_on(tmp_path):
     """A pool ends its processes by SIGTERM."""
     stop = StopRequest()
