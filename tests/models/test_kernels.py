@@ -81,7 +81,7 @@ def test_what_cannot_go_together_is_refused() -> None:
 @needs_liger
 def test_without_the_interpreter_a_cpu_has_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert choose_kernels("auto", CPU).words == "PyTorch's (Triton does not run on cpu)"
+    assert liger.why_not_liger(CPU) == "Triton does not run on cpu"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
     assert "needs compute capability 7.0, and the GPU has 6.1" in choose_kernels("auto", torch.device("cuda")).words
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
