@@ -131,8 +131,8 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     precision = distributed.from_main(resolve_precision(recipe.train.precision))  # hosts may differ
     if checkpoint is None:
         refuse_without_effect(recipe.model)
-    compiles = recipe.train.compile is not None
-    kernels = choose_kernels("torch" if compiles else recipe.model.kernels, distributed.device())
+    in_use = recipe.model.lean_layers and recipe.train.compile is None  # ours would be compiled for nothing
+    kernels = choose_kernels(recipe.model.kernels if in_use else "torch", distributed.device())
     parts = recipe.model if checkpoint is None else seen_from(recipe.model, checkpoint)
     model_start, adapter_start = parts, recipe.adapter
     if checkpoint is not None:

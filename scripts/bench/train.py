@@ -62,6 +62,7 @@ from yardstick import YARDSTICK, Contender, Setting
 
 from mm_moslora.data.sampler import deal, plan_epoch
 from mm_moslora.machine import keep_memory
+from mm_moslora.models.kernels import choose_kernels
 from mm_moslora.training.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -310,7 +311,8 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     peers = ["trl"] if importlib.util.find_spec("trl") is not None else []
     opening = head("train", "transformers", "peft", *peers, device=setting.device)
-    opening |= {"width": setting.width, "layers": setting.layers}
+    kernels = choose_kernels("auto", torch.device(setting.device)).words
+    opening |= {"width": setting.width, "layers": setting.layers, "kernels": kernels}
     rounds = options.rounds or (3 if options.quick else 5)
     rows = Rows(options.rows, settings_of(opening, rounds=rounds))
     if rows.find(case="padding") is None:
