@@ -20,7 +20,7 @@ from typing import Any
 from mm_moslora.errors import MoSLoRAError
 from mm_moslora.machine import CPUINFO, extensions_folder
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+FOLDER = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared")
 SECONDS = 300
@@ -39,7 +39,7 @@ _ARGUMENTS = {
         _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG, _INT,
     ),
 }  # fmt: skip
-"""What each function of the source takes."""
+"""What each function of the sources takes."""
 DTYPES = ("full", "half")
 """How the functions of float32 and of bfloat16 end."""
 
@@ -69,7 +69,7 @@ class Library:
                 function.argtypes, function.restype = arguments, None
 
     def __getitem__(self, name: str) -> Any:
-        """A function by its name in the source, such as `gated_half`."""
+        """A function by its name in the sources, such as `gated_half`."""
         return self._functions[name]
 
 
@@ -100,7 +100,8 @@ def _fingerprint(compiler: str) -> str:
     """Of all that decides what comes out of the compiler: hosts may share a folder and differ in their processors."""
     lines = CPUINFO.read_text().splitlines() if CPUINFO.is_file() else []
     kinds = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-    parts = (SOURCE.read_text(), compiler, *FLAGS, platform.machine(), sys.platform, *kinds)
+    sources = (path.read_text() for path in sorted((*FOLDER.glob("*.h"), *FOLDER.glob("*.cpp"))))
+    parts = (*sources, compiler, *FLAGS, platform.machine(), sys.platform, *kinds)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -110,7 +111,7 @@ def _compile(compiler: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder, path.name)
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+            command = [compiler, *FLAGS, *map(str, sorted(FOLDER.glob("*.cpp"))), "-o", str(made)]
             try:
                 _run([*command, "-fopenmp"])
             except NativeError:

@@ -171,7 +171,7 @@ def test_a_processor_without_avx2_is_a_reason(fresh: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        ("echo 'kernels.cpp:1: error: no such flag' >&2; exit 1", "fails (kernels.cpp:1: error: no such flag)"),
+        ("echo 'passes.cpp:1: error: no such flag' >&2; exit 1", "fails (passes.cpp:1: error: no such flag)"),
         ("exit 3", "fails (exit code 3)"),
         ('while [ "$1" != -o ]; do shift; done; echo nothing > "$2"', "does not load"),
     ],
