@@ -18,6 +18,7 @@ from mm_moslora.models.attention import set_attention, training_attention
 from mm_moslora.models.elementwise import EAGER, Elementwise
 from mm_moslora.models.kernels import Kernels, use_kernels
 from mm_moslora.models.lean import use_lean_layers
+from mm_moslora.models.native_passes import NATIVE
 from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.training.loop import train
 
@@ -69,7 +70,14 @@ def lean_model(family: str, dtype: torch.dtype) -> t.PreTrainedModel:
 
 
 def use(model: t.PreTrainedModel, passes: Elementwise) -> None:
-    assert use_kernels(model, Kernels(passes=passes, words="", required="them")) == SIZES["num_hidden_layers"]
+    kernels = Kernels(passes=passes, words="ours", required="them", attention=passes is NATIVE)
+    assert f"of {SIZES['num_hidden_layers']} lean decoder layers" in use_kernels(model, kernels)
+
+
+def error(gradients: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    """Relative, the root of the mean square over all tensors."""
+    relative = [((gradients[name] - right).norm() / right.norm()).square() for name, right in exact.items()]
+    return float(torch.stack(relative).mean().sqrt())
 
 
 def batch() -> Batch:
@@ -178,17 +186,20 @@ class PassChecks:
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_in_bf16_a_lean_model_is_as_near_to_fp32_as_with_eager_passes(self, family: str) -> None:
-        model = lean_model(family, torch.bfloat16)
-        eager, ours = loss_and_gradients(model, EAGER), loss_and_gradients(model, self.passes)
-        wide = loss_and_gradients(model.float(), EAGER)
-        assert ours[0] == pytest.approx(wide[0], rel=5e-3)
-
-        def error(gradients: dict[str, torch.Tensor]) -> float:
-            relative = [((gradients[name] - exact).norm() / exact.norm()).square() for name, exact in wide[1].items()]
-            return float(torch.stack(relative).mean().sqrt())
-
-        # The ratio is a draw of roundings: 0.50 to 1.23 over 24 models, 0.98 in the mean.
-        assert 1e-4 < error(ours[1]) <= 1.5 * error(eager[1])
+        ratios = []
+        for seed in range(4):
+            model = lean_model(family, torch.bfloat16)
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.05 * parameter.abs() * torch.randn_like(parameter))
+            eager, ours = loss_and_gradients(model, EAGER), loss_and_gradients(model, self.passes)
+            wide = loss_and_gradients(model.float(), EAGER)
+            assert ours[0] == pytest.approx(wide[0], rel=5e-3)
+            assert error(ours[1], wide[1]) > 1e-4
+            ratios.append(error(ours[1], wide[1]) / error(eager[1], wide[1]))
+        # A ratio is a draw of roundings: 0.60 to 2.04 over 96 models, 1.00 in the mean.
+        assert sum(ratios) / len(ratios) <= 1.4
 
     def test_a_run_has_the_numbers_of_one_on_torch(
         self,

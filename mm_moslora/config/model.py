@@ -116,9 +116,9 @@ class ModelConfig:
     lean_layers: bool = True
     """Let decoder layers of known families keep less for the backward pass; the numbers stay the same."""
     kernels: Literal["auto", "torch", "liger", "native"] = "auto"
-    """What runs between the matrix products of lean layers: Liger's Triton kernels, ours for CPUs (native), or
-    PyTorch's own. auto: Liger's on a GPU where liger-kernel is installed, ours on a CPU where a C++ compiler is. With
-    `train.compile` PyTorch's are compiled instead."""
+    """What runs between the matrix products of lean layers: Liger's Triton kernels, ours for CPUs (native; attention,
+    too), or PyTorch's own. auto: Liger's on a GPU where liger-kernel is installed, ours on a CPU where a C++ compiler
+    is. With `train.compile` PyTorch's are compiled instead."""
 
     def __post_init__(self) -> None:
         require(
@@ -156,7 +156,7 @@ class ModelConfig:
             "model.faithful is set; it means LLaVA's token ids, so set model.chat_template to one of LLaVA's.",
         )
         require(
-            self.lean_layers or self.kernels in ("auto", "torch"),
+            self.lean_layers or self.kernels != "liger",
             f"model.kernels is {self.kernels!r}, but model.lean_layers is false, and such kernels run in lean layers "
             "alone. Set lean_layers: true, or kernels: auto.",
         )

@@ -3,10 +3,11 @@
 Shapes: ``H`` heads, ``S`` tokens of the whole row, ``E`` head width.
 
 A dense block-diagonal mask costs the square of the whole row; a loop over segments costs the sum of the squares and
-was measured 2.4 times faster on a CPU, where a segment's attention is written as matrix products where these are faster
-than PyTorch's kernel. On CUDA,
-flash-attention's variable-length kernel is used when it is installed (transformers passes it `cu_seq_lens_*`), and
-otherwise PyTorch's own where there is one (`varlen_attn`; half precision, compute capability 8.0 or more).
+was measured 2.4 times faster on a CPU. There, our kernel takes all segments in one call where a model is to use it
+(`native_attention`); without it a segment's attention is written as matrix products where these are faster than
+PyTorch's kernel. On CUDA, flash-attention's variable-length kernel is used when it is installed (transformers passes it
+`cu_seq_lens_*`), and otherwise PyTorch's own where there is one (`varlen_attn`; half precision, compute capability 8.0
+or more).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from mm_moslora.models import native_attention
 from mm_moslora.models.attention_products import (
     attend,
     attend_backward,
@@ -79,7 +81,7 @@ def segment_attention(
         longest = max(segment_lengths)
         return kernel(*rows, ends, ends, longest, longest, **options).unsqueeze(0), None
     if query.device.type in ("cpu", "meta") and not (windowed or dropout):
-        return _on_cpu(query, key, value, scaling, segment_lengths, causal=True), None
+        return _on_cpu(module, query, key, value, scaling, segment_lengths, causal=True), None
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     outputs = []
@@ -128,7 +130,7 @@ def picture_attention(
     scaling: float | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Attention among all patches of a picture; transformers' own except where products are faster (half precision).
+    """Attention among all patches of a picture; transformers' own except where ours is faster on a CPU.
 
     Args:
         module: the attention layer; says whether it is causal.
@@ -145,20 +147,32 @@ def picture_attention(
     """
     causal = getattr(module, "is_causal", True) if rest.get("is_causal") is None else rest["is_causal"]
     plain = attention_mask is None and not dropout and not causal and query.shape == key.shape
-    if query.device.type != "cpu" or query.dtype.itemsize != 2 or not plain or not products_are_faster(query[0]):
-        given = {"dropout": dropout, "scaling": scaling, **rest}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
     pictures, _, patches, _ = query.shape
-    q, k, v = (tensor.flatten(0, 1)[None] for tensor in (query, key, value))  # heads of all pictures beside each other
-    output = _on_cpu(q, k, v, scaling, (patches,), causal=False)
-    return output[0].unflatten(1, (pictures, -1)).transpose(0, 1), None
+    if plain and query.device.type == "cpu":
+        # Patches of all pictures behind each other.
+        q, k, v = (tensor.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for tensor in (query, key, value))
+        lengths = (patches,) * pictures
+        by_products = query.dtype.itemsize == 2 and products_are_faster(query[0])
+        if by_products or native_attention.runs_native(module, q, k, v, pictures):
+            return _on_cpu(module, q, k, v, scaling, lengths, causal=False).unflatten(1, (pictures, -1))[0], None
+    given = {"dropout": dropout, "scaling": scaling, **rest}
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
 
 
 def _on_cpu(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, lengths: tuple[int, ...], *, causal: bool
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    lengths: tuple[int, ...],
+    *,
+    causal: bool,
 ) -> Tensor:
     """Attention within each segment; ``[1, S, H, E]`` from ``[1, H, S, E]``."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if native_attention.runs_native(module, query, key, value, len(lengths)):
+        return native_attention.attend(query, key, value, scale, lengths, causal=causal)
     learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     return _CpuSegments.apply(query, key, value, scale, lengths, causal, learns)  # type: ignore[no-any-return]
 

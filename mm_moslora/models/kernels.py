@@ -1,4 +1,4 @@
-"""Which kernels run between the matrix products of lean decoder layers: PyTorch's, Liger's on a GPU, ours on a CPU."""
+"""Which kernels run: PyTorch's, Liger's between the matrix products of lean decoder layers on a GPU, ours on a CPU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mm_moslora.errors import ConfigError
 from mm_moslora.liger import LIGER_RANGE, installed_liger, why_not_liger
 from mm_moslora.models.elementwise import EAGER, Elementwise
 from mm_moslora.models.lean import LeanLayer
+from mm_moslora.models.native_attention import use_native_attention
 from mm_moslora.models.native_passes import NATIVE
 from mm_moslora.native import NativeError, library
 
@@ -25,14 +26,17 @@ class Kernels:
     """Whose they are, and why where that was not the recipe's word."""
     required: str | None = None
     """What the recipe insists on."""
+    attention: bool = False
+    """Whether attention is to run on ours."""
 
 
-def choose_kernels(wanted: str, device: torch.device) -> Kernels:
+def choose_kernels(wanted: str, device: torch.device, *, lean: bool = True) -> Kernels:
     """Liger's kernels or ours where they can run, else PyTorch's. Ours are compiled to know it.
 
     Args:
         wanted: auto, torch, liger or native.
         device: that the model will be on.
+        lean: whether lean layers will run them; otherwise there is attention alone.
 
     Raises:
         ConfigError: liger or native is asked for and cannot run.
@@ -41,13 +45,14 @@ def choose_kernels(wanted: str, device: torch.device) -> Kernels:
         return Kernels(passes=EAGER, words="PyTorch's")
     required = wanted if wanted in _WHERE else None
     reason = why_not_liger(device)
-    if wanted != "native" and reason is None:
+    if lean and wanted != "native" and reason is None:
         from mm_moslora.models.liger_passes import LIGER
 
         return Kernels(passes=LIGER, words=f"Liger's (liger-kernel {installed_liger()})", required=required)
     if wanted == "native" or (wanted == "auto" and device.type == "cpu"):
         try:
-            return Kernels(passes=NATIVE, words=_ours(device), required=required)
+            words = _ours(device)
+            return Kernels(passes=NATIVE if lean else EAGER, words=words, required=required, attention=True)
         except NativeError as error:
             reason = str(error)
     if required is not None:
@@ -76,25 +81,30 @@ def _ours(device: torch.device) -> str:
     return f"ours for CPUs ({library().compiler})"
 
 
-def use_kernels(model: PreTrainedModel, kernels: Kernels) -> int:
-    """Have the lean layers of a model run on these kernels, in place.
+def use_kernels(model: PreTrainedModel, kernels: Kernels, *, lean: bool = True) -> str:
+    """Have a model run on these kernels, in place: its lean layers, where it has any, and attention.
 
     Args:
         model: that `mm_moslora.models.lean.use_lean_layers` has seen.
         kernels: from `choose_kernels`.
+        lean: as for `choose_kernels`.
 
     Returns:
-        How many layers are lean.
+        What runs on them, in words; nothing where nothing does.
 
     Raises:
-        ConfigError: none, and the recipe insists on such kernels.
+        ConfigError: nothing does, and the recipe insists on such kernels.
     """
-    lean = [layer for layer in getattr(model.get_decoder(), "layers", ()) if isinstance(layer, LeanLayer)]
-    for layer in lean:
+    use_native_attention(model, on=kernels.attention)
+    changed = [layer for layer in getattr(model.get_decoder(), "layers", ()) if lean and isinstance(layer, LeanLayer)]
+    for layer in changed:
         layer.passes = kernels.passes
-    if kernels.required and not lean:
+    if kernels.required and not changed and not kernels.attention:
         raise ConfigError(
             f"model.kernels is {kernels.required!r}, but {type(model).__name__} has no lean decoder layers, and such "
             "kernels run in these alone (Llama, Mistral, Qwen2, Qwen3). Set model.kernels to auto."
         )
-    return len(lean)
+    places = ["of attention"] if kernels.attention else []
+    if changed:
+        places.insert(0, f"between the products of {len(changed)} lean decoder layers")
+    return f"The kernels {' and '.join(places)} are {kernels.words}." if places else ""

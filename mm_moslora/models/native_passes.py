@@ -21,7 +21,7 @@ SUFFIXES = {torch.float32: "full", torch.bfloat16: "half"}
 
 def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `elementwise.normalise`."""
-    if not _fits(x, weight):
+    if not fits(x, weight):
         return EAGER.normalise(x, weight, eps)
     x, weight = _rows(x), weight.contiguous()
     y, inverse = x.new_empty(x.shape), x.new_empty(x.shape[0], 1, dtype=torch.float32)
@@ -31,7 +31,7 @@ def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def normalised(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     """See `elementwise.normalised`."""
-    if not _fits(x, weight):
+    if not fits(x, weight):
         return EAGER.normalised(x, weight, inverse)
     x, weight, inverse = _rows(x), weight.contiguous(), inverse.contiguous()
     y = x.new_empty(x.shape)
@@ -41,7 +41,7 @@ def normalised(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
 
 def normalise_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     """See `elementwise.normalise_backward`."""
-    if not _fits(x, grad, weight):
+    if not fits(x, grad, weight):
         return EAGER.normalise_backward(grad, x, weight, inverse)
     grad, x, weight, inverse = _rows(grad), _rows(x), weight.contiguous(), inverse.contiguous()
     dx = x.new_empty(x.shape)
@@ -54,7 +54,7 @@ def normalise_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor)
 
 def gated(e: Tensor, g: Tensor) -> Tensor:
     """See `elementwise.gated`."""
-    if not _fits(e, g):
+    if not fits(e, g):
         return EAGER.gated(e, g)
     e, g = e.contiguous(), g.contiguous()
     h = torch.empty_like(e)
@@ -64,12 +64,12 @@ def gated(e: Tensor, g: Tensor) -> Tensor:
 
 def regated(e: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """See `elementwise.regated`; nothing is handed over."""
-    return (gated(e, g), e.new_empty(0)) if _fits(e, g) else EAGER.regated(e, g)
+    return (gated(e, g), e.new_empty(0)) if fits(e, g) else EAGER.regated(e, g)
 
 
 def gated_backward(grad: Tensor, e: Tensor, g: Tensor, activated: Tensor) -> tuple[Tensor, Tensor]:
     """See `elementwise.gated_backward`; the gradient of e takes the place of `grad`."""
-    if not _fits(e, g, grad):
+    if not fits(e, g, grad):
         return EAGER.gated_backward(grad, e, g, activated)
     grad, e, g = grad.contiguous(), e.contiguous(), g.contiguous()
     of_g = torch.empty_like(g)
@@ -79,7 +79,7 @@ def gated_backward(grad: Tensor, e: Tensor, g: Tensor, activated: Tensor) -> tup
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See `elementwise.rotated`."""
-    if not _fits(x, cos, sin):
+    if not fits(x, cos, sin):
         return EAGER.rotated(x, cos, sin)
     x, cos, sin = (tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in (x, cos, sin))
     y = x.new_empty(x.shape)
@@ -90,7 +90,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-def _fits(*tensors: Tensor) -> bool:
+def fits(*tensors: Tensor) -> bool:
+    """Whether kernels can take them: one dtype that they know, on a CPU, with no mode that looks at every operator."""
     first = tensors[0].dtype
     alike = all(tensor.dtype == first and tensor.device.type == "cpu" for tensor in tensors)
     return alike and first in SUFFIXES and torch._C._len_torch_dispatch_stack() == 0

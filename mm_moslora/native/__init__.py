@@ -1,6 +1,7 @@
 """Kernels of ours for CPUs, in C++, compiled once for the machine that they run on where a compiler is, never required.
 
-`mm_moslora.models.native_passes` calls them with tensors; they run in lean decoder layers.
+`mm_moslora.models.native_passes` calls them with tensors between the products of lean decoder layers, and
+`mm_moslora.models.native_attention` for attention.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ SECONDS = 300
 """What a compilation may take; it takes two or three."""
 
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_HEADS = (_POINTER, _LONG, _LONG)
+_ATTENTION = (_POINTER, _LONG, _LONG, _LONG, _LONG, _FLOAT, _INT, _INT)
 _ARGUMENTS = {
+    "attend": (*_HEADS * 4, _POINTER, *_ATTENTION),
+    "attend_backward": (*_HEADS * 5, _POINTER, *_HEADS * 3, *_ATTENTION),
     "normalise": (_POINTER, _LONG, _POINTER, _FLOAT, _POINTER, _POINTER, _LONG, _LONG, _INT),
     "normalised": (_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT),
     "normalise_backward": (

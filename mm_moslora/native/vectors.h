@@ -92,29 +92,41 @@ inline void put(typename P::number* to, vf value, i64 count) {
   std::memcpy(to, some, count * sizeof some[0]);
 }
 
+inline vf spread(float value) {
+#ifdef __AVX512F__
+  return (vf)_mm512_set1_ps(value);
+#else
+  return (vf)_mm256_set1_ps(value);
+#endif
+}
+
 inline float sum(vf v) {
   for (i64 step = W / 2; step; step /= 2)
     for (i64 i = 0; i < step; ++i) v[i] += v[i + step];
   return v[0];
 }
 
-// 1 / (1 + e^-x) to about one unit in the last place; 0 below -87, where it is less than 2e-38.
-inline vf logistic(vf x) {
+// e^x to about one unit in the last place; below -87 (less than 2e-38) and above 87 that of the nearer of the two.
+inline vf exponential(vf x) {
   const vf limit = vf{} + 87.0f;
-  vf y = -x;
-  y = y < limit ? y : limit;
-  y = y > -limit ? y : -limit;
-  // e^y = 2^n e^r with a whole n: adding 1.5 * 2^23 rounds to one.
-  const vf magic = vf{} + 12582912.0f, shifted = y * 1.44269504f + magic, whole = shifted - magic;
-  const vf r = (y - whole * 0.693359375f) - whole * -2.12194440e-4f;
+  x = x > limit ? limit : x;  // in this order NaN stays NaN
+  x = x < -limit ? -limit : x;
+  // e^x = 2^n e^r with a whole n: adding 1.5 * 2^23 rounds to one, and leaves it in the last bits.
+  const vf magic = vf{} + 12582912.0f, shifted = x * 1.44269504f + magic, whole = shifted - magic;
+  const vf r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
   vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + (r + 1.0f);
-  const vf found = 1.0f / (1.0f + (vf)((vi)p + ((vi)shifted << 23)));  // the last bits of `shifted` are n
-  return x < -limit ? vf{} : found;
+  return p * (vf)(((vi)shifted + 127) << 23);
+}
+
+// 1 / (1 + e^-x) to about one unit in the last place; 0 below -87, where it is less than 2e-38.
+inline vf logistic(vf x) {
+  const vf found = 1.0f / (1.0f + exponential(-x));
+  return x < vf{} - 87.0f ? vf{} : found;
 }
 
 template <class F>

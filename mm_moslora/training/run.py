@@ -131,8 +131,8 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     precision = distributed.from_main(resolve_precision(recipe.train.precision))  # hosts may differ
     if checkpoint is None:
         refuse_without_effect(recipe.model)
-    in_use = recipe.model.lean_layers and recipe.train.compile is None  # ours would be compiled for nothing
-    kernels = choose_kernels(recipe.model.kernels if in_use else "torch", distributed.device())
+    lean = recipe.model.lean_layers and recipe.train.compile is None
+    kernels = choose_kernels(recipe.model.kernels, distributed.device(), lean=lean)
     parts = recipe.model if checkpoint is None else seen_from(recipe.model, checkpoint)
     model_start, adapter_start = parts, recipe.adapter
     if checkpoint is not None:
@@ -158,8 +158,8 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         checkpoint_layers(cast(PreTrainedModel, model.get_submodule(tower_path(model))))
     if recipe.train.compile is not None:
         compile_layers(model, recipe.train.compile)
-    elif (lean := use_kernels(model, kernels)) and distributed.is_main():
-        logger.info("%d lean decoder layers; the kernels between their products are %s.", lean, kernels.words)
+    if (said := use_kernels(model, kernels, lean=lean)) and distributed.is_main():
+        logger.info("%s", said)
     groups = parameter_groups(model, recipe.optim)
     settings = OptimizerSettings(
         betas=recipe.optim.betas, eps=recipe.optim.eps, max_grad_norm=recipe.optim.max_grad_norm

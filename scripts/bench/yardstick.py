@@ -287,7 +287,8 @@ def ours(
     set_attention(model, training_attention(model))
     if lean:
         use_lean_layers(model)
-        use_kernels(model, choose_kernels("auto" if compiler is None else "torch", model.device))
+    kernels_too = lean and compiler is None
+    use_kernels(model, choose_kernels("auto", model.device, lean=kernels_too), lean=kernels_too)
     use_loss_head(model)
     if compiler is not None:
         compile_layers(model, compiler)

@@ -212,7 +212,8 @@ def test_it_is_compiled_once_by_ranks_that_start_together(fresh: Path) -> None:
 
 
 def test_what_cannot_go_together_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"kernels is 'native', but model\.lean_layers is false"):
-        ModelConfig(language="x", kernels="native", lean_layers=False)
+    ModelConfig(language="x", kernels="native", lean_layers=False)  # attention has a kernel, too
+    with pytest.raises(ConfigError, match=r"kernels is 'liger', but model\.lean_layers is false"):
+        ModelConfig(language="x", kernels="liger", lean_layers=False)
     with pytest.raises(ConfigError, match=r"'native' and train\.compile is 'inductor'"):
         Recipe(model=ModelConfig(language="x", kernels="native"), train=TrainConfig(compile="inductor"))
