@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Attention of one segment on a CPU, forward and backward: written as matrix products, against PyTorch's kernel.
+"""Attention of one segment on a CPU, forward and backward: by our kernel, as matrix products, and by PyTorch's kernel.
 
     python scripts/bench/attention.py          table for people; a minute
     python scripts/bench/attention.py --json   one object on stdout
 
-Training takes the one named under `taken` on this machine. The contenders run in turn in one process, on the same
+Training takes the one named under `taken` on this machine (`model.kernels: torch`: the better of the other two, by what
+was measured). The contenders run in turn in one process, on the same
 tensors; one thread, process CPU time; every figure is the median of the ratios of single rounds. The error is that of
 the gradients, relative to float64 on the same values.
 """
@@ -26,19 +27,28 @@ from measuring import head, interleaved, ratio
 from torch import Tensor
 from torch.nn import functional as F
 
-from mm_moslora.machine import keep_memory
-from mm_moslora.models import attention
+from mm_moslora.machine import keep_memory, multiplies_tiles
+from mm_moslora.models import attention, native_attention
 from mm_moslora.models.attention_products import products_are_faster
+from mm_moslora.models.native_attention import runs_native, use_native_attention
+from mm_moslora.native import NativeError, library
 
 HEADS, WIDTH = 8, 64
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+OURS = torch.nn.Module()
+use_native_attention(OURS, on=True)
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """By our kernel where there is one for the dtype, ``[1, H, T, E]`` to ``[1, T, H, E]``."""
+    return attention.segment_attention(OURS, q, k, v, None, segment_lengths=(q.shape[2],))[0]
 
 
 def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Ours, ``[1, H, T, E]`` to ``[1, T, H, E]``."""
+    """As matrix products."""
     return attention.segment_attention(torch.nn.Module(), q, k, v, None, segment_lengths=(q.shape[2],))[0]
 
 
@@ -60,7 +70,7 @@ def measure(tokens: int, name: str, rounds: int) -> dict[str, Any]:
     torch.manual_seed(tokens)
     shapes = [(1, HEADS, tokens, WIDTH)] * 3 + [(1, tokens, HEADS, WIDTH)]
     given = [torch.randn(shape).to(DTYPES[name]).double() for shape in shapes]
-    contenders: dict[str, Attention] = {"kernel": kernel, "products": products}
+    contenders: dict[str, Attention] = {"ours": ours, "products": products, "pytorch": kernel}
     repeats = max(1, 2**19 // tokens**2)
 
     def step(contender: Attention) -> Callable[[], None]:
@@ -78,9 +88,12 @@ def measure(tokens: int, name: str, rounds: int) -> dict[str, Any]:
     for kind, contender in contenders.items():
         found = gradients(contender, [tensor.clone() for tensor in given], DTYPES[name])
         errors[kind] = max(float((g.double() - e).norm() / e.norm()) for g, e in zip(found, exact, strict=True))
+    q, k, v = (tensor.to(DTYPES[name]) for tensor in given[:3])
+    by_ours = runs_native(OURS, q, k, v, 1) and not (name == "bf16" and multiplies_tiles())
+    taken = "ours" if by_ours else "products" if products_are_faster(q[0]) else "pytorch"
     return {
-        "tokens": tokens, "dtype": name, "time_ratio_vs_kernel": ratio(times, "products", "kernel"),
-        "taken": "products" if products_are_faster(given[0][0].to(DTYPES[name])) else "kernel",
+        "tokens": tokens, "dtype": name, "taken": taken,
+        "time_ratio_vs_pytorch": {kind: ratio(times, kind, "pytorch") for kind in contenders if kind != "pytorch"},
         "milliseconds": {kind: statistics.median(spent) / repeats * 1e3 for kind, spent in times.items()},
         "gradient_error": errors,
     }  # fmt: skip
@@ -95,17 +108,37 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_memory()
-    attention.products_are_faster = lambda _: True  # both are measured, whatever training would take here
+    try:
+        library()  # compiled before anything is timed
+    except NativeError as error:
+        raise SystemExit(f"Our kernel cannot be measured: {error}.") from error
+    attention.products_are_faster = lambda _: True  # all are measured, whatever training would take here
+    native_attention.multiplies_tiles = lambda: False
     rows = [measure(tokens, name, options.rounds) for name in DTYPES for tokens in options.lengths]
     if options.json:
         summary = {
-            f"time_ratio_vs_kernel_geomean_{name}": statistics.geometric_mean(
-                row["time_ratio_vs_kernel"] for row in rows if row["dtype"] == name
+            f"time_ratio_{kind}_vs_pytorch_geomean_{name}": statistics.geometric_mean(
+                row["time_ratio_vs_pytorch"][kind] for row in rows if row["dtype"] == name
             )
             for name in DTYPES
+            for kind in ("ours", "products")
         }
         print(json.dumps(head("attention") | {"rows": rows, "summary": summary}))
         return 0
+    print(f"{'':12} milliseconds{'':17} time over PyTorch's{'':15} error of the gradients")
+    print(
+        f"{'dtype':5} {'tokens':>6} {'ours':>9} {'products':>9} {'pytorch':>9} {'ours':>8} {'products':>8}  {'taken':8}  ",
+        end="",
+    )
+    print("ours, products, pytorch")
+    for row in rows:
+        spent, ratios, errors = row["milliseconds"], row["time_ratio_vs_pytorch"], row["gradient_error"]
+        print(
+            f"{row['dtype']:5} {row['tokens']:6} {spent['ours']:9.3f} {spent['products']:9.3f} {spent['pytorch']:9.3f} "
+            f"{ratios['ours']:8.2f} {ratios['products']:8.2f}  {row['taken']:8}  "
+            + ", ".join(f"{errors[kind]:.1e}" for kind in ("ours", "products", "pytorch"))
+        )
+    return 0
     heads = f"{'dtype':5} {'tokens':>6} {'kernel ms':>9} {'products ms':>11} {'ratio':>6}  {'taken':8}"
     print(f"{heads}  error: kernel, products")
     for row in rows:
