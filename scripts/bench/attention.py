@@ -125,27 +125,15 @@ def main() -> int:
         }
         print(json.dumps(head("attention") | {"rows": rows, "summary": summary}))
         return 0
-    print(f"{'':12} milliseconds{'':17} time over PyTorch's{'':15} error of the gradients")
-    print(
-        f"{'dtype':5} {'tokens':>6} {'ours':>9} {'products':>9} {'pytorch':>9} {'ours':>8} {'products':>8}  {'taken':8}  ",
-        end="",
-    )
-    print("ours, products, pytorch")
+    print(f"{'':12} milliseconds{'':17} time over PyTorch's{'':10} error of the gradients")
+    columns = f"{'ours':>9} {'products':>9} {'pytorch':>9} {'ours':>8} {'products':>8}"
+    print(f"{'dtype':5} {'tokens':>6} {columns}  {'taken':8}  ours, products, pytorch")
     for row in rows:
         spent, ratios, errors = row["milliseconds"], row["time_ratio_vs_pytorch"], row["gradient_error"]
         print(
             f"{row['dtype']:5} {row['tokens']:6} {spent['ours']:9.3f} {spent['products']:9.3f} {spent['pytorch']:9.3f} "
             f"{ratios['ours']:8.2f} {ratios['products']:8.2f}  {row['taken']:8}  "
             + ", ".join(f"{errors[kind]:.1e}" for kind in ("ours", "products", "pytorch"))
-        )
-    return 0
-    heads = f"{'dtype':5} {'tokens':>6} {'kernel ms':>9} {'products ms':>11} {'ratio':>6}  {'taken':8}"
-    print(f"{heads}  error: kernel, products")
-    for row in rows:
-        spent, errors = row["milliseconds"], row["gradient_error"]
-        print(
-            f"{row['dtype']:5} {row['tokens']:6} {spent['kernel']:9.3f} {spent['products']:11.3f} "
-            f"{row['time_ratio_vs_kernel']:6.2f}  {row['taken']:8}  {errors['kernel']:.1e}, {errors['products']:.1e}"
         )
     return 0
 
