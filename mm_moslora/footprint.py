@@ -171,9 +171,7 @@ def _per_image(bones: Skeleton, dtype: torch.dtype, *, checkpointing: bool) -> _
     workspace = max(widest) + 4 * patches * width * size + seen.pixels.numel() * (4 + size)
     flops = seen.counter.get_flop_counts()["Global"]
     attention = sum(number for kind, number in flops.items() if kind not in _DENSE)
-    cost = PictureCost(
-        flops=float(sum(flops.values())), attention=float(attention), patches=patches, tokens=bones.tokens_per_image
-    )  # fmt: skip
+    cost = PictureCost(flops=float(sum(flops.values())), attention=float(attention), patches=patches, tiles=tiles)
     return _PerImage(kept=float(kept), workspace=float(workspace), tiles=tiles, cost=cost)
 
 

@@ -10,11 +10,12 @@ same composition with another projector, registered with the Auto classes.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -34,6 +35,7 @@ from mm_moslora.models.projector_parts import ProjectorShape
 from mm_moslora.models.rows import rows_hidden
 
 _PROJECTORS = ("multi_modal_projector.", "image_newline", ".connector.", ".merger.", ".deepstack_merger_list.")
+_PROJECTOR = re.compile(r"(^|\.)(multi_modal_projector|connector|merger|deepstack_merger_list\.\d+)$")
 TOWERS = ("vision_tower.", ".visual.", ".vision_model.", ".vision_embed_tokens.")
 """What the names of a tower's modules and parameters hold."""
 
@@ -137,6 +139,11 @@ def part_of(name: str) -> str:
     if any(part in name for part in _PROJECTORS):
         return "projector"
     return "vision" if any(part in name for part in TOWERS) else "language"
+
+
+def projectors(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """What makes visual tokens of a tower's features, by path: one module, in Qwen3-VL several of one tower."""
+    return {path: module for path, module in model.named_modules() if _PROJECTOR.search(path)}
 
 
 def image_features(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,8 +26,12 @@ from transformers import PreTrainedModel
 from mm_moslora.adapters.inject import named_base_modules
 from mm_moslora.adapters.layer import MoSLoRALayer
 from mm_moslora.models.lean import drops_positions
-from mm_moslora.models.ready import PICTURE, side_of, tower_path
-from mm_moslora.models.vlm import is_multimodal
+from mm_moslora.models.ready import tower_path
+from mm_moslora.models.vlm import is_multimodal, part_of, projectors
+from mm_moslora.training.sight import Sight, TowerShape
+
+_POOLS = (".head.", ".attn_pool.", ".pooler.")
+"""Parts of towers that see one token of a picture, if any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,8 @@ class StepShape:
     pairs: float
     """Pairs of tokens of which one sees the other: the sum of ``T (T + 1) / 2`` over the segments."""
     images: int = 0
+    sight: Sight | None = None
+    """Of all pictures; None: as many of the counter's own as there are images."""
     micro_batches: int = 1
 
     @classmethod
@@ -79,6 +85,11 @@ class _Linears:
     mixers: float = 0.0
     """Sum of ``d_out r^2``."""
 
+    @property
+    def forward(self) -> float:
+        """Multiply-adds per row, mixers left out."""
+        return self.frozen + self.trained + self.adapters
+
     def times(self, factor: float) -> _Linears:
         """So many of them."""
         return _Linears(**{item.name: factor * getattr(self, item.name) for item in fields(self)})
@@ -103,8 +114,7 @@ class PictureCost:
     """Of those."""
     patches: float
     """Prefixes included."""
-    tokens: float
-    """Visual ones, of the language model."""
+    tiles: int
 
 
 class FlopCounter:
@@ -139,26 +149,41 @@ class FlopCounter:
         self.passes_back = needs or self.projector_trains or self.tower_trains
 
     def _count_vision(self, model: PreTrainedModel, picture: PictureCost | None) -> None:
-        tower: Any = model.get_submodule(tower_path(model)) if is_multimodal(model) else None
-        projector = getattr(getattr(model, "model", None), "multi_modal_projector", None)
-        self.tower, self.projector = _count(_with_paths(tower)), _count(_with_paths(projector))
-        linears: list[Any] = [base for _, (base, _) in _with_paths(projector)]
-        self.projector_entry = float(linears[0].in_features * linears[0].out_features) if linears else 0.0
-        self.tower_trains, self.projector_trains = _trains(tower), _trains(projector)
-        self.patches = self.tower_pairs = self.tower_once = self.visual_tokens = 0.0
-        if tower is None:
+        self.tower = self.projector = _Linears()
+        self.projector_entry = self.per_patch = 0.0
+        self.tower_trains = self.projector_trains = False
+        self.shape: TowerShape | None = None
+        self.picture = Sight()
+        """What stands for every picture where a step says nothing of its own."""
+        if not is_multimodal(model):
             return
-        if picture is not None:
-            self.visual_tokens, self.patches = picture.tokens, picture.patches
-            self.tower_pairs = picture.attention / 4
-            self.tower_once = picture.flops - picture.attention - 2 * picture.patches * self.tower.adapters
+        path = f"{tower_path(model)}."
+        between = {name: (module, _with_paths(module)) for name, module in projectors(model).items()}
+        self.projector = _count([pair for _, linears in between.values() for pair in linears])
+        within = _count([pair for name, (_, linears) in between.items() if name.startswith(path) for pair in linears])
+        apart = tuple(f"{name}." for name in between)
+        tower = [(path + name, pair) for name, pair in _with_paths(model.get_submodule(path[:-1]))]
+        tower = [pair for pair in tower if not pair[0].startswith(apart)]
+        self.tower = _count([pair for pair in tower if not any(part in pair[0] for part in _POOLS)])
+        entries = [(module, linears[0][1][0]) for module, linears in between.values() if linears]
+        for module, entry in entries:
+            trained = next((p for p in module.parameters() if p.requires_grad), None)
+            if trained is entry.weight:  # else a norm before it needs its input's gradient
+                self.projector_entry += _size(entry)
+        training = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.projector_trains = any(part_of(name) == "projector" for name in training)
+        self.tower_trains = any(name.startswith(path) and part_of(name) != "projector" for name in training)
+        self.shape = shape = TowerShape(model, entry=int(cast(Any, entries[0][1]).in_features) if entries else 0)
+        if picture is None:
+            vision: Any = shape.config
+            values = 3 * getattr(vision, "temporal_patch_size", 1) * shape.patch**2
+            self.picture = shape.of_picture()
+            self.per_patch = 2 * (self.tower.frozen + self.tower.trained + values * shape.width)
             return
-        config = tower.config
-        self.visual_tokens = float(getattr(model.config, "image_seq_length", 256))
-        self.patches = float(_patches(model.config, config))
-        self.tower_pairs = self.patches**2 * config.hidden_size * getattr(config, "num_hidden_layers", 0)
-        pixels = 3 * (side_of(config, "patch_size") or 16) ** 2
-        self.tower_once = 2 * self.patches * (self.tower.frozen + self.tower.trained + pixels * config.hidden_size)
+        tokens = shape.tokens(picture.patches, picture.tiles)
+        self.picture = Sight(patches=picture.patches, pairs=picture.attention / 4, tokens=tokens)
+        counted_apart = picture.patches * self.tower.adapters + tokens * within.forward
+        self.per_patch = (picture.flops - picture.attention - 2 * counted_apart) / picture.patches
 
     def count(self, shape: StepShape, *, checkpointing: bool = False, vision_checkpointing: bool = False) -> Flops:
         """FLOPs of forward and backward passes.
@@ -175,37 +200,21 @@ class FlopCounter:
         adapters = self.decoder.adapter_cost(shape.tokens, steps, again=again)
         adapters -= self.behind.adapter_cost(dropped, 0, again=again)
         passes = 1 + again + (2 if self.passes_back else 0)
-        vision_tokens = shape.images * self.patches
+        sight = self.picture.times(shape.images) if shape.sight is None else shape.sight
         own = self.tower.trained / max(1.0, self.tower.frozen + self.tower.trained)
         seen_again = int(vision_checkpointing and self.tower_trains)
         linear, attention = (2 + own + seen_again, 3 + seen_again) if self.tower_trains else (1, 1)
-        vision = shape.images * (linear * self.tower_once + 4 * attention * self.tower_pairs)
-        vision += self.tower.adapter_cost(vision_tokens, steps, again=seen_again)
-        seen = shape.images * self.visual_tokens
-        vision += self.projector.cost(seen, passes_back=self.tower_trains or self.projector_trains, again=0)
+        vision = linear * sight.patches * self.per_patch + 4 * attention * sight.pairs
+        vision += self.tower.adapter_cost(sight.patches, steps, again=seen_again)
+        vision += self.projector.cost(sight.tokens, passes_back=self.tower_trains or self.projector_trains, again=0)
+        vision += self.projector.adapter_cost(sight.tokens, steps, again=0)
         if self.projector_trains and not self.tower_trains:
-            vision -= 2 * seen * self.projector_entry  # nothing asks for the gradient of a frozen tower's features
+            vision -= 2 * sight.tokens * self.projector_entry  # nobody asks for a frozen tower's gradients
         head = shape.supervised * self.head * (2 + (2 if self.passes_back else 0) + (2 if self.head_trains else 0))
         return Flops(
             base=base, adapters=adapters, attention=4 * self.attention_width * shape.pairs * passes, head=head,
             vision=vision,
         )  # fmt: skip
-
-
-def _patches(model: Any, tower: Any) -> int:
-    """Tokens in the tower, prefix included; our own models know them, whatever the size of the tower's training."""
-    if getattr(model, "vision_grid", 0):
-        return int(model.vision_grid) ** 2 + int(model.vision_prefix)
-    prefix = not getattr(tower, "model_type", "").startswith("siglip")
-    if hasattr(model, "image_seq_length"):
-        return round(model.image_seq_length / getattr(model, "downsample_ratio", 1.0) ** 2) + prefix
-    side, patch = side_of(tower, "image_size"), side_of(tower, "patch_size") or 16
-    width, height = (side, side) if side else PICTURE
-    return (width // patch) * (height // patch)
-
-
-def _trains(module: nn.Module | None) -> bool:
-    return module is not None and any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _with_paths(module: nn.Module | None) -> list[tuple[str, tuple[nn.Module, nn.Module]]]:
@@ -220,11 +229,16 @@ def _with_paths(module: nn.Module | None) -> list[tuple[str, tuple[nn.Module, nn
     ]
 
 
+def _size(linear: Any) -> float:
+    """Weights of a layer, also of one that ZeRO-3 has cut up."""
+    return float(linear.in_features * linear.out_features)
+
+
 def _count(linears: Sequence[tuple[str, tuple[nn.Module, nn.Module]]]) -> _Linears:
     frozen = trained = adapters = mixers = 0.0
     for _, (base, around) in linears:
         linear: Any = base
-        size = float(linear.in_features * linear.out_features)
+        size = _size(base)
         if isinstance(linear.weight, torch.Tensor) and linear.weight.requires_grad:
             trained += size
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 from transformers import PreTrainedModel
@@ -11,7 +12,8 @@ from mm_moslora import distributed
 from mm_moslora.batch import Batch
 from mm_moslora.gpus import device_peak
 from mm_moslora.training.engine import StepResult
-from mm_moslora.training.flops import FlopCounter, StepShape
+from mm_moslora.training.flops import FlopCounter, Flops, StepShape
+from mm_moslora.training.sight import Sight
 
 
 class Speedometer:
@@ -40,16 +42,33 @@ class Speedometer:
             micro_batches: this rank's; its segment lengths stand for those of all.
             seconds: of the step.
         """
-        world, own = distributed.world_size(), sum(batch.tokens for batch in micro_batches)
+        world = distributed.world_size()
         loads = [0.0] * world
-        loads[distributed.rank()] = float(own)
+        loads[distributed.rank()] = float(sum(batch.tokens for batch in micro_batches))
         most = max(distributed.sum_over_ranks(loads))
         metrics = {"padding_share": 1.0 - result.tokens / max(1.0, world * most)}
-        if self.counter is not None and self.peak is not None:
-            pairs = sum(length * (length + 1) / 2 for batch in micro_batches for length in batch.segment_lengths)
-            shape = StepShape(
-                tokens=result.tokens, supervised=result.supervised_tokens, images=result.images,
-                pairs=pairs * result.tokens / max(1, own), micro_batches=world * len(micro_batches),
-            )  # fmt: skip
-            metrics["mfu"] = self.counter.count(shape).total / (max(seconds, 1e-9) * world * self.peak)
+        needed = self.needs(result, micro_batches)
+        if needed is not None and self.peak is not None:
+            metrics["mfu"] = needed.total / (max(seconds, 1e-9) * world * self.peak)
         return metrics
+
+    def needs(self, result: StepResult, micro_batches: Sequence[Batch]) -> Flops | None:
+        """FLOPs that a step needs over all ranks, each with its own pictures; every rank calls it.
+
+        Returns:
+            None on a device whose peak is not known.
+        """
+        if self.counter is None:
+            return None
+        pairs = sum(length * (length + 1) / 2 for batch in micro_batches for length in batch.segment_lengths)
+        shape = self.counter.shape
+        seen = Sight() if shape is None else sum((shape.of_batch(batch) for batch in micro_batches), Sight())
+        names, own = zip(*asdict(seen).items(), strict=True)
+        pairs, *over_all = distributed.sum_over_ranks([pairs, *own])
+        return self.counter.count(
+            StepShape(
+                tokens=result.tokens, supervised=result.supervised_tokens, images=result.images, pairs=pairs,
+                sight=Sight(**dict(zip(names, over_all, strict=True))),
+                micro_batches=distributed.world_size() * len(micro_batches),
+            )
+        )  # fmt: skip

@@ -94,6 +94,7 @@ def test_tiles_of_an_assembled_model_are_planned(tmp_path) -> None:
     (seen,) = assemble(cut.model).eyes.see([Image.new("RGB", (64, 64))])
     assert five.tokens_per_image == len(seen.placeholders)
     assert five.kept_per_image > 4.5 * one.kept_per_image
-    assert five.counter.tower_once == pytest.approx(5 * one.counter.tower_once)
+    assert five.counter.picture.patches == 5 * one.counter.picture.patches
+    assert five.counter.per_patch == pytest.approx(one.counter.per_patch)
     with pytest.raises(ConfigError, match=r"one square of the same size\. Leave --picture out"):
         plan(square, parse_gpus("1xA100-80G"), DataSize(samples=9, tokens=99), picture=(64, 64))

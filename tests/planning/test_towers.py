@@ -78,7 +78,7 @@ def test_every_tower_can_be_planned_and_its_work_is_counted(kind: str, towers, l
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
         tower.eval()(torch.zeros(1, 3, spec.size, spec.size), output_hidden_states=towers[kind].feature_layer)
     projector = found.footprint.counter.projector
-    seen = found.footprint.counter.visual_tokens
+    seen = found.footprint.counter.picture.tokens
     back = 2 * seen * (projector.trained - found.footprint.counter.projector_entry) + 2 * seen * projector.trained
     expected = counted.get_total_flops() + 2 * seen * projector.trained + back
     assert found.flops.vision == pytest.approx(expected, rel=0.02)
