@@ -6,6 +6,8 @@ they had not begun.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import re
@@ -14,7 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,13 +151,22 @@ def launch(places: Places, arguments: Sequence[str], *, run_folder: Path, dry_ru
     mark = run_folder / PREEMPTED
     mark.unlink(missing_ok=True)
     # In a group of its own: Ctrl-C reaches whole groups, and ranks that hear it twice stop without saving.
-    ended = run_and_hand_on(words, _SIGNALS, env=environment, process_group=0)
+    tell = end_deepspeed if places.hostfile is not None else _terminate
+    ended = run_and_hand_on(words, _SIGNALS, tell=tell, env=environment, process_group=0)
     if mark.exists():
         return EXIT_REQUEUE
-    if ended.asked and ended.code != 0:
+    # Not by the code alone: DeepSpeed's runner takes a launcher that was ended by a signal for a success.
+    if ended.asked and not (ended.code == 0 and _is_finished(run_folder)):
         logger.info("Stopped by a signal without saving. The same command goes on from the newest checkpoint, if any.")
         return EXIT_REQUEUE
     return ended.code
+
+
+def _is_finished(run_folder: Path) -> bool:
+    try:
+        return bool(json.loads((run_folder / "state.json").read_text(encoding="utf-8"))["state"] == "finished")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,12 +179,24 @@ class Ended:
     """Whether a signal came before."""
 
 
-def run_and_hand_on(words: Sequence[str], signals: Sequence[signal.Signals], **options: Any) -> Ended:
+def _terminate(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGTERM)
+
+
+def run_and_hand_on(
+    words: Sequence[str],
+    signals: Sequence[signal.Signals],
+    *,
+    tell: Callable[[int], None] = _terminate,
+    **options: Any,
+) -> Ended:
     """Run a command; signals that come meanwhile, also while it is being started, reach it as SIGTERM.
 
     Args:
         words: the command.
         signals: to hand on; those that are ignored here (nohup) stay ignored.
+        tell: asks the process of this id to end; default: by SIGTERM.
         options: of `subprocess.Popen`.
     """
     child: subprocess.Popen[bytes] | None = None
@@ -185,16 +208,44 @@ def run_and_hand_on(words: Sequence[str], signals: Sequence[signal.Signals], **o
             early.append(number)
         else:
             handed_on.append(number)
-            child.send_signal(signal.SIGTERM)
+            if child.poll() is None:
+                tell(child.pid)
 
     previous = {
         number: signal.signal(number, hand_on) for number in signals if signal.getsignal(number) != signal.SIG_IGN
     }
     try:
         child = subprocess.Popen(words, **options)
-        if early:
-            child.send_signal(signal.SIGTERM)
+        if early and child.poll() is None:
+            tell(child.pid)
         return Ended(code=child.wait(), asked=bool(early or handed_on))
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def end_deepspeed(runner: int) -> None:
+    """Ask a run of DeepSpeed's launcher to end.
+
+    On one machine its runner hands no signal on: it ends, and the launcher below it and the ranks train on unseen. So
+    that launcher is told, which ends its ranks, and the runner waits for it. With several hosts it tells them itself.
+
+    Args:
+        runner: its process id, which is that of its process group, too.
+    """
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+        process = psutil.Process(runner)
+        own = process.cmdline()
+        commands = [(child, child.cmdline()) for child in process.children()]
+        started = [
+            (child, words) for child, words in commands if words != own
+        ]  # the same: a fork that starts something
+        here = [child for child, words in started if words[2:4] == ["-m", "deepspeed.launcher.launch"]]
+        for child in here:
+            child.terminate()
+        if not started:  # and what it is about to start
+            os.killpg(runner, signal.SIGTERM)
+        elif not here:
+            process.terminate()

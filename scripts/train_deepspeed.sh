@@ -61,13 +61,8 @@ printf '# %q' "${command[0]}" >&2
 printf ' %q' "${command[@]:1}" >&2
 echo >&2
 if $dry_run; then exit 0; fi
-if [ -z "$hostfile" ]; then
-  # On one machine the runner hands nothing on: told to end, it leaves the ranks to themselves. Their launcher ends them.
-  hand_on() {
-    "$PYTHON" -c 'import psutil, sys
-runner = psutil.Process(int(sys.argv[1]))
-for process in runner.children() or [runner]:
-    process.terminate()' "$CHILD" 2>/dev/null || true
-  }
-fi
+hand_on() {
+  "$PYTHON" -c 'import sys; from mm_moslora.launch import end_deepspeed; end_deepspeed(int(sys.argv[1]))' "$CHILD" \
+    2>/dev/null || true
+}
 run_and_report "${command[@]}"

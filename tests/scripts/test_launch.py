@@ -173,3 +173,25 @@ def test_a_signal_that_comes_while_the_launcher_starts_is_handed_on(monkeypatch)
         signal.signal(signal.SIGUSR1, before)
     assert (ended.code, ended.asked) == (-signal.SIGTERM, True)
     assert not lost
+
+
+def test_deepspeeds_runner_is_told_itself_until_it_has_started_its_launcher_here():
+    """Nothing yet, the program that reaches other hosts, the launcher, which keeps the runner waiting."""
+
+    def runner(child: str) -> subprocess.Popen[str]:
+        code = f"import subprocess, sys; child = {child}; print(1, flush=True); sys.exit(child.wait() % 100)"
+        process = subprocess.Popen([sys.executable, "-c", code], process_group=0, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "1\n"
+        return process
+
+    module = "subprocess.Popen([sys.executable, '-u', '-m', 'deepspeed.launcher.launch', '--help'], stdin=-1)"
+    cases = {
+        "__import__('threading').Event()": -signal.SIGTERM,
+        "subprocess.Popen(['sleep', '5'])": -signal.SIGTERM,
+        module: -signal.SIGTERM % 100,
+    }
+    for child, code in cases.items():
+        with runner(child) as process:
+            launch.end_deepspeed(process.pid)
+            assert process.wait(timeout=20) == code, child
+    launch.end_deepspeed(process.pid)  # gone
