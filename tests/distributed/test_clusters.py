@@ -110,6 +110,10 @@ def started(command: list[str], environment: dict[str, str], log: Path) -> Itera
         process.wait()
 
 
+def has_stepped(run: Path) -> bool:
+    return (run / "metrics.jsonl").is_file() and '"loss"' in (run / "metrics.jsonl").read_text()
+
+
 def test_a_slurm_job_of_two_nodes_is_requeued_when_it_is_preempted_and_goes_on(parts, cluster, tmp_path):
     steps = 40
     recipe = make_recipe(parts, tmp_path / "run", "zero2", steps=steps, save_every=1)
@@ -162,7 +166,7 @@ def test_a_host_file_of_this_machine_alone_trains_here_and_saves_when_it_is_stop
     command = [*starters[starter], "--hostfile", str(hosts), recipe]
     with started(command, cluster | {"PYTHON": sys.executable}, log) as process:
         deadline = time.monotonic() + 300
-        while not (run / "metrics.jsonl").is_file():
+        while not has_stepped(run):
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             assert process.poll() is None, log.read_text()[-3000:]
             time.sleep(0.02)
@@ -171,3 +175,28 @@ def test_a_host_file_of_this_machine_alone_trains_here_and_saves_when_it_is_stop
     (checkpoint,) = run.glob("checkpoint-*")
     assert checkpoint.name == f"checkpoint-{len(metrics(run)):06d}"
     assert json.loads((run / "summary.json").read_text())["world_size"] == 2
+
+
+def test_torchrun_started_by_hand_has_a_code_of_its_own_and_the_folder_says_what_came_of_the_run(
+    parts, cluster, tmp_path
+):
+    """Told to end, it exits with 1 and a traceback, whatever its ranks do: see docs/reliability.md."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    recipe = write(make_recipe(parts, run, "zero2", steps=2000))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+    def told(*, stepped: bool) -> str:
+        with started([*torchrun, "-m", "mm_moslora", "train", recipe], cluster, log) as process:
+            deadline = time.monotonic() + 120
+            while not (has_stepped(run) if stepped else (run / "heartbeat" / "rank-00001.json").exists()):
+                assert time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.02)
+            process.terminate()
+            assert process.wait(timeout=60) == 1
+        return str(json.loads((run / "state.json").read_text())["state"])
+
+    assert told(stepped=False) == "running"  # of a process that is gone: ended while it loaded
+    assert not (run / "PREEMPTED").exists()
+    assert told(stepped=True) == "stopped"
+    assert (run / "PREEMPTED").exists()
+    assert len(list(run.glob("checkpoint-*"))) == 1
