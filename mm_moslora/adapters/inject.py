@@ -7,6 +7,7 @@ inside the component that was asked for, into whole module paths, and a target t
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from mm_moslora.adapters.mixer import Mixer
 from mm_moslora.adapters.never_called import why_never_called
 from mm_moslora.adapters.siblings import link_siblings
 from mm_moslora.errors import AdapterError, suggestion
+
+logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
 _HEADS = ("lm_head", "output_layer", "embed_out")
@@ -183,14 +186,18 @@ def _match(
     inside: dict[str, nn.Module], targets: str | Sequence[str], unmatched: set[str], heads: set[int]
 ) -> list[str]:
     if targets == ALL_LINEAR:
-        return [
+        linear = [
             path
             for path, module in inside.items()
-            if _is_linear(module)
-            and id(module) not in heads
-            and path.rpartition(".")[2] not in _HEADS
-            and not _why_never_called(path, inside)
+            if _is_linear(module) and id(module) not in heads and path.rpartition(".")[2] not in _HEADS
         ]
+        left_out = {path for path in linear if _why_never_called(path, inside)}
+        if left_out:
+            kinds = ", ".join(sorted({path.rpartition(".")[2] for path in left_out}))
+            logger.info(
+                "all-linear leaves out %d layers whose weight is read without a call: %s.", len(left_out), kinds
+            )
+        return [path for path in linear if path not in left_out]
     if isinstance(targets, str):
         check_expression(targets, "targets")
         pattern = re.compile(targets)

@@ -11,6 +11,11 @@ from typing import Any
 
 from torch import nn
 
+_NEVER = "reads this layer's weight and never calls it"
+_SOMETIMES = "hands this layer's weight to a function where it can, and does not call the layer then"
+_QUESTIONS = frozenset({"getattr", "hasattr", "isinstance", "len", "type"})
+"""Functions that compute nothing with what they are given."""
+
 
 def why_never_called(parent: nn.Module | None, name: str) -> str | None:
     """Why an adapter on a child of a module would do nothing, or nothing on some ways through it; None if it works.
@@ -22,21 +27,26 @@ def why_never_called(parent: nn.Module | None, name: str) -> str | None:
     if parent is None:
         return None
     kind: Any = type(parent)
-    if not (isinstance(parent, nn.MultiheadAttention) or name in _read_in_place(kind)):
+    if isinstance(parent, nn.MultiheadAttention):
+        where, does = "torch.nn", _NEVER
+    elif (found := _read_in_place(kind).get(name)) is not None:
+        where, does = kind.__module__, found
+    else:
         return None
-    where = "torch.nn" if isinstance(parent, nn.MultiheadAttention) else kind.__module__
     return (
-        f"{where}.{kind.__name__} reads this layer's weight and never calls it, so an adapter here would do nothing in "
-        "training and change the model when it is merged. Choose other targets, or leave it out (exclude_modules)."
+        f"{where}.{kind.__name__} {does}, so an adapter here would do nothing in training and change the model when it "
+        "is merged. Choose other targets, or leave it out (exclude_modules)."
     )
 
 
 @functools.cache
-def _read_in_place(kind: Any) -> frozenset[str]:
-    """Names of the children that a class reads in place.
+def _read_in_place(kind: Any) -> dict[str, str]:
+    """The children that a class reads in place, by name, and what it does with them.
 
     transformers declares them where it matters for offloading (`force_accelerate_hooks`: dt_proj of Mamba). Otherwise
-    the code tells: what `forward` reaches takes the child's weight, and calls it or hands it on nowhere.
+    the code tells: what `forward` reaches takes the child's weight, and calls it or hands it on nowhere. Or it gives
+    the weight to a function on one way and calls the child on another: out_proj of every Mamba, which is called where
+    the fused kernel is not installed.
     """
     declared: set[str] = set()
     function: Any = kind.forward
@@ -46,10 +56,11 @@ def _read_in_place(kind: Any) -> frozenset[str]:
             declared.update([names] if isinstance(names, str) else names)
         function = getattr(function, "__wrapped__", None)
     weights: set[str] = set()
+    given: set[str] = set()
     others: set[str] = set()
     for method in _methods(kind):
-        _sort_uses(method, weights, others)
-    return frozenset(declared | (weights - others))
+        _sort_uses(method, weights, given, others)
+    return dict.fromkeys(given & others, _SOMETIMES) | dict.fromkeys(declared | (weights - others), _NEVER)
 
 
 def _methods(kind: Any) -> Iterator[ast.AST]:
@@ -76,8 +87,10 @@ def _own(tree: ast.AST) -> Iterator[ast.Attribute]:
             yield node
 
 
-def _sort_uses(tree: ast.AST, weights: set[str], others: set[str]) -> None:
-    """Add the children whose weight is computed with to `weights`, and those used in any other way to `others`."""
+def _sort_uses(tree: ast.AST, weights: set[str], given: set[str], others: set[str]) -> None:
+    """Add the children whose weight is computed with to `weights`, and to `given` where that is an argument of a call;
+    those used in any other way to `others`.
+    """
     around = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in _own(tree):
         use = around[node]
@@ -85,5 +98,15 @@ def _sort_uses(tree: ast.AST, weights: set[str], others: set[str]) -> None:
             others.add(node.attr)  # called, or handed on to something that may call it
         elif use.attr == "weight" and not isinstance(around[use], ast.Attribute):  # no dtype, device or shape of it
             weights.add(node.attr)
+            if _is_given(use, around):
+                given.add(node.attr)
         elif use.attr not in ("weight", "bias", "in_features", "out_features"):
             others.add(node.attr)
+
+
+def _is_given(use: ast.AST, around: dict[ast.AST, ast.AST]) -> bool:
+    """Whether an expression is an argument of a call that may compute with it."""
+    call = around[use]
+    if isinstance(call, ast.keyword):
+        call = around[call]
+    return isinstance(call, ast.Call) and not (isinstance(call.func, ast.Name) and call.func.id in _QUESTIONS)

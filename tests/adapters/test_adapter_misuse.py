@@ -14,7 +14,15 @@ import transformers as t
 from adapters.adapter_models import IDS, llama, logits, train_a_bit
 from torch import nn
 
-from mm_moslora.adapters import MoSLoRAConfig, add_moslora, hot_swap, load_adapter, merge, save_adapter
+from mm_moslora.adapters import (
+    MoSLoRAConfig,
+    adapted_modules,
+    add_moslora,
+    hot_swap,
+    load_adapter,
+    merge,
+    save_adapter,
+)
 from mm_moslora.adapters.inject import resolve_targets
 from mm_moslora.errors import AdapterError
 
@@ -227,9 +235,11 @@ def test_pefts_own_loading_trains_on_with_the_mixers_where_it_is_given_the_confi
 
 
 def mamba(kind: str) -> t.PreTrainedModel:
-    sizes = {"vocab_size": 64, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 1}
+    sizes = {"vocab_size": 64, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}
     if kind == "mamba":
         return t.MambaForCausalLM(t.MambaConfig(**sizes))
+    if kind == "mamba 2":
+        return t.Mamba2ForCausalLM(t.Mamba2Config(**sizes, num_heads=8, head_dim=8, n_groups=1))
     return t.FalconMambaForCausalLM(t.FalconMambaConfig(**sizes))
 
 
@@ -251,13 +261,35 @@ def test_a_layer_whose_weight_is_read_without_a_call_is_refused(kind: str, way: 
     assert not any("dt_proj" in path for path in resolve_targets(model))
 
 
+@pytest.mark.parametrize(("kind", "fused"), [("mamba", 3), ("mamba 2", 1), ("falcon mamba", 3)])
+def test_all_linear_leaves_out_what_fused_kernels_read(kind: str, fused: int, caplog: pytest.LogCaptureFixture) -> None:
+    """They take the weight in training and call no layer; PEFT refused out_proj with an error about its own names."""
+    caplog.set_level("INFO", logger="mm_moslora")
+    model = add_moslora(mamba(kind), config(target_modules=None))
+    assert {row.path.rpartition(".")[2] for row in adapted_modules(model)} == {"in_proj"}
+    assert f"all-linear leaves out {2 * fused} layers whose weight is read without a call" in caplog.text
+    assert "out_proj" in caplog.text
+    with pytest.raises(
+        AdapterError, match=r"out_proj' cannot carry MoSLoRA: .* hands this layer's weight to a function"
+    ):
+        add_moslora(mamba(kind), config(target_modules=None), targets=["out_proj"])
+
+
+def kernel(x: torch.Tensor, *, weight: torch.Tensor) -> torch.Tensor | None:
+    return None
+
+
 class ReadsInPlace(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.read, self.called, self.handed_on, self.both = (nn.Linear(8, 8) for _ in range(4))
+        self.fused, self.asked = nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x.to(self.called.weight.dtype))
+        if self.training and (fast := kernel(x, weight=self.fused.weight)) is not None:
+            return fast
+        assert isinstance(self.asked.weight, torch.Tensor)
+        return self.inner(self.asked(self.fused(x.to(self.called.weight.dtype))))
 
     def inner(self, x: torch.Tensor) -> torch.Tensor:
         for layer in (self.called, self.handed_on):
@@ -266,7 +298,7 @@ class ReadsInPlace(nn.Module):
 
 
 def test_code_tells_which_layers_are_read_in_place() -> None:
-    assert resolve_targets(nn.Sequential(ReadsInPlace())) == ["0.called", "0.handed_on", "0.both"]
+    assert resolve_targets(nn.Sequential(ReadsInPlace())) == ["0.called", "0.handed_on", "0.both", "0.asked"]
 
 
 @pytest.mark.parametrize("way", WAYS)
