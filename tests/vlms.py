@@ -150,18 +150,31 @@ def _qwen3_vl():
     return _qwen_vl("Qwen3VL", t.Qwen3Config, vision, [2, 1, 1], side=32, patch_size=16)
 
 
-def _smolvlm():
+def _idefics_parts(kind: str):
+    """Tokenizer, processor and the settings of a configuration, as Idefics3 and SmolVLM share them."""
     rows = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
     tokenizer = _tokenizer("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *rows)
     tokenizer.eos_token = "<end_of_utterance>"
-    images = t.SmolVLMImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
-    videos = t.SmolVLMVideoProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 32})
-    processor = t.SmolVLMProcessor(images, tokenizer, videos, image_seq_len=4, chat_template=SMOL)
-    config = t.SmolVLMConfig(
-        vision_config=CLIP, text_config=_text(t.LlamaConfig, tokenizer), scale_factor=2,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return t.SmolVLMForConditionalGeneration(config), processor
+    images = getattr(t, f"{kind}ImageProcessor")(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    videos = [t.SmolVLMVideoProcessor(size={"longest_edge": 32}, max_image_size={"longest_edge": 32})]
+    processor = getattr(t, f"{kind}Processor")(
+        images, tokenizer, *(videos if kind == "SmolVLM" else []), image_seq_len=4, chat_template=SMOL
+    )
+    settings = {
+        "vision_config": CLIP, "text_config": _text(t.LlamaConfig, tokenizer), "scale_factor": 2,
+        "image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    return processor, settings
+
+
+def _smolvlm():
+    processor, settings = _idefics_parts("SmolVLM")
+    return t.SmolVLMForConditionalGeneration(t.SmolVLMConfig(**settings)), processor
+
+
+def _idefics3():
+    processor, settings = _idefics_parts("Idefics3")
+    return t.Idefics3ForConditionalGeneration(t.Idefics3Config(**settings)), processor
 
 
 def _internvl():
@@ -199,8 +212,8 @@ def _paligemma():
 
 FAMILIES = {
     "llava": _llava, "llava_next": _llava_next, "llava_onevision": _llava_onevision, "qwen2_vl": _qwen2_vl,
-    "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl, "smolvlm": _smolvlm, "internvl": _internvl,
-    "paligemma": _paligemma,
+    "qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl, "smolvlm": _smolvlm, "idefics3": _idefics3,
+    "internvl": _internvl, "paligemma": _paligemma,
 }  # fmt: skip
 
 

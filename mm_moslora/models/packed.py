@@ -22,7 +22,9 @@ from mm_moslora.models.attention import segment_arguments
 from mm_moslora.models.lean import TARGET_POSITIONS, drops_positions
 from mm_moslora.models.rows import picture_inputs, readable, text_inputs
 
-PACKED = frozenset({"internvl", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm"})
+PACKED = frozenset(
+    {"idefics3", "internvl", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm"}
+)
 """Ready-made models that are tested on packed rows; PaliGemma and Gemma 3 let a prefix see what follows it."""
 
 

@@ -20,7 +20,7 @@ from mm_moslora.planning import DataSize, plan
 from mm_moslora.training.optim import parameter_groups
 from mm_moslora.training.speed import Speedometer
 
-TILES = {"llava_next": 5, "llava_onevision": 5, "smolvlm": 5, "internvl": 5}
+TILES = {"llava_next": 5, "llava_onevision": 5, "smolvlm": 5, "idefics3": 5, "internvl": 5}
 """Of a picture of 640 x 480 pixels, the whole view included; all other families look at it once."""
 
 
