@@ -239,9 +239,7 @@ def end_deepspeed(runner: int) -> None:
         process = psutil.Process(runner)
         own = process.cmdline()
         commands = [(child, child.cmdline()) for child in process.children()]
-        started = [
-            (child, words) for child, words in commands if words != own
-        ]  # the same: a fork that starts something
+        started = [(child, words) for child, words in commands if words != own]  # the same: a fork that starts another
         here = [child for child, words in started if words[2:4] == ["-m", "deepspeed.launcher.launch"]]
         for child in here:
             child.terminate()
