@@ -2,21 +2,25 @@
 
 A mask is a tensor of integers as wide as the entries that it is for: all bits set where an entry stays, none where
 it is dropped. Applying it is one bitwise `and`, a fraction of what comparing and multiplying cost on a CPU. There,
-masks come in blocks of rows that stay near the core.
+masks come in blocks of rows that stay near the core; kernels of ours (`native_dropout`), where a model is to use them,
+draw the same masks as bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mm_moslora.adapters import native_dropout
+
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By the bytes of an entry."""
-_STEPS = 2**15
-"""Random numbers that decide an entry: 15 bits of its own."""
+_STEPS = native_dropout.STEPS
 _BLOCK = 2**19
 """Entries of a block on a CPU."""
 
@@ -46,6 +50,81 @@ def seeded_dropout(x: Tensor, dropout: float) -> Tensor:
     return (rows * kept).view_as(x) / (1.0 - dropout)
 
 
+class Kept(Protocol):
+    """Which entries of some rows stay."""
+
+    def keep(self, rows: Tensor) -> Tensor:
+        """`rows` ``[T, D]`` with zeros where entries are dropped; another tensor unless all stay."""
+        ...
+
+    def keep_(self, rows: Tensor) -> Tensor:
+        """`keep` in place; `rows` are contiguous."""
+        ...
+
+    def add(self, total: Tensor, rows: Tensor) -> None:
+        """Add to `total` what stays of `rows`, which may change; both ``[T, D]`` and contiguous."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """What draws the mask of one layer's input."""
+
+    rate: float
+    """Probability of dropping an entry, a multiple of 2^-15 (`exact_rate`)."""
+    seed: int
+    """From `draw_seed`."""
+    native: bool = False
+    """Whether kernels of ours draw and apply it where they can; it is the same mask."""
+
+
+def kept_blocks(rows: Tensor, masks: Sequence[Mask | None]) -> Iterator[tuple[slice, list[Kept]]]:
+    """The masks of several layers for the same rows, block by block, drawn by our kernels where all may.
+
+    Args:
+        rows: ``[T, D]``.
+        masks: of every layer; None: everything stays.
+
+    Yields:
+        Which rows, and which of their entries stay for each layer.
+    """
+    drawn = [mask for mask in masks if mask is not None]
+    blocks: Iterable[tuple[slice, Sequence[Kept]]]
+    if not drawn:
+        blocks = [(slice(0, rows.shape[0]), ())]
+    elif all(mask.native for mask in drawn) and native_dropout.fits(rows):
+        blocks = native_dropout.kept_blocks(
+            _blocks(rows), rows.shape[1], [(round(mask.rate * _STEPS), mask.seed) for mask in drawn]
+        )
+    else:
+        together = zip(*(kept_bits(rows, mask.rate, mask.seed) for mask in drawn), strict=True)
+        blocks = ((parts[0][0], [_KeptBits(bits) for _, bits in parts]) for parts in together)
+    for block, found in blocks:
+        ready = iter(found)
+        yield block, [_EVERYTHING if mask is None else next(ready) for mask in masks]
+
+
+@dataclass(frozen=True)
+class _KeptBits:
+    """By masks from `kept_bits`; None: all stays."""
+
+    bits: Tensor | None
+
+    def keep(self, rows: Tensor) -> Tensor:
+        return rows if self.bits is None else (rows.view(self.bits.dtype) & self.bits).view(rows.dtype)
+
+    def keep_(self, rows: Tensor) -> Tensor:
+        if self.bits is not None:
+            rows.view(self.bits.dtype).bitwise_and_(self.bits)
+        return rows
+
+    def add(self, total: Tensor, rows: Tensor) -> None:
+        total.add_(self.keep_(rows))
+
+
+_EVERYTHING = _KeptBits(None)
+
+
 def kept_bits(rows: Tensor, dropout: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
     """The mask for `rows`, block by block; the same for the same seed (on the same kind of device).
 
@@ -57,17 +136,13 @@ def kept_bits(rows: Tensor, dropout: float, seed: int) -> Iterator[tuple[slice, 
     Yields:
         Which rows, and for them integers ``[rows, D]``: -1 (all bits set) or 0.
     """
-    count, width = rows.shape
-    integers = _INTEGERS[rows.element_size()]
+    width, integers = rows.shape[1], _INTEGERS[rows.element_size()]
     if rows.device.type == "meta":  # costs are counted there; nothing is drawn
-        yield slice(0, count), torch.empty_like(rows, dtype=integers)
+        yield slice(0, rows.shape[0]), torch.empty_like(rows, dtype=integers)
         return
     words = _random_words(rows.device, seed)
-    # A multiple of four rows uses whole words of 64 bits.
-    height = max(4, _BLOCK // width // 4 * 4) if rows.device.type == "cpu" else max(1, count)
-    for start in range(0, count, height):
-        block = slice(start, min(start + height, count))
-        entries = (block.stop - start) * width
+    for block in _blocks(rows):
+        entries = (block.stop - block.start) * width
         lanes = words(-(-entries // 4)).view(torch.int16)[:entries]
         # With the sign bit set, subtracting the threshold leaves the sign where the other 15 bits reach it; shifting
         # then spreads the sign over the entry.
@@ -75,21 +150,11 @@ def kept_bits(rows: Tensor, dropout: float, seed: int) -> Iterator[tuple[slice, 
         yield block, lanes.view(-1, width).to(integers)
 
 
-def keep(rows: Tensor, bits: Tensor | None) -> Tensor:
-    """`rows` with zeros where the mask drops an entry, as a new tensor; `rows` itself without a mask.
-
-    Args:
-        rows: ``[T, D]``.
-        bits: from `kept_bits`.
-    """
-    return rows if bits is None else (rows.view(bits.dtype) & bits).view(rows.dtype)
-
-
-def keep_(rows: Tensor, bits: Tensor | None) -> Tensor:
-    """`keep` in place."""
-    if bits is not None:
-        rows.view(bits.dtype).bitwise_and_(bits)
-    return rows
+def _blocks(rows: Tensor) -> Iterator[slice]:
+    """Rows that are masked together; those of a CPU are a multiple of four, which uses whole words of 64 bits."""
+    count, width = rows.shape
+    height = max(4, _BLOCK // width // 4 * 4) if rows.device.type == "cpu" else max(1, count)
+    return (slice(start, min(start + height, count)) for start in range(0, count, height))
 
 
 def _random_words(device: torch.device, seed: int) -> Callable[[int], Tensor]:

@@ -210,6 +210,8 @@ class FusedLinear(MoSLoRALayer):
     """The layers that read the same input, if there are any; see `link_siblings`."""
     step_window: StepWindow | None = None
     """Within `one_product_per_step`."""
+    native_dropout: bool = False
+    """Whether kernels of ours do the dropout where they can; see `use_native_dropout`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus the active adapters, ``[..., D_out]``."""
@@ -253,6 +255,7 @@ class FusedLinear(MoSLoRALayer):
             B=factors.B,
             scaling=factors.scaling,
             dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
+            native=self.native_dropout,
         )
 
     @staticmethod

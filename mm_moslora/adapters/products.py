@@ -14,7 +14,7 @@ layers' own parts of dX are added up by the products themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,11 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mm_moslora.adapters.dropout import draw_seed, exact_rate, keep, keep_, kept_bits
+from mm_moslora.adapters.dropout import Mask, draw_seed, exact_rate, kept_blocks
 from mm_moslora.adapters.functional import combine, multiplies_at_once, scaled_product
 
-Mask = tuple[float, int]
-"""Dropout probability and seed."""
 PLAIN_TYPES: tuple[type, ...] = (Tensor, nn.Parameter)
 """Of weights that are the numbers they show; other types (quantised ones, say) compute in ways of their own."""
 
@@ -61,6 +59,8 @@ class Operands:
     """s."""
     dropout: float = 0.0
     """Probability of dropping an entry of x before A."""
+    native: bool = False
+    """Whether kernels of ours do the dropout where they can."""
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """W (None: packed, see `Rules`), bias, A, M and B."""
@@ -89,7 +89,10 @@ class Rules:
         rates = [exact_rate(layer.dropout) for layer in layers]
         return cls(
             scalings=tuple(layer.scaling / (1.0 - rate) for layer, rate in zip(layers, rates, strict=True)),
-            masks=tuple((rate, draw_seed()) if rate else None for rate in rates),
+            masks=tuple(
+                Mask(rate=rate, seed=draw_seed(), native=layer.native) if rate else None
+                for layer, rate in zip(layers, rates, strict=True)
+            ),
             packed=tuple(None if isinstance(layer.weight, Tensor) else layer.weight for layer in layers),
         )
 
@@ -132,11 +135,10 @@ class Products:
         if not any(self.masks):
             return rows @ A.t()
         z = rows.new_empty(rows.shape[0], A.shape[0])
-        for index, mask in enumerate(self.masks):
-            if self.ranks[index]:
-                own, place = self._factor(index).t(), self._part(z, index, 1)
-                for block, bits in _blocks(rows, mask):
-                    place[block] = keep(rows[block], bits) @ own
+        adapted = [index for index, rank in enumerate(self.ranks) if rank]
+        for block, kept in kept_blocks(rows, [self.masks[index] for index in adapted]):
+            for index, own in zip(adapted, kept, strict=True):
+                self._part(z, index, 1)[block] = own.keep(rows[block]) @ self._factor(index).t()
         return z
 
     def input_gradients(
@@ -185,18 +187,18 @@ class Products:
         self, x: Tensor, us: dict[int, Tensor], *, needs_x: bool
     ) -> tuple[Tensor | None, dict[int, Tensor]]:
         """The adapters' part of ``dX``, and every ``dA``, where an adapter has dropout."""
-        dX = torch.empty_like(x) if needs_x else None
-        gradients: dict[int, Tensor] = {}
-        for index, u in us.items():
-            A = self._factor(index)
-            dA = torch.zeros_like(A, dtype=torch.promote_types(A.dtype, torch.float32))
-            for block, bits in _blocks(x, self.masks[index]):
-                if dX is not None and not gradients:
-                    keep_(torch.mm(u[block], A, out=dX[block]), bits)
+        dX = x.new_empty(x.shape) if needs_x else None
+        gradients = {
+            index: torch.zeros_like(A, dtype=torch.promote_types(A.dtype, torch.float32))
+            for index, A in ((index, self._factor(index)) for index in us)
+        }
+        for block, kept in kept_blocks(x, [self.masks[index] for index in us]):
+            for place, (own, (index, u)) in enumerate(zip(kept, us.items(), strict=True)):
+                if dX is not None and not place:
+                    own.keep_(torch.mm(u[block], self._factor(index), out=dX[block]))
                 elif dX is not None:
-                    dX[block].add_(keep_(u[block] @ A, bits))
-                dA.add_(u[block].t() @ keep(x[block], bits))
-            gradients[index] = dA
+                    own.add(dX[block], u[block] @ self._factor(index))
+                gradients[index].add_(u[block].t() @ own.keep(x[block]))
         return dX, gradients
 
     def product_gradient(self, index: int, grad: Tensor, z: Tensor) -> Tensor:
@@ -266,8 +268,3 @@ def is_plain(weight: object) -> bool:
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _blocks(rows: Tensor, mask: Mask | None) -> Iterable[tuple[slice, Tensor | None]]:
-    """The rows in blocks with their masks, in one without."""
-    return [(slice(None), None)] if mask is None else kept_bits(rows, *mask)

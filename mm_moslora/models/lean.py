@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cache
 from typing import Any, cast
 
@@ -142,7 +143,7 @@ def as_tensors(module: nn.Module, x: Tensor) -> Operands | None:
         if found is None or module.step_window is None:
             return found
         product = module.step_window.product(module, found, x.dtype)
-        return Operands(weight=found.weight, bias=found.bias, A=found.A, M=None, B=product, dropout=found.dropout)
+        return replace(found, M=None, B=product, scaling=1.0)
     weight = weight_of(module, x)
     if weight is None:
         return None

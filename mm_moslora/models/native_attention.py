@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mm_moslora.machine import multiplies_tiles
-from mm_moslora.models.native_passes import SUFFIXES, fits
 from mm_moslora.native import library
+from mm_moslora.native.tensors import SUFFIXES, fits
 
 WIDEST = 256
 """Head width; as in the source."""

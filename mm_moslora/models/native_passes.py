@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from mm_moslora.models.elementwise import EAGER, Elementwise
-from mm_moslora.native import library
-
-SUFFIXES = {torch.float32: "full", torch.bfloat16: "half"}
-"""Of the functions for a dtype."""
+from mm_moslora.native.tensors import call as _call
+from mm_moslora.native.tensors import fits
 
 
 def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -90,19 +88,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-def fits(*tensors: Tensor) -> bool:
-    """Whether kernels can take them: one dtype that they know, on a CPU, with no mode that looks at every operator."""
-    first = tensors[0].dtype
-    alike = all(tensor.dtype == first and tensor.device.type == "cpu" for tensor in tensors)
-    return alike and first in SUFFIXES and torch._C._len_torch_dispatch_stack() == 0
-
-
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _call(name: str, like: Tensor, *arguments: int | float) -> None:
-    library()[f"{name}_{SUFFIXES[like.dtype]}"](*arguments, torch.get_num_threads())
 
 
 NATIVE = Elementwise(

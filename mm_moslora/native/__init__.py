@@ -43,8 +43,12 @@ _ARGUMENTS = {
     "rotated": (
         _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG, _INT,
     ),
+    "keep": (_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _INT),
+    "add_kept": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT),
 }  # fmt: skip
-"""What each function of the sources takes."""
+"""What each function of the sources takes that is there once for each dtype."""
+_WITHOUT_DTYPE = {"draw_bits": (_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG)}
+"""What the others take."""
 DTYPES = ("full", "half")
 """How the functions of float32 and of bfloat16 end."""
 
@@ -68,10 +72,10 @@ class Library:
         except OSError as error:
             raise NativeError(f"{path} does not load ({error})") from error
         self._functions: dict[str, Any] = {}
-        for name, arguments in _ARGUMENTS.items():
-            for dtype in DTYPES:
-                function = self._functions[f"{name}_{dtype}"] = getattr(library, f"{name}_{dtype}")
-                function.argtypes, function.restype = arguments, None
+        typed = {f"{name}_{dtype}": arguments for name, arguments in _ARGUMENTS.items() for dtype in DTYPES}
+        for name, arguments in (typed | _WITHOUT_DTYPE).items():
+            function = self._functions[name] = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
 
     def __getitem__(self, name: str) -> Any:
         """A function by its name in the sources, such as `gated_half`."""

@@ -49,14 +49,19 @@ inline vf widened(vh value) {
 #endif
 }
 
-inline vh rounded(vf value) {
-#ifdef __AVX512BF16__
-  return (vh)_mm512_cvtneps_pbh((__m512)value);  // numbers below 1.2e-38 become 0
-#else
+// To nearest even, numbers of any size; what is none stays none.
+inline vh rounded_exactly(vf value) {
   const vu bits = (vu)value;
   const vu number = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const vu wrong = (vu)((bits & 0x7fffffffu) > 0x7f800000u);  // not a number
   return __builtin_convertvector((number & ~wrong) | (((bits >> 16) | 0x40) & wrong), vh);
+}
+
+inline vh rounded(vf value) {
+#ifdef __AVX512BF16__
+  return (vh)_mm512_cvtneps_pbh((__m512)value);  // numbers below 1.2e-38 become 0
+#else
+  return rounded_exactly(value);
 #endif
 }
 
