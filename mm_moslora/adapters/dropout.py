@@ -8,7 +8,7 @@ draw the same masks as bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -78,51 +78,52 @@ class Mask:
     """Whether kernels of ours draw and apply it where they can; it is the same mask."""
 
 
-def kept_blocks(rows: Tensor, masks: Sequence[Mask | None]) -> Iterator[tuple[slice, list[Kept]]]:
-    """The masks of several layers for the same rows, block by block, drawn by our kernels where all may.
+def kept_blocks(rows: Tensor, masks: Mapping[int, Mask | None]) -> Iterator[tuple[int, slice, Kept]]:
+    """The masks of several layers for the same rows: block by block, and within a block layer by layer.
 
     Args:
         rows: ``[T, D]``.
-        masks: of every layer; None: everything stays.
+        masks: by the layer's place; None: everything stays.
 
     Yields:
-        Which rows, and which of their entries stay for each layer.
+        Which layer, which rows, and which of their entries stay.
     """
-    drawn = [mask for mask in masks if mask is not None]
-    blocks: Iterable[tuple[slice, Sequence[Kept]]]
-    if not drawn:
-        blocks = [(slice(0, rows.shape[0]), ())]
-    elif all(mask.native for mask in drawn) and native_dropout.fits(rows):
-        blocks = native_dropout.kept_blocks(
-            _blocks(rows), rows.shape[1], [(round(mask.rate * _STEPS), mask.seed) for mask in drawn]
-        )
-    else:
-        together = zip(*(kept_bits(rows, mask.rate, mask.seed) for mask in drawn), strict=True)
-        blocks = ((parts[0][0], [_KeptBits(bits) for _, bits in parts]) for parts in together)
-    for block, found in blocks:
-        ready = iter(found)
-        yield block, [_EVERYTHING if mask is None else next(ready) for mask in masks]
+    drawn = {place: mask for place, mask in masks.items() if mask is not None}
+    if all(mask.native for mask in drawn.values()) and native_dropout.fits(rows):
+        draws = [(_threshold(mask.rate), mask.seed) for mask in drawn.values()]
+        for block, several in native_dropout.kept_blocks(_blocks(rows), rows.shape[1], draws):
+            found: dict[int, Kept] = dict(zip(drawn, several, strict=True))
+            yield from ((place, block, found.get(place, _EVERYTHING)) for place in masks)
+        return
+    sources = {place: kept_bits(rows, mask.rate, mask.seed) for place, mask in drawn.items()}
+    for block in _blocks(rows):
+        for place in masks:  # one mask at a time: they are as large as the rows
+            yield place, block, KeptBits(next(sources[place])[1]) if place in sources else _EVERYTHING
 
 
 @dataclass(frozen=True)
-class _KeptBits:
-    """By masks from `kept_bits`; None: all stays."""
+class KeptBits:
+    """See `Kept`."""
 
     bits: Tensor | None
+    """From `kept_bits`, or a part of such a mask; None: all stays."""
 
     def keep(self, rows: Tensor) -> Tensor:
+        """A new tensor; `rows` itself if all stays."""
         return rows if self.bits is None else (rows.view(self.bits.dtype) & self.bits).view(rows.dtype)
 
     def keep_(self, rows: Tensor) -> Tensor:
+        """In place."""
         if self.bits is not None:
             rows.view(self.bits.dtype).bitwise_and_(self.bits)
         return rows
 
     def add(self, total: Tensor, rows: Tensor) -> None:
+        """Add to `total` what stays of `rows`."""
         total.add_(self.keep_(rows))
 
 
-_EVERYTHING = _KeptBits(None)
+_EVERYTHING = KeptBits(None)
 
 
 def kept_bits(rows: Tensor, dropout: float, seed: int) -> Iterator[tuple[slice, Tensor]]:
@@ -142,12 +143,21 @@ def kept_bits(rows: Tensor, dropout: float, seed: int) -> Iterator[tuple[slice, 
         return
     words = _random_words(rows.device, seed)
     for block in _blocks(rows):
-        entries = (block.stop - block.start) * width
-        lanes = words(-(-entries // 4)).view(torch.int16)[:entries]
-        # With the sign bit set, subtracting the threshold leaves the sign where the other 15 bits reach it; shifting
-        # then spreads the sign over the entry.
-        lanes.bitwise_or_(-_STEPS).sub_(round(dropout * _STEPS)).bitwise_right_shift_(15)
-        yield block, lanes.view(-1, width).to(integers)
+        # Nothing of that size stays here while other masks are drawn.
+        yield block, _lanes(words, (block.stop - block.start) * width, dropout).view(-1, width).to(integers)
+
+
+def _lanes(words: Callable[[int], Tensor], entries: int, dropout: float) -> Tensor:
+    """The next mask, int16 ``[entries]``."""
+    lanes = words(-(-entries // 4)).view(torch.int16)[:entries]
+    # With the sign bit set, subtracting the threshold leaves the sign where the other 15 bits reach it; shifting then
+    # spreads the sign over the entry.
+    return lanes.bitwise_or_(-_STEPS).sub_(_threshold(dropout)).bitwise_right_shift_(15)
+
+
+def _threshold(dropout: float) -> int:
+    """How many of the random numbers drop an entry."""
+    return round(dropout * _STEPS)
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:

@@ -135,10 +135,9 @@ class Products:
         if not any(self.masks):
             return rows @ A.t()
         z = rows.new_empty(rows.shape[0], A.shape[0])
-        adapted = [index for index, rank in enumerate(self.ranks) if rank]
-        for block, kept in kept_blocks(rows, [self.masks[index] for index in adapted]):
-            for index, own in zip(adapted, kept, strict=True):
-                self._part(z, index, 1)[block] = own.keep(rows[block]) @ self._factor(index).t()
+        adapted = {index: mask for index, mask in enumerate(self.masks) if self.ranks[index]}
+        for index, block, kept in kept_blocks(rows, adapted):
+            self._part(z, index, 1)[block] = kept.keep(rows[block]) @ self._factor(index).t()
         return z
 
     def input_gradients(
@@ -188,17 +187,16 @@ class Products:
     ) -> tuple[Tensor | None, dict[int, Tensor]]:
         """The adapters' part of ``dX``, and every ``dA``, where an adapter has dropout."""
         dX = x.new_empty(x.shape) if needs_x else None
-        gradients = {
-            index: torch.zeros_like(A, dtype=torch.promote_types(A.dtype, torch.float32))
-            for index, A in ((index, self._factor(index)) for index in us)
-        }
-        for block, kept in kept_blocks(x, [self.masks[index] for index in us]):
-            for place, (own, (index, u)) in enumerate(zip(kept, us.items(), strict=True)):
-                if dX is not None and not place:
-                    own.keep_(torch.mm(u[block], self._factor(index), out=dX[block]))
-                elif dX is not None:
-                    own.add(dX[block], u[block] @ self._factor(index))
-                gradients[index].add_(u[block].t() @ own.keep(x[block]))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        gradients = {index: torch.zeros_like(self._factor(index), dtype=wide) for index in us}
+        first = next(iter(us))
+        for index, block, kept in kept_blocks(x, {index: self.masks[index] for index in us}):
+            u, A = us[index][block], self._factor(index)
+            if dX is not None and index == first:
+                kept.keep_(torch.mm(u, A, out=dX[block]))
+            elif dX is not None:
+                kept.add(dX[block], u @ A)
+            gradients[index].add_(u.t() @ kept.keep(x[block]))
         return dX, gradients
 
     def product_gradient(self, index: int, grad: Tensor, z: Tensor) -> Tensor:

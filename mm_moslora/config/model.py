@@ -116,9 +116,9 @@ class ModelConfig:
     lean_layers: bool = True
     """Let decoder layers of known families keep less for the backward pass; the numbers stay the same."""
     kernels: Literal["auto", "torch", "liger", "native"] = "auto"
-    """What runs between the matrix products of lean layers: Liger's Triton kernels, ours for CPUs (native; attention,
-    too), or PyTorch's own. auto: Liger's on a GPU where liger-kernel is installed, ours on a CPU where a C++ compiler
-    is. With `train.compile` PyTorch's are compiled instead."""
+    """What runs between the matrix products of lean layers: Liger's Triton kernels, ours for CPUs (native; attention
+    and the dropout of adapters, too), or PyTorch's own. auto: Liger's on a GPU where liger-kernel is installed, ours on
+    a CPU where a C++ compiler is. With `train.compile` PyTorch's are compiled instead."""
 
     def __post_init__(self) -> None:
         require(

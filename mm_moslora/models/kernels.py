@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from mm_moslora.adapters import use_native_dropout
 from mm_moslora.errors import ConfigError
 from mm_moslora.liger import LIGER_RANGE, installed_liger, why_not_liger
 from mm_moslora.models.elementwise import EAGER, Elementwise
@@ -27,7 +28,7 @@ class Kernels:
     required: str | None = None
     """What the recipe insists on."""
     attention: bool = False
-    """Whether attention is to run on ours."""
+    """Whether attention, and the dropout of adapters, are to run on ours."""
 
 
 def choose_kernels(wanted: str, device: torch.device, *, lean: bool = True) -> Kernels:
@@ -36,7 +37,7 @@ def choose_kernels(wanted: str, device: torch.device, *, lean: bool = True) -> K
     Args:
         wanted: auto, torch, liger or native.
         device: that the model will be on.
-        lean: whether lean layers will run them; otherwise there is attention alone.
+        lean: whether lean layers will run them; otherwise there are attention and dropout alone.
 
     Raises:
         ConfigError: liger or native is asked for and cannot run.
@@ -82,7 +83,7 @@ def _ours(device: torch.device) -> str:
 
 
 def use_kernels(model: PreTrainedModel, kernels: Kernels, *, lean: bool = True) -> str:
-    """Have a model run on these kernels, in place: its lean layers, where it has any, and attention.
+    """Have a model run on these kernels, in place: its lean layers, where it has any, attention, and the dropout of adapters.
 
     Args:
         model: that `mm_moslora.models.lean.use_lean_layers` has seen.
@@ -99,6 +100,7 @@ def use_kernels(model: PreTrainedModel, kernels: Kernels, *, lean: bool = True) 
     changed = [layer for layer in getattr(model.get_decoder(), "layers", ()) if lean and isinstance(layer, LeanLayer)]
     for layer in changed:
         layer.passes = kernels.passes
+    use_native_dropout(model, kernels.attention)
     if kernels.required and not changed and not kernels.attention:
         raise ConfigError(
             f"model.kernels is {kernels.required!r}, but {type(model).__name__} has no lean decoder layers, and such "

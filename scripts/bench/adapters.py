@@ -27,7 +27,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -43,8 +43,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 import mm_moslora
-from mm_moslora.adapters import MoSLoRAConfig, add_moslora, one_product_per_step, use_kernel
+from mm_moslora.adapters import MoSLoRAConfig, add_moslora, one_product_per_step, use_kernel, use_native_dropout
 from mm_moslora.machine import hardware, keep_memory
+from mm_moslora.native import NativeError
 from mm_moslora.training.progress import Progress
 
 SHAPES = ((576, 1536), (2048, 2048), (2048, 5504))
@@ -129,7 +130,11 @@ def adapt(base: nn.Module, kind: str, *, rank: int, dropout: float = 0.0, wide: 
         config = peft.LoraConfig(**options, target_modules=sorted(names))
         return peft.get_peft_model(base, config, autocast_adapter_dtype=wide).train()
     own = MoSLoRAConfig(**options, **(PLAIN if kind == "own lora" else {}))
-    return add_moslora(base, own, autocast_adapter_dtype=wide).train()
+    model = add_moslora(base, own, autocast_adapter_dtype=wide).train()
+    if dropout:
+        with suppress(NativeError):  # as the training loop has it
+            use_native_dropout(model)
+    return model
 
 
 def step(model: nn.Module, kind: str, given: Tensor, *, micro_batches: int = 1) -> Step:

@@ -24,7 +24,7 @@ from mm_moslora.adapters import (
     save_adapter,
     use_kernel,
 )
-from mm_moslora.adapters.dropout import keep, kept_bits
+from mm_moslora.adapters.dropout import KeptBits, kept_bits
 from mm_moslora.adapters.kernel import _FusedLinears
 from mm_moslora.adapters.orthonormal import OrthonormalFactor, orthonormal_factors, project_gradients
 from mm_moslora.errors import AdapterError
@@ -192,7 +192,7 @@ def test_the_mask_has_the_right_rate_and_is_repeatable(dtype: torch.dtype, rate:
     rows = torch.randn(301, 333).to(dtype)
     bits = mask_of(rows, rate, 5)
     assert set(bits.unique().tolist()) == {-1, 0}
-    assert torch.equal(keep(rows, bits), torch.where(bits == 0, 0, rows))
+    assert torch.equal(KeptBits(bits).keep(rows), torch.where(bits == 0, 0, rows))
     kept = -bits.double()
     assert abs(1 - float(kept.mean()) - rate) < 5 * (rate * (1 - rate) / rows.numel()) ** 0.5
     assert torch.equal(bits, mask_of(rows, rate, 5))

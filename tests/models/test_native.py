@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_kernels import WHY_NOT, needs_kernels
 from pass_checks import PassChecks, batch, drawn, lean_model, use
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,16 +27,6 @@ from mm_moslora.models.vlm import supervised_hidden
 CPU = torch.device("cpu")
 
 
-def why_not() -> str | None:
-    try:
-        native.library()
-    except native.NativeError as error:
-        return str(error)
-    return None
-
-
-WHY_NOT = why_not()
-needs_kernels = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="there is no C++ compiler here")
 
 
