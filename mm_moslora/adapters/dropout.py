@@ -89,7 +89,7 @@ def kept_blocks(rows: Tensor, masks: Mapping[int, Mask | None]) -> Iterator[tupl
         Which layer, which rows, and which of their entries stay.
     """
     drawn = {place: mask for place, mask in masks.items() if mask is not None}
-    if all(mask.native for mask in drawn.values()) and native_dropout.fits(rows):
+    if drawn and all(mask.native for mask in drawn.values()) and native_dropout.fits(rows):
         draws = [(_threshold(mask.rate), mask.seed) for mask in drawn.values()]
         for block, several in native_dropout.kept_blocks(_blocks(rows), rows.shape[1], draws):
             found: dict[int, Kept] = dict(zip(drawn, several, strict=True))

@@ -9,7 +9,8 @@
 All contenders of a case run in turn in one process, on the same weights and inputs, in an order that rotates from round
 to round; one thread, process CPU time; every figure is the median of the ratios of single rounds. Saved bytes and FLOPs
 are counted. A step is a forward and a backward pass down to the input. glibc keeps memory between steps, as the trainer
-has it do on a CPU: what fresh pages cost differs from machine to machine and would hide the adapters.
+has it do on a CPU: what fresh pages cost differs from machine to machine and would hide the adapters. Our dropout runs
+on our kernels where a C++ compiler is, as in the trainer.
 
 Two bounds stand beside the cost over the frozen model. That of the FLOPs is what the adapters' products would cost at
 the speed of the base's. That of the products is what they do cost: the time of torch's own kernels for them within the
