@@ -83,7 +83,7 @@ def _ours(device: torch.device) -> str:
 
 
 def use_kernels(model: PreTrainedModel, kernels: Kernels, *, lean: bool = True) -> str:
-    """Have a model run on these kernels, in place: its lean layers, where it has any, attention, and the dropout of adapters.
+    """Have a model run on these kernels, in place: its lean layers, where it has any, attention and adapter dropout.
 
     Args:
         model: that `mm_moslora.models.lean.use_lean_layers` has seen.

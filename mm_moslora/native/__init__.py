@@ -1,7 +1,7 @@
 """Kernels of ours for CPUs, in C++, compiled once for the machine that they run on where a compiler is, never required.
 
 `mm_moslora.models.native_passes` calls them with tensors between the products of lean decoder layers,
-`mm_moslora.models.native_attention` for attention, and `mm_moslora.adapters.native_dropout` for the dropout of adapters.
+`mm_moslora.models.native_attention` for attention, and `mm_moslora.adapters.native_dropout` for adapter dropout.
 """
 
 from __future__ import annotations
