@@ -9,7 +9,7 @@ from mm_moslora.adapters.functional import delta_weight, fold, reference_linear,
 from mm_moslora.adapters.guards import guard_peft
 from mm_moslora.adapters.inject import AdaptedModule, adapted_modules, add_moslora, resolve_targets
 from mm_moslora.adapters.kernel import fused_linear
-from mm_moslora.adapters.layer import MoSLoRALayer, MoSLoRALinear, use_native_dropout
+from mm_moslora.adapters.layer import MoSLoRALayer, MoSLoRALinear, use_native_kernels
 from mm_moslora.adapters.load import load_adapter
 from mm_moslora.adapters.merge import merge
 from mm_moslora.adapters.mixer import MIXER_INITS, Mixer, MixerInit, butterfly, init_mixer, two_subspaces_delta
@@ -57,7 +57,7 @@ __all__ = [
     "take_adapter",
     "two_subspaces_delta",
     "use_kernel",
-    "use_native_dropout",
+    "use_native_kernels",
 ]
 
 

@@ -211,8 +211,8 @@ class FusedLinear(MoSLoRALayer):
     """The layers that read the same input, if there are any; see `link_siblings`."""
     step_window: StepWindow | None = None
     """Within `one_product_per_step`."""
-    native_dropout: bool = False
-    """Whether kernels of ours do the dropout where they can; see `use_native_dropout`."""
+    native: bool = False
+    """Whether kernels of ours do dropout and thin products where they can; see `use_native_kernels`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus the active adapters, ``[..., D_out]``."""
@@ -256,7 +256,7 @@ class FusedLinear(MoSLoRALayer):
             B=factors.B,
             scaling=factors.scaling,
             dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
-            native=self.native_dropout,
+            native=self.native,
         )
 
     @staticmethod
@@ -283,11 +283,12 @@ class FusedLinear(MoSLoRALayer):
         return name
 
 
-def use_native_dropout(model: nn.Module, enabled: bool = True) -> int:
-    """Have the fused kernel's dropout on a CPU done by kernels of ours, in place; masks and numbers stay the same.
+def use_native_kernels(model: nn.Module, enabled: bool = True) -> int:
+    """Have the fused kernel do dropout and thin products on a CPU by kernels of ours, in place.
 
-    They are compiled here if this machine has not done so yet, in two or three seconds. float32 and bfloat16 gain;
-    everything else goes on with PyTorch's operators, and so do layers that are added later.
+    Dropout, of float32 and bfloat16, keeps its masks and numbers; thin products, of float32 and ranks that are
+    multiples of 16, are summed in another order. The kernels are compiled here if this machine has not done so yet, in
+    two or three seconds. Everything else goes on with PyTorch's operators, and so do layers that are added later.
 
     Args:
         model: with adapters.
@@ -303,7 +304,7 @@ def use_native_dropout(model: nn.Module, enabled: bool = True) -> int:
         library()
     layers = [module for module in model.modules() if isinstance(module, FusedLinear)]
     for layer in layers:
-        layer.native_dropout = enabled
+        layer.native = enabled
     return len(layers)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from mm_moslora.adapters import use_native_dropout
+from mm_moslora.adapters import use_native_kernels
 from mm_moslora.errors import ConfigError
 from mm_moslora.liger import LIGER_RANGE, installed_liger, why_not_liger
 from mm_moslora.models.elementwise import EAGER, Elementwise
@@ -100,7 +100,7 @@ def use_kernels(model: PreTrainedModel, kernels: Kernels, *, lean: bool = True) 
     changed = [layer for layer in getattr(model.get_decoder(), "layers", ()) if lean and isinstance(layer, LeanLayer)]
     for layer in changed:
         layer.passes = kernels.passes
-    use_native_dropout(model, kernels.attention)
+    use_native_kernels(model, kernels.attention)
     if kernels.required and not changed and not kernels.attention:
         raise ConfigError(
             f"model.kernels is {kernels.required!r}, but {type(model).__name__} has no lean decoder layers, and such "

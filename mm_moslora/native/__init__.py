@@ -1,7 +1,8 @@
 """Kernels of ours for CPUs, in C++, compiled once for the machine that they run on where a compiler is, never required.
 
 `mm_moslora.models.native_passes` calls them with tensors between the products of lean decoder layers,
-`mm_moslora.models.native_attention` for attention, and `mm_moslora.adapters.native_dropout` for adapter dropout.
+`mm_moslora.models.native_attention` for attention, and `native_dropout` and `native_products` of `mm_moslora.adapters`
+for adapters.
 """
 
 from __future__ import annotations
@@ -47,8 +48,12 @@ _ARGUMENTS = {
     "add_kept": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT),
 }  # fmt: skip
 """What each function of the sources takes that is there once for each dtype."""
-_WITHOUT_DTYPE = {"draw_bits": (_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG)}
-"""What the others take."""
+_OTHERS = {
+    "draw_bits": (_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG),
+    "inner_full": (_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _LONG, _INT),
+    "summed_full": (_POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG, _INT),
+}
+"""What the others take, which know no dtype or float32 alone."""
 DTYPES = ("full", "half")
 """How the functions of float32 and of bfloat16 end."""
 
@@ -73,7 +78,7 @@ class Library:
             raise NativeError(f"{path} does not load ({error})") from error
         self._functions: dict[str, Any] = {}
         typed = {f"{name}_{dtype}": arguments for name, arguments in _ARGUMENTS.items() for dtype in DTYPES}
-        for name, arguments in (typed | _WITHOUT_DTYPE).items():
+        for name, arguments in (typed | _OTHERS).items():
             function = self._functions[name] = getattr(library, name)
             function.argtypes, function.restype = arguments, None
 

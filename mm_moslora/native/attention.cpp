@@ -3,15 +3,14 @@
 //
 // A block of queries meets a block of keys at a time, so that scores stay near the core. Forward, the softmax runs
 // along (what was summed is scaled where a larger score comes); backward, probabilities are computed again, from the
-// logarithms of the sums. What no query of a tile sees is not multiplied. Products are of 32-bit units: a float, or two
-// neighbours in bfloat16 where the processor multiplies such pairs. Sums are of floats.
+// logarithms of the sums. What no query of a tile sees is not multiplied. Sums are of floats.
 //
 // A thread takes a head of keys and all its heads of queries, in one segment: no two threads add to one gradient.
 
 #include <cstdlib>
 #include <memory>
 
-#include "vectors.h"
+#include "tiles.h"
 
 namespace {
 
@@ -23,53 +22,7 @@ constexpr i64 WIDEST = 256;              // head
 
 inline i64 up(i64 count, i64 to) { return (count + to - 1) / to * to; }
 
-struct Singles {
-  using unit = float;
-  static constexpr i64 PER = 1;
-  static vf add_product(vf total, const unit* factor, vf values) { return total + spread(*factor) * values; }
-};
-
-#ifdef __AVX512BF16__
-struct Pairs {
-  using unit = uint32_t;
-  static constexpr i64 PER = 2;
-  static vf add_product(vf total, const unit* factor, vf values) {
-    return (vf)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_set1_epi32((int)*factor), (__m512bh)values);
-  }
-};
-using HalfUnits = Pairs;
-#else
-using HalfUnits = Singles;
-#endif
-
 // Products -----------------------------------------------------------------------------------------------------------
-
-// c = (c +) sum over k of a(row, k) b(k, column), for M rows and V vectors of columns.
-template <class U, i64 V>
-void tile(const typename U::unit* a, i64 row, i64 step, const typename U::unit* b, i64 depth, float* c,
-                 i64 pitch, bool add) {
-  vf total[M][V];
-#pragma GCC unroll 6
-  for (i64 m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (i64 n = 0; n < V; ++n) total[m][n] = vf{};
-  for (i64 k = 0; k < depth; ++k, a += step, b += PANEL) {
-    vf values[V];
-#pragma GCC unroll 4
-    for (i64 n = 0; n < V; ++n) values[n] = load<vf>(b + n * W);
-#pragma GCC unroll 6
-    for (i64 m = 0; m < M; ++m)
-#pragma GCC unroll 4
-      for (i64 n = 0; n < V; ++n) total[m][n] = U::add_product(total[m][n], a + m * row, values[n]);
-  }
-#pragma GCC unroll 6
-  for (i64 m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (i64 n = 0; n < V; ++n) {
-      float* to = c + m * pitch + n * W;
-      store(to, add ? load<vf>(to) + total[m][n] : total[m][n]);
-    }
-}
 
 template <class U>
 struct Left {  // factors; strides of rows and of the sum
@@ -98,11 +51,11 @@ void product(Left<U> a, Right<U> b, i64 rows, i64 columns, float* c, i64 pitch, 
       const i64 depth = e.to - e.from;
       float* to = c + r * pitch + start;
       switch (std::min((e.columns - start + W - 1) / W, N)) {
-        case 1: tile<U, 1>(left, a.row, a.step, right, depth, to, pitch, add); break;
-        case 2: tile<U, 2>(left, a.row, a.step, right, depth, to, pitch, add); break;
+        case 1: tile<U, M, 1>(left, a.row, a.step, right, PANEL, depth, to, pitch, add); break;
+        case 2: tile<U, M, 2>(left, a.row, a.step, right, PANEL, depth, to, pitch, add); break;
 #ifdef __AVX512F__
-        case 3: tile<U, 3>(left, a.row, a.step, right, depth, to, pitch, add); break;
-        case 4: tile<U, 4>(left, a.row, a.step, right, depth, to, pitch, add); break;
+        case 3: tile<U, M, 3>(left, a.row, a.step, right, PANEL, depth, to, pitch, add); break;
+        case 4: tile<U, M, 4>(left, a.row, a.step, right, PANEL, depth, to, pitch, add); break;
 #endif
       }
     }

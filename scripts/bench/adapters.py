@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 import mm_moslora
-from mm_moslora.adapters import MoSLoRAConfig, add_moslora, one_product_per_step, use_kernel, use_native_dropout
+from mm_moslora.adapters import MoSLoRAConfig, add_moslora, one_product_per_step, use_kernel, use_native_kernels
 from mm_moslora.machine import hardware, keep_memory
 from mm_moslora.native import NativeError
 from mm_moslora.training.progress import Progress
@@ -134,7 +134,7 @@ def adapt(base: nn.Module, kind: str, *, rank: int, dropout: float = 0.0, wide: 
     model = add_moslora(base, own, autocast_adapter_dtype=wide).train()
     if dropout:
         with suppress(NativeError):  # as the training loop has it
-            use_native_dropout(model)
+            use_native_kernels(model)
     return model
 
 

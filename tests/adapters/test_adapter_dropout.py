@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_moslora import native
-from mm_moslora.adapters import MoSLoRAConfig, add_moslora, dropout, use_native_dropout
+from mm_moslora.adapters import MoSLoRAConfig, add_moslora, dropout, use_native_kernels
 from mm_moslora.adapters.dropout import KeptBits, Mask, exact_rate, kept_blocks
 from mm_moslora.adapters.layer import FusedLinear
 from mm_moslora.adapters.native_dropout import KeptNatively
@@ -141,14 +141,14 @@ def test_a_models_gradients_are_the_same_bit_for_bit(dtype: torch.dtype, monkeyp
     monkeypatch.setattr(KeptNatively, "add", lambda *args: calls.append(1) or add(*args))
     eager = _gradients(model)
     assert not calls
-    assert use_native_dropout(model) == 10
+    assert use_native_kernels(model) == 10
     ours = _gradients(model)
     assert calls
     assert all(gradient.any() for gradient in eager.values())
     assert eager.keys() == ours.keys()
     assert all(torch.equal(eager[name], ours[name]) for name in eager)
     calls.clear()
-    use_native_dropout(model, False)
+    use_native_kernels(model, False)
     _gradients(model)
     assert not calls
 
@@ -162,7 +162,7 @@ def test_nothing_is_compiled_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPa
     model = _model(torch.float32)
     assert _gradients(model)
     with pytest.raises(native.NativeError, match=r"no C\+\+ compiler"):
-        use_native_dropout(model)
+        use_native_kernels(model)
     assert _gradients(model), "the layers are as they were"
 
 
@@ -172,4 +172,4 @@ def test_the_trainers_kernels_decide() -> None:
     layers = [module for module in model.modules() if isinstance(module, FusedLinear)]
     for passes, ours in ((NATIVE, True), (EAGER, False), (EAGER, True)):
         use_kernels(model, Kernels(passes=passes, words="", attention=ours))
-        assert {layer.native_dropout for layer in layers} == {ours}
+        assert {layer.native for layer in layers} == {ours}

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from native_kernels import needs_kernels
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from mm_moslora import native
 from mm_moslora.models import attention_products, native_attention
 from mm_moslora.models.attention import picture_attention, segment_attention
 from mm_moslora.models.attention_products import BLOCK, attend, attend_backward
@@ -19,17 +19,7 @@ from mm_moslora.models.native_attention import runs_native, use_native_attention
 SCALE = 0.3
 
 
-def why_not() -> str | None:
-    try:
-        native.library()
-    except native.NativeError as error:
-        return str(error)
-    return None
-
-
-WHY_NOT = why_not()
-needs_kernel = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
-WAYS = pytest.mark.parametrize("way", [pytest.param("ours", marks=needs_kernel), "products", "pytorch"])
+WAYS = pytest.mark.parametrize("way", [pytest.param("ours", marks=needs_kernels), "products", "pytorch"])
 
 
 def tensors(heads: int, key_heads: int, tokens: int, dtype: torch.dtype, width: int = 16) -> list[Tensor]:
@@ -182,7 +172,7 @@ def by_ours(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lengths: tuple[int, .
     return [output.detach(), *(leaf.grad for leaf in leaves)]
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize("width", [5, 20, 64, 72, 128, 256])
 def test_our_kernel_takes_heads_of_any_width_over_several_blocks(dtype: torch.dtype, limit: float, width: int) -> None:
@@ -191,7 +181,7 @@ def test_our_kernel_takes_heads_of_any_width_over_several_blocks(dtype: torch.dt
         assert (mine.double() - exact).norm() <= limit * exact.norm()
 
 
-@needs_kernel
+@needs_kernels
 def test_our_kernel_takes_any_layout() -> None:
     q, k, v, grad = tensors(4, 2, 40, torch.float32)
     expected = by_ours(q, k, v, grad, (40,))
@@ -202,7 +192,7 @@ def test_our_kernel_takes_any_layout() -> None:
         assert all(map(torch.equal, by_ours(*others, pull, (40,)), expected))
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_segment_has_the_numbers_that_it_has_alone_on_any_number_of_threads(dtype: torch.dtype) -> None:
     q, k, v, grad = tensors(4, 4, 230, dtype)
@@ -219,7 +209,7 @@ def test_a_segment_has_the_numbers_that_it_has_alone_on_any_number_of_threads(dt
     assert all(map(torch.equal, found, alone))
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_not_finite_is_seen_in_its_segment(value: float, dtype: torch.dtype) -> None:
@@ -236,7 +226,7 @@ def test_what_is_not_finite_is_seen_in_its_segment(value: float, dtype: torch.dt
     assert not gradients[1][0, 0, :3].isfinite().any()
 
 
-@needs_kernel
+@needs_kernels
 def test_a_large_score_leaves_nothing_to_the_others() -> None:
     q, k, v, _ = tensors(1, 1, 300, torch.float32)
     q[0, 0, -1], k[0, 0, 250] = 0, 0
@@ -245,7 +235,7 @@ def test_a_large_score_leaves_nothing_to_the_others() -> None:
     torch.testing.assert_close(output[0, -1, 0], v[0, 0, 250])
 
 
-@needs_kernel
+@needs_kernels
 def test_where_our_kernel_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, _ = tensors(4, 2, 20, torch.bfloat16)
     module = ours()
@@ -266,7 +256,7 @@ def test_where_our_kernel_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not runs_native(module, q.float(), k.float(), v.float(), 2)
 
 
-@needs_kernel
+@needs_kernels
 def test_kept_are_the_output_and_a_number_per_query(made_by_amd) -> None:
     q, k, v, _ = tensors(2, 2, 100, torch.bfloat16)
     numbers = []
