@@ -239,7 +239,8 @@ def end_deepspeed(runner: int) -> None:
         process = psutil.Process(runner)
         own = process.cmdline()
         commands = [(child, child.cmdline()) for child in process.children()]
-        started = [(child, words) for child, words in commands if words != own]  # the same: a fork that starts another
+        # With no words, or the same, it is a fork that starts another.
+        started = [(child, words) for child, words in commands if words not in ([], own)]
         here = [child for child, words in started if words[2:4] == ["-m", "deepspeed.launcher.launch"]]
         for child in here:
             child.terminate()

@@ -10,6 +10,7 @@ import threading
 import time
 from unittest import mock
 
+import psutil
 import pytest
 from between import just_before
 
@@ -192,6 +193,8 @@ def test_deepspeeds_runner_is_told_itself_until_it_has_started_its_launcher_here
     }
     for child, code in cases.items():
         with runner(child) as process:
+            while any(other.cmdline() == [] for other in psutil.Process(process.pid).children()):
+                time.sleep(0.01)  # the system has not yet written down what it has begun
             launch.end_deepspeed(process.pid)
             assert process.wait(timeout=20) == code, child
     launch.end_deepspeed(process.pid)  # gone
