@@ -70,7 +70,7 @@ def lean_model(family: str, dtype: torch.dtype) -> t.PreTrainedModel:
 
 
 def use(model: t.PreTrainedModel, passes: Elementwise) -> None:
-    kernels = Kernels(passes=passes, words="ours", required="them", attention=passes is NATIVE)
+    kernels = Kernels(passes=passes, words="ours", required="them", native=passes is NATIVE)
     assert f"of {SIZES['num_hidden_layers']} lean decoder layers" in use_kernels(model, kernels)
 
 

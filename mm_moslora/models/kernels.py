@@ -27,8 +27,8 @@ class Kernels:
     """Whose they are, and why where that was not the recipe's word."""
     required: str | None = None
     """What the recipe insists on."""
-    attention: bool = False
-    """Whether attention, and the dropout of adapters, are to run on ours."""
+    native: bool = False
+    """Whether attention and adapters, too, are to run on ours."""
 
 
 def choose_kernels(wanted: str, device: torch.device, *, lean: bool = True) -> Kernels:
@@ -37,7 +37,7 @@ def choose_kernels(wanted: str, device: torch.device, *, lean: bool = True) -> K
     Args:
         wanted: auto, torch, liger or native.
         device: that the model will be on.
-        lean: whether lean layers will run them; otherwise there are attention and dropout alone.
+        lean: whether lean layers will run them; otherwise there are attention and adapters alone.
 
     Raises:
         ConfigError: liger or native is asked for and cannot run.
@@ -53,7 +53,7 @@ def choose_kernels(wanted: str, device: torch.device, *, lean: bool = True) -> K
     if wanted == "native" or (wanted == "auto" and device.type == "cpu"):
         try:
             words = _ours(device)
-            return Kernels(passes=NATIVE if lean else EAGER, words=words, required=required, attention=True)
+            return Kernels(passes=NATIVE if lean else EAGER, words=words, required=required, native=True)
         except NativeError as error:
             reason = str(error)
     if required is not None:
@@ -83,7 +83,7 @@ def _ours(device: torch.device) -> str:
 
 
 def use_kernels(model: PreTrainedModel, kernels: Kernels, *, lean: bool = True) -> str:
-    """Have a model run on these kernels, in place: its lean layers, where it has any, attention and adapter dropout.
+    """Have a model run on these kernels, in place: its lean layers, where it has any, attention and adapters.
 
     Args:
         model: that `mm_moslora.models.lean.use_lean_layers` has seen.
@@ -96,17 +96,17 @@ def use_kernels(model: PreTrainedModel, kernels: Kernels, *, lean: bool = True) 
     Raises:
         ConfigError: nothing does, and the recipe insists on such kernels.
     """
-    use_native_attention(model, on=kernels.attention)
+    use_native_attention(model, on=kernels.native)
+    use_native_kernels(model, kernels.native)
     changed = [layer for layer in getattr(model.get_decoder(), "layers", ()) if lean and isinstance(layer, LeanLayer)]
     for layer in changed:
         layer.passes = kernels.passes
-    use_native_kernels(model, kernels.attention)
-    if kernels.required and not changed and not kernels.attention:
+    if kernels.required and not changed and not kernels.native:
         raise ConfigError(
             f"model.kernels is {kernels.required!r}, but {type(model).__name__} has no lean decoder layers, and such "
             "kernels run in these alone (Llama, Mistral, Qwen2, Qwen3). Set model.kernels to auto."
         )
-    places = ["of attention"] if kernels.attention else []
+    places = ["of attention and adapters"] if kernels.native else []
     if changed:
         places.insert(0, f"between the products of {len(changed)} lean decoder layers")
     return f"The kernels {' and '.join(places)} are {kernels.words}." if places else ""
