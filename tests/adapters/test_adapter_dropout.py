@@ -171,5 +171,5 @@ def test_the_trainers_kernels_decide() -> None:
     model = _model(torch.float32).get_base_model()
     layers = [module for module in model.modules() if isinstance(module, FusedLinear)]
     for passes, ours in ((NATIVE, True), (EAGER, False), (EAGER, True)):
-        use_kernels(model, Kernels(passes=passes, words="", attention=ours))
+        use_kernels(model, Kernels(passes=passes, words="", native=ours))
         assert {layer.native for layer in layers} == {ours}
