@@ -39,7 +39,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import peft
 import torch
 import transformers
-from measuring import PRODUCTS, Rows, interleaved, kernel_seconds, ratio
+from measuring import PRODUCTS, Rows, interleaved, kernel_seconds, products_by_torch, ratio
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
@@ -132,9 +132,8 @@ def adapt(base: nn.Module, kind: str, *, rank: int, dropout: float = 0.0, wide: 
         return peft.get_peft_model(base, config, autocast_adapter_dtype=wide).train()
     own = MoSLoRAConfig(**options, **(PLAIN if kind == "own lora" else {}))
     model = add_moslora(base, own, autocast_adapter_dtype=wide).train()
-    if dropout:
-        with suppress(NativeError):  # as the training loop has it
-            use_native_kernels(model)
+    with suppress(NativeError):  # as the training loop has it
+        use_native_kernels(model)
     return model
 
 
@@ -196,7 +195,8 @@ def model_row(case: Case, rounds: int) -> dict[str, Any]:
     linears = [module for module in models["frozen"].modules() if isinstance(module, nn.Linear)]
     work = sum(4 * layer.in_features * layer.out_features for layer in linears)
     extra = sum(6 * rank * (layer.in_features + layer.out_features) for layer in linears)
-    thin, _ = kernel_seconds(steps["moslora"], partial(_is_thin, rank=rank))
+    with products_by_torch(models["moslora"]):
+        thin, _ = kernel_seconds(steps["moslora"], partial(_is_thin, rank=rank))
     others = {kind: ratio(times, kind, "frozen") for kind in ("peft", "peft bf16", "moslora fp32") if kind in times}
     return {
         "vs_peft": ratio(times, "moslora", "peft"),
