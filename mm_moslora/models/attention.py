@@ -148,13 +148,13 @@ def picture_attention(
     causal = getattr(module, "is_causal", True) if rest.get("is_causal") is None else rest["is_causal"]
     plain = attention_mask is None and not dropout and not causal and query.shape == key.shape
     pictures, _, patches, _ = query.shape
-    if plain and query.device.type == "cpu":
+    by_ours = native_attention.runs_native(module, query, key, value, pictures)
+    by_products = query.device.type == "cpu" and query.dtype.itemsize == 2 and products_are_faster(query[0])
+    if plain and (by_ours or by_products):
         # Patches of all pictures behind each other.
         q, k, v = (tensor.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for tensor in (query, key, value))
-        lengths = (patches,) * pictures
-        by_products = query.dtype.itemsize == 2 and products_are_faster(query[0])
-        if by_products or native_attention.runs_native(module, q, k, v, pictures):
-            return _on_cpu(module, q, k, v, scaling, lengths, causal=False).unflatten(1, (pictures, -1))[0], None
+        output = _on_cpu(module, q, k, v, scaling, (patches,) * pictures, causal=False)
+        return output[0].unflatten(0, (pictures, patches)), None
     given = {"dropout": dropout, "scaling": scaling, **rest}
     return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
 
