@@ -10,7 +10,7 @@ from cyclopts import App, Parameter
 
 from mm_moslora.cli.eval import quiet_libraries
 from mm_moslora.errors import ConfigError, DataError
-from mm_moslora.folders import MANIFEST, find_checkpoint
+from mm_moslora.folders import find_checkpoint
 
 Adapters = Annotated[
     tuple[str, ...], Parameter(name="--adapter", help="NAME=FOLDER of a further adapter for the same base; repeatable.")
@@ -134,19 +134,21 @@ def demo(model: Path, *, port: int = 7860, max_new_tokens: int = 128) -> int:
     Parameters
     ----------
     model
-        A run, a checkpoint or an export; an export has no model before tuning.
+        A run, a checkpoint or an export; an export, and a run that trained weights of the base, have no model before
+        tuning.
     port
         On this machine alone; 0 chooses a free one.
     max_new_tokens
         Longest answer, tokens.
     """
-    tuned = (find_checkpoint(model) / MANIFEST).is_file()
+    find_checkpoint(model)
     quiet_libraries()
     needs("gradio", extra="demo")
     from mm_moslora.serve.demo import Demo, launch
-    from mm_moslora.serve.models import load_models
+    from mm_moslora.serve.models import load_models, why_no_base
 
-    talk = Demo(load_models(model, with_base=tuned), max_new_tokens=max_new_tokens)
+    reason = why_no_base(model)
+    talk = Demo(load_models(model, with_base=reason is None), max_new_tokens=max_new_tokens, why_no_base=reason)
     print(f"http://127.0.0.1:{port}" if port else "The address follows.")
     try:
         launch(talk, port=port)

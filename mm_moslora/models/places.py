@@ -38,7 +38,7 @@ def seen_from(config: ModelConfig, checkpoint: Path) -> ModelConfig:
         config: of the checkpoint's recipe.
         checkpoint: its folder.
     """
-    expected = _expected(checkpoint)
+    expected = contents_at(checkpoint)
     above = [*checkpoint.absolute().parents, *checkpoint.resolve().parents]
 
     def found(key: str, name: Name) -> Name:
@@ -73,7 +73,8 @@ def _candidates(name: str, above: list[Path], *, known: bool) -> Iterator[Path]:
         yield from (folder.joinpath(*parts[start:]) for folder in (*given, *(above if known else ())))
 
 
-def _expected(checkpoint: Path) -> Mapping[str, str]:
+def contents_at(checkpoint: Path) -> Mapping[str, str]:
+    """Fingerprints of the parts that a checkpoint was trained on, by recipe key; none where it names none."""
     try:
         base = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["base"]
     except (OSError, ValueError, KeyError):

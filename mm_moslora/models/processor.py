@@ -137,6 +137,11 @@ def flattening_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return _FLATTEN_PARTS + tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
 
 
+def plain_template(template: str | None) -> str | None:
+    """A language model's own chat template behind `flattening_template`; any other as it is."""
+    return None if template is None else template.removeprefix(_FLATTEN_PARTS)
+
+
 def build_processor(
     tokenizer: PreTrainedTokenizerBase, spec: ImageSpec, *, aspect: str, tokens_per_image: int, standard: bool
 ) -> LlavaProcessor:

@@ -47,10 +47,11 @@ class Demo:
     Args:
         models: with the tuned variant first; the second, if any, is the base.
         max_new_tokens: longest answer, tokens.
+        why_no_base: shown where there is no second variant.
     """
 
-    def __init__(self, models: Models, *, max_new_tokens: int = 128) -> None:
-        self.models, self.max_new_tokens = models, max_new_tokens
+    def __init__(self, models: Models, *, max_new_tokens: int = 128, why_no_base: str | None = None) -> None:
+        self.models, self.max_new_tokens, self.why_no_base = models, max_new_tokens, why_no_base
         self.limits = Limits(queue=16, batch=8)
         self.engine = Engine(models, self.limits)
         self.engine.start()
@@ -157,7 +158,10 @@ def build(demo: Demo) -> Any:
             with gr.Column(scale=3):
                 place = gr.Column()
             with gr.Column(scale=2):
-                base = gr.Textbox(label="The model before tuning", interactive=False, lines=4, elem_id="base")
+                base = gr.Textbox(
+                    label="The model before tuning", interactive=False, lines=4, elem_id="base",
+                    placeholder=f"There is none: {demo.why_no_base}." if demo.why_no_base else None,
+                )  # fmt: skip
                 looked = gr.Image(label="Where the tuned answer looked", interactive=False, elem_id="attention")
         with place:
             # Answers are shown as text: what a model writes is no markup of ours.

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -26,13 +27,17 @@ from mm_moslora.batch import Example, Seen
 from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.records import Turn
 from mm_moslora.errors import ConfigError, ModelError
-from mm_moslora.folders import MANIFEST, find_checkpoint
+from mm_moslora.folders import ADAPTER_CONFIG, MANIFEST, find_checkpoint
+from mm_moslora.models.anyres import newline_of
 from mm_moslora.models.branching import Decoder
 from mm_moslora.models.build import Assembly, load_projector
 from mm_moslora.models.generation import Prompt, embed_prompt, encode_images, stop_token_ids
 from mm_moslora.models.load import load, model_of
 from mm_moslora.models.rows import start_row
 from mm_moslora.models.vlm import takes_rows
+from mm_moslora.serve.compatibility import refuse_other_settings
+
+logger = logging.getLogger(__name__)
 
 _KEPT_IMAGES = 256
 """Pictures whose visual tokens stay in memory: a conversation shows the same picture at every turn."""
@@ -47,6 +52,8 @@ class Variant:
     """The adapter's name in PEFT; None: no adapter is active."""
     projector: nn.Module | None
     """None for a language model alone and for models that have none of this name."""
+    newline: nn.Parameter | None = None
+    """The newline embedding of an anyres model, which trains with the projector."""
     source: str
     """Name of the folder it came from, for `/v1/models`."""
 
@@ -69,7 +76,8 @@ class Models:
         """Whether answers can be decoded together; with a sliding window rows may not be padded."""
         # A processor changes its tokenizer's settings while it works, so one thread at a time may use it.
         self._alone = threading.Lock() if assembly.ready_made else nullcontext()
-        self._seen: OrderedDict[tuple[int, bytes], Tensor] = OrderedDict()
+        self._eyes_of = {name: _eyes_of(assembly, variant) for name, variant in self.variants.items()}
+        self._seen: OrderedDict[tuple[_Eyes, bytes], Tensor] = OrderedDict()
         self.image_hits = self.image_misses = 0
 
     @property
@@ -129,6 +137,8 @@ class Models:
         variant, peft_model = self.variants[name], self.assembly.peft_model
         if variant.projector is not None:
             self.assembly.model.model.multi_modal_projector = variant.projector
+        if variant.newline is not None:
+            self.assembly.model.model.image_newline = variant.newline
         if peft_model is None:
             yield
         elif variant.adapter is None:
@@ -144,8 +154,8 @@ class Models:
         if not seen:
             return None
         pixels = [item.tensors["pixel_values"][0] for item in seen]
-        projector = id(self.variants[name].projector)
-        keys = [(projector, hashlib.sha256(item.numpy().tobytes()).digest()) for item in pixels]
+        eyes = self._eyes_of[name]
+        keys = [(eyes, hashlib.sha256(item.numpy().tobytes()).digest()) for item in pixels]
         fresh = {key: item for key, item in zip(keys, pixels, strict=True) if key not in self._seen}
         self.image_misses += len(fresh)
         self.image_hits += len(keys) - len(fresh)
@@ -158,6 +168,27 @@ class Models:
         while len(self._seen) > _KEPT_IMAGES:
             self._seen.popitem(last=False)
         return result
+
+
+class _Eyes(NamedTuple):
+    """All that decides a picture's visual tokens, besides the base: variants that have it in common share them."""
+
+    adapter: str | None
+    """The active adapter, if it has weights between the pixels and the language model."""
+    projector: int
+
+
+def _eyes_of(assembly: Assembly, variant: Variant) -> _Eyes:
+    inner = getattr(assembly.model, "model", None)
+    parts = [getattr(inner, name, None) for name in ("vision_tower", "multi_modal_projector")]
+    # PEFT keeps what belongs to an adapter, of whatever kind, in containers under the adapter's name.
+    reached = any(
+        variant.adapter in name.split(".")
+        for part in parts
+        if part is not None
+        for name, _ in (*part.named_parameters(), *part.named_buffers())
+    )
+    return _Eyes(adapter=variant.adapter if reached else None, projector=id(variant.projector))
 
 
 def load_models(
@@ -179,69 +210,109 @@ def load_models(
 
     Raises:
         ConfigError: two models of one name.
-        ModelError, AdapterError: a folder cannot be loaded, or belongs to another base.
+        ModelError, AdapterError: a folder cannot be loaded, belongs to another base, or was trained with other
+            settings of pictures or prompts; the model before tuning is asked for and cannot be had.
     """
     main = name or path.resolve().name
     further = dict(further or {})
     names = [main, *further, *([f"{main}-base"] if with_base else [])]
     if len(set(names)) < len(names):
         raise ConfigError(f"Two models have the same name: {', '.join(names)}. Give each adapter a name of its own.")
+    if with_base and (why := why_no_base(path)):
+        raise ModelError(f"The model before tuning cannot be served: {why}. Leave out --with-base.")
     alone = len(names) == 1
     assembly = load(path, merge=alone, dtype=dtype)
     own = _projector(assembly)
     active = None if assembly.peft_model is None else str(assembly.peft_model.active_adapter)
-    variants = {main: Variant(name=main, adapter=active, projector=own, source=path.name)}
+    newline = _newline(assembly)
+    variants = {main: Variant(name=main, adapter=active, projector=own, newline=newline, source=path.name)}
     for number, (other, folder) in enumerate(further.items()):
-        variants[other] = _add(assembly, other, folder, f"served{number}")
+        variants[other] = _add(assembly, other, folder, adapter=f"served{number}", main=path)
     if with_base:
+        projector, newline = _untuned_projector(assembly, path)
         variants[f"{main}-base"] = Variant(
-            name=f"{main}-base", adapter=None, projector=_untuned_projector(path, own), source=path.name
+            name=f"{main}-base", adapter=None, projector=projector, newline=newline, source=path.name
         )
     assembly.model.requires_grad_(False).eval()
     device = distributed.device()
-    for part in (assembly.model, *(variant.projector for variant in variants.values())):
-        if part is not None:
+    for part in (assembly.model, *(part for item in variants.values() for part in (item.projector, item.newline))):
+        if isinstance(part, nn.Parameter):
+            part.data = part.data.to(device)
+        elif part is not None:
             part.to(device)  # type: ignore[arg-type]
     return Models(assembly, variants)
 
 
-def _add(assembly: Assembly, name: str, path: Path, adapter: str) -> Variant:
+def why_no_base(path: Path) -> str | None:
+    """Why the model before tuning cannot be had beside a tuned one; None where it can."""
+    checkpoint = find_checkpoint(path)
+    if not (checkpoint / MANIFEST).is_file():
+        return f"{path} is no run, so nothing says what it was before"
+    if trained := _trained_weights(checkpoint):
+        return f"{path} trained its {trained} weights, and the base is in memory once"
+    weights = model_of(checkpoint).projector.weights
+    if not (checkpoint / "adapter").is_dir() and not (weights and Path(weights).is_file()):
+        return f"{path} trained its projector alone, and no file holds what that was before"
+    return None
+
+
+def _trained_weights(checkpoint: Path) -> str | None:
+    """A component whose own weights a checkpoint trained, which therefore is no adapter of its base."""
+    ready_made = model_of(checkpoint).vlm is not None
+    parts = ("vision", "language", *(("projector",) if ready_made else ()))
+    return next((part for part in parts if (checkpoint / f"{part}.safetensors").is_file()), None)
+
+
+def _add(assembly: Assembly, name: str, path: Path, *, adapter: str, main: Path) -> Variant:
     """Put one more adapter, and the projector beside it, into the base."""
-    projector = _projector(assembly)
-    if not (path / "adapter_config.json").is_file():
-        checkpoint = find_checkpoint(path)
-        own_parts = ("vision", "language", *(("projector",) if assembly.ready_made else ()))
-        for component in own_parts:
-            if (checkpoint / f"{component}.safetensors").is_file():
-                raise ModelError(
-                    f"{path} trained its {component} weights, so it is no adapter of the model that is served. "
-                    "Serve it on its own."
-                )
+    projector, newline, folder = _projector(assembly), _newline(assembly), path
+    checkpoint = find_checkpoint(path)
+    if (checkpoint / MANIFEST).is_file():
+        if trained := _trained_weights(checkpoint):
+            raise ModelError(
+                f"{path} trained its {trained} weights, so it is no adapter of the model that is served. Serve it on "
+                "its own."
+            )
         if not (checkpoint / "adapter").is_dir():
             raise ModelError(f"{path} holds no adapter. Give a run with an adapter, or an adapter folder.")
-        projector = _read_projector(projector, checkpoint / "projector.safetensors")
-        path = checkpoint / "adapter"
+        refuse_other_settings(assembly, main, checkpoint)
+    elif not (path / ADAPTER_CONFIG).is_file():
+        raise ModelError(f"{path} holds no adapter. Give a run with an adapter, or an adapter folder.")
+    if not (path / ADAPTER_CONFIG).is_file():
+        projector, newline = _read_projector(assembly, checkpoint / "projector.safetensors")
+        folder = checkpoint / "adapter"
     model: Any = assembly.model if assembly.peft_model is None else assembly.peft_model
-    assembly.peft_model = adapters.load_adapter(model, path, adapter_name=adapter)
-    return Variant(name=name, adapter=adapter, projector=projector, source=path.name)
+    assembly.peft_model = adapters.load_adapter(model, folder, adapter_name=adapter)
+    return Variant(name=name, adapter=adapter, projector=projector, newline=newline, source=path.name)
 
 
 def _projector(assembly: Assembly) -> nn.Module | None:
     return getattr(getattr(assembly.model, "model", None), "multi_modal_projector", None)
 
 
-def _untuned_projector(path: Path, own: nn.Module | None) -> nn.Module | None:
-    """The projector that tuning started from, where its file is still there; else the tuned one."""
-    checkpoint = find_checkpoint(path)
-    if own is None or not (checkpoint / MANIFEST).is_file():
-        return own
-    weights = model_of(checkpoint).projector.weights
-    return own if weights is None else _read_projector(own, Path(weights))
+def _newline(assembly: Assembly) -> nn.Parameter | None:
+    return None if assembly.ready_made or not assembly.eyes else newline_of(assembly.model)
 
 
-def _read_projector(like: nn.Module | None, file: Path) -> nn.Module | None:
-    if like is None or not file.is_file():
-        return like
-    made = copy.deepcopy(like)
-    load_projector(made, file)
-    return made.requires_grad_(False).eval()
+def _untuned_projector(assembly: Assembly, path: Path) -> tuple[nn.Module | None, nn.Parameter | None]:
+    """The projector that tuning started from, where its file is still there; else the tuned one, which is said."""
+    own = _projector(assembly)
+    weights = model_of(find_checkpoint(path)).projector.weights
+    if own is None or assembly.ready_made:
+        return own, None
+    if weights is None or not Path(weights).is_file():
+        logger.warning(
+            "The projector that %s started from is not there (model.projector.weights is %s), so the model before "
+            "tuning gets the tuned one.", path, weights,
+        )  # fmt: skip
+    return _read_projector(assembly, Path(weights or ""))
+
+
+def _read_projector(assembly: Assembly, file: Path) -> tuple[nn.Module | None, nn.Parameter | None]:
+    """A copy of the projector, and of the newline embedding, with the values of a file; themselves without one."""
+    own, newline = _projector(assembly), _newline(assembly)
+    if own is None or assembly.ready_made or not file.is_file():
+        return own, newline
+    made, line = copy.deepcopy(own), copy.deepcopy(newline)
+    load_projector(made, file, newline=line)
+    return made.requires_grad_(False).eval(), line

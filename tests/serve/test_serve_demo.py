@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +18,21 @@ from mm_moslora.serve.wire import Picture
 
 
 @pytest.fixture
-def pair(assembly: Any) -> Any:
+def pair(assembly: Any) -> Iterator[Any]:
+    """Two variants that see the same picture differently."""
     from mm_moslora.serve.models import Models, Variant
 
     projector = assembly.model.model.multi_modal_projector
-    names = ("tiny", "tiny-base")
-    return Models(assembly, {name: Variant(name=name, adapter=None, projector=projector, source="t") for name in names})
+    other = copy.deepcopy(projector)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.neg_()
+    variants = {
+        name: Variant(name=name, adapter=None, projector=part, source="t")
+        for name, part in (("tiny", projector), ("tiny-base", other))
+    }
+    yield Models(assembly, variants)
+    assembly.model.model.multi_modal_projector = projector
 
 
 @pytest.fixture
@@ -41,11 +51,15 @@ def picture(tmp_path: Path) -> Path:
 def test_both_answers_are_those_of_chat_and_attention_covers_the_picture(demo: Demo, pair: Any, picture: Path) -> None:
     from mm_moslora.serve.chat import Chat
 
-    chat = Chat(pair.assembly, max_new_tokens=6)
-    chat.show(picture)
-    expected = chat.ask("what is the color?")
+    expected = []
+    for name in ("tiny", "tiny-base"):
+        chat = Chat(pair.assembly, max_new_tokens=6)
+        chat.show(picture)
+        with pair.use(name):
+            expected.append(chat.ask("what is the color?"))
+    assert expected[0] != expected[1]
     said = list(demo.ask(messages_of({"text": "what is the color?", "files": [str(picture)]}, [])))
-    assert said[-1].tuned == said[-1].base == expected
+    assert [said[-1].tuned, said[-1].base] == expected
     assert said[-1].attention is not None
     assert said[-1].attention.size == (448, 448)
     assert all(one.attention is None for one in said[:-1])

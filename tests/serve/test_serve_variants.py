@@ -13,12 +13,16 @@ from serve.serve_tools import asking, data_url
 from mm_moslora.errors import AdapterError, ConfigError, ModelError
 
 
-def _recipe(folder: Path, language: Path, vision: Path, records: Path, **model: Any) -> Any:
+def _recipe(
+    folder: Path, language: Path, vision: Path, records: Path, *, seeing: dict[str, Any] | None = None, **model: Any
+) -> Any:
+    """A recipe; `seeing` are keys of `model.vision`, further ones of `model`."""
     from mm_moslora import config
 
+    seen_by = config.VisionConfig(name=str(vision), **(seeing or {}))
     return config.Recipe(
         name=folder.name,
-        model=config.ModelConfig(language=str(language), vision=config.VisionConfig(name=str(vision)), **model),
+        model=config.ModelConfig(language=str(language), vision=seen_by, **model),
         adapter=config.AdapterConfig(rank=4, alpha=64, mixer_init="kaiming"),
         data=config.DataConfig(
             train=[config.SourceConfig(path=str(records), image_folder=str(records.parent / "images"))],
@@ -117,5 +121,205 @@ def test_an_adapter_of_another_base_is_refused(
 
     other = make_language(tmp_path / "language", layers=3)
     train(_recipe(tmp_path / "run", other, vision_folder, records))
-    with pytest.raises(AdapterError, match="another base"):
+    with pytest.raises(ModelError, match=r"model\.language is "):
         load_models(runs[0], further={"other": tmp_path / "run"})
+    (adapter,) = (tmp_path / "run").glob("checkpoint-000006/adapter")
+    adapter.rename(tmp_path / "alone")
+    with pytest.raises(AdapterError, match="another base"):
+        load_models(runs[0], further={"other": tmp_path / "alone"})
+
+
+PICTURE = Image.new("RGB", (24, 24), (200, 60, 30))
+
+
+@pytest.fixture(scope="session")
+def looking(
+    language_folder: Path, vision_folder: Path, records: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run with adapters in the vision tower, too."""
+    from mm_moslora.training.loop import train
+
+    folder = tmp_path_factory.mktemp("looking") / "eyes"
+    train(_recipe(folder, language_folder, vision_folder, records, seeing={"mode": "adapter"}))
+    return folder
+
+
+def _tokens(models: Any, name: str) -> Any:
+    """Visual tokens of the picture as the server takes them, from its cache perhaps."""
+    seen = models.assembly.eyes.see([PICTURE])
+    with models.use(name):
+        return models.image_tokens(name, seen)
+
+
+def _tokens_alone(folder: Path, *, tuned: bool) -> Any:
+    """The same of a model that never knew another one."""
+    import torch
+
+    from mm_moslora.models.generation import encode_images
+    from mm_moslora.models.load import load
+
+    assembly = load(folder, merge=False)
+    pixels = assembly.eyes.see([PICTURE])[0].tensors["pixel_values"]
+    with torch.inference_mode():
+        if tuned:
+            return encode_images(assembly.model, pixels)[0]
+        with assembly.peft_model.disable_adapter():
+            return encode_images(assembly.model, pixels)[0]
+
+
+@pytest.mark.parametrize("order", [("eyes", "eyes-base", "plain"), ("plain", "eyes-base", "eyes")])
+def test_no_variant_sees_with_the_eyes_of_another(
+    looking: Path, runs: tuple[Path, Path], order: tuple[str, ...]
+) -> None:
+    """Adapters in the tower change what is seen; whoever was asked first decides nothing."""
+    import torch
+
+    from mm_moslora.serve.models import load_models
+
+    models = load_models(looking, further={"plain": runs[0]}, with_base=True)
+    found = {name: _tokens(models, name) for name in order}
+    assert all(torch.equal(found[name], _tokens(models, name)) for name in order)
+    expected = {
+        "eyes": _tokens_alone(looking, tuned=True), "eyes-base": _tokens_alone(looking, tuned=False),
+        "plain": _tokens_alone(runs[0], tuned=True),
+    }  # fmt: skip
+    for name in order:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found["eyes"], found["eyes-base"], atol=1e-3)
+
+
+def test_variants_that_see_alike_share_what_was_seen(runs: tuple[Path, Path]) -> None:
+    """Adapters in the language model alone: the tower runs once for the tuned model and the one before tuning."""
+    from mm_moslora.serve.models import load_models
+
+    models = load_models(runs[0], with_base=True)
+    _tokens(models, "one")
+    _tokens(models, "one-base")
+    assert (models.image_misses, models.image_hits) == (1, 1)
+
+
+def test_the_demo_shows_the_model_before_tuning_with_its_own_eyes(looking: Path, tmp_path: Path) -> None:
+    """Asked second, it answers as it does alone."""
+    from mm_moslora.models.load import load
+    from mm_moslora.serve.chat import Chat
+    from mm_moslora.serve.demo import Demo, messages_of
+    from mm_moslora.serve.models import load_models
+
+    PICTURE.save(tmp_path / "picture.png")
+    expected = []
+    for tuned in (True, False):
+        assembly = load(looking, merge=False)
+        chat = Chat(assembly, max_new_tokens=8)
+        chat.look(PICTURE)
+        if tuned:
+            expected.append(chat.ask("what is the color?"))
+        else:
+            with assembly.peft_model.disable_adapter():
+                expected.append(chat.ask("what is the color?"))
+    demo = Demo(load_models(looking, with_base=True), max_new_tokens=8)
+    try:
+        said = list(demo.ask(messages_of({"text": "what is the color?", "files": [str(tmp_path / "picture.png")]}, [])))
+    finally:
+        demo.close()
+    assert [said[-1].tuned, said[-1].base] == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "keys"),
+    [
+        ({"seeing": {"image_size": 42}}, ["model.vision.image_size"]),
+        ({"seeing": {"feature_layer": -1}}, ["model.vision.feature_layer"]),
+        ({"image_aspect": "resize"}, ["model.image_aspect"]),
+        ({"system_prompt": "Answer in one word."}, ["model.system_prompt"]),
+        (
+            {"chat_template": "v1", "image_aspect": "crop", "seeing": {"feature_layer": -1}},
+            ["model.chat_template", "model.image_aspect", "model.vision.feature_layer"],
+        ),
+    ],
+)
+def test_a_run_that_reads_requests_differently_is_refused_by_the_names_of_what_differs(
+    runs: tuple[Path, Path], tmp_path: Path, language_folder: Path, vision_folder: Path, records: Path,
+    change: dict[str, Any], keys: list[str],
+) -> None:  # fmt: skip
+    """The folder of the second run with another recipe in it: the recipe alone decides."""
+    import shutil
+
+    from mm_moslora.serve.models import load_models
+
+    other = tmp_path / "other"
+    shutil.copytree(runs[1], other)
+    recipe = _recipe(other, language_folder, vision_folder, records, **change)
+    for checkpoint in other.glob("checkpoint-*"):
+        (checkpoint / "config.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    with pytest.raises(ModelError) as caught:
+        load_models(runs[0], further={"other": other})
+    for key in keys:
+        assert f"{key} is " in str(caught.value)
+    assert "Serve it on its own" in str(caught.value)
+    with pytest.raises(ModelError, match=keys[0]):
+        load_models(runs[0], further={"other": next(iter(other.glob("checkpoint-*"))) / "adapter"})
+
+
+def test_keys_that_change_neither_prompt_nor_picture_are_no_difference(
+    runs: tuple[Path, Path], looking: Path
+) -> None:
+    """`vision.mode` says what trains."""
+    from mm_moslora.serve.models import load_models
+
+    assert list(load_models(runs[0], further={"eyes": looking}).variants) == ["one", "eyes"]
+
+
+@pytest.mark.parametrize("layer", [-2, -1])
+def test_an_export_takes_adapters_of_runs_with_its_settings_only(
+    runs: tuple[Path, Path], tmp_path: Path, language_folder: Path, vision_folder: Path, records: Path, layer: int
+) -> None:
+    import shutil
+
+    from mm_moslora.models.export import export_model
+    from mm_moslora.models.load import load
+    from mm_moslora.serve.models import load_models
+
+    export_model(load(runs[0]), tmp_path / "export")
+    other = tmp_path / "other"
+    shutil.copytree(runs[1], other)
+    recipe = _recipe(other, language_folder, vision_folder, records, seeing={"feature_layer": layer})
+    for checkpoint in other.glob("checkpoint-*"):
+        (checkpoint / "config.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    if layer == -2:
+        load_models(tmp_path / "export", further={"other": other})
+        return
+    with pytest.raises(ModelError, match=r"model.vision.feature_layer is -2 where it is served, -1 here"):
+        load_models(tmp_path / "export", further={"other": other})
+
+
+def test_the_model_before_tuning_is_refused_where_its_weights_are_gone(
+    language_folder: Path, vision_folder: Path, records: Path, tmp_path: Path
+) -> None:
+    from mm_moslora.serve.models import load_models, why_no_base
+    from mm_moslora.training.loop import train
+
+    folder = tmp_path / "full"
+    train(_recipe(folder, language_folder, vision_folder, records, seeing={"mode": "full"}))
+    assert "vision weights" in str(why_no_base(folder))
+    with pytest.raises(ModelError, match="trained its vision weights"):
+        load_models(folder, with_base=True)
+
+
+def test_every_variant_of_an_anyres_model_has_its_own_newline(
+    language_folder: Path, records: Path, tmp_path: Path
+) -> None:
+    import torch
+    from tiny import make_vision
+
+    from mm_moslora.models.load import load
+    from mm_moslora.serve.models import load_models
+    from mm_moslora.training.loop import train
+
+    tower = make_vision(tmp_path / "clip", "clip")
+    folders = tmp_path / "a", tmp_path / "another"
+    for folder in folders:
+        train(_recipe(folder, language_folder, tower, records, image_aspect="anyres", anyres_tiles=[(1, 2), (2, 1)]))
+    models = load_models(folders[0], further={"other": folders[1]})
+    for name, folder in zip(("a", "other"), folders, strict=True):
+        with models.use(name):
+            assert torch.equal(models.assembly.model.model.image_newline, load(folder).model.model.image_newline)
