@@ -260,9 +260,7 @@ def test_a_run_that_reads_requests_differently_is_refused_by_the_names_of_what_d
         load_models(runs[0], further={"other": next(iter(other.glob("checkpoint-*"))) / "adapter"})
 
 
-def test_keys_that_change_neither_prompt_nor_picture_are_no_difference(
-    runs: tuple[Path, Path], looking: Path
-) -> None:
+def test_keys_that_change_neither_prompt_nor_picture_are_no_difference(runs: tuple[Path, Path], looking: Path) -> None:
     """`vision.mode` says what trains."""
     from mm_moslora.serve.models import load_models
 
