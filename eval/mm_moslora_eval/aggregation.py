@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from . import statistics
@@ -17,17 +17,37 @@ _ROUNDS = 500
 _SEED = 20240617  # fixed, so that a score file is reproduced to the last digit
 
 
-def _bootstrapped(samples: Samples, numbers: Callable[[Samples], Numbers], *, headline: str) -> Aggregate:
-    """A corpus metric with an error from drawing whole clusters."""
+class _Copies:
+    """The samples of a bootstrap draw; a sample that is drawn several times is numbered, so that copies stay apart."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._copies = [[sample] for sample in samples]
+
+    def __call__(self, drawn: Iterable[int]) -> list[Scored]:
+        seen = [0] * len(self._copies)
+        chosen = []
+        for index in drawn:
+            copies, number = self._copies[index], seen[index]
+            if number == len(copies):
+                copies.append(replace(copies[0], draw=number))
+            chosen.append(copies[number])
+            seen[index] += 1
+        return chosen
+
+
+def _clusters(samples: Samples) -> list[list[int]]:
+    """Sample numbers by cluster."""
     members: dict[Hashable, list[int]] = defaultdict(list)
     for index, sample in enumerate(samples):
         members[sample.cluster].append(index)
-    result = numbers(samples)
+    return list(members.values())
+
+
+def _bootstrapped(samples: Samples, numbers: Callable[[Samples], Numbers], *, headline: str) -> Aggregate:
+    """A corpus metric with an error from drawing whole clusters."""
+    result, copies = numbers(samples), _Copies(samples)
     stderr, low, high = statistics.bootstrap_stderr(
-        list(members.values()),
-        lambda drawn: numbers([samples[index] for index in drawn])[headline],
-        rounds=_ROUNDS,
-        seed=_SEED,
+        _clusters(samples), lambda drawn: numbers(copies(drawn))[headline], rounds=_ROUNDS, seed=_SEED
     )
     return Aggregate(score=result[headline], stderr=stderr, low=low, high=high, stderr_kind="bootstrap", metrics=result)
 
@@ -79,7 +99,7 @@ def mme(samples: Samples) -> Aggregate:
 def _mme_pair(sample: Scored) -> str:
     """The two questions of a picture share its name; equal pictures under two names are two pairs."""
     extra = sample.document.extra
-    return extra.get("question_id") or extra.get("image_path") or str(sample.cluster)
+    return f"{extra.get('question_id') or extra.get('image_path') or sample.cluster} (draw {sample.draw})"
 
 
 def _hallusion_place(sample: Scored) -> dict[str, str]:
@@ -92,13 +112,16 @@ def _hallusion_place(sample: Scored) -> dict[str, str]:
     return {"category": sample.document.category or "", "subcategory": subcategory, **place}
 
 
+def _of_draw(place: dict[str, str], draw: int) -> dict[str, str]:
+    return place | {"set_id": f"{place['set_id']} (draw {draw})"} if draw else place
+
+
 def hallusionbench(samples: Samples) -> Aggregate:
     """HallusionBench's aAcc, with fAcc and qAcc."""
-    places = [_hallusion_place(sample) for sample in samples]
-    rows_of = {id(sample): place for sample, place in zip(samples, places, strict=True)}
+    places = {sample.document.id: _hallusion_place(sample) for sample in samples}
 
     def numbers(drawn: Samples) -> Numbers:
-        rows = [rows_of[id(sample)] for sample in drawn]
+        rows = [_of_draw(places[sample.document.id], sample.draw) for sample in drawn]
         return yesno.hallusionbench(rows, [s.score == 1.0 for s in drawn])
 
     return _bootstrapped(samples, numbers, headline="aAcc")
@@ -152,11 +175,14 @@ def _captions(samples: Samples, tokenize: Callable[[str], str]) -> Aggregate:
     predictions = [tokenize(sample.parsed) for sample in samples]
     references = [[tokenize(answer) for answer in sample.document.answers] for sample in samples]
     report = caption.caption_report(predictions, references)
-    stderr = statistics.mean_stderr(report.cider_per_image)
+    clusters = [sample.cluster for sample in samples]
+    stderr, kind = statistics.mean_stderr(report.cider_per_image), "analytic"
+    if len(set(clusters)) < len(clusters):
+        stderr, kind = statistics.clustered_stderr(report.cider_per_image, clusters), "clustered"
     low, high = statistics.normal_interval(report.cider, stderr)
     numbers = {"cider": report.cider, "rouge_l": report.rouge_l}
     numbers |= {f"bleu_{order}": value for order, value in enumerate(report.bleu, start=1)}
-    return Aggregate(score=report.cider, stderr=stderr, low=low, high=high, stderr_kind="analytic", metrics=numbers)
+    return Aggregate(score=report.cider, stderr=stderr, low=low, high=high, stderr_kind=kind, metrics=numbers)
 
 
 def mmvet(samples: Samples) -> Aggregate:
@@ -221,12 +247,10 @@ def headline_difference(aggregation: str, a: Samples, b: Samples) -> HeadlineDif
     if aggregation not in HEADLINES:
         return None
     name, number = HEADLINES[aggregation]
-    members: dict[Hashable, list[int]] = defaultdict(list)
-    for index, sample in enumerate(a):
-        members[sample.cluster].append(index)
+    copies_a, copies_b = _Copies(a), _Copies(b)
     stderr, low, high = statistics.bootstrap_stderr(
-        list(members.values()),
-        lambda drawn: number([a[index] for index in drawn]) - number([b[index] for index in drawn]),
+        _clusters(a),
+        lambda drawn: number(copies_a(drawn)) - number(copies_b(drawn)),
         rounds=_ROUNDS,
         seed=_SEED,
     )

@@ -24,6 +24,8 @@ class Scored:
     """What samples that go together share: their image."""
     numbers: tuple[float, ...] = ()
     """Further numbers of a judge, for the aggregation."""
+    draw: int = 0
+    """Which copy this is in a bootstrap draw; copies are different samples wherever samples are grouped."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,13 +56,6 @@ def clustered_stderr(values: Sequence[float], clusters: Sequence[Hashable]) -> f
     return math.sqrt(max(0.0, variance))
 
 
-def pooled_stderr(stderrs: Sequence[float], sizes: Sequence[int]) -> float:
-    """Standard error over sub-tasks weighted by their sizes, from each one's standard error."""
-    total = sum(sizes)
-    pooled = math.fsum((size - 1) * error**2 * size for error, size in zip(stderrs, sizes, strict=True))
-    return math.sqrt(pooled / (total - len(sizes)) / total)
-
-
 def normal_interval(centre: float, stderr: float, *, level: float = 0.95) -> tuple[float, float]:
     """Interval from a standard error."""
     half = _NORMAL.inv_cdf((1 + level) / 2) * stderr
@@ -233,103 +226,17 @@ def bootstrap_stderr(
     return sample_stddev(values), low, high
 
 
-@dataclass(frozen=True, kw_only=True)
-class Power:
-    """How many samples a paired comparison needs."""
-
-    min_n: int
-    effect_size: float
-    std_a: float
-    std_b: float
-    alpha: float
-    power: float
-    correlation: float
-    current_n: int | None = None
-    current_power: float | None = None
-    """Share of true differences of `effect_size` that are seen with `current_n` samples."""
-    min_detectable_effect: float | None = None
-    """The difference that is seen with the wanted power on `current_n` samples."""
-
-
-def power_analysis(
-    effect_size: float,
-    *,
-    std_a: float | None = None,
-    std_b: float | None = None,
-    alpha: float = 0.05,
-    power: float = 0.8,
-    correlation: float = 0.5,
-    current_n: int | None = None,
-) -> Power:
-    """Samples needed to see a true difference of `effect_size` between two paired runs (Miller 2024, section 5).
-
-    Args:
-        effect_size: the difference, on the scale of the scores.
-        std_a: standard deviation of one run's scores; 0.5 for right/wrong scores when neither is given.
-        std_b: of the other's; the same when only one is given.
-        alpha: accepted share of false alarms.
-        power: share of true differences that are seen.
-        correlation: between the runs' scores.
-        current_n: samples at hand; what they can show is added, rounded to four digits.
-    """
-    first = std_a if std_a is not None else std_b if std_b is not None else 0.5
-    second = std_b if std_b is not None else first
-    spread = _difference_std(first, second, correlation)
-    z_alpha, z_beta = _NORMAL.inv_cdf(1 - alpha / 2), _NORMAL.inv_cdf(power)
-    current_power = smallest = None
-    if current_n is not None:
-        current_power = round(_NORMAL.cdf(effect_size / spread * math.sqrt(current_n) - z_alpha), 4)
-        smallest = round((z_alpha + z_beta) * spread / math.sqrt(current_n), 4)
-    return Power(
-        min_n=math.ceil(((z_alpha + z_beta) * spread / effect_size) ** 2),
-        effect_size=effect_size,
-        std_a=first,
-        std_b=second,
-        alpha=alpha,
-        power=power,
-        correlation=correlation,
-        current_n=current_n,
-        current_power=current_power,
-        min_detectable_effect=smallest,
-    )
-
-
 def detectable_difference(
     n: int, *, std: float = 0.5, alpha: float = 0.05, power: float = 0.8, correlation: float = 0.5
 ) -> float:
-    """The smallest true difference that a paired comparison on n samples is likely to see."""
+    """The smallest true difference that a paired comparison on n samples is likely to see (Miller 2024, section 5).
+
+    Args:
+        n: samples.
+        std: standard deviation of the scores of each run.
+        alpha: accepted share of false alarms.
+        power: share of true differences that are seen.
+        correlation: between the runs' scores.
+    """
     z = _NORMAL.inv_cdf(1 - alpha / 2) + _NORMAL.inv_cdf(power)
-    return z * _difference_std(std, std, correlation) / math.sqrt(n)
-
-
-def _difference_std(first: float, second: float, correlation: float) -> float:
-    return math.sqrt(first**2 + second**2 - 2 * correlation * first * second)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Repeats:
-    """What several answers to each question say."""
-
-    expected_accuracy: float
-    """Mean of all scores."""
-    consensus_accuracy: float
-    """Share of questions where more than half of the answers are right."""
-    internal_variance: float
-    """Mean variance within a question (n - 1)."""
-    consistency_rate: float
-    """Share of questions whose answers all score alike."""
-
-
-def repeats(samples: Sequence[Sequence[float]]) -> Repeats:
-    """Summarise several scores per question; nan where nothing can be said."""
-    scored = [scores for scores in samples if scores]
-    return Repeats(
-        expected_accuracy=mean([score for scores in scored for score in scores]),
-        consensus_accuracy=_share(sum(sum(scores) > len(scores) / 2 for scores in scored), samples),
-        internal_variance=mean([sample_stddev(scores) ** 2 for scores in scored if len(scores) > 1]),
-        consistency_rate=_share(sum(len(set(scores)) == 1 for scores in scored), samples),
-    )
-
-
-def _share(part: int, of: Sequence[object]) -> float:
-    return part / len(of) if of else math.nan
+    return z * std * math.sqrt(2 - 2 * correlation) / math.sqrt(n)

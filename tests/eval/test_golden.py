@@ -198,11 +198,6 @@ def paired(row: Row) -> Any:
     }
 
 
-def power(row: Row) -> Any:
-    result = vars(statistics.power_analysis(**row["arguments"]))
-    return {name: value for name, value in result.items() if value is not None}
-
-
 def mmmu_open(row: Row) -> Any:
     parsed = mmmu.parse_open(row["prediction"])
     assert same(sorted(parsed, key=str), sorted(row["parsed"], key=str)), row
@@ -384,9 +379,6 @@ CHECKS: dict[str, Callable[[Row], Any]] = {
     "stats_clustered_stderr": lambda row: statistics.clustered_stderr(row["scores"], row["clusters"]),
     "stats_mean_stderr": mean_stderr,
     "stats_paired_ttest": paired,
-    "stats_pooled_stderr": lambda row: statistics.pooled_stderr(row["stderrs"], row["sizes"]),
-    "stats_power_analysis": power,
-    "stats_repeats": lambda row: vars(statistics.repeats(row["samples"])),
     "vqa_accuracy_textvqa": over_references(vqa.textvqa),
     "vqa_accuracy_vizwiz_official": over_references(vqa.vizwiz_official),
     "vqa_accuracy_vlmevalkit": over_references(vqa.vlmevalkit),

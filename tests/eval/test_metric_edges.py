@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-from mm_moslora_eval import statistics
 from mm_moslora_eval.metrics import caption, documents, exact, judged, mathvista, mcq, mmmu, ptb, vqa, yesno
 
 CAPTIONS = {
@@ -77,16 +76,6 @@ def test_mmvet_grades_are_strict_by_default() -> None:
 def test_mmvet_table_row_sets_its_marks_apart() -> None:
     row = judged.mmvet_table_row("x?", "-1<AND>-5<OR>0", "x = 3")
     assert row == "x? | -1 <AND> -5 <OR> 0 | x = 3 | "
-
-
-def test_power_says_what_the_samples_at_hand_can_show() -> None:
-    result = statistics.power_analysis(0.03, current_n=1000)
-    assert (result.current_power, result.min_detectable_effect) == (0.475, 0.0443)
-    assert statistics.power_analysis(0.03).current_power is None
-
-
-def test_repeats_of_nothing_are_nan() -> None:
-    assert all(math.isnan(value) for value in vars(statistics.repeats([])).values())
 
 
 OPTIONS = {"A": "cat", "B": "dog", "C": "bird"}
