@@ -23,6 +23,7 @@ from mm_moslora.data.sources import open_sources
 from mm_moslora.data.view import legend, view_findings, view_matches, view_record, view_report, view_statistics
 from mm_moslora.data.view_html import Sample, page
 from mm_moslora.errors import DataError
+from mm_moslora.files import PAGE_SIGN, output_file, replace_text
 from mm_moslora.models.build import text_and_images
 from mm_moslora.training.progress import Progress
 
@@ -180,11 +181,12 @@ def view_page(recipe: Recipe, path: Path, *, start: int = 0, count: int = 20) ->
         start: number of the first record.
         count: how many.
     """
+    output_file(path, sign=PAGE_SIGN)
     parts, samples = _samples(recipe, start, count)
     text = page(samples, parts.encoder, title=f"Training data of {recipe.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        replace_text(path, text)
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error.strerror}). Name another place for the page.") from error
     return path

@@ -9,12 +9,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mm_moslora.errors import AdapterError, CheckpointError, ConfigError, ModelError, suggestion
+from mm_moslora.errors import AdapterError, CheckpointError, ModelError, suggestion
 
 logger = logging.getLogger(__name__)
 
 RESUME_WORDS = ("auto", "required", "never")
 """What `--resume` may be besides a folder."""
+RUN_LOCK = "run.lock"
+"""File that every run folder holds from its first moment on, which shows that a run made it."""
+RUN_FILES = (
+    RUN_LOCK, "config.yaml", "summary.json", "state.json", "latest", "best.json", "metrics.jsonl",
+    "tracked_samples.jsonl", "alerts.jsonl", "evaluations.jsonl", "environment.json", "mixers.json", "quarantine.jsonl",
+    "validation_quarantine.jsonl", "heartbeat", "stacks", "validation", "tensorboard", "evaluation.json",
+    "samples.json", "pictures", "STOPPED",
+)  # fmt: skip
+"""What a run writes into its folder, besides checkpoints and what services keep there."""
 MANIFEST = "manifest.json"
 ADAPTER_CONFIG = "adapter_config.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})$")
@@ -101,17 +110,6 @@ def adapter_folder(path: str | Path) -> Path:
     if found is None and (several := adapters_inside(folder)):
         raise AdapterError(several)
     return found or folder
-
-
-def output_file(path: Path) -> Path:
-    """A file to write, as it was given.
-
-    Raises:
-        ConfigError: there is a folder.
-    """
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; expected the file to write. Add a name to it.")
-    return path
 
 
 def resume_folder(resume: str) -> Path | None:

@@ -81,7 +81,7 @@ def _row(result: TaskResult, *, before: bool, step: int) -> dict[str, Any] | Non
 
 def _merge(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Newer rows take the place of older ones of the same task and name; tuned rows come first."""
-    from mm_moslora.training.disk import replace_json
+    from mm_moslora.files import replace_json
 
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     merged = {(row.get("task"), row.get("name")): row for row in [*known, *rows]}
@@ -93,7 +93,7 @@ def _merge(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def _keep_samples(run: Path, results: Sequence[TaskResult], output: Path) -> None:
     """Some questions of every task, spread over it, with the answers and copies of the pictures."""
-    from mm_moslora.training.disk import replace_json
+    from mm_moslora.files import replace_json
 
     own = [result for result in results if result.mode == "own"]
     rows: list[dict[str, Any]] = []

@@ -21,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mm_moslora.errors import EvalError, MoSLoRAError
-from mm_moslora.folders import output_file
+from mm_moslora.files import PAGE_SIGN, output_file
 from mm_moslora.redaction import redact_text
 from mm_moslora.strict import build_strictly
 
@@ -75,7 +75,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         rows=[_row(result) for result in results],
         tasks=[_task(name, found, run) for name, found in tasks.items()],
     )
-    target = output_file(out or run / "report.html")
+    target = run / "report.html" if out is None else output_file(out, sign=PAGE_SIGN)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, page)
     return target
@@ -92,7 +92,7 @@ def write_comparison(comparisons: Sequence[Comparison], out: Path) -> Path:
         title="A against B",
         comparisons=[{"it": item, "bar": _difference_bar(item), "changed": _changed(item)} for item in comparisons],
     )
-    output_file(out).parent.mkdir(parents=True, exist_ok=True)
+    output_file(out, sign=PAGE_SIGN).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page)
     return out
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from mm_moslora.errors import EvalError, suggestion
-from mm_moslora.folders import output_file
+from mm_moslora.files import output_file
 
 from .answers import line, read_folder
 from .metrics import vqa
@@ -36,7 +36,7 @@ def write_submission(place: Path, out: Path, *, form: str) -> int:
 
     Raises:
         EvalError: an unknown form, a folder without answers, or documents that have not been asked.
-        ConfigError: `out` is a folder.
+        ConfigError: `out` is a folder, or a file that exists.
     """
     if form not in FORMS:
         raise EvalError(f"No submission form {form!r}.{suggestion(form, FORMS)} Known: {', '.join(FORMS)}.")

@@ -26,8 +26,8 @@ from mm_moslora.compare.plan import (
 from mm_moslora.compare.run import Comparison, short
 from mm_moslora.compare.statistics import Estimate, TaskScores, arm_mean, difference, holm
 from mm_moslora.compare.wording import says
+from mm_moslora.files import replace_json
 from mm_moslora.machine import hardware
-from mm_moslora.training.disk import replace_json
 
 SIGNIFICANT = 0.05
 

@@ -33,7 +33,7 @@ from mm_moslora.compare.plan import (
 from mm_moslora.compare.pool import Pool, Slot, slots
 from mm_moslora.config import Recipe
 from mm_moslora.errors import ConfigError, MoSLoRAError
-from mm_moslora.training.disk import replace_json
+from mm_moslora.files import replace_json
 from mm_moslora.training.signals import StopRequest
 from mm_moslora.wording import format_seconds
 

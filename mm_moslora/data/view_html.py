@@ -63,7 +63,8 @@ def page(samples: Sequence[Sample], encoder: Encoder, *, title: str) -> str:
         '<span class="x">special token</span><span class="i">image</span></p>'
     )
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="generator" '
+        'content="mm_moslora"><meta name="viewport" '
         f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title><style>{_STYLE}</style></head>'
         f"<body><h1>{escape(title)}</h1><p>Point at a token to see its number in the vocabulary. The model is trained "
         f"to predict the coloured ones.</p>{key}{cards}</body></html>\n"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from mm_moslora import adapters
 from mm_moslora.batch import Example
-from mm_moslora.errors import ModelError
+from mm_moslora.errors import ConfigError, ModelError
+from mm_moslora.files import refuse_full_folder
 from mm_moslora.folders import writing
 from mm_moslora.models.build import Assembly, sane_generation_config
 from mm_moslora.models.processor import save_processor
@@ -180,15 +179,10 @@ def check_empty(folder: Path) -> None:
     Raises:
         ModelError: it has, or it cannot be made.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir():
-        raise ModelError(f"{folder} cannot be made: {there} is a file or a broken link. Choose a new folder.")
-    try:  # permissions alone do not tell: root has them under /proc, and on file systems that are read-only
-        Path(tempfile.mkdtemp(prefix=".", dir=there)).rmdir()
-    except OSError as error:
-        raise ModelError(f"{folder} cannot be made in {there}: {error.strerror}. Choose a new folder.") from error
-    if folder.exists() and any(folder.iterdir()):
-        raise ModelError(f"{folder} is not empty. Choose a new folder, so that no old file is mistaken for a new one.")
+    try:
+        refuse_full_folder(folder)
+    except ConfigError as error:
+        raise ModelError(str(error)) from error
 
 
 def _compare(folder: Path, ours: Tensor, theirs: Tensor) -> float:

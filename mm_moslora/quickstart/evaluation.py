@@ -19,9 +19,9 @@ from mm_moslora_eval.suite import evaluate, read_samples
 from mm_moslora_eval.task import Decoding, Task
 
 from mm_moslora import distributed
+from mm_moslora.files import replace_json
 from mm_moslora.models.load import load
 from mm_moslora.quickstart.datasets import DatasetFiles
-from mm_moslora.training.disk import replace_json
 from mm_moslora.training.precision import dtype_of, resolve_precision
 from mm_moslora.training.progress import Progress
 

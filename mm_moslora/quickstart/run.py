@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mm_moslora.config import AdapterConfig, Recipe, SourceConfig, load_recipe
+from mm_moslora.files import replace_json
 from mm_moslora.machine import hardware
 from mm_moslora.quickstart import assets
 from mm_moslora.quickstart.cache import cache_dir
 from mm_moslora.quickstart.datasets import DatasetFiles, build_easy_vqa
 from mm_moslora.quickstart.evaluation import evaluate_all, table
 from mm_moslora.quickstart.stamp_data import build_stamps
-from mm_moslora.training.disk import replace_json
 from mm_moslora.wording import format_seconds
 
 logger = logging.getLogger(__name__)

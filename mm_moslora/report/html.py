@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path, PurePath
@@ -20,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mm_moslora.errors import ConfigError
-from mm_moslora.folders import output_file
+from mm_moslora.files import PAGE_SIGN, output_file, replace_text
 from mm_moslora.redaction import redact_text
 from mm_moslora.report import story
 from mm_moslora.report.charts import Series, format_number, line_chart, smooth
@@ -53,7 +51,7 @@ def build_report(run_folders: Path | Sequence[Path], out: Path) -> Path:
 
     Raises:
         ConfigError: a folder holds nothing of a run or was written by a newer release, there are too many, or `out` is
-            a folder.
+            a folder or a file of somebody else.
     """
     if isinstance(run_folders, Path):
         folders = [run_folders]
@@ -62,18 +60,15 @@ def build_report(run_folders: Path | Sequence[Path], out: Path) -> Path:
     if not 0 < len(folders) <= MOST_RUNS:
         raise ConfigError(f"A report shows 1 to {MOST_RUNS} runs, not {len(folders)}. For more, use mm-moslora board.")
     runs = [load_run(folder) for folder in folders]
-    write_atomically(output_file(out), render(runs[0]) if len(runs) == 1 else _render("overlay.html.j2", overlay(runs)))
+    target = output_file(out, sign=PAGE_SIGN)
+    write_atomically(target, render(runs[0]) if len(runs) == 1 else _render("overlay.html.j2", overlay(runs)))
     return out
 
 
 def write_atomically(out: Path, page: str) -> None:
     """Write a page in one move."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=out.parent, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        stream.write(page)
-    os.chmod(name, 0o644)
-    os.replace(name, out)
+    replace_text(out, page)
 
 
 def render(data: RunData) -> str:

@@ -15,15 +15,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from mm_moslora import __version__
+from mm_moslora import __version__, files
 from mm_moslora.errors import CheckpointError
 from mm_moslora.folders import MANIFEST, checkpoints
-from mm_moslora.training import disk
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
 """Version of the manifest."""
+
+
+class OtherFormatError(CheckpointError):
+    """A checkpoint is not damaged, but another version of mm_moslora wrote it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,31 +76,34 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
         verify: hash every file; False compares sizes only.
 
     Raises:
-        CheckpointError: no manifest, another format, or a file that is missing, cut or altered.
+        OtherFormatError: another version wrote it.
+        CheckpointError: no manifest, or a file that is missing, cut or altered.
     """
-    path = folder / MANIFEST
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        damage = None if isinstance(data, dict) and "format" in data else "it is no manifest"
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder} has no {MANIFEST}, so it is no complete checkpoint. Choose another checkpoint folder."
-        ) from error
-    except ValueError as error:
-        damage = str(error)
-    if damage is not None:
-        raise CheckpointError(f"{path} is damaged ({damage}). Choose an earlier checkpoint.")
-    if data["format"] != FORMAT:
-        raise CheckpointError(
-            f"{path} has format {data.get('format')!r}, this version reads {FORMAT}. "
-            f"It was written by mm_moslora {data.get('version')}; use that version."
-        )
-    if data.get("checksum") != _checksum(data):
-        raise CheckpointError(f"{path} was altered: its checksum differs. Choose an earlier checkpoint.")
-    manifest = Manifest(**{key: data[key] for key in Manifest.__dataclass_fields__ if key in data})
+    manifest = _parse(folder / MANIFEST)
     for name, expected in manifest.files.items():
         _check_file(folder / name, expected, verify=verify)
     return manifest
+
+
+def _parse(path: Path) -> Manifest:
+    """A manifest, without a look at the files it names."""
+    try:
+        data = files.read_json(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path.parent} has no {MANIFEST}, so it is no complete checkpoint. Choose another checkpoint folder."
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}). Choose an earlier checkpoint.") from error
+    found = data.get("format")
+    if isinstance(found, int) and found != FORMAT:
+        raise OtherFormatError(
+            f"{path} has format {found}, this version reads {FORMAT}. It was written by mm_moslora "
+            f"{data.get('version')}; use that version, or choose another train.output."
+        )
+    if found != FORMAT or data.get("checksum") != _checksum(data):
+        raise CheckpointError(f"{path} was altered: its checksum differs. Choose an earlier checkpoint.")
+    return Manifest(**{key: data[key] for key in Manifest.__dataclass_fields__ if key in data})
 
 
 def _check_file(path: Path, expected: Mapping[str, Any], *, verify: bool) -> None:
@@ -109,7 +115,7 @@ def _check_file(path: Path, expected: Mapping[str, Any], *, verify: bool) -> Non
             f"{path} has {size} bytes, the manifest says {expected['bytes']}. It was cut or replaced; "
             "choose an earlier checkpoint."
         )
-    if verify and disk.sha256_of(path) != expected["sha256"]:
+    if verify and files.sha256_of(path) != expected["sha256"]:
         raise CheckpointError(
             f"{path} was altered: its sha256 differs from the manifest. Choose an earlier checkpoint."
         )
@@ -118,25 +124,38 @@ def _check_file(path: Path, expected: Mapping[str, Any], *, verify: bool) -> Non
 def newest_valid(run: Path) -> tuple[Path, Manifest] | None:
     """The newest checkpoint of a run whose files are all as written.
 
-    Damaged ones are renamed to `*.corrupt`, named in the log and passed over.
+    Damaged ones that are newer are renamed to `*.corrupt`, named in the log and passed over.
 
     Returns:
-        Folder and manifest, or None when the run has no checkpoint at all.
+        Folder and manifest, or None when the run has no checkpoint and never lost one.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is valid.
+        OtherFormatError: another version of mm_moslora wrote the newest that is not damaged; nothing is renamed.
+        CheckpointError: there are checkpoints, or some that were put aside, but none is valid; nothing is renamed.
     """
-    found = checkpoints(run)
-    for _, folder in reversed(found):
+    damaged: list[tuple[Path, CheckpointError]] = []
+    for _, folder in reversed(checkpoints(run)):
         try:
-            return folder, read_manifest(folder)
+            manifest = read_manifest(folder)
+        except OtherFormatError:
+            raise
         except CheckpointError as error:
-            aside = unused(folder.with_name(f"{folder.name}.corrupt"))
-            disk.rename(folder, aside)
+            damaged.append((folder, error))
+            continue
+        for other, error in damaged:
+            aside = files.set_aside(other, "corrupt")
             logger.warning("Passed over a damaged checkpoint, now %s: %s", aside.name, error)
-    if found:
+        return folder, manifest
+    if damaged:
         raise CheckpointError(
-            f"All {len(found)} checkpoints in {run} are damaged (renamed *.corrupt). Start again in another folder."
+            f"All {len(damaged)} checkpoints in {run} are damaged; the newest: {damaged[0][1]} Restore one of them, or "
+            "start again in another folder (train.output)."
+        )
+    if aside := sorted(path.name for path in run.glob("checkpoint-*")):
+        raise CheckpointError(
+            f"{run} holds no checkpoint to go on from, but {', '.join(aside[:5])}, which was damaged, put aside or "
+            "made by another program. Restore it under its own name, choose another train.output, or start from step 0 "
+            "beside it with --resume never."
         )
     return None
 
@@ -148,17 +167,8 @@ def set_aside_newer(run: Path, step: int) -> None:
     """
     for number, folder in checkpoints(run):
         if number > step:
-            aside = unused(folder.with_name(f"{folder.name}.superseded"))
-            disk.rename(folder, aside)
+            aside = files.set_aside(folder, "superseded")
             logger.warning("%s is newer than step %d, which the run goes on from; now %s.", folder, step, aside.name)
-
-
-def unused(path: Path) -> Path:
-    """The path, with a number behind it where something has that name already."""
-    number = 0
-    while (candidate := path.with_name(f"{path.name}{number or ''}")).exists():
-        number += 1
-    return candidate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +196,9 @@ class Retention:
 def remove_old(run: Path, retention: Retention) -> None:
     """Delete what need not be kept, oldest first, once the newest checkpoint has been read back and is whole.
 
+    A folder stays, with a warning, where it holds files that the checkpoint was not written with, or is no checkpoint
+    that this version can read.
+
     Raises:
         CheckpointError: the newest is damaged; nothing was deleted.
     """
@@ -194,10 +207,26 @@ def remove_old(run: Path, retention: Retention) -> None:
     if superfluous:
         read_manifest(found[-1][1])
     for folder in superfluous:
+        if reason := _why_kept(folder):
+            logger.warning("%s would be deleted by train.keep_last, but %s; it is kept.", folder, reason)
+            continue
         trash = folder.with_name(f".trash-{folder.name}")
-        disk.remove(trash)
-        disk.rename(folder, trash)
-        disk.remove(trash)
+        files.remove(trash, mark=MANIFEST)
+        files.rename(folder, trash)
+        files.remove(trash, mark=MANIFEST)
+
+
+def _why_kept(folder: Path) -> str | None:
+    """Why an old checkpoint must not be deleted; None where it may."""
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    if not present:  # what a loss of power left of a deletion
+        return None
+    try:
+        manifest = _parse(folder / MANIFEST)
+    except CheckpointError as error:
+        return str(error)
+    strangers = sorted(present - {MANIFEST, files.MARK, *manifest.files})
+    return f"it holds files that are not of the checkpoint ({', '.join(strangers[:3])})" if strangers else None
 
 
 # Keys of a recipe that may differ between a run and its continuation without changing what is computed.

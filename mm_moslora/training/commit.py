@@ -13,11 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mm_moslora import distributed
-from mm_moslora.errors import CheckpointError
+from mm_moslora import distributed, files
+from mm_moslora.errors import CheckpointError, ConfigError
 from mm_moslora.folders import MANIFEST
-from mm_moslora.training import disk
-from mm_moslora.training.checkpoint import Manifest, Retention, folder_name, read_manifest, remove_old, unused
+from mm_moslora.training.checkpoint import Manifest, Retention, folder_name, read_manifest, remove_old
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +77,9 @@ class Saver:
     def _prepare(self, needed: float) -> str | None:
         try:
             for leftover in [*self.run.glob(".tmp-checkpoint-*"), *self.run.glob(".trash-checkpoint-*")]:
-                disk.remove(leftover)
-            free = disk.free_bytes(self.run)
+                # One that is complete has a manifest instead of the mark.
+                files.remove(leftover, mark=files.MARK if (leftover / files.MARK).exists() else MANIFEST)
+            free = files.free_bytes(self.run)
             if free < needed:
                 return (
                     f"{self.run} has {free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB are needed, "
@@ -87,7 +87,8 @@ class Saver:
                     "lower train.keep_last."
                 )
             self._temporary.mkdir(parents=True)
-        except OSError as error:
+            files.mark(self._temporary, "checkpoint")
+        except (OSError, ConfigError) as error:
             return f"{error}. Earlier checkpoints are untouched."
         return None
 
@@ -96,9 +97,9 @@ class Saver:
             rank_folder(self._temporary).mkdir(parents=True, exist_ok=True)
             write(self._temporary)
             for path in self._own_files():
-                disk.sync(path)
+                files.sync(path)
                 name = path.relative_to(self._temporary).as_posix()
-                self.files[name] = {"bytes": path.stat().st_size, "sha256": disk.sha256_of(path)}
+                self.files[name] = {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
         except Exception as error:  # reported by `finish`, on every rank
             self._failure = f"{type(error).__name__}: {error}"
 
@@ -107,10 +108,11 @@ class Saver:
         if not distributed.is_main():
             return sorted(path for path in own.rglob("*") if path.is_file())
         others = self._temporary / "trainer"
+        mark = self._temporary / files.MARK
         return sorted(
             path
             for path in self._temporary.rglob("*")
-            if path.is_file() and (own in path.parents or others not in path.parents)
+            if path.is_file() and path != mark and (own in path.parents or others not in path.parents)
         )
 
     @property
@@ -137,7 +139,7 @@ class Saver:
             self.discard()
             raise CheckpointError(
                 f"The checkpoint of step {step} could not be written to {self._temporary} ({'; '.join(failed[:3])}). "
-                f"Free there: {disk.free_bytes(self.run) / 2**20:,.0f} MiB. Earlier checkpoints are untouched."
+                f"Free there: {files.free_bytes(self.run) / 2**20:,.0f} MiB. Earlier checkpoints are untouched."
             )
         self.files = {name: entry for _, files in outcomes for name, entry in sorted(files.items())}
         return self._temporary
@@ -172,7 +174,7 @@ class Saver:
         self.pending = None
         distributed.barrier()
         if distributed.is_main():
-            disk.remove(self._temporary)
+            files.remove(self._temporary)
 
     def tidy(self, retention: Retention) -> None:
         """Delete checkpoints that need not be kept, in a thread, once the newest has been read back and is whole."""
@@ -185,7 +187,7 @@ class Saver:
     def _tidy(self, retention: Retention) -> None:
         try:
             remove_old(self.run, retention)
-        except (OSError, CheckpointError) as error:
+        except (OSError, CheckpointError, ConfigError) as error:
             logger.warning("No old checkpoint was deleted: %s", error)
 
     def rest(self) -> None:
@@ -210,29 +212,30 @@ def seal(temporary: Path, final: Path, manifest: Manifest) -> None:
                 f"{path} was written by another rank and is not here in full. The run folder must be on a file system "
                 "that all ranks share."
             )
-    disk.replace_json(temporary / MANIFEST, manifest.to_json())
+    files.replace_json(temporary / MANIFEST, manifest.to_json())
     folders = [path for path in temporary.rglob("*") if path.is_dir()]
     for folder in sorted(folders, key=lambda path: -len(path.parts)):
-        disk.sync(folder)
-    disk.sync(temporary)
+        files.sync(folder)
+    files.sync(temporary)
     if final.exists():
         try:
             read_manifest(final)
         except CheckpointError:
-            disk.rename(final, unused(final.with_name(f"{final.name}.corrupt")))
+            files.set_aside(final, "corrupt")
         else:  # the same step of the same run: what is there is as good
-            disk.remove(temporary)
+            files.remove(temporary)
             return
-    disk.rename(temporary, final)
-    disk.sync(final.parent)
-    disk.replace_text(final.parent / "latest", final.name)
+    files.discard(temporary / files.MARK)
+    files.rename(temporary, final)
+    files.sync(final.parent)
+    files.replace_text(final.parent / "latest", final.name)
 
 
 def amend(checkpoint: Path, counters: Mapping[str, float]) -> None:
     """Give a committed checkpoint other counters, in one move; where the disk refuses, it keeps those it has."""
     try:
         manifest = read_manifest(checkpoint, verify=False)
-        disk.replace_json(checkpoint / MANIFEST, replace(manifest, counters=dict(counters)).to_json())
+        files.replace_json(checkpoint / MANIFEST, replace(manifest, counters=dict(counters)).to_json())
     except OSError as error:
         logger.warning("%s was not told that the run is over (%s); the end is measured again.", checkpoint, error)
 

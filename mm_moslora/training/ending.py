@@ -15,8 +15,8 @@ from typing import Any
 
 from mm_moslora import distributed
 from mm_moslora.errors import MoSLoRAError
+from mm_moslora.files import replace_json
 from mm_moslora.redaction import redact_text
-from mm_moslora.training.disk import replace_json
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mm_moslora import distributed
+from mm_moslora import distributed, files
 from mm_moslora.batch import Batch
 from mm_moslora.config import Recipe
 from mm_moslora.data.loader import BatchLoader
@@ -22,7 +22,7 @@ from mm_moslora.folders import checkpoints
 from mm_moslora.machine import keep_memory
 from mm_moslora.models.trainable import component_table
 from mm_moslora.tracking import Trackers, build_trackers
-from mm_moslora.training import checkpoint, disk
+from mm_moslora.training import checkpoint
 from mm_moslora.training import run as runs
 from mm_moslora.training.commit import Saver, amend
 from mm_moslora.training.ending import recorded
@@ -183,7 +183,7 @@ class _Loop:
             # What its folder says of the run was measured while it trained.
             return self._result(run.folder / checkpoint.folder_name(run.step))
         if distributed.is_main():
-            disk.replace_text(run.folder / "config.yaml", self.recipe.to_yaml())
+            files.replace_text(run.folder / "config.yaml", self.recipe.to_yaml())
         self._write_summary()
         ok = False
         self.trackers.start(self.recipe.to_dict(), run.folder, resume_step=None if self.fresh else run.step)
@@ -453,7 +453,7 @@ class _Loop:
     def _write_summary(self) -> None:
         self._note_memory()
         if distributed.is_main():
-            disk.replace_json(self.run.folder / "summary.json", summary(self.run, self.total))
+            files.replace_json(self.run.folder / "summary.json", summary(self.run, self.total))
 
 
 def peak_memory_gib() -> float:

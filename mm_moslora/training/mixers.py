@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters.inject import named_adapter_layers
 from mm_moslora.adapters.inspect import describe, summary
-from mm_moslora.training.disk import replace_json
+from mm_moslora.files import replace_json
 
 SHOWN = 12
 """Mixers written out in full; the rest have their figures only."""

@@ -15,13 +15,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mm_moslora import distributed
+from mm_moslora import distributed, files
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import OptimConfig, TrainConfig
 from mm_moslora.data.loader import largest_batch
 from mm_moslora.errors import CheckpointError, TrainingError
 from mm_moslora.models.pictures import PictureMemory
-from mm_moslora.training import disk
 from mm_moslora.training.commit import Saver, rank_folder
 from mm_moslora.training.engine import LossModule, OptimizerSettings, build_engine
 from mm_moslora.training.optim import parameter_groups
@@ -126,7 +125,7 @@ def rehearse(run: Run, saver: Saver) -> None:
     saver.start(taken.manifest, taken.write, size=taken.size)
     trial = saver.wait()
     size = sum(entry["bytes"] for entry in saver.files.values())
-    damaged = [name for name, entry in saver.files.items() if disk.sha256_of(trial / name) != entry["sha256"]]
+    damaged = [name for name, entry in saver.files.items() if files.sha256_of(trial / name) != entry["sha256"]]
     if damaged:
         raise CheckpointError(f"{trial / damaged[0]} reads back otherwise than it was written. Check this disk.")
     written = time.monotonic()

@@ -20,7 +20,9 @@ from mm_moslora import distributed
 from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
 from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.dataset import TrainingSet
-from mm_moslora.errors import TrainingError
+from mm_moslora.errors import ConfigError, TrainingError
+from mm_moslora.files import refuse_strangers
+from mm_moslora.folders import MANIFEST, RUN_FILES, RUN_LOCK
 from mm_moslora.locks import take
 from mm_moslora.losses import use_loss_head
 from mm_moslora.models.anyres import NEWLINE, newline_of
@@ -50,6 +52,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Hold a run folder for this run alone; freed by the kernel when the process ends, however it ends.
 
     Raises:
+        ConfigError: files that no run wrote have the names of a run's.
         TrainingError: another process holds it, or it cannot be written.
         DistributedError: the same, on the other ranks.
     """
@@ -57,8 +60,9 @@ def exclusive(folder: Path) -> Iterator[None]:
         failure: Exception | None = None
         if distributed.is_main():
             try:
+                refuse_strangers(folder, RUN_FILES, kind="run", also=(RUN_LOCK, f"checkpoint-*/{MANIFEST}"))
                 held.enter_context(_lock(folder))
-            except TrainingError as error:
+            except (ConfigError, TrainingError) as error:
                 failure = error
         distributed.agree(failure, what="Taking the run folder")
         yield
@@ -68,7 +72,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 def _lock(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "run.lock").open("a+", encoding="utf-8")
+        lock = (folder / RUN_LOCK).open("a+", encoding="utf-8")
     except OSError as error:
         raise TrainingError(
             f"The run folder {folder} cannot be written ({error.strerror}). Choose another with train.output, or with "

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_moslora import distributed
+from mm_moslora import distributed, files
 from mm_moslora.batch import Example, Seen
 from mm_moslora.config import Recipe, ValidateConfig
 from mm_moslora.data.dataset import TrainingSet
@@ -32,7 +32,6 @@ from mm_moslora.models.generation import Prompt, encode_images, generate, stop_t
 from mm_moslora.models.rows import stream_row
 from mm_moslora.models.vlm import is_padded, takes_rows
 from mm_moslora.tracking.base import Sample
-from mm_moslora.training import disk
 from mm_moslora.training.run import Run
 from mm_moslora.training.saving import RandomState
 from mm_moslora.training.signals import StopRequest
@@ -308,4 +307,4 @@ class Best:
             "metric": self.config.best, "value": self.value, "step": self.step, "checkpoint": checkpoint,
             "history": self.history,
         }  # fmt: skip
-        disk.replace_json(folder / BEST, content)
+        files.replace_json(folder / BEST, content)

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 
 from mm_moslora import distributed
-from mm_moslora.training.disk import remove
+from mm_moslora.files import discard, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,8 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if distributed.is_main():
-            remove(self.beats)  # of an earlier start
+            for beat in self.beats.glob("rank-*.json"):  # of an earlier start
+                discard(beat)
         distributed.barrier()
         self.beats.mkdir(parents=True, exist_ok=True)
         self.stacks.mkdir(parents=True, exist_ok=True)
@@ -95,7 +96,7 @@ class Watchdog:
         # The thread that the signal reaches, the main one, and not all: a handler holds no lock, and reading the frames
         # of threads that run crashes some processes.
         faulthandler.register(signal.SIGUSR2, file=self._stacks_file, all_threads=False)
-        self._write()
+        self._say()
         distributed.barrier()
         self._thread.start()
         return self
@@ -107,11 +108,12 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         self._thread.join()
         faulthandler.unregister(signal.SIGUSR2)
-        self._stacks_file.close()
-        if self._stacks_path.stat().st_size == 0:
-            self._stacks_path.unlink()
+        with contextlib.suppress(OSError):
+            self._stacks_file.close()
+            if self._stacks_path.stat().st_size == 0:
+                discard(self._stacks_path)
         self._phase = "ended" if error is None else f"failed: {kind.__name__ if kind else ''}: {error}"[:500]
-        self._write()
+        self._say()
 
     def phase(self, what: str, step: int, limit_seconds: float) -> None:
         """Say what comes next, and how long it may take.
@@ -129,10 +131,14 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(self.interval):
-            with contextlib.suppress(OSError):  # a full disk is no reason to stop
-                self._write()
+            self._say()
             if time.monotonic() - self._since > self._limit:
                 self._give_up()
+
+    def _say(self) -> None:
+        """Write this rank's file; a full disk is no reason to stop, and must not hide why the run ended."""
+        with contextlib.suppress(OSError):
+            self._write()
 
     def _write(self) -> None:
         path = self.beats / f"rank-{distributed.rank():05d}.json"
@@ -141,16 +147,14 @@ class Watchdog:
             "phase": self._phase, "seconds_in_phase": round(time.monotonic() - self._since, 1),
             "place": self._place, "gave_up": self._gave_up,
         }  # fmt: skip
-        temporary = path.with_suffix(f".{threading.get_ident()}.tmp")  # `verdict` may write beside the thread
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as temporary:  # of a name of its own: `verdict` may write beside the thread
+            temporary.write_text(json.dumps(content), encoding="utf-8")
 
     def _give_up(self) -> None:
         faulthandler.dump_traceback(file=self._stacks_file, all_threads=True)
         self._stacks_file.flush()
         self._place, self._gave_up = _own_place(self._phase), True
-        with contextlib.suppress(OSError):
-            self._write()
+        self._say()
         self._ask_for_stacks()
         time.sleep(2 * self.interval)  # the others reach their limits, too
         logger.error(
@@ -172,8 +176,7 @@ class Watchdog:
     def read(self) -> list[Beat]:
         """What all ranks said last. Ages are measured against this rank's own file: no clocks are compared."""
         own = self.beats / f"rank-{distributed.rank():05d}.json"
-        with contextlib.suppress(OSError):
-            self._write()
+        self._say()
         found = []
         for path in sorted(self.beats.glob("rank-*.json")):
             try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
-from mm_moslora.training import disk
+from mm_moslora import files
 
 
 @dataclass
@@ -129,8 +129,8 @@ def _torn(content: bytes, rng: random.Random) -> bytes:
 def recording(run: Path) -> Iterator[list[Operation]]:
     """Record what the checkpoint code does below a run folder, while it really does it."""
     operations: list[Operation] = []
-    real_sync, real_rename, real_replace, real_remove = disk.sync, disk.rename, disk.replace_text, disk.remove
-    real_mkdir = Path.mkdir
+    real_sync, real_rename, real_replace, real_remove = files.sync, files.rename, files.replace_text, files.remove
+    real_mkdir, real_mark, real_discard = Path.mkdir, files.mark, files.discard
 
     def inside(path: Path) -> Path:
         return path.relative_to(run)
@@ -150,21 +150,33 @@ def recording(run: Path) -> Iterator[list[Operation]]:
         operations.append(("sync", (temporary,)))
         operations.append(("rename", (temporary, inside(path))))
 
-    def remove(folder: Path) -> None:
+    def remove(folder: Path, *, mark: str = files.MARK) -> None:
         gone = sorted(folder.rglob("*"), key=lambda path: -len(path.parts)) if folder.exists() else []
-        real_remove(folder)
-        operations.extend(("unlink", (inside(path),)) for path in ([*gone, folder] if gone else []))
+        operations.extend(("unlink", (inside(path),)) for path in gone if path != folder / mark)
+        real_remove(folder, mark=mark)
+        operations.extend(("unlink", (inside(path),)) for path in ([folder / mark, folder] if gone else []))
+
+    def mark_folder(folder: Path, kind: str) -> None:
+        operations.append(("write", (inside(folder / files.MARK), f"{kind}\n".encode())))
+        operations.append(("sync", (inside(folder / files.MARK),)))
+        real_mark(folder, kind)
 
     def mkdir(path: Path, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
         new = [folder for folder in (path, *path.parents) if not folder.exists()]
         real_mkdir(path, mode, parents, exist_ok)
         operations.extend(("make", (inside(folder),)) for folder in reversed(new) if run in folder.parents)
 
+    def discard(path: Path) -> None:
+        real_discard(path)
+        operations.append(("unlink", (inside(path),)))
+
     with (
-        patch.object(disk, "sync", sync),
-        patch.object(disk, "rename", rename),
-        patch.object(disk, "replace_text", replace_text),
-        patch.object(disk, "remove", remove),
+        patch.object(files, "discard", discard),
+        patch.object(files, "sync", sync),
+        patch.object(files, "rename", rename),
+        patch.object(files, "replace_text", replace_text),
+        patch.object(files, "remove", remove),
+        patch.object(files, "mark", mark_folder),
         patch.object(Path, "mkdir", mkdir),
     ):
         yield operations

@@ -9,10 +9,18 @@ from pathlib import Path
 import pytest
 from between import just_before
 
+from mm_moslora import files
 from mm_moslora.errors import CheckpointError
 from mm_moslora.folders import adapter_folder, checkpoints, find_checkpoint
-from mm_moslora.training import disk
-from mm_moslora.training.checkpoint import Manifest, Retention, changed_keys, newest_valid, read_manifest, remove_old
+from mm_moslora.training.checkpoint import (
+    Manifest,
+    OtherFormatError,
+    Retention,
+    changed_keys,
+    newest_valid,
+    read_manifest,
+    remove_old,
+)
 from mm_moslora.training.commit import commit
 
 
@@ -65,9 +73,9 @@ def test_a_crash_at_any_moment_leaves_the_earlier_checkpoint_usable(tmp_path, cr
             os.kill(os.getpid(), 9)
 
         if crash == "seal":
-            disk.replace_json = die
+            files.replace_json = die
         if crash == "rename":
-            disk.rename = die
+            files.rename = die
         commit(tmp_path, manifest(2), die if crash == "write" else write_files)
         os._exit(0)
     _, status = os.waitpid(pid, 0)
@@ -101,9 +109,49 @@ def test_damage_is_found_named_and_passed_over(tmp_path, name, damage, caplog):
 def test_when_all_are_damaged_it_says_so_instead_of_starting_over(tmp_path):
     folder = make(tmp_path, 1)
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match="All 1 checkpoints"):
-        newest_valid(tmp_path)
+    for _ in range(2):  # the same command again is no fresh start
+        with pytest.raises(CheckpointError, match=r"All 1 checkpoints .*manifest\.json is damaged"):
+            newest_valid(tmp_path)
+    assert folder.is_dir()
     assert newest_valid(tmp_path / "empty") is None
+
+
+@pytest.mark.parametrize("older_is_good", [True, False])
+def test_checkpoints_of_another_version_are_never_renamed(tmp_path, older_is_good):
+    folders = [make(tmp_path, step) for step in (1, 2)]
+    for folder in folders[older_is_good:]:
+        content = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({**content, "format": 3, "version": "9.0"}))
+    for _ in range(2):
+        with pytest.raises(OtherFormatError, match=r"format 3, this version reads 2.*written by mm_moslora 9\.0"):
+            newest_valid(tmp_path)
+    assert [folder for _, folder in checkpoints(tmp_path)] == folders
+
+
+@pytest.mark.parametrize("name", ["checkpoint-000001.corrupt", "checkpoint-000001.corrupt1", "checkpoint-500"])
+def test_a_run_whose_checkpoints_were_put_aside_is_not_fresh(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match=rf"{name}, which was damaged, .*--resume never"):
+        newest_valid(tmp_path)
+
+
+def test_an_old_checkpoint_with_files_of_the_user_is_kept(tmp_path, caplog):
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+    (tmp_path / "checkpoint-000001" / "notes.txt").write_text("mine")
+    remove_old(tmp_path, Retention(last=1))
+    assert [step for step, _ in checkpoints(tmp_path)] == [1, 3]
+    assert (tmp_path / "checkpoint-000001" / "notes.txt").read_text() == "mine"
+    assert "holds files that are not of the checkpoint (notes.txt)" in caplog.text
+
+
+def test_a_folder_in_the_way_of_a_save_is_not_deleted(tmp_path):
+    theirs = tmp_path / ".tmp-checkpoint-000001"
+    theirs.mkdir()
+    (theirs / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"in the way and is not deleted"):
+        make(tmp_path, 1)
+    assert (theirs / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("why", ["superseded", "superseded1", "corrupt"])
@@ -181,7 +229,7 @@ def test_keys_that_change_the_computation_are_listed_and_others_are_free():
 
 def test_hosts_whose_processes_have_the_same_number_write_the_same_file(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
-    just_before(monkeypatch, Path, "replace", lambda: disk.replace_text(path, "theirs"), when=lambda *_: True)
-    disk.replace_text(path, "ours")
+    just_before(monkeypatch, Path, "replace", lambda: files.replace_text(path, "theirs"), when=lambda *_: True)
+    files.replace_text(path, "ours")
     assert path.read_text() == "ours"
     assert list(tmp_path.iterdir()) == [path]

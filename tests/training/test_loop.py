@@ -26,6 +26,7 @@ from mm_moslora.config import (
     SourceConfig,
 )
 from mm_moslora.errors import CheckpointError, ConfigError, ModelError, MoSLoRAError, TrainingError
+from mm_moslora.folders import RUN_FILES
 from mm_moslora.models.export import export_lora, export_model
 from mm_moslora.models.load import load
 from mm_moslora.report.state import read_state
@@ -342,6 +343,38 @@ def test_without_deepspeed_one_process_trains_and_a_stage_says_what_is_missing(r
 def test_resume_required_needs_a_checkpoint(recipe):
     with pytest.raises(CheckpointError, match="holds no checkpoint, but resume is required"):
         train(recipe, resume="required")
+
+
+@pytest.mark.parametrize("what", ["another format", "damaged"])
+def test_a_checkpoint_that_cannot_be_read_never_leads_to_a_fresh_start(recipe, what):
+    train(recipe, stop_at=2)
+    run, before = Path(recipe.train.output), losses(recipe)
+    manifest = run / "checkpoint-000002" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(content | {"format": 3}) if what == "another format" else "{")
+    for _ in range(3):  # as `--max-restarts` and a requeued job do
+        with pytest.raises(CheckpointError, match="format 3" if what == "another format" else "All 1 checkpoints"):
+            train(recipe)
+    assert losses(recipe) == before
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-000002"]
+    (run / "checkpoint-000002").rename(run / "checkpoint-000002.corrupt")  # as an earlier release left it
+    with pytest.raises(CheckpointError, match=r"checkpoint-000002\.corrupt"):
+        train(recipe)
+    assert train(recipe, resume="never", stop_at=1).step == 1
+
+
+def test_files_of_the_user_in_the_run_folder_are_left_alone(recipe):
+    run = Path(recipe.train.output)
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("# my own recipe\n")
+    with pytest.raises(ConfigError, match=r"already holds config\.yaml"):
+        train(recipe, stop_at=1)
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+    (run / "config.yaml").rename(run / "recipe.yaml")
+    train(recipe, stop_at=1)
+    written = {path.name for path in run.iterdir()} - {"recipe.yaml"}
+    assert {name for name in written if not name.startswith(("checkpoint-", "."))} <= {*RUN_FILES}
+    assert (run / "recipe.yaml").read_text() == "# my own recipe\n"
 
 
 def test_a_run_goes_on_from_an_older_checkpoint_of_its_own_and_from_there_again(recipe):

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mm_moslora import files
 from mm_moslora.config import TrainConfig
 from mm_moslora.errors import CheckpointError, TrainingError
-from mm_moslora.training import disk, rehearsal
+from mm_moslora.training import rehearsal
 from mm_moslora.training.engine import Engine, TorchEngine
 from mm_moslora.training.loop import train
 
@@ -40,14 +41,14 @@ def test_a_micro_batch_that_does_not_fit_is_said_before_the_first_step(recipe, m
 
 
 def test_too_little_room_is_said_before_the_first_step(recipe, monkeypatch):
-    monkeypatch.setattr(disk, "free_bytes", lambda folder: 1000)
+    monkeypatch.setattr(files, "free_bytes", lambda folder: 1000)
     with pytest.raises(CheckpointError, match=r"0 MiB free, .* MiB are needed, .* MiB are missing"):
         train(recipe)
 
 
 def test_a_disk_that_fills_up_later_costs_no_training(recipe, monkeypatch, caplog, tmp_path):
     """Two saves find no room, the later ones do; three in a row would stop the run."""
-    real = disk.free_bytes
+    real = files.free_bytes
     steps = replace(recipe.train, save_every=1, rehearsal=False, keep_last=0)
 
     remaining = {"full": 2}
@@ -58,7 +59,7 @@ def test_a_disk_that_fills_up_later_costs_no_training(recipe, monkeypatch, caplo
             return 1000
         return real(folder)
 
-    monkeypatch.setattr(disk, "free_bytes", free)
+    monkeypatch.setattr(files, "free_bytes", free)
     train(replace(recipe, train=steps))
     assert caplog.text.count("Training goes on.") == 2
     names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
@@ -70,7 +71,7 @@ def test_a_disk_that_fills_up_later_costs_no_training(recipe, monkeypatch, caplo
 
 def test_a_trial_that_reads_back_otherwise_is_an_error(recipe, monkeypatch):
     hashes = iter(range(10**6))
-    monkeypatch.setattr(disk, "sha256_of", lambda path: str(next(hashes)))
+    monkeypatch.setattr(files, "sha256_of", lambda path: str(next(hashes)))
     with pytest.raises(CheckpointError, match="reads back otherwise than it was written"):
         train(recipe)
 
