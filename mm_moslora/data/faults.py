@@ -5,16 +5,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from mm_moslora.errors import DataError
-
-BAD_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
-"""Control characters and halves of surrogate pairs: no text and no name may hold them."""
 
 
 def kind_of(value: Any) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from mm_moslora.data.faults import Code
 from mm_moslora.errors import DataError
+from mm_moslora.named_files import FileError, FileFault, opened
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Accepted file formats, whatever the suffix says."""
@@ -77,8 +77,7 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         ImageError: missing, not a regular file, not a picture, cut short, too large or out of proportion.
     """
-    with _regular_file(path) as stream:
-        return open_image_bytes(stream.read(), name=str(path))
+    return open_image_bytes(read_picture(path), name=str(path))
 
 
 def open_image_bytes(data: bytes, *, name: str = "image") -> Image.Image:
@@ -120,25 +119,36 @@ def check_image_bytes(data: bytes, *, name: str = "image") -> tuple[int, int]:
         return image.size
 
 
+_FAULTS = {
+    FileFault.BAD_NAME: Code.BAD_IMAGE_NAME, FileFault.ESCAPES: Code.PATH_ESCAPES, FileFault.MISSING: Code.IMAGE_MISSING,
+    FileFault.NOT_A_FILE: Code.IMAGE_NOT_A_FILE, FileFault.TOO_LARGE: Code.IMAGE_TOO_LARGE,
+}  # fmt: skip
+
+
+def code_of(fault: FileFault) -> Code:
+    """The fault of a picture whose file is not opened."""
+    return _FAULTS[fault]
+
+
 @contextmanager
 def _regular_file(path: Path) -> Iterator[BinaryIO]:
     name = str(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would block for ever
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        remedy = "check the path and the image folder"
-        raise ImageError(Code.IMAGE_MISSING, name, f"cannot be opened ({reason})", remedy) from error
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(descriptor)
-        raise ImageError(Code.IMAGE_NOT_A_FILE, name, "is a folder, a pipe or a device", "name a picture file")
-    with os.fdopen(descriptor, "rb") as file:
-        if status.st_size == 0:
-            raise ImageError(Code.IMAGE_EMPTY, name, "is empty (0 bytes)", "replace the file")
-        if status.st_size > MAX_BYTES:
-            raise ImageError(Code.IMAGE_TOO_LARGE, name, f"takes {status.st_size} bytes", f"stay below {MAX_BYTES}")
-        yield file
+        with opened(path, most=MAX_BYTES) as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise ImageError(Code.IMAGE_EMPTY, name, "is empty (0 bytes)", "replace the file")
+            yield file
+    except FileError as error:
+        raise ImageError(code_of(error.fault), name, error.what, error.remedy) from error
+
+
+def read_picture(path: Path) -> bytes:
+    """The bytes of a picture file, undecoded; see `open_image`."""
+    with _regular_file(path) as stream:
+        data = stream.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ImageError(Code.IMAGE_TOO_LARGE, str(path), "grows while it is read", f"stay below {MAX_BYTES} bytes")
+    return data
 
 
 @contextmanager

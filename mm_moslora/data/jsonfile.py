@@ -16,6 +16,7 @@ from typing import Any
 
 from mm_moslora.data.jsonscan import BOM, MAX_VALUE_BYTES, scan_lines, scan_list
 from mm_moslora.errors import DataError
+from mm_moslora.named_files import opened
 
 MAX_DEPTH = 64
 """Deepest nesting; a record needs 5."""
@@ -46,7 +47,7 @@ class JsonFile:
         self.path = path
         if not path.is_file():
             raise DataError(f"{path} does not exist or is no file, expected LLaVA JSON or JSONL. Check its path.")
-        with path.open("rb") as stream:
+        with opened(path, most=None) as stream:
             head = stream.read(4096)
         if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
             raise DataError(f"{path} is UTF-16 or UTF-32, expected UTF-8. Convert it (iconv -f UTF-16 -t UTF-8).")
@@ -77,7 +78,7 @@ class JsonFile:
         start, end = self._starts[row], self._ends[row]
         if end - start > MAX_VALUE_BYTES:
             raise StrictJsonError(f"takes {end - start} bytes, at most {MAX_VALUE_BYTES} are read", large=True)
-        with self.path.open("rb") as stream:
+        with opened(self.path, most=None) as stream:
             stream.seek(start)
             raw = stream.read(end - start)
         return parse_strictly(raw)
@@ -114,7 +115,7 @@ class _Window:
         self.decoder = json.JSONDecoder()
 
     def _chunks(self) -> Iterator[bytes]:
-        with self.path.open("rb") as stream:
+        with opened(self.path, most=None) as stream:
             if stream.read(len(BOM)) == BOM:
                 self.byte = len(BOM)
             else:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mm_moslora import named_files
+
 BOM = b"\xef\xbb\xbf"
 """UTF-8 byte order mark."""
 MAX_VALUE_BYTES = 16 * 2**20
@@ -33,7 +35,7 @@ _Places = NDArray[np.int64]
 def scan_lines(path: Path) -> tuple[array[int], array[int], array[int]]:
     """Starts, ends (bytes) and numbers (from 1) of the lines that are not blank."""
     starts, ends, numbers = array("Q"), array("Q"), array("Q")
-    with path.open("rb") as stream:
+    with named_files.opened(path, most=None) as stream:
         offset = len(BOM) if stream.read(len(BOM)) == BOM else 0
         stream.seek(offset)
         begun, filled, number = offset, False, 1  # the line that a chunk leaves open
@@ -69,7 +71,7 @@ def scan_list(path: Path) -> tuple[array[int], array[int]] | None:
     None stands for a list that breaks off, that has text between or behind its values, or values that are no objects.
     """
     starts, ends = array("Q"), array("Q")
-    with path.open("rb") as stream:
+    with named_files.opened(path, most=None) as stream:
         stream.seek(len(BOM) if stream.read(len(BOM)) == BOM else 0)
         buffer, offset = b"", stream.tell()
         opened = False

@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import base64
 import binascii
-import os
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from PIL import Image
 
-from mm_moslora.data.faults import BAD_CHARACTER, Code, Where, kind_of
-from mm_moslora.data.images import check_image, check_image_bytes, open_image, open_image_bytes
+from mm_moslora.data.faults import Code, Where, kind_of
+from mm_moslora.data.images import check_image, check_image_bytes, code_of, open_image, open_image_bytes
 from mm_moslora.data.remote import RemotePicture
 from mm_moslora.data.video import Clip, Frame
+from mm_moslora.named_files import BAD_CHARACTER, SCHEME, FileError, FileFault, find_below
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _DATA_URL = re.compile(r"data:image/[A-Za-z0-9.+-]+;base64,")
 
 
@@ -155,7 +154,7 @@ def _from_data_url(text: str, name: str, index: int, where: Where) -> StoredPict
 
 def _named(name: Any, index: int, where: Where, rules: PictureRules) -> Path | RemotePicture:
     field_name = f"image[{index}]"
-    if isinstance(name, str) and _SCHEME.match(name) and rules.hosts and not BAD_CHARACTER.search(name):
+    if isinstance(name, str) and SCHEME.match(name) and rules.hosts and not BAD_CHARACTER.search(name):
         return _remote(name, ascii(name)[:100], field_name, where, rules)
     return _local(name, field_name, where, rules)
 
@@ -165,36 +164,15 @@ def _local(name: Any, field_name: str, where: Where, rules: PictureRules) -> Pat
     if not isinstance(name, str) or not name.strip():
         found = kind_of(name) if not isinstance(name, str) else "empty"
         raise where.error(Code.BAD_IMAGE_NAME, field_name, f"is {found}", "write a path below the image folder")
-    shown = ascii(name)[:100]
-    bad = BAD_CHARACTER.search(name) or "\\" in name or name.startswith("~") or "%2e" in name.lower()
-    if bad or _SCHEME.match(name):
-        what = f"{shown} is no plain relative path"
-        remedy = (
-            "write a path below the image folder, without scheme, ~, backslash or escapes; nothing is downloaded "
-            "unless the source names its host in image_hosts"
-        )
-        raise where.error(Code.BAD_IMAGE_NAME, field_name, what, remedy, path=name)
-    pure = PurePosixPath(name)
-    if ".." in pure.parts or (pure.is_absolute() and not _lies_in(name, rules.folder)):
-        remedy = f"write a path below {rules.folder}"
-        raise where.error(Code.PATH_ESCAPES, field_name, f"{shown} leaves the image folder", remedy, path=name)
-    path = rules.folder / name
-    if rules.follow_links:
-        return path
     try:
-        real = Path(os.path.realpath(path))
-    except (OSError, ValueError) as error:
-        remedy = "shorten or repair the path"
-        raise where.error(Code.BAD_IMAGE_NAME, field_name, f"{shown} ({error})", remedy, path=name) from error
-    if not real.is_relative_to(rules.folder):
-        remedy = "copy the picture there, or set follow_links for this source"
-        raise where.error(Code.PATH_ESCAPES, field_name, f"{shown} links out of {rules.folder}", remedy, path=name)
-    return real
-
-
-def _lies_in(name: str, folder: Path) -> bool:
-    """Whether an absolute path is one below a folder, as it is written or by its links."""
-    return Path(name).is_relative_to(folder) or Path(os.path.realpath(name)).is_relative_to(folder)
+        return find_below(rules.folder, name, follow_links=rules.follow_links)
+    except FileError as error:
+        what, remedy = f"{error.name} {error.what}", error.remedy
+        if error.fault == FileFault.BAD_NAME:
+            remedy += "; nothing is downloaded unless the source names its host in image_hosts"
+        elif "links" in error.what:
+            remedy += ", or set follow_links for this source"
+        raise where.error(code_of(error.fault), field_name, what, remedy, path=name) from error
 
 
 def _remote(name: str, shown: str, field_name: str, where: Where, rules: PictureRules) -> RemotePicture:

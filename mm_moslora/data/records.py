@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from mm_moslora.data.faults import BAD_CHARACTER, Code, RecordError, Where, kind_of
+from mm_moslora.data.faults import Code, RecordError, Where, kind_of
 from mm_moslora.data.pictures import Picture, PictureRules, find_clip, find_picture, picture_name
 from mm_moslora.data.video import Clip
+from mm_moslora.named_files import BAD_CHARACTER
 
 Role = Literal["system", "user", "assistant"]
 

@@ -18,6 +18,7 @@ from mm_moslora.data.jsonfile import JsonFile, StrictJsonError
 from mm_moslora.data.pictures import PictureRules
 from mm_moslora.data.records import Record, parse_record
 from mm_moslora.errors import DataError
+from mm_moslora.named_files import opened
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
 
@@ -95,7 +96,7 @@ class RecordFile(RecordSource):
 
     def fingerprint(self) -> str:
         """A hash of the file's bytes."""
-        with self.path.open("rb") as stream:
+        with opened(self.path, most=None) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -5,19 +5,24 @@ Tables stay on disk (Arrow, memory-mapped). Picture bytes are read when the pict
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.config import SourceConfig
+from mm_moslora.data.images import read_picture
 from mm_moslora.data.pictures import PictureRules, StoredPicture
+from mm_moslora.data.remote import is_of_set, read_hub_file
 from mm_moslora.data.sources import RecordSource
 from mm_moslora.errors import DataError, suggestion
 from mm_moslora.locks import take
+from mm_moslora.named_files import FileError, find_below
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -106,8 +111,7 @@ def _pictures(cell: Any, name: str, store: Sequence[Path] = ()) -> Any:
         path = cell["path"].as_py()
         if cell["bytes"].is_valid:
             return StoredPicture(name, cell["bytes"].as_py)
-        fetched = path is not None and any(Path(os.path.normpath(path)).is_relative_to(folder) for folder in store)
-        return StoredPicture(path, Path(path).read_bytes) if fetched else path
+        return _fetched_file(path, store) or path
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         if not pa.types.is_nested(kind.value_type) and not pa.types.is_binary(kind.value_type):
             return cell.as_py()
@@ -116,6 +120,18 @@ def _pictures(cell: Any, name: str, store: Sequence[Path] = ()) -> Any:
         pairs = ((field.name, _pictures(cell[field.name], f"{name}.{field.name}", store)) for field in kind)
         return {key: value for key, value in pairs if value is not None}
     return cell.as_py()
+
+
+def _fetched_file(path: Any, store: Sequence[Path]) -> StoredPicture | None:
+    """A file that `datasets` has fetched from the hub, None for any other path."""
+    for folder in store:
+        try:
+            if isinstance(path, str) and os.path.isabs(path):
+                found = find_below(Path(os.path.realpath(folder)), path)
+                return StoredPicture(path, partial(read_picture, found))
+        except FileError:
+            continue
+    return None
 
 
 def _load(config: SourceConfig) -> Dataset:
@@ -128,7 +144,7 @@ def _load(config: SourceConfig) -> Dataset:
             return _streamed(config, name)
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return _of_split(datasets.load_from_disk(config.path), config)
-        return _of_split(datasets.load_dataset(**_arguments(config, name)), config)
+        return _of_split(load_checked(**_arguments(config, name)), config)
     except DataError:
         raise
     except Exception as error:  # datasets raises nearly anything
@@ -161,20 +177,72 @@ def _of_split(loaded: Any, config: SourceConfig) -> Dataset:
         loaded = loaded[config.split]
     if not isinstance(loaded, datasets.Dataset):
         raise DataError(f"{config.path} is {type(loaded).__name__}, expected a dataset with rows.")
-    return _undecoded(loaded)
+    return undecoded(loaded)
 
 
-def _undecoded(table: Any) -> Any:
-    """The same with pictures and videos as bytes or paths: they are decoded here, by rules that all parts share."""
+def load_checked(path: str, *, streaming: bool = False, **options: Any) -> Any:
+    """What `datasets.load_dataset` gives for arguments under which every data file is one of the data set's own.
+
+    A data set's README lists its data files, and `datasets` opens whatever stands there.
+
+    Args:
+        path: `parquet` and such with `data_files` in `options`, a folder, or an id on the hub.
+        streaming: as for `load_dataset`.
+        options: further arguments of `load_dataset`.
+
+    Raises:
+        DataError: a data file lies outside the folder or the repository.
+    """
     import datasets
 
+    if "data_files" not in options:
+        builder = datasets.load_dataset_builder(
+            path, **{key: value for key, value in options.items() if key in ("name", "revision") and value is not None}
+        )
+        for file in (file for files in (builder.config.data_files or {}).values() for file in files):
+            if not _is_own(str(file), path):
+                raise DataError(
+                    f"{path} names the data file {ascii(str(file))[:200]}, which is none of its own. Correct "
+                    "`data_files` in its README.md, or do not use it."
+                )
+    return datasets.load_dataset(path, streaming=streaming, **options)
+
+
+def _is_own(file: str, path: str) -> bool:
+    """Whether a data file lies in the folder, or in the repository on the hub, that a data set is."""
+    if not Path(path).is_dir():
+        return is_of_set(file, path)
+    try:
+        find_below(Path(path).resolve(), os.path.abspath(file))
+    except FileError:
+        return False
+    return True
+
+
+def undecoded(table: Any) -> Any:
+    """The same with pictures, videos and other files as bytes or paths, of which `datasets` opens none.
+
+    They are opened here, by rules that all parts share.
+
+    Args:
+        table: a `Dataset` or an `IterableDataset`.
+    """
     for name, feature in (table.features or {}).items():
-        for kind in (datasets.Image, datasets.Video):
-            if isinstance(feature, kind):
-                table = table.cast_column(name, kind(decode=False))
-            elif isinstance(feature, datasets.List) and isinstance(feature.feature, kind):
-                table = table.cast_column(name, datasets.List(kind(decode=False)))
+        plain = _replaced(feature, lambda file: dataclasses.replace(file, decode=False))
+        if plain != feature:
+            table = table.cast_column(name, plain)
     return table
+
+
+def _replaced(feature: Any, change: Callable[[Any], Any]) -> Any:
+    """A feature in which those that stand for files, at any depth, are changed."""
+    if isinstance(feature, dict):
+        return {name: _replaced(item, change) for name, item in feature.items()}
+    if hasattr(feature, "decode"):
+        return change(feature)
+    if dataclasses.is_dataclass(feature) and not isinstance(feature, type) and hasattr(feature, "feature"):
+        return dataclasses.replace(feature, feature=_replaced(feature.feature, change))
+    return feature
 
 
 def _streamed(config: SourceConfig, name: str) -> Dataset:
@@ -196,7 +264,7 @@ def _streamed(config: SourceConfig, name: str) -> Dataset:
     with folder.with_suffix(".lock").open("w") as lock:
         take(lock, wait=True)
         if not folder.is_dir():
-            stream = _undecoded(datasets.load_dataset(**arguments, streaming=True)).take(config.limit)
+            stream = undecoded(load_checked(**arguments, streaming=True)).take(config.limit)
             table = datasets.Dataset.from_generator(
                 lambda: (_fetched(row, name) for row in stream),
                 features=_unread(stream.features),
@@ -210,15 +278,13 @@ def _streamed(config: SourceConfig, name: str) -> Dataset:
 
 
 def _unread(features: Any) -> Any:
-    """The same features with pictures and videos as plain bytes and paths, of which `datasets` reads no file."""
+    """The same features with pictures and other files as plain bytes and paths, of which `datasets` opens none."""
     import datasets
 
-    def plain(feature: Any) -> Any:
-        if isinstance(feature, datasets.Image | datasets.Video):
-            return {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-        return datasets.List(plain(feature.feature)) if isinstance(feature, datasets.List) else feature
-
-    return features and datasets.Features({name: plain(feature) for name, feature in features.items()})
+    plain = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    return features and datasets.Features(
+        {name: _replaced(feature, lambda _: plain) for name, feature in features.items()}
+    )
 
 
 def _fetched(value: Any, name: str) -> Any:
@@ -230,9 +296,4 @@ def _fetched(value: Any, name: str) -> Any:
     path = value.get("path")
     if value.keys() != {"bytes", "path"} or value["bytes"] is not None or not isinstance(path, str):
         return {key: _fetched(item, name) for key, item in value.items()}
-    if not path.rpartition("::")[2].startswith(f"hf://datasets/{name}@"):
-        return value
-    import fsspec
-
-    with fsspec.open(path, "rb") as stream:
-        return {"bytes": stream.read(), "path": path}
+    return {"bytes": read_hub_file(path, name), "path": path} if is_of_set(path, name) else value

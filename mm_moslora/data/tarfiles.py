@@ -22,6 +22,7 @@ from mm_moslora.data.pictures import PictureRules, StoredPicture
 from mm_moslora.data.sources import RecordSource
 from mm_moslora.data.video import SUFFIXES as VIDEO_SUFFIXES
 from mm_moslora.errors import DataError
+from mm_moslora.named_files import opened
 
 MAX_MEMBERS = 20_000_000
 """Members of one tar file; more are refused."""
@@ -112,7 +113,7 @@ class TarSource(RecordSource):
 def _members(path: Path) -> Iterator[tuple[str, int, int]]:
     """Name, start and size (bytes) of every file in a tar file."""
     try:
-        with tarfile.open(path, "r:") as tar:
+        with opened(path, most=None) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for count, member in enumerate(tar):
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
                 if count >= MAX_MEMBERS:
@@ -147,11 +148,8 @@ def _read(path: Path, start: int, size: int) -> bytes:
 
 
 def _bytes(path: Path, start: int, size: int) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return os.pread(descriptor, size, start)
-    finally:
-        os.close(descriptor)
+    with opened(path, most=None) as stream:
+        return os.pread(stream.fileno(), size, start)
 
 
 def _picture(path: Path, key: str, kind: str, place: tuple[int, int]) -> StoredPicture:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,8 @@ from PIL import Image
 
 from mm_moslora.data.faults import Code
 from mm_moslora.data.film import MAX_FRAMES, check_pixels, frames_of_film, places
-from mm_moslora.data.images import ImageError, as_rgb, check_image, faults_of_pictures, open_image
+from mm_moslora.data.images import ImageError, as_rgb, check_image, code_of, faults_of_pictures, open_image
+from mm_moslora.named_files import FileError, opened
 
 SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".flv", ".wmv"})
 """Of files that are taken for videos where a person names one, or a tar file holds one."""
@@ -124,17 +124,11 @@ class Clip:
             yield io.BytesIO(data)
             return
         try:
-            descriptor = os.open(self.source, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would block for ever
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            remedy = "check the path and the image folder"
-            raise ImageError(Code.IMAGE_MISSING, self.name, f"cannot be opened ({reason})", remedy) from error
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise ImageError(Code.IMAGE_NOT_A_FILE, self.name, "is a pipe or a device", "name a video file")
-            _check_bytes(status.st_size, self.name)
-            yield file
+            with opened(self.source, most=None) as file:
+                _check_bytes(os.fstat(file.fileno()).st_size, self.name)
+                yield file
+        except FileError as error:
+            raise ImageError(code_of(error.fault), self.name, error.what, error.remedy) from error
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import fcntl
 import http.server
 import io
@@ -24,7 +25,7 @@ from PIL import Image
 from tiny import make_records
 
 from mm_moslora.config import DataConfig, SourceConfig
-from mm_moslora.data import tokencache
+from mm_moslora.data import remote, tables, tokencache
 from mm_moslora.data.dataset import TrainingSet
 from mm_moslora.data.faults import Code, RecordError
 from mm_moslora.data.images import ImageError
@@ -211,6 +212,66 @@ class TestTables:
             SourceConfig(path="hf:x", streaming=True)
 
 
+    @pytest.mark.parametrize("streamed", [False, True])
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "reference://p.png::hf://datasets/evil/set@main/r.json", "zip://a.png::hf://datasets/evil/set@main/a.zip",
+            "hf://datasets/other/set@main/a.png", "HF://datasets/evil/set@main/a.png", "file:///etc/passwd", "/dev/zero",
+        ],
+    )  # fmt: skip
+    def test_a_cell_of_a_hub_set_opens_no_other_protocol(self, tmp_path: Path, monkeypatch, path, streamed) -> None:
+        """fsspec reads any local file through such a chain."""
+        import datasets
+        import fsspec
+
+        opened: list[str] = []
+        monkeypatch.setattr(fsspec, "open", lambda path, *_, **__: opened.append(path) or io.BytesIO(picture()))
+        monkeypatch.setattr("huggingface_hub.HfFileSystem.open", lambda _, path, *__, **___: opened.append(path))
+        monkeypatch.setenv("MM_MOSLORA_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+        row = {"image": {"bytes": None, "path": path}, "question": "q", "answer": "a"}
+        table = datasets.Dataset.from_list([row]).cast_column("image", datasets.Image(decode=False))
+        loaded = table.cast_column("image", datasets.Image())
+        monkeypatch.setattr(tables, "load_checked", lambda **_: loaded.to_iterable_dataset() if streamed else loaded)
+        options = {"streaming": True, "limit": 1, "limit_by": "first"} if streamed else {}
+        with pytest.raises(RecordError) as caught:
+            open_source(SourceConfig(path="hf:evil/set", **options))[0]
+        assert caught.value.code in (Code.BAD_IMAGE_NAME, Code.PATH_ESCAPES)
+        assert opened == []
+
+    def test_pictures_deep_inside_a_column_are_not_opened_by_the_library(self, tmp_path: Path, monkeypatch) -> None:
+        import datasets
+
+        monkeypatch.setenv("MM_MOSLORA_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+        (tmp_path / "private.png").write_bytes(picture())
+        inside = {"bytes": None, "path": str(tmp_path / "private.png")}
+        row = {"question": "q", "answer": "a", "more": [{"deep": {"photo": inside}}], "sound": inside}
+        table = datasets.Dataset.from_list([row])
+        kinds = {"more": datasets.List({"deep": {"photo": datasets.Image()}}), "sound": datasets.Image()}
+        for name, kind in kinds.items():
+            table = table.cast_column(name, kind)
+        shown = next(iter(tables.undecoded(table.to_iterable_dataset())))
+        assert (shown["more"][0]["deep"]["photo"], shown["sound"]) == (inside, inside)
+
+    @pytest.mark.parametrize("streamed", [False, True])
+    @pytest.mark.parametrize("named", ["{folder}/private.jsonl", "../private.jsonl", "link.jsonl"])
+    def test_the_readme_of_a_data_set_names_no_file_elsewhere(self, tmp_path: Path, monkeypatch, named, streamed) -> None:
+        import datasets
+
+        monkeypatch.setenv("MM_MOSLORA_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+        (tmp_path / "private.jsonl").write_text(json.dumps({"question": "q", "answer": "secret"}) + "\n")
+        (tmp_path / "d").mkdir()
+        (tmp_path / "d" / "link.jsonl").symlink_to(tmp_path / "private.jsonl")
+        config = f"configs:\n- config_name: default\n  data_files: {named.format(folder=tmp_path)}"
+        (tmp_path / "d" / "README.md").write_text(f"---\n{config}\n---\n")
+        options = {"streaming": True, "limit": 1, "limit_by": "first"} if streamed else {}
+        with pytest.raises(DataError, match=r"none of its own|does not load"):
+            open_source(SourceConfig(path=str(tmp_path / "d"), **options))
+
+
 class TestTarFiles:
     def write(self, path: Path, *members: tuple[str, bytes], mode: str = "w", kind: bytes = tarfile.REGTYPE) -> Path:
         with tarfile.open(path, mode) as tar:
@@ -306,8 +367,17 @@ class TestRemotePictures:
                 self.send_response(302 if away else 200)
                 if away:
                     self.send_header("Location", "http://localhost:1/x.png")
+                if self.path == "/cut.png":  # and the connection ends before the file does
+                    self.send_header("Content-Length", str(len(picture())))
                 self.end_headers()
-                self.wfile.write(b"" if away else picture())
+                if self.path == "/slow.png":
+                    with contextlib.suppress(OSError):
+                        for byte in picture():
+                            self.wfile.write(bytes([byte]))
+                            time.sleep(0.05)
+                    return
+                part = self.path in ("/cut.png", "/cut-without-length.png") and len(asked) == 1
+                self.wfile.write(b"" if away else picture()[:48] if part else picture())
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -329,6 +399,24 @@ class TestRemotePictures:
         assert asked == []
         assert [colour_of(record), colour_of(record)] == [(200, 30, 20)] * 2
         assert asked == ["/a.png"]
+
+    @pytest.mark.parametrize("name", ["cut.png", "cut-without-length.png"])
+    def test_a_picture_that_breaks_off_is_not_kept(self, tmp_path: Path, server, name: str) -> None:
+        address, asked = server
+        record = self.record(tmp_path, f"{address}/{name}", ["127.0.0.1"])
+        with pytest.raises(ImageError):
+            open_picture(record.images[0])
+        assert colour_of(record) == (200, 30, 20)
+        assert asked == [f"/{name}"] * 2
+
+    def test_a_host_that_gives_byte_after_byte_is_given_up(self, tmp_path: Path, server, monkeypatch) -> None:
+        address, _ = server
+        monkeypatch.setattr(remote, "TOTAL_TIMEOUT", 0.4)
+        record = self.record(tmp_path, f"{address}/slow.png", ["127.0.0.1"])
+        begun = time.monotonic()
+        with pytest.raises(ImageError, match=r"within 0.4 seconds|breaks off"):
+            open_picture(record.images[0])
+        assert time.monotonic() - begun < 3
 
     @pytest.mark.parametrize("hosts", [[], ["example.org"]])
     def test_no_other_host_is_asked(self, tmp_path: Path, server, hosts) -> None:

@@ -227,8 +227,8 @@ class TestRecords:
     @pytest.mark.parametrize(
         ("change", "code", "text"),
         [
-            ({"video": "../a.mp4"}, Code.PATH_ESCAPES, "leaves the image folder"),
-            ({"video": "/etc/a.mp4"}, Code.PATH_ESCAPES, "leaves the image folder"),
+            ({"video": "../a.mp4"}, Code.PATH_ESCAPES, "leaves /"),
+            ({"video": "/etc/a.mp4"}, Code.PATH_ESCAPES, "leaves /"),
             ({"video": "out/a.mp4"}, Code.PATH_ESCAPES, "links out"),
             ({"video": "http://host/a.mp4"}, Code.BAD_IMAGE_NAME, "nothing is downloaded"),
             ({"video": 5}, Code.BAD_IMAGE_NAME, "field video[0]: is a number"),
