@@ -1,10 +1,9 @@
-"""Files that data name: whatever the name, nothing outside the root is opened, nothing blocks and nothing is endless."""
+"""Files that data name: nothing outside the root is opened, nothing blocks and nothing is endless."""
 
 from __future__ import annotations
 
 import os
 import socket
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +26,8 @@ def root(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
-        ("/etc/passwd", ESCAPES), ("//etc/passwd", ESCAPES), ("../private.txt", ESCAPES), ("inside/../../private.txt", ESCAPES),
+        ("/etc/passwd", ESCAPES), ("//etc/passwd", ESCAPES), ("../private.txt", ESCAPES),
+        ("inside/../../private.txt", ESCAPES),
         ("..", ESCAPES), ("inside/..", ESCAPES), ("file:///etc/passwd", BAD), ("FILE:///etc/passwd", BAD),
         ("data:text/plain,x", BAD), ("http://example.org/a.png", BAD), ("HTTPS://example.org/a.png", BAD),
         ("hf://datasets/a/b@main/c.png", BAD), ("reference://p.png::hf://datasets/a/b@main/r.json", BAD),
@@ -101,29 +101,12 @@ def test_devices_and_very_long_names_are_not_opened(root: Path) -> None:
         with pytest.raises(FileError) as caught, opened(path, most=None):
             pass
         assert caught.value.fault == fault
+    (root / "zero").symlink_to("/dev/zero")
     with pytest.raises(FileError, match="links out of"):
-        (root / "zero").symlink_to("/dev/zero")
         find_below(root, "zero")
 
 
-def test_a_file_that_grows_is_read_up_to_its_limit(root: Path) -> None:
-    stop = threading.Event()
-    path = _empty(root / "log")
-
-    def write() -> None:
-        with path.open("ab", buffering=0) as stream:
-            while not stop.is_set() and stream.tell() < 2**26:
-                stream.write(bytes(2**20))
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        with pytest.raises(FileError, match=r"gives more than|takes"):
-            for _ in range(10_000):
-                read_bytes(path, most=2**20)
-    finally:
-        stop.set()
-        writer.join()
+def test_a_file_that_gives_more_than_it_says_is_read_up_to_its_limit() -> None:
     with pytest.raises(FileError, match="gives more than 10 bytes"):  # regular, of size 0, and yet with content
         read_bytes(Path("/proc/cpuinfo"), most=10)
 

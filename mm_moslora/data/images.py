@@ -120,9 +120,12 @@ def check_image_bytes(data: bytes, *, name: str = "image") -> tuple[int, int]:
 
 
 _FAULTS = {
-    FileFault.BAD_NAME: Code.BAD_IMAGE_NAME, FileFault.ESCAPES: Code.PATH_ESCAPES, FileFault.MISSING: Code.IMAGE_MISSING,
-    FileFault.NOT_A_FILE: Code.IMAGE_NOT_A_FILE, FileFault.TOO_LARGE: Code.IMAGE_TOO_LARGE,
-}  # fmt: skip
+    FileFault.BAD_NAME: Code.BAD_IMAGE_NAME,
+    FileFault.ESCAPES: Code.PATH_ESCAPES,
+    FileFault.MISSING: Code.IMAGE_MISSING,
+    FileFault.NOT_A_FILE: Code.IMAGE_NOT_A_FILE,
+    FileFault.TOO_LARGE: Code.IMAGE_TOO_LARGE,
+}
 
 
 def code_of(fault: FileFault) -> Code:

@@ -211,13 +211,13 @@ class TestTables:
         with pytest.raises(ConfigError, match="streaming is set, so set limit"):
             SourceConfig(path="hf:x", streaming=True)
 
-
     @pytest.mark.parametrize("streamed", [False, True])
     @pytest.mark.parametrize(
         "path",
         [
             "reference://p.png::hf://datasets/evil/set@main/r.json", "zip://a.png::hf://datasets/evil/set@main/a.zip",
-            "hf://datasets/other/set@main/a.png", "HF://datasets/evil/set@main/a.png", "file:///etc/passwd", "/dev/zero",
+            "hf://datasets/other/set@main/a.png", "HF://datasets/evil/set@main/a.png", "file:///etc/passwd",
+            "/dev/zero",
         ],
     )  # fmt: skip
     def test_a_cell_of_a_hub_set_opens_no_other_protocol(self, tmp_path: Path, monkeypatch, path, streamed) -> None:
@@ -257,7 +257,9 @@ class TestTables:
 
     @pytest.mark.parametrize("streamed", [False, True])
     @pytest.mark.parametrize("named", ["{folder}/private.jsonl", "../private.jsonl", "link.jsonl"])
-    def test_the_readme_of_a_data_set_names_no_file_elsewhere(self, tmp_path: Path, monkeypatch, named, streamed) -> None:
+    def test_the_readme_of_a_data_set_names_no_file_elsewhere(
+        self, tmp_path: Path, monkeypatch, named, streamed
+    ) -> None:
         import datasets
 
         monkeypatch.setenv("MM_MOSLORA_CACHE", str(tmp_path / "cache"))
