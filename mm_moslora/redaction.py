@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,6 +66,11 @@ def redact_text(text: str, *, keep_hashes: bool = False) -> str:
         text = text.replace(secret, REDACTED)
     text = _SECRET_VALUE.sub(REDACTED, text)
     return text if keep_hashes else _HEX_40.sub(REDACTED, text)
+
+
+def redacted_traceback(error: BaseException) -> str:
+    """An exception with where it came from and what caused it, for a log; every secret replaced."""
+    return redact_text("".join(traceback.format_exception(error)).rstrip())
 
 
 def is_secret_name(name: str) -> bool:

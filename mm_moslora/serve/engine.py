@@ -3,6 +3,9 @@
 One thread owns the model. Each turn of its loop drops who has left, admits who waits, and then decodes one token for
 every answer; answers of one variant are one batch. Padding is on the left and masked and positions count real tokens
 (`mm_moslora.models.branching`), so that in fp32 an answer does not depend on what is decoded beside it.
+
+A fault ends the answer that it belongs to. Where a fault of a whole batch does not say whose it is, each row is read
+again by itself: those that fail alone, too, end, and the others go on.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from mm_moslora.batch import Seen
 from mm_moslora.models.branching import Decoder
-from mm_moslora.redaction import redact_text
+from mm_moslora.redaction import redacted_traceback
 from mm_moslora.serve.faults import ApiError, busy
 from mm_moslora.serve.limits import Limits
 from mm_moslora.serve.models import Models
@@ -84,33 +86,46 @@ def _stopping() -> ApiError:
     return ApiError("The server is stopping.", status=503, code="stopping", retry_after=5)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """One answer and what its next token depends on, besides the decoder."""
+
+    job: Job
+    text: TextStream
+    generator: torch.Generator
+
+
 class _Group:
-    """The answers of one variant: their decoder, and a job per row."""
+    """The answers of one variant: their decoder, and a row per job."""
 
     def __init__(self) -> None:
         self.decoder: Decoder | None = None
-        self.jobs: list[Job] = []
-        self.texts: list[TextStream] = []
-        self.generators: list[torch.Generator] = []
+        self._rows: list[_Row] = []
 
-    def admit(self, decoder: Decoder, jobs: Sequence[Job], texts: Sequence[TextStream]) -> None:
+    @property
+    def jobs(self) -> list[Job]:
+        """The answers, in the order of the decoder's rows."""
+        return [row.job for row in self._rows]
+
+    def rows(self) -> list[_Row]:
+        """In the order of the decoder's rows."""
+        return list(self._rows)
+
+    def admit(self, decoder: Decoder, rows: Sequence[_Row]) -> None:
         """Take over rows that have read their prompts."""
         if self.decoder is None:
             self.decoder = decoder
         else:
             self.decoder.join(decoder)
-        self.jobs += jobs
-        self.texts += texts
-        self.generators += [job.sampling.generator(job.choice) for job in jobs]
+        self._rows += rows
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def keep(self, numbers: Sequence[int]) -> None:
         """Drop all other rows."""
-        if len(rows) == len(self.jobs):
+        if len(numbers) == len(self._rows):
             return
-        self.jobs, self.texts = [self.jobs[row] for row in rows], [self.texts[row] for row in rows]
-        self.generators = [self.generators[row] for row in rows]
-        if rows and self.decoder is not None:
-            self.decoder.select(rows)
+        self._rows = [self._rows[number] for number in numbers]
+        if numbers and self.decoder is not None:
+            self.decoder.select(numbers)
         else:
             self.decoder = None
 
@@ -198,7 +213,10 @@ class Engine:
                         self._changed.wait()
                     if self._stopping:
                         break
-                self._turn()
+                try:
+                    self._turn()
+                except Exception as error:  # the thread must live on: nobody else can answer
+                    self._give_up(error)
         for job in [*self._waiting, *(job for group in self._all() for job in group.jobs)]:
             self._end(job, "cancelled")
         for future, _ in self._errands:
@@ -215,26 +233,78 @@ class Engine:
         self._drop()
         for name, jobs in self._admissible().items():
             for batch in [[job] for job in jobs] if self.models.reads_alone else [jobs]:
-                self._guarded(batch, partial(self._read, name, batch))
+                self._admit(name, batch)
         for name, groups in self._groups.items():
-            for group in groups:
+            for group in list(groups):
                 if group.jobs:
-                    self._guarded(group.jobs, partial(self._step, name, group), group)
-            self._groups[name] = [group for group in groups if group.jobs]
+                    self._advance(name, group)
+            self._groups[name] = [group for group in self._groups[name] if group.jobs]
         self.running = sum(len(group.jobs) for group in self._all())
 
-    def _guarded(self, jobs: Sequence[Job], work: Callable[[], None], group: _Group | None = None) -> None:
-        """A fault ends the answers it hit, and no others."""
-        jobs = list(jobs)
+    def _admit(self, name: str, jobs: list[Job]) -> None:
+        """Read prompts together; where that fails, one by one."""
+        if len(jobs) == 1 and jobs[0].cancelled:  # while others were read
+            self._end(jobs[0], "cancelled")
+            return
         try:
-            work()
+            self._read(name, jobs)
         except Exception as error:
-            self.failures += 1
-            logger.error("A decoding step failed: %s", redact_text(f"{type(error).__name__}: {error}"), exc_info=True)
-            if group is not None:
-                group.keep([])
+            if len(jobs) == 1:
+                self._fail(jobs[0], error)
+                return
+            self._log("Reading prompts together failed, each is read by itself", error)
             for job in jobs:
-                self._end(job, "failed")
+                self._admit(name, [job])
+
+    def _advance(self, name: str, group: _Group) -> None:
+        """A step of one batch; where that fails, its rows are read again and go on one by one."""
+        try:
+            self._step(name, group)
+        except Exception as error:
+            rows = group.rows()
+            group.keep([])
+            if len(rows) == 1:
+                self._fail(rows[0].job, error)
+                return
+            self._log("A decoding step failed, each row is read again by itself", error)
+            for row in rows:
+                self._restart(name, row)
+
+    def _restart(self, name: str, row: _Row) -> None:
+        """Read the prompt and the answer so far of one row; it goes on in a group of its own."""
+        job = row.job
+        try:
+            with self.models.use(name):
+                decoder = self.models.read(name, [(job.input_ids, job.seen)])
+                if job.tokens:
+                    self._run_tokens(decoder, torch.tensor([job.tokens]))
+        except Exception as error:
+            self._fail(job, error)
+            return
+        group = _Group()
+        group.admit(decoder, [row])
+        self._groups[name].insert(0, group)  # whoever comes joins the last one
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """End one answer because of a fault."""
+        self.failures += 1
+        self._log("An answer failed", error)
+        self._end(job, "failed")
+
+    def _give_up(self, error: Exception) -> None:
+        """End everything after a fault outside any answer."""
+        jobs = [job for group in self._all() for job in group.jobs]
+        self._groups = {name: [] for name in self._groups}
+        with self._changed:
+            jobs += self._waiting
+            self._waiting.clear()
+        self.running = 0
+        for job in jobs:
+            self._fail(job, error)
+
+    @staticmethod
+    def _log(what: str, error: Exception) -> None:
+        logger.error("%s: %s", what, redacted_traceback(error))
 
     def _all(self) -> list[_Group]:
         return [group for groups in self._groups.values() for group in groups]
@@ -250,13 +320,13 @@ class Engine:
             self._end(job, "cancelled" if job.cancelled else "late")
         for group in self._all():
             kept = []
-            for row, job in enumerate(group.jobs):
-                if not job.cancelled and now <= job.deadline:
-                    kept.append(row)
-                elif job.cancelled:
-                    self._end(job, "cancelled")
+            for number, row in enumerate(group.rows()):
+                if not row.job.cancelled and now <= row.job.deadline:
+                    kept.append(number)
+                elif row.job.cancelled:
+                    self._end(row.job, "cancelled")
                 else:
-                    self._end(job, "length", group.texts[row].finish())
+                    self._end(row.job, "length", row.text.finish())
             group.keep(kept)
 
     def _admissible(self) -> dict[str, list[Job]]:
@@ -277,12 +347,16 @@ class Engine:
 
     def _read(self, name: str, jobs: list[Job]) -> None:
         """Run prompts and put their rows into the batch."""
+        rows = [
+            _Row(job=job, text=TextStream(self.models.encoder, job.stop), generator=job.sampling.generator(job.choice))
+            for job in jobs
+        ]
         with self.models.use(name):
             decoder = self.models.read(name, [(job.input_ids, job.seen) for job in jobs])
         groups = self._groups[name]
         if not (groups and self.models.joins):
             groups.append(_Group())
-        groups[-1].admit(decoder, jobs, [TextStream(self.models.encoder, job.stop) for job in jobs])
+        groups[-1].admit(decoder, rows)
         self.prompt_tokens += sum(len(job.input_ids) for job in jobs)
 
     def _step(self, name: str, group: _Group) -> None:
@@ -290,18 +364,27 @@ class Engine:
         decoder = group.decoder
         assert decoder is not None
         going, tokens = [], []
-        for row, job in enumerate(group.jobs):
-            token = choose(decoder.logits[row], job.sampling, job.said, group.generators[row])
-            if self._say(job, group.texts[row], token):
-                going.append(row)
+        for number, row in enumerate(group.rows()):
+            try:
+                token = choose(decoder.logits[number], row.job.sampling, row.job.said, row.generator)
+                goes_on = self._say(row.job, row.text, token)
+            except Exception as error:
+                self._fail(row.job, error)
+                continue
+            if goes_on:
+                going.append(number)
                 tokens.append(token)
         group.keep(going)
         self.steps += 1
-        if not going:
-            return
-        with self.models.use(name):
-            ids = torch.tensor(tokens, device=decoder.logits.device)[:, None]
-            decoder.extend(self.models.assembly.model.get_input_embeddings()(ids), torch.ones_like(ids))
+        if going:
+            with self.models.use(name):
+                self._run_tokens(decoder, torch.tensor(tokens)[:, None])
+
+    def _run_tokens(self, decoder: Decoder, tokens: Tensor) -> None:
+        """Run further tokens of every row, int64 ``[B, t]``."""
+        table: Any = self.models.assembly.model.get_input_embeddings()
+        ids = tokens.to(decoder.logits.device)
+        decoder.extend(table(ids), torch.ones_like(ids))
 
     def _say(self, job: Job, text: TextStream, token: int) -> bool:
         """Give one token out; returns whether the answer goes on."""

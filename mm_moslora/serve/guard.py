@@ -14,7 +14,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from mm_moslora.redaction import redact_text
+from mm_moslora.redaction import redacted_traceback
 from mm_moslora.serve.faults import ApiError, internal
 from mm_moslora.serve.http import LOCAL_NAMES, App, Receive, Scope, Send, host_name
 from mm_moslora.serve.limits import Limits
@@ -78,7 +78,7 @@ class Guard:
         except HTTPException as error:
             await self._refuse(_no_route(error.status_code), scope, receive, watched, started=status != 0)
         except Exception as error:
-            logger.exception("%s failed: %s", request_id, redact_text(type(error).__name__))
+            logger.error("%s failed: %s", request_id, redacted_traceback(error))
             await self._refuse(internal(request_id), scope, receive, watched, started=status != 0)
         finally:
             self._count(scope, status, time.monotonic() - started, request_id)

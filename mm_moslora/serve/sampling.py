@@ -5,11 +5,14 @@ Shapes: ``C`` vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from mm_moslora.errors import ModelError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,9 @@ def choose(logits: Tensor, sampling: Sampling, said: Mapping[int, int], generato
         sampling: how to draw.
         said: how often each token was said so far.
         generator: used when the temperature is not zero.
+
+    Raises:
+        ModelError: a logit is NaN, or none is finite.
     """
     if said and (sampling.presence_penalty or sampling.frequency_penalty):
         tokens = torch.tensor(list(said), device=logits.device)
@@ -57,10 +63,14 @@ def choose(logits: Tensor, sampling: Sampling, said: Mapping[int, int], generato
         logits = logits.index_add(
             0, tokens, -(sampling.presence_penalty + sampling.frequency_penalty * counts)
         )  # fmt: skip
+    token = int(logits.argmax())  # of NaN, where there is one
+    highest = logits[token]
+    if not math.isfinite(float(highest)):
+        raise ModelError(f"The largest of the model's logits is {float(highest)}, so no token can be chosen.")
     if sampling.temperature == 0:
-        return int(logits.argmax())
+        return token
     # Subtracting the maximum first keeps the smallest temperature from overflowing.
-    probabilities = ((logits - logits.max()).double().cpu() / sampling.temperature).softmax(dim=-1)
+    probabilities = ((logits - highest).double().cpu() / sampling.temperature).softmax(dim=-1)
     if sampling.top_p < 1:
         sorted_ones, order = probabilities.sort(descending=True)
         beyond = sorted_ones.cumsum(dim=-1) - sorted_ones >= sampling.top_p
