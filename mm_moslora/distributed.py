@@ -174,6 +174,7 @@ def agree(error: Exception | None, *, what: str) -> None:
     failures = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
-    failed = [f"rank {index}: {text}" for index, text in enumerate(failures) if text is not None]
+    failed = {index: f"rank {index}: {text}" for index, text in enumerate(failures) if text is not None}
     if failed:
-        raise DistributedError(f"{what} failed on other ranks: {'; '.join(failed[:3])}")
+        told = "; ".join(list(failed.values())[:3])
+        raise DistributedError(f"{what} failed on other ranks: {told}", ranks=failed)

@@ -46,7 +46,16 @@ class DivergedError(TrainingError):
 
 
 class DistributedError(MoSLoRAError, RuntimeError):
-    """The processes of a run disagree or cannot reach each other."""
+    """The processes of a run disagree or cannot reach each other.
+
+    Args:
+        message: see the module.
+        ranks: the ranks that are to blame, as far as they are known.
+    """
+
+    def __init__(self, message: str, *, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
 
 
 class EvalError(MoSLoRAError, ValueError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,9 @@ from typing import Any
 from mm_moslora.errors import ConfigError
 from mm_moslora.redaction import redact, redact_text
 from mm_moslora.report.charts import downsample
-from mm_moslora.report.overlay import flat_recipe
-from mm_moslora.report.schema import STAGE_ORDER, RunData, load_run
-from mm_moslora.report.state import read_state
+from mm_moslora.report.overlay import LARGEST, flat_recipe
+from mm_moslora.report.schema import MARKS, RunData, is_run, load_run
+from mm_moslora.report.state import read_state, stage_folders
 from mm_moslora.report.story import progress, sample_kind
 
 DEEPEST = 4
@@ -20,8 +22,7 @@ MOST_RUNS = 500
 POINTS = 400
 """Points of a curve that are sent; longer ones are averaged in buckets."""
 MOST_SAMPLES = 200
-_MARKS = ("state.json", "summary.json", "metrics.jsonl", "evaluation.json", "samples.json")
-_PASSED_OVER = ("checkpoint-", "tensorboard", "wandb", ".")
+_PASSED_OVER = ("checkpoint-", "tensorboard", "wandb", "heartbeat", "stacks", ".")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,8 @@ class Folder:
 
     root: Path
     _read: dict[str, Shown] = field(default_factory=dict)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    """Several browsers look at once, each in a thread of its own."""
 
     def __post_init__(self) -> None:
         if not self.root.is_dir():
@@ -58,9 +61,9 @@ class Folder:
     def rows(self) -> list[dict[str, Any]]:
         """One row per run, the newest first."""
         found = self._find()
-        for name in [name for name in self._read if name not in found]:
-            del self._read[name]
-        rows = [_state(path) | self._shown(name, path).row for name, path in found.items()]
+        with self._lock:
+            self._read = {name: shown for name, shown in self._read.items() if name in found}
+            rows = [_state(path) | self._shown(name, path).row for name, path in found.items()]
         return sorted(rows, key=lambda row: -row["changed"])
 
     def detail(self, name: str) -> dict[str, Any] | None:
@@ -77,18 +80,20 @@ class Folder:
         queue = [(self.root, 0)]
         while queue and len(found) < MOST_RUNS:
             folder, depth = queue.pop(0)
-            if _is_run(folder):
+            stages: list[Path] = []
+            if is_run(folder):
                 found[folder.relative_to(self.root).as_posix()] = folder
-                continue  # its subfolders are its stages
+                stages = stage_folders(folder)
             if depth < DEEPEST:
-                queue += [(child, depth + 1) for child in _children(folder)]
+                queue += [(child, depth + 1) for child in _children(folder) if child not in stages]
         return found
 
     def _shown(self, name: str, path: Path) -> Shown:
         stamp = _stamp(path)
-        known = self._read.get(name)
-        if known is None or known.stamp != stamp:
-            known = self._read[name] = _read(name, path, stamp)
+        with self._lock:
+            known = self._read.get(name)
+            if known is None or known.stamp != stamp:
+                known = self._read[name] = _read(name, path, stamp)
         return known
 
 
@@ -102,17 +107,10 @@ def _children(folder: Path) -> list[Path]:
         return []
 
 
-def _is_run(folder: Path) -> bool:
-    """Whether a folder is a run: files of one in it, or stages that go on in one another."""
-    if any((folder / mark).is_file() for mark in _MARKS):
-        return True
-    return any((folder / stage / mark).is_file() for stage in STAGE_ORDER for mark in ("metrics.jsonl", "state.json"))
-
-
 def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
     marks = []
-    for place in [folder, *_children(folder)]:
-        for name in (*_MARKS, "mixers.json", "config.yaml"):
+    for place in [folder, *stage_folders(folder)]:
+        for name in (*MARKS, "mixers.json", "config.yaml", "alerts.jsonl"):
             try:
                 status = (place / name).stat()
             except OSError:
@@ -125,36 +123,35 @@ def _read(name: str, path: Path, stamp: tuple[tuple[str, int, int], ...]) -> Sho
     changed = max((time_ns for _, time_ns, _ in stamp), default=0) / 1e9
     shown_name = path.name if name == "." else name
     row: dict[str, Any] = {
-        "id": name,
-        "name": shown_name,
-        "changed": changed,
-        "fault": None,
-        "recipe": {},
-        "scores": {},
-    }
+        "id": name, "name": shown_name, "title": shown_name, "changed": changed, "fault": None, "recipe": {},
+        "scores": {}, "step": None, "total": None, "loss": None,
+    }  # fmt: skip
     try:
         data = load_run(path)
-    except (ConfigError, OSError) as error:  # a newer release's, or half gone
-        row |= {
-            "state": "unreadable",
-            "fault": redact_text(str(error)),
-            "title": shown_name,
-            "step": None,
-            "total": None,
-            "loss": None,
-        }
-        return Shown(
-            stamp=stamp,
-            row=row,
-            detail={"id": name, "stages": [], "tasks": [], "samples": [], "mixers": [], "notes": []},
-        )
+        row, detail = row | _row(data, shown_name), _detail(name, data)
+    except Exception as error:  # a newer release's, half gone, or not what it seems: the other runs are shown
+        told = str(error) if isinstance(error, ConfigError | OSError) else f"{type(error).__name__}: {error}"
+        row |= {"state": "unreadable", "fault": redact_text(told)}
+        detail = {"id": name, "stages": [], "tasks": [], "samples": [], "mixers": [], "notes": []}
+    return Shown(stamp=stamp, row=_finite(row), detail=_finite(detail))
+
+
+def _finite(value: Any) -> Any:
+    """The same without numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _row(data: RunData, name: str) -> dict[str, Any]:
     recipe = {key: value for stage in data.stages for key, value in flat_recipe(stage.config or "").items()}
-    row |= {
-        "title": str(data.summary.get("title") or data.summary.get("name") or shown_name),
+    return {
+        "title": str(data.summary.get("title") or data.summary.get("name") or name),
         "recipe": redact(recipe), **_progress(data),
         "scores": {row.task or "score": row.score.mean for row in data.evaluation if row.name == "tuned"},
     }  # fmt: skip
-    return Shown(stamp=stamp, row=row, detail=_detail(name, data))
 
 
 def _progress(data: RunData) -> dict[str, Any]:
@@ -167,7 +164,7 @@ def _progress(data: RunData) -> dict[str, Any]:
     return {
         "stage": data.stages[-1].name if len(data.stages) > 1 else None, "step": step, "total": total,
         "loss": last.get("loss"), "validation_loss": last.get("validation_loss"),
-        "tokens_per_second": last.get("tokens_per_second"),
+        "tokens_per_second": last.get("tokens_per_second"), "eta_seconds": last.get("eta_seconds"),
     }  # fmt: skip
 
 
@@ -195,6 +192,10 @@ def _detail(name: str, data: RunData) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
 def _curves(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
     curves: dict[str, list[tuple[float, float]]] = {}
     for record in metrics:
@@ -202,12 +203,14 @@ def _curves(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]
         if not isinstance(step, int | float):
             continue
         for key, value in record.items():
-            if key not in ("step", "time") and isinstance(value, int | float) and not isinstance(value, bool):
+            if key not in ("step", "time") and _is_number(value):
                 curves.setdefault(key, []).append((float(step), float(value)))
-    return {key: [(x, float(f"{y:.6g}")) for x, y in downsample(points, POINTS)] for key, points in curves.items()}
+    return {
+        key: [(x, float(f"{y:.6g}")) for x, y in (*downsample(points[:-1], POINTS), points[-1])]
+        for key, points in curves.items()
+    }  # the last one as it is: the list of runs shows it, too
 
 
 def _state(path: Path) -> dict[str, str | None]:
-    stages = [stage for name in STAGE_ORDER if (stage := path / name).is_dir()]
-    state = read_state(path, stages)
+    state = read_state(path)
     return {"state": state.name, "reason": redact_text(state.reason) if state.reason else None}

@@ -79,11 +79,12 @@ def quickstart(
     """
     from mm_moslora.training.ending import recorded
     from mm_moslora.training.run import exclusive
+    from mm_moslora.training.watchdog import Watchdog
 
     folder = (output or Path("runs") / _default_name(images, encoder, smoke)).resolve()
     encoder = BEST_ENCODER[images] if encoder == "auto" else encoder
     with exclusive(folder):
-        with recorded(folder) as ending:
+        with recorded(folder, stages=("align", "tune")) as ending, Watchdog(folder):
             ending.begun = True
             closing = _quickstart(folder, images=images, encoder=encoder, stamps_deb=stamps_deb, smoke=smoke)
             ending.finished = closing is not None

@@ -16,6 +16,8 @@ from mm_moslora.report.schema import EvaluationRow, Mixer, RunData, SampleRow, S
 MOST_SAMPLES = 12
 MOST_RUNS = 6
 """Runs that get a colour of their own."""
+LARGEST = 1e300
+"""Numbers beyond, and those that are none, are not drawn."""
 MEASURES = (
     ("loss", "Training loss per supervised token, smoothed", False),
     ("validation_loss", "Validation loss", False),
@@ -88,8 +90,12 @@ def curve(stage: Stage, key: str) -> list[tuple[float, float]]:
     return [
         (float(record["step"]), float(record[key]))
         for record in stage.metrics
-        if isinstance(record.get("step"), int | float) and isinstance(record.get(key), int | float)
+        if _is_number(record.get("step")) and _is_number(record.get(key))
     ]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < LARGEST
 
 
 def _tasks(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]]:
@@ -175,7 +181,7 @@ def flat_recipe(text: str) -> dict[str, str]:
     """A recipe's YAML as dotted keys; empty when it cannot be read."""
     try:
         return _facts(yaml.safe_load(text), separator=".")
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date that does not exist is a ValueError
         return {}
 
 

@@ -5,7 +5,8 @@ Every file is optional. A missing or damaged one is named in `RunData.notes` and
     summary.json       see below
     config.yaml        the resolved recipe
     metrics.jsonl      {"step", "time", "loss", "lr/<group>", "tokens_per_second", "validation_loss", ...} per line
-    align/, tune/      stages of one run, each with its own metrics.jsonl, summary.json, config.yaml, mixers.json
+    STAGE/             a stage of the run, as its state.json names it, with its own metrics.jsonl, summary.json,
+                       config.yaml, mixers.json
     evaluation.json    [{"name", "label", "task", "n", "mean", "low", "high",
                          "categories": {name: {"n", "mean", "low", "high"}}}]; shares between 0 and 1, 95 % intervals.
                        Names with a meaning: tuned, untuned, wrong_image, blind, majority, best_answer
@@ -15,7 +16,9 @@ Every file is optional. A missing or damaged one is named in `RunData.notes` and
                          "distance_from_orthogonal", "condition", "effective_rank", "moved"}]
     environment.json   {fact: value} where the summary has no `environment`
     quarantine.jsonl   one line per record that could not be used, with its "reason"
-    state.json         {"state": running, finished, stopped or failed, "reason", "process", "host", "since", "ended"}
+    state.json         {"state": running, finished, stopped or failed, "reason", "ranks": those to blame, "process",
+                       "host", "since", "ended", "stages": [names of subfolders, in order]}
+    heartbeat/         rank-00000.json per rank, see mm_moslora.heartbeat
     alerts.jsonl       {"time", "title", "text"} per line
 
 summary.json, every key optional: `format` (version of this layout; missing before there were versions), `name`,
@@ -32,14 +35,16 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mm_moslora.errors import ConfigError
-from mm_moslora.report.state import RunState, read_state
+from mm_moslora.report.state import RunState, read_state, stage_folders
 
-STAGE_ORDER = ("align", "tune")
+MARKS = ("state.json", "summary.json", "metrics.jsonl", "evaluation.json", "samples.json")
+"""Files of which a run has at least one."""
 FORMAT = 1
 """Version of the layout above; older ones are read, newer ones refused."""
 
@@ -146,7 +151,7 @@ def load_run(folder: Path) -> RunData:
         samples=[_sample_row(item) for item in _rows(folder / "samples.json", notes)],
         mixers=[m for item in _mixer_rows(folder, stages, notes) if (m := _mixer(item, notes))],
         quarantine=_quarantine(folder, stages),
-        state=read_state(folder, [folder / name for name in STAGE_ORDER if (folder / name).is_dir()]),
+        state=read_state(folder),
         alerts=_alerts(folder, stages),
         notes=notes,
     )
@@ -154,9 +159,23 @@ def load_run(folder: Path) -> RunData:
     if not (data.summary or data.stages or told or data.evaluation or data.samples or data.mixers or notes):
         raise ConfigError(
             f"{folder} holds none of summary.json, metrics.jsonl, evaluation.json, samples.json or mixers.json. "
-            "Give the run folder itself, not a checkpoint or its parent."
+            f"{_which(folder)}"
         )
     return data
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds files of a run, whatever it is called."""
+    return any((folder / mark).is_file() for mark in MARKS)
+
+
+def _which(folder: Path) -> str:
+    """What to give instead of a folder that is no run."""
+    with suppress(OSError):
+        below = sorted(child for child in folder.iterdir() if is_run(child))
+        if below:
+            return f"Runs lie in it: give one or several of {', '.join(str(path) for path in below[:6])}."
+    return "Give the run folder itself, not a checkpoint or its parent."
 
 
 def _check_format(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -170,12 +189,10 @@ def _check_format(folder: Path, summary: Mapping[str, Any]) -> None:
 
 def _stages(folder: Path, notes: list[str]) -> list[Stage]:
     found = []
-    names = sorted(
-        (path.parent.name for path in folder.glob("*/metrics.jsonl")),
-        key=lambda name: (STAGE_ORDER.index(name) if name in STAGE_ORDER else len(STAGE_ORDER), name),
-    )
-    places = [("train", folder)] if (folder / "metrics.jsonl").is_file() else []
-    for name, place in [*places, *((name, folder / name) for name in names)]:
+    places = [("train", folder), *((place.name, place) for place in stage_folders(folder))]
+    for name, place in places:
+        if not (place / "metrics.jsonl").is_file():
+            continue
         summary = {} if place == folder else _mapping(_read_json(place / "summary.json", notes), f"{name}/", notes)
         found.append(
             Stage(

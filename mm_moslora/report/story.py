@@ -70,14 +70,16 @@ def standing(data: RunData) -> Verdict | None:
     place = (f" at step {step}" + (f" of {total}" if total else "")) if step else " before its first step"
     stage = f" in stage {data.stages[-1].name}" if len(data.stages) > 1 else ""
     again = "The same command continues it from its last checkpoint."
+    why = [f"{redact_text(data.state.reason).rstrip('.')}."] if data.state.reason else []
     sentences = {
-        "running": [f"This run is under way{f',{place}' if step else ''}{stage}."],
+        "running": [f"This run is under way{f',{place}' if step else ''}{stage}.", *why],
         "stopped": [f"This run was stopped{place}{stage}.", again],
         "killed": [
-            f"The process of this run ended without a word{place}{stage}: killed, or its machine went down.",
+            f"The processes of this run ended without a word{place}{stage}: killed, or their machine went down.",
+            *why,
             again,
         ],
-        "failed": [f"This run failed{place}{stage}.", redact_text(data.state.reason or "Its folder does not say why.")],
+        "failed": [f"This run failed{place}{stage}.", *(why or ["Its folder does not say why."])],
     }.get(data.state.name)
     mood = "mixed" if data.state.name in ("running", "stopped") else "bad"
     return Verdict(task="", mood=mood, sentences=sentences) if sentences else None

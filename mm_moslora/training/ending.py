@@ -7,14 +7,14 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mm_moslora import distributed
-from mm_moslora.errors import MoSLoRAError
+from mm_moslora.errors import DistributedError, MoSLoRAError
 from mm_moslora.files import replace_json
 from mm_moslora.redaction import redact_text
 
@@ -34,27 +34,62 @@ class Ending:
 
 
 @contextmanager
-def recorded(folder: Path) -> Iterator[Ending]:
+def recorded(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[Ending]:
     """Keep `state.json` of a run folder for the length of a run; see `mm_moslora.report.schema`.
 
-    A process that is killed leaves "running" with its process id, by which a reader finds out.
+    A process that is killed leaves "running"; a reader finds out by its process id and by the heartbeats. Where rank 0
+    is gone, a rank that outlives it records the end.
+
+    Args:
+        folder: of the run.
+        stages: names of the folders in it that are its stages, in order.
     """
-    began = {"process": os.getpid(), "host": socket.gethostname(), "since": round(time.time(), 3)}
-    before = _before(folder)
-    _write(folder, {"state": "running", **began})
+    began = _began() | ({"stages": list(stages)} if stages else {})
+    before = _told(folder)
+    if distributed.is_main():
+        _write(folder, {"state": "running", **began})
     ending = Ending()
     try:
         yield ending
     except BaseException as error:
         reason = _reason(error)
-        over = {"state": "failed" if reason else "stopped", "reason": reason, **began, "ended": time.time()}
-        _write(folder, over if before is None or ending.begun else before)
+        ranks = list(error.ranks) if isinstance(error, DistributedError) else [distributed.rank()] if reason else []
+        over = {
+            "state": "failed" if reason else "stopped",
+            "reason": reason,
+            "ranks": ranks,
+            **began,
+            "ended": time.time(),
+        }
+        if distributed.is_main():
+            _write(folder, over if before is None or ending.begun else before)
+        elif reason and ending.begun and (_told(folder) or {}).get("state") == "running":
+            _write(folder, over)
         raise
-    _write(folder, {"state": "finished" if ending.finished else "stopped", **began, "ended": time.time()})
+    if distributed.is_main():
+        _write(folder, {"state": "finished" if ending.finished else "stopped", **began, "ended": time.time()})
 
 
-def _before(folder: Path) -> dict[str, Any] | None:
-    """How an earlier attempt ended."""
+def record_failure(folder: Path, reason: str, *, ranks: Sequence[int]) -> None:
+    """Record the end of a run whose process is about to be ended, by whichever rank is the first to know.
+
+    Args:
+        folder: of the run.
+        reason: why it fails.
+        ranks: that are to blame.
+    """
+    told = _told(folder)
+    if told is not None and told.get("state") == "running":
+        over = {"state": "failed", "reason": redact_text(reason), "ranks": list(ranks), "ended": time.time()}
+        _write(folder, told | over)
+
+
+def _began() -> dict[str, Any]:
+    return {"process": os.getpid(), "host": socket.gethostname(), "since": round(time.time(), 3)}
+
+
+def _told(folder: Path) -> dict[str, Any] | None:
+    """What the file says now; None where there is none, or no good one."""
     try:
         return dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -70,8 +105,6 @@ def _reason(error: BaseException) -> str | None:
 
 
 def _write(folder: Path, state: dict[str, Any]) -> None:
-    if not distributed.is_main():
-        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_json(folder / STATE, state)

@@ -19,6 +19,7 @@ from mm_moslora.config import Recipe
 from mm_moslora.data.loader import BatchLoader
 from mm_moslora.errors import CheckpointError, DistributedError, DivergedError, MoSLoRAError, TrainingError
 from mm_moslora.folders import checkpoints
+from mm_moslora.heartbeat import means_lost
 from mm_moslora.machine import keep_memory
 from mm_moslora.models.trainable import component_table
 from mm_moslora.tracking import Trackers, build_trackers
@@ -97,7 +98,9 @@ def train(
     if distributed.device().type == "cpu":
         keep_memory()
     folder = Path(recipe.train.output)
-    with runs.exclusive(folder), recorded(folder) as ending, Watchdog(folder) as watchdog, blaming(watchdog):
+    watchdog = Watchdog(folder)
+    # Each waits for the other ranks, so each may find that one is gone; the end is recorded in the words of `blaming`.
+    with blaming(watchdog), runs.exclusive(folder), recorded(folder) as ending, blaming(watchdog), watchdog:
         runs.seed_everything(recipe.train.seed)
         found = find_resume(recipe, resume)
         run = runs.prepare(recipe, checkpoint=found[0] if found else None)
@@ -128,11 +131,12 @@ def blaming(watchdog: Watchdog) -> Iterator[None]:
                 "container, /dev/shm ran out: give more, lower data.workers, or set it to 0 for a thread. The same "
                 "command goes on from the last checkpoint."
             ) from error
-        lost = any(text in str(error) for text in ("Connection", "gloo", "NCCL", "Timed out", "timed out", "peer"))
+        lost = isinstance(error, torch.distributed.DistError) or means_lost(str(error))
         if distributed.world_size() == 1 or isinstance(error, MoSLoRAError) or not lost:
             raise
-        reason = str(error).strip().splitlines()[0][:200]
-        raise DistributedError(f"The other ranks cannot be reached. {watchdog.verdict()} ({reason})") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        blame = watchdog.verdict()
+        raise DistributedError(f"The other ranks cannot be reached. {blame} ({reason})", ranks=blame.ranks) from error
 
 
 class _Loop:

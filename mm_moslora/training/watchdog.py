@@ -23,8 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from mm_moslora import distributed
+from mm_moslora import distributed, heartbeat
 from mm_moslora.files import discard, replacing
+from mm_moslora.heartbeat import Beat
+from mm_moslora.redaction import redact_text
+from mm_moslora.training.ending import record_failure
 
 logger = logging.getLogger(__name__)
 
@@ -32,40 +35,22 @@ EXIT_HANG = 70
 """Exit code of a rank that gave up waiting."""
 _TORCHRUN_SECONDS = 30
 """How long torchrun may take to end when it is told to."""
+_STANDSTILL = 10
+"""Times the interval between two heartbeats: a longer gap means that the process did not run."""
 _CULPRIT_SECONDS = 4.0  # a rank that fails needs a moment to say so
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beat:
-    """What a rank said of itself last."""
+class Blame:
+    """Which ranks are to blame."""
 
-    rank: int
-    host: str
-    pid: int
-    step: int
-    phase: str
-    """What it is doing, or `failed: ...`, or `ended`."""
-    age: float
-    """Seconds since it said so, by the file system's clock."""
-    place: str = ""
-    """Where its main thread is, once it has given up; empty when it waits for other ranks there."""
-    gave_up: bool = False
-    """Whether its own watchdog has ended it, or is about to."""
+    text: str
+    """A sentence or several."""
+    ranks: tuple[int, ...] = ()
+    """Empty where it cannot be known."""
 
-    @property
-    def who(self) -> str:
-        """For messages."""
-        return f"rank {self.rank} (process {self.pid} on {self.host})"
-
-    def is_dead(self) -> bool:
-        """Whether its process is known to be gone; only this machine's processes can be known."""
-        if self.host != socket.gethostname() or not Path("/proc/self/stat").exists():
-            return False
-        try:
-            state = Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-        except (OSError, IndexError):
-            return True
-        return state in "ZX"
+    def __str__(self) -> str:
+        return self.text
 
 
 class Watchdog:
@@ -76,10 +61,10 @@ class Watchdog:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.beats, self.stacks = folder / "heartbeat", folder / "stacks"
+        self.folder, self.beats, self.stacks = folder, folder / heartbeat.FOLDER, folder / "stacks"
         self.interval = 1.0
         self._phase, self._step, self._limit, self._since = "start", 0, float("inf"), time.monotonic()
-        self._place, self._gave_up = "", False
+        self._place, self._gave_up, self._stood_still, self._ran = "", False, 0.0, time.monotonic()
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -88,6 +73,8 @@ class Watchdog:
         if distributed.is_main():
             for beat in self.beats.glob("rank-*.json"):  # of an earlier start
                 discard(beat)
+            self.beats.mkdir(parents=True, exist_ok=True)
+            self._begin()  # before it waits for the others, so that whoever looks sees a run that is alive
         distributed.barrier()
         self.beats.mkdir(parents=True, exist_ok=True)
         self.stacks.mkdir(parents=True, exist_ok=True)
@@ -96,10 +83,15 @@ class Watchdog:
         # The thread that the signal reaches, the main one, and not all: a handler holds no lock, and reading the frames
         # of threads that run crashes some processes.
         faulthandler.register(signal.SIGUSR2, file=self._stacks_file, all_threads=False)
-        self._say()
+        if not distributed.is_main():
+            self._begin()
         distributed.barrier()
-        self._thread.start()
         return self
+
+    def _begin(self) -> None:
+        self._ran = time.monotonic()
+        self._say()
+        self._thread.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -112,7 +104,10 @@ class Watchdog:
             self._stacks_file.close()
             if self._stacks_path.stat().st_size == 0:
                 discard(self._stacks_path)
-        self._phase = "ended" if error is None else f"failed: {kind.__name__ if kind else ''}: {error}"[:500]
+        self._phase = heartbeat.ENDED
+        if error is not None:
+            told = redact_text(f"{kind.__name__ if kind else ''}: {error}")
+            self._phase = f"{heartbeat.FAILED}{told}"[:500]
         self._say()
 
     def phase(self, what: str, step: int, limit_seconds: float) -> None:
@@ -125,12 +120,14 @@ class Watchdog:
         """
         with self._lock:
             self._phase, self._step, self._limit, self._since = what, step, limit_seconds, time.monotonic()
+            self._stood_still = 0.0
         # For a hang that keeps the interpreter's lock, when the thread below cannot run: stacks, then the end.
         if limit_seconds < 1e6:
             faulthandler.dump_traceback_later(limit_seconds + 30, exit=True, file=self._stacks_file)
 
     def _watch(self) -> None:
         while not self._stop.wait(self.interval):
+            self._note_standstill()
             self._say()
             if time.monotonic() - self._since > self._limit:
                 self._give_up()
@@ -140,12 +137,21 @@ class Watchdog:
         with contextlib.suppress(OSError):
             self._write()
 
+    def _note_standstill(self) -> None:
+        """Time in which this process did not run, stopped or on a machine that slept, is no time that it waited."""
+        with self._lock:
+            now = time.monotonic()
+            gap, self._ran = now - self._ran, now
+            if gap > _STANDSTILL * self.interval:
+                self._stood_still += gap
+                self._since += gap
+
     def _write(self) -> None:
         path = self.beats / f"rank-{distributed.rank():05d}.json"
         content = {
             "rank": distributed.rank(), "host": socket.gethostname(), "pid": os.getpid(), "step": self._step,
             "phase": self._phase, "seconds_in_phase": round(time.monotonic() - self._since, 1),
-            "place": self._place, "gave_up": self._gave_up,
+            "place": self._place, "gave_up": self._gave_up, "stood_still": round(self._stood_still, 1),
         }  # fmt: skip
         with replacing(path) as temporary:  # of a name of its own: `verdict` may write beside the thread
             temporary.write_text(json.dumps(content), encoding="utf-8")
@@ -157,10 +163,12 @@ class Watchdog:
         self._say()
         self._ask_for_stacks()
         time.sleep(2 * self.interval)  # the others reach their limits, too
+        blame = self.verdict()
+        waited = f"No progress for {time.monotonic() - self._since:.0f} s at step {self._step} ({self._phase})."
+        record_failure(self.folder, f"{waited} {blame}", ranks=blame.ranks)
         logger.error(
-            "No progress for %.0f s at step %d (%s). %s Stacks: %s. The limits are train.step_timeout_minutes and "
-            "train.timeout_minutes.",
-            time.monotonic() - self._since, self._step, self._phase, self.verdict(), self.stacks,
+            "%s %s Stacks: %s. The limits are train.step_timeout_minutes and train.timeout_minutes.",
+            waited, blame, self.stacks,
         )  # fmt: skip
         sys.stderr.flush()
         _release_torchrun()
@@ -177,51 +185,56 @@ class Watchdog:
         """What all ranks said last. Ages are measured against this rank's own file: no clocks are compared."""
         own = self.beats / f"rank-{distributed.rank():05d}.json"
         self._say()
-        found = []
-        for path in sorted(self.beats.glob("rank-*.json")):
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-                age = own.stat().st_mtime - path.stat().st_mtime
-            except (OSError, ValueError):
-                continue
-            fields = {key: content[key] for key in ("rank", "host", "pid", "step", "phase", "place", "gave_up")}
-            found.append(Beat(**fields, age=max(0.0, age)))
-        return found
+        try:
+            now = own.stat().st_mtime
+        except OSError:
+            return []
+        return heartbeat.read_beats(self.beats, now=now)
 
-    def verdict(self) -> str:
-        """Which ranks are to blame, as a sentence; waits a moment for ranks that are just failing."""
+    def verdict(self) -> Blame:
+        """Which ranks are to blame; waits a moment for ranks that are just failing."""
+        self._note_standstill()
         deadline = time.monotonic() + _CULPRIT_SECONDS
         while True:
             beats = self.read()
             others = [beat for beat in beats if beat.rank != distributed.rank()]
-            failed = [beat for beat in others if beat.phase.startswith("failed: ")]
-            culprits = [beat for beat in failed if not _is_consequence(beat.phase)]
-            left = [beat for beat in others if beat in failed or beat.gave_up or beat.phase == "ended"]
-            dead = [beat for beat in others if beat.is_dead() and beat not in left]
-            if culprits or dead or time.monotonic() > deadline:
+            dead = [beat for beat in others if not beat.is_over and beat.is_dead()]
+            if dead or any(beat.failure for beat in others) or time.monotonic() > deadline:
                 break
             time.sleep(0.2)
-        parts = [f"{beat.who} died; last seen at step {beat.step} ({beat.phase})" for beat in dead]
-        parts += [f"{beat.who} {beat.phase} at step {beat.step}" for beat in culprits]
-        parts += [f"{beat.who} does not wait for others: it is in {beat.place}" for beat in beats if beat.place]
-        if parts:
-            return "; ".join(parts) + "."
-        silent = [beat for beat in others if beat.age > 3 * self.interval and beat not in left]
+        told = [(beat, f"{beat.who} died; last seen at step {beat.step} ({beat.phase})") for beat in dead]
+        told += [(beat, f"{beat.who} {beat.phase} at step {beat.step}") for beat in others if beat.failure]
+        told += [(beat, f"{beat.who} does not wait for others: it is in {beat.place}") for beat in beats if beat.place]
+        told += [
+            (beat, f"{beat.who} did not run for {beat.stood_still:.0f} s: it was stopped, or its machine slept")
+            for beat in beats if beat.stood_still
+        ]  # fmt: skip
+        told = told or self._behind(beats, others)
+        if told:
+            text = "; ".join(text for _, text in told)
+            return Blame(text=f"{text}.", ranks=tuple(dict.fromkeys(beat.rank for beat, _ in told)))
+        if len(beats) < distributed.world_size():
+            return Blame(text="Some ranks have not begun or left no word; see what they printed.")
+        if len(beats) == 1:
+            return Blame(text="There is one rank only.")
+        return Blame(
+            text=f"All {len(beats)} ranks answer and wait in the same place: suspect the network between their hosts."
+        )
+
+    def _behind(self, beats: list[Beat], others: list[Beat]) -> list[tuple[Beat, str]]:
+        """Ranks that are silent, or behind the others, or that have given up."""
+        silent = [beat for beat in others if beat.age > 3 * self.interval and not beat.is_over]
         if silent:
-            return "; ".join(
-                f"{beat.who} is silent for {beat.age:.0f} s, last seen at step {beat.step} ({beat.phase}): it is "
-                "stopped or its machine is gone"
+            return [
+                (beat, f"{beat.who} is silent for {beat.age:.0f} s, last seen at step {beat.step} ({beat.phase}): it "
+                 "is stopped or its machine is gone")
                 for beat in silent
-            ) + "."  # fmt: skip
+            ]  # fmt: skip
         first = max((beat.step for beat in beats), default=0)
         behind = [beat for beat in beats if beat.step < first] or (
             [beat for beat in others if beat.phase != self._phase] if self._phase == "step" else []
         )
-        if behind:
-            return "; ".join(f"{beat.who} is behind, at step {beat.step} ({beat.phase})" for beat in behind) + "."
-        if len(beats) == 1:
-            return "There is one rank only."
-        return f"All {len(beats)} ranks answer and wait in the same place: suspect the network between their hosts."
+        return [(beat, f"{beat.who} is behind, at step {beat.step} ({beat.phase})") for beat in behind]
 
 
 def _release_torchrun() -> None:
@@ -258,8 +271,3 @@ def _own_place(phase: str) -> str:
     if not stack or any(part in entry.filename.replace(os.sep, "/") for entry in stack for part in waits):
         return ""
     return f"{stack[-1].name} ({Path(stack[-1].filename).name}:{stack[-1].lineno})"
-
-
-def _is_consequence(phase: str) -> bool:
-    """Whether a failure only says that another rank is gone."""
-    return any(text in phase for text in ("DistributedError", "Connection closed", "Connection reset", "timed out"))

@@ -9,8 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,59 @@ def test_runs_are_found_with_their_state_and_secrets_stay_out(runs: Path) -> Non
     assert rows["sweep/rank8"]["recipe"]["adapter.rank"] == "8"
     assert "run format 99" in rows["newer"]["fault"]
     assert "hf_Ab1" not in json.dumps(rows)
+
+
+def test_runs_that_bear_the_name_of_a_stage_are_runs_of_their_own(tmp_path: Path) -> None:
+    for name in ("align", "tune", "mine", "mine/inner"):
+        make_run(tmp_path / name, steps=5, total=30, rank=4, mean=None)
+    (tmp_path / "mine" / "state.json").write_text('{"state": "stopped"}')
+    assert {row["id"] for row in Folder(tmp_path).rows()} == {"align", "tune", "mine", "mine/inner"}
+    (tmp_path / "mine" / "state.json").write_text('{"state": "stopped", "stages": ["inner"]}')
+    assert {row["id"] for row in Folder(tmp_path).rows()} == {"align", "tune", "mine"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("config.yaml", "when: 2026-99-99\n"), ("config.yaml", "x: .nan\n"), ("config.yaml", "[" * 3000),
+     ("metrics.jsonl", '{"step": 1, "loss": NaN, "tokens_per_second": 1e999}\n'),
+     ("metrics.jsonl", '{"step": 1, "loss": 1' + 400 * "0" + "}\n"),
+     ("summary.json", '{"steps": NaN, "total_steps": Infinity, "counters": 3}'),
+     ("summary.json", '{"base": 5, "title": NaN}'),
+     ("mixers.json", '[{"path": "m", "after": [[1.0]], "condition": Infinity}]'),
+     ("evaluation.json", '[{"categories": 3}]'),
+     ("state.json", '{"stages": [["x"]], "reason": 3, "state": "failed", "ranks": 4}')],
+)  # fmt: skip
+def test_no_file_of_one_run_takes_the_others_away(name: str, content: str, runs: Path) -> None:
+    from starlette.testclient import TestClient
+
+    (runs / "sweep" / "rank8" / name).write_text(content)
+    client = TestClient(create_board(runs), base_url="http://127.0.0.1")
+    rows = {row["id"]: row for row in client.get("/api/runs").json()["runs"]}
+    assert len(rows) == 6
+    assert rows["sweep/rank4"]["state"] == "finished"
+    assert client.get("/api/run", params={"id": "sweep/rank8"}).status_code == 200
+
+
+def test_several_may_look_while_runs_come_and_go(runs: Path) -> None:
+    folder = Folder(runs)
+    stop = threading.Event()
+
+    def come_and_go() -> None:
+        while not stop.is_set():
+            for number in range(20):
+                make_run(runs / f"new{number}", steps=1, total=1, rank=1, mean=None)
+            for number in range(20):
+                shutil.rmtree(runs / f"new{number}")
+
+    worker = threading.Thread(target=come_and_go)
+    worker.start()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            looks = list(pool.map(lambda _: len(folder.rows()), range(80)))
+    finally:
+        stop.set()
+        worker.join()
+    assert min(looks) >= 6
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])

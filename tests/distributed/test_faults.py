@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -13,6 +14,8 @@ import pytest
 from trials import STAGES, hexed, losses, make_recipe, metrics, weights, write
 
 from mm_moslora.config import ProjectorConfig
+from mm_moslora.report.state import read_state
+from mm_moslora.training import watchdog
 
 pytestmark = pytest.mark.slow
 OFFLOADED = ("zero2_offload", "zero3_offload")
@@ -48,9 +51,35 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_exactly(parts, ranks, tmp_pa
     assert group.codes[0] not in (0, -signal.SIGKILL)
     assert f"rank 1 (process {group.pids[1]} on" in group.output(0)
     assert "died; last seen at step" in group.output(0)
+    state = read_state(tmp_path / "run")
+    assert (state.name, state.ranks) == ("failed", (1,))
+    assert f"rank 1 (process {group.pids[1]} on" in str(state.reason)
     ranks.run([write(recipe), write(straight)])
     assert hexed(tmp_path / "run") == hexed(tmp_path / "straight")
     assert weights(tmp_path / "run") == weights(tmp_path / "straight")
+
+
+def test_the_end_of_a_run_whose_main_rank_was_killed_is_recorded_by_the_other(parts, ranks, tmp_path):
+    _, group = _interrupted(parts, ranks, tmp_path, ["faults:at_step", "SIGKILL", "0", "2"])
+    told = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert (told["state"], told["ranks"]) == ("failed", [0])
+    assert f"rank 0 (process {group.pids[0]} on" in told["reason"]
+    assert "died; last seen at step" in told["reason"]
+
+
+def test_a_rank_that_is_woken_says_that_it_was_stopped(parts, ranks, tmp_path):
+    recipe = make_recipe(parts, tmp_path / "run", "zero2", step_timeout_minutes=0.05)
+    group = ranks.start(["faults:at_step", "SIGSTOP", "1", "2", write(recipe)])
+    started = time.monotonic()
+    while "No progress for" not in group.output(0) and time.monotonic() - started < 120:
+        time.sleep(0.2)
+    time.sleep(watchdog._STANDSTILL)
+    os.kill(group.pids[1], signal.SIGCONT)
+    ranks.finish(group, limit=60)
+    assert f"rank 1 (process {group.pids[1]} on" in group.output(1)
+    assert "it was stopped, or its machine slept" in group.output(1)
+    assert "network" not in group.output(1)
+    assert "is silent for" in str(read_state(tmp_path / "run").reason), "the first word counts"
 
 
 @pytest.mark.parametrize("what", ["SIGSTOP", "sleep"])
@@ -68,6 +97,9 @@ def test_a_rank_that_hangs_is_named_with_stacks_in_time(what, parts, ranks, tmp_
     assert f"rank 1 (process {group.pids[1]} on" in group.output(0), group.outputs
     stacks = tmp_path / "run" / "stacks"
     assert "in step_or_not" in (stacks / "rank-00000.txt").read_text()
+    state = read_state(tmp_path / "run")
+    assert (state.name, state.ranks) == ("failed", (1,))
+    assert str(state.reason).startswith("No progress for ")
     if what == "sleep":
         assert "does not wait for others: it is in lost_in_thought (faults.py:" in group.output(0)
         assert "in lost_in_thought" in (stacks / "rank-00001.txt").read_text()
@@ -116,6 +148,7 @@ def test_a_bug_of_one_rank_is_reported_by_the_others(parts, ranks, tmp_path):
     _, group = _interrupted(parts, ranks, tmp_path, ["faults:at_step", "raise", "1", "2"])
     assert group.codes == [1, 1]
     assert "failed: RuntimeError: a bug of rank 1 at step 1" in group.output(0)
+    assert read_state(tmp_path / "run").ranks == (1,)
 
 
 def test_the_projector_is_scaled_by_one_rank_for_all(parts, ranks, tmp_path):

@@ -37,6 +37,7 @@ def run_folder(tmp_path: Path) -> Path:
     _metrics(folder / "tune" / "metrics.jsonl", 400)
     (folder / "tune" / "config.yaml").write_text("name: demo\nmodel:\n  language: tiny\n")
     (folder / "tune" / "quarantine.jsonl").write_text('{"reason": "image missing"}\n{"reason": "image missing"}\n')
+    (folder / "state.json").write_text(json.dumps({"state": "finished", "stages": ["align", "tune"]}))
     (folder / "summary.json").write_text(
         json.dumps(
             {

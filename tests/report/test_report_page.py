@@ -148,7 +148,9 @@ def test_damaged_parts_are_named_and_the_rest_is_shown(run_folder: Path) -> None
 
 
 def told(folder: Path, state: str, **more: object) -> _Page:
-    (folder / "state.json").write_text(json.dumps({"state": state, "host": socket.gethostname()} | more))
+    (folder / "state.json").write_text(
+        json.dumps({"state": state, "host": socket.gethostname(), "stages": ["align", "tune"]} | more)
+    )
     return _page(folder)
 
 
