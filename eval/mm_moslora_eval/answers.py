@@ -1,12 +1,14 @@
-"""The answer file: append-only JSONL that survives a crash at any moment, one file per process, keyed by content."""
+"""The answer file: JSONL that survives a crash at any moment, one file per process, keyed by content, only added to."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -80,6 +82,7 @@ class AnswerLog:
 
     def __enter__(self) -> AnswerLog:
         self._stream = self.path.open("x", encoding="utf-8")
+        fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that the file still grows
         return self
 
     def __exit__(
@@ -120,9 +123,29 @@ def write_atomically(path: Path, text: str) -> None:
         os.close(folder)
 
 
-def merge(folder: Path, rows: Iterable[Row]) -> None:
-    """Replace the processes' files by one, in the order given."""
-    shards = sorted(folder.glob("answers-*.jsonl"))
-    write_atomically(folder / MERGED, "".join(line(row) for row in rows))
-    for shard in shards:
-        shard.unlink(missing_ok=True)
+def merge(folder: Path, keys: Iterable[str]) -> None:
+    """Gather the files of processes that are done with them in one; no answer is left out.
+
+    Args:
+        folder: TASK@PROTOCOL/MODE.
+        keys: of the answers that come first, in this order; all others follow as they were stored.
+    """
+    with ExitStack() as stack:
+        ended = [path for path in sorted(folder.glob("answers-*.jsonl")) if _is_ended(path, stack)]
+        if not ended:
+            return
+        rows = read_folder(folder)
+        ordered = [rows.pop(key) for key in keys] + list(rows.values())
+        write_atomically(folder / MERGED, "".join(line(row) for row in ordered))
+        for path in ended:
+            path.unlink(missing_ok=True)
+
+
+def _is_ended(path: Path, stack: ExitStack) -> bool:
+    """Whether nobody writes the file any more; it stays locked as long as the stack."""
+    stream = stack.enter_context(path.open("r", encoding="utf-8"))
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

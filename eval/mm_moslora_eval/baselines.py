@@ -12,6 +12,7 @@ from .requests import Preparation
 from .results import TaskResult, summarise
 from .scoring import score_answer
 from .task import Task
+from .views import selection_of
 
 BASELINES = ("majority", "question_majority")
 
@@ -62,7 +63,8 @@ def baseline(
     about = {
         "learned_from": "training answers" if training else "the evaluated set",
         "majority_answer": overall,
-        "data": {"path": data.path, "sha256": data.sha256, "rows": len(data.documents), "dropped": data.dropped},
+        "data": data.to_dict(),
+        "selection": selection_of(items, data).to_dict(),
     }
     return summarise(task, scored, mode=name, about=about)
 

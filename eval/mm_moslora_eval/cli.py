@@ -5,6 +5,7 @@ Nothing heavy is imported here at module level, so that `--help`, listing and de
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .results import TaskResult
     from .runner import Progress, Settings
     from .suite import Comparison
+    from .task import Task
 
 
 def run(
@@ -49,36 +51,53 @@ def run(
     Raises:
         EvalError: an unknown task, data that cannot be read, a folder of another run.
     """
-    from .provenance import record
     from .registry import get_task
-    from .runner import Settings, open_run
-    from .suite import evaluate
+    from .runner import Settings, hold_run
 
     found = [get_task(name) for name in tasks]
     for task in found:
         task.load()  # fail before the model is loaded
-    loaded = model() if callable(model) and not hasattr(model, "generate") else model
-    results: list[TaskResult] = []
     chosen = settings or Settings()
-    try:
-        if chosen.rank == 0:
-            with open_run(output, loaded):  # type: ignore[arg-type]
-                record(output, loaded, chosen)  # type: ignore[arg-type]
-        for task in found:
-            results += evaluate(
+    with hold_run(output, rank=chosen.rank):
+        loaded = model() if callable(model) and not hasattr(model, "generate") else model
+        try:
+            return _run_held(
                 loaded,  # type: ignore[arg-type]
-                task,
+                found,
                 output,
                 modes=modes,
                 baselines=baselines,
                 training=training,
                 settings=chosen,
-                progress=_named(task.id, progress),
+                progress=progress,
                 judge=judge,
             )
-    finally:
-        if loaded is not model:
-            loaded.close()  # type: ignore[union-attr]
+        finally:
+            if loaded is not model:
+                loaded.close()  # type: ignore[union-attr]
+
+
+def _run_held(
+    model: Model,
+    tasks: Sequence[Task],
+    output: Path,
+    *,
+    settings: Settings,
+    progress: Callable[[str, int, int], None] | None,
+    **rest: Any,
+) -> list[TaskResult]:
+    from dataclasses import asdict
+
+    from .provenance import record
+    from .runner import claim_run
+    from .suite import evaluate_held
+
+    claim_run(output, model)
+    if settings.rank == 0:
+        record(output, model, asdict(settings))
+    results: list[TaskResult] = []
+    for task in tasks:
+        results += evaluate_held(model, task, output, settings=settings, progress=_named(task.id, progress), **rest)
     return results
 
 
@@ -102,9 +121,12 @@ def dry_run(tasks: Sequence[str], *, documents: int = 1) -> str:
 def score(path: Path, *, protocol: str | None = None, judge: Judge | None = None) -> list[TaskResult]:
     """Score stored answers again, without a model, and rewrite `samples.jsonl` and `results.json`.
 
+    A view that cannot be scored does not keep the others from it.
+
     Args:
-        path: a run folder, a task folder within it, or its `answers.jsonl`.
-        protocol: score with the extraction and metric of this task (`NAME@PROTOCOL`) instead.
+        path: a run folder, a folder in it, or an `answers.jsonl`.
+        protocol: score the answers to this task with its extraction and metric (`NAME@PROTOCOL`); answers to other
+            tasks are left alone.
         judge: grades free answers.
 
     Raises:
@@ -112,15 +134,42 @@ def score(path: Path, *, protocol: str | None = None, judge: Judge | None = None
     """
     from .registry import get_task
     from .results import score_folder, write_results
+    from .views import run_of, views_below
 
     start = path.parent if path.is_file() else path
-    places = sorted(item.parent for item in start.glob("**/task.json"))
-    if not places:
+    views = views_below(start)
+    if not views:
         raise EvalError(f"{path} holds no answers; expected a run folder or a folder TASK@PROTOCOL/MODE in it.")
-    task = get_task(protocol) if protocol else None
-    results = [score_folder(place, task=task, judge=judge) for place in places]
-    write_results(places[0].parents[1], results)
+    rules = get_task(protocol) if protocol else None
+    if rules is not None:
+        views = _views_of(rules.name, views, path)
+    results: list[TaskResult] = []
+    failure: EvalError | None = None
+    for view in views:
+        try:
+            result = score_folder(view, rules=rules, judge=judge)
+        except EvalError as error:
+            failure = failure or error
+            continue
+        write_results(run_of(view), [result])
+        results.append(result)
+    if failure is not None:
+        raise failure
     return results
+
+
+def _views_of(name: str, views: Sequence[Path], path: Path) -> list[Path]:
+    """The views of a task as it was asked, without those that another protocol's rules made of them."""
+    from .views import RESCORED, TASK
+
+    tasks = {view: json.loads((view / TASK).read_text(encoding="utf-8"))["task"]["name"] for view in views}
+    chosen = [view for view in views if tasks[view] == name and RESCORED not in view.name]
+    if not chosen:
+        raise EvalError(
+            f"{path} holds no answers to {name}, but to {', '.join(sorted(set(tasks.values())))}. "
+            "Answers can be scored by another protocol of their own task."
+        )
+    return chosen
 
 
 def run_folder(path: Path) -> Path:
@@ -299,13 +348,16 @@ def comparison_text(result: Comparison) -> str:
 
 
 def table(results: Sequence[TaskResult]) -> str:
-    """The results as an aligned table."""
+    """The results as an aligned table, and below it what must be known beside the numbers."""
+    from .results import names_of
+
     rows = []
-    for result in results:
+    names = names_of(results)
+    for name, result in zip(names, results, strict=True):
         counts = result.counts
         rows.append(
             (
-                f"{result.task}@{result.protocol}",
+                name,
                 result.mode,
                 *_score_cells(result),
                 str(result.n),
@@ -315,8 +367,10 @@ def table(results: Sequence[TaskResult]) -> str:
             )
         )
     head = ("task", "images", "score", "stderr", "95 %", "n", "failed", "not inferable", "truncated")
-    notes = [f"{result.id}: {result.about['unscored']}" for result in results if result.about.get("unscored")]
-    notes += [f"{result.id}: {odd}" for result in results if (odd := _odd_count(result))]
+    notes = []
+    for name, result in zip(names, results, strict=True):
+        unscored, odd = result.about.get("unscored"), _odd_count(result)
+        notes += [f"{name}, {result.mode}: {text}" for text in (*result.remarks, unscored, odd) if text]
     return "\n".join([_table(head, rows), *notes])
 
 
@@ -336,7 +390,9 @@ def _score_cells(result: TaskResult) -> tuple[str, str, str]:
 
 
 def exit_code(results: Sequence[TaskResult], *, max_failed_share: float = 0.0) -> int:
-    """0 when no more than this share of the samples failed, else 3."""
+    """0 when no more than this share of the samples failed and no judge did, else 3."""
+    if any(result.about.get("judge_failed") for result in results):
+        return 3
     total = sum(result.counts.total for result in results)
     failed = sum(result.counts.failed for result in results)
     return 3 if failed > max_failed_share * total else 0

@@ -112,6 +112,13 @@ class DataSet:
     sha256: str
     dropped: int = 0
     """Rows left out on purpose (the protocol skips rows without an image)."""
+    revision: str | None = None
+    """Commit of a data set from the hub."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What results say about the data."""
+        about = {"path": self.path, "sha256": self.sha256, "rows": len(self.documents), "dropped": self.dropped}
+        return about | ({"revision": self.revision} if self.revision else {})
 
 
 def checked(documents: Iterable[Document], *, source: str) -> tuple[Document, ...]:

@@ -6,17 +6,18 @@ Standard library only. The key comes from the environment and is never written a
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import os
+import queue
 import random
 import socket
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,17 +51,23 @@ class Usage:
 
     def add(self, reply: dict[str, Any], *, retries: int) -> None:
         """Count one call."""
-        used = reply.get("usage") or {}
         with self._lock:
             self.calls += 1
             self.retries += retries
-            self.prompt_tokens += int(used.get("prompt_tokens") or 0)
-            self.completion_tokens += int(used.get("completion_tokens") or 0)
+            self.prompt_tokens += tokens_of(reply, "prompt_tokens")
+            self.completion_tokens += tokens_of(reply, "completion_tokens")
 
     def to_dict(self) -> dict[str, int]:
         """The counts."""
         names = ("calls", "retries", "prompt_tokens", "completion_tokens")
         return {name: getattr(self, name) for name in names}
+
+
+def tokens_of(reply: dict[str, Any], name: str) -> int:
+    """A count of a reply's `usage`; 0 where the server does not say."""
+    used = reply.get("usage")
+    count = used.get(name) if isinstance(used, dict) else None
+    return count if isinstance(count, int) else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,15 +148,21 @@ class Endpoint:
                     f"the key in {' or '.join(KEY_NAMES)}."
                 ) from error
             raise RuntimeError(f"{self.url} answered HTTP {error.code}: {text}") from error
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        except (OSError, http.client.HTTPException) as error:  # not reached, or broken off within the reply
             reason = getattr(error, "reason", error)
             nobody = isinstance(reason, ConnectionRefusedError | socket.gaierror)
-            raise _TryAgainError(str(reason), nobody=nobody) from error
-        except json.JSONDecodeError as error:
+            raise _TryAgainError(str(reason) or type(error).__name__, nobody=nobody) from error
+        except ValueError as error:  # no JSON, or no UTF-8
             raise _TryAgainError(f"the reply is no JSON ({error})") from error
-        if not isinstance(reply, dict) or not reply.get("choices"):
-            raise RuntimeError(f"{self.url} answered without choices: {redact_text(json.dumps(reply))[:500]}")
-        return reply
+        if not _has_message(reply):
+            raise RuntimeError(f"{self.url} answered without a message: {redact_text(json.dumps(reply))[:500]}")
+        return reply  # type: ignore[no-any-return]
+
+
+def _has_message(reply: Any) -> bool:
+    choices = reply.get("choices") if isinstance(reply, dict) else None
+    first = choices[0] if isinstance(choices, list) and choices else None
+    return isinstance(first, dict) and isinstance(first.get("message"), dict)
 
 
 class _TryAgainError(Exception):
@@ -165,36 +178,43 @@ def _retry_after(text: str | None) -> float | None:
         return None
 
 
-def in_parallel(call: Any, items: Sequence[_T], *, workers: int) -> Iterator[tuple[int, Any]]:
+def in_parallel(call: Callable[[_T], Any], items: Sequence[_T], *, workers: int) -> Iterator[tuple[int, Any]]:
     """Call a function on every item in threads; yields (number, result) as they come, and raises what failed last.
 
-    A failure does not cost the others their results; an `EvalError` stops everything at once.
+    A failure does not cost the others their results; an `EvalError` stops everything at once. The threads are daemons:
+    an interrupted program does not wait for a server that hangs.
     """
-    pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="endpoint")
+    left = iter(enumerate(items))
+    taking, stopped = threading.Lock(), threading.Event()
+    done: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        while True:
+            with taking:
+                taken = None if stopped.is_set() else next(left, None)
+            if taken is None:
+                return
+            try:
+                done.put((taken[0], call(taken[1]), None))
+            except BaseException as error:  # handed to the caller
+                if isinstance(error, EvalError):
+                    stopped.set()
+                done.put((taken[0], None, error))
+
+    for _ in range(min(max(1, workers), len(items))):
+        threading.Thread(target=work, name="endpoint", daemon=True).start()
     failure: Exception | None = None
-    stopped = threading.Event()
-
-    def one(item: _T) -> Any:
-        if stopped.is_set():
-            raise CancelledError
-        try:
-            return call(item)
-        except EvalError:
-            stopped.set()  # here, since this thread takes the next item before anybody looks at the result
-            raise
-
     try:
-        waiting: dict[Future[Any], int] = {pool.submit(one, item): number for number, item in enumerate(items)}
-        for done in as_completed(waiting):
-            error = done.exception()
+        for _ in items:
+            number, result, error = done.get()
             if error is None:
-                yield waiting[done], done.result()
+                yield number, result
             elif isinstance(error, EvalError) or not isinstance(error, Exception):
                 raise error
             else:
                 failure = error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        stopped.set()
     if failure is not None:
         raise failure
 
@@ -252,7 +272,7 @@ class EndpointModel:
         choice = reply["choices"][0]
         return Answer(
             text=str(choice["message"].get("content") or ""),
-            tokens=int((reply.get("usage") or {}).get("completion_tokens") or 0),
+            tokens=tokens_of(reply, "completion_tokens"),
             finish_reason="length" if choice.get("finish_reason") == "length" else "stop",
         )
 

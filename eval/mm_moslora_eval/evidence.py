@@ -17,6 +17,7 @@ from typing import Any
 
 from .results import TaskResult
 from .suite import read_samples
+from .views import SAMPLES
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +99,8 @@ def _keep_samples(run: Path, results: Sequence[TaskResult], output: Path) -> Non
     own = [result for result in results if result.mode == "own"]
     rows: list[dict[str, Any]] = []
     for result in own:
-        after = read_samples(output / result.id)
-        old = {row["id"]: row for row in _samples_if_any(output / UNTUNED / result.id)}
+        after = read_samples(output / result.folder)
+        old = {row["id"]: row for row in _samples_if_any(output / UNTUNED / result.folder)}
         share = max(1, MOST_SAMPLES // len(own))
         for row in after[:: max(1, len(after) // share)][:share]:
             earlier = old.get(row["id"], {})
@@ -116,7 +117,7 @@ def _keep_samples(run: Path, results: Sequence[TaskResult], output: Path) -> Non
 
 
 def _samples_if_any(place: Path) -> list[dict[str, Any]]:
-    return read_samples(place) if (place / "samples.jsonl").is_file() else []
+    return read_samples(place) if (place / SAMPLES).is_file() else []
 
 
 def _right(score: float | None) -> bool | None:

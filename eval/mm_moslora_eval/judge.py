@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mm_moslora.errors import EvalError
 
@@ -21,6 +21,8 @@ from .metrics import judged, mathvista
 
 _TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)  # VLMEvalKit's ladder: a reply that cannot be read is asked for again
 _WORKERS = 4
+
+_T = TypeVar("_T")
 
 
 class BudgetError(EvalError):
@@ -52,9 +54,10 @@ class Judge:
         messages = [{"role": "user", "content": prompt}]
         payload: dict[str, Any] = {"messages": messages, "max_tokens": max_tokens, "temperature": temperature}
         place = self._cache / f"{digest([self.endpoint.model, payload])}.json"
-        if place.is_file():
+        known = _kept_reply(place)
+        if known is not None:
             self.cached += 1
-            return str(json.loads(place.read_text(encoding="utf-8"))["reply"])
+            return known
         usage = self.endpoint.usage
         spent = usage.prompt_tokens + usage.completion_tokens
         if self._budget is not None and spent >= self._budget:
@@ -73,6 +76,14 @@ class Judge:
         return {"model": self.endpoint.model, "url": self.endpoint.url, "cached": self.cached} | (
             self.endpoint.usage.to_dict()
         )
+
+
+def _kept_reply(place: Path) -> str | None:
+    """A reply of the cache; None where there is none, or a file that is damaged."""
+    try:
+        return str(json.loads(place.read_text(encoding="utf-8"))["reply"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,19 +219,37 @@ def grade_all(judge: Judge, metric: str, given: Sequence[tuple[Document, str | N
 
     Raises:
         BudgetError: see `Judge.ask`.
-        EvalError: the judge cannot be reached.
+        EvalError: the judge cannot be reached, or what it says is no reply.
     """
-    graded: list[Grade | None] = [None] * len(given)
-    asked = [index for index, (_, answer) in enumerate(given) if answer is not None]
     grader = GRADERS[metric]
+    return _each(lambda document, answer: grader(judge, document, answer), given)
 
-    def call(index: int) -> Grade:
+
+def extract_mathvista_all(
+    judge: Judge, given: Sequence[tuple[Document, str | None]]
+) -> list[tuple[Document, str | None]]:
+    """The answers as `extract_mathvista` reads them.
+
+    Raises:
+        EvalError: see `grade_all`.
+    """
+    read = _each(lambda document, answer: extract_mathvista(judge, document, answer), given)
+    return [(document, text) for (document, _), text in zip(given, read, strict=True)]
+
+
+def _each(ask: Callable[[Document, str], _T], given: Sequence[tuple[Document, str | None]]) -> list[_T | None]:
+    found: list[_T | None] = [None] * len(given)
+    asked = [index for index, (_, answer) in enumerate(given) if answer is not None]
+
+    def call(index: int) -> _T:
         document, answer = given[index]
-        return grader(judge, document, answer or "")
+        return ask(document, answer or "")
 
     try:
-        for number, grade in in_parallel(call, asked, workers=_WORKERS):
-            graded[asked[number]] = grade
-    except RuntimeError as error:
+        for number, result in in_parallel(call, asked, workers=_WORKERS):
+            found[asked[number]] = result
+    except EvalError:
+        raise
+    except Exception as error:  # of whatever kind: the answers that are stored must stay usable
         raise EvalError(f"The judge failed: {error}. Its replies so far are kept; score again.") from error
-    return graded
+    return found

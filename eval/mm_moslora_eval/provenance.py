@@ -1,6 +1,6 @@
-"""Under which circumstances the answers of a run folder came about: one line per call in `invocations.jsonl`.
+"""Under which circumstances answers came about: precision, device, versions, commit; and a line per call of a run.
 
-Nothing of this changes a score, so it stands beside `results.json` and not in it.
+The circumstances stand with the answers of every view and in `results.json`; `invocations.jsonl` also has the commands.
 """
 
 from __future__ import annotations
@@ -11,29 +11,33 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from .answers import line
 from .model import Model
 from .results import environment
-from .runner import Settings
 
 FILE = "invocations.jsonl"
 _SECONDS = 5
 
 
-def record(folder: Path, model: Model, settings: Settings) -> None:
-    """Append what this call is: command, settings, hardware and precision, versions, commit."""
+def circumstances(model: Model) -> dict[str, Any]:
+    """What computes answers now: details of the model (precision, device, attention), versions, commit."""
     details: Mapping[str, Any] = getattr(model, "details", {})
+    return {"model": dict(details), "environment": environment(), "code": commit()}
+
+
+def record(folder: Path, model: Model, settings: Mapping[str, Any]) -> None:
+    """Append what this call is: command, settings, hardware and precision, versions, commit."""
+    now = circumstances(model)
     row = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "settings": asdict(settings),
-        "model": {"name": model.name, "fingerprint": model.fingerprint, **details},
-        "environment": environment(),
-        "code": commit(),
+        "settings": dict(settings),
+        **now,
+        "model": {"name": model.name, "fingerprint": model.fingerprint, **now["model"]},
     }
     with (folder / FILE).open("a", encoding="utf-8") as stream:
         stream.write(line(row))
@@ -54,6 +58,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@lru_cache(maxsize=1)
 def commit() -> dict[str, Any] | None:
     """The commit of the checkout that this code runs from and whether it was changed; None outside of one."""
     root = Path(__file__).parents[2]

@@ -28,9 +28,10 @@ from mm_moslora.strict import build_strictly
 from . import provenance
 from .answers import write_atomically
 from .images import open_image
-from .results import TaskResult, read_results
+from .results import TaskResult, names_of, read_results
 from .suite import Comparison, compare, read_samples
 from .task import Task
+from .views import SAMPLES
 
 MOST_SAMPLES = 60
 """Samples shown per task and image mode: failures first, then what could not be read, then wrong and right ones."""
@@ -62,15 +63,15 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         raise EvalError(f"{run} holds no results; expected a results.json. Run or score the evaluation first.")
     data = json.loads((run / "results.json").read_text(encoding="utf-8"))
     tasks: dict[str, list[TaskResult]] = {}
-    for result in results:
-        tasks.setdefault(f"{result.task}@{result.protocol}", []).append(result)
+    for name, result in zip(names_of(results), results, strict=True):
+        tasks.setdefault(name, []).append(result)
     model = next((r.about["model"] for r in results if r.about.get("model")), {"name": run.name, "fingerprint": ""})
     page = _render(
         "report.html.j2",
         title=f"Evaluation of {model['name']}",
         model=model,
-        date=data["date"],
-        environment=data["environment"],
+        date=max((str(r.about["date"]) for r in results if r.about.get("date")), default=""),
+        environments=_environments(results, data),
         invocations=provenance.read(run)[-MOST_INVOCATIONS:],
         rows=[_row(result) for result in results],
         tasks=[_task(name, found, run) for name, found in tasks.items()],
@@ -79,6 +80,20 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, page)
     return target
+
+
+def _environments(results: Sequence[TaskResult], data: dict[str, Any]) -> list[dict[str, Any]]:
+    """What answers were computed with, and what they were scored with."""
+    computed: list[dict[str, Any]] = []
+    for result in results:
+        computed += [found for found in result.about.get("computed_by", []) if found not in computed]
+    shown = []
+    for number, found in enumerate(computed, start=1):
+        code = found.get("code") or {}
+        facts = found["model"] | found["environment"] | ({"commit": code["commit"]} if code else {})
+        shown.append({"title": f"Answered with{f' ({number})' if len(computed) > 1 else ''}", "facts": facts})
+    scored = data.get("scored") or {"date": data.get("date"), "environment": data.get("environment", {})}
+    return [*shown, {"title": "Last scored with", "facts": {"date": scored["date"], **scored["environment"]}}]
 
 
 def write_comparison(comparisons: Sequence[Comparison], out: Path) -> Path:
@@ -154,15 +169,16 @@ def _task(name: str, results: Sequence[TaskResult], run: Path) -> dict[str, Any]
     first = results[0]
     galleries = []
     for result in results:
-        place = run / name / result.mode
-        if (place / "samples.jsonl").is_file():
+        place = _place(run, result)
+        if place is not None:
             galleries.append(_gallery(place, result))
     return {
         "name": name,
         "anchor": re.sub(r"[^\w-]", "-", name),
         "about": first.about,
         "rows": [_row(result) for result in results],
-        "verdicts": _verdicts(name, results, run),
+        "verdicts": _verdicts(results, run),
+        "remarks": [(result.mode, remark) for result in results for remark in result.remarks],
         "published": first.about.get("published", []),
         "modes": [result.mode for result in results if result.metrics],
         "metrics": [
@@ -174,14 +190,20 @@ def _task(name: str, results: Sequence[TaskResult], run: Path) -> dict[str, Any]
     }
 
 
-def _verdicts(name: str, results: Sequence[TaskResult], run: Path) -> list[str]:
+def _place(run: Path, result: TaskResult) -> Path | None:
+    """Where the samples of a result lie; None for a baseline and for samples that are gone."""
+    place = run / (result.folder or f"{result.task}@{result.protocol}/{result.mode}")
+    return place if (place / SAMPLES).is_file() else None
+
+
+def _verdicts(results: Sequence[TaskResult], run: Path) -> list[str]:
     """Whether the model looks: own pictures against the controls, sample by sample."""
-    scored = {result.mode for result in results if not math.isnan(result.score)}
+    scored = {result.mode: place for result in results if result.scored and (place := _place(run, result))}
     said = []
     for control, words in (("blind", "no picture"), ("wrong", "another item's picture")):
-        if not {"own", control} <= scored:
+        if not {"own", control} <= scored.keys():
             continue
-        pair = compare(run / name / "own", run / name / control).paired
+        pair = compare(scored["own"], scored[control]).paired
         better = "better than" if pair.low > 0 else "worse than" if pair.high < 0 else "no different from"
         said.append(
             f"With its own pictures the model is {better} with {words}: {100 * pair.difference:+.1f} points "

@@ -49,18 +49,39 @@ class Item:
 
 
 class Preparation:
-    """The items of one task in one image mode."""
+    """The items of one task in one image mode.
+
+    Args:
+        task: the protocol.
+        documents: to be asked.
+        mode: which pictures to show.
+        seed: picks the wrong pictures.
+        fingerprint: of the model.
+        hasher: identifies pictures.
+        pool: the whole data set, whose pictures the wrong ones are taken from, so that a document gets the same one in
+            every selection; None: the documents are all.
+    """
 
     def __init__(
-        self, task: Task, documents: Sequence[Document], *, mode: ImageMode, seed: int, fingerprint: str, hasher: Hasher
+        self,
+        task: Task,
+        documents: Sequence[Document],
+        *,
+        mode: ImageMode,
+        seed: int,
+        fingerprint: str,
+        hasher: Hasher,
+        pool: Sequence[Document] | None = None,
     ) -> None:
         self._task, self._mode = task, mode
         self._pictures: dict[str, ImageLike] = {}
-        identified = [self._identify(document, hasher) for document in documents]
-        known = [name for ids, problem in identified if problem is None for name in ids]
+        shown = documents if pool is None or mode != "wrong" else pool
+        identified = {document.id: self._identify(document, hasher) for document in shown}
+        known = [name for ids, problem in identified.values() if problem is None for name in ids]
         self._other = derangement(known, seed=seed) if mode == "wrong" and known else {}
         self.items = tuple(
-            self._item(index, document, *identified[index], fingerprint) for index, document in enumerate(documents)
+            self._item(index, document, *identified[document.id], fingerprint)
+            for index, document in enumerate(documents)
         )
         keys = [item.key for item in self.items]
         assert len(set(keys)) == len(keys), "document ids are unique, so keys are"

@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
@@ -19,10 +19,12 @@ from mm_moslora.strict import build_strictly
 from .aggregation import AGGREGATIONS
 from .answers import line, read_folder, write_atomically
 from .documents import Document
+from .remarks import answers_alike, failures
 from .requests import FORMAT
 from .scored import Aggregate, Scored, mean_with_error
 from .scoring import JUDGED, score_answer
 from .task import Task
+from .views import DOCUMENTS, RESCORED, SAMPLES, TASK, answers_folder, find_view, folder_of
 
 if TYPE_CHECKING:
     from .judge import Judge
@@ -66,12 +68,32 @@ class TaskResult:
     categories: dict[str, dict[str, float]] = field(default_factory=dict)
     """n, score, stderr, low, high per category."""
     about: dict[str, Any] = field(default_factory=dict)
-    """Protocol, data, model, seed, first prompt."""
+    """Protocol, data, selection, model, seed, first prompt, what computed the answers and when."""
+    folder: str = ""
+    """The view with the samples, relative to the run folder; empty for a baseline."""
+    remarks: tuple[str, ...] = ()
+    """What a reader of the score must not miss: why samples failed, that all answers are the same."""
 
     @property
     def id(self) -> str:
         """Task, protocol and mode."""
         return f"{self.task}@{self.protocol}/{self.mode}"
+
+    @property
+    def subject(self) -> tuple[Any, ...]:
+        """What is measured by which rules; scores of unlike subjects are never put side by side."""
+        checksum = self.about.get("selection", {}).get("sha256") or self.about.get("data", {}).get("sha256", "")
+        return (self.task, self.protocol, self.about.get("asked_as", self.protocol), checksum, self.n)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Two results of one run folder with the same key are the same measurement, made twice."""
+        return (*self.subject, self.mode)
+
+    @property
+    def scored(self) -> bool:
+        """Whether there is a score."""
+        return not math.isnan(self.score)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; nan becomes None."""
@@ -90,81 +112,160 @@ def result_from_dict(data: dict[str, Any]) -> TaskResult:
     """The inverse of `TaskResult.to_dict`."""
     counts = Counts(**data["counts"])
     numbers = {name: float("nan") if data[name] is None else data[name] for name in ("score", "stderr", "low", "high")}
-    return TaskResult(**{**data, **numbers, "counts": counts})
+    return TaskResult(**{**data, **numbers, "counts": counts, "remarks": tuple(data.get("remarks", ()))})
 
 
-def score_folder(place: Path, *, task: Task | None = None, judge: Judge | None = None) -> TaskResult:
-    """Score the answers of one task folder and write `samples.jsonl`.
+def names_of(results: Sequence[TaskResult]) -> list[str]:
+    """`NAME@PROTOCOL` of every result, with the selection and, where names collide, the data file and its checksum."""
 
-    A task that only a judge can score is left unscored without one: its score is nan, `about["unscored"]` says why, and
-    a submission file lies beside the answers.
+    def described(result: TaskResult) -> tuple[str, str, str]:
+        about = result.about
+        selection = about.get("selection", {})
+        part = f", {selection['name']} of {selection['of']}" if selection.get("name", "all") != "all" else ""
+        asked = about.get("asked_as", result.protocol)
+        part += f", asked as {asked}" if asked != result.protocol else ""
+        path = "/".join(Path(str(about.get("data", {}).get("path", ""))).parts[-2:])
+        return f"{result.task}@{result.protocol}{part}", f" ({path})", f" [{str(result.subject[3])[:8]}]"
+
+    parts = {result.subject: described(result) for result in results}
+    shown = {subject: part[0] for subject, part in parts.items()}
+    for number in (1, 2):
+        taken = Counter(shown.values())
+        shown = {subject: name + parts[subject][number] if taken[name] > 1 else name for subject, name in shown.items()}
+    return [shown[result.subject] for result in results]
+
+
+def score_folder(place: Path, *, rules: Task | None = None, judge: Judge | None = None) -> TaskResult:
+    """Score the answers of one view and write its `samples.jsonl`.
+
+    A task that only a judge can score is left unscored without one, and where the judge fails: its score is nan,
+    `about["unscored"]` says why, and a submission file lies beside the samples.
 
     Args:
-        place: the folder that `runner.run_task` returned.
-        task: score with this task's extraction, metric and aggregation instead of those it was asked with.
+        place: the folder that `runner.run_task` returned, or TASK@PROTOCOL/MODE.
+        rules: a task whose extraction, metric and aggregation are used instead of those the questions were asked with;
+            the samples then lie in a view beside this one.
         judge: grades free answers.
 
     Raises:
         EvalError: files are missing or of another format, or documents have no answer yet.
     """
-    described = _read_json(place / "task.json")
+    view = find_view(place)
+    described = _read_json(view / TASK)
     if described.get("format") != FORMAT:
         raise EvalError(
-            f"{place} has format {described.get('format')!r}, this version reads {FORMAT}; "
+            f"{view} has format {described.get('format')!r}, this version reads {FORMAT}; "
             "score it with the version that wrote it."
         )
-    task = task or build_strictly(Task, described["task"], source=str(place / "task.json"))
-    rows = _documents(place)
-    answers = read_folder(place)
+    task = build_strictly(Task, described["task"], source=str(view / TASK))
+    rows = _documents(view)
+    answers = read_folder(answers_folder(view))
     missing = [row["id"] for row in rows if row["key"] not in answers]
     if missing:
         raise EvalError(
-            f"{place}: {len(missing)} of {len(rows)} documents have no answer yet (first: {missing[0]!r}); "
+            f"{view}: {len(missing)} of {len(rows)} documents have no answer yet (first: {missing[0]!r}); "
             "run the evaluation again, it goes on where it stopped."
         )
+    if rules is not None:
+        view, task = _with_rules(view, described, task, rules)
     given = [answers[row["key"]] for row in rows]
-    about = {key: described[key] for key in ("model", "seed", "data", "first_prompt")}
+    about = {key: described[key] for key in _ABOUT if key in described}
+    about["date"] = max((str(answer["time"]) for answer in given if answer.get("time")), default=None)
     texts = [(Document.from_dict(row), answer["text"]) for row, answer in zip(rows, given, strict=True)]
     scored, reason = _scored(task, texts, [row["cluster"] for row in rows], judge)
     if judge is not None:
         about["judge"] = judge.to_dict()
+    settled: dict[str, Any] = {
+        "mode": described["mode"], "folder": folder_of(view),
+        "truncated": sum(answer["finish_reason"] == "length" for answer in given),
+        "errors": [_last_line(answer["error"]) for answer in given],
+    }  # fmt: skip
+    if reason is not None:
+        if not _has_scores(view):  # what a judge has said is worth more than that there is none now
+            _write_samples(view, rows, given, scored)
+        about["unscored"] = f"{reason.text} {_submit(task, view)}"
+        about |= {"judge_failed": True} if reason.failed else {}
+        return unscored(task, scored, about=about, **settled)
+    _write_samples(view, rows, given, scored)
+    return summarise(task, scored, about=about, **settled)
+
+
+_ABOUT = ("model", "seed", "data", "selection", "first_prompt", "computed_by", "asked_as")
+
+
+def _with_rules(view: Path, described: dict[str, Any], task: Task, rules: Task) -> tuple[Path, Task]:
+    """A view of the same answers under another protocol's rules; prompt and decoding stay those of the asking."""
+    kept = replace(
+        task, protocol=rules.protocol, version=rules.version, extraction=rules.extraction, metric=rules.metric,
+        aggregation=rules.aggregation, published=rules.published, notes=rules.notes,
+    )  # fmt: skip
+    described |= {"task": kept.to_dict()}
+    if rules.protocol != task.protocol:
+        described |= {"asked_as": described.get("asked_as", task.protocol)}
+        source, view = view, view.with_name(f"{view.name.partition(RESCORED)[0]}{RESCORED}{rules.protocol}")
+        view.mkdir(exist_ok=True)
+        write_atomically(view / DOCUMENTS, (source / DOCUMENTS).read_text(encoding="utf-8"))
+    write_atomically(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+    return view, kept
+
+
+def _write_samples(
+    view: Path, rows: Sequence[dict[str, Any]], given: Sequence[dict[str, Any]], scored: Sequence[Scored]
+) -> None:
     samples = [
         _sample(index, row, answer, one)
         for index, (row, answer, one) in enumerate(zip(rows, given, scored, strict=True))
     ]
-    write_atomically(place / "samples.jsonl", "".join(line(sample) for sample in samples))
-    truncated = sum(answer["finish_reason"] == "length" for answer in given)
-    if reason is not None:
-        about["unscored"] = f"{reason} {_submit(task, place)}"
-        return unscored(task, scored, mode=described["mode"], about=about, truncated=truncated)
-    return summarise(task, scored, mode=described["mode"], about=about, truncated=truncated)
+    write_atomically(view / SAMPLES, "".join(line(sample) for sample in samples))
+
+
+def _has_scores(view: Path) -> bool:
+    try:
+        return all(sample.score is not None for sample in read_scored(view))
+    except EvalError:
+        return False
+
+
+@dataclass(frozen=True)
+class _Unscored:
+    """Why there is no score."""
+
+    text: str
+    failed: bool = False
+    """A judge was asked and did not do it."""
 
 
 def _scored(
     task: Task, given: Sequence[tuple[Document, str | None]], clusters: Sequence[str], judge: Judge | None
-) -> tuple[list[Scored], str | None]:
+) -> tuple[list[Scored], _Unscored | None]:
     """Samples with their scores, and why there is no score, if there is none."""
-    if all(not document.answers for document, _ in given) and task.metric not in JUDGED:
-        return _without_scores(given, clusters), "The data holds no reference answers."
-    if task.metric not in JUDGED:
-        if judge is not None and task.extraction == "mathvista":
-            from .judge import extract_mathvista
-
-            given = [(document, text and extract_mathvista(judge, document, text)) for document, text in given]
-        pairs = zip(given, clusters, strict=True)
-        rules = {"extraction": task.extraction, "metric": task.metric}
-        return [score_answer(document, text, cluster=cluster, **rules) for (document, text), cluster in pairs], None
     plain = _without_scores(given, clusters)
-    if judge is None:
-        return plain, "Only a judge can score this task, and none was given (--judge)."
-    from .judge import BudgetError, grade_all
-
+    if all(not document.answers for document, _ in given) and task.metric not in JUDGED:
+        return plain, _Unscored("The data holds no reference answers.")
+    if task.metric in JUDGED and judge is None:
+        return plain, _Unscored("Only a judge can score this task, and none was given (--judge).")
     try:
-        grades = grade_all(judge, task.metric, given)
-    except BudgetError as error:
-        return plain, str(error)
+        if task.metric in JUDGED:
+            assert judge is not None
+            return _graded(task, given, plain, judge), None
+        if judge is not None and task.extraction == "mathvista":
+            from .judge import extract_mathvista_all
+
+            given = extract_mathvista_all(judge, given)
+    except EvalError as error:  # the other tasks are asked and scored all the same
+        return plain, _Unscored(str(error), failed=True)
+    rules = {"extraction": task.extraction, "metric": task.metric}
+    pairs = zip(given, clusters, strict=True)
+    return [score_answer(document, text, cluster=cluster, **rules) for (document, text), cluster in pairs], None
+
+
+def _graded(
+    task: Task, given: Sequence[tuple[Document, str | None]], plain: Sequence[Scored], judge: Judge
+) -> list[Scored]:
+    from .judge import grade_all
+
     graded = []
-    for sample, grade in zip(plain, grades, strict=True):
+    for sample, grade in zip(plain, grade_all(judge, task.metric, given), strict=True):
         readable = grade is not None and grade.readable
         graded.append(
             replace(
@@ -172,7 +273,7 @@ def _scored(
                 numbers=grade.numbers if grade else (),
             )
         )  # fmt: skip
-    return graded, None
+    return graded
 
 
 def _without_scores(given: Sequence[tuple[Document, str | None]], clusters: Sequence[str]) -> list[Scored]:
@@ -184,18 +285,19 @@ def _without_scores(given: Sequence[tuple[Document, str | None]], clusters: Sequ
     ]
 
 
-def _submit(task: Task, place: Path) -> str:
+def _submit(task: Task, view: Path) -> str:
     from .submissions import DEFAULT_FORM, SUFFIXES, write_submission
 
     form = DEFAULT_FORM.get(task.name, "vlmevalkit")
-    path = place / f"submission.{SUFFIXES.get(form, 'json')}"
-    write_submission(place, path, form=form)
+    path = view / f"submission.{SUFFIXES.get(form, 'json')}"
+    write_submission(view, path, form=form)
     return f"The answers were written to {path} in the form {form!r}."
 
 
 def unscored(
-    task: Task, samples: Sequence[Scored], *, mode: str, about: dict[str, Any], truncated: int = 0
-) -> TaskResult:
+    task: Task, samples: Sequence[Scored], *, mode: str, about: dict[str, Any], truncated: int = 0, folder: str = "",
+    errors: Sequence[str | None] = (),
+) -> TaskResult:  # fmt: skip
     """The result of a task that has answers but no score."""
     failed = sum(sample.failed for sample in samples)
     nan = math.nan
@@ -206,7 +308,8 @@ def unscored(
             total=len(samples), scored=0, failed=failed, not_inferable=0, truncated=truncated,
             dropped=about.get("data", {}).get("dropped", 0),
         ),
-        completed={"n": len(samples) - failed}, about=_protocol(task) | about,
+        completed={"n": len(samples) - failed}, about=_protocol(task) | about, folder=folder,
+        remarks=tuple(failures(errors)),
     )  # fmt: skip
 
 
@@ -227,9 +330,20 @@ def _protocol(task: Task) -> dict[str, Any]:
 
 
 def summarise(
-    task: Task, scored: Sequence[Scored], *, mode: str, about: dict[str, Any], truncated: int = 0
-) -> TaskResult:
-    """Add scored samples up; N scored equals N in the data, or this fails."""
+    task: Task, scored: Sequence[Scored], *, mode: str, about: dict[str, Any], truncated: int = 0, folder: str = "",
+    errors: Sequence[str | None] = (),
+) -> TaskResult:  # fmt: skip
+    """Add scored samples up; N scored equals N in the data, or this fails.
+
+    Args:
+        task: its aggregation is used.
+        scored: every sample.
+        mode: image mode, or name of a baseline.
+        about: goes into the result.
+        truncated: answers that max_new_tokens cut off.
+        folder: see `TaskResult.folder`; without one it is a baseline, whose answers are the same by design.
+        errors: why each sample failed; None for those that did not.
+    """
     headline = AGGREGATIONS[task.aggregation](scored)
     done = [sample for sample in scored if not sample.failed]
     failed = len(scored) - len(done)
@@ -258,6 +372,8 @@ def summarise(
         metrics=headline.metrics,
         categories=_categories(task, scored),
         about=_protocol(task) | about,
+        folder=folder,
+        remarks=(*failures(errors), *(answers_alike(done) if folder else ())),
     )
 
 
@@ -281,8 +397,12 @@ def _numbers(aggregate: Aggregate, count: int) -> dict[str, float]:
     }
 
 
+def _last_line(error: str | None) -> str | None:
+    return (error.strip().splitlines() or ["no message"])[-1] if error else None
+
+
 def _sample(index: int, row: dict[str, Any], answer: dict[str, Any], scored: Scored) -> dict[str, Any]:
-    error = answer["error"].strip().splitlines()[-1] if answer["error"] else None
+    error = _last_line(answer["error"])
     kept = ("id", "category", "question", "hint", "options", "answers", "prompt", "images", "paths", "cluster")
     return {
         "index": index,
@@ -305,7 +425,8 @@ def read_scored(place: Path) -> list[Scored]:
     Raises:
         EvalError: it is no such folder, or has not been scored.
     """
-    path = place / "samples.jsonl"
+    view = find_view(place)
+    path = view / SAMPLES
     if not path.is_file():
         raise EvalError(f"{path} is missing; score the folder first.")
     rows = [json.loads(text) for text in path.read_text(encoding="utf-8").split("\n") if text]
@@ -314,14 +435,14 @@ def read_scored(place: Path) -> list[Scored]:
             document=Document.from_dict(document), text=row["text"] or "", parsed=row["parsed"], score=row["score"],
             failed=row["failed"], cluster=row["cluster"],
         )
-        for document, row in zip(_documents(place), rows, strict=True)
+        for document, row in zip(_documents(view), rows, strict=True)
     ]  # fmt: skip
 
 
-def _documents(place: Path) -> list[dict[str, Any]]:
-    path = place / "documents.jsonl"
+def _documents(view: Path) -> list[dict[str, Any]]:
+    path = view / DOCUMENTS
     if not path.is_file():
-        raise EvalError(f"{path} is missing: {place} is not a task folder of a run.")
+        raise EvalError(f"{path} is missing: {view} is not a task folder of a run.")
     return [json.loads(text) for text in path.read_text(encoding="utf-8").split("\n") if text]
 
 
@@ -358,13 +479,28 @@ def read_results(folder: Path) -> list[TaskResult]:
     return [result_from_dict(item) for item in data["results"]]
 
 
-def write_results(folder: Path, results: Sequence[TaskResult]) -> None:
-    """Merge results into the run's `results.json` (atomically); the same task and mode is replaced."""
-    merged = {result.id: result for result in read_results(folder)} | {result.id: result for result in results}
+def write_results(folder: Path, results: Sequence[TaskResult]) -> list[TaskResult]:
+    """Merge results into the run's `results.json` (atomically).
+
+    A result takes the place of an older one with the same key (task, protocol, image mode, documents) unless it knows
+    less: it has no score where the older one has, or more samples that failed.
+
+    Returns:
+        Those that took no place.
+    """
+    merged = {result.key: result for result in read_results(folder)}
+    behind = [result for result in results if _knows_less(result, merged.get(result.key))]
+    merged |= {result.key: result for result in results if result not in behind}
     data = {
         "format": FORMAT,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "environment": environment(),
+        "scored": {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "environment": environment()},
         "results": [result.to_dict() for result in merged.values()],
     }
     write_atomically(folder / "results.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    return behind
+
+
+def _knows_less(result: TaskResult, older: TaskResult | None) -> bool:
+    if older is None:
+        return False
+    return (older.scored and not result.scored) or result.counts.failed > older.counts.failed

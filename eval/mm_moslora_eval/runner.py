@@ -3,12 +3,13 @@
 Folder of a run:
 
     run.json                    model and format; another model or format is refused
-    results.json                one entry per task and image mode, rewritten after each
+    results.json                one entry per task, protocol, image mode and selection of the data
     TASK@PROTOCOL/MODE/
-        task.json               the protocol, the data and the first prompt
-        documents.jsonl         what was asked, so that scoring needs neither data nor model
-        answers-*.jsonl         one per process while it runs; answers.jsonl when complete
-        samples.jsonl           answers read and scored
+        answers-*.jsonl         one per process while it runs; answers.jsonl when complete; nothing is taken out
+        SELECTION-CHECKSUM/     a view of the answers, see `views`
+            task.json           the protocol, the data, the first prompt, what computed the answers
+            documents.jsonl     what was asked, so that scoring needs neither data nor model
+            samples.jsonl       answers read and scored
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 
 from mm_moslora.errors import EvalError
 
+from . import provenance
 from .answers import AnswerLog, Row, line, merge, read_folder, write_atomically
 from .documents import DataSet, Document
 from .images import Hasher, ImageMode
@@ -34,6 +36,7 @@ from .metrics.groups import loglikelihood_choice
 from .model import Answer, Model, OptionScore
 from .requests import FORMAT, Item, Preparation, deal
 from .task import Task
+from .views import DOCUMENTS, TASK, Selection, selection_of
 
 logger = logging.getLogger(__name__)
 
@@ -87,13 +90,16 @@ def select(data: DataSet, settings: Settings) -> tuple[Document, ...]:
 
 
 @contextmanager
-def open_run(folder: Path, model: Model, *, rank: int = 0) -> Iterator[None]:
-    """Hold a run folder for this rank.
+def hold_run(folder: Path, *, rank: int = 0) -> Iterator[None]:
+    """Keep other processes out of a run folder, for this rank.
 
     Raises:
-        EvalError: another process works in it, or it belongs to another model or format.
+        EvalError: another process works in it, or it cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvalError(f"The run folder {folder} cannot be made ({error.strerror}). Choose another one.") from error
     with (folder / f".rank-{rank}.lock").open("a") as lock:
         for attempt in range(_LOCK_ATTEMPTS):
             try:
@@ -106,8 +112,28 @@ def open_run(folder: Path, model: Model, *, rank: int = 0) -> Iterator[None]:
                         "Wait for it or choose another folder."
                     ) from error
                 time.sleep(0.05)  # rank 0 may just be looking whether this rank is there
-        identity = {"format": FORMAT, "model": {"name": model.name, "fingerprint": model.fingerprint}}
-        _claim(folder / "run.json", identity, what=str(folder))
+        yield
+
+
+def claim_run(folder: Path, model: Model) -> None:
+    """Write down whose answers a run folder holds.
+
+    Raises:
+        EvalError: it belongs to another model or format.
+    """
+    identity = {"format": FORMAT, "model": {"name": model.name, "fingerprint": model.fingerprint}}
+    _claim(folder / "run.json", identity, what=str(folder))
+
+
+@contextmanager
+def open_run(folder: Path, model: Model, *, rank: int = 0) -> Iterator[None]:
+    """Hold a run folder for this rank and this model.
+
+    Raises:
+        EvalError: see `hold_run` and `claim_run`.
+    """
+    with hold_run(folder, rank=rank):
+        claim_run(folder, model)
         yield
 
 
@@ -121,11 +147,16 @@ def _claim(path: Path, identity: dict[str, Any], *, what: str) -> None:
     except json.JSONDecodeError as error:
         raise EvalError(f"{path} is damaged ({error}); remove the folder or choose another one.") from error
     for key, value in identity.items():
-        if found.get(key) != value:
+        if _compared(found.get(key)) != _compared(value):
             raise EvalError(
                 f"{what} holds another run: its {key} is {found.get(key)!r}, this one's is {value!r}. "
                 "Choose another output folder."
             )
+
+
+def _compared(value: Any) -> Any:
+    """A model is its fingerprint: its folder may be renamed, or its path spelled in another way."""
+    return value.get("fingerprint") if isinstance(value, dict) else value
 
 
 def run_task(
@@ -155,7 +186,7 @@ def run_task(
         hasher: shared between tasks, so that a picture is read once.
 
     Returns:
-        The folder with `documents.jsonl` and `answers.jsonl`, for `results.score_folder`.
+        The folder of the view, for `results.score_folder`.
 
     Raises:
         EvalError: the folder belongs to another protocol, or every sample fails.
@@ -164,27 +195,33 @@ def run_task(
     data = data or task.load()
     documents = select(data, settings)
     work = Preparation(
-        task, documents, mode=mode, seed=settings.seed, fingerprint=model.fingerprint, hasher=hasher or Hasher()
-    )
+        task, documents, mode=mode, seed=settings.seed, fingerprint=model.fingerprint, hasher=hasher or Hasher(),
+        pool=data.documents,
+    )  # fmt: skip
     place = folder / task.id / mode
     place.mkdir(parents=True, exist_ok=True)
     _claim(place / "asked.json", {"format": FORMAT, "task": task.id, "asked": task.asked}, what=str(place))
-    if settings.rank == 0:
-        _describe(place, model, task, data, work, mode, settings)
     job = _Job(model, task, work, place, settings, progress)
+    selection = selection_of(work.items, data)
+    view = place / selection.folder
+    if settings.rank == 0:
+        view.mkdir(exist_ok=True)
+        more = bool(job.missing(work.items, retry=settings.retry_failed))
+        _describe(view, model, task, data, work, selection, mode, settings, asks=more)
     share = deal(work.items, rank=settings.rank, world_size=settings.world_size)
     job.answer(share, retry=settings.retry_failed)
     if settings.rank == 0:
         _wait_for_others(folder, job, settings)
         job.answer(work.items)  # whatever ranks that died left behind
-        rows = read_folder(place)
-        merge(place, [rows[item.key] for item in work.items])
-    return place
+        merge(place, [item.key for item in work.items])
+    return view
 
 
 def _describe(
-    place: Path, model: Model, task: Task, data: DataSet, work: Preparation, mode: ImageMode, settings: Settings
-) -> None:
+    view: Path, model: Model, task: Task, data: DataSet, work: Preparation, selection: Selection, mode: ImageMode,
+    settings: Settings, *, asks: bool,
+) -> None:  # fmt: skip
+    """Write what a view is about; `asks` says that this call has something to ask."""
     rows = [
         item.document.to_dict()
         | {
@@ -196,7 +233,7 @@ def _describe(
         }
         for item in work.items
     ]
-    write_atomically(place / "documents.jsonl", "".join(line(row) for row in rows))
+    write_atomically(view / DOCUMENTS, "".join(line(row) for row in rows))
     first = next((item for item in work.items if item.problem is None), None)
     described = {
         "format": FORMAT,
@@ -204,10 +241,22 @@ def _describe(
         "mode": mode,
         "seed": settings.seed,
         "model": {"name": model.name, "fingerprint": model.fingerprint},
-        "data": {"path": data.path, "sha256": data.sha256, "rows": len(data.documents), "dropped": data.dropped},
+        "data": data.to_dict(),
+        "selection": selection.to_dict(),
         "first_prompt": [{"role": m.role, "text": m.text} for m in first.messages] if first else [],
+        "computed_by": _computed_by(view, model, asks=asks),
     }
-    write_atomically(place / "task.json", json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+
+
+def _computed_by(view: Path, model: Model, *, asks: bool) -> list[dict[str, Any]]:
+    """What the answers of a view were computed with: all circumstances under which some were asked."""
+    try:
+        known = list(json.loads((view / TASK).read_text(encoding="utf-8"))["computed_by"])
+    except (OSError, ValueError, KeyError, TypeError):
+        known = []
+    now = provenance.circumstances(model)
+    return [*known, now] if not known or (asks and now not in known) else known
 
 
 def _wait_for_others(folder: Path, job: _Job, settings: Settings) -> None:

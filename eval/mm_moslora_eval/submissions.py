@@ -17,6 +17,7 @@ from mm_moslora.files import output_file
 
 from .answers import line, read_folder
 from .metrics import vqa
+from .views import DOCUMENTS, answers_folder, find_view
 
 Row = Mapping[str, Any]
 _XLSX_CELL = 32_767
@@ -27,7 +28,7 @@ def write_submission(place: Path, out: Path, *, form: str) -> int:
     """Write the answers of one task folder; see `FORMS`.
 
     Args:
-        place: TASK@PROTOCOL/MODE of a run.
+        place: TASK@PROTOCOL/MODE of a run, or a view in it.
         out: the file.
         form: a name in `FORMS`.
 
@@ -40,11 +41,9 @@ def write_submission(place: Path, out: Path, *, form: str) -> int:
     """
     if form not in FORMS:
         raise EvalError(f"No submission form {form!r}.{suggestion(form, FORMS)} Known: {', '.join(FORMS)}.")
-    path = place / "documents.jsonl"
-    if not path.is_file():
-        raise EvalError(f"{path} is missing; give a folder TASK@PROTOCOL/MODE of a run.")
-    documents = [json.loads(text) for text in path.read_text(encoding="utf-8").split("\n") if text]
-    answers = read_folder(place)
+    view = find_view(place)
+    documents = [json.loads(text) for text in (view / DOCUMENTS).read_text(encoding="utf-8").split("\n") if text]
+    answers = read_folder(answers_folder(view))
     missing = [row["id"] for row in documents if row["key"] not in answers]
     if missing:
         raise EvalError(f"{place}: {len(missing)} documents have no answer yet (first: {missing[0]!r}); run it again.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +22,12 @@ from .results import TaskResult, read_scored, score_folder, write_results
 from .runner import Progress, Settings, open_run, run_task, select
 from .scoring import JUDGED
 from .task import Task
+from .views import SAMPLES, TASK, find_view, folder_of
 
 if TYPE_CHECKING:
     from .judge import Judge
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -58,22 +62,48 @@ def evaluate(
         EvalError: see `runner.run_task` and `runner.open_run`.
     """
     settings = settings or Settings()
+    with open_run(output, model, rank=settings.rank):
+        return evaluate_held(
+            model, task, output, modes=modes, baselines=baselines, training=training, settings=settings,
+            progress=progress, judge=judge,
+        )  # fmt: skip
+
+
+def evaluate_held(
+    model: Model,
+    task: Task,
+    output: Path,
+    *,
+    modes: Sequence[ImageMode],
+    baselines: Sequence[str],
+    training: Sequence[TrainingAnswer],
+    settings: Settings,
+    progress: Progress | None,
+    judge: Judge | None,
+) -> list[TaskResult]:
+    """`evaluate` for a caller that holds the run folder (`runner.open_run`) over several tasks."""
     data = task.load()
     hasher = Hasher()
     results: list[TaskResult] = []
-    with open_run(output, model, rank=settings.rank):
-        for mode in modes:
-            place = run_task(
-                model, task, output, mode=mode, settings=settings, data=data, progress=progress, hasher=hasher
-            )
-            if settings.rank == 0:
-                results.append(score_folder(place, judge=judge))
-                write_results(output, results)
-        documents = select(data, settings)
-        if settings.rank == 0 and task.metric not in JUDGED and any(document.answers for document in documents):
-            results += [baseline(name, task, documents, data=data, training=training) for name in baselines]
-            write_results(output, results)
+    for mode in modes:
+        view = run_task(model, task, output, mode=mode, settings=settings, data=data, progress=progress, hasher=hasher)
+        if settings.rank == 0:
+            results.append(score_folder(view, judge=judge))
+            _write(output, results[-1:])
+    documents = select(data, settings)
+    if settings.rank == 0 and task.metric not in JUDGED and any(document.answers for document in documents):
+        floors = [baseline(name, task, documents, data=data, training=training) for name in baselines]
+        _write(output, floors)
+        results += floors
     return results
+
+
+def _write(output: Path, results: Sequence[TaskResult]) -> None:
+    for result in write_results(output, results):
+        logger.warning(
+            "%s: results.json keeps the earlier result of the same documents, which is more complete than this one.",
+            result.id,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,15 +143,15 @@ class Comparison:
 
 
 def read_samples(place: Path) -> list[dict[str, Any]]:
-    """The rows of a `samples.jsonl`, given the file or its folder."""
-    path = place / "samples.jsonl" if place.is_dir() else place
+    """The rows of a `samples.jsonl`, given the file, its view, or TASK@PROTOCOL/MODE."""
+    path = find_view(place) / SAMPLES if place.is_dir() else place
     if not path.is_file():
         raise EvalError(f"{path} is missing; expected a `samples.jsonl` or the folder TASK@PROTOCOL/MODE of a run.")
     return [json.loads(text) for text in path.read_text(encoding="utf-8").split("\n") if text]
 
 
 def paired_folders(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> list[tuple[list[Path], list[Path]]]:
-    """The task folders that all runs have, or the given folders themselves.
+    """The views that all runs have (same task, protocol, image mode and documents), or the given places themselves.
 
     Raises:
         EvalError: nothing in common.
@@ -130,16 +160,45 @@ def paired_folders(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> list[tuple
     missing = [str(run) for run in everything if not run.exists()]
     if missing:
         raise EvalError(f"There is no {missing[0]!r}. Give two run folders, or two folders TASK@PROTOCOL/MODE.")
-    if all((run / "samples.jsonl").is_file() or run.is_file() for run in everything):
-        return [(list(runs_a), list(runs_b))]
-    found = [{path.parent.relative_to(run).as_posix() for path in run.glob("*/*/samples.jsonl")} for run in everything]
-    shared = sorted(set.intersection(*found))
+    if all(_is_place(run) for run in everything):
+        return [_alike(runs_a, runs_b)]
+    found = [{folder_of(path.parent): path.parent for path in _scored_below(run)} for run in everything]
+    shared = sorted(set.intersection(*(set(views) for views in found)))
     if not shared:
+        named = ", ".join(str(run) for run in everything)
+        tasks = [{name.rpartition("/")[0] for name in views} for views in found]
+        same = sorted(set.intersection(*tasks))
+        if same:
+            raise EvalError(
+                f"{named} all have {same[0]}, but on different documents. Evaluate them on the same data and limit."
+            )
         raise EvalError(
-            f"{', '.join(str(run) for run in everything)} have no scored task in common. "
-            "Give two run folders, or two folders TASK@PROTOCOL/MODE."
+            f"{named} have no scored task in common. Give two run folders, or two folders TASK@PROTOCOL/MODE."
         )
-    return [([run / name for run in runs_a], [run / name for run in runs_b]) for name in shared]
+    sides = [[views[name] for views in found] for name in shared]
+    return [(side[: len(runs_a)], side[len(runs_a) :]) for side in sides]
+
+
+def _scored_below(run: Path) -> list[Path]:
+    """Sample files of a run: in views, and in the folders of releases that knew no views."""
+    return [*run.glob(f"*/*/{SAMPLES}"), *run.glob(f"*/*/*/{SAMPLES}")]
+
+
+def _is_place(path: Path) -> bool:
+    return path.is_file() or bool([*path.glob(SAMPLES), *path.glob(f"*/{SAMPLES}")])
+
+
+def _alike(a: Sequence[Path], b: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The views of the same documents in all places; where there is none, the view that each place means."""
+    places = [*a, *b]
+    below = [{path.parent.name for path in place.glob(f"*/{SAMPLES}")} for place in places]
+    shared = set.intersection(*below) if below else set()
+    if shared:
+        largest = find_view(places[0]).name
+        name = largest if largest in shared else sorted(shared)[0]
+        return [place / name for place in a], [place / name for place in b]
+    meant = [find_view(place) if place.is_dir() else place for place in places]
+    return meant[: len(a)], meant[len(a) :]
 
 
 def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Comparison:
@@ -150,10 +209,11 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Com
     Raises:
         EvalError: they hold different documents, or are unscored.
     """
-    a = [_by_id(place) for place in ([runs_a] if isinstance(runs_a, Path) else runs_a)]
-    b = [_by_id(place) for place in ([runs_b] if isinstance(runs_b, Path) else runs_b)]
+    given = [[runs] if isinstance(runs, Path) else list(runs) for runs in (runs_a, runs_b)]
+    places_a, places_b = _alike(*given)
+    places = [*places_a, *places_b]
+    a, b = ([_by_id(place) for place in side] for side in (places_a, places_b))
     first = a[0]
-    places = [*([runs_a] if isinstance(runs_a, Path) else runs_a), *([runs_b] if isinstance(runs_b, Path) else runs_b)]
     for place, rows in zip(places, [*a, *b], strict=True):
         _check_same(places[0], first, place, rows)
     place = places[0]
@@ -169,7 +229,7 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Com
     seeds = [tuple(statistics.mean([row["score"] for row in rows.values()]) for rows in side) for side in (a, b)]
     changed = tuple(name for name, x, y in zip(names, left, right, strict=True) if x != y)
     return Comparison(
-        task=place.parent.name if place.is_dir() else place.parent.parent.name,
+        task=_named(place),
         score_a=statistics.mean(left),
         score_b=statistics.mean(right),
         paired=statistics.paired(left, right, clusters=clusters if shared else None),
@@ -203,11 +263,23 @@ def _by_question(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return questions
 
 
+def _described(place: Path) -> dict[str, Any]:
+    path = (place if place.is_dir() else place.parent) / TASK
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
 def _aggregation(place: Path) -> str:
-    described = (place if place.is_dir() else place.parent) / "task.json"
-    if not described.is_file():
-        return "mean"
-    return str(json.loads(described.read_text(encoding="utf-8"))["task"]["aggregation"])
+    return str(_described(place).get("task", {}).get("aggregation", "mean"))
+
+
+def _named(place: Path) -> str:
+    """NAME@PROTOCOL, and the selection where it is not the whole data set."""
+    described = _described(place)
+    if not described:
+        return place.parent.name
+    selection = described.get("selection", {})
+    part = f", {selection['name']} of {selection['of']}" if selection.get("name", "all") != "all" else ""
+    return f"{described['task']['name']}@{described['task']['protocol']}{part}"
 
 
 def _by_id(place: Path) -> dict[str, dict[str, Any]]:

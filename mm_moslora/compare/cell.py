@@ -141,12 +141,12 @@ def _measured(job: Job) -> Outcome:
     places: dict[str, str] = {}
     floors: dict[str, dict[str, float]] = {}
     wanted = job.settings.validation if job.cell.tuning else job.settings.tasks
-    for name, task, results, place in _evaluate(job, [name for name in wanted if name != LOSS]):
+    for name, results, place in _evaluate(job, [name for name in wanted if name != LOSS]):
         if job.cell.tuning:
             validation[name] = results["own"]
         else:
             test[name], floors[name] = results.pop("own"), results
-            places[name] = (place / f"{task}/own").relative_to(job.folder).as_posix()
+            places[name] = place.relative_to(job.folder).as_posix()
     return Outcome(
         status="ok", validation=validation, test=test, places=places, floors=floors,
         first_loss=sum(losses[:tenth]) / tenth if losses else None,
@@ -159,7 +159,7 @@ def _measured(job: Job) -> Outcome:
 
 
 def _evaluate(job: Job, names: list[str]) -> Any:
-    """Yield (name, task id, score by mode or baseline, folder) of every task."""
+    """Yield (name, score by mode or baseline, folder with the samples) of every task."""
     if not names:
         return
     from mm_moslora_eval.open_model import open_model
@@ -179,7 +179,8 @@ def _evaluate(job: Job, names: list[str]) -> Any:
                     model, task, place, modes=("own",), settings=settings, progress=progress.of,
                     baselines=() if job.cell.tuning else ("majority", "question_majority"),
                 )  # fmt: skip
-            yield name, task.id, {result.mode: result.score for result in results}, place
+            folder = next(result.folder for result in results if result.mode == "own")
+            yield name, {result.mode: result.score for result in results}, place / folder
     finally:
         model.close()
 

@@ -88,7 +88,7 @@ def test_answers_and_documents_are_there_once(stage, runs):
     samples = [json.loads(line) for line in (runs / stage / "tracked_samples.jsonl").read_text().splitlines()]
     assert len(samples) == 2 * 2
     assert [s["question"] for s in samples[:2]] == [s["question"] for s in samples[2:]]
-    answered = sorted((runs / stage / "validation").glob("step-*/*/own/samples.jsonl"))
+    answered = sorted((runs / stage / "validation").glob("step-*/*/own/*/samples.jsonl"))
     assert len(answered) == 2
     for path in answered:
         documents = [json.loads(line)["id"] for line in path.read_text().splitlines()]

@@ -22,6 +22,7 @@ from mm_moslora_eval.runner import Settings
 from mm_moslora_eval.submissions import FORMS, write_submission
 from mm_moslora_eval.suite import compare, evaluate
 from mm_moslora_eval.task import Source, Task
+from mm_moslora_eval.views import find_view
 
 from mm_moslora.errors import ConfigError, EvalError
 from tests.eval.eval_fake import FakeModel
@@ -54,7 +55,7 @@ def test_without_a_judge_mmvet_is_unscored_and_exported(mmvet: Path, tmp_path: P
     assert math.isnan(result.score)
     assert "Only a judge can score this task" in result.about["unscored"]
     place = tmp_path / "run" / "mmvet@own" / "own"
-    submitted = json.loads((place / "submission.json").read_text())
+    submitted = json.loads((find_view(place) / "submission.json").read_text())
     assert submitted.keys() == {"v1_0", "v1_1", "v1_2"}
     assert all(submitted.values())
     assert "unscored" in cli.table([result])
@@ -110,12 +111,45 @@ def test_the_budget_ends_the_grading_and_keeps_what_was_said(mmvet: Path, tmp_pa
     assert len(list((tmp_path / "judge").glob("*.json"))) == judge.endpoint.usage.calls
 
 
-def test_input_08_a_judge_that_is_down_is_an_error_and_not_a_zero(mmvet: Path, tmp_path: Path) -> None:
-    evaluate(FakeModel(), judged_task(mmvet, "mmvet"), tmp_path / "run", modes=("own",), settings=ONE)
-    with serve(grades, faults=[503] * 99) as server:
+@pytest.mark.parametrize("reply", [{"choices": [{}]}, {"choices": ["no"]}, {"choices": [{"message": None}]}, 503])
+def test_input_08_a_judge_that_is_down_is_no_zero_and_does_not_stop_the_next_task(
+    reply: Any, mmvet: Path, write_tsv: Writer, tmp_path: Path
+) -> None:
+    plain = write_tsv([{"index": 0, "question": "Q?", "answer": "yes"}], "plain.tsv")
+    (tmp_path / "j.yaml").write_text(
+        f"name: judged\nsource: {{kind: tsv, path: {mmvet}}}\nmetric: judge_mmvet\naggregation: mmvet\n"
+    )
+    names, run = [str(tmp_path / "j.yaml"), f"tsv:{plain}"], tmp_path / "run"
+    with serve(lambda _: reply, faults=[503] * 99 if reply == 503 else []) as server:
         endpoint = Endpoint(url=server.url, model="j", attempts=2, first_wait=0.001)
-        with pytest.raises(EvalError, match="The judge failed"):
-            score_folder(tmp_path / "run" / "mmvet@own" / "own", judge=Judge(endpoint, cache=tmp_path / "judge"))
+        results = cli.run(FakeModel(), names, run, settings=ONE, judge=Judge(endpoint, cache=tmp_path / "judge"))
+    assert [result.task for result in results] == ["judged", "plain"]
+    assert math.isnan(results[0].score)
+    assert "The judge failed" in results[0].about["unscored"]
+    assert not math.isnan(results[1].score)
+    assert cli.exit_code(results) == 3
+    assert [result.task for result in read_results(run)] == ["judged", "plain"]
+
+
+def test_what_a_judge_has_said_outlives_a_call_without_one(mmvet: Path, tmp_path: Path) -> None:
+    task, run = judged_task(mmvet, "mmvet"), tmp_path / "run"
+    with serve(grades) as server:
+        judge = Judge(Endpoint(url=server.url, model="j", first_wait=0.01), cache=run / "judge")
+        (graded,) = evaluate(FakeModel(), task, run, modes=("own",), settings=ONE, judge=judge)
+    (result,) = evaluate(FakeModel(), task, run, modes=("own",), settings=ONE)
+    assert math.isnan(result.score)
+    assert [kept.score for kept in read_results(run)] == [graded.score]
+    assert compare(run / "mmvet@own" / "own", run / "mmvet@own" / "own").score_a == pytest.approx(graded.score)
+
+
+def test_a_damaged_reply_in_the_cache_is_asked_for_again(tmp_path: Path) -> None:
+    with serve(lambda _: "0.5") as server:
+        judge = Judge(Endpoint(url=server.url, model="j"), cache=tmp_path)
+        assert judge.ask("how good?") == "0.5"
+        (kept,) = tmp_path.glob("*.json")
+        kept.write_text("{")
+        assert judge.ask("how good?") == "0.5"
+        assert len(server.payloads) == 2
 
 
 def test_llavabench_is_relative_to_the_reference(write_tsv: Writer, tmp_path: Path) -> None:
@@ -147,7 +181,7 @@ def test_data_without_references_is_exported_instead_of_scored(write_tsv: Writer
     (result,) = evaluate(FakeModel(), get_task(f"tsv:{path}"), tmp_path / "run", modes=("own",), settings=ONE)[:1]
     assert math.isnan(result.score)
     assert "no reference answers" in result.about["unscored"]
-    assert (tmp_path / "run" / "bench@own" / "own" / "submission.tsv").is_file()
+    assert (find_view(tmp_path / "run" / "bench@own" / "own") / "submission.tsv").is_file()
 
 
 @pytest.fixture

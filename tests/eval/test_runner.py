@@ -298,8 +298,8 @@ def _finish(processes: list[subprocess.Popen[bytes]]) -> None:
 FILES = (
     "results.json",
     "questions@own/{}/answers.jsonl",
-    "questions@own/{}/samples.jsonl",
-    "questions@own/{}/task.json",
+    "questions@own/{}/all-*/samples.jsonl",
+    "questions@own/{}/all-*/task.json",
 )
 
 
@@ -348,7 +348,7 @@ def test_kill_9_at_random_points(tmp_path: Path) -> None:
     _finish(_start(data, run, log, 2, 0.0))
     for name in FILES:
         for mode in ("own", "wrong"):
-            ours, quiet = run / name.format(mode), tmp_path / "quiet" / name.format(mode)
+            (ours,), (quiet,) = (list(folder.glob(name.format(mode))) for folder in (run, tmp_path / "quiet"))
             assert _without_times(ours) == _without_times(quiet), name
     # At most one batch per rank and kill is asked twice; the failing sample is asked again by design.
     asked = [text.split()[1] for text in log.read_text().splitlines()]

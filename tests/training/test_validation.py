@@ -284,7 +284,7 @@ def test_a_harness_task_is_measured_on_the_model_as_it_is(recipe, records, tmp_p
     measured = [line for line in lines if "eval/colours/score" in line]
     assert [line["step"] for line in measured] == [2, 4, 6]
     assert all(0 <= line["eval/colours/score"] <= 1 for line in measured)
-    assert len(list((run / "validation").glob("step-*/*/own/samples.jsonl"))) == 3
+    assert len(list((run / "validation").glob("step-*/*/own/*/samples.jsonl"))) == 3
 
 
 def colours(records: Path, folder: Path) -> str:
