@@ -52,8 +52,12 @@ def _bootstrapped(samples: Samples, numbers: Callable[[Samples], Numbers], *, he
     return Aggregate(score=result[headline], stderr=stderr, low=low, high=high, stderr_kind="bootstrap", metrics=result)
 
 
+def _verdicts(samples: Samples) -> list[tuple[str, str]]:
+    return [(s.parsed.lower(), "".join(s.document.answers[:1]).strip().lower()) for s in samples]
+
+
 def _pope(samples: Samples) -> Numbers:
-    report = yesno.pope([(s.parsed.lower(), "".join(s.document.answers[:1]).lower()) for s in samples])
+    report = yesno.pope(_verdicts(samples))
     return {name: float(value) for name, value in asdict(report).items()}
 
 
@@ -68,8 +72,16 @@ def _by_split(samples: Samples) -> dict[str, list[Scored]]:
 
 def _pope_numbers(samples: Samples) -> Numbers:
     splits = _by_split(samples)
-    rates = {f"f1_{name}": _pope(members)["f1"] for name, members in sorted(splits.items()) if name}
-    return _pope([sample for members in splits.values() for sample in members]) | rates
+    return _pope([sample for members in splits.values() for sample in members]) | _split_numbers(splits)
+
+
+def _split_numbers(splits: dict[str, list[Scored]]) -> Numbers:
+    return {
+        f"{number}_{name}": value
+        for name, members in sorted(splits.items())
+        if name
+        for number, value in _pope(members).items()
+    }
 
 
 def pope(samples: Samples) -> Aggregate:
@@ -78,13 +90,22 @@ def pope(samples: Samples) -> Aggregate:
 
 
 def _pope_split_numbers(samples: Samples) -> Numbers:
-    rates = {name: _pope(members)["f1"] for name, members in sorted(_by_split(samples).items())}
-    return {"f1": statistics.mean(list(rates.values()))} | {f"f1_{name}": rate for name, rate in rates.items()}
+    splits = _by_split(samples)
+    return {"f1": statistics.mean([_pope(members)["f1"] for members in splits.values()])} | _split_numbers(splits)
 
 
 def pope_splits(samples: Samples) -> Aggregate:
     """LLaVA's POPE number: the mean of the F1 of the random, popular and adversarial questions."""
     return _bootstrapped(samples, _pope_split_numbers, headline="f1")
+
+
+def _pope_lmms_eval_numbers(samples: Samples) -> Numbers:
+    return yesno.pope_lmms_eval_rates(_verdicts(samples))
+
+
+def pope_lmms_eval(samples: Samples) -> Aggregate:
+    """lmms-eval's F1 of `yes`: recall leaves out answers that are neither, and the yes ratio is that of the labels."""
+    return _bootstrapped(samples, _pope_lmms_eval_numbers, headline="f1")
 
 
 def _mme_numbers(samples: Samples) -> Numbers:
@@ -118,13 +139,31 @@ def _of_draw(place: dict[str, str], draw: int) -> dict[str, str]:
 
 def hallusionbench(samples: Samples) -> Aggregate:
     """HallusionBench's aAcc, with fAcc and qAcc."""
+    return _bootstrapped(samples, _hallusion_numbers(samples, ("category", "subcategory")), headline="aAcc")
+
+
+def hallusionbench_vlmevalkit(samples: Samples) -> Aggregate:
+    """The same as VLMEvalKit groups it, by sub-category alone; with the three shares of every category."""
+    numbers = _hallusion_numbers(samples, ("subcategory",))
+    members: dict[str, list[Scored]] = defaultdict(list)
+    for sample in samples:
+        place = _hallusion_place(sample)
+        for name in dict.fromkeys((place["category"], place["subcategory"])):
+            members[name].append(sample)
+    shares = {name: numbers(some) for name, some in sorted(members.items()) if name}
+    by_name = {f"{number}_{name}": share for name, item in shares.items() for number, share in item.items()}
+    result = _bootstrapped(samples, numbers, headline="aAcc")
+    return replace(result, metrics=result.metrics | by_name)
+
+
+def _hallusion_numbers(samples: Samples, within: Sequence[str]) -> Callable[[Samples], Numbers]:
     places = {sample.document.id: _hallusion_place(sample) for sample in samples}
 
     def numbers(drawn: Samples) -> Numbers:
         rows = [_of_draw(places[sample.document.id], sample.draw) for sample in drawn]
-        return yesno.hallusionbench(rows, [s.score == 1.0 for s in drawn])
+        return yesno.hallusionbench(rows, [sample.score == 1.0 for sample in drawn], within=within)
 
-    return _bootstrapped(samples, numbers, headline="aAcc")
+    return numbers
 
 
 def circular(samples: Samples) -> Aggregate:
@@ -186,20 +225,39 @@ def _captions(samples: Samples, tokenize: Callable[[str], str]) -> Aggregate:
 
 
 def mmvet(samples: Samples) -> Aggregate:
-    """MM-Vet: the mean grade, with that of every capability (each 0 to 1)."""
-    table = judged.mmvet_scores((s.document.category or "", s.score) for s in samples)
-    return replace(mean_with_error(samples), metrics={k: v / 100 for k, v in table["by_capability"].items()})
+    """MM-Vet: the mean grade, with that of every capability and combination (each 0 to 1)."""
+    return _mmvet(samples, judged.mmvet_scores)
+
+
+def mmvet_vlmevalkit(samples: Samples) -> Aggregate:
+    """The same with VLMEvalKit's table, in which one tally serves capabilities and combinations."""
+    return _mmvet(samples, judged.mmvet_scores_vlmevalkit)
+
+
+def _mmvet(samples: Samples, tabulate: Callable[[Iterable[tuple[str, float]]], dict[str, Numbers]]) -> Aggregate:
+    table = tabulate((s.document.category or "", s.score) for s in samples)
+    numbers = {name: value / 100 for name, value in table["by_capability"].items()}
+    numbers |= {f"combination_{name}": value / 100 for name, value in table["by_integration"].items()}
+    return replace(mean_with_error(samples), metrics=numbers)
 
 
 def llavabench(samples: Samples) -> Aggregate:
-    """LLaVA-Bench: mean rating of the answers over that of the references, with every category's (1 is equality)."""
+    """LLaVA-Bench: mean rating of the answers over that of the references (1 is equality), and both means (0 to 1).
+
+    The same for every category.
+    """
 
     def numbers(drawn: Samples) -> Numbers:
         rated = []
         for sample in drawn:
             reference, model = sample.numbers or judged.UNPARSED
             rated.append((sample.document.category or "", reference, model))
-        return {name: values[0] / 100 for name, values in judged.llavabench_summary(rated).items()}
+        kinds = ("", "reference_", "answer_")
+        return {
+            f"{kind}{name}": value / 100
+            for name, values in judged.llavabench_summary(rated).items()
+            for kind, value in zip(kinds, values, strict=True)
+        }
 
     return _bootstrapped(samples, numbers, headline="all")
 
@@ -208,12 +266,15 @@ AGGREGATIONS: dict[str, Callable[[Samples], Aggregate]] = {
     "mean": mean_with_error,
     "pope": pope,
     "pope_splits": pope_splits,
+    "pope_lmms_eval": pope_lmms_eval,
     "mme": mme,
     "hallusionbench": hallusionbench,
+    "hallusionbench_vlmevalkit": hallusionbench_vlmevalkit,
     "circular": circular,
     "macro": macro,
     "ocrbench": ocrbench,
     "mmvet": mmvet,
+    "mmvet_vlmevalkit": mmvet_vlmevalkit,
     "llavabench": llavabench,
     "caption": caption_scores,
     "caption_plain": caption_scores_plain,
@@ -223,6 +284,7 @@ AGGREGATIONS: dict[str, Callable[[Samples], Aggregate]] = {
 HEADLINES: dict[str, tuple[str, Callable[[Samples], float]]] = {
     "pope": ("F1", lambda samples: _pope_numbers(samples)["f1"]),
     "pope_splits": ("mean F1", lambda samples: _pope_split_numbers(samples)["f1"]),
+    "pope_lmms_eval": ("F1", lambda samples: _pope_lmms_eval_numbers(samples)["f1"]),
     "mme": ("perception", lambda samples: _mme_numbers(samples)["perception"]),
     "macro": ("macro average", lambda samples: _macro_numbers(samples)["average"]),
 }

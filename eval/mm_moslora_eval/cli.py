@@ -255,6 +255,7 @@ def describe(name: str) -> str:
         f"metric:      {task.metric}, aggregated by {task.aggregation}",
     ]
     lines += [f"note:        {task.notes}"] if task.notes else []
+    lines += [f"differs:     {difference}" for difference in task.differences]
     lines += [f"unverified:  {', '.join(task.unverified)}"] if task.unverified else []
     lines += [f"published:   {row.score} {row.model} ({row.source})" for row in task.published]
     try:

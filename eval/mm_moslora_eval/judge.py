@@ -1,7 +1,8 @@
 """Judges: grading free answers with a language model behind an OpenAI-compatible endpoint.
 
 Replies are cached by content as JSON files, so that scoring again costs nothing; calls and tokens are counted, and a
-budget ends the grading before it is exceeded. The wording of the questions to the judge is our own.
+budget ends the grading before it is exceeded. The wording of the questions to the judge is this project's own in every
+protocol; results name it (`WORDING`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +19,9 @@ from mm_moslora.errors import EvalError
 from .answers import write_atomically
 from .documents import Document, digest
 from .endpoint import Endpoint, in_parallel
-from .metrics import judged, mathvista
+from .metrics import judged
+from .metrics.text import letters
+from .scoring import EXTRACTORS, mathvista_question
 
 _TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)  # VLMEvalKit's ladder: a reply that cannot be read is asked for again
 _WORKERS = 4
@@ -73,9 +77,8 @@ class Judge:
 
     def to_dict(self) -> dict[str, Any]:
         """For the result file: who judged, and what it cost."""
-        return {"model": self.endpoint.model, "url": self.endpoint.url, "cached": self.cached} | (
-            self.endpoint.usage.to_dict()
-        )
+        about = {"model": self.endpoint.model, "url": self.endpoint.url, "wording": WORDING, "cached": self.cached}
+        return about | self.endpoint.usage.to_dict()
 
 
 def _kept_reply(place: Path) -> str | None:
@@ -99,31 +102,21 @@ class Grade:
     """llavabench: the scores of the reference and of the model, 1 to 10, or -1."""
 
 
+WORDING = "mm_moslora 2"
+"""Names the wordings below in result files: they are this project's, whatever the protocol is called."""
+
 _MMVET = """\
-You grade answers to questions about pictures. Compare the answer with the reference and give a correctness score \
-between 0.0 (all wrong) and 1.0 (all right) in steps of 0.1. <AND> in the reference joins parts that must all be \
-there; <OR> joins alternatives of which one is enough. Judge what is said, not how it is worded.
+You grade answers to questions about pictures. Compare the answer with the reference and give a score between 0.0 (all \
+wrong) and 1.0 (all right) in steps of 0.1. <AND> in the reference joins parts that must all be there; <OR> joins \
+alternatives of which one is enough. Judge what is said, not how it is worded. Complete the last row of the table with \
+its score, a number and nothing else.
 
-Question: What is in the bowl and what is beside it?
-Reference: an apple <AND> a spoon
-Answer: There is an apple in the bowl.
-Score: 0.5
-
-Question: What does the sign say?
-Reference: stop <OR> halt
-Answer: The sign reads "STOP".
-Score: 1.0
-
-Question: How many birds are on the wire?
-Reference: 4
-Answer: There are seven birds.
-Score: 0.0
-
-Question: {question}
-Reference: {reference}
-Answer: {answer}
-Reply with the number only.
-Score:"""
+question | reference | answer | score
+--- | --- | --- | ---
+What is in the bowl and what is beside it? | an apple <AND> a spoon | There is an apple in the bowl. | 0.5
+What does the sign say? | stop <OR> halt | The sign reads "STOP". | 1.0
+How many birds are on the wire? | 4 | There are seven birds. | 0.0
+"""
 
 _LLAVABENCH = """\
 A person asked a question about a picture. The picture is described to you in words, because you cannot see it. Two \
@@ -153,45 +146,62 @@ Response: {answer}
 Final answer:"""
 
 
-def grade_mmvet(judge: Judge, document: Document, answer: str) -> Grade:
+GradeOf = Callable[[str], float | None]
+Ratings = Callable[[str], tuple[float, float]]
+
+
+def _grade_mmvet(judge: Judge, document: Document, answer: str, *, read: GradeOf) -> Grade:
     """MM-Vet: the first readable grade of up to five replies; none is 0, and not readable."""
-    prompt = _MMVET.format(question=document.question, reference=_joined(document), answer=answer)
+    prompt = _MMVET + judged.mmvet_table_row(document.question, "<OR>".join(document.answers), answer)
     reply = ""
     for temperature in _TEMPERATURES:
         reply = judge.ask(prompt, max_tokens=8, temperature=temperature)
-        grade = judged.mmvet_grade(reply)
+        grade = read(reply)
         if grade is not None:
             return Grade(score=grade, reply=reply, readable=True)
     return Grade(score=0.0, reply=reply, readable=False)
 
 
-def grade_llavabench(judge: Judge, document: Document, answer: str) -> Grade:
+def _grade_llavabench(judge: Judge, document: Document, answer: str, *, read: Ratings) -> Grade:
     """LLaVA-Bench: ratings of the reference and of the answer; the score is the answer's divided by ten."""
-    reference = document.extra.get("gpt4_ans") or _joined(document)
+    reference = document.extra.get("gpt4_ans") or " <OR> ".join(document.answers)
     prompt = _LLAVABENCH.format(
         caption=document.extra.get("caption", "(no description)"), question=document.question, reference=reference,
         answer=answer,
     )  # fmt: skip
     reply = judge.ask(prompt, max_tokens=1024)
-    numbers = judged.llavabench_scores(reply)
+    numbers = read(reply)
     readable = numbers != judged.UNPARSED
     return Grade(score=min(1.0, max(0.0, numbers[1] / 10)), reply=reply, readable=readable, numbers=numbers)
 
 
-def extract_mathvista(judge: Judge, document: Document, answer: str) -> str:
+def _extract_mathvista(judge: Judge, document: Document, answer: str) -> str:
     """MathVista: the final answer within a long one; an answer that fits as it stands is not sent."""
-    question = mathvista.Question(
-        question_type="multi_choice" if document.options else document.extra.get("question_type", "free_form"),
-        answer_type=document.extra.get("answer_type", "text"),
-        choices=tuple(document.options.values()),
-    )
+    question = mathvista_question(document)
     stripped = answer.strip()
     short = stripped in (*question.choices, *document.options)
     if not stripped or short or (question.answer_type in ("integer", "float") and _is_number(stripped)):
         return answer
-    choices = "; ".join(f"({letter}) {text}" for letter, text in document.options.items()) or "none"
-    reply = judge.ask(_MATHVISTA.format(question=document.question, choices=choices, answer=answer), max_tokens=64)
+    return _asked_for_answer(judge, document, answer)
+
+
+def _extract_mathvista_vlmevalkit(judge: Judge, document: Document, answer: str) -> str:
+    """The same after VLMEvalKit's check of what needs no judge."""
+    return EXTRACTORS["mathvista_vlmevalkit"](answer, document) or _asked_for_answer(judge, document, answer)
+
+
+def _asked_for_answer(judge: Judge, document: Document, answer: str) -> str:
+    named = zip(letters(len(choices := mathvista_question(document).choices)), choices, strict=True)
+    written = "; ".join(f"({letter}) {text}" for letter, text in named) or "none"
+    reply = judge.ask(_MATHVISTA.format(question=document.question, choices=written, answer=answer), max_tokens=64)
     return "" if reply.strip().lower().rstrip(".") == "none" else reply.strip()
+
+
+JUDGE_EXTRACTIONS: dict[str, tuple[Callable[[Judge, Document, str], str], str]] = {
+    "mathvista": (_extract_mathvista, "mathvista_extracted"),
+    "mathvista_vlmevalkit": (_extract_mathvista_vlmevalkit, "text"),
+}
+"""Extraction of a task -> how a judge finds the answer instead, and the extraction that reads what it found."""
 
 
 def _is_number(text: str) -> bool:
@@ -202,14 +212,12 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _joined(document: Document) -> str:
-    text = " <OR> ".join(document.answers)
-    return text.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ").replace("  ", " ")
-
-
 GRADERS: dict[str, Callable[[Judge, Document, str], Grade]] = {
-    "judge_mmvet": grade_mmvet,
-    "judge_llavabench": grade_llavabench,
+    "judge_mmvet": partial(_grade_mmvet, read=judged.mmvet_grade),
+    "judge_mmvet_vlmevalkit": partial(_grade_mmvet, read=judged.mmvet_grade_vlmevalkit),
+    "judge_mmvet_lmms_eval": partial(_grade_mmvet, read=judged.mmvet_grade_lmms_eval),
+    "judge_llavabench": partial(_grade_llavabench, read=judged.llavabench_scores),
+    "judge_llavabench_lmms_eval": partial(_grade_llavabench, read=judged.llavabench_scores_lmms_eval),
 }
 """Metric of a task -> how a judge grades one answer."""
 
@@ -225,16 +233,19 @@ def grade_all(judge: Judge, metric: str, given: Sequence[tuple[Document, str | N
     return _each(lambda document, answer: grader(judge, document, answer), given)
 
 
-def extract_mathvista_all(
-    judge: Judge, given: Sequence[tuple[Document, str | None]]
-) -> list[tuple[Document, str | None]]:
-    """The answers as `extract_mathvista` reads them.
+def extract_all(
+    judge: Judge, extraction: str, given: Sequence[tuple[Document, str | None]]
+) -> tuple[Sequence[tuple[Document, str | None]], str]:
+    """The answers that a judge finds, where the extraction has one do that, and the extraction that reads them.
 
     Raises:
         EvalError: see `grade_all`.
     """
-    read = _each(lambda document, answer: extract_mathvista(judge, document, answer), given)
-    return [(document, text) for (document, _), text in zip(given, read, strict=True)]
+    if extraction not in JUDGE_EXTRACTIONS:
+        return given, extraction
+    find, then = JUDGE_EXTRACTIONS[extraction]
+    found = _each(lambda document, answer: find(judge, document, answer), given)
+    return [(document, text) for (document, _), text in zip(given, found, strict=True)], then
 
 
 def _each(ask: Callable[[Document, str], _T], given: Sequence[tuple[Document, str | None]]) -> list[_T | None]:

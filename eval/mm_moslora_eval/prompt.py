@@ -41,7 +41,9 @@ class Prompt:
     remove: tuple[str, ...] = ()
     """Taken out of the question."""
     strip: bool = False
-    """Strip the question."""
+    """Strip the question before anything is taken out of it."""
+    strip_rest: bool = False
+    """Strip what is left of it."""
     capitalize: bool = False
     """Only the question's first letter is a capital."""
     images: str = "first"
@@ -116,9 +118,11 @@ class Prompt:
         return tuple(range(images))
 
     def _question(self, question: str) -> str:
+        if self.strip:
+            question = question.strip()
         for piece in self.remove:
             question = question.replace(piece, "")
-        if self.strip:
+        if self.strip_rest:
             question = question.strip()
         return question.capitalize() if self.capitalize else question
 

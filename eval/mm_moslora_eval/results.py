@@ -22,7 +22,7 @@ from .documents import Document
 from .remarks import answers_alike, failures
 from .requests import FORMAT
 from .scored import Aggregate, Scored, mean_with_error
-from .scoring import JUDGED, score_answer
+from .scoring import JUDGED, score_answer, without_thinking
 from .task import Task
 from .views import DOCUMENTS, RESCORED, SAMPLES, TASK, answers_folder, find_view, folder_of
 
@@ -44,6 +44,10 @@ class Counts:
     """Cut off by max_new_tokens."""
     dropped: int = 0
     """Rows that the protocol leaves out."""
+    thinking: int = 0
+    """Answers whose `<think>` blocks were taken out before anything was read."""
+    unclosed_thinking: int = 0
+    """Of these, answers whose block never ends; they are among `not_inferable`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,15 +252,22 @@ def _scored(
         if task.metric in JUDGED:
             assert judge is not None
             return _graded(task, given, plain, judge), None
-        if judge is not None and task.extraction == "mathvista":
-            from .judge import extract_mathvista_all
+        read, extraction = given, task.extraction
+        if judge is not None:
+            from .judge import extract_all
 
-            given = extract_mathvista_all(judge, given)
+            read, extraction = extract_all(judge, extraction, _visible(given))
     except EvalError as error:  # the other tasks are asked and scored all the same
         return plain, _Unscored(str(error), failed=True)
-    rules = {"extraction": task.extraction, "metric": task.metric}
-    pairs = zip(given, clusters, strict=True)
-    return [score_answer(document, text, cluster=cluster, **rules) for (document, text), cluster in pairs], None
+    return [_score_one(task, sample, found, extraction) for sample, (_, found) in zip(plain, read, strict=True)], None
+
+
+def _score_one(task: Task, sample: Scored, found: str | None, extraction: str) -> Scored:
+    """Score what a judge found, or the answer itself; the sample keeps the answer as it came."""
+    answer = None if sample.failed else sample.text if found is None else found
+    rules = {"extraction": extraction, "metric": task.metric}
+    scored = score_answer(sample.document, answer, cluster=sample.cluster, **rules)
+    return replace(scored, text=sample.text)
 
 
 def _graded(
@@ -265,7 +276,7 @@ def _graded(
     from .judge import grade_all
 
     graded = []
-    for sample, grade in zip(plain, grade_all(judge, task.metric, given), strict=True):
+    for sample, grade in zip(plain, grade_all(judge, task.metric, _visible(given)), strict=True):
         readable = grade is not None and grade.readable
         graded.append(
             replace(
@@ -274,6 +285,15 @@ def _graded(
             )
         )  # fmt: skip
     return graded
+
+
+def _visible(given: Sequence[tuple[Document, str | None]]) -> list[tuple[Document, str | None]]:
+    """Answers as a judge sees them; one whose thinking never ends is not shown to it."""
+    seen = [None if text is None else without_thinking(text) for _, text in given]
+    return [
+        (document, None if answer is None or answer.unclosed else answer.text)
+        for (document, _), answer in zip(given, seen, strict=True)
+    ]
 
 
 def _without_scores(given: Sequence[tuple[Document, str | None]], clusters: Sequence[str]) -> list[Scored]:
@@ -306,11 +326,19 @@ def unscored(
         low=nan, high=nan, stderr_kind="none",
         counts=Counts(
             total=len(samples), scored=0, failed=failed, not_inferable=0, truncated=truncated,
-            dropped=about.get("data", {}).get("dropped", 0),
+            dropped=about.get("data", {}).get("dropped", 0), **_thinking(samples),
         ),
         completed={"n": len(samples) - failed}, about=_protocol(task) | about, folder=folder,
         remarks=tuple(failures(errors)),
     )  # fmt: skip
+
+
+def _thinking(samples: Sequence[Scored]) -> dict[str, int]:
+    answers = [without_thinking(sample.text) for sample in samples]
+    return {
+        "thinking": sum(answer.thought for answer in answers),
+        "unclosed_thinking": sum(answer.unclosed for answer in answers),
+    }
 
 
 def _protocol(task: Task) -> dict[str, Any]:
@@ -326,6 +354,7 @@ def _protocol(task: Task) -> dict[str, Any]:
         "unverified": list(task.unverified),
         "published": [asdict(row) for row in task.published],
         "notes": task.notes,
+        "differences": list(task.differences),
     }
 
 
@@ -367,6 +396,7 @@ def summarise(
             not_inferable=sum(not sample.parsed.strip() for sample in done),
             truncated=truncated,
             dropped=about.get("data", {}).get("dropped", 0),
+            **_thinking(done),
         ),
         completed={"n": len(done)} | ({"score": completed.score, "stderr": completed.stderr} if completed else {}),
         metrics=headline.metrics,
@@ -409,6 +439,7 @@ def _sample(index: int, row: dict[str, Any], answer: dict[str, Any], scored: Sco
         **{name: row[name] for name in kept},
         "text": answer["text"],
         "parsed": scored.parsed,
+        "numbers": list(scored.numbers),
         "inferable": bool(scored.parsed.strip()),
         "score": None if math.isnan(scored.score) else scored.score,
         "failed": scored.failed,
@@ -433,7 +464,7 @@ def read_scored(place: Path) -> list[Scored]:
     return [
         Scored(
             document=Document.from_dict(document), text=row["text"] or "", parsed=row["parsed"], score=row["score"],
-            failed=row["failed"], cluster=row["cluster"],
+            failed=row["failed"], cluster=row["cluster"], numbers=tuple(row.get("numbers", ())),
         )
         for document, row in zip(_documents(view), rows, strict=True)
     ]  # fmt: skip

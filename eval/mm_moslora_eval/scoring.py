@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import string
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 from mm_moslora.errors import EvalError
 
 from .documents import Document
 from .metrics import commonsense, documents, exact, mathvista, mcq, mmmu, vqa, yesno
 from .scored import Scored
+from .sources.tsv import parse_list
 
 Extractor = Callable[[str, Document], str]
 Metric = Callable[[str, Document], float]
+_CAPITALS = tuple(string.ascii_uppercase)
 
 
 def _letter(extract: Callable[[str, mcq.Options], str]) -> Extractor:
@@ -22,20 +27,40 @@ def _mmmu_mixed(extract: Callable[[str, mcq.Options], str]) -> Extractor:
     return lambda text, document: extract(text, document.options) if document.options else text
 
 
-def _mathvista_question(document: Document) -> mathvista.Question:
+def mathvista_question(document: Document) -> mathvista.Question:
+    """What decides the form of the answer to a document of MathVista."""
     extra = document.extra
     precision = extra.get("precision")
     return mathvista.Question(
         question_type=extra.get("question_type", "multi_choice" if document.options else "free_form"),
         answer_type=extra.get("answer_type", "text"),
-        choices=tuple(document.options.values()),
+        # VLMEvalKit's file holds the choices as one cell and no option columns.
+        choices=tuple(document.options.values()) or tuple(parse_list(extra.get("choices", ""))),
         precision=float(precision) if precision else None,
     )
 
 
+def _mathvista_form(text: str, document: Document) -> str:
+    """An extracted answer in MathVista's form; nothing stays nothing, where the source takes the likest choice."""
+    return (mathvista.normalize_official(text, mathvista_question(document)) or "") if text.strip() else ""
+
+
 def _mathvista(text: str, document: Document) -> str:
-    question = _mathvista_question(document)
-    return mathvista.normalize(mathvista.extract_without_judge(text, question), question) or ""
+    return _mathvista_form(mathvista.extract_without_judge(text, mathvista_question(document)), document)
+
+
+def _mathvista_vlmevalkit(text: str, document: Document) -> str:
+    return mathvista.extract_vlmevalkit(text, mathvista_question(document), _choice_text(document))
+
+
+def _choice_text(document: Document) -> str:
+    """The reference; the text of the choice where it is a letter."""
+    answer = "".join(document.answers[:1])
+    return document.options.get(answer, answer)
+
+
+def _mmmu_vlmevalkit(extract: Callable[[str, mcq.Options], str]) -> Extractor:
+    return lambda text, document: extract(text, document.options or mmmu.options_vlmevalkit(document.answers))
 
 
 def _commonsense(dataset: str) -> Extractor:
@@ -53,17 +78,22 @@ EXTRACTORS: dict[str, Extractor] = {
     "letter_vlmevalkit_2024_06": _letter(mcq.vlmevalkit_2024_06),
     "letter_lmms_eval": _letter(mcq.lmms_eval),
     "letter_lmms_eval_mmbench": _letter(mcq.lmms_eval_mmbench),
-    "letter_scienceqa_llava": _letter(mcq.scienceqa_llava),
+    "letter_scienceqa_llava": lambda text, document: mcq.scienceqa_llava(text.strip(), document.options),
     "letter_ai2d_lmms_eval": lambda text, _: mcq.ai2d_filter(text.strip()),
     "letter_first_character": lambda text, _: mcq.seedbench_lmms_eval(text),
     "mmmu_official": _mmmu_mixed(mcq.mmmu_official),
     "mmmu_lmms_eval": _mmmu_mixed(mcq.mmmu_lmms_eval),
+    "mmmu_vlmevalkit": _mmmu_vlmevalkit(mcq.vlmevalkit),
+    "mmmu_vlmevalkit_2024_06": _mmmu_vlmevalkit(mcq.vlmevalkit_2024_06),
     "mathvista": _mathvista,
+    "mathvista_extracted": _mathvista_form,
+    "mathvista_vlmevalkit": _mathvista_vlmevalkit,
     "yes_no": lambda text, _: yesno.extract_yes_no(text),
     "yes_no_vlmevalkit": lambda text, _: yesno.vlmevalkit(text),
     "yes_no_mme_lmms_eval": lambda text, _: yesno.mme_lmms_eval(text),
     "yes_no_pope_llava": lambda text, _: yesno.pope_llava(text),
     "yes_no_pope_lmms_eval": lambda text, _: yesno.pope_lmms_eval(text),
+    "yes_no_hallusionbench_lmms_eval": lambda text, _: yesno.hallusionbench_lmms_eval(text),
     **{f"commonsense_{name.lower().replace('-', '_')}": _commonsense(name) for name in commonsense.DATASETS},
 }
 """Name -> what is read from an answer; an empty string means that nothing can be inferred."""
@@ -83,10 +113,21 @@ def _mmmu_score(parsed: str, document: Document) -> float:
     return float(mmmu.open_correct(mmmu.parse_open(parsed), document.answers))
 
 
+def _mmmu_vlmevalkit_score(parsed: str, document: Document) -> float:
+    # The answer of a question that was open is option A, unless it is a capital letter by itself, as in the source.
+    answers = document.answers
+    open_question = not document.options and not (len(answers) == 1 and answers[0] in _CAPITALS)
+    return float(parsed == "A" if open_question else parsed in answers)
+
+
 def _mathvista_score(parsed: str, document: Document) -> float:
     # References of multiple-choice questions are letters; MathVista compares the choices' texts.
     gold = [document.options.get(answer, answer) for answer in document.answers]
     return float(any(mathvista.equal(parsed, answer) for answer in gold))
+
+
+def _ocrbench(metric: Callable[[str, Sequence[str], str], int]) -> Metric:
+    return lambda parsed, document: float(metric(parsed, document.answers, document.category or ""))
 
 
 METRICS: dict[str, Metric] = {
@@ -114,18 +155,52 @@ METRICS: dict[str, Metric] = {
     "vqa_vqav2_lmms_eval": _all(vqa.vqav2_lmms_eval),
     "vqa_vizwiz_official": _all(vqa.vizwiz_official),
     "anls": _all(documents.anls),
+    "anls_stvqa_llava": _all(documents.anls_stvqa_llava),
     "relaxed": _best(documents.relaxed_accuracy),
     "relaxed_lmms_eval": _best(documents.relaxed_lmms_eval),
     "relaxed_vlmevalkit_2024_06": _best(documents.relaxed_vlmevalkit_2024_06),
-    "ocrbench": lambda parsed, document: float(documents.ocrbench(parsed, document.answers, document.category or "")),
+    "ocrbench_vlmevalkit": _ocrbench(documents.ocrbench_vlmevalkit),
+    "ocrbench_lmms_eval": _ocrbench(documents.ocrbench_lmms_eval),
     "mmmu": _mmmu_score,
+    "mmmu_vlmevalkit": _mmmu_vlmevalkit_score,
     "mathvista": _mathvista_score,
+    "mathvista_vlmevalkit": lambda parsed, document: float(
+        mathvista.correct_vlmevalkit(parsed, mathvista_question(document), _choice_text(document))
+    ),
 }
 """Name -> score of a parsed answer, 0 to 1."""
 
 
-JUDGED = ("judge_mmvet", "judge_llavabench")
+JUDGED = (
+    "judge_mmvet", "judge_mmvet_vlmevalkit", "judge_mmvet_lmms_eval", "judge_llavabench", "judge_llavabench_lmms_eval",
+)  # fmt: skip
 """Metrics that only a judge can compute; without one a task is unscored."""
+
+
+_THOUGHT = re.compile(r"<think>.*?</think>", re.S)
+
+
+@dataclass(frozen=True)
+class Visible:
+    """An answer without its thinking."""
+
+    text: str
+    thought: bool
+    """A block was taken out."""
+    unclosed: bool
+    """A block begins and never ends: the answer was cut off before it began, so there is nothing to read."""
+
+
+def without_thinking(text: str) -> Visible:
+    """Take `<think>...</think>` out of an answer.
+
+    Chat templates that open the block themselves leave an answer with its end alone; what stands before it goes too.
+    """
+    rest = _THOUGHT.sub("", text)
+    rest = rest.rsplit("</think>", 1)[-1]
+    if "<think>" in rest:
+        return Visible("", True, True)
+    return Visible(rest.strip(), True, False) if rest != text else Visible(text, False, False)
 
 
 def score_answer(
@@ -147,7 +222,8 @@ def score_answer(
         raise EvalError(f"Document {document.id!r} has no reference answer and cannot be scored.")
     if text is None:
         return Scored(document=document, text="", parsed="", score=0.0, failed=True, cluster=cluster)
-    parsed = EXTRACTORS[extraction](text, document)
+    visible = without_thinking(text)
+    parsed = "" if visible.unclosed else EXTRACTORS[extraction](visible.text, document)
     # An answer that cannot be read is wrong, whatever a metric makes of an empty string.
     score = METRICS[metric](parsed, document) if parsed.strip() else 0.0
     assert 0.0 <= score <= 1.0, (metric, document.id, score)

@@ -17,6 +17,7 @@ from mm_moslora.files import output_file
 
 from .answers import line, read_folder
 from .metrics import vqa
+from .scoring import without_thinking
 from .views import DOCUMENTS, answers_folder, find_view
 
 Row = Mapping[str, Any]
@@ -47,7 +48,7 @@ def write_submission(place: Path, out: Path, *, form: str) -> int:
     missing = [row["id"] for row in documents if row["key"] not in answers]
     if missing:
         raise EvalError(f"{place}: {len(missing)} documents have no answer yet (first: {missing[0]!r}); run it again.")
-    rows = [row | {"text": answers[row["key"]]["text"] or ""} for row in documents]
+    rows = [row | {"text": without_thinking(answers[row["key"]]["text"] or "").text} for row in documents]
     output_file(out).parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(FORMS[form](rows))
     return sum(answers[row["key"]]["text"] is None for row in documents)

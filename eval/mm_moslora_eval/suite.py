@@ -134,7 +134,7 @@ class Comparison:
     @property
     def caution(self) -> str:
         """What a reader must know whose task has another headline than the mean; empty for a mean."""
-        if self.aggregation in ("mean", "circular", "ocrbench", "mmvet"):
+        if self.aggregation in ("mean", "circular", "ocrbench", "mmvet", "mmvet_vlmevalkit"):
             return ""  # means of samples, or of questions
         return (
             f"Wins, losses and p-values are about single samples; the headline of this task adds them up otherwise "

@@ -71,6 +71,8 @@ class Task:
     published: tuple[Published, ...] = ()
     notes: str = ""
     """What a reader of the score must know."""
+    differences: tuple[str, ...] = ()
+    """Where it differs from the harness that the protocol is named after, one sentence each."""
     folder: str | None = None
     """Where the task file lies; data files are looked for there too."""
 

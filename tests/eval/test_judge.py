@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 from mm_moslora_eval import cli
 from mm_moslora_eval.endpoint import Endpoint
-from mm_moslora_eval.judge import Judge
+from mm_moslora_eval.judge import WORDING, Judge
 from mm_moslora_eval.registry import get_task
 from mm_moslora_eval.results import read_results, score_folder
 from mm_moslora_eval.runner import Settings
@@ -85,8 +85,8 @@ def test_input_08_mmvet_is_graded_retried_cached_and_counted(mmvet: Path, tmp_pa
         assert result.counts.not_inferable == 1  # five replies that are no grade
         assert result.metrics["rec"] == pytest.approx(0.65)
         assert result.about["judge"] | {"url": ""} == {
-            "model": "j", "url": "", "cached": 0, "calls": 1 + 3 + 5, "retries": 0, "prompt_tokens": 90,
-            "completion_tokens": judge.endpoint.usage.completion_tokens,
+            "model": "j", "url": "", "wording": WORDING, "cached": 0, "calls": 1 + 3 + 5, "retries": 0,
+            "prompt_tokens": 90, "completion_tokens": judge.endpoint.usage.completion_tokens,
         }  # fmt: skip
         prompt = next(p["messages"][0]["content"] for p in server.payloads if "Q0?" in p["messages"][0]["content"])
         assert "a <AND> b" in prompt

@@ -76,6 +76,14 @@ ROWS: dict[str, dict[str, Any]] = {
         "image_height": 6, "image_width": 8, "image_id": 253, "image_license": 0, "image_open_images_id": "o",
         "annotations_ids": [0, 1], "annotations_captions": ["A baby.", "A small baby."],
     },
+    "lmms-lab-encoder/MMVet": {
+        "question_id": "v1_0", "image": PICTURE, "question": "What is x?", "answer": "-1<AND>-5",
+        "image_source": "s", "capability": "ocr,math",
+    },
+    "lmms-lab-encoder/llava-bench-in-the-wild": {
+        "question_id": 0, "image_id": "001.jpg", "image": PICTURE, "question": "Where?", "gpt_answer": "On a volcano.",
+        "category": "conv", "caption": "A volcano.",
+    },
 }  # fmt: skip
 EXPECTED: dict[str, tuple[str, int, dict[str, str], tuple[str, ...]]] = {
     "lmms-lab-encoder/VQAv2": ("7001", 1, {}, ("blue",) * 10),
@@ -93,6 +101,8 @@ EXPECTED: dict[str, tuple[str, int, dict[str, str], tuple[str, ...]]] = {
         "000000179765.jpg", 1, {}, ("A black motorcycle.", "A motorcycle (Honda)."),
     ),
     "lmms-lab-encoder/NoCaps": ("253", 1, {}, ("A baby.", "A small baby.")),
+    "lmms-lab-encoder/MMVet": ("v1_0", 1, {}, ("-1<AND>-5",)),
+    "lmms-lab-encoder/llava-bench-in-the-wild": ("0", 1, {}, ("On a volcano.",)),
 }  # fmt: skip
 """Id, number of pictures, options and references of the row."""
 

@@ -16,7 +16,7 @@ from mm_moslora_eval.aggregation import AGGREGATIONS, headline_difference
 from mm_moslora_eval.baselines import TrainingAnswer, baseline
 from mm_moslora_eval.documents import DataSet, Document
 from mm_moslora_eval.images import Hasher, derangement, mean_image
-from mm_moslora_eval.metrics import documents, exact, judged, mathvista, mcq, vqa, yesno
+from mm_moslora_eval.metrics import exact, judged, mcq, vqa, yesno
 from mm_moslora_eval.registry import get_task
 from mm_moslora_eval.requests import Preparation, deal
 from mm_moslora_eval.runner import Settings
@@ -44,9 +44,6 @@ def test_defaults_do_not_share_the_anchors_faults() -> None:
     assert vqa.soft_accuracy("yes", ["yes", "yes", "no"]) == pytest.approx(2 / 3 * 0.5 + 1 / 3)
     assert yesno.extract_yes_no("") == ""
     assert yesno.extract_yes_no("eyes") == ""
-    assert documents.ocrbench("anything", [""], "Doc-oriented VQA") == 0
-    question = mathvista.Question(question_type="multi_choice", answer_type="text", choices=("one", "two"))
-    assert mathvista.normalize("", question) is None
     assert judged.mmvet_grade("nan") is None
     assert judged.mmvet_scores([("rec", 1.0), ("rec,ocr", 0.0)])["by_capability"]["rec"] == 50.0
     assert exact.exact_match(" Yes. ", "yes") == 1.0

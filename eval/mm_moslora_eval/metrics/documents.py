@@ -87,11 +87,6 @@ def ocrbench_lmms_eval(text: str, references: Sequence[str], category: str) -> i
     return _contains(text.strip(), references, category, fold=True)
 
 
-def ocrbench(text: str, references: Sequence[str], category: str) -> int:
-    """The default: as lmms-eval, but an empty reference matches nothing."""
-    return ocrbench_lmms_eval(text, [reference for reference in references if reference.strip()], category)
-
-
 OCRBENCH_GROUPS = {
     "Regular Text Recognition": "Text Recognition",
     "Irregular Text Recognition": "Text Recognition",

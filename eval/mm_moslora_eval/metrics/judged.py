@@ -19,19 +19,18 @@ def mmvet_grade(reply: str) -> float | None:
     return value if value is not None and 0 <= value <= 1 else None
 
 
-def mmvet_grade_of_tries(replies: Iterable[str], *, tries: int = 5) -> float:
-    """VLMEvalKit's rule: the first of up to five replies that `float` takes and that is not outside [0, 1], else 0.
+def mmvet_grade_vlmevalkit(reply: str) -> float | None:
+    """VLMEvalKit's rule: what `float` takes and lies in [0, 1]. `nan`, which it takes for a grade, is none here."""
+    try:
+        grade = float(reply)
+    except ValueError:
+        return None
+    return grade if 0 <= grade <= 1 else None
 
-    `nan` is outside of nothing, so there it is a grade; `mmvet_grade` refuses it.
-    """
-    for _, reply in zip(range(tries), replies, strict=False):
-        try:
-            grade = float(reply)
-        except ValueError:
-            continue
-        if not (grade < 0 or grade > 1):
-            return grade
-    return 0.0
+
+def mmvet_grade_lmms_eval(reply: str) -> float | None:
+    """lmms-eval's rule: the same for the first word of the reply."""
+    return mmvet_grade_vlmevalkit(reply.strip().split(" ")[0])
 
 
 def mmvet_table_row(question: str, reference: str, prediction: str) -> str:

@@ -61,20 +61,8 @@ def _choice(text: str, choices: Sequence[str]) -> str:
     return min(choices, key=lambda choice: levenshtein(text, choice))
 
 
-def normalize(text: str, question: Question) -> str | None:
-    """The default: as the official form, but an empty text stays unanswered instead of becoming a choice.
-
-    A float without a given precision keeps its digits.
-    """
-    if not text.strip():
-        return None
-    if question.answer_type == "float" and question.question_type != "multi_choice" and question.precision is None:
-        return _attempt(lambda: str(float(text)))
-    return normalize_official(text, question)
-
-
 def equal(normalized: str | None, reference: str) -> bool:
-    """The default: equal without surrounding space; what could not be normalised equals nothing, not even `None`."""
+    """Equal without surrounding space; what could not be normalised equals nothing, not even `None`."""
     return normalized is not None and normalized.strip() == reference.strip()
 
 
@@ -102,6 +90,12 @@ def prefetch_vlmevalkit(text: str, question: Question, reference: str) -> str | 
         return vlmevalkit(text, _named(question)) or False
     answer, gold = _vlmevalkit_pair(text, question, reference)
     return answer if answer is not None and answer == gold else False
+
+
+def extract_vlmevalkit(text: str, question: Question, reference: str) -> str:
+    """What VLMEvalKit reads before it asks a judge, as text; empty where it would ask."""
+    found = prefetch_vlmevalkit(text, question, reference)
+    return str(found) if found else ""
 
 
 def correct_vlmevalkit(text: str, question: Question, reference: str) -> bool:

@@ -93,8 +93,13 @@ _AFFIXES = (
 
 
 def lmms_eval_mmbench(text: str, options: Options) -> str:
-    """lmms-eval's MMBench evaluator: a token that is a letter, bare or with one of twelve affixes, else option text."""
-    return _affixed_letter(text) or _option_text(text, {key: options[key] for key in options if key in "ABCD"})
+    """lmms-eval's static MMBench evaluator, in two stages.
+
+    First a token that is a letter, bare or with one of twelve affixes, else the text of one option; where that finds
+    nothing, lmms-eval's general extractor.
+    """
+    known = {key: options[key] for key in options if key in "ABCD"}
+    return _affixed_letter(text) or _option_text(text, known) or lmms_eval(text, known)
 
 
 def _affixed_letter(text: str) -> str:

@@ -6,7 +6,7 @@ Source: the evaluation script of MMMU. Letters are parsed in `mcq.mmmu_official`
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 Parsed = str | float
 
@@ -61,6 +61,14 @@ def _shortest(tails: Sequence[str]) -> str:
         if not best or len(tail) < len(best):
             best = tail
     return best
+
+
+def options_vlmevalkit(references: Sequence[str]) -> Mapping[str, str]:
+    """The two options that VLMEvalKit makes of an open question: A is the reference, B is everything else.
+
+    Several references are one option there, written as a Python list.
+    """
+    return {"A": references[0] if len(references) == 1 else str(list(references)), "B": "Other Answers"}
 
 
 def open_correct(parsed: Sequence[Parsed], reference: str | Sequence[str]) -> bool:

@@ -6,7 +6,7 @@ Extractors return `yes`, `no` or an empty string when neither can be inferred.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .vqa import punctuation_vlmevalkit
@@ -39,6 +39,11 @@ def pope_llava(text: str) -> str:
     """LLaVA for POPE: `No`, `no` or `not` before the first period is a no; everything else, silence too, a yes."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if any(word in words for word in ("No", "not", "no")) else "yes"
+
+
+def hallusionbench_lmms_eval(text: str) -> str:
+    """lmms-eval for HallusionBench without its judge: `yes` anywhere in the answer is a yes, everything else a no."""
+    return "yes" if "yes" in text.lower() else "no"
 
 
 def pope_lmms_eval(text: str) -> str:
@@ -91,26 +96,8 @@ def pope(verdicts: Sequence[tuple[str, str]]) -> BinaryReport:
     )
 
 
-def _verdicts(samples: Iterable[Sample], extract: Callable[[str], str]) -> list[tuple[str, str]]:
-    return [(extract(sample["prediction"]), sample["answer"].strip().lower()) for sample in samples]
-
-
-def pope_report_llava(samples: Sequence[Sample]) -> dict[str, float]:
-    """LLaVA's POPE numbers for one file.
-
-    Raises:
-        ZeroDivisionError: no positive answers, references or hits, as in the source.
-    """
-    report = pope(_verdicts(samples, pope_llava))
-    if not report.tp:
-        raise ZeroDivisionError("no answer `yes` is right, so F1 has no value")
-    counts = {"TP": report.tp, "FP": report.fp, "TN": report.tn, "FN": report.fn}
-    return counts | {name: getattr(report, name) for name in ("accuracy", "precision", "recall", "f1", "yes_ratio")}
-
-
-def pope_report_lmms_eval(samples: Sequence[Sample]) -> dict[str, float]:
-    """lmms-eval's POPE numbers: recall ignores answers that are neither, and the yes ratio is that of the labels."""
-    verdicts = _verdicts(samples, pope_lmms_eval)
+def pope_lmms_eval_rates(verdicts: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """lmms-eval's POPE rates: recall leaves out answers that are neither, and the yes ratio is that of the labels."""
     report = pope(verdicts)
     said_no = sum(answer == "no" and reference == "yes" for answer, reference in verdicts)
     recall = _ratio(report.tp, report.tp + said_no)
@@ -120,24 +107,6 @@ def pope_report_lmms_eval(samples: Sequence[Sample]) -> dict[str, float]:
         "recall": recall,
         "f1": _ratio(2 * report.precision * recall, report.precision + recall),
         "yes_ratio_of_ground_truth": _ratio(sum(reference == "yes" for _, reference in verdicts), len(verdicts)),
-    }
-
-
-def pope_report_vlmevalkit(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
-    """VLMEvalKit's POPE numbers in percent, overall and per category; a row may name several categories."""
-    exploded = [(name, sample) for sample in samples for name in sample["category"].split(",")]
-    groups: dict[str, list[Sample]] = {"Overall": [sample for _, sample in exploded]}
-    for name, sample in exploded:
-        groups.setdefault(name, []).append(sample)
-    reports = {name: pope(_verdicts(members, vlmevalkit)) for name, members in groups.items()}
-    return {
-        name: {
-            "f1": report.f1 * 100,
-            "acc": report.accuracy * 100,
-            "precision": report.precision * 100,
-            "recall": report.recall * 100,
-        }
-        for name, report in reports.items()
     }
 
 
@@ -179,77 +148,27 @@ def mme(scores: Iterable[tuple[str, str, float]]) -> dict[str, float]:
     return sums | per_task
 
 
-def _mme(samples: Iterable[Sample], extract: Callable[[str], str]) -> dict[str, float]:
-    return mme(
-        (
-            sample["category"],
-            sample["question_id"],
-            float(extract(sample["prediction"]) == sample["answer"].lower().strip().replace(".", "")),
-        )
-        for sample in samples
-    )
-
-
-def mme_report_lmms_eval(samples: Iterable[Sample]) -> dict[str, float]:
-    """lmms-eval's two sums."""
-    scores = _mme(samples, mme_lmms_eval)
-    return {"mme_perception_score": scores["perception"], "mme_cognition_score": scores["cognition"]}
-
-
-def mme_report_vlmevalkit(samples: Iterable[Sample]) -> dict[str, float]:
-    """VLMEvalKit's sums (it calls cognition `reasoning`) and sub-tasks."""
-    scores = _mme(samples, vlmevalkit)
-    scores["reasoning"] = scores.pop("cognition")
-    return scores
-
-
-def _share_all_right(samples: Sequence[Sample], right: Sequence[bool], key: Callable[[Sample], Hashable]) -> float:
-    groups: dict[Hashable, bool] = {}
+def _share_all_right(samples: Sequence[Sample], right: Sequence[bool], columns: Sequence[str]) -> float:
+    groups: dict[tuple[str, ...], bool] = {}
     for sample, verdict in zip(samples, right, strict=True):
-        groups[key(sample)] = groups.get(key(sample), True) and verdict
+        key = tuple(sample[name] for name in columns)
+        groups[key] = groups.get(key, True) and verdict
     return _ratio(sum(groups.values()), len(groups))
 
 
-def _hallusion(
-    samples: Sequence[Sample], right: Sequence[bool], place: Callable[[Sample], tuple[str, ...]]
+def hallusionbench(
+    samples: Sequence[Sample], right: Sequence[bool], *, within: Sequence[str] = ("category", "subcategory")
 ) -> dict[str, float]:
-    return {
-        "aAcc": _ratio(sum(right), len(right)),
-        "fAcc": _share_all_right(samples, right, lambda item: (*place(item), item["set_id"], item["figure_id"])),
-        "qAcc": _share_all_right(samples, right, lambda item: (*place(item), item["set_id"], item["question_id"])),
-    }
-
-
-def _place(sample: Sample) -> tuple[str, ...]:
-    return (sample["category"], sample["subcategory"])
-
-
-def hallusionbench(samples: Sequence[Sample], right: Sequence[bool]) -> dict[str, float]:
     """HallusionBench's three shares: questions (aAcc), figures (fAcc) and questions over all figures (qAcc) all right.
 
     Args:
         samples: with category, subcategory, set_id, figure_id and question_id.
         right: whether each answer is right.
+        within: the columns that tell the sets of one number apart. The benchmark's own script and lmms-eval take both
+            columns; VLMEvalKit takes the sub-category alone, so that `VD` and `VS` share the sets of a sub-category.
     """
-    return _hallusion(samples, right, _place)
-
-
-def hallusionbench_lmms_eval(samples: Sequence[Sample]) -> dict[str, float]:
-    """lmms-eval without its judge: `yes` anywhere in the answer is a yes, everything else a no."""
-    right = [("yes" in sample["prediction"].lower()) == (sample["answer"].lower() == "yes") for sample in samples]
-    return hallusionbench(samples, right)
-
-
-def hallusionbench_vlmevalkit(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
-    """VLMEvalKit without its judge, in percent; figures are grouped by sub-category, whatever the category."""
-    right = [answer == reference for answer, reference in _verdicts(samples, vlmevalkit)]
-    groups: dict[str, list[int]] = {"Overall": list(range(len(samples)))}
-    for index, sample in enumerate(samples):
-        for name in dict.fromkeys((sample["category"], sample["subcategory"])):
-            groups.setdefault(name, []).append(index)
-    reports = {}
-    for name, members in groups.items():
-        chosen, verdicts = [samples[index] for index in members], [right[index] for index in members]
-        shares = _hallusion(chosen, verdicts, lambda sample: (sample["subcategory"],))
-        reports[name] = {key: 100 * value for key, value in shares.items()}
-    return reports
+    return {
+        "aAcc": _ratio(sum(right), len(right)),
+        "fAcc": _share_all_right(samples, right, (*within, "set_id", "figure_id")),
+        "qAcc": _share_all_right(samples, right, (*within, "set_id", "question_id")),
+    }

@@ -1,0 +1,211 @@
+"""Runs of shipped tasks on given answers, and what their protocols call."""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from mm_moslora_eval import runner
+from mm_moslora_eval.aggregation import AGGREGATIONS
+from mm_moslora_eval.documents import DataSet, Document
+from mm_moslora_eval.endpoint import Endpoint, Usage
+from mm_moslora_eval.judge import GRADERS, JUDGE_EXTRACTIONS, Judge
+from mm_moslora_eval.model import Answer, OptionRequest, OptionScore, Request
+from mm_moslora_eval.registry import all_tasks, get_task
+from mm_moslora_eval.results import TaskResult, score_folder
+from mm_moslora_eval.scoring import EXTRACTORS, METRICS
+from mm_moslora_eval.sources import hf
+from mm_moslora_eval.task import Task
+from mm_moslora_eval.tasks.wordings import WORDINGS
+
+ONE = runner.Settings(batch_size=64, rank=0, world_size=1)
+
+
+class GivenAnswers:
+    """A model whose answers, or log-likelihoods of the options, are known."""
+
+    name = "given answers"
+    fingerprint = "given"
+
+    def __init__(self, answers: dict[str, Any]) -> None:
+        self._answers = answers
+        self.asked: list[OptionRequest] = []
+
+    def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
+        for index, request in enumerate(requests):
+            yield index, Answer(text=self._answers[request.id], tokens=1, finish_reason="stop")
+
+    def loglikelihood(
+        self, requests: Sequence[OptionRequest], *, batch_size: int
+    ) -> Iterator[tuple[int, tuple[OptionScore, ...]]]:
+        self.asked += requests
+        for index, item in enumerate(requests):
+            values = self._answers[item.request.id]
+            yield index, tuple(OptionScore(logprob=float(value), tokens=1) for value in values)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run of a shipped protocol wrote."""
+
+    result: TaskResult
+    samples: list[dict[str, Any]]
+    model: GivenAnswers
+
+    @property
+    def scores(self) -> list[Any]:
+        return [sample["score"] for sample in self.samples]
+
+    @property
+    def parsed(self) -> list[str]:
+        return [sample["parsed"] for sample in self.samples]
+
+
+class Runs:
+    """Runs shipped protocols below a folder, each in one of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count = folder, 0
+
+    def folder(self) -> Path:
+        """A new empty folder."""
+        self._count += 1
+        place = self._folder / str(self._count)
+        place.mkdir()
+        return place
+
+    def __call__(
+        self,
+        name: str,
+        documents: Sequence[Document],
+        answers: Sequence[Any],
+        *,
+        judge: Callable[[str, float], str] | None = None,
+    ) -> Run:
+        """Run a task of the registry on documents with answers in place of a model, and score it.
+
+        Args:
+            name: TASK@PROTOCOL.
+            documents: with ids of their own.
+            answers: one per document: its text, or the log-likelihoods of its options.
+            judge: (prompt, temperature) -> reply.
+        """
+        folder = self.folder()
+        model = GivenAnswers({document.id: answer for document, answer in zip(documents, answers, strict=True)})
+        data = DataSet(documents=tuple(documents), path="golden", sha256="0")
+        with runner.open_run(folder, model):
+            place = runner.run_task(model, get_task(name), folder, settings=ONE, data=data)
+        asked = None if judge is None else Judge(scripted(judge), cache=folder / "judge")
+        result = score_folder(place, judge=asked)
+        rows = (place / "samples.jsonl").read_text(encoding="utf-8").split("\n")
+        return Run(result, [json.loads(row) for row in rows if row], model)
+
+
+def scripted(reply: Callable[[str, float], str]) -> Endpoint:
+    """An endpoint that answers without a network."""
+
+    class Scripted:
+        model, url, usage = "scripted", "none", Usage()
+
+        def chat(self, payload: dict[str, Any]) -> dict[str, Any]:
+            text = reply(payload["messages"][0]["content"], payload["temperature"])
+            return {"choices": [{"message": {"content": text}}], "usage": {}}
+
+    return cast(Endpoint, Scripted())
+
+
+def shipped_protocols() -> dict[str, Task]:
+    """Every shipped task, and the two that a data file is by itself."""
+    return all_tasks() | {name: get_task(name) for name in ("llava:questions.jsonl", "tsv:bench.tsv")}
+
+
+def functions_of(task: Task) -> dict[str, Callable[..., Any]]:
+    """Every function of this package that the parts of a protocol can call, by `module.name`.
+
+    Names in the code of a function are followed to what they stand for in its module; the tables of parts are not,
+    since a protocol uses only the parts that it names.
+    """
+    tables = [id(table) for table in (EXTRACTORS, METRICS, AGGREGATIONS, GRADERS, JUDGE_EXTRACTIONS, WORDINGS)]
+    waiting: list[Any] = list(_parts(task))
+    found: dict[str, Callable[..., Any]] = {}
+    seen: set[int] = set(tables)
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, partial):
+            waiting += [item.func, *item.args, *item.keywords.values()]
+        elif isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, tuple | list):
+            waiting += item
+        elif isinstance(item, types.FunctionType) and item.__module__.startswith("mm_moslora_eval."):
+            found[f"{item.__module__.rsplit('.', 1)[1]}.{item.__name__}"] = item
+            waiting += _used_by(item)
+        found |= _named_partials(item)
+    return found
+
+
+def _parts(task: Task) -> Iterator[Any]:
+    yield EXTRACTORS[task.extraction]
+    yield METRICS[task.metric] if task.metric in METRICS else GRADERS[task.metric]
+    yield AGGREGATIONS[task.aggregation]
+    if task.extraction in JUDGE_EXTRACTIONS:
+        find, then = JUDGE_EXTRACTIONS[task.extraction]
+        yield from (find, EXTRACTORS[then])
+    if task.prompt.function is not None:
+        yield WORDINGS[task.prompt.function]
+    if task.decoding.kind != "generate":
+        yield runner._row
+    if task.source.lm_eval_task is not None:
+        yield hf._choices
+
+
+def _used_by(function: types.FunctionType) -> Iterator[Any]:
+    yield from (cell.cell_contents for cell in function.__closure__ or ())
+    names = set(_names(function.__code__))
+    for name in names & function.__globals__.keys():
+        value = function.__globals__[name]
+        if isinstance(value, types.ModuleType) and value.__name__.startswith("mm_moslora_eval."):
+            yield from (getattr(value, other) for other in names if hasattr(value, other))
+        else:
+            yield value
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def public_metrics() -> dict[str, Callable[..., Any]]:
+    """Every public function of `mm_moslora_eval.metrics`, by `module.name`."""
+    import importlib
+    import pkgutil
+
+    import mm_moslora_eval.metrics as package
+
+    found: dict[str, Callable[..., Any]] = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        for name, value in vars(module).items():
+            own = isinstance(value, types.FunctionType) and value.__module__ == module.__name__
+            if not name.startswith("_") and (own or isinstance(value, partial)):
+                found[f"{info.name}.{name}"] = value
+    return found
+
+
+def _named_partials(item: Any) -> dict[str, Callable[..., Any]]:
+    if not isinstance(item, partial):
+        return {}
+    return {name: item for name, value in public_metrics().items() if value is item}

@@ -1,0 +1,205 @@
+"""Protocols that bear the name of a harness: what they call, how they read, and what they say of themselves."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mm_moslora_eval import cli, judge
+from mm_moslora_eval.aggregation import AGGREGATIONS
+from mm_moslora_eval.documents import Document
+from mm_moslora_eval.registry import all_tasks, get_task
+from mm_moslora_eval.scoring import EXTRACTORS, JUDGED, METRICS, score_answer
+from mm_moslora_eval.submissions import write_submission
+
+from tests.eval import test_golden
+from tests.eval.protocol_runs import Runs, functions_of, public_metrics, shipped_protocols
+
+HARNESSES = ("llava", "vlmevalkit", "lmms_eval", "official", "moslora", "vlmevalkit_2024_06")
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Runs:
+    return Runs(tmp_path)
+
+
+def test_every_public_metric_is_called_by_a_shipped_protocol() -> None:
+    called = {id(function) for task in shipped_protocols().values() for function in functions_of(task).values()}
+    unused = sorted(name for name, function in public_metrics().items() if id(function) not in called)
+    assert not unused, f"wire them into a task of eval/tasks or delete them: {', '.join(unused)}"
+
+
+def test_a_function_that_another_protocol_calls_is_not_taken_for_this_ones() -> None:
+    called = functions_of(get_task("pope@llava"))
+    assert {"yesno.pope", "yesno.pope_llava", "statistics.bootstrap_stderr"} <= called.keys()
+    assert not {"yesno.pope_lmms_eval", "yesno.pope_lmms_eval_rates", "yesno.mme", "mcq.lmms_eval"} & called.keys()
+
+
+def test_every_part_that_is_named_after_a_harness_is_part_of_a_shipped_protocol() -> None:
+    tasks = shipped_protocols().values()
+    used = {name for task in tasks for name in (task.extraction, task.metric, task.aggregation)}
+    parts = {*EXTRACTORS, *METRICS, *AGGREGATIONS, *JUDGED}
+    assert not [name for name in sorted(parts - used) if name.endswith(HARNESSES)]
+
+
+def test_golden_values_come_from_runs_of_the_registrys_tasks() -> None:
+    tree = ast.parse(Path(test_golden.__file__).read_text(encoding="utf-8"))
+    imported = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    imported += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
+    assert not [name for name in imported if "metrics" in name or name.endswith((".scoring", ".aggregation"))]
+    names = {name for name in all_tasks() if f'"{name}"' in Path(test_golden.__file__).read_text(encoding="utf-8")}
+    assert len(names) > 30
+
+
+def test_the_default_protocol_is_the_one_that_model_reports_use() -> None:
+    assert get_task("mmmu_val").protocol == "official"
+    first = {task.name: task for task in reversed(all_tasks().values())}
+    without_published = {
+        name for name, task in first.items()
+        if not task.published and any(other.published for other in all_tasks().values() if other.name == name)
+    }  # fmt: skip
+    assert without_published == set()
+
+
+def test_a_protocol_says_where_it_differs_in_its_description_and_its_results(runs: Runs) -> None:
+    task = get_task("mmvet@vlmevalkit")
+    assert any("this project's wording" in text for text in task.differences)
+    assert "differs:     The judge is asked in this project's wording" in cli.describe("mmvet@vlmevalkit")
+    document = Document(id="1", question="q", answers=("a",), category="rec")
+    run = runs("mmvet@vlmevalkit", [document], ["b"], judge=lambda *_: "0.5")
+    assert run.result.about["differences"] == list(task.differences)
+    assert run.result.about["judge"]["wording"] == judge.WORDING
+
+
+def test_every_judged_protocol_names_the_wording_as_this_projects() -> None:
+    judged = [task for task in all_tasks().values() if task.metric in JUDGED or task.extraction.startswith("mathvista")]
+    assert len(judged) >= 12
+    assert not [task.id for task in judged if not any("this project's wording" in text for text in task.differences)]
+
+
+@pytest.mark.parametrize("protocol", ["official", "llava", "vlmevalkit", "moslora", "lmms_eval"])
+def test_an_open_question_of_mmmu_is_right_when_the_answer_is_the_reference(protocol: str, runs: Runs) -> None:
+    made = [Document(id=str(n), question="How many?", answers=("3",)) for n in range(2)]
+    assert runs(f"mmmu_val@{protocol}", made, ["3", "7"]).scores == [1.0, 0.0]
+
+
+def test_mmmu_asks_open_questions_as_its_repository_does() -> None:
+    prompt = get_task("mmmu_val@official").prompt
+    short = "Answer the question using a single word or phrase."
+    assert prompt.text(Document(id="1", question="How many?", answers=("3",))) == f"How many?\n{short}"
+    choice = prompt.text(Document(id="1", question="Which?", options={"A": "x", "B": "y"}, answers=("A",)))
+    assert choice == "Which?\n(A) x\n(B) y\n\nAnswer with the option's letter from the given choices directly."
+
+
+MMBENCH = ("**B**", "[B]", "B;", '"B"', r"\boxed{B}", "<answer>B</answer>", "It is option B!", "The answer is **B**.")
+
+
+@pytest.mark.parametrize("name", ["mmbench_en_dev@lmms_eval", "mmbench_cn_dev@lmms_eval"])
+def test_lmms_eval_reads_mmbench_in_two_stages(name: str, runs: Runs) -> None:
+    options = {"A": "teddy bear", "B": "rabbit", "C": "cat", "D": "dog"}
+    made = [Document(id=str(n), question="q", options=options, answers=("B",)) for n in range(len(MMBENCH))]
+    assert runs(name, made, MMBENCH).parsed == ["B"] * len(MMBENCH)
+
+
+def pope(runs: Runs, protocol: str, answers: Sequence[str]) -> dict[str, float]:
+    made = [
+        Document(id=str(n), question="q", answers=("yes" if n < 3 else "no",), category="random")
+        for n in range(len(answers))
+    ]
+    return runs(f"pope@{protocol}", made, answers).result.metrics
+
+
+def test_lmms_eval_leaves_unreadable_answers_out_of_popes_recall(runs: Runs) -> None:
+    said = ["yes", "no", "Perhaps", "no"]
+    assert pope(runs, "lmms_eval", said)["recall"] == 0.5
+    assert pope(runs, "lmms_eval", said)["yes_ratio_of_ground_truth"] == 0.75
+    assert pope(runs, "vlmevalkit", said)["recall"] == pytest.approx(1 / 3)
+
+
+def test_mme_questions_are_stripped_where_the_sources_strip_them() -> None:
+    question = " Is it red?  Please answer yes or no."
+    document = Document(id="1", question=question, answers=("yes",))
+    short = "\nAnswer the question using a single word or phrase."
+    assert get_task("mme@lmms_eval").prompt.text(document) == f"Is it red? {short}"
+    assert get_task("mme@llava").prompt.text(document) == f"Is it red?{short}"
+    assert get_task("mme@vlmevalkit").prompt.text(document) == question
+
+
+def test_vlmevalkit_decodes_as_long_as_its_llava() -> None:
+    tasks = [task for task in all_tasks().values() if task.protocol == "vlmevalkit"]
+    assert len(tasks) > 20
+    assert {task.decoding.max_new_tokens for task in tasks} == {2048}
+
+
+def test_llava_protocols_read_as_llavas_scripts_where_it_has_one(runs: Runs) -> None:
+    options = {"A": "cat", "B": "dog"}
+    made = [Document(id=str(n), question="q", options=options, answers=("A",)) for n in range(3)]
+    assert runs("scienceqa_img@llava", made, ["A. cat", "(A)", "The answer is A."]).scores == [1.0, 0.0, 1.0]
+    assert runs("seedbench_image@llava", made, ["A", "A.", "a"]).scores == [1.0, 0.0, 0.0]
+    for name in ("ai2d", "mmstar", "realworldqa", "mmbench_en_dev", "mmbench_cn_dev", "mmmu_val", "mmbench_cc"):
+        assert any("this project's own rules" in text for text in get_task(f"{name}@llava").differences), name
+
+
+def test_mathvista_reads_the_choices_of_vlmevalkits_file(runs: Runs) -> None:
+    extra = {"question_type": "multi_choice", "answer_type": "text", "choices": "['one', 'two']"}
+    document = Document(id="1", question="q", answers=("two",), extra=extra)
+    assert runs("mathvista_testmini@vlmevalkit", [document], ["(B)"]).scores == [1.0]
+
+
+THOUGHTS = {
+    "<think>Is it A? No.</think>\n\nB": "B",
+    "It may be A.</think>B": "B",  # the chat template has opened the block
+    "<think>A</think><think>A again</think> B": "B",
+    "<think>The answer is B": "",
+    "<think>A</think> B <think>or": "",
+    "B": "B",
+}
+
+
+def test_thinking_is_taken_out_before_anything_is_read_and_counted(runs: Runs) -> None:
+    options = {"A": "cat", "B": "dog"}
+    made = [Document(id=str(n), question="q", options=options, answers=("B",)) for n in range(len(THOUGHTS))]
+    run = runs("ai2d@vlmevalkit", made, list(THOUGHTS))
+    assert run.parsed == list(THOUGHTS.values())
+    counts = run.result.counts
+    assert (counts.thinking, counts.unclosed_thinking, counts.not_inferable) == (5, 2, 2)
+    assert [sample["text"] for sample in run.samples] == list(THOUGHTS)
+
+
+def test_a_yes_within_thinking_is_no_answer() -> None:
+    document = Document(id="1", question="q", answers=("no",))
+    rules: dict[str, Any] = {"extraction": "yes_no_pope_llava", "metric": "equal_ignore_case"}
+    assert score_answer(document, "<think>Yes, or not?</think>Yes", **rules).score == 0.0
+    assert score_answer(document, "<think>Is it not", **rules).parsed == ""
+
+
+def test_a_judge_and_a_server_see_no_thinking(runs: Runs, tmp_path: Path) -> None:
+    shown: list[str] = []
+
+    def grade(prompt: str, _: float) -> str:
+        shown.append(prompt)
+        return "1.0"
+
+    made = [Document(id=str(n), question=f"Q{n}?", answers=("a",), category="rec") for n in range(2)]
+    said = ["<think>secret</think>a cat", "<think>secret and no end"]
+    run = runs("mmvet@llava", made, said, judge=grade)
+    assert run.scores == [1.0, 0.0]
+    assert len(shown) == 1
+    assert "a cat" in shown[0]
+    assert "secret" not in shown[0]
+    assert (run.result.counts.thinking, run.result.counts.unclosed_thinking) == (2, 1)
+    (place,) = tmp_path.glob("*/mmvet@llava/own")
+    write_submission(place, tmp_path / "out.json", form="mmvet")
+    assert json.loads((tmp_path / "out.json").read_text()) == {"v1_0": "a cat", "v1_1": ""}
+
+
+def test_without_a_judge_thinking_is_counted_all_the_same(runs: Runs) -> None:
+    document = Document(id="1", question="q", answers=("a",), category="rec")
+    result = runs("mmvet@llava", [document], ["<think>x</think>a"]).result
+    assert math.isnan(result.score)
+    assert result.counts.thinking == 1
