@@ -306,11 +306,11 @@ def _without_scores(given: Sequence[tuple[Document, str | None]], clusters: Sequ
 
 
 def _submit(task: Task, view: Path) -> str:
-    from .submissions import DEFAULT_FORM, SUFFIXES, write_submission
+    from .submissions import DEFAULT_FORM, SUFFIXES, submission
 
     form = DEFAULT_FORM.get(task.name, "vlmevalkit")
     path = view / f"submission.{SUFFIXES.get(form, 'json')}"
-    write_submission(view, path, form=form)
+    path.write_bytes(submission(view, form=form)[0])  # the run's own file: scoring again writes it again
     return f"The answers were written to {path} in the form {form!r}."
 
 

@@ -40,6 +40,18 @@ def write_submission(place: Path, out: Path, *, form: str) -> int:
         EvalError: an unknown form, a folder without answers, or documents that have not been asked.
         ConfigError: `out` is a folder, or a file that exists.
     """
+    content, missing = submission(place, form=form)
+    output_file(out).parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(content)
+    return missing
+
+
+def submission(place: Path, *, form: str) -> tuple[bytes, int]:
+    """What `write_submission` writes, and how many documents had no answer.
+
+    Raises:
+        EvalError: see `write_submission`.
+    """
     if form not in FORMS:
         raise EvalError(f"No submission form {form!r}.{suggestion(form, FORMS)} Known: {', '.join(FORMS)}.")
     view = find_view(place)
@@ -49,9 +61,7 @@ def write_submission(place: Path, out: Path, *, form: str) -> int:
     if missing:
         raise EvalError(f"{place}: {len(missing)} documents have no answer yet (first: {missing[0]!r}); run it again.")
     rows = [row | {"text": without_thinking(answers[row["key"]]["text"] or "").text} for row in documents]
-    output_file(out).parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(FORMS[form](rows))
-    return sum(answers[row["key"]]["text"] is None for row in documents)
+    return FORMS[form](rows), sum(answers[row["key"]]["text"] is None for row in documents)
 
 
 def _number(text: str) -> int | str:

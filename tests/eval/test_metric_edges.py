@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 from mm_moslora_eval.metrics import caption, documents, exact, judged, mathvista, mcq, mmmu, ptb, vqa, yesno
 

@@ -125,7 +125,7 @@ def plain(samples: list[Scored], weights: Array) -> Array:
 
 
 NUMBERS: dict[str, Callable[[list[Scored], Array], Array]] = {
-    "pope": f1, "pope_splits": f1_of_splits, "mme": mme, "macro": macro, "llavabench": rated,
+    "pope": f1, "pope_lmms_eval": f1, "pope_splits": f1_of_splits, "mme": mme, "macro": macro, "llavabench": rated,
     "circular": every_rotation, "caption": cider, "caption_plain": cider,
 }  # fmt: skip
 """What is no plain mean of the samples."""
