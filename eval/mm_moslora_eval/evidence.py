@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .documents import digest
 from .results import TaskResult
 from .suite import read_samples
 from .views import SAMPLES
@@ -43,6 +44,7 @@ def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Se
     """
     from mm_moslora.folders import MANIFEST, find_checkpoint
     from mm_moslora.models.load import recipe_of
+    from mm_moslora.tracking.base import adapter_digest
 
     if not model.is_dir() or not (find_checkpoint(model) / MANIFEST).is_file():
         return
@@ -51,21 +53,36 @@ def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Se
     newest = find_checkpoint(run) == checkpoint
     step = int(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["step"])
     scored = [(result, False) for result in results] + [(result, True) for result in before]
-    rows = [row for result, early in scored if (row := _row(result, before=early, step=step))]
+    weights = adapter_digest(checkpoint / "adapter") or f"step {step}"
+    rows = [row for result, early in scored if (row := _row(result, before=early, step=step, model=weights))]
     try:
         with (run / ".evaluation.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another evaluation of the run may end just now
+            known = _known(run / "evaluation.json")
+            rows = _better(rows, known)
+            _name_metrics(rows, known)
             if newest:  # a report shows the run as it ended
-                _merge(run / "evaluation.json", rows)
-                _keep_samples(run, results, output)
-            _tell_trackers(run, recipe_of(checkpoint), rows, checkpoint / "adapter", step=step)
+                _merge(run / "evaluation.json", known, rows)
+                told = {row["subject"] for row in rows}
+                _keep_samples(run, [result for result in results if _subject(result) in told], output)
+            if rows:
+                _tell_trackers(run, recipe_of(checkpoint), rows, checkpoint / "adapter", step=step)
     except OSError as error:
         logger.warning("%s takes no scores (%s); they are in %s alone.", run, error.strerror, output)
 
 
-def _row(result: TaskResult, *, before: bool, step: int) -> dict[str, Any] | None:
-    """A row of `evaluation.json`; None for what is no share of right answers, such as an unscored task or a sum."""
+def _subject(result: TaskResult) -> str:
+    """One word for task, protocol and documents; rows of unlike subjects are never put side by side."""
+    return digest(list(result.subject))[:16]
+
+
+def _row(result: TaskResult, *, before: bool, step: int, model: str) -> dict[str, Any] | None:
+    """A row of `evaluation.json`; None for what is no share of right answers, such as an unscored task or a sum, and
+    for a run in which every sample failed."""
     if not all(math.isfinite(value) and 0 <= value <= 1 for value in (result.score, result.low, result.high)):
+        return None
+    if not result.counts.scored:
+        logger.warning("%s is not put into the run's folder: %s.", result.id, " ".join(result.remarks) or "no answers")
         return None
     name, label = ("untuned", "Before tuning") if before else _MODES.get(result.mode, (result.mode, result.mode))
     categories = {
@@ -73,22 +90,68 @@ def _row(result: TaskResult, *, before: bool, step: int) -> dict[str, Any] | Non
         for category, part in result.categories.items()
         if all(math.isfinite(part[key]) for key in ("score", "low", "high"))
     }
+    selection = result.about.get("selection", {})
     return {
         "name": name, "label": label, "task": result.task, "n": result.n, "mean": result.score, "low": result.low,
         "high": result.high, "categories": categories, "not_inferable": result.counts.not_inferable,
-        "failed": result.counts.failed, "step": step, "protocol": result.protocol,
+        "failed": result.counts.failed, "step": step, "protocol": result.protocol, "subject": _subject(result),
+        "data": result.about.get("data", {}).get("sha256", ""), "selection": selection.get("name", "all"),
+        "model": model if result.folder and not before else None, "remarks": list(result.remarks),
     }  # fmt: skip
 
 
-def _merge(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Newer rows take the place of older ones of the same task and name; tuned rows come first."""
+def _known(path: Path) -> list[dict[str, Any]]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        logger.warning("%s is damaged (%s) and is written anew.", path, error)
+        return []
+    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+
+
+def _better(rows: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without the subjects of which more samples failed than in what is there: those stay as they are."""
+    failed = {(row.get("subject"), row.get("name")): row.get("failed") or 0 for row in known}
+    worse = {
+        row["subject"]: row for row in rows if row["failed"] > failed.get((row["subject"], row["name"]), row["failed"])
+    }
+    for row in worse.values():
+        logger.warning(
+            "%s@%s: the run keeps its earlier scores, since %d of %d samples failed this time.",
+            row["task"], row["protocol"], row["failed"], row["n"],
+        )  # fmt: skip
+    return [row for row in rows if row["subject"] not in worse]
+
+
+def _name_metrics(rows: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> None:
+    """Give every row the name under which trackers draw it: the task's, unless that is another subject's."""
+    taken = {row["metric"]: row.get("subject") for row in known if row.get("metric")}
+    for row in rows:
+        whole = row["selection"] == "all"
+        name = row["task"] if whole else f"{row['task']}/{row['selection'].replace(' ', '-')}"
+        if taken.get(name, row["subject"]) != row["subject"]:
+            name = f"{name}/{row['protocol']}-{row['subject'][:8]}"
+        taken[name] = row["subject"]
+        row["metric"] = name
+
+
+def _merge(path: Path, known: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> None:
+    """Newer rows take the place of older ones of the same subject and name; tuned rows come first.
+
+    Rows of a model that is not the newer ones' leave their subject, so that scores of two steps are not compared.
+    """
     from mm_moslora.files import replace_json
 
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    merged = {(row.get("task"), row.get("name")): row for row in [*known, *rows]}
-    names = ["tuned", "untuned", *(name for name, _ in _MODES.values()), *(name for _, name in merged)]
-    tasks = [task for task, _ in merged]
-    order = sorted(merged, key=lambda key: (tasks.index(key[0]), names.index(key[1])))
+    models = {row["subject"]: row["model"] for row in rows if row["model"]}
+    kept = [row for row in known if row.get("model") in (None, models.get(row.get("subject"), row.get("model")))]
+    anew = {(row["task"], row["n"]) for row in rows}  # rows of releases without subjects give way to them
+    kept = [row for row in kept if row.get("subject") or (row.get("task"), row.get("n")) not in anew]
+    merged = {(row.get("subject"), row.get("task"), row.get("name")): row for row in [*kept, *rows]}
+    names = ["tuned", "untuned", *(name for name, _ in _MODES.values()), *(name for _, _, name in merged)]
+    subjects = [key[:2] for key in merged]
+    order = sorted(merged, key=lambda key: (subjects.index(key[:2]), names.index(key[2])))
     replace_json(path, [merged[key] for key in order])
 
 
@@ -97,6 +160,8 @@ def _keep_samples(run: Path, results: Sequence[TaskResult], output: Path) -> Non
     from mm_moslora.files import replace_json
 
     own = [result for result in results if result.mode == "own"]
+    told = {_subject(result) for result in own}
+    known = [row for row in _known(run / "samples.json") if row.get("subject") not in told]
     rows: list[dict[str, Any]] = []
     for result in own:
         after = read_samples(output / result.folder)
@@ -106,14 +171,15 @@ def _keep_samples(run: Path, results: Sequence[TaskResult], output: Path) -> Non
             earlier = old.get(row["id"], {})
             rows.append(
                 {
-                    "image": _copied(run, row, len(rows)), "question": row["question"],
+                    "image": _copied(run, row, f"{_subject(result)}-{len(rows):02d}"), "question": row["question"],
                     "answer": row["answers"][0] if row["answers"] else "", "before": earlier.get("text"),
                     "after": row["text"], "before_correct": _right(earlier.get("score")),
                     "after_correct": _right(row["score"]), "task": result.task,
+                    "subject": _subject(result), "n": result.n,
                 }
             )  # fmt: skip
-    if rows:
-        replace_json(run / "samples.json", rows)
+    if rows:  # what was asked of the most documents is shown first
+        replace_json(run / "samples.json", sorted([*known, *rows], key=lambda row: -int(row.get("n") or 0)))
 
 
 def _samples_if_any(place: Path) -> list[dict[str, Any]]:
@@ -124,12 +190,12 @@ def _right(score: float | None) -> bool | None:
     return None if score is None else score >= 0.5
 
 
-def _copied(run: Path, row: dict[str, Any], number: int) -> str | None:
+def _copied(run: Path, row: dict[str, Any], name: str) -> str | None:
     """A copy of a question's first picture, where it was a file."""
     source = Path(row["paths"][0]) if row.get("paths") and row["paths"][0] else None
     if source is None or not source.is_file():
         return None
-    copy = run / "pictures" / f"{number:02d}{source.suffix}"
+    copy = run / "pictures" / f"{name}{source.suffix}"
     copy.parent.mkdir(exist_ok=True)
     shutil.copyfile(source, copy)
     return copy.relative_to(run).as_posix()

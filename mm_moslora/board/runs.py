@@ -14,7 +14,7 @@ from mm_moslora.report.charts import downsample
 from mm_moslora.report.overlay import LARGEST, flat_recipe
 from mm_moslora.report.schema import MARKS, RunData, is_run, load_run
 from mm_moslora.report.state import read_state, stage_folders
-from mm_moslora.report.story import progress, sample_kind
+from mm_moslora.report.story import progress, sample_kind, tasks
 
 DEEPEST = 4
 """Levels below the folder in which runs are looked for."""
@@ -150,7 +150,9 @@ def _row(data: RunData, name: str) -> dict[str, Any]:
     return {
         "title": str(data.summary.get("title") or data.summary.get("name") or name),
         "recipe": redact(recipe), **_progress(data),
-        "scores": {row.task or "score": row.score.mean for row in data.evaluation if row.name == "tuned"},
+        "scores": {
+            task or "score": row.score.mean for task, rows in tasks(data) for row in rows if row.name == "tuned"
+        },
     }  # fmt: skip
 
 
@@ -169,13 +171,13 @@ def _progress(data: RunData) -> dict[str, Any]:
 
 
 def _detail(name: str, data: RunData) -> dict[str, Any]:
-    tasks: dict[str, list[dict[str, Any]]] = {}
-    for row in data.evaluation:
-        tasks.setdefault(row.task, []).append({"name": row.name, "label": row.label, **vars(row.score)})
     return {
         "id": name,
         "stages": [{"name": stage.name, "curves": _curves(stage.metrics)} for stage in data.stages],
-        "tasks": [{"name": task, "rows": rows} for task, rows in tasks.items()],
+        "tasks": [
+            {"name": task, "rows": [{"name": row.name, "label": row.label, **vars(row.score)} for row in rows]}
+            for task, rows in tasks(data)
+        ],
         "samples": [
             {
                 "number": number, "picture": sample.image is not None, "kind": sample_kind(sample),

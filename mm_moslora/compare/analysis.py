@@ -23,7 +23,7 @@ from mm_moslora.compare.plan import (
     run_count,
     tuning_cells,
 )
-from mm_moslora.compare.run import Comparison, short
+from mm_moslora.compare.run import Comparison, short_names
 from mm_moslora.compare.statistics import Estimate, TaskScores, arm_mean, difference, holm
 from mm_moslora.compare.wording import says
 from mm_moslora.files import replace_json
@@ -40,6 +40,7 @@ def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
         command: how it was started, for the reader who wants to repeat it.
     """
     settings, outcomes, folder = comparison.settings, comparison.outcomes, comparison.folder
+    names = short_names([*settings.tasks, *settings.validation])
     failures = [(c, o) for c, o in _every(settings, outcomes) if o.status != "ok"]
     chosen = choose_rates(settings, outcomes)
     scores = {arm.name: _scores(settings, outcomes, folder, arm.name, chosen) for arm in settings.arms}
@@ -61,8 +62,8 @@ def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
                 "rates": list(settings.rates),
                 "seeds": settings.seeds,
                 "tuning_seeds": settings.tuning_seeds if settings.tunes else 0,
-                "tasks": [short(task) for task in settings.tasks],
-                "validation": [short(task) for task in settings.validation],
+                "tasks": [names[task] for task in settings.tasks],
+                "validation": [names[task] for task in settings.validation],
                 "reference": settings.reference_arm,
             },
             "runs": {
@@ -72,7 +73,7 @@ def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
             "seconds": sum(outcome.total_seconds for outcome in outcomes.values()),
             "arms": arms,
             "comparisons": comparisons,
-            "floors": _floors(outcomes),
+            "floors": _floors(outcomes, names),
             "failures": [
                 {"arm": c.arm.name, "rate": c.rate, "seed": c.seed, "status": o.status, "reason": o.reason}
                 for c, o in failures
@@ -101,11 +102,12 @@ def _scores(
     if not good:
         return {}
     found = {}
+    names = short_names([*settings.tasks, *settings.validation])
     for task in settings.tasks:
         rows = [read_samples(folder / outcome.places[task]) for outcome in good]
         ids = [row["id"] for row in rows[0]]
         assert all([row["id"] for row in other] == ids for other in rows), "runs answered different documents"
-        found[short(task)] = TaskScores(
+        found[names[task]] = TaskScores(
             scores=[[float(row["score"] or 0.0) for row in one] for one in rows],
             clusters=[row["cluster"] for row in rows[0]],
         )
@@ -120,6 +122,7 @@ def _arm(
     over = [(c, outcomes[c.name]) for c in reported if c.name in outcomes]
     good = [(c, o) for c, o in over if o.status == "ok"]
     rate = chosen.get(arm.name)
+    names = short_names([*settings.tasks, *settings.validation])
     tasks = {name: _measure({name: task}) for name, task in scores.items()}
     if len(scores) > 1:
         tasks[ALL] = _measure(scores)
@@ -135,7 +138,7 @@ def _arm(
                 "seed": c.seed,
                 "status": o.status,
                 "validation": o.validation,
-                "test": {short(task): score for task, score in o.test.items()},
+                "test": {names[task]: score for task, score in o.test.items()},
                 "first_loss": o.first_loss,
                 "last_loss": o.last_loss,
             }
@@ -241,11 +244,11 @@ def _verdict(value: float, p: float, seeds: tuple[int, int]) -> str:
     return "no difference seen"
 
 
-def _floors(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, float]]:
+def _floors(outcomes: Mapping[str, Outcome], names: Mapping[str, str]) -> dict[str, dict[str, float]]:
     """Scores of answers that need no model, by task; the same in every run."""
     for outcome in outcomes.values():
         if outcome.floors:
-            return {short(task): floors for task, floors in outcome.floors.items()}
+            return {names[task]: floors for task, floors in outcome.floors.items()}
     return {}
 
 

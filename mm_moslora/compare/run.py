@@ -9,6 +9,7 @@ import logging
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -202,7 +203,8 @@ class Comparison:
         if outcome.status != "ok":
             return f"{what}{outcome.status}: {outcome.reason}"
         scores = outcome.validation if item.tuning else outcome.test
-        shown = ", ".join(f"{'held-out loss' if k == LOSS else short(k)} {v:.4f}" for k, v in scores.items())
+        names = short_names([*self.settings.tasks, *self.settings.validation]) | {LOSS: "held-out loss"}
+        shown = ", ".join(f"{names[task]} {score:.4f}" for task, score in scores.items())
         return f"{what}{shown}; {format_seconds(outcome.total_seconds)}; {self._left()}"
 
     def _left(self) -> str:
@@ -284,7 +286,8 @@ def plan_lines(settings: Settings) -> list[str]:
     """The plan in words."""
     tuning = len(settings.arms) * len(settings.rates) * settings.tuning_seeds if settings.tunes else 0
     reported = len(settings.arms) * settings.seeds
-    by = "held-out loss" if LOSS in settings.validation else ", ".join(map(short, settings.validation))
+    names = short_names([*settings.tasks, *settings.validation])
+    by = "held-out loss" if LOSS in settings.validation else ", ".join(names[task] for task in settings.validation)
     rates = ", ".join(f"{rate:g}" for rate in settings.rates)
     lines = [f"{len(settings.arms)} arms: " + ", ".join(arm.name for arm in settings.arms)]
     if tuning:
@@ -296,7 +299,7 @@ def plan_lines(settings: Settings) -> list[str]:
         lines.append(f"learning rate {rates} for every arm, not tuned: a difference may be one of learning rates")
     lines.append(
         f"{reported} runs with {settings.seeds} new seed{'s' * (settings.seeds > 1)} each are measured on "
-        + ", ".join(map(short, settings.tasks))
+        + ", ".join(names[task] for task in settings.tasks)
     )
     lines.append(
         f"every run has the same number of steps; {settings.reference_arm} is what the others are compared with"
@@ -306,10 +309,20 @@ def plan_lines(settings: Settings) -> list[str]:
     return lines
 
 
-def short(task: str) -> str:
-    """A task's name for people: of a data file its file name."""
-    kind, separator, rest = task.partition(":")
-    return Path(rest.partition("@")[0]).stem if separator and kind in ("llava", "tsv") else task
+def short_names(tasks: Sequence[str]) -> dict[str, str]:
+    """A name for people for each task, all different: of a data file its file name, with as many folders as needed."""
+    files = {task: Path(rest.partition("@")[0]).with_suffix("") for task in tasks if (rest := _file_of(task))}
+    names = {task: files[task].name if task in files else task for task in tasks}
+    for depth in range(2, 1 + max((len(file.parts) for file in files.values()), default=0)):
+        taken = Counter(names.values())
+        names |= {task: "/".join(file.parts[-depth:]) for task, file in files.items() if taken[names[task]] > 1}
+    taken = Counter(names.values())
+    return {task: task if taken[name] > 1 else name for task, name in names.items()}
+
+
+def _file_of(task: str) -> str:
+    kind, _, rest = task.partition(":")
+    return rest if kind in ("llava", "tsv") else ""
 
 
 def _killed(code: int, log: Path) -> str:

@@ -126,7 +126,13 @@ def _results(checkpoint: Path) -> str:
         except (OSError, ValueError, KeyError, TypeError, MoSLoRAError):
             continue
         for item in found:
-            name = f"{file.parent.name}: {item['task']} ({item['protocol']}, {item['mode']})"
+            if item["score"] is None:
+                continue
+            part = item.get("about", {}).get("selection", {}).get("name", "all")
+            what = ", ".join([item["protocol"], item["mode"], *([part] if part != "all" else [])])
+            name = f"{file.parent.name}: {item['task']} ({what})"
+            if name in rows:  # another data set whose file has this name
+                name += f" [{str(item.get('about', {}).get('data', {}).get('sha256'))[:8]}]"
             rows[name] = f"{100 * item['score']:.1f} [{100 * item['low']:.1f}, {100 * item['high']:.1f}], n {item['n']}"
     return _table("Results (percent, 95 % intervals)", rows) if rows else ""
 

@@ -99,17 +99,23 @@ def _is_number(value: Any) -> bool:
 
 
 def _tasks(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]]:
-    tasks: dict[str, list[tuple[str, EvaluationRow]]] = {}
+    """Scores by what they were measured on; runs that answered other questions stand under another heading."""
+    groups: dict[tuple[Any, ...], list[tuple[str, EvaluationRow]]] = {}
     for name, run in zip(names, runs, strict=True):
         for row in run.evaluation:
-            tasks.setdefault(row.task, []).append((name, row))
+            groups.setdefault(row.measured_on, []).append((name, row))
+    headings = story.headings([rows[0][1] for rows in groups.values()])
     found = []
-    for task, rows in tasks.items():
+    for key, rows in groups.items():
         # The tuned systems first: they are what the runs differ in.
         ordered = sorted(rows, key=lambda item: item[1].name != "tuned")
-        found.append(
-            {"name": task, "rows": ordered, "verdict": _verdict([row for row in rows if row[1].name == "tuned"])}
-        )
+        elsewhere = [name for other, its in groups.items() if other != key and other[0] == key[0] for name, _ in its]
+        absent = sorted(set(elsewhere) - {name for name, _ in rows})
+        verdict = _verdict([row for row in rows if row[1].name == "tuned"])
+        if absent:
+            unlike = f"Not compared with {', '.join(absent)}: measured on other questions, or by other rules."
+            verdict = f"{verdict} {unlike}" if verdict else unlike
+        found.append({"name": headings[key], "rows": ordered, "verdict": verdict})
     return found
 
 

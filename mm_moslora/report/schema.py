@@ -8,8 +8,9 @@ Every file is optional. A missing or damaged one is named in `RunData.notes` and
     STAGE/             a stage of the run, as its state.json names it, with its own metrics.jsonl, summary.json,
                        config.yaml, mixers.json
     evaluation.json    [{"name", "label", "task", "n", "mean", "low", "high",
-                         "categories": {name: {"n", "mean", "low", "high"}}}]; shares between 0 and 1, 95 % intervals.
-                       Names with a meaning: tuned, untuned, wrong_image, blind, majority, best_answer
+                         "categories": {name: {"n", "mean", "low", "high"}}, "protocol", "subject", "remarks"}];
+                       shares between 0 and 1, 95 % intervals. Names with a meaning: tuned, untuned, wrong_image, blind,
+                       majority, best_answer. Rows of unlike `subject` (task, protocol, documents) are never compared
     samples.json       [{"image": path below the run folder, "question", "answer", "before", "after",
                          "before_correct", "after_correct"}]
     mixers.json        [{"path", "rank", "before": [[..]], "after": [[..]], "distance_from_identity",
@@ -68,6 +69,18 @@ class EvaluationRow:
     task: str
     score: Score
     categories: dict[str, Score]
+    protocol: str = ""
+    subject: str = ""
+    """One word for task, protocol and documents; empty where the writer did not say."""
+    selection: str = "all"
+    """Which of the data's documents: all, `first 5`, `3 chosen`."""
+    remarks: tuple[str, ...] = ()
+    """What a reader of the score must not miss."""
+
+    @property
+    def measured_on(self) -> tuple[Any, ...]:
+        """Rows that differ in it are never compared."""
+        return (self.task, self.protocol, self.subject or self.score.n)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +293,13 @@ def _evaluation_row(item: dict[str, Any], notes: list[str]) -> EvaluationRow | N
         notes.append(f"evaluation.json: row {name!r} was left out ({type(error).__name__}: {error}).")
         return None
     label = str(item.get("label") or name.replace("_", " "))
-    return EvaluationRow(name=name, label=label, task=str(item.get("task", "")), score=score, categories=categories)
+    remarks = item.get("remarks")
+    return EvaluationRow(
+        name=name, label=label, task=str(item.get("task", "")), score=score, categories=categories,
+        protocol=str(item.get("protocol") or ""), subject=str(item.get("subject") or ""),
+        selection=str(item.get("selection") or "all"),
+        remarks=tuple(map(str, remarks)) if isinstance(remarks, list) else (),
+    )  # fmt: skip
 
 
 def _sample_row(item: dict[str, Any]) -> SampleRow:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,11 +88,33 @@ def standing(data: RunData) -> Verdict | None:
 
 
 def tasks(data: RunData) -> list[tuple[str, list[EvaluationRow]]]:
-    """Evaluation rows by task, in the order of the file."""
-    grouped: dict[str, list[EvaluationRow]] = {}
+    """Evaluation rows by what they were measured on, tasks in the order of the file, most questions first."""
+    groups: dict[tuple[Any, ...], list[EvaluationRow]] = {}
     for row in data.evaluation:
-        grouped.setdefault(row.task, []).append(row)
-    return list(grouped.items())
+        groups.setdefault(row.measured_on, []).append(row)
+    names = headings([rows[0] for rows in groups.values()])
+    first = list(dict.fromkeys(row.task for row in data.evaluation))
+    ordered = sorted(groups.values(), key=lambda rows: (first.index(rows[0].task), -rows[0].score.n))
+    return [(names[rows[0].measured_on], rows) for rows in ordered]
+
+
+def headings(rows: Sequence[EvaluationRow]) -> dict[tuple[Any, ...], str]:
+    """A heading for each of the things that rows were measured on: the task, with as much more as tells them apart."""
+
+    def parts(row: EvaluationRow) -> tuple[str, ...]:
+        part = "" if row.selection == "all" else f", {row.selection} questions"
+        return f"{row.task}{part}", f", {row.score.n} questions", f", {row.protocol}", f" [{row.subject[:8]}]"
+
+    told = {row.measured_on: parts(row) for row in rows}
+    names = {key: part[0] for key, part in told.items()}
+    for number in (1, 2, 3):
+        taken = Counter(names.values())
+        more = {key: [told[other][number] for other in names if names[other] == names[key]] for key in names}
+        names = {
+            key: name + told[key][number] if taken[name] > 1 and len(set(more[key])) > 1 else name
+            for key, name in names.items()
+        }
+    return names
 
 
 def verdict(task: str, rows: list[EvaluationRow]) -> Verdict | None:
@@ -105,7 +129,8 @@ def verdict(task: str, rows: list[EvaluationRow]) -> Verdict | None:
     score = tuned.score
     sentences = [
         f"After tuning, {percent(score.mean)} of {score.n} held-out questions are answered right "
-        f"(95 % interval {percent(score.low)} to {percent(score.high)})."
+        f"(95 % interval {percent(score.low)} to {percent(score.high)}).",
+        *tuned.remarks,
     ]
     moods = []
     if untuned is not None:

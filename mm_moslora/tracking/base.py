@@ -225,8 +225,9 @@ def adapter_digest(folder: Path) -> str | None:
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """`eval/TASK`: the score of the tuned model on its own pictures."""
-    return {f"eval/{row.get('task') or 'score'}": float(row["mean"]) for row in rows if row.get("name") == "tuned"}
+    """`eval/TASK`: the score of the tuned model on its own pictures; selections and data of one name have their own."""
+    tuned = [row for row in rows if row.get("name") == "tuned"]
+    return {f"eval/{row.get('metric') or row.get('task') or 'score'}": float(row["mean"]) for row in tuned}
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

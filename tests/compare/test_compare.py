@@ -21,7 +21,7 @@ from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.cell import metrics, read_outcome
 from mm_moslora.compare.plan import Outcome, Settings, choose_rates, tuning_cells
 from mm_moslora.compare.pool import Pool, Slot, slots
-from mm_moslora.compare.run import Comparison, Room
+from mm_moslora.compare.run import Comparison, Room, short_names
 from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.errors import ConfigError
 from mm_moslora.models.trainable import moslora_config
@@ -46,6 +46,15 @@ def questions(records: Path, out: Path) -> Path:
             )  # fmt: skip
     out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return out
+
+
+def test_data_files_of_one_name_are_two_columns() -> None:
+    easy, hard, other = "llava:data/easy/test.jsonl@images", "llava:data/hard/test.jsonl", "tsv:/x/bench.tsv"
+    assert short_names([easy, hard, other, "mme@llava"]) == {
+        easy: "easy/test", hard: "hard/test", other: "bench", "mme@llava": "mme@llava",
+    }  # fmt: skip
+    names = short_names(["llava:test.jsonl", "llava:test.json", "tsv:a/test.tsv"])
+    assert len(set(names.values())) == 3
 
 
 @pytest.fixture(scope="module")

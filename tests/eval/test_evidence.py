@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,57 @@ def test_two_evaluations_that_end_together_both_leave_their_scores(measured: Pat
     for thread in keep:
         thread.join(60)
     assert {row["name"] for row in json.loads(scores.read_text())} == {"tuned", "wrong_image"}
+
+
+def _tracked(run: Path) -> list[tuple[str, str, int, float]]:
+    rows = json.loads((run / "evaluation.json").read_text())
+    return [(row["task"], row["name"], row["n"], row["mean"]) for row in rows]
+
+
+def test_a_smaller_or_failed_run_never_takes_the_place_of_a_complete_one(
+    measured: Path, tmp_path: Path, records: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """The same file with a limit, another file of the same name, and runs of which samples fail."""
+    monkeypatch.setattr(evidence, "_tell_trackers", lambda *_, **__: None)
+    run, images = measured / "run", records.parent / "images"
+    line = ["eval", "run", f"llava:{measured / 'test.jsonl'}@{images}", "--model", str(run), "--no-report"]
+    assert cli.run([*line, "--output", str(measured / "eval")]) == 0
+    before, samples = _tracked(run), json.loads((run / "samples.json").read_text())
+    (whole,) = [row for row in before if row[:2] == ("test", "tuned")]
+    assert cli.run([*line, "--output", str(tmp_path / "few"), "--limit", "3"]) == 0
+    assert set(before) < set(_tracked(run))
+    assert [row[2] for row in _tracked(run) if row[1] == "tuned"] == [whole[2], 3]
+    shown = json.loads((run / "samples.json").read_text())
+    assert shown[: len(samples)] == samples
+
+    other = tmp_path / "other" / "test.jsonl"
+    other.parent.mkdir()
+    other.write_text((measured / "test.jsonl").read_text().replace("what is", "tell me"))
+    other_line = ["eval", "run", f"llava:{other}@{images}", "--model", str(run), "--no-report"]
+    assert cli.run([*other_line, "--output", str(tmp_path / "other-run")]) == 0
+    with_other = _tracked(run)
+    assert whole in with_other
+    assert len([row for row in with_other if row[1] == "tuned"]) == 3
+
+    results = read_results(measured / "eval")
+    (own,) = [result for result in results if result.mode == "own"]
+    failed = replace(own, score=0.0, counts=replace(own.counts, failed=2))
+    evidence.keep(run, [failed], measured / "eval")
+    lost = replace(own, counts=replace(own.counts, scored=0, failed=own.n), about=own.about | {"selection": {}})
+    evidence.keep(run, [lost], measured / "eval")
+    assert _tracked(run) == with_other
+
+    assert cli.run(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "test, first 3 questions" in page
+    metrics = {row["metric"] for row in json.loads((run / "evaluation.json").read_text()) if row["name"] == "tuned"}
+    assert {"test", "test/first-3"} < metrics
+    assert len(metrics) == 3
+
+
+def test_scores_of_an_older_step_leave_with_it(tmp_path: Path) -> None:
+    row = {"name": "tuned", "task": "t", "subject": "s", "n": 3, "model": "a", "failed": 0, "mean": 0.5}
+    control, floor = row | {"name": "wrong_image"}, row | {"name": "majority", "model": None}
+    evidence._merge(tmp_path / "evaluation.json", [row, control, floor], [row | {"model": "b", "mean": 0.7}])
+    kept = json.loads((tmp_path / "evaluation.json").read_text())
+    assert [(item["name"], item["model"]) for item in kept] == [("tuned", "b"), ("majority", None)]

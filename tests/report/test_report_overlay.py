@@ -54,6 +54,22 @@ def test_overlapping_intervals_claim_nothing(two: tuple[Path, Path], tmp_path: P
     assert "No difference is shown between" in page
 
 
+def test_scores_on_other_questions_stand_under_another_heading(two: tuple[Path, Path], tmp_path: Path) -> None:
+    """Two runs on files of one name, and a run of one question: unlike rows are never one table."""
+    for folder, subject in zip(two, ("a" * 16, "b" * 16), strict=True):
+        rows = json.loads((folder / "evaluation.json").read_text())
+        rows = [row | {"subject": subject, "protocol": "own"} for row in rows]
+        small = [row | {"subject": "c" * 16, "n": 1, "selection": "first 1"} for row in rows if row["name"] == "tuned"]
+        (folder / "evaluation.json").write_text(json.dumps(rows + small * (folder == two[0])))
+    page = build_report(two, tmp_path / "both.html").read_text()
+    assert "is best" not in page
+    assert "Not compared with other: measured on other questions" in page
+    assert "Not compared with run: measured on other questions" in page
+    assert "shapes [aaaaaaaa]</h3>" in page
+    assert "shapes [bbbbbbbb]</h3>" in page
+    assert "shapes, first 1 questions</h3>" in page
+
+
 def test_the_command_takes_several_runs(two: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(["report", *map(str, two), "--output", str(tmp_path / "x.html")]) == 0
     assert (tmp_path / "x.html").is_file()
