@@ -227,16 +227,12 @@ def remove(folder: Path, *, mark: str = MARK) -> None:
     Raises:
         ConfigError: it holds something and has no such file.
     """
+    _refuse_unmarked(folder, mark)
     if not os.path.lexists(folder):
         return
-    with contextlib.suppress(OSError):  # an empty folder is nobody's loss
+    with contextlib.suppress(OSError):  # an empty folder
         folder.rmdir()
         return
-    if folder.is_symlink() or not (folder / mark).is_file():
-        raise ConfigError(
-            f"{folder} is in the way and is not deleted: it has no {mark}, so nothing shows that mm_moslora made it. "
-            "Move it away."
-        )
     for item in folder.iterdir():
         if item.is_dir() and not item.is_symlink():
             shutil.rmtree(item, ignore_errors=True)
@@ -244,39 +240,57 @@ def remove(folder: Path, *, mark: str = MARK) -> None:
             with contextlib.suppress(OSError):
                 item.unlink()
     with contextlib.suppress(OSError):
-        sync(folder)
+        sync(folder)  # before the mark goes: a loss of power must not bring back anything that it shows to be ours
         if [item.name for item in folder.iterdir()] == [mark]:
             (folder / mark).unlink()
             folder.rmdir()
 
 
+def _refuse_unmarked(folder: Path, mark: str) -> None:
+    """Raise where something lies at the path that is no empty folder and has no mark."""
+    marked = not folder.is_symlink() and (folder / mark).is_file()
+    if not os.path.lexists(folder) or marked or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    raise ConfigError(
+        f"{folder} is in the way and is not deleted: it has no {mark}, so nothing shows that mm_moslora made it. "
+        "Move it away."
+    )
+
+
 @contextmanager
-def building(folder: Path, *, mark_of_old: str = MARK) -> Iterator[Path]:
+def building(folder: Path, *, replaces: str | None = None) -> Iterator[Path]:
     """A marked folder to fill; it takes the place of `folder` at the end and is gone after a failure.
 
     What a killed process left of an earlier attempt is deleted first, so one process at a time may build a folder:
-    whoever calls this holds a lock. Where another host was faster all the same, its folder counts.
+    whoever calls this holds a lock.
 
     Args:
-        folder: the final place; an old one with the mark is replaced.
-        mark_of_old: the file that an old one bears.
+        folder: the final place.
+        replaces: name of the file that marks an old folder there, which is then replaced. None: a folder that is there
+            at the end, another host's say, counts, and what was built is dropped.
 
     Raises:
         ConfigError: something without a mark is in the way.
     """
+    if replaces is not None:
+        _refuse_unmarked(folder, replaces)
     part = folder.with_name(f".{folder.name}.partial")
     remove(part)
     part.mkdir(parents=True)
     mark(part, "temporary")
     try:
         yield part
-        remove(folder, mark=mark_of_old)
+        if replaces is not None:
+            remove(folder, mark=replaces)
         try:
             part.rename(folder)
         except OSError:
             # A network file system may say for a while that a folder of another host is not there.
             if not folder.is_dir():
                 raise
+        else:
+            if replaces != MARK:
+                discard(folder / MARK)
     finally:
         remove(part)
 

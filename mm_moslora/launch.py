@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.errors import ConfigError
+from mm_moslora.files import discard
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ def launch(places: Places, arguments: Sequence[str], *, run_folder: Path, dry_ru
     if dry_run:
         return 0
     mark = run_folder / PREEMPTED
-    mark.unlink(missing_ok=True)
+    discard(mark)
     # In a group of its own: Ctrl-C reaches whole groups, and ranks that hear it twice stop without saving.
     tell = end_deepspeed if places.hostfile is not None else _terminate
     ended = run_and_hand_on(words, _SIGNALS, tell=tell, env=environment, process_group=0)

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from mm_moslora.files import discard, replace_text, sync
+
 logger = logging.getLogger(__name__)
 
 MERGED = "answers.jsonl"
@@ -110,17 +112,8 @@ class AnswerLog:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a crash leaves the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")  # process ids repeat from host to host
-    with temporary.open("w", encoding="utf-8", errors="surrogatepass", newline="\n") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    replace_text(path, text, errors="surrogatepass")
+    sync(path.parent)
 
 
 def merge(folder: Path, keys: Iterable[str]) -> None:
@@ -138,7 +131,7 @@ def merge(folder: Path, keys: Iterable[str]) -> None:
         ordered = [rows.pop(key) for key in keys] + list(rows.values())
         write_atomically(folder / MERGED, "".join(line(row) for row in ordered))
         for path in ended:
-            path.unlink(missing_ok=True)
+            discard(path)
 
 
 def _is_ended(path: Path, stack: ExitStack) -> bool:

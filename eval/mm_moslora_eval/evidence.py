@@ -101,14 +101,16 @@ def _row(result: TaskResult, *, before: bool, step: int, model: str) -> dict[str
 
 
 def _known(path: Path) -> list[dict[str, Any]]:
+    """The rows of earlier evaluations; a damaged file is put aside, for it may hold scores of other tasks."""
+    from mm_moslora.files import read_json, set_aside
+
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return [row for row in read_json(path, list) if isinstance(row, dict)]
     except FileNotFoundError:
         return []
     except ValueError as error:
-        logger.warning("%s is damaged (%s) and is written anew.", path, error)
+        logger.warning("%s is damaged (%s) and is now %s.", path, error, set_aside(path, "corrupt").name)
         return []
-    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
 
 
 def _better(rows: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm_moslora import distributed
-from mm_moslora.errors import EvalError
+from mm_moslora.errors import ConfigError, EvalError
+from mm_moslora.files import MARK, mark, remove
 
 from .local import LocalModel
 from .registry import get_task
 from .results import TaskResult
-from .runner import Settings
+from .runner import RUN, Settings
 from .suite import evaluate
 from .task import Task
 
@@ -88,8 +88,15 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
 
 def _start_over(folder: Path) -> None:
     """A resumed run measures a step anew, with weights that may differ in the last bit."""
+    failure: Exception | None = None
     if distributed.is_main():
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            remove(folder, mark=MARK if (folder / MARK).exists() else RUN)  # folders of earlier releases have no mark
+            folder.mkdir(parents=True)
+            mark(folder, "temporary")
+        except (OSError, ConfigError) as error:
+            failure = error
+    distributed.agree(failure, what="Making room for the measurement")
     distributed.barrier()
 
 

@@ -8,6 +8,7 @@ protocol; results name it (`WORDING`).
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mm_moslora.errors import EvalError
+from mm_moslora.files import read_json
 
 from .answers import write_atomically
 from .documents import Document, digest
@@ -22,6 +24,8 @@ from .endpoint import Endpoint, in_parallel
 from .metrics import judged
 from .metrics.text import letters
 from .scoring import EXTRACTORS, mathvista_question
+
+logger = logging.getLogger(__name__)
 
 _TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)  # VLMEvalKit's ladder: a reply that cannot be read is asked for again
 _WORKERS = 4
@@ -82,10 +86,13 @@ class Judge:
 
 
 def _kept_reply(place: Path) -> str | None:
-    """A reply of the cache; None where there is none, or a file that is damaged."""
+    """A reply of the cache; None where there is none, or where it is damaged and asked for again."""
     try:
-        return str(json.loads(place.read_text(encoding="utf-8"))["reply"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(read_json(place)["reply"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("%s is damaged (%s: %s); the judge is asked again.", place, type(error).__name__, error)
         return None
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.errors import EvalError
+from mm_moslora.files import read_json, refuse_strangers
 
 from . import provenance
 from .answers import AnswerLog, Row, line, merge, read_folder, write_atomically
@@ -48,6 +49,9 @@ _HOPELESS = 16
 """So many failures without a single answer are not about single samples."""
 _POLL_SECONDS = 0.2
 _LOCK_ATTEMPTS = 10
+RUN = "run.json"
+"""File in a run folder that says which model's answers it holds."""
+_FILES = ("results.json", "report.html")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +99,9 @@ def hold_run(folder: Path, *, rank: int = 0) -> Iterator[None]:
 
     Raises:
         EvalError: another process works in it, or it cannot be made.
+        ConfigError: files of somebody else have the names of an evaluation's.
     """
+    refuse_strangers(folder, _FILES, kind="evaluation", also=(RUN,))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -122,7 +128,7 @@ def claim_run(folder: Path, model: Model) -> None:
         EvalError: it belongs to another model or format.
     """
     identity = {"format": FORMAT, "model": {"name": model.name, "fingerprint": model.fingerprint}}
-    _claim(folder / "run.json", identity, what=str(folder))
+    _claim(folder / RUN, identity, what=str(folder))
 
 
 @contextmanager
@@ -140,12 +146,12 @@ def open_run(folder: Path, model: Model, *, rank: int = 0) -> Iterator[None]:
 def _claim(path: Path, identity: dict[str, Any], *, what: str) -> None:
     """Write who a folder belongs to, or refuse one that belongs to somebody else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except FileNotFoundError:
         write_atomically(path, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
         return
-    except json.JSONDecodeError as error:
-        raise EvalError(f"{path} is damaged ({error}); remove the folder or choose another one.") from error
+    except ValueError as error:
+        raise EvalError(f"{path} is damaged ({error}). Restore it, or choose another folder.") from error
     for key, value in identity.items():
         if _compared(found.get(key)) != _compared(value):
             raise EvalError(

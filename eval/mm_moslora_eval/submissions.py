@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from mm_moslora.errors import EvalError, suggestion
-from mm_moslora.files import output_file
+from mm_moslora.files import output_file, replacing
 
 from .answers import line, read_folder
 from .metrics import vqa
@@ -42,7 +42,8 @@ def write_submission(place: Path, out: Path, *, form: str) -> int:
     """
     content, missing = submission(place, form=form)
     output_file(out).parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(content)
+    with replacing(out) as part:
+        part.write_bytes(content)
     return missing
 
 

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,6 +40,7 @@ from mm_moslora.adapters.inject import (
 )
 from mm_moslora.adapters.sharding import why_not_whole
 from mm_moslora.errors import AdapterError
+from mm_moslora.files import rename, sync
 from mm_moslora.folders import writing
 
 FORMAT = "mm_moslora.adapter"
@@ -423,20 +422,17 @@ def _auto_mapping(model: nn.Module, config: MoSLoRAConfig) -> dict[str, str] | N
 def _staged(folder: Path, names: Sequence[str]) -> Iterator[Path]:
     """A folder to write into; its files move to `folder` one by one, in the order of `names`, when all are written."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as place:
+        staging = Path(place, "adapter")
+        staging.mkdir()
         yield staging
         for path in staging.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
         if not folder.exists():
-            staging.chmod(0o755)
-            staging.rename(folder)
+            rename(staging, folder)
         else:
             for name in names:
-                (staging / name).replace(folder / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+                rename(staging / name, folder / name)
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from mm_moslora.cli.data import data_app
 from mm_moslora.cli.eval import eval_app, quiet_libraries
 from mm_moslora.config import load_recipe, override_items
 from mm_moslora.errors import MoSLoRAError
+from mm_moslora.files import discard
 from mm_moslora.folders import adapter_folder, resume_folder
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ def _train(recipe: Recipe, *, resume: str, stop_at: int | None, stop: StopReques
             mark.write_text(f"signal {result.stopped_by}\n", encoding="utf-8")
             print("Stopped by a signal. The same command continues from there.")
         else:
-            mark.unlink(missing_ok=True)
+            discard(mark)
     if not result.stopped_by:
         return 0
     # torchrun ends all ranks as soon as one leaves with a code, and rank 0 may still be closing a tracker.

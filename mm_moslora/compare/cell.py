@@ -17,7 +17,8 @@ from typing import Any
 
 from mm_moslora.compare.plan import LOSS, Cell, Outcome, Settings, recipe_hash
 from mm_moslora.config import Recipe
-from mm_moslora.errors import DivergedError, MoSLoRAError
+from mm_moslora.errors import ConfigError, DivergedError, MoSLoRAError
+from mm_moslora.files import read_json, replace_json
 
 logger = logging.getLogger(__name__)
 
@@ -45,17 +46,26 @@ class Job:
 
 
 def read_outcome(place: Path) -> Outcome | None:
-    """How a run ended, None if it has not."""
+    """How a run ended, None if it has not.
+
+    Raises:
+        ConfigError: the file that says so is damaged.
+    """
     file = place / OUTCOME
-    return Outcome(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    try:
+        return Outcome(**read_json(file))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{file} is damaged ({error}). Delete it to have the run measured again, or restore it."
+        ) from error
 
 
 def write_outcome(place: Path, outcome: Outcome) -> None:
     """Write how a run ended, in one move."""
     place.mkdir(parents=True, exist_ok=True)
-    part = place / f"{OUTCOME}.part"
-    part.write_text(json.dumps(dataclasses.asdict(outcome), indent=1) + "\n", encoding="utf-8")
-    part.replace(place / OUTCOME)
+    replace_json(place / OUTCOME, dataclasses.asdict(outcome))
 
 
 def run(job: Job) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from mm_moslora.config import Recipe, SourceConfig
 from mm_moslora.data.jsonfile import JsonFile, StrictJsonError
 from mm_moslora.errors import ConfigError
+from mm_moslora.files import rename
 
 MOST = 2000
 """Records held out at most, over all sources: more would cost time and not choose better."""
@@ -63,7 +64,7 @@ def _split(path: Path, kept: Path, held: Path, *, share: float, most: int) -> No
             "validation. Change --hold-out, or give data.validation or --validation TASK."
         )
     for part, target in zip(parts, (kept, held), strict=True):
-        part.rename(target)
+        rename(part, target)
 
 
 def _records(path: Path) -> Iterator[Any]:

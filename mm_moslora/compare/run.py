@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import json
 import logging
 import math
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -34,7 +32,8 @@ from mm_moslora.compare.plan import (
 from mm_moslora.compare.pool import Pool, Slot, slots
 from mm_moslora.config import Recipe
 from mm_moslora.errors import ConfigError, MoSLoRAError
-from mm_moslora.files import replace_json
+from mm_moslora.files import discard, mark, read_json, refuse_strangers, remove, replace_json
+from mm_moslora.folders import MANIFEST, checkpoints
 from mm_moslora.training.signals import StopRequest
 from mm_moslora.wording import format_seconds
 
@@ -43,6 +42,7 @@ logger = logging.getLogger(__name__)
 PROBE_STEPS = 3
 """Steps after which the speed is known well enough for a plan."""
 WAIT_SECONDS = 5.0
+_FILES = ("comparison.json", "results.json", "report.html", "data", "runs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,10 @@ class Comparison:
         file = self.folder / "comparison.json"
         own = describe(self.settings)
         if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
+            try:
+                found = read_json(file)
+            except ValueError as error:
+                raise ConfigError(f"{file} is damaged ({error}). Restore it, or choose another --output.") from error
             if found.get("format") != own["format"]:
                 raise ConfigError(
                     f"{self.folder} has format {found.get('format')!r}, this version reads {own['format']}. "
@@ -112,7 +115,6 @@ class Comparison:
                     f"{self.folder} compares with {key} {found.get(key)!r}, now it is {own[key]!r}. Arms, rates and "
                     "seeds may be added to a comparison, the rest may not change. Choose another --output."
                 )
-        self.folder.mkdir(parents=True, exist_ok=True)
         replace_json(file, own)
 
     def _read_outcomes(self) -> None:
@@ -152,7 +154,7 @@ class Comparison:
                     item = waiting.pop(0)
                     tried.add(item.name)
                     job = self._job(item)
-                    (job.place / cells.OUTCOME).unlink(missing_ok=True)
+                    discard(job.place / cells.OUTCOME)
                     pool.start(job)
                 if not pool.running:
                     return not self._ready()
@@ -192,8 +194,9 @@ class Comparison:
             return
         self.outcomes[job.cell.name] = outcome
         if job.cell.tuning and not room.keep_all:
-            for checkpoint in job.place.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
+            for _, checkpoint in checkpoints(job.place):
+                if (checkpoint / MANIFEST).is_file():
+                    remove(checkpoint, mark=MANIFEST)
         logger.info("%s", self._line(job.cell, outcome))
 
     def _line(self, item: Cell, outcome: Outcome) -> str:
@@ -337,9 +340,11 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Hold a comparison folder.
 
     Raises:
-        ConfigError: another process compares there.
+        ConfigError: another process compares there, or files of somebody else have the names of a comparison's.
     """
+    refuse_strangers(folder, _FILES, kind="comparison", also=("comparison.json",))
     folder.mkdir(parents=True, exist_ok=True)
+    mark(folder, "comparison")
     with (folder / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from mm_moslora.config import DataConfig
 from mm_moslora.data.faults import RecordError
 from mm_moslora.errors import DataError
+from mm_moslora.files import Appender, replace_text
 
 
 class Quarantine:
@@ -29,6 +29,7 @@ class Quarantine:
         """How many bad records of each code."""
         self._seen: set[int] = set()
         self._lines: list[str] | None = []
+        self._late = None if path is None else Appender(path)
         self._first: RecordError | None = None
 
     def __len__(self) -> int:
@@ -55,10 +56,8 @@ class Quarantine:
         if self._lines is not None:
             self._lines.append(line)
             return
-        if self.path is not None:
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            with os.fdopen(descriptor, "wb", buffering=0) as stream:  # one write, so that lines of ranks do not mix
-                stream.write(line.encode("utf-8"))
+        if self._late is not None:
+            self._late.add(line)  # one write, so that lines of ranks do not mix
         self._check_share()
 
     def close(self) -> None:
@@ -67,11 +66,13 @@ class Quarantine:
         Raises:
             DataError: too large a share is bad.
         """
-        if self.path is not None and self._lines is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_name(f"{self.path.name}.{os.urandom(6).hex()}.part")  # of this rank alone
-            part.write_text("".join(self._lines), encoding="utf-8")
-            part.replace(self.path)
+        if self.path is not None and self._late is not None and self._lines is not None:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                replace_text(self.path, "".join(f"{line}\n" for line in self._lines))
+            except OSError:  # a full disk is no reason to stop, and may get room again
+                for line in self._lines:
+                    self._late.add(line)
         self._lines = None
         self._check_share()
 
@@ -99,4 +100,4 @@ def _line(index: int, error: RecordError) -> str:
         "record": index, "file": str(where.file), "line": where.line, "row": where.row, "id": where.id,
         "field": error.field, "path": error.path, "code": error.code.value, "reason": str(error),
     }  # fmt: skip
-    return json.dumps(entry, ensure_ascii=True) + "\n"
+    return json.dumps(entry, ensure_ascii=True)

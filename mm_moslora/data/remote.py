@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from mm_moslora.data.faults import Code
 from mm_moslora.data.images import MAX_BYTES, ImageError, open_image_bytes, read_picture
 from mm_moslora.errors import DataError
+from mm_moslora.files import replacing
 
 TIMEOUT = 20.0
 """Seconds without a byte before a host is given up."""
@@ -64,9 +65,8 @@ class RemotePicture:
         data = self._fetch()
         open_image_bytes(data, name=self.name)  # a broken one would be kept for ever
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(f".{os.urandom(6).hex()}.part")
-        part.write_bytes(data)
-        part.replace(self.path)
+        with replacing(self.path) as part:
+            part.write_bytes(data)
         return data
 
     def _fetch(self) -> bytes:

@@ -21,6 +21,7 @@ from mm_moslora.data.pictures import PictureRules, StoredPicture
 from mm_moslora.data.remote import is_of_set, read_hub_file
 from mm_moslora.data.sources import RecordSource
 from mm_moslora.errors import DataError, suggestion
+from mm_moslora.files import building
 from mm_moslora.locks import take
 from mm_moslora.named_files import FileError, find_below
 
@@ -252,7 +253,7 @@ def _streamed(config: SourceConfig, name: str) -> Dataset:
     """
     import datasets
 
-    from mm_moslora.data.tokencache import default_cache, into_place
+    from mm_moslora.data.tokencache import default_cache
 
     assert config.limit is not None, "checked by SourceConfig"
     arguments = _arguments(config, name)
@@ -270,9 +271,8 @@ def _streamed(config: SourceConfig, name: str) -> Dataset:
                 features=_unread(stream.features),
                 cache_dir=str(folder.parent / "parts"),
             )
-            part = folder.with_suffix(".part")
-            table.save_to_disk(str(part))
-            into_place(part, folder)
+            with building(folder) as part:
+                table.save_to_disk(str(part))
     loaded: Dataset = datasets.load_from_disk(str(folder))
     return loaded
 

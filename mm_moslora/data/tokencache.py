@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from mm_moslora.data.faults import Code, RecordError
 from mm_moslora.data.parallel import in_processes, usable_processes
 from mm_moslora.data.records import Record
 from mm_moslora.data.sources import RecordSource
+from mm_moslora.files import building, sync
 from mm_moslora.locks import take
 
 VERSION = 1
@@ -166,9 +166,20 @@ def _build(
     fold: Callable[[NDArray[np.int32]], NDArray[np.bool_]],
     on_progress: Callable[[int, int], None] | None,
 ) -> None:
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a process that died; we hold the lock
-    part.mkdir()
+    """Tokenise a source; the caller holds the lock."""
+    with building(folder) as part:
+        _fill(part, source, encode, fold, on_progress)
+        for path in part.iterdir():
+            sync(path)
+
+
+def _fill(
+    part: Path,
+    source: RecordSource,
+    encode: Encode,
+    fold: Callable[[NDArray[np.int32]], NDArray[np.bool_]],
+    on_progress: Callable[[int, int], None] | None,
+) -> None:
     starts = range(0, len(source), _ROWS)
     tables: list[NDArray[np.int32]] = []
     faults: list[_Fault] = []
@@ -190,23 +201,6 @@ def _build(
             supervised.write(bytes(1))
     np.save(part / "table.npy", np.concatenate(tables))
     (part / "faults.json").write_text(json.dumps(faults), encoding="utf-8")
-    for path in part.iterdir():
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-    into_place(part, folder)
-
-
-def into_place(part: Path, folder: Path) -> None:
-    """Rename a finished folder, or drop it where another host was first.
-
-    The lock keeps hosts apart, but a network file system may still say for a while that there is no such folder.
-    """
-    try:
-        part.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        shutil.rmtree(part)
 
 
 def _tokenise(

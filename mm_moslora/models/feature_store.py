@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -25,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from mm_moslora.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -171,13 +172,11 @@ class FeatureStore:
         if self._full or not self._has_room(size):
             self.counts.unwritten += 1
             return
-        aside = path.with_name(f".{key}.{os.getpid()}.{os.urandom(4).hex()}")
         try:
             path.parent.mkdir(exist_ok=True)
-            save_file({_FEATURES: kept}, aside, metadata={_CHECKSUM: xxhash.xxh3_128_hexdigest(_bytes(kept))})
-            aside.replace(path)
+            with replacing(path) as aside:
+                save_file({_FEATURES: kept}, aside, metadata={_CHECKSUM: xxhash.xxh3_128_hexdigest(_bytes(kept))})
         except (OSError, SafetensorError) as error:
-            aside.unlink(missing_ok=True)
             self._stop(f"writing fails: {error}")
             self.counts.unwritten += 1
             return

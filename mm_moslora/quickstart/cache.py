@@ -19,7 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from mm_moslora.errors import AssetError
+from mm_moslora.errors import AssetError, ConfigError
+from mm_moslora.files import building
 
 Say = Callable[[str], None]
 """Receives one line for people: what is fetched, under which licence, what takes long."""
@@ -75,8 +76,8 @@ def cached(name: str, asset: Asset, build: Callable[[Path], None], say: Say = si
         say: receives progress lines.
 
     Raises:
-        AssetError: the cache cannot be written, or whatever `build` raises; the unfinished folder is removed at the
-            next attempt.
+        AssetError: the cache cannot be written, a folder that is not of the cache is in the way, or whatever `build`
+            raises.
     """
     folder = cache_dir() / name
     marker = {"format": FORMAT, "name": asset.name, "version": asset.version, "sha256": asset.sha256}
@@ -85,13 +86,12 @@ def cached(name: str, asset: Asset, build: Callable[[Path], None], say: Say = si
     with _locked(folder.with_name(f".{name}.lock"), say):
         if _is_ready(folder, marker):  # another process built it while this one waited
             return folder
-        partial = folder.with_name(f".{name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        build(partial)
-        _write_marker(partial / READY, marker)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        try:
+            with building(folder, replaces=READY) as partial:
+                build(partial)
+                _write_marker(partial / READY, marker)
+        except ConfigError as error:
+            raise AssetError(f"{error} Or set MM_MOSLORA_CACHE to another folder.") from error
     return folder
 
 

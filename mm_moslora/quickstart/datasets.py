@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.errors import DataError
+from mm_moslora.files import mark, refuse_strangers, replace_text
 
 YES_NO = ("yes", "no")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
+
+DATA_SET = "data-set"
+"""Kind of the mark in a folder that a builder made."""
 
 Record = dict[str, Any]
 
@@ -247,6 +251,17 @@ def question_record(question_id: str, question: Question, category: str) -> Reco
     }
 
 
+def claim(out: Path, names: Sequence[str]) -> None:
+    """Make a folder for data sets, or take one that is.
+
+    Raises:
+        ConfigError: files of somebody else have the names.
+    """
+    refuse_strangers(out, names, kind=DATA_SET)
+    out.mkdir(parents=True, exist_ok=True)
+    mark(out, DATA_SET)
+
+
 def write_files(
     out: Path, images: Path, align: Sequence[Record], train: Sequence[Record], test: Sequence[Record]
 ) -> DatasetFiles:
@@ -254,16 +269,17 @@ def write_files(
 
     Raises:
         DataError: one of them would be empty.
+        ConfigError: files of somebody else lie there.
     """
     files = {"align": align, "train": train, "test": test}
     if empty := [name for name, records in files.items() if not records]:
         raise DataError(f"No records for {', '.join(empty)} from {images}; is the folder complete?")
     seen = {record["image"] for record in (*align, *train)}
     assert not seen & {record["image"] for record in test}, "a picture is on both sides of the split"
-    out.mkdir(parents=True, exist_ok=True)
+    claim(out, [f"{name}.jsonl" for name in files])
     for name, records in files.items():
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        replace_text(out / f"{name}.jsonl", "".join(lines))
     return DatasetFiles(
         images=images,
         align=out / "align.jsonl",

@@ -19,7 +19,7 @@ from mm_moslora_eval.suite import evaluate, read_samples
 from mm_moslora_eval.task import Decoding, Task
 
 from mm_moslora import distributed
-from mm_moslora.files import replace_json
+from mm_moslora.files import read_json, replace_json
 from mm_moslora.models.load import load
 from mm_moslora.quickstart.datasets import DatasetFiles
 from mm_moslora.training.precision import dtype_of, resolve_precision
@@ -53,8 +53,8 @@ def evaluate_all(folder: Path, data: DatasetFiles, *, name: str) -> list[dict[st
         The rows of `evaluation.json`, tuned first.
     """
     written = folder / "evaluation.json"
-    if written.is_file():
-        return list(json.loads(written.read_text(encoding="utf-8")))
+    if rows := _measured(written):
+        return rows
     task = _task(data, name)
     results: dict[tuple[str, str], TaskResult] = {}
     for system, run, modes in (("untuned", "align", ("own",)), ("tuned", "tune", MODES)):
@@ -64,6 +64,17 @@ def evaluate_all(folder: Path, data: DatasetFiles, *, name: str) -> list[dict[st
     replace_json(folder / "samples.json", _samples(folder, task, data))
     replace_json(written, rows)
     return rows
+
+
+def _measured(path: Path) -> list[dict[str, Any]] | None:
+    """The rows that an earlier call wrote; None where there are none, or where they are damaged and scored again."""
+    try:
+        return list(read_json(path, list))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logger.warning("%s is damaged (%s); the stored answers are scored again.", path, error)
+        return None
 
 
 def _task(data: DatasetFiles, name: str) -> Task:

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mm_moslora.config import AdapterConfig, Recipe, SourceConfig, load_recipe
-from mm_moslora.files import replace_json
+from mm_moslora.files import MARK, building, mark, read_json, refuse_strangers, replace_json
+from mm_moslora.folders import RUN_FILES, RUN_LOCK
 from mm_moslora.machine import hardware
 from mm_moslora.quickstart import assets
 from mm_moslora.quickstart.cache import cache_dir
-from mm_moslora.quickstart.datasets import DatasetFiles, build_easy_vqa
+from mm_moslora.quickstart.datasets import DATA_SET, DatasetFiles, build_easy_vqa
 from mm_moslora.quickstart.evaluation import evaluate_all, table
 from mm_moslora.quickstart.stamp_data import build_stamps
 from mm_moslora.wording import format_seconds
@@ -54,6 +55,7 @@ PLANS: dict[tuple[Images, bool], Plan] = {
 }
 TURNS = 8
 """Questions per conversation of easy-VQA."""
+_FILES = ("align", "tune", "data", "eval", "export", "export.json", "timing.json", "report.html", *RUN_FILES)
 BEST_ENCODER: dict[Images, Encoder] = {"easy-vqa": "dinov2", "stamps": "efficientnet"}
 
 
@@ -76,6 +78,9 @@ def quickstart(
 
     Returns:
         0, or 75 when a signal stopped it and the same command continues.
+
+    Raises:
+        ConfigError: the run folder holds files that no quickstart wrote.
     """
     from mm_moslora.training.ending import recorded
     from mm_moslora.training.run import exclusive
@@ -83,7 +88,11 @@ def quickstart(
 
     folder = (output or Path("runs") / _default_name(images, encoder, smoke)).resolve()
     encoder = BEST_ENCODER[images] if encoder == "auto" else encoder
+    refuse_strangers(folder, _FILES, kind="quickstart", also=(f"align/{RUN_LOCK}",))
     with exclusive(folder):
+        mark(folder, "quickstart")
+        (folder / "data").mkdir(exist_ok=True)
+        mark(folder / "data", DATA_SET)
         with recorded(folder, stages=("align", "tune")) as ending, Watchdog(folder):
             ending.begun = True
             closing = _quickstart(folder, images=images, encoder=encoder, stamps_deb=stamps_deb, smoke=smoke)
@@ -146,6 +155,17 @@ def _default_name(images: Images, encoder: Encoder, smoke: bool) -> str:
     return "-".join([*pieces, *(["smoke"] if smoke else [])])
 
 
+def _own(path: Path, kind: type) -> Any:
+    """What an earlier call left in a JSON file; None where there is none, or where it is damaged and made again."""
+    try:
+        return read_json(path, kind)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logger.warning("%s is damaged (%s) and is made again.", path, error)
+        return None
+
+
 def _say(text: str) -> None:
     logger.info("%s", text)
 
@@ -159,7 +179,7 @@ class _Clock:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "timing.json"
-        self.seconds: dict[str, float] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        self.seconds: dict[str, float] = _own(self.path, dict) or {}
 
     def stage(self, name: str) -> _Stage:
         return _Stage(self, name)
@@ -282,10 +302,10 @@ def _export(folder: Path) -> dict[str, Any]:
     from mm_moslora.models.load import load
 
     target, note = folder / "export", folder / "export.json"
-    if note.is_file() and target.is_dir():
-        return dict(json.loads(note.read_text()))
-    shutil.rmtree(target, ignore_errors=True)
-    result = export_model(load(folder / "tune"), target)
+    if target.is_dir() and (known := _own(note, dict)):
+        return dict(known)
+    with building(target, replaces=MARK) as part:
+        result = export_model(load(folder / "tune"), part)
     facts = {
         "architecture": result.architecture,
         "stock": result.stock,

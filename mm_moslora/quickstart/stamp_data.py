@@ -21,6 +21,7 @@ from mm_moslora.quickstart.datasets import (
     DatasetFiles,
     Question,
     Record,
+    claim,
     conversation,
     question_record,
     write_files,
@@ -87,6 +88,7 @@ def build_stamps(
 
     Raises:
         DataError: `source` holds no stamps, or `test_share` is not between 0 and 1.
+        ConfigError: files of somebody else lie in `out`.
     """
     if not 0 < test_share < 1:
         raise DataError(f"test_share is {test_share}, expected a share between 0 and 1.")
@@ -96,6 +98,7 @@ def build_stamps(
         found = sorted(rng.sample(found, limit), key=lambda stamp: stamp.name)
     pictures = {stamp.name: square(stamp.path) for stamp in found}
     train, test = split(found, pictures, test_share, rng)
+    claim(out, ["images"])
     images = out / "images"
     for name, picture in pictures.items():
         target = images / f"{name}.png"

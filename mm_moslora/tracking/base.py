@@ -1,6 +1,7 @@
 """The tracker interface, and the fan-out that the training loop talks to.
 
-A tracker must never stop a run: the fan-out catches whatever one raises, says so once, and goes on without it.
+A tracker must never stop a run: the fan-out catches whatever one raises, says so once, and goes on without it. A full
+disk costs no tracker: what it refuses is tried again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 
 from mm_moslora.config import TrackConfig
 from mm_moslora.errors import ConfigError, suggestion
+from mm_moslora.files import is_full
 from mm_moslora.redaction import redact, redact_text
 from mm_moslora.tracking.environment import environment
 from mm_moslora.tracking.mixers import mean_figures
@@ -103,6 +105,7 @@ class Trackers:
             active = distributed.is_main()
         self._trackers: list[Tracker] = list(trackers) if active else []
         self._lock = threading.RLock()  # a stall is found by a timer
+        self._refused: set[str] = set()  # for want of room on a disk; said once
         self._watch = Watch(self.alert, clock=time.monotonic)
 
     @property
@@ -160,7 +163,13 @@ class Trackers:
             for tracker in list(self._trackers):
                 try:
                     call(tracker)
+                    self._refused.discard(tracker.name)
                 except Exception as error:
+                    if is_full(error):  # room may come back
+                        if tracker.name not in self._refused:
+                            logger.warning("Tracker %s could not %s: %s. It is tried again.", tracker.name, what, error)
+                        self._refused.add(tracker.name)
+                        continue
                     self._trackers.remove(tracker)
                     logger.warning(
                         "Tracker %s could not %s (%s: %s); the run goes on without it.",

@@ -5,7 +5,6 @@ Nothing here changes the training: generators, training mode, attention and data
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -251,13 +250,17 @@ class Best:
         """What the run measured of this metric up to the step that it goes on from."""
         best = cls(config=config)
         try:
-            found = json.loads((folder / BEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = files.read_json(folder / BEST)
+            history = [(int(entry["step"]), float(entry["value"])) for entry in found["history"]]
+        except FileNotFoundError:
+            return best
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            logger.warning("%s is damaged (%s); earlier validations are forgotten.", folder / BEST, error)
             return best
         if config.best is not None and found.get("metric") == config.best:
-            for entry in found["history"]:
-                if entry["step"] <= resume_step:
-                    best.update({config.best: entry["value"]}, entry["step"])
+            for step, value in history:
+                if step <= resume_step:
+                    best.update({config.best: value}, step)
         return best
 
     def update(self, metrics: Mapping[str, float], step: int) -> bool:

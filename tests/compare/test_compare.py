@@ -21,7 +21,7 @@ from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.cell import metrics, read_outcome
 from mm_moslora.compare.plan import Outcome, Settings, choose_rates, tuning_cells
 from mm_moslora.compare.pool import Pool, Slot, slots
-from mm_moslora.compare.run import Comparison, Room, short_names
+from mm_moslora.compare.run import Comparison, Room, exclusive, short_names
 from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.errors import ConfigError
 from mm_moslora.models.trainable import moslora_config
@@ -154,6 +154,25 @@ def test_a_signal_saves_what_runs_and_the_same_command_goes_on(
     assert process.wait(240) == 75
     assert read_outcome(place) is None
     assert list(place.glob("checkpoint-*")), "what was trained is lost"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"status": "ok", "odd": 1}'])
+def test_a_damaged_outcome_is_named_and_never_run_over(tmp_path: Path, text: str):
+    assert read_outcome(tmp_path) is None
+    (tmp_path / "outcome.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"outcome\.json is damaged .*Delete it"):
+        read_outcome(tmp_path)
+
+
+def test_a_folder_of_the_user_is_no_place_for_a_comparison(tmp_path: Path):
+    (tmp_path / "results.json").write_text("mine")
+    with pytest.raises(ConfigError, match=r"already holds results\.json"), exclusive(tmp_path):
+        pytest.fail("it would be overwritten")
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    (tmp_path / "results.json").unlink()
+    for _ in range(2):
+        with exclusive(tmp_path):
+            (tmp_path / "results.json").touch()
 
 
 def test_metrics_that_are_moved_aside_while_they_are_read_are_no_fault(tmp_path: Path, monkeypatch):

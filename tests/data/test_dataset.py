@@ -14,7 +14,9 @@ from tiny import make_records
 
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.dataset import TrainingSet
+from mm_moslora.data.faults import Code, Where
 from mm_moslora.data.loader import BatchLoader
+from mm_moslora.data.quarantine import Quarantine
 from tests.data.conftest import Setup
 from tests.data.sets import TinyEyes
 
@@ -84,6 +86,22 @@ class TestQuarantine:
         assert "There is 'good.png'" in lines[0]["reason"]
         assert lines[3]["field"] == "conversations"
         assert data.members == [list(range(10))]
+
+
+def test_a_full_disk_stops_no_run_for_a_bad_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "gone" / "quarantine.jsonl"
+    error = Where(file=Path("a.jsonl"), line=1, row=0).error(Code.IMAGE_MISSING, "image", "is missing", "restore it")
+    quarantine = Quarantine(file, 1000, DataConfig())
+    (tmp_path / "gone").touch()  # no folder can be made there
+    quarantine.add(0, error)
+    quarantine.close()
+    quarantine.add(1, error)
+    assert quarantine.codes == {"IMAGE_MISSING": 2}
+    assert caplog.text.count("cannot be written") == 1
+    (tmp_path / "gone").unlink()
+    (tmp_path / "gone").mkdir()
+    quarantine.add(2, error)
+    assert [json.loads(line)["record"] for line in file.read_text().splitlines()] == [0, 1, 2]
 
 
 class TestDamageFoundLate:

@@ -95,6 +95,11 @@ def test_input_08_mmvet_is_graded_retried_cached_and_counted(mmvet: Path, tmp_pa
         assert score_folder(place, judge=again).score == result.score
         assert len(server.payloads) == asked
         assert again.cached == 9
+        damaged = sorted((tmp_path / "run" / "judge").glob("*.json"))[:4]
+        for path, text in zip(damaged, ("", "{", "[]", '{"model": "j"}'), strict=True):
+            path.write_text(text)
+        assert score_folder(place, judge=again).score == result.score
+        assert len(server.payloads) == asked + 4
     assert all(json.loads(path.read_text())["reply"] for path in (tmp_path / "run" / "judge").glob("*.json"))
 
 
@@ -234,6 +239,14 @@ def _workbook(data: bytes) -> list[list[str]]:
         sheet = ElementTree.fromstring(book.read("xl/worksheets/sheet1.xml"))
     name = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
     return [["".join(cell.itertext()) for cell in row.iter(f"{name}c")] for row in sheet.iter(f"{name}row")]
+
+
+def test_a_file_of_the_user_is_no_place_for_a_submission(answered: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "answers.json"
+    mine.write_text("mine")
+    with pytest.raises(ConfigError, match=r"answers\.json exists and is not replaced"):
+        write_submission(answered, mine, form="vizwiz")
+    assert mine.read_text() == "mine"
 
 
 def test_a_folder_is_no_place_for_a_submission(answered: Path, tmp_path: Path) -> None:

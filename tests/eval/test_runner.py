@@ -23,7 +23,7 @@ from mm_moslora_eval.results import read_results, score_folder
 from mm_moslora_eval.runner import Settings, open_run
 from mm_moslora_eval.suite import compare, evaluate, read_samples
 
-from mm_moslora.errors import EvalError
+from mm_moslora.errors import ConfigError, EvalError
 from tests.eval.eval_data import picture, write_questions
 from tests.eval.eval_fake import FakeModel
 
@@ -363,3 +363,14 @@ def test_hosts_whose_processes_have_the_same_number_write_the_same_file(
     write_atomically(path, "ours")
     assert path.read_text() == "ours"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_of_the_user_is_no_place_for_an_evaluation(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("mine")
+    with pytest.raises(ConfigError, match=r"already holds results\.json"), open_run(tmp_path, FakeModel()):
+        pytest.fail("it would be overwritten")
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    for text in ("[]", "{", "1"):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(EvalError, match=r"run\.json is damaged"), open_run(tmp_path, FakeModel()):
+            pytest.fail("whose answers are these?")

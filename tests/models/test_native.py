@@ -27,6 +27,8 @@ from mm_moslora.models.vlm import supervised_hidden
 CPU = torch.device("cpu")
 
 
+LIBRARIES = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line]
+"""Shared libraries that this process has loaded."""
 needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="there is no C++ compiler here")
 
 
@@ -208,3 +210,27 @@ def test_what_cannot_go_together_is_refused() -> None:
         ModelConfig(language="x", kernels="liger", lean_layers=False)
     with pytest.raises(ConfigError, match=r"'native' and train\.compile is 'inductor'"):
         Recipe(model=ModelConfig(language="x", kernels="native"), train=TrainConfig(compile="inductor"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", ["text", "empty", "cut", "another library"])
+def test_a_broken_library_is_compiled_again(fresh: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = min((path for path in map(Path, LIBRARIES) if path.is_file()), key=lambda path: path.stat().st_size)
+    content = {
+        "text": b"not a library", "empty": b"", "cut": whole.read_bytes()[: whole.stat().st_size // 2],
+        "another library": whole.read_bytes(),
+    }[damage]  # fmt: skip
+    real, compiled = native._run, []
+
+    def run(command: list[str]) -> str:
+        if "--version" not in command:
+            compiled.append(command)
+        return real(command)
+
+    monkeypatch.setattr(native, "_run", run)
+    fresh.mkdir(parents=True)
+    words = real([str(native.find_compiler()), "--version"]).splitlines()[0]
+    (fresh / f"kernels-{native._fingerprint(words)}.so").write_bytes(content)
+    native.library()["gated_full"]
+    assert compiled
+    assert len(list(fresh.iterdir())) == 1

@@ -146,14 +146,20 @@ class TestCached:
         folder = cached("part", make_asset(), lambda folder: None)
         assert [path.name for path in folder.iterdir()] == [READY]
 
-    def test_folder_without_marker_or_of_another_version_is_built_again(self) -> None:
-        folder = cache.cache_dir() / "part"
-        folder.mkdir(parents=True)
+    def test_folder_of_another_version_is_built_again(self) -> None:
+        folder = cached("part", make_asset(), lambda folder: None)
         (folder / "old.txt").write_text("x")
-        cached("part", make_asset(), lambda folder: None)
-        assert not (folder / "old.txt").exists()
         cached("part", make_asset(version="2.0"), lambda folder: None)
         assert json.loads((folder / READY).read_text())["version"] == "2.0"
+        assert [path.name for path in folder.iterdir()] == [READY]
+
+    def test_folder_without_marker_is_the_users_and_stays(self) -> None:
+        folder = cache.cache_dir() / "part"
+        folder.mkdir(parents=True)
+        (folder / "mine.txt").write_text("x")
+        with pytest.raises(AssetError, match=r"part is in the way and is not deleted: .*Or set MM_MOSLORA_CACHE"):
+            cached("part", make_asset(), lambda folder: pytest.fail("nothing is fetched for it"))
+        assert (folder / "mine.txt").read_text() == "x"
 
     def test_two_at_once_build_once(self) -> None:
         calls = []

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mm_moslora.quickstart import run
+from mm_moslora.errors import ConfigError
+from mm_moslora.quickstart import evaluation, run
 from mm_moslora.quickstart.run import _commands
 
 
@@ -30,5 +31,34 @@ def test_the_report_is_written_when_the_run_has_ended(tmp_path: Path, monkeypatc
         "mm_moslora.report.build_report",
         lambda folder, _: states.append(json.loads((folder / "state.json").read_text())["state"]),
     )
-    assert run.quickstart(output=tmp_path) == 0
-    assert states == ["finished"]
+    for _ in range(2):
+        assert run.quickstart(output=tmp_path) == 0
+    assert states == ["finished", "finished"]
+
+
+@pytest.mark.parametrize("name", ["export/model.safetensors", "data/train.jsonl", "tune/notes.txt", "summary.json"])
+def test_a_folder_of_the_user_is_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    with pytest.raises(ConfigError, match=f"already holds {name.partition('/')[0]}, and nothing shows"):
+        run.quickstart(output=tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == "mine"
+
+
+def test_an_export_that_no_quickstart_made_is_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "export" / "model.safetensors"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(ConfigError, match="export is in the way and is not deleted"):
+        run._export(tmp_path)
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"'])
+def test_damaged_notes_of_an_earlier_call_are_made_again(tmp_path: Path, text: str) -> None:
+    (tmp_path / "timing.json").write_text(text)
+    assert run._Clock(tmp_path).total == 0
+    (tmp_path / "evaluation.json").write_text(text or "{}")
+    assert not evaluation._measured(tmp_path / "evaluation.json")

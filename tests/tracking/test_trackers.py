@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -72,13 +73,61 @@ def test_records_are_on_disk_at_once_and_valid_json_even_for_nan(tmp_path: Path)
 
 
 def test_fresh_run_in_a_used_folder_keeps_the_old_curve_aside(tmp_path: Path) -> None:
-    for value in (1.0, 2.0):
+    for value in (0.5, 1.0, 2.0):
         tracker = JsonlTracker()
         tracker.start({}, tmp_path, resume_step=None)
         tracker.log({"loss": value}, 1)
         tracker.finish(ok=True)
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2.0]
-    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.previous.jsonl")] == [1.0]
+    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.previous.jsonl")] == [0.5]
+    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.previous1.jsonl")] == [1.0]
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_record(
+    tmp_path: Path, sample: Sample, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trackers = Trackers([JsonlTracker()], active=True)
+    trackers.start({}, tmp_path, resume_step=None)
+    real = os.write
+
+    def refuse(descriptor: int, data: bytes) -> int:
+        if descriptor > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data)
+
+    trackers.log({"loss": 3.0}, 1)
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", refuse)
+        for step in (2, 3):
+            trackers.log({"loss": 3.0 - step / 2}, step)
+        trackers.log_samples("validation", [sample], 3)
+    trackers.log({"loss": 1.0}, 4)
+    trackers.log_samples("validation", [sample], 4)
+    trackers.finish(ok=True)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [row["step"] for row in read_metrics(tmp_path / "tracked_samples.jsonl")] == [3, 4]
+    assert trackers.names == ["jsonl"]
+    assert len([r for r in caplog.records if "metrics.jsonl cannot be written (No space left" in r.message]) == 1
+
+
+def test_a_tracker_that_meets_a_full_disk_is_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class OnAFullDisk(JsonlTracker):
+        name, full = "elsewhere", True
+
+        def log(self, metrics: Mapping[str, float], step: int) -> None:
+            if self.full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            super().log(metrics, step)
+
+    tracker = OnAFullDisk()
+    trackers = Trackers([tracker], active=True)
+    trackers.start({}, tmp_path, resume_step=None)
+    for step in (1, 2):
+        trackers.log({"loss": 1.0}, step)
+    tracker.full = False
+    trackers.log({"loss": 1.0}, 3)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [3]
+    assert caplog.text.count("It is tried again.") == 1
 
 
 def test_failing_tracker_warns_once_and_the_others_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -33,6 +33,24 @@ def test_two_threads_may_say_where_the_rank_is(tmp_path, monkeypatch):
     assert len(list(watched.beats.iterdir())) == 1
 
 
+def test_a_full_disk_does_not_hide_why_a_run_ended(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ZeroDivisionError), Watchdog(tmp_path):  # noqa: PT012
+        monkeypatch.setattr(Path, "write_text", refuse)
+        monkeypatch.setattr(Path, "unlink", refuse)
+        raise ZeroDivisionError
+
+
+def test_files_of_the_user_beside_the_heartbeats_stay(tmp_path):
+    (tmp_path / "heartbeat").mkdir()
+    for name in ("notes.txt", "rank-00007.json"):
+        (tmp_path / "heartbeat" / name).touch()
+    with Watchdog(tmp_path):
+        assert sorted(path.name for path in (tmp_path / "heartbeat").iterdir()) == ["notes.txt", "rank-00000.json"]
+
+
 @pytest.mark.parametrize("restarts_left", [0, 1])
 def test_a_torchrun_that_waits_for_a_lost_host_is_ended(restarts_left, monkeypatch):
     """Stuck in its store it does not hear SIGTERM; with a restart left it is the one that starts the ranks again."""
