@@ -24,20 +24,24 @@ CACHED_BYTES = 2 * 2**20
 """Of fp32 logits that a CPU takes through all passes of the softmax before the next ones."""
 
 
-def token_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
+def token_loss_sum(logits: Tensor, targets: Tensor, right: Tensor | None = None) -> Tensor:
     """Sum of the cross entropies, in fp32.
 
     Args:
         logits: ``[K, C]`` in any floating dtype; ``K`` may be 0, the sum is then 0 and carries a gradient of zero.
         targets: int64 ``[K]``.
+        right: see `head_loss_sum`.
     """
+    if right is not None and targets.numel():
+        seen = logits.detach()
+        right += (seen.gather(1, targets[:, None]) == seen.amax(-1, keepdim=True)).sum()
     return cross_entropy(logits.float(), targets, reduction="sum")
 
 
 class LossHead(nn.Linear):
     """A language-model head that can go on to the loss; the class that `use_loss_head` gives to a plain head."""
 
-    def forward(self, input: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, targets: Tensor | None = None, right: Tensor | None = None) -> Tensor:
         """Logits ``[..., C]``; with targets ``[K]``, the sum of the cross entropies of ``input`` ``[K, D]`` instead.
 
         The loss is part of the head's own call so that an engine that fetches weights per module (ZeRO-3) does it once,
@@ -46,8 +50,8 @@ class LossHead(nn.Linear):
         if targets is None:
             return super().forward(input)
         if torch.is_autocast_enabled(input.device.type):
-            return token_loss_sum(super().forward(input), targets)
-        return cast(Tensor, _ChunkedLoss.apply(input, self.weight, targets))
+            return token_loss_sum(super().forward(input), targets, right)
+        return cast(Tensor, _ChunkedLoss.apply(input, self.weight, targets, right))
 
 
 def use_loss_head(model: PreTrainedModel) -> bool:
@@ -58,26 +62,28 @@ def use_loss_head(model: PreTrainedModel) -> bool:
     return isinstance(head, LossHead)
 
 
-def head_loss_sum(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+def head_loss_sum(model: PreTrainedModel, hidden: Tensor, targets: Tensor, right: Tensor | None = None) -> Tensor:
     """Sum of the cross entropies of the head's logits, fp32 scalar.
 
     Args:
         model: its head is used.
         hidden: ``[K, D]``.
         targets: int64 ``[K]``.
+        right: int64 scalar to which the number of positions is added at which no token is more probable than the
+            target.
     """
     head: Any = model.get_output_embeddings()
     if isinstance(head, LossHead):
-        return cast(Tensor, head(hidden, targets))
-    return token_loss_sum(head(hidden), targets)
+        return cast(Tensor, head(hidden, targets, right=right))
+    return token_loss_sum(head(hidden), targets, right)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     """Gradients are taken while a chunk's logits are at hand: nothing of size ``K x C`` is kept or computed twice."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, right: Tensor | None) -> Tensor:
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
         count = hidden.shape[0]
         most = max(SMALLEST_CHUNK, budget // (4 * weight.shape[0]))
@@ -88,7 +94,8 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, count, rows):
             part = hidden[start : start + rows]
             logits = part @ weight.t()
-            total += _loss_(logits, targets[start : start + rows, None], pull=needs_hidden or needs_weight)
+            wanted = targets[start : start + rows, None]
+            total += _loss_(logits, wanted, right=right, pull=needs_hidden or needs_weight)
             if d_hidden is not None:
                 torch.mm(logits, weight, out=d_hidden[start : start + rows])
             if d_weight is not None:
@@ -98,19 +105,20 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         # In fp32, for a loss scale (fp16) may not fit into the narrow dtype before it meets small gradients.
         scaled = None if d_hidden is None else (d_hidden.float() * grad).to(d_hidden.dtype)
-        return scaled, None if d_weight is None else (d_weight * grad).to(ctx.dtype), None
+        return scaled, None if d_weight is None else (d_weight * grad).to(ctx.dtype), None, None
 
 
-def _loss_(logits: Tensor, wanted: Tensor, *, pull: bool) -> Tensor:
+def _loss_(logits: Tensor, wanted: Tensor, *, right: Tensor | None, pull: bool) -> Tensor:
     """Sum of the cross entropies, in fp32; on a CPU a few rows at a time.
 
     Args:
         logits: ``[K, C]``, used up: with `pull` they become the gradient of themselves.
         wanted: int64 ``[K, 1]``.
+        right: see `head_loss_sum`.
         pull: whether the gradient is wanted.
     """
     rows = max(1, CACHED_BYTES // (4 * logits.shape[1])) if logits.device.type == "cpu" else max(1, logits.shape[0])
@@ -118,6 +126,8 @@ def _loss_(logits: Tensor, wanted: Tensor, *, pull: bool) -> Tensor:
     for block, own in zip(logits.split(rows), wanted.split(rows), strict=True):
         wide = block.float()
         picked, top = wide.gather(1, own), wide.amax(-1, keepdim=True)
+        if right is not None:
+            right += (picked == top).sum()
         norm = wide.sub_(top).exp_().sum(-1, keepdim=True)
         total += (top + norm.log() - picked).sum()
         if not pull:

@@ -33,6 +33,10 @@ MOST_MIXERS = 12
 LONGEST_ANSWER = 280
 """Characters of an answer; the whole one is in samples.json."""
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_TIMES = (
+    ("all in all", "wall_seconds"), ("in the step", "step_seconds"), ("waiting for data", "data_seconds"),
+    ("slowest rank's work", "work_seconds"), ("fastest rank's work", "work_seconds_min"),
+)  # fmt: skip
 _COMPONENTS = {
     "vision": "Vision encoder", "projector": "Projector", "language": "Language model",
     "adapter": "Adapter factors A, B", "mixer": "Mixers M",
@@ -231,9 +235,22 @@ def _charts(stage: Stage) -> list[Markup]:
             ],
             False,
         ),
+        (
+            "Token accuracy",
+            [
+                *_smoothed("training, smoothed", curve(stage, "token_accuracy")),
+                Series(name="validation", points=curve(stage, "validation_token_accuracy")),
+            ],
+            False,
+        ),
         ("Learning rate", [Series(name=key[3:], points=curve(stage, key)) for key in rates], True),
         ("Throughput, tokens per second", _smoothed("tokens per second", curve(stage, "tokens_per_second")), True),
         ("Gradient norm", _smoothed("gradient norm", curve(stage, "grad_norm")), False),
+        (
+            "Seconds per optimiser step",
+            [Series(name=name, points=smooth(curve(stage, key))) for name, key in _TIMES],
+            True,
+        ),
     ]
     return [
         Markup(line_chart(series, title=title, x_label="optimiser step", zero=zero))  # noqa: S704  (escapes its texts)

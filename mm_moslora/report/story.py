@@ -180,13 +180,15 @@ def tiles(data: RunData) -> list[Tile]:
                 note=f"{100 * trainable / total:.2g} % of {format_count(total)}",
             )
         )
-    seconds = training_seconds(data)
+    seconds, stepping = training_seconds(data)
     if seconds:
         counters = data.summary.get("counters") or {}
-        note = f"{format_count(counters['tokens'])} tokens" if counters.get("tokens") else ""
+        notes = [f"{format_count(counters['tokens'])} tokens"] if counters.get("tokens") else []
+        if stepping < 0.95 * seconds:
+            notes.append(f"{format_seconds(stepping)} of it in optimiser steps")
         if data.summary.get("seconds"):
-            note = f"whole run {format_seconds(float(data.summary['seconds']))}"
-        found.append(Tile(label="Training time", value=format_seconds(seconds), note=note))
+            notes.append(f"whole run {format_seconds(float(data.summary['seconds']))}")
+        found.append(Tile(label="Training time", value=format_seconds(seconds), note=", ".join(notes)))
     if data.summary.get("memory_gib"):
         found.append(
             Tile(label="Peak memory", value=f"{float(data.summary['memory_gib']):.2f} GiB", note="per process")
@@ -200,10 +202,16 @@ def parameters(summary: dict[str, Any]) -> tuple[int, int]:
     return sum(int(c.get("total", 0)) for c in components), sum(int(c.get("trainable", 0)) for c in components)
 
 
-def training_seconds(data: RunData) -> float:
-    """Seconds spent in optimiser steps, over all stages; 0 when unknown."""
+def training_seconds(data: RunData) -> tuple[float, float]:
+    """Seconds of training over all stages, saves, validations and waiting included, and those of optimiser steps alone.
+
+    Runs of releases that kept no wall time have the latter only; zeros when unknown.
+    """
     summaries = [stage.summary for stage in data.stages if stage.summary] or [data.summary]
-    return sum(float((summary.get("counters") or {}).get("seconds", 0.0)) for summary in summaries)
+    counters = [summary.get("counters") or {} for summary in summaries]
+    stepping = [float(item.get("seconds", 0.0)) for item in counters]
+    walls = [float(item.get("wall_seconds", steps)) for item, steps in zip(counters, stepping, strict=True)]
+    return sum(walls), sum(stepping)
 
 
 def sample_kind(sample: SampleRow) -> str:

@@ -256,8 +256,8 @@ def namespaced(name: str) -> str:
         return f"validation/{name.removeprefix('validation_')}"
     if name.startswith("mixer/"):
         return f"adapter/{name}"
-    if name == "memory_gib":
-        return "system/memory_gib"
+    if name.startswith(("memory_", "allocator_")):
+        return f"system/{name}"
     if name.split("/")[0] in {"train", "validation", "eval", "system", "adapter"}:
         return name
     return f"train/{name}"

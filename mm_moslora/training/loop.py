@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ from mm_moslora.training.rehearsal import rehearse
 from mm_moslora.training.resume import find_resume, restore
 from mm_moslora.training.saving import snapshot
 from mm_moslora.training.signals import StopRequest
-from mm_moslora.training.speed import Speedometer
+from mm_moslora.training.speed import Clock, RankFigures, Speedometer
 from mm_moslora.training.spikes import SPIKE, SpikeScore
 from mm_moslora.training.validation import Best, CutShortError, Measure, Validator
 from mm_moslora.training.watchdog import Watchdog
@@ -171,6 +172,7 @@ class _Loop:
         self.best = Best.of(run.folder, recipe.validate, resume_step=run.step if resumed else -1)
         self.spikes = SpikeScore()
         self.speedometer = Speedometer(run.assembly.model)
+        self.clock = Clock(run.counters, run.step)
         self.skipped_in_a_row = self.failed_saves = 0
         here = resumed_from is not None and resumed_from.resolve().parent == run.folder.resolve()
         if here and distributed.is_main():
@@ -214,6 +216,7 @@ class _Loop:
     def _until_over(self, stop_at: int | None) -> None:
         """Take steps until the run is over or asked to stop."""
         run = self.run
+        self.clock.begin(run.step)
         if self._cut_short and not self._over:
             if self._validate() and self.saved_at != run.step:
                 self._start_save()
@@ -225,7 +228,9 @@ class _Loop:
                 progress.update(run.step, f"loss {self.last_loss:.4f}")
                 self._periodically()
                 # One collective per step tells about signals and about the checkpoint that is being written.
+                arrived = time.monotonic()
                 number, writing = distributed.max_over_ranks([float(self.stop.received), float(self.saver.busy)])
+                self.clock.waited(time.monotonic() - arrived)
                 if self.saver.pending is not None and not writing:
                     self._finish_save()
                 self.stopped_by = int(number)
@@ -280,10 +285,12 @@ class _Loop:
         counters = self.run.counters
         added = {
             "steps": 1, "applied": float(result.applied), "tokens": result.tokens, "images": result.images,
-            "supervised_tokens": result.supervised_tokens, "seconds": seconds, "skipped": float(not result.applied),
+            "samples": result.samples, "supervised_tokens": result.supervised_tokens, "seconds": seconds,
+            "skipped": float(not result.applied),
         }  # fmt: skip
         for name, value in added.items():
             counters[name] = counters.get(name, 0) + value
+        self.clock.count(result)
         self._note_memory()
         self.spike = self.spikes.update(result.loss)
         records = f"Records of rank {distributed.rank()}: {', '.join(ids[:16])}"
@@ -299,9 +306,11 @@ class _Loop:
             logger.info("Step %d skipped: fp16's loss scale is now %g.", self.run.step, self.run.engine.loss_scale)
             return
         self.skipped_in_a_row += 1
-        logger.warning(
-            "Step %d skipped: the loss or a gradient is not finite (loss %s). %s", self.run.step, result.loss, records
-        )
+        if math.isfinite(result.loss) or not result.own_loss_is_finite:
+            what = "the loss or a gradient is not finite"
+            logger.warning("Step %d skipped: %s (loss %s). %s", self.run.step, what, result.loss, records)
+        elif distributed.is_main():
+            logger.warning("Step %d skipped: the loss of another rank is not finite.", self.run.step)
 
     def _give_up_if_diverged(self) -> None:
         if self.skipped_in_a_row >= self.recipe.train.max_skipped_steps:
@@ -319,19 +328,18 @@ class _Loop:
             return
         metrics: dict[str, float] = {
             "loss": result.loss,
+            "token_accuracy": result.right_tokens / max(1, result.supervised_tokens),
             "grad_norm": result.grad_norm,
             "loss_spike": self.spike,
             "tokens": result.tokens,
             "supervised_tokens": result.supervised_tokens,
             "images": result.images,
-            "tokens_per_second": result.tokens / max(seconds, 1e-9),
-            "step_seconds": seconds,
-            "data_seconds": data_seconds,
             "epoch": step / self.loader.steps_per_epoch,
             "skipped_steps": self.run.counters["skipped"],
-            "memory_gib": peak_memory_gib(),
         }
-        metrics |= self.speedometer.of(result, micro_batches, seconds)
+        pace, work_seconds = self.clock.record(step, self.total)
+        own = own_figures(seconds=seconds, data_seconds=data_seconds, work_seconds=work_seconds)
+        metrics |= pace | self.speedometer.of(result, micro_batches, own)
         metrics |= self.run.engine.component_norms()
         metrics |= {f"lr/{group.name}": group.peak_lr * factor for group in self.run.engine.groups}
         if (store := self.run.engine.module.pictures.store) is not None:
@@ -419,6 +427,7 @@ class _Loop:
     def _validate(self) -> bool:
         """Measure; True when the model is the best so far."""
         self._phase("validation")
+        started = time.monotonic()
         try:
             metrics, samples = self.validator()
         except CutShortError as cut:
@@ -428,7 +437,7 @@ class _Loop:
         self.run.counters.pop(CUT_SHORT_AT, None)
         self.validated_at = self.run.step
         if metrics:
-            self.trackers.log(metrics, self.run.step)
+            self.trackers.log(metrics | {"validation_seconds": time.monotonic() - started}, self.run.step)
         if samples:
             self.trackers.log_samples("validation", samples, self.run.step)
         return bool(metrics) and self.best.update(metrics, self.run.step)
@@ -456,6 +465,7 @@ class _Loop:
 
     def _write_summary(self) -> None:
         self._note_memory()
+        self.clock.tick()
         if distributed.is_main():
             files.replace_json(self.run.folder / "summary.json", summary(self.run, self.total))
 
@@ -465,6 +475,18 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def own_figures(*, seconds: float, data_seconds: float, work_seconds: float) -> RankFigures:
+    """What this rank tells the others of itself."""
+    reserved = retries = 0.0
+    if torch.cuda.is_available():
+        reserved = torch.cuda.max_memory_reserved() / 2**30
+        retries = float(torch.cuda.memory_stats().get("num_alloc_retries", 0))
+    return RankFigures(
+        step_seconds=seconds, data_seconds=data_seconds, work_seconds=work_seconds, memory_gib=peak_memory_gib(),
+        memory_reserved_gib=reserved, allocator_retries=retries,
+    )  # fmt: skip
 
 
 def summary(run: runs.Run, total: int) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class Validator:
         run, metrics, samples = self.run, {}, []
         with undisturbed(run):
             if run.validation_set is not None:
-                metrics[LOSS] = self._loss(run.validation_set)
+                metrics |= self._loss(run.validation_set)
             if run.recipe.validate.samples or self.measure is not None:
                 with whole_model(run):
                     if run.validation_set is not None and run.recipe.validate.samples:
@@ -140,9 +140,9 @@ class Validator:
             step=run.step, stop=self.stop,
         )  # fmt: skip
 
-    def _loss(self, held_out: TrainingSet) -> float:
+    def _loss(self, held_out: TrainingSet) -> dict[str, float]:
         recipe = self.run.recipe
-        loss = count = 0.0
+        loss = right = count = 0.0
         loader = BatchLoader(
             held_out, rank=distributed.rank(), world_size=distributed.world_size(), config=recipe.data,
             global_batch=recipe.train.global_batch, micro_batch=recipe.train.micro_batch, seed=0,
@@ -151,9 +151,9 @@ class Validator:
             batches = iter(loader)
             for _ in range(loader.steps_per_epoch):
                 self._give_way(self.stop.received)
-                part, tokens = self.run.engine.evaluate(next(batches))
-                loss, count = loss + part, count + tokens
-        return loss / max(1.0, count)
+                part = self.run.engine.evaluate(next(batches))
+                loss, right, count = loss + part.loss, right + part.right, count + part.tokens
+        return {LOSS: loss / max(1.0, count), "validation_token_accuracy": right / max(1.0, count)}
 
     def _answers(self, held_out: TrainingSet) -> list[Sample]:
         """The first answers of the same records every time; on rank 0."""

@@ -116,6 +116,19 @@ def while_measuring(what: str, rank: str, *recipes: str) -> int:
     return train_measured(*recipes)
 
 
+def slow_between_steps(rank: str, seconds: str, *recipes: str) -> int:
+    """One rank takes its time between its steps, as for a slow disk."""
+    real = loop._Loop._periodically
+
+    def slowly(self):
+        if distributed.rank() == int(rank):
+            time.sleep(float(seconds))
+        real(self)
+
+    loop._Loop._periodically = slowly
+    return train_recipes(list(recipes))
+
+
 def lost_in_thought() -> None:
     """A hang whose place must show in the stacks."""
     time.sleep(3600)

@@ -27,6 +27,8 @@ def test_a_value_that_is_not_finite_on_one_rank_skips_the_step_on_all(parts, ran
     group = ranks.run(["faults:poison", "1", "1", *map(write, recipes.values())])
     assert group.output(1).count("skipped: the loss or a gradient is not finite") == len(recipes)
     assert "Records of rank 1: r" in group.output(1)
+    assert "Records of rank 0: r" not in group.output(0), "its own loss was finite"
+    assert group.output(0).count("skipped: the loss of another rank is not finite") == len(recipes)
     for name in recipes:
         lines = metrics(tmp_path / name)
         assert [line["skipped_steps"] for line in lines] == [0, 1, 1, 1]
@@ -36,6 +38,26 @@ def test_a_value_that_is_not_finite_on_one_rank_skips_the_step_on_all(parts, ran
         assert rates[2] == rates[1]
     for stage in STAGES[1:]:
         assert metrics(tmp_path / stage)[3]["loss"] == pytest.approx(metrics(tmp_path / "zero0")[3]["loss"], rel=1e-5)
+
+
+def test_the_time_that_a_slow_rank_costs_is_a_metric(parts, ranks, tmp_path):
+    recipe = make_recipe(parts, tmp_path / "run", "zero2", steps=4)
+    started = time.monotonic()
+    ranks.run(["faults:slow_between_steps", "1", "0.7", write(recipe)])
+    longest = time.monotonic() - started
+    for line in metrics(tmp_path / "run")[1:]:
+        assert line["wall_seconds"] > 0.7 > line["step_seconds"]
+        assert line["work_seconds"] > 0.7 > line["work_seconds_min"]
+        assert line["slowest_rank"] == 1
+        assert line["tokens_per_second"] == pytest.approx(line["tokens"] / line["wall_seconds"])
+        assert line["samples_per_second"] == pytest.approx(recipe.train.global_batch / line["wall_seconds"])
+        assert line["memory_gib"] >= line["memory_gib_min"] > 0
+    last = metrics(tmp_path / "run")[-1]
+    assert last["samples_seen"] == 4 * recipe.train.global_batch
+    assert last["eta_seconds"] == 0
+    assert 2.1 < last["elapsed_seconds"] < longest
+    counters = json.loads((tmp_path / "run" / "summary.json").read_text())["counters"]
+    assert counters["wall_seconds"] >= last["elapsed_seconds"] > counters["seconds"]
 
 
 def _interrupted(parts, ranks, tmp_path, arguments, **train):

@@ -207,6 +207,22 @@ def test_an_unknown_family_is_left_alone() -> None:
     assert use_lean_layers(model) == 0
 
 
+@pytest.mark.parametrize("chunked", [True, False])
+def test_right_tokens_are_counted_beside_the_loss(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mm_moslora.losses.CHUNK_BYTES", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr("mm_moslora.losses.SMALLEST_CHUNK", 5)
+    model = adapted("llama")
+    assert not chunked or use_loss_head(model)
+    torch.manual_seed(0)
+    hidden = torch.randn(17, 32, requires_grad=True)
+    targets = model.get_output_embeddings()(hidden).argmax(-1)
+    targets[::3] = (targets[::3] + 1) % 97
+    right = torch.zeros((), dtype=torch.int64)
+    counted = head_loss_sum(model, hidden, targets, right)
+    assert right.item() == 17 - 6
+    assert counted == head_loss_sum(model, hidden, targets)
+
+
 def test_the_vocabulary_head_loss_is_cross_entropy_in_any_number_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mm_moslora.losses.CHUNK_BYTES", {"cpu": 0, "cuda": 0})
     monkeypatch.setattr("mm_moslora.losses.SMALLEST_CHUNK", 5)
@@ -226,6 +242,8 @@ def test_the_vocabulary_head_loss_is_cross_entropy_in_any_number_of_chunks(monke
         torch.testing.assert_close(one, other)
     with torch.no_grad():
         torch.testing.assert_close(head_loss_sum(model, hidden, targets), expected)
-    empty = head_loss_sum(model, hidden[:0], targets[:0])
+    right = torch.zeros((), dtype=torch.int64)
+    empty = head_loss_sum(model, hidden[:0], targets[:0], right)
+    assert right.item() == 0
     assert empty.item() == 0
     assert torch.autograd.grad(empty, hidden)[0].abs().sum() == 0

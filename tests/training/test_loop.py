@@ -148,6 +148,27 @@ def test_the_loss_goes_down(recipe):
     assert sum(values[-5:]) < 0.6 * sum(values[:5])
 
 
+def test_time_tokens_and_accuracy_are_metrics_and_go_on_after_a_stop(recipe, tmp_path):
+    held_out = replace(recipe, data=replace(recipe.data, validation=recipe.data.train))
+    train(with_train(held_out, log_every=2, validate_every=3), stop_at=4)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [2, 4]
+    assert all(0 <= line["token_accuracy"] <= 1 for line in steps)
+    assert steps[0]["eta_seconds"] > steps[0]["wall_seconds"] > 0
+    validations = [line for line in lines if "validation_loss" in line]
+    assert all(0 <= line["validation_token_accuracy"] <= 1 for line in validations)
+    assert 2 * steps[1]["wall_seconds"] > validations[0]["validation_seconds"], "a validation takes time, too"
+    train(with_train(held_out, log_every=2, validate_every=3))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "loss" in line][-1]
+    assert last["samples_seen"] == 6 * recipe.train.global_batch
+    counters = json.loads((tmp_path / "run" / "summary.json").read_text())["counters"]
+    assert last["tokens_seen"] == counters["tokens"]
+    assert last["elapsed_seconds"] > steps[1]["elapsed_seconds"]
+    assert last["eta_seconds"] == 0
+
+
 def test_a_signal_saves_and_the_same_command_goes_on(recipe):
     recipe = with_train(recipe, steps=200)
 

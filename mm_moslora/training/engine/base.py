@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -35,16 +36,17 @@ class LossModule(nn.Module):
         self.pictures = PictureMemory() if memory is None else memory
         """What a frozen tower has already encoded."""
 
-    def forward(self, batch: Batch, needs_vision: bool) -> Tensor:
+    def forward(self, batch: Batch, needs_vision: bool, right: Tensor | None = None) -> Tensor:
         """Sum of cross entropies over the batch's supervised tokens, fp32 scalar.
 
         Args:
             batch: on the model's device.
             needs_vision: some rank has images in this micro-batch, so every rank must run the vision path.
+            right: see `head_loss_sum`.
         """
         dummy = self.dummy.to(batch.input_ids.device) if self.dummy and needs_vision and not batch.images else None
         hidden = supervised_hidden(self.model, batch, dummy=dummy, memory=self.pictures)
-        return head_loss_sum(self.model, hidden, batch.targets)
+        return head_loss_sum(self.model, hidden, batch.targets, right)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +65,28 @@ class StepResult:
     """Over all ranks, visual tokens included."""
     images: int
     """Over all ranks."""
+    samples: int = 0
+    """Over all ranks."""
+    right_tokens: int = 0
+    """Supervised tokens than which no other was more probable, over all ranks."""
+    wait_seconds: float = 0.0
+    """For which this rank waited at the start of the step until the others had come."""
+    own_loss_is_finite: bool = True
+    """Whether this rank's part of the loss is finite; looked at where the step was skipped."""
     rescaling: bool = False
     """A skipped step that only means that fp16's loss scale was still too large; it has been lowered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSums:
+    """What was measured on some batches, over all ranks."""
+
+    loss: float
+    """Sum of the cross entropies."""
+    right: float
+    """Supervised tokens than which no other was more probable."""
+    tokens: float
+    """Supervised tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +95,8 @@ class Update:
 
     total: float
     """Sum of all token losses."""
+    right: float
+    """See `StepResult.right_tokens`."""
     grad_norm: float
     """See `StepResult.grad_norm`."""
     applied: bool
@@ -105,13 +129,17 @@ class Engine(ABC):
             float(sum(batch.supervised_tokens for batch in micro_batches)),
             float(sum(batch.tokens for batch in micro_batches)),
             float(sum(batch.images for batch in micro_batches)),
+            float(sum(len(batch.ids) for batch in micro_batches)),
             *(float(batch.images > 0) for batch in micro_batches),
         ]
-        supervised, tokens, images, *with_images = distributed.sum_over_ranks(counts)
+        started = time.monotonic()
+        supervised, tokens, images, samples, *with_images = distributed.sum_over_ranks(counts)
+        wait_seconds = time.monotonic() - started
         self._begin_step(with_images)
         self.module.pictures.begin_step(micro_batches)
         # Added up where it is computed, and read when everything is under way: the host waits for the device once.
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        right = torch.zeros((), dtype=torch.int64, device=self.device)
         scale = distributed.world_size() / max(1.0, supervised)
         # Towers sit out micro-batches without pictures; what is shared must be part of the last one.
         sharing = one_product_per_step(self.module, leave_out=TOWERS) if self.shares_products else nullcontext()
@@ -120,19 +148,22 @@ class Engine(ABC):
                 last = index == len(micro_batches) - 1
                 if last and window is not None:
                     window.last_micro_batch()
-                loss = self._forward(batch.to(self.device), with_images[index] > 0, last=last)
+                loss = self._forward(batch.to(self.device), with_images[index] > 0, right, last=last)
                 total += loss.detach()
                 self._backward(loss * scale, last=last)
-        distributed.add_up(total)
+        sums = torch.stack((total, right.double()))
+        distributed.add_up(sums)
         lowers_scale = self.can_lower_scale
         before = self._on_manifold()
-        update = self._update(lr_factor, total)
+        update = self._update(lr_factor, sums)
         applied, norm = update.applied, update.grad_norm
         if before and applied:
             self.manifold.pull_back(before, self._on_manifold(), self.pieces())
         return StepResult(
             loss=update.total / max(1.0, supervised), grad_norm=norm, applied=applied,
-            supervised_tokens=int(supervised), tokens=int(tokens), images=int(images),
+            supervised_tokens=int(supervised), tokens=int(tokens), images=int(images), samples=int(samples),
+            right_tokens=int(update.right), wait_seconds=wait_seconds,
+            own_loss_is_finite=applied or math.isfinite(float(total)),
             rescaling=math.isfinite(update.total) and not applied and lowers_scale,
         )  # fmt: skip
 
@@ -154,32 +185,35 @@ class Engine(ABC):
         return False
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, float]:
-        """Sum of losses and count of supervised tokens over all ranks, without a gradient."""
+    def evaluate(self, micro_batches: Sequence[Batch]) -> TokenSums:
+        """Measure batches without a gradient."""
         flags = distributed.sum_over_ranks([float(batch.images > 0) for batch in micro_batches])
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        right = torch.zeros((), dtype=torch.int64, device=self.device)
         for batch, with_images in zip(micro_batches, flags, strict=True):
-            total += self._evaluate(batch.to(self.device), with_images > 0)
+            total += self._evaluate(batch.to(self.device), with_images > 0, right)
         (count,) = distributed.sum_over_ranks([float(sum(batch.supervised_tokens for batch in micro_batches))])
-        distributed.add_up(total)
-        return float(total), count
+        sums = torch.stack((total, right.double()))
+        distributed.add_up(sums)
+        loss, over_all = sums.tolist()
+        return TokenSums(loss=loss, right=over_all, tokens=count)
 
     @abstractmethod
-    def _forward(self, batch: Batch, needs_vision: bool, *, last: bool) -> Tensor: ...
+    def _forward(self, batch: Batch, needs_vision: bool, right: Tensor, *, last: bool) -> Tensor: ...
 
     @abstractmethod
-    def _evaluate(self, batch: Batch, needs_vision: bool) -> Tensor: ...
+    def _evaluate(self, batch: Batch, needs_vision: bool, right: Tensor) -> Tensor: ...
 
     @abstractmethod
     def _backward(self, loss: Tensor, *, last: bool) -> None: ...
 
     @abstractmethod
-    def _update(self, lr_factor: float, total: Tensor) -> Update:
+    def _update(self, lr_factor: float, sums: Tensor) -> Update:
         """Clip, and step if everything is finite.
 
         Args:
             lr_factor: factor on each group's peak learning rate.
-            total: sum of all token losses over all ranks, fp64 scalar on the device.
+            sums: fp64 ``[2]`` on the device, over all ranks: of all token losses, and of the right tokens.
         """
 
     @abstractmethod

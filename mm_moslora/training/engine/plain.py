@@ -33,11 +33,11 @@ class TorchEngine(Engine):
         ]
         self.optimizer = optimizer.adamw(groups, self.masters)
 
-    def _forward(self, batch: Batch, needs_vision: bool, *, last: bool) -> Tensor:
-        return self.module(batch, needs_vision)
+    def _forward(self, batch: Batch, needs_vision: bool, right: Tensor, *, last: bool) -> Tensor:
+        return self.module(batch, needs_vision, right)
 
-    def _evaluate(self, batch: Batch, needs_vision: bool) -> Tensor:
-        return self.module(batch, needs_vision)
+    def _evaluate(self, batch: Batch, needs_vision: bool, right: Tensor) -> Tensor:
+        return self.module(batch, needs_vision, right)
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
@@ -47,13 +47,13 @@ class TorchEngine(Engine):
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 parameter.grad = None
 
-    def _update(self, lr_factor: float, total: Tensor) -> Update:
+    def _update(self, lr_factor: float, sums: Tensor) -> Update:
         masters = [master for group in self.masters for master in group]
         for master in masters:
             if master.grad is None:  # as with ZeRO, a projector without pictures still moves by its momentum
                 master.grad = torch.zeros_like(master)
         clipped = nn.utils.clip_grad_norm_(masters, self.settings.max_grad_norm or math.inf)
-        loss, norm = torch.stack((total, clipped.double())).tolist()
+        loss, right, norm = torch.cat((sums, clipped.double()[None])).tolist()
         applied = math.isfinite(loss) and math.isfinite(norm)
         if applied:
             for settings, group in zip(self.optimizer.param_groups, self.groups, strict=True):
@@ -63,7 +63,7 @@ class TorchEngine(Engine):
                 for master, parameter in self._pairs():
                     parameter.copy_(master)
         self.optimizer.zero_grad(set_to_none=True)
-        return Update(total=loss, grad_norm=norm, applied=applied)
+        return Update(total=loss, right=right, grad_norm=norm, applied=applied)
 
     def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         return [

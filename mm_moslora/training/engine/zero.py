@@ -78,12 +78,12 @@ class DeepSpeedEngine(Engine):
             # Only what the last micro-batch uses is handed to the optimiser, so it must use the vision path, too.
             with_images[-1] = max(1.0, with_images[-1])
 
-    def _forward(self, batch: Batch, needs_vision: bool, *, last: bool) -> Tensor:
+    def _forward(self, batch: Batch, needs_vision: bool, right: Tensor, *, last: bool) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(last)
-        return self.engine(batch, needs_vision)
+        return self.engine(batch, needs_vision, right=right)
 
-    def _evaluate(self, batch: Batch, needs_vision: bool) -> Tensor:
-        return self.engine(batch, needs_vision)
+    def _evaluate(self, batch: Batch, needs_vision: bool, right: Tensor) -> Tensor:
+        return self.engine(batch, needs_vision, right=right)
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         if self.stage == 0:  # its optimiser of stage 0 divides gradients by the scale that nobody multiplied (0.19)
@@ -91,21 +91,22 @@ class DeepSpeedEngine(Engine):
         # The loss is already divided by the step's token count, so accumulation must not divide again.
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def _update(self, lr_factor: float, total: Tensor) -> Update:
-        loss = float(total)
+    def _update(self, lr_factor: float, sums: Tensor) -> Update:
+        loss, right = sums.tolist()
         own_norm = self._gradient_norm() / self.loss_scale if self.stage == 0 else None
         rescales = bool(zero_state.read_scaler(self.engine))  # fp16: must see the overflow to lower its scale
         if own_norm is not None and not rescales and not (math.isfinite(loss) and math.isfinite(own_norm)):
             # Stages 1 to 3 skip a step whose gradients are not finite by themselves; stage 0 would apply it.
             self.engine.zero_grad()
             self.engine.optimizer.zero_grad()
-            return Update(total=loss, grad_norm=own_norm, applied=False)
+            return Update(total=loss, right=right, grad_norm=own_norm, applied=False)
         for settings, group in zip(self.engine.optimizer.param_groups, self.groups, strict=True):
             settings["lr"] = group.peak_lr * lr_factor
         self.engine.step()
         norm = own_norm if own_norm is not None else self.engine.get_global_grad_norm()
         return Update(
             total=loss,
+            right=right,
             grad_norm=math.nan if norm is None else float(norm),
             applied=bool(self.engine.was_step_applied()),
         )
