@@ -45,6 +45,7 @@ def read_file(path: Path) -> dict[str, Any]:
         "alerts": [],
         "summary": {},
         "exit": None,
+        "preempting": False,
         "folder": path.parent,
     }
     for record in _records(path):
@@ -53,7 +54,9 @@ def read_file(path: Path) -> dict[str, Any]:
             row = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
             run["history"].append(row)
         elif kind == "run":
-            run["id"], run["project"] = record.run.run_id, record.run.project
+            run["id"], run["project"], run["name"] = record.run.run_id, record.run.project, record.run.display_name
+            run["group"], run["job_type"] = record.run.run_group, record.run.job_type
+            run["notes"], run["tags"] = record.run.notes, list(record.run.tags)
             run["config"] |= {i.key: json.loads(i.value_json) for i in record.run.config.update}
         elif kind == "artifact":
             run["artifacts"].append((record.artifact.type, record.artifact.name, list(record.artifact.aliases)))
@@ -62,6 +65,8 @@ def read_file(path: Path) -> dict[str, Any]:
             run["alerts"].append((record.alert.title, record.alert.text))
         elif kind == "summary":
             run["summary"] |= {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.summary.update}
+        elif kind == "preempting":
+            run["preempting"] = True
         elif kind == "exit":
             run["exit"] = record.exit.exit_code
     return run

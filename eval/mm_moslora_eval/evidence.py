@@ -221,4 +221,4 @@ def _tell_trackers(run: Path, recipe: Any, rows: Sequence[dict[str, Any]], adapt
             return
         trackers.reopen(recipe.to_dict(), run)
         trackers.log_evaluation(rows, adapter=adapter_digest(adapter), step=step)
-        trackers.finish(ok=True)
+        trackers.finish()

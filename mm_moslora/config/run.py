@@ -163,12 +163,21 @@ class TrackConfig:
 
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Any of tensorboard, wandb, trackio, mlflow."""
-    project: str = "mm_moslora"
-    """wandb project."""
+    project: str | None = None
+    """Project, or MLflow's experiment; None: the tracker's environment variable (WANDB_PROJECT,
+    MLFLOW_EXPERIMENT_NAME), else mm_moslora."""
     entity: str | None = None
-    """wandb entity; None: the account's own."""
+    """wandb entity; None: WANDB_ENTITY, else the account's own."""
     name: str | None = None
-    """Run name; None: the name of the run folder."""
+    """Run name; None: WANDB_NAME, else the run folder's name with its parent's."""
+    group: str | None = None
+    """Runs that belong together, such as the seeds of one setting; None: WANDB_RUN_GROUP."""
+    job_type: str | None = None
+    """What a run is within its group; None: WANDB_JOB_TYPE."""
+    notes: str | None = None
+    """Longer description; None: WANDB_NOTES."""
+    tags: list[str] = field(default_factory=list)
+    """Short labels to find runs by; empty: WANDB_TAGS."""
     mixers_every: int = 0
     """Log what the mixers learned every this many steps (`mixer/...`: distances, rank, condition); 0: never."""
 

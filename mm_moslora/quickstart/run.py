@@ -147,7 +147,7 @@ def _track(rows: list[dict[str, Any]], tune: Recipe, *, step: int) -> None:
     trackers = build_trackers(tune.track)
     trackers.reopen(tune.to_dict(), run)
     trackers.log_evaluation(rows, adapter=adapter_digest(run / folder_name(step) / "adapter"), step=step)
-    trackers.finish(ok=True)
+    trackers.finish()
 
 
 def _default_name(images: Images, encoder: Encoder, smoke: bool) -> str:

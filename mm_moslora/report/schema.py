@@ -23,11 +23,11 @@ Every file is optional. A missing or damaged one is named in `RunData.notes` and
     alerts.jsonl       {"time", "title", "text"} per line
 
 summary.json, every key optional: `format` (version of this layout; missing before there were versions), `name`,
-`title`, `description`, `steps`, `total_steps`, `counters` {"seconds" (in optimiser steps), "wall_seconds" (all in all),
-"tokens", "images", "samples", "supervised_tokens", "skipped"}, `precision`, `world_size`, `zero`, `components` [{"name", "total", "trainable"}] (parameters), `parts`
-{component: what it is}, `base` {"language", "vision"}, `tokens_per_image`, `memory_gib`, `seconds` (the whole run),
-`hardware`, `date`, `data` {fact: value}, `environment` {package: version}, `licences` {part: licence}, `commands`
-[{"what", "command"}].
+`title`, `description`, `steps`, `total_steps`, `counters` {"seconds" (of steps), "wall_seconds" (all in all), "tokens",
+"images", "samples", "supervised_tokens", "skipped"}, `precision`, `world_size`, `zero`, `components` [{"name", "total",
+"trainable"}] (parameters), `parts` {component: what it is}, `base` {"language", "vision"}, `tokens_per_image`,
+`memory_gib`, `seconds` (the whole run), `hardware`, `date`, `data` {fact: value}, `environment` {package: version},
+`licences` {part: licence}, `commands` [{"what", "command"}].
 """
 
 from __future__ import annotations

@@ -10,12 +10,13 @@ import dataclasses
 import hashlib
 import importlib.util
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from mm_moslora.config import TrackConfig
 from mm_moslora.errors import ConfigError, suggestion
@@ -27,8 +28,27 @@ from mm_moslora.tracking.watch import Alert, Watch
 
 logger = logging.getLogger(__name__)
 
+Ending = Literal["finished", "stopped", "failed"]
+"""stopped: on request, the same command continues the run."""
+PROJECT = "mm_moslora"
+"""The project of runs that name none."""
+MOST_FAILURES = 3
+"""Calls in a row that a tracker may fail before the run goes on without it."""
 KNOWN = ("tensorboard", "wandb", "trackio", "mlflow")
 """Trackers that a recipe may ask for besides JSONL."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """What a run is called, and found by; see `TrackConfig` for what None means."""
+
+    project: str | None = None
+    entity: str | None = None
+    name: str | None = None
+    group: str | None = None
+    job_type: str | None = None
+    notes: str | None = None
+    tags: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +106,8 @@ class Tracker(Protocol):
     def alert(self, title: str, text: str) -> None:
         """Tell whoever is not looking; may be called from another thread."""
 
-    def finish(self, *, ok: bool) -> None:
-        """Close the run, as successful or as failed."""
+    def finish(self, *, ending: Ending = "finished") -> None:
+        """Close the run, and say how it ended."""
 
 
 class Trackers:
@@ -104,8 +124,9 @@ class Trackers:
 
             active = distributed.is_main()
         self._trackers: list[Tracker] = list(trackers) if active else []
+        self._failures: dict[str, int] = {}
+        self._told: set[tuple[str, str]] = set()
         self._lock = threading.RLock()  # a stall is found by a timer
-        self._refused: set[str] = set()  # for want of room on a disk; said once
         self._watch = Watch(self.alert, clock=time.monotonic)
 
     @property
@@ -116,12 +137,12 @@ class Trackers:
     def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
         """Open the run everywhere; see `Tracker.start`. Secrets are taken out of `config` here."""
         clean = redact(dict(config) | ({"environment": environment()} if self._trackers else {}))
-        self._each("start", lambda tracker: tracker.start(clean, run_folder, resume_step=resume_step))
+        self._each("start", lambda tracker: tracker.start(clean, run_folder, resume_step=resume_step), needed=True)
 
     def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
         """Open a run that is over everywhere; see `Tracker.reopen`."""
         clean = redact(dict(config))
-        self._each("reopen the run", lambda tracker: tracker.reopen(clean, run_folder))
+        self._each("reopen the run", lambda tracker: tracker.reopen(clean, run_folder), needed=True)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers everywhere; see `Tracker.log`."""
@@ -153,28 +174,41 @@ class Trackers:
         """Record a folder everywhere; see `Tracker.log_folder`."""
         self._each("log a folder", lambda tracker: tracker.log_folder(title, folder, aliases=aliases))
 
-    def finish(self, *, ok: bool) -> None:
+    def finish(self, *, ending: Ending = "finished") -> None:
         """Close the run everywhere; see `Tracker.finish`."""
         self._watch.stop()
-        self._each("finish", lambda tracker: tracker.finish(ok=ok))
+        self._each("finish", lambda tracker: tracker.finish(ending=ending))
 
-    def _each(self, what: str, call: Callable[[Tracker], None]) -> None:
+    def _each(self, what: str, call: Callable[[Tracker], None], *, needed: bool = False) -> None:
+        """Call all; one that fails is told once a kind of call.
+
+        Args:
+            what: is done, for messages.
+            call: of one tracker.
+            needed: a tracker is of no use where this fails.
+        """
         with self._lock:
             for tracker in list(self._trackers):
                 try:
                     call(tracker)
-                    self._refused.discard(tracker.name)
                 except Exception as error:
-                    if is_full(error):  # room may come back
-                        if tracker.name not in self._refused:
-                            logger.warning("Tracker %s could not %s: %s. It is tried again.", tracker.name, what, error)
-                        self._refused.add(tracker.name)
-                        continue
-                    self._trackers.remove(tracker)
-                    logger.warning(
-                        "Tracker %s could not %s (%s: %s); the run goes on without it.",
-                        tracker.name, what, type(error).__name__, redact_text(str(error)),
-                    )  # fmt: skip
+                    self._failed(tracker, what, error, needed=needed)
+                else:
+                    self._failures[tracker.name] = 0
+
+    def _failed(self, tracker: Tracker, what: str, error: Exception, *, needed: bool) -> None:
+        """A full disk may be emptied, so it is tried again for ever; what else fails, a few times."""
+        count = self._failures[tracker.name] = self._failures.get(tracker.name, 0) + 1
+        over = not is_full(error) and (needed or count >= MOST_FAILURES)
+        if over:
+            self._trackers.remove(tracker)
+        elif (tracker.name, what) in self._told:
+            return
+        self._told.add((tracker.name, what))
+        logger.warning(
+            "Tracker %s could not %s (%s: %s); %s.", tracker.name, what, type(error).__name__, redact_text(str(error)),
+            "the run goes on without it" if over else "it is tried again",
+        )  # fmt: skip
 
 
 def build_trackers(config: TrackConfig, *, active: bool | None = None) -> Trackers:
@@ -203,16 +237,36 @@ def build_trackers(config: TrackConfig, *, active: bool | None = None) -> Tracke
             raise ConfigError(
                 f"track.trackers holds {name!r}, which is not installed: pip install 'mm-moslora[{name}]'"
             )
-    chosen: list[Tracker] = [JsonlTracker()]
+    labels = Labels(**{item.name: getattr(config, item.name) for item in dataclasses.fields(Labels)})
+    made: list[Tracker] = [JsonlTracker()]
     if "tensorboard" in config.trackers:
-        chosen.append(TensorBoardTracker())
+        made.append(TensorBoardTracker())
     if "trackio" in config.trackers:
-        chosen.append(TrackioTracker(project=config.project, run_name=config.name))
+        made.append(TrackioTracker(labels))
     if "mlflow" in config.trackers:
-        chosen.append(MlflowTracker(project=config.project, run_name=config.name))
+        made.append(MlflowTracker(labels))
     if "wandb" in config.trackers:
-        chosen.append(WandbTracker(project=config.project, entity=config.entity, run_name=config.name))
-    return Trackers(chosen, active=active)
+        made.append(WandbTracker(labels))
+    return Trackers(made, active=active)
+
+
+def chosen(given: str | None, variable: str, key: str) -> str | None:
+    """What the recipe says, else what the tracker's own variable says; that the latter is overridden is told.
+
+    Args:
+        given: by the recipe.
+        variable: of the tracker, in the environment.
+        key: of the recipe, for the message.
+    """
+    told = os.environ.get(variable)
+    if given and told and told != given:
+        logger.warning("%s is %r in the recipe, so %s=%r does not count.", key, given, variable, told)
+    return given or told
+
+
+def default_name(run_folder: Path) -> str:
+    """The folder's name with its parent's: `quickstart/tune`."""
+    return "/".join(run_folder.resolve().parts[-2:])
 
 
 def _without_secrets(sample: Sample) -> Sample:

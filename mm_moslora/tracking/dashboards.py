@@ -12,19 +12,31 @@ from importlib import import_module
 from typing import Any
 
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Loss": ("train/loss", "validation/loss", "train/grad_norm", "train/lr/adapter", "train/lr/mixer"),
+    "Loss": (
+        "train/loss",
+        "validation/loss",
+        "train/token_accuracy",
+        "validation/token_accuracy",
+        "train/grad_norm",
+        "train/lr/adapter",
+        "train/lr/mixer",
+    ),
     "Components": tuple(
         f"train/{kind}_norm/{part}" for kind in ("momentum", "weight") for part in ("adapter", "mixer", "projector")
     ),
     "Adapter": (
         "adapter/mixer/identity_distance",
-        "adapter/mixer/effective_rank",
-        "adapter/mixer_moved",
+        "adapter/mixer/orthogonal_distance",
+        "adapter/mixer/moved",
         "adapter/mixers",
     ),
     "Evaluation": ("eval/scores", "eval/validation"),
     "Speed and memory": (
         "train/tokens_per_second",
+        "train/samples_per_second",
+        "train/tokens_seen",
+        "train/eta_seconds",
+        "train/wall_seconds",
         "train/mfu",
         "train/step_seconds",
         "train/data_seconds",

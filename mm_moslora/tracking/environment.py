@@ -16,8 +16,14 @@ PACKAGES = (
 )  # fmt: skip
 
 
+_SCHEDULER = (
+    "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST",
+    "SLURM_CLUSTER_NAME",
+)  # fmt: skip
+
+
 def environment() -> dict[str, Any]:
-    """Versions, hardware and the git state of the working folder; whatever cannot be found is left out."""
+    """Versions, hardware, the scheduler's job and the git state of the working folder; what is unknown is left out."""
     found: dict[str, Any] = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     for package in PACKAGES:
         try:
@@ -26,7 +32,7 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     found["processors"] = os.cpu_count() or 0
-    found |= _accelerator()
+    found |= _accelerator() | {name.lower(): os.environ[name] for name in _SCHEDULER if os.environ.get(name)}
     return found | git_state(Path.cwd())
 
 

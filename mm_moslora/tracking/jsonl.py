@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.files import Appender, rename, replace_json, replace_text, sync
-from mm_moslora.tracking.base import Sample
+from mm_moslora.tracking.base import Ending, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class JsonlTracker:
     def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
         """Nothing: the folder is already on this disk."""
 
-    def finish(self, *, ok: bool) -> None:
+    def finish(self, *, ending: Ending = "finished") -> None:
         """See `Tracker.finish`."""
         for file in self._files.values():
             file.flush()

@@ -52,10 +52,14 @@ def heat_map(matrix: np.ndarray[Any, np.dtype[np.float64]]) -> Image.Image:
 
 
 def mean_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over all mixers, as metrics."""
-    names = ("moved", "distance_from_identity", "distance_from_orthogonal", "condition", "effective_rank")
+    """Means over all mixers, under the names that `adapters.inspect.summary` gives to the same quantities."""
+    names = {
+        "moved": "moved",
+        "distance_from_identity": "identity_distance",
+        "distance_from_orthogonal": "orthogonal_distance",
+    }
     return {
-        f"adapter/mixer_{name}": sum(values) / len(values)
-        for name in names
-        if (values := [float(row[name]) for row in rows if isinstance(row.get(name), int | float)])
+        f"mixer/{name}": sum(values) / len(values)
+        for key, name in names.items()
+        if (values := [float(row[key]) for row in rows if isinstance(row.get(key), int | float)])
     }

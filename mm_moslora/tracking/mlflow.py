@@ -8,7 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.tracking.base import Sample, adapter_digest, flat, headline, namespaced
+from mm_moslora.tracking.base import (
+    PROJECT,
+    Ending,
+    Labels,
+    Sample,
+    adapter_digest,
+    chosen,
+    default_name,
+    flat,
+    headline,
+    namespaced,
+)  # fmt: skip
 from mm_moslora.tracking.mixers import mixer_views
 from mm_moslora.tracking.pictures import thumbnail
 
@@ -21,14 +32,13 @@ class MlflowTracker:
     """One MLflow run per run folder.
 
     Args:
-        project: name of the experiment.
-        run_name: shown name; None: the run folder's.
+        labels: names, tags and notes.
     """
 
     name = "mlflow"
 
-    def __init__(self, *, project: str, run_name: str | None = None) -> None:
-        self._project, self._run_name = project, run_name
+    def __init__(self, labels: Labels) -> None:
+        self._labels = labels
         self._client: Any = None
         self._run = ""
 
@@ -44,13 +54,22 @@ class MlflowTracker:
             self._run = id_file.read_text(encoding="utf-8").strip()
             self._client.update_run(self._run, status="RUNNING")
             return
-        found = self._client.get_experiment_by_name(self._project)
+        project = chosen(self._labels.project, "MLFLOW_EXPERIMENT_NAME", "track.project") or PROJECT
+        found = self._client.get_experiment_by_name(project)
         place = None if os.environ.get("MLFLOW_TRACKING_URI") else (run_folder / "mlflow").resolve().as_uri()
-        experiment = found.experiment_id if found else self._client.create_experiment(self._project, place)
-        self._run = self._client.create_run(experiment, run_name=self._run_name or run_folder.name).info.run_id
+        experiment = found.experiment_id if found else self._client.create_experiment(project, place)
+        name = self._labels.name or default_name(run_folder)
+        self._run = self._client.create_run(experiment, run_name=name).info.run_id
+        for key, value in self._tags().items():
+            self._client.set_tag(self._run, key, value)
         id_file.write_text(self._run + "\n", encoding="utf-8")
         for key, value in flat(config).items():
             self._client.log_param(self._run, key, str(value)[:_LONGEST_VALUE])
+
+    def _tags(self) -> dict[str, str]:
+        labels = self._labels
+        named = {"mlflow.note.content": labels.notes, "group": labels.group, "job_type": labels.job_type}
+        return {key: value for key, value in named.items() if value} | {f"tag.{tag}": "yes" for tag in labels.tags}
 
     def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
         """See `Tracker.reopen`."""
@@ -65,10 +84,10 @@ class MlflowTracker:
         """See `Tracker.log_samples`."""
         rows = []
         for index, sample in enumerate(samples):
-            picture = None
-            if sample.image is not None:
+            picture, small = None, thumbnail(sample.image)
+            if small is not None:
                 picture = f"samples/{title}/{step}/{index}.png"
-                self._client.log_image(self._run, thumbnail(sample.image), artifact_file=picture)
+                self._client.log_image(self._run, small, artifact_file=picture)
             rows.append(
                 {
                     "image": picture, "question": sample.question, "expected": sample.expected,
@@ -100,8 +119,8 @@ class MlflowTracker:
         """See `Tracker.alert`."""
         self._client.set_tag(self._run, f"alert.{title.lower().replace(' ', '_')}", text)
 
-    def finish(self, *, ok: bool) -> None:
-        """See `Tracker.finish`."""
+    def finish(self, *, ending: Ending = "finished") -> None:
+        """See `Tracker.finish`; MLflow's word for a run that was stopped is KILLED."""
         if self._run:
-            self._client.set_terminated(self._run, "FINISHED" if ok else "FAILED")
+            self._client.set_terminated(self._run, {"stopped": "KILLED"}.get(ending, ending.upper()))
             self._run = ""

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from PIL import Image
 
+from mm_moslora.data.images import FORMATS
+
+logger = logging.getLogger(__name__)
+
 SIDE = 256
 """Longest side in pixels."""
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 
 
-def thumbnail(path: Path, *, side: int = SIDE) -> Image.Image:
-    """A picture as RGB, its longest side at most `side` pixels.
+def thumbnail(path: Path | None, *, side: int = SIDE) -> Image.Image | None:
+    """A picture as RGB, its longest side at most `side` pixels; None where there is none, or none that can be opened.
 
     Args:
-        path: a picture file.
+        path: a picture file; None: there is none.
         side: pixels.
     """
-    with Image.open(path, formats=FORMATS) as image:
-        image.thumbnail((side, side))
-        return image.convert("RGB")
+    if path is None:
+        return None
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image.thumbnail((side, side))
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        logger.info("%s is not shown by trackers: %s", path, error)
+        return None

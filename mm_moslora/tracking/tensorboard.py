@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.tracking.base import Sample, headline, namespaced
+from mm_moslora.tracking.base import Ending, Sample, headline, namespaced
 from mm_moslora.tracking.mixers import mixer_views
 from mm_moslora.tracking.pictures import thumbnail
 
@@ -52,9 +52,9 @@ class TensorBoardTracker:
             correct = "" if sample.correct is None else ("yes" if sample.correct else "no")
             cells = (sample.question, sample.expected, sample.prediction, correct)
             rows.append("| " + " | ".join(_cell(text) for text in cells) + " |")
-            if sample.image is not None:
-                pixels = np.asarray(thumbnail(sample.image))
-                self._writer.add_image(f"{title}/{index}", pixels, step, dataformats="HWC")
+            small = thumbnail(sample.image)
+            if small is not None:
+                self._writer.add_image(f"{title}/{index}", np.asarray(small), step, dataformats="HWC")
         self._writer.add_text(title, "\n".join(rows), step)
 
     def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
@@ -82,7 +82,7 @@ class TensorBoardTracker:
     def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
         """Nothing: TensorBoard keeps no files."""
 
-    def finish(self, *, ok: bool) -> None:
+    def finish(self, *, ending: Ending = "finished") -> None:
         """See `Tracker.finish`."""
         if self._writer is not None:
             self._writer.close()

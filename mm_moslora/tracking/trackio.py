@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.tracking.base import Sample, flat, headline, namespaced
+from mm_moslora.tracking.base import PROJECT, Ending, Labels, Sample, default_name, flat, headline, namespaced
 from mm_moslora.tracking.mixers import mixer_views
 from mm_moslora.tracking.pictures import thumbnail
 
@@ -15,14 +15,13 @@ class TrackioTracker:
     """One trackio run per run folder, in trackio's own store on this machine.
 
     Args:
-        project: trackio project.
-        run_name: shown name; None: the run folder's.
+        labels: names; trackio has groups, and no tags and notes.
     """
 
     name = "trackio"
 
-    def __init__(self, *, project: str, run_name: str | None = None) -> None:
-        self._project, self._run_name = project, run_name
+    def __init__(self, labels: Labels) -> None:
+        self._labels = labels
         self._run: Any = None
 
     def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
@@ -30,7 +29,8 @@ class TrackioTracker:
         import trackio
 
         self._run = trackio.init(
-            project=self._project, name=self._run_name or run_folder.name, config=flat(config),
+            project=self._labels.project or PROJECT, name=self._labels.name or default_name(run_folder),
+            group=self._labels.group, config=flat(config),
             resume="never" if resume_step is None else "allow", embed=False, auto_log_gpu=False, auto_log_cpu=False,
         )  # fmt: skip
 
@@ -47,13 +47,14 @@ class TrackioTracker:
         import pandas
         import trackio
 
+        small = [thumbnail(sample.image) for sample in samples]
         rows = [
             {
-                "image": None if sample.image is None else trackio.Image(thumbnail(sample.image)),
+                "image": None if picture is None else trackio.Image(picture),
                 "question": sample.question, "expected": sample.expected, "prediction": sample.prediction,
                 "correct": sample.correct,
             }
-            for sample in samples
+            for sample, picture in zip(samples, small, strict=True)
         ]  # fmt: skip
         self._run.log({f"samples/{title}": trackio.Table(dataframe=pandas.DataFrame(rows))}, step=step)
 
@@ -76,7 +77,7 @@ class TrackioTracker:
 
         trackio.alert(title, text)
 
-    def finish(self, *, ok: bool) -> None:
+    def finish(self, *, ending: Ending = "finished") -> None:
         """See `Tracker.finish`."""
         if self._run is not None:
             self._run.finish()

@@ -17,7 +17,17 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mm_moslora.redaction import redact_text
-from mm_moslora.tracking.base import Sample, adapter_digest, headline, namespaced
+from mm_moslora.tracking.base import (
+    PROJECT,
+    Ending,
+    Labels,
+    Sample,
+    adapter_digest,
+    chosen,
+    default_name,
+    headline,
+    namespaced,
+)  # fmt: skip
 from mm_moslora.tracking.mixers import mixer_views
 from mm_moslora.tracking.pictures import thumbnail
 
@@ -31,6 +41,8 @@ FINISH_SECONDS = 60.0
 MAX_SAMPLES = 200
 """Rows of one sample table."""
 STEP = "train/step"
+EXIT_STOPPED = 75
+"""That of `mm-moslora train`: the same command continues the run."""
 
 
 def has_credentials() -> bool:
@@ -53,15 +65,13 @@ class WandbTracker:
     """One wandb run per run folder.
 
     Args:
-        project: wandb project.
-        entity: wandb entity; None: the account's own.
-        run_name: shown name; None: the run folder's.
+        labels: names, tags and notes.
     """
 
     name = "wandb"
 
-    def __init__(self, *, project: str, entity: str | None = None, run_name: str | None = None) -> None:
-        self._project, self._entity, self._run_name = project, entity, run_name
+    def __init__(self, labels: Labels) -> None:
+        self._labels = labels
         self._run: Any = None
         self._online = False
 
@@ -99,9 +109,7 @@ class WandbTracker:
         import wandb
 
         return wandb.init(
-            project=self._project,
-            entity=self._entity,
-            name=self._run_name or folder.name,
+            **self._named(folder),
             id=run_id,
             # An offline run cannot ask the service; its parts meet by id when they are uploaded.
             resume=None if mode != "online" else ("allow" if resumed else "never"),
@@ -111,6 +119,20 @@ class WandbTracker:
             reinit="create_new",
             settings=_settings(),
         )
+
+    def _named(self, folder: Path) -> dict[str, Any]:
+        """What the recipe says, else wandb's variables, else what fits the folder."""
+        labels = self._labels
+        defaults = {"project": PROJECT, "name": default_name(folder)}
+        found: dict[str, Any] = {
+            name: chosen(getattr(labels, name), f"WANDB_{variable}", f"track.{name}") or defaults.get(name)
+            for name, variable in (
+                ("project", "PROJECT"), ("entity", "ENTITY"), ("name", "NAME"), ("group", "RUN_GROUP"),
+                ("job_type", "JOB_TYPE"), ("notes", "NOTES"),
+            )
+        }  # fmt: skip
+        tags = chosen(",".join(labels.tags), "WANDB_TAGS", "track.tags") or ""
+        return found | {"tags": [tag.strip() for tag in tags.split(",") if tag.strip()]}
 
     def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
         """See `Tracker.reopen`."""
@@ -126,7 +148,8 @@ class WandbTracker:
 
         table = wandb.Table(columns=["image", "question", "expected", "prediction", "correct"])  # type: ignore[no-untyped-call]
         for sample in samples[:MAX_SAMPLES]:
-            image = None if sample.image is None else wandb.Image(thumbnail(sample.image))
+            small = thumbnail(sample.image)
+            image = None if small is None else wandb.Image(small)
             table.add_data(image, sample.question, sample.expected, sample.prediction, sample.correct)  # type: ignore[no-untyped-call]
         if len(samples) > MAX_SAMPLES:
             logger.info("wandb: the first %d of %d samples are logged.", MAX_SAMPLES, len(samples))
@@ -185,10 +208,12 @@ class WandbTracker:
         artifact.add_dir(str(folder))
         self._run.log_artifact(artifact, aliases=list(aliases))
 
-    def finish(self, *, ok: bool) -> None:
-        """See `Tracker.finish`."""
+    def finish(self, *, ending: Ending = "finished") -> None:
+        """See `Tracker.finish`; a run that was stopped becomes wandb's `preempted`."""
         if self._run is not None:
-            self._run.finish(exit_code=0 if ok else 1)
+            if ending == "stopped":
+                self._run.mark_preempting()
+            self._run.finish(exit_code={"finished": 0, "stopped": EXIT_STOPPED}.get(ending, 1))
             self._run = None
 
 

@@ -13,6 +13,8 @@ STALL_FACTOR = 10.0
 """Times the usual gap between two records without one is a stall."""
 SHORTEST_STALL = 300.0
 """Seconds; validation and saving take their time."""
+WELL_RECORDS = 50
+"""Records in a row that must be finite before it is told once more that one is not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +41,22 @@ class Watch:
         self._gaps: deque[float] = deque(maxlen=50)
         self._last: float | None = None
         self._step = 0
-        self._told: set[str] = set()
+        self._stalled_told = False
+        self._well_since = WELL_RECORDS
+        """Records in a row that were finite."""
         self._timer: threading.Timer | None = None
 
     def see(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take a record. Each kind of alert is raised once until the run is well again."""
+        """Take a record. Each kind of alert is raised once until the run is well again, and has been for a while."""
         now = self._clock()
         if self._last is not None:
             self._gaps.append(now - self._last)
         self._last, self._step = now, step
-        self._told.discard("stall")
+        self._stalled_told = False
         bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
-        self._tell("nan", bool(bad), Alert(title="Not a number", text=f"Step {step}: {', '.join(bad)} not finite."))
+        if bad and self._well_since >= WELL_RECORDS:
+            self._raise(Alert(title="Not a number", text=f"Step {step}: {', '.join(bad)} not finite."))
+        self._well_since = 0 if bad else self._well_since + 1
         self._arm()
 
     def stop(self) -> None:
@@ -64,13 +70,6 @@ class Watch:
         usual = statistics.median(self._gaps) if self._gaps else 0.0
         return max(self._shortest, STALL_FACTOR * usual)
 
-    def _tell(self, kind: str, wrong: bool, alert: Alert) -> None:
-        if not wrong:
-            self._told.discard(kind)
-        elif kind not in self._told:
-            self._told.add(kind)
-            self._raise(alert)
-
     def _arm(self) -> None:
         self.stop()
         self._timer = threading.Timer(self.patience, self._stalled, [self.patience])
@@ -79,4 +78,6 @@ class Watch:
 
     def _stalled(self, seconds: float) -> None:
         text = f"No metrics since step {self._step}, for {seconds:.0f} s."
-        self._tell("stall", True, Alert(title="Stalled", text=text))
+        if not self._stalled_told:
+            self._stalled_told = True
+            self._raise(Alert(title="Stalled", text=text))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import resource
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from mm_moslora.heartbeat import means_lost
 from mm_moslora.machine import keep_memory
 from mm_moslora.models.trainable import component_table
 from mm_moslora.tracking import Trackers, build_trackers
+from mm_moslora.tracking.base import Ending
+from mm_moslora.tracking.watch import Alert
 from mm_moslora.training import checkpoint
 from mm_moslora.training import run as runs
 from mm_moslora.training.commit import Saver, amend
@@ -46,6 +49,8 @@ logger = logging.getLogger(__name__)
 MAX_FAILED_SAVES = 3
 """Saves in a row that may fail before the run stops: training on without checkpoints risks too much."""
 
+MOST_TOLD = 1000
+"""Characters of an alert."""
 FINISHED_AT = "finished_at"
 """Among the counters: the step after which the run was over and had been measured."""
 CUT_SHORT_AT = "cut_short_at"
@@ -191,8 +196,9 @@ class _Loop:
         if distributed.is_main():
             files.replace_text(run.folder / "config.yaml", self.recipe.to_yaml())
         self._write_summary()
-        ok = False
-        self.trackers.start(self.recipe.to_dict(), run.folder, resume_step=None if self.fresh else run.step)
+        ending: Ending = "failed"
+        config = self.recipe.to_dict() | {"run": started_with(run, self.total)}
+        self.trackers.start(config, run.folder, resume_step=None if self.fresh else run.step)
         try:
             self._phase("rehearsal")
             if self.fresh and self.recipe.train.rehearsal:
@@ -208,9 +214,16 @@ class _Loop:
                 self.saver.rest()
             if self._over and not self._cut_short and distributed.is_main() and (folder / "adapter").is_dir():
                 self.trackers.log_folder("adapter", folder / "adapter", aliases=("latest", f"step-{run.step}"))
-            ok = True
+            ending = "finished" if self._over and not self._cut_short else "stopped"
+        except KeyboardInterrupt:
+            ending = "stopped"
+            raise
+        except Exception as error:
+            title = "Diverged" if isinstance(error, DivergedError) else "Run failed"
+            self.trackers.alert(Alert(title=title, text=f"Step {run.step}: {error}"[:MOST_TOLD]))
+            raise
         finally:
-            self.trackers.finish(ok=ok)
+            self.trackers.finish(ending=ending)
         return self._result(folder)
 
     def _until_over(self, stop_at: int | None) -> None:
@@ -410,6 +423,7 @@ class _Loop:
             raise CheckpointError(f"{error} The last {self.failed_saves} saves failed; stopped.")
         if distributed.is_main():
             logger.error("%s Training goes on.", error)
+        self.trackers.alert(Alert(title="Save failed", text=f"Step {self.run.step}: {error}"[:MOST_TOLD]))
 
     def _last_save(self) -> Path:
         """The checkpoint of the last step; a failure to write this one is an error."""
@@ -475,6 +489,18 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def started_with(run: runs.Run, total: int) -> dict[str, Any]:
+    """What trackers are told of a run besides its recipe; every rank calls it."""
+    hosts = set(distributed.gather_objects(socket.gethostname()))
+    rows = component_table(run.assembly)
+    return {
+        "world_size": distributed.world_size(), "nodes": len(hosts), "precision": run.precision, "total_steps": total,
+        "parameters": sum(row.total for row in rows), "trainable_parameters": sum(row.trainable for row in rows),
+        "components": {row.name: {"parameters": row.total, "trainable": row.trainable} for row in rows},
+        "base": run.assembly.base,
+    }  # fmt: skip
 
 
 def own_figures(*, seconds: float, data_seconds: float, work_seconds: float) -> RankFigures:

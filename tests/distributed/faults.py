@@ -66,10 +66,10 @@ def commanded(what: str, rank: str, step: str, *words: str) -> int:
     _fail_within_step(what, rank, int(step))
     finish = Trackers.finish
 
-    def slowly(self, *, ok):
+    def slowly(self, *, ending):
         if distributed.is_main():
             time.sleep(1)
-        finish(self, ok=ok)
+        finish(self, ending=ending)
 
     Trackers.finish = slowly
     code = cli.run(list(words))

@@ -22,7 +22,7 @@ from mm_moslora.tracking.base import KNOWN, adapter_digest
 from mm_moslora.tracking.environment import environment, git_state
 from mm_moslora.tracking.jsonl import JsonlTracker
 from mm_moslora.tracking.mixers import mean_figures, mixer_views
-from mm_moslora.tracking.watch import Alert, Watch
+from mm_moslora.tracking.watch import WELL_RECORDS, Alert, Watch
 
 MIXERS = [
     {"path": "layers.0.q_proj", "rank": 2, "after": [[3.0, 0.0], [0.0, -1.0]], "before": None, "moved": 0.5},
@@ -55,7 +55,7 @@ def everything(trackers: Trackers, run: Path, sample: Sample, adapter: Path, *, 
     trackers.log_folder("adapter", adapter)
     trackers.log_evaluation(SCORES, adapter=adapter_digest(adapter), step=2)
     trackers.alert(Alert(title="Not a number", text=f"Step 2: loss, {SECRET}"))
-    trackers.finish(ok=True)
+    trackers.finish()
 
 
 def no_secret_below(folder: Path) -> None:
@@ -75,7 +75,7 @@ def test_wandb_offline_file_holds_all_of_it(
     assert trackers.names == ["jsonl", "wandb"]
     run = read_run(tmp_path / "run")
     rows = {key: value for row in run["history"] for key, value in row.items()}
-    assert rows["adapter/mixer_moved"] == pytest.approx(0.3)
+    assert rows["adapter/mixer/moved"] == pytest.approx(0.3)
     assert rows["eval/shapes"] == 0.8
     assert rows["adapter/mixers/nrows"] == 1
     assert rows["adapter/spectra/nrows"] == 2
@@ -104,7 +104,7 @@ def test_tensorboard_holds_mixers_scores_and_alerts(tmp_path: Path, sample: Samp
     assert reader.Histograms("mixer_spectra/layers.0.q_proj")[0].histogram_value.max == 3.0
     assert b"| shapes | tuned | 50 |" in reader.Tensors("evaluation/text_summary")[0].tensor_proto.string_val[0]
     assert b"Not a number" in reader.Tensors("alerts/text_summary")[0].tensor_proto.string_val[0]
-    assert reader.Scalars("adapter/mixer_moved")[0].value == pytest.approx(0.3)
+    assert reader.Scalars("adapter/mixer/moved")[0].value == pytest.approx(0.3)
     no_secret_below(tmp_path / "run")
 
 
@@ -147,7 +147,7 @@ def test_trackio_gives_it_back(tmp_path: Path, sample: Sample, adapter: Path) ->
     code = (
         "import sys; from pathlib import Path; from mm_moslora.tracking import Sample, build_trackers\n"
         "from mm_moslora.config import TrackConfig; from tests.tracking.test_tracking_depth import everything\n"
-        "root = Path(sys.argv[1]); config = TrackConfig(trackers=['trackio'], project='tests')\n"
+        "root = Path(sys.argv[1]); config = TrackConfig(trackers=['trackio'], project='tests', name='run')\n"
         "trackers = build_trackers(config, active=True)\n"
         "sample = Sample(question='q', expected='red', prediction='red', image=root / 'picture.png')\n"
         "everything(trackers, root / 'run', sample, root / 'adapter')\n"
@@ -176,13 +176,20 @@ def test_a_tracker_that_is_not_installed_names_its_extra(monkeypatch: pytest.Mon
             build_trackers(TrackConfig(trackers=[name]), active=True)
 
 
-def test_not_a_number_is_told_once_until_the_run_is_well_again() -> None:
+def test_not_a_number_is_told_once_until_the_run_has_been_well_for_a_while() -> None:
     told: list[Alert] = []
     watch = Watch(told.append, clock=time.monotonic)
-    for step, loss in enumerate([1.0, float("nan"), float("nan"), 1.0, float("inf")], 1):
-        watch.see({"loss": loss, "grad_norm": 1.0}, step)
+    for step in range(1, 21):  # every other step, with a validation in between
+        watch.see({"loss": float("nan") if step % 2 else 1.0, "grad_norm": 1.0}, step)
+        watch.see({"validation_loss": 1.0}, step)
+    watch.see({"loss": float("inf"), "grad_norm": float("nan")}, 21)
+    for step in range(22, 22 + WELL_RECORDS):
+        watch.see({"loss": 1.0}, step)
+    watch.see({"loss": float("nan"), "grad_norm": float("nan")}, 100)
     watch.stop()
-    assert [alert.text for alert in told] == ["Step 2: loss not finite.", "Step 5: loss not finite."]
+    assert [alert.text for alert in told] == [
+        "Step 1: loss not finite.", "Step 100: grad_norm, loss not finite.",
+    ]  # fmt: skip
 
 
 def test_a_stall_is_told_by_the_clock_and_slow_runs_get_more_patience() -> None:
@@ -208,7 +215,7 @@ def test_alerts_and_environment_are_files_of_the_run(tmp_path: Path) -> None:
     trackers = Trackers([JsonlTracker()], active=True)
     trackers.start({}, tmp_path, resume_step=None)
     trackers.log({"loss": float("nan")}, 3)
-    trackers.finish(ok=False)
+    trackers.finish(ending="failed")
     alert = json.loads((tmp_path / "alerts.jsonl").read_text())
     assert alert["title"] == "Not a number"
     known = json.loads((tmp_path / "environment.json").read_text())
@@ -241,7 +248,7 @@ def test_mixer_views_show_sign_size_and_spectrum() -> None:
     assert view.heat_map.getpixel((11, 0)) == (255, 255, 255)
     red, _, blue = view.heat_map.getpixel((11, 11))  # type: ignore[misc]
     assert blue > red
-    assert mean_figures(MIXERS) == {"adapter/mixer_moved": pytest.approx(0.3)}
+    assert mean_figures(MIXERS) == {"mixer/moved": pytest.approx(0.3)}
 
 
 def test_the_sweep_file_makes_commands_that_the_trainer_takes(tmp_path: Path) -> None:
@@ -280,6 +287,7 @@ def test_a_run_and_its_evaluation_fill_every_section_of_the_dashboard(
     from mm_moslora.tracking.dashboards import SECTIONS
 
     monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.chdir(Path(__file__).parents[2])  # a repository
     source = f"{{path: {records}, image_folder: {records.parent / 'images'}}}"
     rows = [json.loads(line) for line in records.read_text().splitlines()]
@@ -297,7 +305,7 @@ data: {{train: [{source}], validation: [{source}], max_length: 256}}
 train: {{output: {tmp_path / "run"}, steps: 2, global_batch: 8, micro_batch: 8, validate_every: 1, zero: none,
         precision: fp32}}
 validate: {{samples: 2}}
-track: {{trackers: [wandb], mixers_every: 1}}
+track: {{trackers: [wandb]}}
 """
     )
     assert cli.run(["train", str(recipe)]) == 0
@@ -309,6 +317,14 @@ track: {{trackers: [wandb], mixers_every: 1}}
     wanted = {name for names in SECTIONS.values() for name in names}
     assert wanted - rows == {"train/mfu"}, "on a CPU there is no peak to measure against"
     assert trained["config"]["adapter"]["rank"] == 4
+    facts = trained["config"]["run"]
+    assert (facts["world_size"], facts["nodes"], facts["precision"], facts["total_steps"]) == (1, 1, "fp32", 2)
+    assert (
+        facts["parameters"]
+        > facts["trainable_parameters"]
+        == sum(item["trainable"] for item in facts["components"].values())
+    )
+    assert trained["config"]["environment"]["slurm_job_id"] == "4711"
     assert len(trained["config"]["environment"]["git_commit"]) == 40
     (weights,) = (tmp_path / "run").glob("checkpoint-*/adapter")
     digest = adapter_digest(weights)

@@ -339,6 +339,21 @@ def test_a_step_that_is_not_finite_is_skipped_and_too_many_stop_the_run(recipe, 
     logged = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert f"stopped at step {logged[-1]}." in str(state.reason)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+    alerts = [json.loads(line) for line in (tmp_path / "run" / "alerts.jsonl").read_text().splitlines()]
+    assert [alert["title"] for alert in alerts] == ["Not a number", "Diverged"]
+    assert "5 steps in a row" in alerts[-1]["text"]
+
+
+def test_a_save_that_fails_and_a_run_that_fails_are_told_to_whoever_is_not_looking(recipe, tmp_path, monkeypatch):
+    def full(self, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mm_moslora.training.saving.Snapshot.write", full)
+    with pytest.raises(CheckpointError):
+        train(with_train(recipe, save_every=1, background_save=False, rehearsal=False))
+    alerts = [json.loads(line) for line in (tmp_path / "run" / "alerts.jsonl").read_text().splitlines()]
+    assert [alert["title"] for alert in alerts] == ["Save failed", "Save failed", "Run failed"]
+    assert "No space left on device" in alerts[-1]["text"]
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_keys(recipe):

@@ -128,7 +128,7 @@ def test_a_finished_run_that_is_started_again_measures_and_writes_nothing(recipe
     its_session = ("state.json", "run.lock")
     written = {path: path.read_text() for path in run.iterdir() if path.is_file() and path.name not in its_session}
     assert {"summary.json", "config.yaml", "environment.json", "mixers.json"} <= {path.name for path in written}
-    assert sum('"adapter/mixer_moved"' in line for line in written[run / "metrics.jsonl"].splitlines()) == 1
+    assert sum('"mixer/moved"' in line for line in written[run / "metrics.jsonl"].splitlines()) == 1
     assert json.loads(written[run / "summary.json"])["memory_gib"] == 3.0
 
     def never(moment):
