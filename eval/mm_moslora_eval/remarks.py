@@ -1,4 +1,6 @@
-"""What must stand beside a score so that it is not misread: why samples failed, that all answers are the same."""
+"""What must stand beside a score so that it is not misread: why samples failed, what was taken out of answers,
+that all answers are the same.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from .scored import Scored
+from .scoring import without_thinking
 
 FEWEST = 5
 """With fewer answers nothing is said about their being alike."""
@@ -28,6 +31,17 @@ def failures(errors: Sequence[str | None]) -> Iterator[str]:
     example = next(error for error in told if _PARTICULAR.sub("...", error) == kind)
     most = "all" if count == len(told) else f"{count} of them"
     yield f"{len(told)} of {len(errors)} samples failed, {most} like this: {_short(example)}"
+
+
+def thinking(answered: Sequence[Scored]) -> Iterator[str]:
+    """That answers hold `<think>` blocks, which nobody read, and how many of these never end."""
+    answers = [without_thinking(sample.text) for sample in answered]
+    thought, unclosed = sum(answer.thought for answer in answers), sum(answer.unclosed for answer in answers)
+    if thought:
+        yield (
+            f"{thought} of {len(answers)} answers hold <think> blocks, which were taken out before reading; "
+            f"{unclosed} of these blocks never end, so that there is no answer to read."
+        )
 
 
 def answers_alike(answered: Sequence[Scored]) -> Iterator[str]:

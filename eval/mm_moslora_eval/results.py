@@ -19,7 +19,7 @@ from mm_moslora.strict import build_strictly
 from .aggregation import AGGREGATIONS
 from .answers import line, read_folder, write_atomically
 from .documents import Document
-from .remarks import answers_alike, failures
+from .remarks import answers_alike, failures, thinking
 from .requests import FORMAT
 from .scored import Aggregate, Scored, mean_with_error
 from .scoring import JUDGED, score_answer, without_thinking
@@ -201,7 +201,7 @@ def _with_rules(view: Path, described: dict[str, Any], task: Task, rules: Task) 
     """A view of the same answers under another protocol's rules; prompt and decoding stay those of the asking."""
     kept = replace(
         task, protocol=rules.protocol, version=rules.version, extraction=rules.extraction, metric=rules.metric,
-        aggregation=rules.aggregation, published=rules.published, notes=rules.notes,
+        aggregation=rules.aggregation, published=rules.published, notes=rules.notes, differences=rules.differences,
     )  # fmt: skip
     described |= {"task": kept.to_dict()}
     if rules.protocol != task.protocol:
@@ -329,7 +329,7 @@ def unscored(
             dropped=about.get("data", {}).get("dropped", 0), **_thinking(samples),
         ),
         completed={"n": len(samples) - failed}, about=_protocol(task) | about, folder=folder,
-        remarks=tuple(failures(errors)),
+        remarks=(*failures(errors), *thinking(samples)),
     )  # fmt: skip
 
 
@@ -403,7 +403,7 @@ def summarise(
         categories=_categories(task, scored),
         about=_protocol(task) | about,
         folder=folder,
-        remarks=(*failures(errors), *(answers_alike(done) if folder else ())),
+        remarks=(*failures(errors), *thinking(done), *(answers_alike(done) if folder else ())),
     )
 
 

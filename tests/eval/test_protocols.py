@@ -136,6 +136,22 @@ def test_vlmevalkit_decodes_as_long_as_its_llava() -> None:
     assert {task.decoding.max_new_tokens for task in tasks} == {2048}
 
 
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [("mmbench_en_dev", 1024), ("mmbench_cn_dev", 1024), ("scienceqa_img", 1024), ("mmvet", 1024), ("llavabench", 1024),
+     ("gqa_testdev", 128), ("pope", 128), ("mme", 128), ("textvqa_val_ocr", 128), ("seedbench_image", 128)],
+)  # fmt: skip
+def test_llava_protocols_decode_as_long_as_llavas_scripts(name: str, tokens: int) -> None:
+    assert get_task(f"{name}@llava").decoding.max_new_tokens == tokens
+
+
+def test_llava_asks_mmbench_in_the_language_of_the_file() -> None:
+    document = Document(id="1", question="2 + 2?", options={"A": "4", "B": "5"}, answers=("A",))
+    english = "Answer with the option's letter from the given choices directly."
+    assert get_task("mmbench_cn_dev@llava").prompt.text(document).endswith("5\n请直接回答选项字母。")
+    assert get_task("mmbench_en_dev@llava").prompt.text(document).endswith(f"5\n{english}")
+
+
 def test_llava_protocols_read_as_llavas_scripts_where_it_has_one(runs: Runs) -> None:
     options = {"A": "cat", "B": "dog"}
     made = [Document(id=str(n), question="q", options=options, answers=("A",)) for n in range(3)]
@@ -169,6 +185,7 @@ def test_thinking_is_taken_out_before_anything_is_read_and_counted(runs: Runs) -
     counts = run.result.counts
     assert (counts.thinking, counts.unclosed_thinking, counts.not_inferable) == (5, 2, 2)
     assert [sample["text"] for sample in run.samples] == list(THOUGHTS)
+    assert any("5 of 6 answers hold <think> blocks" in line and "2 of these" in line for line in run.result.remarks)
 
 
 def test_a_yes_within_thinking_is_no_answer() -> None:
