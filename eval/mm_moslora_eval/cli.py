@@ -14,6 +14,7 @@ from mm_moslora.errors import DataError, EvalError
 
 if TYPE_CHECKING:
     from .baselines import TrainingAnswer
+    from .documents import Document
     from .images import ImageMode
     from .judge import Judge
     from .model import Model
@@ -106,16 +107,32 @@ def _named(name: str, progress: Callable[[str, int, int], None] | None) -> Progr
 
 
 def dry_run(tasks: Sequence[str], *, documents: int = 1) -> str:
-    """The first prompts of tasks, without a model."""
+    """The first prompts of tasks with the pictures that stand in them, without a model."""
     from .registry import get_task
 
     blocks = []
     for name in tasks:
         task = get_task(name)
         for document in task.load().documents[:documents]:
-            text = "\n".join(f"[{message.role}] {message.text}" for message in task.prompt.messages(document))
-            blocks.append(f"--- {task.id}, document {document.id} (answers: {', '.join(document.answers)})\n{text}")
+            head = f"--- {task.id}, document {document.id} (answers: {', '.join(document.answers)})"
+            try:
+                lines = [f"[{message.role}] {message.text}" for message in task.prompt.messages(document)]
+            except EvalError as error:
+                lines = [f"cannot be asked: {error}"]
+            problem = [f"cannot be asked: {document.problem}"] if document.problem else []
+            blocks.append("\n".join([head, *lines, _pictures_of(document), *problem]))
     return "\n".join(blocks)
+
+
+def _pictures_of(document: Document) -> str:
+    """What stands for each picture: the file, or that it is stored in the data."""
+    if not document.images:
+        return "pictures: none"
+    shown = []
+    for image in document.images:
+        missing = isinstance(image, Path) and not image.is_file()
+        shown.append(f"{image}{' (missing)' if missing else ''}" if isinstance(image, Path) else "in the data")
+    return f"pictures: {', '.join(shown)}"
 
 
 def score(path: Path, *, protocol: str | None = None, judge: Judge | None = None) -> list[TaskResult]:

@@ -59,6 +59,8 @@ class Request:
     """The answer ends before the first of these strings."""
     raw: bool = False
     """The text stands for itself: no chat template."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the question, by which stored answers may know it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mm_moslora.errors import EvalError
 
 from .model import Answer, OptionRequest, OptionScore, Request
-
-_IDS = ("id", "question_id", "index")
-_TEXTS = ("text", "prediction")
+from .stored_answers import StoredAnswer, read_answers
 
 
 class ReplayModel:
-    """Answers by document id.
+    """Answers by document id, where several share it by their prompt.
 
     Args:
-        path: JSONL of ours (`answers.jsonl`, `samples.jsonl`) or LLaVA's (`question_id`, `text`), a JSON list or
-            mapping, or a TSV with VLMEvalKit's `index` and `prediction`.
+        path: JSONL of this package (`answers.jsonl`, `samples.jsonl`), LLaVA (`question_id`, `text`) or lmms-eval (its
+            samples), a JSON list or mapping, or VLMEvalKit's `index` and `prediction` as a TSV or a workbook.
 
     Raises:
-        EvalError: not such a file, or an id that occurs twice with different answers.
+        EvalError: not such a file, or two different answers to one question.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,18 +31,16 @@ class ReplayModel:
         data = path.read_bytes()
         self._path = path
         self._fingerprint = hashlib.sha256(data).hexdigest()
-        self._rows: dict[str, Mapping[str, Any]] = {}
-        for number, row in enumerate(_rows(path, data), start=1):
-            name = next((str(row[key]) for key in _IDS if row.get(key) is not None), None)
-            if name is None:
-                raise EvalError(f"{path}, row {number} has none of the columns {', '.join(_IDS)}.")
-            if "question_id" in row and "image" in row:
-                raise EvalError(f"{path}, row {number} is a question; replay needs a file with answers.")
-            if not any(key in row for key in (*_TEXTS, "options", "logprobs")):
-                raise EvalError(f"{path}, row {number} has no answer; expected a column {' or '.join(_TEXTS)}.")
-            if name in self._rows and _text(self._rows[name]) != _text(row):
+        self._by_column: dict[str, dict[str, list[StoredAnswer]]] = defaultdict(lambda: defaultdict(list))
+        known: dict[Any, str | None] = {}
+        for answer in read_answers(path, data):
+            asked = (tuple(answer.names.items()), answer.prompt)
+            if known.setdefault(asked, answer.text) != answer.text:
+                name = next(iter(answer.names.values()))
                 raise EvalError(f"{path} holds two different answers to {name!r}; keep one.")
-            self._rows[name] = row
+            for column, name in answer.names.items():
+                self._by_column[column][name].append(answer)
+        self._column: str | None = None
 
     @property
     def name(self) -> str:
@@ -58,23 +54,29 @@ class ReplayModel:
 
     def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
         """Look the answers up; the first one that is not there ends the generator with an error."""
+        self._choose_column(requests)
         for index, request in enumerate(requests):
-            row = self._row(request.id)
-            text = _text(row)
-            if text is None:
-                raise RuntimeError(f"the stored answer to {request.id!r} is a failure: {row.get('error')}")
-            cut = row.get("finish_reason") == "length"
+            stored = self._stored(request)
+            if stored.text is None:
+                raise RuntimeError(f"the stored answer to {request.id!r} is a failure: {stored.row.get('error')}")
+            cut = stored.row.get("finish_reason") == "length"
+            tokens = stored.row.get("tokens")
             yield (
                 index,
-                Answer(text=text, tokens=int(row.get("tokens") or 0), finish_reason="length" if cut else "stop"),
+                Answer(
+                    text=stored.text,
+                    tokens=tokens if isinstance(tokens, int) else 0,
+                    finish_reason="length" if cut else "stop",
+                ),
             )
 
     def loglikelihood(
         self, requests: Sequence[OptionRequest], *, batch_size: int
     ) -> Iterator[tuple[int, tuple[OptionScore, ...]]]:
         """Look the option scores up."""
+        self._choose_column([item.request for item in requests])
         for index, item in enumerate(requests):
-            row = self._row(item.request.id)
+            row = self._stored(item.request).row
             known: Any = row.get("options") if isinstance(row.get("options"), dict) else row.get("logprobs")
             try:
                 scores = tuple(OptionScore(logprob=float(known[option]), tokens=1) for option in item.options)
@@ -85,33 +87,49 @@ class ReplayModel:
     def close(self) -> None:
         """Nothing to free."""
 
-    def _row(self, name: str) -> Mapping[str, Any]:
-        if name not in self._rows:
-            raise RuntimeError(f"{self._path} holds no answer to {name!r}")
-        return self._rows[name]
+    def _choose_column(self, requests: Sequence[Request]) -> None:
+        """Settle, once for the whole file, by which column its rows are found: by that which knows most questions."""
+        if self._column is None and requests:
+            self._column = max(
+                self._by_column,
+                key=lambda column: sum(
+                    any(name in self._by_column[column] for name in _names(request)) for request in requests
+                ),
+                default="id",
+            )
+
+    def _stored(self, request: Request) -> StoredAnswer:
+        rows = self._by_column[self._column or "id"]
+        found = next((rows[name] for name in _names(request) if name in rows), [])
+        if len({answer.text for answer in found}) > 1:  # LLaVA's MME: two questions on a picture share its name
+            found = _with_prompt(found, request)
+        if not found:
+            raise RuntimeError(f"{self._path} holds no answer to {request.id!r}")
+        if len({answer.text for answer in found}) > 1:
+            raise RuntimeError(f"{self._path} holds {len(found)} answers to {request.id!r} and its prompt")
+        return found[0]
 
 
-def _text(row: Mapping[str, Any]) -> str | None:
-    value = next((row[key] for key in _TEXTS if row.get(key) is not None), None)
-    return None if value is None else str(value)
+def _names(request: Request) -> tuple[str, ...]:
+    return (request.id, *request.aliases)
 
 
-def _rows(path: Path, data: bytes) -> Iterator[Mapping[str, Any]]:
-    if path.suffix == ".tsv":
-        from .sources.tsv import read_columns
+def _with_prompt(found: Sequence[StoredAnswer], request: Request) -> list[StoredAnswer]:
+    """The rows with the request's prompt, or else with its question, whatever instruction follows it."""
+    asked = request.messages[-1].text
+    for reading in (_flat, _question):
+        same = [answer for answer in found if answer.prompt is not None and reading(answer.prompt) == reading(asked)]
+        if same:
+            return same
+    return []
 
-        yield from read_columns(path)
-        return
-    try:
-        text = data.decode("utf-8-sig")
-        if path.suffix == ".json":
-            loaded = json.loads(text)
-            if isinstance(loaded, dict):
-                loaded = [{"id": name, "text": answer} for name, answer in loaded.items()]
-        else:
-            loaded = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise EvalError(f"{path} is not UTF-8 JSON ({error}).") from error
-    if not isinstance(loaded, list) or not all(isinstance(row, dict) for row in loaded):
-        raise EvalError(f"{path} must hold objects, one per answer.")
-    yield from loaded
+
+def _flat(text: str) -> str:
+    return " ".join(text.replace("<image>", " ").split())
+
+
+def _question(text: str) -> str:
+    """Up to the first question mark, or the first line."""
+    text = text.replace("<image>", " ").strip()
+    question, mark, _ = text.partition("?")
+    return " ".join(question.split()) if mark else _flat(text.split("\n")[0])

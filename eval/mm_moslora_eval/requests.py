@@ -153,6 +153,7 @@ class Preparation:
             max_new_tokens=self._task.decoding.max_new_tokens,
             stop=self._task.decoding.stop,
             raw=self._task.decoding.kind == "continuation",
+            aliases=_aliases(item.document),
         )
 
     def option_request(self, item: Item) -> OptionRequest:
@@ -170,6 +171,14 @@ class Preparation:
             return [None for _ in item.image_ids]
         pictures = [self._pictures.get(name) for name in item.image_ids]
         return [str(picture) if isinstance(picture, Path) else None for picture in pictures]
+
+
+def _aliases(document: Document) -> tuple[str, ...]:
+    """What other harnesses call a document: its question id, its picture's file, that in its category's folder."""
+    extra = document.extra
+    path = extra.get("image_path", "")
+    within = f"{document.category}/{path.rpartition('/')[2]}" if path and document.category else ""
+    return tuple(name for name in (extra.get("question_id", ""), path, within) if name)
 
 
 def deal(items: Sequence[Item], *, rank: int, world_size: int) -> list[Item]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import socket
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ from mm_moslora_eval.open_model import open_model
 from mm_moslora_eval.registry import get_task
 from mm_moslora_eval.replay import ReplayModel
 from mm_moslora_eval.runner import Settings
-from mm_moslora_eval.suite import evaluate
+from mm_moslora_eval.submissions import write_submission
+from mm_moslora_eval.suite import evaluate, read_samples
 
 from mm_moslora.errors import EvalError
 from tests.eval.eval_data import picture
@@ -231,4 +234,107 @@ def test_replay_refuses_two_answers_to_one_question(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"id": "q", "text": "yes"}\n{"id": "q", "text": "no"}\n')
     with pytest.raises(EvalError, match="two different answers to 'q'"):
+        ReplayModel(path)
+
+
+def mme_bench(folder: Path) -> str:
+    """Two questions on each of two pictures, by VLMEvalKit's columns."""
+    encoded = [base64.b64encode(picture(number)).decode() for number in (1, 2)]
+    rows = ["index\tquestion\tanswer\tcategory\timage_path\timage"]
+    for number in range(4):
+        shown = number // 2
+        question = f"Is it {('red', 'blue')[number % 2]}? Please answer yes or no."
+        answer = ("Yes", "No")[number % 2]
+        rows.append(f"{number}\t{question}\t{answer}\tcolor\t{shown}.png\t{encoded[shown]}")
+    (folder / "MME.tsv").write_text("\n".join(rows) + "\n")
+    (folder / "mme.yaml").write_text(
+        "name: mme\nsource: {kind: tsv, path: MME.tsv}\nextraction: yes_no\nmetric: equal_ignore_case\n"
+        'prompt: {template: "{question}{instruction}", remove: [" Please answer yes or no."], '
+        'instruction: "\\nAnswer the question using a single word or phrase."}\n'
+    )
+    return str(folder / "mme.yaml")
+
+
+SAID = ("Yes", "No", "Yes", "Yes")
+
+
+def llava_mme(path: Path) -> None:
+    """LLaVA's answer file of MME: the two questions on a picture have one id."""
+    rows = [
+        {"question_id": f"color/{number // 2}.png", "text": said,
+         "prompt": f"Is it {('red', 'blue')[number % 2]}?\nAnswer the question using a single word or phrase."}
+        for number, said in enumerate(SAID)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def lmms_eval_samples(path: Path) -> None:
+    """Samples of lmms-eval: named by the row's number, and within `doc` by the picture."""
+    rows = [
+        {"doc_id": number, "target": "yes", "doc": {"question_id": f"color/{number // 2}.png"},
+         "arguments": [["Is it red?", {"max_new_tokens": 16}]], "resps": [[said]], "filtered_resps": [said.lower()]}
+        for number, said in enumerate(SAID)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+SHEET = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
+
+
+def workbook(path: Path) -> None:
+    """What pandas writes for VLMEvalKit: shared strings, numbers as numbers, an empty cell left out."""
+    strings = ["index", "question", "prediction", *dict.fromkeys(SAID), "line_x000A_break"]
+    shared = "".join(f"<si><t>{text}</t></si>" for text in strings)
+
+    def cell(place: str, text: str) -> str:
+        return f'<c r="{place}" t="s"><v>{strings.index(text)}</v></c>'
+
+    lines = [f'<row r="1">{cell("A1", "index")}{cell("B1", "question")}{cell("C1", "prediction")}</row>']
+    for number, said in enumerate(SAID):
+        at = number + 2
+        lines.append(f'<row r="{at}"><c r="A{at}"><v>{number}</v></c>{cell(f"C{at}", said)}</row>')
+    with zipfile.ZipFile(path, "w") as book:
+        book.writestr("xl/sharedStrings.xml", f'<sst xmlns="{SHEET}">{shared}</sst>')
+        book.writestr(
+            "xl/worksheets/sheet1.xml",
+            f'<worksheet xmlns="{SHEET}"><sheetData>{"".join(lines)}</sheetData></worksheet>',
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "write"), [("a.jsonl", llava_mme), ("b.jsonl", lmms_eval_samples), ("c.xlsx", workbook)]
+)
+def test_replay_reads_what_other_harnesses_leave(name: str, write: Callable[[Path], None], tmp_path: Path) -> None:
+    task = get_task(mme_bench(tmp_path))
+    write(tmp_path / name)
+    model = ReplayModel(tmp_path / name)
+    (result,) = evaluate(model, task, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    assert result.counts.failed == 0
+    assert [row["text"] for row in read_samples(tmp_path / "run" / "mme@own" / "own")] == list(SAID)
+    assert result.score == 0.75
+
+
+def test_replay_reads_the_workbook_that_export_writes(question_file: Path, tmp_path: Path) -> None:
+    stored = tmp_path / "a.json"
+    stored.write_text(json.dumps({f"q{n}": f"say <b>{n}</b> & more" for n in range(12)}))
+    task = get_task(f"llava:{question_file}")
+    (first,) = evaluate(ReplayModel(stored), task, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    write_submission(tmp_path / "run" / first.folder, tmp_path / "b.xlsx", form="vlmevalkit_xlsx")
+    evaluate(ReplayModel(tmp_path / "b.xlsx"), task, tmp_path / "again", modes=("own",), baselines=(), settings=ONE)
+    texts = [[row["text"] for row in read_samples(tmp_path / run / first.folder)] for run in ("run", "again")]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("a.xlsx", b"no zip"), ("b.xlsx", None), ("c.jsonl", b'{"doc_id": 1, "resps": []}\n'), ("d.jsonl", b"[" * 99999)],
+)
+def test_replay_refuses_what_it_cannot_read(name: str, data: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if data is None:
+        with zipfile.ZipFile(path, "w") as book:
+            book.writestr("xl/worksheets/sheet1.xml", '<!DOCTYPE x [<!ENTITY a "aaaa">]><worksheet>&a;</worksheet>')
+    else:
+        path.write_bytes(data)
+    with pytest.raises(EvalError, match=name):
         ReplayModel(path)

@@ -319,3 +319,21 @@ def test_a_reply_that_breaks_off_is_asked_for_again() -> None:
         thread.join(10)
     assert served == 2
     assert EndpointModel(endpoint).endpoint.usage.retries == 1
+
+
+def test_a_description_says_which_pictures_are_shown_and_what_cannot_be_asked(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(picture(0))
+    rows = [
+        {"question_id": "a", "image": "0.png", "text": "<image>\nWhat?", "answer": "x"},
+        {"question_id": "b", "text": "<image>\nWhat?", "answer": "x"},
+        {"question_id": "c", "image": "gone.png", "text": "What?", "answer": "x"},
+        {"question_id": "d", "image": "../out.png", "text": "What?", "answer": "x"},
+    ]
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    blocks = cli.dry_run([f"llava:{path}"], documents=4).split("--- ")[1:]
+    assert blocks[0].splitlines()[1:] == ["[user] <image>", "What?", f"pictures: {tmp_path / '0.png'}"]
+    assert "cannot be asked: the text has 1 image tags, the document has 0 images" in blocks[1]
+    assert "pictures: none" in blocks[1]
+    assert "gone.png (missing)" in blocks[2]
+    assert "cannot be asked: image '../out.png' leads out of" in blocks[3]
