@@ -6,10 +6,14 @@ declares secret. Standard library only, so that every layer can use it.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import shlex
+import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 REDACTED = "[redacted]"
@@ -66,6 +70,50 @@ def redact_text(text: str, *, keep_hashes: bool = False) -> str:
         text = text.replace(secret, REDACTED)
     text = _SECRET_VALUE.sub(REDACTED, text)
     return text if keep_hashes else _HEX_40.sub(REDACTED, text)
+
+
+def redacted_command(words: Sequence[str]) -> str:
+    """A command line for a record or a tracker, in a shell's spelling; see `redact_arguments`."""
+    return shlex.join(redact_arguments(words))
+
+
+def redact_arguments(words: Sequence[str]) -> list[str]:
+    """The words of a command line with every secret replaced, also values of options whose names sound like one.
+
+    Args:
+        words: `--judge.api-key VALUE` and `--judge.api-key=VALUE` alike.
+    """
+    found, hides = [], False
+    for word in words:
+        name, separator, _ = word.partition("=")
+        option = name.startswith("-")
+        if hides and not option:
+            found.append(REDACTED)
+        elif option and separator and is_secret_name(name.lstrip("-")):
+            found.append(f"{name}={REDACTED}")
+        else:
+            found.append(redact_text(word, keep_hashes=bool(_HASH_NAME.search(name))))
+        hides = option and not separator and is_secret_name(name.lstrip("-"))
+    return found
+
+
+@contextmanager
+def redacted_argv() -> Iterator[None]:
+    """`sys.argv` without secrets, for libraries that record it by themselves."""
+    before = sys.argv
+    sys.argv = redact_arguments(before)
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+class RedactingFormatter(logging.Formatter):
+    """Log lines, tracebacks included, with every secret replaced."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter`."""
+        return redact_text(super().format(record), keep_hashes=True)
 
 
 def redacted_traceback(error: BaseException) -> str:

@@ -6,7 +6,6 @@ The circumstances stand with the answers of every view and in `results.json`; `i
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from mm_moslora.redaction import redact, redacted_command
 
 from .answers import line
 from .model import Model
@@ -34,10 +35,10 @@ def record(folder: Path, model: Model, settings: Mapping[str, Any]) -> None:
     now = circumstances(model)
     row = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "settings": dict(settings),
+        "command": redacted_command([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "settings": redact(dict(settings)),
         **now,
-        "model": {"name": model.name, "fingerprint": model.fingerprint, **now["model"]},
+        "model": redact({"name": model.name, **now["model"]}) | {"fingerprint": model.fingerprint},
     }
     with (folder / FILE).open("a", encoding="utf-8") as stream:
         stream.write(line(row))

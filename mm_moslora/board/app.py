@@ -17,7 +17,7 @@ from starlette.routing import Route, Router
 
 from mm_moslora.board.runs import Folder
 from mm_moslora.report.pictures import thumbnail
-from mm_moslora.serve.http import LOCAL_NAMES, App, Scope, Server, host_name, settings
+from mm_moslora.serve.http import App, Scope, Server, names_this_machine, settings
 from mm_moslora.serve.limits import Limits
 
 LOOK_SECONDS = 1.0
@@ -147,7 +147,7 @@ def _local_only(app: App) -> App:
                 ]  # fmt: skip
             await send(message)
 
-        if host_name(scope) not in LOCAL_NAMES:
+        if not names_this_machine(scope):
             await PlainTextResponse("This dashboard answers to localhost alone.", 403)(scope, receive, with_policy)
             return
         await app(scope, receive, with_policy)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,7 @@ from cyclopts import App, Parameter
 from mm_moslora.cli.eval import quiet_libraries
 from mm_moslora.config import load_recipe, override_items
 from mm_moslora.errors import ConfigError
+from mm_moslora.redaction import redacted_command
 
 EXIT_REQUEUE = 75
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.warmup 0.1")]
@@ -131,7 +131,7 @@ def _show(comparison: object, output: Path, *, finished: bool) -> int:
     from mm_moslora.compare.wording import table
     from mm_moslora.report.comparison import write_page
 
-    results = analyse(comparison, command=shlex.join(["mm-moslora", *sys.argv[1:]]))  # type: ignore[arg-type]
+    results = analyse(comparison, command=redacted_command(["mm-moslora", *sys.argv[1:]]))  # type: ignore[arg-type]
     print(table(results))
     print(f"Page: {write_page(output / 'results.json', output / 'report.html')}")
     return 0 if finished else EXIT_REQUEUE

@@ -22,8 +22,11 @@ from mm_moslora.config import load_recipe, override_items
 from mm_moslora.errors import MoSLoRAError
 from mm_moslora.files import discard
 from mm_moslora.folders import adapter_folder, resume_folder
+from mm_moslora.redaction import RedactingFormatter, redact_text, redacted_traceback
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from mm_moslora.config import Recipe
     from mm_moslora.training.signals import StopRequest
 
@@ -137,7 +140,7 @@ def _refused(error: OSError) -> str:
 
 def _fail(text: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {redact_text(text, keep_hashes=True)}", file=sys.stderr)
 
 
 def _set_up_logging() -> None:
@@ -148,13 +151,21 @@ def _set_up_logging() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     rank = int(os.environ.get("RANK", "0"))
     prefix = f"[rank {rank}] " if rank else ""
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=f"{prefix}%(message)s", force=True)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(RedactingFormatter(f"{prefix}%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    sys.excepthook = _show_uncaught
     logging.getLogger("mm_moslora").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.getLogger("mm_moslora_eval").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     for chatty in ("DeepSpeed", "bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(_is_error)  # it sets a level of its own when it is imported
+
+
+def _show_uncaught(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
+    """Python's own traceback, without secrets."""
+    print(redacted_traceback(error), file=sys.stderr)
 
 
 def _is_error(record: logging.LogRecord) -> bool:

@@ -10,6 +10,7 @@ import codecs
 import json
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,8 +181,12 @@ class _Window:
         )
 
 
-def parse_strictly(raw: bytes) -> Any:
+def parse_strictly(raw: bytes | bytearray, *, max_depth: int = MAX_DEPTH) -> Any:
     """Parse one JSON value.
+
+    Args:
+        raw: UTF-8.
+        max_depth: deepest nesting.
 
     Raises:
         StrictJsonError: broken, NaN or Infinity, a key written twice, nested too deeply, or half a surrogate pair.
@@ -193,19 +198,19 @@ def parse_strictly(raw: bytes) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
     except RecursionError as error:
-        raise StrictJsonError(f"is nested more than {MAX_DEPTH} levels deep", deep=True) from error
+        raise StrictJsonError(f"is nested more than {max_depth} levels deep", deep=True) from error
     except json.JSONDecodeError as error:
         raise StrictJsonError(f"is no valid JSON ({error.msg} at column {error.colno})") from error
     except ValueError as error:  # the hooks below, and integers beyond Python's limit of digits
         raise StrictJsonError(f"is no valid JSON ({error})") from error
-    if _too_deep(value):
-        raise StrictJsonError(f"is nested more than {MAX_DEPTH} levels deep", deep=True)
+    if _too_deep(value, max_depth):
+        raise StrictJsonError(f"is nested more than {max_depth} levels deep", deep=True)
     return value
 
 
-def _too_deep(value: Any) -> bool:
+def _too_deep(value: Any, depth: int) -> bool:
     level = [value]
-    for _ in range(MAX_DEPTH):
+    for _ in range(depth):
         level = [
             item
             for group in level
@@ -221,8 +226,8 @@ def _too_deep(value: Any) -> bool:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)[:80]!r} is written twice")
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {key[:80]!r} is written twice")
     return found
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 
@@ -18,15 +17,13 @@ from mm_moslora.serve.engine import Engine, Job, Piece
 from mm_moslora.serve.faults import ApiError, busy, internal
 from mm_moslora.serve.guard import Guard
 from mm_moslora.serve.http import App, Receive, Scope, Send
+from mm_moslora.serve.intake import Held, Intake, client_left, left
 from mm_moslora.serve.limits import Limits
 from mm_moslora.serve.metrics import CONTENT_TYPE, Metrics
 from mm_moslora.serve.pictures import Fetch
-from mm_moslora.serve.prepare import Prepared, jobs_of, prepare
+from mm_moslora.serve.prepare import Prepared, jobs_of
 from mm_moslora.serve.replies import Reply, error_frame
-from mm_moslora.serve.wire import ChatRequest, chat_request, read_json
-
-_WORKERS = 2
-"""Threads that open pictures and tokenise."""
+from mm_moslora.serve.wire import ChatRequest
 
 
 def create_app(
@@ -49,7 +46,7 @@ def create_app(
         engine.start()
         yield
         await asyncio.to_thread(engine.stop)
-        service.workers.shutdown(wait=False, cancel_futures=True)
+        service.intake.close()
 
     routes = [
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
@@ -64,12 +61,12 @@ def create_app(
 
 class _Service:
     def __init__(self, engine: Engine, limits: Limits, metrics: Metrics, fetch: Fetch | None) -> None:
-        self._engine, self._limits, self._metrics, self._fetch = engine, limits, metrics, fetch
-        self.workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="mm-moslora-prepare")
+        self._engine, self._limits, self._metrics = engine, limits, metrics
+        self.intake = Intake(engine.models, limits, fetch)
+        metrics.watch(self.intake)
         self._created = int(time.time())
         self._busy = 0
-        self._buffered = 0
-        """Bytes of all bodies that are in memory."""
+        """Requests whose body has arrived and whose answer has not ended."""
 
     async def health(self, _: Request) -> Response:
         alive = self._engine.alive
@@ -92,26 +89,41 @@ class _Service:
         return JSONResponse(self._described(self._known(request.path_params["name"])))
 
     async def chat(self, request: Request) -> Response:
-        limits = self._limits
-        if self._busy >= limits.queue + limits.batch:
-            raise busy(f"{self._busy} requests are under way")
-        self._busy += 1
-        handed_over = False
+        self._refuse_if_busy()
+        held = Held(self.intake.bodies)
+        answer = None
         try:
-            wanted = await self._read(request)
-            self._known(wanted.model)
-            self._metrics.images.inc(len(wanted.pictures))
-            prepared = await self._prepared(wanted)
-            answer = _Answer(self._engine, self._metrics, wanted, prepared, limits, self._done, request)
-            await answer.begin()
-            handed_over = True
-            return answer
+            # Clients that send slowly take no place of those that wait for an answer.
+            body = await self.intake.body(request, held)
+            self._refuse_if_busy()
+            self._busy += 1
+            try:
+                answer = await self._begun(request, body, held)
+                return answer
+            finally:
+                self._busy -= answer is None
         finally:
-            if not handed_over:
-                self._done()
+            if answer is None:
+                held.close()
 
-    def _done(self) -> None:
-        self._busy -= 1
+    async def _begun(self, request: Request, body: bytearray, held: Held) -> _Answer:
+        """The answer to a body, once its first token is there."""
+        wanted = await self.intake.parsed(request, body)
+        self._known(wanted.model)
+        self._metrics.images.inc(len(wanted.pictures))
+        prepared = await self.intake.prepared(request, wanted, held)
+
+        def done() -> None:
+            self._busy -= 1
+            held.close()
+
+        answer = _Answer(self._engine, self._metrics, wanted.without_content(), prepared, self._limits, done, request)
+        await answer.begin()
+        return answer
+
+    def _refuse_if_busy(self) -> None:
+        if self._busy >= self._limits.queue + self._limits.batch:
+            raise busy(f"{self._busy} requests are under way")
 
     def _described(self, name: str) -> dict[str, Any]:
         return {
@@ -128,47 +140,6 @@ class _Service:
                 status=404, code="model_not_found", param="model",
             )  # fmt: skip
         return name
-
-    async def _read(self, request: Request) -> ChatRequest:
-        """The checked request; its body is bounded in size and in time while it arrives."""
-        if request.headers.get("content-encoding", "identity").lower() != "identity":
-            raise ApiError("Compressed bodies are not accepted.", status=415, code="unsupported_encoding")
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # a web page could send anything else without asking
-            raise ApiError("Content-Type must be application/json.", status=415, code="unsupported_content_type")
-        most = self._limits.body_bytes
-        too_large = ApiError(f"The body is larger than {most} bytes.", status=413, code="body_too_large")
-        if int(request.headers.get("content-length", "0")) > most:
-            raise too_large
-        body = bytearray()
-        try:
-            async with asyncio.timeout(self._limits.body_seconds):
-                async for chunk in request.stream():
-                    self._buffered += len(chunk)
-                    body += chunk
-                    if len(body) > most:
-                        raise too_large
-                    if self._buffered > self._limits.bodies_bytes:
-                        raise busy("requests fill its memory")
-            return chat_request(read_json(bytes(body)), self._limits)
-        except TimeoutError:
-            raise ApiError(
-                f"The body did not arrive within {self._limits.body_seconds:g} s.", status=408, code="body_too_slow"
-            ) from None
-        except ClientDisconnect:
-            raise ApiError("The client left.", status=499, code="client_left") from None
-        finally:
-            self._buffered -= len(body)
-
-    async def _prepared(self, wanted: ChatRequest) -> Prepared:
-        loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(
-            self.workers, lambda: prepare(wanted, self._engine.models, self._limits, fetch=self._fetch)
-        )
-        try:
-            return await asyncio.wait_for(work, self._limits.prepare_seconds)
-        except TimeoutError:
-            raise busy("pictures wait to be opened", seconds=2) from None
 
 
 class _Answer(Response):
@@ -200,12 +171,12 @@ class _Answer(Response):
     async def begin(self) -> None:
         """Queue the jobs and wait for the first piece, so that a failure still gets its own status."""
         self._engine.submit(self._jobs)
-        leaving = asyncio.ensure_future(_left(self._request.receive))
+        leaving = asyncio.ensure_future(left(self._request.receive))
         first = asyncio.ensure_future(self._next())
         try:
             await asyncio.wait({leaving, first}, return_when=asyncio.FIRST_COMPLETED)
             if not first.done():
-                raise ApiError("The client left.", status=499, code="client_left")
+                raise client_left()
             self._first = first.result()
             self._metrics.first_token.observe(time.monotonic() - self._jobs[0].submitted)
         except BaseException:
@@ -218,7 +189,7 @@ class _Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # type: ignore[override]
         """See ASGI."""
         work = asyncio.ensure_future(self._stream(send) if self._wanted.stream else self._whole(send))
-        leaving = asyncio.ensure_future(_left(receive))
+        leaving = asyncio.ensure_future(left(receive))
         try:
             await asyncio.wait({leaving, work}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
@@ -274,9 +245,3 @@ class _Answer(Response):
     def _cancel(self) -> None:
         for job in self._jobs:
             job.cancelled = True
-
-
-async def _left(receive: Receive) -> None:
-    """Returns when the client has gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

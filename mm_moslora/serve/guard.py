@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 
 from mm_moslora.redaction import redacted_traceback
 from mm_moslora.serve.faults import ApiError, internal
-from mm_moslora.serve.http import LOCAL_NAMES, App, Receive, Scope, Send, host_name
+from mm_moslora.serve.http import App, Receive, Scope, Send, names_this_machine
 from mm_moslora.serve.limits import Limits
 from mm_moslora.serve.metrics import Metrics
 
@@ -85,7 +85,7 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = {bytes(name): bytes(value) for name, value in scope["headers"]}
-        if self._local and host_name(scope) not in LOCAL_NAMES:
+        if self._local and not names_this_machine(scope):
             raise ApiError(
                 "The Host header names no machine that this server listens for.", status=403, code="bad_host"
             )

@@ -25,9 +25,6 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
-"""What this machine is called in a Host header."""
-
 
 def host_name(scope: Scope) -> str:
     """The Host header without its port, in lower case; empty when there is none.
@@ -36,6 +33,11 @@ def host_name(scope: Scope) -> str:
     """
     header = next((bytes(value) for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1").lower()
     return header.rpartition(":")[0] if ":" in header.rpartition("]")[2] else header
+
+
+def names_this_machine(scope: Scope) -> bool:
+    """Whether the Host header is `localhost` or a loopback address, of which a server may have any (127.0.0.2)."""
+    return is_loopback(host_name(scope).removeprefix("[").removesuffix("]"))
 
 
 def is_loopback(host: str) -> bool:

@@ -18,7 +18,17 @@ class Limits:
     body_bytes: int = 20 * 2**20
     """Bytes of one request body; enforced while it arrives."""
     bodies_bytes: int = 256 * 2**20
-    """Bytes of all request bodies in memory together."""
+    """Bytes of all request bodies, and of what was made of them, in memory together; counted until the answers end."""
+    pictures_bytes: int = 2**30
+    """Bytes of memory for pictures that are being opened, together: a file of 200 kB may hold 40 million pixels."""
+    json_items: int = 200_000
+    """Commas and opening brackets of a body; counted while it arrives, so that nothing is parsed that is refused."""
+    json_escapes: int = 1_000_000
+    """Backslashes of a body; counted alike."""
+    json_depth: int = 32
+    """Nesting of a body; a request needs 6."""
+    characters_per_token: int = 16
+    """A conversation of more characters than this for every token of the context is refused untokenised."""
     body_seconds: float = 30.0
     """Seconds in which a body must have arrived."""
     header_seconds: float = 10.0

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from mm_moslora.serve.engine import Engine
+from mm_moslora.serve.intake import Intake
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
@@ -30,6 +31,10 @@ class Metrics:
         self.request_seconds = Histogram("request_seconds", "Arrival to last byte.", ["route"], buckets=_SECONDS, **at)
         self.images = Counter("images", "Pictures received.", **at)
         self._registry.register(_EngineState(engine))
+
+    def watch(self, intake: Intake) -> None:
+        """Show what requests hold of the server's memory, too."""
+        self._registry.register(_Memory(intake))
 
     def text(self) -> bytes:
         """The page."""
@@ -61,3 +66,20 @@ class _EngineState:
             yield GaugeMetricFamily(f"mm_moslora_{name}", what, value=value)
         for name, (what, value) in counters.items():
             yield CounterMetricFamily(f"mm_moslora_{name}", what, value=value)
+
+
+class _Memory:
+    """Bytes that requests hold."""
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+
+    def collect(self) -> Iterator[Any]:
+        for name, what, budget in (
+            ("bodies", "Bytes of requests in memory, until their answers end.", self._intake.bodies),
+            ("pictures", "Bytes of memory for pictures that are being opened.", self._intake.pictures),
+        ):
+            yield GaugeMetricFamily(f"mm_moslora_{name}_bytes", what, value=budget.used)
+            yield GaugeMetricFamily(
+                f"mm_moslora_{name}_bytes_highest", f"{what} The most so far.", value=budget.highest
+            )

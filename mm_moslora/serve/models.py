@@ -96,6 +96,19 @@ class Models:
         limit = getattr(self.assembly.model.config.get_text_config(), "max_position_embeddings", None)
         return int(limit) if limit else None
 
+    @property
+    def pads_to_squares(self) -> bool:
+        """Whether a picture takes the memory of the square around it before it is scaled down."""
+        eyes, images = self.assembly.eyes, getattr(self.assembly.processor, "image_processor", None)
+        return eyes is not None and eyes.fixed and bool(getattr(images, "do_pad", False))
+
+    def visual_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
+        """Tokens that pictures of these widths and heights take, placeholders around them included. From any thread."""
+        if self.assembly.eyes is None or not sizes or any(0 in size for size in sizes):
+            return 0
+        with self._alone:
+            return sum(len(ids) for ids in self.assembly.eyes.placeholders(sizes))
+
     def prompt(self, turns: Sequence[Turn], pictures: Sequence[Image.Image]) -> tuple[Tensor, list[Seen]]:
         """A conversation that ends with a question, for the model: ids ``[T]`` and its pictures. From any thread.
 

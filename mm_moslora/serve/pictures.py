@@ -5,12 +5,14 @@ from __future__ import annotations
 import binascii
 import io
 import re
+import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from PIL import Image
 
 from mm_moslora.data.faults import Code
-from mm_moslora.data.images import FORMATS, ImageError, open_image_bytes
+from mm_moslora.data.images import FORMATS, ImageError, check_size, open_image_bytes
 from mm_moslora.serve.faults import ApiError
 from mm_moslora.serve.limits import Limits
 from mm_moslora.serve.wire import Picture
@@ -28,27 +30,116 @@ Fetch = Callable[[str], bytes]
 """Gives the bytes behind an address, or raises `ApiError`."""
 
 
-def open_pictures(pictures: Sequence[Picture], limits: Limits, *, fetch: Fetch | None = None) -> list[Image.Image]:
-    """Open the pictures of one request as RGB, in order.
+@dataclass(frozen=True, kw_only=True)
+class PictureFile:
+    """The bytes of a picture, and what its header says."""
+
+    data: bytes
+    picture: Picture
+    size: tuple[int, int]
+    """Width and height, pixels; 0 x 0 where there is no header, which opening will say."""
+    mode: str
+    """Pillow's; with `;transparency` where a colour stands for none."""
+
+    @property
+    def pixels(self) -> int:
+        """Width times height."""
+        return self.size[0] * self.size[1]
+
+    def opening(self) -> int:
+        """Bytes of memory that opening takes at most: copies in the file's mode, in RGB, and what lies between."""
+        wide = self.mode in ("I", "F", "LAB") or self.mode.startswith("I;16")
+        clear = self.mode in ("RGBA", "RGBa", "LA", "La", "PA") or self.mode.endswith(";transparency")
+        return self.pixels * (28 if wide else 24 if clear else 12)
+
+    def looking(self, *, squares: bool) -> int:
+        """Bytes of memory that the image processor takes at most before it scales the picture down."""
+        return 6 * (max(self.size) ** 2 if squares else self.pixels)
+
+
+def picture_files(
+    pictures: Sequence[Picture], limits: Limits, *, fetch: Fetch | None = None, stop: threading.Event
+) -> list[PictureFile]:
+    """The bytes and headers of the pictures of one request, in order; nothing is decoded.
 
     Args:
         pictures: from the request.
         limits: the server's.
         fetch: for http(s) addresses; None: they are refused, and no socket is opened.
+        stop: set when nobody waits for the result any more.
 
     Raises:
         ApiError: names the part that is wrong; its text is ours, never a decoder's.
     """
-    files = [_bytes(picture, fetch) for picture in pictures]
-    left = limits.images_pixels
-    for picture, data in zip(pictures, files, strict=True):  # headers first: nothing is decoded that is refused
-        pixels = _pixels(data, picture.where)
-        if pixels > limits.image_pixels:
-            raise _wrong(picture, f"has {pixels} pixels, at most {limits.image_pixels} are allowed; scale it down")
-        left -= pixels
+    files, left = [], limits.images_pixels
+    for picture in pictures:
+        refuse_stopped(stop)
+        file = _with_header(_bytes(picture, fetch), picture)
+        _check_size(file)
+        if file.pixels > limits.image_pixels:
+            raise _wrong(picture, f"has {file.pixels} pixels, at most {limits.image_pixels} are allowed; scale it down")
+        left -= file.pixels
         if left < 0:
             raise _wrong(picture, f"takes the request above {limits.images_pixels} pixels in all; scale pictures down")
-    return [_open(data, picture) for picture, data in zip(pictures, files, strict=True)]
+        files.append(file)
+    return files
+
+
+def _check_size(file: PictureFile) -> None:
+    """Refuse by its header what opening would refuse; a file without one is left to it."""
+    try:
+        if file.mode:
+            check_size(file.size, "picture")
+    except ImageError as error:
+        raise _wrong(file.picture, _SAID[error.code]) from None
+
+
+def memory_of(files: Sequence[PictureFile], limits: Limits, *, squares: bool) -> int:
+    """Bytes of memory that it takes to open pictures one after the other and to look at all of them.
+
+    Args:
+        files: from `picture_files`.
+        limits: the server's.
+        squares: whether the image processor pads pictures to squares.
+
+    Raises:
+        ApiError: more than `pictures_bytes`.
+    """
+    kept, most = 0, 0
+    for file in files:
+        kept += 4 * file.pixels
+        most = max(most, file.opening() - 4 * file.pixels, file.looking(squares=squares))
+        if kept + most > limits.pictures_bytes:
+            raise _wrong(
+                file.picture,
+                f"takes the request to {(kept + most) // 2**20} MiB of memory when it is opened ({file.size[0]} x "
+                f"{file.size[1]} pixels, {file.mode}), at most {limits.pictures_bytes // 2**20} are allowed; scale "
+                "pictures down",
+            )
+    return kept + most
+
+
+def open_pictures(files: Sequence[PictureFile], *, stop: threading.Event) -> list[Image.Image]:
+    """Decode pictures to RGB, in order.
+
+    Raises:
+        ApiError: names the part that is wrong.
+    """
+    opened = []
+    for file in files:
+        refuse_stopped(stop)
+        opened.append(_open(file.data, file.picture))
+    return opened
+
+
+def refuse_stopped(stop: threading.Event) -> None:
+    """End work that nobody waits for.
+
+    Raises:
+        ApiError: it is given up.
+    """
+    if stop.is_set():
+        raise ApiError("The request was given up.", status=499, code="client_left")
 
 
 def _bytes(picture: Picture, fetch: Fetch | None) -> bytes:
@@ -77,16 +168,18 @@ def _bytes(picture: Picture, fetch: Fetch | None) -> bytes:
         raise _wrong(picture, "holds characters or a padding that base64 does not have") from None
 
 
-def _pixels(data: bytes, where: str) -> int:
-    """Width times height by the header; 0 when there is none, which opening will say."""
+def _with_header(data: bytes, picture: Picture) -> PictureFile:
+    size, mode = (0, 0), ""
     try:
-        # A limit of its own below: the library's would warn or raise at other sizes.
+        # A limit of its own above: the library's would warn or raise at other sizes.
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return image.width * image.height
+            size = image.size
+            mode = image.mode + (";transparency" if "transparency" in image.info else "")
     except Image.DecompressionBombError:
-        raise ApiError(f"{where} has too many pixels; scale it down.", param=where, code="invalid_image") from None
-    except Exception:  # decoders raise nearly anything for broken headers
-        return 0
+        raise _wrong(picture, "has too many pixels; scale it down") from None
+    except Exception:  # noqa: S110  (decoders raise nearly anything for broken headers; opening will say what it is)
+        pass
+    return PictureFile(data=data, picture=picture, size=size, mode=mode)
 
 
 def _open(data: bytes, picture: Picture) -> Image.Image:

@@ -5,6 +5,7 @@ Runs in a worker thread: decoding a picture takes time, and the event loop serve
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from mm_moslora.serve.engine import Job, Piece
 from mm_moslora.serve.faults import ApiError
 from mm_moslora.serve.limits import Limits
 from mm_moslora.serve.models import Models
-from mm_moslora.serve.pictures import Fetch, open_pictures
-from mm_moslora.serve.wire import ChatRequest, Message, Picture
+from mm_moslora.serve.pictures import PictureFile, open_pictures, refuse_stopped
+from mm_moslora.serve.wire import ChatRequest, Message, Picture, refuse_too_long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,18 +31,52 @@ class Prepared:
     input_ids: Tensor
     seen: list[Seen]
 
+    @property
+    def bytes(self) -> int:
+        """Of memory."""
+        tensors = [self.input_ids, *(tensor for item in self.seen for tensor in item.tensors.values())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-def prepare(request: ChatRequest, models: Models, limits: Limits, *, fetch: Fetch | None = None) -> Prepared:
-    """Tokens and pixels of a request.
+
+def longest_of(models: Models, limits: Limits) -> int:
+    """Tokens that a prompt and its answer may take."""
+    return min(limits.context, models.context or limits.context)
+
+
+def refuse_unfit(request: ChatRequest, models: Models, limits: Limits) -> None:
+    """Refuse what can be told without opening a picture or tokenising a text.
 
     Raises:
-        ApiError: a picture cannot be used, the model has no eyes, or the conversation is too long.
+        ApiError: the model has no eyes, or the texts are too long for it.
     """
     if request.pictures and not models.sees:
         raise ApiError(
             f"{request.model} has no vision encoder; send text only.", param="messages", code="images_not_supported"
         )
-    pictures = open_pictures(request.pictures, limits, fetch=fetch)
+    refuse_too_long(request.characters, longest_of(models, limits), limits)
+
+
+def prepare(
+    request: ChatRequest, files: Sequence[PictureFile], models: Models, limits: Limits, *, stop: threading.Event
+) -> Prepared:
+    """Tokens and pixels of a request that `refuse_unfit` let pass.
+
+    Args:
+        request: the conversation.
+        files: its pictures.
+        models: tokenises and sees.
+        limits: the server's.
+        stop: set when nobody waits for the result any more.
+
+    Raises:
+        ApiError: a picture cannot be used, or the conversation is too long.
+    """
+    longest, tokens = longest_of(models, limits), request.sampling.max_tokens
+    visual = models.visual_tokens([file.size for file in files])
+    if visual + tokens > longest:
+        raise _too_long(f"The {len(files)} pictures take {visual} tokens", tokens, longest)
+    pictures = open_pictures(files, stop=stop)
+    refuse_stopped(stop)
     try:
         ids, seen = models.prompt(turns_of(request.messages), pictures)
     except ModelError as error:
@@ -51,14 +86,17 @@ def prepare(request: ChatRequest, models: Models, limits: Limits, *, fetch: Fetc
             "The conversation does not fit the model's chat template (a role or a text that it cannot express).",
             param="messages", code="conversation_not_supported",
         ) from None  # fmt: skip
-    longest = min(limits.context, models.context or limits.context)
-    if len(ids) + request.sampling.max_tokens > longest:
-        raise ApiError(
-            f"The conversation takes {len(ids)} tokens and the answer up to {request.sampling.max_tokens}; this model "
-            f"holds {longest} together. Shorten the conversation, send fewer pictures or lower max_tokens.",
-            param="messages", code="context_length_exceeded",
-        )  # fmt: skip
+    if len(ids) + tokens > longest:
+        raise _too_long(f"The conversation takes {len(ids)} tokens", tokens, longest)
     return Prepared(input_ids=ids, seen=seen)
+
+
+def _too_long(what: str, tokens: int, longest: int) -> ApiError:
+    return ApiError(
+        f"{what} and the answer up to {tokens}; this model holds {longest} together. Shorten the conversation, send "
+        "fewer pictures or lower max_tokens.",
+        param="messages", code="context_length_exceeded",
+    )  # fmt: skip
 
 
 def jobs_of(

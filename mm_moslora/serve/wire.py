@@ -6,11 +6,11 @@ Fields that are unknown are ignored, as clients send many. Fields that ask for s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from mm_moslora.data.jsonfile import StrictJsonError, parse_strictly
 from mm_moslora.serve.faults import ApiError
 from mm_moslora.serve.limits import Limits
 from mm_moslora.serve.sampling import Sampling
@@ -50,45 +50,69 @@ class ChatRequest:
     choices: int = 1
     pictures: tuple[Picture, ...] = field(default=())
 
+    @property
+    def characters(self) -> int:
+        """Of all texts."""
+        return sum(len(part) for message in self.messages for part in message.parts if isinstance(part, str))
 
-def read_json(body: bytes) -> dict[str, Any]:
-    """The JSON object of a body.
+    def without_addresses(self) -> ChatRequest:
+        """The same without what its pictures are, which may be megabytes of base64; their places stay."""
+
+        def bare(part: str | Picture) -> str | Picture:
+            return replace(part, url="") if isinstance(part, Picture) else part
+
+        messages = tuple(replace(one, parts=tuple(bare(part) for part in one.parts)) for one in self.messages)
+        return replace(self, messages=messages, pictures=tuple(replace(one, url="") for one in self.pictures))
+
+    def without_content(self) -> ChatRequest:
+        """What an answer needs to know: how to draw it and what to call it."""
+        return replace(self, messages=(), pictures=())
+
+
+class Marks:
+    """Counts, chunk by chunk, what a body would cost to parse.
+
+    Args:
+        limits: the server's.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits, self._items, self._escapes = limits, 0, 0
+
+    def add(self, chunk: bytes) -> None:
+        """Take the next part of the body.
+
+        Raises:
+            ApiError: more than is allowed.
+        """
+        self._items += chunk.count(b",") + chunk.count(b"[") + chunk.count(b"{")
+        self._escapes += chunk.count(b"\\")
+        limits = self._limits
+        if self._items > limits.json_items or self._escapes > limits.json_escapes:
+            raise ApiError(
+                f"The body holds more than {limits.json_items} commas and opening brackets, or more than "
+                f"{limits.json_escapes} backslashes; send a shorter conversation.",
+                code="invalid_json",
+            )
+
+
+def read_json(body: bytes | bytearray, limits: Limits) -> dict[str, Any]:
+    """The JSON object of a body whose `Marks` were counted.
 
     Raises:
         ApiError: not UTF-8, not JSON, nested too deeply, a key given twice, or not an object.
     """
-
-    def bad(what: str) -> ApiError:
-        return ApiError(f"The body {what}; expected one JSON object in UTF-8.", code="invalid_json")
-
+    expected = "expected one JSON object in UTF-8"
     try:
-        text = body.decode("utf-8")
-    except UnicodeDecodeError:
-        raise bad("is not UTF-8") from None
-    try:
-        value = json.loads(text, object_pairs_hook=_without_repetition, parse_constant=_no_constant)
-    except _RepeatedError:
-        raise bad("gives a key twice") from None
-    except (ValueError, RecursionError):
-        raise bad("is not valid JSON, or is nested too deeply") from None
+        value = parse_strictly(body, max_depth=limits.json_depth)
+    except StrictJsonError as error:
+        what = (
+            f"is nested more than {limits.json_depth} levels deep" if error.deep else "is broken, or gives a key twice"
+        )
+        raise ApiError(f"The body {what}; {expected}.", code="invalid_json") from None
     if not isinstance(value, dict):
-        raise bad("is no JSON object")
+        raise ApiError(f"The body is no JSON object; {expected}.", code="invalid_json")
     return value
-
-
-class _RepeatedError(ValueError):
-    """A key stands twice in one object, and readers differ in which they take."""
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise _RepeatedError
-    return result
-
-
-def _no_constant(_: str) -> NoReturn:
-    raise ValueError
 
 
 def chat_request(body: Mapping[str, Any], limits: Limits) -> ChatRequest:
@@ -113,7 +137,7 @@ def chat_request(body: Mapping[str, Any], limits: Limits) -> ChatRequest:
             f"The request holds {len(pictures)} pictures, at most {limits.images} are allowed.",
             param="messages", code="too_many_images",
         )  # fmt: skip
-    return ChatRequest(
+    made = ChatRequest(
         model=_text(body.get("model"), "model"),
         messages=messages,
         sampling=_sampling(body, limits),
@@ -123,6 +147,27 @@ def chat_request(body: Mapping[str, Any], limits: Limits) -> ChatRequest:
         choices=_integer(body, "n", 1, 1, limits.choices),
         pictures=pictures,
     )
+    refuse_too_long(made.characters, limits.context, limits)
+    return made
+
+
+def refuse_too_long(characters: int, context: int, limits: Limits) -> None:
+    """Refuse texts that no tokenizer would make short enough.
+
+    Args:
+        characters: of all texts of a request.
+        context: tokens that prompt and answer may take.
+        limits: the server's.
+
+    Raises:
+        ApiError: more than `characters_per_token` for every token.
+    """
+    if characters > context * limits.characters_per_token:
+        raise ApiError(
+            f"The conversation holds {characters} characters, far more than the {context} tokens that this model holds "
+            "with its answer. Shorten the conversation.",
+            param="messages", code="context_length_exceeded",
+        )  # fmt: skip
 
 
 def _sampling(body: Mapping[str, Any], limits: Limits) -> Sampling:
@@ -229,8 +274,10 @@ def _stop(value: Any, limits: Limits) -> tuple[str, ...]:
 def _text(value: Any, where: str, *, empty: bool = False) -> str:
     if not isinstance(value, str) or not (value or empty):
         raise _wrong(where, "a text")
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise _wrong(where, "a text of whole Unicode characters (it holds half a surrogate pair)")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _wrong(where, "a text of whole Unicode characters (it holds half a surrogate pair)") from None
     return value
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from mm_moslora.redaction import redact_text
+from mm_moslora.redaction import redact_text, redacted_argv
 from mm_moslora.tracking.base import (
     PROJECT,
     Ending,
@@ -108,17 +108,18 @@ class WandbTracker:
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        return wandb.init(
-            **self._named(folder),
-            id=run_id,
-            # An offline run cannot ask the service; its parts meet by id when they are uploaded.
-            resume=None if mode != "online" else ("allow" if resumed else "never"),
-            mode=mode,  # type: ignore[arg-type]
-            dir=str(folder),
-            config=dict(config),
-            reinit="create_new",
-            settings=_settings(),
-        )
+        with redacted_argv():  # it records the command line, and has no setting against that
+            return wandb.init(
+                **self._named(folder),
+                id=run_id,
+                # An offline run cannot ask the service; its parts meet by id when they are uploaded.
+                resume=None if mode != "online" else ("allow" if resumed else "never"),
+                mode=mode,  # type: ignore[arg-type]
+                dir=str(folder),
+                config=dict(config),
+                reinit="create_new",
+                settings=_settings(),
+            )
 
     def _named(self, folder: Path) -> dict[str, Any]:
         """What the recipe says, else wandb's variables, else what fits the folder."""
@@ -231,6 +232,7 @@ def _settings() -> Any:
         "finish_timeout": FINISH_SECONDS,
         "console": "off",  # progress bars stay ours, and nothing printed leaves the machine
         "silent": True,
+        "disable_git": True,  # a remote's address may hold a password; the commit is in the configuration
     }
     known = wandb.Settings.model_fields  # older versions have no limit on finishing and refuse unknown settings
     return wandb.Settings(**{name: value for name, value in wanted.items() if name in known})

@@ -239,22 +239,33 @@ def _memory_mib() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
-def tiny_engine(folder: Path) -> Any:
-    """A random model of two layers that sees pictures, made here."""
+def tiny_models(folder: Path, *, longest: int = 512) -> Any:
+    """A random model of two layers that sees pictures, made here.
+
+    Args:
+        folder: where its parts are put.
+        longest: tokens that it claims to be made for.
+    """
     sys.path[:0] = [str(ROOT), str(ROOT / "eval"), str(ROOT / "tests")]
     from tiny import make_language, make_vision
 
     from mm_moslora.config import ModelConfig, VisionConfig
     from mm_moslora.models.build import assemble
-    from mm_moslora.serve.engine import Engine
-    from mm_moslora.serve.limits import Limits
     from mm_moslora.serve.models import Models, Variant
 
     language, vision = make_language(folder / "language"), make_vision(folder / "vision")
     assembly = assemble(ModelConfig(language=str(language), vision=VisionConfig(name=str(vision))))
     projector = assembly.model.model.multi_modal_projector
-    models = Models(assembly, {"tiny": Variant(name="tiny", adapter=None, projector=projector, source="tiny")})
-    return Engine(models, Limits(context=512, max_tokens=8, image_pixels=4_000_000, body_bytes=2**20))
+    assembly.model.config.get_text_config().max_position_embeddings = longest
+    return Models(assembly, {"tiny": Variant(name="tiny", adapter=None, projector=projector, source="tiny")})
+
+
+def tiny_engine(folder: Path) -> Any:
+    """An engine around it with limits that suit small requests."""
+    from mm_moslora.serve.engine import Engine
+    from mm_moslora.serve.limits import Limits
+
+    return Engine(tiny_models(folder), Limits(context=512, max_tokens=8, image_pixels=4_000_000, body_bytes=2**20))
 
 
 async def soak(bodies: int, seed: int) -> dict[str, Any]:
