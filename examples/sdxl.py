@@ -38,7 +38,7 @@ def run(model: str, recipe: Recipe, pictures: Path, class_pictures: Path, out: P
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    pipeline = StableDiffusionXLPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model, torch_dtype=dtype, trust_remote_code=False).to(device)
     pipeline.vae.to(torch.float32)  # SDXL's own VAE overflows in half precision
     subject = _examples(pipeline, recipe, recipe.prompt, pictures)
     prior = _examples(pipeline, recipe, recipe.class_prompt, class_pictures)

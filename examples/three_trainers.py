@@ -48,13 +48,13 @@ def conversations() -> list[dict[str, Any]]:
 
 def base(model: Path) -> Any:
     """The language model before tuning."""
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
 
 
 @torch.no_grad()
 def loss(model: Path, tuned: Any) -> float:
     """Mean loss on the tokens of the answers."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     tuned.eval()
     losses = []
     for row in conversations():
@@ -75,7 +75,7 @@ def with_trainer(model: Path, out: Path, steps: int) -> Path:
     """Fresh adapter, `transformers.Trainer`."""
     torch.manual_seed(0)
     tuned = add_moslora(base(model), MoSLoRAConfig(r=RANK, lora_alpha=ALPHA, task_type="CAUSAL_LM"))
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     rows = [
         {"input_ids": ids[0], "labels": ids[0]} for ids in (_ids(tokenizer, row["messages"]) for row in conversations())
     ]
@@ -99,7 +99,7 @@ def with_trl(model: Path, start: Path, out: Path, steps: int) -> Path:
         model=tuned,
         args=arguments,
         train_dataset=Dataset.from_list(conversations()),
-        processing_class=AutoTokenizer.from_pretrained(model),
+        processing_class=AutoTokenizer.from_pretrained(model, trust_remote_code=False),
     )
     trainer.train()
     trainer.save_model(str(out / "trl" / "adapter"))

@@ -74,3 +74,11 @@ def suggestion(name: str, known: Iterable[str], *, limit: int = 3) -> str:
     if not close:
         return ""
     return f" Did you mean {' or '.join(repr(item) for item in close)}?"
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a library did not load something, on one line and without its advice to run foreign code."""
+    text = str(error).strip()
+    if "trust_remote_code" in text:
+        return "it comes with Python code of its own, which is never run; choose one that transformers itself knows"
+    return (text.splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import sys
+
 import pytest
 
-from mm_moslora.redaction import REDACTED, redact, redact_text
+from mm_moslora.redaction import (
+    REDACTED,
+    RedactingFormatter,
+    redact,
+    redact_text,
+    redacted_argv,
+    redacted_command,
+    redacted_traceback,
+)
 
 
 @pytest.mark.parametrize(
@@ -48,3 +60,51 @@ def test_password_of_a_url_goes_and_the_url_stays() -> None:
 def test_values_of_secret_environment_variables_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_SERVICE_API_KEY", "plain-looking canary")
     assert redact_text("sent plain-looking canary over") == f"sent {REDACTED} over"
+
+
+SECRET_URL = "https://me:pa55word-canary@example.org/v1"
+
+
+@pytest.mark.parametrize(
+    ("words", "hidden", "kept"),
+    [
+        (["eval", "run", "t", "--model", SECRET_URL], "pa55word-canary", "example.org"),
+        (["--judge.api-key", "plain-canary"], "plain-canary", "--judge.api-key"),
+        (["--api_key=plain-canary"], "plain-canary", "--api_key="),
+        (["--hf-token", "plain-canary", "--optim.lr", "1e-4"], "plain-canary", "1e-4"),
+        (["hf_" + "Ab1" * 10], "Ab1Ab1", "mm-moslora"),
+    ],
+)
+def test_command_lines_are_recorded_without_their_secrets(words: list[str], hidden: str, kept: str) -> None:
+    told = redacted_command(["mm-moslora", *words])
+    assert hidden not in told
+    assert kept in told
+    assert redacted_command(["train", "--optim.lr", "1e-4", "--data.max_tokens=5"]) == (
+        "train --optim.lr 1e-4 --data.max_tokens=5"
+    )
+
+
+def test_log_lines_and_their_tracebacks_hold_no_secret() -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(RedactingFormatter("%(message)s"))
+    record = logging.LogRecord("x", logging.ERROR, __file__, 1, "at %s", (SECRET_URL,), None)
+    with pytest.raises(RuntimeError) as caught:
+        raise RuntimeError(f"{SECRET_URL} said no")
+    assert "pa55word-canary" not in redacted_traceback(caught.value)
+    assert "RuntimeError" in redacted_traceback(caught.value)
+    record.exc_info = (caught.type, caught.value, caught.tb)
+    handler.emit(record)
+    assert "pa55word-canary" not in stream.getvalue()
+    assert "RuntimeError" in stream.getvalue()
+
+
+def test_the_command_line_of_this_process_is_put_back() -> None:
+    before = list(sys.argv)
+    sys.argv.append(f"--url={SECRET_URL}")
+    try:
+        with redacted_argv():
+            assert "pa55word-canary" not in " ".join(sys.argv)
+        assert sys.argv[-1].endswith(SECRET_URL)
+    finally:
+        sys.argv[:] = before

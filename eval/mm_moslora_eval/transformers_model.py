@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from mm_moslora import distributed
-from mm_moslora.errors import EvalError
+from mm_moslora.errors import EvalError, reason_of
 
 from .fingerprint import circumstances, weights_fingerprint
 from .images import open_image
@@ -65,14 +65,15 @@ class TransformersModel:
         import mm_moslora.models.vlm  # noqa: F401  (registers our model type with the Auto classes)
 
         try:
-            sees = type(AutoConfig.from_pretrained(name)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+            sees = (
+                type(AutoConfig.from_pretrained(name, trust_remote_code=False)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+            )
             kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-            model = kind.from_pretrained(name, dtype=dtype)
-            processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(name)
+            model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+            processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
             raise EvalError(
-                f"{name!r} does not load with transformers ({str(error).splitlines()[0]}). "
-                "Give a hub id or a folder as hf:ID."
+                f"{name!r} does not load with transformers ({reason_of(error)}). Give a hub id or a folder as hf:ID."
             ) from error
         model.to(device or distributed.device())
         return cls(model, processor, name=f"hf:{name}", reference=reference)

@@ -31,7 +31,7 @@ from transformers import (
 from mm_moslora.batch import Eyes
 from mm_moslora.chat_templates import set_chat_template
 from mm_moslora.config import ModelConfig, VisionConfig
-from mm_moslora.errors import ModelError
+from mm_moslora.errors import ModelError, reason_of
 from mm_moslora.models.anyres import NEWLINE, anyres_processor, compose_anyres, newline_of, require_anyres
 from mm_moslora.models.eyes import ProcessorEyes, SquareEyes
 from mm_moslora.models.fused import FusedVisionModel
@@ -186,13 +186,17 @@ def load_language(
         ModelError: nothing there, or not a causal language model.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         language = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, quantization_config=_quantisation(quantisation, dtype)
+            name,
+            revision=revision,
+            dtype=dtype,
+            quantization_config=_quantisation(quantisation, dtype),
+            trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"model.language is {name!r}, which does not load as a causal language model: {error}"
+            f"model.language is {name!r}, which does not load as a causal language model: {reason_of(error)}."
         ) from error
     _refuse_head_extras(language, name)
     sane_generation_config(language)
@@ -311,10 +315,14 @@ def text_and_images(config: ModelConfig) -> TextAndImages:
     assert config.language is not None
     require_there("model.language", config.language)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.language, revision=config.language_revision)
-        language = AutoConfig.from_pretrained(config.language, revision=config.language_revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.language, revision=config.language_revision, trust_remote_code=False
+        )
+        language = AutoConfig.from_pretrained(
+            config.language, revision=config.language_revision, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.language is {config.language!r}, which does not load: {error}") from error
+        raise ModelError(f"model.language is {config.language!r}, which does not load: {reason_of(error)}.") from error
     set_chat_template(tokenizer, config.chat_template, faithful=config.faithful)
     set_system_prompt(tokenizer, config.system_prompt)
     if config.vision is None:

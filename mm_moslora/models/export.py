@@ -167,7 +167,7 @@ def _check(assembly: Assembly, folder: Path) -> float:
     """Load the folder back in fp32 and compare logits on a prompt with an image, where there is a tower."""
     model = assembly.model
     loader = AutoModelForImageTextToText if is_multimodal(model) else AutoModelForCausalLM
-    twin = loader.from_pretrained(folder, dtype=next(model.parameters()).dtype).eval()
+    twin = loader.from_pretrained(folder, dtype=next(model.parameters()).dtype, trust_remote_code=False).eval()
     if type(twin) is not type(model):
         raise ModelError(f"{folder} loads as {type(twin).__name__}, expected {type(model).__name__}.")
     return _compare(folder, _probe(assembly, model), _probe(assembly, twin))

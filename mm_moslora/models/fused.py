@@ -43,7 +43,8 @@ class FusedVisionModel(PreTrainedModel):
     def __init__(self, config: FusedVisionConfig) -> None:
         super().__init__(config)
         self.towers = nn.ModuleList(
-            AutoModel.from_config(AutoConfig.for_model(**settings)) for settings in config.towers or []
+            AutoModel.from_config(AutoConfig.for_model(**settings), trust_remote_code=False)
+            for settings in config.towers or []
         )
         self.post_init()
 

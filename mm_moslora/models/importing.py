@@ -253,7 +253,7 @@ def _import_lora(source: Path, folder: Path, settings: dict[str, Any], language:
     base = language or adapter.get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{source / 'adapter_config.json'} names no base model; name it: --language BASE.")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     adapters.merge(adapters.load_adapter(model, source))
     return Imported(
         folder=folder, kind="LLaVA, LoRA", projector=kind, settings=settings,
@@ -290,7 +290,7 @@ def _merge_factors(factors: Mapping[str, Tensor], folder: Path, language: str | 
         raise ModelError(
             "The checkpoint changes the language model; name the one it was trained from: --language BASE."
         )
-    model = AutoModelForCausalLM.from_pretrained(language, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(language, dtype=torch.float32, trust_remote_code=False)
     if any("lora_" in name for name in factors):
         raise ModelError(
             f"The checkpoint holds LoRA factors of the language model ({len(factors)} tensors) without their alpha, "
@@ -307,7 +307,7 @@ def _merge_factors(factors: Mapping[str, Tensor], folder: Path, language: str | 
 
 def _save_language(model: PreTrainedModel, source: str, folder: Path) -> str:
     """Write a language model with the tokenizer of its source."""
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     with writing(folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -20,7 +20,7 @@ from transformers import (
 from mm_moslora import adapters
 from mm_moslora.adapters.foreign import read_json
 from mm_moslora.config import ModelConfig, Recipe
-from mm_moslora.errors import ModelError
+from mm_moslora.errors import ModelError, MoSLoRAError, reason_of
 from mm_moslora.folders import ADAPTER_CONFIG, MANIFEST, find_checkpoint
 from mm_moslora.models.anyres import newline_of
 from mm_moslora.models.build import Assembly, assemble, load_projector, ready_assembly
@@ -122,16 +122,27 @@ def _load_adapter(folder: Path, base: str | Path | None, *, merge: bool, dtype: 
 
 
 def _load_exported(folder: str | Path, *, dtype: torch.dtype) -> Assembly:
+    try:
+        return _load_stock(folder, dtype=dtype)
+    except MoSLoRAError:
+        raise
+    except ValueError as error:
+        raise ModelError(f"{folder} does not load: {reason_of(error)}.") from error
+
+
+def _load_stock(folder: str | Path, *, dtype: torch.dtype) -> Assembly:
     config, _ = PretrainedConfig.get_config_dict(folder)
     base = {"exported": str(folder)}
     if "vision_config" not in config:
-        language = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        return Assembly(model=language.eval(), tokenizer=AutoTokenizer.from_pretrained(folder), base=base)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
+        language = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        return Assembly(
+            model=language.eval(), tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False), base=base
+        )
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
     processor: Any = load_ready_processor(str(folder), None)
     if not (isinstance(model, LlavaForConditionalGeneration) and takes_plain_contents(processor)):
         return ready_assembly(model, processor, base=base)
-    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     images = processor.image_processor
     crop: Any = images.crop_size
     spec = ImageSpec(

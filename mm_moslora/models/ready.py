@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from mm_moslora.config import ModelConfig
-from mm_moslora.errors import ModelError
+from mm_moslora.errors import ModelError, reason_of
 
 # Paths of the vision towers of transformers' models, in the order in which they are looked for.
 _TOWERS = ("model.vision_tower", "model.visual", "model.vision_model", "model.vision_embed_tokens")
@@ -48,10 +48,12 @@ def load_ready(name: str, revision: str | None, *, dtype: torch.dtype) -> tuple[
     """
     processor = load_ready_processor(name, revision)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(name, revision=revision, dtype=dtype)
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, revision=revision, dtype=dtype, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"model.vlm is {name!r}, which does not load as an image-text-to-text model: {error}"
+            f"model.vlm is {name!r}, which does not load as an image-text-to-text model: {reason_of(error)}."
         ) from error
     if not hasattr(model, "model") or model.get_output_embeddings() is None:
         raise ModelError(
@@ -68,9 +70,9 @@ def load_ready_processor(name: str, revision: str | None) -> Any:
         ModelError: nothing there, no processor for pictures, or a package that it needs is missing.
     """
     try:
-        processor = AutoProcessor.from_pretrained(name, revision=revision)
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"model.vlm is {name!r}, whose processor does not load: {error}") from error
+        raise ModelError(f"model.vlm is {name!r}, whose processor does not load: {reason_of(error)}.") from error
     if getattr(processor, "image_processor", None) is None or getattr(processor, "image_token", None) is None:
         raise ModelError(
             f"model.vlm is {name!r}, whose processor ({type(processor).__name__}) takes no pictures with placeholders. "
@@ -81,7 +83,7 @@ def load_ready_processor(name: str, revision: str | None) -> Any:
 
 def ready_image_token(name: str, revision: str | None, processor: Any) -> int:
     """The token that visual features replace, without loading weights."""
-    config: Any = AutoConfig.from_pretrained(name, revision=revision)
+    config: Any = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     number = getattr(config, "image_token_id", None)
     return int(processor.image_token_id if number is None else number)
 

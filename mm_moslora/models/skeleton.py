@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from mm_moslora.batch import Seen
 from mm_moslora.config import ModelConfig, Recipe
-from mm_moslora.errors import ModelError
+from mm_moslora.errors import ModelError, reason_of
 from mm_moslora.models.anyres import anyres_processor, compose_anyres, require_anyres
 from mm_moslora.models.attention import SEGMENTS, set_attention
 from mm_moslora.models.build import (
@@ -140,7 +140,9 @@ def _seen(config: ModelConfig, spec: ImageSpec | None, picture: tuple[int, int])
             token = ready_image_token(config.vlm, config.vlm_revision, processor)
         else:
             assert spec is not None
-            tokenizer = AutoTokenizer.from_pretrained(str(config.language), revision=config.language_revision)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(config.language), revision=config.language_revision, trust_remote_code=False
+            )
             token = register_image_token(tokenizer)
             processor = anyres_processor(tokenizer, spec, config.anyres_tiles)
     except (ModelError, OSError, ValueError, KeyError) as error:
@@ -167,9 +169,9 @@ def _hub_or_cache(config: ModelConfig) -> Iterator[None]:
 
 def _read(name: str, revision: str | None, key: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = reason_of(error)
         raise ModelError(
             f"{key} is {name!r}, whose configuration is not to be had ({reason}). Give a folder with its config.json, "
             "or go online."
@@ -198,7 +200,7 @@ def _assembled(recipe: Recipe) -> _Bones:
     config = recipe.model
     text, layers = _shortened(_read(str(config.language), config.language_revision, "model.language").get_text_config())
     if config.vision is None:
-        return _Bones(AutoModelForCausalLM.from_config(text), layers, 0, None)
+        return _Bones(AutoModelForCausalLM.from_config(text, trust_remote_code=False), layers, 0, None)
     tower, spec = sketch_vision(config.vision)
     shape = projector_shape(config, spec, text)
     tokens = projector_tokens(config.projector.kind, shape) + (1 if config.vision.select == "cls_patch" else 0)
@@ -219,4 +221,6 @@ def _ready(name: str, revision: str | None, picture: tuple[int, int]) -> _Bones:
         merged = getattr(tower, "spatial_merge_size", 1)
         height, width = (max(1, round(side / side_of(tower, "patch_size") / merged)) for side in reversed(picture))
         tokens, patches = height * width, (height * merged, width * merged)
-    return _Bones(AutoModelForImageTextToText.from_config(config), layers, int(tokens), None, patches)
+    return _Bones(
+        AutoModelForImageTextToText.from_config(config, trust_remote_code=False), layers, int(tokens), None, patches
+    )

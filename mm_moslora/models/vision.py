@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from mm_moslora.config import VisionConfig
-from mm_moslora.errors import ModelError
+from mm_moslora.errors import ModelError, reason_of
 from mm_moslora.models.fused import FusedVisionConfig, FusedVisionModel
 from mm_moslora.models.wrapped import (
     BICUBIC,
@@ -188,11 +188,11 @@ def _load_transformers(config: VisionConfig, *, weights: bool) -> tuple[PreTrain
     import transformers
 
     try:
-        whole = AutoConfig.from_pretrained(config.name, revision=config.revision)
+        whole = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"model.vision.name is {config.name!r}, which is no folder or hub id of a vision model ({error}). "
-            "For other libraries write open_clip:MODEL or timm:MODEL."
+            f"model.vision.name is {config.name!r}, which is no folder or hub id of a vision model "
+            f"({reason_of(error)}). For other libraries write open_clip:MODEL or timm:MODEL."
         ) from error
     if whole.model_type in ("siglip2", "siglip2_vision_model"):
         raise ModelError(
@@ -203,9 +203,9 @@ def _load_transformers(config: VisionConfig, *, weights: bool) -> tuple[PreTrain
     loader: Any = getattr(transformers, half) if half else AutoModel
     if not weights:
         part = getattr(whole, "vision_config", whole)
-        sketch: PreTrainedModel = loader(part) if half else loader.from_config(part)
+        sketch: PreTrainedModel = loader(part) if half else loader.from_config(part, trust_remote_code=False)
         return sketch, _processor_statistics(config, sketch.config)
-    tower = loader.from_pretrained(config.name, revision=config.revision, dtype=torch.float32)
+    tower = loader.from_pretrained(config.name, revision=config.revision, dtype=torch.float32, trust_remote_code=False)
     return tower, _processor_statistics(config, tower.config)
 
 

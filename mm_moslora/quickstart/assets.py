@@ -237,7 +237,7 @@ def _require(module: str) -> ModuleType:
 
 def _check_loading(name: str, kind: Any, folder: Path) -> None:
     """Refuse a converted folder that does not load whole as `kind`, or holds a NaN or an infinity."""
-    model, info = kind.from_pretrained(folder, output_loading_info=True)
+    model, info = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
     problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if wrong := {kind: keys for kind, keys in problems.items() if keys}:
         raise AssetError(f"The converted {name} does not fit its model: {wrong}. Report this with your versions.")
@@ -259,8 +259,10 @@ def _convert_language_model(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+    read = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+    )
     settings = read.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settings.pop(key, None)
@@ -373,7 +375,7 @@ def _quietly(kind: Any, folder: Path) -> Any:
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return kind.from_pretrained(folder)
+        return kind.from_pretrained(folder, trust_remote_code=False)
     finally:
         logging.set_verbosity(level)
 

@@ -155,7 +155,9 @@ def tokenizer() -> Any:
     folder = Path(tempfile.mkdtemp())
     source = importlib.resources.files("mistral_common") / "data" / "tokenizer.model.v1"
     (folder / "tokenizer.model").write_bytes(source.read_bytes())
-    made = LlamaTokenizer.from_pretrained(folder, legacy=True, add_bos_token=True, padding_side="right")
+    made = LlamaTokenizer.from_pretrained(
+        folder, legacy=True, add_bos_token=True, padding_side="right", trust_remote_code=False
+    )
     made.pad_token = made.unk_token
     return made
 
@@ -231,7 +233,9 @@ def measure_samples(count: int, rounds: int) -> tuple[list[dict[str, Any]], dict
         rows = [record(rng, number, f"{number}.jpg" if number % 16 else None) for number in range(count)]
         path = folder / "small.json"
         path.write_text(json.dumps(rows), encoding="utf-8")
-        own = tokenizer().__class__.from_pretrained(tokenizer().name_or_path, legacy=True, add_bos_token=True)
+        own = tokenizer().__class__.from_pretrained(
+            tokenizer().name_or_path, legacy=True, add_bos_token=True, trust_remote_code=False
+        )
         own.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
         set_chat_template(own, "v1", faithful=True)
         token = own.convert_tokens_to_ids("<image>")

@@ -2,14 +2,14 @@
 
     python scripts/soak/attack_server.py --seconds 180 [--clients 12] [--seed 0] [--json]
 
-The server is a process of its own around a tiny random model, with its default limits. Clients send lists of millions of
-items, nesting, escapes, endless texts, pictures that are small files and large in memory, pictures that grow when they
-are padded, bodies that trickle, and bodies whose sender leaves. Meanwhile `/health` is asked 20 times a second, ordinary
-requests are asked one after the other, and the server's memory is read.
+The server is a process of its own around a tiny random model, with its default limits. Clients send lists of millions
+of items, nesting, escapes, endless texts, pictures that are small files and large in memory, pictures that grow when
+they are padded, bodies that trickle, and bodies whose sender leaves. Meanwhile `/health` is asked 20 times a second,
+ordinary requests are asked one after the other, and the server's memory is read.
 
-The exit code is 0 only when no reply was a 5xx, `/health` never took longer than `--health` seconds, memory stayed below
-what was there before plus `bodies_bytes`, `pictures_bytes` and ten bodies (the two threads that parse hold up to five
-forms of theirs), and everything that was held is given back at the end.
+The exit code is 0 only when no reply was a 5xx, `/health` never took longer than `--health` seconds, memory stayed
+below what was there before plus `bodies_bytes`, `pictures_bytes` and ten bodies (the two threads that parse hold up to
+five forms of theirs), and everything that was held is given back at the end.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from fuzz_server import tiny_models
 
 MIB = 2**20
-HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
+HEAD = (
+    "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    "Content-Length: {}\r\n\r\n"
+)
 
 
 def request(text: str, *pictures: bytes, kind: str = "png", **more: Any) -> bytes:

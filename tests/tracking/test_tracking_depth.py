@@ -44,6 +44,9 @@ def adapter(tmp_path: Path) -> Path:
     return folder
 
 
+CANARY = "pa55word-canary"
+
+
 def everything(trackers: Trackers, run: Path, sample: Sample, adapter: Path, *, resume_step: int | None = None) -> None:
     """A short life of a run, with a secret where it might slip through."""
     run.mkdir(exist_ok=True)
@@ -92,6 +95,25 @@ def test_wandb_offline_file_holds_all_of_it(
         1.0,
     ]
     no_secret_below(tmp_path / "run")
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
+def test_the_command_line_and_remotes_reach_no_tracker_with_their_secrets(
+    tmp_path: Path, sample: Sample, adapter: Path, tracker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """wandb records `sys.argv` and the remote of the working folder by itself, in its binary file and beside it."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for arguments in ("init -q", f"remote add origin https://me:{CANARY}@example.org/x.git"):
+        subprocess.run(["git", "-C", str(folder), *arguments.split()], check=True, capture_output=True)
+    monkeypatch.chdir(folder)
+    command = ["mm-moslora", "--url", f"https://me:{CANARY}@example.org/v1", "--api-key", CANARY, "--note=kept-word"]
+    monkeypatch.setattr("sys.argv", command)
+    everything(build_trackers(TrackConfig(trackers=[tracker]), active=True), tmp_path / "run", sample, adapter)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
+    if tracker == "wandb":  # the search can find what is there
+        assert any(b"kept-word" in path.read_bytes() for path in files)
 
 
 def test_tensorboard_holds_mixers_scores_and_alerts(tmp_path: Path, sample: Sample, adapter: Path) -> None:

@@ -1,0 +1,273 @@
+"""The server under its own limits: what a request holds is counted to its end, and nobody else waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import importlib.util
+import io
+import json
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from serve.serve_tools import asking, data_url
+
+from mm_moslora.serve.faults import ApiError
+from mm_moslora.serve.intake import Budget, Held
+from mm_moslora.serve.limits import Limits
+
+MIB = 2**20
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+def metric(server: Any, name: str) -> float:
+    page = server.get("/metrics").text
+    return next(float(line.split()[1]) for line in page.splitlines() if line.startswith(f"mm_moslora_{name} "))
+
+
+def wait_until(condition: Any, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def heavy_url(side: int) -> str:
+    """A picture that takes ``3 * side ** 2`` bytes on disk, too."""
+    stream = io.BytesIO()
+    Image.effect_noise((side, side), 90).convert("RGB").save(stream, "BMP")
+    return f"data:image/bmp;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def test_a_body_is_counted_until_its_answer_ends_and_not_kept_longer_than_needed(serve_with: Any) -> None:
+    """Eight answers under way hold the pixels that the model sees, no base64; a body beyond the limit is refused."""
+    url = heavy_url(300)  # 270 kB
+    with serve_with(bodies_bytes=MIB, max_tokens=400) as server:
+        engine, go = server.engine, threading.Event()
+        step = engine._step
+        engine._step = lambda *arguments: go.wait(60) and step(*arguments)
+        body = json.dumps(asking("what?", url, max_tokens=3))
+        with ThreadPoolExecutor(8) as pool:
+            replies = [pool.submit(server.post, body) for _ in range(2)]
+            wait_until(lambda: len(engine._waiting) + sum(len(group.jobs) for group in engine._all()) == 2)
+            held = metric(server, "bodies_bytes")
+            assert 0 < held < 100_000  # two pictures of 28 x 28 pixels and their prompts
+            with server.socket() as slow:  # a third body arrives, and is counted while it does
+                half = body[: len(body) // 2].encode()
+                slow.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + half)
+                wait_until(lambda: metric(server, "bodies_bytes") > held + len(half) - 2000)
+                large = json.dumps(asking("what?", heavy_url(500)))
+                assert server.post(large).status_code == 429
+            wait_until(lambda: metric(server, "bodies_bytes") == held)
+            go.set()
+            assert [reply.result().status_code for reply in replies] == [200, 200]
+        wait_until(lambda: metric(server, "bodies_bytes") == 0)
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        (b'{"model": "tiny", "messages": [' + b"[]," * (6 * MIB), "commas"),
+        (b'{"a": "' + b"\\n" * (5 * MIB), "backslashes"),
+        (b'{"model": "tiny", "messages": ' + b"[" * 150_000 + b"]" * 150_000 + b"}", "levels"),
+        (b'{"model": "tiny", "messages": ' + b"[" * 60 + b"]" * 60 + b"}", "32 levels"),
+        (b"{" + b'"a":0,' * 150_000 + b'"a":0}', "twice"),
+        (b"{" + b",".join(b'"%d":0' % (number % 149_999) for number in range(150_000)) + b"}", "twice"),
+        (json.dumps(asking("a" * (15 * MIB))).encode(), "characters"),
+        (json.dumps(asking("\U0001f600" * (MIB // 2 + MIB // 8))).encode(), "backslashes"),
+        (json.dumps(asking("\U0001f600" * (4 * MIB)), ensure_ascii=False).encode(), "characters"),
+    ],
+    ids=["items", "escapes", "deep", "rather deep", "one key", "far keys", "text", "escaped text", "wide text"],
+)  # fmt: skip
+def test_bodies_that_are_dear_to_read_are_refused_while_others_are_answered(
+    server: Any, body: bytes, what: str
+) -> None:
+    slowest, over = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            began = time.monotonic()
+            assert server.get("/health").status_code == 200
+            slowest.append(time.monotonic() - began)
+
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(watch)
+        reply = server.post(body)
+        over.set()
+        watching.result()
+    assert reply.status_code == 400
+    assert what in reply.json()["error"]["message"]
+    assert max(slowest) < 2  # 8.5 s where lists are parsed on the event loop; a busy machine is no fault
+
+
+def test_what_cannot_fit_is_refused_before_it_is_tokenised_or_opened(
+    serve_with: Any, models: Any, monkeypatch: Any
+) -> None:
+    with serve_with() as server:
+        asked: list[Any] = []
+        monkeypatch.setattr(models, "prompt", lambda *arguments: asked.append(arguments))
+        monkeypatch.setattr("mm_moslora.serve.prepare.open_pictures", lambda *a, **k: asked.append(a))
+        reply = server.post(asking("red " * 3000)).json()["error"]
+        assert reply["code"] == "context_length_exceeded"
+        pictures = [data_url(Image.new("RGB", (20, 20), (number, 0, 0))) for number in range(16)]
+        tokens = models.assembly.tokens_per_image
+        reply = server.post(asking("what?", *pictures, max_tokens=64 if 16 * tokens + 64 > 512 else 6))
+        assert (reply.json()["error"]["code"] == "context_length_exceeded") == (16 * tokens + 64 > 512)
+        assert asked == [] or 16 * tokens + 64 <= 512
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "allowed"),
+    [
+        ("RGB", (1200, 1200), True), ("RGBA", (1200, 1200), False), ("I;16", (1200, 1200), False),
+        ("L", (3000, 100), False), ("L", (1500, 100), True),
+    ],
+)  # fmt: skip
+def test_pictures_are_counted_by_what_they_take_in_memory(
+    serve_with: Any, mode: str, size: tuple[int, int], allowed: bool
+) -> None:
+    """Copies in between, and the square around a strip, count; how small the file is does not."""
+    with serve_with(pictures_bytes=20 * MIB) as server:
+        reply = server.post(asking("what?", data_url(Image.new(mode, size))))
+        assert reply.status_code == (200 if allowed else 400), reply.text
+        if not allowed:
+            assert "MiB of memory" in reply.json()["error"]["message"]
+        wait_until(lambda: metric(server, "pictures_bytes") == 0)
+
+
+def test_pictures_that_do_not_fit_together_are_opened_one_after_the_other(serve_with: Any) -> None:
+    body = json.dumps(asking("what?", data_url(Image.new("RGB", (1000, 1000)))))
+    with serve_with(pictures_bytes=20 * MIB) as server, ThreadPoolExecutor(6) as pool:
+        assert [reply.status_code for reply in pool.map(server.post, [body] * 6)] == [200] * 6
+        assert metric(server, "pictures_bytes_highest") <= 20 * MIB
+        wait_until(lambda: metric(server, "pictures_bytes") == 0)
+
+
+def test_work_that_nobody_waits_for_stops_and_gives_back_what_it_held(serve_with: Any, monkeypatch: Any) -> None:
+    """The time is over while the first of two pictures is opened; the second one never is."""
+    from mm_moslora.serve import pictures
+
+    opened, go = [], threading.Event()
+    real = pictures._open
+
+    def slow(data: bytes, picture: Any) -> Any:
+        opened.append(picture.where)
+        assert go.wait(60)
+        return real(data, picture)
+
+    monkeypatch.setattr(pictures, "_open", slow)
+    body = asking("what?", *[data_url(Image.new("RGB", (30, 30), colour)) for colour in ("red", "blue")])
+    with serve_with(prepare_seconds=0.5) as server:
+        assert server.post(body).status_code == 429
+        assert metric(server, "pictures_bytes") > 0  # the thread still has it
+        go.set()
+        wait_until(lambda: metric(server, "pictures_bytes") == metric(server, "bodies_bytes") == 0)
+        assert len(opened) == 1
+        assert server.post(asking("hello")).status_code == 200
+
+
+def test_a_client_that_leaves_while_its_pictures_are_opened_frees_its_place(serve_with: Any, monkeypatch: Any) -> None:
+    from mm_moslora.serve import pictures
+
+    opened, go = threading.Event(), threading.Event()
+    real = pictures._open
+
+    def slow(data: bytes, picture: Any) -> Any:
+        opened.set()
+        assert go.wait(60)
+        return real(data, picture)
+
+    monkeypatch.setattr(pictures, "_open", slow)
+    body = json.dumps(asking("what?", data_url(Image.new("RGB", (30, 30))))).encode()
+    with serve_with() as server:
+        with server.socket() as connection:
+            connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            assert opened.wait(60)
+        wait_until(lambda: 'code="client_left"' in server.get("/metrics").text)
+        go.set()
+        wait_until(lambda: metric(server, "pictures_bytes") == metric(server, "bodies_bytes") == 0)
+
+
+def test_clients_that_send_slowly_take_no_place_of_others(serve_with: Any) -> None:
+    """Forty bodies that never end, where 3 requests may be under way."""
+    with serve_with(queue=2, batch=1) as server:
+        slow = [server.socket() for _ in range(40)]
+        try:
+            for connection in slow:
+                connection.sendall(HEAD + b"Content-Length: 5000\r\n\r\n{")
+            wait_until(lambda: metric(server, "bodies_bytes") == len(slow))
+            assert server.post(asking("hello")).status_code == 200
+        finally:
+            for connection in slow:
+                connection.close()
+        wait_until(lambda: metric(server, "bodies_bytes") == 0)
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.2", 200), ("127.0.0.2:8000", 200), ("[::1]:80", 200), ("LOCALHOST", 200), ("127.0.0.1.evil.net", 403),
+        ("127.1", 403), ("10.0.0.1", 403), ("[::2]", 403), ("evil.net", 403),
+    ],
+)  # fmt: skip
+def test_any_loopback_address_is_a_name_of_this_machine(server: Any, host: str, status: int) -> None:
+    assert server.get("/health", headers={"Host": host}).status_code == status
+
+
+def test_a_budget_serves_who_waited_longest_and_forgets_who_gave_up() -> None:
+    async def scenario() -> None:
+        budget = Budget(10)
+        assert budget.take(8)
+        first = asyncio.ensure_future(budget.wait(6, 60))
+        second = asyncio.ensure_future(budget.wait(2, 60))
+        await asyncio.sleep(0)
+        assert not first.done()
+        assert not second.done()  # two bytes are free, but the first waits for them
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await second
+        assert budget.used == 10
+        with pytest.raises(TimeoutError):
+            await budget.wait(1, 0.01)
+        budget.give(10)
+        await budget.wait(10, 0)
+        assert (budget.used, budget.highest) == (10, 10)
+
+    asyncio.run(scenario())
+    held = Held(budget := Budget(10))
+    held.set(10)
+    other = Held(budget)
+    with pytest.raises(ApiError, match="busy"):
+        other.set(1)
+    held.set(4)
+    other.set(6)
+    held.close()
+    other.close()
+    assert budget.used == 0
+
+
+def test_a_short_attack_leaves_the_server_healthy() -> None:
+    """The soak of scripts/soak/attack_server.py for a few seconds."""
+    script = Path(__file__).parents[2] / "scripts" / "soak" / "attack_server.py"
+    spec = importlib.util.spec_from_file_location("attack_server", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["attack_server"] = module
+    spec.loader.exec_module(module)
+    result = module.attack(seconds=6, clients=4, seed=1, health=0.5)
+    assert result["faults"] == []
+    assert result["memory_most_mib"] <= result["memory_allowed_mib"]
+    assert result["held_at_the_end"] == 0
+    assert result["answers_after"]
+    assert result["health_slowest"] < 5  # tests share the machine; the figures of an idle one are in the documents
+
+
+def test_the_limits_say_what_they_bound() -> None:
+    assert Limits().pictures_bytes >= 24 * Limits().image_pixels  # the largest allowed picture fits with transparency
