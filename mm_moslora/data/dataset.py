@@ -286,7 +286,7 @@ class TrainingSet:
                 file,
                 self.encoder,
                 encode=self.encode,
-                settings=f"{config.max_length} {self._eyesight()} {file.rules.video_frames}",
+                settings=f"{config.max_length} {self._eyesight()} {file.rules}",  # faults of names are kept, too
                 tokens_per_image=self.encoder.tokens_per_image if self.eyes is not None and self.eyes.fixed else 1,
                 on_progress=on_progress,
             )

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -508,6 +509,22 @@ class TestTokenCache:
         path.write_text(path.read_text().replace("color", "colour"))
         make_set(path, cache=str(cache))
         assert len([item for item in cache.iterdir() if item.is_dir()]) == 3
+
+    def test_what_pictures_may_be_decides_which_records_are_faulty_so_other_rules_make_another_cache(
+        self, tmp_path: Path
+    ) -> None:
+        path, cache = make_records(tmp_path, 12, text_only_every=0), tmp_path / "cache"
+        path.write_text(path.read_text().replace('"image": "0.png"', '"image": "https://pictures.example/0.png"'))
+
+        def usable(**rules: Any) -> int:
+            source = SourceConfig(path=str(path), image_folder=str(tmp_path / "images"), **rules)
+            config = DataConfig(cache=str(cache), max_bad_share=0.5)
+            return len(TrainingSet([source], chatml_encoder(), tiny_eyes(), config=config).usable)
+
+        assert usable() == 11
+        assert usable(image_hosts=["pictures.example"]) == 12
+        assert usable() == 11
+        assert len([item for item in cache.iterdir() if item.is_dir()]) == 2
 
     def test_what_a_killed_process_left_is_no_cache(self, tmp_path: Path) -> None:
         path, cache = make_records(tmp_path, 12), tmp_path / "cache"
