@@ -11,15 +11,16 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
 from mm_moslora.serve.faults import ApiError, busy
+from mm_moslora.serve.http import Receive
 from mm_moslora.serve.limits import Limits
 from mm_moslora.serve.models import Models
 from mm_moslora.serve.pictures import Fetch, memory_of, picture_files
@@ -202,7 +203,8 @@ class Intake:
         future = asyncio.wrap_future(work)
         leaving = asyncio.ensure_future(left(request.receive))
         try:
-            await asyncio.wait({future, leaving}, timeout=max(0.0, seconds), return_when=asyncio.FIRST_COMPLETED)
+            both: set[asyncio.Future[Any]] = {future, leaving}
+            await asyncio.wait(both, timeout=max(0.0, seconds), return_when=asyncio.FIRST_COMPLETED)
             if future.done():
                 return future.result()
             raise client_left() if leaving.done() else busy("requests wait to be read", seconds=2)
@@ -224,7 +226,7 @@ def client_left() -> ApiError:
     return ApiError("The client left.", status=499, code="client_left")
 
 
-async def left(receive: Callable[[], Awaitable[dict[str, object]]]) -> None:
+async def left(receive: Receive) -> None:
     """Returns when the client has gone."""
     while (await receive())["type"] != "http.disconnect":
         pass
