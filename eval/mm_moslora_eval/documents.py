@@ -39,7 +39,7 @@ class StoredImage:
         """The bytes of the file.
 
         Raises:
-            OSError: it cannot be read.
+            DataError: it cannot be read.
         """
         return self.reader(self.row, self.column, self.place)
 

@@ -320,7 +320,9 @@ def chat_messages(messages: Sequence[Message], images: Sequence[ImageLike]) -> l
 def data_url(image: ImageLike) -> str:
     """A picture as a data URL: files as they are, opened pictures as PNG."""
     if isinstance(image, bytes | Path | StoredImage):
-        data = image if isinstance(image, bytes) else image.read_bytes() if isinstance(image, Path) else image.read()
+        from mm_moslora.data.images import read_picture
+
+        data = image if isinstance(image, bytes) else read_picture(image) if isinstance(image, Path) else image.read()
         kind = next((name for start, name in _FIRST_BYTES.items() if data.startswith(start)), None)
         if kind is not None:
             return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

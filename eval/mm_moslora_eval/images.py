@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mm_moslora.errors import EvalError
+from mm_moslora.named_files import opened
 
 from .documents import ImageLike, StoredImage
 
@@ -29,7 +30,7 @@ class Hasher:
         """Hash of the file's bytes, or of size, mode and pixels of an opened picture.
 
         Raises:
-            OSError: the file cannot be read.
+            DataError: the file cannot be read.
         """
         if isinstance(image, bytes):
             return hashlib.sha256(image).hexdigest()
@@ -41,9 +42,11 @@ class Hasher:
 
 
 def _digest(image: Path | StoredImage) -> str:
+    from mm_moslora.data.images import MAX_BYTES
+
     if isinstance(image, StoredImage):
         return hashlib.sha256(image.read()).hexdigest()
-    with image.open("rb") as stream:
+    with opened(image, most=MAX_BYTES) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.errors import EvalError, suggestion
+from mm_moslora.named_files import read_text
 from mm_moslora.strict import build_strictly, parse_yaml
 
 from .prompt import Prompt
@@ -33,7 +34,7 @@ def load_file(path: Path) -> list[Task]:
     Raises:
         ConfigError: not YAML, an unknown key (with a suggestion), a missing or impossible value.
     """
-    data = parse_yaml(path.read_text(encoding="utf-8"), source=str(path))
+    data = parse_yaml(read_text(path), source=str(path))
     protocols = data.pop("protocols", None)
     if protocols is None:
         return [_build(data, path, "")]
@@ -54,7 +55,7 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def _build(data: dict[str, Any], path: Path, where: str) -> Task:
-    return build_strictly(Task, {"folder": str(path.parent), **data}, source=f"{path}{where}")
+    return build_strictly(Task, {"folder": str(path.parent.absolute()), **data}, source=f"{path}{where}")
 
 
 def all_tasks() -> dict[str, Task]:
@@ -112,9 +113,11 @@ def _from_data(kind: str, rest: str) -> Task:
     if not path:
         raise EvalError(f"{kind}: needs a file, such as {kind}:questions.{'jsonl' if kind == 'llava' else 'tsv'}.")
     name = "".join(character if character.isalnum() or character in "-_." else "_" for character in Path(path).stem)
+    name = name.lstrip("-.") or "questions"
     if kind == "llava":
         return Task(
             name=name,
+            folder=str(Path.cwd()),  # what a person types starts there
             title=f"questions of {os.path.basename(path)}",
             source=Source(kind="llava", path=path, image_folder=folder or None),
             prompt=Prompt(
@@ -128,6 +131,7 @@ def _from_data(kind: str, rest: str) -> Task:
         )
     return Task(
         name=name,
+        folder=str(Path.cwd()),
         title=f"rows of {os.path.basename(path)}",
         source=Source(kind="tsv", path=path),
         prompt=Prompt(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.errors import EvalError
+from mm_moslora.errors import DataError, EvalError
 
 from .documents import CONTEXT, Document, ImageLike, digest
 from .images import Hasher, ImageMode, derangement, mean_image
@@ -93,7 +93,7 @@ class Preparation:
         for image in document.images:
             try:
                 name = hasher(image)
-            except OSError as error:
+            except (DataError, OSError) as error:
                 return (), f"image cannot be read: {error}"
             self._pictures.setdefault(name, image)
             names.append(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +16,11 @@ from .documents import DataSet, digest
 from .prompt import Prompt
 from .scoring import EXTRACTORS, JUDGED, METRICS
 from .sources import Source
+
+
+_NAME = re.compile(r"\w[\w.+-]*")
+_LONGEST_ID = 200
+"""Of name and protocol, which are a folder's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +80,17 @@ class Task:
     differences: tuple[str, ...] = ()
     """Where it differs from the harness that the protocol is named after, one sentence each."""
     folder: str | None = None
-    """Where the task file lies; data files are looked for there too."""
+    """Where the task file lies, from which the paths of its source start; None: the working directory."""
 
     def __post_init__(self) -> None:
-        if not self.name or any(character in self.name for character in "/\\@ \t\n"):
-            raise EvalError(f"Task name {self.name!r} is not acceptable: use letters, digits, `-`, `_` and `.`.")
+        for kind, name in (("name", self.name), ("protocol", self.protocol)):
+            if not _NAME.fullmatch(name):  # they name a folder
+                raise EvalError(
+                    f"Task {kind} {ascii(name)[:100]} is not acceptable: use letters, digits, `_`, `-` and `.`, not "
+                    "`-` or `.` first."
+                )
+        if len(self.id.encode()) > _LONGEST_ID:
+            raise EvalError(f"Task {self.id[:40]}... has a name of more than {_LONGEST_ID} bytes; shorten it.")
         self._check_names()
 
     def _check_names(self) -> None:

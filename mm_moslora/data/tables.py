@@ -23,7 +23,7 @@ from mm_moslora.data.sources import RecordSource
 from mm_moslora.errors import DataError, suggestion
 from mm_moslora.files import building
 from mm_moslora.locks import take
-from mm_moslora.named_files import FileError, find_below
+from mm_moslora.named_files import FileError, find_below, read_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,7 +54,7 @@ class TableSource(RecordSource):
             )
         self._names = {own: name for name, own in config.columns.items()}
         self._classes = {n: f.names for n, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
-        self._store = _hub_store() if config.path.startswith("hf:") else ()
+        self._store = hub_store() if config.path.startswith("hf:") else ()
         self._table = table.with_format("arrow")
         self._identity = f"{table._fingerprint}-{json.dumps(self._names, sort_keys=True)}"
         if not len(table):
@@ -81,7 +81,7 @@ class TableSource(RecordSource):
         return self._identity
 
 
-def _hub_store() -> tuple[Path, ...]:
+def hub_store() -> tuple[Path, ...]:
     """Where files that `datasets` fetches from the hub come to lie."""
     import datasets
     import huggingface_hub
@@ -112,7 +112,7 @@ def _pictures(cell: Any, name: str, store: Sequence[Path] = ()) -> Any:
         path = cell["path"].as_py()
         if cell["bytes"].is_valid:
             return StoredPicture(name, cell["bytes"].as_py)
-        return _fetched_file(path, store) or path
+        return fetched_file(path, store) or path
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         if not pa.types.is_nested(kind.value_type) and not pa.types.is_binary(kind.value_type):
             return cell.as_py()
@@ -123,7 +123,7 @@ def _pictures(cell: Any, name: str, store: Sequence[Path] = ()) -> Any:
     return cell.as_py()
 
 
-def _fetched_file(path: Any, store: Sequence[Path]) -> StoredPicture | None:
+def fetched_file(path: Any, store: Sequence[Path]) -> StoredPicture | None:
     """A file that `datasets` has fetched from the hub, None for any other path."""
     for folder in store:
         try:
@@ -144,7 +144,7 @@ def _load(config: SourceConfig) -> Dataset:
         if config.streaming:
             return _streamed(config, name)
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return _of_split(datasets.load_from_disk(config.path), config)
+            return _of_split(load_saved(path), config)
         return _of_split(load_checked(**_arguments(config, name)), config)
     except DataError:
         raise
@@ -207,6 +207,22 @@ def load_checked(path: str, *, streaming: bool = False, **options: Any) -> Any:
                     "`data_files` in its README.md, or do not use it."
                 )
     return datasets.load_dataset(path, streaming=streaming, **options)
+
+
+def load_saved(folder: Path) -> Any:
+    """What `datasets.load_from_disk` gives for a folder that names no table outside itself.
+
+    Raises:
+        DataError: it does.
+    """
+    import datasets
+
+    root = folder.resolve()
+    for state in (folder / "state.json", *folder.glob("*/state.json")):
+        if state.is_file():
+            for item in json.loads(read_text(state)).get("_data_files") or ():
+                find_below(root, str(state.parent.resolve() / str(item["filename"])))
+    return datasets.load_from_disk(str(folder))
 
 
 def _is_own(file: str, path: str) -> bool:

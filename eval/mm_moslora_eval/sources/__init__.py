@@ -5,13 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mm_moslora.errors import EvalError
+from mm_moslora.named_files import opened
 
 from ..documents import DataSet, Document, checked
 from . import hf, llava, tsv
-from .files import find_file
+from .files import find_file, picture_folder
+from .pictures import rules_of
 from .source import Source
+
+if TYPE_CHECKING:
+    from mm_moslora.data.pictures import PictureRules
 
 __all__ = ["Source", "find_file", "load"]
 
@@ -21,31 +27,33 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
 
     Args:
         source: where they are.
-        beside: folder of the task file; data files are looked for there too.
+        beside: folder of the task file, from which relative paths start; None: the working directory.
 
     Raises:
         EvalError: the file is missing, has another checksum, or cannot be read; the message says where.
     """
     if source.kind == "hf":
-        return hf.load(source)
+        return hf.load(source, beside=beside)
     path = find_file(source.path, beside=beside)
     sha256 = _checksum(path, source.md5)
-    read = list(_read(source, path))
+    folder = picture_folder(source.image_folder, path, beside=beside)
+    read = list(_read(source, path, rules_of(folder, follow_links=source.follow_links)))
     documents = checked((document for document in read if document is not None), source=str(path))
     return DataSet(documents=documents, path=str(path), sha256=sha256, dropped=read.count(None))
 
 
-def _read(source: Source, path: Path) -> Iterator[Document | None]:
+def _read(source: Source, path: Path, rules: PictureRules) -> Iterator[Document | None]:
     if source.kind == "llava":
-        return llava.read(path, image_folder=source.image_folder, where=source.where)
+        return llava.read(path, rules=rules, where=source.where)
     return tsv.read(
-        path, drop_without_image=source.drop_without_image, answer_lists=source.answer_lists, where=source.where
-    )
+        path, rules=rules, drop_without_image=source.drop_without_image, answer_lists=source.answer_lists,
+        where=source.where,
+    )  # fmt: skip
 
 
 def _checksum(path: Path, expected_md5: str | None) -> str:
     sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as stream:
+    with opened(path, most=None) as stream:
         while chunk := stream.read(1 << 20):
             sha256.update(chunk)
             md5.update(chunk)

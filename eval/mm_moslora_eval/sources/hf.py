@@ -5,23 +5,31 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mm_moslora.errors import EvalError, suggestion
+from mm_moslora.errors import EvalError, MoSLoRAError, suggestion
+from mm_moslora.named_files import opened
 
 from ..documents import CONTEXT, DataSet, Document, ImageLike, checked
 from ..metrics.commonsense import LM_EVAL_TASKS, lm_eval_requests
-from .files import matches
-from .pictures import Pictures
+from .files import find_data, matches, picture_folder
+from .pictures import Pictures, found, rules_of
 from .source import Source
 from .tsv import parse_list
+
+if TYPE_CHECKING:
+    from mm_moslora.data.pictures import PictureRules
 
 _OURS = ("id", "image", "question", "options", "answer", "category", "hint")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def load(source: Source) -> DataSet:
+def load(source: Source, *, beside: Path | None = None) -> DataSet:
     """Read a split.
+
+    Args:
+        source: a file or folder relative to the task file, or an id on the hub.
+        beside: folder of the task file; None: the working directory.
 
     Raises:
         EvalError: the data set cannot be opened, or a named column does not exist.
@@ -32,7 +40,10 @@ def load(source: Source) -> DataSet:
         raise EvalError(
             f"source.columns: {name!r} is not a field of ours.{suggestion(name, _OURS)} Fields: {', '.join(_OURS)}."
         )
-    table, sha256 = _open(source)
+    from mm_moslora.data.tables import hub_store
+
+    place = find_data(source.path, beside=beside)
+    table, sha256 = _open(source, place)
     if source.lm_eval_task is not None:
         documents = checked(_choices(table, source), source=source.path)
         return DataSet(documents=documents, path=source.path, sha256=sha256)
@@ -45,31 +56,40 @@ def load(source: Source) -> DataSet:
                 f"Columns: {', '.join(table.column_names)}."
             )
     rows = len(table)
-    documents = checked(_documents(table, source), source=source.path)
+    if place is None and source.image_folder is None:  # of the hub: below what was fetched from there
+        folder = hub_store()[0].resolve()
+    else:
+        folder = picture_folder(source.image_folder, place or Path(source.path), beside=beside)
+    rules = rules_of(folder, follow_links=source.follow_links)
+    documents = checked(_documents(table, source, rules, of_hub=place is None), source=source.path)
     return DataSet(documents=documents, path=source.path, sha256=sha256, dropped=rows - len(documents))
 
 
-def _open(source: Source) -> tuple[Any, str]:
+def _open(source: Source, path: Path | None) -> tuple[Any, str]:
     import datasets
 
+    from mm_moslora.data.tables import load_checked, load_saved, undecoded
+
     datasets.disable_progress_bars()  # rows are checked and counted here; the bars would hide that
-    path = Path(source.path).expanduser()
+    options = {"name": source.config, "split": source.split}
     try:
+        if path is None:
+            table = load_checked(source.path, **options)
+            return undecoded(table), str(getattr(table, "_fingerprint", ""))
         if path.is_dir() and (path / "dataset_info.json").is_file():
-            return datasets.load_from_disk(str(path)), str(path)
+            return undecoded(load_saved(path)), str(path)
         if path.is_dir():
-            return datasets.load_dataset(str(path), source.config, split=source.split), str(path)
+            return undecoded(load_checked(str(path), **options)), str(path)
         if path.is_file():
             kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}.get(path.suffix)
             if kind is None:
                 raise EvalError(f"{path} is neither parquet, JSON nor CSV.")
-            with path.open("rb") as stream:
+            with opened(path, most=None) as stream:
                 sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-            return datasets.load_dataset(kind, data_files=str(path), split="train"), sha256
-        table = datasets.load_dataset(source.path, source.config, split=source.split)
-        return table, str(getattr(table, "_fingerprint", ""))
+            return undecoded(load_checked(kind, data_files=str(path), split="train")), sha256
+        raise EvalError(f"{path} is neither a file nor a folder.")
     except (OSError, ValueError, RuntimeError, ConnectionError) as error:
-        if isinstance(error, EvalError):
+        if isinstance(error, MoSLoRAError):
             raise
         raise EvalError(
             f"Data set {source.path!r} cannot be opened ({type(error).__name__}: {error}). "
@@ -77,19 +97,27 @@ def _open(source: Source) -> tuple[Any, str]:
         ) from error
 
 
-def _documents(table: Any, source: Source) -> Iterator[Document]:
+def _documents(table: Any, source: Source, rules: PictureRules, *, of_hub: bool) -> Iterator[Document]:
     columns = source.columns
     for column in source.where:
         if column not in table.column_names:
             raise EvalError(
                 f"{source.path} has no column {column!r} (for source.where).{suggestion(column, table.column_names)}"
             )
-    pictures = Pictures(table, _names(columns, "image"))
+    from mm_moslora.data.tables import hub_store
+
+    names, file = _names(columns, "image"), Path(source.path)
+    pictures = Pictures(table, names, file=file, rules=rules, store=hub_store() if of_hub else ())
     rows = table.remove_columns(pictures.columns)
     for number, row in enumerate(rows):
         if matches(row, source.where):
-            shown = pictures.of(number) if pictures.columns else None
-            yield document(row, columns, default_id=str(number), images=shown, answer_is=source.answer_is)
+            images: tuple[ImageLike, ...] = pictures.of(number)
+            problem = None
+            if not pictures.columns:
+                given = [value for name in names for value in _listed(row.get(name))]
+                images, problem = found(given, file=file, row=number, rules=rules)
+            read = document(row, columns, default_id=str(number), images=images, answer_is=source.answer_is)
+            yield read.with_problem(problem)
 
 
 def _choices(table: Any, source: Source) -> Iterator[Document]:
@@ -128,7 +156,7 @@ def document(
     columns: Mapping[str, str],
     *,
     default_id: str = "0",
-    images: Sequence[ImageLike] | None = None,
+    images: Sequence[ImageLike] = (),
     answer_is: str = "auto",
 ) -> Document:
     """One row as a document.
@@ -137,7 +165,7 @@ def document(
         row: the data set's columns.
         columns: our field -> their column, by default of the same name; `options` may name several, with commas.
         default_id: when there is no id column.
-        images: its pictures; None: those in the row, opened, as bytes or by file name.
+        images: its pictures.
         answer_is: see `Source.answer_is`.
 
     Raises:
@@ -149,11 +177,10 @@ def document(
 
     options = _options(row, columns.get("options", "options"))
     identity = str(cell("id") if cell("id") is not None else default_id)
-    shown = _shown(row, _names(columns, "image")) if images is None else tuple(images)
     used = {part.strip() for name in _OURS for part in columns.get(name, name).split(",")}
     return Document(
         id=identity,
-        images=shown,
+        images=tuple(images),
         question=str(cell("question") or ""),
         options=options,
         answers=_answers(cell("answer"), options, answer_is, where=identity),
@@ -192,11 +219,8 @@ def _options(row: Mapping[str, Any], names: str) -> dict[str, str]:
     }
 
 
-def _shown(row: Mapping[str, Any], names: Sequence[str]) -> tuple[ImageLike, ...]:
-    given: list[Any] = []
-    for value in (row.get(name) for name in names):
-        given += value if isinstance(value, list | tuple) else [] if value is None else [value]
-    return tuple(Path(value) if isinstance(value, str) else value for value in given)
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def _answers(value: Any, options: Mapping[str, str], answer_is: str, *, where: str) -> tuple[str, ...]:

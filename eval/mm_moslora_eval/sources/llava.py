@@ -9,45 +9,49 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mm_moslora.errors import EvalError
+from mm_moslora.named_files import read_text
 
-from ..documents import Document
-from .files import inside, matches
+from ..documents import Document, ImageLike
+from .files import matches
+from .pictures import found
+
+if TYPE_CHECKING:
+    from mm_moslora.data.pictures import PictureRules
 
 Record = Mapping[str, Any]
+Found = tuple[tuple[ImageLike, ...], str | None]
+"""The pictures of a record, and what is wrong with them."""
+MOST_BYTES = 2**31
+"""Larger files are refused; they are read whole."""
 
 
-def read(
-    path: Path, *, image_folder: str | None = None, where: Mapping[str, str] | None = None
-) -> Iterator[Document | None]:
+def read(path: Path, *, rules: PictureRules, where: Mapping[str, str] | None = None) -> Iterator[Document | None]:
     """Read a question or conversation file, JSON list or JSONL.
 
     Args:
         path: the file.
-        image_folder: images lie below it and may not leave it; None is the file's own folder.
+        rules: what pictures may be.
         where: only records with these values in these fields; None stands for one that was dropped.
 
     Raises:
         EvalError: a line that is not a JSON object, or a record without question or answer; names the row.
     """
-    folder = Path(image_folder).expanduser() if image_folder else path.parent
-    if not folder.is_absolute():
-        folder = path.parent / folder
     for row, record in _records(path):
         place = f"{path}, record {row}"
         if not matches(record, where):
             yield None
         elif "conversations" in record:
-            yield from _conversation(record, folder, place, row)
+            yield from _conversation(record, found(record.get("image"), file=path, row=row, rules=rules), place, row)
         else:
-            yield _question(record, folder, place)
+            yield _question(record, found(record.get("image"), file=path, row=row, rules=rules), place)
 
 
 def _records(path: Path) -> Iterator[tuple[int, Record]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, most=MOST_BYTES, encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise EvalError(f"{path} is not UTF-8 text ({error}); convert it.") from error
     rows: Iterable[tuple[int, Any]]
@@ -69,17 +73,6 @@ def _parse(text: str, where: str) -> Any:
         raise EvalError(f"{where} is not valid JSON ({error}); repair or remove it.") from error
 
 
-def _images(record: Record, folder: Path) -> tuple[tuple[Path, ...], str | None]:
-    names = record.get("image") or []
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        return (), f"image is {names!r}, expected a file name or a list of them"
-    paths = [inside(folder, name) for name in names]
-    if None in paths:
-        return (), f"image {names[paths.index(None)]!r} leads out of {folder}"
-    return tuple(path for path in paths if path is not None), None
-
-
 def _strings(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
@@ -95,7 +88,7 @@ def _text(value: Any) -> str | None:
 _KNOWN = {"question_id", "id", "image", "text", "question", "category", "answer", "answers", "options", "hint"}
 
 
-def _question(record: Record, folder: Path, where: str) -> Document:
+def _question(record: Record, shown: Found, where: str) -> Document:
     question = record.get("text", record.get("question"))
     name = record.get("question_id", record.get("id"))
     if not isinstance(question, str) or name is None:
@@ -103,7 +96,7 @@ def _question(record: Record, folder: Path, where: str) -> Document:
     answers = _strings(record["answers"] if record.get("answers") is not None else record.get("answer"))
     given = record.get("options") or {}
     options = given if isinstance(given, dict) else dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", given, strict=False))
-    images, problem = _images(record, folder)
+    images, problem = shown
     return Document(
         id=str(name),
         images=images,
@@ -117,10 +110,10 @@ def _question(record: Record, folder: Path, where: str) -> Document:
     )
 
 
-def _conversation(record: Record, folder: Path, where: str, row: int) -> Iterator[Document]:
+def _conversation(record: Record, shown: Found, where: str, row: int) -> Iterator[Document]:
     turns = record["conversations"]
     name = str(record.get("id", row))
-    images, problem = _images(record, folder)
+    images, problem = shown
     if not isinstance(turns, list) or len(turns) % 2 or not all(isinstance(turn, dict) for turn in turns):
         raise EvalError(f"{where} (id {name!r}): conversations must be a list of human/gpt pairs.")
     for number, (human, gpt) in enumerate(zip(turns[::2], turns[1::2], strict=True)):

@@ -1,31 +1,81 @@
-"""Pictures inside a Hugging Face table, read when they are needed: decoded, a benchmark's do not fit in memory."""
+"""Pictures that documents name, found by the rules of training, and pictures inside a Hugging Face table.
+
+Those of a table are read when they are needed: decoded, a benchmark's do not fit in memory.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..documents import StoredImage
+from ..documents import ImageLike, StoredImage
+
+if TYPE_CHECKING:
+    from mm_moslora.data.pictures import PictureRules
 
 _AT_ONCE = 4096
+
+
+def rules_of(folder: Path, *, follow_links: bool) -> PictureRules:
+    """What pictures may be: files below a folder, bytes, data URLs.
+
+    Args:
+        folder: resolved.
+        follow_links: accept symbolic links that lead out of it.
+    """
+    from mm_moslora.data.pictures import PictureRules
+
+    return PictureRules(folder=folder, follow_links=follow_links)
+
+
+def found(given: Any, *, file: Path, row: int, rules: PictureRules) -> tuple[tuple[ImageLike, ...], str | None]:
+    """The pictures that a record names, and what is wrong with one of them.
+
+    Args:
+        given: a name, bytes, an object with `bytes` or `path`, a list of such, or None.
+        file: of the record.
+        row: its number, for messages.
+        rules: what is accepted.
+    """
+    from mm_moslora.data.faults import RecordError, Where
+    from mm_moslora.data.pictures import StoredPicture, find_picture
+
+    where = Where(file=file, line=None, row=row)
+    items = given if isinstance(given, list | tuple) else [] if given in (None, "") else [given]
+    pictures: list[ImageLike] = []
+    for index, item in enumerate(items):
+        try:
+            picture = find_picture(item, index, where, rules)
+        except RecordError as error:
+            return (), f"image {ascii(item)[:100]}: {error.what}; {error.remedy}"
+        assert isinstance(picture, Path | StoredPicture), "no host is allowed, and a picture is no frame of a video"
+        pictures.append(picture if isinstance(picture, Path) else picture.read())
+    return tuple(pictures), None
 
 
 class Pictures:
     """The picture columns of a table.
 
     Args:
-        table: a `datasets.Dataset`.
+        table: a `datasets.Dataset` that decodes nothing.
         names: candidates; those that hold pictures or lists of them are used.
+        file: what it was read from, for messages.
+        rules: what pictures named by path may be.
+        store: folders of fetched files; a path into one of them is as good as bytes.
     """
 
-    def __init__(self, table: Any, names: Sequence[str]) -> None:
+    def __init__(
+        self, table: Any, names: Sequence[str], *, file: Path, rules: PictureRules, store: Sequence[Path] = ()
+    ) -> None:
         import datasets
 
         features = table.features
         self.columns = [
             name for name in names if name in features and isinstance(_item(features[name]), datasets.Image)
         ]
+        self._file, self._rules, self._store = file, rules, store
         self._arrow = table.select_columns(self.columns).with_format("arrow") if self.columns else None
         self._counts = {name: self._count(name, len(table)) for name in self.columns}
 
@@ -50,11 +100,22 @@ class Pictures:
         return counts
 
     def _read(self, row: int, name: str, place: int) -> bytes:
+        from mm_moslora.data.faults import Where
+        from mm_moslora.data.images import read_picture
+        from mm_moslora.data.pictures import find_picture
+        from mm_moslora.data.tables import fetched_file
+
         value = self._arrow[row : row + 1].column(name)[0].as_py()  # type: ignore[index]
         if isinstance(value, list):
             value = value[place]
-        stored = value.get("bytes")
-        return stored if stored is not None else Path(value["path"]).read_bytes()
+        if value.get("bytes") is not None:
+            return bytes(value["bytes"])
+        picture = fetched_file(value.get("path"), self._store)
+        if picture is None:
+            where = Where(file=self._file, line=None, row=row)
+            picture = find_picture(value, place, where, self._rules)
+        read = partial(read_picture, picture) if isinstance(picture, Path) else picture.read  # type: ignore[union-attr]
+        return read()
 
 
 def _item(feature: Any) -> Any:

@@ -12,9 +12,11 @@ class Source:
 
     kind: Literal["llava", "tsv", "hf"]
     path: str
-    """A file (see `files.find_file`), or for `hf` a folder, a file or a hub id."""
+    """A file (see `files.find_file`), or for `hf` a folder, a file or a hub id. Relative to the task file."""
     image_folder: str | None = None
-    """llava: images lie below it; None: the file's folder."""
+    """Pictures that are named by path lie below it, relative to the task file; None: the folder of the data."""
+    follow_links: bool = False
+    """Accept symbolic links that lead out of it."""
     drop_without_image: bool = False
     """tsv: leave out rows without a picture (counted)."""
     answer_lists: bool = True

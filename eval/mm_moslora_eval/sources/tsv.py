@@ -11,13 +11,21 @@ import binascii
 import csv
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mm_moslora.errors import EvalError
+from mm_moslora.named_files import opened
 
-from ..documents import Document
-from .files import inside, matches
+from ..documents import Document, ImageLike
+from .files import matches
+from .pictures import found
+
+if TYPE_CHECKING:
+    from mm_moslora.data.pictures import PictureRules
 
 Row = dict[str, str]
 _INDEX_LENGTH = 64  # VLMEvalKit: a shorter cell is the index of another row
@@ -29,6 +37,7 @@ _EMPTY = ("", "nan", "NaN")
 def read(
     path: Path,
     *,
+    rules: PictureRules,
     drop_without_image: bool = False,
     answer_lists: bool = True,
     where: Mapping[str, str] | None = None,
@@ -37,6 +46,7 @@ def read(
 
     Args:
         path: the file.
+        rules: what pictures named by path may be.
         drop_without_image: leave out rows without a picture, as VLMEvalKit does.
         answer_lists: an answer such as `['a', 'b']` holds several references.
         where: only rows with these values in these columns; the others are dropped.
@@ -46,11 +56,11 @@ def read(
     """
     rows = list(_rows(path, required=("index", "answer", *(where or ()))))
     pictures = {row["index"]: row.get("image", "") for row in rows}
-    for row in rows:
+    for number, row in enumerate(rows, start=2):
         if not matches(row, where):
             yield None
             continue
-        images, problem = _images(row, pictures, path.parent)
+        images, problem = _images(row, pictures, partial(found, file=path, row=number, rules=rules))
         if drop_without_image and not images and problem is None:
             yield None
             continue
@@ -66,7 +76,7 @@ def read(
 def document(
     row: Mapping[str, str | None],
     *,
-    images: tuple[Path | bytes, ...] = (),
+    images: tuple[ImageLike, ...] = (),
     problem: str | None = None,
     answer_lists: bool = True,
 ) -> Document:
@@ -111,7 +121,7 @@ def _rows(path: Path, *, required: tuple[str, ...] = ("index", "answer")) -> Ite
     csv.field_size_limit(sys.maxsize)
     for strict in (True, False):
         try:
-            with path.open(encoding="utf-8-sig", newline="") as stream:
+            with opened(path, most=None) as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as stream:
                 rows = list(_checked_rows(csv.reader(stream, delimiter="\t", strict=strict), path, required))
         except csv.Error as error:
             if strict and "unexpected end of data" not in str(error):
@@ -140,7 +150,9 @@ def _checked_rows(reader: Iterator[list[str]], path: Path, required: tuple[str, 
         yield dict(zip(header, cells, strict=True))
 
 
-def _images(row: Row, pictures: Mapping[str, str], folder: Path) -> tuple[tuple[Path | bytes, ...], str | None]:
+def _images(
+    row: Row, pictures: Mapping[str, str], named: Callable[[list[str]], tuple[tuple[ImageLike, ...], str | None]]
+) -> tuple[tuple[ImageLike, ...], str | None]:
     cell = row.get("image", "")
     followed: list[str] = []
     while cell and cell not in _EMPTY and len(cell) <= _INDEX_LENGTH:
@@ -160,7 +172,4 @@ def _images(row: Row, pictures: Mapping[str, str], folder: Path) -> tuple[tuple[
     names = row.get("image_path", "")
     if followed or names in _EMPTY:
         return (), f"image refers to row {followed[-1]!r}, which has no picture" if followed else None
-    paths = [inside(folder, name) for name in parse_list(names) or [names]]
-    if None in paths:
-        return (), f"image_path {names!r} leads out of {folder}"
-    return tuple(path for path in paths if path is not None), None
+    return named(parse_list(names) or [names])
