@@ -62,7 +62,7 @@ def counted(path: Path, problem: str, run: Path) -> None:
         ({"answer": ""}, "no reference answer"),
         ({"question": "What\0is it?"}, "NUL byte"),
         ({"image": "", "image_path": "gone.png"}, "cannot be read"),
-        ({"image": "", "image_path": "../../etc/passwd"}, "leads out of"),
+        ({"image": "", "image_path": "../../etc/passwd"}, "leaves /"),
     ],
     ids=[
         "base64 junk", "image index that points nowhere", "image index that points to itself",

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from mm_moslora_eval import cli
 from mm_moslora_eval.documents import Document
+from mm_moslora_eval.images import Hasher
 from mm_moslora_eval.registry import all_tasks, get_task, load_file
+from mm_moslora_eval.requests import Preparation
 from mm_moslora_eval.runner import Settings
 from mm_moslora_eval.sources.tsv import parse_list
 from mm_moslora_eval.suite import evaluate
@@ -77,7 +79,7 @@ def test_tsv_option_that_reads_none_is_an_option(write_tsv: Writer, encoded: str
         ({"image": "!" * 80}, "not base64"),
         ({"answer": "E"}, "answer 'E' is not one of the options A, B"),
         ({"question": "nul \0 byte"}, "NUL byte in column 'question'"),
-        ({"image": "", "image_path": "../../etc/passwd"}, "leads out of"),
+        ({"image": "", "image_path": "../../etc/passwd"}, "leaves /"),
     ],
 )
 def test_tsv_row_that_cannot_be_asked_is_counted_as_failed(
@@ -216,6 +218,97 @@ metric: equal
     first, second = task.load().documents
     assert (first.options, first.answers, second.answers) == ({"A": "cat", "B": "dog"}, ("B",), ("A",))
     assert task.prompt.text(first) == "What?\nA. cat\nB. dog"
+
+
+def hf_documents(folder: Path, images: list[Any], **source: str) -> list[Document]:
+    """Of a task file whose data lie beside it in a parquet file."""
+    import datasets
+
+    rows = [{"id": str(n), "question": "q", "answer": "a", "image": image} for n, image in enumerate(images)]
+    datasets.Dataset.from_list(rows).to_parquet(str(folder / "d.parquet"))
+    keys = "".join(f", {key}: {value}" for key, value in source.items())
+    (folder / "own.yaml").write_text(f"name: mine\nsource: {{kind: hf, path: d.parquet{keys}}}\n")
+    return list(get_task(str(folder / "own.yaml")).load().documents)
+
+
+@pytest.mark.parametrize("kind", ["names", "cells"])
+def test_hf_pictures_lie_below_their_folder_and_beside_the_task_file(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "set" / "images").mkdir(parents=True)
+    (tmp_path / "set" / "images" / "a.png").write_bytes(picture(1))
+    (tmp_path / "id_rsa").write_text("private")
+    (tmp_path / "set" / "images" / "link.png").symlink_to(tmp_path / "id_rsa")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "b.png").write_bytes(picture(2))
+    monkeypatch.chdir(elsewhere)
+    bad = [str(tmp_path / "id_rsa"), "../../id_rsa", "link.png", "/dev/zero", "b.png", "http://localhost/a.png", "a\0b"]
+    names = ["a.png", *bad]
+    images: list[Any] = names if kind == "names" else [{"bytes": None, "path": name} for name in names]
+    first, *others = hf_documents(tmp_path / "set", images, image_folder="images")
+    assert (first.images, first.problem) == ((tmp_path / "set" / "images" / "a.png",), None)
+    shown = {name: one.problem or problem_of(one) for name, one in zip(bad, others, strict=True)}
+    assert all(shown.values()), shown
+
+
+def test_a_picture_cell_opens_nothing_outside_either(tmp_path: Path) -> None:
+    import datasets
+
+    (tmp_path / "id_rsa").write_text("private")
+    (tmp_path / "set").mkdir()
+    cells = [{"bytes": picture(1), "path": None}, {"bytes": None, "path": str(tmp_path / "id_rsa")}]
+    cells += [{"bytes": None, "path": "/dev/zero"}, {"bytes": None, "path": "zip://a.png::/tmp/a.zip"}]
+    rows = [{"id": str(n), "question": "q", "answer": "a", "image": cell} for n, cell in enumerate(cells)]
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
+    table.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "set" / "d.parquet"))
+    (tmp_path / "set" / "own.yaml").write_text("name: mine\nsource: {kind: hf, path: d.parquet}\n")
+    first, *others = get_task(str(tmp_path / "set" / "own.yaml")).load().documents
+    assert problem_of(first) is None
+    assert [one.id for one in others if problem_of(one) is None] == []
+
+
+def problem_of(document: Document) -> str | None:
+    """Why a document cannot be asked, once its pictures are read."""
+    task = get_task("pope")
+    return Preparation(task, [document], mode="own", seed=0, fingerprint="", hasher=Hasher()).items[0].problem
+
+
+def test_paths_of_a_task_file_start_at_the_task_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tasks", "here"):
+        (tmp_path / name / "images").mkdir(parents=True)
+    text = '{"question_id": 1, "image": "a.png", "text": "q", "answer": "a"}\n'
+    (tmp_path / "here" / "q.jsonl").write_text(text)
+    (tmp_path / "tasks" / "own.yaml").write_text(
+        "name: mine\nsource: {kind: llava, path: q.jsonl, image_folder: images}\n"
+    )
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(EvalError, match=r"is not at .*tasks/q\.jsonl, but at .*here/q\.jsonl"):
+        get_task("../tasks/own.yaml").load()
+    (tmp_path / "tasks" / "q.jsonl").write_text(text)
+    task = get_task("../tasks/own.yaml")
+    monkeypatch.chdir("/")
+    assert task.load().documents[0].images == (tmp_path / "tasks" / "images" / "a.png",)
+
+
+def test_a_picture_folder_on_the_command_line_starts_at_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my" / "images").mkdir(parents=True)
+    (tmp_path / "my" / "q.jsonl").write_text('{"question_id": 1, "image": "a.png", "text": "q", "answer": "a"}\n')
+    monkeypatch.chdir(tmp_path)
+    found = get_task("llava:my/q.jsonl@my/images").load().documents[0]
+    assert found.images == (tmp_path / "my" / "images" / "a.png",)
+    with pytest.raises(EvalError, match=r"which is no folder\. There is .*my/images"):
+        get_task("llava:my/q.jsonl@images").load()
+
+
+@pytest.mark.parametrize("protocol", ["../../elsewhere", "/tmp/x", "..", "a/b", "a@b", "", "a\\b", "x" * 300])
+def test_a_protocol_is_a_name_and_no_path(tmp_path: Path, protocol: str) -> None:
+    path = tmp_path / "t.yaml"
+    path.write_text(f"name: t\nprotocol: '{protocol}'\nsource: {{kind: tsv, path: x}}\n")
+    with pytest.raises((ConfigError, EvalError), match=r"not acceptable|name of more than"):
+        load_file(path)
 
 
 @pytest.mark.parametrize(
