@@ -29,6 +29,8 @@ from mm_moslora.errors import DataError
 
 MOST_TEXT_BYTES = 2**29
 """Limit of a text that is read whole, such as the metrics of a run."""
+MOST_BYTES = 2**31
+"""Limit of data that are read whole, such as a question file or all answers of a run."""
 BAD_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
 """Control characters and halves of surrogate pairs: no text and no name may hold them."""
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from mm_moslora.config import Recipe, load_recipe, recipe_names
+from mm_moslora.config.paths import absolute
 from mm_moslora.errors import ConfigError
 
 MINIMAL = {"model": {"language": "x"}}
@@ -115,3 +118,98 @@ def test_dotted_overrides_reach_into_lists_and_new_groups(tmp_path):
 def test_an_unknown_preset_gets_a_suggestion():
     with pytest.raises(ConfigError, match="Did you mean 'quickstart_tune'"):
         load_recipe("quickstart_tun")
+
+
+RELATIVE = """
+model:
+  language: parts/lm
+  vision: {name: openai/clip, pretrained: openai}
+  projector: {weights: start/projector.safetensors}
+data:
+  train: [{path: train.jsonl, image_folder: images}, {path: "shards/*.tar"}, {path: "hf:org/set"}, {path: /abs/x.jsonl}]
+  cache: cache
+train: {output: runs/it, zero: zero2}
+validate: {tasks: ["llava:q.jsonl@images", "pope@llava", "own.yaml@mine", "tsv:/abs/q.tsv"]}
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A recipe in a folder of its own, with what it names beside it."""
+    folder = tmp_path / "project"
+    for name in ("parts/lm", "images", "start", "shards"):
+        (folder / name).mkdir(parents=True)
+    for name in ("train.jsonl", "q.jsonl", "own.yaml", "start/projector.safetensors"):
+        (folder / name).touch()
+    (folder / "recipe.yaml").write_text(RELATIVE)
+    return folder
+
+
+def test_paths_of_a_recipe_start_at_the_recipe(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = project.parent / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    recipe = load_recipe(project / "recipe.yaml", ["model.vision.fuse_with=other/tower"])
+    first, tars, hub, absolute = recipe.data.train
+    assert (first.path, first.image_folder) == (str(project / "train.jsonl"), str(project / "images"))
+    assert (tars.path, hub.path, absolute.path) == (str(project / "shards/*.tar"), "hf:org/set", "/abs/x.jsonl")
+    assert (recipe.data.cache, recipe.train.output) == (str(project / "cache"), str(project / "runs/it"))
+    assert recipe.model.language == str(project / "parts/lm")
+    assert recipe.model.vision is not None
+    assert (recipe.model.vision.name, recipe.model.vision.pretrained) == ("openai/clip", "openai")
+    assert recipe.model.projector.weights == str(project / "start/projector.safetensors")
+    tasks = [f"llava:{project / 'q.jsonl'}@{project / 'images'}", "pope@llava", f"{project / 'own.yaml'}@mine"]
+    assert recipe.validate.tasks == [*tasks, "tsv:/abs/q.tsv"]
+    monkeypatch.chdir(project)
+    assert load_recipe("recipe.yaml").train.output == "runs/it"
+    monkeypatch.chdir(project.parent)
+    assert load_recipe("project/recipe.yaml").train.output == "project/runs/it"
+    assert load_recipe("project/recipe.yaml").data.train[0].path == "project/train.jsonl"
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "parts/lm", "runs/it", "images", "q.jsonl"])
+def test_a_path_that_only_the_working_directory_has_is_one_error_that_names_both(
+    project: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = project.parent / "elsewhere"
+    (elsewhere / name).mkdir(parents=True)
+    if (project / name).exists():
+        (project / name).rename(project / "moved")
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(project / "recipe.yaml")
+    assert str(project / name) in str(caught.value)
+    assert str(elsewhere / name) in str(caught.value)
+
+
+def test_overrides_and_presets_start_at_the_working_directory(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project.parent / "runs" / "it").mkdir(parents=True)
+    monkeypatch.chdir(project.parent)
+    assert load_recipe("project/recipe.yaml", ["train.output=runs/mine"]).train.output == "runs/mine"
+    assert load_recipe("llava15_7b_moslora").data.train[0].path == "data/llava_v1_5_mix665k.json"
+    (project / "none.yaml").write_text("model: {language: org/model}\n")
+    assert load_recipe("project/none.yaml").train.output == "project/runs/run"
+
+
+@pytest.mark.parametrize("place", ["runs/it", "runs/it/checkpoint-000002"])
+def test_the_recipe_of_a_run_is_found_from_everywhere(
+    project: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds paths as they were reached from where the run was started."""
+    folder = project / place
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(RELATIVE)
+    monkeypatch.chdir(project.parent)
+    for name in (folder, folder / "config.yaml"):
+        recipe = load_recipe(name)
+        assert (recipe.data.train[0].path, recipe.train.output) == ("project/train.jsonl", "project/runs/it")
+
+
+def test_a_recipe_with_absolute_paths_may_lie_anywhere(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    recipe = Recipe.from_dict(absolute(load_recipe("recipe.yaml").to_dict()))
+    (project.parent / "moved.yaml").write_text(recipe.to_yaml())
+    monkeypatch.chdir("/")
+    again = load_recipe(project.parent / "moved.yaml")
+    assert again == recipe
+    assert again.data.train[0].path == str(project / "train.jsonl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import socket
 from collections.abc import Callable
@@ -119,3 +120,94 @@ def test_what_is_not_there_is_none_and_a_link_that_leads_out_is_an_error(root: P
     assert read_text_below(root, "gone") is None
     with pytest.raises(FileError, match="links out of"):
         read_text_below(root, "far")
+
+
+CHECKOUT = Path(__file__).parents[1]
+PACKAGES = ("mm_moslora/data", "mm_moslora/report", "mm_moslora/board", "eval/mm_moslora_eval")
+READERS = frozenset({
+    "open", "fdopen", "memmap", "fromfile", "loadtxt", "genfromtxt", "load_dataset", "load_from_disk",
+    "load_dataset_builder", "urlopen", "read_csv", "read_parquet", "read_table", "ParquetFile", "ZipFile", "url_to_fs",
+    "filesystem",
+})  # fmt: skip
+"""Calls that open a file to read it, unless an argument says that they write."""
+READERS_OF = {
+    "load": {"np", "numpy", "torch"}, "copy": {"shutil"}, "copy2": {"shutil"}, "copyfile": {"shutil"},
+    "copytree": {"shutil"},
+}  # fmt: skip
+"""The same of modules."""
+ALLOWED = {
+    "mm_moslora/data/film.py:_container": "a stream; FFmpeg opens nothing by itself",
+    "mm_moslora/data/images.py:_opened": "a stream",
+    "mm_moslora/data/video.py:_of_animation": "a stream",
+    "mm_moslora/report/pictures.py:thumbnail": "a stream",
+    "mm_moslora/data/remote.py:_fetch": "a host that the recipe names, over http",
+    "mm_moslora/data/remote.py:read_hub_file": "the hub's client, for files of the data set alone",
+    "mm_moslora/data/tables.py:load_checked": "data files were found to lie in the data set",
+    "mm_moslora/data/tables.py:load_saved": "tables were found to lie in the data set",
+    "mm_moslora/data/tables.py:_streamed": "the cache of this project",
+    "mm_moslora/data/tokencache.py:__init__": "the cache of this project",
+    "mm_moslora/data/tokencache.py:_build": "the cache of this project, to bring it to the disk",
+    "mm_moslora/data/tarfiles.py:_members": "a stream",
+    "mm_moslora/data/quarantine.py:add": "a file to append to",
+    "mm_moslora/report/html.py:asset": "a file of the package",
+    "mm_moslora/board/app.py:asset": "a file of the package",
+    "eval/mm_moslora_eval/report.py:_render": "a file of the package",
+    "eval/mm_moslora_eval/answers.py:_is_ended": "answers that this run writes, to lock them",
+    "eval/mm_moslora_eval/answers.py:write_atomically": "a folder, to bring it to the disk",
+    "eval/mm_moslora_eval/endpoint.py:_post": "an endpoint that a person names, over http",
+    "eval/mm_moslora_eval/judge.py:_kept_reply": "the judge's cache of this project",
+    "eval/mm_moslora_eval/miniature.py:_write_task": "a task file of the package",
+    "eval/mm_moslora_eval/runner.py:_claim": "a file of the run that this process holds",
+    "eval/mm_moslora_eval/runner.py:_computed_by": "a file of the run that this process holds",
+}
+
+
+def openers(path: Path) -> list[str]:
+    """Calls of a module that open a file to read it, by the function they stand in."""
+    found = []
+
+    def walk(node: ast.AST, function: str) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            function = node.name
+        if isinstance(node, ast.Call) and _opens(node):
+            found.append(f"{path.relative_to(CHECKOUT)}:{function}")
+        for child in ast.iter_child_nodes(node):
+            walk(child, function)
+
+    walk(ast.parse(path.read_text()), "")
+    return found
+
+
+def _opens(call: ast.Call) -> bool:
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if name in ("read_text", "read_bytes"):  # functions of these names are those of named_files
+        return isinstance(call.func, ast.Attribute)
+    if name in READERS_OF:
+        return isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") in READERS_OF[name]
+    given = [*call.args, *(key.value for key in call.keywords if key.arg == "mode")]
+    words = [item.value for item in given if isinstance(item, ast.Constant) and isinstance(item.value, str)]
+    writes = any(set(word) <= set("rwxabt+") and set(word) & set("wxa") for word in words)
+    return name in READERS and not writes and "O_WRONLY" not in ast.unparse(call)
+
+
+@pytest.mark.parametrize(
+    ("code", "reads"),
+    [
+        ("open(p)", True), ("open(p, 'rb')", True), ("p.open(encoding='utf-8')", True), ("Image.open(p)", True),
+        ("os.open(p, os.O_RDONLY)", True), ("p.read_bytes()", True), ("shutil.copyfile(p, q)", True),
+        ("np.load(p)", True), ("fsspec.open(u)", True), ("open(p, 'w')", False), ("p.open(mode='ab')", False),
+        ("os.open(p, os.O_WRONLY | os.O_CREAT)", False), ("read_text(p)", False), ("image.copy()", False),
+        ("opened(p, most=1)", False),
+    ],
+)  # fmt: skip
+def test_openers_are_recognised(code: str, reads: bool) -> None:
+    call = ast.parse(code, mode="eval").body
+    assert isinstance(call, ast.Call)
+    assert _opens(call) is reads
+
+
+def test_no_other_opener_stands_in_the_packages_that_read_data() -> None:
+    modules = [path for package in PACKAGES for path in sorted((CHECKOUT / package).rglob("*.py"))]
+    found = {place for path in modules for place in openers(path)}
+    assert sorted(found - ALLOWED.keys()) == [], "open what data name through mm_moslora.named_files"
+    assert sorted(ALLOWED.keys() - found) == [], "these open nothing any more: take them off the list"

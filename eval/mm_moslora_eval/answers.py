@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from mm_moslora.files import discard, replace_text, sync
+from mm_moslora.named_files import MOST_BYTES, FileError, FileFault, read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ Row = dict[str, Any]
 def read_rows(path: Path) -> list[Row]:
     """The rows of a JSONL file; a torn or damaged line is dropped with a warning (its sample is asked again)."""
     rows: list[Row] = []
-    data = path.read_bytes()
+    data = read_bytes(path, most=MOST_BYTES)
     lines = data.split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line:
@@ -50,8 +51,10 @@ def read_folder(folder: Path) -> dict[str, Row]:
     for path in [merged, *sorted(folder.glob("answers-*.jsonl"))]:
         try:
             rows = read_rows(path)
-        except FileNotFoundError:  # not written yet, or merged by rank 0 in this moment
-            continue
+        except FileError as error:
+            if error.fault != FileFault.MISSING:
+                raise
+            continue  # not written yet, or merged by rank 0 in this moment
         for row in rows:
             if row.get("error") is None or found.get(row["key"], row).get("error") is not None:
                 found[row["key"]] = row

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.errors import DataError, EvalError
+from mm_moslora.named_files import read_text
 
 if TYPE_CHECKING:
     from .baselines import TrainingAnswer
@@ -179,7 +180,7 @@ def _views_of(name: str, views: Sequence[Path], path: Path) -> list[Path]:
     """The views of a task as it was asked, without those that another protocol's rules made of them."""
     from .views import RESCORED, TASK
 
-    tasks = {view: json.loads((view / TASK).read_text(encoding="utf-8"))["task"]["name"] for view in views}
+    tasks = {view: json.loads(read_text(view / TASK))["task"]["name"] for view in views}
     chosen = [view for view in views if tasks[view] == name and RESCORED not in view.name]
     if not chosen:
         raise EvalError(

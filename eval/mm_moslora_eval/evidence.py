@@ -10,22 +10,23 @@ import fcntl
 import json
 import logging
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mm_moslora.files import replacing
+from mm_moslora.named_files import read_text
+
 from .documents import digest
 from .results import TaskResult
 from .suite import read_samples
+from .thumbnails import MOST_EVIDENCE, kept, spread
 from .views import SAMPLES
 
 logger = logging.getLogger(__name__)
 
 UNTUNED = "untuned"
 """Folder, in that of an evaluation, with the answers of the model before tuning."""
-MOST_SAMPLES = 24
-"""Questions of one evaluation that a run folder shows."""
 _MODES = {
     "own": ("tuned", "Tuned"), "wrong": ("wrong_image", "Tuned, wrong picture"),
     "blind": ("blind", "Tuned, blind (mean colour)"), "question_majority": ("best_answer", "Best answer per question"),
@@ -51,7 +52,7 @@ def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Se
     checkpoint = find_checkpoint(model).resolve()
     run = checkpoint.parent
     newest = find_checkpoint(run) == checkpoint
-    step = int(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["step"])
+    step = int(json.loads(read_text(checkpoint / MANIFEST))["step"])
     scored = [(result, False) for result in results] + [(result, True) for result in before]
     weights = adapter_digest(checkpoint / "adapter") or f"step {step}"
     rows = [row for result, early in scored if (row := _row(result, before=early, step=step, model=weights))]
@@ -168,12 +169,13 @@ def _keep_samples(run: Path, results: Sequence[TaskResult], output: Path) -> Non
     for result in own:
         after = read_samples(output / result.folder)
         old = {row["id"]: row for row in _samples_if_any(output / UNTUNED / result.folder)}
-        share = max(1, MOST_SAMPLES // len(own))
-        for row in after[:: max(1, len(after) // share)][:share]:
+        share = max(1, MOST_EVIDENCE // len(own))
+        for row in spread(spread(after, MOST_EVIDENCE), share):
             earlier = old.get(row["id"], {})
             rows.append(
                 {
-                    "image": _copied(run, row, f"{_subject(result)}-{len(rows):02d}"), "question": row["question"],
+                    "image": _copied(run, output, row, f"{_subject(result)}-{len(rows):02d}"),
+                    "question": row["question"],
                     "answer": row["answers"][0] if row["answers"] else "", "before": earlier.get("text"),
                     "after": row["text"], "before_correct": _right(earlier.get("score")),
                     "after_correct": _right(row["score"]), "task": result.task,
@@ -192,14 +194,16 @@ def _right(score: float | None) -> bool | None:
     return None if score is None else score >= 0.5
 
 
-def _copied(run: Path, row: dict[str, Any], name: str) -> str | None:
-    """A copy of a question's first picture, where it was a file."""
-    source = Path(row["paths"][0]) if row.get("paths") and row["paths"][0] else None
-    if source is None or not source.is_file():
+def _copied(run: Path, output: Path, row: dict[str, Any], name: str) -> str | None:
+    """A copy of what the evaluation keeps of a question's first picture."""
+    found = kept(output, row)
+    if not found:
         return None
-    copy = run / "pictures" / f"{name}{source.suffix}"
+    kept_name, data = found[0]
+    copy = run / "pictures" / f"{name}{Path(kept_name).suffix}"
     copy.parent.mkdir(exist_ok=True)
-    shutil.copyfile(source, copy)
+    with replacing(copy) as part:
+        part.write_bytes(data)
     return copy.relative_to(run).as_posix()
 
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mm_moslora.named_files import read_text_below
 from mm_moslora.redaction import redact, redacted_command
 
 from .answers import line
@@ -47,11 +48,7 @@ def record(folder: Path, model: Model, settings: Mapping[str, Any]) -> None:
 def read(folder: Path) -> list[dict[str, Any]]:
     """The recorded calls; a torn line is left out."""
     rows = []
-    try:
-        texts = (folder / FILE).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    for text in texts:
+    for text in (read_text_below(folder, FILE) or "").splitlines():
         try:
             rows.append(json.loads(text))
         except json.JSONDecodeError:

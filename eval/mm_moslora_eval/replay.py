@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.errors import EvalError
+from mm_moslora.named_files import MOST_BYTES, read_bytes
 
 from .model import Answer, OptionRequest, OptionScore, Request
 from .stored_answers import StoredAnswer, read_answers
@@ -28,7 +29,7 @@ class ReplayModel:
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise EvalError(f"{path} is missing; replay needs a file with stored answers.")
-        data = path.read_bytes()
+        data = read_bytes(path, most=MOST_BYTES)
         self._path = path
         self._fingerprint = hashlib.sha256(data).hexdigest()
         self._by_column: dict[str, dict[str, list[StoredAnswer]]] = defaultdict(lambda: defaultdict(list))

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -20,21 +21,19 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mm_moslora.errors import EvalError, MoSLoRAError
+from mm_moslora.errors import DataError, EvalError
 from mm_moslora.files import PAGE_SIGN, output_file
+from mm_moslora.named_files import read_text
 from mm_moslora.redaction import redact_text
-from mm_moslora.strict import build_strictly
 
 from . import provenance
 from .answers import write_atomically
 from .images import open_image
 from .results import TaskResult, names_of, read_results
 from .suite import Comparison, compare, read_samples
-from .task import Task
-from .views import SAMPLES
+from .thumbnails import MOST_SAMPLES, kept, shown_samples, spread, verdict
+from .views import SAMPLES, run_of
 
-MOST_SAMPLES = 60
-"""Samples shown per task and image mode: failures first, then what could not be read, then wrong and right ones."""
 MOST_CATEGORIES = 40
 MOST_INVOCATIONS = 10
 _THUMBNAIL = 176
@@ -61,7 +60,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     results = read_results(run)
     if not results:
         raise EvalError(f"{run} holds no results; expected a results.json. Run or score the evaluation first.")
-    data = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    data = json.loads(read_text(run / "results.json"))
     tasks: dict[str, list[TaskResult]] = {}
     for name, result in zip(names_of(results), results, strict=True):
         tasks.setdefault(name, []).append(result)
@@ -221,68 +220,23 @@ def _categories(result: TaskResult) -> list[dict[str, Any]]:
     ]
 
 
-def _verdict(row: dict[str, Any]) -> str:
-    if row["failed"]:
-        return "failed"
-    if row["score"] is None:
-        return "unscored"
-    if not row["inferable"]:
-        return "unread"
-    return "right" if row["score"] >= 1.0 else "partly" if row["score"] > 0 else "wrong"
-
-
 def _gallery(place: Path, result: TaskResult) -> dict[str, Any]:
     rows = read_samples(place)
-    by_verdict: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_verdict.setdefault(_verdict(row), []).append(row)
-    chosen: list[dict[str, Any]] = []
-    kinds = [by_verdict.get(kind, []) for kind in ("failed", "unread", "wrong", "partly", "right", "unscored")]
-    for number, kind in enumerate(kinds):
-        left = sum(1 for other in kinds[number:] if other)
-        share = (MOST_SAMPLES - len(chosen)) // max(1, left)
-        chosen += _spread(kind, share)
-    chosen.sort(key=lambda row: row["index"])
-    pictures = _pictures(place, result, [row["id"] for row in chosen])
-    shown = [
-        row | {"verdict": _verdict(row), "thumbnails": _thumbnails(row, pictures.get(row["id"], ()))} for row in chosen
-    ]
-    counts = {kind: len(members) for kind, members in by_verdict.items()}
+    run = run_of(place)
+    shown = [row | {"verdict": verdict(row), "thumbnails": _thumbnails(run, row)} for row in shown_samples(rows)]
+    counts = dict(Counter(verdict(row) for row in rows))
     return {
         "mode": result.mode, "label": _MODES.get(result.mode, result.mode), "samples": shown, "total": len(rows),
         "counts": counts,
     }  # fmt: skip
 
 
-def _spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """At most `count` rows, spread over all of them."""
-    if len(rows) <= count:
-        return list(rows)
-    return [rows[index * len(rows) // count] for index in range(count)] if count else []
-
-
-def _pictures(place: Path, result: TaskResult, ids: Sequence[str]) -> dict[str, tuple[Any, ...]]:
-    """Pictures that are no files of their own (TSV, parquet), read from the data again where it is at hand."""
-    if result.mode != "own":
-        return {}
-    described = json.loads((place / "task.json").read_text(encoding="utf-8"))
-    if described["task"]["source"]["kind"] != "hf":
-        described["task"]["source"] |= {"path": described["data"]["path"], "md5": None}
-    try:
-        data = build_strictly(Task, described["task"], source=str(place)).load()
-    except (MoSLoRAError, OSError, ImportError):
-        return {}
-    wanted = set(ids)
-    return {document.id: document.images for document in data.documents if document.id in wanted}
-
-
-def _thumbnails(row: dict[str, Any], images: Sequence[Any]) -> list[Markup]:
-    sources = [Path(path) for path in row["paths"] if path] or list(images)
+def _thumbnails(run: Path, row: dict[str, Any]) -> list[Markup]:
     made = []
-    for source in sources[:4]:
+    for _, data in kept(run, row):
         try:
-            picture = open_image(source)
-        except (OSError, ValueError):
+            picture = open_image(data)
+        except DataError:
             continue
         picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
         buffer = io.BytesIO()
@@ -303,5 +257,5 @@ def _difference_bar(item: Comparison) -> dict[str, float]:
 
 
 def _changed(item: Comparison) -> list[dict[str, Any]]:
-    pairs = _spread([{"a": a, "b": b} for a, b in item.samples], MOST_SAMPLES)
+    pairs = spread([{"a": a, "b": b} for a, b in item.samples], MOST_SAMPLES)
     return [pair | {"gained": pair["a"]["score"] > pair["b"]["score"]} for pair in pairs]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.errors import EvalError
+from mm_moslora.named_files import FileError, read_text
 from mm_moslora.strict import build_strictly
 
 from .aggregation import AGGREGATIONS
@@ -208,7 +209,7 @@ def _with_rules(view: Path, described: dict[str, Any], task: Task, rules: Task) 
         described |= {"asked_as": described.get("asked_as", task.protocol)}
         source, view = view, view.with_name(f"{view.name.partition(RESCORED)[0]}{RESCORED}{rules.protocol}")
         view.mkdir(exist_ok=True)
-        write_atomically(view / DOCUMENTS, (source / DOCUMENTS).read_text(encoding="utf-8"))
+        write_atomically(view / DOCUMENTS, read_text(source / DOCUMENTS))
     write_atomically(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
     return view, kept
 
@@ -460,7 +461,7 @@ def read_scored(place: Path) -> list[Scored]:
     path = view / SAMPLES
     if not path.is_file():
         raise EvalError(f"{path} is missing; score the folder first.")
-    rows = [json.loads(text) for text in path.read_text(encoding="utf-8").split("\n") if text]
+    rows = [json.loads(text) for text in read_text(path).split("\n") if text]
     return [
         Scored(
             document=Document.from_dict(document), text=row["text"] or "", parsed=row["parsed"], score=row["score"],
@@ -474,14 +475,14 @@ def _documents(view: Path) -> list[dict[str, Any]]:
     path = view / DOCUMENTS
     if not path.is_file():
         raise EvalError(f"{path} is missing: {view} is not a task folder of a run.")
-    return [json.loads(text) for text in path.read_text(encoding="utf-8").split("\n") if text]
+    return [json.loads(text) for text in read_text(path).split("\n") if text]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    except FileNotFoundError as error:
-        raise EvalError(f"{path} is missing; expected the folder of a task within a run.") from error
+        return json.loads(read_text(path))  # type: ignore[no-any-return]
+    except FileError as error:
+        raise EvalError(f"{error}. Expected the folder of a task within a run.") from error
     except json.JSONDecodeError as error:
         raise EvalError(f"{path} is damaged ({error}).") from error
 

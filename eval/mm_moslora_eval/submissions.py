@@ -14,6 +14,7 @@ from typing import Any
 
 from mm_moslora.errors import EvalError, suggestion
 from mm_moslora.files import output_file, replacing
+from mm_moslora.named_files import read_text
 
 from .answers import line, read_folder
 from .metrics import vqa
@@ -56,7 +57,7 @@ def submission(place: Path, *, form: str) -> tuple[bytes, int]:
     if form not in FORMS:
         raise EvalError(f"No submission form {form!r}.{suggestion(form, FORMS)} Known: {', '.join(FORMS)}.")
     view = find_view(place)
-    documents = [json.loads(text) for text in (view / DOCUMENTS).read_text(encoding="utf-8").split("\n") if text]
+    documents = [json.loads(text) for text in read_text(view / DOCUMENTS).split("\n") if text]
     answers = read_folder(answers_folder(view))
     missing = [row["id"] for row in documents if row["key"] not in answers]
     if missing:

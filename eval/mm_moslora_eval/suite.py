@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.errors import EvalError
+from mm_moslora.named_files import read_text
 
 from . import statistics
 from .aggregation import HeadlineDifference, headline_difference
@@ -22,6 +23,7 @@ from .results import TaskResult, read_scored, score_folder, write_results
 from .runner import Progress, Settings, open_run, run_task, select
 from .scoring import JUDGED
 from .task import Task
+from .thumbnails import keep
 from .views import SAMPLES, TASK, find_view, folder_of
 
 if TYPE_CHECKING:
@@ -89,6 +91,7 @@ def evaluate_held(
         view = run_task(model, task, output, mode=mode, settings=settings, data=data, progress=progress, hasher=hasher)
         if settings.rank == 0:
             results.append(score_folder(view, judge=judge))
+            keep(output, read_samples(view), data.documents, mode=mode, hasher=hasher)
             _write(output, results[-1:])
     documents = select(data, settings)
     if settings.rank == 0 and task.metric not in JUDGED and any(document.answers for document in documents):
@@ -147,7 +150,7 @@ def read_samples(place: Path) -> list[dict[str, Any]]:
     path = find_view(place) / SAMPLES if place.is_dir() else place
     if not path.is_file():
         raise EvalError(f"{path} is missing; expected a `samples.jsonl` or the folder TASK@PROTOCOL/MODE of a run.")
-    return [json.loads(text) for text in path.read_text(encoding="utf-8").split("\n") if text]
+    return [json.loads(text) for text in read_text(path).split("\n") if text]
 
 
 def paired_folders(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> list[tuple[list[Path], list[Path]]]:
@@ -265,7 +268,7 @@ def _by_question(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def _described(place: Path) -> dict[str, Any]:
     path = (place if place.is_dir() else place.parent) / TASK
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return dict(json.loads(read_text(path))) if path.is_file() else {}
 
 
 def _aggregation(place: Path) -> str:

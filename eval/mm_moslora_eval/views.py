@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.errors import EvalError
+from mm_moslora.named_files import MOST_TEXT_BYTES, read_bytes
 
 from .documents import DataSet, digest
 from .requests import Item
@@ -85,7 +86,7 @@ def find_view(place: Path) -> Path:
 
 def _documents(view: Path) -> int:
     path = view / DOCUMENTS
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
+    return read_bytes(path, most=MOST_TEXT_BYTES).count(b"\n") if path.is_file() else 0
 
 
 def answers_folder(view: Path) -> Path:

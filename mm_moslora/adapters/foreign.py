@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +31,7 @@ from mm_moslora.adapters.config import MoSLoRAConfig, from_lora_config
 from mm_moslora.adapters.state import MIXER, OWN_CONFIG, PREFIX, STOCK_CONFIG, STOCK_WEIGHTS, adapted_path, target_paths
 from mm_moslora.errors import AdapterError
 from mm_moslora.folders import adapters_inside
+from mm_moslora.named_files import opened
 
 PICKLED_WEIGHTS = "adapter_model.bin"
 PADDLE_CONFIG = "lora_config.json"
@@ -127,7 +131,11 @@ def _peft_tensors(root: Path, *, pickled: bool) -> dict[str, Tensor]:
         return read_tensors(root / STOCK_WEIGHTS)
     if pickled and (root / PICKLED_WEIGHTS).is_file():
         # The authors' older fork writes nothing else; weights_only keeps a pickle from running code.
-        loaded = torch.load(root / PICKLED_WEIGHTS, map_location="cpu", weights_only=True)
+        path = root / PICKLED_WEIGHTS
+        with _damage(path):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+            raise AdapterError(f"{path} holds no tensors by name. Copy the folder again.")
         return {str(name): tensor for name, tensor in loaded.items()}
     raise AdapterError(f"{root} lacks {STOCK_WEIGHTS}. Pickled weights (.bin) are not read; save as safetensors.")
 
@@ -195,8 +203,10 @@ def _paddle_tensors(root: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{root} holds neither a .safetensors nor a .pdparams file.")
     arrays: dict[str, Tensor] = {}
     for path in pickles:
-        with path.open("rb") as file:
-            content = _ArrayUnpickler(file).load()
+        with _damage(path), opened(path, most=None) as file:
+            content = _ArrayUnpickler(file, size=path.stat().st_size).load()
+        if not isinstance(content, dict):
+            raise AdapterError(f"{path} holds a {type(content).__name__}, expected arrays by name. Copy it again.")
         arrays |= {name: _from_numpy(value) for name, value in content.items() if isinstance(value, np.ndarray)}
     return arrays
 
@@ -208,8 +218,29 @@ def _from_numpy(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array.copy())
 
 
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turn whatever reading a pickle raises into one kind of error."""
+    try:
+        yield
+    except AdapterError:
+        raise
+    except Exception as error:  # a broken pickle raises nearly anything, and its sizes MemoryError
+        what = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+        raise AdapterError(f"{path} is damaged, or holds more than tensors ({what}). Copy the folder again.") from error
+
+
+_ARRAY = object()
+"""Stands for the class of arrays, which a pickle names and must not call."""
+
+
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads dictionaries of arrays and nothing that could run code."""
+    """Reads dictionaries of arrays: nothing that could run code, and no array larger than the file.
+
+    Args:
+        file: opened.
+        size: of the file, bytes.
+    """
 
     _ALLOWED = frozenset(
         {("numpy", "ndarray"), ("numpy", "dtype")}
@@ -218,10 +249,19 @@ class _ArrayUnpickler(pickle.Unpickler):
         | {("_codecs", "encode"), ("collections", "OrderedDict")}
     )
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], *, size: int) -> None:
         super().__init__(file)
+        self._size = size
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._ALLOWED:
             raise AdapterError(f"A .pdparams file asks for {module}.{name}, which is no array. It was not read.")
-        return super().find_class(module, name)
+        if name == "_reconstruct":
+            return self._empty
+        return _ARRAY if name == "ndarray" else super().find_class(module, name)
+
+    def _empty(self, kind: object, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """An array to be filled; pickles call this with a shape of their own choice."""
+        if kind is not _ARRAY or math.prod(shape) * np.dtype(dtype).itemsize > self._size:
+            raise AdapterError(f"A .pdparams file asks for an array of shape {shape}, which it does not hold.")
+        return np.ndarray(shape, dtype)

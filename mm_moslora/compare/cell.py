@@ -17,6 +17,7 @@ from typing import Any
 
 from mm_moslora.compare.plan import LOSS, Cell, Outcome, Settings, recipe_hash
 from mm_moslora.config import Recipe
+from mm_moslora.config.paths import absolute
 from mm_moslora.errors import ConfigError, DivergedError, MoSLoRAError
 from mm_moslora.files import read_json, replace_json
 
@@ -115,7 +116,8 @@ def _run(job: Job, started: float) -> Outcome | None:
 
 def _train(job: Job) -> bool:
     """Train to the end, or until a signal or `stop_at`; whether the end is reached."""
-    (job.place / "recipe.yaml").write_text(job.recipe.to_yaml(), encoding="utf-8")
+    recipe = Recipe.from_dict(absolute(job.recipe.to_dict()))  # which is read from its own folder
+    (job.place / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     if len(job.devices) > 1:
         return _train_on_several(job)
     from mm_moslora.training.loop import train

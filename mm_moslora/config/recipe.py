@@ -13,9 +13,11 @@ import yaml
 from mm_moslora.config.checks import require
 from mm_moslora.config.data import DataConfig
 from mm_moslora.config.model import AdapterConfig, ModelConfig
+from mm_moslora.config.paths import seen_from_here
 from mm_moslora.config.run import OptimConfig, TrackConfig, TrainConfig, ValidateConfig
 from mm_moslora.errors import ConfigError, suggestion
 from mm_moslora.folders import checkpoints
+from mm_moslora.named_files import read_text
 from mm_moslora.strict import build_strictly, parse_scalar, parse_text, parse_yaml, plain, set_dotted, takes_text
 
 RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"
@@ -74,7 +76,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
     Args:
         name_or_path: a YAML file, one of `recipe_names()`, or the folder of a run or checkpoint.
-        overrides: `optim.lr=1e-4` items; values are read as YAML where the key takes more than text, list items are
+        overrides: `optim.lr=1e-4` items; relative paths start at the working directory, and in a recipe file at that
+            file; values are read as YAML where the key takes more than text, list items are
             addressed by number.
 
     Raises:
@@ -83,7 +86,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     path = Path(name_or_path)
     if path.is_dir():
         path = _recipe_of_run(path)
-    if not path.is_file():
+    is_file = path.is_file()
+    if not is_file:
         preset = RECIPES_FOLDER / f"{name_or_path}.yaml"
         if path.suffix in (".yaml", ".yml") or not preset.is_file():
             raise ConfigError(
@@ -91,7 +95,10 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
                 f"{suggestion(str(name_or_path), recipe_names())} Presets: {', '.join(recipe_names())}."
             )
         path = preset
-    data = parse_yaml(path.read_text(encoding="utf-8"), source=str(path))
+    data = parse_yaml(read_text(path), source=str(path))
+    if is_file and path.resolve().parent != RECIPES_FOLDER.resolve():
+        typed = [item.partition("=")[0].strip().lstrip("-") for item in overrides]
+        data = seen_from_here(data, path.parent, source=str(path), typed=typed)
     for item in overrides:
         key, separator, value = item.partition("=")
         if not separator or not key:

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mm_moslora.errors import ConfigError
+from mm_moslora.named_files import read_text
 from mm_moslora.redaction import redact_text
 from mm_moslora.report import story
 from mm_moslora.report.charts import format_number
@@ -37,7 +38,7 @@ def write_page(results: Path, out: Path) -> Path:
     """
     if not results.is_file():
         raise ConfigError(f"{results} does not exist; `mm-moslora compare` writes it.")
-    data = json.loads(results.read_text(encoding="utf-8"))
+    data = json.loads(read_text(results))
     if data.get("format") != FORMAT:
         raise ConfigError(f"{results} has format {data.get('format')!r}, this version reads {FORMAT}.")
     write_atomically(out, render(data))

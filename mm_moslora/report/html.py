@@ -24,7 +24,7 @@ from mm_moslora.report import story
 from mm_moslora.report.charts import Series, format_number, line_chart, smooth
 from mm_moslora.report.overlay import MOST_RUNS, curve, overlay
 from mm_moslora.report.pictures import heat_map, thumbnail
-from mm_moslora.report.schema import EvaluationRow, Mixer, RunData, Stage, load_run
+from mm_moslora.report.schema import EvaluationRow, Mixer, RunData, Stage, load_run, text_of
 from mm_moslora.wording import format_seconds
 
 MOST_SAMPLES = 24
@@ -317,7 +317,8 @@ def _commands(data: RunData) -> list[dict[str, str]]:
 
 def _recipes(data: RunData) -> list[tuple[str, str]]:
     found = [(stage.name, redact_text(stage.config, keep_hashes=True)) for stage in data.stages if stage.config]
-    own = data.folder / "config.yaml"
-    if not any(stage.name == "train" for stage in data.stages) and own.is_file():
-        found.insert(0, ("run", redact_text(own.read_text(encoding="utf-8", errors="replace"), keep_hashes=True)))
+    if not any(stage.name == "train" for stage in data.stages) and (
+        own := text_of(data.folder / "config.yaml", data.notes)
+    ):
+        found.insert(0, ("run", redact_text(own, keep_hashes=True)))
     return found

@@ -12,10 +12,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from mm_moslora.named_files import find_below, opened
+
 THUMBNAIL = 320
 """Longest side in pixels."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 LARGEST_PIXELS = 50_000_000
+LARGEST_BYTES = 64 * 2**20
 POSITIVE, NEGATIVE = (217, 95, 14), (37, 99, 235)
 
 
@@ -26,11 +29,9 @@ def thumbnail(folder: Path, name: str) -> str | None:
         folder: the run folder.
         name: path below it.
     """
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()) or not path.is_file():
-        return None
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        path = find_below(folder.resolve(), name)
+        with opened(path, most=LARGEST_BYTES) as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > LARGEST_PIXELS:
                 return None
             image.thumbnail((THUMBNAIL, THUMBNAIL))

@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.errors import ConfigError
+from mm_moslora.named_files import FileError, read_text_below
 from mm_moslora.report.state import RunState, read_state, stage_folders
 
 MARKS = ("state.json", "summary.json", "metrics.jsonl", "evaluation.json", "samples.json")
@@ -163,9 +164,9 @@ def load_run(folder: Path) -> RunData:
         evaluation=[r for item in _rows(folder / "evaluation.json", notes) if (r := _evaluation_row(item, notes))],
         samples=[_sample_row(item) for item in _rows(folder / "samples.json", notes)],
         mixers=[m for item in _mixer_rows(folder, stages, notes) if (m := _mixer(item, notes))],
-        quarantine=_quarantine(folder, stages),
+        quarantine=_quarantine(folder, stages, notes),
         state=read_state(folder),
-        alerts=_alerts(folder, stages),
+        alerts=_alerts(folder, stages, notes),
         notes=notes,
     )
     told = (folder / "state.json").is_file()  # all that a run has that failed before its first step
@@ -210,9 +211,9 @@ def _stages(folder: Path, notes: list[str]) -> list[Stage]:
         found.append(
             Stage(
                 name=name,
-                metrics=_read_lines(place / "metrics.jsonl"),
+                metrics=_read_lines(place / "metrics.jsonl", notes),
                 summary=summary,
-                config=_text(place / "config.yaml"),
+                config=text_of(place / "config.yaml", notes),
             )
         )
     return found
@@ -225,29 +226,35 @@ def _merged_summary(summary: dict[str, Any], stages: list[Stage]) -> dict[str, A
     return merged | summary
 
 
-def _text(path: Path, *, errors: str = "replace") -> str | None:
-    """What a file holds; None where there is none: a run may be moved or deleted while it is looked at."""
+def text_of(path: Path, notes: list[str]) -> str | None:
+    """What a file of a run's folder, or of a stage's, holds; None where there is none or it is not for reading.
+
+    Args:
+        path: directly in that folder; a link that leads out of it is not followed.
+        notes: told why it is not read.
+    """
     try:
-        return path.read_text(encoding="utf-8", errors=errors)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return read_text_below(path.parent, path.name, errors="replace")
+    except FileError as error:
+        notes.append(f"{path.name} was not read ({error.what}).")
         return None
 
 
 def _read_json(path: Path, notes: list[str]) -> Any:
     try:
-        text = _text(path, errors="strict")
+        text = read_text_below(path.parent, path.name)
         return None if text is None else json.loads(text)
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError) as error:
         notes.append(f"{path.name} could not be read ({error}).")
         return None
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     records = []
-    for line in (_text(path) or "").splitlines():
+    for line in (text_of(path, notes) or "").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # the line a killed run was writing
         if isinstance(record, dict):
             records.append(record)
@@ -349,16 +356,16 @@ def _matrix(value: Any) -> list[list[float]] | None:
     return rows
 
 
-def _quarantine(folder: Path, stages: list[Stage]) -> dict[str, int]:
+def _quarantine(folder: Path, stages: list[Stage], notes: list[str]) -> dict[str, int]:
     reasons: Counter[str] = Counter()
     for place in {folder, *(folder / stage.name for stage in stages)}:
         reasons.update(
-            str(record.get("reason", "no reason given")) for record in _read_lines(place / "quarantine.jsonl")
+            str(record.get("reason", "no reason given")) for record in _read_lines(place / "quarantine.jsonl", notes)
         )
     return dict(reasons.most_common())
 
 
-def _alerts(folder: Path, stages: list[Stage]) -> list[str]:
+def _alerts(folder: Path, stages: list[Stage], notes: list[str]) -> list[str]:
     places = dict.fromkeys([folder, *(folder / stage.name for stage in stages)])
-    records = [record for place in places for record in _read_lines(place / "alerts.jsonl")]
+    records = [record for place in places for record in _read_lines(place / "alerts.jsonl", notes)]
     return [f"{record.get('title', 'Alert')}: {record.get('text', '')}" for record in records]

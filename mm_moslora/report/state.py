@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mm_moslora.heartbeat import FOLDER, Beat, is_running, read_beats
+from mm_moslora.named_files import read_text_below
 from mm_moslora.wording import format_seconds
 
 STALE_SECONDS = 120.0
@@ -74,8 +75,8 @@ def stage_folders(folder: Path) -> list[Path]:
 def read_object(path: Path) -> Mapping[str, Any]:
     """A JSON object; empty where there is none, or something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = json.loads(read_text_below(path.parent, path.name) or "{}")
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

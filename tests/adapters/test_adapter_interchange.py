@@ -131,6 +131,39 @@ def test_paddlenlp_bfloat16_arrays_are_bits() -> None:
     assert torch.equal(_from_numpy(values.view(torch.int16).numpy().view(np.uint16)), values)
 
 
+class _Huge:
+    def __init__(self, call) -> None:
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"no pickle", b"", pickle.dumps([1, 2]), pickle.dumps({"a.lora_A": _Huge((np.ndarray, ((2**40,),)))}),
+        pickle.dumps({"a.lora_A": _Huge((np.zeros(1).__reduce__()[0], (np.ndarray, (2**40,), b"b")))}),
+        pickle.dumps({"a.lora_A": np.zeros(4)})[:-20],
+    ],
+    ids=["no pickle", "empty", "a list", "a huge array", "a huge array, by its maker", "cut short"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["lora_model_state.pdparams", "adapter_model.bin"])
+def test_pickled_weights_that_are_damaged_or_huge_are_one_clear_error(
+    tmp_path: Path, content: bytes, name: str
+) -> None:
+    folder = tmp_path / "a"
+    if name.endswith("pdparams"):
+        _paddle_folder(_trained(), folder, pickled=True)
+    else:
+        folder.mkdir()
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "lora_use_mixer": True}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / name).write_bytes(content)
+    with pytest.raises(AdapterError, match=r"damaged, or holds more|holds a list|no tensors by name|does not hold"):
+        load_adapter(llama(), folder)
+
+
 class _Evil:
     def __reduce__(self):
         return (print, ("this must not run",))

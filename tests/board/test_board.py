@@ -110,6 +110,15 @@ def test_runs_are_found_with_their_state_and_secrets_stay_out(runs: Path) -> Non
     assert "hf_Ab1" not in json.dumps(rows)
 
 
+def test_a_recipe_that_links_out_of_the_run_is_not_shown(runs: Path) -> None:
+    (runs.parent / "private.yaml").write_text("secret: canary\n")
+    own = runs / "sweep" / "rank4" / "config.yaml"
+    own.unlink(missing_ok=True)
+    own.symlink_to(runs.parent / "private.yaml")
+    folder = Folder(runs)
+    assert "canary" not in json.dumps([folder.rows(), folder.detail("sweep/rank4")])
+
+
 def test_runs_that_bear_the_name_of_a_stage_are_runs_of_their_own(tmp_path: Path) -> None:
     for name in ("align", "tune", "mine", "mine/inner"):
         make_run(tmp_path / name, steps=5, total=30, rank=4, mean=None)
@@ -167,7 +176,8 @@ def test_several_may_look_while_runs_come_and_go(runs: Path) -> None:
 def test_a_run_that_is_deleted_while_it_is_read_is_no_fault(name: str, runs: Path, monkeypatch) -> None:
     gone = runs / "sweep" / "rank4"
     just_before(
-        monkeypatch, Path, "read_text", lambda: shutil.rmtree(gone), when=lambda path: path == gone / name
+        monkeypatch, os, "open", lambda: shutil.rmtree(gone),
+        when=lambda path, *_, **__: str(path) == str(gone.resolve() / name),
     )  # fmt: skip
     folder = Folder(runs)
     assert "sweep/rank8" in {row["id"] for row in folder.rows()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -194,3 +195,32 @@ def test_scores_of_an_older_step_leave_with_it(tmp_path: Path) -> None:
     evidence._merge(tmp_path / "evaluation.json", [row, control, floor], [row | {"model": "b", "mean": 0.7}])
     kept = json.loads((tmp_path / "evaluation.json").read_text())
     assert [(item["name"], item["model"]) for item in kept] == [("tuned", "b"), ("majority", None)]
+
+
+def test_a_foreign_run_copies_and_shows_no_file_of_this_machine(
+    measured: Path, tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths in samples.jsonl and task.json of somebody else's evaluation, and links in its folder, open nothing."""
+    foreign = tmp_path / "foreign"
+    shutil.copytree(measured / "eval", foreign)
+    private = next(iter((records.parent / "images").iterdir()))
+    (tmp_path / "id_rsa").write_text("private")
+    for path in (foreign / "pictures").iterdir():
+        path.unlink()
+    view = next(iter(foreign.glob("test@own/own/*/samples.jsonl")))
+    rows = [json.loads(line) for line in view.read_text().splitlines()]
+    odd = [str(private), str(tmp_path / "id_rsa"), "/dev/zero", "../id_rsa", "a\0b"]
+    for row, name in zip(rows, odd, strict=False):
+        row |= {"paths": [name], "images": [name]}
+    (foreign / "pictures" / f"{rows[-1]['images'][0]}.png").symlink_to(private)
+    view.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    opened: list[str] = []
+    monkeypatch.setattr("mm_moslora_eval.report.open_image", lambda data: opened.append(data))
+    assert cli.run(["eval", "report", str(foreign), "--output", str(tmp_path / "page.html")]) == 0
+    assert opened == []
+    assert "data:image" not in (tmp_path / "page.html").read_text()
+    shutil.copytree(measured / "run", tmp_path / "run", symlinks=True)
+    shutil.rmtree(tmp_path / "run" / "pictures")
+    results = [result for result in read_results(foreign) if result.mode == "own"]
+    evidence._keep_samples(tmp_path / "run", results, foreign)
+    assert not (tmp_path / "run" / "pictures").exists()

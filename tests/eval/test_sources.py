@@ -254,6 +254,7 @@ def test_hf_pictures_lie_below_their_folder_and_beside_the_task_file(
 
 def test_a_picture_cell_opens_nothing_outside_either(tmp_path: Path) -> None:
     import datasets
+    import pyarrow.parquet
 
     (tmp_path / "id_rsa").write_text("private")
     (tmp_path / "set").mkdir()
@@ -261,7 +262,8 @@ def test_a_picture_cell_opens_nothing_outside_either(tmp_path: Path) -> None:
     cells += [{"bytes": None, "path": "/dev/zero"}, {"bytes": None, "path": "zip://a.png::/tmp/a.zip"}]
     rows = [{"id": str(n), "question": "q", "answer": "a", "image": cell} for n, cell in enumerate(cells)]
     table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
-    table.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / "set" / "d.parquet"))
+    table = table.cast_column("image", datasets.Image())
+    pyarrow.parquet.write_table(table.data.table, tmp_path / "set" / "d.parquet")
     (tmp_path / "set" / "own.yaml").write_text("name: mine\nsource: {kind: hf, path: d.parquet}\n")
     first, *others = get_task(str(tmp_path / "set" / "own.yaml")).load().documents
     assert problem_of(first) is None

@@ -110,15 +110,50 @@ def test_pictures_are_inlined_small_and_drawings_without_loss(run_folder: Path) 
     assert pictures[0].convert("RGB").getpixel((1, 1)) == (0, 128, 128)
 
 
-@pytest.mark.parametrize("name", ["../../outside.png", "/etc/hostname", "missing.png", "summary.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../outside.png",
+        "/etc/hostname",
+        "missing.png",
+        "summary.json",
+        "a\0b",
+        "x" * 5000,
+        "/dev/zero",
+        "link.png",
+        "~/x",
+    ],
+)
 def test_pictures_outside_the_run_or_damaged_are_left_out(run_folder: Path, name: str) -> None:
     Image.new("RGB", (8, 8)).save(run_folder.parent.parent / "outside.png")
+    (run_folder / "link.png").symlink_to(run_folder.parent.parent / "outside.png")
     samples = json.loads((run_folder / "samples.json").read_text())
     samples[0]["image"] = name
     (run_folder / "samples.json").write_text(json.dumps(samples))
     page = _page(run_folder)
     assert "picture not in the run folder" in page.text
     assert len([a for a in page.of("img") if (a.get("alt") or "").startswith("Picture")]) == 1
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "samples.json", "summary.json", "alerts.jsonl"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "device"])
+def test_files_that_lead_out_of_the_run_or_are_none_are_not_read(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / "private").write_text('{"step": 1, "title": "canary", "text": "canary"}')
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    (run / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(run / name)
+    else:
+        (run / name).symlink_to(tmp_path / "private" if kind == "link" else "/dev/zero")
+    (run / "mixers.json").write_text("[]")
+    (run / "evaluation.json").write_text('[{"name": "tuned", "mean": 0.5, "n": 4}]')
+    page = _page(run)
+    assert "canary" not in page.text
+    assert {"link": "links out of", "device": "links out of", "pipe": "a pipe"}[
+        kind
+    ] in page.text or name == "metrics.jsonl"
 
 
 def test_missing_parts_are_said_to_be_missing(tmp_path: Path) -> None:

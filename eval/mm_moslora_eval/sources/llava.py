@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.errors import EvalError
-from mm_moslora.named_files import read_text
+from mm_moslora.named_files import MOST_BYTES, read_text
 
 from ..documents import Document, ImageLike
 from .files import matches
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 Found = tuple[tuple[ImageLike, ...], str | None]
 """The pictures of a record, and what is wrong with them."""
-MOST_BYTES = 2**31
-"""Larger files are refused; they are read whole."""
 
 
 def read(path: Path, *, rules: PictureRules, where: Mapping[str, str] | None = None) -> Iterator[Document | None]:
