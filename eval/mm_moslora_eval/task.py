@@ -17,7 +17,6 @@ from .prompt import Prompt
 from .scoring import EXTRACTORS, JUDGED, METRICS
 from .sources import Source
 
-
 _NAME = re.compile(r"\w[\w.+-]*")
 _LONGEST_ID = 200
 """Of name and protocol, which are a folder's name."""
