@@ -81,8 +81,8 @@ def _refuse_working_directory(path: str, what: str, is_there: Callable[[Path], b
     here = Path.cwd() / path
     if is_there(here):
         raise EvalError(
-            f"{what} {path!r} is not at {places[0]}, but at {here}. Paths in a task file are relative to the task file, "
-            "not to the working directory: correct the path, or write an absolute one."
+            f"{what} {path!r} is not at {places[0]}, but at {here}. Paths in a task file are relative to the task "
+            "file, not to the working directory: correct the path, or write an absolute one."
         )
 
 
