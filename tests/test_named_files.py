@@ -148,7 +148,6 @@ ALLOWED = {
     "mm_moslora/data/tokencache.py:__init__": "the cache of this project",
     "mm_moslora/data/tokencache.py:_build": "the cache of this project, to bring it to the disk",
     "mm_moslora/data/tarfiles.py:_members": "a stream",
-    "mm_moslora/data/quarantine.py:add": "a file to append to",
     "mm_moslora/report/html.py:asset": "a file of the package",
     "mm_moslora/board/app.py:asset": "a file of the package",
     "eval/mm_moslora_eval/report.py:_render": "a file of the package",
