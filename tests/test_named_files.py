@@ -146,17 +146,14 @@ ALLOWED = {
     "mm_moslora/data/tables.py:load_saved": "tables were found to lie in the data set",
     "mm_moslora/data/tables.py:_streamed": "the cache of this project",
     "mm_moslora/data/tokencache.py:__init__": "the cache of this project",
-    "mm_moslora/data/tokencache.py:_build": "the cache of this project, to bring it to the disk",
     "mm_moslora/data/tarfiles.py:_members": "a stream",
     "mm_moslora/report/html.py:asset": "a file of the package",
     "mm_moslora/board/app.py:asset": "a file of the package",
     "eval/mm_moslora_eval/report.py:_render": "a file of the package",
     "eval/mm_moslora_eval/answers.py:_is_ended": "answers that this run writes, to lock them",
-    "eval/mm_moslora_eval/answers.py:write_atomically": "a folder, to bring it to the disk",
     "eval/mm_moslora_eval/endpoint.py:_post": "an endpoint that a person names, over http",
-    "eval/mm_moslora_eval/judge.py:_kept_reply": "the judge's cache of this project",
     "eval/mm_moslora_eval/miniature.py:_write_task": "a task file of the package",
-    "eval/mm_moslora_eval/runner.py:_claim": "a file of the run that this process holds",
+    "eval/mm_moslora_eval/stored_answers.py:_workbook": "bytes in memory",
     "eval/mm_moslora_eval/runner.py:_computed_by": "a file of the run that this process holds",
 }
 
