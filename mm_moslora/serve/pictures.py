@@ -50,7 +50,7 @@ class PictureFile:
         """Bytes of memory that opening takes at most: copies in the file's mode, in RGB, and what lies between."""
         wide = self.mode in ("I", "F", "LAB") or self.mode.startswith("I;16")
         clear = self.mode in ("RGBA", "RGBa", "LA", "La", "PA") or self.mode.endswith(";transparency")
-        return self.pixels * (28 if wide else 24 if clear else 12)
+        return self.pixels * (28 if wide else 16 if clear else 12)
 
     def looking(self, *, squares: bool) -> int:
         """Bytes of memory that the image processor takes at most before it scales the picture down."""

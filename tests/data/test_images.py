@@ -205,3 +205,23 @@ class TestRefusals:
             except ImageError:
                 refused += 1
         assert refused > 100
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "RGBa", "PA"])
+def test_transparency_in_strips_gives_the_pixels_of_the_whole(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 53, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels, "RGBA")
+    if mode in ("P", "PA"):
+        image = image.convert("RGB").quantize(16)
+        image.info["transparency"] = 3
+        image = image if mode == "P" else image.convert("PA")
+    elif mode == "RGB":
+        image = image.convert("RGB")
+        image.info["transparency"] = image.getpixel((3, 3))
+    else:
+        image = image.convert(mode)
+    layer = image.convert("RGBA")
+    whole = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer).convert("RGB")
+    monkeypatch.setattr(images, "_STRIP", 100)  # strips of one row
+    assert images.as_rgb(image).tobytes() == whole.tobytes()

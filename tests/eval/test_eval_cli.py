@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mm_moslora_eval import provenance
 from mm_moslora_eval.miniature import TASKS, make_miniature
 from mm_moslora_eval.registry import get_task, load_file
 from mm_moslora_eval.report import format_score
@@ -20,6 +21,7 @@ from preloaded import Preloaded
 
 from mm_moslora import cli
 from tests.eval.eval_data import write_questions
+from tests.eval.eval_fake import FakeModel
 from tests.eval.eval_models import export_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +72,16 @@ def test_ten_miniature_benchmarks_run_and_score(finished: Path) -> None:
     )
     assert call["environment"]["torch"]
     assert "Calls that answered" in (finished / "report.html").read_text()
+
+
+def test_a_recorded_call_holds_no_secret(tmp_path: Path, monkeypatch) -> None:
+    address = "https://me:pa55word-canary@example.org/v1"
+    command = ["mm-moslora", "eval", "run", "pope", "--model", f"{address}#m", "--api-key", "k3y-canary"]
+    monkeypatch.setattr("sys.argv", command)
+    provenance.record(tmp_path, FakeModel(), {"judge": address})
+    text = (tmp_path / "invocations.jsonl").read_text()
+    assert "canary" not in text
+    assert "example.org/v1#m" in text
 
 
 def test_miniature_answers_score_full_marks_when_they_are_right(miniature: Path, tmp_path: Path, capsys) -> None:

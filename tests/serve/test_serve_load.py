@@ -203,13 +203,14 @@ def test_input_18_a_client_that_never_reads_holds_no_place(serve_with: Any, monk
 
 @pytest.mark.parametrize("where", ["_read", "_step"])
 def test_a_fault_inside_is_a_500_without_its_text_and_the_next_request_works(
-    models: Any, serve_with: Any, where: str
+    models: Any, serve_with: Any, where: str, caplog: Any
 ) -> None:
     from mm_moslora.serve.engine import Engine
     from mm_moslora.serve.limits import Limits
 
     engine = Engine(models, Limits(context=512))
-    original, faults = getattr(engine, where), [RuntimeError("secret at /home/me 0x7f0000000000")]
+    text = "secret at /home/me 0x7f0000000000 https://me:pa55word-canary@host/"
+    original, faults = getattr(engine, where), [RuntimeError(text)]
 
     def faulty(*arguments: Any) -> None:
         if faults:
@@ -224,6 +225,8 @@ def test_a_fault_inside_is_a_500_without_its_text_and_the_next_request_works(
         assert reply.headers["x-request-id"] in reply.json()["error"]["message"]
         assert server.post(asking("hello")).status_code == 200
         assert server.get("/health").status_code == 200
+    assert "RuntimeError" in caplog.text
+    assert "pa55word-canary" not in caplog.text
 
 
 QUESTIONS = [f"{word} is the color of shape {word}?" for word in ("a", "bb", "red", "green", "no", "yes", "i", "ok")]
