@@ -263,8 +263,7 @@ def why_no_base(path: Path) -> str | None:
         return f"{path} is no run, so nothing says what it was before"
     if trained := _trained_weights(checkpoint):
         return f"{path} trained its {trained} weights, and the base is in memory once"
-    weights = model_of(checkpoint).projector.weights
-    if not (checkpoint / "adapter").is_dir() and not (weights and Path(weights).is_file()):
+    if not (checkpoint / "adapter").is_dir() and _first_projector(checkpoint) is None:
         return f"{path} trained its projector alone, and no file holds what that was before"
     return None
 
@@ -310,15 +309,24 @@ def _newline(assembly: Assembly) -> nn.Parameter | None:
 def _untuned_projector(assembly: Assembly, path: Path) -> tuple[nn.Module | None, nn.Parameter | None]:
     """The projector that tuning started from, where its file is still there; else the tuned one, which is said."""
     own = _projector(assembly)
-    weights = model_of(find_checkpoint(path)).projector.weights
     if own is None or assembly.ready_made:
         return own, None
-    if weights is None or not Path(weights).is_file():
+    file = _first_projector(find_checkpoint(path))
+    if file is None:
         logger.warning(
-            "The projector that %s started from is not there (model.projector.weights is %s), so the model before "
-            "tuning gets the tuned one.", path, weights,
+            "The projector that %s started from (model.projector.weights) is not there, so the model before tuning "
+            "gets the tuned one.", path,
         )  # fmt: skip
-    return _read_projector(assembly, Path(weights or ""))
+        return own, _newline(assembly)
+    return _read_projector(assembly, file)
+
+
+def _first_projector(checkpoint: Path) -> Path | None:
+    """The file of the projector that a run started from, where the recipe names it, or its run, and it is there."""
+    weights = model_of(checkpoint).projector.weights
+    if weights and Path(weights).is_dir():
+        weights = str(find_checkpoint(Path(weights)) / "projector.safetensors")
+    return Path(weights) if weights and Path(weights).is_file() else None
 
 
 def _read_projector(assembly: Assembly, file: Path) -> tuple[nn.Module | None, nn.Parameter | None]:

@@ -321,3 +321,31 @@ def test_every_variant_of_an_anyres_model_has_its_own_newline(
     for name, folder in zip(("a", "other"), folders, strict=True):
         with models.use(name):
             assert torch.equal(models.assembly.model.model.image_newline, load(folder).model.model.image_newline)
+
+
+def test_the_model_before_tuning_has_the_projector_that_tuning_started_from(
+    runs: tuple[Path, Path], language_folder: Path, vision_folder: Path, records: Path, tmp_path: Path, caplog: Any
+) -> None:
+    """Or the tuned one where that is gone, which the log says."""
+    import shutil
+
+    import torch
+
+    from mm_moslora.config import ProjectorConfig
+    from mm_moslora.serve.models import load_models
+    from mm_moslora.training.loop import train
+
+    (first,) = runs[0].glob("checkpoint-000006/projector.safetensors")
+    start = shutil.copy(first, tmp_path / "start.safetensors")
+    folder = tmp_path / "tuned"
+    projector = ProjectorConfig(weights=str(start))
+    train(_recipe(folder, language_folder, vision_folder, records, projector=projector))
+    models = load_models(folder, with_base=True)
+    plain = load_models(runs[0])
+    assert torch.equal(_tokens(models, "tuned-base"), _tokens(plain, "one"))
+    assert not torch.equal(_tokens(models, "tuned"), _tokens(models, "tuned-base"))
+    Path(start).unlink()
+    with caplog.at_level("WARNING"):
+        models = load_models(folder, with_base=True)
+    assert "gets the tuned one" in caplog.text
+    assert torch.equal(_tokens(models, "tuned"), _tokens(models, "tuned-base"))
