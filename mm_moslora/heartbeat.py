@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from mm_moslora.named_files import read_text_below
+
 FOLDER = "heartbeat"
 FAILED = "failed: "
 """A phase that begins so is how a rank ended; the kind of error and its message follow."""
@@ -96,7 +98,7 @@ def read_beats(folder: Path, *, now: float | None = None) -> list[Beat]:
     found = []
     for path in sorted(folder.glob("rank-*.json")):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(read_text_below(folder, path.name) or "")
             written = path.stat().st_mtime
             found.append(
                 Beat(

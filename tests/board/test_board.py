@@ -119,6 +119,15 @@ def test_a_recipe_that_links_out_of_the_run_is_not_shown(runs: Path) -> None:
     assert "canary" not in json.dumps([folder.rows(), folder.detail("sweep/rank4")])
 
 
+def test_a_heartbeat_that_is_a_pipe_does_not_hold_the_board(runs: Path) -> None:
+    run = runs / "sweep" / "rank4"
+    (run / "state.json").write_text('{"state": "running", "host": "elsewhere", "process": 1}')
+    (run / "heartbeat").mkdir(exist_ok=True)
+    os.mkfifo(run / "heartbeat" / "rank-00000.json")
+    (row,) = [row for row in Folder(runs).rows() if row["id"] == "sweep/rank4"]
+    assert row["state"] in ("running", "stopped", "killed")
+
+
 def test_runs_that_bear_the_name_of_a_stage_are_runs_of_their_own(tmp_path: Path) -> None:
     for name in ("align", "tune", "mine", "mine/inner"):
         make_run(tmp_path / name, steps=5, total=30, rank=4, mean=None)
