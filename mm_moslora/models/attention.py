@@ -6,8 +6,8 @@ A dense block-diagonal mask costs the square of the whole row; a loop over segme
 was measured 2.4 times faster on a CPU. There, our kernel takes all segments in one call where a model is to use it
 (`native_attention`); without it a segment's attention is written as matrix products where these are faster than
 PyTorch's kernel. On CUDA, flash-attention's variable-length kernel is used when it is installed (transformers passes it
-`cu_seq_lens_*`), and otherwise PyTorch's own where there is one (`varlen_attn`; half precision, compute capability 8.0
-or more).
+`cu_seq_lens_*`), and otherwise PyTorch's own (`varlen_attn`; half precision, compute capability 8.0 or more). The form
+that torch 2.11 has of it takes as many heads of keys as of queries, so that shared ones are repeated for it.
 """
 
 from __future__ import annotations
@@ -75,8 +75,13 @@ def segment_attention(
     windowed = sliding_window is not None and max(segment_lengths) > sliding_window
     if not dropout and (kernel := variable_length_kernel(query)) is not None:
         ends = _ends(segment_lengths, query.device) if cu_seq_lens_q is None else cu_seq_lens_q
+        options: dict[str, Any] = {"scale": scaling}
+        if _shares_heads(kernel):
+            options["enable_gqa"] = query.shape[1] != key.shape[1]
+        else:
+            groups = query.shape[1] // key.shape[1]
+            key, value = repeat_kv(key, groups), repeat_kv(value, groups)
         rows = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-        options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
         options["window_size"] = (sliding_window - 1 if windowed and sliding_window else -1, 0)
         longest = max(segment_lengths)
         return kernel(*rows, ends, ends, longest, longest, **options).unsqueeze(0), None
@@ -108,13 +113,15 @@ def variable_length_kernel(query: Tensor) -> Callable[..., Tensor] | None:
 
 
 @cache
+def _shares_heads(kernel: Callable[..., Tensor]) -> bool:
+    """Whether several heads of queries may share one of keys; torch 2.11's form asks for as many keys as queries."""
+    return "enable_gqa" in inspect.signature(kernel).parameters
+
+
+@cache
 def _varlen_attn(device: torch.device) -> Callable[..., Tensor] | None:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    if not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
-        return None  # earlier forms of it
+    from torch.nn.attention.varlen import varlen_attn
+
     if torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
         return None
     return cast(Any, varlen_attn) if torch.cuda.get_device_capability(device) >= (8, 0) else None

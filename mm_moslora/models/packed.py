@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,12 +21,15 @@ from mm_moslora.batch import Batch
 from mm_moslora.errors import ModelError
 from mm_moslora.models.attention import segment_arguments
 from mm_moslora.models.lean import TARGET_POSITIONS, drops_positions
-from mm_moslora.models.rows import picture_inputs, readable, text_inputs
+from mm_moslora.models.rows import picture_inputs, readable, takes, text_inputs
 
 PACKED = frozenset(
     {"idefics3", "internvl", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm"}
 )
 """Ready-made models that are tested on packed rows; PaliGemma and Gemma 3 let a prefix see what follows it."""
+
+_ENCODED = "mm_encoder_outputs"
+"""Keyword argument of Qwen-VL's forward pass: pictures that are already encoded."""
 
 
 def packs(model: PreTrainedModel) -> bool:
@@ -121,6 +125,9 @@ def _pictures(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     """What the forward pass takes of the pictures.
 
     Qwen-VL's would hand the keywords of its decoder's attention to the tower as well; its pictures are encoded before.
+
+    Raises:
+        ModelError: the installed transformers does not take encoded pictures.
     """
     if batch.pixel_values is None:
         return {}
@@ -128,4 +135,9 @@ def _pictures(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     if not has_three_part_positions(model):
         return given
     inner: Any = model.base_model
-    return {"mm_encoder_outputs": {"image": inner.get_image_features(**given, return_dict=True)}}
+    if not takes(model, _ENCODED):
+        raise ModelError(
+            f"{type(inner).__name__}.forward of transformers {transformers.__version__} does not take {_ENCODED}: it "
+            "would ignore the pictures. Install a release in the range that `mm-moslora doctor` names."
+        )
+    return {_ENCODED: {"image": inner.get_image_features(**given, return_dict=True)}}

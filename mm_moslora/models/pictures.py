@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mm_moslora import distributed
 from mm_moslora.batch import Batch
+from mm_moslora.errors import ModelError
 from mm_moslora.models.feature_store import FeatureStore, picture_key
 
 Layers = int | list[int]
@@ -101,9 +103,17 @@ def tower_states(tower: PreTrainedModel, layer: Layers, pixels: Tensor) -> Tenso
         tower: any.
         layer: one or several.
         pixels: ``[N, 3, H, W]``.
+
+    Raises:
+        ModelError: the installed transformers does not give these layers.
     """
     output: Any = tower(pixels, output_hidden_states=layer, return_dict=True)
     states = [output.hidden_states[item] for item in ([layer] if isinstance(layer, int) else layer)]
+    if any(state is None for state in states):
+        raise ModelError(
+            f"{type(tower).__name__} of transformers {transformers.__version__} does not give the hidden states of "
+            f"feature_layer {layer}. Install a release in the range that `mm-moslora doctor` names."
+        )
     return states[0] if len(states) == 1 else torch.cat(states, dim=-1)
 
 

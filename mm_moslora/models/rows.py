@@ -88,9 +88,8 @@ def row_inputs(
         device: where the model takes them; None: where it is.
     """
     device = model.device if device is None else device
-    known = inspect.signature(type(model.base_model).forward).parameters
     whole = text_inputs(model, rows)
-    if "token_type_ids" in known:
+    if takes(model, "token_type_ids"):
         starts = torch.tensor(list(answers))[:, None]
         whole["token_type_ids"] = (torch.arange(whole["input_ids"].shape[1])[None] >= starts).long()
     arguments: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in whole.items()}
@@ -141,9 +140,19 @@ def text_inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Ten
     ids = pad_sequence(list(rows), batch_first=True)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if "mm_token_type_ids" in inspect.signature(type(model.base_model).forward).parameters:
+    if takes(model, "mm_token_type_ids"):
         inputs["mm_token_type_ids"] = ((ids == model.config.image_token_id) & (mask == 1)).long()
     return inputs
+
+
+def takes(model: PreTrainedModel, keyword: str) -> bool:
+    """Whether the forward pass of a model names a keyword argument; it ignores any other one without an error.
+
+    Args:
+        model: of transformers, with or without its head.
+        keyword: name of the argument.
+    """
+    return keyword in inspect.signature(type(model.base_model).forward).parameters
 
 
 def picture_inputs(

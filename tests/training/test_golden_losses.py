@@ -1,5 +1,7 @@
 """Golden loss curves: each shipped recipe on tiny parts gives the losses that it gave when the curve was written.
 
+The initial weights are drawn by numpy (`numpy_weights`), so that the curves hold under every release of PyTorch.
+
 A change that moves them on purpose says so and writes them again, which also adds the curve of a new recipe:
 
     UPDATE_GOLDEN_LOSSES=1 python -m pytest tests/training/test_golden_losses.py
@@ -13,7 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny import make_records
+from numpy_weights import redraw
+from tiny import make_language, make_records, make_vision
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from vlms import make_vlm
 
 from mm_moslora.config import (
@@ -26,12 +30,44 @@ from mm_moslora.config import (
     load_recipe,
     recipe_names,
 )
+from mm_moslora.training import run as runs
 from mm_moslora.training.loop import train
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses"
 UPDATE = bool(os.environ.get("UPDATE_GOLDEN_LOSSES"))
 FAMILIES = {"qwen25_vl_7b_moslora": "qwen2_5_vl", "qwen3_vl_8b_moslora": "qwen3_vl"}
 STEPS = 6
+VLM = AutoModelForImageTextToText
+
+
+def redrawn(folder: Path, kind: type) -> Path:
+    """A saved model with weights that numpy draws."""
+    model = kind.from_pretrained(folder)
+    redraw(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory) -> Path:
+    return redrawn(make_language(tmp_path_factory.mktemp("language")), AutoModelForCausalLM)
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory) -> Path:
+    return redrawn(make_vision(tmp_path_factory.mktemp("vision")), AutoModel)
+
+
+@pytest.fixture(autouse=True)
+def _new_parts_drawn_by_numpy(monkeypatch) -> None:
+    """Projector and adapters are made when a run is prepared."""
+    attach = runs.attach_adapters
+
+    def attach_and_redraw(assembly, *args, **kwargs) -> None:
+        attach(assembly, *args, **kwargs)
+        redraw(assembly.model)
+
+    monkeypatch.setattr(runs, "attach_adapters", attach_and_redraw)
 
 
 def small_model(model: ModelConfig, language: Path, vision: Path) -> ModelConfig:
@@ -63,12 +99,12 @@ def in_small(recipe: Recipe, model: ModelConfig, records: Path, output: Path) ->
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_the_curve_of_a_recipe_has_not_moved(name, language_folder, vision_folder, records, tmp_path):
+def test_the_curve_of_a_recipe_has_not_moved(name, language, vision, records, tmp_path):
     recipe = load_recipe(name)
     if recipe.model.vlm is not None:
-        model = replace(recipe.model, vlm=str(make_vlm(tmp_path / "vlm", FAMILIES[name])))
+        model = replace(recipe.model, vlm=str(redrawn(make_vlm(tmp_path / "vlm", FAMILIES[name]), VLM)))
     else:
-        model = small_model(recipe.model, language_folder, vision_folder)
+        model = small_model(recipe.model, language, vision)
         if recipe.model.vision is None:
             records = make_records(tmp_path / "text", 24, text_only_every=1)
     train(in_small(recipe, model, records, tmp_path / "run"))
