@@ -1,10 +1,12 @@
-# make quickstart | test | test-extras | check | smoke | clean. Each sets up .venv on first use and is fast the second time.
+# make quickstart | test | test-extras | test-versions | check | smoke | clean. Each sets up .venv on first use and is fast the second time.
 # PYTHON chooses the interpreter (3.11 or later): make test PYTHON=python3.12
 
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do command -v $$name && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := $(VENV)/extras
+LOWEST := $(VENV)/lowest
+GPU_IMAGE := $(VENV)/gpu-image
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 
@@ -15,13 +17,14 @@ export PYTHONUNBUFFERED = 1
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart smoke test test-extras check clean
+.PHONY: help quickstart smoke test test-extras test-versions lowest gpu-image check clean
 
 help:
 	@echo "make quickstart  assemble, tune, measure and report on this machine, with real parts (minutes)"
 	@echo "make smoke       the same in miniature, about three minutes, at lower quality"
 	@echo "make test        the whole test suite"
 	@echo "make test-extras what needs gradio, trackio, MLflow or Liger's kernels"
+	@echo "make test-versions  a part of the suite on the lowest versions, and on what GPU images carry"
 	@echo "make check       format, lint, types, import layers, shell scripts"
 	@echo "make clean       remove the environment, caches and build products; runs/ stays"
 
@@ -37,6 +40,26 @@ test: $(VENV)/.installed-dev
 test-extras: $(EXTRAS)/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -q -n $(WORKERS) tests/tracking/test_tracking_depth.py \
 	  tests/serve/test_serve_demo.py tests/models/test_kernels.py $(ARGS)
+
+# What notices first when a library is another than the one beside which the code was written.
+VERSIONED := tests/test_dependencies.py tests/test_cli.py tests/adapters/test_adapter_behaviours.py \
+  tests/adapters/test_adapter_quantised.py tests/data/test_sources.py tests/distributed/test_ready_made_ranks.py \
+  tests/eval/test_sources.py tests/models/test_assembly.py tests/models/test_attention_varlen.py \
+  tests/models/test_encoders.py tests/models/test_export_gguf.py tests/models/test_packed.py \
+  tests/models/test_ready_made.py tests/serve/test_serve_answers.py tests/tracking/test_trackers.py \
+  tests/training/test_golden_losses.py tests/training/test_image_check.py
+VERSION_TESTS = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VERSIONS=$@ $(VENV)/$@/bin/python -m pytest -q -n $(WORKERS) \
+  --dist loadfile $(VERSIONED) $(ARGS)
+test-versions:
+	$(MAKE) lowest
+	@test -n "$(PYTHON312)" || echo "No Python 3.12 found: the tests on what GPU images carry are left out (PYTHON312=...)."
+	$(if $(PYTHON312),$(MAKE) gpu-image)
+
+lowest: $(LOWEST)/.installed
+	$(VERSION_TESTS)
+
+gpu-image: $(GPU_IMAGE)/.installed
+	$(VERSION_TESTS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -69,6 +92,25 @@ $(EXTRAS)/.installed: pyproject.toml $(VENV)/.installed-dev
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 	  $$($(EXTRAS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
 	$(EXTRAS)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[demo,trackio,mlflow,liger]'
+	@touch $@
+
+# Both on CUDA builds of torch 2.11, the only ones on the index, which run on CPUs, too. Files that are the same are hard
+# links into uv's cache, so that the second environment needs little more room.
+UV = UV_CACHE_DIR=$(CURDIR)/$(VENV)/uv UV_PYTHON_DOWNLOADS=never UV_LINK_MODE=hardlink $(BIN)/uv
+# The shims of pyenv answer for versions that they do not run.
+PYTHON312 ?= $(shell for name in python3.12 "$$(pyenv root 2>&1)"/versions/3.12*/bin/python3.12; do \
+  "$$name" -c '' 2>&1 && echo "$$name" && break; done | tail -n 1 | grep -x '[^ ]*python3.12')
+
+$(LOWEST)/.installed: pyproject.toml $(VENV)/.installed-dev
+	$(UV) venv --quiet --clear --python $(BIN)/python $(LOWEST)
+	$(UV) pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct \
+	  --editable '.[test,serve,dashboards,quant,torchao,diffusion,trl,video,quickstart]'
+	@touch $@
+
+$(GPU_IMAGE)/.installed: pyproject.toml $(VENV)/.installed-dev
+	$(UV) venv --quiet --clear --python $(PYTHON312) $(GPU_IMAGE)
+	$(UV) pip install --quiet --python $(GPU_IMAGE)/bin/python --editable '.[test,serve,video,quickstart]' 'torch==2.11.*' \
+	  "transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml).*"
 	@touch $@
 
 clean:

@@ -31,16 +31,17 @@ from mm_moslora.native import find_compiler
 Status = Literal["ok", "warn", "bad"]
 
 SUPPORTED = {
-    "torch": ">=2.6",
-    "torchvision": ">=0.21",
-    "transformers": ">=5.17,<6",
+    "torch": ">=2.11",
+    "torchvision": ">=0.26",
+    "transformers": ">=5.23,<6",
     "peft": ">=0.21,<0.22",
-    "deepspeed": ">=0.19.5,<0.20",
-    "accelerate": ">=1.10",
-    "datasets": ">=4.8",
+    "deepspeed": ">=0.19.5,<1",
+    "accelerate": ">=1.10.1",
+    "datasets": ">=5.0.1",
+    "fsspec": ">=2026.6",
     "open_clip_torch": ">=3.3",
     "timm": ">=1.0.20",
-    "safetensors": ">=0.6",
+    "safetensors": ">=0.8",
     "pillow": ">=12.3",
     "wandb": ">=0.25",
 }

@@ -115,6 +115,17 @@ def test_dotted_overrides_reach_into_lists_and_new_groups(tmp_path):
         load_recipe(path, ["optim.lr"])
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("d.json", b'\xef\xbb\xbf\n [{"id": 1}]'), ("d.jsonl", b'{"id": 1}\n{"id": 2}\n'), ("d.parquet", b"PAR1\xff\x00")],
+)
+def test_data_in_place_of_a_recipe_are_told_from_one(name, content, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"holds data, expected a recipe.*--data\.train '\[\{path: .*d\."):
+        load_recipe(path)
+
+
 def test_an_unknown_preset_gets_a_suggestion():
     with pytest.raises(ConfigError, match="Did you mean 'quickstart_tune'"):
         load_recipe("quickstart_tun")

@@ -24,7 +24,7 @@ from mm_moslora.machine import extensions_folder
         ("deepspeed", "0.18.0", "bad", "wrong gradients"),
         ("deepspeed", "0.19.2", "bad", "CheckpointError"),
         ("deepspeed", "0.19.8", "ok", "0.19.8"),
-        ("deepspeed", "0.20.1", "warn", "outside the tested range"),
+        ("peft", "0.22.0", "warn", "outside the tested range"),
         ("transformers", "5.1.0", "bad", "DeepSpeed"),
         ("transformers", "5.24.0", "ok", ""),
         ("torch", "2.5.1", "bad", "CVE-2025-32434"),

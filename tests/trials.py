@@ -106,7 +106,11 @@ def train_overflowing(*arguments: str) -> int:
 
 
 def train_counting(*arguments: str) -> int:
-    """Train each recipe, and leave in its folder how many adapted layers went by the kernel and how many by modules."""
+    """Train each recipe, and leave in its folder how many adapted layers went by the kernel and how many by modules.
+
+    Passes without a gradient, such as those of a validation, are not counted.
+    """
+    import torch
     from ranks import train_recipes
 
     from mm_moslora.adapters.kernel import _FusedLinears
@@ -117,11 +121,11 @@ def train_counting(*arguments: str) -> int:
     fused, modules = _FusedLinears.apply, MoSLoRAVariant.forward
 
     def by_kernel(*args):
-        counts["fused"] += (len(args) - 2) // 5
+        counts["fused"] += torch.is_grad_enabled() * ((len(args) - 2) // 5)
         return fused(*args)
 
     def by_modules(*args, **kwargs):
-        counts["modules"] += 1
+        counts["modules"] += torch.is_grad_enabled()
         return modules(*args, **kwargs)
 
     _FusedLinears.apply, MoSLoRAVariant.forward = by_kernel, staticmethod(by_modules)

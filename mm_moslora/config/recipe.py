@@ -95,6 +95,11 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
                 f"{suggestion(str(name_or_path), recipe_names())} Presets: {', '.join(recipe_names())}."
             )
         path = preset
+    elif _holds_records(path):
+        raise ConfigError(
+            f"{path} holds data, expected a recipe. Name the data in one: RECIPE --data.train '[{{path: {path}, "
+            f"image_folder: FOLDER}}]', where RECIPE is a YAML file, a run or a preset ({', '.join(recipe_names())})."
+        )
     data = parse_yaml(read_text(path), source=str(path))
     if is_file and path.resolve().parent != RECIPES_FOLDER.resolve():
         typed = [item.partition("=")[0].strip().lstrip("-") for item in overrides]
@@ -106,6 +111,14 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         keys = key.strip().lstrip("-").split(".")
         set_dotted(data, keys, parse_text(value) if takes_text(Recipe, keys) else parse_scalar(value), item)
     return Recipe.from_dict(data, source=str(path))
+
+
+def _holds_records(path: Path) -> bool:
+    """Whether a file is training data by its name, or is a JSON list."""
+    if path.suffix == ".json":
+        with path.open("rb") as stream:
+            return stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    return path.name.lower().endswith((".jsonl", ".parquet", ".arrow", ".tar", ".tar.gz", ".tgz", ".tar.zst", ".tsv"))
 
 
 def _at_home(data: Any) -> Any:

@@ -32,6 +32,7 @@ from mm_moslora.training import run as runs
 from mm_moslora.training.commit import Saver, amend
 from mm_moslora.training.ending import recorded
 from mm_moslora.training.engine import StepResult
+from mm_moslora.training.image_check import ImageCheck
 from mm_moslora.training.mixers import adapter_metrics, mixer_matrices, write_mixers
 from mm_moslora.training.optim import lr_factor
 from mm_moslora.training.progress import Progress
@@ -175,6 +176,7 @@ class _Loop:
         self.saver = Saver(run.folder)
         self.validator = Validator(run, measure, stop)
         self.best = Best.of(run.folder, recipe.validate, resume_step=run.step if resumed else -1)
+        self.image_check = ImageCheck(run)
         self.spikes = SpikeScore()
         self.speedometer = Speedometer(run.assembly.model)
         self.clock = Clock(run.counters, run.step)
@@ -293,6 +295,9 @@ class _Loop:
         self._count(result, seconds, [i for b in micro_batches for i in b.ids])
         self._log(result, micro_batches, factor, seconds=seconds, data_seconds=data_seconds)
         self._give_up_if_diverged()
+        if result.images and not self.image_check.done:
+            self._phase("image check")
+            self.image_check(micro_batches, result)
 
     def _count(self, result: StepResult, seconds: float, ids: list[str]) -> None:
         counters = self.run.counters

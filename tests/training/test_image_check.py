@@ -1,0 +1,147 @@
+"""A model whose loss does not depend on its images is found in the first step, and no other is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import make_records
+from vlms import make_vlm
+
+from mm_moslora.batch import Batch, Example
+from mm_moslora.config import ProjectorConfig, SourceConfig, VisionConfig
+from mm_moslora.errors import ModelError, TrainingError
+from mm_moslora.models import rows, vlm
+from mm_moslora.training.engine.base import Engine
+from mm_moslora.training.image_check import ImageCheck, _is_read, noise_like
+from mm_moslora.training.loop import train
+from tests.models.test_ready_made import recipe_for, write_records
+
+IMAGE = 9
+
+
+def losses(recipe) -> list[str]:
+    lines = (Path(recipe.train.output) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"].hex() for line in lines if "loss" in json.loads(line)]
+
+
+def on(recipe, records: Path, **train_config):
+    source = SourceConfig(path=str(records), image_folder=str(records.parent / "images"))
+    config = replace(recipe.train, **({"steps": 2, "rehearsal": False} | train_config))
+    return replace(recipe, data=replace(recipe.data, train=[source]), train=config)
+
+
+def change_features(monkeypatch, change) -> None:
+    features = vlm.image_features
+    monkeypatch.setattr(vlm, "image_features", lambda *args, **kwargs: change(features(*args, **kwargs)))
+
+
+def test_images_that_are_ignored_stop_the_run(recipe, monkeypatch):
+    change_features(monkeypatch, torch.zeros_like)
+    with pytest.raises(TrainingError, match=r"does not depend on the images.*to the last digit.*doctor"):
+        train(replace(recipe, train=replace(recipe.train, save_every=1)))
+    assert not list(Path(recipe.train.output).glob("checkpoint-*"))
+
+
+def test_a_projector_that_trains_without_a_gradient_stops_the_run(recipe, monkeypatch):
+    change_features(monkeypatch, torch.Tensor.detach)
+    with pytest.raises(TrainingError, match=r"trains of model.projector got a gradient of exactly 0 in step 1"):
+        train(recipe)
+    frozen = replace(recipe.model, projector=replace(recipe.model.projector, mode="frozen"))
+    assert train(replace(recipe, model=frozen)).finished
+
+
+def test_a_tower_that_trains_without_a_gradient_stops_the_run(recipe):
+    """The layer that trains is behind the one that is read."""
+    tower = replace(recipe.model.vision, mode="last_n", last_n=1, feature_layer=-2)
+    with pytest.raises(TrainingError, match=r"trains of model.vision .*feature_layer"):
+        train(replace(recipe, model=replace(recipe.model, vision=tower)))
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_keyword_that_transformers_would_ignore_stops_the_run(family, tmp_path, monkeypatch):
+    taken = rows.takes
+    monkeypatch.setattr(
+        "mm_moslora.models.packed.takes", lambda model, name: name != "mm_encoder_outputs" and taken(model, name)
+    )
+    recipe = recipe_for(make_vlm(tmp_path / "model", family), write_records(tmp_path), tmp_path / "run")
+    with pytest.raises(ModelError, match=r"does not take mm_encoder_outputs: it would ignore the pictures"):
+        train(recipe)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next", "smolvlm", "internvl", "paligemma"])
+def test_ready_made_models_pass_and_a_deaf_one_does_not(family, tmp_path, monkeypatch):
+    folder, records = make_vlm(tmp_path / "model", family), write_records(tmp_path)
+    model = replace(recipe_for(folder, records, tmp_path / "run").model, projector=ProjectorConfig(mode="full"))
+    recipe = replace(recipe_for(folder, records, tmp_path / "run"), model=model)
+    recipe = replace(recipe, train=replace(recipe.train, steps=1))
+    assert train(recipe).finished
+    given = rows.picture_inputs
+
+    def blank(*args, **kwargs):
+        inputs = given(*args, **kwargs)
+        return inputs | {"pixel_values": torch.ones_like(inputs["pixel_values"])}
+
+    monkeypatch.setattr(rows, "picture_inputs", blank)
+    monkeypatch.setattr("mm_moslora.models.packed.picture_inputs", blank)
+    with pytest.raises(TrainingError, match="does not depend on the images"):
+        train(replace(recipe, train=replace(recipe.train, output=str(tmp_path / "deaf"))))
+
+
+@pytest.mark.parametrize("mode", ["frozen", "adapter"])
+def test_white_images_are_no_reason_to_stop(mode, recipe, tmp_path):
+    records = make_records(tmp_path / "white")
+    for path in (records.parent / "images").iterdir():
+        Image.new("RGB", (24, 24), (255, 255, 255)).save(path)
+    tower: VisionConfig = replace(recipe.model.vision, mode=mode)
+    assert train(on(replace(recipe, model=replace(recipe.model, vision=tower)), records)).finished
+
+
+def test_data_without_images_is_no_reason_to_stop(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageCheck, "_compare", lambda *_: pytest.fail("there is nothing to compare"))
+    assert train(on(recipe, make_records(tmp_path / "text", text_only_every=1))).finished
+
+
+def test_it_is_done_once_a_start_and_changes_nothing(recipe, tmp_path, monkeypatch):
+    asked = []
+    evaluate = Engine.evaluate
+    monkeypatch.setattr(Engine, "evaluate", lambda *args: asked.append(1) or evaluate(*args))
+    train(recipe)
+    assert len(asked) == 2
+    monkeypatch.setattr(ImageCheck, "__call__", lambda *_: None)
+    unchecked = replace(recipe, train=replace(recipe.train, output=str(tmp_path / "unchecked")))
+    train(unchecked)
+    assert len(asked) == 2
+    assert losses(recipe) == losses(unchecked)
+
+
+def test_an_image_counts_where_an_answer_comes_after_it():
+    def batch(*conversations: tuple[list[int], list[int]]) -> Batch:
+        return Batch.from_examples(
+            [
+                Example(
+                    id="", input_ids=torch.tensor(ids), supervised=torch.tensor(supervised).bool(),
+                    pixel_values=torch.ones(1, 3, 2, 2) if IMAGE in ids else None, images=ids.count(IMAGE),
+                )
+                for ids, supervised in conversations
+            ]
+        )  # fmt: skip
+
+    before, after, text = ([IMAGE, 1, 2], [0, 0, 1]), ([1, 2, IMAGE], [0, 1, 0]), ([1, 2, 3], [0, 1, 1])
+    assert _is_read(batch(before), IMAGE)
+    assert not _is_read(batch(after), IMAGE)
+    assert not _is_read(batch(after, text), IMAGE)
+    assert not _is_read(batch(text), IMAGE)
+    assert _is_read(batch(text, after, before), IMAGE)
+
+
+def test_noise_leaves_tiles_that_only_fill_up():
+    pixels = torch.ones(2, 3, 3, 4, 4)
+    pixels[1, 2] = 0
+    noise = noise_like(pixels)
+    assert torch.equal(noise.flatten(2).any(dim=2), pixels.flatten(2).any(dim=2))
+    assert torch.equal(noise, noise_like(pixels))
