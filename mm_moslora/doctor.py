@@ -43,7 +43,7 @@ SUPPORTED = {
     "timm": ">=1.0.20",
     "safetensors": ">=0.8",
     "pillow": ">=12.3",
-    "wandb": ">=0.25",
+    "wandb": ">=0.29",
 }
 """The ranges of the project's dependencies."""
 
