@@ -84,7 +84,11 @@ def test_all_that_the_packages_import_is_declared():
 
 def test_what_is_imported_without_an_extra_is_a_dependency_of_its_own():
     def needs_extra(path: Path) -> bool:
-        return path.relative_to(CHECKOUT).parts[1] in EXTRA_ONLY or path.stem in {"liger_passes", "lm_eval", "lmms_eval"}
+        return path.relative_to(CHECKOUT).parts[1] in EXTRA_ONLY or path.stem in {
+            "liger_passes",
+            "lm_eval",
+            "lmms_eval",
+        }
 
     files = [path for path in python_files(PACKAGES) if not needs_extra(path)]
     assert not undeclared(files, requirements(), OWN, top=True)
@@ -131,9 +135,13 @@ def test_floors_are_what_is_tested():
     assert not wrong
 
 
-@pytest.mark.skipif(os.environ.get("VERSIONS") != "gpu-image", reason="only `make test-versions` installs an image's versions")
+@pytest.mark.skipif(
+    os.environ.get("VERSIONS") != "gpu-image", reason="only `make test-versions` installs an image's versions"
+)
 def test_a_gpu_image_is_what_is_tested():
-    (floor,) = (p.version for r in requirements() if r.name == "transformers" for p in r.specifier if p.operator == ">=")
+    (floor,) = (
+        p.version for r in requirements() if r.name == "transformers" for p in r.specifier if p.operator == ">="
+    )
     assert sys.version_info[:2] == (3, 12)
     assert Version(version("torch")).release[:2] == (2, 11)
     assert same_release(floor, version("transformers"))

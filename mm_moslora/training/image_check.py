@@ -26,7 +26,7 @@ _SEED = 20_261_127
 
 
 class ImageCheck:
-    """Compares the loss of a micro-batch with its loss on noise, and looks at the gradients of what makes visual tokens.
+    """Compares the loss of a micro-batch with its loss on noise, and looks at the gradients of projector and tower.
 
     It changes neither weights nor generators. All ranks call it together.
 
@@ -70,8 +70,8 @@ class ImageCheck:
         if found == on_noise:
             raise TrainingError(
                 f"The loss does not depend on the images: with the images of the first micro-batch that has some "
-                f"(records {', '.join(batch.ids[:4])}) it is {found / max(1.0, count):.6f} per token, and with noise in "
-                f"their place the same to the last digit. {self._model()} ignores its images; {_REMEDY}"
+                f"(records {', '.join(batch.ids[:4])}) it is {found / max(1.0, count):.6f} per token, and with noise "
+                f"in their place the same to the last digit. {self._model()} ignores its images; {_REMEDY}"
             )
 
     def _look_at_gradients(self) -> None:
