@@ -23,6 +23,7 @@ from typing import Any
 
 from mm_moslora.errors import ConfigError
 from mm_moslora.files import discard
+from mm_moslora.slurm import Job, Requeue
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Places:
     """Where ranks are to run."""
 
     nproc: int | None = None
-    """Processes on each host; None: one per accelerator, or one."""
+    """Processes on each host; None: $NPROC, else one per accelerator, or one."""
     nnodes: int = 1
     """Hosts; the same command runs on each."""
     rdzv: str | None = None
@@ -46,6 +47,8 @@ class Places:
     """Lines such as `worker-1 slots=8`; the deepspeed launcher starts the ranks there through ssh."""
     max_restarts: int = 0
     """How often to start again from the newest checkpoint when a rank dies or hangs."""
+    job: Job | None = None
+    """The SLURM job whose nodes run the ranks; None: this machine, or the hosts that the other fields name."""
 
     def __post_init__(self) -> None:
         for name, least in (("nproc", 1), ("nnodes", 1), ("max_restarts", 0)):
@@ -89,13 +92,12 @@ def accelerators() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def command(places: Places, arguments: Sequence[str], *, environment: Mapping[str, str]) -> list[str]:
+def command(places: Places, arguments: Sequence[str]) -> list[str]:
     """The command that starts the ranks.
 
     Args:
         places: where.
         arguments: of `mm-moslora train`.
-        environment: such as `os.environ`; SLURM's variables are read from it.
     """
     train = ["mm_moslora", "train", *arguments]
     if places.hostfile is not None:
@@ -103,17 +105,12 @@ def command(places: Places, arguments: Sequence[str], *, environment: Mapping[st
             sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(places.hostfile), "--no_local_rank",
             "--module", *train,
         ]  # fmt: skip
-    nproc = places.nproc or max(1, accelerators())
+    nproc = places.nproc or (places.job and places.job.gpus_on_node) or max(1, accelerators())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(nproc)]
     if places.max_restarts:
         torchrun += ["--max_restarts", str(places.max_restarts)]
-    hosts = int(environment.get("SLURM_JOB_NUM_NODES", "1"))
-    if places.nnodes == 1 and hosts > 1 and "SLURM_JOB_ID" in environment and shutil.which("srun"):
-        job = int(environment["SLURM_JOB_ID"])
-        head = _first_host(environment["SLURM_JOB_NODELIST"])
-        meet = ["--nnodes", str(hosts), "--rdzv_backend", "c10d", "--rdzv_id", str(job)]
-        meet += ["--rdzv_endpoint", f"{head}:{20000 + job % 10000}"]  # Linux hands out ports from 32768 by itself
-        return ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", *torchrun, *meet, "-m", *train]
+    if places.job is not None:
+        return [*places.job.srun(), *torchrun, *places.job.rendezvous(), "-m", *train]
     if places.nnodes > 1:
         meet = ["--rdzv_backend", "c10d", "--rdzv_id", "mm-moslora", "--rdzv_endpoint", str(places.rdzv)]
         return [*torchrun, "--nnodes", str(places.nnodes), *meet, "-m", *train]
@@ -122,12 +119,9 @@ def command(places: Places, arguments: Sequence[str], *, environment: Mapping[st
     return [*torchrun, "--standalone", "-m", *train]
 
 
-def _first_host(nodes: str) -> str:
-    done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return done.stdout.split()[0]
-
-
-def launch(places: Places, arguments: Sequence[str], *, run_folder: Path, dry_run: bool = False) -> int:
+def launch(
+    places: Places, arguments: Sequence[str], *, run_folder: Path, dry_run: bool = False, requeue: Requeue | None = None
+) -> int:
     """Start the ranks and wait for them.
 
     Args:
@@ -135,6 +129,7 @@ def launch(places: Places, arguments: Sequence[str], *, run_folder: Path, dry_ru
         arguments: of `mm-moslora train`.
         run_folder: where a run that was stopped leaves its mark.
         dry_run: show the command and start nothing.
+        requeue: decides about the SLURM job of a run that was stopped.
 
     Returns:
         0 when the run is finished, 75 when it was stopped on request, else the launcher's code.
@@ -145,22 +140,28 @@ def launch(places: Places, arguments: Sequence[str], *, run_folder: Path, dry_ru
         # torchrun shares one store between restarts, in which the ranks find the addresses of those that died.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     } | os.environ  # fmt: skip
-    words = command(places, arguments, environment=environment)
+    words = command(places, arguments)
     logger.info("%s", shlex.join(words))
     if dry_run:
         return 0
     mark = run_folder / PREEMPTED
     discard(mark)
     # In a group of its own: Ctrl-C reaches whole groups, and ranks that hear it twice stop without saving.
-    tell = end_deepspeed if places.hostfile is not None else _terminate
-    ended = run_and_hand_on(words, _SIGNALS, tell=tell, env=environment, process_group=0)
-    if mark.exists():
-        return EXIT_REQUEUE
+    tell = _terminate
+    if places.hostfile is not None:
+        tell = end_deepspeed
+    elif places.job is not None:
+        tell = places.job.terminate_step
+    if requeue is not None:
+        requeue.watch(run_folder)
+    ended = run_and_hand_on(words, _SIGNALS, tell=tell, env=environment, process_group=0, stdin=subprocess.DEVNULL)
     # Not by the code alone: DeepSpeed's runner takes a launcher that was ended by a signal for a success.
-    if ended.asked and not (ended.code == 0 and _is_finished(run_folder)):
+    unsaved = bool(ended.signals) and not (ended.code == 0 and _is_finished(run_folder))
+    if not mark.exists() and not unsaved:
+        return ended.code
+    if not mark.exists():
         logger.info("Stopped by a signal without saving. The same command goes on from the newest checkpoint, if any.")
-        return EXIT_REQUEUE
-    return ended.code
+    return requeue.stopped(ended.signals, EXIT_REQUEUE) if requeue is not None else EXIT_REQUEUE
 
 
 def _is_finished(run_folder: Path) -> bool:
@@ -176,8 +177,8 @@ class Ended:
 
     code: int
     """Its exit code."""
-    asked: bool
-    """Whether a signal came before."""
+    signals: frozenset[int]
+    """Which signals came before."""
 
 
 def _terminate(process: int) -> None:
@@ -219,7 +220,7 @@ def run_and_hand_on(
         child = subprocess.Popen(words, **options)
         if early and child.poll() is None:
             tell(child.pid)
-        return Ended(code=child.wait(), asked=bool(early or handed_on))
+        return Ended(code=child.wait(), signals=frozenset([*early, *handed_on]))
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

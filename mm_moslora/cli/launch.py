@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
+
+from mm_moslora.errors import ConfigError
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys, and options of `train`")]
 
@@ -24,19 +28,20 @@ def launch(
     rdzv: str | None = None,
     hostfile: Path | None = None,
     max_restarts: int = 0,
+    requeue: bool = False,
     dry_run: bool = False,
 ) -> int:
     """Train a recipe on all accelerators of this machine, or of several; the same command again continues it.
 
     One process runs as it is, several under torchrun, the hosts of a host file under deepspeed, and a SLURM job of
-    several nodes under srun.
+    several nodes, or one with --requeue, under srun.
 
     Parameters
     ----------
     recipe
         YAML file, or the name of a shipped preset.
     nproc
-        Processes on each host; default: one per accelerator.
+        Processes on each host; default: $NPROC, else one per accelerator.
     nnodes
         Hosts; run the same command on each, with --rdzv.
     rdzv
@@ -45,24 +50,47 @@ def launch(
         Lines such as `worker-1 slots=8`, reached through ssh.
     max_restarts
         Start again from the newest checkpoint when a rank dies or hangs, so many times.
+    requeue
+        In a SLURM job: put it back into the queue when SIGUSR1 announces its time limit (--signal=B:USR1@SECONDS),
+        unless it was started again and saved no new checkpoint.
     dry_run
         Print the resolved recipe and the command, and start nothing.
     """
     from mm_moslora.config import load_recipe, override_items
     from mm_moslora.launch import EXIT_REQUEUE, Places
     from mm_moslora.launch import launch as start
+    from mm_moslora.slurm import WARNING, Job, Requeue
     from mm_moslora.training.signals import Stopped, StopRequest
 
+    job = Job.current(os.environ)
+    again = Requeue(job) if requeue else None
+    stop = StopRequest()
     try:
-        with StopRequest().at_once():
-            places = Places(nproc=nproc, nnodes=nnodes, rdzv=rdzv, hostfile=hostfile, max_restarts=max_restarts)
+        with stop.at_once():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {WARNING})  # the batch script blocks it until it is heard here
+            spread = job is not None and (requeue or job.nodes > 1) and nnodes == 1 and hostfile is None
+            places = Places(
+                nproc=_processes(nproc), nnodes=nnodes, rdzv=rdzv, hostfile=hostfile, max_restarts=max_restarts,
+                job=job if spread else None,
+            )  # fmt: skip
             resolved = load_recipe(recipe, override_items(_of_the_recipe(overrides)))
-            print(resolved.to_yaml(), end="")
+            print(resolved.to_yaml(), end="", flush=True)
             arguments = [recipe, *overrides]
-            return start(places, arguments, run_folder=Path(resolved.train.output), dry_run=dry_run)
+            folder = Path(resolved.train.output)
+            return start(places, arguments, run_folder=folder, dry_run=dry_run, requeue=again)
     except Stopped:
         print("Stopped by a signal before anything was started.", file=sys.stderr)
-        return EXIT_REQUEUE
+        return again.stopped({stop.received}, EXIT_REQUEUE) if again else EXIT_REQUEUE
+
+
+def _processes(nproc: int | None) -> int | None:
+    """The option, else $NPROC."""
+    text = os.environ.get("NPROC", "")
+    if nproc is not None or not text:
+        return nproc
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"NPROC is {text!r}, expected a number from 1 on.")
+    return int(text)
 
 
 def _of_the_recipe(words: tuple[str, ...]) -> tuple[str, ...]:

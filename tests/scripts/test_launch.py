@@ -17,10 +17,11 @@ from between import just_before
 from mm_moslora import cli, distributed, launch
 from mm_moslora.errors import ConfigError
 from mm_moslora.launch import Places, command
+from mm_moslora.slurm import Job, Requeue
 
 
-def joined(places: Places, **environment: str) -> str:
-    return " ".join(command(places, ["r.yaml", "--optim.lr", "1e-4"], environment=environment))
+def joined(places: Places) -> str:
+    return " ".join(command(places, ["r.yaml", "--optim.lr", "1e-4"]))
 
 
 def test_the_launcher_follows_from_the_places(monkeypatch, tmp_path):
@@ -38,12 +39,94 @@ def test_the_launcher_follows_from_the_places(monkeypatch, tmp_path):
     assert f"deepspeed.launcher.runner --hostfile {hosts}" in joined(Places(hostfile=hosts))
 
 
-def test_a_slurm_job_of_several_nodes_goes_through_srun(monkeypatch):
-    monkeypatch.setattr(launch.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(launch, "_first_host", lambda nodes: "node-7")
-    words = joined(Places(nproc=8), SLURM_JOB_ID="12", SLURM_JOB_NUM_NODES="2", SLURM_JOB_NODELIST="node-[7-8]")
-    assert words.startswith("srun --ntasks-per-node=1 --kill-on-bad-exit=1")
-    assert "--nnodes 2 --rdzv_backend c10d --rdzv_id 12 --rdzv_endpoint node-7:20012" in words
+@pytest.fixture
+def slurm_tools(monkeypatch, tmp_path):
+    """Commands of SLURM that write down how they are called; `squeue` answers what a test writes."""
+    for name, text in {
+        "scontrol": 'echo "scontrol $*" >>"$CALLS"; [ "$1" = show ] && printf "node-7\nnode-8\n"; true',
+        "srun": 'shift; exec "$@"', "scancel": 'echo "scancel $*" >>"$CALLS"',
+        "squeue": 'case "$*" in *--steps*) cat "$CALLS.steps" ;; *) cat "$CALLS.state" ;; esac',
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    (tmp_path / "calls.state").write_text("RUNNING\n")
+    (tmp_path / "calls.steps").write_text("12.batch batch\n")
+    return tmp_path
+
+
+def job_of(**environment: str) -> Job:
+    basic = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node-[7-8]"}
+    job = Job.current(basic | environment)
+    assert job is not None
+    return job
+
+
+def test_a_slurm_job_goes_through_srun(slurm_tools):
+    words = joined(Places(nproc=8, job=job_of(SLURM_RESTART_COUNT="3", SLURM_CPUS_PER_TASK="64")))
+    assert words.startswith(f"srun --ntasks-per-node=1 --kill-on-bad-exit=1 --job-name=mm-moslora-{os.getpid()}")
+    assert "--cpus-per-task=64" in words
+    assert "--nproc_per_node 8 --nnodes 2 --rdzv_backend c10d --rdzv_id 12-3 --rdzv_endpoint node-7:20012" in words
+    assert "--nproc_per_node 4 " in joined(Places(job=job_of(SLURM_GPUS_ON_NODE="4")))
+    assert Job.current({}) is None
+
+
+def test_a_slurm_step_is_told_by_its_name_and_srun_before_there_is_one(slurm_tools):
+    """`srun` answers SIGTERM by killing its step; a cancelled step was told by SLURM, and torchrun hears a signal once."""
+    job, calls = job_of(), slurm_tools / "calls"
+    with subprocess.Popen(["sleep", "30"]) as child:
+        (slurm_tools / "calls.state").write_text("COMPLETING\n")
+        job.terminate_step(child.pid)
+        (slurm_tools / "calls.state").write_text("RUNNING\n")
+        (slurm_tools / "calls.steps").write_text(f"12.batch batch\n12.3 other work\n12.4 {job.step_name}\n")
+        job.terminate_step(child.pid)
+        assert calls.read_text() == "scancel --signal=TERM 12.4\n"
+        assert child.poll() is None
+        (slurm_tools / "calls.steps").write_text("12.batch batch\n")
+        job.terminate_step(child.pid)
+        assert child.wait(timeout=20) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("signals", "restarts", "saves", "code", "requeued"),
+    [
+        ({signal.SIGUSR1}, 0, False, 75, True),
+        ({signal.SIGUSR1}, 1, True, 75, True),
+        ({signal.SIGUSR1}, 1, False, 1, False),
+        ({signal.SIGTERM}, 0, True, 75, False),
+        ({signal.SIGTERM, signal.SIGUSR1}, 2, True, 75, True),
+    ],
+)
+def test_a_slurm_job_goes_back_into_the_queue_at_its_time_limit_while_it_gets_on(
+    signals, restarts, saves, code, requeued, slurm_tools
+):
+    run = slurm_tools / "run"
+    (run / "checkpoint-000004").mkdir(parents=True)
+    requeue = Requeue(job_of(SLURM_RESTART_COUNT=str(restarts)))
+    requeue.watch(run)
+    if saves:
+        (run / "checkpoint-000008").mkdir()
+    assert requeue.stopped(signals, 75) == code
+    calls = slurm_tools / "calls"
+    assert (calls.exists() and calls.read_text() == "scontrol requeue 12\n") == requeued
+
+
+def test_a_slurm_job_whose_recipe_was_not_read_yet_is_put_back_once(slurm_tools):
+    assert Requeue(job_of()).stopped({signal.SIGUSR1}, 75) == 75
+    assert Requeue(job_of(SLURM_RESTART_COUNT="1")).stopped({signal.SIGUSR1}, 75) == 1
+
+
+def test_requeue_outside_slurm_is_refused(monkeypatch, capsys):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert cli.run(["launch", "--requeue", "quickstart_tune"]) == 1
+    assert "--requeue is for SLURM jobs, but SLURM_JOB_ID or srun is missing here" in capsys.readouterr().err
+
+
+def test_nproc_of_the_environment_counts(monkeypatch, capsys):
+    monkeypatch.setenv("NPROC", "many")
+    assert cli.run(["launch", "--dry-run", "quickstart_tune"]) == 1
+    assert "NPROC is 'many', expected a number from 1 on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -172,7 +255,7 @@ def test_a_signal_that_comes_while_the_launcher_starts_is_handed_on(monkeypatch)
         ended = launch.run_and_hand_on([sys.executable, "-c", "import time; time.sleep(20)"], [signal.SIGUSR1])
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert (ended.code, ended.asked) == (-signal.SIGTERM, True)
+    assert (ended.code, ended.signals) == (-signal.SIGTERM, {signal.SIGUSR1})
     assert not lost
 
 

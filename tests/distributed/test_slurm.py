@@ -1,0 +1,123 @@
+"""Jobs of a real SLURM: a time limit, a preemption, a cancellation, a job that does not get on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import slurm
+from between import somebody_builds
+from slurm import Cluster, wait_for
+from trials import hexed, make_recipe, weights, write
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not slurm.available(), reason=slurm.WHY_NOT)]
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "train_slurm.sbatch"
+FOREVER = 100_000
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("slurm")) as started:
+        yield started
+
+
+@pytest.fixture
+def batch(monkeypatch):
+    """The words before the recipe: the shipped script, with resources that this machine has."""
+    for name, value in {
+        "PYTHON": sys.executable, "NPROC": "2", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'eval'}", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+
+    def words(*options: str) -> list[str]:
+        return ["--gpus-per-node=0", "--cpus-per-task=2", f"--chdir={ROOT}", *options, str(SCRIPT)]
+
+    return words
+
+
+def newest(run: Path) -> int:
+    """Step of the newest checkpoint."""
+    return max((int(path.name.split("-")[1]) for path in run.glob("checkpoint-*")), default=0)
+
+
+def steps(run: Path) -> int:
+    """Steps whose metrics are written."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return max((json.loads(line).get("step", 0) for line in lines if line.endswith("\n")), default=0)
+
+
+def said(log: Path) -> str:
+    return log.read_text()[-4000:] if log.exists() else "nothing"
+
+
+def undisturbed(run: Path, step: int, parts, ranks) -> bool:
+    """Whether a run has the losses and the weights of one that nobody stopped."""
+    straight = make_recipe(parts, run.with_name("straight"), "zero2", steps=FOREVER, dropout=0.1)
+    ranks.run([f"{write(straight)}@{step}"])
+    same_losses = hexed(run)[:step] == hexed(run.with_name("straight"))
+    return same_losses and weights(run, step) == weights(run.with_name("straight"), step)
+
+
+def test_the_time_limit_saves_and_goes_on_and_a_cancelled_job_stays_away(cluster, batch, parts, ranks, tmp_path):
+    """SLURM looks at limits twice a minute and announces them up to a minute too early."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    recipe = make_recipe(parts, run, "zero2", steps=FOREVER, dropout=0.1)
+    with cluster.job(log, *batch("--time=2", "--signal=B:USR1@5"), write(recipe)) as job:
+        wait_for(lambda: cluster.show(job, "Restarts") == "1", lambda: said(log))
+        first = newest(run)
+        assert first > 0, said(log)
+        wait_for(lambda: steps(run) > first + 3, lambda: said(log))
+        cluster.ask("scancel", job)
+        wait_for(lambda: cluster.show(job, "JobState") == "CANCELLED", "the end")
+        wait_for(lambda: not cluster.ask("squeue", "-h", "-j", job), "the end of its processes")
+        assert cluster.show(job, "Restarts") == "1"
+    last = newest(run)
+    assert last > first, said(log)
+    assert f"Continuing from checkpoint-{first:06d}" in log.read_text()
+    assert undisturbed(run, last, parts, ranks)
+
+
+def test_a_job_that_saves_nothing_before_its_time_limit_ends(cluster, batch, parts, ranks, tmp_path):
+    """Its ranks wait for a cache; with a limit of a minute and five minutes' notice SLURM sends the signal early."""
+    log = tmp_path / "log"
+    first, recipe = (
+        replace(made, data=replace(made.data, cache=str(tmp_path / "cache")))
+        for made in (make_recipe(parts, tmp_path / name, "zero2", steps=1) for name in ("first", "run"))
+    )
+    ranks.run([write(first)])
+    words = batch("--time=1", "--signal=B:USR1@300")
+    with somebody_builds(tmp_path / "cache"), cluster.job(log, *words, write(recipe)) as job:
+        over = ("FAILED", "COMPLETED", "CANCELLED", "TIMEOUT")
+        wait_for(lambda: cluster.show(job, "JobState") in over, lambda: said(log))
+        assert cluster.show(job, "JobState") == "FAILED"
+        assert cluster.show(job, "Restarts") == "1"
+    assert "started 2 times, and its last run saved no checkpoint before its time limit" in log.read_text()
+
+
+def test_a_preempted_job_saves_and_goes_on(cluster, batch, parts, ranks, monkeypatch, tmp_path):
+    """On two nodes with a rank each."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    recipe = make_recipe(parts, run, "zero2", steps=FOREVER, dropout=0.1)
+    monkeypatch.setenv("NPROC", "1")
+    words = batch("--time=10", "--nodes=2", "--cpus-per-task=1", "--partition=low")
+    with cluster.job(log, *words, write(recipe)) as job:
+        wait_for(lambda: steps(run) > 2, lambda: said(log))
+        urgent = ["--partition=high", "--nodes=2", "--cpus-per-task=2", "--wrap", "true"]
+        with cluster.job(tmp_path / "urgent.log", *urgent) as other:
+            wait_for(lambda: cluster.show(other, "JobState") == "COMPLETED", lambda: said(log))
+        first = newest(run)
+        assert first > 0, said(log)
+        wait_for(lambda: steps(run) > first + 3, lambda: said(log))
+        assert cluster.show(job, "Restarts") == "1"
+        cluster.ask("scancel", job)
+        wait_for(lambda: not cluster.ask("squeue", "-h", "-j", job), "the end of its processes")
+    last = newest(run)
+    assert last > first, said(log)
+    assert undisturbed(run, last, parts, ranks)
