@@ -73,7 +73,7 @@ def test_a_slurm_job_goes_through_srun(slurm_tools):
 
 
 def test_a_slurm_step_is_told_by_its_name_and_srun_before_there_is_one(slurm_tools):
-    """`srun` answers SIGTERM by killing its step; a cancelled step was told by SLURM, and torchrun hears a signal once."""
+    """`srun` answers SIGTERM by killing its step. SLURM tells a cancelled step."""
     job, calls = job_of(), slurm_tools / "calls"
     with subprocess.Popen(["sleep", "30"]) as child:
         (slurm_tools / "calls.state").write_text("COMPLETING\n")
