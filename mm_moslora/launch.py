@@ -146,7 +146,7 @@ def launch(
     mark = run_folder / PREEMPTED
     discard(mark)
     # In a group of its own: Ctrl-C reaches whole groups, and ranks that hear it twice stop without saving.
-    tell = _terminate
+    tell: Callable[[int], None] = _terminate
     if places.hostfile is not None:
         tell = end_deepspeed
     elif places.job is not None:

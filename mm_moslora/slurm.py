@@ -139,8 +139,8 @@ class Requeue:
             return code
         if self.job.restarts and (self.run_folder is None or _newest(self.run_folder) <= self.began_with):
             logger.error(
-                "SLURM job %d started %d times, and its last run saved no checkpoint before its time limit. It does not go "
-                "back into the queue. Raise --time, or lower the seconds of --signal=B:USR1@SECONDS.",
+                "SLURM job %d started %d times, and its last run saved no checkpoint before its time limit. "
+                "It does not go back into the queue. Raise --time, or lower the seconds of --signal=B:USR1@SECONDS.",
                 self.job.number, self.job.restarts + 1,
             )  # fmt: skip
             return 1

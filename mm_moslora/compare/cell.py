@@ -137,7 +137,7 @@ def _train_on_several(job: Job) -> bool:
     ended = run_and_hand_on(command, [signal.SIGTERM])
     if ended.code == 0:
         return bool(json.loads((job.place / STATE).read_text(encoding="utf-8"))["state"] == "finished")
-    if ended.asked:
+    if ended.signals:
         return False
     raise MoSLoRAError(f"Training on {len(job.devices)} devices ended with code {ended.code}; see {job.place / LOG}.")
 
