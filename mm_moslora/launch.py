@@ -27,9 +27,19 @@ from mm_moslora.slurm import Job, Requeue
 logger = logging.getLogger(__name__)
 
 EXIT_REQUEUE = 75
-PREEMPTED = "PREEMPTED"
-"""File in a run folder: the run was stopped by a signal, and nothing is unsaved."""
+STOPPED = "STOPPED"
+"""File in a run folder: the run was stopped by a signal, which its text names, and nothing is unsaved."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+def stopped_text(number: int) -> str:
+    """What `STOPPED` holds, for people.
+
+    Args:
+        number: of the signal.
+    """
+    name = "Ctrl-C (SIGINT)" if number == signal.SIGINT else signal.Signals(number).name
+    return f"Stopped by {name}; nothing is unsaved. The same command continues the run.\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +153,7 @@ def launch(
     logger.info("%s", shlex.join(words))
     if dry_run:
         return 0
-    mark = run_folder / PREEMPTED
+    mark = run_folder / STOPPED
     discard(mark)
     # In a group of its own: Ctrl-C reaches whole groups, and ranks that hear it twice stop without saving.
     tell: Callable[[int], None] = _terminate

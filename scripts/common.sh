@@ -94,7 +94,7 @@ hand_on() {
 # Runs "$@", hands signals on to it, and returns 75 (try again later) when it was stopped on request.
 run_and_report() {
   local heard status
-  rm -f "$RUN_FOLDER/PREEMPTED"
+  rm -f "$RUN_FOLDER/STOPPED"
   if [ "$SIGNALS" != 0 ]; then
     echo "Stopped on request before anything was started." >&2
     return 75
@@ -112,7 +112,7 @@ run_and_report() {
     wait "$CHILD" || status=$?
   done
   trap - TERM INT USR1 HUP
-  if [ -e "$RUN_FOLDER/PREEMPTED" ]; then
+  if [ -e "$RUN_FOLDER/STOPPED" ]; then
     echo "Stopped on request; nothing is unsaved. The same command continues the run." >&2
     return 75
   elif [ "$SIGNALS" != 0 ] && ! { [ "$status" = 0 ] && grep -qs '"state": "finished"' "$RUN_FOLDER/state.json"; }; then

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from mm_moslora.files import mark, refuse_strangers
 from mm_moslora.strict import parse_yaml
 
 from .registry import task_folder
@@ -95,8 +96,14 @@ def make_miniature(folder: Path, *, max_new_tokens: int | None = None) -> list[P
 
     Returns:
         The task files, one per benchmark, for `mm-moslora eval run`.
+
+    Raises:
+        ConfigError: files of somebody else have their names.
     """
+    names = [f"{name}.yaml" for name in TASKS] + [f"{name}.tsv" for name in _TSV] + ["vqav2.parquet", "commonsense"]
+    refuse_strangers(folder, names, kind="miniature")
     folder.mkdir(parents=True, exist_ok=True)
+    mark(folder, "miniature")
     for name, rows in _TSV.items():
         _write_tsv(folder / f"{name}.tsv", rows())
     _write_vqav2(folder / "vqav2.parquet")

@@ -37,6 +37,7 @@ from mm_moslora.adapters.state import (
     target_paths,
 )
 from mm_moslora.errors import AdapterError, suggestion
+from mm_moslora.files import output_file, replace_text, replacing
 from mm_moslora.folders import writing
 
 Layout = Literal["peft", "vllm", "diffusers", "gguf"]
@@ -78,6 +79,7 @@ def export_adapter(
 
     Raises:
         AdapterError: unknown layout, or an adapter that the layout cannot express.
+        ConfigError: an adapter lies there already.
         OSError: `out` cannot be written.
     """
     if layout not in get_args(Layout):
@@ -89,6 +91,7 @@ def export_adapter(
     content = read_folder(folder)
     target = Path(out)
     if layout == "gguf":
+        output_file(target)
         from mm_moslora.adapters.export_gguf import write_gguf
 
         if model_config is None:
@@ -109,12 +112,16 @@ def export_adapter(
             for path, pair in plain_pairs(content).items()
             for name, factor in (("lora_A.weight", pair.A), ("lora_B.weight", pair.B))
         }
+    if config is not None:  # a file for diffusers may hold other components, which are kept
+        for name in (STOCK_WEIGHTS, STOCK_CONFIG):
+            output_file(target / name)
     with writing(target):
         target.mkdir(parents=True, exist_ok=True)
         name = DIFFUSERS_WEIGHTS if config is None else STOCK_WEIGHTS
-        save_file(tensors, target / name, metadata={"format": "pt"})
+        with replacing(target / name) as part:
+            save_file(tensors, part, metadata={"format": "pt"})
         if config is not None:
-            (target / STOCK_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            replace_text(target / STOCK_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return target
 
 

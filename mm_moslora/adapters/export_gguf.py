@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mm_moslora.errors import AdapterError
+from mm_moslora.files import replacing
 from mm_moslora.folders import writing
 
 if TYPE_CHECKING:
@@ -97,14 +98,15 @@ def write_file(writer: gguf.GGUFWriter, path: Path) -> None:
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        try:  # numpy does not hear of a full disk when it closes its buffer
-            gguf.GGUFReader(path)
-        except (ValueError, IndexError) as error:
-            raise OSError(errno.ENOSPC, "it is not whole; the disk may be full") from error
+        with replacing(path) as part:
+            writer.write_header_to_file(part)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            try:  # numpy does not hear of a full disk when it closes its buffer
+                gguf.GGUFReader(part)
+            except (ValueError, IndexError) as error:
+                raise OSError(errno.ENOSPC, "it is not whole; the disk may be full") from error
 
 
 def _heads(config: Mapping[str, Any], is_key: bool) -> int:

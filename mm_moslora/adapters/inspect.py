@@ -19,7 +19,11 @@ from mm_moslora.adapters.inject import named_adapter_layers
 from mm_moslora.adapters.load import read_folder
 from mm_moslora.adapters.state import FACTORS_A, MIXER, PREFIX, adapted_path
 from mm_moslora.errors import AdapterError
+from mm_moslora.files import output_file
 from mm_moslora.folders import writing
+
+_SIGN = b"mm_moslora"
+"""Software that a picture names, so that it is replaced by a newer one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,9 +222,10 @@ def draw(reports: Sequence[ModuleReport], picture: str | Path, *, most: int = 24
     curves.set_xlabel("index")
     curves.set_ylabel("singular value of s B M A")
     curves.set_title("Updates, shallow (light) to deep (dark)", fontsize=9)
+    output_file(target, sign=_SIGN if ending == "png" else None)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=120)
+        figure.savefig(target, dpi=120, metadata={"Software": _SIGN.decode()} if ending == "png" else None)
     return target
 
 

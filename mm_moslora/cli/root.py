@@ -20,7 +20,7 @@ from mm_moslora.cli.data import data_app
 from mm_moslora.cli.eval import eval_app, quiet_libraries
 from mm_moslora.config import load_recipe, override_items
 from mm_moslora.errors import MoSLoRAError
-from mm_moslora.files import discard
+from mm_moslora.files import discard, replace_text
 from mm_moslora.folders import adapter_folder, resume_folder
 from mm_moslora.redaction import RedactingFormatter, redact_text, redacted_traceback
 
@@ -189,7 +189,7 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
     stop_at
         Save and stop after this optimiser step.
     """
-    from mm_moslora.launch import PREEMPTED
+    from mm_moslora.launch import STOPPED, stopped_text
     from mm_moslora.training.signals import Stopped, StopRequest
 
     resolved = _recipe(recipe, overrides)
@@ -200,8 +200,8 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
     except Stopped:
         folder = Path(resolved.train.output)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / PREEMPTED).write_text(f"signal {stop.received}\n", encoding="utf-8")
-        print("Stopped by a signal; nothing was unsaved. The same command continues the run.")
+        replace_text(folder / STOPPED, stopped_text(stop.received))
+        print(stopped_text(stop.received), end="")
         return EXIT_REQUEUE
 
 
@@ -211,18 +211,18 @@ def _train(recipe: Recipe, *, resume: str, stop_at: int | None, stop: StopReques
     from mm_moslora_eval.in_training import measure, tasks_of
 
     from mm_moslora import distributed
-    from mm_moslora.launch import PREEMPTED
+    from mm_moslora.launch import STOPPED, stopped_text
     from mm_moslora.training.loop import train as run_training
 
     tasks_of(recipe.validate.tasks)  # a wrong one is told before the first step
     tasks = measure if recipe.validate.tasks else None
     result = run_training(recipe, resume=resume, stop_at=stop_at, measure=tasks, stop=stop)
-    mark = Path(recipe.train.output) / PREEMPTED
+    mark = Path(recipe.train.output) / STOPPED
     if distributed.is_main():
         print(f"Checkpoint: {result.checkpoint} (step {result.step} of {result.total_steps})")
         if result.stopped_by:
-            mark.write_text(f"signal {result.stopped_by}\n", encoding="utf-8")
-            print("Stopped by a signal. The same command continues from there.")
+            replace_text(mark, stopped_text(result.stopped_by))
+            print(stopped_text(result.stopped_by), end="")
         else:
             discard(mark)
     if not result.stopped_by:

@@ -114,7 +114,6 @@ def train(
         try:
             if found is not None:
                 restore(run, *found)
-                logger.info("Continuing from %s, step %d.", found[0].name, run.step)
             loop = _Loop(
                 run, watchdog, measure, stop or StopRequest(), resumed_from=None if found is None else found[0]
             )
@@ -159,6 +158,7 @@ class _Loop:
         resumed_from: Path | None,
     ) -> None:
         recipe, resumed = run.recipe, resumed_from is not None
+        self.resumed_from = resumed_from
         self.run, self.recipe, self.watchdog, self.stop, self.fresh = run, recipe, watchdog, stop, not resumed
         self.loader = BatchLoader(
             run.training_set,
@@ -194,7 +194,10 @@ class _Loop:
         run = self.run
         if self.saved_at == run.step == run.counters.get(FINISHED_AT) and self._over:
             # What its folder says of the run was measured while it trained.
+            logger.info("The run is finished: %s is its last step. Nothing is left to train.", self.resumed_from)
             return self._result(run.folder / checkpoint.folder_name(run.step))
+        if self.resumed_from is not None:
+            logger.info("Continuing from %s, step %d.", self.resumed_from.name, run.step)
         if distributed.is_main():
             files.replace_text(run.folder / "config.yaml", self.recipe.to_yaml())
         self._write_summary()

@@ -73,7 +73,7 @@ def commanded(what: str, rank: str, step: str, *words: str) -> int:
 
     Trackers.finish = slowly
     code = cli.run(list(words))
-    mark = Path(load_recipe(words[-1]).train.output) / "PREEMPTED"
+    mark = Path(load_recipe(words[-1]).train.output) / "STOPPED"
     assert code != EXIT_REQUEUE or mark.exists(), "torchrun would end rank 0 before it can leave its mark"
     return code
 

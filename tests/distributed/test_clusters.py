@@ -196,7 +196,7 @@ def test_torchrun_started_by_hand_has_a_code_of_its_own_and_the_folder_says_what
         return str(json.loads((run / "state.json").read_text())["state"])
 
     assert told(stepped=False) == "running"  # of a process that is gone: ended while it loaded
-    assert not (run / "PREEMPTED").exists()
+    assert not (run / "STOPPED").exists()
     assert told(stepped=True) == "stopped"
-    assert (run / "PREEMPTED").exists()
+    assert (run / "STOPPED").exists()
     assert len(list(run.glob("checkpoint-*"))) == 1

@@ -147,7 +147,7 @@ def test_a_signal_stops_all_ranks_at_the_same_step(number, rank, undisturbed, pa
     assert group.codes == [75, 75], group.outputs
     assert len(metrics(tmp_path / "run")) == 2
     assert (tmp_path / "run" / "checkpoint-000002" / "manifest.json").is_file()
-    mark = tmp_path / "run" / "PREEMPTED"
+    mark = tmp_path / "run" / "STOPPED"
     assert mark.read_text() == f"signal {getattr(signal, number):d}\n"
     ranks.run(["faults:commanded", "nothing", "0", "0", "train", write(recipe)])
     assert not mark.exists()

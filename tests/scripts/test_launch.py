@@ -219,7 +219,7 @@ def test_a_signal_is_handed_on_and_a_stopped_run_asks_to_be_started_again(saves,
     leave = "(mark.touch(), sys.exit(1))" if saves else "sys.exit(1)"
     script = (
         "import pathlib, signal, sys, time\n"
-        f"mark = pathlib.Path({str(tmp_path / 'PREEMPTED')!r})\n"
+        f"mark = pathlib.Path({str(tmp_path / 'STOPPED')!r})\n"
         f"signal.signal(signal.SIGTERM, lambda *_: {leave})\n"
         f"pathlib.Path({str(tmp_path / 'started')!r}).touch()\n"
         "time.sleep(30)\n"

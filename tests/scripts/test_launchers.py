@@ -132,10 +132,10 @@ def test_every_script_answers_help_and_starts_nothing(environment: dict[str, str
 
 @pytest.mark.parametrize(
     ("train", "code"),
-    [("exit 0", 0), ("exit 3", 3), ('touch "$HOME/run/PREEMPTED"; exit 1', 75)],
+    [("exit 0", 0), ("exit 3", 3), ('touch "$HOME/run/STOPPED"; exit 1', 75)],
 )
 def test_exit_code_says_how_the_run_ended(train: str, code: int, stub: dict[str, str], recipe: Path) -> None:
-    (recipe.parent / "run" / "PREEMPTED").touch()  # of an earlier stop: must not count
+    (recipe.parent / "run" / "STOPPED").touch()  # of an earlier stop: must not count
     result = _run("train.sh", str(recipe), "--optim.lr", "1e-4", environment=stub | {"TRAIN": train})
     assert result.returncode == code, result.stderr
     passed = (recipe.parent / "arguments").read_text().splitlines()
@@ -156,7 +156,7 @@ run_and_report bash -c 'exit 3'"""
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_reaches_the_run_which_saves_first(number: int, stub: dict[str, str], recipe: Path) -> None:
     train = (
-        'trap \'sleep 0.5; touch "$HOME/run/saved" "$HOME/run/PREEMPTED"; exit 1\' TERM; touch "$HOME/run/started";'
+        'trap \'sleep 0.5; touch "$HOME/run/saved" "$HOME/run/STOPPED"; exit 1\' TERM; touch "$HOME/run/started";'
         "for _ in $(seq 300); do sleep 0.1; done"
     )
     process = subprocess.Popen(

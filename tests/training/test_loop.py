@@ -44,12 +44,15 @@ def losses(recipe: Recipe) -> list[str]:
     return [line["loss"].hex() for line in lines if "loss" in line]
 
 
-def test_a_stopped_run_continues_exactly(recipe, tmp_path):
+def test_a_stopped_run_continues_exactly(recipe, tmp_path, caplog):
+    caplog.set_level("INFO", logger="mm_moslora")
     straight = with_train(recipe, output=str(tmp_path / "straight"))
     train(straight)
     first = train(recipe, stop_at=2)
     assert not first.finished
     assert train(recipe).finished
+    assert "Continuing from checkpoint-000002, step 2." in caplog.text
+    caplog.clear()
     assert losses(recipe) == losses(straight)
     name = "checkpoint-000006/adapter/moslora.safetensors"
     ours, theirs = load_file(tmp_path / "run" / name), load_file(tmp_path / "straight" / name)
@@ -57,6 +60,8 @@ def test_a_stopped_run_continues_exactly(recipe, tmp_path):
     mixers = (tmp_path / "run" / "mixers.json").read_text()
     assert mixers == (tmp_path / "straight" / "mixers.json").read_text()
     assert train(recipe).step == 6  # a third call finds everything done
+    assert "The run is finished" in caplog.text
+    assert "Continuing" not in caplog.text
     assert (tmp_path / "run" / "mixers.json").read_text() == mixers
 
 

@@ -16,6 +16,7 @@ from between import somebody_builds
 from preloaded import Preloaded
 from trials import losses, write
 
+from mm_moslora.launch import stopped_text
 from mm_moslora.training import signals
 from mm_moslora.training.loop import train
 from mm_moslora.training.signals import StopRequest
@@ -50,15 +51,16 @@ def test_a_run_that_is_told_to_stop_while_it_loads_asks_to_be_started_again(reci
             process.send_signal(number)
             said, errors = process.communicate(timeout=60)
             assert process.returncode == 75, errors
-            assert "nothing was unsaved. The same command continues the run." in said
+            assert stopped_text(number) in said
             assert "Traceback" not in errors
-            assert (run / "PREEMPTED").read_text() == f"signal {number:d}\n"
+            assert (run / "STOPPED").read_text() == stopped_text(number)
+            assert number.name in (run / "STOPPED").read_text()
             assert json.loads((run / "state.json").read_text())["state"] == "stopped"
             (run / "heartbeat" / "rank-00000.json").unlink()
     assert not list(run.glob("checkpoint-*"))
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert not (run / "PREEMPTED").exists()
+    assert not (run / "STOPPED").exists()
     assert losses(run) == losses(tmp_path / "straight")
 
 
