@@ -108,11 +108,20 @@ def _string(node: ast.stmt | None) -> str | None:
 
 
 def write(out: Path) -> list[Path]:
-    """Write all pages and the index; pages of modules that are gone are removed."""
+    """Write all pages and the index; pages of modules that are gone are removed.
+
+    Raises:
+        SystemExit: the folder has a README that is no such index.
+    """
+    title = ["# API reference", "", "Written by `scripts/api_reference.py` from the docstrings.", ""]
+    readme = out / "README.md"
+    if readme.exists() and not readme.read_text(encoding="utf-8").startswith("\n".join(title)):
+        raise SystemExit(f"{readme} is no index that this script wrote. Choose another folder.")
     out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob("*.md"):
-        old.unlink()
-    written, index = [], ["# API reference", "", "Written by `scripts/api_reference.py` from the docstrings.", ""]
+    for package in PACKAGES:
+        for old in (*out.glob(f"{package}.md"), *out.glob(f"{package}.*.md")):
+            old.unlink()
+    written, index = [], title
     for name, file in modules():
         source = file.read_text(encoding="utf-8")
         target = out / f"{name}.md"
@@ -120,7 +129,7 @@ def write(out: Path) -> list[Path]:
         first = (ast.get_docstring(ast.parse(source)) or "").split("\n")[0]
         index.append(f"- [`{name}`]({target.name}): {first}")
         written.append(target)
-    (out / "README.md").write_text("\n".join(index) + "\n", encoding="utf-8")
+    readme.write_text("\n".join(index) + "\n", encoding="utf-8")
     return written
 
 

@@ -145,6 +145,8 @@ class Rows:
         self.path = path
         lines = path.read_text().splitlines(keepends=True) if path is not None and path.exists() else []
         known = [json.loads(line) for line in lines if line.endswith("\n")]  # one that was being written is not whole
+        if lines and not known:
+            raise SystemExit(f"{path} holds no rows of this script. Name another file.")
         if known and known[0] != settings:
             raise SystemExit(f"{path} holds rows of {known[0]}, and this run is {dict(settings)}. Name another file.")
         self.rows: list[dict[str, Any]] = known[1:]

@@ -12,7 +12,7 @@ from adapters.adapter_models import llama
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, export_adapter, save_adapter
 from mm_moslora.adapters.inspect import inspection
-from mm_moslora.errors import AdapterError
+from mm_moslora.errors import AdapterError, ConfigError
 
 
 def _model():
@@ -61,3 +61,23 @@ def test_the_error_names_the_path(way: str, place: str, folder: Path, tmp_path: 
 def test_a_picture_of_no_format_is_an_error(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"ends in 'doc', expected one of .*png"):
         inspection(folder, picture=tmp_path / "mixers.doc")
+
+
+@pytest.mark.parametrize("way", ["peft", "vllm", "gguf"])
+def test_an_export_replaces_nothing(way: str, folder: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "out" / "adapter_model.safetensors" if way != "gguf" else tmp_path / "out"
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(ConfigError, match="exists and is not replaced"):
+        WAYS[way](folder, tmp_path / "out")
+    assert mine.read_text() == "mine"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+
+
+def test_a_picture_replaces_its_own_kind_alone(folder: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        WAYS["picture"](folder, tmp_path / "out")
+    (tmp_path / "out.png").write_bytes(b"\x89PNG a photo of mine")
+    with pytest.raises(ConfigError, match=r"out\.png exists and is not replaced"):
+        WAYS["picture"](folder, tmp_path / "out")
+    assert (tmp_path / "out.png").read_bytes() == b"\x89PNG a photo of mine"

@@ -9,11 +9,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from mm_moslora_eval.miniature import SCENES
+from mm_moslora_eval.miniature import SCENES, make_miniature
 from mm_moslora_eval.registry import get_task
 from mm_moslora_eval.runner import Settings
 from mm_moslora_eval.suite import evaluate, read_samples
 
+from mm_moslora.errors import ConfigError
 from tests.eval.eval_data import picture
 from tests.eval.eval_models import export_tiny
 
@@ -193,3 +194,14 @@ def test_vlmevalkit_example_answers_a_message(tiny: Path, tmp_path: Path) -> Non
     said = model.generate(message, dataset="MMBench_DEV_EN")
     assert said
     assert expected.strip().startswith(said[:3])
+
+
+def test_made_up_documents_replace_none_of_the_user(tmp_path: Path) -> None:
+    for _ in range(2):
+        make_miniature(tmp_path / "made")
+    (tmp_path / "pope.tsv").write_text("mine")
+    name = next(path.name for path in (tmp_path / "made").glob("*.tsv"))
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=rf"already holds {name}"):
+        make_miniature(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({"made", "pope.tsv", name})

@@ -120,3 +120,13 @@ def test_in_a_browser(two: tuple[Path, Path], tmp_path: Path) -> None:
         browser.open(page.as_uri(), width=400)
         assert browser.run("document.documentElement.scrollWidth") <= 400
         assert browser.errors == []
+
+
+def test_a_report_replaces_reports_alone(run_folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    for _ in range(2):
+        build_report(run_folder, page)
+    page.write_text("<h1>mine</h1>")
+    with pytest.raises(ConfigError, match=r"page\.html exists and is not replaced"):
+        build_report(run_folder, page)
+    assert page.read_text() == "<h1>mine</h1>"
