@@ -76,6 +76,20 @@ def test_a_protocol_says_where_it_differs_in_its_description_and_its_results(run
     assert run.result.about["judge"]["wording"] == judge.WORDING
 
 
+def test_what_lmms_eval_reads_elsewhere_stops_at_and_shows_otherwise_is_said() -> None:
+    for task in all_tasks().values():
+        said = " ".join(task.differences)
+        if task.protocol.startswith("lmms_eval"):
+            assert (task.source.kind == "tsv") == ("VLMEvalKit's TSV" in said), task.id
+        if task.protocol == "lmms_eval" and task.name in UNTIL:
+            assert "`until: ASSISTANT:` is not applied" in said, task.id
+    assert "show the pictures before the text" in " ".join(get_task("mmmu_val@lmms_eval").differences)
+
+
+UNTIL = ("mmbench_en_dev", "seedbench_image", "seedbench_all", "textvqa_val", "vizwiz_val", "llavabench")
+"""Tasks that lmms-eval ends at a string."""
+
+
 def test_every_judged_protocol_names_the_wording_as_this_projects() -> None:
     judged = [task for task in all_tasks().values() if task.metric in JUDGED or task.extraction.startswith("mathvista")]
     assert len(judged) >= 12
