@@ -21,7 +21,7 @@ class Limits:
     """Bytes of all request bodies, and of what was made of them, in memory together; counted until the answers end."""
     pictures_bytes: int = 2**30
     """Bytes of memory for pictures that are being opened, together: a file of 200 kB may hold 40 million pixels."""
-    json_items: int = 200_000
+    json_items: int = 100_000
     """Commas and opening brackets of a body; counted while it arrives, so that nothing is parsed that is refused."""
     json_escapes: int = 1_000_000
     """Backslashes of a body; counted alike."""
