@@ -15,7 +15,7 @@ from preloaded import Preloaded
 
 from mm_moslora.cli import run
 from mm_moslora.config import override_items
-from mm_moslora.errors import ConfigError
+from mm_moslora.errors import CheckpointError, ConfigError
 
 CHECKOUT = Path(__file__).parents[1]
 
@@ -141,8 +141,22 @@ def test_a_reader_that_leaves_and_a_full_disk_cost_no_traceback(words, unbuffere
     assert done.returncode == 1
     assert (
         done.stderr
-        == f"error: Writing failed: {os.strerror(errno.ENOSPC)}. Give a path that can be read and written.\n"
+        == f"error: Writing failed: {os.strerror(errno.ENOSPC)}. Make room on its disk, or give a path on another.\n"
     )
+
+
+def test_a_full_disk_on_the_way_out_does_not_hide_why_a_save_failed(monkeypatch, capsys):
+    def refused(words, **_):
+        try:
+            raise CheckpointError("The checkpoint of step 7 could not be written.")
+        finally:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/heartbeat")
+
+    monkeypatch.setattr("mm_moslora_eval.cli.list_tasks", refused)
+    assert run(["eval", "list"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: The checkpoint of step 7 could not be written. Then: runs/heartbeat: No space left")
+    assert "Give a path" not in told
 
 
 def test_ctrl_c_is_told_and_is_exit_code_130(monkeypatch, capsys):

@@ -99,7 +99,8 @@ def run(arguments: list[str]) -> int:
             return EXIT_NO_READER
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise  # a line without a path would help nobody
-        _fail(_refused(error))
+        hidden = _hidden_by(error)
+        _fail(_refused(error) if hidden is None else f"{hidden} Then: {_refused(error)}")
         return EXIT_ERROR
     except KeyboardInterrupt:
         _fail("interrupted")
@@ -135,7 +136,17 @@ def _nobody_reads() -> bool:
 def _refused(error: OSError) -> str:
     """What the system would not read or write, and why."""
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-    return f"{' to '.join(names) or 'Writing failed'}: {error.strerror}. Give a path that can be read and written."
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = (
+        "Make room on its disk, or give a path on another." if full else "Give a path that can be read and written."
+    )
+    return f"{' to '.join(names) or 'Writing failed'}: {error.strerror}. {remedy}"
+
+
+def _hidden_by(error: BaseException) -> MoSLoRAError | None:
+    """The error of ours during whose handling another one came."""
+    inner = error.__context__
+    return inner if inner is None or isinstance(inner, MoSLoRAError) else _hidden_by(inner)
 
 
 def _fail(text: str) -> None:

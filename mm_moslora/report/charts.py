@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
 
@@ -28,6 +28,8 @@ class Series:
     points: list[tuple[float, float]]
     faint: bool = False
     """Drawn thin and pale, behind the others and without a legend entry."""
+    colour: int | None = None
+    """Number of its colour; None: the next one. What is the same thing in several charts has one colour in all."""
 
 
 def downsample(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
@@ -124,14 +126,15 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, zero: bool
         x_label: below the axis.
         zero: the y axis starts at zero.
     """
-    drawn = [Series(name=s.name, points=downsample(s.points), faint=s.faint) for s in series if s.points]
+    drawn = [replace(item, points=downsample(item.points)) for item in series if item.points]
     every = [point for item in drawn for point in item.points]
     x_axis = _Axis(min(x for x, _ in every), max(x for x, _ in every), start=LEFT, end=WIDTH - RIGHT)
     y_axis = _y_axis([y for _, y in every], zero=zero)
     parts = [_grid(x_axis, y_axis, x_label)]
     legend = []
-    colour = 0
+    next_colour = 0
     for item in drawn:
+        colour = next_colour if item.colour is None else item.colour
         style = "faint" if item.faint else f"line c{colour % 6}"
         path = " ".join(f"{x_axis.place(x):.1f},{y_axis.place(y):.1f}" for x, y in item.points)
         if len(item.points) == 1:
@@ -143,7 +146,7 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, zero: bool
             parts.append(f'<polyline class="{style}" points="{path}"/>')
         if not item.faint:
             legend.append(f'<li><i class="key c{colour % 6}"></i>{escape(item.name)}</li>')
-            colour += 1
+            next_colour = colour + 1
     shown = [item for item in drawn if not item.faint]
     data = [
         {

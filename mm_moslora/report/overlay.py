@@ -21,6 +21,7 @@ LARGEST = 1e300
 MEASURES = (
     ("loss", "Training loss per supervised token, smoothed", False),
     ("validation_loss", "Validation loss", False),
+    ("token_accuracy", "Token accuracy, smoothed", False),
     ("grad_norm", "Gradient norm, smoothed", False),
     ("tokens_per_second", "Throughput, tokens per second, smoothed", True),
 )
@@ -74,10 +75,11 @@ def _charts(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any
         charts = []
         for key, title, zero in MEASURES:
             series = []
-            for name, run in zip(names, runs, strict=True):
+            for number, (name, run) in enumerate(zip(names, runs, strict=True)):
                 stage = next((stage for stage in run.stages if stage.name == stage_name), None)
                 points = [] if stage is None else curve(stage, key)
-                series.append(Series(name=name, points=points if key in _RAW else smooth(points)))
+                shown = points if key in _RAW else smooth(points)
+                series.append(Series(name=name, points=shown, colour=number))
             if any(item.points for item in series):
                 charts.append(Markup(line_chart(series, title=title, x_label="optimiser step", zero=zero)))  # noqa: S704
         if charts:

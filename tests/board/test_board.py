@@ -246,7 +246,8 @@ def test_in_a_browser_it_follows_compares_filters_and_shows(port: int, runs: Pat
         with (runs / "sweep" / "rank4" / "metrics.jsonl").open("a") as stream:
             stream.write(json.dumps({"step": 31, "loss": 123.0}) + "\n")
         page.wait("[...document.querySelectorAll('#runs small')].some(e => e.textContent.includes('loss 123'))")
-        page.wait("document.querySelector('.readout').textContent.length > 5")
+        # As in the list, and where the smoothed line ends.
+        page.wait("document.querySelector('.readout').textContent.includes('rank4 123 (smoothed ')")
 
         def show(tab: str) -> None:
             page.run(f"document.querySelector('[data-tab={tab}]').click()")

@@ -46,6 +46,16 @@ def test_scores_curves_samples_and_differences_are_side_by_side(two: tuple[Path,
     assert '<img src="x"' not in page
 
 
+def test_a_run_has_one_colour_in_all_charts(two: tuple[Path, Path], tmp_path: Path) -> None:
+    """Also in a chart for which the first run has nothing to draw."""
+    path = two[0] / "tune" / "metrics.jsonl"
+    path.write_text("".join(line + "\n" for line in path.read_text().splitlines() if "validation_loss" not in line))
+    page = build_report(two, tmp_path / "both.html").read_text()
+    tuned = [part for part in page.split("<figure ") if "Validation loss</figcaption>" in part][-1]
+    assert 'class="dot c1"' in tuned
+    assert 'class="dot c0"' not in tuned
+
+
 def test_overlapping_intervals_claim_nothing(two: tuple[Path, Path], tmp_path: Path) -> None:
     rows = json.loads((two[1] / "evaluation.json").read_text())
     next(row for row in rows if row["name"] == "tuned").update(mean=0.84, low=0.79, high=0.89)

@@ -18,6 +18,7 @@
   };
   const short = (value) => (value === null || value === undefined ? "·" : Math.abs(value) >= 10000 ? Math.round(value).toLocaleString("en")
     : Math.abs(value) < 1e-3 && value !== 0 ? value.toExponential(2) : Number(value.toPrecision(4)).toString());
+  const duration = (seconds) => (seconds < 90 ? `${Math.round(seconds)} s` : seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`);
   const percent = (share) => `${(100 * share).toFixed(1)} %`;
   const colour = (id) => `c${chosen.indexOf(id) % COLOURS}`;
   const missing = (text) => make("p", { class: "missing" }, text);
@@ -40,6 +41,7 @@
     if (item.stage) parts.push(item.stage);
     if (item.step !== null) parts.push(item.total ? `step ${item.step} of ${item.total}` : `step ${item.step}`);
     if (item.loss !== null && item.loss !== undefined) parts.push(`loss ${short(item.loss)}`);
+    if (item.state === "running" && item.eta_seconds) parts.push(`${duration(item.eta_seconds)} left`);
     if (item.reason) parts.push(item.reason);
     for (const [task, value] of Object.entries(item.scores)) parts.push(`${task} ${percent(value)}`);
     return parts.join(" · ");
@@ -78,7 +80,7 @@
       if (!charts.has(name)) charts.set(name, []);
       charts.get(name).push({ id, points });
     }
-    const rank = (name) => ["loss", "validation_loss", "grad_norm", "tokens_per_second"].findIndex((key) => name.endsWith(key));
+    const rank = (name) => ["loss", "validation_loss", "token_accuracy", "grad_norm", "tokens_per_second", "wall_seconds"].findIndex((key) => name.endsWith(key));
     const names = [...charts.keys()].sort((a, b) => ((rank(a) + 99) % 99) - ((rank(b) + 99) % 99) || a.localeCompare(b));
     at("tools").replaceChildren(
       make("label", {}, "Smoothing ", make("input", { type: "range", min: 0, max: 0.95, step: 0.05, value: smoothing, oninput: (event) => { smoothing = Number(event.target.value); drawPanelOnly(); } })),
@@ -98,7 +100,7 @@
     return marks;
   };
   const chart = (name, series) => {
-    const lines = series.map((line) => ({ ...line, points: smoothed(line.points) }));
+    const lines = series.map((line) => ({ ...line, raw: line.points, points: smoothed(line.points) }));
     const all = lines.flatMap((line) => line.points), log = logScale && all.every(([, y]) => y > 0);
     const level = (y) => (log ? Math.log10(y) : y);
     let [x0, x1] = [Math.min(...all.map(([x]) => x)), Math.max(...all.map(([x]) => x))];
@@ -116,12 +118,14 @@
     for (const line of lines) svg.append(line.points.length === 1
       ? make("circle", { class: colour(line.id), cx: px(line.points[0][0]), cy: py(line.points[0][1]), r: 3 })
       : make("polyline", { class: colour(line.id), points: line.points.map(([x, y]) => `${px(x).toFixed(1)},${py(y).toFixed(1)}`).join(" ") }));
-    const last = lines.map((line) => `${title(line.id)} ${short(line.points.at(-1)[1])}`).join(", ");
+    // The value that was measured first, as in the list of runs, then where the line is drawn.
+    const value = (line, index) => `${title(line.id)} ${short(line.raw[index][1])}${smoothing > 0 && line.raw.length > 1 ? ` (smoothed ${short(line.points[index][1])})` : ""}`;
+    const last = lines.map((line) => value(line, line.raw.length - 1)).join(", ");
     const readout = make("p", { class: "readout" }, last);
     svg.addEventListener("pointermove", (event) => {
       const box = svg.getBoundingClientRect(), x = x0 + (((event.clientX - box.left) / box.width) * W - LEFT) / (W - LEFT - RIGHT) * (x1 - x0);
-      const near = (points) => points.reduce((a, b) => (Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a));
-      readout.textContent = `Step ${Math.round(near(lines[0].points)[0])}: ${lines.map((line) => `${title(line.id)} ${short(near(line.points)[1])}`).join(", ")}`;
+      const near = ({ raw }) => raw.reduce((best, point, index) => (Math.abs(point[0] - x) < Math.abs(raw[best][0] - x) ? index : best), 0);
+      readout.textContent = `Step ${Math.round(lines[0].raw[near(lines[0])][0])}: ${lines.map((line) => value(line, near(line))).join(", ")}`;
     });
     svg.addEventListener("pointerleave", () => { readout.textContent = last; });
     return make("figure", { class: "card chart" }, make("figcaption", {}, name), svg, readout);
