@@ -143,7 +143,9 @@ def _said(beat: Beat) -> str:
         return f"{beat.who} failed {where}: {beat.failure}"
     if beat.gave_up:
         return f"{beat.who} gave up waiting {where} ({beat.phase})"
-    return f"{beat.who} is silent for {format_seconds(beat.age)}, last seen {where} ({beat.phase})"
+    # In whole minutes: a board that watches tells its readers whenever a word changes.
+    age = beat.age if beat.age < 60 else beat.age // 60 * 60
+    return f"{beat.who} is silent for {format_seconds(age)}, last seen {where} ({beat.phase})"
 
 
 def _without_beats(place: Path, told: Mapping[str, Any]) -> RunState:

