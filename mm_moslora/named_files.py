@@ -22,8 +22,8 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from mm_moslora.errors import DataError
 
@@ -121,7 +121,7 @@ def beside(folder: Path, name: str) -> Path:
 
 
 @contextmanager
-def opened(path: Path, *, most: int | None) -> Iterator[BinaryIO]:
+def opened(path: Path, *, most: int | None) -> Iterator[BufferedReader]:
     """Open a regular file for reading.
 
     Args:

@@ -23,7 +23,7 @@ from mm_moslora.data.sources import RecordSource
 from mm_moslora.errors import DataError, suggestion
 from mm_moslora.files import building
 from mm_moslora.locks import take
-from mm_moslora.named_files import FileError, find_below, read_text
+from mm_moslora.named_files import FileError, find_below, read_text_below
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -218,10 +218,10 @@ def load_saved(folder: Path) -> Any:
     import datasets
 
     root = folder.resolve()
-    for state in (folder / "state.json", *folder.glob("*/state.json")):
-        if state.is_file():
-            for item in json.loads(read_text(state)).get("_data_files") or ():
-                find_below(root, str(state.parent.resolve() / str(item["filename"])))
+    splits = json.loads(read_text_below(folder, "dataset_dict.json") or "{}").get("splits", ())
+    for part in (root, *(find_below(root, name) for name in splits)):
+        for item in json.loads(read_text_below(part, "state.json") or "{}").get("_data_files") or ():
+            find_below(part, item["filename"])
     return datasets.load_from_disk(str(folder))
 
 

@@ -200,6 +200,22 @@ class TestTables:
         lines = [(2, "cat", [1, 0, 0]), (2, "dog", [2, 0, 0])]
         assert [tuple(json.loads(line)) for line in done.stdout.splitlines()] == lines * 4
 
+    @pytest.mark.parametrize("where", ["table", "split"])
+    def test_a_saved_set_names_no_table_elsewhere(self, tmp_path: Path, where: str) -> None:
+        import datasets
+
+        table = datasets.Dataset.from_list([{"question": "q", "answer": "secret"}])
+        table.save_to_disk(tmp_path / "private")
+        datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "d")
+        if where == "split":
+            (tmp_path / "d" / "dataset_dict.json").write_text('{"splits": ["../private"]}')
+        else:
+            state = tmp_path / "d" / "train" / "state.json"
+            name = "../../private/data-00000-of-00001.arrow"
+            state.write_text(json.dumps(json.loads(state.read_text()) | {"_data_files": [{"filename": name}]}))
+        with pytest.raises(DataError, match="leaves"):
+            open_source(SourceConfig(path=str(tmp_path / "d")))
+
     def test_what_does_not_load_says_so(self, tmp_path: Path) -> None:
         import datasets
 

@@ -336,4 +336,4 @@ def test_a_description_says_which_pictures_are_shown_and_what_cannot_be_asked(tm
     assert "cannot be asked: the text has 1 image tags, the document has 0 images" in blocks[1]
     assert "pictures: none" in blocks[1]
     assert "gone.png (missing)" in blocks[2]
-    assert "cannot be asked: image '../out.png' leads out of" in blocks[3]
+    assert "cannot be asked: image '../out.png' leaves" in blocks[3]

@@ -49,7 +49,7 @@ def found(given: Any, *, file: Path, row: int, rules: PictureRules) -> tuple[tup
         try:
             picture = find_picture(item, index, where, rules)
         except RecordError as error:
-            return (), f"image {ascii(item)[:100]}: {error.what}; {error.remedy}"
+            return (), f"image {error.what}; {error.remedy}"
         assert isinstance(picture, Path | StoredPicture), "no host is allowed, and a picture is no frame of a video"
         pictures.append(picture if isinstance(picture, Path) else picture.read())
     return tuple(pictures), None
