@@ -375,3 +375,40 @@ def test_pictures_are_opened_as_in_training(tmp_path: Path) -> None:
             assert np.array_equal(np.asarray(open_image(source)), np.asarray(expected))
     assert mean_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
     assert 120 < mean_image(tmp_path / "grey16.png").getpixel((0, 0))[0] < 136
+
+
+def test_a_saved_folder_is_known_by_its_content_and_a_hub_set_by_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    import datasets
+
+    table = datasets.Dataset.from_dict({"id": ["a", "b"], "question": ["1?", "2?"], "answer": ["x", "y"]})
+    table.save_to_disk(str(tmp_path / "one"))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    tasks = {}
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(f"name: mine\nsource: {{kind: hf, path: {tmp_path / name}}}\n")
+        tasks[name] = get_task(str(tmp_path / f"{name}.yaml"))
+    first, second = (task.load() for task in tasks.values())
+    assert first.sha256 == second.sha256
+    assert len(first.sha256) == 64
+    assert first.revision is None
+    changed = datasets.Dataset.from_dict({"id": ["a", "b"], "question": ["1?", "2?"], "answer": ["x", "z"]})
+    shutil.rmtree(tmp_path / "two")
+    changed.save_to_disk(str(tmp_path / "two"))
+    assert tasks["two"].load().sha256 != first.sha256
+
+    commit, asked = "0123456789abcdef" * 2 + "01234567", {}
+    table.info.download_checksums = {f"hf://datasets/o/n@{commit}/test.parquet": {"num_bytes": 1, "checksum": None}}
+
+    def load(*_: object, **options: object) -> datasets.Dataset:
+        asked.update(options)
+        return table
+
+    monkeypatch.setattr("mm_moslora.data.tables.load_checked", load)
+    (tmp_path / "hub.yaml").write_text("name: mine\nsource: {kind: hf, path: o/n, revision: v1}\n")
+    data = get_task(str(tmp_path / "hub.yaml")).load()
+    assert data.to_dict()["revision"] == commit
+    assert asked["revision"] == "v1"

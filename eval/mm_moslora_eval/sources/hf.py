@@ -13,6 +13,7 @@ from mm_moslora.named_files import opened
 from ..documents import CONTEXT, DataSet, Document, ImageLike, checked
 from ..metrics.commonsense import LM_EVAL_TASKS, lm_eval_requests
 from .files import find_data, matches, picture_folder
+from .identity import folder_checksum, hub_revision
 from .pictures import Pictures, found, rules_of
 from .source import Source
 from .tsv import parse_list
@@ -44,9 +45,10 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
 
     place = find_data(source.path, beside=beside)
     table, sha256 = _open(source, place)
+    revision = hub_revision(table)
     if source.lm_eval_task is not None:
         documents = checked(_choices(table, source), source=source.path)
-        return DataSet(documents=documents, path=source.path, sha256=sha256)
+        return DataSet(documents=documents, path=source.path, sha256=sha256, revision=revision)
     for ours, theirs in source.columns.items():
         names = [part.strip() for part in theirs.split(",")]
         missing = [name for name in names if name not in table.column_names]
@@ -62,7 +64,8 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
         folder = picture_folder(source.image_folder, place or Path(source.path), beside=beside)
     rules = rules_of(folder, follow_links=source.follow_links)
     documents = checked(_documents(table, source, rules, of_hub=place is None), source=source.path)
-    return DataSet(documents=documents, path=source.path, sha256=sha256, dropped=rows - len(documents))
+    dropped = rows - len(documents)
+    return DataSet(documents=documents, path=source.path, sha256=sha256, dropped=dropped, revision=revision)
 
 
 def _open(source: Source, path: Path | None) -> tuple[Any, str]:
@@ -74,12 +77,12 @@ def _open(source: Source, path: Path | None) -> tuple[Any, str]:
     options = {"name": source.config, "split": source.split}
     try:
         if path is None:
-            table = load_checked(source.path, **options)
+            table = load_checked(source.path, revision=source.revision, **options)
             return undecoded(table), str(getattr(table, "_fingerprint", ""))
         if path.is_dir() and (path / "dataset_info.json").is_file():
-            return undecoded(load_saved(path)), str(path)
+            return undecoded(load_saved(path)), folder_checksum(path)
         if path.is_dir():
-            return undecoded(load_checked(str(path), **options)), str(path)
+            return undecoded(load_checked(str(path), **options)), folder_checksum(path)
         if path.is_file():
             kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}.get(path.suffix)
             if kind is None:

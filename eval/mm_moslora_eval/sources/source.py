@@ -27,6 +27,8 @@ class Source:
     """hf: split."""
     config: str | None = None
     """hf: configuration name."""
+    revision: str | None = None
+    """hf: commit, branch or tag of a set from the hub; None: its main branch. Results name the commit."""
     lm_eval_task: str | None = None
     """hf: records of this lm-evaluation-harness task (`metrics.commonsense.LM_EVAL_TASKS`) in the original columns."""
     answer_is: Literal["auto", "letter", "index", "text"] = "auto"
