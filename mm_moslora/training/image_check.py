@@ -66,11 +66,11 @@ class ImageCheck:
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
         engine = self.run.engine
         with undisturbed(self.run), _without_memory(engine.module), eager:
-            (found, count), (on_noise, _) = engine.evaluate([plain]), engine.evaluate([noise])
-        if found == on_noise:
+            found, on_noise = engine.evaluate([plain]), engine.evaluate([noise])
+        if found.loss == on_noise.loss:
             raise TrainingError(
                 f"The loss does not depend on the images: with the images of the first micro-batch that has some "
-                f"(records {', '.join(batch.ids[:4])}) it is {found / max(1.0, count):.6f} per token, and with noise "
+                f"(records {', '.join(batch.ids[:4])}) it is {found.loss / max(1.0, found.tokens):.6f} per token, and with noise "
                 f"in their place the same to the last digit. {self._model()} ignores its images; {_REMEDY}"
             )
 

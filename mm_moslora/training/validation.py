@@ -112,7 +112,9 @@ class Validator:
         Raises:
             CutShortError: a signal came.
         """
-        run, metrics, samples = self.run, {}, []
+        run = self.run
+        metrics: dict[str, float] = {}
+        samples: list[Sample] = []
         with undisturbed(run):
             if run.validation_set is not None:
                 metrics |= self._loss(run.validation_set)
