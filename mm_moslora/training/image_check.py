@@ -70,8 +70,8 @@ class ImageCheck:
         if found.loss == on_noise.loss:
             raise TrainingError(
                 f"The loss does not depend on the images: with the images of the first micro-batch that has some "
-                f"(records {', '.join(batch.ids[:4])}) it is {found.loss / max(1.0, found.tokens):.6f} per token, and with noise "
-                f"in their place the same to the last digit. {self._model()} ignores its images; {_REMEDY}"
+                f"(records {', '.join(batch.ids[:4])}) it is {found.loss / max(1.0, found.tokens):.6f} per token, and "
+                f"with noise in their place the same to the last digit. {self._model()} ignores its images; {_REMEDY}"
             )
 
     def _look_at_gradients(self) -> None:
