@@ -142,18 +142,18 @@ def newest_valid(run: Path) -> tuple[Path, Manifest] | None:
         except CheckpointError as error:
             damaged.append((folder, error))
             continue
-        for other, error in damaged:
+        for other, reason in damaged:
             aside = files.set_aside(other, "corrupt")
-            logger.warning("Passed over a damaged checkpoint, now %s: %s", aside.name, error)
+            logger.warning("Passed over a damaged checkpoint, now %s: %s", aside.name, reason)
         return folder, manifest
     if damaged:
         raise CheckpointError(
             f"All {len(damaged)} checkpoints in {run} are damaged; the newest: {damaged[0][1]} Restore one of them, or "
             "start again in another folder (train.output)."
         )
-    if aside := sorted(path.name for path in run.glob("checkpoint-*")):
+    if names := sorted(path.name for path in run.glob("checkpoint-*")):
         raise CheckpointError(
-            f"{run} holds no checkpoint to go on from, but {', '.join(aside[:5])}, which was damaged, put aside or "
+            f"{run} holds no checkpoint to go on from, but {', '.join(names[:5])}, which was damaged, put aside or "
             "made by another program. Restore it under its own name, choose another train.output, or start from step 0 "
             "beside it with --resume never."
         )
