@@ -74,7 +74,7 @@ def _open(source: Source, path: Path | None) -> tuple[Any, str]:
     from mm_moslora.data.tables import load_checked, load_saved, undecoded
 
     datasets.disable_progress_bars()  # rows are checked and counted here; the bars would hide that
-    options = {"name": source.config, "split": source.split}
+    options: dict[str, Any] = {"name": source.config, "split": source.split}
     try:
         if path is None:
             table = load_checked(source.path, revision=source.revision, **options)

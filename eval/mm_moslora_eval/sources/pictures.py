@@ -6,7 +6,6 @@ Those of a table are read when they are needed: decoded, a benchmark's do not fi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +101,7 @@ class Pictures:
     def _read(self, row: int, name: str, place: int) -> bytes:
         from mm_moslora.data.faults import Where
         from mm_moslora.data.images import read_picture
-        from mm_moslora.data.pictures import find_picture
+        from mm_moslora.data.pictures import StoredPicture, find_picture
         from mm_moslora.data.tables import fetched_file
 
         value = self._arrow[row : row + 1].column(name)[0].as_py()  # type: ignore[index]
@@ -110,12 +109,12 @@ class Pictures:
             value = value[place]
         if value.get("bytes") is not None:
             return bytes(value["bytes"])
-        picture = fetched_file(value.get("path"), self._store)
-        if picture is None:
-            where = Where(file=self._file, line=None, row=row)
-            picture = find_picture(value, place, where, self._rules)
-        read = partial(read_picture, picture) if isinstance(picture, Path) else picture.read  # type: ignore[union-attr]
-        return read()
+        fetched = fetched_file(value.get("path"), self._store)
+        if fetched is not None:
+            return fetched.read()
+        picture = find_picture(value, place, Where(file=self._file, line=None, row=row), self._rules)
+        assert isinstance(picture, Path | StoredPicture), "no host is allowed, and a picture is no frame of a video"
+        return read_picture(picture) if isinstance(picture, Path) else picture.read()
 
 
 def _item(feature: Any) -> Any:
