@@ -57,6 +57,7 @@ def check_recipe(
     *,
     against: Sequence[Path] = (),
     processes: int | None = None,
+    everything: bool = False,
 ) -> Checked:
     """Read every record and decode every picture of a recipe's training and validation data.
 
@@ -64,6 +65,7 @@ def check_recipe(
         recipe: resolved.
         against: folders of held-out pictures, in which pictures of the training data should not occur.
         processes: that share the work; None: one per processor.
+        everything: show every fault on the console; the plain data hold all in any case.
 
     Raises:
         DataError: a source cannot be read at all.
@@ -75,7 +77,7 @@ def check_recipe(
     reports: dict[str, CheckReport] = {}
     for name, sources in _sets(recipe):
         reports[name] = report = _check(name, sources, recipe, parts, decode=True, processes=processes)
-        shown += [Text(f"data.{name}", style="bold"), *view_report(report)]
+        shown += [Text(f"data.{name}", style="bold"), *view_report(report, everything=everything)]
         plain[name] = _plain(report, findings(report))
     held_out: dict[str, dict[str, Fingerprint | None]] = {str(folder): _folder(folder) for folder in against}
     if "validation" in reports:
@@ -86,7 +88,7 @@ def check_recipe(
         finding, pairs = leakage(reports["train"].images, marks, name=name)
         leaks, found = [*leaks, finding], found + pairs
     if leaks:
-        shown += [view_findings(leaks), view_matches(found)]
+        shown += [view_findings(leaks), view_matches(found, everything=everything)]
         plain["leakage"] = {"findings": [item._asdict() for item in leaks], "pairs": [list(pair) for pair in found]}
     return Checked(shown, plain, int(not all(report.ok for report in reports.values())))
 
@@ -152,7 +154,7 @@ def _plain(report: CheckReport, found: list[Finding]) -> dict[str, Any]:
     return {name: getattr(report, name) for name in names} | {
         "images": len(report.images), "bad": {code.value: count for code, count in report.bad.items()},
         "faults": [str(fault) for fault in report.faults], "lengths": length_percentiles(report),
-        "histogram": report.histogram(), "repeated_ids": dict(report.repeated_ids.most_common(20)),
+        "histogram": report.histogram(), "repeated_ids": dict(report.repeated_ids.most_common()),
         "findings": [item._asdict() for item in found],
     }  # fmt: skip
 

@@ -26,6 +26,7 @@ RUN_FILES = (
 """What a run writes into its folder, besides checkpoints and what services keep there."""
 MANIFEST = "manifest.json"
 ADAPTER_CONFIG = "adapter_config.json"
+PROJECTOR = "projector.safetensors"
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})$")
 
 
@@ -102,7 +103,7 @@ def adapter_folder(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         raise AdapterError(why_no_adapter_folder(folder))
-    if any((folder / name).is_file() for name in (ADAPTER_CONFIG, "moslora.json", "lora_config.json")):
+    if _holds_adapter(folder):
         _mention_others(folder)
         return folder
     inside = [item / "adapter" for item in (folder, *(item for _, item in reversed(checkpoints(folder))))]
@@ -110,6 +111,28 @@ def adapter_folder(path: str | Path) -> Path:
     if found is None and (several := adapters_inside(folder)):
         raise AdapterError(several)
     return found or folder
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a path means an adapter, as `adapter_folder` takes it."""
+    try:
+        return _holds_adapter(adapter_folder(path))
+    except AdapterError:
+        return False
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (ADAPTER_CONFIG, "moslora.json", "lora_config.json"))
+
+
+def projector_file(path: str | Path) -> Path:
+    """The projector that a path means: the file itself, or that of a checkpoint or of a run's newest one.
+
+    A path that leads to none is given back as it is; whoever reads it says what is wrong with it.
+    """
+    place = Path(path)
+    inside = [item / PROJECTOR for item in (place, *(item for _, item in reversed(checkpoints(place))))]
+    return next((item for item in inside if item.is_file()), place) if place.is_dir() else place
 
 
 def resume_folder(resume: str) -> Path | None:

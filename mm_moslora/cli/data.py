@@ -28,6 +28,7 @@ def data_check(
     *overrides: Overrides,
     against: tuple[Path, ...] = (),
     processes: Processes = None,
+    everything: Annotated[bool, Parameter(name="--all", negative="")] = False,
     as_json: AsJson = False,
 ) -> int:
     """Read every record and picture of a recipe's data and say what is wrong; exit code 1 when the run would stop.
@@ -38,12 +39,14 @@ def data_check(
         YAML file, preset, or the folder of a run.
     against
         Folders of pictures that you evaluate on: training pictures that look like one of them are named.
+    everything
+        Show every fault instead of the first 20; --json holds all in any case.
     """
     resolved = _recipe(recipe, overrides)
     quiet_libraries()
     from mm_moslora.datacheck import check_recipe
 
-    return _show(check_recipe(resolved, against=against, processes=processes), as_json=as_json)
+    return _show(check_recipe(resolved, against=against, processes=processes, everything=everything), as_json=as_json)
 
 
 @data_app.command(name="stats")

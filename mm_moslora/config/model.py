@@ -69,7 +69,8 @@ class ProjectorConfig:
     scale_to_embeddings: bool = False
     """Scale the last layer at initialisation so that visual tokens have the size of word embeddings."""
     weights: str | None = None
-    """A `projector.safetensors` to start from (the result of an align stage)."""
+    """A projector to start from: the run folder of an align stage, one of its checkpoints, or a
+    `projector.safetensors`."""
     mode: Literal["auto", "frozen", "full"] = "auto"
     """Train it or not; auto trains a projector of our own and leaves that of a ready-made model alone."""
 
@@ -223,8 +224,8 @@ class AdapterConfig:
     targets: str | list[str] = "all-linear"
     """all-linear (every linear layer but the head) or names of linear layers, within the adapted component."""
     weights: str | None = None
-    """Adapter folder to start from (ours, a `Trainer`'s, plain LoRA of PEFT): its factors and modules instead of fresh
-    ones. rank and alpha must be those of the folder."""
+    """Adapter to start from: a run folder, a checkpoint, or an adapter folder (also a `Trainer`'s, or PEFT's LoRA). Its
+    factors and modules stand in the place of fresh ones. rank and alpha must be those of the folder."""
 
     def __post_init__(self) -> None:
         at_least("adapter.rank", self.rank, 1)

@@ -23,8 +23,6 @@ from mm_moslora.data.sources import RecordSource, open_sources
 from mm_moslora.data.video import Frame
 from mm_moslora.errors import DataError
 
-SHOWN = 20
-"""Faults, repeated ids and the like that a report names; all are counted."""
 _TOGETHER = 128
 _SHORT_ANSWER = 60
 
@@ -44,7 +42,7 @@ class CheckReport:
     bad: Counter[Code] = field(default_factory=Counter)
     """Bad records by fault."""
     faults: list[RecordError] = field(default_factory=list)
-    """The first `SHOWN` of them."""
+    """Each of them."""
     text_only: int = 0
     """Usable records without a picture."""
     one_image: int = 0
@@ -126,7 +124,7 @@ class CheckReport:
         for name in ("bad", "sizes", "turns", "short_answers", "ids", "contents", "images"):
             getattr(self, name).update(getattr(other, name))
         self.lengths += other.lengths
-        self.faults += other.faults[: SHOWN - len(self.faults)]
+        self.faults += other.faults
 
 
 def check(

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from mm_moslora.data.check import SHOWN, CheckReport
+from mm_moslora.data.check import CheckReport
 from mm_moslora.data.conversation import Encoded, Encoder
 from mm_moslora.data.findings import Finding, findings, length_percentiles
 from mm_moslora.data.fingerprints import Match
@@ -22,6 +22,8 @@ SCAFFOLD = "dim"
 SPECIAL = "reverse"
 IMAGE = "magenta"
 _BAR = 40
+SHOWN = 20
+"""Faults, repeated ids and pairs of pictures that are shown unless all are asked for."""
 
 
 def view_record(record: Record, encoded: Encoded, encoder: Encoder) -> RenderableType:
@@ -77,13 +79,19 @@ def _runs(ids: Sequence[int], supervised: Sequence[bool], special: set[int]) -> 
     return runs
 
 
-def view_report(report: CheckReport) -> list[RenderableType]:
-    """A check's report: counts, lengths, findings, faults."""
+def view_report(report: CheckReport, *, everything: bool = False) -> list[RenderableType]:
+    """A check's report: counts, lengths, findings, faults.
+
+    Args:
+        report: of the check.
+        everything: show all faults and repeated ids, not the first `SHOWN`.
+    """
+    most = None if everything else SHOWN
     parts: list[RenderableType] = [_counts(report), _lengths(report), view_findings(findings(report))]
     if report.bad:
-        parts.append(_faults(report))
+        parts.append(_faults(report, most))
     if report.repeated_ids:
-        names = ", ".join(ascii(name) for name, _ in report.repeated_ids.most_common(SHOWN))
+        names = ", ".join(ascii(name) for name, _ in report.repeated_ids.most_common(most))
         parts.append(Text(f"{sum(report.repeated_ids.values())} records repeat an id: {names}", style="yellow"))
     bad = report.records - report.usable
     verdict = f"{report.usable} of {report.records} records can be used"
@@ -108,10 +116,16 @@ def view_findings(found: Sequence[Finding]) -> Table:
     return table
 
 
-def view_matches(found: Sequence[Match]) -> Text:
+def view_matches(found: Sequence[Match], *, everything: bool = False) -> Text:
     """Training pictures and the held-out ones that they look like, line by line."""
-    lines = [f"{a} is in both" if a == b else f"{a} looks like {b}" for a, b in found[:SHOWN]]
-    return Text("\n".join([*lines, f"... and {len(found) - SHOWN} more"] if len(found) > SHOWN else lines))
+    lines = [f"{a} is in both" if a == b else f"{a} looks like {b}" for a, b in found]
+    return _listed(lines, None if everything else SHOWN)
+
+
+def _listed(lines: Sequence[str], most: int | None) -> Text:
+    """The first lines, and how many more there are."""
+    left = len(lines) - len(lines[:most])
+    return Text("\n".join([*lines[:most], *([f"... and {left} more; --all shows them"] if left else [])]))
 
 
 def view_statistics(report: CheckReport) -> list[RenderableType]:
@@ -161,12 +175,10 @@ def _lengths(report: CheckReport) -> Table:
     return table
 
 
-def _faults(report: CheckReport) -> Group:
+def _faults(report: CheckReport, most: int | None) -> Group:
     table = Table(title="Records that cannot be used", title_justify="left")
     table.add_column("fault")
     table.add_column("records", justify="right")
     for code, count in report.bad.most_common():
         table.add_row(code.value, f"{count:,}")
-    more = sum(report.bad.values()) - len(report.faults)
-    lines = [str(fault) for fault in report.faults] + ([f"... and {more} more"] if more else [])
-    return Group(table, Text("\n".join(lines)))
+    return Group(table, _listed([str(fault) for fault in report.faults], most))

@@ -32,6 +32,7 @@ from mm_moslora.batch import Eyes
 from mm_moslora.chat_templates import set_chat_template
 from mm_moslora.config import ModelConfig, VisionConfig
 from mm_moslora.errors import ModelError, reason_of
+from mm_moslora.folders import projector_file
 from mm_moslora.models.anyres import NEWLINE, anyres_processor, compose_anyres, newline_of, require_anyres
 from mm_moslora.models.eyes import ProcessorEyes, SquareEyes
 from mm_moslora.models.fused import FusedVisionModel
@@ -132,7 +133,7 @@ def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Asse
         model = compose(config, settings, shape, standard=standard, prefix=spec.prefix)
     projector = build_projector(config.projector.kind, shape).to(dtype)
     if config.projector.weights:
-        load_projector(projector, Path(config.projector.weights), newline=newline_of(model))
+        load_projector(projector, projector_file(config.projector.weights), newline=newline_of(model))
     model.model.vision_tower = tower
     model.model.language_model = language.base_model
     model.lm_head = language.get_output_embeddings()
@@ -433,7 +434,10 @@ def load_projector(projector: nn.Module, weights: Path, *, newline: nn.Parameter
         ModelError: no such file, or it was made for other widths.
     """
     if not weights.is_file():
-        raise ModelError(f"model.projector.weights is {str(weights)!r}, which does not exist.")
+        what = "is a folder without checkpoints and projector.safetensors" if weights.is_dir() else "does not exist"
+        raise ModelError(
+            f"model.projector.weights: {weights} {what}. Give a run folder, a checkpoint, or a projector.safetensors."
+        )
     state, own = load_file(weights), projector.state_dict()
     stored = state.pop(NEWLINE, None)
     if newline is not None and stored is not None:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from mm_moslora.config import ModelConfig
 from mm_moslora.errors import ModelError
-from mm_moslora.folders import MANIFEST
+from mm_moslora.folders import MANIFEST, projector_file
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,9 @@ def contents_at(checkpoint: Path) -> Mapping[str, str]:
 def contents_of(config: ModelConfig) -> dict[str, str]:
     """Fingerprints of the parts that lie on this disk, by recipe key."""
     vision = config.vision
-    names = {"language": config.language, "vlm": config.vlm, "projector.weights": config.projector.weights}
+    names = {"language": config.language, "vlm": config.vlm}
+    if config.projector.weights:
+        names["projector.weights"] = str(projector_file(config.projector.weights))
     if vision is not None:
         names |= {f"vision.{key}": getattr(vision, key) for key in ("name", "pretrained", "fuse_with")}
     return {f"model.{key}": fingerprint(Path(name)) for key, name in names.items() if name and Path(name).exists()}

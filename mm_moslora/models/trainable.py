@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import peft
@@ -15,6 +16,7 @@ from mm_moslora.adapters.base_weights import stop_repacking
 from mm_moslora.adapters.load import read_folder
 from mm_moslora.config import AdapterConfig, ModelConfig
 from mm_moslora.errors import ConfigError
+from mm_moslora.folders import adapter_folder
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.fused import FusedVisionModel
 from mm_moslora.models.ready import decoder_path, tower_path
@@ -44,9 +46,10 @@ def attach_adapters(
             # Factors live in the base's dtype; the engine keeps fp32 masters. PEFT's fp32 copies under a bf16 base cost
             # a third of the step.
             if adapter.weights is not None:
-                _check_start(adapter)
+                start = adapter_folder(adapter.weights)
+                _check_start(adapter, start)
                 assembly.peft_model = adapters.load_adapter(
-                    assembly.model, adapter.weights, trainable=True, autocast_adapter_dtype=False
+                    assembly.model, start, trainable=True, autocast_adapter_dtype=False
                 )
             else:
                 assembly.peft_model = adapters.add_moslora(
@@ -60,13 +63,12 @@ def attach_adapters(
     return assembly.peft_model
 
 
-def _check_start(adapter: AdapterConfig) -> None:
+def _check_start(adapter: AdapterConfig, folder: Path) -> None:
     """The recipe says what the run is; a folder that says otherwise is an error."""
-    assert adapter.weights is not None
-    found = read_folder(adapter.weights, trainable=True).config
+    found = read_folder(folder, trainable=True).config
     if (found.r, float(found.lora_alpha)) != (adapter.rank, float(adapter.alpha)):
         raise ConfigError(
-            f"adapter.weights: {adapter.weights} has rank {found.r} and alpha {found.lora_alpha:g}, but the recipe "
+            f"adapter.weights: {folder} has rank {found.r} and alpha {found.lora_alpha:g}, but the recipe "
             f"says {adapter.rank} and {adapter.alpha:g}. Give adapter.rank and adapter.alpha the folder's numbers."
         )
 

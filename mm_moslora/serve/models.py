@@ -27,7 +27,7 @@ from mm_moslora.batch import Example, Seen
 from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.records import Turn
 from mm_moslora.errors import ConfigError, ModelError
-from mm_moslora.folders import ADAPTER_CONFIG, MANIFEST, find_checkpoint
+from mm_moslora.folders import ADAPTER_CONFIG, MANIFEST, find_checkpoint, projector_file
 from mm_moslora.models.anyres import newline_of
 from mm_moslora.models.branching import Decoder
 from mm_moslora.models.build import Assembly, load_projector
@@ -324,9 +324,8 @@ def _untuned_projector(assembly: Assembly, path: Path) -> tuple[nn.Module | None
 def _first_projector(checkpoint: Path) -> Path | None:
     """The file of the projector that a run started from, where the recipe names it, or its run, and it is there."""
     weights = model_of(checkpoint).projector.weights
-    if weights and Path(weights).is_dir():
-        weights = str(find_checkpoint(Path(weights)) / "projector.safetensors")
-    return Path(weights) if weights and Path(weights).is_file() else None
+    file = projector_file(weights) if weights else None
+    return file if file is not None and file.is_file() else None
 
 
 def _read_projector(assembly: Assembly, file: Path) -> tuple[nn.Module | None, nn.Parameter | None]:

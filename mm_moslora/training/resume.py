@@ -14,7 +14,7 @@ from mm_moslora import distributed
 from mm_moslora.adapters.load import restore_frozen_factors
 from mm_moslora.config import Recipe
 from mm_moslora.errors import CheckpointError, ConfigError
-from mm_moslora.folders import checkpoints, resume_folder
+from mm_moslora.folders import checkpoints, is_adapter, projector_file, resume_folder
 from mm_moslora.models.places import CONTENTS, contents_of
 from mm_moslora.training import checkpoint
 from mm_moslora.training.commit import rank_folder
@@ -77,7 +77,8 @@ def _check_same_run(folder: Path, manifest: checkpoint.Manifest, recipe: Recipe)
     if changes.other_run:
         raise CheckpointError(
             f"{folder} belongs to another run: {len(changes.other_run)} recipe keys differ "
-            f"({'; '.join(changes.other_run[:6])}). Restore them, or choose another train.output."
+            f"({'; '.join(changes.other_run[:6])}). Restore them, or choose another train.output. To train longer or "
+            f"otherwise from these weights, choose another train.output and give {_weights_of(folder, recipe)}."
         )
     world = distributed.world_size()
     differences = list(changes.rounding)
@@ -91,6 +92,14 @@ def _check_same_run(folder: Path, manifest: checkpoint.Manifest, recipe: Recipe)
             "to rounding, but not bit for bit; dropout masks differ where the number of ranks does.",
             folder.name, "; ".join(differences),
         )  # fmt: skip
+
+
+def _weights_of(checkpoint: Path, recipe: Recipe) -> str:
+    """The overrides by which another run starts from what a checkpoint holds."""
+    words = [f"--adapter.weights {checkpoint}"] if is_adapter(checkpoint) else []
+    if recipe.model.vlm is None and projector_file(checkpoint).is_file():
+        words.append(f"--model.projector.weights {checkpoint}")
+    return " ".join(words) or "the exported model as model.language or model.vlm"
 
 
 def _filled(recipe: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.dataset import TrainingSet
 from mm_moslora.errors import ConfigError, TrainingError
 from mm_moslora.files import refuse_strangers
-from mm_moslora.folders import MANIFEST, RUN_FILES, RUN_LOCK
+from mm_moslora.folders import MANIFEST, RUN_FILES, RUN_LOCK, is_adapter, projector_file
 from mm_moslora.locks import take
 from mm_moslora.losses import use_loss_head
 from mm_moslora.models.anyres import NEWLINE, newline_of
@@ -194,9 +194,9 @@ def _start_of(model: ModelConfig, adapter: AdapterConfig, checkpoint: Path) -> t
 
     What trains is read from the checkpoint's state later, so nothing but frozen parts and shapes depend on this.
     """
-    if (weights := model.projector.weights) and not Path(weights).exists():
+    if (weights := model.projector.weights) and not projector_file(weights).is_file():
         model = replace(model, projector=replace(model.projector, weights=str(checkpoint / "projector.safetensors")))
-    if adapter.weights and not Path(adapter.weights).exists():
+    if adapter.weights and not is_adapter(adapter.weights):
         adapter = replace(adapter, weights=str(checkpoint / "adapter"))
     return model, adapter
 

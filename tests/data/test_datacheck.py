@@ -75,6 +75,21 @@ def test_check_names_faults_and_fails_when_a_run_would(recipe, tmp_path, capsys)
     assert run(["data", "check", name, "--data.max_bad_share", "0.2", "--data.on_bad", "error"]) == 1
 
 
+def test_check_shows_every_fault_when_asked(recipe, tmp_path, capsys):
+    name = recipe()
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join([*path.read_text().splitlines(), *['{"id": "x"}'] * 33]))
+    run(["data", "check", name])
+    text = capsys.readouterr().out
+    assert "... and 13 more; --all shows them" in text
+    run(["data", "check", name, "--all"])
+    text = capsys.readouterr().out
+    assert all(f"train.jsonl:{line} " in text for line in range(21, 54))
+    assert "more;" not in text
+    run(["data", "check", name, "--json"])
+    assert len(json.loads(capsys.readouterr().out)["train"]["faults"]) == 33
+
+
 def test_check_counts_truncation_repeats_and_special_text(recipe, tmp_path, capsys):
     name = recipe()
     path = tmp_path / "train.jsonl"

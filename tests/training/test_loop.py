@@ -65,6 +65,35 @@ def test_a_stopped_run_continues_exactly(recipe, tmp_path, caplog):
     assert (tmp_path / "run" / "mixers.json").read_text() == mixers
 
 
+def test_training_longer_is_refused_with_the_way_to_do_it(recipe, tmp_path):
+    """The keys that the refusal names start another run from the weights of the first; a run folder will do, too."""
+    train(with_train(recipe, steps=2))
+    with pytest.raises(CheckpointError, match="belongs to another run") as refusal:
+        train(with_train(recipe, steps=4))
+    words = str(refusal.value).partition(" and give ")[2].rstrip(".").split()
+    run = Path(recipe.train.output)
+    assert words[::2] == ["--adapter.weights", "--model.projector.weights"]
+    assert {Path(word) for word in words[1::2]} == {run / "checkpoint-000002"}
+    files = ("adapter/moslora.safetensors", "projector.safetensors")
+    first = [load_file(run / "checkpoint-000002" / file) for file in files]
+    for start in (run / "checkpoint-000002", run):
+        model = replace(recipe.model, projector=replace(recipe.model.projector, weights=str(start)))
+        still = replace(recipe.optim, lr=0.0, projector_lr=0.0)
+        longer = replace(recipe, model=model, adapter=replace(recipe.adapter, weights=str(start)), optim=still)
+        output = tmp_path / f"from-{start.name}"
+        train(with_train(longer, steps=1, output=str(output)))
+        for old, new in zip(first, [load_file(output / "checkpoint-000001" / file) for file in files], strict=True):
+            assert old.keys() == new.keys()
+            assert all(torch.equal(old[key], new[key]) for key in old)
+
+
+def test_a_projector_that_is_not_there_is_named(recipe, tmp_path):
+    for weights, said in ((tmp_path / "gone", "does not exist"), (tmp_path, "is a folder without checkpoints")):
+        model = replace(recipe.model, projector=replace(recipe.model.projector, weights=str(weights)))
+        with pytest.raises(ModelError, match=said):
+            train(replace(recipe, model=model))
+
+
 def test_a_run_is_used_and_goes_on_from_elsewhere(recipe, records, tmp_path, monkeypatch):
     """Its recipe names folders relative to where it was started; then the tree moves, the data goes to another disk."""
     project = tmp_path / "project"
