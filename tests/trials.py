@@ -155,6 +155,18 @@ def train_with_other_signs(*arguments: str) -> int:
     return train_recipes(list(arguments))
 
 
+def train_unseeing(*arguments: str) -> int:
+    """Train models whose visual tokens are zeros, whatever the picture."""
+    import torch
+    from ranks import train_recipes
+
+    from mm_moslora.models import vlm
+
+    features = vlm.image_features
+    vlm.image_features = lambda *args, **kwargs: torch.zeros_like(features(*args, **kwargs))
+    return train_recipes(list(arguments))
+
+
 def hexed(run: Path) -> list[str]:
     return [value.hex() for value in losses(run)]
 

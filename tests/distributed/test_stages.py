@@ -52,6 +52,16 @@ def test_a_rank_without_pictures_takes_part(parts, ranks, tmp_path):
         assert losses(tmp_path / stage) == pytest.approx(losses(tmp_path / "none"), rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_all_ranks_end_where_images_are_ignored(stage, parts, ranks, tmp_path):
+    """One of them never sees a picture, and there is nothing that it could compare."""
+    mixed = parts | {"records": make_records(tmp_path / "records", 8, text_only_every=2)}
+    recipe = make_recipe(mixed, tmp_path / stage, stage, order="sequential", global_batch=2, micro_batch=1)
+    group = ranks.finish(ranks.start(["trials:train_unseeing", write(recipe)]))
+    assert group.codes == [1, 1], group.outputs
+    assert all("does not depend on the images" in group.output(rank) for rank in range(2)), group.outputs
+
+
 def test_one_record_five_and_text_alone_give_the_numbers_of_one_rank(parts, ranks, tmp_path):
     """On three ranks, some or two of which have no record in a step, or none of which ever has a picture."""
     records = {
