@@ -148,7 +148,8 @@ def _fill(report: CheckReport, tokens: int) -> float:
 def _plain(report: CheckReport, found: list[Finding]) -> dict[str, Any]:
     names = (
         "records", "usable", "text_only", "one_image", "several_images", "videos", "answers", "tokens",
-        "supervised_tokens", "supervised_share", "truncated", "special_text", "separator_text", "endless",
+        "supervised_tokens", "supervised_share", "truncated", "thoughts", "dropped_thoughts", "special_text",
+        "separator_text", "endless",
         "duplicates", "ok",
     )  # fmt: skip
     return {name: getattr(report, name) for name in names} | {

@@ -5,7 +5,7 @@ object is made, and the resolved recipe is written into the run folder.
 """
 
 from mm_moslora.config.data import DataConfig, SourceConfig
-from mm_moslora.config.model import AdapterConfig, Mode, ModelConfig, ProjectorConfig, VisionConfig
+from mm_moslora.config.model import AdapterConfig, Mode, ModelConfig, ProjectorConfig, Thinking, VisionConfig
 from mm_moslora.config.recipe import RECIPES_FOLDER, Recipe, load_recipe, override_items, recipe_names
 from mm_moslora.config.run import OptimConfig, Precision, TrackConfig, TrainConfig, ValidateConfig
 
@@ -20,6 +20,7 @@ __all__ = [
     "ProjectorConfig",
     "Recipe",
     "SourceConfig",
+    "Thinking",
     "TrackConfig",
     "TrainConfig",
     "ValidateConfig",

@@ -8,6 +8,7 @@ from typing import Literal
 from mm_moslora.config.checks import at_least, require
 
 Mode = Literal["frozen", "adapter", "last_n", "full"]
+Thinking = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,10 @@ class ModelConfig:
     """With chat_template: the token ids of LLaVA's own code where that is sound, instead of the tokenizer's."""
     system_prompt: str | None = None
     """Replaces the chat template's default system prompt, in training and in every export; "" leaves it empty."""
+    thinking: Thinking = "auto"
+    """What becomes of `<think>...</think>` at the start of an answer, where the chat template knows it. auto: it is
+    learned, and other answers and prompts get the template's empty block. always: prompts leave the block to the model,
+    so that it thinks when it answers. never: thinking is left out of the records."""
     attention: str = "auto"
     """auto picks the fastest exact one for padding-free batches; or a transformers attention name."""
     quantisation: Literal["none", "nf4", "int8"] = "none"

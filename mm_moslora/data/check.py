@@ -63,6 +63,10 @@ class CheckReport:
     """Tokens of each usable record, visual tokens included."""
     truncated: int = 0
     """Usable records that lose turns because they are too long."""
+    thoughts: int = 0
+    """Answers whose thinking is learned."""
+    dropped_thoughts: int = 0
+    """Answers whose thinking the chat template, or `model.thinking`, leaves out."""
     special_text: int = 0
     """Usable records whose texts spell special tokens; they stay text."""
     separator_text: int = 0
@@ -119,7 +123,8 @@ class CheckReport:
     def add(self, other: CheckReport) -> None:
         """Take in the report of further records."""
         for name in ("records", "text_only", "one_image", "several_images", "videos", "answers", "supervised_tokens",
-                     "truncated", "special_text", "separator_text", "endless"):  # fmt: skip
+                     "truncated", "thoughts", "dropped_thoughts", "special_text", "separator_text",
+                     "endless"):  # fmt: skip
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("bad", "sizes", "turns", "short_answers", "ids", "contents", "images"):
             getattr(self, name).update(getattr(other, name))
@@ -243,6 +248,8 @@ class _Look:
         report.turns[len(answers)] += 1
         report.short_answers.update(text.strip() for text in answers if len(text) <= _SHORT_ANSWER)
         report.truncated += encoded.dropped_turns > 0
+        report.thoughts += encoded.thoughts
+        report.dropped_thoughts += encoded.dropped_thoughts
         report.special_text += any(self.encoder.tokens.spells_special(text) for text in texts)
         report.separator_text += self.separators is not None and any(self.separators.search(text) for text in texts)
         report.endless += _ends(encoded) - self.ends != set()

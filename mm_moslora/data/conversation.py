@@ -11,6 +11,7 @@ where the answer would begin.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -21,13 +22,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.chat_templates import notes_of
+from mm_moslora.config import Thinking
 from mm_moslora.data.faults import Code
 from mm_moslora.data.parts import PartsTemplate
 from mm_moslora.data.records import IMAGE, Turn
-from mm_moslora.data.template import PLAIN_TEMPLATE, Slot, Template
+from mm_moslora.data.template import PLAIN_TEMPLATE, THINK, THINK_END, Slot, Template, Thought
 from mm_moslora.data.tokens import Piece, Tokens
 from mm_moslora.errors import ConfigError, DataError
 
+_THINKING = re.compile(rf"\s*{THINK}(.*?){THINK_END}\s*", re.DOTALL)
 _PROBE = ("user", "assistant", "user", "assistant")
 
 
@@ -43,6 +46,10 @@ class Encoded:
     """Images in the turns that were kept."""
     dropped_turns: int = 0
     """Turns that did not fit."""
+    thoughts: int = 0
+    """Answers whose thinking is learned."""
+    dropped_thoughts: int = 0
+    """Answers whose thinking the chat template, or the recipe, leaves out."""
 
 
 class TooLong(DataError):  # noqa: N818  (reads as what happened)
@@ -64,6 +71,8 @@ class _Growing:
     """Text that is not tokenised yet."""
     pictures: Sequence[Sequence[int]] | None = None
     """Placeholder ids of every picture, where they differ."""
+    thoughts: int = 0
+    dropped_thoughts: int = 0
     ends: list[tuple[int, int]] = field(default_factory=list)
     """Behind every answer: turns and tokens so far."""
 
@@ -93,6 +102,11 @@ class Parts(Protocol):
     def template_processor(self) -> Any:
         """Of a ready-made model."""
 
+    @property
+    def thinking(self) -> Thinking:
+        """The recipe's `model.thinking`."""
+        ...
+
 
 class Encoder:
     """Tokenises conversations for one tokenizer and its chat template.
@@ -104,6 +118,7 @@ class Encoder:
         system_prompt: replaces the template's default. A template that knows no system turn gets it in front of the
             first question. An empty string removes a default; where there is none it changes nothing.
         processor: of a ready-made model, whose chat template places pictures itself.
+        thinking: what becomes of thinking in answers; see `ModelConfig.thinking`.
 
     Raises:
         ConfigError: the template cannot be taken apart, or nothing ends an answer.
@@ -117,13 +132,15 @@ class Encoder:
         tokens_per_image: int = 0,
         system_prompt: str | None = None,
         processor: Any = None,
+        thinking: Thinking = "auto",
     ) -> None:
         self.tokenizer = tokenizer
+        self.thinking = thinking
         self.image_token_id, self.tokens_per_image = image_token_id, tokens_per_image
         self.system_prompt = system_prompt
         self.template = Template(tokenizer) if processor is None else PartsTemplate(processor)
         probe = self.template.plan(_PROBE)
-        self.tokens = Tokens(tokenizer, structural=[slot.before for slot in probe.slots[:3]] + [probe.tail])
+        self.tokens = Tokens(tokenizer, structural=[slot.before for slot in probe.slots] + [probe.tail])
         self.notes = notes_of(str(self.template.source))
         # Models whose tokenizer adds BOS were trained with it; LLaVA and the stock processor put it there, too.
         self._bos = self.template.missing_bos()
@@ -136,6 +153,7 @@ class Encoder:
             image_token_id=parts.image_token_id,
             tokens_per_image=parts.tokens_per_image,
             processor=parts.template_processor,
+            thinking=parts.thinking,
         )
 
     def fingerprint(self) -> str:
@@ -145,6 +163,7 @@ class Encoder:
         parts = (
             type(self.tokenizer).__name__, vocabulary, self.template.source, self.tokenizer.special_tokens_map,
             self.image_token_id, self.tokens_per_image, self.system_prompt, self._bos,
+            self.thinking,
         )  # fmt: skip
         return hashlib.sha256(repr(parts).encode("utf-8", errors="surrogatepass")).hexdigest()
 
@@ -197,9 +216,12 @@ class Encoder:
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an answer behind a generation prompt, as training sees it, without its end of turn."""
         turns = [Turn(role="user", text="a"), Turn(role="assistant", text=text)]
-        plan = self.template.plan(("user", "assistant"))
-        prompt = [Piece(plan.slots[0].before, True), Piece("a", False), Piece(plan.slots[1].before, True)]
-        answer = [Piece(plan.slots[1].lead, True), Piece(plan.slots[1].trim([turns[1].text])[0], False)]
+        roles = ("user", "assistant")
+        plan = self.template.plan(roles)
+        thought = self.template.thought(roles) if self.thinking == "always" else None
+        before = thought.before if thought else plan.slots[1].before
+        prompt = [Piece(plan.slots[0].before, True), Piece("a", False), Piece(before, True)]
+        answer = [*_written(thought, "", plan.slots[1]), Piece(plan.slots[1].trim([turns[1].text])[0], False)]
         return self._answer(prompt, answer, self.tokens.encode(prompt))
 
     def decode_answer(self, ids: Sequence[int]) -> str:
@@ -219,15 +241,23 @@ class Encoder:
         grown = _Growing(ids=list(self._bos), supervised=[False] * len(self._bos), pictures=pictures)
         scaffold = [*(slot.before for slot in plan.slots), plan.tail]
         for index, (turn, slot) in enumerate(zip(turns, plan.slots, strict=True)):
-            self._add_scaffold(grown, scaffold[index])
             if turn.role != "assistant":
+                self._add_scaffold(grown, scaffold[index])
                 self._add_content(grown, turn, slot)
                 continue
+            thinking, text = self._apart(turn.text)
+            shown = thinking is not None and self.thinking != "never" and index == len(turns) - 1
+            thought = self.template.thought(shape) if shown else None
+            if thinking:
+                grown.thoughts += thought is not None
+                grown.dropped_thoughts += thought is None
+            self._add_scaffold(grown, thought.before if thought else scaffold[index])
             if prompt and index == len(turns) - 1:
                 self._flush(grown)
                 return grown
             end = self._end_of_turn(scaffold[index + 1], plan.tail)
-            self._add_answer(grown, turn, slot, end)
+            answer = [*_written(thought, thinking or "", slot), Piece(slot.trim([text])[0], False), Piece(end, True)]
+            self._add_answer(grown, answer, end)
             scaffold[index + 1] = scaffold[index + 1][len(end) :]
             grown.ends.append((numbers[index] + 1 - added, len(grown.ids)))
         return grown
@@ -279,10 +309,18 @@ class Encoder:
         grown.run = []
         return ids
 
-    def _add_answer(self, grown: _Growing, turn: Turn, slot: Slot, end: str) -> None:
+    def _apart(self, text: str) -> tuple[str | None, str]:
+        """The thinking at the start of an answer, None where the template's plain form is meant, and the rest."""
+        apart = self.template.knows_thinking or self.thinking == "never"
+        found = _THINKING.match(text) if apart else None
+        thinking = found[1].strip("\n") if found else None
+        if self.thinking == "always":
+            thinking = thinking or ""
+        return thinking, text[found.end() :] if found else text
+
+    def _add_answer(self, grown: _Growing, answer: list[Piece], end: str) -> None:
         before = [Piece(grown.context, True), *grown.run]
         prompt = self._flush(grown)
-        answer = [Piece(slot.lead, True), Piece(slot.trim([turn.text])[0], False), Piece(end, True)]
         grown.add(self._answer(before, answer, prompt), supervised=True)
         ending = self.tokens.first_special(end)
         if ending is not None:
@@ -319,6 +357,13 @@ class Encoder:
         return tail.rstrip() or tail
 
 
+def _written(thought: Thought | None, thinking: str, slot: Slot) -> list[Piece]:
+    """What the model writes before the answer itself."""
+    if thought is None:
+        return [Piece(slot.lead, True)]
+    return [Piece(thought.opening, True), Piece(thinking, False), Piece(thought.closing, True)]
+
+
 def _pictures_alone(turn: Turn) -> Turn:
     """A question without its text."""
     return Turn(role="user", text=IMAGE * turn.images) if turn.role == "user" else turn
@@ -329,6 +374,8 @@ def _encoded(grown: _Growing) -> Encoded:
         input_ids=torch.tensor(grown.ids, dtype=torch.long),
         supervised=torch.tensor(grown.supervised, dtype=torch.bool),
         images=grown.images,
+        thoughts=grown.thoughts,
+        dropped_thoughts=grown.dropped_thoughts,
     )
 
 

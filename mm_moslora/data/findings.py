@@ -28,7 +28,8 @@ class Finding(NamedTuple):
 def findings(report: CheckReport) -> list[Finding]:
     """What to know about some sources before they are trained on."""
     return [
-        _usable(report), _ends(report), _supervision(report), _truncation(report), _modality(report), _special(report),
+        _usable(report), _ends(report), _supervision(report), _truncation(report), _thinking(report), _modality(report),
+        _special(report),
         _separators(report), _repeats(report), _answers(report), _longest(report),
     ]  # fmt: skip
 
@@ -84,6 +85,16 @@ def _truncation(report: CheckReport) -> Finding:
         return Finding("ok", "length", f"all fit into {report.max_length} tokens")
     detail = f"over {report.max_length} tokens: {report.truncated} records lose turns, {lost} cannot be used at all"
     return Finding("warn", "length", detail, "raise data.max_length, or split long records")
+
+
+def _thinking(report: CheckReport) -> Finding:
+    if not report.dropped_thoughts:
+        return Finding("ok", "thinking", f"{report.thoughts} answers think before they answer")
+    detail = f"{report.thoughts} answers are learned with their thinking, {report.dropped_thoughts} without"
+    remedy = (
+        "most chat templates show the thinking of the last answer alone; split such records, or model.thinking: never"
+    )
+    return Finding("warn", "thinking", detail, remedy)
 
 
 def _modality(report: CheckReport) -> Finding:

@@ -23,6 +23,7 @@ PLAIN_TEMPLATE = (
 )
 """For tokenizers that bring no chat template: `role:`, a line break, the content; end-of-sequence behind an answer."""
 _PLANS = 512
+THINK, THINK_END = "<think>", "</think>"
 
 # Letters, quotes and brackets show templates that change or escape contents; the symbol is in no template.
 _MARK = "<&\"'\u241fSlot {}\u241f>"
@@ -63,6 +64,18 @@ class Plan:
     """Behind the last content."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Thought:
+    """How a template writes an answer that begins with thinking."""
+
+    before: str
+    """Scaffold between the previous content and what the model writes."""
+    opening: str
+    """What the model writes before the thinking."""
+    closing: str
+    """What it writes between the thinking and the answer."""
+
+
 class Template:
     """The chat template of a tokenizer, or the plain one.
 
@@ -81,6 +94,7 @@ class Template:
             start = "{{ bos_token }}" if _adds_bos(tokenizer) else ""
             self.source = start + PLAIN_TEMPLATE
         self._plans: dict[tuple[str, ...], Plan] = {}
+        self._thoughts: dict[tuple[str, ...], Thought | None] = {}
 
     def lay_out(self, turns: Sequence[Turn]) -> tuple[list[Turn], tuple[str, ...], list[int]]:
         """The contents that need a slot each, the shape to plan for, and the turn that each content comes from."""
@@ -99,6 +113,19 @@ class Template:
                 self._plans.clear()
             self._plans[roles] = plan
         return plan
+
+    @property
+    def knows_thinking(self) -> bool:
+        """Whether the template treats `<think>` in an answer in a way of its own."""
+        return THINK_END in str(self.source)
+
+    def thought(self, roles: tuple[str, ...]) -> Thought | None:
+        """How the last of these roles, an answer, begins with thinking; None where the template shows none."""
+        if roles not in self._thoughts:
+            if len(self._thoughts) >= _PLANS:
+                self._thoughts.clear()
+            self._thoughts[roles] = self._think(roles) if self.knows_thinking else None
+        return self._thoughts[roles]
 
     def accepts(self, roles: tuple[str, ...]) -> bool:
         """Whether the template takes these roles and shows all their contents."""
@@ -150,6 +177,17 @@ class Template:
             slots.append(Slot(before=before, lead=lead, left=trims[index][1], right=trims[index + 1][0]))
             text += marks[index]
         return Plan(slots=tuple(slots), tail=pieces[-1])
+
+    def _think(self, roles: tuple[str, ...]) -> Thought | None:
+        marks = [_MARK.format(index) for index in range(len(self._owners(roles)))]
+        thinking, answer = _MARK.format("think"), marks[-1]
+        text = self._render(roles, [*marks[:-1], f"{THINK}\n{thinking}\n{THINK_END}\n\n{answer}"])
+        prompt = self._render(roles[:-1], marks[:-1], prompt=True)
+        opening, shown, rest = text.removeprefix(prompt).partition(thinking)
+        closing, found, _ = rest.partition(answer)
+        if not (text.startswith(prompt) and shown and found):
+            return None
+        return Thought(before=prompt.rpartition(marks[-2])[2], opening=opening, closing=closing)
 
     def _lead(self, roles: tuple[str, ...], marks: list[str], text: str) -> str:
         """White space that the generation prompt leaves to the model.

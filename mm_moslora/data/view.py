@@ -153,6 +153,7 @@ def _counts(report: CheckReport) -> Table:
         "with a video": report.videos,
         "different image files": len(report.images), "answers": report.answers, "tokens": report.tokens,
         "supervised tokens": report.supervised_tokens, "cut at the end (too long)": report.truncated,
+        "answers that think": report.thoughts, "answers whose thinking is left out": report.dropped_thoughts,
         "spelling special tokens (kept as text)": report.special_text,
         "spelling the template's separators": report.separator_text,
         "repeated ids": sum(report.repeated_ids.values()), "copies of other records": report.duplicates,

@@ -30,7 +30,7 @@ from transformers import (
 
 from mm_moslora.batch import Eyes
 from mm_moslora.chat_templates import set_chat_template
-from mm_moslora.config import ModelConfig, VisionConfig
+from mm_moslora.config import ModelConfig, Thinking, VisionConfig
 from mm_moslora.errors import ModelError, reason_of
 from mm_moslora.folders import projector_file
 from mm_moslora.models.anyres import NEWLINE, anyres_processor, compose_anyres, newline_of, require_anyres
@@ -67,6 +67,8 @@ class Assembly:
     """The PEFT view of `model`, once adapters are in."""
     base: dict[str, Any] = field(default_factory=dict)
     """Where the base came from, for the adapter folder."""
+    thinking: Thinking = "auto"
+    """The recipe's `model.thinking`."""
 
     @property
     def image_token_id(self) -> int | None:
@@ -114,7 +116,7 @@ def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Asse
     set_system_prompt(tokenizer, config.system_prompt)
     base = {"language": config.language, "language_revision": config.language_revision}
     if config.vision is None:
-        return Assembly(model=language, tokenizer=tokenizer, base=base)
+        return Assembly(model=language, tokenizer=tokenizer, base=base, thinking=config.thinking)
     tower, spec = load_vision(config.vision, dtype=dtype)
     shape = projector_shape(config, spec, language.config)
     tokens = projector_tokens(config.projector.kind, shape) + (1 if config.vision.select == "cls_patch" else 0)
@@ -142,7 +144,13 @@ def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Asse
     processor = _processor(config, tokenizer, spec, tokens=tokens, standard=standard)
     base |= {"vision": config.vision.name, "vision_revision": config.vision.revision}
     return Assembly(
-        model=model.eval(), tokenizer=tokenizer, processor=processor, image=spec, tokens_per_image=tokens, base=base
+        thinking=config.thinking,
+        model=model.eval(),
+        tokenizer=tokenizer,
+        processor=processor,
+        image=spec,
+        tokens_per_image=tokens,
+        base=base,
     )
 
 
@@ -159,14 +167,18 @@ def _assemble_ready(config: ModelConfig, *, dtype: torch.dtype) -> Assembly:
     model, processor = load_ready(config.vlm, config.vlm_revision, dtype=dtype)
     set_system_prompt(processor, config.system_prompt)
     sane_generation_config(model)
-    return ready_assembly(model, processor, base={"vlm": config.vlm, "vlm_revision": config.vlm_revision})
+    base = {"vlm": config.vlm, "vlm_revision": config.vlm_revision}
+    return ready_assembly(model, processor, base=base, thinking=config.thinking)
 
 
-def ready_assembly(model: PreTrainedModel, processor: Any, *, base: dict[str, Any]) -> Assembly:
+def ready_assembly(
+    model: PreTrainedModel, processor: Any, *, base: dict[str, Any], thinking: Thinking = "auto"
+) -> Assembly:
     """A loaded ready-made model with its processor."""
     assembly = Assembly(
-        model=model.eval(), tokenizer=processor.tokenizer, processor=processor, ready_made=True, base=base
-    )
+        model=model.eval(), tokenizer=processor.tokenizer, processor=processor, ready_made=True, base=base,
+        thinking=thinking,
+    )  # fmt: skip
     assert assembly.eyes is not None
     assembly.tokens_per_image = len(assembly.eyes.placeholders([(448, 448)])[0])
     return assembly
@@ -303,6 +315,8 @@ class TextAndImages:
     """Of a ready-made model, whose chat template then counts."""
     eyes: Eyes | None = None
     """None for a language model alone."""
+    thinking: Thinking = "auto"
+    """The recipe's `model.thinking`."""
 
 
 def text_and_images(config: ModelConfig) -> TextAndImages:
@@ -327,7 +341,7 @@ def text_and_images(config: ModelConfig) -> TextAndImages:
     set_chat_template(tokenizer, config.chat_template, faithful=config.faithful)
     set_system_prompt(tokenizer, config.system_prompt)
     if config.vision is None:
-        return TextAndImages(tokenizer=tokenizer)
+        return TextAndImages(tokenizer=tokenizer, thinking=config.thinking)
     _, spec = load_vision(config.vision)
     shape = projector_shape(config, spec, language)
     tokens = projector_tokens(config.projector.kind, shape) + (config.vision.select == "cls_patch")
@@ -335,6 +349,7 @@ def text_and_images(config: ModelConfig) -> TextAndImages:
     if config.image_aspect == "anyres":
         processor = anyres_processor(tokenizer, spec, config.anyres_tiles)
         return TextAndImages(
+            thinking=config.thinking,
             tokenizer=tokenizer,
             image_token_id=token,
             tokens_per_image=tokens,
@@ -343,6 +358,7 @@ def text_and_images(config: ModelConfig) -> TextAndImages:
         )
     images = image_processor(spec, config.image_aspect)
     return TextAndImages(
+        thinking=config.thinking,
         tokenizer=tokenizer,
         image_token_id=token,
         tokens_per_image=tokens,
@@ -358,6 +374,7 @@ def _ready_text_and_images(config: ModelConfig) -> TextAndImages:
     token = ready_image_token(config.vlm, config.vlm_revision, processor)
     eyes = ProcessorEyes(processor, image_token_id=token)
     return TextAndImages(
+        thinking=config.thinking,
         tokenizer=processor.tokenizer,
         image_token_id=token,
         tokens_per_image=len(eyes.placeholders([(448, 448)])[0]),
