@@ -77,11 +77,11 @@ $(BIN)/python:
 
 # The stamps depend on pyproject.toml alone: the installation is editable, so new code needs no new one.
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(PIP) install --quiet --editable '.[quickstart]'
+	$(PIP) install --quiet --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(PIP) install --quiet --editable '.[dev,quickstart]'
+	$(PIP) install --quiet --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
 
 # gradio and trackio insist on an older Pillow and MLflow on an older pyarrow than the rest is tested with, so they live in
@@ -104,12 +104,12 @@ PYTHON312 ?= $(shell for name in python3.12 "$$(pyenv root 2>&1)"/versions/3.12*
 $(LOWEST)/.installed: pyproject.toml $(VENV)/.installed-dev
 	$(UV) venv --quiet --clear --python $(BIN)/python $(LOWEST)
 	$(UV) pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct \
-	  --editable '.[test,serve,dashboards,quant,torchao,diffusion,trl,video,quickstart]'
+	  --editable '.[test,serve,dashboards,quant,torchao,diffusion,trl,video]'
 	@touch $@
 
 $(GPU_IMAGE)/.installed: pyproject.toml $(VENV)/.installed-dev
 	$(UV) venv --quiet --clear --python $(PYTHON312) $(GPU_IMAGE)
-	$(UV) pip install --quiet --python $(GPU_IMAGE)/bin/python --editable '.[test,serve,video,quickstart]' 'torch==2.11.*' \
+	$(UV) pip install --quiet --python $(GPU_IMAGE)/bin/python --editable '.[test,serve,video]' 'torch==2.11.*' \
 	  "transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml).*"
 	@touch $@
 

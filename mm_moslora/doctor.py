@@ -16,36 +16,36 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Literal
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from mm_moslora.config import Recipe, needs
 from mm_moslora.liger import LIGER_RANGE, fits, installed_liger, why_not_liger
 from mm_moslora.machine import extensions_folder
 from mm_moslora.native import find_compiler
+from mm_moslora.requirements import declared, declared_anywhere, install_command, installed_version, range_of
 
 Status = Literal["ok", "warn", "bad"]
 
-SUPPORTED = {
-    "torch": ">=2.11",
-    "torchvision": ">=0.26",
-    "transformers": ">=5.23,<6",
-    "peft": ">=0.21,<0.22",
-    "deepspeed": ">=0.19.5,<1",
-    "accelerate": ">=1.10.1",
-    "datasets": ">=5.0.1",
-    "fsspec": ">=2026.6",
-    "open_clip_torch": ">=3.3",
-    "timm": ">=1.0.20",
-    "safetensors": ">=0.8",
-    "pillow": ">=12.3",
-    "wandb": ">=0.29",
+USES = {
+    "deepspeed": "train.zero zero0 to zero3; one process trains with train.zero none",
+    "datasets": "data of the hub, parquet and arrow files",
+    "pyarrow": "data of the hub, parquet and arrow files",
+    "open_clip_torch": "open_clip: vision towers",
+    "timm": "timm's vision towers, and quickstart --images stamps",
+    "matplotlib": "adapters inspect --picture",
+    "wandb": "track.trackers: [wandb]",
+    "tensorboard": "track.trackers: [tensorboard], the default",
+    "gguf": "the quickstart, and export --to gguf",
+    "onnx": "the quickstart",
+    "zstandard": "the quickstart's stamps, where Debian's dpkg is not at hand",
+    "rich": "doctor, plan and eval show",
+    "psutil": "launch on a host file",
 }
-"""The ranges of the project's dependencies."""
+"""What those dependencies are for that an ordinary run does without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,15 +97,17 @@ class Finding:
     """What to do; empty when there is nothing to do."""
 
 
-def diagnose(folder: Path | None = None) -> list[Finding]:
+def diagnose(folder: Path | None = None, recipe: Recipe | None = None) -> list[Finding]:
     """Look at versions, hardware, compiler, caches, disk, threads and trackers.
 
     Args:
         folder: where runs will be written; None: the current folder.
+        recipe: what is to be trained; packages that only other work needs are then none of its business. None: all
+            work counts, and a missing package is bad only where nothing goes without it.
     """
     checks: list[Callable[[], list[Finding]]] = [
         _python,
-        _libraries,
+        lambda: _libraries(recipe),
         _accelerator,
         _precision,
         _kernels,
@@ -133,19 +135,25 @@ def diagnose(folder: Path | None = None) -> list[Finding]:
     return findings
 
 
-def check_version(package: str, version: str | None) -> Finding:
+def check_version(package: str, version: str | None, *, use: str = "", needed: bool | None = None) -> Finding:
     """Judge one library's version.
 
     Args:
-        package: distribution name, a key of `SUPPORTED`.
+        package: name of the distribution.
         version: None when it is not installed.
+        use: what it is for, where not everything needs it.
+        needed: by the work at hand; None: not known, and it is needed by everything exactly where `use` is empty.
     """
-    wanted = SUPPORTED[package]
-    remedy = f"pip install '{package}{wanted}'"
+    wanted = next((range_of(item) for item in declared_anywhere() if item.name == package), "")
+    vital = needed if needed is not None else not use
+    for_what = f" (for {use})" if use else ""
+    remedy = install_command(package)
     if version is None:
-        optional = package == "deepspeed" and sys.platform != "linux"
-        detail = "not installed" + (" (Linux only; one process trains with train.zero none)" if optional else "")
-        return Finding(name=package, status="warn" if optional else "bad", detail=detail, remedy=remedy)
+        if needed is False:
+            return Finding(name=package, status="ok", detail=f"not installed; not needed here{for_what}")
+        return Finding(
+            name=package, status="bad" if vital else "warn", detail=f"not installed{for_what}", remedy=remedy
+        )
     try:
         parsed = Version(version)
     except InvalidVersion:
@@ -155,12 +163,11 @@ def check_version(package: str, version: str | None) -> Finding:
         bad for bad in KNOWN_BAD if bad.package == package and plain in SpecifierSet(bad.versions, prereleases=True)
     ]
     if harms:
-        status: Status = "bad" if any(bad.status == "bad" for bad in harms) else "warn"
-        if status == "warn":
-            remedy = f"pip install --upgrade {package}"
+        harmful = vital and any(bad.status == "bad" for bad in harms)
         return Finding(
-            name=package, status=status, detail=f"{version}: {'; '.join(bad.effect for bad in harms)}", remedy=remedy
-        )
+            name=package, status="bad" if harmful else "warn",
+            detail=f"{version}: {'; '.join(bad.effect for bad in harms)}{for_what}", remedy=remedy,
+        )  # fmt: skip
     if plain not in SpecifierSet(wanted, prereleases=True):
         return Finding(
             name=package, status="warn", detail=f"{version}, outside the tested range {wanted}", remedy=remedy
@@ -189,13 +196,24 @@ def _python() -> list[Finding]:
     return [Finding(name="python", status="ok", detail=f"{version}, {sys.executable}")]
 
 
-def _libraries() -> list[Finding]:
+def _libraries(recipe: Recipe | None) -> list[Finding]:
+    """Every dependency, and what else the recipe needs."""
+    wanted = {need.package: need.setting for need in needs(recipe)} if recipe is not None else {}
+    names = [item.name for item in declared()]
+    if not names:
+        return [
+            Finding(
+                name="packages", status="warn", detail="mm-moslora is not installed, so its ranges are unknown",
+                remedy="pip install . in the checkout",
+            )
+        ]  # fmt: skip
     findings = []
-    for package in SUPPORTED:
-        try:
-            findings.append(check_version(package, installed_version(package)))
-        except PackageNotFoundError:
-            findings.append(check_version(package, None))
+    for package in [*names, *(name for name in wanted if name not in names)]:
+        use, needed = USES.get(package, ""), None
+        if recipe is not None:
+            needed = package in wanted or package not in USES
+            use = wanted.get(package, use)
+        findings.append(check_version(package, installed_version(package), use=use, needed=needed))
     return findings
 
 

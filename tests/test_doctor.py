@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import subprocess
 import sys
-import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from between import just_before
 
 from mm_moslora import doctor, machine
-from mm_moslora.doctor import SUPPORTED, check_version, diagnose, stale_locks
+from mm_moslora.config import Recipe, TrackConfig, load_recipe
+from mm_moslora.doctor import USES, check_version, diagnose, stale_locks
 from mm_moslora.machine import extensions_folder
+from mm_moslora.requirements import declared
 
 
 @pytest.mark.parametrize(
@@ -41,13 +42,40 @@ def test_versions_are_judged(package: str, version: str | None, status: str, wor
     assert bool(finding.remedy) == (status != "ok")
 
 
-def test_ranges_are_those_of_the_project() -> None:
-    pyproject = Path(doctor.__file__).parents[1] / "pyproject.toml"
-    declared = {}
-    for line in tomllib.loads(pyproject.read_text())["project"]["dependencies"]:
-        name, bounds = re.match(r"([\w-]+)([^;]*)", line).groups()  # type: ignore[union-attr]
-        declared[name] = ",".join(part for part in bounds.strip().split(",") if not part.startswith("!="))
-    assert {name: declared[name] for name in SUPPORTED} == SUPPORTED
+def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    real = doctor.installed_version
+    monkeypatch.setattr(doctor, "installed_version", lambda name: None if name in packages else real(name))
+
+
+def statuses(recipe: Recipe | None = None) -> dict[str, str]:
+    return {finding.name: finding.status for finding in diagnose(None, recipe)}
+
+
+def test_every_dependency_is_judged() -> None:
+    assert {item.name for item in declared()} <= statuses().keys()
+    assert {item.name for item in declared()} >= USES.keys()
+
+
+def test_what_an_ordinary_run_does_without_is_not_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, *USES, "transformers")
+    found = statuses()
+    assert {name for name in USES if found[name] != "warn"} == set()
+    assert found["transformers"] == "bad"
+
+
+def test_a_recipe_decides_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, *USES, "bitsandbytes")
+    found = statuses(load_recipe("quickstart_tune"))
+    assert {name for name, status in found.items() if status == "bad"} == {"deepspeed", "tensorboard", "wandb"}
+    assert found["timm"] == found["onnx"] == "ok"
+    recipe = load_recipe("internlm2_7b_qmoslora", ["train.zero=none"])
+    found = statuses(replace(recipe, track=TrackConfig(trackers=["wandb"])))
+    assert {name for name, status in found.items() if status == "bad"} == {"bitsandbytes", "wandb"}
+
+
+def test_a_harmful_version_is_bad_only_where_it_is_used() -> None:
+    assert check_version("deepspeed", "0.18.0", use="zero", needed=False).status == "warn"
+    assert check_version("deepspeed", "0.18.0", use="zero", needed=True).status == "bad"
 
 
 def test_locks_of_killed_builds_are_found_and_fresh_ones_left_alone(

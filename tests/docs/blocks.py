@@ -90,9 +90,10 @@ def check_command(words: list[str]) -> None:
 
 
 def check_extras(words: list[str]) -> None:
-    """`pip install "mm-moslora[extra]"`: the extra must be declared."""
+    """`pip install ".[extra]"`: the extra must be declared. By name nothing can be installed: no index has it."""
     declared = (ROOT / "pyproject.toml").read_text()
-    for extra in re.findall(r"mm-moslora\[([\w,-]+)\]", " ".join(words)):
+    assert not any(word.startswith("mm-moslora") for word in words), words
+    for extra in re.findall(r"\.(?:whl)?\[([\w,-]+)\]", " ".join(words)):
         for name in extra.split(","):
             assert re.search(rf"^{re.escape(name)} = \[", declared, re.M), f"there is no extra {name!r}"
 

@@ -21,10 +21,10 @@ from tests.eval.eval_models import export_tiny
 ONE = Settings(batch_size=4, rank=0, world_size=1)
 ROOT = Path(__file__).parents[2]
 needs_lm_eval = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (pip install mm-moslora[lm-eval])"
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (extra lm-eval)"
 )
 needs_lmms_eval = pytest.mark.skipif(
-    importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed (mm-moslora[lmms-eval])"
+    importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed (extra lmms-eval)"
 )
 
 

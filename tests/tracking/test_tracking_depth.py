@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
-from mm_moslora.config import TrackConfig
+from mm_moslora.config import TRACKERS, TrackConfig
 from mm_moslora.errors import ConfigError
 from mm_moslora.tracking import Sample, Trackers, build_trackers
-from mm_moslora.tracking.base import KNOWN, adapter_digest
+from mm_moslora.tracking.base import adapter_digest
 from mm_moslora.tracking.environment import environment, git_state
 from mm_moslora.tracking.jsonl import JsonlTracker
 from mm_moslora.tracking.mixers import mean_figures, mixer_views
@@ -197,10 +197,10 @@ def test_trackio_gives_it_back(tmp_path: Path, sample: Sample, adapter: Path) ->
     no_secret_below(tmp_path / "store")
 
 
-def test_a_tracker_that_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mm_moslora.tracking.base.importlib.util.find_spec", lambda _: None)
-    for name in KNOWN:
-        with pytest.raises(ConfigError, match=rf"mm-moslora\[{name}\]"):
+def test_a_tracker_that_is_not_installed_names_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mm_moslora.tracking.base.is_installed", lambda _: False)
+    for name in TRACKERS:
+        with pytest.raises(ConfigError, match=rf"pip install '{name}>="):
             build_trackers(TrackConfig(trackers=[name]), active=True)
 
 

@@ -406,8 +406,9 @@ def test_without_deepspeed_one_process_trains_and_a_stage_says_what_is_missing(r
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert train(recipe, stop_at=1).step == 1
     staged = with_train(recipe, zero="zero2", output=f"{recipe.train.output}-staged")
-    with pytest.raises(ConfigError, match=r"train\.zero is 'zero2', but deepspeed does not import .*pip install"):
+    with pytest.raises(ConfigError, match=r"zero2 needs deepspeed, .*pip install 'deepspeed>=.*zero none"):
         train(staged)
+    assert not Path(staged.train.output).exists()
 
 
 def test_resume_required_needs_a_checkpoint(recipe):

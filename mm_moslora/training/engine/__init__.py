@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from mm_moslora.config import TrainConfig
 from mm_moslora.errors import ConfigError, MoSLoRAError
+from mm_moslora.requirements import install_command
 from mm_moslora.training.engine.base import Engine, LossModule, StepResult
 from mm_moslora.training.engine.plain import TorchEngine
 from mm_moslora.training.engine.settings import deepspeed_config, largest_adapter, prepare_deepspeed
@@ -59,7 +60,7 @@ def build_engine(
     except ImportError as error:
         raise ConfigError(
             f"train.zero is {train.zero!r}, but deepspeed does not import ({error}). Install it "
-            "(pip install deepspeed), or run one process with train.zero none."
+            f"({install_command('deepspeed')}), or run one process with train.zero none."
         ) from error
     config = deepspeed_config(train, precision, optimizer.max_grad_norm, largest_adapter=largest_adapter(groups))
     try:
