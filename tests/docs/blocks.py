@@ -80,6 +80,9 @@ def check_command(words: list[str]) -> None:
     elif program in ("torchrun", "deepspeed"):
         assert "mm_moslora" in rest
         parse(rest[rest.index("mm_moslora") + 1 :])
+    elif program == "sbatch" and "--wrap" in rest:
+        wrapped = shlex.split(rest[rest.index("--wrap") + 1])
+        parse(wrapped[wrapped.index("mm-moslora") + 1 :])
     elif program in ("python", "sbatch", "bash") or program.startswith("scripts/"):
         scripts = [word for word in words if word.startswith(("scripts/", "examples/", "eval/"))]
         assert scripts, f"nothing to check in {words}"
