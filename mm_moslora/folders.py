@@ -46,7 +46,8 @@ def find_checkpoint(path: Path) -> Path:
         return path
     if (path / ADAPTER_CONFIG).is_file():
         _mention_others(path)
-        return path.parent if (path.parent / MANIFEST).is_file() else path
+        around = path.resolve().parent  # the folder may be named by `.` or by a link
+        return around if (around / MANIFEST).is_file() else path
     found = [item for _, item in checkpoints(path) if (item / MANIFEST).is_file()]
     if found:
         return found[-1]

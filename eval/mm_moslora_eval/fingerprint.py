@@ -3,24 +3,53 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_VARYING = ("padding", "truncation")
+"""Settings of a tokenizer that every call may change."""
 
-def weights_fingerprint(model: PreTrainedModel, *texts: str) -> str:
-    """SHA-256 over every weight, the configuration and further texts (the chat template)."""
+
+def model_fingerprint(model: PreTrainedModel, *, processor: Any, tokenizer: Any, template: str | None) -> str:
+    """SHA-256 over every weight, the configurations of model and generation, and what becomes of words and pictures.
+
+    Args:
+        model: with its weights.
+        processor: whose image and video processors count; a language model's tokenizer, or None, has none.
+        tokenizer: what makes tokens of words.
+        template: the chat template.
+    """
     import torch
 
-    digest = hashlib.sha256(model.config.to_json_string().encode())
-    for text in texts:
-        digest.update(text.encode())
+    digest = hashlib.sha256()
+    for part in (model.config, getattr(model, "generation_config", None)):
+        digest.update(part.to_json_string().encode() if part is not None else b"")
+    for name in ("image_processor", "video_processor"):
+        part = getattr(processor, name, None)
+        digest.update(_settings(part.to_dict()) if part is not None else b"")
+    digest.update(str(template).encode())
+    digest.update(_words(tokenizer))
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         # A counter is a tensor without dimensions, which cannot be viewed as bytes.
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _settings(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, sort_keys=True, default=str).encode()
+
+
+def _words(tokenizer: Any) -> bytes:
+    """All that decides which tokens a text becomes; of a tokenizer in Python alone its vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return _settings(tokenizer.get_vocab())
+    content = json.loads(backend.to_str())
+    return _settings({name: value for name, value in content.items() if name not in _VARYING})
 
 
 def circumstances(model: PreTrainedModel) -> dict[str, str]:

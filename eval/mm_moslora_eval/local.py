@@ -13,7 +13,7 @@ from mm_moslora.data.records import IMAGE, Turn
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.generation import ContinuationScore, Prompt, generate, score_options, stop_token_ids
 
-from .fingerprint import circumstances, weights_fingerprint
+from .fingerprint import circumstances, model_fingerprint
 from .model import Answer, Message, OptionRequest, OptionScore, Request
 from .visual import VisualTokens
 
@@ -45,9 +45,12 @@ class LocalModel:
 
     @property
     def fingerprint(self) -> str:
-        """Hash over every weight, the configuration and the chat template."""
+        """Hash over weights, configuration, template, tokenizer and what becomes of pictures."""
         if self._fingerprint is None:
-            self._fingerprint = weights_fingerprint(self.model, str(self.assembly.tokenizer.chat_template))
+            tokenizer = self.assembly.tokenizer
+            self._fingerprint = model_fingerprint(
+                self.model, processor=self.assembly.processor, tokenizer=tokenizer, template=tokenizer.chat_template
+            )
         return self._fingerprint
 
     @property

@@ -106,7 +106,7 @@ class Model(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever the answers could: a hash over weights, configuration and template."""
+        """Changes whenever the answers could: a hash over weights, configuration, template, words and pictures."""
         ...
 
     def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from mm_moslora import distributed
 from mm_moslora.errors import EvalError, reason_of
 
-from .fingerprint import circumstances, weights_fingerprint
+from .fingerprint import circumstances, model_fingerprint
 from .images import open_image
 from .model import Answer, OptionRequest, OptionScore, Request
 
@@ -85,9 +85,11 @@ class TransformersModel:
 
     @property
     def fingerprint(self) -> str:
-        """Hash over every weight, the configuration and the chat template."""
+        """Hash over weights, configuration, template, tokenizer and what becomes of pictures."""
         if self._fingerprint is None:
-            self._fingerprint = weights_fingerprint(self.model, str(self._template))
+            self._fingerprint = model_fingerprint(
+                self.model, processor=self.processor, tokenizer=self._tokenizer, template=self._template
+            )
         return self._fingerprint
 
     @property

@@ -279,7 +279,8 @@ def _add(assembly: Assembly, name: str, path: Path, *, adapter: str, main: Path)
     """Put one more adapter, and the projector beside it, into the base."""
     projector, newline, folder = _projector(assembly), _newline(assembly), path
     checkpoint = find_checkpoint(path)
-    if (checkpoint / MANIFEST).is_file():
+    of_run = (checkpoint / MANIFEST).is_file()
+    if of_run:
         if trained := _trained_weights(checkpoint):
             raise ModelError(
                 f"{path} trained its {trained} weights, so it is no adapter of the model that is served. Serve it on "
@@ -290,9 +291,11 @@ def _add(assembly: Assembly, name: str, path: Path, *, adapter: str, main: Path)
         refuse_other_settings(assembly, main, checkpoint)
     elif not (path / ADAPTER_CONFIG).is_file():
         raise ModelError(f"{path} holds no adapter. Give a run with an adapter, or an adapter folder.")
-    if not (path / ADAPTER_CONFIG).is_file():
+    if of_run:  # also where its adapter is named: it was trained beside this projector
         projector, newline = _read_projector(assembly, checkpoint / "projector.safetensors")
         folder = checkpoint / "adapter"
+    elif projector is not None and not assembly.ready_made:
+        logger.warning("%s lies in no run, so %s gets the projector of %s and its settings of pictures.", path, name, main)
     model: Any = assembly.model if assembly.peft_model is None else assembly.peft_model
     assembly.peft_model = adapters.load_adapter(model, folder, adapter_name=adapter)
     return Variant(name=name, adapter=adapter, projector=projector, newline=newline, source=path.name)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import socket
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +78,51 @@ def test_our_model_in_batches_answers_as_in_reference_mode(exported: Path) -> No
         assert [s.logprob for s in ours[index]] == pytest.approx([s.logprob for s in reference[index]], abs=1e-4)
         assert [s.tokens for s in ours[index]] == [s.tokens for s in reference[index]]
     fast.close()
+
+def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def _brighter(content: dict[str, Any]) -> None:
+    content["image_processor"]["image_mean"] = [0.9, 0.9, 0.9]
+
+
+def _repeating_less(content: dict[str, Any]) -> None:
+    content["repetition_penalty"] = 1.5
+
+
+def _with_another_word(content: dict[str, Any]) -> None:
+    content["pre_tokenizer"] = {"type": "Whitespace"}
+    content["normalizer"] = {"type": "Lowercase"}
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("processor_config.json", _brighter),
+        ("generation_config.json", _repeating_less),
+        ("tokenizer.json", _with_another_word),
+    ],
+)
+@pytest.mark.parametrize("kind", ["", "hf:"])
+def test_a_model_that_reads_pictures_or_words_otherwise_is_another_model(
+    exported: Path, tmp_path: Path, kind: str, file: str, change: Callable[[dict[str, Any]], None]
+) -> None:
+    """Answers that are kept of one must not count for the other."""
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder)
+    before = open_model(f"{kind}{folder}", precision="fp32").fingerprint
+    assert open_model(f"{kind}{folder}", precision="fp32").fingerprint == before
+    _edit(folder / file, change)
+    assert open_model(f"{kind}{folder}", precision="fp32").fingerprint != before
+
+
+def test_a_model_keeps_its_fingerprint_while_it_answers(exported: Path) -> None:
+    fresh, used = (open_model(f"hf:{exported}", precision="fp32") for _ in range(2))
+    list(used.generate(QUESTIONS[:2], batch_size=2))
+    assert used.fingerprint == fresh.fingerprint
 
 
 def test_transformers_backend_agrees_with_ours_on_the_same_weights(exported: Path) -> None:

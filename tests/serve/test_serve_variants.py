@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from serve.serve_tools import asking, data_url
 
@@ -91,12 +93,35 @@ def test_a_model_alone_is_merged_and_answers_the_same(runs: tuple[Path, Path]) -
     assert load_models(runs[0]).default == "one"
 
 
-def test_an_adapter_folder_without_a_run_is_enough(runs: tuple[Path, Path]) -> None:
+def test_an_adapter_folder_without_a_run_is_enough_and_what_it_lacks_is_said(
+    runs: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     from mm_moslora.serve.models import load_models
 
     (adapter,) = runs[1].glob("checkpoint-000006/adapter")
-    models = load_models(runs[0], further={"plain": adapter})
+    models = load_models(runs[0], further={"plain": shutil.copytree(adapter, tmp_path / "adapter")})
     assert models.variants["plain"].projector is models.variants["one"].projector
+    assert "lies in no run, so plain gets the projector of" in caplog.text
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_the_adapter_folder_of_a_run_brings_the_runs_projector(
+    runs: tuple[Path, Path], tmp_path: Path, link: bool
+) -> None:
+    from safetensors.torch import load_file
+
+    from mm_moslora.serve.models import load_models
+
+    (adapter,) = runs[1].glob("checkpoint-000006/adapter")
+    named = tmp_path / "linked" if link else adapter
+    if link:
+        named.symlink_to(adapter)
+    projector = load_models(runs[0], further={"plain": named}).variants["plain"].projector
+    assert projector is not None
+    trained = load_file(adapter.parent / "projector.safetensors")
+    assert len(trained) == len(projector.state_dict()) > 0
+    for name, weight in projector.state_dict().items():
+        assert torch.equal(weight, next(value for key, value in trained.items() if key.endswith(name)))
 
 
 def test_names_and_folders_that_do_not_fit_are_refused(runs: tuple[Path, Path], tmp_path: Path) -> None:
