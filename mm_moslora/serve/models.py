@@ -295,7 +295,9 @@ def _add(assembly: Assembly, name: str, path: Path, *, adapter: str, main: Path)
         projector, newline = _read_projector(assembly, checkpoint / "projector.safetensors")
         folder = checkpoint / "adapter"
     elif projector is not None and not assembly.ready_made:
-        logger.warning("%s lies in no run, so %s gets the projector of %s and its settings of pictures.", path, name, main)
+        logger.warning(
+            "%s lies in no run, so %s gets the projector of %s and its settings of pictures.", path, name, main
+        )
     model: Any = assembly.model if assembly.peft_model is None else assembly.peft_model
     assembly.peft_model = adapters.load_adapter(model, folder, adapter_name=adapter)
     return Variant(name=name, adapter=adapter, projector=projector, newline=newline, source=path.name)

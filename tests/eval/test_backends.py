@@ -79,6 +79,7 @@ def test_our_model_in_batches_answers_as_in_reference_mode(exported: Path) -> No
         assert [s.tokens for s in ours[index]] == [s.tokens for s in reference[index]]
     fast.close()
 
+
 def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     content = json.loads(path.read_text())
     change(content)
