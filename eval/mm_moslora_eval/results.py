@@ -30,6 +30,9 @@ from .views import DOCUMENTS, RESCORED, SAMPLES, TASK, answers_folder, find_view
 if TYPE_CHECKING:
     from .judge import Judge
 
+RULES = ("extraction", "metric", "aggregation")
+"""Parts of a task that make a score of answers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
@@ -87,13 +90,22 @@ class TaskResult:
     @property
     def subject(self) -> tuple[Any, ...]:
         """What is measured by which rules; scores of unlike subjects are never put side by side."""
+        return (*self._measured, *self._rules)
+
+    @property
+    def _measured(self) -> tuple[Any, ...]:
         checksum = self.about.get("selection", {}).get("sha256") or self.about.get("data", {}).get("sha256", "")
         return (self.task, self.protocol, self.about.get("asked_as", self.protocol), checksum, self.n)
 
     @property
+    def _rules(self) -> tuple[Any, ...]:
+        """What a protocol's name does not tell of a task file that was edited."""
+        return (self.version, *(self.about.get(rule, "") for rule in RULES))
+
+    @property
     def key(self) -> tuple[Any, ...]:
-        """Two results of one run folder with the same key are the same measurement, made twice."""
-        return (*self.subject, self.mode)
+        """Two results of one run folder with the same key stand in one view: the later one takes the other's place."""
+        return (*self._measured, self.mode)
 
     @property
     def scored(self) -> bool:
@@ -121,20 +133,23 @@ def result_from_dict(data: dict[str, Any]) -> TaskResult:
 
 
 def names_of(results: Sequence[TaskResult]) -> list[str]:
-    """`NAME@PROTOCOL` of every result, with the selection and, where names collide, the data file and its checksum."""
+    """`NAME@PROTOCOL` of every result, with the selection and, where names collide, the data file, its checksum, the
+    rules."""
 
-    def described(result: TaskResult) -> tuple[str, str, str]:
+    def described(result: TaskResult) -> tuple[str, str, str, str]:
         about = result.about
         selection = about.get("selection", {})
         part = f", {selection['name']} of {selection['of']}" if selection.get("name", "all") != "all" else ""
         asked = about.get("asked_as", result.protocol)
         part += f", asked as {asked}" if asked != result.protocol else ""
         path = "/".join(Path(str(about.get("data", {}).get("path", ""))).parts[-2:])
-        return f"{result.task}@{result.protocol}{part}", f" ({path})", f" [{str(result.subject[3])[:8]}]"
+        rules = ", ".join(str(result.about.get(rule, "?")) for rule in RULES)
+        checksum = f" [{str(result.subject[3])[:8]}]"
+        return f"{result.task}@{result.protocol}{part}", f" ({path})", checksum, f" by {rules}, version {result.version}"
 
     parts = {result.subject: described(result) for result in results}
     shown = {subject: part[0] for subject, part in parts.items()}
-    for number in (1, 2):
+    for number in (1, 2, 3):
         taken = Counter(shown.values())
         shown = {subject: name + parts[subject][number] if taken[name] > 1 else name for subject, name in shown.items()}
     return [shown[result.subject] for result in results]

@@ -226,17 +226,12 @@ def bootstrap_stderr(
     return sample_stddev(values), low, high
 
 
-def detectable_difference(
-    n: int, *, std: float = 0.5, alpha: float = 0.05, power: float = 0.8, correlation: float = 0.5
-) -> float:
-    """The smallest true difference that a paired comparison on n samples is likely to see (Miller 2024, section 5).
+def detectable_difference(stderr: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
+    """The smallest true difference that a paired comparison is likely to see (Miller 2024, section 5).
 
     Args:
-        n: samples.
-        std: standard deviation of the scores of each run.
+        stderr: of the difference, clustered where samples go together.
         alpha: accepted share of false alarms.
         power: share of true differences that are seen.
-        correlation: between the runs' scores.
     """
-    z = _NORMAL.inv_cdf(1 - alpha / 2) + _NORMAL.inv_cdf(power)
-    return z * std * math.sqrt(2 - 2 * correlation) / math.sqrt(n)
+    return (_NORMAL.inv_cdf(1 - alpha / 2) + _NORMAL.inv_cdf(power)) * stderr

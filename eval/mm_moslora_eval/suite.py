@@ -19,7 +19,7 @@ from .baselines import BASELINES, TrainingAnswer, baseline
 from .images import MODES, Hasher, ImageMode
 from .metrics.groups import group_of
 from .model import Model
-from .results import TaskResult, read_scored, score_folder, write_results
+from .results import RULES, TaskResult, read_scored, score_folder, write_results
 from .runner import Progress, Settings, open_run, run_task, select
 from .scoring import JUDGED
 from .task import Task
@@ -219,6 +219,7 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Com
     first = a[0]
     for place, rows in zip(places, [*a, *b], strict=True):
         _check_same(places[0], first, place, rows)
+        _check_rules(places[0], place)
     place = places[0]
     aggregation = _aggregation(place)
     if aggregation == "circular":
@@ -231,13 +232,14 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Com
     shared = len(set(clusters)) < len(clusters)
     seeds = [tuple(statistics.mean([row["score"] for row in rows.values()]) for rows in side) for side in (a, b)]
     changed = tuple(name for name, x, y in zip(names, left, right, strict=True) if x != y)
+    paired = statistics.paired(left, right, clusters=clusters if shared else None)
     return Comparison(
         task=_named(place),
         score_a=statistics.mean(left),
         score_b=statistics.mean(right),
-        paired=statistics.paired(left, right, clusters=clusters if shared else None),
+        paired=paired,
         changed=changed,
-        detectable=_detectable(left, right),
+        detectable=statistics.detectable_difference(paired.stderr),
         seeds_a=seeds[0],
         seeds_b=seeds[1],
         seed_spread=_pooled_spread(seeds),
@@ -303,15 +305,20 @@ def _check_same(place_a: Path, a: dict[str, dict[str, Any]], place_b: Path, b: d
         raise EvalError(f"{place_a} and {place_b} use the same ids for different questions; they are not comparable.")
 
 
+def _check_rules(place_a: Path, place_b: Path) -> None:
+    a, b = (_described(place).get("task") for place in (place_a, place_b))
+    if not a or not b:
+        return
+    odd = [f"{rule} {a.get(rule)!r} and {b.get(rule)!r}" for rule in ("version", *RULES) if a.get(rule) != b.get(rule)]
+    if odd:
+        raise EvalError(
+            f"{place_a} and {place_b} were scored by different rules: {', '.join(odd)}. Score both by one protocol, "
+            "with mm-moslora eval score."
+        )
+
+
 def _pooled_spread(seeds: Sequence[Sequence[float]]) -> float:
     several = [scores for scores in seeds if len(scores) > 1]
     squares = [statistics.sample_stddev(scores) ** 2 * (len(scores) - 1) for scores in several]
     degrees = sum(len(scores) - 1 for scores in several)
     return math.sqrt(sum(squares) / degrees) if degrees else math.nan
-
-
-def _detectable(left: Sequence[float], right: Sequence[float]) -> float:
-    """From the differences themselves, so that neither a spread nor a correlation has to be assumed."""
-    spread = statistics.sample_stddev([a - b for a, b in zip(left, right, strict=True)])
-    # detectable_difference takes the spread of each run; without correlation that is the difference's over sqrt(2).
-    return statistics.detectable_difference(len(left), std=spread / 2**0.5, correlation=0.0)

@@ -269,6 +269,7 @@ def test_compare_two_modes(question_file: Path, tmp_path: Path, model: FakeModel
     assert len(result.changed) == pair.wins + pair.losses
     assert pair.difference == pytest.approx(result.score_a - result.score_b)
     assert "A wins" in text
+    assert result.detectable == pytest.approx(2.8016 * pair.stderr, rel=1e-4)  # three questions on a picture
     few = Settings(batch_size=4, limit=5, rank=0, world_size=1)
     evaluate(model, task_of(question_file), tmp_path / "other", modes=("own",), settings=few)
     with pytest.raises(EvalError, match="different documents"):

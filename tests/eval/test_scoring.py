@@ -123,7 +123,8 @@ def test_paired_comparison_sees_what_two_intervals_do_not() -> None:
 
 def test_detectable_difference_is_that_of_millers_worked_example() -> None:
     """Half of right answers, correlation one half: 2,181 samples for a difference of three points."""
-    assert statistics.detectable_difference(2181) == pytest.approx(0.03, rel=1e-3)
+    spread = 0.5 * math.sqrt(2 - 2 * 0.5)
+    assert statistics.detectable_difference(spread / math.sqrt(2181)) == pytest.approx(0.03, rel=1e-3)
 
 
 def test_bootstrap_is_seeded_and_near_the_analytic_error() -> None:

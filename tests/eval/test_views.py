@@ -99,6 +99,26 @@ def test_runs_on_other_documents_are_not_compared(tmp_path: Path) -> None:
     assert text.startswith("questions@own, first 5 of 12: ")
 
 
+def test_scores_by_unlike_rules_are_neither_compared_nor_put_under_one_heading(tmp_path: Path) -> None:
+    """A task file that was edited keeps its name and protocol."""
+    task = get_task(f"llava:{write_questions(tmp_path / 'data', count=12)}")
+    edited = dataclasses.replace(task, metric="anls")
+    for run, rules in (("a", task), ("b", edited)):
+        evaluate(FakeModel(), rules, tmp_path / run, modes=("own", "wrong"), baselines=(), settings=ONE)
+    with pytest.raises(EvalError, match="scored by different rules: metric 'letter_or_exact' and 'anls'"):
+        cli.compare_runs(str(tmp_path / "a"), str(tmp_path / "b"))
+    evaluate(FakeModel(), edited, tmp_path / "a", modes=("own",), baselines=(), settings=ONE)
+    own, wrong = sorted(read_results(tmp_path / "a"), key=lambda result: result.mode)
+    assert (own.about["metric"], wrong.about["metric"]) == ("anls", "letter_or_exact")
+    assert own.subject != wrong.subject
+    assert write_report(tmp_path / "a").read_text().count("<section id=") == 2
+    table = cli.table([own, wrong])
+    assert "by letter_or_text, anls, mean, version 1" in table
+    assert "by letter_or_text, letter_or_exact, mean, version 1" in table
+    with pytest.raises(EvalError, match="different rules"):
+        cli.compare(tmp_path / "a" / "questions@own" / "own", tmp_path / "a" / "questions@own" / "wrong")
+
+
 def test_a_changed_picture_is_another_view_and_the_old_one_stays(tmp_path: Path) -> None:
     data, run = write_questions(tmp_path / "data", count=12), tmp_path / "run"
     _, (before,) = asked(run, data)
