@@ -145,7 +145,12 @@ def names_of(results: Sequence[TaskResult]) -> list[str]:
         path = "/".join(Path(str(about.get("data", {}).get("path", ""))).parts[-2:])
         rules = ", ".join(str(result.about.get(rule, "?")) for rule in RULES)
         checksum = f" [{str(result.subject[3])[:8]}]"
-        return f"{result.task}@{result.protocol}{part}", f" ({path})", checksum, f" by {rules}, version {result.version}"
+        return (
+            f"{result.task}@{result.protocol}{part}",
+            f" ({path})",
+            checksum,
+            f" by {rules}, version {result.version}",
+        )
 
     parts = {result.subject: described(result) for result in results}
     shown = {subject: part[0] for subject, part in parts.items()}
