@@ -8,12 +8,14 @@ step is told by `scancel`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,11 @@ logger = logging.getLogger(__name__)
 
 WARNING = signal.SIGUSR1
 """What `--signal=B:USR1@SECONDS` sends before the time limit: the only signal after which a job is put back."""
+_ATTEMPTS = 6
+_PAUSE = 10.0
+"""Seconds between two attempts. All of them end well before a time limit that is announced 300 seconds before."""
+_PATIENCE = 30.0
+"""Seconds for one command of SLURM's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,30 +92,61 @@ class Job:
         Args:
             srun: process id of the `srun` that started the step.
         """
-        if self._state() == "COMPLETING":  # cancelled: SLURM has told the step, and torchrun gives up when told twice
-            return
-        step = self._step()
-        if step is None:
+        if not _tried(lambda: self._told(srun)):
+            logger.error(
+                "SLURM does not answer, so the step of job %d was not told to save. SLURM itself tells it at the time "
+                "limit.", self.number,
+            )  # fmt: skip
+
+    def requeue(self) -> bool:
+        """Put the job back into the queue. SLURM then ends this process.
+
+        Returns:
+            Whether SLURM took it.
+        """
+        return _tried(lambda: _answer("scontrol", "requeue", str(self.number)) is not None)
+
+    def _told(self, srun: int) -> bool:
+        state = _squeue("--jobs", str(self.number), "--format", "%T")
+        if state is not None and state.strip() == "COMPLETING":
+            return True  # cancelled: SLURM has told the step, and torchrun gives up when told twice
+        steps = _squeue("--steps", "--jobs", str(self.number), "--format", "%i %j")
+        if state is None or steps is None:
+            return False
+        named = [line.split(maxsplit=1) for line in steps.splitlines()]
+        step = next((words[0] for words in named if words[1:] == [self.step_name]), None)
+        if step is not None:
+            return _answer("scancel", "--signal=TERM", step) is not None
+        with contextlib.suppress(ProcessLookupError):
             os.kill(srun, signal.SIGTERM)
-        else:
-            subprocess.run(["scancel", "--signal=TERM", step], check=False)
-
-    def requeue(self) -> None:
-        """Put the job back into the queue. SLURM then ends this process."""
-        subprocess.run(["scontrol", "requeue", str(self.number)], check=True)
-
-    def _state(self) -> str:
-        return _squeue("--jobs", str(self.number), "--format", "%T").strip()
-
-    def _step(self) -> str | None:
-        lines = _squeue("--steps", "--jobs", str(self.number), "--format", "%i %j").splitlines()
-        named = [line.split(maxsplit=1) for line in lines]
-        return next((words[0] for words in named if words[1:] == [self.step_name]), None)
+        return True
 
 
-def _squeue(*options: str) -> str:
-    done = subprocess.run(["squeue", "--noheader", *options], capture_output=True, text=True, check=False)
+def _squeue(*options: str) -> str | None:
+    return _answer("squeue", "--noheader", *options)
+
+
+def _answer(*words: str) -> str | None:
+    """What one of SLURM's commands prints; None where the controller is too busy to answer, or gone."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=_PATIENCE)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        logger.warning("%s: %s", words[0], error)
+        return None
+    if done.returncode:
+        logger.warning("%s: %s", words[0], done.stderr.strip() or f"exit code {done.returncode}")
+        return None
     return done.stdout
+
+
+def _tried(attempt: Callable[[], bool]) -> bool:
+    """Whether one of several attempts goes well; a controller that restarts or is overrun answers later."""
+    for number in range(_ATTEMPTS):
+        if number:
+            time.sleep(_PAUSE)
+        if attempt():
+            return True
+    return False
 
 
 class Requeue:
@@ -133,7 +171,7 @@ class Requeue:
             code: what to leave with otherwise.
 
         Returns:
-            `code`, or 1 for a job that was stopped again without a new checkpoint.
+            `code`, or 1 for a job that was stopped again without a new checkpoint or that SLURM did not take back.
         """
         if WARNING not in signals:
             return code
@@ -144,7 +182,9 @@ class Requeue:
                 self.job.number, self.job.restarts + 1,
             )  # fmt: skip
             return 1
-        self.job.requeue()
+        if not self.job.requeue():
+            logger.error("SLURM did not put job %d back into the queue. Submit it again.", self.job.number)
+            return 1
         return code
 
 

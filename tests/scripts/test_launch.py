@@ -14,7 +14,7 @@ import psutil
 import pytest
 from between import just_before
 
-from mm_moslora import cli, distributed, launch
+from mm_moslora import cli, distributed, launch, slurm
 from mm_moslora.errors import ConfigError
 from mm_moslora.launch import Places, command
 from mm_moslora.slurm import Job, Requeue
@@ -115,6 +115,48 @@ def test_a_slurm_job_goes_back_into_the_queue_at_its_time_limit_while_it_gets_on
 def test_a_slurm_job_whose_recipe_was_not_read_yet_is_put_back_once(slurm_tools):
     assert Requeue(job_of()).stopped({signal.SIGUSR1}, 75) == 75
     assert Requeue(job_of(SLURM_RESTART_COUNT="1")).stopped({signal.SIGUSR1}, 75) == 1
+
+
+def busy_at_first(folder, tool, times):
+    """Let a command of SLURM fail so many times before it does its work."""
+    command = folder / tool
+    kept = command.rename(folder / f"real-{tool}")
+    command.write_text(
+        f'#!/bin/sh\nif [ "$(cat "{folder}/left" 2>/dev/null || echo {times})" -gt 0 ]; then\n'
+        f'  echo $(($(cat "{folder}/left" 2>/dev/null || echo {times}) - 1)) >"{folder}/left"\n'
+        f'  echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1\nfi\nexec "{kept}" "$@"\n'
+    )
+    command.chmod(0o755)
+
+
+@pytest.mark.parametrize("tool", ["squeue", "scancel"])
+@pytest.mark.parametrize("times", [2, 100])
+def test_a_slurm_controller_that_does_not_answer_costs_no_step_its_checkpoint(
+    tool, times, slurm_tools, monkeypatch, caplog
+):
+    """Without an answer nobody knows whether the step runs, and `srun` would kill it."""
+    monkeypatch.setattr(slurm, "_PAUSE", 0.01)
+    job = job_of()
+    (slurm_tools / "calls.steps").write_text(f"12.4 {job.step_name}\n")
+    busy_at_first(slurm_tools, tool, times)
+    with subprocess.Popen(["sleep", "30"]) as child:
+        job.terminate_step(child.pid)
+        assert child.poll() is None
+        child.kill()
+    calls = slurm_tools / "calls"
+    assert calls.exists() == (times == 2)
+    assert ("the step of job 12 was not told to save" in caplog.text) == (times == 100)
+    assert times == 100 or calls.read_text() == "scancel --signal=TERM 12.4\n"
+
+
+@pytest.mark.parametrize(("times", "code"), [(2, 75), (100, 1)])
+def test_a_slurm_job_that_is_not_taken_back_says_so(times, code, slurm_tools, monkeypatch, caplog):
+    monkeypatch.setattr(slurm, "_PAUSE", 0.01)
+    requeue = Requeue(job_of())
+    busy_at_first(slurm_tools, "scontrol", times)
+    assert requeue.stopped({signal.SIGUSR1}, 75) == code
+    assert (slurm_tools / "calls").exists() == (code == 75)
+    assert ("did not put job 12 back" in caplog.text) == (code == 1)
 
 
 def test_requeue_outside_slurm_is_refused(monkeypatch, capsys):
