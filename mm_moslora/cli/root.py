@@ -333,6 +333,8 @@ def quickstart(
     encoder: Literal["auto", "dinov2", "efficientnet", "open_clip"] = "auto",
     output: Path | None = None,
     stamps_deb: Path | None = None,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    seed: int = 0,
     smoke: bool = False,
 ) -> int:
     """The main job in minutes on two CPU cores: fetch real parts, align, tune, measure, report. Again continues it.
@@ -344,16 +346,22 @@ def quickstart(
     encoder
         auto picks the one that was measured best for the pictures.
     output
-        Run folder; default: runs/quickstart (runs/quickstart-stamps, ...-smoke).
+        Run folder; default: runs/quickstart (runs/quickstart-stamps, ...-seed1, ...-smoke).
     stamps_deb
         Path of Debian's tuxpaint-stamps-default package, where apt is not at hand.
+    precision
+        auto is bf16 where the hardware computes it fast, else fp32.
+    seed
+        Of the initialisation and the order, and of which pictures of easy-vqa are learned from.
     smoke
         Everything in miniature, about three minutes, at lower quality.
     """
     quiet_libraries()
+    from mm_moslora.quickstart.run import Choice
     from mm_moslora.quickstart.run import quickstart as run_quickstart
 
-    return run_quickstart(images=images, encoder=encoder, output=output, stamps_deb=stamps_deb, smoke=smoke)
+    choice = Choice(images=images, encoder=encoder, precision=precision, seed=seed, smoke=smoke)
+    return run_quickstart(choice, output=output, stamps_deb=stamps_deb)
 
 
 @adapters_app.command(name="inspect")

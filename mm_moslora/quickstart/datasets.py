@@ -71,14 +71,15 @@ def build_easy_vqa(
         train_images: pictures taken from the package's training half (4,000 there).
         test_questions: held-out questions, half open and half yes/no, from the package's test half.
         turns: questions per conversation, at most.
-        seed: chooses pictures, questions and their order.
+        seed: chooses the pictures to learn from, their questions and the order. The held-out questions are the same for
+            every seed.
 
     Raises:
         DataError: `source` is no easy-VQA folder, or `turns` is below 1.
     """
     if turns < 1:
         raise DataError(f"turns is {turns}, expected at least 1 question per conversation.")
-    rng = random.Random(f"easy-vqa {seed}")
+    rng, held_out_rng = random.Random(f"easy-vqa {seed}"), random.Random("easy-vqa held-out")
     by_image = _easy_questions(source, "train")
     described = [image for image in sorted(by_image) if easy_caption(by_image[image])]
     wordings = yes_no_wordings(question.text for questions in by_image.values() for question in questions)
@@ -88,7 +89,7 @@ def build_easy_vqa(
         questions = _arranged(by_image[image], caption, wordings, turns, rng)
         conversations.append(conversation(f"easy-vqa/{image}", image, [(q.text, q.answer) for q in questions]))
         captions.append(conversation(f"easy-vqa/{image}", image, [("what is in the image?", caption)]))
-    held_out = _easy_test(_easy_questions(source, "test"), test_questions, rng)
+    held_out = _easy_test(_easy_questions(source, "test"), test_questions, held_out_rng)
     return write_files(out, source, captions, conversations, held_out)
 
 
@@ -177,8 +178,8 @@ def asked_yes_no(
     return questions
 
 
-OPEN_TURNS = 2
-"""Open questions per conversation; the rest are yes/no, which take longer to learn."""
+OPEN_TURNS = 1
+"""Open questions per conversation; the rest are yes/no, which take longer to learn. The answer to one settles most others."""
 
 
 def _arranged(

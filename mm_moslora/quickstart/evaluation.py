@@ -19,6 +19,7 @@ from mm_moslora_eval.suite import evaluate, read_samples
 from mm_moslora_eval.task import Decoding, Task
 
 from mm_moslora import distributed
+from mm_moslora.config import Precision
 from mm_moslora.files import read_json, replace_json
 from mm_moslora.models.load import load
 from mm_moslora.quickstart.datasets import DatasetFiles
@@ -41,13 +42,14 @@ _ROWS = {
 }
 
 
-def evaluate_all(folder: Path, data: DatasetFiles, *, name: str) -> list[dict[str, Any]]:
+def evaluate_all(folder: Path, data: DatasetFiles, *, name: str, precision: Precision = "auto") -> list[dict[str, Any]]:
     """Measure both stages with all controls; what is done already is not done again.
 
     Args:
         folder: the quickstart's run folder, with `align` and `tune` trained.
         data: its data files.
         name: of the task.
+        precision: that the models compute in.
 
     Returns:
         The rows of `evaluation.json`, tuned first.
@@ -58,7 +60,7 @@ def evaluate_all(folder: Path, data: DatasetFiles, *, name: str) -> list[dict[st
     task = _task(data, name)
     results: dict[tuple[str, str], TaskResult] = {}
     for system, run, modes in (("untuned", "align", ("own",)), ("tuned", "tune", MODES)):
-        found = _evaluate(folder, run, system, task, modes, _training_answers(data.train))
+        found = _evaluate(folder, run, system, task, modes, _training_answers(data.train), precision)
         results |= {(system, result.mode): result for result in found}
     rows = [_row(*_ROWS[key], results[key]) for key in _ROWS]
     replace_json(folder / "samples.json", _samples(folder, task, data))
@@ -83,9 +85,15 @@ def _task(data: DatasetFiles, name: str) -> Task:
 
 
 def _evaluate(
-    folder: Path, run: str, system: str, task: Task, modes: Sequence[ImageMode], training: list[TrainingAnswer]
+    folder: Path,
+    run: str,
+    system: str,
+    task: Task,
+    modes: Sequence[ImageMode],
+    training: list[TrainingAnswer],
+    precision: Precision,
 ) -> list[TaskResult]:
-    dtype = dtype_of(resolve_precision("auto"))
+    dtype = dtype_of(resolve_precision(precision))
     assembly = load(folder / run, dtype=dtype)
     assembly.model.to(distributed.device())  # type: ignore[arg-type]
     model = LocalModel(assembly, name=system)

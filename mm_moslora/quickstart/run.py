@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from mm_moslora.config import AdapterConfig, Recipe, SourceConfig, load_recipe, refuse_lacking
+from mm_moslora.config import AdapterConfig, Precision, Recipe, SourceConfig, load_recipe, refuse_lacking
 from mm_moslora.files import MARK, building, mark, read_json, refuse_strangers, replace_json
 from mm_moslora.folders import RUN_FILES, RUN_LOCK
 from mm_moslora.machine import hardware
@@ -48,33 +48,54 @@ class Plan:
 
 
 PLANS: dict[tuple[Images, bool], Plan] = {
-    ("easy-vqa", False): Plan(train_images=850, align_steps=50, tune_epochs=1.0, test_questions=400),
+    ("easy-vqa", False): Plan(train_images=1440, align_steps=40, tune_epochs=1.0, test_questions=400),
     ("easy-vqa", True): Plan(train_images=64, align_steps=4, tune_epochs=1.0, test_questions=40),
     ("stamps", False): Plan(train_images=10_000, align_steps=60, tune_epochs=1.0, test_questions=10_000),
     ("stamps", True): Plan(train_images=96, align_steps=4, tune_epochs=1.0, test_questions=48),
 }
-TURNS = 8
+TURNS = 4
 """Questions per conversation of easy-VQA."""
 _FILES = ("align", "tune", "data", "eval", "export", "export.json", "timing.json", "report.html", *RUN_FILES)
 BEST_ENCODER: dict[Images, Encoder] = {"easy-vqa": "dinov2", "stamps": "efficientnet"}
 
 
-def quickstart(
-    *,
-    images: Images = "easy-vqa",
-    encoder: Encoder = "auto",
-    output: Path | None = None,
-    stamps_deb: Path | None = None,
-    smoke: bool = False,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which quickstart."""
+
+    images: Images = "easy-vqa"
+    encoder: Encoder = "auto"
+    """auto: the one measured best for the pictures."""
+    precision: Precision = "auto"
+    """Training and measuring compute in it; auto: bf16 where the hardware computes it fast, else fp32."""
+    seed: int = 0
+    """Of the initialisation and the order; of easy-VQA it chooses the pictures to learn from, too."""
+    smoke: bool = False
+    """The same in miniature, at lower quality."""
+
+    @property
+    def name(self) -> str:
+        """Of the run folder: what differs from the default."""
+        default = Choice()
+        words = [word for word in ("images", "encoder", "precision") if getattr(self, word) != getattr(default, word)]
+        return "-".join(
+            ["quickstart", *(getattr(self, word) for word in words), *([f"seed{self.seed}"] if self.seed else []),
+             *(["smoke"] if self.smoke else [])]
+        )  # fmt: skip
+
+    @property
+    def tower(self) -> Encoder:
+        """The encoder, chosen."""
+        return BEST_ENCODER[self.images] if self.encoder == "auto" else self.encoder
+
+
+def quickstart(choice: Choice, *, output: Path | None = None, stamps_deb: Path | None = None) -> int:
     """Run or continue the quickstart.
 
     Args:
-        images: which pictures and questions.
-        encoder: which vision encoder; auto: the one measured best for the pictures.
+        choice: which.
         output: run folder.
         stamps_deb: a downloaded tuxpaint-stamps-default package.
-        smoke: the same in two minutes, at lower quality.
 
     Returns:
         0, or 75 when a signal stopped it and the same command continues.
@@ -87,9 +108,8 @@ def quickstart(
     from mm_moslora.training.run import exclusive
     from mm_moslora.training.watchdog import Watchdog
 
-    folder = (output or Path("runs") / _default_name(images, encoder, smoke)).resolve()
-    encoder = BEST_ENCODER[images] if encoder == "auto" else encoder
-    assets.check_readers(images, encoder)
+    folder = (output or Path("runs") / choice.name).resolve()
+    assets.check_readers(choice.images, choice.tower)
     refuse_lacking(load_recipe("quickstart_tune"))
     refuse_strangers(folder, _FILES, kind="quickstart", also=(f"align/{RUN_LOCK}",))
     with exclusive(folder):
@@ -98,7 +118,7 @@ def quickstart(
         mark(folder / "data", DATA_SET)
         with recorded(folder, stages=("align", "tune")) as ending, Watchdog(folder):
             ending.begun = True
-            closing = _quickstart(folder, images=images, encoder=encoder, stamps_deb=stamps_deb, smoke=smoke)
+            closing = _quickstart(folder, choice, stamps_deb)
             ending.finished = closing is not None
         if closing is None:
             return EXIT_REQUEUE
@@ -110,17 +130,17 @@ def quickstart(
     return 0
 
 
-def _quickstart(folder: Path, *, images: Images, encoder: Encoder, stamps_deb: Path | None, smoke: bool) -> str | None:
+def _quickstart(folder: Path, choice: Choice, stamps_deb: Path | None) -> str | None:
     """What is said at the end; None when a signal stopped it."""
     from mm_moslora.training.loop import train
 
     clock = _Clock(folder)
-    plan = PLANS[images, smoke]
+    plan = PLANS[choice.images, choice.smoke]
     _say(f"Parts are kept in {cache_dir()}; what is missing is fetched.")
-    parts = _parts(encoder)
-    data = _data(images, folder, plan, stamps_deb)
+    parts = _parts(choice.tower)
+    data = _data(choice, folder, plan, stamps_deb)
     _say(f"Data: {data.train_pictures} pictures to learn from, {data.questions} held-out questions.")
-    align, tune = recipes(parts, data, folder, plan, images=images, encoder=encoder)
+    align, tune = recipes(parts, data, folder, plan, choice)
     for what, recipe in (("Align the projector", align), ("Tune with MoSLoRA", tune)):
         with clock.stage(recipe.name):
             _say(f"\n{what}:")
@@ -131,12 +151,12 @@ def _quickstart(folder: Path, *, images: Images, encoder: Encoder, stamps_deb: P
     with clock.stage("evaluate"):
         _say("\nMeasure on held-out pictures, with controls:")
         measured_before = (folder / "evaluation.json").is_file()
-        results = evaluate_all(folder, data, name=images)
+        results = evaluate_all(folder, data, name=choice.images, precision=choice.precision)
         if not measured_before:
             _track(results, tune, step=result.step)
     with clock.stage("export"):
         exported = _export(folder)
-    _summarise(folder, data, images=images, encoder=encoder, clock=clock, exported=exported, smoke=smoke)
+    _summarise(folder, data, choice, clock=clock, exported=exported)
     return f"{table(results)}\n{_closing(folder, clock, data, stock=exported['stock'])}"
 
 
@@ -151,11 +171,6 @@ def _track(rows: list[dict[str, Any]], tune: Recipe, *, step: int) -> None:
     trackers.reopen(tune.to_dict(), run)
     trackers.log_evaluation(rows, adapter=adapter_digest(run / folder_name(step) / "adapter"), step=step)
     trackers.finish()
-
-
-def _default_name(images: Images, encoder: Encoder, smoke: bool) -> str:
-    pieces = ["quickstart", *([images] if images != "easy-vqa" else []), *([encoder] if encoder != "auto" else [])]
-    return "-".join([*pieces, *(["smoke"] if smoke else [])])
 
 
 def _own(path: Path, kind: type) -> Any:
@@ -223,8 +238,8 @@ def _parts(encoder: Encoder) -> _Parts:
     return _Parts(language=language, vision=towers[encoder]())
 
 
-def _data(images: Images, folder: Path, plan: Plan, stamps_deb: Path | None) -> DatasetFiles:
-    if images == "stamps":
+def _data(choice: Choice, folder: Path, plan: Plan, stamps_deb: Path | None) -> DatasetFiles:
+    if choice.images == "stamps":
         return build_stamps(assets.stamps(stamps_deb, _say), folder / "data", limit=plan.train_images)
     return build_easy_vqa(
         assets.easy_vqa(_say),
@@ -232,6 +247,7 @@ def _data(images: Images, folder: Path, plan: Plan, stamps_deb: Path | None) -> 
         train_images=plan.train_images,
         test_questions=plan.test_questions,
         turns=TURNS,
+        seed=choice.seed,
     )
 
 
@@ -262,21 +278,21 @@ _TUNE_KEYS: dict[Images, list[str]] = {
 }
 
 
-def recipes(
-    parts: _Parts, data: DatasetFiles, folder: Path, plan: Plan, *, images: Images, encoder: Encoder
-) -> tuple[Recipe, Recipe]:
+def recipes(parts: _Parts, data: DatasetFiles, folder: Path, plan: Plan, choice: Choice) -> tuple[Recipe, Recipe]:
     """The two stages, from the shipped recipes with the paths filled in."""
-    size, layer, fold = _VIEW[images, encoder]
+    size, layer, fold = _VIEW[choice.images, choice.tower]
     common = [
         f"model.language={json.dumps(str(parts.language))}",
         f"model.vision.name={json.dumps(parts.vision)}",
         f"model.vision.image_size={size}",
         f"model.vision.feature_layer={layer}",
         *(["model.projector.kind=pixel_shuffle", f"model.projector.shuffle={fold}"] if fold > 1 else []),
-        *_KEYS[images],
+        f"train.seed={choice.seed}",
+        f"train.precision={choice.precision}",
+        *_KEYS[choice.images],
     ]
     align = load_recipe("quickstart_align", [*common, f"train.steps={plan.align_steps}"])
-    tune = load_recipe("quickstart_tune", [*common, *_TUNE_KEYS[images], f"train.epochs={plan.tune_epochs}"])
+    tune = load_recipe("quickstart_tune", [*common, *_TUNE_KEYS[choice.images], f"train.epochs={plan.tune_epochs}"])
     projector = folder / "align" / f"checkpoint-{plan.align_steps:06d}" / "projector.safetensors"
     tune = dataclasses.replace(
         tune,
@@ -321,12 +337,10 @@ def _export(folder: Path) -> dict[str, Any]:
 def _summarise(
     folder: Path,
     data: DatasetFiles,
+    choice: Choice,
     *,
-    images: Images,
-    encoder: Encoder,
     clock: _Clock,
     exported: dict[str, Any],
-    smoke: bool,
 ) -> None:
     from mm_moslora.tracking.environment import environment
     from mm_moslora.training.loop import peak_memory_gib
@@ -338,9 +352,10 @@ def _summarise(
         tune
         | {
             "name": folder.name,
-            "title": "mm_moslora quickstart" + (" (smoke)" if smoke else ""),
-            "description": f"{encoder} + {tune['tokens_per_image']} visual tokens + SmolLM2-135M-Instruct, MoSLoRA "
-            f"rank {adapter.rank} ({adapter.mixer_init} mixer) in every linear layer, on {images}.",
+            "title": "mm_moslora quickstart" + (" (smoke)" if choice.smoke else ""),
+            "description": f"{choice.tower} + {tune['tokens_per_image']} visual tokens + SmolLM2-135M-Instruct, "
+            f"MoSLoRA rank {adapter.rank} ({adapter.mixer_init} mixer) in every linear layer, on {choice.images}.",
+            "seed": choice.seed,
             "seconds": clock.total,
             "memory_gib": max(tune["memory_gib"], peak_memory_gib()),
             "stages": clock.seconds,
@@ -348,7 +363,7 @@ def _summarise(
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "export": exported,
             "environment": environment(),
-            "licences": {asset.what: asset.licence for asset in assets.used(images, encoder)},
+            "licences": {asset.what: asset.licence for asset in assets.used(choice.images, choice.tower)},
             "commands": [
                 {"what": what, "command": command}
                 for what, command in _commands(folder, data.images, stock=exported["stock"])

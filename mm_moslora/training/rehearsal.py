@@ -45,7 +45,7 @@ class _Tiny(nn.Module):
         self.lora_mixer = nn.Parameter(torch.randn(_WIDTH, _WIDTH, generator=generator) / _WIDTH**0.5)
         self.head = nn.Parameter(torch.randn(_WORDS, _WIDTH, generator=generator))
 
-    def forward(self, batch: Batch, needs_vision: bool = False) -> Tensor:
+    def forward(self, batch: Batch, needs_vision: bool = False, right: Tensor | None = None) -> Tensor:
         hidden = torch.tanh(self.embed[batch.input_ids[batch.target_positions]] @ self.lora_mixer)
         return nn.functional.cross_entropy((hidden @ self.head.t()).float(), batch.targets, reduction="sum")
 

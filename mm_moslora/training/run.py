@@ -6,11 +6,11 @@ import logging
 import os
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,10 @@ from mm_moslora.models.kernels import choose_kernels, use_kernels
 from mm_moslora.models.lean import use_lean_layers
 from mm_moslora.models.pictures import PictureMemory
 from mm_moslora.models.places import contents_of, seen_from
+from mm_moslora.models.projector import embedding_scale, first_layer, fold_into
 from mm_moslora.models.ready import refuse_without_effect, tower_path
 from mm_moslora.models.trainable import attach_adapters, checkpoint_layers, component_table
-from mm_moslora.models.vlm import is_multimodal, is_padded
+from mm_moslora.models.vlm import image_features, is_multimodal, is_padded
 from mm_moslora.training.compiling import compile_layers
 from mm_moslora.training.engine import Engine, LossModule, OptimizerSettings, build_engine
 from mm_moslora.training.mixers import mixer_matrices
@@ -45,6 +46,9 @@ from mm_moslora.training.precision import dtype_of, resolve_precision
 from mm_moslora.training.progress import Progress
 
 logger = logging.getLogger(__name__)
+
+PICTURES_TO_SCALE, PICTURES_TO_STANDARDISE = 8, 64
+"""Of the first records: a size needs few, the spread of every dimension more."""
 
 
 @contextmanager
@@ -149,7 +153,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     training_set = _data_set(recipe, assembly, validation=False)
     assert training_set is not None
     validation_set = _data_set(recipe, assembly, validation=True)
-    _match_projector_scale(recipe, assembly, training_set)
+    _fit_projector(recipe, assembly, training_set)
     model = assembly.model.train()
     if not is_padded(model):
         set_attention(model, training_attention(model, recipe.model.attention, device=distributed.device()))
@@ -234,32 +238,43 @@ def _data_set(recipe: Recipe, assembly: Assembly, *, validation: bool) -> Traini
 
 
 @torch.no_grad()
-def _match_projector_scale(recipe: Recipe, assembly: Assembly, data: TrainingSet) -> None:
-    """Give a fresh projector's visual tokens the size of word embeddings; see `embedding_scale`.
+def _fit_projector(recipe: Recipe, assembly: Assembly, data: TrainingSet) -> None:
+    """Fit a fresh projector to the first pictures: to their features' spread, and to the size of word embeddings.
 
     Rank 0 measures, where it is going to train, on its own weights: those are what the engine gives to all ranks.
     """
     model, wanted = assembly.model, recipe.model.projector
-    ours = is_multimodal(model) and not assembly.ready_made
-    if not (ours and wanted.scale_to_embeddings) or wanted.weights:
-        return
-    factor: float | None = None  # without pictures
-    failure = None
-    if distributed.is_main():
-        try:
-            if pictures := _first_pictures(data, 8):
-                factor = _measured_scale(model, torch.cat(pictures))
-        except Exception as error:  # the other ranks wait for the factor
-            failure = error
-    distributed.agree(failure, what="Scaling the projector")
-    factor = distributed.from_main(factor)
-    if factor is None:
+    if not is_multimodal(model) or assembly.ready_made or wanted.weights:
         return
     projector = model.model.multi_modal_projector
-    last = projector.last if hasattr(projector, "last") else projector.linear_2
-    for parameter in last.parameters():
-        parameter.mul_(factor)
-    logger.info("Projector output scaled by %.3g to the size of word embeddings.", factor)
+
+    def measured(count: int, measure: Callable[[Tensor], Any]) -> Any:
+        """What rank 0 measures on its first pictures, on all ranks; None without pictures."""
+        found, failure = None, None
+        if distributed.is_main():
+            try:
+                if pictures := _first_pictures(data, count):
+                    with _where_it_trains(model):
+                        found = measure(torch.cat(pictures))
+            except Exception as error:  # the other ranks wait
+                failure = error
+        distributed.agree(failure, what="Fitting the projector")
+        return distributed.from_main(found)
+
+    factor = spread = None
+    if wanted.standardise_features:
+        spread = measured(PICTURES_TO_STANDARDISE, lambda pixels: _feature_spread(model, pixels))
+    if spread is not None:
+        fold_into(projector, *spread)
+        logger.info("Projector begins with features of mean 0 and spread 1.")
+    if wanted.scale_to_embeddings:
+        words = cast(Tensor, model.get_input_embeddings().weight)
+        factor = measured(PICTURES_TO_SCALE, lambda pixels: embedding_scale(image_features(model, pixels), words))
+    if factor is not None:
+        last = projector.last if hasattr(projector, "last") else projector.linear_2
+        for parameter in last.parameters():
+            parameter.mul_(factor)
+        logger.info("Projector output scaled by %.3g to the size of word embeddings.", factor)
 
 
 def _first_pictures(data: TrainingSet, count: int) -> list[Tensor]:
@@ -274,16 +289,35 @@ def _first_pictures(data: TrainingSet, count: int) -> list[Tensor]:
     return pictures
 
 
-def _measured_scale(model: PreTrainedModel, pixels: Tensor) -> float:
-    from mm_moslora.models.projector import embedding_scale
-    from mm_moslora.models.vlm import image_features
+def _feature_spread(model: PreTrainedModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of what a projector's first linear layer reads, ``[V]`` each, fp32 on the CPU.
 
+    Args:
+        model: an assembly, tower and projector on the device of the pictures.
+        pixels: some real pictures ``[N, 3, H, W]``.
+    """
+    seen: list[Tensor] = []
+    hook = first_layer(model.model.multi_modal_projector).register_forward_pre_hook(
+        lambda _, given: seen.append(given[0].float().flatten(0, -2))
+    )
+    try:
+        for part in pixels.split(PICTURES_TO_SCALE):
+            image_features(model, part)
+    finally:
+        hook.remove()
+    spread, mean = torch.std_mean(torch.cat(seen), dim=0)
+    return mean.cpu(), spread.cpu()
+
+
+@contextmanager
+def _where_it_trains(model: PreTrainedModel) -> Iterator[None]:
+    """Tower and projector on this rank's device; the engine takes a whole model from the host afterwards."""
     parts: list[nn.Module] = [model.model.vision_tower, model.model.multi_modal_projector]
     for part in parts:
         part.to(distributed.device())
     try:
-        return embedding_scale(image_features(model, pixels), cast(Tensor, model.get_input_embeddings().weight))
-    finally:  # the engine takes a whole model from the host
+        yield
+    finally:
         for part in parts:
             part.to("cpu")
 

@@ -38,17 +38,17 @@ def poison(rank: str, step: str, *recipes: str) -> int:
     return train_recipes(list(recipes))
 
 
-def scale_on_main_alone(outcome: str, *recipes: str) -> int:
-    """The projector's scale is measured on rank 0 alone; there it may fail."""
-    real = run._measured_scale
+def fit_on_main_alone(outcome: str, *recipes: str) -> int:
+    """What the projector is fitted to is measured on rank 0 alone; there it may fail."""
+    real = run._first_pictures
 
-    def measured(model, pixels):
+    def pictures(data, count):
         assert distributed.is_main(), "measured twice"
         if outcome == "fails":
             raise RuntimeError("no room for the tower")
-        return real(model, pixels)
+        return real(data, count)
 
-    run._measured_scale = measured
+    run._first_pictures = pictures
     return train_recipes(list(recipes))
 
 

@@ -173,18 +173,18 @@ def test_a_bug_of_one_rank_is_reported_by_the_others(parts, ranks, tmp_path):
     assert read_state(tmp_path / "run").ranks == (1,)
 
 
-def test_the_projector_is_scaled_by_one_rank_for_all(parts, ranks, tmp_path):
+def test_the_projector_is_fitted_by_one_rank_for_all(parts, ranks, tmp_path):
     stages = {"none": "none", "zero2": "zero2", "zero3": "zero3", "failing": "zero2"}
     recipes = [make_recipe(parts, tmp_path / name, stage, steps=2) for name, stage in stages.items()]
-    projector = ProjectorConfig(scale_to_embeddings=True)
+    projector = ProjectorConfig(scale_to_embeddings=True, standardise_features=True)
     alone, *both, failing = (write(replace(r, model=replace(r.model, projector=projector))) for r in recipes)
     ranks.run([alone], ranks=1)
-    ranks.run(["faults:scale_on_main_alone", "works", *both])
+    ranks.run(["faults:fit_on_main_alone", "works", *both])
     for stage in ("zero2", "zero3"):
         assert losses(tmp_path / stage) == pytest.approx(losses(tmp_path / "none"), rel=1e-5)
-    group = ranks.finish(ranks.start(["faults:scale_on_main_alone", "fails", failing]), limit=60)
+    group = ranks.finish(ranks.start(["faults:fit_on_main_alone", "fails", failing]), limit=60)
     assert group.codes == [1, 1]
-    assert "Scaling the projector failed on other ranks: rank 0: RuntimeError: no room" in group.output(1)
+    assert "Fitting the projector failed on other ranks: rank 0: RuntimeError: no room" in group.output(1)
 
 
 def test_a_rank_that_cannot_write_costs_one_checkpoint_only(parts, ranks, tmp_path):

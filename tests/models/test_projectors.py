@@ -12,7 +12,7 @@ from mm_moslora.errors import ConfigError, ModelError
 from mm_moslora.models.build import assemble
 from mm_moslora.models.export import export_model
 from mm_moslora.models.load import load
-from mm_moslora.models.projector import PROJECTORS, build_projector, projector_tokens
+from mm_moslora.models.projector import PROJECTORS, build_projector, fold_into, projector_tokens
 from mm_moslora.models.projector_parts import ProjectorShape
 
 KINDS = {
@@ -47,6 +47,18 @@ def test_a_projector_gives_as_many_tokens_as_it_says_and_uses_every_weight(kind,
     torch.testing.assert_close(twin(features), output, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu", "mlp3x_gelu", "fused_mlp", "avg_pool"])
+@torch.no_grad()
+def test_a_fresh_projector_computes_of_features_what_it_did_of_standardised_ones(kind):
+    torch.manual_seed(0)
+    projector, features = build_projector(kind, SHAPE), 5 + 0.1 * torch.randn(3, 36, 24)
+    features[..., 3] = 7.0  # a dimension that never changes
+    spread, mean = torch.std_mean(features.flatten(0, 1), dim=0)
+    expected = projector((features - mean) / spread.clamp_min(0.1 * float(spread.mean())))
+    fold_into(projector, mean, spread)
+    torch.testing.assert_close(projector(features), expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["avg_pool", "c_abstractor", "perceiver", "qformer"])
 def test_pictures_do_not_look_at_each_other(kind):
     torch.manual_seed(0)
@@ -78,3 +90,5 @@ def test_what_does_not_fit_is_named():
         build_projector("perciever", SHAPE)
     with pytest.raises(ConfigError, match="queries is 0"):
         ProjectorConfig(queries=0)
+    with pytest.raises(ConfigError, match="perceiver does not begin with a linear layer"):
+        ProjectorConfig(kind="perceiver", standardise_features=True)

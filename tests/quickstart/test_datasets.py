@@ -116,6 +116,12 @@ class TestEasyVqa:
             assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
         assert (tmp_path / "a" / "train.jsonl").read_bytes() != (tmp_path / "c" / "train.jsonl").read_bytes()
 
+    def test_held_out_questions_do_not_depend_on_seed_or_training_pictures(self, easy: Path, tmp_path: Path) -> None:
+        """Or seeds could not be averaged, nor sizes compared."""
+        first = build_easy_vqa(easy, tmp_path / "a", seed=0, train_images=10)
+        second = build_easy_vqa(easy, tmp_path / "b", seed=1, train_images=20)
+        assert first.test.read_bytes() == second.test.read_bytes()
+
     def test_caption_from_what_is_stated(self) -> None:
         def ask(text: str, answer: str) -> Asked:
             return Asked(image="x", text=text, answer=answer)
