@@ -69,10 +69,11 @@ def section(runs: Sequence[Run]) -> str:
             ]
         )
     dates = sorted({run.summary["date"][:10] for run in runs})
+    measured = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     lines += [
         "",
-        f"Percent right, mean of {len(runs)} runs, the lowest and the highest run in brackets. {summary['description']} "
-        f"Measured on {' and '.join(dict.fromkeys((dates[0], dates[-1])))}; DeepSpeed {summary['zero']}, one process.",
+        f"Percent right, mean of {len(runs)} runs, lowest and highest run in brackets. {summary['description']} "
+        f"Measured on {measured}; DeepSpeed {summary['zero']}, one process.",
         "",
         *_head("tuned, by precision and machine", ["seeds", *map(str, names), "minutes in all", "GiB at most"]),
     ]

@@ -151,7 +151,7 @@ def yes_no_wordings(texts: Iterable[str]) -> list[Wording]:
 def asked_yes_no(
     image: str, caption: str, wordings: Sequence[Wording], count: int, rng: random.Random
 ) -> list[Question]:
-    """Ask yes/no questions about a picture whose contents are known; as many yes as no.
+    """Ask yes/no questions about a picture whose contents are known; as many yes as no, one more of either if odd.
 
     The package has few yes/no questions per picture and far more of one answer. Here the answer is drawn first, so that
     over many pictures every text is answered yes as often as no.
@@ -166,7 +166,8 @@ def asked_yes_no(
     _, color, shape = caption.split()
     by_kind = [[wording for wording in wordings if wording.is_color == kind] for kind in (True, False)]
     kinds = [members for members in by_kind if members]
-    answers = [YES_NO[index % 2] for index in range(count)]
+    first = rng.randrange(2)
+    answers = [YES_NO[(first + index) % 2] for index in range(count)]
     rng.shuffle(answers)
     questions = []
     for answer in answers:
@@ -179,7 +180,7 @@ def asked_yes_no(
 
 
 OPEN_TURNS = 1
-"""Open questions per conversation; the rest are yes/no, which take longer to learn. The answer to one settles most others."""
+"""Open questions per conversation. The rest are yes/no: they take longer to learn, and open ones settle them."""
 
 
 def _arranged(
