@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mm_moslora.errors import AdapterError, CheckpointError, ModelError, suggestion
+from mm_moslora.errors import AdapterError, CheckpointError, ConfigError, ModelError, suggestion
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,28 @@ RUN_FILES = (
 """What a run writes into its folder, besides checkpoints and what services keep there."""
 MANIFEST = "manifest.json"
 ADAPTER_CONFIG = "adapter_config.json"
+BASE = "base"
+"""In an adapter folder that is handed on: the model it belongs to, where no published one is that."""
 PROJECTOR = "projector.safetensors"
+_PACKAGE = Path(__file__).parent
+SHIPPED = ("scripts", "deepspeed_configs", "recipes")
+"""Folders that come along with the package, for people: launch scripts, DeepSpeed presets, recipes."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})$")
+
+
+def shipped_folder(name: str) -> Path:
+    """Where a folder that comes along lies: within the package, or in the checkout beside it.
+
+    Args:
+        name: one of `SHIPPED`.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    for folder in (_PACKAGE / name, _PACKAGE.parent / name):
+        if name in SHIPPED and folder.is_dir():
+            return folder
+    raise ConfigError(f"No folder {name!r} comes along, expected {', '.join(SHIPPED)}.{suggestion(name, SHIPPED)}")
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:

@@ -14,7 +14,8 @@ run_environment() {
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 }
 
-# The Python to use: $PYTHON, else the checkout's own environment, else the one on the PATH.
+# The Python to use: $PYTHON, else the checkout's own environment or the one that this folder is installed in, else the
+# one on the PATH.
 find_python() {
   local root
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -22,10 +23,12 @@ find_python() {
     return
   elif [ -x "$root/.venv/bin/python" ]; then
     PYTHON="$root/.venv/bin/python"
+  elif [[ "$root" = */site-packages/mm_moslora ]] && [ -x "${root%/lib*/python*/site-packages/*}/bin/python" ]; then
+    PYTHON="${root%/lib*/python*/site-packages/*}/bin/python"
   elif PYTHON=$(command -v python3); then
     :
   else
-    fail "no Python found; run 'make quickstart' once, or set PYTHON"
+    fail "no Python found; install Python 3.11 or later, or set PYTHON"
   fi
 }
 

@@ -30,7 +30,8 @@ Options
 
 Environment
   NPROC       processes on this machine (default: number of GPUs, else 1)
-  PYTHON      Python to use (default: .venv/bin/python of the checkout, else python3)
+  PYTHON      Python to use (default: .venv/bin/python of the checkout, or that of the environment that
+              mm-moslora is installed in, else python3)
   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME   network interface between hosts, where the default is the wrong one
   TORCH_ELASTIC_SHUTDOWN_TIMEOUT   seconds to save in after SIGTERM (default 300)
 

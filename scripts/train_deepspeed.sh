@@ -22,7 +22,8 @@ Options
 
 Environment
   NPROC         processes on this machine (default: number of GPUs, else 1); not used with --hostfile
-  PYTHON        Python to use (default: .venv/bin/python of the checkout, else python3)
+  PYTHON        Python to use (default: .venv/bin/python of the checkout, or that of the environment that
+              mm-moslora is installed in, else python3)
   MASTER_PORT   port of rank 0 (default: a free one)
 
 Exit codes: 0 finished, 75 stopped on request (run the same command again), anything else failed.

@@ -267,10 +267,52 @@ def test_merge_and_export_write_folders_that_say_how_close_they_are(trained, tmp
     assert run(["merge", str(trained), str(tmp_path / "merged"), "--dtype", "bf16"]) == 0
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
     assert run(["export", str(trained), str(tmp_path / "lora"), "--to", "lora"]) == 0
-    assert {"adapter_config.json", "moslora.safetensors"} <= {p.name for p in (tmp_path / "lora").iterdir()}
+    names = {"adapter_config.json", "moslora.safetensors", "base", "README.md", "tokenizer_config.json"}
+    assert names <= {p.name for p in (tmp_path / "lora").iterdir()}
     capsys.readouterr()
     assert run(["export", str(trained), str(tmp_path / "llava")]) == 1
     assert "is not empty" in capsys.readouterr().err
+
+
+STRANGER = """
+import json, sys, torch
+from peft import AutoPeftModel
+from PIL import Image
+from transformers import AutoProcessor
+model = AutoPeftModel.from_pretrained(sys.argv[1]).eval()
+processor = AutoProcessor.from_pretrained(sys.argv[1], backend="pil")
+inputs = processor(images=Image.linear_gradient("L").convert("RGB"), text="<image>a red square", return_tensors="pt")
+inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+with torch.no_grad():
+    torch.save((dict(inputs), model(**inputs).logits), sys.argv[2])
+    assert model.generate(**inputs, max_new_tokens=2).shape[0] == 1
+print(type(model).__name__, type(model.get_base_model()).__name__, [name for name in sys.modules if "moslora" in name])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_exported_adapter_loads_in_stock_peft_with_projector_and_base(dtype, trained, tmp_path, python):
+    import torch
+
+    from mm_moslora.models.load import load
+
+    folder = tmp_path / "lora"
+    assert run(["export", str(trained), str(folder), "--to", "lora", "--dtype", dtype]) == 0
+    arguments = [str(python.stock), "-c", STRANGER, str(folder), str(tmp_path / "logits.pt")]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "PeftModel LlavaForConditionalGeneration []"
+    inputs, stock = torch.load(tmp_path / "logits.pt", weights_only=False)
+    live = load(trained, merge=False).model
+    inputs["pixel_values"] = inputs["pixel_values"].to(live.dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(stock.float(), live(**inputs).logits, atol=1e-5 if dtype == "fp32" else 0.05, rtol=0)
+    assert "peft.AutoPeftModel.from_pretrained" in (folder / "README.md").read_text()
+    moved = folder.rename(tmp_path / "moved")
+    with torch.no_grad():  # ours finds the base wherever the folder was moved
+        again = load(moved, merge=False).model(**inputs).logits
+    torch.testing.assert_close(again, stock.float(), atol=1e-5 if dtype == "fp32" else 0.05, rtol=0)
 
 
 @pytest.mark.slow

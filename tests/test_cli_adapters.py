@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -72,7 +72,12 @@ def test_export_to_lora_compares_stock_peft_with_the_live_adapter(
     assert _difference(text) < 1e-4
     with torch.no_grad():
         stock = PeftModel.from_pretrained(_base(language_folder), tmp_path / "lora").eval()(IDS).logits
+        auto = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora").eval()(IDS).logits
     torch.testing.assert_close(stock, _live(language_folder, adapter), atol=1e-5, rtol=0)
+    torch.testing.assert_close(auto, stock, atol=1e-5, rtol=0)
+    named = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(named) == language_folder.resolve(), "a published base is pointed to"
+    assert not (tmp_path / "lora" / "base").exists()
     assert run(["export", str(adapter), str(tmp_path / "lora"), "--to", "lora"]) == 1
     assert "is not empty" in capsys.readouterr().err
 

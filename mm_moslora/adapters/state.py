@@ -40,7 +40,7 @@ from mm_moslora.adapters.inject import (
 )
 from mm_moslora.adapters.sharding import why_not_whole
 from mm_moslora.errors import AdapterError
-from mm_moslora.files import rename, sync
+from mm_moslora.files import rename, replace_text, sync
 from mm_moslora.folders import writing
 
 FORMAT = "mm_moslora.adapter"
@@ -411,11 +411,30 @@ def stock_config(
     return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(data.items())}
 
 
+def name_base(folder: Path, base: str, *, revision: str | None, kind: type[nn.Module] | None) -> None:
+    """Write into `adapter_config.json` which model the adapter belongs to, so that PEFT's Auto classes load both.
+
+    Args:
+        folder: from `save_adapter`.
+        base: folder or hub id.
+        revision: of the hub.
+        kind: class of the base, of which `AutoPeftModel` makes one; None: `AutoPeftModelForCausalLM` knows it.
+    """
+    data = json.loads((folder / STOCK_CONFIG).read_text(encoding="utf-8"))
+    data |= {"base_model_name_or_path": base, "revision": revision}
+    if kind is not None:
+        data |= {"task_type": None, "auto_mapping": _class_of(kind)}
+    replace_text(folder / STOCK_CONFIG, json.dumps(data, indent=2, sort_keys=True) + "\n")
+
+
+def _class_of(kind: type[nn.Module]) -> dict[str, str]:
+    return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+
+
 def _auto_mapping(model: nn.Module, config: MoSLoRAConfig) -> dict[str, str] | None:
     if config.task_type is not None:
         return None
-    kind = type(base_model(model))
-    return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return _class_of(type(base_model(model)))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The verb `launch`: training on several processes or hosts, without a word about torchrun."""
+"""The verbs `launch`, training on several processes or hosts without a word about torchrun, and `files`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,31 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from mm_moslora.errors import ConfigError
+from mm_moslora.folders import SHIPPED, shipped_folder
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys, and options of `train`")]
 
 
 def register(app: App) -> None:
-    """Add the verb to the command line."""
+    """Add the verbs to the command line."""
     app.command(launch)
+    app.command(files)
+
+
+def files(name: str | None = None) -> int:
+    """Print where launch scripts, DeepSpeed presets and recipes lie: `bash "$(mm-moslora files scripts)"/train.sh`.
+
+    Parameters
+    ----------
+    name
+        scripts, deepspeed_configs or recipes; without one, all of them.
+    """
+    if name is not None:
+        print(shipped_folder(name))
+        return 0
+    for word in SHIPPED:
+        print(f"{word:<18} {shipped_folder(word)}")
+    return 0
 
 
 def launch(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mm_moslora.cli.eval import quiet_libraries
 from mm_moslora.errors import ConfigError, ModelError
-from mm_moslora.folders import adapter_folder, find_checkpoint
+from mm_moslora.folders import MANIFEST, adapter_folder, find_checkpoint
 
 if TYPE_CHECKING:
     from cyclopts import App
@@ -66,9 +66,10 @@ def export(
         New folder.
     to
         llava: a folder that stock transformers loads, or a refusal with the reason; hf: the whole model whatever its
-        parts; lora: the adapter alone, folded to plain LoRA; vllm, diffusers: the same as these two read it (written
-        and checked without the model); llava-original: the layout of LLaVA's own code; gguf: model.gguf and mmproj.gguf
-        for llama.cpp (fp32 or fp16).
+        parts; lora: the adapter, folded to plain LoRA, for PEFT's Auto classes: it names its base, and has it in `base`
+        where the model was assembled; vllm, diffusers: the adapter alone as these two read it (written and checked
+        without the model); llava-original: the layout of LLaVA's own code; gguf: model.gguf and mmproj.gguf for
+        llama.cpp (fp32 or fp16).
     dtype
         Dtype of the written weights.
     base
@@ -115,20 +116,24 @@ def _hand_on(
 ) -> int:
     find_checkpoint(model)
     quiet_libraries()
+    from mm_moslora.models.card import write_card
     from mm_moslora.models.export import check_empty, export_lora, export_model, merge_adapter
     from mm_moslora.models.load import load
     from mm_moslora.training.precision import dtype_of
 
     check_empty(output)  # before minutes of loading
     if to == "lora":
-        difference = export_lora(load(model, merge=False, base=base), output)
-        print(f"{output}: plain LoRA for stock PEFT, and the unfolded factors beside it.")
+        # The base is written where none is published, and 4 or 8 bits are no form to hand on.
+        assembly = load(model, merge=False, base=base, quantised=not _writes_base(model))
+        lora = export_lora(assembly, output, dtype=dtype_of(dtype))
+        write_card(assembly, output, source=model, licence=licence, adapter_of=lora.base)
+        print(f"{output}: plain LoRA for stock PEFT, and the unfolded factors beside it. Base: {lora.base}")
+        print(f"Loads with peft.{lora.loader}" + ("." if lora.stock else " after `import mm_moslora.models`."))
+        difference = lora.max_logit_difference
         print(f"Largest logit difference between the live adapter and stock PEFT on this folder: {difference:.2e}")
         return 0
     if to == "gguf" and dtype == "bf16":
         raise ConfigError("GGUF files are written in fp32 or fp16 here, and --dtype is bf16. Choose one of these.")
-    from mm_moslora.models.card import write_card
-
     assembly = load(model, merge=False, base=base)
     if needs_adapter and assembly.peft_model is None:
         raise ConfigError(f"{model} carries no adapter to merge. Write it as it is with mm-moslora export --to hf.")
@@ -156,6 +161,14 @@ def _hand_on(
             print("Loads with transformers after `import mm_moslora.models`.")
     write_card(assembly, output, source=model, licence=licence)
     return 0
+
+
+def _writes_base(model: Path) -> bool:
+    """Whether a run's base is assembled, and so is published nowhere."""
+    from mm_moslora.models.load import model_of
+
+    checkpoint = find_checkpoint(model)
+    return (checkpoint / MANIFEST).is_file() and model_of(checkpoint).vision is not None
 
 
 def import_model(

@@ -69,6 +69,8 @@ class Assembly:
     """Where the base came from, for the adapter folder."""
     thinking: Thinking = "auto"
     """The recipe's `model.thinking`."""
+    changed: bool = False
+    """Whether weights besides the adapter are other ones than `base` names."""
 
     @property
     def image_token_id(self) -> int | None:

@@ -13,7 +13,7 @@ import yaml
 from mm_moslora import __version__
 from mm_moslora.config import Recipe, SourceConfig
 from mm_moslora.errors import MoSLoRAError
-from mm_moslora.folders import MANIFEST, find_checkpoint
+from mm_moslora.folders import BASE, MANIFEST, find_checkpoint
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.load import recipe_of
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
@@ -22,7 +22,9 @@ _HASHED_BYTES = 2**33
 """Larger data files are named without a hash."""
 
 
-def write_card(assembly: Assembly, folder: Path, *, source: Path, licence: str | None = None) -> Path:
+def write_card(
+    assembly: Assembly, folder: Path, *, source: Path, licence: str | None = None, adapter_of: str | None = None
+) -> Path:
     """Write `README.md`.
 
     Args:
@@ -30,11 +32,12 @@ def write_card(assembly: Assembly, folder: Path, *, source: Path, licence: str |
         folder: where it lies.
         source: the run or checkpoint that it was made from.
         licence: an SPDX name as the hub knows it; None: the card says that the licences of the parts hold.
+        adapter_of: the base, where the folder is an adapter for stock PEFT.
     """
     checkpoint = find_checkpoint(source)
     recipe = recipe_of(checkpoint) if (checkpoint / MANIFEST).is_file() else None
-    front = yaml.safe_dump(_front(assembly, recipe, licence), sort_keys=False, allow_unicode=True)
-    parts = [f"---\n{front}---", f"# {recipe.name if recipe else folder.name}", _made_of(assembly, licence)]
+    front = yaml.safe_dump(_front(assembly, recipe, licence, adapter_of), sort_keys=False, allow_unicode=True)
+    parts = [f"---\n{front}---", f"# {recipe.name if recipe else folder.name}", _made_of(assembly, licence, adapter_of)]
     if recipe is not None:
         parts += [_training(checkpoint, recipe), _data(recipe), _results(checkpoint), _recipe(recipe)]
     path = folder / "README.md"
@@ -47,11 +50,11 @@ def _bases(assembly: Assembly) -> dict[str, str]:
     return {part: str(assembly.base[part]) for part in ("vlm", "language", "vision") if assembly.base.get(part)}
 
 
-def _front(assembly: Assembly, recipe: Recipe | None, licence: str | None) -> dict[str, Any]:
+def _front(assembly: Assembly, recipe: Recipe | None, licence: str | None, adapter_of: str | None) -> dict[str, Any]:
     sees = is_multimodal(assembly.model)
     hub_names = [name for name in _bases(assembly).values() if not Path(name).exists() and name.count("/") == 1]
     front: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": "transformers" if adapter_of is None else "peft",
         "pipeline_tag": "image-text-to-text" if sees else "text-generation",
         "tags": ["moslora", "mm_moslora"],
         "license": licence or "other",
@@ -65,10 +68,10 @@ def _front(assembly: Assembly, recipe: Recipe | None, licence: str | None) -> di
     return front | ({"datasets": hub_data} if hub_data else {})
 
 
-def _made_of(assembly: Assembly, licence: str | None) -> str:
+def _made_of(assembly: Assembly, licence: str | None, adapter_of: str | None) -> str:
     rows = [f"| {part} | `{name}` |" for part, name in _bases(assembly).items()]
     model = type(assembly.model).__name__
-    loads = f"It loads as `{model}`."
+    loads = f"It loads as `{model}`." if adapter_of is None else _of_an_adapter(model, adapter_of)
     if isinstance(assembly.model, VlmForConditionalGeneration):
         loads += " Install `mm-moslora` and `import mm_moslora.models` first."
     held = f"Licence: {licence}." if licence else "The licences of these parts hold for it; look them up before use."
@@ -76,6 +79,19 @@ def _made_of(assembly: Assembly, licence: str | None) -> str:
         [f"Tuned with MoSLoRA (arXiv 2406.11909) by mm_moslora {__version__}. {loads}", "", "| part | name |",
          "| --- | --- |", *rows, "", held]
     )  # fmt: skip
+
+
+def _of_an_adapter(model: str, base: str) -> str:
+    inside = Path(base).name == BASE and Path(base).is_dir()
+    auto = "AutoPeftModelForCausalLM" if model.endswith("ForCausalLM") else "AutoPeftModel"
+    loads = f"It is an adapter for stock PEFT, of a `{model}`: `peft.{auto}.from_pretrained(FOLDER)` loads both."
+    if inside:
+        loads += (
+            " The base, with the trained projector, lies in `base`. Where this folder was moved, load `FOLDER/base` "
+            "with transformers and put `peft.PeftModel.from_pretrained(base, FOLDER)` on it, or write the new "
+            "place into `base_model_name_or_path` of `adapter_config.json`."
+        )
+    return loads
 
 
 def _training(checkpoint: Path, recipe: Recipe) -> str:

@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from mm_moslora import adapters
+from mm_moslora.adapters.state import name_base
 from mm_moslora.batch import Example
 from mm_moslora.errors import ConfigError, ModelError
 from mm_moslora.files import refuse_full_folder
-from mm_moslora.folders import writing
+from mm_moslora.folders import BASE, writing
 from mm_moslora.models.build import Assembly, sane_generation_config
 from mm_moslora.models.processor import save_processor
 from mm_moslora.models.rows import row_inputs
@@ -80,15 +81,48 @@ def export_model(assembly: Assembly, folder: Path, *, require_stock: bool = Fals
     )
 
 
-def export_lora(assembly: Assembly, folder: Path) -> float:
-    """Write the adapter alone, folded to plain LoRA, for stock PEFT, vLLM and others.
+@dataclass(frozen=True, kw_only=True)
+class ExportedLora:
+    """What an export of an adapter wrote."""
+
+    base: str
+    """The model it belongs to: a folder or a hub id."""
+    loader: str
+    """PEFT's class that loads adapter and base together."""
+    stock: bool
+    """Whether that needs nothing of this project; else `import mm_moslora.models` first."""
+    max_logit_difference: float
+    """Between the live adapter and the folder as stock PEFT loads it, fp32."""
+
+
+def published_base(assembly: Assembly) -> tuple[str, str | None] | None:
+    """Name and hub revision of the model that the adapter belongs to; None where it lies nowhere but in memory."""
+    base, model = assembly.base, assembly.model
+    if assembly.changed:
+        return None
+    if base.get("exported"):
+        return _absolute(base["exported"]), None
+    if base.get("vlm"):
+        return _absolute(base["vlm"]), base.get("vlm_revision")
+    if base.get("language") and not is_multimodal(model):
+        return _absolute(base["language"]), base.get("language_revision")
+    return None
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def export_lora(assembly: Assembly, folder: Path, *, dtype: torch.dtype = torch.float32) -> ExportedLora:
+    """Write the adapter, folded to plain LoRA, for stock PEFT, vLLM and others, and the base where none is published.
+
+    The folder names its base, so that PEFT's Auto classes load both. An assembled model's base, the projector of the
+    run in it, is published nowhere: it is written below, in `base`.
 
     Args:
         assembly: loaded with `merge=False`; its adapter is replaced by the plain LoRA that was written.
         folder: new or empty.
-
-    Returns:
-        Largest difference of logits between the live adapter and the folder as stock PEFT loads it, fp32.
+        dtype: of a base that is written.
 
     Raises:
         ModelError: the model carries no adapter, the folder is not empty, or the folder gives other logits.
@@ -96,11 +130,39 @@ def export_lora(assembly: Assembly, folder: Path) -> float:
     if assembly.peft_model is None:
         raise ModelError("The model carries no adapter, so there is none to export. Export the whole model instead.")
     check_empty(folder)
-    live = _probe(assembly, assembly.model)
+    model, published = assembly.model, published_base(assembly)
+    if published is None:
+        _round_base(model, dtype)
+    live = _probe(assembly, model)
     adapters.save_adapter(assembly.peft_model, folder, base=assembly.base)
     assembly.peft_model.unload()
-    assembly.peft_model = peft.PeftModel.from_pretrained(assembly.model, folder).eval()
-    return _compare(folder, live, _probe(assembly, assembly.model))
+    assembly.peft_model = None
+    if published is None:
+        cast_parameters(model, dtype)
+        export_model(assembly, folder / BASE)
+        cast_parameters(model, torch.float32)
+    with writing(folder):
+        name, revision = published or (str((folder / BASE).resolve()), None)
+        sees = is_multimodal(model)
+        name_base(folder, name, revision=revision, kind=type(model) if sees else None)
+        if assembly.processor is not None:
+            save_processor(assembly.processor, folder)
+        else:
+            assembly.tokenizer.save_pretrained(folder)
+    assembly.peft_model = peft.PeftModel.from_pretrained(model, folder).eval()
+    return ExportedLora(
+        base=name, loader="AutoPeftModel" if sees else "AutoPeftModelForCausalLM",
+        stock=not isinstance(model, VlmForConditionalGeneration),
+        max_logit_difference=_compare(folder, live, _probe(assembly, model)),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _round_base(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the weights besides the adapters the values that they have once written."""
+    for name, weight in model.named_parameters():
+        if "lora_" not in name:
+            weight.copy_(weight.to(dtype))
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from mm_moslora import adapters
 from mm_moslora.adapters.foreign import read_json
 from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.errors import ModelError, MoSLoRAError, reason_of
-from mm_moslora.folders import ADAPTER_CONFIG, MANIFEST, find_checkpoint
+from mm_moslora.folders import ADAPTER_CONFIG, BASE, MANIFEST, find_checkpoint
 from mm_moslora.models.anyres import newline_of
 from mm_moslora.models.build import Assembly, assemble, load_projector, ready_assembly
 from mm_moslora.models.places import seen_from
@@ -33,7 +33,12 @@ from mm_moslora.models.wrapped import cast_parameters
 
 
 def load(
-    path: str | Path, *, merge: bool = True, dtype: torch.dtype = torch.float32, base: str | Path | None = None
+    path: str | Path,
+    *,
+    merge: bool = True,
+    dtype: torch.dtype = torch.float32,
+    base: str | Path | None = None,
+    quantised: bool = True,
 ) -> Assembly:
     """Load a model for inference.
 
@@ -42,6 +47,7 @@ def load(
         merge: fold adapters into the base weights (faster); False leaves them live in `Assembly.peft_model`.
         dtype: dtype of the weights.
         base: for an adapter folder, the model it belongs to; None takes the one that it names.
+        quantised: False loads a base in full that was trained on in 4 or 8 bits.
 
     Raises:
         ModelError: nothing loadable there, or its parts do not fit together.
@@ -52,7 +58,7 @@ def load(
     if base is not None and (is_ours or not is_adapter):
         raise ModelError(f"{folder} is no adapter of another trainer; it knows its base. Leave out base.")
     if is_ours:
-        return _load_checkpoint(folder, merge=merge, dtype=dtype)
+        return _load_checkpoint(folder, merge=merge, dtype=dtype, quantised=quantised)
     if is_adapter:
         return _load_adapter(folder, base, merge=merge, dtype=dtype)
     return _load_exported(folder, dtype=dtype)
@@ -69,8 +75,10 @@ def model_of(folder: Path) -> ModelConfig:
     return seen_from(recipe_of(folder).model, folder)
 
 
-def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype) -> Assembly:
+def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, quantised: bool) -> Assembly:
     config = model_of(folder)
+    if not quantised:
+        config = dataclasses.replace(config, quantisation="none")
     projector = dataclasses.replace(config.projector, weights=None)
     # Weights are merged in fp32 and rounded once at the end.
     assembly = assemble(dataclasses.replace(config, projector=projector), dtype=torch.float32)
@@ -80,9 +88,11 @@ def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype) -> Assemb
             folder / "projector.safetensors",
             newline=newline_of(assembly.model),
         )
+        assembly.changed = True
     for component in ("vision", "language", *(("projector",) if assembly.ready_made else ())):
         if (folder / f"{component}.safetensors").is_file():
             _load_trained(assembly, folder / f"{component}.safetensors")
+            assembly.changed = True
     if (folder / "adapter").is_dir():
         assembly.peft_model = adapters.load_adapter(assembly.model, folder / "adapter")
         if merge:
@@ -104,6 +114,8 @@ def _load_trained(assembly: Assembly, file: Path) -> None:
 def _load_adapter(folder: Path, base: str | Path | None, *, merge: bool, dtype: torch.dtype) -> Assembly:
     """An adapter of another trainer, on the model that it names."""
     named = base or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if base is None and (folder / BASE).is_dir():  # wherever the folder was moved
+        named = folder / BASE
     if not named:
         raise ModelError(f"{folder} is an adapter that does not name its base model. Give it with --base.")
     try:

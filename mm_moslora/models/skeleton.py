@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import constants, get_session
 from PIL import Image
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
 from mm_moslora.batch import Seen
 from mm_moslora.config import ModelConfig, Recipe
@@ -41,6 +41,7 @@ from mm_moslora.models.ready import (
     refuse_without_effect,
     side_of,
 )
+from mm_moslora.models.shapes import config_to_count
 from mm_moslora.models.trainable import attach_adapters
 from mm_moslora.models.vision import ImageSpec, sketch_vision
 from mm_moslora.models.vlm import is_padded, part_of
@@ -169,7 +170,7 @@ def _hub_or_cache(config: ModelConfig) -> Iterator[None]:
 
 def _read(name: str, revision: str | None, key: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return config_to_count(name, revision)
     except (OSError, ValueError, KeyError) as error:
         reason = reason_of(error)
         raise ModelError(

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from mm_moslora.config import VisionConfig
 from mm_moslora.errors import ModelError, reason_of
 from mm_moslora.models.fused import FusedVisionConfig, FusedVisionModel
+from mm_moslora.models.shapes import config_to_count
 from mm_moslora.models.wrapped import (
     BICUBIC,
     CLIP_MEAN,
@@ -188,7 +189,10 @@ def _load_transformers(config: VisionConfig, *, weights: bool) -> tuple[PreTrain
     import transformers
 
     try:
-        whole = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
+        if weights:
+            whole = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
+        else:
+            whole = config_to_count(config.name, config.revision)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"model.vision.name is {config.name!r}, which is no folder or hub id of a vision model "

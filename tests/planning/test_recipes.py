@@ -22,6 +22,7 @@ from mm_moslora.config import Recipe, load_recipe, recipe_names
 from mm_moslora.errors import ModelError
 from mm_moslora.footprint import footprint
 from mm_moslora.gpus import parse_gpus
+from mm_moslora.models.shapes import known_shapes
 from mm_moslora.models.skeleton import Skeleton, skeleton
 from mm_moslora.planning import DataSize, Plan, known_data, memory, plan
 from mm_moslora.training.engine import largest_adapter
@@ -147,6 +148,28 @@ def test_the_head_of_a_recipe_and_the_table_say_what_is_planned(name: str, folde
         TABLE.write_text(re.sub(rf"\| `{name}` \| \d x .*", row, TABLE.read_text()))
     assert line in head_of(name).splitlines()
     assert row in TABLE.read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_shipped_recipe_is_planned_where_no_hub_is(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    words = ["--samples", "1000", "--tokens-per-sample", "400"]
+    assert cli.run(["plan", name, "--gpus", "8xA100-80G", *words]) == 0
+    assert "GiB per GPU" in capsys.readouterr().out
+    model = load_recipe(name).model
+    named = {model.language, model.vlm, model.vision.name if model.vision else None} - {None}
+    assert named <= set(known_shapes())
+
+
+def test_a_tower_is_counted_with_the_models_own_sizes() -> None:
+    """Qwen2.5-VL-7B-Instruct has 8.29 thousand million parameters on the hub, Qwen3-VL-8B-Instruct 8.77."""
+    sizes = {"qwen25_vl_7b_moslora": (8.292, 0.676), "qwen3_vl_8b_moslora": (8.767, 0.576)}
+    for name, (whole, vision) in sizes.items():
+        parts = footprint(load_recipe(name)).parts
+        base = {part: total for part, (total, _) in parts.items() if "adapter" not in part and "mixer" not in part}
+        assert sum(base.values()) / 1e9 == pytest.approx(whole, abs=0.002)
+        assert sum(total for part, total in base.items() if part != "language") / 1e9 == pytest.approx(vision, abs=0.01)
 
 
 @pytest.mark.parametrize("name", ["qwen25_vl_7b_moslora", "qwen3_vl_8b_moslora"])

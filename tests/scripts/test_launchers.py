@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from mm_moslora.cli import run
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -82,6 +86,40 @@ def test_dry_run_shows_the_recipe_and_the_command(script: str, environment: dict
     assert command[-6:] == ["train", str(recipe), "--optim.lr", "3e-4", "--resume", "never"]
     assert "2" in command
     assert not (recipe.parent / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_an_installed_script_uses_the_python_that_it_is_installed_for(
+    script: str, environment: dict[str, str], recipe: Path
+) -> None:
+    """From a folder that is no checkout; the environment of SLURM's script is active, since SLURM runs a copy."""
+    place = recipe.parent / "env" / "lib" / "python3.11" / "site-packages" / "mm_moslora" / "scripts"
+    shutil.copytree(SCRIPTS, place, ignore=shutil.ignore_patterns("soak", "bench"))
+    (recipe.parent / "env" / "bin").mkdir()
+    for name, words in (("python", ""), ("mm-moslora", " -m mm_moslora")):
+        path = recipe.parent / "env" / "bin" / name
+        path.write_text(f'#!/bin/sh\necho installed >&2\nexec {shlex.quote(sys.executable)}{words} "$@"\n')
+        path.chmod(0o755)
+    where = {name: value for name, value in environment.items() if name != "PYTHON"}
+    if script == "train_slurm.sbatch":
+        where["PATH"] = f"{recipe.parent / 'env' / 'bin'}:{where['PATH']}"
+    words = ["bash", str(place / script), "--dry-run", recipe.name]
+    result = subprocess.run(words, env=where, cwd=recipe.parent, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "installed" in result.stderr.splitlines()
+    assert "mm_moslora train" in result.stderr
+
+
+def test_the_wheel_holds_the_launchers_and_the_command_line_says_where(capsys: pytest.CaptureFixture[str]) -> None:
+    included = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    for name in ("common.sh", *LAUNCHERS):
+        assert included["force-include"][f"scripts/{name}"] == f"mm_moslora/scripts/{name}"
+    assert run(["files", "scripts"]) == 0
+    assert Path(capsys.readouterr().out.strip()) == SCRIPTS
+    assert run(["files"]) == 0
+    assert str(ROOT / "deepspeed_configs") in capsys.readouterr().out
+    assert run(["files", "script"]) == 1
+    assert "Did you mean 'scripts'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", LAUNCHERS)

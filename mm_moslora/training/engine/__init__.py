@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from mm_moslora.config import TrainConfig
 from mm_moslora.errors import ConfigError, MoSLoRAError
+from mm_moslora.folders import shipped_folder
 from mm_moslora.requirements import install_command
 from mm_moslora.training.engine.base import Engine, LossModule, StepResult
 from mm_moslora.training.engine.plain import TorchEngine
@@ -72,5 +73,5 @@ def build_engine(
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
             f"DeepSpeed refuses train.zero {train.zero}: {' '.join(line.strip() for line in lines[:3])}. "
-            "deepspeed_configs/ has files to begin with."
+            f"{shipped_folder('deepspeed_configs')} has files to begin with."
         ) from error

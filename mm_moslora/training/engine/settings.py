@@ -16,12 +16,12 @@ from mm_moslora import distributed
 from mm_moslora.config import TrainConfig
 from mm_moslora.doctor import stale_locks
 from mm_moslora.errors import ConfigError, suggestion
+from mm_moslora.folders import shipped_folder
 from mm_moslora.machine import extensions_folder
 from mm_moslora.training.optim import ParameterGroup
 
 logger = logging.getLogger(__name__)
 
-_PACKAGE = Path(__file__).parents[2]
 PERSISTENT = 1_000_000
 """Elements up to which ZeRO-3 leaves weights whole on every rank, where adapters are no larger."""
 
@@ -95,11 +95,10 @@ def _preset_file(name: str) -> Path:
         if not path.is_file():
             raise ConfigError(f"train.zero is {name!r}, which does not exist.")
         return path
-    folders = [_PACKAGE / "deepspeed_configs", _PACKAGE.parent / "deepspeed_configs"]
-    for folder in folders:
-        if (folder / f"{name}.json").is_file():
-            return folder / f"{name}.json"
-    known = sorted({file.stem for folder in folders for file in folder.glob("*.json")} | {"none"})
+    folder = shipped_folder("deepspeed_configs")
+    if (folder / f"{name}.json").is_file():
+        return folder / f"{name}.json"
+    known = sorted({file.stem for file in folder.glob("*.json")} | {"none"})
     raise ConfigError(f"train.zero is {name!r}, expected {', '.join(known)} or a JSON file.{suggestion(name, known)}")
 
 

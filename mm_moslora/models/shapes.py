@@ -1,0 +1,59 @@
+"""Configurations to count with: the model's own, or the sizes of a shipped recipe's model, which come along."""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import cache
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from mm_moslora.config import RECIPES_FOLDER
+from mm_moslora.errors import reason_of
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def _shapes() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = json.loads((RECIPES_FOLDER / "shapes.json").read_text(encoding="utf-8"))
+    return found
+
+
+def config_to_count(name: str, revision: str | None) -> PreTrainedConfig:
+    """A model's configuration, for its sizes only.
+
+    Args:
+        name: folder or hub id. The models of shipped recipes are known where the hub is out of reach or asks for a
+            licence to be accepted; InternLM2 in Llama's layout.
+        revision: of the hub.
+
+    Raises:
+        OSError, ValueError, KeyError: as `AutoConfig`, for other models.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        if name not in _shapes():
+            raise
+        logger.info("%s: its configuration is not to be had (%s); the shipped sizes are used.", name, reason_of(error))
+        return known_shape(name)
+    return config
+
+
+def known_shape(name: str) -> PreTrainedConfig:
+    """The sizes of a shipped recipe's model.
+
+    Raises:
+        KeyError: no shipped recipe names it.
+    """
+    values = dict(_shapes()[name])
+    kind = values.pop("model_type")
+    config: PreTrainedConfig = AutoConfig.for_model(kind, **values)
+    return config
+
+
+def known_shapes() -> list[str]:
+    """The models of the shipped recipes."""
+    return sorted(_shapes())
