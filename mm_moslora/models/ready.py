@@ -6,6 +6,8 @@ transformers: the decoder, the vision tower and what lies between them.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +71,11 @@ def load_ready_processor(name: str, revision: str | None) -> Any:
     Raises:
         ModelError: nothing there, no processor for pictures, or a package that it needs is missing.
     """
+    if lacking := _lacks_processor(Path(name)):
+        raise ModelError(
+            f"model.vlm is {name!r}, a folder without {lacking}. Put the processor of the model that it was made from "
+            f"into it: AutoProcessor.from_pretrained(MODEL).save_pretrained({name!r})."
+        )
     try:
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -79,6 +86,23 @@ def load_ready_processor(name: str, revision: str | None) -> Any:
             "Put a language model into model.language, or choose another vision-language model."
         )
     return processor
+
+
+def _lacks_processor(folder: Path) -> str:
+    """Which parts of a processor the folder of a model that sees lacks, for people; empty where there is none to lack."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    if not isinstance(config, dict) or "vision_config" not in config:
+        return ""
+    parts = {
+        "an image processor (preprocessor_config.json)": ("preprocessor_config.json", "processor_config.json"),
+        "a tokenizer (tokenizer.json)": (
+            "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt",
+        ),
+    }  # fmt: skip
+    return " and ".join(part for part, files in parts.items() if not any((folder / name).is_file() for name in files))
 
 
 def ready_image_token(name: str, revision: str | None, processor: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -285,5 +286,21 @@ def test_a_recipe_names_either_parts_or_a_whole_model(options, message):
 
 
 def test_a_language_model_is_no_ready_made_one(language_folder):
-    with pytest.raises(ModelError, match="processor"):
+    with pytest.raises(ModelError, match="takes no pictures.*model.language"):
         assemble(ModelConfig(vlm=str(language_folder)))
+
+
+@pytest.mark.parametrize(
+    ("kept", "lacking"),
+    [
+        ([], r"an image processor \(preprocessor_config\.json\) and a tokenizer \(tokenizer\.json\)"),
+        (["tokenizer.json", "tokenizer_config.json"], r"an image processor \(preprocessor_config\.json\)\. Put"),
+    ],
+)
+def test_a_model_without_its_processor_says_what_to_put_beside_it(kept, lacking, folders, tmp_path):
+    for name in ("config.json", "generation_config.json", "model.safetensors", *kept):
+        if (folders("qwen2_vl") / name).is_file():
+            shutil.copy(folders("qwen2_vl") / name, tmp_path / name)
+    with pytest.raises(ModelError, match=rf"without {lacking}.*AutoProcessor") as caught:
+        assemble(ModelConfig(vlm=str(tmp_path)))
+    assert "huggingface" not in str(caught.value)

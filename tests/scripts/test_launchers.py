@@ -104,7 +104,9 @@ def test_an_installed_script_uses_the_python_that_it_is_installed_for(
     if script == "train_slurm.sbatch":
         where["PATH"] = f"{recipe.parent / 'env' / 'bin'}:{where['PATH']}"
     words = ["bash", str(place / script), "--dry-run", recipe.name]
-    result = subprocess.run(words, env=where, cwd=recipe.parent, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(
+        words, env=where, cwd=recipe.parent, capture_output=True, text=True, timeout=120, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert "installed" in result.stderr.splitlines()
     assert "mm_moslora train" in result.stderr
