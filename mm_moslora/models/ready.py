@@ -89,7 +89,7 @@ def load_ready_processor(name: str, revision: str | None) -> Any:
 
 
 def _lacks_processor(folder: Path) -> str:
-    """Which parts of a processor the folder of a model that sees lacks, for people; empty where there is none to lack."""
+    """Which parts of a processor the folder of a model that sees lacks, for people; empty where it lacks none."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -286,7 +286,7 @@ def test_a_recipe_names_either_parts_or_a_whole_model(options, message):
 
 
 def test_a_language_model_is_no_ready_made_one(language_folder):
-    with pytest.raises(ModelError, match="takes no pictures.*model.language"):
+    with pytest.raises(ModelError, match=r"takes no pictures.*model\.language"):
         assemble(ModelConfig(vlm=str(language_folder)))
 
 
