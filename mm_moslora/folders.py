@@ -25,6 +25,8 @@ RUN_FILES = (
 )  # fmt: skip
 """What a run writes into its folder, besides checkpoints and what services keep there."""
 MANIFEST = "manifest.json"
+RUN_SIGNS = (RUN_LOCK, f"checkpoint-*/{MANIFEST}")
+"""Files by which a run folder is known."""
 ADAPTER_CONFIG = "adapter_config.json"
 BASE = "base"
 """In an adapter folder that is handed on: the model it belongs to, where no published one is that."""

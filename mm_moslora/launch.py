@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.errors import ConfigError
-from mm_moslora.files import discard
+from mm_moslora.files import discard, refuse_strangers, replace_text
+from mm_moslora.folders import RUN_FILES, RUN_LOCK, RUN_SIGNS
 from mm_moslora.slurm import Job, Requeue
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,22 @@ def stopped_text(number: int) -> str:
     """
     name = "Ctrl-C (SIGINT)" if number == signal.SIGINT else signal.Signals(number).name
     return f"Stopped by {name}; nothing is unsaved. The same command continues the run.\n"
+
+
+def leave_mark(run_folder: Path, number: int) -> None:
+    """Say in a run folder that the run was stopped before it took the folder; one of somebody else is left as it is.
+
+    Args:
+        run_folder: may be missing.
+        number: of the signal.
+    """
+    try:
+        refuse_strangers(run_folder, RUN_FILES, kind="run", also=RUN_SIGNS)
+        run_folder.mkdir(parents=True, exist_ok=True)
+        (run_folder / RUN_LOCK).touch()  # the next start must find that the mark is a run's
+        replace_text(run_folder / STOPPED, stopped_text(number))
+    except (ConfigError, OSError) as error:
+        logger.info("%s is not written: %s", run_folder / STOPPED, error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +171,7 @@ def launch(
     if dry_run:
         return 0
     mark = run_folder / STOPPED
+    refuse_strangers(run_folder, (STOPPED,), kind="run", also=RUN_SIGNS)
     discard(mark)
     # In a group of its own: Ctrl-C reaches whole groups, and ranks that hear it twice stop without saving.
     tell: Callable[[int], None] = _terminate

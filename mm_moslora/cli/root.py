@@ -200,7 +200,7 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
     stop_at
         Save and stop after this optimiser step.
     """
-    from mm_moslora.launch import STOPPED, stopped_text
+    from mm_moslora.launch import leave_mark, stopped_text
     from mm_moslora.training.signals import Stopped, StopRequest
 
     resolved = _recipe(recipe, overrides)
@@ -209,9 +209,7 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
         with stop.at_once():
             return _train(resolved, resume=resume, stop_at=stop_at, stop=stop)
     except Stopped:
-        folder = Path(resolved.train.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / STOPPED, stopped_text(stop.received))
+        leave_mark(Path(resolved.train.output), stop.received)
         print(stopped_text(stop.received), end="")
         return EXIT_REQUEUE
 

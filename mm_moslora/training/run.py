@@ -22,7 +22,7 @@ from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.dataset import TrainingSet
 from mm_moslora.errors import ConfigError, TrainingError
 from mm_moslora.files import refuse_strangers
-from mm_moslora.folders import MANIFEST, RUN_FILES, RUN_LOCK, is_adapter, projector_file
+from mm_moslora.folders import RUN_FILES, RUN_LOCK, RUN_SIGNS, is_adapter, projector_file
 from mm_moslora.locks import take
 from mm_moslora.losses import use_loss_head
 from mm_moslora.models.anyres import NEWLINE, newline_of
@@ -64,7 +64,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         failure: Exception | None = None
         if distributed.is_main():
             try:
-                refuse_strangers(folder, RUN_FILES, kind="run", also=(RUN_LOCK, f"checkpoint-*/{MANIFEST}"))
+                refuse_strangers(folder, RUN_FILES, kind="run", also=RUN_SIGNS)
                 held.enter_context(_lock(folder))
             except (ConfigError, TrainingError) as error:
                 failure = error

@@ -18,6 +18,8 @@ from mm_moslora import cli, distributed, launch, slurm
 from mm_moslora.errors import ConfigError
 from mm_moslora.launch import Places, command
 from mm_moslora.slurm import Job, Requeue
+from mm_moslora.training.run import exclusive
+from mm_moslora.training.signals import Stopped
 
 
 def joined(places: Places) -> str:
@@ -284,6 +286,27 @@ def test_a_signal_before_the_launcher_is_started_asks_for_another_start(monkeypa
     monkeypatch.setattr("mm_moslora.launch.launch", lambda *_, **__: signal.raise_signal(signal.SIGUSR1))
     assert cli.run(["launch", "quickstart_tune"]) == 75
     assert "before anything was started" in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_before_it_took_its_folder_can_be_started(monkeypatch, tmp_path, capsys):
+    def stopped(recipe, *, stop, **_):
+        stop.received = signal.SIGTERM
+        raise Stopped
+
+    monkeypatch.setattr("mm_moslora.cli.root._train", stopped)
+    run = tmp_path / "run"
+    assert cli.run(["train", "quickstart_tune", "--train.output", str(run)]) == 75
+    assert (run / "STOPPED").read_text() == launch.stopped_text(signal.SIGTERM) == capsys.readouterr().out
+    with exclusive(run):  # what the same command does first
+        pass
+
+
+def test_a_file_of_the_user_that_is_called_stopped_is_neither_deleted_nor_written(tmp_path):
+    (tmp_path / "STOPPED").write_text("the clock, at 3:15")
+    launch.leave_mark(tmp_path, signal.SIGTERM)
+    with pytest.raises(ConfigError, match="already holds STOPPED"):
+        launch.launch(Places(), ["r.yaml"], run_folder=tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"STOPPED": "the clock, at 3:15"}
 
 
 def test_a_signal_that_comes_while_the_launcher_starts_is_handed_on(monkeypatch):
