@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
 
 from mm_moslora import __version__
-from mm_moslora.cli import board, compare, launch, models, serve
+from mm_moslora.cli import board, compare, init, launch, models, serve
 from mm_moslora.cli.data import data_app
 from mm_moslora.cli.eval import eval_app, quiet_libraries
 from mm_moslora.config import load_recipe, override_items
@@ -52,6 +52,7 @@ app = App(
 app.command(data_app)
 app.command(eval_app)
 serve.register(app)
+init.register(app)
 launch.register(app)
 board.register(app)
 adapters_app = App(name="adapters", help="Look into adapter folders.")

@@ -7,11 +7,33 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mm_moslora import cli
+from mm_moslora.quickstart import assets
 
 LANGUAGES = ("meta-llama/Llama-3.1-8B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
 TOWERS = ("openai/clip-vit-large-patch14-336", "google/siglip-base-patch16-224")
+
+
+@pytest.fixture(scope="session")
+def coarse_tower(tmp_path_factory) -> Path:
+    """A tiny tower that gives as many patches at 192 pixels as the quickstart's."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("coarse")
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=32
+    )
+    transformers.Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _parts(monkeypatch, language_folder: Path, coarse_tower: Path) -> None:
+    """What the quickstart would fetch."""
+    monkeypatch.setattr(assets, "language_model", lambda _say: language_folder)
+    monkeypatch.setattr(assets, "efficientnet_timm", lambda _say: coarse_tower)
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +47,11 @@ def workspace(tmp_path_factory, language_folder: Path, vision_folder: Path, reco
     (folder / "my").mkdir()
     shutil.copytree(records.parent / "images", folder / "my" / "images")
     shutil.copytree(records.parent / "images", folder / "images")
+    for label, colour in (("cat", "red"), ("tea_pot", "blue")):
+        (folder / "photos" / label).mkdir(parents=True)
+        for index in range(6):
+            Image.new("RGB", (20 + index, 20), colour).save(folder / "photos" / label / f"{index}.png")
+    (folder / "PHOTOS").symlink_to("photos")
     shutil.copy(records, folder / "my" / "train.jsonl")
     rows = [json.loads(line) for line in records.read_text().splitlines()]
     (folder / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))

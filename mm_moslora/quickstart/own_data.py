@@ -1,0 +1,361 @@
+"""Training and held-out questions about a user's own pictures: from a folder per class, or from a file of records.
+
+Pictures, not questions, are held out: no picture stands on both sides of the split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.config import SourceConfig
+from mm_moslora.data.faults import RecordError
+from mm_moslora.data.images import ImageError, check_image, open_image, read_picture
+from mm_moslora.data.pictures import check_picture
+from mm_moslora.data.records import IMAGE, VIDEO, Record
+from mm_moslora.data.sources import RecordSource, open_source
+from mm_moslora.errors import DataError
+from mm_moslora.named_files import FileError, find_below
+from mm_moslora.quickstart.datasets import YES_NO, Question, conversation, question_record
+
+OPEN = "What does the picture show?"
+IS_IT = 'Does the picture show "{}"?'
+TURNS = 4
+"""Questions of a conversation about a picture of a class: an open one, the others yes/no."""
+CONVERSATIONS = 1600
+"""Conversations about pictures of classes; more where there are more pictures."""
+TEST_SHARE, MOST_TEST = 0.2, 100
+"""Share of the pictures that is held out, and how many at most."""
+CAPTION_WORDS = 5
+"""Above so many words in the middle answer, answers are scored as captions: no two people write the same one."""
+_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+_SHOWN_FAULTS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnData:
+    """What was made of the user's pictures."""
+
+    images: Path
+    """Folder that pictures are named from."""
+    source: str
+    """What it was made of, for people."""
+    train: Sequence[Any]
+    """Records, as `data.train` takes them."""
+    test: list[dict[str, Any]]
+    """Held-out questions with their answers."""
+    train_pictures: int
+    test_pictures: int
+    turns: float
+    """Questions per conversation, on average."""
+    text_bytes: tuple[float, int]
+    """Bytes of text in a conversation: on average, and of the longest."""
+    longest: tuple[int, int]
+    """Questions in the conversation that has most of them, and bytes of the longest answer."""
+    faults: list[str] = field(default_factory=list)
+    """What could not be used, each with its reason."""
+
+    @property
+    def captions(self) -> bool:
+        """Whether answers are sentences."""
+        words = sorted(len(str(answer).split()) for row in self.test for answer in row.get("answers", [row["answer"]]))
+        return words[(len(words) - 1) // 2] > CAPTION_WORDS
+
+    def fault_lines(self) -> str:
+        """The first faults, one a line, and how many more there are."""
+        more = len(self.faults) - _SHOWN_FAULTS
+        return "\n".join([*self.faults[:_SHOWN_FAULTS], *([f"... and {more} more"] if more > 0 else [])])
+
+
+def read_own(path: Path, *, images: Path | None = None, seed: int = 0) -> OwnData:
+    """Questions about the pictures of a folder with a sub-folder per class, or those of a LLaVA JSON or JSONL file.
+
+    Args:
+        path: the folder or the file.
+        images: of a file: the folder of its pictures; None: the file's own.
+        seed: chooses the pictures that are held out, and the questions.
+
+    Raises:
+        DataError: there is nothing to learn from; says what was found.
+    """
+    if path.is_dir():
+        if images is not None:
+            raise DataError(f"--image-folder is {images}, but {path} is a folder of pictures. Leave it out.")
+        return _from_folder(path.resolve(), random.Random(f"own {seed}"))
+    if not path.is_file():
+        raise DataError(f"{path} does not exist. Give a folder with a sub-folder of pictures per class, or a file.")
+    return _from_file(path, images, random.Random(f"own {seed}"))
+
+
+@dataclass(frozen=True)
+class _Picture:
+    name: str
+    label: str
+
+
+def _from_folder(folder: Path, rng: random.Random) -> OwnData:
+    faults: list[str] = []
+    pictures = list(_pictures(folder, faults))
+    counts = Counter(picture.label for picture in pictures)
+    if counts and {label.lower() for label in counts} <= _SPLITS:
+        raise DataError(
+            f"The sub-folders of {folder} are {', '.join(sorted(counts))}, parts of a data set and no classes. "
+            "Give the folder with the classes, such as the first of these; the held-out pictures are chosen from it."
+        )
+    if len(counts) < 2 or max(counts.values()) < 2:
+        raise DataError(_too_little(folder, counts, faults))
+    train, test = _split(folder, pictures, counts, rng, faults)
+    repeats = _repeats(Counter(picture.label for picture in train))
+    shares = Counter(picture.label for picture in train for _ in range(repeats[picture.label]))
+    records = [
+        conversation(f"{picture.name}#{repeat}", picture.name, _turns(picture, shares, rng))
+        for picture in train
+        for repeat in range(repeats[picture.label])
+    ]
+    sizes = [_text_size(record["conversations"]) for record in records]
+    return OwnData(
+        images=folder,
+        source=f"{len(counts)} classes in {folder}",
+        train=records,
+        test=_test_questions(test, rng),
+        train_pictures=len(train),
+        test_pictures=len(test),
+        turns=TURNS,
+        text_bytes=(sum(sizes) / len(sizes), max(sizes)),
+        longest=(TURNS, max(len(label.encode()) for label in counts)),
+        faults=faults,
+    )
+
+
+def _pictures(folder: Path, faults: list[str]) -> Iterator[_Picture]:
+    """The readable pictures below the class folders, each content once."""
+    seen: dict[bytes, str] = {}
+    others: Counter[str] = Counter()
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        if len(parts) < 2 or path.is_dir() or any(part.startswith((".", "__MACOSX")) for part in parts):
+            continue
+        if path.suffix and path.suffix.lower() not in _SUFFIXES:
+            others[path.suffix.lower()] += 1
+            continue
+        name = "/".join(parts)
+        try:
+            find_below(folder, name)
+            check_image(path)
+            digest = hashlib.sha256(read_picture(path)).digest()
+        except (FileError, ImageError) as fault:
+            faults.append(str(fault).encode("utf-8", "backslashreplace").decode())
+            continue
+        if digest in seen:
+            faults.append(f"{name}: the same picture as {seen[digest]}; it is used once")
+            continue
+        seen[digest] = name
+        yield _Picture(name, _label(parts[0]))
+    if others:
+        kinds = ", ".join(f"{count} {ascii(suffix)[1:-1]}" for suffix, count in others.most_common(5))
+        faults.append(f"{others.total()} files of other kinds: {kinds}; pictures are {', '.join(sorted(_SUFFIXES))}")
+
+
+def _label(folder: str) -> str:
+    """The class as a person would write it."""
+    label = " ".join(folder.replace("_", " ").split())
+    if not label or any(mark in label for mark in (IMAGE, VIDEO, "<|")):
+        raise DataError(f"The folder {folder!r} is no name of a class that a question can hold. Rename it.")
+    return label
+
+
+def _too_little(folder: Path, counts: Counter[str], faults: list[str]) -> str:
+    inner = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = f"{sum(counts.values())} readable pictures of {len(counts)} classes ({', '.join(sorted(counts)[:5])})"
+    loose = sum(path.is_file() and not path.name.startswith(".") for path in folder.iterdir())
+    broken = f" {len(faults)} files could not be used, the first: {faults[0]}." if faults else ""
+    beside = f" {loose} files lie beside the sub-folders, not in one." if loose else ""
+    remedy = (
+        f"Put pictures of each class into a sub-folder of its own, at least two classes (found: "
+        f"{', '.join(inner[:5]) or 'no sub-folders'}), or write questions into a file (docs/tutorials/my_images.md)."
+    )
+    return f"{folder} holds {found if counts else 'no readable pictures in sub-folders'}.{broken}{beside} {remedy}"
+
+
+def _split(
+    folder: Path, pictures: Sequence[_Picture], counts: Counter[str], rng: random.Random, faults: list[str]
+) -> tuple[list[_Picture], list[_Picture]]:
+    """Training and held-out pictures. Every class keeps one to learn from."""
+    wanted = max(1, min(MOST_TEST, round(TEST_SHARE * len(pictures))))
+    quota = {label: min(count - 1, max(1, round(TEST_SHARE * count))) for label, count in counts.items()}
+    train: list[_Picture] = []
+    test: list[_Picture] = []
+    for picture in rng.sample(pictures, len(pictures)):
+        if len(test) == wanted or quota[picture.label] == 0:
+            train.append(picture)
+        elif _decodes(folder / picture.name, faults):
+            quota[picture.label] -= 1
+            test.append(picture)
+    return sorted(train, key=lambda picture: picture.name), sorted(test, key=lambda picture: picture.name)
+
+
+def _decodes(path: Path, faults: list[str]) -> bool:
+    try:
+        open_image(path)
+    except ImageError as fault:
+        faults.append(str(fault))
+        return False
+    return True
+
+
+def _repeats(counts: Counter[str]) -> dict[str, int]:
+    """How many conversations a picture of each class gets: all classes are talked about alike."""
+    wanted = CONVERSATIONS / len(counts)
+    return {label: math.ceil(wanted / count) for label, count in counts.items()}
+
+
+def _turns(picture: _Picture, shares: Counter[str], rng: random.Random) -> list[tuple[str, str]]:
+    """An open question and yes/no questions, in random order.
+
+    Other classes are drawn as often as they are talked about, so that of every question yes and no are about as
+    frequent.
+    """
+    others = [label for label in shares if label != picture.label]
+    weights = [shares[label] for label in others]
+    turns = [(OPEN, picture.label)]
+    for _ in range(TURNS - 1):
+        answer = rng.choice(YES_NO)
+        label = picture.label if answer == "yes" else rng.choices(others, weights)[0]
+        turns.append((IS_IT.format(label), answer))
+    return rng.sample(turns, len(turns))
+
+
+def _test_questions(test: Sequence[_Picture], rng: random.Random) -> list[dict[str, Any]]:
+    """Of every picture what it shows, and of every yes/no question as many yes as no."""
+    questions = [Question(image=picture.name, text=OPEN, answer=picture.label) for picture in test]
+    for label in sorted({picture.label for picture in test}):
+        inside = [picture for picture in test if picture.label == label]
+        outside = [picture for picture in test if picture.label != label]
+        count = min(len(inside), len(outside))
+        for answer, pool in zip(YES_NO, (inside, outside), strict=True):
+            text = IS_IT.format(label)
+            questions += [Question(image=item.name, text=text, answer=answer) for item in rng.sample(pool, count)]
+    return [question_record(str(number), item, item.category) for number, item in enumerate(questions)]
+
+
+class _Rows(Sequence[Any]):
+    """Some records of a file, read when they are asked for."""
+
+    def __init__(self, source: RecordSource, rows: Sequence[int]) -> None:
+        self._source, self._rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._source.value(self._rows[index])
+
+
+def _from_file(path: Path, images: Path | None, rng: random.Random) -> OwnData:
+    source = open_source(SourceConfig(path=str(path), format="json", image_folder=str(images) if images else None))
+    folder = source.rules.folder
+    faults: list[str] = []
+    asked: dict[str, list[int]] = defaultdict(list)
+    """Rows by the one picture they are about."""
+    several: dict[int, set[str]] = {}
+    """Rows about no picture, or several."""
+    for row in range(len(source)):
+        try:
+            record = source[row]
+            for picture in record.images:
+                check_picture(picture)
+        except (RecordError, ImageError, FileError) as fault:
+            faults.append(str(fault))
+            continue
+        names = {str(picture) for picture in record.images}
+        if len(record.images) == 1 and isinstance(record.images[0], Path):
+            asked[names.pop()].append(row)
+        else:
+            several[row] = names
+    if len(asked) < 2:
+        raise DataError(
+            f"{path} has {len(asked)} pictures with usable questions, expected at least 2: some to learn from and some "
+            f"to hold out. {len(several)} of {len(source)} records have no picture or several, {len(faults)} could not "
+            f"be used{', the first: ' + faults[0] if faults else ''}."
+        )
+    held_out = _held_out(asked, rng, faults)
+    rows = [row for name, rows in asked.items() if name not in held_out for row in rows]
+    rows += [row for row, names in several.items() if not names & held_out]
+    test = [source[row] for name in asked if name in held_out for row in asked[name]]
+    return _of_records(path, folder, source, sorted(rows), test, faults, train_pictures=len(asked) - len(held_out))
+
+
+def _held_out(asked: dict[str, list[int]], rng: random.Random, faults: list[str]) -> set[str]:
+    wanted = max(1, min(MOST_TEST, round(TEST_SHARE * len(asked))))
+    chosen: set[str] = set()
+    for name in rng.sample(sorted(asked), len(asked)):
+        if len(chosen) < wanted and _decodes(Path(name), faults):
+            chosen.add(name)
+    if not chosen or len(chosen) == len(asked):
+        raise DataError(f"No picture can be held out: {faults[-1] if faults else 'there is but one'}.")
+    return chosen
+
+
+def _of_records(
+    path: Path,
+    folder: Path,
+    source: RecordSource,
+    rows: list[int],
+    test: list[Record],
+    faults: list[str],
+    *,
+    train_pictures: int,
+) -> OwnData:
+    sizes, turns, answers = [], [], [1]
+    for row in rows:
+        record = source[row]
+        sizes.append(sum(len(turn.text.encode()) for turn in record.turns))
+        turns.append(sum(turn.role == "assistant" for turn in record.turns))
+        answers += [len(turn.text.encode()) for turn in record.turns if turn.role == "assistant"]
+    return OwnData(
+        images=folder,
+        source=f"{len(source)} records of {path}",
+        train=_Rows(source, rows),
+        test=_questions_of(test, folder),
+        train_pictures=train_pictures,
+        test_pictures=len({record.image_names[0] for record in test}),
+        turns=sum(turns) / len(turns),
+        text_bytes=(sum(sizes) / len(sizes), max(sizes)),
+        longest=(max(turns), max(answers)),
+        faults=faults,
+    )
+
+
+def _questions_of(records: Sequence[Record], folder: Path) -> list[dict[str, Any]]:
+    """Every question of the records by itself; one that is asked again about its picture gets several answers."""
+    answers: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for record in records:
+        image = Path(record.image_names[0]).relative_to(folder).as_posix()
+        turns = [turn for turn in record.turns if turn.role != "system"]
+        for question, answer in zip(turns[::2], turns[1::2], strict=True):
+            answers[image, "".join(question.parts()).strip()].append(answer.text.strip())
+    rows = []
+    for number, ((image, text), given) in enumerate(answers.items()):
+        short = {answer.lower() for answer in given} <= set(YES_NO)
+        row = question_record(str(number), Question(image=image, text=text, answer=given[0]), "open")
+        row["category"] = "yes_no" if short else "open"
+        rows.append(row | ({"answers": given} if len(given) > 1 else {}))
+    return rows
+
+
+def _text_size(turns: Sequence[dict[str, str]]) -> int:
+    return sum(len(turn["value"].encode()) for turn in turns)
+
+
+def lines_of(records: Sequence[Any]) -> Iterator[str]:
+    """Records as lines of a JSONL file."""
+    for index in range(len(records)):
+        yield json.dumps(records[index], ensure_ascii=False) + "\n"
