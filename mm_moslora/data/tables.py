@@ -54,7 +54,7 @@ class TableSource(RecordSource):
             )
         self._names = {own: name for name, own in config.columns.items()}
         self._classes = {n: f.names for n, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
-        self._store = hub_store() if config.path.startswith("hf:") else ()
+        self._store = hub_store(config.path.removeprefix("hf:")) if config.path.startswith("hf:") else ()
         self._table = table.with_format("arrow")
         self._identity = f"{table._fingerprint}-{json.dumps(self._names, sort_keys=True)}"
         if not len(table):
@@ -81,13 +81,18 @@ class TableSource(RecordSource):
         return self._identity
 
 
-def hub_store() -> tuple[Path, ...]:
-    """Where files that `datasets` fetches from the hub come to lie."""
+def hub_store(name: str) -> tuple[Path, ...]:
+    """Where files that `datasets` fetches from the hub come to lie; first the folder of the data set itself.
+
+    Args:
+        name: of the data set; what lies in the hub's cache of others is none of its files.
+    """
     import datasets
     import huggingface_hub
+    from huggingface_hub.file_download import repo_folder_name
 
     return (
-        Path(huggingface_hub.constants.HF_HUB_CACHE),
+        Path(huggingface_hub.constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="dataset"),
         Path(datasets.config.DOWNLOADED_DATASETS_PATH),
         Path(datasets.config.EXTRACTED_DATASETS_PATH),
     )

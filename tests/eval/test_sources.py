@@ -15,10 +15,12 @@ from mm_moslora_eval.images import Hasher
 from mm_moslora_eval.registry import all_tasks, get_task, load_file
 from mm_moslora_eval.requests import Preparation
 from mm_moslora_eval.runner import Settings
+from mm_moslora_eval.sources import load
+from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.sources.tsv import parse_list
 from mm_moslora_eval.suite import evaluate
 
-from mm_moslora.errors import ConfigError, EvalError, MoSLoRAError
+from mm_moslora.errors import ConfigError, DataError, EvalError, MoSLoRAError
 from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel
 
@@ -375,6 +377,46 @@ def test_pictures_are_opened_as_in_training(tmp_path: Path) -> None:
             assert np.array_equal(np.asarray(open_image(source)), np.asarray(expected))
     assert mean_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
     assert 120 < mean_image(tmp_path / "grey16.png").getpixel((0, 0))[0] < 136
+
+
+@pytest.mark.parametrize("state", ["[1]", '{"_data_files": "x"}', "{", '{"_data_files": [{"filename": 3}]}'])
+def test_a_saved_folder_that_is_damaged_is_one_clear_error(state: str, tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"id": ["a"], "question": ["1?"], "answer": ["x"]}).save_to_disk(str(tmp_path / "d"))
+    (tmp_path / "d" / "state.json").write_text(state)
+    with pytest.raises((EvalError, DataError)) as caught:
+        load(Source(kind="hf", path="d"), beside=tmp_path)
+    assert str(caught.value)
+
+
+def test_a_hub_set_shows_no_picture_that_another_set_left_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    files = [tmp_path / f"datasets--{name}" / "snapshots" / "1" / "a.png" for name in ("me--private", "evil--set")]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(picture(1))
+    for kind in ("text", "picture"):
+        rows = [
+            {"id": str(number), "question": "?", "answer": "x", "image": str(file)} for number, file in enumerate(files)
+        ]
+        table = datasets.Dataset.from_list(rows)
+        if kind == "picture":
+            table = table.cast_column("image", datasets.Image())
+        monkeypatch.setattr("mm_moslora.data.tables.load_checked", lambda *_, table=table, **__: table)
+        private, own = load(Source(kind="hf", path="evil/set"), beside=tmp_path).documents
+        if kind == "text":
+            assert "leaves" in str(private.problem)
+            assert own.problem is None
+        else:
+            with pytest.raises(DataError, match="leaves"):
+                private.images[0].read()
+            assert own.images[0].read() == picture(1)
 
 
 def test_a_saved_folder_is_known_by_its_content_and_a_hub_set_by_its_commit(

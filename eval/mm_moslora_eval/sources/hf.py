@@ -59,7 +59,7 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
             )
     rows = len(table)
     if place is None and source.image_folder is None:  # of the hub: below what was fetched from there
-        folder = hub_store()[0].resolve()
+        folder = hub_store(source.path)[0].resolve()
     else:
         folder = picture_folder(source.image_folder, place or Path(source.path), beside=beside)
     rules = rules_of(folder, follow_links=source.follow_links)
@@ -91,11 +91,12 @@ def _open(source: Source, path: Path | None) -> tuple[Any, str]:
                 sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
             return undecoded(load_checked(kind, data_files=str(path), split="train")), sha256
         raise EvalError(f"{path} is neither a file nor a folder.")
-    except (OSError, ValueError, RuntimeError, ConnectionError) as error:
-        if isinstance(error, MoSLoRAError):
-            raise
+    except MoSLoRAError:
+        raise
+    except Exception as error:  # datasets raises nearly anything, and hides what was wrong behind it
+        cause = error.__cause__ or error
         raise EvalError(
-            f"Data set {source.path!r} cannot be opened ({type(error).__name__}: {error}). "
+            f"Data set {source.path!r} cannot be opened ({type(cause).__name__}: {str(cause)[:300]}). "
             "Give a local parquet file or folder, or a hub id while online."
         ) from error
 
@@ -110,7 +111,7 @@ def _documents(table: Any, source: Source, rules: PictureRules, *, of_hub: bool)
     from mm_moslora.data.tables import hub_store
 
     names, file = _names(columns, "image"), Path(source.path)
-    pictures = Pictures(table, names, file=file, rules=rules, store=hub_store() if of_hub else ())
+    pictures = Pictures(table, names, file=file, rules=rules, store=hub_store(source.path) if of_hub else ())
     rows = table.remove_columns(pictures.columns)
     for number, row in enumerate(rows):
         if matches(row, source.where):
