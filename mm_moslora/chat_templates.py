@@ -136,6 +136,17 @@ def notes_of(source: str) -> TemplateNotes:
     return TemplateNotes() if found is None else TemplateNotes(name=found[1], faithful=found[2] is not None)
 
 
+def require_template(name: str | None) -> None:
+    """Refuse a name that is none of `CHAT_TEMPLATES`; None is the tokenizer's own.
+
+    Raises:
+        ConfigError: no such name.
+    """
+    if name is not None and name not in CHAT_TEMPLATES:
+        hint = suggestion(name, CHAT_TEMPLATES)
+        raise ConfigError(f"model.chat_template is {name!r}, expected one of {', '.join(CHAT_TEMPLATES)}.{hint}")
+
+
 def set_chat_template(tokenizer: Any, name: str | None, *, faithful: bool = False) -> None:
     """Give a tokenizer one of LLaVA's templates.
 
@@ -148,11 +159,9 @@ def set_chat_template(tokenizer: Any, name: str | None, *, faithful: bool = Fals
     Raises:
         ConfigError: no such name, or the tokenizer has no end-of-sequence token.
     """
+    require_template(name)
     if name is None:
         return
-    if name not in CHAT_TEMPLATES:
-        hint = suggestion(name, CHAT_TEMPLATES)
-        raise ConfigError(f"model.chat_template is {name!r}, expected one of {', '.join(CHAT_TEMPLATES)}.{hint}")
     if tokenizer.eos_token is None:
         raise ConfigError(f"model.chat_template is {name!r}, but the tokenizer has no end-of-sequence token.")
     template = CHAT_TEMPLATES[name]

@@ -25,6 +25,7 @@ from mm_moslora.data.view_html import Sample, page
 from mm_moslora.errors import DataError
 from mm_moslora.files import PAGE_SIGN, output_file, replace_text
 from mm_moslora.models.build import text_and_images
+from mm_moslora.training.preflight import check_data
 from mm_moslora.training.progress import Progress
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def check_recipe(
         DataError: a source cannot be read at all.
         ModelError: the tokenizer or the vision encoder does not load.
     """
+    check_data(recipe.data)
     parts = _parts(recipe)
     shown: list[RenderableType] = []
     plain: dict[str, Any] = {}
@@ -95,6 +97,7 @@ def check_recipe(
 
 def statistics_of(recipe: Recipe, *, processes: int | None = None) -> Checked:
     """Count what a recipe's data hold, reading pictures no further than their headers; see `check_recipe`."""
+    check_data(recipe.data)
     parts = _parts(recipe)
     shown: list[RenderableType] = []
     plain: dict[str, Any] = {}

@@ -27,6 +27,8 @@ RUN_FILES = (
 MANIFEST = "manifest.json"
 RUN_SIGNS = (RUN_LOCK, f"checkpoint-*/{MANIFEST}")
 """Files by which a run folder is known."""
+MODELS = "MM_MOSLORA_MODELS"
+"""Environment variable: folders, separated like those of PATH, in which models that are gone are looked for."""
 ADAPTER_CONFIG = "adapter_config.json"
 BASE = "base"
 """In an adapter folder that is handed on: the model it belongs to, where no published one is that."""
@@ -156,6 +158,42 @@ def projector_file(path: str | Path) -> Path:
     place = Path(path)
     inside = [item / PROJECTOR for item in (place, *(item for _, item in reversed(checkpoints(place))))]
     return next((item for item in inside if item.is_file()), place) if place.is_dir() else place
+
+
+def require_projector(path: str | Path) -> Path:
+    """The projector that `model.projector.weights` means, see `projector_file`.
+
+    Raises:
+        ModelError: there is none.
+    """
+    file = projector_file(path)
+    if not file.is_file():
+        what = "is a folder without checkpoints and projector.safetensors" if file.is_dir() else "does not exist"
+        raise ModelError(
+            f"model.projector.weights: {file} {what}. Give a run folder, a checkpoint, or a projector.safetensors."
+        )
+    return file
+
+
+def require_model(key: str, name: str | None) -> None:
+    """Refuse a path at which no model is; the hub's answer to one explains nothing.
+
+    Args:
+        key: of the recipe.
+        name: a folder, or a name on the hub.
+
+    Raises:
+        ModelError: the name can only be a path, and nothing is there; or it is a folder without a configuration.
+    """
+    if not name:
+        return
+    if name.startswith(("/", "./", "../")) and not Path(name).exists():
+        raise ModelError(
+            f"{key} is {name!r}, and nothing is there. If it was moved, name the folder that it lies in now in the "
+            f"environment variable {MODELS}."
+        )
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ModelError(f"{key} is {name!r}, a folder without config.json. Give the folder that holds the model's.")
 
 
 def resume_folder(resume: str) -> Path | None:

@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm_moslora import distributed
-from mm_moslora.errors import ConfigError, EvalError
+from mm_moslora.errors import ConfigError
 from mm_moslora.files import MARK, mark, remove
 
 from .local import LocalModel
-from .registry import get_task
+from .registry import tasks_of
 from .results import TaskResult
 from .runner import RUN, Settings
 from .suite import evaluate
-from .task import Task
 
 if TYPE_CHECKING:
     from mm_moslora.training.validation import Moment
-
-
-def tasks_of(names: Sequence[str]) -> list[Task]:
-    """The tasks of `validate.tasks`.
-
-    Raises:
-        EvalError: no such task, or two whose metrics would have the same name.
-    """
-    tasks = [get_task(name) for name in names]
-    for number, task in enumerate(tasks):
-        first = [other.name for other in tasks].index(task.name)
-        if first < number:
-            raise EvalError(
-                f"validate.tasks: {names[first]!r} and {names[number]!r} would both be measured as "
-                f"eval/{task.name}/... Keep one of them, or give its file another name."
-            )
-    return tasks
 
 
 class _CutShort(BaseException):  # what a sample raises as an Exception is recorded, and the next one is asked
@@ -54,7 +36,7 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
         one of them has heard a signal.
 
     Raises:
-        EvalError: see `tasks_of`; or every sample fails.
+        EvalError: see `registry.tasks_of`; or every sample fails.
     """
     config = moment.recipe.validate
     settings = Settings(batch_size=moment.recipe.train.micro_batch, limit=config.task_limit or None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,23 @@ def get_task(name: str) -> Task:
         f"No task {name!r}.{suggestion(stem, names)} See `mm-moslora eval list`, "
         "or give a data file as llava:FILE or tsv:FILE."
     )
+
+
+def tasks_of(names: Sequence[str]) -> list[Task]:
+    """The tasks of `validate.tasks`.
+
+    Raises:
+        EvalError: no such task, or two whose metrics would have the same name.
+    """
+    tasks = [get_task(name) for name in names]
+    for number, task in enumerate(tasks):
+        first = [other.name for other in tasks].index(task.name)
+        if first < number:
+            raise EvalError(
+                f"validate.tasks: {names[first]!r} and {names[number]!r} would both be measured as "
+                f"eval/{task.name}/... Keep one of them, or give its file another name."
+            )
+    return tasks
 
 
 def _from_data(kind: str, rest: str) -> Task:

@@ -6,12 +6,15 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
 from mm_moslora.errors import ConfigError
 from mm_moslora.folders import SHIPPED, shipped_folder
+
+if TYPE_CHECKING:
+    from mm_moslora.config import Recipe
 
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys, and options of `train`")]
 
@@ -91,14 +94,36 @@ def launch(
                 nproc=_processes(nproc), nnodes=nnodes, rdzv=rdzv, hostfile=hostfile, max_restarts=max_restarts,
                 job=job if spread else None,
             )  # fmt: skip
-            resolved = load_recipe(recipe, override_items(_of_the_recipe(overrides)))
+            options, keys = _sorted(overrides)
+            resolved = load_recipe(recipe, override_items(keys))
             print(resolved.to_yaml(), end="", flush=True)
+            if not dry_run and hostfile is None:  # other hosts may see other files
+                refuse_early(resolved, options.get("resume", "auto"))
             arguments = [recipe, *overrides]
             folder = Path(resolved.train.output)
             return start(places, arguments, run_folder=folder, dry_run=dry_run, requeue=again)
     except Stopped:
         print("Stopped by a signal before anything was started.", file=sys.stderr)
         return again.stopped({stop.received}, EXIT_REQUEUE) if again else EXIT_REQUEUE
+
+
+def refuse_early(recipe: Recipe, resume: str) -> None:
+    """Refuse before seconds of imports, and before ranks start, what the recipe, files and packages already tell.
+
+    Args:
+        recipe: resolved.
+        resume: as for `train`.
+
+    Raises:
+        MoSLoRAError: see `mm_moslora.training.preflight.check_recipe`; or there is no such task.
+    """
+    from mm_moslora_eval.registry import tasks_of
+
+    from mm_moslora.training.preflight import check_recipe
+
+    tasks = tasks_of(recipe.validate.tasks)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # ranks refuse together, once they have met
+        check_recipe(recipe, resume=resume, tasks=[task.name for task in tasks])
 
 
 def _processes(nproc: int | None) -> int | None:
@@ -111,12 +136,19 @@ def _processes(nproc: int | None) -> int | None:
     return int(text)
 
 
-def _of_the_recipe(words: tuple[str, ...]) -> tuple[str, ...]:
-    """Without the options of `train` itself."""
-    kept, skip = [], False
+def _sorted(words: tuple[str, ...]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The options of `train` itself, and the rest, which are keys of the recipe."""
+    options: dict[str, str] = {}
+    keys: list[str] = []
+    waiting = None
     for word in words:
-        option = word.partition("=")[0] in ("--resume", "--stop-at")
-        if not (skip or option):
-            kept.append(word)
-        skip = option and "=" not in word
-    return tuple(kept)
+        name, separator, value = word.partition("=")
+        if waiting is not None:
+            options[waiting], waiting = word, None
+        elif name not in ("--resume", "--stop-at"):
+            keys.append(word)
+        elif separator:
+            options[name[2:]] = value
+        else:
+            waiting = name[2:]
+    return options, tuple(keys)

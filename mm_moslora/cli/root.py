@@ -18,10 +18,11 @@ from mm_moslora import __version__
 from mm_moslora.cli import board, compare, init, launch, models, serve
 from mm_moslora.cli.data import data_app
 from mm_moslora.cli.eval import eval_app, quiet_libraries
+from mm_moslora.cli.launch import refuse_early
 from mm_moslora.config import load_recipe, override_items
 from mm_moslora.errors import MoSLoRAError
 from mm_moslora.files import discard, replace_text
-from mm_moslora.folders import adapter_folder, resume_folder
+from mm_moslora.folders import adapter_folder
 from mm_moslora.redaction import RedactingFormatter, redact_text, redacted_traceback
 
 if TYPE_CHECKING:
@@ -216,15 +217,14 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
 
 
 def _train(recipe: Recipe, *, resume: str, stop_at: int | None, stop: StopRequest) -> int:
-    resume_folder(resume)  # a wrong one is told before seconds of imports, here as in the other verbs
+    refuse_early(recipe, resume)
     quiet_libraries()
-    from mm_moslora_eval.in_training import measure, tasks_of
+    from mm_moslora_eval.in_training import measure
 
     from mm_moslora import distributed
     from mm_moslora.launch import STOPPED, stopped_text
     from mm_moslora.training.loop import train as run_training
 
-    tasks_of(recipe.validate.tasks)  # a wrong one is told before the first step
     tasks = measure if recipe.validate.tasks else None
     result = run_training(recipe, resume=resume, stop_at=stop_at, measure=tasks, stop=stop)
     mark = Path(recipe.train.output) / STOPPED

@@ -5,7 +5,16 @@ object is made, and the resolved recipe is written into the run folder.
 """
 
 from mm_moslora.config.data import DataConfig, SourceConfig
-from mm_moslora.config.model import AdapterConfig, Mode, ModelConfig, ProjectorConfig, Thinking, VisionConfig
+from mm_moslora.config.model import (
+    AdapterConfig,
+    Mode,
+    ModelConfig,
+    ProjectorConfig,
+    Thinking,
+    VisionConfig,
+    refuse_all_frozen,
+    refuse_without_effect,
+)
 from mm_moslora.config.packages import Need, needs, refuse_lacking
 from mm_moslora.config.recipe import RECIPES_FOLDER, Recipe, load_recipe, override_items, recipe_names
 from mm_moslora.config.run import TRACKERS, OptimConfig, Precision, TrackConfig, TrainConfig, ValidateConfig
@@ -32,5 +41,7 @@ __all__ = [
     "needs",
     "override_items",
     "recipe_names",
+    "refuse_all_frozen",
     "refuse_lacking",
+    "refuse_without_effect",
 ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mm_moslora.config.checks import at_least, require
+from mm_moslora.errors import ConfigError, ModelError
 
 Mode = Literal["frozen", "adapter", "last_n", "full"]
 Thinking = Literal["auto", "always", "never"]
@@ -197,6 +198,39 @@ class ModelConfig:
             for key in _ASSEMBLED[part]
             if getattr(given, key) != getattr(default, key)
         ]
+
+    @property
+    def projector_trains(self) -> bool:
+        """Whether there is a projector that trains; `auto` trains it where the assembly is ours."""
+        there = self.vlm is not None or self.vision is not None
+        return there and (self.projector.mode == "full" or (self.projector.mode == "auto" and self.vlm is None))
+
+
+def refuse_without_effect(config: ModelConfig) -> None:
+    """Before a run or a plan: refuse keys of an assembled model where a ready-made one is named.
+
+    Raises:
+        ModelError: some are set.
+    """
+    if unused := config.without_effect:
+        raise ModelError(
+            f"{', '.join(unused)} {'is' if len(unused) == 1 else 'are'} set, but model.vlm names a ready-made model, "
+            "which brings its own parts: nothing would come of it. Leave it out, or assemble a model (model.language)."
+        )
+
+
+def refuse_all_frozen(config: ModelConfig) -> None:
+    """Before a run: refuse a model of which nothing trains.
+
+    Raises:
+        ConfigError: all parts are frozen.
+    """
+    vision = config.vision is not None and config.vision.mode != "frozen"
+    if config.language_mode == "frozen" and not vision and not config.projector_trains:
+        raise ConfigError(
+            "Nothing would train: the language model, the vision encoder and the projector are all frozen. "
+            "Set model.language_mode, model.vision.mode or model.projector.mode."
+        )
 
 
 _ASSEMBLED = {

@@ -34,6 +34,16 @@ class StrictJsonError(ValueError):
         self.deep, self.large = deep, large
 
 
+def require_file(path: Path) -> None:
+    """Refuse a path at which no file is.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} does not exist or is no file, expected LLaVA JSON or JSONL. Check its path.")
+
+
 class JsonFile:
     """The values of one file.
 
@@ -46,8 +56,7 @@ class JsonFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_file():
-            raise DataError(f"{path} does not exist or is no file, expected LLaVA JSON or JSONL. Check its path.")
+        require_file(path)
         with opened(path, most=None) as stream:
             head = stream.read(4096)
         if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:

@@ -5,6 +5,7 @@ Every source is random access by row number, so that the order of training depen
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import random
 from abc import ABC, abstractmethod
@@ -14,7 +15,7 @@ from typing import Any
 
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.faults import Code, Where
-from mm_moslora.data.jsonfile import JsonFile, StrictJsonError
+from mm_moslora.data.jsonfile import JsonFile, StrictJsonError, require_file
 from mm_moslora.data.pictures import PictureRules
 from mm_moslora.data.records import Record, parse_record
 from mm_moslora.errors import DataError
@@ -129,13 +130,34 @@ class Selection(RecordSource):
         return f"{self.source.fingerprint()}-{choice[:16]}"
 
 
+def require_sources(sources: Sequence[SourceConfig]) -> None:
+    """Refuse sources whose files or picture folders are not there, by their paths alone.
+
+    Raises:
+        DataError: none is named, or a path leads nowhere.
+    """
+    if not sources:
+        raise DataError("No data source is named. Add one to data.train, with the path of a LLaVA JSON or JSONL file.")
+    for config in sources:
+        kind, path = _kind_of(config), Path(config.path)
+        if kind == "json":
+            require_file(path)
+        elif kind == "webdataset":
+            from mm_moslora.data.tarfiles import files_of
+
+            files_of(config.path)
+        elif path.suffix in TABLE_SUFFIXES and not path.exists() and not glob.glob(config.path):
+            raise DataError(f"No file matches {config.path}. Check its path.")
+        _rules(config, path.parent)
+
+
 def open_source(config: SourceConfig) -> RecordSource:
     """Open one source by its configuration.
 
     Raises:
         DataError: it is missing, of no known kind, or cannot be read.
     """
-    kind = config.format if config.format != "auto" else _kind(config.path)
+    kind = _kind_of(config)
     if kind == "json":
         source: RecordSource = RecordFile(Path(config.path), _rules(config, Path(config.path).parent))
     elif kind == "webdataset":
@@ -162,8 +184,7 @@ def open_sources(sources: Sequence[SourceConfig]) -> list[RecordSource]:
     Raises:
         DataError: none is named, or one cannot be read.
     """
-    if not sources:
-        raise DataError("No data source is named. Add one to data.train, with the path of a LLaVA JSON or JSONL file.")
+    require_sources(sources)
     return [open_source(source) for source in sources]
 
 
@@ -181,9 +202,11 @@ def _rules(config: SourceConfig, beside: Path) -> PictureRules:
     )
 
 
-def _kind(path: str) -> str:
-    """The kind of a source, told by its path."""
-    lower = path.lower()
+def _kind_of(config: SourceConfig) -> str:
+    """The kind of a source, told by its path where nothing else says it."""
+    path, lower = config.path, config.path.lower()
+    if config.format != "auto":
+        return config.format
     if lower.startswith("hf:") or Path(path).is_dir() or lower.endswith(TABLE_SUFFIXES):
         return "table"
     if lower.endswith((".tar", ".tar.gz", ".tgz", ".tar.zst")):

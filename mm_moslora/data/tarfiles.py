@@ -46,7 +46,7 @@ class TarSource(RecordSource):
 
     def __init__(self, pattern: str, rules: PictureRules) -> None:
         super().__init__(Path(pattern), rules)
-        self.files = _expand(pattern)
+        self.files = files_of(pattern)
         self._keys: list[str] = []
         self._file, self._firsts = array("L"), array("Q")
         self._places: list[tuple[str, int, int]] = []
@@ -170,8 +170,12 @@ def _named(shown: dict[str, StoredPicture]) -> dict[str, list[StoredPicture]]:
     return found
 
 
-def _expand(pattern: str) -> list[Path]:
-    """The files that a pattern names, in order."""
+def files_of(pattern: str) -> list[Path]:
+    """The files that a pattern names, in order.
+
+    Raises:
+        DataError: there are none.
+    """
     match = _BRACES.search(pattern)
     if match:
         first, last = match.groups()
@@ -179,7 +183,7 @@ def _expand(pattern: str) -> list[Path]:
             f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}"
             for number in range(int(first), int(last) + 1)
         ]
-        return [path for name in names for path in _expand(name)]
+        return [path for name in names for path in files_of(name)]
     found = [Path(pattern)] if Path(pattern).is_file() else [Path(name) for name in sorted(glob.glob(pattern))]
     if not found:
         raise DataError(f"{pattern} does not exist or is no file. Check its path.")

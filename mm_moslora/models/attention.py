@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from mm_moslora.errors import ConfigError, suggestion
 from mm_moslora.models import native_attention
 from mm_moslora.models.attention_products import (
     attend,
@@ -258,6 +260,27 @@ def _no_mask(*_: Any, **__: Any) -> None:
 AttentionInterface.register(SEGMENTS, segment_attention)
 AttentionMaskInterface.register(SEGMENTS, _no_mask)
 AttentionInterface.register(PICTURES, picture_attention)
+
+
+def require_attention(requested: str) -> None:
+    """Refuse an attention that transformers does not know, or whose package is missing.
+
+    Args:
+        requested: `auto`, or a transformers attention name; one with a slash is a kernel on the hub.
+
+    Raises:
+        ConfigError: no such name, or no such package.
+    """
+    known = ["auto", "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if "/" not in requested and requested not in known:
+        raise ConfigError(
+            f"model.attention is {requested!r}, expected one of {', '.join(known)}.{suggestion(requested, known)}"
+        )
+    if requested == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ConfigError(
+            "model.attention is 'flash_attention_2', which needs a GPU and flash-attn; one of them is missing here. Set "
+            "model.attention to auto, which takes the fastest that is there."
+        )
 
 
 def training_attention(model: PreTrainedModel, requested: str = "auto", *, device: torch.device | None = None) -> str:

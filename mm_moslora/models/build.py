@@ -31,12 +31,11 @@ from mm_moslora.batch import Eyes
 from mm_moslora.chat_templates import set_chat_template
 from mm_moslora.config import ModelConfig, Thinking, VisionConfig
 from mm_moslora.errors import ModelError, reason_of
-from mm_moslora.folders import projector_file
+from mm_moslora.folders import require_model, require_projector
 from mm_moslora.models.anyres import NEWLINE, anyres_processor, compose_anyres, newline_of, require_anyres
 from mm_moslora.models.eyes import ProcessorEyes, SquareEyes
 from mm_moslora.models.fused import FusedVisionModel
 from mm_moslora.models.generation import stop_token_ids
-from mm_moslora.models.places import require_there
 from mm_moslora.models.processor import IMAGE_TOKEN, build_processor, image_processor
 from mm_moslora.models.projector import build_projector, projector_tokens
 from mm_moslora.models.projector_parts import ProjectorShape
@@ -104,8 +103,8 @@ def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Asse
     Raises:
         ModelError: a part is unknown or does not fit.
     """
-    require_there("model.language", config.language)
-    require_there("model.vlm", config.vlm)
+    require_model("model.language", config.language)
+    require_model("model.vlm", config.vlm)
     if config.vlm is not None:
         return _assemble_ready(config, dtype=dtype)
     assert config.language is not None
@@ -137,7 +136,7 @@ def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Asse
         model = compose(config, settings, shape, standard=standard, prefix=spec.prefix)
     projector = build_projector(config.projector.kind, shape).to(dtype)
     if config.projector.weights:
-        load_projector(projector, projector_file(config.projector.weights), newline=newline_of(model))
+        load_projector(projector, Path(config.projector.weights), newline=newline_of(model))
     model.model.vision_tower = tower
     model.model.language_model = language.base_model
     model.lm_head = language.get_output_embeddings()
@@ -330,7 +329,7 @@ def text_and_images(config: ModelConfig) -> TextAndImages:
     if config.vlm is not None:
         return _ready_text_and_images(config)
     assert config.language is not None
-    require_there("model.language", config.language)
+    require_model("model.language", config.language)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             config.language, revision=config.language_revision, trust_remote_code=False
@@ -446,18 +445,13 @@ def load_projector(projector: nn.Module, weights: Path, *, newline: nn.Parameter
 
     Args:
         projector: changed in place.
-        weights: the file.
+        weights: the file, or a folder that has it; see `require_projector`.
         newline: the newline embedding of an anyres model; left as it is where the file, made without tiles, has none.
 
     Raises:
         ModelError: no such file, or it was made for other widths.
     """
-    if not weights.is_file():
-        what = "is a folder without checkpoints and projector.safetensors" if weights.is_dir() else "does not exist"
-        raise ModelError(
-            f"model.projector.weights: {weights} {what}. Give a run folder, a checkpoint, or a projector.safetensors."
-        )
-    state, own = load_file(weights), projector.state_dict()
+    state, own = load_file(require_projector(weights)), projector.state_dict()
     stored = state.pop(NEWLINE, None)
     if newline is not None and stored is not None:
         newline.data.copy_(stored)

@@ -12,14 +12,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from mm_moslora.config import ModelConfig
-from mm_moslora.errors import ModelError
-from mm_moslora.folders import MANIFEST, projector_file
+from mm_moslora.folders import MANIFEST, MODELS, projector_file
 
 logger = logging.getLogger(__name__)
 
 Name = TypeVar("Name", str, str | None)
-MODELS = "MM_MOSLORA_MODELS"
-"""Environment variable: folders, separated like those of PATH, in which models that are gone are looked for."""
 CONTENTS = "contents"
 """Of a manifest's `base`: recipe key to `fingerprint`."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -111,16 +108,3 @@ def fingerprint(path: Path) -> str:
                 stream.seek(max(0, size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
                 digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def require_there(key: str, name: str | None) -> None:
-    """Refuse a path that leads nowhere; the hub's answer to one explains nothing.
-
-    Raises:
-        ModelError: the name can only be a path, and nothing is there.
-    """
-    if name and name.startswith(("/", "./", "../")) and not Path(name).exists():
-        raise ModelError(
-            f"{key} is {name!r}, and nothing is there. If it was moved, name the folder that it lies in now in the "
-            f"environment variable {MODELS}."
-        )

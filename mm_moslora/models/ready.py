@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from mm_moslora.config import ModelConfig
 from mm_moslora.errors import ModelError, reason_of
 
 # Paths of the vision towers of transformers' models, in the order in which they are looked for.
@@ -22,19 +21,6 @@ _TOWERS = ("model.vision_tower", "model.visual", "model.vision_model", "model.vi
 
 PICTURE = (640, 480)
 """Width and height of the picture that stands for all where they decide what it costs: of most of COCO's."""
-
-
-def refuse_without_effect(config: ModelConfig) -> None:
-    """Before a run or a plan: refuse keys of an assembled model where a ready-made one is named.
-
-    Raises:
-        ModelError: some are set.
-    """
-    if unused := config.without_effect:
-        raise ModelError(
-            f"{', '.join(unused)} {'is' if len(unused) == 1 else 'are'} set, but model.vlm names a ready-made model, "
-            "which brings its own parts: nothing would come of it. Leave it out, or assemble a model (model.language)."
-        )
 
 
 def load_ready(name: str, revision: str | None, *, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
 from mm_moslora.batch import Seen
-from mm_moslora.config import ModelConfig, Recipe
+from mm_moslora.config import ModelConfig, Recipe, refuse_all_frozen, refuse_without_effect
 from mm_moslora.errors import ModelError, reason_of
 from mm_moslora.models.anyres import anyres_processor, compose_anyres, require_anyres
 from mm_moslora.models.attention import SEGMENTS, set_attention
@@ -38,7 +38,6 @@ from mm_moslora.models.ready import (
     PICTURE,
     load_ready_processor,
     ready_image_token,
-    refuse_without_effect,
     side_of,
 )
 from mm_moslora.models.shapes import config_to_count
@@ -109,6 +108,7 @@ def skeleton(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16, picture: tu
     """
     config = recipe.model
     refuse_without_effect(config)
+    refuse_all_frozen(config)
     with _hub_or_cache(config):
         with torch.device("meta"):
             if config.vlm is not None:

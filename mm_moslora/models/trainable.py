@@ -46,10 +46,8 @@ def attach_adapters(
             # Factors live in the base's dtype; the engine keeps fp32 masters. PEFT's fp32 copies under a bf16 base cost
             # a third of the step.
             if adapter.weights is not None:
-                start = adapter_folder(adapter.weights)
-                _check_start(adapter, start)
                 assembly.peft_model = adapters.load_adapter(
-                    assembly.model, start, trainable=True, autocast_adapter_dtype=False
+                    assembly.model, start_folder(adapter), trainable=True, autocast_adapter_dtype=False
                 )
             else:
                 assembly.peft_model = adapters.add_moslora(
@@ -63,14 +61,22 @@ def attach_adapters(
     return assembly.peft_model
 
 
-def _check_start(adapter: AdapterConfig, folder: Path) -> None:
-    """The recipe says what the run is; a folder that says otherwise is an error."""
+def start_folder(adapter: AdapterConfig) -> Path:
+    """The adapter that `adapter.weights` names.
+
+    Raises:
+        AdapterError: it cannot be read.
+        ConfigError: the recipe says what the run is, and the folder says otherwise.
+    """
+    assert adapter.weights is not None
+    folder = adapter_folder(adapter.weights)
     found = read_folder(folder, trainable=True).config
     if (found.r, float(found.lora_alpha)) != (adapter.rank, float(adapter.alpha)):
         raise ConfigError(
             f"adapter.weights: {folder} has rank {found.r} and alpha {found.lora_alpha:g}, but the recipe "
             f"says {adapter.rank} and {adapter.alpha:g}. Give adapter.rank and adapter.alpha the folder's numbers."
         )
+    return folder
 
 
 def adapted_components(model: PreTrainedModel, config: ModelConfig) -> list[str]:
@@ -112,17 +118,7 @@ def _set_trainable(assembly: Assembly, config: ModelConfig) -> None:
         if config.vision is not None and config.vision.mode in ("full", "last_n"):
             tower = model.get_submodule(tower_path(model))
             _train_component(tower, config.vision.mode, config.vision.last_n, what="model.vision")
-        _train_projector(model, trains=config.projector.mode == "full" or trains_by_default(config))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(
-            "Nothing would train: the language model, the vision encoder and the projector are all frozen. "
-            "Set model.language_mode, model.vision.mode or model.projector.mode."
-        )
-
-
-def trains_by_default(config: ModelConfig) -> bool:
-    """Whether the projector trains because the recipe says nothing else and the assembly is ours."""
-    return config.projector.mode == "auto" and config.vlm is None
+        _train_projector(model, trains=config.projector_trains)
 
 
 def _train_projector(model: PreTrainedModel, *, trains: bool) -> None:

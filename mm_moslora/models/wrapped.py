@@ -240,6 +240,32 @@ def load_timm(name: str, config: VisionConfig, *, weights: bool = True) -> tuple
     )
 
 
+def require_named(name: str | None) -> None:
+    """Refuse a vision tower of open_clip or timm by a name that the library does not know.
+
+    Args:
+        name: `open_clip:MODEL`, `timm:MODEL`, or anything else, which is passed over.
+
+    Raises:
+        ModelError: no such model.
+    """
+    library, _, model = (name or "").partition(":")
+    if library not in ("open_clip", "timm") or Path(model).is_dir():
+        return
+    if library == "open_clip":
+        import open_clip
+
+        known = open_clip.list_models()
+        there = model in known or "/" in model  # a name on the hub is looked up there
+    else:
+        import timm
+
+        known = timm.list_models()
+        there = timm.is_model(model) or "/" in model
+    if not there:
+        raise ModelError(f"{library} has no model {model!r}.{suggestion(model, known)}")
+
+
 def load_open_clip(name: str, config: VisionConfig, *, weights: bool = True) -> tuple[PreTrainedModel, PixelStatistics]:
     """An open_clip tower by name or folder, with its pixel statistics; as transformers' own class where it can be.
 

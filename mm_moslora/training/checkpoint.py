@@ -17,7 +17,7 @@ from typing import Any
 
 from mm_moslora import __version__, files
 from mm_moslora.errors import CheckpointError
-from mm_moslora.folders import MANIFEST, checkpoints
+from mm_moslora.folders import MANIFEST, checkpoints, resume_folder
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,25 @@ def _check_file(path: Path, expected: Mapping[str, Any], *, verify: bool) -> Non
         raise CheckpointError(
             f"{path} was altered: its sha256 differs from the manifest. Choose an earlier checkpoint."
         )
+
+
+def refuse_resume(run: Path, resume: str) -> None:
+    """Refuse `--resume` where what is in the run folder contradicts it.
+
+    Args:
+        run: the run folder.
+        resume: `auto`, `required`, `never`, or a checkpoint folder.
+
+    Raises:
+        CheckpointError: `required` without a checkpoint, `never` with one, or no such folder.
+    """
+    resume_folder(resume)
+    if resume == "never" and checkpoints(run):
+        raise CheckpointError(
+            f"{run} already holds checkpoints and resume is never. Choose another train.output, or resume: auto."
+        )
+    if resume == "required" and not any(run.glob("checkpoint-*")):  # one that is damaged is told by `newest_valid`
+        raise CheckpointError(f"{run} holds no checkpoint, but resume is required. Check train.output.")
 
 
 def newest_valid(run: Path) -> tuple[Path, Manifest] | None:

@@ -35,6 +35,26 @@ def _compiled_class(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Compiled{kind.__name__}", (CompiledLayer, kind), {"__module__": __name__})
 
 
+def require_backend(backend: str) -> None:
+    """Refuse a backend of torch.compile that cannot run here.
+
+    Raises:
+        ConfigError: no such backend, or a compiler is missing.
+    """
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise ConfigError(
+            f"train.compile is {backend!r}, expected a backend of torch.compile: {', '.join(known)}."
+            f"{suggestion(backend, known)}"
+        )
+    on_cpu = backend == "inductor" and not torch.cuda.is_available()
+    if on_cpu and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise ConfigError(
+            "train.compile is 'inductor', which needs a C++ compiler on a CPU, and none is here. Install one (g++), or "
+            "leave train.compile out."
+        )
+
+
 def compile_layers(model: PreTrainedModel, backend: str) -> int:
     """Compile the decoder layers in place, for rows of any length; weights and their names stay.
 
@@ -52,18 +72,7 @@ def compile_layers(model: PreTrainedModel, backend: str) -> int:
     Raises:
         ConfigError: no such backend, no layers, or a compiler is missing.
     """
-    known = torch.compiler.list_backends(exclude_tags=())
-    if backend not in known:
-        raise ConfigError(
-            f"train.compile is {backend!r}, expected a backend of torch.compile: {', '.join(known)}."
-            f"{suggestion(backend, known)}"
-        )
-    on_cpu = backend == "inductor" and not torch.cuda.is_available()
-    if on_cpu and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise ConfigError(
-            "train.compile is 'inductor', which needs a C++ compiler on a CPU, and none is here. Install one (g++), or "
-            "leave train.compile out."
-        )
+    require_backend(backend)
     layers: Any = getattr(model.get_decoder(), "layers", None)
     if layers is None:
         raise ConfigError(

@@ -7,7 +7,7 @@ import math
 import resource
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 
 from mm_moslora import distributed, files
 from mm_moslora.batch import Batch
-from mm_moslora.config import Recipe, refuse_lacking
+from mm_moslora.config import Recipe
 from mm_moslora.data.loader import BatchLoader
 from mm_moslora.errors import CheckpointError, DistributedError, DivergedError, MoSLoRAError, TrainingError
 from mm_moslora.folders import checkpoints
@@ -35,6 +35,7 @@ from mm_moslora.training.engine import StepResult
 from mm_moslora.training.image_check import ImageCheck
 from mm_moslora.training.mixers import adapter_metrics, mixer_matrices, write_mixers
 from mm_moslora.training.optim import lr_factor
+from mm_moslora.training.preflight import check_libraries, check_recipe
 from mm_moslora.training.progress import Progress
 from mm_moslora.training.rehearsal import rehearse
 from mm_moslora.training.resume import find_resume, restore
@@ -101,16 +102,17 @@ def train(
     Raises:
         MoSLoRAError: the recipe, the data, the model or the checkpoint is not acceptable, or training diverged.
     """
-    refuse_lacking(recipe)  # before minutes of loading
     distributed.join(timeout_minutes=recipe.train.timeout_minutes)
     if distributed.device().type == "cpu":
         keep_memory()
+    _agreed(lambda: _check(recipe, resume, measure))
     folder = Path(recipe.train.output)
     watchdog = Watchdog(folder)
     # Each waits for the other ranks, so each may find that one is gone; the end is recorded in the words of `blaming`.
     with blaming(watchdog), runs.exclusive(folder), recorded(folder) as ending, blaming(watchdog), watchdog:
         runs.seed_everything(recipe.train.seed)
         found = find_resume(recipe, resume)
+        _agreed(lambda: check_libraries(recipe, fresh=found is None))
         run = runs.prepare(recipe, checkpoint=found[0] if found else None)
         try:
             if found is not None:
@@ -124,6 +126,25 @@ def train(
             return result
         finally:
             run.engine.close()
+
+
+def _check(recipe: Recipe, resume: str, measure: Measure | None) -> None:
+    check_recipe(recipe, resume=resume)
+    if recipe.validate.tasks and measure is None:
+        raise TrainingError(
+            f"validate.tasks is {recipe.validate.tasks}, but this program brings no evaluation harness. Start the run "
+            "with `mm-moslora train`, or pass `measure`."
+        )
+
+
+def _agreed(check: Callable[[], None]) -> None:
+    """Refuse on every rank what any rank refuses: hosts may see other files and have other libraries."""
+    failure: Exception | None = None
+    try:
+        check()
+    except MoSLoRAError as error:
+        failure = error
+    distributed.agree(failure, what="Checking the recipe")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from mm_moslora import distributed
 from mm_moslora.adapters.load import restore_frozen_factors
 from mm_moslora.config import Recipe
 from mm_moslora.errors import CheckpointError, ConfigError
-from mm_moslora.folders import checkpoints, is_adapter, projector_file, resume_folder
+from mm_moslora.folders import is_adapter, projector_file, resume_folder
 from mm_moslora.models.places import CONTENTS, contents_of
 from mm_moslora.training import checkpoint
 from mm_moslora.training.commit import rank_folder
@@ -55,19 +55,11 @@ def find_resume(recipe: Recipe, resume: str) -> tuple[Path, checkpoint.Manifest]
 
 
 def _choose(run: Path, resume: str) -> tuple[Path, checkpoint.Manifest] | None:
+    checkpoint.refuse_resume(run, resume)
     named = resume_folder(resume)
     if named is not None:
         return named, checkpoint.read_manifest(named)
-    if resume == "never":
-        if checkpoints(run):
-            raise CheckpointError(
-                f"{run} already holds checkpoints and resume is never. Choose another train.output, or resume: auto."
-            )
-        return None
-    found = checkpoint.newest_valid(run)
-    if found is None and resume == "required":
-        raise CheckpointError(f"{run} holds no checkpoint, but resume is required. Check train.output.")
-    return found
+    return None if resume == "never" else checkpoint.newest_valid(run)
 
 
 def _check_same_run(folder: Path, manifest: checkpoint.Manifest, recipe: Recipe) -> None:

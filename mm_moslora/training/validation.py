@@ -31,6 +31,7 @@ from mm_moslora.models.generation import Prompt, encode_images, generate, stop_t
 from mm_moslora.models.rows import stream_row
 from mm_moslora.models.vlm import is_padded, takes_rows
 from mm_moslora.tracking.base import Sample
+from mm_moslora.training.preflight import ACCURACY, LOSS
 from mm_moslora.training.run import Run
 from mm_moslora.training.saving import RandomState
 from mm_moslora.training.signals import StopRequest
@@ -38,7 +39,6 @@ from mm_moslora.training.signals import StopRequest
 logger = logging.getLogger(__name__)
 
 BEST = "best.json"
-LOSS = "validation_loss"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,33 +78,6 @@ class Validator:
 
     def __init__(self, run: Run, measure: Measure | None, stop: StopRequest) -> None:
         self.run, self.measure, self.stop = run, measure, stop
-        if run.recipe.validate.samples and run.validation_set is None:
-            raise TrainingError(
-                f"validate.samples is {run.recipe.validate.samples}, but data.validation names no source. Add one."
-            )
-        if run.recipe.validate.tasks and measure is None:
-            raise TrainingError(
-                f"validate.tasks is {run.recipe.validate.tasks}, but this program brings no evaluation harness. "
-                "Start the run with `mm-moslora train`, or pass `measure`."
-            )
-
-        if run.recipe.validate.best is not None and not run.recipe.train.validate_every:
-            raise TrainingError(
-                f"validate.best is {run.recipe.validate.best!r}, but train.validate_every is 0, so nothing is measured "
-                "before the end. Set it to a number of steps."
-            )
-        best = run.recipe.validate.best
-        if best is not None and run.validation_set is None and (measure is None or best == LOSS):
-            nor = "" if best == LOSS else " and validate.tasks no task"
-            raise TrainingError(
-                f"validate.best is {best!r}, but data.validation names no source{nor}, so that nothing is measured for "
-                "it. Name one."
-            )
-        if best is not None and best != LOSS and measure is None:
-            raise TrainingError(
-                f"validate.best is {best!r}, but without validate.tasks only {LOSS} is measured."
-                f"{suggestion(best, [LOSS])}"
-            )
 
     def __call__(self) -> tuple[dict[str, float], list[Sample]]:
         """Metrics by name, the same on all ranks, and written-out answers (on rank 0).
@@ -155,7 +128,7 @@ class Validator:
                 self._give_way(self.stop.received)
                 part = self.run.engine.evaluate(next(batches))
                 loss, right, count = loss + part.loss, right + part.right, count + part.tokens
-        return {LOSS: loss / max(1.0, count), "validation_token_accuracy": right / max(1.0, count)}
+        return {LOSS: loss / max(1.0, count), ACCURACY: right / max(1.0, count)}
 
     def _answers(self, held_out: TrainingSet) -> list[Sample]:
         """The first answers of the same records every time; on rank 0."""

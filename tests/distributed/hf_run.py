@@ -21,7 +21,7 @@ def train(recipe_path: str, steps: str, stage: str) -> int:
 
     recipe = load_recipe(recipe_path)
     distributed.join()
-    prepare_deepspeed()
+    prepare_deepspeed("zero2")
     seed_everything(recipe.train.seed)
     assembly = assemble(recipe.model, dtype=torch.float32)
     attach_adapters(assembly, recipe.model, recipe.adapter, seed=recipe.train.seed)

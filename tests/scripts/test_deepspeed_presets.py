@@ -133,7 +133,7 @@ def test_a_run_keeps_what_it_compiles_to_itself_under_any_launcher(monkeypatch: 
             monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
         else:
             monkeypatch.setenv("TORCH_EXTENSIONS_DIR", given)
-        prepare_deepspeed()
+        prepare_deepspeed("zero2")
         assert os.environ["TORCH_EXTENSIONS_DIR"] == (given or str(extensions_folder({})))
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from between import just_before
-from mm_moslora_eval.in_training import measure, tasks_of
+from mm_moslora_eval.in_training import measure
+from mm_moslora_eval.registry import tasks_of
 from mm_moslora_eval.runner import _Job
 
 from mm_moslora.config import ValidateConfig

@@ -10,11 +10,16 @@ from collections.abc import Sequence
 
 from mm_moslora.config import TrainConfig
 from mm_moslora.errors import ConfigError, MoSLoRAError
-from mm_moslora.folders import shipped_folder
-from mm_moslora.requirements import install_command
 from mm_moslora.training.engine.base import Engine, LossModule, StepResult
 from mm_moslora.training.engine.plain import TorchEngine
-from mm_moslora.training.engine.settings import deepspeed_config, largest_adapter, prepare_deepspeed
+from mm_moslora.training.engine.settings import (
+    check_settings,
+    deepspeed_config,
+    deepspeed_refuses,
+    import_deepspeed,
+    largest_adapter,
+    prepare_deepspeed,
+)
 from mm_moslora.training.engine.zero import DeepSpeedEngine
 from mm_moslora.training.optim import OptimizerSettings, ParameterGroup
 
@@ -26,10 +31,39 @@ __all__ = [
     "StepResult",
     "TorchEngine",
     "build_engine",
+    "check_engine",
     "deepspeed_config",
     "largest_adapter",
     "prepare_deepspeed",
 ]
+
+
+def check_engine(train: TrainConfig, *, precision: str, max_grad_norm: float) -> None:
+    """Refuse, before there is a model, what the engine that `train.zero` asks for refuses.
+
+    Args:
+        train: the recipe's `train`.
+        precision: resolved.
+        max_grad_norm: from `optim`.
+
+    Raises:
+        ConfigError: DeepSpeed is missing or takes neither the settings nor the precision.
+    """
+    if train.zero == "none":
+        return
+    config = deepspeed_config(train, precision, max_grad_norm)
+    import_deepspeed(train.zero)
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    able = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}
+    if precision in able and not able[precision]():
+        raise ConfigError(
+            f"train.precision is {train.precision} ({precision}), which DeepSpeed does not compute in on this machine "
+            f"({accelerator.device_name()}). Choose another, or auto."
+        )
+    if train.zero.endswith(".json"):
+        check_settings(config, train.zero)
 
 
 def build_engine(
@@ -50,19 +84,8 @@ def build_engine(
         optimizer: AdamW's settings.
     """
     if train.zero == "none":
-        if precision == "fp16":
-            raise ConfigError(
-                "train.precision is fp16, whose loss must be scaled; plain torch (train.zero none) does not do that. "
-                "Choose bf16 or fp32, or zero0 to zero3."
-            )
         return TorchEngine(module, groups, optimizer)
-    try:
-        prepare_deepspeed()
-    except ImportError as error:
-        raise ConfigError(
-            f"train.zero is {train.zero!r}, but deepspeed does not import ({error}). Install it "
-            f"({install_command('deepspeed')}), or run one process with train.zero none."
-        ) from error
+    prepare_deepspeed(train.zero)
     config = deepspeed_config(train, precision, optimizer.max_grad_norm, largest_adapter=largest_adapter(groups))
     try:
         return DeepSpeedEngine(module, groups, optimizer, config)
@@ -70,8 +93,4 @@ def build_engine(
         lost = isinstance(error, MoSLoRAError | RuntimeError | OSError)  # ours, a rank's or the machine's
         if lost or not train.zero.endswith(".json"):
             raise
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(
-            f"DeepSpeed refuses train.zero {train.zero}: {' '.join(line.strip() for line in lines[:3])}. "
-            f"{shipped_folder('deepspeed_configs')} has files to begin with."
-        ) from error
+        raise deepspeed_refuses(train.zero, error) from error

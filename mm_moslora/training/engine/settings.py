@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import difflib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, KeysView, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +14,12 @@ import torch
 from mm_moslora import distributed
 from mm_moslora.config import TrainConfig
 from mm_moslora.doctor import stale_locks
-from mm_moslora.errors import ConfigError, suggestion
+from mm_moslora.errors import ConfigError
 from mm_moslora.folders import shipped_folder
 from mm_moslora.machine import extensions_folder
+from mm_moslora.requirements import install_command
 from mm_moslora.training.optim import ParameterGroup
+from mm_moslora.training.presets import read_preset
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def deepspeed_config(
     Raises:
         ConfigError: no such preset, or the file contradicts the recipe.
     """
-    config: dict[str, Any] = json.loads(_preset_file(train.zero).read_text(encoding="utf-8"))
+    config = read_preset(train.zero)
     world = distributed.world_size()
     filled = {
         "train_micro_batch_size_per_gpu": 1,
@@ -83,34 +84,110 @@ def deepspeed_config(
     return config
 
 
+def check_settings(config: dict[str, Any], zero: str) -> None:
+    """Have DeepSpeed read the settings of a user's file, so that it refuses them before a model is loaded.
+
+    Outside its groups DeepSpeed passes over keys that it does not know: one that resembles a known key is refused here,
+    others are named.
+
+    Args:
+        config: from `deepspeed_config`.
+        zero: the recipe's `train.zero`, a JSON file.
+
+    Raises:
+        ConfigError: with DeepSpeed's words, or a key that it does not know.
+    """
+    import deepspeed
+
+    given = _Noted(config)
+    try:
+        deepspeed.DeepSpeedConfig(given)
+    except Exception as error:
+        raise deepspeed_refuses(zero, error) from error
+    for key in [key for key in config if key not in given.asked]:
+        if close := difflib.get_close_matches(key, given.asked, n=1, cutoff=0.8):
+            raise ConfigError(f"train.zero {zero}: DeepSpeed knows no key {key!r}. Did you mean {close[0]!r}?")
+        if distributed.is_main():
+            logger.warning("train.zero %s: DeepSpeed knows no key %r and passes over it.", zero, key)
+
+
+def deepspeed_refuses(zero: str, error: Exception) -> ConfigError:
+    """What to say of a file that DeepSpeed does not take.
+
+    Args:
+        zero: the file.
+        error: DeepSpeed's.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return ConfigError(
+        f"DeepSpeed refuses train.zero {zero}: {' '.join(line.strip() for line in lines[:3])}. "
+        "deepspeed_configs/ has files to begin with."
+    )
+
+
+class _Noted(dict[str, Any]):
+    """Settings that note which keys are asked for, also in copies of them."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def keys(self) -> Any:
+        return KeysView(self)  # whose `in` asks here
+
+
 def largest_adapter(groups: Iterable[ParameterGroup]) -> int:
     """Elements of the largest A, B or mixer among the trained parameters; 0 without adapters."""
     members = (pair for group in groups for pair in zip(group.names, group.parameters, strict=True))
     return max((parameter.numel() for name, parameter in members if "lora_" in name), default=0)
 
 
-def _preset_file(name: str) -> Path:
-    path = Path(name)
-    if path.suffix == ".json":
-        if not path.is_file():
-            raise ConfigError(f"train.zero is {name!r}, which does not exist.")
-        return path
-    folder = shipped_folder("deepspeed_configs")
-    if (folder / f"{name}.json").is_file():
-        return folder / f"{name}.json"
-    known = sorted({file.stem for file in folder.glob("*.json")} | {"none"})
-    raise ConfigError(f"train.zero is {name!r}, expected {', '.join(known)} or a JSON file.{suggestion(name, known)}")
+def import_deepspeed(zero: str) -> None:
+    """Import DeepSpeed, told which device it is for.
 
+    Args:
+        zero: the recipe's `train.zero`.
 
-def prepare_deepspeed() -> None:
-    """Make DeepSpeed start on a machine without a compiler.
-
-    On CPUs it would otherwise build a shared-memory op that only inference uses, for minutes, and die without ninja.
+    Raises:
+        ConfigError: it does not import.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder(os.environ)))
     os.environ.setdefault("LOCAL_RANK", str(distributed.local_rank()))  # deepspeed insists on it
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"train.zero is {zero!r}, but deepspeed does not import ({error}). Install it "
+            f"({install_command('deepspeed')}), or run one process with train.zero none."
+        ) from error
+
+
+def prepare_deepspeed(zero: str) -> None:
+    """Make DeepSpeed start on a machine without a compiler.
+
+    On CPUs it would otherwise build a shared-memory op that only inference uses, for minutes, and die without ninja.
+
+    Args:
+        zero: the recipe's `train.zero`.
+
+    Raises:
+        ConfigError: it does not import.
+    """
+    import_deepspeed(zero)
     import deepspeed.ops
 
     _warn_of_stale_locks()

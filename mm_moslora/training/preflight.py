@@ -1,0 +1,194 @@
+"""What is refused before anything is loaded: all that the recipe, the names of files and what is installed tell.
+
+`check_recipe` imports nothing heavy; the command line calls it first, and `launch` before it starts ranks.
+`check_libraries` asks the libraries that a run imports anyway. Both come before models and records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mm_moslora.chat_templates import require_template
+from mm_moslora.config import DataConfig, ModelConfig, Recipe, refuse_all_frozen, refuse_lacking, refuse_without_effect
+from mm_moslora.data.sources import require_sources
+from mm_moslora.errors import AdapterError, ConfigError, TrainingError, suggestion
+from mm_moslora.files import refuse_strangers
+from mm_moslora.folders import (
+    MANIFEST,
+    RUN_FILES,
+    RUN_LOCK,
+    adapter_folder,
+    checkpoints,
+    is_adapter,
+    require_model,
+    require_projector,
+    resume_folder,
+)
+from mm_moslora.training.checkpoint import refuse_resume
+from mm_moslora.training.presets import read_preset
+
+LOSS, ACCURACY = "validation_loss", "validation_token_accuracy"
+"""What is measured on held-out records."""
+
+
+def check_recipe(recipe: Recipe, *, resume: str = "auto", tasks: Sequence[str] | None = None) -> None:
+    """Refuse a run that cannot be, as far as it is known without PyTorch.
+
+    Args:
+        recipe: resolved.
+        resume: as for `train`.
+        tasks: names under which the harness measures `validate.tasks`; None: they are not known here.
+
+    Raises:
+        MoSLoRAError: with the key, what was found and what was expected.
+    """
+    run = Path(recipe.train.output)
+    refuse_folder(run)
+    refuse_resume(run, resume)
+    refuse_all_frozen(recipe.model)
+    require_template(recipe.model.chat_template)
+    _check_engine(recipe)
+    _check_measuring(recipe, tasks)
+    refuse_lacking(recipe)
+    check_data(recipe.data)
+    _check_caches(recipe)
+    goes_on = resume_folder(resume) is not None or (resume != "never" and bool(checkpoints(run)))
+    if not goes_on:  # a run that goes on finds parts that were moved through its checkpoint
+        _check_parts(recipe)
+
+
+def check_data(config: DataConfig) -> None:
+    """Refuse data whose files are not there.
+
+    Raises:
+        DataError: no source is named, or a path leads nowhere.
+    """
+    require_sources(config.train)
+    if config.validation:
+        require_sources(config.validation)
+
+
+def refuse_folder(run: Path) -> None:
+    """Refuse a run folder that is no folder, or that holds files of somebody else.
+
+    Raises:
+        TrainingError: there is a file in its way.
+        ConfigError: files that no run wrote have the names of a run's.
+    """
+    there = next(place for place in (run, *run.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise TrainingError(f"The run folder {run} cannot be made: {there} is a file. Choose another train.output.")
+    refuse_strangers(run, RUN_FILES, kind="run", also=(RUN_LOCK, f"checkpoint-*/{MANIFEST}"))
+
+
+def _check_engine(recipe: Recipe) -> None:
+    train = recipe.train
+    if train.zero == "none":
+        if train.precision == "fp16":
+            raise ConfigError(
+                "train.precision is fp16, whose loss must be scaled; plain torch (train.zero none) does not do that. "
+                "Choose bf16 or fp32, or zero0 to zero3."
+            )
+        return
+    stage = read_preset(train.zero).get("zero_optimization", {}).get("stage", 0)
+    if stage == 3 and recipe.adapter.factor_form == "orthonormal":
+        raise ConfigError(
+            f"adapter.factor_form is orthonormal, which takes whole matrices, and train.zero {train.zero} is a ZeRO-3, "
+            "which has them whole only while their layer computes. Choose zero0 to zero2."
+        )
+
+
+def _check_measuring(recipe: Recipe, tasks: Sequence[str] | None) -> None:
+    validate, held_out = recipe.validate, bool(recipe.data.validation)
+    if validate.samples and not held_out:
+        raise TrainingError(f"validate.samples is {validate.samples}, but data.validation names no source. Add one.")
+    best = validate.best
+    if best is None:
+        return
+    if not recipe.train.validate_every:
+        raise TrainingError(
+            f"validate.best is {best!r}, but train.validate_every is 0, so nothing is measured before the end. Set it "
+            "to a number of steps."
+        )
+    known = [LOSS, ACCURACY] if held_out else []
+    if not known and (not validate.tasks or best in (LOSS, ACCURACY)):
+        nor = "" if best in (LOSS, ACCURACY) else " and validate.tasks no task"
+        raise TrainingError(
+            f"validate.best is {best!r}, but data.validation names no source{nor}, so that nothing is measured for it. "
+            "Name one."
+        )
+    prefixes = [f"eval/{name}/" for name in tasks or ()] if validate.tasks else []
+    if best not in known and not best.startswith(tuple(prefixes) or ("eval/",) * bool(validate.tasks)):
+        expected = [*known, *(f"{prefix}METRIC" for prefix in prefixes or ["eval/TASK/"] * bool(validate.tasks))]
+        raise TrainingError(
+            f"validate.best is {best!r}, which is not measured; expected one of {', '.join(expected)}."
+            f"{suggestion(best, expected)}"
+        )
+
+
+def _check_caches(recipe: Recipe) -> None:
+    vision = recipe.model.vision
+    places = {"data.cache": recipe.data.cache, "model.vision.feature_cache": vision and vision.feature_cache}
+    for key, name in places.items():
+        if name and Path(name).expanduser().is_file():
+            raise ConfigError(
+                f"{key} is {name!r}, which is a file; expected a folder, which is made where there is none."
+            )
+
+
+def _check_parts(recipe: Recipe) -> None:
+    """What a run starts from, by the names of files alone."""
+    model, adapter = recipe.model, recipe.adapter
+    refuse_without_effect(model)
+    require_model("model.language", model.language)
+    require_model("model.vlm", model.vlm)
+    for key in ("name", "fuse_with"):
+        name = getattr(model.vision, key, None)
+        if name and not name.startswith(("open_clip:", "timm:")):
+            require_model(f"model.vision.{key}", name)
+    if model.vision is not None and model.projector.weights:
+        require_projector(model.projector.weights)
+    if adapter.weights and _has_adapters(model) and not is_adapter(adapter.weights):
+        adapter_folder(adapter.weights)  # which may know better what is wrong
+        raise AdapterError(
+            f"adapter.weights is {adapter.weights!r}, which holds no adapter. Give a run folder, a checkpoint or an "
+            "adapter folder."
+        )
+
+
+def _has_adapters(model: ModelConfig) -> bool:
+    return model.language_mode == "adapter" or (model.vision is not None and model.vision.mode == "adapter")
+
+
+def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
+    """Refuse what the libraries or this machine cannot do, before a model is loaded.
+
+    Args:
+        recipe: that `check_recipe` has passed.
+        fresh: whether the run starts from the weights that the recipe names.
+
+    Raises:
+        MoSLoRAError: with the key, what was found and what was expected.
+    """
+    from mm_moslora.models.attention import require_attention
+    from mm_moslora.models.projector import projector_class
+    from mm_moslora.models.trainable import moslora_config, start_folder
+    from mm_moslora.models.wrapped import require_named
+    from mm_moslora.training.compiling import require_backend
+    from mm_moslora.training.engine import check_engine
+    from mm_moslora.training.precision import resolve_precision
+
+    model, train = recipe.model, recipe.train
+    check_engine(train, precision=resolve_precision(train.precision), max_grad_norm=recipe.optim.max_grad_norm)
+    if train.compile is not None:
+        require_backend(train.compile)
+    require_attention(model.attention)
+    if model.vision is not None and model.language is not None:
+        projector_class(model.projector.kind)
+        for name in (model.vision.name, model.vision.fuse_with):
+            require_named(name)
+    if _has_adapters(model):
+        moslora_config(recipe.adapter)
+        if fresh and recipe.adapter.weights:
+            start_folder(recipe.adapter)
