@@ -278,8 +278,8 @@ def require_attention(requested: str) -> None:
         )
     if requested == "flash_attention_2" and not is_flash_attn_2_available():
         raise ConfigError(
-            "model.attention is 'flash_attention_2', which needs a GPU and flash-attn; one of them is missing here. Set "
-            "model.attention to auto, which takes the fastest that is there."
+            "model.attention is 'flash_attention_2', which needs a GPU and flash-attn; one of them is missing here. "
+            "Set model.attention to auto, which takes the fastest that is there."
         )
 
 

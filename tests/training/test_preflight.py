@@ -26,8 +26,8 @@ FROM_FILES: dict[str, tuple[str, str]] = {
     "fp16 on plain torch": ("--train.zero none --train.precision fp16", "train.precision is fp16"),
     "orthonormal on ZeRO-3": ("--train.zero zero3 --adapter.factor_form orthonormal", "is a ZeRO-3"),
     "tracker": ("--track.trackers [tensorbord]", "Did you mean 'tensorboard'?"),
-    "tracker that is not installed": ("--track.trackers [mlflow]", "'mlflow', which is not installed"),
-    "quantisation": ("--model.quantisation nf4", "needs bitsandbytes"),
+    "tracker that is not installed": ("--track.trackers [mlflow]", "needs mlflow, which is not installed"),
+    "quantisation": ("--model.quantisation nf4", "needs bitsandbytes, which is not installed"),
     "template": ("--model.chat_template vicuna", "model.chat_template is 'vicuna', expected one of"),
     "task": ("--validate.tasks [popes]", "Did you mean 'pope'"),
     "best of nothing": ("--validate.best validation_loss --train.validate_every 2", "nothing is measured for it"),
@@ -161,7 +161,7 @@ def test_a_preset_of_ones_own_with_keys_that_deepspeed_reads_is_taken(recipe: Re
 def test_programs_that_call_train_are_refused_first_too(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop.runs, "prepare", lambda *_, **__: pytest.fail("the model is loaded"))
     gone = replace(recipe, data=replace(recipe.data, validation=[SourceConfig(path="gone.jsonl")]))
-    with pytest.raises(MoSLoRAError, match="gone.jsonl does not exist"):
+    with pytest.raises(MoSLoRAError, match=r"gone\.jsonl does not exist"):
         train(gone)
     assert not Path(recipe.train.output).exists()
 
