@@ -211,13 +211,14 @@ def test_the_list_of_tasks_takes_several_words(capsys):
     ]  # fmt: skip
 
 
-def test_config_prints_a_recipe_that_it_reads_back(capsys, tmp_path):
+def test_config_prints_a_recipe_that_it_reads_back(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert run(["config"]) == 0
     assert "quickstart_tune" in capsys.readouterr().out.split()
     assert run(["config", "quickstart_tune", "--adapter.rank", "8"]) == 0
     text = capsys.readouterr().out
-    (tmp_path / "r.yaml").write_text(text)
-    assert run(["config", str(tmp_path / "r.yaml")]) == 0
+    Path("r.yaml").write_text(text)
+    assert run(["config", "r.yaml"]) == 0
     assert capsys.readouterr().out == text
     assert "rank: 8" in text
 

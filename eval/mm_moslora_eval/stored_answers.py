@@ -18,7 +18,7 @@ IDS = ("id", "question_id", "index", "doc_id")
 """Columns that may name a question, at the top level or in the `doc` of lmms-eval."""
 TEXTS = ("text", "prediction")
 _PROMPTS = ("prompt", "input", "question")
-_MOST_CELLS = 1 << 30
+_MOST_CELLS = 1 << 28
 """Bytes of a workbook's sheet, unpacked."""
 _MAIN = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
 _ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")

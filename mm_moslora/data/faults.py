@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -17,15 +18,22 @@ def kind_of(value: Any) -> str:
     """A JSON type, in JSON's words."""
     if value is None:
         return "null"
+    if is_nothing(value):
+        return "NaN"
     names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", bytes: "bytes"}
     return names.get(type(value), "a number")
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a value is null or NaN, by which tables mark an empty cell."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 class Code(StrEnum):
     """Every fault that costs one record. The names are stable: scripts may rely on them."""
 
     BAD_JSON = "BAD_JSON"
-    """Not JSON, or not JSON that means the same to every reader (NaN, a key written twice)."""
+    """Not JSON, or not JSON that means the same to every reader (a key written twice)."""
     TOO_DEEP = "TOO_DEEP"
     """Nested beyond what a record needs."""
     TOO_LARGE = "TOO_LARGE"

@@ -1,7 +1,8 @@
 """Random access to the values of a JSON list or a JSONL file through an index of byte ranges: memory stays bounded.
 
 A file is read once to find where each value begins and ends (`jsonscan`, about 200 MB/s); a value is parsed when it is
-asked for. Parsing is strict: what JSON readers disagree about (NaN, a key written twice) is an error.
+asked for. Parsing is strict: what JSON readers disagree about (a key written twice) is an error. NaN and Infinity,
+which pandas writes into empty cells, are numbers: they cost a record only where it needs another value.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class JsonFile:
         with opened(self.path, most=None) as stream:
             stream.seek(start)
             raw = stream.read(end - start)
-        return parse_strictly(raw)
+        return parse_strictly(raw, constants=True)
 
     def _index_list(self) -> None:
         """Value by value: slower; for lists that are damaged or hold no objects. Says what is wrong and where."""
@@ -190,22 +191,25 @@ class _Window:
         )
 
 
-def parse_strictly(raw: bytes | bytearray, *, max_depth: int = MAX_DEPTH) -> Any:
+def parse_strictly(raw: bytes | bytearray, *, max_depth: int = MAX_DEPTH, constants: bool = False) -> Any:
     """Parse one JSON value.
 
     Args:
         raw: UTF-8.
         max_depth: deepest nesting.
+        constants: take NaN and Infinity, which JSON does not have, for numbers.
 
     Raises:
-        StrictJsonError: broken, NaN or Infinity, a key written twice, nested too deeply, or half a surrogate pair.
+        StrictJsonError: broken, NaN or Infinity without `constants`, a key written twice, nested too deeply, or half a
+            surrogate pair.
     """
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise StrictJsonError(f"is not UTF-8 at byte {error.start}") from error
     try:
-        value = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
+        refuse = None if constants else _no_constant
+        value = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=refuse)
     except RecursionError as error:
         raise StrictJsonError(f"is nested more than {max_depth} levels deep", deep=True) from error
     except json.JSONDecodeError as error:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from mm_moslora.data.faults import Code, RecordError, Where, kind_of
+from mm_moslora.data.faults import Code, RecordError, Where, is_nothing, kind_of
 from mm_moslora.data.pictures import Picture, PictureRules, find_clip, find_picture, picture_name
 from mm_moslora.data.video import Clip
 from mm_moslora.named_files import BAD_CHARACTER
@@ -205,7 +205,7 @@ def _images_asked_first(turns: list[Turn], count: int) -> list[Turn]:
 
 def _id(value: Mapping[str, Any], where: Where) -> str:
     name = value.get("id")
-    if name is None:
+    if is_nothing(name):
         return str(where.row)
     if isinstance(name, bool) or not isinstance(name, str | int):
         raise where.error(Code.BAD_ID, "id", f"is {kind_of(name)}", "write a string or an integer")
@@ -215,13 +215,12 @@ def _id(value: Mapping[str, Any], where: Where) -> str:
 
 
 def _names(value: Mapping[str, Any], kind: str, where: Where) -> list[Any]:
-    """What a record names as `image` or `images`, or as `video` or `videos`."""
-    given, several = value.get(kind), value.get(f"{kind}s")
+    """What a record names as `image` or `images`, or as `video` or `videos`; null and NaN, which stand in the empty
+    cells of tables, name nothing."""
+    given, several = (None if is_nothing(value.get(key)) else value[key] for key in (kind, f"{kind}s"))
     if given is not None and several is not None:
         raise where.error(Code.IMAGE_COUNT, kind, f"both `{kind}` and `{kind}s` are given", "keep one of them")
     given = several if given is None else given
-    if given is None and kind in value:
-        raise where.error(Code.BAD_IMAGE_NAME, kind, "is null", f"leave the key out of a record without {kind}s")
     if given is None:
         return []
     return list(given) if isinstance(given, list | tuple) else [given]

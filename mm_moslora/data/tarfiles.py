@@ -69,7 +69,7 @@ class TarSource(RecordSource):
         members = {kind: (start, size) for kind, start, size in self._places[self._firsts[row] : self._firsts[row + 1]]}
         shown = {kind: _picture(path, self._keys[row], kind, members[kind]) for kind in members if _shown_as(kind)}
         if "json" in members:
-            value = parse_strictly(_read(path, *members["json"]))
+            value = parse_strictly(_read(path, *members["json"]), constants=True)
             if not isinstance(value, dict):
                 return value
             return self._with_shown(value, shown, self._keys[row])

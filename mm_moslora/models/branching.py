@@ -11,6 +11,7 @@ of its ancestors and to its own tokens under one softmax, which is the attention
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from mm_moslora.errors import ModelError
 
 BRANCHES = "mm_moslora_branches"
 """Name under which the attention is registered with transformers."""
@@ -408,3 +411,19 @@ class Decoder:
             yield
         finally:
             self._config._attn_implementation = before
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The token ``[B]`` with the largest of each row of logits ``[B, C]``.
+
+    Raises:
+        ModelError: a logit is NaN, or none is finite.
+    """
+    tokens = logits.argmax(dim=-1)  # of NaN, where there is one
+    highest = logits.gather(-1, tokens[..., None]).flatten().tolist()
+    if wrong := [value for value in highest if not math.isfinite(value)]:
+        raise ModelError(
+            f"The largest of the model's logits is {wrong[0]}, so no token can be chosen. Its weights or a picture's "
+            "features are damaged, or too large for its number format: try another checkpoint, or fp32."
+        )
+    return tokens

@@ -9,6 +9,7 @@ position ids count real tokens only, so that an fp32 model gives each prompt the
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from mm_moslora.errors import ModelError
-from mm_moslora.models.branching import Decoder
+from mm_moslora.models.branching import Decoder, likeliest
 from mm_moslora.models.vlm import image_features, is_multimodal
 
 _WORTH_SHARING = 16
@@ -91,12 +92,15 @@ def stream(
 
     Yields:
         A list of ``B`` token ids, None for a prompt that has ended. Ends when all have.
+
+    Raises:
+        ModelError: see `likeliest`; ask one by one to know which prompt it is.
     """
     state = _read(model, prompts)
     rows = list(range(len(prompts)))  # which prompt each row of the state belongs to
     stops = set(stop_ids)
     for step in range(max_new_tokens):
-        chosen = state.logits.argmax(dim=-1)
+        chosen = likeliest(state.logits)
         said: list[int | None] = [None] * len(prompts)
         alive = []
         for index, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
@@ -153,6 +157,9 @@ def score_options(
 
     Returns:
         One score per option, per prompt.
+
+    Raises:
+        ModelError: a probability is NaN.
     """
     state = _read(model, prompts)
     first = state.logits.log_softmax(dim=-1)
@@ -174,6 +181,8 @@ def score_options(
         found.append((steps.gather(2, tokens[:, 1:, None]), steps.argmax(-1)))
     logprobs = torch.cat([picked[..., 0] for picked, _ in found], dim=1).tolist()
     best = torch.cat([tops for _, tops in found], dim=1).tolist()
+    if any(math.isnan(value) for (_, option), row in zip(flat, logprobs, strict=True) for value in row[: len(option)]):
+        raise ModelError("The model's logits are NaN, so no option can be chosen. Its weights are damaged.")
     for index, (row, option) in enumerate(flat):
         score = ContinuationScore(
             logprob=sum(logprobs[index][: len(option)]), tokens=len(option),

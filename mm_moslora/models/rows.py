@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from mm_moslora.adapters.inject import base_model
 from mm_moslora.batch import IGNORED, Batch, Example, usable
 from mm_moslora.errors import ModelError
-from mm_moslora.models.branching import Decoder
+from mm_moslora.models.branching import Decoder, likeliest
 
 _SIZES = {"image_sizes", "batch_num_images", "image_grid_thw"}
 """Image inputs that are read as numbers, from main memory, where nobody has to wait for them."""
@@ -225,10 +225,13 @@ def stream_row(
         prompt: see `start_row`.
         max_new_tokens: most tokens.
         stop_ids: tokens that end the answer.
+
+    Raises:
+        ModelError: see `likeliest`.
     """
     decoder = start_row(model, prompt)
     for number in range(max_new_tokens):
-        token = decoder.logits.argmax(dim=-1, keepdim=True)
+        token = likeliest(decoder.logits)[:, None]
         if int(token) in stop_ids:
             return
         yield int(token)

@@ -5,14 +5,13 @@ Shapes: ``C`` vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mm_moslora.errors import ModelError
+from mm_moslora.models.branching import likeliest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +62,10 @@ def choose(logits: Tensor, sampling: Sampling, said: Mapping[int, int], generato
         logits = logits.index_add(
             0, tokens, -(sampling.presence_penalty + sampling.frequency_penalty * counts)
         )  # fmt: skip
-    token = int(logits.argmax())  # of NaN, where there is one
-    highest = logits[token]
-    if not math.isfinite(float(highest)):
-        raise ModelError(f"The largest of the model's logits is {float(highest)}, so no token can be chosen.")
+    token = int(likeliest(logits[None]))
     if sampling.temperature == 0:
         return token
+    highest = logits[token]
     # Subtracting the maximum first keeps the smallest temperature from overflowing.
     probabilities = ((logits - highest).double().cpu() / sampling.temperature).softmax(dim=-1)
     if sampling.top_p < 1:

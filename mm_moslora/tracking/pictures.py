@@ -7,7 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from mm_moslora.data.images import FORMATS
+from mm_moslora.data.images import FORMATS, MAX_BYTES
+from mm_moslora.named_files import FileError, opened
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +26,9 @@ def thumbnail(path: Path | None, *, side: int = SIDE) -> Image.Image | None:
     if path is None:
         return None
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with opened(path, most=MAX_BYTES) as stream, Image.open(stream, formats=FORMATS) as image:
             image.thumbnail((side, side))
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (FileError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         logger.info("%s is not shown by trackers: %s", path, error)
         return None

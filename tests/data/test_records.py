@@ -83,8 +83,6 @@ def deep(levels: int) -> str:
 
 LINES = {
     "broken": ('{"id": 1', Code.BAD_JSON, "column"),
-    "nan": ('{"id": NaN}', Code.BAD_JSON, "NaN"),
-    "infinity": ('{"id": -Infinity}', Code.BAD_JSON, "Infinity"),
     "key twice": ('{"id": "a", "id": "b"}', Code.BAD_JSON, "'id' is written twice"),
     "many digits": ('{"id": 1' + "0" * 5000 + "}", Code.BAD_JSON, "4300 digits"),
     "very deep": ('{"id": ' + deep(100_000) + "}", Code.TOO_DEEP, "levels deep"),
@@ -106,6 +104,9 @@ ROWS = {
     "human twice": (chat(("human", "q"), ("human", "q"), ("gpt", "a")), Code.ROLES_DO_NOT_ALTERNATE, "[1]"),
     "no answer": (chat(("human", "q")), Code.NO_ANSWER, "nothing is answered"),
     "only system": (chat(("system", "s")), Code.NO_ANSWER, "nothing is answered"),
+    "nan for turns": ({"conversations": float("nan")}, Code.NO_TURNS, "is NaN"),
+    "nan text": (chat(("human", float("nan")), ("gpt", "a")), Code.BAD_TEXT, "text is NaN"),
+    "infinite id": ({"id": float("inf"), "conversations": QA}, Code.BAD_ID, "a number"),
     "null text": (chat(("human", None), ("gpt", "a")), Code.BAD_TEXT, "null"),
     "number text": (chat(("human", "q"), ("gpt", 5)), Code.BAD_TEXT, "a number"),
     "empty answer": (chat(("human", "q"), ("gpt", " \n")), Code.EMPTY_ANSWER, "conversations[1]"),
@@ -137,7 +138,8 @@ ROWS = {
     "nul in name": (with_image("a\0.png"), Code.BAD_IMAGE_NAME, "plain relative path"),
     "surrogate in name": (with_image("\ud83d.png"), Code.BAD_IMAGE_NAME, "plain relative path"),
     "image number": (with_image(5), Code.BAD_IMAGE_NAME, "a number"),
-    "image null": (with_image(None), Code.BAD_IMAGE_NAME, "null"),
+    "image null": (with_image(None), Code.IMAGE_COUNT, "0 images"),
+    "image nan": (with_image(float("nan")), Code.IMAGE_COUNT, "0 images"),
     "image object": (with_image({"file": "a.png"}), Code.BAD_IMAGE_NAME, "an object"),
     "list of lists": (with_image([["a.png"]]), Code.BAD_IMAGE_NAME, "a list"),
     "empty name": (with_image(" "), Code.BAD_IMAGE_NAME, "empty"),

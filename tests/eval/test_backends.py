@@ -373,6 +373,21 @@ def test_replay_reads_the_workbook_that_export_writes(question_file: Path, tmp_p
     assert texts[0] == texts[1]
 
 
+def test_a_workbook_is_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A megabyte of a zip file may hold a gigabyte; what the file says of its size is not believed."""
+    monkeypatch.setattr("mm_moslora_eval.stored_answers._MOST_CELLS", 1 << 16)
+    bomb = tmp_path / "bomb.xlsx"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as book:
+        book.writestr("xl/worksheets/sheet1.xml", " " * (1 << 17))
+    with pytest.raises(EvalError, match=r"bomb\.xlsx .* more than 65536 bytes"):
+        ReplayModel(bomb)
+    told = (1 << 17).to_bytes(4, "little")
+    assert told in bomb.read_bytes()
+    bomb.write_bytes(bomb.read_bytes().replace(told, (1 << 10).to_bytes(4, "little")))
+    with pytest.raises(EvalError, match=r"bomb\.xlsx is no workbook"):
+        ReplayModel(bomb)
+
+
 @pytest.mark.parametrize(
     ("name", "data"),
     [("a.xlsx", b"no zip"), ("b.xlsx", None), ("c.jsonl", b'{"doc_id": 1, "resps": []}\n'), ("d.jsonl", b"[" * 99999)],

@@ -119,6 +119,26 @@ def test_a_sliding_window_model_shares_nothing_and_stays_right(language_folder):
     assert generate(model, given, max_new_tokens=6, stop_ids=[]) == alone(model, given, 6, [])
 
 
+def test_logits_that_are_no_numbers_are_an_error_and_no_answer(assembly, monkeypatch):
+    """The largest of them would be the first NaN, and its token the answer."""
+    given = prompts(assembly)
+    head = assembly.model.get_output_embeddings()
+    options = [[[5], [6, 7]]] * len(given)
+
+    def damaged(module, inputs, logits):
+        return torch.where(torch.arange(logits.shape[-1]) == 9, float("nan"), logits)
+
+    hook = head.register_forward_hook(damaged)
+    try:
+        with pytest.raises(ModelError, match="logits is nan, so no token can be chosen"):
+            generate(assembly.model, given, max_new_tokens=2, stop_ids=[])
+        with pytest.raises(ModelError, match="no option can be chosen"):
+            score_options(assembly.model, given, options)
+    finally:
+        hook.remove()
+    assert len(generate(assembly.model, given, max_new_tokens=2, stop_ids=[])) == len(given)
+
+
 def test_stream_tells_which_prompt_has_ended(assembly):
     given = prompts(assembly)
     first = next(stream(assembly.model, given, max_new_tokens=1, stop_ids=[]))

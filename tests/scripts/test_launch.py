@@ -283,7 +283,7 @@ def test_a_signal_is_handed_on_and_a_stopped_run_asks_to_be_started_again(saves,
 
 def test_a_signal_before_the_launcher_is_started_asks_for_another_start(monkeypatch, capsys):
     monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)
-    monkeypatch.setattr("mm_moslora.launch.launch", lambda *_, **__: signal.raise_signal(signal.SIGUSR1))
+    monkeypatch.setattr("mm_moslora.cli.launch.refuse_early", lambda *_: signal.raise_signal(signal.SIGUSR1))
     assert cli.run(["launch", "quickstart_tune"]) == 75
     assert "before anything was started" in capsys.readouterr().err
 

@@ -262,11 +262,13 @@ def test_wandb_names_come_from_the_recipe_its_variables_or_the_folder_in_this_or
     assert "WANDB_NAME='named' does not count" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["scan.tiff", "torn.png", "missing.png"])
+@pytest.mark.parametrize("name", ["scan.tiff", "torn.png", "missing.png", "pipe.png"])
 def test_a_picture_that_cannot_be_shown_costs_no_tracker(name: str, tmp_path: Path, read_run: ReadRun) -> None:
     picture = tmp_path / name
     if name == "scan.tiff":
         Image.new("RGB", (40, 20), "red").save(picture)
+    elif name == "pipe.png":
+        os.mkfifo(picture)  # opened in the ordinary way, it waits for a writer for ever
     elif name == "torn.png":
         picture.write_bytes(b"\x89PNG\r\n\x1a\n")
     trackers = build_trackers(TrackConfig(trackers=["tensorboard", "wandb"]), active=True)

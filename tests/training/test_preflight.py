@@ -28,6 +28,7 @@ FROM_FILES: dict[str, tuple[str, str]] = {
     "tracker": ("--track.trackers [tensorbord]", "Did you mean 'tensorboard'?"),
     "tracker that is not installed": ("--track.trackers [mlflow]", "needs mlflow, which is not installed"),
     "quantisation": ("--model.quantisation nf4", "needs bitsandbytes, which is not installed"),
+    "kernels": ("--model.kernels liger", "needs liger-kernel, which is not installed"),
     "template": ("--model.chat_template vicuna", "model.chat_template is 'vicuna', expected one of"),
     "task": ("--validate.tasks [popes]", "Did you mean 'pope'"),
     "best of nothing": ("--validate.best validation_loss --train.validate_every 2", "nothing is measured for it"),
@@ -80,7 +81,7 @@ def test_what_files_and_packages_tell_is_refused_before_anything_is_imported(rec
 import importlib.util, subprocess, sys
 from mm_moslora.cli import run
 find = importlib.util.find_spec
-missing = ("bitsandbytes", "mlflow")
+missing = ("bitsandbytes", "mlflow", "liger_kernel")
 importlib.util.find_spec = lambda name, *rest: None if name in missing else find(name, *rest)
 for verb in ("train", "launch"):
     for words in {lines!r}:
@@ -119,7 +120,6 @@ FROM_LIBRARIES: dict[str, tuple[str, str]] = {
     "compiler": ("--train.compile inductr", "Did you mean 'inductor'"),
     "open_clip": ("--model.vision.name open_clip:ViT-B-99", "open_clip has no model 'ViT-B-99'"),
     "timm": ("--model.vision.name timm:resnet5000", "timm has no model 'resnet5000'"),
-    "kernels": ("--model.kernels liger", "model.kernels is 'liger'"),
     "precision": ("--train.zero zero2 --train.precision fp16", "train.precision is fp16"),
     "a key of DeepSpeed": ("--train.zero HERE/key.json", "DeepSpeed knows no key 'zero_optimisation'"),
     "a key in a group": ("--train.zero HERE/inner.json", "DeepSpeed refuses train.zero"),

@@ -23,6 +23,7 @@ from mm_moslora.errors import CheckpointError, ConfigError, EvalError, TrainingE
 from mm_moslora.report.state import read_state
 from mm_moslora.training.commit import Saver
 from mm_moslora.training.engine import Engine
+from mm_moslora.training.image_check import ImageCheck
 from mm_moslora.training.loop import train
 from mm_moslora.training.run import prepare
 from mm_moslora.training.spikes import SPIKE, SpikeScore
@@ -321,6 +322,7 @@ def story(run: Path) -> dict[str, object]:
 
 def test_signals_cut_validations_short_and_nothing_is_lost(recipe, records, tmp_path, monkeypatch):
     """In the loss of three batches, two answers and a task of four documents, at step 4, again and again, and at 6."""
+    monkeypatch.setattr(ImageCheck, "__call__", lambda *_: None)  # it evaluates, too
     chosen = watched(
         recipe, samples=2, sample_tokens=3, tasks=[colours(records, tmp_path)], task_limit=4, best="validation_loss"
     )
@@ -346,6 +348,7 @@ def test_signals_cut_validations_short_and_nothing_is_lost(recipe, records, tmp_
 
 def test_a_validation_that_is_done_again_may_be_cut_short_again_and_end_the_run(recipe, monkeypatch):
     """Its result is the one that patience waited for."""
+    monkeypatch.setattr(ImageCheck, "__call__", lambda *_: None)  # it evaluates, too
     chosen = watched(recipe, tasks=["fake"], best="eval/fake/score", patience=1)
     for first in (4, 1):
         calls = itertools.count(1)
