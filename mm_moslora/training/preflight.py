@@ -15,9 +15,8 @@ from mm_moslora.data.sources import require_sources
 from mm_moslora.errors import AdapterError, ConfigError, TrainingError, suggestion
 from mm_moslora.files import refuse_strangers
 from mm_moslora.folders import (
-    MANIFEST,
     RUN_FILES,
-    RUN_LOCK,
+    RUN_SIGNS,
     adapter_folder,
     checkpoints,
     is_adapter,
@@ -79,7 +78,7 @@ def refuse_folder(run: Path) -> None:
     there = next(place for place in (run, *run.absolute().parents) if place.exists())
     if not there.is_dir():
         raise TrainingError(f"The run folder {run} cannot be made: {there} is a file. Choose another train.output.")
-    refuse_strangers(run, RUN_FILES, kind="run", also=(RUN_LOCK, f"checkpoint-*/{MANIFEST}"))
+    refuse_strangers(run, RUN_FILES, kind="run", also=RUN_SIGNS)
 
 
 def _check_engine(recipe: Recipe) -> None:

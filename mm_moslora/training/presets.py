@@ -7,8 +7,7 @@ from typing import Any
 
 from mm_moslora.errors import ConfigError, suggestion
 from mm_moslora.files import read_json
-
-_PACKAGE = Path(__file__).parents[1]
+from mm_moslora.folders import shipped_folder
 
 
 def read_preset(name: str) -> dict[str, Any]:
@@ -39,9 +38,8 @@ def _file(name: str) -> Path:
         if not path.is_file():
             raise ConfigError(f"train.zero is {name!r}, which does not exist.")
         return path
-    folders = [_PACKAGE / "deepspeed_configs", _PACKAGE.parent / "deepspeed_configs"]
-    for folder in folders:
-        if (folder / f"{name}.json").is_file():
-            return folder / f"{name}.json"
-    known = sorted({file.stem for folder in folders for file in folder.glob("*.json")} | {"none"})
+    folder = shipped_folder("deepspeed_configs")
+    if (folder / f"{name}.json").is_file():
+        return folder / f"{name}.json"
+    known = sorted({file.stem for file in folder.glob("*.json")} | {"none"})
     raise ConfigError(f"train.zero is {name!r}, expected {', '.join(known)} or a JSON file.{suggestion(name, known)}")

@@ -21,12 +21,7 @@ from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
 from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.dataset import TrainingSet
 from mm_moslora.errors import ConfigError, TrainingError
-<<<<<<< HEAD
-from mm_moslora.files import refuse_strangers
-from mm_moslora.folders import RUN_FILES, RUN_LOCK, RUN_SIGNS, is_adapter, projector_file
-=======
 from mm_moslora.folders import RUN_LOCK, is_adapter, projector_file
->>>>>>> 7055b0d (What can be known without loading is refused before loading, by train, launch and data check; the self-test takes the engine's arguments)
 from mm_moslora.locks import take
 from mm_moslora.losses import use_loss_head
 from mm_moslora.models.anyres import NEWLINE, newline_of
@@ -38,12 +33,8 @@ from mm_moslora.models.kernels import choose_kernels, use_kernels
 from mm_moslora.models.lean import use_lean_layers
 from mm_moslora.models.pictures import PictureMemory
 from mm_moslora.models.places import contents_of, seen_from
-<<<<<<< HEAD
 from mm_moslora.models.projector import embedding_scale, first_layer, fold_into
-from mm_moslora.models.ready import refuse_without_effect, tower_path
-=======
 from mm_moslora.models.ready import tower_path
->>>>>>> 7055b0d (What can be known without loading is refused before loading, by train, launch and data check; the self-test takes the engine's arguments)
 from mm_moslora.models.trainable import attach_adapters, checkpoint_layers, component_table
 from mm_moslora.models.vlm import image_features, is_multimodal, is_padded
 from mm_moslora.training.compiling import compile_layers
@@ -73,11 +64,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         failure: Exception | None = None
         if distributed.is_main():
             try:
-<<<<<<< HEAD
-                refuse_strangers(folder, RUN_FILES, kind="run", also=RUN_SIGNS)
-=======
                 refuse_folder(folder)
->>>>>>> 7055b0d (What can be known without loading is refused before loading, by train, launch and data check; the self-test takes the engine's arguments)
                 held.enter_context(_lock(folder))
             except (ConfigError, TrainingError) as error:
                 failure = error

@@ -121,7 +121,7 @@ def deepspeed_refuses(zero: str, error: Exception) -> ConfigError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return ConfigError(
         f"DeepSpeed refuses train.zero {zero}: {' '.join(line.strip() for line in lines[:3])}. "
-        "deepspeed_configs/ has files to begin with."
+        f"{shipped_folder('deepspeed_configs')} has files to begin with."
     )
 
 
