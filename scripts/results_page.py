@@ -39,7 +39,7 @@ def page(results: dict[str, Any], picture: str) -> str:
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(_row(arm, tasks, results)) + " |" for arm in results["arms"]]
-    for name in ("majority", "question_majority"):
+    for name in ("majority", "best_answer"):
         cells = [results["floors"].get(task, {}).get(name) for task in tasks]
         if any(cell is not None for cell in cells):
             shown = ["" if cell is None else f"{100 * cell:.1f}" for cell in cells]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm_moslora.errors import DataError, EvalError
 from mm_moslora.named_files import read_text
+from mm_moslora.verdicts import between
 
 if TYPE_CHECKING:
     from .baselines import TrainingAnswer
@@ -101,6 +102,18 @@ def _run_held(
     for task in tasks:
         results += evaluate_held(model, task, output, settings=settings, progress=_named(task.id, progress), **rest)
     return results
+
+
+def training_answers(name: str) -> Sequence[TrainingAnswer]:
+    """What baselines learn from: FILE or FILE@IMAGE_FOLDER; none of an empty name.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    from .baselines import read_training_answers
+
+    path, _, folder = name.partition("@")
+    return read_training_answers(Path(path), image_folder=Path(folder) if folder else None) if path else ()
 
 
 def _named(name: str, progress: Callable[[str, int, int], None] | None) -> Progress | None:
@@ -340,15 +353,13 @@ def compare_runs(a: str, b: str) -> list[tuple[Comparison, str]]:
 def comparison_text(result: Comparison) -> str:
     """A comparison for people."""
     pair = result.paired
-    verdict = "differs" if pair.p_value < 0.05 else "does not differ"
     lines = [
         f"{result.task}: A {result.score_a:.4f}, B {result.score_b:.4f}, A - B {pair.difference:+.4f} "
         f"(95 % {pair.low:+.4f} to {pair.high:+.4f}, p {pair.p_value:.3g}, sign test p {pair.mcnemar_p:.3g})",
-        f"A wins {pair.wins}, B wins {pair.losses}, equal {pair.ties} of {pair.n}; "
-        f"A {verdict} from B at the 5 % level.",
+        f"A wins {pair.wins}, B wins {pair.losses}, equal {pair.ties} of {pair.n}. {between(pair.as_difference)}.",
         f"With {pair.n} documents a true difference of {result.detectable:.4f} is seen four times out of five."
         if result.detectable
-        else f"Every one of {pair.n} documents scores the same in both, so how far they may differ is unknown.",
+        else f"Every one of {pair.n} documents differs alike, so what is unseen bounds the interval alone.",
     ]
     lines += [result.caution] if result.caution else []
     if result.headline is not None:
@@ -389,7 +400,9 @@ def table(results: Sequence[TaskResult]) -> str:
     notes = []
     for name, result in zip(names, results, strict=True):
         unscored, odd = result.about.get("unscored"), _odd_count(result)
-        notes += [f"{name}, {result.mode}: {text}" for text in (*result.remarks, unscored, odd) if text]
+        learned = result.about.get("learned_from")
+        source = f"learned from {learned}." if learned else ""
+        notes += [f"{name}, {result.mode}: {text}" for text in (*result.remarks, unscored, odd, source) if text]
     return "\n".join([_table(head, rows), *notes])
 
 

@@ -10,15 +10,18 @@ import fcntl
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mm_moslora.files import replacing
 from mm_moslora.named_files import read_text
+from mm_moslora.verdicts import Difference, difference_of
 
 from .documents import digest
-from .results import TaskResult
+from .results import TaskResult, lenient_result, read_scored
+from .scored import Scored, difference_between
 from .suite import read_samples
 from .thumbnails import MOST_EVIDENCE, kept, spread
 from .views import SAMPLES
@@ -53,9 +56,8 @@ def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Se
     run = checkpoint.parent
     newest = find_checkpoint(run) == checkpoint
     step = int(json.loads(read_text(checkpoint / MANIFEST))["step"])
-    scored = [(result, False) for result in results] + [(result, True) for result in before]
     weights = adapter_digest(checkpoint / "adapter") or f"step {step}"
-    rows = [row for result, early in scored if (row := _row(result, before=early, step=step, model=weights))]
+    rows = [row for told in _told(results, before, output) if (row := _row(told, step=step, model=weights))]
     try:
         with (run / ".evaluation.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another evaluation of the run may end just now
@@ -77,27 +79,97 @@ def _subject(result: TaskResult) -> str:
     return digest(list(result.subject))[:16]
 
 
-def _row(result: TaskResult, *, before: bool, step: int, model: str) -> dict[str, Any] | None:
-    """A row of `evaluation.json`; None for what is no share of right answers, such as an unscored task or a sum, and
-    for a run in which every sample failed."""
-    if not all(math.isfinite(value) and 0 <= value <= 1 for value in (result.score, result.low, result.high)):
-        return None
-    if not result.counts.scored:
-        logger.warning("%s is not put into the run's folder: %s.", result.id, " ".join(result.remarks) or "no answers")
-        return None
-    name, label = ("untuned", "Before tuning") if before else _MODES.get(result.mode, (result.mode, result.mode))
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """A result under the name that the run's folder gives it."""
+
+    name: str
+    label: str
+    result: TaskResult
+    less: Difference | None
+    """The tuned model less this."""
+    pictures: bool = True
+    """Questions show pictures."""
+
+
+def _told(results: Sequence[TaskResult], before: Sequence[TaskResult], output: Path) -> Iterator[Told]:
+    for result in results:
+        name, label = _MODES.get(result.mode, (result.mode, result.mode))
+        less = difference_of(result.about.get("own_less_this"))
+        pictures = True
+        if result.folder and result.mode != "own":
+            own = _own_samples(result, output)
+            less = difference_between(own, read_scored(output / result.folder)) if own and result.scored else None
+        elif result.folder:
+            pictures = any(row["images"] for row in read_samples(output / result.folder))
+        yield Told(name=name, label=label, result=result, less=less, pictures=pictures)
+    for result in before:
+        own = _own_samples(result, output)
+        yield from before_tuning(result, output / UNTUNED / result.folder, own=own)
+
+
+def before_tuning(result: TaskResult, place: Path, *, own: Sequence[Scored], label: str = "Before tuning") -> list[Told]:
+    """What the model before tuning scored, as asked and leniently.
+
+    Args:
+        result: its own.
+        place: the folder of its samples.
+        own: samples of the tuned model; empty where it was not asked.
+        label: for people.
+    """
+    if not result.scored:
+        return []
+    less = difference_between(own, read_scored(place)) if own else None
+    rows = [Told(name="untuned", label=label, result=result, less=less)]
+    if (found := lenient_result(place)) is not None:
+        lenient, samples = found
+        less = difference_between(own, samples) if own else None
+        rows.append(Told(name="untuned_lenient", label=f"{label}, right word anywhere", result=lenient, less=less))
+    return rows
+
+
+def _own_samples(result: TaskResult, output: Path) -> list[Scored]:
+    """Samples of the tuned model with its own pictures on the documents of another result; none where there are none."""
+    task, _, view = result.folder.partition("/")
+    place = output / task / "own" / view.partition("/")[2]
+    if not (place / SAMPLES).is_file():
+        return []
+    samples = read_scored(place)
+    return [] if any(sample.score is None for sample in samples) else samples
+
+
+def row_of(told: Told) -> dict[str, Any]:
+    """A row of `evaluation.json`, without what it was measured by."""
+    result = told.result
     categories = {
         category: {"n": int(part["n"]), "mean": part["score"], "low": part["low"], "high": part["high"]}
         for category, part in result.categories.items()
         if all(math.isfinite(part[key]) for key in ("score", "low", "high"))
     }
-    selection = result.about.get("selection", {})
     return {
-        "name": name, "label": label, "task": result.task, "n": result.n, "mean": result.score, "low": result.low,
-        "high": result.high, "categories": categories, "not_inferable": result.counts.not_inferable,
-        "failed": result.counts.failed, "step": step, "protocol": result.protocol, "subject": _subject(result),
+        "name": told.name, "label": told.label, "task": result.task, "n": result.n, "mean": result.score,
+        "low": result.low, "high": result.high, "categories": categories,
+        "not_inferable": result.counts.not_inferable, "failed": result.counts.failed, "remarks": list(result.remarks),
+        "learned_from": result.about.get("learned_from", ""), "less": told.less.to_dict() if told.less else None,
+        "pictures": told.pictures,
+    }  # fmt: skip
+
+
+def _row(told: Told, *, step: int, model: str) -> dict[str, Any] | None:
+    """A row of `evaluation.json`; None for what is no share of right answers, such as an unscored task or a sum, and
+    for a run in which every sample failed."""
+    result = told.result
+    if not all(math.isfinite(value) and 0 <= value <= 1 for value in (result.score, result.low, result.high)):
+        return None
+    if not result.counts.scored:
+        logger.warning("%s is not put into the run's folder: %s.", result.id, " ".join(result.remarks) or "no answers")
+        return None
+    selection = result.about.get("selection", {})
+    of_before = told.name.startswith(UNTUNED)
+    return row_of(told) | {
+        "step": step, "protocol": result.protocol, "subject": _subject(result),
         "data": result.about.get("data", {}).get("sha256", ""), "selection": selection.get("name", "all"),
-        "model": model if result.folder and not before else None, "remarks": list(result.remarks),
+        "model": model if result.folder and not of_before else None,
     }  # fmt: skip
 
 
@@ -149,10 +221,14 @@ def _merge(path: Path, known: Sequence[dict[str, Any]], rows: Sequence[dict[str,
 
     models = {row["subject"]: row["model"] for row in rows if row["model"]}
     kept = [row for row in known if row.get("model") in (None, models.get(row.get("subject"), row.get("model")))]
+    measured = {row.get("subject"): row.get("model") for row in known if row.get("name") == "tuned"}
+    others = {subject for subject, model in models.items() if measured.get(subject, model) != model}
+    kept = [row | {"less": None} if row.get("subject") in others else row for row in kept]  # less another tuned model
     anew = {(row["task"], row["n"]) for row in rows}  # rows of releases without subjects give way to them
     kept = [row for row in kept if row.get("subject") or (row.get("task"), row.get("n")) not in anew]
     merged = {(row.get("subject"), row.get("task"), row.get("name")): row for row in [*kept, *rows]}
-    names = ["tuned", "untuned", *(name for name, _ in _MODES.values()), *(name for _, _, name in merged)]
+    modes = [name for name, _ in _MODES.values()]
+    names = ["tuned", "untuned", "untuned_lenient", *modes, *(name for _, _, name in merged)]
     subjects = [key[:2] for key in merged]
     order = sorted(merged, key=lambda key: (subjects.index(key[:2]), names.index(key[2])))
     replace_json(path, [merged[key] for key in order])
@@ -175,7 +251,7 @@ def _keep_samples(run: Path, results: Sequence[TaskResult], output: Path) -> Non
             rows.append(
                 {
                     "image": _copied(run, output, row, f"{_subject(result)}-{len(rows):02d}"),
-                    "question": row["question"],
+                    "question": row["question"], "options": row["options"],
                     "answer": row["answers"][0] if row["answers"] else "", "before": earlier.get("text"),
                     "after": row["text"], "before_correct": _right(earlier.get("score")),
                     "after_correct": _right(row["score"]), "task": result.task,

@@ -1,5 +1,5 @@
 """What must stand beside a score so that it is not misread: why samples failed, what was taken out of answers,
-that all answers are the same.
+that all answers are the same, that the right word stands in a sentence.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from .scored import Scored
-from .scoring import without_thinking
+from .scoring import score_leniently, without_thinking
 
 FEWEST = 5
 """With fewer answers nothing is said about their being alike."""
@@ -17,6 +17,8 @@ ALIKE = 0.95
 """Share of one answer from which on the answers are called the same."""
 _APART = 0.2
 """By how much an answer must be rarer among the references."""
+_WORDS = 5
+"""Longer references are texts to be like, not words to be found."""
 _LONGEST = 200
 _PARTICULAR = re.compile(r"'[^']*'|\"[^\"]*\"|\d+|/\S+")
 
@@ -63,6 +65,23 @@ def answers_alike(answered: Sequence[Scored]) -> Iterator[str]:
             f"{said} {len(answered)} answers are {_short(commonest)!r}, the reference of {expected}: the score is that "
             "of one answer to every question."
         )
+
+
+def wordy(answered: Sequence[Scored]) -> Iterator[str]:
+    """That many answers hold the right word among others and count as wrong."""
+    if len(answered) < FEWEST or not all(map(_asks_for_a_word, answered)):
+        return
+    lenient = sum(sample.score for sample in score_leniently(answered)) / len(answered)
+    missed = lenient - sum(sample.score for sample in answered) / len(answered)
+    if missed >= _APART:
+        yield (
+            f"{100 * missed:.1f} % of the answers hold the right word among others and count as wrong: with them the "
+            f"score is {100 * lenient:.1f} %. The score is one of the form of answers, too."
+        )
+
+
+def _asks_for_a_word(sample: Scored) -> bool:
+    return any(0 < len(answer.split()) <= _WORDS for answer in sample.document.answers)
 
 
 def _plain(text: str) -> str:

@@ -25,6 +25,7 @@ from mm_moslora.errors import DataError, EvalError
 from mm_moslora.files import PAGE_SIGN, output_file
 from mm_moslora.named_files import read_text
 from mm_moslora.redaction import redact_text
+from mm_moslora.verdicts import between, own_pictures
 
 from . import provenance
 from .answers import write_atomically
@@ -104,7 +105,13 @@ def write_comparison(comparisons: Sequence[Comparison], out: Path) -> Path:
     page = _render(
         "comparison.html.j2",
         title="A against B",
-        comparisons=[{"it": item, "bar": _difference_bar(item), "changed": _changed(item)} for item in comparisons],
+        comparisons=[
+            {
+                "it": item, "bar": _difference_bar(item), "changed": _changed(item),
+                "verdict": f"{between(item.paired.as_difference)}: {item.paired.as_difference.points}.",
+            }
+            for item in comparisons
+        ],
     )
     output_file(out, sign=PAGE_SIGN).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page)
@@ -160,6 +167,7 @@ def _row(result: TaskResult) -> dict[str, Any]:
         bar = {"score": 100 * result.score, "low": 100 * result.low, "high": 100 * result.high}
     return {
         "it": result, "bar": bar, "mode": _MODES.get(result.mode, result.mode),
+        "learned_from": result.about.get("learned_from", ""),
         "baseline": result.mode in ("majority", "question_majority"), "unscored": result.about.get("unscored"),
     }  # fmt: skip
 
@@ -199,15 +207,11 @@ def _verdicts(results: Sequence[TaskResult], run: Path) -> list[str]:
     """Whether the model looks: own pictures against the controls, sample by sample."""
     scored = {result.mode: place for result in results if result.scored and (place := _place(run, result))}
     said = []
-    for control, words in (("blind", "no picture"), ("wrong", "another item's picture")):
+    for control, words in (("blind", "a plain picture"), ("wrong", "another item's picture")):
         if not {"own", control} <= scored.keys():
             continue
         pair = compare(scored["own"], scored[control]).paired
-        better = "better than" if pair.low > 0 else "worse than" if pair.high < 0 else "no different from"
-        said.append(
-            f"With its own pictures the model is {better} with {words}: {100 * pair.difference:+.1f} points "
-            f"(95 % {100 * pair.low:+.1f} to {100 * pair.high:+.1f}, {pair.wins} samples gained, {pair.losses} lost)."
-        )
+        said.append(f"{own_pictures(pair.as_difference, control=words)} {pair.wins} samples gained, {pair.losses} lost.")
     return said
 
 

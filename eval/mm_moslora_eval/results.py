@@ -7,7 +7,7 @@ import math
 import platform
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -20,10 +20,10 @@ from mm_moslora.strict import build_strictly
 from .aggregation import AGGREGATIONS
 from .answers import line, read_folder, write_atomically
 from .documents import Document
-from .remarks import answers_alike, failures, thinking
+from .remarks import answers_alike, failures, thinking, wordy
 from .requests import FORMAT
 from .scored import Aggregate, Scored, mean_with_error
-from .scoring import JUDGED, score_answer, without_thinking
+from .scoring import JUDGED, score_answer, score_leniently, without_thinking
 from .task import Task
 from .views import DOCUMENTS, RESCORED, SAMPLES, TASK, answers_folder, find_view, folder_of
 
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 RULES = ("extraction", "metric", "aggregation")
 """Parts of a task that make a score of answers."""
+
+
+LENIENT = "lenient"
+"""Mode of a result whose answers count wherever they hold the right word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -424,8 +428,32 @@ def summarise(
         categories=_categories(task, scored),
         about=_protocol(task) | about,
         folder=folder,
-        remarks=(*failures(errors), *thinking(done), *(answers_alike(done) if folder else ())),
+        remarks=(*failures(errors), *thinking(done), *(_beside(task, done) if folder else ())),
     )
+
+
+def _beside(task: Task, answered: Sequence[Scored]) -> Iterator[str]:
+    yield from answers_alike(answered)
+    if task.metric not in JUDGED:
+        yield from wordy(answered)
+
+
+def lenient_result(place: Path) -> tuple[TaskResult, list[Scored]] | None:
+    """The score of a view when every answer counts that holds the right word, and the samples.
+
+    None where a judge reads the answers.
+
+    Args:
+        place: a scored view, or TASK@PROTOCOL/MODE.
+    """
+    view = find_view(place)
+    task = task_of(view)
+    if task is None or task.metric in JUDGED:
+        return None
+    described = _read_json(view / TASK)
+    samples = score_leniently(read_scored(view))
+    about = {key: described[key] for key in _ABOUT if key in described}
+    return summarise(task, samples, mode=LENIENT, about=about), samples
 
 
 def _categories(task: Task, scored: Sequence[Scored]) -> dict[str, dict[str, float]]:
@@ -489,6 +517,12 @@ def read_scored(place: Path) -> list[Scored]:
         )
         for document, row in zip(_documents(view), rows, strict=True)
     ]  # fmt: skip
+
+
+def task_of(place: Path) -> Task | None:
+    """By which rules a view was scored; None where the samples are no answers to a task."""
+    path = place / TASK
+    return build_strictly(Task, _read_json(path)["task"], source=str(path)) if path.is_file() else None
 
 
 def _documents(view: Path) -> list[dict[str, Any]]:

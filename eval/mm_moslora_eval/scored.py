@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
+from mm_moslora.verdicts import Difference
+
 from . import statistics
 from .documents import Document
 
@@ -62,3 +64,17 @@ def mean_with_error(samples: Sequence[Scored]) -> Aggregate:
     else:
         low, high = statistics.normal_interval(centre, stderr)
     return Aggregate(score=centre, stderr=stderr, low=max(0.0, low), high=min(1.0, high), stderr_kind=kind)
+
+
+def difference_between(a: Sequence[Scored], b: Sequence[Scored]) -> Difference:
+    """A less B on the same documents, sample by sample; questions about one picture go together.
+
+    Args:
+        a: samples of one system.
+        b: of another one, in any order.
+    """
+    others = {sample.document.id: sample.score for sample in b}
+    return statistics.paired(
+        [sample.score for sample in a], [others[sample.document.id] for sample in a],
+        clusters=[index if sample.cluster is None else sample.cluster for index, sample in enumerate(a)],
+    ).as_difference  # fmt: skip

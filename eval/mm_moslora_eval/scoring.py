@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mm_moslora.errors import EvalError
 
@@ -228,3 +228,15 @@ def score_answer(
     score = METRICS[metric](parsed, document) if parsed.strip() else 0.0
     assert 0.0 <= score <= 1.0, (metric, document.id, score)
     return Scored(document=document, text=text, parsed=parsed, score=score, cluster=cluster)
+
+
+def score_leniently(samples: Sequence[Scored]) -> list[Scored]:
+    """The same answers, each right that holds the right word among others; none scores less than it did."""
+    return [replace(sample, score=max(sample.score, _lenient(sample))) for sample in samples]
+
+
+def _lenient(sample: Scored) -> float:
+    visible = without_thinking(sample.text)
+    if sample.failed or visible.unclosed:
+        return 0.0
+    return exact.holds_answer(visible.text, sample.document.answers, sample.document.options)

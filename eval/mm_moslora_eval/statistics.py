@@ -12,7 +12,11 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+from mm_moslora.verdicts import Difference
+
 _NORMAL = NormalDist()
+_ROUNDING = 1e-12
+"""A standard error of shares below it is rounding: all values are the same number."""
 
 
 def mean(values: Sequence[float]) -> float:
@@ -132,6 +136,8 @@ class Paired:
     low: float
     high: float
     """95 % interval of the difference."""
+    groups: int
+    """Independent samples: clusters, where they were given."""
     t: float
     p_value: float
     """Two-sided paired t-test; the clustered error is used where clusters were given."""
@@ -140,6 +146,11 @@ class Paired:
     ties: int
     mcnemar_p: float
     """Exact sign test on the samples that differ."""
+
+    @property
+    def as_difference(self) -> Difference:
+        """As verdicts take it."""
+        return Difference(value=self.difference, low=self.low, high=self.high, groups=self.groups)
 
 
 def paired(a: Sequence[float], b: Sequence[float], *, clusters: Sequence[Hashable] | None = None) -> Paired:
@@ -158,8 +169,12 @@ def paired(a: Sequence[float], b: Sequence[float], *, clusters: Sequence[Hashabl
     if clusters is not None and count > 1:
         stderr = clustered_stderr(differences, clusters)
         degrees = max(1, len(set(clusters)) - 1)
+    groups = count if clusters is None else len(set(clusters))
     if count < 2:
         t, p_value, low, high = math.nan, math.nan, math.nan, math.nan
+    elif stderr < _ROUNDING:
+        t, p_value = 0.0 if centre == 0 else math.copysign(math.inf, centre), alike_p_value(centre, groups)
+        low, high = alike_interval(centre, groups)
     else:
         t, p_value = _t_test(centre, stderr, degrees)
         half = t_quantile(0.95, degrees) * stderr
@@ -170,6 +185,7 @@ def paired(a: Sequence[float], b: Sequence[float], *, clusters: Sequence[Hashabl
         stderr=stderr,
         low=low,
         high=high,
+        groups=groups,
         t=t,
         p_value=p_value,
         wins=wins,
@@ -179,9 +195,31 @@ def paired(a: Sequence[float], b: Sequence[float], *, clusters: Sequence[Hashabl
     )
 
 
+def alike_interval(difference: float, groups: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Interval of a mean difference when every sample differs by the same amount, so that no spread is seen.
+
+    Without spread the error is unknown, not zero. Exact binomial bounds (Clopper and Pearson 1934) say how rare other
+    samples may be: with equal scores throughout, up to that share may differ by 1 in either direction; else at least
+    the rest of them differs the same way, and the others the opposite way.
+
+    Args:
+        difference: that of every sample.
+        groups: independent samples.
+        level: of the interval.
+    """
+    if difference == 0:
+        unseen = 1 - (1 - level) ** (1 / groups)
+        return -unseen, unseen
+    least = difference * (2 * ((1 - level) / 2) ** (1 / groups) - 1)
+    return min(least, difference), max(least, difference)
+
+
+def alike_p_value(difference: float, groups: int) -> float:
+    """Two-sided p-value of the same case: the sign test over independent samples."""
+    return 1.0 if difference == 0 else sign_test(groups, 0)
+
+
 def _t_test(centre: float, stderr: float, degrees: int) -> tuple[float, float]:
-    if stderr == 0:
-        return (0.0, 1.0) if centre == 0 else (math.copysign(math.inf, centre), 0.0)
     t = centre / stderr
     return t, t_two_sided(t, degrees)
 

@@ -95,7 +95,9 @@ def evaluate_held(
             _write(output, results[-1:])
     documents = select(data, settings)
     if settings.rank == 0 and task.metric not in JUDGED and any(document.answers for document in documents):
-        floors = [baseline(name, task, documents, data=data, training=training) for name in baselines]
+        own = [read_scored(output / result.folder) for result in results if result.mode == "own" and result.scored]
+        shared = {"data": data, "training": training, "own": own[0] if own else ()}
+        floors = [baseline(name, task, documents, **shared) for name in baselines]
         _write(output, floors)
         results += floors
     return results

@@ -237,7 +237,7 @@ class World:
             status="ok",
             validation={MEASURE: score} if cell.tuning else {},
             test={} if cell.tuning else {MEASURE: score},
-            places={} if cell.tuning else {MEASURE: f"runs/{cell.name}/samples"}, trainable=trainable,
+            places={} if cell.tuning else {MEASURE: {"own": f"runs/{cell.name}/samples"}}, trainable=trainable,
             steps=self.plan.steps, step_seconds=seconds / (self.plan.steps * len(self.subjects)), train_seconds=seconds,
             total_seconds=time.monotonic() - started,
             memory_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,

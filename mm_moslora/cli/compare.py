@@ -37,6 +37,8 @@ def compare(
     limit: int | None = None,
     batch_size: int = 16,
     max_new_tokens: int | None = None,
+    controls: bool = True,
+    train_answers: str = "",
     parallel: int | None = None,
     gpus_per_run: int = 1,
     max_minutes: float | None = None,
@@ -47,8 +49,8 @@ def compare(
     """Settle on your own data whether one way to tune beats another: equal budget, tuned rates, seeds, error bars.
 
     Every arm trains with the same number of steps. Its learning rate is chosen on a validation split by runs of their
-    own; runs with new seeds are then measured on the test tasks, and every arm is compared with the reference document
-    by document. A run that crashes or diverges is reported and leaves the others alone. The same command again
+    own; runs with new seeds are then measured on the test tasks, with blind and wrong-picture controls, and every arm is
+    compared with the reference document by document. A run that crashes or diverges is reported and leaves the others alone. The same command again
     continues; more arms, rates or seeds can be added later. Exit code 75: stopped before the end.
 
     Parameters
@@ -81,6 +83,12 @@ def compare(
         Questions decoded together.
     max_new_tokens
         Longest answer of the tasks, tokens; default: the task's own.
+    controls
+        Ask the reported runs also with a plain picture and with another item's; arms that are not above both are not
+        told apart. Measuring takes three times as long.
+    train_answers
+        Training file (FILE or FILE@IMAGE_FOLDER) that the most frequent answers are learned from; default: the test
+        questions' own answers.
     parallel
         Runs beside each other; default: one per accelerator (or per --gpus-per-run of them), one on a CPU.
     gpus_per_run
@@ -102,7 +110,7 @@ def compare(
     settings = Settings(
         arms=parse_arms(arms, shared), rates=_rates(lr) or [shared.optim.lr], seeds=seeds, tasks=split(tasks),
         validation=split(validation) or (LOSS,), tuning_seeds=tune_seeds, reference=reference, limit=limit,
-        batch_size=batch_size, max_new_tokens=max_new_tokens,
+        batch_size=batch_size, max_new_tokens=max_new_tokens, controls=controls, train_answers=train_answers,
     )  # fmt: skip
     print("\n".join(plan_lines(settings)), flush=True)
     room = Room(parallel=parallel, devices_per_run=gpus_per_run, max_minutes=max_minutes, keep_all=keep_all)

@@ -26,6 +26,7 @@ def eval_run(
     protocol: str | None = None,
     modes: tuple[Literal["own", "blind", "wrong"], ...] = ("own",),
     baselines: tuple[Literal["majority", "question_majority"], ...] = (),
+    train_answers: str = "",
     batch_size: int = 8,
     limit: int | None = None,
     samples: tuple[str, ...] = (),
@@ -56,6 +57,8 @@ def eval_run(
         Pictures shown: own (the real ones), blind (their mean colour), wrong (another item's).
     baselines
         Answers without a model, scored alike.
+    train_answers
+        Training file (FILE or FILE@IMAGE_FOLDER) whose answers the baselines learn; default: the evaluated set's own.
     batch_size
         Questions decoded together; for an endpoint, requests under way.
     limit
@@ -108,6 +111,7 @@ def eval_run(
         output,
         modes=modes,
         baselines=baselines,
+        training=evaluation.training_answers(train_answers),
         progress=evaluation.Bars(),
         **shared,
     )

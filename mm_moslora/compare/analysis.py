@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import median, stdev
 from typing import Any
 
+from mm_moslora.compare.controls import Answers, TaskAnswers, add_controls, as_difference, columns_of
 from mm_moslora.compare.plan import (
     ALL,
     FORMAT,
@@ -28,8 +28,7 @@ from mm_moslora.compare.statistics import Estimate, TaskScores, arm_mean, differ
 from mm_moslora.compare.wording import says
 from mm_moslora.files import replace_json
 from mm_moslora.machine import hardware
-
-SIGNIFICANT = 0.05
+from mm_moslora.verdicts import verdict_of_arms
 
 
 def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
@@ -43,9 +42,11 @@ def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
     names = short_names([*settings.tasks, *settings.validation])
     failures = [(c, o) for c, o in _every(settings, outcomes) if o.status != "ok"]
     chosen = choose_rates(settings, outcomes)
-    scores = {arm.name: _scores(settings, outcomes, folder, arm.name, chosen) for arm in settings.arms}
+    measured = Answers(settings, outcomes, folder, chosen, names)
+    scores = {arm.name: measured.of(arm.name) for arm in settings.arms}
     arms = [_arm(settings, outcomes, arm, chosen, scores[arm.name]) for arm in settings.arms]
-    comparisons = _comparisons(settings, scores)
+    add_controls(arms, scores)
+    comparisons = _comparisons(settings, scores, {arm["name"]: arm["controls"] for arm in arms})
     from mm_moslora_eval.results import environment
 
     results = _plain(
@@ -73,14 +74,15 @@ def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
             "seconds": sum(outcome.total_seconds for outcome in outcomes.values()),
             "arms": arms,
             "comparisons": comparisons,
-            "floors": _floors(outcomes, names),
+            "floors": measured.floors,
+            "floors_learned_from": measured.learned_from,
             "failures": [
                 {"arm": c.arm.name, "rate": c.rate, "seed": c.seed, "status": o.status, "reason": o.reason}
                 for c, o in failures
             ],
         }
     )
-    results["says"] = says(results)
+    results |= says(results)
     replace_json(folder / "results.json", results)
     return results
 
@@ -91,41 +93,19 @@ def _every(settings: Settings, outcomes: Mapping[str, Outcome]) -> list[tuple[Ce
     return [(cell, outcomes[cell.name]) for cell in cells if cell.name in outcomes]
 
 
-def _scores(
-    settings: Settings, outcomes: Mapping[str, Outcome], folder: Path, arm: str, chosen: Mapping[str, float]
-) -> dict[str, TaskScores]:
-    """Scores of an arm's seeds on every task; an empty mapping when no seed was measured."""
-    from mm_moslora_eval.suite import read_samples
-
-    cells = [c for c in reported_cells(settings, chosen) if c.arm.name == arm]
-    good = [outcomes[c.name] for c in cells if c.name in outcomes and outcomes[c.name].status == "ok"]
-    if not good:
-        return {}
-    found = {}
-    names = short_names([*settings.tasks, *settings.validation])
-    for task in settings.tasks:
-        rows = [read_samples(folder / outcome.places[task]) for outcome in good]
-        ids = [row["id"] for row in rows[0]]
-        assert all([row["id"] for row in other] == ids for other in rows), "runs answered different documents"
-        found[names[task]] = TaskScores(
-            scores=[[float(row["score"] or 0.0) for row in one] for one in rows],
-            clusters=[row["cluster"] for row in rows[0]],
-        )
-    return found
-
-
 def _arm(
     settings: Settings, outcomes: Mapping[str, Outcome], arm: Any, chosen: Mapping[str, float],
-    scores: Mapping[str, TaskScores],
+    scores: Mapping[str, TaskAnswers],
 ) -> dict[str, Any]:  # fmt: skip
     reported = [c for c in reported_cells(settings, chosen) if c.arm.name == arm.name]
     over = [(c, outcomes[c.name]) for c in reported if c.name in outcomes]
     good = [(c, o) for c, o in over if o.status == "ok"]
     rate = chosen.get(arm.name)
     names = short_names([*settings.tasks, *settings.validation])
-    tasks = {name: _measure({name: task}) for name, task in scores.items()}
-    if len(scores) > 1:
-        tasks[ALL] = _measure(scores)
+    own = {name: task.own for name, task in scores.items()}
+    tasks = {name: _measure({name: task}) for name, task in own.items()}
+    if len(own) > 1:
+        tasks[ALL] = _measure(own)
     return {
         "name": arm.name,
         "about": arm.about,
@@ -145,6 +125,7 @@ def _arm(
             for c, o in over
         ],
         "tasks": tasks,
+        "remarks": [f"{name}, {remark}" for name, task in scores.items() for remark in task.remarks],
         "cost": _cost([o for _, o in good]),
     }  # fmt: skip
 
@@ -168,8 +149,8 @@ def _measure(tasks: Mapping[str, TaskScores]) -> dict[str, Any]:
     return {
         "mean": estimate.value,
         "stderr": estimate.stderr,
-        "low": estimate.low,
-        "high": estimate.high,
+        "low": max(0.0, estimate.low),
+        "high": min(1.0, estimate.high),
         "seeds": rows,
         "seed_deviation": stdev(rows) if len(rows) > 1 else None,
         "documents": sum(len(task.clusters) for task in tasks.values()),
@@ -194,32 +175,37 @@ def _cost(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
     }
 
 
-def _comparisons(settings: Settings, scores: Mapping[str, dict[str, TaskScores]]) -> list[dict[str, Any]]:
+def _comparisons(
+    settings: Settings, scores: Mapping[str, dict[str, TaskAnswers]], controls: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """Every arm against the reference, by task and over all tasks; p-values corrected over the arms of a column."""
     reference = scores[settings.reference_arm]
     names = [name for name in scores if name != settings.reference_arm and scores[name] and reference]
-    columns = {name: [name] for name in reference}
-    if len(reference) > 1:
-        columns[ALL] = list(reference)
     rows = []
-    for column, tasks in columns.items():
-        estimates = [difference({t: scores[arm][t] for t in tasks}, {t: reference[t] for t in tasks}) for arm in names]
+    for column, tasks in columns_of(reference).items():
+        right = {task: reference[task].own for task in tasks}
+        lefts = {arm: {task: scores[arm][task].own for task in tasks} for arm in names}
+        estimates = [difference(left, right) for left in lefts.values()]
         corrected = holm([estimate.p_value for estimate in estimates])
-        for arm, estimate, p in zip(names, estimates, corrected, strict=True):
-            left = [scores[arm][t] for t in tasks]
-            rows.append(_row(settings, arm, column, estimate, p, left, [reference[t] for t in tasks], len(names)))
+        for (arm, left), estimate, p in zip(lefts.items(), estimates, corrected, strict=True):
+            told = [controls[name].get(column) for name in (arm, settings.reference_arm)]
+            stand = any(item is None or item["above"] for item in told)
+            pair = (list(left.values()), list(right.values()))
+            rows.append(_row(settings, (arm, column), estimate, p, pair, comparisons=len(names), stand=stand))
     return rows
 
 
 def _row(
-    settings: Settings, arm: str, task: str, estimate: Estimate, p: float, left: Sequence[TaskScores],
-    right: Sequence[TaskScores], comparisons: int,
+    settings: Settings, place: tuple[str, str], estimate: Estimate, p: float,
+    pair: tuple[Sequence[TaskScores], Sequence[TaskScores]], *, comparisons: int, stand: bool,
 ) -> dict[str, Any]:  # fmt: skip
+    left, right = pair
     seeds = (len(left[0].scores), len(right[0].scores))
+    found = as_difference(estimate, [*left, *right])
     return {
-        "arm": arm,
+        "arm": place[0],
         "reference": settings.reference_arm,
-        "task": task,
+        "task": place[1],
         "difference": estimate.value,
         "stderr": estimate.stderr,
         "low": estimate.low,
@@ -230,26 +216,10 @@ def _row(
         "p_corrected": p,
         "detectable": estimate.detectable(comparisons=comparisons),
         "documents": sum(len(one.clusters) for one in left),
-        "clusters": sum(len(set(one.clusters)) for one in left),
+        "groups": found.groups,
         "seeds": list(seeds),
-        "verdict": _verdict(estimate.value, p, seeds),
+        "verdict": verdict_of_arms(found, p, seeds=seeds, stand=stand),
     }
-
-
-def _verdict(value: float, p: float, seeds: tuple[int, int]) -> str:
-    if min(seeds) < 2:
-        return "one seed"
-    if p < SIGNIFICANT:
-        return "better" if value > 0 else "worse"
-    return "no difference seen"
-
-
-def _floors(outcomes: Mapping[str, Outcome], names: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """Scores of answers that need no model, by task; the same in every run."""
-    for outcome in outcomes.values():
-        if outcome.floors:
-            return {names[task]: floors for task, floors in outcome.floors.items()}
-    return {}
 
 
 def _plain(value: Any) -> Any:

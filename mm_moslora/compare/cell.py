@@ -10,16 +10,21 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mm_moslora.compare.plan import LOSS, Cell, Outcome, Settings, recipe_hash
 from mm_moslora.config import Recipe
 from mm_moslora.config.paths import absolute
 from mm_moslora.errors import ConfigError, DivergedError, MoSLoRAError
 from mm_moslora.files import read_json, replace_json
+
+if TYPE_CHECKING:
+    from mm_moslora_eval.images import ImageMode
+    from mm_moslora_eval.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -150,17 +155,16 @@ def _measured(job: Job) -> Outcome:
     held_out = [row["validation_loss"] for row in rows if "validation_loss" in row]
     validation = {LOSS: held_out[-1]} if held_out else {}
     test: dict[str, float] = {}
-    places: dict[str, str] = {}
-    floors: dict[str, dict[str, float]] = {}
+    places: dict[str, dict[str, str]] = {}
     wanted = job.settings.validation if job.cell.tuning else job.settings.tasks
-    for name, results, place in _evaluate(job, [name for name in wanted if name != LOSS]):
+    for name, score, found in _evaluate(job, [name for name in wanted if name != LOSS]):
         if job.cell.tuning:
-            validation[name] = results["own"]
+            validation[name] = score
         else:
-            test[name], floors[name] = results.pop("own"), results
-            places[name] = place.relative_to(job.folder).as_posix()
+            test[name] = score
+            places[name] = {mode: place.relative_to(job.folder).as_posix() for mode, place in found.items()}
     return Outcome(
-        status="ok", validation=validation, test=test, places=places, floors=floors,
+        status="ok", validation=validation, test=test, places=places,
         first_loss=sum(losses[:tenth]) / tenth if losses else None,
         last_loss=sum(losses[-tenth:]) / tenth if losses else None,
         trainable=sum(row["trainable"] for row in summary["components"]), steps=summary["steps"],
@@ -170,8 +174,8 @@ def _measured(job: Job) -> Outcome:
     )  # fmt: skip
 
 
-def _evaluate(job: Job, names: list[str]) -> Any:
-    """Yield (name, score by mode or baseline, folder with the samples) of every task."""
+def _evaluate(job: Job, names: list[str]) -> Iterator[tuple[str, float, dict[str, Path]]]:
+    """Yield (name, score with its own pictures, folder with the samples by image mode) of every task."""
     if not names:
         return
     from mm_moslora_eval.open_model import open_model
@@ -186,18 +190,35 @@ def _evaluate(job: Job, names: list[str]) -> Any:
     try:
         for name in names:
             task = open_task(name, job.settings)
+            modes = _modes(task) if job.settings.controls and not job.cell.tuning else ("own",)
             with Progress(name, 0, unit="document") as progress:
                 results = evaluate(
-                    model, task, place, modes=("own",), settings=settings, progress=progress.of,
-                    baselines=() if job.cell.tuning else ("majority", "question_majority"),
-                )  # fmt: skip
-            folder = next(result.folder for result in results if result.mode == "own")
-            yield name, {result.mode: result.score for result in results}, place / folder
+                    model, task, place, modes=modes, settings=settings, progress=progress.of, baselines=()
+                )
+            scores = {result.mode: result.score for result in results}
+            yield name, scores["own"], {result.mode: place / result.folder for result in results}
     finally:
         model.close()
 
 
-def open_task(name: str, settings: Settings) -> Any:
+def _modes(task: Task) -> tuple[ImageMode, ...]:
+    """All image modes for a task with two different pictures, else its own alone."""
+    from mm_moslora_eval.images import MODES, Hasher
+
+    from mm_moslora.errors import DataError
+
+    hasher, seen = Hasher(), set()
+    for image in (image for document in task.load().documents for image in document.images):
+        try:
+            seen.add(hasher(image))
+        except (DataError, OSError):  # a sample that fails
+            continue
+        if len(seen) > 1:
+            return MODES
+    return ("own",)
+
+
+def open_task(name: str, settings: Settings) -> Task:
     """A task by name, its answers as long as the settings want them."""
     from mm_moslora_eval.registry import get_task
 

@@ -2,7 +2,8 @@
 
 Folder of a comparison:
 
-    comparison.json          the settings; arms, rates and seeds may be added later, the rest may not change
+    comparison.json          the settings and checksums of the data; arms, rates and seeds may be added later, the rest
+                             may not change
     data/                    the validation split, where one was held out
     runs/ARM_lrRATE_seedN/   one run each: recipe.yaml, log.txt, metrics.jsonl, checkpoints, eval/, outcome.json
     results.json             the analysis; report.html shows it
@@ -22,7 +23,7 @@ from mm_moslora.compare.arms import Arm
 from mm_moslora.config import Recipe
 from mm_moslora.errors import ConfigError
 
-FORMAT = 1
+FORMAT = 2
 TUNING_SEEDS = 1000
 """Seeds of tuning runs count from here, so that no run that chose a rate is reported with it."""
 LOSS = "loss"
@@ -56,6 +57,10 @@ class Settings:
     """Questions decoded together."""
     max_new_tokens: int | None = None
     """Longest answer of tasks that are data files; None: the task's own."""
+    controls: bool = True
+    """Reported runs are also asked with a plain picture and with another item's."""
+    train_answers: str = ""
+    """Training file whose answers the most frequent answer is learned from; "" is the test set itself."""
 
     def __post_init__(self) -> None:
         for name, value in (("seeds", self.seeds), ("tune-seeds", self.tuning_seeds)):
@@ -121,10 +126,8 @@ class Outcome:
     """Held-out loss, and the scores of validation tasks."""
     test: dict[str, float] = field(default_factory=dict)
     """Scores of test tasks."""
-    places: dict[str, str] = field(default_factory=dict)
-    """Test task -> folder of its samples, below the comparison's folder."""
-    floors: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Test task -> score of answers that need no model, by name."""
+    places: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Test task -> image mode (own, blind, wrong) -> folder of its samples, below the comparison's folder."""
     first_loss: float | None = None
     last_loss: float | None = None
     """Mean training loss of the first and of the last tenth."""
@@ -241,4 +244,5 @@ def describe(settings: Settings) -> dict[str, Any]:
         "validation": list(settings.validation),
         "limit": settings.limit,
         "max_new_tokens": settings.max_new_tokens,
+        "controls": settings.controls,
     }

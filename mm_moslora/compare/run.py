@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from mm_moslora.compare.plan import (
 )
 from mm_moslora.compare.pool import Pool, Slot, slots
 from mm_moslora.config import Recipe
+from mm_moslora.data.sources import open_source
 from mm_moslora.errors import ConfigError, MoSLoRAError
 from mm_moslora.files import discard, mark, read_json, refuse_strangers, remove, replace_json
 from mm_moslora.folders import MANIFEST, checkpoints
@@ -71,7 +72,9 @@ class Comparison:
 
     def __init__(self, recipe: Recipe, settings: Settings, folder: Path, *, hold_out: float) -> None:
         self.settings, self.folder = settings, folder.resolve()
+        self._given, self._hold_out = recipe, None
         if settings.tunes and tuple(settings.validation) == (LOSS,) and not recipe.data.validation:
+            self._hold_out = hold_out
             recipe = with_holdout(recipe, self.folder / "data", share=hold_out)
         self.recipe = recipe
         self.outcomes: dict[str, Outcome] = {}
@@ -83,21 +86,27 @@ class Comparison:
         Raises:
             MoSLoRAError: what is wrong.
         """
-        for name in dict.fromkeys([*self.settings.tasks, *self.settings.validation]):
-            if name != LOSS:
-                cells.open_task(name, self.settings).load()
+        names = dict.fromkeys([*self.settings.tasks, *self.settings.validation])
+        measured = {name: cells.open_task(name, self.settings).load().sha256 for name in names if name != LOSS}
         shared = {*self.settings.tasks} & {*self.settings.validation}
         if shared and self.settings.tunes:
             raise ConfigError(
                 f"{sorted(shared)[0]!r} is both a test task and the validation split: rates would be chosen on what is "
                 "reported. Give another file with --validation."
             )
-        self._claim()
+        self._claim({**self._trained_on(), **measured})
         self._read_outcomes()
 
-    def _claim(self) -> None:
+    def _trained_on(self) -> dict[str, str]:
+        """Checksums of what the arms learn from, the split not yet made."""
+        data = self._given.data
+        named = [(f"data.{part} {number}", source) for part, sources in (("train", data.train), ("validation", data.validation))
+                 for number, source in enumerate(sources, start=1)]  # fmt: skip
+        return {name: open_source(source).fingerprint() for name, source in named}
+
+    def _claim(self, checksums: Mapping[str, str]) -> None:
         file = self.folder / "comparison.json"
-        own = describe(self.settings)
+        own = describe(self.settings) | {"hold_out": self._hold_out, "data": dict(checksums)}
         if file.is_file():
             try:
                 found = read_json(file)
@@ -108,6 +117,7 @@ class Comparison:
                     f"{self.folder} has format {found.get('format')!r}, this version reads {own['format']}. "
                     "Choose another --output."
                 )
+            self._refuse_changed_data(found.get("data") or {}, checksums)
             changed = [key for key, value in own.items() if found.get(key) != value]
             if changed:
                 key = changed[0]
@@ -116,6 +126,16 @@ class Comparison:
                     "seeds may be added to a comparison, the rest may not change. Choose another --output."
                 )
         replace_json(file, own)
+
+    def _refuse_changed_data(self, found: Mapping[str, str], checksums: Mapping[str, str]) -> None:
+        sources = {key: item for key, item in found.items() if key.startswith("data.") or key in checksums}
+        now = {key: item for key, item in checksums.items() if key.startswith("data.") or key in found}
+        changed = sorted(key for key in sources.keys() | now.keys() if sources.get(key) != now.get(key))
+        if changed:
+            raise ConfigError(
+                f"{self.folder} was begun with other data: {', '.join(changed)} changed since. Runs on different data "
+                "cannot be compared. Restore the data, or choose another --output."
+            )
 
     def _read_outcomes(self) -> None:
         """Runs that are over, however they ended."""
@@ -307,6 +327,8 @@ def plan_lines(settings: Settings) -> list[str]:
     lines.append(
         f"every run has the same number of steps; {settings.reference_arm} is what the others are compared with"
     )
+    if settings.controls:
+        lines.append("reported runs also answer with a plain and with another item's picture (--no-controls leaves it out)")
     if settings.seeds == 1:
         lines.append("with one seed the comparison cannot say whether another seed would give the same")
     return lines

@@ -11,11 +11,21 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mm_moslora_eval.statistics import clustered_stderr, mean, sample_stddev, t_quantile, t_two_sided
+from mm_moslora_eval.statistics import (
+    alike_interval,
+    alike_p_value,
+    clustered_stderr,
+    mean,
+    sample_stddev,
+    t_quantile,
+    t_two_sided,
+)
 
 Scores = Sequence[Sequence[float]]
 """``K x N``."""
 LEVEL, POWER = 0.95, 0.8
+_ROUNDING = 1e-24
+"""A variance of shares below it is rounding: all differences are the same number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +51,8 @@ class Estimate:
     low: float
     high: float
     """95 % interval."""
+    groups: int
+    """Independent documents, over all tasks."""
 
     @property
     def p_value(self) -> float:
@@ -48,7 +60,7 @@ class Estimate:
         if math.isnan(self.stderr):
             return math.nan
         if self.stderr == 0:
-            return 1.0 if self.value == 0 else 0.0
+            return alike_p_value(self.value, self.groups)
         return t_two_sided(self.value / self.stderr, self.degrees)
 
     def detectable(self, *, comparisons: int = 1) -> float:
@@ -57,8 +69,10 @@ class Estimate:
         Args:
             comparisons: how many p-values are corrected together (the strictest step of Holm's procedure).
         """
-        if math.isnan(self.stderr) or self.stderr == 0:
+        if math.isnan(self.stderr):
             return self.stderr
+        if self.stderr == 0:  # as rare as samples may be that differ
+            return alike_interval(0.0, self.groups, level=LEVEL)[1]
         strict = t_quantile(1 - (1 - LEVEL) / comparisons, self.degrees)
         return (strict + t_quantile(2 * POWER - 1, self.degrees)) * self.stderr
 
@@ -88,6 +102,7 @@ def difference(a: Mapping[str, TaskScores], b: Mapping[str, TaskScores]) -> Esti
 def _estimate(a: Mapping[str, TaskScores], b: Mapping[str, TaskScores], *, seedless: bool) -> Estimate:
     count = len(a)
     value, by_documents, shared, squares = 0.0, 0.0, 0.0, 0.0
+    groups = sum(len(set(task.clusters)) for task in a.values())
     for name, left in a.items():
         right = b[name]
         pairs = zip(_columns(left.scores), _columns(right.scores), strict=True)
@@ -108,15 +123,19 @@ def _estimate(a: Mapping[str, TaskScores], b: Mapping[str, TaskScores], *, seedl
             squares += part**2 / (len(means) - 1)
     # Estimates of a part may exceed the whole; the error is never smaller than either source alone.
     variance = max(by_documents, by_seeds, by_documents + by_seeds - shared)
-    return _with_interval(value, variance, squares, by_documents)
+    return _with_interval(value, variance, squares, by_documents, groups=groups)
 
 
-def _with_interval(value: float, variance: float, squares: float, by_documents: float) -> Estimate:
-    stderr = math.sqrt(variance)
-    degrees = max(1.0, variance**2 / squares) if squares else math.inf
-    half = t_quantile(LEVEL, degrees) * stderr if stderr else 0.0
+def _with_interval(value: float, variance: float, squares: float, by_documents: float, *, groups: int) -> Estimate:
+    stderr = math.sqrt(variance) if variance > _ROUNDING else 0.0
+    degrees = max(1.0, variance**2 / squares) if stderr else math.inf
+    if stderr:
+        half = t_quantile(LEVEL, degrees) * stderr
+        low, high = value - half, value + half
+    else:
+        low, high = alike_interval(value, groups, level=LEVEL)
     return Estimate(
-        value=value, stderr=stderr, degrees=degrees, low=value - half, high=value + half,
+        value=value, stderr=stderr, degrees=degrees, low=low, high=high, groups=groups,
         documents=min(1.0, by_documents / variance) if variance else 1.0,
     )  # fmt: skip
 

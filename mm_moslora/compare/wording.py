@@ -7,48 +7,37 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mm_moslora.compare.plan import ALL, LOSS
+from mm_moslora.verdicts import AGAINST, MOODS, above_controls, arms_sentence, difference_of
 
 
-def says(results: Mapping[str, Any]) -> list[str]:
-    """What the numbers say, and what they cannot say, in sentences."""
-    whole = any(row["task"] == ALL for row in results["comparisons"])
-    lines = [_sentence(row) for row in results["comparisons"] if row["task"] == ALL or not whole]
+def says(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What the numbers say and what they cannot say: `verdicts` with their moods, `remarks`, and `says` with both."""
+    tasks = list(dict.fromkeys(row["task"] for row in results["comparisons"]))
+    column = ALL if ALL in tasks else None
+    verdicts = [
+        {"mood": mood, "text": text}
+        for task in ([column] if column else dict.fromkeys(name for arm in results["arms"] for name in arm["tasks"]))
+        for mood, text in above_controls(results["arms"], task, alone=bool(column) or len(tasks) < 2)
+    ]
+    shown = [row for row in results["comparisons"] if column in (None, row["task"])]
+    verdicts += [{"mood": MOODS.get(row["verdict"], "mixed"), "text": arms_sentence(row)} for row in shown]
+    remarks = []
     if not results["comparisons"]:
-        lines.append("Nothing to compare yet: the reference or every other arm has no measured run.")
+        remarks.append("Nothing to compare yet: the reference or every other arm has no measured run.")
     for arm in results["arms"]:
-        lines += _arm_sentences(arm, results)
-    lines += [
+        remarks += _arm_sentences(arm, results)
+    remarks += [
         f"{failure['arm']} at learning rate {failure['rate']:g}, seed {failure['seed']}, {failure['status']}: "
         f"{failure['reason']}"
         for failure in results["failures"]
     ]
     if results["settings"]["tuning_seeds"] == 0:
-        lines.append("The learning rate was not tuned: a difference between arms may be one of learning rates.")
-    return lines
-
-
-def _sentence(row: Mapping[str, Any]) -> str:
-    value, low, high = (100 * row[key] for key in ("difference", "low", "high"))
-    numbers = f"{value:+.1f} points (95 % {low:+.1f} to {high:+.1f}, corrected p {row['p_corrected']:.2g})"
-    size = f"{row['documents']} documents and {row['seeds'][0]} seed{'s' * (row['seeds'][0] != 1)}"
-    subject = f"{row['arm']} against {row['reference']}"
-    if row["verdict"] == "one seed":
-        return (
-            f"{subject}: {numbers}, for these documents and this one seed. The interval knows nothing of other seeds: "
-            "run at least 3 (--seeds 3) before believing it."
-        )
-    if row["stderr"] == 0 and row["difference"] == 0:
-        return f"{subject}: no difference seen, every one of {size} scores the same."
-    if row["verdict"] == "no difference seen":
-        return (
-            f"{subject}: no difference seen, {numbers}; {size} can resolve {100 * row['detectable']:.1f} points "
-            "(four times out of five)."
-        )
-    return f"{subject}: {row['verdict']}, {numbers}; {size}."
+        remarks.append("The learning rate was not tuned: a difference between arms may be one of learning rates.")
+    return {"verdicts": verdicts, "remarks": remarks, "says": [*(item["text"] for item in verdicts), *remarks]}
 
 
 def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
-    lines = []
+    lines = [f"{arm['name']}: {remark}" for remark in arm["remarks"]]
     if arm["edge"]:
         lines.append(
             f"{arm['name']} was best at {arm['rate']:g}, an edge of the grid: its best rate may lie beyond. Widen --lr."
@@ -82,11 +71,27 @@ def table(results: Mapping[str, Any]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    by = (
-        "held-out loss" if results["settings"]["validation"] == [LOSS] else ", ".join(results["settings"]["validation"])
-    )
-    lines.append(f"Mean percent ± standard error over documents and seeds; rates chosen by {by}.")
+    lines.append(f"Mean percent ± standard error over documents and seeds{_chosen_by(results)}.")
+    lines += ["", *control_lines(results)]
     return "\n".join([*lines, "", *(f"- {line}" for line in results["says"])])
+
+
+def _chosen_by(results: Mapping[str, Any]) -> str:
+    settings = results["settings"]
+    if not settings["tuning_seeds"]:
+        return ""
+    by = "held-out loss" if settings["validation"] == [LOSS] else ", ".join(settings["validation"])
+    return f"; rates chosen by {by}"
+
+
+def control_lines(results: Mapping[str, Any]) -> list[str]:
+    """How far every arm is above its controls, a line per arm and column."""
+    return [
+        f"{arm['name']}{f', {column}' if len(arm['controls']) > 1 else ''}: "
+        + "; ".join(f"{difference_of(row).points} against {AGAINST[row['name']]}" for row in found["rows"])
+        for arm in results["arms"]
+        for column, found in arm["controls"].items()
+    ]
 
 
 def _cells(arm: Mapping[str, Any], tasks: Sequence[str], results: Mapping[str, Any]) -> list[str]:

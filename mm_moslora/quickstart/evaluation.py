@@ -1,20 +1,23 @@
-"""Measuring the quickstart: untuned, tuned, wrong picture, blind, majority, best answer per question."""
+"""Measuring the quickstart: tuned, untuned (as asked and leniently), wrong picture, blind, majority, best answer."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mm_moslora_eval.baselines import BASELINES, TrainingAnswer
+from mm_moslora_eval.baselines import BASELINES, TrainingAnswer, read_training_answers
+from mm_moslora_eval.evidence import Told, before_tuning, row_of
 from mm_moslora_eval.images import MODES, ImageMode
 from mm_moslora_eval.local import LocalModel
 from mm_moslora_eval.registry import get_task
-from mm_moslora_eval.results import TaskResult
+from mm_moslora_eval.results import TaskResult, read_scored
 from mm_moslora_eval.runner import Settings
+from mm_moslora_eval.scored import difference_between
 from mm_moslora_eval.suite import evaluate, read_samples
 from mm_moslora_eval.task import Decoding, Task
 
@@ -25,21 +28,26 @@ from mm_moslora.models.load import load
 from mm_moslora.quickstart.datasets import DatasetFiles
 from mm_moslora.training.precision import dtype_of, resolve_precision
 from mm_moslora.training.progress import Progress
+from mm_moslora.verdicts import difference_of
 
 logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 32
 SHOWN_SAMPLES = 24
 
-# (system, image mode or baseline) -> (name in evaluation.json, label)
+MAX_NEW_TOKENS = 8
+"""Answers are a word."""
+UNTUNED_NEW_TOKENS = 32
+"""Room for a sentence that holds the right word, which the model before tuning tends to answer with."""
+# image mode or baseline of the tuned model -> (name in evaluation.json, label)
 _ROWS = {
-    ("tuned", "own"): ("tuned", "Tuned with MoSLoRA"),
-    ("untuned", "own"): ("untuned", "Before tuning (projector aligned)"),
-    ("tuned", "wrong"): ("wrong_image", "Tuned, wrong picture"),
-    ("tuned", "blind"): ("blind", "Tuned, blind (mean colour)"),
-    ("tuned", "question_majority"): ("best_answer", "Best answer per question, unseen"),
-    ("tuned", "majority"): ("majority", "Most frequent answer"),
+    "own": ("tuned", "Tuned with MoSLoRA"),
+    "wrong": ("wrong_image", "Tuned, wrong picture"),
+    "blind": ("blind", "Tuned, blind (mean colour)"),
+    "question_majority": ("best_answer", "Best answer per question, unseen"),
+    "majority": ("majority", "Most frequent answer"),
 }
+_BEFORE = "Before tuning (projector aligned)"
 
 
 def evaluate_all(folder: Path, data: DatasetFiles, *, name: str, precision: Precision = "auto") -> list[dict[str, Any]]:
@@ -58,11 +66,11 @@ def evaluate_all(folder: Path, data: DatasetFiles, *, name: str, precision: Prec
     if rows := _measured(written):
         return rows
     task = _task(data, name)
-    results: dict[tuple[str, str], TaskResult] = {}
-    for system, run, modes in (("untuned", "align", ("own",)), ("tuned", "tune", MODES)):
-        found = _evaluate(folder, run, system, task, modes, _training_answers(data.train), precision)
-        results |= {(system, result.mode): result for result in found}
-    rows = [_row(*_ROWS[key], results[key]) for key in _ROWS]
+    training = read_training_answers(data.train, image_folder=data.images)
+    ask = partial(_evaluate, folder, training=training, precision=precision)
+    (before,) = ask("align", "untuned", _asked_at_length(task), ("own",))
+    after = {result.mode: result for result in ask("tune", "tuned", task, MODES)}
+    rows = _rows(folder, before, after)
     replace_json(folder / "samples.json", _samples(folder, task, data))
     replace_json(written, rows)
     return rows
@@ -81,7 +89,11 @@ def _measured(path: Path) -> list[dict[str, Any]] | None:
 
 def _task(data: DatasetFiles, name: str) -> Task:
     task = get_task(f"llava:{data.test}@{data.images}")
-    return dataclasses.replace(task, name=name, decoding=Decoding(max_new_tokens=8))
+    return dataclasses.replace(task, name=name, decoding=Decoding(max_new_tokens=MAX_NEW_TOKENS))
+
+
+def _asked_at_length(task: Task) -> Task:
+    return dataclasses.replace(task, decoding=Decoding(max_new_tokens=UNTUNED_NEW_TOKENS))
 
 
 def _evaluate(
@@ -90,6 +102,7 @@ def _evaluate(
     system: str,
     task: Task,
     modes: Sequence[ImageMode],
+    *,
     training: list[TrainingAnswer],
     precision: Precision,
 ) -> list[TaskResult]:
@@ -116,34 +129,20 @@ def _evaluate(
     return found
 
 
-def _training_answers(records: Path) -> list[TrainingAnswer]:
-    answers = []
-    for line in records.read_text(encoding="utf-8").splitlines():
-        turns = json.loads(line)["conversations"]
-        answers += [
-            TrainingAnswer(question["value"], answer["value"])
-            for question, answer in zip(turns[::2], turns[1::2], strict=True)
-        ]
-    return answers
-
-
-def _row(name: str, label: str, result: TaskResult) -> dict[str, Any]:
-    categories = {
-        category: {"n": int(part["n"]), "mean": part["score"], "low": part["low"], "high": part["high"]}
-        for category, part in result.categories.items()
-    }
-    return {
-        "name": name,
-        "label": label,
-        "task": result.task,
-        "n": result.n,
-        "mean": result.score,
-        "low": result.low,
-        "high": result.high,
-        "categories": categories,
-        "not_inferable": result.counts.not_inferable,
-        "failed": result.counts.failed,
-    }
+def _rows(folder: Path, before: TaskResult, after: Mapping[str, TaskResult]) -> list[dict[str, Any]]:
+    """Tuned first, then the model before tuning, then the controls, each with what the tuned model is ahead by."""
+    places = {mode: folder / "eval" / "tuned" / mode / result.folder for mode, result in after.items() if result.folder}
+    own = read_scored(places["own"])
+    told = []
+    for mode, (name, label) in _ROWS.items():
+        result = after[mode]
+        less = difference_of(result.about.get("own_less_this"))
+        if mode in places and mode != "own":
+            less = difference_between(own, read_scored(places[mode]))
+        told.append(Told(name=name, label=label, result=result, less=less))
+    place = folder / "eval" / "untuned" / "own" / before.folder
+    told[1:1] = before_tuning(before, place, own=own, label=_BEFORE)
+    return [row_of(item) for item in told]
 
 
 def _samples(folder: Path, task: Task, data: DatasetFiles) -> list[dict[str, Any]]:
@@ -166,6 +165,7 @@ def _samples(folder: Path, task: Task, data: DatasetFiles) -> list[dict[str, Any
             {
                 "image": copy.relative_to(folder).as_posix(),
                 "question": new["question"],
+                "options": new["options"],
                 "answer": new["answers"][0],
                 "before": old["text"],
                 "after": new["text"],

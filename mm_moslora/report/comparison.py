@@ -19,11 +19,11 @@ from mm_moslora.report import story
 from mm_moslora.report.charts import format_number
 from mm_moslora.report.comparison_charts import differences_chart, means_chart, rates_chart
 from mm_moslora.report.html import asset, printable, write_atomically
+from mm_moslora.verdicts import AGAINST, difference_of
 from mm_moslora.wording import format_seconds
 
-FORMAT = 1
+FORMAT = 2
 ALL = "all tasks"
-MOODS = {"better": "good", "worse": "bad"}
 
 
 def write_page(results: Path, out: Path) -> Path:
@@ -70,8 +70,6 @@ def _context(data: Mapping[str, Any]) -> dict[str, Any]:
     tasks = list(dict.fromkeys(name for arm in data["arms"] for name in arm["tasks"]))
     order = sorted(tasks, key=lambda name: name != ALL)
     names = [arm["name"] for arm in data["arms"]]
-    sentences = list(data["says"])
-    compared = [row for row in data["comparisons"] if row["task"] == (ALL if ALL in tasks else row["task"])]
     return {
         "title": data["name"],
         "data": data,
@@ -81,15 +79,33 @@ def _context(data: Mapping[str, Any]) -> dict[str, Any]:
             f"{len(names)} arms",
             f"{data['runs']['over']} of {data['runs']['planned']} runs",
         ],
-        "verdicts": list(zip([MOODS.get(row["verdict"], "mixed") for row in compared], sentences, strict=False)),
-        "remarks": sentences[len(compared) :],
+        "verdicts": data["verdicts"],
+        "remarks": data["remarks"],
         "tasks": order,
         "rows": [_row(arm, order, data) for arm in data["arms"]],
+        "controls": [row for arm in data["arms"] for row in _controls(arm)],
+        "floors": [(label, name) for name, label in _FLOORS.items() if data["floors"]],
         "charts": [Markup(chart) for chart in _charts(data, order, names) if chart],  # noqa: S704  (escaped there)
         "rates": Markup(_rates(data)),  # noqa: S704
         "command": redact_text(data["command"]),
         "recipe": redact_text(data["recipe"]),
     }  # fmt: skip
+
+
+_FLOORS = {"majority": "Most frequent answer", "best_answer": "Best answer per question text"}
+
+
+def _controls(arm: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Rows of the table of controls: how far an arm is above each."""
+    return [
+        {
+            "arm": arm["name"], "task": column if len(arm["controls"]) > 1 else "", "against": AGAINST[row["name"]],
+            "points": found.points, "shown": found.shown,
+        }
+        for column, item in arm["controls"].items()
+        for row in item["rows"]
+        if (found := difference_of(row))
+    ]  # fmt: skip
 
 
 def _charts(data: Mapping[str, Any], tasks: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -104,7 +120,7 @@ def _charts(data: Mapping[str, Any], tasks: Sequence[str], names: Sequence[str])
 
 def _rates(data: Mapping[str, Any]) -> str:
     by_loss = data["settings"]["validation"] == ["loss"]
-    measure = "Held-out loss (lower is better)" if by_loss else "Validation score, percent (higher is better)"
+    measure = "Held-out loss (the lower the better)" if by_loss else "Validation score, percent (the higher the better)"
     return rates_chart(data["arms"], title="Sensitivity to the learning rate", measure=measure, percent=not by_loss)
 
 

@@ -12,6 +12,7 @@ from html import escape
 from typing import Any
 
 from mm_moslora.report.charts import format_number, ticks
+from mm_moslora.verdicts import HOLDS_ZERO
 
 WIDTH, ROW, NAMES, RIGHT, BOTTOM = 640, 34, 190, 24, 40
 COLOURS = 6
@@ -85,9 +86,7 @@ def differences_chart(rows: Sequence[Mapping[str, Any]], arms: Sequence[str], *,
         parts.append(_name(row["arm"], y))
         parts.append(_interval(scale, 100 * row["low"], 100 * row["difference"], 100 * row["high"], y, colour))
     spoken = "; ".join(f"{row['arm']} {100 * row['difference']:+.1f}" for row in rows)
-    return _figure(
-        title, f"{title}: {spoken}", "".join(parts), height, "An interval that holds zero shows no difference."
-    )
+    return _figure(title, f"{title}: {spoken}", "".join(parts), height, HOLDS_ZERO)
 
 
 def rates_chart(arms: Sequence[Mapping[str, Any]], *, title: str, measure: str, percent: bool) -> str:

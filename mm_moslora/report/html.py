@@ -25,6 +25,7 @@ from mm_moslora.report.charts import Series, format_number, line_chart, smooth
 from mm_moslora.report.overlay import MOST_RUNS, curve, overlay
 from mm_moslora.report.pictures import heat_map, thumbnail
 from mm_moslora.report.schema import EvaluationRow, Mixer, RunData, Stage, load_run, text_of
+from mm_moslora.verdicts import OVERLAP
 from mm_moslora.wording import format_seconds
 
 MOST_SAMPLES = 24
@@ -90,7 +91,8 @@ def _render(template: str, context: Mapping[str, Any]) -> str:
         finalize=printable, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(
-        percent=story.percent, count=story.format_count, seconds=format_seconds, number=format_number
+        percent=story.percent, count=story.format_count, seconds=format_seconds, number=format_number,
+        explained=story.explained,
     )
     script = asset("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -115,7 +117,7 @@ def _context(data: RunData) -> dict[str, Any]:
         "tiles": story.tiles(data),
         "assembly": _assembly(summary),
         "tasks": [_task(task, rows) for task, rows in tasks],
-        "explained": story.EXPLAINED,
+        "overlap": OVERLAP,
         "samples": _samples(data),
         "samples_left": max(0, len(data.samples) - MOST_SAMPLES),
         "stages": [{"name": stage.name, "charts": _charts(stage)} for stage in data.stages],
@@ -201,6 +203,7 @@ def _samples(data: RunData) -> list[dict[str, Any]]:
     return [
         {
             "question": _shorten(sample.question),
+            "options": {letter: _shorten(text) for letter, text in sample.options.items()},
             "answer": _shorten(sample.answer),
             "tries": [
                 {"label": label, "text": _shorten(text), "correct": correct}

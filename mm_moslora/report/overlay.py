@@ -12,6 +12,7 @@ from mm_moslora.report import story
 from mm_moslora.report.charts import Series, line_chart, smooth
 from mm_moslora.report.pictures import thumbnail
 from mm_moslora.report.schema import EvaluationRow, Mixer, RunData, SampleRow, Stage
+from mm_moslora.verdicts import best_of, judge_tuning
 
 MOST_SAMPLES = 12
 MOST_RUNS = 6
@@ -113,7 +114,7 @@ def _tasks(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]
         ordered = sorted(rows, key=lambda item: item[1].name != "tuned")
         elsewhere = [name for other, its in groups.items() if other != key and other[0] == key[0] for name, _ in its]
         absent = sorted(set(elsewhere) - {name for name, _ in rows})
-        verdict = _verdict([row for row in rows if row[1].name == "tuned"])
+        verdict = _verdict(rows)
         if absent:
             unlike = f"Not compared with {', '.join(absent)}: measured on other questions, or by other rules."
             verdict = f"{verdict} {unlike}" if verdict else unlike
@@ -121,19 +122,19 @@ def _tasks(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]
     return found
 
 
-def _verdict(tuned: Sequence[tuple[str, EvaluationRow]]) -> str | None:
+def _verdict(groups: Sequence[tuple[str, EvaluationRow]]) -> str | None:
     """What the intervals of the tuned systems allow to say."""
+    tuned = [(name, row) for name, row in groups if row.name == "tuned"]
     if len(tuned) < 2:
         return None
     ranked = sorted(tuned, key=lambda item: -item[1].score.mean)
     (best_name, best), (_, second) = ranked[0], ranked[1]
-    if best.score.low > second.score.high:
-        return f"{best_name} is best; its interval is apart from all others."
-    tied = [name for name, row in ranked if row.score.high >= best.score.low]
-    return (
-        f"No difference is shown between {', '.join(tied)}: their intervals overlap. One run per setting says nothing "
-        "about other seeds; `mm-moslora compare` trains several."
-    )
+    apart = best.score.low > second.score.high
+    level = [name for name, row in ranked if row.score.high >= best.score.low]
+    rows = {name: [row for other, row in groups if other == name] for name, _ in ranked}
+    idle = [name for name, its in rows.items() if not judge_tuning(story.differences(its)).looks]
+    said = best_of([best_name] if apart else level, apart, idle=idle)
+    return " ".join([said, *(f"{name}: {remark}" for name, row in ranked for remark in row.remarks)])
 
 
 def _samples(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]]:
@@ -148,6 +149,7 @@ def _samples(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, An
     return [
         {
             "question": answers[0][1].question,
+            "options": answers[0][1].options,
             "answer": answers[0][1].answer,
             "picture": _picture(runs, answers),
             "tries": [

@@ -8,11 +8,13 @@ Every file is optional. A missing or damaged one is named in `RunData.notes` and
     STAGE/             a stage of the run, as its state.json names it, with its own metrics.jsonl, summary.json,
                        config.yaml, mixers.json
     evaluation.json    [{"name", "label", "task", "n", "mean", "low", "high",
-                         "categories": {name: {"n", "mean", "low", "high"}}, "protocol", "subject", "remarks"}];
-                       shares between 0 and 1, 95 % intervals. Names with a meaning: tuned, untuned, wrong_image, blind,
-                       majority, best_answer. Rows of unlike `subject` (task, protocol, documents) are never compared
-    samples.json       [{"image": path below the run folder, "question", "answer", "before", "after",
-                         "before_correct", "after_correct"}]
+                         "categories": {name: {"n", "mean", "low", "high"}}, "protocol", "subject", "remarks",
+                         "learned_from", "pictures", "less": {"value", "low", "high", "groups"}}];
+                       shares between 0 and 1, 95 % intervals; `less` is the tuned model less this row, question by
+                       question. Names with a meaning: those of mm_moslora.verdicts.AGAINST, and tuned. Rows of unlike
+                       `subject` (task, protocol, documents) are never compared
+    samples.json       [{"image": path below the run folder, "question", "options": {letter: text}, "answer", "before",
+                         "after", "before_correct", "after_correct"}]
     mixers.json        [{"path", "rank", "before": [[..]], "after": [[..]], "distance_from_identity",
                          "distance_from_orthogonal", "condition", "effective_rank", "moved"}]
     environment.json   {fact: value} where the summary has no `environment`
@@ -44,6 +46,7 @@ from typing import Any
 from mm_moslora.errors import ConfigError
 from mm_moslora.named_files import FileError, read_text_below
 from mm_moslora.report.state import RunState, read_state, stage_folders
+from mm_moslora.verdicts import Difference, difference_of
 
 MARKS = ("state.json", "summary.json", "metrics.jsonl", "evaluation.json", "samples.json")
 """Files of which a run has at least one."""
@@ -77,6 +80,12 @@ class EvaluationRow:
     """Which of the data's documents: all, `first 5`, `3 chosen`."""
     remarks: tuple[str, ...] = ()
     """What a reader of the score must not miss."""
+    learned_from: str = ""
+    """Of answers that need no model: what they were learned from."""
+    less: Difference | None = None
+    """The tuned model less this, question by question; None where the writer did not say."""
+    pictures: bool = True
+    """Of the tuned model: its questions show pictures."""
 
     @property
     def measured_on(self) -> tuple[Any, ...]:
@@ -95,6 +104,8 @@ class SampleRow:
     after: str | None
     before_correct: bool | None
     after_correct: bool | None
+    options: dict[str, str] = field(default_factory=dict)
+    """Letter -> text, of a question with choices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +317,8 @@ def _evaluation_row(item: dict[str, Any], notes: list[str]) -> EvaluationRow | N
         protocol=str(item.get("protocol") or ""), subject=str(item.get("subject") or ""),
         selection=str(item.get("selection") or "all"),
         remarks=tuple(map(str, remarks)) if isinstance(remarks, list) else (),
+        learned_from=str(item.get("learned_from") or ""), less=difference_of(item.get("less")),
+        pictures=item.get("pictures") is not False,
     )  # fmt: skip
 
 
@@ -316,9 +329,11 @@ def _sample_row(item: dict[str, Any]) -> SampleRow:
     def verdict(key: str) -> bool | None:
         return None if item.get(key) is None else bool(item[key])
 
+    options = item.get("options")
     return SampleRow(
         image=text("image"), question=text("question") or "", answer=text("answer") or "", before=text("before"),
         after=text("after"), before_correct=verdict("before_correct"), after_correct=verdict("after_correct"),
+        options={str(key): str(value) for key, value in options.items()} if isinstance(options, dict) else {},
     )  # fmt: skip
 
 

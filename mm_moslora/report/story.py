@@ -9,17 +9,17 @@ from typing import Any
 
 from mm_moslora.redaction import redact_text
 from mm_moslora.report.schema import EvaluationRow, RunData, SampleRow
+from mm_moslora.verdicts import AGAINST, Difference, Mood, judge_tuning
 from mm_moslora.wording import format_seconds
 
-CONTROLS = ("wrong_image", "blind", "majority", "best_answer")
-"""Ways to score without looking at the right picture."""
 EXPLAINED = {
     "tuned": "the model after tuning",
     "untuned": "the same parts before tuning: they do not know the form of answer yet",
+    "untuned_lenient": "before tuning, every answer counted that holds the right word",
     "wrong_image": "tuned, but shown another item's picture",
     "blind": "tuned, but shown a plain picture of the mean colour",
-    "majority": "always the most frequent answer of the training data",
-    "best_answer": "for each question, its most frequent training answer",
+    "majority": "no model: always the most frequent answer",
+    "best_answer": "no model: to each question its most frequent answer",
 }
 
 
@@ -37,8 +37,7 @@ class Verdict:
     """What one task's rows show, and whether it is good news."""
 
     task: str
-    mood: str
-    """good, mixed or bad."""
+    mood: Mood
     sentences: list[str]
 
 
@@ -83,7 +82,7 @@ def standing(data: RunData) -> Verdict | None:
         ],
         "failed": [f"This run failed{place}{stage}.", *(why or ["Its folder does not say why."])],
     }.get(data.state.name)
-    mood = "mixed" if data.state.name in ("running", "stopped") else "bad"
+    mood: Mood = "mixed" if data.state.name in ("running", "stopped") else "bad"
     return Verdict(task="", mood=mood, sentences=sentences) if sentences else None
 
 
@@ -117,45 +116,51 @@ def headings(rows: Sequence[EvaluationRow]) -> dict[tuple[Any, ...], str]:
     return names
 
 
-def verdict(task: str, rows: list[EvaluationRow]) -> Verdict | None:
-    """Compare tuned with untuned and with the best control; None without a tuned row.
+def explained(row: EvaluationRow) -> str:
+    """What a row is, and what its answers were learned from; empty for a name without a meaning."""
+    about = EXPLAINED.get(row.name, "")
+    return f"{about}, learned from {_LEARNED.get(row.learned_from, row.learned_from)}" if row.learned_from else about
 
-    Intervals that do not overlap show a difference. Intervals that do overlap show none, and the verdict says so.
-    """
+
+_LEARNED = {"training answers": "the training answers", "the evaluated set": "the evaluated set itself"}
+
+
+def verdict(task: str, rows: list[EvaluationRow]) -> Verdict | None:
+    """Whether tuning helped, by the rules of `mm_moslora.verdicts`; None without a tuned row."""
     by_name = {row.name: row for row in rows}
-    tuned, untuned = by_name.get("tuned"), by_name.get("untuned")
+    tuned = by_name.get("tuned")
     if tuned is None:
         return None
-    score = tuned.score
-    sentences = [
+    found = judge_tuning(differences(rows), pictures=tuned.pictures)
+    conclusion, *evidence = found.sentences
+    score, before, lenient = tuned.score, by_name.get("untuned"), by_name.get("untuned_lenient")
+    numbers = (
         f"After tuning, {percent(score.mean)} of {score.n} held-out questions are answered right "
-        f"(95 % interval {percent(score.low)} to {percent(score.high)}).",
-        *tuned.remarks,
-    ]
-    moods = []
-    if untuned is not None:
-        before = f"Before tuning it was {percent(untuned.score.mean)}"
-        if score.low > untuned.score.high:
-            sentences.append(f"{before}; the intervals are apart, so tuning helped.")
-            moods.append("good")
-        elif score.high < untuned.score.low:
-            sentences.append(f"{before}; the intervals are apart, so tuning made it worse.")
-            moods.append("bad")
-        else:
-            sentences.append(f"{before}; the intervals overlap, so no difference is shown.")
-            moods.append("mixed")
-    controls = [by_name[name] for name in CONTROLS if name in by_name]
-    if controls:
-        best = max(controls, key=lambda row: row.score.mean)
-        without = f"The best score without the right picture is {percent(best.score.mean)} ({best.label})"
-        apart = all(score.low > row.score.high for row in controls)
-        if apart:
-            sentences.append(f"{without}, clearly lower: the model looks at the picture.")
-        else:
-            sentences.append(f"{without}, not clearly lower: it is not shown that the model looks at the picture.")
-        moods.append("good" if apart else "mixed")
-    mood = "bad" if "bad" in moods else "mixed" if "mixed" in moods or not moods else "good"
-    return Verdict(task=task, mood=mood, sentences=sentences)
+        f"(95 % interval {percent(score.low)} to {percent(score.high)})"
+    )
+    if before is not None:
+        numbers += f"; before tuning it was {percent(before.score.mean)}"
+        if lenient is not None:
+            numbers += f", or {percent(lenient.score.mean)} where every answer counts that holds the right word"
+    return Verdict(task=task, mood=found.mood, sentences=[conclusion, f"{numbers}.", *evidence, *tuned.remarks])
+
+
+def differences(rows: Sequence[EvaluationRow]) -> dict[str, Difference]:
+    """The tuned row less every other one.
+
+    Where the writer did not pair them question by question, their intervals are subtracted: what that shows holds
+    whatever the correlation.
+    """
+    tuned = next(row.score for row in rows if row.name == "tuned")
+    return {
+        row.name: row.less
+        or Difference(
+            value=tuned.mean - row.score.mean, low=tuned.low - row.score.high, high=tuned.high - row.score.low,
+            groups=min(tuned.n, row.score.n) or None,
+        )
+        for row in rows
+        if row.name in AGAINST
+    }  # fmt: skip
 
 
 def tiles(data: RunData) -> list[Tile]:
@@ -167,7 +172,9 @@ def tiles(data: RunData) -> list[Tile]:
             score = by_name["tuned"].score
             note = f"{percent(score.low)} to {percent(score.high)}"
             if "untuned" in by_name:
-                note += f", from {percent(by_name['untuned'].score.mean)}"
+                before = by_name.get("untuned_lenient", by_name["untuned"])
+                words = ", counted wherever it holds the right word" if before.name == "untuned_lenient" else ""
+                note += f"; before tuning {percent(before.score.mean)}{words}"
             found.append(
                 Tile(label=f"Right answers{f', {task}' if task else ''}", value=percent(score.mean), note=note)
             )

@@ -95,11 +95,28 @@ def test_a_true_difference_of_about_the_detectable_size_is_seen():
     assert found[0].detectable(comparisons=5) > found[0].detectable()
 
 
-def test_equal_scores_are_no_difference_and_certain_ones_are():
-    same = {"t": scores([[1.0, 0.0, 1.0]])}
-    assert difference(same, same).p_value == 1.0
-    ones, zeros = {"t": scores([[1.0] * 3])}, {"t": scores([[0.0] * 3])}
-    assert difference(ones, zeros).p_value == 0.0
+@pytest.mark.parametrize("of", ["arms", "runs"])
+def test_scores_without_spread_have_an_unknown_error_and_not_none(of: str):
+    """Three questions that all differ alike show nothing; thirty do, and thirty equal ones bound the difference."""
+
+    def less(a, b, clusters=None):
+        if of == "runs":
+            return eval_statistics.paired(a, b, clusters=clusters)
+        return difference({"t": scores([a], clusters)}, {"t": scores([b], clusters)})
+
+    few, many = less([1.0] * 3, [0.0] * 3), less([0.9] * 30, [0.4] * 30)
+    assert few.p_value == pytest.approx(0.25)
+    assert few.low < 0 < few.high
+    assert many.p_value < 1e-6
+    assert 0 < many.low < 0.5 == pytest.approx(many.high)
+    one_picture = less([1.0] * 30, [0.0] * 30, [index // 10 for index in range(30)])
+    assert (one_picture.p_value, one_picture.groups) == (pytest.approx(0.25), 3)
+    for size in (5, 6, 7):
+        exact = less([0.0] * size, [1.0] * size)
+        assert (exact.p_value < 0.05) == (exact.high < 0), "the interval and the test contradict each other"
+    same = less([1.0, 0.0] * 15, [1.0, 0.0] * 15)
+    assert same.p_value == 1.0
+    assert (same.low, same.high) == (pytest.approx(-0.0950, abs=1e-4), pytest.approx(0.0950, abs=1e-4))
 
 
 def test_the_mean_of_an_arm_knows_its_seeds():

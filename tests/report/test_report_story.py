@@ -2,35 +2,58 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mm_moslora.report.charts import downsample, format_number, smooth, ticks
 from mm_moslora.report.schema import EvaluationRow, SampleRow, Score
-from mm_moslora.report.story import format_count, sample_kind, verdict
+from mm_moslora.report.story import explained, format_count, sample_kind, verdict
+from mm_moslora.verdicts import Difference
 from mm_moslora.wording import format_seconds
 
 
-def _row(name: str, low: float, high: float) -> EvaluationRow:
+def _row(name: str, low: float, high: float, **more: Any) -> EvaluationRow:
     score = Score(n=100, mean=(low + high) / 2, low=low, high=high)
-    return EvaluationRow(name=name, label=name, task="t", score=score, categories={})
+    return EvaluationRow(name=name, label=name, task="t", score=score, categories={}, **more)
+
+
+CONTROLS = {"blind": (0.2, 0.3), "wrong_image": (0.3, 0.4)}
 
 
 @pytest.mark.parametrize(
     ("rows", "mood", "claim"),
     [
-        ({"tuned": (0.7, 0.8), "untuned": (0.1, 0.2), "blind": (0.2, 0.3)}, "good", "tuning helped"),
-        ({"tuned": (0.7, 0.8), "untuned": (0.1, 0.2), "blind": (0.2, 0.3)}, "good", "the model looks at the picture"),
-        ({"tuned": (0.4, 0.6), "untuned": (0.5, 0.7)}, "mixed", "no difference is shown"),
-        ({"tuned": (0.1, 0.2), "untuned": (0.5, 0.7)}, "bad", "made it worse"),
-        ({"tuned": (0.7, 0.8), "untuned": (0.1, 0.2), "best_answer": (0.65, 0.75)}, "mixed", "it is not shown that"),
-        ({"tuned": (0.7, 0.8), "blind": (0.2, 0.3), "wrong_image": (0.72, 0.74)}, "mixed", "it is not shown that"),
+        ({"untuned": (0.1, 0.2), **CONTROLS}, "good", "Tuning helped, and the model looks at the picture."),
+        ({"untuned": (0.1, 0.2), "untuned_lenient": (0.6, 0.7), **CONTROLS}, "mixed", "not shown to do better than before"),
+        ({"untuned": (0.1, 0.2), "untuned_lenient": (0.6, 0.7), **CONTROLS}, "mixed", "or 65.0 % where every answer"),
+        ({"untuned": (0.1, 0.2), "blind": (0.2, 0.3)}, "mixed", "not asked with a wrong picture"),
+        ({"untuned": (0.85, 0.9), **CONTROLS}, "bad", "Tuning made it worse."),
+        ({"untuned": (0.1, 0.2), **CONTROLS, "best_answer": (0.65, 0.75)}, "mixed", "answers that need no model"),
+        ({"blind": (0.2, 0.3), "wrong_image": (0.72, 0.74)}, "mixed", "It is not shown that the model looks"),
     ],
-)
+)  # fmt: skip
 def test_claims_follow_from_the_intervals(rows: dict[str, tuple[float, float]], mood: str, claim: str) -> None:
-    found = verdict("t", [_row(name, *interval) for name, interval in rows.items()])
+    found = verdict("t", [_row("tuned", 0.7, 0.8), *(_row(name, *interval) for name, interval in rows.items())])
     assert found is not None
     assert found.mood == mood
     assert claim in " ".join(found.sentences)
+
+
+def test_question_by_question_shows_what_overlapping_intervals_do_not() -> None:
+    less = Difference(value=0.1, low=0.05, high=0.15, groups=100)
+    for paired, claim in ((None, "not shown that the model looks"), (less, "The model looks at the picture")):
+        rows = [_row("tuned", 0.5, 0.7), *(_row(name, 0.4, 0.6, less=paired) for name in CONTROLS)]
+        assert claim in verdict("t", rows).sentences[0]
+
+
+def test_remarks_stand_with_the_verdict_and_floors_say_what_they_learned() -> None:
+    """User trial, 7: the report said training data where the evaluated set was meant."""
+    tuned = _row("tuned", 0.5, 0.7, remarks=("All 40 answers are 'no'.",), pictures=False)
+    assert "All 40 answers are 'no'." in verdict("t", [tuned]).sentences
+    floor = _row("majority", 0.5, 0.7, learned_from="the evaluated set")
+    assert explained(floor) == "no model: always the most frequent answer, learned from the evaluated set itself"
+    assert "training" not in explained(_row("majority", 0.5, 0.7))
 
 
 def test_without_a_tuned_row_nothing_is_claimed() -> None:

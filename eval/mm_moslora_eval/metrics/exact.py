@@ -1,4 +1,4 @@
-"""Exact match in the forms that GQA, AI2D, RealWorldQA and home-made sets use.
+"""Exact match in the forms that GQA, AI2D, RealWorldQA and home-made sets use, and the lenient score beside it.
 
 Every function takes the answer and one reference and returns 1.0 or 0.0; `best` takes several references.
 Source: evaluation notes of LLaVA (GQA conversion script), lmms-eval (`exact_match`) and VLMEvalKit (`accuracy`).
@@ -7,9 +7,12 @@ Source: evaluation notes of LLaVA (GQA conversion script), lmms-eval (`exact_mat
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from .mcq import extract_letter
 from .mcq import lmms_eval as lmms_eval_letter
+from .vqa import plain_words
+from .yesno import extract_yes_no
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -54,3 +57,31 @@ def realworldqa_lmms_eval(text: str, reference: str) -> float:
 def best(metric: Callable[[str, str], float], text: str, references: Sequence[str]) -> float:
     """The best score over the references."""
     return max(metric(text, reference) for reference in references)
+
+
+def holds_answer(text: str, references: Sequence[str], options: Mapping[str, str]) -> float:
+    """The lenient score: 1.0 when an answer in many words holds the right one.
+
+    Case, punctuation, articles and the spelling of small numbers do not count. Of a choice, one option must be named, by
+    its letter or its text; of a yes/no question, one of the two words must occur and not the other.
+
+    Args:
+        text: the whole answer.
+        references: right answers; letters where there are options.
+        options: letter -> text.
+    """
+    if options:
+        texts = [letter for letter, option in options.items() if _holds(text, option)]
+        named = extract_letter(text, options) or (texts[0] if len(texts) == 1 else "")
+        return float(named in references)
+    return float(any(_answers(text, reference) for reference in references))
+
+
+def _answers(text: str, reference: str) -> bool:
+    plain = _relaxed(reference)
+    return extract_yes_no(text) == plain if plain in ("yes", "no") else _holds(text, reference)
+
+
+def _holds(text: str, reference: str) -> bool:
+    wanted = plain_words(reference)
+    return bool(wanted) and f" {wanted} " in f" {plain_words(text)} "

@@ -61,6 +61,14 @@ def _words(text: str, contractions: dict[str, str] = _CONTRACTIONS) -> str:
     return " ".join(contractions.get(word, word) for word in words if word not in _ARTICLES)
 
 
+_NO_WORD = re.compile(r"[^\w']+|_")
+
+
+def plain_words(text: str) -> str:
+    """Words alone, lower case, without articles, small numbers as digits."""
+    return _words(_NO_WORD.sub(" ", text))
+
+
 def _one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
