@@ -359,7 +359,7 @@ def comparison_text(result: Comparison) -> str:
         f"A wins {pair.wins}, B wins {pair.losses}, equal {pair.ties} of {pair.n}. {between(pair.as_difference)}.",
         f"With {pair.n} documents a true difference of {result.detectable:.4f} is seen four times out of five."
         if result.detectable
-        else f"Every one of {pair.n} documents differs alike, so what is unseen bounds the interval alone.",
+        else f"Every one of {pair.n} documents differs by the same, so the interval says how rare others may be.",
     ]
     lines += [result.caution] if result.caution else []
     if result.headline is not None:

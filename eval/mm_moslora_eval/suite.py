@@ -95,9 +95,9 @@ def evaluate_held(
             _write(output, results[-1:])
     documents = select(data, settings)
     if settings.rank == 0 and task.metric not in JUDGED and any(document.answers for document in documents):
-        own = [read_scored(output / result.folder) for result in results if result.mode == "own" and result.scored]
-        shared = {"data": data, "training": training, "own": own[0] if own else ()}
-        floors = [baseline(name, task, documents, **shared) for name in baselines]
+        asked = next((result for result in results if result.mode == "own" and result.scored), None)
+        own = read_scored(output / asked.folder) if asked is not None and baselines else []
+        floors = [baseline(name, task, documents, data=data, training=training, own=own) for name in baselines]
         _write(output, floors)
         results += floors
     return results

@@ -66,6 +66,7 @@ def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
                 "tasks": [names[task] for task in settings.tasks],
                 "validation": [names[task] for task in settings.validation],
                 "reference": settings.reference_arm,
+                "controls": settings.controls,
             },
             "runs": {
                 "planned": run_count(settings, len(hopeless_arms(settings, outcomes))),

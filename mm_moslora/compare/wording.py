@@ -88,7 +88,11 @@ def control_lines(results: Mapping[str, Any]) -> list[str]:
     """How far every arm is above its controls, a line per arm and column."""
     return [
         f"{arm['name']}{f', {column}' if len(arm['controls']) > 1 else ''}: "
-        + "; ".join(f"{difference_of(row).points} against {AGAINST[row['name']]}" for row in found["rows"])
+        + "; ".join(
+            f"{less.points} against {AGAINST[row['name']]}"
+            for row in found["rows"]
+            if (less := difference_of(row)) is not None
+        )
         for arm in results["arms"]
         for column, found in arm["controls"].items()
     ]
@@ -119,7 +123,7 @@ def _difference_cells(row: Mapping[str, Any] | None) -> list[str]:
     return [
         f"{100 * row['difference']:+.1f}",
         interval,
-        "-" if row["verdict"] == "one seed" else f"{row['p_corrected']:.2g}",
+        "-" if row["verdict"] in ("one seed", "nothing follows") else f"{row['p_corrected']:.2g}",
     ]
 
 

@@ -28,7 +28,7 @@ from mm_moslora.models.load import load
 from mm_moslora.quickstart.datasets import DatasetFiles
 from mm_moslora.training.precision import dtype_of, resolve_precision
 from mm_moslora.training.progress import Progress
-from mm_moslora.verdicts import difference_of
+from mm_moslora.verdicts import difference_of, judge_tuning
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = [row, *(row["categories"].get(name) for name in names)]
         lines.append(f"{row['label']:<{width}}" + "".join(f"  {_cell(cell):>20}" for cell in cells))
     lines.append(f"{rows[0]['n']} held-out questions; percent right, 95 % interval in brackets.")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_conclusion(rows)])
+
+
+def _conclusion(rows: list[dict[str, Any]]) -> list[str]:
+    """Whether tuning helped, where the rows say how far it is ahead, and what must be known beside the score."""
+    ahead = {row["name"]: less for row in rows if (less := difference_of(row.get("less"))) is not None}
+    return [*judge_tuning(ahead).sentences[: 1 if ahead else 0], *rows[0].get("remarks", [])]
 
 
 def _cell(part: dict[str, Any] | None) -> str:

@@ -150,5 +150,6 @@ def _cell(measure: Mapping[str, Any] | None, row: Mapping[str, Any] | None) -> d
     if row is not None:
         low, high = 100 * row["low"], 100 * row["high"]
         cell["difference"] = f"{100 * row['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
-        cell["p"] = "one seed" if row["verdict"] == "one seed" else f"p {row['p_corrected']:.2g}"
+        unclear = row["verdict"] in ("one seed", "nothing follows")
+        cell["p"] = row["verdict"] if unclear else f"p {row['p_corrected']:.2g}"
     return cell

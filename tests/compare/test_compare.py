@@ -109,6 +109,8 @@ def test_a_comparison_tunes_runs_seeds_and_reports_the_arm_that_fails(finished: 
     (row,) = results["comparisons"]
     assert (row["arm"], row["reference"], row["seeds"]) == (clipped["name"], "full", [2, 2])
     assert row["low"] <= row["difference"] <= row["high"]
+    assert row["verdict"] == "nothing follows", "five steps teach nothing"
+    assert all(set(arm["controls"]["test"]) >= {"rows", "above"} for arm in (full, clipped))
     assert any("no learning rate of the grid worked" in line for line in results["says"])
     tuning = {path.name for path in finished.glob("runs/*_tune0/checkpoint-*")}
     assert not tuning, "checkpoints of runs that only chose a rate stay"
@@ -124,6 +126,45 @@ def test_validation_is_held_out_by_picture_and_never_trained_on(finished: Path):
     assert train
     assert validation
     assert not train & validation
+
+
+@pytest.mark.parametrize("changed", ["records", "other file", "questions", "share"])
+def test_changed_data_are_refused_before_anything_runs(
+    tmp_path: Path, recipe: Path, records: Path, capsys, changed: str
+):
+    """The split of the first call is never used for the data of a second one."""
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train.write_text(records.read_text())
+    test.write_text((recipe.parent / "test.jsonl").read_text())
+    line = command(recipe, records, tmp_path / "out", "--only-report")
+    line[line.index("--tasks") + 1] = f"llava:{test}@{records.parent / 'images'}"
+    train_at = [f'--data.train=[{{"path": "{train}", "image_folder": "{records.parent / "images"}"}}]']
+    assert cli.run([*line, *train_at]) == 0
+    assert cli.run([*line, *train_at]) == 0
+    capsys.readouterr()
+    fewer = "".join(records.read_text().splitlines(keepends=True)[:-2])
+    match changed:
+        case "records":
+            train.write_text(fewer)
+        case "other file":
+            (tmp_path / "other.jsonl").write_text(fewer)
+            train_at = [train_at[0].replace(str(train), str(tmp_path / "other.jsonl"))]
+        case "questions":
+            test.write_text("".join(test.read_text().splitlines(keepends=True)[:-1]))
+        case "share":
+            line[line.index("--hold-out") + 1] = "0.4"
+    assert cli.run([*line, *train_at]) == 1
+    said = capsys.readouterr().err
+    assert {"questions": "test.jsonl", "share": "hold_out 0.3"}.get(changed, "data.train 1 changed since") in said
+    assert "choose another --output" in said.lower()
+
+
+def test_the_same_data_in_another_place_are_the_same(tmp_path: Path, recipe: Path, records: Path, capsys):
+    line = command(recipe, records, tmp_path / "out", "--only-report")
+    assert cli.run(line) == 0
+    (tmp_path / "moved.jsonl").write_text(records.read_text())
+    moved = f'--data.train=[{{"path": "{tmp_path / "moved.jsonl"}", "image_folder": "{records.parent / "images"}"}}]'
+    assert cli.run([*line, moved]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -329,7 +370,7 @@ def test_a_folder_of_another_comparison_or_version_is_refused(recipe: Path, reco
     stored = json.loads((out / "comparison.json").read_text())
     (out / "comparison.json").write_text(json.dumps(stored | {"format": 0}))
     assert cli.run(line) == 1
-    assert "format 0, this version reads 1" in capsys.readouterr().err
+    assert "format 0, this version reads 2" in capsys.readouterr().err
     (out / "results.json").write_text(json.dumps({"format": 9}))
     with pytest.raises(ConfigError, match="format 9"):
         write_page(out / "results.json", out / "report.html")
@@ -383,5 +424,5 @@ def test_one_seed_says_what_it_cannot_say(finished: Path, recipe: Path, records:
     assert "with one seed the comparison cannot say whether another seed would give the same" in capsys.readouterr().out
     assert cli.run(line) == 0
     results = json.loads((finished / "results.json").read_text())
-    assert [row["verdict"] for row in results["comparisons"]] == ["one seed"]
-    assert any("knows nothing of other seeds: run at least 3 (--seeds 3)" in sentence for sentence in results["says"])
+    assert [row["verdict"] for row in results["comparisons"]] == ["nothing follows"]
+    assert [row["seeds"] for row in results["comparisons"]] == [[1, 1]]

@@ -64,7 +64,13 @@ def measured(
 
 def test_the_run_folder_holds_what_its_report_shows(measured: Path) -> None:
     rows = json.loads((measured / "run" / "evaluation.json").read_text())
-    assert [row["name"] for row in rows] == ["tuned", "untuned", "wrong_image", "majority"]
+    assert [row["name"] for row in rows] == ["tuned", "untuned", "untuned_lenient", "wrong_image", "majority"]
+    by_name = {row["name"]: row for row in rows}
+    assert all(by_name[name]["less"]["groups"] == 18 for name in by_name if name != "tuned")
+    for name, row in by_name.items():
+        assert name == "tuned" or row["less"]["value"] == pytest.approx(by_name["tuned"]["mean"] - row["mean"])
+    assert by_name["untuned_lenient"]["mean"] >= by_name["untuned"]["mean"]
+    assert by_name["majority"]["learned_from"] == "the evaluated set"
     assert {row["step"] for row in rows} == {4}
     samples = json.loads((measured / "run" / "samples.json").read_text())
     assert len(samples) == 18
@@ -73,7 +79,8 @@ def test_the_run_folder_holds_what_its_report_shows(measured: Path) -> None:
     assert cli.run(["report", str(measured / "run")]) == 0
     page = (measured / "run" / "report.html").read_text()
     assert "After tuning" in page
-    assert "Before tuning it was" in page
+    assert "before tuning it was" in page
+    assert "learned from the evaluated set itself" in page
     assert (measured / "run" / "metrics.jsonl").read_text() == (measured / "metrics").read_text()
 
 
@@ -113,6 +120,28 @@ def test_a_model_that_is_no_run_of_ours_is_left_alone(measured: Path, tmp_path: 
     line = ["eval", "run", task, "--model", str(measured / "run"), "--output", str(tmp_path / "quiet"), "--no-track"]
     assert cli.run(line) == 0
     assert (measured / "run" / "evaluations.jsonl").read_text() == kept
+
+
+def test_what_an_earlier_model_was_ahead_by_is_forgotten(tmp_path: Path) -> None:
+    less = {"value": 0.5, "low": 0.4, "high": 0.6, "groups": 20}
+    shared = {"subject": "s", "task": "t", "n": 20, "less": less}
+    known = [shared | {"name": "tuned", "model": "a"}, shared | {"name": "untuned", "model": None}]
+    for model, kept in (("a", less), ("b", None)):
+        evidence._merge(tmp_path / "evaluation.json", known, [shared | {"name": "tuned", "model": model}])
+        rows = {row["name"]: row for row in json.loads((tmp_path / "evaluation.json").read_text())}
+        assert rows["untuned"]["less"] == kept
+
+
+def test_baselines_learn_from_the_training_file(measured: Path, tmp_path: Path, records: Path, capsys: Any) -> None:
+    """In the folder that the recipe names, for its pictures lie elsewhere."""
+    (tmp_path / "train.jsonl").write_text(records.read_text())
+    task = f"llava:{measured / 'test.jsonl'}@{records.parent / 'images'}"
+    line = ["eval", "run", task, "--model", str(measured / "run"), "--no-track", "--baselines", "majority",
+            "--baselines", "question_majority", "--output", str(tmp_path / "eval"), "--train-answers"]  # fmt: skip
+    assert cli.run([*line, f"{tmp_path / 'train.jsonl'}@{records.parent / 'images'}"]) == 0
+    assert "learned from training answers" in capsys.readouterr().out
+    assert cli.run([*line, str(tmp_path / "missing.jsonl")]) == 1
+    assert "missing.jsonl" in capsys.readouterr().err
 
 
 def test_an_export_has_no_before(measured: Path, tmp_path: Path, records: Path, capsys: Any) -> None:

@@ -176,3 +176,25 @@ def test_yes_and_no_across_the_anchors() -> None:
     assert [read("Yes, no doubt") for read in readers] == ["", "yes", "no", ""]
     assert [read("") for read in readers] == ["", "", "yes", ""]
     assert [read("NO") for read in readers] == ["no", "no", "yes", "no"]
+
+
+@pytest.mark.parametrize(
+    ("text", "references", "options", "right"),
+    [
+        ("The shape in the picture is a Circle.", ["circle"], {}, True),
+        ("circles are round", ["circle"], {}, False),
+        ("I see two dogs", ["2"], {}, True),
+        ("It is an ice-cream.", ["the ice cream"], {}, True),
+        ("Yes, it is red.", ["yes"], {}, True),
+        ("No, the answer is not yes", ["yes"], {}, False),
+        ("Is it yes or no?", ["no"], {}, False),
+        ("nothing", ["no"], {}, False),
+        ("It shows a cat on a mat", ["B"], {"A": "dog", "B": "cat"}, True),
+        ("A dog and a cat", ["B"], {"A": "dog", "B": "cat"}, False),
+        ("The answer is B.", ["B"], {"A": "dog", "B": "cat"}, True),
+        ("", ["x"], {}, False),
+        ("anything", [""], {}, False),
+    ],
+)
+def test_an_answer_in_a_sentence_holds_the_right_word(text, references, options, right) -> None:
+    assert exact.holds_answer(text, references, options) == right

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mm_moslora_eval.baselines import BASELINES
+from mm_moslora_eval.images import MODES, Hasher
+from mm_moslora_eval.model import Answer, Request
+from mm_moslora_eval.registry import get_task
+from mm_moslora_eval.suite import evaluate
 
 from mm_moslora.errors import ConfigError
 from mm_moslora.quickstart import evaluation, run
 from mm_moslora.quickstart.datasets import DatasetFiles
 from mm_moslora.quickstart.run import Choice, _commands
+from tests.eval.eval_data import picture
+from tests.eval.eval_fake import FakeModel
 
 
 @pytest.mark.parametrize("stock", [True, False])
@@ -79,3 +87,57 @@ def test_seed_and_precision_reach_both_stages(tmp_path: Path) -> None:
     parts, plan = run._Parts(language=tmp_path, vision="v"), run.PLANS["easy-vqa", False]
     for recipe in run.recipes(parts, files, tmp_path, plan, choice):
         assert (recipe.train.seed, recipe.train.precision) == (3, "fp32")
+
+
+WORDS = ("red", "blue")
+
+
+class _Scripted(FakeModel):
+    """Says what a function of the question's number and of whether its own picture is shown says."""
+
+    def __init__(self, says: Callable[[int, bool], str], pictures: Path, name: str) -> None:
+        super().__init__(fingerprint=name)
+        self._says, self._own = says, {Hasher()(path): int(path.stem) for path in pictures.glob("*.png")}
+
+    def _answer(self, request: Request) -> Answer:
+        number = int(request.messages[-1].text.split()[-1])
+        shown = self._own.get(Hasher()(request.images[0])) == number
+        return Answer(text=self._says(number, shown), tokens=2, finish_reason="stop")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (lambda n, own: "I see it.", lambda n, own: WORDS[n % 2] if own else "blue", "Tuning helped, and the model looks"),
+        (lambda n, own: f"I see it: it is {WORDS[n % 2]}.", lambda n, own: WORDS[n % 2] if own else "blue",
+         "The model looks at the picture, but it is not shown to do better than before tuning."),
+        (lambda n, own: "I see it.", lambda n, own: "blue", "It is not shown that the model looks at the picture"),
+    ],
+)  # fmt: skip
+def test_the_table_shows_the_model_before_tuning_leniently_and_ends_with_what_follows(
+    tmp_path: Path, before: Callable[[int, bool], str], after: Callable[[int, bool], str], said: str
+) -> None:
+    pictures = tmp_path / "data"
+    pictures.mkdir()
+    rows = []
+    for number in range(40):
+        (pictures / f"{number}.png").write_bytes(picture(number))
+        answer = WORDS[number % 2]
+        rows.append({"question_id": number, "image": f"{number}.png", "text": f"what is {number}", "answer": answer})
+    (pictures / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = get_task(f"llava:{pictures / 'test.jsonl'}")
+    found = {}
+    for mode in MODES:
+        baselines = BASELINES if mode == "own" else ()
+        model = _Scripted(after, pictures, "after")
+        results = evaluate(model, task, tmp_path / "eval" / "tuned" / mode, modes=(mode,), baselines=baselines)
+        found |= {result.mode: result for result in results}
+    model = _Scripted(before, pictures, "before")
+    (untuned,) = evaluate(model, task, tmp_path / "eval" / "untuned" / "own", modes=("own",), baselines=())
+    told = evaluation._rows(tmp_path, untuned, found)
+    names = ["tuned", "untuned", "untuned_lenient", "wrong_image", "blind", "best_answer", "majority"]
+    assert [row["name"] for row in told] == names
+    assert all(row["less"]["groups"] == 40 for row in told[1:])
+    shown = evaluation.table(told)
+    assert "Before tuning (projector aligned), right word anywhere" in shown
+    assert said in shown

@@ -66,7 +66,8 @@ def run_folder(tmp_path: Path) -> Path:
     Image.new("RGB", (64, 64), "teal").save(folder / "samples" / "0.png")
     Image.new("RGB", (900, 600), "navy").save(folder / "samples" / "1.jpg")
     samples = [
-        {"image": "samples/0.png", "question": "What colour?", "answer": "teal", "before": HOSTILE, "after": "teal",
+        {"image": "samples/0.png", "question": "What colour?", "answer": "teal", "options": {"A": "red", "B": HOSTILE},
+         "before": HOSTILE, "after": "teal",
          "before_correct": False, "after_correct": True},
         {"image": "samples/1.jpg", "question": HOSTILE, "answer": HOSTILE, "before": "yes", "after": HOSTILE,
          "before_correct": True, "after_correct": False},

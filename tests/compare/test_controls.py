@@ -1,0 +1,182 @@
+"""Arms against their controls, end to end from stored answers: what a comparison may say, and what it may not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from browser import CHROMIUM, MISSING, browsing
+from mm_moslora_eval.images import MODES, Hasher
+from mm_moslora_eval.model import Answer, Request
+from mm_moslora_eval.registry import get_task
+from mm_moslora_eval.suite import evaluate
+
+from mm_moslora.compare.analysis import analyse
+from mm_moslora.compare.arms import parse_arms
+from mm_moslora.compare.plan import Outcome, Settings, choose_rates, reported_cells
+from mm_moslora.compare.wording import table
+from mm_moslora.config import ModelConfig, Recipe
+from mm_moslora.report.comparison import write_page
+from tests.eval.eval_data import picture
+from tests.eval.eval_fake import FakeModel
+
+RECIPE = Recipe(model=ModelConfig(language="none"))
+PICTURES = 40
+Says = Callable[[str, str], str]
+
+
+class Arm(FakeModel):
+    """Answers by the question and by the number of the picture that is shown, `` for one that is none of the set's."""
+
+    def __init__(self, says: Says, folder: Path, *, seed: int) -> None:
+        super().__init__(fingerprint=f"{says.__name__}{seed}")
+        self._says = says
+        self._known = {Hasher()(folder / f"{number}.png"): str(number) for number in range(PICTURES)}
+
+    def _answer(self, request: Request) -> Answer:
+        shown = self._known.get(Hasher()(request.images[0]), "") if request.images else ""
+        return Answer(text=self._says(request.messages[-1].text, shown), tokens=2, finish_reason="stop")
+
+
+def truth(number: str) -> str:
+    return ("yes", "no", "no")[int(number) % 3]
+
+
+def sees(question: str, shown: str) -> str:
+    return truth(shown) if shown else "no"
+
+
+def sees_badly(question: str, shown: str) -> str:
+    return "no" if not shown or int(shown) % 5 == 0 else truth(shown)
+
+
+def no_to_all(question: str, shown: str) -> str:
+    return "no"
+
+
+def knows_the_questions(question: str, shown: str) -> str:
+    """Right without looking, as a model that has learned the test's questions."""
+    return truth(question.split()[-1])
+
+
+def analysed(folder: Path, says: Sequence[Says], *, pictures: bool = True, **changes: Any) -> tuple[Any, Any]:
+    """Results of two arms and two seeds from such answers, and the comparison."""
+    data = folder / "data"
+    data.mkdir()
+    rows = []
+    for number in range(PICTURES):
+        (data / f"{number}.png").write_bytes(picture(number))
+        row = {"question_id": f"q{number}", "text": f"is it {number}", "answer": truth(str(number))}
+        rows.append(row | ({"image": f"{number}.png"} if pictures else {}))
+    (data / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = f"llava:{data / 'test.jsonl'}"
+    settings = Settings(
+        arms=parse_arms("lora,moslora:kaiming", RECIPE), rates=[1e-4], seeds=2, tasks=[task], **changes
+    )  # fmt: skip
+    outcomes = {}
+    modes = MODES if pictures and settings.controls else ("own",)
+    for cell in reported_cells(settings, choose_rates(settings, {})):
+        model = Arm(says[[arm.name for arm in settings.arms].index(cell.arm.name)], data, seed=cell.seed)
+        place = folder / "runs" / cell.name / "eval"
+        found = evaluate(model, get_task(task), place, modes=modes, baselines=())
+        places = {result.mode: (place / result.folder).relative_to(folder).as_posix() for result in found}
+        outcomes[cell.name] = Outcome(status="ok", test={task: found[0].score}, places={task: places})
+    comparison = SimpleNamespace(settings=settings, outcomes=outcomes, folder=folder, recipe=RECIPE)
+    return analyse(comparison), comparison
+
+
+NOTHING = (
+    "No arm is shown to beat answering without the right picture and always giving the most frequent answer: nothing "
+    "follows about which way to tune is better."
+)
+
+
+@pytest.mark.parametrize("says", [(no_to_all, no_to_all), (knows_the_questions, no_to_all)])
+def test_where_no_arm_beats_its_controls_nothing_follows(tmp_path: Path, says: tuple[Says, Says]) -> None:
+    """User trial, 5: arms that answer no to everything, and a resolution that came of it."""
+    results, _ = analysed(tmp_path, says)
+    assert results["says"][0] == NOTHING
+    assert [row["verdict"] for row in results["comparisons"]] == ["nothing follows"]
+    assert not any("four times out of five" in line for line in results["says"])
+    assert not any(word in line for word in ("better,", "worse,") for line in results["says"])
+    constant = [arm["remarks"] for arm in results["arms"] if arm["remarks"]]
+    assert len(constant) == says.count(no_to_all)
+    assert constant[0] == [
+        "test, seeds 0, 1: All 40 answers are 'no', the reference of 26: the score is that of one answer to every "
+        "question."
+    ]
+    shown = table(results)
+    assert NOTHING in shown
+    assert "rates chosen by" not in shown
+    assert "The learning rate was not tuned" in shown
+
+
+def test_arms_that_look_are_told_apart(tmp_path: Path) -> None:
+    results, _ = analysed(tmp_path, (sees, sees_badly))
+    lora, kaiming = (arm["controls"]["test"] for arm in results["arms"])
+    assert lora["above"]
+    assert [row["name"] for row in lora["rows"]] == ["wrong_image", "blind", "majority"]
+    blind = next(row for row in lora["rows"] if row["name"] == "blind")
+    assert blind["value"] == pytest.approx(14 / 40)
+    assert 0 < blind["low"] < blind["value"] < blind["high"]
+    assert kaiming["above"]
+    (row,) = results["comparisons"]
+    assert row["difference"] < 0
+    assert row["verdict"] in ("worse", "not shown")
+    assert results["verdicts"][0]["text"].startswith("Every arm is above answering without the right picture")
+
+
+def test_one_arm_that_looks_is_enough_and_the_other_is_named(tmp_path: Path) -> None:
+    results, _ = analysed(tmp_path, (no_to_all, sees))
+    assert results["says"][0].endswith(": moslora:kaiming. Not shown to be: lora.")
+    (row,) = results["comparisons"]
+    assert row["verdict"] == "better"
+
+
+def test_controls_that_were_left_out_are_missed(tmp_path: Path) -> None:
+    results, _ = analysed(tmp_path, (sees, sees_badly), controls=False)
+    assert [row["name"] for row in results["arms"][0]["controls"]["test"]["rows"]] == ["majority"]
+    assert any("not asked with blind and wrong pictures" in line for line in results["says"])
+
+
+def test_text_tasks_have_the_most_frequent_answer_for_a_control(tmp_path: Path) -> None:
+    results, _ = analysed(tmp_path, (knows_the_questions, no_to_all), pictures=False)
+    found = results["arms"][0]["controls"]["test"]
+    assert [row["name"] for row in found["rows"]] == ["majority"]
+    assert found["above"]
+    assert found["complete"]
+    assert not any("blind" in line for line in results["says"])
+
+
+def test_floors_say_what_they_were_learned_from(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "is it 3"}, {"from": "gpt", "value": "yes"}]
+    (tmp_path / "train.json").write_text(json.dumps([{"id": "1", "conversations": turns}]))
+    results, comparison = analysed(tmp_path, (sees, no_to_all))
+    assert results["floors_learned_from"] == "the evaluated set"
+    assert results["floors"]["test"]["majority"] == pytest.approx(26 / 40)
+    comparison.settings = dataclasses.replace(comparison.settings, train_answers=str(tmp_path / "train.json"))
+    again = analyse(comparison)
+    assert again["floors_learned_from"] == "training answers"
+    assert again["floors"]["test"]["majority"] == pytest.approx(14 / 40)
+    names = [row["name"] for row in again["arms"][0]["controls"]["test"]["rows"]]
+    assert names == ["wrong_image", "blind", "majority", "best_answer"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
+def test_a_narrow_screen_shows_the_scores(tmp_path: Path) -> None:
+    analysed(tmp_path, (sees, sees_badly))
+    page = write_page(tmp_path / "results.json", tmp_path / "report.html")
+    with browsing(tmp_path / "profile") as tab:
+        tab.open(page.as_uri(), width=400)
+        places = tab.run(
+            "[...document.querySelectorAll('#scores td, #controls td')].map(cell => cell.getBoundingClientRect().right)"
+        )
+        assert len(places) > 10
+        assert max(places) <= 400
+        assert tab.run("document.documentElement.scrollWidth") <= 400
