@@ -117,7 +117,9 @@ def judge_tuning(differences: Mapping[str, Difference], *, pictures: bool = True
     elif beaten and missing:
         conclusion = _unasked(missing)
     elif pictures and not looks:
-        conclusion = "It is not shown that the model looks at the picture, so nothing follows about whether tuning helped."
+        conclusion = (
+            "It is not shown that the model looks at the picture, so nothing follows about whether tuning helped."
+        )
         if before == "more":
             conclusion += " What it learned may be the form and the frequencies of answers alone."
     elif not above_floors:

@@ -64,7 +64,13 @@ def _row(arm: dict[str, Any], tasks: list[str], results: dict[str, Any]) -> list
     difference = (
         "" if row is None else f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
     )
-    p = "" if row is None else row["verdict"] if row["verdict"] in ("one seed", "nothing follows") else f"{row['p_corrected']:.2g}"
+    p = (
+        ""
+        if row is None
+        else row["verdict"]
+        if row["verdict"] in ("one seed", "nothing follows")
+        else f"{row['p_corrected']:.2g}"
+    )
     scores = [arm["tasks"].get(task) for task in tasks]
     return [
         f"`{arm['name']}`", "-" if arm["rate"] is None else f"{arm['rate']:g}", str(good),

@@ -60,7 +60,9 @@ def read_training_answers(path: Path, *, image_folder: Path | None = None) -> li
     if not found:
         raise DataError(f"{path} holds no question with an answer that can be read. Give the training file.")
     if unusable:
-        logger.warning("%s: %d of %d records cannot be used; baselines learn from the rest.", path, unusable, len(source))
+        logger.warning(
+            "%s: %d of %d records cannot be used; baselines learn from the rest.", path, unusable, len(source)
+        )
     return found
 
 

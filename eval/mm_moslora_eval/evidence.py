@@ -108,7 +108,9 @@ def _told(results: Sequence[TaskResult], before: Sequence[TaskResult], output: P
         yield from before_tuning(result, output / UNTUNED / result.folder, own=own)
 
 
-def before_tuning(result: TaskResult, place: Path, *, own: Sequence[Scored], label: str = "Before tuning") -> list[Told]:
+def before_tuning(
+    result: TaskResult, place: Path, *, own: Sequence[Scored], label: str = "Before tuning"
+) -> list[Told]:
     """What the model before tuning scored, as asked and leniently.
 
     Args:
@@ -129,7 +131,7 @@ def before_tuning(result: TaskResult, place: Path, *, own: Sequence[Scored], lab
 
 
 def _own_samples(result: TaskResult, output: Path) -> list[Scored]:
-    """Samples of the tuned model with its own pictures on the documents of another result; none where there are none."""
+    """Samples of the tuned model with its own pictures on the documents of another result; empty where it has none."""
     task, _, view = result.folder.partition("/")
     place = output / task / "own" / view.partition("/")[2]
     if not (place / SAMPLES).is_file():

@@ -107,7 +107,9 @@ def write_comparison(comparisons: Sequence[Comparison], out: Path) -> Path:
         title="A against B",
         comparisons=[
             {
-                "it": item, "bar": _difference_bar(item), "changed": _changed(item),
+                "it": item,
+                "bar": _difference_bar(item),
+                "changed": _changed(item),
                 "verdict": f"{between(item.paired.as_difference)}: {item.paired.as_difference.points}.",
             }
             for item in comparisons
@@ -211,7 +213,9 @@ def _verdicts(results: Sequence[TaskResult], run: Path) -> list[str]:
         if not {"own", control} <= scored.keys():
             continue
         pair = compare(scored["own"], scored[control]).paired
-        said.append(f"{own_pictures(pair.as_difference, control=words)} {pair.wins} samples gained, {pair.losses} lost.")
+        said.append(
+            f"{own_pictures(pair.as_difference, control=words)} {pair.wins} samples gained, {pair.losses} lost."
+        )
     return said
 
 

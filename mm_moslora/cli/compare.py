@@ -49,9 +49,10 @@ def compare(
     """Settle on your own data whether one way to tune beats another: equal budget, tuned rates, seeds, error bars.
 
     Every arm trains with the same number of steps. Its learning rate is chosen on a validation split by runs of their
-    own; runs with new seeds are then measured on the test tasks, with blind and wrong-picture controls, and every arm is
-    compared with the reference document by document. A run that crashes or diverges is reported and leaves the others alone. The same command again
-    continues; more arms, rates or seeds can be added later. Exit code 75: stopped before the end.
+    own; runs with new seeds are then measured on the test tasks, with blind and wrong-picture controls, and every arm
+    is compared with the reference document by document. A run that crashes or diverges is reported and leaves the
+    others alone. The same command again continues; more arms, rates or seeds can be added later. Exit code 75: stopped
+    before the end.
 
     Parameters
     ----------

@@ -91,7 +91,9 @@ class Answers:
                 controls = [_scores(read_samples(place[mode])) for place in places]
                 less[name] = _less(own, controls, clusters)
         for name, floor in self._floors(task, places[0]["own"]).items():
-            if name == "majority" or self._training:  # what knows the test set's answers question by question is no floor
+            if (
+                name == "majority" or self._training
+            ):  # what knows the test set's answers question by question is no floor
                 less[name] = _less(own, [floor] * len(own), clusters)
         return TaskAnswers(
             own=TaskScores(scores=own, clusters=clusters), less=less,
@@ -164,8 +166,8 @@ def as_difference(estimate: Estimate, tasks: Sequence[TaskScores]) -> Difference
 def add_controls(arms: Sequence[dict[str, Any]], scores: Mapping[str, Mapping[str, TaskAnswers]]) -> None:
     """Write into each arm, by column, how far it is above its controls.
 
-    An arm is above where it is above each of them: the p-value is the largest one (an intersection-union test), corrected
-    over the arms by Holm's procedure, since one arm is enough for a comparison to stand.
+    An arm is above where it is above each of them: the p-value is the largest one (an intersection-union test),
+    corrected over the arms by Holm's procedure, since one arm is enough for a comparison to stand.
     """
     for arm in arms:
         arm["controls"] = {

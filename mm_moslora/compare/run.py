@@ -100,9 +100,12 @@ class Comparison:
     def _trained_on(self) -> dict[str, str]:
         """Checksums of what the arms learn from, the split not yet made."""
         data = self._given.data
-        named = [(f"data.{part} {number}", source) for part, sources in (("train", data.train), ("validation", data.validation))
-                 for number, source in enumerate(sources, start=1)]  # fmt: skip
-        return {name: open_source(source).fingerprint() for name, source in named}
+        parts = {"train": data.train, "validation": data.validation}
+        return {
+            f"data.{part} {number}": open_source(source).fingerprint()
+            for part, sources in parts.items()
+            for number, source in enumerate(sources, start=1)
+        }
 
     def _claim(self, checksums: Mapping[str, str]) -> None:
         file = self.folder / "comparison.json"
@@ -328,7 +331,9 @@ def plan_lines(settings: Settings) -> list[str]:
         f"every run has the same number of steps; {settings.reference_arm} is what the others are compared with"
     )
     if settings.controls:
-        lines.append("reported runs also answer with a plain and with another item's picture (--no-controls leaves it out)")
+        lines.append(
+            "reported runs also answer with a plain and with another item's picture (--no-controls leaves it out)"
+        )
     if settings.seeds == 1:
         lines.append("with one seed the comparison cannot say whether another seed would give the same")
     return lines

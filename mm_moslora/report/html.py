@@ -91,7 +91,10 @@ def _render(template: str, context: Mapping[str, Any]) -> str:
         finalize=printable, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(
-        percent=story.percent, count=story.format_count, seconds=format_seconds, number=format_number,
+        percent=story.percent,
+        count=story.format_count,
+        seconds=format_seconds,
+        number=format_number,
         explained=story.explained,
     )
     script = asset("report.js")

@@ -108,7 +108,7 @@ class _Scripted(FakeModel):
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        (lambda n, own: "I see it.", lambda n, own: WORDS[n % 2] if own else "blue", "Tuning helped, and the model looks"),
+        (lambda n, own: "I see it.", lambda n, own: WORDS[n % 2] if own else "blue", "Tuning helped, and the model"),
         (lambda n, own: f"I see it: it is {WORDS[n % 2]}.", lambda n, own: WORDS[n % 2] if own else "blue",
          "The model looks at the picture, but it is not shown to do better than before tuning."),
         (lambda n, own: "I see it.", lambda n, own: "blue", "It is not shown that the model looks at the picture"),

@@ -25,7 +25,7 @@ CONTROLS = {"blind": (0.2, 0.3), "wrong_image": (0.3, 0.4)}
     ("rows", "mood", "claim"),
     [
         ({"untuned": (0.1, 0.2), **CONTROLS}, "good", "Tuning helped, and the model looks at the picture."),
-        ({"untuned": (0.1, 0.2), "untuned_lenient": (0.6, 0.7), **CONTROLS}, "mixed", "not shown to do better than before"),
+        ({"untuned": (0.1, 0.2), "untuned_lenient": (0.6, 0.7), **CONTROLS}, "mixed", "not shown to do better than"),
         ({"untuned": (0.1, 0.2), "untuned_lenient": (0.6, 0.7), **CONTROLS}, "mixed", "or 65.0 % where every answer"),
         ({"untuned": (0.1, 0.2), "blind": (0.2, 0.3)}, "mixed", "not asked with a wrong picture"),
         ({"untuned": (0.85, 0.9), **CONTROLS}, "bad", "Tuning made it worse."),

@@ -62,8 +62,8 @@ def best(metric: Callable[[str, str], float], text: str, references: Sequence[st
 def holds_answer(text: str, references: Sequence[str], options: Mapping[str, str]) -> float:
     """The lenient score: 1.0 when an answer in many words holds the right one.
 
-    Case, punctuation, articles and the spelling of small numbers do not count. Of a choice, one option must be named, by
-    its letter or its text; of a yes/no question, one of the two words must occur and not the other.
+    Case, punctuation, articles and the spelling of small numbers do not count. Of a choice, one option must be named,
+    by its letter or its text; of a yes/no question, one of the two words must occur and not the other.
 
     Args:
         text: the whole answer.
