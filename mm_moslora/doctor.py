@@ -34,7 +34,7 @@ USES = {
     "deepspeed": "train.zero zero0 to zero3; one process trains with train.zero none",
     "datasets": "data of the hub, parquet and arrow files",
     "pyarrow": "data of the hub, parquet and arrow files",
-    "open_clip_torch": "open_clip: vision towers",
+    "open-clip-torch": "open_clip: vision towers",
     "timm": "timm's vision towers, and quickstart --images stamps",
     "matplotlib": "adapters inspect --picture",
     "wandb": "track.trackers: [wandb]",

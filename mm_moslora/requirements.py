@@ -29,7 +29,8 @@ def declared(extra: str | None = None) -> tuple[Requirement, ...]:
         extra: its name; None: what a plain installation brings.
 
     Returns:
-        Requirements without markers; empty where neither the checkout nor the metadata of an installation is at hand.
+        Requirements without markers, under canonical names; empty where neither the checkout nor the metadata of an
+        installation is at hand.
     """
     return tuple(_expand(extra or "", set()))
 
@@ -46,7 +47,7 @@ def _expand(extra: str, seen: set[str]) -> Iterator[Requirement]:
             for further in sorted(requirement.extras - seen):
                 yield from _expand(further, seen)
         elif requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
-            yield Requirement(f"{requirement.name}{requirement.specifier}")
+            yield Requirement(f"{canonicalize_name(requirement.name)}{requirement.specifier}")
 
 
 def range_of(requirement: Requirement) -> str:
@@ -81,7 +82,7 @@ def install_command(*packages: str) -> str:
     Args:
         packages: names of distributions.
     """
-    known = {canonicalize_name(item.name): item for item in declared_anywhere()}
+    known = {item.name: item for item in declared_anywhere()}
     return _pip(known.get(canonicalize_name(name)) or Requirement(name) for name in packages)
 
 

@@ -33,7 +33,7 @@ PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
 @pytest.fixture
 def from_metadata(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """As in an installed wheel: no pyproject.toml beside the package."""
-    lines = [*PROJECT["dependencies"]]
+    lines = [line.replace("open_clip_torch", "open-clip-torch") for line in PROJECT["dependencies"]]
     for extra, listed in PROJECT["optional-dependencies"].items():
         for line in listed:
             text, _, marker = line.partition(";")
@@ -105,7 +105,7 @@ def test_needs_follow_the_settings() -> None:
         ),
         data=replace(base.data, train=[SourceConfig(path="hf:a/b"), SourceConfig(path="a.json")]),
     )
-    assert [need.package for need in needs(more)] == ["bitsandbytes", "open_clip_torch", "timm", "datasets"]
+    assert [need.package for need in needs(more)] == ["bitsandbytes", "open-clip-torch", "timm", "datasets"]
 
 
 def test_a_setting_whose_package_is_missing_is_refused_with_what_does_without(monkeypatch: pytest.MonkeyPatch) -> None:

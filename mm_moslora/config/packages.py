@@ -44,7 +44,7 @@ def _needs(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         yield "liger-kernel", "liger_kernel", "model.kernels liger"
     for name in _towers(recipe.model):
         if name.startswith("open_clip:"):
-            yield "open_clip_torch", "open_clip", f"model.vision {name}"
+            yield "open-clip-torch", "open_clip", f"model.vision {name}"
         if name.startswith("timm"):
             yield "timm", "timm", f"model.vision {name}"
     for source in (*recipe.data.train, *recipe.data.validation):

@@ -88,7 +88,7 @@ def check_readers(images: str, encoder: str) -> None:
     for asset in used(images, encoder):
         _check_reader(asset)
     if encoder == "open_clip" and not is_installed("open_clip"):
-        raise AssetError(f"--encoder open_clip needs open_clip. Run: {install_command('open_clip_torch')}")
+        raise AssetError(f"--encoder open_clip needs open_clip. Run: {install_command('open-clip-torch')}")
 
 
 def _check_reader(asset: Asset) -> None:
