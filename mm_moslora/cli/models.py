@@ -148,7 +148,7 @@ def _hand_on(
         names = ", ".join(path.name for path in (files.text, files.mmproj) if path)
         print(f"{output}: {names}, largest tensor difference {files.largest_difference:.2e}")
         if files.mmproj:
-            print("llama.cpp builds with its issue 25814 misplace the CLS token of CLIP; see docs/models.md.")
+            print("llama.cpp builds with its issue 25814 misplace CLIP's CLS token; take one in which it is mended.")
     elif to == "llava-original":
         from mm_moslora.models.export_llava import export_original
 
