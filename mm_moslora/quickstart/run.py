@@ -48,12 +48,12 @@ class Plan:
 
 
 PLANS: dict[tuple[Images, bool], Plan] = {
-    ("easy-vqa", False): Plan(train_images=1440, align_steps=40, tune_epochs=1.0, test_questions=400),
+    ("easy-vqa", False): Plan(train_images=850, align_steps=40, tune_epochs=1.0, test_questions=400),
     ("easy-vqa", True): Plan(train_images=64, align_steps=4, tune_epochs=1.0, test_questions=40),
     ("stamps", False): Plan(train_images=10_000, align_steps=60, tune_epochs=1.0, test_questions=10_000),
     ("stamps", True): Plan(train_images=96, align_steps=4, tune_epochs=1.0, test_questions=48),
 }
-TURNS = 4
+TURNS = 8
 """Questions per conversation of easy-VQA."""
 _FILES = ("align", "tune", "data", "eval", "export", "export.json", "timing.json", "report.html", *RUN_FILES)
 BEST_ENCODER: dict[Images, Encoder] = {"easy-vqa": "dinov2", "stamps": "efficientnet"}

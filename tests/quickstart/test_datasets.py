@@ -93,7 +93,7 @@ class TestEasyVqa:
     def test_training_yes_no_is_balanced(self, easy: Path, tmp_path: Path) -> None:
         """Exactly in every conversation, and within chance for every text."""
         tally: dict[str, Counter[str]] = defaultdict(Counter)
-        for record in read(build_easy_vqa(easy, tmp_path, turns=201).train):
+        for record in read(build_easy_vqa(easy, tmp_path, turns=202).train):
             values = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
             answers = Counter(values[1::2])
             assert answers["yes"] == answers["no"] == 100
@@ -107,7 +107,7 @@ class TestEasyVqa:
     def test_an_odd_number_of_yes_no_questions_leans_to_neither_answer(self, easy: Path, tmp_path: Path) -> None:
         tally: Counter[str] = Counter()
         for seed in range(8):
-            for record in read(build_easy_vqa(easy, tmp_path / str(seed), turns=4, seed=seed).train):
+            for record in read(build_easy_vqa(easy, tmp_path / str(seed), turns=5, seed=seed).train):
                 tally.update(turn["value"] for turn in record["conversations"] if turn["value"] in ("yes", "no"))
         assert abs(tally["yes"] / tally.total() - 0.5) < 0.05
 
