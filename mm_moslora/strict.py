@@ -73,13 +73,18 @@ def parse_text(text: str) -> str | None:
 
 def takes_text(kind: Any, keys: Sequence[str]) -> bool:
     """Whether the value at the end of a way into a dataclass can be text and nothing else but None."""
+    return _kind_at(kind, keys) is str
+
+
+def _kind_at(kind: Any, keys: Sequence[str]) -> Any:
+    """The type at the end of a way into a dataclass, without None."""
     for key in keys:
         kind = _without_none(kind)
         if dataclasses.is_dataclass(kind):
             kind = typing.get_type_hints(kind).get(key)
         else:
             kind = (typing.get_args(kind) or (None,))[-1]
-    return _without_none(kind) is str
+    return _without_none(kind)
 
 
 def _without_none(kind: Any) -> Any:
@@ -90,40 +95,44 @@ def _without_none(kind: Any) -> Any:
     return rest[0] if len(rest) == 1 else kind
 
 
-def set_dotted(data: Any, keys: list[str], value: Any, item: str) -> None:
+def set_dotted(kind: Any, data: Any, keys: list[str], value: Any, item: str) -> None:
     """Set one value of nested plain data in place.
 
     Args:
+        kind: the dataclass that the data are for.
         data: mappings and lists.
-        keys: the way down; list items are addressed by number.
+        keys: the way down; items of lists are addressed by number, and the number behind the last adds one.
         value: what to put there.
         item: what the user wrote, for messages.
 
     Raises:
         ConfigError: the way leads through a value, or past the end of a list.
     """
-    for depth, key in enumerate(keys[:-1]):
+    for depth, key in enumerate(keys):
         if isinstance(data, list):
-            data = _list_item(data, key, item)
+            place: Any = _place(data, key, item)
         elif isinstance(data, dict):
-            if data.get(key) is None:
-                data[key] = {}
-            data = data[key]
+            place = key
+            data.setdefault(key, None)
         else:
             raise ConfigError(f"Override {item!r}: {'.'.join(keys[:depth])} holds a value, not a group of keys.")
-    if isinstance(data, list):
-        _list_item(data, keys[-1], item)
-        data[int(keys[-1])] = value
-    elif isinstance(data, dict):
-        data[keys[-1]] = value
-    else:
-        raise ConfigError(f"Override {item!r}: {'.'.join(keys[:-1])} holds a value, not a group of keys.")
+        if depth == len(keys) - 1:
+            data[place] = value
+        elif data[place] is None:
+            listed = typing.get_origin(_kind_at(kind, keys[: depth + 1])) in (list, tuple)
+            data[place] = [] if listed else {}
+        data = data[place]
 
 
-def _list_item(data: list[Any], key: str, item: str) -> Any:
-    if not key.isdigit() or int(key) >= len(data):
-        raise ConfigError(f"Override {item!r}: {key!r} is not an index of a list of {len(data)}; count from 0.")
-    return data[int(key)]
+def _place(data: list[Any], key: str, item: str) -> int:
+    """The place of an item of a list; one behind the last is made."""
+    count = len(data)
+    if not (key.isascii() and key.isdigit()) or int(key) > count:
+        there = f"0 to {count - 1} change the items that it has, {count}" if count else "it has no item, 0"
+        raise ConfigError(f"Override {item!r}: {key!r} is no place in this list: {there} adds one.")
+    if int(key) == count:
+        data.append(None)
+    return int(key)
 
 
 class _StrictLoader(yaml.SafeLoader):

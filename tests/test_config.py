@@ -107,12 +107,42 @@ def test_dotted_overrides_reach_into_lists_and_new_groups(tmp_path):
     assert [source.weight for source in recipe.data.train] == [1.0, 0.5]
     assert recipe.optim.lr == 1e-5
     assert recipe.model.vision is not None
-    with pytest.raises(ConfigError, match="'2' is not an index of a list of 2"):
-        load_recipe(path, ["data.train.2.weight=1"])
+    more = load_recipe(path, ["data.train.2.path=c", "data.validation.0.path=d", "validate.tasks.0=pope"])
+    assert [Path(source.path).name for source in more.data.train] == ["a", "b", "c"]
+    assert [source.path for source in more.data.validation] == ["d"]
+    assert more.validate.tasks == ["pope"]
+    with pytest.raises(ConfigError, match=r"'3' is no place in this list: 0 to 1 change the items .*, 2 adds one"):
+        load_recipe(path, ["data.train.3.path=c"])
+    with pytest.raises(ConfigError, match=r"'-1' is no place in this list: it has no item, 0 adds one"):
+        load_recipe(path, ["data.validation.0.columns.a=b", "validate.tasks.-1=pope"])
+    with pytest.raises(ConfigError, match=r"data\.train\.0\.path holds a value, not a group"):
+        load_recipe(path, ["data.train.0.path.x=c"])
     with pytest.raises(ConfigError, match=r"'\[' is no YAML value"):
         load_recipe(path, ["optim.lr=["])
     with pytest.raises(ConfigError, match="not of the form key=value"):
         load_recipe(path, ["optim.lr"])
+
+
+def test_an_override_that_does_not_fit_is_named_and_the_file_is_not_blamed(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {language: x}\ndata: {train: [{path: a}]}\n")
+    fits = "train.output=runs/x"
+    for wrong, said in (
+        ("optim.lrr=3", "Override 'optim.lrr=3': unknown key 'optim.lrr'. Did you mean 'lr'?"),
+        ("train.steps=0", "Override 'train.steps=0': train.steps is 0"),
+        ("data.train.1.weight=2", "Override 'data.train.1.weight=2': missing data.train.1.path"),
+        ("model.vlm=y", "Override 'model.vlm=y': model: language is 'x' and vlm is 'y'"),
+        ("track.trackers.0=wandbb", "Override 'track.trackers.0=wandbb': track.trackers holds 'wandbb'"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_recipe(path, [fits, wrong])
+        assert str(caught.value).startswith(said)
+        assert str(path) not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"^Overrides 'train.global_batch=7', 'train.micro_batch=5': "):
+        load_recipe(path, [fits, "train.global_batch=7", "train.micro_batch=5"])
+    path.write_text("model: {language: x}\noptim: {lrr: 3}\n")
+    with pytest.raises(ConfigError, match=f"^{path}: unknown key 'optim.lrr'"):
+        load_recipe(path, [fits])
 
 
 @pytest.mark.parametrize(

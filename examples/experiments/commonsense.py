@@ -177,11 +177,12 @@ def write_recipe(name: str, out: Path, changes: dict[str, Any]) -> Path:
         out: where to write it.
         changes: dotted keys.
     """
+    from mm_moslora.config import Recipe
     from mm_moslora.strict import set_dotted
 
     data = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
     for key, value in changes.items():
-        set_dotted(data, key.split("."), value, key)
+        set_dotted(Recipe, data, key.split("."), value, key)
     out.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
     return out
 

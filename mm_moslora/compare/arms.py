@@ -85,7 +85,7 @@ class Arm:
         data = recipe.to_dict()
         changes = {**self.changes, **{key.replace("__", "."): value for key, value in further.items()}}
         for key, value in changes.items():
-            set_dotted(data, key.split("."), value, f"{key}={value}")
+            set_dotted(Recipe, data, key.split("."), value, f"{key}={value}")
         return Recipe.from_dict(data, source=f"arm {self.name!r}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -77,11 +78,11 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     Args:
         name_or_path: a YAML file, one of `recipe_names()`, or the folder of a run or checkpoint.
         overrides: `optim.lr=1e-4` items; relative paths start at the working directory, and in a recipe file at that
-            file; values are read as YAML where the key takes more than text, list items are
-            addressed by number.
+            file; values are read as YAML where the key takes more than text, items of
+            lists are addressed by number, and the number behind the last adds one.
 
     Raises:
-        ConfigError: no such recipe, an unknown key or an impossible value.
+        ConfigError: no such recipe, an unknown key or an impossible value; names the override that is to blame.
     """
     path = Path(name_or_path)
     if path.is_dir():
@@ -104,13 +105,40 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     if is_file and path.resolve().parent != RECIPES_FOLDER.resolve():
         typed = [item.partition("=")[0].strip().lstrip("-") for item in overrides]
         data = seen_from_here(data, path.parent, source=str(path), typed=typed)
+    changed = _overridden(data, overrides)
+    try:
+        return Recipe.from_dict(changed, source=str(path))
+    except ConfigError as error:
+        if not (guilty := _guilty(data, overrides, str(error), source=str(path))):
+            raise
+        word = "Override" if len(guilty) == 1 else "Overrides"
+        what = str(error).removeprefix(f"{path}: ")
+        raise ConfigError(f"{word} {', '.join(map(repr, guilty))}: {what}") from error
+
+
+def _overridden(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The plain data of a recipe with its overrides."""
+    changed: dict[str, Any] = copy.deepcopy(dict(data))
     for item in overrides:
         key, separator, value = item.partition("=")
         if not separator or not key:
             raise ConfigError(f"Override {item!r} is not of the form key=value, such as optim.lr=1e-4.")
         keys = key.strip().lstrip("-").split(".")
-        set_dotted(data, keys, parse_text(value) if takes_text(Recipe, keys) else parse_scalar(value), item)
-    return Recipe.from_dict(data, source=str(path))
+        read = parse_text(value) if takes_text(Recipe, keys) else parse_scalar(value)
+        set_dotted(Recipe, changed, keys, read, item)
+    return changed
+
+
+def _guilty(data: Mapping[str, Any], overrides: Sequence[str], said: str, *, source: str) -> list[str]:
+    """The overrides without which there would be no error, else those without which there would be another one."""
+    cured, changed = [], []
+    for number, item in enumerate(overrides):
+        try:
+            Recipe.from_dict(_overridden(data, [*overrides[:number], *overrides[number + 1 :]]), source=source)
+            cured.append(item)
+        except ConfigError as error:
+            changed += [item] if str(error) != said else []
+    return cured or changed
 
 
 def _holds_records(path: Path) -> bool:
