@@ -78,9 +78,10 @@ class Answers:
 
     def _task(self, task: str, good: Sequence[tuple[int, Outcome]]) -> TaskAnswers:
         from mm_moslora_eval.suite import read_samples
+        from mm_moslora_eval.views import SAMPLES
 
         places = [{mode: self._folder / place for mode, place in o.places[task].items()} for _, o in good]
-        rows = [read_samples(place["own"]) for place in places]
+        rows = [read_samples(place["own"] / SAMPLES) for place in places]
         ids = [row["id"] for row in rows[0]]
         assert all([row["id"] for row in other] == ids for other in rows), "runs answered different documents"
         clusters = [row["cluster"] for row in rows[0]]
@@ -88,7 +89,7 @@ class Answers:
         less = {}
         for mode, name in _MODES.items():
             if all(mode in place for place in places):
-                controls = [_scores(read_samples(place[mode])) for place in places]
+                controls = [_scores(read_samples(place[mode] / SAMPLES)) for place in places]
                 less[name] = _less(own, controls, clusters)
         for name, floor in self._floors(task, places[0]["own"]).items():
             if (

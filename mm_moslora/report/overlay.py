@@ -131,7 +131,7 @@ def _verdict(groups: Sequence[tuple[str, EvaluationRow]]) -> str | None:
     (best_name, best), (_, second) = ranked[0], ranked[1]
     apart = best.score.low > second.score.high
     level = [name for name, row in ranked if row.score.high >= best.score.low]
-    rows = {name: [row for other, row in groups if other == name] for name, _ in ranked}
+    rows = {name: [row for other, row in groups if other == name] for name, row in ranked if row.pictures}
     idle = [name for name, its in rows.items() if not judge_tuning(story.differences(its)).looks]
     said = best_of([best_name] if apart else level, apart, idle=idle)
     return " ".join([said, *(f"{name}: {remark}" for name, row in ranked for remark in row.remarks)])

@@ -149,7 +149,8 @@ def differences(rows: Sequence[EvaluationRow]) -> dict[str, Difference]:
     """The tuned row less every other one.
 
     Where the writer did not pair them question by question, their intervals are subtracted: what that shows holds
-    whatever the correlation.
+    whatever the correlation. The best answer per question is left out where the evaluated set taught it: it knows the
+    answers.
     """
     tuned = next(row.score for row in rows if row.name == "tuned")
     return {
@@ -159,7 +160,7 @@ def differences(rows: Sequence[EvaluationRow]) -> dict[str, Difference]:
             groups=min(tuned.n, row.score.n) or None,
         )
         for row in rows
-        if row.name in AGAINST
+        if row.name in AGAINST and (row.name, row.learned_from) != ("best_answer", "the evaluated set")
     }  # fmt: skip
 
 

@@ -180,3 +180,20 @@ def test_a_narrow_screen_shows_the_scores(tmp_path: Path) -> None:
         assert len(places) > 10
         assert max(places) <= 400
         assert tab.run("document.documentElement.scrollWidth") <= 400
+
+
+def test_graded_samples_that_answer_no_task_are_compared_without_controls(tmp_path: Path) -> None:
+    """Such as the likeness of generated pictures, of eight subjects."""
+    settings = Settings(arms=parse_arms("lora,moslora:kaiming", RECIPE), rates=[1e-4], seeds=2, tasks=["likeness"])
+    outcomes = {}
+    for number, cell in enumerate(reported_cells(settings, choose_rates(settings, {}))):
+        place = tmp_path / "runs" / cell.name / "samples"
+        place.mkdir(parents=True)
+        rows = [{"id": str(n), "cluster": str(n), "score": 0.3 + 0.01 * n + 0.2 * (number % 2)} for n in range(8)]
+        (place / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        places = {"likeness": {"own": place.relative_to(tmp_path).as_posix()}}
+        outcomes[cell.name] = Outcome(status="ok", test={"likeness": 0.4}, places=places)
+    results = analyse(SimpleNamespace(settings=settings, outcomes=outcomes, folder=tmp_path, recipe=RECIPE))
+    assert [arm["controls"] for arm in results["arms"]] == [{}, {}]
+    assert [(row["verdict"], row["groups"]) for row in results["comparisons"]] == [("better", None)]
+    write_page(tmp_path / "results.json", tmp_path / "report.html")

@@ -56,6 +56,13 @@ def test_remarks_stand_with_the_verdict_and_floors_say_what_they_learned() -> No
     assert "training" not in explained(_row("majority", 0.5, 0.7))
 
 
+@pytest.mark.parametrize(("learned_from", "counts"), [("the evaluated set", False), ("training answers", True)])
+def test_a_best_answer_that_knows_the_test_is_no_control(learned_from: str, counts: bool) -> None:
+    best = _row("best_answer", 0.65, 0.75, learned_from=learned_from)
+    rows = [_row("tuned", 0.7, 0.8), *(_row(name, *interval) for name, interval in CONTROLS.items()), best]
+    assert ("answers that need no model" in verdict("t", rows).sentences[0]) == counts
+
+
 def test_without_a_tuned_row_nothing_is_claimed() -> None:
     assert verdict("t", [_row("untuned", 0.1, 0.2)]) is None
 
