@@ -30,9 +30,12 @@ _SECRET_VALUE = re.compile(
     r"|\bsk-[A-Za-z0-9_\-]{16,}"  # OpenAI-like
     r"|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_[A-Za-z0-9_]{20,}"
     r"|\bAKIA[0-9A-Z]{16}\b"  # AWS key id
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password of a URL
-    r"|(?<=Bearer )[A-Za-z0-9._\-]{16,}"
+    r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"  # user:password of a URL
+    r"|(?<=Bearer )[A-Za-z0-9._\-]{16,}|(?<=uthorization: bearer )[A-Za-z0-9._\-]{16,}|(?<=uthorization: Basic )[A-Za-z0-9+/]{8,}={0,2}"
 )
+_ASSIGNED = re.compile(r"(?:(?<=[?&])[A-Za-z0-9_.\-]+|\b[A-Z][A-Z0-9_]+)=(?=[^\s&#])")
+"""A field of a URL's query, or a variable of the environment, before its value."""
+_ASSIGNED_VALUE = re.compile(r"[^\s&#'\"]+")
 _HEX_40 = re.compile(r"\b[0-9a-f]{40}\b")  # an old wandb key; also what a git commit looks like
 _HASH_NAME = re.compile(r"revision|commit|sha|hash|digest|version", re.IGNORECASE)
 _SHORTEST = 8
@@ -68,8 +71,19 @@ def redact_text(text: str, *, keep_hashes: bool = False) -> str:
     """
     for secret in _environment_secrets():
         text = text.replace(secret, REDACTED)
-    text = _SECRET_VALUE.sub(REDACTED, text)
+    text = _without_assigned(_SECRET_VALUE.sub(REDACTED, text))
     return text if keep_hashes else _HEX_40.sub(REDACTED, text)
+
+
+def _without_assigned(text: str) -> str:
+    """The text with values left out that follow names which sound like a secret, as in `?api_key=...`."""
+    kept, end = [], 0
+    for match in _ASSIGNED.finditer(text):
+        value = _ASSIGNED_VALUE.match(text, match.end())
+        if match.start() >= end and value is not None and is_secret_name(match[0][:-1]):
+            kept += [text[end : match.end()], REDACTED]
+            end = value.end()
+    return "".join([*kept, text[end:]])
 
 
 def redacted_command(words: Sequence[str]) -> str:

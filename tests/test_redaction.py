@@ -57,6 +57,27 @@ def test_password_of_a_url_goes_and_the_url_stays() -> None:
     assert redact_text("https://me:pa55@example.org/x") == f"https://{REDACTED}@example.org/x"
 
 
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("GET http://host/v1?model=m&api_key=canary-1&n=2 failed", "model=m&api_key=[redacted]&n=2 failed"),
+        ("redis://:canary-1@host/0", "redis://[redacted]@host/0"),
+        ("authorization: bearer canary-1-canary-1", "bearer [redacted]"),
+        ("Authorization: Basic canary1canary1==", "Basic [redacted]"),
+        ("run with WANDB_API_KEY=canary-1 and HF_HOME=/data", "WANDB_API_KEY=[redacted] and HF_HOME=/data"),
+    ],
+)
+def test_secrets_of_addresses_and_headers_go_and_what_stands_around_them_stays(text: str, kept: str) -> None:
+    cleaned = redact_text(text)
+    assert "canary" not in cleaned
+    assert kept in cleaned
+
+
+def test_what_only_looks_like_an_assignment_stays() -> None:
+    text = "https://h/p?max_tokens=5&tokenizer=x and MAX_TOKENS=7, Basic understanding, bearer responsibilities, TOKENIZERS_PARALLELISM=false"
+    assert redact_text(text) == text
+
+
 def test_values_of_secret_environment_variables_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_SERVICE_API_KEY", "plain-looking canary")
     assert redact_text("sent plain-looking canary over") == f"sent {REDACTED} over"
