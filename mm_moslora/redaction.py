@@ -31,7 +31,8 @@ _SECRET_VALUE = re.compile(
     r"|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_[A-Za-z0-9_]{20,}"
     r"|\bAKIA[0-9A-Z]{16}\b"  # AWS key id
     r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"  # user:password of a URL
-    r"|(?<=Bearer )[A-Za-z0-9._\-]{16,}|(?<=uthorization: bearer )[A-Za-z0-9._\-]{16,}|(?<=uthorization: Basic )[A-Za-z0-9+/]{8,}={0,2}"
+    r"|(?<=Bearer )[A-Za-z0-9._\-]{16,}|(?<=uthorization: bearer )[A-Za-z0-9._\-]{16,}"
+    r"|(?<=uthorization: Basic )[A-Za-z0-9+/]{8,}={0,2}"
 )
 _ASSIGNED = re.compile(r"(?:(?<=[?&])[A-Za-z0-9_.\-]+|\b[A-Z][A-Z0-9_]+)=(?=[^\s&#])")
 """A field of a URL's query, or a variable of the environment, before its value."""
