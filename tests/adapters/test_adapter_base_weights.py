@@ -32,13 +32,13 @@ def four_bit(layer: nn.Linear, *, compute: torch.dtype | None, quant: str = "nf4
 
 
 def in_hqq(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
-    hqq = pytest.importorskip("hqq.core.quantize")
+    hqq = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed")
     how = hqq.BaseQuantizeConfig(nbits=4, group_size=32)
     return hqq.HQQLinear(layer, how, compute_dtype=dtype, device="cpu")
 
 
 def in_int8(layer: nn.Linear) -> nn.Module:
-    quantization = pytest.importorskip("torchao.quantization")
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
     return layer
 

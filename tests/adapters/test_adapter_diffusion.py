@@ -15,7 +15,7 @@ import pytest
 import torch
 from preloaded import Preloaded
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 import diffusers
 

@@ -49,7 +49,7 @@ def test_help_of_the_trainer_example_trains_nothing(tmp_path: Path, monkeypatch:
 
 
 def test_one_folder_goes_through_trainer_sft_trainer_and_our_loop(language_folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("trl")
+    pytest.importorskip("trl", reason="trl is not installed")
     spec = importlib.util.spec_from_file_location("three_trainers", EXAMPLES / "three_trainers.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)

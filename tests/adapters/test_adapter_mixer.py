@@ -81,7 +81,7 @@ def test_contradictions_are_refused_with_the_reason(options: dict, words: str) -
 
 @pytest.mark.filterwarnings("ignore")
 def test_loftq_is_refused() -> None:
-    pytest.importorskip("scipy")
+    pytest.importorskip("scipy", reason="scipy is not installed")
     with pytest.raises(AdapterError, match="destroys"):
         MoSLoRAConfig(init_lora_weights="loftq", loftq_config={"loftq_bits": 4})
 

@@ -75,6 +75,7 @@ def test_every_factor_gets_a_gradient_after_one_step(kind: str) -> None:
     model = add_moslora(llama(), MoSLoRAConfig(r=4, mixer_init=kind))
     _train(model, 1)
     model(IDS, labels=IDS).loss.backward()
+    assert any("lora_mixer" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad.abs().max() > 0, name

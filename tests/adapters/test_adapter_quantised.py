@@ -43,16 +43,16 @@ def _quantised(kind: str) -> _Net:
     plain = [nn.Linear(64, 64) for _ in range(2)]
     head = nn.Linear(64, 3)
     if kind == "int8":
-        quantization = pytest.importorskip("torchao.quantization")
+        quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
         net = _Net(plain)
         for layer in net.layers:
             quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
     elif kind == "hqq":
-        hqq = pytest.importorskip("hqq.core.quantize")
+        hqq = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed")
         how = hqq.BaseQuantizeConfig(nbits=8, group_size=64)
         net = _Net([hqq.HQQLinear(layer, how, compute_dtype=torch.float32, device="cpu") for layer in plain])
     else:
-        bnb = pytest.importorskip("bitsandbytes")
+        bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
         made: list[nn.Module] = []
         for layer in plain:
             if kind == "4bit":

@@ -450,6 +450,7 @@ def test_adapters_in_different_modules_add_up(combination: str) -> None:
     add_moslora(model, MoSLoRAConfig(r=2), targets=["q_proj", "o_proj"], adapter_name="second")
     train_a_bit(model)
     model.add_weighted_adapter(["default", "second"], [0.5, -1.0], "sum", combination_type=combination, svd_rank=6)
+    assert any(named_adapter_layers(model))
     for path, layer in named_adapter_layers(model):
         parts = [w * layer.wide_delta(name) for name, w in (("default", 0.5), ("second", -1.0)) if layer.holds(name)]
         torch.testing.assert_close(layer.wide_delta("sum"), sum(parts), atol=1e-5, rtol=1e-4, msg=path)

@@ -81,6 +81,7 @@ class TestPackedLoader:
         count = self.loader(data).steps_per_epoch + 2
         alone = self.steps(self.loader(data), count)
         ranks = [self.steps(self.loader(data, rank=rank, world_size=world_size), count) for rank in range(world_size)]
+        assert len(alone) == count
         for number, step in enumerate(alone):
             shared = [name for rank in ranks for ids in rank[number] for name in ids if name]
             assert Counter(shared) == Counter(name for ids in step for name in ids if name)

@@ -56,7 +56,7 @@ def test_adapters_train_on_a_base_in_four_bits(language_folder: Path) -> None:
 
 
 def in_hqq(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    hqq = pytest.importorskip("hqq.core.quantize")
+    hqq = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed")
     for path, layer in [(path, layer) for path, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]:
         parent, _, name = path.rpartition(".")
         how = hqq.BaseQuantizeConfig(nbits=4, group_size=32)
@@ -76,7 +76,7 @@ def language(
     how = t.BitsAndBytesConfig(**bits) if kind in ("nf4", "fp4", "int8") else None
     model = t.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=how)
     if kind == "torchao":
-        quantization = pytest.importorskip("torchao.quantization")
+        quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
         quantization.quantize_(model.model, quantization.Int8WeightOnlyConfig())
     if kind == "hqq":
         in_hqq(model.model, dtype)

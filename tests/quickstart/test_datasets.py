@@ -52,7 +52,9 @@ def easy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class TestEasyVqa:
     def test_first_turn_shows_the_picture_and_only_it(self, easy: Path, tmp_path: Path) -> None:
-        for record in read(build_easy_vqa(easy, tmp_path, turns=4).train):
+        records = read(build_easy_vqa(easy, tmp_path, turns=4).train)
+        assert records
+        for record in records:
             values = [turn["value"] for turn in record["conversations"]]
             assert values[0].startswith("<image>\n")
             assert sum("<image>" in value for value in values) == 1
@@ -100,6 +102,7 @@ class TestEasyVqa:
             for text, answer in zip(values[::2], values[1::2], strict=True):
                 if answer in ("yes", "no"):
                     tally[text][answer] += 1
+        assert tally
         for counts in tally.values():
             total = counts["yes"] + counts["no"]
             assert total < 50 or abs(counts["yes"] / total - 0.5) < 0.25

@@ -116,6 +116,7 @@ def test_the_curve_of_a_recipe_has_not_moved(name, language, vision, records, tm
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n")
     expected = json.loads(path.read_text())
+    assert expected.keys() == found.keys()
     for key, values in expected.items():
         # Kernels of other processors round otherwise; a change of the computation is larger.
         assert found[key] == pytest.approx(values, rel=2e-4), key
