@@ -10,7 +10,6 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from mm_moslora.config import RECIPES_FOLDER
-from mm_moslora.errors import reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +33,10 @@ def config_to_count(name: str, revision: str | None) -> PreTrainedConfig:
     """
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError):
         if name not in _shapes():
             raise
-        logger.info("%s: its configuration is not to be had (%s); the shipped sizes are used.", name, reason_of(error))
+        logger.info("%s: the shipped sizes are used, since its configuration is not to be had.", name)
         return known_shape(name)
     return config
 
