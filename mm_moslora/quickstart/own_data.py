@@ -270,7 +270,8 @@ class _Groups(Sequence[Any]):
 
 def _grouped(source: RecordSource, rows: Sequence[int], rng: random.Random) -> list[list[int]]:
     """Rows about one picture in conversations of up to `TURNS` questions, where each asks a single one."""
-    single, rest = [], []
+    single: list[int] = []
+    rest: list[int] = []
     for row in rows:
         turns = source[row].turns
         (single if len(turns) == 2 and turns[0].text.startswith(IMAGE) else rest).append(row)
