@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -75,12 +75,13 @@ def mean_image(image: ImageLike) -> Image:
     return Pillow.new("RGB", opened.size, (colour[0], colour[1], colour[2]))
 
 
-def derangement(identities: Iterable[str], *, seed: int) -> dict[str, str]:
+def derangement(identities: Iterable[str], *, seed: int, apart: Iterable[Sequence[str]] = ()) -> dict[str, str]:
     """Another picture for every picture: a seeded permutation without fixed points.
 
     Args:
         identities: hashes of pictures; repetitions count once.
         seed: of this function's own generator.
+        apart: pictures that stand in one document; where it can be, none takes the place of another of them.
 
     Raises:
         EvalError: fewer than two different pictures.
@@ -90,4 +91,27 @@ def derangement(identities: Iterable[str], *, seed: int) -> dict[str, str]:
         raise EvalError(f"Image mode `wrong` needs two different pictures, the data has {len(distinct)}.")
     random.Random(seed).shuffle(distinct)
     # A cycle through the shuffled list has no fixed point.
-    return dict(zip(distinct, [*distinct[1:], distinct[0]], strict=True))
+    return _spread_apart(dict(zip(distinct, [*distinct[1:], distinct[0]], strict=True)), _companions(apart))
+
+
+def _companions(documents: Iterable[Sequence[str]]) -> dict[str, set[str]]:
+    """Of every picture those that stand beside it in a document, itself among them."""
+    found: dict[str, set[str]] = {}
+    for names in documents:
+        for name in names if len(set(names)) > 1 else ():
+            found.setdefault(name, {name}).update(names)
+    return found
+
+
+def _spread_apart(other: dict[str, str], companions: Mapping[str, set[str]]) -> dict[str, str]:
+    """The same permutation with pictures exchanged until none takes the place of one beside it, where that can be."""
+    names = list(other)
+    for name in companions:
+        if other[name] not in companions[name]:
+            continue
+        for third in names:
+            fits = other[third] not in companions[name] | {name}
+            if fits and other[name] not in companions.get(third, {third}):
+                other[name], other[third] = other[third], other[name]
+                break
+    return other

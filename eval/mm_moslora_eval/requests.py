@@ -77,8 +77,9 @@ class Preparation:
         self._pictures: dict[str, ImageLike] = {}
         shown = documents if pool is None or mode != "wrong" else pool
         identified = {document.id: self._identify(document, hasher) for document in shown}
-        known = [name for ids, problem in identified.values() if problem is None for name in ids]
-        self._other = derangement(known, seed=seed) if mode == "wrong" and known else {}
+        beside = [ids for ids, problem in identified.values() if problem is None]
+        known = [name for ids in beside for name in ids]
+        self._other = derangement(known, seed=seed, apart=beside) if mode == "wrong" and known else {}
         self.items = tuple(
             self._item(index, document, *identified[document.id], fingerprint)
             for index, document in enumerate(documents)

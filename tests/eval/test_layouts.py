@@ -14,7 +14,9 @@ from mm_moslora_eval.registry import all_tasks, get_task
 from mm_moslora_eval.requests import Preparation
 from mm_moslora_eval.runner import Settings
 from mm_moslora_eval.sources import hf
+from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.suite import evaluate
+from mm_moslora_eval.task import Task
 
 from mm_moslora.errors import EvalError
 from tests.eval.eval_data import picture
@@ -224,3 +226,16 @@ def test_a_tag_for_an_image_that_is_not_there_is_a_counted_failure() -> None:
     document = Document(id="1", images=(picture(1),), question="<image 2>?", options={"A": "x"}, answers=("A",))
     (item,) = Preparation(task, [document], mode="own", seed=0, fingerprint="f", hasher=Hasher()).items
     assert item.problem == "the text names image 2, the document has 1 images"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_wrong_picture_is_of_another_document_also_where_documents_have_several(seed: int) -> None:
+    task = Task(name="pairs", source=Source(kind="llava", path="x"))
+    documents = [
+        Document(id=str(n), images=(picture(2 * n), picture(2 * n + 1)), question="Alike?", answers=("yes",))
+        for n in range(6)
+    ]
+    items = Preparation(task, documents, mode="wrong", seed=seed, fingerprint="", hasher=Hasher()).items
+    assert [item.problem for item in items] == [None] * 6
+    assert not any(set(item.image_ids) & set(item.own_ids) for item in items)
+    assert len({name for item in items for name in item.image_ids}) == 12  # each is shown once
