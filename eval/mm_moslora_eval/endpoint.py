@@ -134,7 +134,7 @@ class Endpoint:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         request = urllib.request.Request(f"{self.url}/chat/completions", data=body, headers=headers)  # noqa: S310
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:  # noqa: S310
+            with _OPENER.open(request, timeout=self.timeout) as response:
                 reply = json.load(response)
         except urllib.error.HTTPError as error:
             text = redact_text(error.read(2000).decode("utf-8", "replace")).strip()
@@ -157,6 +157,16 @@ class Endpoint:
         if not _has_message(reply):
             raise RuntimeError(f"{self.url} answered without a message: {redact_text(json.dumps(reply))[:500]}")
         return reply  # type: ignore[no-any-return]
+
+
+class _Stays(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: Python would send the key along, to whatever host."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+        """Refuse."""
+
+
+_OPENER = urllib.request.build_opener(_Stays)
 
 
 def _has_message(reply: Any) -> bool:

@@ -6,14 +6,16 @@ import base64
 import json
 import shutil
 import socket
+import threading
 import zipfile
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from mm_moslora_eval.endpoint import Endpoint, EndpointModel
+from mm_moslora_eval.endpoint import KEY_NAMES, Endpoint, EndpointModel
 from mm_moslora_eval.model import IMAGE, Message, Model, OptionRequest, Request
 from mm_moslora_eval.open_model import open_model
 from mm_moslora_eval.registry import get_task
@@ -401,3 +403,32 @@ def test_replay_refuses_what_it_cannot_read(name: str, data: bytes | None, tmp_p
         path.write_bytes(data)
     with pytest.raises(EvalError, match=name):
         ReplayModel(path)
+
+
+def test_the_key_follows_no_redirect_to_another_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str | None] = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            heard.append(self.headers.get("Authorization"))
+            self.send_error(404)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(302)
+            self.send_header("Location", f"http://localhost:{self.server.server_address[1]}/elsewhere")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv(KEY_NAMES[0], "a-key-that-stays")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = Endpoint(url=f"http://127.0.0.1:{server.server_address[1]}/v1", model="m", attempts=1)
+        try:
+            with pytest.raises((EvalError, RuntimeError), match="302"):
+                endpoint.chat({"messages": []})
+        finally:
+            server.shutdown()
+    assert heard == []
