@@ -28,8 +28,8 @@ from mm_moslora.quickstart.datasets import YES_NO, Question, conversation, quest
 OPEN = "What does the picture show?"
 IS_IT = 'Does the picture show "{}"?'
 TURNS = 4
-"""Questions of a conversation about a picture of a class: an open one, the others yes/no."""
-CONVERSATIONS = 1600
+"""Most questions of a conversation that is made."""
+CONVERSATIONS = 4800
 """Conversations about pictures of classes; more where there are more pictures."""
 TEST_SHARE, MOST_TEST = 0.2, 100
 """Share of the pictures that is held out, and how many at most."""
@@ -128,7 +128,7 @@ def _from_folder(folder: Path, rng: random.Random) -> OwnData:
         test=_test_questions(test, rng),
         train_pictures=len(train),
         test_pictures=len(test),
-        turns=TURNS,
+        turns=sum(len(record["conversations"]) for record in records) / 2 / len(records),
         text_bytes=(sum(sizes) / len(sizes), max(sizes)),
         longest=(TURNS, max(len(label.encode()) for label in counts)),
         faults=faults,
@@ -218,19 +218,29 @@ def _repeats(counts: Counter[str]) -> dict[str, int]:
 
 
 def _turns(picture: _Picture, shares: Counter[str], rng: random.Random) -> list[tuple[str, str]]:
-    """An open question and yes/no questions, in random order.
+    """Questions whose answers only the picture tells, and a last one that follows from what was said before.
 
-    Other classes are drawn as often as they are talked about, so that of every question yes and no are about as
-    frequent.
+    "Does the picture show "dog"?" answered yes gives all others away, so that answer, or the open question, comes last
+    but one. The last one teaches in words what it means to compare. Other classes are drawn as often as they are talked
+    about, so that of every question yes and no are about as frequent.
     """
-    others = [label for label in shares if label != picture.label]
-    weights = [shares[label] for label in others]
-    turns = [(OPEN, picture.label)]
-    for _ in range(TURNS - 1):
-        answer = rng.choice(YES_NO)
-        label = picture.label if answer == "yes" else rng.choices(others, weights)[0]
-        turns.append((IS_IT.format(label), answer))
-    return rng.sample(turns, len(turns))
+    others = {label: share for label, share in shares.items() if label != picture.label}
+    is_it, turns = [(IS_IT.format(picture.label), "yes")], []
+    told = False
+    while not told and len(turns) < TURNS - 1 and others:
+        kind = rng.choice(("open", *YES_NO))
+        if kind == "no":
+            [label] = rng.choices(list(others), list(others.values()))
+            turns.append((IS_IT.format(label), "no"))
+            del others[label]
+        else:
+            turns += is_it if kind == "yes" else [(OPEN, picture.label)]
+            told = True
+    left = [turn for turn in (*is_it, (OPEN, picture.label)) if turn not in turns]
+    if others:
+        [label] = rng.choices(list(others), list(others.values()))
+        left.append((IS_IT.format(label), "no"))
+    return [*turns, rng.choice(left)]
 
 
 def _test_questions(test: Sequence[_Picture], rng: random.Random) -> list[dict[str, Any]]:
