@@ -256,41 +256,22 @@ def _test_questions(test: Sequence[_Picture], rng: random.Random) -> list[dict[s
     return [question_record(str(number), item, item.category) for number, item in enumerate(questions)]
 
 
-class _Groups(Sequence[Any]):
-    """Records of a file, read when they are asked for; of several rows one conversation is made."""
+class _Rows(Sequence[Any]):
+    """Some records of a file, read when they are asked for."""
 
-    def __init__(self, source: RecordSource, groups: Sequence[Sequence[int]]) -> None:
-        self._source, self.groups = source, groups
+    def __init__(self, source: RecordSource, rows: Sequence[int]) -> None:
+        self._source, self._rows = source, rows
 
     def __len__(self) -> int:
-        return len(self.groups)
+        return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:
-        rows = self.groups[index]
-        return self._source.value(rows[0]) if len(rows) == 1 else self._joined([self._source[row] for row in rows])
-
-    def _joined(self, records: Sequence[Record]) -> Any:
-        image = Path(records[0].image_names[0]).relative_to(self._source.rules.folder).as_posix()
-        turns = [turn for record in records for turn in record.turns]
-        pairs = zip(turns[::2], turns[1::2], strict=True)
-        return conversation(
-            records[0].id, image, [("".join(question.parts()).strip(), answer.text) for question, answer in pairs]
-        )
-
-
-def _grouped(source: RecordSource, rows: Sequence[int], rng: random.Random) -> list[list[int]]:
-    """Rows about one picture in conversations of up to `TURNS` questions, where each asks a single one."""
-    single: list[int] = []
-    rest: list[int] = []
-    for row in rows:
-        turns = source[row].turns
-        (single if len(turns) == 2 and turns[0].text.startswith(IMAGE) else rest).append(row)
-    shuffled = rng.sample(single, len(single))
-    return [[row] for row in rest] + [shuffled[start : start + TURNS] for start in range(0, len(shuffled), TURNS)]
+        return self._source.value(self._rows[index])
 
 
 def _from_file(path: Path, images: Path | None, rng: random.Random) -> OwnData:
     source = open_source(SourceConfig(path=str(path), format="json", image_folder=str(images) if images else None))
+    folder = source.rules.folder
     faults: list[str] = []
     asked: dict[str, list[int]] = defaultdict(list)
     """Rows by the one picture they are about."""
@@ -316,10 +297,10 @@ def _from_file(path: Path, images: Path | None, rng: random.Random) -> OwnData:
             f"be used{', the first: ' + faults[0] if faults else ''}."
         )
     held_out = _held_out(asked, rng, faults)
-    groups = [group for name, rows in asked.items() if name not in held_out for group in _grouped(source, rows, rng)]
-    groups += [[row] for row, names in several.items() if not names & held_out]
+    rows = [row for name, rows in asked.items() if name not in held_out for row in rows]
+    rows += [row for row, names in several.items() if not names & held_out]
     test = [source[row] for name in asked if name in held_out for row in asked[name]]
-    return _of_records(path, source, sorted(groups), test, faults, train_pictures=len(asked) - len(held_out))
+    return _of_records(path, folder, source, sorted(rows), test, faults, train_pictures=len(asked) - len(held_out))
 
 
 def _held_out(asked: dict[str, list[int]], rng: random.Random, faults: list[str]) -> set[str]:
@@ -335,25 +316,25 @@ def _held_out(asked: dict[str, list[int]], rng: random.Random, faults: list[str]
 
 def _of_records(
     path: Path,
+    folder: Path,
     source: RecordSource,
-    groups: list[list[int]],
+    rows: list[int],
     test: list[Record],
     faults: list[str],
     *,
     train_pictures: int,
 ) -> OwnData:
     sizes, turns, answers = [], [], [1]
-    for group in groups:
-        spoken = [turn for row in group for turn in source[row].turns]
-        given = [len(turn.text.encode()) for turn in spoken if turn.role == "assistant"]
-        sizes.append(sum(len(turn.text.encode()) for turn in spoken))
-        turns.append(len(given))
-        answers += given
+    for row in rows:
+        record = source[row]
+        sizes.append(sum(len(turn.text.encode()) for turn in record.turns))
+        turns.append(sum(turn.role == "assistant" for turn in record.turns))
+        answers += [len(turn.text.encode()) for turn in record.turns if turn.role == "assistant"]
     return OwnData(
-        images=source.rules.folder,
+        images=folder,
         source=f"{len(source)} records of {path}",
-        train=_Groups(source, groups),
-        test=_questions_of(test, source.rules.folder),
+        train=_Rows(source, rows),
+        test=_questions_of(test, folder),
         train_pictures=train_pictures,
         test_pictures=len({record.image_names[0] for record in test}),
         turns=sum(turns) / len(turns),

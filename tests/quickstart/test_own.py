@@ -185,27 +185,6 @@ class TestFile:
         assert any("image" not in row for row in data.train)
         assert len(data.faults) == 1
 
-    def test_single_questions_about_a_picture_become_one_conversation(self, tmp_path: Path) -> None:
-        file = records(tmp_path)
-        rows = []
-        for line in file.open():
-            row = json.loads(line)
-            for number in range(5):
-                turns = [{"from": "human", "value": f"<image>\nIs it {number}?"}, {"from": "gpt", "value": "no"}]
-                rows.append({"id": f"{row['id']}.{number}", "image": row["image"], "conversations": turns})
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        data = read_own(file)
-        asked: dict[str, list[str]] = defaultdict(list)
-        for row in data.train:
-            values = [turn["value"] for turn in row["conversations"]]
-            assert values[0].startswith("<image>\n")
-            assert sum("<image>" in value for value in values) == 1
-            assert len(values) in (2, 8)
-            asked[row["image"]] += [value.removeprefix("<image>\n") for value in values[::2]]
-        assert len(asked) == 8
-        assert all(sorted(texts) == [f"Is it {number}?" for number in range(5)] for texts in asked.values())
-        assert len(data.test) == 10
-
     def test_sentences_are_scored_as_captions(self, tmp_path: Path) -> None:
         made(records(tmp_path, answer="A small red square on a white wall."), tmp_path / "my")
         assert not (tmp_path / "my" / "task.yaml").exists(), "half of the answers are yes"
