@@ -29,7 +29,7 @@ OPEN = "What does the picture show?"
 IS_IT = 'Does the picture show "{}"?'
 TURNS = 4
 """Most questions of a conversation that is made."""
-CONVERSATIONS = 4800
+CONVERSATIONS = 3200
 """Conversations about pictures of classes; more where there are more pictures."""
 TEST_SHARE, MOST_TEST = 0.2, 100
 """Share of the pictures that is held out, and how many at most."""
