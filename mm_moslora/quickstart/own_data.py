@@ -29,7 +29,7 @@ OPEN = "What does the picture show?"
 IS_IT = 'Does the picture show "{}"?'
 TURNS = 4
 """Most questions of a conversation that is made."""
-CONVERSATIONS = 3200
+CONVERSATIONS = 4800
 """Conversations about pictures of classes; more where there are more pictures."""
 TEST_SHARE, MOST_TEST = 0.2, 100
 """Share of the pictures that is held out, and how many at most."""
@@ -225,7 +225,8 @@ def _turns(picture: _Picture, shares: Counter[str], rng: random.Random) -> list[
     about, so that of every question yes and no are about as frequent.
     """
     others = {label: share for label, share in shares.items() if label != picture.label}
-    is_it, turns = [(IS_IT.format(picture.label), "yes")], []
+    is_it = [(IS_IT.format(picture.label), "yes")]
+    turns: list[tuple[str, str]] = []
     told = False
     while not told and len(turns) < TURNS - 1 and others:
         kind = rng.choice(("open", *YES_NO))

@@ -21,7 +21,7 @@ PartsName = Literal["quickstart", "hub"]
 
 STEP_TOKENS = 1600
 """Tokens of a step, about: fewer make the gradient noisy, more make steps slow on a CPU."""
-STEPS, MOST_EPOCHS = 100, 20
+STEPS, MOST_EPOCHS = 150, 20
 _PER_TURN = 12
 """Tokens of the chat template around a question and its answer."""
 _BYTES_PER_TOKEN = 4.0

@@ -245,4 +245,4 @@ class TestRecipe:
         made(photos(tmp_path / "photos", cat=50, dog=50), tmp_path / "many")
         few, many = (load_recipe(tmp_path / name / "recipe.yaml").train for name in ("few", "many"))
         assert (few.global_batch, few.steps) == (16, 20)
-        assert (many.global_batch, many.steps) == (16, 100)
+        assert (many.global_batch, many.steps) == (16, 150)
