@@ -42,12 +42,10 @@ test-extras: $(EXTRAS)/.installed
 	  tests/serve/test_serve_demo.py tests/models/test_kernels.py $(ARGS)
 
 # What notices first when a library is another than the one beside which the code was written.
-VERSIONED := tests/test_dependencies.py tests/test_cli.py tests/adapters/test_adapter_behaviours.py \
-  tests/adapters/test_adapter_quantised.py tests/data/test_sources.py tests/distributed/test_ready_made_ranks.py \
-  tests/eval/test_sources.py tests/models/test_assembly.py tests/models/test_attention_varlen.py \
-  tests/models/test_encoders.py tests/models/test_export_gguf.py tests/models/test_packed.py \
-  tests/models/test_ready_made.py tests/serve/test_serve_answers.py tests/tracking/test_trackers.py \
-  tests/training/test_golden_losses.py tests/training/test_image_check.py
+VERSIONED := tests/test_dependencies.py tests/adapters/test_adapter_behaviours.py tests/adapters/test_adapter_quantised.py \
+  tests/data/test_sources.py tests/models/test_assembly.py tests/models/test_attention_varlen.py \
+  tests/models/test_encoders.py tests/models/test_packed.py tests/models/test_ready_made.py \
+  tests/tracking/test_trackers.py tests/training/test_golden_losses.py tests/training/test_image_check.py
 VERSION_TESTS = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VERSIONS=$@ $(VENV)/$@/bin/python -m pytest -q -n $(WORKERS) \
   --dist loadfile $(VERSIONED) $(ARGS)
 test-versions:

@@ -97,7 +97,8 @@ hand_on() {
 # Runs "$@", hands signals on to it, and returns 75 (try again later) when it was stopped on request.
 run_and_report() {
   local heard status
-  rm -f "$RUN_FOLDER/STOPPED"
+  # Only a run's own mark: a run folder holds run.lock.
+  [ ! -e "$RUN_FOLDER/run.lock" ] || rm -f "$RUN_FOLDER/STOPPED"
   if [ "$SIGNALS" != 0 ]; then
     echo "Stopped on request before anything was started." >&2
     return 75
@@ -115,7 +116,7 @@ run_and_report() {
     wait "$CHILD" || status=$?
   done
   trap - TERM INT USR1 HUP
-  if [ -e "$RUN_FOLDER/STOPPED" ]; then
+  if [ -e "$RUN_FOLDER/run.lock" ] && [ -e "$RUN_FOLDER/STOPPED" ]; then
     echo "Stopped on request; nothing is unsaved. The same command continues the run." >&2
     return 75
   elif [ "$SIGNALS" != 0 ] && ! { [ "$status" = 0 ] && grep -qs '"state": "finished"' "$RUN_FOLDER/state.json"; }; then

@@ -42,6 +42,7 @@ def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "a recipe.yaml"
     path.write_text(f"model: {{language: tiny}}\ntrain: {{output: {json.dumps(str(tmp_path / 'run'))}}}\n")
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.lock").touch()
     return path
 
 
@@ -181,6 +182,15 @@ def test_exit_code_says_how_the_run_ended(train: str, code: int, stub: dict[str,
     passed = (recipe.parent / "arguments").read_text().splitlines()
     assert passed[-4:] == ["train", str(recipe), "--optim.lr", "1e-4"]
     assert passed[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def test_a_file_of_the_user_that_is_called_stopped_is_left_alone(stub: dict[str, str], recipe: Path) -> None:
+    """In a folder that is no run's; it says nothing about how a run ended."""
+    (recipe.parent / "run" / "run.lock").unlink()
+    (recipe.parent / "run" / "STOPPED").write_text("mine")
+    result = _run("train.sh", str(recipe), environment=stub | {"TRAIN": "exit 3"})
+    assert result.returncode == 3, result.stderr
+    assert (recipe.parent / "run" / "STOPPED").read_text() == "mine"
 
 
 def test_a_run_that_has_failed_before_it_is_waited_for_is_no_success(tmp_path: Path) -> None:
