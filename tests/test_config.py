@@ -214,6 +214,8 @@ def test_a_path_that_only_the_working_directory_has_is_one_error_that_names_both
 ) -> None:
     elsewhere = project.parent / "elsewhere"
     (elsewhere / name).mkdir(parents=True)
+    if name.startswith("runs"):
+        (elsewhere / name / "run.lock").touch()
     if (project / name).exists():
         (project / name).rename(project / "moved")
     monkeypatch.chdir(elsewhere)
@@ -221,6 +223,13 @@ def test_a_path_that_only_the_working_directory_has_is_one_error_that_names_both
         load_recipe(project / "recipe.yaml")
     assert str(project / name) in str(caught.value)
     assert str(elsewhere / name) in str(caught.value)
+
+
+def test_an_output_need_not_exist_whatever_else_has_its_name(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = project.parent / "elsewhere"
+    (elsewhere / "runs" / "it").mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    assert load_recipe(project / "recipe.yaml").train.output == str(project / "runs" / "it")
 
 
 def test_overrides_and_presets_start_at_the_working_directory(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from mm_moslora.config.run import TrainConfig
 from mm_moslora.errors import ConfigError
+from mm_moslora.folders import RUN_SIGNS
 
 _PATHS = (
     "data.train.*.path", "data.train.*.image_folder", "data.validation.*.path", "data.validation.*.image_folder",
@@ -110,7 +111,8 @@ def _task(value: str, place: Callable[[str], str]) -> str:
 def _reached(key: str, value: str, start: Path, source: str) -> str:
     def place(name: str) -> str:
         there, here = start / name, Path.cwd() / name
-        if not _exists(there) and _exists(here):
+        meant = _is_run(here) if key == "train.output" else _exists(here)
+        if not _exists(there) and meant:
             raise ConfigError(
                 f"{source}: {key} is {name!r}, which is not at {there}, but at {here}. Relative paths in a recipe "
                 f"start at the recipe file: write {os.path.relpath(here, start)!r}, or an absolute path. On the "
@@ -128,6 +130,11 @@ def _reached(key: str, value: str, start: Path, source: str) -> str:
 def _is_model(key: str, path: Path) -> bool:
     """Whether a name would be taken for this path; tags of weights are often names of folders, too."""
     return path.is_file() if key.endswith("pretrained") else path.is_dir()
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a run lies there; a run's folder need not exist, and any other of its name says nothing."""
+    return any(any(path.glob(sign)) for sign in RUN_SIGNS)
 
 
 def _exists(path: Path) -> bool:
