@@ -413,17 +413,19 @@ class Decoder:
             self._config._attn_implementation = before
 
 
-def likeliest(logits: Tensor) -> Tensor:
-    """The token ``[B]`` with the largest of each row of logits ``[B, C]``.
+def likeliest(logits: Tensor) -> tuple[Tensor, list[int]]:
+    """The token ``[B]`` with the largest of each row of logits ``[B, C]``, on their device and here.
+
+    The host waits once.
 
     Raises:
         ModelError: a logit is NaN, or none is finite.
     """
     tokens = logits.argmax(dim=-1)  # of NaN, where there is one
-    highest = logits.gather(-1, tokens[..., None]).flatten().tolist()
+    numbers, highest = torch.stack((tokens.double(), logits.gather(-1, tokens[..., None]).flatten().double())).tolist()
     if wrong := [value for value in highest if not math.isfinite(value)]:
         raise ModelError(
             f"The largest of the model's logits is {wrong[0]}, so no token can be chosen. Its weights or a picture's "
             "features are damaged, or too large for its number format: try another checkpoint, or fp32."
         )
-    return tokens
+    return tokens, [int(number) for number in numbers]

@@ -100,10 +100,10 @@ def stream(
     rows = list(range(len(prompts)))  # which prompt each row of the state belongs to
     stops = set(stop_ids)
     for step in range(max_new_tokens):
-        chosen = likeliest(state.logits)
+        chosen, numbers = likeliest(state.logits)
         said: list[int | None] = [None] * len(prompts)
         alive = []
-        for index, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
+        for index, (row, token) in enumerate(zip(rows, numbers, strict=True)):
             if token not in stops:
                 said[row] = token
                 alive.append(index)

@@ -231,11 +231,12 @@ def stream_row(
     """
     decoder = start_row(model, prompt)
     for number in range(max_new_tokens):
-        token = likeliest(decoder.logits)[:, None]
-        if int(token) in stop_ids:
+        chosen, (number_of_token,) = likeliest(decoder.logits)
+        if number_of_token in stop_ids:
             return
-        yield int(token)
+        yield number_of_token
         if number + 1 < max_new_tokens:
+            token = chosen[:, None]
             decoder.extend(model.get_input_embeddings()(token), torch.ones_like(token))
 
 

@@ -62,7 +62,7 @@ def choose(logits: Tensor, sampling: Sampling, said: Mapping[int, int], generato
         logits = logits.index_add(
             0, tokens, -(sampling.presence_penalty + sampling.frequency_penalty * counts)
         )  # fmt: skip
-    token = int(likeliest(logits[None]))
+    _, (token,) = likeliest(logits[None])
     if sampling.temperature == 0:
         return token
     highest = logits[token]

@@ -1,13 +1,11 @@
-"""SLURM and host files for real, on this machine: commands on the PATH that stand in for a cluster start processes."""
+"""Host files for real, on this machine: `ssh` and `pdsh` on the PATH start processes here. SLURM: `test_slurm.py`."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -23,40 +21,6 @@ from trials import make_recipe, metrics, write
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
-# One process per node, each told its place; a signal goes on to all of them, as srun does.
-SRUN = """
-while [[ "$1" == -* ]]; do shift; done
-pids=()
-for node in $(seq 0 $((SLURM_JOB_NUM_NODES - 1))); do
-  SLURM_NODEID=$node SLURM_PROCID=$node "$@" & pids+=($!)
-done
-trap 'kill -TERM "${pids[@]}"' TERM
-code=0
-for pid in "${pids[@]}"; do
-  status=143
-  while [ "$status" = 143 ]; do status=0; wait "$pid" || status=$?; done
-  [ "$status" = 0 ] || code=$status
-done
-exit "$code"
-"""
-SCONTROL = """
-case "$1 $2" in
-  # As many as a pipe does not hold.
-  "show hostnames") echo 127.0.0.1; seq -f 'node-%g' 20000 ;;
-  "requeue "*) echo "$2" >>"$CLUSTER/requeued" ;;
-esac
-"""
-# A job that was put back into the queue runs again, as the same job.
-SBATCH = """
-export SLURM_JOB_ID SLURM_JOB_NUM_NODES=2 SLURM_JOB_NODELIST='node-[1-2]' SLURM_SUBMIT_DIR="$PWD"
-for start in 1 2; do
-  rm -f "$CLUSTER/requeued"
-  bash "$@" & echo $! >"$CLUSTER/batch-$start"
-  wait $! || exit $?
-  [ -e "$CLUSTER/requeued" ] || exit 0
-  cp "$CLUSTER/requeued" "$CLUSTER/requeued-$start"
-done
-"""
 SSH = """
 while [[ "$1" == -* ]]; do [[ "$1" == -o || "$1" == -p ]] && shift; shift; done
 shift
@@ -83,14 +47,13 @@ def cluster(tmp_path: Path, python: Preloaded) -> dict[str, str]:
     """The environment of somebody who is logged in to a cluster."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    scripts = {"srun": SRUN, "scontrol": SCONTROL, "sbatch": SBATCH, "ssh": SSH, "pdsh": PDSH}
+    scripts = {"ssh": SSH, "pdsh": PDSH}
     for name, text in scripts.items():
         (tools / name).write_text(f"#!/usr/bin/env bash\nset -u\n{text}")
         (tools / name).chmod(0o755)
     return os.environ | {
         "PATH": f"{tools}:{os.environ['PATH']}", "CLUSTER": str(tmp_path), "PYTHON": str(python.ours), "NPROC": "1",
         "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'eval'}",
-        "SLURM_JOB_ID": str(random.randrange(10**6)),
     }  # fmt: skip
 
 
@@ -112,29 +75,6 @@ def started(command: list[str], environment: dict[str, str], log: Path) -> Itera
 
 def has_stepped(run: Path) -> bool:
     return (run / "metrics.jsonl").is_file() and '"loss"' in (run / "metrics.jsonl").read_text()
-
-
-def test_a_slurm_job_of_two_nodes_is_requeued_when_it_is_preempted_and_goes_on(parts, cluster, tmp_path):
-    steps = 40
-    recipe = make_recipe(parts, tmp_path / "run", "zero2", steps=steps, save_every=1)
-    log = tmp_path / "log"
-    job = ["sbatch", str(ROOT / "scripts" / "train_slurm.sbatch"), write(recipe)]
-    with started(job, cluster, log) as process:
-        deadline = time.monotonic() + 300
-        while not (tmp_path / "run" / "checkpoint-000002").exists():
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            assert process.poll() is None, log.read_text()[-3000:]
-            time.sleep(0.02)
-        # What --signal=B:USR1@300 does before the time limit.
-        os.kill(int((tmp_path / "batch-1").read_text()), signal.SIGUSR1)
-        assert process.wait(timeout=300) == 0, log.read_text()[-3000:]
-    said = log.read_text()
-    assert (tmp_path / "requeued-1").read_text().split() == [cluster["SLURM_JOB_ID"]]
-    assert not (tmp_path / "requeued-2").exists()
-    assert f"--rdzv_id {cluster['SLURM_JOB_ID']} " in said
-    assert "Continuing from checkpoint-" in said
-    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, steps + 1))
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
 
 
 def test_the_hosts_of_a_host_file_train_together(parts, cluster, tmp_path):

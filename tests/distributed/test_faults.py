@@ -14,6 +14,7 @@ import pytest
 from trials import STAGES, hexed, losses, make_recipe, metrics, weights, write
 
 from mm_moslora.config import ProjectorConfig
+from mm_moslora.launch import stopped_text
 from mm_moslora.report.state import read_state
 from mm_moslora.training import watchdog
 
@@ -148,7 +149,7 @@ def test_a_signal_stops_all_ranks_at_the_same_step(number, rank, undisturbed, pa
     assert len(metrics(tmp_path / "run")) == 2
     assert (tmp_path / "run" / "checkpoint-000002" / "manifest.json").is_file()
     mark = tmp_path / "run" / "STOPPED"
-    assert mark.read_text() == f"signal {getattr(signal, number):d}\n"
+    assert mark.read_text() == stopped_text(getattr(signal, number))
     ranks.run(["faults:commanded", "nothing", "0", "0", "train", write(recipe)])
     assert not mark.exists()
     assert hexed(tmp_path / "run") == hexed(undisturbed)

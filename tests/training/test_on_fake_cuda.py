@@ -71,7 +71,7 @@ def test_measuring_and_answering_wait_where_the_host_must_decide(found):
     steps = 4
     assert case["generate"]["waits"] == {
         "mm_moslora branching.py _arrange: reads a value": 2, "mm_moslora branching.py _visible: reads a value": steps,
-        "mm_moslora generation.py stream: reads a value": steps,
+        "mm_moslora branching.py likeliest: reads a value": steps,
     }  # fmt: skip
     assert case["score"]["waits"]["mm_moslora generation.py score_options: reads a value"] == 2
     assert sum(case["score"]["waits"].values()) <= 8
