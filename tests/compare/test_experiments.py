@@ -99,7 +99,8 @@ def test_the_visual_experiment_takes_conversations_and_questions_of_a_quickstart
     ]
     (quickstart / "data" / "test.jsonl").write_text("\n".join(asked))
     source = json.dumps([{"path": str(taught), "image_folder": str(tmp_path)}])
-    tuned = load_recipe("quickstart_tune", [f"data.train={source}", "model.projector.weights=projector.safetensors"])
+    weights = str(quickstart / "align" / "projector.safetensors")
+    tuned = load_recipe("quickstart_tune", [f"data.train={source}", f"model.projector.weights={weights}"])
     (quickstart / "tune" / "config.yaml").write_text(tuned.to_yaml())
     path, task = visual.build(quickstart, tmp_path / "out")
     recipe = load_recipe(path)
@@ -108,7 +109,7 @@ def test_the_visual_experiment_takes_conversations_and_questions_of_a_quickstart
     kept = ["<image>\nwhat is it?", "circle", "what color is it?", "blue"]
     assert all([turn["value"] for turn in row["conversations"]] == kept for part in parts for row in part)
     assert (len(learnt), len(validated), len(learnt & validated)) == (visual.TRAIN, visual.VALIDATION, 0)
-    assert recipe.model.projector.weights == "projector.safetensors"
+    assert recipe.model.projector.weights == weights
     measured = rows(Path(task.removeprefix("llava:").split("@")[0]))
     assert ([row["answer"] for row in measured], len(measured)) == (["blue"] * visual.TEST, visual.TEST)
 
