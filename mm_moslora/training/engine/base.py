@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class StepResult:
     """Over all ranks."""
     right_tokens: int = 0
     """Supervised tokens than which no other was more probable, over all ranks."""
-    wait_seconds: float = 0.0
+    wait_seconds: float = field(default=0.0, compare=False)
     """For which this rank waited at the start of the step until the others had come."""
     own_loss_is_finite: bool = True
     """Whether this rank's part of the loss is finite; looked at where the step was skipped."""
