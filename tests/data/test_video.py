@@ -172,7 +172,7 @@ class TestBroken:
         path, moving = write_film(tmp_path / "a.mp4"), write_animation(tmp_path / "a.gif")
         monkeypatch.setitem(sys.modules, "av", None)
         assert shown(moving, 2) == [0, 19]
-        with pytest.raises(DataError, match=r"mm-moslora\[video\]") as caught:
+        with pytest.raises(DataError, match=r"pip install '?av>=") as caught:
             Clip(path, "x", 2).frames()
         assert not isinstance(caught.value, ImageError)  # not a fault of one record
 
@@ -224,6 +224,9 @@ class TestRecords:
         assert not record.images
         assert record.turns[0].text == "the <video> tag?"
 
+    def test_null_names_no_video(self, tmp_path: Path) -> None:
+        assert not parse({"id": "x", "conversations": QA, "video": None}, tmp_path).images
+
     @pytest.mark.parametrize(
         ("change", "code", "text"),
         [
@@ -232,7 +235,6 @@ class TestRecords:
             ({"video": "out/a.mp4"}, Code.PATH_ESCAPES, "links out"),
             ({"video": "http://host/a.mp4"}, Code.BAD_IMAGE_NAME, "nothing is downloaded"),
             ({"video": 5}, Code.BAD_IMAGE_NAME, "field video[0]: is a number"),
-            ({"video": None}, Code.BAD_IMAGE_NAME, "without videos"),
             ({"video": "a.mp4", "videos": ["a.mp4"]}, Code.IMAGE_COUNT, "both"),
             ({"video": ["a.mp4", "b.mp4"]}, Code.IMAGE_COUNT, "1 <video> in the questions, 2 videos"),
             ({"video": "a.mp4", "image": "a.png"}, Code.IMAGE_COUNT, "0 <image> in the questions, 1 images"),

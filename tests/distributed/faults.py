@@ -18,6 +18,7 @@ from mm_moslora.config import load_recipe
 from mm_moslora.tracking import Trackers
 from mm_moslora.training import loop, run, saving
 from mm_moslora.training.engine import Engine
+from mm_moslora.training.image_check import ImageCheck
 
 
 def poison(rank: str, step: str, *recipes: str) -> int:
@@ -113,6 +114,7 @@ def while_measuring(what: str, rank: str, *recipes: str) -> int:
 
     told.done = False
     setattr(owner, name, told)
+    ImageCheck.__call__ = lambda *_: None  # it evaluates, too
     return train_measured(*recipes)
 
 

