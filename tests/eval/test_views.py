@@ -304,12 +304,16 @@ def test_an_endpoint_that_hangs_does_not_outlive_an_interrupt() -> None:
             f"endpoint = Endpoint(url={url!r}, model='m', timeout=120)\n"
             "list(in_parallel(endpoint.chat, [{}] * 3, workers=2))\n"
         )
-        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True,
+            # What a shell starts with `&`, this test perhaps, has Ctrl-C ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
         try:
             server.settimeout(60)
             held = [server.accept()[0] for _ in range(2)]  # both requests are under way, and nobody answers
             process.send_signal(signal.SIGINT)
-            _, error = process.communicate(timeout=30)
+            _, error = process.communicate(timeout=90)
         finally:
             process.kill()
     assert "KeyboardInterrupt" in error
