@@ -1,7 +1,7 @@
 """`mm-moslora launch`: find this machine's accelerators, choose the launcher that fits, start the ranks and wait.
 
-A signal is handed on to the ranks; they finish their step, save and leave, and the exit code is then 75. So it is when
-they had not begun.
+A signal is handed on to the ranks once; they finish their step, save and leave, and the exit code is then 75. So it is
+when they had not begun. Ctrl-C a third time ends them unsaved.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,31 @@ EXIT_REQUEUE = 75
 STOPPED = "STOPPED"
 """File in a run folder: the run was stopped by a signal, which its text names, and nothing is unsaved."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+ONE_REQUEST_SECONDS = 3.0
+"""Signals so close to a request are the same one: terminals and schedulers tell whole groups of processes, the
+launchers hand on what they hear, and that of DeepSpeed sends SIGINT and SIGTERM."""
+REQUESTS_TO_END_UNSAVED = 3
+
+
+class RequestCounter:
+    """Counts requests to stop. The first signal is one; later ones are none, since schedulers repeat themselves while a
+    run saves, except Ctrl-C some seconds after the last request: a person insists."""
+
+    def __init__(self) -> None:
+        self._requests, self._since = 0, 0.0
+
+    def count(self, number: int) -> int:
+        """How many requests there were, if this signal is a new one, else 0.
+
+        Args:
+            number: of the signal.
+        """
+        now = time.monotonic()
+        insists = number == signal.SIGINT and now - self._since > ONE_REQUEST_SECONDS
+        if self._requests and not insists:
+            return 0
+        self._requests, self._since = self._requests + 1, now
+        return self._requests
 
 
 def stopped_text(number: int) -> str:
@@ -173,15 +199,18 @@ def launch(
     mark = run_folder / STOPPED
     refuse_strangers(run_folder, (STOPPED,), kind="run", also=RUN_SIGNS)
     discard(mark)
-    # In a group of its own: Ctrl-C reaches whole groups, and ranks that hear it twice stop without saving.
     tell: Callable[[int], None] = _terminate
+    kill: Callable[[int], None] = kill_tree
     if places.hostfile is not None:
         tell = end_deepspeed
     elif places.job is not None:
-        tell = places.job.terminate_step
+        tell, kill = places.job.terminate_step, _terminate  # which srun answers by killing its step
     if requeue is not None:
         requeue.watch(run_folder)
-    ended = run_and_hand_on(words, _SIGNALS, tell=tell, env=environment, process_group=0, stdin=subprocess.DEVNULL)
+    # In a group of its own: Ctrl-C reaches whole groups, and torchrun leaves its ranks when it hears a second signal.
+    ended = run_and_hand_on(
+        words, _SIGNALS, tell=tell, kill=kill, env=environment, process_group=0, stdin=subprocess.DEVNULL
+    )
     # Not by the code alone: DeepSpeed's runner takes a launcher that was ended by a signal for a success.
     unsaved = bool(ended.signals) and not (ended.code == 0 and _is_finished(run_folder))
     if not mark.exists() and not unsaved:
@@ -213,32 +242,61 @@ def _terminate(process: int) -> None:
         os.kill(process, signal.SIGTERM)
 
 
+def kill_tree(process: int) -> None:
+    """End a process and all that it started, unsaved.
+
+    Args:
+        process: its id.
+    """
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(process)
+        for member in [root, *root.children(recursive=True)]:  # a launcher first, which might start others
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+
+
 def run_and_hand_on(
     words: Sequence[str],
     signals: Sequence[signal.Signals],
     *,
     tell: Callable[[int], None] = _terminate,
+    kill: Callable[[int], None] = kill_tree,
     **options: Any,
 ) -> Ended:
-    """Run a command; signals that come meanwhile, also while it is being started, reach it as SIGTERM.
+    """Run a command. The first signal that comes meanwhile, also while it is being started, is handed on; later ones
+    are not, and the third Ctrl-C ends the command at once.
 
     Args:
         words: the command.
         signals: to hand on; those that are ignored here (nohup) stay ignored.
-        tell: asks the process of this id to end; default: by SIGTERM.
+        tell: asks the process of this id to save and to end; default: by SIGTERM.
+        kill: ends it at once; default: together with all that it started.
         options: of `subprocess.Popen`.
     """
     child: subprocess.Popen[bytes] | None = None
     early: list[int] = []
-    handed_on: list[int] = []
+    late: list[int] = []
+    requests = RequestCounter()
 
     def hand_on(number: int, _: object) -> None:
+        request = requests.count(number)
         if child is None:
             early.append(number)
+            return
+        late.append(number)
+        if not request or child.poll() is not None:
+            return
+        if request == 1:
+            tell(child.pid)
+        elif request >= REQUESTS_TO_END_UNSAVED:
+            kill(child.pid)
         else:
-            handed_on.append(number)
-            if child.poll() is None:
-                tell(child.pid)
+            logger.info(
+                "The run saves before it ends. Ctrl-C again, more than %g s later, ends it unsaved.",
+                ONE_REQUEST_SECONDS,
+            )
 
     previous = {
         number: signal.signal(number, hand_on) for number in signals if signal.getsignal(number) != signal.SIG_IGN
@@ -247,7 +305,7 @@ def run_and_hand_on(
         child = subprocess.Popen(words, **options)
         if early and child.poll() is None:
             tell(child.pid)
-        return Ended(code=child.wait(), signals=frozenset([*early, *handed_on]))
+        return Ended(code=child.wait(), signals=frozenset([*early, *late]))
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -86,12 +86,46 @@ show_recipe() {
   RUN_FOLDER=$("$PYTHON" -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["train"]["output"])' <<<"$resolved")
 }
 
-# Signals that came so far, and the process that they are handed on to, once there is one.
-SIGNALS=0 CHILD=""
-trap 'SIGNALS=$((SIGNALS + 1)); [ -z "$CHILD" ] || hand_on' TERM INT USR1 HUP
+# Signals and requests to stop so far, the second of the last request, and the process that is told, once there is one.
+SIGNALS=0 REQUESTS=0 SINCE=0 CHILD="" TOLD=""
+trap heard TERM USR1 HUP
+trap 'heard INT' INT
+
+# Counts requests as mm_moslora.launch.RequestCounter does: the first signal, and each Ctrl-C some seconds later. The first
+# is handed on once, since torchrun leaves its ranks when it hears a second signal; the third ends all at once.
+heard() {
+  SIGNALS=$((SIGNALS + 1))
+  if [ "$REQUESTS" != 0 ] && ! { [ "${1:-}" = INT ] && [ $((SECONDS - SINCE)) -gt 3 ]; }; then
+    return
+  fi
+  REQUESTS=$((REQUESTS + 1)) SINCE=$SECONDS
+  if [ -z "$CHILD" ]; then
+    return
+  elif [ "$REQUESTS" = 1 ]; then
+    tell_once
+  elif [ "$REQUESTS" -ge 3 ]; then
+    kill_tree "$CHILD"
+  else
+    echo "The run saves before it ends. Ctrl-C again, more than 3 s later, ends it unsaved." >&2
+  fi
+}
+
+tell_once() {
+  [ -n "$TOLD" ] || { TOLD=yes; hand_on; }
+}
 
 hand_on() {
   kill -TERM "$CHILD" 2>/dev/null || true
+}
+
+# Ends a process and all that it started: kill_tree PROCESS.
+kill_tree() {
+  local child children
+  children=$(cat /proc/"$1"/task/*/children 2>/dev/null) || true
+  kill -KILL "$1" 2>/dev/null || true
+  for child in $children; do
+    kill_tree "$child"
+  done
 }
 
 # Runs "$@", hands signals on to it, and returns 75 (try again later) when it was stopped on request.
@@ -108,7 +142,7 @@ run_and_report() {
   "$@" </dev/null &
   CHILD=$!
   set +m
-  [ "$SIGNALS" = 0 ] || hand_on
+  [ "$SIGNALS" = 0 ] || tell_once
   # wait returns early when a trapped signal arrives; asked again, it tells how the child ended, long gone or not.
   heard=""
   while [ "$heard" != "$SIGNALS" ]; do

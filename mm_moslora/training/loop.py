@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import resource
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -274,6 +275,9 @@ class _Loop:
                 if self.saver.pending is not None and not writing:
                     self._finish_save()
                 self.stopped_by = int(number)
+                if number and distributed.is_main():
+                    name = signal.Signals(self.stopped_by).name
+                    logger.info("%s: saving step %d. Ctrl-C three times in all ends without.", name, self.run.step)
                 if number or run.step == stop_at:
                     return
         if self.best.out_of_patience:

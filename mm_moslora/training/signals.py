@@ -6,16 +6,14 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from mm_moslora.launch import REQUESTS_TO_END_UNSAVED, RequestCounter
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_ONE_REQUEST_SECONDS = 3.0
-"""Signals so close to the first are the same request: terminals and schedulers tell whole groups of processes, the
-launchers hand on what they hear, and that of DeepSpeed sends SIGINT and SIGTERM."""
 _AGAIN_SECONDS = 30.0
 """What was raised where Python or a library swallows it (in a finaliser, say) is raised once more after these."""
 
@@ -27,14 +25,14 @@ class Stopped(KeyboardInterrupt):
 class StopRequest:
     """Hears SIGTERM, SIGINT and SIGUSR1.
 
-    In a `with` block of it the first signal is remembered, and another one, some seconds later, stops at once
-    (KeyboardInterrupt). In one of `at_once`, around it, every signal stops at once (Stopped).
+    In a `with` block of it the first signal is remembered, and the third Ctrl-C stops at once (KeyboardInterrupt); see
+    `mm_moslora.launch.RequestCounter`. In one of `at_once`, around it, every signal stops at once (Stopped).
     """
 
     def __init__(self) -> None:
         self.received = 0
         """The first signal, 0 for none."""
-        self._since = 0.0
+        self._requests = RequestCounter()
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -74,9 +72,8 @@ class StopRequest:
             _put_back(previous)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if not self.received:
-            self.received, self._since = number, time.monotonic()
-        elif time.monotonic() - self._since > _ONE_REQUEST_SECONDS:
+        self.received = self.received or number
+        if self._requests.count(number) >= REQUESTS_TO_END_UNSAVED:
             raise KeyboardInterrupt
 
 

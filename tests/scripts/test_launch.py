@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from unittest import mock
 
 import psutil
@@ -206,7 +208,7 @@ def test_the_exit_code_is_the_launchers(script, code, monkeypatch, tmp_path):
 
 
 def test_ctrl_c_in_a_terminal_reaches_the_ranks_once(tmp_path):
-    """A terminal sends it to the whole process group, and ranks take a second one for: at once, without saving."""
+    """A terminal sends it to the whole process group, and torchrun leaves its ranks when it hears a second one."""
     ranks = (
         "import pathlib, signal, time\n"
         f"heard = pathlib.Path({str(tmp_path / 'heard')!r})\n"
@@ -230,6 +232,45 @@ def test_ctrl_c_in_a_terminal_reaches_the_ranks_once(tmp_path):
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGINT)
     assert (tmp_path / "heard").read_text().split() == [str(int(signal.SIGTERM))]
+
+
+def test_a_scheduler_that_repeats_itself_is_handed_on_once_and_the_third_ctrl_c_ends_all(monkeypatch, tmp_path):
+    monkeypatch.setattr(launch, "ONE_REQUEST_SECONDS", 0.0)
+    started, heard, rank = tmp_path / "started", tmp_path / "heard", tmp_path / "rank"
+    torchrun = (
+        "import pathlib, signal, subprocess, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: pathlib.Path({str(heard)!r}).open('a').write('told\\n'))\n"
+        "rank = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)\n"
+        f"pathlib.Path({str(rank)!r}).write_text(str(rank.pid))\n"
+        f"pathlib.Path({str(started)!r}).touch()\n"
+        "while True: time.sleep(0.05)\n"
+    )
+
+    def until(path: Path) -> None:
+        end = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < end:
+            time.sleep(0.02)
+
+    def tell() -> None:
+        here = threading.main_thread().ident
+        until(started)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            signal.pthread_kill(here, number)
+            until(heard)
+            time.sleep(0.1)  # two signals of one number before the first is heard are one
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(launch, "command", lambda *_, **__: [sys.executable, "-c", torchrun])
+    thread = threading.Thread(target=tell)
+    thread.start()
+    try:
+        assert launch.launch(Places(), [], run_folder=tmp_path) == 75
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+    assert heard.read_text().split() == ["told"]
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(rank.read_text())).wait(20)
 
 
 def test_ranks_record_what_they_wait_for_without_a_warning():

@@ -13,6 +13,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mm_moslora.cli import run
@@ -201,6 +202,35 @@ trap() {{ sleep 0.2; builtin trap "$@"; }}
 kill() {{ sleep 0.2; builtin kill "$@"; }}
 run_and_report bash -c 'exit 3'"""
     assert subprocess.run(["bash", "-c", code], check=False).returncode == 3
+
+
+def test_a_scheduler_that_repeats_itself_is_handed_on_once_and_the_third_ctrl_c_ends_all() -> None:
+    code = f"""source {shlex.quote(str(SCRIPTS / "common.sh"))}
+hand_on() {{ echo told; }}
+kill_tree() {{ echo "ended $1"; }}
+CHILD=7 SECONDS=100
+heard; heard INT
+SECONDS=200; heard; heard INT; heard INT
+SECONDS=300; heard; heard INT"""
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["told", "ended 7"]
+    assert done.stderr.splitlines() == [
+        "The run saves before it ends. Ctrl-C again, more than 3 s later, ends it unsaved."
+    ]
+
+
+def test_all_that_a_launcher_started_ends_with_it() -> None:
+    rank = "import time; print(flush=True); time.sleep(60)"
+    torchrun = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}], start_new_session=True)"
+    with subprocess.Popen([sys.executable, "-c", torchrun], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        assert ranks
+        code = f"source {shlex.quote(str(SCRIPTS / 'common.sh'))}; kill_tree {process.pid}"
+        subprocess.run(["bash", "-c", code], check=True)
+        assert process.wait(20) == -signal.SIGKILL
+        assert not psutil.wait_procs(ranks, timeout=20)[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

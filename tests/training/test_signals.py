@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from between import somebody_builds
+from between import just_before, somebody_builds
 from preloaded import Preloaded
 from trials import losses, write
 
+from mm_moslora import launch
 from mm_moslora.launch import stopped_text
-from mm_moslora.training import signals
+from mm_moslora.training import loop, signals
 from mm_moslora.training.loop import train
 from mm_moslora.training.signals import StopRequest
 
@@ -65,18 +66,38 @@ def test_a_run_that_is_told_to_stop_while_it_loads_asks_to_be_started_again(reci
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_the_first_signal_is_remembered_and_one_of_some_seconds_later_stops_at_once(number, monkeypatch):
+def test_the_first_signal_is_remembered_and_the_third_ctrl_c_stops_at_once(number, monkeypatch):
     before = signal.getsignal(number)
     with StopRequest() as stop:
-        signal.raise_signal(number)
-        assert stop.received == number
-        for other in NUMBERS:  # a launcher hands on what the terminal has told already
-            signal.raise_signal(other)
-        monkeypatch.setattr(signals, "_ONE_REQUEST_SECONDS", 0.0)
+        for told in (number, *NUMBERS, signal.SIGINT, signal.SIGINT):  # a launcher repeats what the terminal has told
+            signal.raise_signal(told)
+        monkeypatch.setattr(launch, "ONE_REQUEST_SECONDS", 0.0)
+        for told in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(told)
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGINT)
         assert stop.received == number
     assert signal.getsignal(number) is before
+
+
+def test_a_scheduler_that_repeats_itself_does_not_cost_the_save(recipe, monkeypatch, caplog):
+    monkeypatch.setattr(launch, "ONE_REQUEST_SECONDS", 0.0)
+    real = loop.snapshot
+
+    def slow(run):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+            signal.raise_signal(number)
+        return real(run)
+
+    monkeypatch.setattr(loop, "snapshot", slow)
+    just_before(
+        monkeypatch, loop._Loop, "_periodically", lambda: signal.raise_signal(signal.SIGTERM), when=lambda *_: True
+    )
+    with caplog.at_level("INFO"):
+        result = train(recipe)
+    assert (result.step, result.stopped_by) == (1, signal.SIGTERM)
+    assert (result.checkpoint / "manifest.json").is_file()
+    assert "SIGTERM: saving step 1. Ctrl-C three times in all ends without." in caplog.text
 
 
 @pytest.mark.parametrize("number", NUMBERS)
