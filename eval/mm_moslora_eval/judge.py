@@ -1,8 +1,8 @@
 """Judges: grading free answers with a language model behind an OpenAI-compatible endpoint.
 
-Replies are cached by content as JSON files, so that scoring again costs nothing; calls and tokens are counted, and a
-budget ends the grading before it is exceeded. The wording of the questions to the judge is this project's own in every
-protocol; results name it (`WORDING`).
+Replies are cached as JSON files by address, model and request, so that scoring again costs nothing; calls and tokens
+are counted, and a budget ends the grading before it is exceeded. The wording of the questions to the judge is this
+project's own in every protocol; results name it (`WORDING`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from mm_moslora.errors import EvalError
 from mm_moslora.files import read_json
+from mm_moslora.redaction import redact_text
 
 from .answers import write_atomically
 from .documents import Document, digest
@@ -61,7 +62,8 @@ class Judge:
         """
         messages = [{"role": "user", "content": prompt}]
         payload: dict[str, Any] = {"messages": messages, "max_tokens": max_tokens, "temperature": temperature}
-        place = self._cache / f"{digest([self.endpoint.model, payload])}.json"
+        asked = {"url": self.endpoint.url, "model": self.endpoint.model, "request": payload}
+        place = self._cache / f"{digest(asked)}.json"
         known = _kept_reply(place)
         if known is not None:
             self.cached += 1
@@ -75,13 +77,18 @@ class Judge:
             )
         reply = self.endpoint.chat(payload)
         text = str(reply["choices"][0]["message"].get("content") or "")
-        stored = {"model": self.endpoint.model, "request": payload, "reply": text, "usage": reply.get("usage")}
+        stored = asked | {"url": redact_text(self.endpoint.url), "reply": text, "usage": reply.get("usage")}
         write_atomically(place, json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
         return text
 
     def to_dict(self) -> dict[str, Any]:
         """For the result file: who judged, and what it cost."""
-        about = {"model": self.endpoint.model, "url": self.endpoint.url, "wording": WORDING, "cached": self.cached}
+        about = {
+            "model": self.endpoint.model,
+            "url": redact_text(self.endpoint.url),
+            "wording": WORDING,
+            "cached": self.cached,
+        }
         return about | self.endpoint.usage.to_dict()
 
 

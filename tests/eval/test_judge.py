@@ -157,6 +157,21 @@ def test_a_damaged_reply_in_the_cache_is_asked_for_again(tmp_path: Path) -> None
         assert len(server.payloads) == 2
 
 
+def test_two_judges_of_one_name_at_two_addresses_share_no_reply(tmp_path: Path) -> None:
+    with serve(lambda _: "0.5") as one, serve(lambda _: "0.9") as other:
+        for _ in range(2):
+            for server, reply in ((one, "0.5"), (other, "0.9")):
+                judge = Judge(Endpoint(url=server.url, model="j"), cache=tmp_path)
+                assert judge.ask("how good?") == reply
+                assert judge.ask("how good?", temperature=0.5) == reply
+                assert judge.ask("how good?", max_tokens=8) == reply
+        assert len(one.payloads) == len(other.payloads) == 3
+    kept = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    assert sorted((entry["url"], entry["reply"]) for entry in kept) == sorted(
+        [(one.url, "0.5"), (other.url, "0.9")] * 3
+    )
+
+
 def test_llavabench_is_relative_to_the_reference(write_tsv: Writer, tmp_path: Path) -> None:
     path = write_tsv(
         [
