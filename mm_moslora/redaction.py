@@ -6,6 +6,7 @@ declares secret. Standard library only, so that every layer can use it.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -19,47 +20,73 @@ from typing import Any
 REDACTED = "[redacted]"
 
 _SECRET_NAME = re.compile(
-    r"(?:^|[_\-.])(?:api[_-]?key|access[_-]?key|secret|passw(?:or)?d|passphrase|credentials?|auth|private[_-]?key"
-    r"|(?:api|access|auth|hub|hf|bearer|session|refresh|wandb|huggingface|github)[_-]?token)(?:$|[_\-.])"
+    r"(?:^|[_\-.])(?:api[_-]?key|access[_-]?key|secret|passw(?:or)?d|passphrase|credentials?|auth|authorization"
+    r"|private[_-]?key|(?:api|access|auth|hub|hf|bearer|session|refresh|wandb|huggingface|github)[_-]?token)(?:$|[_\-.])"
     r"|^token$|(?-i:_TOKEN$)",  # any variable of the environment, but not `eos_token`
     re.IGNORECASE,
 )
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _SECRET_VALUE = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}"  # Hugging Face
     r"|\bwandb_v\d_[A-Za-z0-9_]{20,}"  # wandb, since 2025
     r"|\bsk-[A-Za-z0-9_\-]{16,}"  # OpenAI-like
     r"|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_[A-Za-z0-9_]{20,}"
     r"|\bAKIA[0-9A-Z]{16}\b"  # AWS key id
-    r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"  # user:password of a URL
+    r"|(?<=://)[^/\s:@\"'<>]*:[^/\s\"'<>]+(?=@)"  # user:password of a URL
+    r"|(?:(?<=http://)|(?<=https://))[^/\s?#\"'<>]+(?=@)"  # a token in place of both
     r"|(?<=Bearer )[A-Za-z0-9._\-]{16,}|(?<=uthorization: bearer )[A-Za-z0-9._\-]{16,}"
     r"|(?<=uthorization: Basic )[A-Za-z0-9+/]{8,}={0,2}"
 )
-_ASSIGNED = re.compile(r"(?:(?<=[?&])[A-Za-z0-9_.\-]+|\b[A-Z][A-Z0-9_]+)=(?=[^\s&#])")
-"""A field of a URL's query, or a variable of the environment, before its value."""
-_ASSIGNED_VALUE = re.compile(r"[^\s&#'\"]+")
+_NAME = r"[A-Za-z0-9_.\-]{1,100}"
+_NAMED = re.compile(
+    rf"(?P<quote>\\{{0,8}}[\"'])(?P<key>{_NAME})(?P=quote)\s*[:=]\s*"  # JSON, escaped or not, and Python's dicts
+    rf"|(?<![A-Za-z0-9_.\-])(?P<field>{_NAME})="  # a URL's query, a keyword argument, a variable
+    rf"|(?<!\S)--?(?P<option>{_NAME})[ \t]+(?!-)"
+    rf"|^[ \t]*(?:-[ \t]+)?(?P<line>{_NAME}):[ \t]+"  # YAML
+    rf"|(?<![A-Za-z0-9_.\-])(?P<header>[A-Za-z0-9]+[_\-]{_NAME}):[ \t]*",
+    re.MULTILINE,
+)
+"""A name before its value. One word and a colon within a line are left alone: they are prose (`token: ...`)."""
+_QUOTED_VALUE = re.compile(
+    r"(?P<open>[bru]{0,2}(?P<escaped>\\{1,8}[\"']))(?:(?!(?P=escaped)).)*"
+    r"|[bru]{0,2}\"(?:\\.|[^\"\\\n])*|[bru]{0,2}'(?:\\.|[^'\\\n])*|[\[(][^\])\n]*"
+)
+_OPENING = re.compile(r"[bru]{0,2}\\{0,8}[\"'\[(]")
+_BARE_VALUES = {"key": re.compile(r"[^\s,;&}\])\"']+"), "line": re.compile(r"[^\n]+")}
+_BARE_VALUE = re.compile(r"[^\s&#'\"]+")
+_SCHEME = re.compile(r"(?:bearer|basic|token)[ \t]+(?=\S)", re.IGNORECASE)
+_NO_SECRET = re.compile(r"(?:none|null|true|false)?[,;.)\]}]*$", re.IGNORECASE)
 _HEX_40 = re.compile(r"\b[0-9a-f]{40}\b")  # an old wandb key; also what a git commit looks like
 _HASH_NAME = re.compile(r"revision|commit|sha|hash|digest|version", re.IGNORECASE)
 _SHORTEST = 8
 """Environment values shorter than this are not searched for: they would match ordinary words."""
 
 
-def redact(value: Any, *, name: str = "") -> Any:
+def redact(value: Any, *, name: str = "", keep_hashes: bool = False) -> Any:
     """The same nested data with every secret replaced by `[redacted]`.
 
     Args:
         value: mappings, lists, tuples and scalars; left untouched itself.
         name: the key that holds `value`, which may say that it is a secret (`api_key`) or is none (`revision`).
+        keep_hashes: see `redact_text`.
     """
     if isinstance(value, Mapping):
-        return {key: redact(item, name=str(key)) for key, item in value.items()}
+        return {
+            redact_text(key, keep_hashes=True) if isinstance(key, str) else key: redact(
+                item, name=str(key), keep_hashes=keep_hashes
+            )
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [redact(item, name=name) for item in value]
-    if value is None or isinstance(value, bool | int | float):
+        return [redact(item, name=name, keep_hashes=keep_hashes) for item in value]
+    if value is None or isinstance(value, bool):
+        return value
+    if value != "" and is_secret_name(name):
+        return REDACTED
+    if isinstance(value, int | float):
         return value
     text = str(value)
-    if text and is_secret_name(name):
-        return REDACTED
-    cleaned = redact_text(text, keep_hashes=bool(_HASH_NAME.search(name)))
+    cleaned = redact_text(text, keep_hashes=keep_hashes or bool(_HASH_NAME.search(name)))
     return value if cleaned == text else cleaned
 
 
@@ -72,19 +99,38 @@ def redact_text(text: str, *, keep_hashes: bool = False) -> str:
     """
     for secret in _environment_secrets():
         text = text.replace(secret, REDACTED)
-    text = _without_assigned(_SECRET_VALUE.sub(REDACTED, text))
+    text = _without_named(_SECRET_VALUE.sub(REDACTED, text))
     return text if keep_hashes else _HEX_40.sub(REDACTED, text)
 
 
-def _without_assigned(text: str) -> str:
+def _without_named(text: str) -> str:
     """The text with values left out that follow names which sound like a secret, as in `?api_key=...`."""
     kept, end = [], 0
-    for match in _ASSIGNED.finditer(text):
-        value = _ASSIGNED_VALUE.match(text, match.end())
-        if match.start() >= end and value is not None and is_secret_name(match[0][:-1]):
-            kept += [text[end : match.end()], REDACTED]
-            end = value.end()
+    for match in _NAMED.finditer(text):
+        kind = match.lastgroup or ""
+        if match.start() < end or not is_secret_name(match[kind]):
+            continue
+        start, stop = _value(text, match.end(), kind)
+        if not _NO_SECRET.match(text[start:stop].strip()):
+            kept += [text[end:start], REDACTED]
+            end = stop
     return "".join([*kept, text[end:]])
+
+
+def _value(text: str, start: int, kind: str) -> tuple[int, int]:
+    """Where a value begins and ends, without its quotes; a nested object is none, since its own names tell."""
+    opening = _OPENING.match(text, start)
+    quoted = _QUOTED_VALUE.match(text, start) if opening and not text.startswith(REDACTED, start) else None
+    begin = opening.end() if opening and quoted else start
+    if scheme := _SCHEME.match(text, begin):
+        begin = scheme.end()
+    if quoted:
+        return begin, quoted.end()
+    if text.startswith("{", begin):
+        return begin, begin
+    known = begin + len(REDACTED) if text.startswith(REDACTED, begin) else begin
+    bare = _BARE_VALUES.get(kind, _BARE_VALUE).match(text, known)
+    return begin, bare.end() if bare else known
 
 
 def redacted_command(words: Sequence[str]) -> str:
@@ -136,9 +182,10 @@ def redacted_traceback(error: BaseException) -> str:
     return redact_text("".join(traceback.format_exception(error)).rstrip())
 
 
+@functools.lru_cache(maxsize=4096)
 def is_secret_name(name: str) -> bool:
     """Whether a key or variable of this name holds a secret; `tokens_per_image` and `max_tokens` do not."""
-    return bool(_SECRET_NAME.search(name))
+    return bool(_SECRET_NAME.search(_CAMEL.sub("_", name)))
 
 
 def _environment_secrets() -> list[str]:

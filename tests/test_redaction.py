@@ -38,10 +38,11 @@ def test_values_that_look_like_secrets_go_wherever_they_stand(secret: str) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["api_key", "HF_TOKEN", "wandb-api-key", "password", "client_secret", "token", "MY_TOKEN"]
+    "name", ["api_key", "HF_TOKEN", "wandb-api-key", "password", "client_secret", "token", "MY_TOKEN", "clientSecret"]
 )
 def test_names_that_sound_like_secrets_hide_their_value(name: str) -> None:
     assert redact({name: "anything at all"}) == {name: REDACTED}
+    assert redact({name: 12345678, "lr": 12345678}) == {name: REDACTED, "lr": 12345678}
 
 
 def test_recipe_words_are_no_secrets() -> None:
@@ -65,6 +66,24 @@ def test_password_of_a_url_goes_and_the_url_stays() -> None:
         ("authorization: bearer canary-1-canary-1", "bearer [redacted]"),
         ("Authorization: Basic canary1canary1==", "Basic [redacted]"),
         ("run with WANDB_API_KEY=canary-1 and HF_HOME=/data", "WANDB_API_KEY=[redacted] and HF_HOME=/data"),
+        ("cannot clone https://canary-1@host/x.git", "clone https://[redacted]@host/x.git"),
+        ("at https://me:can@ary-canary@host/x", "https://[redacted]@host/x"),
+        ('400: {"api_key": "canary-1", "n": 2}', '{"api_key": "[redacted]", "n": 2}'),
+        ('{"api_key": "can\\"canary", "n": 2}', '{"api_key": "[redacted]", "n": 2}'),
+        ('{"body": "{\\"accessToken\\": \\"canary 1\\", \\"n\\": 2}"}', '\\": \\"[redacted]\\", \\"n\\": 2}"}'),
+        ('cut off: {"n": 2, "password": "canary', '"n": 2, "password": "[redacted]'),
+        ("{'token': 'canary', 'n': 2}", "{'token': '[redacted]', 'n': 2}"),
+        ("{'token': b'canary', 'n': 2}", "{'token': b'[redacted]', 'n': 2}"),
+        (
+            '{"password": 1234567, "auth": ["me", "canary"], "n": 2}',
+            '"password": [redacted], "auth": [[redacted]], "n": 2',
+        ),
+        ('{"token": "hf_aB3aB3aB3aB3aB3aB3 canary"}', '{"token": "[redacted]"}'),
+        ("Client(api_key='canary', n=2)", "Client(api_key='[redacted]', n=2)"),
+        ("curl -H 'x-api-key: canary' http://host", "x-api-key: [redacted]' http://host"),
+        ("track:\n  password: canary canary\n  n: 2", "  password: [redacted]\n  n: 2"),
+        ("mm-moslora eval run t --hf-token canary --limit 2", "--hf-token [redacted] --limit 2"),
+        ('{"headers": {"Authorization": "Bearer canary"}, "n": 2}', '"Bearer [redacted]"}, "n": 2'),
     ],
 )
 def test_secrets_of_addresses_and_headers_go_and_what_stands_around_them_stays(text: str, kept: str) -> None:
@@ -77,6 +96,9 @@ def test_what_only_looks_like_an_assignment_stays() -> None:
     for text in (
         "https://h/p?max_tokens=5&tokenizer=x and MAX_TOKENS=7, TOKENIZERS_PARALLELISM=false",
         "Basic understanding of bearer responsibilities",
+        '{"token": null, "api_key": "", "max_tokens": 5, "eos_token": "</s>", "tokenizer": "x"}',
+        "invalid token: '<image>', and 'api_key' is no key of track: did you mean 'project'?",
+        "http://host:80/x?to=me@example.org ssh://git@host/x https://host/@me hf://datasets/a/b@main",
     ):
         assert redact_text(text) == text
 
@@ -132,3 +154,16 @@ def test_the_command_line_of_this_process_is_put_back() -> None:
         assert sys.argv[-1].endswith(SECRET_URL)
     finally:
         sys.argv[:] = before
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["https://canary@host refused", '{"api_key": "canary"}', "sent {'token': 'canary'}", "Client(token='canary')"],
+)
+def test_exceptions_are_shown_without_their_secrets(said: str) -> None:
+    error = RuntimeError({"message": said})
+    error.__cause__ = ValueError(said)
+    shown = redacted_traceback(error)
+    assert "canary" not in shown
+    assert shown.count(REDACTED) == 2
+    assert "RuntimeError" in shown

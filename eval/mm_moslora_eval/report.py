@@ -147,7 +147,7 @@ def _printable(value: Any) -> Any:
 
 
 def _short(text: str | None) -> str:
-    text = text or ""
+    text = redact_text(text or "", keep_hashes=True)  # half a secret would not be known as one
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({len(text)} characters)"
 
 

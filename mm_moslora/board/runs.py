@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.errors import ConfigError
-from mm_moslora.redaction import redact, redact_text
+from mm_moslora.redaction import redact_text
 from mm_moslora.report.charts import downsample
 from mm_moslora.report.overlay import LARGEST, flat_recipe
 from mm_moslora.report.schema import MARKS, RunData, is_run, load_run
@@ -149,7 +149,7 @@ def _row(data: RunData, name: str) -> dict[str, Any]:
     recipe = {key: value for stage in data.stages for key, value in flat_recipe(stage.config or "").items()}
     return {
         "title": str(data.summary.get("title") or data.summary.get("name") or name),
-        "recipe": redact(recipe), **_progress(data),
+        "recipe": recipe, **_progress(data),
         "scores": {
             task or "score": row.score.mean for task, rows in tasks(data) for row in rows if row.name == "tuned"
         },
@@ -190,7 +190,7 @@ def _detail(name: str, data: RunData) -> dict[str, Any]:
             for mixer in data.mixers if mixer.after
         ],
         "pictures": [sample.image for sample in data.samples[:MOST_SAMPLES]],
-        "notes": [*(redact_text(alert) for alert in data.alerts), *data.notes],
+        "notes": [*data.alerts, *data.notes],
     }  # fmt: skip
 
 
@@ -215,4 +215,4 @@ def _curves(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]
 
 def _state(path: Path) -> dict[str, str | None]:
     state = read_state(path)
-    return {"state": state.name, "reason": redact_text(state.reason) if state.reason else None}
+    return {"state": state.name, "reason": state.reason or None}

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from mm_moslora.errors import ConfigError
 from mm_moslora.named_files import read_text
-from mm_moslora.redaction import redact_text
+from mm_moslora.redaction import redact
 from mm_moslora.report import story
 from mm_moslora.report.charts import format_number
 from mm_moslora.report.comparison_charts import differences_chart, means_chart, rates_chart
@@ -66,7 +66,8 @@ def render(data: Mapping[str, Any]) -> str:
     )
 
 
-def _context(data: Mapping[str, Any]) -> dict[str, Any]:
+def _context(results: Mapping[str, Any]) -> dict[str, Any]:
+    data = redact(results, keep_hashes=True)
     tasks = list(dict.fromkeys(name for arm in data["arms"] for name in arm["tasks"]))
     order = sorted(tasks, key=lambda name: name != ALL)
     names = [arm["name"] for arm in data["arms"]]
@@ -87,8 +88,8 @@ def _context(data: Mapping[str, Any]) -> dict[str, Any]:
         "floors": [(label, name) for name, label in _FLOORS.items() if data["floors"]],
         "charts": [Markup(chart) for chart in _charts(data, order, names) if chart],  # noqa: S704  (escaped there)
         "rates": Markup(_rates(data)),  # noqa: S704
-        "command": redact_text(data["command"]),
-        "recipe": redact_text(data["recipe"]),
+        "command": data["command"],
+        "recipe": data["recipe"],
     }  # fmt: skip
 
 

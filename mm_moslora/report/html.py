@@ -19,12 +19,11 @@ from markupsafe import Markup
 
 from mm_moslora.errors import ConfigError
 from mm_moslora.files import PAGE_SIGN, output_file, replace_text
-from mm_moslora.redaction import redact_text
 from mm_moslora.report import story
 from mm_moslora.report.charts import Series, format_number, line_chart, smooth
 from mm_moslora.report.overlay import MOST_RUNS, curve, overlay
 from mm_moslora.report.pictures import heat_map, thumbnail
-from mm_moslora.report.schema import EvaluationRow, Mixer, RunData, Stage, load_run, text_of
+from mm_moslora.report.schema import EvaluationRow, Mixer, RunData, Stage, load_run, recipe_text
 from mm_moslora.verdicts import OVERLAP
 from mm_moslora.wording import format_seconds
 
@@ -115,7 +114,7 @@ def _context(data: RunData) -> dict[str, Any]:
         "description": summary.get("description"),
         "facts": _facts(data),
         "standing": story.standing(data),
-        "alerts": [redact_text(text) for text in data.alerts],
+        "alerts": data.alerts,
         "verdicts": [v for task, rows in tasks if (v := story.verdict(task, rows))],
         "tiles": story.tiles(data),
         "assembly": _assembly(summary),
@@ -305,7 +304,7 @@ def _commands(data: RunData) -> list[dict[str, str]]:
     given = data.summary.get("commands")
     if isinstance(given, list):
         return [
-            {"what": str(item.get("what", "")), "command": redact_text(str(item["command"]))}
+            {"what": str(item.get("what", "")), "command": str(item["command"])}
             for item in given
             if isinstance(item, dict) and "command" in item
         ]
@@ -322,9 +321,9 @@ def _commands(data: RunData) -> list[dict[str, str]]:
 
 
 def _recipes(data: RunData) -> list[tuple[str, str]]:
-    found = [(stage.name, redact_text(stage.config, keep_hashes=True)) for stage in data.stages if stage.config]
+    found = [(stage.name, stage.config) for stage in data.stages if stage.config]
     if not any(stage.name == "train" for stage in data.stages) and (
-        own := text_of(data.folder / "config.yaml", data.notes)
+        own := recipe_text(data.folder / "config.yaml", data.notes)
     ):
-        found.insert(0, ("run", redact_text(own, keep_hashes=True)))
+        found.insert(0, ("run", own))
     return found

@@ -1,6 +1,7 @@
 """What a run folder holds for its report, and a reader that takes whatever is there.
 
 Every file is optional. A missing or damaged one is named in `RunData.notes` and the report says so in its place.
+Secrets are taken out of everything here, so that neither a report nor a board holds one.
 
     summary.json       see below
     config.yaml        the resolved recipe
@@ -43,8 +44,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mm_moslora.errors import ConfigError
 from mm_moslora.named_files import FileError, read_text_below
+from mm_moslora.redaction import redact, redact_text
 from mm_moslora.report.state import RunState, read_state, stage_folders
 from mm_moslora.verdicts import Difference, difference_of
 
@@ -222,9 +226,9 @@ def _stages(folder: Path, notes: list[str]) -> list[Stage]:
         found.append(
             Stage(
                 name=name,
-                metrics=_read_lines(place / "metrics.jsonl", notes),
+                metrics=_metrics(place / "metrics.jsonl", notes),
                 summary=summary,
-                config=text_of(place / "config.yaml", notes),
+                config=recipe_text(place / "config.yaml", notes),
             )
         )
     return found
@@ -237,7 +241,25 @@ def _merged_summary(summary: dict[str, Any], stages: list[Stage]) -> dict[str, A
     return merged | summary
 
 
-def text_of(path: Path, notes: list[str]) -> str | None:
+def recipe_text(path: Path, notes: list[str]) -> str | None:
+    """A recipe as YAML, its secrets taken out; None where there is none or it is not for reading.
+
+    Args:
+        path: see `_text_of`.
+        notes: see `_text_of`.
+    """
+    text = _text_of(path, notes)
+    if text is None:
+        return None
+    with suppress(yaml.YAMLError, ValueError, RecursionError):  # what is no YAML is taken as plain text
+        recipe = yaml.safe_load(text)
+        clean = redact(recipe, keep_hashes=True)
+        if clean != recipe:
+            text = yaml.safe_dump(clean, sort_keys=False, allow_unicode=True)
+    return redact_text(text, keep_hashes=True)
+
+
+def _text_of(path: Path, notes: list[str]) -> str | None:
     """What a file of a run's folder, or of a stage's, holds; None where there is none or it is not for reading.
 
     Args:
@@ -254,7 +276,7 @@ def text_of(path: Path, notes: list[str]) -> str | None:
 def _read_json(path: Path, notes: list[str]) -> Any:
     try:
         text = read_text_below(path.parent, path.name)
-        return None if text is None else json.loads(text)
+        return None if text is None else redact(json.loads(text), keep_hashes=True)
     except (ValueError, RecursionError) as error:
         notes.append(f"{path.name} could not be read ({error}).")
         return None
@@ -262,7 +284,7 @@ def _read_json(path: Path, notes: list[str]) -> Any:
 
 def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     records = []
-    for line in (text_of(path, notes) or "").splitlines():
+    for line in (_text_of(path, notes) or "").splitlines():
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
@@ -270,6 +292,16 @@ def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             records.append(record)
     return records
+
+
+def _metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The numbers of each line; nothing else is shown of them."""
+    records = [
+        {key: value for key, value in record.items() if value is None or isinstance(value, int | float)}
+        for record in _read_lines(path, notes)
+    ]
+    shown = {name: redact_text(name, keep_hashes=True) for name in {name for record in records for name in record}}
+    return [{shown[name]: value for name, value in record.items()} for record in records]
 
 
 def _mapping(value: Any, what: str, notes: list[str]) -> dict[str, Any]:
@@ -375,7 +407,8 @@ def _quarantine(folder: Path, stages: list[Stage], notes: list[str]) -> dict[str
     reasons: Counter[str] = Counter()
     for place in {folder, *(folder / stage.name for stage in stages)}:
         reasons.update(
-            str(record.get("reason", "no reason given")) for record in _read_lines(place / "quarantine.jsonl", notes)
+            redact_text(str(record.get("reason", "no reason given")), keep_hashes=True)
+            for record in _read_lines(place / "quarantine.jsonl", notes)
         )
     return dict(reasons.most_common())
 
@@ -383,4 +416,4 @@ def _quarantine(folder: Path, stages: list[Stage], notes: list[str]) -> dict[str
 def _alerts(folder: Path, stages: list[Stage], notes: list[str]) -> list[str]:
     places = dict.fromkeys([folder, *(folder / stage.name for stage in stages)])
     records = [record for place in places for record in _read_lines(place / "alerts.jsonl", notes)]
-    return [f"{record.get('title', 'Alert')}: {record.get('text', '')}" for record in records]
+    return [redact_text(f"{record.get('title', 'Alert')}: {record.get('text', '')}") for record in records]

@@ -7,12 +7,13 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mm_moslora.heartbeat import FOLDER, Beat, is_running, read_beats
 from mm_moslora.named_files import read_text_below
+from mm_moslora.redaction import redact_text
 from mm_moslora.wording import format_seconds
 
 STALE_SECONDS = 120.0
@@ -40,11 +41,16 @@ class RunState:
 
 
 def read_state(folder: Path) -> RunState:
-    """The state of a run.
+    """The state of a run, its reason without secrets.
 
     Args:
         folder: of the run.
     """
+    state = _state(folder)
+    return state if state.reason is None else replace(state, reason=redact_text(state.reason))
+
+
+def _state(folder: Path) -> RunState:
     for place in (folder, *reversed(stage_folders(folder))):
         told = read_object(place / "state.json")
         if told.get("state") in ("finished", "stopped", "failed"):

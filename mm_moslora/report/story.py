@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mm_moslora.redaction import redact_text
 from mm_moslora.report.schema import EvaluationRow, RunData, SampleRow
 from mm_moslora.verdicts import AGAINST, Difference, Mood, judge_tuning
 from mm_moslora.wording import format_seconds
@@ -71,7 +70,7 @@ def standing(data: RunData) -> Verdict | None:
     place = (f" at step {step}" + (f" of {total}" if total else "")) if step else " before its first step"
     stage = f" in stage {data.stages[-1].name}" if len(data.stages) > 1 else ""
     again = "The same command continues it from its last checkpoint."
-    why = [f"{redact_text(data.state.reason).rstrip('.')}."] if data.state.reason else []
+    why = [f"{data.state.reason.rstrip('.')}."] if data.state.reason else []
     sentences = {
         "running": [f"This run is under way{f',{place}' if step else ''}{stage}.", *why],
         "stopped": [f"This run was stopped{place}{stage}.", again],

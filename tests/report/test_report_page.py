@@ -7,16 +7,24 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
+from trials import make_recipe, write
 
+from mm_moslora import cli
+from mm_moslora.board.runs import Folder
 from mm_moslora.errors import ConfigError
+from mm_moslora.redaction import REDACTED
 from mm_moslora.report import build_report
 
 VOID = {"meta", "link", "img", "input", "br", "circle", "polyline", "line"}
@@ -227,6 +235,84 @@ def test_secrets_in_a_recipe_do_not_reach_the_page(run_folder: Path) -> None:
     (run_folder / "tune" / "config.yaml").write_text(f"model:\n  language: {secret}\n")
     _page(run_folder)
     assert secret not in (run_folder / "report.html").read_text()
+
+
+CANARIES = [
+    "hf_" + "Ab1" * 10,
+    "https://canary-token@host/v1",
+    "GET http://host/v1?api_key=canary-query",
+    '400 {"api_key": "canary-json"}',
+    "sent {'token': 'canary-dict'}",
+    "mm-moslora eval run t --judge.api-key canary-option",
+    "environment-canary",
+]
+
+
+def _leaks(text: str) -> list[str]:
+    return re.findall(r".{0,40}(?:canary|Ab1Ab1).{0,20}", text)
+
+
+def _everywhere(value: Any, secret: str) -> Any:
+    """The same JSON with a secret at the end of every text that is no path, name or number."""
+    if isinstance(value, dict):
+        kept = ("image", "name", "path", "task", "what", "state", "stages")
+        return {key: item if key in kept else _everywhere(item, secret) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_everywhere(item, secret) for item in value]
+    return f"{value} {secret}" if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("secret", CANARIES)
+def test_a_secret_anywhere_in_a_run_is_neither_on_its_page_nor_on_the_board(
+    secret: str, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_SERVICE_API_KEY", "environment-canary")
+    for name in ("summary.json", "evaluation.json", "samples.json"):
+        path = run_folder / name
+        path.write_text(json.dumps(_everywhere(json.loads(path.read_text()), secret)))
+    summary = json.loads((run_folder / "summary.json").read_text())
+    summary["environment"] |= {
+        "client_secret": "canary-fact",
+        "flags": [{"api_key": "canary-nested"}],
+        "pin": {"token": 1},
+    }
+    (run_folder / "summary.json").write_text(json.dumps(summary | {"title": secret, "description": secret}))
+    recipe = {"name": "demo", "notes": secret, "model": {"hub": {"token": "canary-recipe"}, "tags": [secret]}}
+    for place in (run_folder, run_folder / "tune"):
+        (place / "config.yaml").write_text(f"# {json.dumps(secret)}\n{yaml.safe_dump(recipe)}")
+        (place / "alerts.jsonl").write_text(json.dumps({"title": "Run failed", "text": secret}) + "\n")
+        (place / "quarantine.jsonl").write_text(json.dumps({"reason": secret}) + "\n")
+    (run_folder / "tune" / "metrics.jsonl").open("a").write(json.dumps({"step": 401, "loss": secret, secret: 1}) + "\n")
+    told = {"state": "failed", "reason": secret, "stages": ["align", "tune"]}
+    (run_folder / "state.json").write_text(json.dumps(told))
+    shutil.copytree(run_folder, run_folder.parent / "other")
+    page = _page(run_folder)
+    assert page.text.count(REDACTED) > 10
+    build_report([run_folder, run_folder.parent / "other"], run_folder.parent / "both.html")
+    board = Folder(run_folder.parent)
+    shown = json.dumps([board.rows(), board.detail("run")])
+    assert shown.count(REDACTED) > 10
+    pages = [(run_folder / "report.html").read_text(), (run_folder.parent / "both.html").read_text(), shown]
+    assert [_leaks(text) for text in pages] == [[], [], []]
+
+
+def test_secrets_of_a_real_runs_command_recipe_and_environment_stay_out(
+    language_folder: Path, vision_folder: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {"language": language_folder, "vision": vision_folder, "records": records}
+    recipe = make_recipe(parts, tmp_path / "run", "none", steps=2)
+    tags = ["https://canary-tag@host", '{"api_key": "canary-json"}']
+    recipe = replace(recipe, track=replace(recipe.track, trackers=["tensorboard"], tags=tags))
+    monkeypatch.setenv("MY_SERVICE_API_KEY", "environment-canary")
+    monkeypatch.setenv("SLURM_JOB_NAME", "of environment-canary")
+    words = ["train", write(recipe), "--name", "password=canary-name", "--track.notes", "environment-canary"]
+    monkeypatch.setattr(sys, "argv", ["mm-moslora", *words])
+    assert cli.run(words) == 0
+    run = tmp_path / "run"
+    page = _page(run)
+    assert f"password={REDACTED}" in page.text
+    board = Folder(tmp_path)
+    assert _leaks((run / "report.html").read_text() + json.dumps([board.rows(), board.detail("run")])) == []
 
 
 def test_report_needs_no_torch() -> None:
