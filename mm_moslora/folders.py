@@ -54,6 +54,33 @@ def shipped_folder(name: str) -> Path:
     raise ConfigError(f"No folder {name!r} comes along, expected {', '.join(SHIPPED)}.{suggestion(name, SHIPPED)}")
 
 
+def file_and_folder(text: str, *, start: Path | None = None) -> tuple[str, str]:
+    """Split what a person typed as FILE@FOLDER, where both may hold an `@`: what is there decides.
+
+    Args:
+        text: FILE or FILE@FOLDER.
+        start: where relative paths begin; None: the working directory.
+
+    Returns:
+        The file, and the folder or nothing. Of several readings, the first of: file and folder are there, the file is
+        there, the file has a suffix, the last `@` divides them.
+    """
+
+    def path(name: str) -> Path:
+        return (start or Path()) / Path(name).expanduser()
+
+    whole = (text, "")
+    splits = [(text[:at], text[at + 1 :]) for at in range(len(text) - 1, 0, -1) if text[at] == "@"]
+    for file, folder in (whole, *splits):
+        if path(file).is_file() and (not folder or path(folder).is_dir()):
+            return file, folder
+    for wanted in (lambda file: path(file).is_file(), lambda file: Path(file).suffix[1:].isalnum()):
+        for file, folder in (*splits, whole):
+            if wanted(file):
+                return file, folder
+    return splits[0] if splits else whole
+
+
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
     """Committed checkpoints of a run as (step, folder), oldest first; none that was put aside. Nothing is verified."""
     found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _CHECKPOINT.match(path.name))]

@@ -208,6 +208,19 @@ def test_paths_of_a_recipe_start_at_the_recipe(project: Path, monkeypatch: pytes
     assert load_recipe("project/recipe.yaml").data.train[0].path == "project/train.jsonl"
 
 
+def test_tasks_of_a_recipe_may_lie_in_folders_with_an_at_sign(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = project.rename(project.parent / "me@home")
+    (project / "im@ges").mkdir()
+    (project / "im@ges" / "own.yaml").touch()
+    tasks = '["llava:q.jsonl@im@ges", "im@ges/own.yaml@mine", "tsv:im@ges/q.tsv", "llava:q.jsonl"]'
+    (project / "recipe.yaml").write_text(RELATIVE.replace('["llava:q.jsonl@images", ', f"{tasks[:-1]}, "))
+    monkeypatch.chdir(project / "images")
+    assert load_recipe(project / "recipe.yaml").validate.tasks[:4] == [
+        f"llava:{project / 'q.jsonl'}@{project / 'im@ges'}", f"{project / 'im@ges' / 'own.yaml'}@mine",
+        f"tsv:{project / 'im@ges' / 'q.tsv'}", f"llava:{project / 'q.jsonl'}",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["train.jsonl", "parts/lm", "runs/it", "images", "q.jsonl"])
 def test_a_path_that_only_the_working_directory_has_is_one_error_that_names_both(
     project: Path, name: str, monkeypatch: pytest.MonkeyPatch

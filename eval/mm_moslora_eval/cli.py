@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.errors import DataError, EvalError
+from mm_moslora.folders import file_and_folder
 from mm_moslora.named_files import read_text
 from mm_moslora.verdicts import between
 
@@ -112,7 +113,7 @@ def training_answers(name: str) -> Sequence[TrainingAnswer]:
     """
     from .baselines import read_training_answers
 
-    path, _, folder = name.partition("@")
+    path, folder = file_and_folder(name)
     return read_training_answers(Path(path), image_folder=Path(folder) if folder else None) if path else ()
 
 
@@ -224,9 +225,11 @@ def with_protocol(tasks: Sequence[str], protocol: str | None) -> list[str]:
     """
     if not tasks:
         raise EvalError("No task was given. Name one or more; `mm-moslora eval list` shows them.")
+    from .registry import name_and_protocol
+
     own_data = ("llava:", "tsv:")
     return [
-        f"{task}@{protocol}" if protocol and "@" not in task and not task.startswith(own_data) else task
+        f"{task}@{protocol}" if protocol and not task.startswith(own_data) and not name_and_protocol(task)[1] else task
         for task in tasks
     ]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.errors import EvalError, suggestion
+from mm_moslora.folders import file_and_folder
 from mm_moslora.named_files import read_text
 from mm_moslora.strict import build_strictly, parse_yaml
 
@@ -19,6 +20,7 @@ from .task import Decoding, Task
 ENTRY_POINTS = "mm_moslora_eval.tasks"
 """Entry-point group of packages that bring tasks: each names a function without arguments that returns `Task`s."""
 
+_TASK_FILES = (".yaml", ".yml")
 _PACKAGED = Path(__file__).parent / "task_files"
 _CHECKOUT = Path(__file__).parents[1] / "tasks"
 
@@ -83,8 +85,8 @@ def get_task(name: str) -> Task:
     kind, separator, rest = name.partition(":")
     if separator and kind in ("llava", "tsv"):
         return _from_data(kind, rest)
-    stem, _, protocol = name.partition("@")
-    if stem.endswith((".yaml", ".yml")):
+    stem, protocol = name_and_protocol(name)
+    if stem.endswith(_TASK_FILES):
         if not Path(stem).is_file():
             raise EvalError(f"Task file {stem!r} does not exist.")
         tasks = {task.id: task for task in load_file(Path(stem))}
@@ -108,6 +110,12 @@ def get_task(name: str) -> Task:
     )
 
 
+def name_and_protocol(name: str) -> tuple[str, str]:
+    """Split `NAME@PROTOCOL` or `FILE.yaml@PROTOCOL`, whose folders may hold an `@`; no protocol is an empty one."""
+    stem, separator, protocol = name.rpartition("@")
+    return (stem, protocol) if separator and not name.endswith(_TASK_FILES) else (name, "")
+
+
 def tasks_of(names: Sequence[str]) -> list[Task]:
     """The tasks of `validate.tasks`.
 
@@ -126,7 +134,7 @@ def tasks_of(names: Sequence[str]) -> list[Task]:
 
 
 def _from_data(kind: str, rest: str) -> Task:
-    path, _, folder = rest.partition("@")
+    path, folder = file_and_folder(rest) if kind == "llava" else (rest, "")
     if not path:
         raise EvalError(f"{kind}: needs a file, such as {kind}:questions.{'jsonl' if kind == 'llava' else 'tsv'}.")
     name = "".join(character if character.isalnum() or character in "-_." else "_" for character in Path(path).stem)

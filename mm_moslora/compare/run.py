@@ -34,7 +34,7 @@ from mm_moslora.config import Recipe
 from mm_moslora.data.sources import open_source
 from mm_moslora.errors import ConfigError, MoSLoRAError
 from mm_moslora.files import discard, mark, read_json, refuse_strangers, remove, replace_json
-from mm_moslora.folders import MANIFEST, checkpoints
+from mm_moslora.folders import MANIFEST, checkpoints, file_and_folder
 from mm_moslora.training.signals import StopRequest
 from mm_moslora.wording import format_seconds
 
@@ -341,7 +341,7 @@ def plan_lines(settings: Settings) -> list[str]:
 
 def short_names(tasks: Sequence[str]) -> dict[str, str]:
     """A name for people for each task, all different: of a data file its file name, with as many folders as needed."""
-    files = {task: Path(rest.partition("@")[0]).with_suffix("") for task in tasks if (rest := _file_of(task))}
+    files = {task: Path(file).with_suffix("") for task in tasks if (file := _file_of(task))}
     names = {task: files[task].name if task in files else task for task in tasks}
     for depth in range(2, 1 + max((len(file.parts) for file in files.values()), default=0)):
         taken = Counter(names.values())
@@ -352,7 +352,7 @@ def short_names(tasks: Sequence[str]) -> dict[str, str]:
 
 def _file_of(task: str) -> str:
     kind, _, rest = task.partition(":")
-    return rest if kind in ("llava", "tsv") else ""
+    return {"llava": file_and_folder(rest)[0], "tsv": rest}.get(kind, "")
 
 
 def _killed(code: int, log: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mm_moslora.config.run import TrainConfig
 from mm_moslora.errors import ConfigError
-from mm_moslora.folders import RUN_SIGNS
+from mm_moslora.folders import RUN_SIGNS, file_and_folder
 
 _PATHS = (
     "data.train.*.path", "data.train.*.image_folder", "data.validation.*.path", "data.validation.*.image_folder",
@@ -24,7 +24,7 @@ _PATHS = (
 _MODELS = ("model.language", "model.vlm", "model.vision.name", "model.vision.pretrained", "model.vision.fuse_with")
 """A folder, a file, or a name that is looked up elsewhere."""
 _TASKS = "validate.tasks.*"
-_TASK = re.compile(r"((?:llava|tsv):)?([^@]+)(?:@(.+))?")
+_TASK_FILE = re.compile(r"(.+\.ya?ml)((?:@[^@/]*)?)")
 _PATTERN = re.compile(r"[*?\[{]")
 
 
@@ -58,7 +58,9 @@ def seen_from_here(data: Mapping[str, Any], folder: Path, *, source: str, typed:
 def absolute(data: Mapping[str, Any]) -> dict[str, Any]:
     """The plain data of a recipe with absolute paths, so that it may be written anywhere."""
     here = Path.cwd()
-    found: dict[str, Any] = _changed(data, "", lambda key, value: _placed(key, value, lambda name: str(here / name)))
+    found: dict[str, Any] = _changed(
+        data, "", lambda key, value: _placed(key, value, here, lambda name: str(here / name))
+    )
     return found
 
 
@@ -83,8 +85,9 @@ def _changed(data: Any, key: str, change: Callable[[str, str], str]) -> Any:
     return change(key, data) if isinstance(data, str) else data
 
 
-def _placed(key: str, value: str, place: Callable[[str], str]) -> str:
-    """A value with its relative paths given to `place`, a name of a model only where it is there already."""
+def _placed(key: str, value: str, start: Path, place: Callable[[str], str]) -> str:
+    """A value with its relative paths, which begin at `start`, given to `place`, a name of a model only where it is
+    there already."""
     if not value or value.startswith(("~", "hf:")) or os.path.isabs(value):
         return value
     if key == "train.zero":
@@ -92,20 +95,24 @@ def _placed(key: str, value: str, place: Callable[[str], str]) -> str:
     if key in _MODELS:
         return place(value) if Path(value).exists() else value
     if fnmatchcase(key, _TASKS):
-        return _task(value, place)
+        return _task(value, start, place)
     return place(value) if any(fnmatchcase(key, path) for path in _PATHS) else value
 
 
-def _task(value: str, place: Callable[[str], str]) -> str:
+def _task(value: str, start: Path, place: Callable[[str], str]) -> str:
     """A task: the name of a shipped one, a task file and protocol, or a data file and picture folder."""
-    match = _TASK.fullmatch(value)
-    if match is None or not (match[1] or match[2].endswith((".yaml", ".yml"))):
-        return value
-    kind, file, rest = match[1] or "", match[2], match[3]
-    file = file if os.path.isabs(file) else place(file)
-    if kind and rest and not os.path.isabs(rest):
-        rest = place(rest)
-    return f"{kind}{file}" + (f"@{rest}" if rest else "")
+
+    def placed(name: str) -> str:
+        return name if os.path.isabs(name) or name.startswith("~") else place(name)
+
+    kind, _, rest = value.partition(":")
+    if kind == "tsv":
+        return f"tsv:{placed(rest)}"
+    if kind == "llava":
+        file, folder = file_and_folder(rest, start=start)
+        return f"llava:{placed(file)}" + (f"@{placed(folder)}" if folder else "")
+    match = _TASK_FILE.fullmatch(value)
+    return value if match is None else f"{placed(match[1])}{match[2]}"
 
 
 def _reached(key: str, value: str, start: Path, source: str) -> str:
@@ -124,7 +131,7 @@ def _reached(key: str, value: str, start: Path, source: str) -> str:
         if not value or value.startswith("~") or os.path.isabs(value):
             return value
         return place(value) if (start / value).exists() or _is_model(key, Path.cwd() / value) else value
-    return _placed(key, value, place)
+    return _placed(key, value, start, place)
 
 
 def _is_model(key: str, path: Path) -> bool:

@@ -20,6 +20,7 @@ from mm_moslora_eval.sources.source import Source
 from mm_moslora_eval.sources.tsv import parse_list
 from mm_moslora_eval.suite import evaluate
 
+from mm_moslora.compare.run import short_names
 from mm_moslora.errors import ConfigError, DataError, EvalError, MoSLoRAError
 from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel
@@ -305,6 +306,39 @@ def test_a_picture_folder_on_the_command_line_starts_at_the_working_directory(
     assert found.images == (tmp_path / "my" / "images" / "a.png",)
     with pytest.raises(EvalError, match=r"which is no folder\. There is .*my/images"):
         get_task("llava:my/q.jsonl@images").load()
+
+
+def test_folders_and_files_with_an_at_sign_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]
+    line = json.dumps({"id": 1, "image": "a.png", "conversations": turns})
+    monkeypatch.chdir(tmp_path)
+    images = tmp_path / "im@ges" / "me@home"
+    images.mkdir(parents=True)
+    for name in ("q@1.jsonl", "plain.jsonl", "im@ges/q.jsonl"):
+        (tmp_path / name).write_text(line)
+        documents = get_task(f"llava:{name}@im@ges/me@home").load().documents
+        assert documents[0].images == (images / "a.png",)
+        assert get_task(f"llava:{tmp_path / name}").load().documents[0].images == ((tmp_path / name).parent / "a.png",)
+        assert len(cli.training_answers(f"{name}@im@ges/me@home")) == len(cli.training_answers(name)) == 1
+    with pytest.raises(
+        EvalError, match=r"image folder 'im@ges/missing' of .*plain\.jsonl would be .*which is no folder"
+    ):
+        get_task("llava:plain.jsonl@im@ges/missing").load()
+    for folder in ("", "@im@ges"):
+        with pytest.raises(EvalError, match=r"'im@ges/missing\.jsonl' was not found"):
+            get_task(f"llava:im@ges/missing.jsonl{folder}").load()
+    (tmp_path / "im@ges" / "q.tsv").write_text("index\tquestion\tanswer\n1\tq\ta\n")
+    assert len(get_task("tsv:im@ges/q.tsv").load().documents) == 1
+    own = "name: own\nprotocols: {one: , two: {title: second}}\nsource: {kind: llava, path: q.jsonl}\n"
+    (tmp_path / "im@ges" / "own.yaml").write_text(own)
+    assert get_task("im@ges/own.yaml").protocol == "one"
+    assert get_task("im@ges/own.yaml@two").title == "second"
+    assert cli.with_protocol(["im@ges/own.yaml", "im@ges/own.yaml@one", "llava:q@1.jsonl"], "two") == [
+        "im@ges/own.yaml@two", "im@ges/own.yaml@one", "llava:q@1.jsonl",
+    ]  # fmt: skip
+    assert short_names(["llava:q@1.jsonl@im@ges", "tsv:im@ges/q.tsv"]) == {
+        "llava:q@1.jsonl@im@ges": "q@1", "tsv:im@ges/q.tsv": "q",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("protocol", ["../../elsewhere", "/tmp/x", "..", "a/b", "a@b", "", "a\\b", "x" * 300])
