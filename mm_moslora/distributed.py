@@ -7,8 +7,11 @@ Without a launcher it is a world of one, and every function here still works.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
+import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -107,6 +110,29 @@ def _record_flight() -> None:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        _wait_for_gloo()
+
+
+def _wait_for_gloo(*, seconds: float = 5.0) -> None:
+    """Wait until no thread of gloo is at work.
+
+    Such a thread drops the tensors of a collective after the rank has gone on, and may need the interpreter for it. The
+    process aborts if the interpreter is ending by then (https://github.com/pytorch/pytorch/pull/179291). Destroying the
+    groups does not join the threads: DeepSpeed keeps the groups.
+    """
+    deadline, quiet = time.monotonic() + seconds, 0
+    while quiet < 2 and time.monotonic() < deadline:  # twice: a thread may have waited for the interpreter at the first
+        time.sleep(0.001)
+        quiet = 0 if _gloo_works() else quiet + 1
+
+
+def _gloo_works() -> bool:
+    """Whether a thread of gloo runs or could run; False where the system does not tell."""
+    states = []
+    for path in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            states.append(path.read_text())
+    return any("(pt_gloo_runloop) R" in state for state in states)
 
 
 def _alone() -> bool:

@@ -1,14 +1,10 @@
-"""Run by two ranks of `test_adapter_ecosystem.py`: adapters under FSDP 1 and 2 train as without, and save whole."""
+"""Called in two ranks by `test_adapter_ecosystem.py`: adapters under FSDP 1 and 2 train as without, and save whole."""
 
 from __future__ import annotations
 
 import copy
 import os
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-os.environ |= {"ACCELERATE_USE_CPU": "1", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}
 
 import pytest
 import torch
@@ -24,10 +20,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from mm_moslora.adapters import merge, save_adapter
 from mm_moslora.errors import AdapterError
 
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-FOLDER = Path(sys.argv[1])
-FIRST = dist.get_rank() == 0
+
+def both_kinds(folder: str) -> None:
+    """See `ranks.Ranks.start`, which also ends the process: torch keeps the group, whose threads outlive it."""
+    os.environ |= {"ACCELERATE_USE_CPU": "1", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}
+    dist.init_process_group("gloo")
+    fsdp1(Path(folder))
+    fsdp2(Path(folder))
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -35,7 +34,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-def fsdp1() -> None:
+def fsdp1(folder: Path) -> None:
     model = adapted().train()
     expected = gradients(copy.deepcopy(model))
     policy = fsdp_auto_wrap_policy(model)
@@ -47,11 +46,11 @@ def fsdp1() -> None:
         whole = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in sharded.named_parameters()}
         for name, gradient in expected.items():
             torch.testing.assert_close(whole[name].grad, gradient)
-        if FIRST:
-            save_adapter(adapted(), FOLDER / "fsdp1", state=whole)
+        if dist.get_rank() == 0:
+            save_adapter(adapted(), folder / "fsdp1", state=whole)
 
 
-def fsdp2() -> None:
+def fsdp2(folder: Path) -> None:
     model = adapted().train()
     expected = gradients(copy.deepcopy(model))
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -63,14 +62,9 @@ def fsdp2() -> None:
     fully_shard(model, mesh=mesh)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient.full_tensor(), expected[name])
-    for refused in (lambda: save_adapter(model, FOLDER / "shards"), lambda: merge(model)):
+    for refused in (lambda: save_adapter(model, folder / "shards"), lambda: merge(model)):
         with pytest.raises(AdapterError, match=r"is a shard \(FSDP"):
             refused()
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if FIRST:
-        save_adapter(model, FOLDER / "fsdp2", state=state)
-
-
-fsdp1()
-fsdp2()
-dist.destroy_process_group()
+    if dist.get_rank() == 0:
+        save_adapter(model, folder / "fsdp2", state=state)

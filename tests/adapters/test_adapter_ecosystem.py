@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,8 @@ from accelerate import disk_offload
 from adapters.adapter_models import IDS, llama, logits, train_a_bit
 from peft import optimizers
 from peft.tuners.lora.intruders import reduce_intruder_dimension
+from preloaded import Preloaded
+from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
@@ -119,12 +119,10 @@ def test_a_hook_on_a_factor_runs(part: str) -> None:
         torch.testing.assert_close(own, expected, atol=1e-6, rtol=1e-4)
 
 
-def test_fsdp_trains_and_a_shard_is_named(tmp_path: Path) -> None:
+def test_fsdp_trains_and_a_shard_is_named(python: Preloaded, tmp_path: Path) -> None:
     """Both kinds of FSDP, wrapped as accelerate and Trainer do it for PEFT: every module that trains for itself."""
-    script = Path(__file__).with_name("fsdp_ranks.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with Ranks(tmp_path / "ranks", python.ours) as ranks:
+        ranks.run(["adapters.fsdp_ranks:both_kinds", str(tmp_path)])
     live = logits(adapted())
     for kind in ("fsdp1", "fsdp2"):
         assert torch.equal(logits(load_adapter(llama(), tmp_path / kind)), live)

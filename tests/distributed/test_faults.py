@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
 import math
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +16,7 @@ from pathlib import Path
 import pytest
 from trials import STAGES, hexed, losses, make_recipe, metrics, weights, write
 
+from mm_moslora import distributed
 from mm_moslora.config import ProjectorConfig
 from mm_moslora.launch import stopped_text
 from mm_moslora.report.state import read_state
@@ -209,3 +213,21 @@ def test_a_folder_that_cannot_be_had_is_told_on_every_rank(parts, ranks, tmp_pat
     assert group.codes == [1, 1]
     assert "TrainingError: The run folder /proc/run cannot be written" in group.output(0)
     assert "DistributedError: Taking the run folder failed on other ranks: rank 0: TrainingError" in group.output(1)
+
+
+def test_a_rank_does_not_end_while_a_thread_of_gloo_is_at_work():
+    """Such a thread drops tensors late; a process whose interpreter ends meanwhile aborts."""
+    begun, over = threading.Event(), []
+
+    def work():
+        ctypes.CDLL(None).prctl(15, b"pt_gloo_runloop")  # PR_SET_NAME
+        begun.set()
+        hashlib.sha256(bytes(1 << 27))  # without the interpreter's lock
+        over.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    begun.wait()
+    distributed._wait_for_gloo(seconds=60)
+    assert over
+    thread.join()
