@@ -71,10 +71,14 @@ class Example:
     """Pictures; 0 with `pixel_values` means one per entry."""
     image_keys: tuple[str, ...] = ()
     """`Seen.key` of every picture, or nothing."""
+    image_rows: tuple[int, ...] = ()
+    """How many entries of `pixel_values` (pictures, tiles, patches) every picture has, or nothing."""
 
     def __post_init__(self) -> None:
         if self.pixel_values is not None and not self.images:
             object.__setattr__(self, "images", int(self.pixel_values.shape[0]))
+        if self.pixel_values is not None and not self.image_rows and self.images == self.pixel_values.shape[0]:
+            object.__setattr__(self, "image_rows", (1,) * self.images)
         assert self.input_ids.ndim == 1
         assert self.input_ids.shape == self.supervised.shape
         assert self.supervised.dtype == torch.bool
@@ -94,6 +98,7 @@ class Example:
         return cls(
             id=id, input_ids=input_ids, supervised=supervised, pixel_values=pixels, image_inputs=tensors,
             images=len(seen), image_keys=tuple(picture.key for picture in seen) if all(s.key for s in seen) else (),
+            image_rows=tuple(int(picture.tensors["pixel_values"].shape[0]) for picture in seen),
         )  # fmt: skip
 
     @property
@@ -162,6 +167,8 @@ class Batch:
     """Images in the batch, ``N``."""
     image_keys: tuple[str, ...] = ()
     """See `Example.image_keys`; ``N`` of them, or none."""
+    image_rows: tuple[tuple[int, ...], ...] = ()
+    """`Example.image_rows` of each of the ``G`` examples, or nothing where one of them does not say."""
     ids: tuple[str, ...] = field(default=())
     """The examples' ids, for logs."""
     host: Batch | None = field(default=None, repr=False)
@@ -192,6 +199,7 @@ class Batch:
         tensors = join_images(parts)
         images = sum(example.images for example in examples)
         keys = tuple(key for example in examples for key in example.image_keys)
+        rows = tuple(example.image_rows for example in examples)
         return cls(
             input_ids=torch.cat([example.input_ids for example in examples]),
             position_ids=torch.cat(position_ids),
@@ -202,6 +210,7 @@ class Batch:
             image_inputs=tensors,
             images=images,
             image_keys=keys if len(keys) == images else (),
+            image_rows=rows if all(len(own) == e.images for own, e in zip(rows, examples, strict=True)) else (),
             ids=tuple(example.id for example in examples),
         )
 

@@ -17,9 +17,9 @@ from mm_moslora.config import ProjectorConfig, SourceConfig, VisionConfig
 from mm_moslora.errors import ModelError, TrainingError
 from mm_moslora.models import rows, vlm
 from mm_moslora.training.engine.base import Engine
-from mm_moslora.training.image_check import ImageCheck, _is_read, noise_like
+from mm_moslora.training.image_check import ImageCheck, noise_like, to_replace, with_noise
 from mm_moslora.training.loop import train
-from tests.models.test_ready_made import recipe_for, write_records
+from tests.models.test_ready_made import picture, recipe_for, write_records
 
 IMAGE = 9
 
@@ -119,24 +119,101 @@ def test_it_is_done_once_a_start_and_changes_nothing(recipe, tmp_path, monkeypat
     assert losses(recipe) == losses(unchecked)
 
 
-def test_an_image_counts_where_an_answer_comes_after_it():
-    def batch(*conversations: tuple[list[int], list[int]]) -> Batch:
-        return Batch.from_examples(
-            [
-                Example(
-                    id="", input_ids=torch.tensor(ids), supervised=torch.tensor(supervised).bool(),
-                    pixel_values=torch.ones(1, 3, 2, 2) if IMAGE in ids else None, images=ids.count(IMAGE),
-                )
-                for ids, supervised in conversations
-            ]
-        )  # fmt: skip
+def batch_of(*conversations: tuple[list[int], list[int]]) -> Batch:
+    return Batch.from_examples(
+        [
+            Example(
+                id=f"r{number}", input_ids=torch.tensor(ids), supervised=torch.tensor(supervised).bool(),
+                pixel_values=torch.ones(ids.count(IMAGE), 3, 2, 2) if IMAGE in ids else None, images=ids.count(IMAGE),
+            )
+            for number, (ids, supervised) in enumerate(conversations)
+        ]
+    )  # fmt: skip
 
+
+def test_an_image_counts_where_an_answer_comes_after_it():
     before, after, text = ([IMAGE, 1, 2], [0, 0, 1]), ([1, 2, IMAGE], [0, 1, 0]), ([1, 2, 3], [0, 1, 1])
-    assert _is_read(batch(before), IMAGE)
-    assert not _is_read(batch(after), IMAGE)
-    assert not _is_read(batch(after, text), IMAGE)
-    assert not _is_read(batch(text), IMAGE)
-    assert _is_read(batch(text, after, before), IMAGE)
+    (found,) = to_replace(batch_of(before), IMAGE)
+    assert (found.what, found.rows, found.targets) == ("image 1 of 1 of record r0", slice(0, 1), slice(0, 1))
+    assert not to_replace(batch_of(after), IMAGE)
+    assert not to_replace(batch_of(after, text), IMAGE)
+    assert not to_replace(batch_of(text), IMAGE)
+    (found,) = to_replace(batch_of(text, after, before), IMAGE)
+    assert (found.what, found.rows, found.targets) == ("image 1 of 1 of record r2", slice(1, 2), slice(3, 4))
+    assert len(to_replace(batch_of(after), None)) == 1
+
+
+def test_of_several_images_of_a_record_one_is_replaced_another_one_in_the_next():
+    three, late = ([IMAGE, 1, IMAGE, IMAGE, 2], [0, 0, 0, 0, 1]), ([IMAGE, 1, 2, IMAGE], [0, 0, 1, 0])
+    found = to_replace(batch_of(three, ([IMAGE, 1], [0, 1]), three, late, three), IMAGE)
+    assert [item.what for item in found] == [
+        "image 2 of 3 of record r0", "image 1 of 1 of record r1", "image 3 of 3 of record r2",
+        "image 1 of 2 of record r3", "image 1 of 3 of record r4",
+    ]  # fmt: skip
+    assert [item.rows for item in found] == [slice(1, 2), slice(3, 4), slice(6, 7), slice(7, 8), slice(9, 10)]
+    batch = batch_of(three, three)
+    pixels = with_noise(batch, to_replace(batch, IMAGE))
+    assert [bool((image != 1).any()) for image in pixels] == [False, True, False, False, False, True]
+
+
+def two_images(records: Path, folder: Path) -> Path:
+    """Those of the records that show an image, which they do twice."""
+    lines = []
+    for line in records.read_text().splitlines():
+        record = json.loads(line)
+        if "image" in record:
+            record["image"] = [record["image"]] * 2
+            record["conversations"][0]["value"] = "<image>\n" + record["conversations"][0]["value"]
+            lines.append(json.dumps(record))
+    (folder / "images").symlink_to(records.parent / "images")
+    (folder / "two.jsonl").write_text("\n".join(lines))
+    return folder / "two.jsonl"
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_model_that_reads_one_of_two_images_is_stopped(kept, recipe, records, tmp_path, monkeypatch):
+    recipe = on(recipe, two_images(records, tmp_path), micro_batch=8)
+    assert train(replace(recipe, train=replace(recipe.train, output=str(tmp_path / "sees")))).finished
+
+    def one_of_two(features):
+        return features[[image // 2 * 2 + kept for image in range(len(features))]] if len(features) > 1 else features
+
+    change_features(monkeypatch, one_of_two)
+    told = (
+        rf"does not depend on the images: with noise in place of image {2 - kept} of 2 of record r\d+.*of 8 that were"
+    )
+    with pytest.raises(TrainingError, match=told):
+        train(recipe)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm", "llava_onevision"])
+def test_a_ready_made_model_that_reads_one_of_two_images_is_stopped(family, tmp_path, monkeypatch):
+    """Images are patches or tiles of one tensor, or its entries."""
+    folder, records = make_vlm(tmp_path / "model", family), tmp_path / "train.jsonl"
+    (tmp_path / "images").mkdir()
+    lines = []
+    for index in range(4):
+        for half in "ab":
+            picture(40 + 9 * index, 30 + ord(half) % 9).save(tmp_path / "images" / f"{index}{half}.png")
+        turns = [{"from": "human", "value": "<image>\n<image>\nwhat color?"}, {"from": "gpt", "value": "red"}]
+        lines.append(
+            json.dumps({"id": f"r{index}", "image": [f"{index}a.png", f"{index}b.png"], "conversations": turns})
+        )
+    records.write_text("\n".join(lines))
+    recipe = recipe_for(folder, records, tmp_path / "run")
+    assert train(replace(recipe, train=replace(recipe.train, output=str(tmp_path / "sees")))).finished
+    hidden = vlm.packed_hidden
+
+    def without_the_second(model, batch, **kwargs):
+        pixels, row = batch.pixel_values.clone(), 0
+        for first, second in batch.image_rows:
+            pixels[row + first : row + first + second] = 0.5
+            row += first + second
+        return hidden(model, replace(batch, pixel_values=pixels), **kwargs)
+
+    monkeypatch.setattr(vlm, "packed_hidden", without_the_second)
+    with pytest.raises(TrainingError, match="image 2 of 2 of record"):
+        train(recipe)
 
 
 def test_noise_leaves_tiles_that_only_fill_up():
