@@ -154,6 +154,14 @@ def _kinds(folder: Path) -> list[str]:
         return []
 
 
+def is_built(folder: Path) -> bool:
+    """Whether a folder is there and holds more than the project's mark, which an interrupted deletion leaves."""
+    try:
+        return any(item.name != MARK for item in folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def refuse_strangers(folder: Path, names: Sequence[str], *, kind: str, also: Sequence[str] = ()) -> None:
     """Refuse to write into a folder where files of somebody else have the names that are going to be written.
 
@@ -210,7 +218,7 @@ def refuse_full_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"{folder} cannot be made in {there}: {error.strerror}. Choose a new folder.") from error
-    if folder.exists() and any(item.name != MARK for item in folder.iterdir()):
+    if is_built(folder):
         raise ConfigError(f"{folder} is not empty. Choose a new folder, so that no old file is mistaken for a new one.")
 
 
@@ -241,15 +249,15 @@ def remove(folder: Path, *, mark: str = MARK) -> None:
                 item.unlink()
     with contextlib.suppress(OSError):
         sync(folder)  # before the mark goes: a loss of power must not bring back anything that it shows to be ours
-        if [item.name for item in folder.iterdir()] == [mark]:
-            (folder / mark).unlink()
+        if {item.name for item in folder.iterdir()} <= {mark}:
+            (folder / mark).unlink(missing_ok=True)
             folder.rmdir()
 
 
 def _refuse_unmarked(folder: Path, mark: str) -> None:
-    """Raise where something lies at the path that is no empty folder and has no mark."""
+    """Raise where something lies at the path that has no mark, and is no folder that is empty but for the project's."""
     marked = not folder.is_symlink() and (folder / mark).is_file()
-    if not os.path.lexists(folder) or marked or (folder.is_dir() and not any(folder.iterdir())):
+    if not os.path.lexists(folder) or marked or (folder.is_dir() and not is_built(folder)):
         return
     raise ConfigError(
         f"{folder} is in the way and is not deleted: it has no {mark}, so nothing shows that mm_moslora made it. "
@@ -267,7 +275,8 @@ def building(folder: Path, *, replaces: str | None = None) -> Iterator[Path]:
     Args:
         folder: the final place.
         replaces: name of the file that marks an old folder there, which is then replaced. None: a folder that is there
-            at the end, another host's say, counts, and what was built is dropped.
+            at the end, another host's say, counts, and what was built is dropped; one that holds nothing but the
+            project's mark is replaced.
 
     Raises:
         ConfigError: something without a mark is in the way.
@@ -282,11 +291,13 @@ def building(folder: Path, *, replaces: str | None = None) -> Iterator[Path]:
         yield part
         if replaces is not None:
             remove(folder, mark=replaces)
+        elif not is_built(folder):
+            remove(folder)
         try:
             part.rename(folder)
         except OSError:
             # A network file system may say for a while that a folder of another host is not there.
-            if not folder.is_dir():
+            if not is_built(folder):
                 raise
         else:
             if replaces != MARK:

@@ -140,6 +140,32 @@ def test_a_folder_is_built_aside_and_what_a_killed_process_left_is_cleared(tmp_p
     assert sorted(path.name for path in tmp_path.rglob("*")) == [files.MARK, "b", "set"]
 
 
+@pytest.mark.parametrize("replaces", [None, files.MARK, "ready.json"])
+def test_a_folder_that_holds_nothing_but_the_mark_does_not_cost_what_was_built(replaces, tmp_path):
+    """An interrupted deletion leaves it."""
+    for nothing in (True, False):
+        (tmp_path / "set").mkdir()
+        if nothing:
+            files.mark(tmp_path / "set", "temporary")
+        assert not files.is_built(tmp_path / "set")
+        with files.building(tmp_path / "set", replaces=replaces) as part:
+            (part / "a").write_text("1")
+        assert (tmp_path / "set" / "a").read_text() == "1"
+        assert files.is_built(tmp_path / "set")
+        assert [path.name for path in tmp_path.iterdir()] == ["set"]
+        files.mark(tmp_path / "set", "temporary")
+        files.remove(tmp_path / "set")
+    assert not files.is_built(tmp_path / "set")
+
+
+def test_a_link_to_an_empty_folder_is_not_replaced(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "set").symlink_to(tmp_path / "empty")
+    with pytest.raises(OSError), files.building(tmp_path / "set") as part:  # noqa: PT011  (what the system says)
+        (part / "a").write_text("1")
+    assert (tmp_path / "set").is_symlink()
+
+
 def test_a_folder_of_the_user_is_refused_before_anything_is_built(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "mine").touch()

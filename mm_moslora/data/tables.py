@@ -21,7 +21,7 @@ from mm_moslora.data.pictures import PictureRules, StoredPicture
 from mm_moslora.data.remote import is_of_set, read_hub_file
 from mm_moslora.data.sources import RecordSource
 from mm_moslora.errors import DataError, suggestion
-from mm_moslora.files import building
+from mm_moslora.files import building, is_built
 from mm_moslora.locks import take
 from mm_moslora.named_files import FileError, find_below, read_text_below
 
@@ -285,7 +285,7 @@ def _streamed(config: SourceConfig, name: str) -> Dataset:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as lock:
         take(lock, wait=True)
-        if not folder.is_dir():
+        if not is_built(folder):
             stream = undecoded(load_checked(**arguments, streaming=True)).take(config.limit)
             table = datasets.Dataset.from_generator(
                 lambda: (_fetched(row, name) for row in stream),

@@ -25,7 +25,7 @@ from mm_moslora.data.faults import Code, RecordError
 from mm_moslora.data.parallel import in_processes, usable_processes
 from mm_moslora.data.records import Record
 from mm_moslora.data.sources import RecordSource
-from mm_moslora.files import building, sync
+from mm_moslora.files import building, is_built, sync
 from mm_moslora.locks import take
 
 VERSION = 1
@@ -141,9 +141,9 @@ def open_cache(
     """
     name = f"{source.fingerprint()} {encoder.fingerprint()} {settings} {len(source)} {VERSION}"
     folder = root / hashlib.sha256(name.encode()).hexdigest()[:32]
-    if not folder.is_dir():
+    if not is_built(folder):
         with _lock(root, folder.name):
-            if not folder.is_dir():
+            if not is_built(folder):
                 fold = functools.partial(
                     _first_of_images, image_token_id=encoder.image_token_id, tokens_per_image=tokens_per_image
                 )

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from mm_moslora.config import Recipe
 from mm_moslora.errors import ConfigError
 from mm_moslora.files import MARK, building, discard, refuse_full_folder
+from mm_moslora.locks import lock_beside
 from mm_moslora.quickstart import assets
 from mm_moslora.quickstart.cache import Say, silent
 from mm_moslora.quickstart.own_data import OwnData, lines_of, read_own
@@ -102,6 +103,8 @@ def initialise(
         DataError: there is nothing to learn from.
         ConfigError: `output` holds something, or lies among the pictures.
     """
+    if output.name in ("", ".."):
+        raise ConfigError(f"{output} is a folder that is there. Name a new one, such as {output / 'first'}.")
     refuse_full_folder(output)
     if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{output} lies among the pictures of {source}. Choose a folder beside them.")
@@ -110,16 +113,18 @@ def initialise(
     size = Size.of(data, chosen.visual_tokens)
     recipe = _recipe(output.resolve(), data, chosen, size)
     Recipe.from_yaml(recipe)
-    with building(output, replaces=MARK) as folder:
-        for file, lines in (
-            ("train.jsonl", lines_of(data.train)),
-            ("test.jsonl", lines_of(data.test)),
-            ("recipe.yaml", [recipe]),
-            *([("task.yaml", [_task(data)])] if data.captions else []),
-        ):
-            with (folder / file).open("w", encoding="utf-8", newline="\n") as stream:
-                stream.writelines(lines)
-    discard(output / MARK)  # from here on it is the user's: nothing of this project replaces it
+    with lock_beside(output):
+        refuse_full_folder(output)  # another `init` may have been faster
+        with building(output, replaces=MARK) as folder:
+            for file, lines in (
+                ("train.jsonl", lines_of(data.train)),
+                ("test.jsonl", lines_of(data.test)),
+                ("recipe.yaml", [recipe]),
+                *([("task.yaml", [_task(data)])] if data.captions else []),
+            ):
+                with (folder / file).open("w", encoding="utf-8", newline="\n") as stream:
+                    stream.writelines(lines)
+        discard(output / MARK)  # from here on it is the user's: nothing of this project replaces it
     return _told(output, data, size)
 
 

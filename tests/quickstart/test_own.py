@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from PIL import Image
 from mm_moslora import cli
 from mm_moslora.config import load_recipe
 from mm_moslora.errors import ConfigError, DataError
+from mm_moslora.quickstart import own_recipe
 from mm_moslora.quickstart.own_data import CONVERSATIONS, TURNS, read_own
 from mm_moslora.quickstart.own_recipe import initialise
 
@@ -234,6 +238,45 @@ class TestRecipe:
         assert "not empty" in capsys.readouterr().err
         assert (out / "recipe.yaml").read_text() == "changed by hand"
         assert sorted(path.name for path in out.iterdir()) == ["recipe.yaml", "test.jsonl", "train.jsonl"]
+
+    def test_of_two_at_once_one_is_refused_and_the_other_is_whole(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sources = [photos(tmp_path / name, cat=10, dog=10) for name in ("photos", "others")]
+        together = threading.Barrier(2)
+        building = own_recipe.building
+
+        def slowly(*args: Any, **options: Any) -> Any:
+            time.sleep(0.2)
+            return building(*args, **options)
+
+        def attempt(source: Path) -> str:
+            try:
+                return made(source, tmp_path / "my")
+            except ConfigError as error:
+                return str(error)
+
+        monkeypatch.setattr(own_recipe, "building", slowly)
+        real = own_recipe.read_own
+        monkeypatch.setattr(own_recipe, "read_own", lambda *a, **o: (real(*a, **o), together.wait(60))[0])
+        with ThreadPoolExecutor(2) as pool:
+            told = list(pool.map(attempt, sources))
+        refused = ["not empty" in text for text in told]
+        assert sorted(refused) == [False, True], told
+        winner = sources[refused.index(False)]
+        assert load_recipe(tmp_path / "my" / "recipe.yaml").data.train[0].image_folder == str(winner)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["my", "others", "photos"]
+        assert sorted(path.name for path in (tmp_path / "my").iterdir()) == ["recipe.yaml", "test.jsonl", "train.jsonl"]
+
+    @pytest.mark.parametrize("output", [".", ".."])
+    def test_a_folder_without_a_name_of_its_own_is_refused(
+        self, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = photos(tmp_path / "photos", cat=10, dog=10)
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        with pytest.raises(ConfigError, match=r"Name a new one, such as .*first"):
+            made(source, Path(output))
 
     def test_it_is_not_put_among_the_pictures(self, tmp_path: Path) -> None:
         source = photos(tmp_path, cat=10, dog=10)
