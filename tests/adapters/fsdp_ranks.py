@@ -31,7 +31,9 @@ def both_kinds(folder: str) -> None:
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     model(input_ids=IDS, labels=IDS).loss.backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert found
+    return found
 
 
 def fsdp1(folder: Path) -> None:

@@ -71,7 +71,9 @@ def _assert_same(first: Tensor, second: Tensor) -> None:
 
 
 def _layers(model: nn.Module) -> list[MoSLoRALayer]:
-    return [module for module in model.modules() if isinstance(module, MoSLoRALayer)]
+    found = [module for module in model.modules() if isinstance(module, MoSLoRALayer)]
+    assert found
+    return found
 
 
 @every_layer
@@ -221,7 +223,7 @@ def test_switch(kind: str) -> None:
     model.set_adapter("second")
     second = _run(model, kind)
     assert (first - second).abs().max() > 1e-3
-    assert all(".second" in name for name, p in model.named_parameters() if p.requires_grad)
+    assert {".second" in name for name, p in model.named_parameters() if p.requires_grad} == {True}
     model.set_adapter("default")
     assert torch.equal(_run(model, kind), first)
 
@@ -350,7 +352,7 @@ def test_half_precision(kind: str, dtype: torch.dtype) -> None:
     with torch.no_grad():
         half = model(inputs(kind, dtype))
     assert half.dtype == dtype
-    assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if "lora_" in name)
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
     # An id that rounds to another token is another input.
     if kind != "Embedding":
         assert (half.float() - exact).abs().max() < 0.1 * exact.abs().max()
@@ -429,8 +431,9 @@ def test_dora_trains(kind: str) -> None:
     """DoRA trains A, M, B and the magnitudes"""
     model = _adapted(kind, use_dora=True).train()
     model(inputs(kind)).square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is not None and bool(parameter.grad.abs().max() > 0)) == ("lora_" in name), name
+    moved = {n for n, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()}
+    assert moved == {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert moved
 
 
 @every_layer

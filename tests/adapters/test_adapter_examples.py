@@ -78,7 +78,7 @@ def test_our_loop_refuses_a_folder_of_another_rank(language_folder: Path, tmp_pa
     with pytest.raises(ConfigError, match=r"rank 4 and alpha 8, but the recipe says 8 and 8.*adapter\.rank"):
         attach_adapters(again, model, AdapterConfig(rank=8, alpha=8, weights=str(tmp_path / "a")))
     tuned = attach_adapters(again, model, AdapterConfig(rank=4, alpha=8, weights=str(tmp_path / "a")))
-    assert all(p.requires_grad for name, p in tuned.named_parameters() if "lora_" in name)
+    assert {p.requires_grad for name, p in tuned.named_parameters() if "lora_" in name} == {True}
 
 
 def _tower() -> torch.nn.Module:

@@ -156,6 +156,7 @@ def test_half_precision_merge_rounds_once() -> None:
 def test_nan_is_refused_before_anything_is_merged(factor: str) -> None:
     model = add_moslora(llama(), MoSLoRAConfig(r=4))
     before = {name: p.clone() for name, p in model.named_parameters() if "base_layer" in name}
+    assert before
     layer = model.get_base_model().model.layers[1].mlp.down_proj
     getattr(layer, factor)["default"].weight.data[0, 0] = float("nan")
     with pytest.raises(AdapterError, match=rf"{factor} of model.layers.1.mlp.down_proj"):

@@ -60,7 +60,9 @@ def _gradients(model, **inputs) -> dict[str, Tensor]:
     model.zero_grad()
     torch.manual_seed(3)
     model(IDS, labels=IDS).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert found
+    return found
 
 
 def test_query_key_value_and_gate_up_are_one_node_each(nodes: list[int]) -> None:

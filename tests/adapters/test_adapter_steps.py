@@ -38,7 +38,9 @@ def _model(**changes):
 
 
 def _gradients(model) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert found
+    return found
 
 
 def test_one_product_gives_the_same_gradients_over_micro_batches() -> None:

@@ -68,7 +68,9 @@ def test_resuming_at_any_step_gives_the_same_continuation(path, start):
 def test_workers_change_nothing(path, workers):
     data = make_set(path)
     with loader_for(data) as plain, loader_for(data, workers=workers) as parallel:
-        for alone, together in zip(itertools.islice(plain, 8), itertools.islice(parallel, 8), strict=True):
+        steps = list(zip(itertools.islice(plain, 8), itertools.islice(parallel, 8), strict=True))
+        assert len(steps) == 8
+        for alone, together in steps:
             assert alone
             for one, other in zip(alone, together, strict=True):
                 assert one.ids == other.ids

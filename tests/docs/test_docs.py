@@ -20,7 +20,9 @@ _LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 def run_shell(block: Block) -> None:
     """Run our commands of a shell block, check the others."""
-    for words in commands(block.text):
+    found = commands(block.text)
+    assert found, f"{block}: holds no command"
+    for words in found:
         if words[0] != OURS:
             check_command(words)
         elif words[1] in PARSED_ONLY or "..." in words:
@@ -91,7 +93,10 @@ def test_links_lead_somewhere(document: Path):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_a_skipped_block_says_what_it_needs(document: Path):
-    for block in blocks(document):
+    found = blocks(document)
+    fences = re.findall(r"^`{3,}", document.read_text(encoding="utf-8"), re.M)
+    assert len(found) == len(fences) / 2, "a block is not read"
+    for block in found:
         assert block.skip is None or len(block.skip.split()) >= 3, f"{block}: skipped for {block.skip!r}"
 
 

@@ -230,6 +230,7 @@ def test_a_frozen_tower_with_batch_norm_sees_in_training_what_it_sees_in_evaluat
     model, tower = assembly.model, assembly.model.model.vision_tower
     tower.requires_grad_(False)
     before = {name: value.clone() for name, value in tower.named_buffers()}
+    assert before
     pixels = torch.randn(2, 3, assembly.image.size, assembly.image.size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = image_features(model.eval(), pixels)

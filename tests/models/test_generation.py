@@ -143,6 +143,7 @@ def test_stream_tells_which_prompt_has_ended(assembly):
     given = prompts(assembly)
     first = next(stream(assembly.model, given, max_new_tokens=1, stop_ids=[]))
     steps = list(stream(assembly.model, given, max_new_tokens=4, stop_ids=[first[0]]))
+    assert steps
     assert all(tokens[0] is None for tokens in steps)
     assert all(len(tokens) == len(given) for tokens in steps)
 

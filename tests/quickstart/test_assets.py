@@ -241,6 +241,7 @@ class TestDebian:
 
 class TestAssets:
     def test_every_part_is_pinned(self) -> None:
+        assert assets.ALL
         for asset in assets.ALL:
             assert len(asset.sha256) == 64
             assert asset.licence

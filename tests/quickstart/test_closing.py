@@ -85,8 +85,8 @@ def test_seed_and_precision_reach_both_stages(tmp_path: Path) -> None:
     )
     choice = Choice(precision="fp32", seed=3)
     parts, plan = run._Parts(language=tmp_path, vision="v"), run.PLANS["easy-vqa", False]
-    for recipe in run.recipes(parts, files, tmp_path, plan, choice):
-        assert (recipe.train.seed, recipe.train.precision) == (3, "fp32")
+    made = run.recipes(parts, files, tmp_path, plan, choice)
+    assert [(recipe.train.seed, recipe.train.precision) for recipe in made] == [(3, "fp32")] * 2
 
 
 WORDS = ("red", "blue")
