@@ -65,8 +65,9 @@ def stopped_text(number: int) -> str:
     Args:
         number: of the signal.
     """
-    name = "Ctrl-C (SIGINT)" if number == signal.SIGINT else signal.Signals(number).name
-    return f"Stopped by {name}; nothing is unsaved. The same command continues the run.\n"
+    name = signal.Signals(number).name
+    said = {"SIGINT": "Ctrl-C (SIGINT)", "SIGTERM": "SIGTERM, which launchers send for Ctrl-C and other signals, too"}
+    return f"Stopped by {said.get(name, name)}; nothing is unsaved. The same command continues the run.\n"
 
 
 def leave_mark(run_folder: Path, number: int) -> None:

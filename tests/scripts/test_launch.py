@@ -338,6 +338,7 @@ def test_a_run_that_was_stopped_before_it_took_its_folder_can_be_started(monkeyp
     run = tmp_path / "run"
     assert cli.run(["train", "quickstart_tune", "--train.output", str(run)]) == 75
     assert (run / "STOPPED").read_text() == launch.stopped_text(signal.SIGTERM) == capsys.readouterr().out
+    assert "Ctrl-C" in launch.stopped_text(signal.SIGTERM), "a launcher's SIGTERM may have been one"
     with exclusive(run):  # what the same command does first
         pass
 
