@@ -17,7 +17,7 @@ export PYTHONUNBUFFERED = 1
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart smoke test test-extras test-versions lowest gpu-image check clean
+.PHONY: help quickstart smoke test test-extras test-versions versions lowest gpu-image check clean
 
 help:
 	@echo "make quickstart  assemble, tune, measure and report on this machine, with real parts (minutes)"
@@ -52,6 +52,10 @@ test-versions:
 	$(MAKE) lowest
 	@test -n "$(PYTHON312)" || echo "No Python 3.12 found: the tests on what GPU images carry are left out (PYTHON312=...)."
 	$(if $(PYTHON312),$(MAKE) gpu-image)
+
+# The environments alone.
+versions: $(LOWEST)/.installed
+	$(if $(PYTHON312),$(MAKE) $(GPU_IMAGE)/.installed)
 
 lowest: $(LOWEST)/.installed
 	$(VERSION_TESTS)
@@ -107,7 +111,7 @@ $(LOWEST)/.installed: pyproject.toml $(VENV)/.installed-dev
 
 $(GPU_IMAGE)/.installed: pyproject.toml $(VENV)/.installed-dev
 	$(UV) venv --quiet --clear --python $(PYTHON312) $(GPU_IMAGE)
-	$(UV) pip install --quiet --python $(GPU_IMAGE)/bin/python --editable '.[test,serve,video]' 'torch==2.11.*' \
+	$(UV) pip install --quiet --python $(GPU_IMAGE)/bin/python --editable '.[test,serve,quant,video]' 'torch==2.11.*' \
 	  "transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\).*/\1/p' pyproject.toml).*"
 	@touch $@
 
