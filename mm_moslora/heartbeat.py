@@ -87,16 +87,17 @@ def is_running(pid: int, *, before: float | None = None) -> bool:
     return before is None or started < before + 60  # the file system may have a clock of its own
 
 
-def read_beats(folder: Path, *, now: float | None = None) -> list[Beat]:
-    """What all ranks said last, in order of rank; what is not a heartbeat is passed over.
+def read_beats(folder: Path, *, now: float | None = None, name: str = "rank-*.json") -> list[Beat]:
+    """What ranks said last, in order of rank; what is not a heartbeat is passed over.
 
     Args:
         folder: with the heartbeats.
         now: by the clock of the file system; None: by this machine's.
+        name: pattern of the files' names.
     """
     now = time.time() if now is None else now
     found = []
-    for path in sorted(folder.glob("rank-*.json")):
+    for path in sorted(folder.glob(name)):
         try:
             content = json.loads(read_text_below(folder, path.name) or "")
             written = path.stat().st_mtime

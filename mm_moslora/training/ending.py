@@ -63,7 +63,7 @@ def recorded(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[Ending]:
         }
         if distributed.is_main():
             _write(folder, over if before is None or ending.begun else before)
-        elif reason and ending.begun and (_told(folder) or {}).get("state") == "running":
+        elif reason and (ending.begun or 0 in ranks) and (_told(folder) or {}).get("state") == "running":
             _write(folder, over)
         raise
     if distributed.is_main():

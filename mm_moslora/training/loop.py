@@ -106,9 +106,10 @@ def train(
     distributed.join(timeout_minutes=recipe.train.timeout_minutes)
     if distributed.device().type == "cpu":
         keep_memory()
-    _agreed(lambda: _check(recipe, resume, measure))
     folder = Path(recipe.train.output)
     watchdog = Watchdog(folder)
+    with blaming(watchdog):
+        _agreed(lambda: _check(recipe, resume, measure))
     # Each waits for the other ranks, so each may find that one is gone; the end is recorded in the words of `blaming`.
     with blaming(watchdog), runs.exclusive(folder), recorded(folder) as ending, blaming(watchdog), watchdog:
         runs.seed_everything(recipe.train.seed)

@@ -38,6 +38,9 @@ _TORCHRUN_SECONDS = 30
 _STANDSTILL = 10
 """Times the interval between two heartbeats: a longer gap means that the process did not run."""
 _CULPRIT_SECONDS = 4.0  # a rank that fails needs a moment to say so
+_GONE_SECONDS = 5.0
+"""How long a rank may be gone while another starts. Most of what waits for it fails by itself, and says more."""
+_START = "start"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +66,21 @@ class Watchdog:
     def __init__(self, folder: Path) -> None:
         self.folder, self.beats, self.stacks = folder, folder / heartbeat.FOLDER, folder / "stacks"
         self.interval = 1.0
-        self._phase, self._step, self._limit, self._since = "start", 0, float("inf"), time.monotonic()
+        self._phase, self._step, self._limit, self._since = _START, 0, float("inf"), time.monotonic()
         self._place, self._gave_up, self._stood_still, self._ran = "", False, 0.0, time.monotonic()
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
+        try:
+            self._enter()
+        except BaseException:
+            self._stop.set()
+            raise
+        return self
+
+    def _enter(self) -> None:
         if distributed.is_main():
             for beat in self.beats.glob("rank-*.json"):  # of an earlier start
                 discard(beat)
@@ -86,7 +97,6 @@ class Watchdog:
         if not distributed.is_main():
             self._begin()
         distributed.barrier()
-        return self
 
     def _begin(self) -> None:
         self._ran = time.monotonic()
@@ -129,8 +139,27 @@ class Watchdog:
         while not self._stop.wait(self.interval):
             self._note_standstill()
             self._say()
-            if time.monotonic() - self._since > self._limit:
-                self._give_up()
+            waited = time.monotonic() - self._since
+            if waited > self._limit:
+                self._give_up(
+                    f"No progress for {waited:.0f} s at step {self._step} ({self._phase}).",
+                    hint=" The limits are train.step_timeout_minutes and train.timeout_minutes.",
+                )
+            elif self._phase == _START and self._misses_a_rank():
+                self._give_up("The other ranks cannot be reached.")
+
+    def _misses_a_rank(self) -> bool:
+        """Whether another rank is gone for a while: rank 0 looks at all, the others at rank 0.
+
+        Without it a rank that waits for the address of another in a new group waits for the limit of a collective.
+        """
+        beats = self.read() if distributed.is_main() else self.read(name="rank-00000.json")
+        return any(
+            beat.age > _GONE_SECONDS
+            and (beat.failure is not None or beat.gave_up or (beat.is_dead() and not beat.is_over))
+            for beat in beats
+            if beat.rank != distributed.rank()
+        )
 
     def _say(self) -> None:
         """Write this rank's file; a full disk is no reason to stop, and must not hide why the run ended."""
@@ -156,7 +185,7 @@ class Watchdog:
         with replacing(path) as temporary:  # of a name of its own: `verdict` may write beside the thread
             temporary.write_text(json.dumps(content), encoding="utf-8")
 
-    def _give_up(self) -> None:
+    def _give_up(self, why: str, *, hint: str = "") -> None:
         faulthandler.dump_traceback(file=self._stacks_file, all_threads=True)
         self._stacks_file.flush()
         self._place, self._gave_up = _own_place(self._phase), True
@@ -164,12 +193,8 @@ class Watchdog:
         self._ask_for_stacks()
         time.sleep(2 * self.interval)  # the others reach their limits, too
         blame = self.verdict()
-        waited = f"No progress for {time.monotonic() - self._since:.0f} s at step {self._step} ({self._phase})."
-        record_failure(self.folder, f"{waited} {blame}", ranks=blame.ranks)
-        logger.error(
-            "%s %s Stacks: %s. The limits are train.step_timeout_minutes and train.timeout_minutes.",
-            waited, blame, self.stacks,
-        )  # fmt: skip
+        record_failure(self.folder, f"{why} {blame}", ranks=blame.ranks)
+        logger.error("%s %s Stacks: %s.%s", why, blame, self.stacks, hint)
         sys.stderr.flush()
         _release_torchrun()
         os._exit(EXIT_HANG)
@@ -181,18 +206,24 @@ class Watchdog:
                 with contextlib.suppress(OSError):
                     os.kill(beat.pid, signal.SIGUSR2)
 
-    def read(self) -> list[Beat]:
-        """What all ranks said last. Ages are measured against this rank's own file: no clocks are compared."""
+    def read(self, *, name: str = "rank-*.json") -> list[Beat]:
+        """What ranks said last. Ages are measured against this rank's own file: no clocks are compared.
+
+        Args:
+            name: pattern of the files' names.
+        """
         own = self.beats / f"rank-{distributed.rank():05d}.json"
         self._say()
         try:
             now = own.stat().st_mtime
         except OSError:
             return []
-        return heartbeat.read_beats(self.beats, now=now)
+        return heartbeat.read_beats(self.beats, now=now, name=name)
 
     def verdict(self) -> Blame:
         """Which ranks are to blame; waits a moment for ranks that are just failing."""
+        if self._thread.ident is None:  # what lies in the folder is of an earlier start
+            return _no_word(set(range(distributed.world_size())) - {distributed.rank()})
         self._note_standstill()
         deadline = time.monotonic() + _CULPRIT_SECONDS
         while True:
@@ -213,8 +244,8 @@ class Watchdog:
         if told:
             text = "; ".join(text for _, text in told)
             return Blame(text=f"{text}.", ranks=tuple(dict.fromkeys(beat.rank for beat, _ in told)))
-        if len(beats) < distributed.world_size():
-            return Blame(text="Some ranks have not begun or left no word; see what they printed.")
+        if missing := set(range(distributed.world_size())) - {beat.rank for beat in beats}:
+            return _no_word(missing)
         if len(beats) == 1:
             return Blame(text="There is one rank only.")
         return Blame(
@@ -235,6 +266,13 @@ class Watchdog:
             [beat for beat in others if beat.phase != self._phase] if self._phase == "step" else []
         )
         return [(beat, f"{beat.who} is behind, at step {beat.step} ({beat.phase})") for beat in behind]
+
+
+def _no_word(missing: set[int]) -> Blame:
+    """Ranks that left no heartbeat; one of them at least is to blame."""
+    names = ", ".join(f"rank {rank}" for rank in sorted(missing)[:8])
+    text = f"There is no word of {names}{', ...' if len(missing) > 8 else ''}: see what was printed there."
+    return Blame(text=text, ranks=tuple(missing) if len(missing) == 1 else ())
 
 
 def _release_torchrun() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -96,6 +97,25 @@ def _fail_within_step(what: str, rank: str, step: int) -> None:
 
     step_or_not.done = 0
     Engine.step = step_or_not
+
+
+def while_starting(rank: str, place: str, *words: str) -> int:
+    """`mm-moslora` of which one rank is killed in its start-up, as it comes to a function (`module:name`)."""
+    from mm_moslora import cli
+
+    module, _, path = place.partition(":")
+    owner, name = importlib.import_module(module), path.rpartition(".")[2]
+    if "." in path:
+        owner = getattr(owner, path.rpartition(".")[0])
+    real = getattr(owner, name)
+
+    def fatal(*arguments, **options):
+        if distributed.rank() == int(rank):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+
+    setattr(owner, name, fatal)
+    return cli.run(list(words))
 
 
 def while_measuring(what: str, rank: str, *recipes: str) -> int:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -53,8 +54,8 @@ def test_the_time_that_a_slow_rank_costs_is_a_metric(parts, ranks, tmp_path):
     lines = metrics(tmp_path / "run")[1:]
     assert len(lines) == 3
     for line in lines:
-        assert line["wall_seconds"] > 0.7 > line["step_seconds"]
-        assert line["work_seconds"] > 0.7 > line["work_seconds_min"]
+        assert line["wall_seconds"] > max(0.7, line["step_seconds"] + 0.35)  # half: a busy machine slows the other, too
+        assert line["work_seconds"] > max(0.7, line["work_seconds_min"] + 0.35)
         assert line["slowest_rank"] == 1
         assert line["tokens_per_second"] == pytest.approx(line["tokens"] / line["wall_seconds"])
         assert line["samples_per_second"] == pytest.approx(recipe.train.global_batch / line["wall_seconds"])
@@ -94,6 +95,34 @@ def test_the_end_of_a_run_whose_main_rank_was_killed_is_recorded_by_the_other(pa
     assert (told["state"], told["ranks"]) == ("failed", [0])
     assert f"rank 0 (process {group.pids[0]} on" in told["reason"]
     assert "died; last seen at step" in told["reason"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "mm_moslora.training.loop:check_recipe",
+        "mm_moslora.training.watchdog:Watchdog._begin",
+        "mm_moslora.training.run:assemble",
+        "mm_moslora.training.run:build_engine",  # the other waits for an address in a group of DeepSpeed's
+        "mm_moslora.training.loop:build_trackers",
+    ],
+)
+def test_a_rank_that_dies_while_it_starts_is_named(place, rank, parts, ranks, tmp_path):
+    recipe = make_recipe(parts, tmp_path / "run", "zero2")
+    group = ranks.start(["faults:while_starting", str(rank), place, "train", write(recipe)])
+    ranks.finish(group, limit=120)
+    said = group.output(1 - rank)
+    assert group.codes[rank] == -signal.SIGKILL
+    assert group.codes[1 - rank] in (1, watchdog.EXIT_HANG), said
+    assert "Traceback" not in said
+    assert re.search(rf"The other ranks cannot be reached\. .*rank {rank}\b", said), said
+    if place.endswith("check_recipe"):
+        assert not (tmp_path / "run").exists()
+    else:
+        state = read_state(tmp_path / "run")
+        assert (state.name, state.ranks) == ("failed", (rank,))
+        assert f"rank {rank}" in str(state.reason)
 
 
 def test_a_rank_that_is_woken_says_that_it_was_stopped(parts, ranks, tmp_path):
