@@ -156,10 +156,14 @@ def _kinds(folder: Path) -> list[str]:
 
 def is_built(folder: Path) -> bool:
     """Whether a folder is there and holds more than the project's mark, which an interrupted deletion leaves."""
+    return bool(_names(folder) - {MARK})
+
+
+def _names(folder: Path) -> set[str]:
     try:
-        return any(item.name != MARK for item in folder.iterdir())
+        return {item.name for item in folder.iterdir()}
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        return set()
 
 
 def refuse_strangers(folder: Path, names: Sequence[str], *, kind: str, also: Sequence[str] = ()) -> None:
@@ -291,7 +295,7 @@ def building(folder: Path, *, replaces: str | None = None) -> Iterator[Path]:
         yield part
         if replaces is not None:
             remove(folder, mark=replaces)
-        elif not is_built(folder):
+        elif _names(folder) == {MARK}:
             remove(folder)
         try:
             part.rename(folder)

@@ -15,7 +15,7 @@ import tarfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from fake_hub import fake_hub, run_beside
 from PIL import Image
 from tiny import make_records
 
+from mm_moslora import files
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data import remote, tables, tokencache
 from mm_moslora.data.dataset import TrainingSet
@@ -550,19 +551,34 @@ class TestTokenCache:
         (folder.with_name(folder.name + ".part") / "table.npy").write_bytes(b"half")
         assert len(make_set(path, cache=str(cache)).usable) == 12
 
+    def test_a_folder_that_holds_nothing_but_the_mark_is_no_cache(self, tmp_path: Path) -> None:
+        path, cache = make_records(tmp_path, 12), tmp_path / "cache"
+        first = make_set(path, cache=str(cache))
+        (folder,) = [item for item in cache.iterdir() if item.is_dir()]
+        for item in folder.iterdir():
+            item.unlink()
+        files.mark(folder, "temporary")
+        assert list(make_set(path, cache=str(cache)).lengths) == list(first.lengths)
+
+    @pytest.mark.parametrize("hidden", [2, 3])
     def test_a_host_that_does_not_see_yet_that_another_was_first_uses_what_is_there(
-        self, tmp_path: Path, monkeypatch
+        self, hidden: int, tmp_path: Path, monkeypatch
     ) -> None:
         """As on a network file system that remembers for some seconds what was not there."""
         path, cache = make_records(tmp_path, 12), tmp_path / "cache"
         first = make_set(path, cache=str(cache))
+        (folder,) = [item for item in cache.iterdir() if item.is_dir()]
         looks = itertools.count()
-        is_dir = Path.is_dir
-        monkeypatch.setattr(
-            Path, "is_dir", lambda self: is_dir(self) and (self.parent != cache or next(looks) >= 2)
-        )  # fmt: skip
+        iterdir = Path.iterdir
+
+        def seen(self: Path) -> Iterator[Path]:
+            if self == folder and next(looks) < hidden:
+                raise FileNotFoundError(self)
+            return iterdir(self)
+
+        monkeypatch.setattr(Path, "iterdir", seen)
         assert list(make_set(path, cache=str(cache)).lengths) == list(first.lengths)
-        assert next(looks) > 2
+        assert next(looks) > hidden
         assert not list(cache.glob("*.part"))
 
     def test_a_build_that_is_killed_leaves_no_process_and_no_lock(self, tmp_path: Path) -> None:
