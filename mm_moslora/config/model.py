@@ -70,10 +70,10 @@ class ProjectorConfig:
     """perceiver, qformer and c_abstractor: blocks (c_abstractor: in either of its two stages)."""
     scale_to_embeddings: bool = False
     """Scale the last layer at initialisation so that visual tokens have the size of word embeddings."""
-    standardise_features: bool = False
-    """Fold mean and spread of the first pictures' features into a fresh first layer, so that it sees mean 0, spread 1.
-    What pictures have in common is often larger than what tells them apart, which is then learned late. Not for
-    c_abstractor, perceiver and qformer."""
+    fit_to_answers: bool = False
+    """Begin by least squares on up to 1,024 pictures of the training data: visual tokens of a fresh projector then
+    point to the words of their picture's answers, at the size of word embeddings. For few data and short answers. Not
+    for c_abstractor, perceiver and qformer."""
     weights: str | None = None
     """A projector to start from: the run folder of an align stage, one of its checkpoints, or a
     `projector.safetensors`."""
@@ -84,9 +84,9 @@ class ProjectorConfig:
         for name in ("shuffle", "queries", "depth"):
             at_least(f"model.projector.{name}", getattr(self, name), 1)
         require(
-            not self.standardise_features or self.kind not in ("c_abstractor", "perceiver", "qformer"),
-            f"model.projector: standardise_features is set, but {self.kind} does not begin with a linear layer to fold "
-            "the features' mean and spread into. Leave it out, or choose another kind.",
+            not self.fit_to_answers or self.kind not in ("c_abstractor", "perceiver", "qformer"),
+            f"model.projector: fit_to_answers is set, but {self.kind} does not begin with a linear layer to fold the "
+            "features' mean and spread into. Leave it out, or choose another kind.",
         )
 
 
@@ -236,7 +236,7 @@ def refuse_all_frozen(config: ModelConfig) -> None:
 _ASSEMBLED = {
     "": ("language_revision", "image_aspect", "anyres_tiles", "quantisation"),
     "vision.": ("revision", "pretrained", "feature_layer", "fuse_with", "select", "image_size"),
-    "projector.": ("kind", "shuffle", "queries", "depth", "scale_to_embeddings", "standardise_features", "weights"),
+    "projector.": ("kind", "shuffle", "queries", "depth", "scale_to_embeddings", "fit_to_answers", "weights"),
 }
 
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from torch import Tensor, nn
-
 from mm_moslora.errors import ModelError, suggestion
 from mm_moslora.models.projector_parts import (
     AvgPoolProjector,
@@ -81,40 +79,3 @@ def shaped(kind: str, shape: ProjectorShape) -> ProjectorShape:
     """The shape with what the name says: the layers of mlpNx_gelu."""
     deep = _DEEP.fullmatch(kind)
     return replace(shape, depth=int(deep[1])) if deep else shape
-
-
-def embedding_scale(visual_tokens: Tensor, embeddings: Tensor) -> float:
-    """The factor on a fresh projector's last layer that gives visual tokens the size of word embeddings.
-
-    A fresh projector gives tokens several times larger or smaller than the words beside them; training first has to
-    undo that.
-
-    Args:
-        visual_tokens: of some real pictures, ``[..., D]``.
-        embeddings: word embeddings ``[vocabulary, D]``.
-    """
-    target = embeddings.float().pow(2).mean().sqrt()
-    return float(target) / max(1e-12, float(visual_tokens.float().pow(2).mean().sqrt()))
-
-
-def fold_into(projector: nn.Module, mean: Tensor, spread: Tensor) -> None:
-    """Let a projector's first linear layer compute of features what it did of ``(features - mean) / spread``.
-
-    Features of a vision tower have most of their size in common: of DINOv2's, the part that differs between pictures
-    can be a tenth. A fresh layer then gives nearly the same token for every picture.
-
-    Args:
-        projector: changed in place.
-        mean: ``[V]``.
-        spread: ``[V]``; dimensions that hardly change count as a tenth of the average.
-    """
-    layer = first_layer(projector)
-    assert layer.bias is not None
-    weight = layer.weight.float() / spread.clamp_min(max(1e-6, 0.1 * float(spread.mean())))
-    layer.bias.copy_(layer.bias.float() - weight @ mean)
-    layer.weight.copy_(weight)
-
-
-def first_layer(projector: nn.Module) -> nn.Linear:
-    """The linear layer that a projector begins with, behind a pooling or a norm at most."""
-    return next(module for module in projector.modules() if isinstance(module, nn.Linear))

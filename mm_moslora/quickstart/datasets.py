@@ -181,7 +181,7 @@ def asked_yes_no(
 
 OPEN_TURNS = 2
 """Open questions per conversation; the rest are yes/no. Behind an open one the conversation itself settles most of
-them: there the comparison is learned on words first. With one in four turns yes/no stayed at chance (one run)."""
+them: there the comparison is learned on words first."""
 
 
 def _arranged(

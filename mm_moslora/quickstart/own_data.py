@@ -27,7 +27,7 @@ from mm_moslora.quickstart.datasets import YES_NO, Question, conversation, quest
 
 OPEN = "What does the picture show?"
 IS_IT = 'Does the picture show "{}"?'
-TURNS = 4
+TURNS = 3
 """Most questions of a conversation that is made."""
 CONVERSATIONS = 4800
 """Conversations about pictures of classes; more where there are more pictures."""
@@ -218,30 +218,18 @@ def _repeats(counts: Counter[str]) -> dict[str, int]:
 
 
 def _turns(picture: _Picture, shares: Counter[str], rng: random.Random) -> list[tuple[str, str]]:
-    """Questions whose answers only the picture tells, and a last one that follows from what was said before.
+    """What it shows, its own class and another one, in random order.
 
-    "Does the picture show "dog"?" answered yes gives all others away, so that answer, or the open question, comes last
-    but one. The last one teaches in words what it means to compare. Other classes are drawn as often as they are talked
-    about, so that of every question yes and no are about as frequent.
+    What was said before answers about half of the questions: there the model learns in words what it means to compare.
+    The others only the picture answers. Other classes are drawn as often as they are talked about, so that of every
+    yes/no question both answers are about as frequent.
     """
     others = {label: share for label, share in shares.items() if label != picture.label}
-    is_it = [(IS_IT.format(picture.label), "yes")]
-    turns: list[tuple[str, str]] = []
-    told = False
-    while not told and len(turns) < TURNS - 1 and others:
-        kind = rng.choice(("open", *YES_NO))
-        if kind == "no":
-            [label] = rng.choices(list(others), list(others.values()))
-            turns.append((IS_IT.format(label), "no"))
-            del others[label]
-        else:
-            turns += is_it if kind == "yes" else [(OPEN, picture.label)]
-            told = True
-    left = [turn for turn in (*is_it, (OPEN, picture.label)) if turn not in turns]
+    turns = [(OPEN, picture.label), (IS_IT.format(picture.label), "yes")]
     if others:
         [label] = rng.choices(list(others), list(others.values()))
-        left.append((IS_IT.format(label), "no"))
-    return [*turns, rng.choice(left)]
+        turns.append((IS_IT.format(label), "no"))
+    return rng.sample(turns, len(turns))
 
 
 def _test_questions(test: Sequence[_Picture], rng: random.Random) -> list[dict[str, Any]]:

@@ -143,9 +143,9 @@ model:
   language: {_quoted(parts.language)}
   # {parts.why}
   vision: {{{vision}}}
-  # {parts.visual_tokens} visual tokens per picture, of 2 x 2 patches each. The features' mean and spread are folded
-  # into the fresh projector, and its tokens have the size of words: so it needs no alignment stage of its own.
-  projector: {{kind: pixel_shuffle, shuffle: 2, standardise_features: true, scale_to_embeddings: true}}
+  # {parts.visual_tokens} visual tokens per picture, of 2 x 2 patches each. A least-squares fit to the answers comes before the
+  # first step and takes the place of an alignment stage.
+  projector: {{kind: pixel_shuffle, shuffle: 2, fit_to_answers: true}}
   image_aspect: resize   # the whole picture, whatever its shape; pad and crop spend or lose a part of it
   system_prompt: ""      # the default one would cost as many tokens as the picture
 # A new kind of input has to be learned, not a new tone: a high rank in every linear layer.
@@ -157,7 +157,7 @@ data:
   order: random
 # {size.steps} steps are few, so the rates are high and the optimiser's memory short.
 # Beyond 1,000 steps take lr: 2.0e-4 and leave betas out.
-optim: {{lr: 1.0e-3, projector_lr: 2.0e-3, warmup: 0.05, betas: [0.9, 0.98]}}
+optim: {{lr: 1.0e-3, projector_lr: 2.0e-4, warmup: 0.05, betas: [0.9, 0.98]}}
 train:
   output: {_quoted(str(folder / "run"))}
   # {size.batch} conversations of {data.turns:.3g} questions a step, about {size.tokens:,} tokens.

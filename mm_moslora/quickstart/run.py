@@ -48,9 +48,9 @@ class Plan:
 
 
 PLANS: dict[tuple[Images, bool], Plan] = {
-    ("easy-vqa", False): Plan(train_images=850, align_steps=40, tune_epochs=1.0, test_questions=400),
+    ("easy-vqa", False): Plan(train_images=700, align_steps=20, tune_epochs=1.0, test_questions=400),
     ("easy-vqa", True): Plan(train_images=64, align_steps=4, tune_epochs=1.0, test_questions=40),
-    ("stamps", False): Plan(train_images=10_000, align_steps=60, tune_epochs=1.0, test_questions=10_000),
+    ("stamps", False): Plan(train_images=10_000, align_steps=30, tune_epochs=1.0, test_questions=10_000),
     ("stamps", True): Plan(train_images=96, align_steps=4, tune_epochs=1.0, test_questions=48),
 }
 TURNS = 8
@@ -269,12 +269,7 @@ _KEYS: dict[Images, list[str]] = {"easy-vqa": [], "stamps": ["optim.betas=[0.9, 
 # Conversations of one question: more of them in a step.
 _TUNE_KEYS: dict[Images, list[str]] = {
     "easy-vqa": [],
-    "stamps": [
-        "optim.lr=1e-3",
-        "optim.projector_lr=1e-3",
-        "train.global_batch=32",
-        "train.micro_batch=32",
-    ],
+    "stamps": ["train.global_batch=32", "train.micro_batch=32"],
 }
 
 

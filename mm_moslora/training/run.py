@@ -6,17 +6,19 @@ import logging
 import os
 import random
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mm_moslora import distributed
+from mm_moslora.batch import Example
 from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
 from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.dataset import TrainingSet
@@ -33,7 +35,15 @@ from mm_moslora.models.kernels import choose_kernels, use_kernels
 from mm_moslora.models.lean import use_lean_layers
 from mm_moslora.models.pictures import PictureMemory
 from mm_moslora.models.places import contents_of, seen_from
-from mm_moslora.models.projector import embedding_scale, first_layer, fold_into
+from mm_moslora.models.projector_start import (
+    embedding_scale,
+    embedding_size,
+    first_layer,
+    fit_to_words,
+    fold_into,
+    inputs_of,
+    last_layer,
+)
 from mm_moslora.models.ready import tower_path
 from mm_moslora.models.trainable import attach_adapters, checkpoint_layers, component_table
 from mm_moslora.models.vlm import image_features, is_multimodal, is_padded
@@ -47,8 +57,10 @@ from mm_moslora.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-PICTURES_TO_SCALE, PICTURES_TO_STANDARDISE = 8, 64
-"""Of the first records: a size needs few, the spread of every dimension more."""
+T = TypeVar("T")
+
+PICTURES_TO_SCALE, PICTURES_TO_STANDARDISE, PICTURES_TO_FIT = 8, 64, 1024
+"""A size needs few, the spread of every dimension more, what tells them apart most."""
 
 
 @contextmanager
@@ -151,7 +163,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     training_set = _data_set(recipe, assembly, validation=False)
     assert training_set is not None
     validation_set = _data_set(recipe, assembly, validation=True)
-    _fit_projector(recipe, assembly, training_set)
+    _start_projector(recipe, assembly, training_set)
     model = assembly.model.train()
     if not is_padded(model):
         set_attention(model, training_attention(model, recipe.model.attention, device=distributed.device()))
@@ -236,75 +248,97 @@ def _data_set(recipe: Recipe, assembly: Assembly, *, validation: bool) -> Traini
 
 
 @torch.no_grad()
-def _fit_projector(recipe: Recipe, assembly: Assembly, data: TrainingSet) -> None:
-    """Fit a fresh projector to the first pictures: to their features' spread, and to the size of word embeddings.
+def _start_projector(recipe: Recipe, assembly: Assembly, data: TrainingSet) -> None:
+    """Fit a fresh projector to pictures of the training data and their answers, as far as the recipe wants.
 
-    Rank 0 measures, where it is going to train, on its own weights: those are what the engine gives to all ranks.
+    Rank 0 measures, where it is going to train; the others get its weights.
     """
     model, wanted = assembly.model, recipe.model.projector
     if not is_multimodal(model) or assembly.ready_made or wanted.weights:
         return
-    projector = model.model.multi_modal_projector
+    if not (wanted.fit_to_answers or wanted.scale_to_embeddings):
+        return
+    projector, failure = model.model.multi_modal_projector, None
+    if distributed.is_main():
+        try:
+            with _where_it_trains(model):
+                _fit(assembly, data, to_answers=wanted.fit_to_answers)
+        except Exception as error:  # the other ranks wait
+            failure = error
+    distributed.agree(failure, what="Fitting the projector")
+    projector.load_state_dict(distributed.from_main(projector.state_dict()))
 
-    def measured(count: int, measure: Callable[[Tensor], Any]) -> Any:
-        """What rank 0 measures on its first pictures, on all ranks; None without pictures."""
-        found, failure = None, None
-        if distributed.is_main():
-            try:
-                if pictures := _first_pictures(data, count):
-                    with _where_it_trains(model):
-                        found = measure(torch.cat(pictures))
-            except Exception as error:  # the other ranks wait
-                failure = error
-        distributed.agree(failure, what="Fitting the projector")
-        return distributed.from_main(found)
 
-    factor = spread = None
-    if wanted.standardise_features:
-        spread = measured(PICTURES_TO_STANDARDISE, lambda pixels: _feature_spread(model, pixels))
-    if spread is not None:
-        fold_into(projector, *spread)
-        logger.info("Projector begins with features of mean 0 and spread 1.")
-    if wanted.scale_to_embeddings:
-        words = cast(Tensor, model.get_input_embeddings().weight)
-        factor = measured(PICTURES_TO_SCALE, lambda pixels: embedding_scale(image_features(model, pixels), words))
-    if factor is not None:
-        last = projector.last if hasattr(projector, "last") else projector.linear_2
-        for parameter in last.parameters():
+def _fit(assembly: Assembly, data: TrainingSet, *, to_answers: bool) -> None:
+    model = assembly.model
+    projector, words = model.model.multi_modal_projector, cast(Tensor, model.get_input_embeddings().weight)
+    if to_answers:
+        if pictures := [pixels for _, pixels in _spread_out(data, PICTURES_TO_STANDARDISE)]:
+            fold_into(projector, *_feature_spread(model, pictures))
+        share = fit_to_words(projector, _hidden_and_words(assembly, data), size=embedding_size(words))
+        if share is not None:
+            logger.info("Projector fitted: visual tokens follow %.0f %% of what tells answers apart.", 100 * share)
+            return
+        logger.warning("The projector is not fitted to the answers: they, or the pictures, are all the same.")
+    if pictures := [pixels for _, pixels in _spread_out(data, PICTURES_TO_SCALE)]:
+        factor = embedding_scale(image_features(model, torch.cat(pictures)), words)
+        for parameter in last_layer(projector).parameters():
             parameter.mul_(factor)
         logger.info("Projector output scaled by %.3g to the size of word embeddings.", factor)
 
 
-def _first_pictures(data: TrainingSet, count: int) -> list[Tensor]:
-    """Pictures or tiles ``[n, 3, H, W]`` of the first records that show some."""
-    pictures: list[Tensor] = []
-    for index in range(len(data)):
-        if len(pictures) >= count:
-            break
-        example = data[index] if data.has_image[index] else None
+def _spread_out(
+    data: TrainingSet, count: int, *, on_progress: Callable[[int, int], None] | None = None
+) -> Iterator[tuple[Example, Tensor]]:
+    """Records that show something and their pictures or tiles ``[n, 3, H, W]``.
+
+    At most `count`, evenly spaced: files are often sorted by what the pictures show.
+    """
+    shown = [index for index in range(len(data)) if data.has_image[index]]
+    chosen = [shown[len(shown) * place // count] for place in range(count)] if len(shown) > count else shown
+    for done, index in enumerate(chosen, start=1):
+        example = data[index]
         if example is not None and example.pixel_values is not None:
-            pictures.append(example.pixel_values.flatten(0, -4))
-    return pictures
+            yield example, example.pixel_values.flatten(0, -4)
+        if on_progress is not None:
+            on_progress(done, len(chosen))
 
 
-def _feature_spread(model: PreTrainedModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def _feature_spread(model: PreTrainedModel, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of what a projector's first linear layer reads, ``[V]`` each, fp32 on the CPU.
 
     Args:
-        model: an assembly, tower and projector on the device of the pictures.
-        pixels: some real pictures ``[N, 3, H, W]``.
+        model: an assembly, tower and projector on the device where it trains.
+        pictures: some real pictures, ``[n, 3, H, W]`` each.
     """
-    seen: list[Tensor] = []
-    hook = first_layer(model.model.multi_modal_projector).register_forward_pre_hook(
-        lambda _, given: seen.append(given[0].float().flatten(0, -2))
-    )
-    try:
-        for part in pixels.split(PICTURES_TO_SCALE):
-            image_features(model, part)
-    finally:
-        hook.remove()
-    spread, mean = torch.std_mean(torch.cat(seen), dim=0)
+    with inputs_of(first_layer(model.model.multi_modal_projector)) as taken:
+        for pixels in pictures:
+            image_features(model, pixels)
+        spread, mean = torch.std_mean(taken().flatten(0, -2), dim=0)
     return mean.cpu(), spread.cpu()
+
+
+def _hidden_and_words(assembly: Assembly, data: TrainingSet) -> Iterator[tuple[Tensor, Tensor]]:
+    """By pictures, what the last layer reads ``[n, Q, H]`` and the mean word embedding of the answers ``[n, D]``."""
+    model, marks = assembly.model, torch.tensor(assembly.tokenizer.all_special_ids)
+    words = cast(Tensor, model.get_input_embeddings().weight)
+    progress = Progress("fit projector", 0, unit="picture")
+    with inputs_of(last_layer(model.model.multi_modal_projector)) as taken:
+        for some in _batches(_spread_out(data, PICTURES_TO_FIT, on_progress=progress.of)):
+            pixels, targets = [], []
+            for example, shown in some:
+                answers = example.input_ids[example.supervised]
+                if len(answers := answers[~torch.isin(answers, marks)]):
+                    pixels.append(shown)
+                    targets.append(words[answers].float().mean(0).expand(len(shown), -1))
+            if pixels:
+                image_features(model, torch.cat(pixels))
+                yield taken(), torch.cat(targets)
+
+
+def _batches(records: Iterator[T]) -> Iterator[list[T]]:
+    while some := list(islice(records, PICTURES_TO_SCALE)):
+        yield some
 
 
 @contextmanager

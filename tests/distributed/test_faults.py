@@ -212,7 +212,7 @@ def test_a_bug_of_one_rank_is_reported_by_the_others(parts, ranks, tmp_path):
 def test_the_projector_is_fitted_by_one_rank_for_all(parts, ranks, tmp_path):
     stages = {"none": "none", "zero2": "zero2", "zero3": "zero3", "failing": "zero2"}
     recipes = [make_recipe(parts, tmp_path / name, stage, steps=2) for name, stage in stages.items()]
-    projector = ProjectorConfig(scale_to_embeddings=True, standardise_features=True)
+    projector = ProjectorConfig(fit_to_answers=True)
     alone, *both, failing = (write(replace(r, model=replace(r.model, projector=projector))) for r in recipes)
     ranks.run([alone], ranks=1)
     ranks.run(["faults:fit_on_main_alone", "works", *both])

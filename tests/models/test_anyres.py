@@ -46,7 +46,7 @@ def test_a_picture_takes_the_whole_view_its_tiles_and_a_newline_per_row(kind, la
 def test_a_run_trains_the_newline_and_is_exported_as_llava_next(language_folder, tmp_path):
     recipe = recipe_for("x", write_records(tmp_path), tmp_path / "run")
     model = config_for(language_folder, make_vision(tmp_path / "clip", "clip"))
-    model = dataclasses.replace(model, projector=ProjectorConfig(scale_to_embeddings=True))
+    model = dataclasses.replace(model, projector=ProjectorConfig(fit_to_answers=True))
     recipe = dataclasses.replace(recipe, model=model)
     train(recipe)
     assert not (tmp_path / "run" / "quarantine.jsonl").read_text()

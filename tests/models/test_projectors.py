@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +13,8 @@ from mm_moslora.errors import ConfigError, ModelError
 from mm_moslora.models.build import assemble
 from mm_moslora.models.export import export_model
 from mm_moslora.models.load import load
-from mm_moslora.models.projector import PROJECTORS, build_projector, fold_into, projector_tokens
+from mm_moslora.models.projector import PROJECTORS, build_projector, projector_tokens
+from mm_moslora.models.projector_start import RIDGE, fit_to_words, fold_into, inputs_of, last_layer
 from mm_moslora.models.projector_parts import ProjectorShape
 
 KINDS = {
@@ -59,6 +61,60 @@ def test_a_fresh_projector_computes_of_features_what_it_did_of_standardised_ones
     torch.testing.assert_close(projector(features), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu", "mlp3x_gelu", "fused_mlp", "avg_pool", "pixel_shuffle"])
+@torch.no_grad()
+def test_a_fitted_projector_gives_unseen_pictures_the_words_of_their_class(kind):
+    torch.manual_seed(0)
+    projector = build_projector(kind, SHAPE)
+    classes, words, common = torch.randn(5, 24), 0.1 * torch.randn(5, 40), 0.1 * torch.randn(40)
+    labels = torch.arange(60) % 5
+
+    def features(labels):
+        return 3 + classes[labels][:, None] + 0.3 * torch.randn(len(labels), 36, 24)
+
+    def pairs():
+        with inputs_of(last_layer(projector)) as taken:
+            for some in labels.split(7):
+                projector(features(some))
+                yield taken(), (words + common)[some]
+
+    share = fit_to_words(projector, pairs(), size=0.14)
+    assert 0.8 < share <= 1
+    tokens = projector(features(labels)).mean(1)
+    differing = words - words.mean(0)
+    nearest = torch.nn.functional.cosine_similarity(tokens[:, None], differing[None], dim=-1).argmax(1)
+    assert torch.equal(nearest, labels)
+    assert float(tokens.pow(2).mean().sqrt()) == pytest.approx(0.14, rel=0.15)
+    assert float(tokens.mean(0).pow(2).mean().sqrt()) < 0.02, "what all words have in common is left out"
+
+
+@torch.no_grad()
+def test_the_fit_is_that_of_numpys_least_squares():
+    torch.manual_seed(0)
+    projector = build_projector("linear", SHAPE)
+    hidden, words = torch.randn(50, 36, 24), torch.randn(50, 40)
+    share = fit_to_words(projector, [(hidden[:20], words[:20]), (hidden[20:], words[20:])], size=1.0)
+    x, y = hidden.flatten(0, 1).double().numpy(), words.double().numpy().repeat(36, 0)
+    x, y = x - x.mean(0), y - y.mean(0)
+    ridge = np.diag((RIDGE * x.var(0) * len(x)) ** 0.5)
+    weight = np.linalg.lstsq(np.vstack([x, ridge]), np.vstack([y, np.zeros((24, 40))]), rcond=None)[0].T
+    fitted = x @ weight.T
+    np.testing.assert_allclose(projector.last.weight, weight / np.sqrt((fitted**2).mean()), rtol=1e-4, atol=1e-5)
+    assert share == pytest.approx((fitted**2).sum() / (y**2).sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize("same", ["words", "pictures", "nothing"])
+@torch.no_grad()
+def test_what_does_not_differ_is_not_fitted(same):
+    projector = build_projector("linear", SHAPE)
+    before = projector.last.weight.clone()
+    hidden, words = torch.randn(9, 36, 24), torch.randn(9, 40)
+    hidden = hidden[:1, :1].expand(9, 36, 24) if same == "pictures" else hidden
+    words = words[:1].expand(9, 40) if same == "words" else words
+    assert fit_to_words(projector, [] if same == "nothing" else [(hidden, words)], size=1.0) is None
+    torch.testing.assert_close(projector.last.weight, before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["avg_pool", "c_abstractor", "perceiver", "qformer"])
 def test_pictures_do_not_look_at_each_other(kind):
     torch.manual_seed(0)
@@ -91,4 +147,4 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(ConfigError, match="queries is 0"):
         ProjectorConfig(queries=0)
     with pytest.raises(ConfigError, match="perceiver does not begin with a linear layer"):
-        ProjectorConfig(kind="perceiver", standardise_features=True)
+        ProjectorConfig(kind="perceiver", fit_to_answers=True)
