@@ -22,7 +22,7 @@ PartsName = Literal["quickstart", "hub"]
 
 STEP_TOKENS = 1600
 """Tokens of a step, about: fewer make the gradient noisy, more make steps slow on a CPU."""
-STEPS, MOST_EPOCHS = 150, 20
+STEPS, MOST_EPOCHS = 100, 20
 _PER_TURN = 12
 """Tokens of the chat template around a question and its answer."""
 _BYTES_PER_TOKEN = 4.0
@@ -72,7 +72,7 @@ class Size:
         """From the data: steps of about `STEP_TOKENS`, `STEPS` of them where the data last."""
         mean, longest = data.text_bytes
         tokens = visual_tokens + _PER_TURN * data.turns + mean / _BYTES_PER_TOKEN
-        batch = min(32, max(4, 2 ** round(math.log2(STEP_TOKENS / tokens))))
+        batch = min(32, max(4, round(STEP_TOKENS / tokens)))
         per_epoch = math.ceil(len(data.train) / batch)
         limit = visual_tokens + _PER_TURN * data.longest[0] + longest / _LONG_BYTES_PER_TOKEN
         return cls(
