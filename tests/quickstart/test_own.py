@@ -286,5 +286,6 @@ class TestRecipe:
         made(records(tmp_path), tmp_path / "few")
         made(photos(tmp_path / "photos", cat=50, dog=50), tmp_path / "many")
         few, many = (load_recipe(tmp_path / name / "recipe.yaml").train for name in ("few", "many"))
-        assert (few.global_batch, few.steps) == (16, 20)
-        assert (many.global_batch, many.steps) == (16, 150)
+        assert 15 <= many.global_batch < few.global_batch <= 32
+        assert few.steps == 20
+        assert many.steps == 100
