@@ -143,8 +143,8 @@ model:
   language: {_quoted(parts.language)}
   # {parts.why}
   vision: {{{vision}}}
-  # {parts.visual_tokens} visual tokens per picture, of 2 x 2 patches each. A least-squares fit to the answers comes before the
-  # first step and takes the place of an alignment stage.
+  # {parts.visual_tokens} visual tokens per picture, of 2 x 2 patches each. A least-squares fit to the answers comes
+  # before the first step and takes the place of an alignment stage.
   projector: {{kind: pixel_shuffle, shuffle: 2, fit_to_answers: true}}
   image_aspect: resize   # the whole picture, whatever its shape; pad and crop spend or lose a part of it
   system_prompt: ""      # the default one would cost as many tokens as the picture

@@ -163,7 +163,8 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     training_set = _data_set(recipe, assembly, validation=False)
     assert training_set is not None
     validation_set = _data_set(recipe, assembly, validation=True)
-    _start_projector(recipe, assembly, training_set)
+    if checkpoint is None or not recipe.model.projector_trains:  # one that trains is read from the checkpoint
+        _start_projector(recipe, assembly, training_set)
     model = assembly.model.train()
     if not is_padded(model):
         set_attention(model, training_attention(model, recipe.model.attention, device=distributed.device()))

@@ -14,8 +14,8 @@ from mm_moslora.models.build import assemble
 from mm_moslora.models.export import export_model
 from mm_moslora.models.load import load
 from mm_moslora.models.projector import PROJECTORS, build_projector, projector_tokens
-from mm_moslora.models.projector_start import RIDGE, fit_to_words, fold_into, inputs_of, last_layer
 from mm_moslora.models.projector_parts import ProjectorShape
+from mm_moslora.models.projector_start import RIDGE, fit_to_words, fold_into, inputs_of, last_layer
 
 KINDS = {
     "linear": 36, "mlp1x_gelu": 36, "mlp2x_gelu": 36, "mlp3x_gelu": 36, "fused_mlp": 36, "avg_pool": 9,

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from mm_moslora.config import ProjectorConfig, Recipe, SourceConfig
 from mm_moslora.models.vlm import image_features
+from mm_moslora.training.loop import train
 from mm_moslora.training.run import Run, prepare
 
 SHADES = {"black": 10, "gray": 120, "white": 245}
@@ -69,3 +71,22 @@ def test_the_run_says_how_far_tokens_follow_the_answers(answers, said, recipe, t
     words = run.assembly.model.get_input_embeddings().weight.float().pow(2).mean().sqrt()
     together = torch.stack([tokens(run, place) for place in range(12)])
     assert 0.3 * words < together.pow(2).mean().sqrt() < 3 * words, "visual tokens have the size of words"
+
+
+@pytest.mark.parametrize("mode", ["full", "frozen"])
+def test_a_run_that_goes_on_keeps_its_projector(mode, recipe, tmp_path, monkeypatch):
+    source = sorted_records(tmp_path, 24, answers={"black": "one", "gray": "two", "white": "six"})
+    projector = ProjectorConfig(fit_to_answers=True, mode=mode)
+    recipe = replace(
+        recipe, data=replace(recipe.data, train=[source]), model=replace(recipe.model, projector=projector)
+    )
+    whole = train(replace(recipe, train=replace(recipe.train, output=str(tmp_path / "whole"))))
+    train(recipe, stop_at=2)
+    if mode == "full":  # what trains is read from the checkpoint, so nothing has to be measured again
+        monkeypatch.setattr("mm_moslora.training.run._fit", None)
+    assert train(recipe).step == whole.step
+    both = [
+        load_file(run / "checkpoint-000006" / "projector.safetensors") for run in (tmp_path / "whole", tmp_path / "run")
+    ]
+    for name, value in both[0].items():
+        torch.testing.assert_close(both[1][name], value, rtol=0, atol=0)
