@@ -37,7 +37,7 @@ SHOWN_SAMPLES = 24
 
 MAX_NEW_TOKENS = 8
 """Answers are a word."""
-UNTUNED_NEW_TOKENS = 32
+UNTUNED_NEW_TOKENS = 24
 """Room for a sentence that holds the right word, which the model before tuning tends to answer with."""
 # image mode or baseline of the tuned model -> (name in evaluation.json, label)
 _ROWS = {

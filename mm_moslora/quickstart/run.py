@@ -48,9 +48,9 @@ class Plan:
 
 
 PLANS: dict[tuple[Images, bool], Plan] = {
-    ("easy-vqa", False): Plan(train_images=700, align_steps=20, tune_epochs=1.0, test_questions=400),
+    ("easy-vqa", False): Plan(train_images=700, align_steps=10, tune_epochs=1.0, test_questions=400),
     ("easy-vqa", True): Plan(train_images=64, align_steps=4, tune_epochs=1.0, test_questions=40),
-    ("stamps", False): Plan(train_images=10_000, align_steps=30, tune_epochs=1.0, test_questions=10_000),
+    ("stamps", False): Plan(train_images=10_000, align_steps=20, tune_epochs=1.0, test_questions=10_000),
     ("stamps", True): Plan(train_images=96, align_steps=4, tune_epochs=1.0, test_questions=48),
 }
 TURNS = 8
@@ -264,8 +264,6 @@ _VIEW: dict[tuple[Images, Encoder], tuple[int, int, int]] = {
 }
 
 
-# Few steps: an optimiser with a shorter memory.
-_KEYS: dict[Images, list[str]] = {"easy-vqa": [], "stamps": ["optim.betas=[0.9, 0.98]"]}
 # Conversations of one question: more of them in a step.
 _TUNE_KEYS: dict[Images, list[str]] = {
     "easy-vqa": [],
@@ -284,7 +282,6 @@ def recipes(parts: _Parts, data: DatasetFiles, folder: Path, plan: Plan, choice:
         *(["model.projector.kind=pixel_shuffle", f"model.projector.shuffle={fold}"] if fold > 1 else []),
         f"train.seed={choice.seed}",
         f"train.precision={choice.precision}",
-        *_KEYS[choice.images],
     ]
     align = load_recipe("quickstart_align", [*common, f"train.steps={plan.align_steps}"])
     tune = load_recipe("quickstart_tune", [*common, *_TUNE_KEYS[choice.images], f"train.epochs={plan.tune_epochs}"])
