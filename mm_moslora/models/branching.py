@@ -309,6 +309,8 @@ class Decoder:
         self._valid = valid if self._valid is None else torch.cat([self._valid, valid], dim=1)
         positions = (self._length + valid.cumsum(dim=1) - 1).clamp_min(0)
         self._length = self._length + valid.sum(dim=1, keepdim=True)
+        if isinstance(keep, int):  # as numbers, so that they are copied: linear layers take seconds for a strided slice
+            keep = torch.arange(valid.shape[1], device=valid.device)[-keep:]
         arguments: dict[str, Any] = {"attention_mask": self._valid, self._cache_name: self._cache}
         if self._levels:
             arguments |= {"attention_mask": None, "branch_levels": self._levels}
