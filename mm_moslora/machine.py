@@ -58,11 +58,16 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
 
-def keep_memory() -> bool:
-    """Have the C library keep the memory that a step on the CPU frees, for the next step.
+def keep_memory(*, block: int = 2**25, total: int = 2**31 - 1) -> bool:
+    """Have the C library keep freed memory for what comes next, up to a size.
 
-    By default glibc gives large blocks back to the system and asks for them again, which clears them page by page.
-    Blocks above 32 MiB still go back, and so does what is free beyond 2 GiB. Settings in the environment win.
+    By default glibc gives large blocks back to the system and asks for them again, which clears them page by page: that
+    costs a training step time. After a while it keeps them instead, and a server's memory grows by what no request
+    needs any more. Settings in the environment win.
+
+    Args:
+        block: larger blocks, in bytes, go back at once; at most 32 MiB.
+        total: bytes that are kept at most.
 
     Returns:
         Whether anything was set; not so without glibc.
@@ -70,4 +75,4 @@ def keep_memory() -> bool:
     if any(name in os.environ for name in _OWN_SETTINGS):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    return mallopt is not None and bool(mallopt(_MMAP_THRESHOLD, 2**25) and mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+    return mallopt is not None and bool(mallopt(_MMAP_THRESHOLD, block) and mallopt(_TRIM_THRESHOLD, total))

@@ -16,6 +16,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from mm_moslora.machine import keep_memory
 from mm_moslora.serve.faults import ApiError
 from mm_moslora.serve.limits import Limits
 
@@ -54,6 +55,7 @@ def run_app(app: App, *, host: str, port: int, limits: Limits) -> None:
     # What the libraries have made stays: searching it for garbage holds every thread for tenths of a second.
     gc.collect()
     gc.freeze()
+    keep_memory(block=2**22, total=2**26)  # pictures and bodies are large, and gone when they are answered
     Server(settings(app, host=host, port=port, limits=limits)).run()
 
 
