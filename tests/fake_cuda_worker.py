@@ -203,6 +203,27 @@ def benchmark() -> dict[str, Any]:
     return found
 
 
+class Loaded(list):  # type: ignore[type-arg]
+    """Examples in memory in the place of a training set."""
+
+    has_image = property(lambda self: [example.pixel_values is not None for example in self])
+
+
+def fitted(recipe: Recipe) -> dict[str, Any]:
+    """The projector's fit to the training data."""
+    Path(recipe.train.output).mkdir()
+    run = runs.prepare(recipe)
+    examples: Any = Loaded(run.training_set.load(number) for number in run.training_set.usable)
+    model = run.assembly.model.model
+    patch = mock.patch.object(distributed, "device", return_value=CUDA)
+    with fake_cuda.fake_cuda() as device, patch:
+        fake_cuda.to_cuda(model.vision_tower)
+        fake_cuda.to_cuda(model.multi_modal_projector)
+        with torch.no_grad():
+            runs._fit(run.assembly, examples, to_answers=True)
+        return {"fit": device.noted()}
+
+
 def answers(run: runs.Run, batches: list[Batch], device: Any) -> dict[str, Any]:
     """Decoding and option scoring, as evaluation and serving do it."""
     model = run.assembly.model.eval()
@@ -236,7 +257,8 @@ def main(folder: Path, *names: str) -> None:
     torch.set_num_threads(1)
     parts = make_parts(folder / "parts", records=8) | {"clip": make_vision(folder / "clip", "clip")}
     attention._varlen_attn = lambda _: varlen_attn  # the driver is asked otherwise
-    alone = {"one layer": one_layer, "benchmark": benchmark}
+    plain = make_recipe(parts, folder / "fitted", "none", precision="bf16")
+    alone = {"one layer": one_layer, "benchmark": benchmark, "projector's fit": partial(fitted, plain)}
     for name in names or (*CHANGES, *alone):
         started = time.process_time()
         try:

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from mm_moslora.errors import ModelError
+
 RIDGE = 0.02
 """Of the variance of every dimension: what is added to it, so that few pictures do not determine a fit by chance."""
+
+
+TOKENS_TO_FIT = 16
+"""Visual tokens of a picture, evenly spaced, that a fit is made from: more tell little and cost much."""
 
 
 def embedding_scale(visual_tokens: Tensor, embeddings: Tensor) -> float:
@@ -42,13 +49,16 @@ def fold_into(projector: nn.Module, mean: Tensor, spread: Tensor) -> None:
     can be a tenth. A fresh layer then gives nearly the same token for every picture.
 
     Args:
-        projector: changed in place.
+        projector: changed in place; not at all where no dimension changes.
         mean: ``[V]``.
         spread: ``[V]``; dimensions that hardly change count as a tenth of the average.
     """
     layer = first_layer(projector)
     assert layer.bias is not None
-    weight = layer.weight.float() / spread.clamp_min(max(1e-6, 0.1 * float(spread.mean())))
+    mean, spread = mean.to(layer.weight.device), spread.to(layer.weight.device)
+    if not float(spread.mean()) > 0:  # nothing differs
+        return
+    weight = layer.weight.float() / spread.clamp_min(0.1 * float(spread.mean()))
     layer.bias.copy_(layer.bias.float() - weight @ mean)
     layer.weight.copy_(weight)
 
@@ -68,14 +78,22 @@ def fit_to_words(projector: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], *
     Returns:
         The share of the words' variance that the tokens follow, 0 to 1; None, and nothing changed, where the words or
         the pictures do not differ.
+
+    Raises:
+        ModelError: what the layer reads is not finite.
     """
     layer = last_layer(projector)
-    rows, moments = 0, _Moments(layer.in_features, layer.out_features)
+    rows, moments = 0, _Moments(layer)
     for hidden, words in pairs:
-        x = hidden.flatten(0, 1).double().cpu()
-        y = words.double().cpu().repeat_interleave(hidden.shape[1], 0)
-        rows += len(x)
-        moments.add(x, y)
+        places = torch.linspace(0, hidden.shape[1] - 1, min(hidden.shape[1], TOKENS_TO_FIT)).round().long()
+        x = hidden[:, places.to(hidden.device)].double()
+        if not bool(x.isfinite().all()):
+            raise ModelError(
+                "The vision tower gives features that are not finite for a picture of the training data, so that the "
+                "projector cannot be fitted. Train in fp32 or bf16, or leave model.projector.fit_to_answers out."
+            )
+        rows += x.shape[0] * x.shape[1]
+        moments.add(x.flatten(0, 1), words.double().to(x.device).repeat_interleave(x.shape[1], 0))
     if not rows:
         return None
     mean_x, mean_y = moments.x / rows, moments.y / rows
@@ -95,12 +113,13 @@ def fit_to_words(projector: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], *
 
 
 class _Moments:
-    """Sums over rows of what a least-squares fit needs."""
+    """Sums over rows of what a least-squares fit needs, where the layer is."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        self.x, self.y = torch.zeros(inputs, dtype=torch.double), torch.zeros(outputs, dtype=torch.double)
-        self.xx = torch.zeros(inputs, inputs, dtype=torch.double)
-        self.xy = torch.zeros(inputs, outputs, dtype=torch.double)
+    def __init__(self, layer: nn.Linear) -> None:
+        zeros = partial(torch.zeros, dtype=torch.double, device=layer.weight.device)
+        self.x, self.y = zeros(layer.in_features), zeros(layer.out_features)
+        self.xx = zeros(layer.in_features, layer.in_features)
+        self.xy = zeros(layer.in_features, layer.out_features)
         self.yy = 0.0
 
     def add(self, x: Tensor, y: Tensor) -> None:

@@ -17,7 +17,7 @@ from mm_moslora.models.processor import plain_template
 _OTHERWISE_FREE: dict[type, frozenset[str]] = {
     ModelConfig: frozenset({"language_mode", "language_last_n", "attention", "lean_layers", "kernels"}),
     VisionConfig: frozenset({"mode", "last_n", "feature_cache", "feature_cache_gib"}),
-    ProjectorConfig: frozenset({"weights", "mode", "scale_to_embeddings"}),
+    ProjectorConfig: frozenset({"weights", "mode", "scale_to_embeddings", "fit_to_answers"}),
 }
 """Keys of a recipe's `model` that decide neither what a model is shown nor what its base computes. Every other key is
 compared, so a key that is added to a recipe is compared until it is named here."""

@@ -163,7 +163,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     training_set = _data_set(recipe, assembly, validation=False)
     assert training_set is not None
     validation_set = _data_set(recipe, assembly, validation=True)
-    if checkpoint is None or not recipe.model.projector_trains:  # one that trains is read from the checkpoint
+    if checkpoint is None:
         _start_projector(recipe, assembly, training_set)
     model = assembly.model.train()
     if not is_padded(model):
@@ -209,8 +209,10 @@ def _start_of(model: ModelConfig, adapter: AdapterConfig, checkpoint: Path) -> t
 
     What trains is read from the checkpoint's state later, so nothing but frozen parts and shapes depend on this.
     """
-    if (weights := model.projector.weights) and not projector_file(weights).is_file():
-        model = replace(model, projector=replace(model.projector, weights=str(checkpoint / "projector.safetensors")))
+    weights, kept = model.projector.weights, checkpoint / "projector.safetensors"
+    fresh = weights is None and model.vlm is None and not model.projector_trains and kept.is_file()
+    if fresh or (weights and not projector_file(weights).is_file()):
+        model = replace(model, projector=replace(model.projector, weights=str(kept)))
     if adapter.weights and not is_adapter(adapter.weights):
         adapter = replace(adapter, weights=str(checkpoint / "adapter"))
     return model, adapter
@@ -273,19 +275,21 @@ def _start_projector(recipe: Recipe, assembly: Assembly, data: TrainingSet) -> N
 def _fit(assembly: Assembly, data: TrainingSet, *, to_answers: bool) -> None:
     model = assembly.model
     projector, words = model.model.multi_modal_projector, cast(Tensor, model.get_input_embeddings().weight)
+    pictures = [pixels for _, pixels in _spread_out(data, PICTURES_TO_STANDARDISE if to_answers else PICTURES_TO_SCALE)]
+    if not pictures:
+        logger.warning("The projector begins at random: no record of the training data shows a picture.")
+        return
     if to_answers:
-        if pictures := [pixels for _, pixels in _spread_out(data, PICTURES_TO_STANDARDISE)]:
-            fold_into(projector, *_feature_spread(model, pictures))
+        fold_into(projector, *_feature_spread(model, pictures))
         share = fit_to_words(projector, _hidden_and_words(assembly, data), size=embedding_size(words))
         if share is not None:
             logger.info("Projector fitted: visual tokens follow %.0f %% of what tells answers apart.", 100 * share)
             return
         logger.warning("The projector is not fitted to the answers: they, or the pictures, are all the same.")
-    if pictures := [pixels for _, pixels in _spread_out(data, PICTURES_TO_SCALE)]:
-        factor = embedding_scale(image_features(model, torch.cat(pictures)), words)
-        for parameter in last_layer(projector).parameters():
-            parameter.mul_(factor)
-        logger.info("Projector output scaled by %.3g to the size of word embeddings.", factor)
+    factor = embedding_scale(image_features(model, torch.cat(pictures[:PICTURES_TO_SCALE])), words)
+    for parameter in last_layer(projector).parameters():
+        parameter.mul_(factor)
+    logger.info("Projector output scaled by %.3g to the size of word embeddings.", factor)
 
 
 def _spread_out(
@@ -306,7 +310,7 @@ def _spread_out(
 
 
 def _feature_spread(model: PreTrainedModel, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of what a projector's first linear layer reads, ``[V]`` each, fp32 on the CPU.
+    """Mean and standard deviation of what a projector's first linear layer reads, ``[V]`` each, fp32.
 
     Args:
         model: an assembly, tower and projector on the device where it trains.
@@ -315,8 +319,8 @@ def _feature_spread(model: PreTrainedModel, pictures: Sequence[Tensor]) -> tuple
     with inputs_of(first_layer(model.model.multi_modal_projector)) as taken:
         for pixels in pictures:
             image_features(model, pixels)
-        spread, mean = torch.std_mean(taken().flatten(0, -2), dim=0)
-    return mean.cpu(), spread.cpu()
+        spread, mean = torch.std_mean(taken().flatten(0, -2), dim=0, correction=0)
+    return mean, spread
 
 
 def _hidden_and_words(assembly: Assembly, data: TrainingSet) -> Iterator[tuple[Tensor, Tensor]]:

@@ -15,7 +15,7 @@ from mm_moslora.models.export import export_model
 from mm_moslora.models.load import load
 from mm_moslora.models.projector import PROJECTORS, build_projector, projector_tokens
 from mm_moslora.models.projector_parts import ProjectorShape
-from mm_moslora.models.projector_start import RIDGE, fit_to_words, fold_into, inputs_of, last_layer
+from mm_moslora.models.projector_start import RIDGE, TOKENS_TO_FIT, fit_to_words, fold_into, inputs_of, last_layer
 
 KINDS = {
     "linear": 36, "mlp1x_gelu": 36, "mlp2x_gelu": 36, "mlp3x_gelu": 36, "fused_mlp": 36, "avg_pool": 9,
@@ -92,9 +92,9 @@ def test_a_fitted_projector_gives_unseen_pictures_the_words_of_their_class(kind)
 def test_the_fit_is_that_of_numpys_least_squares():
     torch.manual_seed(0)
     projector = build_projector("linear", SHAPE)
-    hidden, words = torch.randn(50, 36, 24), torch.randn(50, 40)
+    hidden, words = torch.randn(50, TOKENS_TO_FIT, 24), torch.randn(50, 40)
     share = fit_to_words(projector, [(hidden[:20], words[:20]), (hidden[20:], words[20:])], size=1.0)
-    x, y = hidden.flatten(0, 1).double().numpy(), words.double().numpy().repeat(36, 0)
+    x, y = hidden.flatten(0, 1).double().numpy(), words.double().numpy().repeat(TOKENS_TO_FIT, 0)
     x, y = x - x.mean(0), y - y.mean(0)
     ridge = np.diag((RIDGE * x.var(0) * len(x)) ** 0.5)
     weight = np.linalg.lstsq(np.vstack([x, ridge]), np.vstack([y, np.zeros((24, 40))]), rcond=None)[0].T

@@ -111,3 +111,7 @@ def test_the_training_benchmark_runs_there(found):
     }  # fmt: skip
     layers = 2
     assert case["ours"]["kernels"]["_varlen_attn"] == case["stock layers"]["kernels"]["_varlen_attn"] == layers
+
+
+def test_the_projector_is_fitted_there(found):
+    of(found, "projector's fit")

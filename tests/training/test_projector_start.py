@@ -13,7 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mm_moslora.config import ProjectorConfig, Recipe, SourceConfig
+from mm_moslora.errors import ModelError
 from mm_moslora.models.vlm import image_features
+from mm_moslora.training import run as run_module
 from mm_moslora.training.loop import train
 from mm_moslora.training.run import Run, prepare
 
@@ -82,11 +84,31 @@ def test_a_run_that_goes_on_keeps_its_projector(mode, recipe, tmp_path, monkeypa
     )
     whole = train(replace(recipe, train=replace(recipe.train, output=str(tmp_path / "whole"))))
     train(recipe, stop_at=2)
-    if mode == "full":  # what trains is read from the checkpoint, so nothing has to be measured again
-        monkeypatch.setattr("mm_moslora.training.run._fit", None)
+    monkeypatch.setattr("mm_moslora.training.run._fit", None)  # all of it is in the checkpoint
     assert train(recipe).step == whole.step
     both = [
         load_file(run / "checkpoint-000006" / "projector.safetensors") for run in (tmp_path / "whole", tmp_path / "run")
     ]
     for name, value in both[0].items():
         torch.testing.assert_close(both[1][name], value, rtol=0, atol=0)
+
+
+def test_features_that_are_not_finite_are_an_error_and_no_fit(recipe, tmp_path, monkeypatch):
+    source = sorted_records(tmp_path, 12, answers={"black": "one", "gray": "two", "white": "six"})
+    real = run_module._spread_out
+
+    def overflowing(*arguments, **keywords):
+        for place, (example, pixels) in enumerate(real(*arguments, **keywords)):
+            yield example, torch.full_like(pixels, torch.inf) if place == 5 else pixels
+
+    monkeypatch.setattr(run_module, "_spread_out", overflowing)
+    with pytest.raises(ModelError, match=r"not finite for a picture .* Train in fp32 or bf16"):
+        prepared(recipe, source)
+
+
+def test_data_without_a_picture_fit_nothing_and_the_run_says_so(recipe, tmp_path, caplog):
+    turns = [{"from": "human", "value": "which?"}, {"from": "gpt", "value": "one"}]
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"id": str(n), "conversations": turns}) for n in range(8)))
+    prepared(recipe, SourceConfig(path=str(path)))
+    assert "begins at random: no record of the training data shows a picture" in caplog.text
