@@ -6,19 +6,23 @@ Pictures, not questions, are held out: no picture stands on both sides of the sp
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import random
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mm_moslora_eval.metrics.exact import relaxed
+
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.faults import RecordError
 from mm_moslora.data.images import ImageError, check_image, open_image, read_picture
-from mm_moslora.data.pictures import check_picture
+from mm_moslora.data.pictures import Picture, StoredPicture, check_picture, picture_name
 from mm_moslora.data.records import IMAGE, VIDEO, Record
 from mm_moslora.data.sources import RecordSource, open_source
 from mm_moslora.errors import DataError
@@ -30,9 +34,9 @@ IS_IT = 'Does the picture show "{}"?'
 TURNS = 3
 """Most questions of a conversation that is made."""
 CONVERSATIONS = 4800
-"""Conversations about pictures of classes; more where there are more pictures."""
-TEST_SHARE, MOST_TEST = 0.2, 100
-"""Share of the pictures that is held out, and how many at most."""
+"""Most conversations about pictures of classes; more where there are more pictures."""
+TEST_SHARE, LEAST_TEST, MOST_TEST = 0.2, 2, 100
+"""Share of the pictures that is held out, how many at least where two are left to learn from, and how many at most."""
 CAPTION_WORDS = 5
 """Above so many words in the middle answer, answers are scored as captions: no two people write the same one."""
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
@@ -49,7 +53,9 @@ class OwnData:
     source: str
     """What it was made of, for people."""
     train: Sequence[Any]
-    """Records, as `data.train` takes them."""
+    """Records, as `data.train` takes them; an epoch sees each once."""
+    repeated: Mapping[int, Sequence[Any]] = field(default_factory=dict)
+    """More records, by how often an epoch sees each."""
     test: list[dict[str, Any]]
     """Held-out questions with their answers."""
     train_pictures: int
@@ -62,6 +68,11 @@ class OwnData:
     """Questions in the conversation that has most of them, and bytes of the longest answer."""
     faults: list[str] = field(default_factory=list)
     """What could not be used, each with its reason."""
+
+    @property
+    def epoch(self) -> int:
+        """Conversations of an epoch."""
+        return len(self.train) + sum(times * len(records) for times, records in self.repeated.items())
 
     @property
     def captions(self) -> bool:
@@ -113,18 +124,14 @@ def _from_folder(folder: Path, rng: random.Random) -> OwnData:
     if len(counts) < 2 or max(counts.values()) < 2:
         raise DataError(_too_little(folder, counts, faults))
     train, test = _split(folder, pictures, counts, rng, faults)
-    repeats = _repeats(Counter(picture.label for picture in train))
-    shares = Counter(picture.label for picture in train for _ in range(repeats[picture.label]))
-    records = [
-        conversation(f"{picture.name}#{repeat}", picture.name, _turns(picture, shares, rng))
-        for picture in train
-        for repeat in range(repeats[picture.label])
-    ]
+    by_times = _conversations(train, rng)
+    records = [record for part in by_times.values() for record in part]
     sizes = [_text_size(record["conversations"]) for record in records]
     return OwnData(
         images=folder,
         source=f"{len(counts)} classes in {folder}",
-        train=records,
+        train=by_times.pop(1),
+        repeated=by_times,
         test=_test_questions(test, rng),
         train_pictures=len(train),
         test_pictures=len(test),
@@ -139,6 +146,7 @@ def _pictures(folder: Path, faults: list[str]) -> Iterator[_Picture]:
     """The readable pictures below the class folders, each content once."""
     seen: dict[bytes, str] = {}
     others: Counter[str] = Counter()
+    classes = _Classes()
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         if len(parts) < 2 or path.is_dir() or any(part.startswith((".", "__MACOSX")) for part in parts):
@@ -146,7 +154,7 @@ def _pictures(folder: Path, faults: list[str]) -> Iterator[_Picture]:
         if path.suffix and path.suffix.lower() not in _SUFFIXES:
             others[path.suffix.lower()] += 1
             continue
-        name = "/".join(parts)
+        name, label = "/".join(parts), classes.label(parts[0])
         try:
             find_below(folder, name)
             check_image(path)
@@ -158,18 +166,36 @@ def _pictures(folder: Path, faults: list[str]) -> Iterator[_Picture]:
             faults.append(f"{name}: the same picture as {seen[digest]}; it is used once")
             continue
         seen[digest] = name
-        yield _Picture(name, _label(parts[0]))
+        yield _Picture(name, label)
     if others:
         kinds = ", ".join(f"{count} {ascii(suffix)[1:-1]}" for suffix, count in others.most_common(5))
         faults.append(f"{others.total()} files of other kinds: {kinds}; pictures are {', '.join(sorted(_SUFFIXES))}")
 
 
-def _label(folder: str) -> str:
-    """The class as a person would write it."""
-    label = " ".join(folder.replace("_", " ").split())
-    if not label or any(mark in label for mark in (IMAGE, VIDEO, "<|")):
-        raise DataError(f"The folder {folder!r} is no name of a class that a question can hold. Rename it.")
-    return label
+class _Classes:
+    """The classes of folders as a person would write them; no two are the same answer to exact match."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[str, str]] = {}
+
+    def label(self, folder: str) -> str:
+        """The class of a folder; two folders may hold pictures of one class, such as `tea_pot` and `tea pot`.
+
+        Raises:
+            DataError: the name is none that a question can hold, or differs from another in what nobody scores.
+        """
+        label = " ".join(folder.replace("_", " ").split())
+        answer = relaxed(unicodedata.normalize("NFC", label))
+        controls = any(unicodedata.category(mark) == "Cc" for mark in folder)
+        if not answer or controls or any(mark in label for mark in (IMAGE, VIDEO, "<|")):
+            raise DataError(f"The folder {folder!a} is no name of a class that a question can hold. Rename it.")
+        other, known = self._known.setdefault(answer, (folder, label))
+        if known != label:
+            raise DataError(
+                f"The folders {other!a} and {folder!a} are one answer: they differ in case, closing periods or "
+                "encoding alone, and no score tells them apart. Put their pictures into one folder, or rename one."
+            )
+        return label
 
 
 def _too_little(folder: Path, counts: Counter[str], faults: list[str]) -> str:
@@ -189,17 +215,28 @@ def _split(
     folder: Path, pictures: Sequence[_Picture], counts: Counter[str], rng: random.Random, faults: list[str]
 ) -> tuple[list[_Picture], list[_Picture]]:
     """Training and held-out pictures. Every class keeps one to learn from."""
-    wanted = max(1, min(MOST_TEST, round(TEST_SHARE * len(pictures))))
-    quota = {label: min(count - 1, max(1, round(TEST_SHARE * count))) for label, count in counts.items()}
+    wanted = _test_size(len(pictures))
+    least = 1 if sum(count > 1 for count in counts.values()) > 1 else LEAST_TEST
+    quota = {label: max(least, round(TEST_SHARE * count)) for label, count in counts.items()}
+    left = Counter(counts)
     train: list[_Picture] = []
     test: list[_Picture] = []
     for picture in rng.sample(pictures, len(pictures)):
-        if len(test) == wanted or quota[picture.label] == 0:
+        if len(test) == wanted or quota[picture.label] == 0 or left[picture.label] == 1:
             train.append(picture)
-        elif _decodes(folder / picture.name, faults):
+            continue
+        left[picture.label] -= 1
+        if _decodes(folder / picture.name, faults):
             quota[picture.label] -= 1
             test.append(picture)
+    if not test:
+        raise DataError(f"No picture can be held out, since none of those that could be is whole: {faults[-1]}.")
     return sorted(train, key=lambda picture: picture.name), sorted(test, key=lambda picture: picture.name)
+
+
+def _test_size(pictures: int) -> int:
+    """How many of the pictures are held out: two can be exchanged for each other, so that `wrong` can be measured."""
+    return max(1, min(MOST_TEST, max(LEAST_TEST, round(TEST_SHARE * pictures)), pictures - 2))
 
 
 def _decodes(path: Path, faults: list[str]) -> bool:
@@ -211,25 +248,54 @@ def _decodes(path: Path, faults: list[str]) -> bool:
     return True
 
 
-def _repeats(counts: Counter[str]) -> dict[str, int]:
-    """How many conversations a picture of each class gets: all classes are talked about alike."""
-    wanted = CONVERSATIONS / len(counts)
-    return {label: math.ceil(wanted / count) for label, count in counts.items()}
+def _conversations(pictures: Sequence[_Picture], rng: random.Random) -> dict[int, list[dict[str, Any]]]:
+    """Conversations that all differ, by how often an epoch sees each: all classes are talked about alike.
+
+    Every class gets as many as the smallest class can have, `CONVERSATIONS` in all at most. But every picture gets one:
+    where a class has more pictures than that, the smaller classes are seen several times.
+    """
+    by_class: dict[str, list[_Picture]] = defaultdict(list)
+    for picture in pictures:
+        by_class[picture.label].append(picture)
+    different = math.factorial(TURNS) * (len(by_class) - 1)  # of a picture
+    sizes = [len(members) for members in by_class.values()]
+    wanted = max(max(sizes), min(math.ceil(CONVERSATIONS / len(by_class)), different * min(sizes)))
+    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for label, members in by_class.items():
+        times = math.ceil(wanted / (different * len(members)))
+        others = rng.sample([other for other in by_class if other != label], len(by_class) - 1)
+        found[times] += _of_class(members, others, round(wanted / times), rng)
+    return found
 
 
-def _turns(picture: _Picture, shares: Counter[str], rng: random.Random) -> list[tuple[str, str]]:
-    """What it shows, its own class and another one, in random order.
+def _of_class(
+    pictures: Sequence[_Picture], others: Sequence[str], count: int, rng: random.Random
+) -> Iterator[dict[str, Any]]:
+    """So many different conversations about pictures of one class.
+
+    The other classes come in turn, through all pictures, so that each is asked about alike: of every yes/no question
+    both answers are about as frequent. A picture meets an order of its questions again with another class alone.
+    """
+    turn = 0
+    for place, picture in enumerate(pictures):
+        orders: dict[str, list[list[tuple[str, str]]]] = {}
+        for number in range(count // len(pictures) + (place < count % len(pictures))):
+            other = others[turn % len(others)]
+            turn += 1
+            if other not in orders:
+                orders[other] = _orders(picture, other, rng)
+            yield conversation(f"{picture.name}#{number}", picture.name, orders[other].pop())
+
+
+def _orders(picture: _Picture, other: str, rng: random.Random) -> list[list[tuple[str, str]]]:
+    """What it shows, its own class and another one, in every order, in random order.
 
     What was said before answers about half of the questions: there the model learns in words what it means to compare.
-    The others only the picture answers. Other classes are drawn as often as they are talked about, so that of every
-    yes/no question both answers are about as frequent.
+    The others only the picture answers.
     """
-    others = {label: share for label, share in shares.items() if label != picture.label}
-    turns = [(OPEN, picture.label), (IS_IT.format(picture.label), "yes")]
-    if others:
-        [label] = rng.choices(list(others), list(others.values()))
-        turns.append((IS_IT.format(label), "no"))
-    return rng.sample(turns, len(turns))
+    turns = [(OPEN, picture.label), (IS_IT.format(picture.label), "yes"), (IS_IT.format(other), "no")]
+    orders = [list(order) for order in itertools.permutations(turns)]
+    return rng.sample(orders, len(orders))
 
 
 def _test_questions(test: Sequence[_Picture], rng: random.Random) -> list[dict[str, Any]]:
@@ -263,44 +329,72 @@ def _from_file(path: Path, images: Path | None, rng: random.Random) -> OwnData:
     folder = source.rules.folder
     faults: list[str] = []
     asked: dict[str, list[int]] = defaultdict(list)
-    """Rows by the one picture they are about."""
+    """Rows by the one picture they are about; equal files are one picture."""
+    paths: dict[str, Path] = {}
+    """Of every picture the file that was named first."""
     several: dict[int, set[str]] = {}
     """Rows about no picture, or several."""
+    contents = _Contents()
     for row in range(len(source)):
         try:
             record = source[row]
             for picture in record.images:
                 check_picture(picture)
+            shown = [contents(picture) for picture in record.images]
         except (RecordError, ImageError, FileError) as fault:
             faults.append(str(fault))
             continue
-        names = {str(picture) for picture in record.images}
-        if len(record.images) == 1 and isinstance(record.images[0], Path):
-            asked[names.pop()].append(row)
+        if len(shown) == 1 and isinstance(record.images[0], Path):
+            asked[shown[0]].append(row)
+            paths.setdefault(shown[0], record.images[0])
         else:
-            several[row] = names
+            several[row] = set(shown)
     if len(asked) < 2:
         raise DataError(
-            f"{path} has {len(asked)} pictures with usable questions, expected at least 2: some to learn from and some "
-            f"to hold out. {len(several)} of {len(source)} records have no picture or several, {len(faults)} could not "
-            f"be used{', the first: ' + faults[0] if faults else ''}."
+            f"{path} has {len(asked)} different pictures with usable questions, expected at least 2: some to learn "
+            f"from and some to hold out. {len(several)} of {len(source)} records have no picture or several, "
+            f"{len(faults)} could not be used{', the first: ' + faults[0] if faults else ''}."
         )
-    held_out = _held_out(asked, rng, faults)
-    rows = [row for name, rows in asked.items() if name not in held_out for row in rows]
-    rows += [row for row, names in several.items() if not names & held_out]
-    test = [source[row] for name in asked if name in held_out for row in asked[name]]
-    return _of_records(path, folder, source, sorted(rows), test, faults, train_pictures=len(asked) - len(held_out))
+    held_out, broken = _held_out(paths, rng, faults)
+    rows = [row for name, rows in asked.items() if name not in held_out | broken for row in rows]
+    rows += [row for row, shown in several.items() if not shown & (held_out | broken)]
+    test = [(paths[name], source[row]) for name in asked if name in held_out for row in asked[name]]
+    kept = len(asked) - len(held_out | broken)
+    return _of_records(path, folder, source, sorted(rows), test, faults, pictures=(kept, len(held_out)))
 
 
-def _held_out(asked: dict[str, list[int]], rng: random.Random, faults: list[str]) -> set[str]:
-    wanted = max(1, min(MOST_TEST, round(TEST_SHARE * len(asked))))
+class _Contents:
+    """What tells pictures apart: the hash of their file, which is read once. Frames go by their video and number."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, str] = {}
+
+    def __call__(self, picture: Picture) -> str:
+        """A text that equal files have in common.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        if isinstance(picture, StoredPicture):
+            return hashlib.sha256(picture.read()).hexdigest()
+        if not isinstance(picture, Path):
+            return picture_name(picture)
+        if picture not in self._known:
+            self._known[picture] = hashlib.sha256(read_picture(picture)).hexdigest()
+        return self._known[picture]
+
+
+def _held_out(paths: dict[str, Path], rng: random.Random, faults: list[str]) -> tuple[set[str], set[str]]:
+    """Pictures to ask about, and those that were found broken on the way."""
+    wanted = _test_size(len(paths))
     chosen: set[str] = set()
-    for name in rng.sample(sorted(asked), len(asked)):
-        if len(chosen) < wanted and _decodes(Path(name), faults):
-            chosen.add(name)
-    if not chosen or len(chosen) == len(asked):
-        raise DataError(f"No picture can be held out: {faults[-1] if faults else 'there is but one'}.")
-    return chosen
+    broken: set[str] = set()
+    for name in rng.sample(sorted(paths), len(paths)):
+        if len(chosen) < wanted:
+            (chosen if _decodes(paths[name], faults) else broken).add(name)
+    if not chosen or len(chosen | broken) == len(paths):
+        raise DataError(f"No picture can be held out with another one to learn from: {faults[-1]}.")
+    return chosen, broken
 
 
 def _of_records(
@@ -308,10 +402,10 @@ def _of_records(
     folder: Path,
     source: RecordSource,
     rows: list[int],
-    test: list[Record],
+    test: list[tuple[Path, Record]],
     faults: list[str],
     *,
-    train_pictures: int,
+    pictures: tuple[int, int],
 ) -> OwnData:
     sizes, turns, answers = [], [], [1]
     for row in rows:
@@ -324,8 +418,8 @@ def _of_records(
         source=f"{len(source)} records of {path}",
         train=_Rows(source, rows),
         test=_questions_of(test, folder),
-        train_pictures=train_pictures,
-        test_pictures=len({record.image_names[0] for record in test}),
+        train_pictures=pictures[0],
+        test_pictures=pictures[1],
         turns=sum(turns) / len(turns),
         text_bytes=(sum(sizes) / len(sizes), max(sizes)),
         longest=(max(turns), max(answers)),
@@ -333,11 +427,11 @@ def _of_records(
     )
 
 
-def _questions_of(records: Sequence[Record], folder: Path) -> list[dict[str, Any]]:
+def _questions_of(records: Sequence[tuple[Path, Record]], folder: Path) -> list[dict[str, Any]]:
     """Every question of the records by itself; one that is asked again about its picture gets several answers."""
     answers: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for record in records:
-        image = Path(record.image_names[0]).relative_to(folder).as_posix()
+    for path, record in records:
+        image = path.relative_to(folder).as_posix()
         turns = [turn for turn in record.turns if turn.role != "system"]
         for question, answer in zip(turns[::2], turns[1::2], strict=True):
             answers[image, "".join(question.parts()).strip()].append(answer.text.strip())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from mm_moslora.files import MARK, building, discard, refuse_full_folder
 from mm_moslora.locks import lock_beside
 from mm_moslora.quickstart import assets
 from mm_moslora.quickstart.cache import Say, silent
-from mm_moslora.quickstart.own_data import OwnData, lines_of, read_own
+from mm_moslora.quickstart.own_data import LEAST_TEST, OwnData, lines_of, read_own
 
 PartsName = Literal["quickstart", "hub"]
+
+_NOT_IN_YAML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 STEP_TOKENS = 1600
 """Tokens of a step, about: fewer make the gradient noisy, more make steps slow on a CPU."""
@@ -73,7 +76,7 @@ class Size:
         mean, longest = data.text_bytes
         tokens = visual_tokens + _PER_TURN * data.turns + mean / _BYTES_PER_TOKEN
         batch = min(32, max(4, round(STEP_TOKENS / tokens)))
-        per_epoch = math.ceil(len(data.train) / batch)
+        per_epoch = math.ceil(data.epoch / batch)
         limit = visual_tokens + _PER_TURN * data.longest[0] + longest / _LONG_BYTES_PER_TOKEN
         return cls(
             batch=batch,
@@ -87,7 +90,9 @@ class Size:
 def initialise(
     source: Path, output: Path, *, images: Path | None = None, parts: PartsName = "quickstart", say: Say = silent
 ) -> str:
-    """Write `train.jsonl`, `test.jsonl` and `recipe.yaml` (for sentences `task.yaml`, too) into a new folder.
+    """Write `train.jsonl`, `test.jsonl` and `recipe.yaml` into a new folder.
+
+    For sentences there is `task.yaml`, too, and for records that are seen several times `train-xN.jsonl`.
 
     Args:
         source: pictures in a folder per class, or a LLaVA file.
@@ -101,7 +106,7 @@ def initialise(
 
     Raises:
         DataError: there is nothing to learn from.
-        ConfigError: `output` holds something, or lies among the pictures.
+        ConfigError: `output` holds something, lies among the pictures, or no recipe can name a folder.
     """
     if output.name in ("", ".."):
         raise ConfigError(f"{output} is a folder that is there. Name a new one, such as {output / 'first'}.")
@@ -109,6 +114,9 @@ def initialise(
     if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{output} lies among the pictures of {source}. Choose a folder beside them.")
     data = read_own(source, images=images)
+    for path in (output.resolve(), data.images):
+        if _NOT_IN_YAML.search(str(path)):
+            raise ConfigError(f"The folder {str(path)!a} holds characters that no recipe can hold. Rename it.")
     chosen = _parts(parts, say)
     size = Size.of(data, chosen.visual_tokens)
     recipe = _recipe(output.resolve(), data, chosen, size)
@@ -118,6 +126,7 @@ def initialise(
         with building(output, replaces=MARK) as folder:
             for file, lines in (
                 ("train.jsonl", lines_of(data.train)),
+                *((_repeated_file(times), lines_of(records)) for times, records in data.repeated.items()),
                 ("test.jsonl", lines_of(data.test)),
                 ("recipe.yaml", [recipe]),
                 *([("task.yaml", [_task(data)])] if data.captions else []),
@@ -126,6 +135,22 @@ def initialise(
                     stream.writelines(lines)
         discard(output / MARK)  # from here on it is the user's: nothing of this project replaces it
     return _told(output, data, size)
+
+
+def _repeated_file(times: int) -> str:
+    return f"train-x{times}.jsonl"
+
+
+def _sources(data: OwnData) -> str:
+    """The sources of `data.train`, one a line."""
+    folder = f"image_folder: {_quoted(str(data.images))}"
+    lines = [f"- {{path: train.jsonl, {folder}}}"]
+    if data.repeated:
+        lines.append(
+            "# Of small classes there are fewer different conversations; weight: how often an epoch sees each."
+        )
+    lines += [f"- {{path: {_repeated_file(times)}, {folder}, weight: {times}}}" for times in sorted(data.repeated)]
+    return "\n".join(f"    {line}" for line in lines)
 
 
 def _quoted(value: Any) -> str:
@@ -151,7 +176,8 @@ model:
 # A new kind of input has to be learned, not a new tone: a high rank in every linear layer.
 adapter: {{rank: 64, alpha: 128}}
 data:
-  train: [{{path: train.jsonl, image_folder: {_quoted(str(data.images))}}}]
+  train:
+{_sources(data)}
   # The longest conversation has {data.longest[0]} questions and {data.text_bytes[1]:,} bytes of text.
   max_length: {size.max_length}
   order: random
@@ -161,7 +187,7 @@ optim: {{lr: 1.0e-3, projector_lr: 2.0e-4, warmup: 0.05, betas: [0.9, 0.98]}}
 train:
   output: {_quoted(str(folder / "run"))}
   # {size.batch} conversations of {data.turns:.3g} questions a step, about {size.tokens:,} tokens.
-  # The data last {size.per_epoch} steps; these are {passes:.2g} times as many.
+  # The data last {size.per_epoch} steps, an epoch; these steps see them {passes:.2g} times, each time in another order.
   steps: {size.steps}
   global_batch: {size.batch}
   micro_batch: {size.batch}
@@ -187,16 +213,17 @@ aggregation: caption
 def _told(output: Path, data: OwnData, size: Size) -> str:
     task = str(output / "task.yaml") if data.captions else f"llava:{output / 'test.jsonl'}@{data.images}"
     run = str(output / "run")
+    modes = ("own", "wrong", "blind") if data.test_pictures >= LEAST_TEST else ("own", "blind")
     commands: Sequence[Sequence[str]] = (
         ("data", "check", str(output / "recipe.yaml")),
         ("train", str(output / "recipe.yaml")),
         ("eval", "run", task, "--model", run, "--output", str(output / "eval"), "--untuned",
-         *(word for mode in ("own", "wrong", "blind") for word in ("--modes", mode)),
+         *(word for mode in modes for word in ("--modes", mode)),
          *(() if data.captions else ("--baselines", "majority", "--baselines", "question_majority"))),
         ("report", run),
     )  # fmt: skip
     lines = [
-        f"{output}: {len(data.train)} conversations about {data.train_pictures} pictures to learn from, "
+        f"{output}: {data.epoch} conversations about {data.train_pictures} pictures to learn from, "
         f"{len(data.test)} questions about {data.test_pictures} held-out pictures; {size.steps} steps."
     ]
     if data.faults:
@@ -205,6 +232,11 @@ def _told(output: Path, data: OwnData, size: Size) -> str:
         lines.append(
             f"{len(data.test)} held-out questions tell apart scores that differ by about "
             f"{100 * 1.96 * math.sqrt(0.5 / len(data.test)):.0f} points or more; more pictures, more certainty."
+        )
+    if "wrong" not in modes:
+        lines.append(
+            f"Only {data.test_pictures} picture is held out, so the evaluation goes without `--modes wrong`, which "
+            "exchanges pictures; with more pictures two are held out."
         )
     lines += ["", "Next:", *(f"  {shlex.join(['mm-moslora', *command])}" for command in commands)]
     return "\n".join(lines)

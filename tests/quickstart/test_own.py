@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import threading
@@ -86,9 +87,46 @@ class TestFolder:
                     assert answer["value"] == label
             first[turns[1]["value"]] += 1
         assert {"yes", "no", "cat", "dog"} <= first.keys(), "every kind of question must be answered from the picture"
-        assert len(data.train) == CONVERSATIONS
+        assert not data.repeated
         for counts in of_text.values():
-            assert 0.4 < counts["yes"] / counts.total() < 0.6
+            assert 0.45 < counts["yes"] / counts.total() < 0.55
+
+    @pytest.mark.parametrize(
+        "counts",
+        [{"cat": 2, "dog": 2}, {"cat": 12, "dog": 9}, {"cat": 40, "dog": 10, "bird": 10}, {"cat": 60, "dog": 3}],
+    )
+    def test_no_two_conversations_are_alike_and_an_epoch_talks_about_all_classes_alike(
+        self, tmp_path: Path, counts: dict[str, int]
+    ) -> None:
+        data = read_own(photos(tmp_path, **counts))
+        parts = {1: data.train, **data.repeated}
+        everything = [row for rows in parts.values() for row in rows]
+        told = [json.dumps([row["image"], row["conversations"]]) for row in everything]
+        assert len(set(told)) == len(told) == len({row["id"] for row in everything})
+        assert len({row["image"] for row in everything}) == data.train_pictures, "every picture is learned from"
+        seen, answers = Counter[str](), defaultdict(Counter)
+        for times, rows in parts.items():
+            for row in rows:
+                seen[row["image"].split("/")[0]] += times
+                turns = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
+                for text, answer in zip(turns[::2], turns[1::2], strict=True):
+                    answers[text][answer] += times
+        assert max(seen.values()) <= 1.1 * min(seen.values())
+        assert sum(seen.values()) == data.epoch
+        for counted in answers.values():
+            if counted.keys() <= {"yes", "no"}:
+                assert 0.45 < counted["yes"] / counted.total() < 0.55
+
+    def test_many_pictures_get_no_more_conversations_than_training_sees(self, tmp_path: Path) -> None:
+        classes = {f"class {number}": 6 for number in range(14)}
+        assert CONVERSATIONS <= read_own(photos(tmp_path, **classes)).epoch < 1.01 * CONVERSATIONS
+
+    def test_a_small_class_is_repeated_by_weight(self, tmp_path: Path) -> None:
+        made(photos(tmp_path / "photos", cat=60, dog=3), tmp_path / "my")
+        sources = load_recipe(tmp_path / "my" / "recipe.yaml").data.train
+        assert [source.weight for source in sources] == [1, 4]
+        about = [{row["image"].split("/")[0] for row in read(Path(source.path))} for source in sources]
+        assert about == [{"cat"}, {"dog"}]
 
     def test_the_same_folder_gives_the_same_files(self, tmp_path: Path) -> None:
         source = photos(tmp_path / "photos", cat=10, dog=10)
@@ -149,6 +187,39 @@ class TestFolder:
         with pytest.raises(DataError, match="3 files lie beside the sub-folders"):
             read_own(tmp_path)
 
+    @pytest.mark.parametrize("names", [("Cat", "cat"), ("a.", "a"), ("caf\xe9", "cafe\u0301"), ("x_Y", "x y")])
+    def test_two_classes_that_are_one_answer_are_refused(self, tmp_path: Path, names: tuple[str, str]) -> None:
+        with pytest.raises(DataError, match="one answer") as caught:
+            read_own(photos(tmp_path, **dict.fromkeys([*names, "dog"], 4)))
+        assert all(ascii(name) in str(caught.value) for name in names)
+
+    def test_two_folders_of_one_class_are_one(self, tmp_path: Path) -> None:
+        data = read_own(photos(tmp_path, **dict.fromkeys(["tea_pot", "tea pot", "dog"], 4)))
+        assert {row["answer"] for row in data.test if row["category"] == "open"} <= {"tea pot", "dog"}
+
+    @pytest.mark.parametrize("name", ["cat\x7f", "cat\x01", "cat\n", "_."])
+    def test_a_class_that_no_question_can_hold_is_named(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(DataError, match="no name of a class") as caught:
+            read_own(photos(tmp_path, **{name: 4, "dog": 4}))
+        assert ascii(name) in str(caught.value)
+
+    @pytest.mark.parametrize("place", ["source", "output"])
+    def test_a_folder_that_no_recipe_can_name_is_named(self, tmp_path: Path, place: str) -> None:
+        source, out = tmp_path / "photos", tmp_path / "my"
+        bad = (source if place == "source" else out).with_name("a\x7f")
+        photos(bad if place == "source" else source, cat=4, dog=4)
+        with pytest.raises(ConfigError, match=r"a\\x7f.*no recipe can hold"):
+            made(bad if place == "source" else source, bad if place == "output" else out)
+        assert place == "source" or not bad.exists()
+
+    def test_a_class_with_one_whole_picture_keeps_it(self, tmp_path: Path) -> None:
+        source = photos(tmp_path, cat=3, dog=3, bird=3)
+        for path in source.rglob("0.png"):
+            path.write_bytes(path.read_bytes()[:-40])
+        for seed in range(5):
+            learned = {row["image"].split("/")[0] for row in read_own(source, seed=seed).train}
+            assert learned == {"cat", "dog", "bird"}
+
     def test_a_class_that_would_be_read_as_a_picture_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no name of a class"):
             read_own(photos(tmp_path, **{"<image>": 4, "dog": 4}))
@@ -187,6 +258,40 @@ class TestFile:
         assert {row["text"]: row["category"] for row in data.test} == {"What is it?": "open", "Is it red?": "yes_no"}
         assert any("image" not in row for row in data.train)
         assert len(data.faults) == 1
+
+    def test_the_same_picture_under_two_names_is_on_one_side(self, tmp_path: Path) -> None:
+        file = records(tmp_path)
+        rows = [json.loads(line) for line in file.open()]
+        for index in range(10):
+            (tmp_path / "images" / f"copy-{index}.png").write_bytes((tmp_path / "images" / f"{index}.png").read_bytes())
+        rows += [row | {"id": f"copy-{row['id']}", "image": f"images/copy-{row['id']}.png"} for row in rows]
+        link = "data:image/png;base64," + base64.b64encode((tmp_path / "images" / "0.png").read_bytes()).decode()
+        pairs = [["images/0.png", f"images/copy-{index}.png"] for index in range(1, 10)]
+        rows += [
+            {"id": f"pair-{number}", "image": pair, "conversations": [
+                {"from": "human", "value": "<image>" * len(pair) + "Alike?"}, {"from": "gpt", "value": "no"}]}
+            for number, pair in enumerate([*pairs, [link]])
+        ]  # fmt: skip
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+        def content(name: str) -> bytes:
+            return base64.b64decode(name.split(",")[1]) if "," in name else (tmp_path / name).read_bytes()
+
+        for seed in range(8):
+            data = read_own(file, seed=seed)
+            learned = {content(name) for row in data.train for name in np.atleast_1d(row["image"]).tolist()}
+            held_out = {content(row["image"]) for row in data.test}
+            assert not learned & held_out
+            assert len(held_out) == data.test_pictures == 2
+            assert data.train_pictures == 8
+            assert len(data.test) == 4, "questions that are asked again under another name are one question"
+
+    def test_copies_of_one_picture_are_too_few(self, tmp_path: Path) -> None:
+        file = records(tmp_path, 4)
+        for path in (tmp_path / "images").iterdir():
+            path.write_bytes((tmp_path / "images" / "0.png").read_bytes())
+        with pytest.raises(DataError, match="has 1 different pictures"):
+            read_own(file)
 
     def test_sentences_are_scored_as_captions(self, tmp_path: Path) -> None:
         made(records(tmp_path, answer="A small red square on a white wall."), tmp_path / "my")
@@ -228,6 +333,24 @@ class TestRecipe:
         text = (tmp_path / "a b" / "recipe.yaml").read_text()
         assert text.count("#") > 10
         assert max(map(len, text.splitlines())) <= 120 + len(str(tmp_path))
+
+    @pytest.mark.parametrize(("count", "held_out"), [(2, 1), (3, 1), (4, 2), (7, 2), (20, 4)])
+    def test_the_wrong_picture_is_asked_for_where_two_are_held_out(
+        self, tmp_path: Path, count: int, held_out: int
+    ) -> None:
+        told = made(records(tmp_path, count), tmp_path / "my")
+        assert len({row["image"] for row in read(tmp_path / "my" / "test.jsonl")}) == held_out
+        assert ("--modes own --modes wrong --modes blind" in told) == (held_out > 1)
+        assert ("Only 1 picture is held out" in told) == (held_out == 1)
+
+    @pytest.mark.parametrize(("counts", "held_out"), [({"cat": 2, "dog": 1}, 1), ({"cat": 2, "dog": 2}, 2),
+                                                      ({"cat": 5, "dog": 1}, 2)])  # fmt: skip
+    def test_two_pictures_of_classes_are_held_out_where_two_are_left(
+        self, tmp_path: Path, counts: dict[str, int], held_out: int
+    ) -> None:
+        told = made(photos(tmp_path / "photos", **counts), tmp_path / "my")
+        assert len({row["image"] for row in read(tmp_path / "my" / "test.jsonl")}) == held_out
+        assert ("--modes wrong --modes" in told) == (held_out > 1)
 
     def test_nothing_of_the_user_is_overwritten(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         source, out = photos(tmp_path / "photos", cat=10, dog=10), tmp_path / "my"

@@ -19,10 +19,11 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 def exact_match(text: str, reference: str) -> float:
     """The default: case, surrounding space, inner runs of space and closing periods do not count."""
-    return float(_relaxed(text) == _relaxed(reference))
+    return float(relaxed(text) == relaxed(reference))
 
 
-def _relaxed(text: str) -> str:
+def relaxed(text: str) -> str:
+    """The form in which `exact_match` compares answers."""
     return " ".join(text.lower().split()).rstrip(".").rstrip()
 
 
@@ -78,7 +79,7 @@ def holds_answer(text: str, references: Sequence[str], options: Mapping[str, str
 
 
 def _answers(text: str, reference: str) -> bool:
-    plain = _relaxed(reference)
+    plain = relaxed(reference)
     return extract_yes_no(text) == plain if plain in ("yes", "no") else _holds(text, reference)
 
 
