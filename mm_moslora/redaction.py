@@ -7,6 +7,8 @@ declares secret. Standard library only, so that every layer can use it.
 from __future__ import annotations
 
 import functools
+import html
+import json
 import logging
 import os
 import re
@@ -16,22 +18,41 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 REDACTED = "[redacted]"
 
 _SECRET_NAME = re.compile(
-    r"(?:^|[_\-.])(?:api[_-]?key|access[_-]?key|secret|passw(?:or)?d|passphrase|credentials?|auth|authorization"
-    r"|private[_-]?key|(?:api|access|auth|hub|hf|bearer|session|refresh|wandb|huggingface|github)[_-]?token)(?:$|[_\-.])"
+    r"(?:^|[_\-.])(?:secret|passphrase|credentials?|auth|authorization"
+    r"|(?:api|access|private|account|subscription|functions|signing|encryption|master|openai|anthropic)[_-]?key"
+    r"|(?:api|access|auth|hub|hf|bearer|session|security|refresh|id|wandb|huggingface|github)[_-]?token)(?:$|[_\-.])"
+    r"|passw(?:or)?d(?:$|[_\-.])"  # PGPASSWORD, too
+    r"|[_\-.]pwd$|(?-i:^[pP]wd$)"  # but PWD is the shell's folder
     r"|^token$|(?-i:_TOKEN$)",  # any variable of the environment, but not `eos_token`
     re.IGNORECASE,
 )
+_WEAK_NAME = re.compile(r"^(?:sig|(?:x[_\-][a-z]+[_\-])?signature)$|(?-i:(?<!PUBLIC)_KEY$)", re.IGNORECASE)
+"""Names that code uses, too: their values are secret where they look like a signature or a key."""
+_WEAK_VALUE = re.compile(r"[A-Za-z0-9+/=_%\-.~]{8,}(?![^\s&#'\"<>,;)\]}\\])")
+_WEAK_LINE = re.compile(r"[A-Za-z0-9+/=_%\-.~]{16,}(?=[ \t\r]*$)", re.MULTILINE)
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _SECRET_VALUE = re.compile(
-    r"\bhf_[A-Za-z0-9]{16,}"  # Hugging Face
-    r"|\bwandb_v\d_[A-Za-z0-9_]{20,}"  # wandb, since 2025
-    r"|\bsk-[A-Za-z0-9_\-]{16,}"  # OpenAI-like
-    r"|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_[A-Za-z0-9_]{20,}"
-    r"|\bAKIA[0-9A-Z]{16}\b"  # AWS key id
+    r"(?:\b|(?<=\\[nrt])|(?<=%[0-9A-Fa-f][0-9A-Fa-f]))(?:"  # a word, or behind an escaped space or mark
+    r"hf_[A-Za-z0-9]{16,}"  # Hugging Face
+    r"|wandb_v\d_[A-Za-z0-9_]{20,}"  # wandb, since 2025
+    r"|sk-[A-Za-z0-9_\-]{16,}"  # OpenAI-like
+    r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}"
+    r"|gl(?:pat|oas|dt|rtr?|cbt|ptt|ft|imt|agent|soat)-[A-Za-z0-9_\-]{20,}"  # GitLab
+    r"|AKIA[0-9A-Z]{16}\b"  # AWS key id
+    r"|AIza[A-Za-z0-9_\-]{30,}"  # Google
+    r"|xox[a-z]-[A-Za-z0-9\-]{10,}"  # Slack
+    r"|nvapi-[A-Za-z0-9_\-]{16,}"  # NVIDIA
+    r"|eyJ[A-Za-z0-9_\-]{8,}(?:\.[A-Za-z0-9_\-]*){2,4}"  # JSON web tokens
+    r")"
+    r"|-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----"  # PEM, whole or cut off
+    r"(?:(?s:.{0,20000}?)-----END [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----"
+    r"|(?:(?:\s|\\{1,8}[nr])+[A-Za-z0-9+/=]{16,})*)"
+    r"|(?:(?<=[?&;][kK]ey=)|(?<=\\u0026key=)|(?<=%26key%3D)|(?<=%3Fkey%3D))[^\s&#'\"<>;]{8,}"  # of a URL's query
     r"|(?<=://)[^/\s:@\"'<>]*:[^/\s\"'<>]+(?=@)"  # user:password of a URL
     r"|(?:(?<=http://)|(?<=https://))[^/\s?#\"'<>]+(?=@)"  # a token in place of both
     r"|(?<=Bearer )[A-Za-z0-9._\-]{16,}|(?<=uthorization: bearer )[A-Za-z0-9._\-]{16,}"
@@ -40,7 +61,8 @@ _SECRET_VALUE = re.compile(
 _NAME = r"[A-Za-z0-9_.\-]{1,100}"
 _NAMED = re.compile(
     rf"(?P<quote>\\{{0,8}}[\"'])(?P<key>{_NAME})(?P=quote)\s*[:=]\s*"  # JSON, escaped or not, and Python's dicts
-    rf"|(?<![A-Za-z0-9_.\-])(?P<field>{_NAME})="  # a URL's query, a keyword argument, a variable
+    rf"|(?:%26|%3[Ff])(?P<encoded>{_NAME})%3[Dd]"  # a URL within a URL
+    rf"|(?:\\u0026|(?<![A-Za-z0-9_.\-]))(?P<field>{_NAME})="  # a URL's query, a keyword argument, a variable
     rf"|(?<!\S)--?(?P<option>{_NAME})[ \t]+(?!-)"
     rf"|^[ \t]*(?:-[ \t]+)?(?P<line>{_NAME}):[ \t]+"  # YAML
     rf"|(?<![A-Za-z0-9_.\-])(?P<header>[A-Za-z0-9]+[_\-]{_NAME}):[ \t]*",
@@ -52,7 +74,11 @@ _QUOTED_VALUE = re.compile(
     r"|[bru]{0,2}\"(?:\\.|[^\"\\\n])*|[bru]{0,2}'(?:\\.|[^'\\\n])*|[\[(][^\])\n]*"
 )
 _OPENING = re.compile(r"[bru]{0,2}\\{0,8}[\"'\[(]")
-_BARE_VALUES = {"key": re.compile(r"[^\s,;&}\])\"']+"), "line": re.compile(r"[^\n]+")}
+_BARE_VALUES = {
+    "key": re.compile(r"[^\s,;&}\])\"']+"),
+    "line": re.compile(r"[^\n]+"),
+    "encoded": re.compile(r"(?:(?!%26)[^\s&#'\"])+"),
+}
 _BARE_VALUE = re.compile(r"[^\s&#'\"]+")
 _SCHEME = re.compile(r"(?:bearer|basic|token)[ \t]+(?=\S)", re.IGNORECASE)
 _NO_SECRET = re.compile(r"(?:none|null|true|false)?[,;.)\]}]*$", re.IGNORECASE)
@@ -83,6 +109,8 @@ def redact(value: Any, *, name: str = "", keep_hashes: bool = False) -> Any:
         return value
     if value != "" and is_secret_name(name):
         return REDACTED
+    if isinstance(value, str) and _WEAK_NAME.search(name) and _WEAK_VALUE.fullmatch(value):
+        return REDACTED
     if isinstance(value, int | float):
         return value
     text = str(value)
@@ -108,9 +136,13 @@ def _without_named(text: str) -> str:
     kept, end = [], 0
     for match in _NAMED.finditer(text):
         kind = match.lastgroup or ""
-        if match.start() < end or not is_secret_name(match[kind]):
+        weak = not is_secret_name(match[kind])
+        if match.start() < end or (weak and not _WEAK_NAME.search(match[kind])):
             continue
         start, stop = _value(text, match.end(), kind)
+        if weak:
+            found = (_WEAK_LINE if kind == "line" else _WEAK_VALUE).match(text, start, stop)
+            stop = found.end() if found else start
         if not _NO_SECRET.match(text[start:stop].strip()):
             kept += [text[end:start], REDACTED]
             end = stop
@@ -189,5 +221,26 @@ def is_secret_name(name: str) -> bool:
 
 
 def _environment_secrets() -> list[str]:
-    found = {value for name, value in os.environ.items() if is_secret_name(name) and len(value) >= _SHORTEST}
-    return sorted((value for value in found if not os.path.exists(value)), key=len, reverse=True)
+    found = {
+        value
+        for name, value in os.environ.items()
+        if len(value) >= _SHORTEST and (is_secret_name(name) or _WEAK_NAME.search(name))
+    }
+    forms = {form for value in found if not os.path.exists(value) for form in _spellings(value)}
+    return sorted(forms, key=len, reverse=True)
+
+
+@functools.lru_cache(maxsize=256)
+def _spellings(secret: str) -> frozenset[str]:
+    """A secret as JSON, Python, HTML and URLs write it, and as JSON writes these."""
+    python = secret.encode("unicode_escape").decode()
+    forms = {secret, *_as_json(secret), repr(secret)[1:-1], python, html.escape(secret), shlex.quote(secret)}
+    forms |= {python.replace("'", "\\'"), repr(secret)[1:-1].replace("'", "\\'")}
+    for quoted in (quote(secret, safe="", errors="replace"), quote(secret, errors="replace"),
+                   quote_plus(secret, errors="replace")):  # fmt: skip
+        forms |= {quoted, re.sub(r"%[0-9A-F]{2}", lambda code: code[0].lower(), quoted)}
+    return frozenset(forms.union(*map(_as_json, forms)))
+
+
+def _as_json(text: str) -> set[str]:
+    return {json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]}

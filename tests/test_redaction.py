@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import io
+import json
 import logging
+import shlex
 import sys
+from urllib.parse import quote, urlencode
 
 import pytest
 
@@ -28,6 +32,17 @@ from mm_moslora.redaction import (
         "ghp_" + "a1B2" * 9,
         "AKIA" + "ABCDEFGH12345678",
         "0123456789abcdef0123456789abcdef01234567",
+        "AIza" + "Sy-a1B2c3_" * 3 + "D4e5F",
+        "xoxb-" + "123456789012-" * 2 + "aBcDeF",
+        "glpat-" + "aB3_xY-9" * 3,
+        "nvapi-" + "aB3_xY-9" * 4,
+        "eyJhbGciOiJIUzI1NiJ9" + ".eyJzdWIiOiIxMjM0In0" + ".aB-3_x9",
+        "-----BEGIN RSA PRIVATE KEY-----\nMIIE"
+        + "aB3+/x9=" * 8
+        + "\n"
+        + "aB3+" * 4
+        + "\n-----END RSA PRIVATE KEY-----",
+        "-----BEGIN PRIVATE KEY-----\nMIIE" + "aB3+/x9=" * 8,
     ],
 )
 def test_values_that_look_like_secrets_go_wherever_they_stand(secret: str) -> None:
@@ -84,6 +99,27 @@ def test_password_of_a_url_goes_and_the_url_stays() -> None:
         ("track:\n  password: canary canary\n  n: 2", "  password: [redacted]\n  n: 2"),
         ("mm-moslora eval run t --hf-token canary --limit 2", "--hf-token [redacted] --limit 2"),
         ('{"headers": {"Authorization": "Bearer canary"}, "n": 2}', '"Bearer [redacted]"}, "n": 2'),
+        ("https://a.blob.core.windows.net/c?sv=1&sig=canary%2Bcanary%3D&se=2", "?sv=1&sig=[redacted]&se=2"),
+        ("https://b/k?X-Amz-Date=1&X-Amz-Signature=canary99&n=2", "X-Amz-Date=1&X-Amz-Signature=[redacted]&n=2"),
+        ("https://b/k?X-Amz-Security-Token=canary&n=2", "X-Amz-Security-Token=[redacted]&n=2"),
+        ("https://b/k?X-Goog-Signature=canary99&n=2", "X-Goog-Signature=[redacted]&n=2"),
+        ("https://b/k?AWSAccessKeyId=1&Signature=canary99%3D&Expires=2", "&Signature=[redacted]&Expires=2"),
+        ("see https://b/k?to=https%3A%2F%2Fc%3Fn%3D1%26sig%3Dcanary99%26n%3D2", "%26sig%3D[redacted]%26n%3D2"),
+        ('"https://b/k?sv=1\\u0026sig=canary99\\u0026n=2"', "u0026sig=[redacted]"),
+        ('{"signature": "canary99==", "n": 2}', '{"signature": "[redacted]", "n": 2}'),
+        ("AWS4-HMAC-SHA256 SignedHeaders=host, Signature=canary99, n=2", "Signature=[redacted], n=2"),
+        ("https://maps/api?key=canary99&n=2", "?key=[redacted]&n=2"),
+        ("https://maps/api?n=1&key=canary99 failed", "?n=1&key=[redacted] failed"),
+        ("PGPASSWORD=canary psql -h host", "PGPASSWORD=[redacted] psql -h host"),
+        ("MYSQL_PWD=canary mysql", "MYSQL_PWD=[redacted] mysql"),
+        ("Server=s;Uid=me;Pwd=canary;", "Uid=me;Pwd=[redacted]"),
+        ("connect(user='me', pwd='canary')", "pwd='[redacted]')"),
+        ("AccountName=me;AccountKey=canary99==;EndpointSuffix=x", "AccountName=me;AccountKey=[redacted]"),
+        ("OPENAI_KEY=canary99 run", "OPENAI_KEY=[redacted] run"),
+        ("STRIPE_KEY=canary99 run", "STRIPE_KEY=[redacted] run"),
+        ("id_token=canary&n=2", "id_token=[redacted]&n=2"),
+        ('{"idToken": "canary", "n": 2}', '{"idToken": "[redacted]", "n": 2}'),
+        ('{"text": "see\\nghp_canarycanarycanarycanary"}', '"see\\n[redacted]"}'),
     ],
 )
 def test_secrets_of_addresses_and_headers_go_and_what_stands_around_them_stays(text: str, kept: str) -> None:
@@ -98,6 +134,11 @@ def test_what_only_looks_like_an_assignment_stays() -> None:
         "Basic understanding of bearer responsibilities",
         '{"token": null, "api_key": "", "max_tokens": 5, "eos_token": "</s>", "tokenizer": "x"}',
         "invalid token: '<image>', and 'api_key' is no key of track: did you mean 'project'?",
+        "sorted(rows, key=lambda row: row.id), min(x, key=operator.itemgetter(1)), key=some_function and ?key=id&n=2",
+        "signature=None, signature=f(x), sig=2, signature=inspect.signature(function), SORT_KEY=id, a_key=table_id",
+        '{"signature": "(self, x: int) -> str", "key": "some-long-name", "sig": 3}',
+        "PWD=/home/me/work OLDPWD=/home/me/else, the password is wrong, signature: mismatch",
+        "-----BEGIN CERTIFICATE----- and glad-to-see-you-here-again, xoxo, eyJust.a.word",
         "http://host:80/x?to=me@example.org ssh://git@host/x https://host/@me hf://datasets/a/b@main",
     ):
         assert redact_text(text) == text
@@ -106,6 +147,25 @@ def test_what_only_looks_like_an_assignment_stays() -> None:
 def test_values_of_secret_environment_variables_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_SERVICE_API_KEY", "plain-looking canary")
     assert redact_text("sent plain-looking canary over") == f"sent {REDACTED} over"
+
+
+@pytest.mark.parametrize("secret", ['can"ary-12345', "can\\ary-12345", "can'ary-\"12345", "can ary/é&<1>+%2345"])
+def test_values_of_secret_environment_variables_go_however_they_are_written(
+    monkeypatch: pytest.MonkeyPatch, secret: str
+) -> None:
+    monkeypatch.setenv("MY_SERVICE_API_KEY", secret)
+    said = {"text": f"sent {secret} over"}
+    for written in (
+        secret, json.dumps(said), json.dumps(said, ensure_ascii=False), json.dumps({"body": json.dumps(said)}),
+        repr(said),
+        repr([f"it's {secret}"]), ascii(said), json.dumps(repr(said)), html.escape(secret), shlex.join(["run", secret]),
+        f"https://host/?q={quote(secret, safe='')}", f"https://host/?{urlencode({'q': secret})}",
+        f"https://host/{quote(secret)}", f"https://host/?q={quote(secret, safe='').lower()}",
+    ):  # fmt: skip
+        cleaned = redact_text(written)
+        assert REDACTED in cleaned
+        assert "12345" not in cleaned
+        assert "2345" not in cleaned
 
 
 SECRET_URL = "https://me:pa55word-canary@example.org/v1"

@@ -193,7 +193,7 @@ class _Classes:
         if known != label:
             raise DataError(
                 f"The folders {other!a} and {folder!a} are one answer: they differ in case, closing periods or "
-                "encoding alone, and no score tells them apart. Put their pictures into one folder, or rename one."
+                "encoding alone. Put their pictures into one folder, or rename one."
             )
         return label
 
