@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mm_moslora.errors import DataError
+from mm_moslora.errors import ConfigError, DataError
 from mm_moslora.files import mark, refuse_strangers, replace_text
 
 YES_NO = ("yes", "no")
@@ -40,10 +40,22 @@ class DatasetFiles:
     """LLaVA JSONL, several questions per training picture in one conversation."""
     test: Path
     """Held-out questions, one JSON object per line: question_id, image, text, answer, category."""
-    train_pictures: int
+    train_pictures: int = 0
     """Pictures in `train`."""
-    questions: int
+    questions: int = 0
     """Questions in `test`."""
+
+    @classmethod
+    def below(cls, out: Path, images: Path, *, train_pictures: int = 0, questions: int = 0) -> DatasetFiles:
+        """The files of a builder's folder, written or not."""
+        return cls(
+            images=images,
+            align=out / "align.jsonl",
+            train=out / "train.jsonl",
+            test=out / "test.jsonl",
+            train_pictures=train_pictures,
+            questions=questions,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +73,14 @@ class Question:
 
 
 def build_easy_vqa(
-    source: Path, out: Path, *, train_images: int = 4000, test_questions: int = 600, turns: int = 6, seed: int = 0
+    source: Path,
+    out: Path,
+    *,
+    train_images: int = 4000,
+    test_questions: int = 600,
+    turns: int = 6,
+    seed: int = 0,
+    replace: bool = True,
 ) -> DatasetFiles:
     """Write training and held-out files from an easy-VQA folder.
 
@@ -73,9 +92,11 @@ def build_easy_vqa(
         turns: questions per conversation, at most.
         seed: chooses the pictures to learn from, their questions and the order. The held-out questions are the same for
             every seed.
+        replace: see `write_files`.
 
     Raises:
         DataError: `source` is no easy-VQA folder, or `turns` is below 1.
+        ConfigError: see `write_files`.
     """
     if turns < 1:
         raise DataError(f"turns is {turns}, expected at least 1 question per conversation.")
@@ -90,7 +111,7 @@ def build_easy_vqa(
         conversations.append(conversation(f"easy-vqa/{image}", image, [(q.text, q.answer) for q in questions]))
         captions.append(conversation(f"easy-vqa/{image}", image, [("what is in the image?", caption)]))
     held_out = _easy_test(_easy_questions(source, "test"), test_questions, held_out_rng)
-    return write_files(out, source, captions, conversations, held_out)
+    return write_files(out, source, captions, conversations, held_out, replace=replace)
 
 
 def _easy_questions(source: Path, half: str) -> dict[str, list[Question]]:
@@ -266,28 +287,52 @@ def claim(out: Path, names: Sequence[str]) -> None:
 
 
 def write_files(
-    out: Path, images: Path, align: Sequence[Record], train: Sequence[Record], test: Sequence[Record]
+    out: Path,
+    images: Path,
+    align: Sequence[Record],
+    train: Sequence[Record],
+    test: Sequence[Record],
+    *,
+    replace: bool = True,
 ) -> DatasetFiles:
     """Write the three files.
 
+    Args:
+        out: where they go.
+        images: folder that the pictures' paths begin in.
+        align: for `DatasetFiles.align`.
+        train: for `DatasetFiles.train`.
+        test: for `DatasetFiles.test`.
+        replace: False: files that are there must hold the same, as a model was trained on them.
+
     Raises:
         DataError: one of them would be empty.
-        ConfigError: files of somebody else lie there.
+        ConfigError: files of somebody else lie there, or other data that are not to be replaced.
     """
     files = {"align": align, "train": train, "test": test}
     if empty := [name for name, records in files.items() if not records]:
         raise DataError(f"No records for {', '.join(empty)} from {images}; is the folder complete?")
     seen = {record["image"] for record in (*align, *train)}
     assert not seen & {record["image"] for record in test}, "a picture is on both sides of the split"
-    claim(out, [f"{name}.jsonl" for name in files])
-    for name, records in files.items():
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        replace_text(out / f"{name}.jsonl", "".join(lines))
-    return DatasetFiles(
-        images=images,
-        align=out / "align.jsonl",
-        train=out / "train.jsonl",
-        test=out / "test.jsonl",
-        train_pictures=len({record["image"] for record in train}),
-        questions=len(test),
+    texts = {
+        out / f"{name}.jsonl": "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        for name, records in files.items()
+    }
+    claim(out, [path.name for path in texts])
+    if not replace and (changed := [path.name for path, text in texts.items() if _differs(path, text)]):
+        raise ConfigError(
+            f"{out} holds other data than are asked for, in {', '.join(changed)}, and a model was trained on them. They "
+            "are left as they are. Restore the files, choose another --output, or delete the folder of the run."
+        )
+    for path, text in texts.items():
+        replace_text(path, text)
+    return DatasetFiles.below(
+        out, images, train_pictures=len({record["image"] for record in train}), questions=len(test)
     )
+
+
+def _differs(path: Path, text: str) -> bool:
+    try:
+        return path.read_bytes() != text.encode()
+    except FileNotFoundError:
+        return False

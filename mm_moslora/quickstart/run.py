@@ -17,18 +17,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mm_moslora.config import AdapterConfig, Precision, Recipe, SourceConfig, load_recipe, refuse_lacking
 from mm_moslora.files import MARK, building, mark, read_json, refuse_strangers, replace_json
-from mm_moslora.folders import RUN_FILES, RUN_LOCK
+from mm_moslora.folders import RUN_FILES, RUN_LOCK, checkpoints
 from mm_moslora.machine import hardware
 from mm_moslora.quickstart import assets
 from mm_moslora.quickstart.cache import cache_dir
 from mm_moslora.quickstart.datasets import DATA_SET, DatasetFiles, build_easy_vqa
 from mm_moslora.quickstart.evaluation import evaluate_all, table
-from mm_moslora.quickstart.stamp_data import build_stamps
+from mm_moslora.quickstart.notes import QUICKSTART, refuse_other, refuse_other_recipe
+from mm_moslora.quickstart.stamp_data import IMAGES, build_stamps
 from mm_moslora.wording import format_seconds
+
+if TYPE_CHECKING:
+    from mm_moslora.training.ending import Ending
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +59,9 @@ PLANS: dict[tuple[Images, bool], Plan] = {
 }
 TURNS = 8
 """Questions per conversation of easy-VQA."""
-_FILES = ("align", "tune", "data", "eval", "export", "export.json", "timing.json", "report.html", *RUN_FILES)
+_FILES = (
+    "align", "tune", "data", "eval", "export", "export.json", "timing.json", "report.html", QUICKSTART, *RUN_FILES,
+)  # fmt: skip
 BEST_ENCODER: dict[Images, Encoder] = {"easy-vqa": "dinov2", "stamps": "efficientnet"}
 
 
@@ -88,6 +94,17 @@ class Choice:
         """The encoder, chosen."""
         return BEST_ENCODER[self.images] if self.encoder == "auto" else self.encoder
 
+    @property
+    def plan(self) -> Plan:
+        """Its size."""
+        return PLANS[self.images, self.smoke]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that decides what a quickstart computes."""
+        choice = {"images": self.images, "encoder": self.tower, "precision": self.precision, "seed": self.seed}
+        return choice | dataclasses.asdict(self.plan)
+
 
 def quickstart(choice: Choice, *, output: Path | None = None, stamps_deb: Path | None = None) -> int:
     """Run or continue the quickstart.
@@ -101,7 +118,7 @@ def quickstart(choice: Choice, *, output: Path | None = None, stamps_deb: Path |
         0, or 75 when a signal stopped it and the same command continues.
 
     Raises:
-        ConfigError: the run folder holds files that no quickstart wrote.
+        ConfigError: the run folder holds files that no quickstart wrote, or another quickstart.
         AssetError: a part cannot be fetched or read.
     """
     from mm_moslora.training.ending import recorded
@@ -113,12 +130,12 @@ def quickstart(choice: Choice, *, output: Path | None = None, stamps_deb: Path |
     refuse_lacking(load_recipe("quickstart_tune"))
     refuse_strangers(folder, _FILES, kind="quickstart", also=(f"align/{RUN_LOCK}",))
     with exclusive(folder):
+        refuse_other(folder, choice.facts)
         mark(folder, "quickstart")
         (folder / "data").mkdir(exist_ok=True)
         mark(folder / "data", DATA_SET)
         with recorded(folder, stages=("align", "tune")) as ending, Watchdog(folder):
-            ending.begun = True
-            closing = _quickstart(folder, choice, stamps_deb)
+            closing = _quickstart(folder, choice, stamps_deb, ending)
             ending.finished = closing is not None
         if closing is None:
             return EXIT_REQUEUE
@@ -130,17 +147,15 @@ def quickstart(choice: Choice, *, output: Path | None = None, stamps_deb: Path |
     return 0
 
 
-def _quickstart(folder: Path, choice: Choice, stamps_deb: Path | None) -> str | None:
+def _quickstart(folder: Path, choice: Choice, stamps_deb: Path | None, ending: Ending) -> str | None:
     """What is said at the end; None when a signal stopped it."""
     from mm_moslora.training.loop import train
 
     clock = _Clock(folder)
-    plan = PLANS[choice.images, choice.smoke]
     _say(f"Parts are kept in {cache_dir()}; what is missing is fetched.")
-    parts = _parts(choice.tower)
-    data = _data(choice, folder, plan, stamps_deb)
+    data, (align, tune) = _begin(folder, choice, stamps_deb)
+    ending.begun = True
     _say(f"Data: {data.train_pictures} pictures to learn from, {data.questions} held-out questions.")
-    align, tune = recipes(parts, data, folder, plan, choice)
     for what, recipe in (("Align the projector", align), ("Tune with MoSLoRA", tune)):
         with clock.stage(recipe.name):
             _say(f"\n{what}:")
@@ -158,6 +173,27 @@ def _quickstart(folder: Path, choice: Choice, stamps_deb: Path | None) -> str | 
         exported = _export(folder)
     _summarise(folder, data, choice, clock=clock, exported=exported)
     return f"{table(results)}\n{_closing(folder, clock, data, stock=exported['stock'])}"
+
+
+def _begin(folder: Path, choice: Choice, stamps_deb: Path | None) -> tuple[DatasetFiles, tuple[Recipe, Recipe]]:
+    """Fetch the parts, write the data, and say in the folder which quickstart it holds.
+
+    Raises:
+        ConfigError: a stage was trained with another recipe or on other data; nothing is replaced.
+    """
+    from mm_moslora.training.resume import changed_since
+
+    parts, out = _parts(choice.tower), folder / "data"
+    stamps = choice.images == "stamps"
+    source = assets.stamps(stamps_deb, _say) if stamps else assets.easy_vqa(_say)
+    planned = DatasetFiles.below(out, out / IMAGES if stamps else source)
+    stages = recipes(parts, planned, folder, choice.plan, choice)
+    for recipe in stages:
+        refuse_other_recipe(folder, Path(recipe.train.output).name, changed_since(recipe))
+    trained = any(checkpoints(Path(recipe.train.output)) for recipe in stages)
+    data = _data(choice, source, out, replace=not trained)
+    replace_json(folder / QUICKSTART, choice.facts)
+    return data, stages
 
 
 def _track(rows: list[dict[str, Any]], tune: Recipe, *, step: int) -> None:
@@ -238,16 +274,18 @@ def _parts(encoder: Encoder) -> _Parts:
     return _Parts(language=language, vision=towers[encoder]())
 
 
-def _data(choice: Choice, folder: Path, plan: Plan, stamps_deb: Path | None) -> DatasetFiles:
+def _data(choice: Choice, source: Path, out: Path, *, replace: bool) -> DatasetFiles:
+    plan = choice.plan
     if choice.images == "stamps":
-        return build_stamps(assets.stamps(stamps_deb, _say), folder / "data", limit=plan.train_images)
+        return build_stamps(source, out, limit=plan.train_images, replace=replace)
     return build_easy_vqa(
-        assets.easy_vqa(_say),
-        folder / "data",
+        source,
+        out,
         train_images=plan.train_images,
         test_questions=plan.test_questions,
         turns=TURNS,
         seed=choice.seed,
+        replace=replace,
     )
 
 

@@ -27,6 +27,8 @@ from mm_moslora.quickstart.datasets import (
     write_files,
 )
 
+IMAGES = "images"
+"""Folder of the pictures, below that of the data."""
 SENTENCE = "What is shown?"
 CATEGORY = "What kind of thing is this?"
 SIDE = 224
@@ -75,7 +77,13 @@ class Stamp:
 
 
 def build_stamps(
-    source: Path, out: Path, *, test_share: float = 0.15, seed: int = 0, limit: int | None = None
+    source: Path,
+    out: Path,
+    *,
+    test_share: float = 0.15,
+    seed: int = 0,
+    limit: int | None = None,
+    replace: bool = True,
 ) -> DatasetFiles:
     """Write square pictures on white, training and held-out files from a stamps folder.
 
@@ -85,10 +93,11 @@ def build_stamps(
         test_share: share of each category's pictures that is held out.
         seed: chooses the split and the negative pictures of yes/no questions.
         limit: take at most so many pictures (for a smoke run).
+        replace: see `write_files`.
 
     Raises:
         DataError: `source` holds no stamps, or `test_share` is not between 0 and 1.
-        ConfigError: files of somebody else lie in `out`.
+        ConfigError: files of somebody else lie in `out`; see `write_files`.
     """
     if not 0 < test_share < 1:
         raise DataError(f"test_share is {test_share}, expected a share between 0 and 1.")
@@ -98,16 +107,17 @@ def build_stamps(
         found = sorted(rng.sample(found, limit), key=lambda stamp: stamp.name)
     pictures = {stamp.name: square(stamp.path) for stamp in found}
     train, test = split(found, pictures, test_share, rng)
-    claim(out, ["images"])
-    images = out / "images"
+    claim(out, [IMAGES])
+    images = out / IMAGES
+    counts = Counter(stamp.folder for stamp in found)
+    usable = {folder for folder in counts if counts[folder] >= MIN_CATEGORY or limit is not None}
+    align, records = _align_records(train, usable), _train_records(train, usable, rng)
+    files = write_files(out, images, align, records, _test_records(test, usable, rng), replace=replace)
     for name, picture in pictures.items():
         target = images / f"{name}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         picture.save(target)
-    counts = Counter(stamp.folder for stamp in found)
-    usable = {folder for folder in counts if counts[folder] >= MIN_CATEGORY or limit is not None}
-    align = _align_records(train, usable)
-    return write_files(out, images, align, _train_records(train, usable, rng), _test_records(test, usable, rng))
+    return files
 
 
 def find_stamps(source: Path) -> list[Stamp]:

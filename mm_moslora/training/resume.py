@@ -14,9 +14,10 @@ from mm_moslora import distributed
 from mm_moslora.adapters.load import restore_frozen_factors
 from mm_moslora.config import Recipe
 from mm_moslora.errors import CheckpointError, ConfigError
-from mm_moslora.folders import is_adapter, projector_file, resume_folder
+from mm_moslora.folders import checkpoints, is_adapter, projector_file, resume_folder
 from mm_moslora.models.places import CONTENTS, contents_of
 from mm_moslora.training import checkpoint
+from mm_moslora.training.checkpoint import OtherFormatError
 from mm_moslora.training.commit import rank_folder
 from mm_moslora.training.precision import resolve_precision
 from mm_moslora.training.run import Run, seed_everything
@@ -63,9 +64,7 @@ def _choose(run: Path, resume: str) -> tuple[Path, checkpoint.Manifest] | None:
 
 
 def _check_same_run(folder: Path, manifest: checkpoint.Manifest, recipe: Recipe) -> None:
-    expected = manifest.base.get(CONTENTS, {})
-    same = [key for key, found in contents_of(recipe.model).items() if expected.get(key) == found]
-    changes = checkpoint.changed_keys(_filled(manifest.recipe), recipe.to_dict(), moved=same)
+    changes = _changes(manifest, recipe)
     if changes.other_run:
         raise CheckpointError(
             f"{folder} belongs to another run: {len(changes.other_run)} recipe keys differ "
@@ -84,6 +83,36 @@ def _check_same_run(folder: Path, manifest: checkpoint.Manifest, recipe: Recipe)
             "to rounding, but not bit for bit; dropout masks differ where the number of ranks does.",
             folder.name, "; ".join(differences),
         )  # fmt: skip
+
+
+def _changes(manifest: checkpoint.Manifest, recipe: Recipe) -> checkpoint.Changes:
+    expected = manifest.base.get(CONTENTS, {})
+    same = [key for key, found in contents_of(recipe.model).items() if expected.get(key) == found]
+    return checkpoint.changed_keys(_filled(manifest.recipe), recipe.to_dict(), moved=same)
+
+
+def changed_since(recipe: Recipe) -> tuple[str, ...]:
+    """In what a recipe differs from that of the newest checkpoint in its run folder, for which training refuses it.
+
+    Nothing is written, and no file is verified.
+
+    Args:
+        recipe: resolved.
+
+    Returns:
+        Recipe keys as `key: there -> now`; none where there is no checkpoint.
+
+    Raises:
+        OtherFormatError: another version of mm_moslora wrote the checkpoint.
+    """
+    for _, folder in reversed(checkpoints(Path(recipe.train.output))):
+        try:
+            return _changes(checkpoint.read_manifest(folder, verify=False), recipe).other_run
+        except OtherFormatError:
+            raise
+        except CheckpointError:  # training passes over a damaged one
+            continue
+    return ()
 
 
 def _weights_of(checkpoint: Path, recipe: Recipe) -> str:

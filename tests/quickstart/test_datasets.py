@@ -30,26 +30,6 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.fixture(scope="module")
-def easy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small easy-VQA: the same files, made up of a few pictures."""
-    root, rng = tmp_path_factory.mktemp("easy"), random.Random(0)
-    for half, count in (("train", 60), ("test", 40)):
-        (root / half / "images").mkdir(parents=True)
-        rows = []
-        for index in range(count):
-            color, shape = rng.choice(COLORS), rng.choice(SHAPES)
-            Image.new("RGB", (8, 8), color).save(root / half / "images" / f"{index}.png")
-            rows += [["what color is the shape?", color, index], ["what shape is present?", shape, index]]
-            for asked in rng.sample(SHAPES, 2):
-                rows.append([f"is there a {asked}?", "yes" if asked == shape else "no", index])
-                rows.append([f"is no {asked} present?", "no" if asked == shape else "yes", index])
-            for named in rng.sample(COLORS, 2):
-                rows.append([f"is there a {named} shape?", "yes" if named == color else "no", index])
-        (root / half / "questions.json").write_text(json.dumps(rows))
-    return root
-
-
 class TestEasyVqa:
     def test_first_turn_shows_the_picture_and_only_it(self, easy: Path, tmp_path: Path) -> None:
         records = read(build_easy_vqa(easy, tmp_path, turns=4).train)
