@@ -321,8 +321,8 @@ def write_files(
     claim(out, [path.name for path in texts])
     if not replace and (changed := [path.name for path, text in texts.items() if _differs(path, text)]):
         raise ConfigError(
-            f"{out} holds other data than are asked for, in {', '.join(changed)}, and a model was trained on them. They "
-            "are left as they are. Restore the files, choose another --output, or delete the folder of the run."
+            f"{out} holds other data than are asked for, in {', '.join(changed)}, and a model was trained on them. "
+            "They are left as they are. Restore them, choose another --output, or delete the folder of the run."
         )
     for path, text in texts.items():
         replace_text(path, text)

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from mm_moslora.errors import DataError
-from mm_moslora.quickstart.datasets import COLORS, SHAPES, build_easy_vqa, easy_caption
 from mm_moslora.quickstart.datasets import Question as Asked
+from mm_moslora.quickstart.datasets import build_easy_vqa, easy_caption
 from mm_moslora.quickstart.stamp_data import (
     CATEGORY,
     SENTENCE,
