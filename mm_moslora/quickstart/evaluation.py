@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,18 +15,22 @@ from mm_moslora_eval.baselines import BASELINES, TrainingAnswer, read_training_a
 from mm_moslora_eval.evidence import Told, before_tuning, row_of
 from mm_moslora_eval.images import MODES, ImageMode
 from mm_moslora_eval.local import LocalModel
+from mm_moslora_eval.model import Model
 from mm_moslora_eval.registry import get_task
 from mm_moslora_eval.results import TaskResult, read_scored
-from mm_moslora_eval.runner import Settings
+from mm_moslora_eval.runner import RUN, Settings, claim_run
 from mm_moslora_eval.scored import difference_between
 from mm_moslora_eval.suite import evaluate, read_samples
 from mm_moslora_eval.task import Decoding, Task
 
 from mm_moslora import distributed
 from mm_moslora.config import Precision
-from mm_moslora.files import read_json, replace_json
+from mm_moslora.errors import EvalError
+from mm_moslora.files import replace_json, set_aside, sha256_of
+from mm_moslora.folders import find_checkpoint
 from mm_moslora.models.load import load
 from mm_moslora.quickstart.datasets import DatasetFiles
+from mm_moslora.quickstart.notes import kept
 from mm_moslora.training.precision import dtype_of, resolve_precision
 from mm_moslora.training.progress import Progress
 from mm_moslora.verdicts import difference_of, judge_tuning
@@ -50,41 +55,74 @@ _ROWS = {
 _BEFORE = "Before tuning (projector aligned)"
 
 
-def evaluate_all(folder: Path, data: DatasetFiles, *, name: str, precision: Precision = "auto") -> list[dict[str, Any]]:
-    """Measure both stages with all controls; what is done already is not done again.
+def subject_of(folder: Path, data: DatasetFiles) -> dict[str, str]:
+    """What scores belong to, as every row of `evaluation.json` says it.
+
+    Args:
+        folder: the quickstart's run folder, with `align` and `tune` trained.
+        data: its data files.
+
+    Returns:
+        Digests: `model` of the tuned weights, `before` of the aligned ones, `data` of the questions and what they are
+        learned from.
+    """
+    return {
+        "model": _weights(folder / "tune"),
+        "before": _weights(folder / "align"),
+        "data": _digest([data.train, data.test]),
+    }
+
+
+def _weights(run: Path) -> str:
+    checkpoint = find_checkpoint(run)
+    return _digest(sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("adapter/*.safetensors")]))
+
+
+def _digest(files: Sequence[Path]) -> str:
+    return hashlib.sha256("".join(f"{file.name} {sha256_of(file)}\n" for file in files).encode()).hexdigest()
+
+
+def measured(folder: Path, subject: Mapping[str, str]) -> list[dict[str, Any]] | None:
+    """The scores that an earlier call wrote.
+
+    Args:
+        folder: the quickstart's run folder.
+        subject: from `subject_of`.
+
+    Returns:
+        The rows of `evaluation.json`; None where there are none, where they are damaged, or where they are of another
+        model or other data.
+    """
+    rows = kept(folder / "evaluation.json", list, fits=table)
+    if rows is None or any(row.get(key) != value for row in rows for key, value in subject.items()):
+        return None
+    return list(rows)
+
+
+def evaluate_all(
+    folder: Path, data: DatasetFiles, *, name: str, subject: Mapping[str, str], precision: Precision = "auto"
+) -> list[dict[str, Any]]:
+    """Measure both stages with all controls; answers that a model gave already are not asked for again.
 
     Args:
         folder: the quickstart's run folder, with `align` and `tune` trained.
         data: its data files.
         name: of the task.
+        subject: from `subject_of`.
         precision: that the models compute in.
 
     Returns:
         The rows of `evaluation.json`, tuned first.
     """
-    written = folder / "evaluation.json"
-    if rows := _measured(written):
-        return rows
     task = _task(data, name)
     training = read_training_answers(data.train, image_folder=data.images)
     ask = partial(_evaluate, folder, training=training, precision=precision)
     (before,) = ask("align", "untuned", _asked_at_length(task), ("own",))
     after = {result.mode: result for result in ask("tune", "tuned", task, MODES)}
-    rows = _rows(folder, before, after)
-    replace_json(folder / "samples.json", _samples(folder, task, data))
-    replace_json(written, rows)
+    rows = [row | subject for row in _rows(folder, before, after)]
+    replace_json(folder / "samples.json", _samples(folder, before, after["own"], data))
+    replace_json(folder / "evaluation.json", rows)
     return rows
-
-
-def _measured(path: Path) -> list[dict[str, Any]] | None:
-    """The rows that an earlier call wrote; None where there are none, or where they are damaged and scored again."""
-    try:
-        return list(read_json(path, list))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        logger.warning("%s is damaged (%s); the stored answers are scored again.", path, error)
-        return None
 
 
 def _task(data: DatasetFiles, name: str) -> Task:
@@ -113,12 +151,13 @@ def _evaluate(
     count = Path(task.source.path).read_bytes().count(b"\n")
     found = []
     for mode in modes:
-        label = f"{system}, {mode}"
+        label, place = f"{system}, {mode}", folder / "eval" / system / mode
+        _make_way(place, model)
         with Progress(label, count, unit="question") as progress:
             found += evaluate(
                 model,
                 task,
-                folder / "eval" / system / mode,
+                place,
                 modes=(mode,),
                 baselines=BASELINES if system == "tuned" and mode == "own" else (),
                 training=training,
@@ -127,6 +166,17 @@ def _evaluate(
             )
     model.close()
     return found
+
+
+def _make_way(place: Path, model: Model) -> None:
+    """Rename a folder with the answers of another model."""
+    if not (place / RUN).is_file():
+        return
+    try:
+        claim_run(place, model)
+    except EvalError:
+        aside = set_aside(place, "other")
+        logger.warning("%s held the answers of another model, which are in %s now. All is asked anew.", place, aside)
 
 
 def _rows(folder: Path, before: TaskResult, after: Mapping[str, TaskResult]) -> list[dict[str, Any]]:
@@ -145,11 +195,10 @@ def _rows(folder: Path, before: TaskResult, after: Mapping[str, TaskResult]) -> 
     return [row_of(item) for item in told]
 
 
-def _samples(folder: Path, task: Task, data: DatasetFiles) -> list[dict[str, Any]]:
+def _samples(folder: Path, untuned: TaskResult, tuned: TaskResult, data: DatasetFiles) -> list[dict[str, Any]]:
     """Some held-out questions, spread over the set, with the answers of both stages."""
-    place = f"{task.name}@{task.protocol}/own"
-    before = read_samples(folder / "eval" / "untuned" / "own" / place)
-    after = read_samples(folder / "eval" / "tuned" / "own" / place)
+    before = read_samples(folder / "eval" / "untuned" / "own" / untuned.folder)
+    after = read_samples(folder / "eval" / "tuned" / "own" / tuned.folder)
     images = {}
     for line in data.test.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)

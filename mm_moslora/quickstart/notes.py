@@ -33,7 +33,7 @@ def kept(path: Path, kind: type, *, fits: Callable[[Any], object]) -> Any:
         fits(content)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         logger.warning("%s is damaged (%s: %s) and is passed over.", path, type(error).__name__, error)
         return None
     return content

@@ -9,25 +9,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mm_moslora.config import AdapterConfig, Precision, Recipe, SourceConfig, load_recipe, refuse_lacking
-from mm_moslora.files import MARK, building, mark, read_json, refuse_strangers, replace_json
+from mm_moslora.files import MARK, building, is_built, mark, refuse_strangers, replace_json
 from mm_moslora.folders import RUN_FILES, RUN_LOCK, checkpoints
 from mm_moslora.machine import hardware
 from mm_moslora.quickstart import assets
 from mm_moslora.quickstart.cache import cache_dir
 from mm_moslora.quickstart.datasets import DATA_SET, DatasetFiles, build_easy_vqa
-from mm_moslora.quickstart.evaluation import evaluate_all, table
-from mm_moslora.quickstart.notes import QUICKSTART, refuse_other, refuse_other_recipe
+from mm_moslora.quickstart.evaluation import evaluate_all, measured, subject_of, table
+from mm_moslora.quickstart.notes import QUICKSTART, kept, refuse_other, refuse_other_recipe
 from mm_moslora.quickstart.stamp_data import IMAGES, build_stamps
 from mm_moslora.wording import format_seconds
 
@@ -165,12 +167,12 @@ def _quickstart(folder: Path, choice: Choice, stamps_deb: Path | None, ending: E
             return None
     with clock.stage("evaluate"):
         _say("\nMeasure on held-out pictures, with controls:")
-        measured_before = (folder / "evaluation.json").is_file()
-        results = evaluate_all(folder, data, name=choice.images, precision=choice.precision)
-        if not measured_before:
+        subject = subject_of(folder, data)
+        if (results := measured(folder, subject)) is None:
+            results = evaluate_all(folder, data, name=choice.images, precision=choice.precision, subject=subject)
             _track(results, tune, step=result.step)
     with clock.stage("export"):
-        exported = _export(folder)
+        exported = _export(folder, model=subject["model"])
     _summarise(folder, data, choice, clock=clock, exported=exported)
     return f"{table(results)}\n{_closing(folder, clock, data, stock=exported['stock'])}"
 
@@ -209,17 +211,6 @@ def _track(rows: list[dict[str, Any]], tune: Recipe, *, step: int) -> None:
     trackers.finish()
 
 
-def _own(path: Path, kind: type) -> Any:
-    """What an earlier call left in a JSON file; None where there is none, or where it is damaged and made again."""
-    try:
-        return read_json(path, kind)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        logger.warning("%s is damaged (%s) and is made again.", path, error)
-        return None
-
-
 def _say(text: str) -> None:
     logger.info("%s", text)
 
@@ -233,14 +224,18 @@ class _Clock:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "timing.json"
-        self.seconds: dict[str, float] = _own(self.path, dict) or {}
+        self.seconds: dict[str, float] = kept(self.path, dict, fits=lambda said: format_seconds(_total(said))) or {}
 
     def stage(self, name: str) -> _Stage:
         return _Stage(self, name)
 
     @property
     def total(self) -> float:
-        return sum(self.seconds.values())
+        return _total(self.seconds)
+
+
+def _total(seconds: Mapping[str, float]) -> float:
+    return math.fsum(seconds.values())
 
 
 class _Stage:
@@ -345,13 +340,19 @@ def _placed(recipe: Recipe, records: Path, images: Path, output: Path) -> Recipe
     )
 
 
-def _export(folder: Path) -> dict[str, Any]:
-    """The tuned model as a Hugging Face folder, checked against the model in memory."""
+def _export(folder: Path, *, model: str) -> dict[str, Any]:
+    """The tuned model as a Hugging Face folder, checked against the model in memory.
+
+    Args:
+        folder: of the quickstart.
+        model: digest of the tuned weights; an export of others is replaced.
+    """
     from mm_moslora.models.export import export_model
     from mm_moslora.models.load import load
 
     target, note = folder / "export", folder / "export.json"
-    if target.is_dir() and (known := _own(note, dict)):
+    known = kept(note, dict, fits=itemgetter("architecture", "stock", "max_logit_difference"))
+    if is_built(target) and known is not None and known.get("model") == model:
         return dict(known)
     with building(target, replaces=MARK) as part:
         result = export_model(load(folder / "tune"), part)
@@ -359,6 +360,7 @@ def _export(folder: Path) -> dict[str, Any]:
         "architecture": result.architecture,
         "stock": result.stock,
         "max_logit_difference": result.max_logit_difference,
+        "model": model,
     }
     replace_json(note, facts)
     return facts
@@ -375,7 +377,8 @@ def _summarise(
     from mm_moslora.tracking.environment import environment
     from mm_moslora.training.loop import peak_memory_gib
 
-    tune = json.loads((folder / "tune" / "summary.json").read_text())
+    tune = _tuned(folder)
+    tokens = f"{tune['tokens_per_image']} visual tokens + " if tune else ""
     adapter: AdapterConfig = load_recipe("quickstart_tune").adapter
     replace_json(
         folder / "summary.json",
@@ -383,11 +386,11 @@ def _summarise(
         | {
             "name": folder.name,
             "title": "mm_moslora quickstart" + (" (smoke)" if choice.smoke else ""),
-            "description": f"{choice.tower} + {tune['tokens_per_image']} visual tokens + SmolLM2-135M-Instruct, "
+            "description": f"{choice.tower} + {tokens}SmolLM2-135M-Instruct, "
             f"MoSLoRA rank {adapter.rank} ({adapter.mixer_init} mixer) in every linear layer, on {choice.images}.",
             "seed": choice.seed,
             "seconds": clock.total,
-            "memory_gib": max(tune["memory_gib"], peak_memory_gib()),
+            "memory_gib": max(tune.get("memory_gib", 0.0), peak_memory_gib()),
             "stages": clock.seconds,
             "hardware": hardware(),
             "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -400,6 +403,14 @@ def _summarise(
             ],
         },
     )
+
+
+def _tuned(folder: Path) -> dict[str, Any]:
+    """The summary of the tuned stage; where it is damaged, what an earlier call kept of it, or nothing."""
+    for place in (folder / "tune", folder):
+        if found := kept(place / "summary.json", dict, fits=lambda said: said["tokens_per_image"] + said["memory_gib"]):
+            return dict(found)
+    return {}
 
 
 def _commands(folder: Path, pictures: Path, *, stock: bool) -> list[tuple[str, str]]:

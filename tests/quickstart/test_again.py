@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from mm_moslora_eval.runner import open_run
 
 from mm_moslora.errors import ConfigError
-from mm_moslora.quickstart import assets, run
+from mm_moslora.quickstart import assets, evaluation, run
+from mm_moslora.quickstart.datasets import DatasetFiles
 from mm_moslora.quickstart.notes import QUICKSTART
 from mm_moslora.quickstart.run import Choice
 from mm_moslora.training.checkpoint import Manifest
 from mm_moslora.training.commit import commit
+from tests.eval.eval_fake import FakeModel
 
 SMOKE = Choice(smoke=True)
 STEPS = {"align": 4, "tune": 8}
@@ -111,3 +116,81 @@ def test_a_part_that_cannot_be_fetched_leaves_a_finished_run_finished(
     with pytest.raises(assets.AssetError):
         run.quickstart(SMOKE, output=finished)
     assert content(finished) == before
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '"x"', '{"align": "x"}', '{"align": null}', '{"align": {}}', '{"align": NaN}', "\xff"]
+)
+def test_damaged_times_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
+    (tmp_path / "timing.json").write_text(text, encoding="latin-1")
+    clock = run._Clock(tmp_path)
+    with clock.stage("align"):
+        pass
+    assert clock.total < 60
+    assert "timing.json is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '[{"name": "tuned"}]', "[1]", '[{"categories": 3}]'])
+def test_damaged_scores_are_measured_anew(tmp_path: Path, text: str) -> None:
+    (tmp_path / "evaluation.json").write_text(text)
+    assert evaluation.measured(tmp_path, {}) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"tokens_per_image": "x", "memory_gib": 1}'])
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_damaged_summary_of_the_tuned_stage_ends_no_finished_quickstart(
+    finished: Path, easy: Path, text: str, earlier: bool
+) -> None:
+    summary = finished / "summary.json"
+    if earlier:
+        summary.write_text('{"tokens_per_image": 9, "memory_gib": 1.5, "learned": 1}')
+    (finished / "tune" / "summary.json").write_text(text)
+    data = DatasetFiles.below(finished / "data", easy)
+    run._summarise(finished, data, SMOKE, clock=run._Clock(finished), exported={"stock": True})
+    said = json.loads(summary.read_text())
+    assert said["description"].startswith("dinov2 + 9 visual tokens + Smol" if earlier else "dinov2 + Smol")
+    assert said["memory_gib"] > 0
+
+
+ROW = {"name": "tuned", "label": "Tuned", "n": 4, "mean": 0.5, "low": 0.1, "high": 0.9, "categories": {}}
+
+
+def test_scores_of_another_model_or_other_data_are_not_shown(finished: Path, easy: Path) -> None:
+    data = DatasetFiles.below(finished / "data", easy)
+    (finished / "evaluation.json").write_text(json.dumps([ROW | evaluation.subject_of(finished, data)]))
+    assert evaluation.measured(finished, evaluation.subject_of(finished, data))
+    for stage in ("align", "tune"):
+        shutil.rmtree(finished / stage)
+    trained(finished, b"others")
+    assert evaluation.measured(finished, evaluation.subject_of(finished, data)) is None
+
+    (finished / "evaluation.json").write_text(json.dumps([ROW | evaluation.subject_of(finished, data)]))
+    data.test.write_text(data.test.read_text().partition("\n")[0] + "\n")
+    assert evaluation.measured(finished, evaluation.subject_of(finished, data)) is None
+
+
+def test_an_export_of_another_model_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def export_model(_model: object, part: Path) -> SimpleNamespace:
+        made.append(len(made) + 1)
+        (part / "model.safetensors").write_text(str(len(made)))
+        return SimpleNamespace(architecture="a", stock=True, max_logit_difference=0.0)
+
+    monkeypatch.setattr("mm_moslora.models.export.export_model", export_model)
+    monkeypatch.setattr("mm_moslora.models.load.load", lambda _: None)
+    for model, count in (("one", 1), ("one", 1), ("two", 2), ("two", 2)):
+        run._export(tmp_path, model=model)
+        assert (tmp_path / "export" / "model.safetensors").read_text() == str(count)
+    (tmp_path / "export.json").write_text('{"model": "two"}')
+    assert run._export(tmp_path, model="two")["stock"]
+
+
+def test_answers_of_another_model_are_kept_aside(tmp_path: Path) -> None:
+    place = tmp_path / "own"
+    for name, aside in (("first", False), ("first", False), ("second", True)):
+        model = FakeModel(fingerprint=name)
+        evaluation._make_way(place, model)
+        with open_run(place, model):
+            pass
+        assert (tmp_path / "own.other").is_dir() == aside

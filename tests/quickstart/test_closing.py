@@ -61,16 +61,8 @@ def test_an_export_that_no_quickstart_made_is_left_alone(tmp_path: Path) -> None
     mine.parent.mkdir()
     mine.write_text("mine")
     with pytest.raises(ConfigError, match="export is in the way and is not deleted"):
-        run._export(tmp_path)
+        run._export(tmp_path, model="")
     assert mine.read_text() == "mine"
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '"x"'])
-def test_damaged_notes_of_an_earlier_call_are_made_again(tmp_path: Path, text: str) -> None:
-    (tmp_path / "timing.json").write_text(text)
-    assert run._Clock(tmp_path).total == 0
-    (tmp_path / "evaluation.json").write_text(text or "{}")
-    assert not evaluation._measured(tmp_path / "evaluation.json")
 
 
 def test_a_run_folder_is_named_by_what_was_chosen() -> None:
