@@ -194,6 +194,15 @@ def test_yes_and_no_across_the_anchors() -> None:
         ("The answer is B.", ["B"], {"A": "dog", "B": "cat"}, True),
         ("", ["x"], {}, False),
         ("anything", [""], {}, False),
+        ("这是一只猫。", ["猫"], {}, True),
+        ("这是一只狗。", ["猫"], {}, False),
+        ("これは赤いリンゴです。", ["リンゴ"], {}, True),
+        ("นี่คือแมวสีดำ", ["แมว"], {}, True),
+        ("นี่คือหมาสีดำ", ["มา"], {}, True),  # in a longer word, as the docstring says
+        ("นี่คือสีดำ", ["สีด้า"], {}, False),  # other vowel signs
+        ("Le cafe\u0301 est noir.", ["caf\u00e9"], {}, True),
+        ("这是熊猫", ["B"], {"A": "猫", "B": "熊猫"}, True),
+        ("a black cat", ["B"], {"A": "cat", "B": "black cat"}, True),
     ],
 )
 def test_an_answer_in_a_sentence_holds_the_right_word(text, references, options, right) -> None:

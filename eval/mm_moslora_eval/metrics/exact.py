@@ -6,6 +6,7 @@ Source: evaluation notes of LLaVA (GQA conversion script), lmms-eval (`exact_mat
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 
@@ -14,6 +15,10 @@ from .mcq import lmms_eval as lmms_eval_letter
 from .vqa import plain_words
 from .yesno import extract_yes_no
 
+_WITHOUT_SPACES = re.compile(
+    r"[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+)
+"""Signs of scripts that put no spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, kana and Chinese characters."""
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -64,7 +69,10 @@ def holds_answer(text: str, references: Sequence[str], options: Mapping[str, str
     """The lenient score: 1.0 when an answer in many words holds the right one.
 
     Case, punctuation, articles and the spelling of small numbers do not count. Of a choice, one option must be named,
-    by its letter or its text; of a yes/no question, one of the two words must occur and not the other.
+    by its letter or its text, the longest where one is part of another; of a yes/no question in English, one of the
+    two words must occur and not the other. The score reads no grammar: a plural is another word, and "not a cat" holds
+    "cat". Where the reference is written without spaces between words, as in Chinese, Japanese or Thai, it counts
+    wherever its signs stand, in a longer word and behind a negation, too.
 
     Args:
         text: the whole answer.
@@ -72,7 +80,10 @@ def holds_answer(text: str, references: Sequence[str], options: Mapping[str, str
         options: letter -> text.
     """
     if options:
-        texts = [letter for letter, option in options.items() if _holds(text, option)]
+        held = [letter for letter, option in options.items() if _holds(text, option)]
+        texts = [
+            letter for letter in held if not any(_longer(options[other], options[letter]) for other in held)
+        ]  # fmt: skip
         named = extract_letter(text, options) or (texts[0] if len(texts) == 1 else "")
         return float(named in references)
     return float(any(_answers(text, reference) for reference in references))
@@ -84,5 +95,11 @@ def _answers(text: str, reference: str) -> bool:
 
 
 def _holds(text: str, reference: str) -> bool:
-    wanted = plain_words(reference)
-    return bool(wanted) and f" {wanted} " in f" {plain_words(text)} "
+    wanted, given = plain_words(reference), plain_words(text)
+    if _WITHOUT_SPACES.search(wanted):
+        return wanted in given
+    return bool(wanted) and f" {wanted} " in f" {given} "
+
+
+def _longer(option: str, part: str) -> bool:
+    return plain_words(option) != plain_words(part) and _holds(option, part)

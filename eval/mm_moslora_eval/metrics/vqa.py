@@ -7,6 +7,7 @@ min(1, matches / 3); the result is the mean over the ten. Source: Antol et al. 2
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -61,12 +62,14 @@ def _words(text: str, contractions: dict[str, str] = _CONTRACTIONS) -> str:
     return " ".join(contractions.get(word, word) for word in words if word not in _ARTICLES)
 
 
-_NO_WORD = re.compile(r"[^\w']+|_")
-
-
 def plain_words(text: str) -> str:
-    """Words alone, lower case, without articles, small numbers as digits."""
-    return _words(_NO_WORD.sub(" ", text))
+    """Words alone, lower case, without articles, small numbers as digits; marks such as vowel signs stay with them."""
+    composed = unicodedata.normalize("NFC", text)
+    return _words("".join(sign if _of_word(sign) else " " for sign in composed))
+
+
+def _of_word(sign: str) -> bool:
+    return sign.isalnum() or sign == "'" or unicodedata.category(sign).startswith("M")
 
 
 def _one_line(text: str) -> str:
