@@ -37,11 +37,29 @@ AGAINST = {
     "best_answer": "the most frequent answer to each question",
 }
 """What a tuned model is compared with, by the names of `evaluation.json`."""
+SCORE_NAMES: Mapping[str, str] = {
+    "pope": "F1", "pope_splits": "mean F1", "pope_lmms_eval": "F1", "mme": "perception", "macro": "macro average",
+    "llavabench": "relative rating", "caption": "CIDEr", "caption_plain": "CIDEr",
+}  # fmt: skip
+"""Aggregation whose headline is no share of right answers -> the name of its score."""
+
+
+def score_text(value: float, unit: str = "", *, named: bool = True) -> str:
+    """`82.3 %`, or `CIDEr 0.660` for a score with a name of its own.
+
+    Args:
+        value: a share, or the score.
+        unit: the score's name; empty for a share of right answers.
+        named: whether to write that name.
+    """
+    if not unit:
+        return f"{100 * value:.1f} %"
+    return f"{unit} {value:.3f}" if named else f"{value:.3f}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One system less another on the same questions, as a share of right answers."""
+    """One system less another on the same questions."""
 
     value: float
     low: float
@@ -49,6 +67,8 @@ class Difference:
     """95 % interval."""
     groups: int | None = None
     """Independent pictures or questions behind it; None: unknown."""
+    unit: str = ""
+    """Name of the score, see `SCORE_NAMES`; empty for a share of right answers."""
 
     @property
     def few(self) -> bool:
@@ -64,14 +84,17 @@ class Difference:
 
     @property
     def points(self) -> str:
-        """`+6.7 points (95 % -1.2 to +14.6)`."""
-        if math.isnan(self.low):
-            return f"{100 * self.value:+.1f} points (no interval)"
-        return f"{100 * self.value:+.1f} points (95 % {100 * self.low:+.1f} to {100 * self.high:+.1f})"
+        """`+6.7 points (95 % -1.2 to +14.6)`, or `CIDEr +0.590 (95 % +0.480 to +0.700)`."""
+        value, low, high = (
+            f"{number:+.3f}" if self.unit else f"{100 * number:+.1f}" for number in (self.value, self.low, self.high)
+        )
+        told = f"{self.unit} {value}" if self.unit else f"{value} points"
+        return f"{told} (no interval)" if math.isnan(self.low) else f"{told} (95 % {low} to {high})"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {"value": self.value, "low": self.low, "high": self.high, "groups": self.groups}
+        numbers = {"value": self.value, "low": self.low, "high": self.high, "groups": self.groups}
+        return numbers | {"unit": self.unit}
 
 
 def difference_of(data: Any) -> Difference | None:
@@ -84,7 +107,8 @@ def difference_of(data: Any) -> Difference | None:
         return None
     if not all(math.isfinite(number) for number in numbers):
         return None
-    return Difference(value=numbers[0], low=numbers[1], high=numbers[2], groups=groups)
+    unit = str(data.get("unit") or "")
+    return Difference(value=numbers[0], low=numbers[1], high=numbers[2], groups=groups, unit=unit)
 
 
 @dataclass(frozen=True, kw_only=True)

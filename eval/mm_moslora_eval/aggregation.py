@@ -6,10 +6,12 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from mm_moslora.verdicts import SCORE_NAMES, Difference
+
 from . import statistics
 from .metrics import caption, groups, judged, ptb, yesno
 from .metrics.documents import OCRBENCH_GROUPS
-from .scored import Aggregate, Scored, mean_with_error
+from .scored import Aggregate, Scored, difference_between, mean_with_error
 
 Samples = Sequence[Scored]
 Numbers = dict[str, float]
@@ -168,12 +170,20 @@ def _hallusion_numbers(samples: Samples, within: Sequence[str]) -> Callable[[Sam
 
 def circular(samples: Samples) -> Aggregate:
     """MMBench: a question counts when every rotation of its options is answered right."""
+    grouped = _questions(samples)
+    vanilla = statistics.mean([sample.score for sample in samples])
+    return replace(mean_with_error(grouped), metrics={"questions": float(len(grouped)), "vanilla": vanilla})
+
+
+def _questions(samples: Samples) -> list[Scored]:
+    """One sample per question, right when every rotation of its options is."""
     rows = [(int(sample.document.id), sample.score == 1.0) for sample in samples]
     hits = groups.circular_hits(rows)
     first = {groups.group_of(index): sample for (index, _), sample in reversed(list(zip(rows, samples, strict=True)))}
-    grouped = [replace(first[group], score=float(hit)) for group, hit in hits.items()]
-    vanilla = statistics.mean([sample.score for sample in samples])
-    return replace(mean_with_error(grouped), metrics={"questions": float(len(hits)), "vanilla": vanilla})
+    return [
+        replace(first[group], score=float(hit), document=replace(first[group].document, id=str(group)))
+        for group, hit in hits.items()
+    ]
 
 
 def _macro_numbers(samples: Samples) -> Numbers:
@@ -202,18 +212,28 @@ def caption_scores(samples: Samples) -> Aggregate:
 
     CIDEr-D weighs words by the whole set, so the error comes from the per-image values and is an approximation.
     """
-    return _captions(samples, ptb.tokenize)
+    return _captions(samples, _TOKENIZERS["caption"])
 
 
 def caption_scores_plain(samples: Samples) -> Aggregate:
     """The same on words between spaces, case and punctuation kept: VLMEvalKit's number divided by 100."""
-    return _captions(samples, lambda text: " ".join(text.split()))
+    return _captions(samples, _TOKENIZERS["caption_plain"])
+
+
+_TOKENIZERS: dict[str, Callable[[str], str]] = {
+    "caption": ptb.tokenize,
+    "caption_plain": lambda text: " ".join(text.split()),
+}
+
+
+def _tokenized(samples: Samples, tokenize: Callable[[str], str]) -> tuple[list[str], list[list[str]]]:
+    """Captions and their references."""
+    references = [[tokenize(answer) for answer in sample.document.answers] for sample in samples]
+    return [tokenize(sample.parsed) for sample in samples], references
 
 
 def _captions(samples: Samples, tokenize: Callable[[str], str]) -> Aggregate:
-    predictions = [tokenize(sample.parsed) for sample in samples]
-    references = [[tokenize(answer) for answer in sample.document.answers] for sample in samples]
-    report = caption.caption_report(predictions, references)
+    report = caption.caption_report(*_tokenized(samples, tokenize))
     clusters = [sample.cluster for sample in samples]
     stderr, kind = statistics.mean_stderr(report.cider_per_image), "analytic"
     if len(set(clusters)) < len(clusters):
@@ -247,19 +267,20 @@ def llavabench(samples: Samples) -> Aggregate:
     The same for every category.
     """
 
-    def numbers(drawn: Samples) -> Numbers:
-        rated = []
-        for sample in drawn:
-            reference, model = sample.numbers or judged.UNPARSED
-            rated.append((sample.document.category or "", reference, model))
-        kinds = ("", "reference_", "answer_")
-        return {
-            f"{kind}{name}": value / 100
-            for name, values in judged.llavabench_summary(rated).items()
-            for kind, value in zip(kinds, values, strict=True)
-        }
+    return _bootstrapped(samples, _llavabench_numbers, headline="all")
 
-    return _bootstrapped(samples, numbers, headline="all")
+
+def _llavabench_numbers(samples: Samples) -> Numbers:
+    rated = []
+    for sample in samples:
+        reference, model = sample.numbers or judged.UNPARSED
+        rated.append((sample.document.category or "", reference, model))
+    kinds = ("", "reference_", "answer_")
+    return {
+        f"{kind}{name}": value / 100
+        for name, values in judged.llavabench_summary(rated).items()
+        for kind, value in zip(kinds, values, strict=True)
+    }
 
 
 AGGREGATIONS: dict[str, Callable[[Samples], Aggregate]] = {
@@ -281,14 +302,19 @@ AGGREGATIONS: dict[str, Callable[[Samples], Aggregate]] = {
 }
 """Name -> how scored samples add up."""
 
-HEADLINES: dict[str, tuple[str, Callable[[Samples], float]]] = {
-    "pope": ("F1", lambda samples: _pope_numbers(samples)["f1"]),
-    "pope_splits": ("mean F1", lambda samples: _pope_split_numbers(samples)["f1"]),
-    "pope_lmms_eval": ("F1", lambda samples: _pope_lmms_eval_numbers(samples)["f1"]),
-    "mme": ("perception", lambda samples: _mme_numbers(samples)["perception"]),
-    "macro": ("macro average", lambda samples: _macro_numbers(samples)["average"]),
+HEADLINES: dict[str, Callable[[Samples], float]] = {
+    "pope": lambda samples: _pope_numbers(samples)["f1"],
+    "pope_splits": lambda samples: _pope_split_numbers(samples)["f1"],
+    "pope_lmms_eval": lambda samples: _pope_lmms_eval_numbers(samples)["f1"],
+    "mme": lambda samples: _mme_numbers(samples)["perception"],
+    "macro": lambda samples: _macro_numbers(samples)["average"],
+    "llavabench": lambda samples: _llavabench_numbers(samples)["all"],
 }
-"""Aggregation whose headline is no mean of samples -> its name and the number itself, without an error."""
+"""Aggregation whose headline is no mean of samples -> the number itself, without an error."""
+READS_ANSWERS = frozenset({"pope", "pope_splits", "pope_lmms_eval", *_TOKENIZERS})
+"""Aggregations that read the answers themselves: the scores of single samples have no part in their numbers."""
+CAPTIONS = frozenset(_TOKENIZERS)
+"""Aggregations of captions, which are neither right nor wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,15 +331,43 @@ class HeadlineDifference:
 
 
 def headline_difference(aggregation: str, a: Samples, b: Samples) -> HeadlineDifference | None:
-    """Compare the headline of two systems on the same samples in the same order; None for a mean."""
-    if aggregation not in HEADLINES:
+    """Compare the headline of two systems on the same samples in the same order; None for a mean of their scores."""
+    if aggregation not in SCORE_NAMES:
         return None
-    name, number = HEADLINES[aggregation]
-    copies_a, copies_b = _Copies(a), _Copies(b)
+    left, right = (_of_draws(aggregation, samples) for samples in (a, b))
     stderr, low, high = statistics.bootstrap_stderr(
-        _clusters(a),
-        lambda drawn: number(copies_a(drawn)) - number(copies_b(drawn)),
-        rounds=_ROUNDS,
-        seed=_SEED,
+        _clusters(a), lambda drawn: left(drawn) - right(drawn), rounds=_ROUNDS, seed=_SEED
     )
-    return HeadlineDifference(name=name, a=number(a), b=number(b), stderr=stderr, low=low, high=high)
+    whole = range(len(a))
+    name = SCORE_NAMES[aggregation]
+    return HeadlineDifference(name=name, a=left(whole), b=right(whole), stderr=stderr, low=low, high=high)
+
+
+def _of_draws(aggregation: str, samples: Samples) -> Callable[[Sequence[int]], float]:
+    """The headline of drawn samples, by their numbers.
+
+    CIDEr-D weighs words by the references of the whole set in every draw, as its own error does.
+    """
+    if aggregation in _TOKENIZERS:
+        by_image = caption.cider(*_tokenized(samples, _TOKENIZERS[aggregation]))
+        return lambda drawn: statistics.mean([by_image[index] for index in drawn])
+    number, copies = HEADLINES[aggregation], _Copies(samples)
+    return lambda drawn: number(copies(drawn))
+
+
+def difference_of_scores(aggregation: str, a: Samples, b: Samples) -> Difference:
+    """A less B of the score that a task tells, on the same documents.
+
+    Args:
+        aggregation: of the task.
+        a: samples of one system.
+        b: of another one, in any order.
+    """
+    if aggregation == "circular":
+        return difference_between(_questions(a), _questions(b))
+    others = {sample.document.id: sample for sample in b}
+    found = headline_difference(aggregation, a, [others[sample.document.id] for sample in a])
+    if found is None:
+        return difference_between(a, b)
+    groups = len(_clusters(a))
+    return Difference(value=found.a - found.b, low=found.low, high=found.high, groups=groups, unit=found.name)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from mm_moslora.errors import DataError
 
+from .aggregation import difference_of_scores
 from .documents import DataSet, Document
 from .images import Hasher
 from .requests import Preparation
 from .results import TaskResult, summarise
-from .scored import Scored, difference_between
+from .scored import Scored
 from .scoring import score_answer
 from .task import Task
 from .views import selection_of
@@ -93,7 +94,7 @@ def baseline(
         "selection": selection_of(items, data).to_dict(),
     }
     if own:
-        about["own_less_this"] = difference_between(own, scored).to_dict()
+        about["own_less_this"] = difference_of_scores(task.aggregation, own, scored).to_dict()
     return summarise(task, scored, mode=name, about=about)
 
 

@@ -17,11 +17,12 @@ from typing import Any
 
 from mm_moslora.files import replacing
 from mm_moslora.named_files import read_text
-from mm_moslora.verdicts import Difference, difference_of
+from mm_moslora.verdicts import SCORE_NAMES, Difference, difference_of
 
+from .aggregation import CAPTIONS, difference_of_scores
 from .documents import digest
 from .results import TaskResult, lenient_result, read_scored
-from .scored import Scored, difference_between
+from .scored import Scored
 from .suite import read_samples
 from .thumbnails import MOST_EVIDENCE, kept, spread
 from .views import SAMPLES
@@ -57,7 +58,7 @@ def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Se
     newest = find_checkpoint(run) == checkpoint
     step = int(json.loads(read_text(checkpoint / MANIFEST))["step"])
     weights = adapter_digest(checkpoint / "adapter") or f"step {step}"
-    rows = [row for told in _told(results, before, output) if (row := _row(told, step=step, model=weights))]
+    rows = [_row(told, step=step, model=weights) for told in _whole(list(_told(results, before, output)))]
     try:
         with (run / ".evaluation.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another evaluation of the run may end just now
@@ -99,7 +100,7 @@ def _told(results: Sequence[TaskResult], before: Sequence[TaskResult], output: P
         pictures = True
         if result.folder and result.mode != "own":
             own = _own_samples(result, output)
-            less = difference_between(own, read_scored(output / result.folder)) if own and result.scored else None
+            less = _less(result, own, read_scored(output / result.folder)) if own and result.scored else None
         elif result.folder:
             pictures = any(row["images"] for row in read_samples(output / result.folder))
         yield Told(name=name, label=label, result=result, less=less, pictures=pictures)
@@ -121,13 +122,21 @@ def before_tuning(
     """
     if not result.scored:
         return []
-    less = difference_between(own, read_scored(place)) if own else None
+    less = _less(result, own, read_scored(place)) if own else None
     rows = [Told(name="untuned", label=label, result=result, less=less)]
     if (found := lenient_result(place)) is not None:
         lenient, samples = found
-        less = difference_between(own, samples) if own else None
+        less = _less(lenient, own, samples) if own else None
         rows.append(Told(name="untuned_lenient", label=f"{label}, right word anywhere", result=lenient, less=less))
     return rows
+
+
+def _less(result: TaskResult, own: Sequence[Scored], other: Sequence[Scored]) -> Difference:
+    return difference_of_scores(_aggregation(result), own, other)
+
+
+def _aggregation(result: TaskResult) -> str:
+    return str(result.about.get("aggregation", "mean"))
 
 
 def _own_samples(result: TaskResult, output: Path) -> list[Scored]:
@@ -142,30 +151,38 @@ def _own_samples(result: TaskResult, output: Path) -> list[Scored]:
 
 def row_of(told: Told) -> dict[str, Any]:
     """A row of `evaluation.json`, without what it was measured by."""
-    result = told.result
+    result, unit = told.result, SCORE_NAMES.get(_aggregation(told.result), "")
     categories = {
         category: {"n": int(part["n"]), "mean": part["score"], "low": part["low"], "high": part["high"]}
         for category, part in result.categories.items()
-        if all(math.isfinite(part[key]) for key in ("score", "low", "high"))
+        if not unit and all(math.isfinite(part[key]) for key in ("score", "low", "high"))  # those are of another score
     }
     return {
         "name": told.name, "label": told.label, "task": result.task, "n": result.n, "mean": result.score,
         "low": result.low, "high": result.high, "categories": categories,
         "not_inferable": result.counts.not_inferable, "failed": result.counts.failed, "remarks": list(result.remarks),
         "learned_from": result.about.get("learned_from", ""), "less": told.less.to_dict() if told.less else None,
-        "pictures": told.pictures,
+        "pictures": told.pictures, "unit": unit,
     }  # fmt: skip
 
 
-def _row(told: Told, *, step: int, model: str) -> dict[str, Any] | None:
-    """A row of `evaluation.json`; None for what is no share of right answers, such as an unscored task or a sum, and
-    for a run in which every sample failed."""
+def _whole(told: Sequence[Told]) -> list[Told]:
+    """The rows of subjects all of whose rows have a score: a conclusion from a part of them would be another one."""
+    odd: dict[str, TaskResult] = {}
+    for item in told:
+        numbers = (item.result.score, item.result.low, item.result.high)
+        if not item.result.counts.scored or not all(map(math.isfinite, numbers)):
+            odd.setdefault(_subject(item.result), item.result)
+    for result in odd.values():
+        remarks = " ".join(result.remarks) or "there is no score"
+        logger.warning("The run's folder gets no scores of %s@%s: %s.", result.task, result.protocol,
+                       f"{result.mode}: {remarks}".rstrip("."))  # fmt: skip
+    return [item for item in told if _subject(item.result) not in odd]
+
+
+def _row(told: Told, *, step: int, model: str) -> dict[str, Any]:
+    """A row of `evaluation.json`."""
     result = told.result
-    if not all(math.isfinite(value) and 0 <= value <= 1 for value in (result.score, result.low, result.high)):
-        return None
-    if not result.counts.scored:
-        logger.warning("%s is not put into the run's folder: %s.", result.id, " ".join(result.remarks) or "no answers")
-        return None
     selection = result.about.get("selection", {})
     of_before = told.name.startswith(UNTUNED)
     return row_of(told) | {
@@ -248,6 +265,7 @@ def _keep_samples(run: Path, results: Sequence[TaskResult], output: Path) -> Non
         after = read_samples(output / result.folder)
         old = {row["id"]: row for row in _samples_if_any(output / UNTUNED / result.folder)}
         share = max(1, MOST_EVIDENCE // len(own))
+        right = _open if _aggregation(result) in CAPTIONS else _right
         for row in spread(spread(after, MOST_EVIDENCE), share):
             earlier = old.get(row["id"], {})
             rows.append(
@@ -255,8 +273,8 @@ def _keep_samples(run: Path, results: Sequence[TaskResult], output: Path) -> Non
                     "image": _copied(run, output, row, f"{_subject(result)}-{len(rows):02d}"),
                     "question": row["question"], "options": row["options"],
                     "answer": row["answers"][0] if row["answers"] else "", "before": earlier.get("text"),
-                    "after": row["text"], "before_correct": _right(earlier.get("score")),
-                    "after_correct": _right(row["score"]), "task": result.task,
+                    "after": row["text"], "before_correct": right(earlier.get("score")),
+                    "after_correct": right(row["score"]), "task": result.task,
                     "subject": _subject(result), "n": result.n,
                 }
             )  # fmt: skip
@@ -270,6 +288,10 @@ def _samples_if_any(place: Path) -> list[dict[str, Any]]:
 
 def _right(score: float | None) -> bool | None:
     return None if score is None else score >= 0.5
+
+
+def _open(_score: float | None) -> None:
+    """Of an answer that is neither right nor wrong."""
 
 
 def _copied(run: Path, output: Path, row: dict[str, Any], name: str) -> str | None:

@@ -17,7 +17,7 @@ from mm_moslora.errors import EvalError
 from mm_moslora.named_files import FileError, read_text
 from mm_moslora.strict import build_strictly
 
-from .aggregation import AGGREGATIONS
+from .aggregation import AGGREGATIONS, READS_ANSWERS
 from .answers import line, read_folder, write_atomically
 from .documents import Document
 from .remarks import answers_alike, failures, thinking, wordy
@@ -441,14 +441,14 @@ def _beside(task: Task, answered: Sequence[Scored]) -> Iterator[str]:
 def lenient_result(place: Path) -> tuple[TaskResult, list[Scored]] | None:
     """The score of a view when every answer counts that holds the right word, and the samples.
 
-    None where a judge reads the answers.
+    None where a judge reads the answers, or the score is no sum of right ones, as a caption's.
 
     Args:
         place: a scored view, or TASK@PROTOCOL/MODE.
     """
     view = find_view(place)
     task = task_of(view)
-    if task is None or task.metric in JUDGED:
+    if task is None or task.metric in JUDGED or task.aggregation in READS_ANSWERS:
         return None
     described = _read_json(view / TASK)
     samples = score_leniently(read_scored(view))

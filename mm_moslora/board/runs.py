@@ -12,9 +12,10 @@ from mm_moslora.errors import ConfigError
 from mm_moslora.redaction import redact_text
 from mm_moslora.report.charts import downsample
 from mm_moslora.report.overlay import LARGEST, flat_recipe
-from mm_moslora.report.schema import MARKS, RunData, is_run, load_run
+from mm_moslora.report.schema import MARKS, EvaluationRow, RunData, is_run, load_run
 from mm_moslora.report.state import read_state, stage_folders
-from mm_moslora.report.story import progress, sample_kind, tasks
+from mm_moslora.report.story import progress, sample_kind, tasks, top_of
+from mm_moslora.verdicts import score_text
 
 DEEPEST = 4
 """Levels below the folder in which runs are looked for."""
@@ -124,7 +125,7 @@ def _read(name: str, path: Path, stamp: tuple[tuple[str, int, int], ...]) -> Sho
     shown_name = path.name if name == "." else name
     row: dict[str, Any] = {
         "id": name, "name": shown_name, "title": shown_name, "changed": changed, "fault": None, "recipe": {},
-        "scores": {}, "step": None, "total": None, "loss": None,
+        "scores": {}, "shown": {}, "step": None, "total": None, "loss": None,
     }  # fmt: skip
     try:
         data = load_run(path)
@@ -147,12 +148,12 @@ def _finite(value: Any) -> Any:
 
 def _row(data: RunData, name: str) -> dict[str, Any]:
     recipe = {key: value for stage in data.stages for key, value in flat_recipe(stage.config or "").items()}
+    tuned = {task or "score": row for task, rows in tasks(data) for row in rows if row.name == "tuned"}
     return {
         "title": str(data.summary.get("title") or data.summary.get("name") or name),
         "recipe": recipe, **_progress(data),
-        "scores": {
-            task or "score": row.score.mean for task, rows in tasks(data) for row in rows if row.name == "tuned"
-        },
+        "scores": {task: row.score.mean for task, row in tuned.items()},
+        "shown": {task: score_text(row.score.mean, row.unit) for task, row in tuned.items()},
     }  # fmt: skip
 
 
@@ -170,13 +171,19 @@ def _progress(data: RunData) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _system(row: EvaluationRow) -> dict[str, Any]:
+    """The score of one system, as numbers and in words."""
+    low, high = (score_text(value, row.unit, named=False) for value in (row.score.low, row.score.high))
+    shown = {"shown": score_text(row.score.mean, row.unit), "interval": f"{low} – {high}"}
+    return {"name": row.name, "label": row.label, **vars(row.score), **shown}
+
+
 def _detail(name: str, data: RunData) -> dict[str, Any]:
     return {
         "id": name,
         "stages": [{"name": stage.name, "curves": _curves(stage.metrics)} for stage in data.stages],
         "tasks": [
-            {"name": task, "rows": [{"name": row.name, "label": row.label, **vars(row.score)} for row in rows]}
-            for task, rows in tasks(data)
+            {"name": task, "top": top_of(rows), "rows": [_system(row) for row in rows]} for task, rows in tasks(data)
         ],
         "samples": [
             {

@@ -17,6 +17,7 @@ from mm_moslora.folders import BASE, MANIFEST, find_checkpoint
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.load import recipe_of
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
+from mm_moslora.verdicts import SCORE_NAMES, score_text
 
 _HASHED_BYTES = 2**33
 """Larger data files are named without a hash."""
@@ -144,13 +145,17 @@ def _results(checkpoint: Path) -> str:
         for item in found:
             if item["score"] is None:
                 continue
+            unit = SCORE_NAMES.get(item.get("about", {}).get("aggregation", "mean"), "")
+            mean, low, high = (
+                score_text(item[key], unit, named=key == "score").removesuffix(" %") for key in ("score", "low", "high")
+            )
             part = item.get("about", {}).get("selection", {}).get("name", "all")
             what = ", ".join([item["protocol"], item["mode"], *([part] if part != "all" else [])])
             name = f"{file.parent.name}: {item['task']} ({what})"
             if name in rows:  # another data set whose file has this name
                 name += f" [{str(item.get('about', {}).get('data', {}).get('sha256'))[:8]}]"
-            rows[name] = f"{100 * item['score']:.1f} [{100 * item['low']:.1f}, {100 * item['high']:.1f}], n {item['n']}"
-    return _table("Results (percent, 95 % intervals)", rows) if rows else ""
+            rows[name] = f"{mean} [{low}, {high}], n {item['n']}"
+    return _table("Results (percent where no score is named; 95 % intervals)", rows) if rows else ""
 
 
 def _recipe(recipe: Recipe) -> str:

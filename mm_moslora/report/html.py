@@ -24,7 +24,7 @@ from mm_moslora.report.charts import Series, format_number, line_chart, smooth
 from mm_moslora.report.overlay import MOST_RUNS, curve, overlay
 from mm_moslora.report.pictures import heat_map, thumbnail
 from mm_moslora.report.schema import EvaluationRow, Mixer, RunData, Stage, load_run, recipe_text
-from mm_moslora.verdicts import OVERLAP
+from mm_moslora.verdicts import OVERLAP, score_text
 from mm_moslora.wording import format_seconds
 
 MOST_SAMPLES = 24
@@ -90,7 +90,9 @@ def _render(template: str, context: Mapping[str, Any]) -> str:
         finalize=printable, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(
-        percent=story.percent,
+        score=score_text,
+        scale_of=story.scale_of,
+        top_of=story.top_of,
         count=story.format_count,
         seconds=format_seconds,
         number=format_number,

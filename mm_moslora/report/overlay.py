@@ -118,7 +118,9 @@ def _tasks(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]
         if absent:
             unlike = f"Not compared with {', '.join(absent)}: measured on other questions, or by other rules."
             verdict = f"{verdict} {unlike}" if verdict else unlike
-        found.append({"name": headings[key], "rows": ordered, "verdict": verdict})
+        systems = [row for _, row in ordered]
+        found.append({"name": headings[key], "rows": ordered, "systems": systems, "verdict": verdict,
+                      "top": story.top_of(systems)})  # fmt: skip
     return found
 
 

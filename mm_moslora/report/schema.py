@@ -10,8 +10,9 @@ Secrets are taken out of everything here, so that neither a report nor a board h
                        config.yaml, mixers.json
     evaluation.json    [{"name", "label", "task", "n", "mean", "low", "high",
                          "categories": {name: {"n", "mean", "low", "high"}}, "protocol", "subject", "remarks",
-                         "learned_from", "pictures", "less": {"value", "low", "high", "groups"}}];
-                       shares between 0 and 1, 95 % intervals; `less` is the tuned model less this row, question by
+                         "learned_from", "pictures", "less": {"value", "low", "high", "groups", "unit"}, "unit"}];
+                       shares of right answers between 0 and 1, or with `unit` a score of that name, such as CIDEr;
+                       95 % intervals; `less` is the tuned model less this row, question by
                        question. Names with a meaning: those of mm_moslora.verdicts.AGAINST, and tuned. Rows of unlike
                        `subject` (task, protocol, documents) are never compared
     samples.json       [{"image": path below the run folder, "question", "options": {letter: text}, "answer", "before",
@@ -60,7 +61,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A share of right answers with its 95 % interval."""
+    """A share of right answers, or a score with a name of its own, with its 95 % interval."""
 
     n: int
     mean: float
@@ -90,11 +91,13 @@ class EvaluationRow:
     """The tuned model less this, question by question; None where the writer did not say."""
     pictures: bool = True
     """Of the tuned model: its questions show pictures."""
+    unit: str = ""
+    """Name of the score; empty for a share of right answers."""
 
     @property
     def measured_on(self) -> tuple[Any, ...]:
         """Rows that differ in it are never compared."""
-        return (self.task, self.protocol, self.subject or self.score.n)
+        return (self.task, self.protocol, self.subject or self.score.n, self.unit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,7 +353,7 @@ def _evaluation_row(item: dict[str, Any], notes: list[str]) -> EvaluationRow | N
         selection=str(item.get("selection") or "all"),
         remarks=tuple(map(str, remarks)) if isinstance(remarks, list) else (),
         learned_from=str(item.get("learned_from") or ""), less=difference_of(item.get("less")),
-        pictures=item.get("pictures") is not False,
+        pictures=item.get("pictures") is not False, unit=str(item.get("unit") or ""),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mm_moslora.report.schema import EvaluationRow, RunData, SampleRow
-from mm_moslora.verdicts import AGAINST, Difference, Mood, judge_tuning
+from mm_moslora.verdicts import AGAINST, Difference, Mood, judge_tuning, score_text
 from mm_moslora.wording import format_seconds
 
 EXPLAINED = {
@@ -40,9 +40,16 @@ class Verdict:
     sentences: list[str]
 
 
-def percent(share: float) -> str:
-    """`82.3 %`."""
-    return f"{100 * share:.1f} %"
+def scale_of(rows: Sequence[EvaluationRow]) -> list[str]:
+    """Marks of the axis of a task's bars, from 0 to `top_of`."""
+    unit, top = rows[0].unit, top_of(rows)
+    marks = [f"{top * share:.2g}" if unit else f"{100 * share:.0f}" for share in (0, 0.25, 0.5, 0.75, 1)]
+    return [*marks[:-1], f"{unit} {marks[-1]}" if unit else f"{marks[-1]} %"]
+
+
+def top_of(rows: Sequence[EvaluationRow]) -> float:
+    """What the longest possible bar of a task stands for: all right, or the largest of other scores."""
+    return max((row.score.high for row in rows), default=0.0) or 1.0 if rows[0].unit else 1.0
 
 
 def format_count(count: float) -> str:
@@ -133,14 +140,16 @@ def verdict(task: str, rows: list[EvaluationRow]) -> Verdict | None:
     found = judge_tuning(differences(rows), pictures=tuned.pictures)
     conclusion, *evidence = found.sentences
     score, before, lenient = tuned.score, by_name.get("untuned"), by_name.get("untuned_lenient")
-    numbers = (
-        f"After tuning, {percent(score.mean)} of {score.n} held-out questions are answered right "
-        f"(95 % interval {percent(score.low)} to {percent(score.high)})"
-    )
+    unit = tuned.unit
+    mean, low, high = (score_text(value, unit, named=False) for value in (score.mean, score.low, score.high))
+    numbers = f"{unit} is {mean} on {score.n} held-out questions" if unit else (
+        f"{mean} of {score.n} held-out questions are answered right"
+    )  # fmt: skip
+    numbers = f"After tuning, {numbers} (95 % interval {low} to {high})"
     if before is not None:
-        numbers += f"; before tuning it was {percent(before.score.mean)}"
+        numbers += f"; before tuning it was {score_text(before.score.mean, unit, named=False)}"
         if lenient is not None:
-            numbers += f", or {percent(lenient.score.mean)} where every answer counts that holds the right word"
+            numbers += f", or {score_text(lenient.score.mean, unit, named=False)} where every answer counts that holds the right word"
     return Verdict(task=task, mood=found.mood, sentences=[conclusion, f"{numbers}.", *evidence, *tuned.remarks])
 
 
@@ -151,12 +160,13 @@ def differences(rows: Sequence[EvaluationRow]) -> dict[str, Difference]:
     whatever the correlation. The best answer per question is left out where the evaluated set taught it: it knows the
     answers.
     """
-    tuned = next(row.score for row in rows if row.name == "tuned")
+    row = next(row for row in rows if row.name == "tuned")
+    tuned, unit = row.score, row.unit
     return {
         row.name: row.less
         or Difference(
             value=tuned.mean - row.score.mean, low=tuned.low - row.score.high, high=tuned.high - row.score.low,
-            groups=min(tuned.n, row.score.n) or None,
+            groups=min(tuned.n, row.score.n) or None, unit=unit,
         )
         for row in rows
         if row.name in AGAINST and (row.name, row.learned_from) != ("best_answer", "the evaluated set")
@@ -169,15 +179,15 @@ def tiles(data: RunData) -> list[Tile]:
     for task, rows in tasks(data)[:2]:
         by_name = {row.name: row for row in rows}
         if "tuned" in by_name:
-            score = by_name["tuned"].score
-            note = f"{percent(score.low)} to {percent(score.high)}"
+            score, unit = by_name["tuned"].score, by_name["tuned"].unit
+            mean, low, high = (score_text(value, unit, named=False) for value in (score.mean, score.low, score.high))
+            note = f"{low} to {high}"
             if "untuned" in by_name:
                 before = by_name.get("untuned_lenient", by_name["untuned"])
                 words = ", counted wherever it holds the right word" if before.name == "untuned_lenient" else ""
-                note += f"; before tuning {percent(before.score.mean)}{words}"
-            found.append(
-                Tile(label=f"Right answers{f', {task}' if task else ''}", value=percent(score.mean), note=note)
-            )
+                note += f"; before tuning {score_text(before.score.mean, unit, named=False)}{words}"
+            label = f"{unit or 'Right answers'}{f', {task}' if task else ''}"
+            found.append(Tile(label=label, value=mean, note=note))
     total, trainable = parameters(data.summary)
     if total:
         found.append(

@@ -105,6 +105,7 @@ def test_runs_are_found_with_their_state_and_secrets_stay_out(runs: Path) -> Non
     assert rows["sweep/rank4"]["state"] == "finished"
     assert rows["abandoned"]["state"] == "stopped"
     assert rows["sweep/rank4"]["scores"] == {"shapes": 0.8}
+    assert rows["sweep/rank4"]["shown"] == {"shapes": "80.0 %"}
     assert rows["sweep/rank8"]["recipe"]["adapter.rank"] == "8"
     assert "run format 99" in rows["newer"]["fault"]
     assert "hf_Ab1" not in json.dumps(rows)

@@ -12,11 +12,18 @@ from typing import Any
 import pytest
 from between import just_before
 from mm_moslora_eval import evidence
+from mm_moslora_eval.images import MODES, Hasher
+from mm_moslora_eval.model import Answer, Request
+from mm_moslora_eval.registry import get_task
 from mm_moslora_eval.results import read_results
+from mm_moslora_eval.suite import evaluate
 from wandb_files import read_finished
 
 from mm_moslora import cli
+from mm_moslora.report import build_report
 from mm_moslora.tracking.base import adapter_digest
+from tests.eval.eval_data import picture
+from tests.eval.eval_fake import FakeModel
 
 RECIPE = """
 name: tiny
@@ -253,3 +260,61 @@ def test_a_foreign_run_copies_and_shows_no_file_of_this_machine(
     results = [result for result in read_results(foreign) if result.mode == "own"]
     evidence._keep_samples(tmp_path / "run", results, foreign)
     assert not (tmp_path / "run" / "pictures").exists()
+
+
+CAPTIONED = 24
+
+
+def _caption(number: int) -> str:
+    return " ".join(f"w{chr(97 + (7 * number + 5 * place) % 26)}{chr(97 + number)}" for place in range(8))
+
+
+class Describer(FakeModel):
+    """Describes the picture that it is shown, in as many right words of eight."""
+
+    def __init__(self, folder: Path, *, right: int) -> None:
+        super().__init__(fingerprint=f"describes{right}")
+        self._right = right
+        self._known = {Hasher()(folder / f"{number}.png"): number for number in range(CAPTIONED)}
+
+    def _answer(self, request: Request) -> Answer:
+        number = self._known.get(Hasher()(request.images[0]))
+        words = ["nothing"] * 8 if number is None else _caption(number).split()
+        text = " ".join([*words[: self._right], *(["nothing"] * (8 - self._right))])
+        return Answer(text=text, tokens=8, finish_reason="stop")
+
+
+@pytest.mark.parametrize("right", [2, 7])
+def test_captions_are_told_by_the_name_of_their_score(tmp_path: Path, right: int) -> None:
+    """CIDEr is no share: it may be above 1, and single captions are neither right nor wrong."""
+    for number in range(CAPTIONED):
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    rows = [
+        {"question_id": str(number), "image": f"{number}.png", "text": "Describe.", "answer": _caption(number)}
+        for number in range(CAPTIONED)
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = replace(get_task(f"llava:{tmp_path / 'test.jsonl'}"), metric="exact", aggregation="caption")
+    output = tmp_path / "eval"
+    results = evaluate(Describer(tmp_path, right=right), task, output, modes=MODES, baselines=("majority",))
+    before = evaluate(Describer(tmp_path, right=0), task, output / evidence.UNTUNED, modes=("own",), baselines=())
+    told = evidence._whole(list(evidence._told(results, before, output)))
+    kept = {item.name: evidence._row(item, step=1, model="m") for item in told}
+    assert kept.keys() == {"tuned", "untuned", "wrong_image", "blind", "majority"}
+    assert (kept["tuned"]["mean"] > 1) == (right == 7)
+    for name in kept.keys() - {"tuned"}:
+        assert kept[name]["less"]["value"] == pytest.approx(kept["tuned"]["mean"] - kept[name]["mean"])
+        assert kept[name]["less"]["unit"] == "CIDEr"
+        assert kept[name]["less"]["low"] > 0 or name == "majority"
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "evaluation.json").write_text(json.dumps(list(kept.values())))
+    evidence._keep_samples(run, [result for result in results if result.mode == "own"], output)
+    assert {row["after_correct"] for row in json.loads((run / "samples.json").read_text())} == {None}
+    page = build_report(run, tmp_path / "page.html").read_text()
+    assert f"After tuning, CIDEr is {kept['tuned']['mean']:.3f} on 24 held-out questions" in page
+    assert ("Tuning helped, and the model looks" if right == 7 else "The model looks at the picture, but it is") in page
+    assert "answered right" not in page
+    assert " points" not in page
+    lost = replace(results[0], counts=replace(results[0].counts, scored=0))
+    assert evidence._whole([replace(told[0], result=lost), *told[1:]]) == []

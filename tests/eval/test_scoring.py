@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mm_moslora_eval import statistics
-from mm_moslora_eval.aggregation import AGGREGATIONS, headline_difference
+from mm_moslora_eval.aggregation import AGGREGATIONS, difference_of_scores, headline_difference
 from mm_moslora_eval.baselines import TrainingAnswer, baseline
 from mm_moslora_eval.documents import DataSet, Document
 from mm_moslora_eval.images import Hasher, derangement, mean_image
@@ -221,6 +221,8 @@ def test_a_headline_is_compared_on_the_same_draws() -> None:
     assert (better.a, better.b) == (200.0, 75.0 + 50.0)
     assert 0 < better.low < 75.0 < better.high
     assert headline_difference("mean", a, b) is None
+    found = difference_of_scores("mme", a, list(reversed(b)))
+    assert (found.value, found.low, found.unit, found.groups) == (75.0, better.low, "perception", 20)
 
 
 def test_mme_survives_an_image_with_one_question() -> None:

@@ -10,10 +10,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from mm_moslora_eval.aggregation import AGGREGATIONS, HEADLINES, headline_difference
+from mm_moslora_eval.aggregation import AGGREGATIONS, headline_difference
 from mm_moslora_eval.documents import Document
 from mm_moslora_eval.metrics import caption
 from mm_moslora_eval.scored import Scored
+
+from mm_moslora.verdicts import SCORE_NAMES
 
 PICTURES, DRAWS = 80, 4000
 Array = np.ndarray
@@ -149,12 +151,15 @@ def test_the_standard_error_is_that_of_drawing_whole_pictures(name: str) -> None
     assert found.stderr == pytest.approx(number(samples, weights_of(samples)).std(ddof=1), rel=0.1)
 
 
-@pytest.mark.parametrize("name", HEADLINES)
+@pytest.mark.parametrize("name", SCORE_NAMES)
 def test_the_error_of_a_difference_is_that_of_the_same_draws_of_both(name: str) -> None:
     a, b = prepared(name, seed=3), prepared(name, seed=3)
     worse = np.random.default_rng(9).random(len(b)) < 0.3
     other = {"yes": "no", "no": "yes"}
-    b = [replace(s, score=0.0, parsed=other[s.document.answers[0]]) if w else s for s, w in zip(b, worse, strict=True)]
+    b = [
+        replace(s, score=0.0, parsed=other[s.document.answers[0]], numbers=(s.numbers[0], 1.0)) if w else s
+        for s, w in zip(b, worse, strict=True)
+    ]
     weights = weights_of(a)
     found = headline_difference(name, a, b)
     assert found is not None

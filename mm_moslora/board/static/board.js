@@ -19,7 +19,6 @@
   const short = (value) => (value === null || value === undefined ? "·" : Math.abs(value) >= 10000 ? Math.round(value).toLocaleString("en")
     : Math.abs(value) < 1e-3 && value !== 0 ? value.toExponential(2) : Number(value.toPrecision(4)).toString());
   const duration = (seconds) => (seconds < 90 ? `${Math.round(seconds)} s` : seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`);
-  const percent = (share) => `${(100 * share).toFixed(1)} %`;
   const colour = (id) => `c${chosen.indexOf(id) % COLOURS}`;
   const missing = (text) => make("p", { class: "missing" }, text);
   const row = (id) => rows.find((item) => item.id === id);
@@ -43,7 +42,7 @@
     if (item.loss !== null && item.loss !== undefined) parts.push(`loss ${short(item.loss)}`);
     if (item.state === "running" && item.eta_seconds) parts.push(`${duration(item.eta_seconds)} left`);
     if (item.reason) parts.push(item.reason);
-    for (const [task, value] of Object.entries(item.scores)) parts.push(`${task} ${percent(value)}`);
+    for (const [task, text] of Object.entries(item.shown)) parts.push(`${task} ${text}`);
     return parts.join(" · ");
   };
   const listed = (item) => {
@@ -135,17 +134,18 @@
     const tasks = new Map();
     for (const id of chosen) for (const task of details.get(id)?.tasks ?? []) {
       if (!tasks.has(task.name)) tasks.set(task.name, []);
-      tasks.get(task.name).push(...task.rows.map((item) => ({ id, ...item })));
+      tasks.get(task.name).push(...task.rows.map((item) => ({ id, top: task.top, ...item })));
     }
     if (!tasks.size) return missing("None of the chosen runs has been evaluated yet.");
     return make("div", {}, ...[...tasks].map(([name, items]) => make("div", { class: "card" }, make("b", {}, name || "Evaluation"),
-      ...items.sort((a, b) => (b.name === "tuned") - (a.name === "tuned")).map((item) => {
+      ...items.sort((a, b) => (b.name === "tuned") - (a.name === "tuned")).map((item, _, all) => {
+        const top = Math.max(...all.map((other) => other.top));
         const fill = make("span", { class: `fill ${colour(item.id)} ${item.name === "tuned" ? "" : "other"}` }), whisker = make("span", { class: "whisker" });
-        fill.style.width = `${100 * item.mean}%`;
-        whisker.style.left = `${100 * Math.max(0, item.low)}%`;
-        whisker.style.right = `${100 - 100 * Math.min(1, item.high)}%`;
+        fill.style.width = `${100 * Math.max(0, item.mean) / top}%`;
+        whisker.style.left = `${100 * Math.max(0, item.low) / top}%`;
+        whisker.style.right = `${100 - 100 * Math.min(1, item.high / top)}%`;
         return make("div", { class: "score" }, make("span", {}, title(item.id), make("small", {}, `${item.label}, n = ${item.n}`)),
-          make("span", { class: "track" }, fill, whisker), make("b", {}, percent(item.mean), make("small", {}, `${percent(item.low)} – ${percent(item.high)}`)));
+          make("span", { class: "track" }, fill, whisker), make("b", {}, item.shown, make("small", {}, item.interval)));
       }))));
   };
 
