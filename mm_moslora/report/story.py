@@ -149,7 +149,8 @@ def verdict(task: str, rows: list[EvaluationRow]) -> Verdict | None:
     if before is not None:
         numbers += f"; before tuning it was {score_text(before.score.mean, unit, named=False)}"
         if lenient is not None:
-            numbers += f", or {score_text(lenient.score.mean, unit, named=False)} where every answer counts that holds the right word"
+            shown = score_text(lenient.score.mean, unit, named=False)
+            numbers += f", or {shown} where every answer counts that holds the right word"
     return Verdict(task=task, mood=found.mood, sentences=[conclusion, f"{numbers}.", *evidence, *tuned.remarks])
 
 

@@ -18,7 +18,7 @@ from .yesno import extract_yes_no
 _WITHOUT_SPACES = re.compile(
     r"[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
 )
-"""Signs of scripts that put no spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, kana and Chinese characters."""
+"""Signs of scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, kana and Chinese characters."""
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
