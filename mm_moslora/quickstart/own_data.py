@@ -357,7 +357,10 @@ def _from_file(path: Path, images: Path | None, rng: random.Random) -> OwnData:
         )
     held_out, broken = _held_out(paths, rng, faults)
     rows = [row for name, rows in asked.items() if name not in held_out | broken for row in rows]
-    rows += [row for row, shown in several.items() if not shown & (held_out | broken)]
+    apart = [row for row, shown in several.items() if not shown & (held_out | broken)]
+    if len(apart) < len(several):
+        faults.append(f"{len(several) - len(apart)} records with several pictures show a held-out or a broken one")
+    rows += apart
     test = [(paths[name], source[row]) for name in asked if name in held_out for row in asked[name]]
     kept = len(asked) - len(held_out | broken)
     return _of_records(path, folder, source, sorted(rows), test, faults, pictures=(kept, len(held_out)))

@@ -284,6 +284,8 @@ class TestFile:
             assert not learned & held_out
             assert len(held_out) == data.test_pictures == 2
             assert data.train_pictures == 8
+            used = len(data.train) + 2 * data.test_pictures
+            assert str(data.faults).count("with several pictures show a held-out") == (used < len(rows))
             assert len(data.test) == 4, "questions that are asked again under another name are one question"
 
     def test_copies_of_one_picture_are_too_few(self, tmp_path: Path) -> None:
@@ -351,6 +353,16 @@ class TestRecipe:
         told = made(photos(tmp_path / "photos", **counts), tmp_path / "my")
         assert len({row["image"] for row in read(tmp_path / "my" / "test.jsonl")}) == held_out
         assert ("--modes wrong --modes" in told) == (held_out > 1)
+
+    def test_a_check_of_what_was_written_finds_no_copies(
+        self, tmp_path: Path, language_folder: Path, vision_folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        made(photos(tmp_path / "photos", cat=20, dog=2), tmp_path / "my")
+        tiny = ["--model.language", str(language_folder), "--model.vision.name", str(vision_folder)]
+        assert cli.run(["data", "check", str(tmp_path / "my/recipe.yaml"), *tiny, "--data.max_length", "2000"]) == 0
+        told = " ".join(capsys.readouterr().out.split())
+        assert "ok duplicates" in told
+        assert "warn duplicates" not in told
 
     def test_nothing_of_the_user_is_overwritten(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         source, out = photos(tmp_path / "photos", cat=10, dog=10), tmp_path / "my"
