@@ -7,7 +7,8 @@ Rules:
 - A model looks at the picture when its own pictures score above the plain picture and above another item's picture.
 - Tuning helped when the model looks, scores above the answers that need no model, and above the model before tuning,
   whose answers count wherever they hold the right word.
-- Ways to tune are told apart only where one of the two is above its controls.
+- Ways to tune are told apart only where one of the two is above its controls. Where their questions show pictures, and
+  were not also asked with blind and wrong ones, that is told of their answers alone.
 
 Several conditions must hold at once, so none of them needs a correction for the number of tests (Berger 1982). Plain
 Python: intervals come from `mm_moslora_eval.statistics` and `mm_moslora.compare.statistics`.
@@ -256,7 +257,12 @@ def arms_sentence(row: Mapping[str, Any]) -> str:
                 "seeds: run at least 3 (--seeds 3) before believing it."
             )
         case "better" | "worse":
-            return f"{subject}: {row['verdict']}, {numbers}; {size}."
+            if _looked(row):
+                return f"{subject}: {row['verdict']}, {numbers}; {size}."
+            return (
+                f"{subject}: {row['verdict']} in answers alone, {numbers}; {size}. It is not known whether either "
+                "looks at the picture."
+            )
     if found.few:
         return f"{subject}: not shown, {numbers}; {found.groups} independent pictures or questions are too few."
     if not row["stderr"] and not row["difference"]:
@@ -270,16 +276,27 @@ def arms_sentence(row: Mapping[str, Any]) -> str:
     )
 
 
-MOODS: Mapping[str, Mood] = {"better": "good", "worse": "bad"}
+def mood_of_arms(row: Mapping[str, Any]) -> Mood:
+    """Whether a row of `comparisons` is good news; mixed where it is not known whether the arms look."""
+    moods: Mapping[str, Mood] = {"better": "good", "worse": "bad"}
+    return moods.get(row["verdict"], "mixed") if _looked(row) else "mixed"
 
 
-def above_controls(arms: Sequence[Mapping[str, Any]], column: str, *, alone: bool) -> list[tuple[Mood, str]]:
+def _looked(row: Mapping[str, Any]) -> bool:
+    """Whether arms were asked with blind and wrong pictures wherever there are pictures."""
+    return bool(row.get("controls_complete", True))
+
+
+def above_controls(
+    arms: Sequence[Mapping[str, Any]], column: str, *, alone: bool, asked: bool = True
+) -> list[tuple[Mood, str]]:
     """Whether the arms of a comparison are above their controls, which everything else depends on.
 
     Args:
         arms: of a comparison's `results.json`; `controls` holds what was found by column.
         column: the task, or the mean over tasks.
         alone: whether it is the only column that is told.
+        asked: whether arms were to be asked with blind and wrong pictures.
     """
     told = {arm["name"]: arm["controls"][column] for arm in arms if column in arm["controls"]}
     if not told:
@@ -302,6 +319,7 @@ def above_controls(arms: Sequence[Mapping[str, Any]], column: str, *, alone: boo
     else:
         lines.append(("good", f"{where}Every arm is above {' and '.join(parts)}."))
     if not all(found["complete"] for found in told.values()):
-        lines.append(("mixed", f"{where}The arms were not asked with blind and wrong pictures (--controls): it is not "
-                      "known whether any of them looks at the picture."))  # fmt: skip
+        why = "There are no two different pictures for it in every task" if asked else "--no-controls left it out"
+        lines.append(("mixed", f"{where}The arms were not asked with blind and wrong pictures everywhere. {why}: it is "
+                      "not known whether any of them looks at the picture."))  # fmt: skip
     return lines

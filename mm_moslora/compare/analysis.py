@@ -8,7 +8,14 @@ from collections.abc import Mapping, Sequence
 from statistics import median, stdev
 from typing import Any
 
-from mm_moslora.compare.controls import Answers, TaskAnswers, add_controls, as_difference, columns_of
+from mm_moslora.compare.controls import (
+    Answers,
+    TaskAnswers,
+    add_controls,
+    as_difference,
+    columns_of,
+    pictures_controlled,
+)
 from mm_moslora.compare.plan import (
     ALL,
     FORMAT,
@@ -192,7 +199,9 @@ def _comparisons(
             told = [controls[name].get(column) for name in (arm, settings.reference_arm)]
             stand = any(item is None or item["above"] for item in told)
             pair = (list(left.values()), list(right.values()))
-            rows.append(_row(settings, (arm, column), estimate, p, pair, comparisons=len(names), stand=stand))
+            row = _row(settings, (arm, column), estimate, p, pair, comparisons=len(names), stand=stand)
+            asked = [scores[name][task] for name in (arm, settings.reference_arm) for task in tasks]
+            rows.append(row | {"controls_complete": pictures_controlled(asked)})
     return rows
 
 

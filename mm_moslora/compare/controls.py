@@ -184,19 +184,27 @@ def add_controls(arms: Sequence[dict[str, Any]], scores: Mapping[str, Mapping[st
 
 
 def _above(answers: Sequence[TaskAnswers], tasks: Sequence[str]) -> dict[str, Any] | None:
-    """How far an arm is above the controls that all tasks have; None where there are none."""
-    names = [name for name in answers[0].less if all(name in one.less for one in answers)]
-    if not names:
-        return None
+    """How far an arm is above the controls that all tasks have; None where there are none.
+
+    Tasks without pictures have no part in the controls of pictures.
+    """
     rows, p_values, above = [], [], True
-    for name in names:
-        estimate = arm_mean({task: one.less[name] for task, one in zip(tasks, answers, strict=True)})
-        found = as_difference(estimate, [one.less[name] for one in answers])
+    for name in dict.fromkeys(name for one in answers for name in one.less):
+        among = {t: a for t, a in zip(tasks, answers, strict=True) if a.pictures or name not in PICTURE_CONTROLS}
+        if not among or not all(name in one.less for one in among.values()):
+            continue
+        estimate = arm_mean({task: one.less[name] for task, one in among.items()})
+        found = as_difference(estimate, [one.less[name] for one in among.values()])
         rows.append({"name": name, **found.to_dict(), "p": estimate.p_value})
         p_values.append(estimate.p_value if estimate.value > 0 else 1.0)
         above = above and found.shown == "more"
+    if not rows:
+        return None
     pictures = any(one.pictures for one in answers)
-    return {
-        "rows": rows, "p": max(p_values), "above": above, "pictures": pictures,
-        "complete": not pictures or set(PICTURE_CONTROLS) <= set(names),
-    }  # fmt: skip
+    complete = pictures_controlled(answers)
+    return {"rows": rows, "p": max(p_values), "above": above, "pictures": pictures, "complete": complete}
+
+
+def pictures_controlled(answers: Sequence[TaskAnswers]) -> bool:
+    """Whether every task with pictures was also asked with blind and wrong ones."""
+    return all(name in one.less for one in answers if one.pictures for name in PICTURE_CONTROLS)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mm_moslora.compare.plan import ALL, LOSS
-from mm_moslora.verdicts import AGAINST, MOODS, above_controls, arms_sentence, difference_of
+from mm_moslora.verdicts import AGAINST, above_controls, arms_sentence, difference_of, mood_of_arms
 
 
 def says(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -17,10 +17,12 @@ def says(results: Mapping[str, Any]) -> dict[str, Any]:
     verdicts = [
         {"mood": mood, "text": text}
         for task in ([column] if column else dict.fromkeys(name for arm in results["arms"] for name in arm["tasks"]))
-        for mood, text in above_controls(results["arms"], task, alone=bool(column) or len(tasks) < 2)
+        for mood, text in above_controls(
+            results["arms"], task, alone=bool(column) or len(tasks) < 2, asked=results["settings"]["controls"]
+        )
     ]
     shown = [row for row in results["comparisons"] if column in (None, row["task"])]
-    verdicts += [{"mood": MOODS.get(row["verdict"], "mixed"), "text": arms_sentence(row)} for row in shown]
+    verdicts += [{"mood": mood_of_arms(row), "text": arms_sentence(row)} for row in shown]
     remarks = []
     if not results["comparisons"]:
         remarks.append("Nothing to compare yet: the reference or every other arm has no measured run.")

@@ -18,7 +18,9 @@ from mm_moslora_eval.suite import evaluate
 
 from mm_moslora.compare.analysis import analyse
 from mm_moslora.compare.arms import parse_arms
+from mm_moslora.compare.controls import TaskAnswers, _above
 from mm_moslora.compare.plan import Outcome, Settings, choose_rates, reported_cells
+from mm_moslora.compare.statistics import TaskScores
 from mm_moslora.compare.wording import table
 from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.report.comparison import write_page
@@ -64,7 +66,9 @@ def knows_the_questions(question: str, shown: str) -> str:
     return truth(question.split()[-1])
 
 
-def analysed(folder: Path, says: Sequence[Says], *, pictures: bool = True, **changes: Any) -> tuple[Any, Any]:
+def analysed(
+    folder: Path, says: Sequence[Says], *, pictures: bool = True, second: bool = True, **changes: Any
+) -> tuple[Any, Any]:
     """Results of two arms and two seeds from such answers, and the comparison."""
     data = folder / "data"
     data.mkdir()
@@ -79,7 +83,7 @@ def analysed(folder: Path, says: Sequence[Says], *, pictures: bool = True, **cha
         arms=parse_arms("lora,moslora:kaiming", RECIPE), rates=[1e-4], seeds=2, tasks=[task], **changes
     )  # fmt: skip
     outcomes = {}
-    modes = MODES if pictures and settings.controls else ("own",)
+    modes = MODES if pictures and second and settings.controls else ("own",)
     for cell in reported_cells(settings, choose_rates(settings, {})):
         model = Arm(says[[arm.name for arm in settings.arms].index(cell.arm.name)], data, seed=cell.seed)
         place = folder / "runs" / cell.name / "eval"
@@ -141,7 +145,35 @@ def test_one_arm_that_looks_is_enough_and_the_other_is_named(tmp_path: Path) -> 
 def test_controls_that_were_left_out_are_missed(tmp_path: Path) -> None:
     results, _ = analysed(tmp_path, (sees, sees_badly), controls=False)
     assert [row["name"] for row in results["arms"][0]["controls"]["test"]["rows"]] == ["majority"]
-    assert any("not asked with blind and wrong pictures" in line for line in results["says"])
+    assert any("--no-controls left it out: it is not known" in line for line in results["says"])
+
+
+@pytest.mark.parametrize("left_out", [{"controls": False}, {"second": False}], ids=["not asked", "one picture"])
+def test_above_a_floor_alone_an_arm_is_better_in_answers_alone(tmp_path: Path, left_out: dict[str, bool]) -> None:
+    results, _ = analysed(tmp_path, (no_to_all, knows_the_questions), **left_out)
+    assert [row["verdict"] for row in results["comparisons"]] == ["better"]
+    assert results["verdicts"][-1]["mood"] == "mixed"
+    text = results["verdicts"][-1]["text"]
+    assert "better in answers alone" in text
+    assert "It is not known whether either looks at the picture." in text
+    assert any("--no-controls" in line for line in results["says"]) == ("controls" in left_out)
+    assert any("no two different pictures" in line for line in results["says"]) == ("second" in left_out)
+
+
+def test_a_text_task_takes_no_control_from_the_mean_over_tasks() -> None:
+    def task(pictures: bool, *names: str) -> TaskAnswers:
+        ahead = TaskScores(scores=[[1.0, 0.0] * 10] * 2, clusters=list(range(20)))
+        return TaskAnswers(own=ahead, less=dict.fromkeys(names, ahead), pictures=pictures, remarks=())
+
+    shown, text = task(True, "wrong_image", "blind", "majority"), task(False, "majority")
+    found = _above([text, shown], ["text", "shown"])
+    assert found is not None
+    assert sorted(row["name"] for row in found["rows"]) == ["blind", "majority", "wrong_image"]
+    assert found["complete"]
+    alone = _above([task(True, "majority"), shown], ["one picture", "shown"])
+    assert alone is not None
+    assert [row["name"] for row in alone["rows"]] == ["majority"]
+    assert not alone["complete"]
 
 
 def test_text_tasks_have_the_most_frequent_answer_for_a_control(tmp_path: Path) -> None:
