@@ -115,7 +115,8 @@ def test_the_table_shows_the_model_before_tuning_leniently_and_ends_with_what_fo
     for number in range(40):
         (pictures / f"{number}.png").write_bytes(picture(number))
         answer = WORDS[number % 2]
-        rows.append({"question_id": number, "image": f"{number}.png", "text": f"what is {number}", "answer": answer})
+        question = {"question_id": f"{number}", "text": f"what is {number}"}
+        rows.append(question | {"image": f"{number}.png", "answer": answer})
     (pictures / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = get_task(f"llava:{pictures / 'test.jsonl'}")
     found = {}
@@ -133,3 +134,8 @@ def test_the_table_shows_the_model_before_tuning_leniently_and_ends_with_what_fo
     shown = evaluation.table(told)
     assert "Before tuning (projector aligned), right word anywhere" in shown
     assert said in shown
+    samples = evaluation._samples(tmp_path, untuned, found["own"], DatasetFiles.below(pictures, pictures))
+    assert len(samples) == evaluation.SHOWN_SAMPLES
+    for row in samples:
+        number = int(row["question"].split()[-1])
+        assert (row["before"], row["after"]) == (before(number, True), after(number, True))
