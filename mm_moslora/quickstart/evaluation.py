@@ -119,7 +119,7 @@ def evaluate_all(
     ask = partial(_evaluate, folder, training=training, precision=precision)
     (before,) = ask("align", "untuned", _asked_at_length(task), ("own",))
     after = {result.mode: result for result in ask("tune", "tuned", task, MODES)}
-    rows = [row | subject for row in _rows(folder, task, before, after)]
+    rows = [{**row, **subject} for row in _rows(folder, task, before, after)]
     replace_json(folder / "samples.json", _samples(folder, before, after["own"], data))
     replace_json(folder / "evaluation.json", rows)
     return rows
