@@ -100,7 +100,7 @@ def _told(results: Sequence[TaskResult], before: Sequence[TaskResult], output: P
         pictures = True
         if result.folder and result.mode != "own":
             own = _own_samples(result, output)
-            less = _less(result, own, read_scored(output / result.folder)) if own and result.scored else None
+            less = ahead_by(result, own, read_scored(output / result.folder)) if own and result.scored else None
         elif result.folder:
             pictures = any(row["images"] for row in read_samples(output / result.folder))
         yield Told(name=name, label=label, result=result, less=less, pictures=pictures)
@@ -122,16 +122,17 @@ def before_tuning(
     """
     if not result.scored:
         return []
-    less = _less(result, own, read_scored(place)) if own else None
+    less = ahead_by(result, own, read_scored(place)) if own else None
     rows = [Told(name="untuned", label=label, result=result, less=less)]
     if (found := lenient_result(place)) is not None:
         lenient, samples = found
-        less = _less(lenient, own, samples) if own else None
+        less = ahead_by(lenient, own, samples) if own else None
         rows.append(Told(name="untuned_lenient", label=f"{label}, right word anywhere", result=lenient, less=less))
     return rows
 
 
-def _less(result: TaskResult, own: Sequence[Scored], other: Sequence[Scored]) -> Difference:
+def ahead_by(result: TaskResult, own: Sequence[Scored], other: Sequence[Scored]) -> Difference:
+    """The tuned model less another system, of the score that the result's task tells."""
     return difference_of_scores(_aggregation(result), own, other)
 
 

@@ -11,9 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mm_moslora_eval.aggregation import difference_of_scores
 from mm_moslora_eval.baselines import BASELINES, TrainingAnswer, read_training_answers
-from mm_moslora_eval.evidence import Told, before_tuning, row_of
+from mm_moslora_eval.evidence import Told, ahead_by, before_tuning, row_of
 from mm_moslora_eval.images import MODES, ImageMode
 from mm_moslora_eval.local import LocalModel
 from mm_moslora_eval.model import Model
@@ -119,7 +118,7 @@ def evaluate_all(
     ask = partial(_evaluate, folder, training=training, precision=precision)
     (before,) = ask("align", "untuned", _asked_at_length(task), ("own",))
     after = {result.mode: result for result in ask("tune", "tuned", task, MODES)}
-    rows = [{**row, **subject} for row in _rows(folder, task, before, after)]
+    rows = [{**row, **subject} for row in _rows(folder, before, after)]
     replace_json(folder / "samples.json", _samples(folder, before, after["own"], data))
     replace_json(folder / "evaluation.json", rows)
     return rows
@@ -179,7 +178,7 @@ def _make_way(place: Path, model: Model) -> None:
         logger.warning("%s held the answers of another model, which are in %s now. All is asked anew.", place, aside)
 
 
-def _rows(folder: Path, task: Task, before: TaskResult, after: Mapping[str, TaskResult]) -> list[dict[str, Any]]:
+def _rows(folder: Path, before: TaskResult, after: Mapping[str, TaskResult]) -> list[dict[str, Any]]:
     """Tuned first, then the model before tuning, then the controls, each with what the tuned model is ahead by."""
     places = {mode: folder / "eval" / "tuned" / mode / result.folder for mode, result in after.items() if result.folder}
     own = read_scored(places["own"])
@@ -188,7 +187,7 @@ def _rows(folder: Path, task: Task, before: TaskResult, after: Mapping[str, Task
         result = after[mode]
         less = difference_of(result.about.get("own_less_this"))
         if mode in places and mode != "own":
-            less = difference_of_scores(task.aggregation, own, read_scored(places[mode]))
+            less = ahead_by(result, own, read_scored(places[mode]))
         told.append(Told(name=name, label=label, result=result, less=less))
     place = folder / "eval" / "untuned" / "own" / before.folder
     told[1:1] = before_tuning(before, place, own=own, label=_BEFORE)
