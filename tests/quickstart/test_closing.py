@@ -127,7 +127,7 @@ def test_the_table_shows_the_model_before_tuning_leniently_and_ends_with_what_fo
         found |= {result.mode: result for result in results}
     model = _Scripted(before, pictures, "before")
     (untuned,) = evaluate(model, task, tmp_path / "eval" / "untuned" / "own", modes=("own",), baselines=())
-    told = evaluation._rows(tmp_path, task, untuned, found)
+    told = evaluation._rows(tmp_path, untuned, found)
     names = ["tuned", "untuned", "untuned_lenient", "wrong_image", "blind", "best_answer", "majority"]
     assert [row["name"] for row in told] == names
     assert all(row["less"]["groups"] == 40 for row in told[1:])
