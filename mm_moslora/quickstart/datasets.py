@@ -307,7 +307,7 @@ def write_files(
 
     Raises:
         DataError: one of them would be empty.
-        ConfigError: files of somebody else lie there, or other data that are not to be replaced.
+        ConfigError: files that this project did not write lie there, or other data that are not to be replaced.
     """
     files = {"align": align, "train": train, "test": test}
     if empty := [name for name, records in files.items() if not records]:

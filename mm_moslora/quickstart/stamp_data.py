@@ -97,7 +97,7 @@ def build_stamps(
 
     Raises:
         DataError: `source` holds no stamps, or `test_share` is not between 0 and 1.
-        ConfigError: files of somebody else lie in `out`; see `write_files`.
+        ConfigError: `out` holds files that this project did not write; see `write_files`.
     """
     if not 0 < test_share < 1:
         raise DataError(f"test_share is {test_share}, expected a share between 0 and 1.")
