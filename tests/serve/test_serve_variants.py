@@ -378,10 +378,12 @@ def test_the_model_before_tuning_has_the_projector_that_tuning_started_from(
 
 def test_how_a_projector_began_decides_no_request():
     """Its weights are compared; a run that fitted a fresh one and a run that took it over read requests alike."""
-    from mm_moslora.config import ModelConfig, ProjectorConfig
+    from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
     from mm_moslora.serve.compatibility import _flat
 
-    began = [ProjectorConfig(fit_to_answers=True), ProjectorConfig(weights="runs/first", mode="frozen")]
-    assert _flat("model", ModelConfig(projector=began[0])) == _flat("model", ModelConfig(projector=began[1]))
-    other = ModelConfig(projector=ProjectorConfig(kind="linear"))
-    assert _flat("model", other) != _flat("model", ModelConfig(projector=began[0]))
+    def settings(**projector):
+        tower = VisionConfig(name="tower")
+        return _flat("model", ModelConfig(language="base", vision=tower, projector=ProjectorConfig(**projector)))
+
+    assert settings(fit_to_answers=True) == settings(weights="runs/first", mode="frozen")
+    assert settings(fit_to_answers=True) != settings(kind="linear")
