@@ -76,3 +76,14 @@ def keep_memory(*, block: int = 2**25, total: int = 2**31 - 1) -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     return mallopt is not None and bool(mallopt(_MMAP_THRESHOLD, block) and mallopt(_TRIM_THRESHOLD, total))
+
+
+def renew_threads() -> None:
+    """Make PyTorch's thread pool anew in a process that was forked; call it before the first thread is started.
+
+    A fork leaves the pool without its threads. PyTorch replaces it at its next use, which two threads at once do not
+    survive ("Invalid thread pool!", ATen/ParallelOpenMP.cpp), and transformers loads weights in several threads.
+    """
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())

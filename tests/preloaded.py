@@ -211,6 +211,8 @@ def _become(asked: dict, files: list[int]) -> None:
     import threading
     import traceback
 
+    import torch
+
     high = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 512) for file in files]  # out of the way of the numbers wanted
     for file in files:
         os.close(file)
@@ -222,6 +224,7 @@ def _become(asked: dict, files: list[int]) -> None:
     os.environ.update(asked["environment"])
     for number in asked["ignored"]:
         signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(torch.get_num_threads())  # as mm_moslora.machine.renew_threads does; "stock" is without it
     code = 1
     try:
         _run(asked["executable"], asked["arguments"])

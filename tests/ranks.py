@@ -151,6 +151,8 @@ def train_recipes(arguments: list[str]) -> int:
 
 def _rank(command: dict, rank: int) -> None:
     """What a forked process does; it never returns."""
+    from mm_moslora.machine import renew_threads
+
     code = 1
     try:
         log = os.open(f"{command['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -162,6 +164,7 @@ def _rank(command: dict, rank: int) -> None:
         }  # fmt: skip
         if command["hosts"]:
             _enter(command["hosts"][rank], command["hosts"][0])
+        renew_threads()
         code = train_recipes(command["arguments"])
         import torch.distributed as dist
 

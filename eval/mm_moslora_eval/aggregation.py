@@ -355,6 +355,33 @@ def _of_draws(aggregation: str, samples: Samples) -> Callable[[Sequence[int]], f
     return lambda drawn: number(copies(drawn))
 
 
+def score_by_sample(aggregation: str, samples: Samples) -> list[float]:
+    """What every sample brings to the score that a task tells; the mean is that score.
+
+    For a mean these are the samples' own scores, for captions the CIDEr-D of each. Otherwise they come from the
+    jackknife (Tukey 1958): how the score changes when the samples of a cluster are left out, shared by these samples.
+
+    Args:
+        aggregation: of the task.
+        samples: scored, at least one.
+    """
+    if aggregation in _TOKENIZERS:
+        return caption.cider(*_tokenized(samples, _TOKENIZERS[aggregation]))
+    number = {**HEADLINES, "circular": lambda some: mean_with_error(_questions(some)).score}.get(aggregation)
+    clusters = _clusters(samples)
+    if number is None or len(clusters) < 2:
+        return [sample.score for sample in samples]
+    whole, count = number(samples), len(samples)
+    brought = [0.0] * count
+    for members in clusters:
+        left_out = set(members)
+        without = number([sample for index, sample in enumerate(samples) if index not in left_out])
+        for index in members:
+            brought[index] = (whole - without) * (count - len(members)) / len(members)
+    centre = whole - statistics.mean(brought)
+    return [value + centre for value in brought]
+
+
 def difference_of_scores(aggregation: str, a: Samples, b: Samples) -> Difference:
     """A less B of the score that a task tells, on the same documents.
 

@@ -74,6 +74,7 @@ def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
                 "validation": [names[task] for task in settings.validation],
                 "reference": settings.reference_arm,
                 "controls": settings.controls,
+                "scores": {name: task.score for found in scores.values() for name, task in found.items() if task.score},
             },
             "runs": {
                 "planned": run_count(settings, len(hopeless_arms(settings, outcomes))),
@@ -153,12 +154,13 @@ def _curve(settings: Settings, outcomes: Mapping[str, Outcome], arm: str) -> lis
 
 def _measure(tasks: Mapping[str, TaskScores]) -> dict[str, Any]:
     estimate = arm_mean(tasks)
+    shares = all(0 <= score <= 1 for task in tasks.values() for row in task.scores for score in row)
     rows = [_mean_of(tasks, seed) for seed in range(len(next(iter(tasks.values())).scores))]
     return {
         "mean": estimate.value,
         "stderr": estimate.stderr,
         "low": max(0.0, estimate.low),
-        "high": min(1.0, estimate.high),
+        "high": min(1.0, estimate.high) if shares else estimate.high,
         "seeds": rows,
         "seed_deviation": stdev(rows) if len(rows) > 1 else None,
         "documents": sum(len(task.clusters) for task in tasks.values()),

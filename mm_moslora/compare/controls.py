@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.compare.plan import ALL, Outcome, Settings, reported_cells
 from mm_moslora.compare.statistics import Estimate, TaskScores, arm_mean, holm
-from mm_moslora.verdicts import PICTURE_CONTROLS, SIGNIFICANT, Difference
+from mm_moslora.verdicts import PICTURE_CONTROLS, SCORE_NAMES, SIGNIFICANT, Difference
 
 if TYPE_CHECKING:
     from mm_moslora_eval.baselines import TrainingAnswer
+    from mm_moslora_eval.scored import Scored
 
 _MODES = {"wrong": "wrong_image", "blind": "blind"}
 _BASELINES = {"majority": "majority", "question_majority": "best_answer"}
@@ -33,6 +34,8 @@ class TaskAnswers:
     """The same less each control, by its name in `mm_moslora.verdicts`; ``K x N``."""
     pictures: bool
     """The questions show pictures."""
+    score: str = ""
+    """Name of the score, empty for a share of right answers."""
     remarks: tuple[str, ...]
     """What must be known beside the scores, such as that all answers are the same."""
 
@@ -77,19 +80,21 @@ class Answers:
         return {self._names[task]: self._task(task, good) for task in self._settings.tasks} if good else {}
 
     def _task(self, task: str, good: Sequence[tuple[int, Outcome]]) -> TaskAnswers:
+        from mm_moslora_eval.results import task_of
         from mm_moslora_eval.suite import read_samples
         from mm_moslora_eval.views import SAMPLES
 
         places = [{mode: self._folder / place for mode, place in o.places[task].items()} for _, o in good]
         rows = [read_samples(place["own"] / SAMPLES) for place in places]
+        rules = task_of(places[0]["own"])
         ids = [row["id"] for row in rows[0]]
         assert all([row["id"] for row in other] == ids for other in rows), "runs answered different documents"
         clusters = [row["cluster"] for row in rows[0]]
-        own = [_scores(one) for one in rows]
+        own = [_scores(place["own"]) for place in places]
         less = {}
         for mode, name in _MODES.items():
             if all(mode in place for place in places):
-                controls = [_scores(read_samples(place[mode] / SAMPLES)) for place in places]
+                controls = [_scores(place[mode]) for place in places]
                 less[name] = _less(own, controls, clusters)
         for name, floor in self._floors(task, places[0]["own"]).items():
             if (
@@ -99,6 +104,7 @@ class Answers:
         return TaskAnswers(
             own=TaskScores(scores=own, clusters=clusters), less=less,
             pictures=any(row.get("images") for row in rows[0]), remarks=_remarks(good, places),
+            score=_SCORES.get(rules.aggregation, SCORE_NAMES.get(rules.aggregation, "")) if rules else "",
         )  # fmt: skip
 
     def _floors(self, task: str, place: Path) -> Mapping[str, list[float]]:
@@ -110,8 +116,27 @@ class Answers:
         return self._floor_scores[task]
 
 
-def _scores(rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    return [float(row["score"] or 0.0) for row in rows]
+_FULL_MARKS = {"mme": 2000.0}
+"""Aggregation whose score is a sum -> what it can reach; such a score is told as a share of it."""
+_SCORES = {"mme": "perception as a share of its 2,000 points"}
+
+
+def _scores(place: Path) -> list[float]:
+    """What every answer brings to the task's score; where the samples are no answers to a task, their own scores."""
+    from mm_moslora_eval.results import read_scored, task_of
+    from mm_moslora_eval.suite import read_samples
+    from mm_moslora_eval.views import SAMPLES
+
+    rules = task_of(place)
+    if rules is None:
+        return [float(row["score"] or 0.0) for row in read_samples(place / SAMPLES)]
+    return _brought(rules.aggregation, [replace(sample, score=sample.score or 0.0) for sample in read_scored(place)])
+
+
+def _brought(aggregation: str, samples: Sequence[Scored]) -> list[float]:
+    from mm_moslora_eval.aggregation import score_by_sample
+
+    return [value / _FULL_MARKS.get(aggregation, 1.0) for value in score_by_sample(aggregation, samples)]
 
 
 def _less(own: Sequence[Sequence[float]], control: Sequence[Sequence[float]], clusters: Sequence[Any]) -> TaskScores:
@@ -132,7 +157,10 @@ def _without_model(place: Path, training: Sequence[TrainingAnswer]) -> dict[str,
     if not any(document.answers for document in documents):
         return {}
     return {
-        name: [s.score for s in answer_without_model(baseline, task, documents, clusters=clusters, training=training)]
+        name: _brought(
+            task.aggregation,
+            answer_without_model(baseline, task, documents, clusters=clusters, training=training),
+        )
         for baseline, name in _BASELINES.items()
     }
 

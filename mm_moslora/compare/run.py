@@ -35,6 +35,7 @@ from mm_moslora.data.sources import open_source
 from mm_moslora.errors import ConfigError, MoSLoRAError
 from mm_moslora.files import discard, mark, read_json, refuse_strangers, remove, replace_json
 from mm_moslora.folders import MANIFEST, checkpoints, file_and_folder
+from mm_moslora.machine import renew_threads
 from mm_moslora.training.signals import StopRequest
 from mm_moslora.wording import format_seconds
 
@@ -290,6 +291,7 @@ _PRELOAD = "mm_moslora.compare.preload"
 
 
 def _work(job: Job, slot: Slot) -> None:
+    renew_threads()
     cells.run(dataclasses.replace(job, devices=slot.devices))
 
 

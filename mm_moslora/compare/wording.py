@@ -74,6 +74,7 @@ def table(results: Mapping[str, Any]) -> str:
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     lines.append(f"Mean percent ± standard error over documents and seeds{_chosen_by(results)}.")
+    lines += [f"{task} is {score}." for task, score in results["settings"].get("scores", {}).items()]
     lines += ["", *control_lines(results)]
     return "\n".join([*lines, "", *(f"- {line}" for line in results["says"])])
 

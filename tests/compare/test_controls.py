@@ -67,8 +67,9 @@ def knows_the_questions(question: str, shown: str) -> str:
 
 
 def analysed(
-    folder: Path, says: Sequence[Says], *, pictures: bool = True, second: bool = True, **changes: Any
-) -> tuple[Any, Any]:
+    folder: Path, says: Sequence[Says], *, pictures: bool = True, second: bool = True, aggregation: str = "mean",
+    **changes: Any,
+) -> tuple[Any, Any]:  # fmt: skip
     """Results of two arms and two seeds from such answers, and the comparison."""
     data = folder / "data"
     data.mkdir()
@@ -87,7 +88,8 @@ def analysed(
     for cell in reported_cells(settings, choose_rates(settings, {})):
         model = Arm(says[[arm.name for arm in settings.arms].index(cell.arm.name)], data, seed=cell.seed)
         place = folder / "runs" / cell.name / "eval"
-        found = evaluate(model, get_task(task), place, modes=modes, baselines=())
+        rules = dataclasses.replace(get_task(task), aggregation=aggregation)
+        found = evaluate(model, rules, place, modes=modes, baselines=())
         places = {result.mode: (place / result.folder).relative_to(folder).as_posix() for result in found}
         outcomes[cell.name] = Outcome(status="ok", test={task: found[0].score}, places={task: places})
     comparison = SimpleNamespace(settings=settings, outcomes=outcomes, folder=folder, recipe=RECIPE)
@@ -133,6 +135,24 @@ def test_arms_that_look_are_told_apart(tmp_path: Path) -> None:
     assert row["difference"] < 0
     assert row["verdict"] in ("worse", "not shown")
     assert results["verdicts"][0]["text"].startswith("Every arm is above answering without the right picture")
+
+
+def test_arms_are_compared_by_the_score_that_the_task_tells(tmp_path: Path) -> None:
+    """F1 of yes: 14 of 40 pictures are a yes, of which the second arm misses those of every fifth picture."""
+    results, comparison = analysed(tmp_path, (sees, sees_badly), aggregation="pope")
+    f1 = next(o for name, o in comparison.outcomes.items() if "kaiming" in name).test
+    lora, kaiming = (arm["tasks"]["test"] for arm in results["arms"])
+    assert lora["mean"] == 1.0
+    assert kaiming["mean"] == pytest.approx(next(iter(f1.values())))
+    found = sum(truth(str(n)) == "yes" for n in range(PICTURES) if n % 5)
+    assert kaiming["mean"] == pytest.approx(2 * found / (2 * found + 14 - found))
+    assert results["comparisons"][0]["difference"] == pytest.approx(kaiming["mean"] - 1.0)
+    assert [row["name"] for row in results["arms"][0]["controls"]["test"]["rows"]] == [
+        "wrong_image", "blind", "majority",
+    ]  # fmt: skip
+    assert "test is F1." in table(results)
+    write_page(comparison.folder / "results.json", tmp_path / "report.html")
+    assert "test is F1." in (tmp_path / "report.html").read_text()
 
 
 def test_one_arm_that_looks_is_enough_and_the_other_is_named(tmp_path: Path) -> None:

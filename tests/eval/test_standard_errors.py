@@ -10,10 +10,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from mm_moslora_eval.aggregation import AGGREGATIONS, headline_difference
+from mm_moslora_eval.aggregation import AGGREGATIONS, headline_difference, score_by_sample
 from mm_moslora_eval.documents import Document
 from mm_moslora_eval.metrics import caption
 from mm_moslora_eval.scored import Scored
+from mm_moslora_eval.statistics import clustered_stderr
 
 from mm_moslora.verdicts import SCORE_NAMES
 
@@ -165,3 +166,12 @@ def test_the_error_of_a_difference_is_that_of_the_same_draws_of_both(name: str) 
     assert found is not None
     expected = NUMBERS[name](a, weights) - NUMBERS[name](b, weights)
     assert found.stderr == pytest.approx(expected.std(ddof=1), rel=0.1)
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_what_samples_bring_has_the_mean_and_the_error_of_the_score(name: str) -> None:
+    samples = prepared(name, seed=3)
+    brought = score_by_sample(name, samples)
+    assert np.mean(brought) == pytest.approx(AGGREGATIONS[name](samples).score)
+    expected = NUMBERS.get(name, plain)(samples, weights_of(samples)).std(ddof=1)
+    assert clustered_stderr(brought, [sample.cluster for sample in samples]) == pytest.approx(expected, rel=0.1)
