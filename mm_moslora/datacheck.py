@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from mm_moslora.config import Recipe
-    from mm_moslora.data.sources import RecordSource
+    from mm_moslora.data.record_source import RecordSource
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 

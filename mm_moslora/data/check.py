@@ -18,8 +18,9 @@ from mm_moslora.data.fingerprints import Fingerprint, fingerprint
 from mm_moslora.data.images import ImageError
 from mm_moslora.data.parallel import in_processes, usable_processes
 from mm_moslora.data.pictures import check_picture, open_picture, picture_name
+from mm_moslora.data.record_source import RecordSource
 from mm_moslora.data.records import Record
-from mm_moslora.data.sources import RecordSource, open_sources
+from mm_moslora.data.sources import open_sources
 from mm_moslora.data.video import Frame
 from mm_moslora.errors import DataError
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.images import read_picture
 from mm_moslora.data.pictures import PictureRules, StoredPicture
+from mm_moslora.data.record_source import RecordSource
 from mm_moslora.data.remote import is_of_set, read_hub_file
-from mm_moslora.data.sources import RecordSource
 from mm_moslora.errors import DataError, suggestion
 from mm_moslora.files import building, is_built
 from mm_moslora.locks import take

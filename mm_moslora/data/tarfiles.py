@@ -19,7 +19,7 @@ from mm_moslora.data.faults import Where
 from mm_moslora.data.jsonfile import StrictJsonError, parse_strictly
 from mm_moslora.data.jsonscan import MAX_VALUE_BYTES
 from mm_moslora.data.pictures import PictureRules, StoredPicture
-from mm_moslora.data.sources import RecordSource
+from mm_moslora.data.record_source import RecordSource
 from mm_moslora.data.video import SUFFIXES as VIDEO_SUFFIXES
 from mm_moslora.errors import DataError
 from mm_moslora.named_files import opened

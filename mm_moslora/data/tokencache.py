@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from mm_moslora.data.conversation import Encoded, Encoder
 from mm_moslora.data.faults import Code, RecordError
 from mm_moslora.data.parallel import in_processes, usable_processes
+from mm_moslora.data.record_source import RecordSource
 from mm_moslora.data.records import Record
-from mm_moslora.data.sources import RecordSource
 from mm_moslora.files import building, is_built, sync
 from mm_moslora.locks import take
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from mm_moslora.data import jsonfile
 from mm_moslora.data.faults import Code, RecordError, Where
 from mm_moslora.data.pictures import PictureRules
+from mm_moslora.data.record_source import RecordFile
 from mm_moslora.data.records import parse_record
-from mm_moslora.data.sources import RecordFile
 from mm_moslora.errors import DataError
 
 QA = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]

@@ -1,0 +1,41 @@
+"""The trackers that a recipe asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mm_moslora.config import TrackConfig
+from mm_moslora.errors import ConfigError
+from mm_moslora.requirements import install_command, is_installed
+from mm_moslora.tracking.base import Labels, Tracker, Trackers
+from mm_moslora.tracking.jsonl import JsonlTracker
+from mm_moslora.tracking.mlflow import MlflowTracker
+from mm_moslora.tracking.tensorboard import TensorBoardTracker
+from mm_moslora.tracking.trackio import TrackioTracker
+from mm_moslora.tracking.wandb import WandbTracker
+
+
+def build_trackers(config: TrackConfig, *, active: bool | None = None) -> Trackers:
+    """The trackers that a recipe asks for, JSONL first.
+
+    Args:
+        config: the recipe's `track`.
+        active: see `Trackers`.
+
+    Raises:
+        ConfigError: the package of one is not installed.
+    """
+    for name in config.trackers:
+        if not is_installed(name):
+            raise ConfigError(f"track.trackers holds {name!r}, which is not installed: {install_command(name)}")
+    labels = Labels(**{item.name: getattr(config, item.name) for item in dataclasses.fields(Labels)})
+    made: list[Tracker] = [JsonlTracker()]
+    if "tensorboard" in config.trackers:
+        made.append(TensorBoardTracker())
+    if "trackio" in config.trackers:
+        made.append(TrackioTracker(labels))
+    if "mlflow" in config.trackers:
+        made.append(MlflowTracker(labels))
+    if "wandb" in config.trackers:
+        made.append(WandbTracker(labels))
+    return Trackers(made, active=active)
