@@ -270,16 +270,19 @@ def config_from_dict(data: Mapping[str, Any]) -> MoSLoRAConfig:
     return MoSLoRAConfig(**values)
 
 
-def from_lora_config(config: LoraConfig, *, mixer_trainable: bool = False) -> MoSLoRAConfig:
-    """Plain LoRA as MoSLoRA with the identity for a mixer.
+def from_lora_config(
+    config: LoraConfig, *, mixer_init: MixerInit = "identity", mixer_trainable: bool = False
+) -> MoSLoRAConfig:
+    """MoSLoRA with the options of plain LoRA.
 
     Args:
         config: stock PEFT's configuration.
-        mixer_trainable: False is the same plain LoRA; True starts MoSLoRA from it.
+        mixer_init: how M starts.
+        mixer_trainable: identity and False is the same plain LoRA; True starts MoSLoRA from it.
     """
     names = {item.name for item in dataclasses.fields(LoraConfig)} - {"runtime_config", "peft_type"}
     values = {name: getattr(config, name) for name in names}
-    return MoSLoRAConfig(**values, mixer_init="identity", mixer_trainable=mixer_trainable)
+    return MoSLoRAConfig(**values, mixer_init=mixer_init, mixer_trainable=mixer_trainable)
 
 
 def check_expression(expression: object, where: str) -> None:

@@ -1,26 +1,19 @@
-"""Read adapter folders that others wrote: stock PEFT, the MoSLoRA authors' PEFT fork, PaddleNLP.
+"""Read adapter folders that others wrote: stock PEFT, the MoSLoRA authors' PEFT fork.
 
 ::
 
     stock PEFT   adapter_config.json + adapter_model.safetensors; lora_A, lora_B. Becomes a mixer that is the identity.
     authors      the same with lora_AB.weight [R, R] (arXiv 2406.11909's fork of PEFT 0.10), safetensors or .bin
-    PaddleNLP    lora_config.json with lora_use_mixer; lora_A [D_in, R], lora_AB [R, R], lora_B [R, D_out]: y = x A M B,
-                 every matrix transposed against ours; safetensors or .pdparams
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
@@ -31,10 +24,8 @@ from mm_moslora.adapters.config import MoSLoRAConfig, from_lora_config
 from mm_moslora.adapters.state import MIXER, OWN_CONFIG, PREFIX, STOCK_CONFIG, STOCK_WEIGHTS, adapted_path, target_paths
 from mm_moslora.errors import AdapterError
 from mm_moslora.folders import adapters_inside
-from mm_moslora.named_files import opened
 
-PICKLED_WEIGHTS = "adapter_model.bin"
-PADDLE_CONFIG = "lora_config.json"
+_PADDLE_CONFIG = "lora_config.json"
 _AUTHORS_MIXER = ".lora_AB.weight"
 
 
@@ -62,13 +53,15 @@ def read_foreign(root: Path, *, trainable: bool = False) -> AdapterFolder:
     """
     if (root / STOCK_CONFIG).is_file():
         return _read_peft(root, trainable)
-    if (root / PADDLE_CONFIG).is_file():
-        return _read_paddle(root)
+    if (root / _PADDLE_CONFIG).is_file():
+        raise AdapterError(
+            f"{root} is an adapter folder of PaddleNLP ({_PADDLE_CONFIG}), which is not read. Save it in PEFT's "
+            f"layout: {STOCK_CONFIG}, with lora_use_mixer for mixers, and {STOCK_WEIGHTS} with every matrix "
+            f"transposed, under names such as {PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight (lora_B, lora_AB)."
+        )
     if inside := adapters_inside(root):
         raise AdapterError(inside)
-    raise AdapterError(
-        f"{root} holds none of {OWN_CONFIG}, {STOCK_CONFIG} and {PADDLE_CONFIG}; it is not an adapter folder."
-    )
+    raise AdapterError(f"{root} holds neither {OWN_CONFIG} nor {STOCK_CONFIG}; it is not an adapter folder.")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -129,11 +122,16 @@ def _read_peft(root: Path, trainable: bool) -> AdapterFolder:
 def _peft_tensors(root: Path, *, pickled: bool) -> dict[str, Tensor]:
     if (root / STOCK_WEIGHTS).is_file():
         return read_tensors(root / STOCK_WEIGHTS)
-    if pickled and (root / PICKLED_WEIGHTS).is_file():
+    path = root / "adapter_model.bin"
+    if pickled and path.is_file():
         # The authors' older fork writes nothing else; weights_only keeps a pickle from running code.
-        path = root / PICKLED_WEIGHTS
-        with _damage(path):
+        try:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a broken pickle raises nearly anything, and its sizes MemoryError
+            what = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+            raise AdapterError(
+                f"{path} is damaged, or holds more than tensors ({what}). Copy the folder again."
+            ) from error
         if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
             raise AdapterError(f"{path} holds no tensors by name. Copy the folder again.")
         return {str(name): tensor for name, tensor in loaded.items()}
@@ -154,114 +152,6 @@ def _authors(root: Path, stock: LoraConfig, tensors: dict[str, Tensor]) -> Adapt
         path = adapted_path(name)
         if path is not None:
             renamed.setdefault(f"{PREFIX}{path}{MIXER}", torch.eye(len(tensor), dtype=tensor.dtype))
-    config = MoSLoRAConfig(**_fields_of(stock), mixer_init="kaiming")
+    config = from_lora_config(stock, mixer_init="kaiming", mixer_trainable=True)
     config.target_modules = target_paths(renamed)
     return AdapterFolder(config=config, tensors=renamed, base={})
-
-
-def _fields_of(stock: LoraConfig) -> dict[str, Any]:
-    names = {item.name for item in dataclasses.fields(LoraConfig)} - {"runtime_config", "peft_type"}
-    return {name: getattr(stock, name) for name in names}
-
-
-def _read_paddle(root: Path) -> AdapterFolder:
-    data = read_json(root / PADDLE_CONFIG)
-    raw = _paddle_tensors(root)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in raw.items():
-        path, _, kind = name.rpartition(".")
-        if kind not in ("lora_A", "lora_B", "lora_AB"):
-            raise AdapterError(
-                f"{root} holds {name!r}; expected lora_A, lora_AB and lora_B only. Save the adapter without the model."
-            )
-        # The first component is the model's family there (llama., qwen2.) and `model.` in transformers.
-        inside = path.split(".", 1)[1]
-        own = "lora_mixer" if kind == "lora_AB" else kind
-        tensors[f"{PREFIX}model.{inside}.{own}.weight"] = tensor.float().T.contiguous()
-    mixed = bool(data.get("lora_use_mixer"))
-    if mixed != any(name.endswith(MIXER) for name in tensors):
-        raise AdapterError(f"{root} has lora_use_mixer={mixed}, but its tensors say otherwise. Copy the folder again.")
-    config = MoSLoRAConfig(
-        r=int(data["r"]),
-        lora_alpha=int(data["lora_alpha"]),
-        lora_dropout=float(data.get("lora_dropout", 0.0)),
-        use_rslora=bool(data.get("rslora", False)),
-        target_modules=target_paths(tensors),
-        task_type="CAUSAL_LM",
-        mixer_init="kaiming" if mixed else "identity",
-        mixer_trainable=mixed,
-    )
-    return AdapterFolder(config=config, tensors=tensors, base={})
-
-
-def _paddle_tensors(root: Path) -> dict[str, Tensor]:
-    files = sorted(root.glob("*.safetensors"))
-    if files:
-        return {name: tensor for path in files for name, tensor in read_tensors(path).items()}
-    pickles = sorted(root.glob("*.pdparams"))
-    if not pickles:
-        raise AdapterError(f"{root} holds neither a .safetensors nor a .pdparams file.")
-    arrays: dict[str, Tensor] = {}
-    for path in pickles:
-        with _damage(path), opened(path, most=None) as file:
-            content = _ArrayUnpickler(file, size=path.stat().st_size).load()
-        if not isinstance(content, dict):
-            raise AdapterError(f"{path} holds a {type(content).__name__}, expected arrays by name. Copy it again.")
-        arrays |= {name: _from_numpy(value) for name, value in content.items() if isinstance(value, np.ndarray)}
-    return arrays
-
-
-def _from_numpy(array: np.ndarray) -> Tensor:
-    # Paddle keeps bfloat16 as its bits in uint16.
-    if array.dtype == np.uint16:
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
-
-
-@contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Turn whatever reading a pickle raises into one kind of error."""
-    try:
-        yield
-    except AdapterError:
-        raise
-    except Exception as error:  # a broken pickle raises nearly anything, and its sizes MemoryError
-        what = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
-        raise AdapterError(f"{path} is damaged, or holds more than tensors ({what}). Copy the folder again.") from error
-
-
-_ARRAY = object()
-"""Stands for the class of arrays, which a pickle names and must not call."""
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads dictionaries of arrays: nothing that could run code, and no array larger than the file.
-
-    Args:
-        file: opened.
-        size: of the file, bytes.
-    """
-
-    _ALLOWED = frozenset(
-        {("numpy", "ndarray"), ("numpy", "dtype")}
-        | {(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
-        | {(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")}
-        | {("_codecs", "encode"), ("collections", "OrderedDict")}
-    )
-
-    def __init__(self, file: IO[bytes], *, size: int) -> None:
-        super().__init__(file)
-        self._size = size
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
-            raise AdapterError(f"A .pdparams file asks for {module}.{name}, which is no array. It was not read.")
-        if name == "_reconstruct":
-            return self._empty
-        return _ARRAY if name == "ndarray" else super().find_class(module, name)
-
-    def _empty(self, kind: object, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """An array to be filled; pickles call this with a shape of their own choice."""
-        if kind is not _ARRAY or math.prod(shape) * np.dtype(dtype).itemsize > self._size:
-            raise AdapterError(f"A .pdparams file asks for an array of shape {shape}, which it does not hold.")
-        return np.ndarray(shape, dtype)
