@@ -20,7 +20,7 @@ from mm_moslora.adapters.functional import autocasts
 from mm_moslora.adapters.products import Packed, is_plain
 from mm_moslora.adapters.sharding import only_fetches
 
-Quantisation = Literal["bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao int8", "HQQ"]
+Quantisation = Literal["bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao int8"]
 
 # By name: none of the libraries is imported unless a model already uses it.
 _BNB: dict[str, Quantisation] = {"Linear4bit": "bitsandbytes 4-bit", "Linear8bitLt": "bitsandbytes 8-bit"}
@@ -32,8 +32,6 @@ def quantisation(base: nn.Module) -> Quantisation | None:
     for kind in type(base).__mro__:
         if kind.__module__.partition(".")[0] == "bitsandbytes" and kind.__name__ in _BNB:
             return _BNB[kind.__name__]
-        if kind.__module__.partition(".")[0] == "hqq" and kind.__name__ == "HQQLinear":
-            return "HQQ"
     if not isinstance(base, nn.Linear):
         return None
     weight = type(base.weight)
@@ -69,8 +67,6 @@ def _packed_weight(base: nn.Module, x: Tensor) -> Packed | None:
         return None
     if kind == "bitsandbytes 4-bit":
         return _four_bit(base, x)
-    if kind == "HQQ":
-        return _hqq(base, x)
     # LLM.int8 rounds its input to 8 bits, too; no product with a dense weight is that.
     return _int8(base, x) if kind == "torchao int8" else None
 
@@ -145,26 +141,6 @@ def stop_repacking(model: nn.Module) -> None:
         if quantisation(module) == "bitsandbytes 4-bit":
             unpack(module.weight)
             cast(Any, module).support_avx512bf16_for_cpu = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Hqq:
-    """The weight of a `hqq.core.quantize.HQQLinear`."""
-
-    layer: Any
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """``[D_out, D_in]``."""
-        return cast(Tensor, self.layer.dequantize().to(dtype))
-
-
-def _hqq(base: Any, x: Tensor) -> _Hqq | None:
-    from hqq.core.quantize import HQQLinear
-
-    dense = (HQQLinear.forward_pytorch_backprop, HQQLinear.forward_pytorch)
-    if type(base).forward not in dense or getattr(base.W_q, "requires_grad", False) or autocasts(x.device):
-        return None
-    return _Hqq(base) if x.dtype == base.compute_dtype else None
 
 
 @dataclass(frozen=True, slots=True)

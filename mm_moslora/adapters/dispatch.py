@@ -56,8 +56,8 @@ def create_layer(target: nn.Module, adapter_name: str, *, config: MoSLoRAConfig,
     # Per layer, not in the user's configuration: one model may hold both layouts.
     own = copy.copy(config)
     own.fan_in_fan_out, own.module_path = is_conv1d, path
-    if quantisation(base):
-        return create_quantised_layer(target, base, adapter_name, config=own, **kwargs)
+    if kind := quantisation(base):
+        return create_quantised_layer(target, adapter_name, kind=kind, config=own, **kwargs)
     if isinstance(base, nn.Embedding):
         return MoSLoRAEmbedding(target, adapter_name, config=own, **kwargs)
     if isinstance(base, nn.Conv2d):
@@ -86,14 +86,15 @@ def why_not_adaptable(base: nn.Module) -> str | None:
     if not isinstance(base, nn.Linear | Conv1D | nn.Embedding):
         return (
             f"it is {type(base).__module__}.{type(base).__name__}, expected Linear, Embedding, Conv2d or "
-            "MultiheadAttention of torch.nn, or transformers' Conv1D. Choose other targets."
+            "MultiheadAttention of torch.nn, or transformers' Conv1D. Choose other targets; if it is quantised, load "
+            "the base in 4 or 8 bits of bitsandbytes or in torchao's int8."
         )
     weight = base.weight
     if not is_plain(weight) or weight.dtype not in _FLOATS:
         return (
             f"its weight is quantised or sharded ({type(weight).__name__}, {weight.dtype}), and stock PEFT would put "
             "plain LoRA there without a word. Load the base in float32, bfloat16 or float16, in 4 or 8 bits of "
-            "bitsandbytes, in torchao's int8, or with HQQ."
+            "bitsandbytes, or in torchao's int8."
         )
     return None
 

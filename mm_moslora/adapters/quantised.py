@@ -1,4 +1,4 @@
-"""Adapters on quantised base layers: bitsandbytes in 4 and 8 bits, torchao's int8 weights, HQQ.
+"""Adapters on quantised base layers: bitsandbytes in 4 and 8 bits, torchao's int8 weights.
 
 PEFT's quantised layers resolve only the variants they know and take every other configuration for plain LoRA, without
 a word. Here a quantised layer gets a class of ours, or an error.
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import nn
 
-from mm_moslora.adapters.base_weights import quantisation
+from mm_moslora.adapters.base_weights import Quantisation
 from mm_moslora.adapters.layer import FusedLinear
 
 if TYPE_CHECKING:
@@ -26,24 +26,19 @@ class MoSLoRATorchaoLinear(FusedLinear, TorchaoLoraLinear):
 
 
 def create_quantised_layer(
-    target: nn.Module, base: nn.Module, adapter_name: str, *, config: MoSLoRAConfig, **kwargs: Any
+    target: nn.Module, adapter_name: str, *, kind: Quantisation, config: MoSLoRAConfig, **kwargs: Any
 ) -> nn.Module:
     """The adapted layer around a quantised one.
 
     Args:
         target: the layer to adapt, perhaps inside another adapter.
-        base: the quantised layer itself.
         adapter_name: the adapter's name.
+        kind: how the layer itself is quantised.
         config: the adapter's configuration.
         **kwargs: PEFT's own.
     """
-    kind = quantisation(base)
     if kind == "torchao int8":
         return MoSLoRATorchaoLinear(target, adapter_name, config=config, **kwargs)
-    if kind == "HQQ":
-        from mm_moslora.adapters.quantised_hqq import MoSLoRAHqqLinear
-
-        return MoSLoRAHqqLinear(base, adapter_name, config=config, **kwargs)
     from mm_moslora.adapters.quantised_bnb import MoSLoRALinear4bit, MoSLoRALinear8bit
 
     layer = MoSLoRALinear4bit if kind == "bitsandbytes 4-bit" else MoSLoRALinear8bit

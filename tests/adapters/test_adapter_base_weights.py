@@ -31,12 +31,6 @@ def four_bit(layer: nn.Linear, *, compute: torch.dtype | None, quant: str = "nf4
     return own.to("cpu")
 
 
-def in_hqq(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
-    hqq = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed")
-    how = hqq.BaseQuantizeConfig(nbits=4, group_size=32)
-    return hqq.HQQLinear(layer, how, compute_dtype=dtype, device="cpu")
-
-
 def in_int8(layer: nn.Linear) -> nn.Module:
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
@@ -54,7 +48,6 @@ BASES: dict[str, Callable[[nn.Linear, torch.dtype], nn.Module]] = {
     "nf4": lambda layer, dtype: four_bit(layer, compute=dtype),
     "fp4": lambda layer, dtype: four_bit(layer, compute=dtype, quant="fp4"),
     "nf4 once": lambda layer, dtype: four_bit(layer, compute=dtype, nested=False),
-    "hqq": in_hqq,
     "int8": lambda layer, _: in_int8(layer),
 }
 

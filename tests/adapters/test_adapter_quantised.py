@@ -23,7 +23,7 @@ from mm_moslora.adapters import (
 from mm_moslora.adapters.base_weights import quantisation, stop_repacking
 from mm_moslora.errors import AdapterError
 
-KINDS = ["4bit", "8bit", "int8", "hqq"]
+KINDS = ["4bit", "8bit", "int8"]
 
 
 class _Net(nn.Module):
@@ -47,10 +47,6 @@ def _quantised(kind: str) -> _Net:
         net = _Net(plain)
         for layer in net.layers:
             quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
-    elif kind == "hqq":
-        hqq = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed")
-        how = hqq.BaseQuantizeConfig(nbits=8, group_size=64)
-        net = _Net([hqq.HQQLinear(layer, how, compute_dtype=torch.float32, device="cpu") for layer in plain])
     else:
         bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
         made: list[nn.Module] = []
@@ -119,7 +115,6 @@ def test_all_linear_finds_quantised_layers_and_training_reaches_every_factor(kin
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_of_mixed_adapters_has_the_mixers(kind: str) -> None:
-    """PEFT's code for HQQ left them out."""
     bare = _quantised(kind)
     stop_repacking(bare)
     model = add_moslora(bare, _config(), targets=["0", "1"])
@@ -148,7 +143,7 @@ def test_a_folder_goes_to_a_quantised_base_and_back(kind: str, tmp_path: Path) -
     torch.testing.assert_close(_run(stock), _run(loaded), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["4bit", "8bit", "hqq"])
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
 def test_merging_adds_the_mixed_update(kind: str) -> None:
     model = add_moslora(_quantised(kind), _config(), targets=["0", "1"])
     train_a_bit(model)
@@ -184,17 +179,8 @@ def test_a_mixer_on_a_layer_that_stock_peft_wrapped_is_refused(kind: str) -> Non
         model.add_adapter("second", MoSLoRAConfig(r=4, target_modules=["layers.0"]))
 
 
-def test_dora_on_hqq_starts_at_the_base_and_merges() -> None:
-    model = add_moslora(_quantised("hqq"), _config(use_dora=True), targets=["0", "1"])
-    base = _run(_quantised("hqq"))
-    torch.testing.assert_close(_run(model), base, atol=1e-5, rtol=1e-5)
-    train_a_bit(model)
-    live = _run(model)
-    assert (_run(merge(model)) - live).norm() < 0.2 * (live - base).norm()
-
-
-class _GptqLinear(nn.Module):
-    """What a GPTQ layer looks like: packed integers, no weight."""
+class HQQLinear(nn.Module):
+    """What a layer of HQQ, GPTQ or AWQ looks like: packed integers, no weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,11 +192,11 @@ class _GptqLinear(nn.Module):
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["0"]])
-def test_a_quantisation_that_nobody_knows_is_refused_by_name(targets: str | list[str]) -> None:
-    net = _Net([_GptqLinear(), nn.Linear(64, 64)])
-    with pytest.raises(AdapterError, match=r"layers\.0.*cannot carry MoSLoRA.*_GptqLinear"):
+def test_another_quantisation_is_refused_by_name_and_the_error_says_which_to_take(targets: str | list[str]) -> None:
+    net = _Net([HQQLinear(), nn.Linear(64, 64)])
+    with pytest.raises(AdapterError, match=r"layers\.0.*cannot carry MoSLoRA.*HQQLinear.*bitsandbytes.*torchao"):
         add_moslora(net, _config(), targets=targets)
-    with pytest.raises(AdapterError, match=r"cannot carry MoSLoRA.*_GptqLinear"):
+    with pytest.raises(AdapterError, match=r"cannot carry MoSLoRA.*HQQLinear.*bitsandbytes.*torchao"):
         peft.get_peft_model(net, _config(target_modules=["layers.0"]))
 
 

@@ -55,15 +55,6 @@ def test_adapters_train_on_a_base_in_four_bits(language_folder: Path) -> None:
     assert all(torch.equal(module.weight.data, old) for module, old in zip(packed, before, strict=True))
 
 
-def in_hqq(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    hqq = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed")
-    for path, layer in [(path, layer) for path, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]:
-        parent, _, name = path.rpartition(".")
-        how = hqq.BaseQuantizeConfig(nbits=4, group_size=32)
-        packed = hqq.HQQLinear(layer, how, compute_dtype=dtype, device="cpu")
-        setattr(model.get_submodule(parent), name, packed)
-
-
 def language(
     folder: Path, kind: str, *, targets: list[str] | None, dtype: torch.dtype, **options: object
 ) -> t.LlamaForCausalLM:
@@ -78,8 +69,6 @@ def language(
     if kind == "torchao":
         quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
         quantization.quantize_(model.model, quantization.Int8WeightOnlyConfig())
-    if kind == "hqq":
-        in_hqq(model.model, dtype)
     model.requires_grad_(False)
     torch.manual_seed(0)
     if targets is not None:
@@ -119,7 +108,7 @@ def kept(model: t.PreTrainedModel) -> int:
 
 @pytest.mark.parametrize(
     ("kind", "dropout", "checkpointing"),
-    [("nf4", 0.0, False), ("nf4", 0.3, True), ("fp4", 0.3, False), ("hqq", 0.0, True), ("torchao", 0.0, False)],
+    [("nf4", 0.0, False), ("nf4", 0.3, True), ("fp4", 0.3, False), ("torchao", 0.0, False)],
 )
 def test_lean_layers_over_packed_weights_give_the_numbers_of_stock_layers_and_keep_less(
     language_folder: Path, kind: str, dropout: float, checkpointing: bool
