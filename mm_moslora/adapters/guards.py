@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import peft
-from peft.optimizers import loraplus
 from peft.tuners.lora import LoraLayer, LoraModel, intruders
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils import hotswap, infer_device
@@ -19,7 +18,6 @@ from mm_moslora.adapters.combine import Combination, add_weighted_adapter
 from mm_moslora.adapters.config import MoSLoRAConfig, unmatched_patterns
 from mm_moslora.adapters.inject import named_adapter_layers
 from mm_moslora.adapters.layer import MoSLoRALayer
-from mm_moslora.adapters.layer_types import MoSLoRAEmbedding
 from mm_moslora.adapters.load import set_values
 from mm_moslora.adapters.never_called import why_never_called
 from mm_moslora.adapters.state import OWN_WEIGHTS, named_as_modules
@@ -42,7 +40,6 @@ def guard_peft() -> None:
     - targets whose weight is read in place, and embeddings that look up something else, are refused.
     - an injection that fails halfway is taken back.
     - `reduce_intruder_dimension` writes A and B beside a mixer that it does not know: it refuses.
-    - LoRA+'s optimiser gives whatever has one dimension the rate of B, diagonal mixers too: they get A's.
     - merging into a weight that other modules share would change them, too: such weights are untied first.
     """
     _guard(LoraModel, "add_weighted_adapter", _weighted)
@@ -53,8 +50,6 @@ def guard_peft() -> None:
     _guard(LoraModel, "inject_adapter", _injecting)
     _guard(intruders, "reduce_intruder_dimension", _intruding)
     _guard(BaseTuner, "_check_merge_allowed", _merging)
-    for owner in (peft.optimizers, loraplus):
-        _guard(owner, "create_loraplus_optimizer", _with_rates)
     # It compares these keys with `to_dict` of both configurations; stock LoRA has no mixer_init.
     keys = hotswap.CONFIG_KEYS_TO_CHECK[peft.PeftType.LORA]
     if "mixer_init" not in keys:
@@ -164,22 +159,6 @@ def _intruding(original: Callable[..., None]) -> Callable[..., None]:
         original(peft_model, old_adapter_name, *args, **rest)
 
     return reduce
-
-
-def _with_rates(original: Callable[..., Any]) -> Callable[..., Any]:
-    def create(model: nn.Module, *args: Any, **rest: Any) -> Any:
-        optimizer = original(model, *args, **rest)
-        of_A, of_embeddings, *_ = optimizer.param_groups
-        for _, layer in named_adapter_layers(model):
-            wanted = of_embeddings if isinstance(layer, MoSLoRAEmbedding) else of_A
-            for mixer in layer.lora_mixer.parameters():
-                for group in optimizer.param_groups:
-                    if group is not wanted and any(mixer is own for own in group["params"]):
-                        group["params"] = [own for own in group["params"] if own is not mixer]
-                        wanted["params"].append(mixer)
-        return optimizer
-
-    return create
 
 
 def _merging(original: Callable[..., None]) -> Callable[..., None]:
