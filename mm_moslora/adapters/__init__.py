@@ -12,7 +12,7 @@ from mm_moslora.adapters.kernel import fused_linear
 from mm_moslora.adapters.layer import MoSLoRALayer, MoSLoRALinear, use_native_kernels
 from mm_moslora.adapters.load import load_adapter
 from mm_moslora.adapters.merge import merge
-from mm_moslora.adapters.mixer import MIXER_INITS, Mixer, MixerInit, butterfly, init_mixer, two_subspaces_delta
+from mm_moslora.adapters.mixer import MIXER_INITS, Mixer, MixerInit, butterfly, init_mixer
 from mm_moslora.adapters.orthonormal import keep_orthonormal
 from mm_moslora.adapters.siblings import link_siblings
 from mm_moslora.adapters.state import TakenAdapter, base_fingerprint, fold_state_dict, save_adapter, take_adapter
@@ -55,7 +55,6 @@ __all__ = [
     "resolve_targets",
     "save_adapter",
     "take_adapter",
-    "two_subspaces_delta",
     "use_kernel",
     "use_native_kernels",
 ]

@@ -16,6 +16,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from mm_moslora.adapters.config import MoSLoRAConfig
+from mm_moslora.adapters.functional import delta_weight
 from mm_moslora.adapters.inject import is_inner, named_adapter_layers, unwrapped
 from mm_moslora.adapters.layer import MoSLoRALayer
 from mm_moslora.adapters.load import read_folder
@@ -71,19 +72,20 @@ def add_weighted_adapter(
     tuner.peft_config[adapter_name] = config
     tuner.inject_adapter(tuner.model, adapter_name)
     for layer in layers.values():
-        held = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if layer.holds(name)]
+        held = [
+            (weight, layer.factors(name)) for name, weight in zip(adapters, weights, strict=True) if layer.holds(name)
+        ]
         target = layer.factors(adapter_name)
         target.A.zero_()
         target.B.zero_()
         if combination == "svd":
-            total = sum(weight * _flat_update(layer, name) for name, weight in held)
-            _fit(target.A, target.B, cast(Tensor, total))
+            updates = [weight * delta_weight(own.A, own.M, own.B, own.scaling) for weight, own in held]
+            _fit(target.A, target.B, cast(Tensor, sum(updates)))
             continue
         assert target.M is not None
         target.M.copy_(torch.eye(new_rank))
         start = 0
-        for name, weight in held:
-            factors = layer.factors(name)
+        for weight, factors in held:
             stop = start + len(factors.A)
             target.A[start:stop] = factors.A
             target.B[:, start:stop] = factors.B * (weight * factors.scaling)
@@ -138,16 +140,9 @@ def _combined_config(model: nn.Module, first: str, rank: int, *, plain: bool) ->
     return MoSLoRAConfig(**values)
 
 
-def _flat_update(layer: MoSLoRALayer, name: str) -> Tensor:
-    """``s B M A`` as ``[D_out, everything else]``."""
-    factors = layer.factors(name)
-    A = factors.A if factors.M is None else (factors.M.float() @ factors.A.float().flatten(1)).view(factors.A.shape)
-    return factors.B.float().flatten(1) @ A.float().flatten(1) * factors.scaling
-
-
 def _fit(A: Tensor, B: Tensor, update: Tensor) -> None:
     """The best A and B for an update, with the singular values in B."""
-    U, S, Vh = torch.linalg.svd(update, full_matrices=False)
+    U, S, Vh = torch.linalg.svd(update.flatten(1), full_matrices=False)
     kept = min(len(A), len(S))
     A.flatten(1)[:kept] = Vh[:kept].to(A)
     B.flatten(1)[:, :kept] = (U[:, :kept] * S[:kept]).to(B)

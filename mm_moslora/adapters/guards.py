@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -217,7 +217,7 @@ def _check_names(model: nn.Module, config: MoSLoRAConfig) -> None:
     named = None if targets is None or isinstance(targets, str) else sorted(map(str, targets))
     if named:
         known = {part for path in paths for part in (path, path.rpartition(".")[2])}
-        ends = {path[at:] for path in paths for at in _starts(path)}
+        ends = {".".join(parts[at:]) for parts in (path.split(".") for path in paths) for at in range(len(parts))}
         for target in named:
             if target not in ends and target != "all-linear":
                 raise AdapterError(f"Target {target!r} matches no module of the model.{suggestion(target, known)}")
@@ -230,8 +230,3 @@ def _check_names(model: nn.Module, config: MoSLoRAConfig) -> None:
                 f"{', '.join(lost)} matches none of the modules to adapt. A key is a regular expression for the end of "
                 "a module path."
             )
-
-
-def _starts(path: str) -> Iterable[int]:
-    """Where the names begin that a path ends with."""
-    return [0, *(at + 1 for at, letter in enumerate(path) if letter == ".")]

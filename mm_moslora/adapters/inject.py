@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import peft
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -337,8 +337,7 @@ def inject(
     paths: Sequence[str],
     *,
     adapter_name: str,
-    autocast_adapter_dtype: bool = True,
-    **options: Any,
+    autocast_adapter_dtype: bool,
 ) -> peft.PeftModel:
     """Put an adapter into exactly the given modules.
 
@@ -348,7 +347,6 @@ def inject(
         paths: whole module paths.
         adapter_name: the adapter's name in PEFT.
         autocast_adapter_dtype: see `add_moslora`.
-        **options: handed to PEFT (`low_cpu_mem_usage`).
 
     Raises:
         AdapterError: an adapter of this name exists, or adapters lie in a model that PEFT no longer wraps.
@@ -362,17 +360,17 @@ def inject(
     own = copy.deepcopy(config)
     own.target_modules = set(paths)  # type: ignore[assignment]  # PEFT keeps lists as sets
     own.exclude_modules, own.layers_to_transform, own.layers_pattern = None, None, None
-    options["autocast_adapter_dtype"] = autocast_adapter_dtype
     if isinstance(model, peft.PeftModel):
         if adapter_name in model.peft_config:
             raise AdapterError(f"The model has an adapter {adapter_name!r} already. Choose another adapter_name.")
-        _check_neighbours(model, own, paths)
-        model.add_adapter(adapter_name, own, **options)
+        model.add_adapter(adapter_name, own, autocast_adapter_dtype=autocast_adapter_dtype)
         wrapped = model
     else:
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise AdapterError("The model holds adapters already. Pass the PeftModel that add_moslora returned.")
-        wrapped = peft.get_peft_model(model, own, adapter_name=adapter_name, **options)
+        wrapped = peft.get_peft_model(
+            model, own, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
+        )
     adapted = {path for path, layer in named_adapter_layers(wrapped) if layer.holds(adapter_name)}
     adapted = {path for path in adapted if not is_inner(path)}
     assert adapted == set(paths), f"asked for {sorted(set(paths) ^ adapted)[:_SHOWN]} and PEFT did otherwise"
@@ -380,19 +378,6 @@ def inject(
     if not config.inference_mode:
         stop_repacking(wrapped)
     return wrapped
-
-
-def _check_neighbours(model: peft.PeftModel, config: MoSLoRAConfig, paths: Sequence[str]) -> None:
-    """A layer that another LoRA adapter wrapped stays PEFT's own class, which knows no mixer."""
-    modules = dict(base_model(model).named_modules())
-    for path in paths:
-        layer = modules.get(path)
-        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, MoSLoRALayer) and not config.is_plain(path):
-            raise AdapterError(
-                f"{path} carries a plain {type(layer).__module__}.{type(layer).__name__} of another adapter, which "
-                "cannot hold a mixer. Load that adapter with mm_moslora.adapters.load_adapter, or add the MoSLoRA "
-                "adapter first."
-            )
 
 
 def adapted_modules(model: nn.Module, *, adapter_name: str | None = None) -> list[AdaptedModule]:

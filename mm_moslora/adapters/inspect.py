@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,6 @@ class ModuleReport:
     """Share of the update's energy in pairs (B_j, A_i) of different subspaces; 0 for a diagonal mixer."""
     singular_values: tuple[float, ...]
     """Of ``s B M A``, in falling order, R of them."""
-    pair_energy: tuple[tuple[float, ...], ...]
-    """``[R, R]``: share of the energy of every rank-1 pair B_j m_ji A_i, summing to 1."""
     mixer: tuple[tuple[float, ...], ...]
     """M."""
 
@@ -154,7 +152,6 @@ def describe(path: str, A: Tensor, M: Tensor | None, B: Tensor, scaling: float) 
         condition=float(S[0] / S[-1]) if S[-1] > 1e-12 * S[0] else math.inf,
         crossed_energy=float(share.sum() - share.diagonal().sum()),
         singular_values=tuple(singular.tolist()),
-        pair_energy=tuple(tuple(row) for row in share.tolist()),
         mixer=tuple(tuple(row) for row in mixer.tolist()),
     )
 
@@ -176,8 +173,7 @@ def table(reports: Sequence[ModuleReport]) -> str:
 def summary(reports: Sequence[ModuleReport]) -> dict[str, float]:
     """Means over the modules, under names for a tracker (`mixer/...`)."""
     keys = ("norm_update", "effective_rank", "identity_distance", "orthogonal_distance", "crossed_energy")
-    values = [asdict(report) for report in reports]
-    means = {f"mixer/{key}": sum(row[key] for row in values) / len(values) for key in keys}
+    means = {f"mixer/{key}": sum(getattr(report, key) for report in reports) / len(reports) for key in keys}
     return means | {"mixer/condition_max": max(report.condition for report in reports)}
 
 

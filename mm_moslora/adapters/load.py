@@ -75,9 +75,10 @@ def load_adapter(
         _check_same(model, adapter_name, content, source)
         wrapped = model
     else:
-        options: dict[str, Any] = {"adapter_name": adapter_name, "autocast_adapter_dtype": autocast_adapter_dtype}
         with _usable(source):
-            wrapped = inject(model, config, paths, **options)
+            wrapped = inject(
+                model, config, paths, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
+            )
     try:
         _set_values(wrapped, adapter_name, content.tensors, source)
     except AdapterError:

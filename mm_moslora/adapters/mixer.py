@@ -92,6 +92,9 @@ def check_mixer_init(kind: str, where: str) -> None:
 def butterfly(rank: int) -> Tensor:
     """The fixed mixer of two-subspaces mixing, ``[[I, I], [I, I]]`` with identity blocks of size R / 2.
 
+    With A1, A2 the upper and lower half of A's rows and B1, B2 the left and right half of B's columns, ``B M A`` is
+    ``(B1 + B2)(A1 + A2)``: LoRA's ``B1 A1 + B2 A2`` and the crossed pairs ``B1 A2 + B2 A1`` (arXiv 2406.11909, 2.2).
+
     Args:
         rank: R, even.
 
@@ -107,24 +110,6 @@ def butterfly(rank: int) -> Tensor:
         )
     half = torch.eye(rank // 2, device="cpu")
     return half.repeat(2, 2)
-
-
-def two_subspaces_delta(A: Tensor, B: Tensor) -> Tensor:
-    """Two-subspaces mixing as the paper writes it: ``(B1 + B2)(A1 + A2)``, without scaling.
-
-    A1, A2 are the upper and lower half of A's rows, B1, B2 the left and right half of B's columns. Multiplied out it is
-    LoRA's ``B1 A1 + B2 A2`` plus the crossed pairs ``B1 A2 + B2 A1``, which is ``B M A`` with M = `butterfly`.
-
-    Args:
-        A: ``[R, D_in]`` with R even.
-        B: ``[D_out, R]``.
-
-    Returns:
-        ``[D_out, D_in]``. Source: arXiv 2406.11909, section 2.2.
-    """
-    A1, A2 = A.chunk(2, dim=0)
-    B1, B2 = B.chunk(2, dim=1)
-    return (B1 + B2) @ (A1 + A2)
 
 
 def orthonormal_rows(rank: int, width: int) -> Tensor:

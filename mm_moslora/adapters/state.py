@@ -173,7 +173,9 @@ def adapter_tensors(
         own = {_bare(name): name for name in full}
         parameters = {_bare(name) for name, _ in model.named_parameters()}
         given = {_bare(name): tensor for name, tensor in state.items()}
-        lost = sorted(name for name in parameters - given.keys() if _belongs(name, adapter_name))
+        lost = sorted(
+            name for name in parameters - given.keys() if "lora_" in name and f".{adapter_name}." in f"{name}."
+        )
         if lost:
             raise AdapterError(
                 f"The state to save lacks {len(lost)} parameters of adapter {adapter_name!r}, first {lost[0]!r}. "
@@ -201,10 +203,6 @@ def named_as_modules(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str,
 def _bare(name: str) -> str:
     """A parameter's name without what wrappers and PEFT put into it."""
     return re.sub(r"^(module\.)*", "", bare_name(name)).removeprefix(PREFIX)
-
-
-def _belongs(name: str, adapter_name: str) -> bool:
-    return "lora_" in name and (f".{adapter_name}." in name or name.endswith(f".{adapter_name}"))
 
 
 def check_tensors(
@@ -361,7 +359,8 @@ def complete_folder(folder: Path, config: MoSLoRAConfig, *, auto_mapping: Mappin
     # The base weight of an adapted embedding, which PEFT adds unless save_embedding_layers is False, keeps its dtype.
     tensors = {bare_name(name): t if ".base_layer." in name else t.float() for name, t in load_file(weights).items()}
     check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith(_FACTORS)})
-    bare = next((path for path in target_paths(tensors) if _lacks_mixer(path, config, tensors)), None)
+    mixed = (path for path in target_paths(tensors) if not config.is_plain(path))
+    bare = next((path for path in mixed if f"{PREFIX}{path}{MIXER}" not in tensors), None)
     if bare is not None:
         raise AdapterError(
             f"{weights} has no mixer for {bare}, and the configuration gives it one: they are not of one adapter. Save "
@@ -377,10 +376,6 @@ def _is_fold(folder: Path) -> bool:
         return all(file_sha256(folder / name) == manifest["files"][name] for name in (STOCK_WEIGHTS, OWN_WEIGHTS))
     except (OSError, ValueError, LookupError, TypeError):
         return False
-
-
-def _lacks_mixer(path: str, config: MoSLoRAConfig, tensors: Mapping[str, Tensor]) -> bool:
-    return not config.is_plain(path) and f"{PREFIX}{path}{MIXER}" not in tensors
 
 
 def file_sha256(path: Path) -> str:

@@ -74,3 +74,10 @@ def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
     """Logits without a graph."""
     with torch.no_grad():
         return model(ids).logits
+
+
+def two_subspaces(A: Tensor, B: Tensor) -> Tensor:
+    """Two-subspaces mixing as the paper writes it (arXiv 2406.11909, section 2.2), without scaling; of even rank."""
+    A1, A2 = A.chunk(2, dim=0)
+    B1, B2 = B.chunk(2, dim=1)
+    return (B1 + B2) @ (A1 + A2)

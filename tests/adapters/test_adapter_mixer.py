@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from adapters.adapter_models import two_subspaces
 
 from mm_moslora.adapters import (
     MIXER_INITS,
@@ -12,7 +13,6 @@ from mm_moslora.adapters import (
     delta_weight,
     fold,
     init_mixer,
-    two_subspaces_delta,
 )
 from mm_moslora.errors import AdapterError
 
@@ -44,7 +44,7 @@ def test_meta_mixers_cost_nothing() -> None:
 def test_butterfly_is_two_subspaces_mixing() -> None:
     torch.manual_seed(0)
     A, B = torch.randn(6, 10), torch.randn(12, 6)
-    torch.testing.assert_close(delta_weight(A, butterfly(6), B, 1.0), two_subspaces_delta(A, B))
+    torch.testing.assert_close(delta_weight(A, butterfly(6), B, 1.0), two_subspaces(A, B))
     assert int(torch.linalg.matrix_rank(butterfly(6))) == 3
 
 

@@ -7,7 +7,7 @@ import copy
 import peft
 import pytest
 import torch
-from adapters.adapter_models import IDS, gpt2, llama, logits, train_a_bit
+from adapters.adapter_models import IDS, gpt2, llama, logits, train_a_bit, two_subspaces
 from torch import Tensor, nn
 
 from mm_moslora.adapters import (
@@ -16,7 +16,6 @@ from mm_moslora.adapters import (
     MoSLoRALinear,
     add_moslora,
     merge,
-    two_subspaces_delta,
     use_kernel,
 )
 from mm_moslora.errors import AdapterError
@@ -89,7 +88,7 @@ def test_frozen_butterfly_is_two_subspaces_mixing() -> None:
     expected = copy.deepcopy(llama())
     for path, module in model.get_base_model().named_modules():
         if isinstance(module, MoSLoRALinear):
-            update = two_subspaces_delta(module.lora_A["default"].weight, module.lora_B["default"].weight)
+            update = two_subspaces(module.lora_A["default"].weight, module.lora_B["default"].weight)
             expected.get_submodule(path).weight.data += 2.0 * update.detach()
     torch.testing.assert_close(logits(model), logits(expected), atol=1e-6, rtol=0)
 
@@ -230,11 +229,14 @@ def test_a_plain_lora_adapter_can_join() -> None:
 
 
 def test_a_mixer_on_a_stock_lora_layer_is_refused() -> None:
-    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["v_proj"]))
+    names, both = list(model.state_dict()), ["q_proj", "v_proj"]
+    with pytest.raises(AdapterError, match=r"v_proj carries a plain .* cannot hold a mixer"):
+        add_moslora(model, MoSLoRAConfig(r=4), targets=both, adapter_name="second")
     with pytest.raises(AdapterError, match="cannot hold a mixer"):
-        add_moslora(model, MoSLoRAConfig(r=4), targets=["q_proj"], adapter_name="second")
-    with pytest.raises(AdapterError, match="cannot hold a mixer"):
-        model.add_adapter("second", MoSLoRAConfig(r=4, target_modules=["q_proj"]))
+        model.add_adapter("second", MoSLoRAConfig(r=4, target_modules=both))
+    assert list(model.state_dict()) == names
+    assert list(model.peft_config) == ["default"]
 
 
 def test_mixed_adapter_batches() -> None:
