@@ -12,9 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +22,7 @@ from packaging.version import InvalidVersion, Version
 
 from mm_moslora.config import Recipe, needs
 from mm_moslora.liger import LIGER_RANGE, fits, installed_liger, why_not_liger
-from mm_moslora.machine import extensions_folder
+from mm_moslora.machine import extensions_folder, stale_locks
 from mm_moslora.native import find_compiler
 from mm_moslora.requirements import declared, declared_anywhere, install_command, installed_version, range_of
 
@@ -81,7 +79,6 @@ KNOWN_BAD = (
 )  # fmt: skip
 """Checked one by one; the remedy is always the supported range."""
 
-STALE_LOCK_SECONDS = 600.0
 ROOM_GIB = 10.0
 """Free disk below which a run may fail at its first checkpoint."""
 
@@ -173,22 +170,6 @@ def check_version(package: str, version: str | None, *, use: str = "", needed: b
             name=package, status="warn", detail=f"{version}, outside the tested range {wanted}", remedy=remedy
         )
     return Finding(name=package, status="ok", detail=version)
-
-
-def stale_locks(root: Path, *, now: float | None = None) -> list[Path]:
-    """Locks that a killed build left behind; the next build would wait for them for ever.
-
-    Args:
-        root: torch's extension cache.
-        now: seconds since the epoch.
-    """
-    moment = time.time() if now is None else now
-    found = []
-    for folder, _, names in os.walk(root):
-        with suppress(OSError):  # a build that ends takes its lock away
-            if "lock" in names and moment - (path := Path(folder, "lock")).stat().st_mtime > STALE_LOCK_SECONDS:
-                found.append(path)
-    return sorted(found)
 
 
 def _python() -> list[Finding]:

@@ -6,7 +6,9 @@ import ctypes
 import os
 import platform
 import sys
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -51,6 +53,25 @@ def extensions_folder(environment: Mapping[str, str]) -> Path:
         return Path(sys.prefix) / "torch_extensions"
     cache = environment.get("XDG_CACHE_HOME") or str(Path(environment.get("HOME", "~")).expanduser() / ".cache")
     return Path(cache) / "torch_extensions"
+
+
+STALE_LOCK_SECONDS = 600.0
+
+
+def stale_locks(root: Path, *, now: float | None = None) -> list[Path]:
+    """Locks that a killed build left behind; the next build would wait for them for ever.
+
+    Args:
+        root: torch's extension cache.
+        now: seconds since the epoch.
+    """
+    moment = time.time() if now is None else now
+    found = []
+    for folder, _, names in os.walk(root):
+        with suppress(OSError):  # a build that ends takes its lock away
+            if "lock" in names and moment - (path := Path(folder, "lock")).stat().st_mtime > STALE_LOCK_SECONDS:
+                found.append(path)
+    return sorted(found)
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3

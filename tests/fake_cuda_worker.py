@@ -36,7 +36,7 @@ from mm_moslora.models.build import Assembly
 from mm_moslora.models.feature_store import FeatureStore
 from mm_moslora.models.generation import Prompt, encode_images, generate, score_options
 from mm_moslora.models.lean import use_lean_layers
-from mm_moslora.models.rows import start_row
+from mm_moslora.models.row_decoding import start_row
 from mm_moslora.models.trainable import attach_adapters
 from mm_moslora.models.vlm import is_multimodal, takes_rows
 from mm_moslora.training import run as runs

@@ -14,8 +14,8 @@ from between import just_before
 
 from mm_moslora import doctor, machine
 from mm_moslora.config import Recipe, TrackConfig, load_recipe
-from mm_moslora.doctor import USES, check_version, diagnose, stale_locks
-from mm_moslora.machine import extensions_folder
+from mm_moslora.doctor import USES, check_version, diagnose
+from mm_moslora.machine import extensions_folder, stale_locks
 from mm_moslora.requirements import declared
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 from mm_moslora.adapters.inject import base_model
 from mm_moslora.batch import IGNORED, Batch, Example, usable
 from mm_moslora.errors import ModelError
-from mm_moslora.models.branching import Decoder, likeliest
 
 _SIZES = {"image_sizes", "batch_num_images", "image_grid_thw"}
 """Image inputs that are read as numbers, from main memory, where nobody has to wait for them."""
@@ -195,49 +194,6 @@ def _in_rows(batch: Batch, width: int) -> Tensor:
     row = torch.bucketize(batch.target_positions, ends, right=True)
     starts = ends - torch.tensor(batch.segment_lengths)
     return batch.target_positions - starts[row] + row * width
-
-
-@torch.inference_mode()
-def start_row(model: PreTrainedModel, prompt: Example) -> Decoder:
-    """Run one prompt with its pictures; the decoder stands at its end and can join others.
-
-    Args:
-        model: an image-text-to-text model of transformers, in eval mode.
-        prompt: ids and pictures; nothing in it needs to be supervised.
-
-    Raises:
-        ModelError: placeholders and images do not match.
-    """
-    decoder = Decoder(model)
-    row = prompt.input_ids
-    decoder.start(row_inputs(model, [row], prompt.pixel_values, prompt.image_inputs, answers=[len(row)]))
-    return decoder
-
-
-@torch.inference_mode()
-def stream_row(
-    model: PreTrainedModel, prompt: Example, *, max_new_tokens: int, stop_ids: Sequence[int]
-) -> Iterator[int]:
-    """Greedy answer to one prompt, token by token, without the one that ends it.
-
-    Args:
-        model: an image-text-to-text model of transformers, in eval mode.
-        prompt: see `start_row`.
-        max_new_tokens: most tokens.
-        stop_ids: tokens that end the answer.
-
-    Raises:
-        ModelError: see `likeliest`.
-    """
-    decoder = start_row(model, prompt)
-    for number in range(max_new_tokens):
-        chosen, (number_of_token,) = likeliest(decoder.logits)
-        if number_of_token in stop_ids:
-            return
-        yield number_of_token
-        if number + 1 < max_new_tokens:
-            token = chosen[:, None]
-            decoder.extend(model.get_input_embeddings()(token), torch.ones_like(token))
 
 
 def _first_supervised(batch: Batch) -> list[int]:

@@ -22,7 +22,7 @@ from mm_moslora.errors import DataError, MoSLoRAError
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.generation import Prompt, encode_images, stop_token_ids, stream
 from mm_moslora.models.load import load
-from mm_moslora.models.rows import stream_row
+from mm_moslora.models.row_decoding import stream_row
 from mm_moslora.models.vlm import takes_rows
 from mm_moslora.serve.text import TextStream
 

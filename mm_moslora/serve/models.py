@@ -33,7 +33,7 @@ from mm_moslora.models.branching import Decoder
 from mm_moslora.models.build import Assembly, load_projector
 from mm_moslora.models.generation import Prompt, embed_prompt, encode_images, stop_token_ids
 from mm_moslora.models.load import load, model_of
-from mm_moslora.models.rows import start_row
+from mm_moslora.models.row_decoding import start_row
 from mm_moslora.models.vlm import takes_rows
 from mm_moslora.serve.compatibility import refuse_other_settings
 

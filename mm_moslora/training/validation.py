@@ -28,7 +28,7 @@ from mm_moslora.errors import TrainingError, suggestion
 from mm_moslora.models.attention import set_attention, training_attention
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.generation import Prompt, encode_images, generate, stop_token_ids
-from mm_moslora.models.rows import stream_row
+from mm_moslora.models.row_decoding import stream_row
 from mm_moslora.models.vlm import is_padded, takes_rows
 from mm_moslora.tracking.base import Sample
 from mm_moslora.training.preflight import ACCURACY, LOSS

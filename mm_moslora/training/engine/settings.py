@@ -13,10 +13,9 @@ import torch
 
 from mm_moslora import distributed
 from mm_moslora.config import TrainConfig
-from mm_moslora.doctor import stale_locks
 from mm_moslora.errors import ConfigError
 from mm_moslora.folders import shipped_folder
-from mm_moslora.machine import extensions_folder
+from mm_moslora.machine import extensions_folder, stale_locks
 from mm_moslora.requirements import install_command
 from mm_moslora.training.optim import ParameterGroup
 from mm_moslora.training.presets import read_preset
