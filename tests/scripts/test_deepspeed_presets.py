@@ -112,7 +112,7 @@ def test_a_lock_of_a_killed_build_is_named_before_anybody_waits_for_it(
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     _warn_of_stale_locks()
-    assert not caplog.text
+    assert "lock" not in caplog.text  # importing DeepSpeed may warn of other things
     lock = tmp_path / "py311" / "op" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
