@@ -1,0 +1,158 @@
+#!/usr/bin/env python
+"""What each C++ kernel saves of a training step: the step without it over the step with all of them.
+
+    python scripts/bench/cpp_kernels.py                    table for people; eight minutes
+    python scripts/bench/cpp_kernels.py --json             one object on stdout
+    python scripts/bench/cpp_kernels.py --rows rows.jsonl  keep finished rows there; a run that was stopped goes on
+
+The model is that of `yardstick.py` with a vocabulary of 32,000, and a step is a forward and a backward pass. All
+contenders run on one model in turn, in an order that rotates from round to round; one thread, process CPU time; every
+figure is the median of the ratios of single rounds. A kernel that is left out is replaced by PyTorch's operators.
+A kernel stays in the project where its ratio is at least 1.05. Triton kernels run on GPUs and are not measured here.
+
+Contenders:
+    all              the step of `mm-moslora train` with `model.kernels: native`
+    all again        the same once more, which shows what the measurement can tell apart
+    without X        all kernels but X
+    none             no C++ kernel
+    by torch alone   no C++ kernel, and attention by PyTorch's own kernel instead of matrix products
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+import yardstick
+from measuring import Rows, head, interleaved, ratio, settings_of
+from torch import Tensor
+
+from mm_moslora.adapters import native_dropout, native_products
+from mm_moslora.machine import keep_memory
+from mm_moslora.models import attention, native_attention, native_passes
+from mm_moslora.models.kernels import choose_kernels
+from mm_moslora.training.progress import Progress
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DROPOUTS = (0.0, 0.05)
+VOCABULARY = 32_000
+KEPT = 1.05
+
+Question = tuple[ModuleType, str]
+KERNELS: dict[str, Question] = {
+    "attention": (native_attention, "runs_native"),
+    "fused_ops": (native_passes, "fits"),
+    "dropout": (native_dropout, "fits"),
+    "thin": (native_products, "_suits"),
+}
+"""The function that is asked whether each kernel takes some tensors."""
+PRODUCTS: Question = (attention, "products_are_faster")
+
+
+def kernels_of(dtype: str, dropout: float) -> list[str]:
+    """The kernels that run in a case."""
+    absent = {"dropout"} if not dropout else set()
+    return [name for name in KERNELS if name not in absent | ({"thin"} if dtype == "bf16" else set())]
+
+
+def contenders(dtype: str, dropout: float) -> dict[str, list[Question]]:
+    """What is answered with no by each contender of a case."""
+    found: dict[str, list[Question]] = {"all": [], "all again": []}
+    found |= {f"without {name}": [KERNELS[name]] for name in kernels_of(dtype, dropout)}
+    if not dropout:
+        found["none"] = list(KERNELS.values())
+        found["by torch alone"] = [*KERNELS.values(), PRODUCTS]
+    return found
+
+
+def without(left_out: list[Question], step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A step during which some questions are answered with no."""
+
+    def run() -> Tensor:
+        with ExitStack() as stack:
+            for module, name in left_out:
+                stack.enter_context(patch.object(module, name, lambda *_, **__: False))
+            return step()
+
+    return run
+
+
+def measure(dtype: str, dropout: float, rounds: int, after_round: Callable[[], None]) -> dict[str, Any]:
+    """One row."""
+    step = yardstick.ours(VOCABULARY, DTYPES[dtype], dropout=dropout).step
+    steps = {name: without(left_out, step) for name, left_out in contenders(dtype, dropout).items()}
+    losses: dict[str, list[Tensor]] = {}
+    times = interleaved(steps, rounds, after_round=after_round, results=losses)
+    limit = 1e-5 if dtype == "fp32" else 5e-3
+    loss = {name: statistics.fmean(map(float, found)) for name, found in losses.items()}
+    if not dropout and max(abs(found - loss["all"]) for found in loss.values()) > limit * loss["all"]:
+        raise SystemExit(f"The contenders do not compute the same: {loss}.")
+    return {
+        "dtype": dtype, "dropout": dropout,
+        "ratios": {name: ratio(times, name, "all") for name in steps if name != "all"},
+        "seconds": {name: statistics.median(spent) for name, spent in times.items()},
+    }  # fmt: skip
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """A table for people."""
+    names = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
+    print(f"{'step over that with all kernels':32}" + "".join(f"{r['dtype']:>6}, p {r['dropout']:<4}" for r in rows))
+    for name in names:
+        print(f"{name:32}" + "".join(f"{row['ratios'].get(name, float('nan')):13.3f}" for row in rows))
+    print(f"A kernel stays where its ratio is at least {KEPT}.")
+
+
+def main() -> int:
+    """Measure, then print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rows", type=Path, help="JSON Lines file of finished rows; go on with what it lacks")
+    options = parser.parse_args()
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(1)
+    keep_memory()
+    transformers.logging.set_verbosity_error()
+    words = choose_kernels("native", torch.device("cpu")).words
+    opening = head("cpp_kernels", "transformers", "peft") | {"kernels": words, "vocabulary": VOCABULARY}
+    rows = Rows(options.rows, settings_of(opening, rounds=options.rounds))
+    cases = [case for case in itertools.product(DTYPES, DROPOUTS) if not rows.find(dtype=case[0], dropout=case[1])]
+    with Progress("C++ kernels benchmark", len(cases) * (options.rounds + 1), unit="round") as progress:
+        for dtype, dropout in cases:
+
+            def after_round(note: str = f"{dtype}, dropout {dropout}") -> None:
+                progress.update(progress.done + 1, note)
+
+            rows.add(measure(dtype, dropout, options.rounds, after_round))
+    if options.json:
+        summary = {
+            f"{name.replace(' ', '_')}_{row['dtype']}_{row['dropout']}": found
+            for row in rows.rows
+            for name, found in row["ratios"].items()
+        }
+        print(json.dumps(opening | {"rows": rows.rows, "summary": summary}))
+    else:
+        show(rows.rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
