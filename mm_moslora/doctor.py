@@ -244,7 +244,7 @@ def _kernels() -> list[Finding]:
     if reason is None:
         detail = f"Liger's (liger-kernel {found}) run between the matrix products of lean decoder layers"
     elif not on_gpu and (compiler := find_compiler()) is not None:
-        detail = f"ours for CPUs (compiled by {compiler} at the first run) run in attention and lean layers: {reason}"
+        detail = f"attention runs on a C++ kernel (compiled by {compiler} at the first run): {reason}"
     else:
         detail = f"PyTorch's own run between the matrix products of lean decoder layers: {reason}"
     fine = found is None or fits(found)

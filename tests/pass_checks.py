@@ -18,7 +18,6 @@ from mm_moslora.models.attention import set_attention, training_attention
 from mm_moslora.models.elementwise import EAGER, Elementwise
 from mm_moslora.models.kernels import Kernels, use_kernels
 from mm_moslora.models.lean import use_lean_layers
-from mm_moslora.models.native_passes import NATIVE
 from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.training.loop import train
 
@@ -70,7 +69,7 @@ def lean_model(family: str, dtype: torch.dtype) -> t.PreTrainedModel:
 
 
 def use(model: t.PreTrainedModel, passes: Elementwise) -> None:
-    kernels = Kernels(passes=passes, words="ours", required="them", native=passes is NATIVE)
+    kernels = Kernels(passes=passes, words="ours", required="them")
     assert f"of {SIZES['num_hidden_layers']} lean decoder layers" in use_kernels(model, kernels)
 
 
@@ -99,14 +98,45 @@ def loss_and_gradients(model: t.PreTrainedModel, passes: Elementwise) -> tuple[f
     return loss.item(), {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
 
 
-class PassChecks:
-    """What holds for the kernels in `passes`."""
+class RunChecks:
+    """What holds for all kernels that a recipe names."""
 
-    passes: Elementwise
     name: str
     """In `model.kernels`."""
     words: str
     """In the log of a run."""
+
+    def test_a_run_has_the_numbers_of_one_on_torch(
+        self,
+        language_folder: Path,
+        vision_folder: Path,
+        records: Path,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        folders = {"language": language_folder, "vision": vision_folder, "records": records}
+        recipe = make_recipe(folders, tmp_path / "run", "none", steps=1, micro_batch=2)
+        seen = {}
+        for kernels in (self.name, "torch"):
+            output = str(tmp_path / kernels)
+            run = replace(
+                recipe,
+                model=replace(recipe.model, kernels=kernels),
+                train=replace(recipe.train, output=output, rehearsal=False),
+            )
+            with caplog.at_level("INFO"):
+                train(run)
+            lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+            seen[kernels] = [line[key] for line in lines if "loss" in line for key in ("loss", "grad_norm")]
+        assert seen[self.name] == pytest.approx(seen["torch"], rel=1e-4)
+        assert seen[self.name] != seen["torch"]
+        assert self.words in caplog.text
+
+
+class PassChecks(RunChecks):
+    """What holds for the kernels in `passes`."""
+
+    passes: Elementwise
 
     def test_all_passes_are_kernels(self) -> None:
         assert all(getattr(self.passes, field.name) is not getattr(EAGER, field.name) for field in fields(Elementwise))
@@ -200,29 +230,3 @@ class PassChecks:
             ratios.append(error(ours[1], wide[1]) / error(eager[1], wide[1]))
         # A ratio is a draw of roundings: 0.60 to 2.04 over 96 models, 1.00 in the mean.
         assert sum(ratios) / len(ratios) <= 1.4
-
-    def test_a_run_has_the_numbers_of_one_on_torch(
-        self,
-        language_folder: Path,
-        vision_folder: Path,
-        records: Path,
-        tmp_path: Path,
-        caplog: pytest.LogCaptureFixture,
-    ) -> None:
-        folders = {"language": language_folder, "vision": vision_folder, "records": records}
-        recipe = make_recipe(folders, tmp_path / "run", "none", steps=1, micro_batch=2)
-        seen = {}
-        for kernels in (self.name, "torch"):
-            output = str(tmp_path / kernels)
-            run = replace(
-                recipe,
-                model=replace(recipe.model, kernels=kernels),
-                train=replace(recipe.train, output=output, rehearsal=False),
-            )
-            with caplog.at_level("INFO"):
-                train(run)
-            lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-            seen[kernels] = [line[key] for line in lines if "loss" in line for key in ("loss", "grad_norm")]
-        assert seen[self.name] == pytest.approx(seen["torch"], rel=1e-4)
-        assert seen[self.name] != seen["torch"]
-        assert self.words in caplog.text

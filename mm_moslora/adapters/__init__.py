@@ -9,7 +9,7 @@ from mm_moslora.adapters.functional import delta_weight, fold, reference_linear,
 from mm_moslora.adapters.guards import guard_peft
 from mm_moslora.adapters.inject import AdaptedModule, adapted_modules, add_moslora, resolve_targets
 from mm_moslora.adapters.kernel import fused_linear
-from mm_moslora.adapters.layer import MoSLoRALayer, MoSLoRALinear, use_native_kernels
+from mm_moslora.adapters.layer import MoSLoRALayer, MoSLoRALinear
 from mm_moslora.adapters.load import load_adapter
 from mm_moslora.adapters.merge import merge
 from mm_moslora.adapters.mixer import MIXER_INITS, Mixer, MixerInit, butterfly, init_mixer
@@ -56,7 +56,6 @@ __all__ = [
     "save_adapter",
     "take_adapter",
     "use_kernel",
-    "use_native_kernels",
 ]
 
 

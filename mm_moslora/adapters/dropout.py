@@ -2,25 +2,22 @@
 
 A mask is a tensor of integers as wide as the entries that it is for: all bits set where an entry stays, none where
 it is dropped. Applying it is one bitwise `and`, a fraction of what comparing and multiplying cost on a CPU. There,
-masks come in blocks of rows that stay near the core; kernels of ours (`native_dropout`), where a model is to use them,
-draw the same masks as bits.
+masks come in blocks of rows that stay near the core.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mm_moslora.adapters import native_dropout
-
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By the bytes of an entry."""
-_STEPS = native_dropout.STEPS
+_STEPS = 2**15
+"""Random numbers that decide an entry: 15 bits of its own."""
 _BLOCK = 2**19
 """Entries of a block on a CPU."""
 
@@ -50,22 +47,6 @@ def seeded_dropout(x: Tensor, dropout: float) -> Tensor:
     return (rows * kept).view_as(x) / (1.0 - dropout)
 
 
-class Kept(Protocol):
-    """Which entries of some rows stay."""
-
-    def keep(self, rows: Tensor) -> Tensor:
-        """`rows` ``[T, D]`` with zeros where entries are dropped; another tensor unless all stay."""
-        ...
-
-    def keep_(self, rows: Tensor) -> Tensor:
-        """`keep` in place; `rows` are contiguous."""
-        ...
-
-    def add(self, total: Tensor, rows: Tensor) -> None:
-        """Add to `total` what stays of `rows`, which may change; both ``[T, D]`` and contiguous."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Mask:
     """What draws the mask of one layer's input."""
@@ -74,11 +55,34 @@ class Mask:
     """Probability of dropping an entry, a multiple of 2^-15 (`exact_rate`)."""
     seed: int
     """From `draw_seed`."""
-    native: bool = False
-    """Whether kernels of ours draw and apply it where they can; it is the same mask."""
 
 
-def kept_blocks(rows: Tensor, masks: Mapping[int, Mask | None]) -> Iterator[tuple[int, slice, Kept]]:
+@dataclass(frozen=True)
+class KeptBits:
+    """Which entries of some rows stay."""
+
+    bits: Tensor | None
+    """From `kept_bits`, or a part of such a mask; None: all stays."""
+
+    def keep(self, rows: Tensor) -> Tensor:
+        """`rows` ``[T, D]`` with zeros where entries are dropped: a new tensor, or `rows` itself if all stays."""
+        return rows if self.bits is None else (rows.view(self.bits.dtype) & self.bits).view(rows.dtype)
+
+    def keep_(self, rows: Tensor) -> Tensor:
+        """`keep` in place; `rows` are contiguous."""
+        if self.bits is not None:
+            rows.view(self.bits.dtype).bitwise_and_(self.bits)
+        return rows
+
+    def add(self, total: Tensor, rows: Tensor) -> None:
+        """Add to `total` what stays of `rows`, which may change; both ``[T, D]`` and contiguous."""
+        total.add_(self.keep_(rows))
+
+
+_EVERYTHING = KeptBits(None)
+
+
+def kept_blocks(rows: Tensor, masks: Mapping[int, Mask | None]) -> Iterator[tuple[int, slice, KeptBits]]:
     """The masks of several layers for the same rows: block by block, and within a block layer by layer.
 
     Args:
@@ -88,42 +92,10 @@ def kept_blocks(rows: Tensor, masks: Mapping[int, Mask | None]) -> Iterator[tupl
     Yields:
         Which layer, which rows, and which of their entries stay.
     """
-    drawn = {place: mask for place, mask in masks.items() if mask is not None}
-    if drawn and all(mask.native for mask in drawn.values()) and native_dropout.fits(rows):
-        draws = [(_threshold(mask.rate), mask.seed) for mask in drawn.values()]
-        for block, several in native_dropout.kept_blocks(_blocks(rows), rows.shape[1], draws):
-            found: dict[int, Kept] = dict(zip(drawn, several, strict=True))
-            yield from ((place, block, found.get(place, _EVERYTHING)) for place in masks)
-        return
-    sources = {place: kept_bits(rows, mask.rate, mask.seed) for place, mask in drawn.items()}
+    sources = {place: kept_bits(rows, mask.rate, mask.seed) for place, mask in masks.items() if mask is not None}
     for block in _blocks(rows):
         for place in masks:  # one mask at a time: they are as large as the rows
             yield place, block, KeptBits(next(sources[place])[1]) if place in sources else _EVERYTHING
-
-
-@dataclass(frozen=True)
-class KeptBits:
-    """See `Kept`."""
-
-    bits: Tensor | None
-    """From `kept_bits`, or a part of such a mask; None: all stays."""
-
-    def keep(self, rows: Tensor) -> Tensor:
-        """A new tensor; `rows` itself if all stays."""
-        return rows if self.bits is None else (rows.view(self.bits.dtype) & self.bits).view(rows.dtype)
-
-    def keep_(self, rows: Tensor) -> Tensor:
-        """In place."""
-        if self.bits is not None:
-            rows.view(self.bits.dtype).bitwise_and_(self.bits)
-        return rows
-
-    def add(self, total: Tensor, rows: Tensor) -> None:
-        """Add to `total` what stays of `rows`."""
-        total.add_(self.keep_(rows))
-
-
-_EVERYTHING = KeptBits(None)
 
 
 def kept_bits(rows: Tensor, dropout: float, seed: int) -> Iterator[tuple[slice, Tensor]]:

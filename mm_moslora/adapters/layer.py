@@ -28,7 +28,6 @@ from mm_moslora.adapters.products import Operands
 from mm_moslora.adapters.sharding import fetches_whole, only_fetches
 from mm_moslora.adapters.variants import DoraMixerVariant, MoSLoRAVariant
 from mm_moslora.errors import AdapterError
-from mm_moslora.native import library
 
 if TYPE_CHECKING:
     from mm_moslora.adapters.config import MoSLoRAConfig
@@ -211,8 +210,6 @@ class FusedLinear(MoSLoRALayer):
     """The layers that read the same input, if there are any; see `link_siblings`."""
     step_window: StepWindow | None = None
     """Within `one_product_per_step`."""
-    native: bool = False
-    """Whether kernels of ours do dropout and thin products where they can; see `use_native_kernels`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus the active adapters, ``[..., D_out]``."""
@@ -256,7 +253,6 @@ class FusedLinear(MoSLoRALayer):
             B=factors.B,
             scaling=factors.scaling,
             dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
-            native=self.native,
         )
 
     @staticmethod
@@ -281,31 +277,6 @@ class FusedLinear(MoSLoRALayer):
         if self.lora_bias[name] or not isinstance(self.scaling[name], int | float):
             return None
         return name
-
-
-def use_native_kernels(model: nn.Module, enabled: bool = True) -> int:
-    """Have the fused kernel do dropout and thin products on a CPU by kernels of ours, in place.
-
-    Dropout, of float32 and bfloat16, keeps its masks and numbers; thin products, of float32 and ranks that are
-    multiples of 16, are summed in another order. The kernels are compiled here if this machine has not done so yet, in
-    two or three seconds. Everything else goes on with PyTorch's operators, and so do layers that are added later.
-
-    Args:
-        model: with adapters.
-        enabled: False: PyTorch's operators again.
-
-    Returns:
-        How many layers have a fused kernel.
-
-    Raises:
-        NativeError: there is no compiler for them, or they do not run here.
-    """
-    if enabled:
-        library()
-    layers = [module for module in model.modules() if isinstance(module, FusedLinear)]
-    for layer in layers:
-        layer.native = enabled
-    return len(layers)
 
 
 class MoSLoRALinear(FusedLinear, lora.Linear):

@@ -24,7 +24,6 @@ from torch.nn import functional as F
 
 from mm_moslora.adapters.dropout import Mask, draw_seed, exact_rate, kept_blocks
 from mm_moslora.adapters.functional import combine, multiplies_at_once, scaled_product
-from mm_moslora.adapters.native_products import inner, summed
 
 PLAIN_TYPES: tuple[type, ...] = (Tensor, nn.Parameter)
 """Of weights that are the numbers they show; other types (quantised ones, say) compute in ways of their own."""
@@ -60,8 +59,6 @@ class Operands:
     """s."""
     dropout: float = 0.0
     """Probability of dropping an entry of x before A."""
-    native: bool = False
-    """Whether kernels of ours do dropout and thin products where they can."""
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """W (None: packed, see `Rules`), bias, A, M and B."""
@@ -83,8 +80,6 @@ class Rules:
     """Dropout of x before A."""
     packed: tuple[Packed | None, ...]
     """The weights that are not tensors."""
-    native: bool
-    """Whether kernels of ours compute thin products where they can; for all layers."""
 
     @classmethod
     def of(cls, layers: Sequence[Operands]) -> Rules:
@@ -93,11 +88,9 @@ class Rules:
         return cls(
             scalings=tuple(layer.scaling / (1.0 - rate) for layer, rate in zip(layers, rates, strict=True)),
             masks=tuple(
-                Mask(rate=rate, seed=draw_seed(), native=layer.native) if rate else None
-                for layer, rate in zip(layers, rates, strict=True)
+                Mask(rate=rate, seed=draw_seed()) if rate else None for layer, rate in zip(layers, rates, strict=True)
             ),
             packed=tuple(None if isinstance(layer.weight, Tensor) else layer.weight for layer in layers),
-            native=any(layer.native for layer in layers),
         )
 
 
@@ -116,7 +109,6 @@ class Products:
             rules: of the same layers.
         """
         self.weights, self.packed, self.A, self.C, self.masks = weights, rules.packed, A, C, rules.masks
-        self.native = rules.native
         self.ranks = [0 if c is None else c.shape[1] for c in C]
 
     def outputs(self, x: Tensor, biases: Sequence[Tensor | None]) -> tuple[list[Tensor], Tensor | None]:
@@ -138,11 +130,11 @@ class Products:
 
     def _inner(self, rows: Tensor, A: Tensor) -> Tensor:
         if not any(self.masks):
-            return inner(rows, A.t(), native=self.native)
+            return rows @ A.t()
         z = rows.new_empty(rows.shape[0], A.shape[0])
         adapted = {index: mask for index, mask in enumerate(self.masks) if self.ranks[index]}
         for index, block, kept in kept_blocks(rows, adapted):
-            self._part(z, index, 1)[block] = inner(kept.keep(rows[block]), self._factor(index).t(), native=self.native)
+            self._part(z, index, 1)[block] = kept.keep(rows[block]) @ self._factor(index).t()
         return z
 
     def input_gradients(
@@ -156,7 +148,7 @@ class Products:
             needs_x: whether ``dX`` is needed.
         """
         us = {
-            i: inner(grad, C, native=self.native)
+            i: grad @ C
             for i, (grad, C) in enumerate(zip(grads, self.C, strict=True))
             if not (grad is None or C is None)
         }
@@ -169,8 +161,7 @@ class Products:
         u, A = _joined(list(us.values()), 1), _joined([self._factor(index) for index in us], 0)
         if dX is not None:
             dX.addmm_(u, A)
-        dA = summed(u, x, native=self.native)
-        return dX, dict(zip(us, dA.split([part.shape[1] for part in us.values()]), strict=True))
+        return dX, dict(zip(us, (u.t() @ x).split([part.shape[1] for part in us.values()]), strict=True))
 
     def _through_weights(self, x: Tensor, grads: Sequence[Tensor | None], dX: Tensor | None) -> Tensor | None:
         """``dX`` and the base weights' part of it, added up by the products."""
@@ -202,7 +193,7 @@ class Products:
                 kept.keep_(torch.mm(u, A, out=dX[block]))
             elif dX is not None:
                 kept.add(dX[block], u @ A)
-            gradients[index].add_(summed(u, kept.keep(x[block]), native=self.native))
+            gradients[index].add_(u.t() @ kept.keep(x[block]))
         return dX, gradients
 
     def product_gradient(self, index: int, grad: Tensor, z: Tensor) -> Tensor:
@@ -214,7 +205,7 @@ class Products:
             z: from `outputs`.
         """
         # z^T dY is faster than dY^T z where D_out is large.
-        return summed(self._part(z, index, 1), grad, native=self.native).t()
+        return (self._part(z, index, 1).t() @ grad).t()
 
     def _factor(self, index: int) -> Tensor:
         assert self.A is not None

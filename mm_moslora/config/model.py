@@ -132,9 +132,10 @@ class ModelConfig:
     lean_layers: bool = True
     """Let decoder layers of known families keep less for the backward pass; the numbers stay the same."""
     kernels: Literal["auto", "torch", "liger", "native"] = "auto"
-    """What runs between the matrix products of lean layers: Liger's Triton kernels, ours for CPUs (native; attention
-    and the dropout of adapters, too), or PyTorch's own. auto: Liger's on a GPU where liger-kernel is installed, ours on
-    a CPU where a C++ compiler is. With `train.compile` PyTorch's are compiled instead."""
+    """liger: Liger's Triton kernels between the matrix products of lean layers, on a GPU. native: a C++ kernel for
+    attention, on a CPU. torch: PyTorch's own everywhere. auto: liger where liger-kernel is installed, native where a
+    C++ compiler is. With `train.compile` the operators between the products are compiled, and auto takes no Triton
+    kernels."""
 
     def __post_init__(self) -> None:
         require(

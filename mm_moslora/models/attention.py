@@ -3,7 +3,7 @@
 Shapes: ``H`` heads, ``S`` tokens of the whole row, ``E`` head width.
 
 A dense block-diagonal mask costs the square of the whole row; a loop over segments costs the sum of the squares and
-was measured 2.4 times faster on a CPU. There, our kernel takes all segments in one call where a model is to use it
+was measured 2.4 times faster on a CPU. There, a C++ kernel takes all segments in one call where a model is to use it
 (`native_attention`); without it a segment's attention is written as matrix products where these are faster than
 PyTorch's kernel. On CUDA, flash-attention's variable-length kernel is used when it is installed (transformers passes it
 `cu_seq_lens_*`), and otherwise PyTorch's own (`varlen_attn`; half precision, compute capability 8.0 or more). The form
@@ -139,7 +139,7 @@ def picture_attention(
     scaling: float | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Attention among all patches of a picture; transformers' own except where ours is faster on a CPU.
+    """Attention among all patches of a picture; transformers' own except where another is faster on a CPU.
 
     Args:
         module: the attention layer; says whether it is causal.

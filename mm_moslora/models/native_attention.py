@@ -16,22 +16,24 @@ from torch import Tensor, nn
 
 from mm_moslora.machine import multiplies_tiles
 from mm_moslora.native import library
-from mm_moslora.native.tensors import SUFFIXES, fits
 
+SUFFIXES = {torch.float32: "full", torch.bfloat16: "half"}
+"""Of the functions for a dtype."""
 WIDEST = 256
 """Head width; as in the source."""
 
 
 def use_native_attention(model: nn.Module, *, on: bool) -> None:
-    """Have the attention of a model run on our kernel where it can, or not, in place."""
+    """Have the attention of a model run on the C++ kernel where it can, or not, in place."""
     for module in model.modules():
         module.native_attention = on  # type: ignore[assignment]  # any of them may be the one that attention is told
 
 
 def runs_native(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, segments: int) -> bool:
-    """Whether the attention of a module is to run on our kernel.
+    """Whether the attention of a module is to run on the C++ kernel.
 
-    Not so in bfloat16 where PyTorch's kernel has matrix units for it, nor where most threads would have nothing to do.
+    Not so in bfloat16 where PyTorch's kernel has matrix units for it, nor where most threads would have nothing to do,
+    nor under a mode that looks at every operator, such as a counter of FLOPs: it would not see the kernel.
 
     Args:
         module: the attention layer.
@@ -40,7 +42,9 @@ def runs_native(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, se
         value: ``[1, K, S, E]``.
         segments: how many.
     """
-    if not getattr(module, "native_attention", False) or not fits(query, key, value):
+    given = {(tensor.dtype, tensor.device.type) for tensor in (query, key, value)}
+    known = len(given) == 1 and query.dtype in SUFFIXES and query.device.type == "cpu"
+    if not (getattr(module, "native_attention", False) and known) or torch._C._len_torch_dispatch_stack():
         return False
     busy = segments * key.shape[1]
     tiles = query.dtype == torch.bfloat16 and multiplies_tiles()

@@ -1,8 +1,6 @@
-"""Kernels of ours for CPUs, in C++, compiled once for the machine that they run on where a compiler is, never required.
+"""Attention for CPUs in C++, compiled once for the machine that it runs on where a compiler is, never required.
 
-`mm_moslora.models.native_passes` calls them with tensors between the products of lean decoder layers,
-`mm_moslora.models.native_attention` for attention, and `native_dropout` and `native_products` of `mm_moslora.adapters`
-for adapters.
+`mm_moslora.models.native_attention` calls it.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,26 +39,8 @@ _ATTENTION = (_POINTER, _LONG, _LONG, _LONG, _LONG, _FLOAT, _INT, _INT)
 _ARGUMENTS = {
     "attend": (*_HEADS * 4, _POINTER, *_ATTENTION),
     "attend_backward": (*_HEADS * 5, _POINTER, *_HEADS * 3, *_ATTENTION),
-    "normalise": (_POINTER, _LONG, _POINTER, _FLOAT, _POINTER, _POINTER, _LONG, _LONG, _INT),
-    "normalised": (_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT),
-    "normalise_backward": (
-        _POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT,
-    ),
-    "gated": (_POINTER, _POINTER, _POINTER, _LONG, _INT),
-    "gated_backward": (_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _INT),
-    "rotated": (
-        _POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG, _INT,
-    ),
-    "keep": (_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _INT),
-    "add_kept": (_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT),
-}  # fmt: skip
-"""What each function of the sources takes that is there once for each dtype."""
-_OTHERS = {
-    "draw_bits": (_POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG),
-    "inner_full": (_POINTER, _LONG, _POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _LONG, _INT),
-    "summed_full": (_POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG, _INT),
 }
-"""What the others take, which know no dtype or float32 alone."""
+"""What each function of the source takes; it is there once for each dtype."""
 DTYPES = ("full", "half")
 """How the functions of float32 and of bfloat16 end."""
 
@@ -69,7 +50,7 @@ class NativeError(MoSLoRAError, RuntimeError):
 
 
 class Library:
-    """The compiled kernels.
+    """The compiled kernel.
 
     Args:
         path: of the shared library.
@@ -83,13 +64,12 @@ class Library:
         except OSError as error:
             raise NativeError(f"{path} does not load ({error})") from error
         self._functions: dict[str, Any] = {}
-        typed = {f"{name}_{dtype}": arguments for name, arguments in _ARGUMENTS.items() for dtype in DTYPES}
-        for name, arguments in (typed | _OTHERS).items():
-            function = self._functions[name] = getattr(library, name)
-            function.argtypes, function.restype = arguments, None
+        for name, dtype in product(_ARGUMENTS, DTYPES):
+            function = self._functions[f"{name}_{dtype}"] = getattr(library, f"{name}_{dtype}")
+            function.argtypes, function.restype = _ARGUMENTS[name], None
 
     def __getitem__(self, name: str) -> Any:
-        """A function by its name in the sources, such as `gated_half`."""
+        """A function by its name in the source, such as `attend_half`."""
         return self._functions[name]
 
 

@@ -1,4 +1,4 @@
-// Vectors of floats for the kernels of this folder: reading, writing, and what they share.
+// Vectors of floats for the attention of this folder: reading and writing.
 //
 // Vectors are GCC's and clang's vector extension, of the width that the processor has. Half precision is bfloat16: read
 // as the upper half of a float, computed in float, rounded once to nearest even where a comment does not say otherwise.
@@ -49,19 +49,15 @@ inline vf widened(vh value) {
 #endif
 }
 
-// To nearest even, numbers of any size; what is none stays none.
-inline vh rounded_exactly(vf value) {
-  const vu bits = (vu)value;
-  const vu number = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const vu wrong = (vu)((bits & 0x7fffffffu) > 0x7f800000u);  // not a number
-  return __builtin_convertvector((number & ~wrong) | (((bits >> 16) | 0x40) & wrong), vh);
-}
-
+// To nearest even; what is no number stays none.
 inline vh rounded(vf value) {
 #ifdef __AVX512BF16__
   return (vh)_mm512_cvtneps_pbh((__m512)value);  // numbers below 1.2e-38 become 0
 #else
-  return rounded_exactly(value);
+  const vu bits = (vu)value;
+  const vu number = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const vu wrong = (vu)((bits & 0x7fffffffu) > 0x7f800000u);  // not a number
+  return __builtin_convertvector((number & ~wrong) | (((bits >> 16) | 0x40) & wrong), vh);
 #endif
 }
 
@@ -70,14 +66,12 @@ struct Full {
   using number = float;
   static vf get(const number* from) { return load<vf>(from); }
   static void put(number* to, vf value) { store(to, value); }
-  static vf as_stored(vf value) { return value; }
 };
 
 struct Half {
   using number = uint16_t;
   static vf get(const number* from) { return widened(load<vh>(from)); }
   static void put(number* to, vf value) { store(to, rounded(value)); }
-  static vf as_stored(vf value) { return widened(rounded(value)); }
 };
 
 // The first `count` numbers, one or more; zeros behind them.
@@ -109,39 +103,6 @@ inline float sum(vf v) {
   for (i64 step = W / 2; step; step /= 2)
     for (i64 i = 0; i < step; ++i) v[i] += v[i + step];
   return v[0];
-}
-
-// e^x to about one unit in the last place; below -87 (less than 2e-38) and above 87 that of the nearer of the two.
-inline vf exponential(vf x) {
-  const vf limit = vf{} + 87.0f;
-  x = x > limit ? limit : x;  // in this order NaN stays NaN
-  x = x < -limit ? -limit : x;
-  // e^x = 2^n e^r with a whole n: adding 1.5 * 2^23 rounds to one, and leaves it in the last bits.
-  const vf magic = vf{} + 12582912.0f, shifted = x * 1.44269504f + magic, whole = shifted - magic;
-  const vf r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
-  vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.0f);
-  return p * (vf)(((vi)shifted + 127) << 23);
-}
-
-// 1 / (1 + e^-x) to about one unit in the last place; 0 below -87, where it is less than 2e-38.
-inline vf logistic(vf x) {
-  const vf found = 1.0f / (1.0f + exponential(-x));
-  return x < vf{} - 87.0f ? vf{} : found;
-}
-
-template <class F>
-void by_rows(i64 rows, int threads, F body) {
-  if (threads > 1) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (i64 row = 0; row < rows; ++row) body(row);
-  } else {
-    for (i64 row = 0; row < rows; ++row) body(row);
-  }
 }
 
 }  // namespace

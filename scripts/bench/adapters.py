@@ -9,8 +9,7 @@
 All contenders of a case run in turn in one process, on the same weights and inputs, in an order that rotates from round
 to round; one thread, process CPU time; every figure is the median of the ratios of single rounds. Saved bytes and FLOPs
 are counted. A step is a forward and a backward pass down to the input. glibc keeps memory between steps, as the trainer
-has it do on a CPU: what fresh pages cost differs from machine to machine and would hide the adapters. Our dropout runs
-on our kernels where a C++ compiler is, as in the trainer.
+has it do on a CPU: what fresh pages cost differs from machine to machine and would hide the adapters.
 
 Two bounds stand beside the cost over the frozen model. That of the FLOPs is what the adapters' products would cost at
 the speed of the base's. That of the products is what they do cost: the time of torch's own kernels for them within the
@@ -28,7 +27,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -39,14 +38,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import peft
 import torch
 import transformers
-from measuring import PRODUCTS, Rows, interleaved, kernel_seconds, products_by_torch, ratio
+from measuring import PRODUCTS, Rows, interleaved, kernel_seconds, ratio
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 import mm_moslora
-from mm_moslora.adapters import MoSLoRAConfig, add_moslora, one_product_per_step, use_kernel, use_native_kernels
+from mm_moslora.adapters import MoSLoRAConfig, add_moslora, one_product_per_step, use_kernel
 from mm_moslora.machine import hardware, keep_memory
-from mm_moslora.native import NativeError
 from mm_moslora.training.progress import Progress
 
 SHAPES = ((576, 1536), (2048, 2048), (2048, 5504))
@@ -131,10 +129,7 @@ def adapt(base: nn.Module, kind: str, *, rank: int, dropout: float = 0.0, wide: 
         config = peft.LoraConfig(**options, target_modules=sorted(names))
         return peft.get_peft_model(base, config, autocast_adapter_dtype=wide).train()
     own = MoSLoRAConfig(**options, **(PLAIN if kind == "own lora" else {}))
-    model = add_moslora(base, own, autocast_adapter_dtype=wide).train()
-    with suppress(NativeError):  # as the training loop has it
-        use_native_kernels(model)
-    return model
+    return add_moslora(base, own, autocast_adapter_dtype=wide).train()
 
 
 def step(model: nn.Module, kind: str, given: Tensor, *, micro_batches: int = 1) -> Step:
@@ -195,8 +190,7 @@ def model_row(case: Case, rounds: int) -> dict[str, Any]:
     linears = [module for module in models["frozen"].modules() if isinstance(module, nn.Linear)]
     work = sum(4 * layer.in_features * layer.out_features for layer in linears)
     extra = sum(6 * rank * (layer.in_features + layer.out_features) for layer in linears)
-    with products_by_torch(models["moslora"]):
-        thin, _ = kernel_seconds(steps["moslora"], partial(_is_thin, rank=rank))
+    thin, _ = kernel_seconds(steps["moslora"], partial(_is_thin, rank=rank))
     others = {kind: ratio(times, kind, "frozen") for kind in ("peft", "peft bf16", "moslora fp32") if kind in times}
     return {
         "vs_peft": ratio(times, "moslora", "peft"),

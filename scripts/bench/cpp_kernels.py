@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What each C++ kernel saves of a training step: the step without it over the step with all of them.
 
-    python scripts/bench/cpp_kernels.py                    table for people; eight minutes
+    python scripts/bench/cpp_kernels.py                    table for people; minutes
     python scripts/bench/cpp_kernels.py --json             one object on stdout
     python scripts/bench/cpp_kernels.py --rows rows.jsonl  keep finished rows there; a run that was stopped goes on
 
@@ -14,8 +14,7 @@ Contenders:
     all              the step of `mm-moslora train` with `model.kernels: native`
     all again        the same once more, which shows what the measurement can tell apart
     without X        all kernels but X
-    none             no C++ kernel
-    by torch alone   no C++ kernel, and attention by PyTorch's own kernel instead of matrix products
+    by torch alone   without attention, and without matrix products in its place, which AMD's processors get then
 """
 
 from __future__ import annotations
@@ -44,9 +43,8 @@ import yardstick
 from measuring import Rows, head, interleaved, ratio, settings_of
 from torch import Tensor
 
-from mm_moslora.adapters import native_dropout, native_products
 from mm_moslora.machine import keep_memory
-from mm_moslora.models import attention, native_attention, native_passes
+from mm_moslora.models import attention, native_attention
 from mm_moslora.models.kernels import choose_kernels
 from mm_moslora.training.progress import Progress
 
@@ -56,30 +54,12 @@ VOCABULARY = 32_000
 KEPT = 1.05
 
 Question = tuple[ModuleType, str]
-KERNELS: dict[str, Question] = {
-    "attention": (native_attention, "runs_native"),
-    "fused_ops": (native_passes, "fits"),
-    "dropout": (native_dropout, "fits"),
-    "thin": (native_products, "_suits"),
-}
-"""The function that is asked whether each kernel takes some tensors."""
+KERNEL: Question = (native_attention, "runs_native")
 PRODUCTS: Question = (attention, "products_are_faster")
-
-
-def kernels_of(dtype: str, dropout: float) -> list[str]:
-    """The kernels that run in a case."""
-    absent = {"dropout"} if not dropout else set()
-    return [name for name in KERNELS if name not in absent | ({"thin"} if dtype == "bf16" else set())]
-
-
-def contenders(dtype: str, dropout: float) -> dict[str, list[Question]]:
-    """What is answered with no by each contender of a case."""
-    found: dict[str, list[Question]] = {"all": [], "all again": []}
-    found |= {f"without {name}": [KERNELS[name]] for name in kernels_of(dtype, dropout)}
-    if not dropout:
-        found["none"] = list(KERNELS.values())
-        found["by torch alone"] = [*KERNELS.values(), PRODUCTS]
-    return found
+CONTENDERS: dict[str, list[Question]] = {
+    "all": [], "all again": [], "without attention": [KERNEL], "by torch alone": [KERNEL, PRODUCTS],
+}  # fmt: skip
+"""What is answered with no by each contender; a kernel has a function that is asked whether it takes some tensors."""
 
 
 def without(left_out: list[Question], step: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -97,7 +77,7 @@ def without(left_out: list[Question], step: Callable[[], Tensor]) -> Callable[[]
 def measure(dtype: str, dropout: float, rounds: int, after_round: Callable[[], None]) -> dict[str, Any]:
     """One row."""
     step = yardstick.ours(VOCABULARY, DTYPES[dtype], dropout=dropout).step
-    steps = {name: without(left_out, step) for name, left_out in contenders(dtype, dropout).items()}
+    steps = {name: without(left_out, step) for name, left_out in CONTENDERS.items()}
     losses: dict[str, list[Tensor]] = {}
     times = interleaved(steps, rounds, after_round=after_round, results=losses)
     limit = 1e-5 if dtype == "fp32" else 5e-3

@@ -6,19 +6,16 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from mm_moslora.adapters.layer import FusedLinear
 from mm_moslora.machine import hardware
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::baddbmm_")
@@ -99,19 +96,6 @@ def kernel_seconds(
     times = [event.self_cpu_time_total if on_cpu else event.self_device_time_total for event in events]
     chosen = sum(spent for event, spent in zip(events, times, strict=True) if wanted(event.key, event.input_shapes))
     return chosen / 1e6, sum(times) / 1e6
-
-
-@contextmanager
-def products_by_torch(model: nn.Module) -> Iterator[None]:
-    """Within the block the thin products of a model's adapters are PyTorch's, which a profile shows by their names."""
-    native = [module for module in model.modules() if isinstance(module, FusedLinear) and module.native]
-    try:
-        for module in native:
-            module.native = False
-        yield
-    finally:
-        for module in native:
-            module.native = True
 
 
 def head(benchmark: str, *packages: str, device: str = "cpu") -> dict[str, Any]:

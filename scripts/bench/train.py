@@ -31,7 +31,7 @@ and beside them, with the large vocabulary and without --quick:
 Useful MFU: the FLOPs that the step needs (no padding, supervised positions at the head, and behind the last attention,
 no gradient of frozen weights, no recomputation; a multiply-add is two) over its time, over the speed of the fastest of
 the step's own matrix products, measured in the same rounds. Its bound: what it would be if our step did nothing but its
-matrix products and its attention, in the time that their kernels take (PyTorch's for all products).
+matrix products and its attention, in the time that their kernels take.
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ from measuring import (
     head,
     interleaved,
     kernel_seconds,
-    products_by_torch,
     ratio,
     settings_of,
 )  # fmt: skip
@@ -201,12 +200,11 @@ def step_row(
     bare = products(dtype, setting)
     steps = {kind: timed.step for kind, timed in (contenders | bare).items()}
     times = interleaved(steps, rounds, after_round=after_round, clock=clock_of(setting.device))
-    with products_by_torch(contenders["ours"].model):
-        kernels, whole = kernel_seconds(
-            contenders["ours"].step,
-            lambda name, _: name in PRODUCTS or "attention" in name.lower(),
-            device=setting.device,
-        )
+    kernels, whole = kernel_seconds(
+        contenders["ours"].step,
+        lambda name, _: name in PRODUCTS or "attention" in name.lower(),
+        device=setting.device,
+    )
     peak = max(product.flops / statistics.median(times[key]) for key, product in bare.items())
     seconds = {kind: statistics.median(times[kind]) for kind in contenders}
     mfu = {kind: needed_flops(vocabulary, setting) / spent / peak for kind, spent in seconds.items()}

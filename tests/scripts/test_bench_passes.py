@@ -6,12 +6,7 @@ import json
 import subprocess
 from pathlib import Path
 
-import pytest
-import torch
 from preloaded import Preloaded
-
-from mm_moslora.models.kernels import choose_kernels
-from mm_moslora.models.native_passes import NATIVE
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "passes.py"
 
@@ -35,18 +30,3 @@ def test_operators_and_bytes_of_a_layer(python: Preloaded) -> None:
     summary = found["summary"]
     assert (summary["operators_bf16"], summary["operators_fp32"]) == (67, 51)
     assert (summary["moved_bytes_bf16"] >> 20, summary["one_kernel_bytes_bf16"] >> 20) == (3221, 827)
-
-
-def test_our_kernels_are_timed_against_pytorchs_operators(python: Preloaded) -> None:
-    chosen = choose_kernels("auto", torch.device("cpu"))
-    if chosen.passes is not NATIVE:
-        pytest.skip(chosen.words)
-    sizes = ["--tokens", "64", "--width", "128", "--mlp-width", "256", "--head-width", "32", "--kv-heads", "4"]
-    done = subprocess.run(
-        [python.ours, str(SCRIPT), "--json", "--time", *sizes], capture_output=True, text=True, check=True
-    )
-    ratios = json.loads(done.stdout.splitlines()[-1])["time_ratios"]
-    assert list(ratios) == ["fp32", "bf16"]
-    for found in ratios.values():
-        assert len(found) == 9
-        assert all(value > 0 for value in found.values())
