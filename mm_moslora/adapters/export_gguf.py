@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import gguf
 import torch
@@ -22,15 +22,26 @@ from mm_moslora.folders import writing
 if TYPE_CHECKING:
     from mm_moslora.adapters.export import PlainPair
 
-# transformers' model_type to llama.cpp's architecture, and whether its converter reorders query and key rows.
-_ARCHITECTURES = {
-    "llama": (gguf.MODEL_ARCH.LLAMA, True),
-    "mistral": (gguf.MODEL_ARCH.LLAMA, True),
-    "qwen2": (gguf.MODEL_ARCH.QWEN2, False),
-    "qwen3": (gguf.MODEL_ARCH.QWEN3, False),
-    "phi3": (gguf.MODEL_ARCH.PHI3, False),
-    "gemma2": (gguf.MODEL_ARCH.GEMMA2, False),
+
+class Family(NamedTuple):
+    """A family of language models as llama.cpp has it."""
+
+    architecture: gguf.MODEL_ARCH
+    pairs_rows: bool = False
+    """Whether llama.cpp keeps the rows of query and key projections in another order."""
+    adapters_only: bool = False
+    """Whether adapters are exported and whole models are not."""
+
+
+FAMILIES = {
+    "llama": Family(gguf.MODEL_ARCH.LLAMA, pairs_rows=True),
+    "mistral": Family(gguf.MODEL_ARCH.LLAMA, pairs_rows=True),
+    "qwen2": Family(gguf.MODEL_ARCH.QWEN2),
+    "qwen3": Family(gguf.MODEL_ARCH.QWEN3),
+    "phi3": Family(gguf.MODEL_ARCH.PHI3, adapters_only=True),
+    "gemma2": Family(gguf.MODEL_ARCH.GEMMA2, adapters_only=True),
 }
+"""By transformers' model_type of the language model."""
 
 
 def write_gguf(out: Path, pairs: Mapping[str, PlainPair], model_config: Mapping[str, Any]) -> Path:
@@ -48,12 +59,12 @@ def write_gguf(out: Path, pairs: Mapping[str, PlainPair], model_config: Mapping[
     """
     model_config = model_config.get("text_config", model_config)
     kind = str(model_config.get("model_type"))
-    if kind not in _ARCHITECTURES:
+    if kind not in FAMILIES:
         raise AdapterError(
-            f"model_type {kind!r} is not covered, expected one of {', '.join(sorted(_ARCHITECTURES))}. Export with "
+            f"model_type {kind!r} is not covered, expected one of {', '.join(sorted(FAMILIES))}. Export with "
             "layout='peft' and use llama.cpp's convert_lora_to_gguf.py."
         )
-    architecture, reorders = _ARCHITECTURES[kind]
+    architecture = FAMILIES[kind].architecture
     names = gguf.get_tensor_name_map(architecture, int(model_config["num_hidden_layers"]))
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_string("general.type", "adapter")
@@ -77,9 +88,7 @@ def write_gguf(out: Path, pairs: Mapping[str, PlainPair], model_config: Mapping[
             raise AdapterError(
                 f"llama.cpp's language model has no module {path!r}. Leave it out of the targets, or merge."
             )
-        B = pair.B
-        if reorders and path.endswith(("q_proj", "k_proj")):
-            B = _reordered(B, _heads(model_config, path.endswith("k_proj")))
+        B = in_row_order(pair.B, path, model_config)
         writer.add_tensor(f"{name}.weight.lora_a", pair.A.numpy())
         writer.add_tensor(f"{name}.weight.lora_b", B.contiguous().numpy())
     write_file(writer, out)
@@ -109,12 +118,19 @@ def write_file(writer: gguf.GGUFWriter, path: Path) -> None:
                 raise OSError(errno.ENOSPC, "it is not whole; the disk may be full") from error
 
 
-def _heads(config: Mapping[str, Any], is_key: bool) -> int:
+def in_row_order(value: Tensor, module: str, config: Mapping[str, Any]) -> Tensor:
+    """A weight, bias or factor B with its rows as llama.cpp has them.
+
+    In the Llama family the rows of a head go from two halves (transformers' rotary layout) to pairs.
+
+    Args:
+        value: ``[rows, ...]``.
+        module: path of its linear layer.
+        config: of the language model; its model_type is one of `FAMILIES`.
+    """
+    if not (FAMILIES[config["model_type"]].pairs_rows and module.endswith(("q_proj", "k_proj"))):
+        return value
     heads = int(config["num_attention_heads"])
-    return int(config.get("num_key_value_heads") or heads) if is_key else heads
-
-
-def _reordered(B: Tensor, heads: int) -> Tensor:
-    """Rows of a head from two halves (transformers' rotary layout) to pairs (llama.cpp's)."""
-    rows = torch.arange(len(B)).view(heads, 2, -1).transpose(1, 2).reshape(-1)
-    return B[rows]
+    if module.endswith("k_proj"):
+        heads = int(config.get("num_key_value_heads") or heads)
+    return value[torch.arange(len(value)).view(heads, 2, -1).transpose(1, 2).reshape(-1)]

@@ -19,19 +19,13 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
-from mm_moslora.adapters.export_gguf import write_file
+from mm_moslora.adapters.export_gguf import FAMILIES, in_row_order, write_file
 from mm_moslora.errors import ModelError
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.export import check_empty
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
 
-# transformers' model_type to llama.cpp's architecture, and whether its converter reorders query and key rows.
-_FAMILIES = {
-    "llama": (gguf.MODEL_ARCH.LLAMA, True),
-    "mistral": (gguf.MODEL_ARCH.LLAMA, True),
-    "qwen2": (gguf.MODEL_ARCH.QWEN2, False),
-    "qwen3": (gguf.MODEL_ARCH.QWEN3, False),
-}
+_FAMILIES = {kind: family for kind, family in FAMILIES.items() if not family.adapters_only}
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
@@ -125,8 +119,7 @@ def _rope(text: Any) -> dict[str, Any]:
 
 def _text_metadata(assembly: Assembly) -> gguf.GGUFWriter:
     text: Any = assembly.model.config.get_text_config()
-    architecture, _ = _FAMILIES[text.model_type]
-    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture])
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[FAMILIES[text.model_type].architecture])
     head = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     writer.add_name("mm_moslora export")
     writer.add_context_length(text.max_position_embeddings)
@@ -174,8 +167,8 @@ def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, size: int) -> None:
 def _text_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """llama.cpp's names and tensors of the language model."""
     text: Any = model.config.get_text_config()
-    architecture, reorders = _FAMILIES[text.model_type]
-    names = gguf.get_tensor_name_map(architecture, text.num_hidden_layers)
+    names = gguf.get_tensor_name_map(FAMILIES[text.model_type].architecture, text.num_hidden_layers)
+    config = text.to_dict()
     decoder: Any = model.get_decoder()
     state = {f"model.{name}": value for name, value in decoder.state_dict().items()}
     head: Any = model.get_output_embeddings()
@@ -185,18 +178,9 @@ def _text_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         name = names.get_name(path, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ModelError(f"llama.cpp has no name for {path!r}. Export with --to hf instead.")
-        value = tensor.detach()
-        if reorders and re.search(r"[qk]_proj\.(weight|bias)$", path):
-            heads = text.num_key_value_heads if ".k_proj." in path else text.num_attention_heads
-            value = value[_paired(len(value), heads)]
-        yield name, value
+        yield name, in_row_order(tensor.detach(), path.rpartition(".")[0], config)
     if _rope(text)["rope_type"] == "llama3":
         yield "rope_freqs.weight", _llama3_factors(text)
-
-
-def _paired(rows: int, heads: int) -> Tensor:
-    """Rows of a head from two halves (transformers' rotary layout) to pairs (llama.cpp's)."""
-    return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).reshape(-1)
 
 
 def _llama3_factors(text: Any) -> Tensor:
