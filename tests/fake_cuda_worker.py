@@ -100,7 +100,7 @@ def micro_batches(run: runs.Run) -> list[Batch]:
     return [Batch.from_examples([first, third, second, first]), Batch.from_examples([second, first])]
 
 
-_read = FeatureStore._read
+_read = FeatureStore.read
 
 
 def read(store: FeatureStore, key: str) -> torch.Tensor | None:
@@ -122,7 +122,7 @@ def train_step(name: str, recipe: Recipe) -> dict[str, Any]:
             module(blind, True)
     patches = (
         mock.patch.object(distributed, "device", return_value=CUDA),
-        mock.patch.object(FeatureStore, "_read", read),
+        mock.patch.object(FeatureStore, "read", read),
     )
     with fake_cuda.fake_cuda() as device, patches[0], patches[1]:
         fake_cuda.to_cuda(module)

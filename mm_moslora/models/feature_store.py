@@ -1,7 +1,6 @@
-"""Features of a frozen vision tower on disk, one file per picture, shared by all runs and ranks that use the tower.
+"""Features of pictures, kept by key in memory and on disk.
 
-Shapes: ``L`` tokens of a picture before any is dropped, ``V`` width of the selected layers together.
-
+On disk are those of a frozen vision tower, one file per picture, shared by all runs and ranks that use the tower.
 An entry is named by what the tower was shown (the prepared pixels, so picture and processing count) and lies in a
 folder named by the tower (weights, configuration, layers, dtype). It is written aside and renamed, so any number of
 processes may share a folder, and read as a memory map. An entry that is not what was written is encoded again and
@@ -13,7 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 """Part of a tower's name; a change of what is stored makes new folders."""
 _FEATURES, _CHECKSUM = "features", "xxh3_128"
+MEMORY_BYTES = 2**30
+"""Of features in memory; 576 tokens of width 4096 take 4.7 MB in bf16."""
 _KEPT_FREE = 2**30
 """Bytes that stay free on the disk: checkpoints need room more than a cache."""
 
@@ -117,33 +119,15 @@ class FeatureStore:
         self._size = sum(map(_size_of, self.folder.glob("*/*.safetensors"))) if self._limit else 0
         self._full = False
 
-    def fetch(
-        self, keys: Sequence[str], asked: Sequence[int], encode: Callable[[Sequence[int]], Sequence[Tensor]]
-    ) -> list[Tensor]:
-        """Features of pictures, from disk where they are there.
-
-        Args:
-            keys: of pictures, from `picture_key`.
-            asked: numbers of those that are wanted.
-            encode: given the numbers of those that must be encoded, returns ``[L, V]`` for each. It is called once,
-                with an empty list if need be: ranks may have to agree about it.
-
-        Returns:
-            ``[L, V]`` for each that is wanted, on the CPU where it came from disk.
-        """
-        found = {number: value for number in asked if (value := self._read(keys[number])) is not None}
-        missing = [number for number in asked if number not in found]
-        for number, value in zip(missing, encode(missing), strict=True):
-            found[number] = value
-            self._write(keys[number], value)
-        self.counts.read += len(asked) - len(missing)
-        self.counts.encoded += len(missing)
-        return [found[number] for number in asked]
-
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def _read(self, key: str) -> Tensor | None:
+    def read(self, key: str) -> Tensor | None:
+        """The features of a picture, on the CPU; None where they are not there or damaged.
+
+        Args:
+            key: from `picture_key`.
+        """
         path = self._path(key)
         if not path.exists():
             return None
@@ -159,13 +143,21 @@ class FeatureStore:
         if xxhash.xxh3_128_hexdigest(_bytes(value)) != checksum:
             self._damaged(path, "its checksum differs")
             return None
+        self.counts.read += 1
         return value
 
     def _damaged(self, path: Path, why: str) -> None:
         self.counts.damaged += 1
         logger.warning("The cached features in %s are damaged (%s); the picture is encoded again.", path, why)
 
-    def _write(self, key: str, value: Tensor) -> None:
+    def write(self, key: str, value: Tensor) -> None:
+        """Keep the features of a picture that was encoded, if there is room.
+
+        Args:
+            key: from `picture_key`.
+            value: the features.
+        """
+        self.counts.encoded += 1
         path = self._path(key)
         kept = value.detach().cpu().contiguous()
         size = kept.numel() * kept.element_size()
@@ -193,3 +185,72 @@ class FeatureStore:
     def _stop(self, why: str) -> None:
         self._full = True
         logger.warning("Nothing more is added to the feature cache %s: %s. What it holds is used.", self.folder, why)
+
+
+class FeatureCache:
+    """Features by key: in memory, where the least recently used go first, and on disk where a store is given.
+
+    Args:
+        memory_bytes: beyond which features in memory go; 0: none stay.
+        store: reads and keeps what is not in memory.
+    """
+
+    def __init__(self, *, memory_bytes: float = MEMORY_BYTES, store: FeatureStore | None = None) -> None:
+        self.store = store
+        self.hits = self.misses = 0
+        self._memory_bytes, self._used = memory_bytes, 0
+        self._features: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __contains__(self, key: object) -> bool:
+        """Whether the features of a key are in memory."""
+        return key in self._features
+
+    def get_many(
+        self,
+        keys: Sequence[str],
+        encode: Callable[[Sequence[int]], Sequence[Tensor]],
+        *,
+        device: torch.device | None = None,
+    ) -> list[Tensor]:
+        """Features of all keys.
+
+        Args:
+            keys: wanted; one may occur several times.
+            encode: given the places in `keys` of features that are missing, returns these. It is called once, with an
+                empty list if need be: ranks may have to agree about it.
+            device: where features from disk go.
+        """
+        places: dict[str, int] = {}
+        for place, key in enumerate(keys):
+            places.setdefault(key, place)
+        found = {key: self._features[key] for key in places if key in self._features}
+        if self.store is not None:
+            for key in places:
+                if key not in found and (value := self.store.read(key)) is not None:
+                    found[key] = value.to(device=device, non_blocking=True)
+        missing = [key for key in places if key not in found]
+        self.misses += len(missing)
+        self.hits += len(keys) - len(missing)
+        for key, value in zip(missing, encode([places[key] for key in missing]), strict=True):
+            found[key] = value
+            if self.store is not None:
+                self.store.write(key, value)
+        self._remember(found)
+        return [found[key] for key in keys]
+
+    def forget(self, keys: Iterable[str] | None = None) -> None:
+        """Take features out of memory.
+
+        Args:
+            keys: whose; None: all.
+        """
+        for key in list(self._features if keys is None else keys):
+            if (value := self._features.pop(key, None)) is not None:
+                self._used -= value.nbytes
+
+    def _remember(self, found: Mapping[str, Tensor]) -> None:
+        self.forget(found)  # they go to the end
+        self._features.update(found)
+        self._used += sum(value.nbytes for value in found.values())
+        while self._used > self._memory_bytes:
+            self.forget([next(iter(self._features))])

@@ -5,6 +5,7 @@ Shapes: ``N`` pictures, ``L`` tokens of a picture before any is dropped, ``V`` w
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from mm_moslora import distributed
 from mm_moslora.batch import Batch
 from mm_moslora.errors import ModelError
-from mm_moslora.models.feature_store import FeatureStore, picture_key
+from mm_moslora.models.feature_store import FeatureCache, FeatureStore, picture_key
 
 Layers = int | list[int]
 
@@ -30,60 +31,46 @@ class PictureMemory:
     """
 
     def __init__(self, store: FeatureStore | None = None) -> None:
-        self.store = store
+        self.cache = FeatureCache(memory_bytes=math.inf, store=store)
         self._to_come: Counter[str] = Counter()
-        self._kept: dict[str, Tensor] = {}
+
+    @property
+    def store(self) -> FeatureStore | None:
+        """Features on disk."""
+        return self.cache.store
 
     def begin_step(self, micro_batches: Sequence[Batch]) -> None:
-        """Tell which micro-batches come, so that only pictures that more than one of them shows are kept."""
-        self._kept.clear()
-        shown = Counter(key for batch in micro_batches for key in set(batch.image_keys))
-        self._to_come = Counter({key: count for key, count in shown.items() if count > 1})
+        """Tell which micro-batches come, so that only pictures that a later one shows again stay in memory."""
+        self.cache.forget()
+        self._to_come = Counter(key for batch in micro_batches for key in set(batch.image_keys))
 
     def states(self, tower: PreTrainedModel, layer: Layers, pixels: Tensor, keys: Sequence[str]) -> Tensor:
-        """Hidden states of pictures that are all different, ``[N, L, V]``.
+        """Hidden states of pictures, ``[N, L, V]``.
 
         Args:
             tower: frozen.
             layer: selected.
             pixels: ``[N, 3, H, W]`` as the tower takes them.
-            keys: ``N`` of them, from `picture_key`.
+            keys: ``N`` of them, from `picture_key`; those with the same key are encoded once.
         """
-        if is_cut_up(tower):
-            return self._states_in_lockstep(tower, layer, pixels, keys)
-        asked = [number for number, key in enumerate(keys) if key not in self._kept]
-        if len(asked) == len(keys) and self.store is None:
-            return self._keep(keys, frozen_states(tower, layer, pixels))
+        cut_up = is_cut_up(tower)
 
         def encode(numbers: Sequence[int]) -> Sequence[Tensor]:
-            return list(frozen_states(tower, layer, _chosen(pixels, numbers))) if numbers else []
-
-        found = self.store.fetch(keys, asked, encode) if self.store else encode(asked)
-        rows = self._kept | {keys[number]: row for number, row in zip(asked, found, strict=True)}
-        return self._keep(keys, torch.stack([rows[key].to(pixels.device, non_blocking=True) for key in keys]))
-
-    def _states_in_lockstep(self, tower: PreTrainedModel, layer: Layers, pixels: Tensor, keys: Sequence[str]) -> Tensor:
-        """ZeRO-3 gathers the tower's weights while it runs, so either all ranks run it or none does."""
-        if self.store is None:
-            return frozen_states(tower, layer, pixels)
-
-        def encode(numbers: Sequence[int]) -> Sequence[Tensor]:
-            (on_all_ranks,) = distributed.sum_over_ranks([float(len(numbers))])
-            if not on_all_ranks:
+            count = float(len(numbers))
+            if cut_up and self.store is not None:
+                (count,) = distributed.sum_over_ranks([count])
+            if not count:
                 return []
-            return list(frozen_states(tower, layer, _chosen(pixels, list(numbers) or [0])))[: len(numbers)]
+            whole = len(numbers) == len(pixels)
+            chosen = pixels if whole else _chosen(pixels, list(numbers) or [0])
+            return list(frozen_states(tower, layer, chosen))[: len(numbers)]
 
-        found = self.store.fetch(keys, range(len(keys)), encode)
-        return torch.stack([row.to(pixels.device, non_blocking=True) for row in found])
-
-    def _keep(self, keys: Sequence[str], states: Tensor) -> Tensor:
-        for key, row in zip(keys, states, strict=True):
-            if key in self._to_come:
-                self._to_come[key] -= 1
-                self._kept[key] = row
-                if not self._to_come[key]:
-                    del self._to_come[key], self._kept[key]
-        return states
+        rows = self.cache.get_many(keys, encode, device=pixels.device)
+        self._to_come -= Counter(set(keys))
+        # ZeRO-3 gathers the tower's weights while it runs, so either all ranks run it or none does: memory is left out,
+        # and about what is on disk they agree.
+        self.cache.forget(keys if cut_up else [key for key in keys if key not in self._to_come])
+        return torch.stack(rows)
 
 
 def is_cut_up(tower: nn.Module) -> bool:
@@ -118,17 +105,15 @@ def tower_states(tower: PreTrainedModel, layer: Layers, pixels: Tensor) -> Tenso
 
 
 def frozen_states(tower: PreTrainedModel, layer: Layers, pixels: Tensor) -> Tensor:
-    """`tower_states` without a graph; a frozen tower sees in training what it sees in evaluation (no dropout)."""
+    """`tower_states` without a graph, to be copied by who keeps them for a backward pass.
+
+    A frozen tower sees in training what it sees in evaluation (no dropout).
+    """
     if tower.training:
         tower.eval()
-    if is_cut_up(tower):
-        # Not inference mode: ZeRO-3 fetches weights of the layers behind the tower ahead of time, and these train.
-        with torch.no_grad():
-            return tower_states(tower, layer, pixels)
-    with torch.inference_mode():
-        states = tower_states(tower, layer, pixels)
-    # A copy, because the projector keeps its input for the backward pass, which an inference tensor cannot be.
-    return states.clone() if torch.is_grad_enabled() else states
+    # Not inference mode: ZeRO-3 fetches weights of the layers behind the tower ahead of time, and these train.
+    with torch.no_grad() if is_cut_up(tower) else torch.inference_mode():
+        return tower_states(tower, layer, pixels)
 
 
 def unique_states(
@@ -143,16 +128,11 @@ def unique_states(
         keys: ``N`` of them, or none.
         memory: see `PictureMemory`; None: this call alone counts.
     """
-    if len(keys) != pixels.shape[0]:
-        if memory is None or memory.store is None:
-            return frozen_states(tower, layer, pixels)
-        keys = [picture_key(picture) for picture in pixels]
-    unique = list(dict.fromkeys(keys))
-    repeats = len(unique) < len(keys)
-    chosen = _chosen(pixels, [keys.index(key) for key in unique]) if repeats else pixels
     known = PictureMemory() if memory is None else memory
-    states = known.states(tower, layer, chosen, unique)
-    return _chosen(states, [unique.index(key) for key in keys]) if repeats else states
+    if len(keys) != pixels.shape[0]:
+        # Without a store nothing is gained by knowing which are the same.
+        keys = [str(number) if known.store is None else picture_key(row) for number, row in enumerate(pixels)]
+    return known.states(tower, layer, pixels, keys)
 
 
 def _chosen(rows: Tensor, numbers: Sequence[int]) -> Tensor:

@@ -59,8 +59,8 @@ class _EngineState:
             "answer_tokens": ("Tokens said.", engine.answer_tokens),
             "decoding_steps": ("Steps over a batch.", engine.steps),
             "engine_failures": ("Steps that failed.", engine.failures),
-            "image_cache_hits": ("Pictures whose visual tokens were still there.", models.image_hits),
-            "image_cache_misses": ("Pictures that were encoded.", models.image_misses),
+            "image_cache_hits": ("Pictures whose visual tokens were still there.", models.features.hits),
+            "image_cache_misses": ("Pictures that were encoded.", models.features.misses),
         }
         for name, (what, value) in gauges.items():
             yield GaugeMetricFamily(f"mm_moslora_{name}", what, value=value)

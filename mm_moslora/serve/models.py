@@ -11,12 +11,11 @@ import copy
 import hashlib
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -31,6 +30,7 @@ from mm_moslora.folders import ADAPTER_CONFIG, MANIFEST, find_checkpoint, projec
 from mm_moslora.models.anyres import newline_of
 from mm_moslora.models.branching import Decoder
 from mm_moslora.models.build import Assembly, load_projector
+from mm_moslora.models.feature_store import FeatureCache
 from mm_moslora.models.generation import Prompt, embed_prompt, encode_images, stop_token_ids
 from mm_moslora.models.load import load, model_of
 from mm_moslora.models.row_decoding import start_row
@@ -38,9 +38,6 @@ from mm_moslora.models.vlm import takes_rows
 from mm_moslora.serve.compatibility import refuse_other_settings
 
 logger = logging.getLogger(__name__)
-
-_KEPT_IMAGES = 256
-"""Pictures whose visual tokens stay in memory: a conversation shows the same picture at every turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +74,8 @@ class Models:
         # A processor changes its tokenizer's settings while it works, so one thread at a time may use it.
         self._alone = threading.Lock() if assembly.ready_made else nullcontext()
         self._eyes_of = {name: _eyes_of(assembly, variant) for name, variant in self.variants.items()}
-        self._seen: OrderedDict[tuple[_Eyes, bytes], Tensor] = OrderedDict()
-        self.image_hits = self.image_misses = 0
+        self.features = FeatureCache()
+        """Visual tokens: a conversation shows the same picture at every turn."""
 
     @property
     def default(self) -> str:
@@ -167,31 +164,22 @@ class Models:
         if not seen:
             return None
         pixels = [item.tensors["pixel_values"][0] for item in seen]
-        eyes = self._eyes_of[name]
-        keys = [(eyes, hashlib.sha256(item.numpy().tobytes()).digest()) for item in pixels]
-        fresh = {key: item for key, item in zip(keys, pixels, strict=True) if key not in self._seen}
-        self.image_misses += len(fresh)
-        self.image_hits += len(keys) - len(fresh)
-        if fresh:
-            made = encode_images(self.assembly.model, torch.stack(list(fresh.values())))
-            self._seen.update(zip(fresh, made, strict=True))
-        for key in keys:
-            self._seen.move_to_end(key)
-        result = torch.cat([self._seen[key] for key in keys])
-        while len(self._seen) > _KEPT_IMAGES:
-            self._seen.popitem(last=False)
-        return result
+        keys = [f"{self._eyes_of[name]} {hashlib.sha256(item.numpy().tobytes()).hexdigest()}" for item in pixels]
+
+        def encode(numbers: Sequence[int]) -> Sequence[Tensor]:
+            if not numbers:
+                return []
+            made = encode_images(self.assembly.model, torch.stack([pixels[number] for number in numbers]))
+            return [row.clone() for row in made]  # so that forgetting one frees its memory
+
+        return torch.cat(self.features.get_many(keys, encode))
 
 
-class _Eyes(NamedTuple):
-    """All that decides a picture's visual tokens, besides the base: variants that have it in common share them."""
+def _eyes_of(assembly: Assembly, variant: Variant) -> str:
+    """Names what decides a picture's visual tokens besides the base: variants that have it in common share them.
 
-    adapter: str | None
-    """The active adapter, if it has weights between the pixels and the language model."""
-    projector: int
-
-
-def _eyes_of(assembly: Assembly, variant: Variant) -> _Eyes:
+    This is the projector, and the adapter where it has weights between the pixels and the language model.
+    """
     inner = getattr(assembly.model, "model", None)
     parts = [getattr(inner, name, None) for name in ("vision_tower", "multi_modal_projector")]
     # PEFT keeps what belongs to an adapter, of whatever kind, in containers under the adapter's name.
@@ -201,7 +189,7 @@ def _eyes_of(assembly: Assembly, variant: Variant) -> _Eyes:
         if part is not None
         for name, _ in (*part.named_parameters(), *part.named_buffers())
     )
-    return _Eyes(adapter=variant.adapter if reached else None, projector=id(variant.projector))
+    return f"{variant.adapter if reached else ''} {id(variant.projector)}"
 
 
 def load_models(

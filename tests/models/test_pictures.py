@@ -15,7 +15,7 @@ from mm_moslora.config import ModelConfig, OptimConfig, VisionConfig
 from mm_moslora.errors import ConfigError
 from mm_moslora.losses import use_loss_head
 from mm_moslora.models.build import assemble
-from mm_moslora.models.feature_store import FeatureStore, picture_key, tower_key
+from mm_moslora.models.feature_store import FeatureCache, FeatureStore, picture_key, tower_key
 from mm_moslora.models.pictures import PictureMemory
 from mm_moslora.models.vlm import image_features
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TorchEngine
@@ -82,7 +82,7 @@ def test_a_step_encodes_each_picture_once_with_the_same_loss_and_gradient(assemb
 def test_nothing_is_remembered_beyond_what_the_step_shows_again(assembly):
     run = engine(assembly)
     run.step([batch(assembly, RED, GREEN), batch(assembly, RED)], 1.0)
-    assert not run.module.pictures._kept
+    assert not run.module.pictures.cache._features
 
 
 def test_a_second_run_reads_what_the_first_encoded(assembly, tmp_path):
@@ -140,7 +140,7 @@ def test_beyond_the_limit_nothing_is_added_and_it_is_counted(assembly, tmp_path,
 
 
 def test_an_entry_that_goes_while_the_folder_is_measured_counts_nothing(tmp_path):
-    FeatureStore(tmp_path, "tower")._write("ab", torch.zeros(64, 64))
+    FeatureStore(tmp_path, "tower").write("ab", torch.zeros(64, 64))
     size = FeatureStore(tmp_path, "tower", limit_gib=1)._size
     (tmp_path / "tower" / "ab" / "gone.safetensors").symlink_to(tmp_path / "nowhere")
     assert FeatureStore(tmp_path, "tower", limit_gib=1)._size == size > 64 * 64 * 4
@@ -149,7 +149,8 @@ def test_an_entry_that_goes_while_the_folder_is_measured_counts_nothing(tmp_path
 def _fill(folder, key, value, repeats):
     made = FeatureStore(folder, "tower")
     for _ in range(repeats):
-        (found,) = made.fetch([key], [0], lambda numbers: [torch.full((64, 64), value) for _ in numbers])
+        cache = FeatureCache(memory_bytes=0, store=made)
+        (found,) = cache.get_many([key], lambda numbers: [torch.full((64, 64), value) for _ in numbers])
         assert torch.equal(found, torch.full((64, 64), value))
         made._path(key).unlink(missing_ok=True)
     assert made.counts.damaged == 0
@@ -169,7 +170,7 @@ def test_processes_that_write_the_same_entry_never_read_half_of_it(tmp_path):
 @pytest.mark.parametrize("error", [FileNotFoundError(2, "No such file or directory"), RuntimeError("unable to open "
     "file <x> in read-only mode: No such file or directory (2)")])  # fmt: skip
 def test_an_entry_that_goes_while_it_is_opened_is_made_again(error, tmp_path, monkeypatch):
-    FeatureStore(tmp_path, "tower")._write("ab", torch.full((64, 64), 0.5))
+    FeatureStore(tmp_path, "tower").write("ab", torch.full((64, 64), 0.5))
 
     def gone(*_, **__):
         raise error
@@ -214,3 +215,20 @@ def test_features_are_those_of_the_models_own_path(kind, language_folder, tmp_pa
     with torch.no_grad():
         theirs = torch.stack(list(model.model.get_image_features(pixel_values=pixels).pooler_output))
         torch.testing.assert_close(image_features(model, pixels), theirs)
+
+
+def test_the_features_that_were_used_longest_ago_are_forgotten_first():
+    asked, cache = [], FeatureCache(memory_bytes=2 * torch.zeros(4).nbytes)
+
+    def encode(places):
+        asked.append(list(places))
+        return [torch.full((4,), float(place)) for place in places]
+
+    assert [int(row[0]) for row in cache.get_many(["a", "a", "b"], encode)] == [0, 0, 2]
+    cache.get_many(["a"], encode)
+    cache.get_many(["c"], encode)
+    assert asked == [[0, 2], [], [0]]
+    assert [name for name in "abc" if name in cache] == ["a", "c"]
+    assert (cache.hits, cache.misses) == (2, 3)
+    cache.forget()
+    assert "a" not in cache

@@ -220,7 +220,7 @@ def test_variants_that_see_alike_share_what_was_seen(runs: tuple[Path, Path]) ->
     models = load_models(runs[0], with_base=True)
     _tokens(models, "one")
     _tokens(models, "one-base")
-    assert (models.image_misses, models.image_hits) == (1, 1)
+    assert (models.features.misses, models.features.hits) == (1, 1)
 
 
 def test_the_demo_shows_the_model_before_tuning_with_its_own_eyes(looking: Path, tmp_path: Path) -> None:
