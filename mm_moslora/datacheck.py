@@ -105,8 +105,11 @@ def statistics_of(recipe: Recipe, *, processes: int | None = None) -> Checked:
         report = _check(name, sources, recipe, parts, decode=False, processes=processes)
         shown += [Text(f"data.{name}", style="bold"), *view_statistics(report)]
         plain[name] = _plain(report, [])
-        rates = {tokens: _fill(report, tokens) for tokens in (recipe.data.pack_tokens, 4096, 8192) if tokens}
-        rates = {tokens: rate for tokens, rate in rates.items() if tokens >= report.max_length}
+        rates = {}
+        for tokens in (recipe.data.pack_tokens, 4096, 8192):
+            if tokens and tokens >= report.max_length:
+                packed = pack(range(report.usable), report.lengths, tokens=tokens)
+                rates[tokens] = fill_rate(packed, report.lengths, tokens=tokens)
         plain[name]["packing_fill_rate"] = rates
         text = ", ".join(f"{rate:.1%} of rows of {tokens} tokens" for tokens, rate in rates.items())
         shown.append(Text(f"Packed, records would fill {text}." if text else ""))
@@ -142,10 +145,6 @@ def _folder(folder: Path) -> dict[str, Fingerprint | None]:
             except ImageError:
                 continue
     return marks
-
-
-def _fill(report: CheckReport, tokens: int) -> float:
-    return fill_rate(pack(range(report.usable), report.lengths, tokens=tokens), report.lengths, tokens=tokens)
 
 
 def _plain(report: CheckReport, found: list[Finding]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from mm_moslora.slurm import Job, Requeue
 logger = logging.getLogger(__name__)
 
 EXIT_REQUEUE = 75
+"""Exit code of what was stopped by a signal and goes on when it is started again."""
 STOPPED = "STOPPED"
 """File in a run folder: the run was stopped by a signal, which its text names, and nothing is unsaved."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)

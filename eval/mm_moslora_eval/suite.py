@@ -223,7 +223,7 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Com
         _check_same(places[0], first, place, rows)
         _check_rules(places[0], place)
     place = places[0]
-    aggregation = _aggregation(place)
+    aggregation = _described(place).get("task", {}).get("aggregation", "mean")
     if aggregation == "circular":
         a, b = [_by_question(rows) for rows in a], [_by_question(rows) for rows in b]
         first = a[0]
@@ -273,10 +273,6 @@ def _by_question(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def _described(place: Path) -> dict[str, Any]:
     path = (place if place.is_dir() else place.parent) / TASK
     return dict(json.loads(read_text(path))) if path.is_file() else {}
-
-
-def _aggregation(place: Path) -> str:
-    return str(_described(place).get("task", {}).get("aggregation", "mean"))
 
 
 def _named(place: Path) -> str:

@@ -13,7 +13,6 @@ from mm_moslora.config import load_recipe, override_items
 from mm_moslora.errors import ConfigError
 from mm_moslora.redaction import redacted_command
 
-EXIT_REQUEUE = 75
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.warmup 0.1")]
 
 
@@ -138,6 +137,7 @@ def _rates(text: str) -> list[float]:
 def _show(comparison: object, output: Path, *, finished: bool) -> int:
     from mm_moslora.compare.analysis import analyse
     from mm_moslora.compare.wording import table
+    from mm_moslora.launch import EXIT_REQUEUE
     from mm_moslora.report.comparison import write_page
 
     results = analyse(comparison, command=redacted_command(["mm-moslora", *sys.argv[1:]]))  # type: ignore[arg-type]

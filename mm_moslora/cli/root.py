@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _AT_HOME = re.compile(r"^(--[\w.-]+=)~/")
 """`--output=~/runs`: shells put the home folder in place of a `~` only at the start of a word."""
 _STDOUT = 1
-EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_NO_READER, EXIT_REQUEUE = 1, 2, 130, 141, 75
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_NO_READER = 1, 2, 130, 141
 
 
 def _shown_default(value: object) -> str | None:
@@ -202,7 +202,7 @@ def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int
     stop_at
         Save and stop after this optimiser step.
     """
-    from mm_moslora.launch import leave_mark, stopped_text
+    from mm_moslora.launch import EXIT_REQUEUE, leave_mark, stopped_text
     from mm_moslora.training.signals import Stopped, StopRequest
 
     resolved = _recipe(recipe, overrides)
@@ -222,7 +222,7 @@ def _train(recipe: Recipe, *, resume: str, stop_at: int | None, stop: StopReques
     from mm_moslora_eval.in_training import measure
 
     from mm_moslora import distributed
-    from mm_moslora.launch import STOPPED, stopped_text
+    from mm_moslora.launch import EXIT_REQUEUE, STOPPED, stopped_text
     from mm_moslora.training.loop import train as run_training
 
     tasks = measure if recipe.validate.tasks else None

@@ -192,8 +192,9 @@ def choose_rates(settings: Settings, outcomes: Mapping[str, Outcome]) -> dict[st
         scores = {rate: validation_score(settings, cells, outcomes, rate) for rate in settings.rates}
         usable = {rate: score for rate, score in scores.items() if score is not None}
         if usable:
+            sign = 1 if tuple(settings.validation) == (LOSS,) else -1
             # Of equals the smaller rate: it is the safer one.
-            chosen[arm.name] = min(usable, key=lambda rate: (-_better(settings, usable[rate]), rate))
+            chosen[arm.name] = min(usable, key=lambda rate: (sign * usable[rate], rate))
     return chosen
 
 
@@ -202,10 +203,6 @@ def hopeless_arms(settings: Settings, outcomes: Mapping[str, Outcome]) -> list[s
     chosen = choose_rates(settings, outcomes)
     missing = {cell.arm.name for cell in tuning_cells(settings) if cell.name not in outcomes}
     return [arm.name for arm in settings.arms if arm.name not in chosen and arm.name not in missing]
-
-
-def _better(settings: Settings, value: float) -> float:
-    return -value if tuple(settings.validation) == (LOSS,) else value
 
 
 def validation_score(

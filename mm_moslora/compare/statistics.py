@@ -108,7 +108,8 @@ def _estimate(a: Mapping[str, TaskScores], b: Mapping[str, TaskScores], *, seedl
         pairs = zip(_columns(left.scores), _columns(right.scores), strict=True)
         differences = [x - y for x, y in pairs]
         value += mean(differences) / count
-        variance = _nan_to_zero(clustered_stderr(differences, left.clusters)) ** 2 / count**2
+        stderr = clustered_stderr(differences, left.clusters)
+        variance = 0.0 if math.isnan(stderr) else stderr**2 / count**2
         by_documents += variance
         squares += variance**2 / max(1, len(set(left.clusters)) - 1)
         shared += (_interaction(left) + (0.0 if seedless else _interaction(right))) / count**2
@@ -160,10 +161,6 @@ def _interaction(task: TaskScores) -> float:
             sums[cluster] += score - own - usual + total
         square += math.fsum(item * item for item in sums.values())
     return square * groups / (groups - 1) / ((seeds - 1) * seeds * documents**2)
-
-
-def _nan_to_zero(value: float) -> float:
-    return 0.0 if math.isnan(value) else value
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mm_moslora.config.model import ModelConfig
 from mm_moslora.config.recipe import Recipe
 from mm_moslora.errors import ConfigError
 from mm_moslora.requirements import install_command, is_installed
@@ -42,7 +41,8 @@ def _needs(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         yield "bitsandbytes", "bitsandbytes", f"model.quantisation {recipe.model.quantisation}"
     if recipe.model.kernels == "liger":
         yield "liger-kernel", "liger_kernel", "model.kernels liger"
-    for name in _towers(recipe.model):
+    vision = recipe.model.vision
+    for name in (vision.name or "", vision.fuse_with or "") if vision else ():
         if name.startswith("open_clip:"):
             yield "open-clip-torch", "open_clip", f"model.vision {name}"
         if name.startswith("timm"):
@@ -52,10 +52,6 @@ def _needs(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
         tables = path.startswith("hf:") or path.endswith((".parquet", ".arrow")) or Path(source.path).is_dir()
         if source.format == "table" or (source.format == "auto" and tables):
             yield "datasets", "datasets", f"data source {source.path}"
-
-
-def _towers(model: ModelConfig) -> list[str]:
-    return [name for name in (model.vision.name, model.vision.fuse_with) if name] if model.vision else []
 
 
 def refuse_lacking(recipe: Recipe) -> None:

@@ -118,7 +118,8 @@ def _task(value: str, start: Path, place: Callable[[str], str]) -> str:
 def _reached(key: str, value: str, start: Path, source: str) -> str:
     def place(name: str) -> str:
         there, here = start / name, Path.cwd() / name
-        meant = _is_run(here) if key == "train.output" else _exists(here)
+        # A run's folder need not exist, and any other of its name says nothing.
+        meant = any(any(here.glob(sign)) for sign in RUN_SIGNS) if key == "train.output" else _exists(here)
         if not _exists(there) and meant:
             raise ConfigError(
                 f"{source}: {key} is {name!r}, which is not at {there}, but at {here}. Relative paths in a recipe "
@@ -137,11 +138,6 @@ def _reached(key: str, value: str, start: Path, source: str) -> str:
 def _is_model(key: str, path: Path) -> bool:
     """Whether a name would be taken for this path; tags of weights are often names of folders, too."""
     return path.is_file() if key.endswith("pretrained") else path.is_dir()
-
-
-def _is_run(path: Path) -> bool:
-    """Whether a run lies there; a run's folder need not exist, and any other of its name says nothing."""
-    return any(any(path.glob(sign)) for sign in RUN_SIGNS)
 
 
 def _exists(path: Path) -> bool:

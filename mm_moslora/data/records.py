@@ -140,7 +140,10 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
             turns = _images_asked_first(turns, len(marks))
     else:
         marks = _filled(marks, named, where)
-    shown = [_shown(mark, index, where, rules) for index, mark in enumerate(marks)]
+    shown = [
+        (find_clip if mark.kind == "video" else find_picture)(mark.given, index, where, rules)
+        for index, mark in enumerate(marks)
+    ]
     _check_roles(turns, where)
     _check_places(turns, len(shown), where)
     if any(isinstance(item, Clip) for item in shown):
@@ -155,10 +158,6 @@ def _marked_videos(value: Mapping[str, Any], named: Mapping[str, list[Any]]) -> 
     if not named["video"]:
         return None
     return VIDEO if named["image"] or VIDEO in json.dumps(value, ensure_ascii=True, default=str) else IMAGE
-
-
-def _shown(mark: _Mark, index: int, where: Where, rules: PictureRules) -> Picture | Clip:
-    return (find_clip if mark.kind == "video" else find_picture)(mark.given, index, where, rules)
 
 
 def _filled(marks: list[_Mark], named: dict[str, list[Any]], where: Where) -> list[_Mark]:

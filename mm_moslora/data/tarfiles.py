@@ -12,6 +12,7 @@ import re
 import tarfile
 from array import array
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,11 @@ class TarSource(RecordSource):
         """The record's object, with pictures that can be read."""
         path = self.files[self._file[row]]
         members = {kind: (start, size) for kind, start, size in self._places[self._firsts[row] : self._firsts[row + 1]]}
-        shown = {kind: _picture(path, self._keys[row], kind, members[kind]) for kind in members if _shown_as(kind)}
+        shown = {
+            kind: StoredPicture(f"{path}:{self._keys[row]}.{kind}", partial(_bytes, path, *place))
+            for kind, place in members.items()
+            if _shown_as(kind)
+        }
         if "json" in members:
             value = parse_strictly(_read(path, *members["json"]), constants=True)
             if not isinstance(value, dict):
@@ -150,10 +155,6 @@ def _read(path: Path, start: int, size: int) -> bytes:
 def _bytes(path: Path, start: int, size: int) -> bytes:
     with opened(path, most=None) as stream:
         return os.pread(stream.fileno(), size, start)
-
-
-def _picture(path: Path, key: str, kind: str, place: tuple[int, int]) -> StoredPicture:
-    return StoredPicture(f"{path}:{key}.{kind}", lambda: _bytes(path, *place))
 
 
 def _shown_as(kind: str) -> str | None:

@@ -40,7 +40,8 @@ def write_card(
     front = yaml.safe_dump(_front(assembly, recipe, licence, adapter_of), sort_keys=False, allow_unicode=True)
     parts = [f"---\n{front}---", f"# {recipe.name if recipe else folder.name}", _made_of(assembly, licence, adapter_of)]
     if recipe is not None:
-        parts += [_training(checkpoint, recipe), _data(recipe), _results(checkpoint), _recipe(recipe)]
+        parts += [_training(checkpoint, recipe), _data(recipe), _results(checkpoint)]
+        parts.append(f"## Recipe\n\n```yaml\n{recipe.to_yaml()}```")
     path = folder / "README.md"
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return path
@@ -156,10 +157,6 @@ def _results(checkpoint: Path) -> str:
                 name += f" [{str(item.get('about', {}).get('data', {}).get('sha256'))[:8]}]"
             rows[name] = f"{mean} [{low}, {high}], n {item['n']}"
     return _table("Results (percent where no score is named; 95 % intervals)", rows) if rows else ""
-
-
-def _recipe(recipe: Recipe) -> str:
-    return f"## Recipe\n\n```yaml\n{recipe.to_yaml()}```"
 
 
 def _table(title: str, rows: dict[str, str]) -> str:

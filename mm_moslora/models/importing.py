@@ -83,7 +83,7 @@ def import_parts(source: Path, folder: Path, *, language: str | None = None) -> 
     files = _weight_files(source)
     state = {name: value for file in files for name, value in _tensors(file) if _PROJECTOR.match(name)}
     kind = _write_projector(state, folder, newline=_newline(files))
-    whole = source.is_dir() and any(not _is_extra(name) for file in files for name in _names(file))
+    whole = source.is_dir() and any(not _is_extra(name) for file in files for name, _ in _tensors(file))
     result = Imported(
         folder=folder, kind="LLaVA, whole" if whole else "LLaVA, projector", projector=kind, settings=settings,
         tensors=len(state), largest_difference=_difference(state, folder / "projector.safetensors"),
@@ -163,10 +163,6 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     yield from ((name, value) for name, value in state.items() if isinstance(value, Tensor))
-
-
-def _names(file: Path) -> list[str]:
-    return [name for name, _ in _tensors(file)]
 
 
 def _is_extra(name: str) -> bool:

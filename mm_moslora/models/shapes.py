@@ -15,7 +15,8 @@ logger = logging.getLogger(__name__)
 
 
 @cache
-def _shapes() -> dict[str, dict[str, Any]]:
+def known_shapes() -> dict[str, dict[str, Any]]:
+    """The models of the shipped recipes, and their sizes."""
     found: dict[str, dict[str, Any]] = json.loads((RECIPES_FOLDER / "shapes.json").read_text(encoding="utf-8"))
     return found
 
@@ -34,7 +35,7 @@ def config_to_count(name: str, revision: str | None) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
-        if name not in _shapes():
+        if name not in known_shapes():
             raise
         logger.info("%s: the shipped sizes are used, since its configuration is not to be had.", name)
         return known_shape(name)
@@ -47,12 +48,7 @@ def known_shape(name: str) -> PreTrainedConfig:
     Raises:
         KeyError: no shipped recipe names it.
     """
-    values = dict(_shapes()[name])
+    values = dict(known_shapes()[name])
     kind = values.pop("model_type")
     config: PreTrainedConfig = AutoConfig.for_model(kind, **values)
     return config
-
-
-def known_shapes() -> list[str]:
-    """The models of the shipped recipes."""
-    return sorted(_shapes())

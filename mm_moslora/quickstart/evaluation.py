@@ -116,7 +116,8 @@ def evaluate_all(
     task = _task(data, name)
     training = read_training_answers(data.train, image_folder=data.images)
     ask = partial(_evaluate, folder, training=training, precision=precision)
-    (before,) = ask("align", "untuned", _asked_at_length(task), ("own",))
+    at_length = dataclasses.replace(task, decoding=Decoding(max_new_tokens=UNTUNED_NEW_TOKENS))
+    (before,) = ask("align", "untuned", at_length, ("own",))
     after = {result.mode: result for result in ask("tune", "tuned", task, MODES)}
     rows = [{**row, **subject} for row in _rows(folder, before, after)]
     replace_json(folder / "samples.json", _samples(folder, before, after["own"], data))
@@ -127,10 +128,6 @@ def evaluate_all(
 def _task(data: DatasetFiles, name: str) -> Task:
     task = get_task(f"llava:{data.test}@{data.images}")
     return dataclasses.replace(task, name=name, decoding=Decoding(max_new_tokens=MAX_NEW_TOKENS))
-
-
-def _asked_at_length(task: Task) -> Task:
-    return dataclasses.replace(task, decoding=Decoding(max_new_tokens=UNTUNED_NEW_TOKENS))
 
 
 def _evaluate(

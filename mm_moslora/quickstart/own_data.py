@@ -126,7 +126,7 @@ def _from_folder(folder: Path, rng: random.Random) -> OwnData:
     train, test = _split(folder, pictures, counts, rng, faults)
     by_times = _conversations(train, rng)
     records = [record for part in by_times.values() for record in part]
-    sizes = [_text_size(record["conversations"]) for record in records]
+    sizes = [sum(len(turn["value"].encode()) for turn in record["conversations"]) for record in records]
     return OwnData(
         images=folder,
         source=f"{len(counts)} classes in {folder}",
@@ -445,10 +445,6 @@ def _questions_of(records: Sequence[tuple[Path, Record]], folder: Path) -> list[
         row["category"] = "yes_no" if short else "open"
         rows.append(row | ({"answers": given} if len(given) > 1 else {}))
     return rows
-
-
-def _text_size(turns: Sequence[dict[str, str]]) -> int:
-    return sum(len(turn["value"].encode()) for turn in turns)
 
 
 def lines_of(records: Sequence[Any]) -> Iterator[str]:

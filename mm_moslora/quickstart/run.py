@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mm_moslora.config import AdapterConfig, Precision, Recipe, SourceConfig, load_recipe, refuse_lacking
 from mm_moslora.files import MARK, building, is_built, mark, refuse_strangers, replace_json
 from mm_moslora.folders import RUN_FILES, RUN_LOCK, checkpoints
+from mm_moslora.launch import EXIT_REQUEUE
 from mm_moslora.machine import hardware
 from mm_moslora.quickstart import assets
 from mm_moslora.quickstart.cache import cache_dir
@@ -40,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 Images = Literal["easy-vqa", "stamps"]
 Encoder = Literal["auto", "dinov2", "efficientnet", "open_clip"]
-EXIT_REQUEUE = 75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ def quickstart(choice: Choice, *, output: Path | None = None, stamps_deb: Path |
         from mm_moslora.report import build_report
 
         build_report(folder, folder / "report.html")
-        _print(closing)
+        sys.stdout.write(closing + "\n")
     return 0
 
 
@@ -213,10 +213,6 @@ def _track(rows: list[dict[str, Any]], tune: Recipe, *, step: int) -> None:
 
 def _say(text: str) -> None:
     logger.info("%s", text)
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
 
 
 class _Clock:

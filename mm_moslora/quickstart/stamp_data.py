@@ -214,10 +214,6 @@ def _image(stamp: Stamp) -> str:
     return f"{stamp.name}.png"
 
 
-def _is_question(folder: str) -> str:
-    return f"Is this {CATEGORIES[folder][1]}?"
-
-
 def yes_no_questions(stamps: Sequence[Stamp], usable: set[str], rng: random.Random) -> list[Question]:
     """For each category as many pictures that belong to it as others, so that its question tells nothing."""
     questions = []
@@ -225,9 +221,10 @@ def yes_no_questions(stamps: Sequence[Stamp], usable: set[str], rng: random.Rand
         inside = [stamp for stamp in stamps if stamp.folder == folder]
         outside = [stamp for stamp in stamps if stamp.folder != folder]
         count = min(len(inside), len(outside))
+        question = f"Is this {CATEGORIES[folder][1]}?"
         for answer, pool in (("yes", inside), ("no", outside)):
             chosen = rng.sample(pool, count)
-            questions += [Question(image=_image(s), text=_is_question(folder), answer=answer) for s in chosen]
+            questions += [Question(image=_image(s), text=question, answer=answer) for s in chosen]
     return questions
 
 

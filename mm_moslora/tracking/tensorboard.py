@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class TensorBoardTracker:
             log_dir=str(run_folder / FOLDER), purge_step=0 if resume_step is None else resume_step + 1
         )
         if resume_step is None:
-            self._writer.add_text("recipe", _preformatted(json.dumps(config, indent=2, default=str)), 0)
+            self._writer.add_text("recipe", textwrap.indent(json.dumps(config, indent=2, default=str), "    "), 0)
 
     def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
         """See `Tracker.reopen`."""
@@ -91,7 +92,3 @@ class TensorBoardTracker:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
-
-
-def _preformatted(text: str) -> str:
-    return "\n".join("    " + line for line in text.splitlines())

@@ -44,7 +44,9 @@ def recorded(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[Ending]:
         folder: of the run.
         stages: names of the folders in it that are its stages, in order.
     """
-    began = _began() | ({"stages": list(stages)} if stages else {})
+    began: dict[str, Any] = {"process": os.getpid(), "host": socket.gethostname(), "since": round(time.time(), 3)}
+    if stages:
+        began["stages"] = list(stages)
     before = _told(folder)
     if distributed.is_main():
         _write(folder, {"state": "running", **began})
@@ -82,10 +84,6 @@ def record_failure(folder: Path, reason: str, *, ranks: Sequence[int]) -> None:
     if told is not None and told.get("state") == "running":
         over = {"state": "failed", "reason": redact_text(reason), "ranks": list(ranks), "ended": time.time()}
         _write(folder, told | over)
-
-
-def _began() -> dict[str, Any]:
-    return {"process": os.getpid(), "host": socket.gethostname(), "since": round(time.time(), 3)}
 
 
 def _told(folder: Path) -> dict[str, Any] | None:

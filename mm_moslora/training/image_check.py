@@ -96,10 +96,12 @@ class ImageCheck:
         everywhere = [what for _, items in found for what in items]
         if everywhere:
             tried = sum(count for count, _ in found)
+            model = type(self.run.assembly.model).__name__
             raise TrainingError(
                 f"The loss does not depend on the images: with noise in place of {', '.join(everywhere[:4])} "
                 f"({len(everywhere)} of {tried} that were tried), all that the answers are predicted from is the same "
-                f"to the last digit. {self._model()} ignores such images; {_REMEDY}"
+                f"to the last digit. {model} under transformers {transformers.__version__} ignores such images; "
+                f"{_REMEDY}"
             )
 
     def _look_at_gradients(self) -> None:
@@ -113,9 +115,6 @@ class ImageCheck:
                     f"step {self.run.step}: it would stay as it is. Freeze it (model.{part}.mode), or have the loss "
                     f"read what it gives (model.vision.feature_layer). If it does already: {_REMEDY}"
                 )
-
-    def _model(self) -> str:
-        return f"{type(self.run.assembly.model).__name__} under transformers {transformers.__version__}"
 
 
 _REMEDY = (

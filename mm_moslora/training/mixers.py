@@ -28,15 +28,11 @@ def mixer_matrices(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Args:
         state: parameter name to full fp32 value.
     """
+    mixers = {name: value.float() for name, value in state.items() if ".lora_mixer" in name}
     return {
-        name.split(".lora_mixer")[0].removeprefix("model."): _square(value.float()).clone()
-        for name, value in state.items()
-        if ".lora_mixer" in name
+        name.split(".lora_mixer")[0].removeprefix("model."): torch.diag(mixer) if mixer.ndim == 1 else mixer.clone()
+        for name, mixer in mixers.items()
     }
-
-
-def _square(mixer: Tensor) -> Tensor:
-    return torch.diag(mixer) if mixer.ndim == 1 else mixer
 
 
 def mixer_figures(matrix: Tensor) -> dict[str, float]:

@@ -179,14 +179,11 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         compile_layers(model, recipe.train.compile)
     if (said := use_kernels(model, kernels, lean=lean)) and distributed.is_main():
         logger.info("%s", said)
-    groups = parameter_groups(model, recipe.optim)
     settings = OptimizerSettings(
         betas=recipe.optim.betas, eps=recipe.optim.eps, max_grad_norm=recipe.optim.max_grad_norm
     )
     dummy = dummy_example(assembly.eyes) if assembly.eyes else None
     module = LossModule(model, dummy, memory=PictureMemory(_feature_store(recipe.model, model)))
-    groups_in_module = parameter_groups(module, recipe.optim)
-    assert [g.name for g in groups] == [g.name for g in groups_in_module]
     ours = is_multimodal(model) and not assembly.ready_made
     projector = dict(model.model.multi_modal_projector.state_dict()) if ours else {}
     newline = newline_of(model) if ours else None
@@ -196,7 +193,8 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         for name, value in projector.items()
         if distributed.is_main() and recipe.model.projector.mode == "frozen"
     }
-    engine = build_engine(module, groups_in_module, recipe.train, precision=precision, optimizer=settings)
+    groups = parameter_groups(module, recipe.optim)
+    engine = build_engine(module, groups, recipe.train, precision=precision, optimizer=settings)
     return Run(
         recipe=recipe, folder=folder, precision=precision, assembly=assembly, training_set=training_set,
         validation_set=validation_set, engine=engine, frozen_projector=frozen_projector,

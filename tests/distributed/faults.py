@@ -63,7 +63,7 @@ def at_step(what: str, rank: str, step: str, *recipes: str) -> int:
 def commanded(what: str, rank: str, step: str, *words: str) -> int:
     """The same under `mm-moslora`, with a tracker that takes its time at the end; gives its exit code."""
     from mm_moslora import cli
-    from mm_moslora.cli.root import EXIT_REQUEUE
+    from mm_moslora.launch import EXIT_REQUEUE
 
     _fail_within_step(what, rank, int(step))
     finish = Trackers.finish

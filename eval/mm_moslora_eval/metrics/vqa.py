@@ -34,11 +34,13 @@ _CONTRACTED = (
 )
 
 
-def _missing_apostrophe(words: Sequence[str]) -> dict[str, str]:
-    return {word[:index] + word[index + 1 :]: word for word in words for index, mark in enumerate(word) if mark == "'"}
-
-
-_CONTRACTIONS = _missing_apostrophe(_CONTRACTED.split()) | {"somebody'd": "somebodyd"}
+# By what is left without one of the apostrophes.
+_CONTRACTIONS = {
+    word[:index] + word[index + 1 :]: word
+    for word in _CONTRACTED.split()
+    for index, mark in enumerate(word)
+    if mark == "'"
+} | {"somebody'd": "somebodyd"}
 # VizWiz writes most contractions with a backtick; these few kept the apostrophe.
 _VIZWIZ_APOSTROPHE = {"ain't", "aren't", "can't", "could've", "couldn't", "we've", "where's", "who've"}
 _VIZWIZ_CONTRACTIONS = {

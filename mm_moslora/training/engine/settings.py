@@ -6,7 +6,6 @@ import difflib
 import logging
 import os
 from collections.abc import Iterable, KeysView, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -194,8 +193,7 @@ def prepare_deepspeed(zero: str) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     import deepspeed.comm as comm
 
-    with ExitStack():
-        comm.init_distributed(dist_backend=None, verbose=False)
+    comm.init_distributed(dist_backend=None, verbose=False)
 
 
 def _warn_of_stale_locks() -> None:
