@@ -15,9 +15,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mm_moslora.errors import ConfigError
 
@@ -47,9 +47,9 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as stream:
+def sha256_of(file: Path | BinaryIO) -> str:
+    """Hex digest of a file, or of what is left of a stream."""
+    with file.open("rb") if isinstance(file, Path) else nullcontext(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -67,18 +67,23 @@ def rename(path: Path, target: Path) -> None:
     path.replace(target)
 
 
-def replace_text(path: Path, text: str, *, errors: str = "strict") -> None:
+def replace_text(path: Path, text: str) -> None:
     """Replace a text file of this project so that a reader sees the old or the new one, never a half.
+
+    The new one survives a loss of power.
 
     Args:
         path: the file.
-        text: its content; line ends stay as they are.
-        errors: what becomes of characters that UTF-8 does not know, as in `open`.
+        text: its content; line ends stay as they are, and so do halves of surrogate pairs.
     """
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors=errors, newline="\n") as stream:
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="surrogatepass", newline="\n") as stream,
+    ):
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+    sync(path.parent)
 
 
 def replace_json(path: Path, data: Any) -> None:
@@ -97,6 +102,28 @@ def replacing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def staging(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A folder to write files into, which move to `folder` when all are written and are gone after a failure.
+
+    Args:
+        folder: the final place; made in one move if it is missing.
+        names: of the files, in the order in which they move into a folder that is there.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as place:
+        staged = Path(place, "staged")
+        staged.mkdir()
+        yield staged
+        for path in staged.iterdir():
+            sync(path)
+        if not folder.exists():
+            rename(staged, folder)
+        else:
+            for name in names:
+                rename(staged / name, folder / name)
 
 
 def discard(path: Path) -> None:

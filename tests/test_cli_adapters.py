@@ -163,14 +163,14 @@ def _plain(folder: Path) -> None:
 
 def _rewrite(folder: Path, change) -> None:
     """Change the unfolded factors and make their hash fit, as a careless tool would."""
-    from mm_moslora.adapters.state import file_sha256
+    from mm_moslora.files import sha256_of
 
     file, manifest = folder / "moslora.safetensors", folder / "moslora.json"
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
     content = json.loads(manifest.read_text())
-    content["files"][file.name] = file_sha256(file)
+    content["files"][file.name] = sha256_of(file)
     manifest.write_text(json.dumps(content))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from mm_moslora.files import discard, replace_text, sync
+from mm_moslora.files import discard, replace_text
 from mm_moslora.named_files import MOST_BYTES, FileError, FileFault, read_bytes
 
 logger = logging.getLogger(__name__)
@@ -113,12 +113,6 @@ class AnswerLog:
         self._waiting, self._flushed = 0, time.monotonic()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never a part."""
-    replace_text(path, text, errors="surrogatepass")
-    sync(path.parent)
-
-
 def merge(folder: Path, keys: Iterable[str]) -> None:
     """Gather the files of processes that are done with them in one; no answer is left out.
 
@@ -132,7 +126,7 @@ def merge(folder: Path, keys: Iterable[str]) -> None:
             return
         rows = read_folder(folder)
         ordered = [rows.pop(key) for key in keys] + list(rows.values())
-        write_atomically(folder / MERGED, "".join(line(row) for row in ordered))
+        replace_text(folder / MERGED, "".join(line(row) for row in ordered))
         for path in ended:
             discard(path)
 

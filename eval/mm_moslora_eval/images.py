@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mm_moslora.errors import EvalError
+from mm_moslora.files import sha256_of
 from mm_moslora.named_files import opened
 
 from .documents import ImageLike, StoredImage
@@ -47,7 +48,7 @@ def _digest(image: Path | StoredImage) -> str:
     if isinstance(image, StoredImage):
         return hashlib.sha256(image.read()).hexdigest()
     with opened(image, most=MAX_BYTES) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_of(stream)
 
 
 def open_image(image: ImageLike) -> Image:

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mm_moslora.errors import EvalError
-from mm_moslora.files import read_json
+from mm_moslora.files import read_json, replace_text
 from mm_moslora.redaction import redact_text
 
-from .answers import write_atomically
 from .documents import Document, digest
 from .endpoint import Endpoint, in_parallel
 from .metrics import judged
@@ -78,7 +77,7 @@ class Judge:
         reply = self.endpoint.chat(payload)
         text = str(reply["choices"][0]["message"].get("content") or "")
         stored = asked | {"url": redact_text(self.endpoint.url), "reply": text, "usage": reply.get("usage")}
-        write_atomically(place, json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
+        replace_text(place, json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
         return text
 
     def to_dict(self) -> dict[str, Any]:

@@ -22,13 +22,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mm_moslora.errors import DataError, EvalError
-from mm_moslora.files import PAGE_SIGN, output_file
+from mm_moslora.files import PAGE_SIGN, output_file, replace_text
 from mm_moslora.named_files import read_text
 from mm_moslora.redaction import redact_text
 from mm_moslora.verdicts import between, own_pictures
 
 from . import provenance
-from .answers import write_atomically
 from .images import open_image
 from .results import TaskResult, names_of, read_results
 from .suite import Comparison, compare, read_samples
@@ -78,7 +77,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     )
     target = run / "report.html" if out is None else output_file(out, sign=PAGE_SIGN)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, page)
+    replace_text(target, page)
     return target
 
 
@@ -116,7 +115,7 @@ def write_comparison(comparisons: Sequence[Comparison], out: Path) -> Path:
         ],
     )
     output_file(out, sign=PAGE_SIGN).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, page)
+    replace_text(out, page)
     return out
 
 

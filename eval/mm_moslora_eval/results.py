@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.errors import EvalError
+from mm_moslora.files import replace_text
 from mm_moslora.named_files import FileError, read_text
 from mm_moslora.strict import build_strictly
 
 from .aggregation import AGGREGATIONS, READS_ANSWERS
-from .answers import line, read_folder, write_atomically
+from .answers import line, read_folder
 from .documents import Document
 from .remarks import answers_alike, failures, thinking, wordy
 from .requests import FORMAT
@@ -233,8 +234,8 @@ def _with_rules(view: Path, described: dict[str, Any], task: Task, rules: Task) 
         described |= {"asked_as": described.get("asked_as", task.protocol)}
         source, view = view, view.with_name(f"{view.name.partition(RESCORED)[0]}{RESCORED}{rules.protocol}")
         view.mkdir(exist_ok=True)
-        write_atomically(view / DOCUMENTS, read_text(source / DOCUMENTS))
-    write_atomically(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+        replace_text(view / DOCUMENTS, read_text(source / DOCUMENTS))
+    replace_text(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
     return view, kept
 
 
@@ -245,7 +246,7 @@ def _write_samples(
         _sample(index, row, answer, one)
         for index, (row, answer, one) in enumerate(zip(rows, given, scored, strict=True))
     ]
-    write_atomically(view / SAMPLES, "".join(line(sample) for sample in samples))
+    replace_text(view / SAMPLES, "".join(line(sample) for sample in samples))
 
 
 def _has_scores(view: Path) -> bool:
@@ -582,7 +583,7 @@ def write_results(folder: Path, results: Sequence[TaskResult]) -> list[TaskResul
         "scored": {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "environment": environment()},
         "results": [result.to_dict() for result in merged.values()],
     }
-    write_atomically(folder / "results.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    replace_text(folder / "results.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
     return behind
 
 

@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.errors import EvalError
-from mm_moslora.files import read_json, refuse_strangers
+from mm_moslora.files import read_json, refuse_strangers, replace_text
 
 from . import provenance
-from .answers import AnswerLog, Row, line, merge, read_folder, write_atomically
+from .answers import AnswerLog, Row, line, merge, read_folder
 from .documents import DataSet, Document
 from .images import Hasher, ImageMode
 from .metrics.groups import loglikelihood_choice
@@ -148,7 +148,7 @@ def _claim(path: Path, identity: dict[str, Any], *, what: str) -> None:
     try:
         found = read_json(path)
     except FileNotFoundError:
-        write_atomically(path, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
+        replace_text(path, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
         return
     except ValueError as error:
         raise EvalError(f"{path} is damaged ({error}). Restore it, or choose another folder.") from error
@@ -239,7 +239,7 @@ def _describe(
         }
         for item in work.items
     ]
-    write_atomically(view / DOCUMENTS, "".join(line(row) for row in rows))
+    replace_text(view / DOCUMENTS, "".join(line(row) for row in rows))
     first = next((item for item in work.items if item.problem is None), None)
     described = {
         "format": FORMAT,
@@ -252,7 +252,7 @@ def _describe(
         "first_prompt": [{"role": m.role, "text": m.text} for m in first.messages] if first else [],
         "computed_by": _computed_by(view, model, asks=asks),
     }
-    write_atomically(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+    replace_text(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
 
 
 def _computed_by(view: Path, model: Model, *, asks: bool) -> list[dict[str, Any]]:

@@ -29,9 +29,9 @@ from mm_moslora.adapters.state import (
     base_fingerprint,
     check_tensors,
     expected_shapes,
-    file_sha256,
 )
 from mm_moslora.errors import AdapterError, suggestion
+from mm_moslora.files import sha256_of
 from mm_moslora.folders import why_no_adapter_folder
 
 # Options that put more than A, M and B into a folder.
@@ -311,7 +311,7 @@ def _read_own(root: Path) -> AdapterFolder:
         path = root / name
         if not path.is_file():
             raise AdapterError(f"{root} lacks {name}. Copy the whole folder.")
-        if file_sha256(path) != expected:
+        if sha256_of(path) != expected:
             raise AdapterError(_stale(root, name))
     try:
         config = config_from_dict(manifest["config"])

@@ -15,9 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +38,7 @@ from mm_moslora.adapters.inject import (
 )
 from mm_moslora.adapters.sharding import why_not_whole
 from mm_moslora.errors import AdapterError
-from mm_moslora.files import rename, replace_text, sync
+from mm_moslora.files import replace_text, sha256_of, staging
 from mm_moslora.folders import writing
 
 FORMAT = "mm_moslora.adapter"
@@ -299,13 +297,13 @@ def write_folder(
         auto_mapping: PEFT's class hint for models without a task type.
     """
     paths = target_paths(tensors)
-    with writing(folder), _staged(folder, (STOCK_CONFIG, STOCK_WEIGHTS, OWN_WEIGHTS, OWN_CONFIG)) as staging:
+    with writing(folder), staging(folder, (STOCK_CONFIG, STOCK_WEIGHTS, OWN_WEIGHTS, OWN_CONFIG)) as staged:
         for name, content in ((STOCK_WEIGHTS, fold_state_dict(tensors)), (OWN_WEIGHTS, tensors)):
-            save_file(_apart(content), staging / name, metadata={"format": "pt"})
-        _write_json(staging / STOCK_CONFIG, stock_config(config, paths, auto_mapping))
+            save_file(_apart(content), staged / name, metadata={"format": "pt"})
+        _write_json(staged / STOCK_CONFIG, stock_config(config, paths, auto_mapping))
         own = config_to_dict(config) | {"target_modules": paths, "inference_mode": True}
-        files = {name: file_sha256(staging / name) for name in (STOCK_WEIGHTS, OWN_WEIGHTS)}
-        _write_json(staging / OWN_CONFIG, _manifest(own, files=files, base=base))
+        files = {name: sha256_of(staged / name) for name in (STOCK_WEIGHTS, OWN_WEIGHTS)}
+        _write_json(staged / OWN_CONFIG, _manifest(own, files=files, base=base))
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -373,15 +371,9 @@ def _is_fold(folder: Path) -> bool:
     """Whether the weights for everybody are the fold of ours beside them."""
     try:
         manifest = json.loads((folder / OWN_CONFIG).read_text(encoding="utf-8"))
-        return all(file_sha256(folder / name) == manifest["files"][name] for name in (STOCK_WEIGHTS, OWN_WEIGHTS))
+        return all(sha256_of(folder / name) == manifest["files"][name] for name in (STOCK_WEIGHTS, OWN_WEIGHTS))
     except (OSError, ValueError, LookupError, TypeError):
         return False
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stock_config(
@@ -430,23 +422,6 @@ def _auto_mapping(model: nn.Module, config: MoSLoRAConfig) -> dict[str, str] | N
     if config.task_type is not None:
         return None
     return _class_of(type(base_model(model)))
-
-
-@contextmanager
-def _staged(folder: Path, names: Sequence[str]) -> Iterator[Path]:
-    """A folder to write into; its files move to `folder` one by one, in the order of `names`, when all are written."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as place:
-        staging = Path(place, "adapter")
-        staging.mkdir()
-        yield staging
-        for path in staging.iterdir():
-            sync(path)
-        if not folder.exists():
-            rename(staging, folder)
-        else:
-            for name in names:
-                rename(staging / name, folder / name)
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

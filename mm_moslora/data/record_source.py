@@ -12,6 +12,7 @@ from mm_moslora.data.faults import Code, Where
 from mm_moslora.data.jsonfile import JsonFile, StrictJsonError
 from mm_moslora.data.pictures import PictureRules
 from mm_moslora.data.records import Record, parse_record
+from mm_moslora.files import sha256_of
 from mm_moslora.named_files import opened
 
 
@@ -89,7 +90,7 @@ class RecordFile(RecordSource):
     def fingerprint(self) -> str:
         """A hash of the file's bytes."""
         with opened(self.path, most=None) as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+            return sha256_of(stream)
 
 
 class Selection(RecordSource):

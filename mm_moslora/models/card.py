@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import yaml
 from mm_moslora import __version__
 from mm_moslora.config import Recipe, SourceConfig
 from mm_moslora.errors import MoSLoRAError
+from mm_moslora.files import sha256_of
 from mm_moslora.folders import BASE, MANIFEST, find_checkpoint
 from mm_moslora.models.build import Assembly
 from mm_moslora.models.load import recipe_of
@@ -128,9 +128,7 @@ def _hash_of(source: SourceConfig) -> str:
     path = Path(source.path)
     if not path.is_file() or path.stat().st_size > _HASHED_BYTES:
         return f"weight {source.weight:g}"
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return f"weight {source.weight:g}, sha256 `{digest}`"
+    return f"weight {source.weight:g}, sha256 `{sha256_of(path)}`"
 
 
 def _results(checkpoint: Path) -> str:

@@ -13,14 +13,13 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from mm_moslora.errors import MoSLoRAError
-from mm_moslora.files import rename
+from mm_moslora.files import replacing
 from mm_moslora.machine import CPUINFO, extensions_folder
 
 logger = logging.getLogger(__name__)
@@ -118,8 +117,7 @@ def _compile(compiler: str, path: Path) -> None:
     """Beside its place and then into it, so that ranks that start together do not read half a file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder, path.name)
+        with replacing(path) as made:
             command = [compiler, *FLAGS, *map(str, sorted(FOLDER.glob("*.cpp"))), "-o", str(made)]
             try:
                 _run([*command, "-fopenmp"])
@@ -127,7 +125,6 @@ def _compile(compiler: str, path: Path) -> None:
                 _run(command)  # without threads
             content = made.read_bytes()
             made.write_bytes(content + hashlib.sha256(content).digest())
-            rename(made, path)
     except OSError as error:
         raise NativeError(f"nothing can be written to {path.parent} ({error.strerror})") from error
 

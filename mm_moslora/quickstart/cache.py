@@ -7,7 +7,6 @@ interrupted build starts again, and two processes that want the same folder buil
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from mm_moslora.errors import AssetError, ConfigError
-from mm_moslora.files import building
+from mm_moslora.files import building, replace_json, sha256_of
 
 Say = Callable[[str], None]
 """Receives one line for people: what is fetched, under which licence, what takes long."""
@@ -89,7 +88,7 @@ def cached(name: str, asset: Asset, build: Callable[[Path], None], say: Say = si
         try:
             with building(folder, replaces=READY) as partial:
                 build(partial)
-                _write_marker(partial / READY, marker)
+                replace_json(partial / READY, marker)
         except ConfigError as error:
             raise AssetError(f"{error} Or set MM_MOSLORA_CACHE to another folder.") from error
     return folder
@@ -100,13 +99,6 @@ def _is_ready(folder: Path, marker: dict[str, object]) -> bool:
         return bool(json.loads((folder / READY).read_text(encoding="utf-8")) == marker)
     except (OSError, ValueError):
         return False
-
-
-def _write_marker(path: Path, marker: dict[str, object]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(marker, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -183,13 +175,10 @@ def verify(path: Path, asset: Asset) -> None:
     Raises:
         AssetError: the digest differs; both are named.
     """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    if digest.hexdigest() != asset.sha256:
+    digest = sha256_of(path)
+    if digest != asset.sha256:
         raise AssetError(
-            f"{path.name} has sha256 {digest.hexdigest()} ({path.stat().st_size:,} bytes), expected {asset.sha256} "
+            f"{path.name} has sha256 {digest} ({path.stat().st_size:,} bytes), expected {asset.sha256} "
             f"({asset.bytes:,} bytes) for {asset.name} {asset.version}. Delete it and download it again; if it stays "
             "different, do not use it."
         )

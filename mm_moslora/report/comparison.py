@@ -13,12 +13,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mm_moslora.errors import ConfigError
+from mm_moslora.files import replace_text
 from mm_moslora.named_files import read_text
 from mm_moslora.redaction import redact
 from mm_moslora.report import story
 from mm_moslora.report.charts import format_number
 from mm_moslora.report.comparison_charts import differences_chart, means_chart, rates_chart
-from mm_moslora.report.html import asset, printable, write_atomically
+from mm_moslora.report.html import asset, printable
 from mm_moslora.verdicts import AGAINST, difference_of
 from mm_moslora.wording import format_seconds
 
@@ -41,7 +42,8 @@ def write_page(results: Path, out: Path) -> Path:
     data = json.loads(read_text(results))
     if data.get("format") != FORMAT:
         raise ConfigError(f"{results} has format {data.get('format')!r}, this version reads {FORMAT}.")
-    write_atomically(out, render(data))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(out, render(data))
     return out
 
 

@@ -65,14 +65,9 @@ def build_report(run_folders: Path | Sequence[Path], out: Path) -> Path:
         raise ConfigError(f"A report shows 1 to {MOST_RUNS} runs, not {len(folders)}. For more, use mm-moslora board.")
     runs = [load_run(folder) for folder in folders]
     target = output_file(out, sign=PAGE_SIGN)
-    write_atomically(target, render(runs[0]) if len(runs) == 1 else _render("overlay.html.j2", overlay(runs)))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(target, render(runs[0]) if len(runs) == 1 else _render("overlay.html.j2", overlay(runs)))
     return out
-
-
-def write_atomically(out: Path, page: str) -> None:
-    """Write a page in one move."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(out, page)
 
 
 def render(data: RunData) -> str:

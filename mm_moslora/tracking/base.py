@@ -7,7 +7,6 @@ disk costs no tracker: what it refuses is tried again.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import os
 import threading
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from mm_moslora.files import is_full
+from mm_moslora.files import is_full, sha256_of
 from mm_moslora.redaction import redact, redact_text
 from mm_moslora.tracking.environment import environment
 from mm_moslora.tracking.mixers import mean_figures
@@ -238,8 +237,7 @@ def adapter_digest(folder: Path) -> str | None:
     """sha256 of an adapter's weights, which names it in evaluations; None when there are none."""
     for name in ("moslora.safetensors", "adapter_model.safetensors"):
         if (folder / name).is_file():
-            with (folder / name).open("rb") as stream:
-                return hashlib.file_digest(stream, "sha256").hexdigest()
+            return sha256_of(folder / name)
     return None
 
 

@@ -144,11 +144,11 @@ def recording(run: Path) -> Iterator[list[Operation]]:
         operations.append(("rename", (inside(path), inside(target))))
 
     def replace_text(path: Path, text: str) -> None:
-        real_replace(path, text)
         temporary = inside(path).with_name(f".{path.name}.tmp")
         operations.append(("write", (temporary, text.encode())))
         operations.append(("sync", (temporary,)))
         operations.append(("rename", (temporary, inside(path))))
+        real_replace(path, text)
 
     def remove(folder: Path, *, mark: str = files.MARK) -> None:
         gone = sorted(folder.rglob("*"), key=lambda path: -len(path.parts)) if folder.exists() else []

@@ -261,14 +261,14 @@ def _retrain_folded(folder: Path) -> None:
 
 def _edit_tensor(folder: Path, part: str, change: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
     """Change (None: remove) the first tensor with `part` in its name, in a folder whose hashes agree."""
-    from mm_moslora.adapters.state import file_sha256
+    from mm_moslora.files import sha256_of
 
     path = folder / "moslora.safetensors"
     tensors = load_file(path)
     name = next(name for name in tensors if part in name)
     changed = {} if change is None else {name: change(tensors.pop(name))}
     save_file({other: tensor for other, tensor in tensors.items() if other != name} | changed, path)
-    _edit_json("moslora.json", lambda data: data["files"].update({path.name: file_sha256(path)}))(folder)
+    _edit_json("moslora.json", lambda data: data["files"].update({path.name: sha256_of(path)}))(folder)
 
 
 def _reshape_mixer(folder: Path) -> None:

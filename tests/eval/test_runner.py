@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 from between import just_before
 from mm_moslora_eval import cli
-from mm_moslora_eval.answers import write_atomically
 from mm_moslora_eval.images import MODES
 from mm_moslora_eval.registry import get_task
 from mm_moslora_eval.results import read_results, score_folder
@@ -24,6 +23,7 @@ from mm_moslora_eval.runner import Settings, open_run
 from mm_moslora_eval.suite import compare, evaluate, read_samples
 
 from mm_moslora.errors import ConfigError, EvalError
+from mm_moslora.files import replace_text
 from tests.eval.eval_data import picture, write_questions
 from tests.eval.eval_fake import FakeModel
 
@@ -360,8 +360,8 @@ def test_hosts_whose_processes_have_the_same_number_write_the_same_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "run.json"
-    just_before(monkeypatch, Path, "replace", lambda: write_atomically(path, "theirs"), when=lambda *_: True)
-    write_atomically(path, "ours")
+    just_before(monkeypatch, Path, "replace", lambda: replace_text(path, "theirs"), when=lambda *_: True)
+    replace_text(path, "ours")
     assert path.read_text() == "ours"
     assert list(tmp_path.iterdir()) == [path]
 

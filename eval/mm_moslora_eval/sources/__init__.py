@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm_moslora.errors import EvalError
+from mm_moslora.files import sha256_of
 from mm_moslora.named_files import opened
 
 from ..documents import DataSet, Document, checked
@@ -52,14 +54,13 @@ def _read(source: Source, path: Path, rules: PictureRules) -> Iterator[Document 
 
 
 def _checksum(path: Path, expected_md5: str | None) -> str:
-    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     with opened(path, most=None) as stream:
-        while chunk := stream.read(1 << 20):
-            sha256.update(chunk)
-            md5.update(chunk)
-    if expected_md5 is not None and md5.hexdigest() != expected_md5:
+        found = sha256_of(stream)
+        stream.seek(0)
+        md5 = hashlib.file_digest(stream, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
+    if expected_md5 is not None and md5 != expected_md5:
         raise EvalError(
-            f"{path} has MD5 {md5.hexdigest()}, the protocol expects {expected_md5}: it is another version or damaged. "
+            f"{path} has MD5 {md5}, the protocol expects {expected_md5}: it is another version or damaged. "
             "Fetch it again, or copy the task file and change `source.md5`."
         )
-    return sha256.hexdigest()
+    return found

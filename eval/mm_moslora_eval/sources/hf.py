@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_moslora.errors import EvalError, MoSLoRAError, suggestion
+from mm_moslora.files import sha256_of
 from mm_moslora.named_files import opened
 
 from ..documents import CONTEXT, DataSet, Document, ImageLike, checked
@@ -88,7 +88,7 @@ def _open(source: Source, path: Path | None) -> tuple[Any, str]:
             if kind is None:
                 raise EvalError(f"{path} is neither parquet, JSON nor CSV.")
             with opened(path, most=None) as stream:
-                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+                sha256 = sha256_of(stream)
             return undecoded(load_checked(kind, data_files=str(path), split="train")), sha256
         raise EvalError(f"{path} is neither a file nor a folder.")
     except MoSLoRAError:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mm_moslora.files import sha256_of
 from mm_moslora.named_files import opened
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -25,7 +26,7 @@ def folder_checksum(folder: Path) -> str:
             if name.startswith((".", _DERIVED)) or not path.is_file():
                 continue
             with opened(path, most=None) as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
+                content = sha256_of(stream)
             whole.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode("utf-8", "surrogateescape"))
     return whole.hexdigest()
 
