@@ -54,6 +54,15 @@ def shipped_folder(name: str) -> Path:
     raise ConfigError(f"No folder {name!r} comes along, expected {', '.join(SHIPPED)}.{suggestion(name, SHIPPED)}")
 
 
+def cache_folder(kind: str) -> Path:
+    """Where what can be fetched or computed again is kept: in `MM_MOSLORA_CACHE`, or in `~/.cache/mm_moslora`.
+
+    Args:
+        kind: name of the folder in it.
+    """
+    return Path(os.environ.get("MM_MOSLORA_CACHE") or "~/.cache/mm_moslora").expanduser() / kind
+
+
 def file_and_folder(text: str, *, start: Path | None = None) -> tuple[str, str]:
     """Split what a person typed as FILE@FOLDER, where both may hold an `@`: what is there decides.
 

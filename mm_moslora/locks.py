@@ -5,26 +5,58 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO
 
 from mm_moslora.files import discard
 
+_descriptors: set[int] = set()
+"""Of the files whose locks this process holds or waits for."""
 
-def take(stream: IO[str], *, wait: bool) -> None:
-    """Take the lock of an open file, until it is closed.
+
+def held(path: Path, *, wait: bool) -> AbstractContextManager[int]:
+    """Take the lock of a file for a `with` block, which gets the file's descriptor.
 
     Args:
-        stream: the file.
-        wait: for whoever holds it.
+        path: the file; made if it is missing. What it holds stays.
+        wait: for whoever holds the lock.
 
     Raises:
         BlockingIOError: somebody holds it, and `wait` is false.
+        OSError: the file cannot be opened or locked.
     """
-    fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    # A forked process shares the lock, and one that outlives this process would keep it.
-    os.register_at_fork(after_in_child=stream.close)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    _descriptors.add(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException:
+        _free(descriptor)
+        raise
+    return _until_freed(descriptor)
+
+
+@contextmanager
+def _until_freed(descriptor: int) -> Iterator[int]:
+    try:
+        yield descriptor
+    finally:
+        _free(descriptor)
+
+
+def _free(descriptor: int) -> None:
+    if descriptor in _descriptors:  # a forked process has closed it
+        _descriptors.discard(descriptor)
+        os.close(descriptor)
+
+
+def _leave_to_parent() -> None:
+    """A forked process shares the locks, and one that outlives its parent would keep them."""
+    for descriptor in _descriptors:
+        os.close(descriptor)
+    _descriptors.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 @contextmanager
@@ -37,9 +69,8 @@ def lock_beside(folder: Path) -> Iterator[None]:
     path = folder.with_name(f".{folder.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with path.open("a", encoding="utf-8") as stream:
-            take(stream, wait=True)
-            if not _is_at(path, stream):  # whoever held it has deleted it
+        with held(path, wait=True) as descriptor:
+            if not _is_at(path, descriptor):  # whoever held it has deleted it
                 continue
             try:
                 yield
@@ -48,8 +79,8 @@ def lock_beside(folder: Path) -> Iterator[None]:
             return
 
 
-def _is_at(path: Path, stream: IO[str]) -> bool:
+def _is_at(path: Path, descriptor: int) -> bool:
     try:
-        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+        return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False

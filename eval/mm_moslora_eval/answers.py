@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -14,6 +13,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from mm_moslora.files import discard, replace_text
+from mm_moslora.locks import held
 from mm_moslora.named_files import MOST_BYTES, FileError, FileFault, read_bytes
 
 logger = logging.getLogger(__name__)
@@ -81,21 +81,22 @@ class AnswerLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"answers-{rank:04d}-{time.time_ns()}-{os.getpid()}.jsonl"
         self._stream: TextIO | None = None
+        self._open = ExitStack()
         self._batch_size = batch_size
         self._waiting = 0
         self._flushed = time.monotonic()
 
     def __enter__(self) -> AnswerLog:
-        self._stream = self.path.open("x", encoding="utf-8")
-        fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that the file still grows
+        self._stream = self._open.enter_context(self.path.open("x", encoding="utf-8"))
+        self._open.enter_context(held(self.path, wait=False))  # says that the file still grows
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._stream is not None
-        self.flush()
-        self._stream.close()
+        with self._open:
+            self.flush()
 
     def add(self, row: Row) -> None:
         """Append one row."""
@@ -133,9 +134,8 @@ def merge(folder: Path, keys: Iterable[str]) -> None:
 
 def _is_ended(path: Path, stack: ExitStack) -> bool:
     """Whether nobody writes the file any more; it stays locked as long as the stack."""
-    stream = stack.enter_context(path.open("r", encoding="utf-8"))
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        stack.enter_context(held(path, wait=False))
     except OSError:
         return False
     return True

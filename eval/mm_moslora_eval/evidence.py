@@ -6,7 +6,6 @@ pictures (see `mm_moslora.report.schema`), and each tracker of its recipe the sc
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.files import replacing
+from mm_moslora.locks import held
 from mm_moslora.named_files import read_text
 from mm_moslora.verdicts import SCORE_NAMES, Difference, difference_of
 
@@ -60,8 +60,7 @@ def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Se
     weights = adapter_digest(checkpoint / "adapter") or f"step {step}"
     rows = [_row(told, step=step, model=weights) for told in _whole(list(_told(results, before, output)))]
     try:
-        with (run / ".evaluation.lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another evaluation of the run may end just now
+        with held(run / ".evaluation.lock", wait=True):  # another evaluation of the run may end just now
             known = _known(run / "evaluation.json")
             rows = _better(rows, known)
             _name_metrics(rows, known)
@@ -310,15 +309,16 @@ def _copied(run: Path, output: Path, row: dict[str, Any], name: str) -> str | No
 
 def _tell_trackers(run: Path, recipe: Any, rows: Sequence[dict[str, Any]], adapter: Path, *, step: int) -> None:
     from mm_moslora.errors import ConfigError
+    from mm_moslora.folders import RUN_LOCK
     from mm_moslora.tracking import build_trackers
     from mm_moslora.tracking.base import adapter_digest
 
-    with (run / "run.lock").open("a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            logger.warning("%s still trains; its trackers get no scores until it is evaluated again.", run)
-            return
+    try:
+        lock = held(run / RUN_LOCK, wait=False)
+    except BlockingIOError:
+        logger.warning("%s still trains; its trackers get no scores until it is evaluated again.", run)
+        return
+    with lock:
         try:
             trackers = build_trackers(recipe.track)
         except ConfigError as error:  # a tracker that is not installed here

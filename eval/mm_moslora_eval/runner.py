@@ -14,7 +14,6 @@ Folder of a run:
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ from typing import Any
 
 from mm_moslora.errors import EvalError
 from mm_moslora.files import read_json, refuse_strangers, replace_text
+from mm_moslora.locks import held
 
 from . import provenance
 from .answers import AnswerLog, Row, line, merge, read_folder
@@ -106,18 +106,18 @@ def hold_run(folder: Path, *, rank: int = 0) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EvalError(f"The run folder {folder} cannot be made ({error.strerror}). Choose another one.") from error
-    with (folder / f".rank-{rank}.lock").open("a") as lock:
-        for attempt in range(_LOCK_ATTEMPTS):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if attempt == _LOCK_ATTEMPTS - 1:
-                    raise EvalError(
-                        f"{folder} is in use: another process works there as rank {rank}. "
-                        "Wait for it or choose another folder."
-                    ) from error
-                time.sleep(0.05)  # rank 0 may just be looking whether this rank is there
+    for attempt in range(_LOCK_ATTEMPTS):
+        try:
+            lock = held(folder / f".rank-{rank}.lock", wait=False)
+            break
+        except BlockingIOError as error:
+            if attempt == _LOCK_ATTEMPTS - 1:
+                raise EvalError(
+                    f"{folder} is in use: another process works there as rank {rank}. "
+                    "Wait for it or choose another folder."
+                ) from error
+            time.sleep(0.05)  # rank 0 may just be looking whether this rank is there
+    with lock:
         yield
 
 
@@ -284,11 +284,10 @@ def _wait_for_others(folder: Path, job: _Job, settings: Settings) -> None:
 
 def _held(path: Path) -> bool:
     try:
-        with path.open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with held(path, wait=False):
+            return False
     except OSError:
         return True
-    return False
 
 
 class _Job:

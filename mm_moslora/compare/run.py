@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import logging
 import math
 import time
@@ -35,6 +34,7 @@ from mm_moslora.data.sources import open_source
 from mm_moslora.errors import ConfigError, MoSLoRAError
 from mm_moslora.files import discard, mark, read_json, refuse_strangers, remove, replace_json
 from mm_moslora.folders import MANIFEST, checkpoints, file_and_folder
+from mm_moslora.locks import held
 from mm_moslora.machine import renew_threads
 from mm_moslora.training.signals import StopRequest
 from mm_moslora.wording import format_seconds
@@ -374,11 +374,11 @@ def exclusive(folder: Path) -> Iterator[None]:
     refuse_strangers(folder, _FILES, kind="comparison", also=("comparison.json",))
     folder.mkdir(parents=True, exist_ok=True)
     mark(folder, "comparison")
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"{folder} is in use by another comparison. Wait for it, or choose another --output."
-            ) from error
+    try:
+        lock = held(folder / ".lock", wait=False)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"{folder} is in use by another comparison. Wait for it, or choose another --output."
+        ) from error
+    with lock:
         yield

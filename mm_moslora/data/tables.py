@@ -22,7 +22,8 @@ from mm_moslora.data.record_source import RecordSource
 from mm_moslora.data.remote import is_of_set, read_hub_file
 from mm_moslora.errors import DataError, suggestion
 from mm_moslora.files import building, is_built
-from mm_moslora.locks import take
+from mm_moslora.folders import cache_folder
+from mm_moslora.locks import held
 from mm_moslora.named_files import FileError, find_below, read_text_below
 
 if TYPE_CHECKING:
@@ -274,17 +275,14 @@ def _streamed(config: SourceConfig, name: str) -> Dataset:
     """
     import datasets
 
-    from mm_moslora.data.tokencache import default_cache
-
     assert config.limit is not None, "checked by SourceConfig"
     arguments = _arguments(config, name)
     files = [Path(item) for item in next(iter(arguments.get("data_files", {"": []}).values()))]
     state = [(item.stat().st_size, item.stat().st_mtime_ns) for item in files]
     key = hashlib.sha256(json.dumps([arguments, state, config.limit], sort_keys=True).encode()).hexdigest()[:24]
-    folder = default_cache() / "streams" / key
+    folder = cache_folder("data") / "streams" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as lock:
-        take(lock, wait=True)
+    with held(folder.with_suffix(".lock"), wait=True):
         if not is_built(folder):
             stream = undecoded(load_checked(**arguments, streaming=True)).take(config.limit)
             table = datasets.Dataset.from_generator(

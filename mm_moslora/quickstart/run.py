@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mm_moslora.config import AdapterConfig, Precision, Recipe, SourceConfig, load_recipe, refuse_lacking
 from mm_moslora.files import MARK, building, is_built, mark, refuse_strangers, replace_json
-from mm_moslora.folders import RUN_FILES, RUN_LOCK, checkpoints
+from mm_moslora.folders import RUN_FILES, RUN_LOCK, cache_folder, checkpoints
 from mm_moslora.launch import EXIT_REQUEUE
 from mm_moslora.machine import hardware
 from mm_moslora.quickstart import assets
-from mm_moslora.quickstart.cache import cache_dir
 from mm_moslora.quickstart.datasets import DATA_SET, DatasetFiles, build_easy_vqa
 from mm_moslora.quickstart.evaluation import evaluate_all, measured, subject_of, table
 from mm_moslora.quickstart.notes import QUICKSTART, kept, refuse_other, refuse_other_recipe
@@ -154,7 +153,7 @@ def _quickstart(folder: Path, choice: Choice, stamps_deb: Path | None, ending: E
     from mm_moslora.training.loop import train
 
     clock = _Clock(folder)
-    _say(f"Parts are kept in {cache_dir()}; what is missing is fetched.")
+    _say(f"Parts are kept in {cache_folder('quickstart')}; what is missing is fetched.")
     data, (align, tune) = _begin(folder, choice, stamps_deb)
     ending.begun = True
     _say(f"Data: {data.train_pictures} pictures to learn from, {data.questions} held-out questions.")

@@ -24,7 +24,7 @@ from mm_moslora.data.conversation import Encoder
 from mm_moslora.data.dataset import TrainingSet
 from mm_moslora.errors import ConfigError, TrainingError
 from mm_moslora.folders import RUN_LOCK, is_adapter, projector_file
-from mm_moslora.locks import take
+from mm_moslora.locks import held
 from mm_moslora.losses import use_loss_head
 from mm_moslora.models.anyres import NEWLINE, newline_of
 from mm_moslora.models.attention import set_attention, training_attention
@@ -88,24 +88,20 @@ def exclusive(folder: Path) -> Iterator[None]:
 def _lock(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / RUN_LOCK).open("a+", encoding="utf-8")
+        lock = held(folder / RUN_LOCK, wait=False)
+    except BlockingIOError as error:
+        owner = (folder / RUN_LOCK).read_text(encoding="utf-8", errors="replace").strip()
+        raise TrainingError(
+            f"{folder} is in use by another run ({owner or 'owner unknown'}). "
+            "Wait for it, stop it, or choose another train.output."
+        ) from error
     except OSError as error:
         raise TrainingError(
             f"The run folder {folder} cannot be written ({error.strerror}). Choose another with train.output, or with "
             "--output of the quickstart."
         ) from error
-    with lock as stream:
-        try:
-            take(stream, wait=False)
-        except OSError as error:
-            stream.seek(0)
-            raise TrainingError(
-                f"{folder} is in use by another run ({stream.read().strip() or 'owner unknown'}). "
-                "Wait for it, stop it, or choose another train.output."
-            ) from error
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        stream.flush()
+    with lock:
+        (folder / RUN_LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield
 
 

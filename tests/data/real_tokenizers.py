@@ -81,9 +81,9 @@ def _from_folder(name: str):
     more = os.environ.get("MM_MOSLORA_TEST_TOKENIZERS")
     places = [Path(more) / name] if more else []
     if name == "smollm2":
-        from mm_moslora.quickstart.cache import cache_dir
+        from mm_moslora.folders import cache_folder
 
-        places.append(cache_dir() / "smollm2-135m-instruct")
+        places.append(cache_folder("quickstart") / "smollm2-135m-instruct")
     for place in places:
         if place.is_dir():
             return AutoTokenizer.from_pretrained(place)

