@@ -6,32 +6,18 @@ A picture is fetched once, from hosts that the recipe names, and kept on this ma
 from __future__ import annotations
 
 import hashlib
-import http.client
-import os
-import socket
-import threading
-import urllib.error
-import urllib.request
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from mm_moslora.data.faults import Code
 from mm_moslora.data.images import MAX_BYTES, ImageError, open_image_bytes, read_picture
 from mm_moslora.errors import DataError
 from mm_moslora.files import replacing
+from mm_moslora.folders import cache_folder
+from mm_moslora.http_fetch import FetchError, FetchFault, Rules, fetch
 
-TIMEOUT = 20.0
-"""Seconds without a byte before a host is given up."""
-TOTAL_TIMEOUT = 120.0
-"""Seconds for a whole fetch, redirects included."""
-
-
-def picture_cache() -> Path:
-    """Where fetched pictures are kept: `MM_MOSLORA_CACHE`, or `~/.cache/mm_moslora`, and `pictures` in it."""
-    root = os.environ.get("MM_MOSLORA_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "mm_moslora") / "pictures"
+SECONDS = 120.0
+"""For a whole fetch, redirects included."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +32,7 @@ class RemotePicture:
     @property
     def path(self) -> Path:
         """Where its bytes are kept."""
-        return picture_cache() / hashlib.sha256(self.name.encode("utf-8")).hexdigest()
+        return cache_folder("pictures") / hashlib.sha256(self.name.encode("utf-8")).hexdigest()
 
     @property
     def fetched(self) -> bool:
@@ -70,23 +56,17 @@ class RemotePicture:
         return data
 
     def _fetch(self) -> bytes:
-        request = urllib.request.Request(self.name, headers={"User-Agent": "mm_moslora"})  # noqa: S310  (checked)
-        limit = _TimeLimit(TOTAL_TIMEOUT)
-        opener = urllib.request.build_opener(_SameHosts(self.hosts), _Limited(limit), _LimitedTls(limit))
         try:
-            with limit, opener.open(request, timeout=TIMEOUT) as answer:
-                data = bytes(answer.read(MAX_BYTES + 1))
-                expected = int(answer.headers.get("Content-Length") or len(data))
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            said = f"no answer within {TOTAL_TIMEOUT:g} seconds" if limit.passed else f"{type(error).__name__}: {error}"
+            return fetch(self.name, Rules(hosts=self.hosts, most=MAX_BYTES, seconds=SECONDS))
+        except FetchError as error:
+            if error.fault == FetchFault.TOO_LARGE:
+                remedy = f"stay below {MAX_BYTES} bytes"
+                raise ImageError(Code.IMAGE_TOO_LARGE, self.name, "sends too much", remedy) from error
+            what = f"{error.what}{f' ({error.detail})' if error.detail else ''}"
+            if error.fault == FetchFault.NOT_ALLOWED:
+                what = f"redirects to {error.detail}, which image_hosts does not allow"
             remedy = "check the URL and the network, or download the pictures first"
-            raise ImageError(Code.IMAGE_MISSING, self.name, f"cannot be fetched ({said[:200]})", remedy) from error
-        if len(data) > MAX_BYTES:
-            raise ImageError(Code.IMAGE_TOO_LARGE, self.name, "sends too much", f"stay below {MAX_BYTES} bytes")
-        if limit.passed or len(data) < expected:
-            what = f"breaks off after {len(data)} bytes"
-            raise ImageError(Code.IMAGE_MISSING, self.name, what, "try again, or download the pictures first")
-        return data
+            raise ImageError(Code.IMAGE_MISSING, self.name, what, remedy) from error
 
 
 def is_of_set(path: str, dataset: str) -> bool:
@@ -117,86 +97,3 @@ def read_hub_file(path: str, dataset: str) -> bytes:
     if len(data) > MAX_BYTES:
         raise DataError(f"{path} takes more than {MAX_BYTES} bytes. Leave it out.")
     return data
-
-
-class _TimeLimit:
-    """Ends the connections of a fetch that takes too long as a whole, however often a byte arrives.
-
-    Args:
-        seconds: from the start of the block to its end.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self.passed = False
-        self._sockets: list[socket.socket] = []
-        self._timer = threading.Timer(seconds, self._end)
-        self._timer.daemon = True
-
-    def __enter__(self) -> _TimeLimit:
-        self._timer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-
-    def holds(self, connection: http.client.HTTPConnection) -> None:
-        """A connection that has just been made."""
-        self._sockets.append(connection.sock)
-        if self.passed:
-            self._end()
-
-    def _end(self) -> None:
-        self.passed = True
-        for each in self._sockets:
-            with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-
-
-class _Limited(urllib.request.HTTPHandler):
-    """Opens http under a time limit."""
-
-    def __init__(self, limit: _TimeLimit) -> None:
-        super().__init__()
-
-        class Connection(http.client.HTTPConnection):
-            def connect(self) -> None:
-                super().connect()
-                limit.holds(self)
-
-        self._connection = Connection
-
-    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        """Open a request."""
-        return self.do_open(self._connection, req)
-
-
-class _LimitedTls(urllib.request.HTTPSHandler):
-    """Opens https under a time limit."""
-
-    def __init__(self, limit: _TimeLimit) -> None:
-        super().__init__()
-
-        class Connection(http.client.HTTPSConnection):
-            def connect(self) -> None:
-                super().connect()
-                limit.holds(self)
-
-        self._connection = Connection
-
-    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        """Open a request."""
-        return self.do_open(self._connection, req)
-
-
-class _SameHosts(urllib.request.HTTPRedirectHandler):
-    """Follows redirects within the allowed hosts only."""
-
-    def __init__(self, hosts: tuple[str, ...]) -> None:
-        self.hosts = hosts
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
-        """Refuse a redirect to another host or scheme."""
-        parts = urlsplit(newurl)
-        if parts.scheme not in ("http", "https") or parts.hostname not in self.hosts:
-            raise urllib.error.URLError(f"redirects to {newurl[:80]}, which image_hosts does not allow")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import io
 import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from PIL import Image
 from serve.serve_tools import asking
 
+from mm_moslora.http_fetch import FetchError, public_address
 from mm_moslora.serve import remote
 from mm_moslora.serve.faults import ApiError
-from mm_moslora.serve.remote import RemotePictures, public_address
+from mm_moslora.serve.remote import RemotePictures
 
 
 def png() -> bytes:
@@ -21,42 +29,65 @@ def png() -> bytes:
     return stream.getvalue()
 
 
+@dataclass
 class Reply:
     """One canned answer of a host."""
 
-    def __init__(self, status: int, *, location: str | None = None, body: bytes = b"", endless: bool = False) -> None:
-        self.status, self._location, self._body, self._endless = status, location, body, endless
-
-    def getheader(self, name: str) -> str | None:
-        return self._location
-
-    def read1(self, _: int) -> bytes:
-        chunk, self._body = self._body, self._body if self._endless else b""
-        return chunk
+    status: int
+    location: str | None = None
+    body: bytes = b""
+    endless: bool = False
+    pause: float = 0.0
+    """Seconds after each part of an endless body."""
 
 
 @pytest.fixture
-def hosts(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Reply]]:
-    """Replies by host; each connection takes the next one, and is noted under `connected`."""
-    replies: dict[str, list[Reply]] = {}
-    connected: list[tuple[str, str]] = []
+def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[Reply]]]:
+    """Replies by host; each request takes the next one, and its connection is noted under `connected`.
 
-    class Connection:
-        def __init__(self, host: str, address: str, **_: Any) -> None:
-            self._host = host
-            connected.append((host, address))
+    Names resolve to a public address, and what is connected to on port 443 is a server of this machine without TLS.
+    """
+    replies: dict[str, Any] = {"connected": []}
+    addresses: list[str] = []
 
-        def request(self, *_: Any, **__: Any) -> None: ...
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            reply = replies[self.headers["Host"]].pop(0)
+            self.send_response(reply.status)
+            if reply.location is not None:
+                self.send_header("Location", reply.location)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(reply.body)
+                while reply.endless:
+                    time.sleep(reply.pause)
+                    self.wfile.write(reply.body)
 
-        def getresponse(self) -> Reply:
-            return replies[self._host].pop(0)
+        def log_message(self, *_: object) -> None: ...
 
-        def close(self) -> None: ...
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    connect, resolve = socket.create_connection, socket.getaddrinfo
 
-    monkeypatch.setattr(remote, "_PinnedConnection", Connection)
-    monkeypatch.setattr(remote, "public_address", lambda _: "93.184.215.14")
-    replies["connected"] = connected  # type: ignore[assignment]
-    return replies
+    def connected(address: tuple[str, int], *more: Any) -> socket.socket:
+        if address[1] != 443:
+            return connect(address, *more)
+        addresses.append(address[0])
+        return connect(server.server_address[:2], *more)
+
+    def wrapped(_: ssl.SSLContext, raw: socket.socket, *, server_hostname: str) -> socket.socket:
+        replies["connected"].append((server_hostname, addresses[-1]))
+        return raw
+
+    def resolved(host: str, port: Any, *more: Any, **named: Any) -> Any:
+        return resolve("93.184.215.14" if host.endswith(".example") else host, port, *more, **named)
+
+    monkeypatch.setattr(socket, "create_connection", connected)
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    monkeypatch.setattr(ssl.SSLContext, "wrap_socket", wrapped)
+    yield replies
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.mark.parametrize(
@@ -83,8 +114,10 @@ def test_only_the_allowed_host_over_https_is_connected_to(url: str, hosts: Any) 
 )  # fmt: skip
 def test_addresses_that_are_not_public_are_refused(addresses: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (item, 443)) for item in addresses])
-    with pytest.raises(ApiError, match="not public"):
+    with pytest.raises(FetchError, match="not public"):
         public_address("ok.example")
+    with pytest.raises(ApiError, match="not public"):
+        RemotePictures(["ok.example"])("https://ok.example/a.png")
 
 
 def test_a_public_address_is_given_and_an_unknown_name_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +128,7 @@ def test_a_public_address_is_given_and_an_unknown_name_is_not(monkeypatch: pytes
         raise socket.gaierror
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    with pytest.raises(ApiError, match="not known"):
+    with pytest.raises(FetchError, match="not known"):
         public_address("ok.example")
 
 
@@ -122,10 +155,17 @@ def test_floods_and_errors_end(hosts: Any, monkeypatch: pytest.MonkeyPatch) -> N
     hosts["ok.example"] = [Reply(404)]
     with pytest.raises(ApiError, match="did not answer"):
         fetch("https://ok.example/")
-    monkeypatch.setattr(remote, "SECONDS", -1.0)
-    hosts["ok.example"] = [Reply(200, body=b"x", endless=True)]
+    monkeypatch.setattr(remote, "SECONDS", 0.3)
+    hosts["ok.example"] = [Reply(200, body=b"x", endless=True, pause=0.02)]
     with pytest.raises(ApiError, match="takes longer"):
-        fetch("https://ok.example/")
+        RemotePictures(["ok.example"])("https://ok.example/")
+
+
+def test_a_proxy_of_the_environment_is_not_asked(hosts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
+    hosts["ok.example"] = [Reply(200, body=png())]
+    assert RemotePictures(["ok.example"])("https://ok.example/a@2x.png?b=c") == png()
+    assert hosts["connected"] == [("ok.example", "93.184.215.14")]
 
 
 def test_the_server_takes_an_allowed_address_like_a_data_url(serve_with: Any, hosts: Any) -> None:
