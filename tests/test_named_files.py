@@ -124,7 +124,6 @@ def test_what_is_not_there_is_none_and_a_link_that_leads_out_is_an_error(root: P
 
 CHECKOUT = Path(__file__).parents[1]
 PACKAGES = ("mm_moslora/data", "mm_moslora/report", "mm_moslora/board", "eval/mm_moslora_eval")
-ALSO = ("mm_moslora/tracking/pictures.py",)
 READERS = frozenset({
     "open", "fdopen", "memmap", "fromfile", "loadtxt", "genfromtxt", "load_dataset", "load_from_disk",
     "load_dataset_builder", "urlopen", "read_csv", "read_parquet", "read_table", "ParquetFile", "ZipFile", "url_to_fs",
@@ -140,8 +139,7 @@ ALLOWED = {
     "mm_moslora/data/film.py:_container": "a stream; FFmpeg opens nothing by itself",
     "mm_moslora/data/images.py:_opened": "a stream",
     "mm_moslora/data/video.py:_of_animation": "a stream",
-    "mm_moslora/report/pictures.py:thumbnail": "a stream",
-    "mm_moslora/tracking/pictures.py:thumbnail": "a stream",
+    "mm_moslora/report/pictures.py:shrunk": "a stream",
     "mm_moslora/data/remote.py:read_hub_file": "the hub's client, for files of the data set alone",
     "mm_moslora/data/tables.py:load_checked": "data files were found to lie in the data set",
     "mm_moslora/data/tables.py:load_saved": "tables were found to lie in the data set",
@@ -204,7 +202,6 @@ def test_openers_are_recognised(code: str, reads: bool) -> None:
 
 def test_no_other_opener_stands_in_the_packages_that_read_data() -> None:
     modules = [path for package in PACKAGES for path in sorted((CHECKOUT / package).rglob("*.py"))]
-    modules += [CHECKOUT / name for name in ALSO]
     found = {place for path in modules for place in openers(path)}
     assert sorted(found - ALLOWED.keys()) == [], "open what data name through mm_moslora.named_files"
     assert sorted(ALLOWED.keys() - found) == [], "these open nothing any more: take them off the list"

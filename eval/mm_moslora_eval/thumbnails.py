@@ -14,6 +14,7 @@ from typing import Any
 from mm_moslora.errors import DataError
 from mm_moslora.files import replacing
 from mm_moslora.named_files import FileError, find_below, read_bytes
+from mm_moslora.report.pictures import SIDE, encoded
 
 from .documents import Document, ImageLike
 from .images import Hasher, ImageMode, open_image
@@ -26,8 +27,6 @@ MOST_EVIDENCE = 24
 """Samples, spread over a task, that a run of ours keeps of an evaluation."""
 MOST_PICTURES = 4
 """Pictures shown of a sample."""
-_SIDE = 320
-_DRAWING = 128
 _MOST_BYTES = 2**22
 _IDENTITY = re.compile(r"[0-9a-f]{64}")
 
@@ -92,11 +91,11 @@ def keep(
 
 def _write(folder: Path, name: str, image: ImageLike) -> None:
     picture = open_image(image)
-    picture.thumbnail((_SIDE, _SIDE))
+    picture.thumbnail((SIDE, SIDE))
+    kind, data = encoded(picture)
     folder.mkdir(exist_ok=True)
-    drawing = max(picture.size) <= _DRAWING  # JPEG would smear drawings of a few pixels
-    with replacing(folder / f"{name}.{'png' if drawing else 'jpg'}") as part, part.open("wb") as stream:
-        picture.save(stream, "PNG" if drawing else "JPEG", **({} if drawing else {"quality": 84}))
+    with replacing(folder / f"{name}.{'png' if kind == 'png' else 'jpg'}") as part:
+        part.write_bytes(data)
 
 
 def kept(run: Path, row: dict[str, Any]) -> list[tuple[str, bytes]]:

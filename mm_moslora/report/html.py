@@ -22,7 +22,7 @@ from mm_moslora.files import PAGE_SIGN, output_file, replace_text
 from mm_moslora.report import story
 from mm_moslora.report.charts import Series, format_number, line_chart, smooth
 from mm_moslora.report.overlay import MOST_RUNS, curve, overlay
-from mm_moslora.report.pictures import heat_map, thumbnail
+from mm_moslora.report.pictures import data_url, heat_map, thumbnail
 from mm_moslora.report.schema import EvaluationRow, Mixer, RunData, Stage, load_run, recipe_text
 from mm_moslora.verdicts import OVERLAP, score_text
 from mm_moslora.wording import format_seconds
@@ -269,14 +269,17 @@ def _mixer(mixer: Mixer) -> dict[str, Any]:
     """Before and after on one colour scale, the change on its own."""
     assert mixer.after is not None
     scale = max(abs(value) for matrix in (mixer.before or [], mixer.after) for row in matrix for value in row)
-    pictures = [{"label": "after", "url": heat_map(mixer.after, scale), "scale": scale}]
+    pictures = [_drawn("after", mixer.after, scale)]
     before = mixer.before
     if before and len(before) == len(mixer.after) and len(before[0]) == len(mixer.after[0]):
         change = [[b - a for a, b in zip(old, new, strict=True)] for old, new in zip(before, mixer.after, strict=True)]
         largest = max(abs(value) for row in change for value in row)
-        pictures.insert(0, {"label": "before", "url": heat_map(before, scale), "scale": scale})
-        pictures.append({"label": "change", "url": heat_map(change, largest), "scale": largest})
+        pictures = [_drawn("before", before, scale), *pictures, _drawn("change", change, largest)]
     return {"mixer": mixer, "pictures": pictures}
+
+
+def _drawn(label: str, matrix: list[list[float]], scale: float) -> dict[str, Any]:
+    return {"label": label, "url": data_url(heat_map(matrix, scale)), "scale": scale}
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from PIL.Image import Image
+
 from mm_moslora.files import is_full, sha256_of
 from mm_moslora.redaction import redact, redact_text
 from mm_moslora.tracking.environment import environment
@@ -56,6 +58,12 @@ class Sample:
     """None where there is no right or wrong."""
     image: Path | None = None
     """A picture file; re-encoded small before it is sent anywhere."""
+
+    def small(self) -> Image | None:
+        """The picture as RGB, at most 256 pixels long; None where there is none, or none that can be opened."""
+        from mm_moslora.report.pictures import FORMATS, shrunk
+
+        return None if self.image is None else shrunk(self.image, side=256, formats=(*FORMATS, "TIFF"))
 
 
 class Tracker(Protocol):

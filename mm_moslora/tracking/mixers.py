@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-_POSITIVE, _NEGATIVE = np.array([217.0, 95.0, 14.0]), np.array([37.0, 99.0, 235.0])
 _CELL = 6
 """Pixels per entry."""
 
@@ -38,16 +37,14 @@ def mixer_views(rows: Sequence[Mapping[str, Any]]) -> list[MixerView]:
         matrix = np.asarray(row["after"], dtype=np.float64)
         figures = {key: float(value) for key, value in row.items() if isinstance(value, float)}
         spectrum = np.linalg.svd(matrix, compute_uv=False).tolist()
-        views.append(MixerView(path=str(row["path"]), heat_map=heat_map(matrix), spectrum=spectrum, figures=figures))
+        views.append(MixerView(path=str(row["path"]), heat_map=_drawn(matrix), spectrum=spectrum, figures=figures))
     return views
 
 
-def heat_map(matrix: np.ndarray[Any, np.dtype[np.float64]]) -> Image.Image:
-    """Orange for positive, blue for negative entries, white for zero."""
-    largest = float(np.abs(matrix).max()) or 1.0
-    strength = np.sqrt(np.abs(matrix) / largest)[..., None]
-    colours = np.where(matrix[..., None] >= 0, _POSITIVE, _NEGATIVE) * strength + 255.0 * (1 - strength)
-    small = Image.fromarray(colours.astype(np.uint8))
+def _drawn(matrix: np.ndarray[Any, np.dtype[np.float64]]) -> Image.Image:
+    from mm_moslora.report.pictures import heat_map, on_white
+
+    small = on_white(heat_map(matrix.tolist(), float(np.abs(matrix).max())))
     return small.resize((small.width * _CELL, small.height * _CELL), Image.Resampling.NEAREST)
 
 

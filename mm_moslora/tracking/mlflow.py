@@ -21,7 +21,6 @@ from mm_moslora.tracking.base import (
     namespaced,
 )  # fmt: skip
 from mm_moslora.tracking.mixers import mixer_views
-from mm_moslora.tracking.pictures import thumbnail
 
 ID_FILE = "mlflow_id.txt"
 _LONGEST_VALUE = 500
@@ -84,7 +83,7 @@ class MlflowTracker:
         """See `Tracker.log_samples`."""
         rows = []
         for index, sample in enumerate(samples):
-            picture, small = None, thumbnail(sample.image)
+            picture, small = None, sample.small()
             if small is not None:
                 picture = f"samples/{title}/{step}/{index}.png"
                 self._client.log_image(self._run, small, artifact_file=picture)

@@ -10,7 +10,6 @@ from typing import Any
 
 from mm_moslora.tracking.base import Ending, Sample, headline, namespaced
 from mm_moslora.tracking.mixers import mixer_views
-from mm_moslora.tracking.pictures import thumbnail
 
 FOLDER = "tensorboard"
 
@@ -53,7 +52,7 @@ class TensorBoardTracker:
             correct = "" if sample.correct is None else ("yes" if sample.correct else "no")
             cells = (sample.question, sample.expected, sample.prediction, correct)
             rows.append("| " + " | ".join(_cell(text) for text in cells) + " |")
-            small = thumbnail(sample.image)
+            small = sample.small()
             if small is not None:
                 self._writer.add_image(f"{title}/{index}", np.asarray(small), step, dataformats="HWC")
         self._writer.add_text(title, "\n".join(rows), step)

@@ -8,7 +8,6 @@ from typing import Any
 
 from mm_moslora.tracking.base import PROJECT, Ending, Labels, Sample, default_name, flat, headline, namespaced
 from mm_moslora.tracking.mixers import mixer_views
-from mm_moslora.tracking.pictures import thumbnail
 
 
 class TrackioTracker:
@@ -47,7 +46,7 @@ class TrackioTracker:
         import pandas
         import trackio
 
-        small = [thumbnail(sample.image) for sample in samples]
+        small = [sample.small() for sample in samples]
         rows = [
             {
                 "image": None if picture is None else trackio.Image(picture),

@@ -29,7 +29,6 @@ from mm_moslora.tracking.base import (
     namespaced,
 )  # fmt: skip
 from mm_moslora.tracking.mixers import mixer_views
-from mm_moslora.tracking.pictures import thumbnail
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +148,7 @@ class WandbTracker:
 
         table = wandb.Table(columns=["image", "question", "expected", "prediction", "correct"])  # type: ignore[no-untyped-call]
         for sample in samples[:MAX_SAMPLES]:
-            small = thumbnail(sample.image)
+            small = sample.small()
             image = None if small is None else wandb.Image(small)
             table.add_data(image, sample.question, sample.expected, sample.prediction, sample.correct)  # type: ignore[no-untyped-call]
         if len(samples) > MAX_SAMPLES:
