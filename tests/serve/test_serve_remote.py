@@ -69,9 +69,9 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[Reply]]]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     connect, resolve = socket.create_connection, socket.getaddrinfo
 
-    def connected(address: tuple[str, int], *more: Any) -> socket.socket:
+    def connected(address: tuple[str, int], *more: Any, **named: Any) -> socket.socket:
         if address[1] != 443:
-            return connect(address, *more)
+            return connect(address, *more, **named)
         addresses.append(address[0])
         return connect(server.server_address[:2], *more)
 
