@@ -16,8 +16,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from mm_moslora.errors import ConfigError
 
@@ -47,7 +48,7 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def sha256_of(file: Path | BinaryIO) -> str:
+def sha256_of(file: Path | BufferedReader) -> str:
     """Hex digest of a file, or of what is left of a stream."""
     with file.open("rb") if isinstance(file, Path) else nullcontext(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -28,7 +28,7 @@ _DRAWING = 128
 """Longest side, in pixels, of what JPEG would smear."""
 
 
-def shrunk(path: Path, *, side: int = SIDE, formats: Sequence[str] = FORMATS) -> Image.Image | None:
+def shrunk(path: Path, *, side: int = SIDE, formats: tuple[str, ...] = FORMATS) -> Image.Image | None:
     """A picture file as RGB on white; None when it is missing, damaged or huge.
 
     Args:
