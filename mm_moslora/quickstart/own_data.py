@@ -23,8 +23,9 @@ from mm_moslora.config import SourceConfig
 from mm_moslora.data.faults import RecordError
 from mm_moslora.data.images import ImageError, check_image, open_image, read_picture
 from mm_moslora.data.pictures import Picture, StoredPicture, check_picture, picture_name
+from mm_moslora.data.record_source import RecordSource
 from mm_moslora.data.records import IMAGE, VIDEO, Record
-from mm_moslora.data.sources import RecordSource, open_source
+from mm_moslora.data.sources import open_source
 from mm_moslora.errors import DataError
 from mm_moslora.named_files import FileError, find_below
 from mm_moslora.quickstart.datasets import YES_NO, Question, conversation, question_record
