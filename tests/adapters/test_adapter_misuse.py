@@ -24,6 +24,7 @@ from mm_moslora.adapters import (
     save_adapter,
 )
 from mm_moslora.adapters.inject import resolve_targets
+from mm_moslora.adapters.never_called import why_never_called
 from mm_moslora.errors import AdapterError
 
 NAMES = ["q_proj", "v_proj"]
@@ -263,6 +264,19 @@ def test_a_layer_whose_weight_is_read_without_a_call_is_refused(kind: str, way: 
     assert not any("dt_proj" in path for path in resolve_targets(model))
 
 
+@pytest.mark.parametrize("kind", ["mamba", "mamba 2", "falcon mamba"])
+def test_the_layers_that_a_pass_does_not_call_are_those_that_the_list_names(kind: str) -> None:
+    model = mamba(kind)
+    linear = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    called: set[str] = set()
+    for path, module in linear.items():
+        module.register_forward_hook(lambda *_, path=path: called.add(path))
+    model(IDS)
+    places = {path: path.rpartition(".") for path in linear}
+    reasons = {path: why_never_called(model.get_submodule(parent), name) for path, (parent, _, name) in places.items()}
+    assert {path for path, reason in reasons.items() if reason and "never calls" in reason} == linear.keys() - called
+
+
 @pytest.mark.parametrize(("kind", "fused"), [("mamba", 3), ("mamba 2", 1), ("falcon mamba", 3)])
 def test_all_linear_leaves_out_what_fused_kernels_read(kind: str, fused: int, caplog: pytest.LogCaptureFixture) -> None:
     """They take the weight in training and call no layer; PEFT refused out_proj with an error about its own names."""
@@ -275,32 +289,6 @@ def test_all_linear_leaves_out_what_fused_kernels_read(kind: str, fused: int, ca
         AdapterError, match=r"out_proj' cannot carry MoSLoRA: .* hands this layer's weight to a function"
     ):
         add_moslora(mamba(kind), config(target_modules=None), targets=["out_proj"])
-
-
-def kernel(x: torch.Tensor, *, weight: torch.Tensor) -> torch.Tensor | None:
-    return None
-
-
-class ReadsInPlace(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.read, self.called, self.handed_on, self.both = (nn.Linear(8, 8) for _ in range(4))
-        self.fused, self.asked = nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and (fast := kernel(x, weight=self.fused.weight)) is not None:
-            return fast
-        assert isinstance(self.asked.weight, torch.Tensor)
-        return self.inner(self.asked(self.fused(x.to(self.called.weight.dtype))))
-
-    def inner(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in (self.called, self.handed_on):
-            x = layer(x)
-        return self.both(nn.functional.linear(x, self.read.weight, self.read.bias)) + self.both.weight.sum()
-
-
-def test_code_tells_which_layers_are_read_in_place() -> None:
-    assert resolve_targets(nn.Sequential(ReadsInPlace())) == ["0.called", "0.handed_on", "0.both", "0.asked"]
 
 
 @pytest.mark.parametrize("way", WAYS)
