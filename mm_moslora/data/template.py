@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -210,8 +211,12 @@ class Template:
             pieces.append(before)
         return [*pieces, text]
 
+    def _messages(self, roles: Sequence[str], contents: Sequence[str]) -> list[dict[str, Any]]:
+        """What the template takes; `PartsTemplate` has contents of several parts."""
+        return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+
     def _render(self, roles: Sequence[str], contents: Sequence[str], *, prompt: bool = False) -> str:
-        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+        messages = self._messages(roles, contents)
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.source, tokenize=False, add_generation_prompt=prompt
