@@ -21,7 +21,7 @@ _FENCE = re.compile(r"^(?P<mark>`{3,})(?P<kind>[\w-]*)[^\n]*\n(?P<text>.*?)^(?P=
 _SKIP = re.compile(r"<!-- docs: skip (?P<reason>.+?) -->\s*$", re.S)
 PARSED_ONLY = {"quickstart", "chat", "serve", "demo", "board", "doctor", "launch"}
 """Verbs that talk to people or networks, or take minutes: their options are checked, nothing is run."""
-PLAIN = {"", "text", "bibtex", "json", "console", "html"}
+PLAIN = {"", "text", "bibtex", "json", "console", "html", "mermaid"}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,128 @@
+"""Check what import-linter does not: circles between files, full folders, module names that occur twice.
+
+    python scripts/check_imports.py           # exit code 1 and one line per fault
+    python scripts/check_imports.py --draw    # also rewrites the picture of packages in docs/architecture.md
+
+Imports inside functions and under TYPE_CHECKING count. `tests/packaging/test_imports.py` runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import grimp
+
+CHECKOUT = Path(__file__).parents[1]
+PACKAGES = {"mm_moslora": CHECKOUT / "mm_moslora", "mm_moslora_eval": CHECKOUT / "eval" / "mm_moslora_eval"}
+PICTURE = CHECKOUT / "docs" / "architecture.md"
+BEGIN, END = "<!-- imports:begin -->", "<!-- imports:end -->"
+LIMIT = 14
+"""Modules in a folder."""
+COMMON = ("__init__.py", "__main__.py")
+"""File names that may occur in every folder."""
+
+Graph = Mapping[str, set[str]]
+
+
+def file_graph() -> dict[str, set[str]]:
+    """Module -> modules that it imports."""
+    graph = grimp.build_graph(*PACKAGES, cache_dir=None)
+    return {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+
+
+def circle(graph: Graph) -> list[str]:
+    """A circle of modules, the first one again at the end; empty where there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(reversed(error.args[1]))
+    return []
+
+
+def modules_below(folder: Path) -> list[Path]:
+    """Python files that have a name of their own."""
+    return [path for path in sorted(folder.rglob("*.py")) if path.name not in COMMON]
+
+
+def full_folders(folders: Iterable[Path]) -> Iterator[str]:
+    """Folders with more than `LIMIT` modules."""
+    counts: dict[Path, int] = defaultdict(int)
+    for path in (path for folder in folders for path in modules_below(folder)):
+        counts[path.parent] += 1
+    for folder, count in counts.items():
+        if count > LIMIT:
+            yield f"{folder.name}/ holds {count} modules; {LIMIT} at most. Make a package of those that share a subject."
+
+
+def names_used_twice(folders: Iterable[Path]) -> Iterator[str]:
+    """File names that occur in several folders."""
+    places: dict[str, list[Path]] = defaultdict(list)
+    for path in (path for folder in folders for path in modules_below(folder)):
+        places[path.name].append(path)
+    for name, found in places.items():
+        if len(found) > 1:
+            yield f"{name} occurs {len(found)} times ({', '.join(path.parent.name for path in found)}). Rename all but one."
+
+
+def faults() -> list[str]:
+    """One line per fault."""
+    found = [*full_folders(PACKAGES.values()), *names_used_twice(PACKAGES.values())]
+    if ring := circle(file_graph()):
+        found.append(f"Circle of imports: {' -> '.join(ring)}. Move what both need into a module below.")
+    return found
+
+
+def package_of(module: str) -> str:
+    """`mm_moslora.data.chat.records` -> `data`; the harness is one package."""
+    parts = module.split(".")
+    return parts[0] if parts[0] == "mm_moslora_eval" or len(parts) == 1 else parts[1]
+
+
+def package_graph(graph: Graph) -> dict[str, set[str]]:
+    """Imports between packages, without those that follow from others."""
+    edges: dict[str, set[str]] = defaultdict(set)
+    for module, imported in graph.items():
+        edges[package_of(module)] |= {package_of(other) for other in imported}
+    edges.pop("mm_moslora", None)
+    direct = {package: others - {package, "mm_moslora"} for package, others in edges.items()}
+
+    def below(package: str) -> set[str]:
+        return direct[package].union(*(below(other) for other in direct[package]))
+
+    return {
+        package: {other for other in others if not any(other in below(third) for third in others - {other})}
+        for package, others in direct.items()
+    }
+
+
+def mermaid(graph: Graph) -> str:
+    """The graph as Mermaid text, which code hosts draw."""
+    lines = [f"  {package} --> {other}" for package in sorted(graph) for other in sorted(graph[package])]
+    return "\n".join(["```mermaid", "graph TD", *lines, "```"])
+
+
+def drawn(text: str) -> str:
+    """A document with the picture of today between its marks."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{mermaid(package_graph(file_graph()))}\n{END}{after}"
+
+
+def main() -> int:
+    """Check, and draw if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draw", action="store_true", help="rewrite the picture in docs/architecture.md")
+    if parser.parse_args().draw:
+        PICTURE.write_text(drawn(PICTURE.read_text()))
+    found = faults()
+    print("\n".join(found) or "No circles, no full folder, no name twice.")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
