@@ -56,7 +56,7 @@ def full_folders(folders: Iterable[Path]) -> Iterator[str]:
         counts[path.parent] += 1
     for folder, count in counts.items():
         if count > LIMIT:
-            yield f"{folder.name}/ holds {count} modules; {LIMIT} at most. Make a package of those that share a subject."
+            yield f"{folder.name}/ holds {count} modules, expected at most {LIMIT}. Put those of one subject in a package."
 
 
 def names_used_twice(folders: Iterable[Path]) -> Iterator[str]:
@@ -66,7 +66,8 @@ def names_used_twice(folders: Iterable[Path]) -> Iterator[str]:
         places[path.name].append(path)
     for name, found in places.items():
         if len(found) > 1:
-            yield f"{name} occurs {len(found)} times ({', '.join(path.parent.name for path in found)}). Rename all but one."
+            folders_of = ", ".join(path.parent.name for path in found)
+            yield f"{name} occurs {len(found)} times ({folders_of}). Rename all but one."
 
 
 def faults() -> list[str]:
