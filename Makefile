@@ -39,13 +39,13 @@ test: $(VENV)/.installed-dev
 
 test-extras: $(EXTRAS)/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -q -n $(WORKERS) tests/tracking/test_tracking_depth.py \
-	  tests/serve/test_serve_demo.py tests/models/test_kernels.py $(ARGS)
+	  tests/serve/test_serve_demo.py tests/models/memory_efficient/test_kernel_selection.py $(ARGS)
 
 # What notices first when a library is another than the one beside which the code was written.
-VERSIONED := tests/test_dependencies.py tests/adapters/test_adapter_behaviours.py tests/adapters/test_adapter_quantised.py \
-  tests/data/test_sources.py tests/models/test_assembly.py tests/models/test_attention_varlen.py \
-  tests/models/test_encoders.py tests/models/test_packed.py tests/models/test_ready_made.py \
-  tests/tracking/test_trackers.py tests/training/test_golden_losses.py tests/training/test_image_check.py
+VERSIONED := tests/packaging/test_dependencies.py tests/adapters/test_adapter_behaviours.py tests/adapters/layers/test_quantised_layers.py \
+  tests/data/sources/test_record_sources.py tests/models/test_assembly.py tests/kernels/test_attention_varlen.py \
+  tests/models/vision/test_encoders.py tests/models/batching/test_packed_batch.py tests/models/test_pretrained_vlm.py \
+  tests/tracking/test_trackers.py tests/training/test_golden_losses.py tests/training/test_image_dependence.py
 VERSION_TESTS = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VERSIONS=$@ $(VENV)/$@/bin/python -m pytest -q -n $(WORKERS) \
   --dist loadfile $(VERSIONED) $(ARGS)
 test-versions:

@@ -118,7 +118,7 @@ def with_our_loop(model: Path, start: Path, out: Path, steps: int) -> Path:
         TrackConfig,
         TrainConfig,
     )
-    from mm_moslora.training.loop import train
+    from mm_moslora.training.training_loop import train
 
     records = out / "records.jsonl"
     records.write_text("\n".join(json.dumps({"id": str(i), **row}) for i, row in enumerate(conversations())))
@@ -162,7 +162,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if options.model is None:
-        from mm_moslora.quickstart.assets import language_model
+        from mm_moslora.quickstart.model_assets import language_model
 
         options.model = language_model(print)
     for name, value in run(options.model, options.out, steps=options.steps).items():

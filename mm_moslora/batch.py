@@ -5,7 +5,7 @@ Shapes: ``T`` tokens of one example, ``S`` tokens of the whole batch, ``G`` exam
 
 A batch is **padding-free**: its examples lie behind each other in one row of ``S`` tokens, position ids restart with
 every example, and attention never crosses from one example into the next. Models that cannot take such a row get the
-same batch cut into padded rows (`mm_moslora.models.rows`).
+same batch cut into padded rows (`mm_moslora.models.batching.padded_batch`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mm_moslora.errors import DataError
+from mm_moslora.utils.errors import DataError
 
 IGNORED = -100
 """Label of a token that is not supervised, in transformers' models."""

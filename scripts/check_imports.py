@@ -56,7 +56,7 @@ def full_folders(folders: Iterable[Path]) -> Iterator[str]:
         counts[path.parent] += 1
     for folder, count in counts.items():
         if count > LIMIT:
-            yield f"{folder.name}/ holds {count} modules, expected at most {LIMIT}. Put those of one subject in a package."
+            yield f"{folder.name}/ holds {count} modules, expected at most {LIMIT}. Make packages by subject."
 
 
 def names_used_twice(folders: Iterable[Path]) -> Iterator[str]:

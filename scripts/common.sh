@@ -91,7 +91,7 @@ SIGNALS=0 REQUESTS=0 SINCE=0 CHILD="" TOLD=""
 trap heard TERM USR1 HUP
 trap 'heard INT' INT
 
-# Counts requests as mm_moslora.launch.RequestCounter does: the first signal, and each Ctrl-C some seconds later. The first
+# Counts requests as mm_moslora.launch.launcher.RequestCounter does: the first signal, and each Ctrl-C some seconds later. The first
 # is handed on once, since torchrun leaves its ranks when it hears a second signal; the third ends all at once.
 heard() {
   SIGNALS=$((SIGNALS + 1))

@@ -63,7 +63,7 @@ printf ' %q' "${command[@]:1}" >&2
 echo >&2
 if $dry_run; then exit 0; fi
 hand_on() {
-  "$PYTHON" -c 'import sys; from mm_moslora.launch import end_deepspeed; end_deepspeed(int(sys.argv[1]))' "$CHILD" \
+  "$PYTHON" -c 'import sys; from mm_moslora.launch.launcher import end_deepspeed; end_deepspeed(int(sys.argv[1]))' "$CHILD" \
     2>/dev/null || true
 }
 run_and_report "${command[@]}"

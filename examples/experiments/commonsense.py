@@ -178,7 +178,7 @@ def write_recipe(name: str, out: Path, changes: dict[str, Any]) -> Path:
         changes: dotted keys.
     """
     from mm_moslora.config import Recipe
-    from mm_moslora.strict import set_dotted
+    from mm_moslora.config.strict_reading import set_dotted
 
     data = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
     for key, value in changes.items():
@@ -209,9 +209,9 @@ def main() -> int:
             f"--seeds 3 --tasks {tasks} --output {out / 'compare'}"
         )
         return 0
-    from mm_moslora.quickstart import assets
+    from mm_moslora.quickstart import model_assets
 
-    language, stamps = assets.language_model(print), assets.stamps(None, print)
+    language, stamps = model_assets.language_model(print), model_assets.stamps(None, print)
     build_small(read_stamps(stamps), read_words(), out, train=96, validation=24, test=80)
     recipe = write_recipe(
         "commonsense_small", out / "recipe.yaml",

@@ -43,11 +43,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from dreambooth import Example, Recipe, adapt, noise_objective, train
 
 from mm_moslora.compare.arms import parse_arms
-from mm_moslora.compare.cell import read_outcome, write_outcome
-from mm_moslora.compare.plan import Cell, Outcome, Settings, choose_rates, reported_cells, tuning_cells
+from mm_moslora.compare.comparison_cell import read_outcome, write_outcome
+from mm_moslora.compare.comparison_plan import Cell, Outcome, Settings, choose_rates, reported_cells, tuning_cells
 from mm_moslora.config import ModelConfig
 from mm_moslora.config import Recipe as TrainingRecipe
-from mm_moslora.training.progress import Progress, format_seconds
+from mm_moslora.utils.progress_bar import Progress, format_seconds
 
 SIDE, WIDTH = 16, 32
 TARGETS = (
@@ -81,9 +81,9 @@ def main() -> int:
     parser.add_argument("--limit-minutes", type=float, help="stop after so long; the same command goes on")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from mm_moslora.quickstart import assets
+    from mm_moslora.quickstart import model_assets
 
-    stamps, encoder = assets.stamps(None, print), assets.efficientnet_timm(print)
+    stamps, encoder = model_assets.stamps(None, print), model_assets.efficientnet_timm(print)
     return run(Plan(), stamps, encoder, options.out, limit_minutes=options.limit_minutes)
 
 
@@ -128,9 +128,9 @@ def run(plan: Plan, stamps: Path, encoder: Path, out: Path, *, limit_minutes: fl
                     flush=True,
                 )
             outcomes[cell.name] = outcome
-    from mm_moslora.compare.analysis import analyse
-    from mm_moslora.compare.wording import table
-    from mm_moslora.report.comparison import write_page
+    from mm_moslora.compare.comparison_analysis import analyse
+    from mm_moslora.compare.comparison_text import table
+    from mm_moslora.reporting.comparison_page import write_page
 
     about = SimpleNamespace(name=shared.name, to_yaml=lambda: yaml.safe_dump(_plain(plan), sort_keys=False))
     state: Any = SimpleNamespace(settings=settings, outcomes=outcomes, folder=out, recipe=about)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from commonsense import write_recipe
 
 from mm_moslora.config import load_recipe
-from mm_moslora.models.processor import IMAGE_TOKEN
+from mm_moslora.models.processing.llava_processor import IMAGE_TOKEN
 
 TRAIN, VALIDATION, TEST = 240, 64, 200
 """Pictures to train and to choose rates with, questions to measure."""

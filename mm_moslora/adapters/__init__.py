@@ -2,24 +2,30 @@
 
 from typing import TYPE_CHECKING, Any
 
-from mm_moslora.adapters.combine import add_weighted_adapter, hot_swap
-from mm_moslora.adapters.config import MoSLoRAConfig
-from mm_moslora.adapters.export import Layout, export_adapter
-from mm_moslora.adapters.functional import delta_weight, fold, reference_linear, use_kernel
-from mm_moslora.adapters.guards import guard_peft
-from mm_moslora.adapters.inject import AdaptedModule, adapted_modules, add_moslora, resolve_targets
-from mm_moslora.adapters.kernel import fused_linear
-from mm_moslora.adapters.layer import MoSLoRALayer, MoSLoRALinear
-from mm_moslora.adapters.load import load_adapter
-from mm_moslora.adapters.merge import merge
+from mm_moslora.adapters.adapter_targets import AdaptedModule, adapted_modules, add_moslora, resolve_targets
+from mm_moslora.adapters.folders.export_adapter import Layout, export_adapter
+from mm_moslora.adapters.folders.load_folder import load_adapter
+from mm_moslora.adapters.folders.save_folder import (
+    TakenAdapter,
+    base_fingerprint,
+    fold_state_dict,
+    save_adapter,
+    take_adapter,
+)
+from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer, MoSLoRALinear
+from mm_moslora.adapters.layers.sibling_projections import link_siblings
+from mm_moslora.adapters.layers.step_window import one_product_per_step
+from mm_moslora.adapters.merge_adapter import merge
 from mm_moslora.adapters.mixer import MIXER_INITS, Mixer, MixerInit, butterfly, init_mixer
-from mm_moslora.adapters.orthonormal import keep_orthonormal
-from mm_moslora.adapters.siblings import link_siblings
-from mm_moslora.adapters.state import TakenAdapter, base_fingerprint, fold_state_dict, save_adapter, take_adapter
-from mm_moslora.adapters.steps import one_product_per_step
+from mm_moslora.adapters.moslora_config import MoSLoRAConfig
+from mm_moslora.adapters.orthonormal_factors import keep_orthonormal
+from mm_moslora.adapters.peft_patches import guard_peft
+from mm_moslora.adapters.weighted_adapters import add_weighted_adapter, hot_swap
+from mm_moslora.kernels.lora.fused_lora_linear import fused_linear
+from mm_moslora.kernels.lora.lora_math import delta_weight, fold, reference_linear, use_kernel
 
 if TYPE_CHECKING:
-    from mm_moslora.adapters.callback import MixerCallback
+    from mm_moslora.adapters.trainer_callback import MixerCallback
 
 guard_peft()
 
@@ -62,6 +68,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name != "MixerCallback":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from mm_moslora.adapters.callback import MixerCallback  # transformers' Trainer brings datasets and pandas: a second
+    from mm_moslora.adapters.trainer_callback import (
+        MixerCallback,  # transformers' Trainer brings datasets and pandas: a second
+    )
 
     return MixerCallback

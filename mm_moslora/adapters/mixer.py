@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mm_moslora.adapters.functional import autocasts
-from mm_moslora.errors import AdapterError, suggestion
+from mm_moslora.kernels.lora.lora_math import autocasts
+from mm_moslora.utils.errors import AdapterError, suggestion
 
 MixerInit = Literal["orthogonal", "kaiming", "identity", "butterfly"]
 MIXER_INITS: tuple[str, ...] = get_args(MixerInit)

@@ -13,8 +13,8 @@ from typing import Any
 
 from mm_moslora.adapters.mixer import MIXER_INITS
 from mm_moslora.config import AdapterConfig, Recipe
-from mm_moslora.errors import ConfigError, suggestion
-from mm_moslora.strict import parse_scalar, set_dotted
+from mm_moslora.config.strict_reading import parse_scalar, set_dotted
+from mm_moslora.utils.errors import ConfigError, suggestion
 
 _LORA = {"adapter.mixer_init": "identity", "adapter.mixer_trainable": False}
 KNOWN: dict[str, tuple[str, dict[str, Any]]] = {

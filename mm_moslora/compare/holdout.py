@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.config import Recipe, SourceConfig
-from mm_moslora.data.jsonfile import JsonFile, StrictJsonError
-from mm_moslora.errors import ConfigError
-from mm_moslora.files import rename
+from mm_moslora.data.sources.json_file import JsonFile, StrictJsonError
+from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.files import rename
 
 MOST = 2000
 """Records held out at most, over all sources: more would cost time and not choose better."""

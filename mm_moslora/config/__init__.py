@@ -4,8 +4,8 @@ A recipe is the only configuration of a run. Unknown keys are errors with a sugg
 object is made, and the resolved recipe is written into the run folder.
 """
 
-from mm_moslora.config.data import DataConfig, SourceConfig
-from mm_moslora.config.model import (
+from mm_moslora.config.data_config import DataConfig, SourceConfig
+from mm_moslora.config.model_config import (
     AdapterConfig,
     Mode,
     ModelConfig,
@@ -15,9 +15,9 @@ from mm_moslora.config.model import (
     refuse_all_frozen,
     refuse_without_effect,
 )
-from mm_moslora.config.packages import Need, needs, refuse_lacking
+from mm_moslora.config.needed_packages import Need, needs, refuse_lacking
 from mm_moslora.config.recipe import RECIPES_FOLDER, Recipe, load_recipe, override_items, recipe_names
-from mm_moslora.config.run import TRACKERS, OptimConfig, Precision, TrackConfig, TrainConfig, ValidateConfig
+from mm_moslora.config.run_config import TRACKERS, OptimConfig, Precision, TrackConfig, TrainConfig, ValidateConfig
 
 __all__ = [
     "RECIPES_FOLDER",

@@ -11,17 +11,25 @@ from typing import Any
 
 import yaml
 
-from mm_moslora.config.checks import require
-from mm_moslora.config.data import DataConfig
-from mm_moslora.config.model import AdapterConfig, ModelConfig
-from mm_moslora.config.paths import seen_from_here
-from mm_moslora.config.run import OptimConfig, TrackConfig, TrainConfig, ValidateConfig
-from mm_moslora.errors import ConfigError, suggestion
-from mm_moslora.folders import checkpoints
-from mm_moslora.named_files import read_text
-from mm_moslora.strict import build_strictly, parse_scalar, parse_text, parse_yaml, plain, set_dotted, takes_text
+from mm_moslora.config.data_config import DataConfig
+from mm_moslora.config.model_config import AdapterConfig, ModelConfig
+from mm_moslora.config.recipe_paths import seen_from_here
+from mm_moslora.config.run_config import OptimConfig, TrackConfig, TrainConfig, ValidateConfig
+from mm_moslora.config.strict_reading import (
+    build_strictly,
+    parse_scalar,
+    parse_text,
+    parse_yaml,
+    plain,
+    set_dotted,
+    takes_text,
+)
+from mm_moslora.config.value_checks import require
+from mm_moslora.utils.errors import ConfigError, suggestion
+from mm_moslora.utils.run_paths import checkpoints
+from mm_moslora.utils.untrusted_files import read_text
 
-RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES_FOLDER = Path(__file__).with_name("recipes")
 
 
 @dataclass(frozen=True, kw_only=True)

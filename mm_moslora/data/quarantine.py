@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 from mm_moslora.config import DataConfig
-from mm_moslora.data.faults import RecordError
-from mm_moslora.errors import DataError
-from mm_moslora.files import Appender, replace_text
+from mm_moslora.data.record_faults import RecordError
+from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.files import Appender, replace_text
 
 
 class Quarantine:

@@ -1,6 +1,6 @@
 """Models: vision encoders, projectors, assembly, export. Importing it registers ours with the Auto classes."""
 
-from mm_moslora.models.processor import VlmProcessor
+from mm_moslora.models.processing.llava_processor import VlmProcessor
 from mm_moslora.models.vlm import VlmConfig, VlmForConditionalGeneration
 
 __all__ = ["VlmConfig", "VlmForConditionalGeneration", "VlmProcessor"]

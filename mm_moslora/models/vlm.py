@@ -27,12 +27,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModel
 
 from mm_moslora.batch import Batch
-from mm_moslora.errors import ModelError
-from mm_moslora.models.packed import packed_hidden, packs, row_hidden
-from mm_moslora.models.pictures import PictureMemory, is_frozen, tower_states, unique_states
-from mm_moslora.models.projector import build_projector
-from mm_moslora.models.projector_parts import ProjectorShape
-from mm_moslora.models.rows import rows_hidden
+from mm_moslora.models.batching.packed_batch import packed_hidden, packs, row_hidden
+from mm_moslora.models.batching.padded_batch import rows_hidden
+from mm_moslora.models.projectors.projector import build_projector
+from mm_moslora.models.projectors.projector_layers import ProjectorShape
+from mm_moslora.models.vision.frozen_tower import PictureMemory, is_frozen, tower_states, unique_states
+from mm_moslora.utils.errors import ModelError
 
 _PROJECTORS = ("multi_modal_projector.", "image_newline", ".connector.", ".merger.", ".deepstack_merger_list.")
 _PROJECTOR = re.compile(r"(^|\.)(multi_modal_projector|connector|merger|deepstack_merger_list\.\d+)$")
@@ -46,7 +46,7 @@ class VlmConfig(LlavaConfig):
     model_type = "mm_moslora_vlm"
 
     projector_kind: str = "mlp2x_gelu"
-    """See `mm_moslora.models.projector.PROJECTORS`."""
+    """See `mm_moslora.models.projectors.projector.PROJECTORS`."""
     projector_shuffle: int = 2
     """See `ProjectorShape.shuffle`."""
     projector_queries: int = 64
@@ -124,7 +124,7 @@ def is_multimodal(model: PreTrainedModel) -> bool:
 def takes_rows(model: PreTrainedModel) -> bool:
     """Whether pictures go through a model's own forward pass: every vision-language model but LLaVA and our own.
 
-    Such a model reads prompts as rows of their own (`mm_moslora.models.rows`).
+    Such a model reads prompts as rows of their own (`mm_moslora.models.batching.padded_batch`).
     """
     return is_multimodal(model) and not isinstance(model, LlavaForConditionalGeneration)
 

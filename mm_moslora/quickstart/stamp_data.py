@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mm_moslora.errors import DataError
-from mm_moslora.quickstart.datasets import (
+from mm_moslora.quickstart.instruction_data import (
     DatasetFiles,
     Question,
     Record,
@@ -26,6 +25,7 @@ from mm_moslora.quickstart.datasets import (
     question_record,
     write_files,
 )
+from mm_moslora.utils.errors import DataError
 
 IMAGES = "images"
 """Folder of the pictures, below that of the data."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 from mm_moslora.config import TrackConfig
-from mm_moslora.errors import ConfigError
-from mm_moslora.requirements import install_command, is_installed
-from mm_moslora.tracking.base import Labels, Tracker, Trackers
-from mm_moslora.tracking.jsonl import JsonlTracker
-from mm_moslora.tracking.mlflow import MlflowTracker
-from mm_moslora.tracking.tensorboard import TensorBoardTracker
-from mm_moslora.tracking.trackio import TrackioTracker
-from mm_moslora.tracking.wandb import WandbTracker
+from mm_moslora.tracking.jsonl_tracker import JsonlTracker
+from mm_moslora.tracking.mlflow_tracker import MlflowTracker
+from mm_moslora.tracking.tensorboard_tracker import TensorBoardTracker
+from mm_moslora.tracking.tracker import Labels, Tracker, Trackers
+from mm_moslora.tracking.trackio_tracker import TrackioTracker
+from mm_moslora.tracking.wandb_tracker import WandbTracker
+from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.package_requirements import install_command, is_installed
 
 
 def build_trackers(config: TrackConfig, *, active: bool | None = None) -> Trackers:

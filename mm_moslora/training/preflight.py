@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mm_moslora.chat_templates import require_template
 from mm_moslora.config import DataConfig, ModelConfig, Recipe, refuse_all_frozen, refuse_lacking, refuse_without_effect
-from mm_moslora.data.sources import require_sources
-from mm_moslora.errors import AdapterError, ConfigError, TrainingError, suggestion
-from mm_moslora.files import refuse_strangers
-from mm_moslora.folders import (
+from mm_moslora.config.llava_chat_templates import require_template
+from mm_moslora.data.sources.open_sources import require_sources
+from mm_moslora.training.checkpointing.checkpoint_folder import refuse_resume
+from mm_moslora.training.engine.deepspeed_presets import read_preset
+from mm_moslora.utils.errors import AdapterError, ConfigError, TrainingError, suggestion
+from mm_moslora.utils.files import refuse_strangers
+from mm_moslora.utils.run_paths import (
     RUN_FILES,
     RUN_SIGNS,
     adapter_folder,
@@ -24,8 +26,6 @@ from mm_moslora.folders import (
     require_projector,
     resume_folder,
 )
-from mm_moslora.training.checkpoint import refuse_resume
-from mm_moslora.training.presets import read_preset
 
 LOSS, ACCURACY = "validation_loss", "validation_token_accuracy"
 """What is measured on held-out records."""
@@ -170,11 +170,11 @@ def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
     Raises:
         MoSLoRAError: with the key, what was found and what was expected.
     """
-    from mm_moslora.models.attention import require_attention
-    from mm_moslora.models.projector import projector_class
-    from mm_moslora.models.trainable import moslora_config, start_folder
-    from mm_moslora.models.wrapped import require_named
-    from mm_moslora.training.compiling import require_backend
+    from mm_moslora.kernels.attention.segment_attention import require_attention
+    from mm_moslora.models.memory_efficient.compiled_layers import require_backend
+    from mm_moslora.models.projectors.projector import projector_class
+    from mm_moslora.models.trainable_parts import moslora_config, start_folder
+    from mm_moslora.models.vision.timm_open_clip_tower import require_named
     from mm_moslora.training.engine import check_engine
     from mm_moslora.training.precision import resolve_precision
 

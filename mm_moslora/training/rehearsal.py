@@ -15,18 +15,18 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mm_moslora import distributed, files
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import OptimConfig, TrainConfig
-from mm_moslora.data.loader import largest_batch
-from mm_moslora.errors import CheckpointError, TrainingError
-from mm_moslora.models.pictures import PictureMemory
-from mm_moslora.training.commit import Saver, rank_folder
+from mm_moslora.data.batch_loader import largest_batch
+from mm_moslora.models.vision.frozen_tower import PictureMemory
+from mm_moslora.training.checkpointing.commit_checkpoint import Saver, rank_folder
 from mm_moslora.training.engine import LossModule, OptimizerSettings, build_engine
-from mm_moslora.training.optim import parameter_groups
+from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.training.precision import dtype_of
-from mm_moslora.training.run import Run
-from mm_moslora.training.saving import RandomState, Snapshot, moving_statistics, snapshot
+from mm_moslora.training.run_setup import Run
+from mm_moslora.training.snapshot import RandomState, Snapshot, moving_statistics, snapshot
+from mm_moslora.utils import distributed, files
+from mm_moslora.utils.errors import CheckpointError, TrainingError
 
 logger = logging.getLogger(__name__)
 

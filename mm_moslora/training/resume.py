@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from mm_moslora import distributed
-from mm_moslora.adapters.load import restore_frozen_factors
+from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
 from mm_moslora.config import Recipe
-from mm_moslora.errors import CheckpointError, ConfigError
-from mm_moslora.folders import checkpoints, is_adapter, projector_file, resume_folder
-from mm_moslora.models.places import CONTENTS, contents_of
-from mm_moslora.training import checkpoint
-from mm_moslora.training.checkpoint import OtherFormatError
-from mm_moslora.training.commit import rank_folder
+from mm_moslora.models.model_paths import CONTENTS, contents_of
+from mm_moslora.training.checkpointing import checkpoint_folder as checkpoint
+from mm_moslora.training.checkpointing.checkpoint_folder import OtherFormatError
+from mm_moslora.training.checkpointing.commit_checkpoint import rank_folder
 from mm_moslora.training.precision import resolve_precision
-from mm_moslora.training.run import Run, seed_everything
-from mm_moslora.training.saving import RandomState, moving_statistics
+from mm_moslora.training.run_setup import Run, seed_everything
+from mm_moslora.training.snapshot import RandomState, moving_statistics
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import CheckpointError, ConfigError
+from mm_moslora.utils.run_paths import checkpoints, is_adapter, projector_file, resume_folder
 
 logger = logging.getLogger(__name__)
 

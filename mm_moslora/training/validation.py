@@ -17,24 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_moslora import distributed, files
 from mm_moslora.batch import Example, Seen
 from mm_moslora.config import Recipe, ValidateConfig
-from mm_moslora.data.dataset import TrainingSet
-from mm_moslora.data.faults import RecordError
-from mm_moslora.data.loader import BatchLoader
-from mm_moslora.data.records import Record
-from mm_moslora.errors import TrainingError, suggestion
-from mm_moslora.models.attention import set_attention, training_attention
-from mm_moslora.models.build import Assembly
-from mm_moslora.models.generation import Prompt, encode_images, generate, stop_token_ids
-from mm_moslora.models.row_decoding import stream_row
+from mm_moslora.data.batch_loader import BatchLoader
+from mm_moslora.data.chat.records import Record
+from mm_moslora.data.record_faults import RecordError
+from mm_moslora.data.training_set import TrainingSet
+from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
+from mm_moslora.models.assembly import Assembly
+from mm_moslora.models.decoding.generation import Prompt, encode_images, generate, stop_token_ids
+from mm_moslora.models.decoding.row_decoding import stream_row
 from mm_moslora.models.vlm import is_padded, takes_rows
-from mm_moslora.tracking.base import Sample
+from mm_moslora.tracking.tracker import Sample
 from mm_moslora.training.preflight import ACCURACY, LOSS
-from mm_moslora.training.run import Run
-from mm_moslora.training.saving import RandomState
-from mm_moslora.training.signals import StopRequest
+from mm_moslora.training.run_setup import Run
+from mm_moslora.training.snapshot import RandomState
+from mm_moslora.training.supervision.stop_signals import StopRequest
+from mm_moslora.utils import distributed, files
+from mm_moslora.utils.errors import TrainingError, suggestion
 
 logger = logging.getLogger(__name__)
 

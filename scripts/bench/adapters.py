@@ -44,8 +44,8 @@ from transformers import LlamaConfig, LlamaModel
 
 import mm_moslora
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, one_product_per_step, use_kernel
-from mm_moslora.machine import hardware, keep_memory
-from mm_moslora.training.progress import Progress
+from mm_moslora.utils.hardware import hardware, keep_memory
+from mm_moslora.utils.progress_bar import Progress
 
 SHAPES = ((576, 1536), (2048, 2048), (2048, 5504))
 RANKS = (16, 64)

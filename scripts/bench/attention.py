@@ -27,11 +27,11 @@ from measuring import head, interleaved, ratio
 from torch import Tensor
 from torch.nn import functional as F
 
-from mm_moslora.machine import keep_memory, multiplies_tiles
-from mm_moslora.models import attention, native_attention
-from mm_moslora.models.attention_products import products_are_faster
-from mm_moslora.models.native_attention import runs_native, use_native_attention
-from mm_moslora.native import NativeError, library
+from mm_moslora.kernels.attention import native_cpu_attention, segment_attention
+from mm_moslora.kernels.attention.matmul_attention import products_are_faster
+from mm_moslora.kernels.attention.native_cpu_attention import runs_native, use_native_attention
+from mm_moslora.kernels.native import NativeError, library
+from mm_moslora.utils.hardware import keep_memory, multiplies_tiles
 
 HEADS, WIDTH = 8, 64
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
@@ -44,12 +44,12 @@ use_native_attention(OURS, on=True)
 
 def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """By our kernel where there is one for the dtype, ``[1, H, T, E]`` to ``[1, T, H, E]``."""
-    return attention.segment_attention(OURS, q, k, v, None, segment_lengths=(q.shape[2],))[0]
+    return segment_attention.segment_attention(OURS, q, k, v, None, segment_lengths=(q.shape[2],))[0]
 
 
 def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """As matrix products."""
-    return attention.segment_attention(torch.nn.Module(), q, k, v, None, segment_lengths=(q.shape[2],))[0]
+    return segment_attention.segment_attention(torch.nn.Module(), q, k, v, None, segment_lengths=(q.shape[2],))[0]
 
 
 def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -112,8 +112,8 @@ def main() -> int:
         library()  # compiled before anything is timed
     except NativeError as error:
         raise SystemExit(f"Our kernel cannot be measured: {error}.") from error
-    attention.products_are_faster = lambda _: True  # all are measured, whatever training would take here
-    native_attention.multiplies_tiles = lambda: False
+    segment_attention.products_are_faster = lambda _: True  # all are measured, whatever training would take here
+    native_cpu_attention.multiplies_tiles = lambda: False
     rows = [measure(tokens, name, options.rounds) for name in DTYPES for tokens in options.lengths]
     if options.json:
         summary = {

@@ -43,10 +43,10 @@ import yardstick
 from measuring import Rows, head, interleaved, ratio, settings_of
 from torch import Tensor
 
-from mm_moslora.machine import keep_memory
-from mm_moslora.models import attention, native_attention
-from mm_moslora.models.kernels import choose_kernels
-from mm_moslora.training.progress import Progress
+from mm_moslora.kernels.attention import native_cpu_attention, segment_attention
+from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels
+from mm_moslora.utils.hardware import keep_memory
+from mm_moslora.utils.progress_bar import Progress
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DROPOUTS = (0.0, 0.05)
@@ -54,8 +54,8 @@ VOCABULARY = 32_000
 KEPT = 1.05
 
 Question = tuple[ModuleType, str]
-KERNEL: Question = (native_attention, "runs_native")
-PRODUCTS: Question = (attention, "products_are_faster")
+KERNEL: Question = (native_cpu_attention, "runs_native")
+PRODUCTS: Question = (segment_attention, "products_are_faster")
 CONTENDERS: dict[str, list[Question]] = {
     "all": [], "all again": [], "without attention": [KERNEL], "by torch alone": [KERNEL, PRODUCTS],
 }  # fmt: skip

@@ -39,12 +39,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mm_moslora.chat_templates import CHAT_TEMPLATES, set_chat_template
 from mm_moslora.config import DataConfig, SourceConfig
-from mm_moslora.data.conversation import Encoder
-from mm_moslora.data.dataset import TrainingSet
+from mm_moslora.config.llava_chat_templates import CHAT_TEMPLATES, set_chat_template
+from mm_moslora.data.chat.conversation_encoder import Encoder
 from mm_moslora.data.packing import fill_rate, pack
-from mm_moslora.models.eyes import SquareEyes
+from mm_moslora.data.training_set import TrainingSet
+from mm_moslora.models.processing.image_processing import SquareEyes
 
 ROWS = 665_298
 """Records of LLaVA-1.5's instruction mixture."""
@@ -85,7 +85,7 @@ def write_large(path: Path) -> None:
 OPEN_OURS = """
 import sys, time
 from pathlib import Path
-from mm_moslora.data.record_source import RecordFile
+from mm_moslora.data.sources.record_source import RecordFile
 imported = time.process_time()
 file = RecordFile(Path(sys.argv[1]))
 file[0], file[len(file) - 1]
@@ -274,7 +274,7 @@ def measure_samples(count: int, rounds: int) -> tuple[list[dict[str, Any]], dict
 
 def text_alone(encoder: Encoder, peer: Any, source: SourceConfig, rows: list[Any], rounds: int) -> dict[str, float]:
     """CPU seconds per sample of records and tokens without pictures."""
-    from mm_moslora.data.sources import open_source
+    from mm_moslora.data.sources.open_sources import open_source
 
     file, lazy = open_source(source), peer.__self__
     work: dict[str, Callable[[int], Any]] = {
@@ -373,7 +373,7 @@ def _fullest_row(sizes: np.ndarray, worth: np.ndarray, room: int) -> tuple[np.nd
 
 def padded_share(lengths: list[int], image: list[bool], *, ranks: int = 8, batch: int = 16) -> float:
     """Tokens divided by padded tokens in LLaVA's order, 8 GPUs of 16 samples each."""
-    from mm_moslora.data.sampler import plan_llava
+    from mm_moslora.data.epoch_order import plan_llava
 
     held = 0
     for step in plan_llava(lengths, image, seed=0, epoch=0, global_batch=ranks * batch):

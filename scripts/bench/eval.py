@@ -33,8 +33,8 @@ from measuring import Rows, head, interleaved, ratios, settings_of
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from mm_moslora.models.generation import Prompt, encode_images, generate, score_options
-from mm_moslora.training.progress import Progress
+from mm_moslora.models.decoding.generation import Prompt, encode_images, generate, score_options
+from mm_moslora.utils.progress_bar import Progress
 
 IMAGE_TOKEN = 3
 VISUAL_TOKENS = 256

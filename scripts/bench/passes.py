@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mm_moslora.models.elementwise import EAGER
+from mm_moslora.kernels.fused_ops.torch_ops import EAGER
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIB = 2**20
@@ -57,7 +57,7 @@ def size(tree: Any) -> int:
 
 @dataclass(frozen=True)
 class Pass:
-    """One of the functions of `mm_moslora.models.elementwise`."""
+    """One of the functions of `mm_moslora.kernels.fused_ops.torch_ops`."""
 
     function: Callable[..., Any]
     inputs: tuple[Any, ...]

@@ -37,7 +37,7 @@ from train import DROPOUT, DTYPES, VOCABULARIES
 from yardstick import Contender
 
 from mm_moslora import adapters
-from mm_moslora.machine import keep_memory
+from mm_moslora.utils.hardware import keep_memory
 
 
 def contenders(dtype: torch.dtype, dropout: float) -> dict[str, Contender]:

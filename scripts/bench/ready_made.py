@@ -47,12 +47,12 @@ from yardstick import ALPHA, LANGUAGE, RANK, Contender, saved_bytes
 
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
-from mm_moslora.losses import head_loss_sum, use_loss_head
-from mm_moslora.machine import keep_memory
-from mm_moslora.models.attention import set_attention, training_attention
-from mm_moslora.models.lean import use_lean_layers
-from mm_moslora.models.rows import rows_hidden
+from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
+from mm_moslora.models.batching.padded_batch import rows_hidden
+from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
+from mm_moslora.models.memory_efficient.loss_head import head_loss_sum, use_loss_head
 from mm_moslora.models.vlm import supervised_hidden
+from mm_moslora.utils.hardware import keep_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")

@@ -21,16 +21,16 @@ from measuring import head, interleaved, ratio
 from parent import end_with_parent
 from PIL import Image
 
-from mm_moslora.serve.engine import Engine, Job, Piece
-from mm_moslora.serve.limits import Limits
-from mm_moslora.serve.models import Models, load_models
-from mm_moslora.serve.sampling import Sampling
-from mm_moslora.serve.wire import Message, Picture
+from mm_moslora.serve.api.chat_request import Message, Picture
+from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.serve.inference.continuous_batching import Engine, Job, Piece
+from mm_moslora.serve.inference.served_models import Models, load_models
+from mm_moslora.serve.inference.token_sampling import Sampling
 
 
 def jobs_for(models: Models, count: int, tokens: int, done: queue.Queue[Piece]) -> list[Job]:
     """Questions of different lengths, each about a picture of its own."""
-    from mm_moslora.serve.prepare import turns_of
+    from mm_moslora.serve.inference.prompt_preparation import turns_of
 
     made = []
     for index in range(count):

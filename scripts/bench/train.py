@@ -15,8 +15,8 @@ single rounds. Losses and fp32 gradients are compared before anything is timed. 
 On a GPU the time of day counts, from when the GPU has done what it was given until it has done the step. This was never
 run on one.
 
-The process keeps memory from step to step, as `mm-moslora train` has it (`mm_moslora.machine.keep_memory`); the peers
-gain from it, too.
+The process keeps memory from step to step, as `mm-moslora train` does (`utils.hardware.keep_memory`); the peers gain
+from it, too.
 
 Contenders:
     hf          padded batch, all logits, PEFT's default adapters (fp32 under a bf16 base)
@@ -69,10 +69,10 @@ from measuring import (
 )  # fmt: skip
 from yardstick import YARDSTICK, Contender, Setting
 
-from mm_moslora.data.sampler import deal, plan_epoch
-from mm_moslora.machine import keep_memory
-from mm_moslora.models.kernels import choose_kernels
-from mm_moslora.training.progress import Progress
+from mm_moslora.data.epoch_order import deal, plan_epoch
+from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels
+from mm_moslora.utils.hardware import keep_memory
+from mm_moslora.utils.progress_bar import Progress
 
 logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

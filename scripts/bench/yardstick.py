@@ -22,11 +22,11 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
-from mm_moslora.losses import use_loss_head
-from mm_moslora.models.attention import set_attention, training_attention
-from mm_moslora.models.kernels import choose_kernels, use_kernels
-from mm_moslora.models.lean import use_lean_layers
-from mm_moslora.training.compiling import compile_layers
+from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
+from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
+from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
+from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels, use_kernels
+from mm_moslora.models.memory_efficient.loss_head import use_loss_head
 from mm_moslora.training.engine import LossModule
 
 RANK, ALPHA = 16, 32

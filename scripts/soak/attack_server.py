@@ -210,7 +210,7 @@ def attack(*, seconds: float, clients: int, seed: int, health: float) -> dict[st
         seed: of their choices.
         health: seconds that `/health` may take.
     """
-    from mm_moslora.serve.limits import Limits
+    from mm_moslora.serve.api.request_limits import Limits
 
     limits = Limits()
     allowed = (limits.bodies_bytes + limits.pictures_bytes + 10 * limits.body_bytes) / MIB
@@ -264,10 +264,10 @@ def serve(folder: Path) -> None:
 
     import torch
 
-    from mm_moslora.serve.app import create_app
-    from mm_moslora.serve.engine import Engine
-    from mm_moslora.serve.http import run_app
-    from mm_moslora.serve.limits import Limits
+    from mm_moslora.serve.api.api_routes import create_app
+    from mm_moslora.serve.api.http_server import run_app
+    from mm_moslora.serve.api.request_limits import Limits
+    from mm_moslora.serve.inference.continuous_batching import Engine
 
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from parts import make_parts, make_recipe
 
-from mm_moslora.errors import CheckpointError
-from mm_moslora.training.checkpoint import read_manifest
+from mm_moslora.training.checkpointing.checkpoint_folder import read_manifest
+from mm_moslora.utils.errors import CheckpointError
 
 
 def flip(folder: Path, rng: random.Random) -> str:
@@ -57,7 +57,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        from mm_moslora.training.loop import train
+        from mm_moslora.training.training_loop import train
 
         folder = Path(place)
         result = train(make_recipe(make_parts(folder), folder / "run", "none", steps=2))

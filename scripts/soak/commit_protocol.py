@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from simulated_disk import Operation, SimulatedDisk, note_file, recording
 
-from mm_moslora import distributed
-from mm_moslora.errors import CheckpointError
-from mm_moslora.training.checkpoint import Manifest, Retention, folder_name, newest_valid
-from mm_moslora.training.commit import Saver, rank_folder
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Retention, folder_name, newest_valid
+from mm_moslora.training.checkpointing.commit_checkpoint import Saver, rank_folder
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import CheckpointError
 
 RANKS = 2
 

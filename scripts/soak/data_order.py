@@ -19,8 +19,8 @@ import torch
 
 from mm_moslora.batch import Example
 from mm_moslora.config import DataConfig
-from mm_moslora.data.loader import BatchLoader
-from mm_moslora.training.progress import Progress
+from mm_moslora.data.batch_loader import BatchLoader
+from mm_moslora.utils.progress_bar import Progress
 
 EPOCHS = 2
 GOOD = "same samples, same order"

@@ -23,11 +23,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts" / "soak")]
 
 from fuzzing import Tally, main  # noqa: E402
 
-from mm_moslora.data.conversation import Encoder  # noqa: E402
-from mm_moslora.data.faults import Code, RecordError, Where  # noqa: E402
-from mm_moslora.data.jsonfile import StrictJsonError, parse_strictly  # noqa: E402
-from mm_moslora.data.pictures import PictureRules  # noqa: E402
-from mm_moslora.data.records import parse_record  # noqa: E402
+from mm_moslora.data.chat.conversation_encoder import Encoder  # noqa: E402
+from mm_moslora.data.chat.records import parse_record  # noqa: E402
+from mm_moslora.data.images.locate_image import PictureRules  # noqa: E402
+from mm_moslora.data.record_faults import Code, RecordError, Where  # noqa: E402
+from mm_moslora.data.sources.json_file import StrictJsonError, parse_strictly  # noqa: E402
 
 NASTY: list[Any] = [
     None, True, False, 0, -1, 1.5, 1e308, 10**30, "", " ", "\n", "\x00", "\ud800", "a" * 5000, "<image>", "<image>\nq",

@@ -250,8 +250,8 @@ def tiny_models(folder: Path, *, longest: int = 512) -> Any:
     from tiny import make_language, make_vision
 
     from mm_moslora.config import ModelConfig, VisionConfig
-    from mm_moslora.models.build import assemble
-    from mm_moslora.serve.models import Models, Variant
+    from mm_moslora.models.assembly import assemble
+    from mm_moslora.serve.inference.served_models import Models, Variant
 
     language, vision = make_language(folder / "language"), make_vision(folder / "vision")
     assembly = assemble(ModelConfig(language=str(language), vision=VisionConfig(name=str(vision))))
@@ -262,15 +262,15 @@ def tiny_models(folder: Path, *, longest: int = 512) -> Any:
 
 def tiny_engine(folder: Path) -> Any:
     """An engine around it with limits that suit small requests."""
-    from mm_moslora.serve.engine import Engine
-    from mm_moslora.serve.limits import Limits
+    from mm_moslora.serve.api.request_limits import Limits
+    from mm_moslora.serve.inference.continuous_batching import Engine
 
     return Engine(tiny_models(folder), Limits(context=512, max_tokens=8, image_pixels=4_000_000, body_bytes=2**20))
 
 
 async def soak(bodies: int, seed: int) -> dict[str, Any]:
     """Fuzz a server around a tiny model; afterwards it must still answer."""
-    from mm_moslora.serve.app import create_app
+    from mm_moslora.serve.api.api_routes import create_app
 
     with tempfile.TemporaryDirectory() as folder:
         engine = tiny_engine(Path(folder))

@@ -11,7 +11,7 @@ from typing import Any
 # DeepSpeed says what it found on stdout, where the results go, unless it is told.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 _TESTS = Path(__file__).resolve().parents[2] / "tests"
-sys.path[:0] = [str(_TESTS), str(_TESTS / "distributed")]
+sys.path[:0] = [str(_TESTS / part) for part in ("", "support", "builders", "distributed")]
 
 from ranks import Ranks  # noqa: E402
 from trials import full, hexed, make_parts, make_recipe, metrics, weights, write  # noqa: E402

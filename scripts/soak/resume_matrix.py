@@ -17,7 +17,7 @@ from pathlib import Path
 from parts import Ledger, Ranks, full, hexed, make_parts, make_recipe, weights, write
 
 from mm_moslora.config import Recipe
-from mm_moslora.training.progress import Progress
+from mm_moslora.utils.progress_bar import Progress
 
 STEPS, HALF = 6, 3
 STAGES = ("zero0", "zero1", "zero2", "zero3")

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from parts import Ledger, Ranks, hexed, make_parts, make_recipe, metrics, weights, write
 
-from mm_moslora.training.progress import Progress
+from mm_moslora.utils.progress_bar import Progress
 
 STEPS, KILLS_PER_RUN = 12, 8
 STAGES = ("zero2", "zero3", "zero0", "zero1")

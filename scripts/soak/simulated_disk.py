@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
-from mm_moslora import files
+from mm_moslora.utils import files
 
 
 @dataclass

@@ -27,13 +27,13 @@ import transformers
 
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import Recipe
-from mm_moslora.losses import use_loss_head
-from mm_moslora.models.attention import SEGMENTS, set_attention
-from mm_moslora.models.build import Assembly
-from mm_moslora.models.lean import use_lean_layers
-from mm_moslora.models.trainable import attach_adapters
+from mm_moslora.kernels.attention.segment_attention import SEGMENTS, set_attention
+from mm_moslora.models.assembly import Assembly
+from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
+from mm_moslora.models.memory_efficient.loss_head import use_loss_head
+from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TorchEngine
-from mm_moslora.training.optim import parameter_groups
+from mm_moslora.training.parameter_groups import parameter_groups
 
 STRETCHES = 10
 

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from mm_moslora.adapters import merge, save_adapter
-from mm_moslora.errors import AdapterError
+from mm_moslora.utils.errors import AdapterError
 
 
 def both_kinds(folder: str) -> None:

@@ -29,7 +29,7 @@ from mm_moslora.adapters import (
     merge,
     save_adapter,
 )
-from mm_moslora.errors import AdapterError
+from mm_moslora.utils.errors import AdapterError
 
 ROOT = Path(__file__).parents[2]
 every_layer = pytest.mark.parametrize("kind", list(LAYERS))
@@ -179,7 +179,7 @@ def test_merge(kind: str) -> None:
 
 @every_layer
 def test_checked_merge(kind: str) -> None:
-    """`mm_moslora.adapters.merge` compares outputs before and after"""
+    """`mm_moslora.adapters.merge_adapter` compares outputs before and after"""
     model = _adapted(kind)
     live = _run(model, kind)
     torch.testing.assert_close(_run(merge(model), kind), live, **CLOSE)

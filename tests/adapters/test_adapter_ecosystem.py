@@ -38,7 +38,7 @@ from mm_moslora.adapters import (
     save_adapter,
     use_kernel,
 )
-from mm_moslora.errors import AdapterError
+from mm_moslora.utils.errors import AdapterError
 
 SIBLINGS = ["q_proj", "k_proj", "v_proj"]
 

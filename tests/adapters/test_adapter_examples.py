@@ -14,7 +14,7 @@ import torch
 from adapters.adapter_models import train_a_bit
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, load_adapter, merge, save_adapter
-from mm_moslora.errors import ConfigError
+from mm_moslora.utils.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -68,8 +68,8 @@ def test_one_folder_goes_through_trainer_sft_trainer_and_our_loop(language_folde
 
 def test_our_loop_refuses_a_folder_of_another_rank(language_folder: Path, tmp_path: Path) -> None:
     from mm_moslora.config import AdapterConfig, ModelConfig
-    from mm_moslora.models.build import assemble
-    from mm_moslora.models.trainable import attach_adapters
+    from mm_moslora.models.assembly import assemble
+    from mm_moslora.models.trainable_parts import attach_adapters
 
     model = ModelConfig(language=str(language_folder))
     first = assemble(model, dtype=torch.float32)

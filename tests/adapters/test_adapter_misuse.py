@@ -14,18 +14,10 @@ import transformers as t
 from adapters.adapter_models import IDS, llama, logits, train_a_bit
 from torch import nn
 
-from mm_moslora.adapters import (
-    MoSLoRAConfig,
-    adapted_modules,
-    add_moslora,
-    hot_swap,
-    load_adapter,
-    merge,
-    save_adapter,
-)
-from mm_moslora.adapters.inject import resolve_targets
-from mm_moslora.adapters.never_called import why_never_called
-from mm_moslora.errors import AdapterError
+from mm_moslora.adapters import MoSLoRAConfig, adapted_modules, add_moslora, hot_swap, load_adapter, merge, save_adapter
+from mm_moslora.adapters.adapter_targets import resolve_targets
+from mm_moslora.adapters.uncalled_layers import why_never_called
+from mm_moslora.utils.errors import AdapterError
 
 NAMES = ["q_proj", "v_proj"]
 

@@ -7,10 +7,10 @@ import signal
 import time
 from pathlib import Path
 
-from mm_moslora.compare import cell as cells
-from mm_moslora.compare.cell import Job
-from mm_moslora.compare.plan import Outcome
-from mm_moslora.compare.pool import Slot
+from mm_moslora.compare import comparison_cell
+from mm_moslora.compare.comparison_cell import Job
+from mm_moslora.compare.comparison_plan import Outcome
+from mm_moslora.compare.process_pool import Slot
 
 
 def work(item: str, slot: Slot) -> None:
@@ -22,8 +22,8 @@ def work(item: str, slot: Slot) -> None:
 
 def meet(job: Job, slot: Slot) -> None:
     """A run that ends once it has met the run of the other device, and then fails if it is the second arm's first."""
-    cells._run = _meeting
-    cells.run(cells.dataclasses.replace(job, devices=slot.devices))
+    comparison_cell._run = _meeting
+    comparison_cell.run(comparison_cell.dataclasses.replace(job, devices=slot.devices))
 
 
 def _meeting(job: Job, started: float) -> Outcome:

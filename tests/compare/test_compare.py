@@ -18,14 +18,14 @@ from preloaded import Preloaded
 
 from mm_moslora import cli
 from mm_moslora.compare.arms import parse_arms
-from mm_moslora.compare.cell import metrics, read_outcome
-from mm_moslora.compare.plan import Outcome, Settings, choose_rates, tuning_cells
-from mm_moslora.compare.pool import Pool, Slot, slots
-from mm_moslora.compare.run import Comparison, Room, exclusive, short_names
+from mm_moslora.compare.comparison_cell import metrics, read_outcome
+from mm_moslora.compare.comparison_plan import Outcome, Settings, choose_rates, tuning_cells
+from mm_moslora.compare.comparison_run import Comparison, Room, exclusive, short_names
+from mm_moslora.compare.process_pool import Pool, Slot, slots
 from mm_moslora.config import ModelConfig, Recipe
-from mm_moslora.errors import ConfigError
-from mm_moslora.models.trainable import moslora_config
-from mm_moslora.report.comparison import write_page
+from mm_moslora.models.trainable_parts import moslora_config
+from mm_moslora.reporting.comparison_page import write_page
+from mm_moslora.utils.errors import ConfigError
 from tests.compare.dying import meet, work
 
 DIVERGING = "lora@alpha=1e30@train.max_skipped_steps=2"
@@ -262,7 +262,7 @@ def fake_devices(monkeypatch: pytest.MonkeyPatch, count: int, visible: str | Non
 
 def test_with_several_devices_runs_go_side_by_side_one_on_each(tmp_path: Path, monkeypatch, caplog):
     fake_devices(monkeypatch, 2, visible="4,7")
-    monkeypatch.setattr("mm_moslora.compare.run._work", meet)
+    monkeypatch.setattr("mm_moslora.compare.comparison_run._work", meet)
     comparison = Comparison(RECIPE, settings(rates=[1e-4]), tmp_path, hold_out=0.1)
     with caplog.at_level("INFO"):
         assert comparison.run(Room())

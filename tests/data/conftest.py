@@ -12,8 +12,8 @@ import pytest
 from tiny import make_tokenizer
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase
 
-from mm_moslora.data.conversation import Encoder
-from mm_moslora.data.records import Turn
+from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.data.chat.records import Turn
 
 LLAMA2 = (
     "{% if messages[0]['role'] == 'system' %}{% set lead = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"

@@ -81,7 +81,7 @@ def _from_folder(name: str):
     more = os.environ.get("MM_MOSLORA_TEST_TOKENIZERS")
     places = [Path(more) / name] if more else []
     if name == "smollm2":
-        from mm_moslora.folders import cache_folder
+        from mm_moslora.utils.run_paths import cache_folder
 
         places.append(cache_folder("quickstart") / "smollm2-135m-instruct")
     for place in places:

@@ -12,8 +12,8 @@ from tiny import CHATML
 
 from mm_moslora.batch import Seen
 from mm_moslora.config import DataConfig, SourceConfig
-from mm_moslora.data.conversation import Encoder
-from mm_moslora.data.dataset import TrainingSet
+from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.data.training_set import TrainingSet
 from tests.data.chat_templates import build_tokenizer
 
 OF_SET = ("quarantine_path", "on_progress", "exact_limit")

@@ -13,8 +13,8 @@ import torch
 from tiny import make_records
 
 from mm_moslora.config import DataConfig
-from mm_moslora.data.loader import BatchLoader
-from mm_moslora.errors import DataError
+from mm_moslora.data.batch_loader import BatchLoader
+from mm_moslora.utils.errors import DataError
 from tests.data.sets import damage, make_set
 
 

@@ -15,13 +15,13 @@ from tiny import make_language, make_records, make_vision
 
 from mm_moslora.batch import Batch
 from mm_moslora.config import DataConfig, ModelConfig, SourceConfig, VisionConfig
-from mm_moslora.data.collate import Collator
-from mm_moslora.data.conversation import Encoder
-from mm_moslora.data.dataset import TrainingSet
-from mm_moslora.data.loader import BatchLoader, largest_batch
+from mm_moslora.data.batch_loader import BatchLoader, largest_batch
+from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.data.collator import Collator
+from mm_moslora.data.epoch_order import plan_llava
 from mm_moslora.data.packing import fill_rate, pack
-from mm_moslora.data.sampler import plan_llava
-from mm_moslora.errors import ConfigError, DataError
+from mm_moslora.data.training_set import TrainingSet
+from mm_moslora.utils.errors import ConfigError, DataError
 from tests.data.sets import make_set
 
 GOLDEN = Path(__file__).parent / "golden" / "llava_order.json"
@@ -109,7 +109,7 @@ class TestPackedLoader:
 @pytest.fixture(scope="module")
 def tiny_vlm(tmp_path_factory):
     """A tiny assembled model and a training set with its own encoder and eyes."""
-    from mm_moslora.models.build import assemble
+    from mm_moslora.models.assembly import assemble
 
     folder = tmp_path_factory.mktemp("vlm")
     config = ModelConfig(
@@ -126,8 +126,8 @@ def tiny_vlm(tmp_path_factory):
 
 
 def test_a_named_template_reaches_model_and_processor(tmp_path: Path) -> None:
-    from mm_moslora.chat_templates import notes_of
-    from mm_moslora.models.build import assemble
+    from mm_moslora.config.llava_chat_templates import notes_of
+    from mm_moslora.models.assembly import assemble
 
     folder = make_language(tmp_path / "language")
     assembly = assemble(ModelConfig(language=str(folder), chat_template="v1", faithful=True), dtype=torch.float32)
@@ -136,7 +136,7 @@ def test_a_named_template_reaches_model_and_processor(tmp_path: Path) -> None:
 
 
 def test_a_packed_row_gives_each_sample_its_own_loss_and_gradients(tiny_vlm) -> None:
-    from mm_moslora.models.attention import set_attention, training_attention
+    from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
     from mm_moslora.training.engine import LossModule
 
     assembly, data = tiny_vlm
@@ -168,7 +168,7 @@ def test_a_packed_row_gives_each_sample_its_own_loss_and_gradients(tiny_vlm) -> 
 def test_the_hugging_face_trainer_takes_our_examples(tiny_vlm, tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
-    from mm_moslora.models.attention import set_attention, training_attention
+    from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
     from mm_moslora.training.engine import LossModule
 
     assembly, data = tiny_vlm

@@ -18,11 +18,11 @@ from PIL import Image
 from tiny import make_records
 
 from mm_moslora.config import SourceConfig
-from mm_moslora.data.faults import Code, RecordError
-from mm_moslora.data.images import ImageError, open_image, open_image_bytes
-from mm_moslora.data.pictures import open_picture
-from mm_moslora.data.sources import RecordFile, open_source
-from mm_moslora.errors import ConfigError, DataError
+from mm_moslora.data.images.decode_image import ImageError, open_image, open_image_bytes
+from mm_moslora.data.images.locate_image import open_picture
+from mm_moslora.data.record_faults import Code, RecordError
+from mm_moslora.data.sources.open_sources import RecordFile, open_source
+from mm_moslora.utils.errors import ConfigError, DataError
 from tests.data.sets import chatml_encoder, make_set
 
 ROOT = Path(__file__).resolve().parents[2]

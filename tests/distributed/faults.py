@@ -14,17 +14,17 @@ from pathlib import Path
 import torch
 from ranks import train_recipes
 
-from mm_moslora import distributed
 from mm_moslora.config import load_recipe
 from mm_moslora.tracking import Trackers
-from mm_moslora.training import loop, run, saving
+from mm_moslora.training import run_setup, snapshot, training_loop
 from mm_moslora.training.engine import Engine
-from mm_moslora.training.image_check import ImageCheck
+from mm_moslora.training.image_dependence import ImageCheck
+from mm_moslora.utils import distributed
 
 
 def poison(rank: str, step: str, *recipes: str) -> int:
     """Pictures of one rank are not finite in one step."""
-    real = loop._Loop._step
+    real = training_loop._Loop._step
 
     def poisoned_step(self, batches, *, first):
         def broken(batch):
@@ -36,13 +36,13 @@ def poison(rank: str, step: str, *recipes: str) -> int:
             batches = iter([micro_batches])
         real(self, batches, first=first)
 
-    loop._Loop._step = poisoned_step
+    training_loop._Loop._step = poisoned_step
     return train_recipes(list(recipes))
 
 
 def fit_on_main_alone(outcome: str, *recipes: str) -> int:
     """What the projector is fitted to is measured on rank 0 alone; there it may fail."""
-    real = run._fit
+    real = run_setup._fit
 
     def fit(*arguments, **keywords):
         assert distributed.is_main(), "measured twice"
@@ -50,7 +50,7 @@ def fit_on_main_alone(outcome: str, *recipes: str) -> int:
             raise RuntimeError("no room for the tower")
         real(*arguments, **keywords)
 
-    run._fit = fit
+    run_setup._fit = fit
     return train_recipes(list(recipes))
 
 
@@ -63,7 +63,7 @@ def at_step(what: str, rank: str, step: str, *recipes: str) -> int:
 def commanded(what: str, rank: str, step: str, *words: str) -> int:
     """The same under `mm-moslora`, with a tracker that takes its time at the end; gives its exit code."""
     from mm_moslora import cli
-    from mm_moslora.launch import EXIT_REQUEUE
+    from mm_moslora.launch.launcher import EXIT_REQUEUE
 
     _fail_within_step(what, rank, int(step))
     finish = Trackers.finish
@@ -120,7 +120,7 @@ def while_starting(rank: str, place: str, *words: str) -> int:
 
 def while_measuring(what: str, rank: str, *recipes: str) -> int:
     """One rank gets SIGTERM in its first batch of the held-out loss, or at its first answer to a task's question."""
-    from mm_moslora_eval.runner import _Job
+    from mm_moslora_eval.run.task_runner import _Job
     from trials import train_measured
 
     owner, name = {"loss": (Engine, "evaluate"), "task": (_Job, "_store")}[what]
@@ -140,14 +140,14 @@ def while_measuring(what: str, rank: str, *recipes: str) -> int:
 
 def slow_between_steps(rank: str, seconds: str, *recipes: str) -> int:
     """One rank takes its time between its steps, as for a slow disk."""
-    real = loop._Loop._periodically
+    real = training_loop._Loop._periodically
 
     def slowly(self):
         if distributed.rank() == int(rank):
             time.sleep(float(seconds))
         real(self)
 
-    loop._Loop._periodically = slowly
+    training_loop._Loop._periodically = slowly
     return train_recipes(list(recipes))
 
 
@@ -158,14 +158,14 @@ def lost_in_thought() -> None:
 
 def full_disk(rank: str, step: str, *recipes: str) -> int:
     """One rank cannot write the checkpoint of one step."""
-    real = saving.Snapshot.write
+    real = snapshot.Snapshot.write
 
     def write(self, folder):
         if distributed.rank() == int(rank) and self.manifest.step == int(step):
             raise OSError(28, "No space left on device")
         real(self, folder)
 
-    saving.Snapshot.write = write
+    snapshot.Snapshot.write = write
     return train_recipes(list(recipes))
 
 

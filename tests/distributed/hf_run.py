@@ -6,18 +6,18 @@ import json
 from pathlib import Path
 
 from mm_moslora.config import load_recipe
-from mm_moslora.data.collate import Collator
-from mm_moslora.models.build import assemble
-from mm_moslora.models.trainable import attach_adapters
+from mm_moslora.data.collator import Collator
+from mm_moslora.models.assembly import assemble
+from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.training.engine import prepare_deepspeed
-from mm_moslora.training.run import _data_set, seed_everything
+from mm_moslora.training.run_setup import _data_set, seed_everything
 
 
 def train(recipe_path: str, steps: str, stage: str) -> int:
     import torch
     from transformers import Trainer, TrainingArguments
 
-    from mm_moslora import distributed
+    from mm_moslora.utils import distributed
 
     recipe = load_recipe(recipe_path)
     distributed.join()

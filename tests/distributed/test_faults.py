@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 from trials import STAGES, hexed, losses, make_recipe, metrics, weights, write
 
-from mm_moslora import distributed
 from mm_moslora.config import ProjectorConfig
-from mm_moslora.launch import stopped_text
-from mm_moslora.report.state import read_state
-from mm_moslora.training import watchdog
+from mm_moslora.launch.launcher import stopped_text
+from mm_moslora.reporting.run_status import read_state
+from mm_moslora.training.supervision import watchdog
+from mm_moslora.utils import distributed
 
 pytestmark = pytest.mark.slow
 OFFLOADED = ("zero2_offload", "zero3_offload")
@@ -101,11 +101,11 @@ def test_the_end_of_a_run_whose_main_rank_was_killed_is_recorded_by_the_other(pa
 @pytest.mark.parametrize(
     "place",
     [
-        "mm_moslora.training.loop:check_recipe",
-        "mm_moslora.training.watchdog:Watchdog._begin",
-        "mm_moslora.training.run:assemble",
-        "mm_moslora.training.run:build_engine",  # the other waits for an address in a group of DeepSpeed's
-        "mm_moslora.training.loop:build_trackers",
+        "mm_moslora.training.training_loop:check_recipe",
+        "mm_moslora.training.supervision.watchdog:Watchdog._begin",
+        "mm_moslora.training.run_setup:assemble",
+        "mm_moslora.training.run_setup:build_engine",  # the other waits for an address in a group of DeepSpeed's
+        "mm_moslora.training.training_loop:build_trackers",
     ],
 )
 def test_a_rank_that_dies_while_it_starts_is_named(place, rank, parts, ranks, tmp_path):

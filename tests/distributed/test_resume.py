@@ -71,7 +71,7 @@ def test_an_align_stage_resumes_exactly_and_on_other_ranks(parts, ranks, tmp_pat
 
 def test_every_weight_that_trains_is_saved_on_every_stage(parts, ranks, tmp_path):
     """Align, then tune on its projector; a projector that stands still is saved whole under ZeRO-3, too."""
-    from mm_moslora.models.load import load
+    from mm_moslora.models.load_model import load
 
     stages = ("zero2", "zero3")
     align = [make_recipe(parts, tmp_path / f"align-{stage}", stage, steps=1) for stage in stages]

@@ -168,7 +168,7 @@ def test_a_file_that_deepspeed_refuses_is_told_in_a_line(change, said, parts, ra
     group = ranks.finish(ranks.start([write(make_recipe(parts, tmp_path / "run", str(own)))], ranks=1))
     assert group.codes == [1]
     last = group.output(0).strip().splitlines()[-1]
-    assert last.startswith(f"mm_moslora.errors.ConfigError: DeepSpeed refuses train.zero {own}: ")
+    assert last.startswith(f"mm_moslora.utils.errors.ConfigError: DeepSpeed refuses train.zero {own}: ")
     assert said in last
 
 

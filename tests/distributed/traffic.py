@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mm_moslora import distributed
 from mm_moslora.config import load_recipe
-from mm_moslora.models import lean
-from mm_moslora.training.engine import Engine, settings
+from mm_moslora.models.memory_efficient import decoder_layers
+from mm_moslora.training.engine import Engine, deepspeed_config
+from mm_moslora.utils import distributed
 
 
 def _tensors(value):
@@ -51,14 +51,14 @@ def train_counting(*arguments: str) -> int:
     """Train each recipe, and leave in its folder what every step sent, as rank 0 saw it."""
     from ranks import train_recipes
 
-    settings.PERSISTENT = 100  # less than an adapter, as 10^6 is to large ranks
-    plain, mlp, passes = Engine.step, lean.gated_mlp, Counter()
+    deepspeed_config.PERSISTENT = 100  # less than an adapter, as 10^6 is to large ranks
+    plain, mlp, passes = Engine.step, decoder_layers.gated_mlp, Counter()
 
     def noted(*args):
         passes["lean"] += 1
         return mlp(*args)
 
-    lean.gated_mlp = noted
+    decoder_layers.gated_mlp = noted
     for argument in arguments:
         found = []
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mm_moslora import cli
-from mm_moslora.quickstart import assets
+from mm_moslora.quickstart import model_assets
 
 LANGUAGES = ("meta-llama/Llama-3.1-8B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct")
 TOWERS = ("openai/clip-vit-large-patch14-336", "google/siglip-base-patch16-224")
@@ -32,8 +32,8 @@ def coarse_tower(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def _parts(monkeypatch, language_folder: Path, coarse_tower: Path) -> None:
     """What the quickstart would fetch."""
-    monkeypatch.setattr(assets, "language_model", lambda _say: language_folder)
-    monkeypatch.setattr(assets, "efficientnet_timm", lambda _say: coarse_tower)
+    monkeypatch.setattr(model_assets, "language_model", lambda _say: language_folder)
+    monkeypatch.setattr(model_assets, "efficientnet_timm", lambda _say: coarse_tower)
 
 
 @pytest.fixture(scope="module")

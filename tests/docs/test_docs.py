@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from mm_moslora_eval.task import Task
+from mm_moslora_eval.protocol.task import Task
 
 from mm_moslora import cli
 from mm_moslora.config import Recipe
-from mm_moslora.strict import build_strictly
+from mm_moslora.config.strict_reading import build_strictly
 from tests.docs.blocks import DOCUMENTS, PARSED_ONLY, PLAIN, ROOT, Block, blocks, check_command, commands, parse
 
 OURS = "mm-moslora"
@@ -48,11 +48,11 @@ def run_yaml(block: Block) -> None:
 def namespace(document: Path) -> dict:
     """What a document's Python begins with: `model`, a tiny vision-language model, and its like under other names."""
     if document.parent.name == "eval":
-        from mm_moslora_eval.open_model import open_model
+        from mm_moslora_eval.backends.open_model import open_model
 
         return {"model": open_model("RUN")}
     from mm_moslora.config import load_recipe
-    from mm_moslora.models.build import assemble
+    from mm_moslora.models.assembly import assemble
 
     recipe = load_recipe("RECIPE.yaml")
     return {name: assemble(recipe.model).model for name in ("model", "fresh_model", "base")}

@@ -32,9 +32,13 @@ def test_the_reference_has_a_page_with_every_public_name(tmp_path: Path):
     spec.loader.exec_module(reference)
     written = {path.stem: path.read_text() for path in reference.write(tmp_path / "api")}
     index = (tmp_path / "api" / "README.md").read_text()
-    assert {"mm_moslora.config", "mm_moslora.adapters.config", "mm_moslora_eval.suite"} <= written.keys()
+    assert {
+        "mm_moslora.config",
+        "mm_moslora.adapters.moslora_config",
+        "mm_moslora_eval.run.evaluate_suite",
+    } <= written.keys()
     assert all(f"({name}.md)" in index for name in written)
-    assert "- `rank: int = 64` r, the size of the mixer." in written["mm_moslora.config.model"]
+    assert "- `rank: int = 64` r, the size of the mixer." in written["mm_moslora.config.model_config"]
     assert "**Raises**" in written["mm_moslora.config.recipe"]
-    assert "## `PROJECTORS`" not in written["mm_moslora.models.projector"], "it has no docstring"
-    assert "_build" not in written["mm_moslora.strict"]
+    assert "## `PROJECTORS`" not in written["mm_moslora.models.projectors.projector"], "it has no docstring"
+    assert "_build" not in written["mm_moslora.config.strict_reading"]

@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mm_moslora_eval.images import Hasher
-from mm_moslora_eval.model import Answer, OptionRequest, OptionScore, Request
+from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
+from mm_moslora_eval.sources.image_controls import Hasher
 
 WORDS = ("yes", "no", "blue", "green")
 

@@ -9,8 +9,8 @@ import torch
 
 def export_tiny(folder: Path, language: Path, vision: Path) -> Path:
     from mm_moslora.config import ModelConfig, VisionConfig
-    from mm_moslora.models.build import assemble
-    from mm_moslora.models.processor import save_processor
+    from mm_moslora.models.assembly import assemble
+    from mm_moslora.models.processing.llava_processor import save_processor
 
     assembly = assemble(ModelConfig(language=str(language), vision=VisionConfig(name=str(vision))))
     torch.manual_seed(3)

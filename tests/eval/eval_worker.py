@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mm_moslora_eval.registry import get_task
-from mm_moslora_eval.runner import Settings
-from mm_moslora_eval.suite import evaluate
+from mm_moslora_eval.protocol.task_registry import get_task
+from mm_moslora_eval.run.evaluate_suite import evaluate
+from mm_moslora_eval.run.task_runner import Settings
 
 from tests.eval.eval_fake import FakeModel
 

@@ -10,20 +10,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from mm_moslora_eval import runner
-from mm_moslora_eval.aggregation import AGGREGATIONS
-from mm_moslora_eval.documents import DataSet, Document
-from mm_moslora_eval.endpoint import Endpoint, Usage
-from mm_moslora_eval.judge import GRADERS, JUDGE_EXTRACTIONS, Judge
-from mm_moslora_eval.model import Answer, OptionRequest, OptionScore, Request
-from mm_moslora_eval.registry import all_tasks, get_task
-from mm_moslora_eval.results import TaskResult, score_folder
-from mm_moslora_eval.scoring import EXTRACTORS, METRICS
-from mm_moslora_eval.sources import hf
-from mm_moslora_eval.task import Task
-from mm_moslora_eval.tasks.wordings import WORDINGS
+from mm_moslora_eval.backends.openai_endpoint import Endpoint, Usage
+from mm_moslora_eval.protocol.coded_prompts import WORDINGS
+from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
+from mm_moslora_eval.protocol.task import Task
+from mm_moslora_eval.protocol.task_registry import all_tasks, get_task
+from mm_moslora_eval.run import task_runner
+from mm_moslora_eval.run.llm_judge import GRADERS, JUDGE_EXTRACTIONS, Judge
+from mm_moslora_eval.run.result_file import TaskResult, score_folder
+from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
+from mm_moslora_eval.sources import hf_dataset
+from mm_moslora_eval.sources.document import DataSet, Document
 
-ONE = runner.Settings(batch_size=64, rank=0, world_size=1)
+ONE = task_runner.Settings(batch_size=64, rank=0, world_size=1)
 
 
 class GivenAnswers:
@@ -101,8 +101,8 @@ class Runs:
         folder = self.folder()
         model = GivenAnswers({document.id: answer for document, answer in zip(documents, answers, strict=True)})
         data = DataSet(documents=tuple(documents), path="golden", sha256="0")
-        with runner.open_run(folder, model):
-            place = runner.run_task(model, get_task(name), folder, settings=ONE, data=data)
+        with task_runner.open_run(folder, model):
+            place = task_runner.run_task(model, get_task(name), folder, settings=ONE, data=data)
         asked = None if judge is None else Judge(scripted(judge), cache=folder / "judge")
         result = score_folder(place, judge=asked)
         rows = (place / "samples.jsonl").read_text(encoding="utf-8").split("\n")
@@ -165,9 +165,9 @@ def _parts(task: Task) -> Iterator[Any]:
     if task.prompt.function is not None:
         yield WORDINGS[task.prompt.function]
     if task.decoding.kind != "generate":
-        yield runner._row
+        yield task_runner._row
     if task.source.lm_eval_task is not None:
-        yield hf._choices
+        yield hf_dataset._choices
 
 
 def _used_by(function: types.FunctionType) -> Iterator[Any]:

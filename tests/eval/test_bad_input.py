@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mm_moslora_eval.model import Answer, Request
-from mm_moslora_eval.registry import get_task, load_file
-from mm_moslora_eval.results import TaskResult
-from mm_moslora_eval.runner import Settings
-from mm_moslora_eval.suite import evaluate, read_samples
+from mm_moslora_eval.protocol.model_interface import Answer, Request
+from mm_moslora_eval.protocol.task_registry import get_task, load_file
+from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
+from mm_moslora_eval.run.result_file import TaskResult
+from mm_moslora_eval.run.task_runner import Settings
 
-from mm_moslora.errors import EvalError, MoSLoRAError
+from mm_moslora.utils.errors import EvalError, MoSLoRAError
 from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mm_moslora_eval import statistics
-from mm_moslora_eval.documents import Document
-from mm_moslora_eval.registry import get_task
-from mm_moslora_eval.sources import hf, tsv
+from mm_moslora_eval.protocol.task_registry import get_task
+from mm_moslora_eval.scoring import error_bars
+from mm_moslora_eval.sources import hf_dataset, vlmevalkit_tsv
+from mm_moslora_eval.sources.document import Document
 
 from tests.eval.protocol_runs import Run, Runs, functions_of
 
@@ -500,7 +500,7 @@ def commonsense_lm_eval(row: Row, runs: Runs, folder: Path) -> Any:
     task = get_task(f"commonsense_{LM_EVAL_NAMES.get(row['task'], row['task'])}@lm_eval")
     path = folder / f"{row['task']}-{len(list(folder.iterdir()))}.json"
     path.write_text(json.dumps([row["doc"]]))
-    (document,) = hf.load(dataclasses.replace(task.source, path=str(path))).documents
+    (document,) = hf_dataset.load(dataclasses.replace(task.source, path=str(path))).documents
     run = runs(task.id, [document], [[0.0] * len(document.options)])
     (asked,) = run.model.asked
     contexts = asked.contexts or (asked.request.messages[0].text,) * len(asked.options)
@@ -554,11 +554,11 @@ MATHVISTA = {"format-prompt": "lmms_eval"} | {
 def lmms_document(row: Row) -> Document:
     given = row["doc"]
     if "A" in given:
-        return tsv.document({key: None if value is None else str(value) for key, value in given.items()})
+        return vlmevalkit_tsv.document({key: None if value is None else str(value) for key, value in given.items()})
     columns = {"SEED-Bench": {"options": "choice_a, choice_b, choice_c, choice_d"}, "AI2D": {"options": "options"}}.get(
         row["benchmark"], {"options": "choices"} if "choices" in given else {}
     )
-    return hf.document(given, columns)
+    return hf_dataset.document(given, columns)
 
 
 def prompt_lmms_eval(row: Row) -> Any:
@@ -618,7 +618,7 @@ def prompt_vlmevalkit(row: Row) -> Any:
     protocol = "moslora" if xtuner else "llava" if "LLaVA.build" in row["source"] else "vlmevalkit"
     task = get_task(f"{VLMEVALKIT_TASKS.get(row['benchmark'], 'mmbench_en_dev')}@{protocol}")
     prompt = dataclasses.replace(task.prompt, image_separator="")  # VLMEvalKit leaves the separator to the model
-    document = tsv.document(given, images=pictures)
+    document = vlmevalkit_tsv.document(given, images=pictures)
     (message,) = prompt.messages(document)
     shown = iter([pictures[place] for place in prompt.image_order(document)])
     parts = [
@@ -636,15 +636,15 @@ def mean_stderr(row: Row) -> Any:
     if len(scores) < 2:
         return "ZeroDivisionError"  # as in the source; ours is nan
     return {
-        "mean": statistics.mean(scores),
-        "mean_stderr": statistics.mean_stderr(scores),
-        "sample_stddev": statistics.sample_stddev(scores),
+        "mean": error_bars.mean(scores),
+        "mean_stderr": error_bars.mean_stderr(scores),
+        "sample_stddev": error_bars.sample_stddev(scores),
     }
 
 
 def paired(row: Row) -> Any:
     """Where all differences are alike the source gives an interval of no width and p of 0 or 1; here both are exact."""
-    result = statistics.paired(row["current"], row["baseline"])
+    result = error_bars.paired(row["current"], row["baseline"])
     if result.stderr == 0:
         assert result.low < result.high
         return row["expected"] | {"mean_diff": result.difference, "n": result.n, "se_diff": 0.0, "t_stat": result.t}
@@ -715,7 +715,7 @@ CHECKS: dict[str, Check] = {
     "scienceqa_llava": scienceqa_llava,
     "scienceqa_lmms_eval": lambda rows, runs: by_letter("scienceqa_img@lmms_eval", rows, runs, LETTERS[:3]),
     "seedbench_lmms_eval": seedbench,
-    "stats_clustered_stderr": each(lambda row: statistics.clustered_stderr(row["scores"], row["clusters"])),
+    "stats_clustered_stderr": each(lambda row: error_bars.clustered_stderr(row["scores"], row["clusters"])),
     "stats_mean_stderr": each(mean_stderr),
     "stats_paired_ttest": each(paired),
     "vqa_accuracy_textvqa": scores("textvqa_val@lmms_eval", "vqa.textvqa", all_at_once),

@@ -9,12 +9,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from mm_moslora_eval.miniature import SCENES, make_miniature
-from mm_moslora_eval.registry import get_task
-from mm_moslora_eval.runner import Settings
-from mm_moslora_eval.suite import evaluate, read_samples
+from mm_moslora_eval.protocol.miniature_benchmarks import SCENES, make_miniature
+from mm_moslora_eval.protocol.task_registry import get_task
+from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
+from mm_moslora_eval.run.task_runner import Settings
 
-from mm_moslora.errors import ConfigError
+from mm_moslora.utils.errors import ConfigError
 from tests.eval.eval_data import picture
 from tests.eval.eval_models import export_tiny
 
@@ -59,7 +59,7 @@ def continuation_task(folder: Path, data: Path, kind: str, choice: str) -> Path:
 
 def test_bare_continuations_are_scored_as_a_full_forward_pass_scores_them(tiny: Path, tmp_path: Path) -> None:
     import torch
-    from mm_moslora_eval.open_model import open_model
+    from mm_moslora_eval.backends.open_model import open_model
 
     rows = [{"sentence": "the _ is red square", "option1": "circle", "option2": "green shape", "answer": "2"}]
     data = tmp_path / "winogrande.jsonl"
@@ -83,8 +83,8 @@ def test_bare_continuations_are_scored_as_a_full_forward_pass_scores_them(tiny: 
 def test_lm_eval_gets_the_scores_of_our_runner(tiny: Path, tmp_path: Path) -> None:
     import lm_eval
     from lm_eval.tasks import TaskManager
-    from mm_moslora_eval.lm_eval import lm_eval_model
-    from mm_moslora_eval.open_model import open_model
+    from mm_moslora_eval.backends.lm_eval_adapter import lm_eval_model
+    from mm_moslora_eval.backends.open_model import open_model
 
     data = piqa_file(tmp_path)
     config = {
@@ -116,7 +116,7 @@ def test_lmms_eval_gets_the_scores_of_our_runner(tiny: Path, tmp_path: Path) -> 
     import datasets
     from lmms_eval import evaluator
     from lmms_eval.tasks import TaskManager
-    from mm_moslora_eval.lmms_eval import MoSLoRALmms
+    from mm_moslora_eval.backends.lmms_eval_adapter import MoSLoRALmms
 
     images, questions = [scene.png() for scene in SCENES], ["what color?", "is it red?"]
     rows = [(image, question) for image in images for question in questions]
@@ -161,7 +161,7 @@ def test_lmms_eval_gets_the_scores_of_our_runner(tiny: Path, tmp_path: Path) -> 
 
 
 def _requests(rows: list[tuple[bytes, str]]):
-    from mm_moslora_eval.model import IMAGE, Message, Request
+    from mm_moslora_eval.protocol.model_interface import IMAGE, Message, Request
 
     return [
         Request(
@@ -184,7 +184,7 @@ def test_the_entry_point_names_a_class_that_lmms_eval_can_build() -> None:
 
 
 def test_vlmevalkit_example_answers_a_message(tiny: Path, tmp_path: Path) -> None:
-    from mm_moslora_eval.vlmevalkit_example import MoSLoRAModel
+    from mm_moslora_eval.backends.vlmevalkit_example import MoSLoRAModel
 
     (tmp_path / "a.png").write_bytes(picture(1))
     model = MoSLoRAModel(str(tiny), max_new_tokens=5, precision="fp32")

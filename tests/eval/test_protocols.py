@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mm_moslora_eval import cli, judge
-from mm_moslora_eval.aggregation import AGGREGATIONS
-from mm_moslora_eval.documents import Document
-from mm_moslora_eval.metrics import exact, vqa
-from mm_moslora_eval.registry import all_tasks, get_task
-from mm_moslora_eval.scoring import EXTRACTORS, JUDGED, METRICS, score_answer
-from mm_moslora_eval.submissions import write_submission
+from mm_moslora_eval import eval_commands
+from mm_moslora_eval.metrics import exact_match, vqa_accuracy
+from mm_moslora_eval.protocol.task_registry import all_tasks, get_task
+from mm_moslora_eval.run import llm_judge
+from mm_moslora_eval.run.submissions import write_submission
+from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS, score_answer
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
+from mm_moslora_eval.sources.document import Document
 
 from tests.eval import test_golden
 from tests.eval.protocol_runs import Runs, functions_of, public_metrics, shipped_protocols
@@ -32,7 +33,7 @@ def runs(tmp_path: Path) -> Runs:
 def test_every_public_metric_is_called_by_a_shipped_protocol() -> None:
     called = {id(function) for task in shipped_protocols().values() for function in functions_of(task).values()}
     # What scores untuned models leniently, whatever the protocol: `scoring.score_leniently`.
-    called |= {id(exact.holds_answer), id(vqa.plain_words)}
+    called |= {id(exact_match.holds_answer), id(vqa_accuracy.plain_words)}
     unused = sorted(name for name, function in public_metrics().items() if id(function) not in called)
     assert not unused, f"wire them into a task of eval/tasks or delete them: {', '.join(unused)}"
 
@@ -72,11 +73,11 @@ def test_the_default_protocol_is_the_one_that_model_reports_use() -> None:
 def test_a_protocol_says_where_it_differs_in_its_description_and_its_results(runs: Runs) -> None:
     task = get_task("mmvet@vlmevalkit")
     assert any("this project's wording" in text for text in task.differences)
-    assert "differs:     The judge is asked in this project's wording" in cli.describe("mmvet@vlmevalkit")
+    assert "differs:     The judge is asked in this project's wording" in eval_commands.describe("mmvet@vlmevalkit")
     document = Document(id="1", question="q", answers=("a",), category="rec")
     run = runs("mmvet@vlmevalkit", [document], ["b"], judge=lambda *_: "0.5")
     assert run.result.about["differences"] == list(task.differences)
-    assert run.result.about["judge"]["wording"] == judge.WORDING
+    assert run.result.about["judge"]["wording"] == llm_judge.WORDING
 
 
 def test_what_lmms_eval_reads_elsewhere_stops_at_and_shows_otherwise_is_said() -> None:

@@ -12,14 +12,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
-from mm_moslora.errors import ModelError
-from mm_moslora.models.attention import SEGMENTS, set_attention, training_attention
-from mm_moslora.models.build import assemble, text_and_images
-from mm_moslora.models.eyes import dummy_example
-from mm_moslora.models.processor import image_processor, image_transform, save_processor
-from mm_moslora.models.projector_parts import PixelShuffleProjector, ProjectorShape
-from mm_moslora.models.vision import ImageSpec
+from mm_moslora.kernels.attention.segment_attention import SEGMENTS, set_attention, training_attention
+from mm_moslora.models.assembly import assemble, text_and_images
+from mm_moslora.models.processing.image_processing import dummy_example
+from mm_moslora.models.processing.llava_processor import image_processor, image_transform, save_processor
+from mm_moslora.models.projectors.projector_layers import PixelShuffleProjector, ProjectorShape
+from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import image_features
+from mm_moslora.utils.errors import ModelError
 
 OPEN_CLIP = {
     "embed_dim": 32,
@@ -200,7 +200,7 @@ def test_an_unknown_part_is_named(options, message, language_folder, vision_fold
 def test_a_projector_of_other_widths_is_refused(language_folder, vision_folder, tmp_path):
     from safetensors.torch import save_file
 
-    from mm_moslora.models.projector_parts import MlpProjector
+    from mm_moslora.models.projectors.projector_layers import MlpProjector
 
     wrong = MlpProjector(ProjectorShape(vision_width=48, language_width=64, grid=4))
     save_file(wrong.state_dict(), tmp_path / "projector.safetensors")

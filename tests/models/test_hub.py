@@ -17,9 +17,9 @@ from tiny import make_vision
 
 from mm_moslora.cli import run
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
-from mm_moslora.models.load import load
-from mm_moslora.training.loop import train
-from tests.models.test_ready_made import recipe_for, write_records
+from mm_moslora.models.load_model import load
+from mm_moslora.training.training_loop import train
+from tests.models.test_pretrained_vlm import recipe_for, write_records
 
 STOCK = """
 import sys

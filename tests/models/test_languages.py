@@ -14,15 +14,15 @@ from tiny import make_tokenizer, make_vision, supervised_logits
 
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
-from mm_moslora.data.conversation import Encoder
-from mm_moslora.data.video import Clip
-from mm_moslora.models.build import assemble
-from mm_moslora.models.export import export_model
-from mm_moslora.models.load import load
-from mm_moslora.serve.chat import Chat
-from mm_moslora.training.loop import train
+from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.data.images.video_clip import Clip
+from mm_moslora.models.assembly import assemble
+from mm_moslora.models.export.export_huggingface import export_model
+from mm_moslora.models.load_model import load
+from mm_moslora.serve.terminal_chat import Chat
+from mm_moslora.training.training_loop import train
 from tests.models.test_assembly import vision_name
-from tests.models.test_ready_made import conversation, picture, recipe_for, write_records
+from tests.models.test_pretrained_vlm import conversation, picture, recipe_for, write_records
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

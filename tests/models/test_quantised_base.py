@@ -11,16 +11,16 @@ import transformers as t
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import Recipe
-from mm_moslora.errors import ModelError
-from mm_moslora.footprint import kept_bytes
-from mm_moslora.losses import head_loss_sum, use_loss_head
-from mm_moslora.models.attention import set_attention, training_attention
-from mm_moslora.models.build import assemble
-from mm_moslora.models.lean import use_lean_layers
-from mm_moslora.models.trainable import attach_adapters
+from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
+from mm_moslora.models.assembly import assemble
+from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
+from mm_moslora.models.memory_efficient.loss_head import head_loss_sum, use_loss_head
+from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vlm import supervised_hidden
+from mm_moslora.planning.activation_memory import kept_bytes
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TorchEngine
-from mm_moslora.training.optim import parameter_groups
+from mm_moslora.training.parameter_groups import parameter_groups
+from mm_moslora.utils.errors import ModelError
 
 
 def quantised(folder: Path) -> Recipe:

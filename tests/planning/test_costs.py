@@ -17,17 +17,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import Recipe
-from mm_moslora.errors import ConfigError
-from mm_moslora.footprint import footprint
-from mm_moslora.gpus import device_peak, parse_gpus
-from mm_moslora.losses import CHUNK_BYTES
-from mm_moslora.models import attention
-from mm_moslora.models.attention import set_attention
-from mm_moslora.models.lean import use_lean_layers
-from mm_moslora.planning import memory
+from mm_moslora.kernels.attention import segment_attention
+from mm_moslora.kernels.attention.segment_attention import set_attention
+from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
+from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES
+from mm_moslora.planning.activation_memory import footprint
+from mm_moslora.planning.run_plan import memory
 from mm_moslora.training.engine import LossModule, StepResult
-from mm_moslora.training.flops import FlopCounter, StepShape
-from mm_moslora.training.speed import RankFigures, Speedometer
+from mm_moslora.training.metrics.gpu_specs import device_peak, parse_gpus
+from mm_moslora.training.metrics.step_flops import FlopCounter, StepShape
+from mm_moslora.training.metrics.throughput import RankFigures, Speedometer
+from mm_moslora.utils.errors import ConfigError
 
 TESTS = Path(__file__).parents[1]
 
@@ -35,7 +35,7 @@ TESTS = Path(__file__).parents[1]
 def measured(folder: Path, what: str) -> list[dict[str, int]]:
     """What two real steps took, from `planning_worker`."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    worker = [sys.executable, str(TESTS / "planning_worker.py"), str(folder), what]
+    worker = [sys.executable, str(TESTS / "builders" / "planning_worker.py"), str(folder), what]
     output = subprocess.run(worker, capture_output=True, text=True, check=True, env=environment, timeout=540).stdout
     return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
@@ -99,7 +99,9 @@ def vlm(*, mode: str) -> t.PreTrainedModel:
 @pytest.mark.parametrize("mode", ["adapters", "projector alone", "full"])
 @pytest.mark.parametrize("lean", [False, True])
 def test_flops_are_within_two_per_cent_of_torchs_count(mode: str, lean: bool, monkeypatch) -> None:
-    monkeypatch.setattr(attention, "products_are_faster", lambda _: True)  # some torch count the kernel, some do not
+    monkeypatch.setattr(
+        segment_attention, "products_are_faster", lambda _: True
+    )  # some torch count the kernel, some do not
     model = vlm(mode=mode)
     set_attention(model, "mm_moslora_segments" if lean else "eager")
     if lean:

@@ -17,16 +17,16 @@ from huggingface_hub import constants
 from planning_configs import CONVERTED, INTERNLM2, write_configurations
 
 from mm_moslora import cli
-from mm_moslora.cli.plan import as_it_stands, expected
+from mm_moslora.cli.plan_output import as_it_stands, expected
 from mm_moslora.config import Recipe, load_recipe, recipe_names
-from mm_moslora.errors import ModelError
-from mm_moslora.footprint import footprint
-from mm_moslora.gpus import parse_gpus
-from mm_moslora.models.shapes import known_shapes
-from mm_moslora.models.skeleton import Skeleton, skeleton
-from mm_moslora.planning import DataSize, Plan, known_data, memory, plan
+from mm_moslora.models.meta_model import Skeleton, skeleton
+from mm_moslora.models.model_sizes import known_shapes
+from mm_moslora.planning.activation_memory import footprint
+from mm_moslora.planning.run_plan import DataSize, Plan, known_data, memory, plan
 from mm_moslora.training.engine import largest_adapter
-from mm_moslora.training.optim import lr_factor, parameter_groups
+from mm_moslora.training.metrics.gpu_specs import parse_gpus
+from mm_moslora.training.parameter_groups import lr_factor, parameter_groups
+from mm_moslora.utils.errors import ModelError
 
 SHIPPED = [name for name in recipe_names() if not name.startswith("quickstart")]
 # Millions of adapter and mixer parameters: language model, then encoder (arXiv 2406.11909 and arithmetic).
@@ -276,7 +276,7 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr("mm_moslora.models.skeleton.HUB_SECONDS", 0.2)
+        monkeypatch.setattr("mm_moslora.models.meta_model.HUB_SECONDS", 0.2)
         start = time.monotonic()
         with pytest.raises(ModelError, match=r"model\.language is 'some/model'.* not to be had"):
             skeleton(load_recipe("llava15_7b_moslora", ["model.language=some/model"]))

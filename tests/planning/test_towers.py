@@ -9,12 +9,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_moslora.config import Recipe, VisionConfig
-from mm_moslora.errors import ConfigError
-from mm_moslora.footprint import footprint
-from mm_moslora.gpus import parse_gpus
-from mm_moslora.models.skeleton import skeleton
-from mm_moslora.models.vision import load_vision, sketch_vision
-from mm_moslora.planning import DataSize, plan
+from mm_moslora.models.meta_model import skeleton
+from mm_moslora.models.vision.vision_tower import load_vision, sketch_vision
+from mm_moslora.planning.activation_memory import footprint
+from mm_moslora.planning.run_plan import DataSize, plan
+from mm_moslora.training.metrics.gpu_specs import parse_gpus
+from mm_moslora.utils.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mm_moslora.quickstart.datasets import COLORS, SHAPES
+from mm_moslora.quickstart.instruction_data import COLORS, SHAPES
 
 
 @pytest.fixture(scope="session")

@@ -8,16 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mm_moslora_eval.baselines import BASELINES
-from mm_moslora_eval.images import MODES, Hasher
-from mm_moslora_eval.model import Answer, Request
-from mm_moslora_eval.registry import get_task
-from mm_moslora_eval.suite import evaluate
+from mm_moslora_eval.protocol.model_interface import Answer, Request
+from mm_moslora_eval.protocol.task_registry import get_task
+from mm_moslora_eval.run.baselines import BASELINES
+from mm_moslora_eval.run.evaluate_suite import evaluate
+from mm_moslora_eval.sources.image_controls import MODES, Hasher
 
-from mm_moslora.errors import ConfigError
-from mm_moslora.quickstart import evaluation, run
-from mm_moslora.quickstart.datasets import DatasetFiles
-from mm_moslora.quickstart.run import Choice, _commands
+from mm_moslora.quickstart import quickstart_evaluation, quickstart_run
+from mm_moslora.quickstart.instruction_data import DatasetFiles
+from mm_moslora.quickstart.quickstart_run import Choice, _commands
+from mm_moslora.utils.errors import ConfigError
 from tests.eval.eval_data import picture
 from tests.eval.eval_fake import FakeModel
 
@@ -35,13 +35,13 @@ def test_commands_survive_blanks_and_ask_for_a_layout_that_holds_the_model(
 
 def test_the_report_is_written_when_the_run_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     states = []
-    monkeypatch.setattr(run, "_quickstart", lambda *_: "Look at it.")
+    monkeypatch.setattr(quickstart_run, "_quickstart", lambda *_: "Look at it.")
     monkeypatch.setattr(
-        "mm_moslora.report.build_report",
+        "mm_moslora.reporting.build_report",
         lambda folder, _: states.append(json.loads((folder / "state.json").read_text())["state"]),
     )
     for _ in range(2):
-        assert run.quickstart(Choice(), output=tmp_path) == 0
+        assert quickstart_run.quickstart(Choice(), output=tmp_path) == 0
     assert states == ["finished", "finished"]
 
 
@@ -51,7 +51,7 @@ def test_a_folder_of_the_user_is_refused_before_anything_is_written(tmp_path: Pa
     file.parent.mkdir(exist_ok=True)
     file.write_text("mine")
     with pytest.raises(ConfigError, match=f"already holds {name.partition('/')[0]}, and nothing shows"):
-        run.quickstart(Choice(), output=tmp_path)
+        quickstart_run.quickstart(Choice(), output=tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
     assert file.read_text() == "mine"
 
@@ -61,7 +61,7 @@ def test_an_export_that_no_quickstart_made_is_left_alone(tmp_path: Path) -> None
     mine.parent.mkdir()
     mine.write_text("mine")
     with pytest.raises(ConfigError, match="export is in the way and is not deleted"):
-        run._export(tmp_path, model="")
+        quickstart_run._export(tmp_path, model="")
     assert mine.read_text() == "mine"
 
 
@@ -76,8 +76,8 @@ def test_seed_and_precision_reach_both_stages(tmp_path: Path) -> None:
         images=tmp_path, align=tmp_path / "a", train=tmp_path / "b", test=tmp_path / "c", train_pictures=1, questions=1
     )
     choice = Choice(precision="fp32", seed=3)
-    parts, plan = run._Parts(language=tmp_path, vision="v"), run.PLANS["easy-vqa", False]
-    made = run.recipes(parts, files, tmp_path, plan, choice)
+    parts, plan = quickstart_run._Parts(language=tmp_path, vision="v"), quickstart_run.PLANS["easy-vqa", False]
+    made = quickstart_run.recipes(parts, files, tmp_path, plan, choice)
     assert [(recipe.train.seed, recipe.train.precision) for recipe in made] == [(3, "fp32")] * 2
 
 
@@ -127,15 +127,15 @@ def test_the_table_shows_the_model_before_tuning_leniently_and_ends_with_what_fo
         found |= {result.mode: result for result in results}
     model = _Scripted(before, pictures, "before")
     (untuned,) = evaluate(model, task, tmp_path / "eval" / "untuned" / "own", modes=("own",), baselines=())
-    told = evaluation._rows(tmp_path, untuned, found)
+    told = quickstart_evaluation._rows(tmp_path, untuned, found)
     names = ["tuned", "untuned", "untuned_lenient", "wrong_image", "blind", "best_answer", "majority"]
     assert [row["name"] for row in told] == names
     assert all(row["less"]["groups"] == 40 for row in told[1:])
-    shown = evaluation.table(told)
+    shown = quickstart_evaluation.table(told)
     assert "Before tuning (projector aligned), right word anywhere" in shown
     assert said in shown
-    samples = evaluation._samples(tmp_path, untuned, found["own"], DatasetFiles.below(pictures, pictures))
-    assert len(samples) == evaluation.SHOWN_SAMPLES
+    samples = quickstart_evaluation._samples(tmp_path, untuned, found["own"], DatasetFiles.below(pictures, pictures))
+    assert len(samples) == quickstart_evaluation.SHOWN_SAMPLES
     for row in samples:
         number = int(row["question"].split()[-1])
         assert (row["before"], row["after"]) == (before(number, True), after(number, True))

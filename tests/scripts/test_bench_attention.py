@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from preloaded import Preloaded
 
-from mm_moslora.native import find_compiler
+from mm_moslora.kernels.native import find_compiler
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench" / "attention.py"
 

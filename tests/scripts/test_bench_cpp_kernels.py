@@ -13,14 +13,18 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 import cpp_kernels as bench
 import yardstick
 
-from mm_moslora.models import attention, native_attention
+from mm_moslora.kernels.attention import native_cpu_attention, segment_attention
 
 
 @needs_kernels
 def test_a_contender_runs_without_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
     step = yardstick.ours(600, torch.float32, yardstick.Setting(layers=2)).step
     ran: list[str] = []
-    for module, name in ((native_attention, "attend"), (attention, "attend"), (attention, "attend_by_kernel")):
+    for module, name in (
+        (native_cpu_attention, "attend"),
+        (segment_attention, "attend"),
+        (segment_attention, "attend_by_kernel"),
+    ):
         real = getattr(module, name)
 
         def noted(*args: object, _real=real, _name=f"{module.__name__}.{name}", **options: object) -> object:
@@ -33,7 +37,7 @@ def test_a_contender_runs_without_what_it_leaves_out(monkeypatch: pytest.MonkeyP
         ran.clear()
         losses.append(float(bench.without(left_out, step)()))
         found[name] = set(ran)
-    assert found["all"] == found["all again"] == {"mm_moslora.models.native_attention.attend"}
-    assert "mm_moslora.models.native_attention.attend" not in found["without attention"]
-    assert found["by torch alone"] == {"mm_moslora.models.attention.attend_by_kernel"}
+    assert found["all"] == found["all again"] == {"mm_moslora.kernels.attention.native_cpu_attention.attend"}
+    assert "mm_moslora.kernels.attention.native_cpu_attention.attend" not in found["without attention"]
+    assert found["by torch alone"] == {"mm_moslora.kernels.attention.segment_attention.attend_by_kernel"}
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)

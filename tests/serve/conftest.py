@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve.serve_tools import Running, serving
+
+from tests.serve.serve_tools import Running, serving
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +17,7 @@ def assembly(language_folder: Path, vision_folder: Path) -> Any:
     import torch
 
     from mm_moslora.config import ModelConfig, VisionConfig
-    from mm_moslora.models.build import assemble
+    from mm_moslora.models.assembly import assemble
 
     built = assemble(ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(vision_folder))))
     built.model.requires_grad_(False).eval()
@@ -34,7 +35,7 @@ def assembly(language_folder: Path, vision_folder: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def models(assembly: Any) -> Any:
-    from mm_moslora.serve.models import Models, Variant
+    from mm_moslora.serve.inference.served_models import Models, Variant
 
     projector = assembly.model.model.multi_modal_projector
     return Models(assembly, {"tiny": Variant(name="tiny", adapter=None, projector=projector, source="tiny")})
@@ -43,8 +44,8 @@ def models(assembly: Any) -> Any:
 @pytest.fixture(scope="session")
 def server(models: Any) -> Iterator[Running]:
     """One server with ordinary limits for all tests that leave it as it was."""
-    from mm_moslora.serve.engine import Engine
-    from mm_moslora.serve.limits import Limits
+    from mm_moslora.serve.api.request_limits import Limits
+    from mm_moslora.serve.inference.continuous_batching import Engine
 
     limits = Limits(context=512, max_tokens=64, default_tokens=8)
     with serving(Engine(models, limits), limits) as running:
@@ -54,8 +55,8 @@ def server(models: Any) -> Iterator[Running]:
 @pytest.fixture
 def serve_with(models: Any) -> Callable[..., Any]:
     """A server of one's own: `with serve_with(queue=2, key="...") as running:`."""
-    from mm_moslora.serve.engine import Engine
-    from mm_moslora.serve.limits import Limits
+    from mm_moslora.serve.api.request_limits import Limits
+    from mm_moslora.serve.inference.continuous_batching import Engine
 
     @contextmanager
     def start(

@@ -65,7 +65,7 @@ class Running:
 @contextmanager
 def listening(app: Any, limits: Any) -> Iterator[int]:
     """Any application on a port of its own."""
-    from mm_moslora.serve.http import Server, settings
+    from mm_moslora.serve.api.http_server import Server, settings
 
     server = Server(settings(app, host="127.0.0.1", port=0, limits=limits))
     server.capture_signals = _nothing  # type: ignore[method-assign]  (signals belong to the main thread)
@@ -84,7 +84,7 @@ def listening(app: Any, limits: Any) -> Iterator[int]:
 
 @contextmanager
 def serving(engine: Any, limits: Any, **options: Any) -> Iterator[Running]:
-    from mm_moslora.serve.app import create_app
+    from mm_moslora.serve.api.api_routes import create_app
 
     app = create_app(engine, limits, **options)
     with listening(app, limits) as port:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serve.serve_tools import asking, data_url, pixels_of
+
+from tests.serve.serve_tools import asking, data_url, pixels_of
 
 pytest.importorskip("openai", reason="the official client is not installed (pip install openai)")
 
@@ -16,8 +17,8 @@ def alone(models: Any, text: str, pictures: list[Image.Image], count: int) -> st
     """What `models.generation` answers to one prompt, nothing beside it."""
     import torch
 
-    from mm_moslora.data.records import Turn
-    from mm_moslora.models.generation import Prompt, encode_images, generate
+    from mm_moslora.data.chat.records import Turn
+    from mm_moslora.models.decoding.generation import Prompt, encode_images, generate
 
     ids = models.encoder.encode_prompt([Turn.asking(text, images=len(pictures))])
     features = None
@@ -101,8 +102,8 @@ def test_stop_strings_end_the_answer_before_them(server: Any, models: Any) -> No
 
 
 def test_conversation_with_history_and_system_message(server: Any, models: Any) -> None:
-    from mm_moslora.data.records import Turn
-    from mm_moslora.models.generation import Prompt, generate
+    from mm_moslora.data.chat.records import Turn
+    from mm_moslora.models.decoding.generation import Prompt, generate
 
     messages = [
         {"role": "system", "content": "be short"},

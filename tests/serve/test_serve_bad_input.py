@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serve.serve_tools import KEY, asking, data_url
 
-from mm_moslora.serve.limits import Limits
+from mm_moslora.serve.api.request_limits import Limits
+from tests.serve.serve_tools import KEY, asking, data_url
 
 RED = data_url(Image.new("RGB", (20, 20), "red"))
 
@@ -169,9 +169,9 @@ def test_input_14_addresses_of_pictures_open_no_socket(server: Any, url: str, mo
 def test_input_15_special_tokens_are_text(server: Any, models: Any) -> None:
     import threading
 
-    from mm_moslora.serve.pictures import picture_files
-    from mm_moslora.serve.prepare import prepare
-    from mm_moslora.serve.wire import chat_request
+    from mm_moslora.serve.api.chat_request import chat_request
+    from mm_moslora.serve.inference.prompt_preparation import prepare
+    from mm_moslora.serve.inference.request_images import picture_files
 
     def ids_of(text: str) -> list[int]:
         request, stop = chat_request(asking(text, RED), limits), threading.Event()
@@ -259,8 +259,8 @@ def test_other_routes_methods_and_hosts_get_the_same_shape(server: Any) -> None:
 def test_a_text_model_refuses_pictures(assembly: Any, serve_with: Any) -> None:
     import dataclasses
 
-    from mm_moslora.serve.engine import Engine
-    from mm_moslora.serve.models import Models, Variant
+    from mm_moslora.serve.inference.continuous_batching import Engine
+    from mm_moslora.serve.inference.served_models import Models, Variant
 
     blind = Models(
         dataclasses.replace(assembly, processor=None),

@@ -10,10 +10,10 @@ import pytest
 from films import number_of, write_film, write_frames
 from PIL import Image
 
-from mm_moslora.data.faults import Where
-from mm_moslora.data.pictures import PictureRules, open_picture
-from mm_moslora.data.records import parse_record
-from mm_moslora.serve.chat import Chat, interactive
+from mm_moslora.data.chat.records import parse_record
+from mm_moslora.data.images.locate_image import PictureRules, open_picture
+from mm_moslora.data.record_faults import Where
+from mm_moslora.serve.terminal_chat import Chat, interactive
 
 
 @pytest.fixture
@@ -87,15 +87,15 @@ def test_reset_forgets_everything(chat: Chat, monkeypatch: Any, capsys: Any) -> 
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(chat: Chat, monkeypatch: Any, capsys: Any) -> None:
-    from mm_moslora.serve import chat as module
+    from mm_moslora.serve import terminal_chat
 
-    real = module.stream
+    real = terminal_chat.stream
 
     def interrupted(*arguments: Any, **more: Any) -> Iterator[Any]:
         yield next(real(*arguments, **more))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "stream", interrupted)
+    monkeypatch.setattr(terminal_chat, "stream", interrupted)
     said = talk(chat, ["is it red?"], monkeypatch, capsys)
     assert "[stopped]" in said
     assert [turn.role for turn in chat.turns] == ["user", "assistant"]

@@ -13,14 +13,14 @@ import torch
 from browser import CHROMIUM, MISSING, browsing
 from PIL import Image
 
-from mm_moslora.serve.demo import Demo, messages_of
-from mm_moslora.serve.wire import Picture
+from mm_moslora.serve.api.chat_request import Picture
+from mm_moslora.serve.gradio_demo import Demo, messages_of
 
 
 @pytest.fixture
 def pair(assembly: Any) -> Iterator[Any]:
     """Two variants that see the same picture differently."""
-    from mm_moslora.serve.models import Models, Variant
+    from mm_moslora.serve.inference.served_models import Models, Variant
 
     projector = assembly.model.model.multi_modal_projector
     other = copy.deepcopy(projector)
@@ -49,7 +49,7 @@ def picture(tmp_path: Path) -> Path:
 
 
 def test_both_answers_are_those_of_chat_and_attention_covers_the_picture(demo: Demo, pair: Any, picture: Path) -> None:
-    from mm_moslora.serve.chat import Chat
+    from mm_moslora.serve.terminal_chat import Chat
 
     expected = []
     for name in ("tiny", "tiny-base"):
@@ -67,9 +67,9 @@ def test_both_answers_are_those_of_chat_and_attention_covers_the_picture(demo: D
 
 def test_attention_is_that_of_the_model(pair: Any, picture: Path) -> None:
     """Against weights computed by hand from one more forward pass."""
-    from mm_moslora.data.records import Turn
-    from mm_moslora.models.generation import Prompt, embed_prompt
-    from mm_moslora.serve.attention import attention_maps
+    from mm_moslora.data.chat.records import Turn
+    from mm_moslora.models.decoding.generation import Prompt, embed_prompt
+    from mm_moslora.serve.inference.attention_maps import attention_maps
 
     ids, seen = pair.prompt([Turn.asking("what is the color?", images=1)], [Image.open(picture).convert("RGB")])
     (found,) = attention_maps(pair, "tiny", input_ids=ids, seen=seen, answer=[5, 6]) or []
@@ -106,7 +106,7 @@ def test_history_of_gradio_becomes_turns(picture: Path) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
 @pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed (make test-extras)")
 def test_in_a_browser(demo: Demo, picture: Path, tmp_path: Path) -> None:
-    from mm_moslora.serve.demo import launch
+    from mm_moslora.serve.gradio_demo import launch
 
     expected = list(demo.ask(messages_of({"text": "what is the color?", "files": [str(picture)]}, [])))[-1]
     page, url = launch(demo, port=0, wait=False)

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serve.serve_tools import asking, data_url
 
-from mm_moslora.serve.faults import ApiError
-from mm_moslora.serve.intake import Budget, Held
-from mm_moslora.serve.limits import Limits
+from mm_moslora.serve.api.api_errors import ApiError
+from mm_moslora.serve.api.request_intake import Budget, Held
+from mm_moslora.serve.api.request_limits import Limits
+from tests.serve.serve_tools import asking, data_url
 
 MIB = 2**20
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -112,7 +112,9 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenised_or_opened(
     with serve_with() as server:
         asked: list[Any] = []
         monkeypatch.setattr(models, "prompt", lambda *arguments: asked.append(arguments))
-        monkeypatch.setattr("mm_moslora.serve.prepare.open_pictures", lambda *a, **k: asked.append(a))
+        monkeypatch.setattr(
+            "mm_moslora.serve.inference.prompt_preparation.open_pictures", lambda *a, **k: asked.append(a)
+        )
         reply = server.post(asking("red " * 3000)).json()["error"]
         assert reply["code"] == "context_length_exceeded"
         pictures = [data_url(Image.new("RGB", (20, 20), (number, 0, 0))) for number in range(16)]
@@ -151,7 +153,7 @@ def test_pictures_that_do_not_fit_together_are_opened_one_after_the_other(serve_
 
 def test_work_that_nobody_waits_for_stops_and_gives_back_what_it_held(serve_with: Any, monkeypatch: Any) -> None:
     """The time is over while the first of two pictures is opened; the second one never is."""
-    from mm_moslora.serve import pictures
+    from mm_moslora.serve.inference import request_images as pictures
 
     opened, go = [], threading.Event()
     real = pictures._open
@@ -173,7 +175,7 @@ def test_work_that_nobody_waits_for_stops_and_gives_back_what_it_held(serve_with
 
 
 def test_a_client_that_leaves_while_its_pictures_are_opened_frees_its_place(serve_with: Any, monkeypatch: Any) -> None:
-    from mm_moslora.serve import pictures
+    from mm_moslora.serve.inference import request_images as pictures
 
     opened, go = threading.Event(), threading.Event()
     real = pictures._open

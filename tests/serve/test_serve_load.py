@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 from preloaded import Preloaded
-from serve.serve_tools import asking, data_url, pixels_of
+
+from tests.serve.serve_tools import asking, data_url, pixels_of
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -41,8 +42,8 @@ def slowly(engine: Any, seconds: float) -> None:
 
 @pytest.fixture
 def slow_engine(models: Any) -> Any:
-    from mm_moslora.serve.engine import Engine
-    from mm_moslora.serve.limits import Limits
+    from mm_moslora.serve.api.request_limits import Limits
+    from mm_moslora.serve.inference.continuous_batching import Engine
 
     def make(seconds: float, **limits: Any) -> Any:
         engine = Engine(models, Limits(**{"context": 512, "max_tokens": 400} | limits))
@@ -89,8 +90,8 @@ def test_input_19_two_hundred_clients_get_answers_or_429_and_good_ones_are_right
 
 def test_fifty_at_once_never_see_each_others_pictures(models: Any, serve_with: Any) -> None:
     """A model that says the mean colour of its own pictures, whoever else is in the batch."""
-    from mm_moslora.serve.engine import Engine
-    from mm_moslora.serve.limits import Limits
+    from mm_moslora.serve.api.request_limits import Limits
+    from mm_moslora.serve.inference.continuous_batching import Engine
 
     class Colours(Engine):
         def _step(self, name: str, group: Any) -> None:
@@ -127,10 +128,10 @@ def test_input_18_a_client_that_leaves_frees_its_place(serve_with: Any, slow_eng
 
 def test_what_waits_for_the_model_when_the_engine_stops_is_told(models: Any) -> None:
     """An errand that comes in the engine's last step would wait for ever, and the process with it."""
-    from mm_moslora.serve.engine import Engine, Job
-    from mm_moslora.serve.faults import ApiError
-    from mm_moslora.serve.limits import Limits
-    from mm_moslora.serve.sampling import Sampling
+    from mm_moslora.serve.api.api_errors import ApiError
+    from mm_moslora.serve.api.request_limits import Limits
+    from mm_moslora.serve.inference.continuous_batching import Engine, Job
+    from mm_moslora.serve.inference.token_sampling import Sampling
 
     engine, stepping, on, told = Engine(models, Limits(context=512)), threading.Event(), threading.Event(), []
 
@@ -205,8 +206,8 @@ def test_input_18_a_client_that_never_reads_holds_no_place(serve_with: Any, monk
 def test_a_fault_inside_is_a_500_without_its_text_and_the_next_request_works(
     models: Any, serve_with: Any, where: str, caplog: Any
 ) -> None:
-    from mm_moslora.serve.engine import Engine
-    from mm_moslora.serve.limits import Limits
+    from mm_moslora.serve.api.request_limits import Limits
+    from mm_moslora.serve.inference.continuous_batching import Engine
 
     engine = Engine(models, Limits(context=512))
     text = "secret at /home/me 0x7f0000000000 https://me:pa55word-canary@host/"
@@ -275,8 +276,8 @@ def row_of(engine: Any, group: Any, question: str) -> int | None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_logits_without_a_largest_one_choose_no_token(temperature: float, value: float) -> None:
-    from mm_moslora.errors import ModelError
-    from mm_moslora.serve.sampling import Sampling, choose
+    from mm_moslora.serve.inference.token_sampling import Sampling, choose
+    from mm_moslora.utils.errors import ModelError
 
     sampling = Sampling(temperature=temperature)
     logits = torch.full((50,), value if value < 0 else 0.0)
@@ -305,7 +306,7 @@ def test_a_row_of_nan_is_an_error_of_that_row_and_of_no_other(serve_with: Any, a
 
 
 def test_a_row_whose_token_or_text_fails_ends_alone(serve_with: Any, alone: dict[str, str], monkeypatch: Any) -> None:
-    from mm_moslora.serve.text import TextStream
+    from mm_moslora.serve.inference.text_stream import TextStream
 
     with serve_with() as server:
         engine = server.engine
@@ -324,7 +325,7 @@ def test_a_step_that_fails_for_the_batch_costs_the_row_that_fails_alone_too(
     serve_with: Any, alone: dict[str, str], monkeypatch: Any
 ) -> None:
     """The forward pass does not say whose fault it is."""
-    from mm_moslora.models.branching import Decoder
+    from mm_moslora.models.decoding.prefix_cache import Decoder
 
     with serve_with() as server:
         engine = server.engine
@@ -441,7 +442,7 @@ def test_metrics_count_what_happened(serve_with: Any) -> None:
 def test_input_19_a_stop_signal_lets_answers_end(tmp_path: Path, language_folder: Path, python: Preloaded) -> None:
     """The real process: SIGTERM in the middle of a stream; the stream ends whole and the process with 0."""
     code = (
-        "import sys, time; from mm_moslora.serve.engine import Engine; step = Engine._step\n"
+        "import sys, time; from mm_moslora.serve.inference.continuous_batching import Engine; step = Engine._step\n"
         "def slow(*a): time.sleep(0.05); step(*a)\n"
         "Engine._step = slow\n"
         "from mm_moslora.cli import run; sys.exit(run(sys.argv[1:]))"

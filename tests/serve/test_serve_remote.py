@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serve.serve_tools import asking
 
-from mm_moslora.http_fetch import FetchError, public_address
-from mm_moslora.serve import remote
-from mm_moslora.serve.faults import ApiError
-from mm_moslora.serve.remote import RemotePictures
+from mm_moslora.serve.api.api_errors import ApiError
+from mm_moslora.serve.inference import pinned_fetch
+from mm_moslora.serve.inference.pinned_fetch import RemotePictures
+from mm_moslora.utils.http_fetch import FetchError, public_address
+from tests.serve.serve_tools import asking
 
 
 def png() -> bytes:
@@ -155,7 +155,7 @@ def test_floods_and_errors_end(hosts: Any, monkeypatch: pytest.MonkeyPatch) -> N
     hosts["ok.example"] = [Reply(404)]
     with pytest.raises(ApiError, match="did not answer"):
         fetch("https://ok.example/")
-    monkeypatch.setattr(remote, "SECONDS", 0.3)
+    monkeypatch.setattr(pinned_fetch, "SECONDS", 0.3)
     hosts["ok.example"] = [Reply(200, body=b"x", endless=True, pause=0.02)]
     with pytest.raises(ApiError, match="takes longer"):
         RemotePictures(["ok.example"])("https://ok.example/")

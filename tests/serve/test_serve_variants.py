@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from serve.serve_tools import asking, data_url
 
-from mm_moslora.errors import AdapterError, ConfigError, ModelError
+from mm_moslora.utils.errors import AdapterError, ConfigError, ModelError
+from tests.serve.serve_tools import asking, data_url
 
 
 def _recipe(
@@ -44,7 +44,7 @@ def runs(
     language_folder: Path, vision_folder: Path, records: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
     """Two runs on one base with different seeds: different adapters and different projectors."""
-    from mm_moslora.training.loop import train
+    from mm_moslora.training.training_loop import train
 
     root = tmp_path_factory.mktemp("runs")
     folders = root / "one", root / "another"
@@ -54,10 +54,10 @@ def runs(
 
 
 def test_each_model_answers_as_when_loaded_alone_and_all_at_once(runs: tuple[Path, Path], serve_with: Any) -> None:
-    from mm_moslora.serve.chat import Chat
-    from mm_moslora.serve.engine import Engine
-    from mm_moslora.serve.limits import Limits
-    from mm_moslora.serve.models import load_models
+    from mm_moslora.serve.api.request_limits import Limits
+    from mm_moslora.serve.inference.continuous_batching import Engine
+    from mm_moslora.serve.inference.served_models import load_models
+    from mm_moslora.serve.terminal_chat import Chat
 
     picture = Image.new("RGB", (24, 24), (200, 60, 30))
     expected = {}
@@ -87,7 +87,7 @@ def test_each_model_answers_as_when_loaded_alone_and_all_at_once(runs: tuple[Pat
 
 
 def test_a_model_alone_is_merged_and_answers_the_same(runs: tuple[Path, Path]) -> None:
-    from mm_moslora.serve.models import load_models
+    from mm_moslora.serve.inference.served_models import load_models
 
     assert load_models(runs[0]).assembly.peft_model is None
     assert load_models(runs[0]).default == "one"
@@ -96,7 +96,7 @@ def test_a_model_alone_is_merged_and_answers_the_same(runs: tuple[Path, Path]) -
 def test_an_adapter_folder_without_a_run_is_enough_and_what_it_lacks_is_said(
     runs: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from mm_moslora.serve.models import load_models
+    from mm_moslora.serve.inference.served_models import load_models
 
     (adapter,) = runs[1].glob("checkpoint-000006/adapter")
     models = load_models(runs[0], further={"plain": shutil.copytree(adapter, tmp_path / "adapter")})
@@ -110,7 +110,7 @@ def test_the_adapter_folder_of_a_run_brings_the_runs_projector(
 ) -> None:
     from safetensors.torch import load_file
 
-    from mm_moslora.serve.models import load_models
+    from mm_moslora.serve.inference.served_models import load_models
 
     (adapter,) = runs[1].glob("checkpoint-000006/adapter")
     named = tmp_path / "linked" if link else adapter
@@ -125,8 +125,8 @@ def test_the_adapter_folder_of_a_run_brings_the_runs_projector(
 
 
 def test_names_and_folders_that_do_not_fit_are_refused(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    from mm_moslora.serve.models import load_models
-    from mm_moslora.serve.run import parse_adapters
+    from mm_moslora.serve.api.serve_command import parse_adapters
+    from mm_moslora.serve.inference.served_models import load_models
 
     with pytest.raises(ConfigError, match="same name"):
         load_models(runs[0], name="one", further={"one": runs[1]})
@@ -141,8 +141,8 @@ def test_an_adapter_of_another_base_is_refused(
 ) -> None:
     from tiny import make_language
 
-    from mm_moslora.serve.models import load_models
-    from mm_moslora.training.loop import train
+    from mm_moslora.serve.inference.served_models import load_models
+    from mm_moslora.training.training_loop import train
 
     other = make_language(tmp_path / "language", layers=3)
     train(_recipe(tmp_path / "run", other, vision_folder, records))
@@ -162,7 +162,7 @@ def looking(
     language_folder: Path, vision_folder: Path, records: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A run with adapters in the vision tower, too."""
-    from mm_moslora.training.loop import train
+    from mm_moslora.training.training_loop import train
 
     folder = tmp_path_factory.mktemp("looking") / "eyes"
     train(_recipe(folder, language_folder, vision_folder, records, seeing={"mode": "adapter"}))
@@ -180,8 +180,8 @@ def _tokens_alone(folder: Path, *, tuned: bool) -> Any:
     """The same of a model that never knew another one."""
     import torch
 
-    from mm_moslora.models.generation import encode_images
-    from mm_moslora.models.load import load
+    from mm_moslora.models.decoding.generation import encode_images
+    from mm_moslora.models.load_model import load
 
     assembly = load(folder, merge=False)
     pixels = assembly.eyes.see([PICTURE])[0].tensors["pixel_values"]
@@ -199,7 +199,7 @@ def test_no_variant_sees_with_the_eyes_of_another(
     """Adapters in the tower change what is seen; whoever was asked first decides nothing."""
     import torch
 
-    from mm_moslora.serve.models import load_models
+    from mm_moslora.serve.inference.served_models import load_models
 
     models = load_models(looking, further={"plain": runs[0]}, with_base=True)
     found = {name: _tokens(models, name) for name in order}
@@ -215,7 +215,7 @@ def test_no_variant_sees_with_the_eyes_of_another(
 
 def test_variants_that_see_alike_share_what_was_seen(runs: tuple[Path, Path]) -> None:
     """Adapters in the language model alone: the tower runs once for the tuned model and the one before tuning."""
-    from mm_moslora.serve.models import load_models
+    from mm_moslora.serve.inference.served_models import load_models
 
     models = load_models(runs[0], with_base=True)
     _tokens(models, "one")
@@ -225,10 +225,10 @@ def test_variants_that_see_alike_share_what_was_seen(runs: tuple[Path, Path]) ->
 
 def test_the_demo_shows_the_model_before_tuning_with_its_own_eyes(looking: Path, tmp_path: Path) -> None:
     """Asked second, it answers as it does alone."""
-    from mm_moslora.models.load import load
-    from mm_moslora.serve.chat import Chat
-    from mm_moslora.serve.demo import Demo, messages_of
-    from mm_moslora.serve.models import load_models
+    from mm_moslora.models.load_model import load
+    from mm_moslora.serve.gradio_demo import Demo, messages_of
+    from mm_moslora.serve.inference.served_models import load_models
+    from mm_moslora.serve.terminal_chat import Chat
 
     PICTURE.save(tmp_path / "picture.png")
     expected = []
@@ -269,7 +269,7 @@ def test_a_run_that_reads_requests_differently_is_refused_by_the_names_of_what_d
     """The folder of the second run with another recipe in it: the recipe alone decides."""
     import shutil
 
-    from mm_moslora.serve.models import load_models
+    from mm_moslora.serve.inference.served_models import load_models
 
     other = tmp_path / "other"
     shutil.copytree(runs[1], other)
@@ -287,7 +287,7 @@ def test_a_run_that_reads_requests_differently_is_refused_by_the_names_of_what_d
 
 def test_keys_that_change_neither_prompt_nor_picture_are_no_difference(runs: tuple[Path, Path], looking: Path) -> None:
     """`vision.mode` says what trains."""
-    from mm_moslora.serve.models import load_models
+    from mm_moslora.serve.inference.served_models import load_models
 
     assert list(load_models(runs[0], further={"eyes": looking}).variants) == ["one", "eyes"]
 
@@ -298,9 +298,9 @@ def test_an_export_takes_adapters_of_runs_with_its_settings_only(
 ) -> None:
     import shutil
 
-    from mm_moslora.models.export import export_model
-    from mm_moslora.models.load import load
-    from mm_moslora.serve.models import load_models
+    from mm_moslora.models.export.export_huggingface import export_model
+    from mm_moslora.models.load_model import load
+    from mm_moslora.serve.inference.served_models import load_models
 
     export_model(load(runs[0]), tmp_path / "export")
     other = tmp_path / "other"
@@ -318,8 +318,8 @@ def test_an_export_takes_adapters_of_runs_with_its_settings_only(
 def test_the_model_before_tuning_is_refused_where_its_weights_are_gone(
     language_folder: Path, vision_folder: Path, records: Path, tmp_path: Path
 ) -> None:
-    from mm_moslora.serve.models import load_models, why_no_base
-    from mm_moslora.training.loop import train
+    from mm_moslora.serve.inference.served_models import load_models, why_no_base
+    from mm_moslora.training.training_loop import train
 
     folder = tmp_path / "full"
     train(_recipe(folder, language_folder, vision_folder, records, seeing={"mode": "full"}))
@@ -334,9 +334,9 @@ def test_every_variant_of_an_anyres_model_has_its_own_newline(
     import torch
     from tiny import make_vision
 
-    from mm_moslora.models.load import load
-    from mm_moslora.serve.models import load_models
-    from mm_moslora.training.loop import train
+    from mm_moslora.models.load_model import load
+    from mm_moslora.serve.inference.served_models import load_models
+    from mm_moslora.training.training_loop import train
 
     tower = make_vision(tmp_path / "clip", "clip")
     folders = tmp_path / "a", tmp_path / "another"
@@ -357,8 +357,8 @@ def test_the_model_before_tuning_has_the_projector_that_tuning_started_from(
     import torch
 
     from mm_moslora.config import ProjectorConfig
-    from mm_moslora.serve.models import load_models
-    from mm_moslora.training.loop import train
+    from mm_moslora.serve.inference.served_models import load_models
+    from mm_moslora.training.training_loop import train
 
     (first,) = runs[0].glob("checkpoint-000006/projector.safetensors")
     start = shutil.copy(first, tmp_path / "start.safetensors")
@@ -379,7 +379,7 @@ def test_the_model_before_tuning_has_the_projector_that_tuning_started_from(
 def test_how_a_projector_began_decides_no_request():
     """Its weights are compared; a run that fitted a fresh one and a run that took it over read requests alike."""
     from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
-    from mm_moslora.serve.compatibility import _flat
+    from mm_moslora.serve.inference.adapter_compatibility import _flat
 
     def settings(**projector):
         tower = VisionConfig(name="tower")

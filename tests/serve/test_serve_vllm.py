@@ -17,10 +17,10 @@ from safetensors import safe_open
 from tiny import make_vision
 
 from mm_moslora.adapters import add_moslora, export_adapter, save_adapter
-from mm_moslora.adapters.config import MoSLoRAConfig
+from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.config import ModelConfig, VisionConfig
-from mm_moslora.models.build import assemble
-from mm_moslora.models.export import export_model
+from mm_moslora.models.assembly import assemble
+from mm_moslora.models.export.export_huggingface import export_model
 
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 

@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from mm_moslora.config import TrackConfig
-from mm_moslora.errors import ConfigError
 from mm_moslora.tracking import JsonlTracker, Sample, Trackers, build_trackers, read_metrics
-from mm_moslora.tracking.base import MOST_FAILURES, Labels, namespaced
-from mm_moslora.tracking.tensorboard import TensorBoardTracker
-from mm_moslora.tracking.wandb import WandbTracker, has_credentials
+from mm_moslora.tracking.tensorboard_tracker import TensorBoardTracker
+from mm_moslora.tracking.tracker import MOST_FAILURES, Labels, namespaced
+from mm_moslora.tracking.wandb_tracker import WandbTracker, has_credentials
+from mm_moslora.utils.errors import ConfigError
 
 CHECKOUT = Path(__file__).parents[2]
 ReadRun = Callable[[Path], dict[str, Any]]
@@ -289,8 +289,8 @@ def test_an_offline_wandb_run_talks_to_nobody(tmp_path: Path) -> None:
     """The client's report on itself kept the process waiting for 10 s at its end."""
     code = f"""
 from pathlib import Path
-from mm_moslora.tracking.base import Labels
-from mm_moslora.tracking.wandb import WandbTracker
+from mm_moslora.tracking.tracker import Labels
+from mm_moslora.tracking.wandb_tracker import WandbTracker
 tracker = WandbTracker(Labels(project="p"))
 tracker.start({{}}, Path({str(tmp_path)!r}), resume_step=None)
 tracker.log({{"loss": 1.0}}, 1)
@@ -330,7 +330,7 @@ def test_unreachable_wandb_falls_back_to_offline(
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr("mm_moslora.tracking.wandb.INIT_SECONDS", 3.0)
+    monkeypatch.setattr("mm_moslora.tracking.wandb_tracker.INIT_SECONDS", 3.0)
     trackers = Trackers([WandbTracker(Labels(project="tests"))], active=True)
     with caplog.at_level(logging.WARNING):
         trackers.start({}, tmp_path, resume_step=None)

@@ -16,13 +16,13 @@ import pytest
 import yaml
 
 from mm_moslora.config import TRACKERS, TrackConfig
-from mm_moslora.errors import ConfigError
 from mm_moslora.tracking import Sample, Trackers, build_trackers
-from mm_moslora.tracking.base import adapter_digest
-from mm_moslora.tracking.environment import environment, git_state
-from mm_moslora.tracking.jsonl import JsonlTracker
-from mm_moslora.tracking.mixers import mean_figures, mixer_views
-from mm_moslora.tracking.watch import WELL_RECORDS, Alert, Watch
+from mm_moslora.tracking.alerts import WELL_RECORDS, Alert, Watch
+from mm_moslora.tracking.jsonl_tracker import JsonlTracker
+from mm_moslora.tracking.mixer_images import mean_figures, mixer_views
+from mm_moslora.tracking.run_environment import environment, git_state
+from mm_moslora.tracking.tracker import adapter_digest
+from mm_moslora.utils.errors import ConfigError
 
 MIXERS = [
     {"path": "layers.0.q_proj", "rank": 2, "after": [[3.0, 0.0], [0.0, -1.0]], "before": None, "moved": 0.5},
@@ -198,7 +198,7 @@ def test_trackio_gives_it_back(tmp_path: Path, sample: Sample, adapter: Path) ->
 
 
 def test_a_tracker_that_is_not_installed_names_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mm_moslora.tracking.base.is_installed", lambda _: False)
+    monkeypatch.setattr("mm_moslora.tracking.tracker.is_installed", lambda _: False)
     for name in TRACKERS:
         with pytest.raises(ConfigError, match=rf"pip install '{name}>="):
             build_trackers(TrackConfig(trackers=[name]), active=True)
@@ -312,7 +312,7 @@ def test_a_run_and_its_evaluation_fill_every_section_of_the_dashboard(
     from wandb_files import read_finished
 
     from mm_moslora import cli
-    from mm_moslora.tracking.dashboards import SECTIONS
+    from mm_moslora.tracking.wandb_dashboards import SECTIONS
 
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
@@ -363,7 +363,7 @@ track: {{trackers: [wandb]}}
 
 @needs("wandb_workspaces")
 def test_workspace_and_report_as_code_are_built_offline() -> None:
-    from mm_moslora.tracking.dashboards import report, workspace
+    from mm_moslora.tracking.wandb_dashboards import report, workspace
 
     made = workspace(entity="us", project="demo")
     assert [section.name for section in made.sections] == [

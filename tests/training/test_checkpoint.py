@@ -9,10 +9,7 @@ from pathlib import Path
 import pytest
 from between import just_before
 
-from mm_moslora import files
-from mm_moslora.errors import CheckpointError
-from mm_moslora.folders import adapter_folder, checkpoints, find_checkpoint
-from mm_moslora.training.checkpoint import (
+from mm_moslora.training.checkpointing.checkpoint_folder import (
     Manifest,
     OtherFormatError,
     Retention,
@@ -21,7 +18,10 @@ from mm_moslora.training.checkpoint import (
     read_manifest,
     remove_old,
 )
-from mm_moslora.training.commit import commit
+from mm_moslora.training.checkpointing.commit_checkpoint import commit
+from mm_moslora.utils import files
+from mm_moslora.utils.errors import CheckpointError
+from mm_moslora.utils.run_paths import adapter_folder, checkpoints, find_checkpoint
 
 
 def write_files(folder):

@@ -11,8 +11,8 @@ import pytest
 
 from mm_moslora.cli import run
 from mm_moslora.config import Recipe
-from mm_moslora.training.checkpoint import read_manifest
-from mm_moslora.training.loop import train
+from mm_moslora.training.checkpointing.checkpoint_folder import read_manifest
+from mm_moslora.training.training_loop import train
 
 
 def formed(recipe: Recipe, **form: str) -> Recipe:

@@ -30,8 +30,8 @@ from mm_moslora.config import (
     load_recipe,
     recipe_names,
 )
-from mm_moslora.training import run as runs
-from mm_moslora.training.loop import train
+from mm_moslora.training import run_setup
+from mm_moslora.training.training_loop import train
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses"
 UPDATE = bool(os.environ.get("UPDATE_GOLDEN_LOSSES"))
@@ -61,13 +61,13 @@ def vision(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def _new_parts_drawn_by_numpy(monkeypatch) -> None:
     """Projector and adapters are made when a run is prepared."""
-    attach = runs.attach_adapters
+    attach = run_setup.attach_adapters
 
     def attach_and_redraw(assembly, *args, **kwargs) -> None:
         attach(assembly, *args, **kwargs)
         redraw(assembly.model)
 
-    monkeypatch.setattr(runs, "attach_adapters", attach_and_redraw)
+    monkeypatch.setattr(run_setup, "attach_adapters", attach_and_redraw)
 
 
 def small_model(model: ModelConfig, language: Path, vision: Path) -> ModelConfig:

@@ -20,7 +20,7 @@ OURS = ("bf16", "fp32", "reference kernel", "stock layers", "gradient checkpoint
         "adapter in the tower, checkpointed", "text", "feature cache")  # fmt: skip
 READY_MADE = {"anyres": 2, "qwen2_5_vl": 19, "qwen3_vl": 29}
 """Waits in transformers' own code, per micro-batch; two layers of a tower have a part in those of Qwen."""
-READ = "mm_moslora plain.py _update: reads a value"
+READ = "mm_moslora torch_engine.py _update: reads a value"
 pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="PyTorch with CUDA has a device of its own")
 
 
@@ -33,7 +33,7 @@ def found(tmp_path_factory):
         "import fake_cuda_worker; fake_cuda_worker.main(Path(sys.argv[2]))"
     )
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), str(TESTS.parent / "eval")])
+        "PYTHONPATH": os.pathsep.join(str(TESTS / part) for part in ("support", "builders", "", "..", "../eval"))
     }
     done = subprocess.run(
         [sys.executable, "-c", command, str(library), str(folder)], capture_output=True, text=True, env=environment
@@ -65,13 +65,14 @@ def test_of_a_ready_made_model_only_its_own_code_waits(found, name):
 
 def test_measuring_and_answering_wait_where_the_host_must_decide(found):
     case = of(found, "bf16")
-    assert case["norms"]["waits"] == {"mm_moslora base.py component_norms: reads a value": 1}
-    assert case["evaluate"]["waits"] == {"mm_moslora base.py evaluate: reads a value": 1}
+    assert case["norms"]["waits"] == {"mm_moslora engine_base.py component_norms: reads a value": 1}
+    assert case["evaluate"]["waits"] == {"mm_moslora engine_base.py evaluate: reads a value": 1}
     # A fork each for the shared beginning and, in scoring, for the options; then a token, or all scores, at a time.
     steps = 4
     assert case["generate"]["waits"] == {
-        "mm_moslora branching.py _arrange: reads a value": 2, "mm_moslora branching.py _visible: reads a value": steps,
-        "mm_moslora branching.py likeliest: reads a value": steps,
+        "mm_moslora prefix_cache.py _arrange: reads a value": 2,
+        "mm_moslora prefix_cache.py _visible: reads a value": steps,
+        "mm_moslora prefix_cache.py likeliest: reads a value": steps,
     }  # fmt: skip
     assert case["score"]["waits"]["mm_moslora generation.py score_options: reads a value"] == 2
     assert sum(case["score"]["waits"].values()) <= 8
@@ -80,7 +81,7 @@ def test_measuring_and_answering_wait_where_the_host_must_decide(found):
 def test_ready_made_models_answer(found):
     waits = of(found, "qwen2_5_vl")["generate"]["waits"]
     assert {place for place in waits if place.startswith("mm_moslora")} <= {
-        "mm_moslora branching.py join: reads a value"
+        "mm_moslora prefix_cache.py join: reads a value"
     }
 
 

@@ -14,9 +14,9 @@ from trials import write
 
 from mm_moslora.cli import run
 from mm_moslora.config import Recipe, SourceConfig
-from mm_moslora.errors import MoSLoRAError
-from mm_moslora.training import loop
-from mm_moslora.training.loop import train
+from mm_moslora.training import training_loop
+from mm_moslora.training.training_loop import train
+from mm_moslora.utils.errors import MoSLoRAError
 
 CHECKOUT = Path(__file__).parents[2]
 FROM_FILES: dict[str, tuple[str, str]] = {
@@ -137,7 +137,7 @@ def test_what_libraries_tell_is_refused_before_models_and_records_are_loaded(
 
     for place in ("transformers.AutoModelForCausalLM", "transformers.AutoTokenizer", "transformers.AutoModel"):
         monkeypatch.setattr(f"{place}.from_pretrained", load)
-    monkeypatch.setattr("mm_moslora.data.dataset.open_sources", load)
+    monkeypatch.setattr("mm_moslora.data.training_set.open_sources", load)
     broken = {
         "key": SETTINGS | {"zero_optimisation": {"stage": 2}},
         "inner": SETTINGS | {"zero_optimization": {"stage": 2, "reduce_bucket_sise": 1}},
@@ -159,7 +159,7 @@ def test_a_preset_of_ones_own_with_keys_that_deepspeed_reads_is_taken(recipe: Re
 
 
 def test_programs_that_call_train_are_refused_first_too(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop.runs, "prepare", lambda *_, **__: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(training_loop.runs, "prepare", lambda *_, **__: pytest.fail("the model is loaded"))
     gone = replace(recipe, data=replace(recipe.data, validation=[SourceConfig(path="gone.jsonl")]))
     with pytest.raises(MoSLoRAError, match=r"gone\.jsonl does not exist"):
         train(gone)
@@ -169,7 +169,9 @@ def test_programs_that_call_train_are_refused_first_too(recipe: Recipe, monkeypa
 def test_data_check_names_a_file_that_is_not_there_before_it_loads_a_tokenizer(
     recipe: Recipe, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mm_moslora.datacheck.text_and_images", lambda *_: pytest.fail("the tokenizer is loaded"))
+    monkeypatch.setattr(
+        "mm_moslora.planning.recipe_data.text_and_images", lambda *_: pytest.fail("the tokenizer is loaded")
+    )
     for verb in ("check", "stats"):
         assert run(["data", verb, write(recipe), "--data.train.0.path", str(here / "gone.jsonl")]) == 1
         assert "gone.jsonl does not exist" in capsys.readouterr().err

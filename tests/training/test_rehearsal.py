@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mm_moslora import files
 from mm_moslora.config import TrainConfig
-from mm_moslora.errors import CheckpointError, TrainingError
 from mm_moslora.training import rehearsal
 from mm_moslora.training.engine import Engine, TorchEngine
-from mm_moslora.training.loop import train
+from mm_moslora.training.training_loop import train
+from mm_moslora.utils import files
+from mm_moslora.utils.errors import CheckpointError, TrainingError
 
 
 def hexed(folder: Path) -> str:

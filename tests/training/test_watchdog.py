@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from between import just_before
 
-from mm_moslora.training import watchdog
-from mm_moslora.training.watchdog import Watchdog
+from mm_moslora.training.supervision import watchdog
+from mm_moslora.training.supervision.watchdog import Watchdog
 
 
 def test_two_threads_may_say_where_the_rank_is(tmp_path, monkeypatch):
@@ -71,7 +71,7 @@ def test_a_torchrun_that_waits_for_a_lost_host_is_ended(restarts_left, monkeypat
 BUSY = """
 import os, sys, threading, time
 from pathlib import Path
-from mm_moslora.training.watchdog import Watchdog
+from mm_moslora.training.supervision.watchdog import Watchdog
 
 def deep(depth):
     return depth and deep(depth - 1)

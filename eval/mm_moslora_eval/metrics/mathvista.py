@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .mcq import vlmevalkit
-from .text import letters, levenshtein, plain_number
+from mm_moslora_eval.metrics.metric_text import letters, levenshtein, plain_number
+from mm_moslora_eval.metrics.multiple_choice import vlmevalkit
 
 _BRACKETED = re.compile(r"\(([a-zA-Z])\)")
 _LAST_NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")

@@ -8,18 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mm_moslora.errors import EvalError
-from mm_moslora.files import sha256_of
-from mm_moslora.named_files import opened
-
-from ..documents import DataSet, Document, checked
-from . import hf, llava, tsv
-from .files import find_file, picture_folder
-from .pictures import rules_of
-from .source import Source
+from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.files import sha256_of
+from mm_moslora.utils.untrusted_files import opened
+from mm_moslora_eval.sources import hf_dataset, llava_file, vlmevalkit_tsv
+from mm_moslora_eval.sources.document import DataSet, Document, checked
+from mm_moslora_eval.sources.source import Source
+from mm_moslora_eval.sources.source_files import find_file, picture_folder
+from mm_moslora_eval.sources.source_images import rules_of
 
 if TYPE_CHECKING:
-    from mm_moslora.data.pictures import PictureRules
+    from mm_moslora.data.images.locate_image import PictureRules
 
 __all__ = ["Source", "find_file", "load"]
 
@@ -35,7 +34,7 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
         EvalError: the file is missing, has another checksum, or cannot be read; the message says where.
     """
     if source.kind == "hf":
-        return hf.load(source, beside=beside)
+        return hf_dataset.load(source, beside=beside)
     path = find_file(source.path, beside=beside)
     sha256 = _checksum(path, source.md5)
     folder = picture_folder(source.image_folder, path, beside=beside)
@@ -46,8 +45,8 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
 
 def _read(source: Source, path: Path, rules: PictureRules) -> Iterator[Document | None]:
     if source.kind == "llava":
-        return llava.read(path, rules=rules, where=source.where)
-    return tsv.read(
+        return llava_file.read(path, rules=rules, where=source.where)
+    return vlmevalkit_tsv.read(
         path, rules=rules, drop_without_image=source.drop_without_image, answer_lists=source.answer_lists,
         where=source.where,
     )  # fmt: skip

@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mm_moslora.config import TrainConfig
-from mm_moslora.errors import ConfigError, MoSLoRAError
-from mm_moslora.training.engine.base import Engine, LossModule, StepResult
-from mm_moslora.training.engine.plain import TorchEngine
-from mm_moslora.training.engine.settings import (
+from mm_moslora.training.engine.deepspeed_config import (
     check_settings,
     deepspeed_config,
     deepspeed_refuses,
@@ -20,8 +17,11 @@ from mm_moslora.training.engine.settings import (
     largest_adapter,
     prepare_deepspeed,
 )
-from mm_moslora.training.engine.zero import DeepSpeedEngine
-from mm_moslora.training.optim import OptimizerSettings, ParameterGroup
+from mm_moslora.training.engine.deepspeed_engine import DeepSpeedEngine
+from mm_moslora.training.engine.engine_base import Engine, LossModule, StepResult
+from mm_moslora.training.engine.torch_engine import TorchEngine
+from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
+from mm_moslora.utils.errors import ConfigError, MoSLoRAError
 
 __all__ = [
     "DeepSpeedEngine",

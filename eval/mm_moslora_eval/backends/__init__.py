@@ -1,0 +1,1 @@
+"""What answers: own checkpoints, transformers, servers, stored answers."""

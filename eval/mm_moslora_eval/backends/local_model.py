@@ -1,0 +1,172 @@
+"""Our own model behind the runner's `Model` protocol: batches that share what their questions have in common."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.data.chat.records import IMAGE, Turn
+from mm_moslora.models.assembly import Assembly
+from mm_moslora.models.decoding.generation import ContinuationScore, Prompt, generate, score_options, stop_token_ids
+from mm_moslora_eval.backends.model_fingerprint import circumstances, model_fingerprint
+from mm_moslora_eval.backends.visual_token_cache import VisualTokens
+from mm_moslora_eval.protocol.model_interface import Answer, Message, OptionRequest, OptionScore, Request
+
+
+class LocalModel:
+    """A model loaded with `mm_moslora.models.load_model.load`.
+
+    Questions on the same pictures are decoded together: pictures and the common beginning are run once for all of them.
+    On an fp32 model the answers are those of the reference mode.
+
+    Args:
+        assembly: adapters merged, for speed.
+        name: for people.
+        reference: one question at a time, nothing shared, nothing kept.
+    """
+
+    def __init__(self, assembly: Assembly, *, name: str, reference: bool = False) -> None:
+        self.assembly, self._name, self._reference = assembly, name, reference
+        self.model = assembly.model.eval()
+        self.encoder = Encoder.of(assembly)
+        self.stop_ids = stop_token_ids(self.model, assembly.tokenizer.eos_token_id)
+        self._visual = VisualTokens(assembly, keep=not reference)
+        self._fingerprint: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self._name
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash over weights, configuration, template, tokenizer and what becomes of pictures."""
+        if self._fingerprint is None:
+            tokenizer = self.assembly.tokenizer
+            self._fingerprint = model_fingerprint(
+                self.model, processor=self.assembly.processor, tokenizer=tokenizer, template=tokenizer.chat_template
+            )
+        return self._fingerprint
+
+    @property
+    def details(self) -> dict[str, str]:
+        """What a run records beside the name: precision, device, attention kernel."""
+        return circumstances(self.model)
+
+    def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
+        """See `mm_moslora_eval.protocol.model_interface.Model.generate`."""
+        for indices, prompts in self._prompts(requests, batch_size):
+            chosen = [requests[index] for index in indices]
+            limit = max(request.max_new_tokens for request in chosen)
+            answers = generate(self.model, prompts, max_new_tokens=limit, stop_ids=self.stop_ids)
+            for index, request, tokens in zip(indices, chosen, answers, strict=True):
+                yield index, self._answer(request, tokens)
+
+    def loglikelihood(
+        self, requests: Sequence[OptionRequest], *, batch_size: int
+    ) -> Iterator[tuple[int, tuple[OptionScore, ...]]]:
+        """See `Model.loglikelihood`; a prompt is run once for all its options."""
+        raw = [index for index, item in enumerate(requests) if item.request.raw]
+        yield from self._continuations(requests, raw, batch_size)
+        asked = [index for index, item in enumerate(requests) if not item.request.raw]
+        encoded: dict[str, list[int]] = {}
+        for numbers, prompts in self._prompts([requests[index].request for index in asked], batch_size):
+            indices = [asked[number] for number in numbers]
+            offered = [requests[index].options for index in indices]
+            for text in {text for options in offered for text in options} - encoded.keys():
+                encoded[text] = self.encoder.encode_answer(text)
+            scores = score_options(self.model, prompts, [[encoded[text] for text in options] for options in offered])
+            for index, found in zip(indices, scores, strict=True):
+                yield index, _option_scores(found)
+
+    def _continuations(
+        self, requests: Sequence[OptionRequest], indices: Sequence[int], batch_size: int
+    ) -> Iterator[tuple[int, tuple[OptionScore, ...]]]:
+        """Bare texts: the prompt once for all options, or one prompt per option where the contexts differ."""
+        size = 1 if self._reference else batch_size
+        for start in range(0, len(indices), size):
+            prompts, options, owners = [], [], []
+            for index in indices[start : start + size]:
+                item = requests[index]
+                contexts = item.contexts or (item.request.messages[-1].text,) * len(item.options)
+                pairs = [self._pair(*pair) for pair in zip(contexts, item.options, strict=True)]
+                for context in dict.fromkeys(context for context, _ in pairs):
+                    prompts.append(Prompt(input_ids=torch.tensor(context)))
+                    options.append([option for own, option in pairs if own == context])
+                    owners.append(index)
+            found: dict[int, list[ContinuationScore]] = defaultdict(list)
+            for owner, scores in zip(owners, score_options(self.model, prompts, options), strict=True):
+                found[owner] += scores
+            yield from ((index, _option_scores(scores)) for index, scores in found.items())
+
+    def _pair(self, context: str, continuation: str) -> tuple[tuple[int, ...], list[int]]:
+        """Token ids of a context and of what follows: the whole is tokenised and cut where the context alone ends."""
+        space = context[len(context.rstrip()) :]  # goes to the continuation, whose first word it belongs to
+        context = context.rstrip()
+        encode = self.assembly.tokenizer.encode
+        before = encode(context)
+        return tuple(before), list(encode(context + space + continuation))[len(before) :]
+
+    def close(self) -> None:
+        """Drop the visual tokens that are kept and stop the decoding threads."""
+        self._visual.close()
+
+    def _prompts(self, requests: Sequence[Request], batch_size: int) -> Iterator[tuple[list[int], list[Prompt]]]:
+        """Batches of request numbers with their prompts; the next batch's pictures are decoded meanwhile."""
+        keys = [self._visual.keys(request.images) for request in requests]
+        batches = _batches(requests, keys, 1 if self._reference else batch_size)
+        for number, indices in enumerate(batches):
+            for upcoming in batches[number : number + 2]:
+                self._visual.ahead([image for index in upcoming for image in requests[index].images])
+            features = self._visual([image for index in indices for image in requests[index].images])
+            yield indices, [self._prompt(requests[index], keys[index], features) for index in indices]
+
+    def _prompt(self, request: Request, keys: tuple[str, ...], features: dict[str, Tensor]) -> Prompt:
+        ids = self.encoder.encode_prompt([_turn(message) for message in request.messages])
+        shown = torch.cat([features[key] for key in keys]) if keys else None
+        return Prompt(input_ids=ids, features=shown, group=None if self._reference else keys)
+
+    def _answer(self, request: Request, tokens: list[int]) -> Answer:
+        stopped = len(tokens) < request.max_new_tokens
+        tokens = tokens[: request.max_new_tokens]
+        text = self.encoder.decode_answer(tokens)
+        for stop in request.stop:
+            text, found, _ = text.partition(stop)
+            stopped |= bool(found)
+        return Answer(text=text, tokens=len(tokens) + stopped, finish_reason="stop" if stopped else "length")
+
+
+def _option_scores(scores: Sequence[ContinuationScore]) -> tuple[OptionScore, ...]:
+    return tuple(OptionScore(logprob=score.logprob, tokens=score.tokens, greedy=score.greedy) for score in scores)
+
+
+def _batches(requests: Sequence[Request], keys: Sequence[tuple[str, ...]], batch_size: int) -> list[list[int]]:
+    """Request numbers in batches: questions on one picture together, longest first, so that memory shows at once."""
+    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for index, key in enumerate(keys):
+        groups[key].append(index)
+    for members in groups.values():
+        members.sort(key=lambda index: (-_size(requests[index]), index))
+    ordered = sorted(groups.values(), key=lambda members: (-_size(requests[members[0]]), members[0]))
+    flat = [index for members in ordered for index in members]
+    return [flat[start : start + batch_size] for start in range(0, len(flat), batch_size)]
+
+
+def _size(request: Request) -> int:
+    return sum(len(message.text) for message in request.messages) + 1000 * len(request.images)
+
+
+def _turn(message: Message) -> Turn:
+    """The message with the offsets of its images, so that a typed `<image>` stays text."""
+    places, text = [], ""
+    for part in message.content:
+        if isinstance(part, str):
+            text += part
+        else:
+            places.append(len(text))
+            text += IMAGE
+    return Turn(role=message.role, text=text, places=tuple(places) if message.role == "user" else None)

@@ -1,0 +1,90 @@
+"""From what `--model` says to a model: a folder of ours, `hf:ID`, `openai:URL#MODEL` or `replay:FILE`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.hardware import keep_memory
+from mm_moslora.utils.run_paths import MANIFEST, find_checkpoint
+
+if TYPE_CHECKING:
+    from mm_moslora_eval.protocol.model_interface import Model
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+KINDS = ("hf", "openai", "replay")
+
+
+def check_name(name: str) -> None:
+    """Refuse what no model can be behind, before anything is imported or read.
+
+    Raises:
+        EvalError: no name, or no folder.
+        ModelError: the folder holds no model of ours.
+    """
+    if not name:
+        raise EvalError("No model was given. Add --model FOLDER, hf:ID, openai:URL#MODEL or replay:FILE.")
+    kind, separator, _ = name.partition(":")
+    if separator and kind in KINDS:
+        return
+    if not Path(name).is_dir():
+        raise EvalError(
+            f"--model {name!r} is no folder. Give the folder of a run, a checkpoint or an export, or hf:ID, "
+            "openai:URL#MODEL, replay:FILE."
+        )
+    find_checkpoint(Path(name))
+
+
+def open_model(name: str, *, precision: Precision = "auto", reference: bool = False, untuned: bool = False) -> Model:
+    """Load a model.
+
+    Args:
+        name: `FOLDER` (a run, a checkpoint or an export), `hf:ID_OR_FOLDER`, `openai:URL#MODEL`, `replay:FILE`.
+        precision: dtype of the weights; auto: bf16 on an accelerator that has it, else fp32.
+        reference: one question at a time, nothing shared.
+        untuned: the model that a run or checkpoint started from: its recipe's parts before any step.
+
+    Raises:
+        EvalError: not such a name, or nothing loadable there.
+        ModelError: the folder holds no model of ours.
+    """
+    check_name(name)
+    kind, separator, rest = name.partition(":")
+    if separator and kind == "openai":
+        from mm_moslora_eval.backends.openai_endpoint import Endpoint, EndpointModel
+
+        return EndpointModel(Endpoint.parse(rest), reference=reference)
+    if separator and kind == "replay":
+        from mm_moslora_eval.backends.replay_model import ReplayModel
+
+        return ReplayModel(Path(rest))
+    from mm_moslora.training.precision import dtype_of, resolve_precision
+    from mm_moslora.utils import distributed
+
+    if distributed.device().type == "cpu":
+        keep_memory()
+    dtype = dtype_of(resolve_precision(precision))
+    if separator and kind == "hf":
+        from mm_moslora_eval.backends.transformers_model import TransformersModel
+
+        return TransformersModel.from_pretrained(rest, dtype=dtype, reference=reference)
+    from mm_moslora.models.assembly import assemble
+    from mm_moslora.models.load_model import load, model_of
+    from mm_moslora.models.vlm import takes_rows
+
+    folder = find_checkpoint(Path(name))
+    if untuned and not (folder / MANIFEST).is_file():
+        raise EvalError(f"{name} is an export, which knows no model before tuning. Give a run or a checkpoint.")
+    assembly = assemble(model_of(folder), dtype=dtype) if untuned else load(folder, dtype=dtype)
+    name = f"{name}, before tuning" if untuned else name
+    assembly.model.to(distributed.device())  # type: ignore[arg-type]
+    if takes_rows(assembly.model):
+        from mm_moslora_eval.backends.transformers_model import TransformersModel
+
+        return TransformersModel(assembly.model, assembly.processor, name=name, reference=reference)
+    from mm_moslora_eval.backends.local_model import LocalModel
+
+    return LocalModel(assembly, name=name, reference=reference)

@@ -1,0 +1,343 @@
+"""Any OpenAI-compatible endpoint: one client with retries, and the model behind the runner's `Model` protocol.
+
+Standard library only. The key comes from the environment and is never written anywhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import os
+import queue
+import random
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.redaction import redact_text
+from mm_moslora_eval.protocol.model_interface import Answer, Message, OptionRequest, OptionScore, Request
+from mm_moslora_eval.sources.document import ImageLike, StoredImage, digest
+
+KEY_NAMES = ("MM_MOSLORA_API_KEY", "OPENAI_API_KEY")
+"""Environment variables that may hold the key, first one first."""
+
+_MOST_WAIT = 60.0
+_PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_HOPELESS = frozenset({401, 403, 404, 405})
+_FIRST_BYTES = {b"\x89PNG": "png", b"\xff\xd8": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
+
+_T = TypeVar("_T")
+
+
+@dataclass
+class Usage:
+    """What was asked of an endpoint; safe to count from several threads."""
+
+    calls: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, reply: dict[str, Any], *, retries: int) -> None:
+        """Count one call."""
+        with self._lock:
+            self.calls += 1
+            self.retries += retries
+            self.prompt_tokens += tokens_of(reply, "prompt_tokens")
+            self.completion_tokens += tokens_of(reply, "completion_tokens")
+
+    def to_dict(self) -> dict[str, int]:
+        """The counts."""
+        names = ("calls", "retries", "prompt_tokens", "completion_tokens")
+        return {name: getattr(self, name) for name in names}
+
+
+def tokens_of(reply: dict[str, Any], name: str) -> int:
+    """A count of a reply's `usage`; 0 where the server does not say."""
+    used = reply.get("usage")
+    count = used.get(name) if isinstance(used, dict) else None
+    return count if isinstance(count, int) else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """An OpenAI-compatible server and the model asked there."""
+
+    url: str
+    """Up to and including `/v1`."""
+    model: str
+    timeout: float = 300.0
+    """Seconds for one attempt."""
+    attempts: int = 6
+    first_wait: float = 1.0
+    """Seconds before the second attempt; it doubles each time, up to a minute. `Retry-After` is obeyed."""
+    usage: Usage = field(default_factory=Usage, compare=False)
+
+    @classmethod
+    def parse(cls, text: str) -> Endpoint:
+        """Read `URL#MODEL`.
+
+        Raises:
+            EvalError: no URL, no model, or a key within the URL.
+        """
+        url, separator, model = text.partition("#")
+        if not url.startswith(("http://", "https://")) or not separator or not model:
+            raise EvalError(
+                f"{redact_text(text)!r} names no endpoint; expected URL#MODEL, such as http://127.0.0.1:8000/v1#my-model."
+            )
+        if "@" in url.split("//", 1)[1].split("/", 1)[0]:
+            raise EvalError(f"An endpoint's URL holds no password; put the key into {KEY_NAMES[0]} instead.")
+        return cls(url=url.rstrip("/"), model=model)
+
+    def chat(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """One chat completion; waits and tries again where that can help.
+
+        Raises:
+            EvalError: the server refuses the key, the model or the address, or there is none: at once where it has not
+                answered before, else after all attempts.
+            RuntimeError: this request failed.
+        """
+        body = json.dumps({"model": self.model, **payload}).encode()
+        wait = self.first_wait
+        for attempt in range(self.attempts):
+            try:
+                reply = self._post(body)
+            except _TryAgainError as error:
+                last = attempt + 1 == self.attempts
+                if error.nobody and (last or not self.usage.calls):
+                    raise EvalError(
+                        f"No server answers at {self.url} ({error}). Start it, or check the address."
+                    ) from error
+                if last:
+                    raise RuntimeError(f"{self.url}: {error} after {self.attempts} attempts") from error
+                # Jitter, so that parallel requests do not come back all at once.
+                time.sleep(min(_MOST_WAIT, error.wait if error.wait is not None else wait * random.uniform(0.75, 1.25)))
+                wait *= 2
+            else:
+                self.usage.add(reply, retries=attempt)
+                return reply
+        raise AssertionError("unreachable")
+
+    def _post(self, body: bytes) -> dict[str, Any]:
+        key = next((value for name in KEY_NAMES if (value := os.environ.get(name))), None)
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        request = urllib.request.Request(f"{self.url}/chat/completions", data=body, headers=headers)  # noqa: S310
+        try:
+            with _OPENER.open(request, timeout=self.timeout) as response:
+                reply = json.load(response)
+        except urllib.error.HTTPError as error:
+            text = redact_text(error.read(2000).decode("utf-8", "replace")).strip()
+            if error.code in _PASSING:
+                raise _TryAgainError(
+                    f"HTTP {error.code}: {text}", wait=_retry_after(error.headers.get("Retry-After"))
+                ) from error
+            if error.code in _HOPELESS:
+                raise EvalError(
+                    f"{self.url} answered HTTP {error.code}: {text}. Check the address, the model {self.model!r} and "
+                    f"the key in {' or '.join(KEY_NAMES)}."
+                ) from error
+            raise RuntimeError(f"{self.url} answered HTTP {error.code}: {text}") from error
+        except (OSError, http.client.HTTPException) as error:  # not reached, or broken off within the reply
+            reason = getattr(error, "reason", error)
+            nobody = isinstance(reason, ConnectionRefusedError | socket.gaierror)
+            raise _TryAgainError(str(reason) or type(error).__name__, nobody=nobody) from error
+        except ValueError as error:  # no JSON, or no UTF-8
+            raise _TryAgainError(f"the reply is no JSON ({error})") from error
+        if not _has_message(reply):
+            raise RuntimeError(f"{self.url} answered without a message: {redact_text(json.dumps(reply))[:500]}")
+        return reply  # type: ignore[no-any-return]
+
+
+class _Stays(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: Python would send the key along, to whatever host."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
+        """Refuse."""
+
+
+_OPENER = urllib.request.build_opener(_Stays)
+
+
+def _has_message(reply: Any) -> bool:
+    choices = reply.get("choices") if isinstance(reply, dict) else None
+    first = choices[0] if isinstance(choices, list) and choices else None
+    return isinstance(first, dict) and isinstance(first.get("message"), dict)
+
+
+class _TryAgainError(Exception):
+    def __init__(self, text: str, *, wait: float | None = None, nobody: bool = False) -> None:
+        super().__init__(text)
+        self.wait, self.nobody = wait, nobody
+
+
+def _retry_after(text: str | None) -> float | None:
+    try:
+        return max(0.0, float(text)) if text else None
+    except ValueError:  # a date; the doubling wait will do
+        return None
+
+
+def in_parallel(call: Callable[[_T], Any], items: Sequence[_T], *, workers: int) -> Iterator[tuple[int, Any]]:
+    """Call a function on every item in threads; yields (number, result) as they come, and raises what failed last.
+
+    A failure does not cost the others their results; an `EvalError` stops everything at once. The threads are daemons:
+    an interrupted program does not wait for a server that hangs.
+    """
+    left = iter(enumerate(items))
+    taking, stopped = threading.Lock(), threading.Event()
+    done: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        while True:
+            with taking:
+                taken = None if stopped.is_set() else next(left, None)
+            if taken is None:
+                return
+            try:
+                done.put((taken[0], call(taken[1]), None))
+            except BaseException as error:  # handed to the caller
+                if isinstance(error, EvalError):
+                    stopped.set()
+                done.put((taken[0], None, error))
+
+    for _ in range(min(max(1, workers), len(items))):
+        threading.Thread(target=work, name="endpoint", daemon=True).start()
+    failure: Exception | None = None
+    try:
+        for _ in items:
+            number, result, error = done.get()
+            if error is None:
+                yield number, result
+            elif isinstance(error, EvalError) or not isinstance(error, Exception):
+                raise error
+            else:
+                failure = error
+    finally:
+        stopped.set()
+    if failure is not None:
+        raise failure
+
+
+class EndpointModel:
+    """A model behind an OpenAI-compatible server (vLLM, SGLang, our own, a provider).
+
+    Its fingerprint knows the address and the model's name only: nobody can see from here whether the weights behind a
+    name have changed.
+
+    Args:
+        endpoint: where to ask.
+        reference: one request at a time.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, reference: bool = False) -> None:
+        self.endpoint, self._reference = endpoint, reference
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.endpoint.model} at {self.endpoint.url}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash over address and model name."""
+        return digest(["endpoint", self.endpoint.url, self.endpoint.model])
+
+    def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
+        """See `Model.generate`; `batch_size` is how many requests are under way at a time."""
+        yield from in_parallel(self._answer, requests, workers=1 if self._reference else batch_size)
+
+    def loglikelihood(
+        self, requests: Sequence[OptionRequest], *, batch_size: int
+    ) -> Iterator[tuple[int, tuple[OptionScore, ...]]]:
+        """Options of one token, from the 20 most likely first tokens.
+
+        Raises:
+            RuntimeError: an option is not among them, so the endpoint does not tell how likely it is.
+        """
+        yield from in_parallel(self._score, requests, workers=1 if self._reference else batch_size)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _answer(self, request: Request) -> Answer:
+        payload: dict[str, Any] = {
+            "messages": chat_messages(request.messages, request.images),
+            "max_tokens": request.max_new_tokens,
+            "temperature": 0,
+        }
+        if request.stop:
+            payload["stop"] = list(request.stop)
+        reply = self.endpoint.chat(payload)
+        choice = reply["choices"][0]
+        return Answer(
+            text=str(choice["message"].get("content") or ""),
+            tokens=tokens_of(reply, "completion_tokens"),
+            finish_reason="length" if choice.get("finish_reason") == "length" else "stop",
+        )
+
+    def _score(self, item: OptionRequest) -> tuple[OptionScore, ...]:
+        if item.request.raw:
+            raise EvalError("The protocol scores bare texts, which an endpoint's chat does not; use a folder of ours.")
+        payload = {
+            "messages": chat_messages(item.request.messages, item.request.images),
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": True,
+            "top_logprobs": 20,
+        }
+        choice = self.endpoint.chat(payload)["choices"][0]
+        first = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
+        known: dict[str, float] = {}
+        for entry in first:
+            text = str(entry["token"]).strip()
+            known[text] = max(known.get(text, float("-inf")), float(entry["logprob"]))
+        missing = [option for option in item.options if option not in known]
+        if missing:
+            raise RuntimeError(f"the endpoint gives no probability for option {missing[0]!r} among its first tokens")
+        best = max(known, key=lambda text: known[text])
+        return tuple(OptionScore(logprob=known[option], tokens=1, greedy=option == best) for option in item.options)
+
+
+def chat_messages(messages: Sequence[Message], images: Sequence[ImageLike]) -> list[dict[str, Any]]:
+    """Messages in the OpenAI form, pictures as data URLs in their places."""
+    left = iter(images)
+    result: list[dict[str, Any]] = []
+    for message in messages:
+        if all(isinstance(part, str) for part in message.content):
+            result.append({"role": message.role, "content": message.text})
+            continue
+        parts = [
+            {"type": "text", "text": part}
+            if isinstance(part, str)
+            else {"type": "image_url", "image_url": {"url": data_url(next(left))}}
+            for part in message.parts
+        ]
+        result.append({"role": message.role, "content": parts})
+    return result
+
+
+def data_url(image: ImageLike) -> str:
+    """A picture as a data URL: files as they are, opened pictures as PNG."""
+    if isinstance(image, bytes | Path | StoredImage):
+        from mm_moslora.data.images.decode_image import read_picture
+
+        data = image if isinstance(image, bytes) else read_picture(image) if isinstance(image, Path) else image.read()
+        kind = next((name for start, name in _FIRST_BYTES.items() if data.startswith(start)), None)
+        if kind is not None:
+            return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        from mm_moslora_eval.sources.image_controls import open_image
+
+        image = open_image(data)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

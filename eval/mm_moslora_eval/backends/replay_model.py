@@ -1,0 +1,135 @@
+"""Answers that are stored already, behind the runner's `Model` protocol: score what another program has produced."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.untrusted_files import MOST_BYTES, read_bytes
+from mm_moslora_eval.backends.stored_answers import StoredAnswer, read_answers
+from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
+
+
+class ReplayModel:
+    """Answers by document id, where several share it by their prompt.
+
+    Args:
+        path: JSONL of this package (`answers.jsonl`, `samples.jsonl`), LLaVA (`question_id`, `text`) or lmms-eval (its
+            samples), a JSON list or mapping, or VLMEvalKit's `index` and `prediction` as a TSV or a workbook.
+
+    Raises:
+        EvalError: not such a file, or two different answers to one question.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise EvalError(f"{path} is missing; replay needs a file with stored answers.")
+        data = read_bytes(path, most=MOST_BYTES)
+        self._path = path
+        self._fingerprint = hashlib.sha256(data).hexdigest()
+        self._by_column: dict[str, dict[str, list[StoredAnswer]]] = defaultdict(lambda: defaultdict(list))
+        known: dict[Any, str | None] = {}
+        for answer in read_answers(path, data):
+            asked = (tuple(answer.names.items()), answer.prompt)
+            if known.setdefault(asked, answer.text) != answer.text:
+                name = next(iter(answer.names.values()))
+                raise EvalError(f"{path} holds two different answers to {name!r}; keep one.")
+            for column, name in answer.names.items():
+                self._by_column[column][name].append(answer)
+        self._column: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"replay of {self._path}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the file."""
+        return self._fingerprint
+
+    def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
+        """Look the answers up; the first one that is not there ends the generator with an error."""
+        self._choose_column(requests)
+        for index, request in enumerate(requests):
+            stored = self._stored(request)
+            if stored.text is None:
+                raise RuntimeError(f"the stored answer to {request.id!r} is a failure: {stored.row.get('error')}")
+            cut = stored.row.get("finish_reason") == "length"
+            tokens = stored.row.get("tokens")
+            yield (
+                index,
+                Answer(
+                    text=stored.text,
+                    tokens=tokens if isinstance(tokens, int) else 0,
+                    finish_reason="length" if cut else "stop",
+                ),
+            )
+
+    def loglikelihood(
+        self, requests: Sequence[OptionRequest], *, batch_size: int
+    ) -> Iterator[tuple[int, tuple[OptionScore, ...]]]:
+        """Look the option scores up."""
+        self._choose_column([item.request for item in requests])
+        for index, item in enumerate(requests):
+            row = self._stored(item.request).row
+            known: Any = row.get("options") if isinstance(row.get("options"), dict) else row.get("logprobs")
+            try:
+                scores = tuple(OptionScore(logprob=float(known[option]), tokens=1) for option in item.options)
+            except (KeyError, TypeError, ValueError) as error:
+                raise RuntimeError(f"no stored log-likelihood for every option of {item.request.id!r}") from error
+            yield index, scores
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _choose_column(self, requests: Sequence[Request]) -> None:
+        """Settle, once for the whole file, by which column its rows are found: by that which knows most questions."""
+        if self._column is None and requests:
+            self._column = max(
+                self._by_column,
+                key=lambda column: sum(
+                    any(name in self._by_column[column] for name in _names(request)) for request in requests
+                ),
+                default="id",
+            )
+
+    def _stored(self, request: Request) -> StoredAnswer:
+        rows = self._by_column[self._column or "id"]
+        found = next((rows[name] for name in _names(request) if name in rows), [])
+        if len({answer.text for answer in found}) > 1:  # LLaVA's MME: two questions on a picture share its name
+            found = _with_prompt(found, request)
+        if not found:
+            raise RuntimeError(f"{self._path} holds no answer to {request.id!r}")
+        if len({answer.text for answer in found}) > 1:
+            raise RuntimeError(f"{self._path} holds {len(found)} answers to {request.id!r} and its prompt")
+        return found[0]
+
+
+def _names(request: Request) -> tuple[str, ...]:
+    return (request.id, *request.aliases)
+
+
+def _with_prompt(found: Sequence[StoredAnswer], request: Request) -> list[StoredAnswer]:
+    """The rows with the request's prompt, or else with its question, whatever instruction follows it."""
+    asked = request.messages[-1].text
+    for reading in (_flat, _question):
+        same = [answer for answer in found if answer.prompt is not None and reading(answer.prompt) == reading(asked)]
+        if same:
+            return same
+    return []
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.replace("<image>", " ").split())
+
+
+def _question(text: str) -> str:
+    """Up to the first question mark, or the first line."""
+    text = text.replace("<image>", " ").strip()
+    question, mark, _ = text.partition("?")
+    return " ".join(question.split()) if mark else _flat(text.split("\n")[0])

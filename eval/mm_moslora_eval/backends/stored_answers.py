@@ -1,0 +1,165 @@
+"""Files of answers that other programs wrote, row by row: JSONL, JSON, TSV and workbooks."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from mm_moslora.utils.errors import EvalError
+
+IDS = ("id", "question_id", "index", "doc_id")
+"""Columns that may name a question, at the top level or in the `doc` of lmms-eval."""
+TEXTS = ("text", "prediction")
+_PROMPTS = ("prompt", "input", "question")
+_MOST_CELLS = 1 << 28
+"""Bytes of a workbook's sheet, unpacked."""
+_MAIN = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
+_ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredAnswer:
+    """One row of such a file."""
+
+    names: Mapping[str, str]
+    """Column -> what it calls the question; `doc.index` is the column `index` of lmms-eval's document."""
+    prompt: str | None
+    text: str | None
+    """None: the row records a failure, or scores of options."""
+    row: Mapping[str, Any]
+
+
+def read_answers(path: Path, data: bytes) -> Iterator[StoredAnswer]:
+    """The rows of a file.
+
+    Args:
+        path: tells the form by its suffix: .tsv, .xlsx, .json, else JSONL.
+        data: what it holds.
+
+    Raises:
+        EvalError: not such a file, or a row without a name or an answer.
+    """
+    for number, row in enumerate(_rows(path, data), start=1):
+        if "question_id" in row and "image" in row and "prediction" not in row:
+            raise EvalError(f"{path}, row {number} is a question; replay needs a file with answers.")
+        names = {column: str(row[column]) for column in IDS if row.get(column) is not None}
+        document = row.get("doc")
+        if isinstance(document, dict):
+            names |= {f"doc.{key}": str(document[key]) for key in IDS if isinstance(document.get(key), str | int)}
+        if not names:
+            raise EvalError(f"{path}, row {number} has none of the columns {', '.join(IDS)}.")
+        text = _text(row)
+        if text is None and not any(key in row for key in (*TEXTS, "options", "logprobs")):
+            raise EvalError(
+                f"{path}, row {number} has no answer; expected a column {', '.join(TEXTS)}, or lmms-eval's `resps`."
+            )
+        yield StoredAnswer(names=names, prompt=_prompt(row), text=text, row=row)
+
+
+def _text(row: Mapping[str, Any]) -> str | None:
+    value = next((row[key] for key in TEXTS if row.get(key) is not None), None)
+    if value is not None:
+        return str(value)
+    for key in ("resps", "filtered_resps"):  # lmms-eval: a list per request, with a list of its tries
+        said = row.get(key)
+        while isinstance(said, list) and said:
+            said = said[0]
+        if isinstance(said, str):
+            return said
+    return None
+
+
+def _prompt(row: Mapping[str, Any]) -> str | None:
+    given = next((row[key] for key in _PROMPTS if isinstance(row.get(key), str)), None)
+    asked = row.get("arguments")
+    while given is None and isinstance(asked, list | dict) and asked:
+        asked = asked[0] if isinstance(asked, list) else next(iter(asked.values()))
+        given = asked if isinstance(asked, str) else None
+    return given
+
+
+def _rows(path: Path, data: bytes) -> Iterator[Mapping[str, Any]]:
+    if path.suffix == ".tsv":
+        from mm_moslora_eval.sources.vlmevalkit_tsv import read_columns
+
+        yield from read_columns(path)
+        return
+    if path.suffix == ".xlsx":
+        try:
+            yield from _workbook(data)
+        except (zipfile.BadZipFile, KeyError, ValueError, IndexError, ElementTree.ParseError) as error:
+            raise EvalError(f"{path} is no workbook that can be read ({type(error).__name__}: {error}).") from error
+        return
+    try:
+        text = data.decode("utf-8-sig")
+        if path.suffix == ".json":
+            loaded = json.loads(text)
+            if isinstance(loaded, dict):
+                loaded = [{"id": name, "text": answer} for name, answer in loaded.items()]
+        else:
+            loaded = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise EvalError(f"{path} is not UTF-8 JSON ({error}).") from error
+    if not isinstance(loaded, list) or not all(isinstance(row, dict) for row in loaded):
+        raise EvalError(f"{path} must hold objects, one per answer.")
+    yield from loaded
+
+
+def _workbook(data: bytes) -> Iterator[dict[str, str]]:
+    """The rows of a workbook's first sheet by the names in its first row; an empty cell has no value."""
+    with zipfile.ZipFile(io.BytesIO(data)) as book:
+        sheet = min(
+            (name for name in book.namelist() if re.fullmatch(r"xl/worksheets/sheet\d+\.xml", name)),
+            key=lambda name: int("".join(filter(str.isdecimal, name))),
+        )
+        shared: list[str] = []
+        if "xl/sharedStrings.xml" in book.namelist():
+            shared = [_plain(item) for item in _parsed(book, "xl/sharedStrings.xml").iter(f"{_MAIN}si")]
+        head: dict[int, str] = {}
+        for row in _parsed(book, sheet).iter(f"{_MAIN}row"):
+            cells = {_column(cell, place): _value(cell, shared) for place, cell in enumerate(row.iter(f"{_MAIN}c"))}
+            if head:
+                yield {name: cells[place] for place, name in head.items() if cells.get(place)}
+            else:
+                head = cells
+
+
+def _parsed(book: zipfile.ZipFile, name: str) -> ElementTree.Element:
+    if book.getinfo(name).file_size > _MOST_CELLS:
+        raise ValueError(f"{name} has more than {_MOST_CELLS} bytes")
+    text = book.read(name)
+    if b"<!DOCTYPE" in text or b"<!ENTITY" in text:  # entities may grow without end
+        raise ValueError(f"{name} has a document type")
+    return ElementTree.fromstring(text)  # noqa: S314  (size and entities are checked)
+
+
+def _column(cell: ElementTree.Element, place: int) -> int:
+    letters = "".join(filter(str.isalpha, cell.get("r", "")))
+    number = 0
+    for letter in letters:
+        number = 26 * number + ord(letter) - ord("A") + 1
+    return number - 1 if letters else place
+
+
+def _value(cell: ElementTree.Element, shared: list[str]) -> str:
+    if cell.get("t") == "inlineStr":
+        return _plain(cell)
+    value = cell.findtext(f"{_MAIN}v") or ""
+    return shared[int(value)] if cell.get("t") == "s" else _unescaped(value)
+
+
+def _plain(element: ElementTree.Element) -> str:
+    """The text of a cell or a shared string, without readings in another script."""
+    skipped = {text for reading in element.iter(f"{_MAIN}rPh") for text in reading.iter(f"{_MAIN}t")}
+    return _unescaped("".join(text.text or "" for text in element.iter(f"{_MAIN}t") if text not in skipped))
+
+
+def _unescaped(text: str) -> str:
+    return _ESCAPED.sub(lambda match: chr(int(match[1], 16)), text)

@@ -1,0 +1,196 @@
+"""Any transformers model through its own processor and chat template, behind the runner's `Model` protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import EvalError, reason_of
+from mm_moslora_eval.backends.model_fingerprint import circumstances, model_fingerprint
+from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, OptionScore, Request
+from mm_moslora_eval.sources.image_controls import open_image
+
+_GROWING = ("token_type_ids", "mm_token_type_ids")
+"""Inputs with one entry per token, besides ids and mask."""
+
+
+class TransformersModel:
+    """An image-text-to-text model, or a causal language model for text tasks.
+
+    Args:
+        model: in eval mode.
+        processor: its processor, or its tokenizer for a language model.
+        name: for people.
+        reference: batch size 1 whatever is asked for.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any, *, name: str, reference: bool = False) -> None:
+        self.model, self.processor = model.eval(), processor
+        self._name, self._reference = name, reference
+        self._tokenizer = getattr(processor, "tokenizer", processor)
+        self._tokenizer.padding_side = "left"
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._fingerprint: str | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        dtype: torch.dtype | str = "auto",
+        reference: bool = False,
+        device: torch.device | None = None,
+    ) -> TransformersModel:
+        """Load by hub id or folder, onto this rank's accelerator or the given device.
+
+        Raises:
+            EvalError: nothing loadable has this name.
+        """
+        import mm_moslora.models.processing.llava_processor
+        import mm_moslora.models.vlm  # noqa: F401  (registers our model type with the Auto classes)
+
+        try:
+            sees = (
+                type(AutoConfig.from_pretrained(name, trust_remote_code=False)) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+            )
+            kind: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+            model = kind.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+            processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(name, trust_remote_code=False)
+        except (OSError, ValueError, ImportError) as error:
+            raise EvalError(
+                f"{name!r} does not load with transformers ({reason_of(error)}). Give a hub id or a folder as hf:ID."
+            ) from error
+        model.to(device or distributed.device())
+        return cls(model, processor, name=f"hf:{name}", reference=reference)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self._name
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash over weights, configuration, template, tokenizer and what becomes of pictures."""
+        if self._fingerprint is None:
+            self._fingerprint = model_fingerprint(
+                self.model, processor=self.processor, tokenizer=self._tokenizer, template=self._template
+            )
+        return self._fingerprint
+
+    @property
+    def details(self) -> dict[str, str]:
+        """What a run records beside the name: precision, device, attention kernel."""
+        return circumstances(self.model)
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
+        """See `mm_moslora_eval.protocol.model_interface.Model.generate`."""
+        for indices in self._batches(requests, 1 if self._reference else batch_size):
+            chosen = [requests[index] for index in indices]
+            inputs = self._inputs(chosen)
+            limit = max(request.max_new_tokens for request in chosen)
+            output: Any = self.model.generate(
+                **inputs, max_new_tokens=limit, do_sample=False, num_beams=1, pad_token_id=self._tokenizer.pad_token_id,
+                temperature=None, top_p=None, top_k=None,
+            )  # fmt: skip
+            new = output[:, inputs["input_ids"].shape[1] :]
+            for index, request, tokens in zip(indices, chosen, new.tolist(), strict=True):
+                yield index, self._answer(request, tokens)
+
+    @torch.inference_mode()
+    def loglikelihood(
+        self, requests: Sequence[OptionRequest], *, batch_size: int
+    ) -> Iterator[tuple[int, tuple[OptionScore, ...]]]:
+        """See `mm_moslora_eval.protocol.model_interface.Model.loglikelihood`; one full forward pass per option."""
+        for index, item in enumerate(requests):
+            if item.request.raw:
+                raise EvalError("The protocol scores bare texts, which only a folder of ours can do here.")
+            inputs = self._inputs([item.request])
+            yield index, tuple(self._score(inputs, option) for option in item.options)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    @property
+    def _template(self) -> str | None:
+        return getattr(self.processor, "chat_template", None) or getattr(self._tokenizer, "chat_template", None)
+
+    @staticmethod
+    def _batches(requests: Sequence[Request], size: int) -> Iterator[list[int]]:
+        """Request numbers, longest first; processors take no mix of prompts with and without pictures."""
+        for sees in (True, False):
+            order = [index for index in range(len(requests)) if bool(requests[index].images) == sees]
+            order.sort(key=lambda index: -sum(len(message.text) for message in requests[index].messages))
+            yield from (order[start : start + size] for start in range(0, len(order), size))
+
+    def _inputs(self, requests: Sequence[Request]) -> dict[str, Tensor]:
+        texts = [self._text(request) for request in requests]
+        pictures = [[open_image(image) for image in request.images] for request in requests]
+        has_bos = self._tokenizer.bos_token is not None and texts[0].startswith(self._tokenizer.bos_token)
+        arguments: dict[str, Any] = {"return_tensors": "pt", "padding": True, "add_special_tokens": not has_bos}
+        if any(pictures):
+            if self.processor is self._tokenizer:
+                raise EvalError(f"The task shows pictures, but {self._name} is a language model. Choose a text task.")
+            arguments["images"] = pictures
+        encoded = self.processor(text=texts, **arguments)
+        device = next(self.model.parameters()).device
+        return {
+            name: value.to(device, self.model.dtype) if value.is_floating_point() else value.to(device)
+            for name, value in encoded.items()
+            if isinstance(value, Tensor)
+        }
+
+    def _text(self, request: Request) -> str:
+        if self._template is None:
+            if request.images:
+                raise EvalError(f"{self._name} has no chat template, so a picture has no place in its prompt.")
+            return "\n".join(message.text for message in request.messages)
+        messages = []
+        for message in request.messages:
+            parts = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in message.parts]
+            plain = self.processor is self._tokenizer
+            messages.append({"role": message.role, "content": message.text if plain else parts})
+        return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+    def _answer(self, request: Request, tokens: list[int]) -> Answer:
+        ends: Any = self.model.generation_config.eos_token_id
+        stops = set(ends if isinstance(ends, list) else [ends]) | {self._tokenizer.eos_token_id}
+        end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
+        stopped = end < min(len(tokens), request.max_new_tokens)
+        text = str(self._tokenizer.decode(tokens[: min(end, request.max_new_tokens)], skip_special_tokens=True))
+        for stop in request.stop:
+            text, found, _ = text.partition(stop)
+            stopped |= bool(found)
+        used = min(end + stopped, request.max_new_tokens)
+        return Answer(text=text, tokens=used, finish_reason="stop" if stopped else "length")
+
+    def _score(self, inputs: dict[str, Tensor], option: str) -> OptionScore:
+        ids = self._tokenizer.encode(option, add_special_tokens=False)
+        more = torch.tensor([ids], device=inputs["input_ids"].device)
+        given = dict(inputs)
+        given["input_ids"] = torch.cat([inputs["input_ids"], more], dim=1)
+        given["attention_mask"] = torch.ones_like(given["input_ids"])
+        for name in _GROWING:
+            if name in given:
+                given[name] = torch.cat([given[name], torch.zeros_like(more)], dim=1)
+        logits: Any = self.model(**given).logits
+        # Visual tokens may be inserted by the model, so count from the end.
+        steps = logits[0, -len(ids) - 1 : -1].float().log_softmax(dim=-1)
+        picked = steps[range(len(ids)), ids]
+        return OptionScore(
+            logprob=float(picked.sum()), tokens=len(ids), greedy=bool((steps.argmax(dim=-1) == more[0]).all())
+        )

@@ -1,0 +1,441 @@
+"""What `mm-moslora eval` does, as plain functions; the command line only parses and prints.
+
+Nothing heavy is imported here at module level, so that `--help`, listing and describing are quick.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_moslora.reporting.verdicts import between
+from mm_moslora.utils.errors import DataError, EvalError
+from mm_moslora.utils.run_paths import file_and_folder
+from mm_moslora.utils.untrusted_files import read_text
+
+if TYPE_CHECKING:
+    from mm_moslora_eval.protocol.model_interface import Model
+    from mm_moslora_eval.protocol.task import Task
+    from mm_moslora_eval.run.baselines import TrainingAnswer
+    from mm_moslora_eval.run.evaluate_suite import Comparison
+    from mm_moslora_eval.run.llm_judge import Judge
+    from mm_moslora_eval.run.result_file import TaskResult
+    from mm_moslora_eval.run.task_runner import Progress, Settings
+    from mm_moslora_eval.sources.document import Document
+    from mm_moslora_eval.sources.image_controls import ImageMode
+
+
+def run(
+    model: Model | Callable[[], Model],
+    tasks: Sequence[str],
+    output: Path,
+    *,
+    modes: Sequence[ImageMode] = ("own",),
+    baselines: Sequence[str] = (),
+    training: Sequence[TrainingAnswer] = (),
+    settings: Settings | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    judge: Judge | None = None,
+) -> list[TaskResult]:
+    """Evaluate a model on tasks, one after the other; results are written after each.
+
+    Args:
+        model: or a function that loads it, called once every task was found and its data could be read.
+        tasks: names as in `registry.get_task`.
+        output: run folder.
+        modes: own, blind, wrong.
+        baselines: majority, question_majority.
+        training: answers for the baselines to learn from.
+        settings: batch size, limit, seed, ranks.
+        progress: called with (task, answered, all).
+        judge: grades free answers; without one such tasks stay unscored.
+
+    Raises:
+        EvalError: an unknown task, data that cannot be read, a folder of another run.
+    """
+    from mm_moslora_eval.protocol.task_registry import get_task
+    from mm_moslora_eval.run.task_runner import Settings, hold_run
+
+    found = [get_task(name) for name in tasks]
+    for task in found:
+        task.load()  # fail before the model is loaded
+    chosen = settings or Settings()
+    with hold_run(output, rank=chosen.rank):
+        loaded = model() if callable(model) and not hasattr(model, "generate") else model
+        try:
+            return _run_held(
+                loaded,  # type: ignore[arg-type]
+                found,
+                output,
+                modes=modes,
+                baselines=baselines,
+                training=training,
+                settings=chosen,
+                progress=progress,
+                judge=judge,
+            )
+        finally:
+            if loaded is not model:
+                loaded.close()  # type: ignore[union-attr]
+
+
+def _run_held(
+    model: Model,
+    tasks: Sequence[Task],
+    output: Path,
+    *,
+    settings: Settings,
+    progress: Callable[[str, int, int], None] | None,
+    **rest: Any,
+) -> list[TaskResult]:
+    from dataclasses import asdict
+
+    from mm_moslora_eval.run.evaluate_suite import evaluate_held
+    from mm_moslora_eval.run.provenance import record
+    from mm_moslora_eval.run.task_runner import claim_run
+
+    claim_run(output, model)
+    if settings.rank == 0:
+        record(output, model, asdict(settings))
+    results: list[TaskResult] = []
+    for task in tasks:
+        results += evaluate_held(model, task, output, settings=settings, progress=_named(task.id, progress), **rest)
+    return results
+
+
+def training_answers(name: str) -> Sequence[TrainingAnswer]:
+    """What baselines learn from: FILE or FILE@IMAGE_FOLDER; none of an empty name.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    from mm_moslora_eval.run.baselines import read_training_answers
+
+    path, folder = file_and_folder(name)
+    return read_training_answers(Path(path), image_folder=Path(folder) if folder else None) if path else ()
+
+
+def _named(name: str, progress: Callable[[str, int, int], None] | None) -> Progress | None:
+    return None if progress is None else lambda done, total: progress(name, done, total)
+
+
+def dry_run(tasks: Sequence[str], *, documents: int = 1) -> str:
+    """The first prompts of tasks with the pictures that stand in them, without a model."""
+    from mm_moslora_eval.protocol.task_registry import get_task
+
+    blocks = []
+    for name in tasks:
+        task = get_task(name)
+        for document in task.load().documents[:documents]:
+            head = f"--- {task.id}, document {document.id} (answers: {', '.join(document.answers)})"
+            try:
+                lines = [f"[{message.role}] {message.text}" for message in task.prompt.messages(document)]
+            except EvalError as error:
+                lines = [f"cannot be asked: {error}"]
+            problem = [f"cannot be asked: {document.problem}"] if document.problem else []
+            blocks.append("\n".join([head, *lines, _pictures_of(document), *problem]))
+    return "\n".join(blocks)
+
+
+def _pictures_of(document: Document) -> str:
+    """What stands for each picture: the file, or that it is stored in the data."""
+    if not document.images:
+        return "pictures: none"
+    shown = []
+    for image in document.images:
+        missing = isinstance(image, Path) and not image.is_file()
+        shown.append(f"{image}{' (missing)' if missing else ''}" if isinstance(image, Path) else "in the data")
+    return f"pictures: {', '.join(shown)}"
+
+
+def score(path: Path, *, protocol: str | None = None, judge: Judge | None = None) -> list[TaskResult]:
+    """Score stored answers again, without a model, and rewrite `samples.jsonl` and `results.json`.
+
+    A view that cannot be scored does not keep the others from it.
+
+    Args:
+        path: a run folder, a folder in it, or an `answers.jsonl`.
+        protocol: score the answers to this task with its extraction and metric (`NAME@PROTOCOL`); answers to other
+            tasks are left alone.
+        judge: grades free answers.
+
+    Raises:
+        EvalError: nothing to score there, or documents without an answer.
+    """
+    from mm_moslora_eval.protocol.task_registry import get_task
+    from mm_moslora_eval.run.answer_views import run_of, views_below
+    from mm_moslora_eval.run.result_file import score_folder, write_results
+
+    start = path.parent if path.is_file() else path
+    views = views_below(start)
+    if not views:
+        raise EvalError(f"{path} holds no answers; expected a run folder or a folder TASK@PROTOCOL/MODE in it.")
+    rules = get_task(protocol) if protocol else None
+    if rules is not None:
+        views = _views_of(rules.name, views, path)
+    results: list[TaskResult] = []
+    failure: EvalError | None = None
+    for view in views:
+        try:
+            result = score_folder(view, rules=rules, judge=judge)
+        except EvalError as error:
+            failure = failure or error
+            continue
+        write_results(run_of(view), [result])
+        results.append(result)
+    if failure is not None:
+        raise failure
+    return results
+
+
+def _views_of(name: str, views: Sequence[Path], path: Path) -> list[Path]:
+    """The views of a task as it was asked, without those that another protocol's rules made of them."""
+    from mm_moslora_eval.run.answer_views import RESCORED, TASK
+
+    tasks = {view: json.loads(read_text(view / TASK))["task"]["name"] for view in views}
+    chosen = [view for view in views if tasks[view] == name and RESCORED not in view.name]
+    if not chosen:
+        raise EvalError(
+            f"{path} holds no answers to {name}, but to {', '.join(sorted(set(tasks.values())))}. "
+            "Answers can be scored by another protocol of their own task."
+        )
+    return chosen
+
+
+def run_folder(path: Path) -> Path:
+    """The run that a folder or answer file belongs to.
+
+    Raises:
+        EvalError: no run is there.
+    """
+    start = path.parent if path.is_file() else path
+    found = next((folder for folder in (start, *start.resolve().parents[:3]) if (folder / "run.json").is_file()), None)
+    if found is None:
+        raise EvalError(f"{path} lies in no evaluation run: there is no run.json in it or above it.")
+    return found
+
+
+def with_protocol(tasks: Sequence[str], protocol: str | None) -> list[str]:
+    """Task names, the protocol added to those that name none.
+
+    Raises:
+        EvalError: no task at all.
+    """
+    if not tasks:
+        raise EvalError("No task was given. Name one or more; `mm-moslora eval list` shows them.")
+    from mm_moslora_eval.protocol.task_registry import name_and_protocol
+
+    own_data = ("llava:", "tsv:")
+    return [
+        f"{task}@{protocol}" if protocol and not task.startswith(own_data) and not name_and_protocol(task)[1] else task
+        for task in tasks
+    ]
+
+
+def make_judge(name: str | None, run: Path, *, budget: int | None) -> Judge | None:
+    """The judge that `--judge` names, its replies cached in the run folder."""
+    if name is None or name == "none":
+        return None
+    from mm_moslora_eval.backends.openai_endpoint import Endpoint
+    from mm_moslora_eval.run.llm_judge import Judge
+
+    return Judge(Endpoint.parse(name.removeprefix("openai:")), cache=run / "judge", budget_tokens=budget)
+
+
+class Bars:
+    """Progress of tasks one after the other, with the time left."""
+
+    def __init__(self) -> None:
+        self._name: str | None = None
+        self._bar: Any = None
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """Say that `done` of `total` documents are answered."""
+        from mm_moslora.utils.progress_bar import Progress as Bar
+
+        if name != self._name or self._bar is None or done < self._bar.done or total != self._bar.total:
+            if self._bar is not None:
+                self._bar.__exit__(None, None, None)
+            self._name, self._bar = name, Bar(name, total, unit="document", initial=done)
+        elif done > self._bar.done:
+            self._bar.update(done)
+
+
+def list_tasks(words: Sequence[str] = ()) -> str:
+    """A table of the registered tasks; with words, of those whose line holds them all."""
+    from mm_moslora_eval.protocol.task_registry import all_tasks
+
+    rows = [
+        (task.name, task.protocol, str(task.expected_count or "?"), task.metric, task.title)
+        for task in all_tasks().values()
+    ]
+    rows = [row for row in rows if all(word.lower() in " ".join(row).lower() for word in words)]
+    return _table(("task", "protocol", "documents", "metric", "title"), rows)
+
+
+def describe(name: str) -> str:
+    """A task in words: source, prompt of the first document if the data is there, metric, published numbers."""
+    from mm_moslora_eval.protocol.task_registry import get_task
+
+    task = get_task(name)
+    lines = [
+        f"{task.id} (version {task.version}): {task.title}",
+        f"data:        {task.source.kind} {task.source.path} (licence: {task.licence})",
+        f"documents:   {task.expected_count or 'not fixed'}",
+        f"decoding:    {task.decoding.kind}, greedy, at most {task.decoding.max_new_tokens} new tokens",
+        f"extraction:  {task.extraction}",
+        f"metric:      {task.metric}, aggregated by {task.aggregation}",
+    ]
+    lines += [f"note:        {task.notes}"] if task.notes else []
+    lines += [f"differs:     {difference}" for difference in task.differences]
+    lines += [f"unverified:  {', '.join(task.unverified)}"] if task.unverified else []
+    lines += [f"published:   {row.score} {row.model} ({row.source})" for row in task.published]
+    try:
+        lines += ["", dry_run([name])]
+    except EvalError as error:
+        lines += ["", f"The data is not here: {error}"]
+    return "\n".join(lines)
+
+
+def check(name: str) -> str:
+    """Read a task's data and say what is wrong with it.
+
+    Raises:
+        EvalError: the data cannot be read, or some documents cannot be asked.
+    """
+    from mm_moslora_eval.protocol.task_registry import get_task
+    from mm_moslora_eval.run.request_preparation import Preparation
+    from mm_moslora_eval.sources.image_controls import Hasher, open_image
+
+    task = get_task(name)
+    data = task.load()
+    items = Preparation(task, data.documents, mode="own", seed=0, fingerprint="", hasher=Hasher()).items
+    faults = [f"{item.document.id}: {item.problem}" for item in items if item.problem is not None]
+    seen: set[str] = set()
+    for item in items:
+        for identity, image in zip(item.own_ids, item.document.images, strict=False):
+            if identity not in seen:
+                seen.add(identity)
+                try:
+                    open_image(image)
+                except DataError as error:
+                    faults.append(f"{item.document.id}: image cannot be decoded: {error}")
+    if faults:
+        shown = "\n".join(f"  {fault}" for fault in faults[:10])
+        raise EvalError(f"{len(faults)} of {len(items)} documents of {data.path} are unsound:\n{shown}")
+    count = f"{len(items)} documents, {len(seen)} pictures, {data.dropped} rows left out"
+    expected = task.expected_count
+    odd = f"; the full set has {expected}" if expected not in (None, len(items)) else ""
+    return f"{task.id}: {data.path} is sound: {count}{odd}"
+
+
+def compare(run_a: Path, run_b: Path) -> tuple[Comparison, str]:
+    """Compare two task folders sample by sample; returns the numbers and a text for people."""
+    from mm_moslora_eval.run.evaluate_suite import compare as compare_samples
+
+    result = compare_samples([run_a], [run_b])
+    return result, comparison_text(result)
+
+
+def compare_runs(a: str, b: str) -> list[tuple[Comparison, str]]:
+    """Compare runs or task folders; several seeds of one system are separated by commas.
+
+    Raises:
+        EvalError: nothing comparable, or different documents.
+    """
+    from mm_moslora_eval.run.evaluate_suite import compare as compare_samples
+    from mm_moslora_eval.run.evaluate_suite import paired_folders
+
+    pairs = paired_folders([Path(name) for name in a.split(",")], [Path(name) for name in b.split(",")])
+    results = [compare_samples(left, right) for left, right in pairs]
+    return [(result, comparison_text(result)) for result in results]
+
+
+def comparison_text(result: Comparison) -> str:
+    """A comparison for people."""
+    pair = result.paired
+    lines = [
+        f"{result.task}: A {result.score_a:.4f}, B {result.score_b:.4f}, A - B {pair.difference:+.4f} "
+        f"(95 % {pair.low:+.4f} to {pair.high:+.4f}, p {pair.p_value:.3g}, sign test p {pair.mcnemar_p:.3g})",
+        f"A wins {pair.wins}, B wins {pair.losses}, equal {pair.ties} of {pair.n}. {between(pair.as_difference)}.",
+        f"With {pair.n} documents a true difference of {result.detectable:.4f} is seen four times out of five."
+        if result.detectable
+        else f"Every one of {pair.n} documents differs by the same, so the interval says how rare others may be.",
+    ]
+    lines += [result.caution] if result.caution else []
+    if result.headline is not None:
+        own = result.headline
+        lines.append(
+            f"Headline ({own.name}): A {own.a:.4f}, B {own.b:.4f}, A - B {own.a - own.b:+.4f} "
+            f"(95 % {own.low:+.4f} to {own.high:+.4f}, bootstrap over both at once)"
+        )
+    if max(len(result.seeds_a), len(result.seeds_b)) > 1:
+        shown = [", ".join(f"{score:.4f}" for score in seeds) for seeds in (result.seeds_a, result.seeds_b)]
+        lines.append(
+            f"Seeds: A {shown[0]}; B {shown[1]}. Every sample counts with its mean over the seeds; the spread between "
+            f"seeds is {result.seed_spread:.4f}."
+        )
+    return "\n".join(lines)
+
+
+def table(results: Sequence[TaskResult]) -> str:
+    """The results as an aligned table, and below it what must be known beside the numbers."""
+    from mm_moslora_eval.run.result_file import names_of
+
+    rows = []
+    names = names_of(results)
+    for name, result in zip(names, results, strict=True):
+        counts = result.counts
+        rows.append(
+            (
+                name,
+                result.mode,
+                *_score_cells(result),
+                str(result.n),
+                str(counts.failed),
+                str(counts.not_inferable),
+                str(counts.truncated),
+            )
+        )
+    head = ("task", "images", "score", "stderr", "95 %", "n", "failed", "not inferable", "truncated")
+    notes = []
+    for name, result in zip(names, results, strict=True):
+        unscored, odd = result.about.get("unscored"), _odd_count(result)
+        learned = result.about.get("learned_from")
+        source = f"learned from {learned}." if learned else ""
+        notes += [f"{name}, {result.mode}: {text}" for text in (*result.remarks, unscored, odd, source) if text]
+    return "\n".join([_table(head, rows), *notes])
+
+
+def _odd_count(result: TaskResult) -> str:
+    """Says so when the data is not the whole benchmark, whatever --limit took of it."""
+    rows, expected = result.about.get("data", {}).get("rows"), result.about.get("expected_count")
+    if expected is None or rows in (None, expected):
+        return ""
+    doubt = ", a number that nobody has checked" if "expected_count" in result.about.get("unverified", ()) else ""
+    return f"the data holds {rows} documents, the full set has {expected}{doubt}."
+
+
+def _score_cells(result: TaskResult) -> tuple[str, str, str]:
+    if result.score != result.score:
+        return "unscored", "-", "-"
+    return f"{result.score:.4f}", f"{result.stderr:.4f}", f"{result.low:.4f} to {result.high:.4f}"
+
+
+def exit_code(results: Sequence[TaskResult], *, max_failed_share: float = 0.0) -> int:
+    """0 when no more than this share of the samples failed and no judge did, else 3."""
+    if any(result.about.get("judge_failed") for result in results):
+        return 3
+    total = sum(result.counts.total for result in results)
+    failed = sum(result.counts.failed for result in results)
+    return 3 if failed > max_failed_share * total else 0
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -1,0 +1,105 @@
+"""Exact match in the forms that GQA, AI2D, RealWorldQA and home-made sets use, and the lenient score beside it.
+
+Every function takes the answer and one reference and returns 1.0 or 0.0; `best` takes several references.
+Source: evaluation notes of LLaVA (GQA conversion script), lmms-eval (`exact_match`) and VLMEvalKit (`accuracy`).
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+
+from mm_moslora_eval.metrics.multiple_choice import extract_letter
+from mm_moslora_eval.metrics.multiple_choice import lmms_eval as lmms_eval_letter
+from mm_moslora_eval.metrics.vqa_accuracy import plain_words
+from mm_moslora_eval.metrics.yes_no import extract_yes_no
+
+_WITHOUT_SPACES = re.compile(
+    r"[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+)
+"""Signs of scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, kana and Chinese characters."""
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def exact_match(text: str, reference: str) -> float:
+    """The default: case, surrounding space, inner runs of space and closing periods do not count."""
+    return float(relaxed(text) == relaxed(reference))
+
+
+def relaxed(text: str) -> str:
+    """The form in which `exact_match` compares answers."""
+    return " ".join(text.lower().split()).rstrip(".").rstrip()
+
+
+def normalize_gqa_llava(text: str) -> str:
+    """LLaVA's form of an answer before GQA's own script compares it: closing periods go, then lower case."""
+    return text.rstrip(".").lower()
+
+
+def gqa_llava(text: str, reference: str) -> float:
+    """LLaVA: `normalize_gqa_llava` equals the reference as it stands."""
+    return float(normalize_gqa_llava(text) == reference)
+
+
+def gqa_lmms_eval(text: str, reference: str) -> float:
+    """lmms-eval: equal without case and without ASCII punctuation; space counts."""
+    return float(text.lower().translate(_NO_PUNCTUATION) == reference.lower().translate(_NO_PUNCTUATION))
+
+
+def gqa_vlmevalkit(text: str, reference: str) -> float:
+    """VLMEvalKit: equal without case and surrounding space, so `Yes.` is wrong for `yes`."""
+    return float(text.strip().lower() == reference.strip().lower())
+
+
+def realworldqa_lmms_eval(text: str, reference: str) -> float:
+    """RealWorldQA as lmms-eval scores it: by letter when the reference is A to D, else by text."""
+    gold = reference.strip()
+    if gold.upper() in ("A", "B", "C", "D"):
+        return float(lmms_eval_letter(text, dict.fromkeys("ABCD", "")) == gold.upper())
+    return float(text.lower().strip().rstrip(".") == gold.lower())
+
+
+def best(metric: Callable[[str, str], float], text: str, references: Sequence[str]) -> float:
+    """The best score over the references."""
+    return max(metric(text, reference) for reference in references)
+
+
+def holds_answer(text: str, references: Sequence[str], options: Mapping[str, str]) -> float:
+    """The lenient score: 1.0 when an answer in many words holds the right one.
+
+    Case, punctuation, articles and the spelling of small numbers do not count. Of a choice, one option must be named,
+    by its letter or its text, the longest where one is part of another; of a yes/no question in English, one of the
+    two words must occur and not the other. The score reads no grammar: a plural is another word, and "not a cat" holds
+    "cat". Where the reference is written without spaces between words, as in Chinese, Japanese or Thai, it counts
+    wherever its signs stand, in a longer word and behind a negation, too.
+
+    Args:
+        text: the whole answer.
+        references: right answers; letters where there are options.
+        options: letter -> text.
+    """
+    if options:
+        held = [letter for letter, option in options.items() if _holds(text, option)]
+        texts = [
+            letter for letter in held if not any(_longer(options[other], options[letter]) for other in held)
+        ]  # fmt: skip
+        named = extract_letter(text, options) or (texts[0] if len(texts) == 1 else "")
+        return float(named in references)
+    return float(any(_answers(text, reference) for reference in references))
+
+
+def _answers(text: str, reference: str) -> bool:
+    plain = relaxed(reference)
+    return extract_yes_no(text) == plain if plain in ("yes", "no") else _holds(text, reference)
+
+
+def _holds(text: str, reference: str) -> bool:
+    wanted, given = plain_words(reference), plain_words(text)
+    if _WITHOUT_SPACES.search(wanted):
+        return wanted in given
+    return bool(wanted) and f" {wanted} " in f" {given} "
+
+
+def _longer(option: str, part: str) -> bool:
+    return plain_words(option) != plain_words(part) and _holds(option, part)

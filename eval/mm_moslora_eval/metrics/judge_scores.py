@@ -1,0 +1,114 @@
+"""What a judge's reply means, and how judged scores add up: MM-Vet and LLaVA-Bench."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from mm_moslora_eval.metrics.metric_text import plain_number
+
+MMVET_CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
+UNPARSED = (-1.0, -1.0)
+"""LLaVA-Bench's mark of a reply without two scores."""
+
+
+def mmvet_grade(reply: str) -> float | None:
+    """The grade in [0, 1] that the reply consists of, or None."""
+    value = plain_number(reply)
+    return value if value is not None and 0 <= value <= 1 else None
+
+
+def mmvet_grade_vlmevalkit(reply: str) -> float | None:
+    """VLMEvalKit's rule: what `float` takes and lies in [0, 1]. `nan`, which it takes for a grade, is none here."""
+    try:
+        grade = float(reply)
+    except ValueError:
+        return None
+    return grade if 0 <= grade <= 1 else None
+
+
+def mmvet_grade_lmms_eval(reply: str) -> float | None:
+    """lmms-eval's rule: the same for the first word of the reply."""
+    return mmvet_grade_vlmevalkit(reply.strip().split(" ")[0])
+
+
+def mmvet_table_row(question: str, reference: str, prediction: str) -> str:
+    """The last line of MM-Vet's table for its judge, which is to continue it with the grade."""
+    spaced = reference.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+    return " | ".join([question, spaced, prediction, ""])
+
+
+def mmvet_scores(grades: Iterable[tuple[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean grade times 100 per capability and per combination of capabilities.
+
+    Args:
+        grades: (comma-separated capabilities, grade) of each question.
+    """
+    capabilities: dict[str, list[float]] = defaultdict(list)
+    combinations: dict[str, list[float]] = defaultdict(list)
+    for category, grade in grades:
+        for name in MMVET_CAPABILITIES:
+            if name in category:
+                capabilities[name].append(grade)
+        capabilities["Overall"].append(grade)
+        combinations[category.replace(",", "_")].append(grade)
+        combinations["Overall"].append(grade)
+    return {"by_capability": _percent(capabilities), "by_integration": _percent(combinations)}
+
+
+def mmvet_scores_vlmevalkit(grades: Iterable[tuple[str, float]]) -> dict[str, dict[str, float]]:
+    """VLMEvalKit's table: one tally serves both halves, so a question with a single capability counts twice in it."""
+    tally: dict[str, list[float]] = defaultdict(list)
+    combinations = []
+    for category, grade in grades:
+        names = [name for name in MMVET_CAPABILITIES if name in category]
+        combinations.append(category.replace(",", "_"))
+        for name in (*names, "Overall", combinations[-1]):
+            tally[name].append(grade)
+    means = _percent(tally)
+    return {
+        "by_capability": {name: means[name] for name in (*MMVET_CAPABILITIES, "Overall") if name in means},
+        "by_integration": {name: means[name] for name in dict.fromkeys((*combinations, "Overall"))},
+    }
+
+
+def _percent(groups: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: sum(values) / len(values) * 100 for name, values in groups.items()}
+
+
+def llavabench_scores(reply: str) -> tuple[float, float]:
+    """LLaVA's rule: the first line holds exactly two numbers (reference, model), else `UNPARSED`."""
+    parts = reply.split("\n")[0].replace(",", " ").split(" ")
+    if len(parts) != 2:
+        return UNPARSED
+    try:
+        return float(parts[0]), float(parts[1])
+    except ValueError:
+        return UNPARSED
+
+
+def llavabench_scores_lmms_eval(reply: str) -> tuple[float, float]:
+    """lmms-eval's rule: the first two numbers of the first line, whatever stands between them."""
+    line = reply.strip().split("\n")[0]
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", line)
+    return (float(numbers[0]), float(numbers[1])) if len(numbers) >= 2 else UNPARSED
+
+
+def llavabench_summary(scores: Iterable[tuple[str, float, float]]) -> dict[str, tuple[float, float, float]]:
+    """Per category and for `all`: (relative score in percent, reference mean x 10, model mean x 10), rounded to 0.1.
+
+    Args:
+        scores: (category, score of the reference answer, score of the model's answer); unparsed ones count as -1, as in
+            the source.
+    """
+    groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for category, reference, model in scores:
+        groups[category].append((reference, model))
+        groups["all"].append((reference, model))
+    summary = {}
+    for name, pairs in sorted(groups.items()):
+        reference_mean, model_mean = (round(sum(column) / len(pairs), 3) for column in zip(*pairs, strict=True))
+        relative = round(model_mean / reference_mean * 100, 1) if reference_mean else float("nan")
+        summary[name] = (relative, round(reference_mean * 10, 1), round(model_mean * 10, 1))
+    return summary

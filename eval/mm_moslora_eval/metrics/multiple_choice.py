@@ -1,0 +1,243 @@
+"""Which option letter does an answer mean? The field's five answers, and what each benchmark's script makes of them.
+
+Extractors take the answer and the options (letter -> text) and return a letter, `Z` for a refusal (VLMEvalKit only) or
+an empty string when no letter can be inferred. They never guess. `extract_letter` is the default.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping, Sequence
+
+from mm_moslora_eval.metrics.metric_text import first_maximum, letters, strip_each
+
+Options = Mapping[str, str]
+
+_API_FAILURE = "Failed to obtain answer via API"
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+_BETWEEN_TOKENS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+_VERBOSE_ANSWER = re.compile(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**")
+_LAST_TOKENS = 4
+
+
+_ARTICLE = re.compile(r"(?:^|(?<=[.!?]\s)|(?<=\n))\s*A(?=\s+(?!(?:because|since|as|is|and|or)\b)[a-z])")
+
+
+def extract_letter(text: str, options: Options) -> str:
+    """The default: VLMEvalKit's current rules, except that `A dog.` is an article with a noun and no letter.
+
+    Refusals are not inferable, and empty option texts match nothing.
+    """
+    text = _ARTICLE.sub(lambda match: match.group().lower(), text)
+    letter = vlmevalkit(text, {key: value for key, value in options.items() if str(value).strip()} or options)
+    return "" if letter == "Z" else letter
+
+
+def vlmevalkit(text: str, options: Options) -> str:
+    """VLMEvalKit since 2025-08: one letter within the last four tokens, `answer is X`, else one option's text."""
+    letter = _option_token(text, options, last=_LAST_TOKENS)
+    if letter is None:
+        match = _VERBOSE_ANSWER.search(text)
+        letter = match.group(1).upper() if match and match.group(1).upper() in options else ""
+    if letter == "" and len(text.lower()) > 2 * sum(len(str(value)) for value in options.values()):
+        return ""
+    return letter or _option_text(text, options)
+
+
+def vlmevalkit_2024_06(text: str, options: Options) -> str:
+    """VLMEvalKit when the MoSLoRA paper appeared: one letter anywhere, else one option's text."""
+    return _option_token(text, options, last=None) or _option_text(text, options)
+
+
+def _option_token(text: str, options: Options, *, last: int | None) -> str | None:
+    """A letter, `Z`, an empty string after an API failure, or None when the tokens decide nothing."""
+    if _API_FAILURE in text:
+        return ""
+    if any(refusal in text for refusal in _REFUSALS):
+        return "Z"
+    tokens = text.translate(_BETWEEN_TOKENS).split()
+    found = [letter for letter in options if letter in tokens]
+    if not found and "Z" in tokens:
+        return "Z"
+    if len(found) == 1 and (last is None or tokens.index(found[0]) >= len(tokens) - last):
+        return found[0]
+    return None
+
+
+def _option_text(text: str, options: Options) -> str:
+    lowered = text.lower()
+    found = [letter for letter, value in options.items() if str(value).lower() in lowered]
+    return found[0] if len(found) == 1 else ""
+
+
+_AFFIXES = (
+    ("", "."),
+    ("", ","),
+    ("", ":"),
+    ("", ")"),
+    ("", ")."),
+    ("(", ")"),
+    ("(", ")."),
+    (":", ""),
+    (":", ","),
+    (":", "."),
+    (":", ")"),
+    (":", ")."),
+)
+
+
+def lmms_eval_mmbench(text: str, options: Options) -> str:
+    """lmms-eval's static MMBench evaluator, in two stages.
+
+    First a token that is a letter, bare or with one of twelve affixes, else the text of one option; where that finds
+    nothing, lmms-eval's general extractor.
+    """
+    known = {key: options[key] for key in options if key in "ABCD"}
+    return _affixed_letter(text) or _option_text(text, known) or lmms_eval(text, known)
+
+
+def _affixed_letter(text: str) -> str:
+    if _API_FAILURE in text:
+        return ""
+    tokens = text.split()
+    bare = [letter for letter in "ABCDE" if letter in tokens]
+    # A lone "A" in a longer answer is taken for an article.
+    if len(bare) == 1 and not ("A" in tokens and len(tokens) > 3):
+        return bare[0]
+    for prefix, suffix in _AFFIXES:
+        found = [letter for letter in "ABCDE" if f"{prefix}{letter}{suffix}" in tokens]
+        if len(found) == 1:
+            return found[0]
+    return ""
+
+
+_PHRASES = (
+    *(
+        f"{start}{middle} is"
+        for start in ("the ", "")
+        for middle in ("answer", "correct answer", "best answer", "correct option", "best option")
+    ),
+    *("the choice is", "choice is", "the correct choice is", "correct choice is"),
+    *("i choose", "i select", "i pick", "my answer is", "my choice is"),
+    *("옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
+)
+
+
+def lmms_eval(text: str, options: Options) -> str:
+    """lmms-eval's general extractor: every letter found, ranked by how it is written, then by how late it stands."""
+    if not text.strip():
+        return ""
+    choices = list(options) or letters(8)
+    stripped = strip_each(text.strip(), ",.!?;:'\"")
+    padded = f" {stripped} "
+    found = [
+        (rank, padded.rfind(form.format(letter)), letter)
+        for form, rank in (("({})", 6), ("{}.", 5), ("{}:", 4), ("{})", 3), ("{} ", 2))
+        for letter in choices
+        if form.format(letter) in padded
+    ]
+    found += _after_phrases(padded, choices)
+    bare = padded.strip()
+    for letter in choices:
+        if bare.startswith(letter) and not bare[1:2].isalpha():
+            found.append((10, 0, letter))
+        if bare.endswith(letter) and not bare[-2:-1].isalpha():
+            found.append((9, len(padded) - 1, letter))
+    if not found:
+        found = [(0, padded.rfind(letter), letter) for letter in choices if letter in padded]
+    if not found:
+        return ""
+    return max(found, key=lambda item: item[:2])[2]
+
+
+def _after_phrases(text: str, choices: Sequence[str]) -> list[tuple[int, int, str]]:
+    lowered = text.lower()
+    found = []
+    for phrase in _PHRASES:
+        start = lowered.find(phrase)
+        if start == -1:
+            continue
+        for letter in choices:
+            position = text.find(letter, start + len(phrase))
+            if position != -1:
+                found.append((7, position, letter))
+    return found
+
+
+def mmmu_official(text: str, options: Options) -> str:
+    """MMMU's own parser: `(X)`, else ` X `, else an option's text; the latest of several. No draw of lots."""
+    return _mmmu(text, options, forms=(" {} ",))
+
+
+def mmmu_lmms_eval(text: str, options: Options) -> str:
+    """lmms-eval's MMMU parser: `X ` and `X.` count as well."""
+    return _mmmu(text, options, forms=("{} ", "{}."))
+
+
+def _mmmu(text: str, options: Options, *, forms: Sequence[str]) -> str:
+    padded = f" {strip_each(text, ',.!?;:' + chr(39))} "
+    bracketed = [letter for letter in options if f"({letter})" in padded]
+    if bracketed:
+        return first_maximum(bracketed, [padded.rfind(f"({letter})") for letter in bracketed])
+    for form in forms:
+        found = [letter for letter in options if form.format(letter) in padded]
+        if found:
+            return first_maximum(found, [padded.rfind(f" {letter} ") for letter in found])
+    lowered = padded.lower()
+    if len(padded.split()) > 5:
+        found = [letter for letter, value in options.items() if value.lower() in lowered]
+        if found:
+            return first_maximum(found, [lowered.rfind(options[letter].lower()) for letter in found])
+    return ""
+
+
+_SQA_PHRASE = re.compile(r"The answer is ([A-Z]).")
+
+
+def scienceqa_llava(text: str, options: Options) -> str:
+    """LLaVA's ScienceQA script: the whole answer, `X. `, or one `The answer is X.`; else not inferable.
+
+    The letter may lie outside the options; such an item is wrong.
+    """
+    if text in tuple("ABCDE"):
+        return text
+    if len(text) >= 3 and text[0] in "ABCDE" and text[1:3] == ". ":
+        return text[0]
+    found = _SQA_PHRASE.findall(text)
+    return found[0] if len(found) == 1 else ""
+
+
+def scienceqa_lmms_eval(text: str, reference: str) -> float:
+    """lmms-eval's ScienceQA score: the letter alone in any case, or a capital followed by a period."""
+    answer, gold = text.strip(), reference.strip().lower()
+    if answer.lower() == gold:
+        return 1.0
+    if len(answer) >= 2 and answer[0].isupper() and answer[1] == ".":
+        return float(answer[0].lower() == gold)
+    return 0.0
+
+
+_LEADING_LETTER = re.compile(r"^\s*([A-Z])\.")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def ai2d_filter(text: str) -> str:
+    """lmms-eval's AI2D filter: the capital before a period at the start, else the text as it stands."""
+    match = _LEADING_LETTER.match(text)
+    return match.group(1) if match else text
+
+
+def ai2d_lmms_eval(text: str, reference: str) -> float:
+    """lmms-eval's AI2D score: the filtered answer equals the letter without case and punctuation."""
+    return float(ai2d_filter(text).lower().translate(_NO_PUNCTUATION) == reference.lower().translate(_NO_PUNCTUATION))
+
+
+def seedbench_lmms_eval(text: str) -> str:
+    """lmms-eval's SEED-Bench answer: the first character of the stripped text, in any case."""
+    return text.strip()[:1]

@@ -1,0 +1,294 @@
+"""Miniature documents: seventeen benchmarks in their original layouts, with pictures drawn here.
+
+They show that a task reads, asks and scores; a score on them says nothing about a model. The task files are copies of
+the shipped ones without checksum and expected count.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from mm_moslora.config.strict_reading import parse_yaml
+from mm_moslora.utils.files import mark, refuse_strangers
+from mm_moslora_eval.protocol.task_registry import task_folder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Row = dict[str, Any]
+
+COLOURS = {"red": (205, 50, 50), "green": (45, 150, 75), "blue": (50, 80, 200), "yellow": (230, 195, 50)}
+SHAPES = ("circle", "square", "triangle", "star")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One drawn picture and what is true of it."""
+
+    colour: str
+    shape: str
+    count: int
+    word: str
+
+    def draw(self) -> Image:
+        """The picture: `count` shapes in a row above the word."""
+        from PIL import Image as Pillow
+        from PIL import ImageDraw, ImageFont
+
+        image = Pillow.new("RGB", (192, 144), (244, 242, 236))
+        pen = ImageDraw.Draw(image)
+        for number in range(self.count):
+            self._shape(pen, 24 + number * 56, 24)
+        pen.text((24, 104), self.word, fill=(20, 20, 20), font=ImageFont.load_default(size=24))
+        return image
+
+    def _shape(self, pen: Any, x: int, y: int) -> None:
+        fill, side = COLOURS[self.colour], 44
+        if self.shape == "circle":
+            pen.ellipse((x, y, x + side, y + side), fill=fill)
+        elif self.shape == "square":
+            pen.rectangle((x, y, x + side, y + side), fill=fill)
+        elif self.shape == "triangle":
+            pen.polygon([(x, y + side), (x + side, y + side), (x + side / 2, y)], fill=fill)
+        else:
+            points = [(22, 0), (28, 16), (44, 16), (31, 26), (36, 43), (22, 33), (8, 43), (13, 26), (0, 16), (16, 16)]
+            pen.polygon([(x + a, y + b) for a, b in points], fill=fill)
+
+    def png(self) -> bytes:
+        """The picture as a file."""
+        buffer = io.BytesIO()
+        self.draw().save(buffer, "PNG")
+        return buffer.getvalue()
+
+    @property
+    def encoded(self) -> str:
+        """The picture as a cell of a TSV."""
+        return base64.b64encode(self.png()).decode()
+
+
+SCENES = tuple(
+    Scene(colour, shape, 1 + number % 3, word)
+    for number, (colour, shape, word) in enumerate(
+        [
+            ("red", "circle", "STOP"), ("green", "square", "OPEN"), ("blue", "triangle", "EXIT"),
+            ("yellow", "star", "TAXI"), ("red", "square", "CAFE"), ("blue", "circle", "BANK"),
+        ]
+    )
+)  # fmt: skip
+
+
+def make_miniature(folder: Path, *, max_new_tokens: int | None = None) -> list[Path]:
+    """Write the documents and their task files.
+
+    Args:
+        folder: new or empty.
+        max_new_tokens: caps every protocol's; a model that was never trained does not stop by itself.
+
+    Returns:
+        The task files, one per benchmark, for `mm-moslora eval run`.
+
+    Raises:
+        ConfigError: files of somebody else have their names.
+    """
+    names = [f"{name}.yaml" for name in TASKS] + [f"{name}.tsv" for name in _TSV] + ["vqav2.parquet", "commonsense"]
+    refuse_strangers(folder, names, kind="miniature")
+    folder.mkdir(parents=True, exist_ok=True)
+    mark(folder, "miniature")
+    for name, rows in _TSV.items():
+        _write_tsv(folder / f"{name}.tsv", rows())
+    _write_vqav2(folder / "vqav2.parquet")
+    boolq = folder / "commonsense" / "boolq"
+    boolq.mkdir(parents=True, exist_ok=True)
+    (boolq / "test.json").write_text(json.dumps(_boolq(), indent=1), encoding="utf-8")
+    return [_write_task(folder, name, max_new_tokens) for name in TASKS]
+
+
+def _write_task(folder: Path, name: str, cap: int | None) -> Path:
+    data = parse_yaml((task_folder() / f"{name}.yaml").read_text(encoding="utf-8"), source=name)
+    if "source" not in data:  # protocols with data of their own: the first one's is at hand
+        first, changes = next(iter(data["protocols"].items()))
+        data["source"], data["protocols"] = changes.pop("source"), {first: changes}
+    local = {"vqav2_val": "vqav2.parquet"}
+    data["source"] = {**data["source"], "md5": None, "path": local.get(name, data["source"]["path"])}
+    if data["source"]["kind"] == "hf":
+        data["source"]["path"] = str((folder / data["source"]["path"]).resolve())
+    data |= {"expected_count": None, "title": f"{data['title']} (miniature)", "licence": "made here"}
+    for protocol, changes in list((data.get("protocols") or {}).items()):
+        source = (changes or {}).get("source")
+        if source and source["kind"] != data["source"]["kind"]:
+            del data["protocols"][protocol]  # the same benchmark in another layout
+        elif source:
+            del changes["source"]
+    for part in (data, *(changes for changes in (data.get("protocols") or {}).values() if changes)):
+        if cap is not None and "decoding" in part:
+            part["decoding"]["max_new_tokens"] = min(cap, part["decoding"].get("max_new_tokens", cap))
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110), encoding="utf-8")
+    return path
+
+
+def _write_tsv(path: Path, rows: Sequence[Row]) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, columns, delimiter="\t", restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _yes_no(ask: Callable[[Scene], Sequence[tuple[str, bool]]], more: Callable[[int, Scene], Row]) -> list[Row]:
+    rows: list[Row] = []
+    for number, scene in enumerate(SCENES):
+        first = len(rows)
+        for place, (question, right) in enumerate(ask(scene)):
+            # VLMEvalKit's files give a picture once; other rows name the row that holds it.
+            image = scene.encoded if place == 0 else str(first)
+            answer = "Yes" if right else "No"
+            rows.append(
+                {"index": len(rows), "image": image, "question": question, "answer": answer} | more(number, scene)
+            )
+    return rows
+
+
+def _pope() -> list[Row]:
+    splits = ("random", "popular", "adversarial")
+    rows = _yes_no(
+        lambda s: [(f"Is there a {shape} in the image?", shape == s.shape) for shape in (s.shape, _other(s.shape))],
+        lambda number, _: {"category": splits[number % 3], "image_path": ""},
+    )
+    return [{**row, "answer": row["answer"].lower()} for row in rows]
+
+
+def _mme() -> list[Row]:
+    categories = ("existence", "color", "count", "OCR", "position", "commonsense_reasoning")
+    ask = "Is the shape {}? Please answer yes or no."
+    return _yes_no(
+        lambda s: [(ask.format(colour), colour == s.colour) for colour in (s.colour, _colour(s.colour))],
+        lambda number, _: {"category": categories[number], "image_path": f"{number}.png"},
+    )
+
+
+def _hallusion() -> list[Row]:
+    rows = _yes_no(
+        lambda s: [(f"Are there {n} shapes? Please answer yes or no.", n == s.count) for n in (s.count, s.count + 1)],
+        lambda number, _: {"category": ("VD", "VS")[number % 2], "l2-category": ("figure", "chart")[number % 2]},
+    )
+    for place, row in enumerate(rows):
+        row["index"] = f"{row['category']}_{row['l2-category']}_{place // 4}_{place // 2 % 2}_{place % 2}_x"
+        row["set_id"], row["figure_id"], row["question_id"] = place // 4, place // 2 % 2, place % 2
+        if len(row["image"]) < 64:
+            row["image"] = rows[place - 1]["index"]
+    return rows
+
+
+def _choice(question: str, answer: Callable[[Scene], str], options: Sequence[str], **more: Any) -> list[Row]:
+    rows = []
+    for number, scene in enumerate(SCENES):
+        letters = dict(zip("ABCD", options, strict=False))
+        right = next(letter for letter, text in letters.items() if text == answer(scene))
+        row = {"index": number, "image": scene.encoded, "question": question, **letters, "answer": right}
+        rows.append(row | {key: value(number) if callable(value) else value for key, value in more.items()})
+    return rows
+
+
+def _mmbench() -> list[Row]:
+    """Every question with the rotations of its options, as MMBench stores them."""
+    rows: list[Row] = []
+    for row in _choice("What colour is the shape?", lambda s: s.colour, tuple(COLOURS)):
+        texts = [row[letter] for letter in "ABCD"]
+        for turn in range(4):
+            turned = dict(zip("ABCD", texts[turn:] + texts[:turn], strict=True))
+            answer = next(letter for letter, text in turned.items() if text == row[row["answer"]])
+            image = row["image"] if turn == 0 else str(row["index"])
+            rows.append(
+                {
+                    **row, **turned, "index": row["index"] + turn * 1_000_000, "image": image, "answer": answer,
+                    "hint": "nan", "category": "attribute_recognition", "l2-category": "perception", "split": "dev",
+                }
+            )  # fmt: skip
+    return rows
+
+
+def _open(question: str, answer: Callable[[Scene], Any], **more: Any) -> list[Row]:
+    return [
+        {"index": number, "image": scene.encoded, "question": question, "answer": answer(scene)}
+        | {key: value(number) if callable(value) else value for key, value in more.items()}
+        for number, scene in enumerate(SCENES)
+    ]
+
+
+def _other(shape: str) -> str:
+    return SHAPES[(SHAPES.index(shape) + 1) % len(SHAPES)]
+
+
+def _colour(colour: str) -> str:
+    names = list(COLOURS)
+    return names[(names.index(colour) + 1) % len(names)]
+
+
+def _boolq() -> list[Row]:
+    ask = (
+        "Please answer the following question with true or false, question: has a {} corners?\n\n"
+        "Answer format: true/false"
+    )
+    return [
+        {"instruction": ask.format(shape), "input": "", "answer": "false" if shape == "circle" else "true"}
+        for shape in SHAPES
+    ]
+
+
+def _write_vqav2(path: Path) -> None:
+    import datasets
+
+    rows: dict[str, list[Any]] = {"question_id": [], "image": [], "question": [], "answers": []}
+    for number, scene in enumerate(SCENES):
+        people = [{"answer": scene.colour, "answer_confidence": "yes", "answer_id": i + 1} for i in range(9)]
+        people.append({"answer": "dark " + scene.colour, "answer_confidence": "maybe", "answer_id": 10})
+        values = (number * 1000, {"bytes": scene.png(), "path": None}, "What color is it?", people)
+        for column, value in zip(rows.values(), values, strict=True):
+            column.append(value)
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    table.to_parquet(str(path))
+
+
+_TSV: Mapping[str, Callable[[], list[Row]]] = {
+    "POPE": _pope,
+    "MME": _mme,
+    "HallusionBench": _hallusion,
+    "MMBench_DEV_EN": _mmbench,
+    "SEEDBench_IMG": lambda: _choice("Which shape is shown?", lambda s: s.shape, SHAPES, category="Instance Identity"),
+    "AI2D_TEST": lambda: _choice("What does the diagram show?", lambda s: s.shape, SHAPES),
+    "ScienceQA_TEST": lambda: _choice(
+        "Which colour has the shape?", lambda s: s.colour, tuple(COLOURS), hint="Look at the picture.",
+        category="natural science",
+    ),
+    "MMStar": lambda: _choice(
+        "Which shape is it?", lambda s: s.shape, SHAPES, category="coarse perception",
+        l2_category=lambda number: ("image scene and topic", "image style & quality")[number % 2],
+    ),
+    "RealWorldQA": lambda: _choice("What colour is it?", lambda s: s.colour, tuple(COLOURS)),
+    "TextVQA_VAL": lambda: _open("What word is written?", lambda s: str([s.word.lower()] * 9 + ["a " + s.word])),
+    "DocVQA_VAL": lambda: _open("What is the word?", lambda s: str([s.word])),
+    "ChartQA_TEST": lambda: _open("How many shapes are there?", lambda s: s.count, split="test_human"),
+    "OCRBench": lambda: _open(
+        "what is written in the image?", lambda s: str([s.word]), category="Regular Text Recognition"
+    ),
+    "GQA_TestDev_Balanced": lambda: _open("What color is the shape?", lambda s: s.colour),
+    "MMVet": lambda: _open(
+        "Describe the picture.", lambda s: f"{s.count}<AND>{s.colour}<AND>{s.shape}", category="rec,gen"
+    ),
+}  # fmt: skip
+TASKS = (
+    "pope", "mme", "hallusionbench", "mmbench_en_dev", "seedbench_image", "ai2d", "scienceqa_img", "mmstar",
+    "realworldqa", "textvqa_val", "docvqa_val", "chartqa_test", "ocrbench", "gqa_testdev", "mmvet", "vqav2_val",
+    "commonsense_boolq",
+)  # fmt: skip
+"""The benchmarks that have miniature documents."""

@@ -1,0 +1,129 @@
+"""A task is a protocol: where documents come from, how they are put, decoded, read, scored and added up."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mm_moslora.utils.errors import EvalError, suggestion
+from mm_moslora_eval import sources
+from mm_moslora_eval.protocol.task_prompt import Prompt
+from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, JUDGED, METRICS
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS
+from mm_moslora_eval.sources import Source
+from mm_moslora_eval.sources.document import DataSet, digest
+
+_NAME = re.compile(r"\w[\w.+-]*")
+_LONGEST_ID = 200
+"""Of name and protocol, which are a folder's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How answers are produced; always greedy."""
+
+    kind: Literal["generate", "loglikelihood", "continuation"] = "generate"
+    """loglikelihood: the option whose letter is most likely after the prompt; continuation: the option whose whole text
+    is most likely after the bare text of the prompt, without a chat template (lm-evaluation-harness)."""
+    choice: Literal["sum", "per_character", "per_byte"] = "sum"
+    """What is most likely: by log-probability, or by that over the option's length (`acc`, `acc_norm`, `acc_bytes`)."""
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise EvalError(f"decoding.max_new_tokens is {self.max_new_tokens}, expected 1 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A score somebody reported under this protocol."""
+
+    model: str
+    score: float
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One benchmark under one protocol."""
+
+    name: str
+    protocol: str = "own"
+    """llava, vlmevalkit, lmms_eval, official, or own."""
+    version: int = 1
+    """Raised whenever a score could change."""
+    title: str = ""
+    source: Source
+    prompt: Prompt = field(default_factory=Prompt)
+    decoding: Decoding = field(default_factory=Decoding)
+    extraction: str = "text"
+    """A name in `scoring.EXTRACTORS`."""
+    metric: str = "exact"
+    """A name in `scoring.METRICS`."""
+    aggregation: str = "mean"
+    """A name in `aggregation.AGGREGATIONS`."""
+    expected_count: int | None = None
+    """Documents in the full set; another number is reported."""
+    licence: str = "unknown"
+    """Of the data."""
+    unverified: tuple[str, ...] = ()
+    """Which of these facts (expected_count, licence) nobody has compared with the data or its card."""
+    published: tuple[Published, ...] = ()
+    notes: str = ""
+    """What a reader of the score must know."""
+    differences: tuple[str, ...] = ()
+    """Where it differs from the harness that the protocol is named after, one sentence each."""
+    folder: str | None = None
+    """Where the task file lies, from which the paths of its source start; None: the working directory."""
+
+    def __post_init__(self) -> None:
+        for kind, name in (("name", self.name), ("protocol", self.protocol)):
+            if not _NAME.fullmatch(name):  # they name a folder
+                raise EvalError(
+                    f"Task {kind} {ascii(name)[:100]} is not acceptable: use letters, digits, `_`, `-` and `.`, not "
+                    "`-` or `.` first."
+                )
+        if len(self.id.encode()) > _LONGEST_ID:
+            raise EvalError(f"Task {self.id[:40]}... has a name of more than {_LONGEST_ID} bytes; shorten it.")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        tables: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
+            ("extraction", self.extraction, EXTRACTORS),
+            ("metric", self.metric, {**METRICS, **dict.fromkeys(JUDGED)}),
+            ("aggregation", self.aggregation, AGGREGATIONS),
+        )
+        for kind, name, table in tables:
+            if name not in table:
+                raise EvalError(
+                    f"Task {self.name!r}: {kind} {name!r} is not known.{suggestion(name, table)} "
+                    f"Known: {', '.join(table)}."
+                )
+
+    @property
+    def id(self) -> str:
+        """Name and protocol."""
+        return f"{self.name}@{self.protocol}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without the place of the file."""
+        data = asdict(self)
+        del data["folder"]
+        return data
+
+    @property
+    def asked(self) -> str:
+        """Hash of everything that decides the answers; extraction, metric and aggregation do not."""
+        return digest([self.name, self.protocol, self.version, asdict(self.prompt), asdict(self.decoding)])
+
+    def load(self) -> DataSet:
+        """Read the documents.
+
+        Raises:
+            EvalError: the file is missing, has another checksum, or cannot be read; the message says where.
+        """
+        return sources.load(self.source, beside=Path(self.folder) if self.folder else None)

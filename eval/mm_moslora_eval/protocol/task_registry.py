@@ -1,0 +1,174 @@
+"""Names of tasks: shipped YAML files, other packages' entry points, and data files that are tasks by themselves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.config.strict_reading import build_strictly, parse_yaml
+from mm_moslora.utils.errors import EvalError, suggestion
+from mm_moslora.utils.run_paths import file_and_folder
+from mm_moslora.utils.untrusted_files import read_text
+from mm_moslora_eval.protocol.task import Decoding, Task
+from mm_moslora_eval.protocol.task_prompt import Prompt
+from mm_moslora_eval.sources.source import Source
+
+ENTRY_POINTS = "mm_moslora_eval.tasks"
+"""Entry-point group of packages that bring tasks: each names a function without arguments that returns `Task`s."""
+
+_TASK_FILES = (".yaml", ".yml")
+_PACKAGED = Path(__file__).parents[1] / "task_files"
+_CHECKOUT = Path(__file__).parents[2] / "tasks"
+
+
+def task_folder() -> Path:
+    """Where the shipped task files lie: in the wheel, or in the checkout."""
+    return _PACKAGED if _PACKAGED.is_dir() else _CHECKOUT
+
+
+def load_file(path: Path) -> list[Task]:
+    """Read a task file: one task, or several under `protocols` that share the rest.
+
+    Raises:
+        ConfigError: not YAML, an unknown key (with a suggestion), a missing or impossible value.
+    """
+    data = parse_yaml(read_text(path), source=str(path))
+    protocols = data.pop("protocols", None)
+    if protocols is None:
+        return [_build(data, path, "")]
+    if not isinstance(protocols, dict) or not protocols:
+        raise EvalError(f"{path}: `protocols` must map names to the keys in which they differ.")
+    return [
+        _build(_merged(data, {"protocol": name, **(changes or {})}), path, f", protocol {name}")
+        for name, changes in protocols.items()
+    ]
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        result[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _build(data: dict[str, Any], path: Path, where: str) -> Task:
+    return build_strictly(Task, {"folder": str(path.parent.absolute()), **data}, source=f"{path}{where}")
+
+
+def all_tasks() -> dict[str, Task]:
+    """Every registered task by `name@protocol`, shipped ones first."""
+    found: dict[str, Task] = {}
+    for path in sorted(task_folder().glob("*.yaml")):
+        for task in load_file(path):
+            found[task.id] = task
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
+        for task in entry.load()():
+            found.setdefault(task.id, task)
+    return found
+
+
+def get_task(name: str) -> Task:
+    """Find a task.
+
+    Args:
+        name: `NAME` (its first protocol), `NAME@PROTOCOL`, the path of a task file (`FILE.yaml`, `FILE.yaml@PROTOCOL`),
+            `llava:FILE`, `llava:FILE@IMAGE_FOLDER` or `tsv:FILE`.
+
+    Raises:
+        EvalError: no such task; the message suggests one.
+    """
+    kind, separator, rest = name.partition(":")
+    if separator and kind in ("llava", "tsv"):
+        return _from_data(kind, rest)
+    stem, protocol = name_and_protocol(name)
+    if stem.endswith(_TASK_FILES):
+        if not Path(stem).is_file():
+            raise EvalError(f"Task file {stem!r} does not exist.")
+        tasks = {task.id: task for task in load_file(Path(stem))}
+        stem = next(iter(tasks.values())).name
+    else:
+        shipped = task_folder() / f"{stem}.yaml"
+        tasks = {task.id: task for task in load_file(shipped)} if shipped.is_file() else all_tasks()
+    wanted = f"{stem}@{protocol}"
+    if protocol and wanted in tasks:
+        return tasks[wanted]
+    matching = [task for task in tasks.values() if task.name == stem]
+    if matching and not protocol:
+        return matching[0]
+    if matching:
+        known = ", ".join(task.protocol for task in matching)
+        raise EvalError(f"Task {stem!r} has no protocol {protocol!r}; it has {known}.")
+    names = sorted({task.name for task in tasks.values()})
+    raise EvalError(
+        f"No task {name!r}.{suggestion(stem, names)} See `mm-moslora eval list`, "
+        "or give a data file as llava:FILE or tsv:FILE."
+    )
+
+
+def name_and_protocol(name: str) -> tuple[str, str]:
+    """Split `NAME@PROTOCOL` or `FILE.yaml@PROTOCOL`, whose folders may hold an `@`; no protocol is an empty one."""
+    stem, separator, protocol = name.rpartition("@")
+    return (stem, protocol) if separator and not name.endswith(_TASK_FILES) else (name, "")
+
+
+def tasks_of(names: Sequence[str]) -> list[Task]:
+    """The tasks of `validate.tasks`.
+
+    Raises:
+        EvalError: no such task, or two whose metrics would have the same name.
+    """
+    tasks = [get_task(name) for name in names]
+    for number, task in enumerate(tasks):
+        first = [other.name for other in tasks].index(task.name)
+        if first < number:
+            raise EvalError(
+                f"validate.tasks: {names[first]!r} and {names[number]!r} would both be measured as "
+                f"eval/{task.name}/... Keep one of them, or give its file another name."
+            )
+    return tasks
+
+
+def _from_data(kind: str, rest: str) -> Task:
+    path, folder = file_and_folder(rest) if kind == "llava" else (rest, "")
+    if not path:
+        raise EvalError(f"{kind}: needs a file, such as {kind}:questions.{'jsonl' if kind == 'llava' else 'tsv'}.")
+    name = "".join(character if character.isalnum() or character in "-_." else "_" for character in Path(path).stem)
+    name = name.lstrip("-.") or "questions"
+    if kind == "llava":
+        return Task(
+            name=name,
+            folder=str(Path.cwd()),  # what a person types starts there
+            title=f"questions of {os.path.basename(path)}",
+            source=Source(kind="llava", path=path, image_folder=folder or None),
+            prompt=Prompt(
+                template="{hint_line}{question}{option_lines}{instruction}",
+                fragments=_LINES,
+                instruction="\nAnswer with the option's letter from the given choices directly.",
+                open_instruction="",  # LLaVA's question files carry their own instruction
+            ),
+            extraction="letter_or_text",
+            metric="letter_or_exact",
+        )
+    return Task(
+        name=name,
+        folder=str(Path.cwd()),
+        title=f"rows of {os.path.basename(path)}",
+        source=Source(kind="tsv", path=path),
+        prompt=Prompt(
+            template="{hint_line}{question}{option_lines}{instruction}",
+            fragments=_LINES,
+            instruction="\nAnswer with the option's letter from the given choices directly.",
+            open_instruction="\nAnswer the question using a single word or phrase.",
+            chinese_instruction="\n请直接回答选项字母。",
+        ),
+        decoding=Decoding(max_new_tokens=32),
+        extraction="letter_or_text",
+        metric="letter_or_vqa",
+    )
+
+
+_LINES = {"hint_line": "{hint}\n", "option_lines": "\n{options}"}

@@ -1,0 +1,267 @@
+"""One self-contained HTML page of an evaluation run, and one of a comparison. No torch, no network.
+
+Whatever a model or a data set wrote is escaped; the page's content policy forbids everything but its own style and
+script.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from mm_moslora.reporting.verdicts import between, own_pictures
+from mm_moslora.utils.errors import DataError, EvalError
+from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
+from mm_moslora.utils.redaction import redact_text
+from mm_moslora.utils.untrusted_files import read_text
+from mm_moslora_eval.run import provenance
+from mm_moslora_eval.run.answer_views import SAMPLES, run_of
+from mm_moslora_eval.run.evaluate_suite import Comparison, compare, read_samples
+from mm_moslora_eval.run.result_file import TaskResult, names_of, read_results
+from mm_moslora_eval.run.sample_thumbnails import MOST_SAMPLES, kept, shown_samples, spread, verdict
+from mm_moslora_eval.sources.image_controls import open_image
+
+MOST_CATEGORIES = 40
+MOST_INVOCATIONS = 10
+_THUMBNAIL = 176
+_LONGEST = 1200
+"""Characters of a prompt or an answer; the whole ones are in samples.jsonl."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_MODES = {
+    "own": "own", "blind": "mean colour", "wrong": "another item's", "majority": "none (majority)",
+    "question_majority": "none (per question)",
+}  # fmt: skip
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Write the report of a run.
+
+    Args:
+        run: its folder, with `results.json`.
+        out: the HTML file; None: `report.html` in the folder.
+
+    Raises:
+        EvalError: nothing was scored there.
+        ConfigError: `out` is a folder.
+    """
+    results = read_results(run)
+    if not results:
+        raise EvalError(f"{run} holds no results; expected a results.json. Run or score the evaluation first.")
+    data = json.loads(read_text(run / "results.json"))
+    tasks: dict[str, list[TaskResult]] = {}
+    for name, result in zip(names_of(results), results, strict=True):
+        tasks.setdefault(name, []).append(result)
+    model = next((r.about["model"] for r in results if r.about.get("model")), {"name": run.name, "fingerprint": ""})
+    page = _render(
+        "report.html.j2",
+        title=f"Evaluation of {model['name']}",
+        model=model,
+        date=max((str(r.about["date"]) for r in results if r.about.get("date")), default=""),
+        environments=_environments(results, data),
+        invocations=provenance.read(run)[-MOST_INVOCATIONS:],
+        rows=[_row(result) for result in results],
+        tasks=[_task(name, found, run) for name, found in tasks.items()],
+    )
+    target = run / "report.html" if out is None else output_file(out, sign=PAGE_SIGN)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(target, page)
+    return target
+
+
+def _environments(results: Sequence[TaskResult], data: dict[str, Any]) -> list[dict[str, Any]]:
+    """What answers were computed with, and what they were scored with."""
+    computed: list[dict[str, Any]] = []
+    for result in results:
+        computed += [found for found in result.about.get("computed_by", []) if found not in computed]
+    shown = []
+    for number, found in enumerate(computed, start=1):
+        code = found.get("code") or {}
+        facts = found["model"] | found["environment"] | ({"commit": code["commit"]} if code else {})
+        shown.append({"title": f"Answered with{f' ({number})' if len(computed) > 1 else ''}", "facts": facts})
+    scored = data.get("scored") or {"date": data.get("date"), "environment": data.get("environment", {})}
+    return [*shown, {"title": "Last scored with", "facts": {"date": scored["date"], **scored["environment"]}}]
+
+
+def write_comparison(comparisons: Sequence[Comparison], out: Path) -> Path:
+    """Write comparisons as a page, the samples that changed included.
+
+    Raises:
+        ConfigError: `out` is a folder.
+    """
+    page = _render(
+        "comparison.html.j2",
+        title="A against B",
+        comparisons=[
+            {
+                "it": item,
+                "bar": _difference_bar(item),
+                "changed": _changed(item),
+                "verdict": f"{between(item.paired.as_difference)}: {item.paired.as_difference.points}.",
+            }
+            for item in comparisons
+        ],
+    )
+    output_file(out, sign=PAGE_SIGN).parent.mkdir(parents=True, exist_ok=True)
+    replace_text(out, page)
+    return out
+
+
+def _render(template: str, **context: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("mm_moslora_eval.report"), autoescape=True, undefined=StrictUndefined, finalize=_printable,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters.update(score=format_score, short=_short)
+    assets = resources.files("mm_moslora_eval.report") / "templates"
+    script = (assets / "report.js").read_text(encoding="utf-8")
+    return environment.get_template(template).render(
+        style=Markup((assets / "report.css").read_text(encoding="utf-8")),  # noqa: S704  (shipped with the package)
+        script=Markup(script),  # noqa: S704
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **context,
+    )
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, Markup):
+        return value
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return redact_text(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", value), keep_hashes=True)
+    return value
+
+
+def _short(text: str | None) -> str:
+    text = redact_text(text or "", keep_hashes=True)  # half a secret would not be known as one
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({len(text)} characters)"
+
+
+_SUMS = frozenset({"mme"})
+"""Aggregations whose headline is a sum and no share."""
+
+
+def format_score(value: float | None, aggregation: str = "mean") -> str:
+    """A share (or CIDEr) as percent, a sum (MME) as it stands, nan as a dash."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value if aggregation in _SUMS else 100 * value:.1f}"
+
+
+def _row(result: TaskResult) -> dict[str, Any]:
+    bar = None
+    is_sum = result.about.get("aggregation") in _SUMS
+    if not math.isnan(result.low) and result.high <= 1 and not is_sum:  # a sum such as MME's has no place on this scale
+        bar = {"score": 100 * result.score, "low": 100 * result.low, "high": 100 * result.high}
+    return {
+        "it": result, "bar": bar, "mode": _MODES.get(result.mode, result.mode),
+        "learned_from": result.about.get("learned_from", ""),
+        "baseline": result.mode in ("majority", "question_majority"), "unscored": result.about.get("unscored"),
+    }  # fmt: skip
+
+
+def _task(name: str, results: Sequence[TaskResult], run: Path) -> dict[str, Any]:
+    first = results[0]
+    galleries = []
+    for result in results:
+        place = _place(run, result)
+        if place is not None:
+            galleries.append(_gallery(place, result))
+    return {
+        "name": name,
+        "anchor": re.sub(r"[^\w-]", "-", name),
+        "about": first.about,
+        "rows": [_row(result) for result in results],
+        "verdicts": _verdicts(results, run),
+        "remarks": [(result.mode, remark) for result in results for remark in result.remarks],
+        "published": first.about.get("published", []),
+        "modes": [result.mode for result in results if result.metrics],
+        "metrics": [
+            (key, [result.metrics.get(key) for result in results if result.metrics])
+            for key in dict.fromkeys(key for result in results for key in result.metrics)
+        ],
+        "categories": _categories(first),
+        "galleries": galleries,
+    }
+
+
+def _place(run: Path, result: TaskResult) -> Path | None:
+    """Where the samples of a result lie; None for a baseline and for samples that are gone."""
+    place = run / (result.folder or f"{result.task}@{result.protocol}/{result.mode}")
+    return place if (place / SAMPLES).is_file() else None
+
+
+def _verdicts(results: Sequence[TaskResult], run: Path) -> list[str]:
+    """Whether the model looks: own pictures against the controls, sample by sample."""
+    scored = {result.mode: place for result in results if result.scored and (place := _place(run, result))}
+    said = []
+    for control, words in (("blind", "a plain picture"), ("wrong", "another item's picture")):
+        if not {"own", control} <= scored.keys():
+            continue
+        pair = compare(scored["own"], scored[control]).paired
+        said.append(
+            f"{own_pictures(pair.as_difference, control=words)} {pair.wins} samples gained, {pair.losses} lost."
+        )
+    return said
+
+
+def _categories(result: TaskResult) -> list[dict[str, Any]]:
+    if len(result.categories) < 2:
+        return []
+    return [
+        {"name": name} | {key: None if value != value else value for key, value in numbers.items()}
+        for name, numbers in list(result.categories.items())[:MOST_CATEGORIES]
+    ]
+
+
+def _gallery(place: Path, result: TaskResult) -> dict[str, Any]:
+    rows = read_samples(place)
+    run = run_of(place)
+    shown = [row | {"verdict": verdict(row), "thumbnails": _thumbnails(run, row)} for row in shown_samples(rows)]
+    counts = dict(Counter(verdict(row) for row in rows))
+    return {
+        "mode": result.mode, "label": _MODES.get(result.mode, result.mode), "samples": shown, "total": len(rows),
+        "counts": counts,
+    }  # fmt: skip
+
+
+def _thumbnails(run: Path, row: dict[str, Any]) -> list[Markup]:
+    made = []
+    for _, data in kept(run, row):
+        try:
+            picture = open_image(data)
+        except DataError:
+            continue
+        picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=70)
+        made.append(Markup("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()))  # noqa: S704
+    return made
+
+
+def _difference_bar(item: Comparison) -> dict[str, float]:
+    """Places in percent on a scale that is symmetric around 0."""
+    pair = item.paired
+    numbers = [abs(value) for value in (pair.low, pair.high, pair.difference) if not math.isnan(value)]
+    reach = max([*numbers, 1e-9]) * 1.15
+    return {
+        name: 50 + 50 * (value if not math.isnan(value) else 0.0) / reach
+        for name, value in (("low", pair.low), ("high", pair.high), ("at", pair.difference))
+    }
+
+
+def _changed(item: Comparison) -> list[dict[str, Any]]:
+    pairs = spread([{"a": a, "b": b} for a, b in item.samples], MOST_SAMPLES)
+    return [pair | {"gained": pair["a"]["score"] > pair["b"]["score"]} for pair in pairs]

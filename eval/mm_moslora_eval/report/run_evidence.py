@@ -1,0 +1,328 @@
+"""What an evaluation leaves with the run that it measured: scores and samples for its report, records of its trackers.
+
+The evaluation folder keeps every answer. The run folder gets `evaluation.json`, `samples.json` with small copies of the
+pictures (see `mm_moslora.reporting.run_data`), and each tracker of its recipe the scores, under the adapter's digest.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.reporting.verdicts import SCORE_NAMES, Difference, difference_of
+from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.files import replacing
+from mm_moslora.utils.untrusted_files import read_text
+from mm_moslora_eval.run.answer_views import SAMPLES
+from mm_moslora_eval.run.evaluate_suite import read_samples
+from mm_moslora_eval.run.result_file import TaskResult, lenient_result, read_scored
+from mm_moslora_eval.run.sample_thumbnails import MOST_EVIDENCE, kept, spread
+from mm_moslora_eval.scoring.score_aggregation import CAPTIONS, difference_of_scores
+from mm_moslora_eval.scoring.scored_sample import Scored
+from mm_moslora_eval.sources.document import digest
+
+logger = logging.getLogger(__name__)
+
+UNTUNED = "untuned"
+"""Folder, in that of an evaluation, with the answers of the model before tuning."""
+_MODES = {
+    "own": ("tuned", "Tuned"), "wrong": ("wrong_image", "Tuned, wrong picture"),
+    "blind": ("blind", "Tuned, blind (mean colour)"), "question_majority": ("best_answer", "Best answer per question"),
+    "majority": ("majority", "Most frequent answer"),
+}  # fmt: skip
+
+
+def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Sequence[TaskResult] = ()) -> None:
+    """Put scores beside the run they belong to; nothing happens for exports and models that are not ours.
+
+    Args:
+        model: what `--model` named.
+        results: of the tuned model and baselines.
+        output: folder of the evaluation.
+        before: results of the model before tuning.
+    """
+    from mm_moslora.models.load_model import recipe_of
+    from mm_moslora.tracking.tracker import adapter_digest
+    from mm_moslora.utils.run_paths import MANIFEST, find_checkpoint
+
+    if not model.is_dir() or not (find_checkpoint(model) / MANIFEST).is_file():
+        return
+    checkpoint = find_checkpoint(model).resolve()
+    run = checkpoint.parent
+    newest = find_checkpoint(run) == checkpoint
+    step = int(json.loads(read_text(checkpoint / MANIFEST))["step"])
+    weights = adapter_digest(checkpoint / "adapter") or f"step {step}"
+    rows = [_row(told, step=step, model=weights) for told in _whole(list(_told(results, before, output)))]
+    try:
+        with held(run / ".evaluation.lock", wait=True):  # another evaluation of the run may end just now
+            known = _known(run / "evaluation.json")
+            rows = _better(rows, known)
+            _name_metrics(rows, known)
+            if newest:  # a report shows the run as it ended
+                _merge(run / "evaluation.json", known, rows)
+                told = {row["subject"] for row in rows}
+                _keep_samples(run, [result for result in results if _subject(result) in told], output)
+            if rows:
+                _tell_trackers(run, recipe_of(checkpoint), rows, checkpoint / "adapter", step=step)
+    except OSError as error:
+        logger.warning("%s takes no scores (%s); they are in %s alone.", run, error.strerror, output)
+
+
+def _subject(result: TaskResult) -> str:
+    """One word for task, protocol and documents; rows of unlike subjects are never put side by side."""
+    return digest(list(result.subject))[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """A result under the name that the run's folder gives it."""
+
+    name: str
+    label: str
+    result: TaskResult
+    less: Difference | None
+    """The tuned model less this."""
+    pictures: bool = True
+    """Questions show pictures."""
+
+
+def _told(results: Sequence[TaskResult], before: Sequence[TaskResult], output: Path) -> Iterator[Told]:
+    for result in results:
+        name, label = _MODES.get(result.mode, (result.mode, result.mode))
+        less = difference_of(result.about.get("own_less_this"))
+        pictures = True
+        if result.folder and result.mode != "own":
+            own = _own_samples(result, output)
+            less = ahead_by(result, own, read_scored(output / result.folder)) if own and result.scored else None
+        elif result.folder:
+            pictures = any(row["images"] for row in read_samples(output / result.folder))
+        yield Told(name=name, label=label, result=result, less=less, pictures=pictures)
+    for result in before:
+        own = _own_samples(result, output)
+        yield from before_tuning(result, output / UNTUNED / result.folder, own=own)
+
+
+def before_tuning(
+    result: TaskResult, place: Path, *, own: Sequence[Scored], label: str = "Before tuning"
+) -> list[Told]:
+    """What the model before tuning scored, as asked and leniently.
+
+    Args:
+        result: its own.
+        place: the folder of its samples.
+        own: samples of the tuned model; empty where it was not asked.
+        label: for people.
+    """
+    if not result.scored:
+        return []
+    less = ahead_by(result, own, read_scored(place)) if own else None
+    rows = [Told(name="untuned", label=label, result=result, less=less)]
+    if (found := lenient_result(place)) is not None:
+        lenient, samples = found
+        less = ahead_by(lenient, own, samples) if own else None
+        rows.append(Told(name="untuned_lenient", label=f"{label}, right word anywhere", result=lenient, less=less))
+    return rows
+
+
+def ahead_by(result: TaskResult, own: Sequence[Scored], other: Sequence[Scored]) -> Difference:
+    """The tuned model less another system, of the score that the result's task tells."""
+    return difference_of_scores(_aggregation(result), own, other)
+
+
+def _aggregation(result: TaskResult) -> str:
+    return str(result.about.get("aggregation", "mean"))
+
+
+def _own_samples(result: TaskResult, output: Path) -> list[Scored]:
+    """Samples of the tuned model with its own pictures on the documents of another result; empty where it has none."""
+    task, _, view = result.folder.partition("/")
+    place = output / task / "own" / view.partition("/")[2]
+    if not (place / SAMPLES).is_file():
+        return []
+    samples = read_scored(place)
+    return [] if any(sample.score is None for sample in samples) else samples
+
+
+def row_of(told: Told) -> dict[str, Any]:
+    """A row of `evaluation.json`, without what it was measured by."""
+    result, unit = told.result, SCORE_NAMES.get(_aggregation(told.result), "")
+    categories = {
+        category: {"n": int(part["n"]), "mean": part["score"], "low": part["low"], "high": part["high"]}
+        for category, part in result.categories.items()
+        if not unit and all(math.isfinite(part[key]) for key in ("score", "low", "high"))  # those are of another score
+    }
+    return {
+        "name": told.name, "label": told.label, "task": result.task, "n": result.n, "mean": result.score,
+        "low": result.low, "high": result.high, "categories": categories,
+        "not_inferable": result.counts.not_inferable, "failed": result.counts.failed, "remarks": list(result.remarks),
+        "learned_from": result.about.get("learned_from", ""), "less": told.less.to_dict() if told.less else None,
+        "pictures": told.pictures, "unit": unit,
+    }  # fmt: skip
+
+
+def _whole(told: Sequence[Told]) -> list[Told]:
+    """The rows of subjects all of whose rows have a score: a conclusion from a part of them would be another one."""
+    odd: dict[str, TaskResult] = {}
+    for item in told:
+        numbers = (item.result.score, item.result.low, item.result.high)
+        if not item.result.counts.scored or not all(map(math.isfinite, numbers)):
+            odd.setdefault(_subject(item.result), item.result)
+    for result in odd.values():
+        remarks = " ".join(result.remarks) or "there is no score"
+        logger.warning("The run's folder gets no scores of %s@%s: %s.", result.task, result.protocol,
+                       f"{result.mode}: {remarks}".rstrip("."))  # fmt: skip
+    return [item for item in told if _subject(item.result) not in odd]
+
+
+def _row(told: Told, *, step: int, model: str) -> dict[str, Any]:
+    """A row of `evaluation.json`."""
+    result = told.result
+    selection = result.about.get("selection", {})
+    of_before = told.name.startswith(UNTUNED)
+    return row_of(told) | {
+        "step": step, "protocol": result.protocol, "subject": _subject(result),
+        "data": result.about.get("data", {}).get("sha256", ""), "selection": selection.get("name", "all"),
+        "model": model if result.folder and not of_before else None,
+    }  # fmt: skip
+
+
+def _known(path: Path) -> list[dict[str, Any]]:
+    """The rows of earlier evaluations; a damaged file is put aside, for it may hold scores of other tasks."""
+    from mm_moslora.utils.files import read_json, set_aside
+
+    try:
+        return [row for row in read_json(path, list) if isinstance(row, dict)]
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        logger.warning("%s is damaged (%s) and is now %s.", path, error, set_aside(path, "corrupt").name)
+        return []
+
+
+def _better(rows: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without the subjects of which more samples failed than in what is there: those stay as they are."""
+    failed = {(row.get("subject"), row.get("name")): row.get("failed") or 0 for row in known}
+    worse = {
+        row["subject"]: row for row in rows if row["failed"] > failed.get((row["subject"], row["name"]), row["failed"])
+    }
+    for row in worse.values():
+        logger.warning(
+            "%s@%s: the run keeps its earlier scores, since %d of %d samples failed this time.",
+            row["task"], row["protocol"], row["failed"], row["n"],
+        )  # fmt: skip
+    return [row for row in rows if row["subject"] not in worse]
+
+
+def _name_metrics(rows: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> None:
+    """Give every row the name under which trackers draw it: the task's, unless that is another subject's."""
+    taken = {row["metric"]: row.get("subject") for row in known if row.get("metric")}
+    for row in rows:
+        whole = row["selection"] == "all"
+        name = row["task"] if whole else f"{row['task']}/{row['selection'].replace(' ', '-')}"
+        if taken.get(name, row["subject"]) != row["subject"]:
+            name = f"{name}/{row['protocol']}-{row['subject'][:8]}"
+        taken[name] = row["subject"]
+        row["metric"] = name
+
+
+def _merge(path: Path, known: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> None:
+    """Newer rows take the place of older ones of the same subject and name; tuned rows come first.
+
+    Rows of a model that is not the newer ones' leave their subject, so that scores of two steps are not compared.
+    """
+    from mm_moslora.utils.files import replace_json
+
+    models = {row["subject"]: row["model"] for row in rows if row["model"]}
+    kept = [row for row in known if row.get("model") in (None, models.get(row.get("subject"), row.get("model")))]
+    measured = {row.get("subject"): row.get("model") for row in known if row.get("name") == "tuned"}
+    others = {subject for subject, model in models.items() if measured.get(subject, model) != model}
+    kept = [row | {"less": None} if row.get("subject") in others else row for row in kept]  # less another tuned model
+    anew = {(row["task"], row["n"]) for row in rows}  # rows of releases without subjects give way to them
+    kept = [row for row in kept if row.get("subject") or (row.get("task"), row.get("n")) not in anew]
+    merged = {(row.get("subject"), row.get("task"), row.get("name")): row for row in [*kept, *rows]}
+    modes = [name for name, _ in _MODES.values()]
+    names = ["tuned", "untuned", "untuned_lenient", *modes, *(name for _, _, name in merged)]
+    subjects = [key[:2] for key in merged]
+    order = sorted(merged, key=lambda key: (subjects.index(key[:2]), names.index(key[2])))
+    replace_json(path, [merged[key] for key in order])
+
+
+def _keep_samples(run: Path, results: Sequence[TaskResult], output: Path) -> None:
+    """Some questions of every task, spread over it, with the answers and copies of the pictures."""
+    from mm_moslora.utils.files import replace_json
+
+    own = [result for result in results if result.mode == "own"]
+    told = {_subject(result) for result in own}
+    known = [row for row in _known(run / "samples.json") if row.get("subject") not in told]
+    rows: list[dict[str, Any]] = []
+    for result in own:
+        after = read_samples(output / result.folder)
+        old = {row["id"]: row for row in _samples_if_any(output / UNTUNED / result.folder)}
+        share = max(1, MOST_EVIDENCE // len(own))
+        right = _open if _aggregation(result) in CAPTIONS else _right
+        for row in spread(spread(after, MOST_EVIDENCE), share):
+            earlier = old.get(row["id"], {})
+            rows.append(
+                {
+                    "image": _copied(run, output, row, f"{_subject(result)}-{len(rows):02d}"),
+                    "question": row["question"], "options": row["options"],
+                    "answer": row["answers"][0] if row["answers"] else "", "before": earlier.get("text"),
+                    "after": row["text"], "before_correct": right(earlier.get("score")),
+                    "after_correct": right(row["score"]), "task": result.task,
+                    "subject": _subject(result), "n": result.n,
+                }
+            )  # fmt: skip
+    if rows:  # what was asked of the most documents is shown first
+        replace_json(run / "samples.json", sorted([*known, *rows], key=lambda row: -int(row.get("n") or 0)))
+
+
+def _samples_if_any(place: Path) -> list[dict[str, Any]]:
+    return read_samples(place) if (place / SAMPLES).is_file() else []
+
+
+def _right(score: float | None) -> bool | None:
+    return None if score is None else score >= 0.5
+
+
+def _open(_score: float | None) -> None:
+    """Of an answer that is neither right nor wrong."""
+
+
+def _copied(run: Path, output: Path, row: dict[str, Any], name: str) -> str | None:
+    """A copy of what the evaluation keeps of a question's first picture."""
+    found = kept(output, row)
+    if not found:
+        return None
+    kept_name, data = found[0]
+    copy = run / "pictures" / f"{name}{Path(kept_name).suffix}"
+    copy.parent.mkdir(exist_ok=True)
+    with replacing(copy) as part:
+        part.write_bytes(data)
+    return copy.relative_to(run).as_posix()
+
+
+def _tell_trackers(run: Path, recipe: Any, rows: Sequence[dict[str, Any]], adapter: Path, *, step: int) -> None:
+    from mm_moslora.tracking import build_trackers
+    from mm_moslora.tracking.tracker import adapter_digest
+    from mm_moslora.utils.errors import ConfigError
+    from mm_moslora.utils.run_paths import RUN_LOCK
+
+    try:
+        lock = held(run / RUN_LOCK, wait=False)
+    except BlockingIOError:
+        logger.warning("%s still trains; its trackers get no scores until it is evaluated again.", run)
+        return
+    with lock:
+        try:
+            trackers = build_trackers(recipe.track)
+        except ConfigError as error:  # a tracker that is not installed here
+            logger.warning("Scores go to no tracker: %s", error)
+            return
+        trackers.reopen(recipe.to_dict(), run)
+        trackers.log_evaluation(rows, adapter=adapter_digest(adapter), step=step)
+        trackers.finish()

@@ -1,0 +1,1 @@
+"""Asking, storing, scoring a run."""

@@ -1,0 +1,103 @@
+"""Views of stored answers: which documents of which data, read by which rules.
+
+The answers of a task lie once per TASK@PROTOCOL/MODE, keyed by content, and none is ever taken out. What was asked of a
+data set, or of a selection of it, is a view with a folder of its own below, named after the selection and its checksum.
+So another selection, or another data set of the same name, stands beside it and never in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.untrusted_files import MOST_TEXT_BYTES, read_bytes
+from mm_moslora_eval.run.request_preparation import Item
+from mm_moslora_eval.sources.document import DataSet, digest
+
+TASK, DOCUMENTS, SAMPLES = "task.json", "documents.jsonl", "samples.jsonl"
+RESCORED = "-as-"
+"""In the name of a view that is read by the rules of another protocol than it was asked with."""
+_SHOWN = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The documents that were asked of a data set."""
+
+    name: str
+    """all, `first 5`, or `3 chosen`."""
+    n: int
+    of: int
+    """Documents of the data set."""
+    sha256: str
+    """Over the selected documents with their references and pictures: what a score is about."""
+
+    @property
+    def folder(self) -> str:
+        """Name of the view's folder."""
+        return f"{self.name.replace(' ', '-')}-{self.sha256[:_SHOWN]}"
+
+    @property
+    def text(self) -> str:
+        """For people; empty for a whole data set."""
+        return "" if self.name == "all" else f"{self.name} of {self.of}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def selection_of(items: Sequence[Item], data: DataSet) -> Selection:
+    """What the items are of their data set."""
+    ids, known = [item.document.id for item in items], [document.id for document in data.documents]
+    name = "all" if ids == known else f"first {len(ids)}" if ids == known[: len(ids)] else f"{len(ids)} chosen"
+    content = [[item.document.hash, list(item.own_ids)] for item in items]
+    return Selection(name=name, n=len(ids), of=len(known), sha256=digest(content))
+
+
+def views_below(folder: Path) -> list[Path]:
+    """Every view in a run, a task folder or a mode of it."""
+    return sorted(path.parent for path in folder.glob(f"**/{TASK}"))
+
+
+def find_view(place: Path) -> Path:
+    """The view that a folder means: itself, or of several the one with the most documents, then the latest.
+
+    Views that were read by another protocol's rules have to be named.
+
+    Args:
+        place: a view, or TASK@PROTOCOL/MODE.
+
+    Raises:
+        EvalError: no view is there.
+    """
+    if (place / TASK).is_file() or (place / DOCUMENTS).is_file():
+        return place
+    found = [path.parent for path in place.glob(f"*/{TASK}")] if place.is_dir() else []
+    if not found:
+        raise EvalError(f"{place / TASK} is missing; expected the folder TASK@PROTOCOL/MODE of a run, or a view in it.")
+    own = [view for view in found if RESCORED not in view.name] or found
+    return max(own, key=lambda view: (_documents(view), (view / TASK).stat().st_mtime_ns, view.name))
+
+
+def _documents(view: Path) -> int:
+    path = view / DOCUMENTS
+    return read_bytes(path, most=MOST_TEXT_BYTES).count(b"\n") if path.is_file() else 0
+
+
+def answers_folder(view: Path) -> Path:
+    """Where the answers of a view lie: above it, or in it for folders of releases that knew no views."""
+    return view if list(view.glob("answers*.jsonl")) else view.parent
+
+
+def run_of(view: Path) -> Path:
+    """The run folder of a view."""
+    return answers_folder(view).parents[1]
+
+
+def folder_of(view: Path) -> str:
+    """The view relative to its run folder."""
+    return view.relative_to(run_of(view)).as_posix()

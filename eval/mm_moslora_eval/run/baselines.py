@@ -1,0 +1,152 @@
+"""What a score is worth: answers that need no model, scored like a model's."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mm_moslora.utils.errors import DataError
+from mm_moslora_eval.protocol.task import Task
+from mm_moslora_eval.run.answer_views import selection_of
+from mm_moslora_eval.run.request_preparation import Preparation
+from mm_moslora_eval.run.result_file import TaskResult, summarise
+from mm_moslora_eval.scoring.answer_scoring import score_answer
+from mm_moslora_eval.scoring.score_aggregation import difference_of_scores
+from mm_moslora_eval.scoring.scored_sample import Scored
+from mm_moslora_eval.sources.document import DataSet, Document
+from mm_moslora_eval.sources.image_controls import Hasher
+
+logger = logging.getLogger(__name__)
+
+BASELINES = ("majority", "question_majority")
+
+
+@dataclass(frozen=True)
+class TrainingAnswer:
+    """A question of the training data with its answer."""
+
+    question: str
+    answer: str
+
+
+def read_training_answers(path: Path, *, image_folder: Path | None = None) -> list[TrainingAnswer]:
+    """Questions and answers of a training file in any form that `data.train` of a recipe takes.
+
+    Args:
+        path: the file or folder.
+        image_folder: where its pictures lie, which are not opened; None: below the file's folder.
+
+    Raises:
+        DataError: it cannot be read, or holds no usable record.
+    """
+    from mm_moslora.config import SourceConfig
+    from mm_moslora.data.record_faults import RecordError
+    from mm_moslora.data.sources.open_sources import open_source
+
+    source = open_source(SourceConfig(path=str(path), image_folder=str(image_folder) if image_folder else None))
+    found: list[TrainingAnswer] = []
+    unusable = 0
+    for row in range(len(source)):
+        try:
+            turns = [turn for turn in source[row].turns if turn.role != "system"]
+        except RecordError:
+            unusable += 1
+            continue
+        pairs = zip(turns[::2], turns[1::2], strict=False)
+        found += [TrainingAnswer(question.text, answer.text) for question, answer in pairs]
+    if not found:
+        raise DataError(f"{path} holds no question with an answer that can be read. Give the training file.")
+    if unusable:
+        logger.warning(
+            "%s: %d of %d records cannot be used; baselines learn from the rest.", path, unusable, len(source)
+        )
+    return found
+
+
+def baseline(
+    name: str, task: Task, documents: Sequence[Document], *, data: DataSet, training: Sequence[TrainingAnswer] = (),
+    own: Sequence[Scored] = (),
+) -> TaskResult:  # fmt: skip
+    """Score a baseline.
+
+    `about["learned_from"]` of the result says what the answers were learned from, `about["own_less_this"]` by how much
+    the model beats them.
+
+    Args:
+        name: one of `BASELINES`.
+        task: scores the answers.
+        documents: the evaluated ones.
+        data: where they come from.
+        training: questions and answers of the training set.
+        own: samples of the model with its own pictures.
+    """
+    items = Preparation(task, documents, mode="own", seed=0, fingerprint=name, hasher=Hasher()).items
+    clusters = [item.cluster for item in items]
+    scored = answer_without_model(name, task, documents, clusters=clusters, training=training)
+    about = {
+        "learned_from": learned_from(training),
+        "majority_answer": _most_frequent([item.answer for item in training or _answers_of(documents)]),
+        "data": data.to_dict(),
+        "selection": selection_of(items, data).to_dict(),
+    }
+    if own:
+        about["own_less_this"] = difference_of_scores(task.aggregation, own, scored).to_dict()
+    return summarise(task, scored, mode=name, about=about)
+
+
+def learned_from(training: Sequence[TrainingAnswer]) -> str:
+    """What the answers of the baselines come from, in words."""
+    return "training answers" if training else "the evaluated set"
+
+
+def answer_without_model(
+    name: str, task: Task, documents: Sequence[Document], *, clusters: Sequence[Hashable],
+    training: Sequence[TrainingAnswer] = (),
+) -> list[Scored]:  # fmt: skip
+    """The samples of a baseline.
+
+    `majority` always gives the most frequent answer, `question_majority` the most frequent one for the question's text
+    (the best that can be done without looking at the picture). Both learn from `training` if it is given, else from the
+    evaluated set itself, where a text that occurs once falls back on the majority.
+
+    Args:
+        name: one of `BASELINES`.
+        task: scores the answers.
+        documents: the evaluated ones.
+        clusters: what goes together, such as the picture of each document.
+        training: questions and answers of the training set.
+    """
+    assert name in BASELINES, name
+    source = training or _answers_of(documents)
+    overall = _most_frequent([item.answer for item in source])
+    by_question: dict[str, list[str]] = defaultdict(list)
+    for known_answer in source:
+        by_question[_key(known_answer.question)].append(known_answer.answer)
+    needed = 1 if training else 2
+    scored = []
+    for document, cluster in zip(documents, clusters, strict=True):
+        known = by_question.get(_key(document.question), [])
+        answer = _most_frequent(known) if name == "question_majority" and len(known) >= needed else overall
+        scored.append(score_answer(document, answer, extraction=task.extraction, metric=task.metric, cluster=cluster))
+    return scored
+
+
+def _answers_of(documents: Sequence[Document]) -> list[TrainingAnswer]:
+    return [
+        TrainingAnswer(document.question, Counter(document.answers).most_common(1)[0][0])
+        for document in documents
+        if document.answers
+    ]
+
+
+def _most_frequent(answers: Sequence[str]) -> str:
+    # Ties go to the alphabetically first, so that the order of rows does not matter.
+    counts = Counter(answers)
+    return min(counts, key=lambda answer: (-counts[answer], answer)) if counts else ""
+
+
+def _key(question: str) -> str:
+    return " ".join(question.replace("<image>", " ").lower().split())

@@ -1,0 +1,321 @@
+"""Evaluate a model on a task with its controls and baselines, and compare two runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.untrusted_files import read_text
+from mm_moslora_eval.metrics.question_groups import group_of
+from mm_moslora_eval.protocol.model_interface import Model
+from mm_moslora_eval.protocol.task import Task
+from mm_moslora_eval.run.answer_views import SAMPLES, TASK, find_view, folder_of
+from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, baseline
+from mm_moslora_eval.run.result_file import RULES, TaskResult, read_scored, score_folder, write_results
+from mm_moslora_eval.run.sample_thumbnails import keep
+from mm_moslora_eval.run.task_runner import Progress, Settings, open_run, run_task, select
+from mm_moslora_eval.scoring import error_bars
+from mm_moslora_eval.scoring.answer_scoring import JUDGED
+from mm_moslora_eval.scoring.score_aggregation import HeadlineDifference, headline_difference
+from mm_moslora_eval.sources.image_controls import MODES, Hasher, ImageMode
+
+if TYPE_CHECKING:
+    from mm_moslora_eval.run.llm_judge import Judge
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    model: Model,
+    task: Task,
+    output: Path,
+    *,
+    modes: Sequence[ImageMode] = MODES,
+    baselines: Sequence[str] = BASELINES,
+    training: Sequence[TrainingAnswer] = (),
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+    judge: Judge | None = None,
+) -> list[TaskResult]:
+    """Ask, score and write one task in several image modes, with baselines.
+
+    Args:
+        model: answers; what is already in `output` is not asked again.
+        task: the protocol.
+        output: run folder; it belongs to one model.
+        modes: own (the real pictures), blind (their mean colour), wrong (another item's picture).
+        baselines: names of `baselines.BASELINES`.
+        training: for the baselines; without it they learn from the evaluated set.
+        settings: batch size, limits, rank.
+        progress: called with (answered, all) within each mode.
+        judge: grades free answers; without one such tasks stay unscored.
+
+    Returns:
+        One result per mode and baseline, in this order; an empty list on ranks other than 0.
+
+    Raises:
+        EvalError: see `runner.run_task` and `runner.open_run`.
+    """
+    settings = settings or Settings()
+    with open_run(output, model, rank=settings.rank):
+        return evaluate_held(
+            model, task, output, modes=modes, baselines=baselines, training=training, settings=settings,
+            progress=progress, judge=judge,
+        )  # fmt: skip
+
+
+def evaluate_held(
+    model: Model,
+    task: Task,
+    output: Path,
+    *,
+    modes: Sequence[ImageMode],
+    baselines: Sequence[str],
+    training: Sequence[TrainingAnswer],
+    settings: Settings,
+    progress: Progress | None,
+    judge: Judge | None,
+) -> list[TaskResult]:
+    """`evaluate` for a caller that holds the run folder (`runner.open_run`) over several tasks."""
+    data = task.load()
+    hasher = Hasher()
+    results: list[TaskResult] = []
+    for mode in modes:
+        view = run_task(model, task, output, mode=mode, settings=settings, data=data, progress=progress, hasher=hasher)
+        if settings.rank == 0:
+            results.append(score_folder(view, judge=judge))
+            keep(output, read_samples(view), data.documents, mode=mode, hasher=hasher)
+            _write(output, results[-1:])
+    documents = select(data, settings)
+    if settings.rank == 0 and task.metric not in JUDGED and any(document.answers for document in documents):
+        asked = next((result for result in results if result.mode == "own" and result.scored), None)
+        own = read_scored(output / asked.folder) if asked is not None and baselines else []
+        floors = [baseline(name, task, documents, data=data, training=training, own=own) for name in baselines]
+        _write(output, floors)
+        results += floors
+    return results
+
+
+def _write(output: Path, results: Sequence[TaskResult]) -> None:
+    for result in write_results(output, results):
+        logger.warning(
+            "%s: results.json keeps the earlier result of the same documents, which is more complete than this one.",
+            result.id,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two systems on the same samples, A - B; each may have run with several seeds."""
+
+    task: str
+    score_a: float
+    score_b: float
+    paired: error_bars.Paired
+    changed: tuple[str, ...]
+    """Ids of the samples whose score differs."""
+    detectable: float
+    """The true difference that this many samples are likely to show (80 % power)."""
+    seeds_a: tuple[float, ...] = ()
+    """The mean score of each run of A."""
+    seeds_b: tuple[float, ...] = ()
+    seed_spread: float = math.nan
+    """Standard deviation between seeds, pooled over both systems; nan with one seed each."""
+    samples: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = ()
+    """The rows of A and B (of their first seeds) whose score differs."""
+    aggregation: str = "mean"
+    """How the task adds samples up; compared is the mean over samples, for `circular` that over questions."""
+
+    headline: HeadlineDifference | None = None
+    """The task's own number, where that is no mean of samples (POPE, MME, MMStar's macro average)."""
+
+    @property
+    def caution(self) -> str:
+        """What a reader must know whose task has another headline than the mean; empty for a mean."""
+        if self.aggregation in ("mean", "circular", "ocrbench", "mmvet", "mmvet_vlmevalkit"):
+            return ""  # means of samples, or of questions
+        return (
+            f"Wins, losses and p-values are about single samples; the headline of this task adds them up otherwise "
+            f"({self.aggregation})."
+        )
+
+
+def read_samples(place: Path) -> list[dict[str, Any]]:
+    """The rows of a `samples.jsonl`, given the file, its view, or TASK@PROTOCOL/MODE."""
+    path = find_view(place) / SAMPLES if place.is_dir() else place
+    if not path.is_file():
+        raise EvalError(f"{path} is missing; expected a `samples.jsonl` or the folder TASK@PROTOCOL/MODE of a run.")
+    return [json.loads(text) for text in read_text(path).split("\n") if text]
+
+
+def paired_folders(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> list[tuple[list[Path], list[Path]]]:
+    """The views that all runs have (same task, protocol, image mode and documents), or the given places themselves.
+
+    Raises:
+        EvalError: nothing in common.
+    """
+    everything = [*runs_a, *runs_b]
+    missing = [str(run) for run in everything if not run.exists()]
+    if missing:
+        raise EvalError(f"There is no {missing[0]!r}. Give two run folders, or two folders TASK@PROTOCOL/MODE.")
+    if all(_is_place(run) for run in everything):
+        return [_alike(runs_a, runs_b)]
+    found = [{folder_of(path.parent): path.parent for path in _scored_below(run)} for run in everything]
+    shared = sorted(set.intersection(*(set(views) for views in found)))
+    if not shared:
+        named = ", ".join(str(run) for run in everything)
+        tasks = [{name.rpartition("/")[0] for name in views} for views in found]
+        same = sorted(set.intersection(*tasks))
+        if same:
+            raise EvalError(
+                f"{named} all have {same[0]}, but on different documents. Evaluate them on the same data and limit."
+            )
+        raise EvalError(
+            f"{named} have no scored task in common. Give two run folders, or two folders TASK@PROTOCOL/MODE."
+        )
+    sides = [[views[name] for views in found] for name in shared]
+    return [(side[: len(runs_a)], side[len(runs_a) :]) for side in sides]
+
+
+def _scored_below(run: Path) -> list[Path]:
+    """Sample files of a run: in views, and in the folders of releases that knew no views."""
+    return [*run.glob(f"*/*/{SAMPLES}"), *run.glob(f"*/*/*/{SAMPLES}")]
+
+
+def _is_place(path: Path) -> bool:
+    return path.is_file() or bool([*path.glob(SAMPLES), *path.glob(f"*/{SAMPLES}")])
+
+
+def _alike(a: Sequence[Path], b: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The views of the same documents in all places; where there is none, the view that each place means."""
+    places = [*a, *b]
+    below = [{path.parent.name for path in place.glob(f"*/{SAMPLES}")} for place in places]
+    shared = set.intersection(*below) if below else set()
+    if shared:
+        largest = find_view(places[0]).name
+        name = largest if largest in shared else sorted(shared)[0]
+        return [place / name for place in a], [place / name for place in b]
+    meant = [find_view(place) if place.is_dir() else place for place in places]
+    return meant[: len(a)], meant[len(a) :]
+
+
+def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path]) -> Comparison:
+    """Compare the samples of task folders (of two systems, or of two image modes of one run).
+
+    Several folders of one system are its seeds: every sample counts with its mean over them.
+
+    Raises:
+        EvalError: they hold different documents, or are unscored.
+    """
+    given = [[runs] if isinstance(runs, Path) else list(runs) for runs in (runs_a, runs_b)]
+    places_a, places_b = _alike(*given)
+    places = [*places_a, *places_b]
+    a, b = ([_by_id(place) for place in side] for side in (places_a, places_b))
+    first = a[0]
+    for place, rows in zip(places, [*a, *b], strict=True):
+        _check_same(places[0], first, place, rows)
+        _check_rules(places[0], place)
+    place = places[0]
+    aggregation = _described(place).get("task", {}).get("aggregation", "mean")
+    if aggregation == "circular":
+        a, b = [_by_question(rows) for rows in a], [_by_question(rows) for rows in b]
+        first = a[0]
+    names = list(first)
+    left = [error_bars.mean([rows[name]["score"] for rows in a]) for name in names]
+    right = [error_bars.mean([rows[name]["score"] for rows in b]) for name in names]
+    clusters = [first[name]["cluster"] for name in names]
+    shared = len(set(clusters)) < len(clusters)
+    seeds = [tuple(error_bars.mean([row["score"] for row in rows.values()]) for rows in side) for side in (a, b)]
+    changed = tuple(name for name, x, y in zip(names, left, right, strict=True) if x != y)
+    paired = error_bars.paired(left, right, clusters=clusters if shared else None)
+    return Comparison(
+        task=_named(place),
+        score_a=error_bars.mean(left),
+        score_b=error_bars.mean(right),
+        paired=paired,
+        changed=changed,
+        detectable=error_bars.detectable_difference(paired.stderr),
+        seeds_a=seeds[0],
+        seeds_b=seeds[1],
+        seed_spread=_pooled_spread(seeds),
+        samples=tuple((first[name], b[0][name]) for name in changed),
+        aggregation=aggregation,
+        headline=_headline(aggregation, places) if len(places) == 2 else None,
+    )
+
+
+def _headline(aggregation: str, places: Sequence[Path]) -> HeadlineDifference | None:
+    if not all(place.is_dir() for place in places):
+        return None
+    left, right = (read_scored(place) for place in places)
+    by_id = {sample.document.id: sample for sample in right}
+    return headline_difference(aggregation, left, [by_id[sample.document.id] for sample in left])
+
+
+def _by_question(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """MMBench's questions instead of their rotations: right when every rotation is."""
+    questions: dict[str, dict[str, Any]] = {}
+    for name, row in sorted(rows.items(), key=lambda item: int(item[0])):
+        question = str(group_of(int(name)))
+        before = questions.setdefault(question, dict(row))
+        if row["score"] < before["score"]:
+            questions[question] = dict(row)  # the rotation that went wrong is the one to look at
+    return questions
+
+
+def _described(place: Path) -> dict[str, Any]:
+    path = (place if place.is_dir() else place.parent) / TASK
+    return dict(json.loads(read_text(path))) if path.is_file() else {}
+
+
+def _named(place: Path) -> str:
+    """NAME@PROTOCOL, and the selection where it is not the whole data set."""
+    described = _described(place)
+    if not described:
+        return place.parent.name
+    selection = described.get("selection", {})
+    part = f", {selection['name']} of {selection['of']}" if selection.get("name", "all") != "all" else ""
+    return f"{described['task']['name']}@{described['task']['protocol']}{part}"
+
+
+def _by_id(place: Path) -> dict[str, dict[str, Any]]:
+    rows = {row["id"]: row for row in read_samples(place)}
+    if any(row["score"] is None for row in rows.values()):
+        raise EvalError(f"{place} is unscored, so there is nothing to compare; score it with a judge first.")
+    return rows
+
+
+def _check_same(place_a: Path, a: dict[str, dict[str, Any]], place_b: Path, b: dict[str, dict[str, Any]]) -> None:
+    if a.keys() != b.keys():
+        odd = sorted(a.keys() ^ b.keys())
+        raise EvalError(
+            f"{place_a} and {place_b} hold different documents: {len(odd)} are in one only (first: {odd[0]!r}). "
+            "Evaluate both on the same data and limit."
+        )
+    if any((row["question"], row["answers"]) != (b[name]["question"], b[name]["answers"]) for name, row in a.items()):
+        raise EvalError(f"{place_a} and {place_b} use the same ids for different questions; they are not comparable.")
+
+
+def _check_rules(place_a: Path, place_b: Path) -> None:
+    a, b = (_described(place).get("task") for place in (place_a, place_b))
+    if not a or not b:
+        return
+    odd = [f"{rule} {a.get(rule)!r} and {b.get(rule)!r}" for rule in ("version", *RULES) if a.get(rule) != b.get(rule)]
+    if odd:
+        raise EvalError(
+            f"{place_a} and {place_b} were scored by different rules: {', '.join(odd)}. Score both by one protocol, "
+            "with mm-moslora eval score."
+        )
+
+
+def _pooled_spread(seeds: Sequence[Sequence[float]]) -> float:
+    several = [scores for scores in seeds if len(scores) > 1]
+    squares = [error_bars.sample_stddev(scores) ** 2 * (len(scores) - 1) for scores in several]
+    degrees = sum(len(scores) - 1 for scores in several)
+    return math.sqrt(sum(squares) / degrees) if degrees else math.nan

@@ -1,0 +1,74 @@
+"""Under which circumstances answers came about: precision, device, versions, commit; and a line per call of a run.
+
+The circumstances stand with the answers of every view and in `results.json`; `invocations.jsonl` also has the commands.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.utils.redaction import redact, redacted_command
+from mm_moslora.utils.untrusted_files import read_text_below
+from mm_moslora_eval.protocol.model_interface import Model
+from mm_moslora_eval.run.answer_log import line
+from mm_moslora_eval.run.result_file import environment
+
+FILE = "invocations.jsonl"
+_SECONDS = 5
+
+
+def circumstances(model: Model) -> dict[str, Any]:
+    """What computes answers now: details of the model (precision, device, attention), versions, commit."""
+    details: Mapping[str, Any] = getattr(model, "details", {})
+    return {"model": dict(details), "environment": environment(), "code": commit()}
+
+
+def record(folder: Path, model: Model, settings: Mapping[str, Any]) -> None:
+    """Append what this call is: command, settings, hardware and precision, versions, commit."""
+    now = circumstances(model)
+    row = {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": redacted_command([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "settings": redact(dict(settings)),
+        **now,
+        "model": redact({"name": model.name, **now["model"]}) | {"fingerprint": model.fingerprint},
+    }
+    with (folder / FILE).open("a", encoding="utf-8") as stream:
+        stream.write(line(row))
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The recorded calls; a torn line is left out."""
+    rows = []
+    for text in (read_text_below(folder, FILE) or "").splitlines():
+        try:
+            rows.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+@lru_cache(maxsize=1)
+def commit() -> dict[str, Any] | None:
+    """The commit of the checkout that this code runs from and whether it was changed; None outside of one."""
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return None
+    try:
+        found = [
+            subprocess.run(
+                ["git", "-C", str(root), *arguments],
+                capture_output=True, text=True, timeout=_SECONDS, check=True,
+            ).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": found[0], "dirty": bool(found[1])}

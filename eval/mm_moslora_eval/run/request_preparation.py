@@ -1,0 +1,204 @@
+"""From documents to work: prompts rendered, pictures identified, keys computed, shares dealt to ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.utils.errors import DataError, EvalError
+from mm_moslora_eval.protocol.model_interface import Message, OptionRequest, Request
+from mm_moslora_eval.protocol.task import Task
+from mm_moslora_eval.sources.document import CONTEXT, Document, ImageLike, digest
+from mm_moslora_eval.sources.image_controls import Hasher, ImageMode, derangement, mean_image
+
+FORMAT = 1
+"""Version of keys and files; another version is never mixed in."""
+
+_TOKENS_PER_IMAGE = 576  # LLaVA-1.5; only the order of work depends on it
+_CHARACTERS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One document, ready to be asked."""
+
+    index: int
+    document: Document
+    key: str
+    """Hash of all that decides the answer: task, document, prompt, pictures, decoding, model. Never the rank."""
+    messages: tuple[Message, ...]
+    image_ids: tuple[str, ...]
+    """Hashes of the pictures shown."""
+    own_ids: tuple[str, ...]
+    """Hashes of the document's own pictures; they group samples whatever the image mode shows."""
+    problem: str | None
+
+    @property
+    def cost(self) -> float:
+        """Rough length in tokens."""
+        characters = sum(len(message.text) for message in self.messages)
+        return characters / _CHARACTERS_PER_TOKEN + _TOKENS_PER_IMAGE * len(self.image_ids)
+
+    @property
+    def cluster(self) -> str:
+        """What samples on the same picture share."""
+        return "+".join(self.own_ids) or f"document {self.document.id}"
+
+
+class Preparation:
+    """The items of one task in one image mode.
+
+    Args:
+        task: the protocol.
+        documents: to be asked.
+        mode: which pictures to show.
+        seed: picks the wrong pictures.
+        fingerprint: of the model.
+        hasher: identifies pictures.
+        pool: the whole data set, whose pictures the wrong ones are taken from, so that a document gets the same one in
+            every selection; None: the documents are all.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        documents: Sequence[Document],
+        *,
+        mode: ImageMode,
+        seed: int,
+        fingerprint: str,
+        hasher: Hasher,
+        pool: Sequence[Document] | None = None,
+    ) -> None:
+        self._task, self._mode = task, mode
+        self._pictures: dict[str, ImageLike] = {}
+        shown = documents if pool is None or mode != "wrong" else pool
+        identified = {document.id: self._identify(document, hasher) for document in shown}
+        beside = [ids for ids, problem in identified.values() if problem is None]
+        known = [name for ids in beside for name in ids]
+        self._other = derangement(known, seed=seed, apart=beside) if mode == "wrong" and known else {}
+        self.items = tuple(
+            self._item(index, document, *identified[document.id], fingerprint)
+            for index, document in enumerate(documents)
+        )
+        keys = [item.key for item in self.items]
+        assert len(set(keys)) == len(keys), "document ids are unique, so keys are"
+
+    def _identify(self, document: Document, hasher: Hasher) -> tuple[tuple[str, ...], str | None]:
+        if document.problem is not None:
+            return (), document.problem
+        names = []
+        for image in document.images:
+            try:
+                name = hasher(image)
+            except (DataError, OSError) as error:
+                return (), f"image cannot be read: {error}"
+            self._pictures.setdefault(name, image)
+            names.append(name)
+        return tuple(names), None
+
+    def _item(
+        self, index: int, document: Document, own: tuple[str, ...], problem: str | None, fingerprint: str
+    ) -> Item:
+        task = self._task
+        messages: tuple[Message, ...] = ()
+        if problem is None:
+            try:
+                messages = task.prompt.messages(document)
+                own = tuple(own[place] for place in task.prompt.image_order(document))
+            except EvalError as error:
+                problem = str(error)
+        shown = own
+        if self._mode == "wrong":
+            shown = tuple(self._other[name] for name in own)
+        elif self._mode == "blind":
+            shown = tuple(f"mean:{name}" for name in own)
+        conversation = [[message.role, message.text] for message in messages]
+        decided = {
+            "format": FORMAT,
+            "task": task.asked,
+            "id": document.id,
+            "document": document.hash,
+            "prompt": digest(conversation),
+            "images": shown,
+            "mode": self._mode,
+            "model": fingerprint,
+            "problem": problem,
+        }
+        return Item(
+            index=index,
+            document=document,
+            key=digest(decided),
+            messages=messages,
+            image_ids=shown,
+            own_ids=own,
+            problem=problem,
+        )
+
+    def request(self, item: Item) -> Request:
+        """The item as the model gets it; pictures of the mode `blind` are made here.
+
+        Raises:
+            DataError: the picture cannot be decoded (mode `blind`).
+        """
+        pictures: list[Any] = []
+        for own, shown in zip(item.own_ids, item.image_ids, strict=True):
+            pictures.append(mean_image(self._pictures[own]) if self._mode == "blind" else self._pictures[shown])
+        return Request(
+            id=item.document.id,
+            messages=item.messages,
+            images=tuple(pictures),
+            max_new_tokens=self._task.decoding.max_new_tokens,
+            stop=self._task.decoding.stop,
+            raw=self._task.decoding.kind == "continuation",
+            aliases=_aliases(item.document),
+        )
+
+    def option_request(self, item: Item) -> OptionRequest:
+        """The item with its option letters as continuations, or with their texts."""
+        document = item.document
+        if self._task.decoding.kind == "loglikelihood":
+            return OptionRequest(request=self.request(item), options=tuple(document.options))
+        texts = tuple(f" {text}" for text in document.options.values())
+        contexts = tuple(text for name, text in document.extra.items() if name.startswith(CONTEXT))
+        return OptionRequest(request=self.request(item), options=texts, contexts=contexts)
+
+    def paths(self, item: Item) -> list[str | None]:
+        """The files of the pictures shown, where they are files."""
+        if self._mode == "blind":
+            return [None for _ in item.image_ids]
+        pictures = [self._pictures.get(name) for name in item.image_ids]
+        return [str(picture) if isinstance(picture, Path) else None for picture in pictures]
+
+
+def _aliases(document: Document) -> tuple[str, ...]:
+    """What other harnesses call a document: its question id, its picture's file, that in its category's folder."""
+    extra = document.extra
+    path = extra.get("image_path", "")
+    within = f"{document.category}/{path.rpartition('/')[2]}" if path and document.category else ""
+    return tuple(name for name in (extra.get("question_id", ""), path, within) if name)
+
+
+def deal(items: Sequence[Item], *, rank: int, world_size: int) -> list[Item]:
+    """This rank's share: groups of one picture stay together, the costliest goes to the least loaded rank first.
+
+    It depends on the items alone, so that every rank and every rerun agrees without talking.
+
+    Returns:
+        The share, longest first, so that a lack of memory shows at once.
+    """
+    groups: dict[tuple[str, ...], list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.image_ids or (item.document.id,), []).append(item)
+    ordered = sorted(groups.values(), key=lambda group: (-sum(item.cost for item in group), group[0].index))
+    loads = [0.0] * world_size
+    share: list[list[Item]] = []
+    for group in ordered:
+        least = loads.index(min(loads))
+        loads[least] += sum(item.cost for item in group)
+        if least == rank:
+            share.append(group)
+    share.sort(key=lambda group: (-max(item.cost for item in group), group[0].index))
+    return [item for group in share for item in sorted(group, key=lambda item: (-item.cost, item.index))]

@@ -1,0 +1,592 @@
+"""Scores of a run folder: from answers to `samples.jsonl` and `results.json`. Needs no model, no data set, no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_moslora.config.strict_reading import build_strictly
+from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.files import replace_text
+from mm_moslora.utils.untrusted_files import FileError, read_text
+from mm_moslora_eval.protocol.task import Task
+from mm_moslora_eval.run.answer_log import line, read_folder
+from mm_moslora_eval.run.answer_views import DOCUMENTS, RESCORED, SAMPLES, TASK, answers_folder, find_view, folder_of
+from mm_moslora_eval.run.request_preparation import FORMAT
+from mm_moslora_eval.scoring.answer_scoring import JUDGED, score_answer, score_leniently, without_thinking
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, READS_ANSWERS
+from mm_moslora_eval.scoring.score_remarks import answers_alike, failures, thinking, wordy
+from mm_moslora_eval.scoring.scored_sample import Aggregate, Scored, mean_with_error
+from mm_moslora_eval.sources.document import Document
+
+if TYPE_CHECKING:
+    from mm_moslora_eval.run.llm_judge import Judge
+
+RULES = ("extraction", "metric", "aggregation")
+"""Parts of a task that make a score of answers."""
+
+
+LENIENT = "lenient"
+"""Mode of a result whose answers count wherever they hold the right word."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What became of the documents; `total` is what the data set has (after `limit`)."""
+
+    total: int
+    scored: int
+    failed: int
+    """No answer; counted as wrong in the headline score."""
+    not_inferable: int
+    """Answered, but the extraction read nothing; wrong."""
+    truncated: int
+    """Cut off by max_new_tokens."""
+    dropped: int = 0
+    """Rows that the protocol leaves out."""
+    thinking: int = 0
+    """Answers whose `<think>` blocks were taken out before anything was read."""
+    unclosed_thinking: int = 0
+    """Of these, answers whose block never ends; they are among `not_inferable`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """One line of the table: a task under a protocol in one image mode, or a baseline."""
+
+    task: str
+    protocol: str
+    version: int
+    mode: str
+    """own, blind, wrong; majority or question_majority for baselines."""
+    n: int
+    score: float
+    stderr: float
+    low: float
+    high: float
+    stderr_kind: str
+    counts: Counts
+    completed: dict[str, float]
+    """n, score and stderr over the samples that were answered."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    categories: dict[str, dict[str, float]] = field(default_factory=dict)
+    """n, score, stderr, low, high per category."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """Protocol, data, selection, model, seed, first prompt, what computed the answers and when."""
+    folder: str = ""
+    """The view with the samples, relative to the run folder; empty for a baseline."""
+    remarks: tuple[str, ...] = ()
+    """What a reader of the score must not miss: why samples failed, that all answers are the same."""
+
+    @property
+    def id(self) -> str:
+        """Task, protocol and mode."""
+        return f"{self.task}@{self.protocol}/{self.mode}"
+
+    @property
+    def subject(self) -> tuple[Any, ...]:
+        """What is measured by which rules; scores of unlike subjects are never put side by side."""
+        return (*self._measured, *self._rules)
+
+    @property
+    def _measured(self) -> tuple[Any, ...]:
+        checksum = self.about.get("selection", {}).get("sha256") or self.about.get("data", {}).get("sha256", "")
+        return (self.task, self.protocol, self.about.get("asked_as", self.protocol), checksum, self.n)
+
+    @property
+    def _rules(self) -> tuple[Any, ...]:
+        """What a protocol's name does not tell of a task file that was edited."""
+        return (self.version, *(self.about.get(rule, "") for rule in RULES))
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Two results of one run folder with the same key stand in one view: the later one takes the other's place."""
+        return (*self._measured, self.mode)
+
+    @property
+    def scored(self) -> bool:
+        """Whether there is a score."""
+        return not math.isnan(self.score)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; nan becomes None."""
+        return _plain(asdict(self))  # type: ignore[no-any-return]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def result_from_dict(data: dict[str, Any]) -> TaskResult:
+    """The inverse of `TaskResult.to_dict`."""
+    counts = Counts(**data["counts"])
+    numbers = {name: float("nan") if data[name] is None else data[name] for name in ("score", "stderr", "low", "high")}
+    return TaskResult(**{**data, **numbers, "counts": counts, "remarks": tuple(data.get("remarks", ()))})
+
+
+def names_of(results: Sequence[TaskResult]) -> list[str]:
+    """`NAME@PROTOCOL` of every result, with the selection and, where names collide, the data file, its checksum, the
+    rules."""
+
+    def described(result: TaskResult) -> tuple[str, str, str, str]:
+        about = result.about
+        selection = about.get("selection", {})
+        part = f", {selection['name']} of {selection['of']}" if selection.get("name", "all") != "all" else ""
+        asked = about.get("asked_as", result.protocol)
+        part += f", asked as {asked}" if asked != result.protocol else ""
+        path = "/".join(Path(str(about.get("data", {}).get("path", ""))).parts[-2:])
+        rules = ", ".join(str(result.about.get(rule, "?")) for rule in RULES)
+        checksum = f" [{str(result.subject[3])[:8]}]"
+        return (
+            f"{result.task}@{result.protocol}{part}",
+            f" ({path})",
+            checksum,
+            f" by {rules}, version {result.version}",
+        )
+
+    parts = {result.subject: described(result) for result in results}
+    shown = {subject: part[0] for subject, part in parts.items()}
+    for number in (1, 2, 3):
+        taken = Counter(shown.values())
+        shown = {subject: name + parts[subject][number] if taken[name] > 1 else name for subject, name in shown.items()}
+    return [shown[result.subject] for result in results]
+
+
+def score_folder(place: Path, *, rules: Task | None = None, judge: Judge | None = None) -> TaskResult:
+    """Score the answers of one view and write its `samples.jsonl`.
+
+    A task that only a judge can score is left unscored without one, and where the judge fails: its score is nan,
+    `about["unscored"]` says why, and a submission file lies beside the samples.
+
+    Args:
+        place: the folder that `runner.run_task` returned, or TASK@PROTOCOL/MODE.
+        rules: a task whose extraction, metric and aggregation are used instead of those the questions were asked with;
+            the samples then lie in a view beside this one.
+        judge: grades free answers.
+
+    Raises:
+        EvalError: files are missing or of another format, or documents have no answer yet.
+    """
+    view = find_view(place)
+    described = _read_json(view / TASK)
+    if described.get("format") != FORMAT:
+        raise EvalError(
+            f"{view} has format {described.get('format')!r}, this version reads {FORMAT}; "
+            "score it with the version that wrote it."
+        )
+    task = build_strictly(Task, described["task"], source=str(view / TASK))
+    rows = _documents(view)
+    answers = read_folder(answers_folder(view))
+    missing = [row["id"] for row in rows if row["key"] not in answers]
+    if missing:
+        raise EvalError(
+            f"{view}: {len(missing)} of {len(rows)} documents have no answer yet (first: {missing[0]!r}); "
+            "run the evaluation again, it goes on where it stopped."
+        )
+    if rules is not None:
+        view, task = _with_rules(view, described, task, rules)
+    given = [answers[row["key"]] for row in rows]
+    about = {key: described[key] for key in _ABOUT if key in described}
+    about["date"] = max((str(answer["time"]) for answer in given if answer.get("time")), default=None)
+    texts = [(Document.from_dict(row), answer["text"]) for row, answer in zip(rows, given, strict=True)]
+    scored, reason = _scored(task, texts, [row["cluster"] for row in rows], judge)
+    if judge is not None:
+        about["judge"] = judge.to_dict()
+    settled: dict[str, Any] = {
+        "mode": described["mode"], "folder": folder_of(view),
+        "truncated": sum(answer["finish_reason"] == "length" for answer in given),
+        "errors": [_last_line(answer["error"]) for answer in given],
+    }  # fmt: skip
+    if reason is not None:
+        if not _has_scores(view):  # what a judge has said is worth more than that there is none now
+            _write_samples(view, rows, given, scored)
+        about["unscored"] = f"{reason.text} {_submit(task, view)}"
+        about |= {"judge_failed": True} if reason.failed else {}
+        return unscored(task, scored, about=about, **settled)
+    _write_samples(view, rows, given, scored)
+    return summarise(task, scored, about=about, **settled)
+
+
+_ABOUT = ("model", "seed", "data", "selection", "first_prompt", "computed_by", "asked_as")
+
+
+def _with_rules(view: Path, described: dict[str, Any], task: Task, rules: Task) -> tuple[Path, Task]:
+    """A view of the same answers under another protocol's rules; prompt and decoding stay those of the asking."""
+    kept = replace(
+        task, protocol=rules.protocol, version=rules.version, extraction=rules.extraction, metric=rules.metric,
+        aggregation=rules.aggregation, published=rules.published, notes=rules.notes, differences=rules.differences,
+    )  # fmt: skip
+    described |= {"task": kept.to_dict()}
+    if rules.protocol != task.protocol:
+        described |= {"asked_as": described.get("asked_as", task.protocol)}
+        source, view = view, view.with_name(f"{view.name.partition(RESCORED)[0]}{RESCORED}{rules.protocol}")
+        view.mkdir(exist_ok=True)
+        replace_text(view / DOCUMENTS, read_text(source / DOCUMENTS))
+    replace_text(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+    return view, kept
+
+
+def _write_samples(
+    view: Path, rows: Sequence[dict[str, Any]], given: Sequence[dict[str, Any]], scored: Sequence[Scored]
+) -> None:
+    samples = [
+        _sample(index, row, answer, one)
+        for index, (row, answer, one) in enumerate(zip(rows, given, scored, strict=True))
+    ]
+    replace_text(view / SAMPLES, "".join(line(sample) for sample in samples))
+
+
+def _has_scores(view: Path) -> bool:
+    try:
+        return all(sample.score is not None for sample in read_scored(view))
+    except EvalError:
+        return False
+
+
+@dataclass(frozen=True)
+class _Unscored:
+    """Why there is no score."""
+
+    text: str
+    failed: bool = False
+    """A judge was asked and did not do it."""
+
+
+def _scored(
+    task: Task, given: Sequence[tuple[Document, str | None]], clusters: Sequence[str], judge: Judge | None
+) -> tuple[list[Scored], _Unscored | None]:
+    """Samples with their scores, and why there is no score, if there is none."""
+    plain = _without_scores(given, clusters)
+    if all(not document.answers for document, _ in given) and task.metric not in JUDGED:
+        return plain, _Unscored("The data holds no reference answers.")
+    if task.metric in JUDGED and judge is None:
+        return plain, _Unscored("Only a judge can score this task, and none was given (--judge).")
+    try:
+        if task.metric in JUDGED:
+            assert judge is not None
+            return _graded(task, given, plain, judge), None
+        read, extraction = given, task.extraction
+        if judge is not None:
+            from mm_moslora_eval.run.llm_judge import extract_all
+
+            read, extraction = extract_all(judge, extraction, _visible(given))
+    except EvalError as error:  # the other tasks are asked and scored all the same
+        return plain, _Unscored(str(error), failed=True)
+    return [_score_one(task, sample, found, extraction) for sample, (_, found) in zip(plain, read, strict=True)], None
+
+
+def _score_one(task: Task, sample: Scored, found: str | None, extraction: str) -> Scored:
+    """Score what a judge found, or the answer itself; the sample keeps the answer as it came."""
+    answer = None if sample.failed else sample.text if found is None else found
+    rules = {"extraction": extraction, "metric": task.metric}
+    scored = score_answer(sample.document, answer, cluster=sample.cluster, **rules)
+    return replace(scored, text=sample.text)
+
+
+def _graded(
+    task: Task, given: Sequence[tuple[Document, str | None]], plain: Sequence[Scored], judge: Judge
+) -> list[Scored]:
+    from mm_moslora_eval.run.llm_judge import grade_all
+
+    graded = []
+    for sample, grade in zip(plain, grade_all(judge, task.metric, _visible(given)), strict=True):
+        readable = grade is not None and grade.readable
+        graded.append(
+            replace(
+                sample, score=grade.score if grade else 0.0, parsed=grade.reply if grade and readable else "",
+                numbers=grade.numbers if grade else (),
+            )
+        )  # fmt: skip
+    return graded
+
+
+def _visible(given: Sequence[tuple[Document, str | None]]) -> list[tuple[Document, str | None]]:
+    """Answers as a judge sees them; one whose thinking never ends is not shown to it."""
+    seen = [None if text is None else without_thinking(text) for _, text in given]
+    return [
+        (document, None if answer is None or answer.unclosed else answer.text)
+        for (document, _), answer in zip(given, seen, strict=True)
+    ]
+
+
+def _without_scores(given: Sequence[tuple[Document, str | None]], clusters: Sequence[str]) -> list[Scored]:
+    return [
+        Scored(
+            document=document, text=text or "", parsed=text or "", score=math.nan, failed=text is None, cluster=cluster
+        )
+        for (document, text), cluster in zip(given, clusters, strict=True)
+    ]
+
+
+def _submit(task: Task, view: Path) -> str:
+    from mm_moslora_eval.run.submissions import DEFAULT_FORM, SUFFIXES, submission
+
+    form = DEFAULT_FORM.get(task.name, "vlmevalkit")
+    path = view / f"submission.{SUFFIXES.get(form, 'json')}"
+    path.write_bytes(submission(view, form=form)[0])  # the run's own file: scoring again writes it again
+    return f"The answers were written to {path} in the form {form!r}."
+
+
+def unscored(
+    task: Task, samples: Sequence[Scored], *, mode: str, about: dict[str, Any], truncated: int = 0, folder: str = "",
+    errors: Sequence[str | None] = (),
+) -> TaskResult:  # fmt: skip
+    """The result of a task that has answers but no score."""
+    failed = sum(sample.failed for sample in samples)
+    nan = math.nan
+    return TaskResult(
+        task=task.name, protocol=task.protocol, version=task.version, mode=mode, n=len(samples), score=nan, stderr=nan,
+        low=nan, high=nan, stderr_kind="none",
+        counts=Counts(
+            total=len(samples), scored=0, failed=failed, not_inferable=0, truncated=truncated,
+            dropped=about.get("data", {}).get("dropped", 0), **_thinking(samples),
+        ),
+        completed={"n": len(samples) - failed}, about=_protocol(task) | about, folder=folder,
+        remarks=(*failures(errors), *thinking(samples)),
+    )  # fmt: skip
+
+
+def _thinking(samples: Sequence[Scored]) -> dict[str, int]:
+    answers = [without_thinking(sample.text) for sample in samples]
+    return {
+        "thinking": sum(answer.thought for answer in answers),
+        "unclosed_thinking": sum(answer.unclosed for answer in answers),
+    }
+
+
+def _protocol(task: Task) -> dict[str, Any]:
+    return {
+        "title": task.title,
+        "prompt": asdict(task.prompt),
+        "decoding": asdict(task.decoding),
+        "extraction": task.extraction,
+        "metric": task.metric,
+        "aggregation": task.aggregation,
+        "expected_count": task.expected_count,
+        "licence": task.licence,
+        "unverified": list(task.unverified),
+        "published": [asdict(row) for row in task.published],
+        "notes": task.notes,
+        "differences": list(task.differences),
+    }
+
+
+def summarise(
+    task: Task, scored: Sequence[Scored], *, mode: str, about: dict[str, Any], truncated: int = 0, folder: str = "",
+    errors: Sequence[str | None] = (),
+) -> TaskResult:  # fmt: skip
+    """Add scored samples up; N scored equals N in the data, or this fails.
+
+    Args:
+        task: its aggregation is used.
+        scored: every sample.
+        mode: image mode, or name of a baseline.
+        about: goes into the result.
+        truncated: answers that max_new_tokens cut off.
+        folder: see `TaskResult.folder`; without one it is a baseline, whose answers are the same by design.
+        errors: why each sample failed; None for those that did not.
+    """
+    headline = AGGREGATIONS[task.aggregation](scored)
+    done = [sample for sample in scored if not sample.failed]
+    failed = len(scored) - len(done)
+    completed = headline if failed == 0 else AGGREGATIONS[task.aggregation](done) if done else None
+    assert len({sample.document.id for sample in scored}) == len(scored), "every document is scored exactly once"
+    return TaskResult(
+        task=task.name,
+        protocol=task.protocol,
+        version=task.version,
+        mode=mode,
+        n=len(scored),
+        score=headline.score,
+        stderr=headline.stderr,
+        low=headline.low,
+        high=headline.high,
+        stderr_kind=headline.stderr_kind,
+        counts=Counts(
+            total=len(scored),
+            scored=len(done),
+            failed=failed,
+            not_inferable=sum(not sample.parsed.strip() for sample in done),
+            truncated=truncated,
+            dropped=about.get("data", {}).get("dropped", 0),
+            **_thinking(done),
+        ),
+        completed={"n": len(done)} | ({"score": completed.score, "stderr": completed.stderr} if completed else {}),
+        metrics=headline.metrics,
+        categories=_categories(task, scored),
+        about=_protocol(task) | about,
+        folder=folder,
+        remarks=(*failures(errors), *thinking(done), *(_beside(task, done) if folder else ())),
+    )
+
+
+def _beside(task: Task, answered: Sequence[Scored]) -> Iterator[str]:
+    yield from answers_alike(answered)
+    if task.metric not in JUDGED:
+        yield from wordy(answered)
+
+
+def lenient_result(place: Path) -> tuple[TaskResult, list[Scored]] | None:
+    """The score of a view when every answer counts that holds the right word, and the samples.
+
+    None where a judge reads the answers, or the score is no sum of right ones, as a caption's.
+
+    Args:
+        place: a scored view, or TASK@PROTOCOL/MODE.
+    """
+    view = find_view(place)
+    task = task_of(view)
+    if task is None or task.metric in JUDGED or task.aggregation in READS_ANSWERS:
+        return None
+    described = _read_json(view / TASK)
+    samples = score_leniently(read_scored(view))
+    about = {key: described[key] for key in _ABOUT if key in described}
+    return summarise(task, samples, mode=LENIENT, about=about), samples
+
+
+def _categories(task: Task, scored: Sequence[Scored]) -> dict[str, dict[str, float]]:
+    """Means per category and second-level category; over whole questions where rotations count as one."""
+    groups: dict[str, list[Scored]] = defaultdict(list)
+    for sample in scored:
+        for name in {sample.document.category, sample.document.extra.get("l2-category")} - {None}:
+            groups[str(name)].append(sample)
+    add_up = AGGREGATIONS["circular"] if task.aggregation == "circular" else mean_with_error
+    return {name: _numbers(add_up(members), len(members)) for name, members in sorted(groups.items())}
+
+
+def _numbers(aggregate: Aggregate, count: int) -> dict[str, float]:
+    return {
+        "n": count,
+        "score": aggregate.score,
+        "stderr": aggregate.stderr,
+        "low": aggregate.low,
+        "high": aggregate.high,
+    }
+
+
+def _last_line(error: str | None) -> str | None:
+    return (error.strip().splitlines() or ["no message"])[-1] if error else None
+
+
+def _sample(index: int, row: dict[str, Any], answer: dict[str, Any], scored: Scored) -> dict[str, Any]:
+    error = _last_line(answer["error"])
+    kept = ("id", "category", "question", "hint", "options", "answers", "prompt", "images", "paths", "cluster")
+    return {
+        "index": index,
+        **{name: row[name] for name in kept},
+        "text": answer["text"],
+        "parsed": scored.parsed,
+        "numbers": list(scored.numbers),
+        "inferable": bool(scored.parsed.strip()),
+        "score": None if math.isnan(scored.score) else scored.score,
+        "failed": scored.failed,
+        "error": error,
+        "finish_reason": answer["finish_reason"],
+        "tokens": answer["tokens"],
+        "logprobs": answer["options"],
+    }
+
+
+def read_scored(place: Path) -> list[Scored]:
+    """The scored samples of a task folder, as an aggregation takes them.
+
+    Raises:
+        EvalError: it is no such folder, or has not been scored.
+    """
+    view = find_view(place)
+    path = view / SAMPLES
+    if not path.is_file():
+        raise EvalError(f"{path} is missing; score the folder first.")
+    rows = [json.loads(text) for text in read_text(path).split("\n") if text]
+    return [
+        Scored(
+            document=Document.from_dict(document), text=row["text"] or "", parsed=row["parsed"], score=row["score"],
+            failed=row["failed"], cluster=row["cluster"], numbers=tuple(row.get("numbers", ())),
+        )
+        for document, row in zip(_documents(view), rows, strict=True)
+    ]  # fmt: skip
+
+
+def task_of(place: Path) -> Task | None:
+    """By which rules a view was scored; None where the samples are no answers to a task."""
+    path = place / TASK
+    return build_strictly(Task, _read_json(path)["task"], source=str(path)) if path.is_file() else None
+
+
+def _documents(view: Path) -> list[dict[str, Any]]:
+    path = view / DOCUMENTS
+    if not path.is_file():
+        raise EvalError(f"{path} is missing: {view} is not a task folder of a run.")
+    return [json.loads(text) for text in read_text(path).split("\n") if text]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(read_text(path))  # type: ignore[no-any-return]
+    except FileError as error:
+        raise EvalError(f"{error}. Expected the folder of a task within a run.") from error
+    except json.JSONDecodeError as error:
+        raise EvalError(f"{path} is damaged ({error}).") from error
+
+
+def environment() -> dict[str, str]:
+    """Versions that can change an answer or a score."""
+    found = {"python": platform.python_version(), "platform": platform.platform(), "machine": platform.machine()}
+    for package in ("mm-moslora", "torch", "transformers", "peft", "pillow", "numpy"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def read_results(folder: Path) -> list[TaskResult]:
+    """The results of a run so far; none yet is an empty list."""
+    path = folder / "results.json"
+    if not path.is_file():
+        return []
+    data = _read_json(path)
+    if data.get("format") != FORMAT:
+        raise EvalError(
+            f"{path} has format {data.get('format')!r}, this version reads {FORMAT}; choose another folder."
+        )
+    return [result_from_dict(item) for item in data["results"]]
+
+
+def write_results(folder: Path, results: Sequence[TaskResult]) -> list[TaskResult]:
+    """Merge results into the run's `results.json` (atomically).
+
+    A result takes the place of an older one with the same key (task, protocol, image mode, documents) unless it knows
+    less: it has no score where the older one has, or more samples that failed.
+
+    Returns:
+        Those that took no place.
+    """
+    merged = {result.key: result for result in read_results(folder)}
+    behind = [result for result in results if _knows_less(result, merged.get(result.key))]
+    merged |= {result.key: result for result in results if result not in behind}
+    data = {
+        "format": FORMAT,
+        "scored": {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "environment": environment()},
+        "results": [result.to_dict() for result in merged.values()],
+    }
+    replace_text(folder / "results.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    return behind
+
+
+def _knows_less(result: TaskResult, older: TaskResult | None) -> bool:
+    if older is None:
+        return False
+    return (older.scored and not result.scored) or result.counts.failed > older.counts.failed

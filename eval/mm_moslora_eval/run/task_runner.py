@@ -1,0 +1,412 @@
+"""Ask a model every document of a task, and lose nothing: answers are appended as they arrive and found again.
+
+Folder of a run:
+
+    run.json                    model and format; another model or format is refused
+    results.json                one entry per task, protocol, image mode and selection of the data
+    TASK@PROTOCOL/MODE/
+        answers-*.jsonl         one per process while it runs; answers.jsonl when complete; nothing is taken out
+        SELECTION-CHECKSUM/     a view of the answers, see `views`
+            task.json           the protocol, the data, the first prompt, what computed the answers
+            documents.jsonl     what was asked, so that scoring needs neither data nor model
+            samples.jsonl       answers read and scored
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.files import read_json, refuse_strangers, replace_text
+from mm_moslora_eval.metrics.question_groups import loglikelihood_choice
+from mm_moslora_eval.protocol.model_interface import Answer, Model, OptionScore
+from mm_moslora_eval.protocol.task import Task
+from mm_moslora_eval.run import provenance
+from mm_moslora_eval.run.answer_log import AnswerLog, Row, line, merge, read_folder
+from mm_moslora_eval.run.answer_views import DOCUMENTS, TASK, Selection, selection_of
+from mm_moslora_eval.run.request_preparation import FORMAT, Item, Preparation, deal
+from mm_moslora_eval.sources.document import DataSet, Document
+from mm_moslora_eval.sources.image_controls import Hasher, ImageMode
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called with (documents answered, documents in all)."""
+
+_WINDOW_BATCHES = 8
+_HOPELESS = 16
+"""So many failures without a single answer are not about single samples."""
+_POLL_SECONDS = 0.2
+_LOCK_ATTEMPTS = 10
+RUN = "run.json"
+"""File in a run folder that says which model's answers it holds."""
+_FILES = ("results.json", "report.html")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a run goes; nothing here changes an answer but `seed` (it picks the wrong pictures)."""
+
+    batch_size: int = 8
+    limit: int | None = None
+    """Only the first so many documents."""
+    samples: tuple[str, ...] = ()
+    """Only documents with these ids."""
+    seed: int = 0
+    retry_failed: bool = True
+    """Ask samples again that failed in an earlier run."""
+    grace_seconds: float = 30.0
+    """How long rank 0, its own work done, waits for ranks that have not started yet."""
+    rank: int = field(default_factory=lambda: int(os.environ.get("RANK", "0")))
+    world_size: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise EvalError(f"batch_size is {self.batch_size}, expected 1 or more.")
+        if self.limit is not None and self.limit < 1:
+            raise EvalError(f"limit is {self.limit}, expected 1 or more documents.")
+
+
+def select(data: DataSet, settings: Settings) -> tuple[Document, ...]:
+    """The documents that the settings ask for.
+
+    Raises:
+        EvalError: a sample id that the data does not have.
+    """
+    documents = data.documents
+    if settings.samples:
+        missing = set(settings.samples) - {document.id for document in documents}
+        if missing:
+            raise EvalError(f"{data.path} has no document {', '.join(sorted(missing)[:5])}.")
+        documents = tuple(document for document in documents if document.id in set(settings.samples))
+    return documents[: settings.limit]
+
+
+@contextmanager
+def hold_run(folder: Path, *, rank: int = 0) -> Iterator[None]:
+    """Keep other processes out of a run folder, for this rank.
+
+    Raises:
+        EvalError: another process works in it, or it cannot be made.
+        ConfigError: files of somebody else have the names of an evaluation's.
+    """
+    refuse_strangers(folder, _FILES, kind="evaluation", also=(RUN,))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EvalError(f"The run folder {folder} cannot be made ({error.strerror}). Choose another one.") from error
+    for attempt in range(_LOCK_ATTEMPTS):
+        try:
+            lock = held(folder / f".rank-{rank}.lock", wait=False)
+            break
+        except BlockingIOError as error:
+            if attempt == _LOCK_ATTEMPTS - 1:
+                raise EvalError(
+                    f"{folder} is in use: another process works there as rank {rank}. "
+                    "Wait for it or choose another folder."
+                ) from error
+            time.sleep(0.05)  # rank 0 may just be looking whether this rank is there
+    with lock:
+        yield
+
+
+def claim_run(folder: Path, model: Model) -> None:
+    """Write down whose answers a run folder holds.
+
+    Raises:
+        EvalError: it belongs to another model or format.
+    """
+    identity = {"format": FORMAT, "model": {"name": model.name, "fingerprint": model.fingerprint}}
+    _claim(folder / RUN, identity, what=str(folder))
+
+
+@contextmanager
+def open_run(folder: Path, model: Model, *, rank: int = 0) -> Iterator[None]:
+    """Hold a run folder for this rank and this model.
+
+    Raises:
+        EvalError: see `hold_run` and `claim_run`.
+    """
+    with hold_run(folder, rank=rank):
+        claim_run(folder, model)
+        yield
+
+
+def _claim(path: Path, identity: dict[str, Any], *, what: str) -> None:
+    """Write who a folder belongs to, or refuse one that belongs to somebody else."""
+    try:
+        found = read_json(path)
+    except FileNotFoundError:
+        replace_text(path, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
+        return
+    except ValueError as error:
+        raise EvalError(f"{path} is damaged ({error}). Restore it, or choose another folder.") from error
+    for key, value in identity.items():
+        if _compared(found.get(key)) != _compared(value):
+            raise EvalError(
+                f"{what} holds another run: its {key} is {found.get(key)!r}, this one's is {value!r}. "
+                "Choose another output folder."
+            )
+
+
+def _compared(value: Any) -> Any:
+    """A model is its fingerprint: its folder may be renamed, or its path spelled in another way."""
+    return value.get("fingerprint") if isinstance(value, dict) else value
+
+
+def run_task(
+    model: Model,
+    task: Task,
+    folder: Path,
+    *,
+    mode: ImageMode = "own",
+    settings: Settings | None = None,
+    data: DataSet | None = None,
+    progress: Progress | None = None,
+    hasher: Hasher | None = None,
+) -> Path:
+    """Ask every document of a task; call it within `open_run(folder, ...)`.
+
+    What is already answered is not asked again. Rank 0 returns when all answers are there; other ranks when their share
+    is done.
+
+    Args:
+        model: answers.
+        task: the protocol.
+        folder: of the run.
+        mode: which pictures to show.
+        settings: batch size, limits, rank.
+        data: the loaded documents, if they are at hand.
+        progress: called after every answer.
+        hasher: shared between tasks, so that a picture is read once.
+
+    Returns:
+        The folder of the view, for `results.score_folder`.
+
+    Raises:
+        EvalError: the folder belongs to another protocol, or every sample fails.
+    """
+    settings = settings or Settings()
+    data = data or task.load()
+    documents = select(data, settings)
+    work = Preparation(
+        task, documents, mode=mode, seed=settings.seed, fingerprint=model.fingerprint, hasher=hasher or Hasher(),
+        pool=data.documents,
+    )  # fmt: skip
+    place = folder / task.id / mode
+    place.mkdir(parents=True, exist_ok=True)
+    _claim(place / "asked.json", {"format": FORMAT, "task": task.id, "asked": task.asked}, what=str(place))
+    job = _Job(model, task, work, place, settings, progress)
+    selection = selection_of(work.items, data)
+    view = place / selection.folder
+    if settings.rank == 0:
+        view.mkdir(exist_ok=True)
+        more = bool(job.missing(work.items, retry=settings.retry_failed))
+        _describe(view, model, task, data, work, selection, mode, settings, asks=more)
+    share = deal(work.items, rank=settings.rank, world_size=settings.world_size)
+    job.answer(share, retry=settings.retry_failed)
+    if settings.rank == 0:
+        _wait_for_others(folder, job, settings)
+        job.answer(work.items)  # whatever ranks that died left behind
+        merge(place, [item.key for item in work.items])
+    return view
+
+
+def _describe(
+    view: Path, model: Model, task: Task, data: DataSet, work: Preparation, selection: Selection, mode: ImageMode,
+    settings: Settings, *, asks: bool,
+) -> None:  # fmt: skip
+    """Write what a view is about; `asks` says that this call has something to ask."""
+    rows = [
+        item.document.to_dict()
+        | {
+            "key": item.key,
+            "prompt": "\n".join(message.text for message in item.messages),
+            "images": list(item.image_ids),
+            "paths": work.paths(item),
+            "cluster": item.cluster,
+        }
+        for item in work.items
+    ]
+    replace_text(view / DOCUMENTS, "".join(line(row) for row in rows))
+    first = next((item for item in work.items if item.problem is None), None)
+    described = {
+        "format": FORMAT,
+        "task": task.to_dict(),
+        "mode": mode,
+        "seed": settings.seed,
+        "model": {"name": model.name, "fingerprint": model.fingerprint},
+        "data": data.to_dict(),
+        "selection": selection.to_dict(),
+        "first_prompt": [{"role": m.role, "text": m.text} for m in first.messages] if first else [],
+        "computed_by": _computed_by(view, model, asks=asks),
+    }
+    replace_text(view / TASK, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+
+
+def _computed_by(view: Path, model: Model, *, asks: bool) -> list[dict[str, Any]]:
+    """What the answers of a view were computed with: all circumstances under which some were asked."""
+    try:
+        known = list(json.loads((view / TASK).read_text(encoding="utf-8"))["computed_by"])
+    except (OSError, ValueError, KeyError, TypeError):
+        known = []
+    now = provenance.circumstances(model)
+    return [*known, now] if not known or (asks and now not in known) else known
+
+
+def _wait_for_others(folder: Path, job: _Job, settings: Settings) -> None:
+    """Wait until all is answered, or until the ranks that owe answers are gone.
+
+    A rank that was not seen yet may still be starting, so it gets `grace_seconds` before its share is taken over.
+    """
+    others = [folder / f".rank-{rank}.lock" for rank in range(1, settings.world_size)]
+    seen: set[Path] = set()
+    started = time.monotonic()
+    while job.missing(job.work.items):
+        held = {path for path in others if _held(path)}
+        seen |= held
+        starting = len(seen) < len(others) and time.monotonic() - started < settings.grace_seconds
+        if not held and not starting:
+            break
+        time.sleep(_POLL_SECONDS)
+
+
+def _held(path: Path) -> bool:
+    try:
+        with held(path, wait=False):
+            return False
+    except OSError:
+        return True
+
+
+class _Job:
+    """The answers of one task folder, as one rank adds to them."""
+
+    def __init__(
+        self,
+        model: Model,
+        task: Task,
+        work: Preparation,
+        place: Path,
+        settings: Settings,
+        progress: Progress | None,
+    ) -> None:
+        self.work = work
+        self._model, self._task, self._place = model, task, place
+        self._settings, self._progress = settings, progress
+        self._answered = self._failed = 0
+        self._asked_here: set[str] = set()
+        self._known: set[str] = set()
+
+    def missing(self, items: Sequence[Item], *, retry: bool = False) -> list[Item]:
+        """Items without an answer; with `retry` also those that failed in an earlier run."""
+        rows = read_folder(self._place)
+        again = (
+            {key for key, row in rows.items() if row.get("error") is not None} - self._asked_here if retry else set()
+        )
+        self._known = rows.keys() - again
+        return [item for item in items if item.key not in self._known]
+
+    def answer(self, items: Sequence[Item], *, retry: bool = False) -> None:
+        """Ask what is missing of the items."""
+        pending = self.missing(items, retry=retry)
+        self._report()
+        if not pending:
+            return
+        window = self._settings.batch_size * _WINDOW_BATCHES
+        with AnswerLog(self._place, rank=self._settings.rank, batch_size=self._settings.batch_size) as log:
+            for start in range(0, len(pending), window):
+                self._window(pending[start : start + window], log)
+
+    def _window(self, items: Sequence[Item], log: AnswerLog) -> None:
+        left: dict[str, Item] = {}
+        for item in items:
+            if item.problem is None:
+                left[item.key] = item
+            else:
+                self._store(item, log, error=item.problem)
+        try:
+            for item, row in self._ask(list(left.values()), self._settings.batch_size):
+                self._store(item, log, **row)
+                del left[item.key]
+        except EvalError:
+            raise
+        except Exception as error:  # one bad sample must not cost the others their answers
+            logger.warning("%s: a batch failed (%s: %s); asking one by one", self._task.id, type(error).__name__, error)
+        for item in left.values():
+            self._single(item, log)
+
+    def _single(self, item: Item, log: AnswerLog) -> None:
+        try:
+            rows = list(self._ask([item], 1))
+            if not rows:
+                raise RuntimeError("the model gave no answer")
+        except EvalError:
+            raise
+        except Exception:  # recorded and counted
+            self._store(item, log, error=traceback.format_exc())
+        else:
+            self._store(item, log, **rows[0][1])
+
+    def _ask(self, items: Sequence[Item], batch_size: int) -> Iterator[tuple[Item, Row]]:
+        if not items:
+            return
+        started = time.monotonic()
+        produced: Iterable[tuple[int, Any]]
+        if self._task.decoding.kind != "generate":
+            produced = self._model.loglikelihood(
+                [self.work.option_request(item) for item in items], batch_size=batch_size
+            )
+        else:
+            produced = self._model.generate([self.work.request(item) for item in items], batch_size=batch_size)
+        seen: set[int] = set()
+        for index, result in produced:
+            if index in seen or not 0 <= index < len(items):
+                raise EvalError(
+                    f"Model {self._model.name!r} answered request {index} of {len(items)} twice or never had it."
+                )
+            seen.add(index)
+            seconds = time.monotonic() - started
+            row = _row(items[index], result, self._task.decoding.choice)
+            yield items[index], row | {"seconds": round(seconds / len(seen), 4)}
+
+    def _store(self, item: Item, log: AnswerLog, *, error: str | None = None, **answer: Any) -> None:
+        row: Row = {"key": item.key, "task": self._task.id, "version": self._task.version, "id": item.document.id}
+        row |= {"text": None, "tokens": 0, "finish_reason": None, "options": None, "error": error, "seconds": None}
+        row |= answer
+        row["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        log.add(row)
+        self._asked_here.add(item.key)
+        self._known.add(item.key)
+        self._answered += error is None
+        self._failed += error is not None and item.problem is None
+        self._report()
+        if self._failed >= _HOPELESS and not self._answered:
+            raise EvalError(
+                f"The first {self._failed} samples of {self._task.id} all failed, so the fault is not in one sample. "
+                f"The last one: {(error or '').strip().splitlines()[-1]}"
+            )
+
+    def _report(self) -> None:
+        if self._progress is not None:
+            self._progress(sum(item.key in self._known for item in self.work.items), len(self.work.items))
+
+
+def _row(item: Item, result: Answer | Sequence[OptionScore], choice: str) -> Row:
+    if isinstance(result, Answer):
+        return {"text": result.text, "tokens": result.tokens, "finish_reason": result.finish_reason}
+    letters = list(item.document.options)
+    chosen = loglikelihood_choice(list(item.document.options.values()), [score.logprob for score in result])
+    best = {"sum": chosen.raw, "per_character": chosen.per_character, "per_byte": chosen.per_byte}[choice]
+    scores = {letter: score.logprob for letter, score in zip(letters, result, strict=True)}
+    return {"text": letters[best], "tokens": result[best].tokens, "finish_reason": "stop", "options": scores}

@@ -1,0 +1,250 @@
+"""From answers to scores: named extractors and metrics. Needs no model and no torch."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+
+from mm_moslora.utils.errors import EvalError
+from mm_moslora_eval.metrics import (
+    commonsense,
+    document_vqa,
+    exact_match,
+    mathvista,
+    mmmu,
+    multiple_choice,
+    vqa_accuracy,
+    yes_no,
+)
+from mm_moslora_eval.scoring.scored_sample import Scored
+from mm_moslora_eval.sources.document import Document
+from mm_moslora_eval.sources.vlmevalkit_tsv import parse_list
+
+Extractor = Callable[[str, Document], str]
+Metric = Callable[[str, Document], float]
+_CAPITALS = tuple(string.ascii_uppercase)
+
+
+def _letter(extract: Callable[[str, multiple_choice.Options], str]) -> Extractor:
+    return lambda text, document: extract(text, document.options)
+
+
+def _mmmu_mixed(extract: Callable[[str, multiple_choice.Options], str]) -> Extractor:
+    return lambda text, document: extract(text, document.options) if document.options else text
+
+
+def mathvista_question(document: Document) -> mathvista.Question:
+    """What decides the form of the answer to a document of MathVista."""
+    extra = document.extra
+    precision = extra.get("precision")
+    return mathvista.Question(
+        question_type=extra.get("question_type", "multi_choice" if document.options else "free_form"),
+        answer_type=extra.get("answer_type", "text"),
+        # VLMEvalKit's file holds the choices as one cell and no option columns.
+        choices=tuple(document.options.values()) or tuple(parse_list(extra.get("choices", ""))),
+        precision=float(precision) if precision else None,
+    )
+
+
+def _mathvista_form(text: str, document: Document) -> str:
+    """An extracted answer in MathVista's form; nothing stays nothing, where the source takes the likest choice."""
+    return (mathvista.normalize_official(text, mathvista_question(document)) or "") if text.strip() else ""
+
+
+def _mathvista(text: str, document: Document) -> str:
+    return _mathvista_form(mathvista.extract_without_judge(text, mathvista_question(document)), document)
+
+
+def _mathvista_vlmevalkit(text: str, document: Document) -> str:
+    return mathvista.extract_vlmevalkit(text, mathvista_question(document), _choice_text(document))
+
+
+def _choice_text(document: Document) -> str:
+    """The reference; the text of the choice where it is a letter."""
+    answer = "".join(document.answers[:1])
+    return document.options.get(answer, answer)
+
+
+def _mmmu_vlmevalkit(extract: Callable[[str, multiple_choice.Options], str]) -> Extractor:
+    return lambda text, document: extract(text, document.options or mmmu.options_vlmevalkit(document.answers))
+
+
+def _commonsense(dataset: str) -> Extractor:
+    return lambda text, _: commonsense.extract_answer(text, dataset)
+
+
+EXTRACTORS: dict[str, Extractor] = {
+    "text": lambda text, _: text.strip(),
+    "first_line": lambda text, _: text.strip().split("\n")[0].strip(),
+    "letter": _letter(multiple_choice.extract_letter),
+    "letter_or_text": lambda text, document: (
+        multiple_choice.extract_letter(text, document.options) if document.options else text.strip()
+    ),
+    "letter_vlmevalkit": _letter(multiple_choice.vlmevalkit),
+    "letter_vlmevalkit_2024_06": _letter(multiple_choice.vlmevalkit_2024_06),
+    "letter_lmms_eval": _letter(multiple_choice.lmms_eval),
+    "letter_lmms_eval_mmbench": _letter(multiple_choice.lmms_eval_mmbench),
+    "letter_scienceqa_llava": lambda text, document: multiple_choice.scienceqa_llava(text.strip(), document.options),
+    "letter_ai2d_lmms_eval": lambda text, _: multiple_choice.ai2d_filter(text.strip()),
+    "letter_first_character": lambda text, _: multiple_choice.seedbench_lmms_eval(text),
+    "mmmu_official": _mmmu_mixed(multiple_choice.mmmu_official),
+    "mmmu_lmms_eval": _mmmu_mixed(multiple_choice.mmmu_lmms_eval),
+    "mmmu_vlmevalkit": _mmmu_vlmevalkit(multiple_choice.vlmevalkit),
+    "mmmu_vlmevalkit_2024_06": _mmmu_vlmevalkit(multiple_choice.vlmevalkit_2024_06),
+    "mathvista": _mathvista,
+    "mathvista_extracted": _mathvista_form,
+    "mathvista_vlmevalkit": _mathvista_vlmevalkit,
+    "yes_no": lambda text, _: yes_no.extract_yes_no(text),
+    "yes_no_vlmevalkit": lambda text, _: yes_no.vlmevalkit(text),
+    "yes_no_mme_lmms_eval": lambda text, _: yes_no.mme_lmms_eval(text),
+    "yes_no_pope_llava": lambda text, _: yes_no.pope_llava(text),
+    "yes_no_pope_lmms_eval": lambda text, _: yes_no.pope_lmms_eval(text),
+    "yes_no_hallusionbench_lmms_eval": lambda text, _: yes_no.hallusionbench_lmms_eval(text),
+    **{f"commonsense_{name.lower().replace('-', '_')}": _commonsense(name) for name in commonsense.DATASETS},
+}
+"""Name -> what is read from an answer; an empty string means that nothing can be inferred."""
+
+
+def _best(metric: Callable[[str, str], float]) -> Metric:
+    return lambda parsed, document: exact_match.best(metric, parsed, document.answers)
+
+
+def _all(metric: Callable[[str, Sequence[str]], float]) -> Metric:
+    return lambda parsed, document: metric(parsed, document.answers)
+
+
+def _mmmu_score(parsed: str, document: Document) -> float:
+    if document.options:
+        return float(parsed in document.answers)
+    return float(mmmu.open_correct(mmmu.parse_open(parsed), document.answers))
+
+
+def _mmmu_vlmevalkit_score(parsed: str, document: Document) -> float:
+    # The answer of a question that was open is option A, unless it is a capital letter by itself, as in the source.
+    answers = document.answers
+    open_question = not document.options and not (len(answers) == 1 and answers[0] in _CAPITALS)
+    return float(parsed == "A" if open_question else parsed in answers)
+
+
+def _mathvista_score(parsed: str, document: Document) -> float:
+    # References of multiple-choice questions are letters; MathVista compares the choices' texts.
+    gold = [document.options.get(answer, answer) for answer in document.answers]
+    return float(any(mathvista.equal(parsed, answer) for answer in gold))
+
+
+def _ocrbench(metric: Callable[[str, Sequence[str], str], int]) -> Metric:
+    return lambda parsed, document: float(metric(parsed, document.answers, document.category or ""))
+
+
+METRICS: dict[str, Metric] = {
+    "exact": _best(exact_match.exact_match),
+    "equal": lambda parsed, document: float(parsed in document.answers),
+    "equal_ignore_case": _best(lambda parsed, answer: float(parsed.lower() == answer.strip().lower().rstrip("."))),
+    "gqa_llava": _best(exact_match.gqa_llava),
+    "gqa_lmms_eval": _best(exact_match.gqa_lmms_eval),
+    "gqa_vlmevalkit": _best(exact_match.gqa_vlmevalkit),
+    "realworldqa_lmms_eval": _best(exact_match.realworldqa_lmms_eval),
+    "scienceqa_lmms_eval": _best(multiple_choice.scienceqa_lmms_eval),
+    "ai2d_lmms_eval": _best(multiple_choice.ai2d_lmms_eval),
+    "vqa": _all(vqa_accuracy.soft_accuracy),
+    "letter_or_vqa": lambda parsed, document: (
+        float(parsed in document.answers) if document.options else vqa_accuracy.soft_accuracy(parsed, document.answers)
+    ),
+    "letter_or_exact": lambda parsed, document: (
+        float(parsed in document.answers)
+        if document.options
+        else exact_match.best(exact_match.exact_match, parsed, document.answers)
+    ),
+    "vqa_textvqa": _all(vqa_accuracy.textvqa),
+    "vqa_vlmevalkit": _all(vqa_accuracy.vlmevalkit),
+    "vqa_vqav2_official": _all(vqa_accuracy.vqav2_official),
+    "vqa_vqav2_lmms_eval": _all(vqa_accuracy.vqav2_lmms_eval),
+    "vqa_vizwiz_official": _all(vqa_accuracy.vizwiz_official),
+    "anls": _all(document_vqa.anls),
+    "anls_stvqa_llava": _all(document_vqa.anls_stvqa_llava),
+    "relaxed": _best(document_vqa.relaxed_accuracy),
+    "relaxed_lmms_eval": _best(document_vqa.relaxed_lmms_eval),
+    "relaxed_vlmevalkit_2024_06": _best(document_vqa.relaxed_vlmevalkit_2024_06),
+    "ocrbench_vlmevalkit": _ocrbench(document_vqa.ocrbench_vlmevalkit),
+    "ocrbench_lmms_eval": _ocrbench(document_vqa.ocrbench_lmms_eval),
+    "mmmu": _mmmu_score,
+    "mmmu_vlmevalkit": _mmmu_vlmevalkit_score,
+    "mathvista": _mathvista_score,
+    "mathvista_vlmevalkit": lambda parsed, document: float(
+        mathvista.correct_vlmevalkit(parsed, mathvista_question(document), _choice_text(document))
+    ),
+}
+"""Name -> score of a parsed answer, 0 to 1."""
+
+
+JUDGED = (
+    "judge_mmvet", "judge_mmvet_vlmevalkit", "judge_mmvet_lmms_eval", "judge_llavabench", "judge_llavabench_lmms_eval",
+)  # fmt: skip
+"""Metrics that only a judge can compute; without one a task is unscored."""
+
+
+_THOUGHT = re.compile(r"<think>.*?</think>", re.S)
+
+
+@dataclass(frozen=True)
+class Visible:
+    """An answer without its thinking."""
+
+    text: str
+    thought: bool
+    """A block was taken out."""
+    unclosed: bool
+    """A block begins and never ends: the answer was cut off before it began, so there is nothing to read."""
+
+
+def without_thinking(text: str) -> Visible:
+    """Take `<think>...</think>` out of an answer.
+
+    Chat templates that open the block themselves leave an answer with its end alone; what stands before it goes too.
+    """
+    rest = _THOUGHT.sub("", text)
+    rest = rest.rsplit("</think>", 1)[-1]
+    if "<think>" in rest:
+        return Visible("", True, True)
+    return Visible(rest.strip(), True, False) if rest != text else Visible(text, False, False)
+
+
+def score_answer(
+    document: Document, text: str | None, *, extraction: str, metric: str, cluster: Hashable = None
+) -> Scored:
+    """Read and score one answer; None is an answer that never came.
+
+    Args:
+        document: the question.
+        text: the answer.
+        extraction: a name in `EXTRACTORS`.
+        metric: a name in `METRICS`.
+        cluster: what samples that go together share.
+
+    Raises:
+        EvalError: the document has no reference.
+    """
+    if not document.answers and document.problem is None:
+        raise EvalError(f"Document {document.id!r} has no reference answer and cannot be scored.")
+    if text is None:
+        return Scored(document=document, text="", parsed="", score=0.0, failed=True, cluster=cluster)
+    visible = without_thinking(text)
+    parsed = "" if visible.unclosed else EXTRACTORS[extraction](visible.text, document)
+    # An answer that cannot be read is wrong, whatever a metric makes of an empty string.
+    score = METRICS[metric](parsed, document) if parsed.strip() else 0.0
+    assert 0.0 <= score <= 1.0, (metric, document.id, score)
+    return Scored(document=document, text=text, parsed=parsed, score=score, cluster=cluster)
+
+
+def score_leniently(samples: Sequence[Scored]) -> list[Scored]:
+    """The same answers, each right that holds the right word among others; none scores less than it did."""
+    return [replace(sample, score=max(sample.score, _lenient(sample))) for sample in samples]
+
+
+def _lenient(sample: Scored) -> float:
+    visible = without_thinking(sample.text)
+    if sample.failed or visible.unclosed:
+        return 0.0
+    return exact_match.holds_answer(visible.text, sample.document.answers, sample.document.options)

@@ -1,0 +1,92 @@
+"""What must stand beside a score so that it is not misread: why samples failed, what was taken out of answers,
+that all answers are the same, that the right word stands in a sentence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from mm_moslora_eval.scoring.answer_scoring import score_leniently, without_thinking
+from mm_moslora_eval.scoring.scored_sample import Scored
+
+FEWEST = 5
+"""With fewer answers nothing is said about their being alike."""
+ALIKE = 0.95
+"""Share of one answer from which on the answers are called the same."""
+_APART = 0.2
+"""By how much an answer must be rarer among the references."""
+_WORDS = 5
+"""Longer references are texts to be like, not words to be found."""
+_LONGEST = 200
+_PARTICULAR = re.compile(r"'[^']*'|\"[^\"]*\"|\d+|/\S+")
+
+
+def failures(errors: Sequence[str | None]) -> Iterator[str]:
+    """The commonest reason for failing; errors that differ in names and numbers alone are one reason."""
+    told = [error for error in errors if error is not None]
+    if not told:
+        return
+    kinds = Counter(_PARTICULAR.sub("...", error) for error in told)
+    kind, count = kinds.most_common(1)[0]
+    example = next(error for error in told if _PARTICULAR.sub("...", error) == kind)
+    most = "all" if count == len(told) else f"{count} of them"
+    yield f"{len(told)} of {len(errors)} samples failed, {most} like this: {_short(example)}"
+
+
+def thinking(answered: Sequence[Scored]) -> Iterator[str]:
+    """That answers hold `<think>` blocks, which nobody read, and how many of these never end."""
+    answers = [without_thinking(sample.text) for sample in answered]
+    thought, unclosed = sum(answer.thought for answer in answers), sum(answer.unclosed for answer in answers)
+    if thought:
+        yield (
+            f"{thought} of {len(answers)} answers hold <think> blocks, which were taken out before reading; "
+            f"{unclosed} of these blocks never end, so that there is no answer to read."
+        )
+
+
+def answers_alike(answered: Sequence[Scored]) -> Iterator[str]:
+    """That (nearly) every question got the same answer though the references differ; that no answer can be read."""
+    if len(answered) < FEWEST:
+        return
+    unread = [sample for sample in answered if not sample.parsed.strip()]
+    if len(unread) == len(answered):
+        commonest, _ = Counter(_plain(sample.text) for sample in unread).most_common(1)[0]
+        yield f"None of {len(answered)} answers could be read; the commonest is {_short(commonest)!r}."
+    answers = Counter(_plain(sample.parsed) for sample in answered if sample.parsed.strip())
+    if not answers:
+        return
+    commonest, count = answers.most_common(1)[0]
+    expected = sum(commonest in map(_plain, sample.document.answers) for sample in answered)
+    if count >= ALIKE * len(answered) and count - expected >= _APART * len(answered):
+        said = "All" if count == len(answered) else f"{count} of"
+        yield (
+            f"{said} {len(answered)} answers are {_short(commonest)!r}, the reference of {expected}: the score is that "
+            "of one answer to every question."
+        )
+
+
+def wordy(answered: Sequence[Scored]) -> Iterator[str]:
+    """That many answers hold the right word among others and count as wrong."""
+    if len(answered) < FEWEST or not all(map(_asks_for_a_word, answered)):
+        return
+    lenient = sum(sample.score for sample in score_leniently(answered)) / len(answered)
+    missed = lenient - sum(sample.score for sample in answered) / len(answered)
+    if missed >= _APART:
+        yield (
+            f"{100 * missed:.1f} % of the answers hold the right word among others and count as wrong: with them the "
+            f"score is {100 * lenient:.1f} %. The score is one of the form of answers, too."
+        )
+
+
+def _asks_for_a_word(sample: Scored) -> bool:
+    return any(0 < len(answer.split()) <= _WORDS for answer in sample.document.answers)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip(".")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."

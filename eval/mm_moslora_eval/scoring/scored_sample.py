@@ -1,0 +1,79 @@
+"""A scored answer, the numbers of a set of them, and the mean with its error."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+from mm_moslora.reporting.verdicts import Difference
+from mm_moslora_eval.scoring import error_bars
+from mm_moslora_eval.sources.document import Document
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """One document with its answer read and scored."""
+
+    document: Document
+    text: str
+    parsed: str
+    """What the extraction read; empty: not inferable."""
+    score: float
+    failed: bool = False
+    """No answer: the sample could not be asked or the model failed on it. It scores 0."""
+    cluster: Hashable = None
+    """What samples that go together share: their image."""
+    numbers: tuple[float, ...] = ()
+    """Further numbers of a judge, for the aggregation."""
+    draw: int = 0
+    """Which copy this is in a bootstrap draw; copies are different samples wherever samples are grouped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aggregate:
+    """The numbers of a set of scored samples."""
+
+    score: float
+    stderr: float
+    low: float
+    high: float
+    """95 % interval."""
+    stderr_kind: str
+    """analytic, clustered or bootstrap."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Further numbers, by name."""
+
+
+def mean_with_error(samples: Sequence[Scored]) -> Aggregate:
+    """Mean score; the error is clustered by image where several samples share one.
+
+    Right/wrong scores without clusters get Wilson's interval, which behaves near 0 and 1. So do clustered ones that are
+    all right or all wrong, each cluster counting once: without variation the error is unknown, not zero.
+    """
+    scores = [sample.score for sample in samples]
+    centre = error_bars.mean(scores)
+    clusters = [sample.cluster for sample in samples]
+    independent = len(set(clusters))
+    if independent < len(clusters):
+        stderr, kind = error_bars.clustered_stderr(scores, clusters), "clustered"
+    else:
+        stderr, kind = error_bars.mean_stderr(scores), "analytic"
+    if set(scores) <= {0.0, 1.0} and (kind == "analytic" or len(set(scores)) == 1):
+        low, high = error_bars.wilson_interval(sum(scores[:independent]), independent)
+    else:
+        low, high = error_bars.normal_interval(centre, stderr)
+    return Aggregate(score=centre, stderr=stderr, low=max(0.0, low), high=min(1.0, high), stderr_kind=kind)
+
+
+def difference_between(a: Sequence[Scored], b: Sequence[Scored]) -> Difference:
+    """A less B on the same documents, sample by sample; questions about one picture go together.
+
+    Args:
+        a: samples of one system.
+        b: of another one, in any order.
+    """
+    others = {sample.document.id: sample.score for sample in b}
+    return error_bars.paired(
+        [sample.score for sample in a], [others[sample.document.id] for sample in a],
+        clusters=[index if sample.cluster is None else sample.cluster for index, sample in enumerate(a)],
+    ).as_difference  # fmt: skip

@@ -1,0 +1,148 @@
+"""A benchmark's question with all that is needed to ask and to score it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from mm_moslora.utils.errors import EvalError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+CONTEXT = "context_"
+"""Start of the extra columns that hold a context per option (WinoGrande)."""
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of JSON-like data, the same in every process."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class StoredImage:
+    """A picture that stays where it is stored until it is needed."""
+
+    reader: Callable[[int, str, int], bytes]
+    row: int
+    column: str
+    place: int = 0
+    """Its number in a list of pictures."""
+
+    def read(self) -> bytes:
+        """The bytes of the file.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        return self.reader(self.row, self.column, self.place)
+
+
+ImageLike: TypeAlias = "Path | Image | bytes | StoredImage"
+"""A file, an opened picture, the bytes of an image file, or where to find them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One question of a data set."""
+
+    id: str
+    images: tuple[ImageLike, ...] = ()
+    question: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Letter -> text; empty for open questions."""
+    answers: tuple[str, ...] = ()
+    """References; a letter when there are options."""
+    category: str | None = None
+    hint: str | None = None
+    extra: Mapping[str, str] = field(default_factory=dict)
+    """Further columns that a prompt or an aggregation names."""
+    problem: str | None = None
+    """Why this document cannot be asked; it is counted as failed, never dropped."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the images, as plain data."""
+        return {
+            "id": self.id,
+            "question": self.question,
+            "options": dict(self.options),
+            "answers": list(self.answers),
+            "category": self.category,
+            "hint": self.hint,
+            "extra": dict(self.extra),
+            "problem": self.problem,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Document:
+        """The inverse of `to_dict`; the document has no images."""
+        return cls(
+            id=data["id"],
+            question=data["question"],
+            options=dict(data["options"]),
+            answers=tuple(data["answers"]),
+            category=data["category"],
+            hint=data["hint"],
+            extra=dict(data["extra"]),
+            problem=data["problem"],
+        )
+
+    @property
+    def hash(self) -> str:
+        """Of everything but the images."""
+        return digest(self.to_dict())
+
+    def with_problem(self, problem: str | None) -> Document:
+        """The same document, marked; the first problem stays."""
+        return self if problem is None or self.problem is not None else replace(self, problem=problem)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """The documents of a task and where they came from."""
+
+    documents: tuple[Document, ...]
+    path: str
+    sha256: str
+    dropped: int = 0
+    """Rows left out on purpose (the protocol skips rows without an image)."""
+    revision: str | None = None
+    """Commit of a data set from the hub."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What results say about the data."""
+        about = {"path": self.path, "sha256": self.sha256, "rows": len(self.documents), "dropped": self.dropped}
+        return about | ({"revision": self.revision} if self.revision else {})
+
+
+def checked(documents: Iterable[Document], *, source: str) -> tuple[Document, ...]:
+    """Check what must hold over the whole set and mark documents whose answer cannot be right.
+
+    Raises:
+        EvalError: no documents, or two with the same id.
+    """
+    read = tuple(documents)
+    some = any(document.answers for document in read)  # a set without any reference is exported, not scored
+    result = tuple(document.with_problem(_answer_problem(document, needed=some)) for document in read)
+    if not result:
+        raise EvalError(f"{source} holds no documents; expected at least one row.")
+    seen: set[str] = set()
+    repeated = [document.id for document in result if document.id in seen or seen.add(document.id)]  # type: ignore[func-returns-value]
+    if repeated:
+        shown = ", ".join(repr(name) for name in list(dict.fromkeys(repeated))[:5])
+        raise EvalError(f"{source}: {len(repeated)} repeated ids ({shown}); give every row an id of its own.")
+    return result
+
+
+def _answer_problem(document: Document, *, needed: bool) -> str | None:
+    if needed and not document.answers:
+        return "no reference answer, though other documents have one"
+    if document.options and document.answers and not set(document.answers) <= document.options.keys():
+        return f"answer {document.answers[0]!r} is not one of the options {', '.join(document.options)}"
+    return None

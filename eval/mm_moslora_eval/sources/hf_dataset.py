@@ -1,0 +1,249 @@
+"""Hugging Face data sets as documents: a local parquet, JSON or saved folder, else a hub id; never a token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_moslora.utils.errors import EvalError, MoSLoRAError, suggestion
+from mm_moslora.utils.files import sha256_of
+from mm_moslora.utils.untrusted_files import opened
+from mm_moslora_eval.metrics.commonsense import LM_EVAL_TASKS, lm_eval_requests
+from mm_moslora_eval.sources.dataset_identity import folder_checksum, hub_revision
+from mm_moslora_eval.sources.document import CONTEXT, DataSet, Document, ImageLike, checked
+from mm_moslora_eval.sources.source import Source
+from mm_moslora_eval.sources.source_files import find_data, matches, picture_folder
+from mm_moslora_eval.sources.source_images import Pictures, found, rules_of
+from mm_moslora_eval.sources.vlmevalkit_tsv import parse_list
+
+if TYPE_CHECKING:
+    from mm_moslora.data.images.locate_image import PictureRules
+
+_OURS = ("id", "image", "question", "options", "answer", "category", "hint")
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def load(source: Source, *, beside: Path | None = None) -> DataSet:
+    """Read a split.
+
+    Args:
+        source: a file or folder relative to the task file, or an id on the hub.
+        beside: folder of the task file; None: the working directory.
+
+    Raises:
+        EvalError: the data set cannot be opened, or a named column does not exist.
+    """
+    unknown = source.columns.keys() - set(_OURS)
+    if unknown:
+        name = sorted(unknown)[0]
+        raise EvalError(
+            f"source.columns: {name!r} is not a field of ours.{suggestion(name, _OURS)} Fields: {', '.join(_OURS)}."
+        )
+    from mm_moslora.data.sources.hf_tables import hub_store
+
+    place = find_data(source.path, beside=beside)
+    table, sha256 = _open(source, place)
+    revision = hub_revision(table)
+    if source.lm_eval_task is not None:
+        documents = checked(_choices(table, source), source=source.path)
+        return DataSet(documents=documents, path=source.path, sha256=sha256, revision=revision)
+    for ours, theirs in source.columns.items():
+        names = [part.strip() for part in theirs.split(",")]
+        missing = [name for name in names if name not in table.column_names]
+        if missing:
+            raise EvalError(
+                f"{source.path} has no column {missing[0]!r} (for {ours}).{suggestion(missing[0], table.column_names)} "
+                f"Columns: {', '.join(table.column_names)}."
+            )
+    rows = len(table)
+    if place is None and source.image_folder is None:  # of the hub: below what was fetched from there
+        folder = hub_store(source.path)[0].resolve()
+    else:
+        folder = picture_folder(source.image_folder, place or Path(source.path), beside=beside)
+    rules = rules_of(folder, follow_links=source.follow_links)
+    documents = checked(_documents(table, source, rules, of_hub=place is None), source=source.path)
+    dropped = rows - len(documents)
+    return DataSet(documents=documents, path=source.path, sha256=sha256, dropped=dropped, revision=revision)
+
+
+def _open(source: Source, path: Path | None) -> tuple[Any, str]:
+    import datasets
+
+    from mm_moslora.data.sources.hf_tables import load_checked, load_saved, undecoded
+
+    datasets.disable_progress_bars()  # rows are checked and counted here; the bars would hide that
+    options: dict[str, Any] = {"name": source.config, "split": source.split}
+    try:
+        if path is None:
+            table = load_checked(source.path, revision=source.revision, **options)
+            return undecoded(table), str(getattr(table, "_fingerprint", ""))
+        if path.is_dir() and (path / "dataset_info.json").is_file():
+            return undecoded(load_saved(path)), folder_checksum(path)
+        if path.is_dir():
+            return undecoded(load_checked(str(path), **options)), folder_checksum(path)
+        if path.is_file():
+            kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}.get(path.suffix)
+            if kind is None:
+                raise EvalError(f"{path} is neither parquet, JSON nor CSV.")
+            with opened(path, most=None) as stream:
+                sha256 = sha256_of(stream)
+            return undecoded(load_checked(kind, data_files=str(path), split="train")), sha256
+        raise EvalError(f"{path} is neither a file nor a folder.")
+    except MoSLoRAError:
+        raise
+    except Exception as error:  # datasets raises nearly anything, and hides what was wrong behind it
+        cause = error.__cause__ or error
+        raise EvalError(
+            f"Data set {source.path!r} cannot be opened ({type(cause).__name__}: {str(cause)[:300]}). "
+            "Give a local parquet file or folder, or a hub id while online."
+        ) from error
+
+
+def _documents(table: Any, source: Source, rules: PictureRules, *, of_hub: bool) -> Iterator[Document]:
+    columns = source.columns
+    for column in source.where:
+        if column not in table.column_names:
+            raise EvalError(
+                f"{source.path} has no column {column!r} (for source.where).{suggestion(column, table.column_names)}"
+            )
+    from mm_moslora.data.sources.hf_tables import hub_store
+
+    names, file = _names(columns, "image"), Path(source.path)
+    pictures = Pictures(table, names, file=file, rules=rules, store=hub_store(source.path) if of_hub else ())
+    rows = table.remove_columns(pictures.columns)
+    for number, row in enumerate(rows):
+        if matches(row, source.where):
+            images: tuple[ImageLike, ...] = pictures.of(number)
+            problem = None
+            if not pictures.columns:
+                given = [value for name in names for value in _listed(row.get(name))]
+                images, problem = found(given, file=file, row=number, rules=rules)
+            read = document(row, columns, default_id=str(number), images=images, answer_is=source.answer_is)
+            yield read.with_problem(problem)
+
+
+def _choices(table: Any, source: Source) -> Iterator[Document]:
+    """Records of a commonsense task as lm-evaluation-harness puts them."""
+    task = source.lm_eval_task
+    assert task is not None
+    if task not in LM_EVAL_TASKS:
+        raise EvalError(
+            f"source.lm_eval_task {task!r} is not known.{suggestion(task, LM_EVAL_TASKS)} "
+            f"Known: {', '.join(LM_EVAL_TASKS)}."
+        )
+    for number, row in enumerate(table):
+        try:
+            choice = lm_eval_requests(task, row)
+        except (KeyError, ValueError, IndexError) as error:
+            raise EvalError(
+                f"{source.path}, row {number} is no record of {task} ({error!r}); the original columns are needed."
+            ) from error
+        contexts = [context for context, _ in choice.requests]
+        shared = len(set(contexts)) == 1
+        yield Document(
+            id=str(number),
+            question=contexts[0],
+            options={letter: text[1:] for letter, (_, text) in zip(_LETTERS, choice.requests, strict=False)},
+            answers=(_LETTERS[choice.gold],),
+            extra={} if shared else {f"{CONTEXT}{_LETTERS[i]}": text for i, text in enumerate(contexts)},
+        )
+
+
+def _names(columns: Mapping[str, str], ours: str) -> list[str]:
+    return [name.strip() for name in columns.get(ours, ours).split(",")]
+
+
+def document(
+    row: Mapping[str, Any],
+    columns: Mapping[str, str],
+    *,
+    default_id: str = "0",
+    images: Sequence[ImageLike] = (),
+    answer_is: str = "auto",
+) -> Document:
+    """One row as a document.
+
+    Args:
+        row: the data set's columns.
+        columns: our field -> their column, by default of the same name; `options` may name several, with commas.
+        default_id: when there is no id column.
+        images: its pictures.
+        answer_is: see `Source.answer_is`.
+
+    Raises:
+        EvalError: a number that may be an index or the text of an option.
+    """
+
+    def cell(name: str) -> Any:
+        return row.get(columns.get(name, name))
+
+    options = _options(row, columns.get("options", "options"))
+    identity = str(cell("id") if cell("id") is not None else default_id)
+    used = {part.strip() for name in _OURS for part in columns.get(name, name).split(",")}
+    return Document(
+        id=identity,
+        images=tuple(images),
+        question=str(cell("question") or ""),
+        options=options,
+        answers=_answers(cell("answer"), options, answer_is, where=identity),
+        category=_text(cell("category")),
+        hint=_text(cell("hint")),
+        extra={key: _flat(value) for key, value in row.items() if key not in used and _is_plain(value)},
+    )
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None or str(value) in ("", "nan") else str(value)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(isinstance(item, str | int | float) for item in value)
+    return isinstance(value, str | int | float)
+
+
+def _flat(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _options(row: Mapping[str, Any], names: str) -> dict[str, str]:
+    columns = [name.strip() for name in names.split(",")]
+    if len(columns) > 1:
+        values: list[Any] = [row.get(name) for name in columns]
+    else:
+        value = row.get(columns[0])
+        value = parse_list(value) if isinstance(value, str) else value
+        values = list(value) if isinstance(value, list | tuple) else []
+    return {
+        letter: str(text)
+        for letter, text in zip(_LETTERS, values, strict=False)
+        if text is not None and str(text) != "nan"
+    }
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def _answers(value: Any, options: Mapping[str, str], answer_is: str, *, where: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, list | tuple):
+        return tuple(str(item["answer"] if isinstance(item, dict) and "answer" in item else item) for item in value)
+    text = str(value)
+    if not text:
+        return ()
+    if not options or text in options or answer_is == "letter":
+        return (text,)
+    letters = list(options)
+    index = letters[int(text)] if text.isdecimal() and int(text) < len(letters) else None
+    same = [letter for letter, option in options.items() if option == text]
+    written = same[0] if len(same) == 1 else None
+    if answer_is == "auto" and isinstance(value, str) and index and written and index != written:
+        raise EvalError(
+            f"Document {where!r}: answer {text!r} is option {index} as an index and option {written} as a text. "
+            "Say which with source.answer_is: index or text."
+        )
+    by_index = index if answer_is != "text" else None
+    return (by_index or (written if answer_is != "index" else None) or text,)

@@ -1,0 +1,117 @@
+"""Identity of pictures, and the two controls: the mean colour (blind) and another item's picture (wrong)."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.files import sha256_of
+from mm_moslora.utils.untrusted_files import opened
+from mm_moslora_eval.sources.document import ImageLike, StoredImage
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ImageMode = Literal["own", "blind", "wrong"]
+MODES: tuple[ImageMode, ...] = ("own", "blind", "wrong")
+
+
+class Hasher:
+    """SHA-256 of pictures; a file is read once per process."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path | StoredImage, str] = {}
+
+    def __call__(self, image: ImageLike) -> str:
+        """Hash of the file's bytes, or of size, mode and pixels of an opened picture.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        if isinstance(image, bytes):
+            return hashlib.sha256(image).hexdigest()
+        if isinstance(image, Path | StoredImage):
+            if image not in self._known:
+                self._known[image] = _digest(image)
+            return self._known[image]
+        return hashlib.sha256(f"{image.size} {image.mode} ".encode() + image.tobytes()).hexdigest()
+
+
+def _digest(image: Path | StoredImage) -> str:
+    from mm_moslora.data.images.decode_image import MAX_BYTES
+
+    if isinstance(image, StoredImage):
+        return hashlib.sha256(image.read()).hexdigest()
+    with opened(image, most=MAX_BYTES) as stream:
+        return sha256_of(stream)
+
+
+def open_image(image: ImageLike) -> Image:
+    """Decode to RGB by the rules of training (`mm_moslora.data.images.decode_image`).
+
+    Raises:
+        DataError: not an image, cut short, too large or out of proportion.
+    """
+    from mm_moslora.data.images import decode_image
+
+    if isinstance(image, Path):
+        return decode_image.open_image(image)
+    if isinstance(image, StoredImage):
+        image = image.read()
+    return decode_image.open_image_bytes(image) if isinstance(image, bytes) else decode_image.as_rgb(image)
+
+
+def mean_image(image: ImageLike) -> Image:
+    """A picture of the same size in the one colour that is the mean of all pixels."""
+    from PIL import Image as Pillow
+    from PIL import ImageStat
+
+    opened = open_image(image)
+    colour = tuple(round(value) for value in ImageStat.Stat(opened).mean)
+    return Pillow.new("RGB", opened.size, (colour[0], colour[1], colour[2]))
+
+
+def derangement(identities: Iterable[str], *, seed: int, apart: Iterable[Sequence[str]] = ()) -> dict[str, str]:
+    """Another picture for every picture: a seeded permutation without fixed points.
+
+    Args:
+        identities: hashes of pictures; repetitions count once.
+        seed: of this function's own generator.
+        apart: pictures that stand in one document; where it can be, none takes the place of another of them.
+
+    Raises:
+        EvalError: fewer than two different pictures.
+    """
+    distinct = sorted(set(identities))
+    if len(distinct) < 2:
+        raise EvalError(f"Image mode `wrong` needs two different pictures, the data has {len(distinct)}.")
+    random.Random(seed).shuffle(distinct)
+    # A cycle through the shuffled list has no fixed point.
+    return _spread_apart(dict(zip(distinct, [*distinct[1:], distinct[0]], strict=True)), _companions(apart))
+
+
+def _companions(documents: Iterable[Sequence[str]]) -> dict[str, set[str]]:
+    """Of every picture those that stand beside it in a document, itself among them."""
+    found: dict[str, set[str]] = {}
+    for names in documents:
+        for name in names if len(set(names)) > 1 else ():
+            found.setdefault(name, {name}).update(names)
+    return found
+
+
+def _spread_apart(other: dict[str, str], companions: Mapping[str, set[str]]) -> dict[str, str]:
+    """The same permutation with pictures exchanged until none takes the place of one beside it, where that can be."""
+    names = list(other)
+    for name in companions:
+        if other[name] not in companions[name]:
+            continue
+        for third in names:
+            fits = other[third] not in companions[name] | {name}
+            if fits and other[name] not in companions.get(third, {third}):
+                other[name], other[third] = other[third], other[name]
+                break
+    return other

@@ -1,0 +1,129 @@
+"""LLaVA files as documents.
+
+Question files: an object per line, `{"question_id", "image", "text", "category", "answer" | "answers", "options"}`.
+Conversation files (the training format): each human/gpt pair is a document of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.untrusted_files import MOST_BYTES, read_text
+from mm_moslora_eval.sources.document import Document, ImageLike
+from mm_moslora_eval.sources.source_files import matches
+from mm_moslora_eval.sources.source_images import found
+
+if TYPE_CHECKING:
+    from mm_moslora.data.images.locate_image import PictureRules
+
+Record = Mapping[str, Any]
+Found = tuple[tuple[ImageLike, ...], str | None]
+"""The pictures of a record, and what is wrong with them."""
+
+
+def read(path: Path, *, rules: PictureRules, where: Mapping[str, str] | None = None) -> Iterator[Document | None]:
+    """Read a question or conversation file, JSON list or JSONL.
+
+    Args:
+        path: the file.
+        rules: what pictures may be.
+        where: only records with these values in these fields; None stands for one that was dropped.
+
+    Raises:
+        EvalError: a line that is not a JSON object, or a record without question or answer; names the row.
+    """
+    for row, record in _records(path):
+        place = f"{path}, record {row}"
+        if not matches(record, where):
+            yield None
+        elif "conversations" in record:
+            yield from _conversation(record, found(record.get("image"), file=path, row=row, rules=rules), place, row)
+        else:
+            yield _question(record, found(record.get("image"), file=path, row=row, rules=rules), place)
+
+
+def _records(path: Path) -> Iterator[tuple[int, Record]]:
+    try:
+        text = read_text(path, most=MOST_BYTES, encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise EvalError(f"{path} is not UTF-8 text ({error}); convert it.") from error
+    rows: Iterable[tuple[int, Any]]
+    if text.lstrip().startswith("["):
+        rows = enumerate(_parse(text, str(path)), start=1)
+    else:
+        lines = enumerate(text.split("\n"), start=1)
+        rows = ((number, _parse(line, f"{path}, line {number}")) for number, line in lines if line.strip())
+    for number, record in rows:
+        if not isinstance(record, dict):
+            raise EvalError(f"{path}, record {number} is a {type(record).__name__}, expected a JSON object.")
+        yield number, record
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise EvalError(f"{where} is not valid JSON ({error}); repair or remove it.") from error
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    values = value if isinstance(value, list) else [value]
+    # VQA annotations hold one object per person.
+    return tuple(str(item["answer"] if isinstance(item, dict) and "answer" in item else item) for item in values)
+
+
+def _text(value: Any) -> str | None:
+    return str(value) if value not in (None, "", "nan") else None
+
+
+_KNOWN = {"question_id", "id", "image", "text", "question", "category", "answer", "answers", "options", "hint"}
+
+
+def _question(record: Record, shown: Found, where: str) -> Document:
+    question = record.get("text", record.get("question"))
+    name = record.get("question_id", record.get("id"))
+    if not isinstance(question, str) or name is None:
+        raise EvalError(f"{where} needs `question_id` and `text`; found {', '.join(record) or 'nothing'}.")
+    answers = _strings(record["answers"] if record.get("answers") is not None else record.get("answer"))
+    given = record.get("options") or {}
+    options = given if isinstance(given, dict) else dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", given, strict=False))
+    images, problem = shown
+    return Document(
+        id=str(name),
+        images=images,
+        question=question,
+        options={str(key): str(value) for key, value in options.items()},
+        answers=answers,
+        category=_text(record.get("category")),
+        hint=_text(record.get("hint")),
+        extra={key: str(value) for key, value in record.items() if key not in _KNOWN},
+        problem=problem,
+    )
+
+
+def _conversation(record: Record, shown: Found, where: str, row: int) -> Iterator[Document]:
+    turns = record["conversations"]
+    name = str(record.get("id", row))
+    images, problem = shown
+    if not isinstance(turns, list) or len(turns) % 2 or not all(isinstance(turn, dict) for turn in turns):
+        raise EvalError(f"{where} (id {name!r}): conversations must be a list of human/gpt pairs.")
+    for number, (human, gpt) in enumerate(zip(turns[::2], turns[1::2], strict=True)):
+        roles = (human.get("from"), gpt.get("from"))
+        if roles not in (("human", "gpt"), ("user", "assistant")):
+            raise EvalError(
+                f"{where} (id {name!r}): turns {2 * number} and {2 * number + 1} are from {roles}, not human and gpt."
+            )
+        yield Document(
+            id=f"{name}:{number}" if len(turns) > 2 else name,
+            images=images,
+            question=str(human.get("value", "")).strip(),
+            answers=(str(gpt.get("value", "")).strip(),),
+            category=_text(record.get("category")),
+            problem=problem,
+        )

@@ -1,0 +1,91 @@
+"""Finding data files and picture folders: relative to the task file, never to the working directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.untrusted_files import beside as seen_from
+
+
+def find_file(path: str, *, beside: Path | None = None) -> Path:
+    """Look a data file up: beside the task file, then below MM_MOSLORA_DATA, LMUData and ~/LMUData.
+
+    Args:
+        path: as the task names it.
+        beside: folder of the task file; None, for a task that was made in Python: the working directory.
+
+    Raises:
+        EvalError: it is in none of these places.
+    """
+    return _found(path, "Data file", Path.is_file, _places(path, beside))
+
+
+def find_data(path: str, *, beside: Path | None = None) -> Path | None:
+    """A file or folder, looked up as by `find_file`; None where there is none, and the path may be an id on the hub.
+
+    Raises:
+        EvalError: it is in the working directory alone.
+    """
+    places = _places(path, beside)
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        _refuse_working_directory(path, "Data set", Path.exists, places)
+    return found.resolve() if found is not None else None
+
+
+def picture_folder(image_folder: str | None, data: Path, *, beside: Path | None = None) -> Path:
+    """The folder below which the pictures of a data file lie, resolved.
+
+    Args:
+        image_folder: as the task names it, relative to the task file; None: the folder of the data.
+        data: the data file or folder.
+        beside: folder of the task file; None: the working directory.
+
+    Raises:
+        EvalError: there is no such folder.
+    """
+    if image_folder is None:
+        return (data if data.is_dir() else data.parent).resolve()
+    folder = seen_from(beside or Path.cwd(), image_folder)
+    if folder.is_dir():
+        return folder.resolve()
+    other = data.parent / image_folder
+    there = f" There is {other}; image folders are relative to the file that names them." if other.is_dir() else ""
+    raise EvalError(f"The image folder {image_folder!r} of {data} would be {folder}, which is no folder.{there}")
+
+
+def _places(path: str, beside: Path | None) -> list[Path]:
+    first = seen_from(beside or Path.cwd(), path)
+    if Path(path).expanduser().is_absolute():
+        return [first]
+    roots = [*(os.environ.get(name) for name in ("MM_MOSLORA_DATA", "LMUData")), Path.home() / "LMUData"]
+    return [first, *(Path(root) / path for root in roots if root)]
+
+
+def _found(path: str, what: str, is_there: Callable[[Path], bool], places: list[Path]) -> Path:
+    for place in places:
+        if is_there(place):
+            return place.resolve()
+    _refuse_working_directory(path, what, is_there, places)
+    looked = ", ".join(str(place) for place in places)
+    raise EvalError(
+        f"{what} {path!r} was not found; looked at {looked}. Put it there or set MM_MOSLORA_DATA to its folder."
+    )
+
+
+def _refuse_working_directory(path: str, what: str, is_there: Callable[[Path], bool], places: list[Path]) -> None:
+    here = Path.cwd() / path
+    if is_there(here):
+        raise EvalError(
+            f"{what} {path!r} is not at {places[0]}, but at {here}. Paths in a task file are relative to the task "
+            "file, not to the working directory: correct the path, or write an absolute one."
+        )
+
+
+def matches(row: Mapping[str, Any], where: Mapping[str, str] | None) -> bool:
+    """Whether a row has the wanted value in every named column."""
+    return all(str(row.get(column)) == wanted for column, wanted in (where or {}).items())

@@ -1,0 +1,124 @@
+"""Pictures that documents name, found by the rules of training, and pictures inside a Hugging Face table.
+
+Those of a table are read when they are needed: decoded, a benchmark's do not fit in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_moslora_eval.sources.document import ImageLike, StoredImage
+
+if TYPE_CHECKING:
+    from mm_moslora.data.images.locate_image import PictureRules
+
+_AT_ONCE = 4096
+
+
+def rules_of(folder: Path, *, follow_links: bool) -> PictureRules:
+    """What pictures may be: files below a folder, bytes, data URLs.
+
+    Args:
+        folder: resolved.
+        follow_links: accept symbolic links that lead out of it.
+    """
+    from mm_moslora.data.images.locate_image import PictureRules
+
+    return PictureRules(folder=folder, follow_links=follow_links)
+
+
+def found(given: Any, *, file: Path, row: int, rules: PictureRules) -> tuple[tuple[ImageLike, ...], str | None]:
+    """The pictures that a record names, and what is wrong with one of them.
+
+    Args:
+        given: a name, bytes, an object with `bytes` or `path`, a list of such, or None.
+        file: of the record.
+        row: its number, for messages.
+        rules: what is accepted.
+    """
+    from mm_moslora.data.images.locate_image import StoredPicture, find_picture
+    from mm_moslora.data.record_faults import RecordError, Where
+
+    where = Where(file=file, line=None, row=row)
+    items = given if isinstance(given, list | tuple) else [] if given in (None, "") else [given]
+    pictures: list[ImageLike] = []
+    for index, item in enumerate(items):
+        try:
+            picture = find_picture(item, index, where, rules)
+        except RecordError as error:
+            return (), f"image {error.what}; {error.remedy}"
+        assert isinstance(picture, Path | StoredPicture), "no host is allowed, and a picture is no frame of a video"
+        pictures.append(picture if isinstance(picture, Path) else picture.read())
+    return tuple(pictures), None
+
+
+class Pictures:
+    """The picture columns of a table.
+
+    Args:
+        table: a `datasets.Dataset` that decodes nothing.
+        names: candidates; those that hold pictures or lists of them are used.
+        file: what it was read from, for messages.
+        rules: what pictures named by path may be.
+        store: folders of fetched files; a path into one of them is as good as bytes.
+    """
+
+    def __init__(
+        self, table: Any, names: Sequence[str], *, file: Path, rules: PictureRules, store: Sequence[Path] = ()
+    ) -> None:
+        import datasets
+
+        features = table.features
+        self.columns = [
+            name for name in names if name in features and isinstance(_item(features[name]), datasets.Image)
+        ]
+        self._file, self._rules, self._store = file, rules, store
+        self._arrow = table.select_columns(self.columns).with_format("arrow") if self.columns else None
+        self._counts = {name: self._count(name, len(table)) for name in self.columns}
+
+    def of(self, row: int) -> tuple[StoredImage, ...]:
+        """The pictures of a row, in the order of the columns."""
+        return tuple(
+            StoredImage(self._read, row, name, place)
+            for name in self.columns
+            for place in range(self._counts[name][row])
+        )
+
+    def _count(self, name: str, rows: int) -> list[int]:
+        import pyarrow
+
+        counts: list[int] = []
+        for start in range(0, rows, _AT_ONCE):
+            column = self._arrow[start : min(rows, start + _AT_ONCE)].column(name)  # type: ignore[index]
+            if pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type):
+                counts += [value or 0 for value in pyarrow.compute.list_value_length(column).to_pylist()]
+            else:
+                counts += [int(there) for there in column.is_valid().to_pylist()]
+        return counts
+
+    def _read(self, row: int, name: str, place: int) -> bytes:
+        from mm_moslora.data.images.decode_image import read_picture
+        from mm_moslora.data.images.locate_image import StoredPicture, find_picture
+        from mm_moslora.data.record_faults import Where
+        from mm_moslora.data.sources.hf_tables import fetched_file
+
+        value = self._arrow[row : row + 1].column(name)[0].as_py()  # type: ignore[index]
+        if isinstance(value, list):
+            value = value[place]
+        if value.get("bytes") is not None:
+            return bytes(value["bytes"])
+        fetched = fetched_file(value.get("path"), self._store)
+        if fetched is not None:
+            return fetched.read()
+        picture = find_picture(value, place, Where(file=self._file, line=None, row=row), self._rules)
+        assert isinstance(picture, Path | StoredPicture), "no host is allowed, and a picture is no frame of a video"
+        return read_picture(picture) if isinstance(picture, Path) else picture.read()
+
+
+def _item(feature: Any) -> Any:
+    """What a list feature holds, or the feature itself."""
+    if isinstance(feature, list):
+        return feature[0]
+    return getattr(feature, "feature", feature)

@@ -1,1 +1,0 @@
-"""Code that shipped task files name; the task files themselves are YAML."""

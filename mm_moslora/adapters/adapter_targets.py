@@ -1,0 +1,415 @@
+"""Put adapters into a model: which modules, and into which component.
+
+A target name such as `q_proj` exists in the language model and in the vision tower alike. Here targets are resolved
+inside the component that was asked for, into whole module paths, and a target that matches nothing is an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import peft
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
+from mm_moslora.adapters.layers.base_weights import stop_repacking
+from mm_moslora.adapters.layers.layer_dispatch import why_not_adaptable
+from mm_moslora.adapters.layers.sibling_projections import link_siblings
+from mm_moslora.adapters.mixer import Mixer
+from mm_moslora.adapters.moslora_config import MoSLoRAConfig, check_expression, unmatched_patterns
+from mm_moslora.adapters.uncalled_layers import why_never_called
+from mm_moslora.utils.errors import AdapterError, suggestion
+
+logger = logging.getLogger(__name__)
+
+ALL_LINEAR = "all-linear"
+_HEADS = ("lm_head", "output_layer", "embed_out")
+# Heads that PEFT trains whole for a task.
+_TASK_HEADS = {
+    "SEQ_CLS": SEQ_CLS_HEAD_NAMES,
+    "TOKEN_CLS": SEQ_CLS_HEAD_NAMES,
+    "QUESTION_ANS": ["qa_outputs"],
+}
+_SHOWN = 5
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""What torch calls the module inside a wrapper: of torch.compile, of activation checkpointing, of FSDP."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedModule:
+    """One row of the table of adapted modules."""
+
+    path: str
+    """Module path in the base model."""
+    in_features: int
+    """D_in."""
+    out_features: int
+    """D_out."""
+    rank: int
+    """R."""
+    scaling: float
+    """alpha / R, or alpha / sqrt(R)."""
+    mixer: str
+    """How M started; `none` for plain LoRA (frozen identity)."""
+    mixer_trainable: bool
+    """Whether M trains."""
+    parameters: int
+    """Parameters of A, B and a trainable M."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside wrappers: torch.compile, activation checkpointing, FSDP, `DataParallel`, DDP."""
+    while True:
+        inner = next((model._modules[name] for name in _WRAPPED if name in model._modules), None)
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def bare_name(name: str) -> str:
+    """A name of a module or a parameter as it is without wrappers."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model inside a PEFT wrapper, or the model itself."""
+    model = unwrapped(model)
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+
+
+def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of the base model with its path; adapters, and what lies inside them, are left out."""
+    stack: list[tuple[str, nn.Module]] = [("", base_model(model))]
+    while stack:
+        path, module = stack.pop()
+        module = unwrapped(module)
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module = module.original_module
+        yield path, module
+        prefix = f"{path}." if path else ""
+        stack.extend((prefix + name, child) for name, child in reversed(list(module.named_children())))
+
+
+def named_adapter_layers(model: nn.Module) -> Iterator[tuple[str, MoSLoRALayer]]:
+    """The adapted layers of a model with their paths in the base model."""
+    for path, module in base_model(model).named_modules():
+        if isinstance(module, MoSLoRALayer):
+            yield bare_name(path), module
+
+
+def is_inner(path: str) -> bool:
+    """Whether a module path lies inside an adapted layer: the out_proj of `nn.MultiheadAttention`, adapted with it."""
+    return ".base_layer." in path
+
+
+def resolve_targets(model: nn.Module, component: str = "", targets: str | Sequence[str] = ALL_LINEAR) -> list[str]:
+    """Module paths to adapt inside one component.
+
+    Args:
+        model: the model, with or without adapters.
+        component: module path of the component, such as `model.language_model`; empty is the whole model.
+        targets: `all-linear` (every linear layer but the output head), a list of module names (`q_proj`,
+            `self_attn.q_proj`), or a regular expression that matches the whole path within the component.
+
+    Returns:
+        Whole paths in the base model, in the model's order.
+
+    Raises:
+        AdapterError: no such component, or a target that matches nothing or something that cannot be adapted.
+    """
+    return _resolve(model, [component], targets)
+
+
+def _resolve(model: nn.Module, components: Sequence[str], targets: str | Sequence[str]) -> list[str]:
+    modules = dict(named_base_modules(model))
+    heads = _head_modules(model)
+    unmatched = set() if isinstance(targets, str) else set(targets)
+    found: dict[str, None] = {}
+    empty = []
+    for component in components:
+        inside = _modules_of(component, modules)
+        prefix = f"{component}." if component else ""
+        paths = _match(inside, targets, unmatched, heads)
+        found |= dict.fromkeys(prefix + path for path in paths)
+        empty += [] if paths else [component]
+    where = " and ".join(repr(name) if name else "the model" for name in components)
+    if unmatched:
+        names = {part for path in modules for part in (path, path.rpartition(".")[2]) if part}
+        raise AdapterError(
+            f"Target {min(unmatched)!r} matches no module of {where}.{suggestion(min(unmatched), names)}"
+            f"{_linear_names(modules)}"
+        )
+    if empty or not found:
+        raise AdapterError(
+            f"No module of {repr(empty[0]) if empty and empty[0] else where} matches the targets {targets!r}."
+            f"{_list_hint(targets)}{_linear_names(modules)}"
+        )
+    for path in found:
+        reason = why_not_adaptable(modules[path]) or _why_never_called(path, modules)
+        if reason:
+            raise AdapterError(f"Target {path!r} cannot carry MoSLoRA: {reason}")
+    return list(found)
+
+
+def _list_hint(targets: str | Sequence[str]) -> str:
+    if not isinstance(targets, str):
+        return ""
+    return f" A string is a regular expression for the whole path; names come as a list: [{targets!r}]."
+
+
+def _modules_of(component: str, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    if not component:
+        return {path: module for path, module in modules.items() if path}
+    if component not in modules:
+        raise AdapterError(
+            f"The model has no component {component!r}.{suggestion(component, modules)} "
+            f"At the top it has: {', '.join(path for path in modules if path and path.count('.') < 2)}."
+        )
+    prefix = f"{component}."
+    return {path.removeprefix(prefix): module for path, module in modules.items() if path.startswith(prefix)}
+
+
+def _match(
+    inside: dict[str, nn.Module], targets: str | Sequence[str], unmatched: set[str], heads: set[int]
+) -> list[str]:
+    if targets == ALL_LINEAR:
+        linear = [
+            path
+            for path, module in inside.items()
+            if _is_linear(module) and id(module) not in heads and path.rpartition(".")[2] not in _HEADS
+        ]
+        left_out = {path for path in linear if _why_never_called(path, inside)}
+        if left_out:
+            kinds = ", ".join(sorted({path.rpartition(".")[2] for path in left_out}))
+            logger.info(
+                "all-linear leaves out %d layers whose weight is read without a call: %s.", len(left_out), kinds
+            )
+        return [path for path in linear if path not in left_out]
+    if isinstance(targets, str):
+        check_expression(targets, "targets")
+        pattern = re.compile(targets)
+        return [path for path in inside if pattern.fullmatch(path)]
+    matched = []
+    for path in inside:
+        names = {name for name in targets if path == name or path.endswith(f".{name}")}
+        if names:
+            matched.append(path)
+            unmatched -= names
+    return matched
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Linear layers of every kind, quantised ones too: they must raise later, not be skipped."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    return (
+        hasattr(module, "in_features") and hasattr(module, "out_features") and "linear" in type(module).__name__.lower()
+    )
+
+
+def _head_modules(model: nn.Module) -> set[int]:
+    heads = set()
+    for _, module in named_base_modules(model):
+        get_head = getattr(module, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
+        if head is not None:
+            heads.add(id(head.get_base_layer() if isinstance(head, BaseTunerLayer) else head))
+    return heads
+
+
+def _why_never_called(path: str, modules: dict[str, nn.Module]) -> str | None:
+    parent, _, name = path.rpartition(".")
+    return why_never_called(modules.get(parent), name)
+
+
+def _linear_names(modules: dict[str, nn.Module]) -> str:
+    names = dict.fromkeys(path.rpartition(".")[2] for path, module in modules.items() if _is_linear(module))
+    return f" Linear layers here: {', '.join(names)}." if names else " It has no linear layer."
+
+
+def add_moslora(
+    model: nn.Module,
+    config: MoSLoRAConfig,
+    *,
+    component: str | Sequence[str] = "",
+    targets: str | Sequence[str] | None = None,
+    adapter_name: str = "default",
+    autocast_adapter_dtype: bool = True,
+) -> peft.PeftModel:
+    """Put an adapter into a model.
+
+    Args:
+        model: any module tree, or a PEFT model that gets one more adapter. Changed in place; frozen but for the adapter
+            when it is the first.
+        config: the adapter's configuration; not changed. Its `exclude_modules`, `layers_to_transform`,
+            `layers_pattern` and `modules_to_save` take modules out of the targets, as in PEFT.
+        component: module path of the component to adapt, or several that share this adapter; empty is the whole model.
+        targets: see `resolve_targets`; None takes the configuration's `target_modules`, `all-linear` if it has none.
+        adapter_name: the adapter's name in PEFT.
+        autocast_adapter_dtype: keep the factors in float32 when the base is in half precision (PEFT's default).
+
+    Returns:
+        The PEFT model around `model`.
+
+    Raises:
+        AdapterError: see `resolve_targets`; a pattern of the configuration that matches nothing; a rank that does not
+            fit its mixer; an adapter of this name. The model is untouched then.
+    """
+    _check_arguments(model, config, adapter_name)
+    components = [component] if isinstance(component, str) else list(component)
+    targets = (config.target_modules or ALL_LINEAR) if targets is None else targets
+    paths = _chosen(config, _resolve(model, components, targets))
+    check_plan(config, paths)
+    return inject(model, config, paths, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+
+
+def _check_arguments(model: object, config: object, adapter_name: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise AdapterError(f"The model is a {type(model).__name__}, expected a torch.nn.Module.")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        raise AdapterError(
+            f"The model is wrapped already ({type(model).__name__}), so the adapter's names would be another model's. "
+            "Add the adapter first, and compile or distribute what add_moslora returns."
+        )
+    if not isinstance(config, MoSLoRAConfig):
+        plain = " Plain LoRA is MoSLoRAConfig(mixer_init='identity', mixer_trainable=False)."
+        hint = plain if isinstance(config, peft.LoraConfig) else ""
+        raise AdapterError(f"The configuration is a {type(config).__name__}, expected a MoSLoRAConfig.{hint}")
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise AdapterError(f"The adapter's name is {adapter_name!r}, expected text without a dot.")
+
+
+def _chosen(config: MoSLoRAConfig, paths: list[str]) -> list[str]:
+    """The targets that the configuration does not take out again."""
+    # PEFT does not look at the layer's number where a target is a whole path.
+    own = copy.copy(config)
+    if heads := _TASK_HEADS.get(str(getattr(config.task_type, "value", config.task_type))):
+        own.modules_to_save = [*(config.modules_to_save or ()), *heads]
+    chosen = []
+    for path in paths:
+        own.target_modules = {path.rpartition(".")[2]}  # type: ignore[assignment]
+        if check_target_module_exists(own, path):
+            chosen.append(path)
+    if not chosen:
+        options = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+        given = ", ".join(f"{name}={getattr(own, name)!r}" for name in options if getattr(own, name))
+        raise AdapterError(f"{given} leaves none of the {len(paths)} targets (the first: {', '.join(paths[:_SHOWN])}).")
+    return chosen
+
+
+def check_plan(config: MoSLoRAConfig, paths: Sequence[str]) -> None:
+    """Refuse a configuration that does not fit the modules, before any of them is touched.
+
+    Args:
+        config: the configuration.
+        paths: the modules to adapt.
+
+    Raises:
+        AdapterError: a pattern that matches nothing, or an odd rank with a butterfly mixer.
+    """
+    lost = unmatched_patterns(config, paths)
+    if lost:
+        raise AdapterError(
+            f"{', '.join(lost)} matches none of the {len(paths)} adapted modules (the first: "
+            f"{', '.join(paths[:_SHOWN])}). A key is a regular expression for the end of a module path."
+        )
+    for path in paths:
+        if config.mixer_for(path) == "butterfly" and config.rank_for(path) % 2:
+            raise AdapterError(f"{path} has rank {config.rank_for(path)}, but a butterfly mixer needs an even one.")
+
+
+def inject(
+    model: nn.Module,
+    config: MoSLoRAConfig,
+    paths: Sequence[str],
+    *,
+    adapter_name: str,
+    autocast_adapter_dtype: bool,
+) -> peft.PeftModel:
+    """Put an adapter into exactly the given modules.
+
+    Args:
+        model: base or PEFT model.
+        config: the configuration; not changed.
+        paths: whole module paths.
+        adapter_name: the adapter's name in PEFT.
+        autocast_adapter_dtype: see `add_moslora`.
+
+    Raises:
+        AdapterError: an adapter of this name exists, or adapters lie in a model that PEFT no longer wraps.
+    """
+    wrapper = next((module for module in model.modules() if unwrapped(module) is not module), None)
+    if wrapper is not None:
+        raise AdapterError(
+            f"Parts of the model are wrapped ({type(wrapper).__name__}), so the adapter's names would be another "
+            "model's. Add or load the adapter first, and compile or wrap what that returns."
+        )
+    own = copy.deepcopy(config)
+    own.target_modules = set(paths)  # type: ignore[assignment]  # PEFT keeps lists as sets
+    own.exclude_modules, own.layers_to_transform, own.layers_pattern = None, None, None
+    if isinstance(model, peft.PeftModel):
+        if adapter_name in model.peft_config:
+            raise AdapterError(f"The model has an adapter {adapter_name!r} already. Choose another adapter_name.")
+        model.add_adapter(adapter_name, own, autocast_adapter_dtype=autocast_adapter_dtype)
+        wrapped = model
+    else:
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise AdapterError("The model holds adapters already. Pass the PeftModel that add_moslora returned.")
+        wrapped = peft.get_peft_model(
+            model, own, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
+        )
+    adapted = {path for path, layer in named_adapter_layers(wrapped) if layer.holds(adapter_name)}
+    adapted = {path for path in adapted if not is_inner(path)}
+    assert adapted == set(paths), f"asked for {sorted(set(paths) ^ adapted)[:_SHOWN]} and PEFT did otherwise"
+    link_siblings(wrapped)
+    if not config.inference_mode:
+        stop_repacking(wrapped)
+    return wrapped
+
+
+def adapted_modules(model: nn.Module, *, adapter_name: str | None = None) -> list[AdaptedModule]:
+    """The adapted modules, one row each.
+
+    Args:
+        model: PEFT model, or the base model with adapters inside.
+        adapter_name: one adapter; None takes all, in the order of their names.
+    """
+    rows = []
+    for path, layer in named_adapter_layers(model):
+        for name in layer.adapter_names():
+            if adapter_name not in (None, name):
+                continue
+            factors = layer.factors(name)
+            trains = factors.M is not None and cast(Mixer, layer.lora_mixer[name]).trainable
+            width_in, width_out = layer.widths
+            rows.append(
+                AdaptedModule(
+                    path=path,
+                    in_features=width_in,
+                    out_features=width_out,
+                    rank=layer.r[name],
+                    scaling=factors.scaling,
+                    mixer=layer.mixer_init[name] if factors.M is not None else "none",
+                    mixer_trainable=trains,
+                    parameters=_size(factors.A) + _size(factors.B) + (_size(factors.M) if trains else 0),
+                )
+            )
+    return rows
+
+
+def _size(tensor: Tensor | None) -> int:
+    # A ZeRO-3 shard is empty on most ranks; DeepSpeed keeps the whole size beside it.
+    return 0 if tensor is None else int(getattr(tensor, "ds_numel", tensor.numel()))

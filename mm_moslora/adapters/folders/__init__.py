@@ -1,0 +1,1 @@
+"""Adapter folders: writing, reading, other libraries' formats, exports."""

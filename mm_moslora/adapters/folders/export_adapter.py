@@ -1,0 +1,226 @@
+"""Hand an adapter to programs that know no mixer: fold it, and lay it out as each of them reads it.
+
+::
+
+    peft        adapter_config.json + adapter_model.safetensors, every option of LoRA kept
+    vllm        the same with one rank, one scaling and module names as targets, which is what vLLM's loader accepts
+    diffusers   pytorch_lora_weights.safetensors with `unet.` or `transformer.` names, for `load_lora_weights`
+    gguf        one .gguf file for llama.cpp's `--lora`
+
+In the last three the scaling s is a part of B, and alpha equals the rank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mm_moslora.adapters.adapter_targets import is_inner
+from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_tensors
+from mm_moslora.adapters.folders.load_folder import read_folder
+from mm_moslora.adapters.folders.save_folder import (
+    MIXER,
+    PREFIX,
+    STOCK_CONFIG,
+    STOCK_WEIGHTS,
+    adapted_path,
+    fold_state_dict,
+    stock_config,
+    target_paths,
+)
+from mm_moslora.utils.errors import AdapterError, suggestion
+from mm_moslora.utils.files import output_file, replace_text, replacing
+from mm_moslora.utils.run_paths import writing
+
+Layout = Literal["peft", "vllm", "diffusers", "gguf"]
+COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
+"""Parts of diffusers' pipelines that load LoRA."""
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainPair:
+    """A folded adapter in one module."""
+
+    A: Tensor
+    """``[R, D_in]``, or ``[R, C, h, w]``."""
+    B: Tensor
+    """``[D_out, R]`` or ``[D_out, R, 1, 1]``, with the scaling inside."""
+
+
+def export_adapter(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    layout: Layout,
+    component: str = "unet",
+    model_config: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write an adapter folder in another program's layout.
+
+    Args:
+        folder: an adapter folder of any kind that `load_adapter` reads.
+        out: folder to write into (made if missing), or the .gguf file. An export for diffusers keeps what the file
+            there holds of other components: one folder for a UNet and its text encoders.
+        layout: see the module's text.
+        component: diffusers only: which part of the pipeline it adapts, one of `COMPONENTS`.
+        model_config: gguf only: the `config.json` of the language model, or of the model around it, as a mapping.
+
+    Returns:
+        The file or folder written.
+
+    Raises:
+        AdapterError: unknown layout, or an adapter that the layout cannot express.
+        ConfigError: an adapter lies there already.
+        OSError: `out` cannot be written.
+    """
+    if layout not in get_args(Layout):
+        known = get_args(Layout)
+        raise AdapterError(f"The layout is {layout!r}, expected one of {', '.join(known)}.{suggestion(layout, known)}")
+    if component not in COMPONENTS:
+        hint = suggestion(component, COMPONENTS)
+        raise AdapterError(f"The component is {component!r}, expected one of {', '.join(COMPONENTS)}.{hint}")
+    content = read_folder(folder)
+    target = Path(out)
+    if layout == "gguf":
+        output_file(target)
+        from mm_moslora.adapters.folders.gguf_adapter import write_gguf
+
+        if model_config is None:
+            raise AdapterError("A gguf file needs the language model's configuration. Pass model_config.")
+        return write_gguf(target, plain_pairs(content), model_config)
+    config: dict[str, Any] | None = None
+    if layout == "peft":
+        tensors = fold_state_dict(content.tensors)
+        config = stock_config(content.config, target_paths(content.tensors), None)
+    elif layout == "vllm":
+        tensors, config = _vllm_files(content)
+    else:
+        written = target / DIFFUSERS_WEIGHTS
+        others = read_tensors(written) if written.is_file() else {}
+        tensors = {name: factor for name, factor in others.items() if name.partition(".")[0] != component}
+        tensors |= {
+            f"{component}.{path}.{name}": factor
+            for path, pair in plain_pairs(content).items()
+            for name, factor in (("lora_A.weight", pair.A), ("lora_B.weight", pair.B))
+        }
+    if config is not None:  # a file for diffusers may hold other components, which are kept
+        for name in (STOCK_WEIGHTS, STOCK_CONFIG):
+            output_file(target / name)
+    with writing(target):
+        target.mkdir(parents=True, exist_ok=True)
+        name = DIFFUSERS_WEIGHTS if config is None else STOCK_WEIGHTS
+        with replacing(target / name) as part:
+            save_file(tensors, part, metadata={"format": "pt"})
+        if config is not None:
+            replace_text(target / STOCK_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return target
+
+
+@torch.no_grad()
+def largest_difference(
+    folder: str | Path, out: str | Path, *, layout: Literal["vllm", "diffusers"], component: str = "unet"
+) -> float:
+    """How far the adapters in an export, read back, are from those of the folder that it was written from.
+
+    Every layer's ``s B M A x`` is computed from both, in float64, for eight random x.
+
+    Args:
+        folder: the adapter folder.
+        out: what `export_adapter` wrote.
+        layout: in which layout.
+        component: diffusers only: the one it was written for.
+
+    Returns:
+        The largest difference of an entry, over the largest entry of its layer; the largest of all layers.
+
+    Raises:
+        AdapterError: one of the two cannot be read, or the export lacks a layer.
+    """
+    content = read_folder(folder)
+    written = read_tensors(Path(out) / (DIFFUSERS_WEIGHTS if layout == "diffusers" else STOCK_WEIGHTS))
+    prefix = f"{component}." if layout == "diffusers" else PREFIX
+    found = {name.removeprefix(prefix): factor for name, factor in written.items() if name.startswith(prefix)}
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for path in target_paths(content.tensors):
+        A, M, B = (content.tensors.get(f"{PREFIX}{path}{part}") for part in (".lora_A.weight", MIXER, ".lora_B.weight"))
+        own_A, own_B = (found.get(f"{path}{part}") for part in (".lora_A.weight", ".lora_B.weight"))
+        if A is None or B is None or own_A is None or own_B is None:
+            raise AdapterError(f"{out} has no factors for {path}, which {folder} adapts. Export it again.")
+        x = torch.randn(A[0].numel(), 8, generator=generator, dtype=torch.float64)
+        expected = _update(A, M, B, x) * content.config.scaling_for(path)
+        difference = (_update(own_A, None, own_B, x) - expected).abs().max()
+        worst = max(worst, float(difference / expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)))
+    return worst
+
+
+def _update(A: Tensor, M: Tensor | None, B: Tensor, x: Tensor) -> Tensor:
+    z = A.flatten(1).to(x.dtype) @ x
+    if M is not None:
+        z = M.to(x.dtype) @ z if M.ndim == 2 else M.to(x.dtype)[:, None] * z
+    return B.flatten(1).to(x.dtype) @ z
+
+
+def plain_pairs(content: AdapterFolder) -> dict[str, PlainPair]:
+    """The folded factors by module path, with the scaling in B.
+
+    Raises:
+        AdapterError: the adapter holds more than A, M and B of layers that a LoRA reader knows.
+    """
+    inner = next((name for name in content.tensors if is_inner(name) and "lora_" in name), None)
+    if inner:
+        raise AdapterError(
+            f"The adapter holds {inner!r}, of an nn.MultiheadAttention, which only PEFT knows as an adapted layer. "
+            "Export with layout='peft' (--to lora), or merge."
+        )
+    if content.config.changes_base:
+        init = content.config.init_lora_weights
+        raise AdapterError(
+            f"The adapter began with init_lora_weights={init!r}, which changed the base; on the unchanged one it would "
+            "be wrong. Export with layout='peft' (--to lora), or merge."
+        )
+    folded = fold_state_dict(content.tensors)
+    pairs: dict[str, PlainPair] = {}
+    used = set()
+    for name, A in folded.items():
+        path = adapted_path(name)
+        if path is None or not name.endswith(".lora_A.weight"):
+            continue
+        B_name = f"{PREFIX}{path}.lora_B.weight"
+        used |= {name, B_name}
+        scaling = content.config.scaling_for(path)
+        pairs[path] = PlainPair(A=A.float().contiguous(), B=(folded[B_name].float() * scaling).contiguous())
+    extra = sorted(folded.keys() - used)
+    if extra:
+        raise AdapterError(
+            f"The adapter holds {extra[0]!r}, which this layout cannot express (DoRA, embeddings, modules_to_save and "
+            "biases stay with PEFT). Export with layout='peft' (--to lora), or merge."
+        )
+    return pairs
+
+
+def _vllm_files(content: AdapterFolder) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    pairs = plain_pairs(content)
+    wide = next((path for path, pair in pairs.items() if pair.A.ndim != 2), None)
+    if wide:
+        raise AdapterError(
+            f"{wide} is a convolution, which vLLM does not adapt. Export with layout='peft' (--to lora), or merge."
+        )
+    rank = max(len(pair.A) for pair in pairs.values())
+    tensors: dict[str, Tensor] = {}
+    for path, pair in pairs.items():
+        A, B = torch.zeros(rank, *pair.A.shape[1:]), torch.zeros(len(pair.B), rank)
+        A[: len(pair.A)], B[:, : len(pair.A)] = pair.A, pair.B
+        tensors |= {f"{PREFIX}{path}.lora_A.weight": A, f"{PREFIX}{path}.lora_B.weight": B}
+    names = sorted({path.rpartition(".")[2] for path in pairs})
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, task_type="CAUSAL_LM", inference_mode=True)
+    return tensors, {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}

@@ -1,0 +1,370 @@
+"""Load an adapter folder: everything is checked before the model is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import peft
+import torch
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from mm_moslora.adapters.adapter_targets import inject, is_inner, named_adapter_layers, named_base_modules
+from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_foreign, read_json, read_tensors
+from mm_moslora.adapters.folders.save_folder import (
+    FORMAT,
+    FORMAT_VERSION,
+    MIXER,
+    OWN_CONFIG,
+    OWN_WEIGHTS,
+    PREFIX,
+    STOCK_WEIGHTS,
+    adapted_path,
+    base_fingerprint,
+    check_tensors,
+    expected_shapes,
+)
+from mm_moslora.adapters.layers.layer_dispatch import factor_shapes, why_not_adaptable
+from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
+from mm_moslora.utils.errors import AdapterError, suggestion
+from mm_moslora.utils.files import sha256_of
+from mm_moslora.utils.run_paths import why_no_adapter_folder
+
+# Options that put more than A, M and B into a folder.
+_EXTRAS = ("modules_to_save", "trainable_token_indices", "lora_bias", "use_dora")
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    adapter_name: str = "default",
+    trainable: bool = False,
+    base: Mapping[str, Any] | None = None,
+    autocast_adapter_dtype: bool = True,
+) -> peft.PeftModel:
+    """Load a folder of `save_adapter`, or a plain LoRA folder of stock PEFT, into a model.
+
+    Args:
+        model: the base model, or a PEFT model. An adapter of this name that is there already gets the values, if its
+            modules, ranks and scalings are the same, and is added if there is none.
+        folder: the adapter folder.
+        adapter_name: the adapter's name in PEFT.
+        trainable: whether it is going to train; if not, the model is put into evaluation mode. A plain LoRA folder
+            gets a trainable identity mixer when it trains, a frozen one (plain LoRA) otherwise.
+        base: what the base model is; an entry that contradicts the folder's is an error.
+        autocast_adapter_dtype: keep the factors in float32 when the base is in half precision.
+
+    Returns:
+        The PEFT model.
+
+    Raises:
+        AdapterError: a file that is missing, truncated, changed or stale; an adapter for another base; a factor of the
+            wrong shape. The model is untouched then.
+    """
+    content = _read_for(model, folder, base or {}, trainable=trainable)
+    config, source = content.config, str(folder)
+    paths = sorted(config.target_modules or ())
+    config.inference_mode = not trainable
+    known = isinstance(model, peft.PeftModel) and adapter_name in model.peft_config
+    if isinstance(model, peft.PeftModel) and known:
+        _check_same(model, adapter_name, content, source)
+        wrapped = model
+    else:
+        with _usable(source):
+            wrapped = inject(
+                model, config, paths, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
+            )
+    try:
+        _set_values(wrapped, adapter_name, content.tensors, source)
+    except AdapterError:
+        if wrapped is not model:
+            wrapped.unload()
+        elif not known:
+            wrapped.delete_adapter(adapter_name)
+        raise
+    wrapped.set_requires_grad(adapter_name, requires_grad=trainable)
+    if not trainable:
+        wrapped.eval()  # as PeftModel.from_pretrained does: an adapter's dropout is on in a fresh layer
+    return wrapped
+
+
+def set_values(
+    model: peft.PeftModel, folder: Path, adapter_name: str, *, device: str | None, low_cpu_mem_usage: bool
+) -> Any:
+    """Give an adapter that is there the values A, M and B of its folder; nothing else changes.
+
+    Args:
+        model: holds the adapter, on the meta device perhaps.
+        folder: of `save_adapter`.
+        adapter_name: the adapter.
+        device: where the values are put first; matters for factors on the meta device.
+        low_cpu_mem_usage: take the tensors themselves for the factors, as PEFT does.
+
+    Returns:
+        PEFT's result: the missing and the unexpected keys.
+
+    Raises:
+        AdapterError: see `load_adapter`. The adapter has its old values then.
+    """
+    content = _read_for(model, folder, {}, trainable=False)
+    _check_same(model, adapter_name, content, str(folder))
+    tensors = content.tensors if device is None else {name: t.to(device) for name, t in content.tensors.items()}
+    result = _set_values(model, adapter_name, tensors, str(folder), low_cpu_mem_usage=low_cpu_mem_usage)
+    result.missing_keys.clear()  # the base's own; the adapter's are all there
+    return result
+
+
+def _read_for(model: nn.Module, folder: str | Path, base: Mapping[str, Any], *, trainable: bool) -> AdapterFolder:
+    """Read a folder and check it against the model and what is known of it."""
+    content = read_folder(folder, trainable=trainable)
+    config, source = content.config, str(folder)
+    _check_base(model, content.base, base, source)
+    shapes = _planned_shapes(model, config, sorted(config.target_modules or ()), content.tensors, source)
+    check_tensors(content.tensors, shapes, source=source)
+    extra = sorted(content.tensors.keys() - shapes.keys())
+    if extra and not _has_place(extra[0], config):
+        raise AdapterError(f"{source} holds {extra[0]!r}, for which its configuration has no place.")
+    return content
+
+
+def _set_values(
+    model: peft.PeftModel, adapter_name: str, tensors: dict[str, Tensor], source: str, **options: Any
+) -> Any:
+    problem = _misfit(model, adapter_name, tensors)
+    if problem:
+        raise AdapterError(f"{source} {problem}. It was made for another base model, or its files were changed.")
+    return set_peft_model_state_dict(model, tensors, adapter_name=adapter_name, **options)
+
+
+@torch.no_grad()
+def restore_frozen_factors(model: nn.Module, folder: str | Path, *, adapter_name: str = "default") -> int:
+    """Set the factors of an adapter that do not train to those of its folder, bit for bit.
+
+    They are buffers, which no optimiser's state brings back, and making them anew is not exact: singular vectors
+    (`factor_form="svd"`) have other signs with another number of threads or on another device, and the mixer that was
+    trained between them would then mean something else.
+
+    Args:
+        model: holds the adapter.
+        folder: of `save_adapter`, of the same adapter.
+        adapter_name: the adapter.
+
+    Returns:
+        How many factors were set.
+
+    Raises:
+        AdapterError: see `read_folder`; a factor that the folder lacks.
+    """
+    frozen = {
+        f"{PREFIX}{path}.{kind}.weight": buffer
+        for path, layer in named_adapter_layers(model)
+        for kind in ("lora_A", "lora_mixer", "lora_B")
+        if adapter_name in (modules := cast(nn.ModuleDict, getattr(layer, kind)))
+        and (buffer := modules[adapter_name]._buffers.get("weight")) is not None
+    }
+    if not frozen:
+        return 0
+    tensors = read_folder(folder).tensors
+    for name, buffer in frozen.items():
+        if name not in tensors or tensors[name].shape != buffer.shape:
+            raise AdapterError(f"{folder} has no {name} of shape {list(buffer.shape)}. It is of another adapter.")
+        buffer.copy_(tensors[name])
+    return len(frozen)
+
+
+def _check_same(model: peft.PeftModel, adapter_name: str, content: AdapterFolder, source: str) -> None:
+    """Refuse values for an adapter that is there and computes something else with them."""
+    layers = {path: layer for path, layer in named_adapter_layers(model) if layer.holds(adapter_name)}
+    found = {name: tuple(tensor.shape) for name, tensor in content.tensors.items()}
+    expected = expected_shapes(model, adapter_name)
+    differing = sorted(name for name in expected if found.get(name) != expected[name])
+    own, theirs = content.config, cast(MoSLoRAConfig, model.peft_config[adapter_name])
+    outer = [path for path in layers if not is_inner(path)]
+    scaled = [path for path in outer if layers[path].scaling[adapter_name] != own.scaling_for(path)]
+    problem = ""
+    if set(outer) != set(own.target_modules or ()):
+        problem = "it is in other modules"
+    elif differing:
+        problem = (
+            f"{differing[0]} is {expected[differing[0]]} there and {found.get(differing[0], 'missing')} in the folder"
+        )
+    elif own.use_dora != theirs.use_dora:
+        problem = f"use_dora is {theirs.use_dora} there and {own.use_dora} in the folder"
+    elif scaled:
+        there = layers[scaled[0]].scaling[adapter_name]
+        problem = f"the scaling of {scaled[0]} is {there:g} there and {own.scaling_for(scaled[0]):g} in the folder"
+    elif any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        problem = "it is merged into the weights"
+    if problem:
+        raise AdapterError(
+            f"The model has an adapter {adapter_name!r} already, and {source} cannot take its place: {problem}. Load "
+            "it under another adapter_name, or delete that one (delete_adapter) first."
+        )
+
+
+@contextmanager
+def _usable(source: str) -> Iterator[None]:
+    """PEFT checks an option where it uses it, and some not at all."""
+    try:
+        yield
+    except AdapterError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+        raise AdapterError(f"The configuration of {source} cannot be used ({error}). Copy the folder again.") from error
+
+
+def _misfit(model: peft.PeftModel, adapter_name: str, tensors: Mapping[str, Tensor]) -> str | None:
+    """What of an adapter's tensors, besides A, M and B, does not fit the model that it was put into."""
+    wanted = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    lost = wanted.keys() - tensors.keys()
+    if lost:
+        return f"lacks {min(lost)!r}"
+    places = wanted
+    if tensors.keys() - wanted.keys():  # the base's embeddings, which PEFT saves when the vocabulary was resized
+        places = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=True)
+    for name, tensor in tensors.items():
+        if name not in places:
+            return f"holds {name!r}, for which the model has no place"
+        shape = getattr(places[name], "ds_shape", places[name].shape)
+        if tensor.shape != shape:
+            return f"holds {name!r} of shape {list(tensor.shape)}, expected {list(shape)}"
+    return None
+
+
+def _has_place(name: str, config: MoSLoRAConfig) -> bool:
+    """Whether an entry besides the factors can belong to this adapter."""
+    if any(getattr(config, option) for option in _EXTRAS) or config.bias != "none":
+        return True
+    # PEFT saves the embeddings of a model whose vocabulary was resized.
+    return any(part in EMBEDDING_LAYER_NAMES for part in name.split("."))
+
+
+def read_folder(folder: str | Path, *, trainable: bool = False) -> AdapterFolder:
+    """Read and verify an adapter folder without a model.
+
+    Args:
+        folder: of `save_adapter`, or of stock PEFT.
+        trainable: for a stock folder, whether its identity mixer trains.
+
+    Raises:
+        AdapterError: see `load_adapter`; factors that do not fit each other, or hold NaN.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise AdapterError(why_no_adapter_folder(root))
+    has_config, has_weights = (root / OWN_CONFIG).is_file(), (root / OWN_WEIGHTS).is_file()
+    if has_config != has_weights:
+        there, lost = (OWN_CONFIG, OWN_WEIGHTS) if has_config else (OWN_WEIGHTS, OWN_CONFIG)
+        raise AdapterError(
+            f"{root} has {there} but no {lost}. Copy the whole folder; or delete {there} to load the folded factors as "
+            "plain LoRA."
+        )
+    with _usable(str(root)):
+        content = _read_own(root) if has_config else read_foreign(root, trainable=trainable)
+    if not content.config.target_modules:
+        raise AdapterError(f"{root} holds no factors of an adapter. Save it again.")
+    check_tensors(content.tensors, _shapes_by_rank(content), source=str(root))
+    return content
+
+
+def _shapes_by_rank(content: AdapterFolder) -> dict[str, tuple[int, ...]]:
+    """What factors of these ranks look like, for readers that have no model; widths are taken as they are."""
+    config, tensors = content.config, content.tensors
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, A in tensors.items():
+        path = adapted_path(name)
+        if path is None:
+            continue
+        outer = path.partition(".base_layer.")[0]
+        rank = config.rank_for(outer)
+        shapes[name] = (rank, *A.shape[1:])
+        start = f"{PREFIX}{path}"
+        other = start + name.removeprefix(start).replace("_A", "_B")
+        B = tensors.get(other)
+        shapes[other] = (0, rank) if B is None else (*B.shape[:1], rank, *B.shape[2:])
+        if f"{start}{MIXER}" in tensors or not config.is_plain(outer):
+            shapes[f"{start}{MIXER}"] = (rank,) if config.mixer_form == "diagonal" else (rank, rank)
+    return shapes
+
+
+def _read_own(root: Path) -> AdapterFolder:
+    manifest = read_json(root / OWN_CONFIG)
+    if manifest.get("format") != FORMAT:
+        found = manifest.get("format")
+        raise AdapterError(f"{root / OWN_CONFIG} is not an adapter manifest: its format is {found!r}, not {FORMAT!r}.")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise AdapterError(
+            f"{root / OWN_CONFIG} has format version {manifest.get('format_version')!r}, this release reads "
+            f"{FORMAT_VERSION}. Update mm-moslora."
+        )
+    for part in ("config", "files", "base"):
+        if not isinstance(manifest.get(part), dict):
+            raise AdapterError(f"{root / OWN_CONFIG} lacks {part!r}, or it is no object. Copy the folder again.")
+    if lost := {STOCK_WEIGHTS, OWN_WEIGHTS} - manifest["files"].keys():
+        raise AdapterError(f"{root / OWN_CONFIG} has no sha256 of {min(lost)}. Copy the folder again.")
+    for name, expected in manifest["files"].items():
+        path = root / name
+        if not path.is_file():
+            raise AdapterError(f"{root} lacks {name}. Copy the whole folder.")
+        if sha256_of(path) != expected:
+            raise AdapterError(_stale(root, name))
+    try:
+        config = config_from_dict(manifest["config"])
+    except AdapterError as error:
+        raise AdapterError(f"{root / OWN_CONFIG}: {error}") from error
+    return AdapterFolder(config=config, tensors=read_tensors(root / OWN_WEIGHTS), base=manifest["base"])
+
+
+def _stale(root: Path, name: str) -> str:
+    if name == STOCK_WEIGHTS:
+        return (
+            f"{root / name} is not the fold of {OWN_WEIGHTS}: its sha256 differs from {OWN_CONFIG}. It was damaged, or "
+            f"another program saved over it. If it is the newer one, delete {OWN_CONFIG} and {OWN_WEIGHTS} and it "
+            "loads as plain LoRA; else copy the folder again."
+        )
+    return f"{root / name} is damaged or truncated: its sha256 differs from {OWN_CONFIG}. Copy the folder again."
+
+
+def _check_base(model: nn.Module, saved: Mapping[str, Any], given: Mapping[str, Any], source: str) -> None:
+    for key in sorted(saved.keys() & given.keys()):
+        if saved[key] is not None and given[key] is not None and saved[key] != given[key]:
+            raise AdapterError(
+                f"{source} was made for a base with {key} {saved[key]!r}, this one has {given[key]!r}. Load the base "
+                "it was made for."
+            )
+    expected = saved.get("fingerprint")
+    if expected is not None and expected != base_fingerprint(model):
+        named = ", ".join(f"{key} {value}" for key, value in saved.items() if key != "fingerprint" and value)
+        raise AdapterError(
+            f"{source} was made for another base model{f' ({named})' if named else ''}: module names or sizes differ. "
+            "Load the base it was made for."
+        )
+
+
+def _planned_shapes(
+    model: nn.Module, config: MoSLoRAConfig, paths: list[str], tensors: Mapping[str, Tensor], source: str
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that the folder must have to fit the model."""
+    modules = dict(named_base_modules(model))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        if path not in modules:
+            raise AdapterError(f"{source} adapts {path!r}, which the model lacks.{suggestion(path, modules)}")
+        reason = why_not_adaptable(modules[path])
+        if reason:
+            raise AdapterError(f"{source} adapts {path!r}, which cannot carry MoSLoRA: {reason}")
+        rank = config.rank_for(path)
+        mixer = (rank,) if config.mixer_form == "diagonal" else (rank, rank)
+        for name, shape in factor_shapes(modules[path], rank).items():
+            shapes[f"{PREFIX}{path}.{name}"] = shape
+            if name.endswith(("lora_A.weight", "lora_embedding_A")):
+                inner = name.removesuffix("lora_A.weight").removesuffix("lora_embedding_A")
+                mixer_name = f"{PREFIX}{path}.{inner}lora_mixer.weight"
+                if mixer_name in tensors or not config.is_plain(path):
+                    shapes[mixer_name] = mixer
+    return shapes

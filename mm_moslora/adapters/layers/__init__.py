@@ -1,0 +1,1 @@
+"""Adapted layers, by type of the base layer."""

@@ -1,0 +1,285 @@
+"""Adapted layers: PEFT's LoRA layers with a mixer between A and B.
+
+Shapes: x ``[..., D_in]``, A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``.
+
+`MoSLoRALayer` is what all layer types share, `FusedLinear` what linear layers with a fused kernel do, and
+`MoSLoRALinear` is the one for plain weights. The other types are in `layer_types` and `quantised`; `dispatch` chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from peft import LoraConfig
+from peft.tuners import lora
+from peft.tuners.lora.layer import LoraVariant
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import transpose
+from torch import Tensor, nn
+
+from mm_moslora.adapters.layers.base_weights import weight_of
+from mm_moslora.adapters.layers.lora_variants import DoraMixerVariant, MoSLoRAVariant
+from mm_moslora.adapters.layers.sharded_weights import fetches_whole, only_fetches
+from mm_moslora.adapters.mixer import FrozenFactor, Mixer, init_mixer, orthonormal_rows
+from mm_moslora.kernels.lora.fused_lora_linear import fused_linears
+from mm_moslora.kernels.lora.lora_math import current_kernel, delta_weight, is_traced
+from mm_moslora.kernels.lora.lora_matmul import Operands
+from mm_moslora.utils.errors import AdapterError
+
+if TYPE_CHECKING:
+    from mm_moslora.adapters.layers.sibling_projections import Siblings
+    from mm_moslora.adapters.layers.step_window import StepWindow
+    from mm_moslora.adapters.moslora_config import MoSLoRAConfig
+
+
+# Others are wrappers (FSDP's, say), or a module that somebody put in the place of one.
+_FACTOR_TYPES = (nn.Linear, Mixer, FrozenFactor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """One adapter's factors in one layer."""
+
+    A: Tensor
+    """``[R, D_in]``; ``[R, C, h, w]`` in a convolution."""
+    M: Tensor | None
+    """``[R, R]``; None is the frozen identity (plain LoRA)."""
+    B: Tensor
+    """``[D_out, R]``; ``[D_out, R, 1, 1]`` in a convolution."""
+    scaling: float
+    """s."""
+
+
+class MoSLoRALayer(nn.Module, lora.LoraLayer):
+    """What all adapted layer types share: the mixers, by adapter name."""
+
+    adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_mixer")
+    other_param_names = (*lora.LoraLayer.other_param_names, "mixer_init", "factor_form")
+    mixer_variant: ClassVar[type[LoraVariant]] = MoSLoRAVariant
+    dora_variant: ClassVar[type[LoraVariant] | None] = None
+
+    lora_mixer: nn.ModuleDict
+    mixer_init: dict[str, str]
+    factor_form: dict[str, str]
+    _adding: str
+    _module_path: str
+
+    def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
+        """Add or replace one adapter; see `peft`'s `LoraLayer.update_layer`."""
+        if not hasattr(self, "lora_mixer"):
+            self.lora_mixer = nn.ModuleDict()
+            self.mixer_init = {}
+            self.factor_form = {}
+        # PEFT resolves the variant before it hands the module's path on, and the path decides the mixer. For a fresh
+        # layer of some types it does not hand it on at all; `create_layer` leaves it in the configuration.
+        path = str(kwargs.get("target_name") or getattr(kwargs.get("config"), "module_path", ""))
+        self._adding, self._module_path = adapter_name, path
+        super().update_layer(adapter_name, r, *args, **kwargs)
+
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
+        """The mixer's variant, or what PEFT does where there is no mixer."""
+        if not hasattr(config, "mixer_init"):
+            return super().resolve_lora_variant(config=config, **kwargs)
+        own = cast("MoSLoRAConfig", config)
+        if own.is_plain(self._module_path):
+            return super().resolve_lora_variant(config=own.to_lora_config(), **kwargs)
+        if own.use_dora and self.dora_variant is None:
+            raise AdapterError(
+                f"{self._module_path}: use_dora with a mixer does not exist for {type(self).__name__}. Unset use_dora."
+            )
+        self.mixer_init[self._adding] = own.mixer_for(self._module_path)
+        variant = self.dora_variant if own.use_dora else self.mixer_variant
+        assert variant is not None
+        return variant()
+
+    def start_factors(self, adapter_name: str, config: MoSLoRAConfig) -> None:
+        """Create the mixer, and put A and B where the form of the factors wants them."""
+        like = self.factors(adapter_name).A
+        rank = self.r[adapter_name]
+        self.factor_form[adapter_name] = config.factor_form
+        if config.factor_form != "free":
+            self._place_factors(adapter_name, config)
+            # B A is not zero here, so the mixer carries the zero: training starts at the base model.
+            scale = 1e-5 if config.factor_form == "svd" else 0.0
+            weight = torch.randn(rank, rank, device=like.device, dtype=torch.float32).mul_(scale).to(like.dtype)
+        elif config.mixer_form == "diagonal":
+            weight = torch.ones(rank, dtype=like.dtype, device=like.device)
+        else:
+            weight = init_mixer(rank, self.mixer_init[adapter_name], dtype=like.dtype, device=like.device)
+        self.lora_mixer[adapter_name] = Mixer(weight, trainable=config.mixer_trainable)
+
+    def _place_factors(self, adapter_name: str, config: MoSLoRAConfig) -> None:
+        """The truncated SVD of the base weight (LoRA-XS), or random orthonormal factors (StelLA)."""
+        if not isinstance(self, lora.Linear):
+            raise AdapterError(
+                f"factor_form={config.factor_form!r} is for unquantised linear layers; {self._module_path} is a "
+                f"{type(self).__name__}. Choose other targets."
+            )
+        A, B = (cast(Tensor, factor[adapter_name].weight) for factor in (self.lora_A, self.lora_B))
+        rank = self.r[adapter_name]
+        if rank > min(self.widths):
+            raise AdapterError(f"{self._module_path} has rank {rank}, above its smaller width {min(self.widths)}.")
+        if A.device.type == "meta":
+            if config.factor_form == "svd":
+                self.lora_A[adapter_name], self.lora_B[adapter_name] = FrozenFactor(A), FrozenFactor(B)
+            return
+        if config.factor_form == "svd":
+            weight = transpose(dequantize_module_weight(self.get_base_layer()).detach().float(), self.fan_in_fan_out)
+            U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+            self.lora_A[adapter_name] = FrozenFactor(Vh[:rank].to(A.dtype).contiguous())
+            self.lora_B[adapter_name] = FrozenFactor((U[:, :rank] * S[:rank]).to(B.dtype).contiguous())
+        else:
+            A.data.copy_(orthonormal_rows(*A.shape))
+            B.data.copy_(orthonormal_rows(*B.shape[::-1]).T)
+
+    def holds(self, adapter_name: str) -> bool:
+        """Whether this layer has factors of that adapter."""
+        return adapter_name in self.lora_A
+
+    def adapter_names(self) -> list[str]:
+        """The adapters in this layer, sorted."""
+        return sorted(self.lora_A)
+
+    def factors(self, adapter_name: str) -> Factors:
+        """A, M, B and s of one adapter; A and B are the parameters themselves, and so is a dense M."""
+        return Factors(
+            A=cast(Tensor, self.lora_A[adapter_name].weight),
+            M=self.mixer_matrix(adapter_name),
+            B=cast(Tensor, self.lora_B[adapter_name].weight),
+            scaling=self.scaling[adapter_name],
+        )
+
+    def mixer_matrix(self, adapter_name: str) -> Tensor | None:
+        """M ``[R, R]`` of one adapter; None for the frozen identity."""
+        return cast(Mixer, self.lora_mixer[adapter_name]).matrix() if adapter_name in self.lora_mixer else None
+
+    def named_factor_shapes(self, adapter_name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names, as PEFT saves them behind the module's path, and whole shapes of A, B and M."""
+        factors = {"lora_A.weight": self.lora_A[adapter_name].weight, "lora_B.weight": self.lora_B[adapter_name].weight}
+        yield from self._shapes(adapter_name, cast("dict[str, Tensor]", factors))
+
+    def _shapes(self, adapter_name: str, factors: dict[str, Tensor]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        if adapter_name in self.lora_mixer:
+            factors["lora_mixer.weight"] = cast(Tensor, self.lora_mixer[adapter_name].weight)
+        for name, factor in factors.items():
+            yield name, tuple(getattr(factor, "ds_shape", factor.shape))
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """``(D_in, D_out)``."""
+        return cast(int, self.in_features), cast(int, self.out_features)
+
+    def wide_delta(self, adapter_name: str) -> Tensor:
+        """``s B M A`` in the layout of the base weight, at least float32."""
+        factors = self.factors(adapter_name)
+        update = delta_weight(factors.A, factors.M, factors.B, factors.scaling)
+        return transpose(update, bool(getattr(self, "fan_in_fan_out", False)))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``s B M A`` in the layout of the base weight and the dtype of B."""
+        if adapter not in self.lora_mixer:
+            plain: Tensor = super().get_delta_weight(adapter)  # type: ignore[misc]
+            return plain
+        return self.wide_delta(adapter).to(self.factors(adapter).B.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Give a mixer the identity when A comes without one.
+
+        Folded factors and plain LoRA carry no mixer. Loading them beside a mixer that keeps its random start would be
+        wrong in silence; with the identity it is exact.
+        """
+        for adapter_name, mixer in self.lora_mixer.items():
+            key = f"{prefix}lora_mixer.{adapter_name}.weight"
+            names = (f"{prefix}lora_A.{adapter_name}.weight", f"{prefix}lora_embedding_A.{adapter_name}")
+            factor = next((state_dict[name] for name in names if name in state_dict), None)
+            if factor is not None and key not in state_dict:
+                rank = factor.shape[0]
+                square = cast(Tensor, mixer.weight).ndim == 2
+                start = torch.eye(rank) if square else torch.ones(rank)
+                state_dict[key] = start.to(factor)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class FusedLinear(MoSLoRALayer):
+    """A linear layer that the fused kernel computes where that is all that PEFT's layer would."""
+
+    siblings: Siblings | None = None
+    """The layers that read the same input, if there are any; see `link_siblings`."""
+    step_window: StepWindow | None = None
+    """Within `one_product_per_step`."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base output plus the active adapters, ``[..., D_out]``."""
+        if args or kwargs or is_traced():
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        if self.siblings is not None:
+            ready = self.siblings.output(self, x)
+            if ready is not None:
+                return ready
+        layer = self.fused_operands(x)
+        if layer is None:
+            return super().forward(x)  # type: ignore[no-any-return]
+        window = self.step_window
+        return fused_linears(x, [layer], None if window is None else window.products((self,)))[0]
+
+    def fused_operands(self, x: Tensor) -> Operands | None:
+        """What the fused kernel needs to compute this layer, None where it would not compute what the modules do.
+
+        Args:
+            x: the input, ``[..., D_in]``.
+        """
+        adapter = self._fusable_adapter()
+        if adapter is None:
+            return None
+        base = cast(nn.Linear, self.base_layer)
+        weight = weight_of(base, x)
+        if weight is None:
+            return None
+        if (not isinstance(weight, Tensor) or hasattr(weight, "ds_id")) and not fetches_whole(self):
+            return None
+        if not all(self._only_holds(part[adapter]) for part in (self.lora_A, self.lora_B)):
+            return None
+        if adapter in self.lora_mixer and not self._only_holds(self.lora_mixer[adapter]):
+            return None
+        factors, dropout = self.factors(adapter), self.lora_dropout[adapter]
+        return Operands(
+            weight=weight,
+            bias=base.bias,
+            A=factors.A,
+            M=factors.M,
+            B=factors.B,
+            scaling=factors.scaling,
+            dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
+        )
+
+    @staticmethod
+    def _only_holds(part: nn.Module) -> bool:
+        """Whether a factor's weight is there without its module being called: FSDP and offloading fetch it then."""
+        return type(part) in _FACTOR_TYPES and "forward" not in part.__dict__ and only_fetches(part)
+
+    def _fusable_adapter(self) -> str | None:
+        """The one active adapter, if the fused kernel computes exactly what the modules would."""
+        kernel = current_kernel()
+        if kernel == "reference" or self.disable_adapters or self.merged:
+            return None
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if len(active) != 1:
+            return None
+        name = active[0]
+        mixed = name in self.lora_mixer
+        if not mixed and (kernel == "auto" or name in self.lora_variant):
+            return None
+        if mixed and type(self.lora_variant[name]) is not MoSLoRAVariant:
+            return None
+        if self.lora_bias[name] or not isinstance(self.scaling[name], int | float):
+            return None
+        return name
+
+
+class MoSLoRALinear(FusedLinear, lora.Linear):
+    """`nn.Linear` (or transformers' `Conv1D`) with LoRA and a mixer."""
+
+    dora_variant = DoraMixerVariant

@@ -1,0 +1,63 @@
+"""Adapted bitsandbytes layers. Imported only when a model holds one: bitsandbytes is an optional dependency."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
+from peft.tuners.lora.layer import LoraVariant
+from torch import Tensor
+
+from mm_moslora.adapters.layers.adapter_layers import FusedLinear, MoSLoRALayer
+from mm_moslora.adapters.layers.base_weights import learns_through, unpack
+from mm_moslora.adapters.layers.lora_variants import DoraMixerVariant
+from mm_moslora.utils.errors import AdapterError
+
+
+def _refuse_dora_on_cpu(layer: Any, config: LoraConfig) -> None:
+    # PEFT's DoRA dequantises the weight at every step; on a CPU bitsandbytes 0.50 has by then packed it (4-bit) or lost
+    # its scales on the way (8-bit), and the result is wrong or an error from deep inside.
+    if config.use_dora and layer.get_base_layer().weight.device.type == "cpu":
+        raise AdapterError(
+            "use_dora on a bitsandbytes layer works on a GPU only: on a CPU PEFT cannot read the quantised weight back."
+            " Unset use_dora, or load the base unquantised."
+        )
+
+
+class MoSLoRALinear4bit(FusedLinear, Linear4bit):
+    """`bitsandbytes.nn.Linear4bit` with LoRA and a mixer (QMoSLoRA)."""
+
+    dora_variant = DoraMixerVariant
+
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
+        """The mixer's variant; see the base class."""
+        _refuse_dora_on_cpu(self, config)
+        return super().resolve_lora_variant(config=config, **kwargs)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base output plus the active adapters, ``[..., D_out]``, in the dtype of x under autocast, too."""
+        if learns_through(self, x):
+            unpack(self.get_base_layer().weight)
+        return super().forward(x, *args, **kwargs).to(x.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge into the weight, which is quantised anew; see PEFT's layer."""
+        unpack(self.get_base_layer().weight)
+        super().merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        """Take the merged adapters out again, within the rounding of the quantisation."""
+        unpack(self.get_base_layer().weight)
+        super().unmerge()
+
+
+class MoSLoRALinear8bit(MoSLoRALayer, Linear8bitLt):
+    """`bitsandbytes.nn.Linear8bitLt` with LoRA and a mixer."""
+
+    dora_variant = DoraMixerVariant
+
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> LoraVariant | None:
+        """The mixer's variant; see the base class."""
+        _refuse_dora_on_cpu(self, config)
+        return super().resolve_lora_variant(config=config, **kwargs)

@@ -1,0 +1,160 @@
+"""Which adapted layer goes around which module.
+
+`create_layer` is the only entrance. It knows the module types that are supported and raises for every other one; PEFT's
+own dispatch, left to itself, would put plain LoRA on a quantised layer without a word.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mm_moslora.adapters.layers.adapter_layers import MoSLoRALinear
+from mm_moslora.adapters.layers.base_weights import quantisation
+from mm_moslora.adapters.layers.other_layer_types import MoSLoRAConv2d, MoSLoRAEmbedding, MoSLoRAMultiheadAttention
+from mm_moslora.adapters.layers.quantised_layers import create_quantised_layer
+from mm_moslora.kernels.lora.lora_matmul import is_plain
+from mm_moslora.utils.errors import AdapterError
+
+if TYPE_CHECKING:
+    from mm_moslora.adapters.moslora_config import MoSLoRAConfig
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def create_layer(target: nn.Module, adapter_name: str, *, config: MoSLoRAConfig, **kwargs: Any) -> nn.Module:
+    """The adapted layer around `target`; PEFT calls this for every module it replaces.
+
+    Args:
+        target: the layer to adapt.
+        adapter_name: the adapter's name.
+        config: the adapter's configuration.
+        **kwargs: PEFT's own (rank, alpha, the module's path, ...).
+
+    Raises:
+        AdapterError: a module type or a quantised weight that cannot be adapted.
+    """
+    path = kwargs.get("target_name", "")
+    kwargs.pop("parameter_name", None)  # None always: `guards` refuses target_parameters
+    if getattr(config, "target_modules_to_tie", None) and not config.is_plain(path):
+        raise AdapterError(
+            "ensure_weight_tying with the embedding among the targets: the tied head would need the embedding's mixer "
+            "transposed, and stock PEFT could not read the folder. Leave the embedding out of the targets, or train it "
+            "whole (modules_to_save)."
+        )
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    reason = why_not_adaptable(base)
+    if reason:
+        raise AdapterError(f"{path or type(base).__name__} cannot carry MoSLoRA: {reason}")
+    is_conv1d = isinstance(base, Conv1D)
+    # Per layer, not in the user's configuration: one model may hold both layouts.
+    own = copy.copy(config)
+    own.fan_in_fan_out, own.module_path = is_conv1d, path
+    if kind := quantisation(base):
+        return create_quantised_layer(target, adapter_name, kind=kind, config=own, **kwargs)
+    if isinstance(base, nn.Embedding):
+        return MoSLoRAEmbedding(target, adapter_name, config=own, **kwargs)
+    if isinstance(base, nn.Conv2d):
+        return MoSLoRAConv2d(target, adapter_name, config=own, **kwargs)
+    if isinstance(base, nn.MultiheadAttention):
+        return MoSLoRAMultiheadAttention(base, adapter_name, config=own, **kwargs)
+    return MoSLoRALinear(target, adapter_name, config=own, is_target_conv_1d_layer=is_conv1d, **kwargs)
+
+
+def why_not_adaptable(base: nn.Module) -> str | None:
+    """Why a module cannot be adapted, None if it can."""
+    if hasattr(base, "_hf_hook") and any(parameter.is_meta for parameter in base.parameters()):
+        return (
+            "accelerate has offloaded its weights (they are on the meta device), and factors beside them would get no "
+            "values. Add or load the adapter first, and offload the model with it (accelerate.dispatch_model)."
+        )
+    if quantisation(base):
+        return None
+    if isinstance(base, nn.Conv2d):
+        return _why_not_convolution(base)
+    if isinstance(base, nn.Embedding) and type(base).forward is not nn.Embedding.forward:
+        return _why_not_embedding(base)
+    if isinstance(base, nn.MultiheadAttention):
+        same = base._qkv_same_embed_dim and isinstance(base.out_proj, nn.Linear | BaseTunerLayer)
+        return None if same else "its query, key and value have different widths. Choose other targets."
+    if not isinstance(base, nn.Linear | Conv1D | nn.Embedding):
+        return (
+            f"it is {type(base).__module__}.{type(base).__name__}, expected Linear, Embedding, Conv2d or "
+            "MultiheadAttention of torch.nn, or transformers' Conv1D. Choose other targets; if it is quantised, load "
+            "the base in 4 or 8 bits of bitsandbytes or in torchao's int8."
+        )
+    weight = base.weight
+    if not is_plain(weight) or weight.dtype not in _FLOATS:
+        return (
+            f"its weight is quantised or sharded ({type(weight).__name__}, {weight.dtype}), and stock PEFT would put "
+            "plain LoRA there without a word. Load the base in float32, bfloat16 or float16, in 4 or 8 bits of "
+            "bitsandbytes, or in torchao's int8."
+        )
+    return None
+
+
+def factor_shapes(base: nn.Module, rank: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of A and B of one adapted module, under their names behind the module's path.
+
+    Args:
+        base: the module to adapt, without adapters.
+        rank: R.
+    """
+    if isinstance(base, nn.Embedding):
+        return {
+            "lora_embedding_A": (rank, base.num_embeddings),
+            "lora_embedding_B": (base.embedding_dim, rank),
+        }
+    if isinstance(base, nn.Conv2d):
+        return {
+            "lora_A.weight": (rank, base.in_channels, *base.kernel_size),
+            "lora_B.weight": (base.out_channels, rank, 1, 1),
+        }
+    if isinstance(base, nn.MultiheadAttention):
+        width = base.embed_dim
+        inner = {name: (rank, width) if "_A" in name else (width, rank) for name in ("lora_A.weight", "lora_B.weight")}
+        return {
+            "lora_A.weight": (rank, width),
+            "lora_B.weight": (3 * width, rank),
+            **{f"base_layer.out_proj.{name}": shape for name, shape in inner.items()},
+        }
+    width_in, width_out = _linear_widths(base)
+    return {"lora_A.weight": (rank, width_in), "lora_B.weight": (width_out, rank)}
+
+
+def _linear_widths(base: nn.Module) -> tuple[int, int]:
+    if hasattr(base, "in_features") and hasattr(base, "out_features"):
+        return int(base.in_features), int(base.out_features)  # type: ignore[arg-type]
+    assert isinstance(base.weight, Tensor)
+    rows, columns = getattr(base.weight, "ds_shape", base.weight.shape)
+    return int(rows), int(columns)
+
+
+def _why_not_embedding(base: nn.Embedding) -> str | None:
+    """Scaled word embeddings (Gemma's) are known to PEFT; others change what is looked up, or what was found."""
+    names = list(inspect.signature(type(base).forward).parameters)[1:]
+    if hasattr(base, "embed_scale") and len(names) == 1:
+        return None
+    return (
+        f"it is {type(base).__module__}.{type(base).__name__}, an embedding whose forward pass ({', '.join(names)}) is "
+        "not that of torch.nn.Embedding: an adapter would look up other rows, or be added in another place than the "
+        "weight. Choose other targets, or train it whole (modules_to_save)."
+    )
+
+
+def _why_not_convolution(base: nn.Conv2d) -> str | None:
+    # PEFT's A is a plain convolution with the base's kernel, stride and padding, and nothing else of it.
+    if base.groups != 1:
+        return f"it has {base.groups} groups, whose update cannot be merged. Choose other targets."
+    if base.dilation != (1, 1) or base.padding_mode != "zeros":
+        return (
+            f"it has dilation {base.dilation} and {base.padding_mode} padding; PEFT's LoRA convolution has neither and "
+            "would be wrong. Choose other targets."
+        )
+    return None

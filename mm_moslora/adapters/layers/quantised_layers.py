@@ -1,0 +1,45 @@
+"""Adapters on quantised base layers: bitsandbytes in 4 and 8 bits, torchao's int8 weights.
+
+PEFT's quantised layers resolve only the variants they know and take every other configuration for plain LoRA, without
+a word. Here a quantised layer gets a class of ours, or an error.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from peft.tuners.lora.torchao import TorchaoLoraLinear
+from torch import nn
+
+from mm_moslora.adapters.layers.adapter_layers import FusedLinear
+from mm_moslora.adapters.layers.base_weights import Quantisation
+
+if TYPE_CHECKING:
+    from mm_moslora.adapters.moslora_config import MoSLoRAConfig
+
+
+class MoSLoRATorchaoLinear(FusedLinear, TorchaoLoraLinear):
+    """A linear layer with torchao's int8 weight, LoRA and a mixer.
+
+    Merging needs the base model to be loaded by transformers with a `TorchAoConfig`, as in PEFT.
+    """
+
+
+def create_quantised_layer(
+    target: nn.Module, adapter_name: str, *, kind: Quantisation, config: MoSLoRAConfig, **kwargs: Any
+) -> nn.Module:
+    """The adapted layer around a quantised one.
+
+    Args:
+        target: the layer to adapt, perhaps inside another adapter.
+        adapter_name: the adapter's name.
+        kind: how the layer itself is quantised.
+        config: the adapter's configuration.
+        **kwargs: PEFT's own.
+    """
+    if kind == "torchao int8":
+        return MoSLoRATorchaoLinear(target, adapter_name, config=config, **kwargs)
+    from mm_moslora.adapters.layers.bitsandbytes_layers import MoSLoRALinear4bit, MoSLoRALinear8bit
+
+    layer = MoSLoRALinear4bit if kind == "bitsandbytes 4-bit" else MoSLoRALinear8bit
+    return layer(target, adapter_name, config=config, **kwargs)

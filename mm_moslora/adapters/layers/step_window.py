@@ -1,0 +1,177 @@
+"""What happens around an optimiser step: one product B M for all its micro-batches.
+
+Shapes: M ``[R, R]``, B ``[D_out, R]``, ``C = B M``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from mm_moslora.adapters.adapter_targets import named_adapter_layers
+from mm_moslora.adapters.layers.adapter_layers import FusedLinear
+from mm_moslora.kernels.lora.fused_lora_linear import Pending, StepProducts
+from mm_moslora.kernels.lora.lora_math import combine
+from mm_moslora.kernels.lora.lora_matmul import Operands, chain_rule
+from mm_moslora.utils.errors import AdapterError
+
+
+class StepWindow:
+    """The micro-batches of one optimiser step."""
+
+    def __init__(self) -> None:
+        """Nothing is computed yet."""
+        self._products: dict[tuple[object, ...], StepProducts] = {}
+        self._lent: dict[tuple[object, ...], _Lent] = {}
+        self._last = False
+
+    def last_micro_batch(self) -> None:
+        """Call before the last forward pass: its backward pass gives B and M the gradients of all micro-batches."""
+        self._last = True
+        for products in self._products.values():
+            products.last = True
+
+    def products(self, layers: Sequence[FusedLinear]) -> StepProducts:
+        """What a node over these layers shares with those of the other micro-batches."""
+        key = tuple(map(_identity, layers))
+        return self._products.setdefault(key, StepProducts(last=self._last))
+
+    def product(self, layer: FusedLinear, operands: Operands, dtype: torch.dtype) -> Tensor:
+        """One layer's ``C = s B M`` for a kernel of somebody else's, ``[D_out, R]``, made once for all micro-batches.
+
+        To that kernel it is the B of a plain LoRA without scaling; B and M get their gradients when the step has all.
+
+        Args:
+            layer: whose product it is.
+            operands: its factors.
+            dtype: of the product.
+        """
+        M, B, scaling = operands.M, operands.B, operands.scaling
+        assert B is not None
+        key = (*_identity(layer), dtype)
+        lent = self._lent.get(key)
+        if lent is None:
+            with torch.no_grad():
+                C = combine(B, M, dtype, scaling)
+            lent = self._lent[key] = _Lent(C=C, pending=Pending(gradient=None, M=M, B=B, scaling=scaling))
+        if not (B.requires_grad or (M is not None and M.requires_grad)):
+            return lent.C
+        anchor = torch.zeros((), requires_grad=True)
+        return _Lend.apply(anchor, lent, *((M, B) if self._last else (None, None)))  # type: ignore[no-any-return]
+
+    def settle(self) -> None:
+        """Give B and M the gradients that still wait, through autograd and its hooks."""
+        waiting = [pending for products in self._products.values() for pending in products.pending.values()]
+        for pending in (*waiting, *(lent.pending for lent in self._lent.values())):
+            if pending.gradient is None:
+                continue
+            dM, dB = chain_rule(pending.gradient, pending.M, pending.B, pending.scaling)
+            found = zip((pending.M, pending.B), (dM, dB), pending.learn, strict=True)
+            pairs = [(tensor, grad) for tensor, grad, learns in found if learns and tensor is not None]
+            with _learning([tensor for tensor, _ in pairs]):
+                torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
+        self._lent.clear()
+        for products in self._products.values():
+            products.pending.clear()
+
+
+@contextmanager
+def _learning(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Let parameters that were frozen meanwhile take their gradients."""
+    frozen = [leaf for leaf in map(_leaf, tensors) if not leaf.requires_grad]
+    for leaf in frozen:
+        leaf.requires_grad_(True)
+    yield
+    for leaf in frozen:
+        leaf.requires_grad_(False)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """The parameter that a tensor is, or was made of (the matrix of a diagonal mixer)."""
+    node: Any = tensor.grad_fn
+    while node is not None and not hasattr(node, "variable"):
+        node = node.next_functions[0][0]
+    leaf: Tensor = tensor if node is None else node.variable
+    return leaf
+
+
+def _identity(layer: FusedLinear) -> tuple[object, ...]:
+    """Whose product it is: micro-batches with another adapter, scaling or dropout have another one."""
+    names = layer.active_adapters
+    return (id(layer), *names, *(layer.scaling.get(name) for name in names), layer.training)
+
+
+@dataclass(kw_only=True)
+class _Lent:
+    """A product that other kernels compute with."""
+
+    C: Tensor
+    """``s B M``, ``[D_out, R]``."""
+    pending: Pending
+
+
+class _Lend(torch.autograd.Function):
+    """Hands out a product, and takes its gradient in: for later, or together with all others to M and B."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, lent: _Lent, M: Tensor | None, B: Tensor | None) -> Tensor:
+        ctx.lent, ctx.last = lent, B is not None
+        return lent.C.detach()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dC: Tensor) -> tuple[Tensor | None, ...]:
+        pending: Pending = ctx.lent.pending
+        alone = ctx.last and pending.gradient is None
+        whole = dC if alone else dC.float() if pending.gradient is None else pending.gradient.add_(dC)
+        pending.gradient = None if ctx.last else whole
+        if not ctx.last:
+            return None, None, None, None
+        dM, dB = chain_rule(whole, pending.M, pending.B, pending.scaling)
+        return None, None, dM if ctx.needs_input_grad[2] else None, dB if ctx.needs_input_grad[3] else None
+
+
+@contextmanager
+def one_product_per_step(model: nn.Module, *, leave_out: tuple[str, ...] = ()) -> Iterator[StepWindow]:
+    """Compute ``C = B M`` once for every forward pass in the block, and its chain rule once.
+
+    Put it around the micro-batches (forward and backward) of one optimiser step, not around the step itself. In the
+    block a micro-batch costs what plain LoRA costs. B and M get their gradients in the backward pass of the micro-batch
+    that `last_micro_batch()` announced, or else when the block ends; through autograd and its hooks either way. The
+    factors must not change inside; adapters may be switched and scaled (what the last micro-batch does not use gets its
+    gradients when the block ends). An engine that reduces gradients during `backward` (DeepSpeed,
+    DistributedDataParallel) needs the call of `last_micro_batch`, and every adapted layer in the last micro-batch.
+
+    Args:
+        model: PEFT model, or the base model with adapters inside.
+        leave_out: layers with one of these in their path share nothing.
+
+    Raises:
+        AdapterError: the factors are sharded (ZeRO-3).
+    """
+    window = StepWindow()
+    layers = [
+        layer
+        for path, layer in named_adapter_layers(model)
+        if isinstance(layer, FusedLinear) and not any(part in path for part in leave_out)
+    ]
+    if any(hasattr(parameter, "ds_id") for layer in layers for parameter in layer.parameters()):
+        raise AdapterError(
+            "one_product_per_step does not work under ZeRO-3: B and M are whole only while their layer computes, and "
+            "their gradients must come in its backward pass. Leave it out; every micro-batch then computes its own "
+            "product, 8 D_out R^2 operations a layer."
+        )
+    try:
+        for layer in layers:
+            layer.step_window = window
+        yield window
+        window.settle()
+    finally:
+        for layer in layers:
+            layer.step_window = None

@@ -1,0 +1,41 @@
+"""Tied weights: before an update is merged into one, every module that shares it gets a copy of its own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from mm_moslora.adapters.adapter_targets import named_adapter_layers
+from mm_moslora.kernels.lora.lora_matmul import is_plain
+
+
+@torch.no_grad()
+def untie(model: nn.Module) -> None:
+    """Take the tied weights of a model apart, if an adapted layer has one of them; else nothing happens.
+
+    Merging into a tied weight would change the other modules that hold it, too: an update of the head would become one
+    of the embedding. Weights are untied all together, because `tie_word_embeddings`, which is set to False, speaks for
+    all of them when the model is loaded again.
+
+    Args:
+        model: PEFT model, or the base model with adapters inside; changed in place.
+    """
+    holders: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if is_plain(parameter):
+                holders[id(parameter)].append((module, name))
+    adapted = [weight for _, layer in named_adapter_layers(model) for weight in layer.get_base_layer().parameters()]
+    if all(len(holders[id(weight)]) < 2 for weight in adapted):
+        return
+    for _, *others in holders.values():
+        for module, name in others:
+            own: Any = getattr(module, name)
+            setattr(module, name, nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad))
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "tie_word_embeddings", False) is True:
+            config.tie_word_embeddings = False

@@ -1,0 +1,85 @@
+"""The mixers' figures in Hugging Face's `Trainer`: a callback that logs them to whatever the trainer reports to."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+from peft.utils.integrations import gather_params_ctx
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mm_moslora.adapters.adapter_inspection import inspect_model, summary
+from mm_moslora.adapters.adapter_targets import named_adapter_layers
+from mm_moslora.utils.errors import AdapterError
+
+
+class MixerCallback(TrainerCallback):
+    """Log means over the adapted modules (`mixer/...`, see `adapter_inspection.summary`) during training.
+
+    ::
+
+        trainer = Trainer(model=add_moslora(model, config), ...)
+        trainer.add_callback(MixerCallback(trainer, every=50))
+
+    The figures go through `trainer.log`: into `state.log_history`, and to every tracker in `report_to`. Under ZeRO-3
+    the factors are gathered for it; a model sharded by FSDP is refused when training begins.
+    """
+
+    def __init__(self, trainer: Trainer, *, every: int | None = None, adapter_name: str = "default") -> None:
+        """Log every so many optimiser steps, and after the last one.
+
+        Args:
+            trainer: the trainer it is added to (TRL's are trainers, too).
+            every: optimiser steps from one log to the next; None takes the trainer's `logging_steps`.
+            adapter_name: the adapter.
+
+        Raises:
+            AdapterError: `every` below 1.
+        """
+        if every is not None and every < 1:
+            raise AdapterError(f"every is {every}, expected at least 1 optimiser step between two logs.")
+        self.trainer = trainer
+        self.every = every
+        self.adapter_name = adapter_name
+        self._logged = -1
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find out now, not after hours, that there is nothing to log."""
+        model: nn.Module = kwargs["model"]
+        layers = [layer for _, layer in named_adapter_layers(model) if layer.holds(self.adapter_name)]
+        if not layers:
+            raise AdapterError(f"The model has no adapter {self.adapter_name!r}, whose mixers could be logged.")
+        if any(type(factor).__name__ == "DTensor" for layer in layers for factor in layer.parameters()):
+            raise AdapterError(
+                "The model is sharded by FSDP, and the mixers' figures need whole factors. Use DeepSpeed."
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log where it is due."""
+        # A `logging_steps` below 1 is a share of the whole; the trainer has made it steps by now.
+        every = self.every or max(1, state.logging_steps)
+        if state.global_step % every == 0:
+            self._log(kwargs["model"], state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log the end."""
+        if self._logged != state.global_step:
+            self._log(kwargs["model"], state.global_step)
+
+    def _log(self, model: nn.Module, step: int) -> None:
+        # Under ZeRO-3 every rank must take part; without it nothing happens.
+        with gather_params_ctx(_factors(model), modifier_rank=None):
+            figures = summary(inspect_model(model, adapter_name=self.adapter_name))
+        # A singular mixer has no condition number, and trackers take no infinity.
+        self.trainer.log({name: value for name, value in figures.items() if math.isfinite(value)})
+        self._logged = step
+
+
+def _factors(model: nn.Module) -> list[nn.Parameter]:
+    layers = (cast(nn.Module, layer) for _, layer in named_adapter_layers(model))
+    return [p for layer in layers for name, p in layer.named_parameters() if "lora_" in name]

@@ -1,0 +1,199 @@
+"""Operations on several adapters at once.
+
+Shapes: A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import peft
+import torch
+from peft.tuners.lora import LoraModel
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from mm_moslora.adapters.adapter_targets import is_inner, named_adapter_layers, unwrapped
+from mm_moslora.adapters.folders.load_folder import read_folder
+from mm_moslora.adapters.folders.save_folder import PREFIX, check_tensors, expected_shapes
+from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
+from mm_moslora.adapters.moslora_config import MoSLoRAConfig
+from mm_moslora.kernels.lora.lora_math import delta_weight
+from mm_moslora.utils.errors import AdapterError
+
+Combination = Literal["cat", "svd"]
+
+
+@torch.no_grad()
+def add_weighted_adapter(
+    model: peft.PeftModel | LoraModel,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    *,
+    combination: Combination = "cat",
+    rank: int | None = None,
+) -> None:
+    """Add an adapter whose update is the weighted sum of other adapters' updates.
+
+    Args:
+        model: the PEFT model; the new adapter is not made active. Modules that adapters train whole (`modules_to_save`)
+            are added up as well: the base's weights and the weighted sum of what each adapter changed in them.
+        adapters: names of the adapters to add up; plain LoRA and MoSLoRA may be mixed.
+        weights: one factor each, negative ones too.
+        adapter_name: name of the new adapter.
+        combination: `cat` is exact: the factors side by side, the mixers as blocks of one, the ranks added up. `svd` is
+            the best plain LoRA of a given rank.
+        rank: R of `svd`; None takes the largest rank of the adapters.
+
+    Raises:
+        AdapterError: unknown adapter or combination, a name that is taken, not as many weights as adapters, an adapter
+            that has more than A, M, B and whole modules, or none of them.
+    """
+    if len(adapters) != len(weights) or not adapters:
+        raise AdapterError(f"There are {len(adapters)} adapters and {len(weights)} weights; give one weight each.")
+    if combination not in ("cat", "svd"):
+        raise AdapterError(
+            f"The combination {combination!r} has no meaning for three factors: it would average A, M and B apart from "
+            "each other. Use 'cat' (exact) or 'svd' (best plain LoRA of a rank)."
+        )
+    if adapter_name in _tuner(model).peft_config:
+        raise AdapterError(f"The model has an adapter {adapter_name!r} already. Choose another adapter_name.")
+    layers = _layers_of(model, adapters)
+    ranks = {name: max(layer.r[name] for layer in layers.values() if layer.holds(name)) for name in adapters}
+    new_rank = sum(ranks.values()) if combination == "cat" else rank or max(ranks.values())
+    tuner = _tuner(model)
+    config = _combined_config(model, adapters[0], new_rank, plain=combination == "svd")
+    whole = {name for given in adapters for name in tuner.peft_config[given].modules_to_save or ()}
+    config.modules_to_save = sorted(whole) or None
+    config.target_modules = {path for path in layers if not is_inner(path)}  # type: ignore[assignment]
+    tuner.peft_config[adapter_name] = config
+    tuner.inject_adapter(tuner.model, adapter_name)
+    for layer in layers.values():
+        held = [
+            (weight, layer.factors(name)) for name, weight in zip(adapters, weights, strict=True) if layer.holds(name)
+        ]
+        target = layer.factors(adapter_name)
+        target.A.zero_()
+        target.B.zero_()
+        if combination == "svd":
+            updates = [weight * delta_weight(own.A, own.M, own.B, own.scaling) for weight, own in held]
+            _fit(target.A, target.B, cast(Tensor, sum(updates)))
+            continue
+        assert target.M is not None
+        target.M.copy_(torch.eye(new_rank))
+        start = 0
+        for weight, factors in held:
+            stop = start + len(factors.A)
+            target.A[start:stop] = factors.A
+            target.B[:, start:stop] = factors.B * (weight * factors.scaling)
+            if factors.M is not None:
+                target.M[start:stop, start:stop] = factors.M
+            start = stop
+    for module in tuner.model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            _add_up_module(module, list(zip(adapters, weights, strict=True)), adapter_name)
+    tuner.set_requires_grad(adapter_name, requires_grad=False)
+
+
+def _add_up_module(module: ModulesToSaveWrapper, weights: list[tuple[str, float]], adapter_name: str) -> None:
+    states = {name: part.state_dict() for name, part in module.modules_to_save.items()}
+    base = module.original_module.state_dict()
+    for key, target in states[adapter_name].items():
+        if target.is_floating_point():
+            changes = (w * (states[name][key].float() - base[key].float()) for name, w in weights if name in states)
+            target.copy_(sum(changes, base[key].float()))
+
+
+def _tuner(model: nn.Module) -> Any:
+    return model.base_model if isinstance(model, peft.PeftModel) else model
+
+
+def _layers_of(model: nn.Module, adapters: Sequence[str]) -> dict[str, MoSLoRALayer]:
+    configs = cast(dict[str, Any], _tuner(model).peft_config)
+    for name in adapters:
+        if name not in configs:
+            raise AdapterError(f"The model has no adapter {name!r}; it has {sorted(configs)}.")
+        if configs[name].use_dora:
+            raise AdapterError(f"Adapter {name!r} uses DoRA, whose update is not a sum of factors. Merge it instead.")
+        for option in ("trainable_token_indices", "lora_bias"):
+            if getattr(configs[name], option):
+                raise AdapterError(f"Adapter {name!r} has {option}, which cannot be added up. Merge it instead.")
+    layers = dict(named_adapter_layers(_tuner(model).model))
+    held = {name: {path for path, layer in layers.items() if layer.holds(name)} for name in adapters}
+    for name, paths in held.items():
+        if not paths:
+            raise AdapterError(f"Adapter {name!r} sits in no module that carries MoSLoRA, and cannot be added up.")
+    return {path: layers[path] for path in sorted(set().union(*held.values()))}
+
+
+def _combined_config(model: nn.Module, first: str, rank: int, *, plain: bool) -> MoSLoRAConfig:
+    source = _tuner(model).peft_config[first]
+    fields = {key: getattr(source, key) for key in MoSLoRAConfig.__dataclass_fields__ if hasattr(source, key)}
+    # B carries the weights and the scalings, so that s is 1.
+    changes: dict[str, Any] = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
+    changes |= {"use_rslora": False, "init_lora_weights": True, "mixer_form": "dense", "factor_form": "free"}
+    changes |= {"mixer_pattern": {}, "mixer_init": "identity", "mixer_trainable": not plain}
+    values = {key: value for key, value in (fields | changes).items() if key not in ("peft_type", "runtime_config")}
+    return MoSLoRAConfig(**values)
+
+
+def _fit(A: Tensor, B: Tensor, update: Tensor) -> None:
+    """The best A and B for an update, with the singular values in B."""
+    U, S, Vh = torch.linalg.svd(update.flatten(1), full_matrices=False)
+    kept = min(len(A), len(S))
+    A.flatten(1)[:kept] = Vh[:kept].to(A)
+    B.flatten(1)[:, :kept] = (U[:, :kept] * S[:kept]).to(B)
+
+
+@torch.no_grad()
+def hot_swap(model: peft.PeftModel, folder: str | Path, *, adapter_name: str = "default") -> None:
+    """Put the values of another adapter folder into an adapter that is there, without touching the modules.
+
+    Works on a compiled model, which does not compile again. Plain LoRA may be swapped in: its mixers are the identity.
+
+    Args:
+        model: the PEFT model; the adapter keeps its name.
+        folder: an adapter folder with the same modules and ranks.
+        adapter_name: the adapter to replace.
+
+    Raises:
+        AdapterError: modules, ranks, scalings or layout differ, or the adapter is merged; nothing is changed then.
+    """
+    model = cast(peft.PeftModel, unwrapped(model))
+    content = read_folder(folder)
+    layers = {path: layer for path, layer in named_adapter_layers(model) if layer.holds(adapter_name)}
+    if not layers:
+        raise AdapterError(f"The model has no adapter {adapter_name!r} to swap.")
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise AdapterError(f"Adapter {adapter_name!r} is merged into the weights. Unmerge it before swapping.")
+    shapes = expected_shapes(model, adapter_name)
+    tensors = dict(content.tensors)
+    for name, shape in shapes.items():
+        if "lora_mixer" in name and name not in tensors:
+            tensors[name] = torch.eye(shape[0]) if len(shape) == 2 else torch.ones(shape)
+    check_tensors(tensors, shapes)
+    extra = sorted(tensors.keys() - shapes.keys())
+    if extra:
+        raise AdapterError(
+            f"{folder} holds {extra[0]!r} besides the factors, which cannot be swapped in. Load it anew."
+        )
+    current: Any = model.peft_config[adapter_name]
+    for key in ("use_rslora", "use_dora", "alpha_pattern", "lora_dropout"):
+        if getattr(current, key) != getattr(content.config, key):
+            raise AdapterError(
+                f"{folder} has {key}={getattr(content.config, key)!r}, the adapter in the model "
+                f"{getattr(current, key)!r}. Load it as an adapter of its own."
+            )
+    for path, layer in layers.items():
+        for name, _ in layer.named_factor_shapes(adapter_name):
+            kind, _, rest = name.partition(".")
+            owner = getattr(layer, kind)[adapter_name]
+            target = owner.weight if rest else owner
+            target.copy_(tensors[f"{PREFIX}{path}.{name}"])
+        # The out_proj of an attention follows the attention.
+        layer.lora_alpha[adapter_name] = content.config.alpha_for(path.partition(".base_layer.")[0])
+        layer.set_scale(adapter_name, 1.0)
+    current.lora_alpha = content.config.lora_alpha

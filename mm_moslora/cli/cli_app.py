@@ -1,0 +1,382 @@
+"""The `mm-moslora` app: exit codes, how errors are told, and the verbs that belong to no family."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import os
+import re
+import select
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter
+
+from mm_moslora import __version__
+from mm_moslora.cli import compare_verb, export_verbs, init_verb, launch_verbs, report_verbs, serve_verbs
+from mm_moslora.cli.data_verbs import data_app
+from mm_moslora.cli.eval_verbs import eval_app, quiet_libraries
+from mm_moslora.cli.launch_verbs import refuse_early
+from mm_moslora.config import load_recipe, override_items
+from mm_moslora.utils.errors import MoSLoRAError
+from mm_moslora.utils.files import discard, replace_text
+from mm_moslora.utils.redaction import RedactingFormatter, redact_text, redacted_traceback
+from mm_moslora.utils.run_paths import adapter_folder
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from mm_moslora.config import Recipe
+    from mm_moslora.training.supervision.stop_signals import StopRequest
+
+_AT_HOME = re.compile(r"^(--[\w.-]+=)~/")
+"""`--output=~/runs`: shells put the home folder in place of a `~` only at the start of a word."""
+_STDOUT = 1
+EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_NO_READER = 1, 2, 130, 141
+
+
+def _shown_default(value: object) -> str | None:
+    """What `--help` shows behind an option; nothing behind a switch that is off or where the default is empty."""
+    words = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return None if value is None or value is False else words or None
+
+
+app = App(
+    name="mm-moslora",
+    version=__version__,
+    help="Assemble a vision-language model, tune it with MoSLoRA, measure it, hand it on.",
+    suppress_keyboard_interrupt=False,  # `run` tells it
+    default_parameter=Parameter(negative_iterable=(), show_default=_shown_default),
+)
+app.command(data_app)
+app.command(eval_app)
+serve_verbs.register(app)
+init_verb.register(app)
+launch_verbs.register(app)
+report_verbs.register(app)
+adapters_app = App(name="adapters", help="Look into adapter folders.")
+app.command(adapters_app)
+export_verbs.register(app)
+compare_verb.register(app)
+
+Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.lr 1e-4")]
+
+
+def main() -> None:
+    """Run this process's command line and exit, with 0 on success only."""
+    code = run(sys.argv[1:])
+    # The interpreter searches half a million objects for garbage several times on its way out; once is enough.
+    gc.collect()
+    gc.freeze()
+    sys.exit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line.
+
+    Args:
+        arguments: without the program's name.
+
+    Returns:
+        0 on success, 1 on an error, 2 when the command line cannot be read, 75 when a run was stopped by a signal and
+        can go on, 130 on Ctrl-C, 141 when nobody reads the output any more (`| head`).
+    """
+    arguments = [_AT_HOME.sub(lambda found: f"{found[1]}{Path.home()}/", word) for word in arguments]
+    try:
+        _set_up_logging()
+        result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        print(end="", flush=True)  # here a full disk or a reader that left can still be told
+    except CycloptsError as error:
+        _fail(_usage(error))
+        return EXIT_USAGE
+    except MoSLoRAError as error:
+        _fail(str(error))
+        return EXIT_ERROR
+    except OSError as error:
+        left = isinstance(error, BrokenPipeError) and _nobody_reads()
+        _drop_output()
+        if left:
+            return EXIT_NO_READER
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise  # a line without a path would help nobody
+        hidden = _hidden_by(error)
+        _fail(_refused(error) if hidden is None else f"{hidden} Then: {_refused(error)}")
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        _fail("interrupted")
+        return EXIT_INTERRUPTED
+    return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def _usage(error: CycloptsError) -> str:
+    """What is wrong with a command line, and where the right one is shown."""
+    command = " ".join(("mm-moslora", *(error.command_chain or ())))
+    text = str(error).strip()
+    if isinstance(error, MissingArgumentError) and error.argument is not None and error.keyword is None:
+        name, info = error.argument.name, error.argument.field_info
+        text = f"{command} needs {name.lstrip('-').upper().replace('-', '_') if info.is_positional else name}."
+    return f"{text} See {command} --help."
+
+
+def _drop_output() -> None:
+    """Send what standard output does not take elsewhere, so that it is not tried again when the process ends."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has left."""
+    poll = select.poll()
+    poll.register(_STDOUT, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _refused(error: OSError) -> str:
+    """What the system would not read or write, and why."""
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = (
+        "Make room on its disk, or give a path on another." if full else "Give a path that can be read and written."
+    )
+    return f"{' to '.join(names) or 'Writing failed'}: {error.strerror}. {remedy}"
+
+
+def _hidden_by(error: BaseException) -> MoSLoRAError | None:
+    """The error of ours during whose handling another one came."""
+    inner = error.__context__
+    return inner if inner is None or isinstance(inner, MoSLoRAError) else _hidden_by(inner)
+
+
+def _fail(text: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        print(f"error: {redact_text(text, keep_hashes=True)}", file=sys.stderr)
+
+
+def _set_up_logging() -> None:
+    """Log lines of rank 0 for people; warnings of every rank; the chatter of libraries not at all."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin on a busy machine
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    rank = int(os.environ.get("RANK", "0"))
+    prefix = f"[rank {rank}] " if rank else ""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(RedactingFormatter(f"{prefix}%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    sys.excepthook = _show_uncaught
+    logging.getLogger("mm_moslora").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.getLogger("mm_moslora_eval").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+    for chatty in ("DeepSpeed", "bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_is_error)  # it sets a level of its own when it is imported
+
+
+def _show_uncaught(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
+    """Python's own traceback, without secrets."""
+    print(redacted_traceback(error), file=sys.stderr)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
+def _recipe(name: str, tokens: tuple[str, ...]) -> Recipe:
+    return load_recipe(name, override_items(tokens))
+
+
+@app.command
+def train(recipe: str, *overrides: Overrides, resume: str = "auto", stop_at: int | None = None) -> int:
+    """Train a recipe; the same command again continues it.
+
+    Parameters
+    ----------
+    recipe
+        YAML file, or the name of a shipped preset (see `mm-moslora config`).
+    resume
+        auto, required, never, or a checkpoint folder.
+    stop_at
+        Save and stop after this optimiser step.
+    """
+    from mm_moslora.launch.launcher import EXIT_REQUEUE, leave_mark, stopped_text
+    from mm_moslora.training.supervision.stop_signals import Stopped, StopRequest
+
+    resolved = _recipe(recipe, overrides)
+    stop = StopRequest()
+    try:
+        with stop.at_once():
+            return _train(resolved, resume=resume, stop_at=stop_at, stop=stop)
+    except Stopped:
+        leave_mark(Path(resolved.train.output), stop.received)
+        print(stopped_text(stop.received), end="")
+        return EXIT_REQUEUE
+
+
+def _train(recipe: Recipe, *, resume: str, stop_at: int | None, stop: StopRequest) -> int:
+    refuse_early(recipe, resume)
+    quiet_libraries()
+    from mm_moslora_eval.run.in_training import measure
+
+    from mm_moslora.launch.launcher import EXIT_REQUEUE, STOPPED, stopped_text
+    from mm_moslora.training.training_loop import train as run_training
+    from mm_moslora.utils import distributed
+
+    tasks = measure if recipe.validate.tasks else None
+    result = run_training(recipe, resume=resume, stop_at=stop_at, measure=tasks, stop=stop)
+    mark = Path(recipe.train.output) / STOPPED
+    if distributed.is_main():
+        print(f"Checkpoint: {result.checkpoint} (step {result.step} of {result.total_steps})")
+        if result.stopped_by:
+            replace_text(mark, stopped_text(result.stopped_by))
+            print(stopped_text(result.stopped_by), end="")
+        else:
+            discard(mark)
+    if not result.stopped_by:
+        return 0
+    # torchrun ends all ranks as soon as one leaves with a code, and rank 0 may still be closing a tracker.
+    distributed.barrier()
+    return EXIT_REQUEUE
+
+
+@app.command
+def config(recipe: str | None = None, *overrides: Overrides) -> int:
+    """Print the resolved recipe, every default filled in; without a recipe, list the shipped presets.
+
+    Parameters
+    ----------
+    recipe
+        YAML file, or the name of a shipped preset.
+    """
+    from mm_moslora.config import recipe_names
+
+    if recipe is None:
+        print("\n".join(recipe_names()))
+        return 0
+    print(_recipe(recipe, overrides).to_yaml(), end="")
+    return 0
+
+
+@app.command
+def plan(
+    recipe: str,
+    *overrides: Overrides,
+    gpus: str,
+    samples: int | None = None,
+    tokens_per_sample: float | None = None,
+    supervised: float = 0.15,
+    picture: str | None = None,
+    price: float | None = None,
+) -> int:
+    """Memory per GPU, tokens per second, hours and cost of a recipe, before anything is loaded.
+
+    Parameters
+    ----------
+    recipe
+        YAML file, or the name of a shipped preset.
+    gpus
+        Count, card and memory: 8xA100-80G, 1xRTX4090.
+    samples
+        Records of an epoch; known for LLaVA's and the commonsense sets.
+    tokens_per_sample
+        Mean tokens of a record, visual ones included.
+    supervised
+        Share of the tokens that is supervised.
+    picture
+        Width and height, in pixels, of the picture that stands for all, of models that cut pictures into tiles or take
+        them in any size; 640x480 where nothing is said.
+    price
+        Per GPU and hour, in any currency.
+    """
+    from mm_moslora.cli.plan_output import show_plan
+
+    return show_plan(
+        _recipe(recipe, overrides), gpus, samples=samples, tokens_per_sample=tokens_per_sample, supervised=supervised,
+        picture=picture, price=price,
+    )  # fmt: skip
+
+
+@app.command
+def doctor(recipe: str | None = None, *overrides: Overrides) -> int:
+    """Check versions, accelerator, threads and leftovers; exit code 1 when something is bad for the work at hand.
+
+    Parameters
+    ----------
+    recipe
+        What is to be trained: YAML file, or the name of a shipped preset. Without one, only what nothing goes without
+        is bad when it is missing.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from mm_moslora.planning.doctor import diagnose
+
+    table = Table("", "what", "found", "what to do", box=None)
+    resolved = None if recipe is None else _recipe(recipe, overrides)
+    findings = diagnose(None if resolved is None else Path(resolved.train.output), resolved)
+    signs = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "bad": "[red]bad[/]"}
+    for item in findings:
+        table.add_row(signs[item.status], *map(escape, (item.name, item.detail, item.remedy)))
+    Console().print(table)
+    return EXIT_ERROR if any(item.status == "bad" for item in findings) else 0
+
+
+@app.command
+def quickstart(
+    *,
+    images: Literal["easy-vqa", "stamps"] = "easy-vqa",
+    encoder: Literal["auto", "dinov2", "efficientnet", "open_clip"] = "auto",
+    output: Path | None = None,
+    stamps_deb: Path | None = None,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    seed: int = 0,
+    smoke: bool = False,
+) -> int:
+    """The main job in minutes on two CPU cores: fetch real parts, align, tune, measure, report. Again continues it.
+
+    Parameters
+    ----------
+    images
+        easy-vqa: coloured shapes with questions; stamps: 800 real pictures with sentences and categories.
+    encoder
+        auto picks the one that was measured best for the pictures.
+    output
+        Run folder; default: runs/quickstart (runs/quickstart-stamps, ...-seed1, ...-smoke).
+    stamps_deb
+        Path of Debian's tuxpaint-stamps-default package, where apt is not at hand.
+    precision
+        auto is bf16 where the hardware computes it fast, else fp32.
+    seed
+        Of the initialisation and the order, and of which pictures of easy-vqa are learned from.
+    smoke
+        Everything in miniature, about three minutes, at lower quality.
+    """
+    quiet_libraries()
+    from mm_moslora.quickstart.quickstart_run import Choice
+    from mm_moslora.quickstart.quickstart_run import quickstart as run_quickstart
+
+    choice = Choice(images=images, encoder=encoder, precision=precision, seed=seed, smoke=smoke)
+    return run_quickstart(choice, output=output, stamps_deb=stamps_deb)
+
+
+@adapters_app.command(name="inspect")
+def adapters_inspect(folder: Path, *, picture: Path | None = None) -> int:
+    """Show what an adapter learned, module by module: norms, effective rank, and how far its mixers moved.
+
+    Parameters
+    ----------
+    folder
+        Adapter folder, or a checkpoint or run with one.
+    picture
+        Also draw the mixers and the singular values by depth into this PNG file.
+    """
+    adapter = adapter_folder(folder)
+    quiet_libraries()
+    from mm_moslora.adapters.adapter_inspection import inspection
+
+    print(inspection(adapter, picture=picture))
+    return 0

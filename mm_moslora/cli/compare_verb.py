@@ -1,0 +1,146 @@
+"""`mm-moslora compare`. Parsing and printing only; heavy imports happen inside the verb."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from mm_moslora.cli.eval_verbs import quiet_libraries
+from mm_moslora.config import load_recipe, override_items
+from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.redaction import redacted_command
+
+Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --optim.warmup 0.1")]
+
+
+def register(app: App) -> None:
+    """Add the verb to the command line."""
+    app.command(compare)
+
+
+def compare(
+    recipe: str,
+    *overrides: Overrides,
+    arms: str = "lora,moslora:orthogonal",
+    lr: str = "",
+    seeds: int = 3,
+    tasks: str = "",
+    validation: str = "",
+    hold_out: float = 0.05,
+    tune_seeds: int = 1,
+    reference: str = "",
+    output: Path = Path("runs/compare"),
+    limit: int | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    controls: bool = True,
+    train_answers: str = "",
+    parallel: int | None = None,
+    gpus_per_run: int = 1,
+    max_minutes: float | None = None,
+    keep_all: bool = False,
+    plan: bool = False,
+    only_report: bool = False,
+) -> int:
+    """Settle on your own data whether one way to tune beats another: equal budget, tuned rates, seeds, error bars.
+
+    Every arm trains with the same number of steps. Its learning rate is chosen on a validation split by runs of their
+    own; runs with new seeds are then measured on the test tasks, with blind and wrong-picture controls, and every arm
+    is compared with the reference document by document. A run that crashes or diverges is reported and leaves the
+    others alone. The same command again continues; more arms, rates or seeds can be added later. Exit code 75: stopped
+    before the end.
+
+    Parameters
+    ----------
+    recipe
+        YAML file, or the name of a shipped preset (see `mm-moslora config`).
+    arms
+        lora, moslora:kaiming, moslora:orthogonal, moslora:identity, moslora:butterfly, tsm, diagonal, lora-xs, stella,
+        dora, rslora, lora+, full;
+        with @key=value for other adapter or recipe keys, such as moslora:orthogonal@rank=16.
+    lr
+        Learning rates to try with every arm, such as 5e-5,1e-4,2e-4; default: the recipe's own, not tuned.
+    seeds
+        Runs per arm that are reported.
+    tasks
+        Test tasks separated by commas, as for `mm-moslora eval run`.
+    validation
+        loss (default: the held-out loss), or tasks separated by commas, to choose the rates by.
+    hold_out
+        Share of the training records held out for the loss, where the recipe has no data.validation.
+    tune_seeds
+        Runs per arm and learning rate to choose by.
+    reference
+        Arm that the others are compared with; default: the first.
+    output
+        Folder of the comparison.
+    limit
+        Only the first so many documents of every task.
+    batch_size
+        Questions decoded together.
+    max_new_tokens
+        Longest answer of the tasks, tokens; default: the task's own.
+    controls
+        Ask the reported runs also with a plain picture and with another item's; arms that are not above both are not
+        told apart. Measuring takes three times as long.
+    train_answers
+        Training file (FILE or FILE@IMAGE_FOLDER) that the most frequent answers are learned from; default: the test
+        questions' own answers.
+    parallel
+        Runs beside each other; default: one per accelerator (or per --gpus-per-run of them), one on a CPU.
+    gpus_per_run
+        Accelerators of one run.
+    max_minutes
+        Save and stop after so long; the same command continues.
+    keep_all
+        Keep the checkpoints of the runs that chose the rates.
+    plan
+        Run a few steps of the first run, say what all will cost, and leave.
+    only_report
+        Analyse what is there and leave.
+    """
+    shared = load_recipe(recipe, override_items(overrides))
+    from mm_moslora.compare.arms import parse_arms, split
+    from mm_moslora.compare.comparison_plan import LOSS, Settings
+    from mm_moslora.compare.comparison_run import Comparison, Room, exclusive, plan_lines
+
+    settings = Settings(
+        arms=parse_arms(arms, shared), rates=_rates(lr) or [shared.optim.lr], seeds=seeds, tasks=split(tasks),
+        validation=split(validation) or (LOSS,), tuning_seeds=tune_seeds, reference=reference, limit=limit,
+        batch_size=batch_size, max_new_tokens=max_new_tokens, controls=controls, train_answers=train_answers,
+    )  # fmt: skip
+    print("\n".join(plan_lines(settings)), flush=True)
+    room = Room(parallel=parallel, devices_per_run=gpus_per_run, max_minutes=max_minutes, keep_all=keep_all)
+    quiet_libraries()
+    with exclusive(output):
+        comparison = Comparison(shared, settings, output, hold_out=hold_out)
+        comparison.check()
+        if plan:
+            print(comparison.probe(room))
+            return 0
+        finished = only_report or comparison.run(room)
+        return _show(comparison, output, finished=finished)
+
+
+def _rates(text: str) -> list[float]:
+    from mm_moslora.compare.arms import split
+
+    try:
+        return [float(item) for item in split(text)]
+    except ValueError as error:
+        raise ConfigError(f"--lr is {text!r}, expected numbers separated by commas, such as 5e-5,1e-4,2e-4.") from error
+
+
+def _show(comparison: object, output: Path, *, finished: bool) -> int:
+    from mm_moslora.compare.comparison_analysis import analyse
+    from mm_moslora.compare.comparison_text import table
+    from mm_moslora.launch.launcher import EXIT_REQUEUE
+    from mm_moslora.reporting.comparison_page import write_page
+
+    results = analyse(comparison, command=redacted_command(["mm-moslora", *sys.argv[1:]]))  # type: ignore[arg-type]
+    print(table(results))
+    print(f"Page: {write_page(output / 'results.json', output / 'report.html')}")
+    return 0 if finished else EXIT_REQUEUE

@@ -1,0 +1,111 @@
+"""The verbs of `mm-moslora data`. Parsing and printing only; heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+
+from mm_moslora.cli.eval_verbs import quiet_libraries
+from mm_moslora.config import load_recipe, override_items
+
+if TYPE_CHECKING:
+    from mm_moslora.planning.recipe_data import Checked
+
+data_app = App(name="data", help="Look at training data before the run.")
+
+Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted recipe keys: --data.max_length 1024")]
+Processes = Annotated[int | None, Parameter(help="Processes that share the work; default: one per processor.")]
+AsJson = Annotated[bool, Parameter(name="--json", negative="", help="One JSON object on stdout.")]
+
+
+@data_app.command(name="check")
+def data_check(
+    recipe: str,
+    *overrides: Overrides,
+    against: tuple[Path, ...] = (),
+    processes: Processes = None,
+    everything: Annotated[bool, Parameter(name="--all", negative="")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Read every record and picture of a recipe's data and say what is wrong; exit code 1 when the run would stop.
+
+    Parameters
+    ----------
+    recipe
+        YAML file, preset, or the folder of a run.
+    against
+        Folders of pictures that you evaluate on: training pictures that look like one of them are named.
+    everything
+        Show every fault instead of the first 20; --json holds all in any case.
+    """
+    resolved = _recipe(recipe, overrides)
+    quiet_libraries()
+    from mm_moslora.planning.recipe_data import check_recipe
+
+    return _show(check_recipe(resolved, against=against, processes=processes, everything=everything), as_json=as_json)
+
+
+@data_app.command(name="stats")
+def data_stats(recipe: str, *overrides: Overrides, processes: Processes = None, as_json: AsJson = False) -> int:
+    """Count what a recipe's data hold: tokens, turns, answers, picture sizes, how well packing would fill rows.
+
+    Parameters
+    ----------
+    recipe
+        YAML file, preset, or the folder of a run.
+    """
+    resolved = _recipe(recipe, overrides)
+    quiet_libraries()
+    from mm_moslora.planning.recipe_data import statistics_of
+
+    return _show(statistics_of(resolved, processes=processes), as_json=as_json)
+
+
+@data_app.command(name="view")
+def data_view(recipe: str, *overrides: Overrides, count: int = 3, start: int = 0, html: Path | None = None) -> int:
+    """Show records as the trainer sees them, supervised tokens coloured.
+
+    Parameters
+    ----------
+    recipe
+        YAML file, preset, or the folder of a run.
+    count
+        Records to show.
+    start
+        Number of the first one over all sources, from 0.
+    html
+        Write one self-contained page with pictures instead, and print its path.
+    """
+    resolved = _recipe(recipe, overrides)
+    quiet_libraries()
+    from mm_moslora.planning.recipe_data import view_page, view_recipe
+
+    if html is not None:
+        print(view_page(resolved, html, start=start, count=count))
+        return 0
+    _print_all(view_recipe(resolved, start=start, count=count))
+    return 0
+
+
+def _recipe(name: str, tokens: tuple[str, ...]) -> Any:
+    return load_recipe(name, override_items(tokens))
+
+
+def _show(checked: Checked, *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(checked.plain))
+    else:
+        _print_all(checked.shown)
+    return checked.code
+
+
+def _print_all(renderables: Sequence[Any]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    for item in renderables:
+        console.print(item)

@@ -1,0 +1,303 @@
+"""The verbs of `mm-moslora eval`. Parsing and printing only; heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+
+eval_app = App(name="eval", help="Measure a model on tasks; infer and score are separate steps.")
+
+ModelName = Annotated[
+    str, Parameter(help="A folder (run, checkpoint, export), hf:ID, openai:URL#MODEL or replay:FILE.")
+]
+JudgeName = Annotated[
+    str | None, Parameter(help="URL#MODEL of an OpenAI-compatible judge; the key is read from the environment.")
+]
+
+
+@eval_app.command(name="run")
+def eval_run(
+    *tasks: str,
+    model: ModelName = "",
+    output: Path = Path("runs/eval"),
+    protocol: str | None = None,
+    modes: tuple[Literal["own", "blind", "wrong"], ...] = ("own",),
+    baselines: tuple[Literal["majority", "question_majority"], ...] = (),
+    train_answers: str = "",
+    batch_size: int = 8,
+    limit: int | None = None,
+    samples: tuple[str, ...] = (),
+    seed: int = 0,
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    reference: bool = False,
+    dry_run: bool = False,
+    judge: JudgeName = None,
+    judge_budget: int | None = None,
+    max_failed_share: float = 0.0,
+    report: bool = True,
+    untuned: bool = False,
+    track: bool = True,
+) -> int:
+    """Ask a model the questions of tasks and score the answers; the same command again asks only what is missing.
+
+    Exit code 0: all scored; 1: an error; 3: more samples failed than --max-failed-share allows.
+
+    Parameters
+    ----------
+    tasks
+        NAME, NAME@PROTOCOL, a task file, llava:FILE[@IMAGE_FOLDER] or tsv:FILE; see `mm-moslora eval list`.
+    output
+        Run folder; it belongs to one model.
+    protocol
+        For tasks that name none.
+    modes
+        Pictures shown: own (the real ones), blind (their mean colour), wrong (another item's).
+    baselines
+        Answers without a model, scored alike.
+    train_answers
+        Training file (FILE or FILE@IMAGE_FOLDER) whose answers the baselines learn; default: the evaluated set's own.
+    batch_size
+        Questions decoded together; for an endpoint, requests under way.
+    limit
+        Only the first so many documents.
+    samples
+        Only documents with these ids.
+    seed
+        Picks the wrong pictures.
+    precision
+        Dtype of the weights; auto: bf16 where the hardware is fast at it, else fp32.
+    reference
+        One question at a time, nothing shared: slow, for comparisons.
+    dry_run
+        Print the first prompts and leave.
+    judge_budget
+        Most tokens to spend on the judge.
+    max_failed_share
+        Share of failed samples, 0 to 1, up to which the exit code is 0.
+    report
+        Write report.html into the run folder.
+    untuned
+        Also ask the model that the run started from, for a before and after.
+    track
+        Put scores and some samples of a run of ours into its folder, for `mm-moslora report` and `board`, and
+        the scores into the trackers of its recipe, under the adapter that was measured.
+    """
+    from mm_moslora_eval import eval_commands
+
+    names = eval_commands.with_protocol(tasks, protocol)
+    if dry_run:
+        print(eval_commands.dry_run(names))
+        return 0
+    from mm_moslora_eval.backends.open_model import check_name, open_model
+
+    if model:  # without one, what is wrong with the tasks is told first
+        check_name(model)
+    quiet_libraries()
+    from mm_moslora_eval.report.run_evidence import UNTUNED, keep
+    from mm_moslora_eval.run.task_runner import Settings
+
+    settings = Settings(batch_size=1 if reference else batch_size, limit=limit, samples=samples, seed=seed)
+    shared: dict[str, Any] = {
+        "settings": settings,
+        "judge": eval_commands.make_judge(judge, output, budget=judge_budget),
+    }
+    before = []
+    if untuned:
+        start = partial(open_model, model, precision=precision, reference=reference, untuned=True)
+        before = eval_commands.run(start, names, output / UNTUNED, progress=eval_commands.Bars(), **shared)
+    results = eval_commands.run(
+        partial(open_model, model, precision=precision, reference=reference),
+        names,
+        output,
+        modes=modes,
+        baselines=baselines,
+        training=eval_commands.training_answers(train_answers),
+        progress=eval_commands.Bars(),
+        **shared,
+    )
+    if track and settings.rank == 0:
+        keep(Path(model), results, output, before=before)
+    if before:
+        print(f"Before tuning:\n{eval_commands.table(before)}\n\nAfter:")
+    return _eval_results(results, output, max_failed_share=max_failed_share, report=report) if settings.rank == 0 else 0
+
+
+@eval_app.command(name="score")
+def eval_score(
+    answers: Path,
+    *,
+    protocol: str | None = None,
+    judge: JudgeName = None,
+    judge_budget: int | None = None,
+    max_failed_share: float = 0.0,
+    report: bool = True,
+) -> int:
+    """Score stored answers again; needs no model and no data.
+
+    Parameters
+    ----------
+    answers
+        A run folder, a task folder in it, or its answers.jsonl.
+    protocol
+        NAME@PROTOCOL whose extraction and metric are used instead.
+    judge_budget
+        Most tokens to spend on the judge.
+    max_failed_share
+        Share of failed samples, 0 to 1, up to which the exit code is 0.
+    report
+        Write report.html into the run folder.
+    """
+    from mm_moslora_eval import eval_commands
+
+    run = eval_commands.run_folder(answers)
+    results = eval_commands.score(
+        answers, protocol=protocol, judge=eval_commands.make_judge(judge, run, budget=judge_budget)
+    )
+    return _eval_results(results, run, max_failed_share=max_failed_share, report=report)
+
+
+def _eval_results(results: list[Any], run: Path, *, max_failed_share: float, report: bool) -> int:
+    from mm_moslora_eval import eval_commands
+
+    print(eval_commands.table(results))
+    if report:
+        from mm_moslora_eval.report.evaluation_page import write_report
+
+        print(f"Report: {write_report(run)}")
+    return eval_commands.exit_code(results, max_failed_share=max_failed_share)
+
+
+@eval_app.command(name=["list", "--list"])
+def eval_list(*words: str) -> int:
+    """List the tasks, or those whose line holds all the given words.
+
+    Parameters
+    ----------
+    words
+        Such as: mmbench lmms_eval
+    """
+    from mm_moslora_eval import eval_commands
+
+    print(eval_commands.list_tasks(words))
+    return 0
+
+
+@eval_app.command(name=["describe", "--describe"])
+def eval_describe(task: str) -> int:
+    """Show a task: data, prompt of its first document, decoding, extraction, metric, published numbers.
+
+    Parameters
+    ----------
+    task
+        NAME, NAME@PROTOCOL, a task file, llava:FILE[@IMAGE_FOLDER] or tsv:FILE.
+    """
+    from mm_moslora_eval import eval_commands
+
+    print(eval_commands.describe(task))
+    return 0
+
+
+@eval_app.command(name=["check", "--check"])
+def eval_check(*tasks: str) -> int:
+    """Read the data of tasks, every picture included; exit code 1 when something is missing or unsound.
+
+    Parameters
+    ----------
+    tasks
+        NAME, NAME@PROTOCOL, a task file, llava:FILE[@IMAGE_FOLDER] or tsv:FILE.
+    """
+    from mm_moslora_eval import eval_commands
+
+    for task in eval_commands.with_protocol(tasks, None):
+        print(eval_commands.check(task))
+    return 0
+
+
+@eval_app.command(name="compare")
+def eval_compare(a: str, b: str, *, html: Path | None = None) -> int:
+    """Compare two runs sample by sample: difference, interval, p-value, wins and losses, samples that changed.
+
+    Parameters
+    ----------
+    a
+        A run or task folder; several seeds of one system separated by commas.
+    b
+        The other one; A - B is reported.
+    html
+        Write the comparison as a page, too.
+    """
+    from mm_moslora_eval import eval_commands
+
+    comparisons = eval_commands.compare_runs(a, b)
+    print("\n\n".join(text for _, text in comparisons))
+    if html is not None:
+        from mm_moslora_eval.report.evaluation_page import write_comparison
+
+        print(f"Page: {write_comparison([item for item, _ in comparisons], html)}")
+    return 0
+
+
+@eval_app.command(name="export")
+def eval_export(answers: Path, output: Path, *, to: str = "vlmevalkit") -> int:
+    """Write answers for an evaluation server or another harness.
+
+    Parameters
+    ----------
+    answers
+        A folder TASK@PROTOCOL/MODE of a run.
+    output
+        The file.
+    to
+        vqav2, vizwiz, docvqa, mmvet, mmbench, llava, vlmevalkit or vlmevalkit_xlsx.
+    """
+    from mm_moslora_eval.run.submissions import write_submission
+
+    empty = write_submission(answers, output, form=to)
+    print(f"{output}: written in the form {to}; {empty} documents have no answer and are written as empty ones.")
+    return 0
+
+
+@eval_app.command(name="miniature")
+def eval_miniature(folder: Path) -> int:
+    """Write small made-up documents of seventeen benchmarks in their original layouts, to try everything offline.
+
+    Parameters
+    ----------
+    folder
+        Where to; it is made. Their task files are printed, for `mm-moslora eval run`.
+    """
+    from mm_moslora_eval.protocol.miniature_benchmarks import make_miniature
+
+    print(" ".join(str(path) for path in make_miniature(folder)))
+    return 0
+
+
+@eval_app.command(name="report")
+def eval_report(run: Path, *, output: Path | None = None) -> int:
+    """Write one self-contained page of an evaluation run.
+
+    Parameters
+    ----------
+    run
+        Run folder.
+    output
+        HTML file; default: report.html in the run folder.
+    """
+    from mm_moslora_eval.report.evaluation_page import write_report
+
+    print(write_report(run, output))
+    return 0
+
+
+def quiet_libraries() -> None:
+    """Switch off the libraries' own bars and notices; ours say what matters."""
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|deepspeed|timm|open_clip)(\.|$)")

@@ -1,0 +1,207 @@
+"""The verbs that take models in and hand them on: `export`, `merge` and `import`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from mm_moslora.cli.eval_verbs import quiet_libraries
+from mm_moslora.utils.errors import ConfigError, ModelError
+from mm_moslora.utils.run_paths import MANIFEST, adapter_folder, find_checkpoint
+
+if TYPE_CHECKING:
+    from cyclopts import App
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+Layout = Literal["llava", "hf", "lora", "vllm", "diffusers", "llava-original", "gguf"]
+Component = Literal["unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3"]
+
+
+def register(app: App) -> None:
+    """Add the verbs to the command line."""
+    app.command(export)
+    app.command(merge)
+    app.command(import_model, name="import")
+
+
+def merge(
+    model: Path, output: Path, *, dtype: Dtype = "fp32", base: str | None = None, licence: str | None = None
+) -> int:
+    """Merge the adapter into the base and write one Hugging Face folder; prints how far the logits move.
+
+    Parameters
+    ----------
+    model
+        A run, a checkpoint, or an adapter folder of any trainer.
+    output
+        New folder.
+    dtype
+        Dtype of the written weights.
+    base
+        For an adapter folder: the model it was trained on, where the folder does not name it.
+    licence
+        For the model card, as the hub knows it (apache-2.0, ...).
+    """
+    return _hand_on(model, output, to="hf", dtype=dtype, base=base, licence=licence, needs_adapter=True)
+
+
+def export(
+    model: Path,
+    output: Path,
+    *,
+    to: Layout = "llava",
+    dtype: Dtype = "fp32",
+    base: str | None = None,
+    vision: str | None = None,
+    component: Component = "unet",
+    licence: str | None = None,
+) -> int:
+    """Hand a tuned model on; prints the largest difference between the model and what was written, read back.
+
+    Parameters
+    ----------
+    model
+        A run, a checkpoint, an export, or an adapter folder of any trainer.
+    output
+        New folder.
+    to
+        llava: a folder that stock transformers loads, or a refusal with the reason; hf: the whole model whatever its
+        parts; lora: the adapter, folded to plain LoRA, for PEFT's Auto classes: it names its base, and has it in `base`
+        where the model was assembled; vllm, diffusers: the adapter alone as these two read it (written and checked
+        without the model); llava-original: the layout of LLaVA's own code; gguf: model.gguf and mmproj.gguf for
+        llama.cpp (fp32 or fp16).
+    dtype
+        Dtype of the written weights.
+    base
+        For an adapter folder: the model it was trained on, where the folder does not name it.
+    vision
+        llava-original only: the tower's name there, where the model does not know it.
+    component
+        diffusers only: the part of the pipeline that the adapter is for.
+    licence
+        For the model card, as the hub knows it (apache-2.0, ...); without it the card points to the parts' licences.
+    """
+    if to in ("vllm", "diffusers"):
+        return _hand_on_adapter(model, output, to=to, component=component)
+    return _hand_on(model, output, to=to, dtype=dtype, base=base, vision=vision, licence=licence)
+
+
+def _hand_on_adapter(model: Path, output: Path, *, to: Literal["vllm", "diffusers"], component: Component) -> int:
+    folder = adapter_folder(model)
+    quiet_libraries()
+    from mm_moslora.adapters.folders.export_adapter import export_adapter, largest_difference
+    from mm_moslora.models.export.export_huggingface import check_empty
+
+    check_empty(output)
+    export_adapter(folder, output, layout=to, component=component)
+    reader = "vllm serve --enable-lora" if to == "vllm" else "pipeline.load_lora_weights"
+    print(f"{output}: the adapter alone, folded to plain LoRA, for {reader}.")
+    difference = largest_difference(folder, output, layout=to, component=component)
+    print(
+        f"Largest difference of a layer's update, read back, from the adapter's: {difference:.1e} of its largest entry"
+    )
+    return 0
+
+
+def _hand_on(
+    model: Path,
+    output: Path,
+    *,
+    to: Layout,
+    dtype: Dtype,
+    base: str | None,
+    licence: str | None,
+    vision: str | None = None,
+    needs_adapter: bool = False,
+) -> int:
+    find_checkpoint(model)
+    quiet_libraries()
+    from mm_moslora.models.export.export_huggingface import check_empty, export_lora, export_model, merge_adapter
+    from mm_moslora.models.export.model_card import write_card
+    from mm_moslora.models.load_model import load
+    from mm_moslora.training.precision import dtype_of
+
+    check_empty(output)  # before minutes of loading
+    if to == "lora":
+        # The base is written where none is published, and 4 or 8 bits are no form to hand on.
+        assembly = load(model, merge=False, base=base, quantised=not _writes_base(model))
+        lora = export_lora(assembly, output, dtype=dtype_of(dtype))
+        write_card(assembly, output, source=model, licence=licence, adapter_of=lora.base)
+        print(f"{output}: plain LoRA for stock PEFT, and the unfolded factors beside it. Base: {lora.base}")
+        print(f"Loads with peft.{lora.loader}" + ("." if lora.stock else " after `import mm_moslora.models`."))
+        difference = lora.max_logit_difference
+        print(f"Largest logit difference between the live adapter and stock PEFT on this folder: {difference:.2e}")
+        return 0
+    if to == "gguf" and dtype == "bf16":
+        raise ConfigError("GGUF files are written in fp32 or fp16 here, and --dtype is bf16. Choose one of these.")
+    assembly = load(model, merge=False, base=base)
+    if needs_adapter and assembly.peft_model is None:
+        raise ConfigError(f"{model} carries no adapter to merge. Write it as it is with mm-moslora export --to hf.")
+    moved = merge_adapter(assembly, dtype_of("fp32" if to == "gguf" else dtype))
+    if moved is not None:
+        rounded = "" if dtype == "fp32" or to == "gguf" else f", rounding to {dtype} included"
+        print(f"adapter merged: largest logit difference from the live adapter {moved:.2e}{rounded}")
+    if to == "gguf":
+        from mm_moslora.models.export.gguf_model import export_gguf
+
+        files = export_gguf(assembly, output, half=dtype == "fp16")
+        names = ", ".join(path.name for path in (files.text, files.mmproj) if path)
+        print(f"{output}: {names}, largest tensor difference {files.largest_difference:.2e}")
+        if files.mmproj:
+            print("llama.cpp builds with its issue 25814 misplace CLIP's CLS token; take one in which it is mended.")
+    elif to == "llava-original":
+        from mm_moslora.models.export.export_llava_checkpoint import export_original
+
+        difference = export_original(assembly, output, vision=vision)
+        print(f"{output}: LLaVA's own layout, largest tensor difference {difference:.2e}")
+    else:
+        result = export_model(assembly, output, require_stock=to == "llava")
+        print(f"{result.folder}: {result.architecture}, largest logit difference {result.max_logit_difference:.2e}")
+        if not result.stock:
+            print("Loads with transformers after `import mm_moslora.models`.")
+    write_card(assembly, output, source=model, licence=licence)
+    return 0
+
+
+def _writes_base(model: Path) -> bool:
+    """Whether a run's base is assembled, and so is published nowhere."""
+    from mm_moslora.models.load_model import model_of
+
+    checkpoint = find_checkpoint(model)
+    return (checkpoint / MANIFEST).is_file() and model_of(checkpoint).vision is not None
+
+
+def import_model(
+    source: Path, output: Path, *, vision: str | None = None, language: str | None = None, parts: bool = False
+) -> int:
+    """Take in a checkpoint of LLaVA's own code (whole, projector or LoRA) or of XTuner (.pth).
+
+    Parameters
+    ----------
+    source
+        Folder, .bin or .pth file.
+    output
+        New folder: the parts in it, and the whole model in `model`.
+    vision
+        The vision tower, where the source names none or it lies elsewhere.
+    language
+        The language model that the source was trained from, where it is needed.
+    parts
+        Leave it at the parts: `projector.safetensors` for model.projector.weights, and `language` where there is one.
+    """
+    if not source.exists():
+        raise ModelError(f"There is no {str(source)!r}; expected a folder, .bin or .pth file.")
+    quiet_libraries()
+    from mm_moslora.models.assembly import assemble
+    from mm_moslora.models.export.export_huggingface import export_model
+    from mm_moslora.models.import_checkpoint import import_parts, whole_config
+
+    found = import_parts(source, output, language=language)
+    taken = f"{found.kind}, {found.projector} projector, {found.tensors} tensors"
+    print(f"{output}: {taken}, largest difference {found.largest_difference:.2e}")
+    if parts:
+        return 0
+    whole = assemble(whole_config(found, vision=vision, language=None if found.language else language))
+    result = export_model(whole, output / "model")
+    print(f"{result.folder}: {result.architecture}, largest logit difference {result.max_logit_difference:.2e}")
+    return 0

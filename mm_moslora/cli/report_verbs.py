@@ -1,0 +1,53 @@
+"""The verbs that show: `report` and `board`. Parsing and printing only; heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cyclopts import App
+
+from mm_moslora.cli.serve_verbs import needs
+from mm_moslora.utils.errors import ConfigError
+
+
+def register(app: App) -> None:
+    """Add the verbs to the command line."""
+    for verb in (report, board):
+        app.command(verb)
+
+
+def report(*runs: Path, output: Path | None = None) -> int:
+    """Write one self-contained HTML file of a run, or of several laid over each other.
+
+    Parameters
+    ----------
+    runs
+        Run folders; up to six.
+    output
+        HTML file; default: report.html in the run folder, for several runs in the current folder.
+    """
+    from mm_moslora.reporting import build_report
+
+    if not runs:
+        raise ConfigError("Which run? Give at least one run folder, such as runs/quickstart.")
+    target = output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    build_report(runs, target)
+    print(target)
+    return 0
+
+
+def board(folder: Path = Path("runs"), *, port: int = 8265) -> int:
+    """Open a dashboard over all runs of a folder, live while they train; for this machine only.
+
+    Parameters
+    ----------
+    folder
+        Runs are looked for in it and below.
+    port
+        0 chooses a free one. From another machine: ssh -L PORT:127.0.0.1:PORT HOST.
+    """
+    needs("starlette", "uvicorn", extra="serve")
+    from mm_moslora.serve.dashboard.dashboard_app import serve_board
+
+    serve_board(folder, port=port)
+    return 0

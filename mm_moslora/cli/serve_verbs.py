@@ -1,0 +1,168 @@
+"""The verbs that talk: `chat`, `serve` and `demo`. Parsing and printing only; heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, Parameter
+
+from mm_moslora.cli.eval_verbs import quiet_libraries
+from mm_moslora.utils.errors import ConfigError, DataError
+from mm_moslora.utils.package_requirements import install_extra, is_installed
+from mm_moslora.utils.run_paths import find_checkpoint
+
+Adapters = Annotated[
+    tuple[str, ...], Parameter(name="--adapter", help="NAME=FOLDER of a further adapter for the same base; repeatable.")
+]
+
+
+def register(app: App) -> None:
+    """Add the verbs to the command line."""
+    for verb in (chat, serve, demo):
+        app.command(verb)
+
+
+def chat(
+    model: Path,
+    *,
+    image: Path | None = None,
+    question: str | None = None,
+    max_new_tokens: int = 128,
+) -> int:
+    """Talk to a model in the terminal.
+
+    Parameters
+    ----------
+    model
+        A run, a checkpoint or an export.
+    image
+        Picture to start with; /image PATH changes it later.
+    question
+        Ask this one question and leave.
+    max_new_tokens
+        Longest answer, tokens.
+    """
+    find_checkpoint(model)
+    if image is not None and not image.is_file():
+        raise DataError(f"There is no picture {str(image)!r}; --image takes the path of a file.")
+    quiet_libraries()
+    from mm_moslora.serve.terminal_chat import Chat, interactive
+
+    talk = Chat.from_folder(model, max_new_tokens=max_new_tokens)
+    if image is not None:
+        talk.show(image)
+    if question is not None:
+        print(talk.ask(question))
+        return 0
+    interactive(talk)
+    return 0
+
+
+def serve(
+    model: Path,
+    *,
+    name: str | None = None,
+    adapter: Adapters = (),
+    with_base: bool = False,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    max_batch: int = 32,
+    max_queue: int = 128,
+    max_tokens: int = 4096,
+    max_body_mib: int = 20,
+    max_image_megapixels: int = 40,
+    request_seconds: float = 120.0,
+    allow_image_host: tuple[str, ...] = (),
+) -> int:
+    """Serve a model to OpenAI clients: /v1/chat/completions, /v1/models, /health, /metrics.
+
+    A key for clients is read from the environment variable MM_MOSLORA_SERVE_KEY.
+
+    Parameters
+    ----------
+    model
+        A run, a checkpoint or an export.
+    name
+        What clients call it; default: the folder's name.
+    with_base
+        Also serve the model before tuning, as NAME-base.
+    host
+        Address to listen on; others than this machine's need a key.
+    port
+        0 chooses a free one.
+    precision
+        Dtype of the base weights.
+    max_batch
+        Answers decoded together.
+    max_queue
+        Answers that may wait; more get 429 and Retry-After.
+    max_tokens
+        Longest answer that may be asked for.
+    max_body_mib
+        Largest request body, MiB.
+    max_image_megapixels
+        Largest picture, million pixels.
+    request_seconds
+        Time limit of one request.
+    allow_image_host
+        Host that pictures may be fetched from (https, public addresses only); repeatable. Default: none.
+    """
+    find_checkpoint(model)
+    quiet_libraries()
+    needs("starlette", "uvicorn", "prometheus_client", extra="serve")
+    from mm_moslora.serve.api.request_limits import Limits
+    from mm_moslora.serve.api.serve_command import parse_adapters
+    from mm_moslora.serve.api.serve_command import serve as run_server
+    from mm_moslora.serve.inference.served_models import load_models
+    from mm_moslora.training.precision import dtype_of
+
+    limits = Limits(
+        batch=max_batch, queue=max_queue, max_tokens=max_tokens, body_bytes=max_body_mib * 2**20,
+        image_pixels=max_image_megapixels * 1_000_000, request_seconds=request_seconds,
+    )  # fmt: skip
+    further = parse_adapters(adapter)
+    models = load_models(model, name=name, further=further, with_base=with_base, dtype=dtype_of(precision))
+    run_server(models, host=host, port=port, limits=limits, allowed_hosts=allow_image_host)
+    return 0
+
+
+def demo(model: Path, *, port: int = 7860, max_new_tokens: int = 128) -> int:
+    """Open a web page to talk to a model, beside the model before tuning, with attention drawn over the picture.
+
+    Parameters
+    ----------
+    model
+        A run, a checkpoint or an export; an export, and a run that trained weights of the base, have no model before
+        tuning.
+    port
+        On this machine alone; 0 chooses a free one.
+    max_new_tokens
+        Longest answer, tokens.
+    """
+    find_checkpoint(model)
+    quiet_libraries()
+    needs("gradio", extra="demo")
+    from mm_moslora.serve.gradio_demo import Demo, launch
+    from mm_moslora.serve.inference.served_models import load_models, why_no_base
+
+    reason = why_no_base(model)
+    talk = Demo(load_models(model, with_base=reason is None), max_new_tokens=max_new_tokens, why_no_base=reason)
+    print(f"http://127.0.0.1:{port}" if port else "The address follows.")
+    try:
+        launch(talk, port=port)
+    finally:
+        talk.close()
+    return 0
+
+
+def needs(*modules: str, extra: str) -> None:
+    """Check that the packages of an extra are installed.
+
+    Raises:
+        ConfigError: one is missing; names the command that installs it.
+    """
+    for module in modules:
+        if not is_installed(module):
+            raise ConfigError(f"This verb needs {module}, which is not installed. Run: {install_extra(extra)}")

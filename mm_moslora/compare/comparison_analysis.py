@@ -1,0 +1,243 @@
+"""From the outcomes of the runs to what can be said: `results.json`, which the table and the page show."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from statistics import median, stdev
+from typing import Any
+
+from mm_moslora.compare.comparison_controls import (
+    Answers,
+    TaskAnswers,
+    add_controls,
+    as_difference,
+    columns_of,
+    pictures_controlled,
+)
+from mm_moslora.compare.comparison_plan import (
+    ALL,
+    FORMAT,
+    TUNING_SEEDS,
+    Cell,
+    Outcome,
+    Settings,
+    choose_rates,
+    hopeless_arms,
+    measured,
+    reported_cells,
+    run_count,
+    tuning_cells,
+)
+from mm_moslora.compare.comparison_run import Comparison, short_names
+from mm_moslora.compare.comparison_text import says
+from mm_moslora.compare.seed_statistics import Estimate, TaskScores, arm_mean, difference, holm
+from mm_moslora.reporting.verdicts import verdict_of_arms
+from mm_moslora.utils.files import replace_json
+from mm_moslora.utils.hardware import hardware
+
+
+def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
+    """Analyse what is there, write `results.json`, return it.
+
+    Args:
+        comparison: read or run.
+        command: how it was started, for the reader who wants to repeat it.
+    """
+    settings, outcomes, folder = comparison.settings, comparison.outcomes, comparison.folder
+    names = short_names([*settings.tasks, *settings.validation])
+    failures = [(c, o) for c, o in _every(settings, outcomes) if o.status != "ok"]
+    chosen = choose_rates(settings, outcomes)
+    measured = Answers(settings, outcomes, folder, chosen, names)
+    scores = {arm.name: measured.of(arm.name) for arm in settings.arms}
+    arms = [_arm(settings, outcomes, arm, chosen, scores[arm.name]) for arm in settings.arms]
+    add_controls(arms, scores)
+    comparisons = _comparisons(settings, scores, {arm["name"]: arm["controls"] for arm in arms})
+    from mm_moslora_eval.run.result_file import environment
+
+    results = _plain(
+        {
+            "format": FORMAT,
+            "name": comparison.recipe.name,
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "hardware": hardware(),
+            "environment": environment(),
+            "command": command,
+            "recipe": comparison.recipe.to_yaml(),
+            "settings": {
+                "arms": [arm.name for arm in settings.arms],
+                "rates": list(settings.rates),
+                "seeds": settings.seeds,
+                "tuning_seeds": settings.tuning_seeds if settings.tunes else 0,
+                "tasks": [names[task] for task in settings.tasks],
+                "validation": [names[task] for task in settings.validation],
+                "reference": settings.reference_arm,
+                "controls": settings.controls,
+                "scores": {name: task.score for found in scores.values() for name, task in found.items() if task.score},
+            },
+            "runs": {
+                "planned": run_count(settings, len(hopeless_arms(settings, outcomes))),
+                "over": len(_every(settings, outcomes)),
+            },
+            "seconds": sum(outcome.total_seconds for outcome in outcomes.values()),
+            "arms": arms,
+            "comparisons": comparisons,
+            "floors": measured.floors,
+            "floors_learned_from": measured.learned_from,
+            "failures": [
+                {"arm": c.arm.name, "rate": c.rate, "seed": c.seed, "status": o.status, "reason": o.reason}
+                for c, o in failures
+            ],
+        }
+    )
+    results |= says(results)
+    replace_json(folder / "results.json", results)
+    return results
+
+
+def _every(settings: Settings, outcomes: Mapping[str, Outcome]) -> list[tuple[Cell, Outcome]]:
+    """All runs that are over, failed ones of this or an earlier call included."""
+    cells = [*tuning_cells(settings), *reported_cells(settings, choose_rates(settings, outcomes))]
+    return [(cell, outcomes[cell.name]) for cell in cells if cell.name in outcomes]
+
+
+def _arm(
+    settings: Settings, outcomes: Mapping[str, Outcome], arm: Any, chosen: Mapping[str, float],
+    scores: Mapping[str, TaskAnswers],
+) -> dict[str, Any]:  # fmt: skip
+    reported = [c for c in reported_cells(settings, chosen) if c.arm.name == arm.name]
+    over = [(c, outcomes[c.name]) for c in reported if c.name in outcomes]
+    good = [(c, o) for c, o in over if o.status == "ok"]
+    rate = chosen.get(arm.name)
+    names = short_names([*settings.tasks, *settings.validation])
+    own = {name: task.own for name, task in scores.items()}
+    tasks = {name: _measure({name: task}) for name, task in own.items()}
+    if len(own) > 1:
+        tasks[ALL] = _measure(own)
+    return {
+        "name": arm.name,
+        "about": arm.about,
+        "changes": dict(arm.changes),
+        "rate": rate,
+        "edge": settings.tunes and len(settings.rates) > 2 and rate in (min(settings.rates), max(settings.rates)),
+        "curve": _curve(settings, outcomes, arm.name),
+        "seeds": [
+            {
+                "seed": c.seed,
+                "status": o.status,
+                "validation": o.validation,
+                "test": {names[task]: score for task, score in o.test.items()},
+                "first_loss": o.first_loss,
+                "last_loss": o.last_loss,
+            }
+            for c, o in over
+        ],
+        "tasks": tasks,
+        "remarks": [f"{name}, {remark}" for name, task in scores.items() for remark in task.remarks],
+        "cost": _cost([o for _, o in good]),
+    }  # fmt: skip
+
+
+def _curve(settings: Settings, outcomes: Mapping[str, Outcome], arm: str) -> list[dict[str, Any]]:
+    """Validation values of an arm by learning rate."""
+    points = []
+    for cell in tuning_cells(settings):
+        if cell.arm.name == arm and cell.name in outcomes:
+            outcome = outcomes[cell.name]
+            value = measured(settings, outcome)
+            points.append(
+                {"rate": cell.rate, "seed": cell.seed - TUNING_SEEDS, "value": value, "status": outcome.status}
+            )
+    return sorted(points, key=lambda point: (point["rate"], point["seed"]))
+
+
+def _measure(tasks: Mapping[str, TaskScores]) -> dict[str, Any]:
+    estimate = arm_mean(tasks)
+    shares = all(0 <= score <= 1 for task in tasks.values() for row in task.scores for score in row)
+    rows = [_mean_of(tasks, seed) for seed in range(len(next(iter(tasks.values())).scores))]
+    return {
+        "mean": estimate.value,
+        "stderr": estimate.stderr,
+        "low": max(0.0, estimate.low),
+        "high": min(1.0, estimate.high) if shares else estimate.high,
+        "seeds": rows,
+        "seed_deviation": stdev(rows) if len(rows) > 1 else None,
+        "documents": sum(len(task.clusters) for task in tasks.values()),
+    }
+
+
+def _mean_of(tasks: Mapping[str, TaskScores], seed: int) -> float:
+    means = [math.fsum(task.scores[seed]) / len(task.scores[seed]) for task in tasks.values()]
+    return math.fsum(means) / len(means)
+
+
+def _cost(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
+    if not outcomes:
+        return None
+    return {
+        "trainable": outcomes[0].trainable,
+        "steps": outcomes[0].steps,
+        "step_seconds": median(outcome.step_seconds for outcome in outcomes),
+        "train_seconds": median(outcome.train_seconds for outcome in outcomes),
+        "memory_gib": max(outcome.memory_gib for outcome in outcomes),
+        "processes": outcomes[0].processes,
+    }
+
+
+def _comparisons(
+    settings: Settings, scores: Mapping[str, dict[str, TaskAnswers]], controls: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Every arm against the reference, by task and over all tasks; p-values corrected over the arms of a column."""
+    reference = scores[settings.reference_arm]
+    names = [name for name in scores if name != settings.reference_arm and scores[name] and reference]
+    rows = []
+    for column, tasks in columns_of(reference).items():
+        right = {task: reference[task].own for task in tasks}
+        lefts = {arm: {task: scores[arm][task].own for task in tasks} for arm in names}
+        estimates = [difference(left, right) for left in lefts.values()]
+        corrected = holm([estimate.p_value for estimate in estimates])
+        for (arm, left), estimate, p in zip(lefts.items(), estimates, corrected, strict=True):
+            told = [controls[name].get(column) for name in (arm, settings.reference_arm)]
+            stand = any(item is None or item["above"] for item in told)
+            pair = (list(left.values()), list(right.values()))
+            row = _row(settings, (arm, column), estimate, p, pair, comparisons=len(names), stand=stand)
+            asked = [scores[name][task] for name in (arm, settings.reference_arm) for task in tasks]
+            rows.append(row | {"controls_complete": pictures_controlled(asked)})
+    return rows
+
+
+def _row(
+    settings: Settings, place: tuple[str, str], estimate: Estimate, p: float,
+    pair: tuple[Sequence[TaskScores], Sequence[TaskScores]], *, comparisons: int, stand: bool,
+) -> dict[str, Any]:  # fmt: skip
+    left, right = pair
+    seeds = (len(left[0].scores), len(right[0].scores))
+    found = as_difference(estimate, [*left, *right])
+    return {
+        "arm": place[0],
+        "reference": settings.reference_arm,
+        "task": place[1],
+        "difference": estimate.value,
+        "stderr": estimate.stderr,
+        "low": estimate.low,
+        "high": estimate.high,
+        "degrees": estimate.degrees if math.isfinite(estimate.degrees) else None,
+        "share_of_documents": estimate.documents,
+        "p": estimate.p_value,
+        "p_corrected": p,
+        "detectable": estimate.detectable(comparisons=comparisons),
+        "documents": sum(len(one.clusters) for one in left),
+        "groups": found.groups,
+        "seeds": list(seeds),
+        "verdict": verdict_of_arms(found, p, seeds=seeds, stand=stand),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """nan and infinity as None, so that the file is strict JSON."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,238 @@
+"""One run of a comparison in a process of its own: train, measure, write how it ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from mm_moslora.compare.comparison_plan import LOSS, Cell, Outcome, Settings, recipe_hash
+from mm_moslora.config import Recipe
+from mm_moslora.config.recipe_paths import absolute
+from mm_moslora.utils.errors import ConfigError, DivergedError, MoSLoRAError
+from mm_moslora.utils.files import read_json, replace_json
+
+if TYPE_CHECKING:
+    from mm_moslora_eval.protocol.task import Task
+    from mm_moslora_eval.sources.image_controls import ImageMode
+
+logger = logging.getLogger(__name__)
+
+OUTCOME, LOG = "outcome.json", "log.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a process is told."""
+
+    cell: Cell
+    recipe: Recipe
+    settings: Settings
+    folder: Path
+    """Of the comparison."""
+    devices: tuple[str, ...] = ()
+    """Accelerators of this run, as in CUDA_VISIBLE_DEVICES; none on a CPU."""
+    stop_at: int | None = None
+    """Only so many steps, to measure the speed."""
+
+    @property
+    def place(self) -> Path:
+        """The run's folder."""
+        return Path(self.recipe.train.output)
+
+
+def read_outcome(place: Path) -> Outcome | None:
+    """How a run ended, None if it has not.
+
+    Raises:
+        ConfigError: the file that says so is damaged.
+    """
+    file = place / OUTCOME
+    try:
+        return Outcome(**read_json(file))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{file} is damaged ({error}). Delete it to have the run measured again, or restore it."
+        ) from error
+
+
+def write_outcome(place: Path, outcome: Outcome) -> None:
+    """Write how a run ended, in one move."""
+    place.mkdir(parents=True, exist_ok=True)
+    replace_json(place / OUTCOME, dataclasses.asdict(outcome))
+
+
+def run(job: Job) -> None:
+    """Train and measure one run; whatever happens is written into its folder, and the process ends with 0.
+
+    What is printed goes to the run's log. Only a process that is killed leaves no outcome; the caller writes it then.
+    """
+    os.setpgrp()  # Ctrl-C reaches the parent alone, which passes it on once
+    if job.devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(job.devices)
+    job.place.mkdir(parents=True, exist_ok=True)
+    _log_into(job.place / LOG)
+    started = time.monotonic()
+    try:
+        outcome = _run(job, started)
+    except DivergedError as error:
+        outcome = Outcome(status="diverged", reason=str(error))
+    except MoSLoRAError as error:
+        outcome = Outcome(status="failed", reason=str(error))
+    except Exception as error:  # the other runs must not pay for this one
+        logger.error("%s", traceback.format_exc())
+        outcome = Outcome(status="failed", reason=f"{type(error).__name__}: {_first_line(error)}")
+    if outcome is not None:
+        write_outcome(job.place, dataclasses.replace(outcome, recipe=recipe_hash(job.recipe)))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def _log_into(path: Path) -> None:
+    """Send standard output and error, of libraries and of child processes too, into a file."""
+    with path.open("a", encoding="utf-8") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s", force=True)
+
+
+def _run(job: Job, started: float) -> Outcome | None:
+    finished = _train(job)
+    if not finished:
+        return None
+    outcome = _measured(job)
+    return dataclasses.replace(outcome, total_seconds=time.monotonic() - started)
+
+
+def _train(job: Job) -> bool:
+    """Train to the end, or until a signal or `stop_at`; whether the end is reached."""
+    recipe = Recipe.from_dict(absolute(job.recipe.to_dict()))  # which is read from its own folder
+    (job.place / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    if len(job.devices) > 1:
+        return _train_on_several(job)
+    from mm_moslora.training.training_loop import train
+
+    return train(job.recipe, stop_at=job.stop_at).finished
+
+
+def _train_on_several(job: Job) -> bool:
+    from mm_moslora.launch.launcher import run_and_hand_on
+    from mm_moslora.training.supervision.run_state import STATE
+
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(job.devices)}",
+        "-m", "mm_moslora", "train", str(job.place / "recipe.yaml"),
+        *(["--stop-at", str(job.stop_at)] if job.stop_at else []),
+    ]  # fmt: skip
+    ended = run_and_hand_on(command, [signal.SIGTERM])
+    if ended.code == 0:
+        return bool(json.loads((job.place / STATE).read_text(encoding="utf-8"))["state"] == "finished")
+    if ended.signals:
+        return False
+    raise MoSLoRAError(f"Training on {len(job.devices)} devices ended with code {ended.code}; see {job.place / LOG}.")
+
+
+def _measured(job: Job) -> Outcome:
+    summary = json.loads((job.place / "summary.json").read_text(encoding="utf-8"))
+    rows = metrics(job.place)
+    losses = [row["loss"] for row in rows if "loss" in row]
+    tenth = max(1, len(losses) // 10)
+    held_out = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    validation = {LOSS: held_out[-1]} if held_out else {}
+    test: dict[str, float] = {}
+    places: dict[str, dict[str, str]] = {}
+    wanted = job.settings.validation if job.cell.tuning else job.settings.tasks
+    for name, score, found in _evaluate(job, [name for name in wanted if name != LOSS]):
+        if job.cell.tuning:
+            validation[name] = score
+        else:
+            test[name] = score
+            places[name] = {mode: place.relative_to(job.folder).as_posix() for mode, place in found.items()}
+    return Outcome(
+        status="ok", validation=validation, test=test, places=places,
+        first_loss=sum(losses[:tenth]) / tenth if losses else None,
+        last_loss=sum(losses[-tenth:]) / tenth if losses else None,
+        trainable=sum(row["trainable"] for row in summary["components"]), steps=summary["steps"],
+        step_seconds=median(row["step_seconds"] for row in rows if "step_seconds" in row),
+        train_seconds=summary["counters"]["seconds"], memory_gib=summary["memory_gib"],
+        processes=summary["world_size"],
+    )  # fmt: skip
+
+
+def _evaluate(job: Job, names: list[str]) -> Iterator[tuple[str, float, dict[str, Path]]]:
+    """Yield (name, score with its own pictures, folder with the samples by image mode) of every task."""
+    if not names:
+        return
+    from mm_moslora_eval.backends.open_model import open_model
+    from mm_moslora_eval.run.evaluate_suite import evaluate
+    from mm_moslora_eval.run.task_runner import Settings as EvalSettings
+
+    from mm_moslora.utils.progress_bar import Progress
+
+    model = open_model(str(job.place), precision=job.recipe.train.precision)
+    place = job.place / "eval"
+    settings = EvalSettings(batch_size=job.settings.batch_size, limit=job.settings.limit, rank=0, world_size=1)
+    try:
+        for name in names:
+            task = open_task(name, job.settings)
+            modes = _modes(task) if job.settings.controls and not job.cell.tuning else ("own",)
+            with Progress(name, 0, unit="document") as progress:
+                results = evaluate(
+                    model, task, place, modes=modes, settings=settings, progress=progress.of, baselines=()
+                )
+            scores = {result.mode: result.score for result in results}
+            yield name, scores["own"], {result.mode: place / result.folder for result in results}
+    finally:
+        model.close()
+
+
+def _modes(task: Task) -> tuple[ImageMode, ...]:
+    """All image modes for a task with two different pictures, else its own alone."""
+    from mm_moslora_eval.sources.image_controls import MODES, Hasher
+
+    from mm_moslora.utils.errors import DataError
+
+    hasher, seen = Hasher(), set()
+    for image in (image for document in task.load().documents for image in document.images):
+        try:
+            seen.add(hasher(image))
+        except (DataError, OSError):  # a sample that fails
+            continue
+        if len(seen) > 1:
+            return MODES
+    return ("own",)
+
+
+def open_task(name: str, settings: Settings) -> Task:
+    """A task by name, its answers as long as the settings want them."""
+    from mm_moslora_eval.protocol.task_registry import get_task
+
+    task = get_task(name)
+    if settings.max_new_tokens is None:
+        return task
+    decoding = dataclasses.replace(task.decoding, max_new_tokens=settings.max_new_tokens)
+    return dataclasses.replace(task, decoding=decoding)
+
+
+def metrics(place: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics so far; a last line that is half written does not count."""
+    try:
+        lines = (place / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    except FileNotFoundError:  # not there yet, or moved aside by a run that starts afresh
+        return []
+    return [json.loads(text) for text in lines if text]

@@ -1,0 +1,238 @@
+"""The answers of an arm's runs, and whether they are above answers that need no picture and no model.
+
+Shapes: scores are ``K x N``, seeds by documents. A run is compared with its own controls, so that the difference is one
+of the same seed: a control's share is subtracted answer by answer before means are taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_moslora.compare.comparison_plan import ALL, Outcome, Settings, reported_cells
+from mm_moslora.compare.seed_statistics import Estimate, TaskScores, arm_mean, holm
+from mm_moslora.reporting.verdicts import PICTURE_CONTROLS, SCORE_NAMES, SIGNIFICANT, Difference
+
+if TYPE_CHECKING:
+    from mm_moslora_eval.run.baselines import TrainingAnswer
+    from mm_moslora_eval.scoring.scored_sample import Scored
+
+_MODES = {"wrong": "wrong_image", "blind": "blind"}
+_BASELINES = {"majority": "majority", "question_majority": "best_answer"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskAnswers:
+    """What an arm's runs answered on one task."""
+
+    own: TaskScores
+    """With the real pictures."""
+    less: Mapping[str, TaskScores]
+    """The same less each control, by its name in `mm_moslora.reporting.verdicts`; ``K x N``."""
+    pictures: bool
+    """The questions show pictures."""
+    score: str = ""
+    """Name of the score, empty for a share of right answers."""
+    remarks: tuple[str, ...]
+    """What must be known beside the scores, such as that all answers are the same."""
+
+
+class Answers:
+    """Reads the samples of reported runs.
+
+    Args:
+        settings: of the comparison.
+        outcomes: by the run's name.
+        folder: of the comparison.
+        chosen: learning rate by arm.
+        names: of tasks, for people.
+
+    Raises:
+        DataError: the training file of `settings.train_answers` cannot be read.
+    """
+
+    def __init__(
+        self, settings: Settings, outcomes: Mapping[str, Outcome], folder: Path, chosen: Mapping[str, float],
+        names: Mapping[str, str],
+    ) -> None:  # fmt: skip
+        from mm_moslora_eval.eval_commands import training_answers
+        from mm_moslora_eval.run.baselines import learned_from
+
+        self._settings, self._outcomes, self._folder, self._names = settings, outcomes, folder, names
+        self._cells = reported_cells(settings, chosen)
+        self._training: Sequence[TrainingAnswer] = training_answers(settings.train_answers)
+        self.learned_from = learned_from(self._training)
+        """What answers without a model come from."""
+        self.floors: dict[str, dict[str, float]] = {}
+        """Scores of answers without a model by task; the same for every run."""
+        self._floor_scores: dict[str, dict[str, list[float]]] = {}
+
+    def of(self, arm: str) -> dict[str, TaskAnswers]:
+        """By task; an empty mapping when no seed was measured."""
+        good = [
+            (cell.seed, found)
+            for cell in self._cells
+            if cell.arm.name == arm and (found := self._outcomes.get(cell.name)) is not None and found.status == "ok"
+        ]
+        return {self._names[task]: self._task(task, good) for task in self._settings.tasks} if good else {}
+
+    def _task(self, task: str, good: Sequence[tuple[int, Outcome]]) -> TaskAnswers:
+        from mm_moslora_eval.run.answer_views import SAMPLES
+        from mm_moslora_eval.run.evaluate_suite import read_samples
+        from mm_moslora_eval.run.result_file import task_of
+
+        places = [{mode: self._folder / place for mode, place in o.places[task].items()} for _, o in good]
+        rows = [read_samples(place["own"] / SAMPLES) for place in places]
+        rules = task_of(places[0]["own"])
+        ids = [row["id"] for row in rows[0]]
+        assert all([row["id"] for row in other] == ids for other in rows), "runs answered different documents"
+        clusters = [row["cluster"] for row in rows[0]]
+        own = [_scores(place["own"]) for place in places]
+        less = {}
+        for mode, name in _MODES.items():
+            if all(mode in place for place in places):
+                controls = [_scores(place[mode]) for place in places]
+                less[name] = _less(own, controls, clusters)
+        for name, floor in self._floors(task, places[0]["own"]).items():
+            if (
+                name == "majority" or self._training
+            ):  # what knows the test set's answers question by question is no floor
+                less[name] = _less(own, [floor] * len(own), clusters)
+        return TaskAnswers(
+            own=TaskScores(scores=own, clusters=clusters), less=less,
+            pictures=any(row.get("images") for row in rows[0]), remarks=_remarks(good, places),
+            score=_SCORES.get(rules.aggregation, SCORE_NAMES.get(rules.aggregation, "")) if rules else "",
+        )  # fmt: skip
+
+    def _floors(self, task: str, place: Path) -> Mapping[str, list[float]]:
+        """Scores of answers without a model, by name; none where the samples are no answers to questions."""
+        if task not in self._floor_scores:
+            self._floor_scores[task] = _without_model(place, self._training)
+            means = {name: math.fsum(scores) / len(scores) for name, scores in self._floor_scores[task].items()}
+            self.floors[self._names[task]] = means
+        return self._floor_scores[task]
+
+
+_FULL_MARKS = {"mme": 2000.0}
+"""Aggregation whose score is a sum -> what it can reach; such a score is told as a share of it."""
+_SCORES = {"mme": "perception as a share of its 2,000 points"}
+
+
+def _scores(place: Path) -> list[float]:
+    """What every answer brings to the task's score; where the samples are no answers to a task, their own scores."""
+    from mm_moslora_eval.run.answer_views import SAMPLES
+    from mm_moslora_eval.run.evaluate_suite import read_samples
+    from mm_moslora_eval.run.result_file import read_scored, task_of
+
+    rules = task_of(place)
+    if rules is None:
+        return [float(row["score"] or 0.0) for row in read_samples(place / SAMPLES)]
+    return _brought(rules.aggregation, [replace(sample, score=sample.score or 0.0) for sample in read_scored(place)])
+
+
+def _brought(aggregation: str, samples: Sequence[Scored]) -> list[float]:
+    from mm_moslora_eval.scoring.score_aggregation import score_by_sample
+
+    return [value / _FULL_MARKS.get(aggregation, 1.0) for value in score_by_sample(aggregation, samples)]
+
+
+def _less(own: Sequence[Sequence[float]], control: Sequence[Sequence[float]], clusters: Sequence[Any]) -> TaskScores:
+    differences = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(own, control, strict=True)]
+    return TaskScores(scores=differences, clusters=clusters)
+
+
+def _without_model(place: Path, training: Sequence[TrainingAnswer]) -> dict[str, list[float]]:
+    from mm_moslora_eval.run.baselines import answer_without_model
+    from mm_moslora_eval.run.result_file import read_scored, task_of
+    from mm_moslora_eval.scoring.answer_scoring import JUDGED
+
+    task = task_of(place)
+    if task is None or task.metric in JUDGED:
+        return {}
+    samples = read_scored(place)
+    documents, clusters = [sample.document for sample in samples], [sample.cluster for sample in samples]
+    if not any(document.answers for document in documents):
+        return {}
+    return {
+        name: _brought(
+            task.aggregation,
+            answer_without_model(baseline, task, documents, clusters=clusters, training=training),
+        )
+        for baseline, name in _BASELINES.items()
+    }
+
+
+def _remarks(good: Sequence[tuple[int, Outcome]], places: Sequence[Mapping[str, Path]]) -> tuple[str, ...]:
+    """What must be known of the answers, said once for all seeds of which it holds."""
+    from mm_moslora_eval.run.result_file import read_scored, task_of
+    from mm_moslora_eval.scoring.score_remarks import answers_alike, wordy
+
+    seeds: dict[str, list[int]] = {}
+    for (seed, _), place in zip(good, places, strict=True):
+        if task_of(place["own"]) is not None:
+            answered = [sample for sample in read_scored(place["own"]) if not sample.failed]
+            for text in (*answers_alike(answered), *wordy(answered)):
+                seeds.setdefault(text, []).append(seed)
+    return tuple(f"seed{'s' * (len(s) > 1)} {', '.join(map(str, s))}: {text}" for text, s in seeds.items())
+
+
+def columns_of(scores: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Columns of the tables: each task, and all together where there are several."""
+    columns = {name: [name] for name in scores}
+    return columns | ({ALL: list(scores)} if len(scores) > 1 else {})
+
+
+def as_difference(estimate: Estimate, tasks: Sequence[TaskScores]) -> Difference:
+    """An estimate as verdicts take it; graded scores have no least number of questions, unlike right and wrong."""
+    graded = any(score not in (-1.0, 0.0, 1.0) for task in tasks for row in task.scores for score in row)
+    groups = None if graded else estimate.groups
+    return Difference(value=estimate.value, low=estimate.low, high=estimate.high, groups=groups)
+
+
+def add_controls(arms: Sequence[dict[str, Any]], scores: Mapping[str, Mapping[str, TaskAnswers]]) -> None:
+    """Write into each arm, by column, how far it is above its controls.
+
+    An arm is above where it is above each of them: the p-value is the largest one (an intersection-union test),
+    corrected over the arms by Holm's procedure, since one arm is enough for a comparison to stand.
+    """
+    for arm in arms:
+        arm["controls"] = {
+            column: found
+            for column, tasks in columns_of(scores[arm["name"]]).items()
+            if (found := _above([scores[arm["name"]][task] for task in tasks], tasks))
+        }
+    for column in {column for arm in arms for column in arm["controls"]}:
+        told = [arm["controls"][column] for arm in arms if column in arm["controls"]]
+        for item, p in zip(told, holm([item["p"] for item in told]), strict=True):
+            item["p_corrected"] = p
+            item["above"] = item["above"] and p < SIGNIFICANT
+
+
+def _above(answers: Sequence[TaskAnswers], tasks: Sequence[str]) -> dict[str, Any] | None:
+    """How far an arm is above the controls that all tasks have; None where there are none.
+
+    Tasks without pictures have no part in the controls of pictures.
+    """
+    rows, p_values, above = [], [], True
+    for name in dict.fromkeys(name for one in answers for name in one.less):
+        among = {t: a for t, a in zip(tasks, answers, strict=True) if a.pictures or name not in PICTURE_CONTROLS}
+        if not among or not all(name in one.less for one in among.values()):
+            continue
+        estimate = arm_mean({task: one.less[name] for task, one in among.items()})
+        found = as_difference(estimate, [one.less[name] for one in among.values()])
+        rows.append({"name": name, **found.to_dict(), "p": estimate.p_value})
+        p_values.append(estimate.p_value if estimate.value > 0 else 1.0)
+        above = above and found.shown == "more"
+    if not rows:
+        return None
+    pictures = any(one.pictures for one in answers)
+    complete = pictures_controlled(answers)
+    return {"rows": rows, "p": max(p_values), "above": above, "pictures": pictures, "complete": complete}
+
+
+def pictures_controlled(answers: Sequence[TaskAnswers]) -> bool:
+    """Whether every task with pictures was also asked with blind and wrong ones."""
+    return all(name in one.less for one in answers if one.pictures for name in PICTURE_CONTROLS)

@@ -1,0 +1,245 @@
+"""What a comparison consists of: its settings, its runs, their folders, and what they will cost.
+
+Folder of a comparison:
+
+    comparison.json          the settings and checksums of the data; arms, rates and seeds may be added later, the rest
+                             may not change
+    data/                    the validation split, where one was held out
+    runs/ARM_lrRATE_seedN/   one run each: recipe.yaml, log.txt, metrics.jsonl, checkpoints, eval/, outcome.json
+    results.json             the analysis; report.html shows it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mm_moslora.compare.arms import Arm
+from mm_moslora.config import Recipe
+from mm_moslora.utils.errors import ConfigError
+
+FORMAT = 2
+TUNING_SEEDS = 1000
+"""Seeds of tuning runs count from here, so that no run that chose a rate is reported with it."""
+LOSS = "loss"
+"""Name of the held-out loss as a measure."""
+ALL = "all tasks"
+"""Name of the mean over tasks."""
+
+Status = Literal["ok", "diverged", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the user asked for."""
+
+    arms: Sequence[Arm]
+    rates: Sequence[float]
+    """Peak learning rates of the adapter that every arm is tried with."""
+    seeds: int
+    """Runs per arm at its chosen rate."""
+    tasks: Sequence[str]
+    """Test tasks, as for `mm-moslora eval run`."""
+    validation: Sequence[str] = (LOSS,)
+    """What a rate is chosen by: the held-out loss, or tasks whose mean counts."""
+    tuning_seeds: int = 1
+    """Runs per arm and rate to choose by."""
+    reference: str = ""
+    """The arm that others are compared with; "" is the first."""
+    limit: int | None = None
+    """Only the first so many documents of every task."""
+    batch_size: int = 16
+    """Questions decoded together."""
+    max_new_tokens: int | None = None
+    """Longest answer of tasks that are data files; None: the task's own."""
+    controls: bool = True
+    """Reported runs are also asked with a plain picture and with another item's."""
+    train_answers: str = ""
+    """Training file whose answers the most frequent answer is learned from; "" is the test set itself."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("seeds", self.seeds), ("tune-seeds", self.tuning_seeds)):
+            if value < 1:
+                raise ConfigError(f"--{name} is {value}, expected 1 or more.")
+        if not self.tasks:
+            raise ConfigError("No test task is given. Name one with --tasks, such as llava:test.jsonl@images.")
+        if not self.rates or any(not (0 < rate < math.inf) for rate in self.rates):
+            raise ConfigError(f"--lr is {list(self.rates)}, expected positive numbers such as 5e-5,1e-4,2e-4.")
+        if len(set(self.rates)) < len(self.rates):
+            raise ConfigError(f"--lr names a learning rate twice: {', '.join(f'{rate:g}' for rate in self.rates)}.")
+        if LOSS in self.validation and len(self.validation) > 1:
+            raise ConfigError(
+                f"--validation is {', '.join(self.validation)}; choose by the loss or by tasks, not both."
+            )
+        known = [arm.name for arm in self.arms]
+        if self.reference and self.reference not in known:
+            raise ConfigError(f"--reference {self.reference!r} is no arm. Arms: {', '.join(known)}.")
+
+    @property
+    def reference_arm(self) -> str:
+        """Name of the arm that the others are compared with."""
+        return self.reference or self.arms[0].name
+
+    @property
+    def tunes(self) -> bool:
+        """Whether there is a rate to choose."""
+        return len(self.rates) > 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run: an arm at a learning rate with a seed."""
+
+    arm: Arm
+    rate: float
+    seed: int
+    tuning: bool
+    """Chooses a rate (measured on the validation split); otherwise reported (measured on the test split)."""
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        return f"{self.arm.slug}_lr{self.rate:g}_{'tune' if self.tuning else 'seed'}{self.seed % TUNING_SEEDS}"
+
+    def recipe(self, shared: Recipe, folder: Path) -> Recipe:
+        """The run's recipe: the shared one, what the arm changes, the rate, the seed and the folder."""
+        return self.arm.apply(
+            shared, optim__lr=self.rate, train__seed=shared.train.seed + self.seed,
+            train__output=str(folder / "runs" / self.name), track__name=self.name,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended."""
+
+    status: Status
+    reason: str = ""
+    recipe: str = ""
+    """Hash of the recipe it ran."""
+    validation: dict[str, float] = field(default_factory=dict)
+    """Held-out loss, and the scores of validation tasks."""
+    test: dict[str, float] = field(default_factory=dict)
+    """Scores of test tasks."""
+    places: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Test task -> image mode (own, blind, wrong) -> folder of its samples, below the comparison's folder."""
+    first_loss: float | None = None
+    last_loss: float | None = None
+    """Mean training loss of the first and of the last tenth."""
+    trainable: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    """Median seconds of an optimiser step."""
+    train_seconds: float = 0.0
+    total_seconds: float = 0.0
+    """Loading, training and measuring."""
+    memory_gib: float = 0.0
+    processes: int = 1
+
+
+def tuning_cells(settings: Settings) -> list[Cell]:
+    """Runs that choose the rates, every arm's first rate first, so that the cost of every arm is known early."""
+    if not settings.tunes:
+        return []
+    return [
+        Cell(arm=arm, rate=rate, seed=TUNING_SEEDS + seed, tuning=True)
+        for seed in range(settings.tuning_seeds)
+        for rate in settings.rates
+        for arm in settings.arms
+    ]
+
+
+def reported_cells(settings: Settings, chosen: Mapping[str, float]) -> list[Cell]:
+    """Runs that are reported, of the arms whose rate is chosen."""
+    return [
+        Cell(arm=arm, rate=chosen[arm.name], seed=seed, tuning=False)
+        for seed in range(settings.seeds)
+        for arm in settings.arms
+        if arm.name in chosen
+    ]
+
+
+def run_count(settings: Settings, hopeless: int = 0) -> int:
+    """Runs in all.
+
+    Args:
+        settings: of the comparison.
+        hopeless: arms whose tuning runs all failed, so that nothing of them is reported.
+    """
+    tuning = len(settings.rates) * settings.tuning_seeds if settings.tunes else 0
+    return len(settings.arms) * tuning + (len(settings.arms) - hopeless) * settings.seeds
+
+
+def choose_rates(settings: Settings, outcomes: Mapping[str, Outcome]) -> dict[str, float]:
+    """The best rate of every arm whose tuning runs are all over and did not all fail.
+
+    Args:
+        settings: of the comparison.
+        outcomes: by the run's name.
+    """
+    if not settings.tunes:
+        return {arm.name: settings.rates[0] for arm in settings.arms}
+    chosen = {}
+    for arm in settings.arms:
+        cells = [cell for cell in tuning_cells(settings) if cell.arm.name == arm.name]
+        if any(cell.name not in outcomes for cell in cells):
+            continue
+        scores = {rate: validation_score(settings, cells, outcomes, rate) for rate in settings.rates}
+        usable = {rate: score for rate, score in scores.items() if score is not None}
+        if usable:
+            sign = 1 if tuple(settings.validation) == (LOSS,) else -1
+            # Of equals the smaller rate: it is the safer one.
+            chosen[arm.name] = min(usable, key=lambda rate: (sign * usable[rate], rate))
+    return chosen
+
+
+def hopeless_arms(settings: Settings, outcomes: Mapping[str, Outcome]) -> list[str]:
+    """Arms whose tuning runs are all over without a rate that works."""
+    chosen = choose_rates(settings, outcomes)
+    missing = {cell.arm.name for cell in tuning_cells(settings) if cell.name not in outcomes}
+    return [arm.name for arm in settings.arms if arm.name not in chosen and arm.name not in missing]
+
+
+def validation_score(
+    settings: Settings, cells: Iterable[Cell], outcomes: Mapping[str, Outcome], rate: float
+) -> float | None:
+    """Mean validation value of an arm at a rate; None when one of its runs failed: a rate must work with every seed."""
+    values = []
+    for cell in cells:
+        if cell.rate == rate:
+            value = measured(settings, outcomes[cell.name])
+            if value is None:
+                return None
+            values.append(value)
+    return math.fsum(values) / len(values) if values else None
+
+
+def measured(settings: Settings, outcome: Outcome) -> float | None:
+    """What one run scored on the validation split; None when it failed."""
+    values = [outcome.validation.get(name, math.nan) for name in settings.validation]
+    mean = math.fsum(values) / len(values)
+    return mean if outcome.status == "ok" and math.isfinite(mean) else None
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Hash of what decides a run's numbers: the recipe without its folder and its trackers."""
+    data = recipe.to_dict()
+    del data["track"], data["train"]["output"]
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    """Plain data of what must stay the same when a comparison is continued."""
+    return {
+        "format": FORMAT,
+        "tasks": list(settings.tasks),
+        "validation": list(settings.validation),
+        "limit": settings.limit,
+        "max_new_tokens": settings.max_new_tokens,
+        "controls": settings.controls,
+    }

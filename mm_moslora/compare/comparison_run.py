@@ -1,0 +1,386 @@
+"""A comparison from start to end: plan, tune the rates, run the seeds, analyse. The same call again goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.compare import comparison_cell
+from mm_moslora.compare.comparison_cell import Job
+from mm_moslora.compare.comparison_plan import (
+    LOSS,
+    Cell,
+    Outcome,
+    Settings,
+    choose_rates,
+    describe,
+    hopeless_arms,
+    recipe_hash,
+    reported_cells,
+    run_count,
+    tuning_cells,
+)
+from mm_moslora.compare.holdout import with_holdout
+from mm_moslora.compare.process_pool import Pool, Slot, slots
+from mm_moslora.config import Recipe
+from mm_moslora.data.sources.open_sources import open_source
+from mm_moslora.training.supervision.stop_signals import StopRequest
+from mm_moslora.utils.errors import ConfigError, MoSLoRAError
+from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.files import discard, mark, read_json, refuse_strangers, remove, replace_json
+from mm_moslora.utils.hardware import renew_threads
+from mm_moslora.utils.run_paths import MANIFEST, checkpoints, file_and_folder
+from mm_moslora.utils.text_format import format_seconds
+
+logger = logging.getLogger(__name__)
+
+PROBE_STEPS = 3
+"""Steps after which the speed is known well enough for a plan."""
+WAIT_SECONDS = 5.0
+_FILES = ("comparison.json", "results.json", "report.html", "data", "runs")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Room:
+    """What a comparison may use."""
+
+    parallel: int | None = None
+    """Runs beside each other; None: one per `devices_per_run` accelerators, one on a CPU."""
+    devices_per_run: int = 1
+    max_minutes: float | None = None
+    """Stop after so long; the same command goes on."""
+    keep_all: bool = False
+    """Keep the checkpoints of tuning runs, too."""
+
+
+class Comparison:
+    """The state of one comparison folder.
+
+    Args:
+        recipe: shared by all arms.
+        settings: what to compare.
+        folder: of the comparison.
+        hold_out: share of the training records for the validation split, where neither the recipe nor the settings
+            bring one.
+    """
+
+    def __init__(self, recipe: Recipe, settings: Settings, folder: Path, *, hold_out: float) -> None:
+        self.settings, self.folder = settings, folder.resolve()
+        self._given, self._hold_out = recipe, None
+        if settings.tunes and tuple(settings.validation) == (LOSS,) and not recipe.data.validation:
+            self._hold_out = hold_out
+            recipe = with_holdout(recipe, self.folder / "data", share=hold_out)
+        self.recipe = recipe
+        self.outcomes: dict[str, Outcome] = {}
+        self._said_cost = False
+
+    def check(self) -> None:
+        """Refuse what cannot work before anything runs: tasks, data, a folder of another comparison.
+
+        Raises:
+            MoSLoRAError: what is wrong.
+        """
+        names = dict.fromkeys([*self.settings.tasks, *self.settings.validation])
+        measured = {
+            name: comparison_cell.open_task(name, self.settings).load().sha256 for name in names if name != LOSS
+        }
+        shared = {*self.settings.tasks} & {*self.settings.validation}
+        if shared and self.settings.tunes:
+            raise ConfigError(
+                f"{sorted(shared)[0]!r} is both a test task and the validation split: rates would be chosen on what is "
+                "reported. Give another file with --validation."
+            )
+        self._claim({**self._trained_on(), **measured})
+        self._read_outcomes()
+
+    def _trained_on(self) -> dict[str, str]:
+        """Checksums of what the arms learn from, the split not yet made."""
+        data = self._given.data
+        parts = {"train": data.train, "validation": data.validation}
+        return {
+            f"data.{part} {number}": open_source(source).fingerprint()
+            for part, sources in parts.items()
+            for number, source in enumerate(sources, start=1)
+        }
+
+    def _claim(self, checksums: Mapping[str, str]) -> None:
+        file = self.folder / "comparison.json"
+        own = describe(self.settings) | {"hold_out": self._hold_out, "data": dict(checksums)}
+        if file.is_file():
+            try:
+                found = read_json(file)
+            except ValueError as error:
+                raise ConfigError(f"{file} is damaged ({error}). Restore it, or choose another --output.") from error
+            if found.get("format") != own["format"]:
+                raise ConfigError(
+                    f"{self.folder} has format {found.get('format')!r}, this version reads {own['format']}. "
+                    "Choose another --output."
+                )
+            self._refuse_changed_data(found.get("data") or {}, checksums)
+            changed = [key for key, value in own.items() if found.get(key) != value]
+            if changed:
+                key = changed[0]
+                raise ConfigError(
+                    f"{self.folder} compares with {key} {found.get(key)!r}, now it is {own[key]!r}. Arms, rates and "
+                    "seeds may be added to a comparison, the rest may not change. Choose another --output."
+                )
+        replace_json(file, own)
+
+    def _refuse_changed_data(self, found: Mapping[str, str], checksums: Mapping[str, str]) -> None:
+        sources = {key: item for key, item in found.items() if key.startswith("data.") or key in checksums}
+        now = {key: item for key, item in checksums.items() if key.startswith("data.") or key in found}
+        changed = sorted(key for key in sources.keys() | now.keys() if sources.get(key) != now.get(key))
+        if changed:
+            raise ConfigError(
+                f"{self.folder} was begun with other data: {', '.join(changed)} changed since. Runs on different data "
+                "cannot be compared. Restore the data, or choose another --output."
+            )
+
+    def _read_outcomes(self) -> None:
+        """Runs that are over, however they ended."""
+        every_rate = [{arm.name: rate for arm in self.settings.arms} for rate in self.settings.rates]
+        known = [*tuning_cells(self.settings), *(c for one in every_rate for c in reported_cells(self.settings, one))]
+        for item in known:
+            recipe = item.recipe(self.recipe, self.folder)
+            outcome = comparison_cell.read_outcome(Path(recipe.train.output))
+            if outcome is None:
+                continue
+            if outcome.recipe != recipe_hash(recipe):
+                raise ConfigError(
+                    f"{recipe.train.output} was run with another recipe. Restore it, or choose another --output."
+                )
+            self.outcomes[item.name] = outcome
+
+    def run(self, room: Room) -> bool:
+        """Run whatever is missing; whether all is over. SIGTERM and Ctrl-C save and leave, as in training.
+
+        Args:
+            room: what may be used.
+        """
+        with StopRequest() as stop:
+            return self._run(room, stop)
+
+    def _run(self, room: Room, stop: StopRequest) -> bool:
+        started = time.monotonic()
+        # The reason of a failure may have gone since; what diverged would diverge again.
+        self.outcomes = {name: outcome for name, outcome in self.outcomes.items() if outcome.status != "failed"}
+        pool = Pool(_work, slots(parallel=room.parallel, devices_per_run=room.devices_per_run), preload=_PRELOAD)
+        tried: set[str] = set()
+        try:
+            while True:
+                waiting = [item for item in self._ready() if item.name not in tried]
+                while waiting and pool.free:
+                    item = waiting.pop(0)
+                    tried.add(item.name)
+                    job = self._job(item)
+                    discard(job.place / comparison_cell.OUTCOME)
+                    pool.start(job)
+                if not pool.running:
+                    return not self._ready()
+                for job, code in pool.wait(WAIT_SECONDS):
+                    self._over(job, code, room)
+                self._say_cost(pool.running)
+                if stop.received:
+                    logger.info("Stopped by signal %d; saving. The same command goes on.", stop.received)
+                    return False
+                if room.max_minutes is not None and time.monotonic() - started > 60 * room.max_minutes:
+                    logger.info("%g minutes are over; saving. The same command goes on.", room.max_minutes)
+                    return False
+        finally:
+            pool.stop()
+
+    def _cells(self) -> list[Cell]:
+        """Runs that are known so far, tuning first; an arm's reported runs are known once its rate is chosen."""
+        return [
+            *tuning_cells(self.settings),
+            *reported_cells(self.settings, choose_rates(self.settings, self.outcomes)),
+        ]
+
+    def _ready(self) -> list[Cell]:
+        """Runs that can start."""
+        return [item for item in self._cells() if item.name not in self.outcomes]
+
+    def _job(self, item: Cell, *, stop_at: int | None = None) -> Job:
+        recipe = item.recipe(self.recipe, self.folder)
+        return Job(cell=item, recipe=recipe, settings=self.settings, folder=self.folder, stop_at=stop_at)
+
+    def _over(self, job: Job, code: int, room: Room) -> None:
+        outcome = comparison_cell.read_outcome(job.place)
+        if outcome is None and code != 0:
+            outcome = Outcome(status="failed", reason=_killed(code, job.place / comparison_cell.LOG))
+            comparison_cell.write_outcome(job.place, outcome)
+        if outcome is None:  # stopped by a signal, saved, goes on next time
+            return
+        self.outcomes[job.cell.name] = outcome
+        if job.cell.tuning and not room.keep_all:
+            for _, checkpoint in checkpoints(job.place):
+                if (checkpoint / MANIFEST).is_file():
+                    remove(checkpoint, mark=MANIFEST)
+        logger.info("%s", self._line(job.cell, outcome))
+
+    def _line(self, item: Cell, outcome: Outcome) -> str:
+        count = run_count(self.settings, len(hopeless_arms(self.settings, self.outcomes)))
+        over = sum(known.name in self.outcomes for known in self._cells())
+        what = f"[{over}/{count}] {item.arm.name} at {item.rate:g}, seed {item.seed}: "
+        if outcome.status != "ok":
+            return f"{what}{outcome.status}: {outcome.reason}"
+        scores = outcome.validation if item.tuning else outcome.test
+        names = short_names([*self.settings.tasks, *self.settings.validation]) | {LOSS: "held-out loss"}
+        shown = ", ".join(f"{names[task]} {score:.4f}" for task, score in scores.items())
+        return f"{what}{shown}; {format_seconds(outcome.total_seconds)}; {self._left()}"
+
+    def _left(self) -> str:
+        seconds = self.seconds_left()
+        return "all done" if seconds == 0 else f"about {format_seconds(seconds)} of runs left"
+
+    def seconds_left(self) -> float:
+        """Seconds of the runs that are missing, from those that are over: each arm by its own, else by the mean."""
+        known = [o for o in self.outcomes.values() if o.status == "ok"]
+        if not known:
+            return math.nan
+        usual = sum(outcome.total_seconds for outcome in known) / len(known)
+        total, hopeless = 0.0, hopeless_arms(self.settings, self.outcomes)
+        for arm in self.settings.arms:
+            if arm.name in hopeless:
+                continue
+            cells_of_arm = [item for item in self._cells() if item.arm.name == arm.name]
+            own = [self.outcomes[item.name] for item in cells_of_arm if item.name in self.outcomes]
+            timed = [o.total_seconds for o in own if o.status == "ok"]
+            mean = sum(timed) / len(timed) if timed else usual
+            total += mean * max(0, run_count(self.settings) // len(self.settings.arms) - len(own))
+        return total
+
+    def _say_cost(self, running: Sequence[Job]) -> None:
+        """Once, as soon as the first run has shown its speed."""
+        if self._said_cost:
+            return
+        for job in running:
+            text = cost_line(self.settings, job, comparison_cell.metrics(job.place))
+            if text:
+                logger.info("%s", text)
+                self._said_cost = True
+                return
+
+    def probe(self, room: Room) -> str:
+        """Run a few steps of the first run and say what the whole comparison will cost. The steps are not lost."""
+        waiting = self._ready()
+        if not waiting:
+            return "Nothing is left to run."
+        pool = Pool(_work, slots(parallel=1, devices_per_run=room.devices_per_run), preload=_PRELOAD)
+        job = self._job(waiting[0], stop_at=PROBE_STEPS)
+        pool.start(job)
+        try:
+            while pool.running:
+                for _, code in pool.wait(WAIT_SECONDS):
+                    outcome = comparison_cell.read_outcome(job.place)
+                    if outcome is not None and outcome.status != "ok":
+                        raise MoSLoRAError(f"The first run {outcome.status}: {outcome.reason}")
+                    if code:
+                        raise MoSLoRAError(_killed(code, job.place / comparison_cell.LOG))
+        finally:
+            pool.stop()
+        return cost_line(self.settings, job, comparison_cell.metrics(job.place)) or "The run is shorter than the probe."
+
+
+_PRELOAD = "mm_moslora.compare.forkserver_preload"
+
+
+def _work(job: Job, slot: Slot) -> None:
+    renew_threads()
+    comparison_cell.run(dataclasses.replace(job, devices=slot.devices))
+
+
+def cost_line(settings: Settings, job: Job, rows: Sequence[dict[str, Any]]) -> str | None:
+    """What all runs will take, from the first steps of one; None before there are enough."""
+    steps = [row for row in rows if "step_seconds" in row]
+    if len(steps) < PROBE_STEPS:
+        return None
+    usual = sorted(row["step_seconds"] for row in steps)[len(steps) // 2]
+    total = job.recipe.train.total_steps(steps[-1]["step"] / steps[-1]["epoch"])
+    runs = run_count(settings)
+    return (
+        f"Cost: {usual:.2f} s a step, {total} steps a run, {runs} runs: about {format_seconds(usual * total * runs)} "
+        f"of training in all (and loading and measuring), {steps[-1]['memory_gib']:.1f} GiB a run, "
+        f"measured on {job.cell.arm.name}."
+    )
+
+
+def plan_lines(settings: Settings) -> list[str]:
+    """The plan in words."""
+    tuning = len(settings.arms) * len(settings.rates) * settings.tuning_seeds if settings.tunes else 0
+    reported = len(settings.arms) * settings.seeds
+    names = short_names([*settings.tasks, *settings.validation])
+    by = "held-out loss" if LOSS in settings.validation else ", ".join(names[task] for task in settings.validation)
+    rates = ", ".join(f"{rate:g}" for rate in settings.rates)
+    lines = [f"{len(settings.arms)} arms: " + ", ".join(arm.name for arm in settings.arms)]
+    if tuning:
+        lines.append(
+            f"{tuning} runs choose each arm's learning rate among {rates} by {by} on the validation split "
+            f"({settings.tuning_seeds} seed{'s' * (settings.tuning_seeds > 1)} of their own)"
+        )
+    else:
+        lines.append(f"learning rate {rates} for every arm, not tuned: a difference may be one of learning rates")
+    lines.append(
+        f"{reported} runs with {settings.seeds} new seed{'s' * (settings.seeds > 1)} each are measured on "
+        + ", ".join(names[task] for task in settings.tasks)
+    )
+    lines.append(
+        f"every run has the same number of steps; {settings.reference_arm} is what the others are compared with"
+    )
+    if settings.controls:
+        lines.append(
+            "reported runs also answer with a plain and with another item's picture (--no-controls leaves it out)"
+        )
+    if settings.seeds == 1:
+        lines.append("with one seed the comparison cannot say whether another seed would give the same")
+    return lines
+
+
+def short_names(tasks: Sequence[str]) -> dict[str, str]:
+    """A name for people for each task, all different: of a data file its file name, with as many folders as needed."""
+    files = {task: Path(file).with_suffix("") for task in tasks if (file := _file_of(task))}
+    names = {task: files[task].name if task in files else task for task in tasks}
+    for depth in range(2, 1 + max((len(file.parts) for file in files.values()), default=0)):
+        taken = Counter(names.values())
+        names |= {task: "/".join(file.parts[-depth:]) for task, file in files.items() if taken[names[task]] > 1}
+    taken = Counter(names.values())
+    return {task: task if taken[name] > 1 else name for task, name in names.items()}
+
+
+def _file_of(task: str) -> str:
+    kind, _, rest = task.partition(":")
+    return {"llava": file_and_folder(rest)[0], "tsv": rest}.get(kind, "")
+
+
+def _killed(code: int, log: Path) -> str:
+    if code < 0:
+        hint = "; signal 9 is often the kernel short of memory" if code == -9 else ""
+        return f"the process was ended by signal {-code}{hint}; see {log}"
+    return f"the process ended with code {code}; see {log}"
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a comparison folder.
+
+    Raises:
+        ConfigError: another process compares there, or files of somebody else have the names of a comparison's.
+    """
+    refuse_strangers(folder, _FILES, kind="comparison", also=("comparison.json",))
+    folder.mkdir(parents=True, exist_ok=True)
+    mark(folder, "comparison")
+    try:
+        lock = held(folder / ".lock", wait=False)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"{folder} is in use by another comparison. Wait for it, or choose another --output."
+        ) from error
+    with lock:
+        yield

@@ -1,0 +1,136 @@
+"""What the results of a comparison say, in sentences and in a table for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mm_moslora.compare.comparison_plan import ALL, LOSS
+from mm_moslora.reporting.verdicts import AGAINST, above_controls, arms_sentence, difference_of, mood_of_arms
+
+
+def says(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What the numbers say and what they cannot say: `verdicts` with their moods, `remarks`, and `says` with both."""
+    tasks = list(dict.fromkeys(row["task"] for row in results["comparisons"]))
+    column = ALL if ALL in tasks else None
+    verdicts = [
+        {"mood": mood, "text": text}
+        for task in ([column] if column else dict.fromkeys(name for arm in results["arms"] for name in arm["tasks"]))
+        for mood, text in above_controls(
+            results["arms"], task, alone=bool(column) or len(tasks) < 2, asked=results["settings"]["controls"]
+        )
+    ]
+    shown = [row for row in results["comparisons"] if column in (None, row["task"])]
+    verdicts += [{"mood": mood_of_arms(row), "text": arms_sentence(row)} for row in shown]
+    remarks = []
+    if not results["comparisons"]:
+        remarks.append("Nothing to compare yet: the reference or every other arm has no measured run.")
+    for arm in results["arms"]:
+        remarks += _arm_sentences(arm, results)
+    remarks += [
+        f"{failure['arm']} at learning rate {failure['rate']:g}, seed {failure['seed']}, {failure['status']}: "
+        f"{failure['reason']}"
+        for failure in results["failures"]
+    ]
+    if results["settings"]["tuning_seeds"] == 0:
+        remarks.append("The learning rate was not tuned: a difference between arms may be one of learning rates.")
+    return {"verdicts": verdicts, "remarks": remarks, "says": [*(item["text"] for item in verdicts), *remarks]}
+
+
+def _arm_sentences(arm: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
+    lines = [f"{arm['name']}: {remark}" for remark in arm["remarks"]]
+    if arm["edge"]:
+        lines.append(
+            f"{arm['name']} was best at {arm['rate']:g}, an edge of the grid: its best rate may lie beyond. Widen --lr."
+        )
+    if arm["rate"] is None:
+        done = len({point["rate"] for point in arm["curve"]}) == len(results["settings"]["rates"])
+        lines.append(
+            f"{arm['name']}: no learning rate of the grid worked; it is left out."
+            if done
+            else f"{arm['name']}: its learning rate is not chosen yet."
+        )
+    wanted, good = results["settings"]["seeds"], [seed for seed in arm["seeds"] if seed["status"] == "ok"]
+    if arm["seeds"] and len(good) < wanted:
+        lines.append(
+            f"{arm['name']} counts with {len(good)} of {wanted} seeds; those that are missing may be the worst ones."
+        )
+    worse = [s["seed"] for s in arm["seeds"] if (s["last_loss"] or 0) > (s["first_loss"] or math.inf)]
+    if worse:
+        lines.append(f"{arm['name']}: the training loss went up over the run (seed {', '.join(map(str, worse))}).")
+    return lines
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The result for the terminal."""
+    tasks = list(dict.fromkeys(name for arm in results["arms"] for name in arm["tasks"]))
+    reference = results["settings"]["reference"]
+    head = ["arm", "lr", "seeds", *tasks, f"- {reference}", "95 %", "p (Holm)", "parameters", "s/step", "GiB"]
+    rows = [_cells(arm, tasks, results) for arm in results["arms"]]
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines.append(f"Mean percent ± standard error over documents and seeds{_chosen_by(results)}.")
+    lines += [f"{task} is {score}." for task, score in results["settings"].get("scores", {}).items()]
+    lines += ["", *control_lines(results)]
+    return "\n".join([*lines, "", *(f"- {line}" for line in results["says"])])
+
+
+def _chosen_by(results: Mapping[str, Any]) -> str:
+    settings = results["settings"]
+    if not settings["tuning_seeds"]:
+        return ""
+    by = "held-out loss" if settings["validation"] == [LOSS] else ", ".join(settings["validation"])
+    return f"; rates chosen by {by}"
+
+
+def control_lines(results: Mapping[str, Any]) -> list[str]:
+    """How far every arm is above its controls, a line per arm and column."""
+    return [
+        f"{arm['name']}{f', {column}' if len(arm['controls']) > 1 else ''}: "
+        + "; ".join(
+            f"{less.points} against {AGAINST[row['name']]}"
+            for row in found["rows"]
+            if (less := difference_of(row)) is not None
+        )
+        for arm in results["arms"]
+        for column, found in arm["controls"].items()
+    ]
+
+
+def _cells(arm: Mapping[str, Any], tasks: Sequence[str], results: Mapping[str, Any]) -> list[str]:
+    last = tasks[-1] if tasks else None
+    row = next((r for r in results["comparisons"] if r["arm"] == arm["name"] and r["task"] == last), None)
+    good = [seed for seed in arm["seeds"] if seed["status"] == "ok"]
+    return [
+        arm["name"],
+        "-" if arm["rate"] is None else f"{arm['rate']:g}",
+        str(len(good)),
+        *(_mean_cell(arm["tasks"].get(task)) for task in tasks),
+        *_difference_cells(row),
+        *_cost_cells(arm["cost"]),
+    ]
+
+
+def _mean_cell(measure: Mapping[str, Any] | None) -> str:
+    return "-" if measure is None else f"{100 * measure['mean']:.1f} ± {100 * measure['stderr']:.1f}"
+
+
+def _difference_cells(row: Mapping[str, Any] | None) -> list[str]:
+    if row is None:
+        return ["", "", ""]
+    interval = f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
+    return [
+        f"{100 * row['difference']:+.1f}",
+        interval,
+        "-" if row["verdict"] in ("one seed", "nothing follows") else f"{row['p_corrected']:.2g}",
+    ]
+
+
+def _cost_cells(cost: Mapping[str, Any] | None) -> list[str]:
+    if cost is None:
+        return ["-", "-", "-"]
+    return [f"{cost['trainable']:,}", f"{cost['step_seconds']:.2f}", f"{cost['memory_gib']:.1f}"]

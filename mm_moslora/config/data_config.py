@@ -1,0 +1,94 @@
+"""Recipes: what is trained on, and in which order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mm_moslora.config.value_checks import at_least, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of training records."""
+
+    path: str
+    """LLaVA JSON or JSONL, .parquet, .arrow, webdataset .tar (`*` and {000..012} allowed), a folder, or hf:NAME."""
+    format: Literal["auto", "json", "table", "webdataset"] = "auto"
+    """auto tells it by the path; table is a Hugging Face dataset."""
+    image_folder: str | None = None
+    """Images are looked up below this folder and may not leave it. None: the folder of `path`."""
+    image_hosts: list[str] = field(default_factory=list)
+    """Hosts from which pictures named by URL are fetched, once; none is allowed unless it is named here."""
+    video_frames: int = 8
+    """Frames at even distances that are shown of a video; each is a picture of the record."""
+    weight: float = 1.0
+    """How often each record is seen per epoch (0.5: every other one, 2: twice), or its part (data.mixing: parts)."""
+    limit: int | None = None
+    """Use at most this many records."""
+    limit_by: Literal["random", "first"] = "random"
+    """Which records a limit takes: a fixed random choice, or the first ones."""
+    follow_links: bool = False
+    """Accept symbolic links that lead out of the image folder (download caches that link to a store need it)."""
+    subset: str | None = None
+    """Hugging Face datasets: the configuration's name."""
+    split: str = "train"
+    """Hugging Face datasets: the split."""
+    revision: str | None = None
+    """Hugging Face datasets: commit, tag or branch."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Hugging Face datasets: our name and theirs, such as question: query, answer: label, image: picture."""
+    streaming: bool = False
+    """Hugging Face datasets: read the first `limit` rows of a stream once, instead of fetching the whole."""
+
+    def __post_init__(self) -> None:
+        here = f"data source {self.path!r}"
+        require(0 < self.weight <= 1e6, f"{here}: weight is {self.weight}, expected more than 0, finite.")
+        at_least(f"{here}: video_frames", self.video_frames, 1)
+        require(self.limit is None or self.limit >= 1, f"{here}: limit is {self.limit}, expected 1 or more.")
+        require(
+            not self.streaming or (self.limit is not None and self.limit_by == "first"),
+            f"{here}: streaming is set, so set limit too, and limit_by: first; a stream is read as far as that.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on, and in which order."""
+
+    train: list[SourceConfig] = field(default_factory=list)
+    """Sources that are mixed."""
+    validation: list[SourceConfig] = field(default_factory=list)
+    """Held-out sources for the validation loss; may be empty."""
+    mixing: Literal["repeats", "parts"] = "repeats"
+    """What weights mean: repeats per record, or parts of the epoch (weight 3 and 1: three quarters and one)."""
+    epoch_records: int | None = None
+    """mixing parts only: records per epoch; None: as many as there are."""
+    max_length: int = 2048
+    """Tokens per example, visual tokens included. Longer ones lose whole turns at the end; an image is never cut."""
+    order: Literal["grouped", "llava", "random", "sequential"] = "grouped"
+    """grouped: by modality and length, so that ranks finish together; llava: the same records per step as LLaVA's
+    own grouping; random; or sequential, as in the files."""
+    on_bad: Literal["error", "quarantine"] = "quarantine"
+    """What to do with a record that cannot be used: stop, or write it to quarantine.jsonl and go on."""
+    max_bad_share: float = 0.01
+    """Above this share of bad records the run stops."""
+    workers: int = 0
+    """Processes that prepare examples ahead of the step; 0 prepares them in a thread."""
+    cache: str | None = None
+    """Folder that keeps tokenised records, so that each is tokenised once for all runs; None: no cache."""
+    pack_tokens: int = 0
+    """Pack examples into rows of up to this many tokens; train.global_batch and micro_batch then count rows. 0: off."""
+
+    def __post_init__(self) -> None:
+        at_least("data.max_length", self.max_length, 8)
+        at_least("data.workers", self.workers, 0)
+        require(
+            self.pack_tokens == 0 or self.pack_tokens >= self.max_length,
+            f"data.pack_tokens is {self.pack_tokens}, expected 0 or at least data.max_length ({self.max_length}).",
+        )
+        require(
+            self.epoch_records is None or (self.mixing == "parts" and self.epoch_records >= 1),
+            f"data.epoch_records is {self.epoch_records}; it needs data.mixing: parts and 1 or more.",
+        )
+        require(0 <= self.max_bad_share <= 1, f"data.max_bad_share is {self.max_bad_share}, expected 0 to 1.")

@@ -1,0 +1,282 @@
+"""Recipes: what the model is assembled from, and its adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mm_moslora.config.value_checks import at_least, require
+from mm_moslora.utils.errors import ConfigError, ModelError
+
+Mode = Literal["frozen", "adapter", "last_n", "full"]
+Thinking = Literal["auto", "always", "never"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The vision encoder."""
+
+    name: str = ""
+    """Folder or hub id of a transformers vision model, a timm wrapper folder, or `open_clip:MODEL` by name. Empty with
+    `model.vlm`, which brings its own."""
+    revision: str | None = None
+    """Hub revision (commit, tag or branch)."""
+    pretrained: str | None = None
+    """open_clip only: pretrained tag or weights file. None gives random weights."""
+    feature_layer: int | list[int] = -2
+    """Which hidden state feeds the projector (LLaVA: -2); several are laid side by side."""
+    fuse_with: str | None = None
+    """A second encoder, named as the first; their features are laid side by side (prismatic: DINOv2 and SigLIP)."""
+    select: Literal["patch", "cls_patch"] = "patch"
+    """`patch` drops the tokens before the first patch (CLS, registers), `cls_patch` keeps CLS."""
+    image_size: int | None = None
+    """Side in pixels; None keeps the encoder's own."""
+    mode: Mode = "frozen"
+    """frozen, adapter (MoSLoRA in its linear layers), last_n (train the last blocks) or full."""
+    last_n: int = 0
+    """Blocks to train when mode is `last_n`."""
+    feature_cache: str | None = None
+    """Folder that keeps a frozen encoder's features, so that each picture is encoded once for all runs. Pays where the
+    encoder is large beside the language model and pictures come again; None: none."""
+    feature_cache_gib: float = 0.0
+    """Size of an encoder's features beyond which none are added; 0: until 1 GiB is free on the disk."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.mode == "last_n") == (self.last_n > 0),
+            f"model.vision: mode is {self.mode!r} and last_n is {self.last_n}; "
+            "set last_n >= 1 exactly for mode last_n.",
+        )
+        require(
+            self.feature_cache is None or self.mode == "frozen",
+            f"model.vision.feature_cache is set, but mode is {self.mode!r}: one that trains gives other features at "
+            "every step. Leave feature_cache out, or set mode: frozen.",
+        )
+        at_least("model.vision.feature_cache_gib", self.feature_cache_gib, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+    """The projector from vision features to the language model's embedding space."""
+
+    kind: str = "mlp2x_gelu"
+    """linear, mlp2x_gelu (or mlp3x_gelu and so on), fused_mlp, avg_pool, pixel_shuffle, c_abstractor, perceiver or
+    qformer."""
+    shuffle: int = 2
+    """pixel_shuffle and avg_pool: side of the square of patches that becomes one visual token."""
+    queries: int = 64
+    """perceiver, qformer and c_abstractor: visual tokens per image (c_abstractor: a square number)."""
+    depth: int = 2
+    """perceiver, qformer and c_abstractor: blocks (c_abstractor: in either of its two stages)."""
+    scale_to_embeddings: bool = False
+    """Scale the last layer at initialisation so that visual tokens have the size of word embeddings."""
+    fit_to_answers: bool = False
+    """Begin by least squares on up to 1,024 pictures of the training data: visual tokens of a fresh projector then
+    point to the words of their picture's answers, at the size of word embeddings. For few data and short answers. Not
+    for c_abstractor, perceiver and qformer."""
+    weights: str | None = None
+    """A projector to start from: the run folder of an align stage, one of its checkpoints, or a
+    `projector.safetensors`."""
+    mode: Literal["auto", "frozen", "full"] = "auto"
+    """Train it or not; auto trains a projector of our own and leaves that of a ready-made model alone."""
+
+    def __post_init__(self) -> None:
+        for name in ("shuffle", "queries", "depth"):
+            at_least(f"model.projector.{name}", getattr(self, name), 1)
+        require(
+            not self.fit_to_answers or self.kind not in ("c_abstractor", "perceiver", "qformer"),
+            f"model.projector: fit_to_answers is set, but {self.kind} does not begin with a linear layer to fold the "
+            "features' mean and spread into. Leave it out, or choose another kind.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What the model is assembled from."""
+
+    language: str | None = None
+    """Folder or hub id of any causal language model, to be assembled with `vision` and `projector`."""
+    vlm: str | None = None
+    """Folder or hub id of a ready-made vision-language model instead, tuned through its own processor."""
+    vlm_revision: str | None = None
+    """Hub revision of the ready-made model."""
+    language_revision: str | None = None
+    """Hub revision of the language model."""
+    language_mode: Mode = "adapter"
+    """frozen, adapter (MoSLoRA), last_n or full."""
+    language_last_n: int = 0
+    """Decoder layers to train when language_mode is `last_n`."""
+    vision: VisionConfig | None = None
+    """None tunes the language model alone."""
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    """Ignored when there is no vision encoder."""
+    image_aspect: Literal["pad", "resize", "crop", "anyres"] = "pad"
+    """pad to a square with the mean colour (LLaVA-1.5), resize regardless of aspect, resize and centre-crop, or anyres:
+    the whole picture and tiles of it, a newline embedding behind every row (LLaVA-NeXT)."""
+    anyres_tiles: list[tuple[int, int]] = field(default_factory=lambda: [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)])
+    """anyres only: grids of tiles to choose from by the shape of the picture, rows and columns."""
+    chat_template: str | None = None
+    """LLaVA's plain, v1, llama_2, llama_3, chatml, mistral, gemma or phi3; None: the tokenizer's own."""
+    faithful: bool = False
+    """With chat_template: the token ids of LLaVA's own code where that is sound, instead of the tokenizer's."""
+    system_prompt: str | None = None
+    """Replaces the chat template's default system prompt, in training and in every export; "" leaves it empty."""
+    thinking: Thinking = "auto"
+    """What becomes of `<think>...</think>` at the start of an answer, where the chat template knows it. auto: it is
+    learned, and other answers and prompts get the template's empty block. always: prompts leave the block to the model,
+    so that it thinks when it answers. never: thinking is left out of the records."""
+    attention: str = "auto"
+    """auto picks the fastest exact one for padding-free batches; or a transformers attention name."""
+    quantisation: Literal["none", "nf4", "int8"] = "none"
+    """Load the assembled language model's linear layers in 4 bits (nf4, double quantised) or 8; needs bitsandbytes."""
+    lean_layers: bool = True
+    """Let decoder layers of known families keep less for the backward pass; the numbers stay the same."""
+    kernels: Literal["auto", "torch", "liger", "native"] = "auto"
+    """liger: Liger's Triton kernels between the matrix products of lean layers, on a GPU. native: a C++ kernel for
+    attention, on a CPU. torch: PyTorch's own everywhere. auto: liger where liger-kernel is installed, native where a
+    C++ compiler is. With `train.compile` the operators between the products are compiled, and auto takes no Triton
+    kernels."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.language is None) != (self.vlm is None),
+            f"model: language is {self.language!r} and vlm is {self.vlm!r}; name exactly one of them: a language model "
+            "to assemble, or a ready-made vision-language model.",
+        )
+        require(
+            self.vision is None or bool(self.vision.name) == (self.vlm is None),
+            "model.vision.name names an encoder to assemble: it is needed with model.language, and a ready-made model "
+            "(model.vlm) brings its own, so leave it out there.",
+        )
+        cached = self.vision is not None and self.vision.feature_cache is not None
+        require(
+            not cached or (self.vlm is None and self.image_aspect != "anyres"),
+            "model.vision.feature_cache keeps the features of an assembled encoder that sees one square per picture; "
+            "ready-made models (model.vlm) and image_aspect anyres have none. Leave it out.",
+        )
+        require(
+            (self.language_mode == "last_n") == (self.language_last_n > 0),
+            f"model: language_mode is {self.language_mode!r} and language_last_n is {self.language_last_n}; "
+            "set language_last_n >= 1 exactly for language_mode last_n.",
+        )
+        require(
+            self.quantisation == "none" or self.language_mode in ("adapter", "frozen"),
+            f"model.quantisation is {self.quantisation!r} and language_mode {self.language_mode!r}: weights of 4 or 8 "
+            "bits do not train. Set language_mode: adapter, or quantisation: none.",
+        )
+        require(
+            self.chat_template is None or self.vlm is None,
+            f"model.chat_template is {self.chat_template!r}, but a ready-made model (model.vlm) keeps its own.",
+        )
+        require(
+            not self.faithful or self.chat_template is not None,
+            "model.faithful is set; it means LLaVA's token ids, so set model.chat_template to one of LLaVA's.",
+        )
+        require(
+            self.lean_layers or self.kernels != "liger",
+            f"model.kernels is {self.kernels!r}, but model.lean_layers is false, and such kernels run in lean layers "
+            "alone. Set lean_layers: true, or kernels: auto.",
+        )
+        tiles = self.anyres_tiles
+        require(
+            bool(tiles) and all(rows >= 1 and columns >= 1 for rows, columns in tiles),
+            f"model.anyres_tiles is {tiles}, expected at least one pair of rows and columns, each 1 or more.",
+        )
+
+    @property
+    def without_effect(self) -> list[str]:
+        """Keys that are set and mean the parts of an assembled model, which a ready-made one brings."""
+        if self.vlm is None:
+            return []
+        parts: dict[str, tuple[object, object]] = {
+            "": (self, ModelConfig(vlm=self.vlm)),
+            "vision.": (self.vision or VisionConfig(), VisionConfig()),
+            "projector.": (self.projector, ProjectorConfig()),
+        }
+        return [
+            f"model.{part}{key}"
+            for part, (given, default) in parts.items()
+            for key in _ASSEMBLED[part]
+            if getattr(given, key) != getattr(default, key)
+        ]
+
+    @property
+    def projector_trains(self) -> bool:
+        """Whether there is a projector that trains; `auto` trains it where the assembly is ours."""
+        there = self.vlm is not None or self.vision is not None
+        return there and (self.projector.mode == "full" or (self.projector.mode == "auto" and self.vlm is None))
+
+
+def refuse_without_effect(config: ModelConfig) -> None:
+    """Before a run or a plan: refuse keys of an assembled model where a ready-made one is named.
+
+    Raises:
+        ModelError: some are set.
+    """
+    if unused := config.without_effect:
+        raise ModelError(
+            f"{', '.join(unused)} {'is' if len(unused) == 1 else 'are'} set, but model.vlm names a ready-made model, "
+            "which brings its own parts: nothing would come of it. Leave it out, or assemble a model (model.language)."
+        )
+
+
+def refuse_all_frozen(config: ModelConfig) -> None:
+    """Before a run: refuse a model of which nothing trains.
+
+    Raises:
+        ConfigError: all parts are frozen.
+    """
+    vision = config.vision is not None and config.vision.mode != "frozen"
+    if config.language_mode == "frozen" and not vision and not config.projector_trains:
+        raise ConfigError(
+            "Nothing would train: the language model, the vision encoder and the projector are all frozen. "
+            "Set model.language_mode, model.vision.mode or model.projector.mode."
+        )
+
+
+_ASSEMBLED = {
+    "": ("language_revision", "image_aspect", "anyres_tiles", "quantisation"),
+    "vision.": ("revision", "pretrained", "feature_layer", "fuse_with", "select", "image_size"),
+    "projector.": ("kind", "shuffle", "queries", "depth", "scale_to_embeddings", "fit_to_answers", "weights"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """MoSLoRA: y = W0 x + s * B M A dropout(x)."""
+
+    rank: int = 64
+    """r, the size of the mixer."""
+    alpha: float = 128.0
+    """s = alpha / rank (or alpha / sqrt(rank) with use_rslora)."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input."""
+    mixer_init: Literal["orthogonal", "kaiming", "identity", "butterfly"] = "orthogonal"
+    """orthogonal keeps LoRA's scale; kaiming is the paper's best; identity + frozen mixer is plain LoRA."""
+    mixer_trainable: bool = True
+    """False freezes the mixer (identity: LoRA; butterfly: two-subspaces-mixing)."""
+    mixer_pattern: dict[str, str] = field(default_factory=dict)
+    """Per-module override of mixer_init, by regular expression on the module path."""
+    mixer_form: Literal["dense", "diagonal"] = "dense"
+    """dense: M is rank x rank. diagonal: one weight per rank-1 subspace, starting at 1."""
+    factor_form: Literal["free", "svd", "orthonormal"] = "free"
+    """free: A and B train. svd: frozen at the weight's leading singular vectors, M alone trains (LoRA-XS, 2405.17604).
+    orthonormal: A and B stay orthonormal (StelLA, 2510.01938); not under ZeRO-3."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Per-module override of rank."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Per-module override of alpha."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank)."""
+    use_dora: bool = False
+    """Train the length of every row of the adapted weight apart from its direction (DoRA, 2402.09353)."""
+    targets: str | list[str] = "all-linear"
+    """all-linear (every linear layer but the head) or names of linear layers, within the adapted component."""
+    weights: str | None = None
+    """Adapter to start from: a run folder, a checkpoint, or an adapter folder (also a `Trainer`'s, or PEFT's LoRA). Its
+    factors and modules stand in the place of fresh ones. rank and alpha must be those of the folder."""
+
+    def __post_init__(self) -> None:
+        at_least("adapter.rank", self.rank, 1)
+        require(self.alpha > 0, f"adapter.alpha is {self.alpha}, expected more than 0.")
+        require(0.0 <= self.dropout < 1.0, f"adapter.dropout is {self.dropout}, expected 0 <= dropout < 1.")

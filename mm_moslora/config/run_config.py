@@ -1,0 +1,196 @@
+"""Recipes: the optimiser, the run, what is measured during it and where the metrics go."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mm_moslora.config.value_checks import at_least, require
+from mm_moslora.utils.errors import suggestion
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, one learning rate per kind of parameter, linear warm-up."""
+
+    lr: float = 2e-4
+    """Peak learning rate of adapter factors A and B (and of fully trained language layers)."""
+    mixer_lr: float | None = None
+    """Peak learning rate of the mixers; None: lr."""
+    projector_lr: float | None = None
+    """Peak learning rate of the projector; None: lr."""
+    vision_lr: float | None = None
+    """Peak learning rate of trained vision layers and of adapters in the encoder; None: lr."""
+    lora_plus_ratio: float = 1.0
+    """Learning rate of B divided by that of A (LoRA+, 2402.12354)."""
+    weight_decay: float = 0.0
+    """Decoupled; never applied to mixers, biases and norms."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's moving averages."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """After the warm-up, down to min_lr_ratio."""
+    warmup: float = 0.03
+    """Below 1: share of all steps; from 1 on: number of steps."""
+    min_lr_ratio: float = 0.0
+    """Last learning rate divided by the peak."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "mixer_lr", "projector_lr", "vision_lr"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"optim.{name} is {value}, expected 0 or more.")
+        for name in ("weight_decay", "warmup", "max_grad_norm"):
+            at_least(f"optim.{name}", getattr(self, name), 0)
+        require(self.eps > 0, f"optim.eps is {self.eps}, expected more than 0.")
+        require(
+            all(0 <= beta < 1 for beta in self.betas), f"optim.betas is {self.betas}, expected two numbers from 0 to 1."
+        )
+        require(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio is {self.min_lr_ratio}, expected 0 to 1.")
+        require(self.lora_plus_ratio > 0, f"optim.lora_plus_ratio is {self.lora_plus_ratio}, expected more than 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run."""
+
+    output: str = "runs/run"
+    """Run folder."""
+    epochs: float = 1.0
+    """Passes over the data; ignored when steps is set."""
+    steps: int | None = None
+    """Optimiser steps."""
+    global_batch: int = 16
+    """Examples per optimiser step, over all ranks and accumulation."""
+    micro_batch: int = 4
+    """Examples per forward pass and rank."""
+    zero: str = "zero2"
+    """DeepSpeed preset (zero0, zero1, zero2, zero3, ...), path of a DeepSpeed JSON file, or `none` for plain torch."""
+    precision: Precision = "auto"
+    """auto: bf16 where the hardware computes it fast, else fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the language model's backward pass."""
+    vision_gradient_checkpointing: bool = False
+    """Recompute activations in the vision encoder's backward pass; pays only when the encoder trains."""
+    compile: str | None = None
+    """Backend of torch.compile for decoder layers (inductor): what is between the products of lean ones, others whole;
+    None: they run as they are. Goes with gradient_checkpointing, not with ZeRO-3."""
+    seed: int = 0
+    """Seeds initialisation, data order and dropout."""
+    save_every: int = 0
+    """Optimiser steps between checkpoints; 0: only the last."""
+    keep_last: int = 2
+    """Checkpoints to keep; older ones go once a newer one is verified. 0 keeps all."""
+    keep_every: int = 0
+    """Also keep the checkpoints whose step is a multiple of this; 0: none."""
+    background_save: bool = True
+    """Write checkpoints while training goes on, from a copy in main memory."""
+    rehearsal: bool = True
+    """Before the first step: a self-test of the engine, the largest micro-batch, and a checkpoint on trial."""
+    validate_every: int = 0
+    """Optimiser steps between validations; 0: only at the end."""
+    log_every: int = 1
+    """Optimiser steps between metric records."""
+    max_skipped_steps: int = 5
+    """Stop after this many steps in a row with a loss or gradient that is not finite."""
+    timeout_minutes: float = 30.0
+    """Limit of a collective operation between ranks, of the first step, and of a save or a validation."""
+    step_timeout_minutes: float = 10.0
+    """Limit of one optimiser step after the first; a rank that hangs is named, with its stacks, and the run ends."""
+
+    def __post_init__(self) -> None:
+        at_least("train.global_batch", self.global_batch, 1)
+        at_least("train.micro_batch", self.micro_batch, 1)
+        require(
+            self.global_batch % self.micro_batch == 0,
+            f"train.global_batch is {self.global_batch}, expected a multiple of train.micro_batch "
+            f"({self.micro_batch}).",
+        )
+        require(self.steps is None or self.steps >= 1, f"train.steps is {self.steps}, expected 1 or more.")
+        require(self.epochs > 0, f"train.epochs is {self.epochs}, expected more than 0.")
+        for name in ("timeout_minutes", "step_timeout_minutes"):
+            require(getattr(self, name) > 0, f"train.{name} is {getattr(self, name)}, expected more than 0.")
+        for name in ("keep_last", "keep_every", "save_every", "validate_every"):
+            at_least(f"train.{name}", getattr(self, name), 0)
+        for name in ("log_every", "max_skipped_steps"):
+            at_least(f"train.{name}", getattr(self, name), 1)
+
+    def total_steps(self, per_epoch: float) -> int:
+        """Optimiser steps of the run.
+
+        Args:
+            per_epoch: optimiser steps of an epoch.
+        """
+        return self.steps or max(1, math.ceil(round(per_epoch * self.epochs, 6)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateConfig:
+    """What is measured during the run, every `train.validate_every` steps, besides the held-out loss."""
+
+    samples: int = 0
+    """Held-out records (data.validation) whose answers are written out, with their pictures."""
+    sample_tokens: int = 64
+    """Longest written-out answer, tokens."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of the evaluation harness; each gives metrics named `eval/TASK/METRIC`."""
+    task_limit: int = 64
+    """Documents per task; 0: all."""
+    best: str | None = None
+    """Metric that names the best checkpoint, which is kept: validation_loss, or eval/TASK/METRIC."""
+    best_is: Literal["auto", "lowest", "highest"] = "auto"
+    """auto: lowest for losses and perplexities, highest for all others."""
+    patience: int = 0
+    """Stop after this many validations in a row without a better `best`; 0: never."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "task_limit", "patience"):
+            at_least(f"validate.{name}", getattr(self, name), 0)
+        at_least("validate.sample_tokens", self.sample_tokens, 1)
+        require(
+            self.patience == 0 or self.best is not None,
+            f"validate.patience is {self.patience}, but validate.best names no metric. Set it: validation_loss.",
+        )
+
+
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
+"""What a recipe may ask for besides metrics.jsonl; each is the name of its package, too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackConfig:
+    """Where metrics go besides metrics.jsonl, which is always written."""
+
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Any of tensorboard, wandb, trackio, mlflow."""
+    project: str | None = None
+    """Project, or MLflow's experiment; None: the tracker's environment variable (WANDB_PROJECT,
+    MLFLOW_EXPERIMENT_NAME), else mm_moslora."""
+    entity: str | None = None
+    """wandb entity; None: WANDB_ENTITY, else the account's own."""
+    name: str | None = None
+    """Run name; None: WANDB_NAME, else the run folder's name with its parent's."""
+    group: str | None = None
+    """Runs that belong together, such as the seeds of one setting; None: WANDB_RUN_GROUP."""
+    job_type: str | None = None
+    """What a run is within its group; None: WANDB_JOB_TYPE."""
+    notes: str | None = None
+    """Longer description; None: WANDB_NOTES."""
+    tags: list[str] = field(default_factory=list)
+    """Short labels to find runs by; empty: WANDB_TAGS."""
+    mixers_every: int = 0
+    """Log what the mixers learned every this many steps (`mixer/...`: distances, rank, condition); 0: never."""
+
+    def __post_init__(self) -> None:
+        at_least("track.mixers_every", self.mixers_every, 0)
+        for name in self.trackers:
+            require(
+                name in TRACKERS,
+                f"track.trackers holds {name!r}, expected any of {', '.join(TRACKERS)}.{suggestion(name, TRACKERS)} "
+                "metrics.jsonl needs no entry: it is always written.",
+            )

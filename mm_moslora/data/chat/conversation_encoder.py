@@ -1,0 +1,382 @@
+"""From turns to token ids with a supervised flag each, segment by segment: labels cannot slip.
+
+Shapes: ``T`` tokens of one conversation.
+
+The chat template gives the scaffold (`template`), whose special tokens count; contents are plain text, whatever they
+spell (`tokens`); images are ids, never text. Token ids and the supervised flag grow together, so nothing is ever found
+again by searching or counting. Training and inference share every step: a prompt is a training conversation that stops
+where the answer would begin.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mm_moslora.config import Thinking
+from mm_moslora.config.llava_chat_templates import notes_of
+from mm_moslora.data.chat.processor_template import PartsTemplate
+from mm_moslora.data.chat.records import IMAGE, Turn
+from mm_moslora.data.chat.template_scaffold import PLAIN_TEMPLATE, THINK, THINK_END, Slot, Template, Thought
+from mm_moslora.data.chat.text_tokens import Piece, Tokens
+from mm_moslora.data.record_faults import Code
+from mm_moslora.utils.errors import ConfigError, DataError
+
+_THINKING = re.compile(rf"\s*{THINK}(.*?){THINK_END}\s*", re.DOTALL)
+_PROBE = ("user", "assistant", "user", "assistant")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A tokenised conversation."""
+
+    input_ids: Tensor
+    """int64 ``[T]``."""
+    supervised: Tensor
+    """bool ``[T]``: answers and the end-of-turn token behind each."""
+    images: int = 0
+    """Images in the turns that were kept."""
+    dropped_turns: int = 0
+    """Turns that did not fit."""
+    thoughts: int = 0
+    """Answers whose thinking is learned."""
+    dropped_thoughts: int = 0
+    """Answers whose thinking the chat template, or the recipe, leaves out."""
+
+
+class TooLong(DataError):  # noqa: N818  (reads as what happened)
+    """Not even the first question and answer fit."""
+
+    code = Code.TOO_LONG
+
+
+@dataclass(kw_only=True)
+class _Growing:
+    """A conversation so far."""
+
+    ids: list[int] = field(default_factory=list)
+    supervised: list[bool] = field(default_factory=list)
+    images: int = 0
+    context: str = ""
+    """The special token that `ids` ends with, as text; tokenisers start afresh behind it."""
+    run: list[Piece] = field(default_factory=list)
+    """Text that is not tokenised yet."""
+    pictures: Sequence[Sequence[int]] | None = None
+    """Placeholder ids of every picture, where they differ."""
+    thoughts: int = 0
+    dropped_thoughts: int = 0
+    ends: list[tuple[int, int]] = field(default_factory=list)
+    """Behind every answer: turns and tokens so far."""
+
+    def add(self, tokens: list[int], *, supervised: bool) -> None:
+        self.ids += tokens
+        self.supervised += [supervised] * len(tokens)
+
+
+class Parts(Protocol):
+    """What an encoder needs of a model; see `Encoder`."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """With a chat template or without."""
+        ...
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Placeholders per image."""
+        ...
+
+    @property
+    def image_token_id(self) -> int | None:
+        """Of the placeholder."""
+
+    @property
+    def template_processor(self) -> Any:
+        """Of a ready-made model."""
+
+    @property
+    def thinking(self) -> Thinking:
+        """The recipe's `model.thinking`."""
+        ...
+
+
+class Encoder:
+    """Tokenises conversations for one tokenizer and its chat template.
+
+    Args:
+        tokenizer: with a chat template, or without one (then `PLAIN_TEMPLATE` is used).
+        image_token_id: vocabulary id of the image placeholder; None for a language model alone.
+        tokens_per_image: placeholders per image.
+        system_prompt: replaces the template's default. A template that knows no system turn gets it in front of the
+            first question. An empty string removes a default; where there is none it changes nothing.
+        processor: of a ready-made model, whose chat template places pictures itself.
+        thinking: what becomes of thinking in answers; see `ModelConfig.thinking`.
+
+    Raises:
+        ConfigError: the template cannot be taken apart, or nothing ends an answer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        image_token_id: int | None = None,
+        tokens_per_image: int = 0,
+        system_prompt: str | None = None,
+        processor: Any = None,
+        thinking: Thinking = "auto",
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.thinking = thinking
+        self.image_token_id, self.tokens_per_image = image_token_id, tokens_per_image
+        self.system_prompt = system_prompt
+        self.template = Template(tokenizer) if processor is None else PartsTemplate(processor)
+        probe = self.template.plan(_PROBE)
+        self.tokens = Tokens(tokenizer, structural=[slot.before for slot in probe.slots] + [probe.tail])
+        self.notes = notes_of(str(self.template.source))
+        # Models whose tokenizer adds BOS were trained with it; LLaVA and the stock processor put it there, too.
+        self._bos = self.template.missing_bos()
+
+    @classmethod
+    def of(cls, parts: Parts) -> Encoder:
+        """For an assembled model, or for what is loaded of one to prepare data."""
+        return cls(
+            parts.tokenizer,
+            image_token_id=parts.image_token_id,
+            tokens_per_image=parts.tokens_per_image,
+            processor=parts.template_processor,
+            thinking=parts.thinking,
+        )
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides which ids a conversation gets."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if isinstance(backend, Tokenizer) else sorted(self.tokenizer.get_vocab().items())
+        parts = (
+            type(self.tokenizer).__name__, vocabulary, self.template.source, self.tokenizer.special_tokens_map,
+            self.image_token_id, self.tokens_per_image, self.system_prompt, self._bos,
+            self.thinking,
+        )  # fmt: skip
+        return hashlib.sha256(repr(parts).encode("utf-8", errors="surrogatepass")).hexdigest()
+
+    def encode(
+        self,
+        turns: Sequence[Turn],
+        *,
+        max_length: int | None = None,
+        pictures: Sequence[Sequence[int]] | None = None,
+    ) -> Encoded:
+        """Tokenise a conversation for training.
+
+        Args:
+            turns: an optional system turn, then questions and answers in turn, ending with an answer.
+            max_length: tokens; whole question-answer pairs are dropped from the end until the rest fits.
+            pictures: placeholder ids of every picture, where their number depends on the picture; None: all alike.
+
+        Raises:
+            TooLong: not even the first pair fits; an answer is never cut.
+            DataError: a text spells special tokens and the tokenizer cannot be told to read them as text.
+        """
+        if not turns or turns[-1].role != "assistant":
+            raise DataError("The conversation does not end with an answer, so there is nothing to train on.")
+        grown = self._grow(turns, pictures)
+        if max_length is None or len(grown.ids) <= max_length:
+            return _encoded(grown)
+        for count, length in reversed(grown.ends[:-1]):
+            if length <= max_length:
+                # Encoded anew: some templates write the last turn differently.
+                shorter = self._grow(turns[:count], pictures)
+                if len(shorter.ids) <= max_length:
+                    return replace(_encoded(shorter), dropped_turns=len(turns) - count)
+        raise TooLong(
+            f"the first question and answer take {grown.ends[0][1]} tokens, data.max_length is {max_length}; "
+            "raise data.max_length or shorten the record"
+        )
+
+    def encode_prompt(self, turns: Sequence[Turn], *, pictures: Sequence[Sequence[int]] | None = None) -> Tensor:
+        """Tokenise a conversation that the model is to continue: int64 ``[T]``, ending where the answer begins.
+
+        Args:
+            turns: ends with a question.
+            pictures: see `encode`.
+        """
+        if not turns or turns[-1].role != "user":
+            raise DataError("The conversation does not end with a question, so there is nothing to answer.")
+        grown = self._grow([*turns, Turn(role="assistant", text="")], pictures, prompt=True)
+        return torch.tensor(grown.ids, dtype=torch.long)
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Token ids of an answer behind a generation prompt, as training sees it, without its end of turn."""
+        turns = [Turn(role="user", text="a"), Turn(role="assistant", text=text)]
+        roles = ("user", "assistant")
+        plan = self.template.plan(roles)
+        thought = self.template.thought(roles) if self.thinking == "always" else None
+        before = thought.before if thought else plan.slots[1].before
+        prompt = [Piece(plan.slots[0].before, True), Piece("a", False), Piece(before, True)]
+        answer = [*_written(thought, "", plan.slots[1]), Piece(plan.slots[1].trim([turns[1].text])[0], False)]
+        return self._answer(prompt, answer, self.tokens.encode(prompt))
+
+    def decode_answer(self, ids: Sequence[int]) -> str:
+        """The text of a generated answer: without special tokens and without the template's own space before it.
+
+        Decoded so, an answer that is put back into the conversation gives its own tokens again.
+        """
+        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return text.removeprefix(self.template.plan(("user", "assistant")).slots[1].lead)
+
+    def _grow(
+        self, turns: Sequence[Turn], pictures: Sequence[Sequence[int]] | None = None, *, prompt: bool = False
+    ) -> _Growing:
+        turns, added = self._with_system(turns)
+        turns, shape, numbers = self.template.lay_out(turns)
+        plan = self.template.plan(shape)
+        grown = _Growing(ids=list(self._bos), supervised=[False] * len(self._bos), pictures=pictures)
+        scaffold = [*(slot.before for slot in plan.slots), plan.tail]
+        for index, (turn, slot) in enumerate(zip(turns, plan.slots, strict=True)):
+            if turn.role != "assistant":
+                self._add_scaffold(grown, scaffold[index])
+                self._add_content(grown, turn, slot)
+                continue
+            thinking, text = self._apart(turn.text)
+            shown = thinking is not None and self.thinking != "never" and index == len(turns) - 1
+            thought = self.template.thought(shape) if shown else None
+            if thinking:
+                grown.thoughts += thought is not None
+                grown.dropped_thoughts += thought is None
+            self._add_scaffold(grown, thought.before if thought else scaffold[index])
+            if prompt and index == len(turns) - 1:
+                self._flush(grown)
+                return grown
+            end = self._end_of_turn(scaffold[index + 1], plan.tail)
+            answer = [*_written(thought, thinking or "", slot), Piece(slot.trim([text])[0], False), Piece(end, True)]
+            self._add_answer(grown, answer, end)
+            scaffold[index + 1] = scaffold[index + 1][len(end) :]
+            grown.ends.append((numbers[index] + 1 - added, len(grown.ids)))
+        return grown
+
+    def _add_scaffold(self, grown: _Growing, text: str) -> None:
+        """Text of the template, with the pictures that the template places itself."""
+        for index, part in enumerate(text.split(self.template.image_text) if self.template.image_text else [text]):
+            if index:
+                self._add_image(grown)
+            grown.run.append(Piece(part, True))
+
+    def _add_image(self, grown: _Growing) -> None:
+        self._flush(grown)
+        ids = [int(self.image_token_id or 0)] * self.tokens_per_image
+        if grown.pictures is not None:
+            ids = list(grown.pictures[grown.images])
+        grown.add(ids, supervised=False)
+        grown.images += 1
+        # LLaVA tokenises what follows a picture as a text of its own.
+        grown.context = self.tokens.text_of(ids[-1]) if ids and not self.notes.faithful else ""
+
+    def _with_system(self, turns: Sequence[Turn]) -> tuple[list[Turn], int]:
+        """The turns with the system prompt, and how many turns that added."""
+        if self.notes.name == "plain":  # captions are learnt from pictures alone
+            spoken = [turn for turn in turns if turn.role != "system"]
+            return [_pictures_alone(turn) for turn in spoken], len(spoken) - len(turns)
+        own = turns[0].role == "system"
+        if not own and (self.system_prompt is None or not (self.system_prompt or self.template.has_default_system)):
+            return list(turns), 0
+        system = turns[0] if own else Turn(role="system", text=self.system_prompt or "")
+        rest = list(turns[1:] if own else turns)
+        if self.template.accepts(("system", *(turn.role for turn in rest))):
+            return [system, *rest], int(not own)
+        if system.text and rest:
+            rest[0] = rest[0].preceded_by(f"{system.text}\n\n")
+        return rest, -int(own)
+
+    def _add_content(self, grown: _Growing, turn: Turn, slot: Slot) -> None:
+        parts = turn.parts() if self.image_token_id is not None else [turn.text]
+        for index, part in enumerate(slot.trim(parts)):
+            if index:
+                self._add_image(grown)
+            grown.run.append(Piece(part, False))
+
+    def _flush(self, grown: _Growing) -> list[int]:
+        """Tokenise the run as the continuation of the context; gives the ids of both."""
+        ids = self.tokens.encode([Piece(grown.context, True), *grown.run])
+        grown.add(ids[1:] if grown.context else ids, supervised=False)
+        grown.run = []
+        return ids
+
+    def _apart(self, text: str) -> tuple[str | None, str]:
+        """The thinking at the start of an answer, None where the template's plain form is meant, and the rest."""
+        apart = self.template.knows_thinking or self.thinking == "never"
+        found = _THINKING.match(text) if apart else None
+        thinking = found[1].strip("\n") if found else None
+        if self.thinking == "always":
+            thinking = thinking or ""
+        return thinking, text[found.end() :] if found else text
+
+    def _add_answer(self, grown: _Growing, answer: list[Piece], end: str) -> None:
+        before = [Piece(grown.context, True), *grown.run]
+        prompt = self._flush(grown)
+        grown.add(self._answer(before, answer, prompt), supervised=True)
+        ending = self.tokens.first_special(end)
+        if ending is not None:
+            grown.context = ending[0]
+            return
+        if end and self.notes.faithful:
+            grown.context = ""
+            return
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise ConfigError("The chat template ends no answer and the tokenizer has no end-of-sequence token.")
+        grown.add([int(eos)], supervised=True)
+        text = str(self.tokenizer.eos_token)
+        grown.context = text if text in self.tokens.guarded else ""
+
+    def _answer(self, before: list[Piece], answer: list[Piece], prompt: list[int]) -> list[int]:
+        """Ids of an answer such that the prompt in front of it has the ids it has in inference."""
+        whole = self.tokens.encode([*before, *answer])
+        if whole[: len(prompt)] == prompt:
+            return whole[len(prompt) :]
+        return self.tokens.encode_behind(answer)  # the first characters of the answer merge with the prompt's last
+
+    def _end_of_turn(self, behind: str, tail: str) -> str:
+        """Scaffold behind an answer that ends it: up to a special token, or the text that ends every answer.
+
+        Empty when the template has neither.
+        """
+        last = self.tokens.first_special(tail)
+        here = self.tokens.first_special(behind)
+        if last is not None and here is not None and here[0] == last[0]:
+            return behind[: here.end()]
+        if last is not None or not self.notes.name or not behind.startswith(tail):
+            return ""
+        return tail.rstrip() or tail
+
+
+def _written(thought: Thought | None, thinking: str, slot: Slot) -> list[Piece]:
+    """What the model writes before the answer itself."""
+    if thought is None:
+        return [Piece(slot.lead, True)]
+    return [Piece(thought.opening, True), Piece(thinking, False), Piece(thought.closing, True)]
+
+
+def _pictures_alone(turn: Turn) -> Turn:
+    """A question without its text."""
+    return Turn(role="user", text=IMAGE * turn.images) if turn.role == "user" else turn
+
+
+def _encoded(grown: _Growing) -> Encoded:
+    return Encoded(
+        input_ids=torch.tensor(grown.ids, dtype=torch.long),
+        supervised=torch.tensor(grown.supervised, dtype=torch.bool),
+        images=grown.images,
+        thoughts=grown.thoughts,
+        dropped_thoughts=grown.dropped_thoughts,
+    )
+
+
+__all__ = ["PLAIN_TEMPLATE", "Encoded", "Encoder", "TooLong", "Turn"]

@@ -1,0 +1,90 @@
+"""Chat templates of ready-made vision-language models, which place pictures themselves among the parts of a content.
+
+The shape of a turn is its role and, for a question with pictures, the order of its parts: `user:it` is a picture and a
+text. A template may write pictures before all texts, or wrap them; wherever it does, the scaffold shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.chat.template_scaffold import Template
+from mm_moslora.utils.errors import ConfigError
+
+PREFIX_TEMPLATE = (
+    "{%- for message in messages -%}{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{ '<image>' }}{%- endif -%}{%- endfor -%}{%- endfor -%}"
+    "{{ bos_token }}"
+    "{%- for message in messages -%}{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}{%- endfor -%}"
+    "{{ '\n' if message['role'] == 'user' else eos_token }}{%- endfor -%}"
+)
+"""PaliGemma, which has no chat template: pictures, BOS, the question and a line break, then the answer."""
+
+
+class PartsTemplate(Template):
+    """The chat template of a processor.
+
+    Args:
+        processor: of a ready-made model.
+
+    Raises:
+        ConfigError: it has no chat template and is not known to do without one.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        own = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+        source = own.get("default") if isinstance(own, dict) else own
+        if source is None and type(processor).__name__ == "PaliGemmaProcessor":
+            source = PREFIX_TEMPLATE
+        if source is None:
+            raise ConfigError(
+                f"{type(processor).__name__} has no chat template, so conversations have no form. Choose a checkpoint "
+                "that is tuned for instructions, or put a chat_template.jinja into its folder."
+            )
+        super().__init__(processor.tokenizer)
+        self.source, self.image_text = source, str(processor.image_token)
+
+    def lay_out(self, turns: Sequence[Turn]) -> tuple[list[Turn], tuple[str, ...], list[int]]:
+        """See `Template.lay_out`; a question with pictures has one content per text between them."""
+        contents: list[Turn] = []
+        shape: list[str] = []
+        numbers: list[int] = []
+        for number, turn in enumerate(turns):
+            texts = turn.parts()
+            if len(texts) == 1:
+                contents.append(turn)
+                shape.append(turn.role)
+                numbers.append(number)
+                continue
+            kinds = ""
+            for place, text in enumerate(texts):
+                kinds += "i" if place else ""
+                # Templates set their own line breaks around a picture.
+                text = text.removeprefix("\n") if place else text
+                text = text.removesuffix("\n") if place + 1 < len(texts) else text
+                if text:
+                    kinds += "t"
+                    contents.append(Turn(role=turn.role, text=text, places=()))
+                    numbers.append(number)
+            shape.append(f"{turn.role}:{kinds}")
+        return contents, tuple(shape), numbers
+
+    def _owners(self, roles: tuple[str, ...]) -> list[int]:
+        return [turn for turn, shape in enumerate(roles) for _ in range(_kinds(shape).count("t"))]
+
+    def _messages(self, roles: Sequence[str], contents: Sequence[str]) -> list[dict[str, Any]]:
+        texts = iter(contents)
+        messages = []
+        for shape in roles:
+            parts = [
+                {"type": "image"} if kind == "i" else {"type": "text", "text": next(texts)} for kind in _kinds(shape)
+            ]
+            messages.append({"role": shape.partition(":")[0], "content": parts})
+        return messages
+
+
+def _kinds(shape: str) -> str:
+    return shape.partition(":")[2] or "t"

@@ -1,0 +1,145 @@
+"""What a check means for a run: the faults that users of instruction tuning report, each ok, doubtful or bad."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from mm_moslora.data.check.record_check import CheckReport
+from mm_moslora.data.images.perceptual_hash import Fingerprint, Match, matches
+
+FEW_SUPERVISED = 0.02
+"""Below this share of supervised tokens, most of the computation is spent on text that is not learnt."""
+ONE_ANSWER = 0.5
+"""Above this share one short answer is worth a warning: a model that always gives it already looks trained."""
+
+
+class Finding(NamedTuple):
+    """One property of the data."""
+
+    status: Literal["ok", "warn", "bad"]
+    name: str
+    detail: str
+    remedy: str = ""
+
+
+def findings(report: CheckReport) -> list[Finding]:
+    """What to know about some sources before they are trained on."""
+    return [
+        _usable(report), _ends(report), _supervision(report), _truncation(report), _thinking(report), _modality(report),
+        _special(report),
+        _separators(report), _repeats(report), _answers(report), _longest(report),
+    ]  # fmt: skip
+
+
+def leakage(
+    train: Mapping[str, Fingerprint | None], held_out: Mapping[str, Fingerprint | None], *, name: str
+) -> tuple[Finding, list[Match]]:
+    """Whether pictures of the training data occur among held-out ones, as the same file or looking the same."""
+    known = {path: mark for path, mark in train.items() if mark is not None}
+    others = {path: mark for path, mark in held_out.items() if mark is not None}
+    found = matches(known, others)
+    title = f"leakage into {name}"
+    if not found:
+        return Finding("ok", title, f"none of {len(known)} training pictures looks like one of {len(others)}"), []
+    detail = f"training pictures that look like held-out ones: {len(found)}"
+    return Finding("warn", title, detail, "take them out of one of the sets, or scores there are too good"), found
+
+
+def length_percentiles(report: CheckReport) -> dict[str, int]:
+    """Tokens per record: least, quartiles, 95 and 99 per cent, most."""
+    if not report.lengths:
+        return {}
+    marks = {"least": 0, "25 %": 25, "median": 50, "75 %": 75, "95 %": 95, "99 %": 99, "most": 100}
+    values = np.percentile(np.array(report.lengths), list(marks.values()), method="nearest")
+    return dict(zip(marks, map(int, values), strict=True))
+
+
+def _usable(report: CheckReport) -> Finding:
+    bad = report.records - report.usable
+    detail = f"{report.usable} of {report.records} can be used"
+    if report.ok:
+        return Finding("warn" if bad else "ok", "records", detail, "see the faults below" if bad else "")
+    return Finding("bad", "records", f"{detail}; a run stops", "repair them, or raise data.max_bad_share")
+
+
+def _ends(report: CheckReport) -> Finding:
+    if not report.endless:
+        return Finding("ok", "ends of answers", "every answer ends with a supervised end-of-turn token")
+    remedy = "a model tuned so does not stop by itself; use a template with an end of turn"
+    return Finding("warn", "ends of answers", f"{report.endless} records have an answer without one", remedy)
+
+
+def _supervision(report: CheckReport) -> Finding:
+    detail = f"{report.supervised_share:.1%} of the tokens are learnt from"
+    if report.supervised_share >= FEW_SUPERVISED or not report.usable:
+        return Finding("ok", "supervision", detail)
+    return Finding("warn", "supervision", detail, "put several questions about a picture into one record")
+
+
+def _truncation(report: CheckReport) -> Finding:
+    lost = report.bad.get("TOO_LONG", 0)  # type: ignore[call-overload]
+    if not report.truncated and not lost:
+        return Finding("ok", "length", f"all fit into {report.max_length} tokens")
+    detail = f"over {report.max_length} tokens: {report.truncated} records lose turns, {lost} cannot be used at all"
+    return Finding("warn", "length", detail, "raise data.max_length, or split long records")
+
+
+def _thinking(report: CheckReport) -> Finding:
+    if not report.dropped_thoughts:
+        return Finding("ok", "thinking", f"{report.thoughts} answers think before they answer")
+    detail = f"{report.thoughts} answers are learned with their thinking, {report.dropped_thoughts} without"
+    remedy = (
+        "most chat templates show the thinking of the last answer alone; split such records, or model.thinking: never"
+    )
+    return Finding("warn", "thinking", detail, remedy)
+
+
+def _modality(report: CheckReport) -> Finding:
+    pictures = report.one_image + report.several_images
+    detail = f"{pictures} records with pictures, {report.text_only} without"
+    return Finding("ok", "modality", detail)
+
+
+def _special(report: CheckReport) -> Finding:
+    if not report.special_text:
+        return Finding("ok", "special tokens", "no text spells one")
+    return Finding("ok", "special tokens", f"{report.special_text} records spell some in their texts; they stay text")
+
+
+def _separators(report: CheckReport) -> Finding:
+    if not report.separator_text:
+        return Finding("ok", "separators", "no text spells what the template writes between turns")
+    remedy = "labels are right all the same, but the model reads a change of speaker; reword, or use another template"
+    return Finding("warn", "separators", f"{report.separator_text} records spell the template's separators", remedy)
+
+
+def _repeats(report: CheckReport) -> Finding:
+    repeats = sum(report.repeated_ids.values())
+    detail = f"{report.duplicates} records are copies of others, {repeats} repeat an id"
+    status: Literal["ok", "warn"] = "warn" if report.duplicates or repeats else "ok"
+    remedy = "remove them, or say the repetition by weight" if status == "warn" else ""
+    return Finding(status, "duplicates", detail, remedy)
+
+
+def _answers(report: CheckReport) -> Finding:
+    if not report.short_answers:
+        return Finding("ok", "answers", f"{report.answers}, none of them short")
+    text, count = report.short_answers.most_common(1)[0]
+    detail = f"{report.answers}, most often {text!a} ({count / max(1, report.answers):.0%})"
+    if count <= ONE_ANSWER * report.answers or report.answers < SMALL:
+        return Finding("ok", "answers", detail)
+    return Finding("warn", "answers", detail, "balance the questions, and compare with always giving that answer")
+
+
+def _longest(report: CheckReport) -> Finding:
+    found: Sequence[int] = sorted(report.lengths)[-1:]
+    longest = found[0] if found else 0
+    mean = report.tokens / max(1, report.usable)
+    return Finding("ok", "longest record", f"{longest} tokens, {longest / max(1, mean):.1f} times the average")
+
+
+SMALL = 50
+"""Answers below which their distribution says nothing."""

@@ -1,0 +1,284 @@
+"""Look at every record and every picture of some sources before a run, in parallel, and count what there is."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from mm_moslora.batch import Eyes
+from mm_moslora.config import DataConfig, SourceConfig
+from mm_moslora.data.chat.conversation_encoder import Encoded, Encoder
+from mm_moslora.data.chat.records import Record
+from mm_moslora.data.images.decode_image import ImageError
+from mm_moslora.data.images.locate_image import check_picture, open_picture, picture_name
+from mm_moslora.data.images.perceptual_hash import Fingerprint, fingerprint
+from mm_moslora.data.images.video_clip import Frame
+from mm_moslora.data.record_faults import Code, RecordError
+from mm_moslora.data.sources.open_sources import open_sources
+from mm_moslora.data.sources.record_source import RecordSource
+from mm_moslora.data.training_set import encode_record, image_fault, placeholders_of
+from mm_moslora.data.worker_processes import in_processes, usable_processes
+from mm_moslora.utils.errors import DataError
+
+_TOGETHER = 128
+_SHORT_ANSWER = 60
+
+
+@dataclass(kw_only=True)
+class CheckReport:
+    """What was found in some sources."""
+
+    sources: list[str]
+    """Their paths."""
+    max_length: int
+    """Tokens that a record may have."""
+    max_bad_share: float
+    """Share of bad records above which a run stops; 0 when any bad record stops it."""
+    records: int = 0
+    """Records in all."""
+    bad: Counter[Code] = field(default_factory=Counter)
+    """Bad records by fault."""
+    faults: list[RecordError] = field(default_factory=list)
+    """Each of them."""
+    text_only: int = 0
+    """Usable records without a picture."""
+    one_image: int = 0
+    """Usable records with one picture."""
+    several_images: int = 0
+    """Usable records with more pictures."""
+    videos: int = 0
+    """Usable records with a video, whose frames are several pictures."""
+    images: dict[str, Fingerprint | None] = field(default_factory=dict)
+    """Pictures of usable records, and what those that were decoded look like."""
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """Width and height in pixels of the pictures that were looked at."""
+    answers: int = 0
+    """Answers that are trained on."""
+    supervised_tokens: int = 0
+    """Tokens of the answers and their ends of turn."""
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each usable record, visual tokens included."""
+    truncated: int = 0
+    """Usable records that lose turns because they are too long."""
+    thoughts: int = 0
+    """Answers whose thinking is learned."""
+    dropped_thoughts: int = 0
+    """Answers whose thinking the chat template, or `model.thinking`, leaves out."""
+    special_text: int = 0
+    """Usable records whose texts spell special tokens; they stay text."""
+    separator_text: int = 0
+    """Usable records whose texts spell ordinary text that the chat template puts between turns, such as `USER:`."""
+    endless: int = 0
+    """Usable records with an answer whose last supervised token is no end of turn."""
+    turns: Counter[int] = field(default_factory=Counter)
+    """Answers per usable record."""
+    short_answers: Counter[str] = field(default_factory=Counter)
+    """How often each short answer is given."""
+    ids: Counter[str] = field(default_factory=Counter)
+    """How often each id occurs."""
+    contents: Counter[bytes] = field(default_factory=Counter)
+    """How often each conversation occurs with the same pictures, by hash."""
+
+    @property
+    def repeated_ids(self) -> Counter[str]:
+        """How often an id occurs beyond the first time."""
+        return Counter({name: count - 1 for name, count in self.ids.items() if count > 1})
+
+    @property
+    def duplicates(self) -> int:
+        """Usable records whose conversation and pictures occurred before."""
+        return sum(self.contents.values()) - len(self.contents)
+
+    @property
+    def usable(self) -> int:
+        """Records that can be trained on."""
+        return len(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all usable records, visual tokens included."""
+        return sum(self.lengths)
+
+    @property
+    def supervised_share(self) -> float:
+        """Supervised tokens divided by all."""
+        return self.supervised_tokens / max(1, self.tokens)
+
+    @property
+    def ok(self) -> bool:
+        """Whether a run would start."""
+        return self.usable > 0 and self.records - self.usable <= self.max_bad_share * self.records
+
+    def histogram(self, bins: int = 8) -> list[tuple[int, int]]:
+        """Lengths as (upper bound in tokens, records) with bounds that double down from `max_length`."""
+        bounds = [max(1, self.max_length >> shift) for shift in range(bins - 1, -1, -1)]
+        counts = [0] * bins
+        for length in self.lengths:
+            counts[next(place for place, bound in enumerate(bounds) if length <= bound)] += 1
+        return list(zip(bounds, counts, strict=True))
+
+    def add(self, other: CheckReport) -> None:
+        """Take in the report of further records."""
+        for name in ("records", "text_only", "one_image", "several_images", "videos", "answers", "supervised_tokens",
+                     "truncated", "thoughts", "dropped_thoughts", "special_text", "separator_text",
+                     "endless"):  # fmt: skip
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("bad", "sizes", "turns", "short_answers", "ids", "contents", "images"):
+            getattr(self, name).update(getattr(other, name))
+        self.lengths += other.lengths
+        self.faults += other.faults
+
+
+def check(
+    sources: Sequence[SourceConfig],
+    encoder: Encoder,
+    *,
+    config: DataConfig,
+    vision: bool = True,
+    eyes: Eyes | None = None,
+    decode: bool = True,
+    processes: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> CheckReport:
+    """Check sources as a run would use them.
+
+    Args:
+        sources: at least one.
+        encoder: tokenises.
+        config: the recipe's `data`.
+        vision: whether the model has a vision encoder.
+        eyes: count the tokens of every picture; None: all take as many as the encoder says.
+        decode: decode every picture, not just its header; finds damage inside, and what pictures look like.
+        processes: that share the work; None: one per processor.
+        on_progress: called with (records done, records in all).
+
+    Raises:
+        DataError: a source cannot be read at all.
+    """
+    files = open_sources(sources)
+    share = 0.0 if config.on_bad == "error" else config.max_bad_share
+    empty = partial(
+        CheckReport, sources=[source.path for source in sources], max_length=config.max_length, max_bad_share=share
+    )
+    look = _Look(files, encoder, config, vision=vision, eyes=eyes, decode=decode, empty=empty)
+    report, total = empty(), sum(len(file) for file in files)
+    if processes is not None and processes < 1:
+        raise DataError(f"processes is {processes}, expected 1 or more. Leave it out for one per processor.")
+    if processes is None:
+        processes = usable_processes() if total > 2 * _TOGETHER else 1
+    for part in in_processes(look, list(_chunks(files)), processes=processes):
+        report.add(part)
+        if on_progress is not None:
+            on_progress(report.records, total)
+    return report
+
+
+def _chunks(files: Sequence[RecordSource]) -> Iterator[tuple[int, range]]:
+    for number, file in enumerate(files):
+        for start in range(0, len(file), _TOGETHER):
+            yield number, range(start, min(len(file), start + _TOGETHER))
+
+
+class _Look:
+    """Looks at some rows of a source; runs in a process of its own."""
+
+    def __init__(
+        self,
+        files: Sequence[RecordSource],
+        encoder: Encoder,
+        config: DataConfig,
+        *,
+        vision: bool,
+        eyes: Eyes | None,
+        decode: bool,
+        empty: Callable[[], CheckReport],
+    ) -> None:
+        self.files, self.encoder, self.config, self.empty = files, encoder, config, empty
+        self.vision, self.eyes, self.decode = vision, eyes, decode
+        self.separators = _separators(encoder)
+        eos = encoder.tokenizer.eos_token_id
+        self.ends = set(encoder.tokens.guarded.values()) | ({int(eos)} if isinstance(eos, int) else set())
+
+    def __call__(self, chunk: tuple[int, range]) -> CheckReport:
+        report = self.empty()
+        file = self.files[chunk[0]]
+        for row in chunk[1]:
+            report.records += 1
+            try:
+                record = file[row]
+                pictures = placeholders_of(record, self.eyes)
+                encoded = encode_record(
+                    record, self.encoder, max_length=self.config.max_length, vision=self.vision, pictures=pictures
+                )
+                self._pictures(report, record, encoded)
+            except RecordError as error:
+                report.bad[error.code] += 1
+                report.faults.append(error)
+                continue
+            self._count(report, record, encoded)
+        return report
+
+    def _pictures(self, report: CheckReport, record: Record, encoded: Encoded) -> None:
+        seen: dict[str, Fingerprint | None] = {}
+        for number, picture in enumerate(record.images):
+            name = picture_name(picture)
+            if number >= encoded.images or name in report.images:
+                continue
+            try:
+                size = check_picture(picture)
+                seen[name] = fingerprint(open_picture(picture)) if self.decode else None
+            except ImageError as error:
+                raise image_fault(record, number, error) from error
+            if size is not None:
+                report.sizes[size] += 1
+        report.images.update(seen)
+
+    def _count(self, report: CheckReport, record: Record, encoded: Encoded) -> None:
+        kept = record.turns[: len(record.turns) - encoded.dropped_turns]
+        answers = [turn.text for turn in kept if turn.role == "assistant"]
+        texts = [part for turn in kept for part in turn.parts()]
+        report.ids[record.id] += 1
+        report.contents[_digest(record)] += 1
+        report.lengths.append(int(encoded.input_ids.shape[0]))
+        report.supervised_tokens += int(encoded.supervised.sum())
+        report.answers += len(answers)
+        report.turns[len(answers)] += 1
+        report.short_answers.update(text.strip() for text in answers if len(text) <= _SHORT_ANSWER)
+        report.truncated += encoded.dropped_turns > 0
+        report.thoughts += encoded.thoughts
+        report.dropped_thoughts += encoded.dropped_thoughts
+        report.special_text += any(self.encoder.tokens.spells_special(text) for text in texts)
+        report.separator_text += self.separators is not None and any(self.separators.search(text) for text in texts)
+        report.endless += _ends(encoded) - self.ends != set()
+        report.text_only += not record.images
+        report.one_image += len(record.images) == 1
+        report.several_images += len(record.images) > 1
+        report.videos += any(isinstance(picture, Frame) for picture in record.images)
+
+
+def _digest(record: Record) -> bytes:
+    text = repr([(turn.role, turn.text) for turn in record.turns] + record.image_names)
+    return hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=12).digest()
+
+
+def _ends(encoded: Encoded) -> set[int]:
+    """The last supervised token of every stretch."""
+    flags = encoded.supervised
+    last = flags.clone()
+    last[:-1] &= ~flags[1:]
+    return set(encoded.input_ids[last].tolist())
+
+
+def _separators(encoder: Encoder) -> re.Pattern[str] | None:
+    """Ordinary text that the template writes between turns; typed by a user it looks like a change of speaker."""
+    plan = encoder.template.plan(("user", "assistant", "user", "assistant"))
+    found: set[str] = set()
+    for text in (plan.slots[1].before, plan.slots[2].before, plan.slots[3].before):
+        for special in encoder.tokens.guarded:
+            text = text.replace(special, "\n")
+        found |= {line.strip() for line in text.splitlines() if len(line.strip()) > 2 and not line.strip().isalnum()}
+    return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True)))) if found else None

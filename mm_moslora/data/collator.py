@@ -1,0 +1,75 @@
+"""Our examples for other trainers: a collator whose batches stock models take, padded or packed into one row.
+
+Shapes: ``B`` examples, ``T`` tokens of the longest, ``S`` tokens of all, ``N`` images, ``H x W`` pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm_moslora.batch import IGNORED, Example, join_images, usable
+from mm_moslora.utils.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collator:
+    """Turns examples into keyword arguments of a stock LLaVA or language model, such as `Trainer(data_collator=...)`
+    needs. Other ready-made models take more than this: see `mm_moslora.models.batching.padded_batch.RowCollator`.
+
+    Records that turned out to be bad (`TrainingSet` gives None for them) are left out.
+    """
+
+    pad_token_id: int
+    """Fills up; masked by position, so it may be any id."""
+    packed: bool = False
+    """One row of all examples, with position ids that restart; for flash-attention, which then keeps them apart."""
+    pad_to_multiple_of: int = 1
+    """Round ``T`` up to a multiple."""
+
+    def __call__(self, examples: Sequence[Example | None]) -> dict[str, Any]:
+        """Make a batch.
+
+        Returns:
+            `input_ids`, `labels` and, padded, `attention_mask`, int64 ``[B, T]``; or, packed, `position_ids`, all
+            ``[1, S]``; `pixel_values` float32 ``[N, 3, H, W]`` and the model's other image inputs if there are images.
+
+        Raises:
+            DataError: not one example can be used, or they are of a model whose positions depend on its pictures.
+        """
+        kept = usable(examples)
+        if any("image_grid_thw" in example.image_inputs for example in kept):
+            raise DataError(
+                "These examples are of a Qwen-VL model, which counts positions by its pictures. Use "
+                "mm_moslora.models.batching.padded_batch.RowCollator(model=model) instead of Collator."
+            )
+        batch: dict[str, Any] = self._row(kept) if self.packed else self._padded(kept)
+        images = [
+            item.image_inputs | {"pixel_values": item.pixel_values} for item in kept if item.pixel_values is not None
+        ]
+        return batch | join_images(images)
+
+    def _padded(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        longest = max(example.length for example in examples)
+        width = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        shape = (len(examples), width)
+        ids = torch.full(shape, self.pad_token_id, dtype=torch.long)
+        labels = torch.full(shape, IGNORED, dtype=torch.long)
+        mask = torch.zeros(shape, dtype=torch.long)
+        for row, example in enumerate(examples):
+            ids[row, : example.length] = example.input_ids
+            labels[row, : example.length] = example.labels
+            mask[row, : example.length] = 1
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def _row(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        positions = [torch.arange(example.length) for example in examples]
+        return {
+            "input_ids": torch.cat([example.input_ids for example in examples])[None],
+            "position_ids": torch.cat(positions)[None],
+            "labels": torch.cat([example.labels for example in examples])[None],
+        }

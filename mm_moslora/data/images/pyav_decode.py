@@ -1,0 +1,184 @@
+"""Frames of a video file, read by FFmpeg through PyAV.
+
+A file can make the decoder open nothing else: containers are listed by name, playlists are not among them, and whatever
+a container asks for besides its own bytes is refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from mm_moslora.data.images.decode_image import ImageError, check_size
+from mm_moslora.data.record_faults import Code
+from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.package_requirements import install_command
+
+CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "ogg", "flv", "asf")
+"""Accepted, by FFmpeg's names."""
+MAX_SECONDS = 4 * 3600
+"""Longer videos are refused."""
+MAX_FRAMES = 2_000_000
+"""More frames in one file are refused."""
+MAX_PIXELS = 256_000_000
+"""Pixels of all frames that are shown of one video, together (768 MB)."""
+
+
+def places(frames: int, count: int) -> list[int]:
+    """Which of so many frames are taken: `count` at even distances, first and last among them."""
+    if count == 1:
+        return [0]
+    return [(2 * index * (frames - 1) + count - 1) // (2 * (count - 1)) for index in range(count)]
+
+
+def check_pixels(size: tuple[int, int], count: int, name: str) -> None:
+    """Refuse frames of such a width and height, pixels, of which `count` are shown.
+
+    Raises:
+        ImageError: out of proportion, or too large.
+    """
+    check_size(size, name)
+    if size[0] * size[1] * count > MAX_PIXELS:
+        what = f"gives {count} frames of {size[0]} x {size[1]} pixels"
+        remedy = f"lower video_frames of its source, or scale it down to {MAX_PIXELS} pixels together"
+        raise ImageError(Code.VIDEO_TOO_LARGE, name, what, remedy)
+
+
+def frames_of_film(stream: BinaryIO, count: int, *, shown: int, name: str) -> list[Image.Image]:
+    """Frames of a video file as RGB, at even distances.
+
+    Args:
+        stream: the file; may be sought in.
+        count: frames to decode; one is the first, and costs no walk through the file.
+        shown: frames that are shown in all, for the limit of pixels.
+        name: for messages.
+
+    Raises:
+        ImageError: of no accepted container, broken, too long or too large.
+        DataError: PyAV is not installed.
+    """
+    av = _pyav()
+    with _faults(name), _container(av, stream, name) as container:
+        if not container.streams.video:
+            raise ImageError(Code.VIDEO_FORMAT, name, "holds no video stream", "name a file with moving pictures")
+        seconds = (container.duration or 0) / av.time_base
+        if seconds > MAX_SECONDS:
+            what = f"lasts {seconds:.0f} seconds"
+            raise ImageError(Code.VIDEO_TOO_LONG, name, what, f"cut it into parts of at most {MAX_SECONDS} seconds")
+        track = container.streams.video[0]
+        check_pixels((track.codec_context.width, track.codec_context.height), shown, name)
+        track.thread_type = "NONE"  # who calls has one processor per process
+        if count == 1:
+            return [_picture(next(_decoded(container, track, name)), shown, name)]
+        return _taken(container, track, count, name)
+
+
+def _container(av: Any, stream: BinaryIO, name: str) -> Any:
+    options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "none"}
+    try:
+        return av.open(stream, container_options=options, buffer_size=2**18, io_open=_refuse)
+    except (av.error.FFmpegError, ValueError) as error:
+        what = f"is damaged, or no video in an accepted container ({str(error)[:80]})"
+        raise ImageError(Code.VIDEO_FORMAT, name, what, f"expected one of {', '.join(CONTAINERS)}, or GIF") from error
+
+
+def _taken(container: Any, track: Any, count: int, name: str) -> list[Image.Image]:
+    """Frames at even distances: the file is walked once without decoding, then read from the key frame before each."""
+    times, keys = _times(container, track, name)
+    wanted = [times[place] for place in places(len(times), count)]
+    found: dict[int, Image.Image] = {}
+    frames: Iterator[Any] = iter(())
+    current: Any = None
+    for time in sorted(set(wanted)):
+        key = max((start for start in keys if start <= time), default=times[0])
+        if current is None or key > current.pts:
+            frames = _from(key, container, track, name)
+            current = next(frames)
+        while current.pts < time:
+            following = next(frames, None)
+            if following is None:
+                break  # the last ones cannot be decoded: the one before stands for them
+            current = following
+        found[time] = _picture(current, count, name)
+    return [found[time] for time in wanted]
+
+
+def _from(key: int, container: Any, track: Any, name: str) -> Iterator[Any]:
+    """Frames from a key frame on; from the start of the file where a container does not find the place."""
+    container.seek(key, stream=track, backward=True)
+    frames = _decoded(container, track, name)
+    first = next(frames)
+    if first.pts > key:
+        container.seek(0)
+        frames = _decoded(container, track, name)
+        first = next(frames)
+    return itertools.chain([first], frames)
+
+
+def _times(container: Any, track: Any, name: str) -> tuple[list[int], list[int]]:
+    """When each frame is shown, and the key frames among them, in units of the stream."""
+    times: set[int] = set()
+    keys: list[int] = []
+    for packet in itertools.islice(container.demux(track), MAX_FRAMES + 1):
+        time = packet.dts if packet.pts is None else packet.pts
+        if time is None or not packet.size or packet.is_corrupt:
+            continue
+        times.add(time)
+        if packet.is_keyframe:
+            keys.append(time)
+    if len(times) > MAX_FRAMES:
+        raise ImageError(Code.VIDEO_TOO_LONG, name, f"has more than {MAX_FRAMES} frames", "cut it into parts")
+    if not times:
+        raise ImageError(Code.VIDEO_DAMAGED, name, "has no frames with a time", "replace the file")
+    return sorted(times), sorted(keys)
+
+
+def _decoded(container: Any, track: Any, name: str) -> Iterator[Any]:
+    """Frames with a time, from where the container stands."""
+    none = True
+    for frame in container.decode(track):
+        if frame.pts is not None:
+            none = False
+            yield frame
+    if none:
+        raise ImageError(Code.VIDEO_DAMAGED, name, "has no frame that can be decoded", "replace the file")
+
+
+def _picture(frame: Any, shown: int, name: str) -> Image.Image:
+    """A frame as RGB, turned as the file says."""
+    check_pixels((frame.width, frame.height), shown, name)  # a stream may hold others than its head says
+    image: Image.Image = frame.to_image()
+    turn = round(frame.rotation / 90) % 4
+    return image.rotate(90 * turn, expand=True) if turn else image
+
+
+@contextmanager
+def _faults(name: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into one kind of error."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise nearly anything for broken files
+        what = f"is damaged or cut short and cannot be decoded ({type(error).__name__}: {str(error)[:80]})"
+        raise ImageError(Code.VIDEO_DAMAGED, name, what, "replace the file") from error
+
+
+def _refuse(url: str, *_: Any) -> Any:
+    raise ValueError(f"it asks for {url[:80]!a}, and nothing but the file itself is read")
+
+
+def _pyav() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise DataError(
+            "The data hold video files, and PyAV, which decodes them, is not installed. "
+            f"Run: {install_command('av')}, or name a folder of frames instead."
+        ) from error
+    av.logging.set_level(av.logging.PANIC)
+    return av

@@ -1,0 +1,176 @@
+"""Videos as pictures: so many frames at even distances, from a video file, an animation, or a folder of frames.
+
+Rules:
+
+- Of F frames the n at places round(i (F - 1) / (n - 1)) are taken, first and last among them; a video with fewer frames
+  than n shows some of them several times. One frame is the first.
+- Frames become 8-bit RGB, turned as the file says; everything else about them is as for pictures (`images`).
+- The kind is told by the content, not by the suffix. GIF, WebP and PNG are read by Pillow, a folder by the names of its
+  pictures in natural order, all else by FFmpeg through PyAV (`film`).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from mm_moslora.data.images.decode_image import ImageError, as_rgb, check_image, code_of, faults_of_pictures, open_image
+from mm_moslora.data.images.pyav_decode import MAX_FRAMES, check_pixels, frames_of_film, places
+from mm_moslora.data.record_faults import Code
+from mm_moslora.utils.untrusted_files import FileError, opened
+
+SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".flv", ".wmv"})
+"""Of files that are taken for videos where a person names one, or a tar file holds one."""
+MAX_BYTES = 4 * 2**30
+"""Larger files are not read."""
+_ANIMATIONS = ("GIF", "WEBP", "PNG")
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_DIGITS = re.compile(r"(\d+)")
+
+
+@dataclass(eq=False)
+class Clip:
+    """A video of a record, of which some frames are shown.
+
+    Frames are decoded together, when the first of them is asked for, and kept as long as the clip is.
+    """
+
+    source: Path | Callable[[], bytes]
+    """A file, a folder, or what gives the bytes of a file."""
+    name: str
+    """For messages."""
+    count: int
+    """Frames to show."""
+    root: Path | None = None
+    """Frames of a folder lie below it, links included; None: anywhere."""
+    _frames: list[Image.Image] | None = field(default=None, repr=False)
+    _size: tuple[int, int] | None = field(default=None, repr=False)
+    _lock: Any = field(default_factory=threading.Lock, repr=False)
+
+    def pictures(self) -> list[Frame]:
+        """The frames, as pictures."""
+        return [Frame(self, index) for index in range(self.count)]
+
+    def frames(self) -> list[Image.Image]:
+        """The frames as RGB.
+
+        Raises:
+            ImageError: missing, of no accepted kind, broken, too long or too large.
+            DataError: PyAV is needed and not installed.
+        """
+        with self._lock:
+            if self._frames is None:
+                self._frames = self._decoded(self.count)
+            return self._frames
+
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, from the first frame.
+
+        Raises:
+            ImageError: what can be seen from the file's head and its first frame.
+            DataError: PyAV is needed and not installed.
+        """
+        if self._size is None:
+            if self._is_folder():
+                self._size = check_image(self._files()[0])
+            else:
+                self._size = (self._frames or self._decoded(1))[0].size
+        return self._size
+
+    def _is_folder(self) -> bool:
+        return isinstance(self.source, Path) and self.source.is_dir()
+
+    def _decoded(self, count: int) -> list[Image.Image]:
+        if self._is_folder():
+            files = self._files()
+            return [open_image(files[place]) for place in places(len(files), count)]
+        with self._opened() as stream:
+            if _is_animation(stream):
+                return _of_animation(stream, count, shown=self.count, name=self.name)
+            return frames_of_film(stream, count, shown=self.count, name=self.name)
+
+    def _files(self) -> list[Path]:
+        """The pictures of a folder of frames, in order."""
+        assert isinstance(self.source, Path)
+        try:
+            found = sorted((path for path in self.source.iterdir() if path.suffix.lower() in _PICTURES), key=_natural)
+        except OSError as error:
+            remedy = "check its permissions"
+            raise ImageError(Code.IMAGE_MISSING, self.name, f"cannot be opened ({error.strerror})", remedy) from error
+        if not found:
+            what = f"is a folder without pictures ({', '.join(_PICTURES)})"
+            raise ImageError(Code.VIDEO_FORMAT, self.name, what, "put the frames there, named in order")
+        for path in found:
+            if self.root is not None and not Path(os.path.realpath(path)).is_relative_to(self.root):
+                what = f"holds {path.name!a}, which links out of {self.root}"
+                remedy = "copy the frames there, or set follow_links for this source"
+                raise ImageError(Code.PATH_ESCAPES, self.name, what, remedy)
+        return found
+
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        if not isinstance(self.source, Path):
+            data = self.source()
+            _check_bytes(len(data), self.name)
+            yield io.BytesIO(data)
+            return
+        try:
+            with opened(self.source, most=None) as file:
+                _check_bytes(os.fstat(file.fileno()).st_size, self.name)
+                yield file
+        except FileError as error:
+            raise ImageError(code_of(error.fault), self.name, error.what, error.remedy) from error
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame of a video, a picture like any other."""
+
+    clip: Clip
+    index: int
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.clip.name}#frame={self.index + 1}of{self.clip.count}"
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """frame_2 before frame_10."""
+    return [(int(part), "") if part.isdigit() and part.isascii() else (-1, part) for part in _DIGITS.split(path.name)]
+
+
+def _check_bytes(size: int, name: str) -> None:
+    if size == 0:
+        raise ImageError(Code.IMAGE_EMPTY, name, "is empty (0 bytes)", "replace the file")
+    if size > MAX_BYTES:
+        raise ImageError(Code.VIDEO_TOO_LARGE, name, f"takes {size} bytes", f"stay below {MAX_BYTES}, or cut it")
+
+
+def _is_animation(stream: BinaryIO) -> bool:
+    head = stream.read(16)
+    stream.seek(0)
+    return head[:4] == b"GIF8" or head[:8] == b"\x89PNG\r\n\x1a\n" or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+
+
+def _of_animation(stream: BinaryIO, count: int, *, shown: int, name: str) -> list[Image.Image]:
+    with faults_of_pictures(name, b"GIF"), Image.open(stream, formats=_ANIMATIONS) as image:
+        check_pixels(image.size, shown, name)
+        frames = int(getattr(image, "n_frames", 1)) if count > 1 else 1
+        if frames > MAX_FRAMES:
+            raise ImageError(Code.VIDEO_TOO_LONG, name, f"has {frames} frames", f"stay below {MAX_FRAMES}")
+        found: dict[int, Image.Image] = {}
+        wanted = places(frames, count)
+        for place in sorted(set(wanted)):
+            image.seek(place)
+            found[place] = as_rgb(image.copy())
+        return [found[place] for place in wanted]

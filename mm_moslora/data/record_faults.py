@@ -1,0 +1,145 @@
+"""What can be wrong with a record or a picture: stable codes, and one form of message.
+
+`CODE: file:line (record i, id=...) field path: what; what to do`
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.utils.errors import DataError
+
+
+def kind_of(value: Any) -> str:
+    """A JSON type, in JSON's words."""
+    if value is None:
+        return "null"
+    if is_nothing(value):
+        return "NaN"
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", bytes: "bytes"}
+    return names.get(type(value), "a number")
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a value is null or NaN, by which tables mark an empty cell."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+class Code(StrEnum):
+    """Every fault that costs one record. The names are stable: scripts may rely on them."""
+
+    BAD_JSON = "BAD_JSON"
+    """Not JSON, or not JSON that means the same to every reader (a key written twice)."""
+    TOO_DEEP = "TOO_DEEP"
+    """Nested beyond what a record needs."""
+    TOO_LARGE = "TOO_LARGE"
+    """A line, or a text, beyond the limit."""
+    NOT_AN_OBJECT = "NOT_AN_OBJECT"
+    """The record is a list, a string, a number or null."""
+    BAD_ID = "BAD_ID"
+    """The id is neither a string nor an integer."""
+    NO_TURNS = "NO_TURNS"
+    """No conversation."""
+    BAD_TURN = "BAD_TURN"
+    """A turn is not an object, or a content part is unknown."""
+    BAD_ROLE = "BAD_ROLE"
+    """A role that nobody plays."""
+    ROLES_DO_NOT_ALTERNATE = "ROLES_DO_NOT_ALTERNATE"
+    """Two questions or two answers in a row, or an answer first."""
+    NO_ANSWER = "NO_ANSWER"
+    """The conversation ends with a question."""
+    EMPTY_ANSWER = "EMPTY_ANSWER"
+    """Nothing to learn from."""
+    BAD_TEXT = "BAD_TEXT"
+    """A text that is not a string."""
+    BAD_CHARACTER = "BAD_CHARACTER"
+    """Half a surrogate pair, NUL or another control character."""
+    IMAGE_COUNT = "IMAGE_COUNT"
+    """Placeholders and pictures do not match."""
+    BAD_IMAGE_NAME = "BAD_IMAGE_NAME"
+    """An image that is not named by a plain relative path."""
+    PATH_ESCAPES = "PATH_ESCAPES"
+    """An image path that leaves the image folder."""
+    NO_VISION = "NO_VISION"
+    """A record with pictures for a model without a vision encoder."""
+    TOO_LONG = "TOO_LONG"
+    """Not even the first question and answer fit; an answer is never cut."""
+    SPECIAL_TEXT = "SPECIAL_TEXT"
+    """A text that spells special tokens, and a tokenizer that cannot be told to read them as text."""
+    IMAGE_MISSING = "IMAGE_MISSING"
+    """No such file, or no permission."""
+    IMAGE_NOT_A_FILE = "IMAGE_NOT_A_FILE"
+    """A folder, a pipe or a device."""
+    IMAGE_EMPTY = "IMAGE_EMPTY"
+    """Zero bytes."""
+    IMAGE_FORMAT = "IMAGE_FORMAT"
+    """Not a picture, or not in an accepted format."""
+    IMAGE_DAMAGED = "IMAGE_DAMAGED"
+    """Cut short or broken inside."""
+    IMAGE_TOO_LARGE = "IMAGE_TOO_LARGE"
+    """More pixels or bytes than accepted; refused before decoding."""
+    IMAGE_ASPECT = "IMAGE_ASPECT"
+    """One side much longer than the other, or no size at all."""
+    VIDEO_FORMAT = "VIDEO_FORMAT"
+    """Not a video, or not in an accepted container; a folder without frames."""
+    VIDEO_DAMAGED = "VIDEO_DAMAGED"
+    """Cut short or broken inside."""
+    VIDEO_TOO_LARGE = "VIDEO_TOO_LARGE"
+    """More bytes, or more pixels in the frames that are taken, than accepted; refused before decoding."""
+    VIDEO_TOO_LONG = "VIDEO_TOO_LONG"
+    """More seconds or frames than accepted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """The place of a record."""
+
+    file: Path
+    """The source."""
+    line: int | None
+    """Line of a JSONL file, from 1."""
+    row: int
+    """Number of the record within its file, from 0."""
+    id: str | None = None
+    """The record's own id, once it is known."""
+
+    def named(self, name: str) -> Where:
+        """The same place with the record's id."""
+        return replace(self, id=name)
+
+    def error(self, code: Code, field: str, what: str, remedy: str, *, path: str | None = None) -> RecordError:
+        """The error of one fault."""
+        return RecordError(code=code, where=self, field=field, what=what, remedy=remedy, path=path)
+
+
+class RecordError(DataError):
+    """A record that cannot be used.
+
+    Args:
+        code: the fault.
+        where: the record.
+        field: the part of the record, such as `conversations[2]`.
+        what: what was found.
+        remedy: what to do.
+        path: the picture, for faults of pictures.
+    """
+
+    def __init__(
+        self, *, code: Code, where: Where, field: str, what: str, remedy: str, path: str | None = None
+    ) -> None:
+        self.code, self.where, self.field, self.what, self.remedy, self.path = code, where, field, what, remedy, path
+        line = "" if where.line is None else f":{where.line}"
+        name = "" if where.id is None else f", id={where.id[:80]!r}"
+        super().__init__(f"{code}: {where.file}{line} (record {where.row}{name}) field {field}: {what}; {remedy}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Errors travel from worker processes."""
+        return _rebuild, (self.code, self.where, self.field, self.what, self.remedy, self.path)
+
+
+def _rebuild(code: Code, where: Where, field: str, what: str, remedy: str, path: str | None) -> RecordError:
+    return RecordError(code=code, where=where, field=field, what=what, remedy=remedy, path=path)

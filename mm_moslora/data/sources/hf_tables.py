@@ -1,0 +1,318 @@
+"""Hugging Face datasets as sources: from the hub, a folder saved to disk, parquet or Arrow files, also streamed.
+
+Tables stay on disk (Arrow, memory-mapped). Picture bytes are read when the picture is used, not when the text is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_moslora.config import SourceConfig
+from mm_moslora.data.images.decode_image import read_picture
+from mm_moslora.data.images.locate_image import PictureRules, StoredPicture
+from mm_moslora.data.images.remote_files import is_of_set, read_hub_file
+from mm_moslora.data.sources.record_source import RecordSource
+from mm_moslora.utils.errors import DataError, suggestion
+from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.files import building, is_built
+from mm_moslora.utils.run_paths import cache_folder
+from mm_moslora.utils.untrusted_files import FileError, find_below, read_text_below
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class TableSource(RecordSource):
+    """The rows of a Hugging Face dataset.
+
+    Args:
+        config: path (`hf:NAME`, a folder, or .parquet or .arrow files with wildcards), subset, split, revision,
+            columns, streaming.
+        rules: what pictures named by path may be.
+
+    Raises:
+        DataError: it cannot be loaded, the split is missing, or `columns` names columns that are not there.
+    """
+
+    def __init__(self, config: SourceConfig, rules: PictureRules) -> None:
+        import datasets
+
+        super().__init__(Path(config.path), rules)
+        table = _load(config)
+        odd = sorted(set(config.columns.values()) - set(table.column_names))
+        if odd:
+            hint = suggestion(odd[0], table.column_names)
+            raise DataError(
+                f"{config.path}: columns names {odd[0]!r}, but the columns are {', '.join(table.column_names)}.{hint}"
+            )
+        self._names = {own: name for name, own in config.columns.items()}
+        self._classes = {n: f.names for n, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
+        self._store = hub_store(config.path.removeprefix("hf:")) if config.path.startswith("hf:") else ()
+        self._table = table.with_format("arrow")
+        self._identity = f"{table._fingerprint}-{json.dumps(self._names, sort_keys=True)}"
+        if not len(table):
+            raise DataError(f"{config.path} is empty: 0 records. Check the split ({config.split}).")
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def value(self, row: int) -> dict[str, Any]:
+        """A row, its pictures not read yet."""
+        slice_ = self._table[row]
+        found: dict[str, Any] = {}
+        for own in slice_.column_names:
+            cell = slice_.column(own)[0]
+            value = _pictures(cell, f"{self.path}:{row}#{own}", self._store)
+            if own in self._classes and value is not None:
+                value = self._classes[own][value] if value >= 0 else None
+            if value is not None:
+                found[self._names.get(own, own)] = value
+        return found
+
+    def fingerprint(self) -> str:
+        """The dataset's own fingerprint."""
+        return self._identity
+
+
+def hub_store(name: str) -> tuple[Path, ...]:
+    """Where files that `datasets` fetches from the hub come to lie; first the folder of the data set itself.
+
+    Args:
+        name: of the data set; what lies in the hub's cache of others is none of its files.
+    """
+    import datasets
+    import huggingface_hub
+    from huggingface_hub.file_download import repo_folder_name
+
+    return (
+        Path(huggingface_hub.constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="dataset"),
+        Path(datasets.config.DOWNLOADED_DATASETS_PATH),
+        Path(datasets.config.EXTRACTED_DATASETS_PATH),
+    )
+
+
+def _pictures(cell: Any, name: str, store: Sequence[Path] = ()) -> Any:
+    """A cell as plain data; pictures inside become places from which they can be read.
+
+    Args:
+        cell: of a column.
+        name: for messages.
+        store: folders of fetched files; a path into one of them is as good as bytes.
+    """
+    import pyarrow as pa
+
+    if not cell.is_valid:
+        return None
+    kind = cell.type
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return StoredPicture(name, cell.as_py)
+    if pa.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}:
+        path = cell["path"].as_py()
+        if cell["bytes"].is_valid:
+            return StoredPicture(name, cell["bytes"].as_py)
+        return fetched_file(path, store) or path
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        if not pa.types.is_nested(kind.value_type) and not pa.types.is_binary(kind.value_type):
+            return cell.as_py()
+        return [_pictures(item, f"{name}[{index}]", store) for index, item in enumerate(cell.values)]
+    if pa.types.is_struct(kind):  # Arrow gives every part of a message the keys of all parts
+        pairs = ((field.name, _pictures(cell[field.name], f"{name}.{field.name}", store)) for field in kind)
+        return {key: value for key, value in pairs if value is not None}
+    return cell.as_py()
+
+
+def fetched_file(path: Any, store: Sequence[Path]) -> StoredPicture | None:
+    """A file that `datasets` has fetched from the hub, None for any other path."""
+    for folder in store:
+        try:
+            if isinstance(path, str) and os.path.isabs(path):
+                found = find_below(Path(os.path.realpath(folder)), path)
+                return StoredPicture(path, partial(read_picture, found))
+        except FileError:
+            continue
+    return None
+
+
+def _load(config: SourceConfig) -> Dataset:
+    import datasets
+
+    datasets.disable_progress_bars()
+    path, name = Path(config.path), config.path.removeprefix("hf:")
+    try:
+        if config.streaming:
+            return _streamed(config, name)
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return _of_split(load_saved(path), config)
+        return _of_split(load_checked(**_arguments(config, name)), config)
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises nearly anything
+        raise DataError(
+            f"{config.path} does not load as a Hugging Face dataset ({type(error).__name__}: {str(error)[:300]}). "
+            "Check path, subset, split and revision."
+        ) from error
+
+
+def _arguments(config: SourceConfig, name: str) -> dict[str, Any]:
+    """What `datasets.load_dataset` is called with."""
+    path = Path(config.path)
+    suffix = path.suffix if path.suffix in (".parquet", ".arrow") else ""
+    files = sorted(glob.glob(config.path)) if suffix else []
+    if path.is_dir() and any(path.glob("*.parquet")):
+        suffix, files = ".parquet", sorted(str(item) for item in path.glob("*.parquet"))
+    if suffix:
+        if not files:
+            raise DataError(f"No file matches {config.path}. Check its path.")
+        return {"path": suffix[1:], "data_files": {config.split: files}, "split": config.split}
+    return {"path": name, "name": config.subset, "split": config.split, "revision": config.revision}
+
+
+def _of_split(loaded: Any, config: SourceConfig) -> Dataset:
+    import datasets
+
+    if isinstance(loaded, datasets.DatasetDict):
+        if config.split not in loaded:
+            raise DataError(f"{config.path} has no split {config.split!r}, only {', '.join(loaded)}. Set split.")
+        loaded = loaded[config.split]
+    if not isinstance(loaded, datasets.Dataset):
+        raise DataError(f"{config.path} is {type(loaded).__name__}, expected a dataset with rows.")
+    return undecoded(loaded)
+
+
+def load_checked(path: str, *, streaming: bool = False, **options: Any) -> Any:
+    """What `datasets.load_dataset` gives for arguments under which every data file is one of the data set's own.
+
+    A data set's README lists its data files, and `datasets` opens whatever stands there.
+
+    Args:
+        path: `parquet` and such with `data_files` in `options`, a folder, or an id on the hub.
+        streaming: as for `load_dataset`.
+        options: further arguments of `load_dataset`.
+
+    Raises:
+        DataError: a data file lies outside the folder or the repository.
+    """
+    import datasets
+
+    if "data_files" not in options:
+        builder = datasets.load_dataset_builder(
+            path, **{key: value for key, value in options.items() if key in ("name", "revision") and value is not None}
+        )
+        for file in (file for files in (builder.config.data_files or {}).values() for file in files):
+            if not _is_own(str(file), path):
+                raise DataError(
+                    f"{path} names the data file {ascii(str(file))[:200]}, which is none of its own. Correct "
+                    "`data_files` in its README.md, or do not use it."
+                )
+    return datasets.load_dataset(path, streaming=streaming, **options)
+
+
+def load_saved(folder: Path) -> Any:
+    """What `datasets.load_from_disk` gives for a folder that names no table outside itself.
+
+    Raises:
+        DataError: it does.
+    """
+    import datasets
+
+    root = folder.resolve()
+    splits = json.loads(read_text_below(folder, "dataset_dict.json") or "{}").get("splits", ())
+    for part in (root, *(find_below(root, name) for name in splits)):
+        for item in json.loads(read_text_below(part, "state.json") or "{}").get("_data_files") or ():
+            find_below(part, item["filename"])
+    return datasets.load_from_disk(str(folder))
+
+
+def _is_own(file: str, path: str) -> bool:
+    """Whether a data file lies in the folder, or in the repository on the hub, that a data set is."""
+    if not Path(path).is_dir():
+        return is_of_set(file, path)
+    try:
+        find_below(Path(path).resolve(), os.path.abspath(file))
+    except FileError:
+        return False
+    return True
+
+
+def undecoded(table: Any) -> Any:
+    """The same with pictures, videos and other files as bytes or paths, of which `datasets` opens none.
+
+    They are opened here, by rules that all parts share.
+
+    Args:
+        table: a `Dataset` or an `IterableDataset`.
+    """
+    for name, feature in (table.features or {}).items():
+        plain = _replaced(feature, lambda file: dataclasses.replace(file, decode=False))
+        if plain != feature:
+            table = table.cast_column(name, plain)
+    return table
+
+
+def _replaced(feature: Any, change: Callable[[Any], Any]) -> Any:
+    """A feature in which those that stand for files, at any depth, are changed."""
+    if isinstance(feature, dict):
+        return {name: _replaced(item, change) for name, item in feature.items()}
+    if hasattr(feature, "decode"):
+        return change(feature)
+    if dataclasses.is_dataclass(feature) and not isinstance(feature, type) and hasattr(feature, "feature"):
+        return dataclasses.replace(feature, feature=_replaced(feature.feature, change))
+    return feature
+
+
+def _streamed(config: SourceConfig, name: str) -> Dataset:
+    """The first `limit` rows of a stream, read once and kept on this machine, so that they have numbers.
+
+    One process reads; others that ask for the same wait for it.
+    """
+    import datasets
+
+    assert config.limit is not None, "checked by SourceConfig"
+    arguments = _arguments(config, name)
+    files = [Path(item) for item in next(iter(arguments.get("data_files", {"": []}).values()))]
+    state = [(item.stat().st_size, item.stat().st_mtime_ns) for item in files]
+    key = hashlib.sha256(json.dumps([arguments, state, config.limit], sort_keys=True).encode()).hexdigest()[:24]
+    folder = cache_folder("data") / "streams" / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with held(folder.with_suffix(".lock"), wait=True):
+        if not is_built(folder):
+            stream = undecoded(load_checked(**arguments, streaming=True)).take(config.limit)
+            table = datasets.Dataset.from_generator(
+                lambda: (_fetched(row, name) for row in stream),
+                features=_unread(stream.features),
+                cache_dir=str(folder.parent / "parts"),
+            )
+            with building(folder) as part:
+                table.save_to_disk(str(part))
+    loaded: Dataset = datasets.load_from_disk(str(folder))
+    return loaded
+
+
+def _unread(features: Any) -> Any:
+    """The same features with pictures and other files as plain bytes and paths, of which `datasets` opens none."""
+    import datasets
+
+    plain = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    return features and datasets.Features(
+        {name: _replaced(feature, lambda _: plain) for name, feature in features.items()}
+    )
+
+
+def _fetched(value: Any, name: str) -> Any:
+    """A row of a stream in which files of the hub's dataset `name` are bytes; other paths stay paths."""
+    if isinstance(value, list):
+        return [_fetched(item, name) for item in value]
+    if not isinstance(value, dict):
+        return value
+    path = value.get("path")
+    if value.keys() != {"bytes", "path"} or value["bytes"] is not None or not isinstance(path, str):
+        return {key: _fetched(item, name) for key, item in value.items()}
+    return {"bytes": read_hub_file(path, name), "path": path} if is_of_set(path, name) else value

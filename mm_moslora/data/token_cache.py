@@ -1,0 +1,223 @@
+"""Tokenised records on disk: each text is tokenised once for all runs, in parallel, and then read by number.
+
+A cache is named by what it was made from: the source's content, tokenizer, template, length limit. Whoever asks first
+builds it while the others wait; it appears as a whole or not at all. An image is one id in it, whatever it expands to.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mm_moslora.data.chat.conversation_encoder import Encoded, Encoder
+from mm_moslora.data.chat.records import Record
+from mm_moslora.data.record_faults import Code, RecordError
+from mm_moslora.data.sources.record_source import RecordSource
+from mm_moslora.data.worker_processes import in_processes, usable_processes
+from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.files import building, is_built, sync
+
+VERSION = 1
+"""Part of a cache's name; a change of the format makes new ones."""
+_ROWS = 512
+"""Records that a process tokenises at a time."""
+
+Encode = Callable[[Record], Encoded]
+
+
+class _Fault(NamedTuple):
+    """A RecordError without its place, which the source knows."""
+
+    row: int
+    id: str | None
+    code: str
+    field: str
+    what: str
+    remedy: str
+    path: str | None
+
+
+@dataclass(kw_only=True)
+class _Rows:
+    """Some tokenised records."""
+
+    ids: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
+    table: NDArray[np.int32]
+    """One row per record: stored ids, expanded length, images, images named, turns dropped."""
+    faults: list[_Fault]
+
+
+class TokenCache:
+    """The tokenised records of one source.
+
+    Args:
+        folder: a finished cache.
+        source: what it was made from.
+        image_token_id: stands for an image.
+        tokens_per_image: what an image expands to; 1 where every picture's tokens are kept as they are.
+    """
+
+    def __init__(
+        self, folder: Path, source: RecordSource, *, image_token_id: int | None, tokens_per_image: int
+    ) -> None:
+        self.source, self.image_token_id, self.tokens_per_image = source, image_token_id, tokens_per_image
+        self._ids = np.memmap(folder / "ids.bin", dtype=np.int32, mode="r")
+        self._supervised = np.memmap(folder / "supervised.bin", dtype=np.bool_, mode="r")
+        table = np.load(folder / "table.npy")
+        self.lengths: NDArray[np.int32] = table[:, 1]
+        """Tokens of every record, visual tokens included; 0 for a bad one."""
+        self.has_image: NDArray[np.bool_] = table[:, 3] > 0
+        self.dropped: NDArray[np.int32] = table[:, 4]
+        """Turns that did not fit."""
+        self._images = table[:, 2]
+        self._starts = np.concatenate([[0], np.cumsum(table[:, 0], dtype=np.int64)])
+        faults = json.loads((folder / "faults.json").read_text(encoding="utf-8"))
+        self.faults = {fault.row: fault for fault in (_Fault(*item) for item in faults)}
+
+    def fault(self, row: int) -> RecordError:
+        """The error of a row in `faults`."""
+        found = self.faults[row]
+        where = self.source.where(row)
+        where = where.named(found.id) if found.id is not None else where
+        return where.error(Code(found.code), found.field, found.what, found.remedy, path=found.path)
+
+    def encoded(self, row: int) -> Encoded:
+        """A tokenised record.
+
+        Raises:
+            RecordError: it cannot be used.
+        """
+        if row in self.faults:
+            raise self.fault(row)
+        part = slice(self._starts[row], self._starts[row + 1])
+        ids, supervised = np.array(self._ids[part], dtype=np.int64), np.array(self._supervised[part])
+        if self._images[row] and self.tokens_per_image > 1:
+            times = np.where(ids == self.image_token_id, self.tokens_per_image, 1)
+            ids, supervised = np.repeat(ids, times), np.repeat(supervised, times)
+        return Encoded(
+            input_ids=torch.from_numpy(ids), supervised=torch.from_numpy(supervised), images=int(self._images[row]),
+            dropped_turns=int(self.dropped[row]),
+        )  # fmt: skip
+
+
+def open_cache(
+    root: Path,
+    source: RecordSource,
+    encoder: Encoder,
+    *,
+    encode: Encode,
+    settings: str,
+    tokens_per_image: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> TokenCache:
+    """Open the cache of a source, after building it if need be.
+
+    Args:
+        root: folder of all caches.
+        source: the records.
+        encoder: tokenises.
+        encode: what is called for a record.
+        settings: what else decides about the tokens, such as the length limit.
+        tokens_per_image: the same for every picture, or 1 where they differ.
+        on_progress: called with (records done, records in all) while it is built.
+    """
+    name = f"{source.fingerprint()} {encoder.fingerprint()} {settings} {len(source)} {VERSION}"
+    folder = root / hashlib.sha256(name.encode()).hexdigest()[:32]
+    if not is_built(folder):
+        root.mkdir(parents=True, exist_ok=True)
+        with held(root / f"{folder.name}.lock", wait=True):
+            if not is_built(folder):
+                fold = functools.partial(
+                    _first_of_images, image_token_id=encoder.image_token_id, tokens_per_image=tokens_per_image
+                )
+                _build(folder, source, encode, fold, on_progress)
+    return TokenCache(folder, source, image_token_id=encoder.image_token_id, tokens_per_image=tokens_per_image)
+
+
+def _build(
+    folder: Path,
+    source: RecordSource,
+    encode: Encode,
+    fold: Callable[[NDArray[np.int32]], NDArray[np.bool_]],
+    on_progress: Callable[[int, int], None] | None,
+) -> None:
+    """Tokenise a source; the caller holds the lock."""
+    with building(folder) as part:
+        _fill(part, source, encode, fold, on_progress)
+        for path in part.iterdir():
+            sync(path)
+
+
+def _fill(
+    part: Path,
+    source: RecordSource,
+    encode: Encode,
+    fold: Callable[[NDArray[np.int32]], NDArray[np.bool_]],
+    on_progress: Callable[[int, int], None] | None,
+) -> None:
+    starts = range(0, len(source), _ROWS)
+    tables: list[NDArray[np.int32]] = []
+    faults: list[_Fault] = []
+
+    def tokenise(start: int) -> _Rows:
+        return _tokenise(source, range(start, min(len(source), start + _ROWS)), encode, fold)
+
+    with (part / "ids.bin").open("wb") as ids, (part / "supervised.bin").open("wb") as supervised:
+        processes = usable_processes() if len(source) > 4 * _ROWS else 1
+        for number, rows in enumerate(in_processes(tokenise, starts, processes=processes), start=1):
+            ids.write(rows.ids.tobytes())
+            supervised.write(rows.supervised.tobytes())
+            tables.append(rows.table)
+            faults += rows.faults
+            if on_progress is not None:
+                on_progress(min(len(source), number * _ROWS), len(source))
+        if not ids.tell():  # an empty file cannot be mapped
+            ids.write(bytes(4))
+            supervised.write(bytes(1))
+    np.save(part / "table.npy", np.concatenate(tables))
+    (part / "faults.json").write_text(json.dumps(faults), encoding="utf-8")
+
+
+def _tokenise(
+    source: RecordSource, rows: range, encode: Encode, fold: Callable[[NDArray[np.int32]], NDArray[np.bool_]]
+) -> _Rows:
+    ids: list[NDArray[np.int32]] = [np.zeros(0, np.int32)]
+    supervised: list[NDArray[np.bool_]] = [np.zeros(0, np.bool_)]
+    table = np.zeros((len(rows), 5), dtype=np.int32)
+    faults: list[_Fault] = []
+    for place, row in enumerate(rows):
+        try:
+            record = source[row]
+            encoded = encode(record)
+        except RecordError as error:
+            faults.append(
+                _Fault(row, error.where.id, error.code.value, error.field, error.what, error.remedy, error.path)
+            )
+            continue
+        tokens = encoded.input_ids.numpy().astype(np.int32)
+        keep = fold(tokens)
+        ids.append(tokens[keep])
+        supervised.append(encoded.supervised.numpy()[keep])
+        table[place] = (keep.sum(), len(tokens), encoded.images, len(record.images), encoded.dropped_turns)
+    return _Rows(ids=np.concatenate(ids), supervised=np.concatenate(supervised), table=table, faults=faults)
+
+
+def _first_of_images(
+    tokens: NDArray[np.int32], *, image_token_id: int | None, tokens_per_image: int
+) -> NDArray[np.bool_]:
+    """Everything but the second and further tokens of each image."""
+    keep = np.ones(len(tokens), dtype=np.bool_)
+    if image_token_id is not None and tokens_per_image > 1:
+        places = np.flatnonzero(tokens == image_token_id)
+        keep[places[np.arange(len(places)) % tokens_per_image > 0]] = False
+    return keep

@@ -1,0 +1,372 @@
+"""The training set: records, encoder and image transform in, examples out; what cannot be used is counted and named.
+
+Shapes: ``H x W`` pixels.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import logging
+from array import array
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from mm_moslora.batch import Example, Eyes, Seen
+from mm_moslora.config import DataConfig, SourceConfig
+from mm_moslora.data.chat.conversation_encoder import Encoded, Encoder, TooLong
+from mm_moslora.data.chat.records import Record
+from mm_moslora.data.chat.text_tokens import SpecialTextError
+from mm_moslora.data.images.decode_image import ImageError
+from mm_moslora.data.images.locate_image import check_picture, open_picture, picture_name, similar_file
+from mm_moslora.data.images.video_clip import Frame
+from mm_moslora.data.quarantine import Quarantine, summary
+from mm_moslora.data.record_faults import Code, RecordError
+from mm_moslora.data.source_mixture import repeats
+from mm_moslora.data.sources.open_sources import open_sources
+from mm_moslora.data.token_cache import TokenCache, open_cache
+from mm_moslora.utils.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+EXACT_LIMIT = 50_000
+"""Larger sets estimate lengths and look at pictures only when they are used."""
+_SAMPLE = 512
+_NOT_FETCHED = (448, 448)
+"""Pixels that a picture counts with as long as it would have to be fetched first."""
+
+
+def encode_record(
+    record: Record,
+    encoder: Encoder,
+    *,
+    max_length: int,
+    vision: bool,
+    pictures: Sequence[Sequence[int]] | None = None,
+) -> Encoded:
+    """Tokenise a record.
+
+    Args:
+        record: to be tokenised.
+        encoder: of the model.
+        max_length: tokens.
+        vision: whether the model sees.
+        pictures: placeholder ids of every picture, where their number depends on the picture; None: all alike.
+
+    Raises:
+        RecordError: it does not fit, spells special tokens that cannot be kept apart, or has pictures that the model
+            cannot see.
+    """
+    if record.images and not vision:
+        raise record.where.error(
+            Code.NO_VISION, "image", f"{len(record.images)} images", "set model.vision, or drop the record"
+        )
+    try:
+        return encoder.encode(record.turns, max_length=max_length, pictures=pictures)
+    except (TooLong, SpecialTextError) as error:
+        what, _, remedy = str(error).partition("; ")
+        raise record.where.error(error.code, "conversations", what, remedy) from error
+
+
+def image_fault(record: Record, number: int, error: ImageError) -> RecordError:
+    """The error of a record whose picture cannot be used."""
+    picture = record.images[number]
+    if isinstance(picture, Frame):
+        name = picture.clip.name
+        return record.where.error(error.code, "video", f"{name}: {error.what}", error.remedy, path=name)
+    hint = similar_file(picture) if error.code == Code.IMAGE_MISSING and isinstance(picture, Path) else ""
+    name = picture_name(picture)
+    return record.where.error(error.code, f"image[{number}]", f"{name}: {error.what}", error.remedy + hint, path=name)
+
+
+def placeholders_of(record: Record, eyes: Eyes | None) -> list[tuple[int, ...]] | None:
+    """What the pictures of a record take in the conversation, by their headers; None where all take the same.
+
+    Raises:
+        RecordError: a header shows that its picture cannot be used.
+    """
+    if eyes is None or eyes.fixed:
+        return None
+    sizes = []
+    for number, picture in enumerate(record.images):
+        try:
+            sizes.append(check_picture(picture) or _NOT_FETCHED)
+        except ImageError as error:
+            raise image_fault(record, number, error) from error
+    return eyes.placeholders(sizes)
+
+
+class TrainingSet:
+    """All records of some sources.
+
+    While it is built every record is read and tokenised, and the header of every picture is read, so that bad records
+    are known before the first step, to all ranks alike. With `data.cache` the tokens are kept on disk and read from
+    there. Above `EXACT_LIMIT` records pictures are looked at only when they are used, and without a cache the lengths
+    are estimated from the characters; what is found only later is skipped when its turn comes.
+
+    Args:
+        sources: at least one.
+        encoder: tokenises.
+        eyes: turn pictures into tensors; None for a language model alone.
+        config: the recipe's `data`.
+        quarantine_path: where bad records are written.
+        on_progress: called with (records read, records in all) while the set is built.
+        exact_limit: see `EXACT_LIMIT`.
+
+    Raises:
+        DataError: a file cannot be read, too large a share of the records is bad, or none is left.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SourceConfig],
+        encoder: Encoder,
+        eyes: Eyes | None,
+        *,
+        config: DataConfig,
+        quarantine_path: Path | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        exact_limit: int = EXACT_LIMIT,
+    ) -> None:
+        self.encoder, self.eyes, self.config = encoder, eyes, config
+        self.files = open_sources(sources)
+        self._starts = list(itertools.accumulate((len(file) for file in self.files), initial=0))
+        self.quarantine = Quarantine(quarantine_path, len(self), config)
+        self.estimated = len(self) > exact_limit and config.cache is None
+        """Whether `lengths` are estimates."""
+        self._look = len(self) <= exact_limit
+        if self.estimated and config.pack_tokens:
+            raise DataError(
+                f"data.pack_tokens needs exact lengths, and {len(self)} records are too many to tokenise at every "
+                "start. Set data.cache to a folder that keeps them."
+            )
+        self.truncated = 0
+        """Records that lose turns because they are too long."""
+        self.lengths = array("L", bytes(array("L").itemsize * len(self)))
+        """Tokens per record, visual tokens included; 0 for a bad one."""
+        self.has_image = bytearray(len(self))
+        """1 per record with a picture."""
+        self.words = array("L", bytes(array("L").itemsize * len(self))) if config.order == "llava" else array("L")
+        """White-space separated words per record, which LLaVA takes for its length; only with `data.order` llava."""
+        self.caches = self._open_caches(on_progress)
+        self._per_character = self._tokens_per_character() if self.estimated else 0.0
+        self._build(on_progress)
+        self.members = [
+            [index for index in range(start, stop) if index not in self.quarantine]
+            for start, stop in itertools.pairwise(self._starts)
+        ]
+        """Numbers of the usable records of every source, the same on all ranks and for the whole run."""
+        self.weights = [source.weight for source in sources]
+        """How often a record of every source is seen per epoch."""
+        if config.mixing == "parts":
+            sizes = [len(numbers) for numbers in self.members]
+            self.weights = repeats(sizes, self.weights, records=config.epoch_records)
+        self._report()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def usable(self) -> list[int]:
+        """Numbers of the records that were found usable when the set was built."""
+        return [index for members in self.members for index in members]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that the order of the records depends on: which can be used, their lengths, and how often."""
+        usable, weights = array("L", self.usable), array("d", self.weights)
+        parts = (self.lengths, self.has_image, self.words, usable, weights)
+        return hashlib.sha256(b"".join(bytes(part) for part in parts)).hexdigest()
+
+    def statistics(self) -> dict[str, float]:
+        """Counts for a report: records, those that cannot be used, those with pictures, and tokens per record.
+
+        Tokens are estimates where `estimated` is true; visual tokens are included.
+        """
+        lengths = sorted(self.lengths[index] for index in self.usable)
+        return {
+            "records": len(self),
+            "unusable": len(self.quarantine),
+            "with_pictures": sum(self.has_image[index] for index in self.usable),
+            "tokens": sum(lengths),
+            "tokens_per_record_median": lengths[len(lengths) // 2],
+            "tokens_per_record_longest": lengths[-1],
+            "shortened": self.truncated,
+        }
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Source and row of a number over all sources."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        source = bisect.bisect_right(self._starts, index) - 1
+        return source, index - self._starts[source]
+
+    def record(self, index: int) -> Record:
+        """The record with a number over all sources.
+
+        Raises:
+            RecordError: it cannot be used.
+        """
+        source, row = self.place(index)
+        return self.files[source][row]
+
+    def encode(self, record: Record, pictures: Sequence[Sequence[int]] | None = None) -> Encoded:
+        """Tokenise a record; see `encode_record`. The sizes of its pictures are looked up where they matter."""
+        pictures = placeholders_of(record, self.eyes) if pictures is None else pictures
+        vision = self.eyes is not None
+        return encode_record(record, self.encoder, max_length=self.config.max_length, vision=vision, pictures=pictures)
+
+    def encoded(self, index: int, record: Record) -> Encoded:
+        """The tokens of a record, from the cache where there is one.
+
+        Raises:
+            RecordError: it cannot be used.
+        """
+        source, row = self.place(index)
+        cache = self.caches[source]
+        return self.encode(record) if cache is None else cache.encoded(row)
+
+    def load(self, index: int) -> Example:
+        """Make one example.
+
+        Raises:
+            RecordError: the record cannot be used.
+        """
+        record = self.record(index)
+        if self.eyes is not None and not self.eyes.fixed:
+            seen = self.see(record, len(record.images))
+            encoded = self.encode(record, [picture.placeholders for picture in seen])
+        else:
+            encoded = self.encoded(index, record)
+            seen = self.see(record, encoded.images)
+        return Example.of(
+            id=record.id,
+            input_ids=encoded.input_ids,
+            supervised=encoded.supervised,
+            seen=seen[: encoded.images],
+        )
+
+    def see(self, record: Record, count: int) -> list[Seen]:
+        """The first pictures of a record, ready for the model.
+
+        Raises:
+            RecordError: a picture cannot be used.
+        """
+        if self.eyes is None or not count:
+            return []
+        images = []
+        for number, picture in enumerate(record.images[:count]):
+            try:
+                images.append(open_picture(picture))
+            except ImageError as error:
+                raise image_fault(record, number, error) from error
+        return self.eyes.see(images)
+
+    def __getitem__(self, index: int) -> Example | None:
+        """One example, or None when it turns out to be bad; then it is in quarantine.
+
+        Raises:
+            DataError: `on_bad` is error, or too large a share is bad.
+        """
+        try:
+            return self.load(index)
+        except RecordError as error:
+            self.quarantine.add(index, error)
+            return None
+
+    def _open_caches(self, on_progress: Callable[[int, int], None] | None) -> list[TokenCache | None]:
+        config = self.config
+        if config.cache is None:
+            return [None] * len(self.files)
+        return [
+            open_cache(
+                Path(config.cache),
+                file,
+                self.encoder,
+                encode=self.encode,
+                settings=f"{config.max_length} {self._eyesight()} {file.rules}",  # faults of names are kept, too
+                tokens_per_image=self.encoder.tokens_per_image if self.eyes is not None and self.eyes.fixed else 1,
+                on_progress=on_progress,
+            )
+            for file in self.files
+        ]
+
+    def _eyesight(self) -> str:
+        """What tokens depend on besides the encoder."""
+        if self.eyes is None or self.eyes.fixed:
+            return str(self.eyes is not None)
+        return str([len(ids) for ids in self.eyes.placeholders([(2**side, 512) for side in range(6, 12)])])
+
+    def _build(self, on_progress: Callable[[int, int], None] | None) -> None:
+        for source, cache in enumerate(self.caches):
+            if cache is not None:
+                self._take_over(cache, self._starts[source])
+        for index in range(len(self)):
+            cache = self.caches[self.place(index)[0]]
+            look = self._look and self.has_image[index]
+            if cache is not None and not look and not self.words:
+                continue
+            try:
+                record = self.record(index)
+                if self.words:
+                    self.words[index] = sum(len(turn.text.split()) for turn in record.turns)
+                    if cache is not None and not look:
+                        continue
+                self.lengths[index] = self._measure(index, record)
+                self.has_image[index] = bool(record.images)
+            except RecordError as error:
+                self.quarantine.add(index, error)
+            if on_progress is not None:
+                on_progress(index + 1, len(self))
+        self.quarantine.close()
+
+    def _take_over(self, cache: TokenCache, start: int) -> None:
+        """Lengths, modalities and faults of a cache, without reading its records."""
+        stop = start + len(cache.lengths)
+        self.lengths[start:stop] = array("L", cache.lengths.tolist())
+        self.has_image[start:stop] = cache.has_image.astype("u1").tobytes()
+        self.truncated += 0 if self._look else int((cache.dropped > 0).sum())
+        for row in sorted(cache.faults):
+            self.quarantine.add(start + row, cache.fault(row))
+
+    def _measure(self, index: int, record: Record) -> int:
+        """Tokens of a record, exact or estimated; exact ones come with a look at the pictures."""
+        if self.estimated:
+            characters = sum(len(turn.text) for turn in record.turns)
+            tokens = 1 + int(characters * self._per_character) + len(record.images) * self.encoder.tokens_per_image
+            return min(tokens, self.config.max_length)
+        encoded = self.encoded(index, record)
+        for number, picture in enumerate(record.images[: encoded.images]):
+            try:
+                check_picture(picture)
+            except ImageError as error:
+                raise image_fault(record, number, error) from error
+        self.truncated += encoded.dropped_turns > 0
+        return int(encoded.input_ids.shape[0])
+
+    def _tokens_per_character(self) -> float:
+        """Text tokens (scaffold included) per character, over records spread evenly over the set."""
+        tokens = characters = 0
+        for index in range(0, len(self), max(1, len(self) // _SAMPLE)):
+            try:
+                record = self.record(index)
+                encoded = self.encode(record)
+            except RecordError:
+                continue
+            if not encoded.dropped_turns:
+                tokens += int(encoded.input_ids.shape[0]) - encoded.images * self.encoder.tokens_per_image
+                characters += sum(len(turn.text) for turn in record.turns)
+        return tokens / max(1, characters)
+
+    def _report(self) -> None:
+        if self.truncated:
+            logger.info("%d records lose turns that do not fit into %d tokens.", self.truncated, self.config.max_length)
+        if len(self.quarantine):
+            logger.warning("%d records cannot be used: %s", len(self.quarantine), summary(self.quarantine.codes))
+        if not any(self.members):
+            raise DataError(
+                f"None of the {len(self)} records can be used: {summary(self.quarantine.codes)}. "
+                "Run `mm-moslora data check` for the whole list."
+            )

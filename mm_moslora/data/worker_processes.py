@@ -1,0 +1,80 @@
+"""Work on many items in forked processes, results in order, memory bounded; in this process where forking is no use."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from mm_moslora.utils.errors import DataError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_AHEAD = 3
+"""Items per process that are handed out before the first result is taken."""
+_work: Callable[[Any], Any] | None = None  # inherited by the forked processes, so that it need not be picklable
+
+
+def usable_processes(limit: int = 16) -> int:
+    """Processors that this process may use, at most `limit`."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(limit, count))
+
+
+def in_processes(work: Callable[[Item], Result], items: Iterable[Item], *, processes: int) -> Iterator[Result]:
+    """`work(item)` for every item, in order.
+
+    Args:
+        work: any function; its results must be picklable.
+        items: what to work on; picklable.
+        processes: how many; with one everything happens here.
+
+    Raises:
+        DataError: a process died (out of memory, most likely).
+    """
+    if processes <= 1 or "fork" not in multiprocessing.get_all_start_methods():
+        yield from map(work, items)
+        return
+    global _work
+    _work = work
+    waiting: deque[Future[Result]] = deque()
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(_call, item))
+                if len(waiting) >= _AHEAD * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "A process that prepared data died, most likely for want of memory. Use fewer of them."
+            ) from error
+        finally:
+            for future in waiting:
+                future.cancel()
+            _work = None
+
+
+def _end_with(parent: int) -> None:
+    """Have this process end when the one that hands out the work is gone, even killed; it would wait for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end with parent", daemon=True).start()
+
+
+def _call(item: Any) -> Any:
+    assert _work is not None
+    return _work(item)

@@ -1,0 +1,1 @@
+"""Kernels: attention, fused elementwise operations, LoRA products, and the C++ library."""

@@ -1,0 +1,1 @@
+"""Attention of packed rows: variable-length kernels, matrix products on a CPU, the C++ kernel."""

@@ -1,0 +1,215 @@
+"""Attention of one segment on a CPU: as matrix products over blocks of queries, or by PyTorch's kernel.
+
+Shapes: ``H`` heads, ``K`` heads of keys and values, ``G = H / K``, ``T`` tokens, ``E`` head width; a block has ``b``
+queries that see ``j`` keys.
+
+Forward ``S = s q k^T``, ``P = softmax(S)``, ``O = P v``. Backward, with P computed once more::
+
+    dv = P^T dO     dP = dO v^T     dS = P (dP - rowsum(P dP))     dq = s dS k     dk = s dS^T q
+
+On an AMD EPYC PyTorch's kernel for CPUs (2.13) runs at 40 to 60 GFLOP/s where the same core multiplies matrices at 108
+in fp32 and at 485 in bf16; on an Intel Xeon with matrix units it uses them and is the faster of the two.
+`scripts/bench/attention.py` compares them. Scores and their softmax are in fp32, as in the kernel. The backward pass
+needs q, k and v; it is faster with P, which short segments in half precision keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mm_moslora.utils.hardware import made_by_amd
+
+BLOCK, HALF_BLOCK = 64, 128
+"""Queries of a block in fp32, and in half precision, whose faster products may waste more above the diagonal."""
+SCORES = 2**21
+"""Bytes of one block's scores, so that they stay in the cache: long segments take fewer heads at a time."""
+
+
+SHORT = 128
+"""Tokens up to which the kernel is faster in fp32 wherever it was measured."""
+
+
+def products_are_faster(q: Tensor) -> bool:
+    """Whether `attend` is to be taken rather than PyTorch's kernel, by what was measured; on the meta device always.
+
+    Args:
+        q: ``[H, T, E]``.
+    """
+    return q.is_meta or (made_by_amd() and (q.dtype.itemsize == 2 or q.shape[1] > SHORT))
+
+
+def keeps_probabilities(q: Tensor) -> bool:
+    """Whether the backward pass is to be given P: in half precision, for segments of at most eight head widths.
+
+    P is then at most about as big as q, k, v and O together (more where query heads share keys, or nothing is masked).
+    Scores in fp32 are most of what it costs to compute, and its products need it in half precision anyway.
+
+    Args:
+        q: ``[H, T, E]``.
+    """
+    return q.dtype.itemsize == 2 and q.shape[1] <= 8 * q.shape[2]
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, out: Tensor, causal: bool = True, keep: list[Tensor] | None = None
+) -> None:
+    """Attention to all keys, or to those up to the query's own place.
+
+    Args:
+        q: ``[H, T, E]``.
+        k: ``[K, T, E]``.
+        v: ``[K, T, E]``.
+        scale: factor on the scores.
+        out: ``[H, T, E]``, takes the result; like the others in any layout.
+        causal: no query sees a later key.
+        keep: takes P of every block, in the dtype of q.
+    """
+    output, values = _grouped(out, k), v.contiguous()
+    for heads, queries, P in _probabilities(_grouped(q, k), k, scale, causal=causal):
+        P = P.to(q.dtype)
+        if keep is not None:
+            keep.append(P)
+        block = output[heads, :, queries]
+        block.copy_(torch.bmm(P, values[heads, : P.shape[-1]]).view(block.shape))
+
+
+def attend_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    out: tuple[Tensor, Tensor, Tensor],
+    causal: bool = True,
+    kept: Iterator[Tensor] | None = None,
+) -> None:
+    """The gradients of q, k and v from that of `attend`.
+
+    Args:
+        grad: ``[H, T, E]``.
+        q: ``[H, T, E]``.
+        k: ``[K, T, E]``.
+        v: ``[K, T, E]``.
+        scale: factor on the scores.
+        out: take the gradients of q, k and v.
+        causal: as for `attend`.
+        kept: what `attend` kept, in its order; None: P is computed once more.
+    """
+    rows, keys, values, pulls = (
+        _grouped(q.contiguous(), k),
+        k.contiguous(),
+        v.contiguous(),
+        _grouped(grad.contiguous(), k),
+    )
+    dq = _grouped(out[0], k)
+    dk, dv = (torch.zeros_like(keys, dtype=_wide(q.dtype)) for _ in range(2))
+    again = _probabilities(rows, keys, scale, causal=causal)
+    for heads, queries, P in again if kept is None else ((*place, next(kept)) for place in _blocks(rows)):
+        seen = P.shape[-1]
+        own, pull = (tensor[heads, :, queries].flatten(1, 2) for tensor in (rows, pulls))
+        _add_product(dv[heads, :seen], P.to(q.dtype).mT, pull)
+        dP = torch.bmm(pull, values[heads, :seen].mT).to(P.dtype)
+        dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype).to(q.dtype)
+        _add_product(dk[heads, :seen], dS.mT, own)
+        block = dq[heads, :, queries]
+        block.copy_(torch.bmm(dS, keys[heads, :seen]).mul_(scale).view(block.shape))
+    out[1].copy_(dk.mul_(scale))
+    out[2].copy_(dv)
+
+
+def attend_by_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, *, out: Tensor, causal: bool) -> Tensor:
+    """`attend` by PyTorch's kernel.
+
+    Returns:
+        The logarithms of the sums in its softmax, which its backward pass needs.
+    """
+    rows = _batched(q, k, v)
+    output, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*rows, 0.0, causal, scale=scale)
+    out.copy_(output[0])
+    return sums  # type: ignore[no-any-return]
+
+
+def attend_by_kernel_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    sums: Tensor,
+    scale: float,
+    *,
+    out: tuple[Tensor, Tensor, Tensor],
+    causal: bool,
+) -> None:
+    """`attend_backward` for `attend_by_kernel`, from its output ``[H, T, E]`` and the logarithms it returned."""
+    rows = _batched(q, k, v)
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    found = backward(grad.contiguous()[None], *rows, output[None], sums, 0.0, causal, scale=scale)
+    out[0].copy_(found[0][0])
+    for target, shared in zip(out[1:], found[1:], strict=True):
+        target.copy_(shared[0] if len(q) == len(k) else _grouped(shared[0], k).sum(1))
+
+
+def _batched(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With a batch of one, and as many heads of k and v as of q."""
+    groups = q.shape[0] // k.shape[0]
+    if groups > 1:
+        k, v = (tensor.repeat_interleave(groups, 0) for tensor in (k, v))
+    return q[None], k[None], v[None]
+
+
+def _blocks(rows: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Every block's heads of keys, and its queries.
+
+    Args:
+        rows: ``[K, G, T, E]``.
+    """
+    total, groups, tokens, _ = rows.shape
+    size = BLOCK if rows.dtype.itemsize >= 4 else HALF_BLOCK
+    at_once = max(1, SCORES // (groups * min(size, tokens) * tokens * _wide(rows.dtype).itemsize))
+    for first in range(0, total, at_once):
+        for start in range(0, tokens, size):
+            yield slice(first, min(first + at_once, total)), slice(start, min(start + size, tokens))
+
+
+def _probabilities(rows: Tensor, keys: Tensor, scale: float, *, causal: bool) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Every block and its P ``[heads, G * b, j]``, at least in fp32.
+
+    Args:
+        rows: ``[K, G, T, E]``.
+        keys: ``[K, T, E]``.
+        scale: factor on the scores.
+        causal: j is where the block's queries end.
+    """
+    dtype = _wide(rows.dtype)
+    future = torch.full((HALF_BLOCK, HALF_BLOCK), float("-inf"), dtype=dtype, device=rows.device).triu_(1)
+    wide_rows, wide_keys = (torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x) for x in (rows, keys))
+    wide_rows.mul_(scale)
+    for heads, queries in _blocks(rows):
+        seen = wide_keys[heads, : queries.stop if causal else None]
+        scores = torch.bmm(wide_rows[heads, :, queries].flatten(1, 2), seen.mT)
+        if causal:
+            width = queries.stop - queries.start
+            scores.unflatten(1, (-1, width))[..., queries].add_(future[:width, :width])
+        yield heads, queries, torch.softmax(scores, -1)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a b`` to a total that may be wider than its terms."""
+    if total.dtype == a.dtype:
+        total.baddbmm_(a, b)
+    else:
+        total.add_(torch.bmm(a, b))
+
+
+def _grouped(queries: Tensor, keys: Tensor) -> Tensor:
+    """``[K, G, T, E]``, the heads that share keys together."""
+    return queries.unflatten(0, (keys.shape[0], -1))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

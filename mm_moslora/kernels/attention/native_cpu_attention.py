@@ -1,0 +1,124 @@
+"""Attention of the segments of a row by the C++ kernel of `mm_moslora.kernels.native`, forward and backward.
+
+Shapes: ``H`` heads of queries, ``K`` of keys and values, ``S`` tokens of the row, ``E`` head width.
+
+Scores and sums are in float32; of bfloat16, probabilities and the gradients of scores are rounded before their
+products, as in PyTorch's kernel. Kept for the backward pass are q, k, v, the output and a number per query.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mm_moslora.kernels.native import library
+from mm_moslora.utils.hardware import multiplies_tiles
+
+SUFFIXES = {torch.float32: "full", torch.bfloat16: "half"}
+"""Of the functions for a dtype."""
+WIDEST = 256
+"""Head width; as in the source."""
+
+
+def use_native_attention(model: nn.Module, *, on: bool) -> None:
+    """Have the attention of a model run on the C++ kernel where it can, or not, in place."""
+    for module in model.modules():
+        module.native_attention = on  # type: ignore[assignment]  # any of them may be the one that attention is told
+
+
+def runs_native(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, segments: int) -> bool:
+    """Whether the attention of a module is to run on the C++ kernel.
+
+    Not so in bfloat16 where PyTorch's kernel has matrix units for it, nor where most threads would have nothing to do,
+    nor under a mode that looks at every operator, such as a counter of FLOPs: it would not see the kernel.
+
+    Args:
+        module: the attention layer.
+        query: ``[1, H, S, E]``.
+        key: ``[1, K, S, E]``.
+        value: ``[1, K, S, E]``.
+        segments: how many.
+    """
+    given = {(tensor.dtype, tensor.device.type) for tensor in (query, key, value)}
+    known = len(given) == 1 and query.dtype in SUFFIXES and query.device.type == "cpu"
+    if not (getattr(module, "native_attention", False) and known) or torch._C._len_torch_dispatch_stack():
+        return False
+    busy = segments * key.shape[1]
+    tiles = query.dtype == torch.bfloat16 and multiplies_tiles()
+    return query.shape[-1] <= WIDEST and 2 * busy >= torch.get_num_threads() and not tiles
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: tuple[int, ...], *, causal: bool
+) -> Tensor:
+    """Attention within each segment.
+
+    Args:
+        query: ``[1, H, S, E]``; float32 or bfloat16, in any layout.
+        key: ``[1, K, S, E]``.
+        value: ``[1, K, S, E]``.
+        scale: factor on the scores.
+        lengths: of the segments.
+        causal: no query sees a later key.
+
+    Returns:
+        ``[1, S, H, E]``.
+    """
+    return _Attention.apply(query, key, value, scale, lengths, causal)  # type: ignore[no-any-return]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: tuple[int, ...], causal: bool
+    ) -> Tensor:
+        query, key, value = (_whole(tensor) for tensor in (query, key, value))
+        _, heads, tokens, width = query.shape
+        output = query.new_empty(1, tokens, heads, width)
+        logarithms = query.new_empty(heads, tokens, dtype=torch.float32)
+        _call("attend", (query, key, value, output.transpose(1, 2)), logarithms, (), lengths, scale, causal)
+        ctx.scale, ctx.lengths, ctx.causal = scale, lengths, causal
+        ctx.save_for_backward(query, key, value, output, logarithms)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, logarithms = ctx.saved_tensors
+        gradients = [
+            torch.empty_like(tensor.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+            for tensor in (query, key, value)
+        ]
+        given = (_whole(grad.transpose(1, 2)), query, key, value, output.transpose(1, 2))
+        _call("attend_backward", given, logarithms, gradients, ctx.lengths, ctx.scale, ctx.causal)
+        return (*gradients, None, None, None)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """With contiguous heads."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _call(
+    name: str,
+    given: tuple[Tensor, ...],
+    logarithms: Tensor,
+    found: tuple[()] | list[Tensor],
+    lengths: tuple[int, ...],
+    scale: float,
+    causal: bool,
+) -> None:
+    _, heads, _, width = given[-1].shape
+    key = given[-3]
+    ends = torch.tensor([0, *accumulate(lengths)])
+    library()[f"{name}_{SUFFIXES[key.dtype]}"](
+        *_places(given), logarithms.data_ptr(), *_places(found), ends.data_ptr(), len(lengths), heads, key.shape[1],
+        width, scale, int(causal), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _places(tensors: tuple[Tensor, ...] | list[Tensor]) -> list[int]:
+    """Of ``[1, H, S, E]``: where each begins, and the strides of its tokens and heads."""
+    return [number for tensor in tensors for number in (tensor.data_ptr(), tensor.stride(2), tensor.stride(1))]

@@ -1,0 +1,129 @@
+"""The passes of lean decoder layers as Triton kernels: Liger's, and two of our own where Liger has none that fits.
+
+Shapes: ``S`` tokens, ``D`` LLM width, ``F`` MLP width, ``H`` heads, ``E`` head width.
+
+Importing it needs liger_kernel and triton; `models.memory_efficient.kernel_selection` says whether they are here and
+chooses. The norm, its gradient and the gated activation with its gradients are Liger's. Ours are the norm rebuilt
+from the kept ``1 / rms``, which Liger would measure anew, and the rotation: Liger's turns query and key in place, which
+autograd may still need; a copy before costs as much as the rotation itself.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from liger_kernel.ops.rms_norm import rms_norm_backward, rms_norm_forward
+from liger_kernel.ops.swiglu import swiglu_backward, swiglu_forward
+from liger_kernel.ops.utils import calculate_settings
+from torch import Tensor
+
+from mm_moslora.kernels.fused_ops.torch_ops import Elementwise
+
+LLAMA = 0
+"""Liger's number for transformers' numerics: fp32 up to the product with ``1 / rms``, then the input's dtype."""
+
+
+def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `elementwise.normalise`."""
+    y, _, inverse, *_ = rms_norm_forward(x.contiguous(), weight, eps, 0.0, LLAMA, True)
+    return y, inverse[:, None]
+
+
+def normalised(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """See `elementwise.normalised`."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    block, warps = calculate_settings(x.shape[1])
+    with torch.cuda.device_of(x):
+        _normalised[(x.shape[0],)](x, weight, inverse, y, x.shape[1], BLOCK=block, num_warps=warps)
+    return y
+
+
+def normalise_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """See `elementwise.normalise_backward`."""
+    block, warps = calculate_settings(x.shape[1])
+    of_x, _ = rms_norm_backward(
+        grad.contiguous(), x.contiguous(), weight, inverse[:, 0], 0.0, LLAMA, block, warps,
+        in_place=True, row_mode=True, needs_dw=False,
+    )  # fmt: skip
+    return of_x
+
+
+def gated(e: Tensor, g: Tensor) -> Tensor:
+    """See `elementwise.gated`."""
+    return swiglu_forward(e.contiguous(), g.contiguous())[2]
+
+
+def regated(e: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """See `elementwise.regated`; nothing is handed over, since Liger's gradients need e and g alone."""
+    return gated(e, g), e.new_empty(0)
+
+
+def gated_backward(grad: Tensor, e: Tensor, g: Tensor, activated: Tensor) -> tuple[Tensor, Tensor]:
+    """See `elementwise.gated_backward`; the gradients take the places of e and g.
+
+    Those are kept for the backward pass, so a second one through the same graph must not run on what is left of them:
+    autograd is told of the change, and raises.
+    """
+    of_e, of_g = swiglu_backward(e.contiguous(), g.contiguous(), grad.contiguous())
+    torch.autograd.graph.increment_version((e, g))
+    return of_e, of_g
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `elementwise.rotated`."""
+    x = x if x.stride(2) == 1 else x.contiguous()
+    tokens, heads, width = x.shape
+    y = x.new_empty(x.shape)
+    blocks = {"HEADS": triton.next_power_of_2(heads), "HALF": triton.next_power_of_2(width // 2)}
+    _, warps = calculate_settings(heads * width)
+    with torch.cuda.device_of(x):
+        _rotated[(tokens,)](
+            x, x.stride(0), x.stride(1), cos.contiguous(), sin.contiguous(), y, heads, width // 2,
+            num_warps=warps, **blocks,
+        )  # fmt: skip
+    return y
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _normalised(x, weight, inverse, y, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A row per program; a product of two half-precision numbers is exact in fp32 and rounded once."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    values = tl.load(x + row * width + column, mask=inside, other=0.0)
+    scaled = (values.to(tl.float32) * tl.load(inverse + row)).to(values.dtype).to(tl.float32)
+    scaled *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * width + column, scaled, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rotated(  # type: ignore[no-untyped-def]
+    x, token_stride, head_stride, cos, sin, y, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr
+):
+    """A token per program, all of its heads; in fp32, rounded once."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS).to(tl.int64)[:, None]
+    column = tl.arange(0, HALF)[None, :]
+    inside = (head < heads) & (column < half)
+    turn = token * 2 * half + column
+    c = tl.load(cos + turn, mask=column < half, other=0.0).to(tl.float32)
+    s = tl.load(sin + turn + half, mask=column < half, other=0.0).to(tl.float32)
+    source = x + token * token_stride + head * head_stride + column
+    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+    place = y + (token * heads + head) * 2 * half + column
+    tl.store(place, first * c - second * s, mask=inside)
+    tl.store(place + half, second * c + first * s, mask=inside)
+
+
+LIGER = Elementwise(
+    normalise=normalise,
+    normalised=normalised,
+    normalise_backward=normalise_backward,
+    gated=gated,
+    regated=regated,
+    gated_backward=gated_backward,
+    rotated=rotated,
+)

@@ -1,0 +1,1 @@
+"""The adapter's arithmetic, forward and backward."""

@@ -1,0 +1,193 @@
+"""A SLURM job seen from its batch script: how the ranks' step is started and told to stop, and when the job goes back
+into the queue.
+
+SLURM itself tells the tasks of a step when a job is cancelled or preempted. Before the time limit it tells the batch
+script alone, by the signal that `--signal=B:USR1@SECONDS` names. `srun` answers SIGTERM by killing its step, so the
+step is told by `scancel`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.run_paths import checkpoints
+
+logger = logging.getLogger(__name__)
+
+WARNING = signal.SIGUSR1
+"""What `--signal=B:USR1@SECONDS` sends before the time limit: the only signal after which a job is put back."""
+_ATTEMPTS = 6
+_PAUSE = 10.0
+"""Seconds between two attempts. All of them end well before a time limit that is announced 300 seconds before."""
+_PATIENCE = 30.0
+"""Seconds for one command of SLURM's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The job that this process runs in."""
+
+    number: int
+    """Its SLURM_JOB_ID."""
+    nodes: int
+    """How many nodes it has."""
+    node_list: str
+    """Their names, as `scontrol show hostnames` takes them."""
+    restarts: int
+    """How often SLURM has started it again."""
+    cpus_per_task: str | None = None
+    """CPUs of each task; older versions of srun do not take them over from the job."""
+    gpus_on_node: int | None = None
+    """GPUs that the job has on this node."""
+
+    @classmethod
+    def current(cls, environment: Mapping[str, str]) -> Job | None:
+        """The job of an environment such as `os.environ`; None outside a job, or where srun is missing."""
+        if "SLURM_JOB_ID" not in environment or not shutil.which("srun"):
+            return None
+        gpus = environment.get("SLURM_GPUS_ON_NODE", "")
+        return cls(
+            number=int(environment["SLURM_JOB_ID"]),
+            nodes=int(environment.get("SLURM_JOB_NUM_NODES", "1")),
+            node_list=environment.get("SLURM_JOB_NODELIST", ""),
+            restarts=int(environment.get("SLURM_RESTART_COUNT", "0")),
+            cpus_per_task=environment.get("SLURM_CPUS_PER_TASK"),
+            gpus_on_node=int(gpus) if gpus.isdecimal() and int(gpus) else None,
+        )
+
+    @property
+    def step_name(self) -> str:
+        """The name of the step that this process starts; other steps of the job have others."""
+        return f"mm-moslora-{os.getpid()}"
+
+    def srun(self) -> list[str]:
+        """The words before a command that is to run once on every node of the job."""
+        words = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", f"--job-name={self.step_name}"]
+        return words + ([f"--cpus-per-task={self.cpus_per_task}"] if self.cpus_per_task else [])
+
+    def rendezvous(self) -> list[str]:
+        """torchrun's options by which the nodes meet."""
+        done = subprocess.run(
+            ["scontrol", "show", "hostnames", self.node_list], capture_output=True, text=True, check=True
+        )
+        port = 20000 + self.number % 10000  # Linux hands out ports from 32768 by itself
+        return [
+            "--nnodes", str(self.nodes), "--rdzv_backend", "c10d", "--rdzv_id", f"{self.number}-{self.restarts}",
+            "--rdzv_endpoint", f"{done.stdout.split()[0]}:{port}",
+        ]  # fmt: skip
+
+    def terminate_step(self, srun: int) -> None:
+        """Ask the ranks to save and end; where no step has begun yet, end srun.
+
+        Args:
+            srun: process id of the `srun` that started the step.
+        """
+        if not _tried(lambda: self._told(srun)):
+            logger.error(
+                "SLURM does not answer, so the step of job %d was not told to save. SLURM itself tells it at the time "
+                "limit.", self.number,
+            )  # fmt: skip
+
+    def requeue(self) -> bool:
+        """Put the job back into the queue. SLURM then ends this process.
+
+        Returns:
+            Whether SLURM took it.
+        """
+        return _tried(lambda: _answer("scontrol", "requeue", str(self.number)) is not None)
+
+    def _told(self, srun: int) -> bool:
+        state = _squeue("--jobs", str(self.number), "--format", "%T")
+        if state is not None and state.strip() == "COMPLETING":
+            return True  # cancelled: SLURM has told the step, and torchrun gives up when told twice
+        steps = _squeue("--steps", "--jobs", str(self.number), "--format", "%i %j")
+        if state is None or steps is None:
+            return False
+        named = [line.split(maxsplit=1) for line in steps.splitlines()]
+        step = next((words[0] for words in named if words[1:] == [self.step_name]), None)
+        if step is not None:
+            return _answer("scancel", "--signal=TERM", step) is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(srun, signal.SIGTERM)
+        return True
+
+
+def _squeue(*options: str) -> str | None:
+    return _answer("squeue", "--noheader", *options)
+
+
+def _answer(*words: str) -> str | None:
+    """What one of SLURM's commands prints; None where the controller is too busy to answer, or gone."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=_PATIENCE)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        logger.warning("%s: %s", words[0], error)
+        return None
+    if done.returncode:
+        logger.warning("%s: %s", words[0], done.stderr.strip() or f"exit code {done.returncode}")
+        return None
+    return done.stdout
+
+
+def _tried(attempt: Callable[[], bool]) -> bool:
+    """Whether one of several attempts goes well; a controller that restarts or is overrun answers later."""
+    for number in range(_ATTEMPTS):
+        if number:
+            time.sleep(_PAUSE)
+        if attempt():
+            return True
+    return False
+
+
+class Requeue:
+    """Puts a job that was stopped before its time limit back into the queue, as long as the run gets on."""
+
+    def __init__(self, job: Job | None) -> None:
+        if job is None:
+            raise ConfigError("--requeue is for SLURM jobs, but SLURM_JOB_ID or srun is missing here. Leave it out.")
+        self.job = job
+        self.run_folder: Path | None = None
+        self.began_with = -1
+
+    def watch(self, run_folder: Path) -> None:
+        """Note which checkpoint the run has before it goes on."""
+        self.run_folder, self.began_with = run_folder, _newest(run_folder)
+
+    def stopped(self, signals: Collection[int], code: int) -> int:
+        """Decide after a run that was stopped on request.
+
+        Args:
+            signals: what was received. SLURM itself puts preempted jobs back, and cancelled ones must not come back.
+            code: what to leave with otherwise.
+
+        Returns:
+            `code`, or 1 for a job that was stopped again without a new checkpoint or that SLURM did not take back.
+        """
+        if WARNING not in signals:
+            return code
+        if self.job.restarts and (self.run_folder is None or _newest(self.run_folder) <= self.began_with):
+            logger.error(
+                "SLURM job %d started %d times, and its last run saved no checkpoint before its time limit. "
+                "It does not go back into the queue. Raise --time, or lower the seconds of --signal=B:USR1@SECONDS.",
+                self.job.number, self.job.restarts + 1,
+            )  # fmt: skip
+            return 1
+        if not self.job.requeue():
+            logger.error("SLURM did not put job %d back into the queue. Submit it again.", self.job.number)
+            return 1
+        return code
+
+
+def _newest(run_folder: Path) -> int:
+    """Step of the newest checkpoint; -1 without one."""
+    return max((step for step, _ in checkpoints(run_folder)), default=-1)

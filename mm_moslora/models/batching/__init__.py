@@ -1,0 +1,1 @@
+"""Packed and padded batches, as models take them."""

@@ -1,0 +1,143 @@
+"""Packed rows: conversations behind each other in one row, none of which sees another, and nothing is padding.
+
+Shapes: ``S`` tokens of the row, ``G`` conversations, ``T`` longest of them, ``K`` supervised positions, ``D`` width.
+
+Ready-made models take such a row where their attention is causal throughout: their own forward pass places the pictures
+and gets positions that restart with every conversation. In Qwen-VL these have three parts, which the model computes as
+for padded rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mm_moslora.batch import Batch
+from mm_moslora.kernels.attention.segment_attention import segment_arguments
+from mm_moslora.models.batching.padded_batch import picture_inputs, readable, takes, text_inputs
+from mm_moslora.models.memory_efficient.decoder_layers import TARGET_POSITIONS, drops_positions
+from mm_moslora.utils.errors import ModelError
+
+PACKED = frozenset(
+    {"idefics3", "internvl", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm"}
+)
+"""Ready-made models that are tested on packed rows; PaliGemma and Gemma 3 let a prefix see what follows it."""
+
+_ENCODED = "mm_encoder_outputs"
+"""Keyword argument of Qwen-VL's forward pass: pictures that are already encoded."""
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether a ready-made model trains on packed rows; others get padded ones (`padded_batch`)."""
+    return model.config.model_type in PACKED
+
+
+def has_three_part_positions(model: PreTrainedModel) -> bool:
+    """Whether a token's position is a time, a height and a width, as in Qwen-VL."""
+    return hasattr(model.base_model, "get_rope_index")
+
+
+def row_hidden(model: PreTrainedModel, batch: Batch, **inputs: Any) -> Tensor:
+    """What the head reads at the supervised positions of one row.
+
+    Args:
+        model: causal language model or vision-language model, with or without adapters inside.
+        batch: one micro-batch on the model's device.
+        inputs: ids or embeddings, and positions.
+
+    Returns:
+        ``[K, D]``.
+    """
+    inputs |= segment_arguments(batch.segment_lengths, batch.input_ids.device)
+    trimmed = drops_positions(model)
+    if trimmed:
+        inputs[TARGET_POSITIONS] = batch.target_positions
+    hidden: Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    return hidden if trimmed else hidden[batch.target_positions]
+
+
+def packed_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None) -> Tensor:
+    """`row_hidden` of a ready-made model.
+
+    Args:
+        model: one that `packs`.
+        batch: see `row_hidden`.
+        dummy: for a batch without images on a rank whose peers have some: one more conversation with a weight of zero,
+            so that every rank takes part in the same collectives.
+
+    Returns:
+        ``[K, D]``.
+
+    Raises:
+        ModelError: placeholders and images do not match.
+    """
+    row = batch if dummy is None or batch.pixel_values is not None else _with_stand_in(batch, dummy)
+    try:
+        inputs = {"input_ids": row.input_ids[None], "position_ids": _positions(model, row), **_pictures(model, row)}
+        hidden = row_hidden(model, row, **inputs)
+    except ValueError as error:
+        if "do not match" not in str(error):
+            raise
+        raise ModelError(f"{error}. Records: {', '.join(batch.ids[:4])}.") from error
+    count = batch.supervised_tokens
+    return hidden if row is batch else hidden[:count] + 0.0 * hidden[count:].sum()
+
+
+def _with_stand_in(batch: Batch, dummy: Batch) -> Batch:
+    """The batch with a conversation behind it, whose last position is read, too."""
+    end = torch.tensor([batch.tokens + dummy.tokens - 1]).to(batch.input_ids.device, non_blocking=True)
+    return replace(
+        batch,
+        input_ids=torch.cat((batch.input_ids, dummy.input_ids)),
+        position_ids=torch.cat((batch.position_ids, dummy.position_ids)),
+        segment_lengths=(*batch.segment_lengths, *dummy.segment_lengths),
+        target_positions=torch.cat((batch.target_positions, end)),
+        pixel_values=dummy.pixel_values,
+        image_inputs=dummy.image_inputs,
+        host=None if batch.host is None else _with_stand_in(batch.host, dummy.on_host),
+    )
+
+
+def _positions(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """``[1, S]``; where they have three parts ``[4, 1, S]``, plain ones first, which tell where conversations begin."""
+    plain = batch.position_ids[None]
+    if not has_three_part_positions(model):
+        return plain
+    inner: Any = model.base_model
+    host = batch.on_host  # the model reads ids and grids one by one
+    inputs = text_inputs(model, host.input_ids.split(batch.segment_lengths))
+    grids = host.image_inputs.get("image_grid_thw", torch.zeros(0, 3, dtype=torch.long))
+    found = int(inputs["mm_token_type_ids"].sum())
+    expected = int(grids.prod(dim=1).sum()) // inner.visual.spatial_merge_size**2
+    if found != expected:
+        raise ValueError(f"Image features and image tokens do not match, tokens: {found}, features: {expected}")
+    parts, _ = inner.get_rope_index(**inputs, image_grid_thw=grids)  # [3, G, T]
+    flat = parts[:, inputs["attention_mask"].bool()][:, None]
+    return torch.cat((plain[None], flat.to(plain.device, non_blocking=True)))
+
+
+def _pictures(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """What the forward pass takes of the pictures.
+
+    Qwen-VL's would hand the keywords of its decoder's attention to the tower as well; its pictures are encoded before.
+
+    Raises:
+        ModelError: the installed transformers does not take encoded pictures.
+    """
+    if batch.pixel_values is None:
+        return {}
+    given = picture_inputs(model, batch.pixel_values, readable(batch))
+    if not has_three_part_positions(model):
+        return given
+    inner: Any = model.base_model
+    if not takes(model, _ENCODED):
+        raise ModelError(
+            f"{type(inner).__name__}.forward of transformers {transformers.__version__} does not take {_ENCODED}: it "
+            "would ignore the pictures. Install a release in the range that `mm-moslora doctor` names."
+        )
+    return {_ENCODED: {"image": inner.get_image_features(**given, return_dict=True)}}

@@ -1,0 +1,225 @@
+"""Padded rows: one sample per row, as the processors of ready-made models make them. Prompts are read this way, and
+models train this way that are not known to take a packed row (`mm_moslora.models.batching.packed_batch`).
+
+Shapes: ``G`` samples, ``T`` longest sample, ``S`` tokens of the batch, ``K`` supervised positions, ``D`` width.
+
+The models are transformers' own and get what their processors would give them: ids, mask, image inputs, and one type
+per token where they ask for it (Qwen-VL derives its three-part positions from it, PaliGemma its prefix).
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from mm_moslora.adapters.adapter_targets import base_model
+from mm_moslora.batch import IGNORED, Batch, Example, usable
+from mm_moslora.utils.errors import ModelError
+
+_SIZES = {"image_sizes", "batch_num_images", "image_grid_thw"}
+"""Image inputs that are read as numbers, from main memory, where nobody has to wait for them."""
+_STAY = {"image_sizes", "batch_num_images"}
+"""Those that models do nothing else with."""
+_ONE_IMAGE_LIST = {"idefics2", "idefics3", "smolvlm"}
+"""Models whose pixels are ``[samples, pictures, ...]`` and are read in order: all pictures go into one sample."""
+
+
+def rows_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None) -> Tensor:
+    """What the head reads at the supervised positions, each sample in a row of its own, padded on the right.
+
+    Args:
+        model: an image-text-to-text model of transformers, with or without adapters inside.
+        batch: on the model's device.
+        dummy: for a batch without images on a rank whose peers have some: it runs as one more row with a weight of
+            zero, so that every rank takes part in the same collectives.
+
+    Returns:
+        ``[K, D]``.
+
+    Raises:
+        ModelError: placeholders and images do not match.
+    """
+    host, shown = batch.on_host, batch
+    rows = list(host.input_ids.split(batch.segment_lengths))
+    if dummy is not None and batch.pixel_values is None:
+        rows.append(dummy.on_host.input_ids)
+        shown = dummy
+    first_answer = _first_supervised(host) + [len(row) for row in rows[len(batch.segment_lengths) :]]
+    arguments = row_inputs(model, rows, shown.pixel_values, readable(shown), answers=first_answer)
+    try:
+        hidden = model.model(**arguments, use_cache=False).last_hidden_state
+    except ValueError as error:
+        if "do not match" not in str(error):
+            raise
+        raise ModelError(f"{error}. Records: {', '.join(batch.ids[:4])}.") from error
+    places = _in_rows(host, hidden.shape[1]).to(hidden.device, non_blocking=True)
+    chosen = hidden.flatten(0, 1)[places]
+    if len(rows) > len(batch.segment_lengths):
+        chosen = chosen + 0.0 * hidden[-1].sum()
+    return chosen
+
+
+def row_inputs(
+    model: PreTrainedModel,
+    rows: Sequence[Tensor],
+    pixel_values: Tensor | None,
+    image_inputs: dict[str, Tensor],
+    *,
+    answers: Sequence[int],
+    device: torch.device | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments of a model's forward pass.
+
+    Args:
+        model: an image-text-to-text model of transformers.
+        rows: ``G`` samples of ids in main memory, different lengths.
+        pixel_values: of all pictures in order.
+        image_inputs: the rest that belongs to the pictures, anywhere.
+        answers: where each sample's first answer begins.
+        device: where the model takes them; None: where it is.
+    """
+    device = model.device if device is None else device
+    whole = text_inputs(model, rows)
+    if takes(model, "token_type_ids"):
+        starts = torch.tensor(list(answers))[:, None]
+        whole["token_type_ids"] = (torch.arange(whole["input_ids"].shape[1])[None] >= starts).long()
+    arguments: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in whole.items()}
+    if pixel_values is not None:
+        arguments |= picture_inputs(model, pixel_values, image_inputs, device=device)
+    return arguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowCollator:
+    """For other trainers: turns examples into keyword arguments of a ready-made model, such as
+    `Trainer(data_collator=...)` needs. Records that turned out to be bad (`TrainingSet` gives None) are left out.
+    """
+
+    model: nn.Module
+    """The image-text-to-text model of transformers that the examples are for, adapters around it or not."""
+
+    def __call__(self, examples: Sequence[Example | None]) -> dict[str, Any]:
+        """Make a batch in main memory.
+
+        Returns:
+            What the model's own processor would give (see `row_inputs`), and `labels`, int64 ``[G, T]``.
+
+        Raises:
+            DataError: not one example can be used.
+        """
+        batch = Batch.from_examples(usable(examples))
+        rows = list(batch.input_ids.split(batch.segment_lengths))
+        inputs = row_inputs(
+            cast(PreTrainedModel, base_model(self.model)),
+            rows,
+            batch.pixel_values,
+            batch.image_inputs,
+            answers=_first_supervised(batch),
+            device=torch.device("cpu"),
+        )
+        labels = [example.labels for example in usable(examples)]
+        return inputs | {"labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED)}
+
+
+def text_inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Ids and mask ``[G, T]`` in main memory, and where the pictures are for models that ask for it.
+
+    Args:
+        model: an image-text-to-text model of transformers.
+        rows: ``G`` samples of ids in main memory, different lengths.
+    """
+    ids = pad_sequence(list(rows), batch_first=True)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if takes(model, "mm_token_type_ids"):
+        inputs["mm_token_type_ids"] = ((ids == model.config.image_token_id) & (mask == 1)).long()
+    return inputs
+
+
+def takes(model: PreTrainedModel, keyword: str) -> bool:
+    """Whether the forward pass of a model names a keyword argument; it ignores any other one without an error.
+
+    Args:
+        model: of transformers, with or without its head.
+        keyword: name of the argument.
+    """
+    return keyword in inspect.signature(type(model.base_model).forward).parameters
+
+
+def picture_inputs(
+    model: PreTrainedModel, pixel_values: Tensor, image_inputs: dict[str, Tensor], *, device: torch.device | None = None
+) -> dict[str, Any]:
+    """What a model takes of the pictures of all rows, where and as it takes it.
+
+    Args:
+        model: an image-text-to-text model of transformers.
+        pixel_values: of all pictures in order.
+        image_inputs: the rest that belongs to the pictures, anywhere; see `readable`.
+        device: where the model takes them; None: where it is.
+    """
+    device = model.device if device is None else device
+    inputs: dict[str, Any] = {"pixel_values": pixel_values, **image_inputs}
+    if "batch_num_images" in inputs:
+        inputs["batch_num_images"] = _runs(inputs["batch_num_images"])
+    if model.config.model_type in _ONE_IMAGE_LIST:
+        inputs = {name: value[None] for name, value in inputs.items()}
+    dtype = model.dtype
+    return {
+        name: value
+        if name in _STAY
+        else value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
+        for name, value in inputs.items()
+    }
+
+
+def readable(batch: Batch) -> dict[str, Tensor]:
+    """A batch's image inputs, those that are read as numbers from main memory."""
+    return {
+        name: batch.on_host.image_inputs[name] if name in _SIZES else value
+        for name, value in batch.image_inputs.items()
+    }
+
+
+def _in_rows(batch: Batch, width: int) -> Tensor:
+    """Where the supervised positions are in padded rows of this width that lie behind each other, ``[K]``."""
+    ends = torch.tensor(batch.segment_lengths).cumsum(0)
+    row = torch.bucketize(batch.target_positions, ends, right=True)
+    starts = ends - torch.tensor(batch.segment_lengths)
+    return batch.target_positions - starts[row] + row * width
+
+
+def _first_supervised(batch: Batch) -> list[int]:
+    """Where the first answer of every sample begins, counted from its own start; its length where it has none."""
+    positions = batch.target_positions.tolist()
+    starts, offset = [], 0
+    for length in batch.segment_lengths:
+        inside = [position for position in positions if offset <= position < offset + length]
+        starts.append(min(inside) + 1 - offset if inside else length)
+        offset += length
+    return starts
+
+
+def _runs(counts: Tensor) -> Tensor:
+    """LLaVA-OneVision's pictures per sample, from one count per picture (1: tiled, more: one of several, not tiled).
+
+    Raises:
+        ModelError: a single picture that is not tiled, which the model cannot be told.
+    """
+    runs: list[int] = []
+    for tiled, group in itertools.groupby(counts.tolist(), key=lambda count: count == 1):
+        length = len(list(group))
+        if not tiled and length == 1:
+            raise ModelError(
+                "Truncation left one of several pictures, which LLaVA-OneVision would read as a tiled one. Raise "
+                "data.max_length."
+            )
+        runs += [1] * length if tiled else [length]
+    return torch.tensor(runs, device=counts.device)

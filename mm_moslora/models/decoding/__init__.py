@@ -1,0 +1,1 @@
+"""Generation and option scoring over a shared prefix cache."""

@@ -1,0 +1,233 @@
+"""Greedy decoding and option scoring of batches of prompts with images; what prompts share is run once.
+
+Shapes: ``B`` prompts, ``T`` tokens of a prompt, ``Q`` visual tokens per image, ``D`` LLM width.
+
+Prompts of one group begin alike (the same system prompt and images). Their common beginning is run once per group and
+only the rest per prompt (see `prefix_cache`). Whatever is padded is padded on the left and masked, and
+position ids count real tokens only, so that an fp32 model gives each prompt the answer that it gives alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from mm_moslora.models.decoding.prefix_cache import Decoder, likeliest
+from mm_moslora.models.vlm import image_features, is_multimodal
+from mm_moslora.utils.errors import ModelError
+
+_WORTH_SHARING = 16
+"""Tokens; a shorter common beginning costs more to split off than to run again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt, ready to decode."""
+
+    input_ids: Tensor
+    """int64 ``[T]``, placeholders expanded."""
+    features: Tensor | None = None
+    """``[n * Q, D]`` visual tokens of its images in order, from `encode_images`; None for text only."""
+    group: Hashable | None = None
+    """Prompts of one group show the same images in the same order; None: nothing is shared."""
+
+
+@torch.inference_mode()
+def encode_images(model: PreTrainedModel, pixel_values: Tensor) -> Tensor:
+    """Visual tokens ``[N, Q, D]`` of pictures ``[N, 3, H, W]``; encode each picture once and reuse it."""
+    return image_features(model, pixel_values)
+
+
+def embed_prompt(model: PreTrainedModel, prompt: Prompt) -> Tensor:
+    """Embeddings ``[T, D]`` of a prompt with the visual tokens in their places.
+
+    Raises:
+        ModelError: the prompt has more or fewer placeholders than visual tokens.
+    """
+    table: Any = model.get_input_embeddings()
+    ids = prompt.input_ids
+    row = table(ids.to(table.weight.device, non_blocking=True))
+    if not is_multimodal(model):
+        return row
+    places = ids == model.config.image_token_id
+    found, given = int(places.sum()), 0 if prompt.features is None else prompt.features.shape[0]
+    if found != given:
+        raise ModelError(
+            f"A prompt holds {found} image placeholders, but its images give {given} visual tokens. "
+            "Pass as many images as the conversation mentions."
+        )
+    if prompt.features is not None:
+        row = row.masked_scatter(places[:, None].to(row.device, non_blocking=True), prompt.features.to(row.dtype))
+    return row
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer_eos: int | None) -> list[int]:
+    """Every token that ends an answer: the generation settings' and the tokenizer's."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({int(item) for item in [*ids, tokenizer_eos] if item is not None})
+
+
+@torch.inference_mode()
+def stream(
+    model: PreTrainedModel, prompts: Sequence[Prompt], *, max_new_tokens: int, stop_ids: Sequence[int]
+) -> Iterator[list[int | None]]:
+    """Decode greedily, yielding one token per prompt and step.
+
+    The first token comes from the logits of the prompt itself, so `max_new_tokens=1` runs no decoding step.
+
+    Args:
+        model: causal language model or VLM in eval mode.
+        prompts: at least one.
+        max_new_tokens: most steps.
+        stop_ids: tokens that end an answer; they are not yielded.
+
+    Yields:
+        A list of ``B`` token ids, None for a prompt that has ended. Ends when all have.
+
+    Raises:
+        ModelError: see `likeliest`; ask one by one to know which prompt it is.
+    """
+    state = _read(model, prompts)
+    rows = list(range(len(prompts)))  # which prompt each row of the state belongs to
+    stops = set(stop_ids)
+    for step in range(max_new_tokens):
+        chosen, numbers = likeliest(state.logits)
+        said: list[int | None] = [None] * len(prompts)
+        alive = []
+        for index, (row, token) in enumerate(zip(rows, numbers, strict=True)):
+            if token not in stops:
+                said[row] = token
+                alive.append(index)
+        if not alive:
+            return
+        yield said
+        if step + 1 == max_new_tokens:
+            return
+        if len(alive) < len(rows):  # nobody waits for an answer that has ended
+            state.select(alive)
+            chosen, rows = chosen[alive], [rows[index] for index in alive]
+        state.extend(model.get_input_embeddings()(chosen[:, None]), torch.ones_like(chosen[:, None]))
+
+
+def generate(
+    model: PreTrainedModel, prompts: Sequence[Prompt], *, max_new_tokens: int, stop_ids: Sequence[int]
+) -> list[list[int]]:
+    """Decode greedily to the end; see `stream`. Returns the new tokens of each prompt, without the stop token."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    for tokens in stream(model, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids):
+        for answer, token in zip(answers, tokens, strict=True):
+            if token is not None:
+                answer.append(token)
+    return answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuationScore:
+    """How likely one continuation of a prompt is."""
+
+    logprob: float
+    """Sum of log-probabilities over its tokens."""
+    tokens: int
+    """Its length."""
+    greedy: bool
+    """Whether greedy decoding would have produced it."""
+
+
+@torch.inference_mode()
+def score_options(
+    model: PreTrainedModel, prompts: Sequence[Prompt], options: Sequence[Sequence[Sequence[int]]]
+) -> list[list[ContinuationScore]]:
+    """Log-likelihood of several continuations of each prompt, which is run once for all of them.
+
+    Continuations of one token are read off the prompt's logits; longer ones share its keys and values.
+
+    Args:
+        model: causal language model or VLM in eval mode.
+        prompts: at least one.
+        options: token ids of each continuation of each prompt, at least one token each.
+
+    Returns:
+        One score per option, per prompt.
+
+    Raises:
+        ModelError: a probability is NaN.
+    """
+    state = _read(model, prompts)
+    first = state.logits.log_softmax(dim=-1)
+    flat = [(row, option) for row, offered in enumerate(options) for option in offered]
+    scores: list[list[ContinuationScore]] = [[] for _ in prompts]
+    if not flat:
+        return scores
+    rows, lengths = [row for row, _ in flat], [len(option) for _, option in flat]
+    tokens = pad_sequence([torch.tensor(option) for _, option in flat], batch_first=True).to(
+        first.device, non_blocking=True
+    )
+    steps = first[torch.tensor(rows).to(first.device, non_blocking=True)][:, None]
+    found = [(steps.gather(2, tokens[:, :1, None]), steps.argmax(-1))]
+    if max(lengths) > 1:
+        state.branch(rows)
+        valid = torch.arange(max(lengths) - 1)[None] < torch.tensor(lengths)[:, None] - 1
+        embeddings = model.get_input_embeddings()(tokens[:, :-1])
+        steps = state.extend(embeddings, valid.long().to(first.device, non_blocking=True), keep=0).log_softmax(dim=-1)
+        found.append((steps.gather(2, tokens[:, 1:, None]), steps.argmax(-1)))
+    logprobs = torch.cat([picked[..., 0] for picked, _ in found], dim=1).tolist()
+    best = torch.cat([tops for _, tops in found], dim=1).tolist()
+    if any(math.isnan(value) for (_, option), row in zip(flat, logprobs, strict=True) for value in row[: len(option)]):
+        raise ModelError("The model's logits are NaN, so no option can be chosen. Its weights are damaged.")
+    for index, (row, option) in enumerate(flat):
+        score = ContinuationScore(
+            logprob=sum(logprobs[index][: len(option)]), tokens=len(option),
+            greedy=best[index][: len(option)] == list(option),
+        )  # fmt: skip
+        scores[row].append(score)
+    return scores
+
+
+def _read(model: PreTrainedModel, prompts: Sequence[Prompt]) -> Decoder:
+    """Run prompts; afterwards row b of the decoder stands at the end of prompt b."""
+    decoder = Decoder(model)
+    rows = [embed_prompt(model, prompt) for prompt in prompts]
+    groups = _groups(prompts) if decoder.can_share else [[index] for index in range(len(prompts))]
+    if len(groups) < len(prompts):
+        heads = [_common_length([prompts[index].input_ids for index in members]) for members in groups]
+        beginnings = [rows[members[0]][:length] for members, length in zip(groups, heads, strict=True)]
+        decoder.append(beginnings, head=False)
+        of_prompt = {index: number for number, members in enumerate(groups) for index in members}
+        decoder.branch([of_prompt[index] for index in range(len(prompts))])
+        rows = [row[heads[of_prompt[index]] :] for index, row in enumerate(rows)]
+    decoder.append(rows)
+    return decoder
+
+
+def _groups(prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Prompt numbers that begin with enough tokens in common, each prompt once."""
+    by_group: dict[Hashable, list[int]] = defaultdict(list)
+    for index, prompt in enumerate(prompts):
+        by_group[("alone", index) if prompt.group is None else ("group", prompt.group)].append(index)
+    result = []
+    for members in by_group.values():
+        shared = _common_length([prompts[index].input_ids for index in members])
+        if len(members) == 1 or shared >= _WORTH_SHARING:
+            result.append(members)
+        else:
+            result += [[index] for index in members]
+    return result
+
+
+def _common_length(ids: Sequence[Tensor]) -> int:
+    """How many tokens all rows begin with; at least one token of every row is left over."""
+    shortest = min(row.shape[0] for row in ids) - 1
+    same = torch.ones(shortest, dtype=torch.bool, device=ids[0].device)
+    for row in ids[1:]:
+        same &= row[:shortest] == ids[0][:shortest]
+    different = (~same).nonzero()
+    return int(different[0]) if len(different) else shortest

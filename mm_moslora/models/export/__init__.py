@@ -1,0 +1,1 @@
+"""Exports: Hugging Face, LLaVA, GGUF, the model card."""

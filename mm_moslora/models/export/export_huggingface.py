@@ -1,0 +1,272 @@
+"""Export: to folders that stock libraries load, each checked by loading it back and comparing logits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from mm_moslora import adapters
+from mm_moslora.adapters.folders.save_folder import name_base
+from mm_moslora.batch import Example
+from mm_moslora.models.assembly import Assembly, sane_generation_config
+from mm_moslora.models.batching.padded_batch import row_inputs
+from mm_moslora.models.processing.llava_processor import save_processor
+from mm_moslora.models.vision.timm_open_clip_tower import cast_parameters
+from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
+from mm_moslora.utils.errors import ConfigError, ModelError
+from mm_moslora.utils.files import refuse_full_folder
+from mm_moslora.utils.run_paths import BASE, writing
+
+TOLERANCE = 1e-4
+"""Largest accepted difference of logits in fp32, relative to the largest logit (but to no less than 1)."""
+# Towers whose published checkpoints keep one more level in their names, which tools outside transformers rely on.
+_NESTED_TOWERS = {"clip_vision_model", "siglip_vision_model"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What an export wrote."""
+
+    folder: Path
+    architecture: str
+    """Class that loads it."""
+    stock: bool
+    """Whether transformers alone loads it; else `import mm_moslora.models` first."""
+    max_logit_difference: float
+    """Between the model in memory and the folder loaded back, fp32."""
+
+
+def export_model(assembly: Assembly, folder: Path, *, require_stock: bool = False) -> Exported:
+    """Write the whole model, adapters merged, as a Hugging Face folder.
+
+    Args:
+        assembly: loaded with `merge=True`, in the dtype to be written.
+        folder: new or empty.
+        require_stock: refuse a model that transformers alone cannot load.
+
+    Raises:
+        ModelError: the model cannot be expressed, the folder is not empty, or the folder gives other logits.
+    """
+    model = assembly.model
+    if assembly.peft_model is not None:
+        raise ModelError("The model still carries live adapters; load it with merge=True before exporting it whole.")
+    stock = not isinstance(model, VlmForConditionalGeneration)
+    if require_stock and isinstance(model, VlmForConditionalGeneration):
+        raise ModelError(why_not_stock(model))
+    check_empty(folder)
+    sane_generation_config(model)
+    with writing(folder):
+        model.save_pretrained(folder)
+        if assembly.processor is not None:
+            if not assembly.ready_made and model.config.vision_config.model_type in _NESTED_TOWERS:
+                _rename_tensors(folder, "vision_tower.", "vision_tower.vision_model.")
+            save_processor(assembly.processor, folder)
+        else:
+            assembly.tokenizer.save_pretrained(folder)
+    return Exported(
+        folder=folder,
+        architecture=type(model).__name__,
+        stock=stock,
+        max_logit_difference=_check(assembly, folder),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedLora:
+    """What an export of an adapter wrote."""
+
+    base: str
+    """The model it belongs to: a folder or a hub id."""
+    loader: str
+    """PEFT's class that loads adapter and base together."""
+    stock: bool
+    """Whether that needs nothing of this project; else `import mm_moslora.models` first."""
+    max_logit_difference: float
+    """Between the live adapter and the folder as stock PEFT loads it, fp32."""
+
+
+def published_base(assembly: Assembly) -> tuple[str, str | None] | None:
+    """Name and hub revision of the model that the adapter belongs to; None where it lies nowhere but in memory."""
+    base, model = assembly.base, assembly.model
+    if assembly.changed:
+        return None
+    if base.get("exported"):
+        return _absolute(base["exported"]), None
+    if base.get("vlm"):
+        return _absolute(base["vlm"]), base.get("vlm_revision")
+    if base.get("language") and not is_multimodal(model):
+        return _absolute(base["language"]), base.get("language_revision")
+    return None
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def export_lora(assembly: Assembly, folder: Path, *, dtype: torch.dtype = torch.float32) -> ExportedLora:
+    """Write the adapter, folded to plain LoRA, for stock PEFT, vLLM and others, and the base where none is published.
+
+    The folder names its base, so that PEFT's Auto classes load both. An assembled model's base, the projector of the
+    run in it, is published nowhere: it is written below, in `base`.
+
+    Args:
+        assembly: loaded with `merge=False`; its adapter is replaced by the plain LoRA that was written.
+        folder: new or empty.
+        dtype: of a base that is written.
+
+    Raises:
+        ModelError: the model carries no adapter, the folder is not empty, or the folder gives other logits.
+    """
+    if assembly.peft_model is None:
+        raise ModelError("The model carries no adapter, so there is none to export. Export the whole model instead.")
+    check_empty(folder)
+    model, published = assembly.model, published_base(assembly)
+    if published is None:
+        _round_base(model, dtype)
+    live = _probe(assembly, model)
+    adapters.save_adapter(assembly.peft_model, folder, base=assembly.base)
+    assembly.peft_model.unload()
+    assembly.peft_model = None
+    if published is None:
+        cast_parameters(model, dtype)
+        export_model(assembly, folder / BASE)
+        cast_parameters(model, torch.float32)
+    with writing(folder):
+        name, revision = published or (str((folder / BASE).resolve()), None)
+        sees = is_multimodal(model)
+        name_base(folder, name, revision=revision, kind=type(model) if sees else None)
+        if assembly.processor is not None:
+            save_processor(assembly.processor, folder)
+        else:
+            assembly.tokenizer.save_pretrained(folder)
+    assembly.peft_model = peft.PeftModel.from_pretrained(model, folder).eval()
+    return ExportedLora(
+        base=name, loader="AutoPeftModel" if sees else "AutoPeftModelForCausalLM",
+        stock=not isinstance(model, VlmForConditionalGeneration),
+        max_logit_difference=_compare(folder, live, _probe(assembly, model)),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _round_base(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the weights besides the adapters the values that they have once written."""
+    for name, weight in model.named_parameters():
+        if "lora_" not in name:
+            weight.copy_(weight.to(dtype))
+
+
+@torch.no_grad()
+def merge_adapter(assembly: Assembly, dtype: torch.dtype) -> float | None:
+    """Merge the live adapter, and only then cast the weights.
+
+    Args:
+        assembly: loaded with `merge=False` in float32; changed in place.
+        dtype: of the weights afterwards.
+
+    Returns:
+        Largest difference of logits from those of the live adapter, the rounding to `dtype` included; None: no adapter.
+
+    Raises:
+        AdapterError: see `mm_moslora.adapters.merge_adapter`.
+    """
+    live = None if assembly.peft_model is None else _probe(assembly, assembly.model)
+    if assembly.peft_model is not None:
+        adapters.merge(assembly.peft_model)
+        assembly.peft_model = None
+    cast_parameters(assembly.model, dtype)
+    return None if live is None else float((_probe(assembly, assembly.model).float() - live).abs().max())
+
+
+def why_not_stock(model: VlmForConditionalGeneration) -> str:
+    """Why transformers alone cannot load the model, and what comes closest."""
+    config: Any = model.config
+    vision: Any = config.vision_config
+    reasons = []
+    if config.projector_kind != "mlp2x_gelu":
+        reasons.append(f"its projector is {config.projector_kind} (stock LLaVA has mlp2x_gelu only)")
+    if vision.model_type == "mm_moslora_vision":
+        reasons.append(f"its {vision.library} vision tower has no transformers class")
+    if vision.model_type == "mm_moslora_fused_vision":
+        reasons.append("it has two vision towers side by side")
+    if config.vision_prefix > 1:
+        reasons.append(f"its tower puts {config.vision_prefix} tokens before the patches (stock LLaVA drops one)")
+    return (
+        f"The model is no LlavaForConditionalGeneration: {'; '.join(reasons)}. Export it with --to hf, which loads "
+        "after `import mm_moslora.models`, or train with one CLIP, SigLIP, ViT or DINOv2 tower (without registers) and "
+        "mlp2x_gelu."
+    )
+
+
+def _rename_tensors(folder: Path, old: str, new: str) -> None:
+    """Rename tensors in every shard of a saved model, and in its index."""
+    renamed: dict[str, str] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        for key in [key for key in state if key.startswith(old) and not key.startswith(new)]:
+            renamed[key] = new + key.removeprefix(old)
+            state[renamed[key]] = state.pop(key)
+        save_file(state, shard, metadata=metadata)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content["weight_map"] = {renamed.get(key, key): file for key, file in content["weight_map"].items()}
+        index.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def _check(assembly: Assembly, folder: Path) -> float:
+    """Load the folder back in fp32 and compare logits on a prompt with an image, where there is a tower."""
+    model = assembly.model
+    loader = AutoModelForImageTextToText if is_multimodal(model) else AutoModelForCausalLM
+    twin = loader.from_pretrained(folder, dtype=next(model.parameters()).dtype, trust_remote_code=False).eval()
+    if type(twin) is not type(model):
+        raise ModelError(f"{folder} loads as {type(twin).__name__}, expected {type(model).__name__}.")
+    return _compare(folder, _probe(assembly, model), _probe(assembly, twin))
+
+
+def check_empty(folder: Path) -> None:
+    """Refuse a folder with something in it.
+
+    Raises:
+        ModelError: it has, or it cannot be made.
+    """
+    try:
+        refuse_full_folder(folder)
+    except ConfigError as error:
+        raise ModelError(str(error)) from error
+
+
+def _compare(folder: Path, ours: Tensor, theirs: Tensor) -> float:
+    difference = float((ours.float() - theirs.float()).abs().max())
+    accepted = TOLERANCE * max(1.0, float(ours.float().abs().max()))
+    if not difference <= accepted:  # not a number is no agreement
+        raise ModelError(
+            f"{folder} gives other logits than the model it was written from (largest difference {difference:.2e}, "
+            f"accepted {accepted:.0e}). Do not use it."
+        )
+    return difference
+
+
+@torch.no_grad()
+def _probe(assembly: Assembly, model: PreTrainedModel) -> Tensor:
+    """Logits ``[T, C]`` of a prompt with a picture (a gradient from dark to light), where the model sees."""
+    text = assembly.tokenizer("A short check of the weights.", return_tensors="pt")["input_ids"][0]
+    if assembly.eyes is None:
+        return model(input_ids=text[None]).logits[0]
+    (seen,) = assembly.eyes.see([Image.linear_gradient("L").convert("RGB")])
+    ids = torch.cat([torch.tensor(seen.placeholders), text])
+    example = Example.of(id="", input_ids=ids, supervised=torch.zeros(len(ids), dtype=torch.bool), seen=[seen])
+    assert example.pixel_values is not None
+    inputs = row_inputs(model, [ids], example.pixel_values, example.image_inputs, answers=[len(ids)])
+    return model(**inputs).logits[0]

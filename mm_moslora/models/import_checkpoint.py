@@ -1,0 +1,310 @@
+"""Import: checkpoints of the original LLaVA code and of XTuner become parts that a recipe names, or whole models.
+
+What is read::
+
+    LLaVA, whole         config.json (model_type llava_llama, ...), weights with model.mm_projector.*
+    LLaVA, projector     mm_projector.bin with model.mm_projector.*
+    LLaVA, LoRA          adapter_config.json, adapter weights, non_lora_trainables.bin; the base is named
+    XTuner               a .pth file (or a DeepSpeed folder of that name) with projector.model.*, maybe llm.*
+
+What comes out is a folder with `projector.safetensors` and, where the source holds or changes one, `language/`, a plain
+causal language model. `whole_config` says how to assemble them.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from mm_moslora import adapters
+from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
+from mm_moslora.models.export.export_huggingface import check_empty
+from mm_moslora.models.processing.anyres import NEWLINE
+from mm_moslora.utils.errors import ModelError
+from mm_moslora.utils.run_paths import writing
+
+_PLAIN_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2",
+                "llava_qwen2": "qwen2", "llava_phi": "phi3", "llava_gemma": "gemma"}  # fmt: skip
+_PROJECTOR = re.compile(r"^(?:base_model\.model\.)?(?:model\.)?mm_projector\.(.+)$|^projector\.model\.(.+)$")
+_OF_LLAVA = re.compile(r"^(mm_|image_|tune_|freeze_mm|unfreeze_mm|use_mm|tokenizer_|vision_|im_|s2)")
+_DEEP = re.compile(r"mlp([1-9])x_gelu")
+
+
+@dataclass(kw_only=True)
+class Imported:
+    """What a source held."""
+
+    folder: Path
+    """Where its parts lie now."""
+    kind: str
+    """Which of the forms it was."""
+    projector: str
+    """Kind of the projector."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """LLaVA's configuration, where there is one."""
+    language: str | None = None
+    """The language model: a folder here, or the base that the source names."""
+    tensors: int = 0
+    """Tensors taken over."""
+    largest_difference: float = 0.0
+    """Between source tensors and what was written, read back; only a merged LoRA rounds."""
+
+
+def import_parts(source: Path, folder: Path, *, language: str | None = None) -> Imported:
+    """Turn a foreign checkpoint into parts.
+
+    Args:
+        source: a folder, a .bin or a .pth file; see the top.
+        folder: new or empty.
+        language: the base of a LoRA or of an XTuner checkpoint, where the one that the source names is not to be had.
+
+    Raises:
+        ModelError: no such form, a projector that cannot be expressed, or a base that is needed and not named.
+    """
+    check_empty(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = _settings(source)
+    if source.is_dir() and (source / "adapter_config.json").is_file():
+        return _import_lora(source, folder, settings, language)
+    if source.suffix == ".pth":
+        return _import_xtuner(source, folder, language)
+    files = _weight_files(source)
+    state = {name: value for file in files for name, value in _tensors(file) if _PROJECTOR.match(name)}
+    kind = _write_projector(state, folder, newline=_newline(files))
+    whole = source.is_dir() and any(not _is_extra(name) for file in files for name, _ in _tensors(file))
+    result = Imported(
+        folder=folder, kind="LLaVA, whole" if whole else "LLaVA, projector", projector=kind, settings=settings,
+        tensors=len(state), largest_difference=_difference(state, folder / "projector.safetensors"),
+    )  # fmt: skip
+    if whole:
+        result.language = str(folder / "language")
+        result.tensors += _write_language(source, files, settings, folder / "language")
+    return result
+
+
+def whole_config(imported: Imported, *, vision: str | None = None, language: str | None = None) -> ModelConfig:
+    """How to assemble a whole model from what was imported.
+
+    Args:
+        imported: from `import_parts`.
+        vision: the vision tower, where the source names none or it lies elsewhere.
+        language: the same for the language model.
+
+    Raises:
+        ModelError: a part is neither in the source nor named.
+    """
+    settings = imported.settings
+    tower = vision or settings.get("mm_vision_tower")
+    model = language or imported.language
+    missing = [name for name, value in (("--vision", tower), ("--language", model)) if not value]
+    if missing:
+        raise ModelError(
+            f"The source ({imported.kind}) does not say what its parts are; name them: {', '.join(missing)}. "
+            f"Its projector alone is in {imported.folder / 'projector.safetensors'}."
+        )
+    aspect = settings.get("image_aspect_ratio", "pad")
+    return ModelConfig(
+        language=str(model),
+        vision=VisionConfig(
+            name=str(tower),
+            feature_layer=settings.get("mm_vision_select_layer", -2),
+            select="cls_patch" if settings.get("mm_vision_select_feature") == "cls_patch" else "patch",
+        ),
+        projector=ProjectorConfig(kind=imported.projector, weights=str(imported.folder / "projector.safetensors")),
+        image_aspect="anyres" if aspect == "anyres" else "pad" if aspect == "pad" else "crop",
+    )
+
+
+def _settings(source: Path) -> dict[str, Any]:
+    file = (source if source.is_dir() else source.parent) / "config.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _weight_files(source: Path) -> list[Path]:
+    if source.is_file():
+        return [source]
+    for pattern in ("*.safetensors", "pytorch_model*.bin", "mm_projector.bin"):
+        found = sorted(source.glob(pattern))
+        if found:
+            return found
+    raise ModelError(
+        f"{source} holds none of *.safetensors, pytorch_model*.bin, mm_projector.bin and adapter_config.json, so it is "
+        "no LLaVA checkpoint. A llava-hf folder needs no import: put it into model.vlm."
+    )
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a file; pickles are read as weights only."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as stream:
+            for name in stream.keys():  # noqa: SIM118  (not a dict)
+                yield name, stream.get_tensor(name)
+        return
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ModelError(
+            f"{file} cannot be read as weights alone ({type(error).__name__}): it is damaged, no file of torch.save, "
+            "or holds code, which is never run here. Save its state_dict with torch.save, or as safetensors."
+        ) from error
+    for key in ("state_dict", "module", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    yield from ((name, value) for name, value in state.items() if isinstance(value, Tensor))
+
+
+def _is_extra(name: str) -> bool:
+    """Whether a tensor belongs to LLaVA, not to the language model."""
+    return bool(_PROJECTOR.match(name)) or "vision_tower" in name or NEWLINE in name
+
+
+def _newline(files: list[Path]) -> Tensor | None:
+    return next((value for file in files for name, value in _tensors(file) if name.endswith(NEWLINE)), None)
+
+
+def _own_names(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """Kind of a projector and its tensors under our names."""
+    local = {}
+    for name, value in state.items():
+        match = _PROJECTOR.match(name)
+        assert match is not None
+        local[match[1] or match[2]] = value
+    layers = sorted({int(name.partition(".")[0]) for name in local if name[0].isdigit()})
+    if set(local) == {"weight", "bias"}:
+        return "linear", {f"linear.{name}": value for name, value in local.items()}
+    expected = list(range(0, 2 * len(layers), 2))
+    if not layers or layers != expected or any(not name[0].isdigit() for name in local):
+        raise ModelError(
+            f"The projector has the tensors {', '.join(sorted(local)[:6])}, which are no linear layer and no "
+            "mlpNx_gelu. Only these are imported."
+        )
+    if layers == [0, 2]:
+        own = {"0": "linear_1", "2": "linear_2"}
+        return "mlp2x_gelu", {f"{own[n.partition('.')[0]]}.{n.partition('.')[2]}": v for n, v in local.items()}
+    return f"mlp{len(layers)}x_gelu", {f"layers.{name}": value for name, value in local.items()}
+
+
+def _write_projector(state: Mapping[str, Tensor], folder: Path, *, newline: Tensor | None = None) -> str:
+    if not state:
+        raise ModelError("The source holds no projector (no mm_projector.* and no projector.model.*).")
+    kind, own = _own_names(state)
+    tensors = {name: value.float().contiguous() for name, value in own.items()}
+    if newline is not None:
+        tensors[NEWLINE] = newline.float().contiguous()
+    with writing(folder / "projector.safetensors"):
+        save_file(tensors, folder / "projector.safetensors")
+    return kind
+
+
+def _difference(state: Mapping[str, Tensor], file: Path) -> float:
+    """Largest difference between a source's projector and what was written."""
+    _, own = _own_names(state)
+    written = dict(_tensors(file))
+    return max(float((written[name] - value.float()).abs().max()) for name, value in own.items())
+
+
+def _write_language(source: Path, files: list[Path], settings: dict[str, Any], folder: Path) -> int:
+    """The language model of a whole LLaVA checkpoint as a folder of its own."""
+    kind = str(settings.get("model_type"))
+    if kind not in _PLAIN_TYPES:
+        raise ModelError(f"{source} has model_type {kind!r}, expected one of {', '.join(_PLAIN_TYPES)}.")
+    folder.mkdir()
+    plain = {key: value for key, value in settings.items() if not _OF_LLAVA.match(key) and key != "architectures"}
+    plain["model_type"] = _PLAIN_TYPES[kind]
+    (folder / "config.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
+    index: dict[str, str] = {}
+    for number, file in enumerate(files):
+        name = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        state = {key: value.contiguous() for key, value in _tensors(file) if not _is_extra(key)}
+        with writing(folder / name):
+            save_file(state, folder / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(state, name)
+    text = json.dumps({"metadata": {}, "weight_map": index}, indent=2)
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    for pattern in ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_*"):
+        for file in source.glob(pattern):
+            shutil.copy(file, folder)
+    return len(index)
+
+
+def _import_lora(source: Path, folder: Path, settings: dict[str, Any], language: str | None) -> Imported:
+    """LLaVA's LoRA folder: the adapter is merged into its base, the projector taken from what trained beside it."""
+    extras = source / "non_lora_trainables.bin"
+    state = dict(_tensors(extras)) if extras.is_file() else {}
+    projector = {name: value for name, value in state.items() if _PROJECTOR.match(name)}
+    kind = _write_projector(projector, folder)
+    adapter = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+    base = language or adapter.get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"{source / 'adapter_config.json'} names no base model; name it: --language BASE.")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
+    adapters.merge(adapters.load_adapter(model, source))
+    return Imported(
+        folder=folder, kind="LLaVA, LoRA", projector=kind, settings=settings,
+        language=_save_language(model, base, folder / "language"),
+        tensors=len(state), largest_difference=_difference(projector, folder / "projector.safetensors"),
+    )  # fmt: skip
+
+
+def _import_xtuner(source: Path, folder: Path, language: str | None) -> Imported:
+    file = source / "mp_rank_00_model_states.pt" if source.is_dir() else source
+    state = dict(_tensors(file))
+    projector = {name: value for name, value in state.items() if _PROJECTOR.match(name)}
+    kind = _write_projector(projector, folder)
+    result = Imported(
+        folder=folder, kind="XTuner", projector=kind, tensors=len(projector),
+        largest_difference=_difference(projector, folder / "projector.safetensors"), language=language,
+    )  # fmt: skip
+    factors = {name.removeprefix("llm."): value for name, value in state.items() if name.startswith("llm.")}
+    tower = [name for name in state if name.startswith("visual_encoder.")]
+    if tower:
+        raise ModelError(
+            f"{source} also trained its vision tower ({len(tower)} tensors), which is not imported. Convert it "
+            "with XTuner to a llava-hf folder and put that into model.vlm."
+        )
+    if factors:
+        result.language = _merge_factors(factors, folder, language)
+        result.tensors += len(factors)
+    return result
+
+
+def _merge_factors(factors: Mapping[str, Tensor], folder: Path, language: str | None) -> str:
+    """Merge LoRA factors, or take over whole weights, of XTuner's language model."""
+    if language is None:
+        raise ModelError(
+            "The checkpoint changes the language model; name the one it was trained from: --language BASE."
+        )
+    model = AutoModelForCausalLM.from_pretrained(language, dtype=torch.float32, trust_remote_code=False)
+    if any("lora_" in name for name in factors):
+        raise ModelError(
+            f"The checkpoint holds LoRA factors of the language model ({len(factors)} tensors) without their alpha, "
+            "which XTuner keeps in its Python configuration. Convert it with `xtuner convert pth_to_hf` and import "
+            "that folder."
+        )
+    own = model.state_dict()
+    odd = [name for name, value in factors.items() if name not in own or own[name].shape != value.shape]
+    if odd:
+        raise ModelError(f"{language!r} does not fit the checkpoint: {odd[0]!r} is unknown or of another shape.")
+    model.load_state_dict(dict(factors), strict=False)
+    return _save_language(model, language, folder / "language")
+
+
+def _save_language(model: PreTrainedModel, source: str, folder: Path) -> str:
+    """Write a language model with the tokenizer of its source."""
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    with writing(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return str(folder)

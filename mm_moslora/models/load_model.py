@@ -1,0 +1,180 @@
+"""Loading for use: a run, one of its checkpoints, an export or an adapter folder, told apart by what is in it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+    PretrainedConfig,
+)
+
+from mm_moslora import adapters
+from mm_moslora.adapters.folders.foreign_formats import read_json
+from mm_moslora.config import ModelConfig, Recipe
+from mm_moslora.models.assembly import Assembly, assemble, load_projector, ready_assembly
+from mm_moslora.models.model_paths import seen_from
+from mm_moslora.models.pretrained_vlm import load_ready_processor
+from mm_moslora.models.processing.anyres import newline_of
+from mm_moslora.models.processing.llava_processor import takes_plain_contents
+from mm_moslora.models.vision.timm_open_clip_tower import cast_parameters
+from mm_moslora.models.vision.vision_tower import ImageSpec
+from mm_moslora.models.vlm import is_multimodal
+from mm_moslora.utils.errors import ModelError, MoSLoRAError, reason_of
+from mm_moslora.utils.run_paths import ADAPTER_CONFIG, BASE, MANIFEST, find_checkpoint
+
+
+def load(
+    path: str | Path,
+    *,
+    merge: bool = True,
+    dtype: torch.dtype = torch.float32,
+    base: str | Path | None = None,
+    quantised: bool = True,
+) -> Assembly:
+    """Load a model for inference.
+
+    Args:
+        path: a run, a checkpoint of ours, an exported folder, or an adapter folder of any trainer.
+        merge: fold adapters into the base weights (faster); False leaves them live in `Assembly.peft_model`.
+        dtype: dtype of the weights.
+        base: for an adapter folder, the model it belongs to; None takes the one that it names.
+        quantised: False loads a base in full that was trained on in 4 or 8 bits.
+
+    Raises:
+        ModelError: nothing loadable there, or its parts do not fit together.
+        AdapterError: the adapter is damaged or belongs to another base.
+    """
+    folder = find_checkpoint(Path(path))
+    is_ours, is_adapter = (folder / MANIFEST).is_file(), (folder / ADAPTER_CONFIG).is_file()
+    if base is not None and (is_ours or not is_adapter):
+        raise ModelError(f"{folder} is no adapter of another trainer; it knows its base. Leave out base.")
+    if is_ours:
+        return _load_checkpoint(folder, merge=merge, dtype=dtype, quantised=quantised)
+    if is_adapter:
+        return _load_adapter(folder, base, merge=merge, dtype=dtype)
+    return _load_exported(folder, dtype=dtype)
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The resolved recipe of a checkpoint."""
+    file = folder / "config.yaml"
+    return Recipe.from_yaml(file.read_text(encoding="utf-8"), source=str(file))
+
+
+def model_of(folder: Path) -> ModelConfig:
+    """The recipe's `model` of a checkpoint, its relative paths as they are found from here."""
+    return seen_from(recipe_of(folder).model, folder)
+
+
+def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, quantised: bool) -> Assembly:
+    config = model_of(folder)
+    if not quantised:
+        config = dataclasses.replace(config, quantisation="none")
+    projector = dataclasses.replace(config.projector, weights=None)
+    # Weights are merged in fp32 and rounded once at the end.
+    assembly = assemble(dataclasses.replace(config, projector=projector), dtype=torch.float32)
+    if is_multimodal(assembly.model) and not assembly.ready_made:
+        load_projector(
+            assembly.model.model.multi_modal_projector,
+            folder / "projector.safetensors",
+            newline=newline_of(assembly.model),
+        )
+        assembly.changed = True
+    for component in ("vision", "language", *(("projector",) if assembly.ready_made else ())):
+        if (folder / f"{component}.safetensors").is_file():
+            _load_trained(assembly, folder / f"{component}.safetensors")
+            assembly.changed = True
+    if (folder / "adapter").is_dir():
+        assembly.peft_model = adapters.load_adapter(assembly.model, folder / "adapter")
+        if merge:
+            adapters.merge(assembly.peft_model)
+            assembly.peft_model = None
+    cast_parameters(assembly.model.requires_grad_(False), dtype)
+    return assembly
+
+
+def _load_trained(assembly: Assembly, file: Path) -> None:
+    state = load_file(file)
+    own = assembly.model.state_dict()
+    odd = [name for name, value in state.items() if name not in own or own[name].shape != value.shape]
+    if odd:
+        raise ModelError(f"{file} does not fit the model: {odd[0]!r} is unknown or of another shape.")
+    assembly.model.load_state_dict(state, strict=False)
+
+
+def _load_adapter(folder: Path, base: str | Path | None, *, merge: bool, dtype: torch.dtype) -> Assembly:
+    """An adapter of another trainer, on the model that it names."""
+    named = base or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if base is None and (folder / BASE).is_dir():  # wherever the folder was moved
+        named = folder / BASE
+    if not named:
+        raise ModelError(f"{folder} is an adapter that does not name its base model. Give it with --base.")
+    try:
+        assembly = _load_exported(named, dtype=torch.float32)
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"The base model {str(named)!r} of {folder} does not load ({first}). Give it with --base."
+        ) from error
+    assembly.peft_model = adapters.load_adapter(assembly.model, folder)
+    if merge:
+        adapters.merge(assembly.peft_model)
+        assembly.peft_model = None
+    cast_parameters(assembly.model.requires_grad_(False), dtype)
+    return assembly
+
+
+def _load_exported(folder: str | Path, *, dtype: torch.dtype) -> Assembly:
+    try:
+        return _load_stock(folder, dtype=dtype)
+    except MoSLoRAError:
+        raise
+    except ValueError as error:
+        raise ModelError(f"{folder} does not load: {reason_of(error)}.") from error
+
+
+def _load_stock(folder: str | Path, *, dtype: torch.dtype) -> Assembly:
+    config, _ = PretrainedConfig.get_config_dict(folder)
+    base = {"exported": str(folder)}
+    if "vision_config" not in config:
+        language = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        return Assembly(
+            model=language.eval(), tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False), base=base
+        )
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
+    processor: Any = load_ready_processor(str(folder), None)
+    if not (isinstance(model, LlavaForConditionalGeneration) and takes_plain_contents(processor)):
+        return ready_assembly(model, processor, base=base)
+    processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    images = processor.image_processor
+    crop: Any = images.crop_size
+    spec = ImageSpec(
+        size=int(crop["height"]),
+        tokens=int(model.config.image_seq_length),
+        width=int(cast(Any, model.config.vision_config).hidden_size),
+        prefix=int(getattr(processor, "num_additional_image_tokens", 0)),
+        patch=int(getattr(processor, "patch_size", 0) or 0),
+        mean=tuple(images.image_mean),
+        std=tuple(images.image_std),
+    )
+    return Assembly(
+        model=model, tokenizer=_plain_tokenizer(processor), processor=processor, image=spec,
+        tokens_per_image=int(model.config.image_seq_length), base=base,
+    )  # fmt: skip
+
+
+def _plain_tokenizer(processor: Any) -> Any:
+    """The processor's tokenizer, with a chat template that knows strings only when it has lost its own."""
+    tokenizer = processor.tokenizer
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = processor.chat_template
+    return tokenizer

@@ -1,0 +1,1 @@
+"""Decoder layers and heads that keep little for the backward pass."""

@@ -1,0 +1,89 @@
+"""`torch.compile` of the decoder layers, one by one or of their passes: short graphs, compiled once for all layers."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from mm_moslora.kernels.attention.segment_attention import SEGMENTS, segment_attention
+from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer
+from mm_moslora.utils.errors import ConfigError, suggestion
+
+
+class CompiledLayer(nn.Module):
+    """Mixed in before a layer's class, to run its forward pass compiled.
+
+    transformers wraps the forward pass of every class of layers for gradient checkpointing, and what is compiled around
+    that wrapper (`layer.compile`) has no effect: torch does not look into checkpoints. Here it is inside.
+    """
+
+    compiled_forward: Callable[..., Tensor]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the layer computes."""
+        return self.compiled_forward(hidden_states, *args, **kwargs)
+
+
+@cache
+def _compiled_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Compiled{kind.__name__}", (CompiledLayer, kind), {"__module__": __name__})
+
+
+def require_backend(backend: str) -> None:
+    """Refuse a backend of torch.compile that cannot run here.
+
+    Raises:
+        ConfigError: no such backend, or a compiler is missing.
+    """
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise ConfigError(
+            f"train.compile is {backend!r}, expected a backend of torch.compile: {', '.join(known)}."
+            f"{suggestion(backend, known)}"
+        )
+    on_cpu = backend == "inductor" and not torch.cuda.is_available()
+    if on_cpu and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise ConfigError(
+            "train.compile is 'inductor', which needs a C++ compiler on a CPU, and none is here. Install one (g++), or "
+            "leave train.compile out."
+        )
+
+
+def compile_layers(model: PreTrainedModel, backend: str) -> int:
+    """Compile the decoder layers in place, for rows of any length; weights and their names stay.
+
+    Lean layers have the passes between their matrix products compiled, which is faster than the whole stock layer and
+    keeps as little as before. With gradient checkpointing what is computed again is compiled, too. The loop over
+    segments stays outside the graphs, for it would be compiled anew for every batch.
+
+    Args:
+        model: causal language model or VLM, adapters inside.
+        backend: of torch.compile.
+
+    Returns:
+        How many layers.
+
+    Raises:
+        ConfigError: no such backend, no layers, or a compiler is missing.
+    """
+    require_backend(backend)
+    layers: Any = getattr(model.get_decoder(), "layers", None)
+    if layers is None:
+        raise ConfigError(
+            f"train.compile is {backend!r}, but the layers of {type(model).__name__} are not known. Leave it out."
+        )
+    AttentionInterface.register(SEGMENTS, torch.compiler.disable(segment_attention))
+    for layer in layers:
+        if isinstance(layer, LeanLayer):
+            layer.compile_passes(backend)
+        else:
+            layer.compiled_forward = torch.compile(layer.forward, backend=backend, dynamic=True)
+            kind: Any = type(layer)
+            layer.__class__ = _compiled_class(kind)
+    return len(layers)

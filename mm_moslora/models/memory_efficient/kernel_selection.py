@@ -1,0 +1,109 @@
+"""Which kernels run: PyTorch's, Liger's between the products of lean layers on a GPU, C++ attention on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from mm_moslora.kernels.attention.native_cpu_attention import use_native_attention
+from mm_moslora.kernels.fused_ops.liger_availability import LIGER_RANGE, installed_liger, why_not_liger
+from mm_moslora.kernels.fused_ops.torch_ops import EAGER, Elementwise
+from mm_moslora.kernels.native import NativeError, library
+from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer
+from mm_moslora.utils.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """What `model.kernels` comes to on a device."""
+
+    passes: Elementwise
+    """What lean layers run between their products."""
+    words: str
+    """Whose they are, and why where that was not the recipe's word."""
+    required: str | None = None
+    """What the recipe insists on."""
+    native: bool = False
+    """Whether attention is to run on the C++ kernel."""
+
+
+def choose_kernels(wanted: str, device: torch.device, *, lean: bool = True) -> Kernels:
+    """Liger's kernels or the C++ attention where they can run, else PyTorch's. The latter is compiled to know it.
+
+    Args:
+        wanted: auto, torch, liger or native.
+        device: that the model will be on.
+        lean: whether there will be lean layers for Liger's.
+
+    Raises:
+        ConfigError: liger or native is asked for and cannot run.
+    """
+    if wanted == "torch":
+        return Kernels(passes=EAGER, words="PyTorch's")
+    required = wanted if wanted in _WHERE else None
+    reason = why_not_liger(device)
+    if lean and wanted != "native" and reason is None:
+        from mm_moslora.kernels.fused_ops.liger_ops import LIGER
+
+        return Kernels(passes=LIGER, words=f"Liger's (liger-kernel {installed_liger()})", required=required)
+    if wanted == "native" or (wanted == "auto" and device.type == "cpu"):
+        try:
+            return Kernels(passes=EAGER, words=_native_words(device), required=required, native=True)
+        except NativeError as error:
+            reason = str(error)
+    if required is not None:
+        raise ConfigError(
+            f"model.kernels is {wanted!r}, but {reason}. {_WHERE[required]} Or set model.kernels to auto."
+        )
+    return Kernels(passes=EAGER, words=f"PyTorch's ({reason})")
+
+
+_WHERE = {
+    "liger": f"They run on a GPU where liger-kernel is installed (pip install 'liger-kernel{LIGER_RANGE}'; Triton "
+    "comes with PyTorch's CUDA builds).",
+    "native": "It runs on a CPU, where a C++ compiler is.",
+}
+"""Kernels that a recipe may insist on."""
+
+
+def _native_words(device: torch.device) -> str:
+    """Words for the C++ attention, once it is compiled.
+
+    Raises:
+        NativeError: it cannot run.
+    """
+    if device.type != "cpu":
+        raise NativeError(f"the C++ attention is for CPUs, and the model runs on {device.type}")
+    return f"the C++ kernel for CPUs ({library().compiler})"
+
+
+def use_kernels(model: PreTrainedModel, kernels: Kernels, *, lean: bool = True) -> str:
+    """Have a model run on these kernels, in place: its lean layers, where it has any, and attention.
+
+    Args:
+        model: that `mm_moslora.models.memory_efficient.decoder_layers.use_lean_layers` has seen.
+        kernels: from `choose_kernels`.
+        lean: as for `choose_kernels`.
+
+    Returns:
+        What runs on them, in words; nothing where nothing does.
+
+    Raises:
+        ConfigError: nothing does, and the recipe insists on such kernels.
+    """
+    use_native_attention(model, on=kernels.native)
+    changed = [layer for layer in getattr(model.get_decoder(), "layers", ()) if lean and isinstance(layer, LeanLayer)]
+    for layer in changed:
+        layer.passes = kernels.passes
+    if kernels.native:
+        return f"Attention runs on {kernels.words}."
+    if kernels.required and not changed:
+        raise ConfigError(
+            f"model.kernels is {kernels.required!r}, but {type(model).__name__} has no lean decoder layers, and such "
+            "kernels run in these alone (Llama, Mistral, Qwen2, Qwen3). Set model.kernels to auto."
+        )
+    if not changed:
+        return ""
+    return f"The kernels between the products of {len(changed)} lean decoder layers are {kernels.words}."

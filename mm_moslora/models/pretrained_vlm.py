@@ -1,0 +1,128 @@
+"""Ready-made vision-language models: any `AutoModelForImageTextToText` checkpoint with its own processor.
+
+Nothing is assembled. The recipe names one model (`model.vlm`), and its parts are found by what they are in
+transformers: the decoder, the vision tower and what lies between them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from mm_moslora.utils.errors import ModelError, reason_of
+
+# Paths of the vision towers of transformers' models, in the order in which they are looked for.
+_TOWERS = ("model.vision_tower", "model.visual", "model.vision_model", "model.vision_embed_tokens")
+
+
+PICTURE = (640, 480)
+"""Width and height of the picture that stands for all where they decide what it costs: of most of COCO's."""
+
+
+def load_ready(name: str, revision: str | None, *, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    """Load a ready-made model with its processor.
+
+    Args:
+        name: folder or hub id.
+        revision: on the hub.
+        dtype: of the weights.
+
+    Raises:
+        ModelError: nothing there, or no image-text-to-text model.
+    """
+    processor = load_ready_processor(name, revision)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, revision=revision, dtype=dtype, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model.vlm is {name!r}, which does not load as an image-text-to-text model: {reason_of(error)}."
+        ) from error
+    if not hasattr(model, "model") or model.get_output_embeddings() is None:
+        raise ModelError(
+            f"{name!r} ({type(model).__name__}) has no decoder with a linear head behind it, which training needs. "
+            "Choose a model such as LLaVA, Qwen-VL, SmolVLM, InternVL or PaliGemma."
+        )
+    return model, processor
+
+
+def load_ready_processor(name: str, revision: str | None) -> Any:
+    """Load the processor of a ready-made model.
+
+    Raises:
+        ModelError: nothing there, no processor for pictures, or a package that it needs is missing.
+    """
+    if lacking := _lacks_processor(Path(name)):
+        raise ModelError(
+            f"model.vlm is {name!r}, a folder without {lacking}. Put the processor of the model that it was made from "
+            f"into it: AutoProcessor.from_pretrained(MODEL).save_pretrained({name!r})."
+        )
+    try:
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"model.vlm is {name!r}, whose processor does not load: {reason_of(error)}.") from error
+    if getattr(processor, "image_processor", None) is None or getattr(processor, "image_token", None) is None:
+        raise ModelError(
+            f"model.vlm is {name!r}, whose processor ({type(processor).__name__}) takes no pictures with placeholders. "
+            "Put a language model into model.language, or choose another vision-language model."
+        )
+    return processor
+
+
+def _lacks_processor(folder: Path) -> str:
+    """Which parts of a processor the folder of a model that sees lacks, for people; empty where it lacks none."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    if not isinstance(config, dict) or "vision_config" not in config:
+        return ""
+    parts = {
+        "an image processor (preprocessor_config.json)": ("preprocessor_config.json", "processor_config.json"),
+        "a tokenizer (tokenizer.json)": (
+            "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt",
+        ),
+    }  # fmt: skip
+    return " and ".join(part for part, files in parts.items() if not any((folder / name).is_file() for name in files))
+
+
+def ready_image_token(name: str, revision: str | None, processor: Any) -> int:
+    """The token that visual features replace, without loading weights."""
+    config: Any = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    number = getattr(config, "image_token_id", None)
+    return int(processor.image_token_id if number is None else number)
+
+
+def tower_path(model: PreTrainedModel) -> str:
+    """Path of a model's vision tower.
+
+    Raises:
+        ModelError: none of the known ones.
+    """
+    names = {name for name, _ in model.named_modules()}
+    for path in _TOWERS:
+        if path in names:
+            return path
+    raise ModelError(f"{type(model).__name__} has no vision tower at {', '.join(_TOWERS)}; leave model.vision frozen.")
+
+
+def decoder_path(model: PreTrainedModel) -> str:
+    """Path of a model's language model, without its head."""
+    decoder = model.get_decoder()
+    return next(name for name, module in model.named_modules() if module is decoder)
+
+
+def side_of(tower: Any, key: str) -> int:
+    """A length of a vision tower's configuration, in pixels; some give one per side. 0: it has none.
+
+    Args:
+        tower: the configuration.
+        key: `image_size` or `patch_size`.
+    """
+    value = getattr(tower, key, None) or 0
+    return int(value if isinstance(value, int) else max(value))

@@ -1,0 +1,1 @@
+"""Image processing, processors and image tokens."""

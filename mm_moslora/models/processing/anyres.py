@@ -1,0 +1,99 @@
+"""Anyres: the whole picture and tiles of it, padding cut off, a newline embedding behind every row of patches.
+
+The composition is transformers' own `LlavaNextForConditionalGeneration` with the recipe's parts inside, so that what is
+trained is what everybody loads. Visual tokens depend on the picture, so its own forward pass places them
+(`mm_moslora.models.batching.packed_batch`). The picture's whole view is squeezed to a square, as in LLaVA-NeXT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+from mm_moslora.config import ModelConfig
+from mm_moslora.models.processing.llava_processor import flattening_template
+from mm_moslora.models.vision.vision_tower import ImageSpec
+from mm_moslora.utils.errors import ModelError
+
+NEWLINE = "image_newline"
+"""Name of the newline embedding in the model and in `projector.safetensors`."""
+
+
+def require_anyres(config: ModelConfig, spec: ImageSpec, tower: PreTrainedModel, *, standard: bool) -> None:
+    """Refuse parts that LLaVA-NeXT cannot hold.
+
+    Raises:
+        ModelError: with the reason and the nearest choice.
+    """
+    assert config.vision is not None
+    if not standard:
+        raise ModelError(
+            f"model.image_aspect is anyres, which LLaVA-NeXT holds with one CLIP, SigLIP, ViT or DINOv2 tower and "
+            f"mlp2x_gelu; here are {config.vision.name!r} and {config.projector.kind}. Choose these, or image_aspect "
+            "pad."
+        )
+    if config.vision.select == "cls_patch":
+        raise ModelError(
+            "model.image_aspect is anyres, whose tiles have no place for CLS. Use model.vision.select: patch."
+        )
+    native = getattr(tower.config, "image_size", spec.size)
+    if native != spec.size:
+        raise ModelError(
+            f"model.image_aspect is anyres at {spec.size} pixels, but LLaVA-NeXT cuts tiles of the tower's own size, "
+            f"{native}. Set model.vision.image_size to {native} or leave it out."
+        )
+
+
+def compose_anyres(
+    config: ModelConfig, settings: dict[str, Any], spec: ImageSpec, *, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The empty shell on the meta device, its newline embedding real."""
+    whole = LlavaNextConfig(**settings, image_grid_pinpoints=pinpoints(spec, config.anyres_tiles))
+    with torch.device("meta"):
+        model = LlavaNextForConditionalGeneration(whole)
+    width = whole.get_text_config().hidden_size
+    model.model.image_newline = nn.Parameter(torch.randn(width, dtype=dtype) * width**-0.5)
+    return model
+
+
+def pinpoints(spec: ImageSpec, tiles: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Heights and widths, in pixels, that pictures are fitted into."""
+    return [[rows * spec.size, columns * spec.size] for rows, columns in tiles]
+
+
+def newline_of(model: PreTrainedModel) -> nn.Parameter | None:
+    """The newline embedding ``[D]`` of an anyres model."""
+    return getattr(model.model, NEWLINE, None)
+
+
+def anyres_processor(
+    tokenizer: PreTrainedTokenizerBase, spec: ImageSpec, tiles: Sequence[tuple[int, int]]
+) -> LlavaNextProcessor:
+    """The processor that goes with the model, PIL backend."""
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": spec.size},
+        crop_size={"height": spec.size, "width": spec.size},
+        image_grid_pinpoints=pinpoints(spec, tiles),
+        image_mean=list(spec.mean),
+        image_std=list(spec.std),
+        resample=spec.resample,
+    )
+    return LlavaNextProcessor(
+        images,
+        tokenizer,
+        patch_size=spec.patch,
+        vision_feature_select_strategy="default" if spec.prefix else "full",
+        num_additional_image_tokens=spec.prefix,
+        chat_template=flattening_template(tokenizer),
+    )

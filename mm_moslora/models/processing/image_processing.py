@@ -1,0 +1,127 @@
+"""Pictures in, tensors and placeholders out: for our own towers with their fixed number of visual tokens, and for
+everything whose processor decides how many tokens a picture takes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mm_moslora.batch import Example, Eyes, Seen
+from mm_moslora.models.processing.llava_processor import image_transform
+from mm_moslora.models.vision.feature_cache import picture_key
+
+_OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
+_ONE_IMAGE_LIST = {"Idefics2Processor", "Idefics3Processor", "SmolVLMProcessor"}
+"""Processors whose tensors are ``[samples, pictures, ...]``."""
+
+
+class SquareEyes:
+    """One square picture, always the same number of visual tokens.
+
+    Args:
+        image_processor: of the tower.
+        image_token_id: the placeholder.
+        tokens: visual tokens per picture.
+    """
+
+    fixed = True
+
+    def __init__(self, image_processor: Any, *, image_token_id: int, tokens: int) -> None:
+        self._transform = image_transform(image_processor)
+        self._placeholders = (image_token_id,) * tokens
+
+    def see(self, images: Sequence[Image.Image]) -> list[Seen]:
+        """See `Eyes.see`."""
+        return [self._one(self._transform(image)) for image in images]
+
+    def _one(self, pixels: Tensor) -> Seen:
+        return Seen(
+            placeholders=self._placeholders, tensors={"pixel_values": pixels[None]}, key=picture_key(pixels)
+        )  # fmt: skip
+
+    def placeholders(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
+        """See `Eyes.placeholders`."""
+        return [self._placeholders] * len(sizes)
+
+
+class ProcessorEyes:
+    """Pictures as a processor of transformers prepares them: tiles, patches, wrappers and all.
+
+    Args:
+        processor: with `image_token`.
+        image_token_id: the token that visual features replace.
+    """
+
+    fixed = False
+
+    def __init__(self, processor: Any, *, image_token_id: int) -> None:
+        self.processor, self.image_token_id = processor, image_token_id
+        self._kind = type(processor).__name__
+        self._count = functools.lru_cache(maxsize=65_536)(self._count_tokens)
+
+    def see(self, images: Sequence[Image.Image]) -> list[Seen]:
+        """See `Eyes.see`."""
+        if len(images) > 1 and self._kind == "LlavaOnevisionProcessor":
+            return self._several(images)
+        return [self._one(image) for image in images]
+
+    def placeholders(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
+        """See `Eyes.placeholders`."""
+        if len(sizes) > 1 and self._kind == "LlavaOnevisionProcessor":
+            return [seen.placeholders for seen in self._several([Image.new("RGB", (8, 8)) for _ in sizes])]
+        return [self._count(*size) for size in sizes]
+
+    def _one(self, image: Image.Image) -> Seen:
+        ids, tensors = self._call([image])
+        if self._kind in _ONE_IMAGE_LIST:
+            tensors = {name: value[0] for name, value in tensors.items()}
+        if self._kind == "PaliGemmaProcessor":  # adds BOS and a line break, which belong to the question
+            ids = [number for number in ids if number == self.image_token_id]
+        return Seen(placeholders=tuple(ids), tensors=tensors)
+
+    def _several(self, images: Sequence[Image.Image]) -> list[Seen]:
+        """LLaVA-OneVision does not tile pictures that come together."""
+        ids, tensors = self._call(images)
+        count = len(images)
+        tensors["batch_num_images"] = torch.full((count,), count)
+        share = len(ids) // count
+        return [
+            Seen(
+                placeholders=tuple(ids[index * share : (index + 1) * share]),
+                tensors={name: value[index : index + 1] for name, value in tensors.items()},
+            )
+            for index in range(count)
+        ]
+
+    def _call(self, images: Sequence[Image.Image]) -> tuple[list[int], dict[str, Tensor]]:
+        output = self.processor(
+            text=[self.processor.image_token * len(images)], images=[list(images)], return_tensors="pt",
+            add_special_tokens=False,
+        )  # fmt: skip
+        tensors = {name: torch.as_tensor(value) for name, value in output.items() if name not in _OF_TEXT}
+        return output["input_ids"][0].tolist(), tensors
+
+    def _count_tokens(self, width: int, height: int) -> tuple[int, ...]:
+        count = getattr(self.processor, "_get_num_multimodal_tokens", None)
+        if count is None:
+            return self._one(Image.new("RGB", (width, height))).placeholders
+        visual = int(count(image_sizes=[(height, width)])["num_image_tokens"][0])
+        return (self.image_token_id,) * (visual + self._uncounted)
+
+    @functools.cached_property
+    def _uncounted(self) -> int:
+        """Tokens around the visual ones, which some processors count and others do not."""
+        counted = self.processor._get_num_multimodal_tokens(image_sizes=[(32, 32)])["num_image_tokens"][0]
+        return len(self._one(Image.new("RGB", (32, 32))).placeholders) - int(counted)
+
+
+def dummy_example(eyes: Eyes) -> Example:
+    """A grey picture and its placeholders, nothing supervised: for ranks without pictures."""
+    (seen,) = eyes.see([Image.new("RGB", (32, 32), (127, 127, 127))])
+    ids = torch.tensor(seen.placeholders)
+    return Example.of(id="", input_ids=ids, supervised=torch.zeros(len(ids), dtype=torch.bool), seen=[seen])

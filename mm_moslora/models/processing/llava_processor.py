@@ -1,0 +1,180 @@
+"""Processors: text and images in, tensors out, for our models and for stock transformers alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoProcessor, LlavaProcessor, PreTrainedTokenizerBase
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from mm_moslora.models.vision.vision_tower import ImageSpec
+from mm_moslora.models.vlm import VlmConfig
+
+IMAGE_TOKEN = "<image>"  # noqa: S105  (a vocabulary entry)
+
+# Flattens content parts to text, so that a language model's own template, which knows strings only, takes messages
+# with images. LLaVA's rule: an image stands on a line of its own.
+_FLATTEN_PARTS = (
+    "{%- set flat = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['content'] is string -%}"
+    "{%- set flat.messages = flat.messages + [message] -%}"
+    "{%- else -%}"
+    "{%- set parts = namespace(text='') -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}"
+    "{%- set parts.text = parts.text + '" + IMAGE_TOKEN + "\n' -%}"
+    "{%- elif part['type'] == 'text' -%}"
+    "{%- set parts.text = parts.text + part['text'] -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set flat.messages = flat.messages + [{'role': message['role'], 'content': parts.text}] -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- set messages = flat.messages -%}"
+)
+
+
+class VlmProcessor(LlavaProcessor):
+    """LLaVA's processor with a fixed number of visual tokens per image, whatever the tower and the projector."""
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokens_per_image: int = 1,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        self.tokens_per_image = tokens_per_image
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **_: Any) -> str:
+        """The placeholder text of one image."""
+        return self.image_token * self.tokens_per_image
+
+
+AutoProcessor.register(VlmConfig, VlmProcessor)
+
+
+def image_processor(spec: ImageSpec, aspect: str) -> LlavaImageProcessorPil:
+    """The image processor of a tower, PIL backend (the torchvision one gives slightly other pixels).
+
+    Args:
+        spec: the tower.
+        aspect: pad, resize or crop; see `ModelConfig.image_aspect`.
+    """
+    square = {"height": spec.size, "width": spec.size}
+    return LlavaImageProcessorPil(
+        size=square if aspect == "resize" else {"shortest_edge": spec.size},
+        crop_size=square,
+        do_center_crop=aspect != "resize",
+        do_pad=aspect == "pad",
+        image_mean=list(spec.mean),
+        image_std=list(spec.std),
+        resample=spec.resample,
+    )
+
+
+def image_transform(processor: LlavaImageProcessorPil) -> Callable[[Image.Image], Tensor]:
+    """A function from an RGB picture to float32 ``[3, H, W]``.
+
+    Pictures that end as a whole square, padded or not, skip the processor's detours through numpy: the same pixels
+    (to 1e-6) in half the time.
+    """
+    side = _whole_square(processor)
+
+    def transform(image: Image.Image) -> Tensor:
+        pixels = processor(image, return_tensors="pt")["pixel_values"][0]
+        return torch.as_tensor(pixels, dtype=torch.float32)
+
+    if side is None:
+        return transform
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    background = tuple(int(value * 255) for value in processor.image_mean)
+
+    def transform_square(image: Image.Image) -> Tensor:
+        square = _on_square(image, background) if processor.do_pad else image
+        resized = square.resize((side, side), processor.resample)
+        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float()
+        return pixels.div_(255).sub_(mean).div_(std).contiguous()
+
+    return transform_square
+
+
+def _whole_square(processor: LlavaImageProcessorPil) -> int | None:
+    """The side of the square that every whole picture becomes; None where pictures are cropped or treated otherwise."""
+    size = {name: value for name, value in dict(processor.size).items() if value}
+    steps = processor.do_resize and processor.do_rescale and processor.do_normalize
+    if not steps or abs(processor.rescale_factor * 255 - 1) > 1e-9:
+        return None
+    if set(size) == {"height", "width"} and size["height"] == size["width"] and not processor.do_center_crop:
+        return int(size["height"])
+    crop = {name: value for name, value in dict(processor.crop_size or {}).items() if value}
+    if set(size) == {"shortest_edge"} and processor.do_pad:
+        side = int(size["shortest_edge"])
+        return side if not processor.do_center_crop or crop == {"height": side, "width": side} else None
+    return None
+
+
+def _on_square(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
+    if image.width == image.height:
+        return image
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), background)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def flattening_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A chat template for contents in parts, from a language model's own, which knows strings only."""
+    return _FLATTEN_PARTS + tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+
+
+def plain_template(template: str | None) -> str | None:
+    """A language model's own chat template behind `flattening_template`; any other as it is."""
+    return None if template is None else template.removeprefix(_FLATTEN_PARTS)
+
+
+def build_processor(
+    tokenizer: PreTrainedTokenizerBase, spec: ImageSpec, *, aspect: str, tokens_per_image: int, standard: bool
+) -> LlavaProcessor:
+    """The processor that goes with an assembled model.
+
+    Args:
+        tokenizer: with the image token in its vocabulary.
+        spec: the vision tower.
+        aspect: see `image_processor`.
+        tokens_per_image: visual tokens after the projector.
+        standard: True for a stock `LlavaProcessor`, which counts tokens from the patch size.
+    """
+    images = image_processor(spec, aspect)
+    template = flattening_template(tokenizer)
+    if not standard:
+        return VlmProcessor(images, tokenizer, tokens_per_image=tokens_per_image, chat_template=template)
+    return LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=spec.patch,
+        vision_feature_select_strategy="default" if spec.prefix else "full",
+        num_additional_image_tokens=spec.prefix,
+        chat_template=template,
+    )
+
+
+def takes_plain_contents(processor: Any) -> bool:
+    """Whether a processor carries a language model's own chat template, as those that we assemble do."""
+    return str(processor.chat_template or "").startswith(_FLATTEN_PARTS)
+
+
+def save_processor(processor: Any, folder: Path) -> None:
+    """Save in both layouts: processor_config.json (transformers 5) and preprocessor_config.json (older readers)."""
+    processor.save_pretrained(folder)
+    if not (folder / "preprocessor_config.json").is_file():
+        processor.image_processor.save_pretrained(folder)

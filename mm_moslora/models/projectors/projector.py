@@ -1,0 +1,81 @@
+"""Projectors: from vision features to the language model's embedding space. One table, one class each.
+
+Shapes: ``N`` images, ``P`` patches per image, ``Q`` visual tokens per image, ``V`` vision width, ``D`` LLM width.
+
+Every class takes a `ProjectorShape`, maps ``[N, P, V]`` to ``[N, Q, D]``, tells ``Q`` from the shape alone (`tokens`)
+and ends in a linear layer (`last`).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from mm_moslora.models.projectors.projector_layers import (
+    AvgPoolProjector,
+    DeepMlpProjector,
+    FusedMlpProjector,
+    LinearProjector,
+    MlpProjector,
+    PixelShuffleProjector,
+    ProjectorShape,
+)
+from mm_moslora.models.projectors.resamplers import CAbstractorProjector, PerceiverProjector, QFormerProjector
+from mm_moslora.utils.errors import ModelError, suggestion
+
+Projector = (
+    LinearProjector | MlpProjector | DeepMlpProjector | FusedMlpProjector | AvgPoolProjector | PixelShuffleProjector
+    | PerceiverProjector | QFormerProjector | CAbstractorProjector
+)  # fmt: skip
+PROJECTORS: dict[str, type[Projector]] = {
+    "linear": LinearProjector,
+    "mlp2x_gelu": MlpProjector,
+    "mlpNx_gelu": DeepMlpProjector,
+    "fused_mlp": FusedMlpProjector,
+    "avg_pool": AvgPoolProjector,
+    "pixel_shuffle": PixelShuffleProjector,
+    "c_abstractor": CAbstractorProjector,
+    "perceiver": PerceiverProjector,
+    "qformer": QFormerProjector,
+}
+_DEEP = re.compile(r"mlp([1-9])x_gelu")
+
+
+def build_projector(kind: str, shape: ProjectorShape) -> Projector:
+    """A projector with fresh weights.
+
+    Raises:
+        ModelError: no such projector, or it does not fit the shape.
+    """
+    return projector_class(kind)(shaped(kind, shape))
+
+
+def projector_tokens(kind: str, shape: ProjectorShape) -> int:
+    """Visual tokens per image, known before anything is built.
+
+    Raises:
+        ModelError: no such projector, or it does not fit the shape.
+    """
+    return projector_class(kind).tokens(shaped(kind, shape))
+
+
+def projector_class(kind: str) -> type[Projector]:
+    """Look a projector up by name.
+
+    Raises:
+        ModelError: no such projector.
+    """
+    if kind not in PROJECTORS and _DEEP.fullmatch(kind):
+        return DeepMlpProjector
+    if kind not in PROJECTORS or kind == "mlpNx_gelu":
+        raise ModelError(
+            f"model.projector.kind is {kind!r}, expected one of {', '.join(PROJECTORS)} (N from 1 to 9)."
+            f"{suggestion(kind, PROJECTORS)}"
+        )
+    return PROJECTORS[kind]
+
+
+def shaped(kind: str, shape: ProjectorShape) -> ProjectorShape:
+    """The shape with what the name says: the layers of mlpNx_gelu."""
+    deep = _DEEP.fullmatch(kind)
+    return replace(shape, depth=int(deep[1])) if deep else shape

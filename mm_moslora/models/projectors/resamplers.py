@@ -1,0 +1,176 @@
+"""Projectors with a number of visual tokens of their own: learned queries or convolutions look at the patches.
+
+Shapes: ``N`` images, ``P`` patches per image, ``Q`` visual tokens per image, ``V`` vision width, ``D`` LLM width.
+
+All end in a linear layer to the language model's width, and hold every parameter in a module whose forward pass uses
+it, so that ZeRO-3 gathers it in time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mm_moslora.models.projectors.projector_layers import ProjectorShape
+from mm_moslora.utils.errors import ModelError
+
+
+def heads_for(width: int) -> int:
+    """Attention heads of 64, or the widest that divide the width."""
+    return width // next(size for size in (64, 48, 32, 16, 8, 4, 2, 1) if width % size == 0)
+
+
+class CrossAttention(nn.Module):
+    """Queries look at patches and at each other (Flamingo's perceiver, 2204.14198, section 3.1.1)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = heads_for(width)
+        self.norm_queries, self.norm_patches = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q = nn.Linear(width, width, bias=False)
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, queries: Tensor, patches: Tensor) -> Tensor:
+        """``[N, Q, V]`` and ``[N, P, V]`` to ``[N, Q, V]``."""
+        queries, patches = self.norm_queries(queries), self.norm_patches(patches)
+        key, value = self.kv(torch.cat([patches, queries], dim=1)).chunk(2, dim=-1)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.q(queries), key, value))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class PerceiverBlock(nn.Module):
+    """Cross-attention and a feed-forward layer, both residual."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention = CrossAttention(width)
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width, bias=False), nn.GELU(),
+            nn.Linear(4 * width, width, bias=False),
+        )  # fmt: skip
+
+    def forward(self, queries: Tensor, patches: Tensor) -> Tensor:
+        """``[N, Q, V]`` and ``[N, P, V]`` to ``[N, Q, V]``."""
+        queries = queries + self.attention(queries, patches)
+        return queries + self.feed_forward(queries)
+
+
+class PerceiverProjector(nn.Module):
+    """Perceiver resampler: ``queries`` learned tokens attend to the patches in ``depth`` blocks.
+
+    ``[N, P, V] -> [N, Q, D]``.
+    """
+
+    def __init__(self, shape: ProjectorShape) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(shape.queries, shape.vision_width) * 0.02)
+        self.places = nn.Parameter(torch.randn(shape.grid**2, shape.vision_width) * 0.02)
+        self.blocks = nn.ModuleList(PerceiverBlock(shape.vision_width) for _ in range(shape.depth))
+        self.norm = nn.LayerNorm(shape.vision_width)
+        self.linear = nn.Linear(shape.vision_width, shape.language_width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project ``[N, P, V]`` to ``[N, Q, D]``."""
+        patches = features + self.places
+        queries = self.queries.expand(len(features), -1, -1)
+        for block in self.blocks:
+            queries = block(queries, patches)
+        return self.linear(self.norm(queries))
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer whose output is the visual tokens."""
+        return self.linear
+
+    @staticmethod
+    def tokens(shape: ProjectorShape) -> int:
+        """Visual tokens per image."""
+        return shape.queries
+
+
+class QFormerProjector(nn.Module):
+    """BLIP-2's Q-Former (2301.12597) at the tower's width, transformers' own: ``[N, P, V] -> [N, Q, D]``."""
+
+    def __init__(self, shape: ProjectorShape) -> None:
+        super().__init__()
+        from transformers import Blip2QFormerConfig, Blip2QFormerModel
+
+        width = shape.vision_width
+        self.queries = nn.Parameter(torch.randn(1, shape.queries, width) * 0.02)
+        config = Blip2QFormerConfig(
+            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=shape.depth, encoder_hidden_size=width,
+            num_attention_heads=heads_for(width), cross_attention_frequency=1, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        self.qformer = Blip2QFormerModel(config)
+        self.linear = nn.Linear(width, shape.language_width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project ``[N, P, V]`` to ``[N, Q, D]``."""
+        queries = self.queries.expand(len(features), -1, -1)
+        return self.linear(self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state)
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer whose output is the visual tokens."""
+        return self.linear
+
+    tokens = staticmethod(PerceiverProjector.tokens)
+
+
+class CAbstractorProjector(nn.Module):
+    """Honeybee's C-Abstractor (2312.06742, section 3.2): RegNet stages around a pooling, then an MLP.
+
+    Gives ``queries`` tokens and keeps the places of the patches, which learned queries lose.
+    ``[N, P, V] -> [N, Q, D]``.
+    """
+
+    def __init__(self, shape: ProjectorShape) -> None:
+        super().__init__()
+        from timm.layers.norm import LayerNorm2d
+        from timm.models.regnet import RegStage
+
+        self.grid, self.side = shape.grid, _side(shape.queries)
+        width = shape.vision_width
+        self.places = nn.Parameter(torch.randn(shape.grid**2, width) * 0.02)
+
+        def stage() -> nn.Module:
+            return RegStage(
+                shape.depth, width, width, stride=1, dilation=1, group_size=math.gcd(width, 8), act_layer=nn.SiLU,
+                norm_layer=LayerNorm2d,
+            )  # fmt: skip
+
+        self.before, self.after = stage(), stage()
+        self.linear_1 = nn.Linear(width, shape.language_width)
+        self.act = nn.SiLU()
+        self.linear_2 = nn.Linear(shape.language_width, shape.language_width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project ``[N, P, V]`` to ``[N, Q, D]``."""
+        patches = (features + self.places).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        pooled = F.adaptive_avg_pool2d(self.before(patches), self.side)
+        return self.linear_2(self.act(self.linear_1(self.after(pooled).flatten(2).transpose(1, 2))))
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer whose output is the visual tokens."""
+        return self.linear_2
+
+    @staticmethod
+    def tokens(shape: ProjectorShape) -> int:
+        """Visual tokens per image."""
+        return _side(shape.queries) ** 2
+
+
+def _side(queries: int) -> int:
+    side = math.isqrt(queries)
+    if side * side != queries:
+        raise ModelError(
+            f"model.projector.queries is {queries}, expected a square for the c_abstractor: {side**2} or "
+            f"{(side + 1) ** 2}."
+        )
+    return side

@@ -1,0 +1,200 @@
+"""What trains: adapters in the components that ask for them, whole components, last blocks; and a table of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import peft
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mm_moslora import adapters
+from mm_moslora.adapters.folders.load_folder import read_folder
+from mm_moslora.adapters.layers.base_weights import stop_repacking
+from mm_moslora.config import AdapterConfig, ModelConfig
+from mm_moslora.models.assembly import Assembly
+from mm_moslora.models.pretrained_vlm import decoder_path, tower_path
+from mm_moslora.models.vision.dual_tower import FusedVisionModel
+from mm_moslora.models.vlm import is_multimodal, part_of
+from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.run_paths import adapter_folder
+
+
+def attach_adapters(
+    assembly: Assembly, config: ModelConfig, adapter: AdapterConfig, *, seed: int = 0
+) -> peft.PeftModel | None:
+    """Put MoSLoRA into the components whose mode is `adapter`, and set what trains everywhere else.
+
+    Args:
+        assembly: from `assemble`; its model is changed in place.
+        config: the recipe's `model`.
+        adapter: the recipe's `adapter`.
+        seed: seeds the factors, so that every rank makes the same.
+
+    Returns:
+        The PEFT model, or None where no component carries adapters.
+    """
+    components = adapted_components(assembly.model, config)
+    assembly.model.requires_grad_(False)
+    stop_repacking(assembly.model)
+    if components:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            # Factors live in the base's dtype; the engine keeps fp32 masters. PEFT's fp32 copies under a bf16 base cost
+            # a third of the step.
+            if adapter.weights is not None:
+                assembly.peft_model = adapters.load_adapter(
+                    assembly.model, start_folder(adapter), trainable=True, autocast_adapter_dtype=False
+                )
+            else:
+                assembly.peft_model = adapters.add_moslora(
+                    assembly.model,
+                    moslora_config(adapter),
+                    component=components,
+                    targets=adapter.targets,
+                    autocast_adapter_dtype=False,
+                )
+    _set_trainable(assembly, config)
+    return assembly.peft_model
+
+
+def start_folder(adapter: AdapterConfig) -> Path:
+    """The adapter that `adapter.weights` names.
+
+    Raises:
+        AdapterError: it cannot be read.
+        ConfigError: the recipe says what the run is, and the folder says otherwise.
+    """
+    assert adapter.weights is not None
+    folder = adapter_folder(adapter.weights)
+    found = read_folder(folder, trainable=True).config
+    if (found.r, float(found.lora_alpha)) != (adapter.rank, float(adapter.alpha)):
+        raise ConfigError(
+            f"adapter.weights: {folder} has rank {found.r} and alpha {found.lora_alpha:g}, but the recipe "
+            f"says {adapter.rank} and {adapter.alpha:g}. Give adapter.rank and adapter.alpha the folder's numbers."
+        )
+    return folder
+
+
+def adapted_components(model: PreTrainedModel, config: ModelConfig) -> list[str]:
+    """Module paths of the components that carry adapters; "" is the whole language model."""
+    if not is_multimodal(model):
+        return [""] if config.language_mode == "adapter" else []
+    paths = [decoder_path(model)] if config.language_mode == "adapter" else []
+    if config.vision is not None and config.vision.mode == "adapter":
+        paths.append(tower_path(model))
+    return paths
+
+
+def moslora_config(adapter: AdapterConfig) -> adapters.MoSLoRAConfig:
+    """The PEFT configuration of a recipe's adapter."""
+    return adapters.MoSLoRAConfig(
+        r=adapter.rank,
+        lora_alpha=cast(int, adapter.alpha),
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        mixer_init=adapter.mixer_init,
+        mixer_trainable=adapter.mixer_trainable,
+        mixer_pattern=dict(adapter.mixer_pattern),
+        mixer_form=adapter.mixer_form,
+        factor_form=adapter.factor_form,
+        rank_pattern=dict(adapter.rank_pattern),
+        alpha_pattern=dict(adapter.alpha_pattern),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _set_trainable(assembly: Assembly, config: ModelConfig) -> None:
+    model = assembly.model
+    language = model.get_submodule(decoder_path(model)) if is_multimodal(model) else model
+    _train_component(language, config.language_mode, config.language_last_n, what="model.language")
+    if config.language_mode == "full" and (head := model.get_output_embeddings()) is not None:
+        head.requires_grad_(True)  # lies beside the decoder of a vision-language model
+    if is_multimodal(model):
+        if config.vision is not None and config.vision.mode in ("full", "last_n"):
+            tower = model.get_submodule(tower_path(model))
+            _train_component(tower, config.vision.mode, config.vision.last_n, what="model.vision")
+        _train_projector(model, trains=config.projector_trains)
+
+
+def _train_projector(model: PreTrainedModel, *, trains: bool) -> None:
+    """Projectors of some models lie inside their towers, so they are told by name."""
+    for name, parameter in model.named_parameters():
+        if part_of(name) == "projector" and "lora_" not in name:
+            parameter.requires_grad_(trains)
+
+
+def _train_component(component: nn.Module, mode: str, last_n: int, *, what: str) -> None:
+    if mode == "full":
+        component.requires_grad_(True)
+    elif mode == "last_n":
+        for part in component.towers if isinstance(component, FusedVisionModel) else [component]:
+            blocks = _blocks(part)
+            if last_n > len(blocks):
+                raise ConfigError(f"{what}: last_n is {last_n}, but it has {len(blocks)} blocks.")
+            for block in blocks[-last_n:]:
+                block.requires_grad_(True)
+
+
+def _blocks(component: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a component: its longest module list."""
+    lists = [module for module in component.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ConfigError("last_n needs a component with a list of blocks; this one has none. Use mode full.")
+    return list(max(lists, key=lambda blocks: len(list(blocks))))
+
+
+def checkpoint_layers(component: PreTrainedModel) -> None:
+    """Keep the inputs of a component's layers alone; the backward pass runs each layer again.
+
+    Raises:
+        ConfigError: its class has no checkpointing.
+    """
+    if not component.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"{type(component).__name__} has no gradient checkpointing. Leave train.gradient_checkpointing or "
+            "train.vision_gradient_checkpointing off for it."
+        )
+    component.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentRow:
+    """One line of the table of what trains."""
+
+    name: str
+    total: int
+    trainable: int
+
+
+def component_table(assembly: Assembly) -> list[ComponentRow]:
+    """Parameters and trainable parameters by component."""
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in assembly.model.named_parameters():
+        groups.setdefault(component_of(name), []).append(parameter)
+    return [
+        ComponentRow(
+            name=name,
+            total=sum(_count(parameter) for parameter in parameters),
+            trainable=sum(_count(parameter) for parameter in parameters if parameter.requires_grad),
+        )
+        for name, parameters in groups.items()
+    ]
+
+
+def component_of(name: str) -> str:
+    """Which component a parameter belongs to: mixer, adapter, projector, vision or language."""
+    if "lora_mixer" in name:
+        return "mixer"
+    part = part_of(name)
+    if "lora_" not in name:
+        return part
+    return "adapter" if part == "language" else "vision adapter"
+
+
+def _count(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

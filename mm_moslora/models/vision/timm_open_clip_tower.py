@@ -1,0 +1,328 @@
+"""open_clip and timm towers that transformers has no class for, behind one registered wrapper.
+
+Shapes: ``N`` images, ``P`` patches per image, ``V`` vision width, ``H x W`` pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from mm_moslora.config import VisionConfig
+from mm_moslora.models.vision.open_clip_conversion import to_transformers
+from mm_moslora.utils.errors import ModelError, suggestion
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+logger = logging.getLogger(__name__)
+
+_RANDOM = "model.vision: %r without pretrained has random weights, other ones every time it is loaded."
+BICUBIC = 3
+"""PIL's number for bicubic resampling, as image processors store it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelStatistics:
+    """How a tower's pixels are normalised."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: int = BICUBIC
+
+
+class WrappedVisionConfig(PreTrainedConfig):
+    """An open_clip or timm tower that transformers has no class for."""
+
+    model_type = "mm_moslora_vision"
+
+    library: str = "timm"
+    """timm or open_clip."""
+    architecture: dict[str, Any] | str = ""
+    """timm: model name; open_clip: the model configuration as open_clip writes it."""
+    hidden_size: int = 0
+    """Width of the last feature map."""
+    image_size: int = 224
+    """Side of the input, pixels."""
+
+
+class WrappedVisionModel(PreTrainedModel):
+    """Runs an open_clip or timm tower and returns its feature maps as tokens ``[N, P, V]``, without prefix tokens.
+
+    `hidden_states[i]` is the output of block or stage ``i`` (counted from 1, as in transformers; entry 0, the
+    embeddings, is None). Only the requested ones are computed.
+    """
+
+    config: WrappedVisionConfig
+    config_class = WrappedVisionConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = "vision"
+
+    def __init__(self, config: WrappedVisionConfig) -> None:
+        super().__init__(config)
+        self.tower = _open_clip_tower(config) if config.library == "open_clip" else _timm_tower(config)
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.tower.modules()):
+            # Running statistics lose too much in half precision, and kernels refuse a mixture; transformers and
+            # deepspeed both read this name.
+            self._keep_in_fp32_modules_strict = {"tower"}
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Towers initialise themselves."""
+
+    def train(self, mode: bool = True) -> WrappedVisionModel:
+        """As always, but what is frozen goes on seeing as it does in evaluation.
+
+        A batch normalisation in training mode would normalise by the batch at hand and move its statistics, which no
+        checkpoint of a frozen tower holds: the projector would learn features that nothing shows it afterwards.
+        """
+        super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
+                parameter.requires_grad for parameter in module.parameters()
+            ):
+                module.eval()
+        return self
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks or stages whose output can be asked for."""
+        trunk: Any = getattr(self.tower, "trunk", self.tower)
+        if hasattr(trunk, "feature_info"):
+            return len(trunk.feature_info)
+        return len(trunk.transformer.resblocks)
+
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool | int | list[int] = True, **_: Any
+    ) -> BaseModelOutputWithPooling:
+        """Encode images.
+
+        Args:
+            pixel_values: ``[N, 3, H, W]``.
+            output_hidden_states: True for all blocks, or the index or indices wanted.
+        """
+        self._match_statistics()
+        count = self.blocks + 1
+        wanted = (
+            range(1, count)
+            if output_hidden_states in (True, False) and isinstance(output_hidden_states, bool)
+            else ([output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states)
+        )
+        indices = sorted({index % count for index in wanted})
+        if not indices or indices[0] == 0:
+            raise ModelError(
+                f"feature_layer {list(wanted)} asks for the embeddings; this tower offers 1 to {count - 1}."
+            )
+        maps = self._maps(pixel_values, [index - 1 for index in indices])
+        states: list[Tensor | None] = [None] * count
+        for index, value in zip(indices, maps, strict=True):
+            states[index] = value.flatten(2).transpose(1, 2) if value.ndim == 4 else value
+        return BaseModelOutputWithPooling(last_hidden_state=states[indices[-1]], hidden_states=cast(Any, tuple(states)))
+
+    def _match_statistics(self) -> None:
+        """Give running statistics the dtype of their weights, where somebody cast the weights alone."""
+        for module in self.tower.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                module.running_mean.data = module.running_mean.data.to(module.weight.dtype)
+                assert module.running_var is not None
+                module.running_var.data = module.running_var.data.to(module.weight.dtype)
+
+    def _maps(self, pixel_values: Tensor, blocks: list[int]) -> list[Tensor]:
+        trunk: Any = getattr(self.tower, "trunk", self.tower)
+        if self.blocks - 1 in blocks and _widens_at_the_end(trunk):
+            final, maps = trunk.forward_intermediates(pixel_values, indices=blocks)
+            return [*maps[:-1], final]
+        output = trunk.forward_intermediates(pixel_values, indices=blocks, stop_early=True, intermediates_only=True)
+        return list(output["image_intermediates"]) if isinstance(output, dict) else list(output)
+
+
+def _widens_at_the_end(trunk: Any) -> bool:
+    """Whether a convolutional trunk has one more layer behind its last stage (its features are then the layer's)."""
+    stages: Any = getattr(trunk, "feature_info", ())
+    return bool(stages) and hasattr(trunk, "conv_head") and trunk.num_features != stages[-1]["num_chs"]
+
+
+def _timm_tower(config: WrappedVisionConfig) -> nn.Module:
+    import timm
+
+    name = str(config.architecture)
+    if not timm.is_model(name):
+        raise ModelError(f"timm has no model {name!r}.{suggestion(name, timm.list_models())}")
+    return timm.create_model(name, pretrained=False, num_classes=0)
+
+
+def _open_clip_tower(config: WrappedVisionConfig) -> nn.Module:
+    from open_clip.model import _build_vision_tower
+
+    assert isinstance(config.architecture, dict)
+    architecture = dict(config.architecture)
+    vision_cfg = dict(architecture["vision_cfg"], timm_model_pretrained=False)
+    return _build_vision_tower(
+        architecture["embed_dim"], vision_cfg, quick_gelu=bool(architecture.get("quick_gelu", False))
+    )
+
+
+AutoConfig.register(WrappedVisionConfig.model_type, WrappedVisionConfig)
+AutoModel.register(WrappedVisionConfig, WrappedVisionModel)
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Change the dtype of a model's parameters in place.
+
+    Buffers stay as they are (rotary frequencies and running statistics lose too much in half precision), and so do
+    modules that ask for fp32.
+    """
+    kept = {id(parameter) for parameter in fp32_parameters(module)}
+    for parameter in module.parameters():
+        if id(parameter) not in kept:
+            parameter.data = parameter.data.to(dtype)
+
+
+def fp32_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters that stay in fp32 whatever the rest of the model is cast to: those of towers with batch norm."""
+    return [
+        parameter
+        for child in module.modules()
+        if isinstance(child, WrappedVisionModel) and child._keep_in_fp32_modules_strict
+        for parameter in child.parameters()
+    ]
+
+
+def is_timm_folder(folder: Path) -> bool:
+    """A folder as timm publishes it: config.json with an architecture and no transformers model type of ours."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return False
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return "architecture" in content and content.get("model_type", "timm_wrapper") == "timm_wrapper"
+
+
+def load_timm(name: str, config: VisionConfig, *, weights: bool = True) -> tuple[PreTrainedModel, PixelStatistics]:
+    """A timm tower by name or folder, with its pixel statistics; without weights it is only built.
+
+    Raises:
+        ModelError: unknown name, or weights are missing.
+    """
+    import timm
+
+    folder = Path(name)
+    if folder.is_dir():
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        architecture, pretrained_cfg = content["architecture"], content.get("pretrained_cfg", {})
+        tower = WrappedVisionModel(WrappedVisionConfig(library="timm", architecture=architecture))
+        if weights:
+            _load_tower(tower, folder / "model.safetensors", prefixes=("timm_model.", ""))
+    else:
+        tower = WrappedVisionModel(WrappedVisionConfig(library="timm", architecture=name))
+        if weights and not config.pretrained:
+            logger.warning(_RANDOM, config.name)
+        elif weights:
+            tower.tower = timm.create_model(name, pretrained=True, num_classes=0)
+        known = timm.get_pretrained_cfg(name)
+        pretrained_cfg = known.to_dict() if known else {}
+    size = int((pretrained_cfg.get("input_size") or (3, 224, 224))[-1])
+    tower.config.hidden_size, tower.config.image_size = (
+        int(cast(Any, tower.tower).num_features),
+        config.image_size or size,
+    )
+    return tower, PixelStatistics(
+        size=size,
+        mean=tuple(pretrained_cfg.get("mean", IMAGENET_MEAN)),
+        std=tuple(pretrained_cfg.get("std", IMAGENET_STD)),
+    )
+
+
+def require_named(name: str | None) -> None:
+    """Refuse a vision tower of open_clip or timm by a name that the library does not know.
+
+    Args:
+        name: `open_clip:MODEL`, `timm:MODEL`, or anything else, which is passed over.
+
+    Raises:
+        ModelError: no such model.
+    """
+    library, _, model = (name or "").partition(":")
+    if library not in ("open_clip", "timm") or Path(model).is_dir():
+        return
+    if library == "open_clip":
+        import open_clip
+
+        known = open_clip.list_models()
+        there = model in known or "/" in model  # a name on the hub is looked up there
+    else:
+        import timm
+
+        known = timm.list_models()
+        there = timm.is_model(model) or "/" in model
+    if not there:
+        raise ModelError(f"{library} has no model {model!r}.{suggestion(model, known)}")
+
+
+def load_open_clip(name: str, config: VisionConfig, *, weights: bool = True) -> tuple[PreTrainedModel, PixelStatistics]:
+    """An open_clip tower by name or folder, with its pixel statistics; as transformers' own class where it can be.
+
+    Without weights it is only built.
+
+    Raises:
+        ModelError: unknown name, or weights are missing.
+    """
+    import open_clip
+    from open_clip.factory import get_model_config
+
+    folder = Path(name)
+    if folder.is_dir():
+        content = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+        architecture, preprocess = content["model_cfg"], content.get("preprocess_cfg", {})
+    else:
+        architecture, preprocess = get_model_config(name), {}
+        if architecture is None:
+            raise ModelError(f"open_clip has no model {name!r}.{suggestion(name, open_clip.list_models())}")
+    size = architecture["vision_cfg"].get("image_size", 224)
+    wrapped = WrappedVisionConfig(library="open_clip", architecture=architecture, image_size=config.image_size or size)
+    tower = WrappedVisionModel(wrapped)
+    if not weights:
+        pass
+    elif folder.is_dir():
+        _load_tower(tower, folder / "model.safetensors", prefixes=("visual.", ""))
+    elif config.pretrained:
+        whole = open_clip.create_model(name, pretrained=config.pretrained)
+        tower.tower.load_state_dict(whole.visual.state_dict())
+    else:
+        logger.warning(_RANDOM, config.name)
+    known = PixelStatistics(
+        size=int(size[0] if isinstance(size, list | tuple) else size),
+        mean=tuple(preprocess.get("mean", CLIP_MEAN)),
+        std=tuple(preprocess.get("std", CLIP_STD)),
+    )
+    converted = to_transformers(tower.tower) if config.image_size in (None, known.size) else None
+    if converted is not None:
+        return converted, known
+    trunk = getattr(tower.tower, "trunk", None)
+    tower.config.hidden_size = int(trunk.num_features) if trunk is not None else architecture["vision_cfg"]["width"]
+    return tower, known
+
+
+def _load_tower(tower: WrappedVisionModel, weights: Path, *, prefixes: tuple[str, ...]) -> None:
+    """Load a tower's weights; keys of a text tower or a classifier are left out, a missing weight is an error."""
+    from safetensors.torch import load_file
+
+    if not weights.is_file():
+        raise ModelError(f"{weights} does not exist, expected the weights of the vision tower there.")
+    state = load_file(weights)
+    prefix = next(item for item in prefixes if any(key.startswith(item) for key in state))
+    own = tower.tower.state_dict()
+    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    missing = [key for key in own if key not in found and not key.endswith("num_batches_tracked")]
+    # An open_clip tower ends in a projection to the text space that a trunk-only file does not hold and we never use.
+    missing = [key for key in missing if not key.startswith(("head.", "proj"))]
+    if missing:
+        raise ModelError(f"{weights} lacks {len(missing)} weights of the tower, the first is {missing[0]!r}.")
+    tower.tower.load_state_dict({key: value for key, value in found.items() if key in own}, strict=False)

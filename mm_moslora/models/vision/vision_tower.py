@@ -1,0 +1,234 @@
+"""Vision encoders: transformers towers as they are, open_clip towers as such where they can be, other open_clip and
+timm towers through one registered wrapper, and two of them side by side.
+
+Shapes: ``N`` images, ``P`` patches per image, ``V`` vision width, ``H x W`` pixels.
+
+Everything that the rest of the model must know about a tower (visual tokens, width, pixel statistics) is an
+`ImageSpec`, known before any weight is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from mm_moslora.config import VisionConfig
+from mm_moslora.models.model_sizes import config_to_count
+from mm_moslora.models.vision.dual_tower import FusedVisionConfig, FusedVisionModel
+from mm_moslora.models.vision.timm_open_clip_tower import (
+    BICUBIC,
+    CLIP_MEAN,
+    CLIP_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    PixelStatistics,
+    WrappedVisionConfig,
+    cast_parameters,
+    is_timm_folder,
+    load_open_clip,
+    load_timm,
+)
+from mm_moslora.utils.errors import ModelError, reason_of
+
+# Full contrastive models and the class of their vision half.
+_VISION_HALF = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
+_DEFAULT_STATISTICS = {
+    "clip_vision_model": (CLIP_MEAN, CLIP_STD),
+    "siglip_vision_model": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "vit": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+# Towers that interpolate their position embeddings to the size of the picture without being asked.
+_ANY_SIZE = {"dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSpec:
+    """What a vision tower takes and gives."""
+
+    size: int
+    """Side of the square input, pixels."""
+    tokens: int
+    """Patches per image, prefix tokens not counted (``P``)."""
+    width: int
+    """Feature width (``V``), all selected layers together."""
+    prefix: int
+    """Tokens before the first patch: CLS and registers."""
+    patch: int
+    """Side of a patch, pixels; 0 where the tower has none (convolutional trunks)."""
+    mean: tuple[float, float, float]
+    """Pixel mean per channel, after scaling to 0..1."""
+    std: tuple[float, float, float]
+    """Pixel standard deviation per channel."""
+    resample: int = BICUBIC
+    """PIL resampling filter."""
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side.
+
+        Raises:
+            ModelError: the patches are no square.
+        """
+        side = math.isqrt(self.tokens)
+        if side * side != self.tokens:
+            raise ModelError(f"The vision tower gives {self.tokens} patches, which form no square grid.")
+        return side
+
+
+def load_vision(config: VisionConfig, *, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, ImageSpec]:
+    """Load a vision tower, or two side by side, and describe it.
+
+    Args:
+        config: the recipe's `model.vision`.
+        dtype: dtype of the weights.
+
+    Raises:
+        ModelError: unknown tower, a size it cannot take, a layer it does not have, or two that do not fit together.
+    """
+    tower, spec = _load(config, weights=True)
+    cast_parameters(tower, dtype)
+    return tower, spec
+
+
+def sketch_vision(config: VisionConfig) -> tuple[PreTrainedModel, ImageSpec]:
+    """What `load_vision` gives, on the meta device: only configurations are read.
+
+    Raises:
+        ModelError: as `load_vision`.
+    """
+    with torch.device("meta"):
+        return _load(config, weights=False)
+
+
+def _load(config: VisionConfig, *, weights: bool) -> tuple[PreTrainedModel, ImageSpec]:
+    tower, statistics = _load_one(config, weights=weights)
+    spec = describe(tower, config, statistics)
+    return _load_beside(config, tower, spec, weights=weights) if config.fuse_with else (tower, spec)
+
+
+def _load_one(config: VisionConfig, *, weights: bool) -> tuple[PreTrainedModel, PixelStatistics]:
+    library, _, name = config.name.partition(":")
+    if library == "open_clip":
+        return load_open_clip(name, config, weights=weights)
+    if library == "timm" or is_timm_folder(Path(config.name)):
+        return load_timm(name if library == "timm" else config.name, config, weights=weights)
+    return _load_transformers(config, weights=weights)
+
+
+def _load_beside(
+    config: VisionConfig, tower: PreTrainedModel, spec: ImageSpec, *, weights: bool
+) -> tuple[PreTrainedModel, ImageSpec]:
+    """Load the second tower and join the two channel by channel (prismatic, 2402.07865, section 4.2)."""
+    assert config.fuse_with is not None
+    alone = dataclasses.replace(
+        config, name=config.fuse_with, fuse_with=None, revision=None, image_size=config.image_size or spec.size
+    )
+    second, statistics = _load_one(alone, weights=weights)
+    other = describe(second, alone, statistics)
+    if other.tokens != spec.tokens:
+        raise ModelError(
+            f"model.vision.fuse_with is {config.fuse_with!r}, which gives {other.tokens} patches at {spec.size} "
+            f"pixels; {config.name!r} gives {spec.tokens}. Channels can be joined only where the patches are the "
+            "same: choose towers with the same size and patch."
+        )
+    fused = FusedVisionConfig(
+        towers=[tower.config.to_dict(), second.config.to_dict()],
+        prefixes=[spec.prefix, other.prefix],
+        statistics=[[list(item.mean), list(item.std)] for item in (spec, other)],
+        image_size=spec.size,
+        patch_size=spec.patch,
+        hidden_size=spec.width + other.width,
+    )
+    with torch.device("meta"):
+        model = FusedVisionModel(fused)
+    model.towers[0], model.towers[1] = tower, second
+    return model, dataclasses.replace(spec, width=spec.width + other.width, prefix=0)
+
+
+def describe(tower: PreTrainedModel, config: VisionConfig, pixels: PixelStatistics) -> ImageSpec:
+    """Measure what a tower gives, by running its architecture without weights (on the meta device).
+
+    Raises:
+        ModelError: the tower cannot take the size, or lacks the layer.
+    """
+    size = config.image_size or pixels.size
+    native = getattr(tower.config, "image_size", size)
+    kind = tower.config.model_type
+    if size != native and kind not in _ANY_SIZE and kind != WrappedVisionConfig.model_type:
+        raise ModelError(
+            f"model.vision.image_size is {size}, but {kind} towers have fixed position embeddings for {native} pixels. "
+            f"Leave image_size out, or choose a tower that interpolates: {', '.join(sorted(_ANY_SIZE))}."
+        )
+    with torch.device("meta"):
+        twin = type(tower)(tower.config).eval()
+        try:
+            output = twin(torch.zeros(1, 3, size, size), output_hidden_states=config.feature_layer)
+            layers = [config.feature_layer] if isinstance(config.feature_layer, int) else config.feature_layer
+            features = torch.cat([output.hidden_states[layer] for layer in layers], dim=-1)
+        except (IndexError, RuntimeError, AssertionError, ValueError, TypeError) as error:
+            raise ModelError(
+                f"model.vision: {config.name!r} gives no features at layer {config.feature_layer} for {size} pixels "
+                f"({error}). Choose another feature_layer or image_size."
+            ) from error
+    patch = getattr(tower.config, "patch_size", 0) or 0
+    total, width = int(features.shape[1]), int(features.shape[2])
+    patches = (size // patch) ** 2 if patch else total
+    return ImageSpec(
+        size=size, tokens=patches, width=width, prefix=total - patches, patch=int(patch),
+        mean=pixels.mean, std=pixels.std, resample=pixels.resample,
+    )  # fmt: skip
+
+
+def _load_transformers(config: VisionConfig, *, weights: bool) -> tuple[PreTrainedModel, PixelStatistics]:
+    import transformers
+
+    try:
+        if weights:
+            whole = AutoConfig.from_pretrained(config.name, revision=config.revision, trust_remote_code=False)
+        else:
+            whole = config_to_count(config.name, config.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model.vision.name is {config.name!r}, which is no folder or hub id of a vision model "
+            f"({reason_of(error)}). For other libraries write open_clip:MODEL or timm:MODEL."
+        ) from error
+    if whole.model_type in ("siglip2", "siglip2_vision_model"):
+        raise ModelError(
+            f"model.vision.name is {config.name!r}, a NaFlex SigLIP2 whose number of patches depends on the picture. "
+            "Choose one of fixed size, such as google/siglip2-so400m-patch14-384."
+        )
+    half = _VISION_HALF.get(whole.model_type)
+    loader: Any = getattr(transformers, half) if half else AutoModel
+    if not weights:
+        part = getattr(whole, "vision_config", whole)
+        sketch: PreTrainedModel = loader(part) if half else loader.from_config(part, trust_remote_code=False)
+        return sketch, _processor_statistics(config, sketch.config)
+    tower = loader.from_pretrained(config.name, revision=config.revision, dtype=torch.float32, trust_remote_code=False)
+    return tower, _processor_statistics(config, tower.config)
+
+
+def _processor_statistics(config: VisionConfig, tower: PreTrainedConfig) -> PixelStatistics:
+    """Pixel statistics from the checkpoint's preprocessor file, or the family's own where there is none."""
+    mean, std = _DEFAULT_STATISTICS.get(tower.model_type, (IMAGENET_MEAN, IMAGENET_STD))
+    size = int(getattr(tower, "image_size", 224))
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        stored, _ = ImageProcessingMixin.get_image_processor_dict(config.name, revision=config.revision)
+    except OSError:
+        return PixelStatistics(size=size, mean=mean, std=std)
+    crop = stored.get("crop_size") if stored.get("do_center_crop", True) else None
+    crop = crop or stored.get("size") or {}
+    side = crop if isinstance(crop, int) else crop.get("height") or crop.get("shortest_edge")
+    return PixelStatistics(
+        size=int(side or size),
+        mean=tuple(stored.get("image_mean") or mean),
+        std=tuple(stored.get("image_std") or std),
+        resample=int(stored.get("resample", BICUBIC)),
+    )

@@ -1,0 +1,304 @@
+"""What a model needs per token: kept activations counted on the meta device, weights and temporaries by arithmetic.
+
+Shapes: ``T`` tokens, ``D`` LLM width, ``F`` MLP width, ``N`` images.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from mm_moslora.config import Recipe
+from mm_moslora.models.batching.packed_batch import has_three_part_positions
+from mm_moslora.models.batching.padded_batch import picture_inputs
+from mm_moslora.models.meta_model import Skeleton, skeleton
+from mm_moslora.models.pretrained_vlm import PICTURE, side_of, tower_path
+from mm_moslora.models.trainable_parts import checkpoint_layers
+from mm_moslora.models.vision.vision_tower import ImageSpec
+from mm_moslora.models.vlm import image_features, is_multimodal, is_padded, takes_rows
+from mm_moslora.training.metrics.step_flops import FlopCounter, PictureCost
+from mm_moslora.utils.errors import ModelError
+
+NF4_BYTES = 0.516
+"""Per weight: 4 bits and, doubly quantised, 0.127 bits of scale."""
+_DENSE = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
+"""Products with weights; all others are attention's."""
+PROBE = 256
+"""Tokens with which activations are counted; they grow in proportion."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Sizes of a model, in bytes per token or image where not said otherwise."""
+
+    parts: dict[str, tuple[int, int]]
+    """Parameters and trainable ones by part."""
+    frozen: int
+    trainable: int
+    weight_bytes: float
+    """All frozen weights, as they are loaded."""
+    value_bytes: int
+    """Of a value in the compute dtype."""
+    layers: int
+    width: int
+    vocabulary: int
+    tokens_per_image: int
+    tiles: int
+    """Of a picture, the whole view included; 0: the model sees nothing."""
+    unseen: str
+    """Why a picture's tiles and tokens are not those of the model's own processor."""
+    kept_per_layer: float
+    """Kept by one decoder layer for its backward pass."""
+    kept_elsewhere: float
+    """Kept by embeddings and the last norm."""
+    kept_per_image: float
+    """Kept by the projector and by a tower that trains; with its checkpointing, its layers' inputs and one layer."""
+    workspace_per_token: float
+    workspace_per_image: float
+    made_dense: int
+    """The largest quantised weight in the compute dtype, for the length of its product."""
+    vision_checkpointing: bool
+    """Whether the tower's layers run again in its backward pass."""
+    is_lean: bool
+    """Whether decoder layers keep no more than about 8 of their width and twice the MLP's."""
+    counter: FlopCounter
+
+
+def footprint(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16, picture: tuple[int, int] = PICTURE) -> Footprint:
+    """Measure a recipe's model on the meta device.
+
+    Args:
+        recipe: its parts' configurations are read.
+        dtype: the compute dtype.
+        picture: width and height of the one that stands for all, where they decide what it costs.
+    """
+    bones = skeleton(recipe, dtype=dtype, picture=picture)
+    parts = bones.parameters()
+    trainable = sum(mine for _, mine in parts.values())
+    frozen = sum(total for total, _ in parts.values()) - trainable
+    size = torch.finfo(dtype).bits // 8
+    linears = bones.quantisable() if recipe.model.quantisation != "none" else []
+    packed = sum(linears)
+    each = {"none": 0.0, "nf4": NF4_BYTES, "int8": 1.0}[recipe.model.quantisation]
+    config: Any = bones.model.config.get_text_config()
+    inner = config.intermediate_size
+    kept = _kept_by_layer(bones, dtype) / PROBE
+    image = _per_image(bones, dtype, checkpointing=recipe.train.vision_gradient_checkpointing)
+    return Footprint(
+        parts=parts, frozen=frozen, trainable=trainable, weight_bytes=(frozen - packed) * size + packed * each,
+        value_bytes=size, layers=bones.layers, width=config.hidden_size, vocabulary=config.vocab_size,
+        tokens_per_image=bones.tokens_per_image, tiles=image.tiles, unseen=bones.unseen, kept_per_layer=kept,
+        kept_elsewhere=config.hidden_size * (2 * size + 4), kept_per_image=image.kept,
+        # A gated MLP's backward pass holds four of its inner width and as many of the model's.
+        workspace_per_token=4 * (inner + config.hidden_size) * size,
+        workspace_per_image=image.workspace, vision_checkpointing=recipe.train.vision_gradient_checkpointing,
+        made_dense=max(linears, default=0) * size,
+        is_lean=kept <= (10 * config.hidden_size + 2.5 * inner) * size,
+        counter=FlopCounter(bones.model, layers=bones.layers, picture=image.cost),
+    )  # fmt: skip
+
+
+def kept_bytes(run: Callable[[], object], weights: nn.Module) -> int:
+    """Bytes that autograd keeps for the backward pass of a computation, each storage once, weights left out."""
+    own = {parameter.untyped_storage()._cdata for parameter in weights.parameters()}
+    seen: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            seen[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    total = sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+    del result
+    return total
+
+
+def _kept_by_layer(bones: Skeleton, dtype: torch.dtype) -> int:
+    decoder: Any = bones.model.get_decoder()
+    layer: Any = bones.held[0]
+    width = bones.model.config.get_text_config().hidden_size
+    with torch.device("meta"):
+        hidden = torch.zeros(1, PROBE, width, dtype=dtype, requires_grad=True)
+        positions = torch.zeros(1, PROBE, dtype=torch.long)
+        rope = positions.expand(3, 1, PROBE) if has_three_part_positions(bones.model) else positions
+        try:
+            embeddings = decoder.rotary_emb(hidden, rope)
+            arguments: dict[str, Any] = {"position_ids": positions, "position_embeddings": embeddings}
+            if not is_padded(bones.model):
+                arguments["segment_lengths"] = (PROBE,)
+            return kept_bytes(lambda: layer(hidden, attention_mask=None, **arguments), layer)
+        except (AttributeError, TypeError) as error:
+            raise ModelError(f"{type(layer).__name__} cannot be planned: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PerImage:
+    """What one picture costs, counted by running tower and projector on the meta device."""
+
+    kept: float = 0.0
+    workspace: float = 0.0
+    tiles: int = 0
+    cost: PictureCost | None = None
+    """None: there is no tower."""
+
+
+def _per_image(bones: Skeleton, dtype: torch.dtype, *, checkpointing: bool) -> _PerImage:
+    if not is_multimodal(bones.model):
+        return _PerImage()
+    tower = bones.model.get_submodule(tower_path(bones.model))
+    size = torch.finfo(dtype).bits // 8
+    with _MetaAndHost():
+        look = _look(bones, tower, dtype)
+        with torch.no_grad(), _widest(tower) as widest, _watched(tower) as seen:
+            look()
+        largest = _largest_again(tower) if checkpointing else [0]
+        with _FusedAttention():
+            kept = kept_bytes(look, bones.model) + max(largest)
+    tiles, patches, width = _tiles(bones.image, tower, seen)
+    # The widest layer's input and output, the residual stream and a norm's copies of it, and the picture itself.
+    workspace = max(widest) + 4 * patches * width * size + seen.pixels.numel() * (4 + size)
+    flops = seen.counter.get_flop_counts()["Global"]
+    attention = sum(number for kind, number in flops.items() if kind not in _DENSE)
+    cost = PictureCost(flops=float(sum(flops.values())), attention=float(attention), patches=patches, tiles=tiles)
+    return _PerImage(kept=float(kept), workspace=float(workspace), tiles=tiles, cost=cost)
+
+
+def _look(bones: Skeleton, tower: nn.Module, dtype: torch.dtype) -> Callable[[], object]:
+    """A picture's way through tower and projector, as in a step; without a processor, one tile's through the tower."""
+    model: Any = bones.model
+    if bones.seen is not None:
+        tensors = dict(bones.seen.tensors)
+        inputs = picture_inputs(model, tensors.pop("pixel_values"), tensors, device=torch.device("cpu"))
+        return lambda: model.base_model.get_image_features(**inputs, return_dict=True)
+    if (spec := bones.image) is not None and not takes_rows(model):
+        return lambda: image_features(model, _nothing(1, 3, spec.size, spec.size))
+    config: Any = tower.config
+    if bones.patches is not None:
+        grid = torch.tensor([[1, *bones.patches]])
+        wide = 3 * config.temporal_patch_size * side_of(config, "patch_size") ** 2
+        pixels = _nothing(int(grid.prod()), wide, dtype=dtype)
+        return lambda: tower(pixels, grid_thw=grid)
+    side = side_of(config, "image_size")
+    return lambda: tower(_nothing(1, 3, side, side, dtype=dtype))
+
+
+@dataclass(kw_only=True)
+class _Pass:
+    """One pass through a tower."""
+
+    counter: FlopCounterMode
+    pixels: Any = None
+    output: Any = None
+
+
+def _tiles(spec: ImageSpec | None, tower: Any, seen: _Pass) -> tuple[int, int, int]:
+    """Tiles of a picture, patches of all of them, prefixes included, and the width of one."""
+    tiles = seen.pixels.shape[0]
+    if spec is not None:
+        return tiles, tiles * (spec.tokens + spec.prefix), spec.width
+    width = getattr(tower.config, "embed_dim", None) or tower.config.hidden_size
+    if seen.pixels.ndim == 2:  # Qwen-VL takes the patches themselves
+        return 1, tiles, width
+    return tiles, seen.output.last_hidden_state.shape[:2].numel(), width
+
+
+@contextmanager
+def _watched(tower: nn.Module) -> Iterator[_Pass]:
+    """What a tower takes in, gives out and computes."""
+    found, stack = _Pass(counter=FlopCounterMode(display=False)), ExitStack()
+
+    def before(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found.pixels = next(item for item in (*args, *named.values()) if isinstance(item, Tensor))
+        stack.enter_context(found.counter)
+
+    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        stack.close()
+        found.output = output
+
+    handles = [tower.register_forward_pre_hook(before, with_kwargs=True), tower.register_forward_hook(after)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+        stack.close()
+
+
+def _largest_again(tower: Any) -> list[int]:
+    """Checkpoint a tower's layers, and note what each keeps when the backward pass runs it again."""
+    checkpoint_layers(tower)
+    found: list[int] = [0]
+    for layer in tower.modules():
+        if getattr(layer, "gradient_checkpointing", False):
+            layer._gradient_checkpointing_func = _noting(found, layer, layer._gradient_checkpointing_func)
+    return found
+
+
+def _noting(found: list[int], layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    def run(function: Callable[..., Any], *args: Any) -> Any:
+        found.append(kept_bytes(lambda: function(*args), layer))
+        return checkpoint(function, *args)
+
+    return run
+
+
+_nothing = functools.partial(torch.zeros, device="meta")
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention on the meta device as fused kernels do it: left alone, it keeps every probability."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(*args[:3], scale=(kwargs or {}).get("scale"))[0]
+
+
+class _MetaAndHost(TorchDispatchMode):
+    """Lets a tower without values compute on sizes that have some: what meets the meta device goes there.
+
+    A test of a mask is answered with yes: every patch of the picture is one to look at.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        arguments = (args, kwargs or {})
+        tensors = [item for item in tree_leaves(arguments) if isinstance(item, Tensor)]
+        if any(item.is_meta for item in tensors):
+            if func is torch.ops.aten._local_scalar_dense.default:
+                return True
+            arguments = tree_map(lambda item: item.to("meta") if isinstance(item, Tensor) else item, arguments)
+        return func(*arguments[0], **arguments[1])
+
+
+@contextmanager
+def _widest(module: nn.Module) -> Iterator[list[int]]:
+    """Bytes that each leaf module takes in and gives out."""
+    found: list[int] = [0]
+
+    def note(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors = [item for item in (*inputs, output) if isinstance(item, Tensor)]
+        found.append(sum(item.nbytes for item in tensors))
+
+    handles = [leaf.register_forward_hook(note) for leaf in module.modules() if not list(leaf.children())]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

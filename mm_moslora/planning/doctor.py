@@ -1,0 +1,354 @@
+"""`mm-moslora doctor`: what would go wrong on this machine before it does, each with a remedy.
+
+Nothing here starts a process group or builds anything. A library that does not import is a finding, not a failure.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
+
+from mm_moslora.config import Recipe, needs
+from mm_moslora.kernels.fused_ops.liger_availability import LIGER_RANGE, fits, installed_liger, why_not_liger
+from mm_moslora.kernels.native import find_compiler
+from mm_moslora.utils.hardware import extensions_folder, stale_locks
+from mm_moslora.utils.package_requirements import (
+    declared,
+    declared_anywhere,
+    install_command,
+    installed_version,
+    range_of,
+)
+
+Status = Literal["ok", "warn", "bad"]
+
+USES = {
+    "deepspeed": "train.zero zero0 to zero3; one process trains with train.zero none",
+    "datasets": "data of the hub, parquet and arrow files",
+    "pyarrow": "data of the hub, parquet and arrow files",
+    "open-clip-torch": "open_clip: vision towers",
+    "timm": "timm's vision towers, and quickstart --images stamps",
+    "matplotlib": "adapters inspect --picture",
+    "wandb": "track.trackers: [wandb]",
+    "tensorboard": "track.trackers: [tensorboard], the default",
+    "gguf": "the quickstart, and export --to gguf",
+    "onnx": "the quickstart",
+    "zstandard": "the quickstart's stamps, where Debian's dpkg is not at hand",
+    "rich": "doctor, plan and eval show",
+    "psutil": "launch on a host file",
+}
+"""What those dependencies are for that an ordinary run does without."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownBad:
+    """Versions of a library that are known to do harm."""
+
+    package: str
+    versions: str
+    effect: str
+    status: Status = "bad"
+
+
+KNOWN_BAD = (
+    KnownBad(package="deepspeed", versions=">=0.17.6,<0.18.3", effect="ZeRO-2 computes wrong gradients"),
+    KnownBad(package="deepspeed", versions="==0.18.5", effect="ZeRO-3 with activation checkpointing crashes"),
+    KnownBad(package="deepspeed", versions="<0.19.0", effect="ZeRO-1 in bf16 drops the last micro-batch's gradient"),
+    KnownBad(
+        package="deepspeed", versions="<=0.19.2",
+        effect="ZeRO-3 with a frozen base and non-reentrant checkpointing raises CheckpointError",
+    ),
+    KnownBad(package="deepspeed", versions="<0.19.5", effect="its ops do not compile with torch 2.12 and later"),
+    KnownBad(package="transformers", versions="==5.1.0", effect="it does not work with DeepSpeed"),
+    KnownBad(package="transformers", versions="==4.57.0", effect="other trainers exclude this release as broken"),
+    KnownBad(package="transformers", versions="==5.6.0", effect="other trainers exclude this release as broken"),
+    KnownBad(
+        package="transformers", versions=">=4.56.0,<5.3", effect="a model's config.json can run code (CVE-2026-4372)"
+    ),
+    KnownBad(package="torch", versions="<2.6", effect="torch.load runs code even with weights_only (CVE-2025-32434)"),
+    KnownBad(
+        package="torch", versions=">=2.6,<2.10", status="warn",
+        effect="the weights-only unpickler can corrupt memory (CVE-2026-24747); load no foreign .pt or .bin file",
+    ),
+)  # fmt: skip
+"""Checked one by one; the remedy is always the supported range."""
+
+ROOM_GIB = 10.0
+"""Free disk below which a run may fail at its first checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    status: Status
+    detail: str
+    remedy: str = ""
+    """What to do; empty when there is nothing to do."""
+
+
+def diagnose(folder: Path | None = None, recipe: Recipe | None = None) -> list[Finding]:
+    """Look at versions, hardware, compiler, caches, disk, threads and trackers.
+
+    Args:
+        folder: where runs will be written; None: the current folder.
+        recipe: what is to be trained; packages that only other work needs are then none of its business. None: all
+            work counts, and a missing package is bad only where nothing goes without it.
+    """
+    checks: list[Callable[[], list[Finding]]] = [
+        _python,
+        lambda: _libraries(recipe),
+        _accelerator,
+        _precision,
+        _kernels,
+        _compiler,
+        _extension_locks,
+        lambda: _disk(folder or Path.cwd()),
+        _memory,
+        _threads,
+        _wandb,
+    ]
+    findings: list[Finding] = []
+    for check in checks:
+        try:
+            findings += check()
+        except Exception as error:  # one broken library must not hide the other findings
+            name = getattr(check, "__name__", "check").strip("_<>")
+            findings.append(
+                Finding(
+                    name=name,
+                    status="bad",
+                    detail=f"could not be looked at: {type(error).__name__}: {error}",
+                    remedy="Reinstall the library that is named here.",
+                )
+            )
+    return findings
+
+
+def check_version(package: str, version: str | None, *, use: str = "", needed: bool | None = None) -> Finding:
+    """Judge one library's version.
+
+    Args:
+        package: name of the distribution.
+        version: None when it is not installed.
+        use: what it is for, where not everything needs it.
+        needed: by the work at hand; None: not known, and it is needed by everything exactly where `use` is empty.
+    """
+    wanted = next((range_of(item) for item in declared_anywhere() if item.name == package), "")
+    vital = needed if needed is not None else not use
+    for_what = f" (for {use})" if use else ""
+    remedy = install_command(package)
+    if version is None:
+        if needed is False:
+            return Finding(name=package, status="ok", detail=f"not installed; not needed here{for_what}")
+        return Finding(
+            name=package, status="bad" if vital else "warn", detail=f"not installed{for_what}", remedy=remedy
+        )
+    try:
+        parsed = Version(version)
+    except InvalidVersion:
+        return Finding(name=package, status="warn", detail=f"{version}, which is not a version number", remedy=remedy)
+    plain = Version(parsed.public)  # 2.13.0+cpu is 2.13.0
+    harms = [
+        bad for bad in KNOWN_BAD if bad.package == package and plain in SpecifierSet(bad.versions, prereleases=True)
+    ]
+    if harms:
+        harmful = vital and any(bad.status == "bad" for bad in harms)
+        return Finding(
+            name=package, status="bad" if harmful else "warn",
+            detail=f"{version}: {'; '.join(bad.effect for bad in harms)}{for_what}", remedy=remedy,
+        )  # fmt: skip
+    if plain not in SpecifierSet(wanted, prereleases=True):
+        return Finding(
+            name=package, status="warn", detail=f"{version}, outside the tested range {wanted}", remedy=remedy
+        )
+    return Finding(name=package, status="ok", detail=version)
+
+
+def _python() -> list[Finding]:
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    return [Finding(name="python", status="ok", detail=f"{version}, {sys.executable}")]
+
+
+def _libraries(recipe: Recipe | None) -> list[Finding]:
+    """Every dependency, and what else the recipe needs."""
+    wanted = {need.package: need.setting for need in needs(recipe)} if recipe is not None else {}
+    names = [item.name for item in declared()]
+    if not names:
+        return [
+            Finding(
+                name="packages", status="warn", detail="mm-moslora is not installed, so its ranges are unknown",
+                remedy="pip install . in the checkout",
+            )
+        ]  # fmt: skip
+    findings = []
+    for package in [*names, *(name for name in wanted if name not in names)]:
+        use, needed = USES.get(package, ""), None
+        if recipe is not None:
+            needed = package in wanted or package not in USES
+            use = wanted.get(package, use)
+        findings.append(check_version(package, installed_version(package), use=use, needed=needed))
+    return findings
+
+
+def _accelerator() -> list[Finding]:
+    torch = importlib.import_module("torch")
+    if torch.cuda.is_available():
+        devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        names = ", ".join(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in devices)
+        return [Finding(name="accelerator", status="ok", detail=names)]
+    if Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi"):
+        built = torch.version.cuda or "no CUDA"
+        return [
+            Finding(
+                name="accelerator",
+                status="warn",
+                detail=f"an NVIDIA driver is here, but torch sees no GPU (torch is built for {built})",
+                remedy="Install a torch build for this driver, and look at CUDA_VISIBLE_DEVICES and nvidia-smi.",
+            )
+        ]
+    return [Finding(name="accelerator", status="ok", detail="none; the CPU is used")]
+
+
+def _precision() -> list[Finding]:
+    torch = importlib.import_module("torch")
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        detail = "the GPU computes bf16" if fast else "the GPU has no bf16; precision auto is fp32"
+        return [Finding(name="bf16", status="ok" if fast else "warn", detail=detail)]
+    text = _read(Path("/proc/cpuinfo"))
+    found = [flag for flag in ("amx_bf16", "avx512_bf16") if re.search(rf"\b{flag}\b", text)]
+    if found:
+        return [Finding(name="bf16", status="ok", detail=f"this CPU multiplies bf16 fast ({', '.join(found)})")]
+    return [
+        Finding(
+            name="bf16",
+            status="ok",
+            detail="this CPU has neither amx_bf16 nor avx512_bf16: precision auto is fp32, and bf16 would be slower",
+        )
+    ]
+
+
+def _kernels() -> list[Finding]:
+    torch = importlib.import_module("torch")
+    found = installed_liger()
+    on_gpu = torch.cuda.is_available()
+    reason = why_not_liger(torch.device("cuda" if on_gpu else "cpu"))
+    if reason is None:
+        detail = f"Liger's (liger-kernel {found}) run between the matrix products of lean decoder layers"
+    elif not on_gpu and (compiler := find_compiler()) is not None:
+        detail = f"attention runs on a C++ kernel (compiled by {compiler} at the first run): {reason}"
+    else:
+        detail = f"PyTorch's own run between the matrix products of lean decoder layers: {reason}"
+    fine = found is None or fits(found)
+    remedy = "" if fine else f"pip install 'liger-kernel{LIGER_RANGE}'"
+    return [Finding(name="kernels", status="ok" if fine else "warn", detail=detail, remedy=remedy)]
+
+
+def _compiler() -> list[Finding]:
+    compiler = find_compiler()
+    ninja = shutil.which("ninja") or (importlib.util.find_spec("ninja") and "ninja")
+    present = [name for name, there in (("a C++ compiler", compiler), ("ninja", ninja)) if there]
+    return [
+        Finding(
+            name="compiler",
+            status="ok",
+            detail=f"{' and '.join(present) or 'neither compiler nor ninja'} here; none is needed "
+            "(DeepSpeed's shared-memory op is declined and AdamW is torch's own)",
+        )
+    ]
+
+
+def _extension_locks() -> list[Finding]:
+    root = extensions_folder(os.environ)
+    locks = stale_locks(root) if root.is_dir() else []
+    if not locks:
+        return [Finding(name="build locks", status="ok", detail=f"no stale lock below {root}")]
+    return [
+        Finding(
+            name="build locks",
+            status="warn",
+            detail=f"a killed build left {', '.join(str(path) for path in locks)}",
+            remedy=f"If nothing is being built now: rm {' '.join(str(path) for path in locks)}",
+        )
+    ]
+
+
+def _disk(folder: Path) -> list[Finding]:
+    findings = []
+    for name, place in (
+        ("disk for runs", folder),
+        ("disk for temporary files", Path(tempfile.gettempdir())),
+    ):
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        free = shutil.disk_usage(place).free / 2**30
+        enough = free >= (ROOM_GIB if name == "disk for runs" else 1.0)
+        findings.append(
+            Finding(
+                name=name,
+                status="ok" if enough else "warn",
+                detail=f"{free:.1f} GiB free at {place.resolve()}",
+                remedy="" if enough else "Free some space, or set train.output (TMPDIR) to a larger disk.",
+            )
+        )
+    return findings
+
+
+def _memory() -> list[Finding]:
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _read(Path("/proc/meminfo")))
+    if not found:
+        return [Finding(name="memory", status="ok", detail="unknown on this system")]
+    available = int(found[1]) / 2**20
+    enough = available >= 6
+    return [
+        Finding(
+            name="memory",
+            status="ok" if enough else "warn",
+            detail=f"{available:.1f} GiB available",
+            remedy="" if enough else "The quickstart wants 6 GiB; close other programs or use --smoke.",
+        )
+    ]
+
+
+def _threads() -> list[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    given = os.environ.get("OMP_NUM_THREADS")
+    policy = os.environ.get("OMP_WAIT_POLICY", "")
+    detail = f"{cores} cores, OMP_NUM_THREADS {given or 'not set'}, OMP_WAIT_POLICY {policy or 'not set'}"
+    remedies = []
+    if given and given.isdigit() and int(given) > cores:
+        remedies.append(f"export OMP_NUM_THREADS={cores}")
+    if policy.lower() != "passive":
+        remedies.append("export OMP_WAIT_POLICY=passive  # waiting threads then leave the cores to others")
+    return [
+        Finding(name="threads", status="warn" if remedies else "ok", detail=detail, remedy="\n".join(remedies)),
+    ]
+
+
+def _wandb() -> list[Finding]:
+    from mm_moslora.tracking.wandb_tracker import has_credentials
+
+    mode = os.environ.get("WANDB_MODE")
+    if mode:
+        return [Finding(name="wandb login", status="ok", detail=f"WANDB_MODE is {mode}")]
+    if has_credentials():
+        return [Finding(name="wandb login", status="ok", detail="a key is present: runs that ask for wandb go online")]
+    return [Finding(name="wandb login", status="ok", detail="no key: runs that ask for wandb are kept offline")]
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

@@ -1,0 +1,246 @@
+"""`mm-moslora data check|stats|view`: a recipe's data as the trainer sees them, without loading the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.panel import Panel
+from rich.text import Text
+
+from mm_moslora.batch import Eyes
+from mm_moslora.config import SourceConfig
+from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.data.check.check_findings import Finding, findings, leakage, length_percentiles
+from mm_moslora.data.check.html_view import Sample, page
+from mm_moslora.data.check.record_check import CheckReport, check
+from mm_moslora.data.check.terminal_view import (
+    legend,
+    view_findings,
+    view_matches,
+    view_record,
+    view_report,
+    view_statistics,
+)
+from mm_moslora.data.images.decode_image import ImageError, open_image
+from mm_moslora.data.images.perceptual_hash import Fingerprint, Match, fingerprint
+from mm_moslora.data.packing import fill_rate, pack
+from mm_moslora.data.record_faults import RecordError
+from mm_moslora.data.sources.open_sources import open_sources
+from mm_moslora.data.training_set import encode_record, placeholders_of
+from mm_moslora.models.assembly import text_and_images
+from mm_moslora.training.preflight import check_data
+from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
+from mm_moslora.utils.progress_bar import Progress
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from mm_moslora.config import Recipe
+    from mm_moslora.data.sources.record_source import RecordSource
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+class _Parts(NamedTuple):
+    encoder: Encoder
+    eyes: Eyes | None
+
+
+class Checked(NamedTuple):
+    """What a check has found."""
+
+    shown: list[RenderableType]
+    """For a rich console."""
+    plain: dict[str, Any]
+    """The same as plain data."""
+    code: int
+    """Exit code: 1 when a run would stop because of the data."""
+
+
+def check_recipe(
+    recipe: Recipe,
+    *,
+    against: Sequence[Path] = (),
+    processes: int | None = None,
+    everything: bool = False,
+) -> Checked:
+    """Read every record and decode every picture of a recipe's training and validation data.
+
+    Args:
+        recipe: resolved.
+        against: folders of held-out pictures, in which pictures of the training data should not occur.
+        processes: that share the work; None: one per processor.
+        everything: show every fault on the console; the plain data hold all in any case.
+
+    Raises:
+        DataError: a source cannot be read at all.
+        ModelError: the tokenizer or the vision encoder does not load.
+    """
+    check_data(recipe.data)
+    parts = _parts(recipe)
+    shown: list[RenderableType] = []
+    plain: dict[str, Any] = {}
+    reports: dict[str, CheckReport] = {}
+    for name, sources in _sets(recipe):
+        reports[name] = report = _check(name, sources, recipe, parts, decode=True, processes=processes)
+        shown += [Text(f"data.{name}", style="bold"), *view_report(report, everything=everything)]
+        plain[name] = _plain(report, findings(report))
+    held_out: dict[str, dict[str, Fingerprint | None]] = {str(folder): _folder(folder) for folder in against}
+    if "validation" in reports:
+        held_out["data.validation"] = reports["validation"].images
+    leaks: list[Finding] = []
+    found: list[Match] = []
+    for name, marks in held_out.items():
+        finding, pairs = leakage(reports["train"].images, marks, name=name)
+        leaks, found = [*leaks, finding], found + pairs
+    if leaks:
+        shown += [view_findings(leaks), view_matches(found, everything=everything)]
+        plain["leakage"] = {"findings": [item._asdict() for item in leaks], "pairs": [list(pair) for pair in found]}
+    return Checked(shown, plain, int(not all(report.ok for report in reports.values())))
+
+
+def statistics_of(recipe: Recipe, *, processes: int | None = None) -> Checked:
+    """Count what a recipe's data hold, reading pictures no further than their headers; see `check_recipe`."""
+    check_data(recipe.data)
+    parts = _parts(recipe)
+    shown: list[RenderableType] = []
+    plain: dict[str, Any] = {}
+    for name, sources in _sets(recipe):
+        report = _check(name, sources, recipe, parts, decode=False, processes=processes)
+        shown += [Text(f"data.{name}", style="bold"), *view_statistics(report)]
+        plain[name] = _plain(report, [])
+        rates = {}
+        for tokens in (recipe.data.pack_tokens, 4096, 8192):
+            if tokens and tokens >= report.max_length:
+                packed = pack(range(report.usable), report.lengths, tokens=tokens)
+                rates[tokens] = fill_rate(packed, report.lengths, tokens=tokens)
+        plain[name]["packing_fill_rate"] = rates
+        text = ", ".join(f"{rate:.1%} of rows of {tokens} tokens" for tokens, rate in rates.items())
+        shown.append(Text(f"Packed, records would fill {text}." if text else ""))
+        if bad := report.records - report.usable:
+            shown.append(Text(f"{bad} records cannot be used and are not counted: see `mm-moslora data check`."))
+    return Checked(shown, plain, 0)
+
+
+def _sets(recipe: Recipe) -> list[tuple[str, list[SourceConfig]]]:
+    sets = [("train", recipe.data.train)]
+    return [*sets, ("validation", recipe.data.validation)] if recipe.data.validation else sets
+
+
+def _check(
+    name: str, sources: list[SourceConfig], recipe: Recipe, parts: _Parts, *, decode: bool, processes: int | None
+) -> CheckReport:
+    with Progress(f"check {name}", 0, unit="record") as progress:
+        return check(
+            sources, parts.encoder, config=recipe.data, vision=parts.eyes is not None, eyes=parts.eyes, decode=decode,
+            processes=processes, on_progress=progress.of,
+        )  # fmt: skip
+
+
+def _folder(folder: Path) -> dict[str, Fingerprint | None]:
+    """What the pictures of a folder look like; files that are none are left out."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder. Name a folder of held-out pictures.")
+    marks: dict[str, Fingerprint | None] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in PICTURES:
+            try:
+                marks[str(path)] = fingerprint(open_image(path))
+            except ImageError:
+                continue
+    return marks
+
+
+def _plain(report: CheckReport, found: list[Finding]) -> dict[str, Any]:
+    names = (
+        "records", "usable", "text_only", "one_image", "several_images", "videos", "answers", "tokens",
+        "supervised_tokens", "supervised_share", "truncated", "thoughts", "dropped_thoughts", "special_text",
+        "separator_text", "endless",
+        "duplicates", "ok",
+    )  # fmt: skip
+    return {name: getattr(report, name) for name in names} | {
+        "images": len(report.images), "bad": {code.value: count for code, count in report.bad.items()},
+        "faults": [str(fault) for fault in report.faults], "lengths": length_percentiles(report),
+        "histogram": report.histogram(), "repeated_ids": dict(report.repeated_ids.most_common()),
+        "findings": [item._asdict() for item in found],
+    }  # fmt: skip
+
+
+def view_recipe(recipe: Recipe, *, start: int = 0, count: int = 3) -> list[RenderableType]:
+    """Show training records with every token coloured by supervision.
+
+    Args:
+        recipe: resolved.
+        start: number of the first record over all of data.train, from 0.
+        count: how many.
+
+    Raises:
+        DataError: `start` lies outside the data, `count` is no count, or a source cannot be read at all.
+    """
+    parts, samples = _samples(recipe, start, count)
+    return [legend(), *(_view_one(sample, parts) for sample in samples)]
+
+
+def view_page(recipe: Recipe, path: Path, *, start: int = 0, count: int = 20) -> Path:
+    """Write an HTML page of training records; see `view_recipe`.
+
+    Args:
+        recipe: resolved.
+        path: of the page; must be writable.
+        start: number of the first record.
+        count: how many.
+    """
+    output_file(path, sign=PAGE_SIGN)
+    parts, samples = _samples(recipe, start, count)
+    text = page(samples, parts.encoder, title=f"Training data of {recipe.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, text)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error.strerror}). Name another place for the page.") from error
+    return path
+
+
+def _samples(recipe: Recipe, start: int, count: int) -> tuple[_Parts, list[Sample]]:
+    files = open_sources(recipe.data.train)
+    total = sum(len(file) for file in files)
+    if not 0 <= start < total or count < 1:
+        raise DataError(
+            f"start is {start} and count is {count}, but data.train has {total} records. "
+            f"Choose start from 0 to {total - 1} and a count of at least 1."
+        )
+    parts = _parts(recipe)
+    return parts, [_sample(files, number, recipe, parts) for number in range(start, min(total, start + count))]
+
+
+def _parts(recipe: Recipe) -> _Parts:
+    parts = text_and_images(recipe.model)
+    return _Parts(Encoder.of(parts), parts.eyes)
+
+
+def _sample(files: list[RecordSource], number: int, recipe: Recipe, parts: _Parts) -> Sample:
+    for file in files:
+        if number < len(file):
+            break
+        number -= len(file)
+    try:
+        record = file[number]
+        encoded = encode_record(
+            record,
+            parts.encoder,
+            max_length=recipe.data.max_length,
+            vision=parts.eyes is not None,
+            pictures=placeholders_of(record, parts.eyes),
+        )
+    except RecordError as error:
+        return Sample(None, None, error)
+    return Sample(record, encoded)
+
+
+def _view_one(sample: Sample, parts: _Parts) -> RenderableType:
+    if sample.record is None or sample.encoded is None:
+        return Panel(Text(str(sample.fault)), title="cannot be used", title_align="left", border_style="red")
+    return view_record(sample.record, sample.encoded, parts.encoder)

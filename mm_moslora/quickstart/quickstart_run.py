@@ -1,0 +1,438 @@
+"""The main job, end to end: fetch real parts, align, tune, measure with controls, export, report.
+
+Every stage leaves its result in the run folder and is skipped when it is already there, so the same command continues
+after an interruption and a second run only prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mm_moslora.config import AdapterConfig, Precision, Recipe, SourceConfig, load_recipe, refuse_lacking
+from mm_moslora.launch.launcher import EXIT_REQUEUE
+from mm_moslora.quickstart import model_assets
+from mm_moslora.quickstart.instruction_data import DATA_SET, DatasetFiles, build_easy_vqa
+from mm_moslora.quickstart.quickstart_evaluation import evaluate_all, measured, subject_of, table
+from mm_moslora.quickstart.quickstart_notes import QUICKSTART, kept, refuse_other, refuse_other_recipe
+from mm_moslora.quickstart.stamp_data import IMAGES, build_stamps
+from mm_moslora.utils.files import MARK, building, is_built, mark, refuse_strangers, replace_json
+from mm_moslora.utils.hardware import hardware
+from mm_moslora.utils.run_paths import RUN_FILES, RUN_LOCK, cache_folder, checkpoints
+from mm_moslora.utils.text_format import format_seconds
+
+if TYPE_CHECKING:
+    from mm_moslora.training.supervision.run_state import Ending
+
+logger = logging.getLogger(__name__)
+
+Images = Literal["easy-vqa", "stamps"]
+Encoder = Literal["auto", "dinov2", "efficientnet", "open_clip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The size of a quickstart."""
+
+    train_images: int
+    align_steps: int
+    tune_epochs: float
+    test_questions: int
+
+
+PLANS: dict[tuple[Images, bool], Plan] = {
+    ("easy-vqa", False): Plan(train_images=800, align_steps=10, tune_epochs=1.0, test_questions=320),
+    ("easy-vqa", True): Plan(train_images=64, align_steps=4, tune_epochs=1.0, test_questions=40),
+    ("stamps", False): Plan(train_images=10_000, align_steps=20, tune_epochs=1.0, test_questions=10_000),
+    ("stamps", True): Plan(train_images=96, align_steps=4, tune_epochs=1.0, test_questions=48),
+}
+TURNS = 8
+"""Questions per conversation of easy-VQA."""
+_FILES = (
+    "align", "tune", "data", "eval", "export", "export.json", "timing.json", "report.html", QUICKSTART, *RUN_FILES,
+)  # fmt: skip
+BEST_ENCODER: dict[Images, Encoder] = {"easy-vqa": "dinov2", "stamps": "efficientnet"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which quickstart."""
+
+    images: Images = "easy-vqa"
+    encoder: Encoder = "auto"
+    """auto: the one measured best for the pictures."""
+    precision: Precision = "auto"
+    """Training and measuring compute in it; auto: bf16 where the hardware computes it fast, else fp32."""
+    seed: int = 0
+    """Of the initialisation and the order; of easy-VQA it chooses the pictures to learn from, too."""
+    smoke: bool = False
+    """The same in miniature, at lower quality."""
+
+    @property
+    def name(self) -> str:
+        """Of the run folder: what differs from the default."""
+        default = Choice()
+        words = [word for word in ("images", "encoder", "precision") if getattr(self, word) != getattr(default, word)]
+        return "-".join(
+            ["quickstart", *(getattr(self, word) for word in words), *([f"seed{self.seed}"] if self.seed else []),
+             *(["smoke"] if self.smoke else [])]
+        )  # fmt: skip
+
+    @property
+    def tower(self) -> Encoder:
+        """The encoder, chosen."""
+        return BEST_ENCODER[self.images] if self.encoder == "auto" else self.encoder
+
+    @property
+    def plan(self) -> Plan:
+        """Its size."""
+        return PLANS[self.images, self.smoke]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that decides what a quickstart computes."""
+        choice = {"images": self.images, "encoder": self.tower, "precision": self.precision, "seed": self.seed}
+        return choice | dataclasses.asdict(self.plan)
+
+
+def quickstart(choice: Choice, *, output: Path | None = None, stamps_deb: Path | None = None) -> int:
+    """Run or continue the quickstart.
+
+    Args:
+        choice: which.
+        output: run folder.
+        stamps_deb: a downloaded tuxpaint-stamps-default package.
+
+    Returns:
+        0, or 75 when a signal stopped it and the same command continues.
+
+    Raises:
+        ConfigError: the run folder holds files that no quickstart wrote, or another quickstart.
+        AssetError: a part cannot be fetched or read.
+    """
+    from mm_moslora.training.run_setup import exclusive
+    from mm_moslora.training.supervision.run_state import recorded
+    from mm_moslora.training.supervision.watchdog import Watchdog
+
+    folder = (output or Path("runs") / choice.name).resolve()
+    model_assets.check_readers(choice.images, choice.tower)
+    refuse_lacking(load_recipe("quickstart_tune"))
+    refuse_strangers(folder, _FILES, kind="quickstart", also=(f"align/{RUN_LOCK}",))
+    with exclusive(folder):
+        refuse_other(folder, choice.facts)
+        mark(folder, "quickstart")
+        (folder / "data").mkdir(exist_ok=True)
+        mark(folder / "data", DATA_SET)
+        with recorded(folder, stages=("align", "tune")) as ending, Watchdog(folder):
+            closing = _quickstart(folder, choice, stamps_deb, ending)
+            ending.finished = closing is not None
+        if closing is None:
+            return EXIT_REQUEUE
+        # After the end is recorded: the report begins with how the run stands.
+        from mm_moslora.reporting import build_report
+
+        build_report(folder, folder / "report.html")
+        sys.stdout.write(closing + "\n")
+    return 0
+
+
+def _quickstart(folder: Path, choice: Choice, stamps_deb: Path | None, ending: Ending) -> str | None:
+    """What is said at the end; None when a signal stopped it."""
+    from mm_moslora.training.training_loop import train
+
+    clock = _Clock(folder)
+    _say(f"Parts are kept in {cache_folder('quickstart')}; what is missing is fetched.")
+    data, (align, tune) = _begin(folder, choice, stamps_deb)
+    ending.begun = True
+    _say(f"Data: {data.train_pictures} pictures to learn from, {data.questions} held-out questions.")
+    for what, recipe in (("Align the projector", align), ("Tune with MoSLoRA", tune)):
+        with clock.stage(recipe.name):
+            _say(f"\n{what}:")
+            result = train(recipe)
+        if not result.finished:
+            _say("Stopped. The same command continues from here.")
+            return None
+    with clock.stage("evaluate"):
+        _say("\nMeasure on held-out pictures, with controls:")
+        subject = subject_of(folder, data)
+        if (results := measured(folder, subject)) is None:
+            results = evaluate_all(folder, data, name=choice.images, precision=choice.precision, subject=subject)
+            _track(results, tune, step=result.step)
+    with clock.stage("export"):
+        exported = _export(folder, model=subject["model"])
+    _summarise(folder, data, choice, clock=clock, exported=exported)
+    return f"{table(results)}\n{_closing(folder, clock, data, stock=exported['stock'])}"
+
+
+def _begin(folder: Path, choice: Choice, stamps_deb: Path | None) -> tuple[DatasetFiles, tuple[Recipe, Recipe]]:
+    """Fetch the parts, write the data, and say in the folder which quickstart it holds.
+
+    Raises:
+        ConfigError: a stage was trained with another recipe or on other data; nothing is replaced.
+    """
+    from mm_moslora.training.resume import changed_since
+
+    parts, out = _parts(choice.tower), folder / "data"
+    stamps = choice.images == "stamps"
+    source = model_assets.stamps(stamps_deb, _say) if stamps else model_assets.easy_vqa(_say)
+    planned = DatasetFiles.below(out, out / IMAGES if stamps else source)
+    stages = recipes(parts, planned, folder, choice.plan, choice)
+    for recipe in stages:
+        refuse_other_recipe(folder, Path(recipe.train.output).name, changed_since(recipe))
+    trained = any(checkpoints(Path(recipe.train.output)) for recipe in stages)
+    data = _data(choice, source, out, replace=not trained)
+    replace_json(folder / QUICKSTART, choice.facts)
+    return data, stages
+
+
+def _track(rows: list[dict[str, Any]], tune: Recipe, *, step: int) -> None:
+    """Put the scores beside the curves of the tuned run, under the name of the adapter they belong to."""
+    from mm_moslora.tracking import build_trackers
+    from mm_moslora.tracking.tracker import adapter_digest
+    from mm_moslora.training.checkpointing.checkpoint_folder import folder_name
+
+    run = Path(tune.train.output)
+    trackers = build_trackers(tune.track)
+    trackers.reopen(tune.to_dict(), run)
+    trackers.log_evaluation(rows, adapter=adapter_digest(run / folder_name(step) / "adapter"), step=step)
+    trackers.finish()
+
+
+def _say(text: str) -> None:
+    logger.info("%s", text)
+
+
+class _Clock:
+    """Seconds per stage, kept over interruptions."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "timing.json"
+        self.seconds: dict[str, float] = kept(self.path, dict, fits=lambda said: format_seconds(_total(said))) or {}
+
+    def stage(self, name: str) -> _Stage:
+        return _Stage(self, name)
+
+    @property
+    def total(self) -> float:
+        return _total(self.seconds)
+
+
+def _total(seconds: Mapping[str, float]) -> float:
+    return math.fsum(seconds.values())
+
+
+class _Stage:
+    def __init__(self, clock: _Clock, name: str) -> None:
+        self.clock, self.name = clock, name
+
+    def __enter__(self) -> None:
+        self.started = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        spent = time.monotonic() - self.started
+        # A stage that finds its result only reads it back; that is not what it took.
+        if spent > self.clock.seconds.get(self.name, 0) / 4:
+            self.clock.seconds[self.name] = self.clock.seconds.get(self.name, 0) + spent
+            replace_json(self.clock.path, self.clock.seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    language: Path
+    vision: str
+
+
+def _parts(encoder: Encoder) -> _Parts:
+    language = model_assets.language_model(_say)
+    towers: dict[str, Callable[[], str]] = {
+        "dinov2": lambda: str(model_assets.dinov2(_say)),
+        "efficientnet": lambda: str(model_assets.efficientnet_timm(_say)),
+        "open_clip": lambda: f"open_clip:{model_assets.efficientnet_open_clip(_say)}",
+    }
+    return _Parts(language=language, vision=towers[encoder]())
+
+
+def _data(choice: Choice, source: Path, out: Path, *, replace: bool) -> DatasetFiles:
+    plan = choice.plan
+    if choice.images == "stamps":
+        return build_stamps(source, out, limit=plan.train_images, replace=replace)
+    return build_easy_vqa(
+        source,
+        out,
+        train_images=plan.train_images,
+        test_questions=plan.test_questions,
+        turns=TURNS,
+        seed=choice.seed,
+        replace=replace,
+    )
+
+
+# What differs from the shipped recipes (DINOv2 on easy-VQA) for other encoders and pictures: side in pixels, layer, and
+# side of the square of patches folded into one visual token (1: the plain MLP), chosen by how well color and shape, or
+# the category, can be read from the features.
+_VIEW: dict[tuple[Images, Encoder], tuple[int, int, int]] = {
+    ("easy-vqa", "dinov2"): (56, -4, 1),
+    ("easy-vqa", "efficientnet"): (64, -1, 1),
+    ("easy-vqa", "open_clip"): (64, -1, 1),
+    ("stamps", "dinov2"): (112, -5, 4),
+    ("stamps", "efficientnet"): (128, -1, 2),
+    ("stamps", "open_clip"): (128, -1, 2),
+}
+
+
+# Conversations of one question: more of them in a step.
+_TUNE_KEYS: dict[Images, list[str]] = {
+    "easy-vqa": [],
+    "stamps": ["train.global_batch=32", "train.micro_batch=32"],
+}
+
+
+def recipes(parts: _Parts, data: DatasetFiles, folder: Path, plan: Plan, choice: Choice) -> tuple[Recipe, Recipe]:
+    """The two stages, from the shipped recipes with the paths filled in."""
+    size, layer, fold = _VIEW[choice.images, choice.tower]
+    common = [
+        f"model.language={json.dumps(str(parts.language))}",
+        f"model.vision.name={json.dumps(parts.vision)}",
+        f"model.vision.image_size={size}",
+        f"model.vision.feature_layer={layer}",
+        *(["model.projector.kind=pixel_shuffle", f"model.projector.shuffle={fold}"] if fold > 1 else []),
+        f"train.seed={choice.seed}",
+        f"train.precision={choice.precision}",
+    ]
+    align = load_recipe("quickstart_align", [*common, f"train.steps={plan.align_steps}"])
+    tune = load_recipe("quickstart_tune", [*common, *_TUNE_KEYS[choice.images], f"train.epochs={plan.tune_epochs}"])
+    projector = folder / "align" / f"checkpoint-{plan.align_steps:06d}" / "projector.safetensors"
+    tune = dataclasses.replace(
+        tune,
+        model=dataclasses.replace(
+            tune.model, projector=dataclasses.replace(tune.model.projector, weights=str(projector))
+        ),
+    )
+    return (
+        _placed(align, data.align, data.images, folder / "align"),
+        _placed(tune, data.train, data.images, folder / "tune"),
+    )
+
+
+def _placed(recipe: Recipe, records: Path, images: Path, output: Path) -> Recipe:
+    source = SourceConfig(path=str(records), image_folder=str(images))
+    return dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, train=[source]),
+        train=dataclasses.replace(recipe.train, output=str(output)),
+    )
+
+
+def _export(folder: Path, *, model: str) -> dict[str, Any]:
+    """The tuned model as a Hugging Face folder, checked against the model in memory.
+
+    Args:
+        folder: of the quickstart.
+        model: digest of the tuned weights; an export of others is replaced.
+    """
+    from mm_moslora.models.export.export_huggingface import export_model
+    from mm_moslora.models.load_model import load
+
+    target, note = folder / "export", folder / "export.json"
+    known = kept(note, dict, fits=itemgetter("architecture", "stock", "max_logit_difference"))
+    if is_built(target) and known is not None and known.get("model") == model:
+        return dict(known)
+    with building(target, replaces=MARK) as part:
+        result = export_model(load(folder / "tune"), part)
+    facts = {
+        "architecture": result.architecture,
+        "stock": result.stock,
+        "max_logit_difference": result.max_logit_difference,
+        "model": model,
+    }
+    replace_json(note, facts)
+    return facts
+
+
+def _summarise(
+    folder: Path,
+    data: DatasetFiles,
+    choice: Choice,
+    *,
+    clock: _Clock,
+    exported: dict[str, Any],
+) -> None:
+    from mm_moslora.tracking.run_environment import environment
+    from mm_moslora.training.training_loop import peak_memory_gib
+
+    tune = _tuned(folder)
+    tokens = f"{tune['tokens_per_image']} visual tokens + " if tune else ""
+    adapter: AdapterConfig = load_recipe("quickstart_tune").adapter
+    replace_json(
+        folder / "summary.json",
+        tune
+        | {
+            "name": folder.name,
+            "title": "mm_moslora quickstart" + (" (smoke)" if choice.smoke else ""),
+            "description": f"{choice.tower} + {tokens}SmolLM2-135M-Instruct, "
+            f"MoSLoRA rank {adapter.rank} ({adapter.mixer_init} mixer) in every linear layer, on {choice.images}.",
+            "seed": choice.seed,
+            "seconds": clock.total,
+            "memory_gib": max(tune.get("memory_gib", 0.0), peak_memory_gib()),
+            "stages": clock.seconds,
+            "hardware": hardware(),
+            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "export": exported,
+            "environment": environment(),
+            "licences": {asset.what: asset.licence for asset in model_assets.used(choice.images, choice.tower)},
+            "commands": [
+                {"what": what, "command": command}
+                for what, command in _commands(folder, data.images, stock=exported["stock"])
+            ],
+        },
+    )
+
+
+def _tuned(folder: Path) -> dict[str, Any]:
+    """The summary of the tuned stage; where it is damaged, what an earlier call kept of it, or nothing."""
+    for place in (folder / "tune", folder):
+        if found := kept(place / "summary.json", dict, fits=lambda said: said["tokens_per_image"] + said["memory_gib"]):
+            return dict(found)
+    return {}
+
+
+def _commands(folder: Path, pictures: Path, *, stock: bool) -> list[tuple[str, str]]:
+    tune, task = _shown(folder / "tune"), f"llava:{_shown(folder / 'data' / 'test.jsonl')}@{pictures}"
+    layout = [] if stock else ["--to", "hf"]
+    words = {
+        "Talk to it": ["chat", tune, "--image", "PICTURE"],
+        "Hand it on": ["export", tune, _shown(folder / "handed-on"), *layout],
+        "Measure it again": ["eval", "run", task, "--model", tune, "--output", _shown(folder / "again")],
+        "See what is supervised": ["data", "view", tune],
+    }
+    return [(what, shlex.join([_program(), *map(str, command)])) for what, command in words.items()]
+
+
+def _shown(path: Path) -> Path:
+    """A path as a person in this folder would write it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _program() -> str:
+    """The command as it can be typed here: by name, or by path where the environment is not activated."""
+    name = "mm-moslora"
+    beside = Path(sys.executable).parent / name
+    return str(_shown(beside)) if shutil.which(name) is None and beside.is_file() else name
+
+
+def _closing(folder: Path, clock: _Clock, data: DatasetFiles, *, stock: bool) -> str:
+    lines = [f"Took {format_seconds(clock.total)} in all. Look at {folder / 'report.html'}", ""]
+    lines += [f"{what + ':':<24}{command}" for what, command in _commands(folder, data.images, stock=stock)]
+    return "\n".join(lines)

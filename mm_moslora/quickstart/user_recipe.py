@@ -1,0 +1,242 @@
+"""A recipe for a user's own pictures, every choice explained, in a new folder beside the questions."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mm_moslora.config import Recipe
+from mm_moslora.quickstart import model_assets
+from mm_moslora.quickstart.asset_cache import Say, silent
+from mm_moslora.quickstart.user_data import LEAST_TEST, OwnData, lines_of, read_own
+from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.file_locks import lock_beside
+from mm_moslora.utils.files import MARK, building, discard, refuse_full_folder
+
+PartsName = Literal["quickstart", "hub"]
+
+_NOT_IN_YAML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+STEP_TOKENS = 1600
+"""Tokens of a step, about: fewer make the gradient noisy, more make steps slow on a CPU."""
+STEPS, MOST_EPOCHS = 100, 20
+_PER_TURN = 12
+"""Tokens of the chat template around a question and its answer."""
+_BYTES_PER_TOKEN = 4.0
+_LONG_BYTES_PER_TOKEN = 1.5
+"""Of text that the tokenizer knows badly; for limits that nothing may exceed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the model is assembled from."""
+
+    language: str
+    vision: dict[str, Any]
+    visual_tokens: int
+    why: str
+
+
+def _parts(name: PartsName, say: Say) -> Parts:
+    if name == "hub":
+        return Parts(
+            language="HuggingFaceTB/SmolLM2-135M-Instruct",
+            vision={"name": "google/siglip-base-patch16-224", "feature_layer": -2},
+            visual_tokens=49,
+            why="SigLIP was trained on pictures with texts; it is ten times as slow as EfficientNet-Lite0 on a CPU.",
+        )
+    return Parts(
+        language=str(model_assets.language_model(say)),
+        vision={"name": str(model_assets.efficientnet_timm(say)), "image_size": 192, "feature_layer": -1},
+        visual_tokens=9,
+        why="EfficientNet-Lite0 knows 1,000 kinds of things from photos; 192 pixels are 6 x 6 patches.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How long is trained, on how much at once."""
+
+    batch: int
+    steps: int
+    per_epoch: int
+    tokens: int
+    """Of a step, about."""
+    max_length: int
+
+    @classmethod
+    def of(cls, data: OwnData, visual_tokens: int) -> Size:
+        """From the data: steps of about `STEP_TOKENS`, `STEPS` of them where the data last."""
+        mean, longest = data.text_bytes
+        tokens = visual_tokens + _PER_TURN * data.turns + mean / _BYTES_PER_TOKEN
+        batch = min(32, max(4, round(STEP_TOKENS / tokens)))
+        per_epoch = math.ceil(data.epoch / batch)
+        limit = visual_tokens + _PER_TURN * data.longest[0] + longest / _LONG_BYTES_PER_TOKEN
+        return cls(
+            batch=batch,
+            steps=min(STEPS, MOST_EPOCHS * per_epoch),
+            per_epoch=per_epoch,
+            tokens=100 * round(batch * tokens / 100),
+            max_length=min(2048, max(128, 64 * math.ceil(limit / 64))),
+        )
+
+
+def initialise(
+    source: Path, output: Path, *, images: Path | None = None, parts: PartsName = "quickstart", say: Say = silent
+) -> str:
+    """Write `train.jsonl`, `test.jsonl` and `recipe.yaml` into a new folder.
+
+    For sentences there is `task.yaml`, too, and for records that are seen several times `train-xN.jsonl`.
+
+    Args:
+        source: pictures in a folder per class, or a LLaVA file.
+        output: a new or empty folder.
+        images: of a file: the folder of its pictures.
+        parts: quickstart: small ones, fetched once; hub: ids that training looks up on the Hugging Face hub.
+        say: receives progress lines.
+
+    Returns:
+        What was written, and the commands that come next.
+
+    Raises:
+        DataError: there is nothing to learn from.
+        ConfigError: `output` holds something, lies among the pictures, or no recipe can name a folder.
+    """
+    if output.name in ("", ".."):
+        raise ConfigError(f"{output} is a folder that is there. Name a new one, such as {output / 'first'}.")
+    refuse_full_folder(output)
+    if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"{output} lies among the pictures of {source}. Choose a folder beside them.")
+    data = read_own(source, images=images)
+    for path in (output.resolve(), data.images):
+        if _NOT_IN_YAML.search(str(path)):
+            raise ConfigError(f"The folder {str(path)!a} holds characters that no recipe can hold. Rename it.")
+    chosen = _parts(parts, say)
+    size = Size.of(data, chosen.visual_tokens)
+    recipe = _recipe(output.resolve(), data, chosen, size)
+    Recipe.from_yaml(recipe)
+    with lock_beside(output):
+        refuse_full_folder(output)  # another `init` may have been faster
+        with building(output, replaces=MARK) as folder:
+            for file, lines in (
+                ("train.jsonl", lines_of(data.train)),
+                *((_repeated_file(times), lines_of(records)) for times, records in data.repeated.items()),
+                ("test.jsonl", lines_of(data.test)),
+                ("recipe.yaml", [recipe]),
+                *([("task.yaml", [_task(data)])] if data.captions else []),
+            ):
+                with (folder / file).open("w", encoding="utf-8", newline="\n") as stream:
+                    stream.writelines(lines)
+        discard(output / MARK)  # from here on it is the user's: nothing of this project replaces it
+    return _told(output, data, size)
+
+
+def _repeated_file(times: int) -> str:
+    return f"train-x{times}.jsonl"
+
+
+def _sources(data: OwnData) -> str:
+    """The sources of `data.train`, one a line."""
+    folder = f"image_folder: {_quoted(str(data.images))}"
+    lines = [f"- {{path: train.jsonl, {folder}}}"]
+    if data.repeated:
+        lines.append(
+            "# Of small classes there are fewer different conversations; weight: how often an epoch sees each."
+        )
+    lines += [f"- {{path: {_repeated_file(times)}, {folder}, weight: {times}}}" for times in sorted(data.repeated)]
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def _quoted(value: Any) -> str:
+    """A value as YAML: JSON is a part of it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _recipe(folder: Path, data: OwnData, parts: Parts, size: Size) -> str:
+    vision = ", ".join(f"{key}: {_quoted(value)}" for key, value in parts.vision.items())
+    passes = size.steps / size.per_epoch
+    return f"""\
+# Written by `mm-moslora init` from {data.source.encode("unicode_escape").decode()}. Change what you like.
+name: {_quoted(folder.name)}
+model:
+  language: {_quoted(parts.language)}
+  # {parts.why}
+  vision: {{{vision}}}
+  # {parts.visual_tokens} visual tokens per picture, of 2 x 2 patches each. A least-squares fit to the answers comes
+  # before the first step and takes the place of an alignment stage.
+  projector: {{kind: pixel_shuffle, shuffle: 2, fit_to_answers: true}}
+  image_aspect: resize   # the whole picture, whatever its shape; pad and crop spend or lose a part of it
+  system_prompt: ""      # the default one would cost as many tokens as the picture
+# A new kind of input has to be learned, not a new tone: a high rank in every linear layer.
+adapter: {{rank: 64, alpha: 128}}
+data:
+  train:
+{_sources(data)}
+  # The longest conversation has {data.longest[0]} questions and {data.text_bytes[1]:,} bytes of text.
+  max_length: {size.max_length}
+  order: random
+# {size.steps} steps are few, so the rates are high and the optimiser's memory short.
+# Beyond 1,000 steps take lr: 2.0e-4 and leave betas out.
+optim: {{lr: 1.0e-3, projector_lr: 2.0e-4, warmup: 0.05, betas: [0.9, 0.98]}}
+train:
+  output: {_quoted(str(folder / "run"))}
+  # {size.batch} conversations of {data.turns:.3g} questions a step, about {size.tokens:,} tokens.
+  # The data last {size.per_epoch} steps, an epoch; these steps see them {passes:.2g} times, each time in another order.
+  steps: {size.steps}
+  global_batch: {size.batch}
+  micro_batch: {size.batch}
+  zero: none
+  save_every: 50
+track: {{trackers: []}}
+"""
+
+
+def _task(data: OwnData) -> str:
+    """Sentences are compared as captions: no two people write the same one."""
+    return f"""\
+# Written by `mm-moslora init`: answers that are sentences are scored as captions (CIDEr-D, BLEU, ROUGE-L).
+name: captions
+source: {{kind: llava, path: test.jsonl, image_folder: {_quoted(str(data.images))}}}
+prompt: {{template: "{{question}}"}}
+decoding: {{max_new_tokens: {min(256, 16 * math.ceil(data.longest[1] / 2 / 16))}}}
+metric: exact
+aggregation: caption
+"""
+
+
+def _told(output: Path, data: OwnData, size: Size) -> str:
+    task = str(output / "task.yaml") if data.captions else f"llava:{output / 'test.jsonl'}@{data.images}"
+    run = str(output / "run")
+    modes = ("own", "wrong", "blind") if data.test_pictures >= LEAST_TEST else ("own", "blind")
+    commands: Sequence[Sequence[str]] = (
+        ("data", "check", str(output / "recipe.yaml")),
+        ("train", str(output / "recipe.yaml")),
+        ("eval", "run", task, "--model", run, "--output", str(output / "eval"), "--untuned",
+         *(word for mode in modes for word in ("--modes", mode)),
+         *(() if data.captions else ("--baselines", "majority", "--baselines", "question_majority"))),
+        ("report", run),
+    )  # fmt: skip
+    lines = [
+        f"{output}: {data.epoch} conversations about {data.train_pictures} pictures to learn from, "
+        f"{len(data.test)} questions about {data.test_pictures} held-out pictures; {size.steps} steps."
+    ]
+    if data.faults:
+        lines += ["Left out:", data.fault_lines()]
+    if len(data.test) < 200 and not data.captions:
+        lines.append(
+            f"{len(data.test)} held-out questions tell apart scores that differ by about "
+            f"{100 * 1.96 * math.sqrt(0.5 / len(data.test)):.0f} points or more; more pictures, more certainty."
+        )
+    if "wrong" not in modes:
+        lines.append(
+            f"Only {data.test_pictures} picture is held out, so the evaluation goes without `--modes wrong`, which "
+            "exchanges pictures; with more pictures two are held out."
+        )
+    lines += ["", "Next:", *(f"  {shlex.join(['mm-moslora', *command])}" for command in commands)]
+    return "\n".join(lines)

@@ -1,0 +1,422 @@
+"""What a run folder holds for its report, and a reader that takes whatever is there.
+
+Every file is optional. A missing or damaged one is named in `RunData.notes` and the report says so in its place.
+Secrets are taken out of everything here, so that neither a report nor a board holds one.
+
+    summary.json       see below
+    config.yaml        the resolved recipe
+    metrics.jsonl      {"step", "time", "loss", "lr/<group>", "tokens_per_second", "validation_loss", ...} per line
+    STAGE/             a stage of the run, as its state.json names it, with its own metrics.jsonl, summary.json,
+                       config.yaml, mixers.json
+    evaluation.json    [{"name", "label", "task", "n", "mean", "low", "high",
+                         "categories": {name: {"n", "mean", "low", "high"}}, "protocol", "subject", "remarks",
+                         "learned_from", "pictures", "less": {"value", "low", "high", "groups", "unit"}, "unit"}];
+                       shares of right answers between 0 and 1, or with `unit` a score of that name, such as CIDEr;
+                       95 % intervals; `less` is the tuned model less this row, question by
+                       question. Names with a meaning: those of verdicts.AGAINST, and tuned. Rows of unlike
+                       `subject` (task, protocol, documents) are never compared
+    samples.json       [{"image": path below the run folder, "question", "options": {letter: text}, "answer", "before",
+                         "after", "before_correct", "after_correct"}]
+    mixers.json        [{"path", "rank", "before": [[..]], "after": [[..]], "distance_from_identity",
+                         "distance_from_orthogonal", "condition", "effective_rank", "moved"}]
+    environment.json   {fact: value} where the summary has no `environment`
+    quarantine.jsonl   one line per record that could not be used, with its "reason"
+    state.json         {"state": running, finished, stopped or failed, "reason", "ranks": those to blame, "process",
+                       "host", "since", "ended", "stages": [names of subfolders, in order]}
+    heartbeat/         rank-00000.json per rank, see mm_moslora.utils.heartbeat
+    alerts.jsonl       {"time", "title", "text"} per line
+
+summary.json, every key optional: `format` (version of this layout; missing before there were versions), `name`,
+`title`, `description`, `steps`, `total_steps`, `counters` {"seconds" (of steps), "wall_seconds" (all in all), "tokens",
+"images", "samples", "supervised_tokens", "skipped"}, `precision`, `world_size`, `zero`, `components` [{"name", "total",
+"trainable"}] (parameters), `parts` {component: what it is}, `base` {"language", "vision"}, `tokens_per_image`,
+`memory_gib`, `seconds` (the whole run), `hardware`, `date`, `data` {fact: value}, `environment` {package: version},
+`licences` {part: licence}, `commands` [{"what", "command"}].
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mm_moslora.reporting.run_status import RunState, read_state, stage_folders
+from mm_moslora.reporting.verdicts import Difference, difference_of
+from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.redaction import redact, redact_text
+from mm_moslora.utils.untrusted_files import FileError, read_text_below
+
+MARKS = ("state.json", "summary.json", "metrics.jsonl", "evaluation.json", "samples.json")
+"""Files of which a run has at least one."""
+FORMAT = 1
+"""Version of the layout above; older ones are read, newer ones refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A share of right answers, or a score with a name of its own, with its 95 % interval."""
+
+    n: int
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRow:
+    """One system on one task."""
+
+    name: str
+    label: str
+    task: str
+    score: Score
+    categories: dict[str, Score]
+    protocol: str = ""
+    subject: str = ""
+    """One word for task, protocol and documents; empty where the writer did not say."""
+    selection: str = "all"
+    """Which of the data's documents: all, `first 5`, `3 chosen`."""
+    remarks: tuple[str, ...] = ()
+    """What a reader of the score must not miss."""
+    learned_from: str = ""
+    """Of answers that need no model: what they were learned from."""
+    less: Difference | None = None
+    """The tuned model less this, question by question; None where the writer did not say."""
+    pictures: bool = True
+    """Of the tuned model: its questions show pictures."""
+    unit: str = ""
+    """Name of the score; empty for a share of right answers."""
+
+    @property
+    def measured_on(self) -> tuple[Any, ...]:
+        """Rows that differ in it are never compared."""
+        return (self.task, self.protocol, self.subject or self.score.n, self.unit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRow:
+    """One held-out question, before and after."""
+
+    image: str | None
+    question: str
+    answer: str
+    before: str | None
+    after: str | None
+    before_correct: bool | None
+    after_correct: bool | None
+    options: dict[str, str] = field(default_factory=dict)
+    """Letter -> text, of a question with choices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixer:
+    """One mixer's figures, and its matrices where they were kept."""
+
+    path: str
+    rank: int | None
+    before: list[list[float]] | None
+    after: list[list[float]] | None
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stretch of training."""
+
+    name: str
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any]
+    config: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """Everything a report is made from."""
+
+    folder: Path
+    summary: dict[str, Any]
+    stages: list[Stage]
+    evaluation: list[EvaluationRow]
+    samples: list[SampleRow]
+    mixers: list[Mixer]
+    quarantine: dict[str, int]
+    """Bad records by reason."""
+    state: RunState
+    alerts: list[str]
+    """What the trackers were warned of, in order."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be read, for the reader of the report."""
+
+
+def load_run(folder: Path) -> RunData:
+    """Read a run folder.
+
+    Args:
+        folder: a run folder of any stage of completeness.
+
+    Raises:
+        ConfigError: there is no such folder, nothing in it belongs to a run, or a newer release wrote it.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; expected a run folder, such as the train.output of a recipe.")
+    notes: list[str] = []
+    stages = _stages(folder, notes)
+    summary = _mapping(_read_json(folder / "summary.json", notes), "summary.json", notes)
+    for source, found in ((folder, summary), *((folder / stage.name, stage.summary) for stage in stages)):
+        _check_format(source, found)
+    if "environment" not in summary:  # trackers write it at the start; the run's own summary may know more
+        places = [folder, *(folder / stage.name for stage in reversed(stages))]
+        known = (_mapping(_read_json(place / "environment.json", notes), "environment.json", notes) for place in places)
+        summary |= {"environment": next((item for item in known if item), None)}
+    data = RunData(
+        folder=folder,
+        summary={key: value for key, value in _merged_summary(summary, stages).items() if value is not None},
+        stages=stages,
+        evaluation=[r for item in _rows(folder / "evaluation.json", notes) if (r := _evaluation_row(item, notes))],
+        samples=[_sample_row(item) for item in _rows(folder / "samples.json", notes)],
+        mixers=[m for item in _mixer_rows(folder, stages, notes) if (m := _mixer(item, notes))],
+        quarantine=_quarantine(folder, stages, notes),
+        state=read_state(folder),
+        alerts=_alerts(folder, stages, notes),
+        notes=notes,
+    )
+    told = (folder / "state.json").is_file()  # all that a run has that failed before its first step
+    if not (data.summary or data.stages or told or data.evaluation or data.samples or data.mixers or notes):
+        raise ConfigError(
+            f"{folder} holds none of summary.json, metrics.jsonl, evaluation.json, samples.json or mixers.json. "
+            f"{_which(folder)}"
+        )
+    return data
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds files of a run, whatever it is called."""
+    return any((folder / mark).is_file() for mark in MARKS)
+
+
+def _which(folder: Path) -> str:
+    """What to give instead of a folder that is no run."""
+    with suppress(OSError):
+        below = sorted(child for child in folder.iterdir() if is_run(child))
+        if below:
+            return f"Runs lie in it: give one or several of {', '.join(str(path) for path in below[:6])}."
+    return "Give the run folder itself, not a checkpoint or its parent."
+
+
+def _check_format(folder: Path, summary: Mapping[str, Any]) -> None:
+    found = summary.get("format", 0)
+    if not isinstance(found, int) or found > FORMAT:
+        raise ConfigError(
+            f"{folder / 'summary.json'} has run format {found!r}, this release reads up to {FORMAT}. A newer release "
+            "wrote it: update mm-moslora."
+        )
+
+
+def _stages(folder: Path, notes: list[str]) -> list[Stage]:
+    found = []
+    places = [("train", folder), *((place.name, place) for place in stage_folders(folder))]
+    for name, place in places:
+        if not (place / "metrics.jsonl").is_file():
+            continue
+        summary = {} if place == folder else _mapping(_read_json(place / "summary.json", notes), f"{name}/", notes)
+        found.append(
+            Stage(
+                name=name,
+                metrics=_metrics(place / "metrics.jsonl", notes),
+                summary=summary,
+                config=recipe_text(place / "config.yaml", notes),
+            )
+        )
+    return found
+
+
+def _merged_summary(summary: dict[str, Any], stages: list[Stage]) -> dict[str, Any]:
+    """The run's own summary; what it lacks comes from its last stage."""
+    merged = dict(stages[-1].summary) if stages else {}
+    merged.pop("name", None)
+    return merged | summary
+
+
+def recipe_text(path: Path, notes: list[str]) -> str | None:
+    """A recipe as YAML, its secrets taken out; None where there is none or it is not for reading.
+
+    Args:
+        path: see `_text_of`.
+        notes: see `_text_of`.
+    """
+    text = _text_of(path, notes)
+    if text is None:
+        return None
+    with suppress(yaml.YAMLError, ValueError, RecursionError):  # what is no YAML is taken as plain text
+        recipe = yaml.safe_load(text)
+        clean = redact(recipe, keep_hashes=True)
+        if clean != recipe:
+            text = yaml.safe_dump(clean, sort_keys=False, allow_unicode=True)
+    return redact_text(text, keep_hashes=True)
+
+
+def _text_of(path: Path, notes: list[str]) -> str | None:
+    """What a file of a run's folder, or of a stage's, holds; None where there is none or it is not for reading.
+
+    Args:
+        path: directly in that folder; a link that leads out of it is not followed.
+        notes: told why it is not read.
+    """
+    try:
+        return read_text_below(path.parent, path.name, errors="replace")
+    except FileError as error:
+        notes.append(f"{path.name} was not read ({error.what}).")
+        return None
+
+
+def _read_json(path: Path, notes: list[str]) -> Any:
+    try:
+        text = read_text_below(path.parent, path.name)
+        return None if text is None else redact(json.loads(text), keep_hashes=True)
+    except (ValueError, RecursionError) as error:
+        notes.append(f"{path.name} could not be read ({error}).")
+        return None
+
+
+def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    records = []
+    for line in (_text_of(path, notes) or "").splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # the line a killed run was writing
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def _metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The numbers of each line; nothing else is shown of them."""
+    records = [
+        {key: value for key, value in record.items() if value is None or isinstance(value, int | float)}
+        for record in _read_lines(path, notes)
+    ]
+    shown = {name: redact_text(name, keep_hashes=True) for name in {name for record in records for name in record}}
+    return [{shown[name]: value for name, value in record.items()} for record in records]
+
+
+def _mapping(value: Any, what: str, notes: list[str]) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        notes.append(f"{what} holds {type(value).__name__}, expected an object.")
+        return {}
+    return dict(value)
+
+
+def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    value = _read_json(path, notes)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        notes.append(f"{path.name} holds {type(value).__name__}, expected a list.")
+        return []
+    rows = [item for item in value if isinstance(item, dict)]
+    if len(rows) < len(value):
+        notes.append(f"{path.name}: {len(value) - len(rows)} entries are not objects and were left out.")
+    return rows
+
+
+def _score(item: Mapping[str, Any]) -> Score:
+    mean = float(item["mean"])
+    low, high = float(item.get("low", mean)), float(item.get("high", mean))
+    if not all(math.isfinite(value) for value in (mean, low, high)):
+        raise ValueError("not finite")
+    return Score(n=int(item.get("n", 0)), mean=mean, low=low, high=high)
+
+
+def _evaluation_row(item: dict[str, Any], notes: list[str]) -> EvaluationRow | None:
+    name = str(item.get("name", "?"))
+    try:
+        categories = {str(key): _score(value) for key, value in (item.get("categories") or {}).items()}
+        score = _score(item)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        notes.append(f"evaluation.json: row {name!r} was left out ({type(error).__name__}: {error}).")
+        return None
+    label = str(item.get("label") or name.replace("_", " "))
+    remarks = item.get("remarks")
+    return EvaluationRow(
+        name=name, label=label, task=str(item.get("task", "")), score=score, categories=categories,
+        protocol=str(item.get("protocol") or ""), subject=str(item.get("subject") or ""),
+        selection=str(item.get("selection") or "all"),
+        remarks=tuple(map(str, remarks)) if isinstance(remarks, list) else (),
+        learned_from=str(item.get("learned_from") or ""), less=difference_of(item.get("less")),
+        pictures=item.get("pictures") is not False, unit=str(item.get("unit") or ""),
+    )  # fmt: skip
+
+
+def _sample_row(item: dict[str, Any]) -> SampleRow:
+    def text(key: str) -> str | None:
+        return None if item.get(key) is None else str(item[key])
+
+    def verdict(key: str) -> bool | None:
+        return None if item.get(key) is None else bool(item[key])
+
+    options = item.get("options")
+    return SampleRow(
+        image=text("image"), question=text("question") or "", answer=text("answer") or "", before=text("before"),
+        after=text("after"), before_correct=verdict("before_correct"), after_correct=verdict("after_correct"),
+        options={str(key): str(value) for key, value in options.items()} if isinstance(options, dict) else {},
+    )  # fmt: skip
+
+
+def _mixer_rows(folder: Path, stages: list[Stage], notes: list[str]) -> list[dict[str, Any]]:
+    """The run's mixers, or those of its last stage that has some."""
+    for place in [folder, *(folder / stage.name for stage in reversed(stages))]:
+        if (place / "mixers.json").is_file():
+            return _rows(place / "mixers.json", notes)
+    return []
+
+
+def _mixer(item: dict[str, Any], notes: list[str]) -> Mixer | None:
+    path = str(item.get("path", "?"))
+    try:
+        before, after = _matrix(item.get("before")), _matrix(item.get("after"))
+    except (TypeError, ValueError) as error:
+        notes.append(f"mixers.json: {path!r} was left out ({error}).")
+        return None
+    names = ("distance_from_identity", "distance_from_orthogonal", "condition", "effective_rank", "moved")
+    figures = {name: float(item[name]) for name in names if isinstance(item.get(name), int | float)}
+    rank = item.get("rank")
+    if not isinstance(rank, int):
+        rank = len(after) if after else None
+    return Mixer(path=path, rank=rank, before=before, after=after, figures=figures)
+
+
+def _matrix(value: Any) -> list[list[float]] | None:
+    if value is None:
+        return None
+    rows = [[float(cell) for cell in row] for row in value]
+    if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
+        raise ValueError("rows of different length, expected a matrix")
+    if not all(math.isfinite(cell) for row in rows for cell in row):
+        raise ValueError("holds values that are not finite")
+    return rows
+
+
+def _quarantine(folder: Path, stages: list[Stage], notes: list[str]) -> dict[str, int]:
+    reasons: Counter[str] = Counter()
+    for place in {folder, *(folder / stage.name for stage in stages)}:
+        reasons.update(
+            redact_text(str(record.get("reason", "no reason given")), keep_hashes=True)
+            for record in _read_lines(place / "quarantine.jsonl", notes)
+        )
+    return dict(reasons.most_common())
+
+
+def _alerts(folder: Path, stages: list[Stage], notes: list[str]) -> list[str]:
+    places = dict.fromkeys([folder, *(folder / stage.name for stage in stages)])
+    records = [record for place in places for record in _read_lines(place / "alerts.jsonl", notes)]
+    return [redact_text(f"{record.get('title', 'Alert')}: {record.get('text', '')}") for record in records]

@@ -1,0 +1,329 @@
+"""One self-contained HTML file from one run folder or several: `build_report`.
+
+The page loads nothing: style, script and pictures are inside it, and its content policy forbids the rest. Whatever a
+model or a data set wrote is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path, PurePath
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from mm_moslora.reporting import summary_text
+from mm_moslora.reporting.inline_images import data_url, heat_map, thumbnail
+from mm_moslora.reporting.overlay_page import MOST_RUNS, curve, overlay
+from mm_moslora.reporting.run_data import EvaluationRow, Mixer, RunData, Stage, load_run, recipe_text
+from mm_moslora.reporting.svg_charts import Series, format_number, line_chart, smooth
+from mm_moslora.reporting.verdicts import OVERLAP, score_text
+from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
+from mm_moslora.utils.text_format import format_seconds
+
+MOST_SAMPLES = 24
+"""Samples shown; a report stays small enough to mail."""
+MOST_MIXERS = 12
+LONGEST_ANSWER = 280
+"""Characters of an answer; the whole one is in samples.json."""
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_TIMES = (
+    ("all in all", "wall_seconds"), ("in the step", "step_seconds"), ("waiting for data", "data_seconds"),
+    ("slowest rank's work", "work_seconds"), ("fastest rank's work", "work_seconds_min"),
+)  # fmt: skip
+_COMPONENTS = {
+    "vision": "Vision encoder", "projector": "Projector", "language": "Language model",
+    "adapter": "Adapter factors A, B", "mixer": "Mixers M",
+}  # fmt: skip
+
+
+def build_report(run_folders: Path | Sequence[Path], out: Path) -> Path:
+    """Write the report of a run, or of several laid over each other.
+
+    Args:
+        run_folders: see `mm_moslora.reporting.run_data` for what may lie in one; missing parts are said to be missing.
+        out: the HTML file; written in one move.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ConfigError: a folder holds nothing of a run or was written by a newer release, there are too many, or `out` is
+            a folder or a file of somebody else.
+    """
+    if isinstance(run_folders, Path):
+        folders = [run_folders]
+    else:
+        folders = list({path.resolve(): path for path in run_folders}.values())
+    if not 0 < len(folders) <= MOST_RUNS:
+        raise ConfigError(f"A report shows 1 to {MOST_RUNS} runs, not {len(folders)}. For more, use mm-moslora board.")
+    runs = [load_run(folder) for folder in folders]
+    target = output_file(out, sign=PAGE_SIGN)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(target, render(runs[0]) if len(runs) == 1 else _render("overlay.html.j2", overlay(runs)))
+    return out
+
+
+def render(data: RunData) -> str:
+    """The page of one run as text.
+
+    Args:
+        data: from `load_run`.
+    """
+    return _render("report.html.j2", _context(data))
+
+
+def _render(template: str, context: Mapping[str, Any]) -> str:
+    environment = Environment(
+        loader=PackageLoader("mm_moslora.reporting"), autoescape=True, undefined=StrictUndefined,
+        finalize=printable, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters.update(
+        score=score_text,
+        scale_of=summary_text.scale_of,
+        top_of=summary_text.top_of,
+        count=summary_text.format_count,
+        seconds=format_seconds,
+        number=format_number,
+        explained=summary_text.explained,
+    )
+    script = asset("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template(template).render(
+        style=Markup(asset("report.css")),  # noqa: S704  (shipped with the package)
+        script=Markup(script),  # noqa: S704
+        script_hash=digest,
+        **context,
+    )
+
+
+def _context(data: RunData) -> dict[str, Any]:
+    summary = data.summary
+    tasks = summary_text.tasks(data)
+    return {
+        "title": summary.get("title") or summary.get("name") or data.folder.name,
+        "description": summary.get("description"),
+        "facts": _facts(data),
+        "standing": summary_text.standing(data),
+        "alerts": data.alerts,
+        "verdicts": [v for task, rows in tasks if (v := summary_text.verdict(task, rows))],
+        "tiles": summary_text.tiles(data),
+        "assembly": _assembly(summary),
+        "tasks": [_task(task, rows) for task, rows in tasks],
+        "overlap": OVERLAP,
+        "samples": _samples(data),
+        "samples_left": max(0, len(data.samples) - MOST_SAMPLES),
+        "stages": [{"name": stage.name, "charts": _charts(stage)} for stage in data.stages],
+        "mixers": [_mixer(mixer) for mixer in data.mixers if mixer.after][:MOST_MIXERS],
+        "mixer_rows": data.mixers,
+        "data_facts": _flat(summary.get("data")),
+        "quarantine": data.quarantine,
+        "environment": _flat(summary.get("environment")),
+        "licences": _flat(summary.get("licences")),
+        "commands": _commands(data),
+        "recipes": _recipes(data),
+        "notes": data.notes,
+    }
+
+
+def printable(value: Any) -> Any:
+    """What a template prints: nothing for None, and no control characters."""
+    if isinstance(value, Markup):
+        return value
+    if value is None:
+        return ""
+    return _CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) else value
+
+
+def asset(name: str) -> str:
+    """A style sheet or script that is shipped with the package."""
+    return resources.files("mm_moslora.reporting").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _facts(data: RunData) -> list[str]:
+    """The line under the title."""
+    summary = data.summary
+    facts = [str(summary[key]) for key in ("date", "hardware", "precision") if summary.get(key)]
+    if summary.get("zero"):
+        facts.append("plain torch" if summary["zero"] == "none" else f"DeepSpeed {summary['zero']}")
+    if summary.get("world_size"):
+        world = int(summary["world_size"])
+        facts.append(f"{world} process{'es' if world > 1 else ''}")
+    step, total = summary_text.progress(data)
+    if step:
+        facts.append(f"step {step} of {total}" if total else f"{step} steps")
+    return facts
+
+
+def _assembly(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Boxes of the forward path, with what each is and how much of it trains."""
+    parts, base = summary.get("parts") or {}, summary.get("base") or {}
+    boxes = []
+    components = {str(c.get("name")): c for c in summary.get("components") or [] if isinstance(c, dict)}
+    order = [*(name for name in _COMPONENTS if name in components), *(n for n in components if n not in _COMPONENTS)]
+    for name in order:
+        component = components[name]
+        what = parts.get(name) or base.get(name)
+        boxes.append(
+            {
+                "name": name,
+                "label": _COMPONENTS.get(name, name),
+                "what": PurePath(str(what)).name if what else None,
+                "total": int(component.get("total", 0)),
+                "trainable": int(component.get("trainable", 0)),
+            }
+        )
+        if name == "projector" and summary.get("tokens_per_image"):
+            boxes[-1]["after"] = f"{summary['tokens_per_image']} visual tokens per picture"
+    return boxes
+
+
+def _task(task: str, rows: list[EvaluationRow]) -> dict[str, Any]:
+    categories = list(dict.fromkeys(name for row in rows for name in row.categories))
+    columns = [
+        ("All", _common({row.score.n for row in rows})),
+        *((name, _common({r.categories[name].n for r in rows if name in r.categories})) for name in categories),
+    ]
+    return {"name": task, "rows": rows, "categories": categories, "columns": columns}
+
+
+def _common(counts: set[int]) -> int | None:
+    """The number of questions of a column when all rows share it; else each cell says its own."""
+    return next(iter(counts)) if len(counts) == 1 else None
+
+
+def _samples(data: RunData) -> list[dict[str, Any]]:
+    return [
+        {
+            "question": _shorten(sample.question),
+            "options": {letter: _shorten(text) for letter, text in sample.options.items()},
+            "answer": _shorten(sample.answer),
+            "tries": [
+                {"label": label, "text": _shorten(text), "correct": correct}
+                for label, text, correct in (
+                    ("Before", sample.before, sample.before_correct),
+                    ("After", sample.after, sample.after_correct),
+                )
+                if text is not None
+            ],
+            "wanted": sample.image is not None,
+            "kind": summary_text.sample_kind(sample),
+            "picture": thumbnail(data.folder, sample.image) if sample.image else None,
+        }
+        for sample in data.samples[:MOST_SAMPLES]
+    ]
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= LONGEST_ANSWER else text[: LONGEST_ANSWER - 1].rstrip() + "…"
+
+
+def _charts(stage: Stage) -> list[Markup]:
+    loss, validation = curve(stage, "loss"), curve(stage, "validation_loss")
+    rates = sorted({key for record in stage.metrics for key in record if key.startswith("lr/")})
+    wanted = [
+        (
+            "Loss per supervised token",
+            [
+                Series(name="every step", points=loss, faint=True),
+                Series(name="training, smoothed", points=smooth(loss)),
+                Series(name="validation", points=validation),
+            ],
+            False,
+        ),
+        (
+            "Token accuracy",
+            [
+                *_smoothed("training, smoothed", curve(stage, "token_accuracy")),
+                Series(name="validation", points=curve(stage, "validation_token_accuracy")),
+            ],
+            False,
+        ),
+        ("Learning rate", [Series(name=key[3:], points=curve(stage, key)) for key in rates], True),
+        ("Throughput, tokens per second", _smoothed("tokens per second", curve(stage, "tokens_per_second")), True),
+        ("Gradient norm", _smoothed("gradient norm", curve(stage, "grad_norm")), False),
+        (
+            "Seconds per optimiser step",
+            [Series(name=name, points=smooth(curve(stage, key))) for name, key in _TIMES],
+            True,
+        ),
+    ]
+    return [
+        Markup(line_chart(series, title=title, x_label="optimiser step", zero=zero))  # noqa: S704  (escapes its texts)
+        for title, series, zero in wanted
+        if any(item.points for item in series)
+    ]
+
+
+def _smoothed(name: str, points: list[tuple[float, float]]) -> list[Series]:
+    return [Series(name=name, points=points, faint=True), Series(name=name, points=smooth(points))]
+
+
+def _mixer(mixer: Mixer) -> dict[str, Any]:
+    """Before and after on one colour scale, the change on its own."""
+    assert mixer.after is not None
+    scale = max(abs(value) for matrix in (mixer.before or [], mixer.after) for row in matrix for value in row)
+    pictures = [_drawn("after", mixer.after, scale)]
+    before = mixer.before
+    if before and len(before) == len(mixer.after) and len(before[0]) == len(mixer.after[0]):
+        change = [[b - a for a, b in zip(old, new, strict=True)] for old, new in zip(before, mixer.after, strict=True)]
+        largest = max(abs(value) for row in change for value in row)
+        pictures = [_drawn("before", before, scale), *pictures, _drawn("change", change, largest)]
+    return {"mixer": mixer, "pictures": pictures}
+
+
+def _drawn(label: str, matrix: list[list[float]], scale: float) -> dict[str, Any]:
+    return {"label": label, "url": data_url(heat_map(matrix, scale)), "scale": scale}
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested facts as name and text, in order."""
+    if not isinstance(value, Mapping):
+        return []
+    pairs = []
+    for key, item in value.items():
+        name = f"{prefix}{str(key).replace('_', ' ')}"
+        if isinstance(item, Mapping):
+            pairs += _flat(item, f"{name}, ")
+        elif isinstance(item, list | tuple):
+            pairs.append((name, ", ".join(str(part) for part in item)))
+        elif isinstance(item, int) and not isinstance(item, bool):
+            pairs.append((name, f"{item:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")))
+        else:
+            pairs.append((name, f"{item:.4g}" if isinstance(item, float) else str(item)))
+    return pairs
+
+
+def _commands(data: RunData) -> list[dict[str, str]]:
+    given = data.summary.get("commands")
+    if isinstance(given, list):
+        return [
+            {"what": str(item.get("what", "")), "command": str(item["command"])}
+            for item in given
+            if isinstance(item, dict) and "command" in item
+        ]
+    recipes = [stage.name for stage in data.stages if stage.config]
+    if not recipes:
+        return []
+    return [
+        {
+            "what": "Train again" if name == "train" else f"Stage {name} again",
+            "command": f"mm-moslora train {'' if name == 'train' else name + '/'}config.yaml --train.output runs/again",
+        }
+        for name in recipes
+    ]
+
+
+def _recipes(data: RunData) -> list[tuple[str, str]]:
+    found = [(stage.name, stage.config) for stage in data.stages if stage.config]
+    if not any(stage.name == "train" for stage in data.stages) and (
+        own := recipe_text(data.folder / "config.yaml", data.notes)
+    ):
+        found.insert(0, ("run", own))
+    return found

@@ -1,0 +1,186 @@
+"""Whether a run goes on, and how it ended: from what it recorded and from the heartbeats of its ranks, on any host."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mm_moslora.utils.heartbeat import FOLDER, Beat, is_running, read_beats
+from mm_moslora.utils.redaction import redact_text
+from mm_moslora.utils.text_format import format_seconds
+from mm_moslora.utils.untrusted_files import read_text_below
+
+STALE_SECONDS = 120.0
+"""A rank writes every second. Silent for longer than this, which allows for the caches of network file systems and for
+clocks that differ, it is gone where its process cannot be asked for."""
+SETTLED_SECONDS = 5.0
+"""A process that cannot be found is gone only if it is silent, too: containers have process numbers of their own."""
+EARLIER_SECONDS = 5.0
+"""Heartbeats older than the run's start by more than this are of an earlier start."""
+_WRITTEN = ("state.json", "metrics.jsonl", "summary.json", "evaluation.json", "samples.json", "mixers.json")
+
+Name = Literal["running", "finished", "stopped", "failed", "killed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """How a run stands."""
+
+    name: Name
+    """stopped: on request, the same command continues it; killed: its processes are gone without a word."""
+    reason: str | None = None
+    """Why it failed, or what is known of the ranks that are silent."""
+    ranks: tuple[int, ...] = ()
+    """The ranks that the reason is about, as far as they are known."""
+
+
+def read_state(folder: Path) -> RunState:
+    """The state of a run, its reason without secrets.
+
+    Args:
+        folder: of the run.
+    """
+    state = _state(folder)
+    return state if state.reason is None else replace(state, reason=redact_text(state.reason))
+
+
+def _state(folder: Path) -> RunState:
+    for place in (folder, *reversed(stage_folders(folder))):
+        told = read_object(place / "state.json")
+        if told.get("state") in ("finished", "stopped", "failed"):
+            return _ended(place, told)
+        if told.get("state") == "running":
+            return _running(place, told)
+    return RunState(name=_guess(folder))
+
+
+def stage_folders(folder: Path) -> list[Path]:
+    """The subfolders that a run names as its stages, in their order; a folder's own name says nothing.
+
+    Args:
+        folder: of the run.
+    """
+    names = read_object(folder / "state.json").get("stages")
+    if not isinstance(names, list):
+        # Quickstarts of releases that did not record their stages have the time of each in their summary.
+        names = ["align", "tune"] if isinstance(read_object(folder / "summary.json").get("stages"), dict) else []
+    return [
+        folder / name
+        for name in names
+        if isinstance(name, str) and name not in ("", "..") and not {"/", "\\", "\0"} & set(name)
+        and (folder / name).is_dir() and not (folder / name).is_symlink()
+    ]  # fmt: skip
+
+
+def read_object(path: Path) -> Mapping[str, Any]:
+    """A JSON object; empty where there is none, or something else."""
+    try:
+        value = json.loads(read_text_below(path.parent, path.name) or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _ended(place: Path, told: Mapping[str, Any]) -> RunState:
+    """As the run recorded it; where one of several ranks failed, the reason begins with it."""
+    reason = str(told["reason"]) if told.get("reason") else None
+    given = told.get("ranks")
+    ranks = tuple(rank for rank in given if isinstance(rank, int)) if isinstance(given, list) else ()
+    if reason and len(ranks) == 1 and "rank " not in reason:
+        failures = [beat.failure for beat in _beats(place)]
+        if len(failures) > 1 and failures.count(None) >= 1:  # what all ranks say is nobody's fault
+            reason = f"Rank {ranks[0]}: {reason}"
+    return RunState(name=told["state"], reason=reason, ranks=ranks)
+
+
+def _running(place: Path, told: Mapping[str, Any]) -> RunState:
+    """Whether the processes of a run that has recorded no end are still there."""
+    beats = _beats(place)
+    if not beats:
+        return _without_beats(place, told)
+    gone = [beat for beat in beats if not beat.is_over and _is_gone(beat)]
+    failed = [beat for beat in beats if beat.failure or beat.gave_up]
+    if any(not beat.is_over and beat not in gone for beat in beats):
+        quiet = [beat for beat in beats if (not beat.is_over and beat.age > STALE_SECONDS) or beat in gone]
+        return _told_by("running", [*failed, *quiet])
+    if failed:
+        return _told_by("failed", failed)
+    if gone or any(beat.phase != "ended" for beat in beats):
+        return _told_by("killed", gone or beats)
+    return RunState(name=_guess(place))  # all went, and the disk took no word of it
+
+
+def _beats(place: Path) -> list[Beat]:
+    """Of the present start of a run: `state.json` is written as it begins."""
+    try:
+        began = (place / "state.json").stat().st_mtime
+    except OSError:
+        return []
+    told = read_object(place / "state.json")
+    if told.get("state") != "running" and isinstance(told.get("since"), int | float):
+        began = float(told["since"])
+    return [beat for beat in read_beats(place / FOLDER) if beat.written >= began - EARLIER_SECONDS]
+
+
+def _is_gone(beat: Beat) -> bool:
+    if beat.is_here():
+        return beat.age > SETTLED_SECONDS and beat.is_dead()
+    return beat.age > STALE_SECONDS
+
+
+def _told_by(name: Name, beats: Sequence[Beat]) -> RunState:
+    """A state with what is known of some ranks."""
+    if not beats:
+        return RunState(name=name)
+    return RunState(
+        name=name, reason="; ".join(_said(beat) for beat in beats[:3]), ranks=tuple(beat.rank for beat in beats)
+    )  # fmt: skip
+
+
+def _said(beat: Beat) -> str:
+    where = f"at step {beat.step}"
+    if beat.failure:
+        return f"{beat.who} failed {where}: {beat.failure}"
+    if beat.gave_up:
+        return f"{beat.who} gave up waiting {where} ({beat.phase})"
+    # In whole minutes: a board that watches tells its readers whenever a word changes.
+    age = beat.age if beat.age < 60 else beat.age // 60 * 60
+    return f"{beat.who} is silent for {format_seconds(age)}, last seen {where} ({beat.phase})"
+
+
+def _without_beats(place: Path, told: Mapping[str, Any]) -> RunState:
+    """By the process that says that it runs, or where it cannot be asked for, by the files of the run."""
+    process, age = told.get("process"), _age(place)
+    if told.get("host") == socket.gethostname() and isinstance(process, int):
+        return RunState(name="running" if is_running(process) else "killed")
+    if age < STALE_SECONDS:
+        return RunState(name="running")
+    return RunState(name="killed", reason=f"Nothing was written for {format_seconds(age)}.")
+
+
+def _guess(folder: Path) -> Literal["running", "finished", "stopped"]:
+    """For folders of releases without `state.json`."""
+    summary = read_object(folder / "summary.json")
+    # Releases without state.json wrote a summary at the end alone.
+    if summary.get("steps") and summary.get("total_steps", summary["steps"]) == summary["steps"]:
+        return "finished"
+    if (folder / "evaluation.json").is_file() and summary:
+        return "finished"
+    return "running" if _age(folder) < STALE_SECONDS else "stopped"
+
+
+def _age(folder: Path) -> float:
+    """Seconds since a file of the run or of its stages was written."""
+    newest = 0.0
+    with suppress(OSError):  # a run may go while it is looked at
+        for place in (folder, *folder.iterdir()):
+            for name in _WRITTEN:
+                with suppress(OSError):
+                    newest = max(newest, (place / name).stat().st_mtime)
+    return time.time() - newest

@@ -1,0 +1,243 @@
+"""What a run's numbers say, in words and in figures to put first."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mm_moslora.reporting.run_data import EvaluationRow, RunData, SampleRow
+from mm_moslora.reporting.verdicts import AGAINST, Difference, Mood, judge_tuning, score_text
+from mm_moslora.utils.text_format import format_seconds
+
+EXPLAINED = {
+    "tuned": "the model after tuning",
+    "untuned": "the same parts before tuning: they do not know the form of answer yet",
+    "untuned_lenient": "before tuning, every answer counted that holds the right word",
+    "wrong_image": "tuned, but shown another item's picture",
+    "blind": "tuned, but shown a plain picture of the mean colour",
+    "majority": "no model: always the most frequent answer",
+    "best_answer": "no model: to each question its most frequent answer",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """One key figure."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What one task's rows show, and whether it is good news."""
+
+    task: str
+    mood: Mood
+    sentences: list[str]
+
+
+def scale_of(rows: Sequence[EvaluationRow]) -> list[str]:
+    """Marks of the axis of a task's bars, from 0 to `top_of`."""
+    unit, top = rows[0].unit, top_of(rows)
+    marks = [f"{top * share:.2g}" if unit else f"{100 * share:.0f}" for share in (0, 0.25, 0.5, 0.75, 1)]
+    return [*marks[:-1], f"{unit} {marks[-1]}" if unit else f"{marks[-1]} %"]
+
+
+def top_of(rows: Sequence[EvaluationRow]) -> float:
+    """What the longest possible bar of a task stands for: all right, or the largest of other scores."""
+    return max((row.score.high for row in rows), default=0.0) or 1.0 if rows[0].unit else 1.0
+
+
+def format_count(count: float) -> str:
+    """`134.5 M`, `1.2 k` or `17`."""
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            digits = 0 if count / limit >= 1000 else 1
+            return f"{count / limit:.{digits}f} {suffix}"
+    return f"{count:g}"
+
+
+def progress(data: RunData) -> tuple[int | None, int | None]:
+    """The last known step of the last stage, and how many it is to have."""
+    last = data.stages[-1] if data.stages else None
+    summary = data.summary | (last.summary if last else {})
+    steps = [r["step"] for r in last.metrics if isinstance(r.get("step"), int)] if last else []
+    known = [step for step in (*steps[-1:], summary.get("steps")) if isinstance(step, int)]
+    total = summary.get("total_steps")
+    return max(known, default=0) or None, total if isinstance(total, int) else None
+
+
+def standing(data: RunData) -> Verdict | None:
+    """How a run stands that is not finished; None for one that is."""
+    step, total = progress(data)
+    place = (f" at step {step}" + (f" of {total}" if total else "")) if step else " before its first step"
+    stage = f" in stage {data.stages[-1].name}" if len(data.stages) > 1 else ""
+    again = "The same command continues it from its last checkpoint."
+    why = [f"{data.state.reason.rstrip('.')}."] if data.state.reason else []
+    sentences = {
+        "running": [f"This run is under way{f',{place}' if step else ''}{stage}.", *why],
+        "stopped": [f"This run was stopped{place}{stage}.", again],
+        "killed": [
+            f"The processes of this run ended without a word{place}{stage}: killed, or their machine went down.",
+            *why,
+            again,
+        ],
+        "failed": [f"This run failed{place}{stage}.", *(why or ["Its folder does not say why."])],
+    }.get(data.state.name)
+    mood: Mood = "mixed" if data.state.name in ("running", "stopped") else "bad"
+    return Verdict(task="", mood=mood, sentences=sentences) if sentences else None
+
+
+def tasks(data: RunData) -> list[tuple[str, list[EvaluationRow]]]:
+    """Evaluation rows by what they were measured on, tasks in the order of the file, most questions first."""
+    groups: dict[tuple[Any, ...], list[EvaluationRow]] = {}
+    for row in data.evaluation:
+        groups.setdefault(row.measured_on, []).append(row)
+    names = headings([rows[0] for rows in groups.values()])
+    first = list(dict.fromkeys(row.task for row in data.evaluation))
+    ordered = sorted(groups.values(), key=lambda rows: (first.index(rows[0].task), -rows[0].score.n))
+    return [(names[rows[0].measured_on], rows) for rows in ordered]
+
+
+def headings(rows: Sequence[EvaluationRow]) -> dict[tuple[Any, ...], str]:
+    """A heading for each of the things that rows were measured on: the task, with as much more as tells them apart."""
+
+    def parts(row: EvaluationRow) -> tuple[str, ...]:
+        part = "" if row.selection == "all" else f", {row.selection} questions"
+        return f"{row.task}{part}", f", {row.score.n} questions", f", {row.protocol}", f" [{row.subject[:8]}]"
+
+    told = {row.measured_on: parts(row) for row in rows}
+    names = {key: part[0] for key, part in told.items()}
+    for number in (1, 2, 3):
+        taken = Counter(names.values())
+        more = {key: [told[other][number] for other in names if names[other] == names[key]] for key in names}
+        names = {
+            key: name + told[key][number] if taken[name] > 1 and len(set(more[key])) > 1 else name
+            for key, name in names.items()
+        }
+    return names
+
+
+def explained(row: EvaluationRow) -> str:
+    """What a row is, and what its answers were learned from; empty for a name without a meaning."""
+    about = EXPLAINED.get(row.name, "")
+    return f"{about}, learned from {_LEARNED.get(row.learned_from, row.learned_from)}" if row.learned_from else about
+
+
+_LEARNED = {"training answers": "the training answers", "the evaluated set": "the evaluated set itself"}
+
+
+def verdict(task: str, rows: list[EvaluationRow]) -> Verdict | None:
+    """Whether tuning helped, by the rules of `mm_moslora.reporting.verdicts`; None without a tuned row."""
+    by_name = {row.name: row for row in rows}
+    tuned = by_name.get("tuned")
+    if tuned is None:
+        return None
+    found = judge_tuning(differences(rows), pictures=tuned.pictures)
+    conclusion, *evidence = found.sentences
+    score, before, lenient = tuned.score, by_name.get("untuned"), by_name.get("untuned_lenient")
+    unit = tuned.unit
+    mean, low, high = (score_text(value, unit, named=False) for value in (score.mean, score.low, score.high))
+    numbers = f"{unit} is {mean} on {score.n} held-out questions" if unit else (
+        f"{mean} of {score.n} held-out questions are answered right"
+    )  # fmt: skip
+    numbers = f"After tuning, {numbers} (95 % interval {low} to {high})"
+    if before is not None:
+        numbers += f"; before tuning it was {score_text(before.score.mean, unit, named=False)}"
+        if lenient is not None:
+            shown = score_text(lenient.score.mean, unit, named=False)
+            numbers += f", or {shown} where every answer counts that holds the right word"
+    return Verdict(task=task, mood=found.mood, sentences=[conclusion, f"{numbers}.", *evidence, *tuned.remarks])
+
+
+def differences(rows: Sequence[EvaluationRow]) -> dict[str, Difference]:
+    """The tuned row less every other one.
+
+    Where the writer did not pair them question by question, their intervals are subtracted: what that shows holds
+    whatever the correlation. The best answer per question is left out where the evaluated set taught it: it knows the
+    answers.
+    """
+    row = next(row for row in rows if row.name == "tuned")
+    tuned, unit = row.score, row.unit
+    return {
+        row.name: row.less
+        or Difference(
+            value=tuned.mean - row.score.mean, low=tuned.low - row.score.high, high=tuned.high - row.score.low,
+            groups=min(tuned.n, row.score.n) or None, unit=unit,
+        )
+        for row in rows
+        if row.name in AGAINST and (row.name, row.learned_from) != ("best_answer", "the evaluated set")
+    }  # fmt: skip
+
+
+def tiles(data: RunData) -> list[Tile]:
+    """The figures to show first; what is unknown is left out."""
+    found = []
+    for task, rows in tasks(data)[:2]:
+        by_name = {row.name: row for row in rows}
+        if "tuned" in by_name:
+            score, unit = by_name["tuned"].score, by_name["tuned"].unit
+            mean, low, high = (score_text(value, unit, named=False) for value in (score.mean, score.low, score.high))
+            note = f"{low} to {high}"
+            if "untuned" in by_name:
+                before = by_name.get("untuned_lenient", by_name["untuned"])
+                words = ", counted wherever it holds the right word" if before.name == "untuned_lenient" else ""
+                note += f"; before tuning {score_text(before.score.mean, unit, named=False)}{words}"
+            label = f"{unit or 'Right answers'}{f', {task}' if task else ''}"
+            found.append(Tile(label=label, value=mean, note=note))
+    total, trainable = parameters(data.summary)
+    if total:
+        found.append(
+            Tile(
+                label="Trainable parameters",
+                value=format_count(trainable),
+                note=f"{100 * trainable / total:.2g} % of {format_count(total)}",
+            )
+        )
+    seconds, stepping = training_seconds(data)
+    if seconds:
+        counters = data.summary.get("counters") or {}
+        notes = [f"{format_count(counters['tokens'])} tokens"] if counters.get("tokens") else []
+        if stepping < 0.95 * seconds:
+            notes.append(f"{format_seconds(stepping)} of it in optimiser steps")
+        if data.summary.get("seconds"):
+            notes.append(f"whole run {format_seconds(float(data.summary['seconds']))}")
+        found.append(Tile(label="Training time", value=format_seconds(seconds), note=", ".join(notes)))
+    if data.summary.get("memory_gib"):
+        found.append(
+            Tile(label="Peak memory", value=f"{float(data.summary['memory_gib']):.2f} GiB", note="per process")
+        )
+    return found
+
+
+def parameters(summary: dict[str, Any]) -> tuple[int, int]:
+    """Total and trainable parameters; zeros when the summary does not say."""
+    components = [item for item in summary.get("components") or [] if isinstance(item, dict)]
+    return sum(int(c.get("total", 0)) for c in components), sum(int(c.get("trainable", 0)) for c in components)
+
+
+def training_seconds(data: RunData) -> tuple[float, float]:
+    """Seconds of training over all stages, saves, validations and waiting included, and those of optimiser steps alone.
+
+    Runs of releases that kept no wall time have the latter only; zeros when unknown.
+    """
+    summaries = [stage.summary for stage in data.stages if stage.summary] or [data.summary]
+    counters = [summary.get("counters") or {} for summary in summaries]
+    stepping = [float(item.get("seconds", 0.0)) for item in counters]
+    walls = [float(item.get("wall_seconds", steps)) for item, steps in zip(counters, stepping, strict=True)]
+    return sum(walls), sum(stepping)
+
+
+def sample_kind(sample: SampleRow) -> str:
+    """fixed, broken, right, wrong or open (not scored)."""
+    if sample.after_correct is None:
+        return "open"
+    if sample.before_correct is None:
+        return "right" if sample.after_correct else "wrong"
+    if sample.after_correct:
+        return "right" if sample.before_correct else "fixed"
+    return "broken" if sample.before_correct else "wrong"

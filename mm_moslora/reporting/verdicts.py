@@ -1,0 +1,325 @@
+"""The words that judge a result and the rules that choose them; reports, comparisons and the command line ask here.
+
+Rules:
+
+- A difference is shown when its 95 % interval excludes zero and at least `FEWEST` independent pictures or questions lie
+  behind it. Otherwise it is "not shown": that is no claim of equality.
+- A model looks at the picture when its own pictures score above the plain picture and above another item's picture.
+- Tuning helped when the model looks, scores above the answers that need no model, and above the model before tuning,
+  whose answers count wherever they hold the right word.
+- Ways to tune are told apart only where one of the two is above its controls. Where their questions show pictures, and
+  were not also asked with blind and wrong ones, that is told of their answers alone.
+
+Several conditions must hold at once, so none of them needs a correction for the number of tests (Berger 1982). Plain
+Python: intervals come from `mm_moslora_eval.scoring.error_bars` and `mm_moslora.compare.seed_statistics`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Mood = Literal["good", "mixed", "bad"]
+Shown = Literal["more", "less", "not shown"]
+
+FEWEST = 10
+"""Independent pictures or questions below which nothing is claimed: t-intervals of right and wrong are off there."""
+SIGNIFICANT = 0.05
+PICTURE_CONTROLS = ("wrong_image", "blind")
+FLOORS = ("majority", "best_answer")
+AGAINST = {
+    "untuned_lenient": "the model before tuning, every answer that holds the right word counted as right",
+    "untuned": "the model before tuning",
+    "wrong_image": "another item's picture",
+    "blind": "a plain picture of the mean colour",
+    "majority": "always the most frequent answer",
+    "best_answer": "the most frequent answer to each question",
+}
+"""What a tuned model is compared with, by the names of `evaluation.json`."""
+SCORE_NAMES: Mapping[str, str] = {
+    "pope": "F1", "pope_splits": "mean F1", "pope_lmms_eval": "F1", "mme": "perception", "macro": "macro average",
+    "llavabench": "relative rating", "caption": "CIDEr", "caption_plain": "CIDEr",
+}  # fmt: skip
+"""Aggregation whose headline is no share of right answers -> the name of its score."""
+
+
+def score_text(value: float, unit: str = "", *, named: bool = True) -> str:
+    """`82.3 %`, or `CIDEr 0.660` for a score with a name of its own.
+
+    Args:
+        value: a share, or the score.
+        unit: the score's name; empty for a share of right answers.
+        named: whether to write that name.
+    """
+    if not unit:
+        return f"{100 * value:.1f} %"
+    return f"{unit} {value:.3f}" if named else f"{value:.3f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One system less another on the same questions."""
+
+    value: float
+    low: float
+    high: float
+    """95 % interval."""
+    groups: int | None = None
+    """Independent pictures or questions behind it; None: unknown."""
+    unit: str = ""
+    """Name of the score, see `SCORE_NAMES`; empty for a share of right answers."""
+
+    @property
+    def few(self) -> bool:
+        """Whether too little was asked for any claim."""
+        return self.groups is not None and self.groups < FEWEST
+
+    @property
+    def shown(self) -> Shown:
+        """What the interval allows to say."""
+        if self.few or math.isnan(self.low) or self.low <= 0 <= self.high:
+            return "not shown"
+        return "more" if self.low > 0 else "less"
+
+    @property
+    def points(self) -> str:
+        """`+6.7 points (95 % -1.2 to +14.6)`, or `CIDEr +0.590 (95 % +0.480 to +0.700)`."""
+        value, low, high = (
+            f"{number:+.3f}" if self.unit else f"{100 * number:+.1f}" for number in (self.value, self.low, self.high)
+        )
+        told = f"{self.unit} {value}" if self.unit else f"{value} points"
+        return f"{told} (no interval)" if math.isnan(self.low) else f"{told} (95 % {low} to {high})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        numbers = {"value": self.value, "low": self.low, "high": self.high, "groups": self.groups}
+        return numbers | {"unit": self.unit}
+
+
+def difference_of(data: Any) -> Difference | None:
+    """The inverse of `Difference.to_dict`; None for what is no difference."""
+    try:
+        numbers = [float(data[key]) for key in ("value", "low", "high")]
+        groups = data.get("groups")
+        groups = None if groups is None else int(groups)
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return None
+    if not all(math.isfinite(number) for number in numbers):
+        return None
+    unit = str(data.get("unit") or "")
+    return Difference(value=numbers[0], low=numbers[1], high=numbers[2], groups=groups, unit=unit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """A conclusion, what it rests on, and whether it is good news."""
+
+    mood: Mood
+    sentences: tuple[str, ...]
+    """The conclusion first."""
+    looks: bool
+    """The model is shown to look at its pictures."""
+
+
+def judge_tuning(differences: Mapping[str, Difference], *, pictures: bool = True) -> Judgement:
+    """Whether tuning helped.
+
+    Args:
+        differences: the tuned model less what is named, by the keys of `AGAINST`; what was not measured is missing.
+        pictures: whether the questions show pictures.
+    """
+    shown = {name: difference.shown for name, difference in differences.items()}
+    before = shown.get("untuned_lenient", shown.get("untuned"))
+    missing = [name for name in PICTURE_CONTROLS if name not in shown] if pictures else []
+    beaten = all(shown.get(name, "more") == "more" for name in PICTURE_CONTROLS)
+    looks = pictures and beaten and not missing
+    above_floors = all(shown.get(name, "more") == "more" for name in FLOORS)
+    mood: Mood = "mixed"
+    if before == "less":
+        mood, conclusion = "bad", "Tuning made it worse."
+    elif beaten and missing:
+        conclusion = _unasked(missing)
+    elif pictures and not looks:
+        conclusion = (
+            "It is not shown that the model looks at the picture, so nothing follows about whether tuning helped."
+        )
+        if before == "more":
+            conclusion += " What it learned may be the form and the frequencies of answers alone."
+    elif not above_floors:
+        conclusion = f"{_SEEN[looks]} is not shown to do better than answers that need no model."
+    elif before is None:
+        mood = "good" if looks else "mixed"
+        conclusion = f"{_SEEN[looks]} was not measured before tuning, so it is not known whether tuning helped."
+    elif before == "not shown":
+        conclusion = f"{_SEEN[looks]} is not shown to do better than before tuning."
+    else:
+        mood, conclusion = "good", f"Tuning helped{', and the model looks at the picture' if looks else ''}."
+    told = [name for name in AGAINST if name in shown and (name, "untuned_lenient" in shown) != ("untuned", True)]
+    evidence = [against(name, differences[name]) for name in told]
+    return Judgement(mood=mood, sentences=(conclusion, *evidence), looks=looks)
+
+
+_SEEN = {True: "The model looks at the picture, but it", False: "The model"}
+
+
+def _unasked(controls: Sequence[str]) -> str:
+    words = {"wrong_image": "a wrong picture", "blind": "a plain picture"}
+    return (
+        f"The model was not asked with {' and '.join(words[name] for name in controls)} (`--modes blind --modes wrong` "
+        "of `eval run`): it is not known whether it looks, and nothing follows about whether tuning helped."
+    )
+
+
+def against(name: str, difference: Difference) -> str:
+    """One comparison of a tuned model as a sentence."""
+    few = f", for {difference.groups} independent questions are too few" if difference.few else ""
+    words = {"more": "more", "less": "less", "not shown": f"not shown to be more{few}"}[difference.shown]
+    return f"Against {AGAINST.get(name, name)}: {difference.points}, {words}."
+
+
+def own_pictures(difference: Difference, *, control: str) -> str:
+    """A model's own pictures against a control, for a table of image modes.
+
+    Args:
+        difference: own pictures less the control.
+        control: what was shown instead, such as "no picture".
+    """
+    words = {"more": "better than", "less": "worse than", "not shown": "not shown to be better than"}[difference.shown]
+    return f"With its own pictures the model is {words} with {control}: {difference.points}."
+
+
+def between(difference: Difference, *, a: str = "A", b: str = "B") -> str:
+    """Two systems on the same questions, A less B."""
+    if difference.shown == "more":
+        return f"{a} is better than {b}"
+    if difference.shown == "less":
+        return f"{b} is better than {a}"
+    few = f" ({difference.groups} independent questions are too few)" if difference.few else ""
+    return f"It is not shown that {a} and {b} differ{few}"
+
+
+def best_of(names: Sequence[str], apart: bool, *, idle: Sequence[str] = ()) -> str:
+    """Which of several runs of a report is best.
+
+    Args:
+        names: the best one first; with `apart` alone, else with those that it is not told apart from.
+        apart: whether the interval of the best one is apart from all others.
+        idle: those of the compared runs that are not shown to look at their pictures.
+    """
+    doubt = f" Not shown to look at the picture: {', '.join(idle)}." if idle else ""
+    if apart:
+        return f"{names[0]} is best; its interval is apart from all others.{doubt}"
+    return (
+        f"No difference is shown between {', '.join(names)}: their intervals overlap. One run per setting says nothing "
+        f"about other seeds; `mm-moslora compare` trains several.{doubt}"
+    )
+
+
+OVERLAP = "Where two 95 % intervals overlap, a difference is not shown."
+HOLDS_ZERO = "An interval that holds zero shows no difference; it does not show that there is none."
+
+Verdict = Literal["better", "worse", "not shown", "one seed", "nothing follows"]
+
+
+def verdict_of_arms(difference: Difference, p: float, *, seeds: tuple[int, int], stand: bool) -> Verdict:
+    """An arm against the reference.
+
+    Args:
+        difference: arm less reference.
+        p: corrected for the number of arms.
+        seeds: measured runs of either.
+        stand: whether one of the two is above its controls.
+    """
+    if not stand:
+        return "nothing follows"
+    if min(seeds) < 2:
+        return "one seed"
+    if p < SIGNIFICANT and difference.shown != "not shown":
+        return "better" if difference.value > 0 else "worse"
+    return "not shown"
+
+
+def arms_sentence(row: Mapping[str, Any]) -> str:
+    """A row of `comparisons` of a comparison's `results.json`."""
+    seeds = row["seeds"][0]
+    size = f"{row['documents']} documents and {seeds} seed{'s' * (seeds != 1)}"
+    subject = f"{row['arm']} against {row['reference']}"
+    found = Difference(value=row["difference"], low=row["low"], high=row["high"], groups=row["groups"])
+    numbers = f"{found.points}, corrected p {row['p_corrected']:.2g}"
+    match row["verdict"]:
+        case "nothing follows":
+            return f"{subject}: nothing follows from {found.points}, for neither is above its controls."
+        case "one seed":
+            return (
+                f"{subject}: {numbers}, for these documents and this one seed. The interval knows nothing of other "
+                "seeds: run at least 3 (--seeds 3) before believing it."
+            )
+        case "better" | "worse":
+            if _looked(row):
+                return f"{subject}: {row['verdict']}, {numbers}; {size}."
+            return (
+                f"{subject}: {row['verdict']} in answers alone, {numbers}; {size}. It is not known whether either "
+                "looks at the picture."
+            )
+    if found.few:
+        return f"{subject}: not shown, {numbers}; {found.groups} independent pictures or questions are too few."
+    if not row["stderr"] and not row["difference"]:
+        return (
+            f"{subject}: not shown, every one of {size} scores the same; a true difference of up to "
+            f"{100 * found.high:.1f} points would not have been seen."
+        )
+    return (
+        f"{subject}: not shown, {numbers}; {size} show a true difference of {100 * row['detectable']:.1f} points four "
+        "times out of five."
+    )
+
+
+def mood_of_arms(row: Mapping[str, Any]) -> Mood:
+    """Whether a row of `comparisons` is good news; mixed where it is not known whether the arms look."""
+    moods: Mapping[str, Mood] = {"better": "good", "worse": "bad"}
+    return moods.get(row["verdict"], "mixed") if _looked(row) else "mixed"
+
+
+def _looked(row: Mapping[str, Any]) -> bool:
+    """Whether arms were asked with blind and wrong pictures wherever there are pictures."""
+    return bool(row.get("controls_complete", True))
+
+
+def above_controls(
+    arms: Sequence[Mapping[str, Any]], column: str, *, alone: bool, asked: bool = True
+) -> list[tuple[Mood, str]]:
+    """Whether the arms of a comparison are above their controls, which everything else depends on.
+
+    Args:
+        arms: of a comparison's `results.json`; `controls` holds what was found by column.
+        column: the task, or the mean over tasks.
+        alone: whether it is the only column that is told.
+        asked: whether arms were to be asked with blind and wrong pictures.
+    """
+    told = {arm["name"]: arm["controls"][column] for arm in arms if column in arm["controls"]}
+    if not told:
+        return []
+    where = "" if alone else f"{column}: "
+    above = [name for name, found in told.items() if found["above"]]
+    below = [name for name in told if name not in above]
+    names = {row["name"] for found in told.values() for row in found["rows"]}
+    parts = [
+        *(["answering without the right picture"] if names & set(PICTURE_CONTROLS) else []),
+        *(["always giving the most frequent answer"] if names & set(FLOORS) else []),
+    ]
+    lines: list[tuple[Mood, str]] = []
+    if not above:
+        said = f"No arm is shown to beat {' and '.join(parts)}: nothing follows about which way to tune is better."
+        lines.append(("mixed", where + said))
+    elif below:
+        said = f"Above {' and '.join(parts)}: {', '.join(above)}. Not shown to be: {', '.join(below)}."
+        lines.append(("mixed", where + said))
+    else:
+        lines.append(("good", f"{where}Every arm is above {' and '.join(parts)}."))
+    if not all(found["complete"] for found in told.values()):
+        why = "There are no two different pictures for it in every task" if asked else "--no-controls left it out"
+        lines.append(("mixed", f"{where}The arms were not asked with blind and wrong pictures everywhere. {why}: it is "
+                      "not known whether any of them looks at the picture."))  # fmt: skip
+    return lines

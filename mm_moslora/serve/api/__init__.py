@@ -1,0 +1,1 @@
+"""The HTTP server and OpenAI's chat completions."""

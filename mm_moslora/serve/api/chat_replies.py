@@ -1,0 +1,89 @@
+"""OpenAI's reply objects, whole and in pieces."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from mm_moslora.serve.api.chat_request import ChatRequest
+from mm_moslora.serve.inference.continuous_batching import Piece
+
+
+@dataclass(kw_only=True)
+class Reply:
+    """The answers to one request as they grow."""
+
+    request: ChatRequest
+    prompt_tokens: int
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        count = self.request.choices
+        self._texts, self._tokens = [""] * count, [0] * count
+        self._endings: list[str | None] = [None] * count
+
+    @property
+    def finished(self) -> bool:
+        """Whether every answer has ended."""
+        return all(self._endings)
+
+    def add(self, choice: int, piece: Piece) -> None:
+        """Take what happened to one answer."""
+        self._texts[choice] += piece.text
+        self._tokens[choice] = piece.tokens
+        self._endings[choice] = piece.ending
+
+    def whole(self) -> dict[str, Any]:
+        """The reply to a request without streaming."""
+        choices = [
+            {
+                "index": index, "message": {"role": "assistant", "content": text, "refusal": None},
+                "finish_reason": ending, "logprobs": None,
+            }
+            for index, (text, ending) in enumerate(zip(self._texts, self._endings, strict=True))
+        ]  # fmt: skip
+        return self._object("chat.completion", choices) | {"usage": self._usage()}
+
+    def opening(self, choice: int) -> bytes:
+        """The event before the first piece of an answer."""
+        return self._event(choice, {"role": "assistant", "content": ""}, None)
+
+    def event(self, choice: int, piece: Piece) -> bytes:
+        """The event for a piece."""
+        events = self._event(choice, {"content": piece.text}, None) if piece.text else b""
+        return events + (self._event(choice, {}, piece.ending) if piece.ending else b"")
+
+    def closing(self) -> bytes:
+        """The events behind the last piece."""
+        end = b"data: [DONE]\n\n"
+        if not self.request.include_usage:
+            return end
+        return _frame(self._object("chat.completion.chunk", []) | {"usage": self._usage()}) + end
+
+    def _event(self, choice: int, delta: dict[str, Any], ending: str | None) -> bytes:
+        one = {"index": choice, "delta": delta, "finish_reason": ending, "logprobs": None}
+        return _frame(self._object("chat.completion.chunk", [one]))
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id, "object": kind, "created": self.created, "model": self.request.model, "choices": choices,
+        }  # fmt: skip
+
+    def _usage(self) -> dict[str, int]:
+        said = sum(self._tokens)
+        return {
+            "prompt_tokens": self.prompt_tokens, "completion_tokens": said, "total_tokens": self.prompt_tokens + said,
+        }  # fmt: skip
+
+
+def _frame(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def error_frame(body: dict[str, Any]) -> bytes:
+    """The event that ends a stream which failed in its middle."""
+    return _frame(body)

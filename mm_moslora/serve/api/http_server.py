@@ -1,0 +1,137 @@
+"""An ASGI application on a socket: deadlines of connections, our shape of errors, and an orderly end. No torch."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import ipaddress
+import json
+import logging
+import signal
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from mm_moslora.serve.api.api_errors import ApiError
+from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.utils.hardware import keep_memory
+
+logger = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+def host_name(scope: Scope) -> str:
+    """The Host header without its port, in lower case; empty when there is none.
+
+    A server for this machine alone must check it: a web page can make its own name point here.
+    """
+    header = next((bytes(value) for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1").lower()
+    return header.rpartition(":")[0] if ":" in header.rpartition("]")[2] else header
+
+
+def names_this_machine(scope: Scope) -> bool:
+    """Whether the Host header is `localhost` or a loopback address, of which a server may have any (127.0.0.2)."""
+    return is_loopback(host_name(scope).removeprefix("[").removesuffix("]"))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reachable from this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def run_app(app: App, *, host: str, port: int, limits: Limits) -> None:
+    """Run an application with deadlines, until SIGINT or SIGTERM."""
+    # What the libraries have made stays: searching it for garbage holds every thread for tenths of a second.
+    gc.collect()
+    gc.freeze()
+    keep_memory(block=2**22, total=2**26)  # pictures and bodies are large, and gone when they are answered
+    Server(settings(app, host=host, port=port, limits=limits)).run()
+
+
+def settings(app: App, *, host: str, port: int, limits: Limits) -> uvicorn.Config:
+    """How uvicorn runs an application of ours."""
+    return uvicorn.Config(
+        app, host=host, port=port, http=_protocol(limits), ws="none", lifespan="on", log_config=None, access_log=False,
+        server_header=False, date_header=False, timeout_graceful_shutdown=int(limits.drain_seconds), loop="asyncio",
+        proxy_headers=False,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+class Server(uvicorn.Server):
+    """Says where it listens, once it does, and takes a stop signal as an order that was carried out."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn raises the signal again at the end, and a process that ended well would look killed."""
+        handled = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in handled}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    async def startup(self, sockets: Any = None) -> None:
+        """See uvicorn."""
+        await super().startup(sockets=sockets)
+        for server in self.servers:
+            for socket in server.sockets:
+                host, port, *_ = socket.getsockname()
+                shown = f"[{host}]" if ":" in host else host
+                logger.info("Listening on http://%s:%d (Ctrl-C ends it).", shown, port)
+
+
+def _protocol(limits: Limits) -> type[H11Protocol]:
+    """uvicorn's protocol with a deadline for headers, a bound on connections, and our shape of errors."""
+
+    class Protocol(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            if len(self.connections) > limits.connections:
+                transport.close()
+            self._await_header()
+
+        def data_received(self, data: bytes) -> None:
+            before = self.cycle
+            super().data_received(data)
+            if self.cycle is not before:  # a header is complete
+                self._header_deadline.cancel()
+            elif self.cycle is not None and self.cycle.response_complete and not self._has_deadline():
+                self._await_header()  # the next one on this connection has begun
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._header_deadline.cancel()
+            super().connection_lost(exc)
+
+        def _await_header(self) -> None:
+            self._header_deadline = self.loop.call_later(limits.header_seconds, self.transport.close)
+
+        def _has_deadline(self) -> bool:
+            return not self._header_deadline.cancelled() and self._header_deadline.when() > self.loop.time()
+
+        def send_400_response(self, msg: str) -> None:
+            if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+                self.transport.close()
+                return
+            fault = ApiError("This is no acceptable HTTP request.", code="invalid_http")
+            body = json.dumps(fault.body()).encode()
+            headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+            for event in (
+                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+                h11.Data(data=body), h11.EndOfMessage(),
+            ):  # fmt: skip
+                self.transport.write(self.conn.send(event) or b"")
+            self.transport.close()
+
+    return Protocol

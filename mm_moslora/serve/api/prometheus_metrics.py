@@ -1,0 +1,85 @@
+"""What the server counts, in Prometheus' text format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from mm_moslora.serve.api.request_intake import Intake
+from mm_moslora.serve.inference.continuous_batching import Engine
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+
+
+class Metrics:
+    """Counters of one server.
+
+    Args:
+        engine: asked for its state whenever somebody looks.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._registry = CollectorRegistry()
+        at: dict[str, Any] = {"registry": self._registry, "namespace": "mm_moslora"}
+        self.requests = Counter("requests", "Requests by route and status.", ["route", "status"], **at)
+        self.refused = Counter("refused", "Refused requests by reason.", ["code"], **at)
+        self.first_token = Histogram("first_token_seconds", "Arrival to first token.", buckets=_SECONDS, **at)
+        self.request_seconds = Histogram("request_seconds", "Arrival to last byte.", ["route"], buckets=_SECONDS, **at)
+        self.images = Counter("images", "Pictures received.", **at)
+        self._registry.register(_EngineState(engine))
+
+    def watch(self, intake: Intake) -> None:
+        """Show what requests hold of the server's memory, too."""
+        self._registry.register(_Memory(intake))
+
+    def text(self) -> bytes:
+        """The page."""
+        return generate_latest(self._registry)
+
+
+class _EngineState:
+    """The engine's own figures."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Any]:
+        engine, models = self._engine, self._engine.models
+        gauges = {
+            "running": ("Answers being decoded.", engine.running),
+            "waiting": ("Answers that wait for a place.", engine.waiting),
+            "engine_alive": ("1 while the engine can answer.", int(engine.alive)),
+        }
+        counters = {
+            "prompt_tokens": ("Tokens of prompts read.", engine.prompt_tokens),
+            "answer_tokens": ("Tokens said.", engine.answer_tokens),
+            "decoding_steps": ("Steps over a batch.", engine.steps),
+            "engine_failures": ("Steps that failed.", engine.failures),
+            "image_cache_hits": ("Pictures whose visual tokens were still there.", models.features.hits),
+            "image_cache_misses": ("Pictures that were encoded.", models.features.misses),
+        }
+        for name, (what, value) in gauges.items():
+            yield GaugeMetricFamily(f"mm_moslora_{name}", what, value=value)
+        for name, (what, value) in counters.items():
+            yield CounterMetricFamily(f"mm_moslora_{name}", what, value=value)
+
+
+class _Memory:
+    """Bytes that requests hold."""
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+
+    def collect(self) -> Iterator[Any]:
+        for name, what, budget in (
+            ("bodies", "Bytes of requests in memory, until their answers end.", self._intake.bodies),
+            ("pictures", "Bytes of memory for pictures that are being opened.", self._intake.pictures),
+        ):
+            yield GaugeMetricFamily(f"mm_moslora_{name}_bytes", what, value=budget.used)
+            yield GaugeMetricFamily(
+                f"mm_moslora_{name}_bytes_highest", f"{what} The most so far.", value=budget.highest
+            )

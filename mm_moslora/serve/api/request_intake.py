@@ -1,0 +1,232 @@
+"""From the bytes of a request to what the model takes, within bounds on the memory and the time that this may need.
+
+Whatever grows with a request (parsing, base64, pictures, tokens) runs in worker threads, so that the event loop answers
+others meanwhile. A request is refused by what is known soonest: its length, its commas and brackets while they arrive,
+its characters, the headers of its pictures. What it holds is counted until its answer ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from mm_moslora.serve.api.api_errors import ApiError, busy
+from mm_moslora.serve.api.chat_request import ChatRequest, Marks, chat_request, read_json
+from mm_moslora.serve.api.http_server import Receive
+from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.serve.inference.prompt_preparation import Prepared, prepare, refuse_unfit
+from mm_moslora.serve.inference.request_images import Fetch, memory_of, picture_files
+from mm_moslora.serve.inference.served_models import Models
+
+_WORKERS = 2
+"""Threads that parse, open pictures and tokenise."""
+
+_Result = TypeVar("_Result")
+
+
+class Budget:
+    """Bytes that requests may use together. For the event loop's thread alone.
+
+    Args:
+        most: bytes.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.used, self.highest = most, 0, 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    def take(self, count: int) -> bool:
+        """Use so many bytes more, if they are free."""
+        if self.used + count > self.most:
+            return False
+        self.used += count
+        self.highest = max(self.highest, self.used)
+        return True
+
+    def give(self, count: int) -> None:
+        """Use so many bytes less; whoever waited longest goes first."""
+        self.used -= count
+        while self._waiting and self._waiting[0][1].done():
+            self._waiting.popleft()
+        while self._waiting and self.take(self._waiting[0][0]):
+            self._waiting.popleft()[1].set_result(None)
+
+    async def wait(self, count: int, seconds: float) -> None:
+        """`take`, as soon as the bytes are free.
+
+        Raises:
+            TimeoutError: they were not within that time.
+        """
+        if not self._waiting and self.take(count):
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((count, turn))
+        try:
+            async with asyncio.timeout(seconds):
+                await turn
+        except BaseException:
+            if turn.done() and not turn.cancelled():  # it was given in the same moment
+                self.give(count)
+            else:
+                turn.cancel()
+                self.give(0)
+            raise
+
+
+class Held:
+    """The bytes that one request holds of a budget."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget, self._count = budget, 0
+
+    def set(self, count: int) -> None:
+        """Hold so many bytes from now on.
+
+        Raises:
+            ApiError: others hold too much.
+        """
+        if count > self._count and not self._budget.take(count - self._count):
+            raise busy("requests fill its memory")
+        if count < self._count:
+            self._budget.give(self._count - count)
+        self._count = count
+
+    def close(self) -> None:
+        """Hold nothing any more."""
+        self.set(0)
+
+
+class Intake:
+    """Reads and prepares the requests of one server.
+
+    Args:
+        models: tokenises and sees.
+        limits: the server's.
+        fetch: see `create_app`.
+    """
+
+    def __init__(self, models: Models, limits: Limits, fetch: Fetch | None) -> None:
+        self._models, self._limits, self._fetch = models, limits, fetch
+        self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="mm-moslora-prepare")
+        self.bodies, self.pictures = Budget(limits.bodies_bytes), Budget(limits.pictures_bytes)
+
+    def close(self) -> None:
+        """Begin no further work."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    async def body(self, request: Request, held: Held) -> bytearray:
+        """The body of a request, bounded in size, content and time while it arrives.
+
+        Raises:
+            ApiError: it is compressed, no JSON by its type, too large, too slow, or the client left.
+        """
+        if request.headers.get("content-encoding", "identity").lower() != "identity":
+            raise ApiError("Compressed bodies are not accepted.", status=415, code="unsupported_encoding")
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # a web page could send anything else without asking
+            raise ApiError("Content-Type must be application/json.", status=415, code="unsupported_content_type")
+        limits = self._limits
+        most = limits.body_bytes
+        too_large = ApiError(f"The body is larger than {most} bytes.", status=413, code="body_too_large")
+        if int(request.headers.get("content-length", "0")) > most:
+            raise too_large
+        body, marks = bytearray(), Marks(limits)
+        try:
+            async with asyncio.timeout(limits.body_seconds):
+                async for chunk in request.stream():
+                    if len(body) + len(chunk) > most:
+                        raise too_large
+                    held.set(len(body) + len(chunk))
+                    body += chunk
+                    marks.add(chunk)
+        except TimeoutError:
+            raise ApiError(
+                f"The body did not arrive within {limits.body_seconds:g} s.", status=408, code="body_too_slow"
+            ) from None
+        except ClientDisconnect:
+            raise client_left() from None
+        return body
+
+    async def parsed(self, request: Request, body: bytearray) -> ChatRequest:
+        """The checked request of a body.
+
+        Raises:
+            ApiError: see `read_json` and `chat_request`; or it takes too long.
+        """
+        limits = self._limits
+        work = self._workers.submit(lambda: chat_request(read_json(body, limits), limits))
+        return await self._in_worker(request, work, threading.Event(), limits.prepare_seconds)
+
+    async def prepared(self, request: Request, wanted: ChatRequest, held: Held) -> Prepared:
+        """The tokens and pixels of a request.
+
+        Raises:
+            ApiError: see `prepare`; or it takes too long.
+        """
+        limits, models, stop = self._limits, self._models, threading.Event()
+        deadline = time.monotonic() + limits.prepare_seconds
+        refuse_unfit(wanted, models, limits)
+        reading = self._workers.submit(picture_files, wanted.pictures, limits, fetch=self._fetch, stop=stop)
+        files = await self._in_worker(request, reading, stop, limits.prepare_seconds)
+        memory = memory_of(files, limits, squares=models.pads_to_squares)
+        wanted = wanted.without_addresses()
+        held.set(sum(len(file.data) for file in files) + wanted.characters)
+        try:
+            await self.pictures.wait(memory, deadline - time.monotonic())
+        except TimeoutError:
+            raise busy("pictures wait to be opened", seconds=2) from None
+        loop = asyncio.get_running_loop()
+        try:
+            opening = self._workers.submit(prepare, wanted, files, models, limits, stop=stop)
+        except BaseException:
+            self.pictures.give(memory)
+            raise
+        # The thread may go on for a moment after nobody waits for it.
+        opening.add_done_callback(lambda _: _soon(loop, partial(self.pictures.give, memory)))
+        result = await self._in_worker(request, opening, stop, deadline - time.monotonic())
+        held.set(result.bytes)
+        return result
+
+    async def _in_worker(
+        self, request: Request, work: Future[_Result], stop: threading.Event, seconds: float
+    ) -> _Result:
+        """The result of work that is given up when its time is over or the client leaves."""
+        future = asyncio.wrap_future(work)
+        leaving = asyncio.ensure_future(left(request.receive))
+        try:
+            both: set[asyncio.Future[Any]] = {future, leaving}
+            await asyncio.wait(both, timeout=max(0.0, seconds), return_when=asyncio.FIRST_COMPLETED)
+            if future.done():
+                return future.result()
+            raise client_left() if leaving.done() else busy("requests wait to be read", seconds=2)
+        finally:
+            leaving.cancel()
+            if not future.done():
+                stop.set()
+                future.add_done_callback(lambda done: done.cancelled() or done.exception())
+                work.cancel()
+
+
+def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
+    with suppress(RuntimeError):  # the loop has closed
+        loop.call_soon_threadsafe(call)
+
+
+def client_left() -> ApiError:
+    """Nobody reads this; the log has it."""
+    return ApiError("The client left.", status=499, code="client_left")
+
+
+async def left(receive: Receive) -> None:
+    """Returns when the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,73 @@
+"""The server as the command line starts it: its key, its address, its adapters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mm_moslora.serve.api.api_routes import create_app
+from mm_moslora.serve.api.http_server import is_loopback, run_app
+from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.serve.inference.continuous_batching import Engine
+from mm_moslora.serve.inference.pinned_fetch import RemotePictures
+from mm_moslora.serve.inference.served_models import Models
+from mm_moslora.utils.errors import ConfigError
+
+KEY_NAME = "MM_MOSLORA_SERVE_KEY"
+"""Environment variable with the key; there is no option for it, since command lines are logged and listed."""
+_SHORTEST_KEY = 16
+
+
+def serve(
+    models: Models, *, host: str = "127.0.0.1", port: int = 8000, limits: Limits, allowed_hosts: Sequence[str] = ()
+) -> None:
+    """Serve until a signal comes; answers under way get time to end.
+
+    Args:
+        models: loaded.
+        host: address to listen on.
+        port: 0 chooses a free one.
+        limits: the server's.
+        allowed_hosts: hosts that pictures may be fetched from.
+
+    Raises:
+        ConfigError: the key is too short, or the address is not open to others without one.
+    """
+    key = read_key()
+    local = is_loopback(host)
+    if not local and key is None:
+        raise ConfigError(
+            f"{host} can be reached from other machines, and no key is set. Put one of at least {_SHORTEST_KEY} "
+            f"characters into {KEY_NAME}, or listen on 127.0.0.1."
+        )
+    fetch = RemotePictures(allowed_hosts) if allowed_hosts else None
+    app = create_app(Engine(models, limits), limits, key=key, local=local, fetch=fetch)
+    run_app(app, host=host, port=port, limits=limits)
+
+
+def read_key() -> str | None:
+    """The key from the environment.
+
+    Raises:
+        ConfigError: it is too short to be one.
+    """
+    key = os.environ.get(KEY_NAME) or None
+    if key is not None and (len(key) < _SHORTEST_KEY or not key.isascii() or key != key.strip()):
+        raise ConfigError(f"{KEY_NAME} must hold at least {_SHORTEST_KEY} ASCII characters without spaces around them.")
+    return key
+
+
+def parse_adapters(items: Sequence[str]) -> dict[str, Path]:
+    """`NAME=FOLDER` entries.
+
+    Raises:
+        ConfigError: an entry of another form, or a name given twice.
+    """
+    found: dict[str, Path] = {}
+    for item in items:
+        name, separator, folder = item.partition("=")
+        if not separator or not name or not folder or name in found:
+            raise ConfigError(f"{item!r} names no adapter; expected NAME=FOLDER with a name of its own.")
+        found[name] = Path(folder)
+    return found

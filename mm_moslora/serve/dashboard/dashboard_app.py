@@ -1,0 +1,155 @@
+"""The dashboard's routes. It listens on this machine alone and changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+from collections.abc import AsyncIterator, Callable, MutableMapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route, Router
+
+from mm_moslora.reporting.inline_images import thumbnail
+from mm_moslora.serve.api.http_server import App, Scope, Server, names_this_machine, settings
+from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.serve.dashboard.dashboard_runs import Folder
+
+LOOK_SECONDS = 1.0
+"""How often the folder is looked at while somebody watches."""
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+
+
+def serve_board(folder: Path, *, port: int) -> None:
+    """Serve the dashboard of a folder until a signal comes.
+
+    Args:
+        folder: see `Folder`.
+        port: 0 chooses a free one.
+    """
+    app = create_board(folder, stopping=lambda: server.should_exit)
+    server = Server(settings(app, host="127.0.0.1", port=port, limits=Limits(drain_seconds=3 * LOOK_SECONDS)))
+    server.run()
+
+
+def create_board(folder: Path, *, stopping: Callable[[], bool] = lambda: False) -> App:
+    """The ASGI application.
+
+    Args:
+        folder: see `Folder`.
+        stopping: whether the server is about to end; pages that watch are let go then.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    board = _Board(Folder(folder), stopping)
+    routes = [
+        Route("/", board.asset("board.html")),
+        Route("/board.js", board.asset("board.js")),
+        Route("/board.css", board.asset("board.css")),
+        Route("/api/runs", board.runs),
+        Route("/api/run", board.run),
+        Route("/api/picture", board.picture),
+        Route("/events", board.events),
+    ]
+    return _local_only(Router(routes, redirect_slashes=False))
+
+
+class _Board:
+    def __init__(self, folder: Folder, stopping: Callable[[], bool]) -> None:
+        self._folder, self._stopping = folder, stopping
+
+    def asset(self, name: str) -> Callable[[Request], Response]:
+        """A handler that gives a file of the package."""
+        text = resources.files("mm_moslora.serve.dashboard").joinpath("static", name).read_text(encoding="utf-8")
+        kind = _KINDS[Path(name).suffix]
+
+        def give(_: Request) -> Response:
+            return Response(text, media_type=kind)
+
+        return give
+
+    async def runs(self, _: Request) -> Response:
+        return JSONResponse(await asyncio.to_thread(self._rows))
+
+    def _rows(self) -> dict[str, Any]:
+        return {"folder": self._folder.root.name, "runs": self._folder.rows()}
+
+    async def run(self, request: Request) -> Response:
+        """`?id=NAME`."""
+        detail = await asyncio.to_thread(self._folder.detail, request.query_params.get("id", ""))
+        if detail is None:
+            return JSONResponse({"error": "There is no such run."}, status_code=404)
+        return JSONResponse({key: value for key, value in detail.items() if key != "pictures"})
+
+    async def picture(self, request: Request) -> Response:
+        """`?id=NAME&number=N`: the thumbnail of a sample's picture. No path ever comes from the client."""
+        found = await asyncio.to_thread(self._thumbnail, request.query_params)
+        return PlainTextResponse("no picture", status_code=404) if found is None else found
+
+    def _thumbnail(self, query: Any) -> Response | None:
+        name, number = query.get("id", ""), query.get("number", "")
+        detail, path = self._folder.detail(name), self._folder.path(name)
+        if detail is None or path is None or not (number.isascii() and number.isdigit() and len(number) < 7):
+            return None
+        pictures = detail.get("pictures", [])
+        if int(number) >= len(pictures) or not pictures[int(number)]:
+            return None
+        url = thumbnail(path, pictures[int(number)])
+        if url is None:
+            return None
+        kind, _, data = url.removeprefix("data:").partition(";base64,")
+        return Response(base64.b64decode(data), media_type=kind, headers={"Cache-Control": "max-age=60"})
+
+    async def events(self, request: Request) -> Response:
+        """Server-sent events: the rows, whenever one of them has changed."""
+
+        async def watch() -> AsyncIterator[str]:
+            before = ""
+            quiet = 0.0
+            while not self._stopping() and not await request.is_disconnected():
+                text = json.dumps(await asyncio.to_thread(self._rows))
+                digest = hashlib.sha256(text.encode()).hexdigest()
+                if digest != before:
+                    before, quiet = digest, 0.0
+                    yield f"event: runs\ndata: {text}\n\n"
+                elif quiet > 15:  # proxies and browsers close what is silent for long
+                    quiet = 0.0
+                    yield ": still here\n\n"
+                await asyncio.sleep(LOOK_SECONDS)
+                quiet += LOOK_SECONDS
+
+        return StreamingResponse(watch(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+def _local_only(app: App) -> App:
+    """Answers to the names of this machine alone, and says to browsers what the page may load."""
+
+    async def guarded(scope: Scope, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+
+        async def with_policy(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                added = {"content-security-policy": _POLICY, "x-content-type-options": "nosniff"}
+                message["headers"] = [
+                    *message.get("headers", ()), *((key.encode(), value.encode()) for key, value in added.items()),
+                ]  # fmt: skip
+            await send(message)
+
+        if not names_this_machine(scope):
+            await PlainTextResponse("This dashboard answers to localhost alone.", 403)(scope, receive, with_policy)
+            return
+        await app(scope, receive, with_policy)
+
+    return guarded

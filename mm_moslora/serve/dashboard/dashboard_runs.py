@@ -1,0 +1,225 @@
+"""The runs of a folder as the dashboard shows them: found by what lies in them, read again only when that changes."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.reporting.overlay_page import LARGEST, flat_recipe
+from mm_moslora.reporting.run_data import MARKS, EvaluationRow, RunData, is_run, load_run
+from mm_moslora.reporting.run_status import read_state, stage_folders
+from mm_moslora.reporting.summary_text import progress, sample_kind, tasks, top_of
+from mm_moslora.reporting.svg_charts import downsample
+from mm_moslora.reporting.verdicts import score_text
+from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.redaction import redact_text
+
+DEEPEST = 4
+"""Levels below the folder in which runs are looked for."""
+MOST_RUNS = 500
+POINTS = 400
+"""Points of a curve that are sent; longer ones are averaged in buckets."""
+MOST_SAMPLES = 200
+_PASSED_OVER = ("checkpoint-", "tensorboard", "wandb", "heartbeat", "stacks", ".")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """One run, read."""
+
+    stamp: tuple[tuple[str, int, int], ...]
+    """Names, times and sizes of the files it was read from."""
+    row: dict[str, Any]
+    """For the table of runs."""
+    detail: dict[str, Any]
+    """For its curves, scores and samples."""
+
+
+@dataclass
+class Folder:
+    """All runs below a folder.
+
+    Args:
+        root: searched again at every look, since runs come and go.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+
+    root: Path
+    _read: dict[str, Shown] = field(default_factory=dict)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    """Several browsers look at once, each in a thread of its own."""
+
+    def __post_init__(self) -> None:
+        if not self.root.is_dir():
+            raise ConfigError(f"{self.root} is not a folder; give the folder that your runs are written to.")
+        self.root = self.root.resolve()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per run, the newest first."""
+        found = self._find()
+        with self._lock:
+            self._read = {name: shown for name, shown in self._read.items() if name in found}
+            rows = [_state(path) | self._shown(name, path).row for name, path in found.items()]
+        return sorted(rows, key=lambda row: -row["changed"])
+
+    def detail(self, name: str) -> dict[str, Any] | None:
+        """Curves, scores, samples, mixers and recipe of a run; None when there is none of that name."""
+        path = self._find().get(name)
+        return None if path is None else self._shown(name, path).detail
+
+    def path(self, name: str) -> Path | None:
+        """The folder of a run."""
+        return self._find().get(name)
+
+    def _find(self) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        queue = [(self.root, 0)]
+        while queue and len(found) < MOST_RUNS:
+            folder, depth = queue.pop(0)
+            stages: list[Path] = []
+            if is_run(folder):
+                found[folder.relative_to(self.root).as_posix()] = folder
+                stages = stage_folders(folder)
+            if depth < DEEPEST:
+                queue += [(child, depth + 1) for child in _children(folder) if child not in stages]
+        return found
+
+    def _shown(self, name: str, path: Path) -> Shown:
+        stamp = _stamp(path)
+        with self._lock:
+            known = self._read.get(name)
+            if known is None or known.stamp != stamp:
+                known = self._read[name] = _read(name, path, stamp)
+        return known
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return sorted(
+            item for item in folder.iterdir()
+            if item.is_dir() and not item.is_symlink() and not item.name.startswith(_PASSED_OVER)
+        )  # fmt: skip
+    except OSError:
+        return []
+
+
+def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    marks = []
+    for place in [folder, *stage_folders(folder)]:
+        for name in (*MARKS, "mixers.json", "config.yaml", "alerts.jsonl"):
+            try:
+                status = (place / name).stat()
+            except OSError:
+                continue
+            marks.append((f"{place.name}/{name}", status.st_mtime_ns, status.st_size))
+    return tuple(marks)
+
+
+def _read(name: str, path: Path, stamp: tuple[tuple[str, int, int], ...]) -> Shown:
+    changed = max((time_ns for _, time_ns, _ in stamp), default=0) / 1e9
+    shown_name = path.name if name == "." else name
+    row: dict[str, Any] = {
+        "id": name, "name": shown_name, "title": shown_name, "changed": changed, "fault": None, "recipe": {},
+        "scores": {}, "shown": {}, "step": None, "total": None, "loss": None,
+    }  # fmt: skip
+    try:
+        data = load_run(path)
+        row, detail = row | _row(data, shown_name), _detail(name, data)
+    except Exception as error:  # a newer release's, half gone, or not what it seems: the other runs are shown
+        told = str(error) if isinstance(error, ConfigError | OSError) else f"{type(error).__name__}: {error}"
+        row |= {"state": "unreadable", "fault": redact_text(told)}
+        detail = {"id": name, "stages": [], "tasks": [], "samples": [], "mixers": [], "notes": []}
+    return Shown(stamp=stamp, row=_finite(row), detail=_finite(detail))
+
+
+def _finite(value: Any) -> Any:
+    """The same without numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _row(data: RunData, name: str) -> dict[str, Any]:
+    recipe = {key: value for stage in data.stages for key, value in flat_recipe(stage.config or "").items()}
+    tuned = {task or "score": row for task, rows in tasks(data) for row in rows if row.name == "tuned"}
+    return {
+        "title": str(data.summary.get("title") or data.summary.get("name") or name),
+        "recipe": recipe, **_progress(data),
+        "scores": {task: row.score.mean for task, row in tuned.items()},
+        "shown": {task: score_text(row.score.mean, row.unit) for task, row in tuned.items()},
+    }  # fmt: skip
+
+
+def _progress(data: RunData) -> dict[str, Any]:
+    """The last known step, loss and speed."""
+    metrics = data.stages[-1].metrics if data.stages else []
+    last: dict[str, Any] = {}
+    for record in metrics:
+        last |= {key: value for key, value in record.items() if value is not None}
+    step, total = progress(data)
+    return {
+        "stage": data.stages[-1].name if len(data.stages) > 1 else None, "step": step, "total": total,
+        "loss": last.get("loss"), "validation_loss": last.get("validation_loss"),
+        "tokens_per_second": last.get("tokens_per_second"), "eta_seconds": last.get("eta_seconds"),
+    }  # fmt: skip
+
+
+def _system(row: EvaluationRow) -> dict[str, Any]:
+    """The score of one system, as numbers and in words."""
+    low, high = (score_text(value, row.unit, named=False) for value in (row.score.low, row.score.high))
+    shown = {"shown": score_text(row.score.mean, row.unit), "interval": f"{low} – {high}"}
+    return {"name": row.name, "label": row.label, **vars(row.score), **shown}
+
+
+def _detail(name: str, data: RunData) -> dict[str, Any]:
+    return {
+        "id": name,
+        "stages": [{"name": stage.name, "curves": _curves(stage.metrics)} for stage in data.stages],
+        "tasks": [
+            {"name": task, "top": top_of(rows), "rows": [_system(row) for row in rows]} for task, rows in tasks(data)
+        ],
+        "samples": [
+            {
+                "number": number, "picture": sample.image is not None, "kind": sample_kind(sample),
+                "question": sample.question, "answer": sample.answer, "before": sample.before, "after": sample.after,
+            }
+            for number, sample in enumerate(data.samples[:MOST_SAMPLES])
+        ],
+        "mixers": [
+            {"path": mixer.path, "before": mixer.before, "after": mixer.after, "figures": mixer.figures}
+            for mixer in data.mixers if mixer.after
+        ],
+        "pictures": [sample.image for sample in data.samples[:MOST_SAMPLES]],
+        "notes": [*data.alerts, *data.notes],
+    }  # fmt: skip
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def _curves(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for record in metrics:
+        step = record.get("step")
+        if not isinstance(step, int | float):
+            continue
+        for key, value in record.items():
+            if key not in ("step", "time") and _is_number(value):
+                curves.setdefault(key, []).append((float(step), float(value)))
+    return {
+        key: [(x, float(f"{y:.6g}")) for x, y in (*downsample(points[:-1], POINTS), points[-1])]
+        for key, points in curves.items()
+    }  # the last one as it is: the list of runs shows it, too
+
+
+def _state(path: Path) -> dict[str, str | None]:
+    state = read_state(path)
+    return {"state": state.name, "reason": state.reason or None}

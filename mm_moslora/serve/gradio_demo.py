@@ -1,0 +1,197 @@
+"""The web demo: talk to the tuned model, see what the base says to the same, and where the answer looked."""
+
+from __future__ import annotations
+
+import os
+import queue
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from mm_moslora.batch import Seen
+from mm_moslora.data.images.decode_image import open_image
+from mm_moslora.serve.api.chat_request import Message, Picture
+from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.serve.inference.attention_maps import attention_maps, overlay
+from mm_moslora.serve.inference.continuous_batching import Engine, Job, Piece
+from mm_moslora.serve.inference.prompt_preparation import turns_of
+from mm_moslora.serve.inference.served_models import Models
+from mm_moslora.serve.inference.token_sampling import Sampling
+from mm_moslora.utils.errors import DataError, MoSLoRAError
+
+MOST_MIB = 20
+"""Largest upload."""
+_DESCRIPTION = (
+    "Attach a picture and ask. Left: the tuned model. Right: the same conversation put to the model before tuning, and "
+    "the tuned answer's attention to the projector's tokens, over the picture as the model sees it."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What both models have said so far."""
+
+    tuned: str = ""
+    base: str = ""
+    attention: Image.Image | None = None
+
+
+class Demo:
+    """Asks two variants the same and draws attention.
+
+    Args:
+        models: with the tuned variant first; the second, if any, is the base.
+        max_new_tokens: longest answer, tokens.
+        why_no_base: shown where there is no second variant.
+    """
+
+    def __init__(self, models: Models, *, max_new_tokens: int = 128, why_no_base: str | None = None) -> None:
+        self.models, self.max_new_tokens, self.why_no_base = models, max_new_tokens, why_no_base
+        self.limits = Limits(queue=16, batch=8)
+        self.engine = Engine(models, self.limits)
+        self.engine.start()
+
+    def close(self) -> None:
+        """Stop answering."""
+        self.engine.stop()
+
+    def ask(self, messages: Sequence[Message]) -> Iterator[Said]:
+        """Both answers as they grow; the attention comes with the last one.
+
+        Raises:
+            MoSLoRAError: a picture cannot be used, or too many people ask at once.
+        """
+        pictures = [part for message in messages for part in message.parts if isinstance(part, Picture)]
+        opened = [open_image(Path(picture.url)) for picture in pictures]
+        if opened and not self.models.sees:
+            raise DataError("This model has no vision encoder, so it cannot look at a picture.")
+        ids, seen = self.models.prompt(turns_of(messages), opened)
+        names = list(self.models.variants)[:2]
+        happened: queue.Queue[tuple[int, Piece]] = queue.Queue()
+        jobs = [self._job(name, number, ids, seen, happened) for number, name in enumerate(names)]
+        self.engine.submit(jobs)
+        texts, open_ones = ["", ""], len(jobs)
+        try:
+            while open_ones:
+                number, piece = happened.get(timeout=self.limits.request_seconds + 5)
+                texts[number] += piece.text
+                open_ones -= piece.ending is not None
+                yield Said(tuned=texts[0], base=texts[1])
+            yield Said(tuned=texts[0], base=texts[1], attention=self._attention(ids, seen, jobs[0].tokens))
+        finally:
+            for job in jobs:
+                job.cancelled = True
+
+    def _job(
+        self, name: str, number: int, ids: Tensor, seen: Sequence[Seen], happened: queue.Queue[tuple[int, Piece]]
+    ) -> Job:
+        return Job(
+            model=name, input_ids=ids, seen=seen, sampling=Sampling(max_tokens=self.max_new_tokens),
+            deadline=time.monotonic() + self.limits.request_seconds,
+            deliver=lambda piece: happened.put((number, piece)),
+        )  # fmt: skip
+
+    def _attention(self, ids: Tensor, seen: Sequence[Seen], answer: Sequence[int]) -> Image.Image | None:
+        image = self.models.assembly.image
+        if image is None:  # a ready-made model, whose tokens form no known grid
+            return None
+        maps = self.engine.between_steps(
+            lambda: attention_maps(
+                self.models, self.models.default, input_ids=ids, seen=seen, answer=answer
+            )
+        )  # fmt: skip
+        return (
+            None
+            if maps is None
+            else overlay(seen[-1].tensors["pixel_values"][0], maps[-1], mean=image.mean, std=image.std)
+        )
+
+
+def messages_of(message: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Gradio's history and the new message as messages.
+
+    Args:
+        message: `text` and `files`.
+        history: `role` and `content`, a text or parts.
+    """
+    made = []
+    for entry in history:
+        parts = _parts(entry.get("content"))
+        if parts:
+            made.append(Message(role="user" if entry.get("role") == "user" else "assistant", parts=parts, where=""))
+    files = tuple(Picture(url=str(file), where="picture") for file in message.get("files") or [])
+    made.append(Message(role="user", parts=(*files, str(message.get("text") or "")), where=""))
+    return made
+
+
+def _parts(content: Any) -> tuple[str | Picture, ...]:
+    if isinstance(content, str):
+        return (content,)
+    if isinstance(content, Mapping):
+        file = content.get("file") if isinstance(content.get("file"), Mapping) else content
+        path = file.get("path") if isinstance(file, Mapping) else None
+        return (Picture(url=str(path), where="picture"),) if path else (str(content.get("text") or ""),)
+    if isinstance(content, Sequence):
+        return tuple(part for item in content for part in _parts(item))
+    return ()
+
+
+def build(demo: Demo) -> Any:
+    """The page, not launched."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    import gradio as gr
+
+    def answer(message: dict[str, Any], history: list[dict[str, Any]]) -> Iterator[tuple[str, str, Any]]:
+        try:
+            for said in demo.ask(messages_of(message, history)):
+                yield said.tuned or "…", said.base, said.attention
+        except MoSLoRAError as error:
+            yield f"({error})", "", None
+
+    with gr.Blocks(title="mm_moslora demo", analytics_enabled=False, fill_height=True) as page:
+        with gr.Row():
+            with gr.Column(scale=3):
+                place = gr.Column()
+            with gr.Column(scale=2):
+                base = gr.Textbox(
+                    label="The model before tuning", interactive=False, lines=4, elem_id="base",
+                    placeholder=f"There is none: {demo.why_no_base}." if demo.why_no_base else None,
+                )  # fmt: skip
+                looked = gr.Image(label="Where the tuned answer looked", interactive=False, elem_id="attention")
+        with place:
+            # Answers are shown as text: what a model writes is no markup of ours.
+            chatbot = gr.Chatbot(
+                label="The tuned model", render_markdown=False, sanitize_html=True, height=520, elem_id="tuned"
+            )
+            gr.ChatInterface(
+                answer, multimodal=True, chatbot=chatbot, additional_outputs=[base, looked], title="mm_moslora demo",
+                description=_DESCRIPTION, analytics_enabled=False, flagging_mode="never", save_history=False,
+                textbox=gr.MultimodalTextbox(
+                    file_types=["image"], placeholder="Ask about a picture", sources=["upload"]
+                ),
+            )  # fmt: skip
+    return page.queue(max_size=16, default_concurrency_limit=2)
+
+
+def launch(demo: Demo, *, port: int, wait: bool = True) -> tuple[Any, str]:
+    """Open the demo on this machine; nothing is shared, tracked or served from disk.
+
+    Returns:
+        The page, to be closed, and its address.
+    """
+    import gradio as gr
+
+    page = build(demo)
+    fonts = ["system-ui", "sans-serif"]  # no font is fetched from elsewhere
+    _, url, _ = page.launch(
+        server_name="127.0.0.1", server_port=port or None, share=False, show_error=False, quiet=True, strict_cors=True,
+        enable_monitoring=False, allowed_paths=[], max_file_size=MOST_MIB * 2**20, prevent_thread_lock=not wait,
+        ssr_mode=False, pwa=False, mcp_server=False, footer_links=[], inbrowser=False,
+        theme=gr.themes.Base(font=fonts, font_mono=["ui-monospace", "monospace"]),
+    )  # fmt: skip
+    return page, str(url)

@@ -1,0 +1,1 @@
+"""Models, prompts and continuous batching behind the server."""

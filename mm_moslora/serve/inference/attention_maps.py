@@ -1,0 +1,92 @@
+"""Where an answer looked: attention of the answer's tokens to the projector's tokens, as a picture over the picture.
+
+Shapes: ``T`` tokens of prompt and answer, ``A`` answer tokens, ``Q`` visual tokens per image, ``G`` side of their grid,
+``H`` heads.
+
+Attention shows what was read, not why something was said: it is averaged over layers and heads, and some of it always
+rests on tokens that carry no content. It is a look inside, not evidence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mm_moslora.batch import Seen
+from mm_moslora.models.decoding.generation import Prompt, embed_prompt
+from mm_moslora.serve.inference.served_models import Models
+
+LONGEST = 1024
+"""Tokens; the weights of a longer text would take too much memory."""
+SIDE = 448
+"""Pixels of the drawn picture."""
+
+
+@torch.inference_mode()
+def attention_maps(
+    models: Models, name: str, *, input_ids: Tensor, seen: Sequence[Seen], answer: Sequence[int]
+) -> list[Tensor] | None:
+    """Mean attention of the answer to each picture's tokens.
+
+    Args:
+        models: nobody else may use it meanwhile.
+        name: a variant.
+        input_ids: int64 ``[T - A]``, placeholders expanded.
+        seen: its pictures in order.
+        answer: token ids.
+
+    Returns:
+        ``[G, G]`` per picture, largest value 1; None where there is nothing to draw: no picture, no answer, a text that
+        is too long, or visual tokens that form no square.
+    """
+    side = math.isqrt(models.assembly.tokens_per_image)
+    length = len(input_ids) + len(answer)
+    if not seen or not answer or length > LONGEST or side * side != models.assembly.tokens_per_image:
+        return None
+    model = models.assembly.model
+    ids = torch.cat([input_ids, torch.tensor(list(answer))])
+    with models.use(name), _readable(model):
+        embedded = embed_prompt(model, Prompt(input_ids=ids, features=models.image_tokens(name, seen)))
+        weights = model.get_decoder()(inputs_embeds=embedded[None], output_attentions=True, use_cache=False).attentions
+    asking = range(len(input_ids) - 1, length - 1)  # the positions whose output became the answer
+    looked = torch.stack([layer[0, :, list(asking)].float().mean(dim=(0, 1)) for layer in weights]).mean(dim=0)
+    maps = looked[ids == models.assembly.image_token_id].view(len(seen), side, side)
+    return [one / one.max().clamp_min(1e-12) for one in maps]
+
+
+@contextmanager
+def _readable(model: PreTrainedModel) -> Iterator[None]:
+    """Attention that gives its weights out; the fast ones do not."""
+    config = model.get_decoder().config
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def overlay(pixels: Tensor, weights: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
+    """The picture as the model sees it, darkened where the answer did not look.
+
+    Args:
+        pixels: ``[3, H, W]``, normalised.
+        weights: ``[G, G]`` between 0 and 1.
+        mean: of the normalisation; std: alike.
+        std: see mean.
+    """
+    picture = (pixels * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]).clamp(0, 1)
+    base = Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).astype(np.uint8)).resize((SIDE, SIDE))
+    heat = Image.fromarray((weights.sqrt().numpy() * 255).astype(np.uint8)).resize(
+        (SIDE, SIDE), Image.Resampling.BICUBIC
+    )
+    glow = Image.merge("RGB", [heat, heat.point(lambda value: value * 0.55), Image.new("L", heat.size)])
+    dark = Image.blend(base, Image.new("RGB", base.size, (18, 22, 34)), 0.62)
+    return Image.blend(Image.composite(base, dark, heat), glow, 0.28)

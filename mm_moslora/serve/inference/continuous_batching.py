@@ -1,0 +1,418 @@
+"""Continuous batching: answers join and leave the batch between decoding steps.
+
+One thread owns the model. Each turn of its loop drops who has left, admits who waits, and then decodes one token for
+every answer; answers of one variant are one batch. Padding is on the left and masked and positions count real tokens
+(`mm_moslora.models.decoding.prefix_cache`), so that in fp32 an answer does not depend on what is decoded beside it.
+
+A fault ends the answer that it belongs to. Where a fault of a whole batch does not say whose it is, each row is read
+again by itself: those that fail alone, too, end, and the others go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from mm_moslora.batch import Seen
+from mm_moslora.models.decoding.prefix_cache import Decoder
+from mm_moslora.serve.api.api_errors import ApiError, busy
+from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.serve.inference.served_models import Models
+from mm_moslora.serve.inference.text_stream import TextStream
+from mm_moslora.serve.inference.token_sampling import Sampling, choose
+from mm_moslora.utils.redaction import redacted_traceback
+
+logger = logging.getLogger(__name__)
+
+_ADMITTED_AT_ONCE = 4
+"""Prompts read between two decoding steps; more would make the answers under way stutter."""
+
+_Result = TypeVar("_Result")
+Ending = Literal["stop", "length", "failed", "late", "cancelled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What happened to an answer."""
+
+    text: str = ""
+    ending: Ending | None = None
+    """None while it goes on; late: its time was over before it began."""
+    tokens: int = 0
+    """Tokens said so far."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Job:
+    """One answer to be given."""
+
+    model: str
+    """Name of a variant."""
+    input_ids: Tensor
+    """int64 ``[T]``, placeholders expanded."""
+    seen: Sequence[Seen]
+    """Its pictures in order."""
+    sampling: Sampling
+    stop: tuple[str, ...] = ()
+    choice: int = 0
+    deliver: Callable[[Piece], object]
+    """Called from the engine's thread."""
+    deadline: float
+    """On the monotonic clock, seconds."""
+    cancelled: bool = False
+    """Set by whoever gave the job, to have it dropped before the next token."""
+    submitted: float = field(default_factory=time.monotonic)
+    first_token: float | None = None
+    said: Counter[int] = field(default_factory=Counter)
+    tokens: list[int] = field(default_factory=list)
+    """The answer so far."""
+
+    @property
+    def room(self) -> int:
+        """Tokens that it may take in the cache."""
+        return len(self.input_ids) + self.sampling.max_tokens
+
+
+def _stopping() -> ApiError:
+    return ApiError("The server is stopping.", status=503, code="stopping", retry_after=5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """One answer and what its next token depends on, besides the decoder."""
+
+    job: Job
+    text: TextStream
+    generator: torch.Generator
+
+
+class _Group:
+    """The answers of one variant: their decoder, and a row per job."""
+
+    def __init__(self) -> None:
+        self.decoder: Decoder | None = None
+        self._rows: list[_Row] = []
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The answers, in the order of the decoder's rows."""
+        return [row.job for row in self._rows]
+
+    def rows(self) -> list[_Row]:
+        """In the order of the decoder's rows."""
+        return list(self._rows)
+
+    def admit(self, decoder: Decoder, rows: Sequence[_Row]) -> None:
+        """Take over rows that have read their prompts."""
+        if self.decoder is None:
+            self.decoder = decoder
+        else:
+            self.decoder.join(decoder)
+        self._rows += rows
+
+    def keep(self, numbers: Sequence[int]) -> None:
+        """Drop all other rows."""
+        if len(numbers) == len(self._rows):
+            return
+        self._rows = [self._rows[number] for number in numbers]
+        if numbers and self.decoder is not None:
+            self.decoder.select(numbers)
+        else:
+            self.decoder = None
+
+
+class Engine:
+    """Answers jobs in a thread of its own.
+
+    Args:
+        models: the loaded model; nobody else may use it while the engine runs.
+        limits: the server's.
+    """
+
+    def __init__(self, models: Models, limits: Limits) -> None:
+        self.models, self.limits = models, limits
+        self._groups: dict[str, list[_Group]] = {name: [] for name in models.variants}
+        self._waiting: deque[Job] = deque()
+        self._errands: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="mm-moslora-engine", daemon=True)
+        self.prompt_tokens = self.answer_tokens = self.steps = self.failures = 0
+        self.running = 0
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End at once; answers under way are cancelled."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout=30)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can answer."""
+        return self._thread.is_alive() and not self._stopping
+
+    @property
+    def waiting(self) -> int:
+        """Answers without a place yet."""
+        return len(self._waiting)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue the answers of one request, all or none.
+
+        Raises:
+            ApiError: the queue is full, or a job can never fit.
+        """
+        for job in jobs:
+            if job.room > self.limits.cached_tokens:
+                raise ApiError(
+                    f"The prompt and the answer take {job.room} tokens, this server holds {self.limits.cached_tokens}.",
+                    code="context_length_exceeded",
+                )
+        with self._changed:
+            if self._stopping:
+                raise _stopping()
+            if len(self._waiting) + len(jobs) > self.limits.queue:
+                raise busy(f"{len(self._waiting)} answers wait already")
+            self._waiting.extend(jobs)
+            self._changed.notify()
+
+    def between_steps(self, work: Callable[[], _Result]) -> _Result:
+        """Run something with the model while no answer uses it; waits for the result.
+
+        Raises:
+            ApiError: the engine has stopped.
+        """
+        future: Future[_Result] = Future()
+        with self._changed:
+            if not self.alive:
+                raise _stopping()
+            self._errands.append((future, work))
+            self._changed.notify()
+        return future.result()
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while True:
+                with self._changed:
+                    while not (self._stopping or self._waiting or self.running or self._errands):
+                        self._changed.wait()
+                    if self._stopping:
+                        break
+                try:
+                    self._turn()
+                except Exception as error:  # the thread must live on: nobody else can answer
+                    self._give_up(error)
+        for job in [*self._waiting, *(job for group in self._all() for job in group.jobs)]:
+            self._end(job, "cancelled")
+        for future, _ in self._errands:
+            future.set_exception(_stopping())
+
+    def _turn(self) -> None:
+        """Run errands, drop, admit, decode."""
+        while self._errands:
+            future, work = self._errands.popleft()
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+        self._drop()
+        for name, jobs in self._admissible().items():
+            for batch in [[job] for job in jobs] if self.models.reads_alone else [jobs]:
+                self._admit(name, batch)
+        for name, groups in self._groups.items():
+            for group in list(groups):
+                if group.jobs:
+                    self._advance(name, group)
+            self._groups[name] = [group for group in self._groups[name] if group.jobs]
+        self.running = sum(len(group.jobs) for group in self._all())
+
+    def _admit(self, name: str, jobs: list[Job]) -> None:
+        """Read prompts together; where that fails, one by one."""
+        if len(jobs) == 1 and jobs[0].cancelled:  # while others were read
+            self._end(jobs[0], "cancelled")
+            return
+        try:
+            self._read(name, jobs)
+        except Exception as error:
+            if len(jobs) == 1:
+                self._fail(jobs[0], error)
+                return
+            self._log("Reading prompts together failed, each is read by itself", error)
+            for job in jobs:
+                self._admit(name, [job])
+
+    def _advance(self, name: str, group: _Group) -> None:
+        """A step of one batch; where that fails, its rows are read again and go on one by one."""
+        try:
+            self._step(name, group)
+        except Exception as error:
+            rows = group.rows()
+            group.keep([])
+            if len(rows) == 1:
+                self._fail(rows[0].job, error)
+                return
+            self._log("A decoding step failed, each row is read again by itself", error)
+            for row in rows:
+                self._restart(name, row)
+
+    def _restart(self, name: str, row: _Row) -> None:
+        """Read the prompt and the answer so far of one row; it goes on in a group of its own."""
+        job = row.job
+        try:
+            with self.models.use(name):
+                decoder = self.models.read(name, [(job.input_ids, job.seen)])
+                if job.tokens:
+                    self._run_tokens(decoder, torch.tensor([job.tokens]))
+        except Exception as error:
+            self._fail(job, error)
+            return
+        group = _Group()
+        group.admit(decoder, [row])
+        self._groups[name].insert(0, group)  # whoever comes joins the last one
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """End one answer because of a fault."""
+        self.failures += 1
+        self._log("An answer failed", error)
+        self._end(job, "failed")
+
+    def _give_up(self, error: Exception) -> None:
+        """End everything after a fault outside any answer."""
+        jobs = [job for group in self._all() for job in group.jobs]
+        self._groups = {name: [] for name in self._groups}
+        with self._changed:
+            jobs += self._waiting
+            self._waiting.clear()
+        self.running = 0
+        for job in jobs:
+            self._fail(job, error)
+
+    @staticmethod
+    def _log(what: str, error: Exception) -> None:
+        logger.error("%s: %s", what, redacted_traceback(error))
+
+    def _all(self) -> list[_Group]:
+        return [group for groups in self._groups.values() for group in groups]
+
+    def _drop(self) -> None:
+        """Forget jobs whose client has left or whose time is over."""
+        now = time.monotonic()
+        with self._changed:
+            gone = [job for job in self._waiting if job.cancelled or now > job.deadline]
+            if gone:
+                self._waiting = deque(job for job in self._waiting if job not in gone)
+        for job in gone:
+            self._end(job, "cancelled" if job.cancelled else "late")
+        for group in self._all():
+            kept = []
+            for number, row in enumerate(group.rows()):
+                if not row.job.cancelled and now <= row.job.deadline:
+                    kept.append(number)
+                elif row.job.cancelled:
+                    self._end(row.job, "cancelled")
+                else:
+                    self._end(row.job, "length", row.text.finish())
+            group.keep(kept)
+
+    def _admissible(self) -> dict[str, list[Job]]:
+        """The next jobs in order of arrival, as many as fit, by variant."""
+        groups = self._all()
+        rows = sum(len(group.jobs) for group in groups)
+        tokens = sum(job.room for group in groups for job in group.jobs)
+        chosen: dict[str, list[Job]] = {}
+        count = 0
+        with self._changed:
+            while self._waiting and count < _ADMITTED_AT_ONCE and rows < self.limits.batch:
+                job = self._waiting[0]
+                if tokens + job.room > self.limits.cached_tokens:
+                    break
+                chosen.setdefault(job.model, []).append(self._waiting.popleft())
+                count, rows, tokens = count + 1, rows + 1, tokens + job.room
+        return chosen
+
+    def _read(self, name: str, jobs: list[Job]) -> None:
+        """Run prompts and put their rows into the batch."""
+        rows = [
+            _Row(job=job, text=TextStream(self.models.encoder, job.stop), generator=job.sampling.generator(job.choice))
+            for job in jobs
+        ]
+        with self.models.use(name):
+            decoder = self.models.read(name, [(job.input_ids, job.seen) for job in jobs])
+        groups = self._groups[name]
+        if not (groups and self.models.joins):
+            groups.append(_Group())
+        groups[-1].admit(decoder, rows)
+        self.prompt_tokens += sum(len(job.input_ids) for job in jobs)
+
+    def _step(self, name: str, group: _Group) -> None:
+        """Say one token per row, then run it for the rows that go on."""
+        decoder = group.decoder
+        assert decoder is not None
+        going, tokens = [], []
+        for number, row in enumerate(group.rows()):
+            try:
+                token = choose(decoder.logits[number], row.job.sampling, row.job.said, row.generator)
+                goes_on = self._say(row.job, row.text, token)
+            except Exception as error:
+                self._fail(row.job, error)
+                continue
+            if goes_on:
+                going.append(number)
+                tokens.append(token)
+        group.keep(going)
+        self.steps += 1
+        if going:
+            with self.models.use(name):
+                self._run_tokens(decoder, torch.tensor(tokens)[:, None])
+
+    def _run_tokens(self, decoder: Decoder, tokens: Tensor) -> None:
+        """Run further tokens of every row, int64 ``[B, t]``."""
+        table: Any = self.models.assembly.model.get_input_embeddings()
+        ids = tokens.to(decoder.logits.device)
+        decoder.extend(table(ids), torch.ones_like(ids))
+
+    def _say(self, job: Job, text: TextStream, token: int) -> bool:
+        """Give one token out; returns whether the answer goes on."""
+        if job.first_token is None:
+            job.first_token = time.monotonic()
+        if token in self.models.stops:
+            self._end(job, "stop", text.finish())
+            return False
+        job.tokens.append(token)
+        job.said[token] += 1
+        self.answer_tokens += 1
+        piece = text.add(token)
+        if text.stopped:
+            self._end(job, "stop", piece)
+        elif len(job.tokens) >= job.sampling.max_tokens:
+            self._end(job, "length", piece + text.finish())
+        else:
+            if piece:
+                self._deliver(job, Piece(text=piece, tokens=len(job.tokens)))
+            return True
+        return False
+
+    def _end(self, job: Job, ending: Ending, text: str = "") -> None:
+        self._deliver(job, Piece(text=text, ending=ending, tokens=len(job.tokens)))
+
+    @staticmethod
+    def _deliver(job: Job, piece: Piece) -> None:
+        try:
+            job.deliver(piece)
+        except RuntimeError:  # the client's event loop has closed
+            job.cancelled = True

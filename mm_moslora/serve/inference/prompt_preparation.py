@@ -1,0 +1,163 @@
+"""From a checked request to jobs for the engine: the conversation as turns, as tokens, and its pictures as pixels.
+
+Runs in a worker thread: decoding a picture takes time, and the event loop serves everybody.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from mm_moslora.batch import Seen
+from mm_moslora.data.chat.records import IMAGE, Turn
+from mm_moslora.serve.api.api_errors import ApiError
+from mm_moslora.serve.api.chat_request import ChatRequest, Message, Picture, refuse_too_long
+from mm_moslora.serve.api.request_limits import Limits
+from mm_moslora.serve.inference.continuous_batching import Job, Piece
+from mm_moslora.serve.inference.request_images import PictureFile, open_pictures, refuse_stopped
+from mm_moslora.serve.inference.served_models import Models
+from mm_moslora.utils.errors import ModelError, MoSLoRAError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A request in the model's terms."""
+
+    input_ids: Tensor
+    seen: list[Seen]
+
+    @property
+    def bytes(self) -> int:
+        """Of memory."""
+        tensors = [self.input_ids, *(tensor for item in self.seen for tensor in item.tensors.values())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def longest_of(models: Models, limits: Limits) -> int:
+    """Tokens that a prompt and its answer may take."""
+    return min(limits.context, models.context or limits.context)
+
+
+def refuse_unfit(request: ChatRequest, models: Models, limits: Limits) -> None:
+    """Refuse what can be told without opening a picture or tokenising a text.
+
+    Raises:
+        ApiError: the model has no eyes, or the texts are too long for it.
+    """
+    if request.pictures and not models.sees:
+        raise ApiError(
+            f"{request.model} has no vision encoder; send text only.", param="messages", code="images_not_supported"
+        )
+    refuse_too_long(request.characters, longest_of(models, limits), limits)
+
+
+def prepare(
+    request: ChatRequest, files: Sequence[PictureFile], models: Models, limits: Limits, *, stop: threading.Event
+) -> Prepared:
+    """Tokens and pixels of a request that `refuse_unfit` let pass.
+
+    Args:
+        request: the conversation.
+        files: its pictures.
+        models: tokenises and sees.
+        limits: the server's.
+        stop: set when nobody waits for the result any more.
+
+    Raises:
+        ApiError: a picture cannot be used, or the conversation is too long.
+    """
+    longest, tokens = longest_of(models, limits), request.sampling.max_tokens
+    visual = models.visual_tokens([file.size for file in files])
+    if visual + tokens > longest:
+        raise _too_long(f"The {len(files)} pictures take {visual} tokens", tokens, longest)
+    pictures = open_pictures(files, stop=stop)
+    refuse_stopped(stop)
+    try:
+        ids, seen = models.prompt(turns_of(request.messages), pictures)
+    except ModelError as error:
+        raise ApiError(str(error), param="messages", code="invalid_image") from None
+    except MoSLoRAError:
+        raise ApiError(
+            "The conversation does not fit the model's chat template (a role or a text that it cannot express).",
+            param="messages", code="conversation_not_supported",
+        ) from None  # fmt: skip
+    if len(ids) + tokens > longest:
+        raise _too_long(f"The conversation takes {len(ids)} tokens", tokens, longest)
+    return Prepared(input_ids=ids, seen=seen)
+
+
+def _too_long(what: str, tokens: int, longest: int) -> ApiError:
+    return ApiError(
+        f"{what} and the answer up to {tokens}; this model holds {longest} together. Shorten the conversation, send "
+        "fewer pictures or lower max_tokens.",
+        param="messages", code="context_length_exceeded",
+    )  # fmt: skip
+
+
+def jobs_of(
+    request: ChatRequest, prepared: Prepared, deliver: Callable[[int, Piece], object], *, seconds: float
+) -> list[Job]:
+    """One job per answer asked for.
+
+    Args:
+        request: what was asked.
+        prepared: of it.
+        deliver: gets the number of the answer and what happened to it, from the engine's thread.
+        seconds: until the answer is cut.
+    """
+    return [
+        Job(
+            model=request.model, input_ids=prepared.input_ids, seen=prepared.seen, sampling=request.sampling,
+            stop=request.stop, choice=choice, deadline=time.monotonic() + seconds,
+            deliver=partial(deliver, choice),
+        )
+        for choice in range(request.choices)
+    ]  # fmt: skip
+
+
+def turns_of(messages: Sequence[Message]) -> list[Turn]:
+    """Messages as turns: system messages become one, and so do neighbours of one role."""
+    turns: list[Turn] = []
+    for role, parts in _merged(messages):
+        if role == "user":
+            turns.append(_question(parts))
+        else:
+            text = ("\n\n" if role == "system" else "\n").join(part for part in parts if isinstance(part, str))
+            turns.append(Turn(role="system" if role == "system" else "assistant", text=text))
+    return turns
+
+
+def _merged(messages: Sequence[Message]) -> list[tuple[str, list[str | Picture]]]:
+    merged: list[tuple[str, list[str | Picture]]] = []
+    for message in messages:
+        if merged and merged[-1][0] == message.role:
+            merged[-1][1].extend(message.parts)
+        else:
+            merged.append((message.role, list(message.parts)))
+    return merged
+
+
+def _question(parts: Sequence[str | Picture]) -> Turn:
+    """A user turn. Pictures stand where the message has them, each on a line of its own.
+
+    Most clients send the text first and the pictures behind it; models are trained with the pictures first, so
+    pictures that end a message are moved to its beginning.
+    """
+    last_text = max((index for index, part in enumerate(parts) if isinstance(part, str)), default=-1)
+    first_picture = next((index for index, part in enumerate(parts) if isinstance(part, Picture)), len(parts))
+    if first_picture > last_text:
+        parts = [*parts[first_picture:], *parts[:first_picture]]
+    text, places = "", []
+    for index, part in enumerate(parts):
+        if isinstance(part, Picture):
+            places.append(len(text))
+            text += f"{IMAGE}\n"
+        else:
+            behind_text = index > 0 and isinstance(parts[index - 1], str)
+            text += f"\n{part}" if behind_text else part
+    return Turn(role="user", text=text, places=tuple(places))

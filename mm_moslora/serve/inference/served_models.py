@@ -1,0 +1,332 @@
+"""The loaded model with everything it can be: one base, and a variant for each adapter, switched without reloading.
+
+Shapes: ``N`` images, ``Q`` visual tokens per image, ``D`` LLM width.
+
+A variant is an adapter with the projector that was trained beside it. Weights of the base are in memory once.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mm_moslora import adapters
+from mm_moslora.batch import Example, Seen
+from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.data.chat.records import Turn
+from mm_moslora.models.assembly import Assembly, load_projector
+from mm_moslora.models.decoding.generation import Prompt, embed_prompt, encode_images, stop_token_ids
+from mm_moslora.models.decoding.prefix_cache import Decoder
+from mm_moslora.models.decoding.row_decoding import start_row
+from mm_moslora.models.load_model import load, model_of
+from mm_moslora.models.processing.anyres import newline_of
+from mm_moslora.models.vision.feature_cache import FeatureCache
+from mm_moslora.models.vlm import takes_rows
+from mm_moslora.serve.inference.adapter_compatibility import refuse_other_settings
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import ConfigError, ModelError
+from mm_moslora.utils.run_paths import ADAPTER_CONFIG, MANIFEST, find_checkpoint, projector_file
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One model by name."""
+
+    name: str
+    adapter: str | None
+    """The adapter's name in PEFT; None: no adapter is active."""
+    projector: nn.Module | None
+    """None for a language model alone and for models that have none of this name."""
+    newline: nn.Parameter | None = None
+    """The newline embedding of an anyres model, which trains with the projector."""
+    source: str
+    """Name of the folder it came from, for `/v1/models`."""
+
+
+class Models:
+    """One base and its variants; used by one thread at a time.
+
+    Args:
+        assembly: the base, with or without adapters in it.
+        variants: by name, the default first.
+    """
+
+    def __init__(self, assembly: Assembly, variants: Mapping[str, Variant]) -> None:
+        self.assembly, self.variants = assembly, dict(variants)
+        self.encoder = Encoder.of(assembly)
+        self.stops = stop_token_ids(assembly.model, assembly.tokenizer.eos_token_id)
+        self.reads_alone = takes_rows(assembly.model) or not Decoder(assembly.model).can_share
+        """Whether every prompt is run by itself: ready-made models prepare rows of their own."""
+        self.joins = Decoder(assembly.model).can_share
+        """Whether answers can be decoded together; with a sliding window rows may not be padded."""
+        # A processor changes its tokenizer's settings while it works, so one thread at a time may use it.
+        self._alone = threading.Lock() if assembly.ready_made else nullcontext()
+        self._eyes_of = {name: _eyes_of(assembly, variant) for name, variant in self.variants.items()}
+        self.features = FeatureCache()
+        """Visual tokens: a conversation shows the same picture at every turn."""
+
+    @property
+    def default(self) -> str:
+        """The variant that was named first."""
+        return next(iter(self.variants))
+
+    @property
+    def sees(self) -> bool:
+        """Whether it can look at pictures."""
+        return self.assembly.eyes is not None
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the language model was made for."""
+        limit = getattr(self.assembly.model.config.get_text_config(), "max_position_embeddings", None)
+        return int(limit) if limit else None
+
+    @property
+    def pads_to_squares(self) -> bool:
+        """Whether a picture takes the memory of the square around it before it is scaled down."""
+        eyes, images = self.assembly.eyes, getattr(self.assembly.processor, "image_processor", None)
+        return eyes is not None and eyes.fixed and bool(getattr(images, "do_pad", False))
+
+    def visual_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
+        """Tokens that pictures of these widths and heights take, placeholders around them included. From any thread."""
+        if self.assembly.eyes is None or not sizes or any(0 in size for size in sizes):
+            return 0
+        with self._alone:
+            return sum(len(ids) for ids in self.assembly.eyes.placeholders(sizes))
+
+    def prompt(self, turns: Sequence[Turn], pictures: Sequence[Image.Image]) -> tuple[Tensor, list[Seen]]:
+        """A conversation that ends with a question, for the model: ids ``[T]`` and its pictures. From any thread.
+
+        Args:
+            turns: the conversation.
+            pictures: RGB, in order; none where the model has no eyes.
+
+        Raises:
+            ModelError: the model's own processor takes no such picture.
+            DataError: the chat template cannot express the conversation.
+        """
+        with self._alone:
+            try:
+                seen = self.assembly.eyes.see(pictures) if self.assembly.eyes and pictures else []
+            except Exception as error:  # processors raise nearly anything
+                raise ModelError("The model's processor cannot take one of the pictures.") from error
+            return self.encoder.encode_prompt(turns, pictures=[item.placeholders for item in seen]), seen
+
+    def read(self, name: str, prompts: Sequence[tuple[Tensor, Sequence[Seen]]]) -> Decoder:
+        """Run prompts, one only where `reads_alone`; the decoder stands at their ends. The variant must be active.
+
+        Args:
+            name: a variant.
+            prompts: from `prompt`.
+        """
+        model = self.assembly.model
+        if takes_rows(model):
+            ((ids, seen),) = prompts
+            nothing = torch.zeros(len(ids), dtype=torch.bool)
+            return start_row(model, Example.of(id="", input_ids=ids, supervised=nothing, seen=seen))
+        decoder = Decoder(model)
+        made = [Prompt(input_ids=ids, features=self.image_tokens(name, seen)) for ids, seen in prompts]
+        decoder.append([embed_prompt(model, prompt) for prompt in made])
+        return decoder
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """Make one variant the active one."""
+        variant, peft_model = self.variants[name], self.assembly.peft_model
+        if variant.projector is not None:
+            self.assembly.model.model.multi_modal_projector = variant.projector
+        if variant.newline is not None:
+            self.assembly.model.model.image_newline = variant.newline
+        if peft_model is None:
+            yield
+        elif variant.adapter is None:
+            with peft_model.disable_adapter():
+                yield
+        else:
+            if peft_model.active_adapter != variant.adapter:
+                peft_model.set_adapter(variant.adapter, inference_mode=True)
+            yield
+
+    def image_tokens(self, name: str, seen: Sequence[Seen]) -> Tensor | None:
+        """Visual tokens of pictures, ``[N * Q, D]``; the variant must be the active one. None without pictures."""
+        if not seen:
+            return None
+        pixels = [item.tensors["pixel_values"][0] for item in seen]
+        keys = [f"{self._eyes_of[name]} {hashlib.sha256(item.numpy().tobytes()).hexdigest()}" for item in pixels]
+
+        def encode(numbers: Sequence[int]) -> Sequence[Tensor]:
+            if not numbers:
+                return []
+            made = encode_images(self.assembly.model, torch.stack([pixels[number] for number in numbers]))
+            return [row.clone() for row in made]  # so that forgetting one frees its memory
+
+        return torch.cat(self.features.get_many(keys, encode))
+
+
+def _eyes_of(assembly: Assembly, variant: Variant) -> str:
+    """Names what decides a picture's visual tokens besides the base: variants that have it in common share them.
+
+    This is the projector, and the adapter where it has weights between the pixels and the language model.
+    """
+    inner = getattr(assembly.model, "model", None)
+    parts = [getattr(inner, name, None) for name in ("vision_tower", "multi_modal_projector")]
+    # PEFT keeps what belongs to an adapter, of whatever kind, in containers under the adapter's name.
+    reached = any(
+        variant.adapter in name.split(".")
+        for part in parts
+        if part is not None
+        for name, _ in (*part.named_parameters(), *part.named_buffers())
+    )
+    return f"{variant.adapter if reached else ''} {id(variant.projector)}"
+
+
+def load_models(
+    path: Path,
+    *,
+    name: str | None = None,
+    further: Mapping[str, Path] | None = None,
+    with_base: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Models:
+    """Load a run, a checkpoint or an export, and further adapters for the same base.
+
+    Args:
+        path: the main model; alone, its adapter is merged, which is faster.
+        name: what clients call it; None: the folder's name.
+        further: runs, checkpoints or adapter folders by the name that clients use.
+        with_base: also offer the model before tuning, as `NAME-base`.
+        dtype: dtype of the base.
+
+    Raises:
+        ConfigError: two models of one name.
+        ModelError, AdapterError: a folder cannot be loaded, belongs to another base, or was trained with other
+            settings of pictures or prompts; the model before tuning is asked for and cannot be had.
+    """
+    main = name or path.resolve().name
+    further = dict(further or {})
+    names = [main, *further, *([f"{main}-base"] if with_base else [])]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"Two models have the same name: {', '.join(names)}. Give each adapter a name of its own.")
+    if with_base and (why := why_no_base(path)):
+        raise ModelError(f"The model before tuning cannot be served: {why}. Leave out --with-base.")
+    alone = len(names) == 1
+    assembly = load(path, merge=alone, dtype=dtype)
+    own = _projector(assembly)
+    active = None if assembly.peft_model is None else str(assembly.peft_model.active_adapter)
+    newline = _newline(assembly)
+    variants = {main: Variant(name=main, adapter=active, projector=own, newline=newline, source=path.name)}
+    for number, (other, folder) in enumerate(further.items()):
+        variants[other] = _add(assembly, other, folder, adapter=f"served{number}", main=path)
+    if with_base:
+        projector, newline = _untuned_projector(assembly, path)
+        variants[f"{main}-base"] = Variant(
+            name=f"{main}-base", adapter=None, projector=projector, newline=newline, source=path.name
+        )
+    assembly.model.requires_grad_(False).eval()
+    device = distributed.device()
+    for part in (assembly.model, *(part for item in variants.values() for part in (item.projector, item.newline))):
+        if isinstance(part, nn.Parameter):
+            part.data = part.data.to(device)
+        elif part is not None:
+            part.to(device)  # type: ignore[arg-type]
+    return Models(assembly, variants)
+
+
+def why_no_base(path: Path) -> str | None:
+    """Why the model before tuning cannot be had beside a tuned one; None where it can."""
+    checkpoint = find_checkpoint(path)
+    if not (checkpoint / MANIFEST).is_file():
+        return f"{path} is no run, so nothing says what it was before"
+    if trained := _trained_weights(checkpoint):
+        return f"{path} trained its {trained} weights, and the base is in memory once"
+    if not (checkpoint / "adapter").is_dir() and _first_projector(checkpoint) is None:
+        return f"{path} trained its projector alone, and no file holds what that was before"
+    return None
+
+
+def _trained_weights(checkpoint: Path) -> str | None:
+    """A component whose own weights a checkpoint trained, which therefore is no adapter of its base."""
+    ready_made = model_of(checkpoint).vlm is not None
+    parts = ("vision", "language", *(("projector",) if ready_made else ()))
+    return next((part for part in parts if (checkpoint / f"{part}.safetensors").is_file()), None)
+
+
+def _add(assembly: Assembly, name: str, path: Path, *, adapter: str, main: Path) -> Variant:
+    """Put one more adapter, and the projector beside it, into the base."""
+    projector, newline, folder = _projector(assembly), _newline(assembly), path
+    checkpoint = find_checkpoint(path)
+    of_run = (checkpoint / MANIFEST).is_file()
+    if of_run:
+        if trained := _trained_weights(checkpoint):
+            raise ModelError(
+                f"{path} trained its {trained} weights, so it is no adapter of the model that is served. Serve it on "
+                "its own."
+            )
+        if not (checkpoint / "adapter").is_dir():
+            raise ModelError(f"{path} holds no adapter. Give a run with an adapter, or an adapter folder.")
+        refuse_other_settings(assembly, main, checkpoint)
+    elif not (path / ADAPTER_CONFIG).is_file():
+        raise ModelError(f"{path} holds no adapter. Give a run with an adapter, or an adapter folder.")
+    if of_run:  # also where its adapter is named: it was trained beside this projector
+        projector, newline = _read_projector(assembly, checkpoint / "projector.safetensors")
+        folder = checkpoint / "adapter"
+    elif projector is not None and not assembly.ready_made:
+        logger.warning(
+            "%s lies in no run, so %s gets the projector of %s and its settings of pictures.", path, name, main
+        )
+    model: Any = assembly.model if assembly.peft_model is None else assembly.peft_model
+    assembly.peft_model = adapters.load_adapter(model, folder, adapter_name=adapter)
+    return Variant(name=name, adapter=adapter, projector=projector, newline=newline, source=path.name)
+
+
+def _projector(assembly: Assembly) -> nn.Module | None:
+    return getattr(getattr(assembly.model, "model", None), "multi_modal_projector", None)
+
+
+def _newline(assembly: Assembly) -> nn.Parameter | None:
+    return None if assembly.ready_made or not assembly.eyes else newline_of(assembly.model)
+
+
+def _untuned_projector(assembly: Assembly, path: Path) -> tuple[nn.Module | None, nn.Parameter | None]:
+    """The projector that tuning started from, where its file is still there; else the tuned one, which is said."""
+    own = _projector(assembly)
+    if own is None or assembly.ready_made:
+        return own, None
+    file = _first_projector(find_checkpoint(path))
+    if file is None:
+        logger.warning(
+            "The projector that %s started from (model.projector.weights) is not there, so the model before tuning "
+            "gets the tuned one.", path,
+        )  # fmt: skip
+        return own, _newline(assembly)
+    return _read_projector(assembly, file)
+
+
+def _first_projector(checkpoint: Path) -> Path | None:
+    """The file of the projector that a run started from, where the recipe names it, or its run, and it is there."""
+    weights = model_of(checkpoint).projector.weights
+    file = projector_file(weights) if weights else None
+    return file if file is not None and file.is_file() else None
+
+
+def _read_projector(assembly: Assembly, file: Path) -> tuple[nn.Module | None, nn.Parameter | None]:
+    """A copy of the projector, and of the newline embedding, with the values of a file; themselves without one."""
+    own, newline = _projector(assembly), _newline(assembly)
+    if own is None or assembly.ready_made or not file.is_file():
+        return own, newline
+    made, line = copy.deepcopy(own), copy.deepcopy(newline)
+    load_projector(made, file, newline=line)
+    return made.requires_grad_(False).eval(), line

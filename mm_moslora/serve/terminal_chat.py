@@ -1,0 +1,256 @@
+"""Talking to a model in the terminal: one conversation with its pictures."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mm_moslora.batch import Example, Seen
+from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.images.decode_image import open_image
+from mm_moslora.data.images.video_clip import SUFFIXES as VIDEO_SUFFIXES
+from mm_moslora.data.images.video_clip import Clip
+from mm_moslora.models.assembly import Assembly
+from mm_moslora.models.decoding.generation import Prompt, encode_images, stop_token_ids, stream
+from mm_moslora.models.decoding.row_decoding import stream_row
+from mm_moslora.models.load_model import load
+from mm_moslora.models.vlm import takes_rows
+from mm_moslora.serve.inference.text_stream import TextStream
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import DataError, MoSLoRAError
+
+HELP = """\
+Ask a question, or paste the path of a picture or a video to show it.
+  /image PATH   show a picture with the next question
+  /video PATH   show frames of a video, or of a folder of frames, with the next question
+  /images       list the pictures of this conversation
+  /retry        ask the last question again
+  /history      print the conversation so far
+  /reset        forget the conversation and its pictures
+  /help         this list
+  /quit         leave (or Ctrl-D); Ctrl-C stops an answer"""
+VIDEO_FRAMES = 8
+"""Frames that are shown of a video."""
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+
+
+class Chat:
+    """A conversation with one model.
+
+    Args:
+        assembly: loaded with `mm_moslora.models.load_model.load`.
+        max_new_tokens: longest answer, tokens.
+    """
+
+    def __init__(self, assembly: Assembly, *, max_new_tokens: int = 128) -> None:
+        self.assembly, self.max_new_tokens = assembly, max_new_tokens
+        self.encoder = Encoder.of(assembly)
+        self.turns: list[Turn] = []
+        self.images: list[Image.Image] = []
+        self.features: dict[int, Tensor] = {}
+        self.names: list[str] = []
+        self.pending: list[int] = []
+        """What was shown since the last question: 1 for a picture, the frames of a video."""
+        self._asked: list[list[int]] = []
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, max_new_tokens: int = 128) -> Chat:
+        """Load a run, a checkpoint or an export onto this process's accelerator and start a conversation."""
+        assembly = load(folder)
+        assembly.model.to(distributed.device())  # type: ignore[arg-type]
+        return cls(assembly, max_new_tokens=max_new_tokens)
+
+    def show(self, path: Path) -> None:
+        """Put a picture file before the next question.
+
+        Raises:
+            DataError: no picture there, or the model has no vision encoder.
+        """
+        self.look(open_image(path), name=str(path))
+
+    def watch(self, path: Path, *, frames: int = VIDEO_FRAMES) -> None:
+        """Put frames of a video file, or of a folder of frames, before the next question, as in training.
+
+        Raises:
+            DataError: no video there, or the model has no vision encoder.
+        """
+        self._look(Clip(path, str(path), frames).frames(), str(path))
+
+    def look(self, picture: Image.Image, *, name: str = "picture") -> None:
+        """Put an RGB picture before the next question.
+
+        Raises:
+            DataError: the model has no vision encoder.
+        """
+        self._look([picture], name)
+
+    def _look(self, pictures: list[Image.Image], name: str) -> None:
+        if self.assembly.eyes is None:
+            raise DataError("This model has no vision encoder, so it cannot look at a picture.")
+        self.images += pictures
+        self.names.append(name)
+        self.pending.append(len(pictures))
+
+    def stream(self, question: str) -> Iterator[str]:
+        """Ask; yields the answer piece by piece and remembers what was said, also when it is stopped half-way.
+
+        Raises:
+            DataError: the conversation has grown longer than the model can hold; the question is taken back.
+        """
+        asked = Turn.asking(question, images=len(self.pending))
+        asked = asked.showing(self.pending) if self.pending else asked
+        ids, seen = self._prompt([*self.turns, asked])
+        self.turns.append(asked)
+        self._asked.append(self.pending)
+        self.pending = []
+        text, said = TextStream(self.encoder), ""
+        try:
+            for token in self._tokens(ids, seen):
+                piece = text.add(token)
+                said += piece
+                yield piece
+            rest = text.finish()
+            said += rest
+            yield rest
+        finally:
+            self.turns.append(Turn(role="assistant", text=said))
+
+    def ask(self, question: str) -> str:
+        """Ask and wait for the whole answer."""
+        return "".join(self.stream(question))
+
+    def take_back(self) -> str | None:
+        """Forget the last question and its answer; returns the question, None when there is none."""
+        if not self.turns:
+            return None
+        asked = self.turns[-2]
+        self.turns, self.pending = self.turns[:-2], self._asked.pop() + self.pending
+        return asked.parts()[-1].removeprefix("\n") if asked.images else asked.text
+
+    def reset(self) -> None:
+        """Forget the conversation and its pictures."""
+        self.turns, self.images, self.features, self.names, self.pending, self._asked = [], [], {}, [], [], []
+
+    def _prompt(self, turns: list[Turn]) -> tuple[Tensor, list[Seen]]:
+        """Token ids of a conversation, and its pictures as tensors."""
+        seen = self.assembly.eyes.see(self.images) if self.assembly.eyes else []
+        ids = self.encoder.encode_prompt(turns, pictures=[picture.placeholders for picture in seen])
+        longest = getattr(self.assembly.model.config.get_text_config(), "max_position_embeddings", None)
+        if longest and len(ids) + self.max_new_tokens > longest:
+            raise DataError(
+                f"The conversation takes {len(ids)} tokens and an answer up to {self.max_new_tokens}; this model holds "
+                f"{longest}. Type /reset, or start with a smaller --max-new-tokens."
+            )
+        return ids, seen
+
+    def _tokens(self, ids: Tensor, seen: list[Seen]) -> Iterator[int]:
+        model = self.assembly.model
+        stops = stop_token_ids(model, self.assembly.tokenizer.eos_token_id)
+        if takes_rows(model):
+            nothing = torch.zeros(len(ids), dtype=torch.bool)
+            example = Example.of(id="", input_ids=ids, supervised=nothing, seen=seen)
+            yield from stream_row(model, example, max_new_tokens=self.max_new_tokens, stop_ids=stops)
+            return
+        for number in range(len(self.features), len(seen)):
+            self.features[number] = encode_images(model, seen[number].tensors["pixel_values"])[0]
+        features = torch.cat(list(self.features.values())) if self.features else None
+        prompt = Prompt(input_ids=ids, features=features)
+        for (token,) in stream(model, [prompt], max_new_tokens=self.max_new_tokens, stop_ids=stops):
+            if token is None:
+                return
+            yield token
+
+
+def interactive(chat: Chat) -> None:
+    """Read questions from the terminal until the end of input."""
+    _line_editing()
+    _say(f"{HELP}\n")
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            _say("\n")
+            return
+        try:
+            if line in ("/quit", "/exit"):
+                return
+            _obey(chat, line)
+        except MoSLoRAError as error:
+            _say(f"{error}\n")
+
+
+def _obey(chat: Chat, line: str) -> None:
+    """Do what one line says."""
+    command, _, rest = line.partition(" ")
+    dropped = _dropped_file(line)
+    if command == "/video" or (dropped is not None and dropped.suffix.lower() in VIDEO_SUFFIXES):
+        chat.watch(dropped or Path(_unquoted(rest)).expanduser())
+        _say(f"{chat.pending[-1]} frames of the video go with your next question.\n")
+    elif dropped is not None or command == "/image":
+        chat.show(dropped or Path(_unquoted(rest)).expanduser())
+        _say(f"Picture {len(chat.names)} goes with your next question.\n")
+    elif command == "/images":
+        _say("".join(f"{number}  {name}\n" for number, name in enumerate(chat.names, 1)) or "No pictures yet.\n")
+    elif command == "/history":
+        _say("".join(f"{turn.role}: {turn.parts()[-1].strip()}\n" for turn in chat.turns) or "Nothing yet.\n")
+    elif command == "/reset":
+        chat.reset()
+        _say("Forgotten.\n")
+    elif command == "/retry":
+        question = chat.take_back()
+        if question is None:
+            _say("There is no question yet.\n")
+        else:
+            _answer(chat, question)
+    elif command == "/help":
+        _say(f"{HELP}\n")
+    elif line.startswith("/"):
+        _say(f"Unknown command {command}. Type /help.\n")
+    elif line:
+        _answer(chat, line)
+
+
+def _answer(chat: Chat, question: str) -> None:
+    pieces = chat.stream(question)
+    try:
+        for piece in pieces:
+            _say(piece)
+    except KeyboardInterrupt:  # what was said so far stays in the conversation
+        _say(" [stopped]")
+    finally:
+        pieces.close()  # type: ignore[attr-defined]
+    _say("\n")
+
+
+def _dropped_file(line: str) -> Path | None:
+    """The picture or video whose path is the whole line, as terminals write it when a file is dropped on them."""
+    path = Path(_unquoted(line).removeprefix("file://")).expanduser()
+    return path if path.suffix.lower() in SUFFIXES | VIDEO_SUFFIXES and path.is_file() else None
+
+
+def _unquoted(text: str) -> str:
+    try:
+        parts = shlex.split(text)
+    except ValueError:
+        return text.strip()
+    return parts[0] if len(parts) == 1 else text.strip()
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _line_editing() -> None:
+    """Arrow keys and earlier lines, where the platform has them."""
+    try:
+        import readline  # noqa: F401  (importing it changes `input`)
+    except ImportError:
+        return

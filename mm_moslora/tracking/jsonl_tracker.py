@@ -1,0 +1,151 @@
+"""`metrics.jsonl`: one object per record, appended and flushed, so that no service and no clean exit is needed.
+
+A resumed run first cuts off what was logged after the step it resumes from: the curve goes on exactly, without a gap
+and without a point written twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.tracking.tracker import Ending, Sample
+from mm_moslora.utils.files import Appender, rename, replace_json, replace_text, sync
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+SAMPLES = "tracked_samples.jsonl"
+ALERTS = "alerts.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+ENVIRONMENT = "environment.json"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`, in order; a torn line is passed over.
+
+    Args:
+        path: may be missing, which gives no records.
+    """
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        record = _parse(line)
+        if record is not None:
+            records.append(record)
+    return records
+
+
+class JsonlTracker:
+    """Writes `metrics.jsonl` (numbers; null where one is not finite) and `tracked_samples.jsonl`."""
+
+    name = "jsonl"
+
+    def __init__(self) -> None:
+        self._files: dict[str, Appender] = {}
+
+    def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
+        """See `Tracker.start`. A fresh run moves an old file aside to `metrics.previous.jsonl` (`.previous1`, ...)."""
+        self._open(run_folder)
+        for file_name in (METRICS, SAMPLES):
+            path = run_folder / file_name
+            if resume_step is not None:
+                _cut_after(path, resume_step)
+            elif path.is_file() and path.stat().st_size:
+                aside = _previous(path)
+                rename(path, aside)
+                logger.info("A fresh run: the earlier %s is now %s.", file_name, aside.name)
+        if "environment" in config:
+            replace_json(run_folder / ENVIRONMENT, config["environment"])
+
+    def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
+        """See `Tracker.reopen`."""
+        self._open(run_folder)
+
+    def _open(self, run_folder: Path) -> None:
+        names = (METRICS, SAMPLES, EVALUATIONS, ALERTS)
+        self._files = {name: Appender(run_folder / name) for name in names}
+
+    def _write(self, name: str, record: Mapping[str, Any]) -> None:
+        self._files[name].add(json.dumps(record, ensure_ascii=False, allow_nan=False))
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """See `Tracker.log`."""
+        numbers = {name: _number(value) for name, value in metrics.items()}
+        self._write(METRICS, {"step": step, "time": round(time.time(), 3), **numbers})
+
+    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+        """See `Tracker.log_samples`."""
+        for sample in samples:
+            self._write(
+                SAMPLES,
+                {
+                    "step": step, "title": title, "image": None if sample.image is None else str(sample.image),
+                    "question": sample.question, "expected": sample.expected,
+                    "prediction": sample.prediction, "correct": sample.correct,
+                },
+            )  # fmt: skip
+
+    def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Nothing: they are in `mixers.json`."""
+
+    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
+        """See `Tracker.log_evaluation`; one line of `evaluations.jsonl`."""
+        time_now = round(time.time(), 3)
+        self._write(EVALUATIONS, {"step": step, "time": time_now, "adapter": adapter, "rows": list(rows)})
+
+    def alert(self, title: str, text: str) -> None:
+        """See `Tracker.alert`; one line of `alerts.jsonl`."""
+        self._write(ALERTS, {"time": round(time.time(), 3), "title": title, "text": text})
+
+    def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
+        """Nothing: the folder is already on this disk."""
+
+    def finish(self, *, ending: Ending = "finished") -> None:
+        """See `Tracker.finish`."""
+        for file in self._files.values():
+            file.flush()
+            if file.path.is_file():
+                sync(file.path)
+
+
+def _previous(path: Path) -> Path:
+    """A name for the file of an earlier run that none has yet."""
+    names = (f"{path.stem}.previous{number or ''}{path.suffix}" for number in itertools.count())
+    return next(place for name in names if not (place := path.with_name(name)).exists())
+
+
+def _number(value: float) -> float | None:
+    number = float(value)
+    if not math.isfinite(number):
+        return None
+    return int(number) if isinstance(value, int) else number
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Keep the whole lines up to `step`; the file is replaced in one move."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line for line in lines if (record := _parse(line)) is not None and record["step"] <= step]
+    if len(kept) == len(lines):
+        return
+    replace_text(path, "".join(line + "\n" for line in kept))
+    logger.info(
+        "%s: %d records after step %d are cut off and will be written again.", path.name, len(lines) - len(kept), step
+    )

@@ -1,0 +1,125 @@
+"""MLflow: to `MLFLOW_TRACKING_URI`, or a database in the run folder. Look at it with
+`mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.tracking.mixer_images import mixer_views
+from mm_moslora.tracking.tracker import (  # fmt: skip
+    PROJECT,
+    Ending,
+    Labels,
+    Sample,
+    adapter_digest,
+    chosen,
+    default_name,
+    flat,
+    headline,
+    namespaced,
+)
+
+ID_FILE = "mlflow_id.txt"
+_LONGEST_VALUE = 500
+"""Characters of a parameter."""
+
+
+class MlflowTracker:
+    """One MLflow run per run folder.
+
+    Args:
+        labels: names, tags and notes.
+    """
+
+    name = "mlflow"
+
+    def __init__(self, labels: Labels) -> None:
+        self._labels = labels
+        self._client: Any = None
+        self._run = ""
+
+    def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
+        """See `Tracker.start`. A resumed run goes on in the same MLflow run."""
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        from mlflow import MlflowClient
+
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_folder.resolve() / 'mlflow.db'}"
+        self._client = MlflowClient(tracking_uri=uri)
+        id_file = run_folder / ID_FILE
+        if resume_step is not None and id_file.is_file():
+            self._run = id_file.read_text(encoding="utf-8").strip()
+            self._client.update_run(self._run, status="RUNNING")
+            return
+        project = chosen(self._labels.project, "MLFLOW_EXPERIMENT_NAME", "track.project") or PROJECT
+        found = self._client.get_experiment_by_name(project)
+        place = None if os.environ.get("MLFLOW_TRACKING_URI") else (run_folder / "mlflow").resolve().as_uri()
+        experiment = found.experiment_id if found else self._client.create_experiment(project, place)
+        name = self._labels.name or default_name(run_folder)
+        self._run = self._client.create_run(experiment, run_name=name).info.run_id
+        for key, value in self._tags().items():
+            self._client.set_tag(self._run, key, value)
+        id_file.write_text(self._run + "\n", encoding="utf-8")
+        for key, value in flat(config).items():
+            self._client.log_param(self._run, key, str(value)[:_LONGEST_VALUE])
+
+    def _tags(self) -> dict[str, str]:
+        labels = self._labels
+        named = {"mlflow.note.content": labels.notes, "group": labels.group, "job_type": labels.job_type}
+        return {key: value for key, value in named.items() if value} | {f"tag.{tag}": "yes" for tag in labels.tags}
+
+    def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
+        """See `Tracker.reopen`."""
+        self.start(config, run_folder, resume_step=0)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """See `Tracker.log`."""
+        for name, value in metrics.items():
+            self._client.log_metric(self._run, namespaced(name), float(value), step=step)
+
+    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+        """See `Tracker.log_samples`."""
+        rows = []
+        for index, sample in enumerate(samples):
+            picture, small = None, sample.small()
+            if small is not None:
+                picture = f"samples/{title}/{step}/{index}.png"
+                self._client.log_image(self._run, small, artifact_file=picture)
+            rows.append(
+                {
+                    "image": picture, "question": sample.question, "expected": sample.expected,
+                    "prediction": sample.prediction, "correct": sample.correct,
+                }
+            )  # fmt: skip
+        self._client.log_dict(self._run, {"step": step, "samples": rows}, f"samples/{title}/{step}.json")
+
+    def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """See `Tracker.log_mixers`."""
+        for view in mixer_views(rows):
+            self._client.log_image(self._run, view.heat_map, artifact_file=f"mixers/{step}/{view.path}.png")
+
+    def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
+        """See `Tracker.log_folder`."""
+        self._client.log_artifacts(self._run, str(folder), f"{title}/{aliases[0] if aliases else 'latest'}")
+        digest = adapter_digest(folder)
+        if digest is not None:
+            self._client.set_tag(self._run, f"{title}.sha256", digest)
+
+    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
+        """See `Tracker.log_evaluation`."""
+        for name, score in headline(rows).items():
+            self._client.log_metric(self._run, name, score, step=step)
+        scores = {"adapter": adapter, "step": step, "rows": list(rows)}
+        self._client.log_dict(self._run, scores, f"evaluation/step-{step}.json")
+
+    def alert(self, title: str, text: str) -> None:
+        """See `Tracker.alert`."""
+        self._client.set_tag(self._run, f"alert.{title.lower().replace(' ', '_')}", text)
+
+    def finish(self, *, ending: Ending = "finished") -> None:
+        """See `Tracker.finish`; MLflow's word for a run that was stopped is KILLED."""
+        if self._run:
+            self._client.set_terminated(self._run, {"stopped": "KILLED"}.get(ending, ending.upper()))
+            self._run = ""

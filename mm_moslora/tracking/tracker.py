@@ -1,0 +1,279 @@
+"""The tracker interface, and the fan-out that the training loop talks to.
+
+A tracker must never stop a run: the fan-out catches whatever one raises, says so once, and goes on without it. A full
+disk costs no tracker: what it refuses is tried again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from PIL.Image import Image
+
+from mm_moslora.tracking.alerts import Alert, Watch
+from mm_moslora.tracking.mixer_images import mean_figures
+from mm_moslora.tracking.run_environment import environment
+from mm_moslora.utils.files import is_full, sha256_of
+from mm_moslora.utils.redaction import redact, redact_text
+
+logger = logging.getLogger(__name__)
+
+Ending = Literal["finished", "stopped", "failed"]
+"""stopped: on request, the same command continues the run."""
+PROJECT = "mm_moslora"
+"""The project of runs that name none."""
+MOST_FAILURES = 3
+"""Calls in a row that a tracker may fail before the run goes on without it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """What a run is called, and found by; see `TrackConfig` for what None means."""
+
+    project: str | None = None
+    entity: str | None = None
+    name: str | None = None
+    group: str | None = None
+    job_type: str | None = None
+    notes: str | None = None
+    tags: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One question with its picture and what the model said."""
+
+    question: str
+    expected: str
+    prediction: str
+    correct: bool | None = None
+    """None where there is no right or wrong."""
+    image: Path | None = None
+    """A picture file; re-encoded small before it is sent anywhere."""
+
+    def small(self) -> Image | None:
+        """The picture as RGB, at most 256 pixels long; None where there is none, or none that can be opened."""
+        from mm_moslora.reporting.inline_images import FORMATS, shrunk
+
+        return None if self.image is None else shrunk(self.image, side=256, formats=(*FORMATS, "TIFF"))
+
+
+class Tracker(Protocol):
+    """Somewhere that metrics go. Steps are optimiser steps and count from 1."""
+
+    name: str
+    """For messages."""
+
+    def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
+        """Open the run.
+
+        Args:
+            config: the resolved recipe, free of secrets.
+            run_folder: exists.
+            resume_step: the last step whose results are kept; None for a fresh run.
+        """
+
+    def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
+        """Open a run that is over, to add to it; nothing that was recorded is cut off."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record numbers at a step."""
+
+    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+        """Record questions and answers at a step."""
+
+    def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Record mixers as pictures and spectra; `rows` are those of `mixers.json`."""
+
+    def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
+        """Record a folder, such as an adapter, by name."""
+
+    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
+        """Record scores and what they belong to.
+
+        Args:
+            rows: of `evaluation.json`.
+            adapter: sha256 of the adapter's weights; None: no adapter.
+            step: of the checkpoint that was measured.
+        """
+
+    def alert(self, title: str, text: str) -> None:
+        """Tell whoever is not looking; may be called from another thread."""
+
+    def finish(self, *, ending: Ending = "finished") -> None:
+        """Close the run, and say how it ended."""
+
+
+class Trackers:
+    """Passes everything on to several trackers, on rank 0 only.
+
+    Args:
+        trackers: in order; the first is written first.
+        active: False makes every call do nothing; None: whether this process is rank 0.
+    """
+
+    def __init__(self, trackers: Sequence[Tracker], *, active: bool | None = None) -> None:
+        if active is None:
+            from mm_moslora.utils import distributed
+
+            active = distributed.is_main()
+        self._trackers: list[Tracker] = list(trackers) if active else []
+        self._failures: dict[str, int] = {}
+        self._told: set[tuple[str, str]] = set()
+        self._lock = threading.RLock()  # a stall is found by a timer
+        self._watch = Watch(self.alert, clock=time.monotonic)
+
+    @property
+    def names(self) -> list[str]:
+        """The trackers still in use."""
+        return [tracker.name for tracker in self._trackers]
+
+    def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
+        """Open the run everywhere; see `Tracker.start`. Secrets are taken out of `config` here."""
+        clean = redact(dict(config) | ({"environment": environment()} if self._trackers else {}))
+        self._each("start", lambda tracker: tracker.start(clean, run_folder, resume_step=resume_step), needed=True)
+
+    def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
+        """Open a run that is over everywhere; see `Tracker.reopen`."""
+        clean = redact(dict(config))
+        self._each("reopen the run", lambda tracker: tracker.reopen(clean, run_folder), needed=True)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record numbers everywhere; see `Tracker.log`."""
+        self._each("log", lambda tracker: tracker.log(metrics, step))
+        if self._trackers:
+            self._watch.see(metrics, step)
+
+    def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Record mixers everywhere; see `Tracker.log_mixers`."""
+        if rows and self._trackers:
+            self._each("log", lambda tracker: tracker.log(mean_figures(rows), step))
+            self._each("log mixers", lambda tracker: tracker.log_mixers(rows, step))
+
+    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None = None, step: int) -> None:
+        """Record scores everywhere; see `Tracker.log_evaluation`."""
+        self._each("log an evaluation", lambda tracker: tracker.log_evaluation(rows, adapter=adapter, step=step))
+
+    def alert(self, alert: Alert) -> None:
+        """Tell everywhere; see `Tracker.alert`."""
+        text = redact_text(alert.text)
+        self._each("raise an alert", lambda tracker: tracker.alert(alert.title, text))
+
+    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+        """Record samples everywhere; see `Tracker.log_samples`. Secrets are taken out of the texts here."""
+        clean = [_without_secrets(sample) for sample in samples]
+        self._each("log samples", lambda tracker: tracker.log_samples(title, clean, step))
+
+    def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str] = ("latest",)) -> None:
+        """Record a folder everywhere; see `Tracker.log_folder`."""
+        self._each("log a folder", lambda tracker: tracker.log_folder(title, folder, aliases=aliases))
+
+    def finish(self, *, ending: Ending = "finished") -> None:
+        """Close the run everywhere; see `Tracker.finish`."""
+        self._watch.stop()
+        self._each("finish", lambda tracker: tracker.finish(ending=ending))
+
+    def _each(self, what: str, call: Callable[[Tracker], None], *, needed: bool = False) -> None:
+        """Call all; one that fails is told once a kind of call.
+
+        Args:
+            what: is done, for messages.
+            call: of one tracker.
+            needed: a tracker is of no use where this fails.
+        """
+        with self._lock:
+            for tracker in list(self._trackers):
+                try:
+                    call(tracker)
+                except Exception as error:
+                    self._failed(tracker, what, error, needed=needed)
+                else:
+                    self._failures[tracker.name] = 0
+
+    def _failed(self, tracker: Tracker, what: str, error: Exception, *, needed: bool) -> None:
+        """A full disk may be emptied, so it is tried again for ever; what else fails, a few times."""
+        count = self._failures[tracker.name] = self._failures.get(tracker.name, 0) + 1
+        over = not is_full(error) and (needed or count >= MOST_FAILURES)
+        if over:
+            self._trackers.remove(tracker)
+        elif (tracker.name, what) in self._told:
+            return
+        self._told.add((tracker.name, what))
+        logger.warning(
+            "Tracker %s could not %s (%s: %s); %s.", tracker.name, what, type(error).__name__, redact_text(str(error)),
+            "the run goes on without it" if over else "it is tried again",
+        )  # fmt: skip
+
+
+def chosen(given: str | None, variable: str, key: str) -> str | None:
+    """What the recipe says, else what the tracker's own variable says; that the latter is overridden is told.
+
+    Args:
+        given: by the recipe.
+        variable: of the tracker, in the environment.
+        key: of the recipe, for the message.
+    """
+    told = os.environ.get(variable)
+    if given and told and told != given:
+        logger.warning("%s is %r in the recipe, so %s=%r does not count.", key, given, variable, told)
+    return given or told
+
+
+def default_name(run_folder: Path) -> str:
+    """The folder's name with its parent's: `quickstart/tune`."""
+    return "/".join(run_folder.resolve().parts[-2:])
+
+
+def _without_secrets(sample: Sample) -> Sample:
+    return dataclasses.replace(
+        sample,
+        question=redact_text(sample.question),
+        expected=redact_text(sample.expected),
+        prediction=redact_text(sample.prediction),
+    )
+
+
+def adapter_digest(folder: Path) -> str | None:
+    """sha256 of an adapter's weights, which names it in evaluations; None when there are none."""
+    for name in ("moslora.safetensors", "adapter_model.safetensors"):
+        if (folder / name).is_file():
+            return sha256_of(folder / name)
+    return None
+
+
+def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """`eval/TASK`: the score of the tuned model on its own pictures; selections and data of one name have their own."""
+    tuned = [row for row in rows if row.get("name") == "tuned"]
+    return {f"eval/{row.get('metric') or row.get('task') or 'score'}": float(row["mean"]) for row in tuned}
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value if isinstance(value, int | float | str | bool) else str(value)
+    return found
+
+
+def namespaced(name: str) -> str:
+    """A metric's name on a dashboard, where the part before the slash makes the panel: `loss` becomes `train/loss`."""
+    if name.startswith("validation_"):
+        return f"validation/{name.removeprefix('validation_')}"
+    if name.startswith("mixer/"):
+        return f"adapter/{name}"
+    if name.startswith(("memory_", "allocator_")):
+        return f"system/{name}"
+    if name.split("/")[0] in {"train", "validation", "eval", "system", "adapter"}:
+        return name
+    return f"train/{name}"

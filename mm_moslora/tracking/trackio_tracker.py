@@ -1,0 +1,83 @@
+"""trackio: local first, the dashboard with `trackio show --project PROJECT`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.tracking.mixer_images import mixer_views
+from mm_moslora.tracking.tracker import PROJECT, Ending, Labels, Sample, default_name, flat, headline, namespaced
+
+
+class TrackioTracker:
+    """One trackio run per run folder, in trackio's own store on this machine.
+
+    Args:
+        labels: names; trackio has groups, and no tags and notes.
+    """
+
+    name = "trackio"
+
+    def __init__(self, labels: Labels) -> None:
+        self._labels = labels
+        self._run: Any = None
+
+    def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
+        """See `Tracker.start`."""
+        import trackio
+
+        self._run = trackio.init(
+            project=self._labels.project or PROJECT, name=self._labels.name or default_name(run_folder),
+            group=self._labels.group, config=flat(config),
+            resume="never" if resume_step is None else "allow", embed=False, auto_log_gpu=False, auto_log_cpu=False,
+        )  # fmt: skip
+
+    def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
+        """See `Tracker.reopen`."""
+        self.start(config, run_folder, resume_step=0)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """See `Tracker.log`."""
+        self._run.log({namespaced(name): float(value) for name, value in metrics.items()}, step=step)
+
+    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+        """See `Tracker.log_samples`."""
+        import pandas
+        import trackio
+
+        small = [sample.small() for sample in samples]
+        rows = [
+            {
+                "image": None if picture is None else trackio.Image(picture),
+                "question": sample.question, "expected": sample.expected, "prediction": sample.prediction,
+                "correct": sample.correct,
+            }
+            for sample, picture in zip(samples, small, strict=True)
+        ]  # fmt: skip
+        self._run.log({f"samples/{title}": trackio.Table(dataframe=pandas.DataFrame(rows))}, step=step)
+
+    def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """See `Tracker.log_mixers`."""
+        import trackio
+
+        self._run.log({f"mixers/{view.path}": trackio.Image(view.heat_map) for view in mixer_views(rows)}, step=step)
+
+    def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
+        """Nothing: the folder is already on this disk."""
+
+    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
+        """See `Tracker.log_evaluation`."""
+        self._run.log({**headline(rows), "eval/adapter": adapter or "none"}, step=step)
+
+    def alert(self, title: str, text: str) -> None:
+        """See `Tracker.alert`."""
+        import trackio
+
+        trackio.alert(title, text)
+
+    def finish(self, *, ending: Ending = "finished") -> None:
+        """See `Tracker.finish`."""
+        if self._run is not None:
+            self._run.finish()
+            self._run = None

@@ -1,0 +1,237 @@
+"""Weights & Biases: online where there is a key, offline in the run folder where there is none.
+
+The run's id lies in `RUN/wandb_id.txt`, so a resumed run goes on in the same one. Upload an offline run later with
+`wandb sync RUN/wandb/offline-run-*`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import netrc
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from mm_moslora.tracking.mixer_images import mixer_views
+from mm_moslora.tracking.tracker import (  # fmt: skip
+    PROJECT,
+    Ending,
+    Labels,
+    Sample,
+    adapter_digest,
+    chosen,
+    default_name,
+    headline,
+    namespaced,
+)
+from mm_moslora.utils.redaction import redact_text, redacted_argv
+
+logger = logging.getLogger(__name__)
+
+ID_FILE = "wandb_id.txt"
+INIT_SECONDS = 20.0
+"""How long the service may take to answer before the run goes on offline (the library's own limit is 90 s)."""
+FINISH_SECONDS = 60.0
+"""How long the last upload may take; what is left stays on disk for `wandb sync`."""
+MAX_SAMPLES = 200
+"""Rows of one sample table."""
+STEP = "train/step"
+EXIT_STOPPED = 75
+"""That of `mm-moslora train`: the same command continues the run."""
+
+
+def has_credentials() -> bool:
+    """Whether wandb could log in without asking: a key in the environment, an identity token, or a login file."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    candidates = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
+    for candidate in candidates:
+        path = Path(candidate or "").expanduser()
+        if candidate and path.is_file():
+            try:
+                return netrc.netrc(str(path)).authenticators(host) is not None
+            except (OSError, netrc.NetrcParseError):
+                return False
+    return False
+
+
+class WandbTracker:
+    """One wandb run per run folder.
+
+    Args:
+        labels: names, tags and notes.
+    """
+
+    name = "wandb"
+
+    def __init__(self, labels: Labels) -> None:
+        self._labels = labels
+        self._run: Any = None
+        self._online = False
+
+    def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
+        """See `Tracker.start`. Without a key, or when the service does not answer in time, the run is offline."""
+
+        import wandb
+
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_credentials() else "offline")
+        id_file = run_folder / ID_FILE
+        known = id_file.read_text(encoding="utf-8").strip() if resume_step is not None and id_file.is_file() else ""
+        given = os.environ.get("WANDB_RUN_ID", "")  # a sweep's agent has already named the trial
+        run_id = known or given or uuid.uuid4().hex[:12]
+        try:
+            self._run = self._init(mode, run_id, run_folder, config, resumed=bool(known or given))
+        except Exception as error:
+            if mode in ("offline", "disabled"):
+                raise
+            logger.warning(
+                "wandb did not answer (%s); metrics go to %s/wandb, upload them later with `wandb sync`.",
+                redact_text(str(error)).splitlines()[0][:200], run_folder,
+            )  # fmt: skip
+            wandb.teardown()  # the failed attempt still holds the id
+            self._run = self._init("offline", run_id, run_folder, config, resumed=bool(known or given))
+        id_file.write_text(run_id + "\n", encoding="utf-8")
+        self._online = not self._run.offline
+        # The step is a metric of its own: wandb drops records whose built-in step runs backwards after a resume.
+        self._run.define_metric(STEP, hidden=True)
+        self._run.define_metric("*", step_metric=STEP)
+
+    def _init(self, mode: str, run_id: str, folder: Path, config: Mapping[str, Any], *, resumed: bool) -> Any:
+        if mode != "online":
+            # Its client reports on itself to the service all the same, and waits 10 s at exit where nothing answers.
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb
+
+        with redacted_argv():  # it records the command line, and has no setting against that
+            return wandb.init(
+                **self._named(folder),
+                id=run_id,
+                # An offline run cannot ask the service; its parts meet by id when they are uploaded.
+                resume=None if mode != "online" else ("allow" if resumed else "never"),
+                mode=mode,  # type: ignore[arg-type]
+                dir=str(folder),
+                config=dict(config),
+                reinit="create_new",
+                settings=_settings(),
+            )
+
+    def _named(self, folder: Path) -> dict[str, Any]:
+        """What the recipe says, else wandb's variables, else what fits the folder."""
+        labels = self._labels
+        defaults = {"project": PROJECT, "name": default_name(folder)}
+        found: dict[str, Any] = {
+            name: chosen(getattr(labels, name), f"WANDB_{variable}", f"track.{name}") or defaults.get(name)
+            for name, variable in (
+                ("project", "PROJECT"), ("entity", "ENTITY"), ("name", "NAME"), ("group", "RUN_GROUP"),
+                ("job_type", "JOB_TYPE"), ("notes", "NOTES"),
+            )
+        }  # fmt: skip
+        tags = chosen(",".join(labels.tags), "WANDB_TAGS", "track.tags") or ""
+        return found | {"tags": [tag.strip() for tag in tags.split(",") if tag.strip()]}
+
+    def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
+        """See `Tracker.reopen`."""
+        self.start(config, run_folder, resume_step=0)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """See `Tracker.log`."""
+        self._run.log({STEP: step, **{namespaced(name): float(value) for name, value in metrics.items()}})
+
+    def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
+        """See `Tracker.log_samples`."""
+        import wandb
+
+        table = wandb.Table(columns=["image", "question", "expected", "prediction", "correct"])  # type: ignore[no-untyped-call]
+        for sample in samples[:MAX_SAMPLES]:
+            small = sample.small()
+            image = None if small is None else wandb.Image(small)
+            table.add_data(image, sample.question, sample.expected, sample.prediction, sample.correct)  # type: ignore[no-untyped-call]
+        if len(samples) > MAX_SAMPLES:
+            logger.info("wandb: the first %d of %d samples are logged.", MAX_SAMPLES, len(samples))
+        self._run.log({STEP: step, namespaced(title if "/" in title else f"eval/{title}"): table})
+
+    def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """See `Tracker.log_mixers`: one table with heat maps, and each spectrum as a line."""
+        import wandb
+
+        views = mixer_views(rows)
+        table = wandb.Table(columns=["mixer", "heat map", "largest", "smallest", "figures"])  # type: ignore[no-untyped-call]
+        for view in views:
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in view.figures.items())
+            table.add_data(view.path, wandb.Image(view.heat_map), view.spectrum[0], view.spectrum[-1], figures)  # type: ignore[no-untyped-call]
+        spectra = wandb.Table(  # type: ignore[no-untyped-call]
+            columns=["mixer", "index", "singular value"],
+            data=[[view.path, index, value] for view in views for index, value in enumerate(view.spectrum)],
+        )
+        self._run.log({STEP: step, "adapter/mixers": table, "adapter/spectra": spectra})
+
+    def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
+        """See `Tracker.log_evaluation`: a table, and an artifact whose lineage leads to the adapter."""
+        import wandb
+
+        columns: list[str | int] = ["task", "system", "n", "mean", "low", "high"]
+        keys = ("task", "label", "n", "mean", "low", "high")
+        table = wandb.Table(columns=columns, data=[[row.get(key) for key in keys] for row in rows])  # type: ignore[no-untyped-call]
+        if self._online and adapter is not None:
+            self._run.use_artifact(f"adapter:{_alias(adapter)}")  # an offline run cannot look it up; the digest stays
+        artifact = wandb.Artifact(
+            name=f"evaluation-{self._run.id}", type="evaluation", metadata={"adapter": adapter, "step": step}
+        )
+        artifact.add(table, "scores")
+        self._run.log_artifact(artifact)
+        scores = headline(rows)
+        self._run.log({STEP: step, "eval/scores": table, **scores})
+        self._run.summary.update(scores | {"eval/adapter": adapter})
+
+    def alert(self, title: str, text: str) -> None:
+        """See `Tracker.alert`."""
+        self._run.alert(title=title, text=text, level="WARN", wait_duration=600)
+
+    def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
+        """See `Tracker.log_folder`; the folder becomes an artifact of type `adapter`."""
+        import wandb
+
+        metadata = {}
+        manifest = folder / "adapter_config.json"
+        if manifest.is_file():
+            metadata = json.loads(manifest.read_text(encoding="utf-8"))
+        digest = adapter_digest(folder)
+        if digest is not None:
+            metadata["sha256"] = digest
+            aliases = [*aliases, _alias(digest)]
+        artifact = wandb.Artifact(name=title, type="adapter", metadata=metadata)
+        artifact.add_dir(str(folder))
+        self._run.log_artifact(artifact, aliases=list(aliases))
+
+    def finish(self, *, ending: Ending = "finished") -> None:
+        """See `Tracker.finish`; a run that was stopped becomes wandb's `preempted`."""
+        if self._run is not None:
+            if ending == "stopped":
+                self._run.mark_preempting()
+            self._run.finish(exit_code={"finished": 0, "stopped": EXIT_STOPPED}.get(ending, 1))
+            self._run = None
+
+
+def _alias(digest: str) -> str:
+    """The name of an adapter's version by its weights."""
+    return f"sha256-{digest[:12]}"
+
+
+def _settings() -> Any:
+    import wandb
+
+    wanted: dict[str, Any] = {
+        "init_timeout": INIT_SECONDS,
+        "login_timeout": INIT_SECONDS,
+        "finish_timeout": FINISH_SECONDS,
+        "console": "off",  # progress bars stay ours, and nothing printed leaves the machine
+        "silent": True,
+        "disable_git": True,  # a remote's address may hold a password; the commit is in the configuration
+    }
+    known = wandb.Settings.model_fields  # older versions have no limit on finishing and refuse unknown settings
+    return wandb.Settings(**{name: value for name, value in wanted.items() if name in known})

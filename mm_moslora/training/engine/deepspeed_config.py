@@ -1,0 +1,208 @@
+"""DeepSpeed's settings: a preset or file, filled with what the recipe decides; and its start on this machine."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Iterable, KeysView, Mapping
+from typing import Any
+
+import torch
+
+from mm_moslora.config import TrainConfig
+from mm_moslora.training.engine.deepspeed_presets import read_preset
+from mm_moslora.training.parameter_groups import ParameterGroup
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.hardware import extensions_folder, stale_locks
+from mm_moslora.utils.package_requirements import install_command
+from mm_moslora.utils.run_paths import shipped_folder
+
+logger = logging.getLogger(__name__)
+
+PERSISTENT = 1_000_000
+"""Elements up to which ZeRO-3 leaves weights whole on every rank, where adapters are no larger."""
+
+
+def deepspeed_config(
+    train: TrainConfig, precision: str, max_grad_norm: float, *, largest_adapter: int = 0
+) -> dict[str, Any]:
+    """A preset or file, filled with what the recipe decides.
+
+    Args:
+        train: the recipe's `train`.
+        precision: resolved.
+        max_grad_norm: from `optim`.
+        largest_adapter: elements of it, see `largest_adapter`; ZeRO-3 leaves weights of that size whole.
+
+    Raises:
+        ConfigError: no such preset, or the file contradicts the recipe.
+    """
+    config = read_preset(train.zero)
+    world = distributed.world_size()
+    filled = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": max(1, train.global_batch // (train.micro_batch * world)),
+        # These two changed their defaults in 0.19.3, so they are always written.
+        "gradient_clipping": max_grad_norm,
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
+        "fp16": {"enabled": precision == "fp16"},
+        "steps_per_print": 10**9,
+    }
+    for key, value in filled.items():
+        given = config.get(key, "auto")
+        if isinstance(value, dict):
+            merged = dict(given) if isinstance(given, dict) else {}
+            merged.update({name: item for name, item in value.items() if merged.get(name, "auto") == "auto"})
+            if merged["enabled"] != value["enabled"]:
+                raise ConfigError(
+                    f"{train.zero}: {key}.enabled is {merged['enabled']}, but train.precision is {precision}. "
+                    'Write "auto" in the DeepSpeed file or change train.precision.'
+                )
+            config[key] = merged
+        elif given == "auto" or key == "train_micro_batch_size_per_gpu":
+            config[key] = value
+    zero = config.get("zero_optimization", {})
+    threshold = "stage3_param_persistence_threshold"
+    if zero.get("stage") == 3 and zero.get(threshold, "auto") == "auto":
+        zero[threshold] = max(PERSISTENT, largest_adapter)
+    if train.compile is not None and zero.get("stage") == 3:
+        raise ConfigError(
+            f"train.compile is {train.compile!r} with train.zero {train.zero}. Compiled layers are tried on ZeRO-0 to "
+            "2 and plain torch; the hooks by which ZeRO-3 fetches weights break their graphs. Take zero2, or leave "
+            "train.compile out."
+        )
+    config.pop("train_batch_size", None)
+    config.setdefault("zero_allow_untested_optimizer", True)
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+    unused = [key for key in ("optimizer", "scheduler") if config.pop(key, None) is not None]
+    if unused and distributed.is_main():
+        logger.warning("%s: %s left out, since the recipe decides (optim).", train.zero, " and ".join(unused))
+    return config
+
+
+def check_settings(config: dict[str, Any], zero: str) -> None:
+    """Have DeepSpeed read the settings of a user's file, so that it refuses them before a model is loaded.
+
+    Outside its groups DeepSpeed passes over keys that it does not know: one that resembles a known key is refused here,
+    others are named.
+
+    Args:
+        config: from `deepspeed_config`.
+        zero: the recipe's `train.zero`, a JSON file.
+
+    Raises:
+        ConfigError: with DeepSpeed's words, or a key that it does not know.
+    """
+    import deepspeed
+
+    given = _Noted(config)
+    try:
+        deepspeed.DeepSpeedConfig(given)
+    except Exception as error:
+        raise deepspeed_refuses(zero, error) from error
+    for key in [key for key in config if key not in given.asked]:
+        if close := difflib.get_close_matches(key, given.asked, n=1, cutoff=0.8):
+            raise ConfigError(f"train.zero {zero}: DeepSpeed knows no key {key!r}. Did you mean {close[0]!r}?")
+        if distributed.is_main():
+            logger.warning("train.zero %s: DeepSpeed knows no key %r and passes over it.", zero, key)
+
+
+def deepspeed_refuses(zero: str, error: Exception) -> ConfigError:
+    """What to say of a file that DeepSpeed does not take.
+
+    Args:
+        zero: the file.
+        error: DeepSpeed's.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return ConfigError(
+        f"DeepSpeed refuses train.zero {zero}: {' '.join(line.strip() for line in lines[:3])}. "
+        f"{shipped_folder('deepspeed_configs')} has files to begin with."
+    )
+
+
+class _Noted(dict[str, Any]):
+    """Settings that note which keys are asked for, also in copies of them."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def keys(self) -> Any:
+        return KeysView(self)  # whose `in` asks here
+
+
+def largest_adapter(groups: Iterable[ParameterGroup]) -> int:
+    """Elements of the largest A, B or mixer among the trained parameters; 0 without adapters."""
+    members = (pair for group in groups for pair in zip(group.names, group.parameters, strict=True))
+    return max((parameter.numel() for name, parameter in members if "lora_" in name), default=0)
+
+
+def import_deepspeed(zero: str) -> None:
+    """Import DeepSpeed, told which device it is for.
+
+    Args:
+        zero: the recipe's `train.zero`.
+
+    Raises:
+        ConfigError: it does not import.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions_folder(os.environ)))
+    os.environ.setdefault("LOCAL_RANK", str(distributed.local_rank()))  # deepspeed insists on it
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"train.zero is {zero!r}, but deepspeed does not import ({error}). Install it "
+            f"({install_command('deepspeed')}), or run one process with train.zero none."
+        ) from error
+
+
+def prepare_deepspeed(zero: str) -> None:
+    """Make DeepSpeed start on a machine without a compiler.
+
+    On CPUs it would otherwise build a shared-memory op that only inference uses, for minutes, and die without ninja.
+
+    Args:
+        zero: the recipe's `train.zero`.
+
+    Raises:
+        ConfigError: it does not import.
+    """
+    import_deepspeed(zero)
+    import deepspeed.ops
+
+    _warn_of_stale_locks()
+    if os.environ["DS_ACCELERATOR"] == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    import deepspeed.comm as comm
+
+    comm.init_distributed(dist_backend=None, verbose=False)
+
+
+def _warn_of_stale_locks() -> None:
+    """A build that was killed leaves a lock; whoever needs the same operator then waits for it without a word."""
+    folder = extensions_folder(os.environ)
+    locks = stale_locks(folder) if folder.is_dir() and distributed.local_rank() == 0 else []
+    if locks:
+        logger.warning(
+            "A killed build left %s. If an operator must be built, this run will wait for ever; when nothing is being "
+            "built now: rm %s",
+            ", ".join(map(str, locks)), " ".join(map(str, locks)),
+        )  # fmt: skip

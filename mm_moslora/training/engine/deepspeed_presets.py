@@ -1,0 +1,45 @@
+"""DeepSpeed's settings as files: the shipped presets by name, and a user's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.utils.errors import ConfigError, suggestion
+from mm_moslora.utils.files import read_json
+from mm_moslora.utils.run_paths import shipped_folder
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The settings that `train.zero` names.
+
+    Args:
+        name: of a preset, or a path that ends in `.json`.
+
+    Raises:
+        ConfigError: no such preset or file, or it holds something else than settings.
+    """
+    path = _file(name)
+    try:
+        settings: dict[str, Any] = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"train.zero is {name!r}, which is no JSON object of DeepSpeed's settings ({error})."
+        ) from error
+    zero = settings.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ConfigError(f"train.zero {name}: zero_optimization is {zero!r}, expected a group of keys.")
+    return settings
+
+
+def _file(name: str) -> Path:
+    path = Path(name)
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise ConfigError(f"train.zero is {name!r}, which does not exist.")
+        return path
+    folder = shipped_folder("deepspeed_configs")
+    if (folder / f"{name}.json").is_file():
+        return folder / f"{name}.json"
+    known = sorted({file.stem for file in folder.glob("*.json")} | {"none"})
+    raise ConfigError(f"train.zero is {name!r}, expected {', '.join(known)} or a JSON file.{suggestion(name, known)}")

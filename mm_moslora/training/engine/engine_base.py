@@ -1,0 +1,276 @@
+"""The interface of the engines, and the optimiser step that they share."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mm_moslora.adapters import one_product_per_step
+from mm_moslora.batch import Batch, Example
+from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
+from mm_moslora.models.vision.frozen_tower import PictureMemory
+from mm_moslora.models.vlm import TOWERS, supervised_hidden
+from mm_moslora.training.engine.optimizer_state import HostState, Piece, StoredState
+from mm_moslora.training.engine.stiefel_manifold import Manifold
+from mm_moslora.training.parameter_groups import ParameterGroup
+from mm_moslora.utils import distributed
+
+
+class LossModule(nn.Module):
+    """What an engine wraps: a micro-batch in, the sum of its token losses out."""
+
+    def __init__(self, model: PreTrainedModel, dummy: Example | None, *, memory: PictureMemory | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.dummy = None if dummy is None else Batch.from_examples([dummy])
+        self.pictures = PictureMemory() if memory is None else memory
+        """What a frozen tower has already encoded."""
+
+    def forward(self, batch: Batch, needs_vision: bool, right: Tensor | None = None) -> Tensor:
+        """Sum of cross entropies over the batch's supervised tokens, fp32 scalar.
+
+        Args:
+            batch: on the model's device.
+            needs_vision: some rank has images in this micro-batch, so every rank must run the vision path.
+            right: see `head_loss_sum`.
+        """
+        dummy = self.dummy.to(batch.input_ids.device) if self.dummy and needs_vision and not batch.images else None
+        hidden = supervised_hidden(self.model, batch, dummy=dummy, memory=self.pictures)
+        return head_loss_sum(self.model, hidden, batch.targets, right)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimiser step did."""
+
+    loss: float
+    """Mean cross entropy per supervised token, over all ranks."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    applied: bool
+    """False when the step was skipped because a loss or gradient was not finite."""
+    supervised_tokens: int
+    """Over all ranks."""
+    tokens: int
+    """Over all ranks, visual tokens included."""
+    images: int
+    """Over all ranks."""
+    samples: int = 0
+    """Over all ranks."""
+    right_tokens: int = 0
+    """Supervised tokens than which no other was more probable, over all ranks."""
+    wait_seconds: float = field(default=0.0, compare=False)
+    """For which this rank waited at the start of the step until the others had come."""
+    own_loss_is_finite: bool = True
+    """Whether this rank's part of the loss is finite; looked at where the step was skipped."""
+    rescaling: bool = False
+    """A skipped step that only means that fp16's loss scale was still too large; it has been lowered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSums:
+    """What was measured on some batches, over all ranks."""
+
+    loss: float
+    """Sum of the cross entropies."""
+    right: float
+    """Supervised tokens than which no other was more probable."""
+    tokens: float
+    """Supervised tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What came of the end of a step."""
+
+    total: float
+    """Sum of all token losses."""
+    right: float
+    """See `StepResult.right_tokens`."""
+    grad_norm: float
+    """See `StepResult.grad_norm`."""
+    applied: bool
+    """See `StepResult.applied`."""
+
+
+class Engine(ABC):
+    """Runs optimiser steps and keeps the optimiser's state."""
+
+    shares_products = True
+    """Micro-batches share the adapters' products; ZeRO-3 has the factors whole within a layer's passes only."""
+
+    replicated = False
+    """Every rank holds all pieces."""
+
+    def __init__(self, module: LossModule, groups: Sequence[ParameterGroup]) -> None:
+        self.module = module
+        self.groups = list(groups)
+        self.device = distributed.device()
+        self.manifold = Manifold(module, self._named_trainable(), self.device)
+
+    def step(self, micro_batches: Sequence[Batch], lr_factor: float) -> StepResult:
+        """One optimiser step.
+
+        Args:
+            micro_batches: this rank's; every rank must pass the same number.
+            lr_factor: factor on each group's peak learning rate.
+        """
+        counts = [
+            float(sum(batch.supervised_tokens for batch in micro_batches)),
+            float(sum(batch.tokens for batch in micro_batches)),
+            float(sum(batch.images for batch in micro_batches)),
+            float(sum(len(batch.ids) for batch in micro_batches)),
+            *(float(batch.images > 0) for batch in micro_batches),
+        ]
+        started = time.monotonic()
+        supervised, tokens, images, samples, *with_images = distributed.sum_over_ranks(counts)
+        wait_seconds = time.monotonic() - started
+        self._begin_step(with_images)
+        self.module.pictures.begin_step(micro_batches)
+        # Added up where it is computed, and read when everything is under way: the host waits for the device once.
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        right = torch.zeros((), dtype=torch.int64, device=self.device)
+        scale = distributed.world_size() / max(1.0, supervised)
+        # Towers sit out micro-batches without pictures; what is shared must be part of the last one.
+        sharing = one_product_per_step(self.module, leave_out=TOWERS) if self.shares_products else nullcontext()
+        with sharing as window:
+            for index, batch in enumerate(micro_batches):
+                last = index == len(micro_batches) - 1
+                if last and window is not None:
+                    window.last_micro_batch()
+                loss = self._forward(batch.to(self.device), with_images[index] > 0, right, last=last)
+                total += loss.detach()
+                self._backward(loss * scale, last=last)
+        sums = torch.stack((total, right.double()))
+        distributed.add_up(sums)
+        lowers_scale = self.can_lower_scale
+        before = self._on_manifold()
+        update = self._update(lr_factor, sums)
+        applied, norm = update.applied, update.grad_norm
+        if before and applied:
+            self.manifold.pull_back(before, self._on_manifold(), self.pieces())
+        return StepResult(
+            loss=update.total / max(1.0, supervised), grad_norm=norm, applied=applied,
+            supervised_tokens=int(supervised), tokens=int(tokens), images=int(images), samples=int(samples),
+            right_tokens=int(update.right), wait_seconds=wait_seconds,
+            own_loss_is_finite=applied or math.isfinite(float(total)),
+            rescaling=math.isfinite(update.total) and not applied and lowers_scale,
+        )  # fmt: skip
+
+    def _begin_step(self, with_images: list[float]) -> None:  # noqa: B027  (most engines need nothing)
+        """Prepare for a step.
+
+        Args:
+            with_images: ranks with pictures, per micro-batch; may be changed to have the vision path run there.
+        """
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor on the loss before the backward pass (fp16), else 1."""
+        return 1.0
+
+    @property
+    def can_lower_scale(self) -> bool:
+        """Whether a gradient that is not finite would have the loss scale lowered (fp16)."""
+        return False
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Batch]) -> TokenSums:
+        """Measure batches without a gradient."""
+        flags = distributed.sum_over_ranks([float(batch.images > 0) for batch in micro_batches])
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        right = torch.zeros((), dtype=torch.int64, device=self.device)
+        for batch, with_images in zip(micro_batches, flags, strict=True):
+            total += self._evaluate(batch.to(self.device), with_images > 0, right)
+        (count,) = distributed.sum_over_ranks([float(sum(batch.supervised_tokens for batch in micro_batches))])
+        sums = torch.stack((total, right.double()))
+        distributed.add_up(sums)
+        loss, over_all = sums.tolist()
+        return TokenSums(loss=loss, right=over_all, tokens=count)
+
+    @abstractmethod
+    def _forward(self, batch: Batch, needs_vision: bool, right: Tensor, *, last: bool) -> Tensor: ...
+
+    @abstractmethod
+    def _evaluate(self, batch: Batch, needs_vision: bool, right: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _backward(self, loss: Tensor, *, last: bool) -> None: ...
+
+    @abstractmethod
+    def _update(self, lr_factor: float, sums: Tensor) -> Update:
+        """Clip, and step if everything is finite.
+
+        Args:
+            lr_factor: factor on each group's peak learning rate.
+            sums: fp64 ``[2]`` on the device, over all ranks: of all token losses, and of the right tokens.
+        """
+
+    @abstractmethod
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Full fp32 values of every trainable parameter by name, on the CPU, the same on every rank."""
+
+    @abstractmethod
+    def pieces(self) -> list[Piece]:
+        """The optimiser state that this rank holds, as views; see `mm_moslora.training.engine.optimizer_state`."""
+
+    @abstractmethod
+    def refresh(self, stored: StoredState) -> None:
+        """Take over masters that were just written into `pieces`."""
+
+    @torch.no_grad()
+    def component_norms(self) -> dict[str, float]:
+        """`weight_norm/COMPONENT` and `momentum_norm/COMPONENT` over all ranks; every rank calls it.
+
+        The momentum is Adam's mean of the last gradients, after clipping: the one trace of a component's gradients that
+        every ZeRO stage keeps.
+        """
+        component = {name: group.name.partition("/")[0] for group in self.groups for name in group.names}
+        kinds = {"weight_norm": lambda piece: piece.master, "momentum_norm": lambda piece: piece.moments["exp_avg"]}
+        parts: dict[str, list[Tensor]] = {f"{kind}/{name}": [] for kind in kinds for name in component.values()}
+        for piece in self.pieces():
+            for kind, values in kinds.items():
+                parts[f"{kind}/{component[piece.name]}"].append(values(piece).float())
+        norms = [nn.utils.get_total_norm(tensors).to(self.device) for tensors in parts.values()]
+        squares = torch.stack(norms).double().square_()
+        distributed.add_up(squares)
+        copies = distributed.world_size() if self.replicated else 1
+        return {name: math.sqrt(total / copies) for name, total in zip(parts, squares.tolist(), strict=True)}
+
+    def copy_state(self) -> HostState:
+        """This rank's share of the optimiser state, copied to main memory."""
+        return HostState.copy_of(self.pieces(), scaler={})
+
+    def load_state(self, folders: Sequence[Path]) -> None:
+        """Read what any number of ranks on any ZeRO stage wrote.
+
+        Args:
+            folders: of every rank that wrote.
+        """
+        with StoredState(folders) as stored:
+            stored.fill(self.pieces())
+            self.refresh(stored)
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """A context in which every rank holds all weights whole, and its model runs without the other ranks."""
+        return nullcontext()
+
+    def close(self) -> None:  # noqa: B027  (most engines hold nothing)
+        """Free what the engine holds outside the module."""
+
+    def _on_manifold(self) -> dict[str, Tensor]:
+        kept = self.manifold.factors  # engines without it are not asked for their pieces
+        return self.manifold.whole(self.pieces(), replicated=self.replicated) if kept else {}
+
+    def _named_trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [pair for group in self.groups for pair in zip(group.names, group.parameters, strict=True)]

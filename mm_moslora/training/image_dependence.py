@@ -1,0 +1,226 @@
+"""Whether the model looks at its images: checked once a start, after the first step that shows some.
+
+A library may take a keyword argument and ignore it. A model then trains without its images, or without some of several,
+and nothing else tells.
+
+Shapes: ``K`` supervised positions of the batch, ``D`` width.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+import transformers
+from torch import Tensor
+
+from mm_moslora.batch import Batch
+from mm_moslora.models.vision.frozen_tower import PictureMemory
+from mm_moslora.models.vlm import is_multimodal
+from mm_moslora.training.engine import LossModule, StepResult
+from mm_moslora.training.run_setup import Run
+from mm_moslora.training.validation import undisturbed
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import TrainingError
+
+_SEED = 20_261_127
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replaced:
+    """An image of a record that answers come after, for noise to take its place."""
+
+    what: str
+    """For a message: `image 2 of 3 of record r7`."""
+    of: int
+    """Images of the record that an answer comes after."""
+    rows: slice
+    """Of `Batch.pixel_values`."""
+    targets: slice
+    """Of `Batch.target_positions`: the record's."""
+
+
+class ImageCheck:
+    """Compares what the head reads with what it reads when noise takes the place of an image of every record, and looks
+    at the gradients of projector and tower.
+
+    It changes neither weights nor generators. All ranks call it together.
+
+    Args:
+        run: that trains.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.done = not is_multimodal(run.assembly.model)
+
+    def __call__(self, micro_batches: Sequence[Batch], result: StepResult) -> None:
+        """Check, if it has not been done and the step allows it.
+
+        Args:
+            micro_batches: this rank's of the step that was taken.
+            result: of the step.
+
+        Raises:
+            TrainingError: an image changes nothing, or a part that trains got no gradient.
+        """
+        if self.done or not result.images or not result.applied:
+            return
+        token = getattr(self.run.assembly.model.config, "image_token_id", None)
+        chosen = [to_replace(batch, token) for batch in micro_batches]
+        # The micro-batch with most records of several images shows most.
+        most = distributed.max_over_ranks([len(items) / 2**20 + sum(item.of > 1 for item in items) for items in chosen])
+        if not any(most):
+            return
+        self.done = True
+        number = most.index(max(most))
+        self._compare(micro_batches[number], chosen[number])
+        self._look_at_gradients()
+
+    def _compare(self, batch: Batch, chosen: Sequence[Replaced]) -> None:
+        """Two forward passes in evaluation mode; ranks without images take part."""
+        plain = replace(batch, image_keys=())
+        noise = plain if batch.pixel_values is None else replace(plain, pixel_values=with_noise(batch, chosen))
+        compiled = self.run.recipe.train.compile is not None
+        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        engine = self.run.engine
+        with undisturbed(self.run), _without_memory(engine.module), eager, _read_by_head(engine.module) as read:
+            engine.evaluate([plain])
+            engine.evaluate([noise])
+        same = (read[0] == read[1]).all(dim=-1).cpu()  # [K]
+        ignored = [item.what for item in chosen if bool(same[item.targets].all())]
+        found = distributed.gather_objects((len(chosen), ignored))
+        everywhere = [what for _, items in found for what in items]
+        if everywhere:
+            tried = sum(count for count, _ in found)
+            model = type(self.run.assembly.model).__name__
+            raise TrainingError(
+                f"The loss does not depend on the images: with noise in place of {', '.join(everywhere[:4])} "
+                f"({len(everywhere)} of {tried} that were tried), all that the answers are predicted from is the same "
+                f"to the last digit. {model} under transformers {transformers.__version__} ignores such images; "
+                f"{_REMEDY}"
+            )
+
+    def _look_at_gradients(self) -> None:
+        """Adam's momentum is the trace of gradients that every ZeRO stage keeps."""
+        norms = self.run.engine.component_norms()
+        for part in ("projector", "vision"):
+            found = [norm for name, norm in norms.items() if name.startswith(f"momentum_norm/{part}")]
+            if found and not any(found):
+                raise TrainingError(
+                    f"The loss depends on the images, but what trains of model.{part} got a gradient of exactly 0 in "
+                    f"step {self.run.step}: it would stay as it is. Freeze it (model.{part}.mode), or have the loss "
+                    f"read what it gives (model.vision.feature_layer). If it does already: {_REMEDY}"
+                )
+
+
+_REMEDY = (
+    "run `mm-moslora doctor`, install versions in the ranges that it names, and report this if they are. Nothing of "
+    "this step was saved."
+)
+
+
+def to_replace(batch: Batch, token: int | None) -> list[Replaced]:
+    """An image of every record that a supervised token of the same conversation comes after.
+
+    Of a record with several images it is one: its second where it is the first such record, the one behind that in the
+    next. A model that reads the first or the last image alone is found by a single record of three.
+
+    Args:
+        batch: in main memory.
+        token: the placeholder; None: any place counts.
+    """
+    if batch.pixel_values is None:
+        return []
+    starts = [0, *itertools.accumulate(batch.segment_lengths)]
+    bounds = torch.searchsorted(batch.target_positions, torch.tensor(starts)).tolist()
+    found: list[Replaced] = []
+    row = several = 0
+    for number, own in enumerate(batch.image_rows or [None] * len(batch.segment_lengths)):
+        targets = slice(bounds[number], bounds[number + 1])
+        behind = batch.target_positions[targets] - starts[number]
+        ids = batch.input_ids[starts[number] : starts[number + 1]]
+        count = _images_read(ids, behind, token, images=1 if own is None else len(own))
+        image = (several + 1) % count if count > 1 else 0
+        several += count > 1
+        edges = list(itertools.accumulate(own or (), initial=row))
+        rows = slice(None) if own is None else slice(edges[image], edges[min(image + 1, len(edges) - 1)])
+        row = edges[-1]
+        if count and bool(batch.pixel_values[rows].any()):  # what is zero throughout only fills up
+            what = "the images" if own is None else f"image {image + 1} of {len(own)}"
+            name = batch.ids[number] if batch.ids else str(number)
+            found.append(Replaced(what=f"{what} of record {name}", of=count, rows=rows, targets=targets))
+    return found
+
+
+def _images_read(ids: Tensor, behind: Tensor, token: int | None, *, images: int) -> int:
+    """How many of a conversation's images, from the first on, are known to come before a supervised position.
+
+    Args:
+        ids: of the conversation.
+        behind: its supervised positions.
+        token: the placeholder; None: any place counts.
+        images: how many it has.
+    """
+    if not images or not len(behind):
+        return 0
+    if token is None:
+        return images
+    places, last = (ids == token).nonzero(), int(behind.max())
+    if not len(places) or int(places[0]) > last:
+        return 0
+    return images if int(places[-1]) <= last else 1
+
+
+def with_noise(batch: Batch, chosen: Sequence[Replaced]) -> Tensor:
+    """A batch's images, noise in place of some.
+
+    Args:
+        batch: has images.
+        chosen: which.
+    """
+    assert batch.pixel_values is not None
+    noise, pixels = noise_like(batch.pixel_values), batch.pixel_values.clone()
+    for item in chosen:
+        pixels[item.rows] = noise[item.rows]
+    return pixels
+
+
+def noise_like(pixels: Tensor) -> Tensor:
+    """Other images of the same form.
+
+    Tiles that are zero throughout stay zero: models tell by it that a picture has fewer tiles than others.
+
+    Args:
+        pixels: ``[..., 3, H, W]``, or patches ``[P, E]``.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    noise = torch.randn(pixels.shape, generator=generator).to(pixels)
+    if pixels.ndim < 5:
+        return noise
+    shown = pixels.flatten(-3).any(dim=-1)
+    return noise * shown[..., None, None, None]
+
+
+@contextmanager
+def _without_memory(module: LossModule) -> Iterator[None]:
+    """Features on disk and of earlier micro-batches are neither read nor written."""
+    kept, module.pictures = module.pictures, PictureMemory()
+    try:
+        yield
+    finally:
+        module.pictures = kept
+
+
+@contextmanager
+def _read_by_head(module: LossModule) -> Iterator[list[Tensor]]:
+    """What the head is given in each forward pass, ``[K, D]``."""
+    read: list[Tensor] = []
+    hook = module.model.get_output_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    try:
+        yield read
+    finally:
+        hook.remove()

@@ -1,0 +1,68 @@
+"""What GPUs can do, by their name: peak, memory and bandwidth; and lists of them as people write them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from mm_moslora.utils.errors import ConfigError, suggestion
+
+DENSE_TFLOPS = {
+    "B200": 2250.0, "H200": 989.0, "H100 PCIE": 756.0, "H100": 989.0, "H800": 989.0, "H20": 148.0, "GH200": 989.0,
+    "A100": 312.0, "A800": 312.0, "L40S": 362.0, "L4": 121.0, "A10G": 125.0, "A10": 125.0, "A6000": 155.0,
+    "RTX 6000 ADA": 364.0, "RTX 5090": 209.0, "RTX 4090": 165.0, "RTX 3090": 71.0, "V100": 125.0, "T4": 65.0,
+    "MI300X": 1307.0, "MI250X": 383.0,
+}  # fmt: skip
+"""Dense half-precision peak by a part of the device's name, TFLOP/s (makers' data sheets; fp32 accumulation). The
+longest matching name counts. V100 and T4: fp16, they have no bf16."""
+
+MEMORY_GB = {
+    "A100-40G": ("A100", 40, 230), "A100-80G": ("A100", 80, 230), "A800-80G": ("A800", 80, 160),
+    "H100-80G": ("H100", 80, 370), "H800-80G": ("H800", 80, 160), "H200-141G": ("H200", 141, 370),
+    "H20-96G": ("H20", 96, 370), "B200-180G": ("B200", 180, 700), "L40S-48G": ("L40S", 48, 20),
+    "L4-24G": ("L4", 24, 20), "A10-24G": ("A10", 24, 20), "A6000-48G": ("A6000", 48, 20),
+    "RTX3090-24G": ("RTX 3090", 24, 10), "RTX4090-24G": ("RTX 4090", 24, 10), "RTX5090-32G": ("RTX 5090", 32, 20),
+    "V100-32G": ("V100", 32, 120), "T4-16G": ("T4", 16, 8), "MI300X-192G": ("MI300X", 192, 300),
+}  # fmt: skip
+"""Name: peak's name in `DENSE_TFLOPS`, memory in GB, bandwidth between GPUs of one machine in GB/s (usual wiring)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpus:
+    """What a run has."""
+
+    name: str
+    count: int
+    memory: float
+    """Bytes of one."""
+    peak: float
+    """Dense half-precision FLOP/s of one."""
+    bandwidth: float
+    """Bytes per second between them."""
+
+
+def device_peak(name: str) -> float | None:
+    """Dense half-precision FLOP/s of a device by the name that its driver gives, or None: not known."""
+    words = name.upper().replace("-", " ")
+    found = [key for key in DENSE_TFLOPS if f" {key} " in f" {words} ".replace(" NVIDIA ", " ")]
+    return DENSE_TFLOPS[max(found, key=len)] * 1e12 if found else None
+
+
+def parse_gpus(text: str) -> Gpus:
+    """`8xA100-80G` as `Gpus`; memory may be left out where a card has one size.
+
+    Raises:
+        ConfigError: not of that form, or an unknown card.
+    """
+    match = re.fullmatch(r"(?:([0-9]+)x)?([A-Za-z0-9]+)(?:-([0-9]+)G?B?)?", text.strip())
+    if match is None or not re.fullmatch("[1-9][0-9]{0,5}", match[1] or "1"):
+        raise ConfigError(f"{text!r} is no list of GPUs, expected COUNTxNAME-MEMORY such as 8xA100-80G.")
+    name = match[2].upper() + (f"-{match[3]}G" if match[3] else "")
+    found = [key for key in MEMORY_GB if key == name or (not match[3] and key.startswith(f"{name}-"))]
+    if len(found) != 1:
+        raise ConfigError(f"{text!r} names no known GPU.{suggestion(name, MEMORY_GB)} Known: {', '.join(MEMORY_GB)}.")
+    peak, memory, bandwidth = MEMORY_GB[found[0]]
+    return Gpus(
+        name=found[0], count=int(match[1] or 1), memory=memory * 1e9, peak=DENSE_TFLOPS[peak] * 1e12,
+        bandwidth=bandwidth * 1e9,
+    )  # fmt: skip

@@ -1,0 +1,108 @@
+"""What the mixers learned: the matrices before and after, with a few figures each, as JSON for the report.
+
+Shapes: a mixer is ``[R, R]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mm_moslora.adapters.adapter_inspection import describe, summary
+from mm_moslora.adapters.adapter_targets import named_adapter_layers
+from mm_moslora.utils.files import replace_json
+
+SHOWN = 12
+"""Mixers written out in full; the rest have their figures only."""
+LARGEST = 64
+"""Side above which a mixer's picture is averaged down."""
+
+
+def mixer_matrices(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mixers of a trainable state as ``[R, R]``, by module path.
+
+    Args:
+        state: parameter name to full fp32 value.
+    """
+    mixers = {name: value.float() for name, value in state.items() if ".lora_mixer" in name}
+    return {
+        name.split(".lora_mixer")[0].removeprefix("model."): torch.diag(mixer) if mixer.ndim == 1 else mixer.clone()
+        for name, mixer in mixers.items()
+    }
+
+
+def mixer_figures(matrix: Tensor) -> dict[str, float]:
+    """Distance from identity and from the nearest orthogonal matrix, condition number, effective rank.
+
+    Distances are Frobenius norms divided by ``sqrt(R)``; the effective rank is the participation ratio of the squared
+    singular values.
+    """
+    rank = matrix.shape[0]
+    u, s, v = torch.linalg.svd(matrix.double())
+    energy = s.square()
+    return {
+        "distance_from_identity": float((matrix.double() - torch.eye(rank).double()).norm() / rank**0.5),
+        "distance_from_orthogonal": float((matrix.double() - u @ v).norm() / rank**0.5),
+        "condition": float(s[0] / s[-1].clamp_min(1e-30)),
+        "effective_rank": float(energy.sum().square() / energy.square().sum().clamp_min(1e-30)),
+    }
+
+
+def adapter_metrics(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, float]:
+    """Means over the adapted modules for a tracker, under `mixer/...`; see `adapter_inspection.summary`.
+
+    Args:
+        model: with adapters inside; gives what does not train.
+        state: parameter name to full fp32 value, as `Engine.trainable_state` gives it: live weights may be shards.
+
+    Returns:
+        Finite numbers only (a mixer of lower rank has no condition number); empty without adapters.
+    """
+    whole = {name.removeprefix("model."): value for name, value in state.items()}
+    reports = []
+    for path, layer in named_adapter_layers(model):
+        for name in layer.adapter_names():
+            kept = layer.factors(name)
+            inside = {
+                key.removeprefix(f"{path}.").partition(".")[0]: value
+                for key, value in whole.items()
+                if key.startswith(f"{path}.lora_") and f".{name}" in key
+            }
+            A = inside.get("lora_A", inside.get("lora_embedding_A", kept.A))
+            B = inside.get("lora_B", inside.get("lora_embedding_B", kept.B))
+            M = inside.get("lora_mixer", kept.M)
+            reports.append(describe(path, A.cpu(), None if M is None else M.cpu(), B.cpu(), kept.scaling))
+    found = summary(reports) if reports else {}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def write_mixers(path: Path, *, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[dict[str, object]]:
+    """Write `mixers.json`, where there are mixers, and give what was written.
+
+    Args:
+        path: the file.
+        before: mixers at step 0.
+        after: mixers at the end.
+    """
+    chosen = set(list(after)[:: max(1, len(after) // SHOWN)][:SHOWN])
+    rows: list[dict[str, object]] = []
+    for name, matrix in after.items():
+        moved = float((matrix - before[name]).norm() / before[name].norm().clamp_min(1e-30))
+        row: dict[str, object] = {"path": name, "rank": matrix.shape[0], **mixer_figures(matrix), "moved": moved}
+        if name in chosen:
+            row["after"] = _picture(matrix)
+            row["before"] = _picture(before[name])
+        rows.append(row)
+    if rows:
+        replace_json(path, rows)
+    return rows
+
+
+def _picture(matrix: Tensor) -> list[list[float]]:
+    if matrix.shape[0] > LARGEST:
+        matrix = torch.nn.functional.adaptive_avg_pool2d(matrix[None], LARGEST)[0]
+    return [[round(value, 4) for value in row] for row in matrix.tolist()]

@@ -1,0 +1,251 @@
+"""How many floating-point operations a training step takes, counted from the model; and how many a device can do.
+
+Shapes: ``S`` tokens, ``K`` supervised positions, ``D`` LLM width, ``R`` rank, ``C`` vocabulary, ``N`` images.
+
+A multiply-add is two. With ``g`` = 1 under full gradient checkpointing, else 0, per token and linear layer of ``n``
+weights: ``2 n`` forward, ``2 n`` for the input's gradient, ``2 n`` for the weight's where it trains, ``2 n g`` again.
+A frozen base therefore costs 4 N per token (6 N checkpointed), an adapter of ``a = r (d_in + d_out)`` weights 6 a, full
+tuning 6 N. The fused mixer costs ``8 d_out r^2`` per layer and micro-batch, whatever the tokens. Causal attention costs
+``12 D`` per pair of tokens that see each other. The head scores supervised positions only, and so does what lies behind
+the last layer's attention where the layers are lean. A frozen tower runs forward once. Embeddings, norms and
+activations are left out (below 1 %).
+
+MFU is these FLOPs without the recomputation (g = 0), over time, over the devices' dense peak in the training precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mm_moslora.adapters.adapter_targets import named_base_modules
+from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
+from mm_moslora.models.memory_efficient.decoder_layers import drops_positions
+from mm_moslora.models.pretrained_vlm import tower_path
+from mm_moslora.models.vlm import is_multimodal, part_of, projectors
+from mm_moslora.training.metrics.vision_flops import Sight, TowerShape
+
+_POOLS = (".head.", ".attn_pool.", ".pooler.")
+"""Parts of towers that see one token of a picture, if any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """What a step works on."""
+
+    tokens: int
+    supervised: int
+    pairs: float
+    """Pairs of tokens of which one sees the other: the sum of ``T (T + 1) / 2`` over the segments."""
+    images: int = 0
+    sight: Sight | None = None
+    """Of all pictures; None: as many of the counter's own as there are images."""
+    micro_batches: int = 1
+
+    @classmethod
+    def of(cls, segment_lengths: Sequence[int], *, supervised: int, images: int = 0) -> StepShape:
+        """One micro-batch of segments."""
+        return cls(
+            tokens=sum(segment_lengths), supervised=supervised, images=images,
+            pairs=sum(length * (length + 1) / 2 for length in segment_lengths),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """FLOPs by part."""
+
+    base: float = 0.0
+    """Linear layers of the decoder."""
+    adapters: float = 0.0
+    """Adapters and mixers."""
+    attention: float = 0.0
+    head: float = 0.0
+    vision: float = 0.0
+    """Tower, its adapters and the projector."""
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return float(sum(getattr(self, item.name) for item in fields(self)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Linears:
+    """Weights of a group of linear layers."""
+
+    frozen: float = 0.0
+    trained: float = 0.0
+    adapters: float = 0.0
+    mixers: float = 0.0
+    """Sum of ``d_out r^2``."""
+
+    @property
+    def forward(self) -> float:
+        """Multiply-adds per row, mixers left out."""
+        return self.frozen + self.trained + self.adapters
+
+    def times(self, factor: float) -> _Linears:
+        """So many of them."""
+        return _Linears(**{item.name: factor * getattr(self, item.name) for item in fields(self)})
+
+    def cost(self, tokens: float, *, passes_back: bool, again: int) -> float:
+        """FLOPs of the weights themselves."""
+        every = 2 + 2 * again + (2 if passes_back else 0)
+        return tokens * (every * (self.frozen + self.trained) + 2 * self.trained)
+
+    def adapter_cost(self, tokens: float, micro_batches: int, *, again: int) -> float:
+        """FLOPs of adapters and mixers."""
+        return tokens * self.adapters * (6 + 2 * again) + micro_batches * self.mixers * (8 + 2 * again)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureCost:
+    """Of one picture's way through the tower, tiles and all, as it was counted by running it."""
+
+    flops: float
+    """Of the forward pass."""
+    attention: float
+    """Of those."""
+    patches: float
+    """Prefixes included."""
+    tiles: int
+
+
+class FlopCounter:
+    """Counts what a model costs; made once, as it walks over the model's modules.
+
+    Args:
+        model: causal language model or VLM with whatever trains set; may be on the meta device.
+        layers: decoder layers to count, where the model at hand holds only some of them; None: its own.
+        picture: None: by arithmetic, which knows transformers' towers and one tile.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, layers: int | None = None, picture: PictureCost | None = None
+    ) -> None:
+        decoder: Any = model.get_decoder()
+        config = model.config.get_text_config()
+        held = list(decoder.layers)
+        count = layers or len(held)
+        behind = ("o_proj", "dense", "gate_proj", "up_proj", "down_proj", "gate_up_proj")
+        frozen = not any(p.requires_grad for name, p in held[-1].named_parameters() if "lora_" not in name)
+        self.drops = drops_positions(model) and frozen  # a trained layer runs in its stock form
+        self.decoder = _count([module for layer in held for module in _with_paths(layer)]).times(count / len(held))
+        self.behind = _count([(path, m) for path, m in _with_paths(held[-1]) if path.rpartition(".")[2] in behind])
+        head = model.get_output_embeddings()
+        self.head, self.head_trains = head.weight.shape[-1] * head.weight.shape[0], head.weight.requires_grad
+        if hasattr(head.weight, "ds_numel"):
+            self.head = head.weight.ds_numel
+        heads = config.num_attention_heads
+        self.attention_width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) * count
+        self._count_vision(model, picture)
+        needs = any(parameter.requires_grad for parameter in decoder.parameters())
+        self.passes_back = needs or self.projector_trains or self.tower_trains
+
+    def _count_vision(self, model: PreTrainedModel, picture: PictureCost | None) -> None:
+        self.tower = self.projector = _Linears()
+        self.projector_entry = self.per_patch = 0.0
+        self.tower_trains = self.projector_trains = False
+        self.shape: TowerShape | None = None
+        self.picture = Sight()
+        """What stands for every picture where a step says nothing of its own."""
+        if not is_multimodal(model):
+            return
+        path = f"{tower_path(model)}."
+        between = {name: (module, _with_paths(module)) for name, module in projectors(model).items()}
+        self.projector = _count([pair for _, linears in between.values() for pair in linears])
+        within = _count([pair for name, (_, linears) in between.items() if name.startswith(path) for pair in linears])
+        apart = tuple(f"{name}." for name in between)
+        tower = [(path + name, pair) for name, pair in _with_paths(model.get_submodule(path[:-1]))]
+        tower = [pair for pair in tower if not pair[0].startswith(apart)]
+        self.tower = _count([pair for pair in tower if not any(part in pair[0] for part in _POOLS)])
+        entries = [(module, linears[0][1][0]) for module, linears in between.values() if linears]
+        for module, entry in entries:
+            trained = next((p for p in module.parameters() if p.requires_grad), None)
+            if trained is entry.weight:  # else a norm before it needs its input's gradient
+                self.projector_entry += _size(entry)
+        training = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.projector_trains = any(part_of(name) == "projector" for name in training)
+        self.tower_trains = any(name.startswith(path) and part_of(name) != "projector" for name in training)
+        self.shape = shape = TowerShape(model, entry=int(cast(Any, entries[0][1]).in_features) if entries else 0)
+        if picture is None:
+            vision: Any = shape.config
+            values = 3 * getattr(vision, "temporal_patch_size", 1) * shape.patch**2
+            self.picture = shape.of_picture()
+            self.per_patch = 2 * (self.tower.frozen + self.tower.trained + values * shape.width)
+            return
+        tokens = shape.tokens(picture.patches, picture.tiles)
+        self.picture = Sight(patches=picture.patches, pairs=picture.attention / 4, tokens=tokens)
+        counted_apart = picture.patches * self.tower.adapters + tokens * within.forward
+        self.per_patch = (picture.flops - picture.attention - 2 * counted_apart) / picture.patches
+
+    def count(self, shape: StepShape, *, checkpointing: bool = False, vision_checkpointing: bool = False) -> Flops:
+        """FLOPs of forward and backward passes.
+
+        Args:
+            shape: of the step, on one rank or over all.
+            checkpointing: full gradient checkpointing of the decoder, its recomputation counted.
+            vision_checkpointing: the same of a tower that trains.
+        """
+        again, steps = int(checkpointing), shape.micro_batches
+        dropped = shape.tokens - shape.supervised if self.drops else 0
+        base = self.decoder.cost(shape.tokens, passes_back=self.passes_back, again=again)
+        base -= self.behind.cost(dropped, passes_back=self.passes_back, again=again)
+        adapters = self.decoder.adapter_cost(shape.tokens, steps, again=again)
+        adapters -= self.behind.adapter_cost(dropped, 0, again=again)
+        passes = 1 + again + (2 if self.passes_back else 0)
+        sight = self.picture.times(shape.images) if shape.sight is None else shape.sight
+        own = self.tower.trained / max(1.0, self.tower.frozen + self.tower.trained)
+        seen_again = int(vision_checkpointing and self.tower_trains)
+        linear, attention = (2 + own + seen_again, 3 + seen_again) if self.tower_trains else (1, 1)
+        vision = linear * sight.patches * self.per_patch + 4 * attention * sight.pairs
+        vision += self.tower.adapter_cost(sight.patches, steps, again=seen_again)
+        vision += self.projector.cost(sight.tokens, passes_back=self.tower_trains or self.projector_trains, again=0)
+        vision += self.projector.adapter_cost(sight.tokens, steps, again=0)
+        if self.projector_trains and not self.tower_trains:
+            vision -= 2 * sight.tokens * self.projector_entry  # nobody asks for a frozen tower's gradients
+        head = shape.supervised * self.head * (2 + (2 if self.passes_back else 0) + (2 if self.head_trains else 0))
+        return Flops(
+            base=base, adapters=adapters, attention=4 * self.attention_width * shape.pairs * passes, head=head,
+            vision=vision,
+        )  # fmt: skip
+
+
+def _with_paths(module: nn.Module | None) -> list[tuple[str, tuple[nn.Module, nn.Module]]]:
+    """Linear layers without what lies inside adapters: path, the base layer and the module around it."""
+    if module is None:
+        return []
+    around = dict(module.named_modules())
+    return [
+        (path, (base, around.get(path, base)))
+        for path, base in named_base_modules(module)
+        if isinstance(getattr(base, "in_features", None), int) and hasattr(base, "weight")
+    ]
+
+
+def _size(linear: Any) -> float:
+    """Weights of a layer, also of one that ZeRO-3 has cut up."""
+    return float(linear.in_features * linear.out_features)
+
+
+def _count(linears: Sequence[tuple[str, tuple[nn.Module, nn.Module]]]) -> _Linears:
+    frozen = trained = adapters = mixers = 0.0
+    for _, (base, around) in linears:
+        linear: Any = base
+        size = _size(base)
+        if isinstance(linear.weight, torch.Tensor) and linear.weight.requires_grad:
+            trained += size
+        else:
+            frozen += size
+        if isinstance(around, MoSLoRALayer):
+            for name in around.adapter_names():
+                rank = around.r[name]
+                adapters += rank * (linear.in_features + linear.out_features)
+                mixers += rank * rank * linear.out_features
+    return _Linears(frozen=frozen, trained=trained, adapters=adapters, mixers=mixers)

@@ -1,0 +1,181 @@
+"""How fast a run is, where its time goes, and how well it uses its devices, over all ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import MutableMapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from mm_moslora.batch import Batch
+from mm_moslora.training.engine import StepResult
+from mm_moslora.training.metrics.gpu_specs import device_peak
+from mm_moslora.training.metrics.step_flops import FlopCounter, Flops, StepShape
+from mm_moslora.training.metrics.vision_flops import Sight
+from mm_moslora.utils import distributed
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFigures:
+    """What one rank measured of itself; metrics give the largest and the smallest over all ranks."""
+
+    step_seconds: float
+    """Of the last step, waiting for data included."""
+    data_seconds: float = 0.0
+    """For which the last step waited for data."""
+    work_seconds: float = 0.0
+    """Per step since the last record, without waiting for other ranks where steps begin and end."""
+    memory_gib: float = 0.0
+    """Most memory that was used."""
+    memory_reserved_gib: float = 0.0
+    """Most memory that the allocator of an accelerator held."""
+    allocator_retries: float = 0.0
+    """Times that this allocator gave memory back and tried again."""
+
+
+class Clock:
+    """The wall time of a run, by what it was spent on.
+
+    Args:
+        counters: of the run; `wall_seconds` grows by all that passes, `seconds` by optimiser steps alone.
+        step: optimiser steps done.
+    """
+
+    def __init__(self, counters: MutableMapping[str, float], step: int) -> None:
+        self._counters = counters
+        self._ticked = time.monotonic()
+        self.begin(step)
+
+    def begin(self, step: int) -> None:
+        """The first step comes: rates count from here."""
+        self._recorded_at = self._began = time.monotonic()
+        self._first = self._recorded = step
+        self._waited = self._tokens = self._samples = 0.0
+
+    def tick(self) -> None:
+        """Bring `wall_seconds` up to date."""
+        now = time.monotonic()
+        self._counters["wall_seconds"] = self._counters.get("wall_seconds", 0.0) + now - self._ticked
+        self._ticked = now
+
+    def waited(self, seconds: float) -> None:
+        """Note a wait for other ranks."""
+        self._waited += seconds
+
+    def count(self, result: StepResult) -> None:
+        """Note a step."""
+        self._tokens, self._samples = self._tokens + result.tokens, self._samples + result.samples
+        self.waited(result.wait_seconds)
+        self.tick()
+
+    def record(self, step: int, total: int) -> tuple[dict[str, float], float]:
+        """Metrics since the last record, and this rank's `RankFigures.work_seconds`.
+
+        All that happened in between counts, saves, validations and waiting included: rates do not flatter.
+
+        Args:
+            step: optimiser steps done.
+            total: of the whole run.
+        """
+        now = time.monotonic()
+        wall, steps = max(now - self._recorded_at, 1e-9), max(1, step - self._recorded)
+        per_step = (now - self._began) / max(1, step - self._first)
+        metrics = {
+            "wall_seconds": wall / steps,
+            "tokens_per_second": self._tokens / wall,
+            "samples_per_second": self._samples / wall,
+            "tokens_seen": self._counters["tokens"],
+            "samples_seen": self._counters["samples"],
+            "elapsed_seconds": self._counters["wall_seconds"],
+            "eta_seconds": per_step * (total - step),
+        }
+        work = max(0.0, wall - self._waited) / steps
+        self._recorded_at, self._recorded = now, step
+        self._waited = self._tokens = self._samples = 0.0
+        return metrics, work
+
+
+class Speedometer:
+    """Turns a step's counts into shares, and the figures of all ranks into metrics, with one collective.
+
+    MFU counts the FLOPs that the step needs (about 4 N per token with a frozen base; no padding, no recomputation) and
+    divides by the dense half-precision peak. On a device whose peak is not known, a CPU among them, there is none.
+
+    Args:
+        model: with whatever trains set.
+        device_name: as the driver gives it; None asks torch.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, device_name: str | None = None) -> None:
+        if device_name is None:
+            device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        self.peak = device_peak(device_name)
+        known = self.peak is not None and hasattr(model.get_decoder(), "layers")
+        self.counter = FlopCounter(model) if known else None
+
+    def of(self, result: StepResult, micro_batches: Sequence[Batch], own: RankFigures) -> dict[str, float]:
+        """Metrics of one step; every rank calls it.
+
+        Args:
+            result: of the step, over all ranks.
+            micro_batches: this rank's.
+            own: this rank's.
+        """
+        names, values = zip(*asdict(own).items(), strict=True)
+        tokens = float(sum(batch.tokens for batch in micro_batches))
+        table = distributed.table_over_ranks([tokens, *values, *self._seen(micro_batches)])
+        loads, *columns = zip(*table, strict=True)
+        figures = dict(zip(names, columns[: len(names)], strict=True))
+        world = len(table)
+        metrics = {"padding_share": 1.0 - result.tokens / max(1.0, world * max(loads))} | _spread(figures)
+        seen = [sum(column) for column in columns[len(names) :]]
+        needed = self._needed(result, seen, micro_batches=world * len(micro_batches))
+        if needed is not None and self.peak is not None:
+            metrics["mfu"] = needed.total / (max(1e-9, *figures["step_seconds"]) * world * self.peak)
+        return metrics
+
+    def needs(self, result: StepResult, micro_batches: Sequence[Batch]) -> Flops | None:
+        """FLOPs that a step of this rank alone needs.
+
+        Returns:
+            None on a device whose peak is not known.
+        """
+        return self._needed(result, self._seen(micro_batches), micro_batches=len(micro_batches))
+
+    def _seen(self, micro_batches: Sequence[Batch]) -> list[float]:
+        """Pairs of tokens of a segment, and what the tower looks at; nothing where no one asks."""
+        if self.counter is None:
+            return []
+        pairs = sum(length * (length + 1) / 2 for batch in micro_batches for length in batch.segment_lengths)
+        shape = self.counter.shape
+        seen = Sight() if shape is None else sum((shape.of_batch(batch) for batch in micro_batches), Sight())
+        return [pairs, *asdict(seen).values()]
+
+    def _needed(self, result: StepResult, seen: Sequence[float], *, micro_batches: int) -> Flops | None:
+        if self.counter is None:
+            return None
+        pairs, *looked_at = seen
+        sight = Sight(**dict(zip(asdict(Sight()), looked_at, strict=True)))
+        return self.counter.count(
+            StepShape(
+                tokens=result.tokens, supervised=result.supervised_tokens, images=result.images, pairs=pairs,
+                sight=sight, micro_batches=micro_batches,
+            )
+        )  # fmt: skip
+
+
+def _spread(figures: dict[str, tuple[float, ...]]) -> dict[str, float]:
+    """The largest over ranks, of several ranks the smallest, too, and the one that the others wait for."""
+    metrics = {name: max(figures[name]) for name in ("step_seconds", "data_seconds", "memory_gib")}
+    if any(figures["memory_reserved_gib"]):  # there is an accelerator
+        metrics |= {
+            "memory_reserved_gib": max(figures["memory_reserved_gib"]),
+            "allocator_retries": sum(figures["allocator_retries"]),
+        }
+    if len(figures["work_seconds"]) > 1:
+        metrics |= {f"{name}_min": min(figures[name]) for name in metrics if name != "allocator_retries"}
+        work = figures["work_seconds"]
+        metrics |= {"work_seconds": max(work), "work_seconds_min": min(work), "slowest_rank": work.index(max(work))}
+    return metrics

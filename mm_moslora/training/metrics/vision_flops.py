@@ -1,0 +1,141 @@
+"""How much a vision tower looks at: patches, pairs of them that see each other, and rows of the projector.
+
+A step's own batch knows it: tiles of models that cut pictures up, grids of patches of models that take any size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mm_moslora.batch import Batch
+from mm_moslora.models.pretrained_vlm import PICTURE, side_of, tower_path
+
+_BEFORE_PATCHES = frozenset({"class_embedding", "cls_token", "register_tokens"})
+"""Parameters of towers that stand before the first patch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """What is looked at, of one picture or of many."""
+
+    patches: float = 0.0
+    """Prefixes included."""
+    pairs: float = 0.0
+    """Pairs of patches of which one sees the other, times the tower's width, over all its layers."""
+    tokens: float = 0.0
+    """Rows of the projector; the decoder may see fewer of them, and others between them."""
+
+    def __add__(self, other: Sight) -> Sight:
+        return Sight(**{item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)})
+
+    def times(self, factor: float) -> Sight:
+        """So many of them."""
+        return Sight(**{item.name: factor * getattr(self, item.name) for item in fields(self)})
+
+
+class TowerShape:
+    """The sizes of a tower that say what a picture takes.
+
+    Args:
+        model: one that sees.
+        entry: values that a row of the projector takes; 0: there is no projector.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, entry: int) -> None:
+        tower: Any = model.get_submodule(tower_path(model))
+        config: Any = tower.config
+        self.model, self.config = model.config, config
+        self.patch = side_of(config, "patch_size") or 16
+        self.layers = int(getattr(config, "num_hidden_layers", 0) or getattr(config, "depth", 0))
+        self.width = int(getattr(config, "embed_dim", 0) or config.hidden_size)
+        self.prefix = _prefix(tower)
+        selected = getattr(model.config, "vision_feature_layer", None)
+        joined = len(selected) if isinstance(selected, list) else 1
+        self.patches_per_row = max(1.0, entry / (self.width * joined))
+
+    def of_picture(self) -> Sight:
+        """One picture, by the configuration alone: one tile of the tower's own size, or of `PICTURE` if it has none."""
+        if getattr(self.model, "vision_grid", 0):
+            return self._ours()
+        side = side_of(self.config, "image_size")
+        width, height = (side, side) if side else PICTURE
+        return self.of_tile(height, width)
+
+    def of_tile(self, height: int, width: int) -> Sight:
+        """One tile of so many pixels."""
+        seen = (height // self.patch) * (width // self.patch)
+        return self._all_pairs(seen + self.prefix, tokens=seen / self.patches_per_row)
+
+    def of_batch(self, batch: Batch) -> Sight:
+        """The pictures of a micro-batch, wherever it lies."""
+        host = batch.on_host
+        if host.pixel_values is None:
+            return Sight()
+        if getattr(self.model, "vision_grid", 0):
+            return self._ours().times(host.images)
+        if (grids := host.image_inputs.get("image_grid_thw")) is not None:
+            return self._of_grids(grids)
+        pixels = host.pixel_values
+        if pixels.ndim < 4:  # patches, of sizes that nobody tells
+            mean = pixels.shape[:-1].numel() / max(1, host.images)
+            return self._all_pairs(mean, tokens=mean / self.patches_per_row).times(host.images)
+        return self.of_tile(*pixels.shape[-2:]).times(_tiles(pixels))
+
+    def tokens(self, patches: float, tiles: int) -> float:
+        """Rows of the projector from patches, prefixes included, of so many tiles."""
+        if getattr(self.model, "vision_grid", 0):
+            return tiles * self._ours().tokens
+        return (patches - tiles * self.prefix) / self.patches_per_row
+
+    def _all_pairs(self, patches: float, *, tokens: float) -> Sight:
+        return Sight(patches=patches, pairs=patches**2 * self.width * self.layers, tokens=tokens)
+
+    def _ours(self) -> Sight:
+        """Our own models know their patches, whatever the size of the tower's training."""
+        patches = int(self.model.vision_grid) ** 2 + int(self.model.vision_prefix)
+        return self._all_pairs(patches, tokens=float(self.model.image_seq_length))
+
+    def _of_grids(self, grids: Tensor) -> Sight:
+        """Of ``[N, 3]`` frames, rows, columns of patches; most layers of Qwen2.5-VL look no further than a window."""
+        merged = int(getattr(self.config, "spatial_merge_size", 1))
+        whole, side = self.layers, 0
+        if (everywhere := getattr(self.config, "fullatt_block_indexes", None)) is not None:
+            whole, side = len(everywhere), self.config.window_size // self.patch // merged
+        found = Sight()
+        for frames, rows, columns in grids.tolist():
+            patches = rows * columns
+            pairs = whole * patches**2
+            if side:
+                squares = _squares(rows // merged, side) * _squares(columns // merged, side)
+                pairs += (self.layers - whole) * merged**4 * squares
+            found += Sight(
+                patches=frames * patches, pairs=frames * pairs * self.width,
+                tokens=frames * patches / self.patches_per_row,
+            )  # fmt: skip
+        return found
+
+
+def _squares(length: int, side: int) -> int:
+    """Sum of the squares of the lengths that a length is cut into."""
+    return length // side * side**2 + (length % side) ** 2
+
+
+def _tiles(pixels: Tensor) -> int:
+    """Tiles in ``[..., 3, H, W]``; those that only fill up a picture with fewer than others are zero throughout."""
+    tiles = pixels.flatten(0, -4)
+    return int(tiles[:, :, 0].flatten(1).any(dim=1).sum()) if pixels.ndim > 4 else len(tiles)
+
+
+def _prefix(tower: Any) -> int:
+    """Tokens of a tower before the first patch."""
+    found = 0
+    for name, parameter in tower.named_parameters():
+        if name.rpartition(".")[2] in _BEFORE_PATCHES:
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 cuts parameters up
+            found += math.prod(shape) // shape[-1]
+    return found

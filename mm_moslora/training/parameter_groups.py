@@ -1,0 +1,120 @@
+"""Parameter groups with a learning rate each, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mm_moslora.config import OptimConfig
+from mm_moslora.models.vlm import part_of
+from mm_moslora.utils.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Parameters that share a learning rate and a weight decay."""
+
+    name: str
+    """adapter, mixer, projector, vision or language; `/no_decay` behind it for biases and norms."""
+    peak_lr: float
+    """Learning rate at the end of the warm-up."""
+    weight_decay: float
+    """Decoupled weight decay."""
+    names: tuple[str, ...]
+    """Parameter names, in the model's order."""
+    parameters: tuple[nn.Parameter, ...]
+    """The parameters, in the order of `names`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """What AdamW and clipping need, from the recipe."""
+
+    betas: tuple[float, float]
+    eps: float
+    max_grad_norm: float
+
+    def adamw(
+        self, groups: Sequence[ParameterGroup], parameters: Sequence[Sequence[nn.Parameter]]
+    ) -> torch.optim.AdamW:
+        """Torch's AdamW over the groups, weight decay written out (libraries disagree about its default)."""
+        return torch.optim.AdamW(
+            [
+                {"params": list(members), "lr": group.peak_lr, "weight_decay": group.weight_decay}
+                for group, members in zip(groups, parameters, strict=True)
+            ],
+            betas=self.betas,
+            eps=self.eps,
+        )
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGroup]:
+    """Sort the trainable parameters into groups.
+
+    Args:
+        model: the model; only parameters that require a gradient count.
+        config: the recipe's `optim`.
+
+    Raises:
+        ConfigError: nothing trains.
+    """
+    sorted_in: dict[tuple[str, float, float], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            sorted_in.setdefault(_group_of(name, parameter, config), []).append((name, parameter))
+    if not sorted_in:
+        raise ConfigError("The model has no trainable parameter.")
+    return [
+        ParameterGroup(
+            name=label, peak_lr=lr, weight_decay=decay,
+            names=tuple(name for name, _ in members), parameters=tuple(parameter for _, parameter in members),
+        )
+        for (label, lr, decay), members in sorted_in.items()
+    ]  # fmt: skip
+
+
+def _group_of(name: str, parameter: nn.Parameter, config: OptimConfig) -> tuple[str, float, float]:
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    decay = config.weight_decay if len(shape) > 1 else 0.0
+    if "lora_mixer" in name:
+        # The mixer starts from a norm that matters; decay would shrink it.
+        return "mixer", _or(config.mixer_lr, config.lr), 0.0
+    part = part_of(name)
+    if part == "projector" and "lora_" not in name:
+        label, lr = "projector", _or(config.projector_lr, config.lr)
+    elif part != "language":  # adapters in a projector that lies in the tower are the tower's
+        label, lr = "vision", _or(config.vision_lr, config.lr)
+    else:
+        label, lr = "adapter" if "lora_" in name else "language", config.lr
+    if "lora_B" in name and config.lora_plus_ratio != 1.0:
+        label, lr = f"{label} B", lr * config.lora_plus_ratio
+    return (label if decay == config.weight_decay else f"{label}/no_decay"), lr, decay
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def lr_factor(step: int, total: int, config: OptimConfig) -> float:
+    """Factor on every peak learning rate.
+
+    Args:
+        step: optimiser steps applied so far, 0 for the first.
+        total: optimiser steps of the run.
+        config: the recipe's `optim`.
+
+    Returns:
+        Rises linearly over the warm-up to 1, then follows the schedule down to `min_lr_ratio`.
+    """
+    warmup = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape

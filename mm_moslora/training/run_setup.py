@@ -1,0 +1,363 @@
+"""A run: its folder, its parts, and what a checkpoint of it holds."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mm_moslora.batch import Example
+from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
+from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.data.training_set import TrainingSet
+from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
+from mm_moslora.models.assembly import Assembly, assemble
+from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
+from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
+from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels, use_kernels
+from mm_moslora.models.memory_efficient.loss_head import use_loss_head
+from mm_moslora.models.model_paths import contents_of, seen_from
+from mm_moslora.models.pretrained_vlm import tower_path
+from mm_moslora.models.processing.anyres import NEWLINE, newline_of
+from mm_moslora.models.processing.image_processing import dummy_example
+from mm_moslora.models.projectors.projector_start import (
+    embedding_scale,
+    embedding_size,
+    first_layer,
+    fit_to_words,
+    fold_into,
+    inputs_of,
+    last_layer,
+)
+from mm_moslora.models.trainable_parts import attach_adapters, checkpoint_layers, component_table
+from mm_moslora.models.vision.feature_cache import FeatureStore, tower_key
+from mm_moslora.models.vision.frozen_tower import PictureMemory
+from mm_moslora.models.vlm import image_features, is_multimodal, is_padded
+from mm_moslora.training.engine import Engine, LossModule, OptimizerSettings, build_engine
+from mm_moslora.training.metrics.mixer_metrics import mixer_matrices
+from mm_moslora.training.parameter_groups import parameter_groups
+from mm_moslora.training.precision import dtype_of, resolve_precision
+from mm_moslora.training.preflight import refuse_folder
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import ConfigError, TrainingError
+from mm_moslora.utils.file_locks import held
+from mm_moslora.utils.progress_bar import Progress
+from mm_moslora.utils.run_paths import RUN_LOCK, is_adapter, projector_file
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PICTURES_TO_SCALE, PICTURES_TO_STANDARDISE, PICTURES_TO_FIT = 8, 64, 1024
+"""A size needs few, the spread of every dimension more, what tells them apart most."""
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this run alone; freed by the kernel when the process ends, however it ends.
+
+    Raises:
+        ConfigError: files that no run wrote have the names of a run's.
+        TrainingError: another process holds it, or it cannot be written.
+        DistributedError: the same, on the other ranks.
+    """
+    with ExitStack() as held:
+        failure: Exception | None = None
+        if distributed.is_main():
+            try:
+                refuse_folder(folder)
+                held.enter_context(_lock(folder))
+            except (ConfigError, TrainingError) as error:
+                failure = error
+        distributed.agree(failure, what="Taking the run folder")
+        yield
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = held(folder / RUN_LOCK, wait=False)
+    except BlockingIOError as error:
+        owner = (folder / RUN_LOCK).read_text(encoding="utf-8", errors="replace").strip()
+        raise TrainingError(
+            f"{folder} is in use by another run ({owner or 'owner unknown'}). "
+            "Wait for it, stop it, or choose another train.output."
+        ) from error
+    except OSError as error:
+        raise TrainingError(
+            f"The run folder {folder} cannot be written ({error.strerror}). Choose another with train.output, or with "
+            "--output of the quickstart."
+        ) from error
+    with lock:
+        (folder / RUN_LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's and torch's generators; ranks differ, so that their dropout masks do."""
+    random.seed(seed)
+    torch.manual_seed(seed * 10_007 + distributed.rank())
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything a training loop works with."""
+
+    recipe: Recipe
+    folder: Path
+    precision: str
+    assembly: Assembly
+    training_set: TrainingSet
+    validation_set: TrainingSet | None
+    engine: Engine
+    frozen_projector: dict[str, Tensor] = field(default_factory=dict)
+    """Weights of a projector that does not train, whole: ZeRO-3 cuts up the model's own."""
+    first_mixers: dict[str, Tensor] = field(default_factory=dict)
+    """The mixers at step 0, also of a run that goes on from a checkpoint."""
+    contents: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of the base model's files, see `mm_moslora.models.model_paths`."""
+    counters: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done (applied or skipped)."""
+        return int(self.counters.get("steps", 0))
+
+
+def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
+    """Assemble model, data and engine, in this order, and log what trains.
+
+    Args:
+        recipe: resolved; its `train.output` exists.
+        checkpoint: that the run goes on from; it helps to find models that were moved.
+    """
+    folder = Path(recipe.train.output)
+    precision = distributed.from_main(resolve_precision(recipe.train.precision))  # hosts may differ
+    lean = recipe.model.lean_layers and recipe.train.compile is None
+    kernels = choose_kernels(recipe.model.kernels, distributed.device(), lean=lean)
+    parts = recipe.model if checkpoint is None else seen_from(recipe.model, checkpoint)
+    model_start, adapter_start = parts, recipe.adapter
+    if checkpoint is not None:
+        model_start, adapter_start = _start_of(parts, recipe.adapter, checkpoint)
+    assembly = assemble(model_start, dtype=dtype_of(precision))
+    attach_adapters(assembly, recipe.model, adapter_start, seed=recipe.train.seed)
+    if distributed.is_main():
+        for line in trainable_table(assembly):
+            logger.info("%s", line)
+    training_set = _data_set(recipe, assembly, validation=False)
+    assert training_set is not None
+    validation_set = _data_set(recipe, assembly, validation=True)
+    if checkpoint is None:
+        _start_projector(recipe, assembly, training_set)
+    model = assembly.model.train()
+    if not is_padded(model):
+        set_attention(model, training_attention(model, recipe.model.attention, device=distributed.device()))
+    use_loss_head(model)
+    if recipe.model.lean_layers:
+        use_lean_layers(model)
+    if recipe.train.gradient_checkpointing:
+        checkpoint_layers(model.get_decoder())
+    if recipe.train.vision_gradient_checkpointing and is_multimodal(model):
+        checkpoint_layers(cast(PreTrainedModel, model.get_submodule(tower_path(model))))
+    if recipe.train.compile is not None:
+        compile_layers(model, recipe.train.compile)
+    if (said := use_kernels(model, kernels, lean=lean)) and distributed.is_main():
+        logger.info("%s", said)
+    settings = OptimizerSettings(
+        betas=recipe.optim.betas, eps=recipe.optim.eps, max_grad_norm=recipe.optim.max_grad_norm
+    )
+    dummy = dummy_example(assembly.eyes) if assembly.eyes else None
+    module = LossModule(model, dummy, memory=PictureMemory(_feature_store(recipe.model, model)))
+    ours = is_multimodal(model) and not assembly.ready_made
+    projector = dict(model.model.multi_modal_projector.state_dict()) if ours else {}
+    newline = newline_of(model) if ours else None
+    projector |= {} if newline is None else {NEWLINE: newline}
+    frozen_projector = {
+        name: value.detach().float().cpu().clone()
+        for name, value in projector.items()
+        if distributed.is_main() and recipe.model.projector.mode == "frozen"
+    }
+    groups = parameter_groups(module, recipe.optim)
+    engine = build_engine(module, groups, recipe.train, precision=precision, optimizer=settings)
+    return Run(
+        recipe=recipe, folder=folder, precision=precision, assembly=assembly, training_set=training_set,
+        validation_set=validation_set, engine=engine, frozen_projector=frozen_projector,
+        first_mixers=mixer_matrices(engine.trainable_state()), contents=contents_of(parts),
+    )  # fmt: skip
+
+
+def _start_of(model: ModelConfig, adapter: AdapterConfig, checkpoint: Path) -> tuple[ModelConfig, AdapterConfig]:
+    """Where a run that goes on finds the weights that it began with: in its checkpoint, once their own place is gone.
+
+    What trains is read from the checkpoint's state later, so nothing but frozen parts and shapes depend on this.
+    """
+    weights, kept = model.projector.weights, checkpoint / "projector.safetensors"
+    fresh = weights is None and model.vlm is None and not model.projector_trains and kept.is_file()
+    if fresh or (weights and not projector_file(weights).is_file()):
+        model = replace(model, projector=replace(model.projector, weights=str(kept)))
+    if adapter.weights and not is_adapter(adapter.weights):
+        adapter = replace(adapter, weights=str(checkpoint / "adapter"))
+    return model, adapter
+
+
+def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore | None:
+    if config.vision is None or config.vision.feature_cache is None:
+        return None
+    tower = tower_key(model.model.vision_tower, model.config.vision_feature_layer)
+    return FeatureStore(
+        Path(config.vision.feature_cache).expanduser(),
+        tower,
+        limit_gib=config.vision.feature_cache_gib,
+        writers=distributed.world_size(),
+    )
+
+
+def _data_set(recipe: Recipe, assembly: Assembly, *, validation: bool) -> TrainingSet | None:
+    config, sources = recipe.data, recipe.data.train
+    if validation:
+        # Every held-out record once, however training mixes its sources.
+        config, sources = replace(config, mixing="repeats", epoch_records=None), config.validation
+        if not sources:
+            return None
+    encoder = Encoder.of(assembly)
+    name = "validation_quarantine.jsonl" if validation else "quarantine.jsonl"
+    progress = Progress("read records", 0, unit="record")
+    return TrainingSet(
+        sources,
+        encoder,
+        assembly.eyes,
+        config=config,
+        quarantine_path=Path(recipe.train.output) / name,
+        on_progress=progress.of,
+    )
+
+
+@torch.no_grad()
+def _start_projector(recipe: Recipe, assembly: Assembly, data: TrainingSet) -> None:
+    """Fit a fresh projector to pictures of the training data and their answers, as far as the recipe wants.
+
+    Rank 0 measures, where it is going to train; the others get its weights.
+    """
+    model, wanted = assembly.model, recipe.model.projector
+    if not is_multimodal(model) or assembly.ready_made or wanted.weights:
+        return
+    if not (wanted.fit_to_answers or wanted.scale_to_embeddings):
+        return
+    projector, failure = model.model.multi_modal_projector, None
+    if distributed.is_main():
+        try:
+            with _where_it_trains(model):
+                _fit(assembly, data, to_answers=wanted.fit_to_answers)
+        except Exception as error:  # the other ranks wait
+            failure = error
+    distributed.agree(failure, what="Fitting the projector")
+    projector.load_state_dict(distributed.from_main(projector.state_dict()))
+
+
+def _fit(assembly: Assembly, data: TrainingSet, *, to_answers: bool) -> None:
+    model = assembly.model
+    projector, words = model.model.multi_modal_projector, cast(Tensor, model.get_input_embeddings().weight)
+    pictures = [pixels for _, pixels in _spread_out(data, PICTURES_TO_STANDARDISE if to_answers else PICTURES_TO_SCALE)]
+    if not pictures:
+        logger.warning("The projector begins at random: no record of the training data shows a picture.")
+        return
+    if to_answers:
+        fold_into(projector, *_feature_spread(model, pictures))
+        share = fit_to_words(projector, _hidden_and_words(assembly, data), size=embedding_size(words))
+        if share is not None:
+            logger.info("Projector fitted: visual tokens follow %.0f %% of what tells answers apart.", 100 * share)
+            return
+        logger.warning("The projector is not fitted to the answers: they, or the pictures, are all the same.")
+    factor = embedding_scale(image_features(model, torch.cat(pictures[:PICTURES_TO_SCALE])), words)
+    for parameter in last_layer(projector).parameters():
+        parameter.mul_(factor)
+    logger.info("Projector output scaled by %.3g to the size of word embeddings.", factor)
+
+
+def _spread_out(
+    data: TrainingSet, count: int, *, on_progress: Callable[[int, int], None] | None = None
+) -> Iterator[tuple[Example, Tensor]]:
+    """Records that show something and their pictures or tiles ``[n, 3, H, W]``.
+
+    At most `count`, evenly spaced: files are often sorted by what the pictures show.
+    """
+    shown = [index for index in range(len(data)) if data.has_image[index]]
+    chosen = [shown[len(shown) * place // count] for place in range(count)] if len(shown) > count else shown
+    for done, index in enumerate(chosen, start=1):
+        example = data[index]
+        if example is not None and example.pixel_values is not None:
+            yield example, example.pixel_values.flatten(0, -4)
+        if on_progress is not None:
+            on_progress(done, len(chosen))
+
+
+def _feature_spread(model: PreTrainedModel, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of what a projector's first linear layer reads, ``[V]`` each, fp32.
+
+    Args:
+        model: an assembly, tower and projector on the device where it trains.
+        pictures: some real pictures, ``[n, 3, H, W]`` each.
+    """
+    with inputs_of(first_layer(model.model.multi_modal_projector)) as taken:
+        for pixels in pictures:
+            image_features(model, pixels)
+        spread, mean = torch.std_mean(taken().flatten(0, -2), dim=0, correction=0)
+    return mean, spread
+
+
+def _hidden_and_words(assembly: Assembly, data: TrainingSet) -> Iterator[tuple[Tensor, Tensor]]:
+    """By pictures, what the last layer reads ``[n, Q, H]`` and the mean word embedding of the answers ``[n, D]``."""
+    model, marks = assembly.model, torch.tensor(assembly.tokenizer.all_special_ids)
+    words = cast(Tensor, model.get_input_embeddings().weight)
+    progress = Progress("fit projector", 0, unit="picture")
+    with inputs_of(last_layer(model.model.multi_modal_projector)) as taken:
+        for some in _batches(_spread_out(data, PICTURES_TO_FIT, on_progress=progress.of)):
+            pixels, targets = [], []
+            for example, shown in some:
+                answers = example.input_ids[example.supervised]
+                if len(answers := answers[~torch.isin(answers, marks)]):
+                    pixels.append(shown)
+                    targets.append(words[answers].float().mean(0).expand(len(shown), -1))
+            if pixels:
+                image_features(model, torch.cat(pixels))
+                yield taken(), torch.cat(targets)
+
+
+def _batches(records: Iterator[T]) -> Iterator[list[T]]:
+    while some := list(islice(records, PICTURES_TO_SCALE)):
+        yield some
+
+
+@contextmanager
+def _where_it_trains(model: PreTrainedModel) -> Iterator[None]:
+    """Tower and projector on this rank's device; the engine takes a whole model from the host afterwards."""
+    parts: list[nn.Module] = [model.model.vision_tower, model.model.multi_modal_projector]
+    for part in parts:
+        part.to(distributed.device())
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.to("cpu")
+
+
+def trainable_table(assembly: Assembly) -> list[str]:
+    """Parameters and trainable parameters by component, as lines of text."""
+    rows = component_table(assembly)
+    total, trainable = sum(row.total for row in rows), sum(row.trainable for row in rows)
+    lines = [f"{'component':<16}{'parameters':>14}{'trainable':>14}"]
+    lines += [f"{row.name:<16}{row.total:>14,}{row.trainable:>14,}" for row in rows]
+    lines.append(f"{'all':<16}{total:>14,}{trainable:>14,}  ({100 * trainable / total:.2f} %)")
+    return lines

@@ -1,0 +1,172 @@
+"""What a checkpoint of a run holds, taken as a copy so that it can be written while training goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mm_moslora import adapters
+from mm_moslora.models.model_paths import CONTENTS
+from mm_moslora.models.processing.anyres import NEWLINE
+from mm_moslora.models.processing.llava_processor import save_processor
+from mm_moslora.models.trainable_parts import component_of
+from mm_moslora.models.vlm import is_multimodal
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest
+from mm_moslora.training.checkpointing.commit_checkpoint import rank_folder
+from mm_moslora.training.engine.optimizer_state import HostState
+from mm_moslora.training.run_setup import Run
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+PROJECTOR = "model.multi_modal_projector."
+_COMPONENTS = ("vision", "language")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A run's state at one step, in main memory; later steps do not change it."""
+
+    run: Run
+    manifest: Manifest
+    weights: dict[str, Tensor]
+    """fp32 masters of everything that trains, whole; on rank 0 only."""
+    adapter: adapters.TakenAdapter | None
+    """Made of them; on rank 0 only."""
+    state: HostState
+    """This rank's share of the optimiser state."""
+    random_state: RandomState
+
+    @property
+    def size(self) -> int:
+        """Bytes that this rank will write, about."""
+        return self.state.bytes + sum(value.numel() * value.element_size() for value in self.weights.values())
+
+    def write(self, folder: Path) -> None:
+        """Write this rank's part into a checkpoint's folder; see `commit_checkpoint.Saver.start`."""
+        if distributed.is_main():
+            write_model(self, folder)
+        own = rank_folder(folder)
+        self.state.write(own)
+        self.random_state.write(own)
+
+
+def snapshot(run: Run) -> Snapshot:
+    """Copy a run's state. All ranks take part.
+
+    Raises:
+        CheckpointError: the weights to save are not exactly those that train.
+    """
+    weights = {name.removeprefix("model."): value for name, value in run.engine.trainable_state().items()}
+    expected = {name for name, parameter in run.assembly.model.named_parameters() if parameter.requires_grad}
+    if set(weights) != expected:
+        odd = sorted(set(weights) ^ expected)
+        raise CheckpointError(f"The weights to save are not the weights that train; they differ in {odd[:4]}.")
+    shapes = {name: list(value.shape) for name, value in weights.items()}
+    manifest = Manifest(
+        step=run.step, world_size=distributed.world_size(), recipe=run.recipe.to_dict(),
+        base=run.assembly.base | {CONTENTS: run.contents},
+        counters=dict(run.counters), trainable=shapes, files={}, data=run.training_set.fingerprint,
+        precision=run.precision,
+    )  # fmt: skip
+    if not distributed.is_main():
+        weights = {}
+    else:
+        weights |= {name: value.detach().cpu().clone() for name, value in moving_statistics(run.assembly.model).items()}
+    adapter = None
+    if distributed.is_main() and run.assembly.peft_model is not None:
+        # Here and not while it is written: ZeRO-3 fetches a weight that is looked at during a forward pass, and the
+        # other ranks know nothing of it.
+        chosen = {name: value for name, value in weights.items() if "lora_" in name}
+        adapter = adapters.take_adapter(run.assembly.peft_model, state=chosen, base=run.assembly.base)
+    return Snapshot(
+        run=run, manifest=manifest, weights=weights, adapter=adapter, state=run.engine.copy_state(),
+        random_state=RandomState.now(),
+    )  # fmt: skip
+
+
+def moving_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Running means and variances of normalisations that train: no parameters, but part of what was learned."""
+    return {
+        f"{prefix}.{name}": buffer
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        for name, buffer in module.named_buffers(recurse=False)
+    }
+
+
+def write_model(taken: Snapshot, folder: Path) -> None:
+    """The part of a checkpoint that is for use: recipe, adapter, projector, other trained weights, processor.
+
+    Looks at no weight of the live model, which may be training on.
+    """
+    run, state, assembly = taken.run, taken.weights, taken.run.assembly
+    model = assembly.model
+    (folder / "config.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
+    if taken.adapter is not None:
+        taken.adapter.write(folder / "adapter")
+    if is_multimodal(model) and not assembly.ready_made:
+        trained = {name.removeprefix(PROJECTOR): value for name, value in state.items() if name.startswith(PROJECTOR)}
+        newline = state.get(f"model.{NEWLINE}")
+        trained |= {} if newline is None else {NEWLINE: newline}
+        save_file(_contiguous(run.frozen_projector | trained), folder / "projector.safetensors")
+    for component in (*_COMPONENTS, *(("projector",) if assembly.ready_made else ())):
+        # A projector inside an adapted tower trains below its adapters; the base model knows nothing of them.
+        part = {
+            name.replace(".base_layer.", "."): value for name, value in state.items() if component_of(name) == component
+        }
+        if part:
+            save_file(_contiguous(part), folder / f"{component}.safetensors")
+    if assembly.processor is not None:
+        save_processor(assembly.processor, folder / "processor")
+    else:
+        assembly.tokenizer.save_pretrained(folder / "processor")
+
+
+def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.contiguous() for name, value in state.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomState:
+    """The generators of this rank."""
+
+    tensors: dict[str, Tensor]
+    python: str
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """Their present state."""
+        tensors = {"torch": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors["cuda"] = torch.cuda.get_rng_state()
+        version, words, gauss = random.getstate()
+        return cls(tensors=tensors, python=json.dumps([version, list(words), gauss]))
+
+    def restore(self) -> None:
+        """Put the generators back into this state."""
+        torch.set_rng_state(self.tensors["torch"])
+        if "cuda" in self.tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(self.tensors["cuda"])
+        version, words, gauss = json.loads(self.python)
+        random.setstate((version, tuple(words), gauss))
+
+    def write(self, folder: Path) -> None:
+        """Write it as safetensors and JSON."""
+        save_file(self.tensors, folder / "random.safetensors")
+        (folder / "random.json").write_text(self.python, encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> RandomState:
+        """Read what `write` wrote."""
+        python = (folder / "random.json").read_text(encoding="utf-8")
+        return cls(tensors=load_file(folder / "random.safetensors"), python=python)

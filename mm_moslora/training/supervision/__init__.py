@@ -1,0 +1,1 @@
+"""Watching over a run: its state, ranks, signals, divergence."""

@@ -1,0 +1,110 @@
+"""`state.json`: that a run is under way, and how it ended, for whoever looks into its folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import DistributedError, MoSLoRAError
+from mm_moslora.utils.files import replace_json
+from mm_moslora.utils.redaction import redact_text
+
+logger = logging.getLogger(__name__)
+
+STATE = "state.json"
+
+
+@dataclass
+class Ending:
+    """What the run itself says about its end; an exception says more."""
+
+    finished: bool = False
+    """Every step was done, or no more were worth it; otherwise it was asked to stop."""
+    begun: bool = False
+    """Whether the run went on at all: an attempt that is refused says nothing about a run that is there."""
+
+
+@contextmanager
+def recorded(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[Ending]:
+    """Keep `state.json` of a run folder for the length of a run; see `mm_moslora.reporting.run_data`.
+
+    A process that is killed leaves "running"; a reader finds out by its process id and by the heartbeats. Where rank 0
+    is gone, a rank that outlives it records the end.
+
+    Args:
+        folder: of the run.
+        stages: names of the folders in it that are its stages, in order.
+    """
+    began: dict[str, Any] = {"process": os.getpid(), "host": socket.gethostname(), "since": round(time.time(), 3)}
+    if stages:
+        began["stages"] = list(stages)
+    before = _told(folder)
+    if distributed.is_main():
+        _write(folder, {"state": "running", **began})
+    ending = Ending()
+    try:
+        yield ending
+    except BaseException as error:
+        reason = _reason(error)
+        ranks = list(error.ranks) if isinstance(error, DistributedError) else [distributed.rank()] if reason else []
+        over = {
+            "state": "failed" if reason else "stopped",
+            "reason": reason,
+            "ranks": ranks,
+            **began,
+            "ended": time.time(),
+        }
+        if distributed.is_main():
+            _write(folder, over if before is None or ending.begun else before)
+        elif reason and (ending.begun or 0 in ranks) and (_told(folder) or {}).get("state") == "running":
+            _write(folder, over)
+        raise
+    if distributed.is_main():
+        _write(folder, {"state": "finished" if ending.finished else "stopped", **began, "ended": time.time()})
+
+
+def record_failure(folder: Path, reason: str, *, ranks: Sequence[int]) -> None:
+    """Record the end of a run whose process is about to be ended, by whichever rank is the first to know.
+
+    Args:
+        folder: of the run.
+        reason: why it fails.
+        ranks: that are to blame.
+    """
+    told = _told(folder)
+    if told is not None and told.get("state") == "running":
+        over = {"state": "failed", "reason": redact_text(reason), "ranks": list(ranks), "ended": time.time()}
+        _write(folder, told | over)
+
+
+def _told(folder: Path) -> dict[str, Any] | None:
+    """What the file says now; None where there is none, or no good one."""
+    try:
+        return dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _reason(error: BaseException) -> str | None:
+    """One line; None for Ctrl-C."""
+    if isinstance(error, KeyboardInterrupt):
+        return None
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    return redact_text(first if isinstance(error, MoSLoRAError) else f"{type(error).__name__}: {first}")
+
+
+def _write(folder: Path, state: dict[str, Any]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_json(folder / STATE, state)
+    except OSError as error:  # a full disk must not hide why the run ended
+        logger.warning("%s could not be written (%s).", folder / STATE, error)

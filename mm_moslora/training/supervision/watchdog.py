@@ -1,0 +1,311 @@
+"""Watching over the ranks: who is where, who has died, who hangs; stacks of everybody, and an end instead of a wait.
+
+Every rank keeps a small file up to date in the run folder, `heartbeat/rank-00000.json`. When a phase takes longer than
+its limit, each rank writes its stacks, reads the others' files, says which rank is behind, silent or dead, and ends the
+process, so that the launcher can restart the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from mm_moslora.training.supervision.run_state import record_failure
+from mm_moslora.utils import distributed, heartbeat
+from mm_moslora.utils.files import discard, replacing
+from mm_moslora.utils.heartbeat import Beat
+from mm_moslora.utils.redaction import redact_text
+
+logger = logging.getLogger(__name__)
+
+EXIT_HANG = 70
+"""Exit code of a rank that gave up waiting."""
+_TORCHRUN_SECONDS = 30
+"""How long torchrun may take to end when it is told to."""
+_STANDSTILL = 10
+"""Times the interval between two heartbeats: a longer gap means that the process did not run."""
+_CULPRIT_SECONDS = 4.0  # a rank that fails needs a moment to say so
+_GONE_SECONDS = 5.0
+"""How long a rank may be gone while another starts. Most of what waits for it fails by itself, and says more."""
+_START = "start"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blame:
+    """Which ranks are to blame."""
+
+    text: str
+    """A sentence or several."""
+    ranks: tuple[int, ...] = ()
+    """Empty where it cannot be known."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Watchdog:
+    """Watches one rank for the length of a `with` block.
+
+    Args:
+        folder: the run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.beats, self.stacks = folder, folder / heartbeat.FOLDER, folder / "stacks"
+        self.interval = 1.0
+        self._phase, self._step, self._limit, self._since = _START, 0, float("inf"), time.monotonic()
+        self._place, self._gave_up, self._stood_still, self._ran = "", False, 0.0, time.monotonic()
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        try:
+            self._enter()
+        except BaseException:
+            self._stop.set()
+            raise
+        return self
+
+    def _enter(self) -> None:
+        if distributed.is_main():
+            for beat in self.beats.glob("rank-*.json"):  # of an earlier start
+                discard(beat)
+            self.beats.mkdir(parents=True, exist_ok=True)
+            self._begin()  # before it waits for the others, so that whoever looks sees a run that is alive
+        distributed.barrier()
+        self.beats.mkdir(parents=True, exist_ok=True)
+        self.stacks.mkdir(parents=True, exist_ok=True)
+        self._stacks_path = self.stacks / f"rank-{distributed.rank():05d}.txt"
+        self._stacks_file = self._stacks_path.open("w", encoding="utf-8")
+        # The thread that the signal reaches, the main one, and not all: a handler holds no lock, and reading the frames
+        # of threads that run crashes some processes.
+        faulthandler.register(signal.SIGUSR2, file=self._stacks_file, all_threads=False)
+        if not distributed.is_main():
+            self._begin()
+        distributed.barrier()
+
+    def _begin(self) -> None:
+        self._ran = time.monotonic()
+        self._say()
+        self._thread.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        faulthandler.cancel_dump_traceback_later()
+        self._thread.join()
+        faulthandler.unregister(signal.SIGUSR2)
+        with contextlib.suppress(OSError):
+            self._stacks_file.close()
+            if self._stacks_path.stat().st_size == 0:
+                discard(self._stacks_path)
+        self._phase = heartbeat.ENDED
+        if error is not None:
+            told = redact_text(f"{kind.__name__ if kind else ''}: {error}")
+            self._phase = f"{heartbeat.FAILED}{told}"[:500]
+        self._say()
+
+    def phase(self, what: str, step: int, limit_seconds: float) -> None:
+        """Say what comes next, and how long it may take.
+
+        Args:
+            what: a word or two.
+            step: optimiser steps done.
+            limit_seconds: after which this rank gives up.
+        """
+        with self._lock:
+            self._phase, self._step, self._limit, self._since = what, step, limit_seconds, time.monotonic()
+            self._stood_still = 0.0
+        # For a hang that keeps the interpreter's lock, when the thread below cannot run: stacks, then the end.
+        if limit_seconds < 1e6:
+            faulthandler.dump_traceback_later(limit_seconds + 30, exit=True, file=self._stacks_file)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.interval):
+            self._note_standstill()
+            self._say()
+            waited = time.monotonic() - self._since
+            if waited > self._limit:
+                self._give_up(
+                    f"No progress for {waited:.0f} s at step {self._step} ({self._phase}).",
+                    hint=" The limits are train.step_timeout_minutes and train.timeout_minutes.",
+                )
+            elif self._phase == _START and self._misses_a_rank():
+                self._give_up("The other ranks cannot be reached.")
+
+    def _misses_a_rank(self) -> bool:
+        """Whether another rank is gone for a while: rank 0 looks at all, the others at rank 0.
+
+        Without it a rank that waits for the address of another in a new group waits for the limit of a collective.
+        """
+        beats = self.read() if distributed.is_main() else self.read(name="rank-00000.json")
+        return any(
+            beat.age > _GONE_SECONDS
+            and (beat.failure is not None or beat.gave_up or (beat.is_dead() and not beat.is_over))
+            for beat in beats
+            if beat.rank != distributed.rank()
+        )
+
+    def _say(self) -> None:
+        """Write this rank's file; a full disk is no reason to stop, and must not hide why the run ended."""
+        with contextlib.suppress(OSError):
+            self._write()
+
+    def _note_standstill(self) -> None:
+        """Time in which this process did not run, stopped or on a machine that slept, is no time that it waited."""
+        with self._lock:
+            now = time.monotonic()
+            gap, self._ran = now - self._ran, now
+            if gap > _STANDSTILL * self.interval:
+                self._stood_still += gap
+                self._since += gap
+
+    def _write(self) -> None:
+        path = self.beats / f"rank-{distributed.rank():05d}.json"
+        content = {
+            "rank": distributed.rank(), "host": socket.gethostname(), "pid": os.getpid(), "step": self._step,
+            "phase": self._phase, "seconds_in_phase": round(time.monotonic() - self._since, 1),
+            "place": self._place, "gave_up": self._gave_up, "stood_still": round(self._stood_still, 1),
+        }  # fmt: skip
+        with replacing(path) as temporary:  # of a name of its own: `verdict` may write beside the thread
+            temporary.write_text(json.dumps(content), encoding="utf-8")
+
+    def _give_up(self, why: str, *, hint: str = "") -> None:
+        faulthandler.dump_traceback(file=self._stacks_file, all_threads=True)
+        self._stacks_file.flush()
+        self._place, self._gave_up = _own_place(self._phase), True
+        self._say()
+        self._ask_for_stacks()
+        time.sleep(2 * self.interval)  # the others reach their limits, too
+        blame = self.verdict()
+        record_failure(self.folder, f"{why} {blame}", ranks=blame.ranks)
+        logger.error("%s %s Stacks: %s.%s", why, blame, self.stacks, hint)
+        sys.stderr.flush()
+        _release_torchrun()
+        os._exit(EXIT_HANG)
+
+    def _ask_for_stacks(self) -> None:
+        """Processes of this machine write their stacks when they get SIGUSR2, whatever they are stuck in."""
+        for beat in self.read():
+            if beat.host == socket.gethostname() and beat.pid != os.getpid() and not beat.is_dead():
+                with contextlib.suppress(OSError):
+                    os.kill(beat.pid, signal.SIGUSR2)
+
+    def read(self, *, name: str = "rank-*.json") -> list[Beat]:
+        """What ranks said last. Ages are measured against this rank's own file: no clocks are compared.
+
+        Args:
+            name: pattern of the files' names.
+        """
+        own = self.beats / f"rank-{distributed.rank():05d}.json"
+        self._say()
+        try:
+            now = own.stat().st_mtime
+        except OSError:
+            return []
+        return heartbeat.read_beats(self.beats, now=now, name=name)
+
+    def verdict(self) -> Blame:
+        """Which ranks are to blame; waits a moment for ranks that are just failing."""
+        if self._thread.ident is None:  # what lies in the folder is of an earlier start
+            return _no_word(set(range(distributed.world_size())) - {distributed.rank()})
+        self._note_standstill()
+        deadline = time.monotonic() + _CULPRIT_SECONDS
+        while True:
+            beats = self.read()
+            others = [beat for beat in beats if beat.rank != distributed.rank()]
+            dead = [beat for beat in others if not beat.is_over and beat.is_dead()]
+            if dead or any(beat.failure for beat in others) or time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        told = [(beat, f"{beat.who} died; last seen at step {beat.step} ({beat.phase})") for beat in dead]
+        told += [(beat, f"{beat.who} {beat.phase} at step {beat.step}") for beat in others if beat.failure]
+        told += [(beat, f"{beat.who} does not wait for others: it is in {beat.place}") for beat in beats if beat.place]
+        told += [
+            (beat, f"{beat.who} did not run for {beat.stood_still:.0f} s: it was stopped, or its machine slept")
+            for beat in beats if beat.stood_still
+        ]  # fmt: skip
+        told = told or self._behind(beats, others)
+        if told:
+            text = "; ".join(text for _, text in told)
+            return Blame(text=f"{text}.", ranks=tuple(dict.fromkeys(beat.rank for beat, _ in told)))
+        if missing := set(range(distributed.world_size())) - {beat.rank for beat in beats}:
+            return _no_word(missing)
+        if len(beats) == 1:
+            return Blame(text="There is one rank only.")
+        return Blame(
+            text=f"All {len(beats)} ranks answer and wait in the same place: suspect the network between their hosts."
+        )
+
+    def _behind(self, beats: list[Beat], others: list[Beat]) -> list[tuple[Beat, str]]:
+        """Ranks that are silent, or behind the others, or that have given up."""
+        silent = [beat for beat in others if beat.age > 3 * self.interval and not beat.is_over]
+        if silent:
+            return [
+                (beat, f"{beat.who} is silent for {beat.age:.0f} s, last seen at step {beat.step} ({beat.phase}): it "
+                 "is stopped or its machine is gone")
+                for beat in silent
+            ]  # fmt: skip
+        first = max((beat.step for beat in beats), default=0)
+        behind = [beat for beat in beats if beat.step < first] or (
+            [beat for beat in others if beat.phase != self._phase] if self._phase == "step" else []
+        )
+        return [(beat, f"{beat.who} is behind, at step {beat.step} ({beat.phase})") for beat in behind]
+
+
+def _no_word(missing: set[int]) -> Blame:
+    """Ranks that left no heartbeat; one of them at least is to blame."""
+    names = ", ".join(f"rank {rank}" for rank in sorted(missing)[:8])
+    text = f"There is no word of {names}{', ...' if len(missing) > 8 else ''}: see what was printed there."
+    return Blame(text=text, ranks=tuple(missing) if len(missing) == 1 else ())
+
+
+def _release_torchrun() -> None:
+    """Have torchrun end with its ranks when they run on several hosts and may not be restarted.
+
+    Left alone on a host that is cut off, it waits for the others' store until TCP gives up, a quarter of an hour later.
+    Told to end while it waits, it hears so minutes later; then a process that outlives this one kills it.
+    """
+    several = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+    restarts, allowed = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    if several and restarts is not None and restarts == allowed:
+        torchrun = os.getppid()
+        with contextlib.suppress(OSError):
+            os.kill(torchrun, signal.SIGTERM)
+            wait = f"for _ in $(seq {5 * _TORCHRUN_SECONDS}); do kill -0 {torchrun} || exit 0; sleep 0.2; done"
+            nothing = subprocess.DEVNULL
+            subprocess.Popen(
+                ["sh", "-c", f"{wait}; kill -KILL {torchrun}"], start_new_session=True, stdin=nothing, stdout=nothing,
+                stderr=nothing,
+            )  # fmt: skip
+
+
+def _own_place(phase: str) -> str:
+    """Function and line that the main thread is in; empty when it waits for other ranks.
+
+    On a GPU collectives are queued and the host goes on, to wait for its own device wherever it reads a value next: in
+    a step, a place says nothing.
+    """
+    if phase == "step" and distributed.device().type == "cuda":
+        return ""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    stack = traceback.extract_stack(frame)
+    waits = ("torch/distributed/", "deepspeed/comm/", "mm_moslora/utils/distributed.py")
+    if not stack or any(part in entry.filename.replace(os.sep, "/") for entry in stack for part in waits):
+        return ""
+    return f"{stack[-1].name} ({Path(stack[-1].filename).name}:{stack[-1].lineno})"

@@ -1,0 +1,1 @@
+"""Errors, files, paths, ranks, hardware, logging: what every other package stands on."""

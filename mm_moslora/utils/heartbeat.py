@@ -1,0 +1,114 @@
+"""What the ranks of a run said of themselves last: `heartbeat/rank-00000.json` in the run folder, read on any host."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from mm_moslora.utils.untrusted_files import read_text_below
+
+FOLDER = "heartbeat"
+FAILED = "failed: "
+"""A phase that begins so is how a rank ended; the kind of error and its message follow."""
+ENDED = "ended"
+_LOST = ("Connection", "gloo", "NCCL", "Timed out", "timed out", "peer", "DistributedError", "DistNetworkError")
+
+
+def means_lost(text: str) -> bool:
+    """Whether an error only says that another rank is gone."""
+    return any(part in text for part in _LOST)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat:
+    """What a rank said of itself last."""
+
+    rank: int
+    host: str
+    pid: int
+    step: int
+    phase: str
+    """What it is doing, or `failed: ...`, or `ended`."""
+    age: float
+    """Seconds since it said so."""
+    written: float = 0.0
+    """When it said so, by the clock of the file system."""
+    place: str = ""
+    """Where its main thread is, once it has given up; empty when it waits for other ranks there."""
+    gave_up: bool = False
+    """Whether its own watchdog has ended it, or is about to."""
+    stood_still: float = 0.0
+    """Seconds for which the process did not run, in its present phase."""
+
+    @property
+    def who(self) -> str:
+        """For messages."""
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+    @property
+    def failure(self) -> str | None:
+        """Kind and message of its own failure; None for one that only says that another rank is gone."""
+        found = self.phase.removeprefix(FAILED)
+        return None if found == self.phase or means_lost(found) else found
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it said that it ends."""
+        return self.gave_up or self.phase == ENDED or self.phase.startswith(FAILED)
+
+    def is_here(self) -> bool:
+        """Whether its process can be asked for on this machine."""
+        return self.host == socket.gethostname() and Path("/proc/self/stat").exists()
+
+    def is_dead(self) -> bool:
+        """Whether its process is known to be gone; only this machine's processes can be known."""
+        return self.is_here() and not is_running(self.pid, before=self.written or None)
+
+
+def is_running(pid: int, *, before: float | None = None) -> bool:
+    """Whether a process of this machine runs.
+
+    Args:
+        pid: its number, which the system gives again after a while.
+        before: seconds since the epoch by which it had started; None: any process of that number counts.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        if fields[0] in "ZX":
+            return False
+        boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        started = boot + float(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError, ValueError):
+        return False
+    return before is None or started < before + 60  # the file system may have a clock of its own
+
+
+def read_beats(folder: Path, *, now: float | None = None, name: str = "rank-*.json") -> list[Beat]:
+    """What ranks said last, in order of rank; what is not a heartbeat is passed over.
+
+    Args:
+        folder: with the heartbeats.
+        now: by the clock of the file system; None: by this machine's.
+        name: pattern of the files' names.
+    """
+    now = time.time() if now is None else now
+    found = []
+    for path in sorted(folder.glob(name)):
+        try:
+            content = json.loads(read_text_below(folder, path.name) or "")
+            written = path.stat().st_mtime
+            found.append(
+                Beat(
+                    rank=int(content["rank"]), host=str(content["host"]), pid=int(content["pid"]),
+                    step=int(content["step"]), phase=str(content["phase"]), place=str(content.get("place", "")),
+                    gave_up=bool(content.get("gave_up")), stood_still=float(content.get("stood_still", 0.0)),
+                    written=written, age=max(0.0, now - written),
+                )
+            )  # fmt: skip
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            continue
+    return found

@@ -1,0 +1,236 @@
+"""Fetching a file from another machine: from the hosts and within the limits that rules declare, and no others."""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import ipaddress
+import re
+import socket
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+from urllib.parse import urljoin, urlsplit, urlunsplit
+
+from mm_moslora.utils.errors import MoSLoRAError
+
+_HEADERS = {"Accept": "image/*, */*;q=0.8", "User-Agent": "mm_moslora"}
+_REDIRECTS = (301, 302, 303, 307, 308)
+_TLS_PORT = 443
+_BAD = re.compile(r"[^\x21-\x7e]|\\")
+"""What parsers of addresses disagree about; whoever sends it wants that."""
+
+
+class FetchFault(StrEnum):
+    """Why nothing is fetched."""
+
+    NOT_ALLOWED = "not allowed"
+    """The address, or one that it redirects to, breaks the rules."""
+    TOO_LARGE = "too large"
+    FAILED = "failed"
+
+
+class FetchError(MoSLoRAError):
+    """A file that is not fetched.
+
+    Args:
+        fault: the kind.
+        what: what is wrong with the address; goes on after its name, and holds no text of a library.
+        detail: more, for whoever chose the address.
+    """
+
+    def __init__(self, fault: FetchFault, what: str, *, detail: str = "") -> None:
+        self.fault, self.what, self.detail = fault, what, detail
+        super().__init__(f"The address {what}{f' ({detail})' if detail else ''}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What may be fetched, and at what cost."""
+
+    hosts: Collection[str]
+    """Exact names, in lower case, of the hosts of an address and of what it redirects to."""
+    most: int
+    """Bytes."""
+    seconds: float
+    """For the whole fetch, redirects included."""
+    silence: float = 20.0
+    """Seconds without a byte before a host is given up."""
+    redirects: int = 10
+    public: bool = False
+    """Only https, on its own port, without a proxy, and only public addresses: the one that was checked is the one that
+    is connected to."""
+
+    def checked(self, url: str, *, base: str = "") -> str:
+        """An address, written anew from the parts that were checked.
+
+        Args:
+            url: may be relative to `base`.
+            base: the address that redirects to it.
+
+        Raises:
+            FetchError: NOT_ALLOWED.
+        """
+        shown = ascii(url[:80])
+        if _BAD.search(url):
+            raise FetchError(FetchFault.FAILED, "holds characters that are not allowed", detail=shown)
+        try:
+            parts = urlsplit(urljoin(base, url))
+            host, port = (parts.hostname or "").rstrip("."), parts.port
+        except ValueError:
+            raise FetchError(FetchFault.FAILED, "is not a valid address", detail=shown) from None
+        schemes, ports = (("https",), (None, _TLS_PORT)) if self.public else (("http", "https"), (port,))
+        if parts.scheme not in schemes or port not in ports or host not in self.hosts or "@" in parts.netloc:
+            raise FetchError(FetchFault.NOT_ALLOWED, "is not of an allowed host", detail=shown)
+        place = (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
+        return urlunsplit((parts.scheme, place, parts.path or "/", parts.query, ""))
+
+
+def fetch(url: str, rules: Rules) -> bytes:
+    """The bytes behind an address.
+
+    Args:
+        url: http or https.
+        rules: checked for it and for every redirect.
+
+    Raises:
+        FetchError: the rules do not allow it, the host does not answer in time or breaks off, or sends too much.
+    """
+    limit = _TimeLimit(rules.seconds)
+    direct = [urllib.request.ProxyHandler({})] if rules.public else []
+    opener = urllib.request.build_opener(_Guarded(rules, limit), _NoRedirects(), *direct)
+    with limit:
+        place = ""
+        for _ in range(rules.redirects + 1):
+            place = rules.checked(url, base=place)
+            request = urllib.request.Request(place, headers=_HEADERS)  # noqa: S310  (checked)
+            try:
+                with opener.open(request, timeout=min(rules.silence, rules.seconds)) as answer:
+                    return _content(answer, rules, limit)
+            except urllib.error.HTTPError as error:
+                error.close()
+                target = error.headers.get("Location")
+                if error.code not in _REDIRECTS or not target:
+                    what = "did not answer with a file"
+                    raise FetchError(FetchFault.FAILED, what, detail=f"HTTP {error.code}") from error
+                url = target
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                limit.check()
+                detail = f"{type(error).__name__}: {error}"[:200]
+                raise FetchError(FetchFault.FAILED, "could not be fetched", detail=detail) from error
+    raise FetchError(FetchFault.FAILED, "redirects too often")
+
+
+def _content(answer: http.client.HTTPResponse, rules: Rules, limit: _TimeLimit) -> bytes:
+    data = answer.read(rules.most + 1)
+    if len(data) > rules.most:
+        raise FetchError(FetchFault.TOO_LARGE, f"gives more than {rules.most} bytes")
+    limit.check()
+    if len(data) < int(answer.headers.get("Content-Length") or 0):
+        raise FetchError(FetchFault.FAILED, f"breaks off after {len(data)} bytes")
+    return data
+
+
+def public_address(host: str) -> str:
+    """One address of a host, all of whose addresses are public.
+
+    Raises:
+        FetchError: the name does not resolve, or one of its addresses is not public.
+    """
+    try:
+        found = {str(item[4][0]) for item in socket.getaddrinfo(host, _TLS_PORT, type=socket.SOCK_STREAM)}
+    except OSError:
+        raise FetchError(FetchFault.FAILED, "has a host that is not known") from None
+    for address in found:
+        number = ipaddress.ip_address(address.partition("%")[0])
+        mapped = getattr(number, "ipv4_mapped", None) or number
+        if not mapped.is_global or mapped.is_multicast:
+            raise FetchError(FetchFault.FAILED, "leads to an address that is not public")
+    return min(found)
+
+
+class _TimeLimit:
+    """Ends the connections of a fetch that takes too long as a whole, however often a byte arrives.
+
+    Args:
+        seconds: from the start of the block to its end.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._passed = seconds, False
+        self._sockets: list[socket.socket] = []
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+
+    def __enter__(self) -> _TimeLimit:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def holds(self, connection: http.client.HTTPConnection) -> None:
+        """A connection that has just been made."""
+        self._sockets.append(connection.sock)
+        if self._passed:
+            self._end()
+
+    def check(self) -> None:
+        """Raise a FetchError when the time is over."""
+        if self._passed:
+            raise FetchError(FetchFault.FAILED, f"takes longer than {self._seconds:g} s")
+
+    def _end(self) -> None:
+        self._passed = True
+        for each in self._sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+
+class _Guarded(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Opens http and https under a time limit, and to public addresses alone where the rules say so."""
+
+    def __init__(self, rules: Rules, limit: _TimeLimit) -> None:
+        super().__init__()
+
+        class Plain(http.client.HTTPConnection):
+            def connect(self) -> None:
+                super().connect()
+                limit.holds(self)
+
+        class Tls(http.client.HTTPSConnection):
+            def connect(self) -> None:
+                if rules.public:  # the certificate is checked against the host's name
+                    raw = socket.create_connection((public_address(self.host), _TLS_PORT), self.timeout)
+                    self.sock = _context().wrap_socket(raw, server_hostname=self.host)
+                else:
+                    super().connect()
+                limit.holds(self)
+
+        self._plain, self._tls = Plain, Tls
+
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        """Open a request."""
+        return self.do_open(self._plain, req)
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        """Open a request."""
+        return self.do_open(self._tls, req, context=_context())
+
+
+@functools.cache
+def _context() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Leaves redirects to `fetch`, which checks them."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """None follows."""

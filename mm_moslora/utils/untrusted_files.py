@@ -1,0 +1,201 @@
+"""Files that data name: the one way to find and to open what a record, a cell, a task file or a run folder names.
+
+Whoever wrote the data chose the names, so a name is never trusted:
+
+- It is a plain path below a declared root: the folder that a recipe or a task file declares, or else the folder of the
+  file that holds the name. The working directory decides nothing.
+- It has no scheme, no chain of protocols, no `..`, no `~` and no control characters, and no symbolic link leads out of
+  the root, unless links were allowed. An absolute path counts where it lies below the root.
+- What is opened is a regular file: no folder, pipe, socket or device.
+- Its size is limited, also when it grows while it is read.
+
+A person's own words, such as a recipe's paths and the arguments of a command, may lead anywhere (`beside`); what they
+name is still opened here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from io import BufferedReader
+from pathlib import Path, PurePosixPath
+
+from mm_moslora.utils.errors import DataError
+
+MOST_TEXT_BYTES = 2**29
+"""Limit of a text that is read whole, such as the metrics of a run."""
+MOST_BYTES = 2**31
+"""Limit of data that are read whole, such as a question file or all answers of a run."""
+BAD_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
+"""Control characters and halves of surrogate pairs: no text and no name may hold them."""
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+"""Start of a URL, and of a chain of protocols."""
+
+
+class FileFault(StrEnum):
+    """Why a named file is not opened."""
+
+    BAD_NAME = "bad name"
+    """No plain path."""
+    ESCAPES = "escapes"
+    """It leaves the root."""
+    MISSING = "missing"
+    """No such file, or no permission."""
+    NOT_A_FILE = "not a file"
+    """A folder, a pipe, a socket or a device."""
+    TOO_LARGE = "too large"
+    """More bytes than the limit."""
+
+
+class FileError(DataError):
+    """A named file that is not opened.
+
+    Args:
+        fault: the kind.
+        name: the file, as it is named.
+        what: what was found.
+        remedy: what to do.
+    """
+
+    def __init__(self, fault: FileFault, name: str, what: str, remedy: str) -> None:
+        self.fault, self.name, self.what, self.remedy = fault, name, what, remedy
+        super().__init__(f"{name}: {what}; {remedy}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Errors travel from worker processes."""
+        return FileError, (self.fault, self.name, self.what, self.remedy)
+
+
+def find_below(root: Path, name: object, *, follow_links: bool = False) -> Path:
+    """The path that data mean by a name; whether something is there is seen when it is opened.
+
+    Args:
+        root: resolved.
+        name: what the data hold.
+        follow_links: accept symbolic links that lead out of the root.
+
+    Raises:
+        FileError: BAD_NAME or ESCAPES.
+    """
+    if not isinstance(name, str) or not name.strip():
+        found = "is empty" if isinstance(name, str) else f"is no text ({type(name).__name__})"
+        raise FileError(FileFault.BAD_NAME, "name", found, f"write a path below {root}")
+    shown = ascii(name)[:100]
+    bad = BAD_CHARACTER.search(name) or "\\" in name or name.startswith("~") or "%2e" in name.lower()
+    if bad or SCHEME.match(name) or "::" in name:
+        remedy = f"write a path below {root}, without scheme, ~, backslash or escapes"
+        raise FileError(FileFault.BAD_NAME, shown, "is no plain relative path", remedy)
+    pure = PurePosixPath(name)
+    if ".." in pure.parts or (pure.is_absolute() and not _lies_in(name, root)):
+        raise FileError(FileFault.ESCAPES, shown, f"leaves {root}", f"write a path below {root}")
+    path = root / name
+    if follow_links:
+        return path
+    try:
+        real = Path(os.path.realpath(path))
+    except (OSError, ValueError) as error:
+        raise FileError(FileFault.BAD_NAME, shown, f"is no path ({error})", "shorten or repair it") from error
+    if not real.is_relative_to(root):
+        raise FileError(FileFault.ESCAPES, shown, f"links out of {root}", f"copy the file below {root}")
+    return real
+
+
+def _lies_in(name: str, root: Path) -> bool:
+    """Whether an absolute path is one below a folder, as it is written or by its links."""
+    return Path(name).is_relative_to(root) or Path(os.path.realpath(name)).is_relative_to(root)
+
+
+def beside(folder: Path, name: str) -> Path:
+    """A path that a person wrote into a file: relative ones start at the folder of that file, `~` is the home folder.
+
+    Args:
+        folder: of the file that holds the path.
+        name: the path.
+    """
+    return folder / Path(name).expanduser()
+
+
+@contextmanager
+def opened(path: Path, *, most: int | None) -> Iterator[BufferedReader]:
+    """Open a regular file for reading.
+
+    Args:
+        path: from `find_below`, or a person's own.
+        most: its largest size, bytes; None: any, for what is not read whole.
+
+    Raises:
+        FileError: MISSING, NOT_A_FILE or TOO_LARGE.
+    """
+    name = str(path)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)  # a pipe would block for ever
+    except (OSError, ValueError) as error:
+        raise _not_opened(name, error) from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise FileError(FileFault.NOT_A_FILE, name, "is a folder, a pipe or a device", "name a file")
+    with os.fdopen(descriptor, "rb") as stream:
+        if most is not None and status.st_size > most:
+            raise _too_large(name, f"takes {status.st_size} bytes", most)
+        yield stream
+
+
+def _not_opened(name: str, error: OSError | ValueError) -> FileError:
+    reason = getattr(error, "strerror", None) or str(error)
+    remedy = "check the path and the folder that it starts from"
+    socket = isinstance(error, OSError) and error.errno == errno.ENXIO
+    fault = FileFault.NOT_A_FILE if socket else FileFault.MISSING
+    return FileError(fault, name, f"cannot be opened ({reason})", remedy)
+
+
+def _too_large(name: str, what: str, most: int) -> FileError:
+    return FileError(FileFault.TOO_LARGE, name, what, f"stay below {most} bytes")
+
+
+def read_bytes(path: Path, *, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes; see `opened`."""
+    with opened(path, most=most) as stream:
+        data = stream.read(most + 1)
+    if len(data) > most:  # it grew, or is of a file system that does not know sizes
+        raise _too_large(str(path), f"gives more than {most} bytes", most)
+    return data
+
+
+def read_text(path: Path, *, most: int = MOST_TEXT_BYTES, encoding: str = "utf-8", errors: str = "strict") -> str:
+    """The text of a regular file, line ends as `\\n`; see `opened`.
+
+    Raises:
+        FileError: see `opened`.
+        UnicodeDecodeError: it is in another encoding.
+    """
+    text = read_bytes(path, most=most).decode(encoding, errors)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_text_below(root: Path, name: str, *, errors: str = "strict") -> str | None:
+    """The text of a file of a folder that somebody else may have written; None where there is none.
+
+    Args:
+        root: the folder, as a person named it.
+        name: below it.
+        errors: what to do with bytes that are not UTF-8, as for `bytes.decode`.
+
+    Raises:
+        FileError: it links out of the folder, is no regular file, is too large, or may not be read.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    path = find_below(Path(os.path.realpath(root)), name)
+    if not os.path.lexists(path):  # a run may be moved or deleted while it is looked at
+        return None
+    try:
+        return read_text(path, errors=errors)
+    except FileError:
+        if os.path.lexists(path):
+            raise
+        return None

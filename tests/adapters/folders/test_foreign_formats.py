@@ -1,0 +1,333 @@
+"""Folders of other libraries coming in, layouts for other programs going out."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import gguf
+import numpy as np
+import peft
+import pytest
+import torch
+from adapters.adapter_models import llama, llava, logits, train_a_bit
+from adapters.behaviour_models import inputs, network
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mm_moslora.adapters import (
+    MoSLoRAConfig,
+    MoSLoRALinear,
+    add_moslora,
+    add_weighted_adapter,
+    export_adapter,
+    hot_swap,
+    load_adapter,
+    merge,
+    save_adapter,
+)
+from mm_moslora.adapters.folders.export_adapter import largest_difference
+from mm_moslora.utils.errors import AdapterError
+
+TARGETS = ["q_proj", "k_proj", "down_proj"]
+
+
+def _trained(**changes) -> peft.PeftModel:
+    config = MoSLoRAConfig(**({"r": 4, "lora_alpha": 8, "mixer_init": "kaiming"} | changes))
+    model = add_moslora(llama(), config, targets=TARGETS)
+    train_a_bit(model)
+    return model.eval()
+
+
+def _factors(model: peft.PeftModel) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    layers = model.get_base_model().named_modules()
+    found = {path: layer.factors("default") for path, layer in layers if isinstance(layer, MoSLoRALinear)}
+    return {path: (f.A.detach(), f.M.detach(), f.B.detach()) for path, f in found.items()}
+
+
+def _authors_folder(model: peft.PeftModel, folder: Path, *, pickled: bool = False, without: str = "") -> Path:
+    """What the authors' fork of PEFT 0.10 writes."""
+    folder.mkdir()
+    tensors = {}
+    for path, (A, M, B) in _factors(model).items():
+        prefix = f"base_model.model.{path}"
+        tensors |= {f"{prefix}.lora_A.weight": A, f"{prefix}.lora_B.weight": B}
+        if not without or without not in path:
+            tensors[f"{prefix}.lora_AB.weight"] = M
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": TARGETS, "lora_dropout": 0.0}
+    config |= {"lora_use_mixer": True, "lora_use_mixer_pattern": {}, "bias": "none", "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if pickled:
+        torch.save(tensors, folder / "adapter_model.bin")
+    else:
+        save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_the_authors_checkpoints_load(tmp_path: Path, pickled: bool) -> None:
+    model = _trained()
+    folder = _authors_folder(model, tmp_path / "a", pickled=pickled)
+    loaded = load_adapter(llama(), folder)
+    assert torch.equal(logits(loaded), logits(model))
+    trains = load_adapter(llama(), folder, trainable=True)
+    assert sum("lora_mixer" in name for name, p in trains.named_parameters() if p.requires_grad) == 6
+
+
+def test_a_module_without_mixer_in_the_authors_folder_is_plain(tmp_path: Path) -> None:
+    model = _trained()
+    for path, layer in model.get_base_model().named_modules():
+        if isinstance(layer, MoSLoRALinear) and "down_proj" in path:
+            layer.lora_mixer["default"].weight.data.copy_(torch.eye(4))
+    folder = _authors_folder(model, tmp_path / "a", without="down_proj")
+    assert torch.equal(logits(load_adapter(llama(), folder)), logits(model))
+
+
+def test_an_authors_folder_without_mixers_or_without_its_word_is_an_error(tmp_path: Path) -> None:
+    folder = _authors_folder(_trained(), tmp_path / "a")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_use_mixer": False}))
+    with pytest.raises(AdapterError, match="does not speak of"):
+        load_adapter(llama(), folder)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    plain = {k: v for k, v in load_file(folder / "adapter_model.safetensors").items() if "lora_AB" not in k}
+    save_file(plain, folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="holds no lora_AB"):
+        load_adapter(llama(), folder)
+
+
+def test_a_paddlenlp_folder_is_refused_and_the_error_names_the_layout_that_is_read(tmp_path: Path) -> None:
+    (tmp_path / "lora_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "lora_use_mixer": True}))
+    with pytest.raises(AdapterError, match=r"PaddleNLP.*not read.*adapter_config\.json.*transposed"):
+        load_adapter(llama(), tmp_path)
+
+
+class _Huge:
+    def __init__(self, call) -> None:
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"no pickle", b"", pickle.dumps([1, 2]), pickle.dumps({"a.lora_A": _Huge((np.ndarray, ((2**40,),)))}),
+        pickle.dumps({"a.lora_A": _Huge((np.zeros(1).__reduce__()[0], (np.ndarray, (2**40,), b"b")))}),
+        pickle.dumps({"a.lora_A": np.zeros(4)})[:-20],
+    ],
+    ids=["no pickle", "empty", "a list", "a huge array", "a huge array, by its maker", "cut short"],
+)  # fmt: skip
+def test_pickled_weights_that_are_damaged_or_huge_are_one_clear_error(tmp_path: Path, content: bytes) -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "lora_use_mixer": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.bin").write_bytes(content)
+    with pytest.raises(AdapterError, match=r"damaged, or holds more|no tensors by name"):
+        load_adapter(llama(), tmp_path)
+
+
+# Going out.
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[peft.PeftModel, Path]:
+    model = _trained(rank_pattern={"down_proj": 2}, alpha_pattern={"k_proj": 3}, use_rslora=True)
+    save_adapter(model, tmp_path / "ours")
+    return model, tmp_path
+
+
+@pytest.mark.parametrize("layout", ["peft", "vllm"])
+def test_exported_folder_gives_the_same_logits_in_stock_peft(saved: tuple[peft.PeftModel, Path], layout: str) -> None:
+    model, root = saved
+    out = export_adapter(root / "ours", root / "out", layout=layout)
+    assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    stock = peft.PeftModel.from_pretrained(llama(), out)
+    torch.testing.assert_close(logits(stock), logits(model), atol=1e-5, rtol=0)
+
+
+def test_vllm_layout_has_one_rank_and_module_names(saved: tuple[peft.PeftModel, Path]) -> None:
+    _, root = saved
+    out = export_adapter(root / "ours", root / "out", layout="vllm")
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(TARGETS)
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["use_rslora"]) == (4, 4, {}, False)
+    tensors = load_file(out / "adapter_model.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if "layers.0.mlp" in name}
+    prefix = "base_model.model.model.layers.0.mlp.down_proj"
+    assert shapes == {f"{prefix}.lora_A.weight": (4, 48), f"{prefix}.lora_B.weight": (32, 4)}
+
+
+def test_diffusers_layout_names_and_update(saved: tuple[peft.PeftModel, Path]) -> None:
+    model, root = saved
+    out = export_adapter(root / "ours", root / "out", layout="diffusers", component="transformer")
+    tensors = load_file(out / "pytorch_lora_weights.safetensors")
+    path = "model.layers.1.self_attn.k_proj"
+    update = tensors[f"transformer.{path}.lora_B.weight"] @ tensors[f"transformer.{path}.lora_A.weight"]
+    torch.testing.assert_close(update, model.get_base_model().get_submodule(path).wide_delta("default"))
+    assert len(tensors) == 12
+
+
+def test_gguf_file_has_llama_cpp_names_and_the_same_update(tmp_path: Path) -> None:
+    model = _trained()
+    save_adapter(model, tmp_path / "ours")
+    config = model.get_base_model().config.to_dict()
+    out = export_adapter(tmp_path / "ours", tmp_path / "a.gguf", layout="gguf", model_config=config)
+    reader = gguf.GGUFReader(out)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["general.type"] == "adapter"
+    assert (fields["general.architecture"], fields["adapter.type"]) == ("llama", "lora")
+    assert fields["adapter.lora.alpha"] == 4.0
+    tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    assert len(tensors) == 12
+    layer = model.get_base_model().model.layers[1]
+    update = tensors["blk.1.ffn_down.weight.lora_b"] @ tensors["blk.1.ffn_down.weight.lora_a"]
+    torch.testing.assert_close(update, layer.mlp.down_proj.wide_delta("default"))
+    # Its converter turns every head's two halves into pairs; undone, the update is ours.
+    update = tensors["blk.1.attn_k.weight.lora_b"] @ tensors["blk.1.attn_k.weight.lora_a"]
+    heads, width = 2, 8
+    halves = update.view(heads, width // 2, 2, -1).transpose(1, 2).reshape(heads * width, -1)
+    torch.testing.assert_close(halves, layer.self_attn.k_proj.wide_delta("default"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"layout": "gguff"}, "Did you mean 'gguf'"),
+        ({"layout": "gguf"}, "Pass model_config"),
+        ({"layout": "gguf", "model_config": {"model_type": "rwkv"}}, "'rwkv' is not covered"),
+        ({"layout": "gguf", "model_config": {"model_type": "llama", "num_hidden_layers": 2}}, "one rank per file"),
+        ({"layout": "diffusers", "component": "text_encodr"}, "Did you mean 'text_encoder'"),
+    ],
+)
+def test_what_a_layout_cannot_express_is_an_error(
+    saved: tuple[peft.PeftModel, Path], options: dict, words: str
+) -> None:
+    with pytest.raises(AdapterError, match=words):
+        export_adapter(saved[1] / "ours", saved[1] / "out", **options)
+
+
+def test_dora_stays_with_peft(tmp_path: Path) -> None:
+    model = _trained(use_dora=True)
+    save_adapter(model, tmp_path / "ours")
+    with pytest.raises(AdapterError, match="layout cannot express"):
+        export_adapter(tmp_path / "ours", tmp_path / "out", layout="diffusers")
+    out = export_adapter(tmp_path / "ours", tmp_path / "out", layout="peft")
+    stock = peft.PeftModel.from_pretrained(llama(), out)
+    torch.testing.assert_close(logits(stock), logits(model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_that_changed_the_base_is_taken_out_of_it_again(tmp_path: Path, init: str) -> None:
+    model = _trained(mixer_init="identity", init_lora_weights=init)
+    save_adapter(model, tmp_path / "ours")
+    out = export_adapter(tmp_path / "ours", tmp_path / "out", layout="peft")
+    for loaded in (load_adapter(llama(), tmp_path / "ours"), *_stock(tmp_path / "ours", out)):
+        torch.testing.assert_close(logits(loaded), logits(model), atol=1e-6, rtol=0)
+    with pytest.raises(AdapterError, match="which changed the base"):
+        export_adapter(tmp_path / "ours", tmp_path / "vllm", layout="vllm")
+
+
+def _stock(*folders: Path) -> list[peft.PeftModel]:
+    return [peft.PeftModel.from_pretrained(llama(), folder) for folder in folders]
+
+
+@pytest.mark.parametrize(
+    ("net", "layout", "words"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 3)), "vllm", "0 is a convolution"),
+        (lambda: nn.Sequential(nn.MultiheadAttention(8, 2)), "vllm", "nn.MultiheadAttention"),
+        (lambda: nn.Sequential(nn.MultiheadAttention(8, 2)), "diffusers", "nn.MultiheadAttention"),
+    ],
+)
+def test_layers_that_a_layout_does_not_know_are_errors(tmp_path: Path, net, layout: str, words: str) -> None:
+    save_adapter(add_moslora(net(), MoSLoRAConfig(r=2), targets=["0"]), tmp_path / "ours")
+    with pytest.raises(AdapterError, match=words):
+        export_adapter(tmp_path / "ours", tmp_path / "out", layout=layout)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("component", ["model.language_model", "model.vision_tower"])
+def test_gguf_takes_the_language_model_of_a_llava_and_not_its_tower(tmp_path: Path, component: str) -> None:
+    model = add_moslora(llava(), MoSLoRAConfig(r=2), component=component, targets=["q_proj"])
+    save_adapter(model, tmp_path / "ours")
+    arguments = (tmp_path / "ours", tmp_path / "a.gguf")
+    if component == "model.vision_tower":
+        with pytest.raises(AdapterError, match=r"language model has no module 'model\.vision_tower"):
+            export_adapter(*arguments, layout="gguf", model_config=model.config.to_dict())
+    else:
+        names = {tensor.name for tensor in gguf.GGUFReader(export_adapter(
+            *arguments, layout="gguf", model_config=model.config.to_dict()
+        )).tensors}  # fmt: skip
+        assert names == {f"blk.{layer}.attn_q.weight.lora_{factor}" for layer in (0, 1) for factor in "ab"}
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Embedding", "Conv2d-3x3", "MultiheadAttention"])
+def test_a_diagonal_mixer_goes_through_every_exchange(kind: str, tmp_path: Path) -> None:
+    config = MoSLoRAConfig(r=4, lora_alpha=8, mixer_form="diagonal")
+
+    def output(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model.eval()(inputs(kind))
+
+    model = add_moslora(network(kind), config, targets=["target"])
+    train_a_bit(model)
+    live = output(model)
+    save_adapter(model, tmp_path / "a")
+    swapped = add_moslora(network(kind), config, targets=["target"])
+    hot_swap(swapped, tmp_path / "a")
+    found = {
+        "loaded": load_adapter(network(kind), tmp_path / "a"),
+        "exported": load_adapter(network(kind), export_adapter(tmp_path / "a", tmp_path / "plain", layout="peft")),
+        "stock": peft.PeftModel.from_pretrained(network(kind), tmp_path / "a"),
+        "swapped": swapped,
+    }
+    for combination in ("cat", "svd"):
+        summed = load_adapter(network(kind), tmp_path / "a", adapter_name="a")
+        add_weighted_adapter(summed, ["a"], [1.0], "sum", combination=combination)
+        summed.set_adapter("sum")
+        found[combination] = summed
+    found["merged"] = merge(model)
+    for name, other in found.items():
+        assert (output(other) - live).abs().max() < 1e-5 * live.abs().max(), name
+
+
+def test_an_embedding_is_named_as_what_a_layout_cannot_hold(tmp_path: Path) -> None:
+    model = peft.get_peft_model(llama(), MoSLoRAConfig(r=4, target_modules=["embed_tokens"], task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    with pytest.raises(AdapterError, match=r"embed_tokens.*cannot express .*embeddings"):
+        export_adapter(tmp_path / "a", tmp_path / "out", layout="vllm")
+
+
+def test_one_diffusers_file_holds_several_components(tmp_path: Path) -> None:
+    """The second export took the place of the first."""
+    model = add_moslora(llama(), MoSLoRAConfig(r=2), targets=["q_proj"])
+    other = add_moslora(llama(), MoSLoRAConfig(r=4), targets=["q_proj"])
+    for seed, (name, adapted) in enumerate({"text_encoder": model, "text_encoder_2": other}.items()):
+        train_a_bit(adapted, seed=seed)
+        save_adapter(adapted, tmp_path / name)
+        export_adapter(tmp_path / name, tmp_path / "out", layout="diffusers", component=name)
+    for name in ("text_encoder", "text_encoder_2"):
+        folders = (tmp_path / name, tmp_path / "out")
+        assert largest_difference(*folders, layout="diffusers", component=name) < 1e-6
+    written = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert {len(factor) for name, factor in written.items() if ".lora_A" in name} == {2, 4}
+    export_adapter(tmp_path / "text_encoder", tmp_path / "out", layout="diffusers", component="text_encoder_2")
+    written = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert {len(factor) for name, factor in written.items() if ".lora_A" in name} == {2}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gguf_has_no_place_for_a_tied_head(tied: bool, tmp_path: Path) -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=2), targets=["lm_head"])
+    train_a_bit(model)
+    save_adapter(model, tmp_path / "a")
+    config = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "tie_word_embeddings": tied}
+    arguments = (tmp_path / "a", tmp_path / "a.gguf")
+    if not tied:
+        assert export_adapter(*arguments, layout="gguf", model_config=config).is_file()
+        return
+    with pytest.raises(AdapterError, match="lm_head is tied to the embedding"):
+        export_adapter(*arguments, layout="gguf", model_config=config)

@@ -1,0 +1,522 @@
+"""The double folder: exact for us, right for stock PEFT, and damage is noticed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from adapters.adapter_models import IDS, llama, llava, llava_inputs, logits, train_a_bit
+from preloaded import Preloaded
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mm_moslora.adapters import (
+    MIXER_INITS,
+    MoSLoRAConfig,
+    adapted_modules,
+    add_moslora,
+    base_fingerprint,
+    export_adapter,
+    fold_state_dict,
+    load_adapter,
+    merge,
+    save_adapter,
+)
+from mm_moslora.adapters.adapter_inspection import inspect_adapter
+from mm_moslora.adapters.adapter_targets import named_adapter_layers
+from mm_moslora.utils.errors import AdapterError
+
+TARGETS = ["q_proj", "down_proj"]
+FILES = {"adapter_config.json", "adapter_model.safetensors", "moslora.json", "moslora.safetensors"}
+
+
+def _adapted(**options) -> peft.PeftModel:
+    model = add_moslora(llama(), MoSLoRAConfig(**({"r": 4, "lora_alpha": 6} | options)), targets=TARGETS)
+    train_a_bit(model)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "adapter"
+    save_adapter(_adapted(), folder, base={"id": "tiny", "revision": "1"})
+    return folder
+
+
+@pytest.fixture
+def copied(saved: Path, tmp_path: Path) -> Path:
+    """A folder to damage."""
+    return Path(shutil.copytree(saved, tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("kind", MIXER_INITS)
+@pytest.mark.parametrize("trainable", [True, False])
+def test_save_and_load_are_exact(tmp_path: Path, kind: str, trainable: bool) -> None:
+    model = _adapted(mixer_init=kind, mixer_trainable=trainable, rank_pattern={"down_proj": 2}, use_rslora=True)
+    save_adapter(model, tmp_path / "a")
+    assert {path.name for path in (tmp_path / "a").iterdir()} == FILES
+    loaded = load_adapter(llama(), tmp_path / "a")
+    assert torch.equal(logits(loaded), logits(model))
+    assert adapted_modules(loaded) == adapted_modules(model)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_loaded_for_training_goes_on_exactly(tmp_path: Path) -> None:
+    model = _adapted()
+    save_adapter(model, tmp_path / "a")
+    loaded = load_adapter(llama(), tmp_path / "a", trainable=True)
+    gradients = []
+    for each in (model, loaded):
+        each.train()(IDS, labels=IDS).loss.backward()
+        gradients.append({name: p.grad for name, p in each.named_parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name])
+
+
+def test_values_go_into_an_adapter_that_is_there(saved: Path) -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=6), targets=TARGETS)
+    assert load_adapter(model, saved, trainable=True) is model
+    assert torch.equal(logits(model), logits(_adapted()))
+    assert sum(p.requires_grad for p in model.parameters()) == 12
+
+
+def test_a_second_adapter_is_added_beside_the_first(saved: Path) -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=2), targets=["v_proj"])
+    load_adapter(model, saved, adapter_name="second")
+    model.set_adapter("second")
+    assert torch.equal(logits(model), logits(_adapted()))
+
+
+def test_the_base_with_adapters_inside_saves_the_same(saved: Path, tmp_path: Path) -> None:
+    save_adapter(_adapted().get_base_model(), tmp_path / "a", base={"id": "tiny", "revision": "1"})
+    for name in FILES:
+        if name != "adapter_config.json":
+            assert (tmp_path / "a" / name).read_bytes() == (saved / name).read_bytes()
+
+
+def test_saving_again_replaces_the_files_and_keeps_others(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    save_adapter(_adapted(), folder)
+    (folder / "notes.txt").write_text("mine")
+    model = _adapted(mixer_init="kaiming")
+    save_adapter(model, folder)
+    assert {path.name for path in folder.iterdir()} == FILES | {"notes.txt"}
+    assert torch.equal(logits(load_adapter(llama(), folder)), logits(model))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+_STOCK = """
+import sys, warnings
+warnings.simplefilter("error", UserWarning)
+import torch, peft, transformers
+folder, base, inputs, out = sys.argv[1:]
+model = getattr(transformers, sys.stdin.read()).from_pretrained(base)
+model = peft.PeftModel.from_pretrained(model, folder)
+with torch.no_grad():
+    torch.save(model(**torch.load(inputs)).logits, out)
+assert not any(name.startswith("mm_moslora") for name in sys.modules)
+"""
+
+
+def _stock_logits(
+    python: Preloaded, model: nn.Module, folder: Path, inputs: dict[str, torch.Tensor], tmp_path: Path
+) -> torch.Tensor:
+    """Logits of stock PEFT in a process that never imports this package; a warning there is an error."""
+    model.save_pretrained(tmp_path / "base")
+    torch.save(inputs, tmp_path / "inputs.pt")
+    arguments = [str(folder), str(tmp_path / "base"), str(tmp_path / "inputs.pt"), str(tmp_path / "logits.pt")]
+    subprocess.run(
+        [python.stock, "-c", _STOCK, *arguments], input=type(model).__name__, text=True, check=True, cwd=tmp_path,
+        timeout=240,
+    )  # fmt: skip
+    return torch.load(tmp_path / "logits.pt")
+
+
+def test_stock_peft_gives_the_same_logits(saved: Path, tmp_path: Path, python: Preloaded) -> None:
+    found = _stock_logits(python, llama(), saved, {"input_ids": IDS}, tmp_path)
+    torch.testing.assert_close(found, logits(_adapted()), atol=1e-5, rtol=0)
+
+
+def test_stock_peft_gives_the_same_logits_in_a_llava(tmp_path: Path, python: Preloaded) -> None:
+    config = MoSLoRAConfig(r=4, lora_alpha=8, rank_pattern={r"model\.vision_tower\..*": 2}, task_type="CAUSAL_LM")
+    model = add_moslora(llava(), config, component=["model.language_model", "model.vision_tower"]).eval()
+    train_a_bit(model)
+    save_adapter(model, tmp_path / "a")
+    with torch.no_grad():
+        live = model(**llava_inputs()).logits
+        loaded = load_adapter(llava(), tmp_path / "a")(**llava_inputs()).logits
+    assert torch.equal(live, loaded)
+    torch.testing.assert_close(
+        _stock_logits(python, llava(), tmp_path / "a", llava_inputs(), tmp_path), live, atol=1e-5, rtol=0
+    )
+
+
+def test_stock_config_has_stock_keys_only(saved: Path) -> None:
+    keys = json.loads((saved / "adapter_config.json").read_text()).keys()
+    assert not [key for key in keys if "mixer" in key]
+    assert not [key for key in load_file(saved / "adapter_model.safetensors") if "mixer" in key]
+
+
+def test_targets_in_the_stock_config_are_whole_paths(saved: Path) -> None:
+    targets = json.loads((saved / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(f"model.layers.{n}.{m}" for n in (0, 1) for m in ("self_attn.q_proj", "mlp.down_proj"))
+
+
+def test_peft_save_pretrained_writes_the_double_folder(tmp_path: Path) -> None:
+    model = _adapted()
+    model.save_pretrained(tmp_path / "a")
+    assert {path.name for path in (tmp_path / "a").iterdir()} >= FILES
+    assert torch.equal(logits(load_adapter(llama(), tmp_path / "a")), logits(model))
+    stock = peft.PeftModel.from_pretrained(llama(), tmp_path / "a")
+    torch.testing.assert_close(logits(stock), logits(model), atol=1e-5, rtol=0)
+
+
+def test_pickled_saving_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="pickle"):
+        _adapted().save_pretrained(tmp_path / "a", safe_serialization=False)
+
+
+def test_peft_from_pretrained_with_our_config_is_right(saved: Path) -> None:
+    config = MoSLoRAConfig.from_pretrained(str(saved))
+    assert config.mixer_init == "orthogonal"
+    model = peft.PeftModel.from_pretrained(llama(), saved, config=config)
+    torch.testing.assert_close(logits(model), logits(_adapted()), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_a_plain_lora_folder_is_an_identity_mixer(tmp_path: Path, trainable: bool) -> None:
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=TARGETS, rank_pattern={"q_proj": 2}))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    model.eval().save_pretrained(tmp_path / "a")
+    loaded = load_adapter(llama(), tmp_path / "a", trainable=trainable).eval()
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-6, rtol=0)
+    mixers = [name for name, p in loaded.named_parameters() if "lora_mixer" in name and p.requires_grad]
+    assert len(mixers) == (4 if trainable else 0)
+
+
+def test_saved_masters_win_over_the_model(tmp_path: Path) -> None:
+    model = _adapted()
+    state = {name: p.detach() + 1 for name, p in model.named_parameters() if p.requires_grad}
+    state["base_model.model.model.something_else.weight"] = torch.zeros(3)
+    save_adapter(model, tmp_path / "a", state=state)
+    for name, tensor in load_file(tmp_path / "a" / "moslora.safetensors").items():
+        assert torch.equal(tensor, state[name.replace(".weight", ".default.weight")])
+    base_names = {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
+    save_adapter(model, tmp_path / "b", state=base_names)
+    assert (tmp_path / "a/moslora.json").read_text() == (tmp_path / "b/moslora.json").read_text()
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_mixer", "lora_B"])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda tensor: torch.empty(0), "is empty"),
+        (lambda tensor: tensor[:-1], "has shape"),
+        (lambda tensor: tensor * float("nan"), "NaN"),
+        (None, "lacks 1 parameters"),
+    ],
+)
+def test_broken_factors_are_not_saved(
+    tmp_path: Path, factor: str, damage: Callable[[torch.Tensor], torch.Tensor] | None, words: str
+) -> None:
+    model = _adapted()
+    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    name = next(name for name in state if factor in name)
+    if damage is None:
+        del state[name]
+    else:
+        state[name] = damage(state[name])
+    with pytest.raises(AdapterError, match=words):
+        save_adapter(model, tmp_path / "a", state=state)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _edit_json(name: str, change: Callable[[dict], None]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        data = json.loads((folder / name).read_text())
+        change(data)
+        (folder / name).write_text(json.dumps(data))
+
+    return edit
+
+
+def _truncate(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-7])
+
+
+def _retrain_folded(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+
+
+def _edit_tensor(folder: Path, part: str, change: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+    """Change (None: remove) the first tensor with `part` in its name, in a folder whose hashes agree."""
+    from mm_moslora.utils.files import sha256_of
+
+    path = folder / "moslora.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if part in name)
+    changed = {} if change is None else {name: change(tensors.pop(name))}
+    save_file({other: tensor for other, tensor in tensors.items() if other != name} | changed, path)
+    _edit_json("moslora.json", lambda data: data["files"].update({path.name: sha256_of(path)}))(folder)
+
+
+def _reshape_mixer(folder: Path) -> None:
+    _edit_tensor(folder, "lora_mixer", lambda _: torch.eye(3))
+
+
+DAMAGE = {
+    "truncated": (_truncate("moslora.safetensors"), "damaged or truncated"),
+    "truncated_folded": (_truncate("adapter_model.safetensors"), "not the fold of"),
+    "stale_folded": (_retrain_folded, "another program saved over it"),
+    "mixer_shape": (_reshape_mixer, r"lora_mixer.weight has shape \[3, 3\], expected \[4, 4\]"),
+    "no_folded": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "lacks adapter_model"),
+    "no_manifest": (lambda folder: (folder / "moslora.json").unlink(), "no moslora.json"),
+    "no_factors": (lambda folder: (folder / "moslora.safetensors").unlink(), "no moslora.safetensors"),
+    "bad_json": (lambda folder: (folder / "moslora.json").write_text("{"), "not valid JSON"),
+    "newer": (_edit_json("moslora.json", lambda data: data.update(format_version=99)), "format version 99"),
+    "unknown_key": (_edit_json("moslora.json", lambda data: data["config"].update(mixer_ini="x")), "Did you mean"),
+    "other_base": (_edit_json("moslora.json", lambda data: data["base"].update(fingerprint="0")), "another base model"),
+    "gone": (shutil.rmtree, "no adapter folder"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_one_clear_error_and_nothing_is_half_loaded(copied: Path, kind: str) -> None:
+    damage, words = DAMAGE[kind]
+    damage(copied)
+    model = llama()
+    with pytest.raises(AdapterError, match=words):
+        load_adapter(model, copied)
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_a_wrong_mixer_is_named_without_a_model_too(copied: Path, tmp_path: Path) -> None:
+    _reshape_mixer(copied)
+    for read in (inspect_adapter, lambda folder: export_adapter(folder, tmp_path / "out", layout="peft")):
+        with pytest.raises(AdapterError, match=r"lora_mixer.weight has shape \[3, 3\], expected \[4, 4\]"):
+            read(copied)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_for_another_base_is_refused(saved: Path) -> None:
+    for other in (llama(num_hidden_layers=1), llama(intermediate_size=40), llava()):
+        with pytest.raises(AdapterError, match="another base model"):
+            load_adapter(other, saved)
+    with pytest.raises(AdapterError, match="revision '1', this one has '2'"):
+        load_adapter(llama(), saved, base={"id": "tiny", "revision": "2"})
+    load_adapter(llama(), saved, base={"id": "tiny", "revision": "1", "date": "today"})
+
+
+def test_a_plain_folder_for_another_base_is_refused(tmp_path: Path) -> None:
+    peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=TARGETS)).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="expected"):
+        load_adapter(llama(intermediate_size=40), tmp_path)
+
+
+def test_mixers_without_a_manifest_are_refused(copied: Path) -> None:
+    (copied / "moslora.safetensors").replace(copied / "adapter_model.safetensors")
+    (copied / "moslora.json").unlink()
+    with pytest.raises(AdapterError, match="holds mixers"):
+        load_adapter(llama(), copied)
+
+
+def test_an_existing_adapter_of_another_rank_is_refused(saved: Path) -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=2), targets=TARGETS)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(AdapterError, match=r"lora_A.weight is \(2, 48\) there and \(4, 48\) in the folder"):
+        load_adapter(model, saved)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_fingerprint_sees_structure_and_nothing_else() -> None:
+    assert base_fingerprint(llama()) == base_fingerprint(llama(torch.bfloat16)) == base_fingerprint(_adapted())
+    assert base_fingerprint(llama()) != base_fingerprint(llama(hidden_size=64))
+
+
+def test_fold_state_dict_keeps_what_is_not_a_factor() -> None:
+    state = {"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(4, 2), "head.weight": torch.ones(1)}
+    folded = fold_state_dict(state | {"a.lora_mixer.weight": 2 * torch.eye(2)})
+    assert folded.keys() == state.keys()
+    assert torch.equal(folded["a.lora_A.weight"], state["a.lora_A.weight"])
+    assert torch.equal(folded["a.lora_B.weight"], 2 * torch.ones(4, 2))
+
+
+def test_modules_to_save_travel_in_both_files(tmp_path: Path) -> None:
+    config = MoSLoRAConfig(r=4, modules_to_save=["lm_head"])
+    model = add_moslora(llama(), config, targets=TARGETS).eval()
+    train_a_bit(model)
+    model.get_base_model().lm_head.modules_to_save["default"].weight.data.add_(0.1)
+    save_adapter(model, tmp_path / "a")
+    assert torch.equal(logits(load_adapter(llama(), tmp_path / "a")), logits(model))
+    stock = peft.PeftModel.from_pretrained(llama(), tmp_path / "a")
+    torch.testing.assert_close(logits(stock), logits(model), atol=1e-5, rtol=0)
+
+
+def test_half_precision_factors_are_saved_in_float32(tmp_path: Path) -> None:
+    model = add_moslora(llama(torch.bfloat16), MoSLoRAConfig(r=4), targets=TARGETS, autocast_adapter_dtype=False)
+    train_a_bit(model)
+    save_adapter(model, tmp_path / "a")
+    for name in ("moslora.safetensors", "adapter_model.safetensors"):
+        assert {tensor.dtype for tensor in load_file(tmp_path / "a" / name).values()} == {torch.float32}
+    loaded = load_adapter(llama(torch.bfloat16), tmp_path / "a", autocast_adapter_dtype=False)
+    assert torch.equal(logits(loaded), logits(model.eval()))
+
+
+def test_merged_model_equals_the_loaded_adapter(saved: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        merged = merge(load_adapter(llama(), saved))
+    torch.testing.assert_close(logits(merged), logits(_adapted()), atol=1e-5, rtol=0)
+
+
+def _change(folder: Path, change: Callable[[dict], None]) -> None:
+    content = json.loads((folder / "moslora.json").read_text())
+    change(content)
+    (folder / "moslora.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content.pop("files"), "lacks 'files'"),
+        (lambda content: content.update(config="r=4"), "lacks 'config'"),
+        (lambda content: content["files"].pop("moslora.safetensors"), "no sha256 of moslora.safetensors"),
+        (
+            lambda content: content["config"].update(lora_alpha="8"),
+            "moslora.json: lora_alpha is '8', expected a number",
+        ),
+        (lambda content: content["config"].update(mixer_pattern=5), "mixer_pattern is 5, expected a dictionary"),
+        (lambda content: content["config"].update(bias="x"), "configuration of .* cannot be used"),
+    ],
+)
+def test_a_manifest_that_lost_a_part_is_one_clear_error(tmp_path: Path, change, message: str) -> None:
+    save_adapter(_adapted(), tmp_path / "a")
+    _change(tmp_path / "a", change)
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(llama(), tmp_path / "a")
+
+
+def test_factors_of_whole_numbers_are_refused(tmp_path: Path) -> None:
+    save_adapter(_adapted(), tmp_path / "a")
+    for name in ("moslora.json", "moslora.safetensors"):
+        (tmp_path / "a" / name).unlink()
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({name: tensor.int() for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(AdapterError, match=r"holds torch\.int32, expected floats"):
+        load_adapter(llama(), tmp_path / "a")
+
+
+def test_new_rows_of_an_adapted_embedding_come_back(tmp_path: Path) -> None:
+    def grown() -> nn.Module:
+        base = llama()
+        base.resize_token_embeddings(66)
+        return base
+
+    model = add_moslora(grown(), MoSLoRAConfig(r=4), targets=["embed_tokens", "q_proj"])
+    train_a_bit(model)
+    model.get_input_embeddings().base_layer.weight.data[64:] += 1
+    model.eval().save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    ids = torch.tensor([[64, 65, 3]])
+    with torch.no_grad():
+        live = model(ids).logits
+        for loaded in (load_adapter(grown(), tmp_path / "a"), peft.PeftModel.from_pretrained(grown(), tmp_path / "a")):
+            torch.testing.assert_close(loaded.eval()(ids).logits, live, atol=1e-5, rtol=0)
+
+
+def test_a_bias_without_a_place_is_not_merged() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = _adapted(lora_bias=True)
+    before = logits(model)
+    with pytest.raises(AdapterError, match=r"lora_bias, and .* has no bias to merge it into"):
+        merge(model)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("combination", ["cat", "svd"])
+def test_adapters_in_different_modules_add_up(combination: str) -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4), targets=["q_proj", "v_proj"])
+    add_moslora(model, MoSLoRAConfig(r=2), targets=["q_proj", "o_proj"], adapter_name="second")
+    train_a_bit(model)
+    model.add_weighted_adapter(["default", "second"], [0.5, -1.0], "sum", combination_type=combination, svd_rank=6)
+    assert any(named_adapter_layers(model))
+    for path, layer in named_adapter_layers(model):
+        parts = [w * layer.wide_delta(name) for name, w in (("default", 0.5), ("second", -1.0)) if layer.holds(name)]
+        torch.testing.assert_close(layer.wide_delta("sum"), sum(parts), atol=1e-5, rtol=1e-4, msg=path)
+
+
+@pytest.mark.parametrize("combination", ["cat", "svd"])
+def test_modules_that_train_whole_are_added_up_too(combination: str) -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, modules_to_save=["lm_head"]), targets=["q_proj"])
+    add_moslora(model, MoSLoRAConfig(r=2), targets=["v_proj"], adapter_name="narrow")
+    add_moslora(model, MoSLoRAConfig(r=2, modules_to_save=["lm_head"]), targets=["q_proj"], adapter_name="third")
+    head = model.base_model.model.lm_head
+    for change, name in enumerate(("default", "third"), 1):
+        head.modules_to_save[name].weight.data.add_(float(change))
+    model.add_weighted_adapter(["narrow", "default", "third"], [2.0, 0.5, -1.0], "sum", combination_type=combination)
+    wanted = head.original_module.weight + 0.5 * 1 - 1.0 * 2
+    torch.testing.assert_close(head.modules_to_save["sum"].weight, wanted)
+    assert head.active_adapters == ["default"]
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".sum" in name)
+
+
+def test_adapters_with_trained_tokens_are_not_added_up() -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, trainable_token_indices=[1]), targets=["q_proj"])
+    with pytest.raises(AdapterError, match="has trainable_token_indices, which cannot be added up"):
+        model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="cat")
+    assert "sum" not in model.peft_config
+
+
+@pytest.mark.parametrize("options", [{"mixer_trainable": False}, {"factor_form": "svd"}, {"mixer_form": "diagonal"}])
+def test_factors_that_do_not_train_load_through_the_meta_device(tmp_path: Path, options: dict) -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, **options))
+    train_a_bit(model)
+    save_adapter(model, tmp_path)
+    config = MoSLoRAConfig.from_pretrained(str(tmp_path))
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path, config=config, low_cpu_mem_usage=True).eval()
+    assert not any(tensor.is_meta for tensor in loaded.state_dict().values())
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("change", [None, lambda tensor: tensor[:-1].clone()], ids=["lost", "cut"])
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"use_dora": True}, "magnitude"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_tokens"),
+        ({"lora_bias": True}, "lora_B.bias"),
+    ],
+)
+def test_what_a_folder_holds_besides_factors_must_fit_too(tmp_path: Path, options: dict, part: str, change) -> None:
+    save_adapter(_adapted(**options), tmp_path / "a")
+    _edit_tensor(tmp_path / "a", part, change)
+    alone, beside = llama(), _adapted()
+    before = logits(beside)
+    for model in (alone, beside):
+        with pytest.raises(AdapterError, match=rf"(lacks|holds) '.*{part}.*made for another base"):
+            load_adapter(model, tmp_path / "a", adapter_name="new")
+    assert alone.state_dict().keys() == llama().state_dict().keys()
+    assert list(beside.peft_config) == ["default"]
+    assert not any(".new" in name for name in beside.state_dict())
+    assert torch.equal(logits(beside), before)
+
+
+def test_saved_embeddings_of_another_vocabulary_are_not_loaded(tmp_path: Path) -> None:
+    model = add_moslora(llama(vocab_size=70), MoSLoRAConfig(r=4), targets=["q_proj"])
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    base = llama()
+    with pytest.raises(AdapterError, match=r"of shape \[70, 32\], expected \[64, 32\]"):
+        load_adapter(base, tmp_path / "a")
+    assert torch.equal(logits(base), logits(llama()))

@@ -1,0 +1,281 @@
+"""MoSLoRA against what it must equal: PEFT's LoRA, two-subspaces mixing, its own fold and its own merge."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from adapters.adapter_models import IDS, gpt2, llama, logits, train_a_bit, two_subspaces
+from torch import Tensor, nn
+
+from mm_moslora.adapters import MIXER_INITS, MoSLoRAConfig, MoSLoRALinear, add_moslora, merge, use_kernel
+from mm_moslora.utils.errors import AdapterError
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+PLAIN = {"mixer_init": "identity", "mixer_trainable": False}
+
+
+def _train(model: nn.Module, steps: int = 3) -> list[Tensor]:
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    torch.manual_seed(7)
+    for _ in range(steps):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return losses
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_identity_and_frozen_is_peft_lora_bit_for_bit(dtype: torch.dtype, dropout: float) -> None:
+    options = {"r": 4, "lora_alpha": 8, "lora_dropout": dropout, "target_modules": TARGETS}
+    torch.manual_seed(1)
+    theirs = peft.get_peft_model(llama(dtype), peft.LoraConfig(**options))
+    torch.manual_seed(1)
+    ours = add_moslora(llama(dtype), MoSLoRAConfig(**options, **PLAIN), targets=TARGETS)
+    assert torch.equal(torch.stack(_train(theirs)), torch.stack(_train(ours)))
+    assert theirs.state_dict().keys() == ours.state_dict().keys()
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, ours.state_dict()[name]), name
+    assert torch.equal(logits(theirs.eval()), logits(ours.eval()))
+
+
+def test_config_works_with_get_peft_model_directly() -> None:
+    config = MoSLoRAConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(llama(), config)
+    assert isinstance(model, peft.PeftModelForCausalLM)
+    layers = [module for module in model.modules() if isinstance(module, MoSLoRALinear)]
+    assert len(layers) == 2
+    assert all("default" in layer.lora_mixer for layer in layers)
+
+
+@pytest.mark.parametrize("kind", MIXER_INITS)
+def test_training_starts_at_the_base_model(kind: str) -> None:
+    base = logits(llama())
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, mixer_init=kind))
+    assert torch.equal(logits(model), base)
+
+
+@pytest.mark.parametrize("kind", MIXER_INITS)
+def test_every_factor_gets_a_gradient_after_one_step(kind: str) -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, mixer_init=kind))
+    _train(model, 1)
+    model(IDS, labels=IDS).loss.backward()
+    assert any("lora_mixer" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.abs().max() > 0, name
+
+
+def test_frozen_butterfly_is_two_subspaces_mixing() -> None:
+    config = MoSLoRAConfig(r=4, lora_alpha=8, mixer_init="butterfly", mixer_trainable=False)
+    model = add_moslora(llama(), config, targets=TARGETS)
+    _train(model)
+    model.eval()
+    expected = copy.deepcopy(llama())
+    for path, module in model.get_base_model().named_modules():
+        if isinstance(module, MoSLoRALinear):
+            update = two_subspaces(module.lora_A["default"].weight, module.lora_B["default"].weight)
+            expected.get_submodule(path).weight.data += 2.0 * update.detach()
+    torch.testing.assert_close(logits(model), logits(expected), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "butterfly"])
+def test_a_frozen_mixer_never_moves(kind: str) -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, mixer_init=kind, mixer_trainable=False))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_mixer" in name}
+    assert len(before) == 14
+    model.set_adapter("default")
+    assert not any("lora_mixer" in name for name, _ in model.named_parameters())
+    _train(model)
+    for name, tensor in before.items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("rslora", [True, False])
+@pytest.mark.parametrize("kind", MIXER_INITS)
+def test_live_merged_and_unmerged_agree(kind: str, rslora: bool) -> None:
+    base = logits(llama())
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=6, mixer_init=kind, use_rslora=rslora))
+    train_a_bit(model)
+    live = logits(model)
+    assert (live - base).abs().max() > 0.05
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), live, atol=1e-5, rtol=0)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), live, atol=1e-5, rtol=0)
+    merged = merge(model)
+    assert not any("lora" in name for name, _ in merged.named_modules())
+    torch.testing.assert_close(logits(merged), live, atol=1e-5, rtol=0)
+
+
+def test_conv1d_layers_merge_right() -> None:
+    base = logits(gpt2())
+    model = add_moslora(gpt2(), MoSLoRAConfig(r=4, lora_alpha=8))
+    train_a_bit(model)
+    live = logits(model)
+    assert (live - base).abs().max() > 0.02
+    torch.testing.assert_close(logits(merge(model)), live, atol=1e-5, rtol=0)
+
+
+def test_safe_merge_gives_the_same_weights() -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        models.append(add_moslora(llama(), MoSLoRAConfig(r=4, mixer_init="butterfly")))
+        train_a_bit(models[-1])
+    safe, unsafe = models[0].merge_and_unload(safe_merge=True), models[1].merge_and_unload()
+    for name, tensor in safe.state_dict().items():
+        torch.testing.assert_close(tensor, unsafe.state_dict()[name])
+
+
+def test_half_precision_merge_rounds_once() -> None:
+    model = add_moslora(llama(torch.bfloat16), MoSLoRAConfig(r=4, lora_alpha=8), targets=["q_proj"])
+    train_a_bit(model)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    expected = (layer.get_base_layer().weight.float() + layer.wide_delta("default")).bfloat16()
+    merged = merge(model)
+    assert torch.equal(merged.model.layers[0].self_attn.q_proj.weight, expected)
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_mixer", "lora_B"])
+def test_nan_is_refused_before_anything_is_merged(factor: str) -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4))
+    before = {name: p.clone() for name, p in model.named_parameters() if "base_layer" in name}
+    assert before
+    layer = model.get_base_model().model.layers[1].mlp.down_proj
+    getattr(layer, factor)["default"].weight.data[0, 0] = float("nan")
+    with pytest.raises(AdapterError, match=rf"{factor} of model.layers.1.mlp.down_proj"):
+        merge(model)
+    for name, parameter in model.named_parameters():
+        if name in before:
+            assert torch.equal(parameter, before[name])
+
+
+def test_a_model_without_adapters_is_not_merged() -> None:
+    with pytest.raises(AdapterError, match="LlamaForCausalLM is no PEFT model"):
+        merge(llama())
+
+
+def test_an_unknown_kernel_is_refused() -> None:
+    with pytest.raises(AdapterError, match="Did you mean 'fused'"), use_kernel("fuzed"):
+        pass
+
+
+def test_a_merge_that_changes_outputs_is_undone() -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8))
+    train_a_bit(model)
+    live = logits(model)
+    with pytest.raises(AdapterError, match="expected at most 0e"):
+        merge(model, tolerance=0.0)
+    torch.testing.assert_close(logits(model), live, atol=1e-5, rtol=0)
+
+
+def test_several_adapters_switch_disable_and_delete() -> None:
+    base = logits(llama())
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8))
+    train_a_bit(model, seed=1)
+    first = logits(model)
+    add_moslora(model, MoSLoRAConfig(r=6, lora_alpha=8, mixer_init="kaiming"), adapter_name="second", targets=TARGETS)
+    assert torch.equal(logits(model), first)
+    model.set_adapter("second")
+    assert torch.equal(logits(model), base)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".second." in name for name in trained)
+    assert any("lora_mixer.second" in name for name in trained)
+    train_a_bit(model, seed=2)
+    second = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), second)
+    model.delete_adapter("second")
+    assert not any("second" in name for name in model.state_dict())
+    model.set_adapter("default")
+    assert model.active_adapter == "default"
+
+
+def test_two_active_adapters_add_up() -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8), targets=["q_proj"])
+    add_moslora(model, MoSLoRAConfig(r=2, lora_alpha=8), adapter_name="second", targets=["q_proj"])
+    train_a_bit(model)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    layer.set_adapter(["default", "second"])
+    x = torch.randn(3, 32)
+    weight = layer.get_base_layer().weight + layer.wide_delta("default") + layer.wide_delta("second")
+    torch.testing.assert_close(layer(x), x @ weight.T, atol=1e-5, rtol=1e-5)
+
+
+def test_a_plain_lora_adapter_can_join() -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4), targets=["q_proj"])
+    model.add_adapter("lora", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("lora")
+    assert torch.equal(logits(model), logits(llama()))
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    assert list(layer.lora_mixer) == ["default"]
+
+
+def test_a_mixer_on_a_stock_lora_layer_is_refused() -> None:
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["v_proj"]))
+    names, both = list(model.state_dict()), ["q_proj", "v_proj"]
+    with pytest.raises(AdapterError, match=r"v_proj carries a plain .* cannot hold a mixer"):
+        add_moslora(model, MoSLoRAConfig(r=4), targets=both, adapter_name="second")
+    with pytest.raises(AdapterError, match="cannot hold a mixer"):
+        model.add_adapter("second", MoSLoRAConfig(r=4, target_modules=both))
+    assert list(model.state_dict()) == names
+    assert list(model.peft_config) == ["default"]
+
+
+def test_mixed_adapter_batches() -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8), targets=TARGETS)
+    add_moslora(model, MoSLoRAConfig(r=2, lora_alpha=8), adapter_name="second", targets=TARGETS)
+    train_a_bit(model)
+    model.eval()
+    alone = []
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        alone.append(logits(model))
+    with torch.no_grad():
+        mixed = model(IDS, adapter_names=["second", "default"]).logits
+    torch.testing.assert_close(mixed[0], alone[1][0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(mixed[1], alone[0][1], atol=1e-5, rtol=0)
+
+
+def test_kernels_agree_for_plain_lora_too() -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8, **PLAIN))
+    train_a_bit(model)
+    plain = logits(model)
+    with use_kernel("fused"):
+        torch.testing.assert_close(logits(model), plain, atol=1e-6, rtol=0)
+
+
+def test_other_variants_are_refused_with_a_mixer_only() -> None:
+    with pytest.raises(AdapterError, match="alora_invocation_tokens"):
+        MoSLoRAConfig(r=4, alora_invocation_tokens=[1])
+    MoSLoRAConfig(r=4, alora_invocation_tokens=[1], **PLAIN)
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, use_dora=True, **PLAIN), targets=["q_proj"])
+    assert torch.allclose(logits(model), logits(llama()), atol=1e-6)
+
+
+@pytest.mark.parametrize("mixer", [{}, PLAIN])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_bdlora": peft.tuners.lora.config.BdLoraConfig(nblocks=2)},
+        {"kasa_config": peft.tuners.lora.config.KasaConfig()},
+        {"velora_config": peft.tuners.lora.config.VeloraConfig()},
+        {"monteclora_config": peft.tuners.lora.config.MontecloraConfig()},
+        {"target_parameters": ["mlp.experts.gate_up_proj"]},
+        {"layer_replication": [(0, 2), (0, 2)]},
+    ],
+)
+def test_options_that_no_folder_of_ours_holds_are_refused(options: dict, mixer: dict) -> None:
+    """With a frozen identity they trained, and the folder could not be loaded."""
+    with pytest.raises(AdapterError, match=f"{next(iter(options))} is set.* use peft.LoraConfig"):
+        MoSLoRAConfig(r=4, **options, **mixer)

@@ -1,0 +1,404 @@
+"""One product per optimiser step, dropout in the fused kernel, autocast, and the sub-forms of the three factors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from adapters.adapter_models import IDS, llama, logits, train_a_bit
+from peft.helpers import rescale_adapter_scale
+from torch import Tensor, nn
+
+from mm_moslora.adapters import (
+    MoSLoRAConfig,
+    MoSLoRALinear,
+    add_moslora,
+    fused_linear,
+    keep_orthonormal,
+    load_adapter,
+    merge,
+    one_product_per_step,
+    reference_linear,
+    save_adapter,
+    use_kernel,
+)
+from mm_moslora.adapters.orthonormal_factors import OrthonormalFactor, orthonormal_factors, project_gradients
+from mm_moslora.kernels.lora.fused_lora_linear import _FusedLinears
+from mm_moslora.kernels.lora.seeded_dropout import KeptBits, kept_bits
+from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
+from mm_moslora.utils.errors import AdapterError
+
+
+def _model(**changes):
+    model = add_moslora(llama(), MoSLoRAConfig(**({"r": 4, "lora_alpha": 8} | changes))).train()
+    train_a_bit(model)
+    return model
+
+
+def _gradients(model) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert found
+    return found
+
+
+def test_one_product_gives_the_same_gradients_over_micro_batches() -> None:
+    model = _model()
+    batches = [IDS, IDS + 3, IDS.flip(0)]
+    for ids in batches:
+        model(ids, labels=ids).loss.backward()
+    wanted = _gradients(model)
+    model.zero_grad()
+    with one_product_per_step(model):
+        for ids in batches:
+            model(ids, labels=ids).loss.backward()
+        assert not any("lora_mixer" in name for name in _gradients(model))
+    found = _gradients(model)
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["dense", "diagonal"])
+@pytest.mark.parametrize("lean", [False, True])
+def test_micro_batches_of_a_step_may_have_adapters_and_scalings_of_their_own(lean: bool, form: str) -> None:
+    """The first adapter's product was taken for all, and the second got no gradient."""
+    model = _model(lora_dropout=0.0)
+    model.add_adapter("second", MoSLoRAConfig(r=4, target_modules=["q_proj", "k_proj", "up_proj"], mixer_form=form))
+    train_a_bit(model, seed=5)
+    if lean:
+        assert use_lean_layers(model.get_base_model())
+
+    def step() -> None:
+        model.zero_grad()
+        for name, scale in (("default", 1.0), ("second", 1.0), ("default", 0.5)):
+            model.set_adapter(name)
+            with rescale_adapter_scale(model, scale):
+                model(IDS, labels=IDS).loss.backward()
+
+    step()
+    wanted = _gradients(model)
+    with one_product_per_step(model):
+        step()
+    found = _gradients(model)
+    assert found.keys() == wanted.keys()
+    assert any(".second." in name for name in found)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_one_product_gives_all_gradients_in_the_last_backward_pass_when_told_so() -> None:
+    model = _model()
+    batches = [IDS, IDS + 3, IDS.flip(0)]
+    for ids in batches:
+        model(ids, labels=ids).loss.backward()
+    wanted = _gradients(model)
+    model.zero_grad()
+    fired: list[int] = []
+    layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
+    layer.lora_mixer["default"].weight.register_post_accumulate_grad_hook(lambda _: fired.append(1))
+    with one_product_per_step(model) as window:
+        for ids in batches:
+            if ids is batches[-1]:
+                window.last_micro_batch()
+            model(ids, labels=ids).loss.backward()
+        assert fired == [1]
+        found = _gradients(model)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+        assert torch.equal(found[name], _gradients(model)[name])
+
+
+def test_one_product_is_computed_once_and_follows_the_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _model()
+    layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
+    with one_product_per_step(model) as window:
+        model(IDS)
+        first = window.products(layer.siblings.layers).C[0]
+        model(IDS)
+        assert window.products(layer.siblings.layers).C[0] is first
+    assert layer.step_window is None
+    layer.lora_mixer["default"].weight.data.mul_(2)
+    with one_product_per_step(model) as window:
+        model(IDS)
+        torch.testing.assert_close(window.products(layer.siblings.layers).C[0], 2 * first)
+
+
+def test_one_product_works_with_checkpointing_and_fires_gradient_hooks() -> None:
+    model = _model()
+    base = model.get_base_model()
+    model(IDS, labels=IDS).loss.backward()
+    wanted = _gradients(model)
+    model.zero_grad()
+    base.enable_input_require_grads()
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
+    fired: list[int] = []
+    layer.lora_mixer["default"].weight.register_post_accumulate_grad_hook(lambda _: fired.append(1))
+    with one_product_per_step(model):
+        model(IDS, labels=IDS).loss.backward()
+    assert fired == [1]
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(_gradients(model)[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_shared_products_are_refused_where_factors_are_shards() -> None:
+    model = _model()
+    layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
+    layer.lora_B["default"].weight.ds_id = 7  # what DeepSpeed marks a shard with
+    with pytest.raises(AdapterError, match=r"does not work under ZeRO-3.*Leave it out"), one_product_per_step(model):
+        pass
+    assert layer.step_window is None
+
+
+def test_a_failed_step_leaves_no_product_behind() -> None:
+    model = _model()
+    with pytest.raises(AdapterError, match="no second derivative"), one_product_per_step(model):
+        model(IDS, labels=IDS).loss.backward(create_graph=True)
+    assert all(m.step_window is None for m in model.modules() if isinstance(m, MoSLoRALinear))
+
+
+def _tensors(dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 7, 6), (8, 6), (8,), (4, 6), (4, 4), (8, 4))
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return [tensor.requires_grad_(index != 1) for index, tensor in enumerate(tensors)]
+
+
+def mask_of(rows: Tensor, rate: float, seed: int) -> Tensor:
+    return torch.cat([bits for _, bits in kept_bits(rows, rate, seed)])
+
+
+def test_dropout_in_the_kernel_equals_a_masked_reference() -> None:
+    x, weight, bias, A, M, B = _tensors(torch.float64)
+    torch.manual_seed(11)
+    result = fused_linear(x, weight, bias, A, M, B, 1.7, dropout=0.25)
+    torch.manual_seed(11)
+    mask = -mask_of(x.reshape(-1, 6), 0.25, int(torch.randint(2**62, ()))).view_as(x)
+    assert 0 < mask.sum() < mask.numel()
+    branch = reference_linear(x * mask / 0.75, torch.zeros_like(weight), None, A, M, B, 1.7)
+    wanted = torch.nn.functional.linear(x, weight, bias) + branch
+    torch.testing.assert_close(result, wanted, atol=1e-12, rtol=0)
+    trained = [x, bias, A, M, B]
+    pull = torch.randn_like(result)
+    for found, right in zip(
+        torch.autograd.grad(result, trained, pull), torch.autograd.grad(wanted, trained, pull), strict=True
+    ):
+        torch.testing.assert_close(found, right, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rate", [0.05, 0.5])
+def test_the_mask_has_the_right_rate_and_is_repeatable(dtype: torch.dtype, rate: float) -> None:
+    rows = torch.randn(301, 333).to(dtype)
+    bits = mask_of(rows, rate, 5)
+    assert set(bits.unique().tolist()) == {-1, 0}
+    assert torch.equal(KeptBits(bits).keep(rows), torch.where(bits == 0, 0, rows))
+    kept = -bits.double()
+    assert abs(1 - float(kept.mean()) - rate) < 5 * (rate * (1 - rate) / rows.numel()) ** 0.5
+    assert torch.equal(bits, mask_of(rows, rate, 5))
+    assert not torch.equal(bits, mask_of(rows, rate, 6))
+    assert (kept.mean(0) - (1 - rate)).abs().max() < 6 * (rate * (1 - rate) / 301) ** 0.5
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_no_rows_have_no_mask(kernel: str) -> None:
+    layer = add_moslora(
+        nn.Sequential(nn.Linear(6, 8)), MoSLoRAConfig(r=4, lora_dropout=0.3, target_modules=["0"])
+    ).train()
+    x = torch.randn(0, 6, requires_grad=True)
+    with use_kernel(kernel):
+        layer(x).sum().backward()
+    assert x.grad.shape == (0, 6)
+    assert all(not p.grad.any() for p in layer.parameters() if p.requires_grad)
+
+
+def test_checkpointing_repeats_the_mask() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = _model(lora_dropout=0.3)
+        if checkpointing:
+            model.get_base_model().enable_input_require_grads()
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(4)
+        model(IDS, labels=IDS).loss.backward()
+        gradients.append(_gradients(model))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    made: list[int] = []
+    original = _FusedLinears.apply
+
+    def counted(*args):
+        made.extend([1] * ((len(args) - 2) // 5))
+        return original(*args)
+
+    monkeypatch.setattr(_FusedLinears, "apply", counted)
+    return made
+
+
+def test_dropout_and_autocast_take_the_fused_path(calls: list[int]) -> None:
+    model = _model(lora_dropout=0.1)
+    model(IDS)
+    assert len(calls) == 14
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(IDS).logits.dtype == torch.bfloat16
+    assert len(calls) == 28
+
+
+def test_autocast_equals_the_modules_under_autocast() -> None:
+    results, gradients = [], []
+    for kernel in ("reference", "fused"):
+        model = _model()
+        with torch.autocast("cpu", torch.bfloat16), use_kernel(kernel):
+            result = model(IDS, labels=IDS)
+        result.loss.backward()
+        results.append(result.logits.detach().float())
+        gradients.append(torch.cat([value.flatten() for value in _gradients(model).values()]))
+    model = _model()
+    model(IDS, labels=IDS).loss.backward()
+    right = torch.cat([value.flatten() for value in _gradients(model).values()])
+    exact = logits(model)
+    assert (results[1] - exact).abs().max() <= 1.5 * (results[0] - exact).abs().max()
+    assert (gradients[1] - right).norm() <= 1.2 * (gradients[0] - right).norm()
+
+
+# Sub-forms.
+
+
+def test_diagonal_mixer_trains_saves_merges_and_starts_as_lora(tmp_path: Path) -> None:
+    fresh = add_moslora(llama(), MoSLoRAConfig(r=4, mixer_form="diagonal"))
+    assert torch.equal(logits(fresh), logits(llama()))
+    model = _model(mixer_form="diagonal")
+    layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
+    assert layer.lora_mixer["default"].weight.shape == (4,)
+    model(IDS, labels=IDS).loss.backward()
+    assert layer.lora_mixer["default"].weight.grad.abs().min() > 0
+    fused = _gradients(model)
+    model.zero_grad()
+    with use_kernel("reference"):
+        model(IDS, labels=IDS).loss.backward()
+    for name, gradient in fused.items():
+        torch.testing.assert_close(_gradients(model)[name], gradient, atol=1e-6, rtol=1e-4)
+    model.eval()
+    save_adapter(model, tmp_path / "a")
+    assert torch.equal(logits(load_adapter(llama(), tmp_path / "a")), logits(model))
+    live = logits(model)
+    torch.testing.assert_close(logits(merge(model)), live, atol=1e-5, rtol=0)
+
+
+def test_svd_core_trains_the_mixer_alone_in_the_weights_leading_subspaces(tmp_path: Path) -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=4, factor_form="svd")).train()
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"lora_mixer"}
+    torch.testing.assert_close(logits(model), logits(llama()), atol=1e-3, rtol=0)
+    layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
+    factors = layer.factors("default")
+    U, S, Vh = torch.linalg.svd(layer.get_base_layer().weight)
+    torch.testing.assert_close(factors.B @ factors.A, (U[:, :4] * S[:4]) @ Vh[:4], atol=1e-5, rtol=0)
+    model.set_adapter("default")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    assert torch.equal(layer.factors("default").A, factors.A)
+    model.eval()
+    save_adapter(model, tmp_path / "a")
+    assert torch.equal(logits(load_adapter(llama(), tmp_path / "a")), logits(model))
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["torch", "accelerate"])
+def test_orthonormal_factors_stay_orthonormal_and_the_loss_falls(wrapped: bool) -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8, factor_form="orthonormal")).train()
+    torch.testing.assert_close(logits(model), logits(llama()), atol=1e-6, rtol=0)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    if wrapped:
+        optimizer = Accelerator(cpu=True).prepare_optimizer(optimizer)
+    keep_orthonormal(model, optimizer)
+    layer = next(module for module in model.modules() if isinstance(module, MoSLoRALinear))
+    start = layer.factors("default").A.detach().clone()
+    losses = []
+    for _ in range(6):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    factors = layer.factors("default")
+    torch.testing.assert_close(factors.A @ factors.A.T, torch.eye(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(factors.B.T @ factors.B, torch.eye(4), atol=1e-5, rtol=0)
+    assert (factors.A - start).abs().max() > 1e-3
+
+
+def test_orthonormal_hook_refuses_free_factors() -> None:
+    model = _model()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(AdapterError, match="not orthonormal"):
+        keep_orthonormal(model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mixer_form": "diagnal"}, "Did you mean 'diagonal'"),
+        ({"factor_form": "svg"}, "Did you mean 'svd'"),
+        ({"factor_form": "svd", "mixer_trainable": False}, "needs a mixer that trains"),
+        ({"factor_form": "svd", "mixer_init": "kaiming"}, "own start of the mixer"),
+        ({"factor_form": "svd", "mixer_form": "diagonal"}, "dense mixer"),
+        ({"factor_form": "orthonormal", "use_dora": True}, "use_dora"),
+    ],
+)
+def test_forms_that_contradict_each_other_are_errors(options: dict, words: str) -> None:
+    with pytest.raises(AdapterError, match=words):
+        MoSLoRAConfig(r=4, **options)
+
+
+def test_forms_need_linear_layers_and_a_rank_that_fits() -> None:
+    with pytest.raises(AdapterError, match="unquantised linear layers"):
+        add_moslora(llama(), MoSLoRAConfig(r=4, factor_form="svd"), targets=["embed_tokens"])
+    with pytest.raises(AdapterError, match="above its smaller width"):
+        add_moslora(llama(), MoSLoRAConfig(r=40, factor_form="orthonormal"), targets=["q_proj"])
+
+
+def test_orthonormal_hooks_refuse_an_optimiser_that_holds_copies() -> None:
+    """DeepSpeed's puts flat masters where the parameters were: before the hooks are set, or after."""
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, factor_form="orthonormal")).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    copies = [p.detach().clone().requires_grad_() for p in trained]
+    with pytest.raises(AdapterError, match=r"28 of 28 factors .*not in the optimiser.*adapter.factor_form"):
+        keep_orthonormal(model, torch.optim.SGD(copies, lr=0.1))
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    keep_orthonormal(model, optimizer)
+    optimizer.param_groups[0]["params"] = copies
+    with pytest.raises(AdapterError, match="not in the optimiser"):
+        optimizer.step()
+
+
+def test_projected_gradients_lie_along_the_manifold() -> None:
+    model = add_moslora(llama(), MoSLoRAConfig(r=4, lora_alpha=8, factor_form="orthonormal")).train()
+    with torch.no_grad():
+        for layer in (module for module in model.modules() if isinstance(module, MoSLoRALinear)):
+            layer.factors("default").M.normal_()
+    factors = orthonormal_factors(model)
+    assert len(factors) == 28
+
+    def across(factor: OrthonormalFactor) -> float:
+        inside = factor.weight @ factor.weight.grad.T if factor.rows else factor.weight.T @ factor.weight.grad
+        return float((inside + inside.T).abs().max() / factor.weight.grad.abs().max())
+
+    model(IDS, labels=IDS).loss.backward()
+    assert all(across(factor) > 1e-3 for factor in factors)
+    model.zero_grad()
+    for factor in factors:
+        project_gradients(factor)
+    model(IDS, labels=IDS).loss.backward()
+    assert all(across(factor) < 1e-5 for factor in factors)

@@ -1,0 +1,193 @@
+"""Recipes of tiny runs, on one rank or several, and what they left; for the tests and for scripts/soak."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from tiny import make_language, make_records, make_vision
+
+from mm_moslora.config import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    Recipe,
+    SourceConfig,
+    TrackConfig,
+    TrainConfig,
+    VisionConfig,
+)
+
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+STEPS, HALF = 4, 2
+
+
+def make_parts(folder: Path, *, records: int = 40) -> dict[str, Path]:
+    """A tiny language model, a tiny vision tower, and records."""
+    return {
+        "language": make_language(folder / "language"),
+        "vision": make_vision(folder / "vision"),
+        "records": make_records(folder / "records", records),
+    }
+
+
+def make_recipe(
+    parts: dict[str, Path], output: Path, zero: str, *, order: str = "grouped", dropout: float = 0.0, **train
+) -> Recipe:
+    """A tiny VLM; `train` overrides keys of the recipe's `train`."""
+    settings = {
+        "output": str(output), "steps": STEPS, "global_batch": 8, "micro_batch": 2, "zero": zero, "precision": "fp32",
+        "timeout_minutes": 5, "rehearsal": False,
+    }  # fmt: skip
+    source = SourceConfig(path=str(parts["records"]), image_folder=str(parts["records"].parent / "images"))
+    return Recipe(
+        name=output.name,
+        model=ModelConfig(language=str(parts["language"]), vision=VisionConfig(name=str(parts["vision"]))),
+        adapter=AdapterConfig(rank=4, alpha=8, dropout=dropout, mixer_init="kaiming"),
+        data=DataConfig(train=[source], order=order, max_length=256),
+        optim=OptimConfig(lr=1e-3, projector_lr=5e-3, warmup=1),
+        train=TrainConfig(**(settings | train)),
+        track=TrackConfig(trackers=[]),
+    )
+
+
+def full(recipe: Recipe) -> Recipe:
+    """The same with a language model that trains whole, without adapters."""
+    return replace(recipe, model=replace(recipe.model, language_mode="full"))
+
+
+def write(recipe: Recipe, name: str = "") -> str:
+    """Write a recipe beside its run folder; gives the path."""
+    output = Path(recipe.train.output)
+    path = output.with_name(f"{name or output.name}.yaml")
+    path.write_text(recipe.to_yaml())
+    return str(path)
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """The records of all steps."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run)]
+
+
+def train_fp16(*arguments: str) -> int:
+    """Train with the accelerator's claim that it cannot do fp16 taken back: this CPU can, only slowly."""
+    from deepspeed.accelerator import get_accelerator
+    from ranks import train_recipes
+
+    get_accelerator().is_fp16_supported = lambda: True
+    return train_recipes(list(arguments))
+
+
+def train_overflowing(*arguments: str) -> int:
+    """Train in fp16 with gradients that overflow at any loss scale, below a loss that is finite."""
+    import torch
+
+    from mm_moslora.training.engine import LossModule
+
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * float("inf")
+
+    forward = LossModule.forward
+    LossModule.forward = lambda self, *args, **more: Overflow.apply(forward(self, *args, **more))
+    return train_fp16(*arguments)
+
+
+def train_counting(*arguments: str) -> int:
+    """Train each recipe, and leave in its folder how many adapted layers went by the kernel and how many by modules.
+
+    Passes without a gradient, such as those of a validation, are not counted.
+    """
+    import torch
+    from ranks import train_recipes
+
+    from mm_moslora.adapters.layers.lora_variants import MoSLoRAVariant
+    from mm_moslora.config import load_recipe
+    from mm_moslora.kernels.lora.fused_lora_linear import _FusedLinears
+
+    counts = {"fused": 0, "modules": 0}
+    fused, modules = _FusedLinears.apply, MoSLoRAVariant.forward
+
+    def by_kernel(*args):
+        counts["fused"] += torch.is_grad_enabled() * ((len(args) - 2) // 5)
+        return fused(*args)
+
+    def by_modules(*args, **kwargs):
+        counts["modules"] += torch.is_grad_enabled()
+        return modules(*args, **kwargs)
+
+    _FusedLinears.apply, MoSLoRAVariant.forward = by_kernel, staticmethod(by_modules)
+    for argument in arguments:
+        counts.update(fused=0, modules=0)
+        code = train_recipes([argument])
+        if code:
+            return code
+        (Path(load_recipe(argument).train.output) / "kernel.json").write_text(json.dumps(counts))
+    return 0
+
+
+def train_with_other_signs(*arguments: str) -> int:
+    """Train where every second singular vector has the other sign, as another LAPACK gives them."""
+    import torch
+    from ranks import train_recipes
+
+    svd = torch.linalg.svd
+
+    def flipped(*args, **kwargs):
+        U, S, Vh = svd(*args, **kwargs)
+        signs = torch.ones_like(S)
+        signs[1::2] = -1
+        return U * signs, S, signs[:, None] * Vh
+
+    torch.linalg.svd = flipped
+    return train_recipes(list(arguments))
+
+
+def train_unseeing(*arguments: str) -> int:
+    """Train models whose visual tokens are zeros, whatever the picture."""
+    import torch
+    from ranks import train_recipes
+
+    from mm_moslora.models import vlm
+
+    features = vlm.image_features
+    vlm.image_features = lambda *args, **kwargs: torch.zeros_like(features(*args, **kwargs))
+    return train_recipes(list(arguments))
+
+
+def hexed(run: Path) -> list[str]:
+    return [value.hex() for value in losses(run)]
+
+
+def weights(run: Path, step: int = STEPS) -> dict[str, str]:
+    """Hashes of everything that was trained, by file."""
+    files = json.loads((run / f"checkpoint-{step:06d}" / "manifest.json").read_text())["files"]
+    return {
+        name: entry["sha256"]
+        for name, entry in files.items()
+        if name.endswith(".safetensors") and not name.startswith("trainer/")
+    }
+
+
+def train_measured(*arguments: str) -> int:
+    """Train each recipe with the evaluation harness at hand, as the command line does."""
+    from mm_moslora_eval.run.in_training import measure
+
+    from mm_moslora.config import load_recipe
+    from mm_moslora.training.training_loop import train
+
+    for path in arguments:
+        train(load_recipe(path), measure=measure)
+    return 0

@@ -1,0 +1,251 @@
+"""Arms against their controls, end to end from stored answers: what a comparison may say, and what it may not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from browser import CHROMIUM, MISSING, browsing
+from mm_moslora_eval.protocol.model_interface import Answer, Request
+from mm_moslora_eval.protocol.task_registry import get_task
+from mm_moslora_eval.run.evaluate_suite import evaluate
+from mm_moslora_eval.sources.image_controls import MODES, Hasher
+
+from mm_moslora.compare.arms import parse_arms
+from mm_moslora.compare.comparison_analysis import analyse
+from mm_moslora.compare.comparison_controls import TaskAnswers, _above
+from mm_moslora.compare.comparison_plan import Outcome, Settings, choose_rates, reported_cells
+from mm_moslora.compare.comparison_text import table
+from mm_moslora.compare.seed_statistics import TaskScores
+from mm_moslora.config import ModelConfig, Recipe
+from mm_moslora.reporting.comparison_page import write_page
+from tests.eval.eval_data import picture
+from tests.eval.eval_fake import FakeModel
+
+RECIPE = Recipe(model=ModelConfig(language="none"))
+PICTURES = 40
+Says = Callable[[str, str], str]
+
+
+class Arm(FakeModel):
+    """Answers by the question and by the number of the picture that is shown, `` for one that is none of the set's."""
+
+    def __init__(self, says: Says, folder: Path, *, seed: int) -> None:
+        super().__init__(fingerprint=f"{says.__name__}{seed}")
+        self._says = says
+        self._known = {Hasher()(folder / f"{number}.png"): str(number) for number in range(PICTURES)}
+
+    def _answer(self, request: Request) -> Answer:
+        shown = self._known.get(Hasher()(request.images[0]), "") if request.images else ""
+        return Answer(text=self._says(request.messages[-1].text, shown), tokens=2, finish_reason="stop")
+
+
+def truth(number: str) -> str:
+    return ("yes", "no", "no")[int(number) % 3]
+
+
+def sees(question: str, shown: str) -> str:
+    return truth(shown) if shown else "no"
+
+
+def sees_badly(question: str, shown: str) -> str:
+    return "no" if not shown or int(shown) % 5 == 0 else truth(shown)
+
+
+def no_to_all(question: str, shown: str) -> str:
+    return "no"
+
+
+def knows_the_questions(question: str, shown: str) -> str:
+    """Right without looking, as a model that has learned the test's questions."""
+    return truth(question.split()[-1])
+
+
+def analysed(
+    folder: Path, says: Sequence[Says], *, pictures: bool = True, second: bool = True, aggregation: str = "mean",
+    **changes: Any,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Results of two arms and two seeds from such answers, and the comparison."""
+    data = folder / "data"
+    data.mkdir()
+    rows = []
+    for number in range(PICTURES):
+        (data / f"{number}.png").write_bytes(picture(number))
+        row = {"question_id": f"q{number}", "text": f"is it {number}", "answer": truth(str(number))}
+        rows.append(row | ({"image": f"{number}.png"} if pictures else {}))
+    (data / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = f"llava:{data / 'test.jsonl'}"
+    settings = Settings(
+        arms=parse_arms("lora,moslora:kaiming", RECIPE), rates=[1e-4], seeds=2, tasks=[task], **changes
+    )  # fmt: skip
+    outcomes = {}
+    modes = MODES if pictures and second and settings.controls else ("own",)
+    for cell in reported_cells(settings, choose_rates(settings, {})):
+        model = Arm(says[[arm.name for arm in settings.arms].index(cell.arm.name)], data, seed=cell.seed)
+        place = folder / "runs" / cell.name / "eval"
+        rules = dataclasses.replace(get_task(task), aggregation=aggregation)
+        found = evaluate(model, rules, place, modes=modes, baselines=())
+        places = {result.mode: (place / result.folder).relative_to(folder).as_posix() for result in found}
+        outcomes[cell.name] = Outcome(status="ok", test={task: found[0].score}, places={task: places})
+    comparison = SimpleNamespace(settings=settings, outcomes=outcomes, folder=folder, recipe=RECIPE)
+    return analyse(comparison), comparison
+
+
+NOTHING = (
+    "No arm is shown to beat answering without the right picture and always giving the most frequent answer: nothing "
+    "follows about which way to tune is better."
+)
+
+
+@pytest.mark.parametrize("says", [(no_to_all, no_to_all), (knows_the_questions, no_to_all)])
+def test_where_no_arm_beats_its_controls_nothing_follows(tmp_path: Path, says: tuple[Says, Says]) -> None:
+    """User trial, 5: arms that answer no to everything, and a resolution that came of it."""
+    results, _ = analysed(tmp_path, says)
+    assert results["says"][0] == NOTHING
+    assert [row["verdict"] for row in results["comparisons"]] == ["nothing follows"]
+    assert not any("four times out of five" in line for line in results["says"])
+    assert not any(word in line for word in ("better,", "worse,") for line in results["says"])
+    constant = [arm["remarks"] for arm in results["arms"] if arm["remarks"]]
+    assert len(constant) == says.count(no_to_all)
+    assert constant[0] == [
+        "test, seeds 0, 1: All 40 answers are 'no', the reference of 26: the score is that of one answer to every "
+        "question."
+    ]
+    shown = table(results)
+    assert NOTHING in shown
+    assert "rates chosen by" not in shown
+    assert "The learning rate was not tuned" in shown
+
+
+def test_arms_that_look_are_told_apart(tmp_path: Path) -> None:
+    results, _ = analysed(tmp_path, (sees, sees_badly))
+    lora, kaiming = (arm["controls"]["test"] for arm in results["arms"])
+    assert lora["above"]
+    assert [row["name"] for row in lora["rows"]] == ["wrong_image", "blind", "majority"]
+    blind = next(row for row in lora["rows"] if row["name"] == "blind")
+    assert blind["value"] == pytest.approx(14 / 40)
+    assert 0 < blind["low"] < blind["value"] < blind["high"]
+    assert kaiming["above"]
+    (row,) = results["comparisons"]
+    assert row["difference"] < 0
+    assert row["verdict"] in ("worse", "not shown")
+    assert results["verdicts"][0]["text"].startswith("Every arm is above answering without the right picture")
+
+
+def test_arms_are_compared_by_the_score_that_the_task_tells(tmp_path: Path) -> None:
+    """F1 of yes: 14 of 40 pictures are a yes, of which the second arm misses those of every fifth picture."""
+    results, comparison = analysed(tmp_path, (sees, sees_badly), aggregation="pope")
+    f1 = next(o for name, o in comparison.outcomes.items() if "kaiming" in name).test
+    lora, kaiming = (arm["tasks"]["test"] for arm in results["arms"])
+    assert lora["mean"] == 1.0
+    assert kaiming["mean"] == pytest.approx(next(iter(f1.values())))
+    found = sum(truth(str(n)) == "yes" for n in range(PICTURES) if n % 5)
+    assert kaiming["mean"] == pytest.approx(2 * found / (2 * found + 14 - found))
+    assert results["comparisons"][0]["difference"] == pytest.approx(kaiming["mean"] - 1.0)
+    assert [row["name"] for row in results["arms"][0]["controls"]["test"]["rows"]] == [
+        "wrong_image", "blind", "majority",
+    ]  # fmt: skip
+    assert "test is F1." in table(results)
+    write_page(comparison.folder / "results.json", tmp_path / "report.html")
+    assert "test is F1." in (tmp_path / "report.html").read_text()
+
+
+def test_one_arm_that_looks_is_enough_and_the_other_is_named(tmp_path: Path) -> None:
+    results, _ = analysed(tmp_path, (no_to_all, sees))
+    assert results["says"][0].endswith(": moslora:kaiming. Not shown to be: lora.")
+    (row,) = results["comparisons"]
+    assert row["verdict"] == "better"
+
+
+def test_controls_that_were_left_out_are_missed(tmp_path: Path) -> None:
+    results, _ = analysed(tmp_path, (sees, sees_badly), controls=False)
+    assert [row["name"] for row in results["arms"][0]["controls"]["test"]["rows"]] == ["majority"]
+    assert any("--no-controls left it out: it is not known" in line for line in results["says"])
+
+
+@pytest.mark.parametrize("left_out", [{"controls": False}, {"second": False}], ids=["not asked", "one picture"])
+def test_above_a_floor_alone_an_arm_is_better_in_answers_alone(tmp_path: Path, left_out: dict[str, bool]) -> None:
+    results, _ = analysed(tmp_path, (no_to_all, knows_the_questions), **left_out)
+    assert [row["verdict"] for row in results["comparisons"]] == ["better"]
+    assert results["verdicts"][-1]["mood"] == "mixed"
+    text = results["verdicts"][-1]["text"]
+    assert "better in answers alone" in text
+    assert "It is not known whether either looks at the picture." in text
+    assert any("--no-controls" in line for line in results["says"]) == ("controls" in left_out)
+    assert any("no two different pictures" in line for line in results["says"]) == ("second" in left_out)
+
+
+def test_a_text_task_takes_no_control_from_the_mean_over_tasks() -> None:
+    def task(pictures: bool, *names: str) -> TaskAnswers:
+        ahead = TaskScores(scores=[[1.0, 0.0] * 10] * 2, clusters=list(range(20)))
+        return TaskAnswers(own=ahead, less=dict.fromkeys(names, ahead), pictures=pictures, remarks=())
+
+    shown, text = task(True, "wrong_image", "blind", "majority"), task(False, "majority")
+    found = _above([text, shown], ["text", "shown"])
+    assert found is not None
+    assert sorted(row["name"] for row in found["rows"]) == ["blind", "majority", "wrong_image"]
+    assert found["complete"]
+    alone = _above([task(True, "majority"), shown], ["one picture", "shown"])
+    assert alone is not None
+    assert [row["name"] for row in alone["rows"]] == ["majority"]
+    assert not alone["complete"]
+
+
+def test_text_tasks_have_the_most_frequent_answer_for_a_control(tmp_path: Path) -> None:
+    results, _ = analysed(tmp_path, (knows_the_questions, no_to_all), pictures=False)
+    found = results["arms"][0]["controls"]["test"]
+    assert [row["name"] for row in found["rows"]] == ["majority"]
+    assert found["above"]
+    assert found["complete"]
+    assert not any("blind" in line for line in results["says"])
+
+
+def test_floors_say_what_they_were_learned_from(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "is it 3"}, {"from": "gpt", "value": "yes"}]
+    (tmp_path / "train.json").write_text(json.dumps([{"id": "1", "conversations": turns}]))
+    results, comparison = analysed(tmp_path, (sees, no_to_all))
+    assert results["floors_learned_from"] == "the evaluated set"
+    assert results["floors"]["test"]["majority"] == pytest.approx(26 / 40)
+    comparison.settings = dataclasses.replace(comparison.settings, train_answers=str(tmp_path / "train.json"))
+    again = analyse(comparison)
+    assert again["floors_learned_from"] == "training answers"
+    assert again["floors"]["test"]["majority"] == pytest.approx(14 / 40)
+    names = [row["name"] for row in again["arms"][0]["controls"]["test"]["rows"]]
+    assert names == ["wrong_image", "blind", "majority", "best_answer"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason=MISSING)
+def test_a_narrow_screen_shows_the_scores(tmp_path: Path) -> None:
+    analysed(tmp_path, (sees, sees_badly))
+    page = write_page(tmp_path / "results.json", tmp_path / "report.html")
+    with browsing(tmp_path / "profile") as tab:
+        tab.open(page.as_uri(), width=400)
+        places = tab.run(
+            "[...document.querySelectorAll('#scores td, #controls td')].map(cell => cell.getBoundingClientRect().right)"
+        )
+        assert len(places) > 10
+        assert max(places) <= 400
+        assert tab.run("document.documentElement.scrollWidth") <= 400
+
+
+def test_graded_samples_that_answer_no_task_are_compared_without_controls(tmp_path: Path) -> None:
+    """Such as the likeness of generated pictures, of eight subjects."""
+    settings = Settings(arms=parse_arms("lora,moslora:kaiming", RECIPE), rates=[1e-4], seeds=2, tasks=["likeness"])
+    outcomes = {}
+    for number, cell in enumerate(reported_cells(settings, choose_rates(settings, {}))):
+        place = tmp_path / "runs" / cell.name / "samples"
+        place.mkdir(parents=True)
+        rows = [{"id": str(n), "cluster": str(n), "score": 0.3 + 0.01 * n + 0.2 * (number % 2)} for n in range(8)]
+        (place / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        places = {"likeness": {"own": place.relative_to(tmp_path).as_posix()}}
+        outcomes[cell.name] = Outcome(status="ok", test={"likeness": 0.4}, places=places)
+    results = analyse(SimpleNamespace(settings=settings, outcomes=outcomes, folder=tmp_path, recipe=RECIPE))
+    assert [arm["controls"] for arm in results["arms"]] == [{}, {}]
+    assert [(row["verdict"], row["groups"]) for row in results["comparisons"]] == [("better", None)]
+    write_page(tmp_path / "results.json", tmp_path / "report.html")

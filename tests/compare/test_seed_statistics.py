@@ -1,0 +1,134 @@
+"""The error of a difference when documents and seeds are both a sample, against simulation, scipy and by hand."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from mm_moslora_eval.scoring import error_bars
+
+from mm_moslora.compare.seed_statistics import TaskScores, arm_mean, difference, holm
+
+
+def scores(rows, clusters=None) -> TaskScores:
+    return TaskScores(scores=rows, clusters=clusters or list(range(len(rows[0]))))
+
+
+def test_one_seed_is_the_paired_t_test():
+    a, b = [1.0, 0.0, 1.0, 1.0, 0.5, 0.0], [0.0, 0.0, 1.0, 0.0, 0.0, 1.0]
+    ours = difference({"t": scores([a])}, {"t": scores([b])})
+    theirs = error_bars.paired(a, b)
+    assert (ours.value, ours.stderr) == pytest.approx((theirs.difference, theirs.stderr))
+    assert (ours.low, ours.high, ours.p_value) == pytest.approx((theirs.low, theirs.high, theirs.p_value))
+    scipy = pytest.importorskip("scipy.stats", reason="scipy is not installed (extra dev)")
+    assert ours.p_value == pytest.approx(scipy.ttest_rel(a, b).pvalue)
+
+
+def test_documents_without_spread_leave_welch_between_seeds():
+    """When all documents of a run score alike, only the seeds are a sample: Welch's t-test."""
+    a = [[value] * 50 for value in (0.50, 0.58, 0.54)]
+    b = [[value] * 50 for value in (0.40, 0.46, 0.49)]
+    ours = difference({"t": scores(a)}, {"t": scores(b)})
+    scipy = pytest.importorskip("scipy.stats", reason="scipy is not installed (extra dev)")
+    theirs = scipy.ttest_ind([0.50, 0.58, 0.54], [0.40, 0.46, 0.49], equal_var=False)
+    assert ours.p_value == pytest.approx(theirs.pvalue)
+    assert ours.documents == pytest.approx(0.0, abs=1e-12)
+
+
+def test_questions_on_one_picture_count_together():
+    a = [[1.0] * 4 + [0.0] * 4 + [1.0] * 4]
+    b = [[0.0] * 4 + [0.0] * 4 + [1.0] * 4]
+    pictures = [index // 4 for index in range(12)]
+    apart = difference({"t": scores(a)}, {"t": scores(b)})
+    together = difference({"t": scores(a, pictures)}, {"t": scores(b, pictures)})
+    assert together.stderr > 1.8 * apart.stderr
+    assert together.degrees == 2
+
+
+def test_tasks_weigh_equally():
+    long, short = [[1.0, 0.0] * 50], [[1.0] * 4]
+    nothing = {"long": scores([[0.0] * 100]), "short": scores([[0.0] * 4])}
+    assert difference({"long": scores(long), "short": scores(short)}, nothing).value == pytest.approx(0.75)
+
+
+def simulate(generator: random.Random, *, seeds: int, documents: int, spread: float, effect: float):
+    """Right/wrong scores whose probability depends on the document, the arm's run and chance."""
+    hardness = [generator.gauss(0, 1.0) for _ in range(documents)]
+
+    def arm(shift):
+        rows = []
+        for _ in range(seeds):
+            run = generator.gauss(0, spread)
+            rows.append(
+                [float(generator.random() < 1 / (1 + math.exp(-(h + run + shift)))) for h in hardness]
+            )  # fmt: skip
+        return {"t": scores(rows)}
+
+    return arm(effect), arm(0.0)
+
+
+@pytest.mark.parametrize(("spread", "seeds"), [(0.0, 3), (0.5, 3), (0.5, 5)])
+def test_two_equal_arms_are_rarely_told_apart(spread, seeds):
+    """The share of false alarms stays near 5 %: with the documents alone it would be several times that."""
+    generator = random.Random(7)
+    runs = [simulate(generator, seeds=seeds, documents=80, spread=spread, effect=0.0) for _ in range(250)]
+    alarms = sum(difference(a, b).p_value < 0.05 for a, b in runs) / len(runs)
+    naive = 0
+    for a, b in runs:
+        means = [[error_bars.mean(column) for column in zip(*arm["t"].scores, strict=True)] for arm in (a, b)]
+        naive += error_bars.paired(*means).p_value < 0.05
+    assert alarms <= 0.08
+    if spread:
+        assert naive / len(runs) > 0.2
+
+
+def test_a_true_difference_of_about_the_detectable_size_is_seen():
+    generator = random.Random(3)
+    runs = [simulate(generator, seeds=3, documents=200, spread=0.1, effect=0.6) for _ in range(150)]
+    found = [difference(a, b) for a, b in runs]
+    seen = sum(item.p_value < 0.05 and item.value > 0 for item in found) / len(found)
+    claimed = sorted(item.detectable() for item in found)[len(found) // 2]
+    true = sum(item.value for item in found) / len(found)
+    assert true > claimed
+    assert 0.7 < seen < 0.95  # four times out of five, and degrees of freedom as few as four
+    assert found[0].detectable(comparisons=5) > found[0].detectable()
+
+
+@pytest.mark.parametrize("of", ["arms", "runs"])
+def test_scores_without_spread_have_an_unknown_error_and_not_none(of: str):
+    """Three questions that all differ alike show nothing; thirty do, and thirty equal ones bound the difference."""
+
+    def less(a, b, clusters=None):
+        if of == "runs":
+            return error_bars.paired(a, b, clusters=clusters)
+        return difference({"t": scores([a], clusters)}, {"t": scores([b], clusters)})
+
+    few, many = less([1.0] * 3, [0.0] * 3), less([0.9] * 30, [0.4] * 30)
+    assert few.p_value == pytest.approx(0.25)
+    assert few.low < 0 < few.high
+    assert many.p_value < 1e-6
+    assert 0 < many.low < 0.5 == pytest.approx(many.high)
+    one_picture = less([1.0] * 30, [0.0] * 30, [index // 10 for index in range(30)])
+    assert (one_picture.p_value, one_picture.groups) == (pytest.approx(0.25), 3)
+    for size in (5, 6, 7):
+        exact = less([0.0] * size, [1.0] * size)
+        assert (exact.p_value < 0.05) == (exact.high < 0), "the interval and the test contradict each other"
+    same = less([1.0, 0.0] * 15, [1.0, 0.0] * 15)
+    assert same.p_value == 1.0
+    assert (same.low, same.high) == (pytest.approx(-0.0950, abs=1e-4), pytest.approx(0.0950, abs=1e-4))
+
+
+def test_the_mean_of_an_arm_knows_its_seeds():
+    rows = [[1.0, 0.0] * 100, [1.0, 1.0, 1.0, 0.0] * 50]
+    one, two = arm_mean({"t": scores(rows[:1])}), arm_mean({"t": scores(rows)})
+    assert (one.value, two.value) == (0.5, 0.625)
+    assert two.stderr > one.stderr
+
+
+def test_holm():
+    """Worked by hand: sorted 0.01 x 4, 0.02 x 3, 0.03 x 2, 0.2 x 1, each at least the one before."""
+    assert holm([0.03, 0.01, math.nan, 0.02, 0.2])[:2] == pytest.approx([0.06, 0.04])
+    assert holm([0.03, 0.01, math.nan, 0.02, 0.2])[3:] == pytest.approx([0.06, 0.2])
+    assert math.isnan(holm([0.03, math.nan])[1])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]

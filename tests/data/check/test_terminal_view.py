@@ -1,0 +1,67 @@
+"""`data check` counts what a run would meet; `data view` shows what is supervised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+from tiny import make_records
+
+from mm_moslora.config import DataConfig, SourceConfig
+from mm_moslora.data.chat.records import Turn
+from mm_moslora.data.check.record_check import CheckReport, check
+from mm_moslora.data.check.terminal_view import IMAGE, SPECIAL, SUPERVISED, view_tokens
+from tests.data.conftest import Setup, turns
+from tests.data.test_training_set import record
+
+
+def run_check(setup: Setup, path: Path, *, config: DataConfig | None = None, **options: object) -> CheckReport:
+    sources = [SourceConfig(path=str(path), image_folder=str(path.parent / "images"))]
+    return check(sources, setup.encoder(), config=config or DataConfig(), **options)
+
+
+class TestCheck:
+    def test_without_decoding_only_headers_are_read(self, chatml: Setup, write, tmp_path: Path) -> None:
+        (tmp_path / "images").mkdir()
+        damaged = tmp_path / "images" / "damaged.png"
+        Image.effect_noise((64, 64), 50).save(damaged)
+        damaged.write_bytes(damaged.read_bytes()[:-900])
+        path = write(record("c", ("<image>\nq", "a"), image="damaged.png"), record("d", ("q", "a")))
+        seen: list[tuple[int, int]] = []
+        report = run_check(chatml, path, on_progress=lambda done, total: seen.append((done, total)))
+        assert dict(report.bad) == {"IMAGE_DAMAGED": 1}
+        assert not report.ok
+        assert seen[-1] == (2, 2)
+        assert run_check(chatml, path, decode=False).ok
+
+    def test_the_histogram_counts_every_length_once(self, chatml: Setup, tmp_path: Path) -> None:
+        report = run_check(chatml, make_records(tmp_path))
+        histogram = report.histogram()
+        assert sum(count for _, count in histogram) == report.usable == 24
+        assert histogram[-1][0] == report.max_length
+        small = sum(length <= 32 for length in report.lengths)
+        assert dict(histogram)[32] + dict(histogram)[16] == small
+
+
+class TestView:
+    def test_supervised_text_is_marked_and_images_are_counted(self, chatml: Setup) -> None:
+        encoder = chatml.encoder()
+        encoded = encoder.encode(turns("<image>\nwhat?", "a [red] cat", "more?", "no"))
+        text = view_tokens(encoded, encoder.tokenizer, image_token_id=encoder.image_token_id)
+        styled = lambda part: "".join(text.plain[s.start : s.end] for s in text.spans if part in str(s.style))  # noqa: E731
+        assert styled(SUPERVISED) == "a [red] cat<|im_end|>no<|im_end|>"
+        assert styled(IMAGE) == "[image: 3 tokens]"
+        assert styled(SPECIAL) == "<|im_start|><|im_end|>" * 4
+        assert text.plain.startswith("<|im_start|>user\n[image: 3 tokens]\nwhat?<|im_end|>")
+
+    def test_characters_of_several_tokens_stay_whole(self, chatml: Setup) -> None:
+        encoded = chatml.encoder().encode(turns("你好", "🙂é"))
+        assert "🙂é<|im_end|>" in view_tokens(encoded, chatml.tokenizer).plain
+
+    def test_typed_special_tokens_do_not_look_like_special_ones(self, chatml: Setup) -> None:
+        encoder = chatml.encoder()
+        encoded = encoder.encode([Turn(role="user", text="a <|im_end|> <image> b", places=()), *turns("", "c")[1:]])
+        text = view_tokens(encoded, encoder.tokenizer, image_token_id=encoder.image_token_id)
+        special = "".join(text.plain[s.start : s.end] for s in text.spans if SPECIAL in str(s.style))
+        assert special == "<|im_start|><|im_end|>" * 2
+        assert "[image" not in text.plain

@@ -1,0 +1,80 @@
+"""The fast scan finds the values that a JSON parser finds, whatever the chunks cut through."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mm_moslora.data.sources import json_scan
+from mm_moslora.data.sources.json_file import JsonFile
+
+texts = st.text(st.sampled_from('a"\\[]{},: \n\té🙂'), max_size=12)
+values = st.recursive(texts | st.integers() | st.none(), lambda inner: st.lists(inner, max_size=3), max_leaves=4)
+objects = st.dictionaries(texts, values, max_size=3)
+relaxed = settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@relaxed
+@given(
+    st.lists(objects, min_size=1, max_size=6), st.sampled_from([None, 1]), st.booleans(), st.sampled_from([3, 7, 64])
+)
+def test_a_list_gives_its_values(tmp_path: Path, monkeypatch, rows, indent, ascii_only, chunk) -> None:
+    monkeypatch.setattr(json_scan, "CHUNK", chunk)
+    path = tmp_path / "a.json"
+    path.write_text(f" \n{json.dumps(rows, indent=indent, ensure_ascii=ascii_only)} \n", encoding="utf-8")
+    assert json_scan.scan_list(path) is not None
+    file = JsonFile(path)
+    assert [file[row] for row in range(len(file))] == rows
+
+
+@relaxed
+@given(
+    st.lists(st.one_of(objects.map(json.dumps), st.sampled_from(["", "  ", "\t", " {}", "7"])), max_size=8),
+    st.sampled_from(["\n", "\r\n"]),
+    st.booleans(),
+    st.sampled_from([3, 7, 64]),
+)
+def test_lines_give_their_values_and_numbers(tmp_path: Path, monkeypatch, lines, ending, closed, chunk) -> None:
+    monkeypatch.setattr(json_scan, "CHUNK", chunk)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes((ending.join(lines) + ending * closed).encode())
+    starts, ends, numbers = json_scan.scan_lines(path)
+    raw = path.read_bytes()
+    found = [
+        (number, raw[start:end].strip().decode()) for start, end, number in zip(starts, ends, numbers, strict=True)
+    ]
+    assert found == [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '["a"]',
+        "[1, 2]",
+        '[{}, "a"]',
+        "[{},, {}]",
+        "[{} {}]",
+        "[{},]",
+        "[,{}]",
+        "[{}",
+        "[{}] x",
+        "[{}}",
+        '[{"a": "]',
+        "[{}{}]",
+    ],
+)
+def test_anything_but_a_sound_list_of_objects_is_left_to_the_careful_reader(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    assert json_scan.scan_list(tmp_path / "a.json") is None
+
+
+def test_a_record_that_is_damaged_inside_costs_itself_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"id": 1}, {"id": oops}, {"id": 3}]')
+    file = JsonFile(tmp_path / "a.json")
+    assert (file[0], file[2]) == ({"id": 1}, {"id": 3})
+    with pytest.raises(ValueError, match="no valid JSON"):
+        file[1]

@@ -1,0 +1,143 @@
+"""The order of training: sampler and mixture, as properties."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mm_moslora.data.epoch_order import deal, plan_epoch
+from mm_moslora.data.source_mixture import expand
+
+ORDERS = ["grouped", "random", "sequential"]
+sets = st.lists(st.tuples(st.integers(1, 4000), st.booleans()), min_size=1, max_size=150)
+
+
+def plan(examples, *, seed=0, epoch=0, global_batch=8, order="grouped"):
+    return plan_epoch(
+        [length for length, _ in examples], [image for _, image in examples], seed=seed, epoch=epoch,
+        global_batch=global_batch, order=order,
+    )  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(sets, st.sampled_from(ORDERS), st.integers(1, 40), st.integers(1, 8), st.integers(1, 5), st.integers(0, 3))
+def test_every_example_once_for_every_world_and_micro_batch(examples, order, global_batch, world, micro, epoch):
+    steps = plan(examples, epoch=epoch, global_batch=global_batch, order=order)
+    assert sorted(number for step in steps for number in step) == list(range(len(examples)))
+    assert all(len(step) == global_batch for step in steps[:-1])
+    lengths = [length for length, _ in examples]
+    for step in steps:
+        ranks = deal(step, lengths, world_size=world, micro_batch=micro)
+        assert len(ranks) == world
+        assert len({len(rank) for rank in ranks}) == 1, "ranks must take the same number of micro-batches"
+        assert sorted(number for rank in ranks for batch in rank for number in batch) == sorted(step)
+        assert all(len(batch) <= micro for rank in ranks for batch in rank)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sets, st.sampled_from(ORDERS), st.integers(0, 5), st.integers(0, 3))
+def test_the_order_depends_on_seed_and_epoch_alone(examples, order, seed, epoch):
+    import random
+
+    first = plan(examples, seed=seed, epoch=epoch, order=order)
+    random.seed(99)
+    assert plan(examples, seed=seed, epoch=epoch, order=order) == first
+
+
+@pytest.mark.parametrize("order", ["grouped", "random"])
+def test_seeds_and_epochs_differ(order):
+    examples = [(10 + number, number % 3 > 0) for number in range(64)]
+    assert plan(examples, order=order) != plan(examples, order=order, epoch=1)
+    assert plan(examples, order=order) != plan(examples, order=order, seed=1)
+
+
+@pytest.mark.parametrize("images", [[True], [False], [True, False], [True, True, True, False]])
+def test_grouped_steps_are_of_one_modality_except_the_leftovers(images):
+    examples = [(10, images[number % len(images)]) for number in range(100)]
+    steps = plan(examples, global_batch=8)
+    mixed = [step for step in steps if len({examples[number][1] for number in step}) > 1]
+    assert len(mixed) <= 2
+    assert len(steps) == 13
+
+
+def test_grouped_steps_hold_similar_lengths():
+    import random
+
+    rng = random.Random(0)
+    examples = [(rng.randint(10, 2000), True) for _ in range(512)]
+
+    def spread(order):
+        steps = plan(examples, global_batch=16, order=order)
+        return sum(max(examples[i][0] for i in step) - min(examples[i][0] for i in step) for step in steps)
+
+    assert spread("grouped") < 0.25 * spread("random")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 2048), min_size=1, max_size=64), st.integers(1, 8))
+def test_ranks_get_about_as_many_tokens(lengths, world):
+    """Longest-first dealing: no rank is above the mean by more than the longest example."""
+    ranks = deal(range(len(lengths)), lengths, world_size=world, micro_batch=64)
+    loads = [sum(lengths[number] for batch in rank for number in batch) for rank in ranks]
+    assert max(loads) <= sum(loads) / world + max(lengths)
+
+
+def test_balance_beats_dealing_in_turn():
+    import random
+
+    rng = random.Random(3)
+    lengths = [rng.randint(50, 2048) for _ in range(64)]
+    ranks = deal(range(64), lengths, world_size=4, micro_batch=4)
+    loads = [sum(lengths[number] for batch in rank for number in batch) for rank in ranks]
+    in_turn = [sum(lengths[number] for number in range(64) if number % 4 == rank) for rank in range(4)]
+    assert max(loads) - min(loads) < 0.2 * (max(in_turn) - min(in_turn))
+
+
+def test_a_short_step_leaves_no_rank_out_while_there_are_examples():
+    ranks = deal([0, 1, 2, 3, 4], [1000, 1, 1, 1, 1], world_size=4, micro_batch=2)
+    assert [any(rank) for rank in ranks] == [True] * 4
+
+
+class TestMixture:
+    @settings(max_examples=80, deadline=None)
+    @given(
+        st.lists(st.tuples(st.integers(0, 30), st.floats(0.05, 3.0)), min_size=1, max_size=4),
+        st.integers(0, 4),
+        st.integers(0, 9),
+    )
+    def test_weights_say_how_often_a_record_is_seen(self, sources, seed, epoch):
+        members, start = [], 0
+        for size, _ in sources:
+            members.append(range(start, start + size))
+            start += size
+        weights = [weight for _, weight in sources]
+        seen = Counter(expand(members, weights, seed=seed, epoch=epoch))
+        for numbers, weight in zip(members, weights, strict=True):
+            counts = [seen[number] for number in numbers]
+            assert all(int(weight) <= count <= int(weight) + 1 for count in counts)
+            if counts and weight >= 1:
+                assert abs(sum(counts) - weight * len(counts)) <= 0.5
+
+    def test_a_fraction_reaches_every_record_over_the_epochs(self):
+        epochs = [expand([range(10)], [0.5], seed=0, epoch=epoch) for epoch in range(4)]
+        assert [len(epoch) for epoch in epochs] == [5, 5, 5, 5]
+        assert sorted(epochs[0] + epochs[1]) == list(range(10))
+        assert set(Counter(number for epoch in epochs for number in epoch).values()) == {2}
+
+    def test_a_tiny_weight_still_gives_a_record(self):
+        assert len(expand([range(10), range(10, 13)], [1, 0.01], seed=0, epoch=0)) == 11
+
+    def test_gaps_in_the_numbers_stay_gaps(self):
+        assert expand([[0, 2, 5], [7]], [1, 2], seed=0, epoch=0) == [0, 2, 5, 7, 7]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(1, 4000), min_size=1, max_size=64), st.integers(1, 8), st.integers(1, 5))
+def test_no_micro_batch_is_empty_while_there_are_examples_for_all(lengths, world, micro):
+    """An empty micro-batch costs a forward pass of a rank, and other ranks wait for it."""
+    ranks = deal(range(len(lengths)), lengths, world_size=world, micro_batch=micro)
+    batches = [batch for rank in ranks for batch in rank]
+    assert all(batches) or len(lengths) < len(batches)

@@ -1,0 +1,434 @@
+"""Everything that can answer: our model, transformers models, OpenAI-compatible servers, stored answers."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import socket
+import threading
+import zipfile
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mm_moslora_eval.backends.open_model import open_model
+from mm_moslora_eval.backends.openai_endpoint import KEY_NAMES, Endpoint, EndpointModel
+from mm_moslora_eval.backends.replay_model import ReplayModel
+from mm_moslora_eval.protocol.model_interface import IMAGE, Message, Model, OptionRequest, Request
+from mm_moslora_eval.protocol.task_registry import get_task
+from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
+from mm_moslora_eval.run.submissions import write_submission
+from mm_moslora_eval.run.task_runner import Settings
+
+from mm_moslora.utils.errors import EvalError
+from tests.eval.eval_data import picture
+from tests.eval.eval_server import serve
+
+ONE = Settings(batch_size=4, rank=0, world_size=1)
+
+
+def request(name: str, text: str, *images: bytes, **options: object) -> Request:
+    content = (*([IMAGE] * len(images)), "\n" * bool(images) + text)
+    return Request(id=name, messages=(Message(role="user", content=content),), images=images, **options)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, language_folder: Path, vision_folder: Path) -> Path:
+    """A tiny stock LLaVA on disk."""
+    from mm_moslora.config import ModelConfig, VisionConfig
+    from mm_moslora.models.assembly import assemble
+    from mm_moslora.models.processing.llava_processor import save_processor
+
+    folder = tmp_path_factory.mktemp("exported")
+    assembly = assemble(ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(vision_folder))))
+    torch.manual_seed(3)
+    for name, weight in assembly.model.model.language_model.named_parameters():
+        if "layers" in name and weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=0.3)  # answers differ between questions
+    assembly.model.save_pretrained(folder)
+    save_processor(assembly.processor, folder)
+    return folder
+
+
+QUESTIONS = [
+    request("a", "what color?", picture(1), max_new_tokens=5),
+    request("b", "is it a circle or a square, red or blue?", picture(1), max_new_tokens=5),
+    request("c", "yes?", picture(1), max_new_tokens=5),
+    request("d", "what color?", picture(2), max_new_tokens=5),
+    request("e", "say <image> no", max_new_tokens=5),
+]
+
+
+def test_our_model_in_batches_answers_as_in_reference_mode(exported: Path) -> None:
+    fast, slow = (
+        open_model(str(exported), precision="fp32"),
+        open_model(str(exported), precision="fp32", reference=True),
+    )
+    assert isinstance(fast, Model)
+    assert fast.fingerprint == slow.fingerprint
+    expected = dict(slow.generate(QUESTIONS, batch_size=8))
+    assert dict(fast.generate(QUESTIONS, batch_size=8)) == expected
+    assert dict(fast.generate(QUESTIONS, batch_size=2)) == expected
+    assert len({answer.text for answer in expected.values()}) == len(QUESTIONS)
+    options = [OptionRequest(request=item, options=("yes", "no", "red", "green")) for item in QUESTIONS]
+    ours, reference = dict(fast.loglikelihood(options, batch_size=8)), dict(slow.loglikelihood(options, batch_size=1))
+    for index in range(len(QUESTIONS)):
+        assert [s.logprob for s in ours[index]] == pytest.approx([s.logprob for s in reference[index]], abs=1e-4)
+        assert [s.tokens for s in ours[index]] == [s.tokens for s in reference[index]]
+    fast.close()
+
+
+def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def _brighter(content: dict[str, Any]) -> None:
+    content["image_processor"]["image_mean"] = [0.9, 0.9, 0.9]
+
+
+def _repeating_less(content: dict[str, Any]) -> None:
+    content["repetition_penalty"] = 1.5
+
+
+def _with_another_word(content: dict[str, Any]) -> None:
+    content["pre_tokenizer"] = {"type": "Whitespace"}
+    content["normalizer"] = {"type": "Lowercase"}
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("processor_config.json", _brighter),
+        ("generation_config.json", _repeating_less),
+        ("tokenizer.json", _with_another_word),
+    ],
+)
+@pytest.mark.parametrize("kind", ["", "hf:"])
+def test_a_model_that_reads_pictures_or_words_otherwise_is_another_model(
+    exported: Path, tmp_path: Path, kind: str, file: str, change: Callable[[dict[str, Any]], None]
+) -> None:
+    """Answers that are kept of one must not count for the other."""
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder)
+    before = open_model(f"{kind}{folder}", precision="fp32").fingerprint
+    assert open_model(f"{kind}{folder}", precision="fp32").fingerprint == before
+    _edit(folder / file, change)
+    assert open_model(f"{kind}{folder}", precision="fp32").fingerprint != before
+
+
+def test_a_model_keeps_its_fingerprint_while_it_answers(exported: Path) -> None:
+    fresh, used = (open_model(f"hf:{exported}", precision="fp32") for _ in range(2))
+    list(used.generate(QUESTIONS[:2], batch_size=2))
+    assert used.fingerprint == fresh.fingerprint
+
+
+def test_transformers_backend_agrees_with_ours_on_the_same_weights(exported: Path) -> None:
+    ours, theirs = open_model(str(exported), precision="fp32"), open_model(f"hf:{exported}", precision="fp32")
+    pictures = QUESTIONS[:4]
+    expected = dict(ours.generate(pictures, batch_size=1))
+    found = dict(theirs.generate([*pictures, request("f", "say no", max_new_tokens=5)], batch_size=4))
+    assert [found[i].text.strip() for i in range(4)] == [expected[i].text.strip() for i in range(4)]
+    assert [found[i].finish_reason for i in range(4)] == [expected[i].finish_reason for i in range(4)]
+    options = [OptionRequest(request=item, options=("yes", "no")) for item in pictures]
+    a, b = dict(ours.loglikelihood(options, batch_size=4)), dict(theirs.loglikelihood(options, batch_size=4))
+    for index in range(4):
+        assert [s.logprob for s in a[index]] == pytest.approx([s.logprob for s in b[index]], abs=5e-3)
+
+
+def test_a_language_model_answers_text_tasks_and_refuses_pictures(language_folder: Path) -> None:
+    model = open_model(f"hf:{language_folder}", precision="fp32")
+    (found,) = dict(model.generate([request("f", "say no", max_new_tokens=5)], batch_size=1)).values()
+    assert found.finish_reason in ("stop", "length")
+    with pytest.raises(EvalError, match="is a language model"):
+        list(model.generate([QUESTIONS[0]], batch_size=1))
+
+
+def test_endpoint_gets_pictures_in_place_and_survives_429_and_500(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MM_MOSLORA_API_KEY", "sk-test-0123456789abcdef")
+    with serve(lambda payload: payload["messages"][-1]["content"][-1]["text"].upper(), faults=[429, 500]) as server:
+        endpoint = Endpoint(url=server.url, model="m", first_wait=0.01)
+        model = EndpointModel(endpoint)
+        answers = dict(model.generate(QUESTIONS[:4], batch_size=3))
+    assert answers[0].text == "WHAT COLOR?"
+    assert answers[0].finish_reason == "stop"
+    first = next(p for p in server.payloads if p["messages"][-1]["content"][-1]["text"] == "what color?")
+    url = first["messages"][-1]["content"][0]["image_url"]["url"]
+    assert base64.b64decode(url.removeprefix("data:image/png;base64,")) in (picture(1), picture(2))
+    assert first["model"] == "m"
+    assert first["max_tokens"] == 5
+    assert first["temperature"] == 0
+    assert set(server.keys) == {"Bearer sk-test-0123456789abcdef"}
+    assert endpoint.usage.to_dict() == {
+        "calls": 4, "retries": 2, "prompt_tokens": 40, "completion_tokens": sum(a.tokens for a in answers.values()),
+    }  # fmt: skip
+
+
+def test_endpoint_failure_costs_only_its_own_sample(question_file: Path, tmp_path: Path) -> None:
+    def reply(payload: dict) -> str | dict:
+        text = payload["messages"][-1]["content"][-1]["text"]
+        return {"nothing": 1} if "colour is it? (1)" in text else "yes"
+
+    with serve(reply) as server:
+        model = EndpointModel(Endpoint(url=server.url, model="m", attempts=2, first_wait=0.01))
+        (result,) = evaluate(
+            model, get_task(f"llava:{question_file}"), tmp_path / "run", modes=("own",), baselines=(), settings=ONE
+        )
+    assert (result.counts.total, result.counts.failed) == (12, 2)
+
+
+@pytest.mark.parametrize("code", [401, 404])
+def test_endpoint_that_refuses_everything_ends_the_run_at_once(code: int) -> None:
+    with serve(lambda _: "never", faults=[code] * 50) as server:
+        model = EndpointModel(Endpoint(url=server.url, model="m"))
+        with pytest.raises(EvalError, match=f"HTTP {code}.*Check the address"):
+            list(model.generate(QUESTIONS[:4], batch_size=1))
+    assert len(server.payloads) == 1
+
+
+def test_endpoint_gives_up_after_its_attempts() -> None:
+    with serve(lambda _: "never", faults=[503] * 50) as server:
+        model = EndpointModel(Endpoint(url=server.url, model="m", attempts=3, first_wait=0.001))
+        with pytest.raises(RuntimeError, match=r"HTTP 503.*after 3 attempts"):
+            list(model.generate(QUESTIONS[:1], batch_size=1))
+    assert len(server.payloads) == 3
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:1", "nowhere.invalid"])
+def test_endpoint_that_is_not_there_ends_the_run_at_once(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    if host == "nowhere.invalid":
+        monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    waits: list[float] = []
+    monkeypatch.setattr("mm_moslora_eval.backends.openai_endpoint.time.sleep", waits.append)
+    endpoint = Endpoint(url=f"http://{host}/v1", model="m")
+    with pytest.raises(EvalError, match=f"^No server answers at http://{host}/v1 .*check the address"):
+        list(EndpointModel(endpoint).generate(QUESTIONS[:4], batch_size=1))
+    assert waits == []
+
+
+def test_endpoint_that_goes_away_is_waited_for_and_then_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    with serve(lambda _: "yes") as server:
+        model = EndpointModel(Endpoint(url=server.url, model="m", attempts=3))
+        list(model.generate(QUESTIONS[:1], batch_size=1))
+    monkeypatch.setattr("mm_moslora_eval.backends.openai_endpoint.time.sleep", waits.append)
+    with pytest.raises(EvalError, match="No server answers"):
+        list(model.generate(QUESTIONS[:1], batch_size=1))
+    assert len(waits) == 2
+
+
+def test_endpoint_scores_options_from_the_first_tokens_and_never_guesses() -> None:
+    def reply(_: dict) -> dict:
+        top = [{"token": " B", "logprob": -0.1}, {"token": "A", "logprob": -3.0}, {"token": "B", "logprob": -5.0}]
+        choice = {
+            "message": {"content": "B"},
+            "finish_reason": "length",
+            "logprobs": {"content": [{"top_logprobs": top}]},
+        }
+        return {"choices": [choice]}
+
+    with serve(reply) as server:
+        model = EndpointModel(Endpoint(url=server.url, model="m"))
+        ((_, scores),) = model.loglikelihood([OptionRequest(request=QUESTIONS[0], options=("A", "B"))], batch_size=1)
+        assert [score.logprob for score in scores] == [-3.0, -0.1]
+        assert [score.greedy for score in scores] == [False, True]
+        with pytest.raises(RuntimeError, match="no probability for option 'C'"):
+            list(model.loglikelihood([OptionRequest(request=QUESTIONS[0], options=("A", "C"))], batch_size=1))
+
+
+@pytest.mark.parametrize(
+    "name", ["openai:no-url", "openai:http://127.0.0.1/v1", "openai:http://me:pw@host/v1#m", "nowhere"]
+)
+def test_a_model_name_that_means_nothing_is_explained(name: str) -> None:
+    with pytest.raises(EvalError) as error:
+        open_model(name)
+    assert "pw" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["ours", "llava", "json", "tsv"])
+def test_replay_reads_every_form_and_scores_like_the_model(form: str, question_file: Path, tmp_path: Path) -> None:
+    answers = {f"q{n}": ("yes", "no", "blue", "green")[n % 4] for n in range(12)}
+    path = tmp_path / {"ours": "a.jsonl", "llava": "b.jsonl", "json": "c.json", "tsv": "d.tsv"}[form]
+    if form == "json":
+        path.write_text(json.dumps(answers))
+    elif form == "tsv":
+        path.write_text("index\tprediction\n" + "".join(f"{k}\t{v}\n" for k, v in answers.items()))
+    else:
+        key = "id" if form == "ours" else "question_id"
+        path.write_text("".join(json.dumps({key: k, "text": v}) + "\n" for k, v in answers.items()))
+    task = get_task(f"llava:{question_file}")
+    (result,) = evaluate(ReplayModel(path), task, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    assert result.score == 1.0
+    assert result.counts.failed == 0
+
+
+def test_replay_without_an_answer_counts_a_failure(question_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"id": f"q{n}", "text": "yes"}) + "\n" for n in range(11)))
+    task = get_task(f"llava:{question_file}")
+    (result,) = evaluate(ReplayModel(path), task, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    assert result.counts.failed == 1
+    with pytest.raises(EvalError, match="row 1 is a question"):
+        ReplayModel(question_file)
+
+
+def test_replay_refuses_two_answers_to_one_question(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": "q", "text": "yes"}\n{"id": "q", "text": "no"}\n')
+    with pytest.raises(EvalError, match="two different answers to 'q'"):
+        ReplayModel(path)
+
+
+def mme_bench(folder: Path) -> str:
+    """Two questions on each of two pictures, by VLMEvalKit's columns."""
+    encoded = [base64.b64encode(picture(number)).decode() for number in (1, 2)]
+    rows = ["index\tquestion\tanswer\tcategory\timage_path\timage"]
+    for number in range(4):
+        shown = number // 2
+        question = f"Is it {('red', 'blue')[number % 2]}? Please answer yes or no."
+        answer = ("Yes", "No")[number % 2]
+        rows.append(f"{number}\t{question}\t{answer}\tcolor\t{shown}.png\t{encoded[shown]}")
+    (folder / "MME.tsv").write_text("\n".join(rows) + "\n")
+    (folder / "mme.yaml").write_text(
+        "name: mme\nsource: {kind: tsv, path: MME.tsv}\nextraction: yes_no\nmetric: equal_ignore_case\n"
+        'prompt: {template: "{question}{instruction}", remove: [" Please answer yes or no."], '
+        'instruction: "\\nAnswer the question using a single word or phrase."}\n'
+    )
+    return str(folder / "mme.yaml")
+
+
+SAID = ("Yes", "No", "Yes", "Yes")
+
+
+def llava_mme(path: Path) -> None:
+    """LLaVA's answer file of MME: the two questions on a picture have one id."""
+    rows = [
+        {"question_id": f"color/{number // 2}.png", "text": said,
+         "prompt": f"Is it {('red', 'blue')[number % 2]}?\nAnswer the question using a single word or phrase."}
+        for number, said in enumerate(SAID)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def lmms_eval_samples(path: Path) -> None:
+    """Samples of lmms-eval: named by the row's number, and within `doc` by the picture."""
+    rows = [
+        {"doc_id": number, "target": "yes", "doc": {"question_id": f"color/{number // 2}.png"},
+         "arguments": [["Is it red?", {"max_new_tokens": 16}]], "resps": [[said]], "filtered_resps": [said.lower()]}
+        for number, said in enumerate(SAID)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+SHEET = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
+
+
+def workbook(path: Path) -> None:
+    """What pandas writes for VLMEvalKit: shared strings, numbers as numbers, an empty cell left out."""
+    strings = ["index", "question", "prediction", *dict.fromkeys(SAID), "line_x000A_break"]
+    shared = "".join(f"<si><t>{text}</t></si>" for text in strings)
+
+    def cell(place: str, text: str) -> str:
+        return f'<c r="{place}" t="s"><v>{strings.index(text)}</v></c>'
+
+    lines = [f'<row r="1">{cell("A1", "index")}{cell("B1", "question")}{cell("C1", "prediction")}</row>']
+    for number, said in enumerate(SAID):
+        at = number + 2
+        lines.append(f'<row r="{at}"><c r="A{at}"><v>{number}</v></c>{cell(f"C{at}", said)}</row>')
+    with zipfile.ZipFile(path, "w") as book:
+        book.writestr("xl/sharedStrings.xml", f'<sst xmlns="{SHEET}">{shared}</sst>')
+        book.writestr(
+            "xl/worksheets/sheet1.xml",
+            f'<worksheet xmlns="{SHEET}"><sheetData>{"".join(lines)}</sheetData></worksheet>',
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "write"), [("a.jsonl", llava_mme), ("b.jsonl", lmms_eval_samples), ("c.xlsx", workbook)]
+)
+def test_replay_reads_what_other_harnesses_leave(name: str, write: Callable[[Path], None], tmp_path: Path) -> None:
+    task = get_task(mme_bench(tmp_path))
+    write(tmp_path / name)
+    model = ReplayModel(tmp_path / name)
+    (result,) = evaluate(model, task, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    assert result.counts.failed == 0
+    assert [row["text"] for row in read_samples(tmp_path / "run" / "mme@own" / "own")] == list(SAID)
+    assert result.score == 0.75
+
+
+def test_replay_reads_the_workbook_that_export_writes(question_file: Path, tmp_path: Path) -> None:
+    stored = tmp_path / "a.json"
+    stored.write_text(json.dumps({f"q{n}": f"say <b>{n}</b> & more" for n in range(12)}))
+    task = get_task(f"llava:{question_file}")
+    (first,) = evaluate(ReplayModel(stored), task, tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    write_submission(tmp_path / "run" / first.folder, tmp_path / "b.xlsx", form="vlmevalkit_xlsx")
+    evaluate(ReplayModel(tmp_path / "b.xlsx"), task, tmp_path / "again", modes=("own",), baselines=(), settings=ONE)
+    texts = [[row["text"] for row in read_samples(tmp_path / run / first.folder)] for run in ("run", "again")]
+    assert texts[0] == texts[1]
+
+
+def test_a_workbook_is_unpacked_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A megabyte of a zip file may hold a gigabyte; what the file says of its size is not believed."""
+    monkeypatch.setattr("mm_moslora_eval.backends.stored_answers._MOST_CELLS", 1 << 16)
+    bomb = tmp_path / "bomb.xlsx"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as book:
+        book.writestr("xl/worksheets/sheet1.xml", " " * (1 << 17))
+    with pytest.raises(EvalError, match=r"bomb\.xlsx .* more than 65536 bytes"):
+        ReplayModel(bomb)
+    told = (1 << 17).to_bytes(4, "little")
+    assert told in bomb.read_bytes()
+    bomb.write_bytes(bomb.read_bytes().replace(told, (1 << 10).to_bytes(4, "little")))
+    with pytest.raises(EvalError, match=r"bomb\.xlsx is no workbook"):
+        ReplayModel(bomb)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("a.xlsx", b"no zip"), ("b.xlsx", None), ("c.jsonl", b'{"doc_id": 1, "resps": []}\n'), ("d.jsonl", b"[" * 99999)],
+)
+def test_replay_refuses_what_it_cannot_read(name: str, data: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if data is None:
+        with zipfile.ZipFile(path, "w") as book:
+            book.writestr("xl/worksheets/sheet1.xml", '<!DOCTYPE x [<!ENTITY a "aaaa">]><worksheet>&a;</worksheet>')
+    else:
+        path.write_bytes(data)
+    with pytest.raises(EvalError, match=name):
+        ReplayModel(path)
+
+
+def test_the_key_follows_no_redirect_to_another_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str | None] = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            heard.append(self.headers.get("Authorization"))
+            self.send_error(404)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(302)
+            self.send_header("Location", f"http://localhost:{self.server.server_address[1]}/elsewhere")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv(KEY_NAMES[0], "a-key-that-stays")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = Endpoint(url=f"http://127.0.0.1:{server.server_address[1]}/v1", model="m", attempts=1)
+        try:
+            with pytest.raises((EvalError, RuntimeError), match="302"):
+                endpoint.chat({"messages": []})
+        finally:
+            server.shutdown()
+    assert heard == []

@@ -1,0 +1,365 @@
+"""A selection is a view of the stored answers: nothing is deleted, nothing is mixed, less never replaces more."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from mm_moslora_eval import eval_commands
+from mm_moslora_eval.backends.openai_endpoint import Endpoint, EndpointModel
+from mm_moslora_eval.protocol.model_interface import Answer
+from mm_moslora_eval.protocol.task_registry import get_task
+from mm_moslora_eval.report.evaluation_page import write_report
+from mm_moslora_eval.run.answer_log import AnswerLog, merge, read_folder
+from mm_moslora_eval.run.evaluate_suite import evaluate, read_samples
+from mm_moslora_eval.run.result_file import read_results
+from mm_moslora_eval.run.task_runner import Settings, hold_run
+
+from mm_moslora import cli as command_line
+from mm_moslora.utils.errors import EvalError
+from tests.eval.eval_data import picture, write_questions
+from tests.eval.eval_fake import FakeModel
+
+ONE = Settings(batch_size=4, rank=0, world_size=1)
+
+
+def asked(run: Path, data: Path, *, model: FakeModel | None = None, modes: Any = ("own",), **changes: Any) -> Any:
+    """Evaluate; returns the model and the results."""
+    model = model or FakeModel()
+    settings = dataclasses.replace(ONE, **changes)
+    return model, evaluate(model, get_task(f"llava:{data}"), run, modes=modes, baselines=(), settings=settings)
+
+
+@pytest.mark.parametrize("selection", [{"limit": 1}, {"samples": ("q3",)}, {"samples": ("q3", "q1"), "limit": 1}])
+@pytest.mark.parametrize("mode", ["own", "wrong"])
+def test_a_selection_of_a_finished_run_deletes_and_asks_nothing(
+    selection: dict[str, Any], mode: str, tmp_path: Path
+) -> None:
+    data, run = write_questions(tmp_path / "data", count=40), tmp_path / "run"
+    _, (whole,) = asked(run, data, modes=(mode,))
+    stored = read_folder(run / "questions@own" / mode)
+    again, (part,) = asked(run, data, modes=(mode,), **selection)
+    assert again.asked == []
+    assert part.n == 1
+    assert read_folder(run / "questions@own" / mode) == stored
+    assert [result.n for result in read_results(run)] == [40, 1]
+    assert len(read_samples(run / "questions@own" / mode)) == 40
+    again, (result,) = asked(run, data, modes=(mode,))
+    assert again.asked == []
+    assert result == whole
+    assert sorted(result.n for result in eval_commands.score(run)) == [1, 40]
+
+
+def test_answers_of_a_selection_serve_the_whole_and_another_selection(tmp_path: Path) -> None:
+    data, run = write_questions(tmp_path / "data", count=20), tmp_path / "run"
+    asked(run, data, limit=5, modes=("wrong",))
+    first, _ = asked(run, data, samples=("q2", "q7"), modes=("wrong",))
+    assert first.asked == ["q7"]
+    rest, _ = asked(run, data, modes=("wrong",))
+    assert len(rest.asked) == 14
+
+
+def test_data_sets_of_one_file_name_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    easy, hard = write_questions(tmp_path / "easy", count=12), write_questions(tmp_path / "hard", count=12)
+    hard.write_text(hard.read_text().replace("colour", "shade"))
+    run = tmp_path / "run"
+    results = eval_commands.run(
+        FakeModel(), [f"llava:{easy}", f"llava:{hard}"], run, settings=ONE, baselines=("majority",)
+    )
+    assert [item.to_dict() for item in read_results(run)] == [item.to_dict() for item in results]
+    assert len({result.key for result in results}) == 4
+    table = eval_commands.table(results)
+    assert "questions@own (easy/questions.jsonl)" in table
+    assert "questions@own (hard/questions.jsonl)" in table
+    html = write_report(run).read_text()
+    assert html.count("<section id=") == 2
+    other = tmp_path / "other"
+    eval_commands.run(FakeModel(fingerprint="f2"), [f"llava:{hard}", f"llava:{easy}"], other, settings=ONE)
+    assert len(eval_commands.compare_runs(str(run), str(other))) == 2
+    alone = tmp_path / "alone"
+    eval_commands.run(FakeModel(), [f"llava:{hard}"], alone, settings=ONE)
+    assert len(eval_commands.compare_runs(str(run), str(alone))) == 1
+
+
+def test_runs_on_other_documents_are_not_compared(tmp_path: Path) -> None:
+    data = write_questions(tmp_path / "data", count=12)
+    asked(tmp_path / "a", data)
+    asked(tmp_path / "b", data, limit=5)
+    with pytest.raises(EvalError, match="on different documents"):
+        eval_commands.compare_runs(str(tmp_path / "a"), str(tmp_path / "b"))
+    asked(tmp_path / "a", data, limit=5)
+    ((result, text),) = eval_commands.compare_runs(str(tmp_path / "a"), str(tmp_path / "b"))
+    assert result.paired.n == 5
+    assert text.startswith("questions@own, first 5 of 12: ")
+
+
+def test_scores_by_unlike_rules_are_neither_compared_nor_put_under_one_heading(tmp_path: Path) -> None:
+    """A task file that was edited keeps its name and protocol."""
+    task = get_task(f"llava:{write_questions(tmp_path / 'data', count=12)}")
+    edited = dataclasses.replace(task, metric="anls")
+    for run, rules in (("a", task), ("b", edited)):
+        evaluate(FakeModel(), rules, tmp_path / run, modes=("own", "wrong"), baselines=(), settings=ONE)
+    with pytest.raises(EvalError, match="scored by different rules: metric 'letter_or_exact' and 'anls'"):
+        eval_commands.compare_runs(str(tmp_path / "a"), str(tmp_path / "b"))
+    evaluate(FakeModel(), edited, tmp_path / "a", modes=("own",), baselines=(), settings=ONE)
+    own, wrong = sorted(read_results(tmp_path / "a"), key=lambda result: result.mode)
+    assert (own.about["metric"], wrong.about["metric"]) == ("anls", "letter_or_exact")
+    assert own.subject != wrong.subject
+    assert write_report(tmp_path / "a").read_text().count("<section id=") == 2
+    table = eval_commands.table([own, wrong])
+    assert "by letter_or_text, anls, mean, version 1" in table
+    assert "by letter_or_text, letter_or_exact, mean, version 1" in table
+    with pytest.raises(EvalError, match="different rules"):
+        eval_commands.compare(tmp_path / "a" / "questions@own" / "own", tmp_path / "a" / "questions@own" / "wrong")
+
+
+def test_a_changed_picture_is_another_view_and_the_old_one_stays(tmp_path: Path) -> None:
+    data, run = write_questions(tmp_path / "data", count=12), tmp_path / "run"
+    _, (before,) = asked(run, data)
+    (data.parent / "1.png").unlink()
+    _, (after,) = asked(run, data)
+    assert (before.counts.failed, after.counts.failed) == (0, 3)
+    assert [result.counts.failed for result in read_results(run)] == [0, 3]
+    (data.parent / "1.png").write_bytes(picture(1))
+    again, (restored,) = asked(run, data)
+    assert again.asked == []
+    assert restored == before
+
+
+def test_answers_that_another_process_still_writes_are_left_to_it(tmp_path: Path) -> None:
+    with AnswerLog(tmp_path, rank=1, batch_size=1) as writing:
+        writing.add({"key": "b", "text": "1"})
+        with AnswerLog(tmp_path, rank=0, batch_size=1) as log:
+            log.add({"key": "a", "text": "0"})
+        merge(tmp_path, ["a"])
+        assert [path.name for path in tmp_path.glob("answers-*")] == [writing.path.name]
+        writing.add({"key": "c", "text": "2"})
+    merge(tmp_path, ["c"])
+    assert list(read_folder(tmp_path)) == ["c", "a", "b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
+
+
+def test_a_model_is_known_by_its_weights_and_not_by_its_path(tmp_path: Path) -> None:
+    data, run = write_questions(tmp_path / "data", count=4), tmp_path / "run"
+    asked(run, data)
+    renamed = FakeModel()
+    renamed.name = "./elsewhere/fake"
+    asked(run, data, model=renamed)
+    assert renamed.asked == []
+    with pytest.raises(EvalError, match="holds another run: its model"):
+        asked(run, data, model=FakeModel(fingerprint="f2"))
+
+
+def test_a_folder_in_use_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    data = write_questions(tmp_path / "data", count=4)
+
+    def load() -> FakeModel:
+        raise AssertionError("loaded")
+
+    with hold_run(tmp_path / "run"), pytest.raises(EvalError, match="is in use"):
+        eval_commands.run(load, [f"llava:{data}"], tmp_path / "run", settings=ONE)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EvalError, match="cannot be made"):
+        eval_commands.run(load, [f"llava:{data}"], tmp_path / "file", settings=ONE)
+
+
+def two_protocols(folder: Path, data: Path) -> Path:
+    path = folder / "bench.yaml"
+    path.write_text(
+        f"name: bench\nsource: {{kind: llava, path: {data}}}\n"
+        "prompt: {template: '{question}'}\nprotocols:\n"
+        "  strict: {metric: exact, decoding: {max_new_tokens: 7}}\n"
+        "  loose: {extraction: first_line, metric: vqa, prompt: {template: 'Say {question}'}}\n"
+    )
+    return path
+
+
+def test_another_protocol_scores_the_answers_to_its_own_task_beside_the_first(tmp_path: Path) -> None:
+    data, run = write_questions(tmp_path / "data", count=12), tmp_path / "run"
+    bench = two_protocols(tmp_path, data)
+    eval_commands.run(FakeModel(), [f"{bench}@strict", f"llava:{data}"], run, settings=ONE)
+    before = {result.key: result for result in read_results(run)}
+    (result,) = eval_commands.score(run, protocol=f"{bench}@loose")
+    assert (result.task, result.protocol, result.about["asked_as"]) == ("bench", "loose", "strict")
+    assert result.about["prompt"]["template"] == "{question}"
+    assert result.about["decoding"]["max_new_tokens"] == 7
+    assert (result.about["metric"], result.about["extraction"]) == ("vqa", "first_line")
+    after = {result.key: result for result in read_results(run)}
+    assert before.items() <= after.items()
+    assert len(after) == 3
+    assert "bench@loose, asked as strict" in eval_commands.table([result])
+    assert [row["score"] for row in read_samples(run / result.folder)]
+    assert len(eval_commands.score(run)) == 3
+    with pytest.raises(EvalError, match=r"holds no answers to mme, but to bench, questions"):
+        eval_commands.score(run, protocol="mme")
+
+
+def test_scoring_keeps_the_untuned_models_results_apart(tmp_path: Path) -> None:
+    data, run = write_questions(tmp_path / "data", count=8), tmp_path / "run"
+    asked(run, data)
+    asked(run / "untuned", data, model=FakeModel(fingerprint="before"))
+    before = [(folder / "results.json").read_text() for folder in (run, run / "untuned")]
+    eval_commands.score(run)
+    after = [(folder / "results.json").read_text() for folder in (run, run / "untuned")]
+    assert [json.loads(text)["results"] for text in before] == [json.loads(text)["results"] for text in after]
+
+
+def test_results_say_what_computed_the_answers_whoever_scores_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Detailed(FakeModel):
+        details: ClassVar = {"precision": "bfloat16", "device": "cuda:0"}
+
+    data, run = write_questions(tmp_path / "data", count=8), tmp_path / "run"
+    asked(run, data, model=Detailed(), limit=4)
+    first = read_results(run)[0].about
+    assert first["computed_by"][0]["model"] == {"precision": "bfloat16", "device": "cuda:0"}
+    assert first["computed_by"][0]["environment"]["python"]
+    assert (first["selection"]["name"], first["selection"]["of"]) == ("first 4", 8)
+    monkeypatch.setattr("mm_moslora_eval.run.result_file.environment", lambda: {"python": "9.9"})
+    eval_commands.score(run)
+    assert read_results(run)[0].about == first
+    stored = json.loads((run / "results.json").read_text())
+    assert stored["scored"]["environment"] == {"python": "9.9"}
+    other = Detailed()
+    other.details = {"precision": "float32", "device": "cpu"}
+    asked(run, data, model=other, limit=4)  # asks nothing
+    assert read_results(run)[0].about == first
+    html = write_report(run).read_text()
+    assert "bfloat16" in html
+
+
+class Constant(FakeModel):
+    """Says one word to everything."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__()
+        self.said = said
+
+    def _answer(self, request: Any) -> Answer:
+        return Answer(text=self.said, tokens=1, finish_reason="stop")
+
+
+def test_one_answer_to_every_question_is_pointed_out(tmp_path: Path) -> None:
+    data, run = write_questions(tmp_path / "data", count=48), tmp_path / "run"
+    _, (result,) = asked(run, data, model=Constant("Yes."))
+    said = "All 48 answers are 'yes', the reference of 12: the score is that of one answer to every question."
+    assert result.remarks == (said,)
+    assert said in eval_commands.table([result])
+    assert said in json.loads((run / "results.json").read_text())["results"][0]["remarks"]
+    assert "All 48 answers are" in write_report(run).read_text()
+    _, (mixed,) = asked(tmp_path / "mixed", data)
+    assert mixed.remarks == ()
+
+
+def test_an_answer_that_fits_all_questions_is_no_fault(tmp_path: Path) -> None:
+    data = write_questions(tmp_path / "data", count=12)
+    rows = [json.loads(text) | {"answer": "yes"} for text in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, (result,) = asked(tmp_path / "run", data, model=Constant("yes"))
+    assert (result.score, result.remarks) == (1.0, ())
+
+
+def test_failures_come_with_their_commonest_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_questions(tmp_path / "data", count=5)
+    stored = tmp_path / "stored.json"
+    stored.write_text(json.dumps({"q0": "yes"}))
+    line = ["eval", "run", f"llava:{data}", "--model", f"replay:{stored}", "--output", str(tmp_path / "run")]
+    assert command_line.run(line) == 3
+    reason = "4 of 5 samples failed, all like this: RuntimeError:"
+    assert reason in capsys.readouterr().out
+    assert reason in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_run_of_a_release_without_views_is_read_and_goes_on(tmp_path: Path) -> None:
+    data, run = write_questions(tmp_path / "data", count=12), tmp_path / "run"
+    _, (before,) = asked(run, data)
+    view = run / before.folder
+    for path in list(view.iterdir()):
+        path.rename(view.parent / path.name)
+    view.rmdir()
+    described = json.loads((view.parent / "task.json").read_text())
+    for key in ("selection", "computed_by"):
+        del described[key]
+    (view.parent / "task.json").write_text(json.dumps(described))
+    (run / "results.json").unlink()
+    assert [result.score for result in eval_commands.score(run)] == [before.score]
+    write_report(run)
+    again, (after,) = asked(run, data)
+    assert again.asked == []
+    assert after.score == before.score
+
+
+def test_an_endpoint_that_hangs_does_not_outlive_an_interrupt() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        code = (
+            "from mm_moslora_eval.backends.openai_endpoint import Endpoint, in_parallel\n"
+            f"endpoint = Endpoint(url={url!r}, model='m', timeout=120)\n"
+            "list(in_parallel(endpoint.chat, [{}] * 3, workers=2))\n"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True,
+            # What a shell starts with `&`, this test perhaps, has Ctrl-C ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
+        try:
+            server.settimeout(60)
+            held = [server.accept()[0] for _ in range(2)]  # both requests are under way, and nobody answers
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=90)
+        finally:
+            process.kill()
+    assert "KeyboardInterrupt" in error
+    for connection in held:
+        connection.close()
+
+
+def test_a_reply_that_breaks_off_is_asked_for_again() -> None:
+    whole = json.dumps({"choices": [{"message": {"content": "yes"}}]}).encode()
+    served = 0
+
+    def serve(server: socket.socket) -> None:
+        nonlocal served
+        for length in (len(whole) + 50, len(whole)):  # the first one promises more than it sends
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                head = f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
+                connection.sendall(head.encode() + whole)
+                served += 1
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=serve, args=(server,), daemon=True)
+        thread.start()
+        endpoint = Endpoint(url=f"http://127.0.0.1:{server.getsockname()[1]}/v1", model="m", first_wait=0.001)
+        assert endpoint.chat({})["choices"][0]["message"]["content"] == "yes"
+        thread.join(10)
+    assert served == 2
+    assert EndpointModel(endpoint).endpoint.usage.retries == 1
+
+
+def test_a_description_says_which_pictures_are_shown_and_what_cannot_be_asked(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(picture(0))
+    rows = [
+        {"question_id": "a", "image": "0.png", "text": "<image>\nWhat?", "answer": "x"},
+        {"question_id": "b", "text": "<image>\nWhat?", "answer": "x"},
+        {"question_id": "c", "image": "gone.png", "text": "What?", "answer": "x"},
+        {"question_id": "d", "image": "../out.png", "text": "What?", "answer": "x"},
+    ]
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    blocks = eval_commands.dry_run([f"llava:{path}"], documents=4).split("--- ")[1:]
+    assert blocks[0].splitlines()[1:] == ["[user] <image>", "What?", f"pictures: {tmp_path / '0.png'}"]
+    assert "cannot be asked: the text has 1 image tags, the document has 0 images" in blocks[1]
+    assert "pictures: none" in blocks[1]
+    assert "gone.png (missing)" in blocks[2]
+    assert "cannot be asked: image '../out.png' leaves" in blocks[3]

@@ -1,0 +1,377 @@
+"""The runner loses nothing, mixes nothing and asks nothing twice."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from between import just_before
+from mm_moslora_eval import eval_commands
+from mm_moslora_eval.protocol.task_registry import get_task
+from mm_moslora_eval.run.evaluate_suite import compare, evaluate, read_samples
+from mm_moslora_eval.run.result_file import read_results, score_folder
+from mm_moslora_eval.run.task_runner import Settings, open_run
+from mm_moslora_eval.sources.image_controls import MODES
+
+from mm_moslora.utils.errors import ConfigError, EvalError
+from mm_moslora.utils.files import replace_text
+from tests.eval.eval_data import picture, write_questions
+from tests.eval.eval_fake import FakeModel
+
+ROOT = Path(__file__).parents[3]
+ONE = Settings(batch_size=4, rank=0, world_size=1)
+
+
+def task_of(path: Path):
+    return get_task(f"llava:{path}")
+
+
+def answers_of(run: Path, mode: str = "own") -> Path:
+    return next(run.glob(f"*/{mode}/answers.jsonl"))
+
+
+def stripped(path: Path) -> object:
+    """A result file without its times."""
+    drop = {"date", "time", "seconds"}
+
+    def clean(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items() if key not in drop}
+        return [clean(item) for item in value] if isinstance(value, list) else value
+
+    lines = path.read_text().split("\n") if path.suffix == ".jsonl" else [path.read_text()]
+    return [clean(json.loads(text)) for text in lines if text]
+
+
+def test_every_document_is_asked_once_and_scored_once(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
+    seen: list[tuple[int, int]] = []
+    results = evaluate(
+        model,
+        task_of(question_file),
+        tmp_path / "run",
+        settings=ONE,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert [result.mode for result in results] == ["own", "blind", "wrong", "majority", "question_majority"]
+    assert all(result.n == result.counts.total == result.counts.scored == 12 for result in results)
+    assert sorted(model.asked) == sorted([f"q{n}" for n in range(12)] * 3)
+    assert seen[-1] == (12, 12)
+    assert seen[0] == (0, 12)
+    own = read_samples(tmp_path / "run" / "questions@own" / "own")
+    assert [row["id"] for row in own] == [f"q{n}" for n in range(12)]
+    assert results[0].score == pytest.approx(sum(row["score"] for row in own) / 12)
+    assert results[0].categories.keys() == {"colour", "yes/no"}
+    assert results[0].stderr_kind == "clustered"
+    assert [item.to_dict() for item in read_results(tmp_path / "run")] == [item.to_dict() for item in results]
+
+
+def test_second_run_calls_the_model_for_nothing(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
+    first = evaluate(model, task_of(question_file), tmp_path / "run", settings=ONE)
+    before = stripped(tmp_path / "run" / "results.json")
+    again = FakeModel()
+    assert evaluate(again, task_of(question_file), tmp_path / "run", settings=ONE) == first
+    assert again.asked == []
+    assert stripped(tmp_path / "run" / "results.json") == before
+
+
+def test_input_05_torn_last_line_is_dropped_and_only_its_sample_asked_again(
+    question_file: Path, tmp_path: Path, model: FakeModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluate(model, task_of(question_file), tmp_path / "run", modes=("own",), settings=ONE)
+    path = answers_of(tmp_path / "run")
+    before = stripped(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    again = FakeModel()
+    evaluate(again, task_of(question_file), tmp_path / "run", modes=("own",), settings=ONE)
+    assert again.asked == ["q11"]
+    assert stripped(path) == before
+    assert "torn" in caplog.text
+
+
+def test_duplicate_answers_the_last_one_wins(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
+    evaluate(model, task_of(question_file), tmp_path / "run", modes=("own",), settings=ONE)
+    path = answers_of(tmp_path / "run")
+    row = json.loads(path.read_text().split("\n")[2])
+    with path.open("a") as stream:
+        stream.write(json.dumps(row | {"text": "purple"}) + "\n")
+    score_folder(path.parent)
+    assert read_samples(path.parent)[2]["text"] == "purple"
+
+
+def test_input_06_changed_pixel_word_or_weight_is_not_answered_from_the_file(
+    question_file: Path, tmp_path: Path
+) -> None:
+    evaluate(FakeModel(), task_of(question_file), tmp_path / "run", modes=("own",), settings=ONE)
+    (question_file.parent / "1.png").write_bytes(picture(77))
+    pixel = FakeModel()
+    evaluate(pixel, task_of(question_file), tmp_path / "run", modes=("own",), settings=ONE)
+    assert sorted(pixel.asked) == ["q1", "q5", "q9"]
+    question_file.write_text(question_file.read_text().replace("What colour is it? (1)", "Which colour is it? (1)", 1))
+    word = FakeModel()
+    evaluate(word, task_of(question_file), tmp_path / "run", modes=("own",), settings=ONE)
+    assert word.asked == ["q4"]
+    with pytest.raises(EvalError, match="holds another run: its model"):
+        evaluate(FakeModel(fingerprint="f2"), task_of(question_file), tmp_path / "run", settings=ONE)
+
+
+def test_one_failing_sample_is_recorded_and_counted_as_wrong(question_file: Path, tmp_path: Path) -> None:
+    failing = FakeModel(fail_on=("q3",))
+    (result,) = evaluate(failing, task_of(question_file), tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    assert (result.n, result.counts.scored, result.counts.failed) == (12, 11, 1)
+    assert result.score == pytest.approx(result.completed["score"] * 11 / 12)
+    assert eval_commands.exit_code([result]) == 3
+    assert eval_commands.exit_code([result], max_failed_share=0.1) == 0
+    row = read_samples(tmp_path / "run" / "questions@own" / "own")[3]
+    assert row["failed"]
+    assert row["score"] == 0
+    assert row["error"] == "RuntimeError: cannot answer q3"
+    stored = [json.loads(text) for text in answers_of(tmp_path / "run").read_text().split("\n") if text]
+    assert "Traceback" in stored[3]["error"]
+    # Once the cause is gone, a rerun asks the failed sample and no other.
+    mended = FakeModel()
+    (result,) = evaluate(mended, task_of(question_file), tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    assert mended.asked == ["q3"]
+    assert result.counts.failed == 0
+
+
+def test_missing_picture_is_a_counted_failure_in_every_mode(
+    question_file: Path, tmp_path: Path, model: FakeModel
+) -> None:
+    (question_file.parent / "2.png").unlink()
+    results = evaluate(model, task_of(question_file), tmp_path / "run", baselines=(), settings=ONE)
+    assert [result.counts.failed for result in results] == [3, 3, 3]
+    assert all(result.n == 12 for result in results)
+    assert "q2" not in model.asked
+
+
+def test_corrupt_picture_fails_alone_in_blind_mode(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
+    (question_file.parent / "2.png").write_bytes(b"no picture")
+    (result,) = evaluate(model, task_of(question_file), tmp_path / "run", modes=("blind",), baselines=(), settings=ONE)
+    assert result.counts.failed == 3
+
+
+def test_a_model_that_always_fails_stops_the_run(tmp_path: Path) -> None:
+    path = write_questions(tmp_path / "data", count=40)
+    broken = FakeModel(fail_on=[f"q{n}" for n in range(40)])
+    with pytest.raises(EvalError, match="first 16 samples"):
+        evaluate(broken, task_of(path), tmp_path / "run", modes=("own",), settings=ONE)
+
+
+def test_pictures_shown_in_each_mode(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
+    evaluate(model, task_of(question_file), tmp_path / "run", modes=MODES, baselines=(), settings=ONE)
+    own, blind, wrong = model.requests[:12], model.requests[12:24], model.requests[24:]
+    shown = {request.id: request.images[0] for request in own}
+    for request in blind:
+        image = request.images[0]
+        assert image.size == (8, 6)
+        assert len(image.getcolors()) == 1
+    assert all(request.images[0] != shown[request.id] for request in wrong)
+    assert {request.images[0] for request in wrong} == set(shown.values())
+    by_picture: dict[Path, set[Path]] = {}
+    for request in wrong:
+        by_picture.setdefault(shown[request.id], set()).add(request.images[0])
+    assert all(len(others) == 1 for others in by_picture.values())
+
+
+def test_questions_on_one_picture_are_asked_together(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
+    evaluate(
+        model,
+        task_of(question_file),
+        tmp_path / "run",
+        modes=("own",),
+        settings=Settings(batch_size=1, rank=0, world_size=1),
+    )
+    pictures = [request.images[0] for request in model.requests]
+    changes = sum(a != b for a, b in itertools.pairwise(pictures))
+    assert changes == 3
+
+
+def test_folder_in_use_is_refused(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
+    with (
+        open_run(tmp_path / "run", model),
+        pytest.raises(EvalError, match="is in use"),
+        open_run(tmp_path / "run", model),
+    ):
+        pass
+
+
+def test_folder_of_another_format_is_refused(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
+    evaluate(model, task_of(question_file), tmp_path / "run", modes=("own",), settings=ONE)
+    run = tmp_path / "run" / "run.json"
+    run.write_text(run.read_text().replace('"format": 1', '"format": 0'))
+    with pytest.raises(EvalError, match="its format is 0"):
+        evaluate(model, task_of(question_file), tmp_path / "run", modes=("own",), settings=ONE)
+
+
+def test_unfinished_answers_are_not_scored(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
+    evaluate(model, task_of(question_file), tmp_path / "run", modes=("own",), settings=ONE)
+    path = answers_of(tmp_path / "run")
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join(lines[:5]) + "\n")
+    with pytest.raises(EvalError, match="7 of 12 documents have no answer"):
+        eval_commands.score(tmp_path / "run")
+
+
+def test_limit_can_grow_and_keeps_what_is_answered(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
+    few = Settings(batch_size=4, limit=5, rank=0, world_size=1)
+    (result,) = evaluate(model, task_of(question_file), tmp_path / "run", modes=("own",), baselines=(), settings=few)
+    assert result.n == 5
+    more = FakeModel()
+    (result,) = evaluate(more, task_of(question_file), tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    assert result.n == 12
+    assert len(more.asked) == 7
+
+
+def test_scoring_needs_only_the_answers(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
+    results = evaluate(model, task_of(question_file), tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
+    question_file.unlink()
+    code = (
+        "import sys; from pathlib import Path; from mm_moslora_eval import cli;"
+        f"r = cli.score(Path({str(tmp_path / 'run')!r})); print(r[0].score, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=_environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(results[0].score), "False"]
+
+
+def test_a_hostile_answer_is_only_text(question_file: Path, tmp_path: Path) -> None:
+    class Hostile(FakeModel):
+        def _answer(self, request):  # type: ignore[no-untyped-def]
+            answer = super()._answer(request)
+            return type(answer)(
+                text="__import__('os').system('touch PWNED')\ud800\n\0" + "x" * 10_000, tokens=1, finish_reason="stop"
+            )
+
+    (result,) = evaluate(
+        Hostile(), task_of(question_file), tmp_path / "run", modes=("own",), baselines=(), settings=ONE
+    )
+    assert result.score == 0
+    assert not list(tmp_path.rglob("PWNED"))
+    assert len(read_samples(tmp_path / "run" / "questions@own" / "own")) == 12
+
+
+def test_compare_two_modes(question_file: Path, tmp_path: Path, model: FakeModel) -> None:
+    evaluate(model, task_of(question_file), tmp_path / "run", settings=ONE)
+    place = tmp_path / "run" / "questions@own"
+    result, text = eval_commands.compare(place / "own", place / "wrong")
+    pair = result.paired
+    assert pair.wins + pair.losses + pair.ties == 12
+    assert len(result.changed) == pair.wins + pair.losses
+    assert pair.difference == pytest.approx(result.score_a - result.score_b)
+    assert "A wins" in text
+    assert result.detectable == pytest.approx(2.8016 * pair.stderr, rel=1e-4)  # three questions on a picture
+    few = Settings(batch_size=4, limit=5, rank=0, world_size=1)
+    evaluate(model, task_of(question_file), tmp_path / "other", modes=("own",), settings=few)
+    with pytest.raises(EvalError, match="different documents"):
+        compare(place / "own", tmp_path / "other" / "questions@own" / "own")
+
+
+def _environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "eval", ROOT))), **more}
+
+
+def _start(data: Path, output: Path, log: Path, world: int, delay: float) -> list[subprocess.Popen[bytes]]:
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.eval.eval_worker", str(data), str(output), str(log), str(delay)],
+            cwd=ROOT,
+            env=_environment(RANK=str(rank), WORLD_SIZE=str(world)),
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(world)
+    ]
+
+
+def _finish(processes: list[subprocess.Popen[bytes]]) -> None:
+    assert [process.wait(timeout=180) for process in processes] == [0] * len(processes)
+
+
+FILES = (
+    "results.json",
+    "questions@own/{}/answers.jsonl",
+    "questions@own/{}/all-*/samples.jsonl",
+    "questions@own/{}/all-*/task.json",
+)
+
+
+def test_input_07_two_ranks_share_the_work(tmp_path: Path) -> None:
+    data = write_questions(tmp_path / "data", count=13)
+    log = tmp_path / "log"
+    _finish(_start(data, tmp_path / "run", log, 2, 0.01))
+    asked = [tuple(text.split()) for text in log.read_text().splitlines()]
+    assert {rank for rank, _ in asked} == {"0", "1"}
+    names = [name for _, name in asked if name != "q5"]
+    assert sorted(names) == sorted([f"q{n}" for n in range(13) if n != 5] * 2)
+
+
+def _wait_for_an_answer(log: Path, processes: list[subprocess.Popen[bytes]]) -> None:
+    started = log.stat().st_size if log.exists() else 0
+    deadline = time.monotonic() + 60
+    while (log.stat().st_size if log.exists() else 0) == started and time.monotonic() < deadline:
+        if all(process.poll() is not None for process in processes):
+            return
+        time.sleep(0.01)
+
+
+def _without_times(path: Path) -> bytes:
+    return re.sub(rb'"(date|time|seconds)": ("[^"]*"|[0-9.e-]+|null)', b"", path.read_bytes())
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_points(tmp_path: Path) -> None:
+    """Two ranks killed twenty times at random points end with the files of a quiet run byte for byte, times aside."""
+    data = write_questions(tmp_path / "data", count=120, pictures=24)
+    _finish(_start(data, tmp_path / "quiet", tmp_path / "quiet.log", 1, 0.0))
+    generator = random.Random(7)
+    kills = 0
+    run, log = tmp_path / "run", tmp_path / "run.log"
+    for _ in range(20):
+        processes = _start(data, run, log, 2, 0.02)
+        _wait_for_an_answer(log, processes)
+        generator.shuffle(processes)
+        for process in processes:  # one rank first, the other a moment later
+            time.sleep(generator.uniform(0.0, 0.15))
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+            process.wait(timeout=180)
+    assert kills >= 20
+    _finish(_start(data, run, log, 2, 0.0))
+    for name in FILES:
+        for mode in ("own", "wrong"):
+            (ours,), (quiet,) = (list(folder.glob(name.format(mode))) for folder in (run, tmp_path / "quiet"))
+            assert _without_times(ours) == _without_times(quiet), name
+    # At most one batch per rank and kill is asked twice; the failing sample is asked again by design.
+    asked = [text.split()[1] for text in log.read_text().splitlines()]
+    assert len([name for name in asked if name != "q5"]) <= 2 * 119 + kills * 4
+
+
+def test_hosts_whose_processes_have_the_same_number_write_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.json"
+    just_before(monkeypatch, Path, "replace", lambda: replace_text(path, "theirs"), when=lambda *_: True)
+    replace_text(path, "ours")
+    assert path.read_text() == "ours"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_of_the_user_is_no_place_for_an_evaluation(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("mine")
+    with pytest.raises(ConfigError, match=r"already holds results\.json"), open_run(tmp_path, FakeModel()):
+        pytest.fail("it would be overwritten")
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    for text in ("[]", "{", "1"):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(EvalError, match=r"run\.json is damaged"), open_run(tmp_path, FakeModel()):
+            pytest.fail("whose answers are these?")

@@ -1,0 +1,271 @@
+"""Defaults where the field's code is wrong, statistics against textbook values, baselines, corpus metrics."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mm_moslora_eval.metrics import exact_match, judge_scores, multiple_choice, vqa_accuracy, yes_no
+from mm_moslora_eval.protocol.task import Decoding, Source, Task
+from mm_moslora_eval.protocol.task_registry import get_task
+from mm_moslora_eval.run.baselines import TrainingAnswer, baseline
+from mm_moslora_eval.run.evaluate_suite import evaluate
+from mm_moslora_eval.run.request_preparation import Preparation, deal
+from mm_moslora_eval.run.task_runner import Settings
+from mm_moslora_eval.scoring import error_bars
+from mm_moslora_eval.scoring.answer_scoring import EXTRACTORS, METRICS, score_answer
+from mm_moslora_eval.scoring.score_aggregation import AGGREGATIONS, difference_of_scores, headline_difference
+from mm_moslora_eval.scoring.scored_sample import Scored
+from mm_moslora_eval.sources.document import DataSet, Document
+from mm_moslora_eval.sources.image_controls import Hasher, derangement, mean_image
+
+from tests.eval.eval_data import picture
+from tests.eval.eval_fake import FakeModel
+
+OPTIONS = {"A": "teddy bear", "B": "rabbit", "C": "cat", "D": "dog"}
+
+
+def task(**changes: Any) -> Task:
+    return Task(**{"name": "t", "source": Source(kind="tsv", path="t.tsv"), **changes})
+
+
+def test_defaults_do_not_share_the_anchors_faults() -> None:
+    assert multiple_choice.extract_letter("Sorry, I can't help with images of people yet.", OPTIONS) == ""
+    assert multiple_choice.extract_letter("a rabbit", {"A": "", "B": "rabbit"}) == "B"
+    assert vqa_accuracy.normalize("a." * 40) == "a" * 40
+    assert vqa_accuracy.normalize_evalai("b." * 40) != "b" * 40
+    assert vqa_accuracy.soft_accuracy("yes", ["Yes"]) == 1.0
+    assert vqa_accuracy.soft_accuracy("yes", ["yes", "yes", "no"]) == pytest.approx(2 / 3 * 0.5 + 1 / 3)
+    assert yes_no.extract_yes_no("") == ""
+    assert yes_no.extract_yes_no("eyes") == ""
+    assert judge_scores.mmvet_grade("nan") is None
+    assert judge_scores.mmvet_scores([("rec", 1.0), ("rec,ocr", 0.0)])["by_capability"]["rec"] == 50.0
+    assert exact_match.exact_match(" Yes. ", "yes") == 1.0
+    right = yes_no.pope([("yes", "yes"), ("no", "yes"), ("", "yes"), ("no", "no")])
+    assert (right.recall, right.yes_ratio, right.accuracy) == (pytest.approx(1 / 3), 0.25, 0.5)
+
+
+def test_equal_option_texts_are_not_inferable() -> None:
+    assert multiple_choice.extract_letter("same", {"A": "same", "B": "same"}) == ""
+
+
+@given(st.text(max_size=200))
+def test_every_extractor_and_metric_survives_any_answer(text: str) -> None:
+    extra = {"dataset": "boolq", "question_type": "multi_choice"}
+    document = Document(id="1", question="q", options=OPTIONS, answers=("A",), category="x", extra=extra)
+    for name, extract in EXTRACTORS.items():
+        assert isinstance(extract(text, document), str), name
+    for name, metric in METRICS.items():
+        assert 0.0 <= metric(text, document) <= 1.0, name
+
+
+def test_input_03_an_answer_that_cannot_be_read_is_wrong_and_counted() -> None:
+    document = Document(id="1", question="q", answers=("",), category=None)
+    scored = score_answer(document, "   ", extraction="text", metric="exact", cluster="1")
+    assert scored.score == 0.0
+    assert not scored.failed
+
+
+def test_intervals() -> None:
+    low, high = error_bars.wilson_interval(0, 20)
+    assert (low, high) == (0.0, pytest.approx(0.16113, abs=1e-5))
+    assert error_bars.t_quantile(0.95, 10) == pytest.approx(2.228138852, abs=1e-8)
+    assert error_bars.t_two_sided(2.228138852, 10) == pytest.approx(0.05, abs=1e-9)
+    assert error_bars.t_two_sided(1.0, 1) == pytest.approx(0.5, abs=1e-12)
+    assert error_bars.sign_test(9, 1) == pytest.approx(2 * 11 / 1024)
+    assert error_bars.sign_test(0, 0) == 1.0
+
+
+def test_interval_covers_the_truth_as_often_as_it_says() -> None:
+    generator = random.Random(0)
+    hits = 0
+    for _ in range(1000):
+        successes = sum(generator.random() < 0.9 for _ in range(60))
+        low, high = error_bars.wilson_interval(successes, 60)
+        hits += low <= 0.9 <= high
+    assert 0.92 <= hits / 1000 <= 0.98
+
+
+def test_clusters_widen_the_error_of_correlated_samples() -> None:
+    scores = [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    clusters = list("aaaabbbb")
+    assert error_bars.clustered_stderr(scores, clusters) > 1.5 * error_bars.mean_stderr(scores)
+    assert error_bars.clustered_stderr(scores, range(8)) == pytest.approx(error_bars.mean_stderr(scores))
+
+
+@pytest.mark.parametrize("right", [0.0, 1.0])
+def test_answers_that_are_all_alike_leave_an_interval_as_wide_as_their_pictures_allow(right: float) -> None:
+    samples = [
+        Scored(document=Document(id=str(i), question="?"), text="", parsed="", score=right, cluster=i % 10)
+        for i in range(40)
+    ]
+    found = AGGREGATIONS["mean"](samples)
+    assert (found.stderr_kind, found.score) == ("clustered", right)
+    assert (found.low, found.high) == error_bars.wilson_interval(10 * right, 10)
+
+
+def test_paired_comparison_sees_what_two_intervals_do_not() -> None:
+    generator = random.Random(1)
+    hard = [float(generator.random() < 0.5) for _ in range(400)]
+    better = [max(value, float(generator.random() < 0.05)) for value in hard]
+    result = error_bars.paired(better, hard)
+    assert result.losses == 0
+    assert result.low > 0
+    assert result.p_value < 0.01
+    assert math.isnan(error_bars.paired([1.0], [0.0]).p_value)
+
+
+def test_detectable_difference_is_that_of_millers_worked_example() -> None:
+    """Half of right answers, correlation one half: 2,181 samples for a difference of three points."""
+    spread = 0.5 * math.sqrt(2 - 2 * 0.5)
+    assert error_bars.detectable_difference(spread / math.sqrt(2181)) == pytest.approx(0.03, rel=1e-3)
+
+
+def test_bootstrap_is_seeded_and_near_the_analytic_error() -> None:
+    generator = random.Random(2)
+    scores = [generator.random() for _ in range(300)]
+    groups = [[index] for index in range(300)]
+
+    def mean(drawn: Any) -> float:
+        return error_bars.mean([scores[index] for index in drawn])
+
+    first = error_bars.bootstrap_stderr(groups, mean, seed=5)
+    assert first == error_bars.bootstrap_stderr(groups, mean, seed=5)
+    assert first[0] == pytest.approx(error_bars.mean_stderr(scores), rel=0.15)
+
+
+@given(st.sets(st.text(max_size=5), min_size=2, max_size=30), st.integers(0, 100))
+def test_derangement_has_no_fixed_point(names: set[str], seed: int) -> None:
+    other = derangement(names, seed=seed)
+    assert other.keys() == set(other.values()) == names
+    assert all(name != shown for name, shown in other.items())
+    assert other == derangement(sorted(names), seed=seed)
+
+
+def test_mean_image_keeps_size_and_mean() -> None:
+    from PIL import Image, ImageStat
+
+    original = Image.open(__import__("io").BytesIO(picture(3))).convert("RGB")
+    blind = mean_image(picture(3))
+    assert blind.size == original.size
+    assert [round(value) for value in ImageStat.Stat(original).mean] == list(blind.getpixel((0, 0)))
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 40)), min_size=1, max_size=40), st.integers(1, 5))
+def test_ranks_share_everything_once_and_evenly(rows: list[tuple[int, int]], world: int) -> None:
+    rows_documents = [
+        Document(id=str(n), images=(picture(image),), question="q" * length, answers=("a",))
+        for n, (image, length) in enumerate(rows)
+    ]
+    items = Preparation(task(), rows_documents, mode="own", seed=0, fingerprint="f", hasher=Hasher()).items
+    shares = [deal(items, rank=rank, world_size=world) for rank in range(world)]
+    assert sorted(item.index for share in shares for item in share) == list(range(len(rows)))
+    pictures = [{item.image_ids for item in share} for share in shares]
+    assert sum(map(len, pictures)) == len({item.image_ids for item in items})
+
+
+def scored(rows: list[tuple[str, str, str, float]], **extra: str) -> list[Scored]:
+    return [
+        Scored(
+            document=Document(id=name, question="q", answers=("yes",), category=category, extra=extra),
+            text="yes",
+            parsed="yes",
+            score=score,
+            cluster=cluster,
+        )
+        for name, category, cluster, score in rows
+    ]
+
+
+def test_circular_counts_a_question_only_when_every_rotation_is_right() -> None:
+    rows = [("1", "c", "i1", 1.0), ("1000001", "c", "i1", 1.0), ("2", "c", "i2", 1.0), ("1000002", "c", "i2", 0.0)]
+    result = AGGREGATIONS["circular"](scored(rows))
+    assert result.score == 0.5
+    assert result.metrics == {"questions": 2.0, "vanilla": 0.75}
+
+
+def test_a_pope_question_of_several_splits_counts_in_each() -> None:
+    rows = [("1", "random,popular", "i1", 1.0), ("2", "popular", "i2", 0.0), ("3", "adversarial", "i3", 1.0)]
+    samples = [replace(one, parsed="yes" if one.score else "no") for one in scored(rows)]
+    both = AGGREGATIONS["pope"](samples).metrics
+    assert (both["tp"], both["fn"], both["recall"]) == (3.0, 1.0, 0.75)
+    splits = AGGREGATIONS["pope_splits"](samples)
+    assert splits.metrics["f1_random"] == splits.metrics["f1_adversarial"] == 1.0
+    assert splits.score == pytest.approx((1 + 1 + 2 / 3) / 3)
+
+
+def test_mme_pairs_questions_by_the_name_of_the_picture() -> None:
+    rows = [("a", "OCR", "same pixels", 1.0), ("b", "OCR", "same pixels", 0.0), ("c", "OCR", "same pixels", 1.0)]
+    names = ("x.png", "x.png", "y.png")
+    samples = [
+        replace(one, document=replace(one.document, extra={"image_path": name}))
+        for one, name in zip(scored(rows), names, strict=True)
+    ]
+    assert AGGREGATIONS["mme"](samples).score == pytest.approx(100 * 2 / 3 + 50)
+
+
+def test_a_headline_is_compared_on_the_same_draws() -> None:
+    a = scored([(str(n), "OCR", f"i{n // 2}", 1.0) for n in range(40)])
+    b = [replace(one, score=float(n % 4 != 0)) for n, one in enumerate(a)]
+    same = headline_difference("mme", b, b)
+    assert same is not None
+    assert (same.a, same.low, same.high) == (same.b, 0.0, 0.0)  # unpaired, the interval would not be a point
+    better = headline_difference("mme", a, b)
+    assert better is not None
+    assert (better.a, better.b) == (200.0, 75.0 + 50.0)
+    assert 0 < better.low < 75.0 < better.high
+    assert headline_difference("mean", a, b) is None
+    found = difference_of_scores("mme", a, list(reversed(b)))
+    assert (found.value, found.low, found.unit, found.groups) == (75.0, better.low, "perception", 20)
+
+
+def test_mme_survives_an_image_with_one_question() -> None:
+    rows = [("a", "OCR", "i1", 1.0), ("b", "OCR", "i1", 0.0), ("c", "OCR", "i2", 1.0)]
+    result = AGGREGATIONS["mme"](scored(rows))
+    assert result.score == pytest.approx(100 * 2 / 3 + 50)
+
+
+def baseline_documents() -> tuple[tuple[Document, ...], DataSet]:
+    rows = [
+        ("is it red?", "yes"),
+        ("is it red?", "yes"),
+        ("is it red?", "no"),
+        ("colour?", "blue"),
+        ("colour?", "blue"),
+    ]
+    made = tuple(Document(id=str(n), question=q, answers=(a,)) for n, (q, a) in enumerate([*rows, ("once?", "never")]))
+    return made, DataSet(documents=made, path="x", sha256="0")
+
+
+def test_baselines_learn_from_the_set_or_from_training() -> None:
+    made, data = baseline_documents()
+    majority = baseline("majority", task(), made, data=data)
+    assert majority.about["majority_answer"] == "blue"  # a tie with `yes`: the alphabetically first
+    assert majority.score == pytest.approx(2 / 6)
+    by_question = baseline("question_majority", task(), made, data=data)
+    assert by_question.score == pytest.approx(4 / 6)  # the question that occurs once is not given away
+    assert by_question.about["learned_from"] == "the evaluated set"
+    training = [TrainingAnswer("Is it  RED?", "no"), TrainingAnswer("once?", "never")]
+    trained = baseline("question_majority", task(), made, data=data, training=training)
+    assert trained.about["learned_from"] == "training answers"
+    assert trained.score == pytest.approx(2 / 6)
+
+
+def test_option_scoring_needs_no_parsing(tmp_path: Path, write_tsv: Any, encoded: str) -> None:
+    rows = [
+        {"index": n, "image": encoded, "question": f"q{n}", "A": "x", "B": "y", "answer": "AB"[n % 2]} for n in range(6)
+    ]
+    chosen = get_task(f"tsv:{write_tsv(rows)}")
+    by_likelihood = task(
+        name="ll", source=chosen.source, decoding=Decoding(kind="loglikelihood"), extraction="letter", metric="equal"
+    )
+    one = Settings(batch_size=2, rank=0, world_size=1)
+    (result,) = evaluate(FakeModel(), by_likelihood, tmp_path / "run", modes=("own",), baselines=(), settings=one)
+    assert result.score == 0.5  # the fake always prefers B
+    assert result.counts.not_inferable == 0

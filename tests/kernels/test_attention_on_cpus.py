@@ -1,0 +1,265 @@
+"""Attention on a CPU, by our kernel, as matrix products, and by PyTorch's kernel: the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from native_kernels import needs_kernels
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from mm_moslora.kernels.attention import matmul_attention, native_cpu_attention
+from mm_moslora.kernels.attention.matmul_attention import BLOCK, attend, attend_backward
+from mm_moslora.kernels.attention.native_cpu_attention import runs_native, use_native_attention
+from mm_moslora.kernels.attention.segment_attention import picture_attention, segment_attention
+
+SCALE = 0.3
+
+
+WAYS = pytest.mark.parametrize("way", [pytest.param("ours", marks=needs_kernels), "products", "pytorch"])
+
+
+def tensors(heads: int, key_heads: int, tokens: int, dtype: torch.dtype, width: int = 16) -> list[Tensor]:
+    """q, k, v and the output's gradient, in the values that the dtype can hold."""
+    torch.manual_seed(tokens)
+    shapes = [(1, heads, tokens, width), *[(1, key_heads, tokens, width)] * 2, (1, tokens, heads, width)]
+    return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+def ours() -> torch.nn.Module:
+    """A module whose attention is to run on our kernel."""
+    module = torch.nn.Module()
+    use_native_attention(module, on=True)
+    return module
+
+
+@pytest.fixture
+def attending(made_by_amd: Callable[[bool], None]) -> Callable[[str], torch.nn.Module]:
+    """Choose how attention is computed; the module to tell it."""
+
+    def choose(way: str) -> torch.nn.Module:
+        made_by_amd(way == "products")
+        return ours() if way == "ours" else torch.nn.Module()
+
+    return choose
+
+
+@pytest.fixture
+def made_by_amd(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Choose whose processor this is taken for."""
+    return lambda amd: monkeypatch.setattr(matmul_attention, "made_by_amd", lambda: amd)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lengths: tuple[int, ...]) -> list[Tensor]:
+    """Output and gradients by `scaled_dot_product_attention` in float64."""
+    leaves = [tensor.double().requires_grad_() for tensor in (q, k, v)]
+    groups = q.shape[1] // k.shape[1]
+    wide = [leaves[0], *(leaf.repeat_interleave(groups, 1) for leaf in leaves[1:])]
+    parts = zip(*(tensor.split(lengths, 2) for tensor in wide), strict=True)
+    output = torch.cat([F.scaled_dot_product_attention(*part, is_causal=True, scale=SCALE) for part in parts], 2)
+    output = output.transpose(1, 2)
+    output.backward(grad.double())
+    return [output.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 5e-3), (torch.float16, 7e-4)],
+)
+@pytest.mark.parametrize("lengths", [(1,), (BLOCK,), (3, 200, 1, 2 * BLOCK, 65)], ids=str)
+@pytest.mark.parametrize("key_heads", [6, 2])
+@WAYS
+def test_segments_have_the_output_and_gradients_of_pytorch(
+    dtype: torch.dtype, limit: float, lengths: tuple[int, ...], key_heads: int, way: str, attending
+) -> None:
+    q, k, v, grad = tensors(6, key_heads, sum(lengths), dtype)
+    leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+    output, _ = segment_attention(attending(way), *leaves, None, scaling=SCALE, segment_lengths=lengths)
+    output.backward(grad)
+    for mine, exact in zip([output, *(leaf.grad for leaf in leaves)], reference(q, k, v, grad, lengths), strict=True):
+        size = torch.maximum(exact.norm(), grad.double().norm() / 5)  # a lone token's query has no gradient
+        assert (mine.double() - exact).norm() <= limit * size
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 5e-3), (torch.float16, 7e-4), (torch.float32, 1e-6)])
+@WAYS
+def test_pictures_have_the_output_and_gradients_of_pytorch(
+    dtype: torch.dtype, limit: float, way: str, attending
+) -> None:
+    torch.manual_seed(0)
+    module = attending(way)
+    module.is_causal = False
+    q, k, v = (torch.randn(3, 4, 150, 16).to(dtype) for _ in range(3))
+    grad = torch.randn(3, 150, 4, 16).to(dtype)
+    found = []
+    for wide in (False, True):
+        leaves = [(tensor.double() if wide else tensor.clone()).requires_grad_() for tensor in (q, k, v)]
+        if wide:
+            output = F.scaled_dot_product_attention(*leaves, scale=SCALE).transpose(1, 2)
+        else:
+            output, _ = picture_attention(module, *leaves, None, scaling=SCALE)
+        output.backward(grad.double() if wide else grad)
+        found.append([output.detach(), *(leaf.grad for leaf in leaves)])
+    for mine, exact in zip(*found, strict=True):
+        assert (mine.double() - exact).norm() <= limit * exact.norm()
+
+
+def test_kept_are_small_probabilities_in_half_precision_or_what_the_kernel_needs(made_by_amd) -> None:
+    def kept(tokens: int, dtype: torch.dtype) -> int:
+        q, k, v, _ = tensors(2, 2, tokens, dtype)
+        numbers = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()), lambda _: None):
+            segment_attention(torch.nn.Module(), q.requires_grad_(), k, v, None, segment_lengths=(tokens,))
+        return sum(numbers) - 3 * q.numel()
+
+    made_by_amd(True)
+    assert kept(128, torch.bfloat16) == 2 * 128 * 128
+    assert kept(129, torch.bfloat16) == 0
+    assert kept(129, torch.float32) == 0
+    by_kernel = kept(128, torch.float32)
+    assert by_kernel == 2 * 128 * (16 + 1)  # the output, and a number per query
+    made_by_amd(False)
+    assert kept(128, torch.bfloat16) == by_kernel
+
+
+def test_heads_taken_a_few_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, grad = tensors(6, 3, 150, torch.float32)
+
+    def found() -> list[Tensor]:
+        output, *gradients = (torch.empty_like(tensor[0]) for tensor in (q, q, k, v))
+        attend(q[0], k[0], v[0], SCALE, out=output)
+        attend_backward(grad[0].transpose(0, 1), q[0], k[0], v[0], SCALE, out=tuple(gradients))
+        return [output, *gradients]
+
+    whole = found()
+    monkeypatch.setattr(matmul_attention, "SCORES", 1)
+    for mine, exact in zip(found(), whole, strict=True):
+        torch.testing.assert_close(mine, exact, atol=1e-6, rtol=1e-6)
+
+
+@WAYS
+def test_autocast_does_not_round_the_scores(way: str, attending) -> None:
+    module = attending(way)
+    q, k, v, grad = tensors(4, 2, 100, torch.bfloat16)
+    found = []
+    for autocasting in (False, True):
+        leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocasting):
+            output, _ = segment_attention(module, *leaves, None, scaling=SCALE, segment_lengths=(60, 40))
+            output.backward(grad)
+        found.append([output.detach(), *(leaf.grad for leaf in leaves)])
+    for plain, autocast in zip(*found, strict=True):
+        assert torch.equal(plain, autocast)
+
+
+def test_little_above_the_diagonal_is_multiplied() -> None:
+    q, k, v, _ = tensors(2, 2, 8 * BLOCK, torch.float32)
+    with FlopCounterMode(display=False) as counted:
+        attend(q[0], k[0], v[0], SCALE, out=torch.empty_like(q[0]))
+    whole = 2 * 2 * 2 * (8 * BLOCK) ** 2 * 16
+    assert counted.get_total_flops() == whole * (1 + 1 / 8) / 2
+
+
+def by_ours(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lengths: tuple[int, ...]) -> list[Tensor]:
+    """Output and gradients."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+    assert runs_native(ours(), *leaves, len(lengths))
+    output, _ = segment_attention(ours(), *leaves, None, scaling=SCALE, segment_lengths=lengths)
+    output.backward(grad)
+    return [output.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize("width", [5, 20, 64, 72, 128, 256])
+def test_our_kernel_takes_heads_of_any_width_over_several_blocks(dtype: torch.dtype, limit: float, width: int) -> None:
+    given, lengths = tensors(4, 2, 500, dtype, width), (97, 1, 193, 209)
+    for mine, exact in zip(by_ours(*given, lengths), reference(*given, lengths), strict=True):
+        assert (mine.double() - exact).norm() <= limit * exact.norm()
+
+
+@needs_kernels
+def test_our_kernel_takes_any_layout() -> None:
+    q, k, v, grad = tensors(4, 2, 40, torch.float32)
+    expected = by_ours(q, k, v, grad, (40,))
+    tokens_first = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (q, k, v)]
+    places_apart = [torch.stack((tensor, tensor), -1)[..., 0] for tensor in (q, k, v)]
+    pull = grad.transpose(1, 2).contiguous().transpose(1, 2)
+    for others in (tokens_first, places_apart):
+        assert all(map(torch.equal, by_ours(*others, pull, (40,)), expected))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_segment_has_the_numbers_that_it_has_alone_on_any_number_of_threads(dtype: torch.dtype) -> None:
+    q, k, v, grad = tensors(4, 4, 230, dtype)
+    before, together = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            together.append(by_ours(q, k, v, grad, (200, 30)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *together))
+    alone = by_ours(*(tensor[:, :, 200:] for tensor in (q, k, v)), grad[:, 200:], (30,))
+    found = [together[0][0][:, 200:], *(tensor[:, :, 200:] for tensor in together[0][1:])]
+    assert all(map(torch.equal, found, alone))
+
+
+@needs_kernels
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_is_seen_in_its_segment(value: float, dtype: torch.dtype) -> None:
+    given = tensors(2, 2, 30, dtype)
+    given[2][0, 1, 4, 3] = value
+    output, *gradients = by_ours(*given, (20, 10))
+    assert not output[0, 4:20, 1, 3].isfinite().any()
+    assert not gradients[0][0, 1, 4:20].isfinite().any()
+    assert output[0, 20:].isfinite().all()
+    assert all(gradient[:, :, 20:].isfinite().all() for gradient in gradients)
+    given[0][0, 0, 2, 0] = value
+    output, *gradients = by_ours(*given, (20, 10))
+    assert output[0, 2, 0].isnan().all()
+    assert not gradients[1][0, 0, :3].isfinite().any()
+
+
+@needs_kernels
+def test_a_large_score_leaves_nothing_to_the_others() -> None:
+    q, k, v, _ = tensors(1, 1, 300, torch.float32)
+    q[0, 0, -1], k[0, 0, 250] = 0, 0
+    q[0, 0, -1, 0], k[0, 0, 250, 0] = 1e3, 1e3
+    output, _ = segment_attention(ours(), q, k, v, None, scaling=1.0, segment_lengths=(300,))
+    torch.testing.assert_close(output[0, -1, 0], v[0, 0, 250])
+
+
+@needs_kernels
+def test_where_our_kernel_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, _ = tensors(4, 2, 20, torch.bfloat16)
+    module = ours()
+    assert runs_native(module, q, k, v, 1)
+    assert not runs_native(torch.nn.Module(), q, k, v, 1)
+    assert not runs_native(module, q.half(), k.half(), v.half(), 1)
+    assert not runs_native(module, q.to("meta"), k.to("meta"), v.to("meta"), 1)
+    assert not runs_native(module, *(tensor.repeat(1, 1, 1, 20) for tensor in (q, k, v)), 1)  # heads of 320
+    with FlopCounterMode(display=False):
+        assert not runs_native(module, q, k, v, 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    assert not runs_native(module, q, k, v, 1)  # two heads of keys for six threads
+    assert runs_native(module, q, k, v, 2)
+    monkeypatch.setattr(native_cpu_attention, "multiplies_tiles", lambda: True)
+    assert not runs_native(module, q, k, v, 2)
+    assert runs_native(module, q.float(), k.float(), v.float(), 2)
+    use_native_attention(module, on=False)
+    assert not runs_native(module, q.float(), k.float(), v.float(), 2)
+
+
+@needs_kernels
+def test_kept_are_the_output_and_a_number_per_query(made_by_amd) -> None:
+    q, k, v, _ = tensors(2, 2, 100, torch.bfloat16)
+    numbers = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()), lambda _: None):
+        segment_attention(ours(), q.requires_grad_(), k, v, None, segment_lengths=(100,))
+    assert sum(numbers) == 4 * q.numel() + 2 * 100

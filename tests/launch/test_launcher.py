@@ -1,0 +1,392 @@
+"""`mm-moslora launch` chooses the launcher that fits, hands signals on, and says how the run ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from unittest import mock
+
+import psutil
+import pytest
+from between import just_before
+
+from mm_moslora import cli
+from mm_moslora.launch import launcher, slurm_job
+from mm_moslora.launch.launcher import Places, command
+from mm_moslora.launch.slurm_job import Job, Requeue
+from mm_moslora.training.run_setup import exclusive
+from mm_moslora.training.supervision.stop_signals import Stopped
+from mm_moslora.utils import distributed
+from mm_moslora.utils.errors import ConfigError
+
+
+def joined(places: Places) -> str:
+    return " ".join(command(places, ["r.yaml", "--optim.lr", "1e-4"]))
+
+
+def test_the_launcher_follows_from_the_places(monkeypatch, tmp_path):
+    monkeypatch.setattr(launcher, "accelerators", lambda: 4)
+    assert "--nproc_per_node 4 --standalone -m mm_moslora train r.yaml --optim.lr 1e-4" in joined(Places())
+    monkeypatch.setattr(launcher, "accelerators", lambda: 0)
+    assert joined(Places()).endswith("-m mm_moslora train r.yaml --optim.lr 1e-4")
+    assert "torch.distributed.run" not in joined(Places())
+    assert "--max_restarts 3 --standalone" in joined(Places(max_restarts=3))
+    two = joined(Places(nnodes=2, rdzv="node-1:29400"))
+    assert "--rdzv_backend c10d" in two
+    assert "--rdzv_endpoint node-1:29400 --nnodes 2" in two or "--nnodes 2" in two
+    hosts = tmp_path / "hosts"
+    hosts.write_text("worker-1 slots=8\n")
+    assert f"deepspeed.launcher.runner --hostfile {hosts}" in joined(Places(hostfile=hosts))
+
+
+@pytest.fixture
+def slurm_tools(monkeypatch, tmp_path):
+    """Commands of SLURM that write down how they are called; `squeue` answers what a test writes."""
+    for name, text in {
+        "scontrol": 'echo "scontrol $*" >>"$CALLS"; [ "$1" = show ] && printf "node-7\nnode-8\n"; true',
+        "srun": 'shift; exec "$@"', "scancel": 'echo "scancel $*" >>"$CALLS"',
+        "squeue": 'case "$*" in *--steps*) cat "$CALLS.steps" ;; *) cat "$CALLS.state" ;; esac',
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
+    (tmp_path / "calls.state").write_text("RUNNING\n")
+    (tmp_path / "calls.steps").write_text("12.batch batch\n")
+    return tmp_path
+
+
+def job_of(**environment: str) -> Job:
+    basic = {"SLURM_JOB_ID": "12", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node-[7-8]"}
+    job = Job.current(basic | environment)
+    assert job is not None
+    return job
+
+
+def test_a_slurm_job_goes_through_srun(slurm_tools):
+    words = joined(Places(nproc=8, job=job_of(SLURM_RESTART_COUNT="3", SLURM_CPUS_PER_TASK="64")))
+    assert words.startswith(f"srun --ntasks-per-node=1 --kill-on-bad-exit=1 --job-name=mm-moslora-{os.getpid()}")
+    assert "--cpus-per-task=64" in words
+    assert "--nproc_per_node 8 --nnodes 2 --rdzv_backend c10d --rdzv_id 12-3 --rdzv_endpoint node-7:20012" in words
+    assert "--nproc_per_node 4 " in joined(Places(job=job_of(SLURM_GPUS_ON_NODE="4")))
+    assert Job.current({}) is None
+
+
+def test_a_slurm_step_is_told_by_its_name_and_srun_before_there_is_one(slurm_tools):
+    """`srun` answers SIGTERM by killing its step. SLURM tells a cancelled step."""
+    job, calls = job_of(), slurm_tools / "calls"
+    with subprocess.Popen(["sleep", "30"]) as child:
+        (slurm_tools / "calls.state").write_text("COMPLETING\n")
+        job.terminate_step(child.pid)
+        (slurm_tools / "calls.state").write_text("RUNNING\n")
+        (slurm_tools / "calls.steps").write_text(f"12.batch batch\n12.3 other work\n12.4 {job.step_name}\n")
+        job.terminate_step(child.pid)
+        assert calls.read_text() == "scancel --signal=TERM 12.4\n"
+        assert child.poll() is None
+        (slurm_tools / "calls.steps").write_text("12.batch batch\n")
+        job.terminate_step(child.pid)
+        assert child.wait(timeout=20) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("signals", "restarts", "saves", "code", "requeued"),
+    [
+        ({signal.SIGUSR1}, 0, False, 75, True),
+        ({signal.SIGUSR1}, 1, True, 75, True),
+        ({signal.SIGUSR1}, 1, False, 1, False),
+        ({signal.SIGTERM}, 0, True, 75, False),
+        ({signal.SIGTERM, signal.SIGUSR1}, 2, True, 75, True),
+    ],
+)
+def test_a_slurm_job_goes_back_into_the_queue_at_its_time_limit_while_it_gets_on(
+    signals, restarts, saves, code, requeued, slurm_tools
+):
+    run = slurm_tools / "run"
+    (run / "checkpoint-000004").mkdir(parents=True)
+    requeue = Requeue(job_of(SLURM_RESTART_COUNT=str(restarts)))
+    requeue.watch(run)
+    if saves:
+        (run / "checkpoint-000008").mkdir()
+    assert requeue.stopped(signals, 75) == code
+    calls = slurm_tools / "calls"
+    assert (calls.exists() and calls.read_text() == "scontrol requeue 12\n") == requeued
+
+
+def test_a_slurm_job_whose_recipe_was_not_read_yet_is_put_back_once(slurm_tools):
+    assert Requeue(job_of()).stopped({signal.SIGUSR1}, 75) == 75
+    assert Requeue(job_of(SLURM_RESTART_COUNT="1")).stopped({signal.SIGUSR1}, 75) == 1
+
+
+def busy_at_first(folder, tool, times):
+    """Let a command of SLURM fail so many times before it does its work."""
+    command = folder / tool
+    kept = command.rename(folder / f"real-{tool}")
+    command.write_text(
+        f'#!/bin/sh\nif [ "$(cat "{folder}/left" 2>/dev/null || echo {times})" -gt 0 ]; then\n'
+        f'  echo $(($(cat "{folder}/left" 2>/dev/null || echo {times}) - 1)) >"{folder}/left"\n'
+        f'  echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1\nfi\nexec "{kept}" "$@"\n'
+    )
+    command.chmod(0o755)
+
+
+@pytest.mark.parametrize("tool", ["squeue", "scancel"])
+@pytest.mark.parametrize("times", [2, 100])
+def test_a_slurm_controller_that_does_not_answer_costs_no_step_its_checkpoint(
+    tool, times, slurm_tools, monkeypatch, caplog
+):
+    """Without an answer nobody knows whether the step runs, and `srun` would kill it."""
+    monkeypatch.setattr(slurm_job, "_PAUSE", 0.01)
+    job = job_of()
+    (slurm_tools / "calls.steps").write_text(f"12.4 {job.step_name}\n")
+    busy_at_first(slurm_tools, tool, times)
+    with subprocess.Popen(["sleep", "30"]) as child:
+        job.terminate_step(child.pid)
+        assert child.poll() is None
+        child.kill()
+    calls = slurm_tools / "calls"
+    assert calls.exists() == (times == 2)
+    assert ("the step of job 12 was not told to save" in caplog.text) == (times == 100)
+    assert times == 100 or calls.read_text() == "scancel --signal=TERM 12.4\n"
+
+
+@pytest.mark.parametrize(("times", "code"), [(2, 75), (100, 1)])
+def test_a_slurm_job_that_is_not_taken_back_says_so(times, code, slurm_tools, monkeypatch, caplog):
+    monkeypatch.setattr(slurm_job, "_PAUSE", 0.01)
+    requeue = Requeue(job_of())
+    busy_at_first(slurm_tools, "scontrol", times)
+    assert requeue.stopped({signal.SIGUSR1}, 75) == code
+    assert (slurm_tools / "calls").exists() == (code == 75)
+    assert ("did not put job 12 back" in caplog.text) == (code == 1)
+
+
+def test_requeue_outside_slurm_is_refused(monkeypatch, capsys):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert cli.run(["launch", "--requeue", "quickstart_tune"]) == 1
+    assert "--requeue is for SLURM jobs, but SLURM_JOB_ID or srun is missing here" in capsys.readouterr().err
+
+
+def test_nproc_of_the_environment_counts(monkeypatch, capsys):
+    monkeypatch.setenv("NPROC", "many")
+    assert cli.run(["launch", "--dry-run", "quickstart_tune"]) == 1
+    assert "NPROC is 'many', expected a number from 1 on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"nnodes": 2}, "no --rdzv HOST:PORT"),
+        ({"hostfile": "missing"}, "does not exist"),
+        ({"hostfile": "missing", "nnodes": 2, "rdzv": "a:1"}, "two ways"),
+        ({"hostfile": "odd"}, "holds 'worker-2', expected lines such as 'worker-1 slots=8'"),
+        ({"hostfile": "empty"}, "names no host"),
+        ({"nproc": 0}, "--nproc is 0, expected 1 or more"),
+        ({"nnodes": 0}, "--nnodes is 0, expected 1 or more"),
+        ({"max_restarts": -1}, "--max-restarts is -1, expected 0 or more"),
+        ({"nnodes": 2, "rdzv": "node-1"}, "expected HOST:PORT"),
+        ({"nnodes": 2, "rdzv": "node-1:99999"}, "expected HOST:PORT"),
+        ({"rdzv": "node-1:29400"}, "--nnodes is 1"),
+    ],
+)
+def test_wrong_places_are_explained(wrong, said, tmp_path):
+    (tmp_path / "odd").write_text("# two\nworker-1 slots=8  # the first\n\nworker-2\n")
+    (tmp_path / "empty").write_text("# none\n")
+    if "hostfile" in wrong:
+        wrong = wrong | {"hostfile": tmp_path / wrong["hostfile"]}
+    with pytest.raises(ConfigError, match=said):
+        Places(**wrong)
+
+
+@pytest.mark.parametrize(("script", "code"), [("raise SystemExit(3)", 3), ("", 0)])
+def test_the_exit_code_is_the_launchers(script, code, monkeypatch, tmp_path):
+    monkeypatch.setattr(launcher, "command", lambda *_, **__: [sys.executable, "-c", script])
+    assert launcher.launch(Places(), [], run_folder=tmp_path) == code
+    assert launcher.launch(Places(), [], run_folder=tmp_path, dry_run=True) == 0
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_ranks_once(tmp_path):
+    """A terminal sends it to the whole process group, and torchrun leaves its ranks when it hears a second one."""
+    ranks = (
+        "import pathlib, signal, time\n"
+        f"heard = pathlib.Path({str(tmp_path / 'heard')!r})\n"
+        "for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "    signal.signal(number, lambda number, _: heard.open('a').write(f'{number}\\n'))\n"
+        f"pathlib.Path({str(tmp_path / 'started')!r}).touch()\n"
+        "end = time.monotonic() + 60\n"
+        "while not heard.exists() and time.monotonic() < end: time.sleep(0.02)\n"
+        "time.sleep(0.5)\n"
+    )
+    code = (
+        "import pathlib, signal, sys; from mm_moslora import launch\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"launch.command = lambda *_, **__: [sys.executable, '-c', {ranks!r}]\n"
+        f"launch.launch(launch.Places(), [], run_folder=pathlib.Path({str(tmp_path)!r}))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as process:
+        end = time.monotonic() + 60
+        while not (tmp_path / "started").exists():
+            assert time.monotonic() < end, "nothing was started"
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+    assert (tmp_path / "heard").read_text().split() == [str(int(signal.SIGTERM))]
+
+
+def test_a_scheduler_that_repeats_itself_is_handed_on_once_and_the_third_ctrl_c_ends_all(monkeypatch, tmp_path):
+    monkeypatch.setattr(launcher, "ONE_REQUEST_SECONDS", 0.0)
+    started, heard, rank = tmp_path / "started", tmp_path / "heard", tmp_path / "rank"
+    torchrun = (
+        "import pathlib, signal, subprocess, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: pathlib.Path({str(heard)!r}).open('a').write('told\\n'))\n"
+        "rank = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)\n"
+        f"pathlib.Path({str(rank)!r}).write_text(str(rank.pid))\n"
+        f"pathlib.Path({str(started)!r}).touch()\n"
+        "while True: time.sleep(0.05)\n"
+    )
+
+    def until(path: Path) -> None:
+        end = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < end:
+            time.sleep(0.02)
+
+    def tell() -> None:
+        here = threading.main_thread().ident
+        until(started)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            signal.pthread_kill(here, number)
+            until(heard)
+            time.sleep(0.1)  # two signals of one number before the first is heard are one
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(launcher, "command", lambda *_, **__: [sys.executable, "-c", torchrun])
+    thread = threading.Thread(target=tell)
+    thread.start()
+    try:
+        assert launcher.launch(Places(), [], run_folder=tmp_path) == 75
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+    assert heard.read_text().split() == ["told"]
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(rank.read_text())).wait(20)
+
+
+def test_ranks_record_what_they_wait_for_without_a_warning():
+    code = (
+        "import os, torch\n"
+        "from mm_moslora import distributed\n"
+        "distributed.join()\n"
+        "torch.distributed.all_reduce(torch.ones(1))\n"
+        "print(os.environ['TORCH_NCCL_DUMP_ON_TIMEOUT'], torch._C._distributed_c10d._dump_fr_trace_json())\n"
+    )
+    ours = {"TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT"}
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 ")
+    assert "gloo:all_reduce" in done.stdout
+    assert "deprecated" not in done.stderr
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "2000"), ({"TORCH_FR_BUFFER_SIZE": "7"}, None)])
+def test_an_older_torch_is_told_to_record(given, expected, monkeypatch):
+    monkeypatch.setattr("torch.__version__", "2.9.1")
+    with mock.patch.dict(os.environ, given, clear=True):
+        distributed._record_flight()
+        assert os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE") == expected
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_signal_is_handed_on_and_a_stopped_run_asks_to_be_started_again(saves, monkeypatch, tmp_path):
+    """Also one whose ranks had not begun, or could not save."""
+    leave = "(mark.touch(), sys.exit(1))" if saves else "sys.exit(1)"
+    script = (
+        "import pathlib, signal, sys, time\n"
+        f"mark = pathlib.Path({str(tmp_path / 'STOPPED')!r})\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: {leave})\n"
+        f"pathlib.Path({str(tmp_path / 'started')!r}).touch()\n"
+        "time.sleep(30)\n"
+    )
+    monkeypatch.setattr(launcher, "command", lambda *_, **__: [sys.executable, "-c", script])
+
+    def interrupt() -> None:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.02)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert launcher.launch(Places(), [], run_folder=tmp_path) == 75
+    thread.join()
+
+
+def test_a_signal_before_the_launcher_is_started_asks_for_another_start(monkeypatch, capsys):
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)
+    monkeypatch.setattr("mm_moslora.cli.launch_verbs.refuse_early", lambda *_: signal.raise_signal(signal.SIGUSR1))
+    assert cli.run(["launch", "quickstart_tune"]) == 75
+    assert "before anything was started" in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_before_it_took_its_folder_can_be_started(monkeypatch, tmp_path, capsys):
+    def stopped(recipe, *, stop, **_):
+        stop.received = signal.SIGTERM
+        raise Stopped
+
+    monkeypatch.setattr("mm_moslora.cli.cli_app._train", stopped)
+    run = tmp_path / "run"
+    assert cli.run(["train", "quickstart_tune", "--train.output", str(run)]) == 75
+    assert (run / "STOPPED").read_text() == launcher.stopped_text(signal.SIGTERM) == capsys.readouterr().out
+    assert "Ctrl-C" in launcher.stopped_text(signal.SIGTERM), "a launcher's SIGTERM may have been one"
+    with exclusive(run):  # what the same command does first
+        pass
+
+
+def test_a_file_of_the_user_that_is_called_stopped_is_neither_deleted_nor_written(tmp_path):
+    (tmp_path / "STOPPED").write_text("the clock, at 3:15")
+    launcher.leave_mark(tmp_path, signal.SIGTERM)
+    with pytest.raises(ConfigError, match="already holds STOPPED"):
+        launcher.launch(Places(), ["r.yaml"], run_folder=tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"STOPPED": "the clock, at 3:15"}
+
+
+def test_a_signal_that_comes_while_the_launcher_starts_is_handed_on(monkeypatch):
+    lost = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: lost.append(1))
+    here = threading.main_thread().ident
+    just_before(
+        monkeypatch, subprocess, "Popen", lambda: signal.pthread_kill(here, signal.SIGUSR1), when=lambda *_: True
+    )
+    try:
+        ended = launcher.run_and_hand_on([sys.executable, "-c", "import time; time.sleep(20)"], [signal.SIGUSR1])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert (ended.code, ended.signals) == (-signal.SIGTERM, {signal.SIGUSR1})
+    assert not lost
+
+
+def test_deepspeeds_runner_is_told_itself_until_it_has_started_its_launcher_here():
+    """Nothing yet, the program that reaches other hosts, the launcher, which keeps the runner waiting."""
+
+    def runner(child: str) -> subprocess.Popen[str]:
+        code = f"import subprocess, sys; child = {child}; print(1, flush=True); sys.exit(child.wait() % 100)"
+        process = subprocess.Popen([sys.executable, "-c", code], process_group=0, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "1\n"
+        return process
+
+    module = "subprocess.Popen([sys.executable, '-u', '-m', 'deepspeed.launcher.launch', '--help'], stdin=-1)"
+    cases = {
+        "__import__('threading').Event()": -signal.SIGTERM,
+        "subprocess.Popen(['sleep', '5'])": -signal.SIGTERM,
+        module: -signal.SIGTERM % 100,
+    }
+    for child, code in cases.items():
+        with runner(child) as process:
+            while any(other.cmdline() == [] for other in psutil.Process(process.pid).children()):
+                time.sleep(0.01)  # the system has not yet written down what it has begun
+            launcher.end_deepspeed(process.pid)
+            assert process.wait(timeout=20) == code, child
+    launcher.end_deepspeed(process.pid)  # gone

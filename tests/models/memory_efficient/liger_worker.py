@@ -1,0 +1,62 @@
+"""Liger's kernels and ours against PyTorch's operators; run by `test_kernel_selection.py` in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as t
+from pass_checks import PassChecks, batch, lean_model, loss_and_gradients, use
+from triton.runtime.interpreter import InterpretedFunction
+from triton_interpreter import complete_interpreter
+
+from mm_moslora.kernels.fused_ops.liger_ops import LIGER
+from mm_moslora.kernels.fused_ops.torch_ops import EAGER
+from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels, use_kernels
+from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
+from mm_moslora.models.vlm import supervised_hidden
+from mm_moslora.utils.errors import ConfigError
+
+complete_interpreter()
+
+
+class TestLiger(PassChecks):
+    passes = LIGER
+    name = "liger"
+    words = "liger-kernel 0.8"
+
+
+def test_what_takes_the_place_of_kept_tensors_is_not_used_twice() -> None:
+    model = lean_model("llama", torch.float32)
+    use(model, LIGER)
+    given = batch()
+    loss = head_loss_sum(model, supervised_hidden(model, given), given.targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_layer_is_thirteen_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = []
+    run = InterpretedFunction.run
+
+    def noted(self: InterpretedFunction, *arguments: object, **options: object) -> object:
+        launches.append(self.fn.__name__)
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(InterpretedFunction, "run", noted)
+    loss_and_gradients(lean_model("llama", torch.bfloat16), LIGER)
+    assert len(launches) == 2 * 13 - 1, launches  # what comes into the first layer needs no gradient
+
+
+def test_auto_is_liger_wherever_triton_runs() -> None:
+    chosen = choose_kernels("auto", torch.device("cpu"))
+    assert chosen.passes is LIGER
+    assert not chosen.required
+    assert choose_kernels("torch", torch.device("cpu")).passes is EAGER
+
+
+def test_a_model_without_lean_layers_refuses_liger() -> None:
+    model = t.GPT2LMHeadModel(t.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32))
+    assert not use_kernels(model, choose_kernels("auto", torch.device("cpu")))
+    with pytest.raises(ConfigError, match=r"GPT2LMHeadModel has no lean decoder layers.*Set model\.kernels"):
+        use_kernels(model, choose_kernels("liger", torch.device("cpu")))

@@ -1,0 +1,251 @@
+"""Lean decoder layers: the same numbers with less kept, and their own forward pass wherever that would not hold."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+import transformers as t
+
+from mm_moslora import adapters
+from mm_moslora.batch import Batch, Example
+from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
+from mm_moslora.models.memory_efficient import decoder_autograd
+from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer, use_lean_layers
+from mm_moslora.models.memory_efficient.loss_head import head_loss_sum, use_loss_head
+from mm_moslora.models.vlm import supervised_hidden
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512,
+}  # fmt: skip
+FAMILIES = {
+    "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZES)),
+    "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**SIZES, sliding_window=16)),
+    "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**SIZES)),
+    "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**SIZES, head_dim=16)),
+}
+
+
+def adapted(family: str, **options: object) -> t.PreTrainedModel:
+    torch.manual_seed(0)
+    model = FAMILIES[family]().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapters.add_moslora(model, adapters.MoSLoRAConfig(r=4, lora_alpha=8, **options))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    set_attention(model, training_attention(model))
+    return model.train()
+
+
+def batch() -> Batch:
+    torch.manual_seed(1)
+    examples = []
+    for length in (7, 33, 1, 20):
+        supervised = torch.arange(length) >= length // 2
+        examples.append(Example(id=str(length), input_ids=torch.randint(1, 97, (length,)), supervised=supervised))
+    return Batch.from_examples(examples)
+
+
+def loss_and_gradients(model: t.PreTrainedModel, given: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss = head_loss_sum(model, supervised_hidden(model, given), given.targets)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def kept_bytes(model: t.PreTrainedModel, given: Batch) -> int:
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            seen[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = head_loss_sum(model, supervised_hidden(model, given), given.targets)
+    assert loss.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+
+
+def assert_close(lean: dict[str, torch.Tensor], stock: dict[str, torch.Tensor], tolerance: float = 3e-5) -> None:
+    assert lean.keys() == stock.keys()
+    for name, gradient in stock.items():
+        assert (lean[name] - gradient).norm() <= tolerance * gradient.norm() + 1e-9, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_lean_layers_give_the_loss_and_gradients_of_stock_layers_and_keep_less(family: str, dropout: float) -> None:
+    model, given = adapted(family, lora_dropout=dropout), batch()
+    torch.manual_seed(3)
+    stock_loss, stock = loss_and_gradients(model, given)
+    before = kept_bytes(model, given)
+    assert use_lean_layers(model) == 3
+    use_loss_head(model)
+    if dropout:  # behind the last attention it computes fewer rows, whose masks are other ones
+        model.model.layers[-1].is_last = False
+    torch.manual_seed(3)
+    lean_loss, lean = loss_and_gradients(model, given)
+    assert lean_loss == pytest.approx(stock_loss, rel=1e-6)
+    assert_close(lean, stock)
+    assert kept_bytes(model, given) < 0.75 * before
+
+
+@pytest.mark.parametrize("accumulating", [False, True])
+def test_plain_lora_is_lean_like_a_mixer(accumulating: bool) -> None:
+    model, given = adapted("llama", mixer_init="identity", mixer_trainable=False), batch()
+    assert not [name for name, _ in model.named_parameters() if "lora_mixer" in name]
+    before = kept_bytes(model, given)
+    stock_loss, stock = loss_and_gradients(model, given)
+    use_lean_layers(model)
+    assert kept_bytes(model, given) == kept_bytes(lean_with_mixers(), given) < 0.75 * before
+    with adapters.one_product_per_step(model) if accumulating else nullcontext():
+        loss, gradients = loss_and_gradients(model, given)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert loss == pytest.approx(stock_loss, rel=1e-6)
+    assert_close(gradients, stock)
+    with adapters.use_kernel("reference"):
+        assert loss_and_gradients(model, given)[0] == stock_loss
+
+
+def lean_with_mixers() -> t.PreTrainedModel:
+    model = adapted("llama")
+    use_lean_layers(model)
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("told", [False, True])
+def test_micro_batches_of_a_step_share_the_product_of_b_and_m(
+    checkpointing: bool, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted("llama")
+    use_lean_layers(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    given = batch()
+    _, one = loss_and_gradients(model, given)
+    made = []
+    copies = decoder_autograd.copies
+    monkeypatch.setattr(
+        decoder_autograd,
+        "copies",
+        lambda layers, *rest: made.extend(M for _, _, _, M, _ in layers) or copies(layers, *rest),
+    )
+    model.zero_grad(set_to_none=True)
+    fired = []
+    mixer = next(p for name, p in model.named_parameters() if "q_proj.lora_mixer" in name)
+    mixer.register_post_accumulate_grad_hook(lambda _: fired.append(1))
+    with adapters.one_product_per_step(model) as window:
+        for index in range(3):
+            if told and index == 2:
+                window.last_micro_batch()
+            head_loss_sum(model, supervised_hidden(model, given), given.targets).backward()
+        assert fired == ([1] if told else [])
+    assert fired == [1]
+    assert made
+    assert all(M is None for M in made)
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == one.keys()
+    for name, gradient in one.items():
+        torch.testing.assert_close(found[name], 3 * gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_gradient_checkpointing_of_lean_layers_changes_nothing() -> None:
+    model, given = adapted("llama"), batch()
+    use_lean_layers(model)
+    loss, gradients = loss_and_gradients(model, given)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again, recomputed = loss_and_gradients(model, given)
+    assert again == pytest.approx(loss, rel=1e-6)
+    assert_close(recomputed, gradients)
+
+
+@pytest.mark.parametrize("case", ["trained norm", "plain linear", "no segments"])
+def test_what_lean_layers_cannot_do_runs_as_before(case: str) -> None:
+    model, given = adapted("llama"), batch()
+    if case == "trained norm":
+        model.model.layers[1].input_layernorm.weight.requires_grad_(True)
+    if case == "plain linear":
+        model.model.layers[0].mlp.up_proj = model.model.layers[0].mlp.up_proj.base_layer
+    if case == "no segments":
+        set_attention(model, "sdpa")
+        given = Batch.from_examples([Example(id="", input_ids=torch.arange(1, 20), supervised=torch.ones(19) > 0)])
+    torch.manual_seed(3)
+    stock_loss, stock = loss_and_gradients(model, given)
+    use_lean_layers(model)
+    torch.manual_seed(3)
+    loss, gradients = loss_and_gradients(model, given)
+    assert loss == pytest.approx(stock_loss, rel=1e-6)
+    assert_close(gradients, stock)
+
+
+def test_generation_saving_and_copies_know_nothing_of_lean_layers(tmp_path) -> None:
+    model = adapted("llama").eval()
+    set_attention(model, "sdpa")
+    ids = torch.arange(1, 9)[None]
+    before = model.generate(ids, max_new_tokens=5, do_sample=False)
+    names = set(model.state_dict())
+    use_lean_layers(model)
+    use_loss_head(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.model.layers[0].mlp.up_proj.base_layer.weight.zero_()
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), before)
+    assert set(model.state_dict()) == names
+    assert isinstance(twin.model.layers[0], LeanLayer)
+
+
+def test_an_unknown_family_is_left_alone() -> None:
+    model = t.GPT2LMHeadModel(t.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32))
+    assert use_lean_layers(model) == 0
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_right_tokens_are_counted_beside_the_loss(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mm_moslora.models.memory_efficient.loss_head.CHUNK_BYTES", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr("mm_moslora.models.memory_efficient.loss_head.SMALLEST_CHUNK", 5)
+    model = adapted("llama")
+    assert not chunked or use_loss_head(model)
+    torch.manual_seed(0)
+    hidden = torch.randn(17, 32, requires_grad=True)
+    targets = model.get_output_embeddings()(hidden).argmax(-1)
+    targets[::3] = (targets[::3] + 1) % 97
+    right = torch.zeros((), dtype=torch.int64)
+    counted = head_loss_sum(model, hidden, targets, right)
+    assert right.item() == 17 - 6
+    assert counted == head_loss_sum(model, hidden, targets)
+
+
+def test_the_vocabulary_head_loss_is_cross_entropy_in_any_number_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mm_moslora.models.memory_efficient.loss_head.CHUNK_BYTES", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr("mm_moslora.models.memory_efficient.loss_head.SMALLEST_CHUNK", 5)
+    monkeypatch.setattr("mm_moslora.models.memory_efficient.loss_head.CACHED_BYTES", 2 * 4 * 97)
+    model = adapted("llama")
+    model.lm_head.weight.requires_grad_(True)
+    torch.manual_seed(0)
+    hidden = torch.randn(17, 32, requires_grad=True)
+    targets = torch.randint(0, 97, (17,))
+    expected = torch.nn.functional.cross_entropy(model.lm_head(hidden), targets, reduction="sum")
+    wanted = torch.autograd.grad(expected * 0.5, (hidden, model.lm_head.weight))
+    assert use_loss_head(model)
+    loss = head_loss_sum(model, hidden, targets)
+    found = torch.autograd.grad(loss * 0.5, (hidden, model.lm_head.weight))
+    torch.testing.assert_close(loss, expected)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        torch.testing.assert_close(head_loss_sum(model, hidden, targets), expected)
+    right = torch.zeros((), dtype=torch.int64)
+    empty = head_loss_sum(model, hidden[:0], targets[:0], right)
+    assert right.item() == 0
+    assert empty.item() == 0
+    assert torch.autograd.grad(empty, hidden)[0].abs().sum() == 0

@@ -1,0 +1,157 @@
+"""Every projector: tokens known beforehand, every weight used, saved and loaded back with the same output."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
+from mm_moslora.models.assembly import assemble
+from mm_moslora.models.export.export_huggingface import export_model
+from mm_moslora.models.load_model import load
+from mm_moslora.models.projectors.projector import PROJECTORS, build_projector, projector_tokens
+from mm_moslora.models.projectors.projector_layers import ProjectorShape
+from mm_moslora.models.projectors.projector_start import (
+    RIDGE,
+    TOKENS_TO_FIT,
+    fit_to_words,
+    fold_into,
+    inputs_of,
+    last_layer,
+)
+from mm_moslora.utils.errors import ConfigError, ModelError
+
+KINDS = {
+    "linear": 36, "mlp1x_gelu": 36, "mlp2x_gelu": 36, "mlp3x_gelu": 36, "fused_mlp": 36, "avg_pool": 9,
+    "pixel_shuffle": 9, "c_abstractor": 4, "perceiver": 4, "qformer": 4,
+}  # fmt: skip
+SHAPE = ProjectorShape(vision_width=24, language_width=40, grid=6, queries=4)
+
+
+def test_the_table_is_tested_whole():
+    assert {kind.replace("1", "N").replace("3", "N") for kind in KINDS} == PROJECTORS.keys()
+
+
+@pytest.mark.parametrize(("kind", "tokens"), KINDS.items())
+def test_a_projector_gives_as_many_tokens_as_it_says_and_uses_every_weight(kind, tokens, tmp_path):
+    torch.manual_seed(0)
+    projector = build_projector(kind, SHAPE)
+    features = torch.randn(3, 36, 24, generator=torch.Generator().manual_seed(0))
+    output = projector(features)
+    assert output.shape == (3, tokens, 40)
+    assert projector_tokens(kind, SHAPE) == tokens
+    output.pow(2).sum().backward()
+    # A frozen tower gives features without a graph; what still trains must all be reached.
+    assert [name for name, p in projector.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert isinstance(projector.last, nn.Linear)
+    assert projector.last.out_features == 40
+    assert not list(projector.buffers())  # a model that is made empty and then filled would miss them
+    save_file({k: v.contiguous() for k, v in projector.state_dict().items()}, tmp_path / "p.safetensors")
+    torch.manual_seed(1)
+    twin = build_projector(kind, SHAPE)
+    twin.load_state_dict(load_file(tmp_path / "p.safetensors"))
+    torch.testing.assert_close(twin(features), output, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu", "mlp3x_gelu", "fused_mlp", "avg_pool"])
+@torch.no_grad()
+def test_a_fresh_projector_computes_of_features_what_it_did_of_standardised_ones(kind):
+    torch.manual_seed(0)
+    projector, features = build_projector(kind, SHAPE), 5 + 0.1 * torch.randn(3, 36, 24)
+    features[..., 3] = 7.0  # a dimension that never changes
+    spread, mean = torch.std_mean(features.flatten(0, 1), dim=0)
+    expected = projector((features - mean) / spread.clamp_min(0.1 * float(spread.mean())))
+    fold_into(projector, mean, spread)
+    torch.testing.assert_close(projector(features), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp2x_gelu", "mlp3x_gelu", "fused_mlp", "avg_pool", "pixel_shuffle"])
+@torch.no_grad()
+def test_a_fitted_projector_gives_unseen_pictures_the_words_of_their_class(kind):
+    torch.manual_seed(0)
+    projector = build_projector(kind, SHAPE)
+    classes, words, common = torch.randn(5, 24), 0.1 * torch.randn(5, 40), 0.1 * torch.randn(40)
+    labels = torch.arange(60) % 5
+
+    def features(labels):
+        return 3 + classes[labels][:, None] + 0.3 * torch.randn(len(labels), 36, 24)
+
+    def pairs():
+        with inputs_of(last_layer(projector)) as taken:
+            for some in labels.split(7):
+                projector(features(some))
+                yield taken(), (words + common)[some]
+
+    share = fit_to_words(projector, pairs(), size=0.14)
+    assert 0.8 < share <= 1
+    tokens = projector(features(labels)).mean(1)
+    differing = words - words.mean(0)
+    nearest = torch.nn.functional.cosine_similarity(tokens[:, None], differing[None], dim=-1).argmax(1)
+    assert torch.equal(nearest, labels)
+    assert float(tokens.pow(2).mean().sqrt()) == pytest.approx(0.14, rel=0.15)
+    assert float(tokens.mean(0).pow(2).mean().sqrt()) < 0.02, "what all words have in common is left out"
+
+
+@torch.no_grad()
+def test_the_fit_is_that_of_numpys_least_squares():
+    torch.manual_seed(0)
+    projector = build_projector("linear", SHAPE)
+    hidden, words = torch.randn(50, TOKENS_TO_FIT, 24), torch.randn(50, 40)
+    share = fit_to_words(projector, [(hidden[:20], words[:20]), (hidden[20:], words[20:])], size=1.0)
+    x, y = hidden.flatten(0, 1).double().numpy(), words.double().numpy().repeat(TOKENS_TO_FIT, 0)
+    x, y = x - x.mean(0), y - y.mean(0)
+    ridge = np.diag((RIDGE * x.var(0) * len(x)) ** 0.5)
+    weight = np.linalg.lstsq(np.vstack([x, ridge]), np.vstack([y, np.zeros((24, 40))]), rcond=None)[0].T
+    fitted = x @ weight.T
+    np.testing.assert_allclose(projector.last.weight, weight / np.sqrt((fitted**2).mean()), rtol=1e-4, atol=1e-5)
+    assert share == pytest.approx((fitted**2).sum() / (y**2).sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize("same", ["words", "pictures", "nothing"])
+@torch.no_grad()
+def test_what_does_not_differ_is_not_fitted(same):
+    projector = build_projector("linear", SHAPE)
+    before = projector.last.weight.clone()
+    hidden, words = torch.randn(9, 36, 24), torch.randn(9, 40)
+    hidden = hidden[:1, :1].expand(9, 36, 24) if same == "pictures" else hidden
+    words = words[:1].expand(9, 40) if same == "words" else words
+    assert fit_to_words(projector, [] if same == "nothing" else [(hidden, words)], size=1.0) is None
+    torch.testing.assert_close(projector.last.weight, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["avg_pool", "c_abstractor", "perceiver", "qformer"])
+def test_pictures_do_not_look_at_each_other(kind):
+    torch.manual_seed(0)
+    projector = build_projector(kind, SHAPE).eval()
+    features = torch.randn(2, 36, 24)
+    torch.testing.assert_close(projector(features)[1:], projector(features[1:]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mlp3x_gelu", "c_abstractor", "perceiver", "qformer"])
+def test_a_model_with_it_is_exported_and_loaded(kind, language_folder, vision_folder, tmp_path):
+    config = ModelConfig(
+        language=str(language_folder),
+        vision=VisionConfig(name=str(vision_folder)),
+        projector=ProjectorConfig(kind=kind, queries=9, depth=1),
+    )
+    assembly = assemble(config)
+    exported = export_model(assembly, tmp_path / "out")
+    assert not exported.stock
+    assert exported.max_logit_difference < 1e-5
+    assert load(tmp_path / "out").tokens_per_image == assembly.tokens_per_image
+    with pytest.raises(ModelError, match=f"its projector is {kind}"):
+        export_model(assembly, tmp_path / "stock", require_stock=True)
+
+
+def test_what_does_not_fit_is_named():
+    with pytest.raises(ModelError, match=r"expected a square for the c_abstractor: 49 or 64"):
+        projector_tokens("c_abstractor", ProjectorShape(vision_width=8, language_width=8, grid=8, queries=50))
+    with pytest.raises(ModelError, match="Did you mean 'perceiver'"):
+        build_projector("perciever", SHAPE)
+    with pytest.raises(ConfigError, match="queries is 0"):
+        ProjectorConfig(queries=0)
+    with pytest.raises(ConfigError, match="perceiver does not begin with a linear layer"):
+        ProjectorConfig(kind="perceiver", fit_to_answers=True)

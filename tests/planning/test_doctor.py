@@ -1,0 +1,186 @@
+"""The doctor names what is wrong and what to do; it never falls over."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from between import just_before
+
+from mm_moslora.config import Recipe, TrackConfig, load_recipe
+from mm_moslora.planning import doctor
+from mm_moslora.planning.doctor import USES, check_version, diagnose
+from mm_moslora.utils import hardware
+from mm_moslora.utils.hardware import extensions_folder, stale_locks
+from mm_moslora.utils.package_requirements import declared
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "status", "words"),
+    [
+        ("deepspeed", "0.18.0", "bad", "wrong gradients"),
+        ("deepspeed", "0.19.2", "bad", "CheckpointError"),
+        ("deepspeed", "0.19.8", "ok", "0.19.8"),
+        ("peft", "0.22.0", "warn", "outside the tested range"),
+        ("transformers", "5.1.0", "bad", "DeepSpeed"),
+        ("transformers", "5.24.0", "ok", ""),
+        ("torch", "2.5.1", "bad", "CVE-2025-32434"),
+        ("torch", "2.9.0+cu130", "warn", "CVE-2026-24747"),
+        ("torch", "2.13.0+cpu", "ok", ""),
+        ("peft", None, "bad", "not installed"),
+        ("peft", "nonsense", "warn", "not a version"),
+    ],
+)
+def test_versions_are_judged(package: str, version: str | None, status: str, words: str) -> None:
+    finding = check_version(package, version)
+    assert finding.status == status
+    assert words in finding.detail
+    assert bool(finding.remedy) == (status != "ok")
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    real = doctor.installed_version
+    monkeypatch.setattr(doctor, "installed_version", lambda name: None if name in packages else real(name))
+
+
+def statuses(recipe: Recipe | None = None) -> dict[str, str]:
+    return {finding.name: finding.status for finding in diagnose(None, recipe)}
+
+
+def test_every_dependency_is_judged() -> None:
+    assert {item.name for item in declared()} <= statuses().keys()
+    assert {item.name for item in declared()} >= USES.keys()
+
+
+def test_what_an_ordinary_run_does_without_is_not_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, *USES, "transformers")
+    found = statuses()
+    assert {name for name in USES if found[name] != "warn"} == set()
+    assert found["transformers"] == "bad"
+
+
+def test_a_recipe_decides_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, *USES, "bitsandbytes")
+    found = statuses(load_recipe("quickstart_tune"))
+    assert {name for name, status in found.items() if status == "bad"} == {"deepspeed", "tensorboard", "wandb"}
+    assert found["timm"] == found["onnx"] == "ok"
+    recipe = load_recipe("internlm2_7b_qmoslora", ["train.zero=none"])
+    found = statuses(replace(recipe, track=TrackConfig(trackers=["wandb"])))
+    assert {name for name, status in found.items() if status == "bad"} == {"bitsandbytes", "wandb"}
+
+
+def test_a_harmful_version_is_bad_only_where_it_is_used() -> None:
+    assert check_version("deepspeed", "0.18.0", use="zero", needed=False).status == "warn"
+    assert check_version("deepspeed", "0.18.0", use="zero", needed=True).status == "bad"
+
+
+def test_locks_of_killed_builds_are_found_and_fresh_ones_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, fresh = tmp_path / "py311" / "op" / "lock", tmp_path / "py311" / "other" / "lock"
+    for path in (old, fresh):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    os.utime(old, (0, 0))
+    ending = tmp_path / "py311" / "ending"
+    ending.mkdir()
+    just_before(monkeypatch, os, "scandir", ending.rmdir, when=lambda path: Path(path) == ending)
+    assert stale_locks(tmp_path) == [old]
+    assert not ending.exists()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (finding,) = [finding for finding in diagnose(tmp_path) if finding.name == "build locks"]
+    assert finding.status == "warn"
+    assert str(old) in finding.remedy
+    assert str(fresh) not in finding.remedy
+
+
+def test_extension_cache_is_of_this_environment_alone_where_that_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert extensions_folder({"TORCH_EXTENSIONS_DIR": "/x"}) == Path("/x")
+    monkeypatch.setattr("mm_moslora.planning.doctor.os.access", lambda *_: True)
+    assert extensions_folder({"HOME": "/home/me"}) == Path(sys.prefix) / "torch_extensions"
+    monkeypatch.setattr("mm_moslora.planning.doctor.os.access", lambda *_: False)
+    assert extensions_folder({"HOME": "/home/me"}) == Path("/home/me/.cache/torch_extensions")
+    assert extensions_folder({"XDG_CACHE_HOME": "/c", "HOME": "/h"}) == Path("/c/torch_extensions")
+
+
+def test_the_machine_is_named_with_and_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = f"{os.cpu_count()} cores"
+    cpuinfo, meminfo = tmp_path / "cpuinfo", tmp_path / "meminfo"
+    monkeypatch.setattr(hardware, "CPUINFO", cpuinfo)
+    monkeypatch.setattr(hardware, "MEMINFO", meminfo)
+    monkeypatch.setattr(hardware.platform, "processor", lambda: "arm")
+    assert hardware.hardware() == f"arm, {cores}"
+    cpuinfo.write_text("processor : 0\nmodel name : A chip\nprocessor : 1\nmodel name : A chip\n")
+    meminfo.write_text("MemTotal:       25165824 kB\n")
+    assert hardware.hardware() == f"A chip, {cores}, 24 GiB"
+
+
+STEPS = """
+import resource, sys, torch
+from mm_moslora.utils.hardware import keep_memory
+asked = sys.argv[1:] == ["keep"] and keep_memory()
+def step():
+    blocks = [torch.ones(4_000_000) for _ in range(4)]
+step(), step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    step()
+print(asked, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif("glibc" not in platform.libc_ver(), reason="the setting is one of glibc's")
+def test_kept_memory_is_not_cleared_again_and_the_environment_wins() -> None:
+    def run(*arguments: str, **more: str) -> tuple[str, int]:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | more
+        command = [sys.executable, "-c", STEPS, *arguments]
+        asked, faults = subprocess.run(
+            command, env=environment, check=True, capture_output=True, text=True
+        ).stdout.split()
+        return asked, int(faults)
+
+    (_, plain), (asked, kept) = run(), run("keep")
+    assert asked == "True"
+    assert kept < plain / 4
+    assert run("keep", MALLOC_TRIM_THRESHOLD_="131072")[0] == "False"
+
+
+def test_this_environment_has_nothing_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    findings = diagnose(tmp_path / "not" / "yet")
+    assert [finding for finding in findings if finding.status == "bad"] == []
+    names = {finding.name for finding in findings}
+    assert {"python", "torch", "accelerator", "bf16", "compiler", "disk for runs", "threads", "wandb login"} <= names
+    assert len(names) == len(findings)
+
+
+def test_a_missing_compiler_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (finding,) = [finding for finding in diagnose(tmp_path) if finding.name == "compiler"]
+    assert finding.status == "ok"
+    assert "none is needed" in finding.detail
+
+
+def test_one_broken_library_does_not_hide_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise OSError(f"lib{name}.so is damaged")
+
+    monkeypatch.setattr(doctor.importlib, "import_module", broken)
+    findings = {finding.name: finding for finding in diagnose(tmp_path)}
+    assert findings["accelerator"].status == "bad"
+    assert "libtorch.so is damaged" in findings["accelerator"].detail
+    assert findings["python"].status == "ok"
+
+
+def test_threads_that_fight_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "4096")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    (finding,) = [finding for finding in diagnose(tmp_path) if finding.name == "threads"]
+    assert finding.status == "warn"
+    assert "OMP_WAIT_POLICY=passive" in finding.remedy
+    assert "OMP_NUM_THREADS=" in finding.remedy

@@ -1,0 +1,100 @@
+"""What a step of a ready-made model needs, by its own pictures: tiles and patches as the batch holds them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import make_language, make_vision
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from vlms import FAMILIES, make_vlm
+
+from mm_moslora.batch import Batch, Example
+from mm_moslora.config import Recipe
+from mm_moslora.kernels.attention.segment_attention import SEGMENTS, set_attention
+from mm_moslora.models.assembly import Assembly, assemble
+from mm_moslora.models.batching.padded_batch import picture_inputs
+from mm_moslora.models.trainable_parts import attach_adapters
+from mm_moslora.models.vlm import image_features, is_padded, takes_rows
+from mm_moslora.training.engine import StepResult
+from mm_moslora.training.metrics.step_flops import Flops
+from mm_moslora.training.metrics.throughput import RankFigures, Speedometer
+
+PICTURES = ((150, 60), (40, 90), (64, 64))
+"""Widths and heights: other tiles and patches each; the last two belong to one conversation."""
+A100 = "NVIDIA A100-SXM4-80GB"
+
+
+def built(model: dict[str, object]) -> Assembly:
+    recipe = Recipe.from_dict({"model": model, "adapter": {"rank": 4}})
+    assembly = assemble(recipe.model)
+    attach_adapters(assembly, recipe.model, recipe.adapter)
+    if not is_padded(assembly.model.train()):
+        set_attention(assembly.model, SEGMENTS)
+    return assembly
+
+
+def seen_batch(assembly: Assembly) -> Batch:
+    """A conversation with one picture and one with two."""
+    torch.manual_seed(0)
+    pictures = [Image.effect_noise(size, 50).convert("RGB") for size in PICTURES]
+    examples = []
+    for own in (pictures[:1], pictures[1:]):
+        seen = assembly.eyes.see(own)
+        ids = torch.tensor([number for one in seen for number in (*one.placeholders, 5)] + [5] * 24)
+        examples.append(Example.of(id="", input_ids=ids, supervised=torch.arange(len(ids)) >= len(ids) - 9, seen=seen))
+    return Batch.from_examples(examples)
+
+
+def of_step(batch: Batch) -> StepResult:
+    return StepResult(
+        loss=1.0, grad_norm=1.0, applied=True, supervised_tokens=batch.supervised_tokens, tokens=batch.tokens,
+        images=batch.images,
+    )  # fmt: skip
+
+
+def needed(assembly: Assembly, batch: Batch) -> Flops:
+    found = Speedometer(assembly.model, device_name=A100).needs(of_step(batch), [batch])
+    assert found is not None
+    return found
+
+
+def counted(assembly: Assembly, batch: Batch) -> int:
+    """By torch, of the pictures' way through tower and projector and, where one of them trains, back."""
+    model = assembly.model
+    # Its counter knows neither the CPU's fused attention nor the in-place addmm_ of adapters.
+    known = {torch.ops.aten.addmm_: lambda _, left, right, **__: 2 * left[0] * left[1] * right[1]}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=known) as mode:
+        if batch.image_inputs or takes_rows(model):
+            inputs = picture_inputs(model, batch.pixel_values, batch.image_inputs)
+            output = model.base_model.get_image_features(**inputs, return_dict=True)
+            features = tree_leaves((output.pooler_output, getattr(output, "deepstack_features", ())))
+        else:
+            features = [image_features(model, batch.pixel_values)]
+        if features[0].requires_grad:
+            sum(feature.sum() for feature in features).backward()
+    return mode.get_total_flops()
+
+
+@pytest.mark.parametrize("projector", ["frozen", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_pictures_of_a_step_are_counted_within_two_per_cent_of_torchs_count(
+    family: str, projector: str, tmp_path: Path
+) -> None:
+    assembly = built({"vlm": str(make_vlm(tmp_path / family, family)), "projector": {"mode": projector}})
+    batch = seen_batch(assembly)
+    assert needed(assembly, batch).vision == pytest.approx(counted(assembly, batch), rel=0.02)
+
+
+def test_tiles_of_an_assembled_model_are_counted_and_its_mfu_is_of_them(tmp_path: Path) -> None:
+    parts = {"language": str(make_language(tmp_path / "language")), "image_aspect": "anyres"}
+    assembly = built(parts | {"vision": {"name": str(make_vision(tmp_path / "vision", "clip"))}})
+    batch = seen_batch(assembly)
+    found = needed(assembly, batch)
+    assert found.vision == pytest.approx(counted(assembly, batch), rel=0.02)
+    metrics = Speedometer(assembly.model, device_name=A100).of(of_step(batch), [batch], RankFigures(step_seconds=2.0))
+    assert metrics["mfu"] == pytest.approx(found.total / (2.0 * 312e12))

@@ -1,0 +1,426 @@
+"""`mm-moslora init`: questions and a recipe from a folder of pictures or a file of records, however they look."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import threading
+import time
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mm_moslora_eval.protocol.task_registry import get_task
+from PIL import Image
+
+from mm_moslora import cli
+from mm_moslora.config import load_recipe
+from mm_moslora.quickstart import user_recipe
+from mm_moslora.quickstart.user_data import CONVERSATIONS, TURNS, read_own
+from mm_moslora.quickstart.user_recipe import initialise
+from mm_moslora.utils.errors import ConfigError, DataError
+
+
+def picture(path: Path, seed: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def photos(root: Path, **counts: int) -> Path:
+    for number, (label, count) in enumerate(counts.items()):
+        for index in range(count):
+            picture(root / label / f"{index}.png", 1000 * number + index)
+    return root
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def made(source: Path, out: Path, **options: Any) -> str:
+    return initialise(source, out, parts="hub", **options)
+
+
+class TestFolder:
+    def test_no_picture_is_on_both_sides_and_every_yes_no_question_is_balanced(self, tmp_path: Path) -> None:
+        made(photos(tmp_path / "photos", cat=40, golden_retriever=20, tea_pot=10), tmp_path / "my")
+        train, test = read(tmp_path / "my" / "train.jsonl"), read(tmp_path / "my" / "test.jsonl")
+        learned, held_out = {row["image"] for row in train}, {row["image"] for row in test}
+        assert not learned & held_out
+        assert len(learned | held_out) == 70
+        assert len(held_out) == 14
+        answers: dict[str, Counter[str]] = defaultdict(Counter)
+        for row in test:
+            if row["category"] == "yes_no":
+                answers[row["text"]][row["answer"]] += 1
+        assert all(counts["yes"] == counts["no"] for counts in answers.values())
+        assert 'Does the picture show "golden retriever"?' in answers
+        for row in test:
+            label = row["image"].split("/")[0].replace("_", " ")
+            if row["category"] == "open":
+                assert row["answer"] == label
+            else:
+                assert (row["answer"] == "yes") == (f'"{label}"' in row["text"])
+
+    def test_conversations_say_the_truth_and_begin_with_any_kind_of_question(self, tmp_path: Path) -> None:
+        data = read_own(photos(tmp_path, cat=40, dog=10, bird=10))
+        first, of_text = Counter[str](), defaultdict(Counter)
+        for row in data.train:
+            label = row["image"].split("/")[0]
+            turns = row["conversations"]
+            assert turns[0]["value"].startswith("<image>\n")
+            answers = [turn["value"] for turn in turns[1::2]]
+            assert len(answers) == TURNS
+            assert len({turn["value"].removeprefix("<image>\n") for turn in turns[::2]}) == len(answers)
+            assert sorted(answers) == sorted([label, "yes", "no"])
+            for question, answer in zip(turns[::2], turns[1::2], strict=True):
+                if "Does" in question["value"]:
+                    assert (answer["value"] == "yes") == (f'"{label}"' in question["value"])
+                    of_text[question["value"].removeprefix("<image>\n")][answer["value"]] += 1
+                else:
+                    assert answer["value"] == label
+            first[turns[1]["value"]] += 1
+        assert {"yes", "no", "cat", "dog"} <= first.keys(), "every kind of question must be answered from the picture"
+        assert not data.repeated
+        for counts in of_text.values():
+            assert 0.45 < counts["yes"] / counts.total() < 0.55
+
+    @pytest.mark.parametrize(
+        "counts",
+        [{"cat": 2, "dog": 2}, {"cat": 12, "dog": 9}, {"cat": 40, "dog": 10, "bird": 10}, {"cat": 60, "dog": 3}],
+    )
+    def test_no_two_conversations_are_alike_and_an_epoch_talks_about_all_classes_alike(
+        self, tmp_path: Path, counts: dict[str, int]
+    ) -> None:
+        data = read_own(photos(tmp_path, **counts))
+        parts = {1: data.train, **data.repeated}
+        everything = [row for rows in parts.values() for row in rows]
+        told = [json.dumps([row["image"], row["conversations"]]) for row in everything]
+        assert len(set(told)) == len(told) == len({row["id"] for row in everything})
+        assert len({row["image"] for row in everything}) == data.train_pictures, "every picture is learned from"
+        seen, answers = Counter[str](), defaultdict(Counter)
+        for times, rows in parts.items():
+            for row in rows:
+                seen[row["image"].split("/")[0]] += times
+                turns = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
+                for text, answer in zip(turns[::2], turns[1::2], strict=True):
+                    answers[text][answer] += times
+        assert max(seen.values()) <= 1.1 * min(seen.values())
+        assert sum(seen.values()) == data.epoch
+        for counted in answers.values():
+            if counted.keys() <= {"yes", "no"}:
+                assert 0.45 < counted["yes"] / counted.total() < 0.55
+
+    def test_many_pictures_get_no_more_conversations_than_training_sees(self, tmp_path: Path) -> None:
+        classes = {f"class {number}": 6 for number in range(14)}
+        assert CONVERSATIONS <= read_own(photos(tmp_path, **classes)).epoch < 1.01 * CONVERSATIONS
+
+    def test_a_small_class_is_repeated_by_weight(self, tmp_path: Path) -> None:
+        made(photos(tmp_path / "photos", cat=60, dog=3), tmp_path / "my")
+        sources = load_recipe(tmp_path / "my" / "recipe.yaml").data.train
+        assert [source.weight for source in sources] == [1, 4]
+        about = [{row["image"].split("/")[0] for row in read(Path(source.path))} for source in sources]
+        assert about == [{"cat"}, {"dog"}]
+
+    def test_the_same_folder_gives_the_same_files(self, tmp_path: Path) -> None:
+        source = photos(tmp_path / "photos", cat=10, dog=10)
+        for name in ("a", "b"):
+            made(source, tmp_path / name)
+        for file in ("train.jsonl", "test.jsonl"):
+            assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+    def test_what_is_no_usable_picture_is_left_out_and_named(self, tmp_path: Path) -> None:
+        source = photos(tmp_path / "photos", cat=6, dog=6)
+        (source / "cat" / "broken.png").write_bytes(b"no picture")
+        (source / "cat" / "empty.jpg").touch()
+        (source / "dog" / "copy.png").write_bytes((source / "dog" / "0.png").read_bytes())
+        (source / "dog" / "away.png").symlink_to(picture(tmp_path / "elsewhere.png", 7))
+        os.mkfifo(source / "dog" / "pipe.png")
+        (source / ".hidden").mkdir()
+        picture(source / ".hidden" / "0.png", 8)
+        picture(source / "cat" / "deep er" / "down" / "0 ä.png", 9)
+        picture(source / "loose.png", 10)
+        for name in ("a.txt", "b.TXT", "c.heic"):
+            (source / "dog" / name).write_text("words")
+        data = read_own(source)
+        names = {row["image"] for row in [*data.train, *data.test]}
+        assert len(names) == 13
+        assert "cat/deep er/down/0 ä.png" in names
+        faults = "\n".join(data.faults)
+        assert len(data.faults) == 6
+        assert all(name in faults for name in ("broken.png", "empty.jpg", "copy.png", "away.png", "pipe.png"))
+        assert "3 files of other kinds: 2 .txt, 1 .heic" in faults
+        assert "Left out:\n" in (told := made(source, tmp_path / "my"))
+        assert "and 3 more" in told
+
+    def test_a_cut_picture_is_never_held_out(self, tmp_path: Path) -> None:
+        source = photos(tmp_path / "photos", cat=10, dog=10)
+        for path in sorted(source.rglob("*.png"))[::2]:
+            path.write_bytes(path.read_bytes()[:-40])
+        data = read_own(source)
+        for row in data.test:
+            with Image.open(source / row["image"]) as image:
+                image.load()
+
+    @pytest.mark.parametrize(
+        ("counts", "message"),
+        [({}, "no readable pictures"), ({"cat": 9}, "1 classes"), ({"cat": 1, "dog": 1}, "2 readable pictures"),
+         ({"train": 5, "test": 5}, "parts of a data set")],
+    )  # fmt: skip
+    def test_a_folder_that_cannot_teach_anything_is_refused(
+        self, tmp_path: Path, counts: dict[str, int], message: str
+    ) -> None:
+        (tmp_path / "photos").mkdir()
+        with pytest.raises(DataError, match=message):
+            made(photos(tmp_path / "photos", **counts), tmp_path / "my")
+        assert not (tmp_path / "my").exists()
+
+    def test_pictures_beside_the_sub_folders_are_told(self, tmp_path: Path) -> None:
+        for index in range(3):
+            picture(tmp_path / f"{index}.png", index)
+        with pytest.raises(DataError, match="3 files lie beside the sub-folders"):
+            read_own(tmp_path)
+
+    @pytest.mark.parametrize("names", [("Cat", "cat"), ("a.", "a"), ("caf\xe9", "cafe\u0301"), ("x_Y", "x y")])
+    def test_two_classes_that_are_one_answer_are_refused(self, tmp_path: Path, names: tuple[str, str]) -> None:
+        with pytest.raises(DataError, match="one answer") as caught:
+            read_own(photos(tmp_path, **dict.fromkeys([*names, "dog"], 4)))
+        assert all(ascii(name) in str(caught.value) for name in names)
+
+    def test_two_folders_of_one_class_are_one(self, tmp_path: Path) -> None:
+        data = read_own(photos(tmp_path, **dict.fromkeys(["tea_pot", "tea pot", "dog"], 4)))
+        assert {row["answer"] for row in data.test if row["category"] == "open"} <= {"tea pot", "dog"}
+
+    @pytest.mark.parametrize("name", ["cat\x7f", "cat\x01", "cat\n", "_."])
+    def test_a_class_that_no_question_can_hold_is_named(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(DataError, match="no name of a class") as caught:
+            read_own(photos(tmp_path, **{name: 4, "dog": 4}))
+        assert ascii(name) in str(caught.value)
+
+    @pytest.mark.parametrize("place", ["source", "output"])
+    def test_a_folder_that_no_recipe_can_name_is_named(self, tmp_path: Path, place: str) -> None:
+        source, out = tmp_path / "photos", tmp_path / "my"
+        bad = (source if place == "source" else out).with_name("a\x7f")
+        photos(bad if place == "source" else source, cat=4, dog=4)
+        with pytest.raises(ConfigError, match=r"a\\x7f.*no recipe can hold"):
+            made(bad if place == "source" else source, bad if place == "output" else out)
+        assert place == "source" or not bad.exists()
+
+    def test_a_class_with_one_whole_picture_keeps_it(self, tmp_path: Path) -> None:
+        source = photos(tmp_path, cat=3, dog=3, bird=3)
+        for path in source.rglob("0.png"):
+            path.write_bytes(path.read_bytes()[:-40])
+        for seed in range(5):
+            learned = {row["image"].split("/")[0] for row in read_own(source, seed=seed).train}
+            assert learned == {"cat", "dog", "bird"}
+
+    def test_a_class_that_would_be_read_as_a_picture_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="no name of a class"):
+            read_own(photos(tmp_path, **{"<image>": 4, "dog": 4}))
+
+
+def records(root: Path, count: int = 10, answer: str = "red") -> Path:
+    rows = []
+    for index in range(count):
+        picture(root / "images" / f"{index}.png", index)
+        turns = [("<image>\nWhat is it?", answer), ("Is it red?", "yes")]
+        rows.append(
+            {"id": str(index), "image": f"images/{index}.png", "conversations": [
+                {"from": who, "value": text} for pair in turns for who, text in zip(("human", "gpt"), pair, strict=True)
+            ]}
+        )  # fmt: skip
+    file = root / "mine.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+class TestFile:
+    def test_records_of_a_held_out_picture_all_are_questions(self, tmp_path: Path) -> None:
+        file = records(tmp_path)
+        more = [{"id": "text", "conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]}]
+        more += [json.loads(line) | {"id": f"again-{number}"} for number, line in enumerate(file.open())]
+        more.append(
+            {"id": "two", "image": ["images/0.png", "images/1.png"], "conversations": [
+                {"from": "human", "value": "<image><image>\nAlike?"}, {"from": "gpt", "value": "no"}]}
+        )  # fmt: skip
+        file.write_text(file.read_text() + "".join(json.dumps(row) + "\n" for row in more) + "{broken\n")
+        data = read_own(file)
+        learned = {name for row in data.train for name in np.atleast_1d(row.get("image", []))}
+        held_out = {row["image"] for row in data.test}
+        assert len(held_out) == 2
+        assert not learned & held_out
+        assert {row["text"]: row["category"] for row in data.test} == {"What is it?": "open", "Is it red?": "yes_no"}
+        assert any("image" not in row for row in data.train)
+        assert len(data.faults) == 1
+
+    def test_the_same_picture_under_two_names_is_on_one_side(self, tmp_path: Path) -> None:
+        file = records(tmp_path)
+        rows = [json.loads(line) for line in file.open()]
+        for index in range(10):
+            (tmp_path / "images" / f"copy-{index}.png").write_bytes((tmp_path / "images" / f"{index}.png").read_bytes())
+        rows += [row | {"id": f"copy-{row['id']}", "image": f"images/copy-{row['id']}.png"} for row in rows]
+        link = "data:image/png;base64," + base64.b64encode((tmp_path / "images" / "0.png").read_bytes()).decode()
+        pairs = [["images/0.png", f"images/copy-{index}.png"] for index in range(1, 10)]
+        rows += [
+            {"id": f"pair-{number}", "image": pair, "conversations": [
+                {"from": "human", "value": "<image>" * len(pair) + "Alike?"}, {"from": "gpt", "value": "no"}]}
+            for number, pair in enumerate([*pairs, [link]])
+        ]  # fmt: skip
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+        def content(name: str) -> bytes:
+            return base64.b64decode(name.split(",")[1]) if "," in name else (tmp_path / name).read_bytes()
+
+        for seed in range(8):
+            data = read_own(file, seed=seed)
+            learned = {content(name) for row in data.train for name in np.atleast_1d(row["image"]).tolist()}
+            held_out = {content(row["image"]) for row in data.test}
+            assert not learned & held_out
+            assert len(held_out) == data.test_pictures == 2
+            assert data.train_pictures == 8
+            used = len(data.train) + 2 * data.test_pictures
+            assert str(data.faults).count("with several pictures show a held-out") == (used < len(rows))
+            assert len(data.test) == 4, "questions that are asked again under another name are one question"
+
+    def test_copies_of_one_picture_are_too_few(self, tmp_path: Path) -> None:
+        file = records(tmp_path, 4)
+        for path in (tmp_path / "images").iterdir():
+            path.write_bytes((tmp_path / "images" / "0.png").read_bytes())
+        with pytest.raises(DataError, match="has 1 different pictures"):
+            read_own(file)
+
+    def test_sentences_are_scored_as_captions(self, tmp_path: Path) -> None:
+        made(records(tmp_path, answer="A small red square on a white wall."), tmp_path / "my")
+        assert not (tmp_path / "my" / "task.yaml").exists(), "half of the answers are yes"
+        file = records(tmp_path, answer="A small red square on a white wall.")
+        rows = [json.loads(line) for line in file.open()]
+        for row in rows:
+            row["conversations"] = row["conversations"][:2]
+        twice = [row | {"id": row["id"] + "b"} for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *twice]))
+        told = made(file, tmp_path / "sentences")
+        assert "task.yaml" in told
+        task = get_task(str(tmp_path / "sentences" / "task.yaml"))
+        assert task.aggregation == "caption"
+        documents = task.load().documents
+        assert len(documents) == 2
+        assert all(len(document.answers) == 2 for document in documents)
+
+    def test_a_file_without_usable_pictures_is_refused_with_the_first_reason(self, tmp_path: Path) -> None:
+        file = records(tmp_path)
+        for path in (tmp_path / "images").iterdir():
+            path.unlink()
+        with pytest.raises(DataError, match="10 could not be used, the first: IMAGE_MISSING"):
+            read_own(file)
+        with pytest.raises(DataError, match="does not exist"):
+            read_own(tmp_path / "nothing.jsonl")
+
+
+class TestRecipe:
+    def test_it_loads_from_anywhere_and_says_why(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(photos(tmp_path / "my photos", cat=10, dog=10).parent)
+        assert cli.run(["init", "my photos", "a b", "--parts", "hub"]) == 0
+        monkeypatch.chdir("/")
+        recipe = load_recipe(tmp_path / "a b" / "recipe.yaml")
+        [source] = recipe.data.train
+        assert Path(source.path).resolve() == tmp_path / "a b" / "train.jsonl"
+        assert source.image_folder == str(tmp_path / "my photos")
+        assert Path(recipe.train.output).resolve() == tmp_path / "a b" / "run"
+        text = (tmp_path / "a b" / "recipe.yaml").read_text()
+        assert text.count("#") > 10
+        assert max(map(len, text.splitlines())) <= 120 + len(str(tmp_path))
+
+    @pytest.mark.parametrize(("count", "held_out"), [(2, 1), (3, 1), (4, 2), (7, 2), (20, 4)])
+    def test_the_wrong_picture_is_asked_for_where_two_are_held_out(
+        self, tmp_path: Path, count: int, held_out: int
+    ) -> None:
+        told = made(records(tmp_path, count), tmp_path / "my")
+        assert len({row["image"] for row in read(tmp_path / "my" / "test.jsonl")}) == held_out
+        assert ("--modes own --modes wrong --modes blind" in told) == (held_out > 1)
+        assert ("Only 1 picture is held out" in told) == (held_out == 1)
+
+    @pytest.mark.parametrize(("counts", "held_out"), [({"cat": 2, "dog": 1}, 1), ({"cat": 2, "dog": 2}, 2),
+                                                      ({"cat": 5, "dog": 1}, 2)])  # fmt: skip
+    def test_two_pictures_of_classes_are_held_out_where_two_are_left(
+        self, tmp_path: Path, counts: dict[str, int], held_out: int
+    ) -> None:
+        told = made(photos(tmp_path / "photos", **counts), tmp_path / "my")
+        assert len({row["image"] for row in read(tmp_path / "my" / "test.jsonl")}) == held_out
+        assert ("--modes wrong --modes" in told) == (held_out > 1)
+
+    def test_a_check_of_what_was_written_finds_no_copies(
+        self, tmp_path: Path, language_folder: Path, vision_folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        made(photos(tmp_path / "photos", cat=20, dog=2), tmp_path / "my")
+        tiny = ["--model.language", str(language_folder), "--model.vision.name", str(vision_folder)]
+        assert cli.run(["data", "check", str(tmp_path / "my/recipe.yaml"), *tiny, "--data.max_length", "2000"]) == 0
+        told = " ".join(capsys.readouterr().out.split())
+        assert "ok duplicates" in told
+        assert "warn duplicates" not in told
+
+    def test_nothing_of_the_user_is_overwritten(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        source, out = photos(tmp_path / "photos", cat=10, dog=10), tmp_path / "my"
+        assert cli.run(["init", str(source), str(out), "--parts", "hub"]) == 0
+        (out / "recipe.yaml").write_text("changed by hand")
+        assert cli.run(["init", str(source), str(out), "--parts", "hub"]) == 1
+        assert "not empty" in capsys.readouterr().err
+        assert (out / "recipe.yaml").read_text() == "changed by hand"
+        assert sorted(path.name for path in out.iterdir()) == ["recipe.yaml", "test.jsonl", "train.jsonl"]
+
+    def test_of_two_at_once_one_is_refused_and_the_other_is_whole(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sources = [photos(tmp_path / name, cat=10, dog=10) for name in ("photos", "others")]
+        together = threading.Barrier(2)
+        building = user_recipe.building
+
+        def slowly(*args: Any, **options: Any) -> Any:
+            time.sleep(0.2)
+            return building(*args, **options)
+
+        def attempt(source: Path) -> str:
+            try:
+                return made(source, tmp_path / "my")
+            except ConfigError as error:
+                return str(error)
+
+        monkeypatch.setattr(user_recipe, "building", slowly)
+        real = user_recipe.read_own
+        monkeypatch.setattr(user_recipe, "read_own", lambda *a, **o: (real(*a, **o), together.wait(60))[0])
+        with ThreadPoolExecutor(2) as pool:
+            told = list(pool.map(attempt, sources))
+        refused = ["not empty" in text for text in told]
+        assert sorted(refused) == [False, True], told
+        winner = sources[refused.index(False)]
+        assert load_recipe(tmp_path / "my" / "recipe.yaml").data.train[0].image_folder == str(winner)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["my", "others", "photos"]
+        assert sorted(path.name for path in (tmp_path / "my").iterdir()) == ["recipe.yaml", "test.jsonl", "train.jsonl"]
+
+    @pytest.mark.parametrize("output", [".", ".."])
+    def test_a_folder_without_a_name_of_its_own_is_refused(
+        self, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = photos(tmp_path / "photos", cat=10, dog=10)
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        with pytest.raises(ConfigError, match=r"Name a new one, such as .*first"):
+            made(source, Path(output))
+
+    def test_it_is_not_put_among_the_pictures(self, tmp_path: Path) -> None:
+        source = photos(tmp_path, cat=10, dog=10)
+        with pytest.raises(ConfigError, match="among the pictures"):
+            made(source, source / "cat" / "my")
+
+    def test_short_records_make_larger_steps_and_few_records_fewer(self, tmp_path: Path) -> None:
+        made(records(tmp_path), tmp_path / "few")
+        made(photos(tmp_path / "photos", cat=50, dog=50), tmp_path / "many")
+        few, many = (load_recipe(tmp_path / name / "recipe.yaml").train for name in ("few", "many"))
+        assert 15 <= many.global_batch < few.global_batch <= 32
+        assert few.steps == 20
+        assert many.steps == 100

@@ -1,0 +1,320 @@
+"""The report is one safe, self-contained page that says what is there and what is not."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+from trials import make_recipe, write
+
+from mm_moslora import cli
+from mm_moslora.reporting import build_report
+from mm_moslora.serve.dashboard.dashboard_runs import Folder
+from mm_moslora.utils.errors import ConfigError
+from mm_moslora.utils.redaction import REDACTED
+
+VOID = {"meta", "link", "img", "input", "br", "circle", "polyline", "line"}
+URL_ATTRIBUTES = {"src", "href", "data", "action", "poster", "srcset", "xlink:href"}
+
+
+class _Page(HTMLParser):
+    """Checks nesting while it collects elements and texts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == [], f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += " " + data.strip() if data.strip() else ""
+
+    def of(self, tag: str, name: str = "") -> list[dict[str, str | None]]:
+        return [a for t, a in self.elements if t == tag and (not name or name in (a.get("class") or "").split())]
+
+
+def _page(folder: Path) -> _Page:
+    out = folder / "report.html"
+    assert build_report(folder, out) == out
+    return _Page(out.read_text(encoding="utf-8"))
+
+
+def test_every_part_is_on_the_page(run_folder: Path) -> None:
+    page = _page(run_folder)
+    assert "Demo run" in page.text
+    assert len(page.of("figure", "chart")) == 8
+    assert len(page.of("article", "sample")) == 2
+    assert len(page.of("div", "whisker")) == 4
+    assert len(page.of("figure", "mixer")) == 1
+    for text in (
+        "tiny-llm", "16 visual tokens per picture", "85.0 %", "1 234".replace(" ", "\N{NARROW NO-BREAK SPACE}"),
+        "image missing", "mm-moslora train demo", "2 min 05 s", "1.50 GiB", "600", "layers.1.q_proj", "n = 90",
+        "Resolved recipe", "10 %",
+    ):  # fmt: skip
+        assert text in page.text, text
+    assert not page.of("section", "missing")
+    assert "There is no" not in page.text
+
+
+def test_page_names_nothing_outside_itself(run_folder: Path) -> None:
+    page = _page(run_folder)
+    for tag, attributes in page.elements:
+        for name in URL_ATTRIBUTES & attributes.keys():
+            assert (attributes[name] or "").startswith(("data:", "#")), (tag, attributes[name])
+    text = (run_folder / "report.html").read_text()
+    assert not re.search(r"https?://|@import|url\(", text)
+    (policy,) = [a["content"] for a in page.of("meta") if a.get("http-equiv") == "Content-Security-Policy"]
+    assert "default-src 'none'" in (policy or "")
+
+
+def test_model_output_is_text_never_markup(run_folder: Path) -> None:
+    page = _page(run_folder)
+    assert len(page.of("script")) == 1
+    assert not [a for _, a in page.elements if any(name.startswith("on") for name in a)]
+    assert {a["src"] for a in page.of("img")} == {a["src"] for a in page.of("img") if (a["src"] or "")[:5] == "data:"}
+    assert '<img src="x" onerror=' in page.text
+    assert "{{ 7*7 }}" in page.text
+
+
+def test_right_and_wrong_answers_are_told_apart_by_more_than_colour(run_folder: Path) -> None:
+    marks = [(a["class"], a["title"]) for a in _page(run_folder).of("span", "mark")]
+    assert marks == [("mark no", "wrong"), ("mark yes", "right"), ("mark yes", "right"), ("mark no", "wrong")]
+
+
+def test_pictures_are_inlined_small_and_drawings_without_loss(run_folder: Path) -> None:
+    sources = [a["src"] or "" for a in _page(run_folder).of("img") if (a.get("alt") or "").startswith("Picture")]
+    pictures = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in sources]
+    assert [picture.size for picture in pictures] == [(64, 64), (320, 213)]
+    assert pictures[0].convert("RGB").getpixel((1, 1)) == (0, 128, 128)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../outside.png",
+        "/etc/hostname",
+        "missing.png",
+        "summary.json",
+        "a\0b",
+        "x" * 5000,
+        "/dev/zero",
+        "link.png",
+        "~/x",
+    ],
+)
+def test_pictures_outside_the_run_or_damaged_are_left_out(run_folder: Path, name: str) -> None:
+    Image.new("RGB", (8, 8)).save(run_folder.parent.parent / "outside.png")
+    (run_folder / "link.png").symlink_to(run_folder.parent.parent / "outside.png")
+    samples = json.loads((run_folder / "samples.json").read_text())
+    samples[0]["image"] = name
+    (run_folder / "samples.json").write_text(json.dumps(samples))
+    page = _page(run_folder)
+    assert "picture not in the run folder" in page.text
+    assert len([a for a in page.of("img") if (a.get("alt") or "").startswith("Picture")]) == 1
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "samples.json", "summary.json", "alerts.jsonl"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "device"])
+def test_files_that_lead_out_of_the_run_or_are_none_are_not_read(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / "private").write_text('{"step": 1, "title": "canary", "text": "canary"}')
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    (run / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(run / name)
+    else:
+        (run / name).symlink_to(tmp_path / "private" if kind == "link" else "/dev/zero")
+    (run / "mixers.json").write_text("[]")
+    (run / "evaluation.json").write_text('[{"name": "tuned", "mean": 0.5, "n": 4}]')
+    page = _page(run)
+    assert "canary" not in page.text
+    assert {"link": "links out of", "device": "links out of", "pipe": "a pipe"}[
+        kind
+    ] in page.text or name == "metrics.jsonl"
+
+
+def test_missing_parts_are_said_to_be_missing(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    page = _page(tmp_path)
+    assert len(page.of("figure", "chart")) == 1
+    for text in (
+        "nothing to judge",
+        "evaluation.json",
+        "samples.json",
+        "mixers.json",
+        "no data statistics",
+    ):
+        assert text in page.text
+
+
+def test_damaged_parts_are_named_and_the_rest_is_shown(run_folder: Path) -> None:
+    (run_folder / "samples.json").write_text("[1, 2")
+    (run_folder / "mixers.json").write_text('[{"path": "a", "after": [[1, 2], [3]]}, 7]')
+    rows = json.loads((run_folder / "evaluation.json").read_text())
+    (run_folder / "evaluation.json").write_text(json.dumps([*rows, {"name": "broken", "mean": "high"}]))
+    page = _page(run_folder)
+    assert "samples.json could not be read" in page.text
+    assert "'a' was left out" in page.text
+    assert "row 'broken' was left out" in page.text
+    assert len(page.of("div", "whisker")) == 4
+
+
+def told(folder: Path, state: str, **more: object) -> _Page:
+    (folder / "state.json").write_text(
+        json.dumps({"state": state, "host": socket.gethostname(), "stages": ["align", "tune"]} | more)
+    )
+    return _page(folder)
+
+
+def test_how_a_run_stands_is_said_first(run_folder: Path) -> None:
+    assert "This run" not in told(run_folder, "finished").text
+    failed = told(run_folder, "failed", reason=f"no room for hf_{'Ab1' * 10} <b>").text
+    assert "This run failed at step 400 in stage tune." in failed
+    assert "no room for" in failed
+    assert "hf_Ab1" not in failed
+    assert "The same command continues it" in told(run_folder, "stopped").text
+    assert "under way, at step 400" in told(run_folder, "running", process=os.getpid()).text
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    assert "ended without a word at step 400" in told(run_folder, "running", process=gone.pid).text
+
+
+def test_a_run_that_failed_before_its_first_step_has_a_page(tmp_path: Path) -> None:
+    page = told(tmp_path, "failed", reason="train.jsonl does not exist")
+    assert "This run failed before its first step." in page.text
+    assert "train.jsonl does not exist" in page.text
+
+
+def test_alerts_are_shown_with_the_curves(run_folder: Path) -> None:
+    (run_folder / "tune" / "alerts.jsonl").write_text(
+        '{"title": "Not a number", "text": "Step 2: loss <not> finite."}\n'
+    )
+    assert "Not a number: Step 2: loss <not> finite." in _page(run_folder).text
+
+
+def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Give the run folder"):
+        build_report(tmp_path, tmp_path / "report.html")
+    with pytest.raises(ConfigError, match="not a folder"):
+        build_report(tmp_path / "nowhere", tmp_path / "report.html")
+
+
+def test_secrets_in_a_recipe_do_not_reach_the_page(run_folder: Path) -> None:
+    secret = "hf_" + "Ab1" * 10
+    (run_folder / "tune" / "config.yaml").write_text(f"model:\n  language: {secret}\n")
+    _page(run_folder)
+    assert secret not in (run_folder / "report.html").read_text()
+
+
+CANARIES = [
+    "hf_" + "Ab1" * 10,
+    "https://canary-token@host/v1",
+    "GET http://host/v1?api_key=canary-query",
+    '400 {"api_key": "canary-json"}',
+    "sent {'token': 'canary-dict'}",
+    "mm-moslora eval run t --judge.api-key canary-option",
+    "environment-canary",
+]
+
+
+def _leaks(text: str) -> list[str]:
+    return re.findall(r".{0,40}(?:canary|Ab1Ab1).{0,20}", text)
+
+
+def _everywhere(value: Any, secret: str) -> Any:
+    """The same JSON with a secret at the end of every text that is no path, name or number."""
+    if isinstance(value, dict):
+        kept = ("image", "name", "path", "task", "what", "state", "stages")
+        return {key: item if key in kept else _everywhere(item, secret) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_everywhere(item, secret) for item in value]
+    return f"{value} {secret}" if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("secret", CANARIES)
+def test_a_secret_anywhere_in_a_run_is_neither_on_its_page_nor_on_the_board(
+    secret: str, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_SERVICE_API_KEY", "environment-canary")
+    for name in ("summary.json", "evaluation.json", "samples.json"):
+        path = run_folder / name
+        path.write_text(json.dumps(_everywhere(json.loads(path.read_text()), secret)))
+    summary = json.loads((run_folder / "summary.json").read_text())
+    summary["environment"] |= {
+        "client_secret": "canary-fact",
+        "flags": [{"api_key": "canary-nested"}],
+        "pin": {"token": 1},
+    }
+    (run_folder / "summary.json").write_text(json.dumps(summary | {"title": secret, "description": secret}))
+    recipe = {"name": "demo", "notes": secret, "model": {"hub": {"token": "canary-recipe"}, "tags": [secret]}}
+    for place in (run_folder, run_folder / "tune"):
+        (place / "config.yaml").write_text(f"# {json.dumps(secret)}\n{yaml.safe_dump(recipe)}")
+        (place / "alerts.jsonl").write_text(json.dumps({"title": "Run failed", "text": secret}) + "\n")
+        (place / "quarantine.jsonl").write_text(json.dumps({"reason": secret}) + "\n")
+    (run_folder / "tune" / "metrics.jsonl").open("a").write(json.dumps({"step": 401, "loss": secret, secret: 1}) + "\n")
+    told = {"state": "failed", "reason": secret, "stages": ["align", "tune"]}
+    (run_folder / "state.json").write_text(json.dumps(told))
+    shutil.copytree(run_folder, run_folder.parent / "other")
+    page = _page(run_folder)
+    assert page.text.count(REDACTED) > 10
+    build_report([run_folder, run_folder.parent / "other"], run_folder.parent / "both.html")
+    board = Folder(run_folder.parent)
+    shown = json.dumps([board.rows(), board.detail("run")])
+    assert shown.count(REDACTED) > 10
+    pages = [(run_folder / "report.html").read_text(), (run_folder.parent / "both.html").read_text(), shown]
+    assert [_leaks(text) for text in pages] == [[], [], []]
+
+
+def test_secrets_of_a_real_runs_command_recipe_and_environment_stay_out(
+    language_folder: Path, vision_folder: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {"language": language_folder, "vision": vision_folder, "records": records}
+    recipe = make_recipe(parts, tmp_path / "run", "none", steps=2)
+    tags = ["https://canary-tag@host", '{"api_key": "canary-json"}']
+    recipe = replace(recipe, track=replace(recipe.track, trackers=["tensorboard"], tags=tags))
+    monkeypatch.setenv("MY_SERVICE_API_KEY", "environment-canary")
+    monkeypatch.setenv("SLURM_JOB_NAME", "of environment-canary")
+    words = ["train", write(recipe), "--name", "password=canary-name", "--track.notes", "environment-canary"]
+    monkeypatch.setattr(sys, "argv", ["mm-moslora", *words])
+    assert cli.run(words) == 0
+    run = tmp_path / "run"
+    page = _page(run)
+    assert f"password={REDACTED}" in page.text
+    board = Folder(tmp_path)
+    assert _leaks((run / "report.html").read_text() + json.dumps([board.rows(), board.detail("run")])) == []
+
+
+def test_report_needs_no_torch() -> None:
+    code = "import sys, mm_moslora.reporting; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,113 @@
+"""What the report claims follows from the intervals, and charts place numbers where they belong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mm_moslora.reporting.run_data import EvaluationRow, SampleRow, Score
+from mm_moslora.reporting.summary_text import explained, format_count, sample_kind, verdict
+from mm_moslora.reporting.svg_charts import downsample, format_number, smooth, ticks
+from mm_moslora.reporting.verdicts import Difference
+from mm_moslora.utils.text_format import format_seconds
+
+
+def _row(name: str, low: float, high: float, **more: Any) -> EvaluationRow:
+    score = Score(n=100, mean=(low + high) / 2, low=low, high=high)
+    return EvaluationRow(name=name, label=name, task="t", score=score, categories={}, **more)
+
+
+CONTROLS = {"blind": (0.2, 0.3), "wrong_image": (0.3, 0.4)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "mood", "claim"),
+    [
+        ({"untuned": (0.1, 0.2), **CONTROLS}, "good", "Tuning helped, and the model looks at the picture."),
+        ({"untuned": (0.1, 0.2), "untuned_lenient": (0.6, 0.7), **CONTROLS}, "mixed", "not shown to do better than"),
+        ({"untuned": (0.1, 0.2), "untuned_lenient": (0.6, 0.7), **CONTROLS}, "mixed", "or 65.0 % where every answer"),
+        ({"untuned": (0.1, 0.2), "blind": (0.2, 0.3)}, "mixed", "not asked with a wrong picture"),
+        ({"untuned": (0.85, 0.9), **CONTROLS}, "bad", "Tuning made it worse."),
+        ({"untuned": (0.1, 0.2), **CONTROLS, "best_answer": (0.65, 0.75)}, "mixed", "answers that need no model"),
+        ({"blind": (0.2, 0.3), "wrong_image": (0.72, 0.74)}, "mixed", "It is not shown that the model looks"),
+    ],
+)  # fmt: skip
+def test_claims_follow_from_the_intervals(rows: dict[str, tuple[float, float]], mood: str, claim: str) -> None:
+    found = verdict("t", [_row("tuned", 0.7, 0.8), *(_row(name, *interval) for name, interval in rows.items())])
+    assert found is not None
+    assert found.mood == mood
+    assert claim in " ".join(found.sentences)
+
+
+def test_question_by_question_shows_what_overlapping_intervals_do_not() -> None:
+    less = Difference(value=0.1, low=0.05, high=0.15, groups=100)
+    for paired, claim in ((None, "not shown that the model looks"), (less, "The model looks at the picture")):
+        rows = [_row("tuned", 0.5, 0.7), *(_row(name, 0.4, 0.6, less=paired) for name in CONTROLS)]
+        assert claim in verdict("t", rows).sentences[0]
+
+
+def test_remarks_stand_with_the_verdict_and_floors_say_what_they_learned() -> None:
+    """User trial, 7: the report said training data where the evaluated set was meant."""
+    tuned = _row("tuned", 0.5, 0.7, remarks=("All 40 answers are 'no'.",), pictures=False)
+    assert "All 40 answers are 'no'." in verdict("t", [tuned]).sentences
+    floor = _row("majority", 0.5, 0.7, learned_from="the evaluated set")
+    assert explained(floor) == "no model: always the most frequent answer, learned from the evaluated set itself"
+    assert "training" not in explained(_row("majority", 0.5, 0.7))
+
+
+@pytest.mark.parametrize(("learned_from", "counts"), [("the evaluated set", False), ("training answers", True)])
+def test_a_best_answer_that_knows_the_test_is_no_control(learned_from: str, counts: bool) -> None:
+    best = _row("best_answer", 0.65, 0.75, learned_from=learned_from)
+    rows = [_row("tuned", 0.7, 0.8), *(_row(name, *interval) for name, interval in CONTROLS.items()), best]
+    assert ("answers that need no model" in verdict("t", rows).sentences[0]) == counts
+
+
+def test_without_a_tuned_row_nothing_is_claimed() -> None:
+    assert verdict("t", [_row("untuned", 0.1, 0.2)]) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind"),
+    [(False, True, "fixed"), (True, False, "broken"), (True, True, "right"), (False, False, "wrong"),
+     (None, True, "right"), (None, None, "open")],
+)  # fmt: skip
+def test_samples_are_sorted_by_what_happened_to_them(before: bool | None, after: bool | None, kind: str) -> None:
+    row = SampleRow(
+        image=None, question="q", answer="a", before="b", after="c", before_correct=before, after_correct=after
+    )
+    assert sample_kind(row) == kind
+
+
+def test_downsampling_keeps_the_mean_and_the_order() -> None:
+    points = [(float(x), float(x * x % 7)) for x in range(960)]
+    fewer = downsample(points, 240)
+    assert len(fewer) == 240
+    assert [x for x, _ in fewer] == sorted(x for x, _ in fewer)
+    assert sum(y for _, y in fewer) / 240 == pytest.approx(sum(y for _, y in points) / 960)
+    assert downsample(points[:5], 240) == points[:5]
+
+
+def test_smoothing_starts_at_the_first_value_and_keeps_a_constant() -> None:
+    assert smooth([(0, 5.0), (1, 1.0)])[0] == (0, 5.0)
+    assert [y for _, y in smooth([(x, 3.0) for x in range(50)])] == pytest.approx([3.0] * 50)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.03, 0.19), (17, 12345), (-3, 3), (0, 2e-4)])
+def test_ticks_are_round_and_inside(low: float, high: float) -> None:
+    marks = ticks(low, high)
+    assert 3 <= len(marks) <= 8
+    assert all(low - 1e-9 * high <= mark <= high * (1 + 1e-9) for mark in marks)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (2e-4, "2e-4"), (0.0123456, "0.0123"), (2.5, "2.5"), (1234, "1234"), (25_000, "25 k"), (3.2e6, "3.2 M")],
+)
+def test_numbers_on_axes(value: float, text: str) -> None:
+    assert format_number(value) == text
+
+
+def test_counts_and_durations() -> None:
+    assert [format_count(n) for n in (17, 1200, 134_515_008, 7e9)] == ["17", "1.2 k", "134.5 M", "7.0 G"]
+    assert [format_seconds(s) for s in (42, 185, 7620)] == ["42 s", "3 min 05 s", "2 h 07 min"]

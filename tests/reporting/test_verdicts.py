@@ -1,0 +1,152 @@
+"""What may be said of a result: every rule by its cases, and that the words that judge stand in one module."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mm_moslora.reporting.verdicts import (
+    FEWEST,
+    Difference,
+    arms_sentence,
+    between,
+    difference_of,
+    judge_tuning,
+    verdict_of_arms,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def ahead(by: float = 0.3, *, half: float = 0.1, groups: int | None = 100) -> Difference:
+    return Difference(value=by, low=by - half, high=by + half, groups=groups)
+
+
+UNCLEAR = ahead(0.05)
+ALL = {"untuned": ahead(), "untuned_lenient": ahead(), "wrong_image": ahead(), "blind": ahead(), "majority": ahead()}
+
+
+def test_tuning_helped_where_all_conditions_hold():
+    found = judge_tuning(ALL)
+    assert found.mood == "good"
+    assert found.looks
+    assert found.sentences[0] == "Tuning helped, and the model looks at the picture."
+    assert len(found.sentences) == 5, "one sentence per control, of the model before tuning the lenient one alone"
+
+
+@pytest.mark.parametrize("name", ["untuned_lenient", "wrong_image", "blind", "majority", "best_answer"])
+@pytest.mark.parametrize("weak", [UNCLEAR, ahead(groups=FEWEST - 1), ahead(0.0)], ids=["overlap", "few", "equal"])
+def test_one_condition_that_is_not_shown_is_enough_to_claim_nothing(name: str, weak: Difference):
+    found = judge_tuning(ALL | {name: weak})
+    assert found.mood == "mixed"
+    assert "helped" not in found.sentences[0] or "nothing follows" in found.sentences[0]
+    assert any("not shown to be more" in sentence for sentence in found.sentences[1:])
+    assert found.looks == (name not in ("wrong_image", "blind"))
+
+
+def test_a_form_of_answers_that_was_learned_is_no_help():
+    """User trial, 8: before tuning 5.8 %, then 39.6 with any picture."""
+    found = judge_tuning(ALL | {"wrong_image": UNCLEAR, "blind": UNCLEAR})
+    assert found.sentences[0] == (
+        "It is not shown that the model looks at the picture, so nothing follows about whether tuning helped. "
+        "What it learned may be the form and the frequencies of answers alone."
+    )
+
+
+def test_the_model_before_tuning_counts_as_leniently_as_it_was_measured():
+    strict_only = {name: item for name, item in ALL.items() if name != "untuned_lenient"}
+    assert judge_tuning(strict_only).mood == "good"
+    assert judge_tuning(ALL | {"untuned_lenient": UNCLEAR}).mood == "mixed"
+    assert judge_tuning(ALL | {"untuned_lenient": ahead(-0.3)}).sentences[0] == "Tuning made it worse."
+
+
+def test_controls_that_were_not_asked_are_named():
+    found = judge_tuning({"untuned": ahead(), "blind": ahead()})
+    assert found.mood == "mixed"
+    assert "not asked with a wrong picture (" in found.sentences[0]
+    assert "--modes blind --modes wrong" in found.sentences[0]
+
+
+def test_questions_without_pictures_need_no_picture_controls():
+    assert judge_tuning({"untuned": ahead(), "majority": ahead()}, pictures=False).sentences[0] == "Tuning helped."
+    assert judge_tuning({"untuned": ahead(), "majority": UNCLEAR}, pictures=False).mood == "mixed"
+
+
+def test_few_questions_show_nothing_and_never_equality():
+    few = ahead(0.9, groups=FEWEST - 1)
+    assert few.shown == "not shown"
+    assert between(few) == f"It is not shown that A and B differ ({FEWEST - 1} independent questions are too few)"
+    assert between(ahead()) == "A is better than B"
+    assert between(ahead(-0.3)) == "B is better than A"
+    assert Difference(value=0.5, low=math.nan, high=math.nan).shown == "not shown"
+
+
+@pytest.mark.parametrize("data", [None, {}, [], "x", {"value": "high", "low": 0, "high": 1}, {"value": math.nan}])
+def test_a_difference_is_read_or_left_out(data: object):
+    assert difference_of(ahead().to_dict()) == ahead()
+    assert difference_of(data) is None
+
+
+def test_arms_are_told_apart_only_above_their_controls():
+    sure = {"seeds": (3, 3), "stand": True}
+    assert verdict_of_arms(ahead(), 0.01, **sure) == "better"
+    assert verdict_of_arms(ahead(-0.3), 0.01, **sure) == "worse"
+    assert verdict_of_arms(ahead(), 0.06, **sure) == "not shown"
+    assert verdict_of_arms(ahead(groups=5), 0.01, **sure) == "not shown"
+    assert verdict_of_arms(ahead(), 0.01, seeds=(3, 1), stand=True) == "one seed"
+    assert verdict_of_arms(ahead(), 0.01, seeds=(3, 3), stand=False) == "nothing follows"
+
+
+def test_an_arm_that_is_not_told_apart_is_not_called_equal():
+    row = {
+        "arm": "a", "reference": "b", "documents": 40, "groups": 40, "seeds": [3, 3], "difference": 0.0, "low": -0.07,
+        "high": 0.07, "p_corrected": 1.0, "stderr": 0.0, "detectable": 0.07, "verdict": "not shown",
+    }  # fmt: skip
+    assert "a true difference of up to 7.0 points would not have been seen" in arms_sentence(row)
+    wide = row | {"difference": 0.02, "stderr": 0.03}
+    assert "40 documents and 3 seeds show a true difference of 7.0 points four times out of five" in arms_sentence(wide)
+    assert "9 independent pictures or questions are too few" in arms_sentence(wide | {"groups": 9})
+    nothing = arms_sentence(wide | {"verdict": "nothing follows"})
+    assert "nothing follows" in nothing
+    assert "four times out of five" not in nothing, "a resolution that is an artefact of constant answers"
+
+
+JUDGING = re.compile(
+    r"tuning (helped|made)|made it worse|looks at the picture|no difference|better than|worse than|is (best|better)\b|"
+    r"does not differ|(can|could) resolve|is equal to",
+    re.I,
+)
+"""Words that judge a result."""
+
+
+def _texts(path: Path) -> Iterator[str]:
+    text = path.read_text()
+    if path.suffix != ".py":
+        yield re.sub(r"\{[{%#].*?[}%#]\}", "", text)
+        return
+    tree = ast.parse(text)
+    bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+    yield from (
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in bare
+    )
+
+
+@pytest.mark.parametrize("package", ["mm_moslora", "eval/mm_moslora_eval"])
+def test_the_words_that_judge_stand_in_one_module(package: str):
+    places = [path for suffix in ("py", "j2", "js") for path in (ROOT / package).rglob(f"*.{suffix}")]
+    assert len(places) > 50
+    found = {
+        f"{path.relative_to(ROOT)}: {match.group()!r}"
+        for path in places
+        if path != ROOT / "mm_moslora" / "verdicts.py"
+        for text in _texts(path)
+        for match in JUDGING.finditer(text)
+    }
+    assert not found

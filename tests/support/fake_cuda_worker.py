@@ -1,0 +1,273 @@
+"""Runs the product on a fake CUDA device, case by case; a line of JSON for each on stdout.
+
+python -c "import fake_cuda; fake_cuda.load(LIBRARY); import fake_cuda_worker; fake_cuda_worker.main(FOLDER)" [CASE ...]
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import traceback
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+from unittest import mock
+
+import fake_cuda
+import torch
+import transformers
+from tiny import make_records, make_vision
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils._python_dispatch import _disable_current_modes
+from trials import make_parts, make_recipe
+from vlms import FAMILIES, make_vlm
+
+from mm_moslora.adapters import one_product_per_step, use_kernel
+from mm_moslora.batch import Batch
+from mm_moslora.config import Recipe
+from mm_moslora.kernels.attention import segment_attention
+from mm_moslora.models.assembly import Assembly
+from mm_moslora.models.decoding.generation import Prompt, encode_images, generate, score_options
+from mm_moslora.models.decoding.row_decoding import start_row
+from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
+from mm_moslora.models.trainable_parts import attach_adapters
+from mm_moslora.models.vision.feature_cache import FeatureStore
+from mm_moslora.models.vlm import is_multimodal, takes_rows
+from mm_moslora.training import run_setup
+from mm_moslora.training.engine import OptimizerSettings, TorchEngine
+from mm_moslora.training.parameter_groups import parameter_groups
+from mm_moslora.utils import distributed
+
+CUDA = torch.device("cuda", 0)
+OWN_START = {"mixer_init": "orthogonal"}
+CHANGES: dict[str, dict[str, Any]] = {
+    "bf16": {"adapter.dropout": 0.1},
+    "fp32": {"train.precision": "fp32"},
+    "reference kernel": {"train.precision": "fp32", "adapter.dropout": 0.1},
+    "stock layers": {"model.lean_layers": False},
+    "gradient checkpointing": {"train.gradient_checkpointing": True, "adapter.dropout": 0.1},
+    "adapter in the tower, checkpointed": {"vision.mode": "adapter", "train.vision_gradient_checkpointing": True},
+    "StelLA": {"adapter": OWN_START | {"factor_form": "orthonormal"}, "train.precision": "fp32"},
+    "DoRA": {"adapter.use_dora": True},
+    "all weights": {"model.language_mode": "full", "train.precision": "fp32"},
+    "text": {},
+    "feature cache": {},
+    "anyres": {"model.image_aspect": "anyres"},
+    "qwen2_5_vl": {}, "qwen3_vl": {},
+}  # fmt: skip
+
+ANSWERING = ("bf16", "qwen2_5_vl")
+"""Cases that go on to measure, decode and score."""
+
+
+def changed(name: str, parts: dict[str, Path], folder: Path) -> Recipe:
+    """The recipe of a case."""
+    output = folder / name.replace(" ", "_")
+    output.mkdir()
+    if name == "text":
+        parts = parts | {"records": make_records(output / "text", 8, text_only_every=1)}
+    recipe = make_recipe(parts, output, "none", precision="bf16")
+    if name in FAMILIES:
+        recipe = replace(
+            recipe, model=replace(recipe.model, language=None, vlm=str(make_vlm(output / "vlm", name)), vision=None)
+        )
+    if name == "text":
+        recipe = replace(recipe, model=replace(recipe.model, vision=None))
+    vision = {"feature_cache": str(output / "cache")} if name == "feature cache" else {}
+    vision |= {"name": str(parts["clip"])} if name == "anyres" else {}
+    for key, value in ({"vision": vision} | CHANGES[name]).items():
+        part, _, field = key.partition(".")
+        more = {field: value} if field else value
+        if not more:
+            continue
+        if part in ("vision", "projector"):
+            part, more = "model", {part: replace(getattr(recipe.model, part), **more)}
+        recipe = replace(recipe, **{part: replace(getattr(recipe, part), **more)})
+    return recipe
+
+
+def micro_batches(run: run_setup.Run) -> list[Batch]:
+    """Pictures that repeat, in a micro-batch and in two; several conversations and one without a picture."""
+    data = run.training_set
+    seen = [number for number in data.usable if data.has_image[number]] or list(data.usable)
+    blind = [number for number in data.usable if not data.has_image[number]]
+    first, second, third = (data.load(number) for number in (*seen[:2], blind[0]))
+    return [Batch.from_examples([first, third, second, first]), Batch.from_examples([second, first])]
+
+
+_read = FeatureStore.read
+
+
+def read(store: FeatureStore, key: str) -> torch.Tensor | None:
+    """A file is read by the host."""
+    with _disable_current_modes():
+        return _read(store, key)
+
+
+def train_step(name: str, recipe: Recipe) -> dict[str, Any]:
+    run = run_setup.prepare(recipe)
+    batches = micro_batches(run)
+    module, model = run.engine.module, run.assembly.model
+    blind = Batch.from_examples(
+        [run.training_set.load(next(n for n in run.training_set.usable if not run.training_set.has_image[n]))]
+    )
+    if name == "feature cache":
+        with torch.no_grad():
+            module(batches[0], True)  # fills it
+            module(blind, True)
+    patches = (
+        mock.patch.object(distributed, "device", return_value=CUDA),
+        mock.patch.object(FeatureStore, "read", read),
+    )
+    with fake_cuda.fake_cuda() as device, patches[0], patches[1]:
+        fake_cuda.to_cuda(module)
+        settings = OptimizerSettings(betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
+        engine = TorchEngine(module, parameter_groups(module, recipe.optim), settings)
+        device.noted()
+        with use_kernel("reference" if name == "reference kernel" else "auto"):
+            result = engine.step(batches, 1.0)
+        found = {"step": device.noted(), "applied": result.applied, "loss": result.loss}
+        if is_multimodal(model):
+            module(blind.to(CUDA), True)  # the dummy picture
+        device.noted()
+        if name in ANSWERING:
+            engine.component_norms()
+            found["norms"] = device.noted()
+            engine.evaluate(batches[:1])
+            found["evaluate"] = device.noted()
+            found |= answers(run, batches, device)
+    return found
+
+
+def one_layer() -> dict[str, Any]:
+    """Forward and backward of one lean decoder layer in bf16: four segments, grouped heads, seven adapted linears."""
+    kind = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=100,
+    )  # fmt: skip
+    model: Any = transformers.AutoModelForCausalLM.from_config(kind, dtype=torch.bfloat16)
+    recipe = Recipe.from_dict({"model": {"language": "none"}, "adapter": {"rank": 8, "alpha": 16}})
+    attach_adapters(Assembly(model=model, tokenizer=cast(Any, None)), recipe.model, recipe.adapter)
+    segment_attention.set_attention(model, segment_attention.SEGMENTS)
+    use_lean_layers(model)
+    model.train()
+    layer = model.model.layers[0]
+    layer.is_last = False
+    with fake_cuda.fake_cuda() as device:
+        fake_cuda.to_cuda(model)
+        x = torch.empty(1, 32, 64, dtype=torch.bfloat16, device=CUDA, requires_grad=True)
+        turns = model.model.rotary_emb(x.detach(), torch.empty(1, 32, dtype=torch.long, device=CUDA))
+        segments = segment_attention.segment_arguments((8, 8, 8, 8), CUDA)
+        device.noted()
+        with one_product_per_step(model) as window:
+            window.last_micro_batch()
+            y = layer(x, position_embeddings=turns, attention_mask=None, **segments)
+            forward = device.noted()
+            y.backward(torch.empty_like(y))
+        return {"forward": forward, "backward": device.noted()}
+
+
+def benchmark() -> dict[str, Any]:
+    """A step of every contender of the training benchmark; the device is there from when a model is moved to it."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
+    import yardstick
+
+    setting = yardstick.Setting(device="cuda", width=128, layers=2)
+    contenders: dict[str, Any] = {
+        "hf": partial(yardstick.peer), "best hf": partial(yardstick.peer, supervised_only=True, wide_adapters=False),
+        "ours": partial(yardstick.ours, dropout=0.1), "stock layers": partial(yardstick.ours, lean=False),
+    }  # fmt: skip
+    found = {}
+    for kind, make in contenders.items():
+        with ExitStack() as stack:
+            devices = []
+
+            def to(model: Any, target: Any, stack: ExitStack = stack, devices: list[Any] = devices) -> Any:
+                if isinstance(target, torch.dtype):
+                    return nn.Module.to(model, target)
+                assert target == "cuda"
+                devices.append(stack.enter_context(fake_cuda.fake_cuda()))
+                fake_cuda.to_cuda(model)
+                return model
+
+            with mock.patch.object(transformers.PreTrainedModel, "to", to):
+                contender = make(256, torch.bfloat16, setting)
+            devices[0].noted()
+            contender.step()
+            found[kind] = devices[0].noted()
+    return found
+
+
+class Loaded(list):  # type: ignore[type-arg]
+    """Examples in memory in the place of a training set."""
+
+    has_image = property(lambda self: [example.pixel_values is not None for example in self])
+
+
+def fitted(recipe: Recipe) -> dict[str, Any]:
+    """The projector's fit to the training data."""
+    Path(recipe.train.output).mkdir()
+    run = run_setup.prepare(recipe)
+    examples: Any = Loaded(run.training_set.load(number) for number in run.training_set.usable)
+    model = run.assembly.model.model
+    patch = mock.patch.object(distributed, "device", return_value=CUDA)
+    with fake_cuda.fake_cuda() as device, patch:
+        fake_cuda.to_cuda(model.vision_tower)
+        fake_cuda.to_cuda(model.multi_modal_projector)
+        with torch.no_grad():
+            run_setup._fit(run.assembly, examples, to_answers=True)
+        return {"fit": device.noted()}
+
+
+def answers(run: run_setup.Run, batches: list[Batch], device: Any) -> dict[str, Any]:
+    """Decoding and option scoring, as evaluation and serving do it."""
+    model = run.assembly.model.eval()
+    segment_attention.set_attention(model, "sdpa")
+    device.noted()
+    if takes_rows(model):
+        number = next(n for n in run.training_set.usable if run.training_set.has_image[n])
+        example = run.training_set.load(number)
+        decoder = start_row(model, example)
+        if decoder.can_share:
+            decoder.join(start_row(model, example))
+        decoder.extend(
+            model.get_input_embeddings()(decoder.logits.argmax(-1)[:, None]),
+            torch.ones(len(decoder.logits), 1, dtype=torch.long, device=CUDA),
+        )
+        return {"generate": device.noted()}
+    first, *_, last = batches[0].input_ids.split(batches[0].segment_lengths)
+    features = None
+    if is_multimodal(model):
+        features = encode_images(model, batches[0].pixel_values[:1]).flatten(0, 1)
+    prompts = [Prompt(input_ids=ids, features=features, group="one") for ids in (first, last)]
+    generate(model, prompts, max_new_tokens=4, stop_ids=[2])
+    found = {"generate": device.noted()}
+    score_options(model, prompts, [[[5], [6, 7]], [[5, 6, 7], [8]]])
+    return found | {"score": device.noted()}
+
+
+def main(folder: Path, *names: str) -> None:
+    """Run all cases, or some."""
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    parts = make_parts(folder / "parts", records=8) | {"clip": make_vision(folder / "clip", "clip")}
+    segment_attention._varlen_attn = lambda _: varlen_attn  # the driver is asked otherwise
+    plain = make_recipe(parts, folder / "fitted", "none", precision="bf16")
+    alone = {"one layer": one_layer, "benchmark": benchmark, "projector's fit": partial(fitted, plain)}
+    for name in names or (*CHANGES, *alone):
+        started = time.process_time()
+        try:
+            found = alone[name]() if name in alone else train_step(name, changed(name, parts, folder))
+        except Exception:
+            found = {"error": traceback.format_exc()}
+        seconds = round(time.process_time() - started, 1)
+        print(json.dumps({"case": name, "seconds": seconds} | found), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

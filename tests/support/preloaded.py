@@ -1,0 +1,281 @@
+"""Pythons that start at once: commands on the disk whose processes are forked from one that has imported everything.
+
+Importing PyTorch, transformers, PEFT and DeepSpeed takes a process ten seconds. A test whose subject is what the
+process does then starts `python.ours`, or `python.stock`, which has imported nothing of ours, in place of
+`sys.executable`. What is started is a process like any other: arguments, environment, working folder, open files,
+signals and exit code are its own, and it ends when the command is killed. What libraries read from the environment
+while they are imported is what the tests have there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+
+CHECKOUT = Path(__file__).parents[2]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+"""What the command hands on to the process that it stands for."""
+
+STOCK = (
+    "diffusers", "peft", "peft.tuners.lora.bnb", "peft.utils.transformers_weight_conversion", "setuptools",
+    "torch.profiler._cupti_monitor", "transformers.models.auto", "transformers.models.clip.modeling_clip",
+    "transformers.models.dinov2.modeling_dinov2", "transformers.models.llama.modeling_llama",
+    "transformers.models.llava.modeling_llava", "transformers.models.llava.processing_llava",
+    "transformers.tokenization_mistral_common",
+)  # fmt: skip
+OURS = (
+    "deepspeed", "deepspeed.module_inject.auto_ep_layer", "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.runtime.zero.muon.muon_optimizer",
+    "mm_moslora.cli", "mm_moslora.training.training_loop", "mm_moslora.tracking.wandb_tracker",
+    "mm_moslora_eval.eval_commands",
+    "mm_moslora_eval.run.in_training", "mm_moslora_eval.backends.open_model", "torch._subclasses.schema_check_mode",
+)  # fmt: skip
+"""What training, measuring and answering import, the greater part while they run."""
+
+
+class Preloaded:
+    """Two commands in a folder, and the process behind them. Use it in a `with` block."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ours, self.stock = folder / "ours", folder / "stock"
+        self.log = folder / "log"
+
+    def __enter__(self) -> Preloaded:
+        import subprocess
+        import tempfile
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.sockets = Path(tempfile.mkdtemp(prefix="python-"))  # the paths of sockets are at most 107 bytes long
+        listeners = []
+        for path in (self.stock, self.ours):
+            place = self.sockets / path.name
+            listeners.append(socket.socket(socket.AF_UNIX))
+            listeners[-1].bind(str(place))
+            listeners[-1].listen(64)
+            path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{__file__}" "$0" "{place}" "$@"\n')
+            path.chmod(0o755)
+        numbers = [listener.fileno() for listener in listeners]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, *map(str, numbers)], pass_fds=numbers, stdin=subprocess.PIPE, stdout=log,
+                stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": _path()},
+            )  # fmt: skip
+        for listener in listeners:
+            listener.close()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import shutil
+
+        self.process.stdin.close()
+        self.process.wait(timeout=120)
+        shutil.rmtree(self.sockets)
+
+
+def _path() -> str:
+    return os.pathsep.join([str(CHECKOUT), str(CHECKOUT / "eval")])
+
+
+def _stand_in(executable: str, place: str, arguments: list[str]) -> None:
+    """Be the command: ask for the process, hand signals on, and end as it ends."""
+    ignored = [int(number) for number in SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
+    files = [number for number in map(int, os.listdir("/proc/self/fd")) if _is_handed_on(number)]
+    asked = {"executable": executable, "arguments": arguments, "folder": os.getcwd(), "ignored": ignored,
+             "environment": dict(os.environ), "files": files}  # fmt: skip
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(place)
+
+        def hand_on(number: int, _: FrameType | None) -> None:
+            connection.send(bytes([number]))
+
+        content = json.dumps(asked).encode()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # no signal within the question
+        socket.send_fds(connection, [len(content).to_bytes(4, "little")], files)
+        connection.sendall(content)
+        for number in SIGNALS:
+            if number not in ignored:
+                signal.signal(number, hand_on)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        status = int.from_bytes(connection.recv(4), "little")
+    if os.WIFSIGNALED(status):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if os.WTERMSIG(status) != signal.SIGKILL:
+            signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
+        os.kill(os.getpid(), os.WTERMSIG(status))
+    os._exit(os.waitstatus_to_exitcode(status))
+
+
+def _is_handed_on(file: int) -> bool:
+    try:
+        return os.get_inheritable(file)
+    except OSError:  # it was that of the folder listed
+        return False
+
+
+def _serve(stock: int, ours: int) -> None:
+    """Import what every process of ours needs, first without us, and fork what is asked for until the tests end."""
+    import gc
+
+    import torch
+    from PIL import Image
+
+    _import(STOCK)
+    torch.set_num_threads(1)
+    if os.fork():
+        os.close(ours)
+        gc.freeze()  # half a million objects that no process need search for garbage, and copy for it
+        _answer(stock)
+        return
+    os.close(stock)
+    _import(OURS)
+    Image.init()
+    gc.freeze()
+    _answer(ours)
+
+
+def _import(names: tuple[str, ...]) -> None:
+    """Import what there is of these: other versions of the libraries have other modules, and miss only speed."""
+    import contextlib
+    import importlib
+
+    for name in names:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(name)
+
+
+def _answer(number: int) -> None:
+    import select
+
+    listener = socket.socket(fileno=number)
+    while True:
+        ready, _, _ = select.select([listener, 0], [], [])
+        _reap()
+        if 0 in ready:  # the tests' end of it is closed
+            return
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            _keep(connection)
+        connection.close()
+
+
+def _reap() -> None:
+    """Take note of what ended, so that its time is counted."""
+    import contextlib
+
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _keep(connection: socket.socket) -> None:
+    """Start what is asked for, pass signals to it, and tell how it ended; it ends with the command. Never returns."""
+    import select
+
+    head, files, _, _ = socket.recv_fds(connection, 4, 250)
+    content, size = b"", int.from_bytes(head, "little")
+    while len(content) < size:
+        content += connection.recv(size - len(content))
+    process = os.fork()
+    if process == 0:
+        connection.close()
+        _become(json.loads(content), files)
+    for file in (0, 1, 2):
+        os.dup2(os.open(os.devnull, os.O_RDWR), file)
+    for file in files:
+        os.close(file)
+    ended = os.pidfd_open(process)
+    watched: list[socket.socket | int] = [ended, connection]
+    while True:
+        ready, _, _ = select.select(watched, [], [])
+        if ended in ready:
+            connection.send(os.waitpid(process, 0)[1].to_bytes(4, "little"))
+            os._exit(0)
+        number = connection.recv(1)
+        if not number:
+            watched.remove(connection)
+        os.kill(process, number[0] if number else signal.SIGKILL)
+
+
+def _become(asked: dict, files: list[int]) -> None:
+    """Run a Python's command line as the interpreter does: `-c CODE | -m MODULE | FILE`. Never returns."""
+    import atexit
+    import fcntl
+    import threading
+    import traceback
+
+    import torch
+
+    high = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 512) for file in files]  # out of the way of the numbers wanted
+    for file in files:
+        os.close(file)
+    for file, number in zip(high, asked["files"], strict=True):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(asked["folder"])
+    os.environ.clear()
+    os.environ.update(asked["environment"])
+    for number in asked["ignored"]:
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(
+        torch.get_num_threads()
+    )  # as mm_moslora.utils.hardware.renew_threads does; "stock" is without it
+    code = 1
+    try:
+        _run(asked["executable"], asked["arguments"])
+        code = 0
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+        if not isinstance(left.code, int | None):
+            print(left.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        code = 120  # as the interpreter does
+    os._exit(code & 0xFF)
+
+
+def _run(executable: str, arguments: list[str]) -> None:
+    import multiprocessing.spawn
+    import runpy
+    from types import ModuleType
+
+    sys.executable = executable  # what it starts is started at once, too
+    multiprocessing.spawn.set_executable(executable)
+    path = [entry for entry in sys.path[1:] if entry not in _path().split(os.pathsep)]
+    path = [*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *path]
+    while arguments[0] in ("-u", "-B"):
+        arguments = arguments[1:]
+    how, rest = arguments[0], arguments[1:]
+    sys.path[:] = ["" if how == "-c" else os.getcwd() if how == "-m" else str(Path(how).parent), *path]
+    if how == "-c":
+        sys.argv[:] = ["-c", *rest[1:]]
+        sys.modules["__main__"] = ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), sys.modules["__main__"].__dict__)
+    elif how == "-m":
+        sys.argv[:] = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        assert not how.startswith("-"), f"{how} is an option that this Python does not know"
+        sys.argv[:] = arguments
+        runpy.run_path(how, run_name="__main__")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        _serve(int(sys.argv[1]), int(sys.argv[2]))
+    else:
+        _stand_in(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -1,0 +1,233 @@
+"""Nothing of the user is deleted or overwritten: what `mm_moslora.utils.files` does, and that nothing else deletes."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from mm_moslora.utils import files
+from mm_moslora.utils.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+PATH_METHODS = {"unlink", "rmdir", "rename", "replace", "hardlink_to"}
+FUNCTIONS = {
+    "os": {"unlink", "remove", "rmdir", "removedirs", "rename", "renames", "replace", "truncate", "ftruncate"},
+    "shutil": {"rmtree", "move"},
+}
+
+
+def destructive(source: str) -> list[str]:
+    """Calls and references that take a file or folder away, as `line: what`."""
+    found = []
+    tree = ast.parse(source)
+    called = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in FUNCTIONS:
+            found += [(node.lineno, alias.name) for alias in node.names if alias.name in FUNCTIONS[node.module]]
+        if not isinstance(node, ast.Attribute):
+            continue
+        owner = node.value.id if isinstance(node.value, ast.Name) else None
+        if owner in FUNCTIONS:
+            if node.attr in FUNCTIONS[owner]:
+                found.append((node.lineno, f"{owner}.{node.attr}"))
+        elif node.attr in PATH_METHODS and owner != "files" and _may_be_a_paths(node, called.get(id(node))):
+            found.append((node.lineno, f".{node.attr}"))
+    return [f"{line}: {what}" for line, what in sorted(found)]
+
+
+def _may_be_a_paths(node: ast.Attribute, call: ast.Call | None) -> bool:
+    """`replace` of a text takes two arguments, of a dataclass or a date keywords; that of a path takes one."""
+    if node.attr != "replace":
+        return True
+    if call is None:
+        return isinstance(node.value, ast.Name) and node.value.id == "Path"
+    return len(call.args) == 1 and not call.keywords
+
+
+def test_one_module_alone_deletes_renames_and_replaces():
+    found = {
+        f"{path.relative_to(ROOT)}:{what}"
+        for folder in (ROOT / "mm_moslora", ROOT / "eval")
+        for path in folder.rglob("*.py")
+        for what in destructive(path.read_text(encoding="utf-8"))
+        if path != ROOT / "mm_moslora" / "files.py"
+    }
+    assert not found
+    assert destructive((ROOT / "mm_moslora" / "files.py").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "path.unlink()", "path.unlink(missing_ok=True)", "(folder / name).replace(target)", "Path(a).rename(b)",
+        "folder.rmdir()", "os.remove(a)", "os.replace(a, b)", "shutil.rmtree(a, ignore_errors=True)",
+        "shutil.move(a, b)", "from shutil import rmtree", "from os import unlink as gone", "map(os.unlink, names)",
+        "map(Path.replace, a, b)",
+    ],
+)  # fmt: skip
+def test_the_search_finds_what_deletes(line):
+    assert destructive(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["text.replace('a', 'b')", "dataclasses.replace(recipe, data=data)", "date.replace(hour=1)", "files.rename(a, b)"],
+)
+def test_the_search_leaves_texts_and_dataclasses_alone(line):
+    assert not destructive(line)
+
+
+def marked(folder: Path) -> Path:
+    folder.mkdir()
+    files.mark(folder, "temporary")
+    (folder / "inner").mkdir()
+    (folder / "inner" / "a").write_text("x")
+    return folder
+
+
+def test_a_folder_with_the_mark_goes_and_one_without_stays(tmp_path):
+    files.remove(marked(tmp_path / "ours"))
+    assert not (tmp_path / "ours").exists()
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("years")
+    with pytest.raises(ConfigError, match=r"theirs is in the way and is not deleted: it has no \.mm_moslora"):
+        files.remove(theirs)
+    assert (theirs / "thesis.txt").read_text() == "years"
+    files.remove(tmp_path / "absent")
+
+
+def test_a_link_to_a_marked_folder_is_not_followed(tmp_path):
+    target = marked(tmp_path / "elsewhere")
+    (tmp_path / "link").symlink_to(target)
+    with pytest.raises(ConfigError, match="link is in the way"):
+        files.remove(tmp_path / "link")
+    inside = marked(tmp_path / "ours")
+    (inside / "link").symlink_to(target)
+    files.remove(inside)
+    assert (target / "inner" / "a").read_text() == "x"
+
+
+def test_the_mark_goes_last(tmp_path, monkeypatch):
+    """A deletion that is cut short can be done again."""
+    folder = marked(tmp_path / "ours")
+    monkeypatch.setattr(files.shutil, "rmtree", lambda *_, **__: None)  # the system refuses
+    files.remove(folder)
+    assert (folder / files.MARK).is_file()
+    assert (folder / "inner" / "a").is_file()
+    monkeypatch.undo()
+    files.remove(folder)
+    assert not folder.exists()
+
+
+def test_a_folder_is_built_aside_and_what_a_killed_process_left_is_cleared(tmp_path):
+    marked(tmp_path / ".set.partial")
+    with files.building(tmp_path / "set", replaces=files.MARK) as part:
+        assert not (tmp_path / "set").exists()
+        (part / "a").write_text("1")
+    with pytest.raises(OSError, match="a"), files.building(tmp_path / "set", replaces=files.MARK) as part:
+        (part / "absent" / "a").write_text("2")
+    assert (tmp_path / "set" / "a").read_text() == "1"
+    with files.building(tmp_path / "set", replaces=files.MARK) as part:
+        (part / "b").write_text("3")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [files.MARK, "b", "set"]
+    with files.building(tmp_path / "set") as part:  # another host was faster
+        (part / "c").write_text("4")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [files.MARK, "b", "set"]
+
+
+@pytest.mark.parametrize("replaces", [None, files.MARK, "ready.json"])
+def test_a_folder_that_holds_nothing_but_the_mark_does_not_cost_what_was_built(replaces, tmp_path):
+    """An interrupted deletion leaves it."""
+    for nothing in (True, False):
+        (tmp_path / "set").mkdir()
+        if nothing:
+            files.mark(tmp_path / "set", "temporary")
+        assert not files.is_built(tmp_path / "set")
+        with files.building(tmp_path / "set", replaces=replaces) as part:
+            (part / "a").write_text("1")
+        assert (tmp_path / "set" / "a").read_text() == "1"
+        assert files.is_built(tmp_path / "set")
+        assert [path.name for path in tmp_path.iterdir()] == ["set"]
+        files.mark(tmp_path / "set", "temporary")
+        files.remove(tmp_path / "set")
+    assert not files.is_built(tmp_path / "set")
+
+
+def test_a_link_to_an_empty_folder_is_not_replaced(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "set").symlink_to(tmp_path / "empty")
+    with pytest.raises(OSError), files.building(tmp_path / "set") as part:  # noqa: PT011  (what the system says)
+        (part / "a").write_text("1")
+    assert (tmp_path / "set").is_symlink()
+
+
+def test_a_folder_of_the_user_is_refused_before_anything_is_built(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "mine").touch()
+    with pytest.raises(ConfigError, match="Move it away"), files.building(tmp_path / "set", replaces=files.MARK):
+        pytest.fail("this may take an hour")
+
+
+def test_names_of_a_run_in_a_folder_of_the_user_are_refused_with_the_way_out(tmp_path):
+    files.refuse_strangers(tmp_path / "new", ["config.yaml"], kind="run")
+    (tmp_path / "notes.txt").touch()
+    files.refuse_strangers(tmp_path, ["config.yaml"], kind="run")
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ConfigError, match=r"already holds config\.yaml.*echo run >> .*\.mm_moslora") as caught:
+        files.refuse_strangers(tmp_path, ["config.yaml"], kind="run")
+    files.mark(tmp_path, "evaluation")
+    with pytest.raises(ConfigError, match="a run of mm_moslora"):
+        files.refuse_strangers(tmp_path, ["config.yaml"], kind="run")
+    assert os.system(str(caught.value).rpartition("say so: ")[2]) == 0
+    files.refuse_strangers(tmp_path, ["config.yaml"], kind="run")
+
+
+def test_a_page_replaces_a_page_and_nothing_else(tmp_path):
+    page = tmp_path / "report.html"
+    assert files.output_file(page) == page
+    page.write_text("<!doctype html><p>my own page</p>")
+    with pytest.raises(ConfigError, match=r"report\.html exists and is not replaced"):
+        files.output_file(page, sign=files.PAGE_SIGN)
+    page.write_bytes(b"<head><meta " + files.PAGE_SIGN + b"></head>")
+    assert files.output_file(page, sign=files.PAGE_SIGN) == page
+    with pytest.raises(ConfigError, match="is not replaced"):
+        files.output_file(page)
+    with pytest.raises(ConfigError, match="is a folder; expected the file"):
+        files.output_file(tmp_path)
+
+
+def test_a_full_disk_costs_no_line(tmp_path, monkeypatch):
+    said: list[str] = []
+    log, real, room = files.Appender(tmp_path / "log.jsonl", say=said.append), os.write, [4]
+
+    def write(descriptor: int, data: bytes) -> int:
+        if room[0] == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        part = data[: room[0]]
+        room[0] -= len(part)
+        return real(descriptor, part)
+
+    monkeypatch.setattr(files.os, "write", write)
+    for number in range(3):
+        log.add(f"line {number}")
+    assert (tmp_path / "log.jsonl").read_text() == "line"
+    assert len(said) == 1
+    assert "No space left on device" in said[0]
+    room[0] = 1000
+    log.add("line 3")
+    assert (tmp_path / "log.jsonl").read_text() == "line 0\nline 1\nline 2\nline 3\n"
+    assert said[1].endswith("is written again; 0 lines were lost.")
+
+
+def test_what_waits_for_a_full_disk_is_bounded(tmp_path):
+    log = files.Appender(tmp_path / "absent" / "log.jsonl", say=lambda text: None)
+    for _ in range(20):
+        log.add("x" * 100_000)
+    (tmp_path / "absent").mkdir()
+    log.add("the last")
+    assert (tmp_path / "absent" / "log.jsonl").stat().st_size <= 2**20 + 10
