@@ -24,7 +24,7 @@ IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class ProcessedImage:
     """One picture, ready for a model."""
 
     placeholders: tuple[int, ...]
@@ -35,7 +35,7 @@ class Seen:
     """Names its pixels: equal keys, equal pixels. Empty: nothing is known; it counts as different from all others."""
 
 
-class Eyes(Protocol):
+class ImageProcessing(Protocol):
     """What turns pictures into tensors for one model."""
 
     @property
@@ -43,7 +43,7 @@ class Eyes(Protocol):
         """Whether every picture takes as many tokens as any other."""
         ...
 
-    def see(self, images: Sequence[Any]) -> list[Seen]:
+    def see(self, images: Sequence[Any]) -> list[ProcessedImage]:
         """Prepare the RGB pictures (PIL images) of one conversation."""
         ...
 
@@ -70,7 +70,7 @@ class Example:
     images: int = 0
     """Pictures; 0 with `pixel_values` means one per entry."""
     image_keys: tuple[str, ...] = ()
-    """`Seen.key` of every picture, or nothing."""
+    """`ProcessedImage.key` of every picture, or nothing."""
     image_rows: tuple[int, ...] = ()
     """How many entries of `pixel_values` (pictures, tiles, patches) every picture has, or nothing."""
 
@@ -84,7 +84,7 @@ class Example:
         assert self.supervised.dtype == torch.bool
 
     @classmethod
-    def of(cls, *, id: str, input_ids: Tensor, supervised: Tensor, seen: Sequence[Seen]) -> Example:
+    def of(cls, *, id: str, input_ids: Tensor, supervised: Tensor, seen: Sequence[ProcessedImage]) -> Example:
         """An example with its pictures.
 
         Args:

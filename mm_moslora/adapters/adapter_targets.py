@@ -26,7 +26,7 @@ from mm_moslora.adapters.layers.layer_dispatch import why_not_adaptable
 from mm_moslora.adapters.layers.sibling_projections import link_siblings
 from mm_moslora.adapters.mixer import Mixer
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, check_expression, unmatched_patterns
-from mm_moslora.adapters.uncalled_layers import why_never_called
+from mm_moslora.adapters.uncalled_layers import why_not_called
 from mm_moslora.utils.errors import AdapterError, suggestion
 
 logger = logging.getLogger(__name__)
@@ -232,7 +232,7 @@ def _head_modules(model: nn.Module) -> set[int]:
 
 def _why_never_called(path: str, modules: dict[str, nn.Module]) -> str | None:
     parent, _, name = path.rpartition(".")
-    return why_never_called(modules.get(parent), name)
+    return why_not_called(modules.get(parent), name)
 
 
 def _linear_names(modules: dict[str, nn.Module]) -> str:

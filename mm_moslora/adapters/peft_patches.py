@@ -20,7 +20,7 @@ from mm_moslora.adapters.folders.save_folder import OWN_WEIGHTS, named_as_module
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, unmatched_patterns
 from mm_moslora.adapters.tied_weights import untie
-from mm_moslora.adapters.uncalled_layers import why_never_called
+from mm_moslora.adapters.uncalled_layers import why_not_called
 from mm_moslora.adapters.weighted_adapters import Combination, add_weighted_adapter
 from mm_moslora.utils.errors import AdapterError, suggestion
 from mm_moslora.utils.run_paths import writing
@@ -182,7 +182,7 @@ def _existing(original: Callable[..., None]) -> Callable[..., None]:
         parent: Any = rest.get("parent") or next((item for item in args if isinstance(item, nn.Module)), None)
         trains = isinstance(lora_config, MoSLoRAConfig) and not lora_config.inference_mode
         if trains and not isinstance(parent, nn.MultiheadAttention):  # whose out_proj PEFT adapts with the whole
-            reason = why_never_called(parent, path.rpartition(".")[2])
+            reason = why_not_called(parent, path.rpartition(".")[2])
             if reason:
                 raise AdapterError(f"Target {path!r} cannot carry MoSLoRA: {reason}")
         original(self, lora_config, adapter_name, target, *args, **rest)

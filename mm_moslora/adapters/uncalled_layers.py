@@ -63,7 +63,7 @@ SOMETIMES_CALLED: Mapping[str, tuple[str, ...]] = {
 """Children whose weight goes to a function (a fused kernel, mostly) on one way and that are called on another."""
 
 
-def why_never_called(parent: nn.Module | None, name: str) -> str | None:
+def why_not_called(parent: nn.Module | None, name: str) -> str | None:
     """Why an adapter on a child of a module would do nothing, or nothing on some ways through it; None if it works.
 
     Args:

@@ -105,7 +105,7 @@ def compare(
     shared = load_recipe(recipe, override_items(overrides))
     from mm_moslora.compare.arms import parse_arms, split
     from mm_moslora.compare.comparison_plan import LOSS, Settings
-    from mm_moslora.compare.comparison_run import Comparison, Room, exclusive, plan_lines
+    from mm_moslora.compare.comparison_run import Comparison, RunBudget, exclusive, plan_lines
 
     settings = Settings(
         arms=parse_arms(arms, shared), rates=_rates(lr) or [shared.optim.lr], seeds=seeds, tasks=split(tasks),
@@ -113,7 +113,7 @@ def compare(
         batch_size=batch_size, max_new_tokens=max_new_tokens, controls=controls, train_answers=train_answers,
     )  # fmt: skip
     print("\n".join(plan_lines(settings)), flush=True)
-    room = Room(parallel=parallel, devices_per_run=gpus_per_run, max_minutes=max_minutes, keep_all=keep_all)
+    room = RunBudget(parallel=parallel, devices_per_run=gpus_per_run, max_minutes=max_minutes, keep_all=keep_all)
     quiet_libraries()
     with exclusive(output):
         comparison = Comparison(shared, settings, output, hold_out=hold_out)

@@ -78,7 +78,7 @@ def launch(
         Print the resolved recipe and the command, and start nothing.
     """
     from mm_moslora.config import load_recipe, override_items
-    from mm_moslora.launch.launcher import EXIT_REQUEUE, Places
+    from mm_moslora.launch.launcher import EXIT_REQUEUE, Topology
     from mm_moslora.launch.launcher import launch as start
     from mm_moslora.launch.slurm_job import WARNING, Job, Requeue
     from mm_moslora.training.supervision.stop_signals import Stopped, StopRequest
@@ -90,7 +90,7 @@ def launch(
         with stop.at_once():
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {WARNING})  # the batch script blocks it until it is heard here
             spread = job is not None and (requeue or job.nodes > 1) and nnodes == 1 and hostfile is None
-            places = Places(
+            places = Topology(
                 nproc=_processes(nproc), nnodes=nnodes, rdzv=rdzv, hostfile=hostfile, max_restarts=max_restarts,
                 job=job if spread else None,
             )  # fmt: skip

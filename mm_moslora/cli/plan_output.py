@@ -84,7 +84,7 @@ def _pictures(found: Plan) -> str:
     """What stands for all pictures, where their size decides what they cost."""
     from rich.markup import escape
 
-    size = found.footprint
+    size = found.activation_memory
     assert found.picture is not None
     tiles = "" if size.tiles == 1 else f"{size.tiles} tiles, "
     width, height = found.picture
@@ -98,7 +98,7 @@ def _parts(found: Plan) -> Any:
     from rich.table import Table
 
     table = Table("part", "parameters", "trainable", box=None)
-    for name, (total, trainable) in found.footprint.parts.items():
+    for name, (total, trainable) in found.activation_memory.parts.items():
         table.add_row(name, f"{total:,}", f"{trainable:,}")
     return table
 
@@ -182,7 +182,7 @@ def _verdict(console: Any, found: Plan, price: float | None) -> None:
     if best is None:
         console.print(f"[red]Nothing fits on {gpus.count} x {gpus.name}.[/] Take more or larger GPUs, or nf4.")
         return
-    share = utilisation(gpus, found.footprint)
+    share = utilisation(gpus, found.activation_memory)
     console.print(
         f"[bold]{best.label}[/]: {expected(found, best)}, {best.tokens_per_second:,.0f} tokens/s at {share:.0%} "
         "of the peak."

@@ -48,7 +48,7 @@ _FILES = ("comparison.json", "results.json", "report.html", "data", "runs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Room:
+class RunBudget:
     """What a comparison may use."""
 
     parallel: int | None = None
@@ -158,7 +158,7 @@ class Comparison:
                 )
             self.outcomes[item.name] = outcome
 
-    def run(self, room: Room) -> bool:
+    def run(self, room: RunBudget) -> bool:
         """Run whatever is missing; whether all is over. SIGTERM and Ctrl-C save and leave, as in training.
 
         Args:
@@ -167,7 +167,7 @@ class Comparison:
         with StopRequest() as stop:
             return self._run(room, stop)
 
-    def _run(self, room: Room, stop: StopRequest) -> bool:
+    def _run(self, room: RunBudget, stop: StopRequest) -> bool:
         started = time.monotonic()
         # The reason of a failure may have gone since; what diverged would diverge again.
         self.outcomes = {name: outcome for name, outcome in self.outcomes.items() if outcome.status != "failed"}
@@ -211,7 +211,7 @@ class Comparison:
         recipe = item.recipe(self.recipe, self.folder)
         return Job(cell=item, recipe=recipe, settings=self.settings, folder=self.folder, stop_at=stop_at)
 
-    def _over(self, job: Job, code: int, room: Room) -> None:
+    def _over(self, job: Job, code: int, room: RunBudget) -> None:
         outcome = comparison_cell.read_outcome(job.place)
         if outcome is None and code != 0:
             outcome = Outcome(status="failed", reason=_killed(code, job.place / comparison_cell.LOG))
@@ -268,7 +268,7 @@ class Comparison:
                 self._said_cost = True
                 return
 
-    def probe(self, room: Room) -> str:
+    def probe(self, room: RunBudget) -> str:
         """Run a few steps of the first run and say what the whole comparison will cost. The steps are not lost."""
         waiting = self._ready()
         if not waiting:

@@ -19,7 +19,7 @@ from mm_moslora.utils.errors import DataError
 @dataclass(frozen=True, kw_only=True)
 class Collator:
     """Turns examples into keyword arguments of a stock LLaVA or language model, such as `Trainer(data_collator=...)`
-    needs. Other ready-made models take more than this: see `mm_moslora.models.batching.padded_batch.RowCollator`.
+    needs. Other ready-made models take more than this: see `mm_moslora.models.batching.padded_batch.PaddedCollator`.
 
     Records that turned out to be bad (`TrainingSet` gives None for them) are left out.
     """
@@ -45,7 +45,7 @@ class Collator:
         if any("image_grid_thw" in example.image_inputs for example in kept):
             raise DataError(
                 "These examples are of a Qwen-VL model, which counts positions by its pictures. Use "
-                "mm_moslora.models.batching.padded_batch.RowCollator(model=model) instead of Collator."
+                "mm_moslora.models.batching.padded_batch.PaddedCollator(model=model) instead of Collator."
             )
         batch: dict[str, Any] = self._row(kept) if self.packed else self._padded(kept)
         images = [

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mm_moslora.data.chat.conversation_encoder import Encoded, Encoder
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.records import Record
 from mm_moslora.data.record_faults import Code, RecordError
 from mm_moslora.data.sources.record_source import RecordSource
@@ -113,7 +113,7 @@ class TokenCache:
 def open_cache(
     root: Path,
     source: RecordSource,
-    encoder: Encoder,
+    encoder: ConversationEncoder,
     *,
     encode: Encode,
     settings: str,

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from mm_moslora.batch import Example, Eyes, Seen
+from mm_moslora.batch import Example, ImageProcessing, ProcessedImage
 from mm_moslora.config import DataConfig, SourceConfig
-from mm_moslora.data.chat.conversation_encoder import Encoded, Encoder, TooLong
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded, TooLong
 from mm_moslora.data.chat.records import Record
 from mm_moslora.data.chat.text_tokens import SpecialTextError
 from mm_moslora.data.images.decode_image import ImageError
@@ -40,7 +40,7 @@ _NOT_FETCHED = (448, 448)
 
 def encode_record(
     record: Record,
-    encoder: Encoder,
+    encoder: ConversationEncoder,
     *,
     max_length: int,
     vision: bool,
@@ -81,13 +81,13 @@ def image_fault(record: Record, number: int, error: ImageError) -> RecordError:
     return record.where.error(error.code, f"image[{number}]", f"{name}: {error.what}", error.remedy + hint, path=name)
 
 
-def placeholders_of(record: Record, eyes: Eyes | None) -> list[tuple[int, ...]] | None:
+def placeholders_of(record: Record, image_processing: ImageProcessing | None) -> list[tuple[int, ...]] | None:
     """What the pictures of a record take in the conversation, by their headers; None where all take the same.
 
     Raises:
         RecordError: a header shows that its picture cannot be used.
     """
-    if eyes is None or eyes.fixed:
+    if image_processing is None or image_processing.fixed:
         return None
     sizes = []
     for number, picture in enumerate(record.images):
@@ -95,7 +95,7 @@ def placeholders_of(record: Record, eyes: Eyes | None) -> list[tuple[int, ...]] 
             sizes.append(check_picture(picture) or _NOT_FETCHED)
         except ImageError as error:
             raise image_fault(record, number, error) from error
-    return eyes.placeholders(sizes)
+    return image_processing.placeholders(sizes)
 
 
 class TrainingSet:
@@ -122,15 +122,15 @@ class TrainingSet:
     def __init__(
         self,
         sources: Sequence[SourceConfig],
-        encoder: Encoder,
-        eyes: Eyes | None,
+        encoder: ConversationEncoder,
+        image_processing: ImageProcessing | None,
         *,
         config: DataConfig,
         quarantine_path: Path | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         exact_limit: int = EXACT_LIMIT,
     ) -> None:
-        self.encoder, self.eyes, self.config = encoder, eyes, config
+        self.encoder, self.image_processing, self.config = encoder, image_processing, config
         self.files = open_sources(sources)
         self._starts = list(itertools.accumulate((len(file) for file in self.files), initial=0))
         self.quarantine = Quarantine(quarantine_path, len(self), config)
@@ -214,8 +214,8 @@ class TrainingSet:
 
     def encode(self, record: Record, pictures: Sequence[Sequence[int]] | None = None) -> Encoded:
         """Tokenise a record; see `encode_record`. The sizes of its pictures are looked up where they matter."""
-        pictures = placeholders_of(record, self.eyes) if pictures is None else pictures
-        vision = self.eyes is not None
+        pictures = placeholders_of(record, self.image_processing) if pictures is None else pictures
+        vision = self.image_processing is not None
         return encode_record(record, self.encoder, max_length=self.config.max_length, vision=vision, pictures=pictures)
 
     def encoded(self, index: int, record: Record) -> Encoded:
@@ -235,7 +235,7 @@ class TrainingSet:
             RecordError: the record cannot be used.
         """
         record = self.record(index)
-        if self.eyes is not None and not self.eyes.fixed:
+        if self.image_processing is not None and not self.image_processing.fixed:
             seen = self.see(record, len(record.images))
             encoded = self.encode(record, [picture.placeholders for picture in seen])
         else:
@@ -248,13 +248,13 @@ class TrainingSet:
             seen=seen[: encoded.images],
         )
 
-    def see(self, record: Record, count: int) -> list[Seen]:
+    def see(self, record: Record, count: int) -> list[ProcessedImage]:
         """The first pictures of a record, ready for the model.
 
         Raises:
             RecordError: a picture cannot be used.
         """
-        if self.eyes is None or not count:
+        if self.image_processing is None or not count:
             return []
         images = []
         for number, picture in enumerate(record.images[:count]):
@@ -262,7 +262,7 @@ class TrainingSet:
                 images.append(open_picture(picture))
             except ImageError as error:
                 raise image_fault(record, number, error) from error
-        return self.eyes.see(images)
+        return self.image_processing.see(images)
 
     def __getitem__(self, index: int) -> Example | None:
         """One example, or None when it turns out to be bad; then it is in quarantine.
@@ -287,7 +287,9 @@ class TrainingSet:
                 self.encoder,
                 encode=self.encode,
                 settings=f"{config.max_length} {self._eyesight()} {file.rules}",  # faults of names are kept, too
-                tokens_per_image=self.encoder.tokens_per_image if self.eyes is not None and self.eyes.fixed else 1,
+                tokens_per_image=self.encoder.tokens_per_image
+                if self.image_processing is not None and self.image_processing.fixed
+                else 1,
                 on_progress=on_progress,
             )
             for file in self.files
@@ -295,9 +297,9 @@ class TrainingSet:
 
     def _eyesight(self) -> str:
         """What tokens depend on besides the encoder."""
-        if self.eyes is None or self.eyes.fixed:
-            return str(self.eyes is not None)
-        return str([len(ids) for ids in self.eyes.placeholders([(2**side, 512) for side in range(6, 12)])])
+        if self.image_processing is None or self.image_processing.fixed:
+            return str(self.image_processing is not None)
+        return str([len(ids) for ids in self.image_processing.placeholders([(2**side, 512) for side in range(6, 12)])])
 
     def _build(self, on_progress: Callable[[int, int], None] | None) -> None:
         for source, cache in enumerate(self.caches):

@@ -88,7 +88,7 @@ def leave_mark(run_folder: Path, number: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
+class Topology:
     """Where ranks are to run."""
 
     nproc: int | None = None
@@ -146,7 +146,7 @@ def accelerators() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def command(places: Places, arguments: Sequence[str]) -> list[str]:
+def command(places: Topology, arguments: Sequence[str]) -> list[str]:
     """The command that starts the ranks.
 
     Args:
@@ -174,7 +174,12 @@ def command(places: Places, arguments: Sequence[str]) -> list[str]:
 
 
 def launch(
-    places: Places, arguments: Sequence[str], *, run_folder: Path, dry_run: bool = False, requeue: Requeue | None = None
+    places: Topology,
+    arguments: Sequence[str],
+    *,
+    run_folder: Path,
+    dry_run: bool = False,
+    requeue: Requeue | None = None,
 ) -> int:
     """Start the ranks and wait for them.
 

@@ -27,20 +27,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mm_moslora.batch import Eyes
+from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import ModelConfig, Thinking, VisionConfig
 from mm_moslora.config.llava_chat_templates import set_chat_template
 from mm_moslora.models.decoding.generation import stop_token_ids
-from mm_moslora.models.pretrained_vlm import load_ready, load_ready_processor, ready_image_token
+from mm_moslora.models.pretrained_vlm import load_pretrained_processor, load_pretrained_vlm, pretrained_image_token
 from mm_moslora.models.processing.anyres import NEWLINE, anyres_processor, compose_anyres, newline_of, require_anyres
-from mm_moslora.models.processing.image_processing import ProcessorEyes, SquareEyes
+from mm_moslora.models.processing.image_processing import ProcessorImageProcessing, SquareImageProcessing
 from mm_moslora.models.processing.llava_processor import IMAGE_TOKEN, build_processor, image_processor
 from mm_moslora.models.projectors.projector import build_projector, projector_tokens
 from mm_moslora.models.projectors.projector_layers import ProjectorShape
 from mm_moslora.models.vision.dual_tower import FusedVisionModel
 from mm_moslora.models.vision.timm_open_clip_tower import WrappedVisionModel
 from mm_moslora.models.vision.vision_tower import ImageSpec, load_vision
-from mm_moslora.models.vlm import VlmConfig, VlmForConditionalGeneration, is_multimodal, takes_rows
+from mm_moslora.models.vlm import VlmConfig, VlmForConditionalGeneration, has_own_forward, is_multimodal
 from mm_moslora.utils.errors import ModelError, reason_of
 from mm_moslora.utils.package_requirements import install_command, is_installed
 from mm_moslora.utils.run_paths import require_model, require_projector
@@ -56,7 +56,7 @@ class Assembly:
     """With the image token where there is a vision tower."""
     processor: Any = None
     """None for a language model alone."""
-    ready_made: bool = False
+    is_pretrained_vlm: bool = False
     """Whether conversations take the form of the processor's own chat template."""
     image: ImageSpec | None = None
     """The vision tower's specification, where the assembly is ours."""
@@ -79,16 +79,16 @@ class Assembly:
     @property
     def template_processor(self) -> Any:
         """The processor of a ready-made model, whose chat template then counts; else None."""
-        return self.processor if self.ready_made else None
+        return self.processor if self.is_pretrained_vlm else None
 
     @cached_property
-    def eyes(self) -> Eyes | None:
+    def image_processing(self) -> ImageProcessing | None:
         """What turns pictures into tensors; None for a language model alone."""
         if self.processor is None or self.image_token_id is None:
             return None
-        if self.ready_made or takes_rows(self.model):
-            return ProcessorEyes(self.processor, image_token_id=self.image_token_id)
-        return SquareEyes(
+        if self.is_pretrained_vlm or has_own_forward(self.model):
+            return ProcessorImageProcessing(self.processor, image_token_id=self.image_token_id)
+        return SquareImageProcessing(
             self.processor.image_processor, image_token_id=self.image_token_id, tokens=self.tokens_per_image
         )
 
@@ -165,9 +165,9 @@ def _processor(
 
 def _assemble_ready(config: ModelConfig, *, dtype: torch.dtype) -> Assembly:
     assert config.vlm is not None
-    model, processor = load_ready(config.vlm, config.vlm_revision, dtype=dtype)
+    model, processor = load_pretrained_vlm(config.vlm, config.vlm_revision, dtype=dtype)
     set_system_prompt(processor, config.system_prompt)
-    sane_generation_config(model)
+    savable_generation_config(model)
     base = {"vlm": config.vlm, "vlm_revision": config.vlm_revision}
     return ready_assembly(model, processor, base=base, thinking=config.thinking)
 
@@ -177,11 +177,11 @@ def ready_assembly(
 ) -> Assembly:
     """A loaded ready-made model with its processor."""
     assembly = Assembly(
-        model=model.eval(), tokenizer=processor.tokenizer, processor=processor, ready_made=True, base=base,
+        model=model.eval(), tokenizer=processor.tokenizer, processor=processor, is_pretrained_vlm=True, base=base,
         thinking=thinking,
     )  # fmt: skip
-    assert assembly.eyes is not None
-    assembly.tokens_per_image = len(assembly.eyes.placeholders([(448, 448)])[0])
+    assert assembly.image_processing is not None
+    assembly.tokens_per_image = len(assembly.image_processing.placeholders([(448, 448)])[0])
     return assembly
 
 
@@ -213,7 +213,7 @@ def load_language(
             f"model.language is {name!r}, which does not load as a causal language model: {reason_of(error)}."
         ) from error
     _refuse_head_extras(language, name)
-    sane_generation_config(language)
+    savable_generation_config(language)
     return language, tokenizer
 
 
@@ -255,7 +255,7 @@ def set_system_prompt(tokenizer: Any, prompt: str | None) -> None:
     )
 
 
-def sane_generation_config(model: PreTrainedModel) -> None:
+def savable_generation_config(model: PreTrainedModel) -> None:
     """Make the generation settings savable: sampling values without sampling are refused at save time, hours later."""
     settings = model.generation_config
     if settings is not None and not settings.do_sample:
@@ -314,7 +314,7 @@ class TextAndImages:
     image_processor: Any = None
     template_processor: Any = None
     """Of a ready-made model, whose chat template then counts."""
-    eyes: Eyes | None = None
+    image_processing: ImageProcessing | None = None
     """None for a language model alone."""
     thinking: Thinking = "auto"
     """The recipe's `model.thinking`."""
@@ -355,7 +355,7 @@ def text_and_images(config: ModelConfig) -> TextAndImages:
             image_token_id=token,
             tokens_per_image=tokens,
             image_processor=processor.image_processor,
-            eyes=ProcessorEyes(processor, image_token_id=token),
+            image_processing=ProcessorImageProcessing(processor, image_token_id=token),
         )
     images = image_processor(spec, config.image_aspect)
     return TextAndImages(
@@ -364,24 +364,24 @@ def text_and_images(config: ModelConfig) -> TextAndImages:
         image_token_id=token,
         tokens_per_image=tokens,
         image_processor=images,
-        eyes=SquareEyes(images, image_token_id=token, tokens=tokens),
+        image_processing=SquareImageProcessing(images, image_token_id=token, tokens=tokens),
     )
 
 
 def _ready_text_and_images(config: ModelConfig) -> TextAndImages:
     assert config.vlm is not None
-    processor = load_ready_processor(config.vlm, config.vlm_revision)
+    processor = load_pretrained_processor(config.vlm, config.vlm_revision)
     set_system_prompt(processor, config.system_prompt)
-    token = ready_image_token(config.vlm, config.vlm_revision, processor)
-    eyes = ProcessorEyes(processor, image_token_id=token)
+    token = pretrained_image_token(config.vlm, config.vlm_revision, processor)
+    image_processing = ProcessorImageProcessing(processor, image_token_id=token)
     return TextAndImages(
         thinking=config.thinking,
         tokenizer=processor.tokenizer,
         image_token_id=token,
-        tokens_per_image=len(eyes.placeholders([(448, 448)])[0]),
+        tokens_per_image=len(image_processing.placeholders([(448, 448)])[0]),
         image_processor=processor.image_processor,
         template_processor=processor,
-        eyes=eyes,
+        image_processing=image_processing,
     )
 
 

@@ -21,8 +21,8 @@ from mm_moslora import adapters
 from mm_moslora.adapters.folders.foreign_formats import read_json
 from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.models.assembly import Assembly, assemble, load_projector, ready_assembly
-from mm_moslora.models.model_paths import seen_from
-from mm_moslora.models.pretrained_vlm import load_ready_processor
+from mm_moslora.models.model_paths import resolve_model_paths
+from mm_moslora.models.pretrained_vlm import load_pretrained_processor
 from mm_moslora.models.processing.anyres import newline_of
 from mm_moslora.models.processing.llava_processor import takes_plain_contents
 from mm_moslora.models.vision.timm_open_clip_tower import cast_parameters
@@ -72,7 +72,7 @@ def recipe_of(folder: Path) -> Recipe:
 
 def model_of(folder: Path) -> ModelConfig:
     """The recipe's `model` of a checkpoint, its relative paths as they are found from here."""
-    return seen_from(recipe_of(folder).model, folder)
+    return resolve_model_paths(recipe_of(folder).model, folder)
 
 
 def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, quantised: bool) -> Assembly:
@@ -82,14 +82,14 @@ def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, quantised
     projector = dataclasses.replace(config.projector, weights=None)
     # Weights are merged in fp32 and rounded once at the end.
     assembly = assemble(dataclasses.replace(config, projector=projector), dtype=torch.float32)
-    if is_multimodal(assembly.model) and not assembly.ready_made:
+    if is_multimodal(assembly.model) and not assembly.is_pretrained_vlm:
         load_projector(
             assembly.model.model.multi_modal_projector,
             folder / "projector.safetensors",
             newline=newline_of(assembly.model),
         )
         assembly.changed = True
-    for component in ("vision", "language", *(("projector",) if assembly.ready_made else ())):
+    for component in ("vision", "language", *(("projector",) if assembly.is_pretrained_vlm else ())):
         if (folder / f"{component}.safetensors").is_file():
             _load_trained(assembly, folder / f"{component}.safetensors")
             assembly.changed = True
@@ -151,7 +151,7 @@ def _load_stock(folder: str | Path, *, dtype: torch.dtype) -> Assembly:
             model=language.eval(), tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False), base=base
         )
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
-    processor: Any = load_ready_processor(str(folder), None)
+    processor: Any = load_pretrained_processor(str(folder), None)
     if not (isinstance(model, LlavaForConditionalGeneration) and takes_plain_contents(processor)):
         return ready_assembly(model, processor, base=base)
     processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)

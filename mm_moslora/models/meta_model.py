@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
-from mm_moslora.batch import Seen
+from mm_moslora.batch import ProcessedImage
 from mm_moslora.config import ModelConfig, Recipe, refuse_all_frozen, refuse_without_effect
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS, set_attention
 from mm_moslora.models.assembly import (
@@ -31,13 +31,13 @@ from mm_moslora.models.assembly import (
 )
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.model_sizes import config_to_count
-from mm_moslora.models.pretrained_vlm import PICTURE, load_ready_processor, ready_image_token, side_of
+from mm_moslora.models.pretrained_vlm import PICTURE, load_pretrained_processor, pretrained_image_token, side_of
 from mm_moslora.models.processing.anyres import anyres_processor, compose_anyres, require_anyres
-from mm_moslora.models.processing.image_processing import ProcessorEyes
+from mm_moslora.models.processing.image_processing import ProcessorImageProcessing
 from mm_moslora.models.projectors.projector import projector_tokens
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vision.vision_tower import ImageSpec, sketch_vision
-from mm_moslora.models.vlm import is_padded, part_of
+from mm_moslora.models.vlm import needs_padding, part_of
 from mm_moslora.utils.errors import ModelError, reason_of
 
 LAYERS = 2
@@ -46,7 +46,7 @@ HUB_SECONDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Skeleton:
+class MetaModel:
     """A model on the meta device with a few of its decoder layers."""
 
     model: PreTrainedModel
@@ -55,7 +55,7 @@ class Skeleton:
     tokens_per_image: int
     image: ImageSpec | None
     """Of an assembled model's tower."""
-    seen: Seen | None
+    seen: ProcessedImage | None
     """A picture of the size asked for, as the model's own processor prepares it; see `size_decides`."""
     unseen: str
     """Why there is none, though the size decides."""
@@ -89,7 +89,9 @@ class Skeleton:
         return self.layers * own
 
 
-def skeleton(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16, picture: tuple[int, int] = PICTURE) -> Skeleton:
+def build_meta_model(
+    recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16, picture: tuple[int, int] = PICTURE
+) -> MetaModel:
     """Build a recipe's model on the meta device, adapters and what trains included.
 
     Args:
@@ -113,11 +115,11 @@ def skeleton(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16, picture: tu
             cast(nn.Module, model).to(dtype)
             attach_adapters(Assembly(model=model, tokenizer=cast(Any, None)), config, recipe.adapter)
         seen, unseen = _seen(config, image, picture) if size_decides(config) else (None, "")
-    if not is_padded(model):
+    if not needs_padding(model):
         set_attention(model, SEGMENTS)
         if config.lean_layers and config.quantisation != "int8":  # whose layers run in their stock form
             use_lean_layers(model, depth=layers)
-    return Skeleton(
+    return MetaModel(
         model=model.train(), layers=layers, tokens_per_image=tokens if seen is None else len(seen.placeholders),
         image=image, seen=seen, unseen=unseen, patches=patches,
     )  # fmt: skip
@@ -128,12 +130,12 @@ def size_decides(config: ModelConfig) -> bool:
     return config.vlm is not None or (config.vision is not None and config.image_aspect == "anyres")
 
 
-def _seen(config: ModelConfig, spec: ImageSpec | None, picture: tuple[int, int]) -> tuple[Seen | None, str]:
+def _seen(config: ModelConfig, spec: ImageSpec | None, picture: tuple[int, int]) -> tuple[ProcessedImage | None, str]:
     """A picture in the eyes of the model's own processor, or why it has none."""
     try:
         if config.vlm is not None:
-            processor = load_ready_processor(config.vlm, config.vlm_revision)
-            token = ready_image_token(config.vlm, config.vlm_revision, processor)
+            processor = load_pretrained_processor(config.vlm, config.vlm_revision)
+            token = pretrained_image_token(config.vlm, config.vlm_revision, processor)
         else:
             assert spec is not None
             tokenizer = AutoTokenizer.from_pretrained(
@@ -144,7 +146,7 @@ def _seen(config: ModelConfig, spec: ImageSpec | None, picture: tuple[int, int])
     except (ModelError, OSError, ValueError, KeyError) as error:
         return None, (str(error).strip().splitlines() or [type(error).__name__])[0]
     # White, since SmolVLM leaves out tiles that are zero everywhere, which grey may be.
-    return ProcessorEyes(processor, image_token_id=token).see([Image.new("RGB", picture, "white")])[0], ""
+    return ProcessorImageProcessing(processor, image_token_id=token).see([Image.new("RGB", picture, "white")])[0], ""
 
 
 @contextmanager
@@ -184,7 +186,7 @@ def _shortened(config: Any) -> tuple[Any, int]:
     return config, layers
 
 
-class _Bones(NamedTuple):
+class _MetaParts(NamedTuple):
     model: PreTrainedModel
     layers: int
     tokens: int
@@ -192,11 +194,11 @@ class _Bones(NamedTuple):
     patches: tuple[int, int] | None = None
 
 
-def _assembled(recipe: Recipe) -> _Bones:
+def _assembled(recipe: Recipe) -> _MetaParts:
     config = recipe.model
     text, layers = _shortened(_read(str(config.language), config.language_revision, "model.language").get_text_config())
     if config.vision is None:
-        return _Bones(AutoModelForCausalLM.from_config(text, trust_remote_code=False), layers, 0, None)
+        return _MetaParts(AutoModelForCausalLM.from_config(text, trust_remote_code=False), layers, 0, None)
     tower, spec = sketch_vision(config.vision)
     shape = projector_shape(config, spec, text)
     tokens = projector_tokens(config.projector.kind, shape) + (1 if config.vision.select == "cls_patch" else 0)
@@ -204,11 +206,11 @@ def _assembled(recipe: Recipe) -> _Bones:
     standard = is_standard(config, spec, tower)
     if config.image_aspect == "anyres":
         require_anyres(config, spec, tower, standard=standard)
-        return _Bones(compose_anyres(config, settings, spec, dtype=torch.float32), layers, tokens, spec)
-    return _Bones(compose(config, settings, shape, standard=standard, prefix=spec.prefix), layers, tokens, spec)
+        return _MetaParts(compose_anyres(config, settings, spec, dtype=torch.float32), layers, tokens, spec)
+    return _MetaParts(compose(config, settings, shape, standard=standard, prefix=spec.prefix), layers, tokens, spec)
 
 
-def _ready(name: str, revision: str | None, picture: tuple[int, int]) -> _Bones:
+def _ready(name: str, revision: str | None, picture: tuple[int, int]) -> _MetaParts:
     config = copy.deepcopy(_read(name, revision, "model.vlm"))
     text, layers = _shortened(config.get_text_config())
     config.text_config = text
@@ -217,6 +219,6 @@ def _ready(name: str, revision: str | None, picture: tuple[int, int]) -> _Bones:
         merged = getattr(tower, "spatial_merge_size", 1)
         height, width = (max(1, round(side / side_of(tower, "patch_size") / merged)) for side in reversed(picture))
         tokens, patches = height * width, (height * merged, width * merged)
-    return _Bones(
+    return _MetaParts(
         AutoModelForImageTextToText.from_config(config, trust_remote_code=False), layers, int(tokens), None, patches
     )

@@ -23,7 +23,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
-def seen_from(config: ModelConfig, checkpoint: Path) -> ModelConfig:
+def resolve_model_paths(config: ModelConfig, checkpoint: Path) -> ModelConfig:
     """The configuration of a checkpoint, to be loaded from any working directory.
 
     Relative paths start where the run was started, which is mostly a folder above its checkpoints: what is not found
@@ -35,7 +35,7 @@ def seen_from(config: ModelConfig, checkpoint: Path) -> ModelConfig:
         config: of the checkpoint's recipe.
         checkpoint: its folder.
     """
-    expected = contents_at(checkpoint)
+    expected = stored_fingerprints(checkpoint)
     above = [*checkpoint.absolute().parents, *checkpoint.resolve().parents]
 
     def found(key: str, name: Name) -> Name:
@@ -70,7 +70,7 @@ def _candidates(name: str, above: list[Path], *, known: bool) -> Iterator[Path]:
         yield from (folder.joinpath(*parts[start:]) for folder in (*given, *(above if known else ())))
 
 
-def contents_at(checkpoint: Path) -> Mapping[str, str]:
+def stored_fingerprints(checkpoint: Path) -> Mapping[str, str]:
     """Fingerprints of the parts that a checkpoint was trained on, by recipe key; none where it names none."""
     try:
         base = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["base"]
@@ -79,7 +79,7 @@ def contents_at(checkpoint: Path) -> Mapping[str, str]:
     return dict(base.get(CONTENTS, {}))
 
 
-def contents_of(config: ModelConfig) -> dict[str, str]:
+def base_fingerprints(config: ModelConfig) -> dict[str, str]:
     """Fingerprints of the parts that lie on this disk, by recipe key."""
     vision = config.vision
     names = {"language": config.language, "vlm": config.vlm}

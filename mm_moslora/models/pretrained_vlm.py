@@ -23,7 +23,7 @@ PICTURE = (640, 480)
 """Width and height of the picture that stands for all where they decide what it costs: of most of COCO's."""
 
 
-def load_ready(name: str, revision: str | None, *, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+def load_pretrained_vlm(name: str, revision: str | None, *, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
     """Load a ready-made model with its processor.
 
     Args:
@@ -34,7 +34,7 @@ def load_ready(name: str, revision: str | None, *, dtype: torch.dtype) -> tuple[
     Raises:
         ModelError: nothing there, or no image-text-to-text model.
     """
-    processor = load_ready_processor(name, revision)
+    processor = load_pretrained_processor(name, revision)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             name, revision=revision, dtype=dtype, trust_remote_code=False
@@ -51,7 +51,7 @@ def load_ready(name: str, revision: str | None, *, dtype: torch.dtype) -> tuple[
     return model, processor
 
 
-def load_ready_processor(name: str, revision: str | None) -> Any:
+def load_pretrained_processor(name: str, revision: str | None) -> Any:
     """Load the processor of a ready-made model.
 
     Raises:
@@ -91,7 +91,7 @@ def _lacks_processor(folder: Path) -> str:
     return " and ".join(part for part, files in parts.items() if not any((folder / name).is_file() for name in files))
 
 
-def ready_image_token(name: str, revision: str | None, processor: Any) -> int:
+def pretrained_image_token(name: str, revision: str | None, processor: Any) -> int:
     """The token that visual features replace, without loading weights."""
     config: Any = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     number = getattr(config, "image_token_id", None)

@@ -27,11 +27,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModel
 
 from mm_moslora.batch import Batch
-from mm_moslora.models.batching.packed_batch import packed_hidden, packs, row_hidden
-from mm_moslora.models.batching.padded_batch import rows_hidden
+from mm_moslora.models.batching.packed_batch import packed_hidden, packed_row_hidden, packs
+from mm_moslora.models.batching.padded_batch import padded_hidden
 from mm_moslora.models.projectors.projector import build_projector
 from mm_moslora.models.projectors.projector_layers import ProjectorShape
-from mm_moslora.models.vision.frozen_tower import PictureMemory, is_frozen, tower_states, unique_states
+from mm_moslora.models.vision.frozen_tower import StepFeatureCache, is_frozen, tower_states, unique_states
 from mm_moslora.utils.errors import ModelError
 
 _PROJECTORS = ("multi_modal_projector.", "image_newline", ".connector.", ".merger.", ".deepstack_merger_list.")
@@ -121,7 +121,7 @@ def is_multimodal(model: PreTrainedModel) -> bool:
     return getattr(model.config, "vision_config", None) is not None
 
 
-def takes_rows(model: PreTrainedModel) -> bool:
+def has_own_forward(model: PreTrainedModel) -> bool:
     """Whether pictures go through a model's own forward pass: every vision-language model but LLaVA and our own.
 
     Such a model reads prompts as rows of their own (`mm_moslora.models.batching.padded_batch`).
@@ -129,9 +129,9 @@ def takes_rows(model: PreTrainedModel) -> bool:
     return is_multimodal(model) and not isinstance(model, LlavaForConditionalGeneration)
 
 
-def is_padded(model: PreTrainedModel) -> bool:
+def needs_padding(model: PreTrainedModel) -> bool:
     """Whether a batch has to be cut into padded rows, since the model cannot train on a packed one."""
-    return takes_rows(model) and not packs(model)
+    return has_own_forward(model) and not packs(model)
 
 
 def part_of(name: str) -> str:
@@ -147,7 +147,7 @@ def projectors(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def image_features(
-    model: PreTrainedModel, pixel_values: Tensor, *, keys: Sequence[str] = (), memory: PictureMemory | None = None
+    model: PreTrainedModel, pixel_values: Tensor, *, keys: Sequence[str] = (), memory: StepFeatureCache | None = None
 ) -> Tensor:
     """Encode and project images, once for all images of a batch.
 
@@ -181,7 +181,7 @@ def _project(model: Any, states: Tensor) -> Tensor:
 
 
 def supervised_hidden(
-    model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None, memory: PictureMemory | None = None
+    model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None, memory: StepFeatureCache | None = None
 ) -> Tensor:
     """What the head reads at the supervised positions of a padding-free batch.
 
@@ -198,16 +198,18 @@ def supervised_hidden(
     Raises:
         ModelError: placeholders and images do not match.
     """
-    if takes_rows(model):
-        read = rows_hidden if is_padded(model) else packed_hidden
+    if has_own_forward(model):
+        read = padded_hidden if needs_padding(model) else packed_hidden
         return read(model, batch, dummy=dummy)
     positions = batch.position_ids[None]
     if is_multimodal(model):
-        return row_hidden(model, batch, position_ids=positions, inputs_embeds=_embeddings(model, batch, dummy, memory))
-    return row_hidden(model, batch, position_ids=positions, input_ids=batch.input_ids[None])
+        return packed_row_hidden(
+            model, batch, position_ids=positions, inputs_embeds=_embeddings(model, batch, dummy, memory)
+        )
+    return packed_row_hidden(model, batch, position_ids=positions, input_ids=batch.input_ids[None])
 
 
-def _embeddings(model: PreTrainedModel, batch: Batch, dummy: Batch | None, memory: PictureMemory | None) -> Tensor:
+def _embeddings(model: PreTrainedModel, batch: Batch, dummy: Batch | None, memory: StepFeatureCache | None) -> Tensor:
     """Word embeddings with the visual tokens in place, ``[1, S, D]``."""
     embeddings: Tensor = model.get_input_embeddings()(batch.input_ids[None])
     if batch.pixel_values is None:

@@ -19,13 +19,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_moslora.config import Recipe
-from mm_moslora.models.batching.packed_batch import has_three_part_positions
+from mm_moslora.models.batching.packed_batch import has_mrope
 from mm_moslora.models.batching.padded_batch import picture_inputs
-from mm_moslora.models.meta_model import Skeleton, skeleton
+from mm_moslora.models.meta_model import MetaModel, build_meta_model
 from mm_moslora.models.pretrained_vlm import PICTURE, side_of, tower_path
 from mm_moslora.models.trainable_parts import checkpoint_layers
 from mm_moslora.models.vision.vision_tower import ImageSpec
-from mm_moslora.models.vlm import image_features, is_multimodal, is_padded, takes_rows
+from mm_moslora.models.vlm import has_own_forward, image_features, is_multimodal, needs_padding
 from mm_moslora.training.metrics.step_flops import FlopCounter, PictureCost
 from mm_moslora.utils.errors import ModelError
 
@@ -38,7 +38,7 @@ PROBE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Footprint:
+class ActivationMemory:
     """Sizes of a model, in bytes per token or image where not said otherwise."""
 
     parts: dict[str, tuple[int, int]]
@@ -74,7 +74,9 @@ class Footprint:
     counter: FlopCounter
 
 
-def footprint(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16, picture: tuple[int, int] = PICTURE) -> Footprint:
+def activation_memory(
+    recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16, picture: tuple[int, int] = PICTURE
+) -> ActivationMemory:
     """Measure a recipe's model on the meta device.
 
     Args:
@@ -82,7 +84,7 @@ def footprint(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16, picture: t
         dtype: the compute dtype.
         picture: width and height of the one that stands for all, where they decide what it costs.
     """
-    bones = skeleton(recipe, dtype=dtype, picture=picture)
+    bones = build_meta_model(recipe, dtype=dtype, picture=picture)
     parts = bones.parameters()
     trainable = sum(mine for _, mine in parts.values())
     frozen = sum(total for total, _ in parts.values()) - trainable
@@ -94,7 +96,7 @@ def footprint(recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16, picture: t
     inner = config.intermediate_size
     kept = _kept_by_layer(bones, dtype) / PROBE
     image = _per_image(bones, dtype, checkpointing=recipe.train.vision_gradient_checkpointing)
-    return Footprint(
+    return ActivationMemory(
         parts=parts, frozen=frozen, trainable=trainable, weight_bytes=(frozen - packed) * size + packed * each,
         value_bytes=size, layers=bones.layers, width=config.hidden_size, vocabulary=config.vocab_size,
         tokens_per_image=bones.tokens_per_image, tiles=image.tiles, unseen=bones.unseen, kept_per_layer=kept,
@@ -125,18 +127,18 @@ def kept_bytes(run: Callable[[], object], weights: nn.Module) -> int:
     return total
 
 
-def _kept_by_layer(bones: Skeleton, dtype: torch.dtype) -> int:
+def _kept_by_layer(bones: MetaModel, dtype: torch.dtype) -> int:
     decoder: Any = bones.model.get_decoder()
     layer: Any = bones.held[0]
     width = bones.model.config.get_text_config().hidden_size
     with torch.device("meta"):
         hidden = torch.zeros(1, PROBE, width, dtype=dtype, requires_grad=True)
         positions = torch.zeros(1, PROBE, dtype=torch.long)
-        rope = positions.expand(3, 1, PROBE) if has_three_part_positions(bones.model) else positions
+        rope = positions.expand(3, 1, PROBE) if has_mrope(bones.model) else positions
         try:
             embeddings = decoder.rotary_emb(hidden, rope)
             arguments: dict[str, Any] = {"position_ids": positions, "position_embeddings": embeddings}
-            if not is_padded(bones.model):
+            if not needs_padding(bones.model):
                 arguments["segment_lengths"] = (PROBE,)
             return kept_bytes(lambda: layer(hidden, attention_mask=None, **arguments), layer)
         except (AttributeError, TypeError) as error:
@@ -154,7 +156,7 @@ class _PerImage:
     """None: there is no tower."""
 
 
-def _per_image(bones: Skeleton, dtype: torch.dtype, *, checkpointing: bool) -> _PerImage:
+def _per_image(bones: MetaModel, dtype: torch.dtype, *, checkpointing: bool) -> _PerImage:
     if not is_multimodal(bones.model):
         return _PerImage()
     tower = bones.model.get_submodule(tower_path(bones.model))
@@ -175,14 +177,14 @@ def _per_image(bones: Skeleton, dtype: torch.dtype, *, checkpointing: bool) -> _
     return _PerImage(kept=float(kept), workspace=float(workspace), tiles=tiles, cost=cost)
 
 
-def _look(bones: Skeleton, tower: nn.Module, dtype: torch.dtype) -> Callable[[], object]:
+def _look(bones: MetaModel, tower: nn.Module, dtype: torch.dtype) -> Callable[[], object]:
     """A picture's way through tower and projector, as in a step; without a processor, one tile's through the tower."""
     model: Any = bones.model
     if bones.seen is not None:
         tensors = dict(bones.seen.tensors)
         inputs = picture_inputs(model, tensors.pop("pixel_values"), tensors, device=torch.device("cpu"))
         return lambda: model.base_model.get_image_features(**inputs, return_dict=True)
-    if (spec := bones.image) is not None and not takes_rows(model):
+    if (spec := bones.image) is not None and not has_own_forward(model):
         return lambda: image_features(model, _nothing(1, 3, spec.size, spec.size))
     config: Any = tower.config
     if bones.patches is not None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.panel import Panel
 from rich.text import Text
 
-from mm_moslora.batch import Eyes
+from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import SourceConfig
-from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.check.check_findings import Finding, findings, leakage, length_percentiles
 from mm_moslora.data.check.html_view import Sample, page
 from mm_moslora.data.check.record_check import CheckReport, check
@@ -45,8 +45,8 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class _Parts(NamedTuple):
-    encoder: Encoder
-    eyes: Eyes | None
+    encoder: ConversationEncoder
+    image_processing: ImageProcessing | None
 
 
 class Checked(NamedTuple):
@@ -135,7 +135,8 @@ def _check(
 ) -> CheckReport:
     with Progress(f"check {name}", 0, unit="record") as progress:
         return check(
-            sources, parts.encoder, config=recipe.data, vision=parts.eyes is not None, eyes=parts.eyes, decode=decode,
+            sources, parts.encoder, config=recipe.data, vision=parts.image_processing is not None,
+            image_processing=parts.image_processing, decode=decode,
             processes=processes, on_progress=progress.of,
         )  # fmt: skip
 
@@ -218,7 +219,7 @@ def _samples(recipe: Recipe, start: int, count: int) -> tuple[_Parts, list[Sampl
 
 def _parts(recipe: Recipe) -> _Parts:
     parts = text_and_images(recipe.model)
-    return _Parts(Encoder.of(parts), parts.eyes)
+    return _Parts(ConversationEncoder.of(parts), parts.image_processing)
 
 
 def _sample(files: list[RecordSource], number: int, recipe: Recipe, parts: _Parts) -> Sample:
@@ -232,8 +233,8 @@ def _sample(files: list[RecordSource], number: int, recipe: Recipe, parts: _Part
             record,
             parts.encoder,
             max_length=recipe.data.max_length,
-            vision=parts.eyes is not None,
-            pictures=placeholders_of(record, parts.eyes),
+            vision=parts.image_processing is not None,
+            pictures=placeholders_of(record, parts.image_processing),
         )
     except RecordError as error:
         return Sample(None, None, error)

@@ -15,7 +15,7 @@ from mm_moslora.config import Recipe
 from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES, SMALLEST_CHUNK
 from mm_moslora.models.meta_model import size_decides
 from mm_moslora.models.pretrained_vlm import PICTURE
-from mm_moslora.planning.activation_memory import Footprint, footprint
+from mm_moslora.planning.activation_memory import ActivationMemory, activation_memory
 from mm_moslora.training.metrics.gpu_specs import Gpus
 from mm_moslora.training.metrics.step_flops import Flops, StepShape
 from mm_moslora.utils.errors import ConfigError
@@ -100,7 +100,7 @@ class Plan:
     """The fastest setting that fits, and the others."""
 
     gpus: Gpus
-    footprint: Footprint
+    activation_memory: ActivationMemory
     picture: tuple[int, int] | None
     """Width and height of the one that stands for all; None: every picture costs the same."""
     data: DataSize
@@ -131,7 +131,7 @@ def known_data(recipe: Recipe, tokens_per_image: int) -> DataSize | None:
 
 
 def memory(
-    size: Footprint,
+    size: ActivationMemory,
     *,
     zero: str,
     world: int,
@@ -175,13 +175,15 @@ def memory(
     )
 
 
-def utilisation(gpus: Gpus, size: Footprint) -> float:
+def utilisation(gpus: Gpus, size: ActivationMemory) -> float:
     """Share of the peak that executed FLOPs reach: measured runs of others lie within a fifth of these figures."""
     lean = size.is_lean
     return (0.40 if lean else 0.30) if gpus.peak > 5e14 else (0.45 if lean else 0.33)
 
 
-def speed(size: Footprint, gpus: Gpus, data: DataSize, *, zero: str, micro_batch: int, checkpointing: bool) -> float:
+def speed(
+    size: ActivationMemory, gpus: Gpus, data: DataSize, *, zero: str, micro_batch: int, checkpointing: bool
+) -> float:
     """Tokens per second over all GPUs; ZeRO-3's gathers hide behind computation as far as they can."""
     samples = micro_batch * data.per_row
     work = _flops(size, data, samples, checkpointing=checkpointing).total
@@ -199,7 +201,7 @@ def busy_share(global_batch: int, gpus: int) -> float:
     return global_batch / (gpus * math.ceil(global_batch / gpus))
 
 
-def _flops(size: Footprint, data: DataSize, count: float, *, checkpointing: bool) -> Flops:
+def _flops(size: ActivationMemory, data: DataSize, count: float, *, checkpointing: bool) -> Flops:
     shape = StepShape(
         tokens=round(count * data.tokens), supervised=round(count * data.tokens * data.supervised),
         pairs=count * data.tokens * (data.tokens + 1) / 2, images=round(count * data.pictures),
@@ -245,7 +247,7 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
             f"A picture of {picture[0]} x {picture[1]} pixels is asked for, but this model turns every picture into "
             "one square of the same size. Leave --picture out."
         )
-    size = footprint(recipe, picture=picture or PICTURE)
+    size = activation_memory(recipe, picture=picture or PICTURE)
     data = data or known_data(recipe, size.tokens_per_image)
     if data is None:
         raise ConfigError("How much data there is is not known. Give --samples and --tokens-per-sample.")
@@ -281,6 +283,7 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
         epochs = recipe.train.steps * recipe.train.global_batch * data.per_row / data.samples
     shown = (picture or PICTURE) if varies else None
     return Plan(
-        gpus=gpus, footprint=size, picture=shown, data=data, epochs=epochs, flops=flops, best=best, options=options,
+        gpus=gpus, activation_memory=size,
+        picture=shown, data=data, epochs=epochs, flops=flops, best=best, options=options,
         idle=max(0, gpus.count - recipe.train.global_batch), own=own,
     )  # fmt: skip

@@ -52,10 +52,10 @@ def unpack_deb(package: Path, folder: Path) -> None:
         if done.returncode:
             raise AssetError(f"{package.name} cannot be unpacked: {done.stderr.strip()}. Download it again.")
         return
-    unpack_deb_python(package, folder)
+    unpack_deb_in_python(package, folder)
 
 
-def unpack_deb_python(package: Path, folder: Path) -> None:
+def unpack_deb_in_python(package: Path, folder: Path) -> None:
     """Unpack a .deb (an ar archive around a tar) without dpkg: ordinary files only, never outside `folder`."""
     for name, payload in _ar_members(package):
         if name.startswith("data.tar"):

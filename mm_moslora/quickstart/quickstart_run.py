@@ -123,7 +123,7 @@ def quickstart(choice: Choice, *, output: Path | None = None, stamps_deb: Path |
         AssetError: a part cannot be fetched or read.
     """
     from mm_moslora.training.run_setup import exclusive
-    from mm_moslora.training.supervision.run_state import recorded
+    from mm_moslora.training.supervision.run_state import record_run_state
     from mm_moslora.training.supervision.watchdog import Watchdog
 
     folder = (output or Path("runs") / choice.name).resolve()
@@ -135,7 +135,7 @@ def quickstart(choice: Choice, *, output: Path | None = None, stamps_deb: Path |
         mark(folder, "quickstart")
         (folder / "data").mkdir(exist_ok=True)
         mark(folder / "data", DATA_SET)
-        with recorded(folder, stages=("align", "tune")) as ending, Watchdog(folder):
+        with record_run_state(folder, stages=("align", "tune")) as ending, Watchdog(folder):
             closing = _quickstart(folder, choice, stamps_deb, ending)
             ending.finished = closing is not None
         if closing is None:

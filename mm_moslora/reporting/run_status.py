@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mm_moslora.utils.heartbeat import FOLDER, Beat, is_running, read_beats
+from mm_moslora.utils.heartbeat import FOLDER, Heartbeat, is_running, read_heartbeats
 from mm_moslora.utils.redaction import redact_text
 from mm_moslora.utils.text_format import format_seconds
 from mm_moslora.utils.untrusted_files import read_text_below
@@ -116,7 +116,7 @@ def _running(place: Path, told: Mapping[str, Any]) -> RunState:
     return RunState(name=_guess(place))  # all went, and the disk took no word of it
 
 
-def _beats(place: Path) -> list[Beat]:
+def _beats(place: Path) -> list[Heartbeat]:
     """Of the present start of a run: `state.json` is written as it begins."""
     try:
         began = (place / "state.json").stat().st_mtime
@@ -125,16 +125,16 @@ def _beats(place: Path) -> list[Beat]:
     told = read_object(place / "state.json")
     if told.get("state") != "running" and isinstance(told.get("since"), int | float):
         began = float(told["since"])
-    return [beat for beat in read_beats(place / FOLDER) if beat.written >= began - EARLIER_SECONDS]
+    return [beat for beat in read_heartbeats(place / FOLDER) if beat.written >= began - EARLIER_SECONDS]
 
 
-def _is_gone(beat: Beat) -> bool:
+def _is_gone(beat: Heartbeat) -> bool:
     if beat.is_here():
         return beat.age > SETTLED_SECONDS and beat.is_dead()
     return beat.age > STALE_SECONDS
 
 
-def _told_by(name: Name, beats: Sequence[Beat]) -> RunState:
+def _told_by(name: Name, beats: Sequence[Heartbeat]) -> RunState:
     """A state with what is known of some ranks."""
     if not beats:
         return RunState(name=name)
@@ -143,7 +143,7 @@ def _told_by(name: Name, beats: Sequence[Beat]) -> RunState:
     )  # fmt: skip
 
 
-def _said(beat: Beat) -> str:
+def _said(beat: Heartbeat) -> str:
     where = f"at step {beat.step}"
     if beat.failure:
         return f"{beat.who} failed {where}: {beat.failure}"

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from mm_moslora.batch import Seen
+from mm_moslora.batch import ProcessedImage
 from mm_moslora.data.images.decode_image import open_image
 from mm_moslora.serve.api.chat_request import Message, Picture
 from mm_moslora.serve.api.request_limits import Limits
@@ -88,7 +88,12 @@ class Demo:
                 job.cancelled = True
 
     def _job(
-        self, name: str, number: int, ids: Tensor, seen: Sequence[Seen], happened: queue.Queue[tuple[int, Piece]]
+        self,
+        name: str,
+        number: int,
+        ids: Tensor,
+        seen: Sequence[ProcessedImage],
+        happened: queue.Queue[tuple[int, Piece]],
     ) -> Job:
         return Job(
             model=name, input_ids=ids, seen=seen, sampling=Sampling(max_tokens=self.max_new_tokens),
@@ -96,7 +101,7 @@ class Demo:
             deliver=lambda piece: happened.put((number, piece)),
         )  # fmt: skip
 
-    def _attention(self, ids: Tensor, seen: Sequence[Seen], answer: Sequence[int]) -> Image.Image | None:
+    def _attention(self, ids: Tensor, seen: Sequence[ProcessedImage], answer: Sequence[int]) -> Image.Image | None:
         image = self.models.assembly.image
         if image is None:  # a ready-made model, whose tokens form no known grid
             return None

@@ -11,17 +11,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mm_moslora.batch import Example, Seen
-from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.batch import Example, ProcessedImage
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.data.images.decode_image import open_image
 from mm_moslora.data.images.video_clip import SUFFIXES as VIDEO_SUFFIXES
 from mm_moslora.data.images.video_clip import Clip
 from mm_moslora.models.assembly import Assembly
 from mm_moslora.models.decoding.generation import Prompt, encode_images, stop_token_ids, stream
-from mm_moslora.models.decoding.row_decoding import stream_row
+from mm_moslora.models.decoding.row_decoding import stream_padded_row
 from mm_moslora.models.load_model import load
-from mm_moslora.models.vlm import takes_rows
+from mm_moslora.models.vlm import has_own_forward
 from mm_moslora.serve.inference.text_stream import TextStream
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import DataError, MoSLoRAError
@@ -51,7 +51,7 @@ class Chat:
 
     def __init__(self, assembly: Assembly, *, max_new_tokens: int = 128) -> None:
         self.assembly, self.max_new_tokens = assembly, max_new_tokens
-        self.encoder = Encoder.of(assembly)
+        self.encoder = ConversationEncoder.of(assembly)
         self.turns: list[Turn] = []
         self.images: list[Image.Image] = []
         self.features: dict[int, Tensor] = {}
@@ -92,7 +92,7 @@ class Chat:
         self._look([picture], name)
 
     def _look(self, pictures: list[Image.Image], name: str) -> None:
-        if self.assembly.eyes is None:
+        if self.assembly.image_processing is None:
             raise DataError("This model has no vision encoder, so it cannot look at a picture.")
         self.images += pictures
         self.names.append(name)
@@ -138,9 +138,9 @@ class Chat:
         """Forget the conversation and its pictures."""
         self.turns, self.images, self.features, self.names, self.pending, self._asked = [], [], {}, [], [], []
 
-    def _prompt(self, turns: list[Turn]) -> tuple[Tensor, list[Seen]]:
+    def _prompt(self, turns: list[Turn]) -> tuple[Tensor, list[ProcessedImage]]:
         """Token ids of a conversation, and its pictures as tensors."""
-        seen = self.assembly.eyes.see(self.images) if self.assembly.eyes else []
+        seen = self.assembly.image_processing.see(self.images) if self.assembly.image_processing else []
         ids = self.encoder.encode_prompt(turns, pictures=[picture.placeholders for picture in seen])
         longest = getattr(self.assembly.model.config.get_text_config(), "max_position_embeddings", None)
         if longest and len(ids) + self.max_new_tokens > longest:
@@ -150,13 +150,13 @@ class Chat:
             )
         return ids, seen
 
-    def _tokens(self, ids: Tensor, seen: list[Seen]) -> Iterator[int]:
+    def _tokens(self, ids: Tensor, seen: list[ProcessedImage]) -> Iterator[int]:
         model = self.assembly.model
         stops = stop_token_ids(model, self.assembly.tokenizer.eos_token_id)
-        if takes_rows(model):
+        if has_own_forward(model):
             nothing = torch.zeros(len(ids), dtype=torch.bool)
             example = Example.of(id="", input_ids=ids, supervised=nothing, seen=seen)
-            yield from stream_row(model, example, max_new_tokens=self.max_new_tokens, stop_ids=stops)
+            yield from stream_padded_row(model, example, max_new_tokens=self.max_new_tokens, stop_ids=stops)
             return
         for number in range(len(self.features), len(seen)):
             self.features[number] = encode_images(model, seen[number].tensors["pixel_values"])[0]

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 
 from mm_moslora.batch import Batch
-from mm_moslora.models.vision.frozen_tower import PictureMemory
+from mm_moslora.models.vision.frozen_tower import StepFeatureCache
 from mm_moslora.models.vlm import is_multimodal
 from mm_moslora.training.engine import LossModule, StepResult
 from mm_moslora.training.run_setup import Run
@@ -208,7 +208,7 @@ def noise_like(pixels: Tensor) -> Tensor:
 @contextmanager
 def _without_memory(module: LossModule) -> Iterator[None]:
     """Features on disk and of earlier micro-batches are neither read nor written."""
-    kept, module.pictures = module.pictures, PictureMemory()
+    kept, module.pictures = module.pictures, StepFeatureCache()
     try:
         yield
     finally:

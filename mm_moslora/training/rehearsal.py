@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import OptimConfig, TrainConfig
 from mm_moslora.data.batch_loader import largest_batch
-from mm_moslora.models.vision.frozen_tower import PictureMemory
+from mm_moslora.models.vision.frozen_tower import StepFeatureCache
 from mm_moslora.training.checkpointing.commit_checkpoint import Saver, rank_folder
 from mm_moslora.training.engine import LossModule, OptimizerSettings, build_engine
 from mm_moslora.training.parameter_groups import parameter_groups
@@ -39,7 +39,7 @@ class _Tiny(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pictures = PictureMemory()
+        self.pictures = StepFeatureCache()
         generator = torch.Generator().manual_seed(0)
         self.embed = nn.Parameter(torch.randn(_WORDS, _WIDTH, generator=generator))
         self.lora_mixer = nn.Parameter(torch.randn(_WIDTH, _WIDTH, generator=generator) / _WIDTH**0.5)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
 from mm_moslora.config import Recipe
-from mm_moslora.models.model_paths import CONTENTS, contents_of
+from mm_moslora.models.model_paths import CONTENTS, base_fingerprints
 from mm_moslora.training.checkpointing import checkpoint_folder as checkpoint
 from mm_moslora.training.checkpointing.checkpoint_folder import OtherFormatError
 from mm_moslora.training.checkpointing.commit_checkpoint import rank_folder
@@ -87,7 +87,7 @@ def _check_same_run(folder: Path, manifest: checkpoint.Manifest, recipe: Recipe)
 
 def _changes(manifest: checkpoint.Manifest, recipe: Recipe) -> checkpoint.Changes:
     expected = manifest.base.get(CONTENTS, {})
-    same = [key for key, found in contents_of(recipe.model).items() if expected.get(key) == found]
+    same = [key for key, found in base_fingerprints(recipe.model).items() if expected.get(key) == found]
     return checkpoint.changed_keys(_filled(manifest.recipe), recipe.to_dict(), moved=same)
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from mm_moslora.batch import Example
 from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
-from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
 from mm_moslora.models.assembly import Assembly, assemble
@@ -27,10 +27,10 @@ from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels, use_kernels
 from mm_moslora.models.memory_efficient.loss_head import use_loss_head
-from mm_moslora.models.model_paths import contents_of, seen_from
+from mm_moslora.models.model_paths import base_fingerprints, resolve_model_paths
 from mm_moslora.models.pretrained_vlm import tower_path
 from mm_moslora.models.processing.anyres import NEWLINE, newline_of
-from mm_moslora.models.processing.image_processing import dummy_example
+from mm_moslora.models.processing.image_processing import dummy_image_example
 from mm_moslora.models.projectors.projector_start import (
     embedding_scale,
     embedding_size,
@@ -41,9 +41,9 @@ from mm_moslora.models.projectors.projector_start import (
     last_layer,
 )
 from mm_moslora.models.trainable_parts import attach_adapters, checkpoint_layers, component_table
-from mm_moslora.models.vision.feature_cache import FeatureStore, tower_key
-from mm_moslora.models.vision.frozen_tower import PictureMemory
-from mm_moslora.models.vlm import image_features, is_multimodal, is_padded
+from mm_moslora.models.vision.feature_cache import FeatureStore, tower_hash
+from mm_moslora.models.vision.frozen_tower import StepFeatureCache
+from mm_moslora.models.vlm import image_features, is_multimodal, needs_padding
 from mm_moslora.training.engine import Engine, LossModule, OptimizerSettings, build_engine
 from mm_moslora.training.metrics.mixer_metrics import mixer_matrices
 from mm_moslora.training.parameter_groups import parameter_groups
@@ -147,7 +147,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     precision = distributed.from_main(resolve_precision(recipe.train.precision))  # hosts may differ
     lean = recipe.model.lean_layers and recipe.train.compile is None
     kernels = choose_kernels(recipe.model.kernels, distributed.device(), lean=lean)
-    parts = recipe.model if checkpoint is None else seen_from(recipe.model, checkpoint)
+    parts = recipe.model if checkpoint is None else resolve_model_paths(recipe.model, checkpoint)
     model_start, adapter_start = parts, recipe.adapter
     if checkpoint is not None:
         model_start, adapter_start = _start_of(parts, recipe.adapter, checkpoint)
@@ -162,7 +162,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     if checkpoint is None:
         _start_projector(recipe, assembly, training_set)
     model = assembly.model.train()
-    if not is_padded(model):
+    if not needs_padding(model):
         set_attention(model, training_attention(model, recipe.model.attention, device=distributed.device()))
     use_loss_head(model)
     if recipe.model.lean_layers:
@@ -178,9 +178,9 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     settings = OptimizerSettings(
         betas=recipe.optim.betas, eps=recipe.optim.eps, max_grad_norm=recipe.optim.max_grad_norm
     )
-    dummy = dummy_example(assembly.eyes) if assembly.eyes else None
-    module = LossModule(model, dummy, memory=PictureMemory(_feature_store(recipe.model, model)))
-    ours = is_multimodal(model) and not assembly.ready_made
+    dummy = dummy_image_example(assembly.image_processing) if assembly.image_processing else None
+    module = LossModule(model, dummy, memory=StepFeatureCache(_feature_store(recipe.model, model)))
+    ours = is_multimodal(model) and not assembly.is_pretrained_vlm
     projector = dict(model.model.multi_modal_projector.state_dict()) if ours else {}
     newline = newline_of(model) if ours else None
     projector |= {} if newline is None else {NEWLINE: newline}
@@ -194,7 +194,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     return Run(
         recipe=recipe, folder=folder, precision=precision, assembly=assembly, training_set=training_set,
         validation_set=validation_set, engine=engine, frozen_projector=frozen_projector,
-        first_mixers=mixer_matrices(engine.trainable_state()), contents=contents_of(parts),
+        first_mixers=mixer_matrices(engine.trainable_state()), contents=base_fingerprints(parts),
     )  # fmt: skip
 
 
@@ -215,7 +215,7 @@ def _start_of(model: ModelConfig, adapter: AdapterConfig, checkpoint: Path) -> t
 def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore | None:
     if config.vision is None or config.vision.feature_cache is None:
         return None
-    tower = tower_key(model.model.vision_tower, model.config.vision_feature_layer)
+    tower = tower_hash(model.model.vision_tower, model.config.vision_feature_layer)
     return FeatureStore(
         Path(config.vision.feature_cache).expanduser(),
         tower,
@@ -231,13 +231,13 @@ def _data_set(recipe: Recipe, assembly: Assembly, *, validation: bool) -> Traini
         config, sources = replace(config, mixing="repeats", epoch_records=None), config.validation
         if not sources:
             return None
-    encoder = Encoder.of(assembly)
+    encoder = ConversationEncoder.of(assembly)
     name = "validation_quarantine.jsonl" if validation else "quarantine.jsonl"
     progress = Progress("read records", 0, unit="record")
     return TrainingSet(
         sources,
         encoder,
-        assembly.eyes,
+        assembly.image_processing,
         config=config,
         quarantine_path=Path(recipe.train.output) / name,
         on_progress=progress.of,
@@ -251,7 +251,7 @@ def _start_projector(recipe: Recipe, assembly: Assembly, data: TrainingSet) -> N
     Rank 0 measures, where it is going to train; the others get its weights.
     """
     model, wanted = assembly.model, recipe.model.projector
-    if not is_multimodal(model) or assembly.ready_made or wanted.weights:
+    if not is_multimodal(model) or assembly.is_pretrained_vlm or wanted.weights:
         return
     if not (wanted.fit_to_answers or wanted.scale_to_embeddings):
         return

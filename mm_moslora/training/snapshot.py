@@ -114,12 +114,12 @@ def write_model(taken: Snapshot, folder: Path) -> None:
     (folder / "config.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
     if taken.adapter is not None:
         taken.adapter.write(folder / "adapter")
-    if is_multimodal(model) and not assembly.ready_made:
+    if is_multimodal(model) and not assembly.is_pretrained_vlm:
         trained = {name.removeprefix(PROJECTOR): value for name, value in state.items() if name.startswith(PROJECTOR)}
         newline = state.get(f"model.{NEWLINE}")
         trained |= {} if newline is None else {NEWLINE: newline}
         save_file(_contiguous(run.frozen_projector | trained), folder / "projector.safetensors")
-    for component in (*_COMPONENTS, *(("projector",) if assembly.ready_made else ())):
+    for component in (*_COMPONENTS, *(("projector",) if assembly.is_pretrained_vlm else ())):
         # A projector inside an adapted tower trains below its adapters; the base model knows nothing of them.
         part = {
             name.replace(".base_layer.", "."): value for name, value in state.items() if component_of(name) == component

@@ -36,13 +36,13 @@ from mm_moslora.training.rehearsal import rehearse
 from mm_moslora.training.resume import find_resume, restore
 from mm_moslora.training.snapshot import snapshot
 from mm_moslora.training.supervision.loss_spikes import SPIKE, SpikeScore
-from mm_moslora.training.supervision.run_state import recorded
+from mm_moslora.training.supervision.run_state import record_run_state
 from mm_moslora.training.supervision.stop_signals import StopRequest
 from mm_moslora.training.supervision.watchdog import Watchdog
 from mm_moslora.training.validation import Best, CutShortError, Measure, Validator
 from mm_moslora.utils import distributed, files
 from mm_moslora.utils.errors import CheckpointError, DistributedError, DivergedError, MoSLoRAError, TrainingError
-from mm_moslora.utils.hardware import keep_memory
+from mm_moslora.utils.hardware import keep_freed_memory
 from mm_moslora.utils.heartbeat import means_lost
 from mm_moslora.utils.progress_bar import Progress
 from mm_moslora.utils.run_paths import checkpoints
@@ -105,13 +105,19 @@ def train(
     """
     distributed.join(timeout_minutes=recipe.train.timeout_minutes)
     if distributed.device().type == "cpu":
-        keep_memory()
+        keep_freed_memory()
     folder = Path(recipe.train.output)
     watchdog = Watchdog(folder)
     with blaming(watchdog):
         _agreed(lambda: _check(recipe, resume, measure))
     # Each waits for the other ranks, so each may find that one is gone; the end is recorded in the words of `blaming`.
-    with blaming(watchdog), run_setup.exclusive(folder), recorded(folder) as ending, blaming(watchdog), watchdog:
+    with (
+        blaming(watchdog),
+        run_setup.exclusive(folder),
+        record_run_state(folder) as ending,
+        blaming(watchdog),
+        watchdog,
+    ):
         run_setup.seed_everything(recipe.train.seed)
         found = find_resume(recipe, resume)
         _agreed(lambda: check_libraries(recipe, fresh=found is None))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_moslora.batch import Example, Seen
+from mm_moslora.batch import Example, ProcessedImage
 from mm_moslora.config import Recipe, ValidateConfig
 from mm_moslora.data.batch_loader import BatchLoader
 from mm_moslora.data.chat.records import Record
@@ -26,8 +26,8 @@ from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
 from mm_moslora.models.assembly import Assembly
 from mm_moslora.models.decoding.generation import Prompt, encode_images, generate, stop_token_ids
-from mm_moslora.models.decoding.row_decoding import stream_row
-from mm_moslora.models.vlm import is_padded, takes_rows
+from mm_moslora.models.decoding.row_decoding import stream_padded_row
+from mm_moslora.models.vlm import has_own_forward, needs_padding
 from mm_moslora.tracking.tracker import Sample
 from mm_moslora.training.preflight import ACCURACY, LOSS
 from mm_moslora.training.run_setup import Run
@@ -157,13 +157,13 @@ class Validator:
             image=picture if isinstance(picture, Path) else None,
         )  # fmt: skip
 
-    def _decode(self, ids: Tensor, seen: list[Seen]) -> list[int]:
+    def _decode(self, ids: Tensor, seen: list[ProcessedImage]) -> list[int]:
         model, limit = self.run.assembly.model, self.run.recipe.validate.sample_tokens
         stops = stop_token_ids(model, self.run.assembly.tokenizer.eos_token_id)
-        if takes_rows(model):
+        if has_own_forward(model):
             nothing = torch.zeros(len(ids), dtype=torch.bool)
             prompt = Example.of(id="", input_ids=ids, supervised=nothing, seen=seen)
-            return list(stream_row(model, prompt, max_new_tokens=limit, stop_ids=stops))
+            return list(stream_padded_row(model, prompt, max_new_tokens=limit, stop_ids=stops))
         features = None
         if seen:
             pixels = torch.cat([picture.tensors["pixel_values"] for picture in seen])
@@ -194,7 +194,7 @@ def whole_model(run: Run) -> Iterator[None]:
     model = run.assembly.model
     with ExitStack() as stack:
         stack.enter_context(run.engine.gathered())
-        if not is_padded(model):
+        if not needs_padding(model):
             set_attention(model, "sdpa")
             stack.callback(lambda: set_attention(model, training_attention(model, run.recipe.model.attention)))
         yield

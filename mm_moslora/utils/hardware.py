@@ -79,7 +79,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
 
-def keep_memory(*, block: int = 2**25, total: int = 2**31 - 1) -> bool:
+def keep_freed_memory(*, block: int = 2**25, total: int = 2**31 - 1) -> bool:
     """Have the C library keep freed memory for what comes next, up to a size.
 
     By default glibc gives large blocks back to the system and asks for them again, which clears them page by page: that

@@ -24,7 +24,7 @@ def means_lost(text: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beat:
+class Heartbeat:
     """What a rank said of itself last."""
 
     rank: int
@@ -87,7 +87,7 @@ def is_running(pid: int, *, before: float | None = None) -> bool:
     return before is None or started < before + 60  # the file system may have a clock of its own
 
 
-def read_beats(folder: Path, *, now: float | None = None, name: str = "rank-*.json") -> list[Beat]:
+def read_heartbeats(folder: Path, *, now: float | None = None, name: str = "rank-*.json") -> list[Heartbeat]:
     """What ranks said last, in order of rank; what is not a heartbeat is passed over.
 
     Args:
@@ -102,7 +102,7 @@ def read_beats(folder: Path, *, now: float | None = None, name: str = "rank-*.js
             content = json.loads(read_text_below(folder, path.name) or "")
             written = path.stat().st_mtime
             found.append(
-                Beat(
+                Heartbeat(
                     rank=int(content["rank"]), host=str(content["host"]), pid=int(content["pid"]),
                     step=int(content["step"]), phase=str(content["phase"]), place=str(content.get("place", "")),
                     gave_up=bool(content.get("gave_up")), stood_still=float(content.get("stood_still", 0.0)),

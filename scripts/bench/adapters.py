@@ -44,7 +44,7 @@ from transformers import LlamaConfig, LlamaModel
 
 import mm_moslora
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, one_product_per_step, use_kernel
-from mm_moslora.utils.hardware import hardware, keep_memory
+from mm_moslora.utils.hardware import hardware, keep_freed_memory
 from mm_moslora.utils.progress_bar import Progress
 
 SHAPES = ((576, 1536), (2048, 2048), (2048, 5504))
@@ -325,7 +325,7 @@ def main() -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    keep_memory()
+    keep_freed_memory()
     rounds = options.rounds or (3 if options.quick else 5)
     versions = {"torch": torch.__version__, "peft": peft.__version__, "mm_moslora": mm_moslora.__version__}
     header = {

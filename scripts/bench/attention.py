@@ -31,7 +31,7 @@ from mm_moslora.kernels.attention import native_cpu_attention, segment_attention
 from mm_moslora.kernels.attention.matmul_attention import products_are_faster
 from mm_moslora.kernels.attention.native_cpu_attention import runs_native, use_native_attention
 from mm_moslora.kernels.native import NativeError, library
-from mm_moslora.utils.hardware import keep_memory, multiplies_tiles
+from mm_moslora.utils.hardware import keep_freed_memory, multiplies_tiles
 
 HEADS, WIDTH = 8, 64
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
@@ -107,7 +107,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    keep_memory()
+    keep_freed_memory()
     try:
         library()  # compiled before anything is timed
     except NativeError as error:

@@ -45,7 +45,7 @@ from torch import Tensor
 
 from mm_moslora.kernels.attention import native_cpu_attention, segment_attention
 from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels
-from mm_moslora.utils.hardware import keep_memory
+from mm_moslora.utils.hardware import keep_freed_memory
 from mm_moslora.utils.progress_bar import Progress
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -109,7 +109,7 @@ def main() -> int:
     options = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
-    keep_memory()
+    keep_freed_memory()
     transformers.logging.set_verbosity_error()
     words = choose_kernels("native", torch.device("cpu")).words
     opening = head("cpp_kernels", "transformers", "peft") | {"kernels": words, "vocabulary": VOCABULARY}

@@ -41,10 +41,10 @@ from PIL import Image
 
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.config.llava_chat_templates import CHAT_TEMPLATES, set_chat_template
-from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.packing import fill_rate, pack
 from mm_moslora.data.training_set import TrainingSet
-from mm_moslora.models.processing.image_processing import SquareEyes
+from mm_moslora.models.processing.image_processing import SquareImageProcessing
 
 ROWS = 665_298
 """Records of LLaVA-1.5's instruction mixture."""
@@ -239,13 +239,15 @@ def measure_samples(count: int, rounds: int) -> tuple[list[dict[str, Any]], dict
         own.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
         set_chat_template(own, "v1", faithful=True)
         token = own.convert_tokens_to_ids("<image>")
-        eyes = SquareEyes(LlavaImageProcessorPil(do_pad=True, **size), image_token_id=token, tokens=VISUAL_TOKENS)
-        encoder = Encoder(own, image_token_id=token, tokens_per_image=VISUAL_TOKENS)
+        image_processing = SquareImageProcessing(
+            LlavaImageProcessorPil(do_pad=True, **size), image_token_id=token, tokens=VISUAL_TOKENS
+        )
+        encoder = ConversationEncoder(own, image_token_id=token, tokens_per_image=VISUAL_TOKENS)
         source = SourceConfig(path=str(path), image_folder=name)
         sets: dict[str, Callable[[int], Any]] = {
-            "ours": TrainingSet([source], encoder, eyes, config=DataConfig(max_length=4096)).load,
+            "ours": TrainingSet([source], encoder, image_processing, config=DataConfig(max_length=4096)).load,
             "ours, token cache": TrainingSet(
-                [source], encoder, eyes, config=DataConfig(max_length=4096, cache=str(folder / "cache"))
+                [source], encoder, image_processing, config=DataConfig(max_length=4096, cache=str(folder / "cache"))
             ).load,
             "peer": LazyPeer(path, folder, CLIPImageProcessorPil(**size)).__getitem__,
         }
@@ -272,7 +274,9 @@ def measure_samples(count: int, rounds: int) -> tuple[list[dict[str, Any]], dict
     }
 
 
-def text_alone(encoder: Encoder, peer: Any, source: SourceConfig, rows: list[Any], rounds: int) -> dict[str, float]:
+def text_alone(
+    encoder: ConversationEncoder, peer: Any, source: SourceConfig, rows: list[Any], rounds: int
+) -> dict[str, float]:
     """CPU seconds per sample of records and tokens without pictures."""
     from mm_moslora.data.sources.open_sources import open_source
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mm_moslora.kernels.fused_ops.torch_ops import EAGER
+from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIB = 2**20
@@ -79,14 +79,16 @@ def passes(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Pass]:
     heads, turn = (blank(S, n, options.head_width) for n in (D // options.head_width, 1))
     keys = blank(S, options.kv_heads, options.head_width)
     return {
-        "normalise": Pass(EAGER.normalise, (x, weight, 1e-5), 2),
-        "normalised": Pass(EAGER.normalised, (x, weight, inverse), 2),
-        "normalise_backward": Pass(EAGER.normalise_backward, (blank(S, D), x, weight, inverse), 2),
-        "gated": Pass(EAGER.gated, (e, blank(S, F)), 1),
-        "regated": Pass(EAGER.regated, (e, blank(S, F)), 1, (activated,)),
-        "gated_backward": Pass(EAGER.gated_backward, (blank(S, F), e, blank(S, F), activated), 1, (activated,)),
-        "rotated, queries": Pass(EAGER.rotated, (heads, turn, turn), 2),
-        "rotated, keys": Pass(EAGER.rotated, (keys, turn, turn), 2),
+        "normalise": Pass(TORCH_OPS.rms_norm, (x, weight, 1e-5), 2),
+        "normalised": Pass(TORCH_OPS.recompute_rms_norm, (x, weight, inverse), 2),
+        "normalise_backward": Pass(TORCH_OPS.rms_norm_backward, (blank(S, D), x, weight, inverse), 2),
+        "gated": Pass(TORCH_OPS.gated_silu, (e, blank(S, F)), 1),
+        "regated": Pass(TORCH_OPS.recompute_gated, (e, blank(S, F)), 1, (activated,)),
+        "gated_backward": Pass(
+            TORCH_OPS.gated_silu_backward, (blank(S, F), e, blank(S, F), activated), 1, (activated,)
+        ),
+        "rotated, queries": Pass(TORCH_OPS.rotary_embedding, (heads, turn, turn), 2),
+        "rotated, keys": Pass(TORCH_OPS.rotary_embedding, (keys, turn, turn), 2),
     }
 
 

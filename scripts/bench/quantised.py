@@ -37,7 +37,7 @@ from train import DROPOUT, DTYPES, VOCABULARIES
 from yardstick import Contender
 
 from mm_moslora import adapters
-from mm_moslora.utils.hardware import keep_memory
+from mm_moslora.utils.hardware import keep_freed_memory
 
 
 def contenders(dtype: torch.dtype, dropout: float) -> dict[str, Contender]:
@@ -98,7 +98,7 @@ def main() -> int:
     parser.add_argument("--rows", type=Path, help="JSON Lines file of finished rows; go on with what it lacks")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    keep_memory()
+    keep_freed_memory()
     transformers.logging.set_verbosity_error()
     opening = head("quantised", "transformers", "peft", "bitsandbytes")
     settings = {name: opening[name] for name in ("benchmark", "hardware", "versions")} | {"rounds": options.rounds}

@@ -48,11 +48,11 @@ from yardstick import ALPHA, LANGUAGE, RANK, Contender, saved_bytes
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
 from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
-from mm_moslora.models.batching.padded_batch import rows_hidden
+from mm_moslora.models.batching.padded_batch import padded_hidden
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum, use_loss_head
 from mm_moslora.models.vlm import supervised_hidden
-from mm_moslora.utils.hardware import keep_memory
+from mm_moslora.utils.hardware import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
@@ -130,7 +130,7 @@ def _contender(kind: str, family: str, samples: str, dtype: torch.dtype, *, laye
             torch.nn.init.normal_(parameter, std=0.02)
     model.to(dtype).train()
     use_loss_head(model)
-    read: Any = rows_hidden
+    read: Any = padded_hidden
     if kind != "padded":
         read = supervised_hidden
         set_attention(model, training_attention(model))
@@ -211,7 +211,7 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=512, help="of the decoder, a multiple of 64 (default 512)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    keep_memory()
+    keep_freed_memory()
     transformers.logging.set_verbosity_error()
     rows = [
         measure(family, samples, name, rounds=options.rounds, layers=options.layers, width=options.width)

@@ -15,8 +15,8 @@ single rounds. Losses and fp32 gradients are compared before anything is timed. 
 On a GPU the time of day counts, from when the GPU has done what it was given until it has done the step. This was never
 run on one.
 
-The process keeps memory from step to step, as `mm-moslora train` does (`utils.hardware.keep_memory`); the peers gain
-from it, too.
+The process keeps memory from step to step, as `mm-moslora train` does (`keep_freed_memory`); the peers gain from
+it, too.
 
 Contenders:
     hf          padded batch, all logits, PEFT's default adapters (fp32 under a bf16 base)
@@ -71,7 +71,7 @@ from yardstick import YARDSTICK, Contender, Setting
 
 from mm_moslora.data.epoch_order import deal, plan_epoch
 from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels
-from mm_moslora.utils.hardware import keep_memory
+from mm_moslora.utils.hardware import keep_freed_memory
 from mm_moslora.utils.progress_bar import Progress
 
 logger = logging.getLogger(__name__)
@@ -318,7 +318,7 @@ def main() -> int:
     setting = Setting(device=options.device, width=options.width, layers=options.layers)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
-    keep_memory()
+    keep_freed_memory()
     transformers.logging.set_verbosity_error()
     peers = ["trl"] if importlib.util.find_spec("trl") is not None else []
     opening = head("train", "transformers", "peft", *peers, device=setting.device)

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts" / "soak")]
 
 from fuzzing import Tally, main  # noqa: E402
 
-from mm_moslora.data.chat.conversation_encoder import Encoder  # noqa: E402
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder  # noqa: E402
 from mm_moslora.data.chat.records import parse_record  # noqa: E402
 from mm_moslora.data.images.locate_image import PictureRules  # noqa: E402
 from mm_moslora.data.record_faults import Code, RecordError, Where  # noqa: E402
@@ -126,13 +126,13 @@ class Fuzzer:
         return bytes(data)
 
 
-def tiny_encoder() -> Encoder:
+def tiny_encoder() -> ConversationEncoder:
     """A byte-level tokenizer with ChatML's template and an image token."""
     from tiny import make_tokenizer
 
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
-    return Encoder(tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=4)
+    return ConversationEncoder(tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=4)
 
 
 def run(

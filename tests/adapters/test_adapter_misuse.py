@@ -16,7 +16,7 @@ from torch import nn
 
 from mm_moslora.adapters import MoSLoRAConfig, adapted_modules, add_moslora, hot_swap, load_adapter, merge, save_adapter
 from mm_moslora.adapters.adapter_targets import resolve_targets
-from mm_moslora.adapters.uncalled_layers import why_never_called
+from mm_moslora.adapters.uncalled_layers import why_not_called
 from mm_moslora.utils.errors import AdapterError
 
 NAMES = ["q_proj", "v_proj"]
@@ -265,7 +265,7 @@ def test_the_layers_that_a_pass_does_not_call_are_those_that_the_list_names(kind
         module.register_forward_hook(lambda *_, path=path: called.add(path))
     model(IDS)
     places = {path: path.rpartition(".") for path in linear}
-    reasons = {path: why_never_called(model.get_submodule(parent), name) for path, (parent, _, name) in places.items()}
+    reasons = {path: why_not_called(model.get_submodule(parent), name) for path, (parent, _, name) in places.items()}
     assert {path for path, reason in reasons.items() if reason and "never calls" in reason} == linear.keys() - called
 
 

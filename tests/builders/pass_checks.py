@@ -14,7 +14,7 @@ from trials import make_recipe
 from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
 from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
-from mm_moslora.kernels.fused_ops.torch_ops import EAGER, Elementwise
+from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.kernel_selection import Kernels, use_kernels
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum, use_loss_head
@@ -68,7 +68,7 @@ def lean_model(family: str, dtype: torch.dtype) -> t.PreTrainedModel:
     return model.train()
 
 
-def use(model: t.PreTrainedModel, passes: Elementwise) -> None:
+def use(model: t.PreTrainedModel, passes: FusedOps) -> None:
     kernels = Kernels(passes=passes, words="ours", required="them")
     assert f"of {SIZES['num_hidden_layers']} lean decoder layers" in use_kernels(model, kernels)
 
@@ -89,7 +89,7 @@ def batch() -> Batch:
     )
 
 
-def loss_and_gradients(model: t.PreTrainedModel, passes: Elementwise) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_gradients(model: t.PreTrainedModel, passes: FusedOps) -> tuple[float, dict[str, torch.Tensor]]:
     use(model, passes)
     model.zero_grad(set_to_none=True)
     given = batch()
@@ -136,10 +136,10 @@ class RunChecks:
 class PassChecks(RunChecks):
     """What holds for the kernels in `passes`."""
 
-    passes: Elementwise
+    passes: FusedOps
 
     def test_all_passes_are_kernels(self) -> None:
-        assert all(getattr(self.passes, field.name) is not getattr(EAGER, field.name) for field in fields(Elementwise))
+        assert all(getattr(self.passes, field.name) is not getattr(TORCH_OPS, field.name) for field in fields(FusedOps))
 
     @DTYPES
     @SHAPES
@@ -150,19 +150,19 @@ class PassChecks(RunChecks):
             drawn(width, dtype=dtype),
             drawn(tokens, width, dtype=dtype),
         )
-        y, inverse = self.passes.normalise(x, weight, 1e-5)
-        expected, expected_inverse = EAGER.normalise(x, weight, 1e-5)
+        y, inverse = self.passes.rms_norm(x, weight, 1e-5)
+        expected, expected_inverse = TORCH_OPS.rms_norm(x, weight, 1e-5)
         assert inverse.shape == expected_inverse.shape
         assert inverse.dtype == torch.float32
         torch.testing.assert_close(inverse, expected_inverse, rtol=1e-6, atol=0)
         torch.testing.assert_close(y, expected, rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=0)
-        assert torch.equal(self.passes.normalised(x, weight, inverse), y)
+        assert torch.equal(self.passes.recompute_rms_norm(x, weight, inverse), y)
         wide = x.double().requires_grad_()
         exact = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
         (of_x,) = torch.autograd.grad(exact, wide, grad.double())
         assert_as_exact(y, expected, exact.detach())
-        eager = EAGER.normalise_backward(grad.clone(), x, weight, inverse)
-        assert_as_exact(self.passes.normalise_backward(grad.clone(), x, weight, inverse), eager, of_x)
+        eager = TORCH_OPS.rms_norm_backward(grad.clone(), x, weight, inverse)
+        assert_as_exact(self.passes.rms_norm_backward(grad.clone(), x, weight, inverse), eager, of_x)
 
     @DTYPES
     @SHAPES
@@ -172,11 +172,11 @@ class PassChecks(RunChecks):
         wide = [item.double().requires_grad_() for item in (e, g)]
         exact = torch.nn.functional.silu(wide[0]) * wide[1]
         of_e, of_g = torch.autograd.grad(exact, wide, grad.double())
-        assert_as_exact(self.passes.gated(e, g), EAGER.gated(e, g), exact.detach())
-        h, handed = self.passes.regated(e, g)
-        assert torch.equal(h, self.passes.gated(e, g))
-        eager = EAGER.gated_backward(grad.clone(), e, g, EAGER.regated(e, g)[1])
-        found = self.passes.gated_backward(grad, e.clone(), g.clone(), handed)
+        assert_as_exact(self.passes.gated_silu(e, g), TORCH_OPS.gated_silu(e, g), exact.detach())
+        h, handed = self.passes.recompute_gated(e, g)
+        assert torch.equal(h, self.passes.gated_silu(e, g))
+        eager = TORCH_OPS.gated_silu_backward(grad.clone(), e, g, TORCH_OPS.recompute_gated(e, g)[1])
+        found = self.passes.gated_silu_backward(grad, e.clone(), g.clone(), handed)
         for one, other, wanted in zip(found, eager, (of_e, of_g), strict=True):
             assert_as_exact(one, other, wanted)
 
@@ -194,16 +194,16 @@ class PassChecks(RunChecks):
         before = x.clone()
         angles = torch.randn(tokens, 1, width // 2).double()
         cos, sin = torch.cat([angles.cos()] * 2, -1).to(dtype), torch.cat([-angles.sin(), angles.sin()], -1).to(dtype)
-        exact = EAGER.rotated(x.double(), cos.double(), sin.double())
-        assert_as_exact(self.passes.rotated(x, cos, sin), EAGER.rotated(x, cos, sin), exact)
+        exact = TORCH_OPS.rotary_embedding(x.double(), cos.double(), sin.double())
+        assert_as_exact(self.passes.rotary_embedding(x, cos, sin), TORCH_OPS.rotary_embedding(x, cos, sin), exact)
         assert torch.equal(x, before)
-        assert self.passes.rotated(x[:0], cos[:0], sin[:0]).shape == (0, heads, width)
+        assert self.passes.rotary_embedding(x[:0], cos[:0], sin[:0]).shape == (0, heads, width)
 
     @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize("checkpointing", [False, True])
     def test_a_lean_model_has_the_loss_and_gradients_of_eager_passes(self, family: str, checkpointing: bool) -> None:
         model = lean_model(family, torch.float32)
-        loss, gradients = loss_and_gradients(model, EAGER)
+        loss, gradients = loss_and_gradients(model, TORCH_OPS)
         if checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -223,8 +223,8 @@ class PassChecks(RunChecks):
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(0.05 * parameter.abs() * torch.randn_like(parameter))
-            eager, ours = loss_and_gradients(model, EAGER), loss_and_gradients(model, self.passes)
-            wide = loss_and_gradients(model.float(), EAGER)
+            eager, ours = loss_and_gradients(model, TORCH_OPS), loss_and_gradients(model, self.passes)
+            wide = loss_and_gradients(model.float(), TORCH_OPS)
             assert ours[0] == pytest.approx(wide[0], rel=5e-3)
             assert error(ours[1], wide[1]) > 1e-4
             ratios.append(error(ours[1], wide[1]) / error(eager[1], wide[1]))

@@ -23,12 +23,12 @@ from mm_moslora.kernels.attention.segment_attention import SEGMENTS, set_attenti
 from mm_moslora.models.assembly import Assembly
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES, use_loss_head
-from mm_moslora.models.meta_model import skeleton
+from mm_moslora.models.meta_model import build_meta_model
 from mm_moslora.models.pretrained_vlm import tower_path
 from mm_moslora.models.trainable_parts import attach_adapters, checkpoint_layers
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TorchEngine
 from mm_moslora.training.parameter_groups import parameter_groups
-from mm_moslora.utils.hardware import keep_memory
+from mm_moslora.utils.hardware import keep_freed_memory
 
 SIZES = (
     (256, 6, 2048, "none"), (384, 6, 1536, "none"), (512, 8, 1024, "none"), (768, 6, 1024, "none"),
@@ -107,7 +107,7 @@ def with_tower(folder: Path, checkpointing: bool) -> Recipe:
 def run_tower(folder: Path, checkpointing: bool) -> dict[str, int]:
     """Two steps on pictures."""
     given = with_tower(folder, checkpointing)
-    bones = skeleton(given, dtype=torch.float32)
+    bones = build_meta_model(given, dtype=torch.float32)
     # What is needed is asked here, not what lies in the holes between blocks that the C library keeps.
     ctypes.CDLL(None).mallopt(-3, 2**16)
     start = status("VmRSS")
@@ -162,11 +162,11 @@ def main() -> None:
     torch.set_num_threads(1)
     assert CHUNK_BYTES
     importlib.import_module("bitsandbytes")  # so that no child's memory grows by it
-    keep_memory()  # as `train` does
+    keep_freed_memory()  # as `train` does
     torch.randn(256, 256) @ torch.randn(256, 256)
     if what == "towers":
         write_tower(folder)
-        skeleton(with_tower(folder, checkpointing=False))  # imports what it needs
+        build_meta_model(with_tower(folder, checkpointing=False))  # imports what it needs
         for checkpointing in TOWERS:
             found = in_child(lambda checkpointing=checkpointing: run_tower(folder, checkpointing))
             print(json.dumps({"checkpointing": checkpointing} | found), flush=True)

@@ -20,7 +20,7 @@ from mm_moslora import cli
 from mm_moslora.compare.arms import parse_arms
 from mm_moslora.compare.comparison_cell import metrics, read_outcome
 from mm_moslora.compare.comparison_plan import Outcome, Settings, choose_rates, tuning_cells
-from mm_moslora.compare.comparison_run import Comparison, Room, exclusive, short_names
+from mm_moslora.compare.comparison_run import Comparison, RunBudget, exclusive, short_names
 from mm_moslora.compare.process_pool import Pool, Slot, slots
 from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.models.trainable_parts import moslora_config
@@ -265,7 +265,7 @@ def test_with_several_devices_runs_go_side_by_side_one_on_each(tmp_path: Path, m
     monkeypatch.setattr("mm_moslora.compare.comparison_run._work", meet)
     comparison = Comparison(RECIPE, settings(rates=[1e-4]), tmp_path, hold_out=0.1)
     with caplog.at_level("INFO"):
-        assert comparison.run(Room())
+        assert comparison.run(RunBudget())
     met = {path.name.removeprefix("here-"): path.read_text() for path in tmp_path.glob("here-*")}
     assert sorted(met) == ["4-0", "4-1", "7-0", "7-1"], "each device has had two of the four runs"
     assert len(set(met.values())) == 4

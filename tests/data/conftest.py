@@ -12,7 +12,7 @@ import pytest
 from tiny import make_tokenizer
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase
 
-from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Turn
 
 LLAMA2 = (
@@ -48,18 +48,18 @@ class Setup:
 
     tokenizer: PreTrainedTokenizerBase
     answer: Callable[[str], str]
-    made: dict[str, Encoder] = field(default_factory=dict)
+    made: dict[str, ConversationEncoder] = field(default_factory=dict)
 
-    def encoder(self, **options: object) -> Encoder:
+    def encoder(self, **options: object) -> ConversationEncoder:
         """Made once per set of options."""
         key = str(options)
         if key not in self.made:
             self.made[key] = self._make(**options)
         return self.made[key]
 
-    def _make(self, **options: object) -> Encoder:
+    def _make(self, **options: object) -> ConversationEncoder:
         image = self.tokenizer.convert_tokens_to_ids("<image>")
-        return Encoder(self.tokenizer, image_token_id=image, tokens_per_image=3, **options)
+        return ConversationEncoder(self.tokenizer, image_token_id=image, tokens_per_image=3, **options)
 
     def stock(self, conversation: list[Turn], *, prompt: bool = False) -> list[int]:
         """What the tokenizer itself makes of the whole rendered text."""

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from tiny import CHATML
 
-from mm_moslora.batch import Seen
+from mm_moslora.batch import ProcessedImage
 from mm_moslora.config import DataConfig, SourceConfig
-from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.training_set import TrainingSet
 from tests.data.chat_templates import build_tokenizer
 
@@ -28,11 +28,13 @@ class TinyEyes:
         self.transform, self.ids = transform, (token,) * tokens
 
     def see(self, images):
-        """See `Eyes.see`."""
-        return [Seen(placeholders=self.ids, tensors={"pixel_values": self.transform(i)[None]}) for i in images]
+        """See `ImageProcessing.see`."""
+        return [
+            ProcessedImage(placeholders=self.ids, tensors={"pixel_values": self.transform(i)[None]}) for i in images
+        ]
 
     def placeholders(self, sizes):
-        """See `Eyes.placeholders`."""
+        """See `ImageProcessing.placeholders`."""
         return [self.ids] * len(sizes)
 
 
@@ -42,9 +44,9 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
 
 
 @functools.cache
-def chatml_encoder() -> Encoder:
+def chatml_encoder() -> ConversationEncoder:
     tokenizer = build_tokenizer("bytes", CHATML)
-    return Encoder(tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=4)
+    return ConversationEncoder(tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=4)
 
 
 def tiny_eyes() -> TinyEyes:
@@ -62,8 +64,8 @@ def make_set(*paths: Path, weights: list[float] | None = None, vision: bool = Tr
         SourceConfig(path=str(path), image_folder=str(path.parent / "images"), weight=weight)
         for path, weight in zip(paths, weights or [1.0] * len(paths), strict=True)
     ]
-    eyes = tiny_eyes() if vision else None
-    return TrainingSet(sources, chatml_encoder(), eyes, config=DataConfig(**options), **of_set)
+    image_processing = tiny_eyes() if vision else None
+    return TrainingSet(sources, chatml_encoder(), image_processing, config=DataConfig(**options), **of_set)
 
 
 def damage(picture: Path) -> None:

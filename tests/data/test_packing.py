@@ -16,7 +16,7 @@ from tiny import make_language, make_records, make_vision
 from mm_moslora.batch import Batch
 from mm_moslora.config import DataConfig, ModelConfig, SourceConfig, VisionConfig
 from mm_moslora.data.batch_loader import BatchLoader, largest_batch
-from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.collator import Collator
 from mm_moslora.data.epoch_order import plan_llava
 from mm_moslora.data.packing import fill_rate, pack
@@ -118,11 +118,11 @@ def tiny_vlm(tmp_path_factory):
     )
     assembly = assemble(config, dtype=torch.float32)
     path = make_records(folder, 12)
-    encoder = Encoder(
+    encoder = ConversationEncoder(
         assembly.tokenizer, image_token_id=assembly.image_token_id, tokens_per_image=assembly.tokens_per_image
     )
     source = SourceConfig(path=str(path), image_folder=str(folder / "images"))
-    return assembly, TrainingSet([source], encoder, assembly.eyes, config=DataConfig())
+    return assembly, TrainingSet([source], encoder, assembly.image_processing, config=DataConfig())
 
 
 def test_a_named_template_reaches_model_and_processor(tmp_path: Path) -> None:

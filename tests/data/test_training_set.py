@@ -40,8 +40,8 @@ def build(
     sources = [SourceConfig(path=str(path), image_folder=str(path.parent / "images")) for path in paths]
     to_pixels = options.pop("transform", transform)
     encoder = setup.encoder()
-    eyes = None if to_pixels is None else TinyEyes(to_pixels, token=encoder.image_token_id, tokens=3)
-    return TrainingSet(sources, encoder, eyes, config=config, quarantine_path=out, **options)
+    image_processing = None if to_pixels is None else TinyEyes(to_pixels, token=encoder.image_token_id, tokens=3)
+    return TrainingSet(sources, encoder, image_processing, config=config, quarantine_path=out, **options)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from between import just_before
 
 from mm_moslora import cli
 from mm_moslora.launch import launcher, slurm_job
-from mm_moslora.launch.launcher import Places, command
+from mm_moslora.launch.launcher import Topology, command
 from mm_moslora.launch.slurm_job import Job, Requeue
 from mm_moslora.training.run_setup import exclusive
 from mm_moslora.training.supervision.stop_signals import Stopped
@@ -26,23 +26,23 @@ from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
 
 
-def joined(places: Places) -> str:
+def joined(places: Topology) -> str:
     return " ".join(command(places, ["r.yaml", "--optim.lr", "1e-4"]))
 
 
 def test_the_launcher_follows_from_the_places(monkeypatch, tmp_path):
     monkeypatch.setattr(launcher, "accelerators", lambda: 4)
-    assert "--nproc_per_node 4 --standalone -m mm_moslora train r.yaml --optim.lr 1e-4" in joined(Places())
+    assert "--nproc_per_node 4 --standalone -m mm_moslora train r.yaml --optim.lr 1e-4" in joined(Topology())
     monkeypatch.setattr(launcher, "accelerators", lambda: 0)
-    assert joined(Places()).endswith("-m mm_moslora train r.yaml --optim.lr 1e-4")
-    assert "torch.distributed.run" not in joined(Places())
-    assert "--max_restarts 3 --standalone" in joined(Places(max_restarts=3))
-    two = joined(Places(nnodes=2, rdzv="node-1:29400"))
+    assert joined(Topology()).endswith("-m mm_moslora train r.yaml --optim.lr 1e-4")
+    assert "torch.distributed.run" not in joined(Topology())
+    assert "--max_restarts 3 --standalone" in joined(Topology(max_restarts=3))
+    two = joined(Topology(nnodes=2, rdzv="node-1:29400"))
     assert "--rdzv_backend c10d" in two
     assert "--rdzv_endpoint node-1:29400 --nnodes 2" in two or "--nnodes 2" in two
     hosts = tmp_path / "hosts"
     hosts.write_text("worker-1 slots=8\n")
-    assert f"deepspeed.launcher.runner --hostfile {hosts}" in joined(Places(hostfile=hosts))
+    assert f"deepspeed.launcher.runner --hostfile {hosts}" in joined(Topology(hostfile=hosts))
 
 
 @pytest.fixture
@@ -70,11 +70,11 @@ def job_of(**environment: str) -> Job:
 
 
 def test_a_slurm_job_goes_through_srun(slurm_tools):
-    words = joined(Places(nproc=8, job=job_of(SLURM_RESTART_COUNT="3", SLURM_CPUS_PER_TASK="64")))
+    words = joined(Topology(nproc=8, job=job_of(SLURM_RESTART_COUNT="3", SLURM_CPUS_PER_TASK="64")))
     assert words.startswith(f"srun --ntasks-per-node=1 --kill-on-bad-exit=1 --job-name=mm-moslora-{os.getpid()}")
     assert "--cpus-per-task=64" in words
     assert "--nproc_per_node 8 --nnodes 2 --rdzv_backend c10d --rdzv_id 12-3 --rdzv_endpoint node-7:20012" in words
-    assert "--nproc_per_node 4 " in joined(Places(job=job_of(SLURM_GPUS_ON_NODE="4")))
+    assert "--nproc_per_node 4 " in joined(Topology(job=job_of(SLURM_GPUS_ON_NODE="4")))
     assert Job.current({}) is None
 
 
@@ -199,14 +199,14 @@ def test_wrong_places_are_explained(wrong, said, tmp_path):
     if "hostfile" in wrong:
         wrong = wrong | {"hostfile": tmp_path / wrong["hostfile"]}
     with pytest.raises(ConfigError, match=said):
-        Places(**wrong)
+        Topology(**wrong)
 
 
 @pytest.mark.parametrize(("script", "code"), [("raise SystemExit(3)", 3), ("", 0)])
 def test_the_exit_code_is_the_launchers(script, code, monkeypatch, tmp_path):
     monkeypatch.setattr(launcher, "command", lambda *_, **__: [sys.executable, "-c", script])
-    assert launcher.launch(Places(), [], run_folder=tmp_path) == code
-    assert launcher.launch(Places(), [], run_folder=tmp_path, dry_run=True) == 0
+    assert launcher.launch(Topology(), [], run_folder=tmp_path) == code
+    assert launcher.launch(Topology(), [], run_folder=tmp_path, dry_run=True) == 0
 
 
 def test_ctrl_c_in_a_terminal_reaches_the_ranks_once(tmp_path):
@@ -225,7 +225,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_ranks_once(tmp_path):
         "import pathlib, signal, sys; from mm_moslora import launch\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"launch.command = lambda *_, **__: [sys.executable, '-c', {ranks!r}]\n"
-        f"launch.launch(launch.Places(), [], run_folder=pathlib.Path({str(tmp_path)!r}))\n"
+        f"launch.launch(launch.Topology(), [], run_folder=pathlib.Path({str(tmp_path)!r}))\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as process:
         end = time.monotonic() + 60
@@ -266,7 +266,7 @@ def test_a_scheduler_that_repeats_itself_is_handed_on_once_and_the_third_ctrl_c_
     thread = threading.Thread(target=tell)
     thread.start()
     try:
-        assert launcher.launch(Places(), [], run_folder=tmp_path) == 75
+        assert launcher.launch(Topology(), [], run_folder=tmp_path) == 75
     finally:
         thread.join()
         signal.signal(signal.SIGINT, before)
@@ -320,7 +320,7 @@ def test_a_signal_is_handed_on_and_a_stopped_run_asks_to_be_started_again(saves,
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    assert launcher.launch(Places(), [], run_folder=tmp_path) == 75
+    assert launcher.launch(Topology(), [], run_folder=tmp_path) == 75
     thread.join()
 
 
@@ -349,7 +349,7 @@ def test_a_file_of_the_user_that_is_called_stopped_is_neither_deleted_nor_writte
     (tmp_path / "STOPPED").write_text("the clock, at 3:15")
     launcher.leave_mark(tmp_path, signal.SIGTERM)
     with pytest.raises(ConfigError, match="already holds STOPPED"):
-        launcher.launch(Places(), ["r.yaml"], run_folder=tmp_path)
+        launcher.launch(Topology(), ["r.yaml"], run_folder=tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"STOPPED": "the clock, at 3:15"}
 
 

@@ -14,7 +14,7 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS, set_attention, training_attention
 from mm_moslora.models.assembly import assemble, text_and_images
-from mm_moslora.models.processing.image_processing import dummy_example
+from mm_moslora.models.processing.image_processing import dummy_image_example
 from mm_moslora.models.processing.llava_processor import image_processor, image_transform, save_processor
 from mm_moslora.models.projectors.projector_layers import PixelShuffleProjector, ProjectorShape
 from mm_moslora.models.vision.vision_tower import ImageSpec
@@ -129,7 +129,9 @@ def test_a_dummy_image_touches_every_projector_weight_and_changes_nothing(langua
     text = Example(id="t", input_ids=torch.tensor([4, 5, 6]), supervised=torch.tensor([False, True, True]))
     batch = Batch.from_examples([text])
     plain = supervised_logits(assembly.model, batch)
-    dummy = supervised_logits(assembly.model, batch, dummy=Batch.from_examples([dummy_example(assembly.eyes)]))
+    dummy = supervised_logits(
+        assembly.model, batch, dummy=Batch.from_examples([dummy_image_example(assembly.image_processing)])
+    )
     torch.testing.assert_close(dummy, plain, rtol=0, atol=0)
     dummy.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in projector.parameters())

@@ -14,7 +14,7 @@ from tiny import make_tokenizer, make_vision, supervised_logits
 
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
-from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.images.video_clip import Clip
 from mm_moslora.models.assembly import assemble
 from mm_moslora.models.export.export_huggingface import export_model
@@ -100,7 +100,7 @@ def test_a_combination_is_built_trained_saved_loaded_exported_and_asked(language
     train(recipe)
     assert not (tmp_path / "run" / "quarantine.jsonl").read_text()
     tuned, live, fresh = load(tmp_path / "run"), load(tmp_path / "run", merge=False), assemble(model)
-    encoder = Encoder(
+    encoder = ConversationEncoder(
         tuned.tokenizer, image_token_id=tuned.image_token_id, tokens_per_image=tuned.tokens_per_image
     )  # fmt: skip
     examples = []
@@ -110,7 +110,7 @@ def test_a_combination_is_built_trained_saved_loaded_exported_and_asked(language
         ("video", "<image><image><image>\nwhat color?", Clip(tmp_path / "images" / "clip.gif", "", 3).frames()),
     ):  # fmt: skip
         encoded = encoder.encode(conversation(text))
-        seen = tuned.eyes.see(images)
+        seen = tuned.image_processing.see(images)
         examples.append(Example.of(id=name, input_ids=encoded.input_ids, supervised=encoded.supervised, seen=seen))
     with torch.no_grad():
         alone = torch.cat([supervised_logits(tuned.model, Batch.from_examples([item])) for item in examples])

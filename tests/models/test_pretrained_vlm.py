@@ -27,15 +27,15 @@ from mm_moslora.config import (
     TrainConfig,
     VisionConfig,
 )
-from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.data.collator import Collator
 from mm_moslora.models.assembly import assemble, text_and_images
-from mm_moslora.models.batching.padded_batch import RowCollator
+from mm_moslora.models.batching.padded_batch import PaddedCollator
 from mm_moslora.models.export.export_huggingface import export_model
 from mm_moslora.models.load_model import load
-from mm_moslora.models.meta_model import skeleton
-from mm_moslora.models.processing.image_processing import dummy_example
+from mm_moslora.models.meta_model import build_meta_model
+from mm_moslora.models.processing.image_processing import dummy_image_example
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vlm import part_of
 from mm_moslora.serve.terminal_chat import Chat
@@ -65,14 +65,14 @@ def picture(width, height, colour=(200, 30, 30)):
 
 
 def encoder_of(assembly):
-    return Encoder(
+    return ConversationEncoder(
         assembly.tokenizer, image_token_id=assembly.image_token_id, tokens_per_image=assembly.tokens_per_image,
         processor=assembly.processor,
     )  # fmt: skip
 
 
 def example_of(assembly, turns, images=(), name="a"):
-    seen = assembly.eyes.see(images)
+    seen = assembly.image_processing.see(images)
     encoded = encoder_of(assembly).encode(turns, pictures=[item.placeholders for item in seen])
     return Example.of(id=name, input_ids=encoded.input_ids, supervised=encoded.supervised, seen=seen)
 
@@ -132,7 +132,9 @@ def test_other_trainers_get_the_loss_of_ours(family, folders):
     attach_adapters(assembly, config, AdapterConfig(rank=2))
     with torch.no_grad():
         expected = nn.functional.cross_entropy(supervised_logits(assembly.model, batch), batch.targets)
-        found = assembly.peft_model(**RowCollator(model=assembly.peft_model)([examples[0], None, *examples[1:]])).loss
+        found = assembly.peft_model(
+            **PaddedCollator(model=assembly.peft_model)([examples[0], None, *examples[1:]])
+        ).loss
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     if family.startswith("qwen"):
         with pytest.raises(DataError, match="RowCollator"):
@@ -142,10 +144,12 @@ def test_other_trainers_get_the_loss_of_ours(family, folders):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_tokens_of_a_picture_are_known_from_its_size(family, folders):
     parts = text_and_images(ModelConfig(vlm=str(folders(family))))
-    counted = [len(ids) for size in SIZES for ids in parts.eyes.placeholders([size])]
-    assert counted == [len(parts.eyes.see([picture(*size)])[0].placeholders) for size in SIZES]
-    pair = parts.eyes.placeholders([(40, 40), (30, 60)])
-    assert [len(p) for p in pair] == [len(s.placeholders) for s in parts.eyes.see([picture(40, 40), picture(30, 60)])]
+    counted = [len(ids) for size in SIZES for ids in parts.image_processing.placeholders([size])]
+    assert counted == [len(parts.image_processing.see([picture(*size)])[0].placeholders) for size in SIZES]
+    pair = parts.image_processing.placeholders([(40, 40), (30, 60)])
+    assert [len(p) for p in pair] == [
+        len(s.placeholders) for s in parts.image_processing.see([picture(40, 40), picture(30, 60)])
+    ]
 
 
 def write_records(folder):
@@ -210,7 +214,7 @@ def test_a_picture_stands_in_on_a_rank_that_has_none(folders):
     assembly = assemble(ModelConfig(vlm=str(folders("qwen3_vl"))))
     attach_adapters(assembly, ModelConfig(vlm="x", vision=VisionConfig(mode="adapter")), AdapterConfig(rank=2))
     blind = Batch.from_examples([example_of(assembly, conversation("say red"))])
-    dummy = Batch.from_examples([dummy_example(assembly.eyes)])
+    dummy = Batch.from_examples([dummy_image_example(assembly.image_processing)])
     plain = supervised_logits(assembly.model, blind)
     joined = supervised_logits(assembly.model, blind, dummy=dummy)
     torch.testing.assert_close(joined, plain, rtol=0, atol=1e-5)
@@ -257,7 +261,7 @@ def test_keys_of_an_assembled_model_are_refused_beside_a_ready_made_one(folders,
         "projector": ProjectorConfig(kind="linear", mode="full"),
     }  # fmt: skip
     recipe = recipe_for(folders("qwen2_5_vl"), write_records(tmp_path), tmp_path / "run", **options)
-    for use in (train, skeleton):
+    for use in (train, build_meta_model):
         with pytest.raises(
             ModelError, match=r"model\.quantisation, model\.vision\.image_size, model\.projector\.kind are"
         ):

@@ -19,7 +19,7 @@ from mm_moslora.kernels.attention.segment_attention import SEGMENTS, set_attenti
 from mm_moslora.models.assembly import Assembly, assemble
 from mm_moslora.models.batching.padded_batch import picture_inputs
 from mm_moslora.models.trainable_parts import attach_adapters
-from mm_moslora.models.vlm import image_features, is_padded, takes_rows
+from mm_moslora.models.vlm import has_own_forward, image_features, needs_padding
 from mm_moslora.training.engine import StepResult
 from mm_moslora.training.metrics.step_flops import Flops
 from mm_moslora.training.metrics.throughput import RankFigures, Speedometer
@@ -33,7 +33,7 @@ def built(model: dict[str, object]) -> Assembly:
     recipe = Recipe.from_dict({"model": model, "adapter": {"rank": 4}})
     assembly = assemble(recipe.model)
     attach_adapters(assembly, recipe.model, recipe.adapter)
-    if not is_padded(assembly.model.train()):
+    if not needs_padding(assembly.model.train()):
         set_attention(assembly.model, SEGMENTS)
     return assembly
 
@@ -44,7 +44,7 @@ def seen_batch(assembly: Assembly) -> Batch:
     pictures = [Image.effect_noise(size, 50).convert("RGB") for size in PICTURES]
     examples = []
     for own in (pictures[:1], pictures[1:]):
-        seen = assembly.eyes.see(own)
+        seen = assembly.image_processing.see(own)
         ids = torch.tensor([number for one in seen for number in (*one.placeholders, 5)] + [5] * 24)
         examples.append(Example.of(id="", input_ids=ids, supervised=torch.arange(len(ids)) >= len(ids) - 9, seen=seen))
     return Batch.from_examples(examples)
@@ -69,7 +69,7 @@ def counted(assembly: Assembly, batch: Batch) -> int:
     # Its counter knows neither the CPU's fused attention nor the in-place addmm_ of adapters.
     known = {torch.ops.aten.addmm_: lambda _, left, right, **__: 2 * left[0] * left[1] * right[1]}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=known) as mode:
-        if batch.image_inputs or takes_rows(model):
+        if batch.image_inputs or has_own_forward(model):
             inputs = picture_inputs(model, batch.pixel_values, batch.image_inputs)
             output = model.base_model.get_image_features(**inputs, return_dict=True)
             features = tree_leaves((output.pooler_output, getattr(output, "deepstack_features", ())))

@@ -13,7 +13,7 @@ from mm_moslora.models.assembly import assemble
 from mm_moslora.models.batching.padded_batch import picture_inputs
 from mm_moslora.models.pretrained_vlm import PICTURE
 from mm_moslora.models.trainable_parts import attach_adapters, component_table
-from mm_moslora.planning.activation_memory import footprint, kept_bytes
+from mm_moslora.planning.activation_memory import activation_memory, kept_bytes
 from mm_moslora.planning.run_plan import DataSize, plan
 from mm_moslora.training.metrics.gpu_specs import parse_gpus
 from mm_moslora.training.metrics.throughput import Speedometer
@@ -37,17 +37,17 @@ def test_adapters_in_a_ready_made_tower_are_planned_as_they_train(family: str, t
     assert rates == {"adapter": 1e-4, "adapter B": 4e-4, "mixer": 1e-4, "vision": 2e-4, "vision B": 8e-4}
 
     found = plan(recipe, parse_gpus("8xA100-80G"), DataSize(samples=1000, tokens=300))
-    parts = dict(found.footprint.parts)
+    parts = dict(found.activation_memory.parts)
     mixers = [parts.pop(name) for name in ("mixer", "vision mixer")]
     assert parts | {"mixer": tuple(map(sum, zip(*mixers, strict=True)))} == real
 
-    (seen,) = assembly.eyes.see([Image.new("RGB", PICTURE, "white")])
+    (seen,) = assembly.image_processing.see([Image.new("RGB", PICTURE, "white")])
     assert found.picture == PICTURE
-    assert found.footprint.tokens_per_image == len(seen.placeholders)
-    assert found.footprint.tiles == TILES.get(family, 1)
+    assert found.activation_memory.tokens_per_image == len(seen.placeholders)
+    assert found.activation_memory.tiles == TILES.get(family, 1)
     inputs = picture_inputs(assembly.model.bfloat16().train(), seen.tensors.pop("pixel_values"), seen.tensors)
     kept = kept_bytes(lambda: assembly.model.base_model.get_image_features(**inputs), assembly.model)
-    assert found.footprint.kept_per_image == pytest.approx(kept, rel=0.15)  # of few patches
+    assert found.activation_memory.kept_per_image == pytest.approx(kept, rel=0.15)  # of few patches
     assert found.flops.vision > 0
     assert Speedometer(assembly.model, device_name="NVIDIA A100-SXM4-80GB").counter is not None
 
@@ -61,7 +61,7 @@ def test_checkpointing_a_ready_made_tower_is_planned(family: str, tmp_path) -> N
     )
     data = DataSize(samples=1000, tokens=300)
     found, cheaper = (plan(recipe, parse_gpus("8xA100-80G"), data) for recipe in (plain, again))
-    assert 0 < cheaper.footprint.kept_per_image < found.footprint.kept_per_image
+    assert 0 < cheaper.activation_memory.kept_per_image < found.activation_memory.kept_per_image
     assert found.flops.vision < cheaper.flops.vision < 1.5 * found.flops.vision
 
 
@@ -89,9 +89,9 @@ def test_tiles_of_an_assembled_model_are_planned(tmp_path) -> None:
     parts["vision"]["name"] = str(make_vision(tmp_path / "vision", "clip"))
     square = Recipe.from_dict({"model": parts, "adapter": {"rank": 2}})
     cut = Recipe.from_dict({"model": parts | {"image_aspect": "anyres"}, "adapter": {"rank": 2}})
-    one, five = (footprint(recipe, picture=(64, 64)) for recipe in (square, cut))
+    one, five = (activation_memory(recipe, picture=(64, 64)) for recipe in (square, cut))
     assert (one.tiles, five.tiles) == (1, 5)
-    (seen,) = assemble(cut.model).eyes.see([Image.new("RGB", (64, 64))])
+    (seen,) = assemble(cut.model).image_processing.see([Image.new("RGB", (64, 64))])
     assert five.tokens_per_image == len(seen.placeholders)
     assert five.kept_per_image > 4.5 * one.kept_per_image
     assert five.counter.picture.patches == 5 * one.counter.picture.patches

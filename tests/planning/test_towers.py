@@ -9,9 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_moslora.config import Recipe, VisionConfig
-from mm_moslora.models.meta_model import skeleton
+from mm_moslora.models.meta_model import build_meta_model
 from mm_moslora.models.vision.vision_tower import load_vision, sketch_vision
-from mm_moslora.planning.activation_memory import footprint
+from mm_moslora.planning.activation_memory import activation_memory
 from mm_moslora.planning.run_plan import DataSize, plan
 from mm_moslora.training.metrics.gpu_specs import parse_gpus
 from mm_moslora.utils.errors import ConfigError
@@ -61,9 +61,9 @@ def recipe(language: str, vision: VisionConfig, *, mode: str = "frozen") -> Reci
 @pytest.mark.parametrize("kind", ["transformers", "open_clip"])
 def test_checkpointing_a_tower_is_planned(kind: str, towers, language: str) -> None:
     chosen = recipe(language, towers[kind], mode="full").to_dict()
-    plain = footprint(Recipe.from_dict(chosen))
+    plain = activation_memory(Recipe.from_dict(chosen))
     chosen["train"]["vision_gradient_checkpointing"] = True
-    assert 0 < footprint(Recipe.from_dict(chosen)).kept_per_image < 0.6 * plain.kept_per_image
+    assert 0 < activation_memory(Recipe.from_dict(chosen)).kept_per_image < 0.6 * plain.kept_per_image
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,26 +73,30 @@ def test_every_tower_can_be_planned_and_its_work_is_counted(kind: str, towers, l
     found = plan(chosen, parse_gpus("2xRTX4090"), data)
     assert found.best is not None
     tower, spec = load_vision(towers[kind])
-    assert found.footprint.parts["vision"][0] == sum(parameter.numel() for parameter in tower.parameters())
+    assert found.activation_memory.parts["vision"][0] == sum(parameter.numel() for parameter in tower.parameters())
     # torch's counter does not know the CPU's fused attention, so attention is spelt out.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
         tower.eval()(torch.zeros(1, 3, spec.size, spec.size), output_hidden_states=towers[kind].feature_layer)
-    projector = found.footprint.counter.projector
-    seen = found.footprint.counter.picture.tokens
-    back = 2 * seen * (projector.trained - found.footprint.counter.projector_entry) + 2 * seen * projector.trained
+    projector = found.activation_memory.counter.projector
+    seen = found.activation_memory.counter.picture.tokens
+    back = (
+        2 * seen * (projector.trained - found.activation_memory.counter.projector_entry) + 2 * seen * projector.trained
+    )
     expected = counted.get_total_flops() + 2 * seen * projector.trained + back
     assert found.flops.vision == pytest.approx(expected, rel=0.02)
 
 
 def test_a_tower_that_trains_needs_more_of_everything(towers, language: str) -> None:
-    frozen, trained = (footprint(recipe(language, towers["transformers"], mode=mode)) for mode in ("frozen", "full"))
+    frozen, trained = (
+        activation_memory(recipe(language, towers["transformers"], mode=mode)) for mode in ("frozen", "full")
+    )
     assert trained.kept_per_image > 2 * frozen.kept_per_image
     assert trained.trainable > frozen.trainable
     chosen = recipe(language, towers["transformers"], mode="full").to_dict()
     chosen["model"]["vision"] |= {"mode": "last_n", "last_n": 1}
-    last = footprint(Recipe.from_dict(chosen))  # of three layers
+    last = activation_memory(Recipe.from_dict(chosen))  # of three layers
     assert frozen.kept_per_image < last.kept_per_image < 0.5 * trained.kept_per_image
-    assert skeleton(recipe(language, towers["transformers"])).tokens_per_image == 36
+    assert build_meta_model(recipe(language, towers["transformers"])).tokens_per_image == 36
 
 
 @pytest.mark.parametrize(
@@ -102,4 +106,4 @@ def test_a_tower_without_checkpointing_is_refused_by_a_plan_as_by_a_run(kind, na
     chosen = recipe(language, towers[kind]).to_dict()
     chosen["train"]["vision_gradient_checkpointing"] = True
     with pytest.raises(ConfigError, match=f"{name} has no gradient checkpointing"):
-        footprint(Recipe.from_dict(chosen))
+        activation_memory(Recipe.from_dict(chosen))

@@ -214,7 +214,7 @@ def _zstd_compress(content: bytes) -> bytes:
 class TestDebian:
     @pytest.mark.parametrize("suffix", ["xz", "gz", "zst"])
     def test_pure_python_reader(self, tmp_path: Path, suffix: str) -> None:
-        debian_packages.unpack_deb_python(make_deb(tmp_path / "a.deb", suffix), tmp_path / "out")
+        debian_packages.unpack_deb_in_python(make_deb(tmp_path / "a.deb", suffix), tmp_path / "out")
         assert (tmp_path / "out" / "usr" / "share" / "a.txt").read_text() == "hello"
         assert (tmp_path / "out" / "usr" / "b.txt").read_text() == "odd"
         assert not (tmp_path / "out" / "usr" / "link").is_symlink()
@@ -222,13 +222,13 @@ class TestDebian:
     def test_not_a_package(self, tmp_path: Path) -> None:
         (tmp_path / "a.deb").write_bytes(b"something else")
         with pytest.raises(AssetError, match="no Debian package"):
-            debian_packages.unpack_deb_python(tmp_path / "a.deb", tmp_path / "out")
+            debian_packages.unpack_deb_in_python(tmp_path / "a.deb", tmp_path / "out")
 
     def test_cut_short(self, tmp_path: Path) -> None:
         path = make_deb(tmp_path / "a.deb", "xz")
         path.write_bytes(path.read_bytes()[:-40])
         with pytest.raises(AssetError, match="ends early"):
-            debian_packages.unpack_deb_python(path, tmp_path / "out")
+            debian_packages.unpack_deb_in_python(path, tmp_path / "out")
 
     def test_without_apt_the_way_out_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(debian_packages.shutil, "which", lambda name: None)

@@ -17,9 +17,13 @@ def test_operators_and_bytes_of_a_layer(python: Preloaded) -> None:
     rows = {(row["pass"], row["dtype"]): row for row in found["rows"]}
     assert len(rows) == 16
     hidden, inner = 2048 * 4096, 2048 * 11008
-    gated = rows["gated", "bf16"]
+    gated_silu = rows["gated", "bf16"]
     # silu reads e and writes; the product in place reads both and writes one, which counts as a result.
-    assert (gated["operators"], gated["moved_bytes"], gated["one_kernel_bytes"]) == (2, 2 * inner * 5, 2 * inner * 3)
+    assert (gated_silu["operators"], gated_silu["moved_bytes"], gated_silu["one_kernel_bytes"]) == (
+        2,
+        2 * inner * 5,
+        2 * inner * 3,
+    )
     keys, turn = rows["rotated, keys", "fp32"], 2048 * 128
     # cat, mul_ with the sines, addcmul_ with x and the cosines; cat sees both halves.
     assert (keys["operators"], keys["moved_bytes"]) == (3, 4 * (hidden * (2 + 2 + 3) + 2 * turn))

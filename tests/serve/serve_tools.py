@@ -31,7 +31,7 @@ def asking(text: str, *pictures: str, **more: Any) -> dict[str, Any]:
 
 def pixels_of(models: Any, picture: Image.Image) -> Any:
     """What the tower sees of a picture, ``[3, H, W]``."""
-    return models.assembly.eyes.see([picture])[0].tensors["pixel_values"][0]
+    return models.assembly.image_processing.see([picture])[0].tensors["pixel_values"][0]
 
 
 class Running:

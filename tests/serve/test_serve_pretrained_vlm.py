@@ -66,11 +66,11 @@ def alone(models: Any, text: str, pictures: list[Image.Image], count: int) -> st
 
     from mm_moslora.batch import Example
     from mm_moslora.data.chat.records import Turn
-    from mm_moslora.models.batching.padded_batch import row_inputs
+    from mm_moslora.models.batching.padded_batch import padded_inputs
 
     ids, seen = models.prompt([Turn.asking(text, images=len(pictures))], pictures)
     row = Example.of(id="", input_ids=ids, supervised=torch.zeros(len(ids), dtype=torch.bool), seen=seen)
-    inputs = row_inputs(models.assembly.model, [ids], row.pixel_values, row.image_inputs, answers=[len(ids)])
+    inputs = padded_inputs(models.assembly.model, [ids], row.pixel_values, row.image_inputs, answers=[len(ids)])
     said = models.assembly.model.generate(
         **inputs, max_new_tokens=count, do_sample=False, eos_token_id=models.stops, pad_token_id=models.stops[0]
     )[0, len(ids) :].tolist()
@@ -113,14 +113,14 @@ def server(open_family: Any) -> Iterator[Any]:
 
 
 def test_bad_input_has_the_same_shape_and_leaves_it_serving(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    eyes = server.engine.models.assembly.eyes
+    image_processing = server.engine.models.assembly.image_processing
 
     def refuse(images: Any) -> None:
         raise ValueError(f"cannot take {images[0]!r}")
 
     good = asking("the shape?", data_url(picture(40, 40, (9, 9, 9))))
     with monkeypatch.context() as patch:
-        patch.setattr(eyes, "see", refuse)
+        patch.setattr(image_processing, "see", refuse)
         refused = server.post(good)
     assert refused.status_code == 400
     assert refused.json()["error"]["code"] == "invalid_image"

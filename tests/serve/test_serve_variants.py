@@ -171,7 +171,7 @@ def looking(
 
 def _tokens(models: Any, name: str) -> Any:
     """Visual tokens of the picture as the server takes them, from its cache perhaps."""
-    seen = models.assembly.eyes.see([PICTURE])
+    seen = models.assembly.image_processing.see([PICTURE])
     with models.use(name):
         return models.image_tokens(name, seen)
 
@@ -184,7 +184,7 @@ def _tokens_alone(folder: Path, *, tuned: bool) -> Any:
     from mm_moslora.models.load_model import load
 
     assembly = load(folder, merge=False)
-    pixels = assembly.eyes.see([PICTURE])[0].tensors["pixel_values"]
+    pixels = assembly.image_processing.see([PICTURE])[0].tensors["pixel_values"]
     with torch.inference_mode():
         if tuned:
             return encode_images(assembly.model, pixels)[0]

@@ -33,11 +33,11 @@ from mm_moslora.config import Recipe
 from mm_moslora.kernels.attention import segment_attention
 from mm_moslora.models.assembly import Assembly
 from mm_moslora.models.decoding.generation import Prompt, encode_images, generate, score_options
-from mm_moslora.models.decoding.row_decoding import start_row
+from mm_moslora.models.decoding.row_decoding import prefill_row
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vision.feature_cache import FeatureStore
-from mm_moslora.models.vlm import is_multimodal, takes_rows
+from mm_moslora.models.vlm import has_own_forward, is_multimodal
 from mm_moslora.training import run_setup
 from mm_moslora.training.engine import OptimizerSettings, TorchEngine
 from mm_moslora.training.parameter_groups import parameter_groups
@@ -229,12 +229,12 @@ def answers(run: run_setup.Run, batches: list[Batch], device: Any) -> dict[str, 
     model = run.assembly.model.eval()
     segment_attention.set_attention(model, "sdpa")
     device.noted()
-    if takes_rows(model):
+    if has_own_forward(model):
         number = next(n for n in run.training_set.usable if run.training_set.has_image[n])
         example = run.training_set.load(number)
-        decoder = start_row(model, example)
+        decoder = prefill_row(model, example)
         if decoder.can_share:
-            decoder.join(start_row(model, example))
+            decoder.join(prefill_row(model, example))
         decoder.extend(
             model.get_input_embeddings()(decoder.logits.argmax(-1)[:, None]),
             torch.ones(len(decoder.logits), 1, dtype=torch.long, device=CUDA),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import IMAGE, Turn
 from mm_moslora.models.assembly import Assembly
 from mm_moslora.models.decoding.generation import ContinuationScore, Prompt, generate, score_options, stop_token_ids
@@ -32,7 +32,7 @@ class LocalModel:
     def __init__(self, assembly: Assembly, *, name: str, reference: bool = False) -> None:
         self.assembly, self._name, self._reference = assembly, name, reference
         self.model = assembly.model.eval()
-        self.encoder = Encoder.of(assembly)
+        self.encoder = ConversationEncoder.of(assembly)
         self.stop_ids = stop_token_ids(self.model, assembly.tokenizer.eos_token_id)
         self._visual = VisualTokens(assembly, keep=not reference)
         self._fingerprint: str | None = None

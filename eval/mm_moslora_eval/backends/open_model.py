@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mm_moslora.utils.errors import EvalError
-from mm_moslora.utils.hardware import keep_memory
+from mm_moslora.utils.hardware import keep_freed_memory
 from mm_moslora.utils.run_paths import MANIFEST, find_checkpoint
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def open_model(name: str, *, precision: Precision = "auto", reference: bool = Fa
     from mm_moslora.utils import distributed
 
     if distributed.device().type == "cpu":
-        keep_memory()
+        keep_freed_memory()
     dtype = dtype_of(resolve_precision(precision))
     if separator and kind == "hf":
         from mm_moslora_eval.backends.transformers_model import TransformersModel
@@ -73,7 +73,7 @@ def open_model(name: str, *, precision: Precision = "auto", reference: bool = Fa
         return TransformersModel.from_pretrained(rest, dtype=dtype, reference=reference)
     from mm_moslora.models.assembly import assemble
     from mm_moslora.models.load_model import load, model_of
-    from mm_moslora.models.vlm import takes_rows
+    from mm_moslora.models.vlm import has_own_forward
 
     folder = find_checkpoint(Path(name))
     if untuned and not (folder / MANIFEST).is_file():
@@ -81,7 +81,7 @@ def open_model(name: str, *, precision: Precision = "auto", reference: bool = Fa
     assembly = assemble(model_of(folder), dtype=dtype) if untuned else load(folder, dtype=dtype)
     name = f"{name}, before tuning" if untuned else name
     assembly.model.to(distributed.device())  # type: ignore[arg-type]
-    if takes_rows(assembly.model):
+    if has_own_forward(assembly.model):
         from mm_moslora_eval.backends.transformers_model import TransformersModel
 
         return TransformersModel(assembly.model, assembly.processor, name=name, reference=reference)

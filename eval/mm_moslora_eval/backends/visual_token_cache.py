@@ -87,7 +87,7 @@ class VisualTokens:
         return self._decode(image) if waiting is None else waiting.result()
 
     def _decode(self, image: ImageLike) -> Tensor:
-        if self._assembly.eyes is None:
+        if self._assembly.image_processing is None:
             raise EvalError("The task shows pictures, but this model has no vision encoder. Choose a text task.")
-        (seen,) = self._assembly.eyes.see([open_image(image)])
+        (seen,) = self._assembly.image_processing.see([open_image(image)])
         return seen.tensors["pixel_values"][0]

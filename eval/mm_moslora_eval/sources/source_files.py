@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.utils.errors import EvalError
-from mm_moslora.utils.untrusted_files import beside as seen_from
+from mm_moslora.utils.untrusted_files import beside as resolve_model_paths
 
 
 def find_file(path: str, *, beside: Path | None = None) -> Path:
@@ -50,7 +50,7 @@ def picture_folder(image_folder: str | None, data: Path, *, beside: Path | None 
     """
     if image_folder is None:
         return (data if data.is_dir() else data.parent).resolve()
-    folder = seen_from(beside or Path.cwd(), image_folder)
+    folder = resolve_model_paths(beside or Path.cwd(), image_folder)
     if folder.is_dir():
         return folder.resolve()
     other = data.parent / image_folder
@@ -59,7 +59,7 @@ def picture_folder(image_folder: str | None, data: Path, *, beside: Path | None 
 
 
 def _places(path: str, beside: Path | None) -> list[Path]:
-    first = seen_from(beside or Path.cwd(), path)
+    first = resolve_model_paths(beside or Path.cwd(), path)
     if Path(path).expanduser().is_absolute():
         return [first]
     roots = [*(os.environ.get(name) for name in ("MM_MOSLORA_DATA", "LMUData")), Path.home() / "LMUData"]

@@ -26,11 +26,11 @@ from mm_moslora.adapters.layers.sharded_weights import fetches_whole, only_fetch
 from mm_moslora.adapters.mixer import FrozenFactor, Mixer, init_mixer, orthonormal_rows
 from mm_moslora.kernels.lora.fused_lora_linear import fused_linears
 from mm_moslora.kernels.lora.lora_math import current_kernel, delta_weight, is_traced
-from mm_moslora.kernels.lora.lora_matmul import Operands
+from mm_moslora.kernels.lora.lora_matmul import LinearOperands
 from mm_moslora.utils.errors import AdapterError
 
 if TYPE_CHECKING:
-    from mm_moslora.adapters.layers.sibling_projections import Siblings
+    from mm_moslora.adapters.layers.sibling_projections import SiblingProjections
     from mm_moslora.adapters.layers.step_window import StepWindow
     from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 
@@ -206,7 +206,7 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
 class FusedLinear(MoSLoRALayer):
     """A linear layer that the fused kernel computes where that is all that PEFT's layer would."""
 
-    siblings: Siblings | None = None
+    siblings: SiblingProjections | None = None
     """The layers that read the same input, if there are any; see `link_siblings`."""
     step_window: StepWindow | None = None
     """Within `one_product_per_step`."""
@@ -225,7 +225,7 @@ class FusedLinear(MoSLoRALayer):
         window = self.step_window
         return fused_linears(x, [layer], None if window is None else window.products((self,)))[0]
 
-    def fused_operands(self, x: Tensor) -> Operands | None:
+    def fused_operands(self, x: Tensor) -> LinearOperands | None:
         """What the fused kernel needs to compute this layer, None where it would not compute what the modules do.
 
         Args:
@@ -245,7 +245,7 @@ class FusedLinear(MoSLoRALayer):
         if adapter in self.lora_mixer and not self._only_holds(self.lora_mixer[adapter]):
             return None
         factors, dropout = self.factors(adapter), self.lora_dropout[adapter]
-        return Operands(
+        return LinearOperands(
             weight=weight,
             bias=base.bias,
             A=factors.A,

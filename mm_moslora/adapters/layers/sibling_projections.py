@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mm_moslora.adapters.layers.adapter_layers import FusedLinear
 from mm_moslora.kernels.lora.fused_lora_linear import fused_linears
-from mm_moslora.kernels.lora.lora_matmul import Operands
+from mm_moslora.kernels.lora.lora_matmul import LinearOperands
 
 _FAMILIES = (
     ("q_proj", "k_proj", "v_proj"),
@@ -50,14 +50,14 @@ def link_siblings(model: nn.Module) -> int:
         for names in _FAMILIES:
             layers = [child for name in names if isinstance(child := parent._modules.get(name), FusedLinear)]
             if len(layers) > 1 and len({layer.widths[0] for layer in layers}) == 1:
-                family = Siblings(layers)
+                family = SiblingProjections(layers)
                 for layer in layers:
                     layer.siblings = family
                 found += 1
     return found
 
 
-class Siblings:
+class SiblingProjections:
     """The family of one input."""
 
     def __init__(self, layers: Sequence[FusedLinear]) -> None:
@@ -94,7 +94,7 @@ class Siblings:
         return self._together_before
 
     def _compute(self, x: Tensor) -> Tensor | None:
-        chosen: list[tuple[FusedLinear, Operands]] = []
+        chosen: list[tuple[FusedLinear, LinearOperands]] = []
         for layer in self.layers:
             # Such hooks (ZeRO-3's, for one) give every layer an input tensor of its own.
             hooked = layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from mm_moslora.adapters.adapter_targets import named_adapter_layers
 from mm_moslora.adapters.layers.adapter_layers import FusedLinear
-from mm_moslora.kernels.lora.fused_lora_linear import Pending, StepProducts
+from mm_moslora.kernels.lora.fused_lora_linear import Pending, SharedProducts
 from mm_moslora.kernels.lora.lora_math import combine
-from mm_moslora.kernels.lora.lora_matmul import Operands, chain_rule
+from mm_moslora.kernels.lora.lora_matmul import LinearOperands, mixer_gradients
 from mm_moslora.utils.errors import AdapterError
 
 
@@ -27,7 +27,7 @@ class StepWindow:
 
     def __init__(self) -> None:
         """Nothing is computed yet."""
-        self._products: dict[tuple[object, ...], StepProducts] = {}
+        self._products: dict[tuple[object, ...], SharedProducts] = {}
         self._lent: dict[tuple[object, ...], _Lent] = {}
         self._last = False
 
@@ -37,12 +37,12 @@ class StepWindow:
         for products in self._products.values():
             products.last = True
 
-    def products(self, layers: Sequence[FusedLinear]) -> StepProducts:
+    def products(self, layers: Sequence[FusedLinear]) -> SharedProducts:
         """What a node over these layers shares with those of the other micro-batches."""
         key = tuple(map(_identity, layers))
-        return self._products.setdefault(key, StepProducts(last=self._last))
+        return self._products.setdefault(key, SharedProducts(last=self._last))
 
-    def product(self, layer: FusedLinear, operands: Operands, dtype: torch.dtype) -> Tensor:
+    def product(self, layer: FusedLinear, operands: LinearOperands, dtype: torch.dtype) -> Tensor:
         """One layer's ``C = s B M`` for a kernel of somebody else's, ``[D_out, R]``, made once for all micro-batches.
 
         To that kernel it is the B of a plain LoRA without scaling; B and M get their gradients when the step has all.
@@ -71,7 +71,7 @@ class StepWindow:
         for pending in (*waiting, *(lent.pending for lent in self._lent.values())):
             if pending.gradient is None:
                 continue
-            dM, dB = chain_rule(pending.gradient, pending.M, pending.B, pending.scaling)
+            dM, dB = mixer_gradients(pending.gradient, pending.M, pending.B, pending.scaling)
             found = zip((pending.M, pending.B), (dM, dB), pending.learn, strict=True)
             pairs = [(tensor, grad) for tensor, grad, learns in found if learns and tensor is not None]
             with _learning([tensor for tensor, _ in pairs]):
@@ -133,7 +133,7 @@ class _Lend(torch.autograd.Function):
         pending.gradient = None if ctx.last else whole
         if not ctx.last:
             return None, None, None, None
-        dM, dB = chain_rule(whole, pending.M, pending.B, pending.scaling)
+        dM, dB = mixer_gradients(whole, pending.M, pending.B, pending.scaling)
         return None, None, dM if ctx.needs_input_grad[2] else None, dB if ctx.needs_input_grad[3] else None
 
 

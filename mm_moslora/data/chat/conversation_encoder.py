@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mm_moslora.config import Thinking
 from mm_moslora.config.llava_chat_templates import notes_of
-from mm_moslora.data.chat.processor_template import PartsTemplate
+from mm_moslora.data.chat.processor_template import ProcessorTemplate
 from mm_moslora.data.chat.records import IMAGE, Turn
 from mm_moslora.data.chat.template_scaffold import PLAIN_TEMPLATE, THINK, THINK_END, Slot, Template, Thought
 from mm_moslora.data.chat.text_tokens import Piece, Tokens
@@ -82,7 +82,7 @@ class _Growing:
 
 
 class Parts(Protocol):
-    """What an encoder needs of a model; see `Encoder`."""
+    """What an encoder needs of a model; see `ConversationEncoder`."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -108,7 +108,7 @@ class Parts(Protocol):
         ...
 
 
-class Encoder:
+class ConversationEncoder:
     """Tokenises conversations for one tokenizer and its chat template.
 
     Args:
@@ -138,7 +138,7 @@ class Encoder:
         self.thinking = thinking
         self.image_token_id, self.tokens_per_image = image_token_id, tokens_per_image
         self.system_prompt = system_prompt
-        self.template = Template(tokenizer) if processor is None else PartsTemplate(processor)
+        self.template = Template(tokenizer) if processor is None else ProcessorTemplate(processor)
         probe = self.template.plan(_PROBE)
         self.tokens = Tokens(tokenizer, structural=[slot.before for slot in probe.slots] + [probe.tail])
         self.notes = notes_of(str(self.template.source))
@@ -146,7 +146,7 @@ class Encoder:
         self._bos = self.template.missing_bos()
 
     @classmethod
-    def of(cls, parts: Parts) -> Encoder:
+    def of(cls, parts: Parts) -> ConversationEncoder:
         """For an assembled model, or for what is loaded of one to prepare data."""
         return cls(
             parts.tokenizer,
@@ -379,4 +379,4 @@ def _encoded(grown: _Growing) -> Encoded:
     )
 
 
-__all__ = ["PLAIN_TEMPLATE", "Encoded", "Encoder", "TooLong", "Turn"]
+__all__ = ["PLAIN_TEMPLATE", "ConversationEncoder", "Encoded", "TooLong", "Turn"]

@@ -24,7 +24,7 @@ PREFIX_TEMPLATE = (
 """PaliGemma, which has no chat template: pictures, BOS, the question and a line break, then the answer."""
 
 
-class PartsTemplate(Template):
+class ProcessorTemplate(Template):
     """The chat template of a processor.
 
     Args:

@@ -212,7 +212,7 @@ class Template:
         return [*pieces, text]
 
     def _messages(self, roles: Sequence[str], contents: Sequence[str]) -> list[dict[str, Any]]:
-        """What the template takes; `PartsTemplate` has contents of several parts."""
+        """What the template takes; `ProcessorTemplate` has contents of several parts."""
         return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
 
     def _render(self, roles: Sequence[str], contents: Sequence[str], *, prompt: bool = False) -> str:

@@ -11,7 +11,7 @@ from html import escape
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from mm_moslora.data.chat.conversation_encoder import Encoded, Encoder
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.records import Record
 from mm_moslora.data.images.decode_image import ImageError
 from mm_moslora.data.images.locate_image import open_picture
@@ -49,7 +49,7 @@ class Sample:
     fault: RecordError | None = None
 
 
-def page(samples: Sequence[Sample], encoder: Encoder, *, title: str) -> str:
+def page(samples: Sequence[Sample], encoder: ConversationEncoder, *, title: str) -> str:
     """The page as HTML text.
 
     Args:
@@ -71,7 +71,7 @@ def page(samples: Sequence[Sample], encoder: Encoder, *, title: str) -> str:
     )
 
 
-def _card(sample: Sample, encoder: Encoder) -> str:
+def _card(sample: Sample, encoder: ConversationEncoder) -> str:
     if sample.fault is not None or sample.record is None or sample.encoded is None:
         return f'<article><h2 class="bad">cannot be used</h2><p>{escape(str(sample.fault))}</p></article>'
     record, encoded = sample.record, sample.encoded
@@ -106,7 +106,7 @@ def _figure(record: Record, number: int) -> str:
     )
 
 
-def _spans(encoded: Encoded, encoder: Encoder) -> Iterator[str]:
+def _spans(encoded: Encoded, encoder: ConversationEncoder) -> Iterator[str]:
     """One span per token; the tokens of an image share one."""
     special = {number for number, token in encoder.tokenizer.added_tokens_decoder.items() if token.special}
     ids, flags = encoded.input_ids.tolist(), encoded.supervised.tolist()

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from mm_moslora.batch import Eyes
+from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import DataConfig, SourceConfig
-from mm_moslora.data.chat.conversation_encoder import Encoded, Encoder
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.records import Record
 from mm_moslora.data.images.decode_image import ImageError
 from mm_moslora.data.images.locate_image import check_picture, open_picture, picture_name
@@ -135,11 +135,11 @@ class CheckReport:
 
 def check(
     sources: Sequence[SourceConfig],
-    encoder: Encoder,
+    encoder: ConversationEncoder,
     *,
     config: DataConfig,
     vision: bool = True,
-    eyes: Eyes | None = None,
+    image_processing: ImageProcessing | None = None,
     decode: bool = True,
     processes: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -164,7 +164,7 @@ def check(
     empty = partial(
         CheckReport, sources=[source.path for source in sources], max_length=config.max_length, max_bad_share=share
     )
-    look = _Look(files, encoder, config, vision=vision, eyes=eyes, decode=decode, empty=empty)
+    look = _Look(files, encoder, config, vision=vision, image_processing=image_processing, decode=decode, empty=empty)
     report, total = empty(), sum(len(file) for file in files)
     if processes is not None and processes < 1:
         raise DataError(f"processes is {processes}, expected 1 or more. Leave it out for one per processor.")
@@ -189,16 +189,16 @@ class _Look:
     def __init__(
         self,
         files: Sequence[RecordSource],
-        encoder: Encoder,
+        encoder: ConversationEncoder,
         config: DataConfig,
         *,
         vision: bool,
-        eyes: Eyes | None,
+        image_processing: ImageProcessing | None,
         decode: bool,
         empty: Callable[[], CheckReport],
     ) -> None:
         self.files, self.encoder, self.config, self.empty = files, encoder, config, empty
-        self.vision, self.eyes, self.decode = vision, eyes, decode
+        self.vision, self.image_processing, self.decode = vision, image_processing, decode
         self.separators = _separators(encoder)
         eos = encoder.tokenizer.eos_token_id
         self.ends = set(encoder.tokens.guarded.values()) | ({int(eos)} if isinstance(eos, int) else set())
@@ -210,7 +210,7 @@ class _Look:
             report.records += 1
             try:
                 record = file[row]
-                pictures = placeholders_of(record, self.eyes)
+                pictures = placeholders_of(record, self.image_processing)
                 encoded = encode_record(
                     record, self.encoder, max_length=self.config.max_length, vision=self.vision, pictures=pictures
                 )
@@ -273,7 +273,7 @@ def _ends(encoded: Encoded) -> set[int]:
     return set(encoded.input_ids[last].tolist())
 
 
-def _separators(encoder: Encoder) -> re.Pattern[str] | None:
+def _separators(encoder: ConversationEncoder) -> re.Pattern[str] | None:
     """Ordinary text that the template writes between turns; typed by a user it looks like a change of speaker."""
     plan = encoder.template.plan(("user", "assistant", "user", "assistant"))
     found: set[str] = set()

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from mm_moslora.data.chat.conversation_encoder import Encoded, Encoder
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.records import Record
 from mm_moslora.data.check.check_findings import Finding, findings, length_percentiles
 from mm_moslora.data.check.record_check import CheckReport
@@ -26,7 +26,7 @@ SHOWN = 20
 """Faults, repeated ids and pairs of pictures that are shown unless all are asked for."""
 
 
-def view_record(record: Record, encoded: Encoded, encoder: Encoder) -> RenderableType:
+def view_record(record: Record, encoded: Encoded, encoder: ConversationEncoder) -> RenderableType:
     """One record as the trainer sees it.
 
     Args:

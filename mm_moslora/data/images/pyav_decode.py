@@ -48,7 +48,7 @@ def check_pixels(size: tuple[int, int], count: int, name: str) -> None:
         raise ImageError(Code.VIDEO_TOO_LARGE, name, what, remedy)
 
 
-def frames_of_film(stream: BinaryIO, count: int, *, shown: int, name: str) -> list[Image.Image]:
+def decode_frames(stream: BinaryIO, count: int, *, shown: int, name: str) -> list[Image.Image]:
     """Frames of a video file as RGB, at even distances.
 
     Args:

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from mm_moslora.data.images.decode_image import ImageError, as_rgb, check_image, code_of, faults_of_pictures, open_image
-from mm_moslora.data.images.pyav_decode import MAX_FRAMES, check_pixels, frames_of_film, places
+from mm_moslora.data.images.pyav_decode import MAX_FRAMES, check_pixels, decode_frames, places
 from mm_moslora.data.record_faults import Code
 from mm_moslora.utils.untrusted_files import FileError, opened
 
@@ -96,7 +96,7 @@ class Clip:
         with self._opened() as stream:
             if _is_animation(stream):
                 return _of_animation(stream, count, shown=self.count, name=self.name)
-            return frames_of_film(stream, count, shown=self.count, name=self.name)
+            return decode_frames(stream, count, shown=self.count, name=self.name)
 
     def _files(self) -> list[Path]:
         """The pictures of a folder of frames, in order."""

@@ -13,25 +13,26 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from liger_kernel.ops.rms_norm import rms_norm_backward, rms_norm_forward
+from liger_kernel.ops.rms_norm import rms_norm_backward as liger_rms_norm_backward
+from liger_kernel.ops.rms_norm import rms_norm_forward as liger_rms_norm_forward
 from liger_kernel.ops.swiglu import swiglu_backward, swiglu_forward
 from liger_kernel.ops.utils import calculate_settings
 from torch import Tensor
 
-from mm_moslora.kernels.fused_ops.torch_ops import Elementwise
+from mm_moslora.kernels.fused_ops.torch_ops import FusedOps
 
 LLAMA = 0
 """Liger's number for transformers' numerics: fp32 up to the product with ``1 / rms``, then the input's dtype."""
 
 
-def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `elementwise.normalise`."""
-    y, _, inverse, *_ = rms_norm_forward(x.contiguous(), weight, eps, 0.0, LLAMA, True)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `torch_ops.rms_norm`."""
+    y, _, inverse, *_ = liger_rms_norm_forward(x.contiguous(), weight, eps, 0.0, LLAMA, True)
     return y, inverse[:, None]
 
 
-def normalised(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """See `elementwise.normalised`."""
+def recompute_rms_norm(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """See `torch_ops.recompute_rms_norm`."""
     x = x.contiguous()
     y = torch.empty_like(x)
     block, warps = calculate_settings(x.shape[1])
@@ -40,28 +41,28 @@ def normalised(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     return y
 
 
-def normalise_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """See `elementwise.normalise_backward`."""
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """See `torch_ops.rms_norm_backward`."""
     block, warps = calculate_settings(x.shape[1])
-    of_x, _ = rms_norm_backward(
+    of_x, _ = liger_rms_norm_backward(
         grad.contiguous(), x.contiguous(), weight, inverse[:, 0], 0.0, LLAMA, block, warps,
         in_place=True, row_mode=True, needs_dw=False,
     )  # fmt: skip
     return of_x
 
 
-def gated(e: Tensor, g: Tensor) -> Tensor:
-    """See `elementwise.gated`."""
+def gated_silu(e: Tensor, g: Tensor) -> Tensor:
+    """See `torch_ops.gated_silu`."""
     return swiglu_forward(e.contiguous(), g.contiguous())[2]
 
 
-def regated(e: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """See `elementwise.regated`; nothing is handed over, since Liger's gradients need e and g alone."""
-    return gated(e, g), e.new_empty(0)
+def recompute_gated(e: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """See `torch_ops.recompute_gated`; nothing is handed over, since Liger's gradients need e and g alone."""
+    return gated_silu(e, g), e.new_empty(0)
 
 
-def gated_backward(grad: Tensor, e: Tensor, g: Tensor, activated: Tensor) -> tuple[Tensor, Tensor]:
-    """See `elementwise.gated_backward`; the gradients take the places of e and g.
+def gated_silu_backward(grad: Tensor, e: Tensor, g: Tensor, activated: Tensor) -> tuple[Tensor, Tensor]:
+    """See `torch_ops.gated_silu_backward`; the gradients take the places of e and g.
 
     Those are kept for the backward pass, so a second one through the same graph must not run on what is left of them:
     autograd is told of the change, and raises.
@@ -71,8 +72,8 @@ def gated_backward(grad: Tensor, e: Tensor, g: Tensor, activated: Tensor) -> tup
     return of_e, of_g
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """See `elementwise.rotated`."""
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `torch_ops.rotary_embedding`."""
     x = x if x.stride(2) == 1 else x.contiguous()
     tokens, heads, width = x.shape
     y = x.new_empty(x.shape)
@@ -118,12 +119,12 @@ def _rotated(  # type: ignore[no-untyped-def]
     tl.store(place + half, second * c + first * s, mask=inside)
 
 
-LIGER = Elementwise(
-    normalise=normalise,
-    normalised=normalised,
-    normalise_backward=normalise_backward,
-    gated=gated,
-    regated=regated,
-    gated_backward=gated_backward,
-    rotated=rotated,
+LIGER_OPS = FusedOps(
+    rms_norm=rms_norm,
+    recompute_rms_norm=recompute_rms_norm,
+    rms_norm_backward=rms_norm_backward,
+    gated_silu=gated_silu,
+    recompute_gated=recompute_gated,
+    gated_silu_backward=gated_silu_backward,
+    rotary_embedding=rotary_embedding,
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """RMS norm, as transformers computes it.
 
     Args:
@@ -33,12 +33,12 @@ def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return _product(x, wide, inverse).to(x.dtype).mul_(weight), inverse
 
 
-def normalised(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """The output of `normalise` once more, from its ``1 / rms``."""
+def recompute_rms_norm(x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """The output of `rms_norm` once more, from its ``1 / rms``."""
     return _product(x, x.float(), inverse).to(x.dtype).mul_(weight)
 
 
-def normalise_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
     """The gradient of x, from that of the norm's output, which may be used up."""
     direction = _product(x, x.float(), inverse)
     pull = grad * weight if grad.dtype == torch.float32 else grad.float().mul_(weight.float())
@@ -51,24 +51,24 @@ def _product(x: Tensor, wide: Tensor, inverse: Tensor) -> Tensor:
     return wide * inverse if x.dtype == torch.float32 else wide.mul_(inverse)
 
 
-def gated(e: Tensor, g: Tensor) -> Tensor:
+def gated_silu(e: Tensor, g: Tensor) -> Tensor:
     """``silu(e) * g``, each ``[S, F]``."""
     return F.silu(e).mul_(g)
 
 
-def regated(e: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """`gated` once more, and what `gated_backward` takes over from it, here ``silu(e)``."""
+def recompute_gated(e: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """`gated_silu` once more, and what `gated_silu_backward` takes over from it, here ``silu(e)``."""
     activated = F.silu(e)
     return activated * g, activated
 
 
-def gated_backward(grad: Tensor, e: Tensor, g: Tensor, activated: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of e and g, from that of `gated` and from what `regated` handed over; all may be used up."""
+def gated_silu_backward(grad: Tensor, e: Tensor, g: Tensor, activated: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of e and g, from that of `gated_silu` and from what `recompute_gated` handed over, which may be used up."""
     of_g = activated.mul_(grad)
     return torch.ops.aten.silu_backward(grad.mul_(g), e), of_g
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding in halves.
 
     Args:
@@ -81,29 +81,29 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Elementwise:
+class FusedOps:
     """The functions of this module, as they are, compiled, or as other kernels compute them."""
 
-    normalise: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = normalise
-    normalised: Callable[[Tensor, Tensor, Tensor], Tensor] = normalised
-    normalise_backward: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = normalise_backward
-    gated: Callable[[Tensor, Tensor], Tensor] = gated
-    regated: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = regated
-    gated_backward: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = gated_backward
-    rotated: Callable[[Tensor, Tensor, Tensor], Tensor] = rotated
+    rms_norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = rms_norm
+    recompute_rms_norm: Callable[[Tensor, Tensor, Tensor], Tensor] = recompute_rms_norm
+    rms_norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = rms_norm_backward
+    gated_silu: Callable[[Tensor, Tensor], Tensor] = gated_silu
+    recompute_gated: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = recompute_gated
+    gated_silu_backward: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = gated_silu_backward
+    rotary_embedding: Callable[[Tensor, Tensor, Tensor], Tensor] = rotary_embedding
 
 
-EAGER = Elementwise()
+TORCH_OPS = FusedOps()
 
 
 @cache
-def compiled(backend: str) -> Elementwise:
+def compiled(backend: str) -> FusedOps:
     """The passes compiled for rows of any length, when each is first called.
 
     Args:
         backend: of torch.compile.
     """
-    passes = {field.name: getattr(EAGER, field.name) for field in fields(Elementwise)}
-    return Elementwise(
+    passes = {field.name: getattr(TORCH_OPS, field.name) for field in fields(FusedOps)}
+    return FusedOps(
         **{name: torch.compile(function, backend=backend, dynamic=True) for name, function in passes.items()}
     )

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from mm_moslora.kernels.lora.lora_math import autocasts
-from mm_moslora.kernels.lora.lora_matmul import TENSORS, Operands, Products, Rules, chain_rule, copies
+from mm_moslora.kernels.lora.lora_matmul import (
+    TENSORS,
+    LinearOperands,
+    LinearRules,
+    LoraMatmul,
+    copies,
+    mixer_gradients,
+)
 from mm_moslora.utils.errors import AdapterError
 
 
@@ -35,7 +42,7 @@ class Pending:
 
 
 @dataclass(kw_only=True)
-class StepProducts:
+class SharedProducts:
     """What the micro-batches of one optimiser step share in one node; see `one_product_per_step`."""
 
     key: object = None
@@ -80,11 +87,13 @@ def fused_linear(
     Returns:
         ``[..., D_out]`` in the dtype of x, or of autocast. Differentiable once.
     """
-    layer = Operands(weight=weight, bias=bias, A=A, M=M, B=B, scaling=scaling, dropout=dropout)
+    layer = LinearOperands(weight=weight, bias=bias, A=A, M=M, B=B, scaling=scaling, dropout=dropout)
     return fused_linears(x, [layer])[0]
 
 
-def fused_linears(x: Tensor, layers: Sequence[Operands], shared: StepProducts | None = None) -> tuple[Tensor, ...]:
+def fused_linears(
+    x: Tensor, layers: Sequence[LinearOperands], shared: SharedProducts | None = None
+) -> tuple[Tensor, ...]:
     """Several adapted linear layers on one input, in one autograd node; see `fused_linear`.
 
     Args:
@@ -98,7 +107,7 @@ def fused_linears(x: Tensor, layers: Sequence[Operands], shared: StepProducts | 
     if shared is not None and not (x.requires_grad or any(_requires_grad(layer.A) for layer in layers)):
         shared = None  # Nothing would call the node's backward pass.
     plan = _Plan(
-        rules=Rules.of(layers),
+        rules=LinearRules.of(layers),
         shared=shared,
         last=shared is None or shared.last,
         owners=() if shared is None else tuple((layer.M, layer.B) for layer in layers),
@@ -116,7 +125,7 @@ def _requires_grad(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad
 
 
-def _mixed_by(layer: Operands, last: bool) -> tuple[Tensor | None, Tensor | None]:
+def _mixed_by(layer: LinearOperands, last: bool) -> tuple[Tensor | None, Tensor | None]:
     """M and B, cut off from their parameters where these get their gradients later: no hook must fire for nothing."""
     if last:
         return layer.M, layer.B
@@ -127,8 +136,8 @@ def _mixed_by(layer: Operands, last: bool) -> tuple[Tensor | None, Tensor | None
 class _Plan:
     """The node's arguments that are not tensors."""
 
-    rules: Rules
-    shared: StepProducts | None
+    rules: LinearRules
+    shared: SharedProducts | None
     last: bool
     """B and M get their gradients in this node's backward pass."""
     owners: tuple[tuple[Tensor | None, Tensor | None], ...]
@@ -140,7 +149,7 @@ class _FusedLinears(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, plan: _Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         weights, biases, As, Ms, Bs = (tensors[index::TENSORS] for index in range(TENSORS))
         A, Cs = _copies(plan, list(zip(weights, biases, As, Ms, Bs, strict=True)), x.dtype)
-        results, z = Products(weights, A, Cs, plan.rules).outputs(x, biases)
+        results, z = LoraMatmul(weights, A, Cs, plan.rules).outputs(x, biases)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, z, A, *Cs, *weights, *As, *Ms, *Bs)
@@ -168,7 +177,7 @@ class _Backward:
         count = len(grads)
         Cs, weights, self.As, self.Ms, self.Bs = (rest[start * count : (start + 1) * count] for start in range(5))
         self.plan: _Plan = ctx.plan
-        self.products = Products(weights, A, Cs, self.plan.rules)
+        self.products = LoraMatmul(weights, A, Cs, self.plan.rules)
         self.needs_x = ctx.needs_input_grad[0]
         self.needs = [ctx.needs_input_grad[2 + TENSORS * i : 2 + TENSORS * (i + 1)] for i in range(count)]
         self.grads = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
@@ -198,13 +207,13 @@ class _Backward:
             dC = self._add_to_pending(shared, index, dC)
         if dC is None:
             return None, None
-        dM, dB = chain_rule(dC, self.Ms[index], self.Bs[index], self.plan.rules.scalings[index])
+        dM, dB = mixer_gradients(dC, self.Ms[index], self.Bs[index], self.plan.rules.scalings[index])
         return dM if needs_M else None, dB if needs_B else None
 
     def _learns_later(self, index: int) -> bool:
         return bool(self.plan.owners) and any(_requires_grad(tensor) for tensor in self.plan.owners[index])
 
-    def _add_to_pending(self, shared: StepProducts, index: int, dC: Tensor | None) -> Tensor | None:
+    def _add_to_pending(self, shared: SharedProducts, index: int, dC: Tensor | None) -> Tensor | None:
         """Keep ``dC`` for later; in the last micro-batch give back the sum of all."""
         waiting = shared.pending.get(index)
         if waiting is None and self.plan.last:

@@ -42,7 +42,7 @@ class Packed(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Operands:
+class LinearOperands:
     """What one linear layer computes with, adapted or not."""
 
     weight: Tensor | Packed
@@ -61,17 +61,17 @@ class Operands:
     """Probability of dropping an entry of x before A."""
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """W (None: packed, see `Rules`), bias, A, M and B."""
+        """W (None: packed, see `LinearRules`), bias, A, M and B."""
         weight = self.weight if isinstance(self.weight, Tensor) else None
         return weight, self.bias, self.A, self.M, self.B
 
 
 TENSORS = 5
-"""How many `Operands.tensors` gives."""
+"""How many `LinearOperands.tensors` gives."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rules:
+class LinearRules:
     """What siblings compute with beside tensors, an entry per layer."""
 
     scalings: tuple[float, ...]
@@ -82,7 +82,7 @@ class Rules:
     """The weights that are not tensors."""
 
     @classmethod
-    def of(cls, layers: Sequence[Operands]) -> Rules:
+    def of(cls, layers: Sequence[LinearOperands]) -> LinearRules:
         """Draws seeds; survivors of dropout are scaled up by ``1 / (1 - dropout)``, free as a part of s."""
         rates = [exact_rate(layer.dropout) for layer in layers]
         return cls(
@@ -94,11 +94,11 @@ class Rules:
         )
 
 
-class Products:
+class LoraMatmul:
     """Siblings with their tensors in the compute dtype."""
 
     def __init__(
-        self, weights: Sequence[Tensor | None], A: Tensor | None, C: Sequence[Tensor | None], rules: Rules
+        self, weights: Sequence[Tensor | None], A: Tensor | None, C: Sequence[Tensor | None], rules: LinearRules
     ) -> None:
         """See `copies` for A and C.
 
@@ -222,7 +222,7 @@ def copies(
     """All A on top of each other, and every ``C = s B M``, in the compute dtype.
 
     Args:
-        layers: the `Operands.tensors` of each.
+        layers: the `LinearOperands.tensors` of each.
         scalings: s of each.
         dtype: the compute dtype.
     """
@@ -234,7 +234,7 @@ def copies(
     return (_joined(factors, 0) if factors else None), products
 
 
-def chain_rule(dC: Tensor, M: Tensor | None, B: Tensor, scaling: float) -> tuple[Tensor | None, Tensor]:
+def mixer_gradients(dC: Tensor, M: Tensor | None, B: Tensor, scaling: float) -> tuple[Tensor | None, Tensor]:
     """The gradients of M and B from that of ``C = s B M``, computed as `combine` is.
 
     Args:

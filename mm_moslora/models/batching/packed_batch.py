@@ -37,12 +37,12 @@ def packs(model: PreTrainedModel) -> bool:
     return model.config.model_type in PACKED
 
 
-def has_three_part_positions(model: PreTrainedModel) -> bool:
+def has_mrope(model: PreTrainedModel) -> bool:
     """Whether a token's position is a time, a height and a width, as in Qwen-VL."""
     return hasattr(model.base_model, "get_rope_index")
 
 
-def row_hidden(model: PreTrainedModel, batch: Batch, **inputs: Any) -> Tensor:
+def packed_row_hidden(model: PreTrainedModel, batch: Batch, **inputs: Any) -> Tensor:
     """What the head reads at the supervised positions of one row.
 
     Args:
@@ -62,11 +62,11 @@ def row_hidden(model: PreTrainedModel, batch: Batch, **inputs: Any) -> Tensor:
 
 
 def packed_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None) -> Tensor:
-    """`row_hidden` of a ready-made model.
+    """`packed_row_hidden` of a ready-made model.
 
     Args:
         model: one that `packs`.
-        batch: see `row_hidden`.
+        batch: see `packed_row_hidden`.
         dummy: for a batch without images on a rank whose peers have some: one more conversation with a weight of zero,
             so that every rank takes part in the same collectives.
 
@@ -79,7 +79,7 @@ def packed_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None =
     row = batch if dummy is None or batch.pixel_values is not None else _with_stand_in(batch, dummy)
     try:
         inputs = {"input_ids": row.input_ids[None], "position_ids": _positions(model, row), **_pictures(model, row)}
-        hidden = row_hidden(model, row, **inputs)
+        hidden = packed_row_hidden(model, row, **inputs)
     except ValueError as error:
         if "do not match" not in str(error):
             raise
@@ -106,7 +106,7 @@ def _with_stand_in(batch: Batch, dummy: Batch) -> Batch:
 def _positions(model: PreTrainedModel, batch: Batch) -> Tensor:
     """``[1, S]``; where they have three parts ``[4, 1, S]``, plain ones first, which tell where conversations begin."""
     plain = batch.position_ids[None]
-    if not has_three_part_positions(model):
+    if not has_mrope(model):
         return plain
     inner: Any = model.base_model
     host = batch.on_host  # the model reads ids and grids one by one
@@ -132,7 +132,7 @@ def _pictures(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     if batch.pixel_values is None:
         return {}
     given = picture_inputs(model, batch.pixel_values, readable(batch))
-    if not has_three_part_positions(model):
+    if not has_mrope(model):
         return given
     inner: Any = model.base_model
     if not takes(model, _ENCODED):

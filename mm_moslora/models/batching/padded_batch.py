@@ -32,7 +32,7 @@ _ONE_IMAGE_LIST = {"idefics2", "idefics3", "smolvlm"}
 """Models whose pixels are ``[samples, pictures, ...]`` and are read in order: all pictures go into one sample."""
 
 
-def rows_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None) -> Tensor:
+def padded_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None) -> Tensor:
     """What the head reads at the supervised positions, each sample in a row of its own, padded on the right.
 
     Args:
@@ -53,7 +53,7 @@ def rows_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = N
         rows.append(dummy.on_host.input_ids)
         shown = dummy
     first_answer = _first_supervised(host) + [len(row) for row in rows[len(batch.segment_lengths) :]]
-    arguments = row_inputs(model, rows, shown.pixel_values, readable(shown), answers=first_answer)
+    arguments = padded_inputs(model, rows, shown.pixel_values, readable(shown), answers=first_answer)
     try:
         hidden = model.model(**arguments, use_cache=False).last_hidden_state
     except ValueError as error:
@@ -67,7 +67,7 @@ def rows_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = N
     return chosen
 
 
-def row_inputs(
+def padded_inputs(
     model: PreTrainedModel,
     rows: Sequence[Tensor],
     pixel_values: Tensor | None,
@@ -98,7 +98,7 @@ def row_inputs(
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowCollator:
+class PaddedCollator:
     """For other trainers: turns examples into keyword arguments of a ready-made model, such as
     `Trainer(data_collator=...)` needs. Records that turned out to be bad (`TrainingSet` gives None) are left out.
     """
@@ -110,14 +110,14 @@ class RowCollator:
         """Make a batch in main memory.
 
         Returns:
-            What the model's own processor would give (see `row_inputs`), and `labels`, int64 ``[G, T]``.
+            What the model's own processor would give (see `padded_inputs`), and `labels`, int64 ``[G, T]``.
 
         Raises:
             DataError: not one example can be used.
         """
         batch = Batch.from_examples(usable(examples))
         rows = list(batch.input_ids.split(batch.segment_lengths))
-        inputs = row_inputs(
+        inputs = padded_inputs(
             cast(PreTrainedModel, base_model(self.model)),
             rows,
             batch.pixel_values,

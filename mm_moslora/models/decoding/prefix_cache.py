@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicLayer
 
 from mm_moslora.utils.errors import ModelError
 
-BRANCHES = "mm_moslora_branches"
+SHARED_PREFIX = "mm_moslora_branches"
 """Name under which the attention is registered with transformers."""
 _PLAIN = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "smollm3", "olmo2", "stablelm"})
 """Language models with ordinary softmax attention; with others a fork copies keys and values."""
@@ -35,7 +35,7 @@ _ROOM = 64
 
 
 @dataclass
-class Level:
+class SharedPrefix:
     """Keys and values that rows share, per layer ``[G, H, L, E]``."""
 
     keys: list[Tensor]
@@ -95,7 +95,7 @@ class Level:
         return rows if len(self.valid) == 1 else rows[self._places]
 
 
-def branch_attention(
+def shared_prefix_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -103,7 +103,7 @@ def branch_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    branch_levels: Sequence[Level] = (),
+    branch_levels: Sequence[SharedPrefix] = (),
     branch_visible: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -154,8 +154,8 @@ def _no_mask(*_: Any, **__: Any) -> None:
     """The attention builds its own mask."""
 
 
-AttentionInterface.register(BRANCHES, branch_attention)
-AttentionMaskInterface.register(BRANCHES, _no_mask)
+AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
+AttentionMaskInterface.register(SHARED_PREFIX, _no_mask)
 
 
 def _tall(weight: Tensor, rows: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ class Decoder:
         parameters = inspect.signature(model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._linears = _plain_linears(model)
-        self._levels: list[Level] = []
+        self._levels: list[SharedPrefix] = []
         self._valid: Tensor | None = None
         self._length: Tensor | int = 0
         cache = DynamicCache(config=model.config.get_text_config())
@@ -334,7 +334,7 @@ class Decoder:
             level.select(rows)
         layers: Sequence[Any] = self._cache.layers
         keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
-        level = Level(keys=keys, values=values, valid=self._valid, group_of=list(range(len(self._valid))))
+        level = SharedPrefix(keys=keys, values=values, valid=self._valid, group_of=list(range(len(self._valid))))
         level.select(rows)
         self._levels.append(level)
         self._cache, self._valid = self._empty_cache(), None
@@ -408,7 +408,7 @@ class Decoder:
             yield
             return
         before = self._config._attn_implementation
-        self._config._attn_implementation = BRANCHES
+        self._config._attn_implementation = SHARED_PREFIX
         try:
             yield
         finally:

@@ -8,12 +8,12 @@ import torch
 from transformers import PreTrainedModel
 
 from mm_moslora.batch import Example
-from mm_moslora.models.batching.padded_batch import row_inputs
+from mm_moslora.models.batching.padded_batch import padded_inputs
 from mm_moslora.models.decoding.prefix_cache import Decoder, likeliest
 
 
 @torch.inference_mode()
-def start_row(model: PreTrainedModel, prompt: Example) -> Decoder:
+def prefill_row(model: PreTrainedModel, prompt: Example) -> Decoder:
     """Run one prompt with its pictures; the decoder stands at its end and can join others.
 
     Args:
@@ -25,26 +25,26 @@ def start_row(model: PreTrainedModel, prompt: Example) -> Decoder:
     """
     decoder = Decoder(model)
     row = prompt.input_ids
-    decoder.start(row_inputs(model, [row], prompt.pixel_values, prompt.image_inputs, answers=[len(row)]))
+    decoder.start(padded_inputs(model, [row], prompt.pixel_values, prompt.image_inputs, answers=[len(row)]))
     return decoder
 
 
 @torch.inference_mode()
-def stream_row(
+def stream_padded_row(
     model: PreTrainedModel, prompt: Example, *, max_new_tokens: int, stop_ids: Sequence[int]
 ) -> Iterator[int]:
     """Greedy answer to one prompt, token by token, without the one that ends it.
 
     Args:
         model: an image-text-to-text model of transformers, in eval mode.
-        prompt: see `start_row`.
+        prompt: see `prefill_row`.
         max_new_tokens: most tokens.
         stop_ids: tokens that end the answer.
 
     Raises:
         ModelError: see `likeliest`.
     """
-    decoder = start_row(model, prompt)
+    decoder = prefill_row(model, prompt)
     for number in range(max_new_tokens):
         chosen, (number_of_token,) = likeliest(decoder.logits)
         if number_of_token in stop_ids:

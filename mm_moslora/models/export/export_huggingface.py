@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from mm_moslora import adapters
 from mm_moslora.adapters.folders.save_folder import name_base
 from mm_moslora.batch import Example
-from mm_moslora.models.assembly import Assembly, sane_generation_config
-from mm_moslora.models.batching.padded_batch import row_inputs
+from mm_moslora.models.assembly import Assembly, savable_generation_config
+from mm_moslora.models.batching.padded_batch import padded_inputs
 from mm_moslora.models.processing.llava_processor import save_processor
 from mm_moslora.models.vision.timm_open_clip_tower import cast_parameters
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
@@ -64,11 +64,11 @@ def export_model(assembly: Assembly, folder: Path, *, require_stock: bool = Fals
     if require_stock and isinstance(model, VlmForConditionalGeneration):
         raise ModelError(why_not_stock(model))
     check_empty(folder)
-    sane_generation_config(model)
+    savable_generation_config(model)
     with writing(folder):
         model.save_pretrained(folder)
         if assembly.processor is not None:
-            if not assembly.ready_made and model.config.vision_config.model_type in _NESTED_TOWERS:
+            if not assembly.is_pretrained_vlm and model.config.vision_config.model_type in _NESTED_TOWERS:
                 _rename_tensors(folder, "vision_tower.", "vision_tower.vision_model.")
             save_processor(assembly.processor, folder)
         else:
@@ -262,11 +262,11 @@ def _compare(folder: Path, ours: Tensor, theirs: Tensor) -> float:
 def _probe(assembly: Assembly, model: PreTrainedModel) -> Tensor:
     """Logits ``[T, C]`` of a prompt with a picture (a gradient from dark to light), where the model sees."""
     text = assembly.tokenizer("A short check of the weights.", return_tensors="pt")["input_ids"][0]
-    if assembly.eyes is None:
+    if assembly.image_processing is None:
         return model(input_ids=text[None]).logits[0]
-    (seen,) = assembly.eyes.see([Image.linear_gradient("L").convert("RGB")])
+    (seen,) = assembly.image_processing.see([Image.linear_gradient("L").convert("RGB")])
     ids = torch.cat([torch.tensor(seen.placeholders), text])
     example = Example.of(id="", input_ids=ids, supervised=torch.zeros(len(ids), dtype=torch.bool), seen=[seen])
     assert example.pixel_values is not None
-    inputs = row_inputs(model, [ids], example.pixel_values, example.image_inputs, answers=[len(ids)])
+    inputs = padded_inputs(model, [ids], example.pixel_values, example.image_inputs, answers=[len(ids)])
     return model(**inputs).logits[0]

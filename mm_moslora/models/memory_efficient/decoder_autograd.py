@@ -16,12 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_moslora.kernels.fused_ops.torch_ops import Elementwise
-from mm_moslora.kernels.lora.lora_matmul import TENSORS, Operands, Products, Rules, chain_rule, copies
+from mm_moslora.kernels.fused_ops.torch_ops import FusedOps
+from mm_moslora.kernels.lora.lora_matmul import (
+    TENSORS,
+    LinearOperands,
+    LinearRules,
+    LoraMatmul,
+    copies,
+    mixer_gradients,
+)
 
 
 def normed_linears(
-    x: Tensor, norm_weight: Tensor, eps: float, linears: Sequence[Operands], passes: Elementwise
+    x: Tensor, norm_weight: Tensor, eps: float, linears: Sequence[LinearOperands], passes: FusedOps
 ) -> tuple[Tensor, ...]:
     """RMS norm, then several linear layers that all read it; keeps x and the adapters' inner products.
 
@@ -36,11 +43,17 @@ def normed_linears(
         ``[S, D_out]`` for each.
     """
     flat = [tensor for linear in linears for tensor in linear.tensors()]
-    return _NormedLinears.apply(x, norm_weight, eps, passes, Rules.of(linears), *flat)  # type: ignore[no-any-return]
+    return _NormedLinears.apply(x, norm_weight, eps, passes, LinearRules.of(linears), *flat)  # type: ignore[no-any-return]
 
 
 def gated_mlp(
-    x: Tensor, norm_weight: Tensor, eps: float, gate: Operands, up: Operands, down: Operands, passes: Elementwise
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    gate: LinearOperands,
+    up: LinearOperands,
+    down: LinearOperands,
+    passes: FusedOps,
 ) -> Tensor:
     """``x + down(silu(gate(norm(x))) * up(norm(x)))``; keeps x, the outputs of gate and up, and inner products.
 
@@ -57,11 +70,11 @@ def gated_mlp(
         ``[S, D]``.
     """
     flat = [tensor for linear in (gate, up, down) for tensor in linear.tensors()]
-    rules = (Rules.of((gate, up)), Rules.of((down,)))
+    rules = (LinearRules.of((gate, up)), LinearRules.of((down,)))
     return _GatedMlp.apply(x, norm_weight, eps, passes, rules, *flat)  # type: ignore[no-any-return]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, passes: Elementwise) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, passes: FusedOps) -> Tensor:
     """Rotary embedding of whole heads, halves layout; keeps nothing of the size of x.
 
     Args:
@@ -88,12 +101,12 @@ def turns(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 class _Linears:
     """Siblings inside a node: their tensors as the node got them, and their products."""
 
-    def __init__(self, flat: Sequence[Tensor | None], rules: Rules, dtype: torch.dtype) -> None:
+    def __init__(self, flat: Sequence[Tensor | None], rules: LinearRules, dtype: torch.dtype) -> None:
         self.layers = [flat[start : start + TENSORS] for start in range(0, len(flat), TENSORS)]
         self.rules = rules
         weights, self.biases = ([layer[index] for layer in self.layers] for index in range(2))
         A, C = copies(self.layers, rules.scalings, dtype)
-        self.products = Products(weights, A, C, rules)
+        self.products = LoraMatmul(weights, A, C, rules)
 
     def outputs(self, y: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """Of y ``[S, D]``, and the adapters' inner products."""
@@ -108,7 +121,7 @@ class _Linears:
             dM = dB = None
             if B is not None and z is not None:
                 dC = self.products.product_gradient(index, grad, z)
-                dM, dB = chain_rule(dC, M, B, self.rules.scalings[index])
+                dM, dB = mixer_gradients(dC, M, B, self.rules.scalings[index])
             found += [None, None, None if A is None else dA[index].to(A.dtype), dM, dB]
         return dy, found
 
@@ -116,9 +129,9 @@ class _Linears:
 class _NormedLinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, passes: Elementwise, rules: Rules, *flat: Tensor | None
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, passes: FusedOps, rules: LinearRules, *flat: Tensor | None
     ) -> tuple[Tensor, ...]:
-        y, inverse = passes.normalise(x, weight, eps)
+        y, inverse = passes.rms_norm(x, weight, eps)
         outputs, z = _Linears(flat, rules, y.dtype).outputs(y)
         ctx.rules, ctx.passes = rules, passes
         ctx.save_for_backward(x, weight, inverse, z, *flat)
@@ -127,9 +140,9 @@ class _NormedLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse, z, *flat = ctx.saved_tensors
-        y = ctx.passes.normalised(x, weight, inverse)
+        y = ctx.passes.recompute_rms_norm(x, weight, inverse)
         dy, found = _Linears(flat, ctx.rules, y.dtype).gradients(y, z, grads)
-        dx = ctx.passes.normalise_backward(dy, x, weight, inverse) if ctx.needs_input_grad[0] else None
+        dx = ctx.passes.rms_norm_backward(dy, x, weight, inverse) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, None, *found
 
 
@@ -140,14 +153,14 @@ class _GatedMlp(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         eps: float,
-        passes: Elementwise,
-        rules: tuple[Rules, Rules],
+        passes: FusedOps,
+        rules: tuple[LinearRules, LinearRules],
         *flat: Tensor | None,
     ) -> Tensor:
-        y, inverse = passes.normalise(x, weight, eps)
+        y, inverse = passes.rms_norm(x, weight, eps)
         (e, g), z = _Linears(flat[: 2 * TENSORS], rules[0], y.dtype).outputs(y)
         del y
-        (output,), z_down = _Linears(flat[2 * TENSORS :], rules[1], x.dtype).outputs(passes.gated(e, g))
+        (output,), z_down = _Linears(flat[2 * TENSORS :], rules[1], x.dtype).outputs(passes.gated_silu(e, g))
         ctx.rules, ctx.passes = rules, passes
         ctx.save_for_backward(x, weight, inverse, z, e, g, z_down, *flat)
         return output.add_(x)
@@ -156,24 +169,24 @@ class _GatedMlp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse, z, e, g, z_down, *flat = ctx.saved_tensors
         down = _Linears(flat[2 * TENSORS :], ctx.rules[1], x.dtype)
-        h, activated = ctx.passes.regated(e, g)
+        h, activated = ctx.passes.recompute_gated(e, g)
         dh, found_down = down.gradients(h, z_down, (grad,))
         del h
-        d_gate, d_up = ctx.passes.gated_backward(dh, e, g, activated)
-        y = ctx.passes.normalised(x, weight, inverse)
+        d_gate, d_up = ctx.passes.gated_silu_backward(dh, e, g, activated)
+        y = ctx.passes.recompute_rms_norm(x, weight, inverse)
         dy, found = _Linears(flat[: 2 * TENSORS], ctx.rules[0], x.dtype).gradients(y, z, (d_gate, d_up))
-        dx = ctx.passes.normalise_backward(dy, x, weight, inverse).add_(grad) if ctx.needs_input_grad[0] else None
+        dx = ctx.passes.rms_norm_backward(dy, x, weight, inverse).add_(grad) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, None, *found, *found_down
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, passes: Elementwise) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, passes: FusedOps) -> Tensor:
         ctx.passes = passes
         ctx.save_for_backward(cos, sin)
-        return passes.rotated(x, cos, sin)
+        return passes.rotary_embedding(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return ctx.passes.rotated(grad, cos, -sin), None, None, None
+        return ctx.passes.rotary_embedding(grad, cos, -sin), None, None, None

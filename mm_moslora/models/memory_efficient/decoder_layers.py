@@ -27,9 +27,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mm_moslora.adapters.layers.adapter_layers import FusedLinear
 from mm_moslora.adapters.layers.base_weights import weight_of
 from mm_moslora.adapters.layers.sharded_weights import fetches_whole
-from mm_moslora.kernels.fused_ops.torch_ops import EAGER, Elementwise, compiled
+from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps, compiled
 from mm_moslora.kernels.lora.lora_math import autocasts, current_kernel, use_kernel
-from mm_moslora.kernels.lora.lora_matmul import Operands
+from mm_moslora.kernels.lora.lora_matmul import LinearOperands
 from mm_moslora.models.memory_efficient.decoder_autograd import gated_mlp, normed_linears, rotate, turns
 
 KNOWN = (
@@ -46,9 +46,9 @@ class LeanLayer(nn.Module):
 
     is_last: bool = False
     """Whether the layer may drop positions that nothing reads."""
-    passes: Elementwise = EAGER
+    passes: FusedOps = TORCH_OPS
     """What runs between the products."""
-    compiled_stock: Callable[..., Tensor] | None = None
+    compiled_fallback: Callable[..., Tensor] | None = None
     """The stock form, compiled, for the calls that fall back while training."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -57,7 +57,7 @@ class LeanLayer(nn.Module):
         layer = cast(Any, self)
         linears = None if args else _usable(layer, hidden_states, kwargs)
         if linears is None:
-            stock = self.compiled_stock if self.compiled_stock is not None and self.training else super().forward
+            stock = self.compiled_fallback if self.compiled_fallback is not None and self.training else super().forward
             output: Tensor = stock(hidden_states, *args, **kwargs)
             return output[:, positions] if self.is_last and positions is not None else output
         q, k, v, gate, up, down = linears
@@ -79,10 +79,10 @@ class LeanLayer(nn.Module):
             backend: of torch.compile.
         """
         self.passes = compiled(backend)
-        self.compiled_stock = torch.compile(super().forward, backend=backend, dynamic=True)
+        self.compiled_fallback = torch.compile(super().forward, backend=backend, dynamic=True)
 
 
-def _attention(attention: Any, projected: tuple[Tensor, ...], kwargs: dict[str, Any], passes: Elementwise) -> Tensor:
+def _attention(attention: Any, projected: tuple[Tensor, ...], kwargs: dict[str, Any], passes: FusedOps) -> Tensor:
     """What stands between q, k, v and the output projection; ``[S, H * E]``."""
     query, key, value = (tensor.view(tensor.shape[0], -1, attention.head_dim) for tensor in projected)
     if hasattr(attention, "q_norm"):
@@ -105,7 +105,7 @@ def _attention(attention: Any, projected: tuple[Tensor, ...], kwargs: dict[str, 
     return attended.reshape(projected[0].shape[0], -1)
 
 
-def _usable(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> list[Operands] | None:
+def _usable(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> list[LinearOperands] | None:
     """q, k, v, gate, up and down as tensors (the output projection runs as a module), or None: fall back."""
     if not (torch.is_grad_enabled() and layer.training) or torch.compiler.is_compiling() or hidden.shape[0] != 1:
         return None
@@ -123,7 +123,7 @@ def _usable(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> list[Operands
     modules = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     with _plain_lora_too():
         found = [as_tensors(module, hidden) for module in modules]
-    return None if any(item is None for item in found) else cast(list[Operands], found)
+    return None if any(item is None for item in found) else cast(list[LinearOperands], found)
 
 
 def _plain_lora_too() -> AbstractContextManager[None]:
@@ -131,7 +131,7 @@ def _plain_lora_too() -> AbstractContextManager[None]:
     return use_kernel("fused" if current_kernel() == "auto" else current_kernel())
 
 
-def as_tensors(module: nn.Module, x: Tensor) -> Operands | None:
+def as_tensors(module: nn.Module, x: Tensor) -> LinearOperands | None:
     """A linear layer as tensors where their product is all that the module would compute.
 
     Args:
@@ -147,7 +147,7 @@ def as_tensors(module: nn.Module, x: Tensor) -> Operands | None:
     weight = weight_of(module, x)
     if weight is None:
         return None
-    return Operands(weight=weight, bias=cast(nn.Linear, module).bias, A=None, M=None, B=None)
+    return LinearOperands(weight=weight, bias=cast(nn.Linear, module).bias, A=None, M=None, B=None)
 
 
 def use_lean_layers(model: PreTrainedModel, *, depth: int | None = None) -> int:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from mm_moslora.kernels.attention.native_cpu_attention import use_native_attention
 from mm_moslora.kernels.fused_ops.liger_availability import LIGER_RANGE, installed_liger, why_not_liger
-from mm_moslora.kernels.fused_ops.torch_ops import EAGER, Elementwise
+from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps
 from mm_moslora.kernels.native import NativeError, library
 from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer
 from mm_moslora.utils.errors import ConfigError
@@ -19,7 +19,7 @@ from mm_moslora.utils.errors import ConfigError
 class Kernels:
     """What `model.kernels` comes to on a device."""
 
-    passes: Elementwise
+    passes: FusedOps
     """What lean layers run between their products."""
     words: str
     """Whose they are, and why where that was not the recipe's word."""
@@ -41,23 +41,23 @@ def choose_kernels(wanted: str, device: torch.device, *, lean: bool = True) -> K
         ConfigError: liger or native is asked for and cannot run.
     """
     if wanted == "torch":
-        return Kernels(passes=EAGER, words="PyTorch's")
+        return Kernels(passes=TORCH_OPS, words="PyTorch's")
     required = wanted if wanted in _WHERE else None
     reason = why_not_liger(device)
     if lean and wanted != "native" and reason is None:
-        from mm_moslora.kernels.fused_ops.liger_ops import LIGER
+        from mm_moslora.kernels.fused_ops.liger_ops import LIGER_OPS
 
-        return Kernels(passes=LIGER, words=f"Liger's (liger-kernel {installed_liger()})", required=required)
+        return Kernels(passes=LIGER_OPS, words=f"Liger's (liger-kernel {installed_liger()})", required=required)
     if wanted == "native" or (wanted == "auto" and device.type == "cpu"):
         try:
-            return Kernels(passes=EAGER, words=_native_words(device), required=required, native=True)
+            return Kernels(passes=TORCH_OPS, words=_native_words(device), required=required, native=True)
         except NativeError as error:
             reason = str(error)
     if required is not None:
         raise ConfigError(
             f"model.kernels is {wanted!r}, but {reason}. {_WHERE[required]} Or set model.kernels to auto."
         )
-    return Kernels(passes=EAGER, words=f"PyTorch's ({reason})")
+    return Kernels(passes=TORCH_OPS, words=f"PyTorch's ({reason})")
 
 
 _WHERE = {

@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mm_moslora.batch import Example, Eyes, Seen
+from mm_moslora.batch import Example, ImageProcessing, ProcessedImage
 from mm_moslora.models.processing.llava_processor import image_transform
-from mm_moslora.models.vision.feature_cache import picture_key
+from mm_moslora.models.vision.feature_cache import pixel_hash
 
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
 _ONE_IMAGE_LIST = {"Idefics2Processor", "Idefics3Processor", "SmolVLMProcessor"}
 """Processors whose tensors are ``[samples, pictures, ...]``."""
 
 
-class SquareEyes:
+class SquareImageProcessing:
     """One square picture, always the same number of visual tokens.
 
     Args:
@@ -35,21 +35,21 @@ class SquareEyes:
         self._transform = image_transform(image_processor)
         self._placeholders = (image_token_id,) * tokens
 
-    def see(self, images: Sequence[Image.Image]) -> list[Seen]:
-        """See `Eyes.see`."""
+    def see(self, images: Sequence[Image.Image]) -> list[ProcessedImage]:
+        """See `ImageProcessing.see`."""
         return [self._one(self._transform(image)) for image in images]
 
-    def _one(self, pixels: Tensor) -> Seen:
-        return Seen(
-            placeholders=self._placeholders, tensors={"pixel_values": pixels[None]}, key=picture_key(pixels)
+    def _one(self, pixels: Tensor) -> ProcessedImage:
+        return ProcessedImage(
+            placeholders=self._placeholders, tensors={"pixel_values": pixels[None]}, key=pixel_hash(pixels)
         )  # fmt: skip
 
     def placeholders(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
-        """See `Eyes.placeholders`."""
+        """See `ImageProcessing.placeholders`."""
         return [self._placeholders] * len(sizes)
 
 
-class ProcessorEyes:
+class ProcessorImageProcessing:
     """Pictures as a processor of transformers prepares them: tiles, patches, wrappers and all.
 
     Args:
@@ -64,34 +64,34 @@ class ProcessorEyes:
         self._kind = type(processor).__name__
         self._count = functools.lru_cache(maxsize=65_536)(self._count_tokens)
 
-    def see(self, images: Sequence[Image.Image]) -> list[Seen]:
-        """See `Eyes.see`."""
+    def see(self, images: Sequence[Image.Image]) -> list[ProcessedImage]:
+        """See `ImageProcessing.see`."""
         if len(images) > 1 and self._kind == "LlavaOnevisionProcessor":
             return self._several(images)
         return [self._one(image) for image in images]
 
     def placeholders(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
-        """See `Eyes.placeholders`."""
+        """See `ImageProcessing.placeholders`."""
         if len(sizes) > 1 and self._kind == "LlavaOnevisionProcessor":
             return [seen.placeholders for seen in self._several([Image.new("RGB", (8, 8)) for _ in sizes])]
         return [self._count(*size) for size in sizes]
 
-    def _one(self, image: Image.Image) -> Seen:
+    def _one(self, image: Image.Image) -> ProcessedImage:
         ids, tensors = self._call([image])
         if self._kind in _ONE_IMAGE_LIST:
             tensors = {name: value[0] for name, value in tensors.items()}
         if self._kind == "PaliGemmaProcessor":  # adds BOS and a line break, which belong to the question
             ids = [number for number in ids if number == self.image_token_id]
-        return Seen(placeholders=tuple(ids), tensors=tensors)
+        return ProcessedImage(placeholders=tuple(ids), tensors=tensors)
 
-    def _several(self, images: Sequence[Image.Image]) -> list[Seen]:
+    def _several(self, images: Sequence[Image.Image]) -> list[ProcessedImage]:
         """LLaVA-OneVision does not tile pictures that come together."""
         ids, tensors = self._call(images)
         count = len(images)
         tensors["batch_num_images"] = torch.full((count,), count)
         share = len(ids) // count
         return [
-            Seen(
+            ProcessedImage(
                 placeholders=tuple(ids[index * share : (index + 1) * share]),
                 tensors={name: value[index : index + 1] for name, value in tensors.items()},
             )
@@ -120,8 +120,8 @@ class ProcessorEyes:
         return len(self._one(Image.new("RGB", (32, 32))).placeholders) - int(counted)
 
 
-def dummy_example(eyes: Eyes) -> Example:
+def dummy_image_example(image_processing: ImageProcessing) -> Example:
     """A grey picture and its placeholders, nothing supervised: for ranks without pictures."""
-    (seen,) = eyes.see([Image.new("RGB", (32, 32), (127, 127, 127))])
+    (seen,) = image_processing.see([Image.new("RGB", (32, 32), (127, 127, 127))])
     ids = torch.tensor(seen.placeholders)
     return Example.of(id="", input_ids=ids, supervised=torch.zeros(len(ids), dtype=torch.bool), seen=[seen])

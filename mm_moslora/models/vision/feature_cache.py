@@ -63,7 +63,7 @@ class StoreCounts:
         return ", ".join(f"{getattr(self, item.name):,} {item.name}" for item in fields(self))
 
 
-def tower_key(tower: PreTrainedModel, layers: int | list[int]) -> str:
+def tower_hash(tower: PreTrainedModel, layers: int | list[int]) -> str:
     """A name for a tower's features: its weights, configuration and layers.
 
     Args:
@@ -79,7 +79,7 @@ def tower_key(tower: PreTrainedModel, layers: int | list[int]) -> str:
     return digest.hexdigest()
 
 
-def picture_key(pixels: Tensor) -> str:
+def pixel_hash(pixels: Tensor) -> str:
     """A name for a prepared picture.
 
     Args:
@@ -105,7 +105,7 @@ class FeatureStore:
 
     Args:
         folder: of all towers.
-        tower: from `tower_key`.
+        tower: from `tower_hash`.
         limit_gib: size of this tower's folder beyond which nothing is added; 0: none but the disk's.
         writers: processes that add to it at the same time.
     """
@@ -126,7 +126,7 @@ class FeatureStore:
         """The features of a picture, on the CPU; None where they are not there or damaged.
 
         Args:
-            key: from `picture_key`.
+            key: from `pixel_hash`.
         """
         path = self._path(key)
         if not path.exists():
@@ -154,7 +154,7 @@ class FeatureStore:
         """Keep the features of a picture that was encoded, if there is room.
 
         Args:
-            key: from `picture_key`.
+            key: from `pixel_hash`.
             value: the features.
         """
         self.counts.encoded += 1

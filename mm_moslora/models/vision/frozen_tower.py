@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mm_moslora.batch import Batch
-from mm_moslora.models.vision.feature_cache import FeatureCache, FeatureStore, picture_key
+from mm_moslora.models.vision.feature_cache import FeatureCache, FeatureStore, pixel_hash
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ModelError
 
 Layers = int | list[int]
 
 
-class PictureMemory:
+class StepFeatureCache:
     """What was already encoded: by an earlier micro-batch of the step, or by any run before (with a store).
 
     Args:
@@ -51,9 +51,9 @@ class PictureMemory:
             tower: frozen.
             layer: selected.
             pixels: ``[N, 3, H, W]`` as the tower takes them.
-            keys: ``N`` of them, from `picture_key`; those with the same key are encoded once.
+            keys: ``N`` of them, from `pixel_hash`; those with the same key are encoded once.
         """
-        cut_up = is_cut_up(tower)
+        cut_up = is_zero3_sharded(tower)
 
         def encode(numbers: Sequence[int]) -> Sequence[Tensor]:
             count = float(len(numbers))
@@ -73,7 +73,7 @@ class PictureMemory:
         return torch.stack(rows)
 
 
-def is_cut_up(tower: nn.Module) -> bool:
+def is_zero3_sharded(tower: nn.Module) -> bool:
     """Whether ZeRO-3 shares out the tower's weights: all ranks must then run it together."""
     return any(hasattr(parameter, "ds_id") for parameter in tower.parameters())
 
@@ -112,12 +112,12 @@ def frozen_states(tower: PreTrainedModel, layer: Layers, pixels: Tensor) -> Tens
     if tower.training:
         tower.eval()
     # Not inference mode: ZeRO-3 fetches weights of the layers behind the tower ahead of time, and these train.
-    with torch.no_grad() if is_cut_up(tower) else torch.inference_mode():
+    with torch.no_grad() if is_zero3_sharded(tower) else torch.inference_mode():
         return tower_states(tower, layer, pixels)
 
 
 def unique_states(
-    tower: PreTrainedModel, layer: Layers, pixels: Tensor, *, keys: Sequence[str], memory: PictureMemory | None
+    tower: PreTrainedModel, layer: Layers, pixels: Tensor, *, keys: Sequence[str], memory: StepFeatureCache | None
 ) -> Tensor:
     """Hidden states of a frozen tower, ``[N, L, V]``; pictures with the same key are encoded once.
 
@@ -126,12 +126,12 @@ def unique_states(
         layer: selected.
         pixels: ``[N, 3, H, W]``.
         keys: ``N`` of them, or none.
-        memory: see `PictureMemory`; None: this call alone counts.
+        memory: see `StepFeatureCache`; None: this call alone counts.
     """
-    known = PictureMemory() if memory is None else memory
+    known = StepFeatureCache() if memory is None else memory
     if len(keys) != pixels.shape[0]:
         # Without a store nothing is gained by knowing which are the same.
-        keys = [str(number) if known.store is None else picture_key(row) for number, row in enumerate(pixels)]
+        keys = [str(number) if known.store is None else pixel_hash(row) for number, row in enumerate(pixels)]
     return known.states(tower, layer, pixels, keys)
 
 

@@ -18,7 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.request_limits import Limits
-from mm_moslora.utils.hardware import keep_memory
+from mm_moslora.utils.hardware import keep_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def run_app(app: App, *, host: str, port: int, limits: Limits) -> None:
     # What the libraries have made stays: searching it for garbage holds every thread for tenths of a second.
     gc.collect()
     gc.freeze()
-    keep_memory(block=2**22, total=2**26)  # pictures and bodies are large, and gone when they are answered
+    keep_freed_memory(block=2**22, total=2**26)  # pictures and bodies are large, and gone when they are answered
     Server(settings(app, host=host, port=port, limits=limits)).run()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.models.assembly import Assembly, text_and_images
 from mm_moslora.models.load_model import model_of
-from mm_moslora.models.model_paths import contents_at
+from mm_moslora.models.model_paths import stored_fingerprints
 from mm_moslora.models.processing.llava_processor import plain_template
 from mm_moslora.utils.errors import ModelError
 from mm_moslora.utils.run_paths import MANIFEST, find_checkpoint
@@ -49,7 +49,7 @@ def refuse_other_settings(assembly: Assembly, main: Path, checkpoint: Path) -> N
 def _differing_keys(served: Path, added: Path) -> list[str]:
     """Of two checkpoints with recipes: each key whose values differ."""
     ours, theirs = (_flat("model", model_of(folder)) for folder in (served, added))
-    known, other = contents_at(served), contents_at(added)
+    known, other = stored_fingerprints(served), stored_fingerprints(added)
     for key in known.keys() & other.keys() & ours.keys() & theirs.keys():
         # A part is what it holds; where it lies may differ.
         if known[key] == other[key]:
@@ -75,7 +75,7 @@ def _differing_parts(assembly: Assembly, added: ModelConfig) -> list[str]:
     """Of an export, which has no recipe, and a run: what differs in the parts themselves."""
     theirs = text_and_images(added)
     config = assembly.model.config
-    template = assembly.processor.chat_template if assembly.ready_made else assembly.tokenizer.chat_template
+    template = assembly.processor.chat_template if assembly.is_pretrained_vlm else assembly.tokenizer.chat_template
     other = theirs.tokenizer if theirs.template_processor is None else theirs.template_processor
     vision = added.vision if added.vlm is None else None
     pairs: dict[str, tuple[Any, Any]] = {

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mm_moslora.batch import Seen
+from mm_moslora.batch import ProcessedImage
 from mm_moslora.models.decoding.generation import Prompt, embed_prompt
 from mm_moslora.serve.inference.served_models import Models
 
@@ -31,7 +31,7 @@ SIDE = 448
 
 @torch.inference_mode()
 def attention_maps(
-    models: Models, name: str, *, input_ids: Tensor, seen: Sequence[Seen], answer: Sequence[int]
+    models: Models, name: str, *, input_ids: Tensor, seen: Sequence[ProcessedImage], answer: Sequence[int]
 ) -> list[Tensor] | None:
     """Mean attention of the answer to each picture's tokens.
 

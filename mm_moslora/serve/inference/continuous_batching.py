@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from mm_moslora.batch import Seen
+from mm_moslora.batch import ProcessedImage
 from mm_moslora.models.decoding.prefix_cache import Decoder
 from mm_moslora.serve.api.api_errors import ApiError, busy
 from mm_moslora.serve.api.request_limits import Limits
@@ -59,7 +59,7 @@ class Job:
     """Name of a variant."""
     input_ids: Tensor
     """int64 ``[T]``, placeholders expanded."""
-    seen: Sequence[Seen]
+    seen: Sequence[ProcessedImage]
     """Its pictures in order."""
     sampling: Sampling
     stop: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from functools import partial
 
 from torch import Tensor
 
-from mm_moslora.batch import Seen
+from mm_moslora.batch import ProcessedImage
 from mm_moslora.data.chat.records import IMAGE, Turn
 from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.chat_request import ChatRequest, Message, Picture, refuse_too_long
@@ -29,7 +29,7 @@ class Prepared:
     """A request in the model's terms."""
 
     input_ids: Tensor
-    seen: list[Seen]
+    seen: list[ProcessedImage]
 
     @property
     def bytes(self) -> int:

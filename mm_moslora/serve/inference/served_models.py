@@ -22,17 +22,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mm_moslora import adapters
-from mm_moslora.batch import Example, Seen
-from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.batch import Example, ProcessedImage
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.models.assembly import Assembly, load_projector
 from mm_moslora.models.decoding.generation import Prompt, embed_prompt, encode_images, stop_token_ids
 from mm_moslora.models.decoding.prefix_cache import Decoder
-from mm_moslora.models.decoding.row_decoding import start_row
+from mm_moslora.models.decoding.row_decoding import prefill_row
 from mm_moslora.models.load_model import load, model_of
 from mm_moslora.models.processing.anyres import newline_of
 from mm_moslora.models.vision.feature_cache import FeatureCache
-from mm_moslora.models.vlm import takes_rows
+from mm_moslora.models.vlm import has_own_forward
 from mm_moslora.serve.inference.adapter_compatibility import refuse_other_settings
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, ModelError
@@ -66,14 +66,14 @@ class Models:
 
     def __init__(self, assembly: Assembly, variants: Mapping[str, Variant]) -> None:
         self.assembly, self.variants = assembly, dict(variants)
-        self.encoder = Encoder.of(assembly)
+        self.encoder = ConversationEncoder.of(assembly)
         self.stops = stop_token_ids(assembly.model, assembly.tokenizer.eos_token_id)
-        self.reads_alone = takes_rows(assembly.model) or not Decoder(assembly.model).can_share
+        self.reads_alone = has_own_forward(assembly.model) or not Decoder(assembly.model).can_share
         """Whether every prompt is run by itself: ready-made models prepare rows of their own."""
         self.joins = Decoder(assembly.model).can_share
         """Whether answers can be decoded together; with a sliding window rows may not be padded."""
         # A processor changes its tokenizer's settings while it works, so one thread at a time may use it.
-        self._alone = threading.Lock() if assembly.ready_made else nullcontext()
+        self._alone = threading.Lock() if assembly.is_pretrained_vlm else nullcontext()
         self._eyes_of = {name: _eyes_of(assembly, variant) for name, variant in self.variants.items()}
         self.features = FeatureCache()
         """Visual tokens: a conversation shows the same picture at every turn."""
@@ -86,7 +86,7 @@ class Models:
     @property
     def sees(self) -> bool:
         """Whether it can look at pictures."""
-        return self.assembly.eyes is not None
+        return self.assembly.image_processing is not None
 
     @property
     def context(self) -> int | None:
@@ -97,17 +97,20 @@ class Models:
     @property
     def pads_to_squares(self) -> bool:
         """Whether a picture takes the memory of the square around it before it is scaled down."""
-        eyes, images = self.assembly.eyes, getattr(self.assembly.processor, "image_processor", None)
-        return eyes is not None and eyes.fixed and bool(getattr(images, "do_pad", False))
+        image_processing, images = (
+            self.assembly.image_processing,
+            getattr(self.assembly.processor, "image_processor", None),
+        )
+        return image_processing is not None and image_processing.fixed and bool(getattr(images, "do_pad", False))
 
     def visual_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
         """Tokens that pictures of these widths and heights take, placeholders around them included. From any thread."""
-        if self.assembly.eyes is None or not sizes or any(0 in size for size in sizes):
+        if self.assembly.image_processing is None or not sizes or any(0 in size for size in sizes):
             return 0
         with self._alone:
-            return sum(len(ids) for ids in self.assembly.eyes.placeholders(sizes))
+            return sum(len(ids) for ids in self.assembly.image_processing.placeholders(sizes))
 
-    def prompt(self, turns: Sequence[Turn], pictures: Sequence[Image.Image]) -> tuple[Tensor, list[Seen]]:
+    def prompt(self, turns: Sequence[Turn], pictures: Sequence[Image.Image]) -> tuple[Tensor, list[ProcessedImage]]:
         """A conversation that ends with a question, for the model: ids ``[T]`` and its pictures. From any thread.
 
         Args:
@@ -120,12 +123,14 @@ class Models:
         """
         with self._alone:
             try:
-                seen = self.assembly.eyes.see(pictures) if self.assembly.eyes and pictures else []
+                seen = (
+                    self.assembly.image_processing.see(pictures) if self.assembly.image_processing and pictures else []
+                )
             except Exception as error:  # processors raise nearly anything
                 raise ModelError("The model's processor cannot take one of the pictures.") from error
             return self.encoder.encode_prompt(turns, pictures=[item.placeholders for item in seen]), seen
 
-    def read(self, name: str, prompts: Sequence[tuple[Tensor, Sequence[Seen]]]) -> Decoder:
+    def read(self, name: str, prompts: Sequence[tuple[Tensor, Sequence[ProcessedImage]]]) -> Decoder:
         """Run prompts, one only where `reads_alone`; the decoder stands at their ends. The variant must be active.
 
         Args:
@@ -133,10 +138,10 @@ class Models:
             prompts: from `prompt`.
         """
         model = self.assembly.model
-        if takes_rows(model):
+        if has_own_forward(model):
             ((ids, seen),) = prompts
             nothing = torch.zeros(len(ids), dtype=torch.bool)
-            return start_row(model, Example.of(id="", input_ids=ids, supervised=nothing, seen=seen))
+            return prefill_row(model, Example.of(id="", input_ids=ids, supervised=nothing, seen=seen))
         decoder = Decoder(model)
         made = [Prompt(input_ids=ids, features=self.image_tokens(name, seen)) for ids, seen in prompts]
         decoder.append([embed_prompt(model, prompt) for prompt in made])
@@ -160,7 +165,7 @@ class Models:
                 peft_model.set_adapter(variant.adapter, inference_mode=True)
             yield
 
-    def image_tokens(self, name: str, seen: Sequence[Seen]) -> Tensor | None:
+    def image_tokens(self, name: str, seen: Sequence[ProcessedImage]) -> Tensor | None:
         """Visual tokens of pictures, ``[N * Q, D]``; the variant must be the active one. None without pictures."""
         if not seen:
             return None
@@ -259,8 +264,8 @@ def why_no_base(path: Path) -> str | None:
 
 def _trained_weights(checkpoint: Path) -> str | None:
     """A component whose own weights a checkpoint trained, which therefore is no adapter of its base."""
-    ready_made = model_of(checkpoint).vlm is not None
-    parts = ("vision", "language", *(("projector",) if ready_made else ()))
+    is_pretrained_vlm = model_of(checkpoint).vlm is not None
+    parts = ("vision", "language", *(("projector",) if is_pretrained_vlm else ()))
     return next((part for part in parts if (checkpoint / f"{part}.safetensors").is_file()), None)
 
 
@@ -283,7 +288,7 @@ def _add(assembly: Assembly, name: str, path: Path, *, adapter: str, main: Path)
     if of_run:  # also where its adapter is named: it was trained beside this projector
         projector, newline = _read_projector(assembly, checkpoint / "projector.safetensors")
         folder = checkpoint / "adapter"
-    elif projector is not None and not assembly.ready_made:
+    elif projector is not None and not assembly.is_pretrained_vlm:
         logger.warning(
             "%s lies in no run, so %s gets the projector of %s and its settings of pictures.", path, name, main
         )
@@ -297,13 +302,13 @@ def _projector(assembly: Assembly) -> nn.Module | None:
 
 
 def _newline(assembly: Assembly) -> nn.Parameter | None:
-    return None if assembly.ready_made or not assembly.eyes else newline_of(assembly.model)
+    return None if assembly.is_pretrained_vlm or not assembly.image_processing else newline_of(assembly.model)
 
 
 def _untuned_projector(assembly: Assembly, path: Path) -> tuple[nn.Module | None, nn.Parameter | None]:
     """The projector that tuning started from, where its file is still there; else the tuned one, which is said."""
     own = _projector(assembly)
-    if own is None or assembly.ready_made:
+    if own is None or assembly.is_pretrained_vlm:
         return own, None
     file = _first_projector(find_checkpoint(path))
     if file is None:
@@ -325,7 +330,7 @@ def _first_projector(checkpoint: Path) -> Path | None:
 def _read_projector(assembly: Assembly, file: Path) -> tuple[nn.Module | None, nn.Parameter | None]:
     """A copy of the projector, and of the newline embedding, with the values of a file; themselves without one."""
     own, newline = _projector(assembly), _newline(assembly)
-    if own is None or assembly.ready_made or not file.is_file():
+    if own is None or assembly.is_pretrained_vlm or not file.is_file():
         return own, newline
     made, line = copy.deepcopy(own), copy.deepcopy(newline)
     load_projector(made, file, newline=line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 
 _HALF = "\N{REPLACEMENT CHARACTER}"
 
@@ -17,7 +17,7 @@ class TextStream:
         stop: texts that end the answer; neither they nor what is behind them is given out.
     """
 
-    def __init__(self, encoder: Encoder, stop: Sequence[str] = ()) -> None:
+    def __init__(self, encoder: ConversationEncoder, stop: Sequence[str] = ()) -> None:
         self._encoder, self._stop = encoder, tuple(stop)
         self._tokens: list[int] = []
         self._start = 0

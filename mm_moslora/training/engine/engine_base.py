@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from mm_moslora.adapters import one_product_per_step
 from mm_moslora.batch import Batch, Example
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
-from mm_moslora.models.vision.frozen_tower import PictureMemory
+from mm_moslora.models.vision.frozen_tower import StepFeatureCache
 from mm_moslora.models.vlm import TOWERS, supervised_hidden
 from mm_moslora.training.engine.optimizer_state import HostState, Piece, StoredState
-from mm_moslora.training.engine.stiefel_manifold import Manifold
+from mm_moslora.training.engine.stiefel_manifold import StiefelFactors
 from mm_moslora.training.parameter_groups import ParameterGroup
 from mm_moslora.utils import distributed
 
@@ -29,11 +29,13 @@ from mm_moslora.utils import distributed
 class LossModule(nn.Module):
     """What an engine wraps: a micro-batch in, the sum of its token losses out."""
 
-    def __init__(self, model: PreTrainedModel, dummy: Example | None, *, memory: PictureMemory | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, dummy: Example | None, *, memory: StepFeatureCache | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.dummy = None if dummy is None else Batch.from_examples([dummy])
-        self.pictures = PictureMemory() if memory is None else memory
+        self.pictures = StepFeatureCache() if memory is None else memory
         """What a frozen tower has already encoded."""
 
     def forward(self, batch: Batch, needs_vision: bool, right: Tensor | None = None) -> Tensor:
@@ -116,7 +118,7 @@ class Engine(ABC):
         self.module = module
         self.groups = list(groups)
         self.device = distributed.device()
-        self.manifold = Manifold(module, self._named_trainable(), self.device)
+        self.manifold = StiefelFactors(module, self._named_trainable(), self.device)
 
     def step(self, micro_batches: Sequence[Batch], lr_factor: float) -> StepResult:
         """One optimiser step.

@@ -15,7 +15,7 @@ from mm_moslora.training.engine.optimizer_state import Piece
 from mm_moslora.utils import distributed
 
 
-class Manifold:
+class StiefelFactors:
     """The orthonormal factors among the trainable parameters; none in most models."""
 
     def __init__(self, module: nn.Module, named: Sequence[tuple[str, nn.Parameter]], device: torch.device) -> None:

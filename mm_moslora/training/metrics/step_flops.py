@@ -28,7 +28,7 @@ from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.models.memory_efficient.decoder_layers import drops_positions
 from mm_moslora.models.pretrained_vlm import tower_path
 from mm_moslora.models.vlm import is_multimodal, part_of, projectors
-from mm_moslora.training.metrics.vision_flops import Sight, TowerShape
+from mm_moslora.training.metrics.vision_flops import TowerShape, VisionWork
 
 _POOLS = (".head.", ".attn_pool.", ".pooler.")
 """Parts of towers that see one token of a picture, if any."""
@@ -43,7 +43,7 @@ class StepShape:
     pairs: float
     """Pairs of tokens of which one sees the other: the sum of ``T (T + 1) / 2`` over the segments."""
     images: int = 0
-    sight: Sight | None = None
+    vision_work: VisionWork | None = None
     """Of all pictures; None: as many of the counter's own as there are images."""
     micro_batches: int = 1
 
@@ -153,7 +153,7 @@ class FlopCounter:
         self.projector_entry = self.per_patch = 0.0
         self.tower_trains = self.projector_trains = False
         self.shape: TowerShape | None = None
-        self.picture = Sight()
+        self.picture = VisionWork()
         """What stands for every picture where a step says nothing of its own."""
         if not is_multimodal(model):
             return
@@ -181,7 +181,7 @@ class FlopCounter:
             self.per_patch = 2 * (self.tower.frozen + self.tower.trained + values * shape.width)
             return
         tokens = shape.tokens(picture.patches, picture.tiles)
-        self.picture = Sight(patches=picture.patches, pairs=picture.attention / 4, tokens=tokens)
+        self.picture = VisionWork(patches=picture.patches, pairs=picture.attention / 4, tokens=tokens)
         counted_apart = picture.patches * self.tower.adapters + tokens * within.forward
         self.per_patch = (picture.flops - picture.attention - 2 * counted_apart) / picture.patches
 
@@ -200,16 +200,18 @@ class FlopCounter:
         adapters = self.decoder.adapter_cost(shape.tokens, steps, again=again)
         adapters -= self.behind.adapter_cost(dropped, 0, again=again)
         passes = 1 + again + (2 if self.passes_back else 0)
-        sight = self.picture.times(shape.images) if shape.sight is None else shape.sight
+        vision_work = self.picture.times(shape.images) if shape.vision_work is None else shape.vision_work
         own = self.tower.trained / max(1.0, self.tower.frozen + self.tower.trained)
         seen_again = int(vision_checkpointing and self.tower_trains)
         linear, attention = (2 + own + seen_again, 3 + seen_again) if self.tower_trains else (1, 1)
-        vision = linear * sight.patches * self.per_patch + 4 * attention * sight.pairs
-        vision += self.tower.adapter_cost(sight.patches, steps, again=seen_again)
-        vision += self.projector.cost(sight.tokens, passes_back=self.tower_trains or self.projector_trains, again=0)
-        vision += self.projector.adapter_cost(sight.tokens, steps, again=0)
+        vision = linear * vision_work.patches * self.per_patch + 4 * attention * vision_work.pairs
+        vision += self.tower.adapter_cost(vision_work.patches, steps, again=seen_again)
+        vision += self.projector.cost(
+            vision_work.tokens, passes_back=self.tower_trains or self.projector_trains, again=0
+        )
+        vision += self.projector.adapter_cost(vision_work.tokens, steps, again=0)
         if self.projector_trains and not self.tower_trains:
-            vision -= 2 * sight.tokens * self.projector_entry  # nobody asks for a frozen tower's gradients
+            vision -= 2 * vision_work.tokens * self.projector_entry  # nobody asks for a frozen tower's gradients
         head = shape.supervised * self.head * (2 + (2 if self.passes_back else 0) + (2 if self.head_trains else 0))
         return Flops(
             base=base, adapters=adapters, attention=4 * self.attention_width * shape.pairs * passes, head=head,

@@ -13,7 +13,7 @@ from mm_moslora.batch import Batch
 from mm_moslora.training.engine import StepResult
 from mm_moslora.training.metrics.gpu_specs import device_peak
 from mm_moslora.training.metrics.step_flops import FlopCounter, Flops, StepShape
-from mm_moslora.training.metrics.vision_flops import Sight
+from mm_moslora.training.metrics.vision_flops import VisionWork
 from mm_moslora.utils import distributed
 
 
@@ -150,18 +150,18 @@ class Speedometer:
             return []
         pairs = sum(length * (length + 1) / 2 for batch in micro_batches for length in batch.segment_lengths)
         shape = self.counter.shape
-        seen = Sight() if shape is None else sum((shape.of_batch(batch) for batch in micro_batches), Sight())
+        seen = VisionWork() if shape is None else sum((shape.of_batch(batch) for batch in micro_batches), VisionWork())
         return [pairs, *asdict(seen).values()]
 
     def _needed(self, result: StepResult, seen: Sequence[float], *, micro_batches: int) -> Flops | None:
         if self.counter is None:
             return None
         pairs, *looked_at = seen
-        sight = Sight(**dict(zip(asdict(Sight()), looked_at, strict=True)))
+        vision_work = VisionWork(**dict(zip(asdict(VisionWork()), looked_at, strict=True)))
         return self.counter.count(
             StepShape(
                 tokens=result.tokens, supervised=result.supervised_tokens, images=result.images, pairs=pairs,
-                sight=sight, micro_batches=micro_batches,
+                vision_work=vision_work, micro_batches=micro_batches,
             )
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ _BEFORE_PATCHES = frozenset({"class_embedding", "cls_token", "register_tokens"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sight:
+class VisionWork:
     """What is looked at, of one picture or of many."""
 
     patches: float = 0.0
@@ -30,12 +30,12 @@ class Sight:
     tokens: float = 0.0
     """Rows of the projector; the decoder may see fewer of them, and others between them."""
 
-    def __add__(self, other: Sight) -> Sight:
-        return Sight(**{item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)})
+    def __add__(self, other: VisionWork) -> VisionWork:
+        return VisionWork(**{item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)})
 
-    def times(self, factor: float) -> Sight:
+    def times(self, factor: float) -> VisionWork:
         """So many of them."""
-        return Sight(**{item.name: factor * getattr(self, item.name) for item in fields(self)})
+        return VisionWork(**{item.name: factor * getattr(self, item.name) for item in fields(self)})
 
 
 class TowerShape:
@@ -58,7 +58,7 @@ class TowerShape:
         joined = len(selected) if isinstance(selected, list) else 1
         self.patches_per_row = max(1.0, entry / (self.width * joined))
 
-    def of_picture(self) -> Sight:
+    def of_picture(self) -> VisionWork:
         """One picture, by the configuration alone: one tile of the tower's own size, or of `PICTURE` if it has none."""
         if getattr(self.model, "vision_grid", 0):
             return self._ours()
@@ -66,16 +66,16 @@ class TowerShape:
         width, height = (side, side) if side else PICTURE
         return self.of_tile(height, width)
 
-    def of_tile(self, height: int, width: int) -> Sight:
+    def of_tile(self, height: int, width: int) -> VisionWork:
         """One tile of so many pixels."""
         seen = (height // self.patch) * (width // self.patch)
         return self._all_pairs(seen + self.prefix, tokens=seen / self.patches_per_row)
 
-    def of_batch(self, batch: Batch) -> Sight:
+    def of_batch(self, batch: Batch) -> VisionWork:
         """The pictures of a micro-batch, wherever it lies."""
         host = batch.on_host
         if host.pixel_values is None:
-            return Sight()
+            return VisionWork()
         if getattr(self.model, "vision_grid", 0):
             return self._ours().times(host.images)
         if (grids := host.image_inputs.get("image_grid_thw")) is not None:
@@ -92,28 +92,28 @@ class TowerShape:
             return tiles * self._ours().tokens
         return (patches - tiles * self.prefix) / self.patches_per_row
 
-    def _all_pairs(self, patches: float, *, tokens: float) -> Sight:
-        return Sight(patches=patches, pairs=patches**2 * self.width * self.layers, tokens=tokens)
+    def _all_pairs(self, patches: float, *, tokens: float) -> VisionWork:
+        return VisionWork(patches=patches, pairs=patches**2 * self.width * self.layers, tokens=tokens)
 
-    def _ours(self) -> Sight:
+    def _ours(self) -> VisionWork:
         """Our own models know their patches, whatever the size of the tower's training."""
         patches = int(self.model.vision_grid) ** 2 + int(self.model.vision_prefix)
         return self._all_pairs(patches, tokens=float(self.model.image_seq_length))
 
-    def _of_grids(self, grids: Tensor) -> Sight:
+    def _of_grids(self, grids: Tensor) -> VisionWork:
         """Of ``[N, 3]`` frames, rows, columns of patches; most layers of Qwen2.5-VL look no further than a window."""
         merged = int(getattr(self.config, "spatial_merge_size", 1))
         whole, side = self.layers, 0
         if (everywhere := getattr(self.config, "fullatt_block_indexes", None)) is not None:
             whole, side = len(everywhere), self.config.window_size // self.patch // merged
-        found = Sight()
+        found = VisionWork()
         for frames, rows, columns in grids.tolist():
             patches = rows * columns
             pairs = whole * patches**2
             if side:
                 squares = _squares(rows // merged, side) * _squares(columns // merged, side)
                 pairs += (self.layers - whole) * merged**4 * squares
-            found += Sight(
+            found += VisionWork(
                 patches=frames * patches, pairs=frames * pairs * self.width,
                 tokens=frames * patches / self.patches_per_row,
             )  # fmt: skip

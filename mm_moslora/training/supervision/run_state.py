@@ -34,7 +34,7 @@ class Ending:
 
 
 @contextmanager
-def recorded(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[Ending]:
+def record_run_state(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[Ending]:
     """Keep `state.json` of a run folder for the length of a run; see `mm_moslora.reporting.run_data`.
 
     A process that is killed leaves "running"; a reader finds out by its process id and by the heartbeats. Where rank 0

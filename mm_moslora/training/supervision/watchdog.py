@@ -26,7 +26,7 @@ from types import TracebackType
 from mm_moslora.training.supervision.run_state import record_failure
 from mm_moslora.utils import distributed, heartbeat
 from mm_moslora.utils.files import discard, replacing
-from mm_moslora.utils.heartbeat import Beat
+from mm_moslora.utils.heartbeat import Heartbeat
 from mm_moslora.utils.redaction import redact_text
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ class Watchdog:
                 with contextlib.suppress(OSError):
                     os.kill(beat.pid, signal.SIGUSR2)
 
-    def read(self, *, name: str = "rank-*.json") -> list[Beat]:
+    def read(self, *, name: str = "rank-*.json") -> list[Heartbeat]:
         """What ranks said last. Ages are measured against this rank's own file: no clocks are compared.
 
         Args:
@@ -218,7 +218,7 @@ class Watchdog:
             now = own.stat().st_mtime
         except OSError:
             return []
-        return heartbeat.read_beats(self.beats, now=now, name=name)
+        return heartbeat.read_heartbeats(self.beats, now=now, name=name)
 
     def verdict(self) -> Blame:
         """Which ranks are to blame; waits a moment for ranks that are just failing."""
@@ -252,7 +252,7 @@ class Watchdog:
             text=f"All {len(beats)} ranks answer and wait in the same place: suspect the network between their hosts."
         )
 
-    def _behind(self, beats: list[Beat], others: list[Beat]) -> list[tuple[Beat, str]]:
+    def _behind(self, beats: list[Heartbeat], others: list[Heartbeat]) -> list[tuple[Heartbeat, str]]:
         """Ranks that are silent, or behind the others, or that have given up."""
         silent = [beat for beat in others if beat.age > 3 * self.interval and not beat.is_over]
         if silent:

@@ -12,7 +12,7 @@ from tiny import CHATML, make_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mm_moslora.data.chat.conversation_encoder import Encoded, Encoder, TooLong
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded, TooLong
 from mm_moslora.data.chat.records import Turn
 from mm_moslora.utils.errors import ConfigError, DataError
 from tests.data.conftest import Setup, turns
@@ -94,7 +94,7 @@ class TestSupervision:
         pieces.train_from_iterator(["\n\n\nyes", "assistant\n\n\n"] * 9, trainer)
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="<|im_end|>", chat_template=CHATML)
         assert len(tokenizer.encode("\n\n\n", add_special_tokens=False)) == 1
-        encoder = Encoder(tokenizer)
+        encoder = ConversationEncoder(tokenizer)
         prompt, encoded = encoder.encode_prompt(turns("ok?")), encoder.encode(turns("ok?", "\n\nyes"))
         assert torch.equal(encoded.input_ids[: len(prompt)], prompt)
         assert [tokenizer.decode(run) for run in runs(encoded)] == ["\n\nyes<|im_end|>"]
@@ -141,7 +141,7 @@ class TestTypedSpecialTokens:
         tokenizer.add_tokens([AddedToken("[/user]", special=False), AddedToken("[think]", special=False)])
         tokenizer.chat_template = CHATML.replace("<|im_end|>\n", "[/user]<|im_end|>\n")
         forged, harmless = tokenizer.convert_tokens_to_ids(["[/user]", "[think]"])
-        ids = Encoder(tokenizer).encode(turns("hello [/user] [think]", "yes [think]")).input_ids.tolist()
+        ids = ConversationEncoder(tokenizer).encode(turns("hello [/user] [think]", "yes [think]")).input_ids.tolist()
         assert ids.count(forged) == 2  # the template's own
         assert ids.count(harmless) == 2  # ordinary vocabulary of the model
 
@@ -149,7 +149,7 @@ class TestTypedSpecialTokens:
         tokenizer = make_tokenizer()
         tokenizer.add_special_tokens({"additional_special_tokens": ["[end]"]})
         tokenizer.chat_template = CHATML.replace("{{ message['content'] }}", "[{{ message['content'] }}]")
-        ids = Encoder(tokenizer).encode_prompt(turns("end")).tolist()
+        ids = ConversationEncoder(tokenizer).encode_prompt(turns("end")).tolist()
         assert tokenizer.convert_tokens_to_ids("[end]") not in ids
         assert "user\n[end]<|im_end|>" in tokenizer.decode(ids)
 
@@ -192,7 +192,7 @@ class TestSystemPrompts:
     def test_a_template_without_system_turn_gets_it_before_the_question(self, refusal: str) -> None:
         tokenizer = make_tokenizer()
         tokenizer.chat_template = refusal
-        encoder = Encoder(tokenizer, system_prompt="Be brief.")
+        encoder = ConversationEncoder(tokenizer, system_prompt="Be brief.")
         text = tokenizer.decode(encoder.encode(turns("hi", "hello")).input_ids)
         assert text == "<|im_start|>user\nBe brief.\n\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>"
         own = [Turn(role="system", text="Own."), *turns("hi", "hello", "more", "words")]
@@ -202,7 +202,7 @@ class TestSystemPrompts:
     def test_an_image_keeps_its_place_behind_a_folded_system_prompt(self) -> None:
         tokenizer = make_tokenizer()
         tokenizer.chat_template = "{{ raise_exception('no') if messages[0]['role'] == 'system' }}" + CHATML
-        encoder = Encoder(tokenizer, image_token_id=7, tokens_per_image=2, system_prompt="<image>?")
+        encoder = ConversationEncoder(tokenizer, image_token_id=7, tokens_per_image=2, system_prompt="<image>?")
         question = Turn(role="user", text="<image>\nwhat?", places=(0,))
         ids = encoder.encode_prompt([question]).tolist()
         assert ids.count(7) == 2
@@ -223,7 +223,7 @@ class TestTemplates:
             "{% if message['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
             "{{ message['content'] }}",
         )
-        encoder = Encoder(tokenizer)
+        encoder = ConversationEncoder(tokenizer)
         encoded = encoder.encode(turns("a", "b", "c", "d"))
         assert [tokenizer.decode(run) for run in runs(encoded)] == ["b<|im_end|>", "d<|im_end|>"]
         prompt = encoder.encode_prompt(turns("a", "b", "c"))
@@ -233,7 +233,7 @@ class TestTemplates:
     def test_a_template_that_ends_no_answer_gets_the_end_of_sequence(self) -> None:
         tokenizer = make_tokenizer()
         tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-        encoded = Encoder(tokenizer).encode(turns("a", "b", "c", "d"))
+        encoded = ConversationEncoder(tokenizer).encode(turns("a", "b", "c", "d"))
         assert [tokenizer.decode(run) for run in runs(encoded)] == ["b<|im_end|>", "d<|im_end|>"]
 
     def test_without_a_template_the_plain_one_is_used(self, sentencepiece_folder) -> None:
@@ -241,7 +241,7 @@ class TestTemplates:
 
         tokenizer = LlamaTokenizer.from_pretrained(sentencepiece_folder, add_bos_token=True)
         tokenizer.chat_template = None
-        encoded = Encoder(tokenizer).encode(turns("a", "b", "c", "d"))
+        encoded = ConversationEncoder(tokenizer).encode(turns("a", "b", "c", "d"))
         text = tokenizer.decode(encoded.input_ids)
         assert text == "<s>user:\na\nassistant:\nb</s>\nuser:\nc\nassistant:\nd</s>"
 
@@ -250,7 +250,7 @@ class TestTemplates:
         tokenizer = make_tokenizer()
         tokenizer.chat_template = CHATML.replace("message['content']", f"(message['content'] {change})")
         with pytest.raises(ConfigError, match="Use another template"):
-            Encoder(tokenizer)
+            ConversationEncoder(tokenizer)
 
     def test_a_template_that_refuses_roles_says_which(self, llama2: Setup) -> None:
         with pytest.raises(ConfigError, match="refuses the roles user, user"):

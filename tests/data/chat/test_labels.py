@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Turn
 from tests.data.chat_templates import (
     CHATML,
@@ -32,16 +32,20 @@ pairs_of_texts = st.lists(st.tuples(texts, texts.filter(str.strip)), min_size=1,
 relaxed = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def encoder_for(kind: str, template: str | None, *, system_prompt: str | None = None, add_bos: bool = False) -> Encoder:
+def encoder_for(
+    kind: str, template: str | None, *, system_prompt: str | None = None, add_bos: bool = False
+) -> ConversationEncoder:
     tokenizer = build_tokenizer(kind, template, add_bos=add_bos)
     image = tokenizer.convert_tokens_to_ids("<image>")
-    return Encoder(tokenizer, image_token_id=image, tokens_per_image=IMAGES, system_prompt=system_prompt)
+    return ConversationEncoder(tokenizer, image_token_id=image, tokens_per_image=IMAGES, system_prompt=system_prompt)
 
 
 @functools.cache
-def shared_encoder(name: str) -> Encoder:
+def shared_encoder(name: str) -> ConversationEncoder:
     tokenizer = shared_tokenizer(name)
-    return Encoder(tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=IMAGES)
+    return ConversationEncoder(
+        tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=IMAGES
+    )
 
 
 def talk(*texts: str) -> list[Turn]:
@@ -58,13 +62,13 @@ def typed(pairs) -> list[Turn]:
     ]
 
 
-def spelled(encoder: Encoder, ids) -> str:
+def spelled(encoder: ConversationEncoder, ids) -> str:
     """Text of ids with every space kept: behind a word that is cut off again."""
     anchor = encoder.tokenizer.encode("x", add_special_tokens=False)
     return encoder.tokenizer.decode([*anchor, *ids], clean_up_tokenization_spaces=False).removeprefix("x")
 
 
-def rendered(encoder: Encoder, turns: list[Turn]) -> str:
+def rendered(encoder: ConversationEncoder, turns: list[Turn]) -> str:
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
     return encoder.tokenizer.apply_chat_template(
         messages, chat_template=encoder.template.source, tokenize=False, add_generation_prompt=True
@@ -131,7 +135,9 @@ def test_stock_llava_processor_agrees(name, question):
         LlavaImageProcessorPil(size=square, crop_size=square), tokenizer, patch_size=2,
         vision_feature_select_strategy="full", num_additional_image_tokens=0,
     )  # fmt: skip
-    encoder = Encoder(tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=9)
+    encoder = ConversationEncoder(
+        tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=9
+    )
     turns = talk(question, "red", "sure?")
     images = [Image.new("RGB", (8, 8))] * turns[0].images
     stock = processor(text=rendered(encoder, turns), images=images, add_special_tokens=False)
@@ -165,12 +171,12 @@ def test_asking_gives_the_ids_of_placeholders_on_lines_of_their_own():
 
 
 def test_without_vision_the_placeholder_is_text():
-    encoder = Encoder(build_tokenizer("bytes", CHATML, image=False))
+    encoder = ConversationEncoder(build_tokenizer("bytes", CHATML, image=False))
     assert "<image> what?" in spelled(encoder, encoder.encode_prompt([Turn.asking("<image> what?")]).tolist())
 
 
 class TestEmptySystemPrompt:
-    def text(self, encoder: Encoder) -> str:
+    def text(self, encoder: ConversationEncoder) -> str:
         return spelled(encoder, encoder.encode_prompt(talk("what?")).tolist())
 
     @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from tiny import make_tokenizer
 
 from mm_moslora.config.llava_chat_templates import CHAT_TEMPLATES, notes_of, set_chat_template
-from mm_moslora.data.chat.conversation_encoder import Encoder
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Turn, parse_record
 from mm_moslora.data.images.locate_image import PictureRules
 from mm_moslora.data.record_faults import Where
@@ -56,7 +56,7 @@ def tokenizer_with(name: str, controls: tuple[str, ...]):
     return tokenizer
 
 
-def encoder(name: str, template: str, *, controls: bool) -> Encoder:
+def encoder(name: str, template: str, *, controls: bool) -> ConversationEncoder:
     """An encoder for a real tokenizer; `controls` gives it the template's own tokens, as the models have them.
 
     Encoders share the tokenizer, so only the last one that was made is of use.
@@ -65,7 +65,7 @@ def encoder(name: str, template: str, *, controls: bool) -> Encoder:
     tokenizer = tokenizer_with(name, every if controls else ())
     tokenizer.eos_token = real_tokenizer(name).eos_token
     set_chat_template(tokenizer, template)
-    return Encoder(tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=2)
+    return ConversationEncoder(tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=2)
 
 
 def typed(pairs) -> list[Turn]:
@@ -77,7 +77,7 @@ def typed(pairs) -> list[Turn]:
     ]
 
 
-def supervised(made: Encoder, turns: list[Turn]) -> list[str]:
+def supervised(made: ConversationEncoder, turns: list[Turn]) -> list[str]:
     encoded = made.encode(turns)
     anchor = made.tokenizer.encode("x", add_special_tokens=False)
     lead = len(made.tokenizer.decode(anchor, clean_up_tokenization_spaces=False))
@@ -86,7 +86,7 @@ def supervised(made: Encoder, turns: list[Turn]) -> list[str]:
     return [made.tokenizer.decode(anchor + run, clean_up_tokenization_spaces=False)[lead:] for run in runs]
 
 
-def expected(made: Encoder, template: str, answer: str) -> str:
+def expected(made: ConversationEncoder, template: str, answer: str) -> str:
     shape, end = ENDS[template]
     end = end if end in made.tokens.guarded else end + made.tokenizer.eos_token
     return shape.format(answer.strip() if template == "llama_3" else answer) + end
@@ -180,7 +180,7 @@ def test_faithful_gives_the_ids_and_labels_of_llava(template: str, legacy: bool)
     tokenizer = copy.deepcopy(real_tokenizer("llama-legacy" if legacy else "llama"))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
     set_chat_template(tokenizer, template, faithful=True)
-    made = Encoder(tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=1)
+    made = ConversationEncoder(tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=1)
     cases = [case for case in CASES if (case["template"], case["legacy"]) == (template, legacy)]
     assert cases
     for case in cases:
@@ -219,7 +219,9 @@ def test_texts_and_ids_are_those_of_other_code_bases(code: str, template: str) -
         if template == "phi3":  # Phi-3's adds none
             tokenizer.add_bos_token = False
         set_chat_template(tokenizer, template, faithful=template in ("gemma", "phi3"))
-        made = Encoder(tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=1)
+        made = ConversationEncoder(
+            tokenizer, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), tokens_per_image=1
+        )
         value = {"conversations": case["conversations"]}
         pictures = sum(turn["value"].count("<image>") for turn in case["conversations"])
         record = parse_record(

@@ -9,7 +9,7 @@ import torch
 from tiny import CHATML, make_tokenizer
 from tokenizers import AddedToken
 
-from mm_moslora.data.chat.conversation_encoder import Encoded, Encoder
+from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded
 from mm_moslora.data.chat.records import Turn
 from tests.data.conftest import turns
 
@@ -44,7 +44,7 @@ def learned(encoded: Encoded, tokenizer) -> str:
 
 @pytest.mark.parametrize("answer", THINKING)
 def test_thinking_has_the_tokens_of_the_template_and_is_learned(tokenizer, answer):
-    encoded = Encoder(tokenizer).encode(turns("what is it?", answer))
+    encoded = ConversationEncoder(tokenizer).encode(turns("what is it?", answer))
     assert encoded.input_ids.tolist() == stock(tokenizer, "what is it?", answer)
     text = learned(encoded, tokenizer)
     assert text.startswith("<think>\n")
@@ -54,25 +54,27 @@ def test_thinking_has_the_tokens_of_the_template_and_is_learned(tokenizer, answe
 
 
 def test_the_prompt_of_an_answer_that_thinks_is_the_templates_generation_prompt(tokenizer):
-    encoded = Encoder(tokenizer).encode(turns("what is it?", THINKING[0]))
+    encoded = ConversationEncoder(tokenizer).encode(turns("what is it?", THINKING[0]))
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "what is it?"}], add_generation_prompt=True)
     ids = list(prompt["input_ids"])
     assert encoded.input_ids[: len(ids)].tolist() == ids
     assert not encoded.supervised[: len(ids)].any()
     assert encoded.supervised[len(ids) :].all()
-    assert torch.equal(Encoder(tokenizer, thinking="always").encode_prompt(turns("what is it?")), torch.tensor(ids))
+    assert torch.equal(
+        ConversationEncoder(tokenizer, thinking="always").encode_prompt(turns("what is it?")), torch.tensor(ids)
+    )
 
 
 def test_an_answer_without_thinking_keeps_the_empty_block_as_its_prompt(tokenizer):
-    encoded = Encoder(tokenizer).encode(turns("what is it?", "a ball"))
+    encoded = ConversationEncoder(tokenizer).encode(turns("what is it?", "a ball"))
     assert encoded.input_ids.tolist() == stock(tokenizer, "what is it?", "a ball")
     assert learned(encoded, tokenizer) == "a ball<|im_end|>"
-    prompt = Encoder(tokenizer).encode_prompt(turns("what is it?"))
+    prompt = ConversationEncoder(tokenizer).encode_prompt(turns("what is it?"))
     assert prompt.tolist() == encoded.input_ids[: len(prompt)].tolist()
 
 
 def test_always_learns_the_empty_block_too(tokenizer):
-    encoder = Encoder(tokenizer, thinking="always")
+    encoder = ConversationEncoder(tokenizer, thinking="always")
     encoded = encoder.encode(turns("what is it?", "a ball"))
     assert encoded.input_ids.tolist() == stock(tokenizer, "what is it?", "a ball")
     assert learned(encoded, tokenizer) == "<think>\n\n</think>\n\na ball<|im_end|>"
@@ -82,17 +84,17 @@ def test_always_learns_the_empty_block_too(tokenizer):
 
 def test_earlier_answers_lose_their_thinking_as_in_the_template_and_are_counted(tokenizer):
     texts = ("what is it?", THINKING[0], "which colour?", "<think>\nLook.\n</think>\n\nred")
-    encoded = Encoder(tokenizer).encode(turns(*texts))
+    encoded = ConversationEncoder(tokenizer).encode(turns(*texts))
     assert encoded.input_ids.tolist() == stock(tokenizer, *texts)
     assert (encoded.thoughts, encoded.dropped_thoughts) == (1, 1)
-    cut = Encoder(tokenizer).encode(turns(*texts), max_length=len(encoded.input_ids) - 1)
+    cut = ConversationEncoder(tokenizer).encode(turns(*texts), max_length=len(encoded.input_ids) - 1)
     assert cut.input_ids.tolist() == stock(tokenizer, *texts[:2])
     assert (cut.thoughts, cut.dropped_turns) == (1, 2)
 
 
 @pytest.mark.parametrize("answer", THINKING)
 def test_never_leaves_thinking_out(tokenizer, answer):
-    encoded = Encoder(tokenizer, thinking="never").encode(turns("what is it?", answer))
+    encoded = ConversationEncoder(tokenizer, thinking="never").encode(turns("what is it?", answer))
     assert encoded.input_ids.tolist() == stock(tokenizer, "what is it?", "a ball")
     assert learned(encoded, tokenizer) == "a ball<|im_end|>"
     assert encoded.dropped_thoughts == (answer != THINKING[3])
@@ -102,9 +104,9 @@ def test_markers_that_are_typed_stay_text(tokenizer):
     """In a question, within an answer, and within thinking."""
     think = tokenizer.convert_tokens_to_ids("<think>")
     typed = "<think>\nsay <think> twice\n</think>\n\na <think>"
-    encoded = Encoder(tokenizer).encode(turns("is <think>x</think> a tag?", typed))
+    encoded = ConversationEncoder(tokenizer).encode(turns("is <think>x</think> a tag?", typed))
     assert encoded.input_ids.tolist().count(think) == 1
-    encoded = Encoder(tokenizer).encode(turns("is it a tag?", "yes, <think>x</think> is"))
+    encoded = ConversationEncoder(tokenizer).encode(turns("is it a tag?", "yes, <think>x</think> is"))
     assert encoded.input_ids.tolist().count(think) == 1  # the template's empty block
     assert not encoded.thoughts
 
@@ -113,9 +115,12 @@ def test_a_template_that_knows_no_thinking_gets_it_as_the_text_it_is():
     plain = make_tokenizer()
     plain.chat_template = CHATML
     answer = THINKING[0]
-    encoded = Encoder(plain).encode(turns("what is it?", answer))
+    encoded = ConversationEncoder(plain).encode(turns("what is it?", answer))
     assert encoded.input_ids.tolist() == stock(plain, "what is it?", answer)
-    assert learned(Encoder(plain, thinking="never").encode(turns("what is it?", answer)), plain) == "a ball<|im_end|>"
+    assert (
+        learned(ConversationEncoder(plain, thinking="never").encode(turns("what is it?", answer)), plain)
+        == "a ball<|im_end|>"
+    )
 
 
 @pytest.mark.parametrize("name", ["deepseek_r1_distill", "glm4moe", "qwen3", "qwen3_5_nothink"])
@@ -124,12 +129,12 @@ def test_other_templates_that_think_lose_no_answer(name, answer):
     made = make_tokenizer()
     made.chat_template = importlib.resources.files("trl").joinpath("chat_templates", f"{name}.jinja").read_text()
     for mode in ("auto", "always", "never"):
-        encoded = Encoder(made, thinking=mode).encode(turns("what is it?", answer))
+        encoded = ConversationEncoder(made, thinking=mode).encode(turns("what is it?", answer))
         assert "a ball" in learned(encoded, made)
         assert ("It is round." in learned(encoded, made)) == bool(encoded.thoughts)
 
 
 def test_turns_are_not_changed(tokenizer):
     given = [Turn(role="user", text="what is it?"), Turn(role="assistant", text=THINKING[0])]
-    Encoder(tokenizer).encode(given)
+    ConversationEncoder(tokenizer).encode(given)
     assert given[1].text == THINKING[0]

@@ -18,14 +18,14 @@ from mm_moslora.config import AdapterConfig, ModelConfig, ValidateConfig, Vision
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS, set_attention, training_attention
 from mm_moslora.models.assembly import Assembly, assemble
 from mm_moslora.models.batching.packed_batch import PACKED
-from mm_moslora.models.batching.padded_batch import rows_hidden
+from mm_moslora.models.batching.padded_batch import padded_hidden
 from mm_moslora.models.load_model import load
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.decoder_layers import drops_positions, use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
-from mm_moslora.models.processing.image_processing import dummy_example
+from mm_moslora.models.processing.image_processing import dummy_image_example
 from mm_moslora.models.trainable_parts import attach_adapters
-from mm_moslora.models.vlm import is_padded, part_of, supervised_hidden
+from mm_moslora.models.vlm import needs_padding, part_of, supervised_hidden
 from mm_moslora.planning.activation_memory import kept_bytes
 from mm_moslora.serve.terminal_chat import Chat
 from mm_moslora.training.run_setup import prepare
@@ -115,7 +115,7 @@ def assert_equal(found: tuple[float, dict], expected: tuple[float, dict]) -> Non
 
 def test_what_is_packed_is_tested_and_a_prefix_that_sees_ahead_is_padded(tmp_path):
     assert set(FAMILIES) >= PACKED
-    assert is_padded(assemble(ModelConfig(vlm=str(make_vlm(tmp_path, "paligemma")))).model)
+    assert needs_padding(assemble(ModelConfig(vlm=str(make_vlm(tmp_path, "paligemma")))).model)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -126,7 +126,7 @@ def test_a_packed_lean_step_has_the_loss_and_gradients_of_a_padded_stock_step(fa
     if checkpointing:
         model.get_decoder().gradient_checkpointing_enable({"use_reentrant": False})
     batches = [sighted(assembly), blind(assembly), sighted(assembly)]
-    expected = loss_and_gradients(model, rows_hidden, batches)
+    expected = loss_and_gradients(model, padded_hidden, batches)
     assert {part_of(name) for name in expected[1]} >= {"language", "vision"}
     pack(model)
     assert model.get_decoder().config._attn_implementation == SEGMENTS
@@ -138,7 +138,7 @@ def test_a_packed_lean_step_has_the_loss_and_gradients_of_a_padded_stock_step(fa
 def test_half_as_much_is_kept(family, folders):
     assembly = tuned(folders[family])
     model, batch = assembly.model, blind(assembly)  # the tower keeps the same
-    stock = kept_bytes(lambda: loss(model, rows_hidden, batch), model)
+    stock = kept_bytes(lambda: loss(model, padded_hidden, batch), model)
     pack(model)
     assert kept_bytes(lambda: loss(model, supervised_hidden, batch), model) < 0.5 * stock
 
@@ -147,9 +147,9 @@ def test_half_as_much_is_kept(family, folders):
 def test_a_rank_without_pictures_takes_part_with_a_weight_of_zero(family, folders):
     assembly = tuned(folders[family])
     model, batch = assembly.model, blind(assembly)
-    dummy = Batch.from_examples([dummy_example(assembly.eyes)])
-    expected = loss_and_gradients(model, rows_hidden, [batch], dummy=dummy)
-    alone = loss_and_gradients(model, rows_hidden, [batch])
+    dummy = Batch.from_examples([dummy_image_example(assembly.image_processing)])
+    expected = loss_and_gradients(model, padded_hidden, [batch], dummy=dummy)
+    alone = loss_and_gradients(model, padded_hidden, [batch])
     pack(model)
     found = loss_and_gradients(model, supervised_hidden, [batch], dummy=dummy)
     assert found[1].keys() > alone[1].keys()
@@ -170,7 +170,7 @@ def test_a_picture_too_few_is_told_with_the_records(family, folders):
 def test_a_last_layer_that_deepstack_reaches_keeps_all_positions(folders):
     assembly = tuned(folders["qwen3_vl"], layers=2)  # and two deepstack layers
     batch = sighted(assembly)
-    expected = loss_and_gradients(assembly.model, rows_hidden, [batch])
+    expected = loss_and_gradients(assembly.model, padded_hidden, [batch])
     pack(assembly.model)
     assert not drops_positions(assembly.model)
     assert_equal(loss_and_gradients(assembly.model, supervised_hidden, [batch]), expected)
@@ -181,7 +181,7 @@ def test_a_last_layer_that_deepstack_reaches_keeps_all_positions(folders):
 def test_an_attention_with_a_mask_keeps_conversations_apart(family, name, folders):
     assembly = tuned(folders[family])
     batch = sighted(assembly)
-    expected = loss_and_gradients(assembly.model, rows_hidden, [batch])
+    expected = loss_and_gradients(assembly.model, padded_hidden, [batch])
     set_attention(assembly.model, name)
     assert_equal(loss_and_gradients(assembly.model, supervised_hidden, [batch]), expected)
 
@@ -190,7 +190,7 @@ def test_an_attention_with_a_mask_keeps_conversations_apart(family, name, folder
 def test_in_half_precision_losses_stay_together(family, folders):
     assembly = tuned(folders[family], dtype=torch.bfloat16)
     batch = sighted(assembly)
-    expected, _ = loss_and_gradients(assembly.model, rows_hidden, [batch])
+    expected, _ = loss_and_gradients(assembly.model, padded_hidden, [batch])
     pack(assembly.model)
     assert loss_and_gradients(assembly.model, supervised_hidden, [batch])[0] == pytest.approx(expected, rel=5e-3)
 
@@ -199,7 +199,7 @@ def test_in_half_precision_losses_stay_together(family, folders):
 def test_compiled_passes_give_the_same_numbers(folders):
     assembly = tuned(folders["qwen3_vl"])
     batch = sighted(assembly)
-    expected = loss_and_gradients(assembly.model, rows_hidden, [batch])
+    expected = loss_and_gradients(assembly.model, padded_hidden, [batch])
     pack(assembly.model)
     torch.compiler.reset()
     compile_layers(assembly.model, "eager")
@@ -225,7 +225,7 @@ def test_measuring_in_between_changes_nothing_and_measures_what_padded_rows_woul
     records = prepare(replace(plain, train=replace(plain.train, output=str(tmp_path / "again")))).training_set
     batch = Batch.from_examples([records[index] for index in range(len(records))])
     with torch.no_grad():
-        expected = loss(tuned_model, rows_hidden, batch).item() / batch.supervised_tokens
+        expected = loss(tuned_model, padded_hidden, batch).item() / batch.supervised_tokens
     assert [line["validation_loss"] for line in measured if "validation_loss" in line][-1] == pytest.approx(
         expected, rel=1e-5
     )

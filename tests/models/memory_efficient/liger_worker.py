@@ -9,8 +9,8 @@ from pass_checks import PassChecks, batch, lean_model, loss_and_gradients, use
 from triton.runtime.interpreter import InterpretedFunction
 from triton_interpreter import complete_interpreter
 
-from mm_moslora.kernels.fused_ops.liger_ops import LIGER
-from mm_moslora.kernels.fused_ops.torch_ops import EAGER
+from mm_moslora.kernels.fused_ops.liger_ops import LIGER_OPS
+from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS
 from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels, use_kernels
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
 from mm_moslora.models.vlm import supervised_hidden
@@ -20,14 +20,14 @@ complete_interpreter()
 
 
 class TestLiger(PassChecks):
-    passes = LIGER
+    passes = LIGER_OPS
     name = "liger"
     words = "liger-kernel 0.8"
 
 
 def test_what_takes_the_place_of_kept_tensors_is_not_used_twice() -> None:
     model = lean_model("llama", torch.float32)
-    use(model, LIGER)
+    use(model, LIGER_OPS)
     given = batch()
     loss = head_loss_sum(model, supervised_hidden(model, given), given.targets)
     loss.backward(retain_graph=True)
@@ -44,15 +44,15 @@ def test_a_layer_is_thirteen_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         return run(self, *arguments, **options)
 
     monkeypatch.setattr(InterpretedFunction, "run", noted)
-    loss_and_gradients(lean_model("llama", torch.bfloat16), LIGER)
+    loss_and_gradients(lean_model("llama", torch.bfloat16), LIGER_OPS)
     assert len(launches) == 2 * 13 - 1, launches  # what comes into the first layer needs no gradient
 
 
 def test_auto_is_liger_wherever_triton_runs() -> None:
     chosen = choose_kernels("auto", torch.device("cpu"))
-    assert chosen.passes is LIGER
+    assert chosen.passes is LIGER_OPS
     assert not chosen.required
-    assert choose_kernels("torch", torch.device("cpu")).passes is EAGER
+    assert choose_kernels("torch", torch.device("cpu")).passes is TORCH_OPS
 
 
 def test_a_model_without_lean_layers_refuses_liger() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from mm_moslora.config import ModelConfig, Recipe, TrainConfig
 from mm_moslora.kernels.fused_ops import liger_availability
-from mm_moslora.kernels.fused_ops.torch_ops import EAGER
+from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS
 from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels
 from mm_moslora.planning import doctor
 from mm_moslora.utils.errors import ConfigError
@@ -48,7 +48,7 @@ def test_without_a_liger_that_fits_auto_is_torch_and_liger_is_refused(
 ) -> None:
     pretend(monkeypatch, found)
     chosen = choose_kernels("auto", torch.device("cuda"))
-    assert chosen.passes is EAGER
+    assert chosen.passes is TORCH_OPS
     assert chosen.words == f"PyTorch's ({reason})"
     assert choose_kernels("torch", CPU).words == "PyTorch's"
     with pytest.raises(ConfigError, match=re.escape(reason) + r".*pip install 'liger-kernel>=0\.8\.5,<0\.9'"):
@@ -86,7 +86,7 @@ def test_without_the_interpreter_a_cpu_has_no_triton(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
     assert "needs compute capability 7.0, and the GPU has 6.1" in choose_kernels("auto", torch.device("cuda")).words
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    assert choose_kernels("auto", torch.device("cuda")).passes is not EAGER
+    assert choose_kernels("auto", torch.device("cuda")).passes is not TORCH_OPS
 
 
 @needs_liger
@@ -133,7 +133,7 @@ def test_every_pass_compiles_for_gpus(
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from mm_moslora.kernels.fused_ops.liger_ops import LIGER
+    from mm_moslora.kernels.fused_ops.liger_ops import LIGER_OPS
 
     machine_code: dict[str, int] = {}
     run = JITFunction.run
@@ -148,11 +148,11 @@ def test_every_pass_compiles_for_gpus(
     tokens, width, heads = 7, 80, 3
     x, grad = torch.zeros(tokens, width, dtype=dtype), torch.zeros(tokens, width, dtype=dtype)
     weight, turn = torch.zeros(width, dtype=dtype), torch.zeros(tokens, 1, 16, dtype=dtype)
-    _, inverse = LIGER.normalise(x, weight, 1e-5)
-    LIGER.normalised(x, weight, inverse)
-    LIGER.normalise_backward(grad, x, weight, inverse)
-    h, handed = LIGER.regated(x, grad)
-    LIGER.gated_backward(h, x, grad, handed)
-    LIGER.rotated(torch.zeros(tokens, heads, 16, dtype=dtype), turn, turn)
+    _, inverse = LIGER_OPS.rms_norm(x, weight, 1e-5)
+    LIGER_OPS.recompute_rms_norm(x, weight, inverse)
+    LIGER_OPS.rms_norm_backward(grad, x, weight, inverse)
+    h, handed = LIGER_OPS.recompute_gated(x, grad)
+    LIGER_OPS.gated_silu_backward(h, x, grad, handed)
+    LIGER_OPS.rotary_embedding(torch.zeros(tokens, heads, 16, dtype=dtype), turn, turn)
     assert len(machine_code) == 6
     assert all(size > 1000 for size in machine_code.values())

@@ -35,11 +35,11 @@ def test_a_picture_takes_the_whole_view_its_tiles_and_a_newline_per_row(kind, la
     # A grid of 4 x 4 patches per view. Wide: one row of two tiles; the padding above and below is cut off.
     expected = {(64, 32): 16 + 4 * (8 + 1), (32, 64): 16 + 8 * (4 + 1), (64, 64): 16 + 8 * (8 + 1)}
     for size, tokens in expected.items():
-        (seen,) = assembly.eyes.see([picture(*size)])
-        assert len(seen.placeholders) == tokens == len(parts.eyes.placeholders([size])[0])
+        (seen,) = assembly.image_processing.see([picture(*size)])
+        assert len(seen.placeholders) == tokens == len(parts.image_processing.placeholders([size])[0])
         features = assembly.model.model.get_image_features(**seen.tensors).pooler_output
         assert features[0].shape == (tokens, 64)
-    cut = len(assembly.eyes.placeholders([(64, 20)])[0])
+    cut = len(assembly.image_processing.placeholders([(64, 20)])[0])
     assert cut < expected[64, 32]
 
 
@@ -60,7 +60,7 @@ def test_a_run_trains_the_newline_and_is_exported_as_llava_next(language_folder,
     assert exported.architecture == LlavaNextForConditionalGeneration.__name__
     assert exported.max_logit_difference < 1e-5
     again = load(tmp_path / "out")
-    assert again.eyes.placeholders([(64, 32)]) == tuned.eyes.placeholders([(64, 32)])
+    assert again.image_processing.placeholders([(64, 32)]) == tuned.image_processing.placeholders([(64, 32)])
     # The projector and its newline start the next stage.
     weights = ProjectorConfig(weights=str(checkpoint / "projector.safetensors"))
     started = assemble(dataclasses.replace(model, projector=weights))

@@ -14,8 +14,8 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.config import ModelConfig, OptimConfig, VisionConfig
 from mm_moslora.models.assembly import assemble
 from mm_moslora.models.memory_efficient.loss_head import use_loss_head
-from mm_moslora.models.vision.feature_cache import FeatureCache, FeatureStore, picture_key, tower_key
-from mm_moslora.models.vision.frozen_tower import PictureMemory
+from mm_moslora.models.vision.feature_cache import FeatureCache, FeatureStore, pixel_hash, tower_hash
+from mm_moslora.models.vision.frozen_tower import StepFeatureCache
 from mm_moslora.models.vlm import image_features
 from mm_moslora.training.engine import LossModule, OptimizerSettings, TorchEngine
 from mm_moslora.training.parameter_groups import parameter_groups
@@ -35,7 +35,7 @@ def assembly(language_folder, vision_folder):
 def batch(assembly, *colours):
     examples = []
     for number, colour in enumerate(colours):
-        seen = assembly.eyes.see([Image.new("RGB", (20, 24), colour)])
+        seen = assembly.image_processing.see([Image.new("RGB", (20, 24), colour)])
         ids = torch.tensor([1, *seen[0].placeholders, 5 + number, 6, 7])
         supervised = torch.arange(len(ids)) >= len(ids) - 2
         examples.append(Example.of(id=str(number), input_ids=ids, supervised=supervised, seen=seen))
@@ -51,14 +51,14 @@ def encoded(tower):
 
 def engine(assembly, store=None):
     use_loss_head(assembly.model)
-    module = LossModule(assembly.model.train(), None, memory=PictureMemory(store))
+    module = LossModule(assembly.model.train(), None, memory=StepFeatureCache(store))
     settings = OptimizerSettings(betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
     return TorchEngine(module, parameter_groups(module, OptimConfig(projector_lr=1e-3)), settings)
 
 
 def store(assembly, folder, **options):
     model = assembly.model
-    return FeatureStore(folder, tower_key(model.model.vision_tower, model.config.vision_feature_layer), **options)
+    return FeatureStore(folder, tower_hash(model.model.vision_tower, model.config.vision_feature_layer), **options)
 
 
 def test_a_step_encodes_each_picture_once_with_the_same_loss_and_gradient(assembly, language_folder, vision_folder):
@@ -98,41 +98,44 @@ def test_a_second_run_reads_what_the_first_encoded(assembly, tmp_path):
 
 def test_a_damaged_entry_is_encoded_again_and_counted(assembly, tmp_path):
     pixels = torch.stack([torch.full((3, 28, 28), value) for value in (0.1, 0.2, 0.3)])
-    keys = [picture_key(row) for row in pixels]
-    memory = PictureMemory(store(assembly, tmp_path))
+    keys = [pixel_hash(row) for row in pixels]
+    memory = StepFeatureCache(store(assembly, tmp_path))
     expected = image_features(assembly.model, pixels, keys=keys, memory=memory)
     first, second, _ = sorted(tmp_path.glob("*/*/*.safetensors"))
     content = bytearray(first.read_bytes())
     content[-3] ^= 1
     first.write_bytes(content)
     second.write_bytes(second.read_bytes()[:40])
-    memory = PictureMemory(store(assembly, tmp_path))
+    memory = StepFeatureCache(store(assembly, tmp_path))
     found = image_features(assembly.model, pixels, keys=keys, memory=memory)
     torch.testing.assert_close(found, expected)
     assert (memory.store.counts.damaged, memory.store.counts.written) == (2, 2)
-    again = PictureMemory(store(assembly, tmp_path))
+    again = StepFeatureCache(store(assembly, tmp_path))
     image_features(assembly.model, pixels, keys=keys, memory=again)
     assert (again.store.counts.read, again.store.counts.damaged) == (3, 0)
 
 
 def test_other_weights_layers_and_pictures_have_other_names(assembly):
     tower = assembly.model.model.vision_tower
-    names = {tower_key(tower, -2), tower_key(tower, -1), tower_key(tower, [-2, -1])}
+    names = {tower_hash(tower, -2), tower_hash(tower, -1), tower_hash(tower, [-2, -1])}
     with torch.no_grad():
         next(tower.parameters()).view(-1)[0] += 1e-3
-    names.add(tower_key(tower, -2))
-    names.add(tower_key(tower.to(torch.bfloat16), -2))
+    names.add(tower_hash(tower, -2))
+    names.add(tower_hash(tower.to(torch.bfloat16), -2))
     assert len(names) == 5
     rgb = Image.new("RGB", (20, 20), RED)
-    assert assembly.eyes.see([rgb])[0].key == assembly.eyes.see([rgb.copy()])[0].key
-    assert assembly.eyes.see([rgb])[0].key != assembly.eyes.see([Image.new("RGB", (20, 20), (210, 40, 41))])[0].key
+    assert assembly.image_processing.see([rgb])[0].key == assembly.image_processing.see([rgb.copy()])[0].key
+    assert (
+        assembly.image_processing.see([rgb])[0].key
+        != assembly.image_processing.see([Image.new("RGB", (20, 20), (210, 40, 41))])[0].key
+    )
 
 
 def test_beyond_the_limit_nothing_is_added_and_it_is_counted(assembly, tmp_path, caplog):
     pixels = torch.stack([torch.full((3, 28, 28), value) for value in (0.1, 0.2, 0.3)])
-    keys = [picture_key(row) for row in pixels]
+    keys = [pixel_hash(row) for row in pixels]
     one = 17 * 32 * 4 / 2**30  # tokens with CLS, width, bytes
-    memory = PictureMemory(store(assembly, tmp_path, limit_gib=2.5 * one))
+    memory = StepFeatureCache(store(assembly, tmp_path, limit_gib=2.5 * one))
     expected = image_features(assembly.model, pixels)
     torch.testing.assert_close(image_features(assembly.model, pixels, keys=keys, memory=memory), expected)
     assert (memory.store.counts.written, memory.store.counts.unwritten) == (2, 1)
@@ -180,14 +183,14 @@ def test_an_entry_that_goes_while_it_is_opened_is_made_again(error, tmp_path, mo
 
 
 def test_a_full_disk_stops_the_cache_and_not_the_run(assembly, tmp_path, monkeypatch, caplog):
-    memory = PictureMemory(store(assembly, tmp_path))
+    memory = StepFeatureCache(store(assembly, tmp_path))
 
     def no_room(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("mm_moslora.models.vision.feature_cache.save_file", no_room)
     pixels = torch.zeros(1, 3, 28, 28)
-    found = image_features(assembly.model, pixels, keys=[picture_key(pixels[0])], memory=memory)
+    found = image_features(assembly.model, pixels, keys=[pixel_hash(pixels[0])], memory=memory)
     assert torch.isfinite(found).all()
     assert memory.store.counts.unwritten == 1
     assert "No space left" in caplog.text
