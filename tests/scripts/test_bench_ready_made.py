@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
-import is_pretrained_vlm as bench
+import ready_made as bench
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("qwen2_5_vl", "bf16"), ("qwen3_vl", "fp32")])

@@ -63,7 +63,7 @@ def recompute_gated(e: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gated_silu_backward(grad: Tensor, e: Tensor, g: Tensor, activated: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of e and g, from that of `gated_silu` and from what `recompute_gated` handed over, which may be used up."""
+    """The gradients of e and g; what `recompute_gated` handed over is used up."""
     of_g = activated.mul_(grad)
     return torch.ops.aten.silu_backward(grad.mul_(g), e), of_g
 
