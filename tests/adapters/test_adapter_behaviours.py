@@ -179,7 +179,7 @@ def test_merge(kind: str) -> None:
 
 @every_layer
 def test_checked_merge(kind: str) -> None:
-    """`mm_moslora.adapters.merge_adapter` compares outputs before and after"""
+    """`mm_moslora.adapters.merge` compares outputs before and after"""
     model = _adapted(kind)
     live = _run(model, kind)
     torch.testing.assert_close(_run(merge(model), kind), live, **CLOSE)

@@ -177,7 +177,7 @@ def merge_adapter(assembly: Assembly, dtype: torch.dtype) -> float | None:
         Largest difference of logits from those of the live adapter, the rounding to `dtype` included; None: no adapter.
 
     Raises:
-        AdapterError: see `mm_moslora.adapters.merge_adapter`.
+        AdapterError: see `mm_moslora.adapters.merge`.
     """
     live = None if assembly.peft_model is None else _probe(assembly, assembly.model)
     if assembly.peft_model is not None:
