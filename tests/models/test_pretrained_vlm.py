@@ -137,7 +137,7 @@ def test_other_trainers_get_the_loss_of_ours(family, folders):
         ).loss
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     if family.startswith("qwen"):
-        with pytest.raises(DataError, match="RowCollator"):
+        with pytest.raises(DataError, match="PaddedCollator"):
             Collator(pad_token_id=0)(examples)
 
 
