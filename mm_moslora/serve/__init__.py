@@ -1,1 +1,1 @@
-"""Talking to a model."""
+"""The HTTP server, the web demo, the terminal chat and the dashboard."""

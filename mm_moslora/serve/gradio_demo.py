@@ -1,4 +1,4 @@
-"""The web demo: talk to the tuned model, see what the base says to the same, and where the answer looked."""
+"""The web demo: chat with the tuned model beside the base model, with the attention of the answer as a heat map."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _DESCRIPTION = (
 
 @dataclass(frozen=True, kw_only=True)
 class Said:
-    """What both models have said so far."""
+    """Both conversations so far."""
 
     tuned: str = ""
     base: str = ""
@@ -42,12 +42,12 @@ class Said:
 
 
 class Demo:
-    """Asks two variants the same and draws attention.
+    """Sends a conversation to two variants and draws attention maps.
 
     Args:
-        models: with the tuned variant first; the second, if any, is the base.
+        models: the tuned variant first; the second variant, if any, is the base.
         max_new_tokens: longest answer, tokens.
-        why_no_base: shown where there is no second variant.
+        why_no_base: shown where there is no base.
     """
 
     def __init__(self, models: Models, *, max_new_tokens: int = 128, why_no_base: str | None = None) -> None:
@@ -61,10 +61,10 @@ class Demo:
         self.engine.stop()
 
     def ask(self, messages: Sequence[Message]) -> Iterator[Said]:
-        """Both answers as they grow; the attention comes with the last one.
+        """Stream both answers; the attention map comes with the last event.
 
         Raises:
-            MoSLoRAError: a picture cannot be used, or too many people ask at once.
+            MoSLoRAError: a picture cannot be used, or too many requests are running.
         """
         pictures = [part for message in messages for part in message.parts if isinstance(part, Picture)]
         opened = [open_image(Path(picture.url)) for picture in pictures]
@@ -103,7 +103,7 @@ class Demo:
 
     def _attention(self, ids: Tensor, seen: Sequence[ProcessedImage], answer: Sequence[int]) -> Image.Image | None:
         image = self.models.assembly.image
-        if image is None:  # a ready-made model, whose tokens form no known grid
+        if image is None:  # the visual tokens of a ready-made model form no known grid
             return None
         maps = self.engine.between_steps(
             lambda: attention_maps(
@@ -147,7 +147,7 @@ def _parts(content: Any) -> tuple[str | Picture, ...]:
 
 
 def build(demo: Demo) -> Any:
-    """The page, not launched."""
+    """The page, before it is launched."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
 
@@ -169,7 +169,7 @@ def build(demo: Demo) -> Any:
                 )  # fmt: skip
                 looked = gr.Image(label="Where the tuned answer looked", interactive=False, elem_id="attention")
         with place:
-            # Answers are shown as text: what a model writes is no markup of ours.
+            # Answers are shown as plain text: the model's output must not be rendered as markup.
             chatbot = gr.Chatbot(
                 label="The tuned model", render_markdown=False, sanitize_html=True, height=520, elem_id="tuned"
             )
@@ -192,7 +192,7 @@ def launch(demo: Demo, *, port: int, wait: bool = True) -> tuple[Any, str]:
     import gradio as gr
 
     page = build(demo)
-    fonts = ["system-ui", "sans-serif"]  # no font is fetched from elsewhere
+    fonts = ["system-ui", "sans-serif"]  # avoids fetching fonts
     _, url, _ = page.launch(
         server_name="127.0.0.1", server_port=port or None, share=False, show_error=False, quiet=True, strict_cors=True,
         enable_monitoring=False, allowed_paths=[], max_file_size=MOST_MIB * 2**20, prevent_thread_lock=not wait,

@@ -1,4 +1,4 @@
-"""Talking to a model in the terminal: one conversation with its pictures."""
+"""Chat with a model in the terminal: one conversation with its pictures."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Ask a question, or paste the path of a picture or a video to show it.
   /help         this list
   /quit         leave (or Ctrl-D); Ctrl-C stops an answer"""
 VIDEO_FRAMES = 8
-"""Frames that are shown of a video."""
+"""Frames that are sampled from a video."""
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 
@@ -57,7 +57,7 @@ class Chat:
         self.features: dict[int, Tensor] = {}
         self.names: list[str] = []
         self.pending: list[int] = []
-        """What was shown since the last question: 1 for a picture, the frames of a video."""
+        """Pictures shown since the last question: 1 for a picture, the number of frames for a video."""
         self._asked: list[list[int]] = []
 
     @classmethod
@@ -68,23 +68,23 @@ class Chat:
         return cls(assembly, max_new_tokens=max_new_tokens)
 
     def show(self, path: Path) -> None:
-        """Put a picture file before the next question.
+        """Attach a picture file to the next question.
 
         Raises:
-            DataError: no picture there, or the model has no vision encoder.
+            DataError: the file is not a picture, or the model has no vision encoder.
         """
         self.look(open_image(path), name=str(path))
 
     def watch(self, path: Path, *, frames: int = VIDEO_FRAMES) -> None:
-        """Put frames of a video file, or of a folder of frames, before the next question, as in training.
+        """Attach frames of a video file, or of a folder of frames, to the next question, sampled as in training.
 
         Raises:
-            DataError: no video there, or the model has no vision encoder.
+            DataError: the path is not a video, or the model has no vision encoder.
         """
         self._look(Clip(path, str(path), frames).frames(), str(path))
 
     def look(self, picture: Image.Image, *, name: str = "picture") -> None:
-        """Put an RGB picture before the next question.
+        """Attach an RGB picture to the next question.
 
         Raises:
             DataError: the model has no vision encoder.
@@ -99,10 +99,10 @@ class Chat:
         self.pending.append(len(pictures))
 
     def stream(self, question: str) -> Iterator[str]:
-        """Ask; yields the answer piece by piece and remembers what was said, also when it is stopped half-way.
+        """Ask; yields the answer piece by piece and stores it, also when it is stopped half-way.
 
         Raises:
-            DataError: the conversation has grown longer than the model can hold; the question is taken back.
+            DataError: the conversation is longer than the model's context; the question is removed again.
         """
         asked = Turn.asking(question, images=len(self.pending))
         asked = asked.showing(self.pending) if self.pending else asked
@@ -123,11 +123,11 @@ class Chat:
             self.turns.append(Turn(role="assistant", text=said))
 
     def ask(self, question: str) -> str:
-        """Ask and wait for the whole answer."""
+        """Ask and return the whole answer."""
         return "".join(self.stream(question))
 
     def take_back(self) -> str | None:
-        """Forget the last question and its answer; returns the question, None when there is none."""
+        """Remove the last question and its answer; returns the question, None where there is none."""
         if not self.turns:
             return None
         asked = self.turns[-2]
@@ -135,7 +135,7 @@ class Chat:
         return asked.parts()[-1].removeprefix("\n") if asked.images else asked.text
 
     def reset(self) -> None:
-        """Forget the conversation and its pictures."""
+        """Clear the conversation and its pictures."""
         self.turns, self.images, self.features, self.names, self.pending, self._asked = [], [], {}, [], [], []
 
     def _prompt(self, turns: list[Turn]) -> tuple[Tensor, list[ProcessedImage]]:
@@ -187,7 +187,7 @@ def interactive(chat: Chat) -> None:
 
 
 def _obey(chat: Chat, line: str) -> None:
-    """Do what one line says."""
+    """Run one line of input."""
     command, _, rest = line.partition(" ")
     dropped = _dropped_file(line)
     if command == "/video" or (dropped is not None and dropped.suffix.lower() in VIDEO_SUFFIXES):
@@ -222,7 +222,7 @@ def _answer(chat: Chat, question: str) -> None:
     try:
         for piece in pieces:
             _say(piece)
-    except KeyboardInterrupt:  # what was said so far stays in the conversation
+    except KeyboardInterrupt:  # the partial answer stays in the conversation
         _say(" [stopped]")
     finally:
         pieces.close()  # type: ignore[attr-defined]
@@ -230,7 +230,7 @@ def _answer(chat: Chat, question: str) -> None:
 
 
 def _dropped_file(line: str) -> Path | None:
-    """The picture or video whose path is the whole line, as terminals write it when a file is dropped on them."""
+    """The picture or video path that a line consists of, as terminals write it when a file is dropped on them."""
     path = Path(_unquoted(line).removeprefix("file://")).expanduser()
     return path if path.suffix.lower() in SUFFIXES | VIDEO_SUFFIXES and path.is_file() else None
 
@@ -249,7 +249,7 @@ def _say(text: str) -> None:
 
 
 def _line_editing() -> None:
-    """Arrow keys and earlier lines, where the platform has them."""
+    """Arrow keys and line history, where the platform supports them."""
     try:
         import readline  # noqa: F401  (importing it changes `input`)
     except ImportError:

@@ -101,7 +101,7 @@ def test_an_adapter_folder_without_a_run_is_enough_and_what_it_lacks_is_said(
     (adapter,) = runs[1].glob("checkpoint-000006/adapter")
     models = load_models(runs[0], further={"plain": shutil.copytree(adapter, tmp_path / "adapter")})
     assert models.variants["plain"].projector is models.variants["one"].projector
-    assert "lies in no run, so plain gets the projector of" in caplog.text
+    assert "is not part of a run, so plain gets the projector of" in caplog.text
 
 
 @pytest.mark.parametrize("link", [False, True])
@@ -311,7 +311,7 @@ def test_an_export_takes_adapters_of_runs_with_its_settings_only(
     if layer == -2:
         load_models(tmp_path / "export", further={"other": other})
         return
-    with pytest.raises(ModelError, match=r"model.vision.feature_layer is -2 where it is served, -1 here"):
+    with pytest.raises(ModelError, match=r"model.vision.feature_layer is -2 in the served model, -1 here"):
         load_models(tmp_path / "export", further={"other": other})
 
 

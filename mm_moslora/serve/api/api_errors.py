@@ -1,6 +1,6 @@
-"""What the server says when it cannot answer: OpenAI's error shape, with texts of our own.
+"""Errors of the HTTP server in OpenAI's format.
 
-No text of a library reaches a client: such texts hold file names, memory addresses and other people's data.
+The texts are this project's own. Texts of libraries may hold file names, memory addresses and data of other clients.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ApiError(MoSLoRAError):
 
 
 def busy(what: str, *, seconds: int = 1) -> ApiError:
-    """Too much at once; the client should wait."""
+    """The server is at capacity; the client should retry later."""
     return ApiError(
         f"The server is busy: {what}. Send the request again after {seconds} s.",
         status=429, code="overloaded", retry_after=seconds,
@@ -55,7 +55,7 @@ def busy(what: str, *, seconds: int = 1) -> ApiError:
 
 
 def internal(request_id: str) -> ApiError:
-    """Something of ours went wrong; the log has the rest."""
+    """An internal error; the log has the details."""
     return ApiError(
         f"The server could not answer this request. Its log has the reason under {request_id}.",
         status=500, code="internal_error",

@@ -66,7 +66,7 @@ class _Service:
         metrics.watch(self.intake)
         self._created = int(time.time())
         self._busy = 0
-        """Requests whose body has arrived and whose answer has not ended."""
+        """Requests with a complete body and an unfinished answer."""
 
     async def health(self, _: Request) -> Response:
         alive = self._engine.alive
@@ -93,7 +93,7 @@ class _Service:
         held = Held(self.intake.bodies)
         answer = None
         try:
-            # Clients that send slowly take no place of those that wait for an answer.
+            # A slow upload does not count towards the requests that wait for an answer.
             body = await self.intake.body(request, held)
             self._refuse_if_busy()
             self._busy += 1
@@ -107,7 +107,7 @@ class _Service:
                 held.close()
 
     async def _begun(self, request: Request, body: bytearray, held: Held) -> _Answer:
-        """The answer to a body, once its first token is there."""
+        """The response to a body, returned once its first token exists."""
         wanted = await self.intake.parsed(request, body)
         self._known(wanted.model)
         self._metrics.images.inc(len(wanted.pictures))
@@ -143,7 +143,7 @@ class _Service:
 
 
 class _Answer(Response):
-    """Sends an answer, whole or as it grows, and drops the jobs the moment the client leaves."""
+    """Sends an answer, whole or as a stream, and cancels the jobs when the client disconnects."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""OpenAI's reply objects, whole and in pieces."""
+"""OpenAI's response objects, complete and as stream chunks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mm_moslora.serve.inference.continuous_batching import Piece
 
 @dataclass(kw_only=True)
 class Reply:
-    """The answers to one request as they grow."""
+    """The answers to one request while they are generated."""
 
     request: ChatRequest
     prompt_tokens: int
@@ -32,7 +32,7 @@ class Reply:
         return all(self._endings)
 
     def add(self, choice: int, piece: Piece) -> None:
-        """Take what happened to one answer."""
+        """Record an event of one answer."""
         self._texts[choice] += piece.text
         self._tokens[choice] = piece.tokens
         self._endings[choice] = piece.ending
@@ -58,7 +58,7 @@ class Reply:
         return events + (self._event(choice, {}, piece.ending) if piece.ending else b"")
 
     def closing(self) -> bytes:
-        """The events behind the last piece."""
+        """The events after the last piece."""
         end = b"data: [DONE]\n\n"
         if not self.request.include_usage:
             return end
@@ -85,5 +85,5 @@ def _frame(value: dict[str, Any]) -> bytes:
 
 
 def error_frame(body: dict[str, Any]) -> bytes:
-    """The event that ends a stream which failed in its middle."""
+    """The event that ends a stream after an error in the middle of it."""
     return _frame(body)

@@ -1,7 +1,7 @@
-"""From the bytes of a request to a checked `ChatRequest`; whatever is wrong is named by its place.
+"""Parse and check a request body into a `ChatRequest`. Every error names the field that is wrong.
 
-Fields that are unknown are ignored, as clients send many. Fields that ask for something this server does not do
-(tools, log-probabilities, another output format) are refused, because an answer without it would be a wrong one.
+Unknown fields are ignored, since clients send many. Fields that ask for an unsupported feature (tools,
+log-probabilities, another output format) are refused, because the answer would not be what the client asked for.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROLES = ("system", "developer", "user", "assistant")
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A picture of a message, not opened yet."""
+    """A picture of a message, not yet decoded."""
 
     url: str
     where: str
@@ -56,7 +56,7 @@ class ChatRequest:
         return sum(len(part) for message in self.messages for part in message.parts if isinstance(part, str))
 
     def without_addresses(self) -> ChatRequest:
-        """The same without what its pictures are, which may be megabytes of base64; their places stay."""
+        """The request without its pictures' contents, which may be megabytes of base64. Their positions are kept."""
 
         def bare(part: str | Picture) -> str | Picture:
             return replace(part, url="") if isinstance(part, Picture) else part
@@ -65,12 +65,12 @@ class ChatRequest:
         return replace(self, messages=messages, pictures=tuple(replace(one, url="") for one in self.pictures))
 
     def without_content(self) -> ChatRequest:
-        """What an answer needs to know: how to draw it and what to call it."""
+        """Settings that generate and label an answer."""
         return replace(self, messages=(), pictures=())
 
 
 class Marks:
-    """Counts, chunk by chunk, what a body would cost to parse.
+    """Estimates, chunk by chunk, the cost of parsing a body.
 
     Args:
         limits: the server's.
@@ -97,7 +97,7 @@ class Marks:
 
 
 def read_json(body: bytes | bytearray, limits: Limits) -> dict[str, Any]:
-    """The JSON object of a body whose `Marks` were counted.
+    """Parse a body that `Marks` has checked into a JSON object.
 
     Raises:
         ApiError: not UTF-8, not JSON, nested too deeply, a key given twice, or not an object.
@@ -111,7 +111,7 @@ def read_json(body: bytes | bytearray, limits: Limits) -> dict[str, Any]:
         )
         raise ApiError(f"The body {what}; {expected}.", code="invalid_json") from None
     if not isinstance(value, dict):
-        raise ApiError(f"The body is no JSON object; {expected}.", code="invalid_json")
+        raise ApiError(f"The body is not a JSON object; {expected}.", code="invalid_json")
     return value
 
 
@@ -152,7 +152,7 @@ def chat_request(body: Mapping[str, Any], limits: Limits) -> ChatRequest:
 
 
 def refuse_too_long(characters: int, context: int, limits: Limits) -> None:
-    """Refuse texts that no tokenizer would make short enough.
+    """Refuse a text that exceeds the context under any tokenizer.
 
     Args:
         characters: of all texts of a request.
@@ -196,7 +196,7 @@ _REFUSED: dict[str, Callable[[Any], bool]] = {
     "prediction": bool,
     "web_search_options": bool,
 }
-"""Fields that would change the answer, and when a value asks for that."""
+"""Unsupported fields, each with a test for values that would change the answer."""
 
 
 def _refuse_unsupported(body: Mapping[str, Any]) -> None:
@@ -222,7 +222,7 @@ def _messages(value: Any, limits: Limits) -> tuple[Message, ...]:
     spoken = [message for message in messages if message.role != "system"]
     if not spoken or spoken[0].role != "user" or spoken[-1].role != "user":
         raise ApiError(
-            "The conversation must begin (behind system messages) and end with a user message.", param="messages"
+            "The conversation must begin (after system messages) and end with a user message.", param="messages"
         )
     return tuple(messages)
 
@@ -277,7 +277,7 @@ def _text(value: Any, where: str, *, empty: bool = False) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise _wrong(where, "a text of whole Unicode characters (it holds half a surrogate pair)") from None
+        raise _wrong(where, "valid Unicode text (it holds an unpaired surrogate)") from None
     return value
 
 
@@ -312,4 +312,4 @@ def _number(
 
 
 def _wrong(where: str, expected: str) -> ApiError:
-    return ApiError(f"{where} is missing or not acceptable; expected {expected}.", param=where)
+    return ApiError(f"{where} is missing or invalid; expected {expected}.", param=where)

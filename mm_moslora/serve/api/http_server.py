@@ -1,4 +1,4 @@
-"""An ASGI application on a socket: deadlines of connections, our shape of errors, and an orderly end. No torch."""
+"""Run an ASGI application with connection deadlines, OpenAI's error format and a graceful shutdown. No torch."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 def host_name(scope: Scope) -> str:
-    """The Host header without its port, in lower case; empty when there is none.
+    """The Host header in lower case, without its port; empty where the header is missing.
 
-    A server for this machine alone must check it: a web page can make its own name point here.
+    A server for this machine alone must check it, since a web page can make its own host name resolve to this machine.
     """
     header = next((bytes(value) for name, value in scope["headers"] if name == b"host"), b"").decode("latin-1").lower()
     return header.rpartition(":")[0] if ":" in header.rpartition("]")[2] else header
 
 
 def names_this_machine(scope: Scope) -> bool:
-    """Whether the Host header is `localhost` or a loopback address, of which a server may have any (127.0.0.2)."""
+    """Whether the Host header is `localhost` or any loopback address, such as 127.0.0.2."""
     return is_loopback(host_name(scope).removeprefix("[").removesuffix("]"))
 
 
@@ -52,15 +52,16 @@ def is_loopback(host: str) -> bool:
 
 def run_app(app: App, *, host: str, port: int, limits: Limits) -> None:
     """Run an application with deadlines, until SIGINT or SIGTERM."""
-    # What the libraries have made stays: searching it for garbage holds every thread for tenths of a second.
+    # The libraries' objects live as long as the process. Collecting garbage among them would hold every thread for
+    # tenths of a second.
     gc.collect()
     gc.freeze()
-    keep_freed_memory(block=2**22, total=2**26)  # pictures and bodies are large, and gone when they are answered
+    keep_freed_memory(block=2**22, total=2**26)  # pictures and bodies are large and short-lived
     Server(settings(app, host=host, port=port, limits=limits)).run()
 
 
 def settings(app: App, *, host: str, port: int, limits: Limits) -> uvicorn.Config:
-    """How uvicorn runs an application of ours."""
+    """The uvicorn configuration of an application."""
     return uvicorn.Config(
         app, host=host, port=port, http=_protocol(limits), ws="none", lifespan="on", log_config=None, access_log=False,
         server_header=False, date_header=False, timeout_graceful_shutdown=int(limits.drain_seconds), loop="asyncio",
@@ -69,11 +70,11 @@ def settings(app: App, *, host: str, port: int, limits: Limits) -> uvicorn.Confi
 
 
 class Server(uvicorn.Server):
-    """Says where it listens, once it does, and takes a stop signal as an order that was carried out."""
+    """Logs the address once the server listens, and treats a stop signal as a normal exit."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """uvicorn raises the signal again at the end, and a process that ended well would look killed."""
+        """uvicorn raises the signal again at the end, so a clean shutdown would look like a killed process."""
         handled = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, self.handle_exit) for number in handled}
         try:
@@ -93,7 +94,7 @@ class Server(uvicorn.Server):
 
 
 def _protocol(limits: Limits) -> type[H11Protocol]:
-    """uvicorn's protocol with a deadline for headers, a bound on connections, and our shape of errors."""
+    """uvicorn's protocol with a deadline for headers, a limit on connections and OpenAI's error format."""
 
     class Protocol(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -108,7 +109,7 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
             if self.cycle is not before:  # a header is complete
                 self._header_deadline.cancel()
             elif self.cycle is not None and self.cycle.response_complete and not self._has_deadline():
-                self._await_header()  # the next one on this connection has begun
+                self._await_header()  # the next request on this connection has started
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._header_deadline.cancel()
@@ -124,7 +125,7 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
             if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
                 self.transport.close()
                 return
-            fault = ApiError("This is no acceptable HTTP request.", code="invalid_http")
+            fault = ApiError("The request is not valid HTTP.", code="invalid_http")
             body = json.dumps(fault.body()).encode()
             headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
             for event in (

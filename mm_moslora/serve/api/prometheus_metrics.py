@@ -1,4 +1,4 @@
-"""What the server counts, in Prometheus' text format."""
+"""Metrics of the server in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Metrics:
     """Counters of one server.
 
     Args:
-        engine: asked for its state whenever somebody looks.
+        engine: read whenever the metrics are requested.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -33,7 +33,7 @@ class Metrics:
         self._registry.register(_EngineState(engine))
 
     def watch(self, intake: Intake) -> None:
-        """Show what requests hold of the server's memory, too."""
+        """Add gauges of the memory that requests hold."""
         self._registry.register(_Memory(intake))
 
     def text(self) -> bytes:
@@ -51,15 +51,15 @@ class _EngineState:
         engine, models = self._engine, self._engine.models
         gauges = {
             "running": ("Answers being decoded.", engine.running),
-            "waiting": ("Answers that wait for a place.", engine.waiting),
+            "waiting": ("Answers in the queue.", engine.waiting),
             "engine_alive": ("1 while the engine can answer.", int(engine.alive)),
         }
         counters = {
             "prompt_tokens": ("Tokens of prompts read.", engine.prompt_tokens),
             "answer_tokens": ("Tokens said.", engine.answer_tokens),
-            "decoding_steps": ("Steps over a batch.", engine.steps),
+            "decoding_steps": ("Decoding steps, each over one batch.", engine.steps),
             "engine_failures": ("Steps that failed.", engine.failures),
-            "image_cache_hits": ("Pictures whose visual tokens were still there.", models.features.hits),
+            "image_cache_hits": ("Pictures with visual tokens in the cache.", models.features.hits),
             "image_cache_misses": ("Pictures that were encoded.", models.features.misses),
         }
         for name, (what, value) in gauges.items():
@@ -77,9 +77,9 @@ class _Memory:
     def collect(self) -> Iterator[Any]:
         for name, what, budget in (
             ("bodies", "Bytes of requests in memory, until their answers end.", self._intake.bodies),
-            ("pictures", "Bytes of memory for pictures that are being opened.", self._intake.pictures),
+            ("pictures", "Bytes of memory for pictures that are being decoded.", self._intake.pictures),
         ):
             yield GaugeMetricFamily(f"mm_moslora_{name}_bytes", what, value=budget.used)
             yield GaugeMetricFamily(
-                f"mm_moslora_{name}_bytes_highest", f"{what} The most so far.", value=budget.highest
+                f"mm_moslora_{name}_bytes_highest", f"{what} Maximum so far.", value=budget.highest
             )

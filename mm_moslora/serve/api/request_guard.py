@@ -1,4 +1,4 @@
-"""What stands before every route: the host's name, the key, slow readers, and errors in OpenAI's shape."""
+"""Middleware before every route: checks the Host header and the key, drops slow readers, formats errors."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from mm_moslora.utils.redaction import redacted_traceback
 logger = logging.getLogger(__name__)
 
 OPEN_ROUTES = frozenset({"/health"})
-"""Routes that need no key: a load balancer has none."""
+"""Routes that need no key, since load balancers send none."""
 KNOWN_ROUTES = frozenset({"/health", "/metrics", "/v1/models", "/v1/chat/completions"})
 
 
 class SlowReaderError(Exception):
-    """The client does not read what it asked for."""
+    """The client does not read its response."""
 
 
 class Guard:
@@ -38,9 +38,9 @@ class Guard:
         app: the routes.
         limits: the server's.
         metrics: counts every request.
-        key: what `Authorization: Bearer` must hold; None: no key.
-        local: only the names of this machine are accepted as Host, so that no web page reaches the server by making
-            its own name point here.
+        key: the expected token of `Authorization: Bearer`; None: no key.
+        local: accept only this machine's names as Host, so that no web page reaches the server by making its own host
+            name resolve to this machine.
     """
 
     def __init__(self, app: App, *, limits: Limits, metrics: Metrics, key: str | None, local: bool) -> None:
@@ -87,23 +87,23 @@ class Guard:
         headers = {bytes(name): bytes(value) for name, value in scope["headers"]}
         if self._local and not names_this_machine(scope):
             raise ApiError(
-                "The Host header names no machine that this server listens for.", status=403, code="bad_host"
+                "The Host header is not a name of this server.", status=403, code="bad_host"
             )
         if self._key is None or scope["path"] in OPEN_ROUTES:
             return
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        # Digests are compared, so that the time says nothing about the key, not even its length.
+        # Digests are compared, so that the duration reveals nothing about the key, not even its length.
         same = hmac.compare_digest(hashlib.sha256(given.strip()).digest(), self._key)
         if scheme.lower() != b"bearer" or not same:
             raise ApiError(
-                "A key is needed: send the header `Authorization: Bearer KEY`.", status=401, code="invalid_api_key"
+                "A key is required: send the header `Authorization: Bearer KEY`.", status=401, code="invalid_api_key"
             )
 
     async def _refuse(self, error: ApiError, scope: Scope, receive: Receive, send: Send, *, started: bool) -> None:
         self._metrics.refused.labels(code=error.code).inc()
-        if started:  # too late for a status
+        if started:  # the status line is already sent
             return
-        # The rest of a body that was not read would be taken for the next request.
+        # Unread bytes of a body would be parsed as the next request.
         headers = {**error.headers(), "Connection": "close"} if error.status in (408, 413) else error.headers()
         await JSONResponse(error.body(), status_code=error.status, headers=headers)(scope, receive, send)  # type: ignore[arg-type]
 
@@ -111,10 +111,10 @@ class Guard:
         route = scope["path"] if scope["path"] in KNOWN_ROUTES else "other"
         self._metrics.requests.labels(route=route, status=str(status or 499)).inc()
         self._metrics.request_seconds.labels(route=route).observe(seconds)
-        # The query is left out: people put keys there.
+        # The query is left out, since it may hold a key.
         logger.info("%s %s %s %s %.3f s", request_id, scope["method"], repr(scope["path"][:80]), status or 499, seconds)
 
 
 def _no_route(status: int) -> ApiError:
-    what = "accepts no such method" if status == 405 else "is not known to this server"
+    what = "does not support this method" if status == 405 else "is not known to this server"
     return ApiError(f"This address {what}. It serves POST /v1/chat/completions.", status=status, code="not_found")

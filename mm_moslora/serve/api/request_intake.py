@@ -1,8 +1,8 @@
-"""From the bytes of a request to what the model takes, within bounds on the memory and the time that this may need.
+"""Turn the bytes of a request into model inputs, within limits on memory and time.
 
-Whatever grows with a request (parsing, base64, pictures, tokens) runs in worker threads, so that the event loop answers
-others meanwhile. A request is refused by what is known soonest: its length, its commas and brackets while they arrive,
-its characters, the headers of its pictures. What it holds is counted until its answer ends.
+Work that grows with a request (parsing, base64, pictures, tokens) runs in worker threads, so that the event loop stays
+responsive. A request is refused as early as possible: by its length, by its commas and brackets while they arrive, by
+its characters, by the headers of its pictures. Its memory counts until its answer ends.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from mm_moslora.serve.inference.request_images import Fetch, memory_of, picture_
 from mm_moslora.serve.inference.served_models import Models
 
 _WORKERS = 2
-"""Threads that parse, open pictures and tokenise."""
+"""Threads that parse, decode pictures and tokenise."""
 
 _Result = TypeVar("_Result")
 
 
 class Budget:
-    """Bytes that requests may use together. For the event loop's thread alone.
+    """A memory budget that requests share. Only the event loop's thread may use it.
 
     Args:
         most: bytes.
@@ -45,7 +45,7 @@ class Budget:
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     def take(self, count: int) -> bool:
-        """Use so many bytes more, if they are free."""
+        """Reserve bytes if they are free."""
         if self.used + count > self.most:
             return False
         self.used += count
@@ -53,7 +53,7 @@ class Budget:
         return True
 
     def give(self, count: int) -> None:
-        """Use so many bytes less; whoever waited longest goes first."""
+        """Release bytes; the longest waiting request is served first."""
         self.used -= count
         while self._waiting and self._waiting[0][1].done():
             self._waiting.popleft()
@@ -61,10 +61,10 @@ class Budget:
             self._waiting.popleft()[1].set_result(None)
 
     async def wait(self, count: int, seconds: float) -> None:
-        """`take`, as soon as the bytes are free.
+        """Reserve bytes as soon as they are free.
 
         Raises:
-            TimeoutError: they were not within that time.
+            TimeoutError: the bytes were not free within that time.
         """
         if not self._waiting and self.take(count):
             return
@@ -74,7 +74,7 @@ class Budget:
             async with asyncio.timeout(seconds):
                 await turn
         except BaseException:
-            if turn.done() and not turn.cancelled():  # it was given in the same moment
+            if turn.done() and not turn.cancelled():  # the bytes were granted at the same moment
                 self.give(count)
             else:
                 turn.cancel()
@@ -83,16 +83,16 @@ class Budget:
 
 
 class Held:
-    """The bytes that one request holds of a budget."""
+    """The share of a budget that one request holds."""
 
     def __init__(self, budget: Budget) -> None:
         self._budget, self._count = budget, 0
 
     def set(self, count: int) -> None:
-        """Hold so many bytes from now on.
+        """Set the number of reserved bytes.
 
         Raises:
-            ApiError: others hold too much.
+            ApiError: other requests hold too much.
         """
         if count > self._count and not self._budget.take(count - self._count):
             raise busy("requests fill its memory")
@@ -101,7 +101,7 @@ class Held:
         self._count = count
 
     def close(self) -> None:
-        """Hold nothing any more."""
+        """Release all bytes."""
         self.set(0)
 
 
@@ -109,7 +109,7 @@ class Intake:
     """Reads and prepares the requests of one server.
 
     Args:
-        models: tokenises and sees.
+        models: tokenise texts and encode pictures.
         limits: the server's.
         fetch: see `create_app`.
     """
@@ -120,19 +120,19 @@ class Intake:
         self.bodies, self.pictures = Budget(limits.bodies_bytes), Budget(limits.pictures_bytes)
 
     def close(self) -> None:
-        """Begin no further work."""
+        """Start no further work."""
         self._workers.shutdown(wait=False, cancel_futures=True)
 
     async def body(self, request: Request, held: Held) -> bytearray:
-        """The body of a request, bounded in size, content and time while it arrives.
+        """Read the body of a request, with limits on its size, content and time while it arrives.
 
         Raises:
-            ApiError: it is compressed, no JSON by its type, too large, too slow, or the client left.
+            ApiError: the body is compressed, is not declared as JSON, is too large or too slow, or the client left.
         """
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError("Compressed bodies are not accepted.", status=415, code="unsupported_encoding")
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":  # a web page could send anything else without asking
+        if kind != "application/json":  # browsers send this type across origins only after a preflight request
             raise ApiError("Content-Type must be application/json.", status=415, code="unsupported_content_type")
         limits = self._limits
         most = limits.body_bytes
@@ -190,7 +190,7 @@ class Intake:
         except BaseException:
             self.pictures.give(memory)
             raise
-        # The thread may go on for a moment after nobody waits for it.
+        # The thread may still run for a moment after its result is abandoned.
         opening.add_done_callback(lambda _: _soon(loop, partial(self.pictures.give, memory)))
         result = await self._in_worker(request, opening, stop, deadline - time.monotonic())
         held.set(result.bytes)
@@ -199,7 +199,7 @@ class Intake:
     async def _in_worker(
         self, request: Request, work: Future[_Result], stop: threading.Event, seconds: float
     ) -> _Result:
-        """The result of work that is given up when its time is over or the client leaves."""
+        """The result of a task that is cancelled at its deadline or when the client leaves."""
         future = asyncio.wrap_future(work)
         leaving = asyncio.ensure_future(left(request.receive))
         try:
@@ -222,11 +222,11 @@ def _soon(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
 
 
 def client_left() -> ApiError:
-    """Nobody reads this; the log has it."""
+    """The error for a client that has disconnected; only the log shows it."""
     return ApiError("The client left.", status=499, code="client_left")
 
 
 async def left(receive: Receive) -> None:
-    """Returns when the client has gone."""
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass

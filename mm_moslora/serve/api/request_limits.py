@@ -1,4 +1,4 @@
-"""How much one request, and all of them together, may ask of the server."""
+"""Limits on one request and on all requests together."""
 
 from __future__ import annotations
 
@@ -9,52 +9,52 @@ from mm_moslora.utils.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Every bound of the server; the defaults suit one machine on a private network.
+    """All limits of the server; the defaults suit one machine on a private network.
 
     Raises:
-        ConfigError: a bound that is not positive.
+        ConfigError: a limit is not positive.
     """
 
     body_bytes: int = 20 * 2**20
-    """Bytes of one request body; enforced while it arrives."""
+    """Bytes of one request body; checked while it arrives."""
     bodies_bytes: int = 256 * 2**20
-    """Bytes of all request bodies, and of what was made of them, in memory together; counted until the answers end."""
+    """Bytes of all request bodies and their parsed contents in memory; counted until the answers end."""
     pictures_bytes: int = 2**30
-    """Bytes of memory for pictures that are being opened, together: a file of 200 kB may hold 40 million pixels."""
+    """Bytes of memory for all pictures being decoded: a file of 200 kB may hold 40 million pixels."""
     json_items: int = 100_000
-    """Commas and opening brackets of a body; counted while it arrives, so that nothing is parsed that is refused."""
+    """Commas and opening brackets of a body; counted while it arrives, before anything is parsed."""
     json_escapes: int = 1_000_000
-    """Backslashes of a body; counted alike."""
+    """Backslashes of a body; counted in the same way."""
     json_depth: int = 32
-    """Nesting of a body; a request needs 6."""
+    """Nesting depth of a body; a request needs 6."""
     characters_per_token: int = 16
-    """A conversation of more characters than this for every token of the context is refused untokenised."""
+    """Characters per token of the context; a longer conversation is refused before it is tokenised."""
     body_seconds: float = 30.0
-    """Seconds in which a body must have arrived."""
+    """Seconds for a body to arrive."""
     header_seconds: float = 10.0
-    """Seconds in which the header of a request must have arrived."""
+    """Seconds for the header of a request to arrive."""
     write_seconds: float = 30.0
-    """Seconds for which a client may refuse to read before it is dropped."""
+    """Seconds without reading after which a client is dropped."""
     prepare_seconds: float = 20.0
-    """Seconds in which the pictures and the text of a request must be ready."""
+    """Seconds for preparing the pictures and the text of a request."""
     request_seconds: float = 120.0
-    """Seconds from arrival to the last token; a longer answer is cut there."""
+    """Seconds from arrival to the last token; a longer answer is cut off."""
     drain_seconds: float = 30.0
-    """Seconds in which running answers may end after a stop signal."""
+    """Seconds for running answers to end after a stop signal."""
     connections: int = 1024
-    """Open connections; more are closed at once."""
+    """Open connections; further ones are closed at once."""
     queue: int = 128
-    """Answers that may wait for a place; more get 429."""
+    """Answers in the queue; further ones get 429."""
     batch: int = 32
-    """Answers that are decoded together."""
+    """Answers that are decoded in one batch."""
     cached_tokens: int = 262_144
-    """Tokens of prompts and answers whose keys and values are in memory together."""
+    """Tokens in the key-value cache, of all prompts and answers together."""
     context: int = 8192
-    """Tokens of one prompt and its answer; the model's own limit counts too."""
+    """Tokens of one prompt and its answer; the model's own limit applies, too."""
     max_tokens: int = 4096
-    """Longest answer that may be asked for, tokens."""
+    """Longest answer that a client may ask for, tokens."""
     default_tokens: int = 256
-    """Longest answer where the request says nothing, tokens."""
+    """Longest answer where the request sets no limit, tokens."""
     choices: int = 8
     """Answers to one request (`n`)."""
     messages: int = 200

@@ -1,4 +1,4 @@
-"""The server as the command line starts it: its key, its address, its adapters."""
+"""The `serve` verb: API key, address and adapters."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mm_moslora.serve.inference.served_models import Models
 from mm_moslora.utils.errors import ConfigError
 
 KEY_NAME = "MM_MOSLORA_SERVE_KEY"
-"""Environment variable with the key; there is no option for it, since command lines are logged and listed."""
+"""Environment variable with the key. No option holds the key, since command lines are logged and listed."""
 _SHORTEST_KEY = 16
 
 
 def serve(
     models: Models, *, host: str = "127.0.0.1", port: int = 8000, limits: Limits, allowed_hosts: Sequence[str] = ()
 ) -> None:
-    """Serve until a signal comes; answers under way get time to end.
+    """Serve until a stop signal; running answers get time to end.
 
     Args:
         models: loaded.
@@ -32,7 +32,7 @@ def serve(
         allowed_hosts: hosts that pictures may be fetched from.
 
     Raises:
-        ConfigError: the key is too short, or the address is not open to others without one.
+        ConfigError: the key is too short, or the address is reachable from other machines and no key is set.
     """
     key = read_key()
     local = is_loopback(host)
@@ -50,7 +50,7 @@ def read_key() -> str | None:
     """The key from the environment.
 
     Raises:
-        ConfigError: it is too short to be one.
+        ConfigError: the key is too short or not plain ASCII.
     """
     key = os.environ.get(KEY_NAME) or None
     if key is not None and (len(key) < _SHORTEST_KEY or not key.isascii() or key != key.strip()):
@@ -62,12 +62,12 @@ def parse_adapters(items: Sequence[str]) -> dict[str, Path]:
     """`NAME=FOLDER` entries.
 
     Raises:
-        ConfigError: an entry of another form, or a name given twice.
+        ConfigError: an entry has another form, or a name is given twice.
     """
     found: dict[str, Path] = {}
     for item in items:
         name, separator, folder = item.partition("=")
         if not separator or not name or not folder or name in found:
-            raise ConfigError(f"{item!r} names no adapter; expected NAME=FOLDER with a name of its own.")
+            raise ConfigError(f"{item!r} is not an adapter entry; expected NAME=FOLDER with a unique name.")
         found[name] = Path(folder)
     return found

@@ -1,4 +1,4 @@
-"""The dashboard's routes. It listens on this machine alone and changes nothing."""
+"""Routes of the dashboard. It listens on this machine alone and only reads files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.dashboard.dashboard_runs import Folder
 
 LOOK_SECONDS = 1.0
-"""How often the folder is looked at while somebody watches."""
+"""Seconds between two scans of the folder while a page is open."""
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -46,7 +46,7 @@ def create_board(folder: Path, *, stopping: Callable[[], bool] = lambda: False) 
 
     Args:
         folder: see `Folder`.
-        stopping: whether the server is about to end; pages that watch are let go then.
+        stopping: whether the server is about to end; open event streams end then.
 
     Raises:
         ConfigError: there is no such folder.
@@ -69,7 +69,7 @@ class _Board:
         self._folder, self._stopping = folder, stopping
 
     def asset(self, name: str) -> Callable[[Request], Response]:
-        """A handler that gives a file of the package."""
+        """A handler that returns a file of the package."""
         text = resources.files("mm_moslora.serve.dashboard").joinpath("static", name).read_text(encoding="utf-8")
         kind = _KINDS[Path(name).suffix]
 
@@ -92,7 +92,7 @@ class _Board:
         return JSONResponse({key: value for key, value in detail.items() if key != "pictures"})
 
     async def picture(self, request: Request) -> Response:
-        """`?id=NAME&number=N`: the thumbnail of a sample's picture. No path ever comes from the client."""
+        """`?id=NAME&number=N`: the thumbnail of a sample's picture. The client never sends a path."""
         found = await asyncio.to_thread(self._thumbnail, request.query_params)
         return PlainTextResponse("no picture", status_code=404) if found is None else found
 
@@ -111,7 +111,7 @@ class _Board:
         return Response(base64.b64decode(data), media_type=kind, headers={"Cache-Control": "max-age=60"})
 
     async def events(self, request: Request) -> Response:
-        """Server-sent events: the rows, whenever one of them has changed."""
+        """Server-sent events: all rows, whenever one of them has changed."""
 
         async def watch() -> AsyncIterator[str]:
             before = ""
@@ -122,7 +122,7 @@ class _Board:
                 if digest != before:
                     before, quiet = digest, 0.0
                     yield f"event: runs\ndata: {text}\n\n"
-                elif quiet > 15:  # proxies and browsers close what is silent for long
+                elif quiet > 15:  # proxies and browsers close silent connections
                     quiet = 0.0
                     yield ": still here\n\n"
                 await asyncio.sleep(LOOK_SECONDS)
@@ -132,7 +132,7 @@ class _Board:
 
 
 def _local_only(app: App) -> App:
-    """Answers to the names of this machine alone, and says to browsers what the page may load."""
+    """Middleware that accepts only this machine's names as Host and sets the Content-Security-Policy."""
 
     async def guarded(scope: Scope, receive: Any, send: Any) -> None:
         if scope["type"] != "http":

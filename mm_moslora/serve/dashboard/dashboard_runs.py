@@ -1,4 +1,4 @@
-"""The runs of a folder as the dashboard shows them: found by what lies in them, read again only when that changes."""
+"""The runs of a folder for the dashboard. Runs are found by their files and read again only when these change."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.redaction import redact_text
 
 DEEPEST = 4
-"""Levels below the folder in which runs are looked for."""
+"""Depth of the search for runs below the folder."""
 MOST_RUNS = 500
 POINTS = 400
-"""Points of a curve that are sent; longer ones are averaged in buckets."""
+"""Points per curve; longer curves are averaged in buckets."""
 MOST_SAMPLES = 200
 _PASSED_OVER = ("checkpoint-", "tensorboard", "wandb", "heartbeat", "stacks", ".")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """One run, read."""
+    """One run and its contents."""
 
     stamp: tuple[tuple[str, int, int], ...]
-    """Names, times and sizes of the files it was read from."""
+    """Names, times and sizes of the files that were read."""
     row: dict[str, Any]
-    """For the table of runs."""
+    """Data for the table of runs."""
     detail: dict[str, Any]
-    """For its curves, scores and samples."""
+    """Data for curves, scores and samples."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Folder:
     """All runs below a folder.
 
     Args:
-        root: searched again at every look, since runs come and go.
+        root: scanned again at every request, since runs come and go.
 
     Raises:
         ConfigError: there is no such folder.
@@ -52,7 +52,7 @@ class Folder:
     root: Path
     _read: dict[str, Shown] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
-    """Several browsers look at once, each in a thread of its own."""
+    """Several browsers may ask at once, each in its own thread."""
 
     def __post_init__(self) -> None:
         if not self.root.is_dir():
@@ -68,7 +68,7 @@ class Folder:
         return sorted(rows, key=lambda row: -row["changed"])
 
     def detail(self, name: str) -> dict[str, Any] | None:
-        """Curves, scores, samples, mixers and recipe of a run; None when there is none of that name."""
+        """Curves, scores, samples, mixers and recipe of a run; None where no run has that name."""
         path = self._find().get(name)
         return None if path is None else self._shown(name, path).detail
 
@@ -130,7 +130,7 @@ def _read(name: str, path: Path, stamp: tuple[tuple[str, int, int], ...]) -> Sho
     try:
         data = load_run(path)
         row, detail = row | _row(data, shown_name), _detail(name, data)
-    except Exception as error:  # a newer release's, half gone, or not what it seems: the other runs are shown
+    except Exception as error:  # written by a newer release, partly deleted or damaged: the other runs are shown
         told = str(error) if isinstance(error, ConfigError | OSError) else f"{type(error).__name__}: {error}"
         row |= {"state": "unreadable", "fault": redact_text(told)}
         detail = {"id": name, "stages": [], "tasks": [], "samples": [], "mixers": [], "notes": []}
@@ -138,7 +138,7 @@ def _read(name: str, path: Path, stamp: tuple[tuple[str, int, int], ...]) -> Sho
 
 
 def _finite(value: Any) -> Any:
-    """The same without numbers that JSON does not have."""
+    """The same data without NaN and infinity, which JSON cannot hold."""
     if isinstance(value, dict):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -172,7 +172,7 @@ def _progress(data: RunData) -> dict[str, Any]:
 
 
 def _system(row: EvaluationRow) -> dict[str, Any]:
-    """The score of one system, as numbers and in words."""
+    """The score of one system, as numbers and as text."""
     low, high = (score_text(value, row.unit, named=False) for value in (row.score.low, row.score.high))
     shown = {"shown": score_text(row.score.mean, row.unit), "interval": f"{low} – {high}"}
     return {"name": row.name, "label": row.label, **vars(row.score), **shown}
@@ -217,7 +217,7 @@ def _curves(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]
     return {
         key: [(x, float(f"{y:.6g}")) for x, y in (*downsample(points[:-1], POINTS), points[-1])]
         for key, points in curves.items()
-    }  # the last one as it is: the list of runs shows it, too
+    }  # the last value is not averaged: the list of runs shows it, too
 
 
 def _state(path: Path) -> dict[str, str | None]:

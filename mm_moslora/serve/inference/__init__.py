@@ -1,1 +1,1 @@
-"""Models, prompts and continuous batching behind the server."""
+"""Models, prompts and continuous batching for the server."""

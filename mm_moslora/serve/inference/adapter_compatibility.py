@@ -1,4 +1,4 @@
-"""Whether the adapter of one run may be used on the model of another: both must read a request in the same way."""
+"""Check that the adapter of one run fits the model of another: prompts, pictures and base weights must match."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _OTHERWISE_FREE: dict[type, frozenset[str]] = {
     VisionConfig: frozenset({"mode", "last_n", "feature_cache", "feature_cache_gib"}),
     ProjectorConfig: frozenset({"weights", "mode", "scale_to_embeddings", "fit_to_answers"}),
 }
-"""Keys of a recipe's `model` that decide neither what a model is shown nor what its base computes. Every other key is
-compared, so a key that is added to a recipe is compared until it is named here."""
+"""Keys of a recipe's `model` that change neither the inputs of a model nor the outputs of its base. Every other key is
+compared, so a new key of the recipe is compared until it is listed here."""
 
 
 def refuse_other_settings(assembly: Assembly, main: Path, checkpoint: Path) -> None:
-    """Refuse an adapter that was trained on prompts, pictures or base weights of another kind.
+    """Refuse an adapter that was trained with other prompts, pictures or base weights.
 
     Args:
-        assembly: the model that is served.
-        main: the folder that it was loaded from.
-        checkpoint: of the run whose adapter is to be added.
+        assembly: the served model.
+        main: the folder of the served model.
+        checkpoint: the checkpoint that holds the adapter.
 
     Raises:
         ModelError: names every key that differs, with both values.
@@ -41,23 +41,23 @@ def refuse_other_settings(assembly: Assembly, main: Path, checkpoint: Path) -> N
         differing = _differing_parts(assembly, model_of(checkpoint))
     if differing:
         raise ModelError(
-            f"{checkpoint} cannot be an adapter of {main}: {'; '.join(differing)}. Its adapter was trained on other "
-            "prompts, pictures or weights and would answer worse. Serve it on its own."
+            f"{checkpoint} cannot be an adapter of {main}: {'; '.join(differing)}. Its adapter was trained with other "
+            "prompts, pictures or weights, and its answers would be worse. Serve it on its own."
         )
 
 
 def _differing_keys(served: Path, added: Path) -> list[str]:
-    """Of two checkpoints with recipes: each key whose values differ."""
+    """Recipe keys with different values in two checkpoints."""
     ours, theirs = (_flat("model", model_of(folder)) for folder in (served, added))
     known, other = stored_fingerprints(served), stored_fingerprints(added)
     for key in known.keys() & other.keys() & ours.keys() & theirs.keys():
-        # A part is what it holds; where it lies may differ.
+        # Models are compared by content; their paths may differ.
         if known[key] == other[key]:
             theirs[key] = ours[key]
         else:
             ours[key], theirs[key] = f"{ours[key]} ({known[key][:8]})", f"{theirs[key]} ({other[key][:8]})"
     keys = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
-    return [f"{key} is {ours.get(key, 'unset')} where it is served and {theirs.get(key, 'unset')} here" for key in keys]
+    return [f"{key} is {ours.get(key, 'unset')} in the served model, {theirs.get(key, 'unset')} here" for key in keys]
 
 
 def _flat(prefix: str, part: Any) -> dict[str, str]:
@@ -72,7 +72,7 @@ def _flat(prefix: str, part: Any) -> dict[str, str]:
 
 
 def _differing_parts(assembly: Assembly, added: ModelConfig) -> list[str]:
-    """Of an export, which has no recipe, and a run: what differs in the parts themselves."""
+    """Differences between an export, which has no recipe, and a run, found by comparing the loaded parts."""
     theirs = text_and_images(added)
     config = assembly.model.config
     template = assembly.processor.chat_template if assembly.is_pretrained_vlm else assembly.tokenizer.chat_template
@@ -86,14 +86,14 @@ def _differing_parts(assembly: Assembly, added: ModelConfig) -> list[str]:
     if vision is not None:
         pairs["model.vision.feature_layer"] = (getattr(config, "vision_feature_layer", None), vision.feature_layer)
     return [
-        f"{name} is another one here" if isinstance(ours, str) else f"{name} is {ours} where it is served, {here} here"
+        f"{name} differs" if isinstance(ours, str) else f"{name} is {ours} in the served model, {here} here"
         for name, (ours, here) in pairs.items()
         if ours != here
     ]
 
 
 def _image_settings(ours: Any, theirs: Any) -> dict[str, tuple[Any, Any]]:
-    """Settings of two image processors by name; what only one of them knows is left out."""
+    """Settings of two image processors by name; only settings that both have are compared."""
     if ours is None or theirs is None:
         return {"the vision encoder": (ours is not None, theirs is not None)}
     mine, other = ours.to_dict(), theirs.to_dict()
@@ -102,7 +102,7 @@ def _image_settings(ours: Any, theirs: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A setting in a form that compares: sizes without their empty sides, lists for tuples."""
+    """A setting in a comparable form: sizes without unset sides, lists for tuples."""
     if isinstance(value, dict) or hasattr(value, "items"):
         return {key: item for key, item in dict(value).items() if item is not None}
     return list(value) if isinstance(value, list | tuple) else value

@@ -1,10 +1,10 @@
-"""Where an answer looked: attention of the answer's tokens to the projector's tokens, as a picture over the picture.
+"""Attention maps: attention of the answer's tokens to the projector's tokens, drawn over the picture.
 
 Shapes: ``T`` tokens of prompt and answer, ``A`` answer tokens, ``Q`` visual tokens per image, ``G`` side of their grid,
 ``H`` heads.
 
-Attention shows what was read, not why something was said: it is averaged over layers and heads, and some of it always
-rests on tokens that carry no content. It is a look inside, not evidence.
+Attention is averaged over layers and heads, and part of it always rests on tokens without content. It shows which
+visual tokens were read and does not explain the answer.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from mm_moslora.models.decoding.generation import Prompt, embed_prompt
 from mm_moslora.serve.inference.served_models import Models
 
 LONGEST = 1024
-"""Tokens; the weights of a longer text would take too much memory."""
+"""Longest text, tokens; the weights of a longer one would take too much memory."""
 SIDE = 448
-"""Pixels of the drawn picture."""
+"""Side of the drawn picture, pixels."""
 
 
 @torch.inference_mode()
@@ -36,14 +36,14 @@ def attention_maps(
     """Mean attention of the answer to each picture's tokens.
 
     Args:
-        models: nobody else may use it meanwhile.
+        models: no other thread may use it meanwhile.
         name: a variant.
         input_ids: int64 ``[T - A]``, placeholders expanded.
         seen: its pictures in order.
         answer: token ids.
 
     Returns:
-        ``[G, G]`` per picture, largest value 1; None where there is nothing to draw: no picture, no answer, a text that
+        ``[G, G]`` per picture, largest value 1; None where nothing can be drawn: no picture, no answer, a text that
         is too long, or visual tokens that form no square.
     """
     side = math.isqrt(models.assembly.tokens_per_image)
@@ -63,7 +63,7 @@ def attention_maps(
 
 @contextmanager
 def _readable(model: PreTrainedModel) -> Iterator[None]:
-    """Attention that gives its weights out; the fast ones do not."""
+    """Use eager attention, since the faster kernels do not return their weights."""
     config = model.get_decoder().config
     before = config._attn_implementation
     config._attn_implementation = "eager"
@@ -74,13 +74,13 @@ def _readable(model: PreTrainedModel) -> Iterator[None]:
 
 
 def overlay(pixels: Tensor, weights: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """The picture as the model sees it, darkened where the answer did not look.
+    """The picture as the model receives it, darkened where attention is low.
 
     Args:
         pixels: ``[3, H, W]``, normalised.
         weights: ``[G, G]`` between 0 and 1.
-        mean: of the normalisation; std: alike.
-        std: see mean.
+        mean: mean of the normalisation.
+        std: standard deviation of the normalisation.
     """
     picture = (pixels * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]).clamp(0, 1)
     base = Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).astype(np.uint8)).resize((SIDE, SIDE))

@@ -1,11 +1,11 @@
 """Continuous batching: answers join and leave the batch between decoding steps.
 
-One thread owns the model. Each turn of its loop drops who has left, admits who waits, and then decodes one token for
-every answer; answers of one variant are one batch. Padding is on the left and masked and positions count real tokens
-(`mm_moslora.models.decoding.prefix_cache`), so that in fp32 an answer does not depend on what is decoded beside it.
+One thread owns the model. Each iteration of its loop removes cancelled answers, admits waiting ones and decodes one
+token for every answer; answers of one variant form one batch. Padding is on the left and masked, and positions count
+real tokens (`mm_moslora.models.decoding.prefix_cache`), so that in fp32 an answer does not depend on its batch.
 
-A fault ends the answer that it belongs to. Where a fault of a whole batch does not say whose it is, each row is read
-again by itself: those that fail alone, too, end, and the others go on.
+An error ends only the answer that caused it. Where a batch fails without naming a row, each row is run again by itself:
+rows that fail alone end, and the others continue.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mm_moslora.utils.redaction import redacted_traceback
 logger = logging.getLogger(__name__)
 
 _ADMITTED_AT_ONCE = 4
-"""Prompts read between two decoding steps; more would make the answers under way stutter."""
+"""Prompts that are read between two decoding steps; more would delay the running answers noticeably."""
 
 _Result = TypeVar("_Result")
 Ending = Literal["stop", "length", "failed", "late", "cancelled"]
@@ -42,34 +42,34 @@ Ending = Literal["stop", "length", "failed", "late", "cancelled"]
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What happened to an answer."""
+    """An event of an answer."""
 
     text: str = ""
     ending: Ending | None = None
-    """None while it goes on; late: its time was over before it began."""
+    """None while it continues; late: its deadline passed before it started."""
     tokens: int = 0
-    """Tokens said so far."""
+    """Tokens generated so far."""
 
 
 @dataclass(kw_only=True, eq=False)
 class Job:
-    """One answer to be given."""
+    """One answer to generate."""
 
     model: str
     """Name of a variant."""
     input_ids: Tensor
     """int64 ``[T]``, placeholders expanded."""
     seen: Sequence[ProcessedImage]
-    """Its pictures in order."""
+    """Its pictures, in order."""
     sampling: Sampling
     stop: tuple[str, ...] = ()
     choice: int = 0
     deliver: Callable[[Piece], object]
-    """Called from the engine's thread."""
+    """Callback, called from the engine's thread."""
     deadline: float
-    """On the monotonic clock, seconds."""
+    """Deadline on the monotonic clock, seconds."""
     cancelled: bool = False
-    """Set by whoever gave the job, to have it dropped before the next token."""
+    """Set by the owner of the job to cancel it before the next token."""
     submitted: float = field(default_factory=time.monotonic)
     first_token: float | None = None
     said: Counter[int] = field(default_factory=Counter)
@@ -78,7 +78,7 @@ class Job:
 
     @property
     def room(self) -> int:
-        """Tokens that it may take in the cache."""
+        """Tokens that it may take in the key-value cache."""
         return len(self.input_ids) + self.sampling.max_tokens
 
 
@@ -88,7 +88,7 @@ def _stopping() -> ApiError:
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """One answer and what its next token depends on, besides the decoder."""
+    """One answer with the state that its next token depends on, besides the decoder."""
 
     job: Job
     text: TextStream
@@ -96,7 +96,7 @@ class _Row:
 
 
 class _Group:
-    """The answers of one variant: their decoder, and a row per job."""
+    """The answers of one variant: one decoder, and a row per job."""
 
     def __init__(self) -> None:
         self.decoder: Decoder | None = None
@@ -112,7 +112,7 @@ class _Group:
         return list(self._rows)
 
     def admit(self, decoder: Decoder, rows: Sequence[_Row]) -> None:
-        """Take over rows that have read their prompts."""
+        """Add rows of prompts that have been read."""
         if self.decoder is None:
             self.decoder = decoder
         else:
@@ -131,10 +131,10 @@ class _Group:
 
 
 class Engine:
-    """Answers jobs in a thread of its own.
+    """Generates answers in its own thread.
 
     Args:
-        models: the loaded model; nobody else may use it while the engine runs.
+        models: the loaded model; no other thread may use it while the engine runs.
         limits: the server's.
     """
 
@@ -150,11 +150,11 @@ class Engine:
         self.running = 0
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End at once; answers under way are cancelled."""
+        """Stop at once; running answers are cancelled."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -163,12 +163,12 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether it can answer."""
+        """Whether the engine can answer."""
         return self._thread.is_alive() and not self._stopping
 
     @property
     def waiting(self) -> int:
-        """Answers without a place yet."""
+        """Answers in the queue."""
         return len(self._waiting)
 
     def submit(self, jobs: Sequence[Job]) -> None:
@@ -180,7 +180,7 @@ class Engine:
         for job in jobs:
             if job.room > self.limits.cached_tokens:
                 raise ApiError(
-                    f"The prompt and the answer take {job.room} tokens, this server holds {self.limits.cached_tokens}.",
+                    f"The prompt and the answer take {job.room} tokens, the cache holds {self.limits.cached_tokens}.",
                     code="context_length_exceeded",
                 )
         with self._changed:
@@ -192,7 +192,7 @@ class Engine:
             self._changed.notify()
 
     def between_steps(self, work: Callable[[], _Result]) -> _Result:
-        """Run something with the model while no answer uses it; waits for the result.
+        """Run a function with the model while no answer uses it, and wait for its result.
 
         Raises:
             ApiError: the engine has stopped.
@@ -215,7 +215,7 @@ class Engine:
                         break
                 try:
                     self._turn()
-                except Exception as error:  # the thread must live on: nobody else can answer
+                except Exception as error:  # the thread must survive, since it alone can answer
                     self._give_up(error)
         for job in [*self._waiting, *(job for group in self._all() for job in group.jobs)]:
             self._end(job, "cancelled")
@@ -223,7 +223,7 @@ class Engine:
             future.set_exception(_stopping())
 
     def _turn(self) -> None:
-        """Run errands, drop, admit, decode."""
+        """The loop: run functions, remove, admit, decode."""
         while self._errands:
             future, work = self._errands.popleft()
             try:
@@ -242,8 +242,8 @@ class Engine:
         self.running = sum(len(group.jobs) for group in self._all())
 
     def _admit(self, name: str, jobs: list[Job]) -> None:
-        """Read prompts together; where that fails, one by one."""
-        if len(jobs) == 1 and jobs[0].cancelled:  # while others were read
+        """Read prompts in one batch; after an error, one by one."""
+        if len(jobs) == 1 and jobs[0].cancelled:  # cancelled while others were read
             self._end(jobs[0], "cancelled")
             return
         try:
@@ -252,12 +252,12 @@ class Engine:
             if len(jobs) == 1:
                 self._fail(jobs[0], error)
                 return
-            self._log("Reading prompts together failed, each is read by itself", error)
+            self._log("Reading prompts in one batch failed; each is read by itself", error)
             for job in jobs:
                 self._admit(name, [job])
 
     def _advance(self, name: str, group: _Group) -> None:
-        """A step of one batch; where that fails, its rows are read again and go on one by one."""
+        """Run a step of one batch; after an error, read its rows again and continue with one batch per row."""
         try:
             self._step(name, group)
         except Exception as error:
@@ -266,12 +266,12 @@ class Engine:
             if len(rows) == 1:
                 self._fail(rows[0].job, error)
                 return
-            self._log("A decoding step failed, each row is read again by itself", error)
+            self._log("A decoding step failed; each row is read again by itself", error)
             for row in rows:
                 self._restart(name, row)
 
     def _restart(self, name: str, row: _Row) -> None:
-        """Read the prompt and the answer so far of one row; it goes on in a group of its own."""
+        """Read the prompt and the answer so far of one row; it continues in its own group."""
         job = row.job
         try:
             with self.models.use(name):
@@ -283,16 +283,16 @@ class Engine:
             return
         group = _Group()
         group.admit(decoder, [row])
-        self._groups[name].insert(0, group)  # whoever comes joins the last one
+        self._groups[name].insert(0, group)  # new jobs join the last group
 
     def _fail(self, job: Job, error: Exception) -> None:
-        """End one answer because of a fault."""
+        """End one answer after an error."""
         self.failures += 1
         self._log("An answer failed", error)
         self._end(job, "failed")
 
     def _give_up(self, error: Exception) -> None:
-        """End everything after a fault outside any answer."""
+        """End all answers after an error outside any answer."""
         jobs = [job for group in self._all() for job in group.jobs]
         self._groups = {name: [] for name in self._groups}
         with self._changed:
@@ -310,7 +310,7 @@ class Engine:
         return [group for groups in self._groups.values() for group in groups]
 
     def _drop(self) -> None:
-        """Forget jobs whose client has left or whose time is over."""
+        """Remove jobs that are cancelled or past their deadline."""
         now = time.monotonic()
         with self._changed:
             gone = [job for job in self._waiting if job.cancelled or now > job.deadline]
@@ -346,7 +346,7 @@ class Engine:
         return chosen
 
     def _read(self, name: str, jobs: list[Job]) -> None:
-        """Run prompts and put their rows into the batch."""
+        """Run prompts and add their rows to the batch."""
         rows = [
             _Row(job=job, text=TextStream(self.models.encoder, job.stop), generator=job.sampling.generator(job.choice))
             for job in jobs
@@ -360,7 +360,7 @@ class Engine:
         self.prompt_tokens += sum(len(job.input_ids) for job in jobs)
 
     def _step(self, name: str, group: _Group) -> None:
-        """Say one token per row, then run it for the rows that go on."""
+        """Sample one token per row, then run it for the rows that continue."""
         decoder = group.decoder
         assert decoder is not None
         going, tokens = [], []
@@ -387,7 +387,7 @@ class Engine:
         decoder.extend(table(ids), torch.ones_like(ids))
 
     def _say(self, job: Job, text: TextStream, token: int) -> bool:
-        """Give one token out; returns whether the answer goes on."""
+        """Deliver one token; returns whether the answer continues."""
         if job.first_token is None:
             job.first_token = time.monotonic()
         if token in self.models.stops:
@@ -414,5 +414,5 @@ class Engine:
     def _deliver(job: Job, piece: Piece) -> None:
         try:
             job.deliver(piece)
-        except RuntimeError:  # the client's event loop has closed
+        except RuntimeError:  # the client's event loop is closed
             job.cancelled = True

@@ -1,4 +1,4 @@
-"""Fetching a picture from a host that the server's owner allowed, and from nowhere else. Off by default."""
+"""Fetch pictures from hosts that the server's owner allowed, and from no others. Off by default."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from mm_moslora.utils.http_fetch import FetchError, FetchFault, Rules, fetch
 
 MOST_BYTES = 10 * 2**20
 SECONDS = 5.0
-"""For the whole fetch, redirects included."""
+"""Seconds for the whole fetch, redirects included."""
 REDIRECTS = 3
 
 
 class RemotePictures:
-    """Fetches pictures, over https alone and from public addresses alone.
+    """Fetches pictures over https, and only from public addresses.
 
     Args:
         hosts: exact host names.
@@ -25,7 +25,7 @@ class RemotePictures:
         self._rules = Rules(hosts=names, most=MOST_BYTES, seconds=SECONDS, redirects=REDIRECTS, public=True)
 
     def __call__(self, url: str) -> bytes:
-        """The bytes behind an address.
+        """Fetch the bytes at a URL.
 
         Raises:
             ApiError: the host is not allowed, does not answer in time, or sends too much.

@@ -1,6 +1,6 @@
-"""From a checked request to jobs for the engine: the conversation as turns, as tokens, and its pictures as pixels.
+"""Turn a checked request into jobs for the engine: the conversation as turns and tokens, its pictures as pixels.
 
-Runs in a worker thread: decoding a picture takes time, and the event loop serves everybody.
+It runs in a worker thread, since decoding a picture takes time and would block the event loop.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mm_moslora.utils.errors import ModelError, MoSLoRAError
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A request in the model's terms."""
+    """A request as model inputs."""
 
     input_ids: Tensor
     seen: list[ProcessedImage]
@@ -44,10 +44,10 @@ def longest_of(models: Models, limits: Limits) -> int:
 
 
 def refuse_unfit(request: ChatRequest, models: Models, limits: Limits) -> None:
-    """Refuse what can be told without opening a picture or tokenising a text.
+    """Refuse a request by checks that need no decoded picture and no tokens.
 
     Raises:
-        ApiError: the model has no eyes, or the texts are too long for it.
+        ApiError: the model has no vision encoder, or the texts are too long for it.
     """
     if request.pictures and not models.sees:
         raise ApiError(
@@ -59,14 +59,14 @@ def refuse_unfit(request: ChatRequest, models: Models, limits: Limits) -> None:
 def prepare(
     request: ChatRequest, files: Sequence[PictureFile], models: Models, limits: Limits, *, stop: threading.Event
 ) -> Prepared:
-    """Tokens and pixels of a request that `refuse_unfit` let pass.
+    """Tokens and pixels of a request that has passed `refuse_unfit`.
 
     Args:
         request: the conversation.
         files: its pictures.
-        models: tokenises and sees.
+        models: tokenise texts and process pictures.
         limits: the server's.
-        stop: set when nobody waits for the result any more.
+        stop: set when the result is no longer needed.
 
     Raises:
         ApiError: a picture cannot be used, or the conversation is too long.
@@ -83,7 +83,7 @@ def prepare(
         raise ApiError(str(error), param="messages", code="invalid_image") from None
     except MoSLoRAError:
         raise ApiError(
-            "The conversation does not fit the model's chat template (a role or a text that it cannot express).",
+            "The conversation does not fit the model's chat template (it cannot express one of the roles or texts).",
             param="messages", code="conversation_not_supported",
         ) from None  # fmt: skip
     if len(ids) + tokens > longest:
@@ -102,13 +102,13 @@ def _too_long(what: str, tokens: int, longest: int) -> ApiError:
 def jobs_of(
     request: ChatRequest, prepared: Prepared, deliver: Callable[[int, Piece], object], *, seconds: float
 ) -> list[Job]:
-    """One job per answer asked for.
+    """One job per requested answer.
 
     Args:
-        request: what was asked.
-        prepared: of it.
-        deliver: gets the number of the answer and what happened to it, from the engine's thread.
-        seconds: until the answer is cut.
+        request: the request.
+        prepared: its tokens and pixels.
+        deliver: called from the engine's thread with the number of the answer and its event.
+        seconds: time until the answer is cut off.
     """
     return [
         Job(
@@ -121,7 +121,7 @@ def jobs_of(
 
 
 def turns_of(messages: Sequence[Message]) -> list[Turn]:
-    """Messages as turns: system messages become one, and so do neighbours of one role."""
+    """Messages as turns: consecutive messages of one role become one turn, and so do all system messages."""
     turns: list[Turn] = []
     for role, parts in _merged(messages):
         if role == "user":
@@ -143,10 +143,10 @@ def _merged(messages: Sequence[Message]) -> list[tuple[str, list[str | Picture]]
 
 
 def _question(parts: Sequence[str | Picture]) -> Turn:
-    """A user turn. Pictures stand where the message has them, each on a line of its own.
+    """A user turn. Pictures keep their places in the message, each on its own line.
 
-    Most clients send the text first and the pictures behind it; models are trained with the pictures first, so
-    pictures that end a message are moved to its beginning.
+    Most clients send the text first and the pictures after it, while models are trained with the pictures first.
+    Pictures at the end of a message are therefore moved to its beginning.
     """
     last_text = max((index for index, part in enumerate(parts) if isinstance(part, str)), default=-1)
     first_picture = next((index for index, part in enumerate(parts) if isinstance(part, Picture)), len(parts))

@@ -1,4 +1,4 @@
-"""Pictures of a request: base64 data URLs, and addresses only where the server's owner allowed the host."""
+"""Pictures of a request: base64 data URLs, and http(s) URLs of the hosts that the server's owner allowed."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from mm_moslora.serve.api.request_limits import Limits
 _DATA = re.compile(r"data:(?P<kind>image/[a-z0-9.+-]{1,40})(?:;[a-z-]{1,20}=[a-z0-9-]{1,20})*;base64,", re.IGNORECASE)
 _SAID = {
     Code.IMAGE_EMPTY: "is empty",
-    Code.IMAGE_FORMAT: f"is no picture in an accepted format ({', '.join(FORMATS)})",
+    Code.IMAGE_FORMAT: f"is not a picture in an accepted format ({', '.join(FORMATS)})",
     Code.IMAGE_DAMAGED: "is damaged or cut short",
     Code.IMAGE_ASPECT: "is too narrow or has no pixels",
     Code.IMAGE_TOO_LARGE: "has too many pixels",
 }
 
 Fetch = Callable[[str], bytes]
-"""Gives the bytes behind an address, or raises `ApiError`."""
+"""Returns the bytes at a URL, or raises `ApiError`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PictureFile:
-    """The bytes of a picture, and what its header says."""
+    """The bytes of a picture and the contents of its header."""
 
     data: bytes
     picture: Picture
     size: tuple[int, int]
-    """Width and height, pixels; 0 x 0 where there is no header, which opening will say."""
+    """Width and height, pixels; 0 x 0 where the header cannot be read, which decoding will report."""
     mode: str
-    """Pillow's; with `;transparency` where a colour stands for none."""
+    """Pillow's mode; with `;transparency` where one colour is transparent."""
 
     @property
     def pixels(self) -> int:
@@ -47,29 +47,29 @@ class PictureFile:
         return self.size[0] * self.size[1]
 
     def opening(self) -> int:
-        """Bytes of memory that opening takes at most: copies in the file's mode, in RGB, and what lies between."""
+        """Largest memory of decoding, bytes: copies in the file's mode, in RGB, and intermediate ones."""
         wide = self.mode in ("I", "F", "LAB") or self.mode.startswith("I;16")
         clear = self.mode in ("RGBA", "RGBa", "LA", "La", "PA") or self.mode.endswith(";transparency")
         return self.pixels * (28 if wide else 16 if clear else 12)
 
     def looking(self, *, squares: bool) -> int:
-        """Bytes of memory that the image processor takes at most before it scales the picture down."""
+        """Largest memory of the image processor before it scales the picture down, bytes."""
         return 6 * (max(self.size) ** 2 if squares else self.pixels)
 
 
 def picture_files(
     pictures: Sequence[Picture], limits: Limits, *, fetch: Fetch | None = None, stop: threading.Event
 ) -> list[PictureFile]:
-    """The bytes and headers of the pictures of one request, in order; nothing is decoded.
+    """The bytes and headers of the pictures of one request, in order; no pixel is decoded.
 
     Args:
         pictures: from the request.
         limits: the server's.
-        fetch: for http(s) addresses; None: they are refused, and no socket is opened.
-        stop: set when nobody waits for the result any more.
+        fetch: for http(s) URLs; None: they are refused, and no socket is opened.
+        stop: set when the result is no longer needed.
 
     Raises:
-        ApiError: names the part that is wrong; its text is ours, never a decoder's.
+        ApiError: names the picture that is wrong. The text is this project's own, never a decoder's.
     """
     files, left = [], limits.images_pixels
     for picture in pictures:
@@ -86,7 +86,7 @@ def picture_files(
 
 
 def _check_size(file: PictureFile) -> None:
-    """Refuse by its header what opening would refuse; a file without one is left to it."""
+    """Refuse by its header a picture that decoding would refuse. Without a readable header, decoding decides."""
     try:
         if file.mode:
             check_size(file.size, "picture")
@@ -95,7 +95,7 @@ def _check_size(file: PictureFile) -> None:
 
 
 def memory_of(files: Sequence[PictureFile], limits: Limits, *, squares: bool) -> int:
-    """Bytes of memory that it takes to open pictures one after the other and to look at all of them.
+    """Bytes of memory for decoding pictures one after the other and for processing all of them.
 
     Args:
         files: from `picture_files`.
@@ -133,13 +133,13 @@ def open_pictures(files: Sequence[PictureFile], *, stop: threading.Event) -> lis
 
 
 def refuse_stopped(stop: threading.Event) -> None:
-    """End work that nobody waits for.
+    """Stop work with an abandoned result.
 
     Raises:
-        ApiError: it is given up.
+        ApiError: it was abandoned.
     """
     if stop.is_set():
-        raise ApiError("The request was given up.", status=499, code="client_left")
+        raise ApiError("The request was abandoned.", status=499, code="client_left")
 
 
 def _bytes(picture: Picture, fetch: Fetch | None) -> bytes:
@@ -147,7 +147,7 @@ def _bytes(picture: Picture, fetch: Fetch | None) -> bytes:
     if not url[:5].lower().startswith("data:"):
         if fetch is None or not url[:8].lower().startswith("https://"):
             raise ApiError(
-                f"{picture.where} is no data URL; remote images are disabled on this server. Send the picture as "
+                f"{picture.where} is not a data URL; remote images are disabled on this server. Send the picture as "
                 "data:image/png;base64,...",
                 param=picture.where, code="remote_images_disabled",
             )  # fmt: skip
@@ -158,26 +158,26 @@ def _bytes(picture: Picture, fetch: Fetch | None) -> bytes:
             raise
     head = _DATA.match(url)
     if head is None:
-        raise _wrong(picture, "is no base64 data URL of a picture; expected data:image/png;base64,...")
+        raise _wrong(picture, "is not a base64 data URL of a picture; expected data:image/png;base64,...")
     text = url[head.end() :]
     try:
-        if len(text) % 4:  # the decoder takes a padding that is too long
+        if len(text) % 4:  # the decoder accepts excess padding
             raise ValueError
         return binascii.a2b_base64(text, strict_mode=True)
     except ValueError:
-        raise _wrong(picture, "holds characters or a padding that base64 does not have") from None
+        raise _wrong(picture, "holds characters or padding that are not valid base64") from None
 
 
 def _with_header(data: bytes, picture: Picture) -> PictureFile:
     size, mode = (0, 0), ""
     try:
-        # A limit of its own above: the library's would warn or raise at other sizes.
+        # The limit above replaces Pillow's, which would warn or raise at other sizes.
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             size = image.size
             mode = image.mode + (";transparency" if "transparency" in image.info else "")
     except Image.DecompressionBombError:
         raise _wrong(picture, "has too many pixels; scale it down") from None
-    except Exception:  # noqa: S110  (decoders raise nearly anything for broken headers; opening will say what it is)
+    except Exception:  # noqa: S110  (decoders raise nearly anything for broken headers; decoding will report the cause)
         pass
     return PictureFile(data=data, picture=picture, size=size, mode=mode)
 

@@ -1,8 +1,8 @@
-"""The loaded model with everything it can be: one base, and a variant for each adapter, switched without reloading.
+"""The served models: one base and a variant for each adapter, switched without reloading.
 
 Shapes: ``N`` images, ``Q`` visual tokens per image, ``D`` LLM width.
 
-A variant is an adapter with the projector that was trained beside it. Weights of the base are in memory once.
+A variant is an adapter with the projector that was trained with it. The weights of the base are in memory once.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One model by name."""
+    """One model that clients can name."""
 
     name: str
     adapter: str | None
     """The adapter's name in PEFT; None: no adapter is active."""
     projector: nn.Module | None
-    """None for a language model alone and for models that have none of this name."""
+    """None for a text-only model and for models without a projector of this name."""
     newline: nn.Parameter | None = None
-    """The newline embedding of an anyres model, which trains with the projector."""
+    """The newline embedding of an anyres model, which is trained with the projector."""
     source: str
-    """Name of the folder it came from, for `/v1/models`."""
+    """Name of its folder, for `/v1/models`."""
 
 
 class Models:
@@ -69,34 +69,34 @@ class Models:
         self.encoder = ConversationEncoder.of(assembly)
         self.stops = stop_token_ids(assembly.model, assembly.tokenizer.eos_token_id)
         self.reads_alone = has_own_forward(assembly.model) or not Decoder(assembly.model).can_share
-        """Whether every prompt is run by itself: ready-made models prepare rows of their own."""
+        """Whether every prompt is run by itself: ready-made models prepare each row themselves."""
         self.joins = Decoder(assembly.model).can_share
-        """Whether answers can be decoded together; with a sliding window rows may not be padded."""
-        # A processor changes its tokenizer's settings while it works, so one thread at a time may use it.
+        """Whether answers can be decoded in one batch; models with a sliding window do not support padded rows."""
+        # A processor changes its tokenizer's settings during a call, so one thread at a time may use it.
         self._alone = threading.Lock() if assembly.is_pretrained_vlm else nullcontext()
         self._eyes_of = {name: _eyes_of(assembly, variant) for name, variant in self.variants.items()}
         self.features = FeatureCache()
-        """Visual tokens: a conversation shows the same picture at every turn."""
+        """Cache of visual tokens: a conversation sends the same picture at every turn."""
 
     @property
     def default(self) -> str:
-        """The variant that was named first."""
+        """The first variant."""
         return next(iter(self.variants))
 
     @property
     def sees(self) -> bool:
-        """Whether it can look at pictures."""
+        """Whether the model has a vision encoder."""
         return self.assembly.image_processing is not None
 
     @property
     def context(self) -> int | None:
-        """Tokens that the language model was made for."""
+        """Context length of the language model, tokens."""
         limit = getattr(self.assembly.model.config.get_text_config(), "max_position_embeddings", None)
         return int(limit) if limit else None
 
     @property
     def pads_to_squares(self) -> bool:
-        """Whether a picture takes the memory of the square around it before it is scaled down."""
+        """Whether the image processor pads a picture to a square before it scales it down."""
         image_processing, images = (
             self.assembly.image_processing,
             getattr(self.assembly.processor, "image_processor", None),
@@ -104,21 +104,21 @@ class Models:
         return image_processing is not None and image_processing.fixed and bool(getattr(images, "do_pad", False))
 
     def visual_tokens(self, sizes: Sequence[tuple[int, int]]) -> int:
-        """Tokens that pictures of these widths and heights take, placeholders around them included. From any thread."""
+        """Visual tokens of pictures of these widths and heights, with the placeholders around them. Thread-safe."""
         if self.assembly.image_processing is None or not sizes or any(0 in size for size in sizes):
             return 0
         with self._alone:
             return sum(len(ids) for ids in self.assembly.image_processing.placeholders(sizes))
 
     def prompt(self, turns: Sequence[Turn], pictures: Sequence[Image.Image]) -> tuple[Tensor, list[ProcessedImage]]:
-        """A conversation that ends with a question, for the model: ids ``[T]`` and its pictures. From any thread.
+        """Model inputs of a conversation that ends with a question: ids ``[T]`` and its pictures. Thread-safe.
 
         Args:
             turns: the conversation.
-            pictures: RGB, in order; none where the model has no eyes.
+            pictures: RGB, in order; empty for a text-only model.
 
         Raises:
-            ModelError: the model's own processor takes no such picture.
+            ModelError: the model's own processor refuses one of the pictures.
             DataError: the chat template cannot express the conversation.
         """
         with self._alone:
@@ -131,7 +131,7 @@ class Models:
             return self.encoder.encode_prompt(turns, pictures=[item.placeholders for item in seen]), seen
 
     def read(self, name: str, prompts: Sequence[tuple[Tensor, Sequence[ProcessedImage]]]) -> Decoder:
-        """Run prompts, one only where `reads_alone`; the decoder stands at their ends. The variant must be active.
+        """Run prompts, one at a time under `reads_alone`; returns the decoder after them. The variant must be active.
 
         Args:
             name: a variant.
@@ -149,7 +149,7 @@ class Models:
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
-        """Make one variant the active one."""
+        """Activate a variant."""
         variant, peft_model = self.variants[name], self.assembly.peft_model
         if variant.projector is not None:
             self.assembly.model.model.multi_modal_projector = variant.projector
@@ -166,7 +166,7 @@ class Models:
             yield
 
     def image_tokens(self, name: str, seen: Sequence[ProcessedImage]) -> Tensor | None:
-        """Visual tokens of pictures, ``[N * Q, D]``; the variant must be the active one. None without pictures."""
+        """Visual tokens of pictures, ``[N * Q, D]``; None without pictures. The variant must be active."""
         if not seen:
             return None
         pixels = [item.tensors["pixel_values"][0] for item in seen]
@@ -176,19 +176,19 @@ class Models:
             if not numbers:
                 return []
             made = encode_images(self.assembly.model, torch.stack([pixels[number] for number in numbers]))
-            return [row.clone() for row in made]  # so that forgetting one frees its memory
+            return [row.clone() for row in made]  # a row without its own storage would keep the others in memory
 
         return torch.cat(self.features.get_many(keys, encode))
 
 
 def _eyes_of(assembly: Assembly, variant: Variant) -> str:
-    """Names what decides a picture's visual tokens besides the base: variants that have it in common share them.
+    """A key for what decides a picture's visual tokens besides the base; variants with equal keys share them.
 
-    This is the projector, and the adapter where it has weights between the pixels and the language model.
+    It names the projector, and the adapter where it has weights before the language model.
     """
     inner = getattr(assembly.model, "model", None)
     parts = [getattr(inner, name, None) for name in ("vision_tower", "multi_modal_projector")]
-    # PEFT keeps what belongs to an adapter, of whatever kind, in containers under the adapter's name.
+    # PEFT keeps the parameters of an adapter, of any type, in containers under the adapter's name.
     reached = any(
         variant.adapter in name.split(".")
         for part in parts
@@ -206,25 +206,25 @@ def load_models(
     with_base: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Models:
-    """Load a run, a checkpoint or an export, and further adapters for the same base.
+    """Load a run, a checkpoint or an export, and further adapters of the same base.
 
     Args:
-        path: the main model; alone, its adapter is merged, which is faster.
-        name: what clients call it; None: the folder's name.
-        further: runs, checkpoints or adapter folders by the name that clients use.
+        path: the main model; without further variants its adapter is merged, which is faster.
+        name: its name for clients; None: the folder's name.
+        further: runs, checkpoints or adapter folders by their names for clients.
         with_base: also offer the model before tuning, as `NAME-base`.
         dtype: dtype of the base.
 
     Raises:
-        ConfigError: two models of one name.
+        ConfigError: two models have the same name.
         ModelError, AdapterError: a folder cannot be loaded, belongs to another base, or was trained with other
-            settings of pictures or prompts; the model before tuning is asked for and cannot be had.
+            settings of pictures or prompts; or the model before tuning is not available.
     """
     main = name or path.resolve().name
     further = dict(further or {})
     names = [main, *further, *([f"{main}-base"] if with_base else [])]
     if len(set(names)) < len(names):
-        raise ConfigError(f"Two models have the same name: {', '.join(names)}. Give each adapter a name of its own.")
+        raise ConfigError(f"Two models have the same name: {', '.join(names)}. Give each adapter a unique name.")
     if with_base and (why := why_no_base(path)):
         raise ModelError(f"The model before tuning cannot be served: {why}. Leave out --with-base.")
     alone = len(names) == 1
@@ -251,33 +251,33 @@ def load_models(
 
 
 def why_no_base(path: Path) -> str | None:
-    """Why the model before tuning cannot be had beside a tuned one; None where it can."""
+    """Why the model before tuning is not available beside a tuned one; None where it is."""
     checkpoint = find_checkpoint(path)
     if not (checkpoint / MANIFEST).is_file():
-        return f"{path} is no run, so nothing says what it was before"
+        return f"{path} is not a run, so its base is unknown"
     if trained := _trained_weights(checkpoint):
-        return f"{path} trained its {trained} weights, and the base is in memory once"
+        return f"{path} trained its {trained} weights, and memory holds the base only once"
     if not (checkpoint / "adapter").is_dir() and _first_projector(checkpoint) is None:
-        return f"{path} trained its projector alone, and no file holds what that was before"
+        return f"{path} trained its projector alone, and no file holds the projector before tuning"
     return None
 
 
 def _trained_weights(checkpoint: Path) -> str | None:
-    """A component whose own weights a checkpoint trained, which therefore is no adapter of its base."""
+    """A component with trained weights of its own; such a checkpoint is not an adapter of its base."""
     is_pretrained_vlm = model_of(checkpoint).vlm is not None
     parts = ("vision", "language", *(("projector",) if is_pretrained_vlm else ()))
     return next((part for part in parts if (checkpoint / f"{part}.safetensors").is_file()), None)
 
 
 def _add(assembly: Assembly, name: str, path: Path, *, adapter: str, main: Path) -> Variant:
-    """Put one more adapter, and the projector beside it, into the base."""
+    """Load one more adapter, with its projector, into the base."""
     projector, newline, folder = _projector(assembly), _newline(assembly), path
     checkpoint = find_checkpoint(path)
     of_run = (checkpoint / MANIFEST).is_file()
     if of_run:
         if trained := _trained_weights(checkpoint):
             raise ModelError(
-                f"{path} trained its {trained} weights, so it is no adapter of the model that is served. Serve it on "
+                f"{path} trained its {trained} weights, so it is not an adapter of the served model. Serve it on "
                 "its own."
             )
         if not (checkpoint / "adapter").is_dir():
@@ -285,12 +285,12 @@ def _add(assembly: Assembly, name: str, path: Path, *, adapter: str, main: Path)
         refuse_other_settings(assembly, main, checkpoint)
     elif not (path / ADAPTER_CONFIG).is_file():
         raise ModelError(f"{path} holds no adapter. Give a run with an adapter, or an adapter folder.")
-    if of_run:  # also where its adapter is named: it was trained beside this projector
+    if of_run:  # also where its `adapter/` is given: it was trained with this projector
         projector, newline = _read_projector(assembly, checkpoint / "projector.safetensors")
         folder = checkpoint / "adapter"
     elif projector is not None and not assembly.is_pretrained_vlm:
         logger.warning(
-            "%s lies in no run, so %s gets the projector of %s and its settings of pictures.", path, name, main
+            "%s is not part of a run, so %s gets the projector of %s and its image settings.", path, name, main
         )
     model: Any = assembly.model if assembly.peft_model is None else assembly.peft_model
     assembly.peft_model = adapters.load_adapter(model, folder, adapter_name=adapter)
@@ -306,14 +306,14 @@ def _newline(assembly: Assembly) -> nn.Parameter | None:
 
 
 def _untuned_projector(assembly: Assembly, path: Path) -> tuple[nn.Module | None, nn.Parameter | None]:
-    """The projector that tuning started from, where its file is still there; else the tuned one, which is said."""
+    """The projector that tuning started from, where its file exists; else the tuned one, with a warning."""
     own = _projector(assembly)
     if own is None or assembly.is_pretrained_vlm:
         return own, None
     file = _first_projector(find_checkpoint(path))
     if file is None:
         logger.warning(
-            "The projector that %s started from (model.projector.weights) is not there, so the model before tuning "
+            "The projector that %s started from (model.projector.weights) is missing, so the model before tuning "
             "gets the tuned one.", path,
         )  # fmt: skip
         return own, _newline(assembly)
@@ -321,14 +321,14 @@ def _untuned_projector(assembly: Assembly, path: Path) -> tuple[nn.Module | None
 
 
 def _first_projector(checkpoint: Path) -> Path | None:
-    """The file of the projector that a run started from, where the recipe names it, or its run, and it is there."""
+    """The file of the projector that a run started from, as the recipe names it; None where it is missing."""
     weights = model_of(checkpoint).projector.weights
     file = projector_file(weights) if weights else None
     return file if file is not None and file.is_file() else None
 
 
 def _read_projector(assembly: Assembly, file: Path) -> tuple[nn.Module | None, nn.Parameter | None]:
-    """A copy of the projector, and of the newline embedding, with the values of a file; themselves without one."""
+    """Copies of the projector and the newline embedding with the values of a file; the originals without a file."""
     own, newline = _projector(assembly), _newline(assembly)
     if own is None or assembly.is_pretrained_vlm or not file.is_file():
         return own, newline

@@ -1,4 +1,4 @@
-"""From tokens to text as they come: whole characters only, and nothing of a stop string."""
+"""Streaming detokenisation: complete characters only, and no part of a stop string."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ _HALF = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """The text of one answer, piece by piece; the pieces together are the text of all tokens.
+    """The text of one answer, piece by piece; the joined pieces equal the text of all tokens.
 
     Args:
-        encoder: knows the tokenizer and what the template puts before an answer.
-        stop: texts that end the answer; neither they nor what is behind them is given out.
+        encoder: holds the tokenizer and the template's text before an answer.
+        stop: texts that end the answer. Neither they nor the text after them is returned.
     """
 
     def __init__(self, encoder: ConversationEncoder, stop: Sequence[str] = ()) -> None:
         self._encoder, self._stop = encoder, tuple(stop)
         self._tokens: list[int] = []
         self._start = 0
-        """Decoding begins here: a tokenizer writes a token differently at the start of a text than behind another."""
+        """Start of decoding: a tokenizer decodes a token differently at the start of a text and after another token."""
         self._end = 0
-        """Tokens whose text is in `_held` or was given out."""
+        """Tokens with text in `_held` or already returned."""
         self._held = ""
         self.stopped = False
-        """Whether a stop string was met."""
+        """Whether a stop string was found."""
 
     def add(self, token: int) -> str:
-        """Take one more token; returns the text that is certain now, often one word and sometimes nothing."""
+        """Add one token; returns the text that is final now, often one word and sometimes nothing."""
         self._tokens.append(token)
         fresh = self._fresh()
-        if fresh.endswith(_HALF):  # half a character so far
+        if fresh.endswith(_HALF):  # an incomplete character
             return ""
         self._start, self._end = self._end, len(self._tokens)
         return self._release(fresh)
 
     def finish(self) -> str:
-        """No more tokens come; returns what was held back."""
+        """End the answer; returns the text that was held back."""
         if self.stopped:
             return ""
         rest = self._held + self._fresh()
@@ -67,6 +67,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of a text may be the beginning of a stop string."""
+    """The number of characters at the end of a text that may start a stop string."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,4 +1,4 @@
-"""Choosing the next token of one answer.
+"""Sampling the next token of one answer.
 
 Shapes: ``C`` vocabulary.
 """
@@ -16,25 +16,25 @@ from mm_moslora.models.decoding.prefix_cache import likeliest
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How an answer is drawn; the defaults are greedy."""
+    """Sampling settings; the defaults are greedy."""
 
     max_tokens: int = 256
     temperature: float = 0.0
-    """0 takes the likeliest token."""
+    """0 takes the most likely token."""
     top_p: float = 1.0
-    """The smallest set of tokens with this probability together."""
+    """Nucleus sampling: the smallest set of tokens with this total probability."""
     presence_penalty: float = 0.0
-    """Taken off the logit of a token that was said."""
+    """Subtracted from the logit of a token that has occurred."""
     frequency_penalty: float = 0.0
-    """Taken off the logit of a token each time it was said."""
+    """Subtracted from the logit of a token once per occurrence."""
     seed: int | None = None
-    """Same seed, same answer, whatever else is decoded beside it."""
+    """The same seed gives the same answer, whatever else is in the batch."""
 
     def generator(self, choice: int) -> torch.Generator:
-        """The random numbers of one answer.
+        """The random generator of one answer.
 
         Args:
-            choice: its number among the answers of a request.
+            choice: the index of the answer in its request.
         """
         made = torch.Generator()
         if self.seed is None:
@@ -45,12 +45,12 @@ class Sampling:
 
 
 def choose(logits: Tensor, sampling: Sampling, said: Mapping[int, int], generator: torch.Generator) -> int:
-    """The next token.
+    """Sample the next token.
 
     Args:
         logits: fp32 ``[C]``; not changed.
-        sampling: how to draw.
-        said: how often each token was said so far.
+        sampling: settings.
+        said: occurrences of each token so far.
         generator: used when the temperature is not zero.
 
     Raises:
