@@ -80,6 +80,4 @@ class _Memory:
             ("pictures", "Bytes of memory for pictures that are being decoded.", self._intake.pictures),
         ):
             yield GaugeMetricFamily(f"mm_moslora_{name}_bytes", what, value=budget.used)
-            yield GaugeMetricFamily(
-                f"mm_moslora_{name}_bytes_highest", f"{what} Maximum so far.", value=budget.highest
-            )
+            yield GaugeMetricFamily(f"mm_moslora_{name}_bytes_highest", f"{what} Maximum so far.", value=budget.highest)

@@ -86,9 +86,7 @@ class Guard:
     def _check(self, scope: Scope) -> None:
         headers = {bytes(name): bytes(value) for name, value in scope["headers"]}
         if self._local and not names_this_machine(scope):
-            raise ApiError(
-                "The Host header is not a name of this server.", status=403, code="bad_host"
-            )
+            raise ApiError("The Host header is not a name of this server.", status=403, code="bad_host")
         if self._key is None or scope["path"] in OPEN_ROUTES:
             return
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
