@@ -43,6 +43,11 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     native.library.cache_clear()
 
 
+def test_the_sources_are_found() -> None:
+    """Tests of the kernels are skipped where they do not compile."""
+    assert {path.name for path in native.FOLDER.iterdir()} >= {"attention.cpp", "tiles.h", "vectors.h"}
+
+
 @needs_kernels
 def test_auto_is_ours_on_a_cpu_and_not_on_a_gpu() -> None:
     chosen = choose_kernels("auto", CPU)

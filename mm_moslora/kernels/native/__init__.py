@@ -24,7 +24,7 @@ from mm_moslora.utils.hardware import CPUINFO, extensions_folder
 
 logger = logging.getLogger(__name__)
 
-FOLDER = Path(__file__).parents[1]
+FOLDER = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared")
 SECONDS = 300
