@@ -1,7 +1,7 @@
-"""Recipes: frozen dataclasses, and their strict way from YAML and back.
+"""Recipes: frozen dataclasses that are read strictly from YAML and written back.
 
-A recipe is the only configuration of a run. Unknown keys are errors with a suggestion, every value is checked when the
-object is made, and the resolved recipe is written into the run folder.
+A recipe is the only configuration of a run. An unknown key is an error with a suggestion. Every value is checked when
+the object is made. The resolved recipe is written into the run folder.
 """
 
 from mm_moslora.config.data_config import DataConfig, SourceConfig

@@ -1,4 +1,4 @@
-"""Recipes: what is trained on, and in which order."""
+"""Recipes: the training data and their order."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ class SourceConfig:
     path: str
     """LLaVA JSON or JSONL, .parquet, .arrow, webdataset .tar (`*` and {000..012} allowed), a folder, or hf:NAME."""
     format: Literal["auto", "json", "table", "webdataset"] = "auto"
-    """auto tells it by the path; table is a Hugging Face dataset."""
+    """auto chooses by the path; table is a Hugging Face dataset."""
     image_folder: str | None = None
-    """Images are looked up below this folder and may not leave it. None: the folder of `path`."""
+    """Folder of the images; a path that leaves it is refused. None: the folder of `path`."""
     image_hosts: list[str] = field(default_factory=list)
-    """Hosts from which pictures named by URL are fetched, once; none is allowed unless it is named here."""
+    """Hosts from which images named by URL may be fetched. Each image is fetched once. Empty: no host is allowed."""
     video_frames: int = 8
-    """Frames at even distances that are shown of a video; each is a picture of the record."""
+    """Number of evenly spaced frames taken from a video; each frame is an image of the record."""
     weight: float = 1.0
-    """How often each record is seen per epoch (0.5: every other one, 2: twice), or its part (data.mixing: parts)."""
+    """Repeats of each record per epoch (0.5: every other record, 2: twice). With data.mixing parts: the source's share
+    of the epoch."""
     limit: int | None = None
     """Use at most this many records."""
     limit_by: Literal["random", "first"] = "random"
@@ -37,9 +38,9 @@ class SourceConfig:
     revision: str | None = None
     """Hugging Face datasets: commit, tag or branch."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Hugging Face datasets: our name and theirs, such as question: query, answer: label, image: picture."""
+    """Hugging Face datasets: record field -> column, such as question: query, answer: label, image: picture."""
     streaming: bool = False
-    """Hugging Face datasets: read the first `limit` rows of a stream once, instead of fetching the whole."""
+    """Hugging Face datasets: stream the first `limit` rows instead of downloading the whole dataset."""
 
     def __post_init__(self) -> None:
         here = f"data source {self.path!r}"
@@ -48,35 +49,37 @@ class SourceConfig:
         require(self.limit is None or self.limit >= 1, f"{here}: limit is {self.limit}, expected 1 or more.")
         require(
             not self.streaming or (self.limit is not None and self.limit_by == "first"),
-            f"{here}: streaming is set, so set limit too, and limit_by: first; a stream is read as far as that.",
+            f"{here}: streaming is set, so set limit too, and limit_by: first; the stream is read up to the limit.",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is trained on, and in which order."""
+    """The training data and their order."""
 
     train: list[SourceConfig] = field(default_factory=list)
     """Sources that are mixed."""
     validation: list[SourceConfig] = field(default_factory=list)
     """Held-out sources for the validation loss; may be empty."""
     mixing: Literal["repeats", "parts"] = "repeats"
-    """What weights mean: repeats per record, or parts of the epoch (weight 3 and 1: three quarters and one)."""
+    """Meaning of `weight`: repeats per record, or parts of the epoch (weights 3 and 1: three quarters and one
+    quarter)."""
     epoch_records: int | None = None
-    """mixing parts only: records per epoch; None: as many as there are."""
+    """mixing parts only: records per epoch; None: the number of records in the sources."""
     max_length: int = 2048
-    """Tokens per example, visual tokens included. Longer ones lose whole turns at the end; an image is never cut."""
+    """Most tokens per example, visual tokens included. A longer example loses whole turns at the end; an image is never
+    cut."""
     order: Literal["grouped", "llava", "random", "sequential"] = "grouped"
-    """grouped: by modality and length, so that ranks finish together; llava: the same records per step as LLaVA's
-    own grouping; random; or sequential, as in the files."""
+    """grouped: steps of one modality and similar lengths, so that ranks finish together. llava: the same records per
+    step as LLaVA's own grouping. random. sequential: the order of the files."""
     on_bad: Literal["error", "quarantine"] = "quarantine"
-    """What to do with a record that cannot be used: stop, or write it to quarantine.jsonl and go on."""
+    """How to handle a record that cannot be used: stop, or write it to quarantine.jsonl and go on."""
     max_bad_share: float = 0.01
-    """Above this share of bad records the run stops."""
+    """The run stops when more than this share of the records cannot be used."""
     workers: int = 0
-    """Processes that prepare examples ahead of the step; 0 prepares them in a thread."""
+    """Worker processes that prepare examples ahead of the step; 0: a thread prepares them."""
     cache: str | None = None
-    """Folder that keeps tokenised records, so that each is tokenised once for all runs; None: no cache."""
+    """Folder of tokenised records that all runs share; None: no cache."""
     pack_tokens: int = 0
     """Pack examples into rows of up to this many tokens; train.global_batch and micro_batch then count rows. 0: off."""
 

@@ -1,7 +1,7 @@
-"""LLaVA's conversation templates by name, as chat templates that travel with the tokenizer.
+"""LLaVA's conversation templates by name, as chat templates that are saved with the tokenizer.
 
-The first line of each is a comment that no reader of chat templates minds; it tells the rest of this project which
-template it is, and whether LLaVA's own token ids are wanted (`faithful`).
+Each begins with a Jinja comment, which renderers ignore. The comment records the template's name and whether LLaVA's
+own token ids are wanted (`faithful`).
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ CHAT_TEMPLATES: dict[str, NamedTemplate] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TemplateNotes:
-    """What a chat template says about itself."""
+    """The name and mode that a chat template's header comment records."""
 
     name: str | None = None
     """Its name in `CHAT_TEMPLATES`, if it is one of them."""
@@ -131,13 +131,13 @@ class TemplateNotes:
 
 
 def notes_of(source: str) -> TemplateNotes:
-    """What a chat template's own comment says."""
+    """Read the header comment of a chat template."""
     found = _HEADER.search(source)
     return TemplateNotes() if found is None else TemplateNotes(name=found[1], faithful=found[2] is not None)
 
 
 def require_template(name: str | None) -> None:
-    """Refuse a name that is none of `CHAT_TEMPLATES`; None is the tokenizer's own.
+    """Refuse a name that is not in `CHAT_TEMPLATES`; None means the tokenizer's own template.
 
     Raises:
         ConfigError: no such name.
@@ -153,8 +153,8 @@ def set_chat_template(tokenizer: Any, name: str | None, *, faithful: bool = Fals
     Args:
         tokenizer: changed in place.
         name: one of `CHAT_TEMPLATES`; None leaves the tokenizer's own.
-        faithful: give the token ids that LLaVA's own code gives where those are sound: text behind a picture is
-            tokenised as if it began there, and `plain` has no end-of-sequence token.
+        faithful: give the token ids of LLaVA's own code where those are sound: the text after an image is tokenised as
+            a text of its own, and `plain` has no end-of-sequence token.
 
     Raises:
         ConfigError: no such name, or the tokenizer has no end-of-sequence token.
@@ -169,18 +169,18 @@ def set_chat_template(tokenizer: Any, name: str | None, *, faithful: bool = Fals
     missing = [text for text in template.controls if text not in known]
     if missing:
         logger.warning(
-            "The chat template %s writes %s, which this tokenizer has no tokens for; they are written as ordinary text "
-            "and answers end with %s.", name, ", ".join(missing), tokenizer.eos_token,
+            "The chat template %s writes %s, which this tokenizer has no tokens for. These are written as ordinary "
+            "text, and answers end with %s.", name, ", ".join(missing), tokenizer.eos_token,
         )  # fmt: skip
-    if template.controls and template.controls[-1] in known:  # what answers end with is what stops generation
+    if template.controls and template.controls[-1] in known:  # generation stops at the token that ends answers
         tokenizer.eos_token = template.controls[-1]
     adds_bos = tokenizer.bos_token is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
     header = "{#- mm_moslora: " + name + (" faithful" if faithful else "") + " -#}"
     source = template.source
-    if name == "llama_2" and not adds_bos:  # no token to begin the later rounds with
+    if name == "llama_2" and not adds_bos:  # later rounds have no token to begin with
         source = source.replace("{{ bos_token }}", "")
     if name != "plain":
         default = "'" + template.system.replace("'", "\\'") + "'"
         source = _SYSTEM.replace("DEFAULT", default) + source
-    # LLaVA's tokenizer sets BOS in front of the text; written into the text it would change how that begins.
+    # LLaVA's tokenizer adds BOS itself; BOS within the text would change the tokens that follow it.
     tokenizer.chat_template = header + ("{{- bos_token -}}" if adds_bos and not faithful else "") + source

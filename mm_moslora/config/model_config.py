@@ -1,4 +1,4 @@
-"""Recipes: what the model is assembled from, and its adapters."""
+"""Recipes: the parts of the model, and its adapters."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ class VisionConfig:
 
     name: str = ""
     """Folder or hub id of a transformers vision model, a timm wrapper folder, or `open_clip:MODEL` by name. Empty with
-    `model.vlm`, which brings its own."""
+    `model.vlm`, because a ready-made model has its own encoder."""
     revision: str | None = None
     """Hub revision (commit, tag or branch)."""
     pretrained: str | None = None
     """open_clip only: pretrained tag or weights file. None gives random weights."""
     feature_layer: int | list[int] = -2
-    """Which hidden state feeds the projector (LLaVA: -2); several are laid side by side."""
+    """Hidden state that feeds the projector (LLaVA: -2); several are concatenated along the width."""
     fuse_with: str | None = None
-    """A second encoder, named as the first; their features are laid side by side (prismatic: DINOv2 and SigLIP)."""
+    """A second encoder, named like the first. The features of both are concatenated (prismatic: DINOv2 and SigLIP)."""
     select: Literal["patch", "cls_patch"] = "patch"
     """`patch` drops the tokens before the first patch (CLS, registers), `cls_patch` keeps CLS."""
     image_size: int | None = None
-    """Side in pixels; None keeps the encoder's own."""
+    """Side of the input in pixels; None keeps the encoder's own."""
     mode: Mode = "frozen"
     """frozen, adapter (MoSLoRA in its linear layers), last_n (train the last blocks) or full."""
     last_n: int = 0
     """Blocks to train when mode is `last_n`."""
     feature_cache: str | None = None
-    """Folder that keeps a frozen encoder's features, so that each picture is encoded once for all runs. Pays where the
-    encoder is large beside the language model and pictures come again; None: none."""
+    """Folder of a frozen encoder's features, so that each image is encoded once for all runs. This saves time where the
+    encoder is large compared with the language model and images are seen again. None: no cache."""
     feature_cache_gib: float = 0.0
-    """Size of an encoder's features beyond which none are added; 0: until 1 GiB is free on the disk."""
+    """Largest size of the cache for one encoder. 0: the cache grows until only 1 GiB of the disk is free."""
 
     def __post_init__(self) -> None:
         require(
@@ -49,8 +49,8 @@ class VisionConfig:
         )
         require(
             self.feature_cache is None or self.mode == "frozen",
-            f"model.vision.feature_cache is set, but mode is {self.mode!r}: one that trains gives other features at "
-            "every step. Leave feature_cache out, or set mode: frozen.",
+            f"model.vision.feature_cache is set, but mode is {self.mode!r}: an encoder that trains gives other "
+            "features at every step. Leave feature_cache out, or set mode: frozen.",
         )
         at_least("model.vision.feature_cache_gib", self.feature_cache_gib, 0)
 
@@ -67,18 +67,18 @@ class ProjectorConfig:
     queries: int = 64
     """perceiver, qformer and c_abstractor: visual tokens per image (c_abstractor: a square number)."""
     depth: int = 2
-    """perceiver, qformer and c_abstractor: blocks (c_abstractor: in either of its two stages)."""
+    """perceiver, qformer and c_abstractor: blocks (c_abstractor: in each of its two stages)."""
     scale_to_embeddings: bool = False
-    """Scale the last layer at initialisation so that visual tokens have the size of word embeddings."""
+    """Scale the last layer at initialisation so that visual tokens have the norm of word embeddings."""
     fit_to_answers: bool = False
-    """Begin by least squares on up to 1,024 pictures of the training data: visual tokens of a fresh projector then
-    point to the words of their picture's answers, at the size of word embeddings. For few data and short answers. Not
-    for c_abstractor, perceiver and qformer."""
+    """Initialise the projector by least squares on up to 1,024 images of the training data. Its visual tokens then
+    point towards the word embeddings of the image's answers and have their norm. Useful for small data sets with short
+    answers. Not available for c_abstractor, perceiver and qformer."""
     weights: str | None = None
-    """A projector to start from: the run folder of an align stage, one of its checkpoints, or a
+    """Projector weights to start from: the run folder of an align stage, one of its checkpoints, or a
     `projector.safetensors`."""
     mode: Literal["auto", "frozen", "full"] = "auto"
-    """Train it or not; auto trains a projector of our own and leaves that of a ready-made model alone."""
+    """Whether it trains. auto: the projector of an assembled model trains, that of a ready-made model does not."""
 
     def __post_init__(self) -> None:
         for name in ("shuffle", "queries", "depth"):
@@ -92,12 +92,13 @@ class ProjectorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What the model is assembled from."""
+    """The parts of the model."""
 
     language: str | None = None
-    """Folder or hub id of any causal language model, to be assembled with `vision` and `projector`."""
+    """Folder or hub id of a causal language model, which is assembled with `vision` and `projector`."""
     vlm: str | None = None
-    """Folder or hub id of a ready-made vision-language model instead, tuned through its own processor."""
+    """Folder or hub id of a ready-made vision-language model, used with its own processor. Replaces `language`,
+    `vision` and `projector`."""
     vlm_revision: str | None = None
     """Hub revision of the ready-made model."""
     language_revision: str | None = None
@@ -107,34 +108,34 @@ class ModelConfig:
     language_last_n: int = 0
     """Decoder layers to train when language_mode is `last_n`."""
     vision: VisionConfig | None = None
-    """None tunes the language model alone."""
+    """The vision encoder of an assembled model. None: a language model alone."""
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     """Ignored when there is no vision encoder."""
     image_aspect: Literal["pad", "resize", "crop", "anyres"] = "pad"
-    """pad to a square with the mean colour (LLaVA-1.5), resize regardless of aspect, resize and centre-crop, or anyres:
-    the whole picture and tiles of it, a newline embedding behind every row (LLaVA-NeXT)."""
+    """pad to a square with the mean colour (LLaVA-1.5), resize without keeping the aspect ratio, resize and
+    centre-crop, or anyres: the whole image and tiles of it, with a newline embedding after every row (LLaVA-NeXT)."""
     anyres_tiles: list[tuple[int, int]] = field(default_factory=lambda: [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)])
-    """anyres only: grids of tiles to choose from by the shape of the picture, rows and columns."""
+    """anyres only: the tile grids (rows, columns) from which one is chosen by the image's shape."""
     chat_template: str | None = None
     """LLaVA's plain, v1, llama_2, llama_3, chatml, mistral, gemma or phi3; None: the tokenizer's own."""
     faithful: bool = False
-    """With chat_template: the token ids of LLaVA's own code where that is sound, instead of the tokenizer's."""
+    """With chat_template: use the token ids of LLaVA's own code where those are sound, instead of the tokenizer's."""
     system_prompt: str | None = None
     """Replaces the chat template's default system prompt, in training and in every export; "" leaves it empty."""
     thinking: Thinking = "auto"
-    """What becomes of `<think>...</think>` at the start of an answer, where the chat template knows it. auto: it is
-    learned, and other answers and prompts get the template's empty block. always: prompts leave the block to the model,
-    so that it thinks when it answers. never: thinking is left out of the records."""
+    """Handling of `<think>...</think>` at the start of an answer, for chat templates that support it. auto: thinking is
+    learned, and all other answers and prompts get the template's empty block. always: prompts do not contain the block,
+    so that the model writes it when it answers. never: thinking is removed from the records."""
     attention: str = "auto"
     """auto picks the fastest exact one for padding-free batches; or a transformers attention name."""
     quantisation: Literal["none", "nf4", "int8"] = "none"
     """Load the assembled language model's linear layers in 4 bits (nf4, double quantised) or 8; needs bitsandbytes."""
     lean_layers: bool = True
-    """Let decoder layers of known families keep less for the backward pass; the numbers stay the same."""
+    """Decoder layers of known families keep less for the backward pass; the computed values do not change."""
     kernels: Literal["auto", "torch", "liger", "native"] = "auto"
     """liger: Liger's Triton kernels between the matrix products of lean layers, on a GPU. native: a C++ kernel for
-    attention, on a CPU. torch: PyTorch's own everywhere. auto: liger where liger-kernel is installed, native where a
-    C++ compiler is. With `train.compile` the operators between the products are compiled, and auto takes no Triton
+    attention, on a CPU. torch: PyTorch's own operators. auto: liger where liger-kernel is installed, native where a
+    C++ compiler is installed. `train.compile` compiles the operators between the products; auto then uses no Triton
     kernels."""
 
     def __post_init__(self) -> None:
@@ -174,8 +175,8 @@ class ModelConfig:
         )
         require(
             self.lean_layers or self.kernels != "liger",
-            f"model.kernels is {self.kernels!r}, but model.lean_layers is false, and such kernels run in lean layers "
-            "alone. Set lean_layers: true, or kernels: auto.",
+            f"model.kernels is {self.kernels!r}, but model.lean_layers is false, and these kernels run only in lean "
+            "layers. Set lean_layers: true, or kernels: auto.",
         )
         tiles = self.anyres_tiles
         require(
@@ -185,7 +186,7 @@ class ModelConfig:
 
     @property
     def without_effect(self) -> list[str]:
-        """Keys that are set and mean the parts of an assembled model, which a ready-made one brings."""
+        """Keys that are set but apply only to an assembled model."""
         if self.vlm is None:
             return []
         parts: dict[str, tuple[object, object]] = {
@@ -202,13 +203,13 @@ class ModelConfig:
 
     @property
     def projector_trains(self) -> bool:
-        """Whether there is a projector that trains; `auto` trains it where the assembly is ours."""
+        """Whether a projector trains; `auto` trains that of an assembled model."""
         there = self.vlm is not None or self.vision is not None
         return there and (self.projector.mode == "full" or (self.projector.mode == "auto" and self.vlm is None))
 
 
 def refuse_without_effect(config: ModelConfig) -> None:
-    """Before a run or a plan: refuse keys of an assembled model where a ready-made one is named.
+    """Refuse keys of an assembled model where a ready-made model is named; called before a run or a plan.
 
     Raises:
         ModelError: some are set.
@@ -216,12 +217,13 @@ def refuse_without_effect(config: ModelConfig) -> None:
     if unused := config.without_effect:
         raise ModelError(
             f"{', '.join(unused)} {'is' if len(unused) == 1 else 'are'} set, but model.vlm names a ready-made model, "
-            "which brings its own parts: nothing would come of it. Leave it out, or assemble a model (model.language)."
+            "which has its own parts, so the setting would have no effect. Leave it out, or assemble a model "
+            "(model.language)."
         )
 
 
 def refuse_all_frozen(config: ModelConfig) -> None:
-    """Before a run: refuse a model of which nothing trains.
+    """Refuse a model without any trainable part; called before a run.
 
     Raises:
         ConfigError: all parts are frozen.
@@ -269,12 +271,12 @@ class AdapterConfig:
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank)."""
     use_dora: bool = False
-    """Train the length of every row of the adapted weight apart from its direction (DoRA, 2402.09353)."""
+    """Train the norm of every row of the adapted weight separately from its direction (DoRA, 2402.09353)."""
     targets: str | list[str] = "all-linear"
-    """all-linear (every linear layer but the head) or names of linear layers, within the adapted component."""
+    """all-linear (every linear layer except the head) or names of linear layers, within the adapted component."""
     weights: str | None = None
-    """Adapter to start from: a run folder, a checkpoint, or an adapter folder (also a `Trainer`'s, or PEFT's LoRA). Its
-    factors and modules stand in the place of fresh ones. rank and alpha must be those of the folder."""
+    """Adapter to start from: a run folder, a checkpoint, or an adapter folder (also of `Trainer`, or PEFT's LoRA). Its
+    factors and modules replace freshly initialised ones. rank and alpha must match the folder."""
 
     def __post_init__(self) -> None:
         at_least("adapter.rank", self.rank, 1)

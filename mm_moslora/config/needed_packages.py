@@ -1,4 +1,4 @@
-"""Which packages the settings of a recipe need, besides those that every run needs."""
+"""Optional packages that the settings of a recipe need."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Need:
     """Name of the distribution."""
     module: str
     setting: str
-    """As a recipe says it: `train.zero zero2`."""
+    """In the form of an override: `train.zero zero2`."""
 
 
 def needs(recipe: Recipe) -> list[Need]:
-    """The packages that training with these settings needs; known without loading or fetching anything.
+    """The optional packages that training with these settings needs, found without loading or fetching anything.
 
     Args:
         recipe: resolved.
@@ -55,7 +55,7 @@ def _needs(recipe: Recipe) -> Iterator[tuple[str, str, str]]:
 
 
 def refuse_lacking(recipe: Recipe) -> None:
-    """Refuse settings whose package is not installed.
+    """Refuse settings that need a package which is not installed.
 
     Raises:
         ConfigError: one is not; names the setting and the command that installs it.
@@ -69,7 +69,7 @@ def refuse_lacking(recipe: Recipe) -> None:
 
 
 def _or_without(need: Need) -> str:
-    """The setting that does without."""
+    """An alternative setting that does not need the package."""
     if need.package == "deepspeed":
         return ", or run one process with --train.zero none"
     if need.setting.startswith("track.trackers"):

@@ -1,4 +1,4 @@
-"""Recipes as a whole: their strict way from YAML and back, presets by name, overrides."""
+"""The whole recipe: reading from YAML and writing back, presets by name, overrides."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ RECIPES_FOLDER = Path(__file__).with_name("recipes")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides a run."""
+    """The complete configuration of a run."""
 
     name: str = "run"
-    """For people."""
+    """Display name."""
     model: ModelConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -85,12 +85,12 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
     Args:
         name_or_path: a YAML file, one of `recipe_names()`, or the folder of a run or checkpoint.
-        overrides: `optim.lr=1e-4` items; relative paths start at the working directory, and in a recipe file at that
-            file; values are read as YAML where the key takes more than text, items of
-            lists are addressed by number, and the number behind the last adds one.
+        overrides: `optim.lr=1e-4` items. Relative paths start at the working directory (in a recipe file: at that
+            file). Values are read as YAML unless the key takes only text. List items are addressed by number; the
+            number after the last item appends one.
 
     Raises:
-        ConfigError: no such recipe, an unknown key or an impossible value; names the override that is to blame.
+        ConfigError: no such recipe, an unknown key or an impossible value; names the override that causes the error.
     """
     path = Path(name_or_path)
     if path.is_dir():
@@ -125,7 +125,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 
 def _overridden(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The plain data of a recipe with its overrides."""
+    """The plain data of a recipe with the overrides applied."""
     changed: dict[str, Any] = copy.deepcopy(dict(data))
     for item in overrides:
         key, separator, value = item.partition("=")
@@ -138,7 +138,7 @@ def _overridden(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, 
 
 
 def _guilty(data: Mapping[str, Any], overrides: Sequence[str], said: str, *, source: str) -> list[str]:
-    """The overrides without which there would be no error, else those without which there would be another one."""
+    """The overrides that cause an error: removing one of them removes the error, or else changes it."""
     cured, changed = [], []
     for number, item in enumerate(overrides):
         try:
@@ -158,7 +158,7 @@ def _holds_records(path: Path) -> bool:
 
 
 def _at_home(data: Any) -> Any:
-    """Plain data with the home folder in place of a leading `~`, which only shells know."""
+    """Plain data with a leading `~` expanded to the home folder."""
     if isinstance(data, str) and data.startswith("~/"):
         return str(Path(data).expanduser())
     if isinstance(data, Mapping):
@@ -167,7 +167,7 @@ def _at_home(data: Any) -> Any:
 
 
 def _recipe_of_run(folder: Path) -> Path:
-    """The resolved recipe that a run left in its newest checkpoint."""
+    """The resolved recipe in the newest checkpoint of a run."""
     found = [item / "config.yaml" for item in (folder, *(item for _, item in reversed(checkpoints(folder))))]
     for path in found:
         if path.is_file():
@@ -205,7 +205,7 @@ def override_items(tokens: Sequence[str]) -> list[str]:
 
 
 def _refuse_option(key: str) -> None:
-    """A misspelt option of the command reaches the recipe's keys; those have a section, or are one."""
+    """Refuse a key without a section, which is most likely a misspelt option of the command."""
     if "." not in key and key not in {item.name for item in fields(Recipe)}:
         raise ConfigError(
             f"No option --{key}. Keys of the recipe carry their section, such as --optim.lr 1e-4; the command's own "

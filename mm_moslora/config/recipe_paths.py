@@ -1,7 +1,6 @@
-"""Paths in recipes: relative ones start at the recipe file, whatever the working directory is.
+"""Paths in recipes: a relative path starts at the recipe file, whatever the working directory is.
 
-Presets that are called by name have no place of their own, and overrides are typed by a person: their relative paths
-start at the working directory.
+Relative paths in presets and in overrides start at the working directory.
 """
 
 from __future__ import annotations
@@ -22,23 +21,23 @@ _PATHS = (
     "data.cache", "model.projector.weights", "model.vision.feature_cache", "adapter.weights", "train.output",
 )  # fmt: skip
 _MODELS = ("model.language", "model.vlm", "model.vision.name", "model.vision.pretrained", "model.vision.fuse_with")
-"""A folder, a file, or a name that is looked up elsewhere."""
+"""Keys that hold a folder, a file, or a name that is looked up elsewhere."""
 _TASKS = "validate.tasks.*"
 _TASK_FILE = re.compile(r"(.+\.ya?ml)((?:@[^@/]*)?)")
 _PATTERN = re.compile(r"[*?\[{]")
 
 
 def seen_from_here(data: Mapping[str, Any], folder: Path, *, source: str, typed: Sequence[str] = ()) -> dict[str, Any]:
-    """The plain data of a recipe file, its relative paths as they are reached from the working directory.
+    """The plain data of a recipe file, with relative paths rewritten to start at the working directory.
 
     Args:
-        data: as it stands in the file.
+        data: the content of the file.
         folder: of the file.
         source: the file, for messages.
-        typed: keys that overrides will set; theirs are left alone.
+        typed: keys that overrides will set; their paths are not rewritten.
 
     Raises:
-        ConfigError: a path leads nowhere from the file, but somewhere from the working directory.
+        ConfigError: a path does not exist relative to the file, but exists relative to the working directory.
     """
     start = _start_of_run(data, folder) or folder
     if start.resolve() == Path.cwd().resolve():
@@ -56,7 +55,7 @@ def seen_from_here(data: Mapping[str, Any], folder: Path, *, source: str, typed:
 
 
 def absolute(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain data of a recipe with absolute paths, so that it may be written anywhere."""
+    """The plain data of a recipe with absolute paths, so that the file can be written to any folder."""
     here = Path.cwd()
     found: dict[str, Any] = _changed(
         data, "", lambda key, value: _placed(key, value, here, lambda name: str(here / name))
@@ -65,7 +64,7 @@ def absolute(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _start_of_run(data: Mapping[str, Any], folder: Path) -> Path | None:
-    """Where a run was started whose resolved recipe lies in its own folder, or in a checkpoint there."""
+    """The working directory of the run to which a resolved recipe in a run or checkpoint folder belongs."""
     train = data.get("train")
     output = train.get("output") if isinstance(train, Mapping) else None
     if not isinstance(output, str) or os.path.isabs(output):
@@ -86,8 +85,8 @@ def _changed(data: Any, key: str, change: Callable[[str, str], str]) -> Any:
 
 
 def _placed(key: str, value: str, start: Path, place: Callable[[str], str]) -> str:
-    """A value with its relative paths, which begin at `start`, given to `place`, a name of a model only where it is
-    there already."""
+    """Apply `place` to the paths of a value that are relative to `start`; a model's name counts as a path only where
+    it exists."""
     if not value or value.startswith(("~", "hf:")) or os.path.isabs(value):
         return value
     if key == "train.zero":
@@ -100,7 +99,7 @@ def _placed(key: str, value: str, start: Path, place: Callable[[str], str]) -> s
 
 
 def _task(value: str, start: Path, place: Callable[[str], str]) -> str:
-    """A task: the name of a shipped one, a task file and protocol, or a data file and picture folder."""
+    """A task: the name of a shipped task, a task file and protocol, or a data file and image folder."""
 
     def placed(name: str) -> str:
         return name if os.path.isabs(name) or name.startswith("~") else place(name)
@@ -118,17 +117,17 @@ def _task(value: str, start: Path, place: Callable[[str], str]) -> str:
 def _reached(key: str, value: str, start: Path, source: str) -> str:
     def place(name: str) -> str:
         there, here = start / name, Path.cwd() / name
-        # A run's folder need not exist, and any other of its name says nothing.
+        # A run's folder need not exist, so another folder of that name proves no mistake.
         meant = any(any(here.glob(sign)) for sign in RUN_SIGNS) if key == "train.output" else _exists(here)
         if not _exists(there) and meant:
             raise ConfigError(
-                f"{source}: {key} is {name!r}, which is not at {there}, but at {here}. Relative paths in a recipe "
-                f"start at the recipe file: write {os.path.relpath(here, start)!r}, or an absolute path. On the "
+                f"{source}: {key} is {name!r}, which does not exist at {there}, but at {here}. Relative paths in a "
+                f"recipe start at the recipe file: write {os.path.relpath(here, start)!r}, or an absolute path. On the "
                 "command line (--KEY PATH) they start at the working directory."
             )
         return _shown(there)
 
-    if key in _MODELS:  # a hub's name, where no folder is there
+    if key in _MODELS:  # a hub id unless the folder exists
         if not value or value.startswith("~") or os.path.isabs(value):
             return value
         return place(value) if (start / value).exists() or _is_model(key, Path.cwd() / value) else value
@@ -136,18 +135,18 @@ def _reached(key: str, value: str, start: Path, source: str) -> str:
 
 
 def _is_model(key: str, path: Path) -> bool:
-    """Whether a name would be taken for this path; tags of weights are often names of folders, too."""
+    """Whether a name would be read as this path; a tag of weights is often also the name of a folder."""
     return path.is_file() if key.endswith("pretrained") else path.is_dir()
 
 
 def _exists(path: Path) -> bool:
-    """Whether something is there; of a pattern, the folder before it."""
+    """Whether the path exists; for a pattern, whether the folder before the pattern exists."""
     match = _PATTERN.search(str(path))
     return path.exists() if match is None else Path(str(path)[: match.start()].rpartition("/")[0] or "/").is_dir()
 
 
 def _shown(path: Path) -> str:
-    """A path from the working directory where it lies below that, else an absolute one."""
+    """A path relative to the working directory if it lies below that, else an absolute path."""
     full = os.path.abspath(path)
     here = os.getcwd()
     return os.path.relpath(full, here) if Path(full).is_relative_to(here) else full

@@ -1,4 +1,4 @@
-"""Recipes: the optimiser, the run, what is measured during it and where the metrics go."""
+"""Recipes: the optimiser, the run, validation and trackers."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class OptimConfig:
     lora_plus_ratio: float = 1.0
     """Learning rate of B divided by that of A (LoRA+, 2402.12354)."""
     weight_decay: float = 0.0
-    """Decoupled; never applied to mixers, biases and norms."""
+    """Decoupled weight decay; never applied to mixers, biases and norms."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's moving averages."""
     eps: float = 1e-8
     """Adam's epsilon."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """After the warm-up, down to min_lr_ratio."""
+    """Decay of the learning rate after the warm-up, down to min_lr_ratio."""
     warmup: float = 0.03
-    """Below 1: share of all steps; from 1 on: number of steps."""
+    """Below 1: share of all steps; 1 or more: number of steps."""
     min_lr_ratio: float = 0.0
     """Last learning rate divided by the peak."""
     max_grad_norm: float = 1.0
@@ -62,9 +62,9 @@ class TrainConfig:
     output: str = "runs/run"
     """Run folder."""
     epochs: float = 1.0
-    """Passes over the data; ignored when steps is set."""
+    """Passes over the training data; ignored when steps is set."""
     steps: int | None = None
-    """Optimiser steps."""
+    """Optimiser steps; None: computed from epochs."""
     global_batch: int = 16
     """Examples per optimiser step, over all ranks and accumulation."""
     micro_batch: int = 4
@@ -72,36 +72,38 @@ class TrainConfig:
     zero: str = "zero2"
     """DeepSpeed preset (zero0, zero1, zero2, zero3, ...), path of a DeepSpeed JSON file, or `none` for plain torch."""
     precision: Precision = "auto"
-    """auto: bf16 where the hardware computes it fast, else fp32."""
+    """auto: bf16 on hardware with fast bf16, else fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the language model's backward pass."""
     vision_gradient_checkpointing: bool = False
     """Recompute activations in the vision encoder's backward pass; pays only when the encoder trains."""
     compile: str | None = None
-    """Backend of torch.compile for decoder layers (inductor): what is between the products of lean ones, others whole;
-    None: they run as they are. Goes with gradient_checkpointing, not with ZeRO-3."""
+    """Backend of torch.compile for decoder layers (inductor). Of lean layers the operators between the matrix products
+    are compiled, of all others the whole layer. None: no compilation. Works with gradient_checkpointing, not with
+    ZeRO-3."""
     seed: int = 0
     """Seeds initialisation, data order and dropout."""
     save_every: int = 0
-    """Optimiser steps between checkpoints; 0: only the last."""
+    """Optimiser steps between checkpoints; 0: only the last step is saved."""
     keep_last: int = 2
-    """Checkpoints to keep; older ones go once a newer one is verified. 0 keeps all."""
+    """Checkpoints to keep; older ones are deleted once a newer one is verified. 0 keeps all."""
     keep_every: int = 0
-    """Also keep the checkpoints whose step is a multiple of this; 0: none."""
+    """Also keep the checkpoint of every step that is a multiple of this; 0: none."""
     background_save: bool = True
-    """Write checkpoints while training goes on, from a copy in main memory."""
+    """Write checkpoints in the background, from a copy in main memory."""
     rehearsal: bool = True
-    """Before the first step: a self-test of the engine, the largest micro-batch, and a checkpoint on trial."""
+    """Before the first step: test the engine, run the largest micro-batch, and write a trial checkpoint."""
     validate_every: int = 0
     """Optimiser steps between validations; 0: only at the end."""
     log_every: int = 1
     """Optimiser steps between metric records."""
     max_skipped_steps: int = 5
-    """Stop after this many steps in a row with a loss or gradient that is not finite."""
+    """Stop after this many consecutive steps with a loss or gradient that is not finite."""
     timeout_minutes: float = 30.0
-    """Limit of a collective operation between ranks, of the first step, and of a save or a validation."""
+    """Time limit of a collective operation between ranks, of the first step, and of a save or a validation."""
     step_timeout_minutes: float = 10.0
-    """Limit of one optimiser step after the first; a rank that hangs is named, with its stacks, and the run ends."""
+    """Time limit of one optimiser step after the first. At the limit the run ends, and the error names the rank that
+    hangs and shows its stacks."""
 
     def __post_init__(self) -> None:
         at_least("train.global_batch", self.global_batch, 1)
@@ -131,22 +133,22 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidateConfig:
-    """What is measured during the run, every `train.validate_every` steps, besides the held-out loss."""
+    """Measurements every `train.validate_every` steps, besides the held-out loss."""
 
     samples: int = 0
-    """Held-out records (data.validation) whose answers are written out, with their pictures."""
+    """Number of held-out records (data.validation) for which answers are generated and kept with their images."""
     sample_tokens: int = 64
-    """Longest written-out answer, tokens."""
+    """Longest generated answer, tokens."""
     tasks: list[str] = field(default_factory=list)
-    """Tasks of the evaluation harness; each gives metrics named `eval/TASK/METRIC`."""
+    """Tasks of the evaluation package; each gives metrics named `eval/TASK/METRIC`."""
     task_limit: int = 64
     """Documents per task; 0: all."""
     best: str | None = None
-    """Metric that names the best checkpoint, which is kept: validation_loss, or eval/TASK/METRIC."""
+    """Metric that chooses the best checkpoint, which is kept: validation_loss, or eval/TASK/METRIC."""
     best_is: Literal["auto", "lowest", "highest"] = "auto"
     """auto: lowest for losses and perplexities, highest for all others."""
     patience: int = 0
-    """Stop after this many validations in a row without a better `best`; 0: never."""
+    """Stop after this many consecutive validations without a better `best`; 0: never."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "task_limit", "patience"):
@@ -159,12 +161,12 @@ class ValidateConfig:
 
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
-"""What a recipe may ask for besides metrics.jsonl; each is the name of its package, too."""
+"""Trackers that a recipe may name; each is also the name of its Python package."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackConfig:
-    """Where metrics go besides metrics.jsonl, which is always written."""
+    """Trackers that get the metrics; metrics.jsonl is always written."""
 
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Any of tensorboard, wandb, trackio, mlflow."""
@@ -176,15 +178,15 @@ class TrackConfig:
     name: str | None = None
     """Run name; None: WANDB_NAME, else the run folder's name with its parent's."""
     group: str | None = None
-    """Runs that belong together, such as the seeds of one setting; None: WANDB_RUN_GROUP."""
+    """Group of runs, such as the seeds of one setting; None: WANDB_RUN_GROUP."""
     job_type: str | None = None
-    """What a run is within its group; None: WANDB_JOB_TYPE."""
+    """Role of the run within its group; None: WANDB_JOB_TYPE."""
     notes: str | None = None
     """Longer description; None: WANDB_NOTES."""
     tags: list[str] = field(default_factory=list)
-    """Short labels to find runs by; empty: WANDB_TAGS."""
+    """Short labels for searching; empty: WANDB_TAGS."""
     mixers_every: int = 0
-    """Log what the mixers learned every this many steps (`mixer/...`: distances, rank, condition); 0: never."""
+    """Steps between records of the mixers' statistics (`mixer/...`: distances, rank, condition); 0: never."""
 
     def __post_init__(self) -> None:
         at_least("track.mixers_every", self.mixers_every, 0)

@@ -1,6 +1,6 @@
-"""Strict reading of plain data into dataclasses: unknown keys and wrong types are errors that name the place.
+"""Strict reading of plain data into dataclasses: an unknown key or a wrong type is an error that names the place.
 
-Recipes, task files and stored protocols are all read this way.
+Recipes, task files and stored protocols are read with it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def build_strictly(kind: type[T], data: Mapping[str, Any], *, source: str) -> T:
-    """Build any dataclass from plain data as strictly as a recipe (task files use it).
+    """Build a dataclass from plain data.
 
     Raises:
         ConfigError: an unknown or missing key, a wrong type or an impossible value.
@@ -62,7 +62,7 @@ def parse_scalar(text: str) -> Any:
 
 
 def parse_text(text: str) -> str | None:
-    """Read one value of a key that takes text: as it stands, without quotes around it; null is None."""
+    """Read one value of a key that takes text: unchanged except for surrounding quotes; null is None."""
     bare = text.strip()
     if bare in ("null", "~"):
         return None
@@ -72,12 +72,12 @@ def parse_text(text: str) -> str | None:
 
 
 def takes_text(kind: Any, keys: Sequence[str]) -> bool:
-    """Whether the value at the end of a way into a dataclass can be text and nothing else but None."""
+    """Whether the field at the end of a key path takes only text or None."""
     return _kind_at(kind, keys) is str
 
 
 def _kind_at(kind: Any, keys: Sequence[str]) -> Any:
-    """The type at the end of a way into a dataclass, without None."""
+    """The type of the field at the end of a key path, without None."""
     for key in keys:
         kind = _without_none(kind)
         if dataclasses.is_dataclass(kind):
@@ -88,7 +88,7 @@ def _kind_at(kind: Any, keys: Sequence[str]) -> Any:
 
 
 def _without_none(kind: Any) -> Any:
-    """X of `X | None`; other kinds as they are."""
+    """X for `X | None`; any other type unchanged."""
     if typing.get_origin(kind) not in (Union, types.UnionType):
         return kind
     rest = [argument for argument in typing.get_args(kind) if argument is not type(None)]
@@ -101,12 +101,12 @@ def set_dotted(kind: Any, data: Any, keys: list[str], value: Any, item: str) -> 
     Args:
         kind: the dataclass that the data are for.
         data: mappings and lists.
-        keys: the way down; items of lists are addressed by number, and the number behind the last adds one.
-        value: what to put there.
-        item: what the user wrote, for messages.
+        keys: the key path. List items are addressed by number; the number after the last item appends one.
+        value: the new value.
+        item: the override as the user wrote it, for messages.
 
     Raises:
-        ConfigError: the way leads through a value, or past the end of a list.
+        ConfigError: the path goes through a value, or past the end of a list.
     """
     for depth, key in enumerate(keys):
         if isinstance(data, list):
@@ -125,11 +125,11 @@ def set_dotted(kind: Any, data: Any, keys: list[str], value: Any, item: str) -> 
 
 
 def _place(data: list[Any], key: str, item: str) -> int:
-    """The place of an item of a list; one behind the last is made."""
+    """The index of a list item; the index after the last item appends one."""
     count = len(data)
     if not (key.isascii() and key.isdigit()) or int(key) > count:
         there = f"0 to {count - 1} change the items that it has, {count}" if count else "it has no item, 0"
-        raise ConfigError(f"Override {item!r}: {key!r} is no place in this list: {there} adds one.")
+        raise ConfigError(f"Override {item!r}: {key!r} is not an index of this list: {there} adds one.")
     if int(key) == count:
         data.append(None)
     return int(key)
@@ -147,7 +147,7 @@ class _StrictLoader(yaml.SafeLoader):
             if not isinstance(key, Hashable):
                 raise yaml.YAMLError(
                     f"a key is itself a list or mapping (line {key_node.start_mark.line + 1}); a text with braces, "
-                    "such as a placeholder that was never filled in, needs quotes"
+                    "such as an unfilled placeholder, needs quotes"
                 )
             if key in seen:
                 raise yaml.YAMLError(f"key {key!r} is written twice (line {key_node.start_mark.line + 1})")
@@ -167,7 +167,7 @@ def plain(value: Any) -> Any:
 
 
 def _build(kind: Any, data: Any, source: str, where: str) -> Any:
-    """Turn plain data into `kind`, a dataclass or a typing form, or say exactly what does not fit."""
+    """Turn plain data into `kind`, a dataclass or a typing form; the error names the value that does not fit."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _build_dataclass(kind, data, source, where)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)

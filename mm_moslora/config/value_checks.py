@@ -12,5 +12,5 @@ def require(condition: bool, message: str) -> None:
 
 
 def at_least(name: str, value: float, minimum: float) -> None:
-    """Raise `ConfigError` unless the value of the named key is as large as the minimum."""
+    """Raise `ConfigError` unless the value of the named key is at least the minimum."""
     require(value >= minimum, f"{name} is {value}, expected at least {minimum}.")

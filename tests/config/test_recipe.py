@@ -111,9 +111,9 @@ def test_dotted_overrides_reach_into_lists_and_new_groups(tmp_path):
     assert [Path(source.path).name for source in more.data.train] == ["a", "b", "c"]
     assert [source.path for source in more.data.validation] == ["d"]
     assert more.validate.tasks == ["pope"]
-    with pytest.raises(ConfigError, match=r"'3' is no place in this list: 0 to 1 change the items .*, 2 adds one"):
+    with pytest.raises(ConfigError, match=r"'3' is not an index of this list: 0 to 1 change the items .*, 2 adds one"):
         load_recipe(path, ["data.train.3.path=c"])
-    with pytest.raises(ConfigError, match=r"'-1' is no place in this list: it has no item, 0 adds one"):
+    with pytest.raises(ConfigError, match=r"'-1' is not an index of this list: it has no item, 0 adds one"):
         load_recipe(path, ["data.validation.0.columns.a=b", "validate.tasks.-1=pope"])
     with pytest.raises(ConfigError, match=r"data\.train\.0\.path holds a value, not a group"):
         load_recipe(path, ["data.train.0.path.x=c"])
