@@ -1,7 +1,7 @@
-"""Whether the model looks at its images: checked once a start, after the first step that shows some.
+"""Check that the model depends on its images: once per start, after the first step with images.
 
-A library may take a keyword argument and ignore it. A model then trains without its images, or without some of several,
-and nothing else tells.
+A library may accept a keyword argument and ignore it. The model then trains without its images, or without some images
+of a record, and the loss does not reveal it.
 
 Shapes: ``K`` supervised positions of the batch, ``D`` width.
 """
@@ -31,26 +31,26 @@ _SEED = 20_261_127
 
 @dataclass(frozen=True, kw_only=True)
 class Replaced:
-    """An image of a record that answers come after, for noise to take its place."""
+    """An image of a record that noise replaces; answers must follow it."""
 
     what: str
     """For a message: `image 2 of 3 of record r7`."""
     of: int
-    """Images of the record that an answer comes after."""
+    """Number of the record's images that come before an answer."""
     rows: slice
     """Of `Batch.pixel_values`."""
     targets: slice
-    """Of `Batch.target_positions`: the record's."""
+    """Indices into `Batch.target_positions` of the record's targets."""
 
 
 class ImageCheck:
-    """Compares what the head reads with what it reads when noise takes the place of an image of every record, and looks
-    at the gradients of projector and tower.
+    """Compares the inputs of the head with those under noise in place of an image of every record, and checks the
+    gradients of projector and tower.
 
-    It changes neither weights nor generators. All ranks call it together.
+    It changes neither weights nor random generators. All ranks call it together.
 
     Args:
-        run: that trains.
+        run: the run that trains.
     """
 
     def __init__(self, run: Run) -> None:
@@ -58,20 +58,20 @@ class ImageCheck:
         self.done = not is_multimodal(run.assembly.model)
 
     def __call__(self, micro_batches: Sequence[Batch], result: StepResult) -> None:
-        """Check, if it has not been done and the step allows it.
+        """Check once, after the first suitable step.
 
         Args:
-            micro_batches: this rank's of the step that was taken.
-            result: of the step.
+            micro_batches: this rank's of the last step.
+            result: of that step.
 
         Raises:
-            TrainingError: an image changes nothing, or a part that trains got no gradient.
+            TrainingError: an image has no effect, or a trained part got no gradient.
         """
         if self.done or not result.images or not result.applied:
             return
         token = getattr(self.run.assembly.model.config, "image_token_id", None)
         chosen = [to_replace(batch, token) for batch in micro_batches]
-        # The micro-batch with most records of several images shows most.
+        # The micro-batch with the most records of several images is the strongest test.
         most = distributed.max_over_ranks([len(items) / 2**20 + sum(item.of > 1 for item in items) for items in chosen])
         if not any(most):
             return
@@ -99,21 +99,21 @@ class ImageCheck:
             model = type(self.run.assembly.model).__name__
             raise TrainingError(
                 f"The loss does not depend on the images: with noise in place of {', '.join(everywhere[:4])} "
-                f"({len(everywhere)} of {tried} that were tried), all that the answers are predicted from is the same "
-                f"to the last digit. {model} under transformers {transformers.__version__} ignores such images; "
+                f"({len(everywhere)} of {tried} that were tried), the inputs of the head are equal bit for bit. "
+                f"{model} under transformers {transformers.__version__} ignores such images; "
                 f"{_REMEDY}"
             )
 
     def _look_at_gradients(self) -> None:
-        """Adam's momentum is the trace of gradients that every ZeRO stage keeps."""
+        """Refuse a trained part without gradients, which shows in Adam's momentum; every ZeRO stage keeps the momentum."""
         norms = self.run.engine.component_norms()
         for part in ("projector", "vision"):
             found = [norm for name, norm in norms.items() if name.startswith(f"momentum_norm/{part}")]
             if found and not any(found):
                 raise TrainingError(
                     f"The loss depends on the images, but what trains of model.{part} got a gradient of exactly 0 in "
-                    f"step {self.run.step}: it would stay as it is. Freeze it (model.{part}.mode), or have the loss "
-                    f"read what it gives (model.vision.feature_layer). If it does already: {_REMEDY}"
+                    f"step {self.run.step}. Freeze it (model.{part}.mode), or make the loss use its output "
+                    f"(model.vision.feature_layer). If it does already: {_REMEDY}"
                 )
 
 
@@ -124,14 +124,14 @@ _REMEDY = (
 
 
 def to_replace(batch: Batch, token: int | None) -> list[Replaced]:
-    """An image of every record that a supervised token of the same conversation comes after.
+    """One image of every record that comes before a supervised token of its conversation.
 
-    Of a record with several images it is one: its second where it is the first such record, the one behind that in the
-    next. A model that reads the first or the last image alone is found by a single record of three.
+    For records with several images, the first such record gives its second image, the next record its third, and so
+    on. A single record of three images then reveals a model that reads the first or the last image alone.
 
     Args:
         batch: in main memory.
-        token: the placeholder; None: any place counts.
+        token: the image placeholder; None: images count wherever they are.
     """
     if batch.pixel_values is None:
         return []
@@ -149,7 +149,7 @@ def to_replace(batch: Batch, token: int | None) -> list[Replaced]:
         edges = list(itertools.accumulate(own or (), initial=row))
         rows = slice(None) if own is None else slice(edges[image], edges[min(image + 1, len(edges) - 1)])
         row = edges[-1]
-        if count and bool(batch.pixel_values[rows].any()):  # what is zero throughout only fills up
+        if count and bool(batch.pixel_values[rows].any()):  # all-zero images are padding
             what = "the images" if own is None else f"image {image + 1} of {len(own)}"
             name = batch.ids[number] if batch.ids else str(number)
             found.append(Replaced(what=f"{what} of record {name}", of=count, rows=rows, targets=targets))
@@ -157,13 +157,13 @@ def to_replace(batch: Batch, token: int | None) -> list[Replaced]:
 
 
 def _images_read(ids: Tensor, behind: Tensor, token: int | None, *, images: int) -> int:
-    """How many of a conversation's images, from the first on, are known to come before a supervised position.
+    """The number of a conversation's images, from the first on, that surely precede a supervised position.
 
     Args:
-        ids: of the conversation.
+        ids: the conversation.
         behind: its supervised positions.
-        token: the placeholder; None: any place counts.
-        images: how many it has.
+        token: the image placeholder; None: images count wherever they are.
+        images: number of its images.
     """
     if not images or not len(behind):
         return 0
@@ -176,11 +176,11 @@ def _images_read(ids: Tensor, behind: Tensor, token: int | None, *, images: int)
 
 
 def with_noise(batch: Batch, chosen: Sequence[Replaced]) -> Tensor:
-    """A batch's images, noise in place of some.
+    """A batch's images with noise in place of some.
 
     Args:
-        batch: has images.
-        chosen: which.
+        batch: a batch with images.
+        chosen: the images to replace.
     """
     assert batch.pixel_values is not None
     noise, pixels = noise_like(batch.pixel_values), batch.pixel_values.clone()
@@ -190,9 +190,9 @@ def with_noise(batch: Batch, chosen: Sequence[Replaced]) -> Tensor:
 
 
 def noise_like(pixels: Tensor) -> Tensor:
-    """Other images of the same form.
+    """Noise in the shape of given images.
 
-    Tiles that are zero throughout stay zero: models tell by it that a picture has fewer tiles than others.
+    All-zero tiles stay zero: models take them as padding of pictures with fewer tiles.
 
     Args:
         pixels: ``[..., 3, H, W]``, or patches ``[P, E]``.
@@ -207,7 +207,7 @@ def noise_like(pixels: Tensor) -> Tensor:
 
 @contextmanager
 def _without_memory(module: LossModule) -> Iterator[None]:
-    """Features on disk and of earlier micro-batches are neither read nor written."""
+    """Disable cached features, on disk and of earlier micro-batches."""
     kept, module.pictures = module.pictures, StepFeatureCache()
     try:
         yield
@@ -217,7 +217,7 @@ def _without_memory(module: LossModule) -> Iterator[None]:
 
 @contextmanager
 def _read_by_head(module: LossModule) -> Iterator[list[Tensor]]:
-    """What the head is given in each forward pass, ``[K, D]``."""
+    """Record the head's input in each forward pass, ``[K, D]``."""
     read: list[Tensor] = []
     hook = module.model.get_output_embeddings().register_forward_pre_hook(lambda _, given: read.append(given[0]))
     try:

@@ -1,4 +1,4 @@
-"""Parameter groups with a learning rate each, and the learning-rate schedule."""
+"""Parameter groups, each with its own learning rate, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ParameterGroup:
     """Parameters that share a learning rate and a weight decay."""
 
     name: str
-    """adapter, mixer, projector, vision or language; `/no_decay` behind it for biases and norms."""
+    """adapter, mixer, projector, vision or language; biases and norms get the suffix `/no_decay`."""
     peak_lr: float
     """Learning rate at the end of the warm-up."""
     weight_decay: float
@@ -32,7 +32,7 @@ class ParameterGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """What AdamW and clipping need, from the recipe."""
+    """The recipe's settings for AdamW and clipping."""
 
     betas: tuple[float, float]
     eps: float
@@ -41,7 +41,7 @@ class OptimizerSettings:
     def adamw(
         self, groups: Sequence[ParameterGroup], parameters: Sequence[Sequence[nn.Parameter]]
     ) -> torch.optim.AdamW:
-        """Torch's AdamW over the groups, weight decay written out (libraries disagree about its default)."""
+        """Torch's AdamW over the groups. Weight decay is always passed, since its defaults differ between libraries."""
         return torch.optim.AdamW(
             [
                 {"params": list(members), "lr": group.peak_lr, "weight_decay": group.weight_decay}
@@ -60,7 +60,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[ParameterGro
         config: the recipe's `optim`.
 
     Raises:
-        ConfigError: nothing trains.
+        ConfigError: no parameter is trainable.
     """
     sorted_in: dict[tuple[str, float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
@@ -81,12 +81,12 @@ def _group_of(name: str, parameter: nn.Parameter, config: OptimConfig) -> tuple[
     shape = getattr(parameter, "ds_shape", parameter.shape)
     decay = config.weight_decay if len(shape) > 1 else 0.0
     if "lora_mixer" in name:
-        # The mixer starts from a norm that matters; decay would shrink it.
+        # The scale of the initial mixer matters; weight decay would shrink it.
         return "mixer", _or(config.mixer_lr, config.lr), 0.0
     part = part_of(name)
     if part == "projector" and "lora_" not in name:
         label, lr = "projector", _or(config.projector_lr, config.lr)
-    elif part != "language":  # adapters in a projector that lies in the tower are the tower's
+    elif part != "language":  # adapters of a projector inside the tower count as the tower's
         label, lr = "vision", _or(config.vision_lr, config.lr)
     else:
         label, lr = "adapter" if "lora_" in name else "language", config.lr

@@ -1,4 +1,4 @@
-"""Which number format a run computes in."""
+"""The number format of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_precision(precision: Precision) -> str:
-    """Turn `auto` into bf16 where the hardware multiplies it fast, else fp32."""
+    """Resolve `auto` to bf16 where the hardware multiplies it fast, else to fp32."""
     if precision != "auto":
         return precision
     if torch.cuda.is_available():

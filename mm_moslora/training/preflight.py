@@ -1,7 +1,7 @@
-"""What is refused before anything is loaded: all that the recipe, the names of files and what is installed tell.
+"""Checks before anything is loaded, from the recipe, file names and installed packages.
 
 `check_recipe` imports nothing heavy; the command line calls it first, and `launch` before it starts ranks.
-`check_libraries` asks the libraries that a run imports anyway. Both come before models and records.
+`check_libraries` asks the libraries that a run imports anyway. Both run before models and records are loaded.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from mm_moslora.utils.run_paths import (
 )
 
 LOSS, ACCURACY = "validation_loss", "validation_token_accuracy"
-"""What is measured on held-out records."""
+"""The metrics of held-out records."""
 
 
 def check_recipe(recipe: Recipe, *, resume: str = "auto", tasks: Sequence[str] | None = None) -> None:
-    """Refuse a run that cannot be, as far as it is known without PyTorch.
+    """Refuse a recipe that cannot run, as far as this can be decided without PyTorch.
 
     Args:
         recipe: resolved.
         resume: as for `train`.
-        tasks: names under which the harness measures `validate.tasks`; None: they are not known here.
+        tasks: names of harness tasks in `validate.tasks`; None: they are not known here.
 
     Raises:
-        MoSLoRAError: with the key, what was found and what was expected.
+        MoSLoRAError: names the key, what was found and what was expected.
     """
     run = Path(recipe.train.output)
     refuse_folder(run)
@@ -53,15 +53,15 @@ def check_recipe(recipe: Recipe, *, resume: str = "auto", tasks: Sequence[str] |
     check_data(recipe.data)
     _check_caches(recipe)
     goes_on = resume_folder(resume) is not None or (resume != "never" and bool(checkpoints(run)))
-    if not goes_on:  # a run that goes on finds parts that were moved through its checkpoint
+    if not goes_on:  # on resume, the checkpoint helps to find moved parts
         _check_parts(recipe)
 
 
 def check_data(config: DataConfig) -> None:
-    """Refuse data whose files are not there.
+    """Refuse data sources with missing files.
 
     Raises:
-        DataError: no source is named, or a path leads nowhere.
+        DataError: no source is given, or a path does not exist.
     """
     require_sources(config.train)
     if config.validation:
@@ -69,11 +69,11 @@ def check_data(config: DataConfig) -> None:
 
 
 def refuse_folder(run: Path) -> None:
-    """Refuse a run folder that is no folder, or that holds files of somebody else.
+    """Refuse a run folder that is a file, or that holds files of another program.
 
     Raises:
-        TrainingError: there is a file in its way.
-        ConfigError: files that no run wrote have the names of a run's.
+        TrainingError: a file is at the path of the folder.
+        ConfigError: files of another program have names that a run writes.
     """
     there = next(place for place in (run, *run.absolute().parents) if place.exists())
     if not there.is_dir():
@@ -86,15 +86,15 @@ def _check_engine(recipe: Recipe) -> None:
     if train.zero == "none":
         if train.precision == "fp16":
             raise ConfigError(
-                "train.precision is fp16, whose loss must be scaled; plain torch (train.zero none) does not do that. "
+                "train.precision is fp16, which needs loss scaling; plain torch (train.zero none) has none. "
                 "Choose bf16 or fp32, or zero0 to zero3."
             )
         return
     stage = read_preset(train.zero).get("zero_optimization", {}).get("stage", 0)
     if stage == 3 and recipe.adapter.factor_form == "orthonormal":
         raise ConfigError(
-            f"adapter.factor_form is orthonormal, which takes whole matrices, and train.zero {train.zero} is a ZeRO-3, "
-            "which has them whole only while their layer computes. Choose zero0 to zero2."
+            f"adapter.factor_form is orthonormal, which needs whole matrices, but train.zero {train.zero} is a ZeRO-3, "
+            "which gathers a matrix only while its layer computes. Choose zero0 to zero2."
         )
 
 
@@ -132,12 +132,12 @@ def _check_caches(recipe: Recipe) -> None:
     for key, name in places.items():
         if name and Path(name).expanduser().is_file():
             raise ConfigError(
-                f"{key} is {name!r}, which is a file; expected a folder, which is made where there is none."
+                f"{key} is {name!r}, which is a file; expected a folder, which is created if it is missing."
             )
 
 
 def _check_parts(recipe: Recipe) -> None:
-    """What a run starts from, by the names of files alone."""
+    """Check the files that a run starts from, by their names alone."""
     model, adapter = recipe.model, recipe.adapter
     refuse_without_effect(model)
     require_model("model.language", model.language)
@@ -149,7 +149,7 @@ def _check_parts(recipe: Recipe) -> None:
     if model.vision is not None and model.projector.weights:
         require_projector(model.projector.weights)
     if adapter.weights and _has_adapters(model) and not is_adapter(adapter.weights):
-        adapter_folder(adapter.weights)  # which may know better what is wrong
+        adapter_folder(adapter.weights)  # may raise a more specific error
         raise AdapterError(
             f"adapter.weights is {adapter.weights!r}, which holds no adapter. Give a run folder, a checkpoint or an "
             "adapter folder."
@@ -161,14 +161,14 @@ def _has_adapters(model: ModelConfig) -> bool:
 
 
 def check_libraries(recipe: Recipe, *, fresh: bool = True) -> None:
-    """Refuse what the libraries or this machine cannot do, before a model is loaded.
+    """Refuse a recipe that the libraries or this machine do not support, before a model is loaded.
 
     Args:
-        recipe: that `check_recipe` has passed.
-        fresh: whether the run starts from the weights that the recipe names.
+        recipe: has passed `check_recipe`.
+        fresh: whether the run starts from the weights in the recipe.
 
     Raises:
-        MoSLoRAError: with the key, what was found and what was expected.
+        MoSLoRAError: names the key, what was found and what was expected.
     """
     from mm_moslora.kernels.attention.segment_attention import require_attention
     from mm_moslora.models.memory_efficient.compiled_layers import require_backend

@@ -1,7 +1,7 @@
-"""What is tried before the first step, so that it does not fail hours later.
+"""A rehearsal before the first step, so that a run does not fail hours later.
 
-The engine's arithmetic, the largest micro-batch, and a checkpoint that is written, read back and thrown away. The run's
-state is afterwards what it was, bit for bit.
+It tests the engine's arithmetic, the largest micro-batch, and a checkpoint that is written, read back and deleted. The
+state of the run is restored bit for bit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
 
 
 class _Tiny(nn.Module):
-    """A language model of one layer that stands in for `LossModule`."""
+    """A one-layer language model in place of `LossModule`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class _Tiny(nn.Module):
 
 
 def _tiny_batches(rank: int) -> list[Batch]:
-    """Different words and counts on every rank and in every micro-batch."""
+    """Different tokens and counts on every rank and in every micro-batch."""
     batches = []
     for number in range(_MICRO_BATCHES):
         length = 4 + (3 * rank + number) % 5
@@ -61,9 +61,9 @@ def _tiny_batches(rank: int) -> list[Batch]:
 
 
 def self_test(train: TrainConfig, precision: str) -> None:
-    """One step of a tiny model on the chosen engine against plain autograd over all ranks' data.
+    """Compare one step of a tiny model on the chosen engine with plain autograd over all ranks' data.
 
-    It catches releases of DeepSpeed that reduce gradients wrongly (such as 0.17.6 to 0.18.2 on ZeRO-2).
+    It detects releases of DeepSpeed with wrong gradient reductions (such as 0.17.6 to 0.18.2 on ZeRO-2).
 
     Raises:
         TrainingError: the gradient norm or the step differs.
@@ -92,8 +92,8 @@ def self_test(train: TrainConfig, precision: str) -> None:
     finally:
         engine.close()
     if not result.applied and precision == "fp16":
-        return  # the first loss scale is often too large
-    # Adam's first step moves every element by the learning rate, against the sign of its gradient.
+        return  # the first loss scale is often too large, and the step is skipped
+    # Adam's first step moves every element by the learning rate against the sign of its gradient.
     steps = [before[name] - after[name] for name, _ in module.named_parameters()]
     wrong = max(
         float(((step - optim.lr * gradient.sign()).abs() * (gradient.abs() > 1e-2 * expected)).max())
@@ -110,7 +110,7 @@ def self_test(train: TrainConfig, precision: str) -> None:
 
 
 def rehearse(run: Run, saver: Saver) -> None:
-    """Try everything once; see the module's first lines.
+    """Run the rehearsal; see the module docstring.
 
     Raises:
         TrainingError: the engine computes wrong numbers, the largest micro-batch does not fit, or the state cannot be
@@ -127,7 +127,7 @@ def rehearse(run: Run, saver: Saver) -> None:
     size = sum(entry["bytes"] for entry in saver.files.values())
     damaged = [name for name, entry in saver.files.items() if files.sha256_of(trial / name) != entry["sha256"]]
     if damaged:
-        raise CheckpointError(f"{trial / damaged[0]} reads back otherwise than it was written. Check this disk.")
+        raise CheckpointError(f"{trial / damaged[0]} reads back differently than it was written. Check this disk.")
     written = time.monotonic()
     statistics = {name: buffer.clone() for name, buffer in moving_statistics(run.assembly.model).items()}
     tokens = _largest_step(run)
@@ -144,7 +144,7 @@ def rehearse(run: Run, saver: Saver) -> None:
 
 
 def _largest_step(run: Run) -> int:
-    """One optimiser step on the longest examples, with a learning rate of 0; gives their tokens."""
+    """Run one optimiser step on the longest examples with a learning rate of 0; returns their number of tokens."""
     train = run.recipe.train
     batch = largest_batch(run.training_set, train.micro_batch)
     accumulated = -(-train.global_batch // (train.micro_batch * distributed.world_size()))
@@ -169,7 +169,7 @@ def _check_restored(run: Run, taken: Snapshot) -> None:
     problem = None
     if changed:
         problem = TrainingError(
-            f"{len(changed)} weights came back from a checkpoint otherwise than they went in, such as {changed[0]}. "
-            "A resumed run would be another run; choose another train.zero."
+            f"{len(changed)} weights changed by being saved and loaded, such as {changed[0]}. "
+            "A resumed run would differ from this one; choose another train.zero."
         )
     distributed.agree(problem, what="Reading a checkpoint back")

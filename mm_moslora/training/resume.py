@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, whether it belongs to this run, and how its state comes back."""
+"""Resuming from a checkpoint: choosing it, checking that it belongs to this run, restoring its state."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ logger = logging.getLogger(__name__)
 
 
 def find_resume(recipe: Recipe, resume: str) -> tuple[Path, checkpoint.Manifest] | None:
-    """Which checkpoint to go on from, the same on every rank.
+    """The checkpoint to resume from, the same on every rank.
 
     Args:
         recipe: resolved.
         resume: `auto` (the newest valid one, or none in a fresh folder), `required`, `never`, or a checkpoint folder.
 
     Raises:
-        CheckpointError: `required` without a checkpoint, `never` with one, a damaged or foreign one.
-        DistributedError: any of these, on the other ranks.
+        CheckpointError: `required` without a checkpoint, `never` with one, or a checkpoint that is damaged or belongs
+        to another run.
+        DistributedError: any of these on another rank.
     """
     run = Path(recipe.train.output)
     choice: str | None = None
@@ -92,15 +93,15 @@ def _changes(manifest: checkpoint.Manifest, recipe: Recipe) -> checkpoint.Change
 
 
 def changed_since(recipe: Recipe) -> tuple[str, ...]:
-    """In what a recipe differs from that of the newest checkpoint in its run folder, for which training refuses it.
+    """Differences between a recipe and the newest checkpoint in its run folder for which training would refuse it.
 
-    Nothing is written, and no file is verified.
+    It writes nothing and verifies no file.
 
     Args:
         recipe: resolved.
 
     Returns:
-        Recipe keys as `key: there -> now`; none where there is no checkpoint.
+        Recipe keys as `key: there -> now`; empty where there is no checkpoint.
 
     Raises:
         OtherFormatError: another version of mm_moslora wrote the checkpoint.
@@ -110,13 +111,13 @@ def changed_since(recipe: Recipe) -> tuple[str, ...]:
             return _changes(checkpoint.read_manifest(folder, verify=False), recipe).other_run
         except OtherFormatError:
             raise
-        except CheckpointError:  # training passes over a damaged one
+        except CheckpointError:  # training skips a damaged one
             continue
     return ()
 
 
 def _weights_of(checkpoint: Path, recipe: Recipe) -> str:
-    """The overrides by which another run starts from what a checkpoint holds."""
+    """Overrides with which another run starts from the weights of a checkpoint."""
     words = [f"--adapter.weights {checkpoint}"] if is_adapter(checkpoint) else []
     if recipe.model.vlm is None and projector_file(checkpoint).is_file():
         words.append(f"--model.projector.weights {checkpoint}")
@@ -124,23 +125,23 @@ def _weights_of(checkpoint: Path, recipe: Recipe) -> str:
 
 
 def _filled(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A checkpoint's recipe with the defaults of keys that came later than it."""
+    """A checkpoint's recipe, with defaults for keys that are newer than it."""
     try:
         return Recipe.from_dict(recipe).to_dict()
-    except ConfigError:  # it has keys that are no more; the comparison names them
+    except ConfigError:  # it has keys that were removed; the comparison names them
         return recipe
 
 
 def restore(run: Run, folder: Path, manifest: checkpoint.Manifest) -> None:
-    """Put a run back into the state of a checkpoint; on the same number of ranks and the same stage, bit for bit.
+    """Restore the state of a checkpoint; bit for bit on the same number of ranks and the same ZeRO stage.
 
     Raises:
-        CheckpointError: the data changed, or the checkpoint lacks state of something that trains.
+        CheckpointError: the data changed, or the checkpoint lacks state of a trained parameter.
     """
     if manifest.data not in ("", run.training_set.fingerprint):
         raise CheckpointError(
-            f"The training data is not what {folder} was written with: records were added, removed, changed in length "
-            "or became unusable, so that some would be seen twice and others never. Restore the data, or start another "
+            f"The training data differs from that of {folder}: records were added, removed, changed in length or "
+            "became unusable, so that some would be seen twice and others never. Restore the data, or start another "
             "run from the checkpoint's weights (adapter.weights, model.projector.weights)."
         )
     run.engine.load_state([rank_folder(folder, rank) for rank in range(manifest.world_size)])
@@ -151,7 +152,7 @@ def restore(run: Run, folder: Path, manifest: checkpoint.Manifest) -> None:
     if manifest.world_size == distributed.world_size():
         RandomState.read(rank_folder(folder)).restore()
     else:
-        # As many streams as ranks are needed, and none may be one that was used before.
+        # One stream per rank; none may repeat an earlier stream.
         seed_everything(run.recipe.train.seed + 7919 * (run.step + 1) + 31 * distributed.world_size())
 
 
@@ -168,5 +169,5 @@ def _restore_statistics(run: Run, folder: Path) -> None:
     }
     for name, buffer in buffers.items():
         if name not in stored:
-            raise CheckpointError(f"{folder} lacks {name}, which training moves. Choose another checkpoint.")
+            raise CheckpointError(f"{folder} lacks {name}, which is trained. Choose another checkpoint.")
         buffer.copy_(stored[name])

@@ -1,4 +1,4 @@
-"""A run: its folder, its parts, and what a checkpoint of it holds."""
+"""A run: its folder, its parts, and the contents of its checkpoints."""
 
 from __future__ import annotations
 
@@ -60,17 +60,17 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PICTURES_TO_SCALE, PICTURES_TO_STANDARDISE, PICTURES_TO_FIT = 8, 64, 1024
-"""A size needs few, the spread of every dimension more, what tells them apart most."""
+"""Numbers of pictures: few for the scale, more for the spread of every dimension, most for the fit to answers."""
 
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold a run folder for this run alone; freed by the kernel when the process ends, however it ends.
+    """Lock a run folder for this run; the kernel frees the lock when the process ends.
 
     Raises:
-        ConfigError: files that no run wrote have the names of a run's.
-        TrainingError: another process holds it, or it cannot be written.
-        DistributedError: the same, on the other ranks.
+        ConfigError: files of another program have names that a run writes.
+        TrainingError: another process holds the lock, or the folder is not writable.
+        DistributedError: the same on another rank.
     """
     with ExitStack() as held:
         failure: Exception | None = None
@@ -106,14 +106,14 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's and torch's generators; ranks differ, so that their dropout masks do."""
+    """Seed Python's and torch's generators, differently on every rank, so that dropout masks differ."""
     random.seed(seed)
     torch.manual_seed(seed * 10_007 + distributed.rank())
 
 
 @dataclass(kw_only=True)
 class Run:
-    """Everything a training loop works with."""
+    """The parts of a training run."""
 
     recipe: Recipe
     folder: Path
@@ -123,25 +123,25 @@ class Run:
     validation_set: TrainingSet | None
     engine: Engine
     frozen_projector: dict[str, Tensor] = field(default_factory=dict)
-    """Weights of a projector that does not train, whole: ZeRO-3 cuts up the model's own."""
+    """Full weights of a frozen projector; under ZeRO-3 the model holds shards."""
     first_mixers: dict[str, Tensor] = field(default_factory=dict)
-    """The mixers at step 0, also of a run that goes on from a checkpoint."""
+    """The mixers at step 0, also after a resume."""
     contents: dict[str, str] = field(default_factory=dict)
     """Fingerprints of the base model's files, see `mm_moslora.models.model_paths`."""
     counters: dict[str, float] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
-        """Optimiser steps done (applied or skipped)."""
+        """Optimiser steps so far (applied or skipped)."""
         return int(self.counters.get("steps", 0))
 
 
 def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
-    """Assemble model, data and engine, in this order, and log what trains.
+    """Assemble model, data and engine, in this order, and log the trainable parameters.
 
     Args:
         recipe: resolved; its `train.output` exists.
-        checkpoint: that the run goes on from; it helps to find models that were moved.
+        checkpoint: the checkpoint to resume from; it helps to find models that were moved.
     """
     folder = Path(recipe.train.output)
     precision = distributed.from_main(resolve_precision(recipe.train.precision))  # hosts may differ
@@ -199,9 +199,9 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
 
 
 def _start_of(model: ModelConfig, adapter: AdapterConfig, checkpoint: Path) -> tuple[ModelConfig, AdapterConfig]:
-    """Where a run that goes on finds the weights that it began with: in its checkpoint, once their own place is gone.
+    """The source of a resumed run's initial weights: its checkpoint, where their original path is gone.
 
-    What trains is read from the checkpoint's state later, so nothing but frozen parts and shapes depend on this.
+    Trained weights are loaded from the checkpoint's state later, so only frozen parts and shapes depend on this.
     """
     weights, kept = model.projector.weights, checkpoint / "projector.safetensors"
     fresh = weights is None and model.vlm is None and not model.projector_trains and kept.is_file()
@@ -246,9 +246,9 @@ def _data_set(recipe: Recipe, assembly: Assembly, *, validation: bool) -> Traini
 
 @torch.no_grad()
 def _start_projector(recipe: Recipe, assembly: Assembly, data: TrainingSet) -> None:
-    """Fit a fresh projector to pictures of the training data and their answers, as far as the recipe wants.
+    """Fit a new projector to pictures of the training data and their answers, as the recipe asks.
 
-    Rank 0 measures, where it is going to train; the others get its weights.
+    Rank 0 computes on the device that it trains on; the other ranks get its weights.
     """
     model, wanted = assembly.model, recipe.model.projector
     if not is_multimodal(model) or assembly.is_pretrained_vlm or wanted.weights:
@@ -260,7 +260,7 @@ def _start_projector(recipe: Recipe, assembly: Assembly, data: TrainingSet) -> N
         try:
             with _where_it_trains(model):
                 _fit(assembly, data, to_answers=wanted.fit_to_answers)
-        except Exception as error:  # the other ranks wait
+        except Exception as error:  # raised below: the other ranks are waiting
             failure = error
     distributed.agree(failure, what="Fitting the projector")
     projector.load_state_dict(distributed.from_main(projector.state_dict()))
@@ -271,27 +271,27 @@ def _fit(assembly: Assembly, data: TrainingSet, *, to_answers: bool) -> None:
     projector, words = model.model.multi_modal_projector, cast(Tensor, model.get_input_embeddings().weight)
     pictures = [pixels for _, pixels in _spread_out(data, PICTURES_TO_STANDARDISE if to_answers else PICTURES_TO_SCALE)]
     if not pictures:
-        logger.warning("The projector begins at random: no record of the training data shows a picture.")
+        logger.warning("The projector starts from random weights: no record of the training data has a picture.")
         return
     if to_answers:
         fold_into(projector, *_feature_spread(model, pictures))
         share = fit_to_words(projector, _hidden_and_words(assembly, data), size=embedding_size(words))
         if share is not None:
-            logger.info("Projector fitted: visual tokens follow %.0f %% of what tells answers apart.", 100 * share)
+            logger.info("Projector fitted: visual tokens explain %.0f %% of the variance of the answers.", 100 * share)
             return
-        logger.warning("The projector is not fitted to the answers: they, or the pictures, are all the same.")
+        logger.warning("The projector is not fitted to the answers: the answers, or the pictures, are all equal.")
     factor = embedding_scale(image_features(model, torch.cat(pictures[:PICTURES_TO_SCALE])), words)
     for parameter in last_layer(projector).parameters():
         parameter.mul_(factor)
-    logger.info("Projector output scaled by %.3g to the size of word embeddings.", factor)
+    logger.info("Projector output scaled by %.3g to the norm of word embeddings.", factor)
 
 
 def _spread_out(
     data: TrainingSet, count: int, *, on_progress: Callable[[int, int], None] | None = None
 ) -> Iterator[tuple[Example, Tensor]]:
-    """Records that show something and their pictures or tiles ``[n, 3, H, W]``.
+    """Records with pictures, and their pictures or tiles ``[n, 3, H, W]``.
 
-    At most `count`, evenly spaced: files are often sorted by what the pictures show.
+    At most `count`, evenly spaced, since files are often sorted by content.
     """
     shown = [index for index in range(len(data)) if data.has_image[index]]
     chosen = [shown[len(shown) * place // count] for place in range(count)] if len(shown) > count else shown
@@ -304,11 +304,11 @@ def _spread_out(
 
 
 def _feature_spread(model: PreTrainedModel, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of what a projector's first linear layer reads, ``[V]`` each, fp32.
+    """Mean and standard deviation of the input of a projector's first linear layer, ``[V]`` each, fp32.
 
     Args:
-        model: an assembly, tower and projector on the device where it trains.
-        pictures: some real pictures, ``[n, 3, H, W]`` each.
+        model: an assembly with tower and projector on the device that it trains on.
+        pictures: real pictures, ``[n, 3, H, W]`` each.
     """
     with inputs_of(first_layer(model.model.multi_modal_projector)) as taken:
         for pixels in pictures:
@@ -318,7 +318,7 @@ def _feature_spread(model: PreTrainedModel, pictures: Sequence[Tensor]) -> tuple
 
 
 def _hidden_and_words(assembly: Assembly, data: TrainingSet) -> Iterator[tuple[Tensor, Tensor]]:
-    """By pictures, what the last layer reads ``[n, Q, H]`` and the mean word embedding of the answers ``[n, D]``."""
+    """Per picture, the input of the last layer ``[n, Q, H]`` and the mean word embedding of the answers ``[n, D]``."""
     model, marks = assembly.model, torch.tensor(assembly.tokenizer.all_special_ids)
     words = cast(Tensor, model.get_input_embeddings().weight)
     progress = Progress("fit projector", 0, unit="picture")
@@ -342,7 +342,7 @@ def _batches(records: Iterator[T]) -> Iterator[list[T]]:
 
 @contextmanager
 def _where_it_trains(model: PreTrainedModel) -> Iterator[None]:
-    """Tower and projector on this rank's device; the engine takes a whole model from the host afterwards."""
+    """Tower and projector on this rank's device inside the block; the engine later takes the model from the host."""
     parts: list[nn.Module] = [model.model.vision_tower, model.model.multi_modal_projector]
     for part in parts:
         part.to(distributed.device())

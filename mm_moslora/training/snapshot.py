@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, taken as a copy so that it can be written while training goes on."""
+"""The contents of a checkpoint, copied so that they can be written while training continues."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class Snapshot:
     run: Run
     manifest: Manifest
     weights: dict[str, Tensor]
-    """fp32 masters of everything that trains, whole; on rank 0 only."""
+    """fp32 masters of all trained parameters, in full; on rank 0 only."""
     adapter: adapters.TakenAdapter | None
-    """Made of them; on rank 0 only."""
+    """Adapter tensors, made from `weights`; on rank 0 only."""
     state: HostState
     """This rank's share of the optimiser state."""
     random_state: RandomState
 
     @property
     def size(self) -> int:
-        """Bytes that this rank will write, about."""
+        """Estimate of the bytes that this rank will write."""
         return self.state.bytes + sum(value.numel() * value.element_size() for value in self.weights.values())
 
     def write(self, folder: Path) -> None:
@@ -63,13 +63,13 @@ def snapshot(run: Run) -> Snapshot:
     """Copy a run's state. All ranks take part.
 
     Raises:
-        CheckpointError: the weights to save are not exactly those that train.
+        CheckpointError: the weights to save differ from the trained ones.
     """
     weights = {name.removeprefix("model."): value for name, value in run.engine.trainable_state().items()}
     expected = {name for name, parameter in run.assembly.model.named_parameters() if parameter.requires_grad}
     if set(weights) != expected:
         odd = sorted(set(weights) ^ expected)
-        raise CheckpointError(f"The weights to save are not the weights that train; they differ in {odd[:4]}.")
+        raise CheckpointError(f"The weights to save are not the trained weights; they differ in {odd[:4]}.")
     shapes = {name: list(value.shape) for name, value in weights.items()}
     manifest = Manifest(
         step=run.step, world_size=distributed.world_size(), recipe=run.recipe.to_dict(),
@@ -83,8 +83,8 @@ def snapshot(run: Run) -> Snapshot:
         weights |= {name: value.detach().cpu().clone() for name, value in moving_statistics(run.assembly.model).items()}
     adapter = None
     if distributed.is_main() and run.assembly.peft_model is not None:
-        # Here and not while it is written: ZeRO-3 fetches a weight that is looked at during a forward pass, and the
-        # other ranks know nothing of it.
+        # Read here and not in the writing thread: under ZeRO-3, reading a weight during a forward pass starts a gather,
+        # in which the other ranks do not take part.
         chosen = {name: value for name, value in weights.items() if "lora_" in name}
         adapter = adapters.take_adapter(run.assembly.peft_model, state=chosen, base=run.assembly.base)
     return Snapshot(
@@ -94,7 +94,7 @@ def snapshot(run: Run) -> Snapshot:
 
 
 def moving_statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Running means and variances of normalisations that train: no parameters, but part of what was learned."""
+    """Running means and variances of trained normalisation layers: buffers, which are trained state all the same."""
     return {
         f"{prefix}.{name}": buffer
         for prefix, module in model.named_modules()
@@ -105,9 +105,9 @@ def moving_statistics(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_model(taken: Snapshot, folder: Path) -> None:
-    """The part of a checkpoint that is for use: recipe, adapter, projector, other trained weights, processor.
+    """Write the part of a checkpoint for use: recipe, adapter, projector, other trained weights, processor.
 
-    Looks at no weight of the live model, which may be training on.
+    It reads no weight of the live model, which may be training meanwhile.
     """
     run, state, assembly = taken.run, taken.weights, taken.run.assembly
     model = assembly.model
@@ -120,7 +120,7 @@ def write_model(taken: Snapshot, folder: Path) -> None:
         trained |= {} if newline is None else {NEWLINE: newline}
         save_file(_contiguous(run.frozen_projector | trained), folder / "projector.safetensors")
     for component in (*_COMPONENTS, *(("projector",) if assembly.is_pretrained_vlm else ())):
-        # A projector inside an adapted tower trains below its adapters; the base model knows nothing of them.
+        # A projector inside an adapted tower has its weights below the adapters; the base model has other names.
         part = {
             name.replace(".base_layer.", "."): value for name, value in state.items() if component_of(name) == component
         }
@@ -138,14 +138,14 @@ def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomState:
-    """The generators of this rank."""
+    """The random generators of this rank."""
 
     tensors: dict[str, Tensor]
     python: str
 
     @classmethod
     def now(cls) -> RandomState:
-        """Their present state."""
+        """Their current state."""
         tensors = {"torch": torch.get_rng_state()}
         if torch.cuda.is_available():
             tensors["cuda"] = torch.cuda.get_rng_state()
@@ -153,7 +153,7 @@ class RandomState:
         return cls(tensors=tensors, python=json.dumps([version, list(words), gauss]))
 
     def restore(self) -> None:
-        """Put the generators back into this state."""
+        """Restore this state."""
         torch.set_rng_state(self.tensors["torch"])
         if "cuda" in self.tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(self.tensors["cuda"])

@@ -50,14 +50,14 @@ from mm_moslora.utils.run_paths import checkpoints
 logger = logging.getLogger(__name__)
 
 MAX_FAILED_SAVES = 3
-"""Saves in a row that may fail before the run stops: training on without checkpoints risks too much."""
+"""Consecutive failed saves before the run stops, since training without checkpoints risks the work."""
 
 MOST_TOLD = 1000
-"""Characters of an alert."""
+"""Maximum characters of an alert."""
 FINISHED_AT = "finished_at"
-"""Among the counters: the step after which the run was over and had been measured."""
+"""Counter: the last step, once the run was over and had been measured."""
 CUT_SHORT_AT = "cut_short_at"
-"""Among the counters: the step whose validation a signal cut short, so that whoever goes on does it again."""
+"""Counter: the step of a validation that a signal interrupted, so that a resumed run repeats it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +73,13 @@ class TrainResult:
     stopped_by: int
     """The signal that stopped it early, 0 for none."""
     stopped_early: bool = False
-    """Whether it stopped because validations got no better."""
+    """Whether early stopping ended it."""
     measured: bool = True
-    """Whether the end was measured, where every step was done; a signal may have cut that short."""
+    """Whether the end was measured after all steps; a signal may have prevented this."""
 
     @property
     def finished(self) -> bool:
-        """Whether every step was done, or no more are worth it, and the end was measured."""
+        """Whether every step was done, or early stopping ended the run, and the end was measured."""
         return (self.step >= self.total_steps or self.stopped_early) and self.measured
 
 
@@ -91,14 +91,14 @@ def train(
     measure: Measure | None = None,
     stop: StopRequest | None = None,
 ) -> TrainResult:
-    """Train a recipe, from the start or from where it stopped.
+    """Train a recipe, from the start or from a checkpoint.
 
     Args:
         recipe: resolved.
         resume: `auto`, `required`, `never`, or a checkpoint folder.
-        stop_at: save and return after this optimiser step, as if a signal had come; None: go to the end.
-        measure: runs the harness tasks of `validate.tasks`; None: there must be none.
-        stop: hears signals from the first step on; what it has heard before counts.
+        stop_at: save and return after this optimiser step, as after a signal; None: train to the end.
+        measure: runs the harness tasks of `validate.tasks`; None: the recipe must have none.
+        stop: handles signals from the first step on; earlier signals count, too.
 
     Raises:
         MoSLoRAError: the recipe, the data, the model or the checkpoint is not acceptable, or training diverged.
@@ -140,13 +140,13 @@ def _check(recipe: Recipe, resume: str, measure: Measure | None) -> None:
     check_recipe(recipe, resume=resume)
     if recipe.validate.tasks and measure is None:
         raise TrainingError(
-            f"validate.tasks is {recipe.validate.tasks}, but this program brings no evaluation harness. Start the run "
+            f"validate.tasks is {recipe.validate.tasks}, but this program has no evaluation harness. Start the run "
             "with `mm-moslora train`, or pass `measure`."
         )
 
 
 def _agreed(check: Callable[[], None]) -> None:
-    """Refuse on every rank what any rank refuses: hosts may see other files and have other libraries."""
+    """Check on every rank, and fail on all where one fails: hosts may have other files and other libraries."""
     failure: Exception | None = None
     try:
         check()
@@ -157,15 +157,15 @@ def _agreed(check: Callable[[], None]) -> None:
 
 @contextmanager
 def blaming(watchdog: Watchdog) -> Iterator[None]:
-    """Turn a collective that fails because another rank is gone, or a worker that is, into an error that says so."""
+    """Turn the failure of a collective after the loss of a rank, or of a data worker, into an error that names it."""
     try:
         yield
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker"):
             raise TrainingError(
-                f"A process that prepares examples died ({str(error).strip().splitlines()[0]}). Mostly memory or, in a "
-                "container, /dev/shm ran out: give more, lower data.workers, or set it to 0 for a thread. The same "
-                "command goes on from the last checkpoint."
+                f"A process that prepares examples died ({str(error).strip().splitlines()[0]}). The usual cause is "
+                "too little memory or, in a container, /dev/shm. Give more, lower data.workers, or set it to 0 for a "
+                "thread. The same command resumes from the last checkpoint."
             ) from error
         lost = isinstance(error, torch.distributed.DistError) or means_lost(str(error))
         if distributed.world_size() == 1 or isinstance(error, MoSLoRAError) or not lost:
@@ -176,7 +176,7 @@ def blaming(watchdog: Watchdog) -> Iterator[None]:
 
 
 class _Loop:
-    """The state of one stretch of training."""
+    """The state of one training session."""
 
     def __init__(
         self,
@@ -220,10 +220,10 @@ class _Loop:
         self.stopped_by = 0
 
     def go(self, stop_at: int | None) -> TrainResult:
-        """Train until the last step, `stop_at`, the end of patience, or a signal."""
+        """Train until the last step, `stop_at`, early stopping, or a signal."""
         run = self.run
         if self.saved_at == run.step == run.counters.get(FINISHED_AT) and self._over:
-            # What its folder says of the run was measured while it trained.
+            # Its folder already holds the measurements of the whole run.
             logger.info("The run is finished: %s is its last step. Nothing is left to train.", self.resumed_from)
             return self._result(run.folder / checkpoint.folder_name(run.step))
         if self.resumed_from is not None:
@@ -238,9 +238,9 @@ class _Loop:
             self._phase("rehearsal")
             if self.fresh and self.recipe.train.rehearsal:
                 rehearse(run, self.saver)
-            # No rank begins to remember signals while another can still be ended by them, and would be waited for.
+            # No rank stores signals while another rank can still be ended by them and would be waited for.
             distributed.barrier()
-            with self.stop:  # to the very end: a signal must not cost what was trained
+            with self.stop:  # until the last save, so that a signal does not lose trained steps
                 self._until_over(stop_at)
                 folder = self._last_save()
                 if self._over and run.counters.get(FINISHED_AT) != run.step:
@@ -275,7 +275,7 @@ class _Loop:
                 self._step(batches, first=progress.done == progress.initial)
                 progress.update(run.step, f"loss {self.last_loss:.4f}")
                 self._periodically()
-                # One collective per step tells about signals and about the checkpoint that is being written.
+                # One collective per step shares signals and the state of the checkpoint being written.
                 arrived = time.monotonic()
                 number, writing = distributed.max_over_ranks([float(self.stop.received), float(self.saver.busy)])
                 self.clock.waited(time.monotonic() - arrived)
@@ -288,7 +288,7 @@ class _Loop:
                 if number or run.step == stop_at:
                     return
         if self.best.out_of_patience:
-            logger.info("Stopped: no better %s for %d validations.", self.best.config.best, self.best.since)
+            logger.info("Early stopping: no better %s for %d validations.", self.best.config.best, self.best.since)
 
     def _result(self, folder: Path) -> TrainResult:
         return TrainResult(
@@ -298,12 +298,12 @@ class _Loop:
 
     @property
     def _cut_short(self) -> bool:
-        """Whether a signal cut the validation of this step short."""
+        """Whether a signal interrupted the validation of this step."""
         return self.run.counters.get(CUT_SHORT_AT) == self.run.step
 
     @property
     def _over(self) -> bool:
-        """Whether every step was done, or no more are worth it."""
+        """Whether every step was done, or early stopping ended the run."""
         return self.run.step >= self.total or self.best.out_of_patience
 
     def _phase(self, what: str, *, limit_minutes: float | None = None) -> None:
@@ -311,7 +311,7 @@ class _Loop:
         self.watchdog.phase(what, self.run.step, minutes * 60)
 
     def _save_phase(self) -> None:
-        """What ranks do together for a save in the background takes no longer than a step; waiting for a disk may."""
+        """Time limit of a save: a background save blocks no longer than a step; waiting for a disk may take longer."""
         train = self.recipe.train
         brief = train.background_save and not self.saver.busy
         self._phase("save", limit_minutes=train.step_timeout_minutes if brief else None)
@@ -409,7 +409,7 @@ class _Loop:
             state = self.run.engine.trainable_state()
             if distributed.is_main():
                 self.trackers.log(adapter_metrics(self.run.assembly.model, state), step)
-        if step >= self.total:  # saved first and measured then: what fails in measuring must not cost the run
+        if step >= self.total:  # saved first and measured then, so that an error in measuring does not lose the run
             return
         better = bool(train.validate_every) and step % train.validate_every == 0 and self._validate()
         due = bool(train.save_every) and step % train.save_every == 0
@@ -417,7 +417,7 @@ class _Loop:
             self._start_save()
 
     def _start_save(self) -> None:
-        """Copy the state and begin to write it; a failure is counted and does not stop the run at once."""
+        """Copy the state and start to write it; a failure is counted and does not stop the run at once."""
         self._save_phase()
         if self.saver.pending is not None:
             self._finish_save()
@@ -446,7 +446,7 @@ class _Loop:
         logger.debug("Saved %s.", folder)
 
     def _tidy(self) -> None:
-        """Say which checkpoint is the best, and delete those that need not be kept."""
+        """Record the best checkpoint, and apply the retention policy."""
         if not distributed.is_main():
             return
         train, folder = self.recipe.train, self.run.folder
@@ -480,14 +480,14 @@ class _Loop:
         return folder
 
     def _validate(self) -> bool:
-        """Measure; True when the model is the best so far."""
+        """Validate; True when the model is the best so far."""
         self._phase("validation")
         started = time.monotonic()
         try:
             metrics, samples = self.validator()
         except CutShortError as cut:
             self.stopped_by, self.run.counters[CUT_SHORT_AT] = cut.number, self.run.step
-            logger.info("Signal %d cut the validation of step %d short; it is done again.", cut.number, self.run.step)
+            logger.info("Signal %d interrupted the validation of step %d; it is repeated.", cut.number, self.run.step)
             return False
         self.run.counters.pop(CUT_SHORT_AT, None)
         self.validated_at = self.run.step
@@ -498,7 +498,7 @@ class _Loop:
         return bool(metrics) and self.best.update(metrics, self.run.step)
 
     def _finish(self, last: Path) -> None:
-        """Measure the end once: the mark goes into the last checkpoint, for a run started again."""
+        """Measure the end once: the last checkpoint records it for a run started again."""
         if self.validated_at != self.run.step:
             self._validate()
             self._tidy()
@@ -514,7 +514,7 @@ class _Loop:
             amend(last, self.run.counters)
 
     def _note_memory(self) -> None:
-        """The most that any session of the run used."""
+        """The maximum over all sessions of the run."""
         counters = self.run.counters
         counters["memory_gib"] = max(counters.get("memory_gib", 0.0), peak_memory_gib())
 
@@ -526,14 +526,14 @@ class _Loop:
 
 
 def peak_memory_gib() -> float:
-    """Largest memory this process has used: device memory on an accelerator, resident memory on a CPU."""
+    """Peak memory of this process: device memory on an accelerator, resident memory on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def started_with(run: run_setup.Run, total: int) -> dict[str, Any]:
-    """What trackers are told of a run besides its recipe; every rank calls it."""
+    """Metadata of a run for trackers, besides its recipe; every rank calls it."""
     hosts = set(distributed.gather_objects(socket.gethostname()))
     rows = component_table(run.assembly)
     return {
@@ -545,7 +545,7 @@ def started_with(run: run_setup.Run, total: int) -> dict[str, Any]:
 
 
 def own_figures(*, seconds: float, data_seconds: float, work_seconds: float) -> RankFigures:
-    """What this rank tells the others of itself."""
+    """Metadata of this rank for the others."""
     reserved = retries = 0.0
     if torch.cuda.is_available():
         reserved = torch.cuda.max_memory_reserved() / 2**30
@@ -557,7 +557,7 @@ def own_figures(*, seconds: float, data_seconds: float, work_seconds: float) -> 
 
 
 def summary(run: run_setup.Run, total: int) -> dict[str, Any]:
-    """What a run was and did, for the report."""
+    """Summary of a run for the report."""
     return {
         "format": 1,  # of the run folder, see report.schema
         "name": run.recipe.name,

@@ -1,6 +1,6 @@
-"""Measuring during the run: held-out loss, written-out answers, harness tasks; the best checkpoint, early stopping.
+"""Validation during the run: held-out loss, sample answers, harness tasks; best checkpoint and early stopping.
 
-Nothing here changes the training: generators, training mode, attention and data order are afterwards what they were.
+It does not change training: random generators, training mode, attention and data order are restored.
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ BEST = "best.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """What a harness gets to measure with."""
+    """The inputs of a harness."""
 
     assembly: Assembly
-    """The model in eval mode, weights whole."""
+    """The model in eval mode, with full weights."""
     recipe: Recipe
     folder: Path
-    """Where results of this step may be written."""
+    """Folder for the results of this step."""
     step: int
     stop: StopRequest
-    """Once this rank has heard a signal, whoever measures gives up soon, on all ranks."""
+    """Once this rank has received a signal, the measurement stops soon on all ranks."""
 
 
 Measure = Callable[[Moment], Mapping[str, float] | None]
-"""From a moment of training to metrics by name, the same on all ranks or on rank 0 alone; None: a signal came."""
+"""Maps the state at a step to metrics by name, the same on all ranks or on rank 0 alone; None: interrupted."""
 
 
 class CutShortError(Exception):
-    """A signal came while a run was measured; on all ranks at the same place."""
+    """A signal arrived during validation; raised on all ranks at the same point."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"signal {number}")
@@ -68,22 +68,22 @@ class CutShortError(Exception):
 
 
 class Validator:
-    """Measures a run.
+    """Validates a run.
 
     Args:
         run: the run.
         measure: runs harness tasks; None: there are none.
-        stop: a signal that it hears cuts a validation short.
+        stop: a signal that it has received interrupts a validation.
     """
 
     def __init__(self, run: Run, measure: Measure | None, stop: StopRequest) -> None:
         self.run, self.measure, self.stop = run, measure, stop
 
     def __call__(self) -> tuple[dict[str, float], list[Sample]]:
-        """Metrics by name, the same on all ranks, and written-out answers (on rank 0).
+        """Metrics by name, the same on all ranks, and sample answers (on rank 0).
 
         Raises:
-            CutShortError: a signal came.
+            CutShortError: a signal arrived.
         """
         run = self.run
         metrics: dict[str, float] = {}
@@ -103,7 +103,7 @@ class Validator:
         return distributed.from_main(metrics), samples
 
     def _give_way(self, number: int) -> None:
-        """Give up where any rank has to: all call this at the same place, with the signal or 0."""
+        """Stop where any rank must: all ranks call this at the same point, with the signal or 0."""
         (first,) = distributed.max_over_ranks([float(number)])
         if first:
             raise CutShortError(int(first))
@@ -131,7 +131,7 @@ class Validator:
         return {LOSS: loss / max(1.0, count), ACCURACY: right / max(1.0, count)}
 
     def _answers(self, held_out: TrainingSet) -> list[Sample]:
-        """The first answers of the same records every time; on rank 0."""
+        """Answers to the same first records every time; on rank 0."""
         samples: list[Sample] = []
         numbers = _spread(held_out.usable, self.run.recipe.validate.samples) if distributed.is_main() else []
         heard = 0
@@ -178,7 +178,7 @@ def _spread(numbers: list[int], count: int) -> list[int]:
 
 @contextmanager
 def undisturbed(run: Run) -> Iterator[None]:
-    """Evaluation mode inside; afterwards generators and training mode are what they were."""
+    """Evaluation mode inside the block; generators and training mode are restored after it."""
     before = RandomState.now()
     run.engine.module.eval()
     try:
@@ -190,7 +190,7 @@ def undisturbed(run: Run) -> Iterator[None]:
 
 @contextmanager
 def whole_model(run: Run) -> Iterator[None]:
-    """The model as generation wants it: all weights whole, ordinary attention, a cache."""
+    """The model prepared for generation: full weights, standard attention, a cache."""
     model = run.assembly.model
     with ExitStack() as stack:
         stack.enter_context(run.engine.gathered())
@@ -201,7 +201,7 @@ def whole_model(run: Run) -> Iterator[None]:
 
 
 def lower_is_better(metric: str, choice: str) -> bool:
-    """Whether small values of a metric are good."""
+    """Whether a smaller value of a metric is better."""
     if choice != "auto":
         return choice == "lowest"
     words = re.split(r"[^a-z]+", metric.rsplit("/", 1)[-1].lower())
@@ -210,19 +210,19 @@ def lower_is_better(metric: str, choice: str) -> bool:
 
 @dataclass(kw_only=True)
 class Best:
-    """The best value so far, kept in `best.json` in the run folder, and the validations since."""
+    """The best value so far, stored in `best.json` in the run folder, and the number of validations since."""
 
     config: ValidateConfig
     value: float = math.nan
     step: int = -1
     since: int = 0
-    """Validations in a row that were not better."""
+    """Consecutive validations without improvement."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Step and value of every validation."""
 
     @classmethod
     def of(cls, folder: Path, config: ValidateConfig, *, resume_step: int) -> Best:
-        """What the run measured of this metric up to the step that it goes on from."""
+        """Earlier values of this metric, up to the step that the run resumes from."""
         best = cls(config=config)
         try:
             found = files.read_json(folder / BEST)
@@ -239,15 +239,15 @@ class Best:
         return best
 
     def update(self, metrics: Mapping[str, float], step: int) -> bool:
-        """Take in a validation; True when it is the best so far.
+        """Add a validation; True when it is the best so far.
 
         Raises:
-            TrainingError: there is no such metric.
+            TrainingError: the metric was not measured.
         """
         name = self.config.best
         if name is None:
             return False
-        if name not in metrics and not self.history:  # later it may come out as no number, and is left out for that
+        if name not in metrics and not self.history:  # a later value may be NaN, which is left out
             raise TrainingError(
                 f"validate.best is {name!r}, which was not measured; expected one of {sorted(metrics)}."
                 f"{suggestion(name, metrics)}"
@@ -267,7 +267,7 @@ class Best:
         return 0 < self.config.patience <= self.since
 
     def among(self, steps: Collection[int]) -> int | None:
-        """The best measured step of those that have a checkpoint: a save may fail, or still be on its way."""
+        """The best measured step that has a checkpoint: a save may have failed, or be in progress."""
         measured = Best(config=self.config)
         for entry in self.history:
             if entry["step"] in steps:
@@ -275,11 +275,11 @@ class Best:
         return None if measured.step < 0 else measured.step
 
     def write(self, folder: Path, checkpoint: str | None) -> None:
-        """Keep it for people and for a resumed run.
+        """Store it for people and for a resumed run.
 
         Args:
             folder: of the run.
-            checkpoint: name of the best one that there is; of an earlier step where that of the best was not saved.
+            checkpoint: name of the best existing one; an earlier step's where the best step was not saved.
         """
         content: dict[str, Any] = {
             "metric": self.config.best, "value": self.value, "step": self.step, "checkpoint": checkpoint,

@@ -90,7 +90,7 @@ sys.exit(codes != [1] * len(codes) or "torch" in sys.modules)"""
         (["launch", "quickstart_tune", "--nproc", "0"], "--nproc is 0, expected 1 or more"),
         (["launch", "quickstart_tune", "--nnodes", "2", "--rdzv", "x"], "expected HOST:PORT"),
         (["plan", "quickstart_tune", "--gpus", "8xFOO"], "'8xFOO' names no known GPU"),
-        (["plan", "quickstart_tune", "--gpus", "0xA100-80G"], "'0xA100-80G' is no list of GPUs"),
+        (["plan", "quickstart_tune", "--gpus", "0xA100-80G"], "'0xA100-80G' is not a list of GPUs"),
         (["plan", "quickstart_tune", "--gpus", "T4-16G", "--samples", "0"], "--samples is 0"),
         (["plan", "quickstart_tune", "--gpus", "T4-16G", "--samples", "9"], "one of them is missing"),
         (["plan", "quickstart_tune", "--gpus", "T4-16G", "--tokens-per-sample", "nan"], "--tokens-per-sample is nan"),

@@ -142,7 +142,7 @@ def test_an_old_checkpoint_with_files_of_the_user_is_kept(tmp_path, caplog):
     remove_old(tmp_path, Retention(last=1))
     assert [step for step, _ in checkpoints(tmp_path)] == [1, 3]
     assert (tmp_path / "checkpoint-000001" / "notes.txt").read_text() == "mine"
-    assert "holds files that are not of the checkpoint (notes.txt)" in caplog.text
+    assert "holds files that are not in its manifest (notes.txt)" in caplog.text
 
 
 def test_a_folder_in_the_way_of_a_save_is_not_deleted(tmp_path):

@@ -55,7 +55,7 @@ FROM_FILES: dict[str, tuple[str, str]] = {
     "output": ("--train.output HERE/file/run", "file is a file. Choose another train.output"),
     "somebody else's folder": ("--train.output HERE/foreign", "nothing shows that a run of mm_moslora wrote it"),
     "resume required": ("--resume required", "holds no checkpoint, but resume is required"),
-    "resume never": ("--train.output HERE/old --resume never", "already holds checkpoints and resume is never"),
+    "resume never": ("--train.output HERE/old --resume never", "already holds checkpoints, but resume is never"),
 }
 """Words after `train RECIPE`, and what is said."""
 

@@ -72,7 +72,7 @@ def test_a_disk_that_fills_up_later_costs_no_training(recipe, monkeypatch, caplo
 def test_a_trial_that_reads_back_otherwise_is_an_error(recipe, monkeypatch):
     hashes = iter(range(10**6))
     monkeypatch.setattr(files, "sha256_of", lambda path: str(next(hashes)))
-    with pytest.raises(CheckpointError, match="reads back otherwise than it was written"):
+    with pytest.raises(CheckpointError, match="reads back differently than it was written"):
         train(recipe)
 
 

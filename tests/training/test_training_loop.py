@@ -163,7 +163,7 @@ def test_data_that_changed_in_between_is_told(recipe, records, tmp_path):
     recipe = replace(recipe, data=replace(recipe.data, train=[source]))
     train(recipe, stop_at=2)
     path.write_text("\n".join([*lines, lines[0]]))
-    with pytest.raises(CheckpointError, match=r"data is not what .*checkpoint-000002 was written with"):
+    with pytest.raises(CheckpointError, match=r"data differs from that of .*checkpoint-000002"):
         train(recipe)
     path.write_text("\n".join(lines))
     assert train(recipe).finished
@@ -393,7 +393,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_keys(recipe):
     run = Path(recipe.train.output)
     assert read_state(run).name == "stopped", "a refused attempt says nothing about the run that is there"
     assert Recipe.from_yaml((run / "config.yaml").read_text()) == recipe
-    with pytest.raises(CheckpointError, match="already holds checkpoints and resume is never"):
+    with pytest.raises(CheckpointError, match="already holds checkpoints, but resume is never"):
         train(recipe, resume="never")
 
 

@@ -207,7 +207,7 @@ def test_held_out_records_are_seen_once_however_training_mixes(recipe):
 
 
 def test_what_cannot_be_measured_is_said_before_the_first_step(recipe):
-    with pytest.raises(TrainingError, match="brings no evaluation harness"):
+    with pytest.raises(TrainingError, match="has no evaluation harness"):
         train(replace(recipe, validate=ValidateConfig(tasks=["pope"])))
     with pytest.raises(TrainingError, match="names no source"):
         train(replace(recipe, validate=ValidateConfig(samples=2)))

@@ -1,1 +1,1 @@
-"""Checkpoint folders: which there are, whether they are whole, how one is committed."""
+"""Checkpoint folders: listing, verification and the commit protocol."""

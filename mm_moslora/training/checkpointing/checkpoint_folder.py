@@ -1,7 +1,7 @@
-"""Checkpoints on disk: which there are, whether they are whole, which may go.
+"""Checkpoints on disk: listing, verification, retention.
 
-A folder without a valid manifest, which holds a sha256 of every file, does not count, whatever it is called. `latest`
-is a hint for people; the newest folder with a valid manifest is the truth. `commit_checkpoint` writes them.
+A checkpoint is a folder with a valid manifest, which holds a sha256 of every file; the folder's name does not decide.
+`latest` is a hint for people; resuming takes the newest valid folder. `commit_checkpoint` writes checkpoints.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ FORMAT = 2
 
 
 class OtherFormatError(CheckpointError):
-    """A checkpoint is not damaged, but another version of mm_moslora wrote it."""
+    """The checkpoint is intact, but another version of mm_moslora wrote it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint says of itself."""
+    """Metadata of a checkpoint."""
 
     step: int
     """Optimiser steps done."""
     world_size: int
-    """Ranks that wrote the trainer state."""
+    """Number of ranks that wrote the trainer state."""
     recipe: dict[str, Any]
     """The resolved recipe."""
     base: dict[str, Any]
     """Ids and revisions of the base model's parts."""
     counters: dict[str, float]
-    """Samples, tokens, skipped steps, seconds, ... so far."""
+    """Cumulative samples, tokens, skipped steps, seconds, ..."""
     trainable: dict[str, list[int]]
     """Names and shapes of all trained parameters."""
     files: dict[str, dict[str, Any]]
     """Relative path to {bytes, sha256}."""
     data: str = ""
-    """Fingerprint of the training set, on which the place in the data depends."""
+    """Fingerprint of the training set; the data cursor is valid for this set only."""
     precision: str = ""
-    """What `train.precision` was on that machine; empty in checkpoints that are older than this."""
+    """Resolved `train.precision` of that machine; empty in checkpoints of older versions."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for the file."""
+        """Plain data for `manifest.json`."""
         content = json.loads(json.dumps({"format": FORMAT, "version": __version__} | vars(self), default=str))
         return content | {"checksum": _checksum(content)}
 
@@ -78,7 +78,7 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
 
     Raises:
         OtherFormatError: another version wrote it.
-        CheckpointError: no manifest, or a file that is missing, cut or altered.
+        CheckpointError: there is no manifest, or a file is missing, truncated or altered.
     """
     manifest = _parse(folder / MANIFEST)
     for name, expected in manifest.files.items():
@@ -87,12 +87,12 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
 
 
 def _parse(path: Path) -> Manifest:
-    """A manifest, without a look at the files it names."""
+    """Read a manifest without checking its files."""
     try:
         data = files.read_json(path)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{path.parent} has no {MANIFEST}, so it is no complete checkpoint. Choose another checkpoint folder."
+            f"{path.parent} has no {MANIFEST}, so it is not a complete checkpoint. Choose another checkpoint folder."
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged ({error}). Choose an earlier checkpoint.") from error
@@ -113,7 +113,7 @@ def _check_file(path: Path, expected: Mapping[str, Any], *, verify: bool) -> Non
     size = path.stat().st_size
     if size != expected["bytes"]:
         raise CheckpointError(
-            f"{path} has {size} bytes, the manifest says {expected['bytes']}. It was cut or replaced; "
+            f"{path} has {size} bytes, the manifest expects {expected['bytes']}. It was truncated or replaced; "
             "choose an earlier checkpoint."
         )
     if verify and files.sha256_of(path) != expected["sha256"]:
@@ -123,34 +123,34 @@ def _check_file(path: Path, expected: Mapping[str, Any], *, verify: bool) -> Non
 
 
 def refuse_resume(run: Path, resume: str) -> None:
-    """Refuse `--resume` where what is in the run folder contradicts it.
+    """Refuse a value of `--resume` that contradicts the contents of the run folder.
 
     Args:
         run: the run folder.
         resume: `auto`, `required`, `never`, or a checkpoint folder.
 
     Raises:
-        CheckpointError: `required` without a checkpoint, `never` with one, or no such folder.
+        CheckpointError: `required` without a checkpoint, `never` with one, or a folder that does not exist.
     """
     resume_folder(resume)
     if resume == "never" and checkpoints(run):
         raise CheckpointError(
-            f"{run} already holds checkpoints and resume is never. Choose another train.output, or resume: auto."
+            f"{run} already holds checkpoints, but resume is never. Choose another train.output, or resume: auto."
         )
-    if resume == "required" and not any(run.glob("checkpoint-*")):  # one that is damaged is told by `newest_valid`
+    if resume == "required" and not any(run.glob("checkpoint-*")):  # `newest_valid` reports damaged checkpoints
         raise CheckpointError(f"{run} holds no checkpoint, but resume is required. Check train.output.")
 
 
 def newest_valid(run: Path) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint of a run whose files are all as written.
+    """The newest valid checkpoint of a run.
 
-    Damaged ones that are newer are renamed to `*.corrupt`, named in the log and passed over.
+    Newer checkpoints that are damaged are renamed to `*.corrupt`, logged and skipped.
 
     Returns:
-        Folder and manifest, or None when the run has no checkpoint and never lost one.
+        Folder and manifest, or None where the run has no checkpoint and none was put aside.
 
     Raises:
-        OtherFormatError: another version of mm_moslora wrote the newest that is not damaged; nothing is renamed.
+        OtherFormatError: another version of mm_moslora wrote the newest intact checkpoint; nothing is renamed.
         CheckpointError: there are checkpoints, or some that were put aside, but none is valid; nothing is renamed.
     """
     damaged: list[tuple[Path, CheckpointError]] = []
@@ -164,7 +164,7 @@ def newest_valid(run: Path) -> tuple[Path, Manifest] | None:
             continue
         for other, reason in damaged:
             aside = files.set_aside(other, "corrupt")
-            logger.warning("Passed over a damaged checkpoint, now %s: %s", aside.name, reason)
+            logger.warning("Skipped a damaged checkpoint, now %s: %s", aside.name, reason)
         return folder, manifest
     if damaged:
         raise CheckpointError(
@@ -173,7 +173,7 @@ def newest_valid(run: Path) -> tuple[Path, Manifest] | None:
         )
     if names := sorted(path.name for path in run.glob("checkpoint-*")):
         raise CheckpointError(
-            f"{run} holds no checkpoint to go on from, but {', '.join(names[:5])}, which was damaged, put aside or "
+            f"{run} holds no checkpoint to resume from, but {', '.join(names[:5])}, which was damaged, put aside or "
             "made by another program. Restore it under its own name, choose another train.output, or start from step 0 "
             "beside it with --resume never."
         )
@@ -181,29 +181,29 @@ def newest_valid(run: Path) -> tuple[Path, Manifest] | None:
 
 
 def set_aside_newer(run: Path, step: int) -> None:
-    """Rename the checkpoints of a run that are newer than the step it goes on from to `*.superseded`.
+    """Rename the checkpoints of a run that are newer than the step it resumes from to `*.superseded`.
 
-    Left there, the next start would go on from the newest of them, and the first to be deleted would be this stretch's.
+    Otherwise the next start would resume from the newest of them, and retention would delete the new checkpoints first.
     """
     for number, folder in checkpoints(run):
         if number > step:
             aside = files.set_aside(folder, "superseded")
-            logger.warning("%s is newer than step %d, which the run goes on from; now %s.", folder, step, aside.name)
+            logger.warning("%s is newer than step %d, from which the run resumes; now %s.", folder, step, aside.name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """Which checkpoints to keep."""
+    """The retention policy."""
 
     last: int = 2
-    """The newest ones; 0 keeps all."""
+    """Number of newest checkpoints to keep; 0 keeps all."""
     every: int = 0
-    """Also those whose step is a multiple of this; 0: none."""
+    """Also keep steps that are a multiple of this; 0: none."""
     best: str | None = None
-    """Also this one, by name."""
+    """Also keep the checkpoint of this name."""
 
     def superfluous(self, found: Sequence[tuple[int, Path]]) -> list[Path]:
-        """Those that may go, of all there are, oldest first."""
+        """The checkpoints that may be deleted, oldest first."""
         if self.last < 1:
             return []
         return [
@@ -214,9 +214,9 @@ class Retention:
 
 
 def remove_old(run: Path, retention: Retention) -> None:
-    """Delete what need not be kept, oldest first, once the newest checkpoint has been read back and is whole.
+    """Delete checkpoints outside the retention policy, oldest first, after the newest checkpoint has been verified.
 
-    A folder stays, with a warning, where it holds files that the checkpoint was not written with, or is no checkpoint
+    A folder is kept, with a warning, where it holds files that are not in its manifest, or is not a checkpoint that
     that this version can read.
 
     Raises:
@@ -237,28 +237,28 @@ def remove_old(run: Path, retention: Retention) -> None:
 
 
 def _why_kept(folder: Path) -> str | None:
-    """Why an old checkpoint must not be deleted; None where it may."""
+    """Why an old checkpoint must not be deleted; None where it may be."""
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    if not present:  # what a loss of power left of a deletion
+    if not present:  # the rest of a deletion that a power loss interrupted
         return None
     try:
         manifest = _parse(folder / MANIFEST)
     except CheckpointError as error:
         return str(error)
     strangers = sorted(present - {MANIFEST, files.MARK, *manifest.files})
-    return f"it holds files that are not of the checkpoint ({', '.join(strangers[:3])})" if strangers else None
+    return f"it holds files that are not in its manifest ({', '.join(strangers[:3])})" if strangers else None
 
 
-# Keys of a recipe that may differ between a run and its continuation without changing what is computed.
+# Recipe keys that may change on resume without changing the computation.
 _FREE_KEYS = (
     "name", "track", "validate", "data.validation", "data.workers",
-    "data.train.*.path", "data.train.*.image_folder", "data.cache",  # the manifest knows the data by a fingerprint
+    "data.train.*.path", "data.train.*.image_folder", "data.cache",  # the manifest holds a fingerprint of the data
     *(f"train.{key}" for key in (
         "output", "save_every", "keep_last", "keep_every", "validate_every", "log_every", "timeout_minutes",
         "step_timeout_minutes", "rehearsal", "background_save",
     )),
 )  # fmt: skip
-# Keys that change the order of summation only: a continuation gives the same numbers to rounding.
+# Keys that change the order of summation only: losses after a resume agree to rounding.
 _ROUNDING_KEYS = (
     "train.zero",
     "train.micro_batch",
@@ -274,10 +274,10 @@ _ROUNDING_KEYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Changes:
-    """How a recipe differs from the one that a checkpoint was written with, as `key: old -> new`."""
+    """Differences between a recipe and the recipe of a checkpoint, as `key: old -> new`."""
 
     other_run: tuple[str, ...]
-    """Keys that change what is computed."""
+    """Keys that change the computation."""
     rounding: tuple[str, ...]
     """Keys that change the order of summation only."""
 
@@ -286,9 +286,9 @@ def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], *, moved: 
     """Compare two resolved recipes.
 
     Args:
-        before: of the checkpoint.
-        after: of now.
-        moved: keys of paths that lead to the same contents.
+        before: the checkpoint's.
+        after: the current one.
+        moved: path keys that lead to the same contents.
     """
     old, new = _flatten(before), _flatten(after)
     changed = {

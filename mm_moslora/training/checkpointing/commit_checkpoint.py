@@ -1,7 +1,7 @@
-"""Writing a checkpoint: all ranks into a temporary folder, agreement, manifest, sync, one rename.
+"""Writing a checkpoint: all ranks write into a temporary folder, agree, write the manifest, sync and rename once.
 
-The writing and hashing happen in a thread, so that training goes on; nothing in that thread talks to other ranks. The
-commit itself is done together, at a step's end, when every rank has written.
+A thread writes and hashes the files while training continues; it never communicates with other ranks. All ranks commit
+together at the end of a step, after every rank has written.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from mm_moslora.utils.run_paths import MANIFEST
 logger = logging.getLogger(__name__)
 
 Files = dict[str, dict[str, Any]]
-_MARGIN = 1.1  # tensors are not all that is written
+_MARGIN = 1.1  # files take more room than their tensors
 
 
 def rank_folder(checkpoint: Path, rank: int | None = None) -> Path:
-    """Where a rank keeps its part of the trainer state."""
+    """The folder of a rank's part of the trainer state."""
     return checkpoint / "trainer" / f"rank-{distributed.rank() if rank is None else rank:05d}"
 
 
 class Saver:
     """Writes one checkpoint at a time.
 
-    Every rank makes the same calls in the same order: `start`, `busy` as often as wanted, then `finish` or `discard`.
+    Every rank makes the same calls in the same order: `start`, `busy` any number of times, then `finish` or `discard`.
 
     Args:
         run: the run folder, shared by all ranks.
@@ -47,25 +47,25 @@ class Saver:
     def __init__(self, run: Path) -> None:
         self.run = run
         self.pending: Manifest | None = None
-        """What is being written; None when nothing is."""
+        """Manifest of the checkpoint being written; None when nothing is."""
         self._temporary = run
         self._thread: threading.Thread | None = None
         self._tidier: threading.Thread | None = None
         self._failure: str | None = None
         self.files: Files = {}
-        """Size and hash of what this rank has written; of all ranks after `wait`."""
+        """Size and hash of the files that this rank has written; of all ranks after `wait`."""
 
     def start(self, manifest: Manifest, write: Callable[[Path], None], *, size: int = 0) -> None:
-        """Begin to write.
+        """Start to write.
 
         Args:
-            manifest: of the state to be written; its files are filled in later.
+            manifest: of the state to be written; `files` is filled in later.
             write: called on every rank with the temporary folder, in a thread. Each rank may write into its own
                 `rank_folder`; rank 0 may write anywhere else, too.
-            size: bytes that this rank will write, about.
+            size: estimate of the bytes that this rank will write.
 
         Raises:
-            CheckpointError: no room, or no such folder can be made; the same on every rank.
+            CheckpointError: too little disk space, or the folder cannot be made; the same on every rank.
         """
         assert self.pending is None, "one at a time"
         self._temporary = self.run / f".tmp-{folder_name(manifest.step)}"
@@ -83,7 +83,7 @@ class Saver:
     def _prepare(self, needed: float) -> str | None:
         try:
             for leftover in [*self.run.glob(".tmp-checkpoint-*"), *self.run.glob(".trash-checkpoint-*")]:
-                # One that is complete has a manifest instead of the mark.
+                # A complete one has a manifest in place of the mark.
                 files.remove(leftover, mark=files.MARK if (leftover / files.MARK).exists() else MANIFEST)
             free = files.free_bytes(self.run)
             if free < needed:
@@ -133,7 +133,7 @@ class Saver:
             The temporary folder, complete but not committed.
 
         Raises:
-            CheckpointError: some rank could not write, the same on every rank; nothing is left of it.
+            CheckpointError: a rank could not write, the same on every rank; its files are deleted.
         """
         assert self.pending is not None and self._thread is not None, "start() comes first"  # noqa: PT018
         self._thread.join()
@@ -157,7 +157,7 @@ class Saver:
             The checkpoint.
 
         Raises:
-            CheckpointError: some rank could not write, the same on every rank; earlier checkpoints are untouched.
+            CheckpointError: a rank could not write, the same on every rank; earlier checkpoints are untouched.
         """
         self.wait()
         assert self.pending is not None
@@ -176,14 +176,14 @@ class Saver:
         return final
 
     def discard(self) -> None:
-        """Give up what was written, once no rank reads it any more; all ranks take part."""
+        """Delete the written files once no rank reads them any more; all ranks take part."""
         self.pending = None
         distributed.barrier()
         if distributed.is_main():
             files.remove(self._temporary)
 
     def tidy(self, retention: Retention) -> None:
-        """Delete checkpoints that need not be kept, in a thread, once the newest has been read back and is whole."""
+        """Apply the retention policy in a thread, after the newest checkpoint has been verified."""
         if not distributed.is_main():
             return
         self.rest()
@@ -206,16 +206,16 @@ class Saver:
 def seal(temporary: Path, final: Path, manifest: Manifest) -> None:
     """Turn a complete temporary folder into a checkpoint.
 
-    Files are synced by those who wrote them; here come the folders, the manifest and the rename, in this order.
+    The writers have synced their files. This function syncs folders, writes the manifest and renames, in this order.
 
     Raises:
-        CheckpointError: a file that another rank wrote does not arrive in full here.
+        CheckpointError: a file of another rank is not complete here.
     """
     for name, entry in manifest.files.items():
         path = temporary / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             raise CheckpointError(
-                f"{path} was written by another rank and is not here in full. The run folder must be on a file system "
+                f"{path} was written by another rank and is not complete here. The run folder must be on a file system "
                 "that all ranks share."
             )
     files.replace_json(temporary / MANIFEST, manifest.to_json())
@@ -228,7 +228,7 @@ def seal(temporary: Path, final: Path, manifest: Manifest) -> None:
             read_manifest(final)
         except CheckpointError:
             files.set_aside(final, "corrupt")
-        else:  # the same step of the same run: what is there is as good
+        else:  # the same step of the same run: the existing checkpoint is equivalent
             files.remove(temporary)
             return
     files.discard(temporary / files.MARK)
@@ -238,19 +238,19 @@ def seal(temporary: Path, final: Path, manifest: Manifest) -> None:
 
 
 def amend(checkpoint: Path, counters: Mapping[str, float]) -> None:
-    """Give a committed checkpoint other counters, in one move; where the disk refuses, it keeps those it has."""
+    """Replace the counters of a committed checkpoint atomically; after a disk error it keeps the old ones."""
     try:
         manifest = read_manifest(checkpoint, verify=False)
         files.replace_json(checkpoint / MANIFEST, replace(manifest, counters=dict(counters)).to_json())
     except OSError as error:
-        logger.warning("%s was not told that the run is over (%s); the end is measured again.", checkpoint, error)
+        logger.warning("%s does not record the end of the run (%s); the end is measured again.", checkpoint, error)
 
 
 def commit(run: Path, manifest: Manifest, write: Callable[[Path], None]) -> Path:
     """Write one checkpoint and wait for it; see `Saver`.
 
     Raises:
-        CheckpointError: some rank could not write; earlier checkpoints are untouched.
+        CheckpointError: a rank could not write; earlier checkpoints are untouched.
     """
     saver = Saver(run)
     saver.start(manifest, write)

@@ -1,4 +1,4 @@
-"""What GPUs can do, by their name: peak, memory and bandwidth; and lists of them as people write them."""
+"""Peak FLOP/s, memory and bandwidth of GPUs by name, and a parser for lists such as 8xA100-80G."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DENSE_TFLOPS = {
     "RTX 6000 ADA": 364.0, "RTX 5090": 209.0, "RTX 4090": 165.0, "RTX 3090": 71.0, "V100": 125.0, "T4": 65.0,
     "MI300X": 1307.0, "MI250X": 383.0,
 }  # fmt: skip
-"""Dense half-precision peak by a part of the device's name, TFLOP/s (makers' data sheets; fp32 accumulation). The
+"""Dense half-precision peak by a part of the device's name, TFLOP/s (vendors' data sheets; fp32 accumulation). The
 longest matching name counts. V100 and T4: fp16, they have no bf16."""
 
 MEMORY_GB = {
@@ -29,34 +29,34 @@ MEMORY_GB = {
 
 @dataclass(frozen=True, kw_only=True)
 class Gpus:
-    """What a run has."""
+    """The GPUs of a run."""
 
     name: str
     count: int
     memory: float
-    """Bytes of one."""
+    """Memory of one GPU, bytes."""
     peak: float
-    """Dense half-precision FLOP/s of one."""
+    """Dense half-precision peak of one GPU, FLOP/s."""
     bandwidth: float
-    """Bytes per second between them."""
+    """Bandwidth between GPUs of one machine, bytes per second."""
 
 
 def device_peak(name: str) -> float | None:
-    """Dense half-precision FLOP/s of a device by the name that its driver gives, or None: not known."""
+    """Dense half-precision peak of a device, FLOP/s, by the name from its driver; None where it is unknown."""
     words = name.upper().replace("-", " ")
     found = [key for key in DENSE_TFLOPS if f" {key} " in f" {words} ".replace(" NVIDIA ", " ")]
     return DENSE_TFLOPS[max(found, key=len)] * 1e12 if found else None
 
 
 def parse_gpus(text: str) -> Gpus:
-    """`8xA100-80G` as `Gpus`; memory may be left out where a card has one size.
+    """Parse `8xA100-80G` into `Gpus`; the memory may be left out where a card has one size.
 
     Raises:
-        ConfigError: not of that form, or an unknown card.
+        ConfigError: the text has another form, or the card is unknown.
     """
     match = re.fullmatch(r"(?:([0-9]+)x)?([A-Za-z0-9]+)(?:-([0-9]+)G?B?)?", text.strip())
     if match is None or not re.fullmatch("[1-9][0-9]{0,5}", match[1] or "1"):
-        raise ConfigError(f"{text!r} is no list of GPUs, expected COUNTxNAME-MEMORY such as 8xA100-80G.")
+        raise ConfigError(f"{text!r} is not a list of GPUs, expected COUNTxNAME-MEMORY such as 8xA100-80G.")
     name = match[2].upper() + (f"-{match[3]}G" if match[3] else "")
     found = [key for key in MEMORY_GB if key == name or (not match[3] and key.startswith(f"{name}-"))]
     if len(found) != 1:

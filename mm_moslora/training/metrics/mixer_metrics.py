@@ -1,4 +1,4 @@
-"""What the mixers learned: the matrices before and after, with a few figures each, as JSON for the report.
+"""Mixer matrices before and after training with statistics, as JSON for the report.
 
 Shapes: a mixer is ``[R, R]``.
 """
@@ -17,9 +17,9 @@ from mm_moslora.adapters.adapter_targets import named_adapter_layers
 from mm_moslora.utils.files import replace_json
 
 SHOWN = 12
-"""Mixers written out in full; the rest have their figures only."""
+"""Mixers stored in full; further ones have statistics only."""
 LARGEST = 64
-"""Side above which a mixer's picture is averaged down."""
+"""Side above which a mixer's picture is downsampled."""
 
 
 def mixer_matrices(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -56,11 +56,11 @@ def adapter_metrics(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
     """Means over the adapted modules for a tracker, under `mixer/...`; see `adapter_inspection.summary`.
 
     Args:
-        model: with adapters inside; gives what does not train.
-        state: parameter name to full fp32 value, as `Engine.trainable_state` gives it: live weights may be shards.
+        model: the model with its adapters; it supplies the parameters that do not train.
+        state: parameter name to full fp32 value, from `Engine.trainable_state`, since live weights may be shards.
 
     Returns:
-        Finite numbers only (a mixer of lower rank has no condition number); empty without adapters.
+        Finite numbers only (a rank-deficient mixer has no condition number); empty without adapters.
     """
     whole = {name.removeprefix("model."): value for name, value in state.items()}
     reports = []
@@ -81,7 +81,7 @@ def adapter_metrics(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
 
 
 def write_mixers(path: Path, *, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[dict[str, object]]:
-    """Write `mixers.json`, where there are mixers, and give what was written.
+    """Write `mixers.json` where the model has mixers; returns its content.
 
     Args:
         path: the file.

@@ -1,16 +1,17 @@
-"""How many floating-point operations a training step takes, counted from the model; and how many a device can do.
+"""Floating-point operations of a training step, counted from the model's modules.
 
 Shapes: ``S`` tokens, ``K`` supervised positions, ``D`` LLM width, ``R`` rank, ``C`` vocabulary, ``N`` images.
 
-A multiply-add is two. With ``g`` = 1 under full gradient checkpointing, else 0, per token and linear layer of ``n``
-weights: ``2 n`` forward, ``2 n`` for the input's gradient, ``2 n`` for the weight's where it trains, ``2 n g`` again.
+A multiply-add counts as two. With ``g`` = 1 under full gradient checkpointing, else 0, a linear layer of ``n`` weights
+costs per token: ``2 n`` forward, ``2 n`` for the input's gradient, ``2 n`` for the weight's gradient where it trains,
+and ``2 n g`` for the recomputation.
 A frozen base therefore costs 4 N per token (6 N checkpointed), an adapter of ``a = r (d_in + d_out)`` weights 6 a, full
 tuning 6 N. The fused mixer costs ``8 d_out r^2`` per layer and micro-batch, whatever the tokens. Causal attention costs
-``12 D`` per pair of tokens that see each other. The head scores supervised positions only, and so does what lies behind
-the last layer's attention where the layers are lean. A frozen tower runs forward once. Embeddings, norms and
-activations are left out (below 1 %).
+``12 D`` per pair of tokens with attention between them. The head runs on supervised positions only, and so do the
+operations after the last layer's attention where the layers are lean. A frozen tower runs forward once. Embeddings,
+norms and activations are left out (below 1 %).
 
-MFU is these FLOPs without the recomputation (g = 0), over time, over the devices' dense peak in the training precision.
+MFU divides these FLOPs without recomputation (g = 0) by time and by the devices' dense peak in the training precision.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ from mm_moslora.models.vlm import is_multimodal, part_of, projectors
 from mm_moslora.training.metrics.vision_flops import TowerShape, VisionWork
 
 _POOLS = (".head.", ".attn_pool.", ".pooler.")
-"""Parts of towers that see one token of a picture, if any."""
+"""Parts of towers that process one token per picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """What a step works on."""
+    """The amount of work in a step."""
 
     tokens: int
     supervised: int
     pairs: float
-    """Pairs of tokens of which one sees the other: the sum of ``T (T + 1) / 2`` over the segments."""
+    """Pairs of tokens with attention between them: the sum of ``T (T + 1) / 2`` over the segments."""
     images: int = 0
     vision_work: VisionWork | None = None
-    """Of all pictures; None: as many of the counter's own as there are images."""
+    """Vision work of all pictures; None: the counter's default per picture times the number of images."""
     micro_batches: int = 1
 
     @classmethod
@@ -83,19 +84,19 @@ class _Linears:
     trained: float = 0.0
     adapters: float = 0.0
     mixers: float = 0.0
-    """Sum of ``d_out r^2``."""
+    """Sum of ``d_out r^2`` over the mixers."""
 
     @property
     def forward(self) -> float:
-        """Multiply-adds per row, mixers left out."""
+        """Multiply-adds per row, without mixers."""
         return self.frozen + self.trained + self.adapters
 
     def times(self, factor: float) -> _Linears:
-        """So many of them."""
+        """This group, a number of times."""
         return _Linears(**{item.name: factor * getattr(self, item.name) for item in fields(self)})
 
     def cost(self, tokens: float, *, passes_back: bool, again: int) -> float:
-        """FLOPs of the weights themselves."""
+        """FLOPs of the base weights."""
         every = 2 + 2 * again + (2 if passes_back else 0)
         return tokens * (every * (self.frozen + self.trained) + 2 * self.trained)
 
@@ -106,10 +107,10 @@ class _Linears:
 
 @dataclass(frozen=True, kw_only=True)
 class PictureCost:
-    """Of one picture's way through the tower, tiles and all, as it was counted by running it."""
+    """FLOPs of one picture in the tower, tiles included, measured by running it."""
 
     flops: float
-    """Of the forward pass."""
+    """FLOPs of the forward pass."""
     attention: float
     """Of those."""
     patches: float
@@ -118,12 +119,12 @@ class PictureCost:
 
 
 class FlopCounter:
-    """Counts what a model costs; made once, as it walks over the model's modules.
+    """Counts the FLOPs of a model. Construction walks over the model's modules, so make one counter per model.
 
     Args:
-        model: causal language model or VLM with whatever trains set; may be on the meta device.
-        layers: decoder layers to count, where the model at hand holds only some of them; None: its own.
-        picture: None: by arithmetic, which knows transformers' towers and one tile.
+        model: causal language model or VLM with the trainable parameters set; may be on the meta device.
+        layers: number of decoder layers to count, where the model holds only some of them; None: the model's number.
+        picture: FLOPs of one picture; None: computed from the configuration, for transformers' towers and one tile.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class FlopCounter:
         self.tower_trains = self.projector_trains = False
         self.shape: TowerShape | None = None
         self.picture = VisionWork()
-        """What stands for every picture where a step says nothing of its own."""
+        """The default work per picture, for a step without its own numbers."""
         if not is_multimodal(model):
             return
         path = f"{tower_path(model)}."
@@ -168,7 +169,7 @@ class FlopCounter:
         entries = [(module, linears[0][1][0]) for module, linears in between.values() if linears]
         for module, entry in entries:
             trained = next((p for p in module.parameters() if p.requires_grad), None)
-            if trained is entry.weight:  # else a norm before it needs its input's gradient
+            if trained is entry.weight:  # otherwise a norm before it needs its input's gradient
                 self.projector_entry += _size(entry)
         training = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.projector_trains = any(part_of(name) == "projector" for name in training)
@@ -189,9 +190,9 @@ class FlopCounter:
         """FLOPs of forward and backward passes.
 
         Args:
-            shape: of the step, on one rank or over all.
-            checkpointing: full gradient checkpointing of the decoder, its recomputation counted.
-            vision_checkpointing: the same of a tower that trains.
+            shape: the step, on one rank or over all.
+            checkpointing: full gradient checkpointing of the decoder, with its recomputation counted.
+            vision_checkpointing: the same for a tower that trains.
         """
         again, steps = int(checkpointing), shape.micro_batches
         dropped = shape.tokens - shape.supervised if self.drops else 0
@@ -211,7 +212,7 @@ class FlopCounter:
         )
         vision += self.projector.adapter_cost(vision_work.tokens, steps, again=0)
         if self.projector_trains and not self.tower_trains:
-            vision -= 2 * vision_work.tokens * self.projector_entry  # nobody asks for a frozen tower's gradients
+            vision -= 2 * vision_work.tokens * self.projector_entry  # a frozen tower needs no gradient of its output
         head = shape.supervised * self.head * (2 + (2 if self.passes_back else 0) + (2 if self.head_trains else 0))
         return Flops(
             base=base, adapters=adapters, attention=4 * self.attention_width * shape.pairs * passes, head=head,
@@ -220,7 +221,7 @@ class FlopCounter:
 
 
 def _with_paths(module: nn.Module | None) -> list[tuple[str, tuple[nn.Module, nn.Module]]]:
-    """Linear layers without what lies inside adapters: path, the base layer and the module around it."""
+    """Linear layers outside adapters: path, base layer and the module around it."""
     if module is None:
         return []
     around = dict(module.named_modules())
@@ -232,7 +233,7 @@ def _with_paths(module: nn.Module | None) -> list[tuple[str, tuple[nn.Module, nn
 
 
 def _size(linear: Any) -> float:
-    """Weights of a layer, also of one that ZeRO-3 has cut up."""
+    """Number of weights of a layer, also under ZeRO-3."""
     return float(linear.in_features * linear.out_features)
 
 

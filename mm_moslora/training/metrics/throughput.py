@@ -1,4 +1,4 @@
-"""How fast a run is, where its time goes, and how well it uses its devices, over all ranks."""
+"""Throughput, time split and device utilisation of a run, over all ranks."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from mm_moslora.utils import distributed
 
 @dataclass(frozen=True, kw_only=True)
 class RankFigures:
-    """What one rank measured of itself; metrics give the largest and the smallest over all ranks."""
+    """Measurements of one rank; metrics hold the largest and the smallest over all ranks."""
 
     step_seconds: float
-    """Of the last step, waiting for data included."""
+    """Seconds of the last step, waiting for data included."""
     data_seconds: float = 0.0
-    """For which the last step waited for data."""
+    """Seconds that the last step waited for data."""
     work_seconds: float = 0.0
-    """Per step since the last record, without waiting for other ranks where steps begin and end."""
+    """Seconds per step since the last record, without waiting for other ranks at step boundaries."""
     memory_gib: float = 0.0
-    """Most memory that was used."""
+    """Peak memory."""
     memory_reserved_gib: float = 0.0
-    """Most memory that the allocator of an accelerator held."""
+    """Peak memory reserved by an accelerator's allocator."""
     allocator_retries: float = 0.0
-    """Times that this allocator gave memory back and tried again."""
+    """Number of times that this allocator freed its cache and retried."""
 
 
 class Clock:
-    """The wall time of a run, by what it was spent on.
+    """The wall time of a run, split by activity.
 
     Args:
-        counters: of the run; `wall_seconds` grows by all that passes, `seconds` by optimiser steps alone.
+        counters: of the run; `wall_seconds` grows with all time, `seconds` with optimiser steps only.
         step: optimiser steps done.
     """
 
@@ -49,23 +49,23 @@ class Clock:
         self.begin(step)
 
     def begin(self, step: int) -> None:
-        """The first step comes: rates count from here."""
+        """Start counting rates, before the first step."""
         self._recorded_at = self._began = time.monotonic()
         self._first = self._recorded = step
         self._waited = self._tokens = self._samples = 0.0
 
     def tick(self) -> None:
-        """Bring `wall_seconds` up to date."""
+        """Update `wall_seconds`."""
         now = time.monotonic()
         self._counters["wall_seconds"] = self._counters.get("wall_seconds", 0.0) + now - self._ticked
         self._ticked = now
 
     def waited(self, seconds: float) -> None:
-        """Note a wait for other ranks."""
+        """Record a wait for other ranks."""
         self._waited += seconds
 
     def count(self, result: StepResult) -> None:
-        """Note a step."""
+        """Record a step."""
         self._tokens, self._samples = self._tokens + result.tokens, self._samples + result.samples
         self.waited(result.wait_seconds)
         self.tick()
@@ -73,7 +73,7 @@ class Clock:
     def record(self, step: int, total: int) -> tuple[dict[str, float], float]:
         """Metrics since the last record, and this rank's `RankFigures.work_seconds`.
 
-        All that happened in between counts, saves, validations and waiting included: rates do not flatter.
+        Rates include all time in between: saves, validations and waiting.
 
         Args:
             step: optimiser steps done.
@@ -98,14 +98,14 @@ class Clock:
 
 
 class Speedometer:
-    """Turns a step's counts into shares, and the figures of all ranks into metrics, with one collective.
+    """Computes a step's shares from its counts and reduces the figures of all ranks with one collective.
 
     MFU counts the FLOPs that the step needs (about 4 N per token with a frozen base; no padding, no recomputation) and
-    divides by the dense half-precision peak. On a device whose peak is not known, a CPU among them, there is none.
+    divides by the dense half-precision peak. It is missing on devices without a known peak, such as CPUs.
 
     Args:
-        model: with whatever trains set.
-        device_name: as the driver gives it; None asks torch.
+        model: the model with its trainable parameters set.
+        device_name: name from the driver; None asks torch.
     """
 
     def __init__(self, model: PreTrainedModel, *, device_name: str | None = None) -> None:
@@ -145,7 +145,7 @@ class Speedometer:
         return self._needed(result, self._seen(micro_batches), micro_batches=len(micro_batches))
 
     def _seen(self, micro_batches: Sequence[Batch]) -> list[float]:
-        """Pairs of tokens of a segment, and what the tower looks at; nothing where no one asks."""
+        """Token pairs of a segment, and the tower's work; zero where neither is needed."""
         if self.counter is None:
             return []
         pairs = sum(length * (length + 1) / 2 for batch in micro_batches for length in batch.segment_lengths)
@@ -167,7 +167,7 @@ class Speedometer:
 
 
 def _spread(figures: dict[str, tuple[float, ...]]) -> dict[str, float]:
-    """The largest over ranks, of several ranks the smallest, too, and the one that the others wait for."""
+    """The maximum over ranks; with several ranks also the minimum and the slowest rank."""
     metrics = {name: max(figures[name]) for name in ("step_seconds", "data_seconds", "memory_gib")}
     if any(figures["memory_reserved_gib"]):  # there is an accelerator
         metrics |= {

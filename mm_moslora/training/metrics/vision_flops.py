@@ -1,6 +1,6 @@
-"""How much a vision tower looks at: patches, pairs of them that see each other, and rows of the projector.
+"""Work of a vision tower: patches, pairs of patches with attention between them, and rows of the projector.
 
-A step's own batch knows it: tiles of models that cut pictures up, grids of patches of models that take any size.
+It is read from a step's batch: tiles for models that split pictures, patch grids for models of any resolution.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from mm_moslora.batch import Batch
 from mm_moslora.models.pretrained_vlm import PICTURE, side_of, tower_path
 
 _BEFORE_PATCHES = frozenset({"class_embedding", "cls_token", "register_tokens"})
-"""Parameters of towers that stand before the first patch."""
+"""Parameters of tokens that towers put before the first patch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionWork:
-    """What is looked at, of one picture or of many."""
+    """Work for one picture or several."""
 
     patches: float = 0.0
     """Prefixes included."""
     pairs: float = 0.0
-    """Pairs of patches of which one sees the other, times the tower's width, over all its layers."""
+    """Pairs of patches with attention between them, times the tower's width, summed over its layers."""
     tokens: float = 0.0
-    """Rows of the projector; the decoder may see fewer of them, and others between them."""
+    """Rows of the projector; the decoder may get fewer of them, and newline tokens in between."""
 
     def __add__(self, other: VisionWork) -> VisionWork:
         return VisionWork(**{item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)})
 
     def times(self, factor: float) -> VisionWork:
-        """So many of them."""
+        """The work of several such pictures."""
         return VisionWork(**{item.name: factor * getattr(self, item.name) for item in fields(self)})
 
 
 class TowerShape:
-    """The sizes of a tower that say what a picture takes.
+    """The dimensions of a tower that decide the work per picture.
 
     Args:
-        model: one that sees.
-        entry: values that a row of the projector takes; 0: there is no projector.
+        model: a model with a vision tower.
+        entry: input width of the projector; 0: there is no projector.
     """
 
     def __init__(self, model: PreTrainedModel, *, entry: int) -> None:
@@ -59,7 +59,7 @@ class TowerShape:
         self.patches_per_row = max(1.0, entry / (self.width * joined))
 
     def of_picture(self) -> VisionWork:
-        """One picture, by the configuration alone: one tile of the tower's own size, or of `PICTURE` if it has none."""
+        """One picture, by the configuration: one tile of the tower's size, or of `PICTURE` where it has none."""
         if getattr(self.model, "vision_grid", 0):
             return self._ours()
         side = side_of(self.config, "image_size")
@@ -67,12 +67,12 @@ class TowerShape:
         return self.of_tile(height, width)
 
     def of_tile(self, height: int, width: int) -> VisionWork:
-        """One tile of so many pixels."""
+        """One tile, by its size in pixels."""
         seen = (height // self.patch) * (width // self.patch)
         return self._all_pairs(seen + self.prefix, tokens=seen / self.patches_per_row)
 
     def of_batch(self, batch: Batch) -> VisionWork:
-        """The pictures of a micro-batch, wherever it lies."""
+        """The pictures of a micro-batch, on any device."""
         host = batch.on_host
         if host.pixel_values is None:
             return VisionWork()
@@ -81,13 +81,13 @@ class TowerShape:
         if (grids := host.image_inputs.get("image_grid_thw")) is not None:
             return self._of_grids(grids)
         pixels = host.pixel_values
-        if pixels.ndim < 4:  # patches, of sizes that nobody tells
+        if pixels.ndim < 4:  # patches without known grid sizes
             mean = pixels.shape[:-1].numel() / max(1, host.images)
             return self._all_pairs(mean, tokens=mean / self.patches_per_row).times(host.images)
         return self.of_tile(*pixels.shape[-2:]).times(_tiles(pixels))
 
     def tokens(self, patches: float, tiles: int) -> float:
-        """Rows of the projector from patches, prefixes included, of so many tiles."""
+        """Rows of the projector from patches, prefix tokens included, of several tiles."""
         if getattr(self.model, "vision_grid", 0):
             return tiles * self._ours().tokens
         return (patches - tiles * self.prefix) / self.patches_per_row
@@ -96,12 +96,12 @@ class TowerShape:
         return VisionWork(patches=patches, pairs=patches**2 * self.width * self.layers, tokens=tokens)
 
     def _ours(self) -> VisionWork:
-        """Our own models know their patches, whatever the size of the tower's training."""
+        """This project's towers report their patches, whatever their training resolution was."""
         patches = int(self.model.vision_grid) ** 2 + int(self.model.vision_prefix)
         return self._all_pairs(patches, tokens=float(self.model.image_seq_length))
 
     def _of_grids(self, grids: Tensor) -> VisionWork:
-        """Of ``[N, 3]`` frames, rows, columns of patches; most layers of Qwen2.5-VL look no further than a window."""
+        """Grids ``[N, 3]`` of frames, rows and columns of patches; most layers of Qwen2.5-VL use windowed attention."""
         merged = int(getattr(self.config, "spatial_merge_size", 1))
         whole, side = self.layers, 0
         if (everywhere := getattr(self.config, "fullatt_block_indexes", None)) is not None:
@@ -121,12 +121,12 @@ class TowerShape:
 
 
 def _squares(length: int, side: int) -> int:
-    """Sum of the squares of the lengths that a length is cut into."""
+    """The sum of squared window lengths when a length is cut into windows."""
     return length // side * side**2 + (length % side) ** 2
 
 
 def _tiles(pixels: Tensor) -> int:
-    """Tiles in ``[..., 3, H, W]``; those that only fill up a picture with fewer than others are zero throughout."""
+    """Tiles in ``[..., 3, H, W]``; all-zero tiles are padding and do not count."""
     tiles = pixels.flatten(0, -4)
     return int(tiles[:, :, 0].flatten(1).any(dim=1).sum()) if pixels.ndim > 4 else len(tiles)
 
@@ -136,6 +136,6 @@ def _prefix(tower: Any) -> int:
     found = 0
     for name, parameter in tower.named_parameters():
         if name.rpartition(".")[2] in _BEFORE_PATCHES:
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 cuts parameters up
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3, `shape` is that of the shard
             found += math.prod(shape) // shape[-1]
     return found

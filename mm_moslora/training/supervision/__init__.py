@@ -1,1 +1,1 @@
-"""Watching over a run: its state, ranks, signals, divergence."""
+"""Supervision of a run: its state file, its ranks, signals and divergence."""

@@ -1,4 +1,4 @@
-"""`state.json`: that a run is under way, and how it ended, for whoever looks into its folder."""
+"""`state.json`: whether a run is active, and how it ended."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ STATE = "state.json"
 
 @dataclass
 class Ending:
-    """What the run itself says about its end; an exception says more."""
+    """The run's own record of its end; an exception adds its message."""
 
     finished: bool = False
-    """Every step was done, or no more were worth it; otherwise it was asked to stop."""
+    """Every step was done, or early stopping ended the run; otherwise it was asked to stop."""
     begun: bool = False
-    """Whether the run went on at all: an attempt that is refused says nothing about a run that is there."""
+    """Whether the run started at all; a refused attempt must not overwrite the state of an existing run."""
 
 
 @contextmanager
 def record_run_state(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[Ending]:
-    """Keep `state.json` of a run folder for the length of a run; see `mm_moslora.reporting.run_data`.
+    """Keep `state.json` of a run folder up to date while a run is active; see `mm_moslora.reporting.run_data`.
 
-    A process that is killed leaves "running"; a reader finds out by its process id and by the heartbeats. Where rank 0
-    is gone, a rank that outlives it records the end.
+    A process that is killed leaves "running"; readers check its process id and the heartbeats. Where rank 0 is gone, a
+    surviving rank records the end.
 
     Args:
         folder: of the run.
-        stages: names of the folders in it that are its stages, in order.
+        stages: names of its subfolders that are stages, in order.
     """
     began: dict[str, Any] = {"process": os.getpid(), "host": socket.gethostname(), "since": round(time.time(), 3)}
     if stages:
@@ -73,12 +73,12 @@ def record_run_state(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[En
 
 
 def record_failure(folder: Path, reason: str, *, ranks: Sequence[int]) -> None:
-    """Record the end of a run whose process is about to be ended, by whichever rank is the first to know.
+    """Record the end of a run before its process is ended, by the first rank that knows.
 
     Args:
         folder: of the run.
         reason: why it fails.
-        ranks: that are to blame.
+        ranks: the ranks to blame.
     """
     told = _told(folder)
     if told is not None and told.get("state") == "running":
@@ -87,7 +87,7 @@ def record_failure(folder: Path, reason: str, *, ranks: Sequence[int]) -> None:
 
 
 def _told(folder: Path) -> dict[str, Any] | None:
-    """What the file says now; None where there is none, or no good one."""
+    """The current content of the file; None where it is missing or damaged."""
     try:
         return dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -95,7 +95,7 @@ def _told(folder: Path) -> dict[str, Any] | None:
 
 
 def _reason(error: BaseException) -> str | None:
-    """One line; None for Ctrl-C."""
+    """One line about an exception; None for Ctrl-C."""
     if isinstance(error, KeyboardInterrupt):
         return None
     first = (str(error).strip().splitlines() or ["no message"])[0]
@@ -106,5 +106,5 @@ def _write(folder: Path, state: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         replace_json(folder / STATE, state)
-    except OSError as error:  # a full disk must not hide why the run ended
+    except OSError as error:  # a full disk must not hide the reason for the end
         logger.warning("%s could not be written (%s).", folder / STATE, error)

@@ -1,5 +1,5 @@
-"""Stopping on request. While there is nothing to save a signal ends the program at once; later it sets a flag, the loop
-tells all ranks at the same step, they save and leave.
+"""Stopping on request. Before there is anything to save, a signal ends the program at once. Later it sets a flag; the
+loop shares the flag between all ranks at the same step, and they save and exit.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from mm_moslora.launch.launcher import REQUESTS_TO_END_UNSAVED, RequestCounter
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _AGAIN_SECONDS = 30.0
-"""What was raised where Python or a library swallows it (in a finaliser, say) is raised once more after these."""
+"""Delay before the exception is raised again, where Python or a library swallowed it (in a finaliser, say)."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal came while there was nothing to save."""
+    """A signal arrived before there was anything to save."""
 
 
 class StopRequest:
-    """Hears SIGTERM, SIGINT and SIGUSR1.
+    """Handles SIGTERM, SIGINT and SIGUSR1.
 
-    In a `with` block of it the first signal is remembered, and the third Ctrl-C stops at once (KeyboardInterrupt); see
-    `mm_moslora.launch.launcher.RequestCounter`. In one of `at_once`, around it, every signal stops at once (Stopped).
+    In a `with` block of it, the first signal is stored, and the third Ctrl-C stops at once (KeyboardInterrupt); see
+    `mm_moslora.launch.launcher.RequestCounter`. In an outer block of `at_once`, every signal stops at once (Stopped).
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)  # what was swallowed before is obeyed here
+        signal.setitimer(signal.ITIMER_REAL, 0.0)  # an exception that was swallowed before takes effect here
         self._previous = _heard_by(self._remember)
         return self
 
@@ -47,15 +47,15 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """For programs that have nothing to save, yet or any more.
+        """Stop at once on a signal, in phases with nothing to save.
 
-        One rank of several keeps what it has: its launcher ends it by the same signals when another rank has failed,
-        which is no request, and one that waits for others in a collective would not hear them.
+        With several ranks the handlers stay unchanged: the launcher ends the other ranks by the same signals after a
+        failure, which is not a request, and a rank that waits in a collective would not react.
         """
         process = os.getpid()
 
         def leave(number: int, frame: FrameType | None) -> None:
-            if os.getpid() != process:  # a process that prepares data, forked from this one
+            if os.getpid() != process:  # a data worker that was forked from this process
                 os._exit(128 + number)
             self.received = self.received or number
             signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
@@ -78,11 +78,11 @@ class StopRequest:
 
 
 def _heard_by(handler: Callable[[int, FrameType | None], None], *, unless_ignored: bool = False) -> dict[int, Any]:
-    """Give the signals to a handler; returns what had them."""
+    """Install a handler for the signals; returns the previous handlers."""
     numbers = [n for n in _SIGNALS if not (unless_ignored and signal.getsignal(n) == signal.SIG_IGN)]
     try:
         return {number: signal.signal(number, handler) for number in numbers}
-    except ValueError:  # not the main thread: the embedding program handles signals
+    except ValueError:  # not in the main thread: the embedding program handles signals
         return {}
 
 

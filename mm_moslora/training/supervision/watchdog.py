@@ -1,8 +1,8 @@
-"""Watching over the ranks: who is where, who has died, who hangs; stacks of everybody, and an end instead of a wait.
+"""Watchdog over the ranks: positions, deaths and hangs. It writes stacks and ends a hanging run.
 
-Every rank keeps a small file up to date in the run folder, `heartbeat/rank-00000.json`. When a phase takes longer than
-its limit, each rank writes its stacks, reads the others' files, says which rank is behind, silent or dead, and ends the
-process, so that the launcher can restart the run.
+Every rank updates a small file in the run folder, `heartbeat/rank-00000.json`. When a phase exceeds its limit, each
+rank writes its stacks, reads the others' files, reports which rank is behind, silent or dead, and ends its process, so
+that the launcher can restart the run.
 """
 
 from __future__ import annotations
@@ -32,32 +32,33 @@ from mm_moslora.utils.redaction import redact_text
 logger = logging.getLogger(__name__)
 
 EXIT_HANG = 70
-"""Exit code of a rank that gave up waiting."""
+"""Exit code of a rank that stopped waiting."""
 _TORCHRUN_SECONDS = 30
-"""How long torchrun may take to end when it is told to."""
+"""Seconds for torchrun to end after SIGTERM."""
 _STANDSTILL = 10
-"""Times the interval between two heartbeats: a longer gap means that the process did not run."""
-_CULPRIT_SECONDS = 4.0  # a rank that fails needs a moment to say so
+"""Multiple of the heartbeat interval: a longer gap means that the process did not run."""
+_CULPRIT_SECONDS = 4.0  # a failing rank needs a moment to write its heartbeat
 _GONE_SECONDS = 5.0
-"""How long a rank may be gone while another starts. Most of what waits for it fails by itself, and says more."""
+"""Seconds that a rank may be gone while another one starts. Ranks that wait for it mostly fail by themselves, with a
+more specific error."""
 _START = "start"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blame:
-    """Which ranks are to blame."""
+    """The ranks to blame."""
 
     text: str
-    """A sentence or several."""
+    """One or more sentences."""
     ranks: tuple[int, ...] = ()
-    """Empty where it cannot be known."""
+    """Empty where the ranks are not known."""
 
     def __str__(self) -> str:
         return self.text
 
 
 class Watchdog:
-    """Watches one rank for the length of a `with` block.
+    """Watches one rank inside a `with` block.
 
     Args:
         folder: the run folder.
@@ -85,14 +86,14 @@ class Watchdog:
             for beat in self.beats.glob("rank-*.json"):  # of an earlier start
                 discard(beat)
             self.beats.mkdir(parents=True, exist_ok=True)
-            self._begin()  # before it waits for the others, so that whoever looks sees a run that is alive
+            self._begin()  # before waiting for the others, so that readers see an active run
         distributed.barrier()
         self.beats.mkdir(parents=True, exist_ok=True)
         self.stacks.mkdir(parents=True, exist_ok=True)
         self._stacks_path = self.stacks / f"rank-{distributed.rank():05d}.txt"
         self._stacks_file = self._stacks_path.open("w", encoding="utf-8")
-        # The thread that the signal reaches, the main one, and not all: a handler holds no lock, and reading the frames
-        # of threads that run crashes some processes.
+        # Only the stack of the main thread is written, which receives the signal: a handler holds no lock, and reading
+        # the frames of running threads crashes some processes.
         faulthandler.register(signal.SIGUSR2, file=self._stacks_file, all_threads=False)
         if not distributed.is_main():
             self._begin()
@@ -121,17 +122,17 @@ class Watchdog:
         self._say()
 
     def phase(self, what: str, step: int, limit_seconds: float) -> None:
-        """Say what comes next, and how long it may take.
+        """Set the next phase and its time limit.
 
         Args:
-            what: a word or two.
+            what: one or two words.
             step: optimiser steps done.
-            limit_seconds: after which this rank gives up.
+            limit_seconds: time after which this rank gives up.
         """
         with self._lock:
             self._phase, self._step, self._limit, self._since = what, step, limit_seconds, time.monotonic()
             self._stood_still = 0.0
-        # For a hang that keeps the interpreter's lock, when the thread below cannot run: stacks, then the end.
+        # For a hang that holds the GIL, when the watchdog thread cannot run: write stacks, then exit.
         if limit_seconds < 1e6:
             faulthandler.dump_traceback_later(limit_seconds + 30, exit=True, file=self._stacks_file)
 
@@ -149,9 +150,9 @@ class Watchdog:
                 self._give_up("The other ranks cannot be reached.")
 
     def _misses_a_rank(self) -> bool:
-        """Whether another rank is gone for a while: rank 0 looks at all, the others at rank 0.
+        """Whether another rank has been gone for a while: rank 0 checks all, the others check rank 0.
 
-        Without it a rank that waits for the address of another in a new group waits for the limit of a collective.
+        Otherwise a rank that waits for another's address in a new group waits for the timeout of a collective.
         """
         beats = self.read() if distributed.is_main() else self.read(name="rank-00000.json")
         return any(
@@ -162,12 +163,12 @@ class Watchdog:
         )
 
     def _say(self) -> None:
-        """Write this rank's file; a full disk is no reason to stop, and must not hide why the run ended."""
+        """Write this rank's file. A full disk must neither stop the run nor hide why it ended."""
         with contextlib.suppress(OSError):
             self._write()
 
     def _note_standstill(self) -> None:
-        """Time in which this process did not run, stopped or on a machine that slept, is no time that it waited."""
+        """Discount time in which this process did not run, because it was stopped or the machine slept."""
         with self._lock:
             now = time.monotonic()
             gap, self._ran = now - self._ran, now
@@ -182,7 +183,7 @@ class Watchdog:
             "phase": self._phase, "seconds_in_phase": round(time.monotonic() - self._since, 1),
             "place": self._place, "gave_up": self._gave_up, "stood_still": round(self._stood_still, 1),
         }  # fmt: skip
-        with replacing(path) as temporary:  # of a name of its own: `verdict` may write beside the thread
+        with replacing(path) as temporary:  # under a unique name: `verdict` may write at the same time as the thread
             temporary.write_text(json.dumps(content), encoding="utf-8")
 
     def _give_up(self, why: str, *, hint: str = "") -> None:
@@ -191,7 +192,7 @@ class Watchdog:
         self._place, self._gave_up = _own_place(self._phase), True
         self._say()
         self._ask_for_stacks()
-        time.sleep(2 * self.interval)  # the others reach their limits, too
+        time.sleep(2 * self.interval)  # time for the others to reach their limits
         blame = self.verdict()
         record_failure(self.folder, f"{why} {blame}", ranks=blame.ranks)
         logger.error("%s %s Stacks: %s.%s", why, blame, self.stacks, hint)
@@ -200,14 +201,14 @@ class Watchdog:
         os._exit(EXIT_HANG)
 
     def _ask_for_stacks(self) -> None:
-        """Processes of this machine write their stacks when they get SIGUSR2, whatever they are stuck in."""
+        """Send SIGUSR2 to the ranks of this machine; their handlers write stacks even during a hang."""
         for beat in self.read():
             if beat.host == socket.gethostname() and beat.pid != os.getpid() and not beat.is_dead():
                 with contextlib.suppress(OSError):
                     os.kill(beat.pid, signal.SIGUSR2)
 
     def read(self, *, name: str = "rank-*.json") -> list[Heartbeat]:
-        """What ranks said last. Ages are measured against this rank's own file: no clocks are compared.
+        """The ranks' last heartbeats. Ages are relative to this rank's own file, so clocks need not agree.
 
         Args:
             name: pattern of the files' names.
@@ -221,8 +222,8 @@ class Watchdog:
         return heartbeat.read_heartbeats(self.beats, now=now, name=name)
 
     def verdict(self) -> Blame:
-        """Which ranks are to blame; waits a moment for ranks that are just failing."""
-        if self._thread.ident is None:  # what lies in the folder is of an earlier start
+        """The ranks to blame; waits a moment for ranks that are about to fail."""
+        if self._thread.ident is None:  # the files in the folder are of an earlier start
             return _no_word(set(range(distributed.world_size())) - {distributed.rank()})
         self._note_standstill()
         deadline = time.monotonic() + _CULPRIT_SECONDS
@@ -253,7 +254,7 @@ class Watchdog:
         )
 
     def _behind(self, beats: list[Heartbeat], others: list[Heartbeat]) -> list[tuple[Heartbeat, str]]:
-        """Ranks that are silent, or behind the others, or that have given up."""
+        """Ranks that are silent, behind the others, or have given up."""
         silent = [beat for beat in others if beat.age > 3 * self.interval and not beat.is_over]
         if silent:
             return [
@@ -269,17 +270,17 @@ class Watchdog:
 
 
 def _no_word(missing: set[int]) -> Blame:
-    """Ranks that left no heartbeat; one of them at least is to blame."""
+    """Ranks without a heartbeat; at least one of them is to blame."""
     names = ", ".join(f"rank {rank}" for rank in sorted(missing)[:8])
     text = f"There is no word of {names}{', ...' if len(missing) > 8 else ''}: see what was printed there."
     return Blame(text=text, ranks=tuple(missing) if len(missing) == 1 else ())
 
 
 def _release_torchrun() -> None:
-    """Have torchrun end with its ranks when they run on several hosts and may not be restarted.
+    """Make torchrun end with its ranks when they run on several hosts and no restart is left.
 
-    Left alone on a host that is cut off, it waits for the others' store until TCP gives up, a quarter of an hour later.
-    Told to end while it waits, it hears so minutes later; then a process that outlives this one kills it.
+    On a host that is cut off, torchrun would wait for the rendezvous store until TCP times out after 15 minutes.
+    While it waits, it handles SIGTERM minutes late, so a process that outlives this one kills it.
     """
     several = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
     restarts, allowed = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
@@ -296,10 +297,10 @@ def _release_torchrun() -> None:
 
 
 def _own_place(phase: str) -> str:
-    """Function and line that the main thread is in; empty when it waits for other ranks.
+    """Function and line of the main thread; empty when it waits for other ranks.
 
-    On a GPU collectives are queued and the host goes on, to wait for its own device wherever it reads a value next: in
-    a step, a place says nothing.
+    On a GPU, collectives are queued and the host continues until it reads a value. Within a step, the position of the
+    main thread is therefore not informative.
     """
     if phase == "step" and distributed.device().type == "cuda":
         return ""

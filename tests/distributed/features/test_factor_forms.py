@@ -69,7 +69,7 @@ def test_orthonormal_factors_are_refused_where_ranks_have_shards_of_them(parts, 
     recipe = write(formed(make_recipe(parts, tmp_path / "run", "zero3"), factor_form="orthonormal"))
     group = ranks.finish(ranks.start([recipe]))
     assert all(group.codes)
-    assert "zero3 is a ZeRO-3, which has them whole only while their layer computes" in group.outputs
+    assert "zero3 is a ZeRO-3, which gathers a matrix only while its layer computes" in group.outputs
     assert "Choose zero0 to zero2" in group.outputs
 
 

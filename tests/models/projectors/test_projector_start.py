@@ -62,8 +62,8 @@ def test_visual_tokens_point_to_the_answers_of_a_sorted_file(recipe, tmp_path, m
 @pytest.mark.parametrize(
     ("answers", "said"),
     [
-        ({"black": "one", "gray": "two", "white": "six"}, "Projector fitted: visual tokens follow"),
-        (dict.fromkeys(SHADES, "yes"), "The projector is not fitted to the answers: they, or the pictures, are all"),
+        ({"black": "one", "gray": "two", "white": "six"}, "Projector fitted: visual tokens explain"),
+        (dict.fromkeys(SHADES, "yes"), "The projector is not fitted to the answers: the answers, or the pictures, are"),
     ],
 )
 def test_the_run_says_how_far_tokens_follow_the_answers(answers, said, recipe, tmp_path, caplog):
@@ -111,4 +111,4 @@ def test_data_without_a_picture_fit_nothing_and_the_run_says_so(recipe, tmp_path
     path = tmp_path / "text.jsonl"
     path.write_text("\n".join(json.dumps({"id": str(n), "conversations": turns}) for n in range(8)))
     prepared(recipe, SourceConfig(path=str(path)))
-    assert "begins at random: no record of the training data shows a picture" in caplog.text
+    assert "starts from random weights: no record of the training data has a picture" in caplog.text
