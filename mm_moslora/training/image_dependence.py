@@ -105,7 +105,7 @@ class ImageCheck:
             )
 
     def _look_at_gradients(self) -> None:
-        """Refuse a trained part without gradients, which shows in Adam's momentum; every ZeRO stage keeps the momentum."""
+        """Refuse a trained part without gradients. They show in Adam's momentum, which every ZeRO stage keeps."""
         norms = self.run.engine.component_norms()
         for part in ("projector", "vision"):
             found = [norm for name, norm in norms.items() if name.startswith(f"momentum_norm/{part}")]
