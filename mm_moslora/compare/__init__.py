@@ -1,1 +1,1 @@
-"""Comparing ways to tune on one's own data: equal budget, tuned learning rates, seeds, and what the numbers can say."""
+"""Comparing ways to tune on one's own data: equal budgets, tuned learning rates, several seeds, statistics."""

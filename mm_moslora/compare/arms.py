@@ -1,7 +1,7 @@
-"""What is compared: an arm is a name and the recipe keys that make it.
+"""Arms of a comparison: a name and the recipe keys that it sets.
 
-`lora`, `moslora:kaiming` and so on are known; `@key=value` behind one changes keys of the adapter (or any recipe key by
-its dotted name), so that `moslora:orthogonal@rank=16` is an arm of a rank ablation.
+`lora`, `moslora:kaiming` and others are known. A suffix `@key=value` changes keys of the adapter (or any recipe key by
+its dotted name), so `moslora:orthogonal@rank=16` is an arm of a rank ablation.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "lora+": ("LoRA+: the learning rate of B is 16 times that of A", _LORA | {"optim.lora_plus_ratio": 16.0}),
     "full": ("every weight of the language model trains, no adapter", {"model.language_mode": "full"}),
 }
-"""Arms by name: what they are, and the recipe keys they set."""
+"""Known arms: a description, and the recipe keys that they set."""
 
 _RESET = {
     "adapter.mixer_trainable": True,
@@ -53,7 +53,7 @@ _RESET = {
     "optim.lora_plus_ratio": 1.0,
     "model.language_mode": "adapter",
 }
-"""What an arm decides alone, whatever the recipe says: two arms differ in what their names say and in nothing else."""
+"""Defaults that every arm resets, whatever the recipe holds, so that two arms differ only in what their names set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Arm:
     """One way to tune."""
 
     name: str
-    """As the user wrote it."""
+    """The name from the command line."""
     about: str
     """For people."""
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -76,11 +76,11 @@ class Arm:
         """The recipe of this arm.
 
         Args:
-            recipe: the one that all arms share.
+            recipe: the recipe that all arms share.
             **further: dotted keys, `__` for the dot, such as `optim__lr`.
 
         Raises:
-            ConfigError: a key that does not exist, or a value that is not acceptable.
+            ConfigError: a key does not exist, or a value is not acceptable.
         """
         data = recipe.to_dict()
         changes = {**self.changes, **{key.replace("__", "."): value for key, value in further.items()}}
@@ -94,10 +94,10 @@ def parse_arms(text: str | Sequence[str], recipe: Recipe) -> list[Arm]:
 
     Args:
         text: arms separated by commas, or a list of them. Commas within brackets do not separate.
-        recipe: the one that all arms share; every arm is applied to it once, so that a bad key is found here.
+        recipe: the recipe that all arms share; every arm is applied to it once, so that a bad key is found here.
 
     Raises:
-        ConfigError: fewer than two arms, one twice, an unknown one, or keys that the recipe does not take.
+        ConfigError: fewer than two arms, a duplicate, an unknown arm, or keys that the recipe does not have.
     """
     names = split(text) if isinstance(text, str) else [name for item in text for name in split(item)]
     if len(names) < 2:
@@ -114,7 +114,7 @@ def parse_arms(text: str | Sequence[str], recipe: Recipe) -> list[Arm]:
 
 
 def split(text: str) -> list[str]:
-    """Split at commas outside brackets; empty parts vanish."""
+    """Split at commas outside brackets; empty parts are dropped."""
     return [part.strip() for part in re.split(r",(?![^\[\]{}]*[\]}])", text) if part.strip()]
 
 

@@ -1,4 +1,4 @@
-"""From the outcomes of the runs to what can be said: `results.json`, which the table and the page show."""
+"""Analyse the outcomes of the runs and write `results.json`, which the table and the page show."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ from mm_moslora.utils.hardware import hardware
 
 
 def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
-    """Analyse what is there, write `results.json`, return it.
+    """Analyse the finished runs, write `results.json`, return it.
 
     Args:
-        comparison: read or run.
-        command: how it was started, for the reader who wants to repeat it.
+        comparison: with its outcomes, read or run.
+        command: the command that started it, so that readers can repeat it.
     """
     settings, outcomes, folder = comparison.settings, comparison.outcomes, comparison.folder
     names = short_names([*settings.tasks, *settings.validation])
@@ -97,7 +97,7 @@ def analyse(comparison: Comparison, *, command: str = "") -> dict[str, Any]:
 
 
 def _every(settings: Settings, outcomes: Mapping[str, Outcome]) -> list[tuple[Cell, Outcome]]:
-    """All runs that are over, failed ones of this or an earlier call included."""
+    """All finished runs, failed ones of this or an earlier call included."""
     cells = [*tuning_cells(settings), *reported_cells(settings, choose_rates(settings, outcomes))]
     return [(cell, outcomes[cell.name]) for cell in cells if cell.name in outcomes]
 
@@ -188,7 +188,7 @@ def _cost(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
 def _comparisons(
     settings: Settings, scores: Mapping[str, dict[str, TaskAnswers]], controls: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Every arm against the reference, by task and over all tasks; p-values corrected over the arms of a column."""
+    """Every arm against the reference, by task and over all tasks; p-values are corrected over the arms of a column."""
     reference = scores[settings.reference_arm]
     names = [name for name in scores if name != settings.reference_arm and scores[name] and reference]
     rows = []
@@ -235,7 +235,7 @@ def _row(
 
 
 def _plain(value: Any) -> Any:
-    """nan and infinity as None, so that the file is strict JSON."""
+    """NaN and infinity as None, so that the file is strict JSON."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""One run of a comparison in a process of its own: train, measure, write how it ended."""
+"""One run of a comparison in its own process: train, measure, record the outcome."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ OUTCOME, LOG = "outcome.json", "log.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a process is told."""
+    """The arguments of a run's process."""
 
     cell: Cell
     recipe: Recipe
     settings: Settings
     folder: Path
-    """Of the comparison."""
+    """Settings of the comparison."""
     devices: tuple[str, ...] = ()
     """Accelerators of this run, as in CUDA_VISIBLE_DEVICES; none on a CPU."""
     stop_at: int | None = None
-    """Only so many steps, to measure the speed."""
+    """Number of steps of a probe that measures the speed; None: the whole run."""
 
     @property
     def place(self) -> Path:
@@ -52,10 +52,10 @@ class Job:
 
 
 def read_outcome(place: Path) -> Outcome | None:
-    """How a run ended, None if it has not.
+    """The outcome of a run; None where it has not ended.
 
     Raises:
-        ConfigError: the file that says so is damaged.
+        ConfigError: the outcome file is damaged.
     """
     file = place / OUTCOME
     try:
@@ -63,23 +63,21 @@ def read_outcome(place: Path) -> Outcome | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{file} is damaged ({error}). Delete it to have the run measured again, or restore it."
-        ) from error
+        raise ConfigError(f"{file} is damaged ({error}). Delete it to measure the run again, or restore it.") from error
 
 
 def write_outcome(place: Path, outcome: Outcome) -> None:
-    """Write how a run ended, in one move."""
+    """Write the outcome of a run atomically."""
     place.mkdir(parents=True, exist_ok=True)
     replace_json(place / OUTCOME, dataclasses.asdict(outcome))
 
 
 def run(job: Job) -> None:
-    """Train and measure one run; whatever happens is written into its folder, and the process ends with 0.
+    """Train and measure one run. Its folder gets the outcome, errors included, and the process ends with 0.
 
-    What is printed goes to the run's log. Only a process that is killed leaves no outcome; the caller writes it then.
+    Output goes to the run's log. A killed process leaves no outcome; the caller then writes it.
     """
-    os.setpgrp()  # Ctrl-C reaches the parent alone, which passes it on once
+    os.setpgrp()  # Ctrl-C reaches only the parent, which forwards it once
     if job.devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(job.devices)
     job.place.mkdir(parents=True, exist_ok=True)
@@ -91,7 +89,7 @@ def run(job: Job) -> None:
         outcome = Outcome(status="diverged", reason=str(error))
     except MoSLoRAError as error:
         outcome = Outcome(status="failed", reason=str(error))
-    except Exception as error:  # the other runs must not pay for this one
+    except Exception as error:  # the other runs continue
         logger.error("%s", traceback.format_exc())
         outcome = Outcome(status="failed", reason=f"{type(error).__name__}: {_first_line(error)}")
     if outcome is not None:
@@ -103,7 +101,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _log_into(path: Path) -> None:
-    """Send standard output and error, of libraries and of child processes too, into a file."""
+    """Redirect standard output and error, of libraries and of child processes too, into a file."""
     with path.open("a", encoding="utf-8") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
@@ -120,8 +118,8 @@ def _run(job: Job, started: float) -> Outcome | None:
 
 
 def _train(job: Job) -> bool:
-    """Train to the end, or until a signal or `stop_at`; whether the end is reached."""
-    recipe = Recipe.from_dict(absolute(job.recipe.to_dict()))  # which is read from its own folder
+    """Train to the end, a signal or `stop_at`; returns whether the end was reached."""
+    recipe = Recipe.from_dict(absolute(job.recipe.to_dict()))  # the launched process reads it from its own folder
     (job.place / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     if len(job.devices) > 1:
         return _train_on_several(job)
@@ -175,7 +173,7 @@ def _measured(job: Job) -> Outcome:
 
 
 def _evaluate(job: Job, names: list[str]) -> Iterator[tuple[str, float, dict[str, Path]]]:
-    """Yield (name, score with its own pictures, folder with the samples by image mode) of every task."""
+    """Yield (name, score with its own pictures, sample folder by image mode) of every task."""
     if not names:
         return
     from mm_moslora_eval.backends.open_model import open_model
@@ -202,7 +200,7 @@ def _evaluate(job: Job, names: list[str]) -> Iterator[tuple[str, float, dict[str
 
 
 def _modes(task: Task) -> tuple[ImageMode, ...]:
-    """All image modes for a task with two different pictures, else its own alone."""
+    """All image modes for a task with at least two different pictures, else only its own."""
     from mm_moslora_eval.sources.image_controls import MODES, Hasher
 
     from mm_moslora.utils.errors import DataError
@@ -211,7 +209,7 @@ def _modes(task: Task) -> tuple[ImageMode, ...]:
     for image in (image for document in task.load().documents for image in document.images):
         try:
             seen.add(hasher(image))
-        except (DataError, OSError):  # a sample that fails
+        except (DataError, OSError):  # an unreadable sample
             continue
         if len(seen) > 1:
             return MODES
@@ -219,7 +217,7 @@ def _modes(task: Task) -> tuple[ImageMode, ...]:
 
 
 def open_task(name: str, settings: Settings) -> Task:
-    """A task by name, its answers as long as the settings want them."""
+    """A task by name, with the settings' answer length."""
     from mm_moslora_eval.protocol.task_registry import get_task
 
     task = get_task(name)
@@ -230,9 +228,9 @@ def open_task(name: str, settings: Settings) -> Task:
 
 
 def metrics(place: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics so far; a last line that is half written does not count."""
+    """The rows of a run's metrics so far, without an incomplete last line."""
     try:
         lines = (place / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    except FileNotFoundError:  # not there yet, or moved aside by a run that starts afresh
+    except FileNotFoundError:  # not written yet, or moved aside by a fresh start of the run
         return []
     return [json.loads(text) for text in lines if text]

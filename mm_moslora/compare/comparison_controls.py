@@ -1,7 +1,7 @@
-"""The answers of an arm's runs, and whether they are above answers that need no picture and no model.
+"""The answers of an arm's runs, and tests against controls that need no picture or no model.
 
-Shapes: scores are ``K x N``, seeds by documents. A run is compared with its own controls, so that the difference is one
-of the same seed: a control's share is subtracted answer by answer before means are taken.
+Shapes: scores are ``K x N``, seeds by documents. A run is compared with its own controls of the same seed: a control's
+share is subtracted answer by answer before means are taken.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ _BASELINES = {"majority": "majority", "question_majority": "best_answer"}
 
 @dataclass(frozen=True, kw_only=True)
 class TaskAnswers:
-    """What an arm's runs answered on one task."""
+    """Scores of an arm's runs on one task."""
 
     own: TaskScores
-    """With the real pictures."""
+    """Scores with the real pictures."""
     less: Mapping[str, TaskScores]
-    """The same less each control, by its name in `mm_moslora.reporting.verdicts`; ``K x N``."""
+    """These scores minus each control's, by its name in `mm_moslora.reporting.verdicts`; ``K x N``."""
     pictures: bool
-    """The questions show pictures."""
+    """Whether the questions show pictures."""
     score: str = ""
-    """Name of the score, empty for a share of right answers."""
+    """Name of the score; empty for a share of right answers."""
     remarks: tuple[str, ...]
-    """What must be known beside the scores, such as that all answers are the same."""
+    """Remarks on the scores, such as that all answers are equal."""
 
 
 class Answers:
     """Reads the samples of reported runs.
 
     Args:
-        settings: of the comparison.
+        settings: the comparison's.
         outcomes: by the run's name.
-        folder: of the comparison.
+        folder: the comparison's.
         chosen: learning rate by arm.
-        names: of tasks, for people.
+        names: display names of tasks.
 
     Raises:
         DataError: the training file of `settings.train_answers` cannot be read.
@@ -65,13 +65,13 @@ class Answers:
         self._cells = reported_cells(settings, chosen)
         self._training: Sequence[TrainingAnswer] = training_answers(settings.train_answers)
         self.learned_from = learned_from(self._training)
-        """What answers without a model come from."""
+        """The source of answers without a model."""
         self.floors: dict[str, dict[str, float]] = {}
-        """Scores of answers without a model by task; the same for every run."""
+        """Scores of answers without a model, by task; equal for every run."""
         self._floor_scores: dict[str, dict[str, list[float]]] = {}
 
     def of(self, arm: str) -> dict[str, TaskAnswers]:
-        """By task; an empty mapping when no seed was measured."""
+        """Scores by task; empty where no seed was measured."""
         good = [
             (cell.seed, found)
             for cell in self._cells
@@ -99,7 +99,7 @@ class Answers:
         for name, floor in self._floors(task, places[0]["own"]).items():
             if (
                 name == "majority" or self._training
-            ):  # what knows the test set's answers question by question is no floor
+            ):  # a baseline that knows the test answers per question is not a floor
                 less[name] = _less(own, [floor] * len(own), clusters)
         return TaskAnswers(
             own=TaskScores(scores=own, clusters=clusters), less=less,
@@ -108,7 +108,7 @@ class Answers:
         )  # fmt: skip
 
     def _floors(self, task: str, place: Path) -> Mapping[str, list[float]]:
-        """Scores of answers without a model, by name; none where the samples are no answers to questions."""
+        """Scores of answers without a model, by name; empty where the samples are not answers to questions."""
         if task not in self._floor_scores:
             self._floor_scores[task] = _without_model(place, self._training)
             means = {name: math.fsum(scores) / len(scores) for name, scores in self._floor_scores[task].items()}
@@ -117,12 +117,12 @@ class Answers:
 
 
 _FULL_MARKS = {"mme": 2000.0}
-"""Aggregation whose score is a sum -> what it can reach; such a score is told as a share of it."""
+"""Aggregations with a sum as their score -> its maximum; the score is shown as a share of it."""
 _SCORES = {"mme": "perception as a share of its 2,000 points"}
 
 
 def _scores(place: Path) -> list[float]:
-    """What every answer brings to the task's score; where the samples are no answers to a task, their own scores."""
+    """The contribution of every answer to the task's score; without a task, the samples' own scores."""
     from mm_moslora_eval.run.answer_views import SAMPLES
     from mm_moslora_eval.run.evaluate_suite import read_samples
     from mm_moslora_eval.run.result_file import read_scored, task_of
@@ -166,7 +166,7 @@ def _without_model(place: Path, training: Sequence[TrainingAnswer]) -> dict[str,
 
 
 def _remarks(good: Sequence[tuple[int, Outcome]], places: Sequence[Mapping[str, Path]]) -> tuple[str, ...]:
-    """What must be known of the answers, said once for all seeds of which it holds."""
+    """Remarks on the answers, each once with the seeds that it holds for."""
     from mm_moslora_eval.run.result_file import read_scored, task_of
     from mm_moslora_eval.scoring.score_remarks import answers_alike, wordy
 
@@ -180,23 +180,23 @@ def _remarks(good: Sequence[tuple[int, Outcome]], places: Sequence[Mapping[str, 
 
 
 def columns_of(scores: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Columns of the tables: each task, and all together where there are several."""
+    """Columns of the tables: each task, and all of them together where there are several."""
     columns = {name: [name] for name in scores}
     return columns | ({ALL: list(scores)} if len(scores) > 1 else {})
 
 
 def as_difference(estimate: Estimate, tasks: Sequence[TaskScores]) -> Difference:
-    """An estimate as verdicts take it; graded scores have no least number of questions, unlike right and wrong."""
+    """An estimate in the form that verdicts take; graded scores need no least number of questions."""
     graded = any(score not in (-1.0, 0.0, 1.0) for task in tasks for row in task.scores for score in row)
     groups = None if graded else estimate.groups
     return Difference(value=estimate.value, low=estimate.low, high=estimate.high, groups=groups)
 
 
 def add_controls(arms: Sequence[dict[str, Any]], scores: Mapping[str, Mapping[str, TaskAnswers]]) -> None:
-    """Write into each arm, by column, how far it is above its controls.
+    """Add to each arm, by column, its differences from the controls.
 
-    An arm is above where it is above each of them: the p-value is the largest one (an intersection-union test),
-    corrected over the arms by Holm's procedure, since one arm is enough for a comparison to stand.
+    An arm is above its controls where it is above each of them: the p-value is the largest one (an intersection-union
+    test), corrected over the arms by Holm's procedure, since a comparison needs only one such arm.
     """
     for arm in arms:
         arm["controls"] = {
@@ -212,9 +212,9 @@ def add_controls(arms: Sequence[dict[str, Any]], scores: Mapping[str, Mapping[st
 
 
 def _above(answers: Sequence[TaskAnswers], tasks: Sequence[str]) -> dict[str, Any] | None:
-    """How far an arm is above the controls that all tasks have; None where there are none.
+    """An arm's differences from the controls that all tasks have; None where there are none.
 
-    Tasks without pictures have no part in the controls of pictures.
+    Tasks without pictures are left out of picture controls.
     """
     rows, p_values, above = [], [], True
     for name in dict.fromkeys(name for one in answers for name in one.less):
@@ -234,5 +234,5 @@ def _above(answers: Sequence[TaskAnswers], tasks: Sequence[str]) -> dict[str, An
 
 
 def pictures_controlled(answers: Sequence[TaskAnswers]) -> bool:
-    """Whether every task with pictures was also asked with blind and wrong ones."""
+    """Whether every task with pictures was also measured with blind and wrong pictures."""
     return all(name in one.less for one in answers if one.pictures for name in PICTURE_CONTROLS)

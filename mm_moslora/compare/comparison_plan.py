@@ -1,9 +1,9 @@
-"""What a comparison consists of: its settings, its runs, their folders, and what they will cost.
+"""The parts of a comparison: settings, runs, folders and cost.
 
 Folder of a comparison:
 
-    comparison.json          the settings and checksums of the data; arms, rates and seeds may be added later, the rest
-                             may not change
+    comparison.json          the settings and checksums of the data; arms, rates and seeds may be added later, the
+                             rest may not change
     data/                    the validation split, where one was held out
     runs/ARM_lrRATE_seedN/   one run each: recipe.yaml, log.txt, metrics.jsonl, checkpoints, eval/, outcome.json
     results.json             the analysis; report.html shows it
@@ -25,9 +25,9 @@ from mm_moslora.utils.errors import ConfigError
 
 FORMAT = 2
 TUNING_SEEDS = 1000
-"""Seeds of tuning runs count from here, so that no run that chose a rate is reported with it."""
+"""Seeds of tuning runs start here, so that no run that chose a rate is reported with it."""
 LOSS = "loss"
-"""Name of the held-out loss as a measure."""
+"""Name of the held-out loss as a metric."""
 ALL = "all tasks"
 """Name of the mean over tasks."""
 
@@ -36,31 +36,31 @@ Status = Literal["ok", "diverged", "failed"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the user asked for."""
+    """The user's settings."""
 
     arms: Sequence[Arm]
     rates: Sequence[float]
-    """Peak learning rates of the adapter that every arm is tried with."""
+    """Peak learning rates of the adapter to try for every arm."""
     seeds: int
-    """Runs per arm at its chosen rate."""
+    """Reported runs per arm, at its chosen rate."""
     tasks: Sequence[str]
     """Test tasks, as for `mm-moslora eval run`."""
     validation: Sequence[str] = (LOSS,)
-    """What a rate is chosen by: the held-out loss, or tasks whose mean counts."""
+    """Metric for choosing a rate: the held-out loss, or the mean over these tasks."""
     tuning_seeds: int = 1
-    """Runs per arm and rate to choose by."""
+    """Tuning runs per arm and rate."""
     reference: str = ""
-    """The arm that others are compared with; "" is the first."""
+    """The reference arm; "" is the first one."""
     limit: int | None = None
-    """Only the first so many documents of every task."""
+    """Use only the first documents of every task, up to this number."""
     batch_size: int = 16
-    """Questions decoded together."""
+    """Questions per decoding batch."""
     max_new_tokens: int | None = None
     """Longest answer of tasks that are data files; None: the task's own."""
     controls: bool = True
-    """Reported runs are also asked with a plain picture and with another item's."""
+    """Also measure reported runs with a plain picture and with another item's picture."""
     train_answers: str = ""
-    """Training file whose answers the most frequent answer is learned from; "" is the test set itself."""
+    """Training file for the most-frequent-answer baseline; "" uses the test set itself."""
 
     def __post_init__(self) -> None:
         for name, value in (("seeds", self.seeds), ("tune-seeds", self.tuning_seeds)):
@@ -78,16 +78,16 @@ class Settings:
             )
         known = [arm.name for arm in self.arms]
         if self.reference and self.reference not in known:
-            raise ConfigError(f"--reference {self.reference!r} is no arm. Arms: {', '.join(known)}.")
+            raise ConfigError(f"--reference {self.reference!r} is not an arm. Arms: {', '.join(known)}.")
 
     @property
     def reference_arm(self) -> str:
-        """Name of the arm that the others are compared with."""
+        """Name of the reference arm."""
         return self.reference or self.arms[0].name
 
     @property
     def tunes(self) -> bool:
-        """Whether there is a rate to choose."""
+        """Whether there are several rates to choose from."""
         return len(self.rates) > 1
 
 
@@ -99,7 +99,7 @@ class Cell:
     rate: float
     seed: int
     tuning: bool
-    """Chooses a rate (measured on the validation split); otherwise reported (measured on the test split)."""
+    """Whether the run chooses a rate (on the validation split); otherwise it is reported (on the test split)."""
 
     @property
     def name(self) -> str:
@@ -107,7 +107,7 @@ class Cell:
         return f"{self.arm.slug}_lr{self.rate:g}_{'tune' if self.tuning else 'seed'}{self.seed % TUNING_SEEDS}"
 
     def recipe(self, shared: Recipe, folder: Path) -> Recipe:
-        """The run's recipe: the shared one, what the arm changes, the rate, the seed and the folder."""
+        """The run's recipe: the shared one with the changes of the arm, the rate, the seed and the folder."""
         return self.arm.apply(
             shared, optim__lr=self.rate, train__seed=shared.train.seed + self.seed,
             train__output=str(folder / "runs" / self.name), track__name=self.name,
@@ -116,12 +116,12 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended."""
+    """The outcome of a run."""
 
     status: Status
     reason: str = ""
     recipe: str = ""
-    """Hash of the recipe it ran."""
+    """Hash of its recipe."""
     validation: dict[str, float] = field(default_factory=dict)
     """Held-out loss, and the scores of validation tasks."""
     test: dict[str, float] = field(default_factory=dict)
@@ -130,14 +130,14 @@ class Outcome:
     """Test task -> image mode (own, blind, wrong) -> folder of its samples, below the comparison's folder."""
     first_loss: float | None = None
     last_loss: float | None = None
-    """Mean training loss of the first and of the last tenth."""
+    """Mean training loss of the first and of the last tenth of the steps."""
     trainable: int = 0
     steps: int = 0
     step_seconds: float = 0.0
     """Median seconds of an optimiser step."""
     train_seconds: float = 0.0
     total_seconds: float = 0.0
-    """Loading, training and measuring."""
+    """Seconds of loading, training and measuring."""
     memory_gib: float = 0.0
     processes: int = 1
 
@@ -155,7 +155,7 @@ def tuning_cells(settings: Settings) -> list[Cell]:
 
 
 def reported_cells(settings: Settings, chosen: Mapping[str, float]) -> list[Cell]:
-    """Runs that are reported, of the arms whose rate is chosen."""
+    """Reported runs of the arms with a chosen rate."""
     return [
         Cell(arm=arm, rate=chosen[arm.name], seed=seed, tuning=False)
         for seed in range(settings.seeds)
@@ -165,21 +165,21 @@ def reported_cells(settings: Settings, chosen: Mapping[str, float]) -> list[Cell
 
 
 def run_count(settings: Settings, hopeless: int = 0) -> int:
-    """Runs in all.
+    """The total number of runs.
 
     Args:
-        settings: of the comparison.
-        hopeless: arms whose tuning runs all failed, so that nothing of them is reported.
+        settings: the comparison's.
+        hopeless: arms with only failed tuning runs; they have no reported runs.
     """
     tuning = len(settings.rates) * settings.tuning_seeds if settings.tunes else 0
     return len(settings.arms) * tuning + (len(settings.arms) - hopeless) * settings.seeds
 
 
 def choose_rates(settings: Settings, outcomes: Mapping[str, Outcome]) -> dict[str, float]:
-    """The best rate of every arm whose tuning runs are all over and did not all fail.
+    """The best rate of every arm after all its tuning runs have ended, if at least one succeeded.
 
     Args:
-        settings: of the comparison.
+        settings: the comparison's.
         outcomes: by the run's name.
     """
     if not settings.tunes:
@@ -193,13 +193,13 @@ def choose_rates(settings: Settings, outcomes: Mapping[str, Outcome]) -> dict[st
         usable = {rate: score for rate, score in scores.items() if score is not None}
         if usable:
             sign = 1 if tuple(settings.validation) == (LOSS,) else -1
-            # Of equals the smaller rate: it is the safer one.
+            # Of equal rates the smaller one, which is less likely to diverge.
             chosen[arm.name] = min(usable, key=lambda rate: (sign * usable[rate], rate))
     return chosen
 
 
 def hopeless_arms(settings: Settings, outcomes: Mapping[str, Outcome]) -> list[str]:
-    """Arms whose tuning runs are all over without a rate that works."""
+    """Arms without a working rate after all their tuning runs have ended."""
     chosen = choose_rates(settings, outcomes)
     missing = {cell.arm.name for cell in tuning_cells(settings) if cell.name not in outcomes}
     return [arm.name for arm in settings.arms if arm.name not in chosen and arm.name not in missing]
@@ -208,7 +208,7 @@ def hopeless_arms(settings: Settings, outcomes: Mapping[str, Outcome]) -> list[s
 def validation_score(
     settings: Settings, cells: Iterable[Cell], outcomes: Mapping[str, Outcome], rate: float
 ) -> float | None:
-    """Mean validation value of an arm at a rate; None when one of its runs failed: a rate must work with every seed."""
+    """Mean validation value of an arm at a rate; None where one of its runs failed: a rate must work for all seeds."""
     values = []
     for cell in cells:
         if cell.rate == rate:
@@ -220,21 +220,21 @@ def validation_score(
 
 
 def measured(settings: Settings, outcome: Outcome) -> float | None:
-    """What one run scored on the validation split; None when it failed."""
+    """The validation score of one run; None where it failed."""
     values = [outcome.validation.get(name, math.nan) for name in settings.validation]
     mean = math.fsum(values) / len(values)
     return mean if outcome.status == "ok" and math.isfinite(mean) else None
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Hash of what decides a run's numbers: the recipe without its folder and its trackers."""
+    """Hash of the recipe without its folder and trackers, which do not change a run's numbers."""
     data = recipe.to_dict()
     del data["track"], data["train"]["output"]
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def describe(settings: Settings) -> dict[str, Any]:
-    """Plain data of what must stay the same when a comparison is continued."""
+    """Settings that must stay the same when a comparison continues, as plain data."""
     return {
         "format": FORMAT,
         "tasks": list(settings.tasks),

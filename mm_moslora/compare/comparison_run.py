@@ -1,4 +1,4 @@
-"""A comparison from start to end: plan, tune the rates, run the seeds, analyse. The same call again goes on."""
+"""A comparison from start to end: plan, tune the rates, run the seeds, analyse. The same call again continues it."""
 
 from __future__ import annotations
 
@@ -42,33 +42,33 @@ from mm_moslora.utils.text_format import format_seconds
 logger = logging.getLogger(__name__)
 
 PROBE_STEPS = 3
-"""Steps after which the speed is known well enough for a plan."""
+"""Steps of the probe that estimates the speed for a plan."""
 WAIT_SECONDS = 5.0
 _FILES = ("comparison.json", "results.json", "report.html", "data", "runs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunBudget:
-    """What a comparison may use."""
+    """Resources of a comparison."""
 
     parallel: int | None = None
-    """Runs beside each other; None: one per `devices_per_run` accelerators, one on a CPU."""
+    """Parallel runs; None: one per `devices_per_run` accelerators, one on a CPU."""
     devices_per_run: int = 1
     max_minutes: float | None = None
-    """Stop after so long; the same command goes on."""
+    """Time limit; the same command continues."""
     keep_all: bool = False
     """Keep the checkpoints of tuning runs, too."""
 
 
 class Comparison:
-    """The state of one comparison folder.
+    """A comparison and its folder.
 
     Args:
-        recipe: shared by all arms.
-        settings: what to compare.
-        folder: of the comparison.
+        recipe: the recipe that all arms share.
+        settings: the comparison's.
+        folder: the comparison's.
         hold_out: share of the training records for the validation split, where neither the recipe nor the settings
-            bring one.
+            have one.
     """
 
     def __init__(self, recipe: Recipe, settings: Settings, folder: Path, *, hold_out: float) -> None:
@@ -82,10 +82,10 @@ class Comparison:
         self._said_cost = False
 
     def check(self) -> None:
-        """Refuse what cannot work before anything runs: tasks, data, a folder of another comparison.
+        """Check tasks, data and folder before anything runs.
 
         Raises:
-            MoSLoRAError: what is wrong.
+            MoSLoRAError: a check failed.
         """
         names = dict.fromkeys([*self.settings.tasks, *self.settings.validation])
         measured = {
@@ -101,7 +101,7 @@ class Comparison:
         self._read_outcomes()
 
     def _trained_on(self) -> dict[str, str]:
-        """Checksums of what the arms learn from, the split not yet made."""
+        """Checksums of the training data; before the split is made, of its sources."""
         data = self._given.data
         parts = {"train": data.train, "validation": data.validation}
         return {
@@ -128,7 +128,7 @@ class Comparison:
             if changed:
                 key = changed[0]
                 raise ConfigError(
-                    f"{self.folder} compares with {key} {found.get(key)!r}, now it is {own[key]!r}. Arms, rates and "
+                    f"{self.folder} was started with {key} {found.get(key)!r}, now it is {own[key]!r}. Arms, rates and "
                     "seeds may be added to a comparison, the rest may not change. Choose another --output."
                 )
         replace_json(file, own)
@@ -139,12 +139,12 @@ class Comparison:
         changed = sorted(key for key in sources.keys() | now.keys() if sources.get(key) != now.get(key))
         if changed:
             raise ConfigError(
-                f"{self.folder} was begun with other data: {', '.join(changed)} changed since. Runs on different data "
+                f"{self.folder} was started with other data: {', '.join(changed)} changed. Runs on different data "
                 "cannot be compared. Restore the data, or choose another --output."
             )
 
     def _read_outcomes(self) -> None:
-        """Runs that are over, however they ended."""
+        """All finished runs, successful or not."""
         every_rate = [{arm.name: rate for arm in self.settings.arms} for rate in self.settings.rates]
         known = [*tuning_cells(self.settings), *(c for one in every_rate for c in reported_cells(self.settings, one))]
         for item in known:
@@ -159,17 +159,17 @@ class Comparison:
             self.outcomes[item.name] = outcome
 
     def run(self, room: RunBudget) -> bool:
-        """Run whatever is missing; whether all is over. SIGTERM and Ctrl-C save and leave, as in training.
+        """Run what is missing; returns whether all is done. SIGTERM and Ctrl-C save and exit, as in training.
 
         Args:
-            room: what may be used.
+            room: the resources.
         """
         with StopRequest() as stop:
             return self._run(room, stop)
 
     def _run(self, room: RunBudget, stop: StopRequest) -> bool:
         started = time.monotonic()
-        # The reason of a failure may have gone since; what diverged would diverge again.
+        # The reason of a failure may be gone; a run that diverged would diverge again.
         self.outcomes = {name: outcome for name, outcome in self.outcomes.items() if outcome.status != "failed"}
         pool = Pool(_work, slots(parallel=room.parallel, devices_per_run=room.devices_per_run), preload=_PRELOAD)
         tried: set[str] = set()
@@ -188,16 +188,16 @@ class Comparison:
                     self._over(job, code, room)
                 self._say_cost(pool.running)
                 if stop.received:
-                    logger.info("Stopped by signal %d; saving. The same command goes on.", stop.received)
+                    logger.info("Stopped by signal %d; saving. The same command continues.", stop.received)
                     return False
                 if room.max_minutes is not None and time.monotonic() - started > 60 * room.max_minutes:
-                    logger.info("%g minutes are over; saving. The same command goes on.", room.max_minutes)
+                    logger.info("%g minutes are over; saving. The same command continues.", room.max_minutes)
                     return False
         finally:
             pool.stop()
 
     def _cells(self) -> list[Cell]:
-        """Runs that are known so far, tuning first; an arm's reported runs are known once its rate is chosen."""
+        """Runs known so far, tuning first; an arm's reported runs are known once its rate is chosen."""
         return [
             *tuning_cells(self.settings),
             *reported_cells(self.settings, choose_rates(self.settings, self.outcomes)),
@@ -216,7 +216,7 @@ class Comparison:
         if outcome is None and code != 0:
             outcome = Outcome(status="failed", reason=_killed(code, job.place / comparison_cell.LOG))
             comparison_cell.write_outcome(job.place, outcome)
-        if outcome is None:  # stopped by a signal, saved, goes on next time
+        if outcome is None:  # stopped by a signal and saved; it continues next time
             return
         self.outcomes[job.cell.name] = outcome
         if job.cell.tuning and not room.keep_all:
@@ -241,7 +241,7 @@ class Comparison:
         return "all done" if seconds == 0 else f"about {format_seconds(seconds)} of runs left"
 
     def seconds_left(self) -> float:
-        """Seconds of the runs that are missing, from those that are over: each arm by its own, else by the mean."""
+        """Estimate of the missing runs' seconds, from finished runs of the same arm, else from the mean of all."""
         known = [o for o in self.outcomes.values() if o.status == "ok"]
         if not known:
             return math.nan
@@ -258,7 +258,7 @@ class Comparison:
         return total
 
     def _say_cost(self, running: Sequence[Job]) -> None:
-        """Once, as soon as the first run has shown its speed."""
+        """Log the cost once, after the first steps of the first run."""
         if self._said_cost:
             return
         for job in running:
@@ -269,7 +269,7 @@ class Comparison:
                 return
 
     def probe(self, room: RunBudget) -> str:
-        """Run a few steps of the first run and say what the whole comparison will cost. The steps are not lost."""
+        """Run a few steps of the first run, which keeps them, and estimate the cost of the whole comparison."""
         waiting = self._ready()
         if not waiting:
             return "Nothing is left to run."
@@ -298,7 +298,7 @@ def _work(job: Job, slot: Slot) -> None:
 
 
 def cost_line(settings: Settings, job: Job, rows: Sequence[dict[str, Any]]) -> str | None:
-    """What all runs will take, from the first steps of one; None before there are enough."""
+    """The cost of all runs, from the first steps of one; None before there are enough steps."""
     steps = [row for row in rows if "step_seconds" in row]
     if len(steps) < PROBE_STEPS:
         return None
@@ -313,7 +313,7 @@ def cost_line(settings: Settings, job: Job, rows: Sequence[dict[str, Any]]) -> s
 
 
 def plan_lines(settings: Settings) -> list[str]:
-    """The plan in words."""
+    """The plan as text."""
     tuning = len(settings.arms) * len(settings.rates) * settings.tuning_seeds if settings.tunes else 0
     reported = len(settings.arms) * settings.seeds
     names = short_names([*settings.tasks, *settings.validation])
@@ -344,7 +344,7 @@ def plan_lines(settings: Settings) -> list[str]:
 
 
 def short_names(tasks: Sequence[str]) -> dict[str, str]:
-    """A name for people for each task, all different: of a data file its file name, with as many folders as needed."""
+    """A unique display name for each task: for a data file its file name, with as many folders as needed."""
     files = {task: Path(file).with_suffix("") for task in tasks if (file := _file_of(task))}
     names = {task: files[task].name if task in files else task for task in tasks}
     for depth in range(2, 1 + max((len(file.parts) for file in files.values()), default=0)):
@@ -368,10 +368,11 @@ def _killed(code: int, log: Path) -> str:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold a comparison folder.
+    """Lock a comparison folder.
 
     Raises:
-        ConfigError: another process compares there, or files of somebody else have the names of a comparison's.
+        ConfigError: another comparison holds the lock, or files of another program have names that a comparison
+        writes.
     """
     refuse_strangers(folder, _FILES, kind="comparison", also=("comparison.json",))
     folder.mkdir(parents=True, exist_ok=True)

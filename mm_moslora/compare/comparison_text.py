@@ -1,4 +1,4 @@
-"""What the results of a comparison say, in sentences and in a table for the terminal."""
+"""The results of a comparison in sentences, and as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mm_moslora.reporting.verdicts import AGAINST, above_controls, arms_sentence
 
 
 def says(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What the numbers say and what they cannot say: `verdicts` with their moods, `remarks`, and `says` with both."""
+    """Conclusions and caveats: `verdicts` with their moods, `remarks`, and `says` with both."""
     tasks = list(dict.fromkeys(row["task"] for row in results["comparisons"]))
     column = ALL if ALL in tasks else None
     verdicts = [
@@ -88,7 +88,7 @@ def _chosen_by(results: Mapping[str, Any]) -> str:
 
 
 def control_lines(results: Mapping[str, Any]) -> list[str]:
-    """How far every arm is above its controls, a line per arm and column."""
+    """Differences of every arm from its controls, a line per arm and column."""
     return [
         f"{arm['name']}{f', {column}' if len(arm['controls']) > 1 else ''}: "
         + "; ".join(

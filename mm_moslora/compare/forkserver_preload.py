@@ -1,4 +1,4 @@
-"""What every run of a comparison imports; the fork server imports it once, so that a run starts at once."""
+"""The imports of every run of a comparison; the fork server does them once, so that runs start fast."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""A validation split held out of the training records, whole pictures at a time."""
+"""Hold out a validation split of the training records, by whole pictures."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import rename
 
 MOST = 2000
-"""Records held out at most, over all sources: more would cost time and not choose better."""
+"""Maximum number of held-out records, over all sources: more would cost time without a better choice."""
 
 
 def with_holdout(recipe: Recipe, folder: Path, *, share: float) -> Recipe:
-    """The recipe with its records split into training and validation; written once, found again later.
+    """Split the recipe's records into training and validation; the split is written once and reused.
 
-    Records about one picture stay on one side, and the side depends on the picture's name alone, so the split does not
+    All records of a picture stay on one side, which depends on the picture's name alone. The split therefore does not
     change with the seed or with the order of records.
 
     Args:
         recipe: without validation sources.
-        folder: where the two files of every source go.
+        folder: for the two files of every source.
         share: of the records, 0 to 1.
 
     Raises:
-        ConfigError: nothing would be held out, or nothing be left.
+        ConfigError: no record would be held out, or none left for training.
     """
     if not 0 < share < 1:
         raise ConfigError(f"--hold-out is {share}, expected more than 0 and less than 1, such as 0.05.")
@@ -73,11 +73,11 @@ def _records(path: Path) -> Iterator[Any]:
         try:
             yield file[row]
         except StrictJsonError:
-            continue  # the trainer counts what it cannot read, in the file that the user gave
+            continue  # the trainer counts unreadable records, in the file that the user gave
 
 
 def _position(record: Any) -> float:
-    """Where a record falls between 0 and 1, by its picture, else by its own text."""
+    """A number between 0 and 1 for a record, from its picture, else from its text."""
     image = record.get("image") if isinstance(record, dict) else None
     key = json.dumps(image if image else record, sort_keys=True)
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6]) / 2**48

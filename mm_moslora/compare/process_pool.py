@@ -1,4 +1,4 @@
-"""Runs beside each other, each in a process of its own: one that crashes takes nothing with it."""
+"""Parallel runs, each in its own process, so that a crash does not affect the others."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """Room for one run: its accelerators, none on a CPU."""
+    """Resources of one run: its accelerators, none on a CPU."""
 
     devices: tuple[str, ...] = ()
 
 
 def slots(*, parallel: int | None, devices_per_run: int) -> list[Slot]:
-    """Room on this machine: one run per group of accelerators, or `parallel` (one) on a CPU.
+    """The slots of this machine: one per group of accelerators, or `parallel` (one) on a CPU.
 
     Args:
-        parallel: at most so many runs beside each other; None: as many as there are accelerators for.
+        parallel: maximum number of parallel runs; None: as many as the accelerators allow.
         devices_per_run: accelerators of one run.
 
     Raises:
-        ConfigError: fewer accelerators than one run wants.
+        ConfigError: fewer accelerators than one run needs.
     """
     from mm_moslora.utils.errors import ConfigError
 
@@ -68,9 +68,9 @@ class Pool:
     """Starts processes as slots become free.
 
     Args:
-        target: what a process does with (item, slot); a function of a module, so that a process can find it.
+        target: called with (item, slot) in the process; a function of a module, so that it can be pickled.
         room: the slots.
-        preload: a module that all processes share; imported once where that is safe.
+        preload: a module that is imported once for all processes where that is safe.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Pool:
     ) -> None:
         self._target, self._free = target, list(room)
         self._running: list[_Running] = []
-        # A process forked after CUDA was touched cannot use it, so with accelerators every run starts from nothing.
+        # A process that was forked after CUDA was used cannot use CUDA, so with accelerators every run is spawned.
         self._context: Any = multiprocessing.get_context("spawn" if any(s.devices for s in room) else "forkserver")
         if preload is not None and not any(slot.devices for slot in room):
             self._context.set_forkserver_preload([preload])
@@ -90,7 +90,7 @@ class Pool:
 
     @property
     def running(self) -> list[Any]:
-        """What runs now."""
+        """The running items."""
         return [item.item for item in self._running]
 
     def start(self, item: Any) -> None:
@@ -101,7 +101,7 @@ class Pool:
         self._running.append(_Running(process=process, slot=slot, item=item))
 
     def wait(self, seconds: float) -> list[tuple[Any, int]]:
-        """Wait until a process ends, at most so long; returns (item, exit code) of those that did."""
+        """Wait until a process ends, up to a time limit; returns (item, exit code) of those that did."""
         deadline = time.monotonic() + seconds
         while True:
             over = [item for item in self._running if item.process.exitcode is not None]
@@ -115,7 +115,7 @@ class Pool:
         return [(item.item, item.process.exitcode or 0) for item in over]
 
     def stop(self, *, grace: float = 120.0) -> None:
-        """Ask every process to save and leave; one that does not within `grace` seconds is killed."""
+        """Ask every process to save and exit; after `grace` seconds it is killed."""
         for item in self._running:
             _signal(item.process, signal.SIGTERM)
         for item in self._running:

@@ -1,4 +1,4 @@
-"""The difference of two arms when both the documents and the seeds are a sample. Pure Python.
+"""The difference of two arms with documents and seeds as random samples. Pure Python.
 
 Shapes: an arm's scores on a task are ``K x N``, seeds by documents. Sources: Owen 2007 (crossed random effects), Miller
 2024 (2411.00640, clustered errors), Satterthwaite 1946 (degrees of freedom), Holm 1979.
@@ -25,17 +25,17 @@ Scores = Sequence[Sequence[float]]
 """``K x N``."""
 LEVEL, POWER = 0.95, 0.8
 _ROUNDING = 1e-24
-"""A variance of shares below it is rounding: all differences are the same number."""
+"""A variance of shares below this is rounding: all differences are equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScores:
-    """One arm on one task."""
+    """Scores of one arm on one task."""
 
     scores: Scores
     """``K x N``: a row per seed."""
     clusters: Sequence[Hashable]
-    """``N``: what goes together, such as the image of a question."""
+    """``N``: cluster of each document, such as the image of a question."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +45,18 @@ class Estimate:
     value: float
     stderr: float
     degrees: float
-    """Of freedom, by Satterthwaite; infinite where the error is exactly zero."""
+    """Degrees of freedom, by Satterthwaite; infinite where the error is exactly zero."""
     documents: float
-    """Share of the variance that documents bring, 0 to 1."""
+    """Share of the variance that comes from documents, 0 to 1."""
     low: float
     high: float
     """95 % interval."""
     groups: int
-    """Independent documents, over all tasks."""
+    """Number of independent documents, over all tasks."""
 
     @property
     def p_value(self) -> float:
-        """Two-sided p-value that the true value is zero."""
+        """Two-sided p-value of a true value of zero."""
         if math.isnan(self.stderr):
             return math.nan
         if self.stderr == 0:
@@ -64,21 +64,21 @@ class Estimate:
         return t_two_sided(self.value / self.stderr, self.degrees)
 
     def detectable(self, *, comparisons: int = 1) -> float:
-        """The smallest true value that a repetition would call different from zero four times out of five.
+        """The smallest true value that a repetition would find significant with 80 % power.
 
         Args:
-            comparisons: how many p-values are corrected together (the strictest step of Holm's procedure).
+            comparisons: number of p-values that are corrected together (the strictest step of Holm's procedure).
         """
         if math.isnan(self.stderr):
             return self.stderr
-        if self.stderr == 0:  # as rare as samples may be that differ
+        if self.stderr == 0:  # all differences are equal; a rare other one may still exist
             return alike_interval(0.0, self.groups, level=LEVEL)[1]
         strict = t_quantile(1 - (1 - LEVEL) / comparisons, self.degrees)
         return (strict + t_quantile(2 * POWER - 1, self.degrees)) * self.stderr
 
 
 def arm_mean(tasks: Mapping[str, TaskScores]) -> Estimate:
-    """The mean over seeds, documents and (with equal weight) tasks, for new documents and new seeds."""
+    """The mean over seeds, documents and (with equal weight) tasks, with its error for new documents and new seeds."""
     zero = {
         name: TaskScores(scores=[[0.0] * len(task.clusters)], clusters=task.clusters) for name, task in tasks.items()
     }
@@ -86,15 +86,15 @@ def arm_mean(tasks: Mapping[str, TaskScores]) -> Estimate:
 
 
 def difference(a: Mapping[str, TaskScores], b: Mapping[str, TaskScores]) -> Estimate:
-    """A - B on the same documents, with the error of new documents and new seeds.
+    """A - B on the same documents, with its error for new documents and new seeds.
 
-    The variance is that of the documents (of differences of seed means, clustered) plus that of the seeds of either arm
-    (as independent draws), less what both of them contain (the noise of single answers). With one seed an arm's share
-    of seeds is unknown and left out.
+    The variance is that of the documents (of differences of seed means, clustered) plus that of each arm's seeds (as
+    independent draws), minus their common part (the noise of single answers). With one seed, the variance between an
+    arm's seeds is unknown and left out.
 
     Args:
         a: task -> scores of A; the tasks weigh equally.
-        b: of B, on the same documents in the same order.
+        b: scores of B, on the same documents in the same order.
     """
     return _estimate(a, b, seedless=False)
 
@@ -122,7 +122,7 @@ def _estimate(a: Mapping[str, TaskScores], b: Mapping[str, TaskScores], *, seedl
             part = sample_stddev(means) ** 2 / len(means)
             by_seeds += part
             squares += part**2 / (len(means) - 1)
-    # Estimates of a part may exceed the whole; the error is never smaller than either source alone.
+    # Estimates of components may exceed the total; the error is never smaller than either source alone.
     variance = max(by_documents, by_seeds, by_documents + by_seeds - shared)
     return _with_interval(value, variance, squares, by_documents, groups=groups)
 
@@ -147,7 +147,7 @@ def _columns(scores: Scores) -> list[float]:
 
 
 def _interaction(task: TaskScores) -> float:
-    """What the variance of documents and that of seeds both contain: single answers that change with the seed."""
+    """The common part of the variances of documents and seeds: single answers that change with the seed."""
     seeds, documents = len(task.scores), len(task.clusters)
     groups = len(set(task.clusters))
     if seeds < 2 or groups < 2:
@@ -164,7 +164,7 @@ def _interaction(task: TaskScores) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's corrected p-values, in the order given; nan stays nan and does not count."""
+    """Holm's corrected p-values, in the given order; NaN stays NaN and does not count."""
     order = sorted((index for index, p in enumerate(p_values) if not math.isnan(p)), key=lambda index: p_values[index])
     corrected, largest = [math.nan] * len(p_values), 0.0
     for rank, index in enumerate(order):

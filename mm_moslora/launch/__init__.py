@@ -1,1 +1,1 @@
-"""Starting the ranks of a run: launchers and SLURM."""
+"""Launchers of training ranks: torchrun, DeepSpeed and SLURM."""

@@ -1,7 +1,7 @@
-"""`mm-moslora launch`: find this machine's accelerators, choose the launcher that fits, start the ranks and wait.
+"""`mm-moslora launch`: find this machine's accelerators, choose a launcher, start the ranks and wait for them.
 
-A signal is handed on to the ranks once; they finish their step, save and leave, and the exit code is then 75. So it is
-when they had not begun. Ctrl-C a third time ends them unsaved.
+A signal is forwarded to the ranks once. They finish their step, save and exit, and the exit code is 75, also where they
+had not started. A third Ctrl-C ends them without saving.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from mm_moslora.utils.run_paths import RUN_FILES, RUN_LOCK, RUN_SIGNS
 logger = logging.getLogger(__name__)
 
 EXIT_REQUEUE = 75
-"""Exit code of what was stopped by a signal and goes on when it is started again."""
+"""Exit code after a signal; the same command continues the run."""
 STOPPED = "STOPPED"
-"""File in a run folder: the run was stopped by a signal, which its text names, and nothing is unsaved."""
+"""File in a run folder: a signal, which its text names, stopped the run, and nothing is unsaved."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ONE_REQUEST_SECONDS = 3.0
-"""Signals so close to a request are the same one: terminals and schedulers tell whole groups of processes, the
-launchers hand on what they hear, and that of DeepSpeed sends SIGINT and SIGTERM."""
+"""Seconds after a request in which further signals belong to it: terminals and schedulers signal whole process groups,
+launchers forward signals, and DeepSpeed's launcher sends SIGINT and SIGTERM."""
 REQUESTS_TO_END_UNSAVED = 3
 
 
 class RequestCounter:
-    """Counts requests to stop. The first signal is one; later ones are none, since schedulers repeat themselves while a
-    run saves, except Ctrl-C some seconds after the last request: a person insists."""
+    """Counts requests to stop. The first signal is a request. Later ones are not, since schedulers repeat signals while
+    a run saves, except for a Ctrl-C some seconds after the last request."""
 
     def __init__(self) -> None:
         self._requests, self._since = 0, 0.0
 
     def count(self, number: int) -> int:
-        """How many requests there were, if this signal is a new one, else 0.
+        """The number of requests so far if this signal is a new one, else 0.
 
         Args:
-            number: of the signal.
+            number: the signal.
         """
         now = time.monotonic()
         insists = number == signal.SIGINT and now - self._since > ONE_REQUEST_SECONDS
@@ -61,10 +61,10 @@ class RequestCounter:
 
 
 def stopped_text(number: int) -> str:
-    """What `STOPPED` holds, for people.
+    """The text of `STOPPED`.
 
     Args:
-        number: of the signal.
+        number: the signal.
     """
     name = signal.Signals(number).name
     said = {"SIGINT": "Ctrl-C (SIGINT)", "SIGTERM": "SIGTERM, which launchers send for Ctrl-C and other signals, too"}
@@ -72,16 +72,16 @@ def stopped_text(number: int) -> str:
 
 
 def leave_mark(run_folder: Path, number: int) -> None:
-    """Say in a run folder that the run was stopped before it took the folder; one of somebody else is left as it is.
+    """Mark a run folder as stopped before the run locked it; a folder of another program is left unchanged.
 
     Args:
         run_folder: may be missing.
-        number: of the signal.
+        number: the signal.
     """
     try:
         refuse_strangers(run_folder, RUN_FILES, kind="run", also=RUN_SIGNS)
         run_folder.mkdir(parents=True, exist_ok=True)
-        (run_folder / RUN_LOCK).touch()  # the next start must find that the mark is a run's
+        (run_folder / RUN_LOCK).touch()  # marks the folder as a run's for the next start
         replace_text(run_folder / STOPPED, stopped_text(number))
     except (ConfigError, OSError) as error:
         logger.info("%s is not written: %s", run_folder / STOPPED, error)
@@ -89,20 +89,20 @@ def leave_mark(run_folder: Path, number: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Where ranks are to run."""
+    """The processes and hosts of a run."""
 
     nproc: int | None = None
     """Processes on each host; None: $NPROC, else one per accelerator, or one."""
     nnodes: int = 1
-    """Hosts; the same command runs on each."""
+    """Number of hosts; the same command runs on each."""
     rdzv: str | None = None
-    """HOST:PORT where they meet."""
+    """HOST:PORT of the rendezvous."""
     hostfile: Path | None = None
-    """Lines such as `worker-1 slots=8`; the deepspeed launcher starts the ranks there through ssh."""
+    """File with lines such as `worker-1 slots=8`; the deepspeed launcher starts the ranks there through ssh."""
     max_restarts: int = 0
-    """How often to start again from the newest checkpoint when a rank dies or hangs."""
+    """Maximum number of restarts from the newest checkpoint after a rank dies or hangs."""
     job: Job | None = None
-    """The SLURM job whose nodes run the ranks; None: this machine, or the hosts that the other fields name."""
+    """The SLURM job that runs the ranks on its nodes; None: this machine, or the hosts in the other fields."""
 
     def __post_init__(self) -> None:
         for name, least in (("nproc", 1), ("nnodes", 1), ("max_restarts", 0)):
@@ -112,9 +112,9 @@ class Topology:
         if self.rdzv is not None and not _is_place(self.rdzv):
             raise ConfigError(f"--rdzv is {self.rdzv!r}, expected HOST:PORT such as node-1:29400.")
         if self.rdzv is not None and self.nnodes == 1:
-            raise ConfigError(f"--rdzv {self.rdzv} is where several hosts meet, but --nnodes is 1. Give --nnodes, too.")
+            raise ConfigError(f"--rdzv {self.rdzv} is for several hosts, but --nnodes is 1. Give --nnodes, too.")
         if self.nnodes > 1 and self.rdzv is None:
-            raise ConfigError(f"--nnodes is {self.nnodes}, but no --rdzv HOST:PORT says where the hosts meet.")
+            raise ConfigError(f"--nnodes is {self.nnodes}, but no --rdzv HOST:PORT is given. Give --rdzv, too.")
         if self.hostfile is not None and self.nnodes > 1:
             raise ConfigError("--hostfile and --nnodes are two ways to use several hosts; give one of them.")
         if self.hostfile is not None and not self.hostfile.is_file():
@@ -134,13 +134,13 @@ def _check_hosts(hostfile: Path) -> None:
 
 
 def _is_place(text: str) -> bool:
-    """Whether it reads HOST:PORT."""
+    """Whether the text has the form HOST:PORT."""
     host, _, port = text.rpartition(":")
     return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 2**16
 
 
 def accelerators() -> int:
-    """Accelerators that this process may use."""
+    """Number of accelerators that are visible to this process."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -150,8 +150,8 @@ def command(places: Topology, arguments: Sequence[str]) -> list[str]:
     """The command that starts the ranks.
 
     Args:
-        places: where.
-        arguments: of `mm-moslora train`.
+        places: processes and hosts.
+        arguments: those of `mm-moslora train`.
     """
     train = ["mm_moslora", "train", *arguments]
     if places.hostfile is not None:
@@ -184,19 +184,19 @@ def launch(
     """Start the ranks and wait for them.
 
     Args:
-        places: where.
-        arguments: of `mm-moslora train`.
-        run_folder: where a run that was stopped leaves its mark.
-        dry_run: show the command and start nothing.
-        requeue: decides about the SLURM job of a run that was stopped.
+        places: processes and hosts.
+        arguments: those of `mm-moslora train`.
+        run_folder: gets the mark of a run that was stopped.
+        dry_run: print the command and start nothing.
+        requeue: decides whether a stopped run's SLURM job goes back into the queue.
 
     Returns:
-        0 when the run is finished, 75 when it was stopped on request, else the launcher's code.
+        0 after a finished run, 75 after a requested stop, else the launcher's code.
     """
     environment = {
         "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
-        # torchrun shares one store between restarts, in which the ranks find the addresses of those that died.
+        # torchrun keeps one store over restarts, in which ranks would find the addresses of dead ranks.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     } | os.environ  # fmt: skip
     words = command(places, arguments)
@@ -211,19 +211,19 @@ def launch(
     if places.hostfile is not None:
         tell = end_deepspeed
     elif places.job is not None:
-        tell, kill = places.job.terminate_step, _terminate  # which srun answers by killing its step
+        tell, kill = places.job.terminate_step, _terminate  # srun kills its step on SIGTERM
     if requeue is not None:
         requeue.watch(run_folder)
-    # In a group of its own: Ctrl-C reaches whole groups, and torchrun leaves its ranks when it hears a second signal.
+    # In its own process group: Ctrl-C reaches whole groups, and torchrun abandons its ranks on a second signal.
     ended = run_and_hand_on(
         words, _SIGNALS, tell=tell, kill=kill, env=environment, process_group=0, stdin=subprocess.DEVNULL
     )
-    # Not by the code alone: DeepSpeed's runner takes a launcher that was ended by a signal for a success.
+    # The code alone is not enough: DeepSpeed's runner reports success for a launcher that a signal ended.
     unsaved = bool(ended.signals) and not (ended.code == 0 and _is_finished(run_folder))
     if not mark.exists() and not unsaved:
         return ended.code
     if not mark.exists():
-        logger.info("Stopped by a signal without saving. The same command goes on from the newest checkpoint, if any.")
+        logger.info("Stopped by a signal without saving. The same command resumes from the newest checkpoint, if any.")
     return requeue.stopped(ended.signals, EXIT_REQUEUE) if requeue is not None else EXIT_REQUEUE
 
 
@@ -241,7 +241,7 @@ class Ended:
     code: int
     """Its exit code."""
     signals: frozenset[int]
-    """Which signals came before."""
+    """Signals received before."""
 
 
 def _terminate(process: int) -> None:
@@ -250,16 +250,16 @@ def _terminate(process: int) -> None:
 
 
 def kill_tree(process: int) -> None:
-    """End a process and all that it started, unsaved.
+    """Kill a process with all its descendants, without saving.
 
     Args:
-        process: its id.
+        process: its process id.
     """
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(process)
-        for member in [root, *root.children(recursive=True)]:  # a launcher first, which might start others
+        for member in [root, *root.children(recursive=True)]:  # the launcher first, which might start further ones
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
 
@@ -272,15 +272,15 @@ def run_and_hand_on(
     kill: Callable[[int], None] = kill_tree,
     **options: Any,
 ) -> Ended:
-    """Run a command. The first signal that comes meanwhile, also while it is being started, is handed on; later ones
-    are not, and the third Ctrl-C ends the command at once.
+    """Run a command. The first signal in the meantime, also while the command is starting, is forwarded. Later ones
+    are not, and a third Ctrl-C kills the command.
 
     Args:
         words: the command.
-        signals: to hand on; those that are ignored here (nohup) stay ignored.
-        tell: asks the process of this id to save and to end; default: by SIGTERM.
-        kill: ends it at once; default: together with all that it started.
-        options: of `subprocess.Popen`.
+        signals: those to forward; signals that are ignored here (nohup) stay ignored.
+        tell: asks the process with this id to save and exit; default: by SIGTERM.
+        kill: kills it; default: with all its descendants.
+        options: options of `subprocess.Popen`.
     """
     child: subprocess.Popen[bytes] | None = None
     early: list[int] = []
@@ -319,13 +319,14 @@ def run_and_hand_on(
 
 
 def end_deepspeed(runner: int) -> None:
-    """Ask a run of DeepSpeed's launcher to end.
+    """Ask a run under DeepSpeed's launcher to end.
 
-    On one machine its runner hands no signal on: it ends, and the launcher below it and the ranks train on unseen. So
-    that launcher is told, which ends its ranks, and the runner waits for it. With several hosts it tells them itself.
+    On one machine DeepSpeed's runner forwards no signal: it would exit while the launcher below it and the ranks train
+    on. The signal therefore goes to that launcher, which ends its ranks, and the runner waits for it. With several
+    hosts the runner forwards signals itself.
 
     Args:
-        runner: its process id, which is that of its process group, too.
+        runner: its process id, which is also that of its process group.
     """
     import psutil
 
@@ -333,12 +334,12 @@ def end_deepspeed(runner: int) -> None:
         process = psutil.Process(runner)
         own = process.cmdline()
         commands = [(child, child.cmdline()) for child in process.children()]
-        # With no words, or the same, it is a fork that starts another.
+        # A child without a command line, or with the same one, is a fork about to start another program.
         started = [(child, words) for child, words in commands if words not in ([], own)]
         here = [child for child, words in started if words[2:4] == ["-m", "deepspeed.launcher.launch"]]
         for child in here:
             child.terminate()
-        if not started:  # and what it is about to start
+        if not started:  # it may be about to start the launcher
             os.killpg(runner, signal.SIGTERM)
         elif not here:
             process.terminate()

@@ -1,9 +1,8 @@
-"""A SLURM job seen from its batch script: how the ranks' step is started and told to stop, and when the job goes back
-into the queue.
+"""A SLURM job, as its batch script sees it: starting the step of the ranks, asking it to stop, and requeueing the job.
 
-SLURM itself tells the tasks of a step when a job is cancelled or preempted. Before the time limit it tells the batch
-script alone, by the signal that `--signal=B:USR1@SECONDS` names. `srun` answers SIGTERM by killing its step, so the
-step is told by `scancel`.
+SLURM signals the tasks of a step when a job is cancelled or preempted. Before the time limit it signals only the batch
+script, by the signal in `--signal=B:USR1@SECONDS`. On SIGTERM `srun` kills its step, so `scancel` signals the step
+instead.
 """
 
 from __future__ import annotations
@@ -25,34 +24,34 @@ from mm_moslora.utils.run_paths import checkpoints
 logger = logging.getLogger(__name__)
 
 WARNING = signal.SIGUSR1
-"""What `--signal=B:USR1@SECONDS` sends before the time limit: the only signal after which a job is put back."""
+"""Signal of `--signal=B:USR1@SECONDS` before the time limit; only after this signal a job is requeued."""
 _ATTEMPTS = 6
 _PAUSE = 10.0
-"""Seconds between two attempts. All of them end well before a time limit that is announced 300 seconds before."""
+"""Seconds between two attempts. All attempts end well before a time limit that is announced 300 seconds earlier."""
 _PATIENCE = 30.0
-"""Seconds for one command of SLURM's."""
+"""Timeout of one SLURM command, seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """The job that this process runs in."""
+    """The job of this process."""
 
     number: int
     """Its SLURM_JOB_ID."""
     nodes: int
-    """How many nodes it has."""
+    """Number of its nodes."""
     node_list: str
-    """Their names, as `scontrol show hostnames` takes them."""
+    """Names of its nodes, as `scontrol show hostnames` takes them."""
     restarts: int
-    """How often SLURM has started it again."""
+    """Number of its restarts."""
     cpus_per_task: str | None = None
-    """CPUs of each task; older versions of srun do not take them over from the job."""
+    """CPUs of each task; older versions of srun do not inherit them from the job."""
     gpus_on_node: int | None = None
-    """GPUs that the job has on this node."""
+    """GPUs of the job on this node."""
 
     @classmethod
     def current(cls, environment: Mapping[str, str]) -> Job | None:
-        """The job of an environment such as `os.environ`; None outside a job, or where srun is missing."""
+        """The job in an environment such as `os.environ`; None outside a job, or where srun is missing."""
         if "SLURM_JOB_ID" not in environment or not shutil.which("srun"):
             return None
         gpus = environment.get("SLURM_GPUS_ON_NODE", "")
@@ -67,27 +66,27 @@ class Job:
 
     @property
     def step_name(self) -> str:
-        """The name of the step that this process starts; other steps of the job have others."""
+        """The unique name of the step that this process starts."""
         return f"mm-moslora-{os.getpid()}"
 
     def srun(self) -> list[str]:
-        """The words before a command that is to run once on every node of the job."""
+        """The srun prefix that runs a command once on every node of the job."""
         words = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", f"--job-name={self.step_name}"]
         return words + ([f"--cpus-per-task={self.cpus_per_task}"] if self.cpus_per_task else [])
 
     def rendezvous(self) -> list[str]:
-        """torchrun's options by which the nodes meet."""
+        """torchrun's rendezvous options."""
         done = subprocess.run(
             ["scontrol", "show", "hostnames", self.node_list], capture_output=True, text=True, check=True
         )
-        port = 20000 + self.number % 10000  # Linux hands out ports from 32768 by itself
+        port = 20000 + self.number % 10000  # below the ephemeral ports of Linux, which start at 32768
         return [
             "--nnodes", str(self.nodes), "--rdzv_backend", "c10d", "--rdzv_id", f"{self.number}-{self.restarts}",
             "--rdzv_endpoint", f"{done.stdout.split()[0]}:{port}",
         ]  # fmt: skip
 
     def terminate_step(self, srun: int) -> None:
-        """Ask the ranks to save and end; where no step has begun yet, end srun.
+        """Ask the ranks to save and exit; where no step has started yet, end srun.
 
         Args:
             srun: process id of the `srun` that started the step.
@@ -99,17 +98,17 @@ class Job:
             )  # fmt: skip
 
     def requeue(self) -> bool:
-        """Put the job back into the queue. SLURM then ends this process.
+        """Requeue the job. SLURM then ends this process.
 
         Returns:
-            Whether SLURM took it.
+            Whether SLURM accepted.
         """
         return _tried(lambda: _answer("scontrol", "requeue", str(self.number)) is not None)
 
     def _told(self, srun: int) -> bool:
         state = _squeue("--jobs", str(self.number), "--format", "%T")
         if state is not None and state.strip() == "COMPLETING":
-            return True  # cancelled: SLURM has told the step, and torchrun gives up when told twice
+            return True  # cancelled: SLURM has signalled the step, and torchrun gives up on a second signal
         steps = _squeue("--steps", "--jobs", str(self.number), "--format", "%i %j")
         if state is None or steps is None:
             return False
@@ -127,7 +126,7 @@ def _squeue(*options: str) -> str | None:
 
 
 def _answer(*words: str) -> str | None:
-    """What one of SLURM's commands prints; None where the controller is too busy to answer, or gone."""
+    """The output of a SLURM command; None where the controller is too busy to answer, or gone."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=_PATIENCE)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -140,7 +139,7 @@ def _answer(*words: str) -> str | None:
 
 
 def _tried(attempt: Callable[[], bool]) -> bool:
-    """Whether one of several attempts goes well; a controller that restarts or is overrun answers later."""
+    """Whether one of several attempts succeeds; a controller may be restarting or overloaded."""
     for number in range(_ATTEMPTS):
         if number:
             time.sleep(_PAUSE)
@@ -150,7 +149,7 @@ def _tried(attempt: Callable[[], bool]) -> bool:
 
 
 class Requeue:
-    """Puts a job that was stopped before its time limit back into the queue, as long as the run gets on."""
+    """Requeues a job that was stopped before its time limit, as long as the run makes progress."""
 
     def __init__(self, job: Job | None) -> None:
         if job is None:
@@ -160,18 +159,18 @@ class Requeue:
         self.began_with = -1
 
     def watch(self, run_folder: Path) -> None:
-        """Note which checkpoint the run has before it goes on."""
+        """Record the newest checkpoint before the run continues."""
         self.run_folder, self.began_with = run_folder, _newest(run_folder)
 
     def stopped(self, signals: Collection[int], code: int) -> int:
-        """Decide after a run that was stopped on request.
+        """Decide after a requested stop.
 
         Args:
-            signals: what was received. SLURM itself puts preempted jobs back, and cancelled ones must not come back.
-            code: what to leave with otherwise.
+            signals: the received ones. SLURM itself requeues preempted jobs, and cancelled jobs must stay ended.
+            code: the exit code otherwise.
 
         Returns:
-            `code`, or 1 for a job that was stopped again without a new checkpoint or that SLURM did not take back.
+            `code`, or 1 for a job that was stopped again without a new checkpoint or that SLURM did not requeue.
         """
         if WARNING not in signals:
             return code

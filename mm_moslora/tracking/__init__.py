@@ -1,4 +1,4 @@
-"""Tracking: where a run's metrics, samples and adapters go while it trains. `metrics.jsonl` is always written."""
+"""Tracking of metrics, samples and adapters during training. `metrics.jsonl` is always written."""
 
 from mm_moslora.tracking.jsonl_tracker import JsonlTracker, read_metrics
 from mm_moslora.tracking.recipe_trackers import build_trackers

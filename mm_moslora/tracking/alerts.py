@@ -1,4 +1,4 @@
-"""Alerts: what somebody who is not looking should be told about a run."""
+"""Alerts about a run: values that are not finite, and stalls."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 STALL_FACTOR = 10.0
-"""Times the usual gap between two records without one is a stall."""
+"""Multiple of the usual gap between two records; a longer gap is a stall."""
 SHORTEST_STALL = 300.0
-"""Seconds; validation and saving take their time."""
+"""Minimum of a stall, seconds, since validation and saving take time."""
 WELL_RECORDS = 50
-"""Records in a row that must be finite before it is told once more that one is not."""
+"""Consecutive finite records after which a new alert about a non-finite value may be raised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +26,12 @@ class Alert:
 
 
 class Watch:
-    """Looks at every record of metrics, and at the clock between them.
+    """Checks every record of metrics, and the time between records.
 
     Args:
-        raise_alert: called with an alert; for a stall from another thread.
+        raise_alert: called with an alert; for a stall, from another thread.
         clock: seconds, monotonic.
-        shortest: seconds without a record that are never a stall.
+        shortest: gaps shorter than this are never a stall, seconds.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class Watch:
         self._step = 0
         self._stalled_told = False
         self._well_since = WELL_RECORDS
-        """Records in a row that were finite."""
+        """Consecutive finite records."""
         self._timer: threading.Timer | None = None
 
     def see(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take a record. Each kind of alert is raised once until the run is well again, and has been for a while."""
+        """Check a record. Each kind of alert is raised once until the run has been healthy again for a while."""
         now = self._clock()
         if self._last is not None:
             self._gaps.append(now - self._last)
@@ -60,13 +60,13 @@ class Watch:
         self._arm()
 
     def stop(self) -> None:
-        """No more records come."""
+        """Stop checking."""
         if self._timer is not None:
             self._timer.cancel()
 
     @property
     def patience(self) -> float:
-        """Seconds without a record that count as a stall."""
+        """Gap that counts as a stall, seconds."""
         usual = statistics.median(self._gaps) if self._gaps else 0.0
         return max(self._shortest, STALL_FACTOR * usual)
 

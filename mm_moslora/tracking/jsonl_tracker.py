@@ -1,7 +1,7 @@
-"""`metrics.jsonl`: one object per record, appended and flushed, so that no service and no clean exit is needed.
+"""`metrics.jsonl`: one object per record, appended and flushed, so that it needs no service and survives a crash.
 
-A resumed run first cuts off what was logged after the step it resumes from: the curve goes on exactly, without a gap
-and without a point written twice.
+A resumed run first removes the records after the step that it resumes from, so that the curve has neither gaps nor
+duplicates.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ ENVIRONMENT = "environment.json"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, in order; a torn line is passed over.
+    """The records of a `metrics.jsonl`, in order; an incomplete line is skipped.
 
     Args:
-        path: may be missing, which gives no records.
+        path: where it is missing, there are no records.
     """
     if not path.is_file():
         return []
@@ -94,7 +94,7 @@ class JsonlTracker:
             )  # fmt: skip
 
     def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Nothing: they are in `mixers.json`."""
+        """Does nothing: the mixers are in `mixers.json`."""
 
     def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
         """See `Tracker.log_evaluation`; one line of `evaluations.jsonl`."""
@@ -106,7 +106,7 @@ class JsonlTracker:
         self._write(ALERTS, {"time": round(time.time(), 3), "title": title, "text": text})
 
     def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
-        """Nothing: the folder is already on this disk."""
+        """Does nothing: the folder is already on this disk."""
 
     def finish(self, *, ending: Ending = "finished") -> None:
         """See `Tracker.finish`."""
@@ -117,7 +117,7 @@ class JsonlTracker:
 
 
 def _previous(path: Path) -> Path:
-    """A name for the file of an earlier run that none has yet."""
+    """An unused name for the file of an earlier run."""
     names = (f"{path.stem}.previous{number or ''}{path.suffix}" for number in itertools.count())
     return next(place for name in names if not (place := path.with_name(name)).exists())
 
@@ -138,7 +138,7 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 
 def _cut_after(path: Path, step: int) -> None:
-    """Keep the whole lines up to `step`; the file is replaced in one move."""
+    """Keep the complete lines up to `step`; the file is replaced atomically."""
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -1,4 +1,4 @@
-"""Mixers for dashboards: a heat map and the singular values of each, from the rows of `mixers.json`."""
+"""Mixers for dashboards: heat map and singular values of each, from the rows of `mixers.json`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CELL = 6
 
 @dataclass(frozen=True, kw_only=True)
 class MixerView:
-    """One mixer, drawn."""
+    """The drawing of one mixer."""
 
     path: str
     heat_map: Image.Image
@@ -25,10 +25,10 @@ class MixerView:
 
 
 def mixer_views(rows: Sequence[Mapping[str, Any]]) -> list[MixerView]:
-    """The mixers whose matrices were kept.
+    """The mixers with stored matrices.
 
     Args:
-        rows: of `mixers.json`.
+        rows: rows of `mixers.json`.
     """
     views = []
     for row in rows:
@@ -49,7 +49,7 @@ def _drawn(matrix: np.ndarray[Any, np.dtype[np.float64]]) -> Image.Image:
 
 
 def mean_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over all mixers, under the names that `adapters.inspect.summary` gives to the same quantities."""
+    """Means over all mixers, named as in `adapters.inspect.summary`."""
     names = {
         "moved": "moved",
         "distance_from_identity": "identity_distance",

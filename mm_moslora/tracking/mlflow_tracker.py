@@ -1,4 +1,4 @@
-"""MLflow: to `MLFLOW_TRACKING_URI`, or a database in the run folder. Look at it with
+"""MLflow: logs to `MLFLOW_TRACKING_URI`, or to a database in the run folder. View it with
 `mlflow ui --backend-store-uri sqlite:///RUN/mlflow.db`."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mm_moslora.tracking.tracker import (  # fmt: skip
 
 ID_FILE = "mlflow_id.txt"
 _LONGEST_VALUE = 500
-"""Characters of a parameter."""
+"""Maximum characters of a parameter."""
 
 
 class MlflowTracker:
@@ -42,7 +42,7 @@ class MlflowTracker:
         self._run = ""
 
     def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
-        """See `Tracker.start`. A resumed run goes on in the same MLflow run."""
+        """See `Tracker.start`. A resumed run continues the same MLflow run."""
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow import MlflowClient
 
@@ -119,7 +119,7 @@ class MlflowTracker:
         self._client.set_tag(self._run, f"alert.{title.lower().replace(' ', '_')}", text)
 
     def finish(self, *, ending: Ending = "finished") -> None:
-        """See `Tracker.finish`; MLflow's word for a run that was stopped is KILLED."""
+        """See `Tracker.finish`; MLflow's status of a stopped run is KILLED."""
         if self._run:
             self._client.set_terminated(self._run, {"stopped": "KILLED"}.get(ending, ending.upper()))
             self._run = ""

@@ -1,4 +1,4 @@
-"""The trackers that a recipe asks for."""
+"""The trackers of a recipe."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mm_moslora.utils.package_requirements import install_command, is_installed
 
 
 def build_trackers(config: TrackConfig, *, active: bool | None = None) -> Trackers:
-    """The trackers that a recipe asks for, JSONL first.
+    """The trackers of a recipe, JSONL first.
 
     Args:
         config: the recipe's `track`.
         active: see `Trackers`.
 
     Raises:
-        ConfigError: the package of one is not installed.
+        ConfigError: a tracker's package is not installed.
     """
     for name in config.trackers:
         if not is_installed(name):

@@ -1,4 +1,4 @@
-"""Where a run ran: code state, versions and hardware, so that it can be told apart and repeated."""
+"""Environment of a run: git state, versions and hardware, so that it can be identified and repeated."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _SCHEDULER = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions, hardware, the scheduler's job and the git state of the working folder; what is unknown is left out."""
+    """Versions, hardware, the scheduler's job and the git state of the working folder; unknown values are left out."""
     found: dict[str, Any] = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     for package in PACKAGES:
         try:
-            # A local version such as +cpu says how torch was installed here, not what is needed.
+            # A local version such as +cpu depends on how torch was installed here, and no requirement needs it.
             found[package] = metadata.version(package).partition("+")[0]
         except metadata.PackageNotFoundError:
             continue
@@ -37,7 +37,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """Commit, and whether files differ from it; nothing outside a repository. No remote: addresses may hold keys."""
+    """Commit, and whether files differ from it; empty outside a repository. No remotes: their URLs may hold keys."""
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
         return {}
@@ -55,7 +55,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _accelerator() -> dict[str, Any]:
-    torch = sys.modules.get("torch")  # never imported for this alone
+    torch = sys.modules.get("torch")  # never imported only for this
     if torch is None or not torch.cuda.is_available():
         return {}
     return {"accelerator": torch.cuda.get_device_name(0), "accelerators": torch.cuda.device_count()}

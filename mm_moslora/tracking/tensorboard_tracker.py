@@ -1,4 +1,4 @@
-"""TensorBoard: event files in `RUN/tensorboard`. Look at them with `tensorboard --logdir RUN`."""
+"""TensorBoard: event files in `RUN/tensorboard`. View them with `tensorboard --logdir RUN`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TensorBoardTracker:
         self._writer: Any = None
 
     def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
-        """See `Tracker.start`. Readers drop the events from `purge_step` on, so nothing shows twice."""
+        """See `Tracker.start`. Readers drop the events from `purge_step` on, so no event shows twice."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(  # type: ignore[no-untyped-call]
@@ -80,7 +80,7 @@ class TensorBoardTracker:
         self._writer.add_text("alerts", f"**{_cell(title)}** {_cell(text)}", 0)
 
     def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
-        """Nothing: TensorBoard keeps no files."""
+        """Does nothing: TensorBoard stores no files."""
 
     def finish(self, *, ending: Ending = "finished") -> None:
         """See `Tracker.finish`."""

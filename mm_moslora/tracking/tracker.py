@@ -1,7 +1,7 @@
-"""The tracker interface, and the fan-out that the training loop talks to.
+"""The tracker interface, and the fan-out to several trackers that the training loop calls.
 
-A tracker must never stop a run: the fan-out catches whatever one raises, says so once, and goes on without it. A full
-disk costs no tracker: what it refuses is tried again.
+A tracker must never stop a run: the fan-out catches its exceptions, logs them once and continues without it. After a
+full disk it retries and drops no tracker.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from mm_moslora.utils.redaction import redact, redact_text
 logger = logging.getLogger(__name__)
 
 Ending = Literal["finished", "stopped", "failed"]
-"""stopped: on request, the same command continues the run."""
+"""stopped: on request; the same command continues the run."""
 PROJECT = "mm_moslora"
-"""The project of runs that name none."""
+"""The default project."""
 MOST_FAILURES = 3
-"""Calls in a row that a tracker may fail before the run goes on without it."""
+"""Consecutive failed calls after which a tracker is dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """What a run is called, and found by; see `TrackConfig` for what None means."""
+    """Name, project and tags of a run; see `TrackConfig` for the meaning of None."""
 
     project: str | None = None
     entity: str | None = None
@@ -49,25 +49,25 @@ class Labels:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One question with its picture and what the model said."""
+    """One question with its picture and the model's answer."""
 
     question: str
     expected: str
     prediction: str
     correct: bool | None = None
-    """None where there is no right or wrong."""
+    """None where answers are not scored as right or wrong."""
     image: Path | None = None
-    """A picture file; re-encoded small before it is sent anywhere."""
+    """A picture file; it is re-encoded at a small size before it is sent anywhere."""
 
     def small(self) -> Image | None:
-        """The picture as RGB, at most 256 pixels long; None where there is none, or none that can be opened."""
+        """The picture as RGB, at most 256 pixels long; None where it is missing or unreadable."""
         from mm_moslora.reporting.inline_images import FORMATS, shrunk
 
         return None if self.image is None else shrunk(self.image, side=256, formats=(*FORMATS, "TIFF"))
 
 
 class Tracker(Protocol):
-    """Somewhere that metrics go. Steps are optimiser steps and count from 1."""
+    """A destination of metrics. Steps are optimiser steps and count from 1."""
 
     name: str
     """For messages."""
@@ -78,42 +78,42 @@ class Tracker(Protocol):
         Args:
             config: the resolved recipe, free of secrets.
             run_folder: exists.
-            resume_step: the last step whose results are kept; None for a fresh run.
+            resume_step: the last step with results to keep; None for a fresh run.
         """
 
     def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
-        """Open a run that is over, to add to it; nothing that was recorded is cut off."""
+        """Open a finished run to add to it; no record is removed."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers at a step."""
 
     def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
-        """Record questions and answers at a step."""
+        """Record questions and answers for a step."""
 
     def log_mixers(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Record mixers as pictures and spectra; `rows` are those of `mixers.json`."""
+        """Record mixers as pictures and spectra; `rows` are from `mixers.json`."""
 
     def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
         """Record a folder, such as an adapter, by name."""
 
     def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
-        """Record scores and what they belong to.
+        """Record scores with the step and the adapter that they belong to.
 
         Args:
-            rows: of `evaluation.json`.
+            rows: rows of `evaluation.json`.
             adapter: sha256 of the adapter's weights; None: no adapter.
-            step: of the checkpoint that was measured.
+            step: step of the measured checkpoint.
         """
 
     def alert(self, title: str, text: str) -> None:
-        """Tell whoever is not looking; may be called from another thread."""
+        """Notify the user; may be called from another thread."""
 
     def finish(self, *, ending: Ending = "finished") -> None:
-        """Close the run, and say how it ended."""
+        """Close the run with its final status."""
 
 
 class Trackers:
-    """Passes everything on to several trackers, on rank 0 only.
+    """Forwards all calls to several trackers, on rank 0 only.
 
     Args:
         trackers: in order; the first is written first.
@@ -128,21 +128,21 @@ class Trackers:
         self._trackers: list[Tracker] = list(trackers) if active else []
         self._failures: dict[str, int] = {}
         self._told: set[tuple[str, str]] = set()
-        self._lock = threading.RLock()  # a stall is found by a timer
+        self._lock = threading.RLock()  # a timer's thread reports stalls
         self._watch = Watch(self.alert, clock=time.monotonic)
 
     @property
     def names(self) -> list[str]:
-        """The trackers still in use."""
+        """The trackers that are still in use."""
         return [tracker.name for tracker in self._trackers]
 
     def start(self, config: Mapping[str, Any], run_folder: Path, *, resume_step: int | None) -> None:
-        """Open the run everywhere; see `Tracker.start`. Secrets are taken out of `config` here."""
+        """Open the run everywhere; see `Tracker.start`. Secrets in `config` are removed here."""
         clean = redact(dict(config) | ({"environment": environment()} if self._trackers else {}))
         self._each("start", lambda tracker: tracker.start(clean, run_folder, resume_step=resume_step), needed=True)
 
     def reopen(self, config: Mapping[str, Any], run_folder: Path) -> None:
-        """Open a run that is over everywhere; see `Tracker.reopen`."""
+        """Open a finished run everywhere; see `Tracker.reopen`."""
         clean = redact(dict(config))
         self._each("reopen the run", lambda tracker: tracker.reopen(clean, run_folder), needed=True)
 
@@ -163,12 +163,12 @@ class Trackers:
         self._each("log an evaluation", lambda tracker: tracker.log_evaluation(rows, adapter=adapter, step=step))
 
     def alert(self, alert: Alert) -> None:
-        """Tell everywhere; see `Tracker.alert`."""
+        """Send an alert everywhere; see `Tracker.alert`."""
         text = redact_text(alert.text)
         self._each("raise an alert", lambda tracker: tracker.alert(alert.title, text))
 
     def log_samples(self, title: str, samples: Sequence[Sample], step: int) -> None:
-        """Record samples everywhere; see `Tracker.log_samples`. Secrets are taken out of the texts here."""
+        """Record samples everywhere; see `Tracker.log_samples`. Secrets in the texts are removed here."""
         clean = [_without_secrets(sample) for sample in samples]
         self._each("log samples", lambda tracker: tracker.log_samples(title, clean, step))
 
@@ -182,12 +182,12 @@ class Trackers:
         self._each("finish", lambda tracker: tracker.finish(ending=ending))
 
     def _each(self, what: str, call: Callable[[Tracker], None], *, needed: bool = False) -> None:
-        """Call all; one that fails is told once a kind of call.
+        """Call all trackers; a failure is logged once per kind of call.
 
         Args:
-            what: is done, for messages.
-            call: of one tracker.
-            needed: a tracker is of no use where this fails.
+            what: the action, for messages.
+            call: called with each tracker.
+            needed: whether a tracker is dropped at once where this fails.
         """
         with self._lock:
             for tracker in list(self._trackers):
@@ -199,7 +199,7 @@ class Trackers:
                     self._failures[tracker.name] = 0
 
     def _failed(self, tracker: Tracker, what: str, error: Exception, *, needed: bool) -> None:
-        """A full disk may be emptied, so it is tried again for ever; what else fails, a few times."""
+        """Drop a tracker after a few failures, but never for a full disk, which may be emptied."""
         count = self._failures[tracker.name] = self._failures.get(tracker.name, 0) + 1
         over = not is_full(error) and (needed or count >= MOST_FAILURES)
         if over:
@@ -214,16 +214,16 @@ class Trackers:
 
 
 def chosen(given: str | None, variable: str, key: str) -> str | None:
-    """What the recipe says, else what the tracker's own variable says; that the latter is overridden is told.
+    """The recipe's value, else the tracker's environment variable; a warning names a variable that is overridden.
 
     Args:
-        given: by the recipe.
-        variable: of the tracker, in the environment.
-        key: of the recipe, for the message.
+        given: the recipe's value.
+        variable: name of the tracker's environment variable.
+        key: the recipe's key, for the message.
     """
     told = os.environ.get(variable)
     if given and told and told != given:
-        logger.warning("%s is %r in the recipe, so %s=%r does not count.", key, given, variable, told)
+        logger.warning("%s is %r in the recipe, so %s=%r is ignored.", key, given, variable, told)
     return given or told
 
 
@@ -242,7 +242,7 @@ def _without_secrets(sample: Sample) -> Sample:
 
 
 def adapter_digest(folder: Path) -> str | None:
-    """sha256 of an adapter's weights, which names it in evaluations; None when there are none."""
+    """sha256 of an adapter's weights, which identifies it in evaluations; None without weights."""
     for name in ("moslora.safetensors", "adapter_model.safetensors"):
         if (folder / name).is_file():
             return sha256_of(folder / name)
@@ -250,7 +250,7 @@ def adapter_digest(folder: Path) -> str | None:
 
 
 def headline(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """`eval/TASK`: the score of the tuned model on its own pictures; selections and data of one name have their own."""
+    """`eval/TASK`: the score of the tuned model with its own pictures. `metric` tells tasks of one name apart."""
     tuned = [row for row in rows if row.get("name") == "tuned"]
     return {f"eval/{row.get('metric') or row.get('task') or 'score'}": float(row["mean"]) for row in tuned}
 
@@ -267,7 +267,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def namespaced(name: str) -> str:
-    """A metric's name on a dashboard, where the part before the slash makes the panel: `loss` becomes `train/loss`."""
+    """A metric's name on a dashboard; the part before the slash selects the panel: `loss` becomes `train/loss`."""
     if name.startswith("validation_"):
         return f"validation/{name.removeprefix('validation_')}"
     if name.startswith("mixer/"):

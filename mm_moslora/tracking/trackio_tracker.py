@@ -1,4 +1,4 @@
-"""trackio: local first, the dashboard with `trackio show --project PROJECT`."""
+"""trackio: a local store; open its dashboard with `trackio show --project PROJECT`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class TrackioTracker:
     """One trackio run per run folder, in trackio's own store on this machine.
 
     Args:
-        labels: names; trackio has groups, and no tags and notes.
+        labels: names; trackio has groups, but no tags and notes.
     """
 
     name = "trackio"
@@ -64,7 +64,7 @@ class TrackioTracker:
         self._run.log({f"mixers/{view.path}": trackio.Image(view.heat_map) for view in mixer_views(rows)}, step=step)
 
     def log_folder(self, title: str, folder: Path, *, aliases: Sequence[str]) -> None:
-        """Nothing: the folder is already on this disk."""
+        """Does nothing: the folder is already on this disk."""
 
     def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
         """See `Tracker.log_evaluation`."""

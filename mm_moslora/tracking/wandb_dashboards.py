@@ -2,7 +2,7 @@
 
     python -m mm_moslora.tracking.wandb_dashboards ENTITY PROJECT
 
-Needs the extra `dashboards` and a login; wandb calls these APIs a public preview.
+Needs the extra `dashboards` and a login; these APIs of wandb are a public preview.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ _TABLES = ("eval/scores", "eval/validation", "adapter/mixers")
 
 
 def workspace(*, entity: str, project: str) -> Any:
-    """A workspace with one section per question that one asks of a run; `.save()` puts it online."""
+    """A workspace with one section per topic; `.save()` publishes it."""
     wr, ws = import_module("wandb_workspaces.reports.v2"), import_module("wandb_workspaces.workspaces")
     sections = [ws.Section(name=name, panels=_panels(wr, metrics), is_open=True) for name, metrics in SECTIONS.items()]
     return ws.Workspace(entity=entity, project=project, name="mm_moslora", sections=sections)
 
 
 def report(*, entity: str, project: str, title: str) -> Any:
-    """A report over all runs of a project; `.save()` puts it online."""
+    """A report over all runs of a project; `.save()` publishes it."""
     wr = import_module("wandb_workspaces.reports.v2")
     blocks: list[Any] = [wr.P("Intervals, controls and seeds are in the run folders: `mm-moslora report RUN`.")]
     for name, metrics in SECTIONS.items():
@@ -72,7 +72,7 @@ def _panels(wr: Any, metrics: tuple[str, ...]) -> list[Any]:
 
 
 def main(arguments: list[str]) -> int:
-    """Save both; prints their addresses."""
+    """Publish both; prints their URLs."""
     if len(arguments) != 2:
         sys.stderr.write("usage: python -m mm_moslora.tracking.wandb_dashboards ENTITY PROJECT\n")
         return 2

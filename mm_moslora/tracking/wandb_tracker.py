@@ -1,7 +1,7 @@
-"""Weights & Biases: online where there is a key, offline in the run folder where there is none.
+"""Weights & Biases: online with an API key, else offline in the run folder.
 
-The run's id lies in `RUN/wandb_id.txt`, so a resumed run goes on in the same one. Upload an offline run later with
-`wandb sync RUN/wandb/offline-run-*`.
+The run's id is stored in `RUN/wandb_id.txt`, so a resumed run continues the same wandb run. Upload an offline run
+later with `wandb sync RUN/wandb/offline-run-*`.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ logger = logging.getLogger(__name__)
 
 ID_FILE = "wandb_id.txt"
 INIT_SECONDS = 20.0
-"""How long the service may take to answer before the run goes on offline (the library's own limit is 90 s)."""
+"""Seconds that the service may take before the run continues offline (the library's own limit is 90 s)."""
 FINISH_SECONDS = 60.0
-"""How long the last upload may take; what is left stays on disk for `wandb sync`."""
+"""Seconds that the last upload may take; the rest stays on disk for `wandb sync`."""
 MAX_SAMPLES = 200
-"""Rows of one sample table."""
+"""Maximum rows of a sample table."""
 STEP = "train/step"
 EXIT_STOPPED = 75
-"""That of `mm-moslora train`: the same command continues the run."""
+"""Exit code of `mm-moslora train` after a stop: the same command continues the run."""
 
 
 def has_credentials() -> bool:
-    """Whether wandb could log in without asking: a key in the environment, an identity token, or a login file."""
+    """Whether wandb can log in without a prompt: a key in the environment, an identity token, or a login file."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -82,7 +82,7 @@ class WandbTracker:
         mode = os.environ.get("WANDB_MODE") or ("online" if has_credentials() else "offline")
         id_file = run_folder / ID_FILE
         known = id_file.read_text(encoding="utf-8").strip() if resume_step is not None and id_file.is_file() else ""
-        given = os.environ.get("WANDB_RUN_ID", "")  # a sweep's agent has already named the trial
+        given = os.environ.get("WANDB_RUN_ID", "")  # a sweep's agent sets the id of the trial
         run_id = known or given or uuid.uuid4().hex[:12]
         try:
             self._run = self._init(mode, run_id, run_folder, config, resumed=bool(known or given))
@@ -97,21 +97,21 @@ class WandbTracker:
             self._run = self._init("offline", run_id, run_folder, config, resumed=bool(known or given))
         id_file.write_text(run_id + "\n", encoding="utf-8")
         self._online = not self._run.offline
-        # The step is a metric of its own: wandb drops records whose built-in step runs backwards after a resume.
+        # The step is a metric of the run: wandb drops records with a decreasing built-in step, as after a resume.
         self._run.define_metric(STEP, hidden=True)
         self._run.define_metric("*", step_metric=STEP)
 
     def _init(self, mode: str, run_id: str, folder: Path, config: Mapping[str, Any], *, resumed: bool) -> Any:
         if mode != "online":
-            # Its client reports on itself to the service all the same, and waits 10 s at exit where nothing answers.
+            # An offline client still sends telemetry to the service, and waits 10 s at exit without an answer.
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        with redacted_argv():  # it records the command line, and has no setting against that
+        with redacted_argv():  # wandb records the command line and has no setting to prevent that
             return wandb.init(
                 **self._named(folder),
                 id=run_id,
-                # An offline run cannot ask the service; its parts meet by id when they are uploaded.
+                # An offline run cannot ask the service; its parts are joined by id when they are uploaded.
                 resume=None if mode != "online" else ("allow" if resumed else "never"),
                 mode=mode,  # type: ignore[arg-type]
                 dir=str(folder),
@@ -121,7 +121,7 @@ class WandbTracker:
             )
 
     def _named(self, folder: Path) -> dict[str, Any]:
-        """What the recipe says, else wandb's variables, else what fits the folder."""
+        """The recipe's value, else wandb's environment variables, else a default from the folder."""
         labels = self._labels
         defaults = {"project": PROJECT, "name": default_name(folder)}
         found: dict[str, Any] = {
@@ -171,14 +171,14 @@ class WandbTracker:
         self._run.log({STEP: step, "adapter/mixers": table, "adapter/spectra": spectra})
 
     def log_evaluation(self, rows: Sequence[Mapping[str, Any]], *, adapter: str | None, step: int) -> None:
-        """See `Tracker.log_evaluation`: a table, and an artifact whose lineage leads to the adapter."""
+        """See `Tracker.log_evaluation`: a table, and an artifact with the adapter in its lineage."""
         import wandb
 
         columns: list[str | int] = ["task", "system", "n", "mean", "low", "high"]
         keys = ("task", "label", "n", "mean", "low", "high")
         table = wandb.Table(columns=columns, data=[[row.get(key) for key in keys] for row in rows])  # type: ignore[no-untyped-call]
         if self._online and adapter is not None:
-            self._run.use_artifact(f"adapter:{_alias(adapter)}")  # an offline run cannot look it up; the digest stays
+            self._run.use_artifact(f"adapter:{_alias(adapter)}")  # needs the service; the digest is recorded either way
         artifact = wandb.Artifact(
             name=f"evaluation-{self._run.id}", type="evaluation", metadata={"adapter": adapter, "step": step}
         )
@@ -209,7 +209,7 @@ class WandbTracker:
         self._run.log_artifact(artifact, aliases=list(aliases))
 
     def finish(self, *, ending: Ending = "finished") -> None:
-        """See `Tracker.finish`; a run that was stopped becomes wandb's `preempted`."""
+        """See `Tracker.finish`; a stopped run becomes wandb's `preempted`."""
         if self._run is not None:
             if ending == "stopped":
                 self._run.mark_preempting()
@@ -218,7 +218,7 @@ class WandbTracker:
 
 
 def _alias(digest: str) -> str:
-    """The name of an adapter's version by its weights."""
+    """The alias of an adapter's version, from its weights."""
     return f"sha256-{digest[:12]}"
 
 
@@ -229,9 +229,9 @@ def _settings() -> Any:
         "init_timeout": INIT_SECONDS,
         "login_timeout": INIT_SECONDS,
         "finish_timeout": FINISH_SECONDS,
-        "console": "off",  # progress bars stay ours, and nothing printed leaves the machine
+        "console": "off",  # wandb leaves progress bars alone, and printed text stays on this machine
         "silent": True,
-        "disable_git": True,  # a remote's address may hold a password; the commit is in the configuration
+        "disable_git": True,  # a remote's URL may hold a password; the commit is in the configuration
     }
-    known = wandb.Settings.model_fields  # older versions have no limit on finishing and refuse unknown settings
+    known = wandb.Settings.model_fields  # older versions lack `finish_timeout` and refuse unknown settings
     return wandb.Settings(**{name: value for name, value in wanted.items() if name in known})

@@ -340,7 +340,7 @@ def test_arms_differ_in_what_their_names_say_and_nothing_else():
         (["--seeds", "0"], "expected 1 or more"),
         (["--tasks", ""], "No test task"),
         (["--tasks", "gqa_testdv"], "Did you mean"),
-        (["--reference", "dora"], "is no arm"),
+        (["--reference", "dora"], "is not an arm"),
         (["--lr", "1e-4,2e-4", "--validation", "SAME"], "chosen on what is reported"),
         (["--gpus-per-run", "2"], "accelerator"),
         (["--optim.lrr", "1"], "unknown key"),
@@ -366,7 +366,7 @@ def test_a_folder_of_another_comparison_or_version_is_refused(recipe: Path, reco
     assert cli.run(line) == 0  # claims the folder; nothing has run
     assert "Nothing to compare yet" in capsys.readouterr().out
     assert cli.run([*line, "--limit", "3"]) == 1
-    assert "compares with limit None" in capsys.readouterr().err
+    assert "was started with limit None" in capsys.readouterr().err
     stored = json.loads((out / "comparison.json").read_text())
     (out / "comparison.json").write_text(json.dumps(stored | {"format": 0}))
     assert cli.run(line) == 1

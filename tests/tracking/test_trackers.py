@@ -254,12 +254,12 @@ def test_wandb_names_come_from_the_recipe_its_variables_or_the_folder_in_this_or
     assert (run["project"], run["name"], run["tags"], run["group"], run["notes"]) == (
         "theirs", "named", ["x", "y"], "g", "n",
     )  # fmt: skip
-    assert "does not count" not in caplog.text
+    assert "is ignored" not in caplog.text
     with caplog.at_level(logging.WARNING):
         run = started(3, project="ours", name="own")
     assert (run["project"], run["name"]) == ("ours", "own")
-    assert "track.project is 'ours' in the recipe, so WANDB_PROJECT='theirs' does not count." in caplog.text
-    assert "WANDB_NAME='named' does not count" in caplog.text
+    assert "track.project is 'ours' in the recipe, so WANDB_PROJECT='theirs' is ignored." in caplog.text
+    assert "WANDB_NAME='named' is ignored" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["scan.tiff", "torn.png", "missing.png", "pipe.png"])
