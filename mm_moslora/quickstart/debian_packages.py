@@ -1,4 +1,4 @@
-"""Debian packages without root: download with apt when there is one, unpack with dpkg-deb or in pure Python."""
+"""Debian packages without root: download with apt where it exists, unpack with dpkg-deb or in pure Python."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fetch_deb(asset: Asset, folder: Path, say: Say = silent) -> Path:
     """Download the package of `asset` with apt into `folder` and verify it.
 
     Raises:
-        AssetError: no apt here, apt fails, or the file is not the pinned one.
+        AssetError: apt is missing or fails, or the file differs from the pinned one.
     """
     if shutil.which("apt-get") is None:
         raise AssetError(
@@ -44,7 +44,7 @@ def unpack_deb(package: Path, folder: Path) -> None:
     """Unpack the files of a .deb under `folder`.
 
     Raises:
-        AssetError: the file is no .deb, or is damaged.
+        AssetError: the file is not a .deb, or is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if shutil.which("dpkg-deb"):
@@ -70,13 +70,13 @@ def unpack_deb_in_python(package: Path, folder: Path) -> None:
                     with source, target.open("wb") as sink:
                         shutil.copyfileobj(source, sink)
             return
-    raise AssetError(f"{package.name} has no data.tar inside; it is no complete Debian package. Download it again.")
+    raise AssetError(f"{package.name} has no data.tar inside, so it is not a complete package. Download it again.")
 
 
 def _ar_members(package: Path) -> Iterator[tuple[str, bytes]]:
     with package.open("rb") as file:
         if file.read(len(_AR_MAGIC)) != _AR_MAGIC:
-            raise AssetError(f"{package.name} is no Debian package (it does not begin as an ar archive).")
+            raise AssetError(f"{package.name} is not a Debian package (it does not start as an ar archive).")
         while header := file.read(_AR_HEADER):
             if len(header) < _AR_HEADER or header[58:60] != b"`\n":
                 raise AssetError(f"{package.name} is damaged: broken member header. Download it again.")
@@ -99,7 +99,7 @@ def _decompress(name: str, payload: bytes) -> bytes:
         return _zstd(payload)
     if name == "data.tar":
         return payload
-    raise AssetError(f"The package's {name} uses a compression this reader does not know; install dpkg.")
+    raise AssetError(f"The package's {name} uses an unsupported compression; install dpkg.")
 
 
 def _zstd(payload: bytes) -> bytes:
@@ -115,7 +115,7 @@ def _zstd(payload: bytes) -> bytes:
         import zstandard
     except ImportError as error:
         raise AssetError(
-            "The package is compressed with zstd and neither the zstd command nor Python's zstandard is here. "
+            "The package is compressed with zstd, and neither the zstd command nor Python's zstandard is installed. "
             f"Install one: {install_command('zstandard')}"
         ) from error
     return bytes(zstandard.ZstdDecompressor().decompressobj().decompress(payload))

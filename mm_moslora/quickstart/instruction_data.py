@@ -1,8 +1,8 @@
-"""Visual instructions from easy-VQA and from Tux Paint's stamps: LLaVA training files and held-out questions.
+"""Visual instruction data from easy-VQA and Tux Paint's stamps: LLaVA training files and held-out questions.
 
-Every answer is true by construction: it comes from the data set's own questions, sentences and folders. The same
-arguments give the same bytes. Yes/no questions are balanced per question text, so that a model that sees nothing and
-knows every habit of the questions still scores one half.
+All answers come from the data sets' own questions, sentences and folders. The same arguments give the same bytes.
+Yes/no questions are balanced per question text, so a model without a picture scores one half, even if it knows all
+statistics of the questions.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 
 DATA_SET = "data-set"
-"""Kind of the mark in a folder that a builder made."""
+"""Kind of the mark in a folder that a builder wrote."""
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetFiles:
-    """What a builder wrote."""
+    """The files of a builder."""
 
     images: Path
-    """Folder that the image paths in the files are relative to."""
+    """Root of the image paths in the files."""
     align: Path
     """LLaVA JSONL, one short answer per training picture: for the projector."""
     train: Path
@@ -47,7 +47,7 @@ class DatasetFiles:
 
     @classmethod
     def below(cls, out: Path, images: Path, *, train_pictures: int = 0, questions: int = 0) -> DatasetFiles:
-        """The files of a builder's folder, written or not."""
+        """The paths of a builder's files, which need not exist."""
         return cls(
             images=images,
             align=out / "align.jsonl",
@@ -85,17 +85,17 @@ def build_easy_vqa(
     """Write training and held-out files from an easy-VQA folder.
 
     Args:
-        source: folder of `assets.easy_vqa`.
-        out: where the JSONL files go.
+        source: folder from `assets.easy_vqa`.
+        out: folder for the JSONL files.
         train_images: pictures taken from the package's training half (4,000 there).
         test_questions: held-out questions, half open and half yes/no, from the package's test half.
-        turns: questions per conversation, at most.
-        seed: chooses the pictures to learn from, their questions and the order. The held-out questions are the same for
+        turns: maximum number of questions per conversation.
+        seed: chooses the training pictures, their questions and the order. The held-out questions are the same for
             every seed.
         replace: see `write_files`.
 
     Raises:
-        DataError: `source` is no easy-VQA folder, or `turns` is below 1.
+        DataError: `source` is not an easy-VQA folder, or `turns` is below 1.
         ConfigError: see `write_files`.
     """
     if turns < 1:
@@ -130,7 +130,7 @@ def _easy_questions(source: Path, half: str) -> dict[str, list[Question]]:
 
 
 def balanced_yes_no(questions: Sequence[Question], rng: random.Random) -> dict[str, list[Question]]:
-    """Keep every open question, and of each yes/no text as many yes as no; return them by picture."""
+    """Keep every open question, and per yes/no text as many yes as no answers; return them by picture."""
     kept: dict[str, list[Question]] = defaultdict(list)
     pools: dict[str, dict[str, list[Question]]] = defaultdict(lambda: {answer: [] for answer in YES_NO})
     for question in questions:
@@ -148,7 +148,7 @@ def balanced_yes_no(questions: Sequence[Question], rng: random.Random) -> dict[s
 
 @dataclass(frozen=True)
 class Wording:
-    """A yes/no question with a gap for a color or a shape, such as `is there not a {} shape?`."""
+    """A yes/no question with a placeholder for a color or a shape, such as `is there not a {} shape?`."""
 
     text: str
     is_color: bool
@@ -156,7 +156,7 @@ class Wording:
 
 
 def yes_no_wordings(texts: Iterable[str]) -> list[Wording]:
-    """The package's own ways to ask a yes/no question, each once, in order of their text."""
+    """The package's wordings of yes/no questions, without duplicates, sorted by text."""
     found = set()
     for text in texts:
         words = text.rstrip("?").split()
@@ -172,17 +172,17 @@ def yes_no_wordings(texts: Iterable[str]) -> list[Wording]:
 def asked_yes_no(
     image: str, caption: str, wordings: Sequence[Wording], count: int, rng: random.Random
 ) -> list[Question]:
-    """Ask yes/no questions about a picture whose contents are known; as many yes as no, one more of either if odd.
+    """Ask yes/no questions about a picture of known content, with equal numbers of yes and no, or a difference of one.
 
-    The package has few yes/no questions per picture and far more of one answer. Here the answer is drawn first, so that
-    over many pictures every text is answered yes as often as no.
+    The package has few yes/no questions per picture, and their answers are unbalanced. This function draws the answer
+    first, so that over many pictures every text has as many yes as no answers.
 
     Args:
         image: path of the picture.
         caption: from `easy_caption`.
         wordings: from `yes_no_wordings`.
-        count: how many to ask.
-        rng: draws.
+        count: number of questions.
+        rng: source of randomness.
     """
     _, color, shape = caption.split()
     by_kind = [[wording for wording in wordings if wording.is_color == kind] for kind in (True, False)]
@@ -201,8 +201,8 @@ def asked_yes_no(
 
 
 OPEN_TURNS = 2
-"""Open questions per conversation; the rest are yes/no. Behind an open one the conversation itself settles most of
-them: there the comparison is learned on words first."""
+"""Open questions per conversation; the rest are yes/no. After an open question, the conversation itself answers most
+yes/no questions, from which the model first learns to compare in text."""
 
 
 def _arranged(
@@ -210,8 +210,7 @@ def _arranged(
 ) -> list[Question]:
     """Choose the turns of one conversation, in random order.
 
-    The first turn is the only one whose answer cannot be read off the conversation itself, so every kind of question
-    must come first now and then.
+    The conversation never answers its first question, so each kind of question must come first in some conversations.
     """
     open_questions = [question for question in questions if question.category == "open"]
     chosen = rng.sample(open_questions, min(OPEN_TURNS, len(open_questions)))[:turns]
@@ -220,11 +219,11 @@ def _arranged(
 
 
 def easy_caption(questions: Iterable[Question]) -> str | None:
-    """Return ``a red circle`` from what the questions and answers say, or None where they leave color or shape open."""
+    """Return ``a red circle`` from the questions and answers, or None where they leave color or shape open."""
     color = shape = None
     for question in questions:
         words = question.text.rstrip("?").split()
-        # What is asked about is there, unless a yes/no question says otherwise.
+        # A color or shape in a question is present, unless a yes/no answer denies it.
         stated = question.category == "open" or (question.answer == "yes") != bool({"no", "not"} & set(words))
         for word in (question.answer, *(words if stated else ())):
             color = word if word in COLORS else color
@@ -233,7 +232,7 @@ def easy_caption(questions: Iterable[Question]) -> str | None:
 
 
 def _easy_test(by_image: dict[str, list[Question]], count: int, rng: random.Random) -> list[Record]:
-    """Half open questions, half yes/no in pairs of the same text, one answered yes and one no."""
+    """Half open questions, half yes/no in pairs of the same text, one with the answer yes and one with no."""
     everything = [question for image in sorted(by_image) for question in by_image[image]]
     balanced = [question for image, kept in sorted(balanced_yes_no(everything, rng).items()) for question in kept]
     open_questions = [question for question in balanced if question.category == "open"]
@@ -256,7 +255,7 @@ def _pairs(questions: Sequence[Question], rng: random.Random) -> list[tuple[Ques
 
 
 def conversation(record_id: str, image: str, turns: Sequence[tuple[str, str]]) -> Record:
-    """Return a LLaVA training record; the image comes first in the first question."""
+    """Return a LLaVA training record; the image comes first, in the first question."""
     messages = []
     for index, (question, answer) in enumerate(turns):
         messages.append({"from": "human", "value": f"<image>\n{question}" if index == 0 else question})
@@ -276,10 +275,10 @@ def question_record(question_id: str, question: Question, category: str) -> Reco
 
 
 def claim(out: Path, names: Sequence[str]) -> None:
-    """Make a folder for data sets, or take one that is.
+    """Create a folder for data sets, or reuse an existing one.
 
     Raises:
-        ConfigError: files of somebody else have the names.
+        ConfigError: files of another program have these names.
     """
     refuse_strangers(out, names, kind=DATA_SET)
     out.mkdir(parents=True, exist_ok=True)
@@ -298,16 +297,16 @@ def write_files(
     """Write the three files.
 
     Args:
-        out: where they go.
-        images: folder that the pictures' paths begin in.
+        out: folder for the files.
+        images: root of the pictures' paths.
         align: for `DatasetFiles.align`.
         train: for `DatasetFiles.train`.
         test: for `DatasetFiles.test`.
-        replace: False: files that are there must hold the same, as a model was trained on them.
+        replace: False: existing files must have the same contents, since a model was trained on them.
 
     Raises:
         DataError: one of them would be empty.
-        ConfigError: files that this project did not write lie there, or other data that are not to be replaced.
+        ConfigError: existing files are of another program, or hold other data and must not be replaced.
     """
     files = {"align": align, "train": train, "test": test}
     if empty := [name for name, records in files.items() if not records]:
@@ -321,7 +320,7 @@ def write_files(
     claim(out, [path.name for path in texts])
     if not replace and (changed := [path.name for path, text in texts.items() if _differs(path, text)]):
         raise ConfigError(
-            f"{out} holds other data than are asked for, in {', '.join(changed)}, and a model was trained on them. "
+            f"{out} holds other data than requested, in {', '.join(changed)}, and a model was trained on them. "
             "They are left as they are. Restore them, choose another --output, or delete the folder of the run."
         )
     for path, text in texts.items():

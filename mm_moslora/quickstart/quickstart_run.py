@@ -1,7 +1,7 @@
-"""The main job, end to end: fetch real parts, align, tune, measure with controls, export, report.
+"""The quickstart, end to end: download models and data, align, tune, evaluate with controls, export, report.
 
-Every stage leaves its result in the run folder and is skipped when it is already there, so the same command continues
-after an interruption and a second run only prints.
+Every stage stores its result in the run folder and is skipped where the result exists. The same command therefore
+continues after an interruption, and after the end it only prints.
 """
 
 from __future__ import annotations
@@ -72,17 +72,17 @@ class Choice:
 
     images: Images = "easy-vqa"
     encoder: Encoder = "auto"
-    """auto: the one measured best for the pictures."""
+    """auto: the encoder with the best measured scores for the pictures."""
     precision: Precision = "auto"
-    """Training and measuring compute in it; auto: bf16 where the hardware computes it fast, else fp32."""
+    """Number format of training and evaluation; auto: bf16 where the hardware multiplies it fast, else fp32."""
     seed: int = 0
-    """Of the initialisation and the order; of easy-VQA it chooses the pictures to learn from, too."""
+    """Seed of initialisation and data order; for easy-VQA also of the choice of training pictures."""
     smoke: bool = False
-    """The same in miniature, at lower quality."""
+    """A small version for tests, with lower quality."""
 
     @property
     def name(self) -> str:
-        """Of the run folder: what differs from the default."""
+        """Name of the run folder, from the settings that differ from the defaults."""
         default = Choice()
         words = [word for word in ("images", "encoder", "precision") if getattr(self, word) != getattr(default, word)]
         return "-".join(
@@ -92,7 +92,7 @@ class Choice:
 
     @property
     def tower(self) -> Encoder:
-        """The encoder, chosen."""
+        """The encoder, with auto resolved."""
         return BEST_ENCODER[self.images] if self.encoder == "auto" else self.encoder
 
     @property
@@ -102,7 +102,7 @@ class Choice:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """All that decides what a quickstart computes."""
+        """All settings that affect the results."""
         choice = {"images": self.images, "encoder": self.tower, "precision": self.precision, "seed": self.seed}
         return choice | dataclasses.asdict(self.plan)
 
@@ -111,16 +111,16 @@ def quickstart(choice: Choice, *, output: Path | None = None, stamps_deb: Path |
     """Run or continue the quickstart.
 
     Args:
-        choice: which.
+        choice: the quickstart's settings.
         output: run folder.
         stamps_deb: a downloaded tuxpaint-stamps-default package.
 
     Returns:
-        0, or 75 when a signal stopped it and the same command continues.
+        0, or 75 after a signal; the same command then continues.
 
     Raises:
-        ConfigError: the run folder holds files that no quickstart wrote, or another quickstart.
-        AssetError: a part cannot be fetched or read.
+        ConfigError: the run folder holds files of another program, or another quickstart.
+        AssetError: an asset cannot be downloaded or read.
     """
     from mm_moslora.training.run_setup import exclusive
     from mm_moslora.training.supervision.run_state import record_run_state
@@ -140,7 +140,7 @@ def quickstart(choice: Choice, *, output: Path | None = None, stamps_deb: Path |
             ending.finished = closing is not None
         if closing is None:
             return EXIT_REQUEUE
-        # After the end is recorded: the report begins with how the run stands.
+        # After the end is recorded, since the report starts with the status of the run.
         from mm_moslora.reporting import build_report
 
         build_report(folder, folder / "report.html")
@@ -149,14 +149,14 @@ def quickstart(choice: Choice, *, output: Path | None = None, stamps_deb: Path |
 
 
 def _quickstart(folder: Path, choice: Choice, stamps_deb: Path | None, ending: Ending) -> str | None:
-    """What is said at the end; None when a signal stopped it."""
+    """Run all stages; returns the closing text, None after a signal."""
     from mm_moslora.training.training_loop import train
 
     clock = _Clock(folder)
-    _say(f"Parts are kept in {cache_folder('quickstart')}; what is missing is fetched.")
+    _say(f"Models and data are cached in {cache_folder('quickstart')}; missing ones are downloaded.")
     data, (align, tune) = _begin(folder, choice, stamps_deb)
     ending.begun = True
-    _say(f"Data: {data.train_pictures} pictures to learn from, {data.questions} held-out questions.")
+    _say(f"Data: {data.train_pictures} training pictures, {data.questions} held-out questions.")
     for what, recipe in (("Align the projector", align), ("Tune with MoSLoRA", tune)):
         with clock.stage(recipe.name):
             _say(f"\n{what}:")
@@ -177,10 +177,10 @@ def _quickstart(folder: Path, choice: Choice, stamps_deb: Path | None, ending: E
 
 
 def _begin(folder: Path, choice: Choice, stamps_deb: Path | None) -> tuple[DatasetFiles, tuple[Recipe, Recipe]]:
-    """Fetch the parts, write the data, and say in the folder which quickstart it holds.
+    """Download the assets, write the data, and record the settings in the folder.
 
     Raises:
-        ConfigError: a stage was trained with another recipe or on other data; nothing is replaced.
+        ConfigError: a stage was trained with another recipe or on other data; no file is replaced.
     """
     from mm_moslora.training.resume import changed_since
 
@@ -198,7 +198,7 @@ def _begin(folder: Path, choice: Choice, stamps_deb: Path | None) -> tuple[Datas
 
 
 def _track(rows: list[dict[str, Any]], tune: Recipe, *, step: int) -> None:
-    """Put the scores beside the curves of the tuned run, under the name of the adapter they belong to."""
+    """Send the scores to the trackers of the tuned run, with the name of the adapter that they belong to."""
     from mm_moslora.tracking import build_trackers
     from mm_moslora.tracking.tracker import adapter_digest
     from mm_moslora.training.checkpointing.checkpoint_folder import folder_name
@@ -215,7 +215,7 @@ def _say(text: str) -> None:
 
 
 class _Clock:
-    """Seconds per stage, kept over interruptions."""
+    """Seconds per stage, summed over interruptions."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "timing.json"
@@ -242,7 +242,7 @@ class _Stage:
 
     def __exit__(self, *_: object) -> None:
         spent = time.monotonic() - self.started
-        # A stage that finds its result only reads it back; that is not what it took.
+        # A stage that only reads back its result must not replace the time that it took.
         if spent > self.clock.seconds.get(self.name, 0) / 4:
             self.clock.seconds[self.name] = self.clock.seconds.get(self.name, 0) + spent
             replace_json(self.clock.path, self.clock.seconds)
@@ -279,9 +279,9 @@ def _data(choice: Choice, source: Path, out: Path, *, replace: bool) -> DatasetF
     )
 
 
-# What differs from the shipped recipes (DINOv2 on easy-VQA) for other encoders and pictures: side in pixels, layer, and
-# side of the square of patches folded into one visual token (1: the plain MLP), chosen by how well color and shape, or
-# the category, can be read from the features.
+# Settings that differ from the shipped recipes (DINOv2 on easy-VQA) for other encoders and pictures: side in pixels,
+# layer, and side of the square of patches per visual token (1: the plain MLP). They were chosen by how well color and
+# shape, or the category, can be predicted from the features.
 _VIEW: dict[tuple[Images, Encoder], tuple[int, int, int]] = {
     ("easy-vqa", "dinov2"): (56, -4, 1),
     ("easy-vqa", "efficientnet"): (64, -1, 1),
@@ -292,7 +292,7 @@ _VIEW: dict[tuple[Images, Encoder], tuple[int, int, int]] = {
 }
 
 
-# Conversations of one question: more of them in a step.
+# Conversations have one question each, so a step takes more of them.
 _TUNE_KEYS: dict[Images, list[str]] = {
     "easy-vqa": [],
     "stamps": ["train.global_batch=32", "train.micro_batch=32"],
@@ -336,11 +336,11 @@ def _placed(recipe: Recipe, records: Path, images: Path, output: Path) -> Recipe
 
 
 def _export(folder: Path, *, model: str) -> dict[str, Any]:
-    """The tuned model as a Hugging Face folder, checked against the model in memory.
+    """The tuned model as a Hugging Face folder, verified against the model in memory.
 
     Args:
-        folder: of the quickstart.
-        model: digest of the tuned weights; an export of others is replaced.
+        folder: the quickstart's.
+        model: digest of the tuned weights; an export of other weights is replaced.
     """
     from mm_moslora.models.export.export_huggingface import export_model
     from mm_moslora.models.load_model import load
@@ -401,7 +401,7 @@ def _summarise(
 
 
 def _tuned(folder: Path) -> dict[str, Any]:
-    """The summary of the tuned stage; where it is damaged, what an earlier call kept of it, or nothing."""
+    """The summary of the tuned stage; where it is damaged, an earlier call's copy, or an empty one."""
     for place in (folder / "tune", folder):
         if found := kept(place / "summary.json", dict, fits=lambda said: said["tokens_per_image"] + said["memory_gib"]):
             return dict(found)
@@ -421,12 +421,12 @@ def _commands(folder: Path, pictures: Path, *, stock: bool) -> list[tuple[str, s
 
 
 def _shown(path: Path) -> Path:
-    """A path as a person in this folder would write it."""
+    """A path relative to the working directory, where it is below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _program() -> str:
-    """The command as it can be typed here: by name, or by path where the environment is not activated."""
+    """The command as a user can type it here: by name, or by path where the environment is not activated."""
     name = "mm-moslora"
     beside = Path(sys.executable).parent / name
     return str(_shown(beside)) if shutil.which(name) is None and beside.is_file() else name

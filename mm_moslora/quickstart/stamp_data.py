@@ -1,6 +1,6 @@
-"""Visual instructions from Tux Paint's stamps: cut-out pictures, each with an English sentence and a category folder.
+"""Visual instruction data from Tux Paint's stamps: cut-out pictures, each with an English sentence and a category.
 
-Pictures that show the same thing never stand on both sides of the split: those with the same sentence, and those that
+Pictures with the same content never stand on both sides of the split: those with the same sentence, and those that
 look nearly the same, stay together.
 """
 
@@ -28,15 +28,15 @@ from mm_moslora.quickstart.instruction_data import (
 from mm_moslora.utils.errors import DataError
 
 IMAGES = "images"
-"""Folder of the pictures, below that of the data."""
+"""Folder of the pictures, below the data folder."""
 SENTENCE = "What is shown?"
 CATEGORY = "What kind of thing is this?"
 SIDE = 224
-"""Side of the square pictures that are written, pixels."""
+"""Side of the square output pictures, pixels."""
 MARGIN = 0.04
 """White border, as a share of the side."""
 
-# Folder of the package -> (answer, "Is this ...?"). Below `MIN_CATEGORY` pictures a folder teaches sentences only.
+# Folder of the package -> (answer, "Is this ...?"). A folder below `MIN_CATEGORY` pictures has sentences only.
 CATEGORIES = {
     "animals": ("animal", "an animal"),
     "clothes": ("clothing", "a piece of clothing"),
@@ -57,16 +57,16 @@ CATEGORIES = {
 }
 MIN_CATEGORY = 20
 LEFT_OUT = ("symbols/alphabets",)
-"""Letter shapes: 158 pictures whose sentence is the letter."""
+"""Letter shapes: 158 pictures with the letter as their sentence."""
 
 THUMBNAIL = 16
 NEAR = 14.0
-"""Root mean square difference of 16 x 16 thumbnails, of 255, below which two pictures count as the same."""
+"""Root mean square difference of 16 x 16 thumbnails, of 255, below which two pictures count as equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stamp:
-    """One picture of the package."""
+    """A picture of the package."""
 
     path: Path
     name: str
@@ -88,16 +88,16 @@ def build_stamps(
     """Write square pictures on white, training and held-out files from a stamps folder.
 
     Args:
-        source: folder of `assets.stamps`.
-        out: where the pictures and JSONL files go.
+        source: folder from `assets.stamps`.
+        out: folder for the pictures and JSONL files.
         test_share: share of each category's pictures that is held out.
         seed: chooses the split and the negative pictures of yes/no questions.
-        limit: take at most so many pictures (for a smoke run).
+        limit: maximum number of pictures (for a smoke run).
         replace: see `write_files`.
 
     Raises:
         DataError: `source` holds no stamps, or `test_share` is not between 0 and 1.
-        ConfigError: `out` holds files that this project did not write; see `write_files`.
+        ConfigError: `out` holds files of another program; see `write_files`.
     """
     if not 0 < test_share < 1:
         raise DataError(f"test_share is {test_share}, expected a share between 0 and 1.")
@@ -121,10 +121,10 @@ def build_stamps(
 
 
 def find_stamps(source: Path) -> list[Stamp]:
-    """Return the pictures that have an English sentence, in order of their names, the letter shapes left out.
+    """Return the pictures with an English sentence, sorted by name, without the letter shapes.
 
     Raises:
-        DataError: there is none.
+        DataError: there are none.
     """
     stamps = []
     for text in sorted(source.rglob("*.txt")):
@@ -148,7 +148,7 @@ def square(path: Path) -> Image.Image:
     inner = round(SIDE * (1 - 2 * MARGIN))
     scale = inner / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    # Premultiplied resampling: the colour hidden under transparent pixels must not bleed into the edges.
+    # Resampling in premultiplied alpha, so that the colour under transparent pixels does not bleed into the edges.
     white = Image.new("RGBA", picture.size, "white")
     flat = Image.alpha_composite(white, picture).convert("RGB").resize(size, Image.Resampling.BICUBIC)
     canvas = Image.new("RGB", (SIDE, SIDE), "white")
@@ -175,7 +175,7 @@ def split(
 
 
 def same_thing(stamps: Sequence[Stamp], pictures: dict[str, Image.Image]) -> list[list[Stamp]]:
-    """Group stamps that share their sentence or look nearly the same, also mirrored."""
+    """Group stamps with the same sentence, or with nearly equal pictures, mirrored ones included."""
     parent = list(range(len(stamps)))
 
     def root(index: int) -> int:
@@ -215,7 +215,7 @@ def _image(stamp: Stamp) -> str:
 
 
 def yes_no_questions(stamps: Sequence[Stamp], usable: set[str], rng: random.Random) -> list[Question]:
-    """For each category as many pictures that belong to it as others, so that its question tells nothing."""
+    """As many pictures outside a category as inside it, so that the question does not reveal the answer."""
     questions = []
     for folder in sorted(usable):
         inside = [stamp for stamp in stamps if stamp.folder == folder]
@@ -229,13 +229,13 @@ def yes_no_questions(stamps: Sequence[Stamp], usable: set[str], rng: random.Rand
 
 
 VARIANTS = 4
-"""How often a picture is gone through, each time with other yes/no questions."""
+"""Conversations per picture, each with other yes/no questions."""
 SENTENCES = 2
-"""In how many of the variants the sentence is asked for."""
+"""Number of these conversations that ask for the sentence."""
 
 
 def _align_records(stamps: Sequence[Stamp], usable: set[str]) -> list[Record]:
-    """Category questions alone: a word per picture teaches a projector more in a minute than a sentence does."""
+    """Category questions only: per minute, one word per picture teaches a projector more than a sentence."""
     return [
         conversation(f"stamps/{stamp.name}", _image(stamp), [(CATEGORY, CATEGORIES[stamp.folder][0])])
         for stamp in stamps
@@ -246,8 +246,8 @@ def _align_records(stamps: Sequence[Stamp], usable: set[str]) -> list[Record]:
 def _train_records(stamps: Sequence[Stamp], usable: set[str], rng: random.Random) -> list[Record]:
     """Short conversations of one question each, several per picture: category, yes/no and, less often, the sentence.
 
-    "Is this an animal?" answered yes gives the category away, and the category gives away the yes/no questions. In long
-    conversations most answers can be read off the earlier ones, and the picture is hardly looked at.
+    A yes to "Is this an animal?" reveals the category, and the category answers the yes/no questions. In longer
+    conversations most answers would follow from earlier ones, and the picture would hardly matter.
     """
     records = []
     for variant in range(VARIANTS):

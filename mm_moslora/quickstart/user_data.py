@@ -1,6 +1,6 @@
-"""Training and held-out questions about a user's own pictures: from a folder per class, or from a file of records.
+"""Training data and held-out questions from a user's pictures: a folder per class, or a file of records.
 
-Pictures, not questions, are held out: no picture stands on both sides of the split.
+The split is by picture: no picture stands on both sides.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from mm_moslora.utils.untrusted_files import FileError, find_below
 OPEN = "What does the picture show?"
 IS_IT = 'Does the picture show "{}"?'
 TURNS = 3
-"""Most questions of a conversation that is made."""
+"""Questions per generated conversation, at most."""
 CONVERSATIONS = 4800
-"""Most conversations about pictures of classes; more where there are more pictures."""
+"""Target number of conversations about pictures of classes; more where there are more pictures."""
 TEST_SHARE, LEAST_TEST, MOST_TEST = 0.2, 2, 100
-"""Share of the pictures that is held out, how many at least where two are left to learn from, and how many at most."""
+"""Share of held-out pictures, their minimum number where two are left for training, and their maximum number."""
 CAPTION_WORDS = 5
-"""Above so many words in the middle answer, answers are scored as captions: no two people write the same one."""
+"""Median words of an answer above which answers are scored as captions, since no two people word them alike."""
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 _SHOWN_FAULTS = 3
@@ -47,16 +47,16 @@ _SHOWN_FAULTS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class OwnData:
-    """What was made of the user's pictures."""
+    """A data set from the user's pictures."""
 
     images: Path
-    """Folder that pictures are named from."""
+    """Root of the pictures' paths."""
     source: str
-    """What it was made of, for people."""
+    """Description of the source."""
     train: Sequence[Any]
-    """Records, as `data.train` takes them; an epoch sees each once."""
+    """Records in the form that `data.train` takes; an epoch sees each once."""
     repeated: Mapping[int, Sequence[Any]] = field(default_factory=dict)
-    """More records, by how often an epoch sees each."""
+    """Further records, by the number of times that an epoch sees each."""
     test: list[dict[str, Any]]
     """Held-out questions with their answers."""
     train_pictures: int
@@ -64,15 +64,15 @@ class OwnData:
     turns: float
     """Questions per conversation, on average."""
     text_bytes: tuple[float, int]
-    """Bytes of text in a conversation: on average, and of the longest."""
+    """Bytes of text per conversation: the average, and the maximum."""
     longest: tuple[int, int]
-    """Questions in the conversation that has most of them, and bytes of the longest answer."""
+    """Maximum questions per conversation, and bytes of the longest answer."""
     faults: list[str] = field(default_factory=list)
-    """What could not be used, each with its reason."""
+    """Unusable files and records, each with its reason."""
 
     @property
     def epoch(self) -> int:
-        """Conversations of an epoch."""
+        """Number of conversations of an epoch."""
         return len(self.train) + sum(times * len(records) for times, records in self.repeated.items())
 
     @property
@@ -82,21 +82,21 @@ class OwnData:
         return words[(len(words) - 1) // 2] > CAPTION_WORDS
 
     def fault_lines(self) -> str:
-        """The first faults, one a line, and how many more there are."""
+        """The first faults, one per line, and the number of further ones."""
         more = len(self.faults) - _SHOWN_FAULTS
         return "\n".join([*self.faults[:_SHOWN_FAULTS], *([f"... and {more} more"] if more > 0 else [])])
 
 
 def read_own(path: Path, *, images: Path | None = None, seed: int = 0) -> OwnData:
-    """Questions about the pictures of a folder with a sub-folder per class, or those of a LLaVA JSON or JSONL file.
+    """Build data from a folder with a sub-folder per class, or from a LLaVA JSON or JSONL file.
 
     Args:
         path: the folder or the file.
-        images: of a file: the folder of its pictures; None: the file's own.
-        seed: chooses the pictures that are held out, and the questions.
+        images: for a file, the folder of its pictures; None: the file's own folder.
+        seed: chooses the held-out pictures and the questions.
 
     Raises:
-        DataError: there is nothing to learn from; says what was found.
+        DataError: no training data can be built; the message holds what was found.
     """
     if path.is_dir():
         if images is not None:
@@ -119,7 +119,7 @@ def _from_folder(folder: Path, rng: random.Random) -> OwnData:
     counts = Counter(picture.label for picture in pictures)
     if counts and {label.lower() for label in counts} <= _SPLITS:
         raise DataError(
-            f"The sub-folders of {folder} are {', '.join(sorted(counts))}, parts of a data set and no classes. "
+            f"The sub-folders of {folder} are {', '.join(sorted(counts))}: splits of a data set, not classes. "
             "Give the folder with the classes, such as the first of these; the held-out pictures are chosen from it."
         )
     if len(counts) < 2 or max(counts.values()) < 2:
@@ -144,7 +144,7 @@ def _from_folder(folder: Path, rng: random.Random) -> OwnData:
 
 
 def _pictures(folder: Path, faults: list[str]) -> Iterator[_Picture]:
-    """The readable pictures below the class folders, each content once."""
+    """The readable pictures in the class folders, without duplicates."""
     seen: dict[bytes, str] = {}
     others: Counter[str] = Counter()
     classes = _Classes()
@@ -174,27 +174,27 @@ def _pictures(folder: Path, faults: list[str]) -> Iterator[_Picture]:
 
 
 class _Classes:
-    """The classes of folders as a person would write them; no two are the same answer to exact match."""
+    """Class names from folder names, in readable form; exact match tells all of them apart."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[str, str]] = {}
 
     def label(self, folder: str) -> str:
-        """The class of a folder; two folders may hold pictures of one class, such as `tea_pot` and `tea pot`.
+        """The class name of a folder; several folders may have the same one, such as `tea_pot` and `tea pot`.
 
         Raises:
-            DataError: the name is none that a question can hold, or differs from another in what nobody scores.
+            DataError: a question cannot hold the name, or exact match would not tell it from another name.
         """
         label = " ".join(folder.replace("_", " ").split())
         answer = relaxed(unicodedata.normalize("NFC", label))
         controls = any(unicodedata.category(mark) == "Cc" for mark in folder)
         if not answer or controls or any(mark in label for mark in (IMAGE, VIDEO, "<|")):
-            raise DataError(f"The folder {folder!a} is no name of a class that a question can hold. Rename it.")
+            raise DataError(f"The folder {folder!a} is not a class name that a question can hold. Rename it.")
         other, known = self._known.setdefault(answer, (folder, label))
         if known != label:
             raise DataError(
-                f"The folders {other!a} and {folder!a} are one answer: they differ in case, closing periods or "
-                "encoding alone. Put their pictures into one folder, or rename one."
+                f"The folders {other!a} and {folder!a} are one answer: they differ only in case, closing periods or "
+                "encoding. Put their pictures into one folder, or rename one."
             )
         return label
 
@@ -215,7 +215,7 @@ def _too_little(folder: Path, counts: Counter[str], faults: list[str]) -> str:
 def _split(
     folder: Path, pictures: Sequence[_Picture], counts: Counter[str], rng: random.Random, faults: list[str]
 ) -> tuple[list[_Picture], list[_Picture]]:
-    """Training and held-out pictures. Every class keeps one to learn from."""
+    """Training and held-out pictures. Every class keeps at least one training picture."""
     wanted = _test_size(len(pictures))
     least = 1 if sum(count > 1 for count in counts.values()) > 1 else LEAST_TEST
     quota = {label: max(least, round(TEST_SHARE * count)) for label, count in counts.items()}
@@ -231,12 +231,12 @@ def _split(
             quota[picture.label] -= 1
             test.append(picture)
     if not test:
-        raise DataError(f"No picture can be held out, since none of those that could be is whole: {faults[-1]}.")
+        raise DataError(f"No picture can be held out, since all candidates are damaged: {faults[-1]}.")
     return sorted(train, key=lambda picture: picture.name), sorted(test, key=lambda picture: picture.name)
 
 
 def _test_size(pictures: int) -> int:
-    """How many of the pictures are held out: two can be exchanged for each other, so that `wrong` can be measured."""
+    """Number of held-out pictures; at least two where possible, since the mode `wrong` exchanges pictures."""
     return max(1, min(MOST_TEST, max(LEAST_TEST, round(TEST_SHARE * pictures)), pictures - 2))
 
 
@@ -250,15 +250,15 @@ def _decodes(path: Path, faults: list[str]) -> bool:
 
 
 def _conversations(pictures: Sequence[_Picture], rng: random.Random) -> dict[int, list[dict[str, Any]]]:
-    """Conversations that all differ, by how often an epoch sees each: all classes are talked about alike.
+    """Distinct conversations, by the number of times that an epoch sees each; all classes get the same share.
 
-    Every class gets as many as the smallest class can have, `CONVERSATIONS` in all at most. But every picture gets one:
-    where a class has more pictures than that, the smaller classes are seen several times.
+    Every class gets as many as the smallest class allows, at most `CONVERSATIONS` in total. Every picture gets at least
+    one, so where a class has more pictures than that, the smaller classes are repeated.
     """
     by_class: dict[str, list[_Picture]] = defaultdict(list)
     for picture in pictures:
         by_class[picture.label].append(picture)
-    different = math.factorial(TURNS) * (len(by_class) - 1)  # of a picture
+    different = math.factorial(TURNS) * (len(by_class) - 1)  # per picture
     sizes = [len(members) for members in by_class.values()]
     wanted = max(max(sizes), min(math.ceil(CONVERSATIONS / len(by_class)), different * min(sizes)))
     found: dict[int, list[dict[str, Any]]] = defaultdict(list)
@@ -272,10 +272,10 @@ def _conversations(pictures: Sequence[_Picture], rng: random.Random) -> dict[int
 def _of_class(
     pictures: Sequence[_Picture], others: Sequence[str], count: int, rng: random.Random
 ) -> Iterator[dict[str, Any]]:
-    """So many different conversations about pictures of one class.
+    """Distinct conversations about pictures of one class.
 
-    The other classes come in turn, through all pictures, so that each is asked about alike: of every yes/no question
-    both answers are about as frequent. A picture meets an order of its questions again with another class alone.
+    The other classes take turns over all pictures. Each class then occurs equally often, and both answers of every
+    yes/no question are about equally frequent. A picture gets one order of its questions again only with another class.
     """
     turn = 0
     for place, picture in enumerate(pictures):
@@ -289,10 +289,10 @@ def _of_class(
 
 
 def _orders(picture: _Picture, other: str, rng: random.Random) -> list[list[tuple[str, str]]]:
-    """What it shows, its own class and another one, in every order, in random order.
+    """The three questions about a picture (its class, one with yes, one with no) in all orders, shuffled.
 
-    What was said before answers about half of the questions: there the model learns in words what it means to compare.
-    The others only the picture answers.
+    In about half of the questions, earlier answers determine the answer, and the model learns to compare in text. The
+    other half needs the picture.
     """
     turns = [(OPEN, picture.label), (IS_IT.format(picture.label), "yes"), (IS_IT.format(other), "no")]
     orders = [list(order) for order in itertools.permutations(turns)]
@@ -300,7 +300,7 @@ def _orders(picture: _Picture, other: str, rng: random.Random) -> list[list[tupl
 
 
 def _test_questions(test: Sequence[_Picture], rng: random.Random) -> list[dict[str, Any]]:
-    """Of every picture what it shows, and of every yes/no question as many yes as no."""
+    """An open question about every picture, and as many yes as no answers of every yes/no question."""
     questions = [Question(image=picture.name, text=OPEN, answer=picture.label) for picture in test]
     for label in sorted({picture.label for picture in test}):
         inside = [picture for picture in test if picture.label == label]
@@ -313,7 +313,7 @@ def _test_questions(test: Sequence[_Picture], rng: random.Random) -> list[dict[s
 
 
 class _Rows(Sequence[Any]):
-    """Some records of a file, read when they are asked for."""
+    """A selection of a file's records, read on access."""
 
     def __init__(self, source: RecordSource, rows: Sequence[int]) -> None:
         self._source, self._rows = source, rows
@@ -330,11 +330,11 @@ def _from_file(path: Path, images: Path | None, rng: random.Random) -> OwnData:
     folder = source.rules.folder
     faults: list[str] = []
     asked: dict[str, list[int]] = defaultdict(list)
-    """Rows by the one picture they are about; equal files are one picture."""
+    """Rows by their one picture; equal files count as one picture."""
     paths: dict[str, Path] = {}
-    """Of every picture the file that was named first."""
+    """The first file name of every picture."""
     several: dict[int, set[str]] = {}
-    """Rows about no picture, or several."""
+    """Rows without a picture, or with several."""
     contents = _Contents()
     for row in range(len(source)):
         try:
@@ -368,16 +368,16 @@ def _from_file(path: Path, images: Path | None, rng: random.Random) -> OwnData:
 
 
 class _Contents:
-    """What tells pictures apart: the hash of their file, which is read once. Frames go by their video and number."""
+    """Identity of pictures: the hash of the file, which is read once. Frames are identified by video and number."""
 
     def __init__(self) -> None:
         self._known: dict[Path, str] = {}
 
     def __call__(self, picture: Picture) -> str:
-        """A text that equal files have in common.
+        """A text that equal files share.
 
         Raises:
-            ImageError: it cannot be read.
+            ImageError: the file cannot be read.
         """
         if isinstance(picture, StoredPicture):
             return hashlib.sha256(picture.read()).hexdigest()
@@ -389,7 +389,7 @@ class _Contents:
 
 
 def _held_out(paths: dict[str, Path], rng: random.Random, faults: list[str]) -> tuple[set[str], set[str]]:
-    """Pictures to ask about, and those that were found broken on the way."""
+    """Candidate pictures for questions, and those that turned out to be damaged."""
     wanted = _test_size(len(paths))
     chosen: set[str] = set()
     broken: set[str] = set()
@@ -397,7 +397,7 @@ def _held_out(paths: dict[str, Path], rng: random.Random, faults: list[str]) -> 
         if len(chosen) < wanted:
             (chosen if _decodes(paths[name], faults) else broken).add(name)
     if not chosen or len(chosen | broken) == len(paths):
-        raise DataError(f"No picture can be held out with another one to learn from: {faults[-1]}.")
+        raise DataError(f"No picture can be held out while another one is left for training: {faults[-1]}.")
     return chosen, broken
 
 
@@ -432,7 +432,7 @@ def _of_records(
 
 
 def _questions_of(records: Sequence[tuple[Path, Record]], folder: Path) -> list[dict[str, Any]]:
-    """Every question of the records by itself; one that is asked again about its picture gets several answers."""
+    """Every question of the records by itself; a repeated question about one picture gets several answers."""
     answers: dict[tuple[str, str], list[str]] = defaultdict(list)
     for path, record in records:
         image = path.relative_to(folder).as_posix()

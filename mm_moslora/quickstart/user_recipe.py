@@ -1,4 +1,4 @@
-"""A recipe for a user's own pictures, every choice explained, in a new folder beside the questions."""
+"""Write a commented recipe for a user's own pictures into a new folder, with training data and questions."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ PartsName = Literal["quickstart", "hub"]
 _NOT_IN_YAML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 STEP_TOKENS = 1600
-"""Tokens of a step, about: fewer make the gradient noisy, more make steps slow on a CPU."""
+"""Target tokens per step: fewer give noisy gradients, more give slow steps on a CPU."""
 STEPS, MOST_EPOCHS = 100, 20
 _PER_TURN = 12
 """Tokens of the chat template around a question and its answer."""
 _BYTES_PER_TOKEN = 4.0
 _LONG_BYTES_PER_TOKEN = 1.5
-"""Of text that the tokenizer knows badly; for limits that nothing may exceed."""
+"""Bytes per token of text that the tokenizer splits badly; for limits that must hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What the model is assembled from."""
+    """The models of the recipe."""
 
     language: str
     vision: dict[str, Any]
@@ -61,18 +61,18 @@ def _parts(name: PartsName, say: Say) -> Parts:
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How long is trained, on how much at once."""
+    """Number of steps, and size of a step."""
 
     batch: int
     steps: int
     per_epoch: int
     tokens: int
-    """Of a step, about."""
+    """Target tokens of a step."""
     max_length: int
 
     @classmethod
     def of(cls, data: OwnData, visual_tokens: int) -> Size:
-        """From the data: steps of about `STEP_TOKENS`, `STEPS` of them where the data last."""
+        """The size for given data: steps of about `STEP_TOKENS`, and `STEPS` of them where the data suffice."""
         mean, longest = data.text_bytes
         tokens = visual_tokens + _PER_TURN * data.turns + mean / _BYTES_PER_TOKEN
         batch = min(32, max(4, round(STEP_TOKENS / tokens)))
@@ -92,37 +92,37 @@ def initialise(
 ) -> str:
     """Write `train.jsonl`, `test.jsonl` and `recipe.yaml` into a new folder.
 
-    For sentences there is `task.yaml`, too, and for records that are seen several times `train-xN.jsonl`.
+    Sentence answers add `task.yaml`, and repeated records add `train-xN.jsonl`.
 
     Args:
-        source: pictures in a folder per class, or a LLaVA file.
+        source: folder with a sub-folder per class, or a LLaVA file.
         output: a new or empty folder.
-        images: of a file: the folder of its pictures.
-        parts: quickstart: small ones, fetched once; hub: ids that training looks up on the Hugging Face hub.
+        images: for a file, the folder of its pictures.
+        parts: quickstart: small models, downloaded once; hub: ids of models on the Hugging Face hub.
         say: receives progress lines.
 
     Returns:
-        What was written, and the commands that come next.
+        A summary, and the next commands.
 
     Raises:
-        DataError: there is nothing to learn from.
-        ConfigError: `output` holds something, lies among the pictures, or no recipe can name a folder.
+        DataError: no training data can be built.
+        ConfigError: `output` is not empty or lies among the pictures, or a recipe cannot hold a folder's name.
     """
     if output.name in ("", ".."):
-        raise ConfigError(f"{output} is a folder that is there. Name a new one, such as {output / 'first'}.")
+        raise ConfigError(f"{output} already exists. Name a new folder, such as {output / 'first'}.")
     refuse_full_folder(output)
     if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{output} lies among the pictures of {source}. Choose a folder beside them.")
     data = read_own(source, images=images)
     for path in (output.resolve(), data.images):
         if _NOT_IN_YAML.search(str(path)):
-            raise ConfigError(f"The folder {str(path)!a} holds characters that no recipe can hold. Rename it.")
+            raise ConfigError(f"The folder {str(path)!a} holds characters that a recipe cannot hold. Rename it.")
     chosen = _parts(parts, say)
     size = Size.of(data, chosen.visual_tokens)
     recipe = _recipe(output.resolve(), data, chosen, size)
     Recipe.from_yaml(recipe)
     with lock_beside(output):
-        refuse_full_folder(output)  # another `init` may have been faster
+        refuse_full_folder(output)  # another `init` may have created it meanwhile
         with building(output, replaces=MARK) as folder:
             for file, lines in (
                 ("train.jsonl", lines_of(data.train)),
@@ -133,7 +133,7 @@ def initialise(
             ):
                 with (folder / file).open("w", encoding="utf-8", newline="\n") as stream:
                     stream.writelines(lines)
-        discard(output / MARK)  # from here on it is the user's: nothing of this project replaces it
+        discard(output / MARK)  # the folder is now the user's, and this project replaces nothing in it
     return _told(output, data, size)
 
 
@@ -142,7 +142,7 @@ def _repeated_file(times: int) -> str:
 
 
 def _sources(data: OwnData) -> str:
-    """The sources of `data.train`, one a line."""
+    """The sources of `data.train`, one per line."""
     folder = f"image_folder: {_quoted(str(data.images))}"
     lines = [f"- {{path: train.jsonl, {folder}}}"]
     if data.repeated:
@@ -154,7 +154,7 @@ def _sources(data: OwnData) -> str:
 
 
 def _quoted(value: Any) -> str:
-    """A value as YAML: JSON is a part of it."""
+    """A value as YAML, of which JSON is a subset."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -198,7 +198,7 @@ track: {{trackers: []}}
 
 
 def _task(data: OwnData) -> str:
-    """Sentences are compared as captions: no two people write the same one."""
+    """A task for sentence answers, which are scored as captions, since no two people word them alike."""
     return f"""\
 # Written by `mm-moslora init`: answers that are sentences are scored as captions (CIDEr-D, BLEU, ROUGE-L).
 name: captions

@@ -113,7 +113,7 @@ class TestUnpack:
     def test_a_damaged_zip_is_an_error(self, tmp_path: Path) -> None:
         path = tmp_path / "x.whl"
         path.write_bytes(b"no zip")
-        with pytest.raises(AssetError, match="no readable wheel"):
+        with pytest.raises(AssetError, match="is not a wheel"):
             unpack(path, lambda name: True, tmp_path / "out")
 
 
@@ -221,7 +221,7 @@ class TestDebian:
 
     def test_not_a_package(self, tmp_path: Path) -> None:
         (tmp_path / "a.deb").write_bytes(b"something else")
-        with pytest.raises(AssetError, match="no Debian package"):
+        with pytest.raises(AssetError, match="is not a Debian package"):
             debian_packages.unpack_deb_in_python(tmp_path / "a.deb", tmp_path / "out")
 
     def test_cut_short(self, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_data_that_a_model_was_trained_on_are_not_replaced_by_those_of_another_p
     (finished / QUICKSTART).unlink()
     monkeypatch.setitem(quickstart_run.PLANS, ("easy-vqa", True), dataclasses.replace(SMOKE.plan, train_images=20))
     before = content(finished)
-    with pytest.raises(ConfigError, match=r"holds other data than are asked for, in align.jsonl, train.jsonl, and a"):
+    with pytest.raises(ConfigError, match=r"holds other data than requested, in align.jsonl, train.jsonl, and a"):
         quickstart_run.quickstart(SMOKE, output=finished)
     assert content(finished) == before
 

@@ -171,7 +171,7 @@ class TestFolder:
     @pytest.mark.parametrize(
         ("counts", "message"),
         [({}, "no readable pictures"), ({"cat": 9}, "1 classes"), ({"cat": 1, "dog": 1}, "2 readable pictures"),
-         ({"train": 5, "test": 5}, "parts of a data set")],
+         ({"train": 5, "test": 5}, "splits of a data set")],
     )  # fmt: skip
     def test_a_folder_that_cannot_teach_anything_is_refused(
         self, tmp_path: Path, counts: dict[str, int], message: str
@@ -199,7 +199,7 @@ class TestFolder:
 
     @pytest.mark.parametrize("name", ["cat\x7f", "cat\x01", "cat\n", "_."])
     def test_a_class_that_no_question_can_hold_is_named(self, tmp_path: Path, name: str) -> None:
-        with pytest.raises(DataError, match="no name of a class") as caught:
+        with pytest.raises(DataError, match="not a class name") as caught:
             read_own(photos(tmp_path, **{name: 4, "dog": 4}))
         assert ascii(name) in str(caught.value)
 
@@ -208,7 +208,7 @@ class TestFolder:
         source, out = tmp_path / "photos", tmp_path / "my"
         bad = (source if place == "source" else out).with_name("a\x7f")
         photos(bad if place == "source" else source, cat=4, dog=4)
-        with pytest.raises(ConfigError, match=r"a\\x7f.*no recipe can hold"):
+        with pytest.raises(ConfigError, match=r"a\\x7f.*that a recipe cannot hold"):
             made(bad if place == "source" else source, bad if place == "output" else out)
         assert place == "source" or not bad.exists()
 
@@ -221,7 +221,7 @@ class TestFolder:
             assert learned == {"cat", "dog", "bird"}
 
     def test_a_class_that_would_be_read_as_a_picture_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="no name of a class"):
+        with pytest.raises(DataError, match="not a class name"):
             read_own(photos(tmp_path, **{"<image>": 4, "dog": 4}))
 
 
@@ -409,7 +409,7 @@ class TestRecipe:
         source = photos(tmp_path / "photos", cat=10, dog=10)
         (tmp_path / "here").mkdir()
         monkeypatch.chdir(tmp_path / "here")
-        with pytest.raises(ConfigError, match=r"Name a new one, such as .*first"):
+        with pytest.raises(ConfigError, match=r"Name a new folder, such as .*first"):
             made(source, Path(output))
 
     def test_it_is_not_put_among_the_pictures(self, tmp_path: Path) -> None:
