@@ -1,4 +1,4 @@
-"""Reports: a run folder becomes one HTML file that needs no network, from JSON and JSONL only (no torch)."""
+"""Reports: a run folder's JSON and JSONL files become one self-contained HTML file (no torch)."""
 
 from mm_moslora.reporting.run_data import RunData, load_run
 from mm_moslora.reporting.run_page import build_report

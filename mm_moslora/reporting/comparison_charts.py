@@ -1,7 +1,7 @@
-"""The pictures of a comparison as SVG: seeds as points, differences with intervals, scores by learning rate.
+"""SVG charts of a comparison: seeds as points, differences with intervals, scores by learning rate.
 
-Colours come from the page's style sheet (`c0` to `c5`). Shapes: a chart is a view box of ``WIDTH`` units and as high
-as its rows need.
+Colours come from the page's style sheet (`c0` to `c5`). Shapes: a chart is a view box of ``WIDTH`` units, with a height
+that depends on its rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COLOURS = 6
 
 
 class _Scale:
-    """Values to view-box units, linear or logarithmic, with some air at both ends."""
+    """Maps values to view-box units, linear or logarithmic, with a margin at both ends."""
 
     def __init__(self, values: Sequence[float], start: float, end: float, *, log: bool = False) -> None:
         self.log = log
@@ -37,13 +37,13 @@ class _Scale:
 
 
 def means_chart(arms: Sequence[Mapping[str, Any]], task: str, floors: Mapping[str, float], *, title: str) -> str:
-    """Arms as rows: every seed a point, the mean with its 95 % interval, the floors as dashed lines.
+    """Arms as rows: every seed as a point, the mean with its 95 % interval, the baselines as dashed lines.
 
     Args:
-        arms: of the results; those that were measured on the task are drawn.
-        task: which column.
-        floors: scores of answers that need no model.
-        title: for the heading and for screen readers.
+        arms: arms of the results; those that were measured on the task are drawn.
+        task: name of the column.
+        floors: scores of answers without a model.
+        title: text of the heading and for screen readers.
     """
     rows = [(index, arm["name"], arm["tasks"][task]) for index, arm in enumerate(arms) if task in arm["tasks"]]
     if not rows:
@@ -72,7 +72,7 @@ def means_chart(arms: Sequence[Mapping[str, Any]], task: str, floors: Mapping[st
 
 
 def differences_chart(rows: Sequence[Mapping[str, Any]], arms: Sequence[str], *, title: str) -> str:
-    """Each arm less the reference, with its 95 % interval and zero marked."""
+    """Each arm minus the reference, with its 95 % interval and a mark at zero."""
     if not rows:
         return ""
     values = [100 * row[key] for row in rows for key in ("low", "high")] + [0.0]
@@ -90,7 +90,7 @@ def differences_chart(rows: Sequence[Mapping[str, Any]], arms: Sequence[str], *,
 
 
 def rates_chart(arms: Sequence[Mapping[str, Any]], *, title: str, measure: str, percent: bool) -> str:
-    """Validation value by learning rate: a line of means per arm, runs as points, the chosen rate ringed."""
+    """Validation value by learning rate: the means of an arm as a line, runs as points, the chosen rate ringed."""
     factor = 100.0 if percent else 1.0
     drawn = [(index, arm, [p for p in arm["curve"] if p["value"] is not None]) for index, arm in enumerate(arms)]
     points = [point for _, _, curve in drawn for point in curve]

@@ -32,10 +32,10 @@ def write_page(results: Path, out: Path) -> Path:
 
     Args:
         results: a comparison's `results.json`.
-        out: the HTML file; written in one move.
+        out: the HTML file; replaced atomically.
 
     Raises:
-        ConfigError: no such file, or one of another version.
+        ConfigError: the file is missing, or another version wrote it.
     """
     if not results.is_file():
         raise ConfigError(f"{results} does not exist; `mm-moslora compare` writes it.")
@@ -99,7 +99,7 @@ _FLOORS = {"majority": "Most frequent answer", "best_answer": "Best answer per q
 
 
 def _controls(arm: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Rows of the table of controls: how far an arm is above each."""
+    """Rows of the table of controls: the differences of an arm from each."""
     return [
         {
             "arm": arm["name"], "task": column if len(arm["controls"]) > 1 else "", "against": AGAINST[row["name"]],

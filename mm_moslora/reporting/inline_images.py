@@ -1,6 +1,6 @@
-"""Small pictures for pages and dashboards: copies of samples' pictures, and heat maps of mixers.
+"""Small pictures for pages and dashboards: thumbnails of samples, and heat maps of mixers.
 
-A heat map's colour is the sign and its opacity the size, so it reads on a light page and on a dark one.
+In a heat map the colour is the sign and the opacity the size, so it works on light and dark pages.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ LARGEST_PIXELS = 64_000_000
 LARGEST_BYTES = 256 * 2**20
 POSITIVE, NEGATIVE = (217, 95, 14), (37, 99, 235)
 _DRAWING = 128
-"""Longest side, in pixels, of what JPEG would smear."""
+"""Longest side, in pixels, of pictures that JPEG would blur."""
 
 
 def shrunk(path: Path, *, side: int = SIDE, formats: tuple[str, ...] = FORMATS) -> Image.Image | None:
-    """A picture file as RGB on white; None when it is missing, damaged or huge.
+    """A picture file as RGB on white; None where it is missing, damaged or too large.
 
     Args:
         path: the file.
-        side: pixels that its longest side has at most.
-        formats: Pillow's names of those that are opened.
+        side: maximum length of its longest side, pixels.
+        formats: Pillow's names of the accepted formats.
     """
     try:
         with opened(path, most=LARGEST_BYTES) as file, Image.open(file, formats=formats) as image:
@@ -48,7 +48,7 @@ def shrunk(path: Path, *, side: int = SIDE, formats: tuple[str, ...] = FORMATS) 
 
 
 def encoded(picture: Image.Image) -> tuple[str, bytes]:
-    """The kind of file that suits a small picture, `jpeg` or `png`, and its content."""
+    """The better file format for a small picture, `jpeg` or `png`, and the encoded bytes."""
     stream = io.BytesIO()
     if picture.mode != "RGB" or max(picture.size) <= _DRAWING:
         picture.save(stream, "PNG", optimize=True)
@@ -58,13 +58,13 @@ def encoded(picture: Image.Image) -> tuple[str, bytes]:
 
 
 def data_url(picture: Image.Image) -> str:
-    """An address that holds a small picture."""
+    """A data URL of a small picture."""
     kind, data = encoded(picture)
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def thumbnail(folder: Path, name: str) -> str | None:
-    """A picture of a run folder as a data URL; None when it is missing, damaged, huge or outside the folder.
+    """A picture of a run folder as a data URL; None where it is missing, damaged, too large or outside the folder.
 
     Args:
         folder: the run folder.
@@ -82,21 +82,21 @@ def heat_map(matrix: Sequence[Sequence[float]], scale: float) -> Image.Image:
 
     Args:
         matrix: rows of equal length.
-        scale: the absolute value shown in full colour.
+        scale: the absolute value with full colour.
     """
     image = Image.new("RGBA", (len(matrix[0]), len(matrix)))
     pixels = []
     for row in matrix:
         for value in row:
             strength = 0.0 if scale <= 0 else min(1.0, abs(value) / scale)
-            # A square root lifts small entries, which are most of a mixer, out of the background.
+            # A square root makes small entries visible, which are most of a mixer's.
             pixels.append((*(POSITIVE if value >= 0 else NEGATIVE), round(255 * math.sqrt(strength))))
     image.putdata(pixels)
     return image
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """A picture as RGB, white where it is transparent."""
+    """A picture as RGB, with transparent pixels white."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")

@@ -1,4 +1,4 @@
-"""Several runs on one page: curves laid over each other, scores side by side, and what differs between them."""
+"""Several runs on one page: overlaid curves, scores side by side, and differences of their recipes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mm_moslora.reporting.verdicts import best_of, judge_tuning
 
 MOST_SAMPLES = 12
 MOST_RUNS = 6
-"""Runs that get a colour of their own."""
+"""Maximum number of runs, each with its own colour."""
 LARGEST = 1e300
-"""Numbers beyond, and those that are none, are not drawn."""
+"""Values above this, and non-finite ones, are not drawn."""
 MEASURES = (
     ("loss", "Training loss per supervised token, smoothed", False),
     ("validation_loss", "Validation loss", False),
@@ -32,7 +32,7 @@ _FIGURES = ("moved", "distance_from_identity", "distance_from_orthogonal", "cond
 
 
 def names_of(runs: Sequence[RunData]) -> list[str]:
-    """A short name per run, all different: the folder's, with its parents where needed."""
+    """A short unique name per run: its folder's, with parent folders where needed."""
     paths = [run.folder.resolve() for run in runs]
     for depth in range(1, 12):
         names = ["/".join(path.parts[-depth:]) for path in paths]
@@ -42,7 +42,7 @@ def names_of(runs: Sequence[RunData]) -> list[str]:
 
 
 def overlay(runs: Sequence[RunData]) -> dict[str, Any]:
-    """What the page shows.
+    """The content of the page.
 
     Args:
         runs: at least two, at most `MOST_RUNS`.
@@ -102,7 +102,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _tasks(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]]:
-    """Scores by what they were measured on; runs that answered other questions stand under another heading."""
+    """Scores by what they were measured on; runs with other questions have another heading."""
     groups: dict[tuple[Any, ...], list[tuple[str, EvaluationRow]]] = {}
     for name, run in zip(names, runs, strict=True):
         for row in run.evaluation:
@@ -110,7 +110,7 @@ def _tasks(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]
     headings = summary_text.headings([rows[0][1] for rows in groups.values()])
     found = []
     for key, rows in groups.items():
-        # The tuned systems first: they are what the runs differ in.
+        # The tuned systems first, since the runs differ in them.
         ordered = sorted(rows, key=lambda item: item[1].name != "tuned")
         elsewhere = [name for other, its in groups.items() if other != key and other[0] == key[0] for name, _ in its]
         absent = sorted(set(elsewhere) - {name for name, _ in rows})
@@ -125,7 +125,7 @@ def _tasks(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, Any]
 
 
 def _verdict(groups: Sequence[tuple[str, EvaluationRow]]) -> str | None:
-    """What the intervals of the tuned systems allow to say."""
+    """Conclusions from the intervals of the tuned systems."""
     tuned = [(name, row) for name, row in groups if row.name == "tuned"]
     if len(tuned) < 2:
         return None
@@ -146,7 +146,7 @@ def _samples(names: Sequence[str], runs: Sequence[RunData]) -> list[dict[str, An
         for sample in run.samples:
             by_question.setdefault((sample.question, sample.image or ""), []).append((number, sample))
     shared = [answers for answers in by_question.values() if len({number for number, _ in answers}) > 1]
-    # Where runs disagree there is something to see.
+    # Questions with different answers come first.
     shared.sort(key=lambda answers: len({sample.after_correct for _, sample in answers}) < 2)
     return [
         {
@@ -190,7 +190,7 @@ def _recipe_facts(run: RunData) -> dict[str, str]:
 
 
 def flat_recipe(text: str) -> dict[str, str]:
-    """A recipe's YAML as dotted keys; empty when it cannot be read."""
+    """A recipe's YAML as dotted keys; empty where it cannot be read."""
     try:
         return _facts(yaml.safe_load(text), separator=".")
     except (yaml.YAMLError, ValueError, RecursionError):  # a date that does not exist is a ValueError
@@ -211,7 +211,7 @@ def _facts(value: Any, *, separator: str = ", ", prefix: str = "") -> dict[str, 
 
 
 def _table(columns: Sequence[dict[str, str]], *, only_different: bool = False) -> list[tuple[str, list[str | None]]]:
-    """Rows of a table with one column per run; None where a run does not say."""
+    """Rows of a table with one column per run; None where a run lacks the value."""
     keys = list(dict.fromkeys(key for column in columns for key in column))
     rows = [(key, [column.get(key) for column in columns]) for key in keys]
     return [row for row in rows if len(set(row[1])) > 1] if only_different else rows

@@ -1,7 +1,7 @@
-"""What a run folder holds for its report, and a reader that takes whatever is there.
+"""The files of a run folder for its report, and a reader for complete and incomplete folders.
 
-Every file is optional. A missing or damaged one is named in `RunData.notes` and the report says so in its place.
-Secrets are taken out of everything here, so that neither a report nor a board holds one.
+Every file is optional. `RunData.notes` names each missing or damaged one, and the report shows the note in its place.
+Secrets are removed here, so that neither a report nor a dashboard shows one.
 
     summary.json       see below
     config.yaml        the resolved recipe
@@ -54,14 +54,14 @@ from mm_moslora.utils.redaction import redact, redact_text
 from mm_moslora.utils.untrusted_files import FileError, read_text_below
 
 MARKS = ("state.json", "summary.json", "metrics.jsonl", "evaluation.json", "samples.json")
-"""Files of which a run has at least one."""
+"""A run has at least one of these files."""
 FORMAT = 1
-"""Version of the layout above; older ones are read, newer ones refused."""
+"""Version of the layout above; older versions are read, newer ones refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A share of right answers, or a score with a name of its own, with its 95 % interval."""
+    """A share of right answers, or another named score, with its 95 % interval."""
 
     n: int
     mean: float
@@ -80,29 +80,29 @@ class EvaluationRow:
     categories: dict[str, Score]
     protocol: str = ""
     subject: str = ""
-    """One word for task, protocol and documents; empty where the writer did not say."""
+    """Identifies task, protocol and documents; empty where it is unknown."""
     selection: str = "all"
-    """Which of the data's documents: all, `first 5`, `3 chosen`."""
+    """Selected documents of the data: all, `first 5`, `3 chosen`."""
     remarks: tuple[str, ...] = ()
-    """What a reader of the score must not miss."""
+    """Caveats of the score."""
     learned_from: str = ""
-    """Of answers that need no model: what they were learned from."""
+    """For answers without a model: the data that they were learned from."""
     less: Difference | None = None
-    """The tuned model less this, question by question; None where the writer did not say."""
+    """The tuned model minus this row, question by question; None where it is unknown."""
     pictures: bool = True
-    """Of the tuned model: its questions show pictures."""
+    """For the tuned model: whether its questions show pictures."""
     unit: str = ""
     """Name of the score; empty for a share of right answers."""
 
     @property
     def measured_on(self) -> tuple[Any, ...]:
-        """Rows that differ in it are never compared."""
+        """Rows with different values are never compared."""
         return (self.task, self.protocol, self.subject or self.score.n, self.unit)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRow:
-    """One held-out question, before and after."""
+    """One held-out question with the answers before and after tuning."""
 
     image: str | None
     question: str
@@ -112,12 +112,12 @@ class SampleRow:
     before_correct: bool | None
     after_correct: bool | None
     options: dict[str, str] = field(default_factory=dict)
-    """Letter -> text, of a question with choices."""
+    """Options of a multiple-choice question by letter."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixer:
-    """One mixer's figures, and its matrices where they were kept."""
+    """Statistics of one mixer, and its matrices where they were stored."""
 
     path: str
     rank: int | None
@@ -128,7 +128,7 @@ class Mixer:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stretch of training."""
+    """One stage of training."""
 
     name: str
     metrics: list[dict[str, Any]]
@@ -138,7 +138,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """Everything a report is made from."""
+    """The contents of a report."""
 
     folder: Path
     summary: dict[str, Any]
@@ -147,22 +147,22 @@ class RunData:
     samples: list[SampleRow]
     mixers: list[Mixer]
     quarantine: dict[str, int]
-    """Bad records by reason."""
+    """Number of unusable records by reason."""
     state: RunState
     alerts: list[str]
-    """What the trackers were warned of, in order."""
+    """Alerts sent to the trackers, in order."""
     notes: list[str] = field(default_factory=list)
-    """What could not be read, for the reader of the report."""
+    """Notes about files that could not be read, shown in the report."""
 
 
 def load_run(folder: Path) -> RunData:
     """Read a run folder.
 
     Args:
-        folder: a run folder of any stage of completeness.
+        folder: a run folder, complete or not.
 
     Raises:
-        ConfigError: there is no such folder, nothing in it belongs to a run, or a newer release wrote it.
+        ConfigError: the folder does not exist, holds no file of a run, or was written by a newer release.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; expected a run folder, such as the train.output of a recipe.")
@@ -171,7 +171,7 @@ def load_run(folder: Path) -> RunData:
     summary = _mapping(_read_json(folder / "summary.json", notes), "summary.json", notes)
     for source, found in ((folder, summary), *((folder / stage.name, stage.summary) for stage in stages)):
         _check_format(source, found)
-    if "environment" not in summary:  # trackers write it at the start; the run's own summary may know more
+    if "environment" not in summary:  # trackers write this file at the start; the run's own summary comes later
         places = [folder, *(folder / stage.name for stage in reversed(stages))]
         known = (_mapping(_read_json(place / "environment.json", notes), "environment.json", notes) for place in places)
         summary |= {"environment": next((item for item in known if item), None)}
@@ -187,7 +187,7 @@ def load_run(folder: Path) -> RunData:
         alerts=_alerts(folder, stages, notes),
         notes=notes,
     )
-    told = (folder / "state.json").is_file()  # all that a run has that failed before its first step
+    told = (folder / "state.json").is_file()  # the only file of a run that failed before its first step
     if not (data.summary or data.stages or told or data.evaluation or data.samples or data.mixers or notes):
         raise ConfigError(
             f"{folder} holds none of summary.json, metrics.jsonl, evaluation.json, samples.json or mixers.json. "
@@ -197,16 +197,16 @@ def load_run(folder: Path) -> RunData:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds files of a run, whatever it is called."""
+    """Whether a folder holds files of a run, whatever its name."""
     return any((folder / mark).is_file() for mark in MARKS)
 
 
 def _which(folder: Path) -> str:
-    """What to give instead of a folder that is no run."""
+    """Advice for a folder that is not a run."""
     with suppress(OSError):
         below = sorted(child for child in folder.iterdir() if is_run(child))
         if below:
-            return f"Runs lie in it: give one or several of {', '.join(str(path) for path in below[:6])}."
+            return f"It contains runs: give one or several of {', '.join(str(path) for path in below[:6])}."
     return "Give the run folder itself, not a checkpoint or its parent."
 
 
@@ -238,14 +238,14 @@ def _stages(folder: Path, notes: list[str]) -> list[Stage]:
 
 
 def _merged_summary(summary: dict[str, Any], stages: list[Stage]) -> dict[str, Any]:
-    """The run's own summary; what it lacks comes from its last stage."""
+    """The run's own summary, completed by its last stage's."""
     merged = dict(stages[-1].summary) if stages else {}
     merged.pop("name", None)
     return merged | summary
 
 
 def recipe_text(path: Path, notes: list[str]) -> str | None:
-    """A recipe as YAML, its secrets taken out; None where there is none or it is not for reading.
+    """A recipe as YAML without its secrets; None where it is missing or must not be read.
 
     Args:
         path: see `_text_of`.
@@ -254,7 +254,7 @@ def recipe_text(path: Path, notes: list[str]) -> str | None:
     text = _text_of(path, notes)
     if text is None:
         return None
-    with suppress(yaml.YAMLError, ValueError, RecursionError):  # what is no YAML is taken as plain text
+    with suppress(yaml.YAMLError, ValueError, RecursionError):  # text that is not YAML is kept as plain text
         recipe = yaml.safe_load(text)
         clean = redact(recipe, keep_hashes=True)
         if clean != recipe:
@@ -263,11 +263,11 @@ def recipe_text(path: Path, notes: list[str]) -> str | None:
 
 
 def _text_of(path: Path, notes: list[str]) -> str | None:
-    """What a file of a run's folder, or of a stage's, holds; None where there is none or it is not for reading.
+    """The content of a file of a run or stage folder; None where it is missing or must not be read.
 
     Args:
-        path: directly in that folder; a link that leads out of it is not followed.
-        notes: told why it is not read.
+        path: a file directly in that folder; a link that leads out of it is not followed.
+        notes: gets the reason why the file is not read.
     """
     try:
         return read_text_below(path.parent, path.name, errors="replace")
@@ -291,14 +291,14 @@ def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
-            continue  # the line a killed run was writing
+            continue  # the incomplete last line of a killed run
         if isinstance(record, dict):
             records.append(record)
     return records
 
 
 def _metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The numbers of each line; nothing else is shown of them."""
+    """The numbers of each line; other values are left out."""
     records = [
         {key: value for key, value in record.items() if value is None or isinstance(value, int | float)}
         for record in _read_lines(path, notes)
@@ -373,7 +373,7 @@ def _sample_row(item: dict[str, Any]) -> SampleRow:
 
 
 def _mixer_rows(folder: Path, stages: list[Stage], notes: list[str]) -> list[dict[str, Any]]:
-    """The run's mixers, or those of its last stage that has some."""
+    """The run's mixers, or those of its last stage with mixers."""
     for place in [folder, *(folder / stage.name for stage in reversed(stages))]:
         if (place / "mixers.json").is_file():
             return _rows(place / "mixers.json", notes)

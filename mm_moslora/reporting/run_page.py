@@ -1,7 +1,7 @@
-"""One self-contained HTML file from one run folder or several: `build_report`.
+"""One self-contained HTML file of one or several run folders: `build_report`.
 
-The page loads nothing: style, script and pictures are inside it, and its content policy forbids the rest. Whatever a
-model or a data set wrote is escaped.
+The page loads nothing: style, script and pictures are inline, and its content security policy forbids everything else.
+Text from models and data sets is escaped.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
 from mm_moslora.utils.text_format import format_seconds
 
 MOST_SAMPLES = 24
-"""Samples shown; a report stays small enough to mail."""
+"""Maximum number of samples, so that a report stays small enough for e-mail."""
 MOST_MIXERS = 12
 LONGEST_ANSWER = 280
-"""Characters of an answer; the whole one is in samples.json."""
+"""Maximum characters of an answer; samples.json holds the whole answer."""
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _TIMES = (
     ("all in all", "wall_seconds"), ("in the step", "step_seconds"), ("waiting for data", "data_seconds"),
@@ -44,18 +44,18 @@ _COMPONENTS = {
 
 
 def build_report(run_folders: Path | Sequence[Path], out: Path) -> Path:
-    """Write the report of a run, or of several laid over each other.
+    """Write the report of a run, or of several runs overlaid.
 
     Args:
-        run_folders: see `mm_moslora.reporting.run_data` for what may lie in one; missing parts are said to be missing.
-        out: the HTML file; written in one move.
+        run_folders: see `mm_moslora.reporting.run_data` for their files; the report names missing ones.
+        out: the HTML file; replaced atomically.
 
     Returns:
         `out`.
 
     Raises:
-        ConfigError: a folder holds nothing of a run or was written by a newer release, there are too many, or `out` is
-            a folder or a file of somebody else.
+        ConfigError: a folder is not a run or was written by a newer release, there are too many, or `out` is a folder
+            or a file of another program.
     """
     if isinstance(run_folders, Path):
         folders = [run_folders]
@@ -133,7 +133,7 @@ def _context(data: RunData) -> dict[str, Any]:
 
 
 def printable(value: Any) -> Any:
-    """What a template prints: nothing for None, and no control characters."""
+    """The text that a template prints: empty for None, and without control characters."""
     if isinstance(value, Markup):
         return value
     if value is None:
@@ -142,12 +142,12 @@ def printable(value: Any) -> Any:
 
 
 def asset(name: str) -> str:
-    """A style sheet or script that is shipped with the package."""
+    """A style sheet or script of the package."""
     return resources.files("mm_moslora.reporting").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def _facts(data: RunData) -> list[str]:
-    """The line under the title."""
+    """The line of facts under the title."""
     summary = data.summary
     facts = [str(summary[key]) for key in ("date", "hardware", "precision") if summary.get(key)]
     if summary.get("zero"):
@@ -162,7 +162,7 @@ def _facts(data: RunData) -> list[str]:
 
 
 def _assembly(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Boxes of the forward path, with what each is and how much of it trains."""
+    """Boxes of the forward pass, each with its description and its trained parameters."""
     parts, base = summary.get("parts") or {}, summary.get("base") or {}
     boxes = []
     components = {str(c.get("name")): c for c in summary.get("components") or [] if isinstance(c, dict)}
@@ -194,7 +194,7 @@ def _task(task: str, rows: list[EvaluationRow]) -> dict[str, Any]:
 
 
 def _common(counts: set[int]) -> int | None:
-    """The number of questions of a column when all rows share it; else each cell says its own."""
+    """The number of questions of a column where all rows share it; else each cell shows its own."""
     return next(iter(counts)) if len(counts) == 1 else None
 
 
@@ -266,7 +266,7 @@ def _smoothed(name: str, points: list[tuple[float, float]]) -> list[Series]:
 
 
 def _mixer(mixer: Mixer) -> dict[str, Any]:
-    """Before and after on one colour scale, the change on its own."""
+    """Before and after on one colour scale, and the change on another."""
     assert mixer.after is not None
     scale = max(abs(value) for matrix in (mixer.before or [], mixer.after) for row in matrix for value in row)
     pictures = [_drawn("after", mixer.after, scale)]
@@ -283,7 +283,7 @@ def _drawn(label: str, matrix: list[list[float]], scale: float) -> dict[str, Any
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested facts as name and text, in order."""
+    """Nested facts as pairs of name and text, in order."""
     if not isinstance(value, Mapping):
         return []
     pairs = []

@@ -1,4 +1,4 @@
-"""Whether a run goes on, and how it ended: from what it recorded and from the heartbeats of its ranks, on any host."""
+"""The state of a run, from its recorded state and the heartbeats of its ranks, readable on any host."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mm_moslora.utils.text_format import format_seconds
 from mm_moslora.utils.untrusted_files import read_text_below
 
 STALE_SECONDS = 120.0
-"""A rank writes every second. Silent for longer than this, which allows for the caches of network file systems and for
-clocks that differ, it is gone where its process cannot be asked for."""
+"""Ranks write a heartbeat every second. A longer silence means that a rank is gone, where its process cannot be
+checked. The limit allows for caches of network file systems and for different clocks."""
 SETTLED_SECONDS = 5.0
-"""A process that cannot be found is gone only if it is silent, too: containers have process numbers of their own."""
+"""Silence after which a process that is not found counts as gone; containers have their own process ids."""
 EARLIER_SECONDS = 5.0
-"""Heartbeats older than the run's start by more than this are of an earlier start."""
+"""Heartbeats that are older than the run's start by more than this belong to an earlier start."""
 _WRITTEN = ("state.json", "metrics.jsonl", "summary.json", "evaluation.json", "samples.json", "mixers.json")
 
 Name = Literal["running", "finished", "stopped", "failed", "killed"]
@@ -30,21 +30,21 @@ Name = Literal["running", "finished", "stopped", "failed", "killed"]
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """How a run stands."""
+    """The state of a run."""
 
     name: Name
-    """stopped: on request, the same command continues it; killed: its processes are gone without a word."""
+    """stopped: on request, the same command continues it; killed: its processes ended without recording a state."""
     reason: str | None = None
-    """Why it failed, or what is known of the ranks that are silent."""
+    """The reason of a failure, or facts about silent ranks."""
     ranks: tuple[int, ...] = ()
-    """The ranks that the reason is about, as far as they are known."""
+    """The ranks that the reason names, as far as they are known."""
 
 
 def read_state(folder: Path) -> RunState:
-    """The state of a run, its reason without secrets.
+    """The state of a run; secrets are removed from its reason.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
     """
     state = _state(folder)
     return state if state.reason is None else replace(state, reason=redact_text(state.reason))
@@ -61,14 +61,14 @@ def _state(folder: Path) -> RunState:
 
 
 def stage_folders(folder: Path) -> list[Path]:
-    """The subfolders that a run names as its stages, in their order; a folder's own name says nothing.
+    """The subfolders that a run records as its stages, in order; folder names alone do not decide.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
     """
     names = read_object(folder / "state.json").get("stages")
     if not isinstance(names, list):
-        # Quickstarts of releases that did not record their stages have the time of each in their summary.
+        # Older quickstarts did not record their stages; their summary has the time of each.
         names = ["align", "tune"] if isinstance(read_object(folder / "summary.json").get("stages"), dict) else []
     return [
         folder / name
@@ -79,7 +79,7 @@ def stage_folders(folder: Path) -> list[Path]:
 
 
 def read_object(path: Path) -> Mapping[str, Any]:
-    """A JSON object; empty where there is none, or something else."""
+    """A JSON object; empty where the file is missing or holds something else."""
     try:
         value = json.loads(read_text_below(path.parent, path.name) or "{}")
     except (ValueError, RecursionError):
@@ -88,19 +88,19 @@ def read_object(path: Path) -> Mapping[str, Any]:
 
 
 def _ended(place: Path, told: Mapping[str, Any]) -> RunState:
-    """As the run recorded it; where one of several ranks failed, the reason begins with it."""
+    """The state that the run recorded; where one of several ranks failed, the reason starts with it."""
     reason = str(told["reason"]) if told.get("reason") else None
     given = told.get("ranks")
     ranks = tuple(rank for rank in given if isinstance(rank, int)) if isinstance(given, list) else ()
     if reason and len(ranks) == 1 and "rank " not in reason:
         failures = [beat.failure for beat in _beats(place)]
-        if len(failures) > 1 and failures.count(None) >= 1:  # what all ranks say is nobody's fault
+        if len(failures) > 1 and failures.count(None) >= 1:  # an error on all ranks names none of them
             reason = f"Rank {ranks[0]}: {reason}"
     return RunState(name=told["state"], reason=reason, ranks=ranks)
 
 
 def _running(place: Path, told: Mapping[str, Any]) -> RunState:
-    """Whether the processes of a run that has recorded no end are still there."""
+    """Whether the processes of a run without a recorded end still run."""
     beats = _beats(place)
     if not beats:
         return _without_beats(place, told)
@@ -113,11 +113,11 @@ def _running(place: Path, told: Mapping[str, Any]) -> RunState:
         return _told_by("failed", failed)
     if gone or any(beat.phase != "ended" for beat in beats):
         return _told_by("killed", gone or beats)
-    return RunState(name=_guess(place))  # all went, and the disk took no word of it
+    return RunState(name=_guess(place))  # all ended without being able to write
 
 
 def _beats(place: Path) -> list[Heartbeat]:
-    """Of the present start of a run: `state.json` is written as it begins."""
+    """Heartbeats of the current start of a run; `state.json` is written at its beginning."""
     try:
         began = (place / "state.json").stat().st_mtime
     except OSError:
@@ -135,7 +135,7 @@ def _is_gone(beat: Heartbeat) -> bool:
 
 
 def _told_by(name: Name, beats: Sequence[Heartbeat]) -> RunState:
-    """A state with what is known of some ranks."""
+    """A state with a reason about some ranks."""
     if not beats:
         return RunState(name=name)
     return RunState(
@@ -149,13 +149,13 @@ def _said(beat: Heartbeat) -> str:
         return f"{beat.who} failed {where}: {beat.failure}"
     if beat.gave_up:
         return f"{beat.who} gave up waiting {where} ({beat.phase})"
-    # In whole minutes: a board that watches tells its readers whenever a word changes.
+    # In whole minutes: dashboards send an event whenever the text changes.
     age = beat.age if beat.age < 60 else beat.age // 60 * 60
     return f"{beat.who} is silent for {format_seconds(age)}, last seen {where} ({beat.phase})"
 
 
 def _without_beats(place: Path, told: Mapping[str, Any]) -> RunState:
-    """By the process that says that it runs, or where it cannot be asked for, by the files of the run."""
+    """The state by the recorded process, or where it cannot be checked, by the ages of the run's files."""
     process, age = told.get("process"), _age(place)
     if told.get("host") == socket.gethostname() and isinstance(process, int):
         return RunState(name="running" if is_running(process) else "killed")
@@ -165,9 +165,9 @@ def _without_beats(place: Path, told: Mapping[str, Any]) -> RunState:
 
 
 def _guess(folder: Path) -> Literal["running", "finished", "stopped"]:
-    """For folders of releases without `state.json`."""
+    """For folders without `state.json`, which older releases wrote."""
     summary = read_object(folder / "summary.json")
-    # Releases without state.json wrote a summary at the end alone.
+    # Those releases wrote a summary only at the end.
     if summary.get("steps") and summary.get("total_steps", summary["steps"]) == summary["steps"]:
         return "finished"
     if (folder / "evaluation.json").is_file() and summary:
@@ -176,9 +176,9 @@ def _guess(folder: Path) -> Literal["running", "finished", "stopped"]:
 
 
 def _age(folder: Path) -> float:
-    """Seconds since a file of the run or of its stages was written."""
+    """Seconds since a file of the run or of its stages last changed."""
     newest = 0.0
-    with suppress(OSError):  # a run may go while it is looked at
+    with suppress(OSError):  # a run may be deleted meanwhile
         for place in (folder, *folder.iterdir()):
             for name in _WRITTEN:
                 with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What a run's numbers say, in words and in figures to put first."""
+"""Verdicts and key figures of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXPLAINED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """One key figure."""
+    """One key figure of the summary."""
 
     label: str
     value: str
@@ -33,7 +33,7 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What one task's rows show, and whether it is good news."""
+    """The conclusion from one task's rows, and whether it is good news."""
 
     task: str
     mood: Mood
@@ -48,7 +48,7 @@ def scale_of(rows: Sequence[EvaluationRow]) -> list[str]:
 
 
 def top_of(rows: Sequence[EvaluationRow]) -> float:
-    """What the longest possible bar of a task stands for: all right, or the largest of other scores."""
+    """Upper end of a task's bars: all right, or the largest of other scores."""
     return max((row.score.high for row in rows), default=0.0) or 1.0 if rows[0].unit else 1.0
 
 
@@ -62,7 +62,7 @@ def format_count(count: float) -> str:
 
 
 def progress(data: RunData) -> tuple[int | None, int | None]:
-    """The last known step of the last stage, and how many it is to have."""
+    """The last known step of the last stage, and its total number of steps."""
     last = data.stages[-1] if data.stages else None
     summary = data.summary | (last.summary if last else {})
     steps = [r["step"] for r in last.metrics if isinstance(r.get("step"), int)] if last else []
@@ -72,7 +72,7 @@ def progress(data: RunData) -> tuple[int | None, int | None]:
 
 
 def standing(data: RunData) -> Verdict | None:
-    """How a run stands that is not finished; None for one that is."""
+    """The state of an unfinished run in sentences; None for a finished one."""
     step, total = progress(data)
     place = (f" at step {step}" + (f" of {total}" if total else "")) if step else " before its first step"
     stage = f" in stage {data.stages[-1].name}" if len(data.stages) > 1 else ""
@@ -93,7 +93,7 @@ def standing(data: RunData) -> Verdict | None:
 
 
 def tasks(data: RunData) -> list[tuple[str, list[EvaluationRow]]]:
-    """Evaluation rows by what they were measured on, tasks in the order of the file, most questions first."""
+    """Evaluation rows by what they were measured on: tasks in the order of the file, largest question set first."""
     groups: dict[tuple[Any, ...], list[EvaluationRow]] = {}
     for row in data.evaluation:
         groups.setdefault(row.measured_on, []).append(row)
@@ -104,7 +104,7 @@ def tasks(data: RunData) -> list[tuple[str, list[EvaluationRow]]]:
 
 
 def headings(rows: Sequence[EvaluationRow]) -> dict[tuple[Any, ...], str]:
-    """A heading for each of the things that rows were measured on: the task, with as much more as tells them apart."""
+    """A heading per group of rows: the task, with further facts where they are needed to tell groups apart."""
 
     def parts(row: EvaluationRow) -> tuple[str, ...]:
         part = "" if row.selection == "all" else f", {row.selection} questions"
@@ -123,7 +123,7 @@ def headings(rows: Sequence[EvaluationRow]) -> dict[tuple[Any, ...], str]:
 
 
 def explained(row: EvaluationRow) -> str:
-    """What a row is, and what its answers were learned from; empty for a name without a meaning."""
+    """Description of a row, with the source of its answers; empty for an unknown name."""
     about = EXPLAINED.get(row.name, "")
     return f"{about}, learned from {_LEARNED.get(row.learned_from, row.learned_from)}" if row.learned_from else about
 
@@ -155,10 +155,10 @@ def verdict(task: str, rows: list[EvaluationRow]) -> Verdict | None:
 
 
 def differences(rows: Sequence[EvaluationRow]) -> dict[str, Difference]:
-    """The tuned row less every other one.
+    """The tuned row minus every other one.
 
-    Where the writer did not pair them question by question, their intervals are subtracted: what that shows holds
-    whatever the correlation. The best answer per question is left out where the evaluated set taught it: it knows the
+    Where rows were not paired question by question, their intervals are subtracted, which is valid for any correlation.
+    The best answer per question is left out where it was learned from the evaluated set, since it then knows the
     answers.
     """
     row = next(row for row in rows if row.name == "tuned")
@@ -175,7 +175,7 @@ def differences(rows: Sequence[EvaluationRow]) -> dict[str, Difference]:
 
 
 def tiles(data: RunData) -> list[Tile]:
-    """The figures to show first; what is unknown is left out."""
+    """The key figures of the summary; unknown ones are left out."""
     found = []
     for task, rows in tasks(data)[:2]:
         by_name = {row.name: row for row in rows}
@@ -215,15 +215,15 @@ def tiles(data: RunData) -> list[Tile]:
 
 
 def parameters(summary: dict[str, Any]) -> tuple[int, int]:
-    """Total and trainable parameters; zeros when the summary does not say."""
+    """Total and trainable parameters; zeros where the summary lacks them."""
     components = [item for item in summary.get("components") or [] if isinstance(item, dict)]
     return sum(int(c.get("total", 0)) for c in components), sum(int(c.get("trainable", 0)) for c in components)
 
 
 def training_seconds(data: RunData) -> tuple[float, float]:
-    """Seconds of training over all stages, saves, validations and waiting included, and those of optimiser steps alone.
+    """Seconds of training over all stages with saves, validations and waiting, and seconds of optimiser steps alone.
 
-    Runs of releases that kept no wall time have the latter only; zeros when unknown.
+    Older runs recorded only the latter; zeros where they are unknown.
     """
     summaries = [stage.summary for stage in data.stages if stage.summary] or [data.summary]
     counters = [summary.get("counters") or {} for summary in summaries]

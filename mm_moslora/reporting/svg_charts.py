@@ -1,4 +1,4 @@
-"""Curves as hand-written SVG. Colours come from the page's style sheet, so one chart serves light and dark schemes.
+"""Line charts as SVG. Colours come from the page's style sheet, so one chart serves light and dark schemes.
 
 Shapes: a series is ``n`` points ``(x, y)``; a chart is a view box of ``WIDTH x HEIGHT`` units.
 """
@@ -15,9 +15,9 @@ from itertools import pairwise
 WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 34
 MOST_POINTS = 240
-"""Points drawn per series; longer ones are averaged in buckets."""
+"""Maximum points per series; longer series are averaged in buckets."""
 LOG_RATIO = 15.0
-"""Largest over smallest value from which a positive axis becomes logarithmic."""
+"""Ratio of the largest to the smallest value above which a positive axis is logarithmic."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +27,13 @@ class Series:
     name: str
     points: list[tuple[float, float]]
     faint: bool = False
-    """Drawn thin and pale, behind the others and without a legend entry."""
+    """Draw it thin and pale behind the others, without a legend entry."""
     colour: int | None = None
-    """Number of its colour; None: the next one. What is the same thing in several charts has one colour in all."""
+    """Index of its colour; None: the next one. A run or system has the same colour in all charts."""
 
 
 def downsample(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """At most `most` points, each the mean of a bucket of neighbours.
+    """At most `most` points, each the mean of a bucket of consecutive ones.
 
     Args:
         points: in order of x.
@@ -51,7 +51,7 @@ def smooth(points: Sequence[tuple[float, float]], *, share: float = 0.02) -> lis
 
     Args:
         points: in order of x.
-        share: length of the memory as a share of the curve.
+        share: window length as a share of the curve.
     """
     decay = 1 - 1 / max(1.0, share * len(points))
     total = weight = 0.0
@@ -68,7 +68,7 @@ def ticks(low: float, high: float, *, count: int = 5) -> list[float]:
     Args:
         low: smallest value.
         high: largest value.
-        count: how many intervals to aim for.
+        count: target number of intervals.
     """
     if not high > low:
         return [low]
@@ -121,9 +121,9 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str, zero: bool
     """An SVG figure with axes, lines, and the data for the page's read-out.
 
     Args:
-        series: at least one point in all.
-        title: what is drawn, for the heading and for screen readers.
-        x_label: below the axis.
+        series: at least one point in total.
+        title: text of the heading and for screen readers.
+        x_label: label below the axis.
         zero: the y axis starts at zero.
     """
     drawn = [replace(item, points=downsample(item.points)) for item in series if item.points]
@@ -188,7 +188,7 @@ def _grid(x_axis: _Axis, y_axis: _Axis, x_label: str) -> str:
         y = y_axis.place(mark)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{format_number(mark)}</text>')
-    for mark in (mark for mark in x_axis.ticks() if mark == round(mark)):  # there are no half steps
+    for mark in (mark for mark in x_axis.ticks() if mark == round(mark)):  # steps are whole numbers
         x = x_axis.place(mark)
         parts.append(
             f'<line class="tick" x1="{x:.1f}" x2="{x:.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>'

@@ -1,17 +1,17 @@
-"""The words that judge a result and the rules that choose them; reports, comparisons and the command line ask here.
+"""Rules for conclusions from results, and their wording, for reports, comparisons and the command line.
 
 Rules:
 
-- A difference is shown when its 95 % interval excludes zero and at least `FEWEST` independent pictures or questions lie
-  behind it. Otherwise it is "not shown": that is no claim of equality.
+- A difference is shown when its 95 % interval excludes zero and it rests on at least `FEWEST` independent pictures or
+  questions. Otherwise it is "not shown", which does not claim equality.
 - A model looks at the picture when its own pictures score above the plain picture and above another item's picture.
-- Tuning helped when the model looks, scores above the answers that need no model, and above the model before tuning,
-  whose answers count wherever they hold the right word.
-- Ways to tune are told apart only where one of the two is above its controls. Where their questions show pictures, and
-  were not also asked with blind and wrong ones, that is told of their answers alone.
+- Tuning helped when the model looks, scores above the answers that need no model, and above the model before tuning.
+  For the latter, every answer counts as right that holds the right word.
+- Arms of a comparison are compared only where one of the two is above its controls. Where their questions show
+  pictures, and blind and wrong pictures were not measured, the conclusion is about their answers only.
 
-Several conditions must hold at once, so none of them needs a correction for the number of tests (Berger 1982). Plain
-Python: intervals come from `mm_moslora_eval.scoring.error_bars` and `mm_moslora.compare.seed_statistics`.
+Each conclusion needs several conditions at once, so none needs a correction for the number of tests (Berger 1982).
+Intervals come from `mm_moslora_eval.scoring.error_bars` and `mm_moslora.compare.seed_statistics`. Pure Python.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Mood = Literal["good", "mixed", "bad"]
 Shown = Literal["more", "less", "not shown"]
 
 FEWEST = 10
-"""Independent pictures or questions below which nothing is claimed: t-intervals of right and wrong are off there."""
+"""Minimum of independent pictures or questions for a conclusion; below it, t-intervals of binary scores are off."""
 SIGNIFICANT = 0.05
 PICTURE_CONTROLS = ("wrong_image", "blind")
 FLOORS = ("majority", "best_answer")
@@ -37,21 +37,21 @@ AGAINST = {
     "majority": "always the most frequent answer",
     "best_answer": "the most frequent answer to each question",
 }
-"""What a tuned model is compared with, by the names of `evaluation.json`."""
+"""Baselines of a tuned model, by their names in `evaluation.json`."""
 SCORE_NAMES: Mapping[str, str] = {
     "pope": "F1", "pope_splits": "mean F1", "pope_lmms_eval": "F1", "mme": "perception", "macro": "macro average",
     "llavabench": "relative rating", "caption": "CIDEr", "caption_plain": "CIDEr",
 }  # fmt: skip
-"""Aggregation whose headline is no share of right answers -> the name of its score."""
+"""Aggregations with a score that is not a share of right answers -> the name of the score."""
 
 
 def score_text(value: float, unit: str = "", *, named: bool = True) -> str:
-    """`82.3 %`, or `CIDEr 0.660` for a score with a name of its own.
+    """`82.3 %`, or `CIDEr 0.660` for another named score.
 
     Args:
         value: a share, or the score.
         unit: the score's name; empty for a share of right answers.
-        named: whether to write that name.
+        named: whether to write the score's name.
     """
     if not unit:
         return f"{100 * value:.1f} %"
@@ -60,25 +60,25 @@ def score_text(value: float, unit: str = "", *, named: bool = True) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One system less another on the same questions."""
+    """One system minus another on the same questions."""
 
     value: float
     low: float
     high: float
     """95 % interval."""
     groups: int | None = None
-    """Independent pictures or questions behind it; None: unknown."""
+    """Number of independent pictures or questions; None: unknown."""
     unit: str = ""
     """Name of the score, see `SCORE_NAMES`; empty for a share of right answers."""
 
     @property
     def few(self) -> bool:
-        """Whether too little was asked for any claim."""
+        """Whether there are too few questions for a conclusion."""
         return self.groups is not None and self.groups < FEWEST
 
     @property
     def shown(self) -> Shown:
-        """What the interval allows to say."""
+        """The conclusion from the interval."""
         if self.few or math.isnan(self.low) or self.low <= 0 <= self.high:
             return "not shown"
         return "more" if self.low > 0 else "less"
@@ -99,7 +99,7 @@ class Difference:
 
 
 def difference_of(data: Any) -> Difference | None:
-    """The inverse of `Difference.to_dict`; None for what is no difference."""
+    """The inverse of `Difference.to_dict`; None where the value is not a difference."""
     try:
         numbers = [float(data[key]) for key in ("value", "low", "high")]
         groups = data.get("groups")
@@ -114,20 +114,20 @@ def difference_of(data: Any) -> Difference | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """A conclusion, what it rests on, and whether it is good news."""
+    """A conclusion with its evidence, and whether it is good news."""
 
     mood: Mood
     sentences: tuple[str, ...]
     """The conclusion first."""
     looks: bool
-    """The model is shown to look at its pictures."""
+    """Whether the model is shown to look at its pictures."""
 
 
 def judge_tuning(differences: Mapping[str, Difference], *, pictures: bool = True) -> Judgement:
     """Whether tuning helped.
 
     Args:
-        differences: the tuned model less what is named, by the keys of `AGAINST`; what was not measured is missing.
+        differences: the tuned model minus each baseline, by the keys of `AGAINST`; unmeasured ones are missing.
         pictures: whether the questions show pictures.
     """
     shown = {name: difference.shown for name, difference in differences.items()}
@@ -183,15 +183,15 @@ def own_pictures(difference: Difference, *, control: str) -> str:
     """A model's own pictures against a control, for a table of image modes.
 
     Args:
-        difference: own pictures less the control.
-        control: what was shown instead, such as "no picture".
+        difference: own pictures minus the control.
+        control: the pictures of the control, such as "no picture".
     """
     words = {"more": "better than", "less": "worse than", "not shown": "not shown to be better than"}[difference.shown]
     return f"With its own pictures the model is {words} with {control}: {difference.points}."
 
 
 def between(difference: Difference, *, a: str = "A", b: str = "B") -> str:
-    """Two systems on the same questions, A less B."""
+    """Two systems on the same questions, A minus B."""
     if difference.shown == "more":
         return f"{a} is better than {b}"
     if difference.shown == "less":
@@ -204,9 +204,9 @@ def best_of(names: Sequence[str], apart: bool, *, idle: Sequence[str] = ()) -> s
     """Which of several runs of a report is best.
 
     Args:
-        names: the best one first; with `apart` alone, else with those that it is not told apart from.
-        apart: whether the interval of the best one is apart from all others.
-        idle: those of the compared runs that are not shown to look at their pictures.
+        names: with `apart` only the best one, else the best one first, with those that overlap it.
+        apart: whether the best one's interval overlaps no other.
+        idle: compared runs that are not shown to look at their pictures.
     """
     doubt = f" Not shown to look at the picture: {', '.join(idle)}." if idle else ""
     if apart:
@@ -227,9 +227,9 @@ def verdict_of_arms(difference: Difference, p: float, *, seeds: tuple[int, int],
     """An arm against the reference.
 
     Args:
-        difference: arm less reference.
-        p: corrected for the number of arms.
-        seeds: measured runs of either.
+        difference: arm minus reference.
+        p: p-value, corrected for the number of arms.
+        seeds: number of measured runs per arm.
         stand: whether one of the two is above its controls.
     """
     if not stand:
@@ -283,20 +283,20 @@ def mood_of_arms(row: Mapping[str, Any]) -> Mood:
 
 
 def _looked(row: Mapping[str, Any]) -> bool:
-    """Whether arms were asked with blind and wrong pictures wherever there are pictures."""
+    """Whether arms were measured with blind and wrong pictures on all tasks with pictures."""
     return bool(row.get("controls_complete", True))
 
 
 def above_controls(
     arms: Sequence[Mapping[str, Any]], column: str, *, alone: bool, asked: bool = True
 ) -> list[tuple[Mood, str]]:
-    """Whether the arms of a comparison are above their controls, which everything else depends on.
+    """Whether the arms of a comparison are above their controls, which all other conclusions require.
 
     Args:
-        arms: of a comparison's `results.json`; `controls` holds what was found by column.
+        arms: arms of a comparison's `results.json`; `controls` holds the results by column.
         column: the task, or the mean over tasks.
-        alone: whether it is the only column that is told.
-        asked: whether arms were to be asked with blind and wrong pictures.
+        alone: whether it is the only column of the conclusions.
+        asked: whether measurements with blind and wrong pictures were requested.
     """
     told = {arm["name"]: arm["controls"][column] for arm in arms if column in arm["controls"]}
     if not told:

@@ -118,7 +118,7 @@ def test_a_stage_is_known_by_the_manifest_and_not_by_its_name(tmp_path: Path) ->
     for name in ("align", "other"):
         told(tmp_path / name, state="stopped")
         (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
-    with pytest.raises(ConfigError, match=r"Runs lie in it: give one or several of .*/align, .*/other"):
+    with pytest.raises(ConfigError, match=r"It contains runs: give one or several of .*/align, .*/other"):
         build_report(tmp_path, tmp_path / "out.html")
     (tmp_path / "align" / "state.json").write_text("{}")
     told(tmp_path, state="finished", stages=["align", "../other", 7, "missing"])
