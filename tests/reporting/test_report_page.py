@@ -169,7 +169,7 @@ def test_missing_parts_are_said_to_be_missing(tmp_path: Path) -> None:
     page = _page(tmp_path)
     assert len(page.of("figure", "chart")) == 1
     for text in (
-        "nothing to judge",
+        "there is no verdict",
         "evaluation.json",
         "samples.json",
         "mixers.json",
