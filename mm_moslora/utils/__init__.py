@@ -1,1 +1,1 @@
-"""Errors, files, paths, ranks, hardware, logging: what every other package stands on."""
+"""Utilities of all other packages: errors, files, paths, ranks, hardware, logging."""

@@ -1,7 +1,7 @@
-"""Ranks: who am I, how many are we, and the few collectives that the project needs.
+"""Ranks: this process's rank, the world size, and the collectives that the project needs.
 
-Of the launcher it reads what every one sets (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and nothing else.
-Without a launcher it is a world of one, and every function here still works.
+It reads only the launcher variables that all launchers set: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+Without a launcher the world size is one, and every function here still works.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """This process's number, 0 is the main one."""
+    """This process's global rank; 0 is the main process."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -34,7 +34,7 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """This process's number on its machine."""
+    """This process's rank on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -51,15 +51,15 @@ def device() -> torch.device:
 
 
 def join(*, timeout_minutes: float = 30.0) -> None:
-    """Join the process group, once per process; the process leaves it when it ends.
+    """Join the process group, once per process; the process leaves the group at its end.
 
-    DeepSpeed keeps references to the group, so it must outlive every engine of the process.
+    DeepSpeed keeps references to the group, so the group must outlive all engines of the process.
 
     Args:
-        timeout_minutes: limit of one collective.
+        timeout_minutes: timeout of one collective.
 
     Raises:
-        DistributedError: the other ranks cannot be reached.
+        DistributedError: the other ranks are not reachable.
     """
     if dist.is_initialized():
         return
@@ -67,7 +67,7 @@ def join(*, timeout_minutes: float = 30.0) -> None:
     if device().type == "cuda":
         backend, more = "nccl", _on_own_gpu()
     _record_flight()
-    if world_size() == 1:  # nobody to meet, so no port is opened and no child inherits an address
+    if world_size() == 1:  # no process group is needed, so no port is opened and no child inherits an address
         more |= {"store": cast(Any, dist).HashStore(), "rank": 0, "world_size": 1}
     try:
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **more)
@@ -80,28 +80,28 @@ def join(*, timeout_minutes: float = 30.0) -> None:
 
 
 def _on_own_gpu() -> dict[str, Any]:
-    """Make this rank's GPU the current one; what `init_process_group` is to know of it.
+    """Make this rank's GPU the current device; returns arguments for `init_process_group`.
 
     Raises:
-        DistributedError: there are more ranks than GPUs on this machine.
+        DistributedError: this machine has more ranks than GPUs.
     """
     count = torch.cuda.device_count()
-    # One GPU may be a launcher's choice for this rank alone (CUDA_VISIBLE_DEVICES of its own).
+    # A single visible GPU may be assigned to this rank by its launcher (its own CUDA_VISIBLE_DEVICES).
     if 1 < count <= local_rank():
         raise DistributedError(
             f"This is rank {local_rank()} of its machine, counted from 0, and there are {count} GPUs; NCCL takes one "
             f"rank per GPU. Start {count} processes here, or name more GPUs in CUDA_VISIBLE_DEVICES."
         )
     torch.cuda.set_device(device())
-    # Without it, a barrier guesses the GPU from the global rank. Releases before 2.7.1 may hang with it
-    # (https://github.com/pytorch/pytorch/issues/153960); there the guess counts.
+    # Without device_id, a barrier guesses the GPU from the global rank. Releases before 2.7.1 may hang with it
+    # (https://github.com/pytorch/pytorch/issues/153960), so they keep the guess.
     return {"device_id": device()} if Version(torch.__version__) >= Version("2.7.1") else {}
 
 
 def _record_flight() -> None:
-    """Have what the ranks were waiting for written down when a collective times out; what is already set wins."""
+    """Make NCCL write its flight record when a collective times out; variables that are set already are kept."""
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    # torch 2.13 records by default. 2.8 and 2.9 warn of this name, but know it alone where they decide whether to write
+    # torch 2.13 records by default. torch 2.8 and 2.9 warn about this name, but only it makes them write the record
     # (ProcessGroupNCCL.hpp of the wheels); TORCH_FR_BUFFER_SIZE only makes them record (FlightRecorder.hpp).
     if Version(torch.__version__) < Version("2.13") and "TORCH_FR_BUFFER_SIZE" not in os.environ:
         os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
@@ -114,20 +114,20 @@ def _leave() -> None:
 
 
 def _wait_for_gloo(*, seconds: float = 5.0) -> None:
-    """Wait until no thread of gloo is at work.
+    """Wait until no thread of gloo is running.
 
-    Such a thread drops the tensors of a collective after the rank has gone on, and may need the interpreter for it. The
-    process aborts if the interpreter is ending by then (https://github.com/pytorch/pytorch/pull/179291). Destroying the
-    groups does not join the threads: DeepSpeed keeps the groups.
+    Such a thread drops the tensors of a collective after the rank has continued, and may need the GIL for it. The
+    process aborts if the interpreter is shutting down by then (https://github.com/pytorch/pytorch/pull/179291).
+    Destroying the groups does not join the threads, since DeepSpeed keeps references to the groups.
     """
     deadline, quiet = time.monotonic() + seconds, 0
-    while quiet < 2 and time.monotonic() < deadline:  # twice: a thread may have waited for the interpreter at the first
+    while quiet < 2 and time.monotonic() < deadline:  # twice: a thread may have waited for the GIL at the first check
         time.sleep(0.001)
         quiet = 0 if _gloo_works() else quiet + 1
 
 
 def _gloo_works() -> bool:
-    """Whether a thread of gloo runs or could run; False where the system does not tell."""
+    """Whether a thread of gloo is running or runnable; False where the system does not report it."""
     states = []
     for path in Path("/proc/self/task").glob("*/stat"):
         with contextlib.suppress(OSError):  # the thread has ended
@@ -140,7 +140,7 @@ def _alone() -> bool:
 
 
 def sum_over_ranks(values: list[float]) -> list[float]:
-    """Element-wise sum over all ranks, in fp64 (counts stay exact)."""
+    """Element-wise sum over all ranks, in fp64, so that counts stay exact."""
     return _reduce(values, dist.ReduceOp.SUM)
 
 
@@ -150,7 +150,7 @@ def max_over_ranks(values: list[float]) -> list[float]:
 
 
 def table_over_ranks(values: list[float]) -> list[list[float]]:
-    """The values of every rank, in order of rank; each passes as many. One sum of a table that is zero elsewhere."""
+    """The values of every rank, in order of rank; all ranks pass equally many. One sum of a zero-filled table."""
     world, width = world_size(), len(values)
     table = [0.0] * (world * width)
     table[rank() * width : (rank() + 1) * width] = values
@@ -167,7 +167,7 @@ def _reduce(values: list[float], operation: Any) -> list[float]:
 
 
 def add_up(tensor: torch.Tensor) -> None:
-    """Replace a tensor by its sum over all ranks; every rank passes one of the same shape."""
+    """Replace a tensor by its sum over all ranks; all ranks pass the same shape."""
     if not _alone():
         dist.all_reduce(tensor)
 
@@ -179,7 +179,7 @@ def barrier() -> None:
 
 
 def from_main(value: T) -> T:
-    """Rank 0's value, on every rank (JSON-like objects)."""
+    """Rank 0's value (a JSON-like object), on every rank."""
     if _alone():
         return value
     box = [value]
@@ -188,7 +188,7 @@ def from_main(value: T) -> T:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's value, in order of rank, on every rank."""
+    """The values of all ranks, in order of rank, on every rank."""
     if _alone():
         return [value]
     box: list[Any] = [None] * dist.get_world_size()
@@ -197,14 +197,15 @@ def gather_objects(value: T) -> list[T]:
 
 
 def agree(error: Exception | None, *, what: str) -> None:
-    """Fail on every rank when any rank failed, instead of leaving the others waiting.
+    """Raise on every rank when any rank failed, so that no rank waits for a failed one.
 
     Args:
-        error: this rank's failure, or None.
-        what: what was being done, for the message.
+        error: this rank's error, or None.
+        what: the action, for the message.
 
     Raises:
-        DistributedError: naming the ranks that failed, on ranks that did not; the own error on those that did.
+        DistributedError: on ranks without an error of their own; it names the ranks that failed. The others raise
+        their own error.
     """
     failures = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:

@@ -1,6 +1,6 @@
-"""The exceptions of mm_moslora: one base, a few leaves that also derive from the builtin they stand for.
+"""Exceptions of mm_moslora: one base class, and subclasses that also derive from the matching builtin exception.
 
-Every message says what was found, what was expected and what to do about it.
+Every message states what was found, what was expected and what to do.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class MoSLoRAError(Exception):
-    """Base of every error that mm_moslora raises on purpose."""
+    """Base class of the errors that mm_moslora raises deliberately."""
 
 
 class ConfigError(MoSLoRAError, ValueError):
@@ -30,7 +30,7 @@ class DataError(MoSLoRAError, ValueError):
 
 
 class AssetError(MoSLoRAError, RuntimeError):
-    """A file that is fetched on first use is missing, damaged or not the expected one."""
+    """A file that is downloaded on first use is missing, damaged or differs from the pinned one."""
 
 
 class CheckpointError(MoSLoRAError, RuntimeError):
@@ -42,7 +42,7 @@ class TrainingError(MoSLoRAError, RuntimeError):
 
 
 class DivergedError(TrainingError):
-    """Training went on with numbers that are not finite."""
+    """Training reached numbers that are not finite."""
 
 
 class DistributedError(MoSLoRAError, RuntimeError):
@@ -50,7 +50,7 @@ class DistributedError(MoSLoRAError, RuntimeError):
 
     Args:
         message: see the module.
-        ranks: the ranks that are to blame, as far as they are known.
+        ranks: the ranks to blame, as far as they are known.
     """
 
     def __init__(self, message: str, *, ranks: Iterable[int] = ()) -> None:
@@ -63,12 +63,12 @@ class EvalError(MoSLoRAError, ValueError):
 
 
 def suggestion(name: str, known: Iterable[str], *, limit: int = 3) -> str:
-    """Return `` Did you mean 'x'?`` for the closest known names, or an empty string.
+    """Return `` Did you mean 'x'?`` with the closest known names, or an empty string.
 
     Args:
-        name: what the user wrote.
+        name: the user's input.
         known: every accepted name.
-        limit: how many names to offer at most.
+        limit: maximum number of suggestions.
     """
     close = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)
     if not close:
@@ -77,7 +77,7 @@ def suggestion(name: str, known: Iterable[str], *, limit: int = 3) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a library did not load something, on one line and without its advice to run foreign code."""
+    """Why a library could not load something, on one line and without its advice to run remote code."""
     text = str(error).strip()
     if "trust_remote_code" in text:
         return "it comes with Python code of its own, which is never run; choose one that transformers itself knows"

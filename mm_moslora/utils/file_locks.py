@@ -1,4 +1,4 @@
-"""Locks between processes, in files: freed by the kernel when the process that holds one ends, however it ends."""
+"""File locks between processes. The kernel frees a lock when its process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 from mm_moslora.utils.files import discard
 
 _descriptors: set[int] = set()
-"""Of the files whose locks this process holds or waits for."""
+"""Descriptors of the files that this process has locked or waits to lock."""
 
 
 def held(path: Path, *, wait: bool) -> AbstractContextManager[int]:
-    """Take the lock of a file for a `with` block, which gets the file's descriptor.
+    """Lock a file inside a `with` block, which gets the file's descriptor.
 
     Args:
-        path: the file; made if it is missing. What it holds stays.
-        wait: for whoever holds the lock.
+        path: the file; created if missing. Its content is kept.
+        wait: whether to wait for another holder.
 
     Raises:
-        BlockingIOError: somebody holds it, and `wait` is false.
+        BlockingIOError: another process holds the lock, and `wait` is false.
         OSError: the file cannot be opened or locked.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -44,13 +44,13 @@ def _until_freed(descriptor: int) -> Iterator[int]:
 
 
 def _free(descriptor: int) -> None:
-    if descriptor in _descriptors:  # a forked process has closed it
+    if descriptor in _descriptors:  # otherwise a forked process has closed it
         _descriptors.discard(descriptor)
         os.close(descriptor)
 
 
 def _leave_to_parent() -> None:
-    """A forked process shares the locks, and one that outlives its parent would keep them."""
+    """Close the inherited descriptors after a fork, so that a child does not keep its parent's locks."""
     for descriptor in _descriptors:
         os.close(descriptor)
     _descriptors.clear()
@@ -61,7 +61,7 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 
 @contextmanager
 def lock_beside(folder: Path) -> Iterator[None]:
-    """Wait until no other process is making a folder, and keep others from it; the lock file is gone at the end.
+    """Lock the creation of a folder against other processes; the lock file is deleted at the end.
 
     Args:
         folder: may be missing, and may be replaced meanwhile.
@@ -70,7 +70,7 @@ def lock_beside(folder: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with held(path, wait=True) as descriptor:
-            if not _is_at(path, descriptor):  # whoever held it has deleted it
+            if not _is_at(path, descriptor):  # the previous holder has deleted the file
                 continue
             try:
                 yield

@@ -1,7 +1,7 @@
-"""Writing, replacing and deleting files: the only module that takes anything away from a disk.
+"""Writing, replacing and deleting files. No other module deletes or overwrites files.
 
-A folder is emptied or replaced only if it bears a mark of this project, and a file only if this project wrote it.
-`tests/utils/test_files.py` finds no `unlink`, `rename`, `replace` or `rmtree` in any other module.
+A folder is emptied or replaced only if it bears this project's mark, and a file only if this project wrote it.
+`tests/utils/test_files.py` checks that no other module calls `unlink`, `rename`, `replace` or `rmtree`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from mm_moslora.utils.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 MARK = ".mm_moslora"
-"""A file in a folder of this project, one kind a line (`quickstart`, `comparison`, `temporary`, ...)."""
+"""Mark file in a folder of this project, with one kind per line (`quickstart`, `comparison`, `temporary`, ...)."""
 PAGE_SIGN = b'name="generator" content="mm_moslora"'
-"""In the head of every HTML page of this project."""
+"""Text in the head of every HTML page of this project."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _KEPT_BYTES = 2**20
-"""What an `Appender` keeps in memory, at most, of what a full disk does not take."""
+"""Maximum bytes that an `Appender` keeps in memory while the disk is full."""
 _HEAD_BYTES = 4096
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or the names in a folder, survive a loss of power."""
+    """Make a file's content, or the entries of a folder, survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,38 +44,38 @@ def sync(path: Path) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that may still be written in the file system of a folder."""
+    """Free bytes in the file system of a folder."""
     return shutil.disk_usage(folder).free
 
 
 def sha256_of(file: Path | BufferedReader) -> str:
-    """Hex digest of a file, or of what is left of a stream."""
+    """Hex digest of a file, or of the rest of a stream."""
     with file.open("rb") if isinstance(file, Path) else nullcontext(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether the system refused for want of room, which may come back."""
+    """Whether the system refused a write for lack of space, which may be temporary."""
     return isinstance(error, OSError) and error.errno in _FULL
 
 
 def rename(path: Path, target: Path) -> None:
-    """Give a file or folder of this project another name in one move.
+    """Rename a file or folder of this project atomically.
 
-    Whether that survives a loss of power, `sync` decides. A file at `target` is replaced, and so is an empty folder by
-    a folder; the system refuses to replace anything else.
+    Only after `sync` the new name survives a power loss. An existing file at `target` is replaced, and so is an empty
+    folder by a folder; the system refuses to replace anything else.
     """
     path.replace(target)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a text file of this project so that a reader sees the old or the new one, never a half.
+    """Replace a text file of this project, so that readers see the old or the new content, never a part of it.
 
-    The new one survives a loss of power.
+    The new content survives a power loss.
 
     Args:
         path: the file.
-        text: its content; line ends stay as they are, and so do halves of surrogate pairs.
+        text: its content; line ends are kept, and so are unpaired surrogates.
     """
     with (
         replacing(path) as temporary,
@@ -94,8 +94,8 @@ def replace_json(path: Path, data: Any) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file's path, to be written; it takes the place of `path` at the end and is gone after a failure."""
-    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")  # process ids repeat from host to host
+    """The path of a temporary file to write; it replaces `path` at the end and is deleted after an error."""
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")  # process ids are not unique between hosts
     try:
         yield temporary
         temporary.replace(path)
@@ -107,11 +107,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def staging(folder: Path, names: Sequence[str]) -> Iterator[Path]:
-    """A folder to write files into, which move to `folder` when all are written and are gone after a failure.
+    """A temporary folder to write files into; they move to `folder` at the end and are deleted after an error.
 
     Args:
-        folder: the final place; made in one move if it is missing.
-        names: of the files, in the order in which they move into a folder that is there.
+        folder: the final folder; created in one rename if it is missing.
+        names: names of the files, in the order in which they move into an existing folder.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as place:
@@ -128,12 +128,12 @@ def staging(folder: Path, names: Sequence[str]) -> Iterator[Path]:
 
 
 def discard(path: Path) -> None:
-    """Delete a file that this project wrote; one that is not there is fine."""
+    """Delete a file that this project wrote, if it exists."""
     path.unlink(missing_ok=True)
 
 
 def unused(path: Path) -> Path:
-    """The path, with a number behind its name where something has that name already."""
+    """The path, with a number appended to its name if that name exists."""
     number = 0
     while os.path.lexists(candidate := path.with_name(f"{path.name}{number or ''}")):
         number += 1
@@ -141,7 +141,7 @@ def unused(path: Path) -> Path:
 
 
 def set_aside(path: Path, suffix: str) -> Path:
-    """Rename a file or folder to `NAME.SUFFIX`, or `NAME.SUFFIX1` where that exists; returns the new path."""
+    """Rename a file or folder to `NAME.SUFFIX`, or to `NAME.SUFFIX1` if that exists; returns the new path."""
     aside = unused(path.with_name(f"{path.name}.{suffix}"))
     rename(path, aside)
     return aside
@@ -152,11 +152,11 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
     Args:
         path: the file.
-        kind: what it must hold.
+        kind: expected type of the content.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged; the text says how.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged; the text describes how.
     """
     data = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(data, kind):
@@ -165,7 +165,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def mark(folder: Path, kind: str) -> None:
-    """Mark an existing folder as one of this project's, so that it may be emptied or replaced later."""
+    """Mark an existing folder as this project's, so that it may be emptied or replaced later."""
     if kind in _kinds(folder):
         return
     with (folder / MARK).open("a", encoding="utf-8") as stream:
@@ -183,7 +183,7 @@ def _kinds(folder: Path) -> list[str]:
 
 
 def is_built(folder: Path) -> bool:
-    """Whether a folder is there and holds more than the project's mark, which an interrupted deletion leaves."""
+    """Whether a folder exists and holds more than the project's mark, which an interrupted deletion leaves."""
     return bool(_names(folder) - {MARK})
 
 
@@ -195,36 +195,36 @@ def _names(folder: Path) -> set[str]:
 
 
 def refuse_strangers(folder: Path, names: Sequence[str], *, kind: str, also: Sequence[str] = ()) -> None:
-    """Refuse to write into a folder where files of somebody else have the names that are going to be written.
+    """Refuse a folder with files of another program under the names that are about to be written.
 
     Args:
         folder: may be missing.
-        names: files and folders that will be written there.
-        kind: of the mark that shows that those that are there are this project's.
-        also: patterns of other files that show the same.
+        names: files and folders to write.
+        kind: kind of the mark that shows that the existing files are this project's.
+        also: patterns of other files that show it, too.
 
     Raises:
-        ConfigError: one of the names is there, and no mark.
+        ConfigError: one of the names exists, and the folder has no such mark.
     """
     found = [name for name in names if os.path.lexists(folder / name)]
     if not found or kind in _kinds(folder) or any(any(folder.glob(pattern)) for pattern in also):
         return
     raise ConfigError(
         f"{folder} already holds {', '.join(found[:5])}, and nothing shows that a {kind} of mm_moslora wrote it, so it "
-        f"is left alone. Choose another folder. If a {kind} did write it, say so: echo {kind} >> {folder / MARK}"
+        f"is left alone. Choose another folder. If a {kind} did write it, mark it: echo {kind} >> {folder / MARK}"
     )
 
 
 def output_file(path: Path, *, sign: bytes | None = None) -> Path:
-    """A file to write, as it was given.
+    """Check an output file that a user named.
 
     Args:
         path: the file.
-        sign: bytes near the beginning of every file that this project writes in its place, which are therefore
-            replaced; None: no file is replaced.
+        sign: bytes near the beginning of files that this project writes there; such files are replaced. None: no file
+            is replaced.
 
     Raises:
-        ConfigError: there is a folder, or a file that does not bear the sign.
+        ConfigError: the path is a folder, or a file without these bytes.
     """
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; expected the file to write. Add a name to it.")
@@ -237,35 +237,35 @@ def output_file(path: Path, *, sign: bytes | None = None) -> Path:
 
 
 def refuse_full_folder(folder: Path) -> None:
-    """Refuse a folder for new files where none can be made, or that holds something.
+    """Refuse a folder for new files that cannot be created, or that is not empty.
 
     Raises:
-        ConfigError: it does, or it cannot be made.
+        ConfigError: it is not empty, or it cannot be created.
     """
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
         raise ConfigError(f"{folder} cannot be made: {there} is a file or a broken link. Choose a new folder.")
-    try:  # permissions alone do not tell: root has them under /proc, and on file systems that are read-only
+    try:  # permissions do not suffice: root has them under /proc and on read-only file systems
         with tempfile.TemporaryDirectory(prefix=".", dir=there):
             pass
     except OSError as error:
         raise ConfigError(f"{folder} cannot be made in {there}: {error.strerror}. Choose a new folder.") from error
     if is_built(folder):
-        raise ConfigError(f"{folder} is not empty. Choose a new folder, so that no old file is mistaken for a new one.")
+        raise ConfigError(f"{folder} is not empty. Choose a new folder, so that old files are not taken for new ones.")
 
 
 def remove(folder: Path, *, mark: str = MARK) -> None:
-    """Delete a folder of this project and what is in it; one that is not there is fine.
+    """Delete a folder of this project with its contents, if it exists.
 
-    The mark goes last, so that what an interrupted deletion leaves can be deleted later. A file that the system does
-    not delete is left there, and the mark with it.
+    The mark is deleted last, so that an interrupted deletion can be completed later. Where the system refuses to delete
+    a file, the file and the mark stay.
 
     Args:
-        folder: what to delete.
-        mark: name of the file in it that shows whose it is.
+        folder: the folder to delete.
+        mark: name of the file that marks it as this project's.
 
     Raises:
-        ConfigError: it holds something and has no such file.
+        ConfigError: it is not empty and has no such file.
     """
     _refuse_unmarked(folder, mark)
     if not os.path.lexists(folder):
@@ -280,14 +280,14 @@ def remove(folder: Path, *, mark: str = MARK) -> None:
             with contextlib.suppress(OSError):
                 item.unlink()
     with contextlib.suppress(OSError):
-        sync(folder)  # before the mark goes: a loss of power must not bring back anything that it shows to be ours
+        sync(folder)  # before the mark is deleted: files that a power loss restores must still be marked
         if {item.name for item in folder.iterdir()} <= {mark}:
             (folder / mark).unlink(missing_ok=True)
             folder.rmdir()
 
 
 def _refuse_unmarked(folder: Path, mark: str) -> None:
-    """Raise where something lies at the path that has no mark, and is no folder that is empty but for the project's."""
+    """Refuse a path without the mark, unless it is a folder that is empty or holds only the project's mark."""
     marked = not folder.is_symlink() and (folder / mark).is_file()
     if not os.path.lexists(folder) or marked or (folder.is_dir() and not is_built(folder)):
         return
@@ -299,19 +299,19 @@ def _refuse_unmarked(folder: Path, mark: str) -> None:
 
 @contextmanager
 def building(folder: Path, *, replaces: str | None = None) -> Iterator[Path]:
-    """A marked folder to fill; it takes the place of `folder` at the end and is gone after a failure.
+    """A marked temporary folder to fill; it replaces `folder` at the end and is deleted after an error.
 
-    What a killed process left of an earlier attempt is deleted first, so one process at a time may build a folder:
-    whoever calls this holds a lock.
+    Remains of a killed process are deleted first, so only one process at a time may build a folder: callers must hold
+    a lock.
 
     Args:
-        folder: the final place.
-        replaces: name of the file that marks an old folder there, which is then replaced. None: a folder that is there
-            at the end, another host's say, counts, and what was built is dropped; one that holds nothing but the
-            project's mark is replaced.
+        folder: the final folder.
+        replaces: name of the file that marks an old folder there, which is then replaced. None: an existing folder is
+            kept, such as one that another host made meanwhile, and the new one is deleted; a folder with nothing but
+            the project's mark is replaced.
 
     Raises:
-        ConfigError: something without a mark is in the way.
+        ConfigError: a file or folder without a mark is in the way.
     """
     if replaces is not None:
         _refuse_unmarked(folder, replaces)
@@ -328,7 +328,7 @@ def building(folder: Path, *, replaces: str | None = None) -> Iterator[Path]:
         try:
             part.rename(folder)
         except OSError:
-            # A network file system may say for a while that a folder of another host is not there.
+            # On a network file system, another host's folder may not be visible at once.
             if not is_built(folder):
                 raise
         else:
@@ -339,11 +339,11 @@ def building(folder: Path, *, replaces: str | None = None) -> Iterator[Path]:
 
 
 class Appender:
-    """Appends lines to a file, each in one call, and keeps those that the disk refuses until it takes them.
+    """Appends lines to a file, each in one call, and buffers lines while the disk is full.
 
     Args:
-        path: opened for every line, so that it may be moved and its disk may come back.
-        say: told once, in words, when the disk begins to refuse, and once when it takes what was kept.
+        path: opened for every line, so that it may be moved and its disk may be mounted again.
+        say: called with a sentence when the disk starts to refuse, and when it accepts the buffered lines.
     """
 
     def __init__(self, path: Path, *, say: Callable[[str], None] = logger.warning) -> None:
@@ -353,7 +353,7 @@ class Appender:
         self._lost = 0
 
     def add(self, line: str) -> None:
-        """Append a line; its end is added. A disk that refuses it is no error."""
+        """Append a line; the line end is added. A refused write is not an error."""
         data = line.encode("utf-8", "surrogatepass") + b"\n"
         if len(self._waiting) + len(data) <= _KEPT_BYTES:
             self._waiting += data
@@ -362,7 +362,7 @@ class Appender:
         self.flush()
 
     def flush(self) -> bool:
-        """Try to write what waits; whether nothing waits any more."""
+        """Try to write the buffered lines; returns whether none is left."""
         if not self._waiting:
             return True
         try:
@@ -374,7 +374,7 @@ class Appender:
                 os.close(descriptor)
         except OSError as error:
             if not self._refused:
-                self._say(f"{self.path} cannot be written ({error.strerror}); what it misses is kept and tried again.")
+                self._say(f"{self.path} cannot be written ({error.strerror}); its lines are kept and tried again.")
             self._refused = True
             return False
         if self._refused:

@@ -1,4 +1,4 @@
-"""The machine: its name beside every figure, how this process uses its memory, where what is compiled is kept."""
+"""The machine: its description for measurements, memory settings of the process, folder of compiled extensions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPUINFO, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 
 
 def hardware() -> str:
-    """Processor, cores and memory in a few words; without the memory where there is no /proc, as on macOS."""
+    """Processor, cores and memory in a few words; without the memory where /proc is missing, as on macOS."""
     lines = CPUINFO.read_text().splitlines() if CPUINFO.is_file() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     words = [names[0] if names else platform.processor() or platform.machine(), f"{os.cpu_count()} cores"]
@@ -27,7 +27,7 @@ def hardware() -> str:
 
 @cache
 def made_by_amd() -> bool:
-    """Whether AMD made the processor."""
+    """Whether the processor is AMD's."""
     text = CPUINFO.read_text() if CPUINFO.is_file() else platform.processor()
     return "AuthenticAMD" in text
 
@@ -39,10 +39,10 @@ def multiplies_tiles() -> bool:
 
 
 def extensions_folder(environment: Mapping[str, str]) -> Path:
-    """Where what torch compiles is kept: TORCH_EXTENSIONS_DIR, or a folder of this Python environment.
+    """Folder for torch's compiled extensions: TORCH_EXTENSIONS_DIR, or a folder of this Python environment.
 
-    Environments that share torch's own default rebuild each other's operators. It is used where the environment cannot
-    be written to.
+    Environments that share torch's default folder rebuild each other's operators. That folder is used where the
+    environment is not writable.
 
     Args:
         environment: such as `os.environ`.
@@ -59,7 +59,7 @@ STALE_LOCK_SECONDS = 600.0
 
 
 def stale_locks(root: Path, *, now: float | None = None) -> list[Path]:
-    """Locks that a killed build left behind; the next build would wait for them for ever.
+    """Lock files of killed builds, for which the next build would wait forever.
 
     Args:
         root: torch's extension cache.
@@ -68,7 +68,7 @@ def stale_locks(root: Path, *, now: float | None = None) -> list[Path]:
     moment = time.time() if now is None else now
     found = []
     for folder, _, names in os.walk(root):
-        with suppress(OSError):  # a build that ends takes its lock away
+        with suppress(OSError):  # a build that ends deletes its lock
             if "lock" in names and moment - (path := Path(folder, "lock")).stat().st_mtime > STALE_LOCK_SECONDS:
                 found.append(path)
     return sorted(found)
@@ -80,18 +80,18 @@ _OWN_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNA
 
 
 def keep_freed_memory(*, block: int = 2**25, total: int = 2**31 - 1) -> bool:
-    """Have the C library keep freed memory for what comes next, up to a size.
+    """Make the C library keep freed memory for reuse, up to a limit.
 
-    By default glibc gives large blocks back to the system and asks for them again, which clears them page by page: that
-    costs a training step time. After a while it keeps them instead, and a server's memory grows by what no request
-    needs any more. Settings in the environment win.
+    By default glibc returns large blocks to the system and requests them again, and the system clears each page: this
+    costs time in every training step. Later glibc raises its own threshold and keeps them, and a server's memory grows
+    beyond the needs of its requests. Settings in the environment take precedence.
 
     Args:
-        block: larger blocks, in bytes, go back at once; at most 32 MiB.
-        total: bytes that are kept at most.
+        block: larger blocks are returned at once, bytes; at most 32 MiB.
+        total: maximum bytes to keep.
 
     Returns:
-        Whether anything was set; not so without glibc.
+        Whether a setting was changed; False without glibc.
     """
     if any(name in os.environ for name in _OWN_SETTINGS):
         return False
@@ -100,10 +100,10 @@ def keep_freed_memory(*, block: int = 2**25, total: int = 2**31 - 1) -> bool:
 
 
 def renew_threads() -> None:
-    """Make PyTorch's thread pool anew in a process that was forked; call it before the first thread is started.
+    """Replace PyTorch's thread pool in a forked process; call it before other threads start.
 
-    A fork leaves the pool without its threads. PyTorch replaces it at its next use, which two threads at once do not
-    survive ("Invalid thread pool!", ATen/ParallelOpenMP.cpp), and transformers loads weights in several threads.
+    A fork leaves the pool without its threads. PyTorch replaces it at its next use, which fails if two threads do it at
+    once ("Invalid thread pool!", ATen/ParallelOpenMP.cpp), and transformers loads weights in several threads.
     """
     import torch
 

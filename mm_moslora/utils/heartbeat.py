@@ -1,4 +1,4 @@
-"""What the ranks of a run said of themselves last: `heartbeat/rank-00000.json` in the run folder, read on any host."""
+"""Heartbeats of a run's ranks: `heartbeat/rank-00000.json` in the run folder, readable on any host."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from mm_moslora.utils.untrusted_files import read_text_below
 
 FOLDER = "heartbeat"
 FAILED = "failed: "
-"""A phase that begins so is how a rank ended; the kind of error and its message follow."""
+"""Prefix of the phase of a rank that failed; the kind of error and its message follow."""
 ENDED = "ended"
 _LOST = ("Connection", "gloo", "NCCL", "Timed out", "timed out", "peer", "DistributedError", "DistNetworkError")
 
 
 def means_lost(text: str) -> bool:
-    """Whether an error only says that another rank is gone."""
+    """Whether an error only reports the loss of another rank."""
     return any(part in text for part in _LOST)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heartbeat:
-    """What a rank said of itself last."""
+    """The last heartbeat of a rank."""
 
     rank: int
     host: str
     pid: int
     step: int
     phase: str
-    """What it is doing, or `failed: ...`, or `ended`."""
+    """Its current phase, or `failed: ...`, or `ended`."""
     age: float
-    """Seconds since it said so."""
+    """Seconds since the heartbeat."""
     written: float = 0.0
-    """When it said so, by the clock of the file system."""
+    """Time of the heartbeat by the file system's clock."""
     place: str = ""
-    """Where its main thread is, once it has given up; empty when it waits for other ranks there."""
+    """Position of its main thread after it gave up; empty when it waits for other ranks there."""
     gave_up: bool = False
     """Whether its own watchdog has ended it, or is about to."""
     stood_still: float = 0.0
-    """Seconds for which the process did not run, in its present phase."""
+    """Seconds in its current phase during which the process did not run."""
 
     @property
     def who(self) -> str:
@@ -51,30 +51,30 @@ class Heartbeat:
 
     @property
     def failure(self) -> str | None:
-        """Kind and message of its own failure; None for one that only says that another rank is gone."""
+        """Kind and message of its own failure; None for an error that only reports the loss of another rank."""
         found = self.phase.removeprefix(FAILED)
         return None if found == self.phase or means_lost(found) else found
 
     @property
     def is_over(self) -> bool:
-        """Whether it said that it ends."""
+        """Whether it recorded its end."""
         return self.gave_up or self.phase == ENDED or self.phase.startswith(FAILED)
 
     def is_here(self) -> bool:
-        """Whether its process can be asked for on this machine."""
+        """Whether its process can be checked on this machine."""
         return self.host == socket.gethostname() and Path("/proc/self/stat").exists()
 
     def is_dead(self) -> bool:
-        """Whether its process is known to be gone; only this machine's processes can be known."""
+        """Whether its process is known to have ended; only processes of this machine can be checked."""
         return self.is_here() and not is_running(self.pid, before=self.written or None)
 
 
 def is_running(pid: int, *, before: float | None = None) -> bool:
-    """Whether a process of this machine runs.
+    """Whether a process runs on this machine.
 
     Args:
-        pid: its number, which the system gives again after a while.
-        before: seconds since the epoch by which it had started; None: any process of that number counts.
+        pid: its process id, which the system reuses after a while.
+        before: latest start of the process, seconds since the epoch; None: any process with this id counts.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
@@ -84,15 +84,15 @@ def is_running(pid: int, *, before: float | None = None) -> bool:
         started = boot + float(fields[19]) / os.sysconf("SC_CLK_TCK")
     except (OSError, IndexError, ValueError):
         return False
-    return before is None or started < before + 60  # the file system may have a clock of its own
+    return before is None or started < before + 60  # the file system's clock may differ
 
 
 def read_heartbeats(folder: Path, *, now: float | None = None, name: str = "rank-*.json") -> list[Heartbeat]:
-    """What ranks said last, in order of rank; what is not a heartbeat is passed over.
+    """The last heartbeats, in order of rank; other files are skipped.
 
     Args:
-        folder: with the heartbeats.
-        now: by the clock of the file system; None: by this machine's.
+        folder: the folder of the heartbeats.
+        now: current time by the file system's clock; None: by this machine's.
         name: pattern of the files' names.
     """
     now = time.time() if now is None else now

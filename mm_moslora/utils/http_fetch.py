@@ -1,4 +1,4 @@
-"""Fetching a file from another machine: from the hosts and within the limits that rules declare, and no others."""
+"""Downloads over HTTP from allowed hosts only, within limits."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ _HEADERS = {"Accept": "image/*, */*;q=0.8", "User-Agent": "mm_moslora"}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TLS_PORT = 443
 _BAD = re.compile(r"[^\x21-\x7e]|\\")
-"""What parsers of addresses disagree about; whoever sends it wants that."""
+"""Characters that URL parsers interpret differently; they occur in attacks only."""
 
 
 class FetchFault(StrEnum):
-    """Why nothing is fetched."""
+    """Why a download was refused or failed."""
 
     NOT_ALLOWED = "not allowed"
-    """The address, or one that it redirects to, breaks the rules."""
+    """The URL, or one that it redirects to, breaks the rules."""
     TOO_LARGE = "too large"
     FAILED = "failed"
 
 
 class FetchError(MoSLoRAError):
-    """A file that is not fetched.
+    """A download that was refused or failed.
 
     Args:
         fault: the kind.
-        what: what is wrong with the address; goes on after its name, and holds no text of a library.
-        detail: more, for whoever chose the address.
+        what: what is wrong with the URL; it continues a sentence after the URL's name, and holds no text of a library.
+        detail: more, for those who chose the URL.
     """
 
     def __init__(self, fault: FetchFault, what: str, *, detail: str = "") -> None:
@@ -52,27 +52,27 @@ class FetchError(MoSLoRAError):
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What may be fetched, and at what cost."""
+    """Allowed hosts and limits of a download."""
 
     hosts: Collection[str]
-    """Exact names, in lower case, of the hosts of an address and of what it redirects to."""
+    """Allowed host names, exact and in lower case, for the URL and its redirects."""
     most: int
     """Bytes."""
     seconds: float
-    """For the whole fetch, redirects included."""
+    """Seconds for the whole download, redirects included."""
     silence: float = 20.0
-    """Seconds without a byte before a host is given up."""
+    """Seconds without a byte before the download is abandoned."""
     redirects: int = 10
     public: bool = False
-    """Only https, on its own port, without a proxy, and only public addresses: the one that was checked is the one that
-    is connected to."""
+    """Allow only https on its standard port, without a proxy, and only public addresses. The connection goes to the
+    address that was checked."""
 
     def checked(self, url: str, *, base: str = "") -> str:
-        """An address, written anew from the parts that were checked.
+        """A URL, rebuilt from its checked parts.
 
         Args:
             url: may be relative to `base`.
-            base: the address that redirects to it.
+            base: the URL that redirects to it.
 
         Raises:
             FetchError: NOT_ALLOWED.
@@ -93,14 +93,14 @@ class Rules:
 
 
 def fetch(url: str, rules: Rules) -> bytes:
-    """The bytes behind an address.
+    """Download the bytes at a URL.
 
     Args:
         url: http or https.
-        rules: checked for it and for every redirect.
+        rules: checked for the URL and for every redirect.
 
     Raises:
-        FetchError: the rules do not allow it, the host does not answer in time or breaks off, or sends too much.
+        FetchError: the rules forbid it, or the host does not answer in time, closes early or sends too much.
     """
     limit = _TimeLimit(rules.seconds)
     direct = [urllib.request.ProxyHandler({})] if rules.public else []
@@ -138,7 +138,7 @@ def _content(answer: http.client.HTTPResponse, rules: Rules, limit: _TimeLimit) 
 
 
 def public_address(host: str) -> str:
-    """One address of a host, all of whose addresses are public.
+    """One address of a host with public addresses only.
 
     Raises:
         FetchError: the name does not resolve, or one of its addresses is not public.
@@ -156,10 +156,10 @@ def public_address(host: str) -> str:
 
 
 class _TimeLimit:
-    """Ends the connections of a fetch that takes too long as a whole, however often a byte arrives.
+    """Closes the connections of a download at its deadline, even while bytes arrive.
 
     Args:
-        seconds: from the start of the block to its end.
+        seconds: the deadline, from the start of the block.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -176,13 +176,13 @@ class _TimeLimit:
         self._timer.cancel()
 
     def holds(self, connection: http.client.HTTPConnection) -> None:
-        """A connection that has just been made."""
+        """Register a new connection."""
         self._sockets.append(connection.sock)
         if self._passed:
             self._end()
 
     def check(self) -> None:
-        """Raise a FetchError when the time is over."""
+        """Raise a FetchError after the deadline."""
         if self._passed:
             raise FetchError(FetchFault.FAILED, f"takes longer than {self._seconds:g} s")
 
@@ -194,7 +194,7 @@ class _TimeLimit:
 
 
 class _Guarded(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Opens http and https under a time limit, and to public addresses alone where the rules say so."""
+    """Opens http and https under a deadline, and under public rules only to public addresses."""
 
     def __init__(self, rules: Rules, limit: _TimeLimit) -> None:
         super().__init__()

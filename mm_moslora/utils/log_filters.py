@@ -1,8 +1,8 @@
-"""Importing it keeps libraries from saying on stderr, when they are imported, what nobody can act on.
+"""Import this module to suppress warnings that libraries log during their import and that users cannot act on.
 
-peft and transformers import bitsandbytes and torchao where they are installed, and these say that optional kernels are
-missing and that torch will refuse an enum one day. diffusers looks for classes that torchao no longer has. Nothing else
-of theirs is silenced.
+peft and transformers import bitsandbytes and torchao where they are installed. These log that optional kernels are
+missing and that a future torch will refuse an enum. diffusers looks for classes that torchao has removed. No other
+messages of these libraries are suppressed.
 """
 
 import logging

@@ -1,6 +1,6 @@
-"""The packages that this project declares, and the commands that install them.
+"""Declared requirements of this project, and the commands that install them.
 
-`mm-moslora` itself need not be on any index, so a hint never names it: it lists the packages of an extra.
+`mm-moslora` may be on no index, so a hint never names it: it lists the packages of an extra.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _EXTRA = re.compile(r"\bextra\s*==\s*['\"]([\w.-]+)['\"]")
 
 
 def declared(extra: str | None = None) -> tuple[Requirement, ...]:
-    """What holds on this system of the dependencies, or of an extra's alone.
+    """The dependencies, or those of an extra alone, that apply to this system.
 
     Args:
-        extra: its name; None: what a plain installation brings.
+        extra: name of the extra; None: the requirements of a plain installation.
 
     Returns:
         Requirements without markers, under canonical names; empty where neither the checkout nor the metadata of an
-        installation is at hand.
+        installation is available.
     """
     return tuple(_expand(extra or "", set()))
 
@@ -43,7 +43,7 @@ def declared_anywhere() -> tuple[Requirement, ...]:
 def _expand(extra: str, seen: set[str]) -> Iterator[Requirement]:
     seen.add(extra)
     for requirement in _all().get(extra, ()):
-        if canonicalize_name(requirement.name) == NAME:  # an extra that is made of others
+        if canonicalize_name(requirement.name) == NAME:  # an extra that includes other extras
             for further in sorted(requirement.extras - seen):
                 yield from _expand(further, seen)
         elif requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
@@ -57,9 +57,9 @@ def range_of(requirement: Requirement) -> str:
 
 @cache
 def _all() -> dict[str, list[Requirement]]:
-    """Every requirement by extra, the dependencies under the empty name.
+    """Requirements by extra; the dependencies have the empty name.
 
-    A checkout's own file comes first: the metadata of an editable installation are as old as the installation.
+    A checkout's `pyproject.toml` takes precedence, since the metadata of an editable installation may be outdated.
     """
     project = tomllib.loads(_PYPROJECT.read_text(encoding="utf-8")).get("project", {}) if _PYPROJECT.is_file() else {}
     if project.get("name") == NAME:
@@ -77,7 +77,7 @@ def _all() -> dict[str, list[Requirement]]:
 
 
 def install_command(*packages: str) -> str:
-    """`pip install 'onnx>=1.17'`: packages within the range that is declared for them, in whichever extra.
+    """`pip install 'onnx>=1.17'`: packages within their declared range, of any extra.
 
     Args:
         packages: names of distributions.
@@ -87,7 +87,7 @@ def install_command(*packages: str) -> str:
 
 
 def install_extra(extra: str) -> str:
-    """The command that installs the packages of an extra; those that are installed and fit stay as they are."""
+    """The command that installs the packages of an extra; installed packages within their range are kept."""
     return _pip(declared(extra)) if declared(extra) else f"pip install '.[{extra}]' in the checkout"
 
 
@@ -96,10 +96,10 @@ def _pip(requirements: Iterable[Requirement]) -> str:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module is there to be imported; it is not imported."""
+    """Whether a module can be imported, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # a parent is missing, or None stands in its place
+    except (ImportError, ValueError):  # a parent package is missing, or `sys.modules` holds None for it
         return False
 
 

@@ -1,4 +1,4 @@
-"""Progress for people: a bar with an ETA on a terminal, a line now and then elsewhere, nothing on other ranks."""
+"""Progress output: a bar with an ETA on a terminal, an occasional line elsewhere, nothing on other ranks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """A counted piece of work.
+    """Progress of a counted task.
 
     Args:
-        what: a word or two, shown in front.
+        what: one or two words, shown first.
         total: units of work.
-        unit: their name.
-        initial: units already done before (a resumed run).
-        every: seconds between lines where there is no terminal.
+        unit: name of a unit.
+        initial: units that were done before (a resumed run).
+        every: seconds between lines without a terminal.
     """
 
     def __init__(self, what: str, total: int, *, unit: str = "step", initial: int = 0, every: float = 15.0) -> None:
@@ -31,18 +31,18 @@ class Progress:
         self.done, self.initial = initial, initial
         self.started = self.last_line = time.monotonic()
         self.warm: tuple[int, float] | None = None
-        """Units done and the time after the first new ones, whose warm-up says nothing about the others."""
+        """Units and time after the first new ones, which include warm-up."""
         self.said_all = False
         self.bar = None
         if distributed.is_main() and sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=initial, desc=what, unit=unit, dynamic_ncols=True, leave=True)
 
     def update(self, done: int, note: str = "") -> None:
-        """Say how many units are done.
+        """Update the number of finished units.
 
         Args:
-            done: units done in all.
-            note: shown behind, such as the loss.
+            done: finished units in total.
+            note: shown last, such as the loss.
         """
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
@@ -59,7 +59,7 @@ class Progress:
             self.warm = done, now
 
     def of(self, done: int, total: int) -> None:
-        """Say how many units of how many are done, where the total is not known beforehand."""
+        """Update the number of finished units together with the total, where the total was not known before."""
         if self.total != total:
             self.total, self.warm = total, None
             if self.bar is not None:
@@ -69,7 +69,7 @@ class Progress:
             self.bar.close()
 
     def line(self, note: str = "") -> str:
-        """The state in one line, with the time left where there is a pace to tell it from."""
+        """The state in one line, with the remaining time where the pace is known."""
         now = time.monotonic()
         parts = [f"{self.done}/{self.total} {self.unit}s"]
         if self.warm is not None and self.warm[0] < self.done < self.total:

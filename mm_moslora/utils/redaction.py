@@ -1,7 +1,7 @@
-"""Secrets never leave the process: one filter over everything that is logged, written or sent to a tracker.
+"""Secrets never leave the process: one filter for all logs, files and trackers.
 
-Three nets: names that sound like a secret, values that look like one, and the values that the environment itself
-declares secret. Standard library only, so that every layer can use it.
+It uses three criteria: names that sound like a secret, values that look like one, and the values of environment
+variables with such names. Standard library only, so that every layer can use it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 _WEAK_NAME = re.compile(r"^(?:sig|(?:x[_\-][a-z]+[_\-])?signature)$|(?-i:(?<!PUBLIC)_KEY$)", re.IGNORECASE)
-"""Names that code uses, too: their values are secret where they look like a signature or a key."""
+"""Names that code uses for other things, too; their values are secret where they look like a signature or a key."""
 _WEAK_VALUE = re.compile(r"[A-Za-z0-9+/=_%\-.~]{8,}(?![^\s&#'\"<>,;)\]}\\])")
 _WEAK_LINE = re.compile(r"[A-Za-z0-9+/=_%\-.~]{16,}(?=[ \t\r]*$)", re.MULTILINE)
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
@@ -68,7 +68,7 @@ _NAMED = re.compile(
     rf"|(?<![A-Za-z0-9_.\-])(?P<header>[A-Za-z0-9]+[_\-]{_NAME}):[ \t]*",
     re.MULTILINE,
 )
-"""A name before its value. One word and a colon within a line are left alone: they are prose (`token: ...`)."""
+"""A name before its value. One word and a colon inside a line are left alone, since they are prose (`token: ...`)."""
 _QUOTED_VALUE = re.compile(
     r"(?P<open>[bru]{0,2}(?P<escaped>\\{1,8}[\"']))(?:(?!(?P=escaped)).)*"
     r"|[bru]{0,2}\"(?:\\.|[^\"\\\n])*|[bru]{0,2}'(?:\\.|[^'\\\n])*|[\[(][^\])\n]*"
@@ -85,15 +85,15 @@ _NO_SECRET = re.compile(r"(?:none|null|true|false)?[,;.)\]}]*$", re.IGNORECASE)
 _HEX_40 = re.compile(r"\b[0-9a-f]{40}\b")  # an old wandb key; also what a git commit looks like
 _HASH_NAME = re.compile(r"revision|commit|sha|hash|digest|version", re.IGNORECASE)
 _SHORTEST = 8
-"""Environment values shorter than this are not searched for: they would match ordinary words."""
+"""Shorter environment values are not searched for, since they would match ordinary words."""
 
 
 def redact(value: Any, *, name: str = "", keep_hashes: bool = False) -> Any:
-    """The same nested data with every secret replaced by `[redacted]`.
+    """A copy of nested data with every secret replaced by `[redacted]`.
 
     Args:
-        value: mappings, lists, tuples and scalars; left untouched itself.
-        name: the key that holds `value`, which may say that it is a secret (`api_key`) or is none (`revision`).
+        value: mappings, lists, tuples and scalars; not changed.
+        name: the key that holds `value`; it may mark a secret (`api_key`) or exclude one (`revision`).
         keep_hashes: see `redact_text`.
     """
     if isinstance(value, Mapping):
@@ -123,7 +123,7 @@ def redact_text(text: str, *, keep_hashes: bool = False) -> str:
 
     Args:
         text: a log line, a file, an error.
-        keep_hashes: leave 40-digit hexadecimal numbers alone, because they are known to be commits.
+        keep_hashes: keep 40-digit hexadecimal numbers, because they are known to be commits.
     """
     for secret in _environment_secrets():
         text = text.replace(secret, REDACTED)
@@ -132,7 +132,7 @@ def redact_text(text: str, *, keep_hashes: bool = False) -> str:
 
 
 def _without_named(text: str) -> str:
-    """The text with values left out that follow names which sound like a secret, as in `?api_key=...`."""
+    """The text without values that follow secret names, as in `?api_key=...`."""
     kept, end = [], 0
     for match in _NAMED.finditer(text):
         kind = match.lastgroup or ""
@@ -150,7 +150,7 @@ def _without_named(text: str) -> str:
 
 
 def _value(text: str, start: int, kind: str) -> tuple[int, int]:
-    """Where a value begins and ends, without its quotes; a nested object is none, since its own names tell."""
+    """Start and end of a value, without its quotes; empty for a nested object, which has names of its own."""
     opening = _OPENING.match(text, start)
     quoted = _QUOTED_VALUE.match(text, start) if opening and not text.startswith(REDACTED, start) else None
     begin = opening.end() if opening and quoted else start
@@ -166,15 +166,15 @@ def _value(text: str, start: int, kind: str) -> tuple[int, int]:
 
 
 def redacted_command(words: Sequence[str]) -> str:
-    """A command line for a record or a tracker, in a shell's spelling; see `redact_arguments`."""
+    """A command line for a record or a tracker, quoted for a shell; see `redact_arguments`."""
     return shlex.join(redact_arguments(words))
 
 
 def redact_arguments(words: Sequence[str]) -> list[str]:
-    """The words of a command line with every secret replaced, also values of options whose names sound like one.
+    """The words of a command line with every secret replaced, including values of options with secret names.
 
     Args:
-        words: `--judge.api-key VALUE` and `--judge.api-key=VALUE` alike.
+        words: `--judge.api-key VALUE` and `--judge.api-key=VALUE` are both recognised.
     """
     found, hides = [], False
     for word in words:
@@ -192,7 +192,7 @@ def redact_arguments(words: Sequence[str]) -> list[str]:
 
 @contextmanager
 def redacted_argv() -> Iterator[None]:
-    """`sys.argv` without secrets, for libraries that record it by themselves."""
+    """`sys.argv` without secrets inside the block, for libraries that record it."""
     before = sys.argv
     sys.argv = redact_arguments(before)
     try:
@@ -202,7 +202,7 @@ def redacted_argv() -> Iterator[None]:
 
 
 class RedactingFormatter(logging.Formatter):
-    """Log lines, tracebacks included, with every secret replaced."""
+    """Formats log lines and tracebacks with every secret replaced."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See `logging.Formatter`."""
@@ -210,7 +210,7 @@ class RedactingFormatter(logging.Formatter):
 
 
 def redacted_traceback(error: BaseException) -> str:
-    """An exception with where it came from and what caused it, for a log; every secret replaced."""
+    """An exception with its traceback and its causes, for a log; every secret replaced."""
     return redact_text("".join(traceback.format_exception(error)).rstrip())
 
 
@@ -232,7 +232,7 @@ def _environment_secrets() -> list[str]:
 
 @functools.lru_cache(maxsize=256)
 def _spellings(secret: str) -> frozenset[str]:
-    """A secret as JSON, Python, HTML and URLs write it, and as JSON writes these."""
+    """The spellings of a secret in JSON, Python, HTML and URLs, and those of these spellings in JSON."""
     python = secret.encode("unicode_escape").decode()
     forms = {secret, *_as_json(secret), repr(secret)[1:-1], python, html.escape(secret), shlex.quote(secret)}
     forms |= {python.replace("'", "\\'"), repr(secret)[1:-1].replace("'", "\\'")}

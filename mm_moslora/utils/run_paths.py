@@ -1,4 +1,4 @@
-"""What a path means: a run, a checkpoint, an export or an adapter, told apart by its files; imports nothing heavy."""
+"""Resolve a path to a run, a checkpoint, an export or an adapter by its files; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -14,65 +14,65 @@ from mm_moslora.utils.errors import AdapterError, CheckpointError, ConfigError, 
 logger = logging.getLogger(__name__)
 
 RESUME_WORDS = ("auto", "required", "never")
-"""What `--resume` may be besides a folder."""
+"""Words that `--resume` accepts besides a folder."""
 RUN_LOCK = "run.lock"
-"""File that every run folder holds from its first moment on, which shows that a run made it."""
+"""File that a run creates first in its folder; it identifies a run folder."""
 RUN_FILES = (
     RUN_LOCK, "config.yaml", "summary.json", "state.json", "latest", "best.json", "metrics.jsonl",
     "tracked_samples.jsonl", "alerts.jsonl", "evaluations.jsonl", "environment.json", "mixers.json", "quarantine.jsonl",
     "validation_quarantine.jsonl", "heartbeat", "stacks", "validation", "tensorboard", "evaluation.json",
     "samples.json", "pictures", "STOPPED",
 )  # fmt: skip
-"""What a run writes into its folder, besides checkpoints and what services keep there."""
+"""Files that a run writes into its folder, besides checkpoints and files of tracking services."""
 MANIFEST = "manifest.json"
 RUN_SIGNS = (RUN_LOCK, f"checkpoint-*/{MANIFEST}")
-"""Files by which a run folder is known."""
+"""Files that identify a run folder."""
 MODELS = "MM_MOSLORA_MODELS"
-"""Environment variable: folders, separated like those of PATH, in which models that are gone are looked for."""
+"""Environment variable with folders, separated as in PATH, where moved models are searched for."""
 ADAPTER_CONFIG = "adapter_config.json"
 BASE = "base"
-"""In an adapter folder that is handed on: the model it belongs to, where no published one is that."""
+"""File in a shared adapter folder: its base model, where that is not a published model."""
 PROJECTOR = "projector.safetensors"
 _PACKAGE = Path(__file__).parents[1]
 SHIPPED = ("scripts", "deepspeed_configs", "recipes")
-"""Folders that come along with the package, for people: launch scripts, DeepSpeed presets, recipes."""
+"""Folders that are shipped with the package: launch scripts, DeepSpeed presets, recipes."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d{6,})$")
 
 
 def shipped_folder(name: str) -> Path:
-    """Where a folder that comes along lies: within the package, or in the checkout beside it.
+    """Path of a shipped folder: within the package, or in the checkout beside it.
 
     Args:
         name: one of `SHIPPED`.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: no such folder is shipped.
     """
     for folder in (_PACKAGE / name, _PACKAGE / "config" / name, _PACKAGE.parent / name):
         if name in SHIPPED and folder.is_dir():
             return folder
-    raise ConfigError(f"No folder {name!r} comes along, expected {', '.join(SHIPPED)}.{suggestion(name, SHIPPED)}")
+    raise ConfigError(f"No folder {name!r} is shipped, expected {', '.join(SHIPPED)}.{suggestion(name, SHIPPED)}")
 
 
 def cache_folder(kind: str) -> Path:
-    """Where what can be fetched or computed again is kept: in `MM_MOSLORA_CACHE`, or in `~/.cache/mm_moslora`.
+    """Cache folder for files that can be downloaded or computed again: in `MM_MOSLORA_CACHE`, or `~/.cache/mm_moslora`.
 
     Args:
-        kind: name of the folder in it.
+        kind: name of the subfolder.
     """
     return Path(os.environ.get("MM_MOSLORA_CACHE") or "~/.cache/mm_moslora").expanduser() / kind
 
 
 def file_and_folder(text: str, *, start: Path | None = None) -> tuple[str, str]:
-    """Split what a person typed as FILE@FOLDER, where both may hold an `@`: what is there decides.
+    """Split FILE@FOLDER. Both parts may contain an `@`; existing files decide.
 
     Args:
         text: FILE or FILE@FOLDER.
-        start: where relative paths begin; None: the working directory.
+        start: base of relative paths; None: the working directory.
 
     Returns:
-        The file, and the folder or nothing. Of several readings, the first of: file and folder are there, the file is
-        there, the file has a suffix, the last `@` divides them.
+        The file, and the folder or an empty string. The first reading that applies is taken: file and folder exist, the
+        file exists, the file has a suffix, the last `@` divides them.
     """
 
     def path(name: str) -> Path:
@@ -91,22 +91,22 @@ def file_and_folder(text: str, *, start: Path | None = None) -> tuple[str, str]:
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """Committed checkpoints of a run as (step, folder), oldest first; none that was put aside. Nothing is verified."""
+    """Committed checkpoints of a run as (step, folder), oldest first, without those put aside; none is verified."""
     found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _CHECKPOINT.match(path.name))]
     return sorted(found)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The folder that a path means: itself, the checkpoint around an `adapter/`, or the newest one of a run folder.
+    """The model folder for a path: the folder itself, the checkpoint around an `adapter/`, or a run's newest one.
 
     Raises:
-        ModelError: nothing loadable there.
+        ModelError: there is no loadable model.
     """
     if (path / MANIFEST).is_file() or (path / "config.json").is_file():
         return path
     if (path / ADAPTER_CONFIG).is_file():
         _mention_others(path)
-        around = path.resolve().parent  # the folder may be named by `.` or by a link
+        around = path.resolve().parent  # the path may be `.` or a link
         return around if (around / MANIFEST).is_file() else path
     found = [item for _, item in checkpoints(path) if (item / MANIFEST).is_file()]
     if found:
@@ -117,13 +117,13 @@ def find_checkpoint(path: Path) -> Path:
     if inside := adapters_inside(path):
         raise ModelError(inside)
     raise ModelError(
-        f"{path} is no checkpoint (no {MANIFEST}), no run with checkpoints, no exported model (no config.json) and "
-        f"no adapter (no {ADAPTER_CONFIG}). Give the folder of a run, a checkpoint, an export or an adapter."
+        f"{path} is not a checkpoint (no {MANIFEST}), a run with checkpoints, an exported model (no config.json) or an "
+        f"adapter (no {ADAPTER_CONFIG}). Give the folder of a run, a checkpoint, an export or an adapter."
     )
 
 
 def adapters_inside(path: Path) -> str | None:
-    """What to say of a folder that is no adapter but holds some: a `Trainer`'s, or one of several named adapters."""
+    """Message about a folder that contains adapters but is none: a `Trainer`'s, or one of several named adapters."""
     names = _names_inside(path)
     if not names:
         return None
@@ -135,31 +135,31 @@ def _names_inside(path: Path) -> list[str]:
 
 
 def _mention_others(path: Path) -> None:
-    """Say which adapter counts where PEFT saved several: the default one lies in the folder, the others below it."""
+    """Log which adapter is used where PEFT saved several: the default one is in the folder, the others are below it."""
     if names := _names_inside(path):
         logger.info(
-            "%s holds an adapter itself, which is used, and below it %s. For one of those give its folder: %s.",
+            "%s holds an adapter, which is used, and further ones below it: %s. For one of those give its folder: %s.",
             path, ", ".join(names[:5]), path / names[0],
         )  # fmt: skip
 
 
 def why_no_adapter_folder(path: Path) -> str:
-    """What to say of a path that is no folder, where an adapter's was expected."""
+    """Message about a path that is not a folder, where an adapter folder was expected."""
     if path.exists():
         return f"{path} is a file, expected an adapter folder. Give the folder around it."
     text = f"There is no adapter folder {str(path)!r}."
-    if len(path.parts) == 2 and not path.is_absolute():  # what a name on the hub looks like
+    if len(path.parts) == 2 and not path.is_absolute():  # the form of a name on the hub
         text += f" If it is on the hub, download it first: huggingface_hub.snapshot_download({str(path)!r})."
     return text
 
 
 def adapter_folder(path: str | Path) -> Path:
-    """The adapter that a path means: the folder itself, or `adapter/` of a checkpoint or of a run's newest one.
+    """The adapter folder for a path: the folder itself, or `adapter/` of a checkpoint or of a run's newest one.
 
-    A folder that holds neither is given back as it is; whoever reads it says what is wrong with it.
+    A folder that holds neither is returned unchanged; its reader reports what is wrong with it.
 
     Raises:
-        AdapterError: no folder.
+        AdapterError: the path is not a folder.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -175,7 +175,7 @@ def adapter_folder(path: str | Path) -> Path:
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether a path means an adapter, as `adapter_folder` takes it."""
+    """Whether `adapter_folder` finds an adapter for a path."""
     try:
         return _holds_adapter(adapter_folder(path))
     except AdapterError:
@@ -187,9 +187,9 @@ def _holds_adapter(folder: Path) -> bool:
 
 
 def projector_file(path: str | Path) -> Path:
-    """The projector that a path means: the file itself, or that of a checkpoint or of a run's newest one.
+    """The projector file for a path: the file itself, or that of a checkpoint or of a run's newest one.
 
-    A path that leads to none is given back as it is; whoever reads it says what is wrong with it.
+    A path without a projector is returned unchanged; its reader reports what is wrong with it.
     """
     place = Path(path)
     inside = [item / PROJECTOR for item in (place, *(item for _, item in reversed(checkpoints(place))))]
@@ -197,7 +197,7 @@ def projector_file(path: str | Path) -> Path:
 
 
 def require_projector(path: str | Path) -> Path:
-    """The projector that `model.projector.weights` means, see `projector_file`.
+    """The projector file of `model.projector.weights`, see `projector_file`.
 
     Raises:
         ModelError: there is none.
@@ -212,20 +212,20 @@ def require_projector(path: str | Path) -> Path:
 
 
 def require_model(key: str, name: str | None) -> None:
-    """Refuse a path at which no model is; the hub's answer to one explains nothing.
+    """Refuse a path without a model, for which the hub's error message would be misleading.
 
     Args:
-        key: of the recipe.
+        key: the recipe's key.
         name: a folder, or a name on the hub.
 
     Raises:
-        ModelError: the name can only be a path, and nothing is there; or it is a folder without a configuration.
+        ModelError: the name can only be a path, and nothing exists there; or it is a folder without a configuration.
     """
     if not name:
         return
     if name.startswith(("/", "./", "../")) and not Path(name).exists():
         raise ModelError(
-            f"{key} is {name!r}, and nothing is there. If it was moved, name the folder that it lies in now in the "
+            f"{key} is {name!r}, and nothing is there. If it was moved, add its new parent folder to the "
             f"environment variable {MODELS}."
         )
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
@@ -233,16 +233,16 @@ def require_model(key: str, name: str | None) -> None:
 
 
 def resume_folder(resume: str) -> Path | None:
-    """The checkpoint that `--resume` names, None for one of its words.
+    """The checkpoint of `--resume`; None where it is one of the accepted words.
 
     Raises:
-        CheckpointError: neither.
+        CheckpointError: it is neither.
     """
     if resume in RESUME_WORDS:
         return None
     if not Path(resume).is_dir():
         raise CheckpointError(
-            f"resume is {resume!r}, which is no folder; expected auto, required, never or a checkpoint's folder."
+            f"resume is {resume!r}, which is not a folder; expected auto, required, never or a checkpoint's folder."
             f"{suggestion(resume, RESUME_WORDS)}"
         )
     return Path(resume)
@@ -250,15 +250,15 @@ def resume_folder(resume: str) -> Path | None:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Around what writes a file or folder: whatever the system refuses names that path.
+    """Make errors of writing a file or folder name its path.
 
-    safetensors tells a full disk by an exception of its own, and neither it nor Python says where a write failed.
+    safetensors reports a full disk by its own exception, and neither it nor Python names the file of a failed write.
 
     Args:
-        path: as the user knows it, not a temporary beside it.
+        path: the path that the user knows, not a temporary one.
 
     Raises:
-        OSError: with `path` for its filename.
+        OSError: with `path` as its filename.
     """
     from safetensors import SafetensorError
 
@@ -270,6 +270,6 @@ def writing(path: str | Path) -> Iterator[None]:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     except OSError as error:
-        if error.errno is None:  # not the system's
+        if error.errno is None:  # not raised by the system
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error

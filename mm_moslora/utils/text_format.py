@@ -1,4 +1,4 @@
-"""How figures are put for people."""
+"""Formatting of durations for people."""
 
 from __future__ import annotations
 

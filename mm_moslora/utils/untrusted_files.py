@@ -1,16 +1,16 @@
-"""Files that data name: the one way to find and to open what a record, a cell, a task file or a run folder names.
+"""Safe access to files that data name: records, table cells, task files and run folders.
 
-Whoever wrote the data chose the names, so a name is never trusted:
+Names come from the authors of the data and are never trusted:
 
-- It is a plain path below a declared root: the folder that a recipe or a task file declares, or else the folder of the
-  file that holds the name. The working directory decides nothing.
-- It has no scheme, no chain of protocols, no `..`, no `~` and no control characters, and no symbolic link leads out of
-  the root, unless links were allowed. An absolute path counts where it lies below the root.
-- What is opened is a regular file: no folder, pipe, socket or device.
-- Its size is limited, also when it grows while it is read.
+- A name is a plain path below a declared root: the folder that a recipe or a task file declares, or else the folder of
+  the file that holds the name. The working directory has no influence.
+- It has no scheme, protocol chain, `..`, `~` or control characters, and no symbolic link leads out of the root, unless
+  links are allowed. An absolute path is accepted where it lies below the root.
+- Only regular files are opened: no folder, pipe, socket or device.
+- Their size is limited, also while they grow during reading.
 
-A person's own words, such as a recipe's paths and the arguments of a command, may lead anywhere (`beside`); what they
-name is still opened here.
+Paths from a user, such as those in recipes and command arguments, may lead anywhere (`beside`); these functions still
+open them.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from pathlib import Path, PurePosixPath
 from mm_moslora.utils.errors import DataError
 
 MOST_TEXT_BYTES = 2**29
-"""Limit of a text that is read whole, such as the metrics of a run."""
+"""Limit of a text that is read as a whole, such as the metrics of a run."""
 MOST_BYTES = 2**31
-"""Limit of data that are read whole, such as a question file or all answers of a run."""
+"""Limit of data that are read as a whole, such as a question file or all answers of a run."""
 BAD_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
-"""Control characters and halves of surrogate pairs: no text and no name may hold them."""
+"""Control characters and unpaired surrogates, which no text and no name may contain."""
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-"""Start of a URL, and of a chain of protocols."""
+"""Prefix of a URL or of a protocol chain."""
 
 
 class FileFault(StrEnum):
     """Why a named file is not opened."""
 
     BAD_NAME = "bad name"
-    """No plain path."""
+    """Not a plain path."""
     ESCAPES = "escapes"
-    """It leaves the root."""
+    """It leads out of the root."""
     MISSING = "missing"
-    """No such file, or no permission."""
+    """The file is missing or not readable."""
     NOT_A_FILE = "not a file"
     """A folder, a pipe, a socket or a device."""
     TOO_LARGE = "too large"
@@ -53,11 +53,11 @@ class FileFault(StrEnum):
 
 
 class FileError(DataError):
-    """A named file that is not opened.
+    """A named file that was not opened.
 
     Args:
         fault: the kind.
-        name: the file, as it is named.
+        name: the name of the file.
         what: what was found.
         remedy: what to do.
     """
@@ -67,16 +67,16 @@ class FileError(DataError):
         super().__init__(f"{name}: {what}; {remedy}")
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Errors travel from worker processes."""
+        """Make the error picklable for worker processes."""
         return FileError, (self.fault, self.name, self.what, self.remedy)
 
 
 def find_below(root: Path, name: object, *, follow_links: bool = False) -> Path:
-    """The path that data mean by a name; whether something is there is seen when it is opened.
+    """The path for a name in data; opening checks whether the file exists.
 
     Args:
-        root: resolved.
-        name: what the data hold.
+        root: resolved root folder.
+        name: the name in the data.
         follow_links: accept symbolic links that lead out of the root.
 
     Raises:
@@ -106,12 +106,12 @@ def find_below(root: Path, name: object, *, follow_links: bool = False) -> Path:
 
 
 def _lies_in(name: str, root: Path) -> bool:
-    """Whether an absolute path is one below a folder, as it is written or by its links."""
+    """Whether an absolute path lies below a folder, as written or after resolving links."""
     return Path(name).is_relative_to(root) or Path(os.path.realpath(name)).is_relative_to(root)
 
 
 def beside(folder: Path, name: str) -> Path:
-    """A path that a person wrote into a file: relative ones start at the folder of that file, `~` is the home folder.
+    """A path from a user's file: relative paths start at the folder of that file, `~` is the home folder.
 
     Args:
         folder: of the file that holds the path.
@@ -125,15 +125,15 @@ def opened(path: Path, *, most: int | None) -> Iterator[BufferedReader]:
     """Open a regular file for reading.
 
     Args:
-        path: from `find_below`, or a person's own.
-        most: its largest size, bytes; None: any, for what is not read whole.
+        path: from `find_below`, or a path from a user.
+        most: maximum size, bytes; None: no limit, for files that are not read as a whole.
 
     Raises:
         FileError: MISSING, NOT_A_FILE or TOO_LARGE.
     """
     name = str(path)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)  # a pipe would block for ever
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)  # opening a pipe would block
     except (OSError, ValueError) as error:
         raise _not_opened(name, error) from error
     status = os.fstat(descriptor)
@@ -162,7 +162,7 @@ def read_bytes(path: Path, *, most: int) -> bytes:
     """The content of a regular file of at most `most` bytes; see `opened`."""
     with opened(path, most=most) as stream:
         data = stream.read(most + 1)
-    if len(data) > most:  # it grew, or is of a file system that does not know sizes
+    if len(data) > most:  # it grew, or its file system reports no sizes
         raise _too_large(str(path), f"gives more than {most} bytes", most)
     return data
 
@@ -172,26 +172,26 @@ def read_text(path: Path, *, most: int = MOST_TEXT_BYTES, encoding: str = "utf-8
 
     Raises:
         FileError: see `opened`.
-        UnicodeDecodeError: it is in another encoding.
+        UnicodeDecodeError: it has another encoding.
     """
     text = read_bytes(path, most=most).decode(encoding, errors)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_text_below(root: Path, name: str, *, errors: str = "strict") -> str | None:
-    """The text of a file of a folder that somebody else may have written; None where there is none.
+    """The text of a file in a folder of untrusted origin; None where the file is missing.
 
     Args:
-        root: the folder, as a person named it.
-        name: below it.
+        root: the folder, as a user named it.
+        name: path below it.
         errors: what to do with bytes that are not UTF-8, as for `bytes.decode`.
 
     Raises:
-        FileError: it links out of the folder, is no regular file, is too large, or may not be read.
+        FileError: it links out of the folder, is not a regular file, is too large, or is not readable.
         UnicodeDecodeError: it is not UTF-8.
     """
     path = find_below(Path(os.path.realpath(root)), name)
-    if not os.path.lexists(path):  # a run may be moved or deleted while it is looked at
+    if not os.path.lexists(path):  # a run may be moved or deleted meanwhile
         return None
     try:
         return read_text(path, errors=errors)

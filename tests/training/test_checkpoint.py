@@ -176,7 +176,7 @@ def test_an_adapter_beside_named_ones_is_used_and_the_others_are_told(tmp_path, 
     for find in (adapter_folder, find_checkpoint):
         caplog.clear()
         assert find(tmp_path) == tmp_path
-        assert f"below it blue, red. For one of those give its folder: {tmp_path / 'blue'}." in caplog.text
+        assert f"below it: blue, red. For one of those give its folder: {tmp_path / 'blue'}." in caplog.text
         caplog.clear()
         assert find(tmp_path / "red") == tmp_path / "red"
         assert not caplog.text

@@ -471,7 +471,7 @@ def test_resume_from_a_named_folder_continues_exactly(recipe, tmp_path):
     train(straight)
     assert train(recipe, resume=str(tmp_path / "straight" / "checkpoint-000004")).finished
     assert losses(recipe) == losses(straight)[4:]
-    with pytest.raises(CheckpointError, match=r"resume is 'requird', which is no folder.*Did you mean 'required'"):
+    with pytest.raises(CheckpointError, match=r"resume is 'requird', which is not a folder.*Did you mean 'required'"):
         train(recipe, resume="requird")
 
 
