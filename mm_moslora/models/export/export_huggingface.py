@@ -20,6 +20,7 @@ from mm_moslora.adapters.folders.save_folder import name_base
 from mm_moslora.batch import Example
 from mm_moslora.models.assembly import Assembly, savable_generation_config
 from mm_moslora.models.batching.padded_batch import padded_inputs
+from mm_moslora.models.families import tower_family
 from mm_moslora.models.processing.llava_processor import save_processor
 from mm_moslora.models.vision.timm_open_clip_tower import cast_parameters
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
@@ -29,8 +30,6 @@ from mm_moslora.utils.run_paths import BASE, writing
 
 TOLERANCE = 1e-4
 """Largest accepted difference of logits in fp32, relative to the largest logit (but to no less than 1)."""
-# Towers whose published checkpoints keep one more level in their names, which tools outside transformers rely on.
-_NESTED_TOWERS = {"clip_vision_model", "siglip_vision_model"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +67,7 @@ def export_model(assembly: Assembly, folder: Path, *, require_stock: bool = Fals
     with writing(folder):
         model.save_pretrained(folder)
         if assembly.processor is not None:
-            if not assembly.is_pretrained_vlm and model.config.vision_config.model_type in _NESTED_TOWERS:
+            if not assembly.is_pretrained_vlm and tower_family(model.config.vision_config.model_type).nested_names:
                 _rename_tensors(folder, "vision_tower.", "vision_tower.vision_model.")
             save_processor(assembly.processor, folder)
         else:

@@ -17,11 +17,10 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mm_moslora.config import VisionConfig
+from mm_moslora.models.families import CLIP, IMAGENET
 from mm_moslora.models.vision.open_clip_conversion import to_transformers
 from mm_moslora.utils.errors import ModelError, suggestion
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 logger = logging.getLogger(__name__)
 
 _RANDOM = "model.vision: %r without pretrained has random weights, other ones every time it is loaded."
@@ -235,8 +234,8 @@ def load_timm(name: str, config: VisionConfig, *, weights: bool = True) -> tuple
     )
     return tower, PixelStatistics(
         size=size,
-        mean=tuple(pretrained_cfg.get("mean", IMAGENET_MEAN)),
-        std=tuple(pretrained_cfg.get("std", IMAGENET_STD)),
+        mean=tuple(pretrained_cfg.get("mean", IMAGENET.mean)),
+        std=tuple(pretrained_cfg.get("std", IMAGENET.std)),
     )
 
 
@@ -299,8 +298,8 @@ def load_open_clip(name: str, config: VisionConfig, *, weights: bool = True) -> 
         logger.warning(_RANDOM, config.name)
     known = PixelStatistics(
         size=int(size[0] if isinstance(size, list | tuple) else size),
-        mean=tuple(preprocess.get("mean", CLIP_MEAN)),
-        std=tuple(preprocess.get("std", CLIP_STD)),
+        mean=tuple(preprocess.get("mean", CLIP.mean)),
+        std=tuple(preprocess.get("std", CLIP.std)),
     )
     converted = to_transformers(tower.tower) if config.image_size in (None, known.size) else None
     if converted is not None:

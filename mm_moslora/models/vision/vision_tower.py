@@ -19,14 +19,11 @@ import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from mm_moslora.config import VisionConfig
+from mm_moslora.models.families import TOWERS, tower_family
 from mm_moslora.models.model_sizes import config_to_count
 from mm_moslora.models.vision.dual_tower import FusedVisionConfig, FusedVisionModel
 from mm_moslora.models.vision.timm_open_clip_tower import (
     BICUBIC,
-    CLIP_MEAN,
-    CLIP_STD,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     PixelStatistics,
     WrappedVisionConfig,
     cast_parameters,
@@ -35,16 +32,6 @@ from mm_moslora.models.vision.timm_open_clip_tower import (
     load_timm,
 )
 from mm_moslora.utils.errors import ModelError, reason_of
-
-# Full contrastive models and the class of their vision half.
-_VISION_HALF = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
-_DEFAULT_STATISTICS = {
-    "clip_vision_model": (CLIP_MEAN, CLIP_STD),
-    "siglip_vision_model": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "vit": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-# Towers that interpolate their position embeddings to the size of the picture without being asked.
-_ANY_SIZE = {"dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +147,11 @@ def describe(tower: PreTrainedModel, config: VisionConfig, pixels: PixelStatisti
     size = config.image_size or pixels.size
     native = getattr(tower.config, "image_size", size)
     kind = tower.config.model_type
-    if size != native and kind not in _ANY_SIZE and kind != WrappedVisionConfig.model_type:
+    if size != native and not tower_family(kind).any_size and kind != WrappedVisionConfig.model_type:
         raise ModelError(
             f"model.vision.image_size is {size}, but {kind} towers have fixed position embeddings for {native} pixels. "
-            f"Leave image_size out, or choose a tower that interpolates: {', '.join(sorted(_ANY_SIZE))}."
+            "Leave image_size out, or choose a tower that interpolates: "
+            f"{', '.join(name for name, family in TOWERS.items() if family.any_size)}."
         )
     with torch.device("meta"):
         twin = type(tower)(tower.config).eval()
@@ -198,12 +186,13 @@ def _load_transformers(config: VisionConfig, *, weights: bool) -> tuple[PreTrain
             f"model.vision.name is {config.name!r}, which is no folder or hub id of a vision model "
             f"({reason_of(error)}). For other libraries write open_clip:MODEL or timm:MODEL."
         ) from error
-    if whole.model_type in ("siglip2", "siglip2_vision_model"):
+    family = tower_family(whole.model_type)
+    if family.patches_vary:
         raise ModelError(
             f"model.vision.name is {config.name!r}, a NaFlex SigLIP2 whose number of patches depends on the picture. "
             "Choose one of fixed size, such as google/siglip2-so400m-patch14-384."
         )
-    half = _VISION_HALF.get(whole.model_type)
+    half = family.vision_half if whole.model_type == family.whole else None
     loader: Any = getattr(transformers, half) if half else AutoModel
     if not weights:
         part = getattr(whole, "vision_config", whole)
@@ -215,20 +204,20 @@ def _load_transformers(config: VisionConfig, *, weights: bool) -> tuple[PreTrain
 
 def _processor_statistics(config: VisionConfig, tower: PreTrainedConfig) -> PixelStatistics:
     """Pixel statistics from the checkpoint's preprocessor file, or the family's own where there is none."""
-    mean, std = _DEFAULT_STATISTICS.get(tower.model_type, (IMAGENET_MEAN, IMAGENET_STD))
+    usual = tower_family(tower.model_type).statistics
     size = int(getattr(tower, "image_size", 224))
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
         stored, _ = ImageProcessingMixin.get_image_processor_dict(config.name, revision=config.revision)
     except OSError:
-        return PixelStatistics(size=size, mean=mean, std=std)
+        return PixelStatistics(size=size, mean=usual.mean, std=usual.std)
     crop = stored.get("crop_size") if stored.get("do_center_crop", True) else None
     crop = crop or stored.get("size") or {}
     side = crop if isinstance(crop, int) else crop.get("height") or crop.get("shortest_edge")
     return PixelStatistics(
         size=int(side or size),
-        mean=tuple(stored.get("image_mean") or mean),
-        std=tuple(stored.get("image_std") or std),
+        mean=tuple(stored.get("image_mean") or usual.mean),
+        std=tuple(stored.get("image_std") or usual.std),
         resample=int(stored.get("resample", BICUBIC)),
     )
