@@ -31,12 +31,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from mm_moslora import adapters
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.models.export.export_huggingface import check_empty
+from mm_moslora.models.families import DECODERS
 from mm_moslora.models.processing.anyres import NEWLINE
 from mm_moslora.utils.errors import ModelError
 from mm_moslora.utils.run_paths import writing
 
-_PLAIN_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2",
-                "llava_qwen2": "qwen2", "llava_phi": "phi3", "llava_gemma": "gemma"}  # fmt: skip
+_PLAIN_TYPES = {kind: name for name, family in DECODERS.items() for kind in family.llava_types}
 _PROJECTOR = re.compile(r"^(?:base_model\.model\.)?(?:model\.)?mm_projector\.(.+)$|^projector\.model\.(.+)$")
 _OF_LLAVA = re.compile(r"^(mm_|image_|tune_|freeze_mm|unfreeze_mm|use_mm|tokenizer_|vision_|im_|s2)")
 _DEEP = re.compile(r"mlp([1-9])x_gelu")

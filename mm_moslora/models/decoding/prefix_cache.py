@@ -23,12 +23,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from mm_moslora.models.families import decoder_family
 from mm_moslora.utils.errors import ModelError
 
 SHARED_PREFIX = "mm_moslora_branches"
 """Name under which the attention is registered with transformers."""
-_PLAIN = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma", "smollm3", "olmo2", "stablelm"})
-"""Language models with ordinary softmax attention; with others a fork copies keys and values."""
 _FEW_ROWS = 16
 _ROOM = 64
 """Tokens by which a full cache grows at least, so that a decoding step does not copy it."""
@@ -252,7 +251,7 @@ class Decoder:
         cache = DynamicCache(config=model.config.get_text_config())
         self.can_share = all(type(layer) is DynamicLayer for layer in cache.layers)
         """Whether rows may be padded in their middle; with a sliding window they may not."""
-        self._plain = self.can_share and self._config.model_type in _PLAIN
+        self._plain = self.can_share and decoder_family(self._config.model_type).plain_attention
         self._cache = self._empty_cache() if self.can_share else cache
 
     def start(self, arguments: Mapping[str, Any]) -> None:

@@ -13,16 +13,12 @@ from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalG
 
 from mm_moslora.models.assembly import Assembly
 from mm_moslora.models.export.export_huggingface import check_empty
+from mm_moslora.models.families import DECODERS, decoder_family
 from mm_moslora.models.processing.anyres import NEWLINE
 from mm_moslora.models.vlm import VlmForConditionalGeneration
 from mm_moslora.utils.errors import ModelError
 from mm_moslora.utils.run_paths import writing
 
-_CLASSES = {
-    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
-    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
-    "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
-}
 _PROJECTOR = {"linear_1": "0", "linear_2": "2"}
 _SQUEEZED = (
     "LLaVA's code pads pictures to a square or crops them, and this model was shown squeezed ones (model.image_aspect "
@@ -73,8 +69,9 @@ def why_not_original(model: PreTrainedModel, tower: str | None) -> str | None:
     config: Any = model.config
     if config.vision_config.model_type != "clip_vision_model":
         return f"LLaVA's code builds CLIP towers only, this one is {config.vision_config.model_type}. {nearest}"
-    if config.text_config.model_type not in _CLASSES:
-        return f"LLaVA's code has no class for {config.text_config.model_type}, only {', '.join(_CLASSES)}. {nearest}"
+    if decoder_family(config.text_config.model_type).llava_class is None:
+        known = ", ".join(name for name, family in DECODERS.items() if family.llava_class)
+        return f"LLaVA's code has no class for {config.text_config.model_type}, only {known}. {nearest}"
     if not isinstance(config.vision_feature_layer, int):
         return f"LLaVA's code reads one feature layer, here are {config.vision_feature_layer}. {nearest}"
     if not tower:
@@ -110,12 +107,12 @@ def _aspect(assembly: Assembly) -> str | None:
 
 def _config(model: PreTrainedModel, tower: str, aspect: str) -> dict[str, Any]:
     config: Any = model.config
-    kind, name = _CLASSES[config.text_config.model_type]
+    family = decoder_family(config.text_config.model_type)
     tiles = isinstance(model, LlavaNextForConditionalGeneration)
     settings: dict[str, Any] = config.text_config.to_dict()
     settings |= {
-        "model_type": kind,
-        "architectures": [name],
+        "model_type": family.llava_types[0],
+        "architectures": [family.llava_class],
         "mm_vision_tower": tower,
         "mm_projector_type": "mlp2x_gelu",
         "mm_hidden_size": config.vision_config.hidden_size,

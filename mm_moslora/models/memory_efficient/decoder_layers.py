@@ -30,13 +30,9 @@ from mm_moslora.adapters.layers.sharded_weights import fetches_whole
 from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps, compiled
 from mm_moslora.kernels.lora.lora_math import autocasts, current_kernel, use_kernel
 from mm_moslora.kernels.lora.lora_matmul import LinearOperands
+from mm_moslora.models.families import LEAN_LAYERS
 from mm_moslora.models.memory_efficient.decoder_autograd import gated_mlp, normed_linears, rotate, turns
 
-KNOWN = (
-    "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Qwen2VLDecoderLayer",
-    "Qwen2_5_VLDecoderLayer", "Qwen3VLTextDecoderLayer",
-)  # fmt: skip
-"""Pre-norm layers with RMS norms, a gated MLP and rotary embedding in halves."""
 TARGET_POSITIONS = "target_positions"
 """Keyword under which the supervised positions travel through the decoder to its last layer."""
 
@@ -166,7 +162,7 @@ def use_lean_layers(model: PreTrainedModel, *, depth: int | None = None) -> int:
     changed = 0
     for layer in layers:
         kind: Any = type(layer)
-        if kind.__name__ in KNOWN and getattr(layer.mlp, "act_fn", None).__class__.__name__ in (
+        if kind.__name__ in LEAN_LAYERS and getattr(layer.mlp, "act_fn", None).__class__.__name__ in (
             "SiLUActivation",
             "SiLU",
         ):

@@ -11,6 +11,7 @@ from mm_moslora.kernels.attention.native_cpu_attention import use_native_attenti
 from mm_moslora.kernels.fused_ops.liger_availability import LIGER_RANGE, installed_liger, why_not_liger
 from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps
 from mm_moslora.kernels.native import NativeError, library
+from mm_moslora.models.families import LEAN_LAYERS
 from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer
 from mm_moslora.utils.errors import ConfigError
 
@@ -102,7 +103,7 @@ def use_kernels(model: PreTrainedModel, kernels: Kernels, *, lean: bool = True) 
     if kernels.required and not changed:
         raise ConfigError(
             f"model.kernels is {kernels.required!r}, but {type(model).__name__} has no lean decoder layers, and such "
-            "kernels run in these alone (Llama, Mistral, Qwen2, Qwen3). Set model.kernels to auto."
+            f"kernels run in these alone ({', '.join(LEAN_LAYERS.values())}). Set model.kernels to auto."
         )
     if not changed:
         return ""
