@@ -13,11 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
+from mm_moslora.models.families import TOWER_PATHS
 from mm_moslora.utils.errors import ModelError, reason_of
-
-# Paths of the vision towers of transformers' models, in the order in which they are looked for.
-_TOWERS = ("model.vision_tower", "model.visual", "model.vision_model", "model.vision_embed_tokens")
-
 
 PICTURE = (640, 480)
 """Width and height of the picture that stands for all where they decide what it costs: of most of COCO's."""
@@ -105,10 +102,12 @@ def tower_path(model: PreTrainedModel) -> str:
         ModelError: none of the known ones.
     """
     names = {name for name, _ in model.named_modules()}
-    for path in _TOWERS:
+    for path in TOWER_PATHS:
         if path in names:
             return path
-    raise ModelError(f"{type(model).__name__} has no vision tower at {', '.join(_TOWERS)}; leave model.vision frozen.")
+    raise ModelError(
+        f"{type(model).__name__} has no vision tower at {', '.join(TOWER_PATHS)}; leave model.vision frozen."
+    )
 
 
 def decoder_path(model: PreTrainedModel) -> str:

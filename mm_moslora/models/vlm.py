@@ -10,7 +10,6 @@ same composition with another projector, registered with the Auto classes.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -29,15 +28,11 @@ from transformers.models.llava.modeling_llava import LlavaModel
 from mm_moslora.batch import Batch
 from mm_moslora.models.batching.packed_batch import packed_hidden, packed_row_hidden, packs
 from mm_moslora.models.batching.padded_batch import padded_hidden
+from mm_moslora.models.families import PROJECTOR, PROJECTOR_ITSELF, TOWER_NAMES
 from mm_moslora.models.projectors.projector import build_projector
 from mm_moslora.models.projectors.projector_layers import ProjectorShape
 from mm_moslora.models.vision.frozen_tower import StepFeatureCache, is_frozen, tower_states, unique_states
 from mm_moslora.utils.errors import ModelError
-
-_PROJECTORS = ("multi_modal_projector.", "image_newline", ".connector.", ".merger.", ".deepstack_merger_list.")
-_PROJECTOR = re.compile(r"(^|\.)(multi_modal_projector|connector|merger|deepstack_merger_list\.\d+)$")
-TOWERS = ("vision_tower.", ".visual.", ".vision_model.", ".vision_embed_tokens.")
-"""What the names of a tower's modules and parameters hold."""
 
 
 class VlmConfig(LlavaConfig):
@@ -136,14 +131,14 @@ def needs_padding(model: PreTrainedModel) -> bool:
 
 def part_of(name: str) -> str:
     """Which part of a model a parameter belongs to: projector, vision or language."""
-    if any(part in name for part in _PROJECTORS):
+    if PROJECTOR.search(name):
         return "projector"
-    return "vision" if any(part in name for part in TOWERS) else "language"
+    return "vision" if any(part in name for part in TOWER_NAMES) else "language"
 
 
 def projectors(model: PreTrainedModel) -> dict[str, nn.Module]:
     """What makes visual tokens of a tower's features, by path: one module, in Qwen3-VL several of one tower."""
-    return {path: module for path, module in model.named_modules() if _PROJECTOR.search(path)}
+    return {path: module for path, module in model.named_modules() if PROJECTOR_ITSELF.search(path)}
 
 
 def image_features(

@@ -20,13 +20,9 @@ from transformers import PreTrainedModel
 from mm_moslora.batch import Batch
 from mm_moslora.kernels.attention.segment_attention import segment_arguments
 from mm_moslora.models.batching.padded_batch import picture_inputs, readable, takes, text_inputs
+from mm_moslora.models.families import vlm_family
 from mm_moslora.models.memory_efficient.decoder_layers import TARGET_POSITIONS, drops_positions
 from mm_moslora.utils.errors import ModelError
-
-PACKED = frozenset(
-    {"idefics3", "internvl", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm"}
-)
-"""Ready-made models that are tested on packed rows; PaliGemma and Gemma 3 let a prefix see what follows it."""
 
 _ENCODED = "mm_encoder_outputs"
 """Keyword argument of Qwen-VL's forward pass: pictures that are already encoded."""
@@ -34,7 +30,7 @@ _ENCODED = "mm_encoder_outputs"
 
 def packs(model: PreTrainedModel) -> bool:
     """Whether a ready-made model trains on packed rows; others get padded ones (`padded_batch`)."""
-    return model.config.model_type in PACKED
+    return vlm_family(model.config.model_type).packed
 
 
 def has_mrope(model: PreTrainedModel) -> bool:

@@ -22,14 +22,8 @@ from transformers import PreTrainedModel
 
 from mm_moslora.adapters.adapter_targets import base_model
 from mm_moslora.batch import IGNORED, Batch, Example, usable
+from mm_moslora.models.families import HOST_INPUTS, READ_INPUTS, vlm_family
 from mm_moslora.utils.errors import ModelError
-
-_SIZES = {"image_sizes", "batch_num_images", "image_grid_thw"}
-"""Image inputs that are read as numbers, from main memory, where nobody has to wait for them."""
-_STAY = {"image_sizes", "batch_num_images"}
-"""Those that models do nothing else with."""
-_ONE_IMAGE_LIST = {"idefics2", "idefics3", "smolvlm"}
-"""Models whose pixels are ``[samples, pictures, ...]`` and are read in order: all pictures go into one sample."""
 
 
 def padded_hidden(model: PreTrainedModel, batch: Batch, *, dummy: Batch | None = None) -> Tensor:
@@ -169,12 +163,12 @@ def picture_inputs(
     inputs: dict[str, Any] = {"pixel_values": pixel_values, **image_inputs}
     if "batch_num_images" in inputs:
         inputs["batch_num_images"] = _runs(inputs["batch_num_images"])
-    if model.config.model_type in _ONE_IMAGE_LIST:
+    if vlm_family(model.config.model_type).one_image_list:  # read in order: all pictures go into one sample
         inputs = {name: value[None] for name, value in inputs.items()}
     dtype = model.dtype
     return {
         name: value
-        if name in _STAY
+        if name in HOST_INPUTS
         else value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
         for name, value in inputs.items()
     }
@@ -183,7 +177,7 @@ def picture_inputs(
 def readable(batch: Batch) -> dict[str, Tensor]:
     """A batch's image inputs, those that are read as numbers from main memory."""
     return {
-        name: batch.on_host.image_inputs[name] if name in _SIZES else value
+        name: batch.on_host.image_inputs[name] if name in READ_INPUTS else value
         for name, value in batch.image_inputs.items()
     }
 

@@ -12,12 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from mm_moslora.batch import Example, ImageProcessing, ProcessedImage
+from mm_moslora.models.families import processor_family
 from mm_moslora.models.processing.llava_processor import image_transform
 from mm_moslora.models.vision.feature_cache import pixel_hash
 
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels"}
-_ONE_IMAGE_LIST = {"Idefics2Processor", "Idefics3Processor", "SmolVLMProcessor"}
-"""Processors whose tensors are ``[samples, pictures, ...]``."""
 
 
 class SquareImageProcessing:
@@ -61,31 +60,31 @@ class ProcessorImageProcessing:
 
     def __init__(self, processor: Any, *, image_token_id: int) -> None:
         self.processor, self.image_token_id = processor, image_token_id
-        self._kind = type(processor).__name__
+        self._family = processor_family(processor)
         self._count = functools.lru_cache(maxsize=65_536)(self._count_tokens)
 
     def see(self, images: Sequence[Image.Image]) -> list[ProcessedImage]:
         """See `ImageProcessing.see`."""
-        if len(images) > 1 and self._kind == "LlavaOnevisionProcessor":
+        if len(images) > 1 and self._family.untiled_when_several:
             return self._several(images)
         return [self._one(image) for image in images]
 
     def placeholders(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
         """See `ImageProcessing.placeholders`."""
-        if len(sizes) > 1 and self._kind == "LlavaOnevisionProcessor":
+        if len(sizes) > 1 and self._family.untiled_when_several:
             return [seen.placeholders for seen in self._several([Image.new("RGB", (8, 8)) for _ in sizes])]
         return [self._count(*size) for size in sizes]
 
     def _one(self, image: Image.Image) -> ProcessedImage:
         ids, tensors = self._call([image])
-        if self._kind in _ONE_IMAGE_LIST:
+        if self._family.one_image_list:
             tensors = {name: value[0] for name, value in tensors.items()}
-        if self._kind == "PaliGemmaProcessor":  # adds BOS and a line break, which belong to the question
+        if self._family.adds_text:
             ids = [number for number in ids if number == self.image_token_id]
         return ProcessedImage(placeholders=tuple(ids), tensors=tensors)
 
     def _several(self, images: Sequence[Image.Image]) -> list[ProcessedImage]:
-        """LLaVA-OneVision does not tile pictures that come together."""
+        """Pictures of one sample, of a processor that does not tile them then (LLaVA-OneVision)."""
         ids, tensors = self._call(images)
         count = len(images)
         tensors["batch_num_images"] = torch.full((count,), count)

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from mm_moslora.adapters import one_product_per_step
 from mm_moslora.batch import Batch, Example
+from mm_moslora.models.families import TOWER_NAMES
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
 from mm_moslora.models.vision.frozen_tower import StepFeatureCache
-from mm_moslora.models.vlm import TOWERS, supervised_hidden
+from mm_moslora.models.vlm import supervised_hidden
 from mm_moslora.training.engine.optimizer_state import HostState, Piece, StoredState
 from mm_moslora.training.engine.stiefel_manifold import StiefelFactors
 from mm_moslora.training.parameter_groups import ParameterGroup
@@ -144,7 +145,7 @@ class Engine(ABC):
         right = torch.zeros((), dtype=torch.int64, device=self.device)
         scale = distributed.world_size() / max(1.0, supervised)
         # Towers sit out micro-batches without pictures; what is shared must be part of the last one.
-        sharing = one_product_per_step(self.module, leave_out=TOWERS) if self.shares_products else nullcontext()
+        sharing = one_product_per_step(self.module, leave_out=TOWER_NAMES) if self.shares_products else nullcontext()
         with sharing as window:
             for index, batch in enumerate(micro_batches):
                 last = index == len(micro_batches) - 1
