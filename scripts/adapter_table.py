@@ -4,8 +4,8 @@
     python scripts/adapter_table.py           rewrite the table
     python scripts/adapter_table.py --check   exit with 1 when it is out of date
 
-A test's docstring names the behaviour; the layer types it is parametrised over are the columns. The tests are read, not
-run: a mark in the table says that the suite checks it.
+The docstring of a test is the name of the behaviour, and its parameters are the columns (layer types). The script reads
+the tests without running them: a mark in the table means that the suite checks the behaviour.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BEGIN, END = "<!-- behaviours: begin -->", "<!-- behaviours: end -->"
 
 
 def layer_types() -> dict[str, object]:
-    """Name to description of every layer type in the tests."""
+    """Description of every layer type in the tests, by name."""
     path = TESTS.parent / "behaviour_models.py"
     spec = importlib.util.spec_from_file_location("behaviour_models", path)
     assert spec is not None
@@ -35,7 +35,7 @@ def layer_types() -> dict[str, object]:
 
 
 def rows(layers: dict[str, object]) -> list[tuple[str, list[bool]]]:
-    """Behaviour and, for every layer type, whether a test covers it."""
+    """Behaviours, each with the layer types that a test covers."""
     attributes = {"where_dora": "dora", "where_mixed": "mixed_batches", "where_linear": "all_linear"}
     attributes["where_compiled"] = "compiles"
     found = []
@@ -52,7 +52,7 @@ def rows(layers: dict[str, object]) -> list[tuple[str, list[bool]]]:
 
 
 def table() -> str:
-    """The table in Markdown."""
+    """The table as Markdown."""
     layers = layer_types()
     lines = [f"| behaviour | {' | '.join(layers)} |", f"|---|{'---|' * len(layers)}"]
     for described, covered in rows(layers):

@@ -3,8 +3,8 @@
 
     python scripts/api_reference.py docs/api
 
-Nothing is imported: the pages come from the source files, so that no library has to be installed. A module is public
-when no part of its name begins with an underscore; so are classes, functions, methods, fields and constants with a
+The script reads the source files and imports nothing, so no library needs to be installed. A module is public when no
+part of its name starts with an underscore. The same holds for classes, functions, methods, fields and constants with a
 docstring.
 """
 
@@ -36,8 +36,8 @@ def page(name: str, source: str) -> str:
     """The Markdown page of a module.
 
     Args:
-        name: dotted.
-        source: of the module.
+        name: dotted name.
+        source: source code of the module.
     """
     tree = ast.parse(source)
     lines = [f"# `{name}`", "", ast.get_docstring(tree) or "", ""]
@@ -77,7 +77,7 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, *, level: int) -> li
 
 
 def _sections(docstring: str) -> list[str]:
-    """Google-style sections as bold words and lists."""
+    """Google-style sections as bold headings and lists."""
     lines = []
     for line in inspect.cleandoc(docstring).splitlines():
         if line in ("Args:", "Returns:", "Raises:", "Yields:"):
@@ -108,15 +108,15 @@ def _string(node: ast.stmt | None) -> str | None:
 
 
 def write(out: Path) -> list[Path]:
-    """Write all pages and the index; pages of modules that are gone are removed.
+    """Write all pages and the index; pages of removed modules are deleted.
 
     Raises:
-        SystemExit: the folder has a README that is no such index.
+        SystemExit: the folder has a README that this script did not write.
     """
     title = ["# API reference", "", "Written by `scripts/api_reference.py` from the docstrings.", ""]
     readme = out / "README.md"
     if readme.exists() and not readme.read_text(encoding="utf-8").startswith("\n".join(title)):
-        raise SystemExit(f"{readme} is no index that this script wrote. Choose another folder.")
+        raise SystemExit(f"{readme} was not written by this script. Choose another folder.")
     out.mkdir(parents=True, exist_ok=True)
     for package in PACKAGES:
         for old in (*out.glob(f"{package}.md"), *out.glob(f"{package}.*.md")):

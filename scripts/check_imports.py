@@ -1,7 +1,7 @@
-"""Check what import-linter does not: circles between files, full folders, module names that occur twice.
+"""Check what import-linter does not: import circles between files, full folders, duplicate module names.
 
     python scripts/check_imports.py           # exit code 1 and one line per fault
-    python scripts/check_imports.py --draw    # also rewrites the picture of packages in docs/architecture.md
+    python scripts/check_imports.py --draw    # also update the package graph in docs/architecture.md
 
 Imports inside functions and under TYPE_CHECKING count. `tests/packaging/test_imports.py` runs it.
 """
@@ -22,21 +22,21 @@ PACKAGES = {"mm_moslora": CHECKOUT / "mm_moslora", "mm_moslora_eval": CHECKOUT /
 PICTURE = CHECKOUT / "docs" / "architecture.md"
 BEGIN, END = "<!-- imports:begin -->", "<!-- imports:end -->"
 LIMIT = 14
-"""Modules in a folder."""
+"""Maximum number of modules in a folder."""
 COMMON = ("__init__.py", "__main__.py")
-"""File names that may occur in every folder."""
+"""File names that may occur in several folders."""
 
 Graph = Mapping[str, set[str]]
 
 
 def file_graph() -> dict[str, set[str]]:
-    """Module -> modules that it imports."""
+    """Modules that each module imports."""
     graph = grimp.build_graph(*PACKAGES, cache_dir=None)
     return {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
 
 
 def circle(graph: Graph) -> list[str]:
-    """A circle of modules, the first one again at the end; empty where there is none."""
+    """A circle of modules, with the first one repeated at the end; empty where there is none."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -45,7 +45,7 @@ def circle(graph: Graph) -> list[str]:
 
 
 def modules_below(folder: Path) -> list[Path]:
-    """Python files that have a name of their own."""
+    """Python files that need a unique name."""
     return [path for path in sorted(folder.rglob("*.py")) if path.name not in COMMON]
 
 
@@ -79,13 +79,13 @@ def faults() -> list[str]:
 
 
 def package_of(module: str) -> str:
-    """`mm_moslora.data.chat.records` -> `data`; the harness is one package."""
+    """`mm_moslora.data.chat.records` -> `data`; the evaluation harness is one package."""
     parts = module.split(".")
     return parts[0] if parts[0] == "mm_moslora_eval" or len(parts) == 1 else parts[1]
 
 
 def package_graph(graph: Graph) -> dict[str, set[str]]:
-    """Imports between packages, without those that follow from others."""
+    """Imports between packages, without transitive ones."""
     edges: dict[str, set[str]] = defaultdict(set)
     for module, imported in graph.items():
         edges[package_of(module)] |= {package_of(other) for other in imported}
@@ -102,20 +102,20 @@ def package_graph(graph: Graph) -> dict[str, set[str]]:
 
 
 def mermaid(graph: Graph) -> str:
-    """The graph as Mermaid text, which code hosts draw."""
+    """The graph as Mermaid text, which code hosts render."""
     lines = [f"  {package} --> {other}" for package in sorted(graph) for other in sorted(graph[package])]
     return "\n".join(["```mermaid", "graph TD", *lines, "```"])
 
 
 def drawn(text: str) -> str:
-    """A document with the picture of today between its marks."""
+    """A document with the current graph between its markers."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n{mermaid(package_graph(file_graph()))}\n{END}{after}"
 
 
 def main() -> int:
-    """Check, and draw if asked."""
+    """Check the imports, and update the graph with --draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draw", action="store_true", help="rewrite the picture in docs/architecture.md")
     if parser.parse_args().draw:

@@ -1,16 +1,16 @@
 # Shared by the launchers in this folder; sourced, never run.
 # shellcheck shell=bash
 
-# Environment of every run. What is already set wins.
+# Environment of every run. Variables that are already set are kept.
 run_environment() {
   [ -z "${NPROC:-}" ] || needs_number NPROC 1 "$NPROC"
   export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
   export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
   export PYTHONUNBUFFERED=1
-  # Each restart meets in a store of its own: torchrun shares one between restarts, in which the ranks find the addresses
-  # of those that died.
+  # Each restart gets a new store: torchrun shares one between restarts, in which ranks would find the addresses of dead
+  # ranks.
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
-  # Seconds that ranks get to save after SIGTERM, before they are killed.
+  # Seconds for ranks to save after SIGTERM before they are killed.
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 }
 
@@ -41,7 +41,7 @@ process_count() {
   fi
 }
 
-# Reads an option of several hosts or of restarts, which is two words.
+# Parses an option for several hosts or restarts, which consists of two words.
 NNODES=1 RDZV="" RDZV_ID=mm-moslora LOCAL_ADDR="" MAX_RESTARTS=0
 elastic_option() {
   [ -n "${2:-}" ] || fail "$1 has no value; see --help"
@@ -54,7 +54,7 @@ elastic_option() {
   esac
 }
 
-# Leaves torchrun's own arguments in the array ELASTIC.
+# Sets the array ELASTIC to torchrun's own arguments.
 elastic_arguments() {
   # --standalone picks a free port, so that several runs fit on one machine.
   ELASTIC=(--standalone)
@@ -71,7 +71,7 @@ elastic_arguments() {
   fi
 }
 
-# Prints the resolved recipe of "$@" on stderr and leaves its run folder in $RUN_FOLDER.
+# Prints the resolved recipe of "$@" on stderr and sets RUN_FOLDER to its run folder.
 show_recipe() {
   local resolved recipe=()
   while [ $# -gt 0 ]; do
@@ -86,13 +86,13 @@ show_recipe() {
   RUN_FOLDER=$("$PYTHON" -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["train"]["output"])' <<<"$resolved")
 }
 
-# Signals and requests to stop so far, the second of the last request, and the process that is told, once there is one.
+# Number of signals and of requests to stop, time of the last request, process that gets the signal, and whether it did.
 SIGNALS=0 REQUESTS=0 SINCE=0 CHILD="" TOLD=""
 trap heard TERM USR1 HUP
 trap 'heard INT' INT
 
-# Counts requests as mm_moslora.launch.launcher.RequestCounter does: the first signal, and each Ctrl-C some seconds later. The first
-# is handed on once, since torchrun leaves its ranks when it hears a second signal; the third ends all at once.
+# Counts requests as mm_moslora.launch.launcher.RequestCounter does: the first signal, and each Ctrl-C some seconds
+# later. The first is forwarded once, since torchrun abandons its ranks on a second signal. The third kills all.
 heard() {
   SIGNALS=$((SIGNALS + 1))
   if [ "$REQUESTS" != 0 ] && ! { [ "${1:-}" = INT ] && [ $((SECONDS - SINCE)) -gt 3 ]; }; then
@@ -118,7 +118,7 @@ hand_on() {
   kill -TERM "$CHILD" 2>/dev/null || true
 }
 
-# Ends a process and all that it started: kill_tree PROCESS.
+# Kills a process with all its descendants: kill_tree PROCESS.
 kill_tree() {
   local child children
   children=$(cat /proc/"$1"/task/*/children 2>/dev/null) || true
@@ -128,22 +128,22 @@ kill_tree() {
   done
 }
 
-# Runs "$@", hands signals on to it, and returns 75 (try again later) when it was stopped on request.
+# Runs "$@", forwards signals to it, and returns 75 (try again later) after a requested stop.
 run_and_report() {
   local heard status
-  # Only a run's own mark: a run folder holds run.lock.
+  # Delete only a run's own mark: a run folder holds run.lock.
   [ ! -e "$RUN_FOLDER/run.lock" ] || rm -f "$RUN_FOLDER/STOPPED"
   if [ "$SIGNALS" != 0 ]; then
     echo "Stopped on request before anything was started." >&2
     return 75
   fi
-  # In a process group of its own: Ctrl-C reaches whole groups, and a launcher that hears it twice leaves its ranks.
+  # In its own process group: Ctrl-C reaches whole groups, and a launcher abandons its ranks on a second signal.
   set -m
   "$@" </dev/null &
   CHILD=$!
   set +m
   [ "$SIGNALS" = 0 ] || tell_once
-  # wait returns early when a trapped signal arrives; asked again, it tells how the child ended, long gone or not.
+  # wait returns early on a trapped signal; the next wait returns the exit code, even if the child has ended already.
   heard=""
   while [ "$heard" != "$SIGNALS" ]; do
     heard=$SIGNALS status=0
@@ -154,8 +154,8 @@ run_and_report() {
     echo "Stopped on request; nothing is unsaved. The same command continues the run." >&2
     return 75
   elif [ "$SIGNALS" != 0 ] && ! { [ "$status" = 0 ] && grep -qs '"state": "finished"' "$RUN_FOLDER/state.json"; }; then
-    # Not by the code alone: DeepSpeed's runner takes a launcher that was ended by a signal for a success.
-    echo "Stopped on request without saving. The same command goes on from the newest checkpoint, if any." >&2
+    # The code alone is not enough: DeepSpeed's runner reports success for a launcher that a signal ended.
+    echo "Stopped on request without saving. The same command resumes from the newest checkpoint, if any." >&2
     return 75
   fi
   return "$status"
@@ -166,11 +166,11 @@ fail() {
   exit 2
 }
 
-# Stops at a number that torchrun would answer with a traceback: needs_number NAME LEAST VALUE.
+# Refuses a number that torchrun would answer with a traceback: needs_number NAME LEAST VALUE.
 needs_number() {
   [[ "$3" =~ ^[0-9]+$ ]] && [ "$3" -ge "$2" ] || fail "$1 is '$3', expected a number from $2 on"
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
-  echo "What train.sh, train_deepspeed.sh and train_slurm.sbatch share; they read it. Run one of them with --help."
+  echo "Shared functions of train.sh, train_deepspeed.sh and train_slurm.sbatch. Run one of them with --help."
 fi

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write the results of quickstart runs into the README, between its markers: `readme_results.py RUN [RUN ...]`.
 
-Runs of the same task and model are seeds: their means stand in one table, with the lowest and the highest run.
+Runs of the same task and model are seeds: one table holds their means, with the lowest and the highest run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Run:
     """A finished quickstart run."""
 
     rows: list[dict[str, Any]]
-    """Of evaluation.json, the tuned model first."""
+    """Rows of evaluation.json, the tuned model first."""
     summary: dict[str, Any]
 
     @classmethod
@@ -34,22 +34,22 @@ class Run:
 
     @property
     def key(self) -> tuple[str, int, str]:
-        """Equal in runs that may be averaged."""
+        """Equal for runs that may be averaged."""
         return self.rows[0]["task"], self.rows[0]["n"], self.summary["description"]
 
     @property
     def machine(self) -> str:
-        """What it ran on, and in which precision."""
+        """Hardware and precision of the run."""
         return f"{self.summary['precision']}, {self.summary['hardware']}"
 
     def score(self, row: int, category: str | None) -> dict[str, Any] | None:
-        """Mean, low and high of a row, over all questions or of a category."""
+        """Mean, low and high of a row, over all questions or for a category."""
         found = self.rows[row]
         return found if category is None else found["categories"].get(category)
 
 
 def section(runs: Sequence[Run]) -> str:
-    """One table of runs that differ in seed, precision or machine alone, with what they were measured on."""
+    """One table of runs that differ only in seed, precision or machine, with the conditions of the measurement."""
     first = runs[0]
     names = sorted(first.rows[0]["categories"])
     columns = [None, *names]
@@ -121,7 +121,7 @@ def sections(runs: Sequence[Run]) -> str:
 
 
 def main() -> None:
-    """Replace what stands between the markers."""
+    """Replace the text between the markers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished quickstart run")
     runs = [Run.of(folder) for folder in parser.parse_args().runs]

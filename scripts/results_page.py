@@ -3,8 +3,8 @@
 
     python scripts/results_page.py runs/compare docs/results/NAME.md
 
-The picture is drawn as PNG beside the page. What stands between the markers of an existing page is replaced; the rest,
-such as the paper's numbers and what the experiment is, stays.
+The picture is written as PNG beside the page. In an existing page, only the text between the markers is replaced, so
+the description of the experiment and the paper's numbers are kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def page(results: dict[str, Any], picture: str) -> str:
     """The measured part as Markdown.
 
     Args:
-        results: of the comparison.
+        results: the comparison's results.
         picture: file name of the plot.
     """
     tasks = list(dict.fromkeys(name for arm in results["arms"] for name in arm["tasks"]))
@@ -81,7 +81,7 @@ def _row(arm: dict[str, Any], tasks: list[str], results: dict[str, Any]) -> list
 
 
 def _without_places(command: str) -> str:
-    """The command without the folders of the machine it ran on."""
+    """The command without folders of the machine."""
     return re.sub(r"/\S*?/(?=runs/|examples/)", "", command.replace(str(Path.home()), "$HOME"))
 
 
@@ -129,7 +129,7 @@ def draw(results: dict[str, Any], out: Path) -> None:
 
 
 def main() -> int:
-    """Write or renew a page."""
+    """Write or update a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of the comparison")
     parser.add_argument("page", type=Path)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a recipe on all GPUs of this machine (or on the CPU), or of several, with torchrun.
+# Trains a recipe with torchrun, on all GPUs of this machine (or its CPU), or on several hosts.
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -14,17 +14,17 @@ Everything after RECIPE is passed on to `mm-moslora train`.
   scripts/train.sh llava15_7b_moslora --optim.lr 1e-4 --train.output runs/first
   NPROC=2 scripts/train.sh my.yaml --train.zero zero2
 
-On several hosts, run the same command on each; they meet at HOST:PORT, which one of them must own, and share the run
-folder:
+On several hosts, run the same command on each. All of them need the rendezvous HOST:PORT, an address of one of them,
+and the same run folder:
 
   scripts/train.sh --nnodes 2 --rdzv node-1:29400 llava15_7b_moslora --train.zero zero3
 
 Options
-  --nnodes N         hosts (default 1)
-  --rdzv HOST:PORT   where they meet
-  --rdzv-id WORD     tells runs apart that meet at the same place (default mm-moslora)
-  --local-addr ADDR  this host's address, where its name leads elsewhere
-  --max-restarts N   when a rank dies or hangs, start all again from the newest checkpoint, N times at most (default 0)
+  --nnodes N         number of hosts (default 1)
+  --rdzv HOST:PORT   rendezvous of the hosts
+  --rdzv-id WORD     distinguishes runs with the same rendezvous (default mm-moslora)
+  --local-addr ADDR  this host's address, where its name resolves to another one
+  --max-restarts N   after a rank dies or hangs, restart all from the newest checkpoint, at most N times (default 0)
   --dry-run          print the resolved recipe and the command, and start nothing
   --help             this text
 
@@ -33,7 +33,7 @@ Environment
   PYTHON      Python to use (default: .venv/bin/python of the checkout, or that of the environment that
               mm-moslora is installed in, else python3)
   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME   network interface between hosts, where the default is the wrong one
-  TORCH_ELASTIC_SHUTDOWN_TIMEOUT   seconds to save in after SIGTERM (default 300)
+  TORCH_ELASTIC_SHUTDOWN_TIMEOUT   seconds for saving after SIGTERM (default 300)
 
 Exit codes: 0 finished, 75 stopped on request (run the same command again), anything else failed.
 TEXT

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a recipe with DeepSpeed's launcher, on one machine or on those of a host file.
+# Trains a recipe with DeepSpeed's launcher, on one machine or on the machines of a host file.
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -9,8 +9,8 @@ usage() {
 Usage: scripts/train_deepspeed.sh [--dry-run] [--hostfile FILE] RECIPE [OVERRIDES...]
 
 Trains RECIPE with the `deepspeed` launcher: one process per GPU of this machine, or of the machines in FILE
-(lines such as `worker-1 slots=8`; passwordless ssh and the same paths everywhere). On one machine scripts/train.sh
-does the same and stops more gently. Everything after RECIPE is passed on to `mm-moslora train`.
+(lines such as `worker-1 slots=8`; passwordless ssh and the same paths everywhere). On one machine, prefer
+scripts/train.sh, which stops more gracefully. Everything after RECIPE is passed on to `mm-moslora train`.
 
   scripts/train_deepspeed.sh llava15_7b_moslora --train.zero zero3
   scripts/train_deepspeed.sh --hostfile hosts llava15_7b_moslora
@@ -47,7 +47,7 @@ find_python
 run_environment
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 show_recipe "$@"
-# Below the ports that Linux hands out by itself, so that nobody is given it before rank 0 listens there.
+# Below the ephemeral ports of Linux, so that the port stays free until rank 0 listens there.
 port=${MASTER_PORT:-$("$PYTHON" -c 'import random, socket
 ports = iter(lambda: random.randrange(15000, 32768), None)
 print(next(port for port in ports if socket.socket().connect_ex(("127.0.0.1", port))))')}

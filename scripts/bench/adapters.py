@@ -1,19 +1,19 @@
 #!/usr/bin/env python
-"""What an adapter costs: MoSLoRA against PEFT's LoRA, against our own LoRA, and against the frozen model.
+"""The cost of an adapter: MoSLoRA against PEFT's LoRA, this project's LoRA, and the frozen model.
 
-    python scripts/bench/adapters.py                    table for people; minutes
+    python scripts/bench/adapters.py                    print a table; minutes
     python scripts/bench/adapters.py --json             one object on stdout
-    python scripts/bench/adapters.py --rows rows.jsonl  keep finished rows there; a run that was stopped goes on
+    python scripts/bench/adapters.py --rows rows.jsonl  keep finished rows there; a stopped run continues
     python scripts/bench/adapters.py --quick            512 tokens and 3 rounds
 
-All contenders of a case run in turn in one process, on the same weights and inputs, in an order that rotates from round
-to round; one thread, process CPU time; every figure is the median of the ratios of single rounds. Saved bytes and FLOPs
-are counted. A step is a forward and a backward pass down to the input. glibc keeps memory between steps, as the trainer
-has it do on a CPU: what fresh pages cost differs from machine to machine and would hide the adapters.
+All contenders of a case run in turn in one process, on the same weights and inputs, in an order that rotates from
+round to round. Times are process CPU times of one thread. Every figure is the median of the ratios of single rounds.
+Saved bytes and FLOPs are counted. A step is a forward and a backward pass down to the input. glibc keeps memory between
+steps, as in training on a CPU: the cost of fresh pages differs between machines and would hide that of the adapters.
 
-Two bounds stand beside the cost over the frozen model. That of the FLOPs is what the adapters' products would cost at
-the speed of the base's. That of the products is what they do cost: the time of torch's own kernels for them within the
-step. They are thin, so that memory and not arithmetic sets their pace.
+Two bounds accompany the cost relative to the frozen model. The FLOP bound is the cost of the adapters' products at the
+speed of the base's products. The product bound is the time of torch's own kernels for them within the step. The
+products have one small dimension, so memory bandwidth limits them, not arithmetic.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ TARGETS |= {"saved_bytes_ratio_vs_peft_bf16": 0.5, "moslora_vs_own_lora": 1.01}
 
 MODEL, OWN, BYTES = "llama 576 x 6", "llama 576 x 6, own LoRA", "linears of a llama block"
 SEQUENCE = 512
-"""Tokens of a sequence; 2,048 tokens are the four sequences of the common yardstick's batch."""
+"""Tokens of a sequence; 2,048 tokens are the four sequences of the yardstick's batch."""
 
 Step = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one row is about."""
+    """The settings of one row."""
 
     case: str
     """`MODEL`, `OWN`, `BYTES`, or the widths of a single linear layer."""
@@ -81,7 +81,7 @@ class Case:
 
     @property
     def weight(self) -> float:
-        """Roughly its share of the whole run's time, in units of a 2048 x 2048 layer on 2048 tokens in bfloat16."""
+        """Estimated share of the run's time, in units of a 2048 x 2048 layer on 2048 tokens in bfloat16."""
         if self.case == BYTES:
             return 0.0
         if self.case in (MODEL, OWN):
@@ -113,12 +113,12 @@ def adapt(base: nn.Module, kind: str, *, rank: int, dropout: float = 0.0, wide: 
     """The base with one contender's adapter in every linear layer.
 
     Args:
-        base: changed in place.
+        base: the model; changed in place.
         kind: frozen, peft, own lora or moslora.
         rank: R.
-        dropout: on the adapter's input.
-        wide: keep the factors in float32 under a bfloat16 base, as PEFT does unless told otherwise; our training loop
-            keeps them in the base's dtype and float32 masters in the optimiser.
+        dropout: dropout on the adapter's input.
+        wide: keep the factors in float32 under a bfloat16 base, PEFT's default; this project's training loop keeps them
+            in the base's dtype, and float32 masters in the optimiser.
     """
     options: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": dropout}
     torch.manual_seed(1)
@@ -133,7 +133,7 @@ def adapt(base: nn.Module, kind: str, *, rank: int, dropout: float = 0.0, wide: 
 
 
 def step(model: nn.Module, kind: str, given: Tensor, *, micro_batches: int = 1) -> Step:
-    """One optimiser step's forward and backward passes."""
+    """Forward and backward pass of one optimiser step."""
     inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     by_name = isinstance(inner, LlamaModel)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -176,7 +176,7 @@ def single_row(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def model_row(case: Case, rounds: int) -> dict[str, Any]:
-    """The small Llama, all linear layers; our factors as our training loop keeps them, PEFT's both ways."""
+    """The small Llama with adapters in all linear layers; this project's factors as in training, PEFT's both ways."""
     torch.manual_seed(2)
     name, rank, dtype = case.dtype, case.rank, DTYPES[case.dtype]
     given = torch.randn(case.tokens // SEQUENCE, SEQUENCE, 576).to(dtype)
@@ -202,12 +202,12 @@ def model_row(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def _is_thin(name: str, shapes: list[list[int]], *, rank: int) -> bool:
-    """Whether an operator is a product with a factor of an adapter, or of up to three on top of each other."""
+    """Whether an operator is a product with a factor of an adapter, or with up to three stacked factors."""
     return name in PRODUCTS and min(size for shape in shapes for size in shape) <= 3 * rank
 
 
 def own_lora_row(case: Case, rounds: int) -> dict[str, Any]:
-    """The small Llama with mixers against the same kernel without: a step of one micro-batch, and one of several."""
+    """The small Llama with and without mixers under the same kernel: a step of one micro-batch, and one of several."""
     torch.manual_seed(2)
     dtype = DTYPES[case.dtype]
     given = torch.randn(case.tokens // SEQUENCE, SEQUENCE, 576).to(dtype)
@@ -221,7 +221,7 @@ def own_lora_row(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def saved_row(case: Case, rounds: int) -> dict[str, Any]:
-    """Bytes kept for the backward pass by the linear layers of one Llama block, counted once per storage."""
+    """Bytes that the linear layers of one Llama block save for the backward pass, counted once per storage."""
     kept = {kind: _saved_bytes(kind, case.tokens) for kind in ("peft", "moslora")}
     return {"saved_bytes": kept, "saved_ratio": kept["moslora"] / kept["peft"]}
 
@@ -250,7 +250,7 @@ def _saved_bytes(kind: str, tokens: int) -> int:
 
 
 def cases(tokens: tuple[int, ...]) -> list[Case]:
-    """All rows; the model before single layers."""
+    """All rows; models before single layers."""
     whole = [
         *(Case(MODEL, dtype, 16, count) for count in tokens for dtype in DTYPES),
         *(Case(OWN, dtype, 16, SEQUENCE) for dtype in DTYPES),
@@ -272,7 +272,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def run(wanted: list[Case], rounds: int, rows: Rows) -> list[dict[str, Any]]:
-    """Measure what is not there yet; the rows in the order of `wanted`."""
+    """Measure the missing rows; returns the rows in the order of `wanted`."""
     share = 100 / sum(case.weight for case in wanted)
     found = {case: row for case in wanted if (row := rows.find(**asdict(case))) is not None}
     ready = sum(case.weight for case in found) * share
@@ -287,8 +287,8 @@ def run(wanted: list[Case], rounds: int, rows: Rows) -> list[dict[str, Any]]:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The stable keys."""
-    # The common yardstick's batch, or with --quick the only one.
+    """The summary under stable keys."""
+    # The yardstick's batch, which with --quick is the only one.
     models = {row["dtype"]: row for row in sorted(rows, key=lambda row: row["tokens"]) if row["case"] == MODEL}
     singles = [row["vs_peft"] for row in rows if "->" in row["case"]]
     return {
@@ -301,7 +301,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def show(rows: list[dict[str, Any]], summary: dict[str, float]) -> None:
-    """A table for people."""
+    """Print the table."""
     print(f"{'case':26} dtype rank tokens drop   vs PEFT  vs frozen  FLOP bound  products")
     for row in rows:
         if "vs_peft" in row:
@@ -315,7 +315,7 @@ def show(rows: list[dict[str, Any]], summary: dict[str, float]) -> None:
 
 
 def main() -> int:
-    """Measure, then print."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--quick", action="store_true", help="512 tokens only, 3 rounds")

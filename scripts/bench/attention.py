@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Attention of one segment on a CPU, forward and backward: by our kernel, as matrix products, and by PyTorch's kernel.
+"""Attention of one segment on a CPU, forward and backward: this project's kernel, matrix products, PyTorch's kernel.
 
-    python scripts/bench/attention.py          table for people; a minute
+    python scripts/bench/attention.py          print a table; a minute
     python scripts/bench/attention.py --json   one object on stdout
 
-Training takes the one named under `taken` on this machine (`model.kernels: torch`: the better of the other two, by what
-was measured). The contenders run in turn in one process, on the same
-tensors; one thread, process CPU time; every figure is the median of the ratios of single rounds. The error is that of
-the gradients, relative to float64 on the same values.
+Training uses the one named under `taken` on this machine (`model.kernels: torch`: the faster of the other two, as
+measured). The contenders run in turn in one process, on the same tensors. Times are process CPU times of one thread.
+Every figure is the median of the ratios of single rounds. The error is that of the gradients, relative to float64 on
+the same values.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ use_native_attention(OURS, on=True)
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """By our kernel where there is one for the dtype, ``[1, H, T, E]`` to ``[1, T, H, E]``."""
+    """This project's kernel where it supports the dtype, ``[1, H, T, E]`` to ``[1, T, H, E]``."""
     return segment_attention.segment_attention(OURS, q, k, v, None, segment_lengths=(q.shape[2],))[0]
 
 
 def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As matrix products."""
+    """Matrix products."""
     return segment_attention.segment_attention(torch.nn.Module(), q, k, v, None, segment_lengths=(q.shape[2],))[0]
 
 
@@ -58,7 +58,7 @@ def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def gradients(contender: Attention, given: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Of q, k and v."""
+    """Gradients of q, k and v."""
     *inputs, pull = (tensor.to(dtype) for tensor in given)
     leaves = [tensor.requires_grad_() for tensor in inputs]
     contender(*leaves).backward(pull)
@@ -66,7 +66,7 @@ def gradients(contender: Attention, given: list[Tensor], dtype: torch.dtype) -> 
 
 
 def measure(tokens: int, name: str, rounds: int) -> dict[str, Any]:
-    """One row; short segments run several times a round."""
+    """One row; short segments run several times per round."""
     torch.manual_seed(tokens)
     shapes = [(1, HEADS, tokens, WIDTH)] * 3 + [(1, tokens, HEADS, WIDTH)]
     given = [torch.randn(shape).to(DTYPES[name]).double() for shape in shapes]
@@ -100,7 +100,7 @@ def measure(tokens: int, name: str, rounds: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure, then print."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="T", help="tokens of the segments")
@@ -111,8 +111,8 @@ def main() -> int:
     try:
         library()  # compiled before anything is timed
     except NativeError as error:
-        raise SystemExit(f"Our kernel cannot be measured: {error}.") from error
-    segment_attention.products_are_faster = lambda _: True  # all are measured, whatever training would take here
+        raise SystemExit(f"This project's kernel cannot be measured: {error}.") from error
+    segment_attention.products_are_faster = lambda _: True  # measure all, whatever training would choose here
     native_cpu_attention.multiplies_tiles = lambda: False
     rows = [measure(tokens, name, options.rounds) for name in DTYPES for tokens in options.lengths]
     if options.json:

@@ -1,20 +1,20 @@
 #!/usr/bin/env python
-"""What each C++ kernel saves of a training step: the step without it over the step with all of them.
+"""Speed-up of a training step by each C++ kernel: the time without it, relative to the time with all of them.
 
-    python scripts/bench/cpp_kernels.py                    table for people; minutes
+    python scripts/bench/cpp_kernels.py                    print a table; minutes
     python scripts/bench/cpp_kernels.py --json             one object on stdout
-    python scripts/bench/cpp_kernels.py --rows rows.jsonl  keep finished rows there; a run that was stopped goes on
+    python scripts/bench/cpp_kernels.py --rows rows.jsonl  keep finished rows there; a stopped run continues
 
 The model is that of `yardstick.py` with a vocabulary of 32,000, and a step is a forward and a backward pass. All
-contenders run on one model in turn, in an order that rotates from round to round; one thread, process CPU time; every
-figure is the median of the ratios of single rounds. A kernel that is left out is replaced by PyTorch's operators.
+contenders run on one model in turn, in an order that rotates from round to round. Times are process CPU times of one
+thread. Every figure is the median of the ratios of single rounds. PyTorch's operators replace a missing kernel.
 A kernel stays in the project where its ratio is at least 1.05. Triton kernels run on GPUs and are not measured here.
 
 Contenders:
     all              the step of `mm-moslora train` with `model.kernels: native`
-    all again        the same once more, which shows what the measurement can tell apart
+    all again        the same once more, which shows the resolution of the measurement
     without X        all kernels but X
-    by torch alone   without attention, and without matrix products in its place, which AMD's processors get then
+    by torch alone   without attention, and without the matrix products that replace it on AMD's processors
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ PRODUCTS: Question = (segment_attention, "products_are_faster")
 CONTENDERS: dict[str, list[Question]] = {
     "all": [], "all again": [], "without attention": [KERNEL], "by torch alone": [KERNEL, PRODUCTS],
 }  # fmt: skip
-"""What is answered with no by each contender; a kernel has a function that is asked whether it takes some tensors."""
+"""Functions that return False for each contender; such a function decides whether a kernel takes given tensors."""
 
 
 def without(left_out: list[Question], step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """A step during which some questions are answered with no."""
+    """A step during which these functions return False."""
 
     def run() -> Tensor:
         with ExitStack() as stack:
@@ -83,7 +83,7 @@ def measure(dtype: str, dropout: float, rounds: int, after_round: Callable[[], N
     limit = 1e-5 if dtype == "fp32" else 5e-3
     loss = {name: statistics.fmean(map(float, found)) for name, found in losses.items()}
     if not dropout and max(abs(found - loss["all"]) for found in loss.values()) > limit * loss["all"]:
-        raise SystemExit(f"The contenders do not compute the same: {loss}.")
+        raise SystemExit(f"The contenders have different losses: {loss}.")
     return {
         "dtype": dtype, "dropout": dropout,
         "ratios": {name: ratio(times, name, "all") for name in steps if name != "all"},
@@ -92,7 +92,7 @@ def measure(dtype: str, dropout: float, rounds: int, after_round: Callable[[], N
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """A table for people."""
+    """Print the table."""
     names = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
     print(f"{'step over that with all kernels':32}" + "".join(f"{r['dtype']:>6}, p {r['dropout']:<4}" for r in rows))
     for name in names:
@@ -101,7 +101,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    """Measure, then print."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--rounds", type=int, default=11)

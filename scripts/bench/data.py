@@ -1,11 +1,11 @@
-"""How fast the input pipeline is: opening a large file, samples per second, and how full packed rows are.
+"""Speed of the input pipeline: opening a large file, samples per second, and the fill of packed rows.
 
-The peer is LLaVA's lazy dataset, its logic written down again here: the whole file through `json.load`, and per sample
-PIL, the square of the mean colour, CLIP's image processor, the prompt of the `v1` template, and labels by tokenising
-every round again. Both sides get the same JPEG files, tokenizer and 336 px CLIP processor and give the same token ids.
+The peer is LLaVA's lazy dataset, reimplemented here: the whole file through `json.load`, and per sample PIL, padding to
+a square with the mean colour, CLIP's image processor, the prompt of the `v1` template, and labels by tokenising every
+turn again. Both sides get the same JPEG files, tokenizer and 336 px CLIP processor and give the same token ids.
 
-One thread, process CPU time, both sides interleaved with rotating order, medians of the per-round ratios. Files are
-opened in processes of their own, so that their peak memory is theirs alone.
+Times are process CPU times of one thread; both sides are interleaved with rotating order, and figures are medians of
+the ratios of single rounds. Files are opened in separate processes, so that peak memory is measured for each.
 
     python scripts/bench/data.py            a table
     python scripts/bench/data.py --json     one JSON object on stdout
@@ -105,7 +105,7 @@ print(len(file), seconds, peak / 1024)
 
 
 def open_file(code: str, path: Path) -> tuple[int, float, float]:
-    """Records, CPU seconds and peak resident MiB of opening a file in a process of its own."""
+    """Records, CPU seconds and peak resident MiB of opening a file in a separate process."""
     done = subprocess.run(
         [sys.executable, "-c", code + OPEN_END, str(path)], check=True, capture_output=True, text=True
     ).stdout.split()
@@ -113,7 +113,7 @@ def open_file(code: str, path: Path) -> tuple[int, float, float]:
 
 
 def measure_opening(rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Ours and `json.load` on one file, interleaved."""
+    """This project's reader and `json.load` on one file, interleaved."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "large.json"
         write_large(path)
@@ -137,7 +137,7 @@ def measure_opening(rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]
 
 
 def make_photos(folder: Path, count: int) -> None:
-    """JPEG files of the sizes that COCO has, with detail, so that decoding costs what it costs."""
+    """JPEG files of COCO's sizes, with enough detail for realistic decoding times."""
     rng = np.random.default_rng(0)
     for number in range(count):
         width, height = ((640, 480), (480, 640), (640, 427), (500, 375))[number % 4]
@@ -163,7 +163,7 @@ def tokenizer() -> Any:
 
 
 class LazyPeer:
-    """LLaVA's `LazySupervisedDataset` for the `v1` template: everything happens when a sample is asked for."""
+    """LLaVA's `LazySupervisedDataset` for the `v1` template; all work is done when a sample is requested."""
 
     def __init__(self, path: Path, folder: Path, processor: Any) -> None:
         self.records = json.loads(path.read_text(encoding="utf-8"))
@@ -221,7 +221,7 @@ class LazyPeer:
 
 
 def measure_samples(count: int, rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Samples per CPU second, ours and the peer's, on the same files."""
+    """Samples per CPU second of this project and of the peer, on the same files."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -296,7 +296,7 @@ def text_alone(
 
 
 def check_equal(ours: Callable[[int], Any], peer: Callable[[int], Any], count: int, token: int) -> None:
-    """Both give the same ids, labels and pixels."""
+    """Check that both give the same ids, labels and pixels."""
     for number in range(min(count, 32)):
         one, other = ours(number), peer(number)
         ids = one.input_ids.tolist()
@@ -311,10 +311,10 @@ def check_equal(ours: Callable[[int], Any], peer: Callable[[int], Any], count: i
 
 
 def measure_packing() -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """How full rows are for lengths distributed like LLaVA-665k's, against padding within LLaVA's grouped batches.
+    """Fill of packed rows for lengths distributed like LLaVA-665k's, against padding within LLaVA's grouped batches.
 
-    94 % of the records have a picture of 576 tokens; texts are log-normal (median 148 tokens, sigma 0.75) plus the 40
-    of the template, cut so that nothing exceeds 2,048.
+    94 % of the records have a picture of 576 tokens. Texts are log-normal (median 148 tokens, sigma 0.75) plus the 40
+    of the template, truncated to 2,048.
     """
     rng = random.Random(0)
     image = [rng.random() < 0.94 for _ in range(ROWS)]
@@ -340,10 +340,10 @@ def measure_packing() -> tuple[list[dict[str, Any]], dict[str, float]]:
 
 
 def fill_bound(lengths: list[int], *, tokens: int, grain: int = 4) -> float:
-    """A share that no packing of these examples can exceed: a linear program over all ways to fill a row.
+    """An upper bound of the fill over all packings of these examples: a linear program over all ways to fill a row.
 
-    Columns are generated as Gilmore and Gomory (1961) do it. Lengths are rounded down to multiples of `grain`, which
-    can only make the bound looser.
+    Columns are generated after Gilmore and Gomory (1961). Lengths are rounded down to multiples of `grain`, which can
+    only loosen the bound.
     """
     from scipy.optimize import linprog
 
@@ -364,7 +364,7 @@ def fill_bound(lengths: list[int], *, tokens: int, grain: int = 4) -> float:
 
 
 def _fullest_row(sizes: np.ndarray, worth: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """The most that a row of each length can be worth, and the size that it ends with; -1: with nothing."""
+    """The largest value of a row of each length, and the item size that it ends with; -1: no item."""
     best, last = np.zeros(room + 1), np.full(room + 1, -1)
     for length in range(1, room + 1):
         fits = int(np.searchsorted(sizes, length, side="right"))
@@ -383,7 +383,7 @@ def padded_share(lengths: list[int], image: list[bool], *, ranks: int = 8, batch
     for step in plan_llava(lengths, image, seed=0, epoch=0, global_batch=ranks * batch):
         members = sorted((lengths[number] for number in step), reverse=True)
         chunks: list[list[int]] = [[] for _ in range(ranks)]
-        for length in members:  # LLaVA deals the longest first to the chunk with the fewest tokens
+        for length in members:  # LLaVA gives the longest first, to the chunk with the fewest tokens
             open_chunks = [chunk for chunk in chunks if len(chunk) < batch]
             min(open_chunks, key=sum).append(length)
         held += sum(max(chunk) * len(chunk) for chunk in chunks if chunk)

@@ -1,14 +1,15 @@
-"""How fast evaluation is: our batched, prefix-sharing decoding against `model.generate` one question at a time.
+"""Speed of evaluation: this project's batched, prefix-sharing decoding against `model.generate` per question.
 
-The peer is what lmms-eval's LLaVA adapter and VLMEvalKit run: for every question (or option) the whole prompt with its
-picture goes through the model, batch size 1. Both sides get the same weights, token ids and ready-made pixel tensors,
-so preprocessing, where the peers repeat work too, is left out. Answers must be identical.
+The peer is the method of lmms-eval's LLaVA adapter and VLMEvalKit: for every question (or option), the whole prompt
+with its picture goes through the model at batch size 1. Both sides get the same weights, token ids and preprocessed
+pixels, so preprocessing, which the peers repeat too, is left out. Answers must be identical.
 
-One thread, process CPU time, both sides interleaved with rotating order, medians of the per-round ratios.
+Times are process CPU times of one thread; both sides are interleaved with rotating order, and figures are medians of
+the ratios of single rounds.
 
     python scripts/bench/eval.py            a table
     python scripts/bench/eval.py --json     one JSON object on stdout
-    python scripts/bench/eval.py --rows F   keep finished rows in F; a run that was stopped goes on
+    python scripts/bench/eval.py --rows F   keep finished rows in F; a stopped run continues
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Question:
 
 
 def build_model(vocabulary: int) -> LlavaForConditionalGeneration:
-    """The common yardstick: CLIP 6 x 256 at 224 px (256 visual tokens), Llama 512 x 6, fp32, random weights."""
+    """The yardstick: CLIP 6 x 256 at 224 px (256 visual tokens), Llama 512 x 6, fp32, random weights."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, image_size=224,
@@ -72,7 +73,7 @@ def build_model(vocabulary: int) -> LlavaForConditionalGeneration:
 
 
 def make_questions(count: int, *, pictures: int, vocabulary: int, seed: int) -> list[Question]:
-    """Questions of nearly equal length, dealt to the pictures in turn blocks."""
+    """Questions of nearly equal length, assigned to the pictures in consecutive blocks."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(pictures, 1, 3, 224, 224, generator=generator)
     head = torch.randint(10, vocabulary, (HEAD,), generator=generator)
@@ -86,7 +87,7 @@ def make_questions(count: int, *, pictures: int, vocabulary: int, seed: int) -> 
 
 
 def peer_answers(model: LlavaForConditionalGeneration, questions: Sequence[Question], *, new: int) -> list[list[int]]:
-    """`model.generate` for each question by itself."""
+    """`model.generate` for one question at a time."""
     answers = []
     for question in questions:
         output = model.generate(
@@ -104,7 +105,7 @@ def _prompts(model: LlavaForConditionalGeneration, questions: Sequence[Question]
 
 
 def our_answers(model: LlavaForConditionalGeneration, questions: Sequence[Question], *, new: int) -> list[list[int]]:
-    """One batch; pictures and beginnings are run once."""
+    """One batch; pictures and shared prefixes run once."""
     return generate(model, _prompts(model, questions), max_new_tokens=new, stop_ids=[])
 
 
@@ -113,7 +114,7 @@ Options = Sequence[Sequence[int]]
 
 @torch.inference_mode()
 def peer_options(model: LlavaForConditionalGeneration, questions: Sequence[Question], options: Options) -> list[int]:
-    """A forward pass with labels per option, as the adapters' `loglikelihood` does it; returns the best option."""
+    """A forward pass with labels per option, as in the adapters' `loglikelihood`; returns the best option."""
     best = []
     for question in questions:
         scores = []
@@ -128,7 +129,7 @@ def peer_options(model: LlavaForConditionalGeneration, questions: Sequence[Quest
 
 
 def our_options(model: LlavaForConditionalGeneration, questions: Sequence[Question], options: Options) -> list[int]:
-    """Every prompt once, all its options behind it."""
+    """Every prompt once, followed by all its options."""
     found = score_options(model, _prompts(model, questions), [options] * len(questions))
     return [max(range(len(scores)), key=lambda index: scores[index].logprob) for scores in found]
 
@@ -167,10 +168,10 @@ def make_cases(model: LlavaForConditionalGeneration, *, vocabulary: int, new: in
 
 
 def peak_mib(call: Callable[[], Any]) -> float | None:
-    """How far a call lifts the resident size above where it began, where Linux can say it."""
+    """Increase of the resident size during a call, where Linux reports it."""
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
-        clear.write_text("5")  # the high-water mark starts anew
+        clear.write_text("5")  # resets the high-water mark
         before = _kib(status, "VmRSS")
         call()
         return (_kib(status, "VmHWM") - before) / 1024
@@ -183,7 +184,7 @@ def _kib(status: Path, name: str) -> int:
 
 
 def measure(case: Case, rounds: int, after_round: Callable[[], None]) -> dict[str, Any]:
-    """One row; `identical` is the share of answers that are the peer's."""
+    """One row; `identical` is the share of answers that equal the peer's."""
     answers: dict[str, list[list[Any]]] = {}
     times = interleaved(
         {"peer": case.peer, "ours": case.ours}, rounds, after_round=after_round, results=answers
@@ -200,7 +201,7 @@ def measure(case: Case, rounds: int, after_round: Callable[[], None]) -> dict[st
 
 
 def measure_all(cases: Sequence[Case], rounds: int, rows: Rows) -> None:
-    """Add the row of each case that is not there yet."""
+    """Add the missing rows."""
     missing = [case for case in cases if rows.find(name=case.key) is None]
     total = len(cases) * (rounds + 1)
     done = total - len(missing) * (rounds + 1)
@@ -214,13 +215,13 @@ def measure_all(cases: Sequence[Case], rounds: int, rows: Rows) -> None:
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The stable keys."""
+    """The summary under stable keys."""
     same = sum(row["identical"] * row["answers"] for row in rows) / sum(row["answers"] for row in rows)
     return {row["name"]: row["speedup"] for row in rows} | {"identical_answers": same}
 
 
 def show(rows: Sequence[dict[str, Any]], summary: dict[str, float]) -> None:
-    """A table for people."""
+    """Print the table."""
     print(f"{'':52} {'speed-up':>9} {'range':>13} {'peer s':>8} {'ours s':>8} {'peer MiB':>9} {'ours MiB':>9}")
     for row in rows:
         peaks = [f"{row[name]:9.0f}" if row[name] is not None else f"{'?':>9}" for name in _PEAKS]

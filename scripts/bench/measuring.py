@@ -1,4 +1,4 @@
-"""What the benchmarks share: contenders timed in turn, and rows that survive an interruption."""
+"""Shared parts of the benchmarks: interleaved timing of contenders, and rows that survive an interruption."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def interleaved(
     results: dict[str, list[Any]] | None = None,
     clock: Callable[[], float] = time.process_time,
 ) -> dict[str, list[float]]:
-    """Seconds of every contender in every round, in an order that rotates; one round before warms up.
+    """Seconds of every contender in every round, in rotating order, after one warm-up round.
 
     Args:
-        steps: what each contender does.
-        rounds: that count.
-        after_round: called after every round, the first one included.
-        results: takes what the contenders returned.
-        clock: by default the process's CPU time; see `clock_of`.
+        steps: the function of each contender.
+        rounds: number of measured rounds.
+        after_round: called after every round, the warm-up included.
+        results: gets the return values of the contenders.
+        clock: default: the process's CPU time; see `clock_of`.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
@@ -55,7 +55,7 @@ def interleaved(
 
 
 def clock_of(device: str) -> Callable[[], float]:
-    """CPU time of the process; for a GPU the time of day once the GPU has done what it was given."""
+    """CPU time of the process; for a GPU the wall time after a synchronisation."""
     if device == "cpu":
         return time.process_time
 
@@ -79,12 +79,12 @@ def ratio(times: Mapping[str, list[float]], name: str, against: str) -> float:
 def kernel_seconds(
     step: Callable[[], Any], wanted: Callable[[str, list[list[int]]], bool], *, device: str = "cpu"
 ) -> tuple[float, float]:
-    """Seconds of one step's operators on the device, of those that are wanted and of all.
+    """Device seconds of one step's operators: the wanted ones, and all.
 
     Args:
-        step: was run before.
-        wanted: of an operator's name and its arguments' shapes (empty for what is no tensor).
-        device: whose time counts.
+        step: a step that has run before.
+        wanted: selects an operator by its name and the shapes of its arguments (empty for other values than tensors).
+        device: device of the measured time.
     """
     on_cpu = device == "cpu"
     activities = [ProfilerActivity.CPU] if on_cpu else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
@@ -92,14 +92,14 @@ def kernel_seconds(
         step()
         clock_of(device)()
     averages = profiled.key_averages(group_by_input_shape=True)
-    events = [event for event in averages if event.device_type == DeviceType.CPU]  # a GPU's kernels count with these
+    events = [event for event in averages if event.device_type == DeviceType.CPU]  # these include the GPU's kernels
     times = [event.self_cpu_time_total if on_cpu else event.self_device_time_total for event in events]
     chosen = sum(spent for event, spent in zip(events, times, strict=True) if wanted(event.key, event.input_shapes))
     return chosen / 1e6, sum(times) / 1e6
 
 
 def head(benchmark: str, *packages: str, device: str = "cpu") -> dict[str, Any]:
-    """What a result opens with: benchmark, hardware, date, versions."""
+    """Header of a result: benchmark, hardware, date, versions."""
     where = "one thread" if device == "cpu" else torch.cuda.get_device_name(device)
     return {
         "benchmark": benchmark, "hardware": f"{hardware()}; {where}", "date": datetime.now(UTC).date().isoformat(),
@@ -110,16 +110,16 @@ def head(benchmark: str, *packages: str, device: str = "cpu") -> dict[str, Any]:
 
 
 def settings_of(opening: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """What rows must have in common to stand beside each other: all that a result opens with but the date, and more."""
+    """Settings that comparable rows share: the header without its date, and further ones."""
     return {name: value for name, value in opening.items() if name != "date"} | more
 
 
 class Rows:
-    """Finished rows as JSON lines below a line that says how they were measured; a stopped run goes on after them.
+    """Finished rows as JSON lines after a line with the settings; a stopped run continues after them.
 
     Args:
-        path: of the file; None keeps nothing.
-        settings: of this run; rows that were measured otherwise are not mixed with its own.
+        path: the file; None stores nothing.
+        settings: settings of this run; rows of other settings are refused.
 
     Raises:
         SystemExit: the file holds rows of other settings.
@@ -128,7 +128,7 @@ class Rows:
     def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
         self.path = path
         lines = path.read_text().splitlines(keepends=True) if path is not None and path.exists() else []
-        known = [json.loads(line) for line in lines if line.endswith("\n")]  # one that was being written is not whole
+        known = [json.loads(line) for line in lines if line.endswith("\n")]  # a line without its end is incomplete
         if lines and not known:
             raise SystemExit(f"{path} holds no rows of this script. Name another file.")
         if known and known[0] != settings:
@@ -139,11 +139,11 @@ class Rows:
             path.write_text("".join(json.dumps(line) + "\n" for line in [settings, *self.rows]))
 
     def find(self, **names: Any) -> dict[str, Any] | None:
-        """The row with these entries, None while there is none."""
+        """The row with these entries; None where it is missing."""
         return next((row for row in self.rows if names.items() <= row.items()), None)
 
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Keep a row, on disk at once."""
+        """Add a row and write it to disk at once."""
         self.rows.append(row)
         if self.path is not None:
             with self.path.open("a") as stream:

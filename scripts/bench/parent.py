@@ -1,4 +1,4 @@
-"""A benchmark that nobody waits for any more takes time from those that somebody does."""
+"""End a benchmark when its parent process has ended, so that it does not disturb other measurements."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import time
 
 
 def end_with_parent(*, seconds: float = 1.0) -> None:
-    """End this process when the one that started it has gone; under nohup it stays.
+    """End this process when its parent has ended, except under nohup.
 
     Args:
-        seconds: between two looks.
+        seconds: interval between checks.
     """
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         return

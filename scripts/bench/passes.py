@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""What runs between the matrix products of a lean decoder layer, forward and backward: operators and bytes, counted.
+"""Operators and bytes between the matrix products of a lean decoder layer, forward and backward, counted.
 
-    python scripts/bench/passes.py          table for people; seconds, needs no GPU
+    python scripts/bench/passes.py          print a table; seconds, needs no GPU
     python scripts/bench/passes.py --json   one object on stdout
 
-Every operator of PyTorch is a kernel launch on a GPU, reads its tensors and writes its results. A kernel of its
-own for a pass (`model.kernels: liger`, `train.compile`) is one launch that reads and writes what goes in and comes out,
-once. To be counted, the passes run on the meta device.
+Every operator of PyTorch is a kernel launch on a GPU that reads its tensors and writes its results. One fused kernel
+for a pass (`model.kernels: liger`, `train.compile`) is one launch that reads the inputs and writes the outputs once.
+The passes run on the meta device, where operators are counted without data.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MIB = 2**20
 
 
 class Counter(TorchDispatchMode):
-    """Operators that touch memory, and the bytes of their tensors, each once per operator."""
+    """Operators that access memory, and the bytes of their tensors, each counted once per operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,13 +62,13 @@ class Pass:
     function: Callable[..., Any]
     inputs: tuple[Any, ...]
     times: int
-    """In a layer's forward and backward pass."""
+    """Calls in a layer's forward and backward pass."""
     unread: tuple[Tensor, ...] = ()
-    """Inputs and outputs that a kernel of its own has no use for."""
+    """Inputs and outputs that a fused kernel does not access."""
 
 
 def passes(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Pass]:
-    """All of a layer, with how often each runs."""
+    """All passes of a layer with their numbers of calls."""
     S, D, F = options.tokens, options.width, options.mlp_width
 
     def blank(*shape: int) -> Tensor:
@@ -93,7 +93,7 @@ def passes(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Pass]:
 
 
 def row(name: str, dtype: str, counted: Pass) -> dict[str, Any]:
-    """A pass as it is and as one kernel."""
+    """A pass as separate operators and as one kernel."""
     with Counter() as counter:
         result = counted.function(*counted.inputs)
     return {
@@ -103,12 +103,12 @@ def row(name: str, dtype: str, counted: Pass) -> dict[str, Any]:
 
 
 def total(rows: list[dict[str, Any]], key: str) -> int:
-    """Of a layer."""
+    """Totals of a layer."""
     return sum(item["times"] * item[key] for item in rows)
 
 
 def main() -> int:
-    """Count, then print."""
+    """Run the count."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--tokens", type=int, default=2048)

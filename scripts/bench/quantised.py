@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""What a training step on a 4-bit base costs: PEFT's chain of modules, the fused kernel, and lean layers with it.
+"""Cost of a training step on a 4-bit base: PEFT's modules, the fused kernel, and lean layers with it.
 
-    python scripts/bench/quantised.py                    table for people
+    python scripts/bench/quantised.py                    print a table
     python scripts/bench/quantised.py --json             one object on stdout
-    python scripts/bench/quantised.py --rows rows.jsonl  keep finished rows there; a run that was stopped goes on
+    python scripts/bench/quantised.py --rows rows.jsonl  keep finished rows there; a stopped run continues
 
-The model is that of `yardstick.py`, its language model in bitsandbytes' nf4 (doubly quantised, compute dtype that of
-the model). A step is a forward and a backward pass. All contenders have the same packed weights, adapters, padding-free
-rows and loss, and run in turn, in an order that rotates from round to round; one thread, process CPU time; every figure
-is the median of the ratios of single rounds. Losses and fp32 gradients are compared before anything is timed. Saved
-bytes are counted.
+The model is that of `yardstick.py` with its language model in bitsandbytes' nf4 (double quantisation, the model's dtype
+as compute dtype). A step is a forward and a backward pass. All contenders have the same packed weights, adapters,
+padding-free rows and loss. They run in turn, in an order that rotates from round to round. Times are process CPU times
+of one thread, and every figure is the median of the ratios of single rounds. Losses and fp32 gradients are compared
+before the timing. Saved bytes are counted.
 
 Contenders:
     modules     transformers' layers, PEFT's layers module by module (`use_kernel("reference")`)
@@ -41,7 +41,7 @@ from mm_moslora.utils.hardware import keep_freed_memory
 
 
 def contenders(dtype: torch.dtype, dropout: float) -> dict[str, Contender]:
-    """See the module's description."""
+    """The contenders; see the module docstring."""
     vocabulary = VOCABULARIES[0]
     plain = yardstick.ours(vocabulary, dtype, lean=False, dropout=dropout, four_bits=True)
 
@@ -58,10 +58,10 @@ def contenders(dtype: torch.dtype, dropout: float) -> dict[str, Contender]:
 
 
 def check_equal(found: dict[str, Contender], name: str) -> dict[str, float]:
-    """Largest relative differences from the modules: of the loss, and of any gradient in fp32.
+    """Largest relative differences from `modules`: of the loss, and of any gradient in fp32.
 
     Raises:
-        SystemExit: they are not the same computation.
+        SystemExit: a difference is too large.
     """
     packed = {kind: contender for kind, contender in found.items() if kind != "unpacked"}
     losses = {kind: float(contender.forward().detach()) for kind, contender in packed.items()}
@@ -73,14 +73,14 @@ def check_equal(found: dict[str, Contender], name: str) -> dict[str, float]:
             worst = max(worst, *(float((mine[key] - grad).norm() / grad.norm()) for key, grad in wanted.items()))
         differences["gradient_difference"] = worst
     if max(differences.values()) > (1e-5 if name == "fp32" else 5e-3):
-        raise SystemExit(f"not the modules' numbers ({name}): {differences}")
+        raise SystemExit(f"Differs from modules ({name}): {differences}")
     return differences
 
 
 def step_row(name: str, dropout: float, rounds: int) -> dict[str, Any]:
     """All contenders in one dtype."""
     found = contenders(DTYPES[name], dropout)
-    equal = {} if dropout else check_equal(found, name)  # with dropout every contender draws masks of its own
+    equal = {} if dropout else check_equal(found, name)  # with dropout every contender draws its own masks
     saved = {kind: yardstick.saved_bytes(contender) / 2**20 for kind, contender in found.items()}
     times = interleaved({kind: contender.step for kind, contender in found.items()}, rounds)
     return {
@@ -91,7 +91,7 @@ def step_row(name: str, dropout: float, rounds: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure, then print."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--rounds", type=int, default=5, help="rounds per case (default 5)")

@@ -1,23 +1,23 @@
 #!/usr/bin/env python
-"""What a training step of a ready-made Qwen-VL costs: packed rows on lean layers, against padded rows on stock layers.
+"""Cost of a training step of a ready-made Qwen-VL: packed rows on lean layers, against padded rows on stock layers.
 
-    python scripts/bench/ready_made.py                     table for people
+    python scripts/bench/ready_made.py                     print a table
     python scripts/bench/ready_made.py --json              one object on stdout
     python scripts/bench/ready_made.py --family qwen3_vl   one family
 
-Models have the shape of Qwen2.5-VL or Qwen3-VL in small (decoder 512 x 6 with 8 heads on 2, vocabulary 32,000, tower
-192 x 4, frozen), MoSLoRA of rank 16 in all linear layers of the decoder, and random weights. A step is a forward and a
-backward pass over one micro-batch of conversations with a picture each. Two sets of lengths: near each other, as the
-grouped order of `mm-moslora train` leaves them, and far from each other. All contenders have the same weights and
-samples and run in turn, in an order that rotates from round to round; one thread, process CPU time; every figure is the
-median of the ratios of single rounds. Losses and fp32 gradients are compared before anything is timed. Bytes kept for
-the backward pass are counted.
+Models are small versions of Qwen2.5-VL or Qwen3-VL (decoder 512 x 6 with 8 heads on 2, vocabulary 32,000, frozen tower
+192 x 4), with MoSLoRA of rank 16 in all linear layers of the decoder, and random weights. A step is a forward and a
+backward pass over one micro-batch of conversations with a picture each. There are two sets of lengths: similar ones,
+as in the grouped order of `mm-moslora train`, and mixed ones. All contenders have the same weights and samples. They
+run in turn, in an order that rotates from round to round. Times are process CPU times of one thread, and figures are
+medians of the ratios of single rounds. Losses and fp32 gradients are compared before the timing. Saved bytes are
+counted.
 
 Contenders:
     padded        each conversation a row, padded to the longest, on transformers' own layers and attention
-    packed stock  one row of conversations behind each other, attention within each, on transformers' own layers
+    packed stock  one row of concatenated conversations, attention within each, on transformers' own layers
     packed        the same on lean layers: the step of `mm-moslora train`
-The loss reads supervised positions alone in all of them.
+All of them compute the loss on supervised positions only.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def batch_of(samples: str, model: PreTrainedModel) -> Batch:
 def contenders(
     family: str, samples: str, dtype: torch.dtype, *, layers: int = 6, width: int = 512
 ) -> dict[str, Contender]:
-    """All three, each on a model of its own."""
+    """All three contenders, each on its own model."""
     return {
         kind: _contender(kind, family, samples, dtype, layers=layers, width=width)
         for kind in ("padded", "packed stock", "packed")
@@ -126,7 +126,7 @@ def _contender(kind: str, family: str, samples: str, dtype: torch.dtype, *, laye
     adapters.add_moslora(model, config, component=LANGUAGE, autocast_adapter_dtype=False)
     torch.manual_seed(2)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # so that the update counts
+        if "lora_B" in name:  # so that the adapter has an effect
             torch.nn.init.normal_(parameter, std=0.02)
     model.to(dtype).train()
     use_loss_head(model)
@@ -147,7 +147,7 @@ def check_equal(found: dict[str, Contender], name: str) -> dict[str, float]:
     """Largest relative differences from `padded`: of the loss, and in fp32 of any gradient.
 
     Raises:
-        SystemExit: they are not the same computation.
+        SystemExit: a difference is too large.
     """
     losses = {kind: float(contender.forward().detach()) for kind, contender in found.items()}
     known = losses["padded"]
@@ -162,7 +162,7 @@ def check_equal(found: dict[str, Contender], name: str) -> dict[str, float]:
         )
     limit = 1e-5 if name == "fp32" else 5e-3
     if max(differences.values()) > limit:
-        raise SystemExit(f"Not the padded step's numbers ({name}): {differences}, expected at most {limit}.")
+        raise SystemExit(f"Differs from the padded step ({name}): {differences}, expected at most {limit}.")
     return differences
 
 
@@ -183,7 +183,7 @@ def measure(family: str, samples: str, name: str, *, rounds: int, layers: int = 
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The stable keys."""
+    """The summary under stable keys."""
     found = {}
     for row in rows:
         case = f"{row['family']}_{row['samples']}_{row['dtype']}"
@@ -192,7 +192,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """A table for people."""
+    """Print the table."""
     print(f"{'family':11} {'lengths':22} dtype {'contender':13} {'packed faster by':>16} {'saved MiB':>10}")
     for row in rows:
         for kind, mib in row["saved_mib"].items():
@@ -202,7 +202,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    """Measure, then print."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--rounds", type=int, default=7, help="rounds per case (default 7)")

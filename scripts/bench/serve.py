@@ -1,9 +1,9 @@
-"""Continuous batching against one answer after the other: process CPU time of the same answers, interleaved.
+"""Continuous batching against one answer at a time: process CPU time of the same answers, interleaved.
 
     python scripts/bench/serve.py MODEL --answers 16 --tokens 24 --rounds 3 [--json]
 
-MODEL is a run, a checkpoint or an export that sees pictures. One thread; every round runs both ways on the same jobs,
-and the ratio is the median over rounds. The answers of both ways are compared token by token.
+MODEL is a run, a checkpoint or an export with a vision encoder. One thread runs both ways on the same jobs in every
+round, and the ratio is the median over rounds. The answers of both ways are compared token by token.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mm_moslora.serve.inference.token_sampling import Sampling
 
 
 def jobs_for(models: Models, count: int, tokens: int, done: queue.Queue[Piece]) -> list[Job]:
-    """Questions of different lengths, each about a picture of its own."""
+    """Questions of different lengths, each about its own picture."""
     from mm_moslora.serve.inference.prompt_preparation import turns_of
 
     made = []
@@ -48,7 +48,7 @@ def jobs_for(models: Models, count: int, tokens: int, done: queue.Queue[Piece]) 
 
 
 def answer(engine: Engine, jobs: list[Job], done: queue.Queue[Piece], *, together: bool) -> list[list[int]]:
-    """The answers to all jobs, handed in at once or one after the other."""
+    """The answers to all jobs, submitted at once or one after the other."""
     for group in [jobs] if together else [[job] for job in jobs]:
         engine.submit(group)
         ended = 0
@@ -58,7 +58,7 @@ def answer(engine: Engine, jobs: list[Job], done: queue.Queue[Piece], *, togethe
 
 
 def measure(engine: Engine, answers: int, tokens: int, rounds: int) -> tuple[dict[str, list[float]], bool]:
-    """CPU seconds of both ways, round by round, and whether their answers are the same. Prompts are made beforehand."""
+    """CPU seconds of both ways in every round, and whether their answers are equal. Prompts are prepared beforehand."""
     done: queue.Queue[Piece] = queue.Queue()
     ready = [jobs_for(engine.models, answers, tokens, done) for _ in range(2 * (rounds + 1))]
     given: dict[str, list[Any]] = {}
@@ -85,7 +85,7 @@ def main() -> int:
     end_with_parent()
     torch.set_num_threads(1)
     models = load_models(options.model)
-    models.stops = []  # every answer has the same length
+    models.stops = []  # so that all answers have the same length
     engine = Engine(models, Limits(batch=options.answers))
     engine.start()
     try:

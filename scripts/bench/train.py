@@ -1,37 +1,36 @@
 #!/usr/bin/env python
-"""What a training step costs: ours against Hugging Face's Llava with PEFT's LoRA and the authors' mixer.
+"""Cost of a training step: this project against Hugging Face's Llava with PEFT's LoRA and the authors' mixer.
 
-    python scripts/bench/train.py                    table for people
+    python scripts/bench/train.py                    print a table
     python scripts/bench/train.py --json             one object on stdout
-    python scripts/bench/train.py --rows rows.jsonl  keep finished rows there; a run that was stopped goes on
+    python scripts/bench/train.py --rows rows.jsonl  keep finished rows there; a stopped run continues
     python scripts/bench/train.py --quick            3 rounds, the large vocabulary only
     python scripts/bench/train.py --device cuda --width 2048 --layers 16   on a GPU, with a model that fills it
 
 The model is that of `yardstick.py` (CLIP 6 x 256 at 224 pixels, Llama 512 x 6, rank 16, four conversations of 304 to
-512 tokens). A step is a forward and a backward pass. All contenders have the same weights and samples and run in turn,
-in an order that rotates from round to round; one thread, process CPU time; every figure is the median of the ratios of
-single rounds. Losses and fp32 gradients are compared before anything is timed. Saved bytes are counted.
+512 tokens). A step is a forward and a backward pass. All contenders have the same weights and samples. They run in
+turn, in an order that rotates from round to round. Times are process CPU times of one thread, and figures are medians
+of the ratios of single rounds. Losses and fp32 gradients are compared before the timing. Saved bytes are counted.
 
-On a GPU the time of day counts, from when the GPU has done what it was given until it has done the step. This was never
-run on one.
+On a GPU, times are wall times between synchronisations. The script has not been run on a GPU.
 
-The process keeps memory from step to step, as `mm-moslora train` does (`keep_freed_memory`); the peers gain from
-it, too.
+The process keeps memory from step to step, as `mm-moslora train` does (`keep_freed_memory`), which speeds up the peers,
+too.
 
 Contenders:
     hf          padded batch, all logits, PEFT's default adapters (fp32 under a bf16 base)
-    best hf     the same, scoring supervised positions alone, adapters in the dtype of the base
+    best hf     the same with logits at supervised positions only, and adapters in the dtype of the base
     ours        the step of `mm-moslora train`
-and beside them, with the large vocabulary and without --quick:
-    stock layers  ours with transformers' own decoder layers (`model.lean_layers: false`)
-    compiled      ours with `train.compile: inductor`, where a C++ compiler is
-    trl           TRL's SFTTrainer, where it is installed, padded and without checkpointing. Its head scores supervised
-                  positions alone on GPUs only, so that its time here says little about its time there
+With the large vocabulary and without --quick, there are also:
+    stock layers  `ours` with transformers' own decoder layers (`model.lean_layers: false`)
+    compiled      `ours` with `train.compile: inductor`, where a C++ compiler is installed
+    trl           TRL's SFTTrainer, where it is installed, padded and without checkpointing. Its head is limited to
+                  supervised positions on GPUs only, so its time on a CPU does not predict its time on a GPU
 
-Useful MFU: the FLOPs that the step needs (no padding, supervised positions at the head, and behind the last attention,
-no gradient of frozen weights, no recomputation; a multiply-add is two) over its time, over the speed of the fastest of
-the step's own matrix products, measured in the same rounds. Its bound: what it would be if our step did nothing but its
-matrix products and its attention, in the time that their kernels take.
+Useful MFU is the speed of the needed FLOPs relative to the step's fastest matrix product, measured in the same rounds.
+Needed FLOPs exclude padding, unsupervised positions in the head and after the last attention, gradients of frozen
+weights, and recomputation; a multiply-add counts as two. The bound of useful MFU is its value if this project's step
+took only the time of its matrix-product and attention kernels.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed tells on stdout what it chooses by itself
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed prints its choice to stdout
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
@@ -98,7 +97,7 @@ class Product:
 
 
 def products(dtype: torch.dtype, setting: Setting) -> dict[str, Product]:
-    """The matrix products whose fastest is the peak, by rows, inner and columns."""
+    """The matrix products by rows, inner and columns; the fastest one is the peak."""
     tokens, width, inner = sum(yardstick.LENGTHS), setting.width, setting.inner
     square = 1024 if setting.device == "cpu" else 8192
     shapes = ((tokens, width, inner), (tokens, inner, width), (tokens, width, width), (square, square, square))
@@ -106,7 +105,7 @@ def products(dtype: torch.dtype, setting: Setting) -> dict[str, Product]:
 
 
 def needed_flops(vocabulary: int, setting: Setting = YARDSTICK) -> float:
-    """FLOPs that a step on the yardstick cannot do without; see the module's description."""
+    """FLOPs that a step on the yardstick needs; see the module docstring."""
     width, inner, layers, rank = setting.width, setting.inner, setting.layers, yardstick.RANK
     tokens, supervised = sum(yardstick.LENGTHS), sum(yardstick.SUPERVISED)
     pairs = sum(length * (length + 1) // 2 for length in yardstick.LENGTHS)
@@ -118,7 +117,7 @@ def needed_flops(vocabulary: int, setting: Setting = YARDSTICK) -> float:
     scores = layers * pairs * width * 2 * (2 + 4)
     head = 4 * vocabulary * width * supervised
     pictures, patches, vision = len(yardstick.LENGTHS), yardstick.IMAGE_TOKENS + 1, 256
-    blocks = 5  # features come from the last but one
+    blocks = 5  # features come from the layer before the last
     tower = pictures * patches * (blocks * (2 * 12 * vision * vision + 4 * patches * vision) + 2 * 3 * 14 * 14 * vision)
     projector = pictures * yardstick.IMAGE_TOKENS * (4 * vision * width + 6 * width * width)
     return float(decoder + scores + head + tower + projector)
@@ -128,7 +127,7 @@ def check_equal(contenders: dict[str, Contender], name: str, *, device: str = "c
     """Largest relative differences from the peer: of the loss, and in fp32 of any gradient.
 
     Raises:
-        SystemExit: they are not the same computation.
+        SystemExit: a difference is too large.
     """
     losses = {kind: float(contender.forward().detach()) for kind, contender in contenders.items()}
     found = {"loss_difference": max(abs(loss - losses["hf"]) / losses["hf"] for loss in losses.values())}
@@ -140,16 +139,16 @@ def check_equal(contenders: dict[str, Contender], name: str, *, device: str = "c
                 continue
             mine = contender.gradients()
             if theirs.keys() != mine.keys():
-                raise SystemExit(f"{kind}: other gradients than the peer's: {sorted(theirs.keys() ^ mine.keys())[:4]}")
+                raise SystemExit(f"{kind}: gradients of other parameters: {sorted(theirs.keys() ^ mine.keys())[:4]}")
             worst = max(float((mine[k] - g).norm() / g.norm()) for k, g in theirs.items())
             found["gradient_difference"] = max(found["gradient_difference"], worst)
     if max(found.values()) > limit:
-        raise SystemExit(f"not the peer's numbers ({name}): {found}, expected at most {limit}")
+        raise SystemExit(f"Differs from the peer ({name}): {found}, expected at most {limit}")
     return found
 
 
 def measure_steps(rows: Rows, rounds: int, vocabularies: tuple[int, ...], setting: Setting, *, extras: bool) -> None:
-    """Add the row of each vocabulary and dtype that is not there yet."""
+    """Add the missing rows, one per vocabulary and dtype."""
     cases = list(itertools.product(vocabularies, DTYPES))
     missing = [case for case in cases if rows.find(vocabulary=case[0], dtype=case[1]) is None]
     total, done = len(cases) * (rounds + 1), (len(cases) - len(missing)) * (rounds + 1)
@@ -164,7 +163,7 @@ def measure_steps(rows: Rows, rounds: int, vocabularies: tuple[int, ...], settin
 
 
 def shown_beside(vocabulary: int, dtype: torch.dtype, setting: Setting) -> dict[str, Contender]:
-    """Contenders that no target speaks of, as far as what they need is here."""
+    """Contenders without targets, as far as their requirements are installed."""
     found = {"stock layers": yardstick.ours(vocabulary, dtype, setting, lean=False)}
     if any(map(shutil.which, ("c++", "g++", "clang++"))):
         found["compiled"] = yardstick.ours(vocabulary, dtype, setting, compiler="inductor")
@@ -218,7 +217,7 @@ def step_row(
 
 
 def dropout_row(name: str, rounds: int, setting: Setting) -> dict[str, Any]:
-    """The large vocabulary with adapter dropout; every contender draws masks of its own."""
+    """The large vocabulary with adapter dropout; every contender draws its own masks."""
     vocabulary, dtype = VOCABULARIES[0], DTYPES[name]
     contenders = {
         "hf": yardstick.peer(vocabulary, dtype, setting, dropout=DROPOUT),
@@ -239,10 +238,10 @@ def dropout_row(name: str, rounds: int, setting: Setting) -> dict[str, Any]:
 
 
 def padding_row(*, samples: int = 66_500, ranks: int = 8, per_rank: int = 16) -> dict[str, Any]:
-    """Share of computed tokens that are real, on lengths like those of LLaVA's 665k mix, ranks in lock-step.
+    """Share of real tokens among all computed ones, on lengths like those of LLaVA's 665k mix, ranks in lock-step.
 
-    A rank that waits for a longer one counts as padding. The text lengths are assumed (log-normal, mean 297, at most
-    1,472); the share of text-only samples (6.1 %) is the mix's.
+    The waiting time of a rank counts as padding. The text lengths are assumed (log-normal, mean 297, at most 1,472);
+    the share of text-only samples (6.1 %) is the mix's.
     """
     rng = random.Random(0)
     has_image = [rng.random() > 0.061 for _ in range(samples)]
@@ -263,7 +262,7 @@ def padding_row(*, samples: int = 66_500, ranks: int = 8, per_rank: int = 16) ->
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The stable keys; the slower dtype decides the speed-up over the best peer."""
+    """The summary under stable keys; the slower dtype decides the speed-up over the best peer."""
     large = {row["dtype"]: row for row in rows if row.get("vocabulary") == VOCABULARIES[0]}
     return {
         "step_speedup_vs_hf_fp32": large["fp32"]["speedup_vs"]["hf"],
@@ -279,7 +278,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def show(rows: list[dict[str, Any]], summary: dict[str, float], setting: Setting) -> None:
-    """A table for people; the targets are those of the yardstick itself."""
+    """Print the table; targets apply to the yardstick's default setting only."""
     print(f"{'vocabulary':>10} dtype {'contender':14} {'ours faster by':>14} {'saved MiB':>10} {'useful MFU':>10}")
     for row in rows:
         for kind in row.get("seconds", ()):
@@ -301,7 +300,7 @@ def show(rows: list[dict[str, Any]], summary: dict[str, float], setting: Setting
 
 
 def main() -> int:
-    """Measure, then print."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--quick", action="store_true", help="the large vocabulary only, 3 rounds")

@@ -2,8 +2,8 @@
 
 Shapes: ``G`` conversations, ``T`` longest of them, ``S`` tokens of all, ``K`` supervised positions, ``C`` vocabulary.
 
-Every contender gets the same weights (the adapters' B is not zero, so that the update counts) and the same samples.
-`Setting` makes it larger, and moves it to a GPU.
+Every contender gets the same weights and samples. The adapters' B is not zero, so that the adapters have an effect.
+`Setting` enlarges the model and moves it to a GPU.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from mm_moslora.training.engine import LossModule
 
 RANK, ALPHA = 16, 32
 LENGTHS = (304, 352, 416, 512)
-"""Tokens per conversation, 256 visual ones included: 1,584 of all, 2,048 when padded."""
+"""Tokens per conversation, 256 visual ones included: 1,584 in total, 2,048 when padded."""
 SUPERVISED = (20, 40, 63, 100)
-"""Supervised tokens at the end of each conversation: 223 of all."""
+"""Supervised tokens at the end of each conversation: 223 in total."""
 IMAGE_TOKENS = 256
 LANGUAGE = "model.language_model"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -43,13 +43,13 @@ Step = Callable[[], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What differs from machine to machine."""
+    """Sizes of the language model, and the device."""
 
     device: str = "cpu"
     width: int = 512
-    """Of the language model, in heads of 64."""
+    """Width of the language model, in heads of 64."""
     layers: int = 6
-    """Of the language model."""
+    """Layers of the language model."""
 
     @property
     def inner(self) -> int:
@@ -76,7 +76,7 @@ class Contender:
         return loss.detach()
 
     def gradients(self) -> dict[str, Tensor]:
-        """Gradients of A, M, B and of the projector, under one set of names, fp32."""
+        """Gradients of A, M, B and of the projector, under the same names for all contenders, fp32."""
         self.model.zero_grad(set_to_none=True)
         self.forward().backward()
         found = {_plain(name): p.grad.float() for name, p in self.model.named_parameters() if p.grad is not None}
@@ -85,7 +85,7 @@ class Contender:
 
 
 def _plain(name: str) -> str:
-    """`...lora_B.default.0.weight` (a mixer of the peer) and `...lora_mixer.default.weight` (ours) are one name."""
+    """One name for `...lora_B.default.0.weight` (the peer's mixer) and `...lora_mixer.default.weight` (this mixer)."""
     name = name.removeprefix("base_model.model.")
     return name.replace("lora_B.default.0.", "lora_mixer.default.").replace("lora_B.default.1.", "lora_B.default.")
 
@@ -127,7 +127,7 @@ def examples(vocabulary: int) -> list[Example]:
 
 
 def factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """A, M and B for every adapted layer by path, fp32; equal at every call."""
+    """A, M and B of every adapted layer by path, fp32; equal at every call."""
     generator = torch.Generator().manual_seed(2)
     found = {}
     for path, module in model.named_modules():
@@ -140,7 +140,7 @@ def factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
 
 
 def padded(items: list[Example]) -> dict[str, Tensor]:
-    """What a Hugging Face collator makes: ``[G, T]`` ids, labels and mask, padded on the right."""
+    """A Hugging Face collator's batch: ``[G, T]`` ids, labels and mask, padded on the right."""
     length = max(item.length for item in items)
     ids, labels, mask = (torch.zeros(len(items), length, dtype=torch.long) for _ in range(3))
     labels.fill_(-100)
@@ -194,11 +194,11 @@ def peer(
 
     Args:
         vocabulary: C.
-        dtype: of the base.
+        dtype: dtype of the base.
         setting: sizes and device.
-        supervised_only: score the supervised positions instead of all.
-        wide_adapters: PEFT's default, adapters in fp32 under a base in bf16; else in the base's dtype.
-        dropout: of the adapters.
+        supervised_only: compute logits at supervised positions only.
+        wide_adapters: PEFT's default, adapters in fp32 under a base in bf16; otherwise in the base's dtype.
+        dropout: dropout of the adapters.
     """
     model, wrapped = _adapted_by_peft(vocabulary, dtype, setting, wide_adapters=wide_adapters, dropout=dropout)
     given = _padded_inputs(vocabulary, dtype, setting)
@@ -217,10 +217,10 @@ def peer(
 
 
 def trl(vocabulary: int, dtype: torch.dtype, setting: Setting = YARDSTICK) -> Contender:
-    """TRL's SFTTrainer on the same, adapters in the base's dtype, without the checkpointing that it turns on by itself.
+    """TRL's SFTTrainer on the same data, adapters in the base's dtype, without its default checkpointing.
 
-    Padded, for it refuses packing and padding-free rows where there are pictures. The head that it puts in scores the
-    supervised positions alone on a GPU with Triton, and all of them elsewhere.
+    Rows are padded, since it refuses packing and padding-free rows with pictures. Its head computes logits at
+    supervised positions only on a GPU with Triton, and at all positions elsewhere.
     """
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -246,7 +246,7 @@ def trl(vocabulary: int, dtype: torch.dtype, setting: Setting = YARDSTICK) -> Co
 
 
 def in_four_bits(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Put the language model's linear layers into nf4, doubly quantised, as `model.quantisation: nf4` loads them."""
+    """Put the language model's linear layers into nf4 with double quantisation, as `model.quantisation: nf4` does."""
     import bitsandbytes as bnb
 
     language = model.get_submodule(LANGUAGE)
@@ -270,7 +270,7 @@ def ours(
     compiler: str | None = None,
     four_bits: bool = False,
 ) -> Contender:
-    """The step that `mm-moslora train` runs; with a backend of torch.compile that of `train.compile`."""
+    """The step of `mm-moslora train`; with a backend of torch.compile, that of `train.compile`."""
     model = base(vocabulary, dtype, setting)
     if four_bits:
         in_four_bits(model, dtype)
@@ -298,7 +298,7 @@ def ours(
 
 
 def saved_bytes(contender: Contender) -> int:
-    """Bytes kept for the backward pass, every storage once, weights left out."""
+    """Bytes saved for the backward pass, each storage once, without weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in contender.model.parameters()}
     seen: dict[int, Tensor] = {}
 

@@ -1,15 +1,15 @@
-"""Attack a running server with bodies that are dear to read, and watch what others notice: latency, memory, answers.
+"""Attack a running server with bodies that are expensive to read, and measure latency, memory and other answers.
 
     python scripts/soak/attack_server.py --seconds 180 [--clients 12] [--seed 0] [--json]
 
-The server is a process of its own around a tiny random model, with its default limits. Clients send lists of millions
-of items, nesting, escapes, endless texts, pictures that are small files and large in memory, pictures that grow when
-they are padded, bodies that trickle, and bodies whose sender leaves. Meanwhile `/health` is asked 20 times a second,
-ordinary requests are asked one after the other, and the server's memory is read.
+The server runs in a separate process with a tiny random model and its default limits. Clients send lists of millions
+of items, deep nesting, escapes, endless texts, small picture files that are large in memory, pictures that grow when
+they are padded, slow uploads, and uploads that are aborted. Meanwhile, the script requests `/health` 20 times a
+second, sends ordinary requests one after the other, and reads the server's memory.
 
 The exit code is 0 only when no reply was a 5xx, `/health` never took longer than `--health` seconds, memory stayed
-below what was there before plus `bodies_bytes`, `pictures_bytes` and ten bodies (the two threads that parse hold up to
-five forms of theirs), and everything that was held is given back at the end.
+below its start plus `bodies_bytes`, `pictures_bytes` and ten bodies (the two parsing threads hold up to five copies
+each), and all reserved memory is released at the end.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def picture(mode: str, width: int, height: int, kind: str = "png", colour: Any =
 
 
 def bodies() -> dict[str, bytes]:
-    """The attacks that are one body."""
+    """Attacks that consist of one body."""
     start = b'{"model": "tiny", "messages": ['
     return {
         "a list of millions": start + b"[]," * (6 * MIB),
@@ -84,11 +84,11 @@ def bodies() -> dict[str, bytes]:
 
 
 class Attack:
-    """Clients, and what came of them.
+    """Clients, and the outcomes of their requests.
 
     Args:
-        port: of the server.
-        seed: of the clients' choices.
+        port: the server's.
+        seed: seed of the clients' choices.
     """
 
     def __init__(self, port: int, seed: int) -> None:
@@ -109,7 +109,7 @@ class Attack:
             way = draw.choice(ways)
             try:
                 status = way(self.bodies[name])
-            except OSError:  # the server may close on whoever sends too much
+            except OSError:  # the server may close the connection of an excessive request
                 status = 0
             with self._lock:
                 self.statuses[f"{name}: {status or 'closed'}"] += 1
@@ -117,7 +117,7 @@ class Attack:
                     self.faults.append(f"{name}: {status}")
 
     def ask_health(self) -> None:
-        """Asks for `/health` on a new connection each time, as a load balancer may."""
+        """Requests `/health` on a new connection each time, as a load balancer may."""
         while not self.over.is_set():
             began = time.monotonic()
             try:
@@ -131,7 +131,7 @@ class Attack:
             self.over.wait(0.05)
 
     def ask_ordinary(self) -> None:
-        """Asks what a user would ask."""
+        """Sends ordinary requests."""
         while not self.over.is_set():
             with contextlib.suppress(OSError):
                 self.ordinary[self._send(self.bodies["an ordinary request"])] += 1
@@ -169,7 +169,7 @@ class Attack:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.sendall(body)
             head = connection.recv(200)
-            while connection.recv(MIB):  # to the end, so that the next one is not refused for this one
+            while connection.recv(MIB):  # to the end, so that this request does not count against the next one
                 if b"chunked" not in head:
                     break
             return int(head.split()[1]) if head else 0
@@ -196,7 +196,7 @@ class Attack:
 
 
 def memory_mib(process: int, key: str = "VmRSS") -> float:
-    """Resident memory of a process; `VmHWM` is the most so far."""
+    """Resident memory of a process; `VmHWM` is its peak."""
     lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
 
@@ -205,10 +205,10 @@ def attack(*, seconds: float, clients: int, seed: int, health: float) -> dict[st
     """Start a server, attack it, and report.
 
     Args:
-        seconds: of attack.
-        clients: at once.
-        seed: of their choices.
-        health: seconds that `/health` may take.
+        seconds: duration of the attack.
+        clients: number of concurrent clients.
+        seed: seed of their choices.
+        health: limit for `/health`, seconds.
     """
     from mm_moslora.serve.api.request_limits import Limits
 
@@ -259,7 +259,7 @@ def attack(*, seconds: float, clients: int, seed: int, health: float) -> dict[st
 
 
 def serve(folder: Path) -> None:
-    """The server's process: says its port, and runs until it is stopped."""
+    """The server's process: print its port, and run until it is stopped."""
     import logging
 
     import torch

@@ -1,4 +1,4 @@
-"""Flip one bit in a file of a real checkpoint, many times: every flip must be found, and named with its file.
+"""Flip one bit in a file of a real checkpoint, many times: verification must detect every flip and name the file.
 
 python scripts/soak/bit_flips.py --flips 1000
 """
@@ -20,7 +20,7 @@ from mm_moslora.utils.errors import CheckpointError
 
 
 def flip(folder: Path, rng: random.Random) -> str:
-    """Flip one bit of one file, look, and put it back; gives `found`, `missed NAME` or `unnamed NAME`."""
+    """Flip one bit of one file, verify, and restore it; returns `found`, `missed NAME` or `unnamed NAME`."""
     path = rng.choice(sorted(item for item in folder.rglob("*") if item.is_file() and item.stat().st_size))
     name = path.relative_to(folder).as_posix()
     place, bit = rng.randrange(path.stat().st_size), 1 << rng.randrange(8)
@@ -43,10 +43,10 @@ def _flip(path: Path, place: int, bit: int) -> None:
 
 
 def run(flips: int, folder: Path) -> Counter[str]:
-    """Outcomes of so many flips in a checkpoint."""
+    """Outcomes of a number of flips in a checkpoint."""
     rng = random.Random(0)
     outcomes = Counter(flip(folder, rng) for _ in range(flips))
-    read_manifest(folder)  # everything was put back
+    read_manifest(folder)  # all flips were reverted
     return outcomes
 
 

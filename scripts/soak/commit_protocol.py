@@ -1,8 +1,8 @@
-"""Crash the commit protocol at every operation, many times, on a disk that may lose what was not synced.
+"""Crash the commit protocol at every operation, many times, on a simulated disk that may lose unsynced data.
 
-Two ranks save some checkpoints, with retention. After a crash at any operation the newest valid checkpoint must be at
-least as new as the last one that was reported as committed, and hold what was written, bit for bit; and the next save
-must succeed.
+Two ranks save some checkpoints, with retention. After a crash at any operation, the newest valid checkpoint must be at
+least as new as the last one that was reported as committed, and equal what was written, bit for bit. The next save must
+succeed.
 
     python scripts/soak/commit_protocol.py --points 12000
 """
@@ -35,7 +35,7 @@ RANKS = 2
 
 
 def manifest(step: int) -> Manifest:
-    """Of one small checkpoint."""
+    """Manifest of one small checkpoint."""
     return Manifest(
         step=step, world_size=RANKS, recipe={}, base={}, counters={"steps": step}, trainable={}, files={}
     )  # fmt: skip
@@ -43,7 +43,7 @@ def manifest(step: int) -> Manifest:
 
 @contextmanager
 def as_rank(number: int, outcomes: list) -> Iterator[None]:
-    """Pretend to be one of two ranks, whose talk is played by the script."""
+    """Act as one of two ranks; the script supplies the other rank's messages."""
     with (
         patch.object(distributed, "rank", lambda: number),
         patch.object(distributed, "is_main", lambda: number == 0),
@@ -53,7 +53,7 @@ def as_rank(number: int, outcomes: list) -> Iterator[None]:
 
 
 def content_of(step: int, name: str) -> bytes:
-    """What a file of a step holds."""
+    """Content of a file of a step."""
     return random.Random(f"{step} {name}").randbytes(200 + 37 * (step % 5))
 
 
@@ -87,7 +87,7 @@ def save(run: Path, step: int, operations: list[Operation], retention: Retention
 
 
 def history(seed: int, work: Path) -> list[Operation]:
-    """The operations of some saves with some retention."""
+    """The operations of several saves, with retention."""
     rng = random.Random(seed)
     retention = Retention(last=rng.choice((1, 2, 3)), every=rng.choice((0, 4)), best=rng.choice((None, folder_name(2))))
     run = work / f"history-{seed}"
@@ -100,7 +100,7 @@ def history(seed: int, work: Path) -> list[Operation]:
 
 
 def crash_point(operations: list[Operation], stop: int, seed: int, place: Path) -> str:
-    """Crash after `stop` operations, recover, and say how it went."""
+    """Crash after `stop` operations, recover, and return the outcome."""
     simulated = SimulatedDisk()
     for name, arguments in operations[:stop]:
         getattr(simulated, name)(*arguments)
@@ -141,7 +141,7 @@ def main() -> int:
 
 
 def run(points: int) -> Counter[str]:
-    """Outcomes of so many crash points."""
+    """Outcomes of a number of crash points."""
     outcomes: Counter[str] = Counter()
     base = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=base) as folder:

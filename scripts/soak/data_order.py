@@ -1,5 +1,5 @@
-"""The order of the data as a property: whatever the ranks, micro-batches, workers and interruptions, every epoch sees
-every sample as often as its weight says, and the same steps follow in the same order.
+"""Property test of the data order: for all numbers of ranks, micro-batches, workers and interruptions, every epoch
+contains every sample as often as its weight requires, and the same steps follow in the same order.
 
     python scripts/soak/data_order.py --cases 5000
 """
@@ -27,7 +27,7 @@ GOOD = "same samples, same order"
 
 
 class Numbers:
-    """A training set whose examples are their own numbers; stands in for `TrainingSet`."""
+    """A training set with their numbers as its examples, in place of `TrainingSet`."""
 
     def __init__(self, rng: random.Random) -> None:
         sizes = [rng.randrange(1, 22) for _ in range(rng.choice((1, 1, 2)))]
@@ -56,7 +56,7 @@ def _loader(data: Numbers, rank: int, world: int, micro: int, batch: int, config
 
 
 def _stretch(data: Numbers, world: int, micro: int, count: int, **settings) -> Iterator[list[int]]:
-    """The samples of some steps, put together from all ranks as they really arrive."""
+    """The samples of some steps, collected from all ranks as they arrive."""
     ranks = [_loader(data, rank, world, micro, **settings) for rank in range(world)]
     entered = [loader.__enter__() for loader in ranks]
     try:
@@ -71,7 +71,7 @@ def _stretch(data: Numbers, world: int, micro: int, count: int, **settings) -> I
 
 
 def case(seed: int, *, workers: int = 0) -> str:
-    """One random data set, run with interruptions on changing ranks, against the plan; says what happened."""
+    """Compare one random data set, run with interruptions on changing ranks, with the plan; returns the outcome."""
     rng = random.Random(seed)
     data, batch = Numbers(rng), rng.randrange(1, 17)
     packed = rng.random() < 0.25
@@ -94,7 +94,7 @@ def case(seed: int, *, workers: int = 0) -> str:
 
 
 def _fault(epoch: list[list[int]], data: Numbers) -> str | None:
-    """What is wrong with the samples of an epoch."""
+    """The error in an epoch's samples, if any."""
     seen = Counter(number for step in epoch for number in step)
     for numbers, weight in zip(data.members, data.weights, strict=True):
         if any(not int(weight) <= seen[number] <= -(-weight // 1) for number in numbers):
@@ -105,7 +105,7 @@ def _fault(epoch: list[list[int]], data: Numbers) -> str | None:
 
 
 def run(seeds: range, *, with_workers: int = 0) -> Counter[str]:
-    """Outcomes of cases in the thread, and of some with worker processes."""
+    """Outcomes of cases in a thread, and of some with worker processes."""
     outcomes: Counter[str] = Counter()
     with Progress("data order", len(seeds) + with_workers, unit="case") as progress:
         for number, seed in enumerate([*seeds, *range(with_workers)]):

@@ -1,9 +1,9 @@
-"""Throw broken picture files at the decoder: every one becomes RGB or one named error, quickly and in little memory.
+"""Fuzz the image decoder with broken files: each must give RGB or one named error, in little time and memory.
 
     python scripts/soak/fuzz_images.py --count 200000 --seed 0 [--json]
 
-Files are small JPEG, PNG, GIF, TIFF and WebP pictures of every mode with bytes flipped, cut, inserted or repeated, and
-header fields set to extreme values. Decoders are C libraries, so the work is done in child processes, and one that dies
+Files are small JPEG, PNG, GIF, TIFF and WebP pictures of every mode, with bytes flipped, cut, inserted or repeated, and
+header fields set to extreme values. Decoders are C libraries, so they run in child processes, and a child that dies
 counts as a crash. The exit code is 0 only when nothing but `ImageError` was raised, no file took a second of processor
 time, no process died, and memory stayed below 1 GiB.
 """
@@ -70,7 +70,7 @@ def seeds() -> list[tuple[str, bytes]]:
 
 
 def damage(raw: bytes, draw: random.Random) -> bytes:
-    """The same file with one to four faults."""
+    """The file with one to four faults."""
     data = bytearray(raw)
     for _ in range(draw.randint(1, 4)):
         head = draw.random() < 0.3
@@ -111,14 +111,14 @@ def run_chunk(count: int, *, seed: int) -> Tally:
 
 
 def _child(count: int, seed: int, results: Any) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff writes what it finds to stderr
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff writes its findings to stderr
     results.put(run_chunk(count, seed=seed))
 
 
 def run(
     count: int, *, seed: int, chunk: int = CHUNK, progress: Callable[[int, Tally], None] | None = None
 ) -> dict[str, Any]:
-    """Open `count` broken files in child processes, one after the other, and say what came back."""
+    """Open `count` broken files in child processes, one after the other, and return the outcomes."""
     context = multiprocessing.get_context("fork")
     tally, crashes, done = Tally(), 0, 0
     for start in range(0, count, chunk):

@@ -1,10 +1,10 @@
-"""Throw broken training records at the reader: each becomes a record or one named error, fast and in little memory.
+"""Fuzz the record reader with broken training records: each must give a record or one named error, fast.
 
     python scripts/soak/fuzz_records.py --count 1000000 --seed 0 [--json]
 
 Records are valid ones of every form with one to three faults: values replaced, removed or repeated, text with special
-tokens and odd characters, bytes flipped, cut or inserted. Every tenth that stays valid is tokenised, too, and its
-labels are checked. The exit code is 0 only when nothing but `RecordError` was raised, no record took a second of
+tokens and unusual characters, bytes flipped, cut or inserted. Every tenth valid one is tokenised, too, and its labels
+are checked. The exit code is 0 only when nothing but `RecordError` was raised, no record took a second of
 processor time, and memory stayed below 1 GiB.
 """
 
@@ -66,7 +66,7 @@ class Fuzzer:
     """Makes lines of JSONL from a seed.
 
     Args:
-        seed: same seed, same lines.
+        seed: the same seed gives the same lines.
     """
 
     def __init__(self, seed: int) -> None:
@@ -138,7 +138,7 @@ def tiny_encoder() -> ConversationEncoder:
 def run(
     count: int, *, seed: int, encode_every: int = 10, progress: Callable[[int, Tally], None] | None = None
 ) -> dict[str, Any]:
-    """Read `count` broken records and say what came back."""
+    """Read `count` broken records and return the outcomes."""
     fuzzer, encoder, tally = Fuzzer(seed), tiny_encoder(), Tally()
     rules = PictureRules(folder=Path("/nowhere"), hosts=("example.org",), video_frames=4)
     encoded = 0

@@ -1,10 +1,10 @@
-"""Throw broken requests at the server and count what comes back: no 5xx, OpenAI's error shape, no text of a library.
+"""Fuzz the server with broken requests: no 5xx, OpenAI's error format, no text of a library.
 
     python scripts/soak/fuzz_server.py --bodies 100000 --seed 0 [--json]
 
 Bodies are valid requests with one to three faults: nodes of the JSON replaced, removed or repeated, bytes flipped, cut
-or inserted, headers changed, pictures damaged inside their base64. A tiny random model answers those that stay valid.
-The exit code is 0 only when every reply was acceptable, the server still answers at the end, and memory stayed bounded.
+or inserted, headers changed, pictures damaged inside their base64. A tiny random model answers valid ones. The exit
+code is 0 only when every reply was acceptable, the server still answers at the end, and memory stayed bounded.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Fuzzer:
     """Makes requests from a seed.
 
     Args:
-        seed: same seed, same requests.
+        seed: the same seed gives the same requests.
     """
 
     def __init__(self, seed: int) -> None:
@@ -176,7 +176,7 @@ async def ask(
 
 
 def fault_of(status: int, method: str, reply: bytes) -> str | None:
-    """What is wrong with a reply; None when nothing is."""
+    """The error in a reply; None for a correct one."""
     if status >= 500 or status == 0:
         return f"status {status}"
     if status < 400 or method == "HEAD":
@@ -199,10 +199,10 @@ async def fuzz(
 
     Args:
         app: the application, started.
-        bodies: how many requests.
+        bodies: number of requests.
         seed: see `Fuzzer`.
-        at_once: requests under way together.
-        every: requests between two lines of progress; 0: none.
+        at_once: number of concurrent requests.
+        every: requests between two lines of progress; 0: no progress.
     """
     fuzzer, statuses, codes, faults = Fuzzer(seed), Counter[int](), Counter[str](), []
     started, memory = time.monotonic(), 0
@@ -240,11 +240,11 @@ def _memory_mib() -> int:
 
 
 def tiny_models(folder: Path, *, longest: int = 512) -> Any:
-    """A random model of two layers that sees pictures, made here.
+    """A random model of two layers with a vision encoder.
 
     Args:
-        folder: where its parts are put.
-        longest: tokens that it claims to be made for.
+        folder: folder for its parts.
+        longest: its context length, tokens.
     """
     sys.path[:0] = [str(ROOT), str(ROOT / "eval"), str(ROOT / "tests")]
     from tiny import make_language, make_vision
@@ -269,7 +269,7 @@ def tiny_engine(folder: Path) -> Any:
 
 
 async def soak(bodies: int, seed: int) -> dict[str, Any]:
-    """Fuzz a server around a tiny model; afterwards it must still answer."""
+    """Fuzz a server with a tiny model; afterwards it must still answer."""
     from mm_moslora.serve.api.api_routes import create_app
 
     with tempfile.TemporaryDirectory() as folder:
@@ -298,7 +298,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     import logging
 
-    logging.disable(logging.CRITICAL)  # every refused picture would say why
+    logging.disable(logging.CRITICAL)  # every refused picture would be logged
     sys.path[:0] = [str(ROOT), str(ROOT / "eval")]
     import torch
 

@@ -1,4 +1,4 @@
-"""What the scripts that throw broken data at readers share: a tally of outcomes, progress, and the way to end."""
+"""Shared parts of the fuzzing scripts: a tally of outcomes, progress, and the exit code."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 SLOW = 1.0
-"""Seconds of processor time that one input may take."""
+"""Processor time limit of one input, seconds."""
 MEMORY = 1024
-"""MiB that a process may take."""
+"""Memory limit of a process, MiB."""
 
 
 class _NamedError(Protocol):
@@ -24,18 +24,18 @@ class _NamedError(Protocol):
 
 
 class Tally:
-    """What came of some inputs."""
+    """Outcomes of some inputs."""
 
     def __init__(self) -> None:
         self.outcomes: Counter[str] = Counter()
-        """How many ended how."""
+        """Number of inputs by outcome."""
         self.uncaught: list[str] = []
-        """Exceptions that are no rejection."""
+        """Exceptions other than rejections."""
         self.named, self.slow, self.slowest, self.peak, self.cpu = 0, 0, 0.0, 0, 0.0
 
     @contextmanager
     def one(self, describe: Callable[[], str]) -> Iterator[None]:
-        """Time one input and note what it raises.
+        """Time one input and record its exception.
 
         Args:
             describe: the input, for the report of an exception.
@@ -43,24 +43,24 @@ class Tally:
         began = time.thread_time()
         try:
             yield
-        except Exception as error:  # what these scripts look for
+        except Exception as error:  # the faults that these scripts search for
             self.uncaught.append(f"{type(error).__name__}: {str(error)[:100]} {describe()}")
         took = time.thread_time() - began
         self.slowest, self.slow = max(self.slowest, took), self.slow + (took > SLOW)
 
     def rejected(self, code: str, error: _NamedError) -> None:
-        """Count a rejection; it is named when it says what was found and what to do."""
+        """Count a rejection, and whether its message names the fault and the remedy."""
         self.outcomes[code] += 1
         self.named += bool(error.what and error.remedy)
 
     def measured(self) -> Tally:
-        """The same with what this process has used so far."""
+        """Record this process's memory and processor time, and return the tally."""
         self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         self.cpu = time.process_time()
         return self
 
     def add(self, other: Tally) -> None:
-        """Take in what another process has found."""
+        """Add the outcomes of another process."""
         self.outcomes += other.outcomes
         self.uncaught += other.uncaught
         self.named, self.slow, self.cpu = self.named + other.named, self.slow + other.slow, self.cpu + other.cpu
@@ -76,10 +76,10 @@ class Tally:
 
 
 class Progress:
-    """A line on stderr, every few seconds: how many are done, memory, and when the rest will be.
+    """A progress line on stderr every few seconds: finished inputs, memory, remaining time.
 
     Args:
-        total: inputs.
+        total: number of inputs.
     """
 
     def __init__(self, total: int, *, every: float = 5.0) -> None:
@@ -87,7 +87,7 @@ class Progress:
         self.last = self.began
 
     def __call__(self, done: int, tally: Tally) -> None:
-        """Say where it stands, when it was long enough ago that it was said."""
+        """Print the line if the interval has passed."""
         now = time.monotonic()
         if now - self.last < self.every and done < self.total:
             return
@@ -101,12 +101,12 @@ class Progress:
 
 
 def main(description: str | None, run: Callable[..., dict[str, Any]], *, count: int) -> int:
-    """Run, print, and say by the exit code whether it went well.
+    """Run, print the outcomes, and exit with 0 only without faults.
 
     Args:
-        description: of the script.
+        description: the script's.
         run: called with a count, `seed` and `progress`.
-        count: inputs by default.
+        count: default number of inputs.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=count)

@@ -1,4 +1,4 @@
-"""What the soak scripts that train share: the tests' tiny runs, and results that survive an interruption."""
+"""Shared parts of the soak scripts that train: the tests' tiny runs, and results that survive an interruption."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# DeepSpeed says what it found on stdout, where the results go, unless it is told.
+# Otherwise DeepSpeed prints the accelerator that it found to stdout, which is for the results.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 _TESTS = Path(__file__).resolve().parents[2] / "tests"
 sys.path[:0] = [str(_TESTS / part) for part in ("", "support", "builders", "distributed")]
@@ -20,10 +20,10 @@ __all__ = ["Ledger", "Ranks", "full", "hexed", "make_parts", "make_recipe", "met
 
 
 class Ledger:
-    """Results as JSON lines, one for each finished piece of work; a script that starts again skips those.
+    """Results as JSON lines, one per finished task; a restarted script skips those.
 
     Args:
-        path: of the file; None: in memory only.
+        path: the file; None: in memory only.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -32,7 +32,7 @@ class Ledger:
         self.entries: list[dict[str, Any]] = [json.loads(line) for line in known if line.endswith("}")]
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Note a result, on disk at once."""
+        """Add a result and write it to disk at once."""
         self.entries.append(entry)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as stream:

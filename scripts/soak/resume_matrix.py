@@ -1,4 +1,4 @@
-"""Stop and resume in new processes, over ZeRO stages, precisions, and what trains; the losses must be equal in hex.
+"""Stop and resume in new processes, over ZeRO stages, precisions and trained parts; losses must be equal in hex.
 
 python scripts/soak/resume_matrix.py
 """
@@ -24,13 +24,13 @@ STAGES = ("zero0", "zero1", "zero2", "zero3")
 TRAINS = ("moslora", "full")
 PRECISIONS = ("fp32", "bf16")
 VISION = ("frozen", "full")
-"""With a frozen vision tower its weights are not in the checkpoint; trained whole, they are."""
+"""A frozen vision tower's weights are not in the checkpoint; those of a trained one are."""
 
 
 def run(
     place: Path, *, stages: tuple[str, ...] = STAGES, precisions: tuple[str, ...] = PRECISIONS, ledger: Ledger
 ) -> None:
-    """Whether each combination continues exactly; each becomes an entry."""
+    """Whether each combination resumes exactly, one entry each."""
     parts = make_parts(place)
     cases = list(itertools.product(stages, precisions, TRAINS, VISION))
     known = {entry["name"] for entry in ledger.entries}
@@ -48,7 +48,7 @@ def run(
 
 
 def _continues(ranks: Ranks, recipe: Recipe) -> bool:
-    """Whether a run that stops half-way, and goes on in new processes, equals one that does not."""
+    """Whether a run that stops half-way and resumes in new processes equals an uninterrupted one."""
     straight, resumed = Path(recipe.train.output), Path(f"{recipe.train.output}-resumed")
     half = write(replace(recipe, train=replace(recipe.train, output=str(resumed))))
     ranks.run([write(recipe), f"{half}@{HALF}"], limit=600)

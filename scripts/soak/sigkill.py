@@ -1,7 +1,7 @@
-"""Kill runs of two ranks with SIGKILL at random moments, saves included; each must end as an undisturbed run does.
+"""Kill runs of two ranks with SIGKILL at random times, also while saving; each must end as an undisturbed run does.
 
-Every run saves after every step, is killed some times, one rank or both, started again by the same command each time,
-and finished. Its losses and its weights must then equal, bit for bit, those of a run that nobody touched.
+Every run saves after every step. It is killed several times, one rank or both, restarted by the same command each time,
+and finished. Its losses and weights must then equal those of an undisturbed run, bit for bit.
 
     python scripts/soak/sigkill.py --kills 100
 """
@@ -31,7 +31,7 @@ STAGES = ("zero2", "zero3", "zero0", "zero1")
 
 
 def _moment(run: Path) -> str:
-    """Where in its life a run folder is."""
+    """The phase of a run, from its folder."""
     if list(run.glob(".tmp-checkpoint-*")):
         return "while a checkpoint was being written"
     if not list(run.glob("checkpoint-*")):
@@ -40,13 +40,13 @@ def _moment(run: Path) -> str:
 
 
 def _steps(run: Path) -> int:
-    """Steps that are logged."""
+    """Number of logged steps."""
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def _wait(run: Path, steps: int, pids: list[int]) -> None:
-    """Wait until so many steps are logged, or a rank is gone."""
+    """Wait until a number of steps is logged, or a rank is gone."""
     while _steps(run) < steps and all(Path(f"/proc/{pid}/exe").exists() for pid in pids):
         time.sleep(0.01)
 
@@ -58,7 +58,7 @@ def _kill(pids: list[int]) -> None:
 
 
 def _end_like_a_launcher(pids: list[int], grace: float) -> None:
-    """A rank that lost its peer ends by itself or, past the grace, by its launcher."""
+    """Wait for the end of a rank that lost its peer: by itself or, after a grace period, by its launcher."""
     deadline = time.monotonic() + grace
     while time.monotonic() < deadline and any(Path(f"/proc/{pid}/exe").exists() for pid in pids):
         time.sleep(0.02)
@@ -66,17 +66,17 @@ def _end_like_a_launcher(pids: list[int], grace: float) -> None:
 
 
 def torment(ranks: Ranks, recipe: str, run: Path, seconds: float, rng: random.Random) -> list[str]:
-    """Kill a run some times, at a random moment of a random step or of the start, then let it end.
+    """Kill a run several times, at a random moment of a random step or of the start, then let it end.
 
     Args:
-        ranks: where runs are started.
-        recipe: its file.
-        run: its folder.
-        seconds: of its longest step.
-        rng: of the moments.
+        ranks: starts and stops the runs.
+        recipe: the recipe's file.
+        run: the run folder.
+        seconds: duration of its longest step.
+        rng: source of the moments.
 
     Returns:
-        What the run had reached at each kill.
+        The phase of the run at each kill.
     """
     moments = []
     for number in range(KILLS_PER_RUN):
@@ -97,7 +97,7 @@ def torment(ranks: Ranks, recipe: str, run: Path, seconds: float, rng: random.Ra
 
 
 def run(kills: int, place: Path, *, stages: tuple[str, ...] = STAGES, ledger: Ledger) -> None:
-    """Kill until there were enough; each finished run becomes an entry."""
+    """Repeat until there are enough kills; each finished run becomes an entry."""
     parts = make_parts(place)
 
     def recipe_of(name: str, stage: str) -> str:

@@ -1,9 +1,9 @@
-"""A file system that may lose what was not synced: records what the real code does to the disk, then shows what a crash
-could leave of it.
+"""A file system that may lose unsynced data: it records the real code's disk operations, then simulates the state after
+a crash.
 
-The rules are POSIX's, at their least friendly. Names live in folders, contents in files. `fsync` of a file saves its
-content but not its name; `fsync` of a folder saves the names in it. A change of names that was not synced may or
-may not survive, each for itself or in order; a content that was not synced may be whole, cut, empty or zeros.
+The rules are the weakest that POSIX allows. Names belong to folders, contents to files. `fsync` of a file saves its
+content but not its name; `fsync` of a folder saves the names in it. An unsynced change of names may or may not survive,
+independently or in order. An unsynced content may be complete, truncated, empty or zeros.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mm_moslora.utils import files
 
 @dataclass
 class File:
-    """A file: what it holds, and what of that is safe."""
+    """A file: its content, and the part of it that is synced."""
 
     content: bytes
     safe: bytes | None = None
@@ -28,17 +28,17 @@ class File:
 
 @dataclass
 class Folder:
-    """A folder: the names that are safe, and changes that are not yet; a change is a list of (name, node or None)."""
+    """A folder: synced names, and unsynced changes; a change is a list of (name, node or None)."""
 
     safe: dict[str, File | Folder] = field(default_factory=dict)
     changes: list[list[tuple[str, File | Folder | None]]] = field(default_factory=list)
 
     def now(self) -> dict[str, File | Folder]:
-        """What a program sees."""
+        """The names that a program sees."""
         return _applied(self.safe, self.changes)
 
     def sync(self) -> None:
-        """Make all names safe."""
+        """Sync all names."""
         self.safe, self.changes = self.now(), []
 
 
@@ -65,7 +65,7 @@ class SimulatedDisk:
         self.reported = 0
 
     def report(self, step: int) -> None:
-        """The program says that this checkpoint is safe."""
+        """Record that the program reports this checkpoint as committed."""
         self.reported = step
 
     def _folder(self, parts: tuple[str, ...]) -> Folder:
@@ -93,7 +93,7 @@ class SimulatedDisk:
             node.safe = node.content
 
     def rename(self, path: Path, target: Path) -> None:
-        """One change: never half done."""
+        """One atomic change of names."""
         assert path.parent == target.parent
         parent = self._folder(path.parts[:-1])
         parent.changes.append([(path.name, None), (target.name, parent.now()[path.name])])
@@ -103,8 +103,8 @@ class SimulatedDisk:
         self._folder(path.parts[:-1]).changes.append([(path.name, None)])
 
     def crash(self, target: Path, rng: random.Random) -> None:
-        """Write into a real folder what a loss of power may have left."""
-        ordered = rng.random() < 0.5  # like a journal, or each change for itself
+        """Write a possible state after a power loss into a real folder."""
+        ordered = rng.random() < 0.5  # as with a journal; otherwise independently
         likely = rng.choice((0.1, 0.5, 0.9, 1.0))
         self._leave(self.root, target, rng, ordered=ordered, likely=likely)
 
@@ -127,7 +127,7 @@ def _torn(content: bytes, rng: random.Random) -> bytes:
 
 @contextmanager
 def recording(run: Path) -> Iterator[list[Operation]]:
-    """Record what the checkpoint code does below a run folder, while it really does it."""
+    """Record the checkpoint code's operations below a run folder while it performs them."""
     operations: list[Operation] = []
     real_sync, real_rename, real_replace, real_remove = files.sync, files.rename, files.replace_text, files.remove
     real_mkdir, real_mark, real_discard = Path.mkdir, files.mark, files.discard
@@ -183,7 +183,7 @@ def recording(run: Path) -> Iterator[list[Operation]]:
 
 
 def note_file(operations: list[Operation], run: Path, path: Path, content: bytes) -> None:
-    """Write a file for real and record it."""
+    """Write a real file and record it."""
     path.write_bytes(content)
     operations.append(("write", (path.relative_to(run), content)))
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Whether a step gets slower or larger in a long run: thousands of steps of a tiny model on the real engine.
+"""Test whether a step gets slower or larger in a long run: thousands of steps of a tiny model on the real engine.
 
     python scripts/soak/steps.py --steps 5000
 
-Prints one JSON object: median CPU time per step of ten equal stretches, the slope over all steps relative to the median
-(per 1,000 steps), resident memory at the tenth and at the last stretch, and, for batches of one to eight samples, how
-the step's time grows (1.0: in proportion).
+Prints one JSON object: median CPU time per step in ten equal sections, the slope over all steps relative to the median
+(per 1,000 steps), resident memory after the first and after the last section, and, for batches of one to eight samples,
+the growth of the step's time (1.0: proportional).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def batch(samples: int, length: int) -> Batch:
 
 
 def resident_mib() -> float:
-    """Of this process, now."""
+    """Resident memory of this process."""
     return int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]) / 1024
 
 
@@ -82,7 +82,7 @@ def drift(steps: int) -> dict[str, Any]:
             memory.append(resident_mib())
     stretches = [statistics.median(part) for part in numpy.array_split(times, STRETCHES)]
     middle = statistics.median(times)
-    # The slope through the stretches' medians: single steps are disturbed by whatever else the machine does.
+    # The slope through the sections' medians, since other work on the machine disturbs single steps.
     slope = numpy.polyfit(numpy.arange(STRETCHES) * steps / STRETCHES, stretches, 1)[0]
     return {
         "steps": steps, "median_ms": 1000 * middle, "stretch_medians_ms": [1000 * value for value in stretches],

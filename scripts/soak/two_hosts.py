@@ -1,7 +1,7 @@
-"""Two hosts on one machine: network namespaces joined by a cable that can be cut. Needs root and iproute2.
+"""Two hosts on one machine: network namespaces with a virtual cable that can be cut. Needs root and iproute2.
 
-Trains a tiny run across both through `scripts/train.sh --nnodes 2`, one rank each, cuts the cable in the middle, mends
-it, starts again, and compares the losses, bit for bit, with an undisturbed run.
+Trains a tiny run on both through `scripts/train.sh --nnodes 2`, one rank each, cuts the cable in the middle, restores
+it, restarts, and compares the losses, bit for bit, with an undisturbed run.
 
     sudo python scripts/soak/two_hosts.py
 """
@@ -34,17 +34,17 @@ class Host:
     """One end of the cable."""
 
     name: str
-    """Of the network namespace."""
+    """Name of the network namespace."""
     address: str
     interface: str
 
     def cable(self, state: str) -> None:
-        """Cut (`down`) or mend (`up`) the cable at this end."""
+        """Cut (`down`) or restore (`up`) the cable at this end."""
         _ip("-n", self.name, "link", "set", self.interface, state)
 
     @property
     def namespace(self) -> str:
-        """The file to enter the namespace by."""
+        """The file of the namespace."""
         return f"/var/run/netns/{self.name}"
 
 
@@ -53,7 +53,7 @@ def _ip(*words: str) -> None:
 
 
 def impossible() -> str | None:
-    """Why namespaces cannot be made here, or None."""
+    """Why namespaces cannot be created here; None where they can."""
     if shutil.which("ip") is None:
         return "iproute2 is not installed"
     if os.geteuid() != 0:
@@ -81,7 +81,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             _ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", host.interface)
             _ip("-n", host.name, "link", "set", "lo", "up")
             host.cable("up")
-            # `ip netns exec` lays this over /etc/hosts: torchrun looks up its own host's name.
+            # `ip netns exec` mounts this over /etc/hosts, since torchrun looks up its own host's name.
             (ETC / host.name).mkdir(parents=True)
             names_of = "".join(f"{other.address} {other.name}\n" for other in hosts)
             (ETC / host.name / "hosts").write_text(f"127.0.0.1 localhost\n{names_of}")
@@ -93,7 +93,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 
 
 def start(host: Host, first: Host, recipe: str, log: Path) -> subprocess.Popen[bytes]:
-    """What a user types on one host."""
+    """The command of one host."""
     environment = os.environ | {
         "NPROC": "1", "GLOO_SOCKET_IFNAME": host.interface, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
     }  # fmt: skip
@@ -106,7 +106,7 @@ def start(host: Host, first: Host, recipe: str, log: Path) -> subprocess.Popen[b
 
 
 def run(place: Path) -> dict[str, object]:
-    """Train, cut, mend, go on; says what happened."""
+    """Train, cut, restore, restart; returns the outcome."""
     parts = make_parts(place)
     changes = {"zero": "zero2", "steps": STEPS, "save_every": 1, "dropout": 0.1, "step_timeout_minutes": 0.3}
     cut, whole = (make_recipe(parts, place / name, **changes) for name in ("cut", "whole"))
@@ -148,7 +148,7 @@ def _wait_for_step(folder: Path, step: int, running: list[subprocess.Popen[bytes
 
 
 def main() -> int:
-    """Run and print what happened."""
+    """Run and print the outcome."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
@@ -156,7 +156,7 @@ def main() -> int:
     if reason is not None:
         print(f"two_hosts: {reason}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the namespaces go
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the namespaces are deleted
     with tempfile.TemporaryDirectory() as place:
         result = run(Path(place))
     good = bool(result["equal"]) and all(result["codes"]["cut"])  # type: ignore[index]
