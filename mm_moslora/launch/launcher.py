@@ -236,7 +236,7 @@ def _is_finished(run_folder: Path) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a command ended."""
+    """The outcome of a command."""
 
     code: int
     """Its exit code."""

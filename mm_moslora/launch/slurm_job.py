@@ -93,7 +93,7 @@ class Job:
         """
         if not _tried(lambda: self._told(srun)):
             logger.error(
-                "SLURM does not answer, so the step of job %d was not told to save. SLURM itself tells it at the time "
+                "SLURM does not answer, so the step of job %d was not asked to save. SLURM signals it at the time "
                 "limit.", self.number,
             )  # fmt: skip
 

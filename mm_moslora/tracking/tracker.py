@@ -209,7 +209,7 @@ class Trackers:
         self._told.add((tracker.name, what))
         logger.warning(
             "Tracker %s could not %s (%s: %s); %s.", tracker.name, what, type(error).__name__, redact_text(str(error)),
-            "the run goes on without it" if over else "it is tried again",
+            "the run continues without it" if over else "it is tried again",
         )  # fmt: skip
 
 

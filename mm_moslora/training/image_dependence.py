@@ -38,7 +38,7 @@ class Replaced:
     of: int
     """Number of the record's images that come before an answer."""
     rows: slice
-    """Of `Batch.pixel_values`."""
+    """Its rows in `Batch.pixel_values`."""
     targets: slice
     """Indices into `Batch.target_positions` of the record's targets."""
 

@@ -62,7 +62,7 @@ CUT_SHORT_AT = "cut_short_at"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """How a run ended."""
+    """The outcome of a training session."""
 
     checkpoint: Path
     """The last committed checkpoint."""
@@ -463,7 +463,7 @@ class _Loop:
         if self.failed_saves >= MAX_FAILED_SAVES:
             raise CheckpointError(f"{error} The last {self.failed_saves} saves failed; stopped.")
         if distributed.is_main():
-            logger.error("%s Training goes on.", error)
+            logger.error("%s Training continues.", error)
         self.trackers.alert(Alert(title="Save failed", text=f"Step {self.run.step}: {error}"[:MOST_TOLD]))
 
     def _last_save(self) -> Path:

@@ -278,7 +278,7 @@ class Best:
         """Store it for people and for a resumed run.
 
         Args:
-            folder: of the run.
+            folder: the run folder.
             checkpoint: name of the best existing one; an earlier step's where the best step was not saved.
         """
         content: dict[str, Any] = {

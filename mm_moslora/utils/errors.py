@@ -38,7 +38,7 @@ class CheckpointError(MoSLoRAError, RuntimeError):
 
 
 class TrainingError(MoSLoRAError, RuntimeError):
-    """Training cannot start or cannot go on."""
+    """Training cannot start or continue."""
 
 
 class DivergedError(TrainingError):

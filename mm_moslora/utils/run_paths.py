@@ -127,7 +127,7 @@ def adapters_inside(path: Path) -> str | None:
     names = _names_inside(path)
     if not names:
         return None
-    return f"{path} is no adapter itself, but holds {', '.join(names[:5])}. Give the folder of one of them."
+    return f"{path} is not an adapter itself, but holds {', '.join(names[:5])}. Give the folder of one of them."
 
 
 def _names_inside(path: Path) -> list[str]:

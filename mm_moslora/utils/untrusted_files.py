@@ -114,7 +114,7 @@ def beside(folder: Path, name: str) -> Path:
     """A path from a user's file: relative paths start at the folder of that file, `~` is the home folder.
 
     Args:
-        folder: of the file that holds the path.
+        folder: folder of the file that holds the path.
         name: the path.
     """
     return folder / Path(name).expanduser()

@@ -320,7 +320,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--quick", action="store_true", help="512 tokens only, 3 rounds")
     parser.add_argument("--rounds", type=int, default=0, help="rounds per case (default 5, with --quick 3)")
-    parser.add_argument("--rows", type=Path, help="JSON Lines file of finished rows; go on with what it lacks")
+    parser.add_argument("--rows", type=Path, help="JSON Lines file of finished rows; only missing rows are measured")
     options = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     transformers.logging.set_verbosity_error()

@@ -239,7 +239,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="rounds per case (default 5)")
     parser.add_argument("--vocabulary", type=int, default=32_000, help="words of the model (default 32000)")
     parser.add_argument("--new-tokens", type=int, default=8, help="tokens per answer (default 8)")
-    parser.add_argument("--rows", type=Path, help="JSON Lines file of finished rows; go on with what it lacks")
+    parser.add_argument("--rows", type=Path, help="JSON Lines file of finished rows; only missing rows are measured")
     options = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)

@@ -305,7 +305,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--quick", action="store_true", help="the large vocabulary only, 3 rounds")
     parser.add_argument("--rounds", type=int, default=0, help="rounds per case (default 5, with --quick 3)")
-    parser.add_argument("--rows", type=Path, help="JSON Lines file of finished rows; go on with what it lacks")
+    parser.add_argument("--rows", type=Path, help="JSON Lines file of finished rows; only missing rows are measured")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--width", type=int, default=YARDSTICK.width, help="of the language model, a multiple of 64")
     parser.add_argument("--layers", type=int, default=YARDSTICK.layers, help="of the language model")

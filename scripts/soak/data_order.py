@@ -118,7 +118,7 @@ def main() -> int:
     """Run and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=5000, help="cases with batches prepared in a thread")
-    parser.add_argument("--first", type=int, default=0, help="seed of the first case, to go on or to share the work")
+    parser.add_argument("--first", type=int, default=0, help="seed of the first case, to continue or to share the work")
     parser.add_argument("--with-workers", type=int, default=10, help="more cases, with worker processes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()

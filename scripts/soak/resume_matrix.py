@@ -60,7 +60,7 @@ def main() -> int:
     """Run and print the matrix."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default=",".join(STAGES))
-    parser.add_argument("--ledger", type=Path, help="JSON lines of what is finished; started again, it goes on there")
+    parser.add_argument("--ledger", type=Path, help="JSON lines of finished combinations; a restart skips them")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")

@@ -127,7 +127,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--stages", default=",".join(STAGES), help="ZeRO presets, taken in turn")
-    parser.add_argument("--ledger", type=Path, help="JSON lines of finished runs; started again, it goes on from there")
+    parser.add_argument("--ledger", type=Path, help="JSON lines of finished runs; a restart skips them")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")

@@ -228,7 +228,7 @@ def test_a_rank_that_cannot_write_costs_one_checkpoint_only(parts, ranks, tmp_pa
     group = ranks.run(["faults:full_disk", "1", "2", write(recipe)])
     assert "could not be written" in group.output(0)
     assert "rank 1: OSError: [Errno 28] No space left on device" in group.output(0)
-    assert "Training goes on." in group.output(0)
+    assert "Training continues." in group.output(0)
     kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
     assert kept == ["checkpoint-000001", "checkpoint-000003", "checkpoint-000004"]
     assert not list((tmp_path / "run").glob(".tmp-*"))

@@ -151,7 +151,7 @@ def test_a_slurm_controller_that_does_not_answer_costs_no_step_its_checkpoint(
         child.kill()
     calls = slurm_tools / "calls"
     assert calls.exists() == (times == 2)
-    assert ("the step of job 12 was not told to save" in caplog.text) == (times == 100)
+    assert ("the step of job 12 was not asked to save" in caplog.text) == (times == 100)
     assert times == 100 or calls.read_text() == "scancel --signal=TERM 12.4\n"
 
 

@@ -141,7 +141,7 @@ def test_failing_tracker_warns_once_and_the_others_go_on(tmp_path: Path, caplog:
     assert failing.calls == MOST_FAILURES
     told = [record.message for record in caplog.records if "failing" in record.message]
     assert [message.rpartition("; ")[2] for message in told] == [
-        "it is tried again.", "the run goes on without it.",
+        "it is tried again.", "the run continues without it.",
     ]  # fmt: skip
     assert "hunter2pw" not in caplog.text
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 4

@@ -61,7 +61,7 @@ def test_a_disk_that_fills_up_later_costs_no_training(recipe, monkeypatch, caplo
 
     monkeypatch.setattr(files, "free_bytes", free)
     train(replace(recipe, train=steps))
-    assert caplog.text.count("Training goes on.") == 2
+    assert caplog.text.count("Training continues.") == 2
     names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
     assert names == [f"checkpoint-{step:06d}" for step in (3, 4, 5, 6)]
     remaining["full"] = 3

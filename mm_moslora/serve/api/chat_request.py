@@ -39,7 +39,7 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest:
-    """What a client asks for."""
+    """A checked request for a chat completion."""
 
     model: str
     messages: tuple[Message, ...]
@@ -52,7 +52,7 @@ class ChatRequest:
 
     @property
     def characters(self) -> int:
-        """Of all texts."""
+        """Number of characters of all texts."""
         return sum(len(part) for message in self.messages for part in message.parts if isinstance(part, str))
 
     def without_addresses(self) -> ChatRequest:
@@ -155,7 +155,7 @@ def refuse_too_long(characters: int, context: int, limits: Limits) -> None:
     """Refuse a text that exceeds the context under any tokenizer.
 
     Args:
-        characters: of all texts of a request.
+        characters: number of characters of the request.
         context: tokens that prompt and answer may take.
         limits: the server's.
 

@@ -33,7 +33,7 @@ class Prepared:
 
     @property
     def bytes(self) -> int:
-        """Of memory."""
+        """Bytes of memory of the tensors."""
         tensors = [self.input_ids, *(tensor for item in self.seen for tensor in item.tensors.values())]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

@@ -112,7 +112,7 @@ class PictureCost:
     flops: float
     """FLOPs of the forward pass."""
     attention: float
-    """Of those."""
+    """FLOPs of its attention, included in `flops`."""
     patches: float
     """Prefixes included."""
     tiles: int

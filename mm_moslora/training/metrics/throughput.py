@@ -77,7 +77,7 @@ class Clock:
 
         Args:
             step: optimiser steps done.
-            total: of the whole run.
+            total: optimiser steps of the whole run.
         """
         now = time.monotonic()
         wall, steps = max(now - self._recorded_at, 1e-9), max(1, step - self._recorded)

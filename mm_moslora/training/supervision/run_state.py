@@ -41,7 +41,7 @@ def record_run_state(folder: Path, *, stages: Sequence[str] = ()) -> Iterator[En
     surviving rank records the end.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
         stages: names of its subfolders that are stages, in order.
     """
     began: dict[str, Any] = {"process": os.getpid(), "host": socket.gethostname(), "since": round(time.time(), 3)}
@@ -76,7 +76,7 @@ def record_failure(folder: Path, reason: str, *, ranks: Sequence[int]) -> None:
     """Record the end of a run before its process is ended, by the first rank that knows.
 
     Args:
-        folder: of the run.
+        folder: the run folder.
         reason: why it fails.
         ranks: the ranks to blame.
     """

@@ -1,7 +1,7 @@
 "use strict";
 (() => {
-  // State: the rows of all runs, what was fetched of the chosen ones, and what is chosen. Texts are only ever set as
-  // text, never as markup: questions and answers are other people's.
+  // State: the rows of all runs, the chosen runs, and their fetched details. Texts are always set as text, never as
+  // markup, since questions and answers come from data sets and models.
   const COLOURS = 6, W = 440, H = 240, LEFT = 54, RIGHT = 20, TOP = 10, BOTTOM = 26;
   const at = (id) => document.getElementById(id);
   let rows = [], chosen = [], details = new Map(), tab = "curves", smoothing = 0.6, logScale = false, first = true;
@@ -117,7 +117,7 @@
     for (const line of lines) svg.append(line.points.length === 1
       ? make("circle", { class: colour(line.id), cx: px(line.points[0][0]), cy: py(line.points[0][1]), r: 3 })
       : make("polyline", { class: colour(line.id), points: line.points.map(([x, y]) => `${px(x).toFixed(1)},${py(y).toFixed(1)}`).join(" ") }));
-    // The value that was measured first, as in the list of runs, then where the line is drawn.
+    // The measured value first, as in the list of runs, then the smoothed one.
     const value = (line, index) => `${title(line.id)} ${short(line.raw[index][1])}${smoothing > 0 && line.raw.length > 1 ? ` (smoothed ${short(line.points[index][1])})` : ""}`;
     const last = lines.map((line) => value(line, line.raw.length - 1)).join(", ");
     const readout = make("p", { class: "readout" }, last);
@@ -155,7 +155,7 @@
       make("div", {}, make("i", { class: `key ${colour(id)}`, title: title(id) }), make("b", {}, sample.question), make("dl", {}, make("dt", {}, "Expected"), make("dd", {}, sample.answer),
         ...(sample.before === null ? [] : [make("dt", {}, "Before"), make("dd", {}, sample.before.trim() || "(nothing)")]),
         ...(sample.after === null ? [] : [make("dt", {}, "After"), make("dd", { class: sample.kind }, sample.after.trim() || "(nothing)")]))))));
-    return cards.length ? make("div", { class: "gallery" }, ...cards) : missing("The chosen runs have kept no samples.");
+    return cards.length ? make("div", { class: "gallery" }, ...cards) : missing("The chosen runs have no samples.");
   };
 
   const heatMap = (matrix, scale) => {
@@ -179,7 +179,7 @@
   const drawRecipes = () => {
     const keys = [...new Set(chosen.flatMap((id) => Object.keys(row(id)?.recipe ?? {})))].sort();
     const lines = keys.map((key) => [key, chosen.map((id) => row(id)?.recipe[key] ?? "·")]).filter(([, cells]) => chosen.length < 2 || new Set(cells).size > 1);
-    if (!lines.length) return missing(chosen.length > 1 ? "The recipes are alike, or not there yet." : "This run has no recipe in its folder.");
+    if (!lines.length) return missing(chosen.length > 1 ? "The recipes are equal, or missing." : "This run has no recipe in its folder.");
     return make("div", { class: "card scroll" }, make("table", {}, make("thead", {}, make("tr", {}, make("th", {}, chosen.length > 1 ? "What differs" : "Key"), ...chosen.map((id) => make("th", {}, title(id))))),
       make("tbody", {}, ...lines.map(([key, cells]) => make("tr", {}, make("td", {}, make("code", {}, key)), ...cells.map((cell) => make("td", {}, cell)))))));
   };
@@ -200,7 +200,7 @@
 
   // ---------------------------------------------------------------- the server
   const fetchDetails = (ids) => Promise.all(ids.map(async (id) => {
-    const answer = await fetch(`api/run?id=${encodeURIComponent(id)}`).catch(() => null); // the server has gone: the header says so
+    const answer = await fetch(`api/run?id=${encodeURIComponent(id)}`).catch(() => null); // the server is gone, which the header shows
     if (answer?.ok) details.set(id, await answer.json());
   }));
   const take = async (state) => {
