@@ -19,7 +19,7 @@ CHECKOUT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
 PACKAGES = ("mm_moslora", "eval/mm_moslora_eval")
 OUTSIDE = ("tests", "scripts", "examples")
-EXTRA_ONLY = ("serve", "board")
+EXTRA_ONLY = ("serve",)
 """Packages of `mm_moslora` that are imported only where the extra `serve` is installed."""
 OPTIONAL = {
     "triton": "liger-kernel brings it",
@@ -85,9 +85,9 @@ def test_all_that_the_packages_import_is_declared():
 def test_what_is_imported_without_an_extra_is_a_dependency_of_its_own():
     def needs_extra(path: Path) -> bool:
         return path.relative_to(CHECKOUT).parts[1] in EXTRA_ONLY or path.stem in {
-            "liger_passes",
-            "lm_eval",
-            "lmms_eval",
+            "liger_ops",
+            "lm_eval_adapter",
+            "lmms_eval_adapter",
         }
 
     files = [path for path in python_files(PACKAGES) if not needs_extra(path)]

@@ -122,8 +122,8 @@ def test_the_machine_is_named_with_and_without_proc(tmp_path: Path, monkeypatch:
 
 STEPS = """
 import resource, sys, torch
-from mm_moslora.utils.hardware import keep_memory
-asked = sys.argv[1:] == ["keep"] and keep_memory()
+from mm_moslora.utils.hardware import keep_freed_memory
+asked = sys.argv[1:] == ["keep"] and keep_freed_memory()
 def step():
     blocks = [torch.ones(4_000_000) for _ in range(4)]
 step(), step()

@@ -37,7 +37,7 @@ COUNTS = {
     "commonsense_170k": (28.3, 0.04, 0, 0),
 }  # fmt: skip
 ROOT = Path(__file__).parents[2]
-RECIPES, TABLE = ROOT / "mm_moslora" / "recipes", ROOT / "docs" / "recipes.md"
+RECIPES, TABLE = ROOT / "mm_moslora" / "config" / "recipes", ROOT / "docs" / "recipes.md"
 UPDATE = bool(os.environ.get("UPDATE_PLANS"))
 BATCHES = {"pretrain": 256, "full": 128, "lora": 128, "moslora": 128}
 

@@ -54,10 +54,10 @@ def test_one_module_alone_deletes_renames_and_replaces():
         for folder in (ROOT / "mm_moslora", ROOT / "eval")
         for path in folder.rglob("*.py")
         for what in destructive(path.read_text(encoding="utf-8"))
-        if path != ROOT / "mm_moslora" / "files.py"
+        if path != ROOT / "mm_moslora" / "utils" / "files.py"
     }
     assert not found
-    assert destructive((ROOT / "mm_moslora" / "files.py").read_text(encoding="utf-8"))
+    assert destructive((ROOT / "mm_moslora" / "utils" / "files.py").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
