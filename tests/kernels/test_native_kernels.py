@@ -112,7 +112,7 @@ def test_a_folder_that_cannot_be_written_is_a_reason(fresh: Path) -> None:
 
 @needs_kernels
 def test_it_is_compiled_once_by_ranks_that_start_together(fresh: Path) -> None:
-    code = "from mm_moslora import native; native.library(); native.library.cache_clear(); native.library()"
+    code = "from mm_moslora.kernels import native; native.library(); native.library.cache_clear(); native.library()"
 
     def start(_: int) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
