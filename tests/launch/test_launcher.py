@@ -222,7 +222,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_ranks_once(tmp_path):
         "time.sleep(0.5)\n"
     )
     code = (
-        "import pathlib, signal, sys; from mm_moslora import launch\n"
+        "import pathlib, signal, sys; from mm_moslora.launch import launcher as launch\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"launch.command = lambda *_, **__: [sys.executable, '-c', {ranks!r}]\n"
         f"launch.launch(launch.Topology(), [], run_folder=pathlib.Path({str(tmp_path)!r}))\n"
@@ -278,7 +278,7 @@ def test_a_scheduler_that_repeats_itself_is_handed_on_once_and_the_third_ctrl_c_
 def test_ranks_record_what_they_wait_for_without_a_warning():
     code = (
         "import os, torch\n"
-        "from mm_moslora import distributed\n"
+        "from mm_moslora.utils import distributed\n"
         "distributed.join()\n"
         "torch.distributed.all_reduce(torch.ones(1))\n"
         "print(os.environ['TORCH_NCCL_DUMP_ON_TIMEOUT'], torch._C._distributed_c10d._dump_fr_trace_json())\n"
