@@ -164,7 +164,7 @@ def test_an_option_that_cannot_be_is_one_line(
 def test_every_script_answers_help_and_starts_nothing(environment: dict[str, str]) -> None:
     """Those of `soak` and the rest of the folder; parts of others say so."""
     common = _run("common.sh", "--help", environment=environment)
-    assert common.stdout.startswith("What train.sh, train_deepspeed.sh and train_slurm.sbatch share")
+    assert common.stdout.startswith("Shared functions of train.sh, train_deepspeed.sh and train_slurm.sbatch")
     for name in ("adapter_table.py", "readme_results.py", "soak/parts.py", "soak/fuzzing.py", "soak/simulated_disk.py"):
         words = [sys.executable, str(SCRIPTS / name), "--help"]
         result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=180, check=False)
