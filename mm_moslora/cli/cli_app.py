@@ -1,4 +1,4 @@
-"""The `mm-moslora` app: exit codes, how errors are told, and the verbs that belong to no family."""
+"""The `mm-moslora` app: exit codes, error output, and the verbs that belong to no group."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from mm_moslora.training.supervision.stop_signals import StopRequest
 
 _AT_HOME = re.compile(r"^(--[\w.-]+=)~/")
-"""`--output=~/runs`: shells put the home folder in place of a `~` only at the start of a word."""
+"""Matches `--output=~/runs`: shells expand a `~` only at the start of a word."""
 _STDOUT = 1
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_NO_READER = 1, 2, 130, 141
 
 
 def _shown_default(value: object) -> str | None:
-    """What `--help` shows behind an option; nothing behind a switch that is off or where the default is empty."""
+    """The default that `--help` shows after an option; none for a switch that is off or an empty default."""
     words = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return None if value is None or value is False else words or None
 
@@ -47,7 +47,7 @@ app = App(
     name="mm-moslora",
     version=__version__,
     help="Assemble a vision-language model, tune it with MoSLoRA, measure it, hand it on.",
-    suppress_keyboard_interrupt=False,  # `run` tells it
+    suppress_keyboard_interrupt=False,  # `run` handles it
     default_parameter=Parameter(negative_iterable=(), show_default=_shown_default),
 )
 app.command(data_app)
@@ -67,7 +67,7 @@ Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, help="Dotted rec
 def main() -> None:
     """Run this process's command line and exit, with 0 on success only."""
     code = run(sys.argv[1:])
-    # The interpreter searches half a million objects for garbage several times on its way out; once is enough.
+    # At exit the interpreter would collect garbage among half a million objects several times.
     gc.collect()
     gc.freeze()
     sys.exit(code)
@@ -80,14 +80,14 @@ def run(arguments: list[str]) -> int:
         arguments: without the program's name.
 
     Returns:
-        0 on success, 1 on an error, 2 when the command line cannot be read, 75 when a run was stopped by a signal and
-        can go on, 130 on Ctrl-C, 141 when nobody reads the output any more (`| head`).
+        0 on success, 1 on an error, 2 when the command line cannot be parsed, 75 when a signal stopped a run that can
+        be continued, 130 on Ctrl-C, 141 when the reader of the output has closed the pipe (`| head`).
     """
     arguments = [_AT_HOME.sub(lambda found: f"{found[1]}{Path.home()}/", word) for word in arguments]
     try:
         _set_up_logging()
         result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
-        print(end="", flush=True)  # here a full disk or a reader that left can still be told
+        print(end="", flush=True)  # a full disk or a closed pipe can still be reported here
     except CycloptsError as error:
         _fail(_usage(error))
         return EXIT_USAGE
@@ -100,7 +100,7 @@ def run(arguments: list[str]) -> int:
         if left:
             return EXIT_NO_READER
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise  # a line without a path would help nobody
+            raise  # without a path the one-line error would not help
         hidden = _hidden_by(error)
         _fail(_refused(error) if hidden is None else f"{hidden} Then: {_refused(error)}")
         return EXIT_ERROR
@@ -111,7 +111,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _usage(error: CycloptsError) -> str:
-    """What is wrong with a command line, and where the right one is shown."""
+    """The error of a command line, and the command that shows its help."""
     command = " ".join(("mm-moslora", *(error.command_chain or ())))
     text = str(error).strip()
     if isinstance(error, MissingArgumentError) and error.argument is not None and error.keyword is None:
@@ -121,7 +121,7 @@ def _usage(error: CycloptsError) -> str:
 
 
 def _drop_output() -> None:
-    """Send what standard output does not take elsewhere, so that it is not tried again when the process ends."""
+    """Discard the buffered standard output, so that it is not written again when the process ends."""
     try:
         print(end="", flush=True)
     except OSError:
@@ -129,14 +129,14 @@ def _drop_output() -> None:
 
 
 def _nobody_reads() -> bool:
-    """Whether standard output is a pipe whose reader has left."""
+    """Whether standard output is a pipe without a reader."""
     poll = select.poll()
     poll.register(_STDOUT, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _refused(error: OSError) -> str:
-    """What the system would not read or write, and why."""
+    """The file that could not be read or written, and the reason."""
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     remedy = (
@@ -146,7 +146,7 @@ def _refused(error: OSError) -> str:
 
 
 def _hidden_by(error: BaseException) -> MoSLoRAError | None:
-    """The error of ours during whose handling another one came."""
+    """The `MoSLoRAError` that was being handled when another error was raised."""
     inner = error.__context__
     return inner if inner is None or isinstance(inner, MoSLoRAError) else _hidden_by(inner)
 
@@ -157,7 +157,7 @@ def _fail(text: str) -> None:
 
 
 def _set_up_logging() -> None:
-    """Log lines of rank 0 for people; warnings of every rank; the chatter of libraries not at all."""
+    """Log rank 0 at level INFO, all other ranks at level WARNING, and silence the libraries."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin on a busy machine
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -280,16 +280,16 @@ def plan(
     gpus
         Count, card and memory: 8xA100-80G, 1xRTX4090.
     samples
-        Records of an epoch; known for LLaVA's and the commonsense sets.
+        Records of an epoch; known for LLaVA's and the commonsense data sets.
     tokens_per_sample
-        Mean tokens of a record, visual ones included.
+        Mean tokens of a record, visual tokens included.
     supervised
         Share of the tokens that is supervised.
     picture
-        Width and height, in pixels, of the picture that stands for all, of models that cut pictures into tiles or take
-        them in any size; 640x480 where nothing is said.
+        Typical width and height of a picture in pixels, for models that cut pictures into tiles or take them in any
+        size; default: 640x480.
     price
-        Per GPU and hour, in any currency.
+        Price per GPU and hour, in any currency.
     """
     from mm_moslora.cli.plan_output import show_plan
 
@@ -301,13 +301,13 @@ def plan(
 
 @app.command
 def doctor(recipe: str | None = None, *overrides: Overrides) -> int:
-    """Check versions, accelerator, threads and leftovers; exit code 1 when something is bad for the work at hand.
+    """Check versions, accelerator, threads and stale locks; exit code 1 when a finding is bad.
 
     Parameters
     ----------
     recipe
-        What is to be trained: YAML file, or the name of a shipped preset. Without one, only what nothing goes without
-        is bad when it is missing.
+        The recipe to be trained: YAML file, or the name of a shipped preset. Its packages then count as needed. Without
+        one, only the required packages do.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -315,7 +315,7 @@ def doctor(recipe: str | None = None, *overrides: Overrides) -> int:
 
     from mm_moslora.planning.doctor import diagnose
 
-    table = Table("", "what", "found", "what to do", box=None)
+    table = Table("", "check", "found", "remedy", box=None)
     resolved = None if recipe is None else _recipe(recipe, overrides)
     findings = diagnose(None if resolved is None else Path(resolved.train.output), resolved)
     signs = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "bad": "[red]bad[/]"}
@@ -336,24 +336,24 @@ def quickstart(
     seed: int = 0,
     smoke: bool = False,
 ) -> int:
-    """The main job in minutes on two CPU cores: fetch real parts, align, tune, measure, report. Again continues it.
+    """The whole workflow in minutes on two CPU cores: fetch, align, tune, evaluate, report. Run it again to continue.
 
     Parameters
     ----------
     images
         easy-vqa: coloured shapes with questions; stamps: 800 real pictures with sentences and categories.
     encoder
-        auto picks the one that was measured best for the pictures.
+        auto chooses the encoder with the best measured score for the pictures.
     output
         Run folder; default: runs/quickstart (runs/quickstart-stamps, ...-seed1, ...-smoke).
     stamps_deb
-        Path of Debian's tuxpaint-stamps-default package, where apt is not at hand.
+        Path of Debian's tuxpaint-stamps-default package, where apt is not available.
     precision
-        auto is bf16 where the hardware computes it fast, else fp32.
+        auto: bf16 on hardware with fast bf16, else fp32.
     seed
-        Of the initialisation and the order, and of which pictures of easy-vqa are learned from.
+        Seed of the initialisation, of the data order, and of the choice of easy-vqa's training pictures.
     smoke
-        Everything in miniature, about three minutes, at lower quality.
+        Run a miniature of every step in about three minutes, at lower quality.
     """
     quiet_libraries()
     from mm_moslora.quickstart.quickstart_run import Choice
@@ -365,14 +365,14 @@ def quickstart(
 
 @adapters_app.command(name="inspect")
 def adapters_inspect(folder: Path, *, picture: Path | None = None) -> int:
-    """Show what an adapter learned, module by module: norms, effective rank, and how far its mixers moved.
+    """Show statistics of an adapter by module: norms, effective rank, and the change of its mixers.
 
     Parameters
     ----------
     folder
         Adapter folder, or a checkpoint or run with one.
     picture
-        Also draw the mixers and the singular values by depth into this PNG file.
+        Also plot the mixers and the singular values by depth into this PNG file.
     """
     adapter = adapter_folder(folder)
     quiet_libraries()

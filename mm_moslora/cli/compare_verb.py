@@ -45,13 +45,13 @@ def compare(
     plan: bool = False,
     only_report: bool = False,
 ) -> int:
-    """Settle on your own data whether one way to tune beats another: equal budget, tuned rates, seeds, error bars.
+    """Compare tuning methods on your own data: equal budget, tuned learning rates, several seeds, error bars.
 
-    Every arm trains with the same number of steps. Its learning rate is chosen on a validation split by runs of their
-    own; runs with new seeds are then measured on the test tasks, with blind and wrong-picture controls, and every arm
-    is compared with the reference document by document. A run that crashes or diverges is reported and leaves the
-    others alone. The same command again continues; more arms, rates or seeds can be added later. Exit code 75: stopped
-    before the end.
+    Every arm trains for the same number of steps. Separate runs choose its learning rate on a validation split. Runs
+    with new seeds are then evaluated on the test tasks, with blind and wrong-picture controls. Every arm is compared
+    with the reference document by document. A run that crashes or diverges is reported and does not affect the others.
+    The same command again continues; more arms, rates or seeds can be added later. Exit code 75: stopped before the
+    end.
 
     Parameters
     ----------
@@ -64,43 +64,43 @@ def compare(
     lr
         Learning rates to try with every arm, such as 5e-5,1e-4,2e-4; default: the recipe's own, not tuned.
     seeds
-        Runs per arm that are reported.
+        Reported runs per arm.
     tasks
         Test tasks separated by commas, as for `mm-moslora eval run`.
     validation
-        loss (default: the held-out loss), or tasks separated by commas, to choose the rates by.
+        Criterion for the learning rates: loss (default: the held-out loss), or tasks separated by commas.
     hold_out
         Share of the training records held out for the loss, where the recipe has no data.validation.
     tune_seeds
-        Runs per arm and learning rate to choose by.
+        Runs per arm and learning rate that choose the rate.
     reference
-        Arm that the others are compared with; default: the first.
+        Arm that all other arms are compared with; default: the first.
     output
         Folder of the comparison.
     limit
-        Only the first so many documents of every task.
+        Evaluate only this many documents of every task, from the first one on.
     batch_size
         Questions decoded together.
     max_new_tokens
         Longest answer of the tasks, tokens; default: the task's own.
     controls
-        Ask the reported runs also with a plain picture and with another item's; arms that are not above both are not
-        told apart. Measuring takes three times as long.
+        Also evaluate the reported runs with a plain picture and with another item's picture. Two arms get a verdict
+        only if one of them scores above both controls. Evaluation takes three times as long.
     train_answers
-        Training file (FILE or FILE@IMAGE_FOLDER) that the most frequent answers are learned from; default: the test
+        Training file (FILE or FILE@IMAGE_FOLDER) from which the most frequent answers are counted; default: the test
         questions' own answers.
     parallel
-        Runs beside each other; default: one per accelerator (or per --gpus-per-run of them), one on a CPU.
+        Runs at the same time; default: one per accelerator (or per --gpus-per-run of them), one on a CPU.
     gpus_per_run
-        Accelerators of one run.
+        Accelerators per run.
     max_minutes
-        Save and stop after so long; the same command continues.
+        Save and stop after this many minutes; the same command continues.
     keep_all
         Keep the checkpoints of the runs that chose the rates.
     plan
-        Run a few steps of the first run, say what all will cost, and leave.
+        Run a few steps of the first run, print the cost of the whole comparison, and exit.
     only_report
-        Analyse what is there and leave.
+        Analyse the finished runs and exit.
     """
     shared = load_recipe(recipe, override_items(overrides))
     from mm_moslora.compare.arms import parse_arms, split

@@ -31,16 +31,16 @@ def data_check(
     everything: Annotated[bool, Parameter(name="--all", negative="")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Read every record and picture of a recipe's data and say what is wrong; exit code 1 when the run would stop.
+    """Read every record and picture of a recipe's data and report all faults; exit code 1 when a run would stop.
 
     Parameters
     ----------
     recipe
         YAML file, preset, or the folder of a run.
     against
-        Folders of pictures that you evaluate on: training pictures that look like one of them are named.
+        Folders of evaluation pictures; training pictures that look like one of them are listed.
     everything
-        Show every fault instead of the first 20; --json holds all in any case.
+        Show every fault instead of the first 20; --json always contains all.
     """
     resolved = _recipe(recipe, overrides)
     quiet_libraries()
@@ -51,7 +51,7 @@ def data_check(
 
 @data_app.command(name="stats")
 def data_stats(recipe: str, *overrides: Overrides, processes: Processes = None, as_json: AsJson = False) -> int:
-    """Count what a recipe's data hold: tokens, turns, answers, picture sizes, how well packing would fill rows.
+    """Print statistics of a recipe's data: tokens, turns, answers, picture sizes, fill rate of packed rows.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def data_stats(recipe: str, *overrides: Overrides, processes: Processes = None, 
 
 @data_app.command(name="view")
 def data_view(recipe: str, *overrides: Overrides, count: int = 3, start: int = 0, html: Path | None = None) -> int:
-    """Show records as the trainer sees them, supervised tokens coloured.
+    """Show records as they are trained on, with supervised tokens coloured.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def data_view(recipe: str, *overrides: Overrides, count: int = 3, start: int = 0
     count
         Records to show.
     start
-        Number of the first one over all sources, from 0.
+        Number of the first record over all sources, from 0.
     html
         Write one self-contained page with pictures instead, and print its path.
     """

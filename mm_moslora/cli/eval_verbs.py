@@ -41,7 +41,7 @@ def eval_run(
     untuned: bool = False,
     track: bool = True,
 ) -> int:
-    """Ask a model the questions of tasks and score the answers; the same command again asks only what is missing.
+    """Evaluate a model on tasks and score the answers; the same command again asks only what is missing.
 
     Exit code 0: all scored; 1: an error; 3: more samples failed than --max-failed-share allows.
 
@@ -52,27 +52,27 @@ def eval_run(
     output
         Run folder; it belongs to one model.
     protocol
-        For tasks that name none.
+        Protocol of tasks that are given without one.
     modes
         Pictures shown: own (the real ones), blind (their mean colour), wrong (another item's).
     baselines
         Answers without a model, scored alike.
     train_answers
-        Training file (FILE or FILE@IMAGE_FOLDER) whose answers the baselines learn; default: the evaluated set's own.
+        Training file (FILE or FILE@IMAGE_FOLDER) for the baselines' answers; default: the evaluated set itself.
     batch_size
-        Questions decoded together; for an endpoint, requests under way.
+        Questions decoded together; for an endpoint, concurrent requests.
     limit
-        Only the first so many documents.
+        Evaluate only this many documents, from the first one on.
     samples
-        Only documents with these ids.
+        Evaluate only documents with these ids.
     seed
-        Picks the wrong pictures.
+        Seed that chooses the wrong pictures.
     precision
-        Dtype of the weights; auto: bf16 where the hardware is fast at it, else fp32.
+        Dtype of the weights; auto: bf16 on hardware with fast bf16, else fp32.
     reference
-        One question at a time, nothing shared: slow, for comparisons.
+        One question at a time, with no shared computation: slow, for comparisons.
     dry_run
-        Print the first prompts and leave.
+        Print the first prompts and exit.
     judge_budget
         Most tokens to spend on the judge.
     max_failed_share
@@ -80,10 +80,10 @@ def eval_run(
     report
         Write report.html into the run folder.
     untuned
-        Also ask the model that the run started from, for a before and after.
+        Also evaluate the model from which the run started, for a before-and-after comparison.
     track
-        Put scores and some samples of a run of ours into its folder, for `mm-moslora report` and `board`, and
-        the scores into the trackers of its recipe, under the adapter that was measured.
+        Write the scores and some samples into the training run's folder, for `mm-moslora report` and `board`. Also send
+        the scores to the trackers of its recipe, under the evaluated adapter's digest.
     """
     from mm_moslora_eval import eval_commands
 
@@ -93,7 +93,7 @@ def eval_run(
         return 0
     from mm_moslora_eval.backends.open_model import check_name, open_model
 
-    if model:  # without one, what is wrong with the tasks is told first
+    if model:  # without a model, errors of the tasks are reported first
         check_name(model)
     quiet_libraries()
     from mm_moslora_eval.report.run_evidence import UNTUNED, keep
@@ -142,7 +142,7 @@ def eval_score(
     answers
         A run folder, a task folder in it, or its answers.jsonl.
     protocol
-        NAME@PROTOCOL whose extraction and metric are used instead.
+        NAME@PROTOCOL that gives the extraction and the metric instead.
     judge_budget
         Most tokens to spend on the judge.
     max_failed_share
@@ -172,7 +172,7 @@ def _eval_results(results: list[Any], run: Path, *, max_failed_share: float, rep
 
 @eval_app.command(name=["list", "--list"])
 def eval_list(*words: str) -> int:
-    """List the tasks, or those whose line holds all the given words.
+    """List all tasks, or only those with all the given words in their line.
 
     Parameters
     ----------
@@ -202,7 +202,7 @@ def eval_describe(task: str) -> int:
 
 @eval_app.command(name=["check", "--check"])
 def eval_check(*tasks: str) -> int:
-    """Read the data of tasks, every picture included; exit code 1 when something is missing or unsound.
+    """Read the data of tasks, every picture included; exit code 1 when something is missing or damaged.
 
     Parameters
     ----------
@@ -218,16 +218,16 @@ def eval_check(*tasks: str) -> int:
 
 @eval_app.command(name="compare")
 def eval_compare(a: str, b: str, *, html: Path | None = None) -> int:
-    """Compare two runs sample by sample: difference, interval, p-value, wins and losses, samples that changed.
+    """Compare two runs sample by sample: difference, interval, p-value, wins and losses, changed samples.
 
     Parameters
     ----------
     a
         A run or task folder; several seeds of one system separated by commas.
     b
-        The other one; A - B is reported.
+        The other run or task folder; A - B is reported.
     html
-        Write the comparison as a page, too.
+        Also write the comparison as an HTML page.
     """
     from mm_moslora_eval import eval_commands
 
@@ -262,12 +262,12 @@ def eval_export(answers: Path, output: Path, *, to: str = "vlmevalkit") -> int:
 
 @eval_app.command(name="miniature")
 def eval_miniature(folder: Path) -> int:
-    """Write small made-up documents of seventeen benchmarks in their original layouts, to try everything offline.
+    """Write small synthetic documents of seventeen benchmarks in their original layouts, for offline trials.
 
     Parameters
     ----------
     folder
-        Where to; it is made. Their task files are printed, for `mm-moslora eval run`.
+        New folder. The paths of the task files are printed, for `mm-moslora eval run`.
     """
     from mm_moslora_eval.protocol.miniature_benchmarks import make_miniature
 
@@ -293,7 +293,7 @@ def eval_report(run: Path, *, output: Path | None = None) -> int:
 
 
 def quiet_libraries() -> None:
-    """Switch off the libraries' own bars and notices; ours say what matters."""
+    """Switch off the libraries' own progress bars and notices."""
     import warnings
 
     from transformers.utils import logging as transformers_logging

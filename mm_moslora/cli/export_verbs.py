@@ -1,4 +1,4 @@
-"""The verbs that take models in and hand them on: `export`, `merge` and `import`."""
+"""The verbs that convert models: `export`, `merge` and `import`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def register(app: App) -> None:
 def merge(
     model: Path, output: Path, *, dtype: Dtype = "fp32", base: str | None = None, licence: str | None = None
 ) -> int:
-    """Merge the adapter into the base and write one Hugging Face folder; prints how far the logits move.
+    """Merge the adapter into the base and write one Hugging Face folder; prints the largest change of the logits.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ def export(
     component: Component = "unet",
     licence: str | None = None,
 ) -> int:
-    """Hand a tuned model on; prints the largest difference between the model and what was written, read back.
+    """Export a tuned model; prints the largest difference between the model and the written files, read back.
 
     Parameters
     ----------
@@ -65,19 +65,19 @@ def export(
     output
         New folder.
     to
-        llava: a folder that stock transformers loads, or a refusal with the reason; hf: the whole model whatever its
-        parts; lora: the adapter, folded to plain LoRA, for PEFT's Auto classes: it names its base, and has it in `base`
-        where the model was assembled; vllm, diffusers: the adapter alone as these two read it (written and checked
-        without the model); llava-original: the layout of LLaVA's own code; gguf: model.gguf and mmproj.gguf for
+        llava: a folder that stock transformers loads, or a refusal with the reason. hf: the whole model with any parts.
+        lora: the adapter folded to plain LoRA for PEFT's Auto classes; it names its base, and the base of an assembled
+        model is written to `base`. vllm, diffusers: the adapter alone in the format of these two (written and checked
+        without the model). llava-original: the layout of LLaVA's own code. gguf: model.gguf and mmproj.gguf for
         llama.cpp (fp32 or fp16).
     dtype
         Dtype of the written weights.
     base
         For an adapter folder: the model it was trained on, where the folder does not name it.
     vision
-        llava-original only: the tower's name there, where the model does not know it.
+        llava-original only: the vision tower's name for LLaVA's code, where the model does not record it.
     component
-        diffusers only: the part of the pipeline that the adapter is for.
+        diffusers only: the part of the pipeline to which the adapter belongs.
     licence
         For the model card, as the hub knows it (apache-2.0, ...); without it the card points to the parts' licences.
     """
@@ -123,7 +123,7 @@ def _hand_on(
 
     check_empty(output)  # before minutes of loading
     if to == "lora":
-        # The base is written where none is published, and 4 or 8 bits are no form to hand on.
+        # An assembled base is not published anywhere, so it is written too, in full precision.
         assembly = load(model, merge=False, base=base, quantised=not _writes_base(model))
         lora = export_lora(assembly, output, dtype=dtype_of(dtype))
         write_card(assembly, output, source=model, licence=licence, adapter_of=lora.base)
@@ -164,7 +164,7 @@ def _hand_on(
 
 
 def _writes_base(model: Path) -> bool:
-    """Whether a run's base is assembled, and so is published nowhere."""
+    """Whether a run's base is assembled and therefore not published anywhere."""
     from mm_moslora.models.load_model import model_of
 
     checkpoint = find_checkpoint(model)
@@ -174,20 +174,20 @@ def _writes_base(model: Path) -> bool:
 def import_model(
     source: Path, output: Path, *, vision: str | None = None, language: str | None = None, parts: bool = False
 ) -> int:
-    """Take in a checkpoint of LLaVA's own code (whole, projector or LoRA) or of XTuner (.pth).
+    """Import a checkpoint of LLaVA's own code (whole model, projector or LoRA) or of XTuner (.pth).
 
     Parameters
     ----------
     source
         Folder, .bin or .pth file.
     output
-        New folder: the parts in it, and the whole model in `model`.
+        New folder for the parts, with the whole model in `model`.
     vision
-        The vision tower, where the source names none or it lies elsewhere.
+        The vision tower, where the source names none or names another place.
     language
-        The language model that the source was trained from, where it is needed.
+        The language model from which the source was trained, where it is needed.
     parts
-        Leave it at the parts: `projector.safetensors` for model.projector.weights, and `language` where there is one.
+        Write only the parts: `projector.safetensors` for model.projector.weights, and `language` where there is one.
     """
     if not source.exists():
         raise ModelError(f"There is no {str(source)!r}; expected a folder, .bin or .pth file.")

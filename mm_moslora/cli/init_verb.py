@@ -1,4 +1,4 @@
-"""The verb `init`: from a folder of pictures, or a file of questions, to a recipe."""
+"""The verb `init`: writes a recipe for a folder of pictures or a file of questions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def register(app: App) -> None:
 def init(
     source: Path, output: Path, *, image_folder: Path | None = None, parts: Literal["quickstart", "hub"] = "quickstart"
 ) -> int:
-    """Write questions and a recipe, with its choices explained, for your own pictures; prints the commands that follow.
+    """Write questions and a commented recipe for your own pictures; prints the next commands.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def init(
     image_folder
         Folder of the file's pictures; default: the file's own.
     parts
-        quickstart: small models for CPUs, fetched from package registries once; hub: Hugging Face ids.
+        quickstart: small models for CPUs, fetched once from package registries; hub: Hugging Face ids.
     """
     quiet_libraries()
     from mm_moslora.quickstart.user_recipe import initialise

@@ -1,4 +1,4 @@
-"""The verbs `launch`, training on several processes or hosts without a word about torchrun, and `files`."""
+"""The verbs `launch`, which trains on several processes or hosts, and `files`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def register(app: App) -> None:
 
 
 def files(name: str | None = None) -> int:
-    """Print where launch scripts, DeepSpeed presets and recipes lie: `bash "$(mm-moslora files scripts)"/train.sh`.
+    """Print the folder of launch scripts, DeepSpeed presets or recipes: `bash "$(mm-moslora files scripts)"/train.sh`.
 
     Parameters
     ----------
@@ -52,10 +52,10 @@ def launch(
     requeue: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """Train a recipe on all accelerators of this machine, or of several; the same command again continues it.
+    """Train a recipe on all accelerators of one or several machines; the same command again continues it.
 
-    One process runs as it is, several under torchrun, the hosts of a host file under deepspeed, and a SLURM job of
-    several nodes, or one with --requeue, under srun.
+    One process needs no launcher, several use torchrun, the hosts of a host file use deepspeed. A SLURM job with
+    several nodes or with --requeue uses srun.
 
     Parameters
     ----------
@@ -66,16 +66,16 @@ def launch(
     nnodes
         Hosts; run the same command on each, with --rdzv.
     rdzv
-        HOST:PORT where the hosts meet; one of them must own it.
+        HOST:PORT of the rendezvous; it must belong to one of the hosts.
     hostfile
-        Lines such as `worker-1 slots=8`, reached through ssh.
+        File with lines such as `worker-1 slots=8`; the hosts are reached through ssh.
     max_restarts
-        Start again from the newest checkpoint when a rank dies or hangs, so many times.
+        Number of restarts from the newest checkpoint when a rank dies or hangs.
     requeue
-        In a SLURM job: put it back into the queue when SIGUSR1 announces its time limit (--signal=B:USR1@SECONDS),
-        unless it was started again and saved no new checkpoint.
+        In a SLURM job: requeue the job when SIGUSR1 announces its time limit (--signal=B:USR1@SECONDS). A requeued job
+        that saved no new checkpoint is not requeued again.
     dry_run
-        Print the resolved recipe and the command, and start nothing.
+        Print the resolved recipe and the command without starting anything.
     """
     from mm_moslora.config import load_recipe, override_items
     from mm_moslora.launch.launcher import EXIT_REQUEUE, Topology
@@ -88,7 +88,7 @@ def launch(
     stop = StopRequest()
     try:
         with stop.at_once():
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {WARNING})  # the batch script blocks it until it is heard here
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {WARNING})  # the batch script blocks the signal until now
             spread = job is not None and (requeue or job.nodes > 1) and nnodes == 1 and hostfile is None
             places = Topology(
                 nproc=_processes(nproc), nnodes=nnodes, rdzv=rdzv, hostfile=hostfile, max_restarts=max_restarts,
@@ -108,21 +108,21 @@ def launch(
 
 
 def refuse_early(recipe: Recipe, resume: str) -> None:
-    """Refuse before seconds of imports, and before ranks start, what the recipe, files and packages already tell.
+    """Check the recipe, its files and packages before slow imports and before ranks start.
 
     Args:
         recipe: resolved.
         resume: as for `train`.
 
     Raises:
-        MoSLoRAError: see `mm_moslora.training.preflight.check_recipe`; or there is no such task.
+        MoSLoRAError: see `mm_moslora.training.preflight.check_recipe`; or a task does not exist.
     """
     from mm_moslora_eval.protocol.task_registry import tasks_of
 
     from mm_moslora.training.preflight import check_recipe
 
     tasks = tasks_of(recipe.validate.tasks)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # ranks refuse together, once they have met
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # several ranks check together after the rendezvous
         check_recipe(recipe, resume=resume, tasks=[task.name for task in tasks])
 
 
@@ -137,7 +137,7 @@ def _processes(nproc: int | None) -> int | None:
 
 
 def _sorted(words: tuple[str, ...]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The options of `train` itself, and the rest, which are keys of the recipe."""
+    """Split the options of `train` from the keys of the recipe."""
     options: dict[str, str] = {}
     keys: list[str] = []
     waiting = None

@@ -26,16 +26,16 @@ def show_plan(
     picture: str | None,
     price: float | None,
 ) -> int:
-    """Print a plan; 1 when nothing fits.
+    """Print a plan; returns 1 when no setting fits.
 
     Args:
         recipe: resolved.
         gpus: such as `8xA100-80G`.
-        samples: of an epoch; None: known by the data file's name.
-        tokens_per_sample: mean, visual tokens included; None: as `samples`.
-        supervised: share of the tokens.
-        picture: such as `640x480`; None: the model's own, or that.
-        price: per GPU and hour, in any currency.
+        samples: samples of an epoch; None: looked up by the data file's name.
+        tokens_per_sample: mean, visual tokens included; None: looked up like `samples`.
+        supervised: supervised share of the tokens.
+        picture: such as `640x480`; None: the model's fixed input size, or 640x480.
+        price: price per GPU and hour, in any currency.
     """
     from mm_moslora.training.metrics.gpu_specs import parse_gpus
     from mm_moslora.utils.errors import ConfigError
@@ -81,7 +81,7 @@ def _size(picture: str) -> tuple[int, int]:
 
 
 def _pictures(found: Plan) -> str:
-    """What stands for all pictures, where their size decides what they cost."""
+    """Print the assumed picture size, for models with a cost per picture that depends on it."""
     from rich.markup import escape
 
     size = found.activation_memory
@@ -121,7 +121,7 @@ def _options(found: Plan) -> Any:
 
 
 def _hours(hours: float) -> str:
-    """`3.4 h`, or minutes where that says more."""
+    """`3.4 h`, or minutes below one hour."""
     return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min" if hours >= 1 / 60 else "under 1 min"
 
 
@@ -135,7 +135,7 @@ def _memory(option: Option) -> Any:
 
 
 def _reason(option: Option) -> str:
-    """The largest part of what does not fit."""
+    """The largest part of the memory of a setting that does not fit."""
     needed: Memory = option.memory
     name = max((item.name for item in fields(needed)), key=lambda name: getattr(needed, name))
     return f"{name} take {getattr(needed, name) / 2**30:.0f} GiB"
@@ -151,7 +151,7 @@ def expected(found: Plan, option: Option) -> str:
 
 
 def as_it_stands(found: Plan, own: Option) -> str:
-    """What becomes of the recipe's own setting; the heads of the shipped recipes hold this sentence."""
+    """The estimate for the recipe's own setting; the shipped recipes repeat this sentence in their heads."""
     outcome = expected(found, own) if own.fits else f"does not fit, {_reason(own)}"
     return f"As it stands ({own.label}): {outcome}."
 

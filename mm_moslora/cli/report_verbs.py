@@ -1,4 +1,4 @@
-"""The verbs that show: `report` and `board`. Parsing and printing only; heavy imports happen inside the verbs."""
+"""The verbs `report` and `board`. Parsing and printing only; heavy imports happen inside the verbs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def register(app: App) -> None:
 
 
 def report(*runs: Path, output: Path | None = None) -> int:
-    """Write one self-contained HTML file of a run, or of several laid over each other.
+    """Write one self-contained HTML report of a run, or of several runs in shared charts.
 
     Parameters
     ----------
     runs
         Run folders; up to six.
     output
-        HTML file; default: report.html in the run folder, for several runs in the current folder.
+        HTML file; default: report.html in the run folder, or in the current folder for several runs.
     """
     from mm_moslora.reporting import build_report
 
@@ -37,14 +37,14 @@ def report(*runs: Path, output: Path | None = None) -> int:
 
 
 def board(folder: Path = Path("runs"), *, port: int = 8265) -> int:
-    """Open a dashboard over all runs of a folder, live while they train; for this machine only.
+    """Open a dashboard of all runs in a folder, updated while they train; for this machine only.
 
     Parameters
     ----------
     folder
-        Runs are looked for in it and below.
+        Folder that is searched for runs, sub-folders included.
     port
-        0 chooses a free one. From another machine: ssh -L PORT:127.0.0.1:PORT HOST.
+        0 chooses a free port. From another machine: ssh -L PORT:127.0.0.1:PORT HOST.
     """
     needs("starlette", "uvicorn", extra="serve")
     from mm_moslora.serve.dashboard.dashboard_app import serve_board

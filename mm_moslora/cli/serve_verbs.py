@@ -1,4 +1,4 @@
-"""The verbs that talk: `chat`, `serve` and `demo`. Parsing and printing only; heavy imports happen inside the verbs."""
+"""The verbs `chat`, `serve` and `demo`. Parsing and printing only; heavy imports happen inside the verbs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def chat(
     question: str | None = None,
     max_new_tokens: int = 128,
 ) -> int:
-    """Talk to a model in the terminal.
+    """Chat with a model in the terminal.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ def chat(
     image
         Picture to start with; /image PATH changes it later.
     question
-        Ask this one question and leave.
+        Ask this one question and exit.
     max_new_tokens
         Longest answer, tokens.
     """
@@ -85,21 +85,21 @@ def serve(
     model
         A run, a checkpoint or an export.
     name
-        What clients call it; default: the folder's name.
+        Model name for clients; default: the folder's name.
     with_base
         Also serve the model before tuning, as NAME-base.
     host
-        Address to listen on; others than this machine's need a key.
+        Address to listen on; an address other than this machine's own needs a key.
     port
-        0 chooses a free one.
+        0 chooses a free port.
     precision
         Dtype of the base weights.
     max_batch
         Answers decoded together.
     max_queue
-        Answers that may wait; more get 429 and Retry-After.
+        Requests that may wait; further requests get 429 and Retry-After.
     max_tokens
-        Longest answer that may be asked for.
+        Largest max_tokens that a request may ask for.
     max_body_mib
         Largest request body, MiB.
     max_image_megapixels
@@ -107,7 +107,7 @@ def serve(
     request_seconds
         Time limit of one request.
     allow_image_host
-        Host that pictures may be fetched from (https, public addresses only); repeatable. Default: none.
+        Host from which pictures may be fetched (https, public addresses only); repeatable. Default: none.
     """
     find_checkpoint(model)
     quiet_libraries()
@@ -129,7 +129,7 @@ def serve(
 
 
 def demo(model: Path, *, port: int = 7860, max_new_tokens: int = 128) -> int:
-    """Open a web page to talk to a model, beside the model before tuning, with attention drawn over the picture.
+    """Open a web page to chat with a model and the model before tuning, with attention drawn over the picture.
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ def demo(model: Path, *, port: int = 7860, max_new_tokens: int = 128) -> int:
         A run, a checkpoint or an export; an export, and a run that trained weights of the base, have no model before
         tuning.
     port
-        On this machine alone; 0 chooses a free one.
+        Port on this machine only; 0 chooses a free port.
     max_new_tokens
         Longest answer, tokens.
     """

@@ -1,1 +1,1 @@
-"""Before a run: memory, time and cost, its data, this machine."""
+"""Checks before a run: memory, time and cost, the data, this machine."""

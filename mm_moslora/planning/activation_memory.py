@@ -1,4 +1,4 @@
-"""What a model needs per token: kept activations counted on the meta device, weights and temporaries by arithmetic.
+"""Memory of a model per token: activations are counted on the meta device, weights and temporaries are computed.
 
 Shapes: ``T`` tokens, ``D`` LLM width, ``F`` MLP width, ``N`` images.
 """
@@ -30,19 +30,19 @@ from mm_moslora.training.metrics.step_flops import FlopCounter, PictureCost
 from mm_moslora.utils.errors import ModelError
 
 NF4_BYTES = 0.516
-"""Per weight: 4 bits and, doubly quantised, 0.127 bits of scale."""
+"""Bytes per weight: 4 bits, and 0.127 bits for the doubly quantised scales."""
 _DENSE = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
-"""Products with weights; all others are attention's."""
+"""Matrix products with weights; all other products belong to attention."""
 PROBE = 256
-"""Tokens with which activations are counted; they grow in proportion."""
+"""Number of tokens for which activations are counted; activations are proportional to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationMemory:
-    """Sizes of a model, in bytes per token or image where not said otherwise."""
+    """Sizes of a model, in bytes per token or image unless stated otherwise."""
 
     parts: dict[str, tuple[int, int]]
-    """Parameters and trainable ones by part."""
+    """All parameters and trainable parameters by part."""
     frozen: int
     trainable: int
     weight_bytes: float
@@ -54,21 +54,21 @@ class ActivationMemory:
     vocabulary: int
     tokens_per_image: int
     tiles: int
-    """Of a picture, the whole view included; 0: the model sees nothing."""
+    """Tiles of a picture, the whole view included; 0: a language model alone."""
     unseen: str
-    """Why a picture's tiles and tokens are not those of the model's own processor."""
+    """Why tiles and tokens of a picture come from the configuration instead of the model's own processor."""
     kept_per_layer: float
     """Kept by one decoder layer for its backward pass."""
     kept_elsewhere: float
     """Kept by embeddings and the last norm."""
     kept_per_image: float
-    """Kept by the projector and by a tower that trains; with its checkpointing, its layers' inputs and one layer."""
+    """Kept by the projector and by a tower that trains; with checkpointing: its layers' inputs and one layer."""
     workspace_per_token: float
     workspace_per_image: float
     made_dense: int
-    """The largest quantised weight in the compute dtype, for the length of its product."""
+    """The largest quantised weight in the compute dtype, which exists during its matrix product."""
     vision_checkpointing: bool
-    """Whether the tower's layers run again in its backward pass."""
+    """Whether the backward pass recomputes the tower's layers."""
     is_lean: bool
     """Whether decoder layers keep no more than about 8 of their width and twice the MLP's."""
     counter: FlopCounter
@@ -80,9 +80,9 @@ def activation_memory(
     """Measure a recipe's model on the meta device.
 
     Args:
-        recipe: its parts' configurations are read.
+        recipe: the configurations of its parts are read.
         dtype: the compute dtype.
-        picture: width and height of the one that stands for all, where they decide what it costs.
+        picture: width and height of a typical picture, for models with a cost that depends on it.
     """
     bones = build_meta_model(recipe, dtype=dtype, picture=picture)
     parts = bones.parameters()
@@ -101,7 +101,7 @@ def activation_memory(
         value_bytes=size, layers=bones.layers, width=config.hidden_size, vocabulary=config.vocab_size,
         tokens_per_image=bones.tokens_per_image, tiles=image.tiles, unseen=bones.unseen, kept_per_layer=kept,
         kept_elsewhere=config.hidden_size * (2 * size + 4), kept_per_image=image.kept,
-        # A gated MLP's backward pass holds four of its inner width and as many of the model's.
+        # A gated MLP's backward pass holds four tensors of its inner width and four of the model's width.
         workspace_per_token=4 * (inner + config.hidden_size) * size,
         workspace_per_image=image.workspace, vision_checkpointing=recipe.train.vision_gradient_checkpointing,
         made_dense=max(linears, default=0) * size,
@@ -111,7 +111,7 @@ def activation_memory(
 
 
 def kept_bytes(run: Callable[[], object], weights: nn.Module) -> int:
-    """Bytes that autograd keeps for the backward pass of a computation, each storage once, weights left out."""
+    """Bytes that autograd keeps for the backward pass of a computation; each storage counts once, weights do not."""
     own = {parameter.untyped_storage()._cdata for parameter in weights.parameters()}
     seen: dict[int, Tensor] = {}
 
@@ -147,7 +147,7 @@ def _kept_by_layer(bones: MetaModel, dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _PerImage:
-    """What one picture costs, counted by running tower and projector on the meta device."""
+    """The memory and FLOPs of one picture, counted by running tower and projector on the meta device."""
 
     kept: float = 0.0
     workspace: float = 0.0
@@ -178,7 +178,7 @@ def _per_image(bones: MetaModel, dtype: torch.dtype, *, checkpointing: bool) -> 
 
 
 def _look(bones: MetaModel, tower: nn.Module, dtype: torch.dtype) -> Callable[[], object]:
-    """A picture's way through tower and projector, as in a step; without a processor, one tile's through the tower."""
+    """Run one picture through tower and projector as in a step; without a processor, one tile through the tower."""
     model: Any = bones.model
     if bones.seen is not None:
         tensors = dict(bones.seen.tensors)
@@ -206,7 +206,7 @@ class _Pass:
 
 
 def _tiles(spec: ImageSpec | None, tower: Any, seen: _Pass) -> tuple[int, int, int]:
-    """Tiles of a picture, patches of all of them, prefixes included, and the width of one."""
+    """Tiles of a picture, patches of all tiles (prefix tokens included), and the width of one patch."""
     tiles = seen.pixels.shape[0]
     if spec is not None:
         return tiles, tiles * (spec.tokens + spec.prefix), spec.width
@@ -218,7 +218,7 @@ def _tiles(spec: ImageSpec | None, tower: Any, seen: _Pass) -> tuple[int, int, i
 
 @contextmanager
 def _watched(tower: nn.Module) -> Iterator[_Pass]:
-    """What a tower takes in, gives out and computes."""
+    """Input, output and FLOPs of a tower."""
     found, stack = _Pass(counter=FlopCounterMode(display=False)), ExitStack()
 
     def before(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -239,7 +239,7 @@ def _watched(tower: nn.Module) -> Iterator[_Pass]:
 
 
 def _largest_again(tower: Any) -> list[int]:
-    """Checkpoint a tower's layers, and note what each keeps when the backward pass runs it again."""
+    """Checkpoint a tower's layers, and record the bytes that each keeps when the backward pass recomputes it."""
     checkpoint_layers(tower)
     found: list[int] = [0]
     for layer in tower.modules():
@@ -260,7 +260,8 @@ _nothing = functools.partial(torch.zeros, device="meta")
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention on the meta device as fused kernels do it: left alone, it keeps every probability."""
+    """Attention on the meta device with the memory of fused kernels; the plain operator would keep all
+    probabilities."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -272,9 +273,9 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _MetaAndHost(TorchDispatchMode):
-    """Lets a tower without values compute on sizes that have some: what meets the meta device goes there.
+    """Moves tensors with values to the meta device when an operator mixes them with meta tensors.
 
-    A test of a mask is answered with yes: every patch of the picture is one to look at.
+    Tests of a mask return true, as for a picture without padded patches.
     """
 
     def __torch_dispatch__(
@@ -291,7 +292,7 @@ class _MetaAndHost(TorchDispatchMode):
 
 @contextmanager
 def _widest(module: nn.Module) -> Iterator[list[int]]:
-    """Bytes that each leaf module takes in and gives out."""
+    """Bytes of the inputs and outputs of each leaf module."""
     found: list[int] = [0]
 
     def note(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

@@ -1,6 +1,6 @@
-"""`mm-moslora doctor`: what would go wrong on this machine before it does, each with a remedy.
+"""`mm-moslora doctor`: finds problems of this machine before a run, each with a remedy.
 
-Nothing here starts a process group or builds anything. A library that does not import is a finding, not a failure.
+No check starts a process group or builds anything. A library that does not import is a finding, not a failure.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ USES = {
     "rich": "doctor, plan and eval show",
     "psutil": "launch on a host file",
 }
-"""What those dependencies are for that an ordinary run does without."""
+"""Use of every dependency that an ordinary run does not need."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnownBad:
-    """Versions of a library that are known to do harm."""
+    """Versions of a library with a known harmful bug."""
 
     package: str
     versions: str
@@ -91,22 +91,22 @@ ROOM_GIB = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     status: Status
     detail: str
     remedy: str = ""
-    """What to do; empty when there is nothing to do."""
+    """The remedy; empty when nothing is wrong."""
 
 
 def diagnose(folder: Path | None = None, recipe: Recipe | None = None) -> list[Finding]:
-    """Look at versions, hardware, compiler, caches, disk, threads and trackers.
+    """Check versions, hardware, compiler, caches, disk, threads and trackers.
 
     Args:
-        folder: where runs will be written; None: the current folder.
-        recipe: what is to be trained; packages that only other work needs are then none of its business. None: all
-            work counts, and a missing package is bad only where nothing goes without it.
+        folder: folder for runs; None: the current folder.
+        recipe: the recipe to be trained; only packages that it needs count as needed. None: a missing package is bad
+            only if every run needs it.
     """
     checks: list[Callable[[], list[Finding]]] = [
         _python,
@@ -131,8 +131,8 @@ def diagnose(folder: Path | None = None, recipe: Recipe | None = None) -> list[F
                 Finding(
                     name=name,
                     status="bad",
-                    detail=f"could not be looked at: {type(error).__name__}: {error}",
-                    remedy="Reinstall the library that is named here.",
+                    detail=f"the check failed: {type(error).__name__}: {error}",
+                    remedy="Reinstall the library that the error names.",
                 )
             )
     return findings
@@ -144,8 +144,8 @@ def check_version(package: str, version: str | None, *, use: str = "", needed: b
     Args:
         package: name of the distribution.
         version: None when it is not installed.
-        use: what it is for, where not everything needs it.
-        needed: by the work at hand; None: not known, and it is needed by everything exactly where `use` is empty.
+        use: its purpose; empty for a package that every run needs.
+        needed: whether the recipe needs it; None: no recipe, so it is needed exactly if `use` is empty.
     """
     wanted = next((range_of(item) for item in declared_anywhere() if item.name == package), "")
     vital = needed if needed is not None else not use
@@ -184,7 +184,7 @@ def _python() -> list[Finding]:
 
 
 def _libraries(recipe: Recipe | None) -> list[Finding]:
-    """Every dependency, and what else the recipe needs."""
+    """Every dependency, and the optional packages that the recipe needs."""
     wanted = {need.package: need.setting for need in needs(recipe)} if recipe is not None else {}
     names = [item.name for item in declared()]
     if not names:

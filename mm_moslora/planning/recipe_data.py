@@ -1,4 +1,4 @@
-"""`mm-moslora data check|stats|view`: a recipe's data as the trainer sees them, without loading the language model."""
+"""`mm-moslora data check|stats|view`: a recipe's data as they are trained on, without loading the language model."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class _Parts(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """What a check has found."""
+    """The result of a check."""
 
     shown: list[RenderableType]
-    """For a rich console."""
+    """Renderables for a rich console."""
     plain: dict[str, Any]
-    """The same as plain data."""
+    """The same result as plain data."""
     code: int
-    """Exit code: 1 when a run would stop because of the data."""
+    """Exit code: 1 when the data would stop a run."""
 
 
 def check_recipe(
@@ -71,9 +71,9 @@ def check_recipe(
 
     Args:
         recipe: resolved.
-        against: folders of held-out pictures, in which pictures of the training data should not occur.
-        processes: that share the work; None: one per processor.
-        everything: show every fault on the console; the plain data hold all in any case.
+        against: folders of held-out pictures; training pictures should not occur in them.
+        processes: number of processes that share the work; None: one per processor.
+        everything: show every fault on the console; the plain data always contain all.
 
     Raises:
         DataError: a source cannot be read at all.
@@ -103,7 +103,7 @@ def check_recipe(
 
 
 def statistics_of(recipe: Recipe, *, processes: int | None = None) -> Checked:
-    """Count what a recipe's data hold, reading pictures no further than their headers; see `check_recipe`."""
+    """Statistics of a recipe's data; of pictures only the headers are read. See `check_recipe`."""
     check_data(recipe.data)
     parts = _parts(recipe)
     shown: list[RenderableType] = []
@@ -142,9 +142,9 @@ def _check(
 
 
 def _folder(folder: Path) -> dict[str, Fingerprint | None]:
-    """What the pictures of a folder look like; files that are none are left out."""
+    """Perceptual hashes of the pictures of a folder; other files are ignored."""
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder. Name a folder of held-out pictures.")
+        raise DataError(f"{folder} is not a folder. Name a folder of held-out pictures.")
     marks: dict[str, Fingerprint | None] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in PICTURES:
@@ -171,15 +171,15 @@ def _plain(report: CheckReport, found: list[Finding]) -> dict[str, Any]:
 
 
 def view_recipe(recipe: Recipe, *, start: int = 0, count: int = 3) -> list[RenderableType]:
-    """Show training records with every token coloured by supervision.
+    """Training records as renderables, with every token coloured by supervision.
 
     Args:
         recipe: resolved.
         start: number of the first record over all of data.train, from 0.
-        count: how many.
+        count: number of records.
 
     Raises:
-        DataError: `start` lies outside the data, `count` is no count, or a source cannot be read at all.
+        DataError: `start` lies outside the data, `count` is below 1, or a source cannot be read at all.
     """
     parts, samples = _samples(recipe, start, count)
     return [legend(), *(_view_one(sample, parts) for sample in samples)]
@@ -190,9 +190,9 @@ def view_page(recipe: Recipe, path: Path, *, start: int = 0, count: int = 20) ->
 
     Args:
         recipe: resolved.
-        path: of the page; must be writable.
+        path: file of the page; must be writable.
         start: number of the first record.
-        count: how many.
+        count: number of records.
     """
     output_file(path, sign=PAGE_SIGN)
     parts, samples = _samples(recipe, start, count)
@@ -201,7 +201,7 @@ def view_page(recipe: Recipe, path: Path, *, start: int = 0, count: int = 20) ->
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, text)
     except OSError as error:
-        raise DataError(f"{path} cannot be written ({error.strerror}). Name another place for the page.") from error
+        raise DataError(f"{path} cannot be written ({error.strerror}). Name another path for the page.") from error
     return path
 
 

@@ -22,7 +22,7 @@ from mm_moslora.utils.errors import ConfigError
 
 GIB = 2**30
 FREE_SHARE = 0.94
-"""Of a GPU's memory that a plan may fill; the rest is fragmentation."""
+"""Share of a GPU's memory that a plan may fill; the rest allows for fragmentation."""
 CONTEXT = 1.2 * GIB
 """CUDA context, libraries and communication buffers."""
 BUCKET = 50_000_000
@@ -41,17 +41,17 @@ LLAVA_VISUAL = 576
 
 @dataclass(frozen=True, kw_only=True)
 class DataSize:
-    """What an epoch holds."""
+    """Size of an epoch."""
 
     samples: int
     tokens: float
-    """Mean per sample, visual ones included."""
+    """Mean tokens per sample, visual tokens included."""
     supervised: float = 0.15
     """Share of the tokens."""
     pictures: float = 1.0
     """Mean per sample."""
     per_row: float = 1.0
-    """Samples in a packed row (`data.pack_tokens`), which is what batch sizes then count; rows are taken as full."""
+    """Samples in a packed row (`data.pack_tokens`); batch sizes then count rows, and rows are assumed full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One setting, and what becomes of it."""
+    """One setting with its estimate."""
 
     zero: str
     checkpointing: bool
@@ -91,28 +91,28 @@ class Option:
 
     @property
     def label(self) -> str:
-        """For people."""
+        """Display name."""
         return f"{self.zero}, micro-batch {self.micro_batch}{', checkpointing' if self.checkpointing else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The fastest setting that fits, and the others."""
+    """The fastest setting that fits, and all other settings."""
 
     gpus: Gpus
     activation_memory: ActivationMemory
     picture: tuple[int, int] | None
-    """Width and height of the one that stands for all; None: every picture costs the same."""
+    """Width and height of a typical picture; None: every picture costs the same."""
     data: DataSize
     epochs: float
     flops: Flops
-    """Of one mean sample, with the chosen setting's recomputation."""
+    """FLOPs of a mean sample, with the recomputation of the chosen setting."""
     best: Option | None
     options: list[Option]
     idle: int
-    """GPUs that have no record in a step: there are more of them than records."""
+    """GPUs without a record in a step, when a step has fewer records than GPUs."""
     own: Option | None
-    """The recipe's own setting; None for a DeepSpeed file of the user's."""
+    """The recipe's own setting; None for a DeepSpeed file of the user."""
 
     def hours(self, option: Option) -> float:
         """Wall time of the run."""
@@ -120,7 +120,7 @@ class Plan:
 
 
 def known_data(recipe: Recipe, tokens_per_image: int) -> DataSize | None:
-    """Size of the recipe's first source, if it is one that everybody uses."""
+    """Size of the recipe's first source, if it is a well-known data file."""
     for source in recipe.data.train:
         known = KNOWN_DATA.get(Path(source.path).stem)
         if known:
@@ -176,7 +176,7 @@ def memory(
 
 
 def utilisation(gpus: Gpus, size: ActivationMemory) -> float:
-    """Share of the peak that executed FLOPs reach: measured runs of others lie within a fifth of these figures."""
+    """Share of the peak that executed FLOPs reach; published runs lie within a fifth of these figures."""
     lean = size.is_lean
     return (0.40 if lean else 0.30) if gpus.peak > 5e14 else (0.45 if lean else 0.33)
 
@@ -184,7 +184,7 @@ def utilisation(gpus: Gpus, size: ActivationMemory) -> float:
 def speed(
     size: ActivationMemory, gpus: Gpus, data: DataSize, *, zero: str, micro_batch: int, checkpointing: bool
 ) -> float:
-    """Tokens per second over all GPUs; ZeRO-3's gathers hide behind computation as far as they can."""
+    """Tokens per second over all GPUs; ZeRO-3's gathers overlap with computation as far as possible."""
     samples = micro_batch * data.per_row
     work = _flops(size, data, samples, checkpointing=checkpointing).total
     seconds = work / (gpus.peak * utilisation(gpus, size))
@@ -197,7 +197,7 @@ def speed(
 
 
 def busy_share(global_batch: int, gpus: int) -> float:
-    """Share of the GPUs' time that has work: where records cannot be dealt evenly, the fullest GPU sets the pace."""
+    """Busy share of the GPUs' time: where records cannot be divided evenly, all wait for the GPU with the most."""
     return global_batch / (gpus * math.ceil(global_batch / gpus))
 
 
@@ -210,7 +210,7 @@ def _flops(size: ActivationMemory, data: DataSize, count: float, *, checkpointin
 
 
 def _simplest(options: list[Option]) -> Option | None:
-    """Of about equally fast settings: ZeRO-2 before 1 before 3, then the larger micro-batch (fewer, larger kernels)."""
+    """Order of about equally fast settings: ZeRO-2, 1, 3, then the larger micro-batch (fewer, larger kernels)."""
     order = {"zero0": 0, "zero2": 0, "zero1": 1, "zero3": 2}
     return min(options, key=lambda o: (o.checkpointing, order[o.zero], -o.micro_batch), default=None)
 
@@ -231,15 +231,15 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
     """Try every setting and choose the fastest that fits.
 
     Args:
-        recipe: resolved; its parts' configurations are read.
+        recipe: resolved; the configurations of its parts are read.
         gpus: from `parse_gpus`.
-        data: None: `known_data`.
-        picture: width and height of the one that stands for all, of models that cut pictures up or take them in any
+        data: size of the data; None: `known_data`.
+        picture: width and height of a typical picture, for models that cut pictures into tiles or take them in any
             size; None: `PICTURE`.
 
     Raises:
-        ConfigError: the data's size is neither given nor known, or pictures of any size cost the same.
-        ModelError: a configuration is not to be had.
+        ConfigError: the data's size is neither given nor known, or `picture` is given and all pictures cost the same.
+        ModelError: a configuration cannot be loaded.
     """
     varies = size_decides(recipe.model)
     if picture is not None and not varies:
@@ -250,7 +250,7 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
     size = activation_memory(recipe, picture=picture or PICTURE)
     data = data or known_data(recipe, size.tokens_per_image)
     if data is None:
-        raise ConfigError("How much data there is is not known. Give --samples and --tokens-per-sample.")
+        raise ConfigError("The size of the data is not known. Give --samples and --tokens-per-sample.")
     tokens = min(data.tokens, recipe.data.max_length)
     data = replace(data, tokens=tokens, per_row=max(1.0, recipe.data.pack_tokens / tokens))
     busy = busy_share(recipe.train.global_batch, gpus.count)
