@@ -1,1 +1,1 @@
-"""Data: records, images, labels, order and batches. Gets tokenizer and image transform as arguments."""
+"""Data: records, images, labels, order and batches. Tokenizer and image transform are arguments."""

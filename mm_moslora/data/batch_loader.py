@@ -1,6 +1,6 @@
 """Micro-batches for one rank, one optimiser step after the other, prepared ahead of the step.
 
-What is prepared depends on the step's number alone, never on how many workers prepare it or how far ahead they are.
+The batches depend only on the step's number, not on the number of workers or on how far ahead they prepare.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from mm_moslora.data.training_set import TrainingSet
 logger = logging.getLogger(__name__)
 
 AHEAD = 3
-"""Optimiser steps that the thread, or micro-batches that each worker process, prepares ahead."""
+"""Optimiser steps that the thread prepares ahead, or micro-batches that each worker process prepares ahead."""
 
 
 class _Prepared(NamedTuple):
-    """A micro-batch and the records that it had to leave out."""
+    """A micro-batch and the faults of the records that are left out of it."""
 
     batch: Batch | None
     faults: list[tuple[int, RecordError]]
@@ -60,11 +60,10 @@ def _as_it_is(item: Any) -> Any:
 
 
 class BatchLoader:
-    """Iterates over optimiser steps for ever, each a list of micro-batches; use it in a `with` block.
+    """Endless iterator over optimiser steps, each a list of micro-batches; use it in a `with` block.
 
-    A record that turns out to be damaged is left out of its micro-batch, counted and written to quarantine. A
-    micro-batch that this leaves empty, or that a short last step cannot fill, holds one token without supervision, so
-    that all ranks take the same number of forward passes.
+    A damaged record is left out of its micro-batch, counted and written to quarantine. A micro-batch without examples
+    holds one token without supervision, so that all ranks take the same number of forward passes.
 
     Args:
         data: the training set.
@@ -73,9 +72,9 @@ class BatchLoader:
         config: the recipe's `data`; 0 workers prepare in a thread.
         global_batch: examples, or packed rows, per optimiser step over all ranks.
         micro_batch: examples, or packed rows, per micro-batch and rank.
-        seed: of the order.
-        start_step: optimiser steps already done; the only state there is.
-        pin: put batches into memory that an accelerator copies from while the host goes on.
+        seed: seed of the order.
+        start_step: optimiser steps already done; the loader has no other state.
+        pin: put batches into pinned memory, for asynchronous copies to an accelerator.
 
     Raises:
         DataError: while iterating, when more records than `max_bad_share` are bad, or any with `on_bad` error.
@@ -97,7 +96,7 @@ class BatchLoader:
         self.data, self.rank, self.world_size, self.config, self.pin = data, rank, world_size, config, pin
         self.global_batch, self.micro_batch, self.seed, self.start_step = global_batch, micro_batch, seed, start_step
         self.steps_per_epoch = len(self.plan(0))
-        """Optimiser steps per epoch; with packing those of the first one, from which others differ by a few."""
+        """Optimiser steps per epoch; with packing those of the first epoch, as later ones differ by a few steps."""
         self._queue: queue.Queue[list[Batch] | Exception] = queue.Queue(maxsize=AHEAD)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -108,7 +107,7 @@ class BatchLoader:
         return [[number for unit in step for number in unit] for step in self.plan_units(epoch)]
 
     def plan_units(self, epoch: int) -> list[list[list[int]]]:
-        """The optimiser steps of an epoch over all ranks; a unit is what is never split: a record, or a packed row."""
+        """The optimiser steps of an epoch over all ranks; a unit is a record or a packed row."""
         data, config = self.data, self.config
         chosen = expand(data.members, data.weights, seed=self.seed, epoch=epoch)
         if config.pack_tokens:
@@ -151,14 +150,14 @@ class BatchLoader:
         self._stop.set()
         self._workers = None  # torch ends the processes when their iterator goes
         if self._thread is not None:
-            # The thread puts at most one more item, for which an emptied queue has room.
+            # The thread puts at most one more item; the emptied queue has room for it.
             while not self._queue.empty():
                 self._queue.get()
             self._thread.join(timeout=30)
             self._thread = None
 
     def _dealt(self) -> Iterator[list[list[int]]]:
-        """This rank's micro-batches of every step, as record numbers, for ever."""
+        """This rank's micro-batches of every step, as record numbers; endless."""
         epoch, offset = 0, self.start_step
         while True:
             if not self.config.pack_tokens and offset >= self.steps_per_epoch:  # all epochs have as many steps
@@ -216,7 +215,7 @@ class _Endless(torch.utils.data.Sampler[list[int]]):
 
 
 def largest_batch(data: TrainingSet, micro_batch: int) -> Batch:
-    """A micro-batch of the longest examples, with pictures if any example has some: what needs the most memory."""
+    """The micro-batch that needs the most memory: the longest examples, with pictures if any example has pictures."""
     order = sorted(data.usable, key=lambda number: (data.lengths[number], data.has_image[number]), reverse=True)
     if data.config.pack_tokens:
         rows = pack(data.usable, data.lengths, tokens=data.config.pack_tokens)

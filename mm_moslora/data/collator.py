@@ -1,4 +1,4 @@
-"""Our examples for other trainers: a collator whose batches stock models take, padded or packed into one row.
+"""A collator for other trainers: turns examples into batches for stock models, padded or packed into one row.
 
 Shapes: ``B`` examples, ``T`` tokens of the longest, ``S`` tokens of all, ``N`` images, ``H x W`` pixels.
 """
@@ -18,16 +18,16 @@ from mm_moslora.utils.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Collator:
-    """Turns examples into keyword arguments of a stock LLaVA or language model, such as `Trainer(data_collator=...)`
-    needs. Other ready-made models take more than this: see `mm_moslora.models.batching.padded_batch.PaddedCollator`.
+    """Turns examples into keyword arguments of a stock LLaVA or language model, for `Trainer(data_collator=...)`.
+    Other ready-made models need more inputs: see `mm_moslora.models.batching.padded_batch.PaddedCollator`.
 
-    Records that turned out to be bad (`TrainingSet` gives None for them) are left out.
+    Bad records (`TrainingSet` gives None for them) are left out.
     """
 
     pad_token_id: int
-    """Fills up; masked by position, so it may be any id."""
+    """Id of padding tokens; they are masked by position, so any id will do."""
     packed: bool = False
-    """One row of all examples, with position ids that restart; for flash-attention, which then keeps them apart."""
+    """Pack all examples into one row with position ids that restart, by which flash-attention separates them."""
     pad_to_multiple_of: int = 1
     """Round ``T`` up to a multiple."""
 
@@ -39,7 +39,7 @@ class Collator:
             ``[1, S]``; `pixel_values` float32 ``[N, 3, H, W]`` and the model's other image inputs if there are images.
 
         Raises:
-            DataError: not one example can be used, or they are of a model whose positions depend on its pictures.
+            DataError: no example can be used, or the model computes its positions from the pictures.
         """
         kept = usable(examples)
         if any("image_grid_thw" in example.image_inputs for example in kept):

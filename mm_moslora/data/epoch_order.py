@@ -1,7 +1,7 @@
-"""The order of an epoch, and how an optimiser step is dealt to ranks and micro-batches.
+"""The order of an epoch, and the division of an optimiser step among ranks and micro-batches.
 
-Both are pure functions: of (seed, epoch) and of the step's examples. A run's place in the data is therefore one number,
-the optimiser steps done, whatever the ranks and workers.
+The order is a pure function of (seed, epoch), the division of the step's examples. A run's position in the data is
+therefore one number, the optimiser steps done, for any number of ranks and workers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 MEGABATCH = 16
-"""Optimiser steps that are sorted by length together; more gives better balance, fewer gives more mixing."""
+"""Optimiser steps that are sorted by length together; more steps balance better, fewer steps mix more."""
 
 
 def plan_epoch(
@@ -26,9 +26,9 @@ def plan_epoch(
 ) -> list[list[int]]:
     """The optimiser steps of an epoch, each a list of example numbers; every example exactly once.
 
-    `grouped` follows LLaVA's idea (training-time order by modality and length) with a generator of its own: each
-    modality is shuffled, cut into mega-batches, sorted by length inside each, and cut into steps of one modality; what
-    is left over of both modalities shares steps. The steps are shuffled; only a step with too few examples comes last.
+    `grouped` orders by modality and length as LLaVA does, with its own random generator. Each modality is shuffled and
+    cut into mega-batches. Each mega-batch is sorted by length and cut into steps of one modality. The remainders of
+    both modalities share steps. The steps are shuffled; a step with too few examples comes last.
 
     Args:
         lengths: tokens per example.
@@ -36,7 +36,7 @@ def plan_epoch(
         seed: of the run.
         epoch: from 0.
         global_batch: examples per step; the last step may be shorter.
-        order: grouped, random, or sequential (as given).
+        order: grouped, random, or sequential (the given order).
     """
     rng = random.Random(f"{seed} {epoch}")
     everything = list(range(len(lengths)))
@@ -70,7 +70,7 @@ def plan_rows(rows: Sequence[list[int]], *, seed: int, epoch: int, global_batch:
         global_batch: rows per step.
     """
     shuffled = list(rows)
-    random.Random(f"{seed} {epoch} rows").shuffle(shuffled)  # rows are closed fullest first
+    random.Random(f"{seed} {epoch} rows").shuffle(shuffled)  # packing closes the fullest rows first
     return [shuffled[start : start + global_batch] for start in range(0, len(shuffled), global_batch)]
 
 
@@ -79,11 +79,11 @@ def plan_llava(
 ) -> list[list[int]]:
     """The optimiser steps of an epoch as LLaVA's `group_by_modality_length` forms them.
 
-    The same records share a step as in LLaVA with the same torch seed (there the global generator, here one of its own
-    with `seed + epoch`): mega-batches of one modality, shuffled; what is left over of both comes last, mixed.
+    The same records share a step as in LLaVA with the same torch seed. LLaVA uses the global generator, this function
+    its own with `seed + epoch`. Mega-batches of one modality are shuffled; the remainders of both come last, mixed.
 
     Args:
-        words: white-space separated words of each record, which LLaVA takes for its length.
+        words: white-space separated words of each record, which LLaVA uses as its length.
         has_image: modality per record.
         seed: of the run.
         epoch: from 0.
@@ -110,10 +110,10 @@ def _cut(items: list[int], size: int) -> list[list[int]]:
 
 
 def deal(batch: Sequence[int], lengths: Sequence[int], *, world_size: int, micro_batch: int) -> list[list[list[int]]]:
-    """Deal the examples of one step to ranks and micro-batches, so that ranks get about as many tokens each.
+    """Divide the examples of one step among ranks and micro-batches, so that all ranks get about as many tokens.
 
-    Longest first, always to the rank with the fewest tokens that has room (the LPT rule). The longest examples of all
-    ranks meet in the first micro-batch, so that ranks finish each micro-batch together.
+    Examples are assigned longest first, each to the rank with the fewest tokens that has room (the LPT rule). The
+    longest examples of all ranks are in the first micro-batch, so that ranks finish each micro-batch together.
 
     Args:
         batch: example numbers.

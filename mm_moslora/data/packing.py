@@ -1,7 +1,7 @@
-"""Packing: examples laid into rows of up to so many tokens, so that every forward pass costs about the same.
+"""Packing: puts examples into rows with a maximum number of tokens, so that all forward passes cost about the same.
 
-Rows are padding-free like every batch: position ids restart and attention stays within each example, so an example has
-the loss and the gradients that it has alone.
+Rows are padding-free like every batch. Position ids restart and attention stays within each example, so an example has
+the same loss and gradients as alone.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 WAITING = 512
-"""Examples to choose from; more fill better, fewer keep examples closer to their shuffled place."""
+"""Examples to choose from; more fill rows better, fewer keep examples closer to their shuffled place."""
 _FREELY = 3.0
 """While a row has room for this many average examples, it takes those that have waited longest."""
 
 
 def pack(numbers: Iterable[int], lengths: Sequence[int], *, tokens: int, waiting: int = WAITING) -> list[list[int]]:
-    """Lay examples into rows, online.
+    """Pack examples into rows, online.
 
     A row takes the examples that have waited longest until it is nearly full, and then the one or two that leave the
     least room. No example waits for more than `waiting` rows.
 
     Args:
-        numbers: of the examples, in shuffled order.
+        numbers: numbers of the examples, in shuffled order.
         lengths: tokens per example, by number; none above `tokens`.
         tokens: per row.
         waiting: see `WAITING`.
@@ -51,7 +51,7 @@ def _rows(numbers: Iterator[int], lengths: Sequence[int], tokens: int, waiting: 
 
 
 class _Pool:
-    """Examples that wait, by length and by age."""
+    """Waiting examples, by length and by age."""
 
     def __init__(self) -> None:
         self._sorted: list[tuple[int, int]] = []  # length, key
@@ -90,14 +90,14 @@ class _Pool:
         return list(itertools.islice((key for key in self._waiting if self._length[key] <= room), 1))
 
     def best(self, room: int) -> list[int]:
-        """The one or two that fill a room best; nothing when none fits."""
+        """The one or two examples that fill the given room best; none if no example fits."""
         count = bisect.bisect_right(self._sizes, room)
         if not count:
             return []
         sizes = np.array(self._sizes[:count])
         places = np.arange(count)
         partners = np.searchsorted(sizes, room - sizes, side="right") - 1
-        partners = np.minimum(partners, places - 1)  # the shorter of two, so that none is its own partner
+        partners = np.minimum(partners, places - 1)  # the shorter of two: no example pairs with itself
         sums = sizes + np.where(partners >= 0, sizes[partners], 0)
         first = int(sums.argmax())
         chosen = [first, int(partners[first])] if partners[first] >= 0 else [first]
@@ -105,5 +105,5 @@ class _Pool:
 
 
 def fill_rate(rows: Sequence[Sequence[int]], lengths: Sequence[int], *, tokens: int) -> float:
-    """Tokens in the rows divided by the tokens that they could hold."""
+    """Fill rate: tokens in the rows divided by the rows' capacity."""
     return sum(lengths[number] for row in rows for number in row) / (tokens * max(1, len(rows)))

@@ -1,4 +1,4 @@
-"""Bad records: one JSON line each in a file, counted by code, and an error above a share."""
+"""Bad records: writes each as a JSON line, counts them by code, and raises above a share."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mm_moslora.utils.files import Appender, replace_text
 class Quarantine:
     """Counts and keeps bad records.
 
-    Those found while the data set is built are written in one go, so that several ranks, which all find the same, do
-    not disturb each other. Those found later (pictures damaged inside) are appended one by one.
+    Every rank finds the same bad records while the data set is built, so these are written at once, as a whole file.
+    Records found later (pictures damaged inside) are appended one by one.
 
     Args:
         path: the file; None keeps the counts only.
-        total: records in all.
+        total: number of all records.
         config: `on_bad` and `max_bad_share`.
     """
 
@@ -39,11 +39,11 @@ class Quarantine:
         return index in self._seen
 
     def add(self, index: int, error: RecordError) -> None:
-        """Take in one bad record; a second fault of the same record does not count.
+        """Add one bad record; a second fault of the same record does not count.
 
         Raises:
             RecordError: `on_bad` is error.
-            DataError: too large a share is bad (checked by `close` while the data set is built).
+            DataError: the share of bad records is too large (checked by `close` while the data set is built).
         """
         if self.config.on_bad == "error":
             raise error
@@ -61,16 +61,16 @@ class Quarantine:
         self._check_share()
 
     def close(self) -> None:
-        """The data set is built: write what was found so far.
+        """Write the bad records found so far; called when the data set is built.
 
         Raises:
-            DataError: too large a share is bad.
+            DataError: the share of bad records is too large.
         """
         if self.path is not None and self._late is not None and self._lines is not None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 replace_text(self.path, "".join(f"{line}\n" for line in self._lines))
-            except OSError:  # a full disk is no reason to stop, and may get room again
+            except OSError:  # a full disk must not stop the run, and may have room later
                 for line in self._lines:
                     self._late.add(line)
         self._lines = None

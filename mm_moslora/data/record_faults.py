@@ -1,4 +1,4 @@
-"""What can be wrong with a record or a picture: stable codes, and one form of message.
+"""Faults of records and pictures: stable codes, and one form of message.
 
 `CODE: file:line (record i, id=...) field path: what; what to do`
 """
@@ -15,7 +15,7 @@ from mm_moslora.utils.errors import DataError
 
 
 def kind_of(value: Any) -> str:
-    """A JSON type, in JSON's words."""
+    """The JSON name of a value's type."""
     if value is None:
         return "null"
     if is_nothing(value):
@@ -25,19 +25,19 @@ def kind_of(value: Any) -> str:
 
 
 def is_nothing(value: Any) -> bool:
-    """Whether a value is null or NaN, by which tables mark an empty cell."""
+    """Whether a value is null or NaN, which mark empty cells of tables."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 class Code(StrEnum):
-    """Every fault that costs one record. The names are stable: scripts may rely on them."""
+    """Faults that make one record unusable. The names are stable, so scripts may rely on them."""
 
     BAD_JSON = "BAD_JSON"
-    """Not JSON, or not JSON that means the same to every reader (a key written twice)."""
+    """Not JSON, or JSON that readers interpret differently (a key written twice)."""
     TOO_DEEP = "TOO_DEEP"
-    """Nested beyond what a record needs."""
+    """Nested deeper than any record."""
     TOO_LARGE = "TOO_LARGE"
-    """A line, or a text, beyond the limit."""
+    """A line or a text above the size limit."""
     NOT_AN_OBJECT = "NOT_AN_OBJECT"
     """The record is a list, a string, a number or null."""
     BAD_ID = "BAD_ID"
@@ -47,13 +47,13 @@ class Code(StrEnum):
     BAD_TURN = "BAD_TURN"
     """A turn is not an object, or a content part is unknown."""
     BAD_ROLE = "BAD_ROLE"
-    """A role that nobody plays."""
+    """An unknown role."""
     ROLES_DO_NOT_ALTERNATE = "ROLES_DO_NOT_ALTERNATE"
     """Two questions or two answers in a row, or an answer first."""
     NO_ANSWER = "NO_ANSWER"
     """The conversation ends with a question."""
     EMPTY_ANSWER = "EMPTY_ANSWER"
-    """Nothing to learn from."""
+    """An answer without text."""
     BAD_TEXT = "BAD_TEXT"
     """A text that is not a string."""
     BAD_CHARACTER = "BAD_CHARACTER"
@@ -69,7 +69,7 @@ class Code(StrEnum):
     TOO_LONG = "TOO_LONG"
     """Not even the first question and answer fit; an answer is never cut."""
     SPECIAL_TEXT = "SPECIAL_TEXT"
-    """A text that spells special tokens, and a tokenizer that cannot be told to read them as text."""
+    """A text that spells special tokens, with a tokenizer that cannot read them as text."""
     IMAGE_MISSING = "IMAGE_MISSING"
     """No such file, or no permission."""
     IMAGE_NOT_A_FILE = "IMAGE_NOT_A_FILE"
@@ -137,7 +137,7 @@ class RecordError(DataError):
         super().__init__(f"{code}: {where.file}{line} (record {where.row}{name}) field {field}: {what}; {remedy}")
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Errors travel from worker processes."""
+        """Support pickling: worker processes send errors to the main process."""
         return _rebuild, (self.code, self.where, self.field, self.what, self.remedy, self.path)
 
 

@@ -1,4 +1,4 @@
-"""Mixing sources: how often each record of each source is seen in an epoch."""
+"""Mixing of sources: repeats of each source's records in an epoch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 
 def repeats(sizes: Sequence[int], parts: Sequence[float], *, records: int | None = None) -> list[float]:
-    """How often each record of each source is seen, so that the sources make up given parts of an epoch.
+    """Repeats per record of each source that give the sources their parts of an epoch.
 
     Args:
         sizes: usable records of every source.
-        parts: of every source; only their ratio counts. Empty sources get nothing, the others share.
-        records: of an epoch; None: as many as there are.
+        parts: part of every source; only the ratios matter. The part of an empty source is shared by the others.
+        records: records of an epoch; None: the number of usable records.
     """
     total = sum(part for part, size in zip(parts, sizes, strict=True) if size)
     wanted = records or sum(sizes)
@@ -22,14 +22,14 @@ def repeats(sizes: Sequence[int], parts: Sequence[float], *, records: int | None
 def expand(members: Sequence[Sequence[int]], weights: Sequence[float], *, seed: int, epoch: int) -> list[int]:
     """Record numbers of one epoch, source by source.
 
-    Every epoch has the same number of them. A fraction walks through a seeded permutation, so that over the epochs all
-    records are seen equally often.
+    Every epoch has the same number of records. A fractional weight takes successive stretches of a seeded permutation,
+    so that over several epochs all records are seen equally often.
 
     Args:
         members: the record numbers of every source.
-        weights: how often a record is seen: 2 repeats all, 0.5 takes another half each epoch. A source gives at least
-            one record.
-        seed: of the run.
+        weights: repeats per record: 2 repeats all records, 0.5 takes another half in each epoch. A source gives at
+            least one record.
+        seed: seed of the run.
         epoch: from 0.
     """
     chosen: list[int] = []

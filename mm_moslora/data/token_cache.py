@@ -1,7 +1,8 @@
 """Tokenised records on disk: each text is tokenised once for all runs, in parallel, and then read by number.
 
-A cache is named by what it was made from: the source's content, tokenizer, template, length limit. Whoever asks first
-builds it while the others wait; it appears as a whole or not at all. An image is one id in it, whatever it expands to.
+A cache is named by a hash of its inputs: the source's content, tokenizer, template, length limit. The first process
+builds it while the others wait; it appears complete or not at all. An image is stored as one id, however many tokens it
+expands to.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mm_moslora.utils.file_locks import held
 from mm_moslora.utils.files import building, is_built, sync
 
 VERSION = 1
-"""Part of a cache's name; a change of the format makes new ones."""
+"""Version of the format, part of a cache's name."""
 _ROWS = 512
 """Records that a process tokenises at a time."""
 
@@ -35,7 +36,7 @@ Encode = Callable[[Record], Encoded]
 
 
 class _Fault(NamedTuple):
-    """A RecordError without its place, which the source knows."""
+    """A RecordError without its place, which the source adds."""
 
     row: int
     id: str | None
@@ -62,9 +63,9 @@ class TokenCache:
 
     Args:
         folder: a finished cache.
-        source: what it was made from.
-        image_token_id: stands for an image.
-        tokens_per_image: what an image expands to; 1 where every picture's tokens are kept as they are.
+        source: the source of its records.
+        image_token_id: the id that stands for an image.
+        tokens_per_image: tokens that an image expands to; 1 where the cache holds every picture's tokens.
     """
 
     def __init__(
@@ -120,16 +121,16 @@ def open_cache(
     tokens_per_image: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> TokenCache:
-    """Open the cache of a source, after building it if need be.
+    """Open the cache of a source; build it first if it does not exist.
 
     Args:
         root: folder of all caches.
         source: the records.
         encoder: tokenises.
-        encode: what is called for a record.
-        settings: what else decides about the tokens, such as the length limit.
-        tokens_per_image: the same for every picture, or 1 where they differ.
-        on_progress: called with (records done, records in all) while it is built.
+        encode: function that tokenises a record.
+        settings: other settings that determine the tokens, such as the length limit.
+        tokens_per_image: tokens of every picture, or 1 where they differ.
+        on_progress: called with (records done, all records) while it is built.
     """
     name = f"{source.fingerprint()} {encoder.fingerprint()} {settings} {len(source)} {VERSION}"
     folder = root / hashlib.sha256(name.encode()).hexdigest()[:32]
@@ -215,7 +216,7 @@ def _tokenise(
 def _first_of_images(
     tokens: NDArray[np.int32], *, image_token_id: int | None, tokens_per_image: int
 ) -> NDArray[np.bool_]:
-    """Everything but the second and further tokens of each image."""
+    """All ids except the second and further ids of each image."""
     keep = np.ones(len(tokens), dtype=np.bool_)
     if image_token_id is not None and tokens_per_image > 1:
         places = np.flatnonzero(tokens == image_token_id)

@@ -1,4 +1,4 @@
-"""The training set: records, encoder and image transform in, examples out; what cannot be used is counted and named.
+"""The training set: makes examples from records with the encoder and image transform; counts unusable records.
 
 Shapes: ``H x W`` pixels.
 """
@@ -32,10 +32,10 @@ from mm_moslora.utils.errors import DataError
 logger = logging.getLogger(__name__)
 
 EXACT_LIMIT = 50_000
-"""Larger sets estimate lengths and look at pictures only when they are used."""
+"""Largest number of records for which lengths are exact and picture headers are read at the start."""
 _SAMPLE = 512
 _NOT_FETCHED = (448, 448)
-"""Pixels that a picture counts with as long as it would have to be fetched first."""
+"""Assumed pixels of a picture that is not fetched yet."""
 
 
 def encode_record(
@@ -52,12 +52,12 @@ def encode_record(
         record: to be tokenised.
         encoder: of the model.
         max_length: tokens.
-        vision: whether the model sees.
+        vision: whether the model has a vision encoder.
         pictures: placeholder ids of every picture, where their number depends on the picture; None: all alike.
 
     Raises:
-        RecordError: it does not fit, spells special tokens that cannot be kept apart, or has pictures that the model
-            cannot see.
+        RecordError: it does not fit, spells special tokens that cannot be kept as text, or has pictures and the model
+            has no vision encoder.
     """
     if record.images and not vision:
         raise record.where.error(
@@ -71,7 +71,7 @@ def encode_record(
 
 
 def image_fault(record: Record, number: int, error: ImageError) -> RecordError:
-    """The error of a record whose picture cannot be used."""
+    """The error of a record with an unusable picture."""
     picture = record.images[number]
     if isinstance(picture, Frame):
         name = picture.clip.name
@@ -82,10 +82,10 @@ def image_fault(record: Record, number: int, error: ImageError) -> RecordError:
 
 
 def placeholders_of(record: Record, image_processing: ImageProcessing | None) -> list[tuple[int, ...]] | None:
-    """What the pictures of a record take in the conversation, by their headers; None where all take the same.
+    """Placeholder ids of the pictures of a record, from their headers; None where all pictures take the same number.
 
     Raises:
-        RecordError: a header shows that its picture cannot be used.
+        RecordError: a picture's header has a fault.
     """
     if image_processing is None or image_processing.fixed:
         return None
@@ -101,22 +101,22 @@ def placeholders_of(record: Record, image_processing: ImageProcessing | None) ->
 class TrainingSet:
     """All records of some sources.
 
-    While it is built every record is read and tokenised, and the header of every picture is read, so that bad records
-    are known before the first step, to all ranks alike. With `data.cache` the tokens are kept on disk and read from
-    there. Above `EXACT_LIMIT` records pictures are looked at only when they are used, and without a cache the lengths
-    are estimated from the characters; what is found only later is skipped when its turn comes.
+    The constructor reads and tokenises every record and reads the header of every picture, so that all ranks know the
+    bad records before the first step. With `data.cache` the tokens are stored on disk and read from there. Above
+    `EXACT_LIMIT` records, pictures are read only when they are used, and without a cache the lengths are estimated from
+    the characters. A record with a fault that is found later is skipped.
 
     Args:
         sources: at least one.
         encoder: tokenises.
         eyes: turn pictures into tensors; None for a language model alone.
         config: the recipe's `data`.
-        quarantine_path: where bad records are written.
-        on_progress: called with (records read, records in all) while the set is built.
+        quarantine_path: file for bad records.
+        on_progress: called with (records read, all records) while the set is built.
         exact_limit: see `EXACT_LIMIT`.
 
     Raises:
-        DataError: a file cannot be read, too large a share of the records is bad, or none is left.
+        DataError: a file cannot be read, the share of bad records is too large, or no record is usable.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class TrainingSet:
         self.has_image = bytearray(len(self))
         """1 per record with a picture."""
         self.words = array("L", bytes(array("L").itemsize * len(self))) if config.order == "llava" else array("L")
-        """White-space separated words per record, which LLaVA takes for its length; only with `data.order` llava."""
+        """White-space separated words per record, which LLaVA uses as its length; only with `data.order` llava."""
         self.caches = self._open_caches(on_progress)
         self._per_character = self._tokens_per_character() if self.estimated else 0.0
         self._build(on_progress)
@@ -159,7 +159,7 @@ class TrainingSet:
         ]
         """Numbers of the usable records of every source, the same on all ranks and for the whole run."""
         self.weights = [source.weight for source in sources]
-        """How often a record of every source is seen per epoch."""
+        """Repeats per epoch of the records of every source."""
         if config.mixing == "parts":
             sizes = [len(numbers) for numbers in self.members]
             self.weights = repeats(sizes, self.weights, records=config.epoch_records)
@@ -175,7 +175,7 @@ class TrainingSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that the order of the records depends on: which can be used, their lengths, and how often."""
+        """A hash of the inputs of the record order: usable records, their lengths and repeats."""
         usable, weights = array("L", self.usable), array("d", self.weights)
         parts = (self.lengths, self.has_image, self.words, usable, weights)
         return hashlib.sha256(b"".join(bytes(part) for part in parts)).hexdigest()
@@ -213,13 +213,13 @@ class TrainingSet:
         return self.files[source][row]
 
     def encode(self, record: Record, pictures: Sequence[Sequence[int]] | None = None) -> Encoded:
-        """Tokenise a record; see `encode_record`. The sizes of its pictures are looked up where they matter."""
+        """Tokenise a record; see `encode_record`. Picture headers are read if the token count depends on the size."""
         pictures = placeholders_of(record, self.image_processing) if pictures is None else pictures
         vision = self.image_processing is not None
         return encode_record(record, self.encoder, max_length=self.config.max_length, vision=vision, pictures=pictures)
 
     def encoded(self, index: int, record: Record) -> Encoded:
-        """The tokens of a record, from the cache where there is one.
+        """The tokens of a record, from the cache if there is one.
 
         Raises:
             RecordError: it cannot be used.
@@ -265,10 +265,10 @@ class TrainingSet:
         return self.image_processing.see(images)
 
     def __getitem__(self, index: int) -> Example | None:
-        """One example, or None when it turns out to be bad; then it is in quarantine.
+        """One example, or None for a bad record, which is then in quarantine.
 
         Raises:
-            DataError: `on_bad` is error, or too large a share is bad.
+            DataError: `on_bad` is error, or the share of bad records is too large.
         """
         try:
             return self.load(index)
@@ -286,7 +286,7 @@ class TrainingSet:
                 file,
                 self.encoder,
                 encode=self.encode,
-                settings=f"{config.max_length} {self._eyesight()} {file.rules}",  # faults of names are kept, too
+                settings=f"{config.max_length} {self._eyesight()} {file.rules}",  # the cache also holds faults of names
                 tokens_per_image=self.encoder.tokens_per_image
                 if self.image_processing is not None and self.image_processing.fixed
                 else 1,
@@ -296,7 +296,7 @@ class TrainingSet:
         ]
 
     def _eyesight(self) -> str:
-        """What tokens depend on besides the encoder."""
+        """The image settings that the number of tokens depends on."""
         if self.image_processing is None or self.image_processing.fixed:
             return str(self.image_processing is not None)
         return str([len(ids) for ids in self.image_processing.placeholders([(2**side, 512) for side in range(6, 12)])])
@@ -334,7 +334,7 @@ class TrainingSet:
             self.quarantine.add(start + row, cache.fault(row))
 
     def _measure(self, index: int, record: Record) -> int:
-        """Tokens of a record, exact or estimated; exact ones come with a look at the pictures."""
+        """Tokens of a record, exact or estimated; for exact numbers the picture headers are checked."""
         if self.estimated:
             characters = sum(len(turn.text) for turn in record.turns)
             tokens = 1 + int(characters * self._per_character) + len(record.images) * self.encoder.tokens_per_image

@@ -1,4 +1,4 @@
-"""Work on many items in forked processes, results in order, memory bounded; in this process where forking is no use."""
+"""Maps a function over items in forked processes, in order and with bounded memory; with one process, in this one."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _AHEAD = 3
-"""Items per process that are handed out before the first result is taken."""
-_work: Callable[[Any], Any] | None = None  # inherited by the forked processes, so that it need not be picklable
+"""Items per process that are submitted before the first result is taken."""
+_work: Callable[[Any], Any] | None = None  # forked processes inherit it, so it need not be picklable
 
 
 def usable_processes(limit: int = 16) -> int:
@@ -33,8 +33,8 @@ def in_processes(work: Callable[[Item], Result], items: Iterable[Item], *, proce
 
     Args:
         work: any function; its results must be picklable.
-        items: what to work on; picklable.
-        processes: how many; with one everything happens here.
+        items: the items; picklable.
+        processes: number of processes; with 1 all work is done in this process.
 
     Raises:
         DataError: a process died (out of memory, most likely).
@@ -65,7 +65,7 @@ def in_processes(work: Callable[[Item], Result], items: Iterable[Item], *, proce
 
 
 def _end_with(parent: int) -> None:
-    """Have this process end when the one that hands out the work is gone, even killed; it would wait for ever."""
+    """End this process when its parent ends, even by a kill; otherwise it would wait for ever."""
 
     def watch() -> None:
         while os.getppid() == parent:

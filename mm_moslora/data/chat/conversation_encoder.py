@@ -1,11 +1,11 @@
-"""From turns to token ids with a supervised flag each, segment by segment: labels cannot slip.
+"""Encodes turns as token ids, each with a supervised flag.
 
 Shapes: ``T`` tokens of one conversation.
 
-The chat template gives the scaffold (`template`), whose special tokens count; contents are plain text, whatever they
-spell (`tokens`); images are ids, never text. Token ids and the supervised flag grow together, so nothing is ever found
-again by searching or counting. Training and inference share every step: a prompt is a training conversation that stops
-where the answer would begin.
+The chat template gives the scaffold (`template_scaffold`), in which special tokens are recognised. Contents are plain
+text even where they spell special tokens (`text_tokens`). Images are ids, never text. Token ids and flags are appended
+together, segment by segment, so labels need no search for turns. Training and inference share every step: a prompt is a
+training conversation that stops where the answer begins.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Encoded:
     dropped_turns: int = 0
     """Turns that did not fit."""
     thoughts: int = 0
-    """Answers whose thinking is learned."""
+    """Answers with thinking that is learned."""
     dropped_thoughts: int = 0
-    """Answers whose thinking the chat template, or the recipe, leaves out."""
+    """Answers with thinking that the chat template or the recipe leaves out."""
 
 
 class TooLong(DataError):  # noqa: N818  (reads as what happened)
@@ -74,7 +74,7 @@ class _Growing:
     thoughts: int = 0
     dropped_thoughts: int = 0
     ends: list[tuple[int, int]] = field(default_factory=list)
-    """Behind every answer: turns and tokens so far."""
+    """Turns and tokens up to the end of every answer."""
 
     def add(self, tokens: list[int], *, supervised: bool) -> None:
         self.ids += tokens
@@ -82,7 +82,7 @@ class _Growing:
 
 
 class Parts(Protocol):
-    """What an encoder needs of a model; see `ConversationEncoder`."""
+    """The attributes of a model that an encoder needs; see `ConversationEncoder`."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -96,11 +96,11 @@ class Parts(Protocol):
 
     @property
     def image_token_id(self) -> int | None:
-        """Of the placeholder."""
+        """Vocabulary id of the placeholder."""
 
     @property
     def template_processor(self) -> Any:
-        """Of a ready-made model."""
+        """Processor of a ready-made model."""
 
     @property
     def thinking(self) -> Thinking:
@@ -115,13 +115,13 @@ class ConversationEncoder:
         tokenizer: with a chat template, or without one (then `PLAIN_TEMPLATE` is used).
         image_token_id: vocabulary id of the image placeholder; None for a language model alone.
         tokens_per_image: placeholders per image.
-        system_prompt: replaces the template's default. A template that knows no system turn gets it in front of the
-            first question. An empty string removes a default; where there is none it changes nothing.
-        processor: of a ready-made model, whose chat template places pictures itself.
-        thinking: what becomes of thinking in answers; see `ModelConfig.thinking`.
+        system_prompt: replaces the template's default. For a template without a system turn it is put before the first
+            question. An empty string removes the default, if there is one.
+        processor: processor of a ready-made model; its chat template places pictures itself.
+        thinking: handling of thinking in answers; see `ModelConfig.thinking`.
 
     Raises:
-        ConfigError: the template cannot be taken apart, or nothing ends an answer.
+        ConfigError: the template cannot be split into scaffold and contents, or no token ends an answer.
     """
 
     def __init__(
@@ -142,12 +142,12 @@ class ConversationEncoder:
         probe = self.template.plan(_PROBE)
         self.tokens = Tokens(tokenizer, structural=[slot.before for slot in probe.slots] + [probe.tail])
         self.notes = notes_of(str(self.template.source))
-        # Models whose tokenizer adds BOS were trained with it; LLaVA and the stock processor put it there, too.
+        # A model with a tokenizer that adds BOS was trained with it; LLaVA and the stock processor add it too.
         self._bos = self.template.missing_bos()
 
     @classmethod
     def of(cls, parts: Parts) -> ConversationEncoder:
-        """For an assembled model, or for what is loaded of one to prepare data."""
+        """Make the encoder of an assembled model, or of the parts that are loaded to prepare data."""
         return cls(
             parts.tokenizer,
             image_token_id=parts.image_token_id,
@@ -157,7 +157,7 @@ class ConversationEncoder:
         )
 
     def fingerprint(self) -> str:
-        """A hash of all that decides which ids a conversation gets."""
+        """A hash of everything that determines the ids of a conversation."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if isinstance(backend, Tokenizer) else sorted(self.tokenizer.get_vocab().items())
         parts = (
@@ -183,7 +183,7 @@ class ConversationEncoder:
 
         Raises:
             TooLong: not even the first pair fits; an answer is never cut.
-            DataError: a text spells special tokens and the tokenizer cannot be told to read them as text.
+            DataError: a text spells special tokens and the tokenizer cannot read them as text.
         """
         if not turns or turns[-1].role != "assistant":
             raise DataError("The conversation does not end with an answer, so there is nothing to train on.")
@@ -192,7 +192,7 @@ class ConversationEncoder:
             return _encoded(grown)
         for count, length in reversed(grown.ends[:-1]):
             if length <= max_length:
-                # Encoded anew: some templates write the last turn differently.
+                # Encoded again, because some templates write the last turn differently.
                 shorter = self._grow(turns[:count], pictures)
                 if len(shorter.ids) <= max_length:
                     return replace(_encoded(shorter), dropped_turns=len(turns) - count)
@@ -202,7 +202,7 @@ class ConversationEncoder:
         )
 
     def encode_prompt(self, turns: Sequence[Turn], *, pictures: Sequence[Sequence[int]] | None = None) -> Tensor:
-        """Tokenise a conversation that the model is to continue: int64 ``[T]``, ending where the answer begins.
+        """Tokenise a prompt: int64 ``[T]``, which ends where the answer begins.
 
         Args:
             turns: ends with a question.
@@ -214,7 +214,7 @@ class ConversationEncoder:
         return torch.tensor(grown.ids, dtype=torch.long)
 
     def encode_answer(self, text: str) -> list[int]:
-        """Token ids of an answer behind a generation prompt, as training sees it, without its end of turn."""
+        """Token ids of an answer after a generation prompt, as in training, without the end of turn."""
         turns = [Turn(role="user", text="a"), Turn(role="assistant", text=text)]
         roles = ("user", "assistant")
         plan = self.template.plan(roles)
@@ -225,9 +225,9 @@ class ConversationEncoder:
         return self._answer(prompt, answer, self.tokens.encode(prompt))
 
     def decode_answer(self, ids: Sequence[int]) -> str:
-        """The text of a generated answer: without special tokens and without the template's own space before it.
+        """The text of a generated answer, without special tokens and without the template's own space before it.
 
-        Decoded so, an answer that is put back into the conversation gives its own tokens again.
+        An answer that is put back into the conversation as this text gives the same tokens again.
         """
         text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
         return text.removeprefix(self.template.plan(("user", "assistant")).slots[1].lead)
@@ -263,7 +263,7 @@ class ConversationEncoder:
         return grown
 
     def _add_scaffold(self, grown: _Growing, text: str) -> None:
-        """Text of the template, with the pictures that the template places itself."""
+        """Append text of the template, with the pictures that the template places itself."""
         for index, part in enumerate(text.split(self.template.image_text) if self.template.image_text else [text]):
             if index:
                 self._add_image(grown)
@@ -276,12 +276,12 @@ class ConversationEncoder:
             ids = list(grown.pictures[grown.images])
         grown.add(ids, supervised=False)
         grown.images += 1
-        # LLaVA tokenises what follows a picture as a text of its own.
+        # LLaVA tokenises the text after a picture as a text of its own.
         grown.context = self.tokens.text_of(ids[-1]) if ids and not self.notes.faithful else ""
 
     def _with_system(self, turns: Sequence[Turn]) -> tuple[list[Turn], int]:
-        """The turns with the system prompt, and how many turns that added."""
-        if self.notes.name == "plain":  # captions are learnt from pictures alone
+        """The turns with the system prompt, and the number of turns added for it."""
+        if self.notes.name == "plain":  # captions are learned from pictures alone
             spoken = [turn for turn in turns if turn.role != "system"]
             return [_pictures_alone(turn) for turn in spoken], len(spoken) - len(turns)
         own = turns[0].role == "system"
@@ -303,14 +303,14 @@ class ConversationEncoder:
             grown.run.append(Piece(part, False))
 
     def _flush(self, grown: _Growing) -> list[int]:
-        """Tokenise the run as the continuation of the context; gives the ids of both."""
+        """Tokenise the pending text as the continuation of the context; returns the ids of both."""
         ids = self.tokens.encode([Piece(grown.context, True), *grown.run])
         grown.add(ids[1:] if grown.context else ids, supervised=False)
         grown.run = []
         return ids
 
     def _apart(self, text: str) -> tuple[str | None, str]:
-        """The thinking at the start of an answer, None where the template's plain form is meant, and the rest."""
+        """The thinking at the start of an answer (None: the template's form without thinking), and the rest."""
         apart = self.template.knows_thinking or self.thinking == "never"
         found = _THINKING.match(text) if apart else None
         thinking = found[1].strip("\n") if found else None
@@ -337,14 +337,14 @@ class ConversationEncoder:
         grown.context = text if text in self.tokens.guarded else ""
 
     def _answer(self, before: list[Piece], answer: list[Piece], prompt: list[int]) -> list[int]:
-        """Ids of an answer such that the prompt in front of it has the ids it has in inference."""
+        """Ids of an answer, tokenised so that the prompt before it keeps the ids that it has in inference."""
         whole = self.tokens.encode([*before, *answer])
         if whole[: len(prompt)] == prompt:
             return whole[len(prompt) :]
-        return self.tokens.encode_behind(answer)  # the first characters of the answer merge with the prompt's last
+        return self.tokens.encode_behind(answer)  # tokenised together, prompt and answer would share a token
 
     def _end_of_turn(self, behind: str, tail: str) -> str:
-        """Scaffold behind an answer that ends it: up to a special token, or the text that ends every answer.
+        """The part of the scaffold that ends an answer: up to a special token, or the text that ends every answer.
 
         Empty when the template has neither.
         """
@@ -358,7 +358,7 @@ class ConversationEncoder:
 
 
 def _written(thought: Thought | None, thinking: str, slot: Slot) -> list[Piece]:
-    """What the model writes before the answer itself."""
+    """The text that the model writes before the answer itself."""
     if thought is None:
         return [Piece(slot.lead, True)]
     return [Piece(thought.opening, True), Piece(thinking, False), Piece(thought.closing, True)]

@@ -1,7 +1,7 @@
 """Chat templates of ready-made vision-language models, which place pictures themselves among the parts of a content.
 
 The shape of a turn is its role and, for a question with pictures, the order of its parts: `user:it` is a picture and a
-text. A template may write pictures before all texts, or wrap them; wherever it does, the scaffold shows it.
+text. A template may write pictures before all texts, or wrap them; the scaffold contains whatever it writes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ProcessorTemplate(Template):
         processor: of a ready-made model.
 
     Raises:
-        ConfigError: it has no chat template and is not known to do without one.
+        ConfigError: it has no chat template and is not a known model without one.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -41,8 +41,8 @@ class ProcessorTemplate(Template):
             source = PREFIX_TEMPLATE
         if source is None:
             raise ConfigError(
-                f"{type(processor).__name__} has no chat template, so conversations have no form. Choose a checkpoint "
-                "that is tuned for instructions, or put a chat_template.jinja into its folder."
+                f"{type(processor).__name__} has no chat template, so conversations cannot be encoded. Choose an "
+                "instruction-tuned checkpoint, or put a chat_template.jinja into its folder."
             )
         super().__init__(processor.tokenizer)
         self.source, self.image_text = source, str(processor.image_token)
@@ -62,7 +62,7 @@ class ProcessorTemplate(Template):
             kinds = ""
             for place, text in enumerate(texts):
                 kinds += "i" if place else ""
-                # Templates set their own line breaks around a picture.
+                # Templates write their own line breaks around a picture.
                 text = text.removeprefix("\n") if place else text
                 text = text.removesuffix("\n") if place + 1 < len(texts) else text
                 if text:

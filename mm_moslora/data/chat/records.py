@@ -1,9 +1,9 @@
-"""Training records: whatever the source, one form, read strictly.
+"""Strict reading of training records from any source into one form.
 
-Understood are LLaVA's `conversations`, chat `messages` with text or content parts (OpenAI, Hugging Face), `texts`
-(pairs of user and assistant), `question` and `answer`, and `caption`, with `image` and `video` beside them. A video is
-so many frames of it, pictures like any other. Every fault is named as
-`CODE: file:line (record i, id=...) field path: what; what to do`; see `faults.Code`.
+Accepted forms are LLaVA's `conversations`, chat `messages` with text or content parts (OpenAI, Hugging Face), `texts`
+(pairs of user and assistant), `question` and `answer`, and `caption`, each with `image` or `video`. A video becomes
+several frames, which are pictures like any other. Every fault has the form
+`CODE: file:line (record i, id=...) field path: what; what to do`; see `record_faults.Code`.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _ROLES: dict[str, Role] = {
 
 
 _SHOWN = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
-"""Content parts, and what they show."""
+"""Type of a content part -> image or video."""
 _ANY_MARK = re.compile(f"{IMAGE}|{VIDEO}")
 
 
 class _Mark(NamedTuple):
-    """A place in a conversation where something is shown."""
+    """The place of an image or a video in a conversation."""
 
     kind: str
     """image or video."""
     given: Any = None
-    """What is shown, where the conversation says it."""
+    """The image or video, if the conversation itself names it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +52,14 @@ class Turn:
     """One turn of a conversation."""
 
     role: Role
-    """Who speaks."""
+    """The speaker."""
     text: str
-    """What is said; `<image>` in a user's text stands for the next image."""
+    """The content; `<image>` in a user's text stands for the next image."""
     places: tuple[int, ...] | None = None
-    """Offsets of the `<image>` that are images, for a source that tells them apart from typed ones; None: all are."""
+    """Offsets of the `<image>` that are images, for a source that distinguishes them from typed text; None: all are."""
 
     def parts(self) -> list[str]:
-        """The texts before, between and behind the images: one more than there are images."""
+        """The texts before, between and after the images: one more than the number of images."""
         if self.role != "user":
             return [self.text]
         if self.places is None:
@@ -80,7 +80,7 @@ class Turn:
         return cls(role="user", text=mark * images + text, places=tuple(len(mark) * i for i in range(images)))
 
     def showing(self, counts: Sequence[int]) -> Turn:
-        """The same turn with so many images, one directly behind the other, in place of each of its images."""
+        """The same turn with each of its images replaced by this many consecutive images."""
         first, *rest = self.parts()
         result, places = first, []
         for count, part in zip(counts, rest, strict=True):
@@ -109,7 +109,7 @@ class Record:
     images: tuple[Picture, ...] = ()
     """In order of their places."""
     where: Where
-    """Where it came from, for messages."""
+    """Its place in the source, for messages."""
 
     @property
     def image_names(self) -> list[str]:
@@ -123,10 +123,10 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
     Args:
         value: an object in one of the forms at the top.
         where: for messages.
-        rules: what its pictures may be.
+        rules: rules for its pictures.
 
     Raises:
-        RecordError: with one of `faults.Code`.
+        RecordError: with one of `record_faults.Code`.
     """
     if not isinstance(value, Mapping):
         raise where.error(Code.NOT_AN_OBJECT, "-", f"is {kind_of(value)}", "write one JSON object per record")
@@ -153,18 +153,18 @@ def parse_record(value: Any, where: Where, rules: PictureRules) -> Record:
 
 
 def _marked_videos(value: Mapping[str, Any], named: Mapping[str, list[Any]]) -> str | None:
-    """What marks a video in the texts of a record: `<video>`; `<image>`, as LLaVA-Video has it, where that is all
-    there is; None for a record that names no video, in which `<video>` is text."""
+    """The placeholder of videos in the texts of a record: `<video>`, or `<image>` as in LLaVA-Video if there is no
+    `<video>`; None for a record without a video, in which `<video>` is text."""
     if not named["video"]:
         return None
     return VIDEO if named["image"] or VIDEO in json.dumps(value, ensure_ascii=True, default=str) else IMAGE
 
 
 def _filled(marks: list[_Mark], named: dict[str, list[Any]], where: Where) -> list[_Mark]:
-    """The places in a conversation with what is named beside it.
+    """Assign the images or videos that a record names to the places in its conversation.
 
     Raises:
-        RecordError: named twice, or not as many as there are places.
+        RecordError: they are named twice, or their number differs from that of the places.
     """
     names = {kind: list(items) for kind, items in named.items() if items}
     if not names:
@@ -172,7 +172,7 @@ def _filled(marks: list[_Mark], named: dict[str, list[Any]], where: Where) -> li
     for kind in names:
         if any(mark.given is not None for mark in marks):
             raise where.error(Code.IMAGE_COUNT, kind, f"{kind}s are named here and in the messages", "name them once")
-    if "video" not in names:  # counted by `_check_places`, which says which turns
+    if "video" not in names:  # `_check_places` counts these and names the turns
         return [_Mark("image", item) for item in names["image"]]
     for kind in ("image", "video"):
         places = sum(mark.kind == kind for mark in marks)
@@ -183,7 +183,7 @@ def _filled(marks: list[_Mark], named: dict[str, list[Any]], where: Where) -> li
 
 
 def _with_frames(turns: list[Turn], shown: Sequence[Picture | Clip]) -> list[Turn]:
-    """The turns with as many images in place of a video as it has frames."""
+    """The turns with every video replaced by one image per frame."""
     counts = [item.count if isinstance(item, Clip) else 1 for item in shown]
     result = []
     for turn in turns:
@@ -193,7 +193,7 @@ def _with_frames(turns: list[Turn], shown: Sequence[Picture | Clip]) -> list[Tur
 
 
 def _images_asked_first(turns: list[Turn], count: int) -> list[Turn]:
-    """The pictures of a form that knows no placeholder, before the first question."""
+    """Put the pictures of a form without placeholders before the first question."""
     first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
     if first is None:
         return turns
@@ -214,8 +214,8 @@ def _id(value: Mapping[str, Any], where: Where) -> str:
 
 
 def _names(value: Mapping[str, Any], kind: str, where: Where) -> list[Any]:
-    """What a record names as `image` or `images`, or as `video` or `videos`; null and NaN, which stand in the empty
-    cells of tables, name nothing."""
+    """The values of `image` or `images`, or of `video` or `videos`; null and NaN, which mark the empty cells of
+    tables, count as absent."""
     given, several = (None if is_nothing(value.get(key)) else value[key] for key in (kind, f"{kind}s"))
     if given is not None and several is not None:
         raise where.error(Code.IMAGE_COUNT, kind, f"both `{kind}` and `{kind}s` are given", "keep one of them")
@@ -226,7 +226,7 @@ def _names(value: Mapping[str, Any], kind: str, where: Where) -> list[Any]:
 
 
 def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tuple[list[Turn], list[_Mark], bool]:
-    """The turns, what is shown in them, and whether their form marks the places of that."""
+    """The turns, their images and videos, and whether the form marks the places of these."""
     for find in (_pairs, _question_and_answer):
         simple = find(value, where)
         if simple is not None:
@@ -262,7 +262,7 @@ def _turns(value: Mapping[str, Any], where: Where, *, videos: str | None) -> tup
 
 
 def _formless(value: Mapping[str, Any], key: str, where: Where) -> RecordError:
-    """What to say of a record in none of the forms: the keys that it has."""
+    """The error of a record in none of the forms; names the keys that it has."""
     found = ", ".join(ascii(str(name)[:40]) for name in list(value)[:8])
     remedy = (
         "write conversations, messages, texts, question and answer, or caption; for a table, `columns` of the source "
@@ -302,7 +302,7 @@ def _question_and_answer(value: Mapping[str, Any], where: Where) -> list[Turn] |
 
 
 def _of_text(role: Role, text: str, videos: str | None, marks: list[_Mark]) -> Turn:
-    """A turn whose text marks the places of images, and with `videos` those of videos, which are noted."""
+    """A turn with placeholders of images in its text; with `videos` also of videos, which are recorded."""
     if role != "user":
         return Turn(role=role, text=text)
     if videos is None:
@@ -333,9 +333,9 @@ def _of_parts(role: Role, content: list[Any], field: str, where: Where, marks: l
 
 
 def _image_first(text: str) -> str:
-    """LLaVA's rule: the only image of a question stands before it, on a line of its own; several stay in place.
+    """LLaVA's rule: the only image of a question goes before it, on a line of its own; several images stay in place.
 
-    Half of LLaVA's instruction data has it at the end; chat and evaluation show it first.
+    Half of LLaVA's instruction data has the image at the end; chat and evaluation put it first.
     """
     if text.count(IMAGE) != 1:
         return text

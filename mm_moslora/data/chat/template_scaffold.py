@@ -1,7 +1,7 @@
-"""Chat templates taken apart: the fixed text around the contents of a conversation.
+"""The scaffold of a chat template: its fixed text around the contents of a conversation.
 
 A template is rendered once per sequence of roles with a marker in place of every content. The text between the markers
-is the scaffold. Templates that trim contents are found out by a second rendering with white space around the markers.
+is the scaffold. A second rendering, with white space around the markers, detects templates that trim contents.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ PLAIN_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
-"""For tokenizers that bring no chat template: `role:`, a line break, the content; end-of-sequence behind an answer."""
+"""For tokenizers without a chat template: `role:`, a line break, the content; end-of-sequence after an answer."""
 _PLANS = 512
 THINK, THINK_END = "<think>", "</think>"
 
-# Letters, quotes and brackets show templates that change or escape contents; the symbol is in no template.
+# Letters, quotes and brackets reveal templates that change or escape contents; the symbol occurs in no template.
 _MARK = "<&\"'\u241fSlot {}\u241f>"
 _LEFT = {"keep": "\n \t", "lines": " \t", "space": ""}
-"""White space put before a mark, by what a template that trims so leaves of it."""
+"""Kind of trimming -> remainder of the white space that was put before a marker."""
 _RIGHT = {"keep": "\t \n", "lines": "\t ", "space": ""}
-"""The same behind a mark."""
+"""The same for the white space after a marker."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """A content's place."""
+    """The place of one content."""
 
     before: str
     """Scaffold between the previous content and this one."""
@@ -47,7 +47,7 @@ class Slot:
     """What the template trims at the content's end."""
 
     def trim(self, parts: Sequence[str]) -> list[str]:
-        """A content, in parts around its images, as the template leaves it."""
+        """A content, in parts around its images, trimmed as the template does."""
         result = list(parts)
         result[0] = {"keep": result[0], "space": result[0].lstrip(), "lines": result[0].lstrip("\n")}[self.left]
         last = result[-1]
@@ -61,19 +61,19 @@ class Plan:
 
     slots: tuple[Slot, ...]
     tail: str
-    """Behind the last content."""
+    """Scaffold after the last content."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Thought:
-    """How a template writes an answer that begins with thinking."""
+    """A template's form of an answer that begins with thinking."""
 
     before: str
-    """Scaffold between the previous content and what the model writes."""
+    """Scaffold between the previous content and the text that the model writes."""
     opening: str
-    """What the model writes before the thinking."""
+    """Text that the model writes before the thinking."""
     closing: str
-    """What it writes between the thinking and the answer."""
+    """Text that the model writes between the thinking and the answer."""
 
 
 class Template:
@@ -84,7 +84,7 @@ class Template:
     """
 
     image_text = ""
-    """What the template writes for a picture; empty where pictures are part of the contents."""
+    """The template's text for a picture; empty where pictures are part of the contents."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -116,11 +116,11 @@ class Template:
 
     @property
     def knows_thinking(self) -> bool:
-        """Whether the template treats `<think>` in an answer in a way of its own."""
+        """Whether the template handles `<think>` in an answer specially."""
         return THINK_END in str(self.source)
 
     def thought(self, roles: tuple[str, ...]) -> Thought | None:
-        """How the last of these roles, an answer, begins with thinking; None where the template shows none."""
+        """The form of thinking at the start of the last of these roles, an answer; None where the template drops it."""
         if roles not in self._thoughts:
             if len(self._thoughts) >= _PLANS:
                 self._thoughts.clear()
@@ -128,7 +128,7 @@ class Template:
         return self._thoughts[roles]
 
     def accepts(self, roles: tuple[str, ...]) -> bool:
-        """Whether the template takes these roles and shows all their contents."""
+        """Whether the template accepts these roles and renders all their contents."""
         try:
             self.plan(roles)
         except ConfigError:
@@ -136,7 +136,7 @@ class Template:
         return True
 
     def missing_bos(self) -> list[int]:
-        """The beginning-of-sequence id when the tokenizer wants one and the template writes none; else nothing."""
+        """The beginning-of-sequence id if the tokenizer adds one and the template does not; else nothing."""
         start = self.plan(("user", "assistant")).slots[0].before
         if not _adds_bos(self.tokenizer) or start.startswith(str(self.tokenizer.bos_token)):
             return []
@@ -144,7 +144,7 @@ class Template:
 
     @cached_property
     def has_default_system(self) -> bool:
-        """Whether the template writes a system text of its own where none is given."""
+        """Whether the template writes its own system text where none is given."""
         if not self.accepts(("system", "user", "assistant")):
             return False
         header, between = (slot.before for slot in self.plan(("system", "user", "assistant")).slots[:2])
@@ -161,7 +161,7 @@ class Template:
         marks = [_MARK.format(index) for index in range(len(owners))]
         pieces = self._cut(self._render(roles, marks), marks, roles)
         wide = self._cut(self._render(roles, [_LEFT["keep"] + mark + _RIGHT["keep"] for mark in marks]), marks, roles)
-        # What is trimmed at the end of one content and at the start of the next shows in the same stretch of text.
+        # Trimming at the end of one content and at the start of the next changes the same stretch of scaffold.
         trims = [
             _trims(pieces[index], wide[index], roles, first=index == 0, last=index == len(owners))
             for index in range(len(pieces))
@@ -190,10 +190,10 @@ class Template:
         return Thought(before=prompt.rpartition(marks[-2])[2], opening=opening, closing=closing)
 
     def _lead(self, roles: tuple[str, ...], marks: list[str], text: str) -> str:
-        """White space that the generation prompt leaves to the model.
+        """White space after the generation prompt, which the model writes itself.
 
-        Anything else that stands between the generation prompt and an answer (an empty thinking block, a header of a
-        template that knows no generation prompt) belongs to the prompt, in training and in inference alike.
+        Any other text between the generation prompt and an answer (an empty thinking block, a header of a template
+        without a generation prompt) belongs to the prompt, both in training and in inference.
         """
         prompt = self._render(roles, marks, prompt=True)
         rest = text.removeprefix(prompt)
@@ -212,7 +212,7 @@ class Template:
         return [*pieces, text]
 
     def _messages(self, roles: Sequence[str], contents: Sequence[str]) -> list[dict[str, Any]]:
-        """What the template takes; `ProcessorTemplate` has contents of several parts."""
+        """The messages for the template; `ProcessorTemplate` has contents of several parts."""
         return [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
 
     def _render(self, roles: Sequence[str], contents: Sequence[str], *, prompt: bool = False) -> str:
@@ -221,13 +221,13 @@ class Template:
             text = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.source, tokenize=False, add_generation_prompt=prompt
             )
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # templates may raise any exception
             raise ConfigError(f"The tokenizer's chat template refuses the roles {', '.join(roles)}: {error}") from error
         return str(text)
 
 
 def _trims(plain: str, wide: str, roles: tuple[str, ...], *, first: bool, last: bool) -> tuple[str, str]:
-    """How a template trims the end of the content before a stretch of scaffold, and the start of the one behind it."""
+    """The trimming at the end of the content before a stretch of scaffold, and at the start of the content after it."""
     for right, behind in ({"keep": ""} if first else _RIGHT).items():
         for left, ahead in ({"keep": ""} if last else _LEFT).items():
             if behind + plain + ahead == wide:

@@ -1,9 +1,9 @@
-"""Text to token ids where some of the text is trusted and the rest may not act as a special token.
+"""Tokenises text in which only the trusted part may contain special tokens.
 
 Trusted text comes from the chat template, untrusted text from users. Both are tokenised together, as one string, so
-that ordinary text gives exactly the ids that the tokenizer gives for the whole. Only when untrusted text spells a
-special token does a second tokenizer step in: a copy that knows the special tokens under private names. Trusted text
-is rewritten with these names, untrusted text is left as it is and can no longer match.
+that ordinary text gives exactly the tokenizer's ids for the whole. If untrusted text spells a special token, a second
+tokenizer is used: a copy in which the special tokens have private names. Trusted text is rewritten with these names.
+Untrusted text is not, so it cannot match them.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Piece(NamedTuple):
 
     text: str
     trusted: bool
-    """Whether special tokens count in it."""
+    """Whether special tokens are recognised in it."""
 
 
 class SpecialTextError(DataError):
-    """Untrusted text spells special tokens and this tokenizer cannot be told to read them as text."""
+    """Untrusted text spells special tokens and this tokenizer cannot read them as text."""
 
     code = Code.SPECIAL_TEXT
 
@@ -40,9 +40,9 @@ class Tokens:
     """Tokenises pieces.
 
     Args:
-        tokenizer: a fast tokenizer (any other works until untrusted text spells a special token).
-        structural: texts of the chat template: added tokens that occur in them are guarded too, special or not,
-            because typing them would forge a turn.
+        tokenizer: a fast tokenizer (a slow one works until untrusted text spells a special token).
+        structural: texts of the chat template. Added tokens that occur in them are guarded too, special or not, because
+            a user could forge a turn by typing them.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, structural: Iterable[str] = ()) -> None:
@@ -77,7 +77,7 @@ class Tokens:
         return self._pattern.search(text) is not None
 
     def encode(self, pieces: Sequence[Piece]) -> list[int]:
-        """Token ids of pieces laid behind each other.
+        """Token ids of consecutive pieces.
 
         Raises:
             SpecialTextError: untrusted text spells a special token and the tokenizer is not a fast one.
@@ -96,7 +96,7 @@ class Tokens:
         return self._encode_guarded(pieces, wanted)
 
     def encode_behind(self, pieces: Sequence[Piece]) -> list[int]:
-        """Token ids of pieces as in the middle of a text, without what a tokenizer adds at the start of one."""
+        """Token ids of pieces in the middle of a text, without the prefix that a tokenizer adds at its start."""
         for anchor in _ANCHORS:
             lead = self.encode([Piece(anchor, False)])
             ids = self.encode([Piece(anchor, False), *pieces])
@@ -120,11 +120,11 @@ class Tokens:
         return ids
 
     def _private_copy(self) -> Tokenizer:
-        """A copy of the tokenizer whose guarded tokens have names that no text spells."""
+        """A copy of the tokenizer with private names of the guarded tokens, which no text spells."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise SpecialTextError(
-                f"the text spells special tokens, and {type(self.tokenizer).__name__} is no fast tokenizer, so they "
+                f"the text spells special tokens, and {type(self.tokenizer).__name__} is not a fast tokenizer, so they "
                 "cannot be read as text; remove them from the text, or use a fast tokenizer"
             )
         self._names = {text: f"\ue0f1\ue0f2{number}\ue0f3" for text, number in self.guarded.items()}

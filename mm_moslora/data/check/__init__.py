@@ -1,1 +1,1 @@
-"""Looking at data before a run."""
+"""Checks and views of the data before a run."""

@@ -1,4 +1,4 @@
-"""What a check means for a run: the faults that users of instruction tuning report, each ok, doubtful or bad."""
+"""Findings of a data check: the common faults of instruction-tuning data, each ok, doubtful or bad."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mm_moslora.data.check.record_check import CheckReport
 from mm_moslora.data.images.perceptual_hash import Fingerprint, Match, matches
 
 FEW_SUPERVISED = 0.02
-"""Below this share of supervised tokens, most of the computation is spent on text that is not learnt."""
+"""Below this share of supervised tokens, most of the computation is spent on text that is not learned."""
 ONE_ANSWER = 0.5
-"""Above this share one short answer is worth a warning: a model that always gives it already looks trained."""
+"""Above this share one short answer gets a warning: a model that always gives it scores this share."""
 
 
 class Finding(NamedTuple):
@@ -26,7 +26,7 @@ class Finding(NamedTuple):
 
 
 def findings(report: CheckReport) -> list[Finding]:
-    """What to know about some sources before they are trained on."""
+    """The findings about some sources before they are trained on."""
     return [
         _usable(report), _ends(report), _supervision(report), _truncation(report), _thinking(report), _modality(report),
         _special(report),
@@ -37,7 +37,7 @@ def findings(report: CheckReport) -> list[Finding]:
 def leakage(
     train: Mapping[str, Fingerprint | None], held_out: Mapping[str, Fingerprint | None], *, name: str
 ) -> tuple[Finding, list[Match]]:
-    """Whether pictures of the training data occur among held-out ones, as the same file or looking the same."""
+    """Whether pictures of the training data occur among held-out ones, as the same file or as a similar picture."""
     known = {path: mark for path, mark in train.items() if mark is not None}
     others = {path: mark for path, mark in held_out.items() if mark is not None}
     found = matches(known, others)
@@ -49,7 +49,7 @@ def leakage(
 
 
 def length_percentiles(report: CheckReport) -> dict[str, int]:
-    """Tokens per record: least, quartiles, 95 and 99 per cent, most."""
+    """Tokens per record: minimum, quartiles, 95th and 99th percentile, maximum."""
     if not report.lengths:
         return {}
     marks = {"least": 0, "25 %": 25, "median": 50, "75 %": 75, "95 %": 95, "99 %": 99, "most": 100}
@@ -73,7 +73,7 @@ def _ends(report: CheckReport) -> Finding:
 
 
 def _supervision(report: CheckReport) -> Finding:
-    detail = f"{report.supervised_share:.1%} of the tokens are learnt from"
+    detail = f"{report.supervised_share:.1%} of the tokens are supervised"
     if report.supervised_share >= FEW_SUPERVISED or not report.usable:
         return Finding("ok", "supervision", detail)
     return Finding("warn", "supervision", detail, "put several questions about a picture into one record")
@@ -142,4 +142,4 @@ def _longest(report: CheckReport) -> Finding:
 
 
 SMALL = 50
-"""Answers below which their distribution says nothing."""
+"""Fewest answers for a finding about their distribution."""

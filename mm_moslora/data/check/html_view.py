@@ -1,4 +1,4 @@
-"""A page of samples as the trainer sees them: pictures, and tokens coloured by supervision. One file, no network."""
+"""An HTML page of training samples: pictures, and tokens coloured by supervision. One file, no network."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ figure { display: inline-block; margin: 0 .8rem .8rem 0; } figcaption { font-siz
 
 @dataclass(frozen=True)
 class Sample:
-    """What is shown of a record: its tokens, or why it has none."""
+    """A record with its tokens, or with the fault for which it has none."""
 
     record: Record | None
     encoded: Encoded | None
@@ -54,12 +54,12 @@ def page(samples: Sequence[Sample], encoder: ConversationEncoder, *, title: str)
 
     Args:
         samples: in order.
-        encoder: what made their tokens.
+        encoder: the encoder of their tokens.
         title: such as the recipe's name.
     """
     cards = "\n".join(_card(sample, encoder) for sample in samples)
     key = (
-        '<p class="key tokens"><span class="s">learnt</span><span>not learnt</span>'
+        '<p class="key tokens"><span class="s">supervised</span><span>not supervised</span>'
         '<span class="x">special token</span><span class="i">image</span></p>'
     )
     return (
@@ -76,7 +76,7 @@ def _card(sample: Sample, encoder: ConversationEncoder) -> str:
         return f'<article><h2 class="bad">cannot be used</h2><p>{escape(str(sample.fault))}</p></article>'
     record, encoded = sample.record, sample.encoded
     total, learnt = int(encoded.input_ids.shape[0]), int(encoded.supervised.sum())
-    facts = f"{learnt} of {total} tokens are learnt ({learnt / total:.0%})"
+    facts = f"{learnt} of {total} tokens are supervised ({learnt / total:.0%})"
     if encoded.dropped_turns:
         facts += f", {encoded.dropped_turns} turns dropped"
     figures = "".join(_figure(record, number) for number in range(encoded.images))
@@ -128,9 +128,9 @@ def _spans(encoded: Encoded, encoder: ConversationEncoder) -> Iterator[str]:
 
 
 def _texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What each token adds to the text; part of a character is shown as a dot, the whole with its last token."""
+    """The text that each token adds; part of a character is shown as a dot, the whole character with its last token."""
     texts = []
-    known = whole = 0  # tokens whose text is known lie before `whole`; `known` leaves some before them as context
+    known = whole = 0  # the text is known of tokens before `whole`; tokens from `known` on are decoded again as context
     for place in range(len(ids)):
         before = str(tokenizer.decode(ids[known:whole], clean_up_tokenization_spaces=False))
         text = str(tokenizer.decode(ids[known : place + 1], clean_up_tokenization_spaces=False))

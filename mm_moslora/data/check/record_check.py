@@ -1,4 +1,4 @@
-"""Look at every record and every picture of some sources before a run, in parallel, and count what there is."""
+"""Checks every record and every picture of some sources before a run, in parallel, and collects statistics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SHORT_ANSWER = 60
 
 @dataclass(kw_only=True)
 class CheckReport:
-    """What was found in some sources."""
+    """The result of checking some sources."""
 
     sources: list[str]
     """Their paths."""
@@ -51,11 +51,11 @@ class CheckReport:
     several_images: int = 0
     """Usable records with more pictures."""
     videos: int = 0
-    """Usable records with a video, whose frames are several pictures."""
+    """Usable records with a video; every frame counts as a picture."""
     images: dict[str, Fingerprint | None] = field(default_factory=dict)
-    """Pictures of usable records, and what those that were decoded look like."""
+    """Pictures of usable records, with perceptual hashes of the decoded ones."""
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """Width and height in pixels of the pictures that were looked at."""
+    """Width and height in pixels of the pictures that were read."""
     answers: int = 0
     """Answers that are trained on."""
     supervised_tokens: int = 0
@@ -65,32 +65,32 @@ class CheckReport:
     truncated: int = 0
     """Usable records that lose turns because they are too long."""
     thoughts: int = 0
-    """Answers whose thinking is learned."""
+    """Answers with thinking that is learned."""
     dropped_thoughts: int = 0
-    """Answers whose thinking the chat template, or `model.thinking`, leaves out."""
+    """Answers with thinking that the chat template or `model.thinking` leaves out."""
     special_text: int = 0
-    """Usable records whose texts spell special tokens; they stay text."""
+    """Usable records with texts that spell special tokens; these stay text."""
     separator_text: int = 0
-    """Usable records whose texts spell ordinary text that the chat template puts between turns, such as `USER:`."""
+    """Usable records with texts that spell the chat template's ordinary text between turns, such as `USER:`."""
     endless: int = 0
-    """Usable records with an answer whose last supervised token is no end of turn."""
+    """Usable records with an answer without an end-of-turn token as its last supervised token."""
     turns: Counter[int] = field(default_factory=Counter)
     """Answers per usable record."""
     short_answers: Counter[str] = field(default_factory=Counter)
-    """How often each short answer is given."""
+    """Frequency of each short answer."""
     ids: Counter[str] = field(default_factory=Counter)
-    """How often each id occurs."""
+    """Frequency of each id."""
     contents: Counter[bytes] = field(default_factory=Counter)
-    """How often each conversation occurs with the same pictures, by hash."""
+    """Frequency of each conversation with the same pictures, by hash."""
 
     @property
     def repeated_ids(self) -> Counter[str]:
-        """How often an id occurs beyond the first time."""
+        """Further occurrences of each id after the first."""
         return Counter({name: count - 1 for name, count in self.ids.items() if count > 1})
 
     @property
     def duplicates(self) -> int:
-        """Usable records whose conversation and pictures occurred before."""
+        """Usable records that repeat the conversation and pictures of an earlier record."""
         return sum(self.contents.values()) - len(self.contents)
 
     @property
@@ -114,7 +114,7 @@ class CheckReport:
         return self.usable > 0 and self.records - self.usable <= self.max_bad_share * self.records
 
     def histogram(self, bins: int = 8) -> list[tuple[int, int]]:
-        """Lengths as (upper bound in tokens, records) with bounds that double down from `max_length`."""
+        """Histogram of lengths: (upper bound in tokens, records), with bounds `max_length` / 2^i."""
         bounds = [max(1, self.max_length >> shift) for shift in range(bins - 1, -1, -1)]
         counts = [0] * bins
         for length in self.lengths:
@@ -122,7 +122,7 @@ class CheckReport:
         return list(zip(bounds, counts, strict=True))
 
     def add(self, other: CheckReport) -> None:
-        """Take in the report of further records."""
+        """Add the report of further records."""
         for name in ("records", "text_only", "one_image", "several_images", "videos", "answers", "supervised_tokens",
                      "truncated", "thoughts", "dropped_thoughts", "special_text", "separator_text",
                      "endless"):  # fmt: skip
@@ -151,9 +151,9 @@ def check(
         encoder: tokenises.
         config: the recipe's `data`.
         vision: whether the model has a vision encoder.
-        eyes: count the tokens of every picture; None: all take as many as the encoder says.
-        decode: decode every picture, not just its header; finds damage inside, and what pictures look like.
-        processes: that share the work; None: one per processor.
+        eyes: count the tokens of every picture; None: every picture takes the encoder's fixed number.
+        decode: decode every picture instead of reading its header only; finds damage inside, and gives the hashes.
+        processes: number of processes that share the work; None: one per processor.
         on_progress: called with (records done, records in all).
 
     Raises:
@@ -184,7 +184,7 @@ def _chunks(files: Sequence[RecordSource]) -> Iterator[tuple[int, range]]:
 
 
 class _Look:
-    """Looks at some rows of a source; runs in a process of its own."""
+    """Check some rows of a source; runs in a worker process."""
 
     def __init__(
         self,
@@ -274,7 +274,7 @@ def _ends(encoded: Encoded) -> set[int]:
 
 
 def _separators(encoder: ConversationEncoder) -> re.Pattern[str] | None:
-    """Ordinary text that the template writes between turns; typed by a user it looks like a change of speaker."""
+    """Ordinary text that the template writes between turns; in a user's text it looks like a change of speaker."""
     plan = encoder.template.plan(("user", "assistant", "user", "assistant"))
     found: set[str] = set()
     for text in (plan.slots[1].before, plan.slots[2].before, plan.slots[3].before):

@@ -1,4 +1,4 @@
-"""Data in the terminal: which tokens are supervised, and what a check has found. Everything returns renderables."""
+"""Data in the terminal: supervised tokens of records, and reports of checks. All functions return renderables."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ SPECIAL = "reverse"
 IMAGE = "magenta"
 _BAR = 40
 SHOWN = 20
-"""Faults, repeated ids and pairs of pictures that are shown unless all are asked for."""
+"""Default number of faults, repeated ids and pairs of pictures shown."""
 
 
 def view_record(record: Record, encoded: Encoded, encoder: ConversationEncoder) -> RenderableType:
-    """One record as the trainer sees it.
+    """One record with its tokens as they are trained on.
 
     Args:
         record: for its id and pictures.
-        encoded: what `encoder` made of it.
-        encoder: knows tokenizer and image placeholder.
+        encoded: the output of `encoder` for it.
+        encoder: for the tokenizer and the image placeholder.
     """
     supervised, tokens = int(encoded.supervised.sum()), int(encoded.input_ids.shape[0])
     share = f"{supervised} of {tokens} tokens supervised ({supervised / tokens:.0%})"
@@ -44,7 +44,7 @@ def view_record(record: Record, encoded: Encoded, encoder: ConversationEncoder) 
 
 
 def legend() -> Text:
-    """What the colours mean."""
+    """Legend of the colours."""
     return Text.assemble(
         ("supervised", SUPERVISED), "  ", ("not supervised", SCAFFOLD), "  ", ("special token", SPECIAL), "  ",
         ("image", IMAGE),
@@ -83,8 +83,8 @@ def view_report(report: CheckReport, *, everything: bool = False) -> list[Render
     """A check's report: counts, lengths, findings, faults.
 
     Args:
-        report: of the check.
-        everything: show all faults and repeated ids, not the first `SHOWN`.
+        report: the report of the check.
+        everything: show all faults and repeated ids instead of the first `SHOWN`.
     """
     most = None if everything else SHOWN
     parts: list[RenderableType] = [_counts(report), _lengths(report), view_findings(findings(report))]
@@ -107,8 +107,8 @@ def view_report(report: CheckReport, *, everything: bool = False) -> list[Render
 def view_findings(found: Sequence[Finding]) -> Table:
     """Findings as a table."""
     colours = {"ok": "green", "warn": "yellow", "bad": "bold red"}
-    table = Table(title="What it means", title_justify="left", box=None)
-    for name in ("", "what", "found", "what to do"):
+    table = Table(title="Findings", title_justify="left", box=None)
+    for name in ("", "check", "found", "remedy"):
         table.add_column(name)
     for item in found:
         status = Text(item.status, style=colours[item.status])
@@ -117,19 +117,19 @@ def view_findings(found: Sequence[Finding]) -> Table:
 
 
 def view_matches(found: Sequence[Match], *, everything: bool = False) -> Text:
-    """Training pictures and the held-out ones that they look like, line by line."""
+    """Training pictures with the held-out pictures that they look like, one pair per line."""
     lines = [f"{a} is in both" if a == b else f"{a} looks like {b}" for a, b in found]
     return _listed(lines, None if everything else SHOWN)
 
 
 def _listed(lines: Sequence[str], most: int | None) -> Text:
-    """The first lines, and how many more there are."""
+    """The first lines, and the number of further lines."""
     left = len(lines) - len(lines[:most])
     return Text("\n".join([*lines[:most], *([f"... and {left} more; --all shows them"] if left else [])]))
 
 
 def view_statistics(report: CheckReport) -> list[RenderableType]:
-    """What a set holds, in numbers."""
+    """Statistics of a data set."""
     table = Table(title="Distribution", title_justify="left")
     table.add_column("")
     marks = length_percentiles(report)
@@ -153,7 +153,7 @@ def _counts(report: CheckReport) -> Table:
         "with a video": report.videos,
         "different image files": len(report.images), "answers": report.answers, "tokens": report.tokens,
         "supervised tokens": report.supervised_tokens, "cut at the end (too long)": report.truncated,
-        "answers that think": report.thoughts, "answers whose thinking is left out": report.dropped_thoughts,
+        "answers with thinking": report.thoughts, "answers with thinking left out": report.dropped_thoughts,
         "spelling special tokens (kept as text)": report.special_text,
         "spelling the template's separators": report.separator_text,
         "repeated ids": sum(report.repeated_ids.values()), "copies of other records": report.duplicates,

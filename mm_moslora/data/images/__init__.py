@@ -1,1 +1,1 @@
-"""Pictures and videos: finding, fetching, decoding."""
+"""Pictures and videos: finding, fetching and decoding files."""

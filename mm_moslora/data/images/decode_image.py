@@ -1,13 +1,13 @@
-"""Opening pictures: any ordinary file becomes 8-bit RGB by documented rules, anything else one clear error.
+"""Decodes picture files to 8-bit RGB by documented rules; any other file gives one clear error.
 
 Rules:
 
 - EXIF rotation is applied (an orientation that does not exist is ignored); colour profiles are not.
 - Transparency is composited on white.
-- Wide grey pictures are scaled, never clipped. 16 bit: by 65535. 32-bit integers and floats: by the smallest of
-  1 (floats only), 255 and 65535 that holds all values; otherwise by the picture's own smallest and largest value.
-- Of an animation the first frame counts.
-- The format is told by the content, not by the suffix.
+- Grey pictures of more than 8 bits are scaled, never clipped. 16 bit: by 65535. 32-bit integers and floats: by the
+  smallest of 1 (floats only), 255 and 65535 that holds all values; otherwise by the picture's minimum and maximum.
+- Of an animation the first frame is used.
+- The content decides the format, not the suffix.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.untrusted_files import FileError, FileFault, opened
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""Accepted file formats, whatever the suffix says."""
+"""Accepted file formats, recognised by content."""
 MAX_BYTES = 256 * 2**20
 """Larger files are not read."""
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused before they are decoded."""
 MAX_SIDE = 16_384
-"""A square around a longer picture would take more than 800 MB."""
+"""Longest side in pixels: the square around a longer picture would take more than 800 MB."""
 MAX_ASPECT = 200
-"""Longer side divided by the shorter one."""
+"""Largest aspect ratio: longer side divided by shorter side."""
 _STRIP = 2**20
-"""Pixels of a strip of a picture with transparency, about."""
+"""Approximate pixels of one strip when transparency is composited."""
 
 _SIGNS = (
     (b"version https://git-lfs", "is a git-lfs pointer (run `git lfs pull`)"),
@@ -69,7 +69,7 @@ class ImageError(DataError):
         super().__init__(f"{code}: {name}: {what}; {remedy}")
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Errors travel from worker processes."""
+        """Support pickling: worker processes send errors to the main process."""
         return ImageError, (self.code, self.name, self.what, self.remedy)
 
 
@@ -95,7 +95,7 @@ def open_image_bytes(data: bytes, *, name: str = "image") -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """An opened picture as RGB, by the rules at the top: upright, on white, scaled and not clipped."""
+    """An opened picture as RGB, by the rules of this module."""
     return _to_rgb(_upright(image))
 
 
@@ -106,7 +106,7 @@ def check_image(path: Path) -> tuple[int, int]:
         Width and height in pixels, as stored.
 
     Raises:
-        ImageError: what `open_image` would find in the header; damage further inside stays unseen.
+        ImageError: a fault in the header, as from `open_image`; damage after the header is not detected.
     """
     with _regular_file(path) as stream:
         head = stream.read(512)
@@ -131,7 +131,7 @@ _FAULTS = {
 
 
 def code_of(fault: FileFault) -> Code:
-    """The fault of a picture whose file is not opened."""
+    """The code of a file's fault."""
     return _FAULTS[fault]
 
 
@@ -158,7 +158,7 @@ def read_picture(path: Path) -> bytes:
 
 @contextmanager
 def faults_of_pictures(name: str, head: bytes) -> Iterator[None]:
-    """Turn whatever a decoder raises into one kind of error."""
+    """Turn every exception of a decoder into an `ImageError`."""
     if not head:
         raise ImageError(Code.IMAGE_EMPTY, name, "is empty (0 bytes)", "replace the file")
     try:
@@ -170,7 +170,7 @@ def faults_of_pictures(name: str, head: bytes) -> Iterator[None]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         what, remedy = f"has more than {MAX_PIXELS} pixels", "scale it down"
         raise ImageError(Code.IMAGE_TOO_LARGE, name, what, remedy) from error
-    except Exception as error:  # decoders raise nearly anything for broken files: struct, zlib, Key, Index, Memory...
+    except Exception as error:  # for broken files decoders raise many types
         what = f"is damaged or cut short and cannot be decoded ({type(error).__name__}: {str(error)[:80]})"
         raise ImageError(Code.IMAGE_DAMAGED, name, what, "replace the file") from error
 
@@ -183,7 +183,7 @@ def _opened(stream: BinaryIO, name: str) -> Iterator[Image.Image]:
 
 
 def check_size(size: tuple[int, int], name: str) -> None:
-    """Refuse pictures of such a width and height, pixels, that are out of proportion or too large.
+    """Refuse a picture with an extreme aspect ratio or too many pixels.
 
     Raises:
         ImageError: IMAGE_ASPECT or IMAGE_TOO_LARGE.
@@ -206,7 +206,7 @@ def _guess(head: bytes) -> str:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF says nothing about the pixels
+    except Exception:  # with broken EXIF the pixels may still be sound
         return image
 
 
@@ -228,8 +228,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _on_white(image: Image.Image) -> Image.Image:
     """RGB of a picture with transparency, strip by strip.
 
-    Composing takes several copies, and Pillow lets no other thread run meanwhile: for 40 million pixels at once 440 MiB
-    and most of a second of processor time.
+    Compositing makes several copies and holds the GIL: 40 million pixels at once take 440 MiB and most of a second.
     """
     made = Image.new("RGB", image.size)
     rows = max(1, _STRIP // image.width)
@@ -242,7 +241,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _scaled(image: Image.Image) -> Image.Image:
-    """8-bit RGB of a wide grey picture; the rule is in the module's description. Not-a-number becomes black."""
+    """8-bit RGB of a grey picture of more than 8 bits, by the rules of this module. NaN becomes black."""
     exact = np.float64 if image.mode == "I" else np.float32
     values: NDArray[np.floating[Any]] = np.asarray(image).astype(exact)
     finite = np.isfinite(values)

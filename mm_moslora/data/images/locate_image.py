@@ -1,6 +1,6 @@
-"""Where a record's picture is: a file below the image folder, bytes that the data carry, or a URL of an allowed host.
+"""Finds a record's picture: a file below the image folder, bytes within the data, or a URL of an allowed host.
 
-A `Picture` is only a place. Opening it gives 8-bit RGB by the rules of `images`; checking it reads the header alone.
+A `Picture` is a reference. Opening it gives 8-bit RGB by the rules of `decode_image`. A check reads only the header.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _DATA_URL = re.compile(r"data:image/[A-Za-z0-9.+-]+;base64,")
 
 @dataclass(frozen=True)
 class StoredPicture:
-    """A picture whose bytes lie in a table, a tar file or the record itself."""
+    """A picture stored as bytes in a table, a tar file or the record itself."""
 
     name: str
     """For messages."""
@@ -41,10 +41,10 @@ Picture = Path | StoredPicture | RemotePicture | Frame
 
 @dataclass(frozen=True, kw_only=True)
 class PictureRules:
-    """What a picture's name may be."""
+    """Rules for the name of a picture or video."""
 
     folder: Path
-    """Resolved; files lie below it."""
+    """The image folder, resolved; files must lie below it."""
     follow_links: bool = False
     """Accept symbolic links that lead out of it."""
     hosts: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ def open_picture(picture: Picture) -> Image.Image:
     """The picture as RGB.
 
     Raises:
-        ImageError: it cannot be had or used.
+        ImageError: it cannot be read, fetched or decoded.
     """
     if isinstance(picture, Path):
         return open_image(picture)
@@ -72,12 +72,12 @@ def open_picture(picture: Picture) -> Image.Image:
 
 
 def check_picture(picture: Picture) -> tuple[int, int] | None:
-    """Width and height as stored, from the header alone; None for a picture that would have to be fetched first.
+    """Width and height as stored, from the header alone; None for a picture that is not fetched yet.
 
-    Of a video its first frame is decoded.
+    Of a video the first frame is decoded.
 
     Raises:
-        ImageError: what `open_picture` would find in the header.
+        ImageError: a fault in the header, as from `open_picture`.
     """
     if isinstance(picture, Path):
         return check_image(picture)
@@ -93,10 +93,10 @@ def find_picture(given: Any, index: int, where: Where, rules: PictureRules) -> P
 
     Args:
         given: a path below the image folder, a URL of an allowed host, a data URL, bytes, an object with `bytes` or
-            `path` as Hugging Face tables have it, or a picture already found.
-        index: which of the record's pictures.
+            `path` as in Hugging Face tables, or a `Picture`.
+        index: number of the picture within the record.
         where: for messages.
-        rules: what is accepted.
+        rules: rules for names.
 
     Raises:
         RecordError: BAD_IMAGE_NAME or PATH_ESCAPES.
@@ -121,10 +121,10 @@ def find_clip(given: Any, index: int, where: Where, rules: PictureRules) -> Clip
 
     Args:
         given: a path below the image folder (of a file, or of a folder of frames), bytes, or an object with `bytes` or
-            `path` as Hugging Face tables have it.
-        index: which of the record's videos.
+            `path` as in Hugging Face tables.
+        index: number of the video within the record.
         where: for messages.
-        rules: what is accepted.
+        rules: rules for names.
 
     Raises:
         RecordError: BAD_IMAGE_NAME or PATH_ESCAPES.
@@ -160,7 +160,7 @@ def _named(name: Any, index: int, where: Where, rules: PictureRules) -> Path | R
 
 
 def _local(name: Any, field_name: str, where: Where, rules: PictureRules) -> Path:
-    """The file that a plain path names, below the image folder; absolute ones are what `imagefolder` tables hold."""
+    """The file below the image folder that a plain path names; `imagefolder` tables contain absolute paths."""
     if not isinstance(name, str) or not name.strip():
         found = kind_of(name) if not isinstance(name, str) else "empty"
         raise where.error(Code.BAD_IMAGE_NAME, field_name, f"is {found}", "write a path below the image folder")
@@ -188,7 +188,7 @@ def _remote(name: str, shown: str, field_name: str, where: Where, rules: Picture
 
 
 def similar_file(path: Path) -> str:
-    """A hint when a missing file exists under another spelling of its name; empty otherwise."""
+    """A hint if a missing file exists with another spelling of its name, else empty."""
     other = [
         path.with_name(unicodedata.normalize("NFC", path.name)),
         path.with_name(unicodedata.normalize("NFD", path.name)),

@@ -1,4 +1,4 @@
-"""Perceptual hashes of pictures: two files of the same picture are found though size, format or quality differ."""
+"""Perceptual hashes of pictures: find files of the same picture that differ in size, format or quality."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image
 
 DISTANCE = 3
-"""Bits of 64 that may differ. With four bands of 16 bits, two hashes this near share a band."""
+"""Bits of 64 that may differ. Of two hashes this close, at least one of four bands of 16 bits is equal."""
 COLOUR_DISTANCE = 16
-"""How far mean colours may lie apart (per channel, of 255): flat pictures have equal gradients."""
+"""Largest difference of mean colours (per channel, of 255); needed because flat pictures have equal gradients."""
 _BANDS = 4
 
 
 class Fingerprint(NamedTuple):
-    """What a picture looks like."""
+    """The perceptual hash and mean colour of a picture."""
 
     gradient: int
     """64 bits: whether grey grows to the right, in 8 x 8 cells."""
@@ -26,7 +26,7 @@ class Fingerprint(NamedTuple):
 
 
 class Match(NamedTuple):
-    """Two pictures that look the same."""
+    """Two pictures with similar fingerprints."""
 
     first: str
     second: str
@@ -42,7 +42,7 @@ def fingerprint(image: Image.Image) -> Fingerprint:
 
 
 def matches(first: Mapping[str, Fingerprint], second: Mapping[str, Fingerprint]) -> list[Match]:
-    """Pictures of the first set that look like one of the second, each with the nearest."""
+    """Pictures of the first set that look like one of the second set, each with its nearest match."""
     table = _by_band(second)
     found = []
     for name, mark in first.items():

@@ -1,7 +1,7 @@
 """Frames of a video file, read by FFmpeg through PyAV.
 
-A file can make the decoder open nothing else: containers are listed by name, playlists are not among them, and whatever
-a container asks for besides its own bytes is refused.
+A file cannot make the decoder open another file: only listed containers are accepted, without playlists, and a request
+of a container for anything but its own bytes is refused.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ MAX_SECONDS = 4 * 3600
 MAX_FRAMES = 2_000_000
 """More frames in one file are refused."""
 MAX_PIXELS = 256_000_000
-"""Pixels of all frames that are shown of one video, together (768 MB)."""
+"""Most pixels of all shown frames of one video together (768 MB)."""
 
 
 def places(frames: int, count: int) -> list[int]:
-    """Which of so many frames are taken: `count` at even distances, first and last among them."""
+    """Numbers of the frames to take: `count` at even distances, the first and last frame included."""
     if count == 1:
         return [0]
     return [(2 * index * (frames - 1) + count - 1) // (2 * (count - 1)) for index in range(count)]
 
 
 def check_pixels(size: tuple[int, int], count: int, name: str) -> None:
-    """Refuse frames of such a width and height, pixels, of which `count` are shown.
+    """Check the width and height in pixels of a video of which `count` frames are shown.
 
     Raises:
-        ImageError: out of proportion, or too large.
+        ImageError: extreme aspect ratio, or too large.
     """
     check_size(size, name)
     if size[0] * size[1] * count > MAX_PIXELS:
@@ -52,9 +52,9 @@ def decode_frames(stream: BinaryIO, count: int, *, shown: int, name: str) -> lis
     """Frames of a video file as RGB, at even distances.
 
     Args:
-        stream: the file; may be sought in.
-        count: frames to decode; one is the first, and costs no walk through the file.
-        shown: frames that are shown in all, for the limit of pixels.
+        stream: the file; seekable.
+        count: frames to decode; 1 gives the first frame without reading the rest of the file.
+        shown: frames that are shown in total, for the limit of pixels.
         name: for messages.
 
     Raises:
@@ -71,7 +71,7 @@ def decode_frames(stream: BinaryIO, count: int, *, shown: int, name: str) -> lis
             raise ImageError(Code.VIDEO_TOO_LONG, name, what, f"cut it into parts of at most {MAX_SECONDS} seconds")
         track = container.streams.video[0]
         check_pixels((track.codec_context.width, track.codec_context.height), shown, name)
-        track.thread_type = "NONE"  # who calls has one processor per process
+        track.thread_type = "NONE"  # callers run one process per processor
         if count == 1:
             return [_picture(next(_decoded(container, track, name)), shown, name)]
         return _taken(container, track, count, name)
@@ -87,7 +87,7 @@ def _container(av: Any, stream: BinaryIO, name: str) -> Any:
 
 
 def _taken(container: Any, track: Any, count: int, name: str) -> list[Image.Image]:
-    """Frames at even distances: the file is walked once without decoding, then read from the key frame before each."""
+    """Frames at even distances: one pass without decoding lists them, then each is decoded from its key frame on."""
     times, keys = _times(container, track, name)
     wanted = [times[place] for place in places(len(times), count)]
     found: dict[int, Image.Image] = {}
@@ -101,14 +101,14 @@ def _taken(container: Any, track: Any, count: int, name: str) -> list[Image.Imag
         while current.pts < time:
             following = next(frames, None)
             if following is None:
-                break  # the last ones cannot be decoded: the one before stands for them
+                break  # the last frames cannot be decoded; the frame before replaces them
             current = following
         found[time] = _picture(current, count, name)
     return [found[time] for time in wanted]
 
 
 def _from(key: int, container: Any, track: Any, name: str) -> Iterator[Any]:
-    """Frames from a key frame on; from the start of the file where a container does not find the place."""
+    """Frames from a key frame on; from the start of the file if the container cannot seek to it."""
     container.seek(key, stream=track, backward=True)
     frames = _decoded(container, track, name)
     first = next(frames)
@@ -120,7 +120,7 @@ def _from(key: int, container: Any, track: Any, name: str) -> Iterator[Any]:
 
 
 def _times(container: Any, track: Any, name: str) -> tuple[list[int], list[int]]:
-    """When each frame is shown, and the key frames among them, in units of the stream."""
+    """Times of all frames and of the key frames, in units of the stream."""
     times: set[int] = set()
     keys: list[int] = []
     for packet in itertools.islice(container.demux(track), MAX_FRAMES + 1):
@@ -138,7 +138,7 @@ def _times(container: Any, track: Any, name: str) -> tuple[list[int], list[int]]
 
 
 def _decoded(container: Any, track: Any, name: str) -> Iterator[Any]:
-    """Frames with a time, from where the container stands."""
+    """Frames with a time, from the container's current position on."""
     none = True
     for frame in container.decode(track):
         if frame.pts is not None:
@@ -149,8 +149,8 @@ def _decoded(container: Any, track: Any, name: str) -> Iterator[Any]:
 
 
 def _picture(frame: Any, shown: int, name: str) -> Image.Image:
-    """A frame as RGB, turned as the file says."""
-    check_pixels((frame.width, frame.height), shown, name)  # a stream may hold others than its head says
+    """A frame as RGB, with the file's rotation applied."""
+    check_pixels((frame.width, frame.height), shown, name)  # a frame's size may differ from that in the header
     image: Image.Image = frame.to_image()
     turn = round(frame.rotation / 90) % 4
     return image.rotate(90 * turn, expand=True) if turn else image
@@ -158,12 +158,12 @@ def _picture(frame: Any, shown: int, name: str) -> Image.Image:
 
 @contextmanager
 def _faults(name: str) -> Iterator[None]:
-    """Turn whatever a decoder raises into one kind of error."""
+    """Turn every exception of a decoder into an `ImageError`."""
     try:
         yield
     except DataError:
         raise
-    except Exception as error:  # decoders raise nearly anything for broken files
+    except Exception as error:  # for broken files decoders raise many types
         what = f"is damaged or cut short and cannot be decoded ({type(error).__name__}: {str(error)[:80]})"
         raise ImageError(Code.VIDEO_DAMAGED, name, what, "replace the file") from error
 

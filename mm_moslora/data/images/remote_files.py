@@ -1,6 +1,6 @@
-"""Files of other machines that data name: pictures behind a URL, and files of a hub's data set.
+"""Remote files that data name: pictures by URL, and files of a data set on the hub.
 
-A picture is fetched once, from hosts that the recipe names, and kept on this machine once it has been decoded.
+A picture is fetched once, from hosts that the recipe allows, and cached on this machine if it can be decoded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mm_moslora.utils.http_fetch import FetchError, FetchFault, Rules, fetch
 from mm_moslora.utils.run_paths import cache_folder
 
 SECONDS = 120.0
-"""For a whole fetch, redirects included."""
+"""Seconds for a whole fetch, redirects included."""
 
 
 @dataclass(frozen=True)
@@ -27,29 +27,29 @@ class RemotePicture:
     name: str
     """The URL."""
     hosts: tuple[str, ...] = field(compare=False)
-    """Hosts that it, and what it redirects to, may lie on."""
+    """Allowed hosts of the URL and its redirects."""
 
     @property
     def path(self) -> Path:
-        """Where its bytes are kept."""
+        """File of its cached bytes."""
         return cache_folder("pictures") / hashlib.sha256(self.name.encode("utf-8")).hexdigest()
 
     @property
     def fetched(self) -> bool:
-        """Whether they are there."""
+        """Whether its bytes are cached."""
         return self.path.is_file()
 
     def read(self) -> bytes:
         """The bytes of the picture file, fetched if need be.
 
         Raises:
-            ImageError: the host does not answer in time, redirects elsewhere, breaks off, or sends too much or no
-                picture; nothing is kept then.
+            ImageError: the host does not answer in time, redirects to another host, breaks off, or sends too much or no
+                picture. Nothing is cached then.
         """
         if self.fetched:
             return read_picture(self.path)
         data = self._fetch()
-        open_image_bytes(data, name=self.name)  # a broken one would be kept for ever
+        open_image_bytes(data, name=self.name)  # a broken picture must not be cached
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as part:
             part.write_bytes(data)
@@ -70,7 +70,7 @@ class RemotePicture:
 
 
 def is_of_set(path: str, dataset: str) -> bool:
-    """Whether a path is that of a file of a data set on the hub, by one protocol and no chain of them."""
+    """Whether a path names a file of a data set on the hub, by a single protocol without chaining."""
     return path.startswith(f"hf://datasets/{dataset}@") and "::" not in path and ".." not in path.split("/")
 
 
@@ -79,16 +79,16 @@ def read_hub_file(path: str, dataset: str) -> bytes:
 
     Args:
         path: `hf://datasets/NAME@REVISION/...`.
-        dataset: NAME; files of others are not read.
+        dataset: NAME; files of other data sets are refused.
 
     Raises:
-        DataError: the file is another's, too large, or cannot be fetched.
+        DataError: the file belongs to another data set, is too large, or cannot be fetched.
     """
     from huggingface_hub import HfFileSystem
     from huggingface_hub.errors import HfHubHTTPError
 
     if not is_of_set(path, dataset):
-        raise DataError(f"{ascii(path)[:200]} is no file of {dataset}. Name one of its own files.")
+        raise DataError(f"{ascii(path)[:200]} is not a file of {dataset}. Name one of its own files.")
     try:
         with HfFileSystem().open(path, "rb") as stream:
             data = bytes(stream.read(MAX_BYTES + 1))

@@ -1,12 +1,12 @@
-"""Videos as pictures: so many frames at even distances, from a video file, an animation, or a folder of frames.
+"""Videos as pictures: a number of frames at even distances, from a video file, an animation, or a folder of frames.
 
 Rules:
 
-- Of F frames the n at places round(i (F - 1) / (n - 1)) are taken, first and last among them; a video with fewer frames
-  than n shows some of them several times. One frame is the first.
-- Frames become 8-bit RGB, turned as the file says; everything else about them is as for pictures (`images`).
-- The kind is told by the content, not by the suffix. GIF, WebP and PNG are read by Pillow, a folder by the names of its
-  pictures in natural order, all else by FFmpeg through PyAV (`film`).
+- Of F frames the n at places round(i (F - 1) / (n - 1)) are taken, which include the first and the last. A video with
+  fewer than n frames repeats some. For n = 1 the first frame is taken.
+- Frames become 8-bit RGB with the file's rotation applied, by the rules for pictures (`decode_image`).
+- The content decides the kind, not the suffix. Pillow reads GIF, WebP and PNG. The frames of a folder are its pictures
+  in natural order of their names. FFmpeg reads everything else through PyAV (`pyav_decode`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mm_moslora.data.record_faults import Code
 from mm_moslora.utils.untrusted_files import FileError, opened
 
 SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".flv", ".wmv"})
-"""Of files that are taken for videos where a person names one, or a tar file holds one."""
+"""Suffixes of files that count as videos on a command line and in a tar file."""
 MAX_BYTES = 4 * 2**30
 """Larger files are not read."""
 _ANIMATIONS = ("GIF", "WEBP", "PNG")
@@ -41,17 +41,17 @@ _DIGITS = re.compile(r"(\d+)")
 class Clip:
     """A video of a record, of which some frames are shown.
 
-    Frames are decoded together, when the first of them is asked for, and kept as long as the clip is.
+    All frames are decoded when the first one is needed, and kept as long as the clip exists.
     """
 
     source: Path | Callable[[], bytes]
-    """A file, a folder, or what gives the bytes of a file."""
+    """A file, a folder, or a function that returns the bytes of a file."""
     name: str
     """For messages."""
     count: int
     """Frames to show."""
     root: Path | None = None
-    """Frames of a folder lie below it, links included; None: anywhere."""
+    """Folder below which the frames of a folder must lie, links resolved; None: anywhere."""
     _frames: list[Image.Image] | None = field(default=None, repr=False)
     _size: tuple[int, int] | None = field(default=None, repr=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False)
@@ -76,7 +76,7 @@ class Clip:
         """Width and height in pixels, from the first frame.
 
         Raises:
-            ImageError: what can be seen from the file's head and its first frame.
+            ImageError: a fault in the file's header or its first frame.
             DataError: PyAV is needed and not installed.
         """
         if self._size is None:

@@ -1,1 +1,1 @@
-"""Where records come from: JSON, tables, tar files."""
+"""Sources of records: JSON files, tables, tar files."""

@@ -1,6 +1,6 @@
 """Hugging Face datasets as sources: from the hub, a folder saved to disk, parquet or Arrow files, also streamed.
 
-Tables stay on disk (Arrow, memory-mapped). Picture bytes are read when the picture is used, not when the text is.
+Tables stay on disk (Arrow, memory-mapped). The bytes of a picture are read only when the picture is used.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class TableSource(RecordSource):
     Args:
         config: path (`hf:NAME`, a folder, or .parquet or .arrow files with wildcards), subset, split, revision,
             columns, streaming.
-        rules: what pictures named by path may be.
+        rules: rules for pictures named by path.
 
     Raises:
-        DataError: it cannot be loaded, the split is missing, or `columns` names columns that are not there.
+        DataError: it cannot be loaded, the split is missing, or `columns` names a missing column.
     """
 
     def __init__(self, config: SourceConfig, rules: PictureRules) -> None:
@@ -65,7 +65,7 @@ class TableSource(RecordSource):
         return len(self._table)
 
     def value(self, row: int) -> dict[str, Any]:
-        """A row, its pictures not read yet."""
+        """A row with references to its pictures, which are not read yet."""
         slice_ = self._table[row]
         found: dict[str, Any] = {}
         for own in slice_.column_names:
@@ -83,10 +83,10 @@ class TableSource(RecordSource):
 
 
 def hub_store(name: str) -> tuple[Path, ...]:
-    """Where files that `datasets` fetches from the hub come to lie; first the folder of the data set itself.
+    """Folders of the files that `datasets` fetches from the hub; the first is the folder of the data set itself.
 
     Args:
-        name: of the data set; what lies in the hub's cache of others is none of its files.
+        name: name of the data set; the hub's cache of other data sets is not included.
     """
     import datasets
     import huggingface_hub
@@ -100,12 +100,12 @@ def hub_store(name: str) -> tuple[Path, ...]:
 
 
 def _pictures(cell: Any, name: str, store: Sequence[Path] = ()) -> Any:
-    """A cell as plain data; pictures inside become places from which they can be read.
+    """A cell as plain data; pictures in it become references.
 
     Args:
-        cell: of a column.
+        cell: a cell of a column.
         name: for messages.
-        store: folders of fetched files; a path into one of them is as good as bytes.
+        store: folders of fetched files; a path into one of them is accepted like bytes.
     """
     import pyarrow as pa
 
@@ -123,14 +123,14 @@ def _pictures(cell: Any, name: str, store: Sequence[Path] = ()) -> Any:
         if not pa.types.is_nested(kind.value_type) and not pa.types.is_binary(kind.value_type):
             return cell.as_py()
         return [_pictures(item, f"{name}[{index}]", store) for index, item in enumerate(cell.values)]
-    if pa.types.is_struct(kind):  # Arrow gives every part of a message the keys of all parts
+    if pa.types.is_struct(kind):  # Arrow adds the keys of all parts to every part of a message
         pairs = ((field.name, _pictures(cell[field.name], f"{name}.{field.name}", store)) for field in kind)
         return {key: value for key, value in pairs if value is not None}
     return cell.as_py()
 
 
 def fetched_file(path: Any, store: Sequence[Path]) -> StoredPicture | None:
-    """A file that `datasets` has fetched from the hub, None for any other path."""
+    """A file that `datasets` has fetched from the hub; None for any other path."""
     for folder in store:
         try:
             if isinstance(path, str) and os.path.isabs(path):
@@ -154,7 +154,7 @@ def _load(config: SourceConfig) -> Dataset:
         return _of_split(load_checked(**_arguments(config, name)), config)
     except DataError:
         raise
-    except Exception as error:  # datasets raises nearly anything
+    except Exception as error:  # datasets raises many types
         raise DataError(
             f"{config.path} does not load as a Hugging Face dataset ({type(error).__name__}: {str(error)[:300]}). "
             "Check path, subset, split and revision."
@@ -162,7 +162,7 @@ def _load(config: SourceConfig) -> Dataset:
 
 
 def _arguments(config: SourceConfig, name: str) -> dict[str, Any]:
-    """What `datasets.load_dataset` is called with."""
+    """The arguments of `datasets.load_dataset`."""
     path = Path(config.path)
     suffix = path.suffix if path.suffix in (".parquet", ".arrow") else ""
     files = sorted(glob.glob(config.path)) if suffix else []
@@ -188,12 +188,12 @@ def _of_split(loaded: Any, config: SourceConfig) -> Dataset:
 
 
 def load_checked(path: str, *, streaming: bool = False, **options: Any) -> Any:
-    """What `datasets.load_dataset` gives for arguments under which every data file is one of the data set's own.
+    """Call `datasets.load_dataset` after checking that every data file belongs to the data set itself.
 
-    A data set's README lists its data files, and `datasets` opens whatever stands there.
+    A data set's README lists its data files, and `datasets` opens every file named there.
 
     Args:
-        path: `parquet` and such with `data_files` in `options`, a folder, or an id on the hub.
+        path: a format such as `parquet` with `data_files` in `options`, a folder, or an id on the hub.
         streaming: as for `load_dataset`.
         options: further arguments of `load_dataset`.
 
@@ -209,17 +209,17 @@ def load_checked(path: str, *, streaming: bool = False, **options: Any) -> Any:
         for file in (file for files in (builder.config.data_files or {}).values() for file in files):
             if not _is_own(str(file), path):
                 raise DataError(
-                    f"{path} names the data file {ascii(str(file))[:200]}, which is none of its own. Correct "
+                    f"{path} names the data file {ascii(str(file))[:200]}, which is not one of its own files. Correct "
                     "`data_files` in its README.md, or do not use it."
                 )
     return datasets.load_dataset(path, streaming=streaming, **options)
 
 
 def load_saved(folder: Path) -> Any:
-    """What `datasets.load_from_disk` gives for a folder that names no table outside itself.
+    """Call `datasets.load_from_disk` after checking that every table lies in the folder itself.
 
     Raises:
-        DataError: it does.
+        DataError: a table lies outside the folder.
     """
     import datasets
 
@@ -232,7 +232,7 @@ def load_saved(folder: Path) -> Any:
 
 
 def _is_own(file: str, path: str) -> bool:
-    """Whether a data file lies in the folder, or in the repository on the hub, that a data set is."""
+    """Whether a data file lies in the data set's own folder or repository on the hub."""
     if not Path(path).is_dir():
         return is_of_set(file, path)
     try:
@@ -243,9 +243,9 @@ def _is_own(file: str, path: str) -> bool:
 
 
 def undecoded(table: Any) -> Any:
-    """The same with pictures, videos and other files as bytes or paths, of which `datasets` opens none.
+    """The table with pictures, videos and other files as bytes or paths, so that `datasets` does not open them.
 
-    They are opened here, by rules that all parts share.
+    They are opened by the rules of `mm_moslora.data.images` instead.
 
     Args:
         table: a `Dataset` or an `IterableDataset`.
@@ -258,7 +258,7 @@ def undecoded(table: Any) -> Any:
 
 
 def _replaced(feature: Any, change: Callable[[Any], Any]) -> Any:
-    """A feature in which those that stand for files, at any depth, are changed."""
+    """A feature with all features of files, at any depth, changed."""
     if isinstance(feature, dict):
         return {name: _replaced(item, change) for name, item in feature.items()}
     if hasattr(feature, "decode"):
@@ -269,9 +269,9 @@ def _replaced(feature: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _streamed(config: SourceConfig, name: str) -> Dataset:
-    """The first `limit` rows of a stream, read once and kept on this machine, so that they have numbers.
+    """The first `limit` rows of a stream, stored on this machine for random access.
 
-    One process reads; others that ask for the same wait for it.
+    One process reads the stream; other processes that need the same rows wait for it.
     """
     import datasets
 
@@ -297,7 +297,7 @@ def _streamed(config: SourceConfig, name: str) -> Dataset:
 
 
 def _unread(features: Any) -> Any:
-    """The same features with pictures and other files as plain bytes and paths, of which `datasets` opens none."""
+    """The features with pictures and other files as plain bytes and paths, so that `datasets` does not open them."""
     import datasets
 
     plain = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
@@ -307,7 +307,7 @@ def _unread(features: Any) -> Any:
 
 
 def _fetched(value: Any, name: str) -> Any:
-    """A row of a stream in which files of the hub's dataset `name` are bytes; other paths stay paths."""
+    """A row of a stream with the files of the hub's dataset `name` as bytes; other paths stay paths."""
     if isinstance(value, list):
         return [_fetched(item, name) for item in value]
     if not isinstance(value, dict):

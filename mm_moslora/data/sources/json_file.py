@@ -1,8 +1,9 @@
 """Random access to the values of a JSON list or a JSONL file through an index of byte ranges: memory stays bounded.
 
-A file is read once to find where each value begins and ends (`jsonscan`, about 200 MB/s); a value is parsed when it is
-asked for. Parsing is strict: what JSON readers disagree about (a key written twice) is an error. NaN and Infinity,
-which pandas writes into empty cells, are numbers: they cost a record only where it needs another value.
+A file is read once to find the start and end of each value (`json_scan`, about 200 MB/s). A value is parsed when it is
+read. Parsing is strict: JSON that readers interpret differently (a key written twice) is an error. NaN and Infinity,
+which pandas writes into empty cells, are accepted as numbers. They make a record unusable only in a field that needs
+another type.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class StrictJsonError(ValueError):
-    """One value that cannot be used. `deep` and `large` tell limits from broken JSON."""
+    """One value that cannot be used. `deep` and `large` mark exceeded limits; otherwise the JSON is broken."""
 
     def __init__(self, message: str, *, deep: bool = False, large: bool = False) -> None:
         super().__init__(message)
@@ -36,10 +37,10 @@ class StrictJsonError(ValueError):
 
 
 def require_file(path: Path) -> None:
-    """Refuse a path at which no file is.
+    """Refuse a path without a file.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no file.
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist or is no file, expected LLaVA JSON or JSONL. Check its path.")
@@ -49,7 +50,8 @@ class JsonFile:
     """The values of one file.
 
     Args:
-        path: a JSON list, or JSONL (one value per line; blank lines do not count). A byte order mark and CRLF are fine.
+        path: a JSON list, or JSONL (one value per line; blank lines do not count). A byte order mark and CRLF are
+            accepted.
 
     Raises:
         DataError: the file is missing, empty, not UTF-8, or a list that breaks off or has no values.
@@ -77,7 +79,7 @@ class JsonFile:
         return len(self._starts)
 
     def line(self, row: int) -> int | None:
-        """Line number of a value, from 1; None in a list, whose values are not bound to lines."""
+        """Line number of a value, from 1; None in a list, where values do not correspond to lines."""
         return None if self.is_list else self._lines[row]
 
     def __getitem__(self, row: int) -> Any:
@@ -95,7 +97,7 @@ class JsonFile:
         return parse_strictly(raw, constants=True)
 
     def _index_list(self) -> None:
-        """Value by value: slower; for lists that are damaged or hold no objects. Says what is wrong and where."""
+        """Find the values one by one: slow, for lists that are damaged or contain no objects. Errors name the place."""
         window = _Window(self.path)
         window.peek()
         window.skip()  # the opening bracket
@@ -114,7 +116,7 @@ class JsonFile:
 
 
 class _Window:
-    """A sliding window of decoded text over a file that holds a JSON list; `at` and `byte` move together."""
+    """A sliding window of decoded text over a JSON list in a file; `at` and `byte` advance together."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -135,7 +137,7 @@ class _Window:
                 yield chunk
 
     def _more(self) -> bool:
-        """Read on; text that was passed is dropped."""
+        """Read the next chunk and drop the consumed text."""
         chunk = next(self.bytes, None)
         if chunk is None:
             return False
@@ -161,7 +163,7 @@ class _Window:
                 return ""
 
     def skip(self) -> None:
-        """Step over the character that `peek` has seen."""
+        """Consume the character that `peek` returned."""
         self._move(self.at + 1)
 
     def value(self, row: int) -> tuple[int, int]:
@@ -197,7 +199,7 @@ def parse_strictly(raw: bytes | bytearray, *, max_depth: int = MAX_DEPTH, consta
     Args:
         raw: UTF-8.
         max_depth: deepest nesting.
-        constants: take NaN and Infinity, which JSON does not have, for numbers.
+        constants: accept NaN and Infinity, which are not JSON, as numbers.
 
     Raises:
         StrictJsonError: broken, NaN or Infinity without `constants`, a key written twice, nested too deeply, or half a

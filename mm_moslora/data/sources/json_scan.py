@@ -1,7 +1,7 @@
-"""Where the values of a JSON list or a JSONL file begin and end, found without parsing them.
+"""Finds the start and end of every value of a JSON list or a JSONL file without parsing the values.
 
-Only quotes, backslashes and brackets are looked at, a few megabytes at a time and vectorised, so that a gigabyte takes
-seconds and the memory stays the same for every size. Whether a value is sound JSON shows when it is read.
+The scan looks only at quotes, backslashes and brackets. It is vectorised over chunks of a few megabytes, so that a
+gigabyte takes seconds and memory does not depend on the size. A value is checked when it is read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def scan_lines(path: Path) -> tuple[array[int], array[int], array[int]]:
     with untrusted_files.opened(path, most=None) as stream:
         offset = len(BOM) if stream.read(len(BOM)) == BOM else 0
         stream.seek(offset)
-        begun, filled, number = offset, False, 1  # the line that a chunk leaves open
+        begun, filled, number = offset, False, 1  # the unfinished line at the end of a chunk
         while chunk := stream.read(CHUNK):
             raw = np.frombuffer(chunk, dtype=np.uint8)
             breaks = np.flatnonzero(raw == 10)
@@ -66,9 +66,10 @@ def scan_lines(path: Path) -> tuple[array[int], array[int], array[int]]:
 
 
 def scan_list(path: Path) -> tuple[array[int], array[int]] | None:
-    """Starts and ends (bytes) of the values of a list of objects, or None when it is anything else.
+    """Starts and ends (bytes) of the values of a list of objects, or None for any other content.
 
-    None stands for a list that breaks off, that has text between or behind its values, or values that are no objects.
+    None is returned for a list that breaks off, has text between or after its values, or has values that are no
+    objects.
     """
     starts, ends = array("Q"), array("Q")
     with untrusted_files.opened(path, most=None) as stream:
@@ -90,7 +91,7 @@ def scan_list(path: Path) -> tuple[array[int], array[int]] | None:
             if part.closed >= 0:
                 rest = buffer[part.closed + 1 :] + stream.read(CHUNK)
                 return None if rest.strip() else (starts, ends)
-            # What follows the last whole value is read again, together with the next chunk.
+            # The text after the last whole value is read again, together with the next chunk.
             done = int(part.ends[-1]) if len(part.ends) else 0
             offset, buffer = offset + done, buffer[done:]
             if len(buffer) > MAX_VALUE_BYTES:
@@ -99,14 +100,14 @@ def scan_list(path: Path) -> tuple[array[int], array[int]] | None:
 
 
 class _Part:
-    """The values that lie in a buffer as a whole."""
+    """The values that lie completely in a buffer."""
 
     def __init__(self, starts: _Places, ends: _Places, closed: int) -> None:
         self.starts, self.ends, self.closed = starts, ends, closed
 
 
 def _scan(buffer: bytes) -> _Part | None:
-    """The values of a buffer that begins between two values; None when there is something else between them."""
+    """The values of a buffer that begins between two values; None when other text lies between values."""
     kinds = _KINDS[np.frombuffer(buffer, dtype=np.uint8)]
     _drop_escaped(kinds)
     places = np.flatnonzero(kinds)
@@ -136,7 +137,7 @@ def _scan(buffer: bytes) -> _Part | None:
 
 
 def _drop_escaped(kinds: NDArray[np.uint8]) -> None:
-    """Blank out what a backslash stands in front of; in a row of backslashes every other one escapes."""
+    """Blank out the character after an escaping backslash; in a run of backslashes every other one escapes."""
     slashes = np.flatnonzero(kinds == _BACKSLASH)
     if not len(slashes):
         return

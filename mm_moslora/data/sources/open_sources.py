@@ -1,6 +1,6 @@
-"""Where records come from: JSON and JSONL files, Hugging Face tables (parquet among them), webdataset tar files.
+"""Opens sources: JSON and JSONL files, Hugging Face tables (including parquet), webdataset tar files.
 
-Every source is random access by row number, so that the order of training depends on a seed alone.
+Every source has random access by row number, so that the order of training depends only on a seed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ TABLE_SUFFIXES = (".parquet", ".arrow")
 
 
 def require_sources(sources: Sequence[SourceConfig]) -> None:
-    """Refuse sources whose files or picture folders are not there, by their paths alone.
+    """Refuse sources with missing files or picture folders, by their paths alone.
 
     Raises:
-        DataError: none is named, or a path leads nowhere.
+        DataError: no source is named, or a path does not exist.
     """
     if not sources:
         raise DataError("No data source is named. Add one to data.train, with the path of a LLaVA JSON or JSONL file.")
@@ -44,7 +44,7 @@ def open_source(config: SourceConfig) -> RecordSource:
     """Open one source by its configuration.
 
     Raises:
-        DataError: it is missing, of no known kind, or cannot be read.
+        DataError: it is missing, of an unknown kind, or cannot be read.
     """
     kind = _kind_of(config)
     if kind == "json":
@@ -63,7 +63,7 @@ def open_source(config: SourceConfig) -> RecordSource:
     rows = range(config.limit)
     if config.limit_by == "first":
         return Selection(source, rows)
-    # Of its own seed, so that runs that differ in seed alone see the same records.
+    # A fixed seed, so that runs that differ only in their seed see the same records.
     return Selection(source, sorted(random.Random("limit").sample(range(len(source)), config.limit)))
 
 
@@ -71,7 +71,7 @@ def open_sources(sources: Sequence[SourceConfig]) -> list[RecordSource]:
     """Open several sources.
 
     Raises:
-        DataError: none is named, or one cannot be read.
+        DataError: no source is named, or one cannot be read.
     """
     require_sources(sources)
     return [open_source(source) for source in sources]
@@ -92,7 +92,7 @@ def _rules(config: SourceConfig, beside: Path) -> PictureRules:
 
 
 def _kind_of(config: SourceConfig) -> str:
-    """The kind of a source, told by its path where nothing else says it."""
+    """The kind of a source: the configured one, or with auto by its path."""
     path, lower = config.path, config.path.lower()
     if config.format != "auto":
         return config.format

@@ -20,8 +20,8 @@ class RecordSource(ABC):
     """Random access to the records of one source.
 
     Args:
-        path: of the source, for messages.
-        rules: what its pictures may be.
+        path: path of the source, for messages.
+        rules: rules for its pictures.
     """
 
     def __init__(self, path: Path, rules: PictureRules) -> None:
@@ -40,7 +40,7 @@ class RecordSource(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash of what the texts of this source are; reading them all may be needed."""
+        """A hash that changes with the source's texts; computing it may read them all."""
 
     def where(self, row: int) -> Where:
         """The place of a record, for messages."""
@@ -66,10 +66,10 @@ class RecordFile(RecordSource):
 
     Args:
         path: the file.
-        rules: what its pictures may be; None: files below the file's folder.
+        rules: rules for its pictures; None: files below the file's folder.
 
     Raises:
-        DataError: the file is missing, empty, or no JSON at all.
+        DataError: the file is missing, empty, or not JSON.
     """
 
     def __init__(self, path: Path, rules: PictureRules | None = None) -> None:
@@ -97,8 +97,8 @@ class Selection(RecordSource):
     """Some rows of a source.
 
     Args:
-        source: the whole.
-        rows: which rows, in their order.
+        source: the whole source.
+        rows: numbers of the rows, in order.
     """
 
     def __init__(self, source: RecordSource, rows: Sequence[int]) -> None:
@@ -117,6 +117,6 @@ class Selection(RecordSource):
         return self.source.value(self.rows[row])
 
     def fingerprint(self) -> str:
-        """A hash of the whole and of the choice."""
+        """A hash of the whole source and the chosen rows."""
         choice = hashlib.sha256(repr(list(self.rows)).encode()).hexdigest()
         return f"{self.source.fingerprint()}-{choice[:16]}"

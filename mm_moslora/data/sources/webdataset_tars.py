@@ -1,6 +1,6 @@
 """Webdataset tar files as sources: members that share a name up to the first dot are one record.
 
-Nothing is extracted. A file is walked once to find where each member lies; bytes are read from there when needed.
+Nothing is extracted. A file is read once to find the offset of each member; bytes are read from there when needed.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 class TarSource(RecordSource):
     """The records of some tar files.
 
-    A record has a `.json` member (an object in any form of `records`) or a `.txt` member (a caption), and its pictures
-    and videos beside it. A json member that names pictures itself may name members of its own record.
+    A record has a `.json` member (an object in any form of `records`) or a `.txt` member (a caption). Its other members
+    are pictures and videos. A json member that names pictures may name only members of its own record.
 
     Args:
         pattern: a path, with `*` or `{0000..0012}`.
-        rules: what pictures named by path may be.
+        rules: rules for pictures named by path.
 
     Raises:
         DataError: no such file, compressed, damaged, or with members that are neither files nor folders.
@@ -65,7 +65,7 @@ class TarSource(RecordSource):
         return Where(file=self.files[self._file[row]], line=None, row=row, id=self._keys[row])
 
     def value(self, row: int) -> Any:
-        """The record's object, with pictures that can be read."""
+        """The record's object with references to its pictures."""
         path = self.files[self._file[row]]
         members = {kind: (start, size) for kind, start, size in self._places[self._firsts[row] : self._firsts[row + 1]]}
         shown = {
@@ -89,7 +89,7 @@ class TarSource(RecordSource):
         return hashlib.sha256(repr(stats).encode()).hexdigest()
 
     def _with_shown(self, value: dict[str, Any], shown: dict[str, StoredPicture], key: str) -> dict[str, Any]:
-        """An object whose names of members are those members; where it names none, all of its record's are meant."""
+        """The object with names of members replaced by the members; without names it gets all members of its record."""
         value = {"id": key, **value}
         own = {f"{key}.{kind}": picture for kind, picture in shown.items()}
         own |= {Path(name).name: picture for name, picture in own.items()}
@@ -164,7 +164,7 @@ def _shown_as(kind: str) -> str | None:
 
 
 def _named(shown: dict[str, StoredPicture]) -> dict[str, list[StoredPicture]]:
-    """The members that are shown, by what they are."""
+    """The pictures and videos among the members, by kind."""
     found: dict[str, list[StoredPicture]] = {}
     for kind in sorted(shown):
         found.setdefault(str(_shown_as(kind)), []).append(shown[kind])
@@ -175,7 +175,7 @@ def files_of(pattern: str) -> list[Path]:
     """The files that a pattern names, in order.
 
     Raises:
-        DataError: there are none.
+        DataError: no file matches.
     """
     match = _BRACES.search(pattern)
     if match:

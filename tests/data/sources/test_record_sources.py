@@ -290,7 +290,7 @@ class TestTables:
         config = f"configs:\n- config_name: default\n  data_files: {named.format(folder=tmp_path)}"
         (tmp_path / "d" / "README.md").write_text(f"---\n{config}\n---\n")
         options = {"streaming": True, "limit": 1, "limit_by": "first"} if streamed else {}
-        with pytest.raises(DataError, match=r"none of its own|does not load"):
+        with pytest.raises(DataError, match=r"not one of its own files|does not load"):
             open_source(SourceConfig(path=str(tmp_path / "d"), **options))
 
 
