@@ -1,3 +1,3 @@
-"""mm_moslora_eval: benchmarks as protocols, answers that survive a crash, scores with error bars."""
+"""mm_moslora_eval: benchmarks as protocols, crash-safe storage of answers, scores with error bars."""
 
-import mm_moslora  # noqa: F401  (keeps libraries quiet that are imported later)
+import mm_moslora  # noqa: F401  (silences libraries that are imported later)

@@ -1,6 +1,6 @@
-"""What `mm-moslora eval` does, as plain functions; the command line only parses and prints.
+"""The commands of `mm-moslora eval` as plain functions; the command line only parses and prints.
 
-Nothing heavy is imported here at module level, so that `--help`, listing and describing are quick.
+This module imports nothing heavy at module level, so that `--help`, listing and describing are fast.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ def run(
     """Evaluate a model on tasks, one after the other; results are written after each.
 
     Args:
-        model: or a function that loads it, called once every task was found and its data could be read.
+        model: the model, or a function that loads it; it is called after all tasks and their data are found.
         tasks: names as in `registry.get_task`.
         output: run folder.
         modes: own, blind, wrong.
         baselines: majority, question_majority.
-        training: answers for the baselines to learn from.
+        training: answers of the training set, for the baselines.
         settings: batch size, limit, seed, ranks.
         progress: called with (task, answered, all).
-        judge: grades free answers; without one such tasks stay unscored.
+        judge: grades free answers; without a judge such tasks stay unscored.
 
     Raises:
         EvalError: an unknown task, data that cannot be read, a folder of another run.
@@ -106,7 +106,7 @@ def _run_held(
 
 
 def training_answers(name: str) -> Sequence[TrainingAnswer]:
-    """What baselines learn from: FILE or FILE@IMAGE_FOLDER; none of an empty name.
+    """Training answers for the baselines from FILE or FILE@IMAGE_FOLDER; None for an empty name.
 
     Raises:
         DataError: it cannot be read.
@@ -122,7 +122,7 @@ def _named(name: str, progress: Callable[[str, int, int], None] | None) -> Progr
 
 
 def dry_run(tasks: Sequence[str], *, documents: int = 1) -> str:
-    """The first prompts of tasks with the pictures that stand in them, without a model."""
+    """The first prompts of tasks with the pictures in them, without a model."""
     from mm_moslora_eval.protocol.task_registry import get_task
 
     blocks = []
@@ -140,7 +140,7 @@ def dry_run(tasks: Sequence[str], *, documents: int = 1) -> str:
 
 
 def _pictures_of(document: Document) -> str:
-    """What stands for each picture: the file, or that it is stored in the data."""
+    """A description of each picture: its file, or a note that the data contain it."""
     if not document.images:
         return "pictures: none"
     shown = []
@@ -153,7 +153,7 @@ def _pictures_of(document: Document) -> str:
 def score(path: Path, *, protocol: str | None = None, judge: Judge | None = None) -> list[TaskResult]:
     """Score stored answers again, without a model, and rewrite `samples.jsonl` and `results.json`.
 
-    A view that cannot be scored does not keep the others from it.
+    If a view cannot be scored, the others are scored all the same.
 
     Args:
         path: a run folder, a folder in it, or an `answers.jsonl`.
@@ -162,7 +162,7 @@ def score(path: Path, *, protocol: str | None = None, judge: Judge | None = None
         judge: grades free answers.
 
     Raises:
-        EvalError: nothing to score there, or documents without an answer.
+        EvalError: there is nothing to score, or documents have no answer.
     """
     from mm_moslora_eval.protocol.task_registry import get_task
     from mm_moslora_eval.run.answer_views import run_of, views_below
@@ -191,7 +191,7 @@ def score(path: Path, *, protocol: str | None = None, judge: Judge | None = None
 
 
 def _views_of(name: str, views: Sequence[Path], path: Path) -> list[Path]:
-    """The views of a task as it was asked, without those that another protocol's rules made of them."""
+    """The views of a task as it was asked, without views by another protocol's rules."""
     from mm_moslora_eval.run.answer_views import RESCORED, TASK
 
     tasks = {view: json.loads(read_text(view / TASK))["task"]["name"] for view in views}
@@ -208,7 +208,7 @@ def run_folder(path: Path) -> Path:
     """The run that a folder or answer file belongs to.
 
     Raises:
-        EvalError: no run is there.
+        EvalError: there is no run.
     """
     start = path.parent if path.is_file() else path
     found = next((folder for folder in (start, *start.resolve().parents[:3]) if (folder / "run.json").is_file()), None)
@@ -218,7 +218,7 @@ def run_folder(path: Path) -> Path:
 
 
 def with_protocol(tasks: Sequence[str], protocol: str | None) -> list[str]:
-    """Task names, the protocol added to those that name none.
+    """Task names; the protocol is added to names without one.
 
     Raises:
         EvalError: no task at all.
@@ -252,7 +252,7 @@ class Bars:
         self._bar: Any = None
 
     def __call__(self, name: str, done: int, total: int) -> None:
-        """Say that `done` of `total` documents are answered."""
+        """Report that `done` of `total` documents are answered."""
         from mm_moslora.utils.progress_bar import Progress as Bar
 
         if name != self._name or self._bar is None or done < self._bar.done or total != self._bar.total:
@@ -264,7 +264,7 @@ class Bars:
 
 
 def list_tasks(words: Sequence[str] = ()) -> str:
-    """A table of the registered tasks; with words, of those whose line holds them all."""
+    """A table of the registered tasks; with words, only the lines that contain all of them."""
     from mm_moslora_eval.protocol.task_registry import all_tasks
 
     rows = [
@@ -276,7 +276,7 @@ def list_tasks(words: Sequence[str] = ()) -> str:
 
 
 def describe(name: str) -> str:
-    """A task in words: source, prompt of the first document if the data is there, metric, published numbers."""
+    """Description of a task: source, prompt of the first document if the data is there, metric, published numbers."""
     from mm_moslora_eval.protocol.task_registry import get_task
 
     task = get_task(name)
@@ -300,7 +300,7 @@ def describe(name: str) -> str:
 
 
 def check(name: str) -> str:
-    """Read a task's data and say what is wrong with it.
+    """Read a task's data and report all faults.
 
     Raises:
         EvalError: the data cannot be read, or some documents cannot be asked.
@@ -332,7 +332,7 @@ def check(name: str) -> str:
 
 
 def compare(run_a: Path, run_b: Path) -> tuple[Comparison, str]:
-    """Compare two task folders sample by sample; returns the numbers and a text for people."""
+    """Compare two task folders sample by sample; returns the numbers and a readable text."""
     from mm_moslora_eval.run.evaluate_suite import compare as compare_samples
 
     result = compare_samples([run_a], [run_b])
@@ -354,15 +354,15 @@ def compare_runs(a: str, b: str) -> list[tuple[Comparison, str]]:
 
 
 def comparison_text(result: Comparison) -> str:
-    """A comparison for people."""
+    """A comparison as readable text."""
     pair = result.paired
     lines = [
         f"{result.task}: A {result.score_a:.4f}, B {result.score_b:.4f}, A - B {pair.difference:+.4f} "
         f"(95 % {pair.low:+.4f} to {pair.high:+.4f}, p {pair.p_value:.3g}, sign test p {pair.mcnemar_p:.3g})",
         f"A wins {pair.wins}, B wins {pair.losses}, equal {pair.ties} of {pair.n}. {between(pair.as_difference)}.",
-        f"With {pair.n} documents a true difference of {result.detectable:.4f} is seen four times out of five."
+        f"With {pair.n} documents a true difference of {result.detectable:.4f} is detected with 80 % power."
         if result.detectable
-        else f"Every one of {pair.n} documents differs by the same, so the interval says how rare others may be.",
+        else f"All {pair.n} documents differ by the same amount; the interval bounds the share of other differences.",
     ]
     lines += [result.caution] if result.caution else []
     if result.headline is not None:
@@ -381,7 +381,7 @@ def comparison_text(result: Comparison) -> str:
 
 
 def table(results: Sequence[TaskResult]) -> str:
-    """The results as an aligned table, and below it what must be known beside the numbers."""
+    """The results as an aligned table, followed by remarks on the numbers."""
     from mm_moslora_eval.run.result_file import names_of
 
     rows = []
@@ -410,11 +410,11 @@ def table(results: Sequence[TaskResult]) -> str:
 
 
 def _odd_count(result: TaskResult) -> str:
-    """Says so when the data is not the whole benchmark, whatever --limit took of it."""
+    """A note if the data is not the whole benchmark, independent of --limit."""
     rows, expected = result.about.get("data", {}).get("rows"), result.about.get("expected_count")
     if expected is None or rows in (None, expected):
         return ""
-    doubt = ", a number that nobody has checked" if "expected_count" in result.about.get("unverified", ()) else ""
+    doubt = " (an unverified number)" if "expected_count" in result.about.get("unverified", ()) else ""
     return f"the data holds {rows} documents, the full set has {expected}{doubt}."
 
 
@@ -425,7 +425,7 @@ def _score_cells(result: TaskResult) -> tuple[str, str, str]:
 
 
 def exit_code(results: Sequence[TaskResult], *, max_failed_share: float = 0.0) -> int:
-    """0 when no more than this share of the samples failed and no judge did, else 3."""
+    """0 if at most this share of the samples failed and no judge failed, else 3."""
     if any(result.about.get("judge_failed") for result in results):
         return 3
     total = sum(result.counts.total for result in results)

@@ -209,7 +209,7 @@ def test_a_comparison_says_when_the_headline_is_no_mean(finished: Path, tmp_path
     place, page = finished / "pope@llava", tmp_path / "page.html"
     assert cli.run(["eval", "compare", str(place / "own"), str(place / "wrong"), "--html", str(page)]) == 0
     out = capsys.readouterr().out
-    assert "the headline of this task adds them up otherwise (pope_splits)" in out
+    assert "the headline of this task aggregates them differently (pope_splits)" in out
     scores = {(r.task, r.mode): r.score for r in read_results(finished)}
     a, b = scores["pope", "own"], scores["pope", "wrong"]
     assert f"Headline (mean F1): A {a:.4f}, B {b:.4f}, A - B {a - b:+.4f}" in out

@@ -1,1 +1,1 @@
-"""What answers: own checkpoints, transformers, servers, stored answers."""
+"""Model backends: checkpoints of mm_moslora, transformers models, servers, stored answers."""

@@ -1,4 +1,4 @@
-"""Our checkpoints in lm-evaluation-harness: an `HFLM` around the merged language model."""
+"""Checkpoints of mm_moslora in lm-evaluation-harness: an `HFLM` around the merged language model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from mm_moslora.utils.package_requirements import install_command
 
 
 def lm_eval_model(folder: Path, *, batch_size: int = 8, dtype: str = "auto") -> Any:
-    """An `lm_eval.models.huggingface.HFLM` of a run, a checkpoint or an export of ours, adapters merged.
+    """An `lm_eval.models.huggingface.HFLM` of a run, a checkpoint or an export of mm_moslora, adapters merged.
 
-    Give it to `lm_eval.simple_evaluate(model=...)`. Of a vision-language model its text side is asked.
+    Give it to `lm_eval.simple_evaluate(model=...)`. Of a vision-language model only the language model is evaluated.
 
     Args:
-        folder: what `mm_moslora.models.load_model.load` reads.
-        batch_size: requests run together.
+        folder: any folder that `mm_moslora.models.load_model.load` reads.
+        batch_size: requests per forward pass.
         dtype: fp32, bf16, fp16 or auto.
 
     Raises:
@@ -32,5 +32,5 @@ def lm_eval_model(folder: Path, *, batch_size: int = 8, dtype: str = "auto") -> 
 
     assembly = load(folder, dtype=dtype_of(resolve_precision(dtype)))  # type: ignore[arg-type]
     model: Any = assembly.model.to(distributed.device())  # type: ignore[arg-type]
-    # The harness picks a backend by the configuration's type, and knows none for a vision-language model.
+    # The harness chooses a backend by the configuration's type and has none for a vision-language model.
     return HFLM(pretrained=model, tokenizer=assembly.tokenizer, backend="causal", batch_size=batch_size)

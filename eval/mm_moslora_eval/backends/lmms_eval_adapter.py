@@ -1,7 +1,7 @@
-"""Our checkpoints as a model of lmms-eval: `--model mm_moslora --model_args pretrained=FOLDER`.
+"""Checkpoints of mm_moslora as a model of lmms-eval: `--model mm_moslora --model_args pretrained=FOLDER`.
 
-Registered through the entry-point group `lmms_eval.models`. Prompts are lmms-eval's; pictures go in front of the text
-unless the text has its own `<image>` tags, as in LLaVA's adapter.
+The entry-point group `lmms_eval.models` registers the model. Prompts are lmms-eval's. As in LLaVA's adapter, pictures
+go before the text unless the text has its own `<image>` tags.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _TAG = "<image>"
 
 @register_model("mm_moslora")
 class MoSLoRALmms(lmms):  # type: ignore[misc,valid-type]
-    """A run, a checkpoint or an export of ours (or anything that `open_model` takes) behind lmms-eval's interface.
+    """Any model that `open_model` accepts, such as a run, a checkpoint or an export, behind lmms-eval's interface.
 
     Args:
         pretrained: as `--model` of `mm-moslora eval run`.
         batch_size: questions decoded together.
         precision: fp32, bf16, fp16 or auto.
-        reference: one question at a time, nothing shared.
+        reference: one question at a time, with no shared computation.
     """
 
     is_simple = True
@@ -43,7 +43,7 @@ class MoSLoRALmms(lmms):  # type: ignore[misc,valid-type]
 
     @property
     def rank(self) -> int:
-        """This process's number."""
+        """Rank of this process."""
         return self._rank
 
     @property
@@ -76,7 +76,7 @@ class MoSLoRALmms(lmms):  # type: ignore[misc,valid-type]
         return scores
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Conversations over several rounds are not offered."""
+        """Conversations over several rounds are not supported."""
         raise NotImplementedError("mm_moslora answers one round; choose tasks of output_type generate_until.")
 
     def _request(

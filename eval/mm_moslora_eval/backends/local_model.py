@@ -1,4 +1,4 @@
-"""Our own model behind the runner's `Model` protocol: batches that share what their questions have in common."""
+"""A model of mm_moslora behind the runner's `Model` protocol; batches share the computation of common prefixes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from mm_moslora_eval.protocol.model_interface import Answer, Message, OptionRequ
 class LocalModel:
     """A model loaded with `mm_moslora.models.load_model.load`.
 
-    Questions on the same pictures are decoded together: pictures and the common beginning are run once for all of them.
-    On an fp32 model the answers are those of the reference mode.
+    Questions on the same pictures are decoded together: the pictures and the common prefix are computed once for all.
+    With an fp32 model the answers equal those of the reference mode.
 
     Args:
-        assembly: adapters merged, for speed.
-        name: for people.
-        reference: one question at a time, nothing shared, nothing kept.
+        assembly: the loaded model; merge its adapters for speed.
+        name: display name.
+        reference: one question at a time, with no shared computation and no cache.
     """
 
     def __init__(self, assembly: Assembly, *, name: str, reference: bool = False) -> None:
@@ -39,12 +39,12 @@ class LocalModel:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Display name."""
         return self._name
 
     @property
     def fingerprint(self) -> str:
-        """Hash over weights, configuration, template, tokenizer and what becomes of pictures."""
+        """Hash over weights, configuration, template, tokenizer and image processing."""
         if self._fingerprint is None:
             tokenizer = self.assembly.tokenizer
             self._fingerprint = model_fingerprint(
@@ -54,7 +54,7 @@ class LocalModel:
 
     @property
     def details(self) -> dict[str, str]:
-        """What a run records beside the name: precision, device, attention kernel."""
+        """Details for the run's records: precision, device, attention kernel."""
         return circumstances(self.model)
 
     def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
@@ -69,7 +69,7 @@ class LocalModel:
     def loglikelihood(
         self, requests: Sequence[OptionRequest], *, batch_size: int
     ) -> Iterator[tuple[int, tuple[OptionScore, ...]]]:
-        """See `Model.loglikelihood`; a prompt is run once for all its options."""
+        """See `Model.loglikelihood`; a prompt is computed once for all its options."""
         raw = [index for index, item in enumerate(requests) if item.request.raw]
         yield from self._continuations(requests, raw, batch_size)
         asked = [index for index, item in enumerate(requests) if not item.request.raw]
@@ -86,7 +86,7 @@ class LocalModel:
     def _continuations(
         self, requests: Sequence[OptionRequest], indices: Sequence[int], batch_size: int
     ) -> Iterator[tuple[int, tuple[OptionScore, ...]]]:
-        """Bare texts: the prompt once for all options, or one prompt per option where the contexts differ."""
+        """Score bare texts: the prompt once for all options, or one prompt per option where the contexts differ."""
         size = 1 if self._reference else batch_size
         for start in range(0, len(indices), size):
             prompts, options, owners = [], [], []
@@ -104,19 +104,19 @@ class LocalModel:
             yield from ((index, _option_scores(scores)) for index, scores in found.items())
 
     def _pair(self, context: str, continuation: str) -> tuple[tuple[int, ...], list[int]]:
-        """Token ids of a context and of what follows: the whole is tokenised and cut where the context alone ends."""
-        space = context[len(context.rstrip()) :]  # goes to the continuation, whose first word it belongs to
+        """Token ids of a context and its continuation: the whole is tokenised and cut after the context's own ids."""
+        space = context[len(context.rstrip()) :]  # belongs to the first word of the continuation
         context = context.rstrip()
         encode = self.assembly.tokenizer.encode
         before = encode(context)
         return tuple(before), list(encode(context + space + continuation))[len(before) :]
 
     def close(self) -> None:
-        """Drop the visual tokens that are kept and stop the decoding threads."""
+        """Drop the cached visual tokens and stop the decoding threads."""
         self._visual.close()
 
     def _prompts(self, requests: Sequence[Request], batch_size: int) -> Iterator[tuple[list[int], list[Prompt]]]:
-        """Batches of request numbers with their prompts; the next batch's pictures are decoded meanwhile."""
+        """Batches of request numbers with their prompts; the next batch's pictures are decoded in the background."""
         keys = [self._visual.keys(request.images) for request in requests]
         batches = _batches(requests, keys, 1 if self._reference else batch_size)
         for number, indices in enumerate(batches):
@@ -145,7 +145,7 @@ def _option_scores(scores: Sequence[ContinuationScore]) -> tuple[OptionScore, ..
 
 
 def _batches(requests: Sequence[Request], keys: Sequence[tuple[str, ...]], batch_size: int) -> list[list[int]]:
-    """Request numbers in batches: questions on one picture together, longest first, so that memory shows at once."""
+    """Request numbers in batches: questions on one picture together, longest first, so that memory runs out early."""
     groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for index, key in enumerate(keys):
         groups[key].append(index)

@@ -1,4 +1,4 @@
-"""One hash over all that decides what a transformers model answers, and where and how it computes."""
+"""A hash over everything that determines a transformers model's answers, and details of its computation."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _VARYING = ("padding", "truncation")
-"""Settings of a tokenizer that every call may change."""
+"""Settings of a tokenizer that any call may change."""
 
 
 def model_fingerprint(model: PreTrainedModel, *, processor: Any, tokenizer: Any, template: str | None) -> str:
-    """SHA-256 over every weight, the configurations of model and generation, and what becomes of words and pictures.
+    """SHA-256 over every weight, the configurations of model and generation, and the processing of text and pictures.
 
     Args:
         model: with its weights.
-        processor: whose image and video processors count; a language model's tokenizer, or None, has none.
-        tokenizer: what makes tokens of words.
+        processor: its image and video processors are hashed; a tokenizer or None has none.
+        tokenizer: the tokenizer.
         template: the chat template.
     """
     import torch
@@ -44,7 +44,7 @@ def _settings(values: dict[str, Any]) -> bytes:
 
 
 def _words(tokenizer: Any) -> bytes:
-    """All that decides which tokens a text becomes; of a tokenizer in Python alone its vocabulary."""
+    """Everything that determines the tokens of a text; for a slow tokenizer only its vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return _settings(tokenizer.get_vocab())
@@ -53,7 +53,7 @@ def _words(tokenizer: Any) -> bytes:
 
 
 def circumstances(model: PreTrainedModel) -> dict[str, str]:
-    """Precision, device and attention kernel of a model; they may turn an answer that hangs in the balance."""
+    """Precision, device and attention kernel of a model; they may change the choice between near-equal tokens."""
     import torch
 
     parameter = next(model.parameters())

@@ -1,4 +1,4 @@
-"""From what `--model` says to a model: a folder of ours, `hf:ID`, `openai:URL#MODEL` or `replay:FILE`."""
+"""Opens the model that `--model` names: a folder of mm_moslora, `hf:ID`, `openai:URL#MODEL` or `replay:FILE`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ KINDS = ("hf", "openai", "replay")
 
 
 def check_name(name: str) -> None:
-    """Refuse what no model can be behind, before anything is imported or read.
+    """Check the name of a model before anything is imported or read.
 
     Raises:
         EvalError: no name, or no folder.
-        ModelError: the folder holds no model of ours.
+        ModelError: the folder holds no model of mm_moslora.
     """
     if not name:
         raise EvalError("No model was given. Add --model FOLDER, hf:ID, openai:URL#MODEL or replay:FILE.")
@@ -32,7 +32,7 @@ def check_name(name: str) -> None:
         return
     if not Path(name).is_dir():
         raise EvalError(
-            f"--model {name!r} is no folder. Give the folder of a run, a checkpoint or an export, or hf:ID, "
+            f"--model {name!r} is not a folder. Give the folder of a run, a checkpoint or an export, or hf:ID, "
             "openai:URL#MODEL, replay:FILE."
         )
     find_checkpoint(Path(name))
@@ -44,12 +44,12 @@ def open_model(name: str, *, precision: Precision = "auto", reference: bool = Fa
     Args:
         name: `FOLDER` (a run, a checkpoint or an export), `hf:ID_OR_FOLDER`, `openai:URL#MODEL`, `replay:FILE`.
         precision: dtype of the weights; auto: bf16 on an accelerator that has it, else fp32.
-        reference: one question at a time, nothing shared.
-        untuned: the model that a run or checkpoint started from: its recipe's parts before any step.
+        reference: one question at a time, with no shared computation.
+        untuned: load the model from which a run or checkpoint started: its recipe's parts before any step.
 
     Raises:
-        EvalError: not such a name, or nothing loadable there.
-        ModelError: the folder holds no model of ours.
+        EvalError: the name has another form, or there is no loadable model.
+        ModelError: the folder holds no model of mm_moslora.
     """
     check_name(name)
     kind, separator, rest = name.partition(":")
@@ -77,7 +77,7 @@ def open_model(name: str, *, precision: Precision = "auto", reference: bool = Fa
 
     folder = find_checkpoint(Path(name))
     if untuned and not (folder / MANIFEST).is_file():
-        raise EvalError(f"{name} is an export, which knows no model before tuning. Give a run or a checkpoint.")
+        raise EvalError(f"{name} is an export, which has no model before tuning. Give a run or a checkpoint.")
     assembly = assemble(model_of(folder), dtype=dtype) if untuned else load(folder, dtype=dtype)
     name = f"{name}, before tuning" if untuned else name
     assembly.model.to(distributed.device())  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""Any OpenAI-compatible endpoint: one client with retries, and the model behind the runner's `Model` protocol.
+"""OpenAI-compatible endpoints: a client with retries, and a model behind the runner's `Model` protocol.
 
-Standard library only. The key comes from the environment and is never written anywhere.
+Standard library only. The key is read from the environment and never written.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mm_moslora_eval.protocol.model_interface import Answer, Message, OptionRequ
 from mm_moslora_eval.sources.document import ImageLike, StoredImage, digest
 
 KEY_NAMES = ("MM_MOSLORA_API_KEY", "OPENAI_API_KEY")
-"""Environment variables that may hold the key, first one first."""
+"""Environment variables for the key, in order of priority."""
 
 _MOST_WAIT = 60.0
 _PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
@@ -40,7 +40,7 @@ _T = TypeVar("_T")
 
 @dataclass
 class Usage:
-    """What was asked of an endpoint; safe to count from several threads."""
+    """Counts of an endpoint's calls and tokens; thread-safe."""
 
     calls: int = 0
     retries: int = 0
@@ -63,7 +63,7 @@ class Usage:
 
 
 def tokens_of(reply: dict[str, Any], name: str) -> int:
-    """A count of a reply's `usage`; 0 where the server does not say."""
+    """A count of a reply's `usage`; 0 if the server does not report it."""
     used = reply.get("usage")
     count = used.get(name) if isinstance(used, dict) else None
     return count if isinstance(count, int) else 0
@@ -71,7 +71,7 @@ def tokens_of(reply: dict[str, Any], name: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """An OpenAI-compatible server and the model asked there."""
+    """An OpenAI-compatible server and the name of its model."""
 
     url: str
     """Up to and including `/v1`."""
@@ -80,7 +80,7 @@ class Endpoint:
     """Seconds for one attempt."""
     attempts: int = 6
     first_wait: float = 1.0
-    """Seconds before the second attempt; it doubles each time, up to a minute. `Retry-After` is obeyed."""
+    """Seconds before the second attempt, doubled for each further one, up to a minute. `Retry-After` takes priority."""
     usage: Usage = field(default_factory=Usage, compare=False)
 
     @classmethod
@@ -103,8 +103,8 @@ class Endpoint:
         """One chat completion; waits and tries again where that can help.
 
         Raises:
-            EvalError: the server refuses the key, the model or the address, or there is none: at once where it has not
-                answered before, else after all attempts.
+            EvalError: the server refuses the key, the model or the address, or no server answers. The latter is raised
+                at once if the server has not answered before, else after all attempts.
             RuntimeError: this request failed.
         """
         body = json.dumps({"model": self.model, **payload}).encode()
@@ -120,7 +120,7 @@ class Endpoint:
                     ) from error
                 if last:
                     raise RuntimeError(f"{self.url}: {error} after {self.attempts} attempts") from error
-                # Jitter, so that parallel requests do not come back all at once.
+                # Jitter spreads the retries of parallel requests.
                 time.sleep(min(_MOST_WAIT, error.wait if error.wait is not None else wait * random.uniform(0.75, 1.25)))
                 wait *= 2
             else:
@@ -147,7 +147,7 @@ class Endpoint:
                     f"the key in {' or '.join(KEY_NAMES)}."
                 ) from error
             raise RuntimeError(f"{self.url} answered HTTP {error.code}: {text}") from error
-        except (OSError, http.client.HTTPException) as error:  # not reached, or broken off within the reply
+        except (OSError, http.client.HTTPException) as error:  # no connection, or an incomplete reply
             reason = getattr(error, "reason", error)
             nobody = isinstance(reason, ConnectionRefusedError | socket.gaierror)
             raise _TryAgainError(str(reason) or type(error).__name__, nobody=nobody) from error
@@ -159,7 +159,7 @@ class Endpoint:
 
 
 class _Stays(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect: Python would send the key along, to whatever host."""
+    """Refuses redirects, because Python would send the key to the new host."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
         """Refuse."""
@@ -183,15 +183,15 @@ class _TryAgainError(Exception):
 def _retry_after(text: str | None) -> float | None:
     try:
         return max(0.0, float(text)) if text else None
-    except ValueError:  # a date; the doubling wait will do
+    except ValueError:  # a date: use the doubling wait
         return None
 
 
 def in_parallel(call: Callable[[_T], Any], items: Sequence[_T], *, workers: int) -> Iterator[tuple[int, Any]]:
-    """Call a function on every item in threads; yields (number, result) as they come, and raises what failed last.
+    """Call a function on every item in threads; yields (number, result) as they finish, then raises the last failure.
 
-    A failure does not cost the others their results; an `EvalError` stops everything at once. The threads are daemons:
-    an interrupted program does not wait for a server that hangs.
+    After a failure the other items are still processed; an `EvalError` stops everything at once. The threads are
+    daemons, so that an interrupted program does not wait for a server that hangs.
     """
     left = iter(enumerate(items))
     taking, stopped = threading.Lock(), threading.Event()
@@ -229,10 +229,10 @@ def in_parallel(call: Callable[[_T], Any], items: Sequence[_T], *, workers: int)
 
 
 class EndpointModel:
-    """A model behind an OpenAI-compatible server (vLLM, SGLang, our own, a provider).
+    """A model behind an OpenAI-compatible server (vLLM, SGLang, `mm-moslora serve`, a provider).
 
-    Its fingerprint knows the address and the model's name only: nobody can see from here whether the weights behind a
-    name have changed.
+    Its fingerprint covers only the address and the model's name. A client cannot detect changed weights under the same
+    name.
 
     Args:
         endpoint: where to ask.
@@ -244,7 +244,7 @@ class EndpointModel:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Display name."""
         return f"{self.endpoint.model} at {self.endpoint.url}"
 
     @property
@@ -253,16 +253,16 @@ class EndpointModel:
         return digest(["endpoint", self.endpoint.url, self.endpoint.model])
 
     def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
-        """See `Model.generate`; `batch_size` is how many requests are under way at a time."""
+        """See `Model.generate`; `batch_size` is the number of concurrent requests."""
         yield from in_parallel(self._answer, requests, workers=1 if self._reference else batch_size)
 
     def loglikelihood(
         self, requests: Sequence[OptionRequest], *, batch_size: int
     ) -> Iterator[tuple[int, tuple[OptionScore, ...]]]:
-        """Options of one token, from the 20 most likely first tokens.
+        """Score options of one token by the 20 most likely first tokens.
 
         Raises:
-            RuntimeError: an option is not among them, so the endpoint does not tell how likely it is.
+            RuntimeError: an option is not among them, so the endpoint does not give its probability.
         """
         yield from in_parallel(self._score, requests, workers=1 if self._reference else batch_size)
 
@@ -287,7 +287,10 @@ class EndpointModel:
 
     def _score(self, item: OptionRequest) -> tuple[OptionScore, ...]:
         if item.request.raw:
-            raise EvalError("The protocol scores bare texts, which an endpoint's chat does not; use a folder of ours.")
+            raise EvalError(
+                "The protocol scores bare texts, which a chat endpoint cannot. Use the folder of a run, a checkpoint "
+                "or an export."
+            )
         payload = {
             "messages": chat_messages(item.request.messages, item.request.images),
             "max_tokens": 1,
@@ -309,7 +312,7 @@ class EndpointModel:
 
 
 def chat_messages(messages: Sequence[Message], images: Sequence[ImageLike]) -> list[dict[str, Any]]:
-    """Messages in the OpenAI form, pictures as data URLs in their places."""
+    """Messages in the OpenAI form, with pictures as data URLs in their places."""
     left = iter(images)
     result: list[dict[str, Any]] = []
     for message in messages:
@@ -327,7 +330,7 @@ def chat_messages(messages: Sequence[Message], images: Sequence[ImageLike]) -> l
 
 
 def data_url(image: ImageLike) -> str:
-    """A picture as a data URL: files as they are, opened pictures as PNG."""
+    """A picture as a data URL: files unchanged, opened pictures as PNG."""
     if isinstance(image, bytes | Path | StoredImage):
         from mm_moslora.data.images.decode_image import read_picture
 

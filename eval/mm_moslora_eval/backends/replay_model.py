@@ -1,4 +1,4 @@
-"""Answers that are stored already, behind the runner's `Model` protocol: score what another program has produced."""
+"""Stored answers behind the runner's `Model` protocol, to score the output of another program."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mm_moslora_eval.protocol.model_interface import Answer, OptionRequest, Opti
 
 
 class ReplayModel:
-    """Answers by document id, where several share it by their prompt.
+    """Answers by document id; where several answers share an id, by their prompt.
 
     Args:
         path: JSONL of this package (`answers.jsonl`, `samples.jsonl`), LLaVA (`question_id`, `text`) or lmms-eval (its
             samples), a JSON list or mapping, or VLMEvalKit's `index` and `prediction` as a TSV or a workbook.
 
     Raises:
-        EvalError: not such a file, or two different answers to one question.
+        EvalError: not one of these files, or two different answers to one question.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +44,7 @@ class ReplayModel:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Display name."""
         return f"replay of {self._path}"
 
     @property
@@ -53,7 +53,7 @@ class ReplayModel:
         return self._fingerprint
 
     def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
-        """Look the answers up; the first one that is not there ends the generator with an error."""
+        """Look the answers up; the first missing answer ends the generator with an error."""
         self._choose_column(requests)
         for index, request in enumerate(requests):
             stored = self._stored(request)
@@ -88,7 +88,7 @@ class ReplayModel:
         """Nothing to free."""
 
     def _choose_column(self, requests: Sequence[Request]) -> None:
-        """Settle, once for the whole file, by which column its rows are found: by that which knows most questions."""
+        """Choose the id column once for the whole file: the column that identifies most questions."""
         if self._column is None and requests:
             self._column = max(
                 self._by_column,
@@ -115,7 +115,7 @@ def _names(request: Request) -> tuple[str, ...]:
 
 
 def _with_prompt(found: Sequence[StoredAnswer], request: Request) -> list[StoredAnswer]:
-    """The rows with the request's prompt, or else with its question, whatever instruction follows it."""
+    """The rows with the request's prompt, or else with its question, ignoring the instruction after it."""
     asked = request.messages[-1].text
     for reading in (_flat, _question):
         same = [answer for answer in found if answer.prompt is not None and reading(answer.prompt) == reading(asked)]

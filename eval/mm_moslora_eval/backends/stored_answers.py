@@ -1,4 +1,4 @@
-"""Files of answers that other programs wrote, row by row: JSONL, JSON, TSV and workbooks."""
+"""Reads files of answers from other programs, row by row: JSONL, JSON, TSV and workbooks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from xml.etree import ElementTree
 from mm_moslora.utils.errors import EvalError
 
 IDS = ("id", "question_id", "index", "doc_id")
-"""Columns that may name a question, at the top level or in the `doc` of lmms-eval."""
+"""Columns that may hold the id of a question, at the top level or in lmms-eval's `doc`."""
 TEXTS = ("text", "prediction")
 _PROMPTS = ("prompt", "input", "question")
 _MOST_CELLS = 1 << 28
-"""Bytes of a workbook's sheet, unpacked."""
+"""Largest size of a workbook's sheet, unpacked, in bytes."""
 _MAIN = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
 _ESCAPED = re.compile(r"_x([0-9A-Fa-f]{4})_")
 
@@ -29,7 +29,7 @@ class StoredAnswer:
     """One row of such a file."""
 
     names: Mapping[str, str]
-    """Column -> what it calls the question; `doc.index` is the column `index` of lmms-eval's document."""
+    """Column -> id of the question; `doc.index` is the column `index` of lmms-eval's document."""
     prompt: str | None
     text: str | None
     """None: the row records a failure, or scores of options."""
@@ -40,11 +40,11 @@ def read_answers(path: Path, data: bytes) -> Iterator[StoredAnswer]:
     """The rows of a file.
 
     Args:
-        path: tells the form by its suffix: .tsv, .xlsx, .json, else JSONL.
-        data: what it holds.
+        path: the suffix decides the format: .tsv, .xlsx, .json, else JSONL.
+        data: content of the file.
 
     Raises:
-        EvalError: not such a file, or a row without a name or an answer.
+        EvalError: not one of these formats, or a row without an id or an answer.
     """
     for number, row in enumerate(_rows(path, data), start=1):
         if "question_id" in row and "image" in row and "prediction" not in row:
@@ -67,7 +67,7 @@ def _text(row: Mapping[str, Any]) -> str | None:
     value = next((row[key] for key in TEXTS if row.get(key) is not None), None)
     if value is not None:
         return str(value)
-    for key in ("resps", "filtered_resps"):  # lmms-eval: a list per request, with a list of its tries
+    for key in ("resps", "filtered_resps"):  # lmms-eval: a list per request, with a list of attempts
         said = row.get(key)
         while isinstance(said, list) and said:
             said = said[0]
@@ -135,7 +135,7 @@ def _parsed(book: zipfile.ZipFile, name: str) -> ElementTree.Element:
     if book.getinfo(name).file_size > _MOST_CELLS:
         raise ValueError(f"{name} has more than {_MOST_CELLS} bytes")
     text = book.read(name)
-    if b"<!DOCTYPE" in text or b"<!ENTITY" in text:  # entities may grow without end
+    if b"<!DOCTYPE" in text or b"<!ENTITY" in text:  # entities may expand without limit
         raise ValueError(f"{name} has a document type")
     return ElementTree.fromstring(text)  # noqa: S314  (size and entities are checked)
 
@@ -156,7 +156,7 @@ def _value(cell: ElementTree.Element, shared: list[str]) -> str:
 
 
 def _plain(element: ElementTree.Element) -> str:
-    """The text of a cell or a shared string, without readings in another script."""
+    """The text of a cell or a shared string, without phonetic readings."""
     skipped = {text for reading in element.iter(f"{_MAIN}rPh") for text in reading.iter(f"{_MAIN}t")}
     return _unescaped("".join(text.text or "" for text in element.iter(f"{_MAIN}t") if text not in skipped))
 

@@ -1,4 +1,4 @@
-"""Any transformers model through its own processor and chat template, behind the runner's `Model` protocol."""
+"""A transformers model with its own processor and chat template, behind the runner's `Model` protocol."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class TransformersModel:
     Args:
         model: in eval mode.
         processor: its processor, or its tokenizer for a language model.
-        name: for people.
-        reference: batch size 1 whatever is asked for.
+        name: display name.
+        reference: always use batch size 1.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, *, name: str, reference: bool = False) -> None:
@@ -58,10 +58,10 @@ class TransformersModel:
         """Load by hub id or folder, onto this rank's accelerator or the given device.
 
         Raises:
-            EvalError: nothing loadable has this name.
+            EvalError: there is no loadable model of this name.
         """
         import mm_moslora.models.processing.llava_processor
-        import mm_moslora.models.vlm  # noqa: F401  (registers our model type with the Auto classes)
+        import mm_moslora.models.vlm  # noqa: F401  (registers this project's model type with the Auto classes)
 
         try:
             sees = (
@@ -79,12 +79,12 @@ class TransformersModel:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Display name."""
         return self._name
 
     @property
     def fingerprint(self) -> str:
-        """Hash over weights, configuration, template, tokenizer and what becomes of pictures."""
+        """Hash over weights, configuration, template, tokenizer and image processing."""
         if self._fingerprint is None:
             self._fingerprint = model_fingerprint(
                 self.model, processor=self.processor, tokenizer=self._tokenizer, template=self._template
@@ -93,7 +93,7 @@ class TransformersModel:
 
     @property
     def details(self) -> dict[str, str]:
-        """What a run records beside the name: precision, device, attention kernel."""
+        """Details for the run's records: precision, device, attention kernel."""
         return circumstances(self.model)
 
     @torch.inference_mode()
@@ -118,7 +118,10 @@ class TransformersModel:
         """See `mm_moslora_eval.protocol.model_interface.Model.loglikelihood`; one full forward pass per option."""
         for index, item in enumerate(requests):
             if item.request.raw:
-                raise EvalError("The protocol scores bare texts, which only a folder of ours can do here.")
+                raise EvalError(
+                    "The protocol scores bare texts, which an hf: model cannot. Use the folder of a run, a checkpoint "
+                    "or an export."
+                )
             inputs = self._inputs([item.request])
             yield index, tuple(self._score(inputs, option) for option in item.options)
 
@@ -131,7 +134,7 @@ class TransformersModel:
 
     @staticmethod
     def _batches(requests: Sequence[Request], size: int) -> Iterator[list[int]]:
-        """Request numbers, longest first; processors take no mix of prompts with and without pictures."""
+        """Request numbers, longest first; processors cannot mix prompts with and without pictures in a batch."""
         for sees in (True, False):
             order = [index for index in range(len(requests)) if bool(requests[index].images) == sees]
             order.sort(key=lambda index: -sum(len(message.text) for message in requests[index].messages))
@@ -188,7 +191,7 @@ class TransformersModel:
             if name in given:
                 given[name] = torch.cat([given[name], torch.zeros_like(more)], dim=1)
         logits: Any = self.model(**given).logits
-        # Visual tokens may be inserted by the model, so count from the end.
+        # The model may insert visual tokens, so positions count from the end.
         steps = logits[0, -len(ids) - 1 : -1].float().log_softmax(dim=-1)
         picked = steps[range(len(ids)), ids]
         return OptionScore(

@@ -1,4 +1,4 @@
-"""Visual tokens of pictures: decoded ahead in worker threads, encoded in batches, each picture once.
+"""Cache of visual tokens: pictures are decoded ahead in worker threads and encoded in batches, each once.
 
 Shapes: ``N`` images, ``Q`` visual tokens per image, ``D`` LLM width.
 """
@@ -28,7 +28,7 @@ class VisualTokens:
 
     Args:
         assembly: with a vision tower.
-        keep: False encodes every picture anew and alone (reference mode).
+        keep: False encodes every picture separately for every use (reference mode).
     """
 
     def __init__(self, assembly: Assembly, *, keep: bool = True) -> None:
@@ -43,7 +43,7 @@ class VisualTokens:
         return tuple(self._hash(image) for image in images)
 
     def ahead(self, images: Sequence[ImageLike]) -> None:
-        """Start to decode pictures that will be needed soon."""
+        """Start to decode the pictures of later batches."""
         if not self._keep:
             return
         if self._pool is None:
@@ -68,14 +68,14 @@ class VisualTokens:
             for start in range(0, len(numbers), together):
                 chosen = numbers[start : start + together]
                 pixels = torch.stack([self._decoded(keys[number], images[number]) for number in chosen])
-                # A copy of each row, so that dropping one picture frees its memory.
+                # Each row is copied, so that dropping one picture frees its memory.
                 rows += [row.clone() for row in encode_images(self._assembly.model, pixels)]
             return rows
 
         return dict(zip(keys, self._cache.get_many(keys, encode), strict=True))
 
     def close(self) -> None:
-        """Drop what is kept and stop the threads."""
+        """Drop the cached tokens and stop the threads."""
         self._cache.forget()
         self._decoding.clear()
         if self._pool is not None:

@@ -1,4 +1,4 @@
-"""Example: our checkpoints as a model of VLMEvalKit, which has no hook for models of other packages.
+"""Example: checkpoints of mm_moslora as a model of VLMEvalKit, which has no hook for models of other packages.
 
 In VLMEvalKit's `vlmeval/config.py` add
 
@@ -20,7 +20,7 @@ from mm_moslora_eval.protocol.model_interface import IMAGE, Message, Part, Reque
 
 
 class MoSLoRAModel:
-    """What VLMEvalKit asks of a model: `generate(message, dataset)` with a list of `{type, value}` parts.
+    """VLMEvalKit's model interface: `generate(message, dataset)` with a list of `{type, value}` parts.
 
     Args:
         model_path: as `--model` of `mm-moslora eval run`.
@@ -36,11 +36,11 @@ class MoSLoRAModel:
         self.max_new_tokens = max_new_tokens
 
     def use_custom_prompt(self, dataset: str) -> bool:
-        """No: VLMEvalKit's own prompt of the data set."""
+        """Return false, so that VLMEvalKit builds the data set's prompt."""
         return False
 
     def set_dump_image(self, dump_image: Any) -> None:
-        """VLMEvalKit hands over a function that writes pictures to files; it is not needed."""
+        """Ignore VLMEvalKit's function that writes pictures to files."""
 
     def generate(self, message: Sequence[dict[str, str]], dataset: str | None = None) -> str:
         """Answer one message."""

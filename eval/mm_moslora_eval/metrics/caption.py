@@ -1,7 +1,7 @@
 """Caption scores of a whole set: BLEU, ROUGE-L and CIDEr-D, with a PTB-like tokeniser that needs no Java.
 
 Definitions: Papineni et al. 2002, Lin 2004, Vedantam et al. 2015; constants as in the COCO caption evaluation.
-CIDEr-D weighs n-grams by how many of the set's images use them, so its value belongs to that very set.
+CIDEr-D weighs n-grams by their document frequency in the set, so values of different sets are not comparable.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Counts = Counter[tuple[str, ...]]
 
 
 def ngrams(text: str) -> Counts:
-    """How often each run of one to four words occurs."""
+    """Counts of all n-grams of one to four words."""
     words = text.split()
     return Counter(
         tuple(words[start : start + order])

@@ -20,7 +20,7 @@ _ANSWERS = {
 DATASETS = tuple(_ANSWERS)
 """The eight data sets, by the names of LLM-Adapters."""
 
-_INDENT = " " * 16  # the prompt's lines after the first are indented in the source, and models were tuned on that
+_INDENT = " " * 16  # the source indents all lines of the prompt except the first, and models were tuned on that
 
 
 def extract_answer(text: str, dataset: str) -> str:
@@ -34,7 +34,7 @@ def extract_answer(text: str, dataset: str) -> str:
 
 
 def prompt(instruction: str, context: str | None = None) -> str:
-    """The prompt of LLM-Adapters, indentation and the trailing space of its first line included."""
+    """The prompt of LLM-Adapters, including its indentation and the trailing space of its first line."""
     if context:
         head = (
             "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -54,7 +54,7 @@ class ChoiceRequests:
     """A multiple-choice question as log-likelihood requests."""
 
     gold: int
-    """Index of the right request."""
+    """Index of the correct option."""
     requests: tuple[tuple[str, str], ...]
     """(context, continuation) of each option."""
 
@@ -63,7 +63,7 @@ Record = Mapping[str, Any]
 
 
 def _hellaswag_text(text: str) -> str:
-    # Brackets are left over from the WikiHow part of the data.
+    # The WikiHow part of the data contains leftover brackets.
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
@@ -111,7 +111,7 @@ def lm_eval_requests(task: str, record: Record) -> ChoiceRequests:
     Raises:
         KeyError: an unknown task or a missing column.
     """
-    if task == "winogrande":  # here the contexts differ and the continuation is the same
+    if task == "winogrande":  # the options differ in the context and share the continuation
         before, after = record["sentence"].split("_", 1)
         contexts = tuple(before + record[name] for name in ("option1", "option2"))
         gold = int(record["answer"]) - 1

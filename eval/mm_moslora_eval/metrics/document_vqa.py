@@ -12,7 +12,7 @@ _ANLS_THRESHOLD = 0.5
 def anls(text: str, references: Sequence[str]) -> float:
     """Average normalised Levenshtein similarity; below 0.5 it is 0. lmms-eval and VLMEvalKit agree on it.
 
-    Distance between the lower-cased, space-collapsed strings, divided by the longer of the strings as they stand.
+    Distance between the lower-cased, space-collapsed strings, divided by the length of the longer original string.
     """
     best = 1 - min(_distance_share(text, reference) for reference in references)
     return best if best >= _ANLS_THRESHOLD else 0.0

@@ -1,4 +1,4 @@
-"""Exact match in the forms that GQA, AI2D, RealWorldQA and home-made sets use, and the lenient score beside it.
+"""Exact match as used by GQA, AI2D, RealWorldQA and custom data sets, and the lenient score.
 
 Every function takes the answer and one reference and returns 1.0 or 0.0; `best` takes several references.
 Source: evaluation notes of LLaVA (GQA conversion script), lmms-eval (`exact_match`) and VLMEvalKit (`accuracy`).
@@ -23,7 +23,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def exact_match(text: str, reference: str) -> float:
-    """The default: case, surrounding space, inner runs of space and closing periods do not count."""
+    """The default: ignores case, surrounding space, repeated inner space and closing periods."""
     return float(relaxed(text) == relaxed(reference))
 
 
@@ -33,17 +33,17 @@ def relaxed(text: str) -> str:
 
 
 def normalize_gqa_llava(text: str) -> str:
-    """LLaVA's form of an answer before GQA's own script compares it: closing periods go, then lower case."""
+    """LLaVA's form of an answer before GQA's own script compares it: without closing periods, in lower case."""
     return text.rstrip(".").lower()
 
 
 def gqa_llava(text: str, reference: str) -> float:
-    """LLaVA: `normalize_gqa_llava` equals the reference as it stands."""
+    """LLaVA: `normalize_gqa_llava` of the answer equals the unchanged reference."""
     return float(normalize_gqa_llava(text) == reference)
 
 
 def gqa_lmms_eval(text: str, reference: str) -> float:
-    """lmms-eval: equal without case and without ASCII punctuation; space counts."""
+    """lmms-eval: equal without case and ASCII punctuation; space is significant."""
     return float(text.lower().translate(_NO_PUNCTUATION) == reference.lower().translate(_NO_PUNCTUATION))
 
 
@@ -66,17 +66,17 @@ def best(metric: Callable[[str, str], float], text: str, references: Sequence[st
 
 
 def holds_answer(text: str, references: Sequence[str], options: Mapping[str, str]) -> float:
-    """The lenient score: 1.0 when an answer in many words holds the right one.
+    """The lenient score: 1.0 if a longer answer contains the reference.
 
-    Case, punctuation, articles and the spelling of small numbers do not count. Of a choice, one option must be named,
-    by its letter or its text, the longest where one is part of another; of a yes/no question in English, one of the
-    two words must occur and not the other. The score reads no grammar: a plural is another word, and "not a cat" holds
-    "cat". Where the reference is written without spaces between words, as in Chinese, Japanese or Thai, it counts
-    wherever its signs stand, in a longer word and behind a negation, too.
+    Case, punctuation, articles and the spelling of small numbers are ignored. For a multiple-choice question exactly
+    one option must be named, by its letter or its text; of options that contain each other the longest counts. For an
+    English yes/no question one of the two words must occur and not the other. Grammar is ignored: a plural is another
+    word, and "not a cat" contains "cat". A reference in a script without spaces between words, such as Chinese,
+    Japanese or Thai, matches anywhere, also within a longer word and after a negation.
 
     Args:
         text: the whole answer.
-        references: right answers; letters where there are options.
+        references: correct answers; letters where there are options.
         options: letter -> text.
     """
     if options:

@@ -1,4 +1,4 @@
-"""What a judge's reply means, and how judged scores add up: MM-Vet and LLaVA-Bench."""
+"""Parses a judge's replies and aggregates judged scores: MM-Vet and LLaVA-Bench."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ UNPARSED = (-1.0, -1.0)
 
 
 def mmvet_grade(reply: str) -> float | None:
-    """The grade in [0, 1] that the reply consists of, or None."""
+    """The grade in [0, 1] if the reply consists of nothing else, or None."""
     value = plain_number(reply)
     return value if value is not None and 0 <= value <= 1 else None
 
 
 def mmvet_grade_vlmevalkit(reply: str) -> float | None:
-    """VLMEvalKit's rule: what `float` takes and lies in [0, 1]. `nan`, which it takes for a grade, is none here."""
+    """VLMEvalKit's rule: text that `float` parses to a value in [0, 1]. Unlike there, `nan` is not a grade."""
     try:
         grade = float(reply)
     except ValueError:
@@ -34,7 +34,7 @@ def mmvet_grade_lmms_eval(reply: str) -> float | None:
 
 
 def mmvet_table_row(question: str, reference: str, prediction: str) -> str:
-    """The last line of MM-Vet's table for its judge, which is to continue it with the grade."""
+    """The last line of MM-Vet's table for the judge, which continues it with the grade."""
     spaced = reference.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     return " | ".join([question, spaced, prediction, ""])
 
@@ -58,7 +58,7 @@ def mmvet_scores(grades: Iterable[tuple[str, float]]) -> dict[str, dict[str, flo
 
 
 def mmvet_scores_vlmevalkit(grades: Iterable[tuple[str, float]]) -> dict[str, dict[str, float]]:
-    """VLMEvalKit's table: one tally serves both halves, so a question with a single capability counts twice in it."""
+    """VLMEvalKit's table: one tally serves both halves, so a question with a single capability counts twice."""
     tally: dict[str, list[float]] = defaultdict(list)
     combinations = []
     for category, grade in grades:
@@ -89,7 +89,7 @@ def llavabench_scores(reply: str) -> tuple[float, float]:
 
 
 def llavabench_scores_lmms_eval(reply: str) -> tuple[float, float]:
-    """lmms-eval's rule: the first two numbers of the first line, whatever stands between them."""
+    """lmms-eval's rule: the first two numbers of the first line, with any text between them."""
     line = reply.strip().split("\n")[0]
     numbers = re.findall(r"-?\d+(?:\.\d+)?", line)
     return (float(numbers[0]), float(numbers[1])) if len(numbers) >= 2 else UNPARSED

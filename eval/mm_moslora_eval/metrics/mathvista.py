@@ -1,4 +1,4 @@
-"""MathVista: bring an extracted answer into the form of the reference, and compare.
+"""MathVista: normalises an extracted answer to the form of the reference and compares them.
 
 Source: MathVista's `calculate_score` and VLMEvalKit's `post_check`.
 """
@@ -18,7 +18,7 @@ _LAST_NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?")
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What decides the form of a MathVista answer."""
+    """The columns that determine the form of a MathVista answer."""
 
     question_type: str
     """multi_choice or free_form."""
@@ -37,7 +37,7 @@ def _attempt(convert: Callable[[], str]) -> str | None:
 
 
 def normalize_official(text: str, question: Question) -> str | None:
-    """The official form: a choice by letter or by similarity, or a number of the right kind; None where that fails.
+    """The official form: a choice by letter or by similarity, or a number of the right type; None if that fails.
 
     An empty text becomes the most similar choice too, as in the source.
     """
@@ -46,7 +46,7 @@ def normalize_official(text: str, question: Question) -> str | None:
     if question.answer_type == "integer":
         return _attempt(lambda: str(int(float(text))))
     if question.answer_type == "float":
-        # Without a precision there is no form to bring a float into: int(None) raises, and so did the source.
+        # Without a precision int(None) raises, as in the source.
         return _attempt(lambda: str(round(float(text), int(question.precision))))  # type: ignore[arg-type]
     return text
 
@@ -62,14 +62,14 @@ def _choice(text: str, choices: Sequence[str]) -> str:
 
 
 def equal(normalized: str | None, reference: str) -> bool:
-    """Equal without surrounding space; what could not be normalised equals nothing, not even `None`."""
+    """Equal without surrounding space; an answer that could not be normalised equals nothing, not even `None`."""
     return normalized is not None and normalized.strip() == reference.strip()
 
 
 def extract_without_judge(text: str, question: Question) -> str:
-    """A lower bound where no language model may extract: the text itself if it fits, else its last number or letter.
+    """Extraction without a language model, a lower bound: the text itself if it fits, else its last number or letter.
 
-    No other harness defines this step, so a score that used it must say so.
+    No other harness defines this step, so a score that uses it must state it.
     """
     stripped = text.strip()
     if question.question_type == "multi_choice":
@@ -85,7 +85,7 @@ def extract_without_judge(text: str, question: Question) -> str:
 
 
 def prefetch_vlmevalkit(text: str, question: Question, reference: str) -> str | int | float | bool:
-    """VLMEvalKit's check before it asks a judge: the letter or the number if it is right, else False."""
+    """VLMEvalKit's check before it asks a judge: the letter or the number if it is correct, else False."""
     if question.question_type == "multi_choice":
         return vlmevalkit(text, _named(question)) or False
     answer, gold = _vlmevalkit_pair(text, question, reference)
@@ -93,7 +93,7 @@ def prefetch_vlmevalkit(text: str, question: Question, reference: str) -> str | 
 
 
 def extract_vlmevalkit(text: str, question: Question, reference: str) -> str:
-    """What VLMEvalKit reads before it asks a judge, as text; empty where it would ask."""
+    """VLMEvalKit's own extraction before it asks a judge, as text; empty if it would ask."""
     found = prefetch_vlmevalkit(text, question, reference)
     return str(found) if found else ""
 

@@ -1,4 +1,4 @@
-"""Small string helpers that several metrics share."""
+"""String helpers of several metrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
 
 
 def levenshtein(first: Sequence[str], second: Sequence[str]) -> int:
-    """Edits (insert, delete, replace) that turn one string into the other."""
+    """Levenshtein distance: fewest edits (insert, delete, replace) that turn one string into the other."""
     if len(first) > len(second):
         first, second = second, first
     row = list(range(len(first) + 1))
@@ -33,7 +33,7 @@ def strip_each(text: str, characters: str) -> str:
 def plain_number(text: str) -> float | None:
     """The number that the whole text writes in decimal or scientific form, or None.
 
-    Unlike `float` it takes neither `nan`, `inf` nor `1_000`, so model output cannot smuggle them in.
+    Unlike `float` it does not accept `nan`, `inf` or `1_000` in a model's output.
     """
     stripped = text.strip()
     return float(stripped) if _NUMBER.fullmatch(stripped) else None

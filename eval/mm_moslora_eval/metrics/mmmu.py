@@ -19,7 +19,7 @@ _TRIVIAL = frozenset(":,.!?;'")
 
 
 def extract_numbers(text: str) -> list[str]:
-    """Every number in the text: with thousands commas, then scientific, then plain; overlaps stay."""
+    """Every number in the text: with thousands commas, then scientific, then plain; overlaps are kept."""
     return [*_WITH_COMMAS.findall(text), *_SCIENTIFIC.findall(text), *_SIMPLE.findall(text)]
 
 
@@ -55,7 +55,7 @@ def _key_phrases(text: str) -> list[str]:
 
 
 def _shortest(tails: Sequence[str]) -> str:
-    """The shortest tail; an empty one is replaced by whatever follows, as in the source."""
+    """The shortest tail; an empty tail is replaced by the next one, as in the source."""
     best = ""
     for tail in tails:
         if not best or len(tail) < len(best):
@@ -64,9 +64,9 @@ def _shortest(tails: Sequence[str]) -> str:
 
 
 def options_vlmevalkit(references: Sequence[str]) -> Mapping[str, str]:
-    """The two options that VLMEvalKit makes of an open question: A is the reference, B is everything else.
+    """VLMEvalKit's two options of an open question: A is the reference, B is everything else.
 
-    Several references are one option there, written as a Python list.
+    Several references become one option, written as a Python list.
     """
     return {"A": references[0] if len(references) == 1 else str(list(references)), "B": "Other Answers"}
 

@@ -1,7 +1,7 @@
-"""Which option letter does an answer mean? The field's five answers, and what each benchmark's script makes of them.
+"""Extracts the option letter from an answer, by the rules of each harness and of each benchmark's script.
 
-Extractors take the answer and the options (letter -> text) and return a letter, `Z` for a refusal (VLMEvalKit only) or
-an empty string when no letter can be inferred. They never guess. `extract_letter` is the default.
+Extractors take the answer and the options (letter -> text). They return a letter, `Z` for a refusal (VLMEvalKit only)
+or an empty string when no letter can be inferred. They never guess. `extract_letter` is the default.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def vlmevalkit(text: str, options: Options) -> str:
 
 
 def vlmevalkit_2024_06(text: str, options: Options) -> str:
-    """VLMEvalKit when the MoSLoRA paper appeared: one letter anywhere, else one option's text."""
+    """VLMEvalKit in June 2024 (MoSLoRA paper): one letter anywhere, else one option's text."""
     return _option_token(text, options, last=None) or _option_text(text, options)
 
 
@@ -95,8 +95,8 @@ _AFFIXES = (
 def lmms_eval_mmbench(text: str, options: Options) -> str:
     """lmms-eval's static MMBench evaluator, in two stages.
 
-    First a token that is a letter, bare or with one of twelve affixes, else the text of one option; where that finds
-    nothing, lmms-eval's general extractor.
+    The first stage finds a token that is a letter, bare or with one of twelve affixes, else the text of one option. If
+    it finds nothing, the second stage is lmms-eval's general extractor.
     """
     known = {key: options[key] for key in options if key in "ABCD"}
     return _affixed_letter(text) or _option_text(text, known) or lmms_eval(text, known)
@@ -107,7 +107,7 @@ def _affixed_letter(text: str) -> str:
         return ""
     tokens = text.split()
     bare = [letter for letter in "ABCDE" if letter in tokens]
-    # A lone "A" in a longer answer is taken for an article.
+    # A single "A" in a longer answer counts as an article.
     if len(bare) == 1 and not ("A" in tokens and len(tokens) > 3):
         return bare[0]
     for prefix, suffix in _AFFIXES:
@@ -130,7 +130,7 @@ _PHRASES = (
 
 
 def lmms_eval(text: str, options: Options) -> str:
-    """lmms-eval's general extractor: every letter found, ranked by how it is written, then by how late it stands."""
+    """lmms-eval's general extractor: ranks every letter by its form, then by its position (later is better)."""
     if not text.strip():
         return ""
     choices = list(options) or letters(8)
@@ -171,7 +171,7 @@ def _after_phrases(text: str, choices: Sequence[str]) -> list[tuple[int, int, st
 
 
 def mmmu_official(text: str, options: Options) -> str:
-    """MMMU's own parser: `(X)`, else ` X `, else an option's text; the latest of several. No draw of lots."""
+    """MMMU's own parser: `(X)`, else ` X `, else an option's text; the last of several. No random choice."""
     return _mmmu(text, options, forms=(" {} ",))
 
 
@@ -228,7 +228,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def ai2d_filter(text: str) -> str:
-    """lmms-eval's AI2D filter: the capital before a period at the start, else the text as it stands."""
+    """lmms-eval's AI2D filter: the capital before a period at the start, else the unchanged text."""
     match = _LEADING_LETTER.match(text)
     return match.group(1) if match else text
 

@@ -1,11 +1,11 @@
 """A Penn-Treebank-like tokeniser for captions, without Java.
 
-It gives the tokens of the PTB tokeniser that the COCO caption evaluation runs (Stanford CoreNLP 3.4.1 with
-`-lowerCase`): contractions are split (`do n't`), abbreviations keep their periods, hyphenated words and slashes stay
-whole, brackets become `-lrb-` and the like. Punctuation tokens are then dropped, as that evaluation does; its list
-names the brackets in capitals, so they stay.
+It gives the tokens of the PTB tokeniser in the COCO caption evaluation (Stanford CoreNLP 3.4.1 with `-lowerCase`).
+Contractions are split (`do n't`), abbreviations keep their periods, hyphenated words and slashes stay whole, brackets
+become `-lrb-` and the like. As in that evaluation, punctuation tokens are dropped; brackets are kept, because its list
+has them in capitals.
 
-At every position the longest matching rule wins; rules that match equally far are tried in order.
+At every position the longest match wins; among equally long matches the first rule wins.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _ABBREVIATIONS = (
     "pres prof profs pte ptes pty pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt "
     "supts sys tel tenn thu thurs treas tue tues univ va vs vt wed wis wisc wm wyo"
 )
-"""Words that keep their period wherever they stand."""
+"""Words that always keep their period."""
 _CAPITAL_ABBREVIATIONS = "ark az del ill la mass miss ore pa tex wash"
-"""Those that do so with a capital only."""
+"""Words that keep their period only with a capital."""
 _NUMBERED = "art ca fig figs no nos op pp prop"
-"""Those that do so before a number only."""
+"""Words that keep their period only before a number."""
 _SENTENCE_STARTS = (
     "A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More Now "
     "Once One Other Our She Since So Some Such That The Their Then There These They This We What When While Yet "
@@ -132,7 +132,7 @@ _RENDER: dict[str, Callable[[str], str]] = {
     "joined": lambda token: _brackets_inside(token).replace(" ", "\xa0"),
     "smiley": _brackets_inside,
     "drop": lambda token: "",
-    # The tokeniser knows the characters of the basic plane only, so an emoji separates words and is no token.
+    # The tokeniser handles only the basic multilingual plane, so an emoji separates words and is no token.
     "other": lambda token: "" if token in _DROPPED or ord(token) > 0xFFFF else _SIGNS.get(token, token),
 }
 

@@ -7,16 +7,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 ROTATION = 1_000_000
-"""MMBench stores the rotations of one question as rows whose index differs by this much."""
+"""Difference between the indices of consecutive rotations of one question in MMBench."""
 
 
 def group_of(index: int) -> int:
-    """The question that a row of MMBench belongs to."""
+    """The question to which a row of MMBench belongs."""
     return index % ROTATION
 
 
 def circular_hits(rows: Iterable[tuple[int, bool]]) -> dict[int, int]:
-    """1 for each question whose every rotation is answered right, else 0.
+    """1 for each question with all rotations answered correctly, else 0.
 
     Args:
         rows: (index, right) of each row.
@@ -46,7 +46,7 @@ def macro_average(scores: Iterable[tuple[str, str, float]]) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which option a model prefers, by three readings of its log-likelihoods."""
+    """The option that a model prefers, by three normalisations of its log-likelihoods."""
 
     raw: int
     """Index of the largest sum (`acc`)."""
@@ -57,7 +57,7 @@ class Choice:
 
 
 def loglikelihood_choice(options: Sequence[str], loglikelihoods: Sequence[float]) -> Choice:
-    """lm-eval's choice among continuations; the first of equals wins.
+    """lm-eval's choice among continuations; ties go to the first.
 
     Args:
         options: the continuations without the space before them.

@@ -1,7 +1,8 @@
 """VQA soft accuracy and its normalisers (VQAv2, TextVQA, VizWiz, OK-VQA).
 
-Ten people answered each question. For each of them the answer is compared with the other nine and scores
-min(1, matches / 3); the result is the mean over the ten. Source: Antol et al. 2015 and the evaluators named below.
+Ten people answered each question. For each of the ten, the model's answer is compared with the other nine answers and
+scores min(1, matches / 3); the result is the mean over the ten. Source: Antol et al. 2015 and the evaluators named
+below.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {"none": "0"} | {word: str(value) for value, word in enumerate(_NUMBER_WORDS)}
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
-# The evaluators' look-behind is mistyped, so a period after a digit goes as well: "3." -> "3".
+# The evaluators' look-behind has a typo, so a period after a digit is removed too: "3." -> "3".
 _PERIOD_EVALAI = re.compile(r"\.(?!\d)")
 _PERIOD_VLMEVALKIT = re.compile(r"(?<!\d)\.(?!\d)")
-# The evaluators pass a flag where the count belongs: at most re.UNICODE = 32 periods are removed.
+# The evaluators pass a flag as the count, so at most re.UNICODE = 32 periods are removed.
 _ANCHOR_PERIODS = 32
 
 _CONTRACTED = (
@@ -34,14 +35,14 @@ _CONTRACTED = (
 )
 
 
-# By what is left without one of the apostrophes.
+# Keyed by the contraction without one of its apostrophes.
 _CONTRACTIONS = {
     word[:index] + word[index + 1 :]: word
     for word in _CONTRACTED.split()
     for index, mark in enumerate(word)
     if mark == "'"
 } | {"somebody'd": "somebodyd"}
-# VizWiz writes most contractions with a backtick; these few kept the apostrophe.
+# VizWiz writes most contractions with a backtick, but these with an apostrophe.
 _VIZWIZ_APOSTROPHE = {"ain't", "aren't", "can't", "could've", "couldn't", "we've", "where's", "who've"}
 _VIZWIZ_CONTRACTIONS = {
     key: word if word in _VIZWIZ_APOSTROPHE else word.replace("'", "`")
@@ -65,7 +66,7 @@ def _words(text: str, contractions: dict[str, str] = _CONTRACTIONS) -> str:
 
 
 def plain_words(text: str) -> str:
-    """Words alone, lower case, without articles, small numbers as digits; marks such as vowel signs stay with them."""
+    """Words in lower case, without articles, small numbers as digits; combining marks such as vowel signs are kept."""
     composed = unicodedata.normalize("NFC", text)
     return _words("".join(sign if _of_word(sign) else " " for sign in composed))
 
@@ -99,7 +100,7 @@ def normalize_official(text: str) -> str:
 
 
 def normalize_vlmevalkit(text: str) -> str:
-    """VLMEvalKit: a period goes only when neither neighbour is a digit, so `3.` keeps it."""
+    """VLMEvalKit: a period is removed only if neither neighbour is a digit, so `3.` keeps it."""
     return _words(punctuation_vlmevalkit(_one_line(text)))
 
 
@@ -120,8 +121,8 @@ def _punctuation_official(text: str) -> str:
 def soft_accuracy(text: str, references: Sequence[str]) -> float:
     """The default: `normalize` on both sides.
 
-    With one reference it is exact match; with two or three the divisor is the number of others, so that agreement of
-    all of them is worth 1.
+    With one reference it is exact match. With two or three the divisor is the number of the other references, so that
+    agreement with all of them scores 1.
 
     Args:
         text: the answer.
@@ -154,4 +155,4 @@ vqav2_official = partial(_accuracy, answer=normalize_official, reference=_punctu
 vqav2_lmms_eval = partial(_accuracy, answer=normalize_official, reference=normalize_official)
 """VQAv2 as in lmms-eval: references get every step."""
 vizwiz_official = partial(_accuracy, answer=_normalize_vizwiz, reference=str)
-"""VizWiz: references as they stand; contractions with backticks."""
+"""VizWiz: unchanged references; contractions with backticks."""

@@ -1,4 +1,4 @@
-"""Yes or no? Four extractors, and what POPE, MME and HallusionBench make of the verdicts.
+"""Yes/no questions: four extractors, and the scores of POPE, MME and HallusionBench.
 
 Extractors return `yes`, `no` or an empty string when neither can be inferred.
 """
@@ -36,7 +36,7 @@ def mme_lmms_eval(text: str) -> str:
 
 
 def pope_llava(text: str) -> str:
-    """LLaVA for POPE: `No`, `no` or `not` before the first period is a no; everything else, silence too, a yes."""
+    """LLaVA for POPE: `No`, `no` or `not` before the first period is a no; anything else, even no answer, is a yes."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if any(word in words for word in ("No", "not", "no")) else "yes"
 
@@ -60,7 +60,7 @@ class BinaryReport:
     fp: int
     tn: int
     fn: int
-    """An answer that is neither yes nor no counts as not yes: it is a `fn` where yes was right."""
+    """An answer that is neither yes nor no counts as not yes: it is a `fn` if yes is correct."""
     accuracy: float
     precision: float
     recall: float
@@ -76,7 +76,7 @@ def _ratio(part: float, whole: float) -> float:
 def pope(verdicts: Sequence[tuple[str, str]]) -> BinaryReport:
     """POPE's rates from (answer, reference) pairs of `yes`, `no` and empty strings.
 
-    Not inferable answers are wrong. Rates without a denominator are 0.
+    Answers that cannot be inferred are wrong. Rates without a denominator are 0.
     """
     tp = sum(answer == reference == "yes" for answer, reference in verdicts)
     tn = sum(answer == reference == "no" for answer, reference in verdicts)
@@ -97,7 +97,7 @@ def pope(verdicts: Sequence[tuple[str, str]]) -> BinaryReport:
 
 
 def pope_lmms_eval_rates(verdicts: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """lmms-eval's POPE rates: recall leaves out answers that are neither, and the yes ratio is that of the labels."""
+    """lmms-eval's POPE rates: recall ignores answers that are neither, and the yes ratio is that of the labels."""
     report = pope(verdicts)
     said_no = sum(answer == "no" and reference == "yes" for answer, reference in verdicts)
     recall = _ratio(report.tp, report.tp + said_no)
@@ -128,7 +128,7 @@ MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_transla
 def mme(scores: Iterable[tuple[str, str, float]]) -> dict[str, float]:
     """MME's acc + acc+ (0 to 200) per sub-task, and the sums `perception` (to 2000) and `cognition` (to 800).
 
-    acc is the percentage of right questions, acc+ that of images with every question right.
+    acc is the percentage of correct questions, acc+ that of images with every question correct.
 
     Args:
         scores: (sub-task, image, 1 or 0) of each question.
@@ -159,13 +159,13 @@ def _share_all_right(samples: Sequence[Sample], right: Sequence[bool], columns: 
 def hallusionbench(
     samples: Sequence[Sample], right: Sequence[bool], *, within: Sequence[str] = ("category", "subcategory")
 ) -> dict[str, float]:
-    """HallusionBench's three shares: questions (aAcc), figures (fAcc) and questions over all figures (qAcc) all right.
+    """HallusionBench's shares of correct questions (aAcc), figures (fAcc) and questions over all figures (qAcc).
 
     Args:
         samples: with category, subcategory, set_id, figure_id and question_id.
-        right: whether each answer is right.
-        within: the columns that tell the sets of one number apart. The benchmark's own script and lmms-eval take both
-            columns; VLMEvalKit takes the sub-category alone, so that `VD` and `VS` share the sets of a sub-category.
+        right: whether each answer is correct.
+        within: the columns that distinguish sets of the same number. The benchmark's own script and lmms-eval use both
+            columns. VLMEvalKit uses only the sub-category, so `VD` and `VS` share the sets of a sub-category.
     """
     return {
         "aAcc": _ratio(sum(right), len(right)),

@@ -1,7 +1,7 @@
-"""Miniature documents: seventeen benchmarks in their original layouts, with pictures drawn here.
+"""Miniature documents: seventeen benchmarks in their original layouts, with synthetic pictures.
 
-They show that a task reads, asks and scores; a score on them says nothing about a model. The task files are copies of
-the shipped ones without checksum and expected count.
+They test that a task can be read, asked and scored; a score on them is no measure of a model. The task files are copies
+of the shipped ones without checksum and expected count.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHAPES = ("circle", "square", "triangle", "star")
 
 @dataclass(frozen=True)
 class Scene:
-    """One drawn picture and what is true of it."""
+    """One synthetic picture and its properties."""
 
     colour: str
     shape: str
@@ -91,13 +91,13 @@ def make_miniature(folder: Path, *, max_new_tokens: int | None = None) -> list[P
 
     Args:
         folder: new or empty.
-        max_new_tokens: caps every protocol's; a model that was never trained does not stop by itself.
+        max_new_tokens: upper limit for every protocol, because an untrained model does not stop by itself.
 
     Returns:
         The task files, one per benchmark, for `mm-moslora eval run`.
 
     Raises:
-        ConfigError: files of somebody else have their names.
+        ConfigError: other files with these names exist.
     """
     names = [f"{name}.yaml" for name in TASKS] + [f"{name}.tsv" for name in _TSV] + ["vqav2.parquet", "commonsense"]
     refuse_strangers(folder, names, kind="miniature")
@@ -114,7 +114,7 @@ def make_miniature(folder: Path, *, max_new_tokens: int | None = None) -> list[P
 
 def _write_task(folder: Path, name: str, cap: int | None) -> Path:
     data = parse_yaml((task_folder() / f"{name}.yaml").read_text(encoding="utf-8"), source=name)
-    if "source" not in data:  # protocols with data of their own: the first one's is at hand
+    if "source" not in data:  # protocols with data of their own: take that of the first
         first, changes = next(iter(data["protocols"].items()))
         data["source"], data["protocols"] = changes.pop("source"), {first: changes}
     local = {"vqav2_val": "vqav2.parquet"}
@@ -149,7 +149,7 @@ def _yes_no(ask: Callable[[Scene], Sequence[tuple[str, bool]]], more: Callable[[
     for number, scene in enumerate(SCENES):
         first = len(rows)
         for place, (question, right) in enumerate(ask(scene)):
-            # VLMEvalKit's files give a picture once; other rows name the row that holds it.
+            # VLMEvalKit's files store a picture once; other rows refer to the row that holds it.
             image = scene.encoded if place == 0 else str(first)
             answer = "Yes" if right else "No"
             rows.append(
@@ -291,4 +291,4 @@ TASKS = (
     "realworldqa", "textvqa_val", "docvqa_val", "chartqa_test", "ocrbench", "gqa_testdev", "mmvet", "vqav2_val",
     "commonsense_boolq",
 )  # fmt: skip
-"""The benchmarks that have miniature documents."""
+"""Benchmarks with miniature documents."""

@@ -1,4 +1,4 @@
-"""What the runner asks of a model: `Request` in, `Answer` out. Everything that can answer implements `Model`."""
+"""The interface of models: `Request` in, `Answer` out. All backends implement `Model`."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Message:
 
     @property
     def text(self) -> str:
-        """The content with `<image>` for each image, for people and for hashes."""
+        """The content with `<image>` for each image, for display and for hashes."""
         return "".join(part if isinstance(part, str) else "<image>" for part in self.content)
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The content without the line breaks between images and text, for chat templates that set their own."""
+        """The content without line breaks between images and text, for chat templates that write their own."""
         images = [False, *(not isinstance(part, str) for part in self.content), False]
         stripped: list[Part] = []
         for place, part in enumerate(self.content):
@@ -58,14 +58,14 @@ class Request:
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these strings."""
     raw: bool = False
-    """The text stands for itself: no chat template."""
+    """Bare text without a chat template."""
     aliases: tuple[str, ...] = ()
-    """Other names of the question, by which stored answers may know it."""
+    """Other ids of the question that stored answers may use."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptionRequest:
-    """A question whose answer is one of some continuations, scored by log-likelihood."""
+    """A question with several continuations as options, scored by log-likelihood."""
 
     request: Request
     options: tuple[str, ...]
@@ -75,18 +75,18 @@ class OptionRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the model said."""
+    """The output of the model."""
 
     text: str
     tokens: int
     """Generated tokens, the end-of-turn token included."""
     finish_reason: FinishReason
-    """`length` when `max_new_tokens` cut it off."""
+    """`length` if `max_new_tokens` cut the answer off."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptionScore:
-    """How likely one continuation is."""
+    """The log-likelihood of one continuation."""
 
     logprob: float
     """Sum of log-probabilities over its tokens (0 or less)."""
@@ -97,16 +97,17 @@ class OptionScore:
 
 @runtime_checkable
 class Model(Protocol):
-    """Anything that answers requests: our model, a transformers model, a server, a replay of stored answers."""
+    """A backend that answers requests: a model of mm_moslora, a transformers model, a server, stored answers."""
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Display name."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever the answers could: a hash over weights, configuration, template, words and pictures."""
+        """A hash over everything that can change the answers: weights, configuration, template, processing of text and
+        pictures."""
         ...
 
     def generate(self, requests: Sequence[Request], *, batch_size: int) -> Iterator[tuple[int, Answer]]:
@@ -114,10 +115,10 @@ class Model(Protocol):
 
         Args:
             requests: questions on one image lie next to each other.
-            batch_size: how many to decode together.
+            batch_size: requests that are decoded together.
 
         Yields:
-            (index into `requests`, answer), each index once, as soon as it is known.
+            (index into `requests`, answer), each index once, as soon as the answer is there.
         """
         ...
 
@@ -128,5 +129,5 @@ class Model(Protocol):
         ...
 
     def close(self) -> None:
-        """Free what the model holds."""
+        """Free the model's resources."""
         ...

@@ -1,4 +1,4 @@
-"""A task is a protocol: where documents come from, how they are put, decoded, read, scored and added up."""
+"""A task is a protocol: the source of documents, the prompt, decoding, extraction, metric and aggregation."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from mm_moslora_eval.sources.document import DataSet, digest
 
 _NAME = re.compile(r"\w[\w.+-]*")
 _LONGEST_ID = 200
-"""Of name and protocol, which are a folder's name."""
+"""Most bytes of `NAME@PROTOCOL`, which is the name of a folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How answers are produced; always greedy."""
+    """Decoding of answers; always greedy."""
 
     kind: Literal["generate", "loglikelihood", "continuation"] = "generate"
-    """loglikelihood: the option whose letter is most likely after the prompt; continuation: the option whose whole text
-    is most likely after the bare text of the prompt, without a chat template (lm-evaluation-harness)."""
+    """loglikelihood: the option with the most likely letter after the prompt. continuation: the option with the most
+    likely text after the bare text of the prompt, without a chat template (lm-evaluation-harness)."""
     choice: Literal["sum", "per_character", "per_byte"] = "sum"
-    """What is most likely: by log-probability, or by that over the option's length (`acc`, `acc_norm`, `acc_bytes`)."""
+    """Score of an option: its log-probability, or that divided by its length (`acc`, `acc_norm`, `acc_bytes`)."""
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ()
 
@@ -40,7 +40,7 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A score somebody reported under this protocol."""
+    """A published score under this protocol."""
 
     model: str
     score: float
@@ -55,7 +55,7 @@ class Task:
     protocol: str = "own"
     """llava, vlmevalkit, lmms_eval, official, or own."""
     version: int = 1
-    """Raised whenever a score could change."""
+    """Incremented with every change that can change a score."""
     title: str = ""
     source: Source
     prompt: Prompt = field(default_factory=Prompt)
@@ -67,22 +67,22 @@ class Task:
     aggregation: str = "mean"
     """A name in `aggregation.AGGREGATIONS`."""
     expected_count: int | None = None
-    """Documents in the full set; another number is reported."""
+    """Documents in the full set; results note any other number."""
     licence: str = "unknown"
-    """Of the data."""
+    """Licence of the data."""
     unverified: tuple[str, ...] = ()
-    """Which of these facts (expected_count, licence) nobody has compared with the data or its card."""
+    """Facts (expected_count, licence) that are not verified against the data or its card."""
     published: tuple[Published, ...] = ()
     notes: str = ""
-    """What a reader of the score must know."""
+    """Notes for readers of the score."""
     differences: tuple[str, ...] = ()
-    """Where it differs from the harness that the protocol is named after, one sentence each."""
+    """Differences from the harness after which the protocol is named, one sentence each."""
     folder: str | None = None
-    """Where the task file lies, from which the paths of its source start; None: the working directory."""
+    """Folder of the task file; relative paths of its source start there. None: the working directory."""
 
     def __post_init__(self) -> None:
         for kind, name in (("name", self.name), ("protocol", self.protocol)):
-            if not _NAME.fullmatch(name):  # they name a folder
+            if not _NAME.fullmatch(name):  # both become part of a folder's name
                 raise EvalError(
                     f"Task {kind} {ascii(name)[:100]} is not acceptable: use letters, digits, `_`, `-` and `.`, not "
                     "`-` or `.` first."
@@ -110,20 +110,20 @@ class Task:
         return f"{self.name}@{self.protocol}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, without the place of the file."""
+        """Plain data, without the folder of the file."""
         data = asdict(self)
         del data["folder"]
         return data
 
     @property
     def asked(self) -> str:
-        """Hash of everything that decides the answers; extraction, metric and aggregation do not."""
+        """Hash of everything that determines the answers, so without extraction, metric and aggregation."""
         return digest([self.name, self.protocol, self.version, asdict(self.prompt), asdict(self.decoding)])
 
     def load(self) -> DataSet:
         """Read the documents.
 
         Raises:
-            EvalError: the file is missing, has another checksum, or cannot be read; the message says where.
+            EvalError: the file is missing, has another checksum, or cannot be read; names the place.
         """
         return sources.load(self.source, beside=Path(self.folder) if self.folder else None)

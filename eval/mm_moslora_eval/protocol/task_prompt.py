@@ -1,4 +1,4 @@
-"""How a document is put to the model: a template with fragments that appear only where their fields are filled."""
+"""The prompt of a document: a template with fragments that are omitted if one of their fields is empty."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ class Prompt:
     option_separator: str = "\n"
     instruction: str = ""
     open_instruction: str | None = None
-    """For documents without options; None: `instruction`."""
+    """Instruction for documents without options; None: `instruction`."""
     chinese_instruction: str | None = None
-    """For questions, hints or options with Chinese characters; None: `instruction`."""
+    """Instruction for questions, hints or options with Chinese characters; None: `instruction`."""
     chinese_open_instruction: str | None = None
     """The same for documents without options; None: `open_instruction`."""
     default_question: str | None = None
-    """For documents without a question (captions); None: such a document cannot be asked."""
+    """Question for documents without one (captions); None: such a document cannot be asked."""
     remove: tuple[str, ...] = ()
-    """Taken out of the question."""
+    """Texts that are removed from the question."""
     strip: bool = False
-    """Strip the question before anything is taken out of it."""
+    """Strip the question before texts are removed."""
     strip_rest: bool = False
-    """Strip what is left of it."""
+    """Strip the question after texts are removed."""
     capitalize: bool = False
-    """Only the question's first letter is a capital."""
+    """Capitalise the question: its first letter in upper case, all others in lower case."""
     images: str = "first"
-    """Where images go when the text has no `<image>` tags: first or last."""
+    """Position of images if the text has no `<image>` tags: first or last."""
     image_separator: str = "\n"
-    """Between the images and the text, as in LLaVA's training records."""
+    """Separator between the images and the text, as in LLaVA's training records."""
     system: str | None = None
     """System message."""
     function: str | None = None
@@ -64,7 +64,7 @@ class Prompt:
             )
 
     def text(self, document: Document) -> str:
-        """The user's text, image tags included where the data has them."""
+        """The user's text, including the image tags of the data."""
         if self.function is not None:
             return WORDINGS[self.function](document)
         fields = {**document.extra, "category": document.category or "", "hint": document.hint or ""}
@@ -92,10 +92,10 @@ class Prompt:
         return (user,) if self.system is None else (Message(role="system", content=(self.system,)), user)
 
     def image_order(self, document: Document) -> tuple[int, ...]:
-        """Which of the document's images stands at each image part of its messages.
+        """The number of the document's image for each image part of its messages.
 
-        `<image 2>` is the second one, wherever and however often it is named; images that no such tag names are not
-        shown (MMMU). Without numbers every image stands once, in order.
+        `<image 2>` is the second image and may occur anywhere and several times. Images without a numbered tag are not
+        shown (MMMU). Without numbers every image is shown once, in order.
 
         Raises:
             EvalError: see `messages`.
@@ -137,7 +137,7 @@ class Prompt:
     def _content(self, text: str, order: Sequence[int]) -> tuple[Part, ...]:
         if _IMAGE_TAG.search(text):
             parts: list[Part] = []
-            for index, piece in enumerate(_IMAGE_TAG.split(text)[::2]):  # every second one is a tag's number
+            for index, piece in enumerate(_IMAGE_TAG.split(text)[::2]):  # every second piece is a tag's number
                 parts += [IMAGE, piece] if index else [piece]
             return tuple(part for part in parts if part != "")
         if not order:

@@ -1,4 +1,4 @@
-"""Names of tasks: shipped YAML files, other packages' entry points, and data files that are tasks by themselves."""
+"""Finds tasks by name: shipped YAML files, entry points of other packages, and data files as tasks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mm_moslora_eval.protocol.task_prompt import Prompt
 from mm_moslora_eval.sources.source import Source
 
 ENTRY_POINTS = "mm_moslora_eval.tasks"
-"""Entry-point group of packages that bring tasks: each names a function without arguments that returns `Task`s."""
+"""Entry-point group for tasks of other packages: each entry is a function without arguments that returns `Task`s."""
 
 _TASK_FILES = (".yaml", ".yml")
 _PACKAGED = Path(__file__).parents[1] / "task_files"
@@ -25,7 +25,7 @@ _CHECKOUT = Path(__file__).parents[2] / "tasks"
 
 
 def task_folder() -> Path:
-    """Where the shipped task files lie: in the wheel, or in the checkout."""
+    """Folder of the shipped task files: in the wheel, or in the checkout."""
     return _PACKAGED if _PACKAGED.is_dir() else _CHECKOUT
 
 
@@ -110,7 +110,7 @@ def get_task(name: str) -> Task:
 
 
 def name_and_protocol(name: str) -> tuple[str, str]:
-    """Split `NAME@PROTOCOL` or `FILE.yaml@PROTOCOL`, whose folders may hold an `@`; no protocol is an empty one."""
+    """Split `NAME@PROTOCOL` or `FILE.yaml@PROTOCOL`; folders may contain an `@`. Without a protocol it is empty."""
     stem, separator, protocol = name.rpartition("@")
     return (stem, protocol) if separator and not name.endswith(_TASK_FILES) else (name, "")
 
@@ -119,7 +119,7 @@ def tasks_of(names: Sequence[str]) -> list[Task]:
     """The tasks of `validate.tasks`.
 
     Raises:
-        EvalError: no such task, or two whose metrics would have the same name.
+        EvalError: no such task, or two tasks with the same metric names.
     """
     tasks = [get_task(name) for name in names]
     for number, task in enumerate(tasks):
@@ -141,14 +141,14 @@ def _from_data(kind: str, rest: str) -> Task:
     if kind == "llava":
         return Task(
             name=name,
-            folder=str(Path.cwd()),  # what a person types starts there
+            folder=str(Path.cwd()),  # paths on a command line start there
             title=f"questions of {os.path.basename(path)}",
             source=Source(kind="llava", path=path, image_folder=folder or None),
             prompt=Prompt(
                 template="{hint_line}{question}{option_lines}{instruction}",
                 fragments=_LINES,
                 instruction="\nAnswer with the option's letter from the given choices directly.",
-                open_instruction="",  # LLaVA's question files carry their own instruction
+                open_instruction="",  # LLaVA's question files contain their own instruction
             ),
             extraction="letter_or_text",
             metric="letter_or_exact",

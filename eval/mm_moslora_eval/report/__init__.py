@@ -1,1 +1,1 @@
-"""The page of an evaluation, and what it leaves with a run."""
+"""The HTML report of an evaluation, and its scores in the training run's folder."""

@@ -1,7 +1,6 @@
-"""One self-contained HTML page of an evaluation run, and one of a comparison. No torch, no network.
+"""Self-contained HTML pages of an evaluation run and of a comparison. No torch, no network.
 
-Whatever a model or a data set wrote is escaped; the page's content policy forbids everything but its own style and
-script.
+Texts from a model or a data set are escaped. The page's content security policy allows only its own style and script.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ MOST_CATEGORIES = 40
 MOST_INVOCATIONS = 10
 _THUMBNAIL = 176
 _LONGEST = 1200
-"""Characters of a prompt or an answer; the whole ones are in samples.jsonl."""
+"""Shown characters of a prompt or an answer; samples.jsonl contains the whole text."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _MODES = {
     "own": "own", "blind": "mean colour", "wrong": "another item's", "majority": "none (majority)",
@@ -53,7 +52,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
         out: the HTML file; None: `report.html` in the folder.
 
     Raises:
-        EvalError: nothing was scored there.
+        EvalError: the run has no scores.
         ConfigError: `out` is a folder.
     """
     results = read_results(run)
@@ -81,7 +80,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
 
 def _environments(results: Sequence[TaskResult], data: dict[str, Any]) -> list[dict[str, Any]]:
-    """What answers were computed with, and what they were scored with."""
+    """The environments in which answers were computed, and in which they were scored."""
     computed: list[dict[str, Any]] = []
     for result in results:
         computed += [found for found in result.about.get("computed_by", []) if found not in computed]
@@ -95,7 +94,7 @@ def _environments(results: Sequence[TaskResult], data: dict[str, Any]) -> list[d
 
 
 def write_comparison(comparisons: Sequence[Comparison], out: Path) -> Path:
-    """Write comparisons as a page, the samples that changed included.
+    """Write comparisons as a page, including the samples that changed.
 
     Raises:
         ConfigError: `out` is a folder.
@@ -145,16 +144,16 @@ def _printable(value: Any) -> Any:
 
 
 def _short(text: str | None) -> str:
-    text = redact_text(text or "", keep_hashes=True)  # half a secret would not be known as one
+    text = redact_text(text or "", keep_hashes=True)  # before truncation: half a secret would not be recognised
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({len(text)} characters)"
 
 
 _SUMS = frozenset({"mme"})
-"""Aggregations whose headline is a sum and no share."""
+"""Aggregations with a sum as their headline instead of a share."""
 
 
 def format_score(value: float | None, aggregation: str = "mean") -> str:
-    """A share (or CIDEr) as percent, a sum (MME) as it stands, nan as a dash."""
+    """A share (or CIDEr) as percent, a sum (MME) unchanged, nan as a dash."""
     if value is None or math.isnan(value):
         return "–"
     return f"{value if aggregation in _SUMS else 100 * value:.1f}"
@@ -163,7 +162,7 @@ def format_score(value: float | None, aggregation: str = "mean") -> str:
 def _row(result: TaskResult) -> dict[str, Any]:
     bar = None
     is_sum = result.about.get("aggregation") in _SUMS
-    if not math.isnan(result.low) and result.high <= 1 and not is_sum:  # a sum such as MME's has no place on this scale
+    if not math.isnan(result.low) and result.high <= 1 and not is_sum:  # this scale does not fit a sum such as MME's
         bar = {"score": 100 * result.score, "low": 100 * result.low, "high": 100 * result.high}
     return {
         "it": result, "bar": bar, "mode": _MODES.get(result.mode, result.mode),
@@ -198,13 +197,13 @@ def _task(name: str, results: Sequence[TaskResult], run: Path) -> dict[str, Any]
 
 
 def _place(run: Path, result: TaskResult) -> Path | None:
-    """Where the samples of a result lie; None for a baseline and for samples that are gone."""
+    """Folder of the samples of a result; None for a baseline and for missing samples."""
     place = run / (result.folder or f"{result.task}@{result.protocol}/{result.mode}")
     return place if (place / SAMPLES).is_file() else None
 
 
 def _verdicts(results: Sequence[TaskResult], run: Path) -> list[str]:
-    """Whether the model looks: own pictures against the controls, sample by sample."""
+    """Whether the model uses the pictures: own pictures against the controls, sample by sample."""
     scored = {result.mode: place for result in results if result.scored and (place := _place(run, result))}
     said = []
     for control, words in (("blind", "a plain picture"), ("wrong", "another item's picture")):
@@ -252,7 +251,7 @@ def _thumbnails(run: Path, row: dict[str, Any]) -> list[Markup]:
 
 
 def _difference_bar(item: Comparison) -> dict[str, float]:
-    """Places in percent on a scale that is symmetric around 0."""
+    """Positions in percent on a scale that is symmetric around 0."""
     pair = item.paired
     numbers = [abs(value) for value in (pair.low, pair.high, pair.difference) if not math.isnan(value)]
     reach = max([*numbers, 1e-9]) * 1.15

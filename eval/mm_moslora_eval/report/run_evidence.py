@@ -1,7 +1,8 @@
-"""What an evaluation leaves with the run that it measured: scores and samples for its report, records of its trackers.
+"""Writes the scores and samples of an evaluation into the evaluated training run and its trackers.
 
-The evaluation folder keeps every answer. The run folder gets `evaluation.json`, `samples.json` with small copies of the
-pictures (see `mm_moslora.reporting.run_data`), and each tracker of its recipe the scores, under the adapter's digest.
+The evaluation folder keeps every answer. The run folder gets `evaluation.json`, and `samples.json` with small copies of
+the pictures (see `mm_moslora.reporting.run_data`). Each tracker of its recipe gets the scores under the adapter's
+digest.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from mm_moslora_eval.sources.document import digest
 logger = logging.getLogger(__name__)
 
 UNTUNED = "untuned"
-"""Folder, in that of an evaluation, with the answers of the model before tuning."""
+"""Folder within an evaluation's folder for the answers of the model before tuning."""
 _MODES = {
     "own": ("tuned", "Tuned"), "wrong": ("wrong_image", "Tuned, wrong picture"),
     "blind": ("blind", "Tuned, blind (mean colour)"), "question_majority": ("best_answer", "Best answer per question"),
@@ -38,11 +39,11 @@ _MODES = {
 
 
 def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Sequence[TaskResult] = ()) -> None:
-    """Put scores beside the run they belong to; nothing happens for exports and models that are not ours.
+    """Write scores into the run to which they belong; does nothing for exports and for models of other projects.
 
     Args:
-        model: what `--model` named.
-        results: of the tuned model and baselines.
+        model: the value of `--model`.
+        results: results of the tuned model and baselines.
         output: folder of the evaluation.
         before: results of the model before tuning.
     """
@@ -59,11 +60,11 @@ def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Se
     weights = adapter_digest(checkpoint / "adapter") or f"step {step}"
     rows = [_row(told, step=step, model=weights) for told in _whole(list(_told(results, before, output)))]
     try:
-        with held(run / ".evaluation.lock", wait=True):  # another evaluation of the run may end just now
+        with held(run / ".evaluation.lock", wait=True):  # another evaluation of the run may write at the same time
             known = _known(run / "evaluation.json")
             rows = _better(rows, known)
             _name_metrics(rows, known)
-            if newest:  # a report shows the run as it ended
+            if newest:  # reports show the last checkpoint
                 _merge(run / "evaluation.json", known, rows)
                 told = {row["subject"] for row in rows}
                 _keep_samples(run, [result for result in results if _subject(result) in told], output)
@@ -74,21 +75,21 @@ def keep(model: Path, results: Sequence[TaskResult], output: Path, *, before: Se
 
 
 def _subject(result: TaskResult) -> str:
-    """One word for task, protocol and documents; rows of unlike subjects are never put side by side."""
+    """An identifier of task, protocol and documents; only rows of the same subject are compared."""
     return digest(list(result.subject))[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """A result under the name that the run's folder gives it."""
+    """A result under its name in the run's folder."""
 
     name: str
     label: str
     result: TaskResult
     less: Difference | None
-    """The tuned model less this."""
+    """The difference tuned model - this."""
     pictures: bool = True
-    """Questions show pictures."""
+    """Whether the questions have pictures."""
 
 
 def _told(results: Sequence[TaskResult], before: Sequence[TaskResult], output: Path) -> Iterator[Told]:
@@ -110,13 +111,13 @@ def _told(results: Sequence[TaskResult], before: Sequence[TaskResult], output: P
 def before_tuning(
     result: TaskResult, place: Path, *, own: Sequence[Scored], label: str = "Before tuning"
 ) -> list[Told]:
-    """What the model before tuning scored, as asked and leniently.
+    """The scores of the model before tuning, strict and lenient.
 
     Args:
-        result: its own.
+        result: its result.
         place: the folder of its samples.
-        own: samples of the tuned model; empty where it was not asked.
-        label: for people.
+        own: samples of the tuned model; empty if it was not evaluated.
+        label: display name.
     """
     if not result.scored:
         return []
@@ -130,7 +131,7 @@ def before_tuning(
 
 
 def ahead_by(result: TaskResult, own: Sequence[Scored], other: Sequence[Scored]) -> Difference:
-    """The tuned model less another system, of the score that the result's task tells."""
+    """The difference tuned model - another system in the score of the result's task."""
     return difference_of_scores(_aggregation(result), own, other)
 
 
@@ -139,7 +140,7 @@ def _aggregation(result: TaskResult) -> str:
 
 
 def _own_samples(result: TaskResult, output: Path) -> list[Scored]:
-    """Samples of the tuned model with its own pictures on the documents of another result; empty where it has none."""
+    """Samples of the tuned model with its own pictures on the documents of another result; empty if it has none."""
     task, _, view = result.folder.partition("/")
     place = output / task / "own" / view.partition("/")[2]
     if not (place / SAMPLES).is_file():
@@ -149,7 +150,7 @@ def _own_samples(result: TaskResult, output: Path) -> list[Scored]:
 
 
 def row_of(told: Told) -> dict[str, Any]:
-    """A row of `evaluation.json`, without what it was measured by."""
+    """A row of `evaluation.json`, without the details of the measurement."""
     result, unit = told.result, SCORE_NAMES.get(_aggregation(told.result), "")
     categories = {
         category: {"n": int(part["n"]), "mean": part["score"], "low": part["low"], "high": part["high"]}
@@ -166,7 +167,7 @@ def row_of(told: Told) -> dict[str, Any]:
 
 
 def _whole(told: Sequence[Told]) -> list[Told]:
-    """The rows of subjects all of whose rows have a score: a conclusion from a part of them would be another one."""
+    """The rows of subjects with a score in every row; conclusions from only some of the rows could differ."""
     odd: dict[str, TaskResult] = {}
     for item in told:
         numbers = (item.result.score, item.result.low, item.result.high)
@@ -192,7 +193,7 @@ def _row(told: Told, *, step: int, model: str) -> dict[str, Any]:
 
 
 def _known(path: Path) -> list[dict[str, Any]]:
-    """The rows of earlier evaluations; a damaged file is put aside, for it may hold scores of other tasks."""
+    """The rows of earlier evaluations; a damaged file is renamed, because it may hold scores of other tasks."""
     from mm_moslora.utils.files import read_json, set_aside
 
     try:
@@ -205,7 +206,7 @@ def _known(path: Path) -> list[dict[str, Any]]:
 
 
 def _better(rows: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without the subjects of which more samples failed than in what is there: those stay as they are."""
+    """The rows without subjects with more failed samples than the stored rows, which then stay unchanged."""
     failed = {(row.get("subject"), row.get("name")): row.get("failed") or 0 for row in known}
     worse = {
         row["subject"]: row for row in rows if row["failed"] > failed.get((row["subject"], row["name"]), row["failed"])
@@ -219,7 +220,7 @@ def _better(rows: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> 
 
 
 def _name_metrics(rows: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> None:
-    """Give every row the name under which trackers draw it: the task's, unless that is another subject's."""
+    """Give every row its name for trackers: that of the task, unless another subject has it."""
     taken = {row["metric"]: row.get("subject") for row in known if row.get("metric")}
     for row in rows:
         whole = row["selection"] == "all"
@@ -231,9 +232,9 @@ def _name_metrics(rows: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]
 
 
 def _merge(path: Path, known: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> None:
-    """Newer rows take the place of older ones of the same subject and name; tuned rows come first.
+    """Replace older rows of the same subject and name by newer ones; tuned rows come first.
 
-    Rows of a model that is not the newer ones' leave their subject, so that scores of two steps are not compared.
+    Rows of another model than that of the newer rows lose their subject, so that scores of two steps are not compared.
     """
     from mm_moslora.utils.files import replace_json
 
@@ -241,8 +242,8 @@ def _merge(path: Path, known: Sequence[dict[str, Any]], rows: Sequence[dict[str,
     kept = [row for row in known if row.get("model") in (None, models.get(row.get("subject"), row.get("model")))]
     measured = {row.get("subject"): row.get("model") for row in known if row.get("name") == "tuned"}
     others = {subject for subject, model in models.items() if measured.get(subject, model) != model}
-    kept = [row | {"less": None} if row.get("subject") in others else row for row in kept]  # less another tuned model
-    anew = {(row["task"], row["n"]) for row in rows}  # rows of releases without subjects give way to them
+    kept = [row | {"less": None} if row.get("subject") in others else row for row in kept]  # less another model
+    anew = {(row["task"], row["n"]) for row in rows}  # replace rows of releases without subjects
     kept = [row for row in kept if row.get("subject") or (row.get("task"), row.get("n")) not in anew]
     merged = {(row.get("subject"), row.get("task"), row.get("name")): row for row in [*kept, *rows]}
     modes = [name for name, _ in _MODES.values()]
@@ -253,7 +254,7 @@ def _merge(path: Path, known: Sequence[dict[str, Any]], rows: Sequence[dict[str,
 
 
 def _keep_samples(run: Path, results: Sequence[TaskResult], output: Path) -> None:
-    """Some questions of every task, spread over it, with the answers and copies of the pictures."""
+    """Keep some evenly spread questions of every task, with the answers and copies of the pictures."""
     from mm_moslora.utils.files import replace_json
 
     own = [result for result in results if result.mode == "own"]
@@ -277,7 +278,7 @@ def _keep_samples(run: Path, results: Sequence[TaskResult], output: Path) -> Non
                     "subject": _subject(result), "n": result.n,
                 }
             )  # fmt: skip
-    if rows:  # what was asked of the most documents is shown first
+    if rows:  # the subject with the most documents comes first
         replace_json(run / "samples.json", sorted([*known, *rows], key=lambda row: -int(row.get("n") or 0)))
 
 
@@ -290,11 +291,11 @@ def _right(score: float | None) -> bool | None:
 
 
 def _open(_score: float | None) -> None:
-    """Of an answer that is neither right nor wrong."""
+    """The verdict of an answer that is neither right nor wrong."""
 
 
 def _copied(run: Path, output: Path, row: dict[str, Any], name: str) -> str | None:
-    """A copy of what the evaluation keeps of a question's first picture."""
+    """A copy of the evaluation's thumbnail of a question's first picture."""
     found = kept(output, row)
     if not found:
         return None

@@ -1,1 +1,1 @@
-"""Asking, storing, scoring a run."""
+"""Runs of the evaluation: asks models, stores and scores answers."""

@@ -1,4 +1,4 @@
-"""The answer file: JSONL that survives a crash at any moment, one file per process, keyed by content, only added to."""
+"""The answer file: append-only, crash-safe JSONL with content-hash keys, one file per process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a JSONL file; a torn or damaged line is dropped with a warning (its sample is asked again)."""
+    """The rows of a JSONL file; an incomplete or damaged line is dropped with a warning (its sample is asked again)."""
     rows: list[Row] = []
     data = read_bytes(path, most=MOST_BYTES)
     lines = data.split(b"\n")
@@ -34,7 +34,7 @@ def read_rows(path: Path) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-            torn = number == len(lines)  # no newline after it: the process died while writing
+            torn = number == len(lines)  # without a newline: the process died while writing
         except (json.JSONDecodeError, UnicodeDecodeError):
             row, torn = None, True
         if torn or not isinstance(row, dict) or "key" not in row:
@@ -45,7 +45,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def read_folder(folder: Path) -> dict[str, Row]:
-    """Every stored answer by key; later files and lines win, but an error never replaces an answer."""
+    """Every stored answer by key; later files and lines take priority, but an error never replaces an answer."""
     found: dict[str, Row] = {}
     merged = folder / MERGED
     for path in [merged, *sorted(folder.glob("answers-*.jsonl"))]:
@@ -54,7 +54,7 @@ def read_folder(folder: Path) -> dict[str, Row]:
         except FileError as error:
             if error.fault != FileFault.MISSING:
                 raise
-            continue  # not written yet, or merged by rank 0 in this moment
+            continue  # not written yet, or just merged by rank 0
         for row in rows:
             if row.get("error") is None or found.get(row["key"], row).get("error") is not None:
                 found[row["key"]] = row
@@ -62,7 +62,7 @@ def read_folder(folder: Path) -> dict[str, Row]:
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """One row as a line of JSON, key order kept; lone surrogates are escaped."""
+    """One row as a line of JSON in key order; lone surrogates are escaped."""
     try:
         text = json.dumps(row, ensure_ascii=False)
         text.encode("utf-8")
@@ -72,9 +72,9 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 class AnswerLog:
-    """Appends rows to a file of this process's own; flushed and synced per batch and every two seconds.
+    """Appends rows to this process's own file; flushed and synced per batch and every two seconds.
 
-    A file of its own means that a torn line can only be the last one and that ranks never write into each other.
+    With one file per process only the last line can be incomplete, and lines of ranks cannot mix.
     """
 
     def __init__(self, folder: Path, *, rank: int, batch_size: int) -> None:
@@ -88,7 +88,7 @@ class AnswerLog:
 
     def __enter__(self) -> AnswerLog:
         self._stream = self._open.enter_context(self.path.open("x", encoding="utf-8"))
-        self._open.enter_context(held(self.path, wait=False))  # says that the file still grows
+        self._open.enter_context(held(self.path, wait=False))  # the lock marks a file that is still written
         return self
 
     def __exit__(
@@ -107,7 +107,7 @@ class AnswerLog:
             self.flush()
 
     def flush(self) -> None:
-        """Put everything on the disk."""
+        """Flush and sync the file."""
         assert self._stream is not None
         self._stream.flush()
         os.fsync(self._stream.fileno())
@@ -115,11 +115,11 @@ class AnswerLog:
 
 
 def merge(folder: Path, keys: Iterable[str]) -> None:
-    """Gather the files of processes that are done with them in one; no answer is left out.
+    """Merge the files of finished processes into one; no answer is lost.
 
     Args:
         folder: TASK@PROTOCOL/MODE.
-        keys: of the answers that come first, in this order; all others follow as they were stored.
+        keys: keys of the answers that come first, in this order; all others follow in stored order.
     """
     with ExitStack() as stack:
         ended = [path for path in sorted(folder.glob("answers-*.jsonl")) if _is_ended(path, stack)]
@@ -133,7 +133,7 @@ def merge(folder: Path, keys: Iterable[str]) -> None:
 
 
 def _is_ended(path: Path, stack: ExitStack) -> bool:
-    """Whether nobody writes the file any more; it stays locked as long as the stack."""
+    """Whether no process writes the file any more; it then stays locked until the stack is closed."""
     try:
         stack.enter_context(held(path, wait=False))
     except OSError:

@@ -1,8 +1,8 @@
-"""Views of stored answers: which documents of which data, read by which rules.
+"""Views of stored answers: a selection of documents with the rules that score them.
 
-The answers of a task lie once per TASK@PROTOCOL/MODE, keyed by content, and none is ever taken out. What was asked of a
-data set, or of a selection of it, is a view with a folder of its own below, named after the selection and its checksum.
-So another selection, or another data set of the same name, stands beside it and never in its place.
+The answers of a task are stored once per TASK@PROTOCOL/MODE, keyed by content, and never removed. A data set or a
+selection of it is a view with its own sub-folder, named after the selection and its checksum. Another selection, or
+another data set of the same name, is a further view and replaces none.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from mm_moslora_eval.sources.document import DataSet, digest
 
 TASK, DOCUMENTS, SAMPLES = "task.json", "documents.jsonl", "samples.jsonl"
 RESCORED = "-as-"
-"""In the name of a view that is read by the rules of another protocol than it was asked with."""
+"""Part of the name of a view that is scored by another protocol than that of its prompts."""
 _SHOWN = 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The documents that were asked of a data set."""
+    """The documents of a data set that were asked."""
 
     name: str
     """all, `first 5`, or `3 chosen`."""
@@ -33,7 +33,7 @@ class Selection:
     of: int
     """Documents of the data set."""
     sha256: str
-    """Over the selected documents with their references and pictures: what a score is about."""
+    """Hash over the selected documents with their references and pictures."""
 
     @property
     def folder(self) -> str:
@@ -42,7 +42,7 @@ class Selection:
 
     @property
     def text(self) -> str:
-        """For people; empty for a whole data set."""
+        """Display text; empty for a whole data set."""
         return "" if self.name == "all" else f"{self.name} of {self.of}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class Selection:
 
 
 def selection_of(items: Sequence[Item], data: DataSet) -> Selection:
-    """What the items are of their data set."""
+    """The selection that the items make of their data set."""
     ids, known = [item.document.id for item in items], [document.id for document in data.documents]
     name = "all" if ids == known else f"first {len(ids)}" if ids == known[: len(ids)] else f"{len(ids)} chosen"
     content = [[item.document.hash, list(item.own_ids)] for item in items]
@@ -64,15 +64,15 @@ def views_below(folder: Path) -> list[Path]:
 
 
 def find_view(place: Path) -> Path:
-    """The view that a folder means: itself, or of several the one with the most documents, then the latest.
+    """The view of a folder: the folder itself, or of several views the one with the most documents, then the latest.
 
-    Views that were read by another protocol's rules have to be named.
+    A view that was scored by another protocol must be named explicitly.
 
     Args:
         place: a view, or TASK@PROTOCOL/MODE.
 
     Raises:
-        EvalError: no view is there.
+        EvalError: there is no view.
     """
     if (place / TASK).is_file() or (place / DOCUMENTS).is_file():
         return place
@@ -89,7 +89,7 @@ def _documents(view: Path) -> int:
 
 
 def answers_folder(view: Path) -> Path:
-    """Where the answers of a view lie: above it, or in it for folders of releases that knew no views."""
+    """Folder of the answers of a view: its parent, or itself for folders of releases without views."""
     return view if list(view.glob("answers*.jsonl")) else view.parent
 
 

@@ -1,4 +1,4 @@
-"""What a score is worth: answers that need no model, scored like a model's."""
+"""Baselines: answers without a model, scored like a model's."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_training_answers(path: Path, *, image_folder: Path | None = None) -> li
 
     Args:
         path: the file or folder.
-        image_folder: where its pictures lie, which are not opened; None: below the file's folder.
+        image_folder: folder of its pictures, which are not opened; None: the file's folder.
 
     Raises:
         DataError: it cannot be read, or holds no usable record.
@@ -72,14 +72,14 @@ def baseline(
 ) -> TaskResult:  # fmt: skip
     """Score a baseline.
 
-    `about["learned_from"]` of the result says what the answers were learned from, `about["own_less_this"]` by how much
-    the model beats them.
+    In the result, `about["learned_from"]` is the source of the answers, and `about["own_less_this"]` is the model's
+    score minus the baseline's.
 
     Args:
         name: one of `BASELINES`.
         task: scores the answers.
         documents: the evaluated ones.
-        data: where they come from.
+        data: their data set.
         training: questions and answers of the training set.
         own: samples of the model with its own pictures.
     """
@@ -98,7 +98,7 @@ def baseline(
 
 
 def learned_from(training: Sequence[TrainingAnswer]) -> str:
-    """What the answers of the baselines come from, in words."""
+    """Description of the source of the baselines' answers."""
     return "training answers" if training else "the evaluated set"
 
 
@@ -108,15 +108,15 @@ def answer_without_model(
 ) -> list[Scored]:  # fmt: skip
     """The samples of a baseline.
 
-    `majority` always gives the most frequent answer, `question_majority` the most frequent one for the question's text
-    (the best that can be done without looking at the picture). Both learn from `training` if it is given, else from the
-    evaluated set itself, where a text that occurs once falls back on the majority.
+    `majority` always gives the most frequent answer. `question_majority` gives the most frequent answer to the
+    question's text, which is the best possible without the picture. Both count the answers of `training` if it is
+    given, else those of the evaluated set itself; there, a text that occurs once gets the majority answer.
 
     Args:
         name: one of `BASELINES`.
         task: scores the answers.
         documents: the evaluated ones.
-        clusters: what goes together, such as the picture of each document.
+        clusters: the cluster of each document, such as its picture.
         training: questions and answers of the training set.
     """
     assert name in BASELINES, name
@@ -143,7 +143,7 @@ def _answers_of(documents: Sequence[Document]) -> list[TrainingAnswer]:
 
 
 def _most_frequent(answers: Sequence[str]) -> str:
-    # Ties go to the alphabetically first, so that the order of rows does not matter.
+    # Ties go to the alphabetically first answer, so that the order of rows does not matter.
     counts = Counter(answers)
     return min(counts, key=lambda answer: (-counts[answer], answer)) if counts else ""
 

@@ -1,4 +1,4 @@
-"""Evaluate a model on a task with its controls and baselines, and compare two runs."""
+"""Evaluates a model on a task with controls and baselines, and compares two runs."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def evaluate(
     """Ask, score and write one task in several image modes, with baselines.
 
     Args:
-        model: answers; what is already in `output` is not asked again.
+        model: the model; questions with an answer in `output` are not asked again.
         task: the protocol.
         output: run folder; it belongs to one model.
         modes: own (the real pictures), blind (their mean colour), wrong (another item's picture).
         baselines: names of `baselines.BASELINES`.
-        training: for the baselines; without it they learn from the evaluated set.
+        training: training answers for the baselines; None: the answers of the evaluated set.
         settings: batch size, limits, rank.
         progress: called with (answered, all) within each mode.
-        judge: grades free answers; without one such tasks stay unscored.
+        judge: grades free answers; without a judge such tasks stay unscored.
 
     Returns:
         One result per mode and baseline, in this order; an empty list on ranks other than 0.
@@ -119,29 +119,29 @@ class Comparison:
     score_b: float
     paired: error_bars.Paired
     changed: tuple[str, ...]
-    """Ids of the samples whose score differs."""
+    """Ids of the samples with different scores."""
     detectable: float
-    """The true difference that this many samples are likely to show (80 % power)."""
+    """The true difference that this number of samples detects with 80 % power."""
     seeds_a: tuple[float, ...] = ()
     """The mean score of each run of A."""
     seeds_b: tuple[float, ...] = ()
     seed_spread: float = math.nan
     """Standard deviation between seeds, pooled over both systems; nan with one seed each."""
     samples: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = ()
-    """The rows of A and B (of their first seeds) whose score differs."""
+    """The rows of A and B (of their first seeds) with different scores."""
     aggregation: str = "mean"
-    """How the task adds samples up; compared is the mean over samples, for `circular` that over questions."""
+    """The task's aggregation; the comparison is of the mean over samples, for `circular` over questions."""
 
     headline: HeadlineDifference | None = None
-    """The task's own number, where that is no mean of samples (POPE, MME, MMStar's macro average)."""
+    """Comparison of the task's headline, if that is no mean of samples (POPE, MME, MMStar's macro average)."""
 
     @property
     def caution(self) -> str:
-        """What a reader must know whose task has another headline than the mean; empty for a mean."""
+        """A note for tasks with another headline than the mean; empty for a mean."""
         if self.aggregation in ("mean", "circular", "ocrbench", "mmvet", "mmvet_vlmevalkit"):
             return ""  # means of samples, or of questions
         return (
-            f"Wins, losses and p-values are about single samples; the headline of this task adds them up otherwise "
+            "Wins, losses and p-values are about single samples; the headline of this task aggregates them differently "
             f"({self.aggregation})."
         )
 
@@ -155,10 +155,10 @@ def read_samples(place: Path) -> list[dict[str, Any]]:
 
 
 def paired_folders(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> list[tuple[list[Path], list[Path]]]:
-    """The views that all runs have (same task, protocol, image mode and documents), or the given places themselves.
+    """The views that all runs have (same task, protocol, image mode and documents), or the given folders themselves.
 
     Raises:
-        EvalError: nothing in common.
+        EvalError: the runs have no view in common.
     """
     everything = [*runs_a, *runs_b]
     missing = [str(run) for run in everything if not run.exists()]
@@ -184,7 +184,7 @@ def paired_folders(runs_a: Sequence[Path], runs_b: Sequence[Path]) -> list[tuple
 
 
 def _scored_below(run: Path) -> list[Path]:
-    """Sample files of a run: in views, and in the folders of releases that knew no views."""
+    """Sample files of a run: in views, and in the folders of releases without views."""
     return [*run.glob(f"*/*/{SAMPLES}"), *run.glob(f"*/*/*/{SAMPLES}")]
 
 
@@ -193,7 +193,7 @@ def _is_place(path: Path) -> bool:
 
 
 def _alike(a: Sequence[Path], b: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """The views of the same documents in all places; where there is none, the view that each place means."""
+    """The views of the same documents in all folders; if there are none, the default view of each folder."""
     places = [*a, *b]
     below = [{path.parent.name for path in place.glob(f"*/{SAMPLES}")} for place in places]
     shared = set.intersection(*below) if below else set()
@@ -259,13 +259,13 @@ def _headline(aggregation: str, places: Sequence[Path]) -> HeadlineDifference | 
 
 
 def _by_question(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """MMBench's questions instead of their rotations: right when every rotation is."""
+    """MMBench's questions instead of their rotations; a question is right if all its rotations are."""
     questions: dict[str, dict[str, Any]] = {}
     for name, row in sorted(rows.items(), key=lambda item: int(item[0])):
         question = str(group_of(int(name)))
         before = questions.setdefault(question, dict(row))
         if row["score"] < before["score"]:
-            questions[question] = dict(row)  # the rotation that went wrong is the one to look at
+            questions[question] = dict(row)  # keep the wrong rotation for display
     return questions
 
 
@@ -275,7 +275,7 @@ def _described(place: Path) -> dict[str, Any]:
 
 
 def _named(place: Path) -> str:
-    """NAME@PROTOCOL, and the selection where it is not the whole data set."""
+    """NAME@PROTOCOL, with the selection if it is not the whole data set."""
     described = _described(place)
     if not described:
         return place.parent.name

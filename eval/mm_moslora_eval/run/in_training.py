@@ -1,4 +1,4 @@
-"""Harness tasks during a training run: `validate.tasks` of a recipe, measured on the model as it is."""
+"""Evaluation during a training run: `validate.tasks` of a recipe, measured on the current model."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ if TYPE_CHECKING:
     from mm_moslora.training.validation import Moment
 
 
-class _CutShort(BaseException):  # what a sample raises as an Exception is recorded, and the next one is asked
-    """A signal came."""
+class _CutShort(BaseException):  # an Exception of a sample would be recorded, and the next sample asked
+    """A signal has arrived."""
 
 
 def measure(moment: Moment) -> Mapping[str, float] | None:
-    """Run the recipe's tasks; answers and scores stay in the moment's folder.
+    """Run the recipe's tasks; answers and scores are stored in the moment's folder.
 
     Args:
         moment: model, recipe, step; see `mm_moslora.training.validation`.
 
     Returns:
-        `eval/TASK/score` and `eval/TASK/METRIC`, on rank 0; nothing on other ranks. None on ranks that gave up because
-        one of them has heard a signal.
+        `eval/TASK/score` and `eval/TASK/METRIC` on rank 0; nothing on other ranks. None on ranks that stopped because
+        one rank received a signal.
 
     Raises:
-        EvalError: see `registry.tasks_of`; or every sample fails.
+        EvalError: see `task_registry.tasks_of`; or every sample fails.
     """
     config = moment.recipe.validate
     settings = Settings(batch_size=moment.recipe.train.micro_batch, limit=config.task_limit or None)
     _start_over(moment.folder)
     model = LocalModel(moment.assembly, name=f"{moment.recipe.name} at step {moment.step}")
     metrics: dict[str, float] = {}
-    asked = moment.folder / "stop"  # rank 0 would wait for a rank that gave up, and then do its share
+    asked = moment.folder / "stop"  # otherwise rank 0 would wait for a stopped rank and then do its share
 
     def give_way(*_: int) -> None:
         if moment.stop.received:
@@ -68,11 +68,11 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
 
 
 def _start_over(folder: Path) -> None:
-    """A resumed run measures a step anew, with weights that may differ in the last bit."""
+    """Delete the folder of a step, because a resumed run measures it again with weights that may differ slightly."""
     failure: Exception | None = None
     if distributed.is_main():
         try:
-            remove(folder, mark=MARK if (folder / MARK).exists() else RUN)  # folders of earlier releases have no mark
+            remove(folder, mark=MARK if (folder / MARK).exists() else RUN)  # folders of earlier releases have no marker
             folder.mkdir(parents=True)
             mark(folder, "temporary")
         except (OSError, ConfigError) as error:

@@ -1,8 +1,8 @@
-"""Judges: grading free answers with a language model behind an OpenAI-compatible endpoint.
+"""Judges: grade free answers with a language model behind an OpenAI-compatible endpoint.
 
-Replies are cached as JSON files by address, model and request, so that scoring again costs nothing; calls and tokens
-are counted, and a budget ends the grading before it is exceeded. The wording of the questions to the judge is this
-project's own in every protocol; results name it (`WORDING`).
+Replies are cached as JSON files by address, model and request, so that scoring again costs nothing. Calls and tokens
+are counted, and grading stops before the budget is exceeded. All protocols use this project's own wording of the
+judge's prompts; results name it (`WORDING`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mm_moslora_eval.sources.document import Document, digest
 
 logger = logging.getLogger(__name__)
 
-_TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)  # VLMEvalKit's ladder: a reply that cannot be read is asked for again
+_TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)  # VLMEvalKit's schedule: one further request per unreadable reply
 _WORKERS = 4
 
 _T = TypeVar("_T")
@@ -40,9 +40,9 @@ class Judge:
     """A judge with a cache and a budget.
 
     Args:
-        endpoint: where it answers.
+        endpoint: the judge's endpoint.
         cache: folder of the replies.
-        budget_tokens: most tokens (prompt and completion) to pay for in this process; None: no limit.
+        budget_tokens: most tokens (prompt and completion) used by this process; None: no limit.
     """
 
     def __init__(self, endpoint: Endpoint, *, cache: Path, budget_tokens: int | None = None) -> None:
@@ -51,12 +51,12 @@ class Judge:
         cache.mkdir(parents=True, exist_ok=True)
 
     def ask(self, prompt: str, *, max_tokens: int = 256, temperature: float = 0.0) -> str:
-        """The judge's reply, from the cache where it was given before.
+        """The judge's reply, from the cache if it is there.
 
         Raises:
             BudgetError: the budget is used up.
-            EvalError: the endpoint refuses.
-            RuntimeError: it failed.
+            EvalError: the endpoint refuses the request.
+            RuntimeError: the request failed.
         """
         messages = [{"role": "user", "content": prompt}]
         payload: dict[str, Any] = {"messages": messages, "max_tokens": max_tokens, "temperature": temperature}
@@ -70,7 +70,7 @@ class Judge:
         spent = usage.prompt_tokens + usage.completion_tokens
         if self._budget is not None and spent >= self._budget:
             raise BudgetError(
-                f"The judge has used {spent} of {self._budget} tokens; nothing more is asked. What it said is kept: "
+                f"The judge has used {spent} of {self._budget} tokens; nothing more is asked. Its replies are kept: "
                 "score again with a larger --judge-budget."
             )
         reply = self.endpoint.chat(payload)
@@ -80,7 +80,7 @@ class Judge:
         return text
 
     def to_dict(self) -> dict[str, Any]:
-        """For the result file: who judged, and what it cost."""
+        """For the result file: the judge, and its calls and tokens."""
         about = {
             "model": self.endpoint.model,
             "url": redact_text(self.endpoint.url),
@@ -91,7 +91,7 @@ class Judge:
 
 
 def _kept_reply(place: Path) -> str | None:
-    """A reply of the cache; None where there is none, or where it is damaged and asked for again."""
+    """A cached reply; None if there is none, or if it is damaged and will be requested again."""
     try:
         return str(read_json(place)["reply"])
     except FileNotFoundError:
@@ -103,19 +103,19 @@ def _kept_reply(place: Path) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Grade:
-    """What a judge makes of one answer."""
+    """A judge's grade of one answer."""
 
     score: float
     """0 to 1."""
     reply: str
-    """The words that were read; the last ones when none could be."""
+    """The reply that was parsed; the last reply if none could be."""
     readable: bool
     numbers: tuple[float, ...] = ()
     """llavabench: the scores of the reference and of the model, 1 to 10, or -1."""
 
 
 WORDING = "mm_moslora 2"
-"""Names the wordings below in result files: they are this project's, whatever the protocol is called."""
+"""Name of the prompts below in result files; they are this project's own in every protocol."""
 
 _MMVET = """\
 You grade answers to questions about pictures. Compare the answer with the reference and give a score between 0.0 (all \
@@ -163,7 +163,7 @@ Ratings = Callable[[str], tuple[float, float]]
 
 
 def _grade_mmvet(judge: Judge, document: Document, answer: str, *, read: GradeOf) -> Grade:
-    """MM-Vet: the first readable grade of up to five replies; none is 0, and not readable."""
+    """MM-Vet: the first readable grade of up to five replies; without one the grade is 0 and marked as unreadable."""
     prompt = _MMVET + judge_scores.mmvet_table_row(document.question, "<OR>".join(document.answers), answer)
     reply = ""
     for temperature in _TEMPERATURES:
@@ -188,7 +188,7 @@ def _grade_llavabench(judge: Judge, document: Document, answer: str, *, read: Ra
 
 
 def _extract_mathvista(judge: Judge, document: Document, answer: str) -> str:
-    """MathVista: the final answer within a long one; an answer that fits as it stands is not sent."""
+    """MathVista: the final answer within a long one; an answer that already fits is not sent."""
     question = mathvista_question(document)
     stripped = answer.strip()
     short = stripped in (*question.choices, *document.options)
@@ -198,7 +198,7 @@ def _extract_mathvista(judge: Judge, document: Document, answer: str) -> str:
 
 
 def _extract_mathvista_vlmevalkit(judge: Judge, document: Document, answer: str) -> str:
-    """The same after VLMEvalKit's check of what needs no judge."""
+    """The same after VLMEvalKit's check for answers that need no judge."""
     return EXTRACTORS["mathvista_vlmevalkit"](answer, document) or _asked_for_answer(judge, document, answer)
 
 
@@ -213,7 +213,7 @@ JUDGE_EXTRACTIONS: dict[str, tuple[Callable[[Judge, Document, str], str], str]] 
     "mathvista": (_extract_mathvista, "mathvista_extracted"),
     "mathvista_vlmevalkit": (_extract_mathvista_vlmevalkit, "text"),
 }
-"""Extraction of a task -> how a judge finds the answer instead, and the extraction that reads what it found."""
+"""Extraction of a task -> function with which a judge finds the answer, and the extraction that parses it."""
 
 
 def _is_number(text: str) -> bool:
@@ -231,15 +231,15 @@ GRADERS: dict[str, Callable[[Judge, Document, str], Grade]] = {
     "judge_llavabench": partial(_grade_llavabench, read=judge_scores.llavabench_scores),
     "judge_llavabench_lmms_eval": partial(_grade_llavabench, read=judge_scores.llavabench_scores_lmms_eval),
 }
-"""Metric of a task -> how a judge grades one answer."""
+"""Metric of a task -> function with which a judge grades one answer."""
 
 
 def grade_all(judge: Judge, metric: str, given: Sequence[tuple[Document, str | None]]) -> list[Grade | None]:
-    """Grade answers; None for one that never came.
+    """Grade answers; None for a missing answer.
 
     Raises:
         BudgetError: see `Judge.ask`.
-        EvalError: the judge cannot be reached, or what it says is no reply.
+        EvalError: the judge cannot be reached, or its response is not valid.
     """
     grader = GRADERS[metric]
     return _each(lambda document, answer: grader(judge, document, answer), given)
@@ -248,7 +248,7 @@ def grade_all(judge: Judge, metric: str, given: Sequence[tuple[Document, str | N
 def extract_all(
     judge: Judge, extraction: str, given: Sequence[tuple[Document, str | None]]
 ) -> tuple[Sequence[tuple[Document, str | None]], str]:
-    """The answers that a judge finds, where the extraction has one do that, and the extraction that reads them.
+    """The answers found by a judge, for extractions that use one, and the extraction that parses them.
 
     Raises:
         EvalError: see `grade_all`.
@@ -273,6 +273,6 @@ def _each(ask: Callable[[Document, str], _T], given: Sequence[tuple[Document, st
             found[asked[number]] = result
     except EvalError:
         raise
-    except Exception as error:  # of whatever kind: the answers that are stored must stay usable
+    except Exception as error:  # any error: the stored answers must stay usable
         raise EvalError(f"The judge failed: {error}. Its replies so far are kept; score again.") from error
     return found

@@ -1,6 +1,7 @@
-"""Under which circumstances answers came about: precision, device, versions, commit; and a line per call of a run.
+"""Provenance of answers: precision, device, versions and commit; and one line per call of a run.
 
-The circumstances stand with the answers of every view and in `results.json`; `invocations.jsonl` also has the commands.
+The environment is stored with the answers of every view and in `results.json`. `invocations.jsonl` also has the
+commands.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ _SECONDS = 5
 
 
 def circumstances(model: Model) -> dict[str, Any]:
-    """What computes answers now: details of the model (precision, device, attention), versions, commit."""
+    """The current environment: details of the model (precision, device, attention), versions, commit."""
     details: Mapping[str, Any] = getattr(model, "details", {})
     return {"model": dict(details), "environment": environment(), "code": commit()}
 
 
 def record(folder: Path, model: Model, settings: Mapping[str, Any]) -> None:
-    """Append what this call is: command, settings, hardware and precision, versions, commit."""
+    """Append a record of this call: command, settings, hardware and precision, versions, commit."""
     now = circumstances(model)
     row = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -45,7 +46,7 @@ def record(folder: Path, model: Model, settings: Mapping[str, Any]) -> None:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The recorded calls; a torn line is left out."""
+    """The recorded calls; an incomplete line is left out."""
     rows = []
     for text in (read_text_below(folder, FILE) or "").splitlines():
         try:
@@ -57,7 +58,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 @lru_cache(maxsize=1)
 def commit() -> dict[str, Any] | None:
-    """The commit of the checkout that this code runs from and whether it was changed; None outside of one."""
+    """The commit of the checkout from which this code runs and whether it has changes; None outside a checkout."""
     root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return None

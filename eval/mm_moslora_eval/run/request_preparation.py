@@ -1,4 +1,4 @@
-"""From documents to work: prompts rendered, pictures identified, keys computed, shares dealt to ranks."""
+"""Prepares requests: renders prompts, identifies pictures, computes keys, divides the work among ranks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mm_moslora_eval.sources.document import CONTEXT, Document, ImageLike, diges
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode, derangement, mean_image
 
 FORMAT = 1
-"""Version of keys and files; another version is never mixed in."""
+"""Version of keys and files; versions are never mixed."""
 
-_TOKENS_PER_IMAGE = 576  # LLaVA-1.5; only the order of work depends on it
+_TOKENS_PER_IMAGE = 576  # LLaVA-1.5; affects only the order of work
 _CHARACTERS_PER_TOKEN = 4
 
 
@@ -27,12 +27,12 @@ class Item:
     index: int
     document: Document
     key: str
-    """Hash of all that decides the answer: task, document, prompt, pictures, decoding, model. Never the rank."""
+    """Hash of everything that determines the answer: task, document, prompt, pictures, decoding, model."""
     messages: tuple[Message, ...]
     image_ids: tuple[str, ...]
     """Hashes of the pictures shown."""
     own_ids: tuple[str, ...]
-    """Hashes of the document's own pictures; they group samples whatever the image mode shows."""
+    """Hashes of the document's own pictures; they group samples in every image mode."""
     problem: str | None
 
     @property
@@ -43,7 +43,7 @@ class Item:
 
     @property
     def cluster(self) -> str:
-        """What samples on the same picture share."""
+        """Identifier of the pictures, equal for samples on the same pictures."""
         return "+".join(self.own_ids) or f"document {self.document.id}"
 
 
@@ -54,11 +54,11 @@ class Preparation:
         task: the protocol.
         documents: to be asked.
         mode: which pictures to show.
-        seed: picks the wrong pictures.
-        fingerprint: of the model.
+        seed: seed that chooses the wrong pictures.
+        fingerprint: fingerprint of the model.
         hasher: identifies pictures.
-        pool: the whole data set, whose pictures the wrong ones are taken from, so that a document gets the same one in
-            every selection; None: the documents are all.
+        pool: the whole data set, from which wrong pictures are taken, so that a document gets the same one in every
+            selection; None: `documents` is the whole data set.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Preparation:
         )
 
     def request(self, item: Item) -> Request:
-        """The item as the model gets it; pictures of the mode `blind` are made here.
+        """The request for the model; creates the pictures of the mode `blind`.
 
         Raises:
             DataError: the picture cannot be decoded (mode `blind`).
@@ -157,7 +157,7 @@ class Preparation:
         )
 
     def option_request(self, item: Item) -> OptionRequest:
-        """The item with its option letters as continuations, or with their texts."""
+        """The request with the option letters, or the options' texts, as continuations."""
         document = item.document
         if self._task.decoding.kind == "loglikelihood":
             return OptionRequest(request=self.request(item), options=tuple(document.options))
@@ -166,7 +166,7 @@ class Preparation:
         return OptionRequest(request=self.request(item), options=texts, contexts=contexts)
 
     def paths(self, item: Item) -> list[str | None]:
-        """The files of the pictures shown, where they are files."""
+        """The files of the shown pictures, as far as they are files."""
         if self._mode == "blind":
             return [None for _ in item.image_ids]
         pictures = [self._pictures.get(name) for name in item.image_ids]
@@ -174,7 +174,7 @@ class Preparation:
 
 
 def _aliases(document: Document) -> tuple[str, ...]:
-    """What other harnesses call a document: its question id, its picture's file, that in its category's folder."""
+    """Ids of a document in other harnesses: its question id, or its picture's file with and without the folder."""
     extra = document.extra
     path = extra.get("image_path", "")
     within = f"{document.category}/{path.rpartition('/')[2]}" if path and document.category else ""
@@ -182,12 +182,12 @@ def _aliases(document: Document) -> tuple[str, ...]:
 
 
 def deal(items: Sequence[Item], *, rank: int, world_size: int) -> list[Item]:
-    """This rank's share: groups of one picture stay together, the costliest goes to the least loaded rank first.
+    """This rank's share: groups of one picture stay together; the costliest group goes first to the least loaded rank.
 
-    It depends on the items alone, so that every rank and every rerun agrees without talking.
+    The shares depend only on the items, so that all ranks and reruns agree without communication.
 
     Returns:
-        The share, longest first, so that a lack of memory shows at once.
+        The share, longest first, so that a lack of memory appears at once.
     """
     groups: dict[tuple[str, ...], list[Item]] = {}
     for item in items:

@@ -1,4 +1,4 @@
-"""Scores of a run folder: from answers to `samples.jsonl` and `results.json`. Needs no model, no data set, no torch."""
+"""Scores a run folder: answers to `samples.jsonl` and `results.json`. Needs no model, no data set, no torch."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ if TYPE_CHECKING:
     from mm_moslora_eval.run.llm_judge import Judge
 
 RULES = ("extraction", "metric", "aggregation")
-"""Parts of a task that make a score of answers."""
+"""Parts of a task that turn answers into a score."""
 
 
 LENIENT = "lenient"
-"""Mode of a result whose answers count wherever they hold the right word."""
+"""Mode of a lenient result, in which an answer counts if it contains the right word."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What became of the documents; `total` is what the data set has (after `limit`)."""
+    """Counts of documents; `total` is the size of the data set (after `limit`)."""
 
     total: int
     scored: int
     failed: int
     """No answer; counted as wrong in the headline score."""
     not_inferable: int
-    """Answered, but the extraction read nothing; wrong."""
+    """Answered, but the extraction found nothing; counted as wrong."""
     truncated: int
     """Cut off by max_new_tokens."""
     dropped: int = 0
     """Rows that the protocol leaves out."""
     thinking: int = 0
-    """Answers whose `<think>` blocks were taken out before anything was read."""
+    """Answers with `<think>` blocks, which are removed before extraction."""
     unclosed_thinking: int = 0
-    """Of these, answers whose block never ends; they are among `not_inferable`."""
+    """Of these, answers with a block without an end; also counted in `not_inferable`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +80,11 @@ class TaskResult:
     categories: dict[str, dict[str, float]] = field(default_factory=dict)
     """n, score, stderr, low, high per category."""
     about: dict[str, Any] = field(default_factory=dict)
-    """Protocol, data, selection, model, seed, first prompt, what computed the answers and when."""
+    """Protocol, data, selection, model, seed, first prompt, environment and date."""
     folder: str = ""
     """The view with the samples, relative to the run folder; empty for a baseline."""
     remarks: tuple[str, ...] = ()
-    """What a reader of the score must not miss: why samples failed, that all answers are the same."""
+    """Remarks for readers of the score: why samples failed, that all answers are the same."""
 
     @property
     def id(self) -> str:
@@ -93,7 +93,7 @@ class TaskResult:
 
     @property
     def subject(self) -> tuple[Any, ...]:
-        """What is measured by which rules; scores of unlike subjects are never put side by side."""
+        """The documents and rules of a score; only scores of the same subject are compared."""
         return (*self._measured, *self._rules)
 
     @property
@@ -103,12 +103,12 @@ class TaskResult:
 
     @property
     def _rules(self) -> tuple[Any, ...]:
-        """What a protocol's name does not tell of a task file that was edited."""
+        """The rules of an edited task file, which the protocol's name does not identify."""
         return (self.version, *(self.about.get(rule, "") for rule in RULES))
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Two results of one run folder with the same key stand in one view: the later one takes the other's place."""
+        """The key of a result within a run folder; a later result with the same key replaces the earlier one."""
         return (*self._measured, self.mode)
 
     @property
@@ -137,7 +137,7 @@ def result_from_dict(data: dict[str, Any]) -> TaskResult:
 
 
 def names_of(results: Sequence[TaskResult]) -> list[str]:
-    """`NAME@PROTOCOL` of every result, with the selection and, where names collide, the data file, its checksum, the
+    """`NAME@PROTOCOL` of every result with the selection and, if names collide, the data file, its checksum and the
     rules."""
 
     def described(result: TaskResult) -> tuple[str, str, str, str]:
@@ -167,13 +167,13 @@ def names_of(results: Sequence[TaskResult]) -> list[str]:
 def score_folder(place: Path, *, rules: Task | None = None, judge: Judge | None = None) -> TaskResult:
     """Score the answers of one view and write its `samples.jsonl`.
 
-    A task that only a judge can score is left unscored without one, and where the judge fails: its score is nan,
-    `about["unscored"]` says why, and a submission file lies beside the samples.
+    A task that needs a judge stays unscored without one or if the judge fails. Then its score is nan,
+    `about["unscored"]` is the reason, and a submission file is written to the samples' folder.
 
     Args:
         place: the folder that `runner.run_task` returned, or TASK@PROTOCOL/MODE.
-        rules: a task whose extraction, metric and aggregation are used instead of those the questions were asked with;
-            the samples then lie in a view beside this one.
+        rules: a task with the extraction, metric and aggregation to use instead of the original ones; the samples are
+            then written to a further view.
         judge: grades free answers.
 
     Raises:
@@ -210,7 +210,7 @@ def score_folder(place: Path, *, rules: Task | None = None, judge: Judge | None 
         "errors": [_last_line(answer["error"]) for answer in given],
     }  # fmt: skip
     if reason is not None:
-        if not _has_scores(view):  # what a judge has said is worth more than that there is none now
+        if not _has_scores(view):  # keep the scores of an earlier judge
             _write_samples(view, rows, given, scored)
         about["unscored"] = f"{reason.text} {_submit(task, view)}"
         about |= {"judge_failed": True} if reason.failed else {}
@@ -223,7 +223,7 @@ _ABOUT = ("model", "seed", "data", "selection", "first_prompt", "computed_by", "
 
 
 def _with_rules(view: Path, described: dict[str, Any], task: Task, rules: Task) -> tuple[Path, Task]:
-    """A view of the same answers under another protocol's rules; prompt and decoding stay those of the asking."""
+    """A view of the same answers under another protocol's rules; prompt and decoding stay the original ones."""
     kept = replace(
         task, protocol=rules.protocol, version=rules.version, extraction=rules.extraction, metric=rules.metric,
         aggregation=rules.aggregation, published=rules.published, notes=rules.notes, differences=rules.differences,
@@ -257,17 +257,17 @@ def _has_scores(view: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Unscored:
-    """Why there is no score."""
+    """The reason for a missing score."""
 
     text: str
     failed: bool = False
-    """A judge was asked and did not do it."""
+    """The judge failed."""
 
 
 def _scored(
     task: Task, given: Sequence[tuple[Document, str | None]], clusters: Sequence[str], judge: Judge | None
 ) -> tuple[list[Scored], _Unscored | None]:
-    """Samples with their scores, and why there is no score, if there is none."""
+    """Samples with their scores, or the reason for missing scores."""
     plain = _without_scores(given, clusters)
     if all(not document.answers for document, _ in given) and task.metric not in JUDGED:
         return plain, _Unscored("The data holds no reference answers.")
@@ -282,13 +282,13 @@ def _scored(
             from mm_moslora_eval.run.llm_judge import extract_all
 
             read, extraction = extract_all(judge, extraction, _visible(given))
-    except EvalError as error:  # the other tasks are asked and scored all the same
+    except EvalError as error:  # other tasks are still asked and scored
         return plain, _Unscored(str(error), failed=True)
     return [_score_one(task, sample, found, extraction) for sample, (_, found) in zip(plain, read, strict=True)], None
 
 
 def _score_one(task: Task, sample: Scored, found: str | None, extraction: str) -> Scored:
-    """Score what a judge found, or the answer itself; the sample keeps the answer as it came."""
+    """Score the answer that a judge found, or the answer itself; the sample keeps the original answer."""
     answer = None if sample.failed else sample.text if found is None else found
     rules = {"extraction": extraction, "metric": task.metric}
     scored = score_answer(sample.document, answer, cluster=sample.cluster, **rules)
@@ -313,7 +313,7 @@ def _graded(
 
 
 def _visible(given: Sequence[tuple[Document, str | None]]) -> list[tuple[Document, str | None]]:
-    """Answers as a judge sees them; one whose thinking never ends is not shown to it."""
+    """Answers for the judge, without thinking; an answer with an unfinished thinking block is left out."""
     seen = [None if text is None else without_thinking(text) for _, text in given]
     return [
         (document, None if answer is None or answer.unclosed else answer.text)
@@ -335,7 +335,7 @@ def _submit(task: Task, view: Path) -> str:
 
     form = DEFAULT_FORM.get(task.name, "vlmevalkit")
     path = view / f"submission.{SUFFIXES.get(form, 'json')}"
-    path.write_bytes(submission(view, form=form)[0])  # the run's own file: scoring again writes it again
+    path.write_bytes(submission(view, form=form)[0])  # a file of the run itself, which scoring again may overwrite
     return f"The answers were written to {path} in the form {form!r}."
 
 
@@ -387,16 +387,16 @@ def summarise(
     task: Task, scored: Sequence[Scored], *, mode: str, about: dict[str, Any], truncated: int = 0, folder: str = "",
     errors: Sequence[str | None] = (),
 ) -> TaskResult:  # fmt: skip
-    """Add scored samples up; N scored equals N in the data, or this fails.
+    """Aggregate scored samples; fails unless every document of the data is scored exactly once.
 
     Args:
         task: its aggregation is used.
-        scored: every sample.
+        scored: all samples.
         mode: image mode, or name of a baseline.
-        about: goes into the result.
+        about: see `TaskResult.about`.
         truncated: answers that max_new_tokens cut off.
-        folder: see `TaskResult.folder`; without one it is a baseline, whose answers are the same by design.
-        errors: why each sample failed; None for those that did not.
+        folder: see `TaskResult.folder`; empty for a baseline, where equal answers need no remark.
+        errors: the error of each sample; None for samples that did not fail.
     """
     headline = AGGREGATIONS[task.aggregation](scored)
     done = [sample for sample in scored if not sample.failed]
@@ -439,9 +439,9 @@ def _beside(task: Task, answered: Sequence[Scored]) -> Iterator[str]:
 
 
 def lenient_result(place: Path) -> tuple[TaskResult, list[Scored]] | None:
-    """The score of a view when every answer counts that holds the right word, and the samples.
+    """The lenient score of a view, in which every answer with the right word counts, and the samples.
 
-    None where a judge reads the answers, or the score is no sum of right ones, as a caption's.
+    None if a judge reads the answers, or if the score is no sum of right answers, as for captions.
 
     Args:
         place: a scored view, or TASK@PROTOCOL/MODE.
@@ -457,7 +457,7 @@ def lenient_result(place: Path) -> tuple[TaskResult, list[Scored]] | None:
 
 
 def _categories(task: Task, scored: Sequence[Scored]) -> dict[str, dict[str, float]]:
-    """Means per category and second-level category; over whole questions where rotations count as one."""
+    """Means per category and second-level category; over whole questions if rotations count as one."""
     groups: dict[str, list[Scored]] = defaultdict(list)
     for sample in scored:
         for name in {sample.document.category, sample.document.extra.get("l2-category")} - {None}:
@@ -500,10 +500,10 @@ def _sample(index: int, row: dict[str, Any], answer: dict[str, Any], scored: Sco
 
 
 def read_scored(place: Path) -> list[Scored]:
-    """The scored samples of a task folder, as an aggregation takes them.
+    """The scored samples of a task folder, as input of an aggregation.
 
     Raises:
-        EvalError: it is no such folder, or has not been scored.
+        EvalError: it is not a task folder, or it is not scored.
     """
     view = find_view(place)
     path = view / SAMPLES
@@ -520,7 +520,7 @@ def read_scored(place: Path) -> list[Scored]:
 
 
 def task_of(place: Path) -> Task | None:
-    """By which rules a view was scored; None where the samples are no answers to a task."""
+    """The rules by which a view was scored; None if the samples are no answers to a task."""
     path = place / TASK
     return build_strictly(Task, _read_json(path)["task"], source=str(path)) if path.is_file() else None
 
@@ -542,7 +542,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def environment() -> dict[str, str]:
-    """Versions that can change an answer or a score."""
+    """Versions of the software that can change an answer or a score."""
     found = {"python": platform.python_version(), "platform": platform.platform(), "machine": platform.machine()}
     for package in ("mm-moslora", "torch", "transformers", "peft", "pillow", "numpy"):
         try:
@@ -553,7 +553,7 @@ def environment() -> dict[str, str]:
 
 
 def read_results(folder: Path) -> list[TaskResult]:
-    """The results of a run so far; none yet is an empty list."""
+    """The results of a run so far; an empty list if there are none."""
     path = folder / "results.json"
     if not path.is_file():
         return []
@@ -568,11 +568,11 @@ def read_results(folder: Path) -> list[TaskResult]:
 def write_results(folder: Path, results: Sequence[TaskResult]) -> list[TaskResult]:
     """Merge results into the run's `results.json` (atomically).
 
-    A result takes the place of an older one with the same key (task, protocol, image mode, documents) unless it knows
-    less: it has no score where the older one has, or more samples that failed.
+    A result replaces an older one with the same key (task, protocol, image mode, documents), unless the older one is
+    more complete: it has a score and the new one has none, or fewer of its samples failed.
 
     Returns:
-        Those that took no place.
+        Results that did not replace the older one.
     """
     merged = {result.key: result for result in read_results(folder)}
     behind = [result for result in results if _knows_less(result, merged.get(result.key))]

@@ -1,7 +1,7 @@
-"""Small copies of the pictures that reports show, kept in the run folder while the data are at hand.
+"""Small copies of the pictures in reports, written to the run folder during the evaluation.
 
-A run folder may come from somebody else, and the paths in it may name any file of this machine. A report therefore
-shows what lies in the run folder and opens nothing else.
+A run folder may come from another person, and the paths in it may name any file of this machine. A report therefore
+opens only files in the run folder.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from mm_moslora_eval.sources.document import Document, ImageLike
 from mm_moslora_eval.sources.image_controls import Hasher, ImageMode, open_image
 
 FOLDER = "pictures"
-"""In a run folder."""
+"""Folder name within a run folder."""
 MOST_SAMPLES = 60
-"""Samples shown per task and image mode: failures first, then what could not be read, then wrong and right ones."""
+"""Samples shown per task and image mode: first failed, then unreadable, then wrong and right answers."""
 MOST_EVIDENCE = 24
-"""Samples, spread over a task, that a run of ours keeps of an evaluation."""
+"""Number of an evaluation's samples, spread over a task, that a training run keeps."""
 MOST_PICTURES = 4
-"""Pictures shown of a sample."""
+"""Pictures shown per sample."""
 _MOST_BYTES = 2**22
 _IDENTITY = re.compile(r"[0-9a-f]{64}")
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """What became of a sample, in a word."""
+    """The outcome of a sample in one word."""
     if row["failed"]:
         return "failed"
     if row["score"] is None:
@@ -42,14 +42,14 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """At most `count` rows, spread over all of them."""
+    """At most `count` rows, evenly spread over all rows."""
     if len(rows) <= count:
         return list(rows)
     return [rows[index * len(rows) // count] for index in range(count)] if count else []
 
 
 def shown_samples(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The samples that a report shows, some of every verdict."""
+    """The samples for a report, some of every verdict."""
     by_verdict: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_verdict.setdefault(verdict(row), []).append(row)
@@ -64,14 +64,14 @@ def shown_samples(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def keep(
     run: Path, rows: Sequence[dict[str, Any]], documents: Iterable[Document], *, mode: ImageMode, hasher: Hasher
 ) -> None:
-    """Keep small copies of the pictures of the samples that are shown.
+    """Write small copies of the pictures of the samples for a report.
 
     Args:
         run: the evaluation's folder.
         rows: the samples.
-        documents: of the task, with their pictures.
-        mode: what was shown; of `blind` there is nothing to see.
-        hasher: that has named the pictures.
+        documents: documents of the task, with their pictures.
+        mode: the image mode; pictures of `blind` are not kept.
+        hasher: the hasher that identified the pictures.
     """
     if mode == "blind":
         return
@@ -102,7 +102,7 @@ def kept(run: Path, row: dict[str, Any]) -> list[tuple[str, bytes]]:
 
     Args:
         run: the evaluation's folder.
-        row: of `samples.jsonl`.
+        row: a row of `samples.jsonl`.
     """
     found = []
     for name in list(row.get("images") or ())[:MOST_PICTURES]:

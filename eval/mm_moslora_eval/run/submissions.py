@@ -1,4 +1,4 @@
-"""Answers in the forms that evaluation servers and other harnesses read."""
+"""Writes answers in the formats of evaluation servers and other harnesses."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_submission(place: Path, out: Path, *, form: str) -> int:
         form: a name in `FORMS`.
 
     Returns:
-        How many documents had no answer; they are written as empty ones.
+        Number of documents without an answer; these are written as empty answers.
 
     Raises:
         EvalError: an unknown form, a folder without answers, or documents that have not been asked.
@@ -48,7 +48,7 @@ def write_submission(place: Path, out: Path, *, form: str) -> int:
 
 
 def submission(place: Path, *, form: str) -> tuple[bytes, int]:
-    """What `write_submission` writes, and how many documents had no answer.
+    """The content of a submission file, and the number of documents without an answer.
 
     Raises:
         EvalError: see `write_submission`.
@@ -87,7 +87,7 @@ def _vizwiz(rows: Sequence[Row]) -> bytes:
 def _image_name(row: Row) -> str:
     given = row["extra"].get("image_path") or next((path for path in row["paths"] if path), None) or row["id"]
     name = PurePath(given)
-    return name.name if name.suffix else f"{name.name}.jpg"  # as ids, the pictures of VizWiz have no suffix
+    return name.name if name.suffix else f"{name.name}.jpg"  # VizWiz's ids of pictures have no suffix
 
 
 def _docvqa(rows: Sequence[Row]) -> bytes:
@@ -118,7 +118,7 @@ def _columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     table = []
     for row in rows:
         answers = row["answers"]
-        # A list of references is written as VLMEvalKit writes and reads it.
+        # A list of references in VLMEvalKit's format.
         answer = answers[0] if len(answers) == 1 else repr(list(answers)) if answers else ""
         cells = {
             "index": row["id"], "question": row["question"], "hint": row["hint"] or "", "answer": answer,
@@ -143,7 +143,7 @@ def _tsv(rows: Sequence[Row]) -> bytes:
 
 
 def _xlsx(rows: Sequence[Row]) -> bytes:
-    """A workbook of one sheet with text cells; a cell that Excel cannot hold is cut."""
+    """A workbook of one sheet with text cells; a cell that is too long for Excel is truncated."""
     head, table = _columns(rows)
     lines = [f"<row>{''.join(_cell(cell) for cell in cells)}</row>" for cells in (head, *table)]
     sheet = f'{_XML}<worksheet xmlns="{_MAIN}"><sheetData>{"".join(lines)}</sheetData></worksheet>'
@@ -202,5 +202,5 @@ DEFAULT_FORM = {
     "mmvet": "mmvet", "llavabench": "llava", "vqav2_testdev": "vqav2", "vizwiz_test": "vizwiz", "docvqa_test": "docvqa",
     "mmbench_en_test": "mmbench", "mmbench_cn_test": "mmbench",
 }  # fmt: skip
-"""Task -> the form that is written when nothing here can score it."""
+"""Task -> submission format, written when the task cannot be scored locally."""
 SUFFIXES = {"mmbench": "xlsx", "vlmevalkit_xlsx": "xlsx", "vlmevalkit": "tsv", "llava": "jsonl"}

@@ -1,15 +1,15 @@
-"""Ask a model every document of a task, and lose nothing: answers are appended as they arrive and found again.
+"""Asks a model every document of a task; answers are appended as they arrive and found again after a restart.
 
 Folder of a run:
 
     run.json                    model and format; another model or format is refused
     results.json                one entry per task, protocol, image mode and selection of the data
     TASK@PROTOCOL/MODE/
-        answers-*.jsonl         one per process while it runs; answers.jsonl when complete; nothing is taken out
-        SELECTION-CHECKSUM/     a view of the answers, see `views`
-            task.json           the protocol, the data, the first prompt, what computed the answers
-            documents.jsonl     what was asked, so that scoring needs neither data nor model
-            samples.jsonl       answers read and scored
+        answers-*.jsonl         one per process while it runs; answers.jsonl when complete; append-only
+        SELECTION-CHECKSUM/     a view of the answers, see `answer_views`
+            task.json           the protocol, the data, the first prompt, the environment
+            documents.jsonl     the documents, so that scoring needs neither data nor model
+            samples.jsonl       extracted and scored answers
 """
 
 from __future__ import annotations
@@ -41,32 +41,32 @@ from mm_moslora_eval.sources.image_controls import Hasher, ImageMode
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-"""Called with (documents answered, documents in all)."""
+"""Called with (documents answered, all documents)."""
 
 _WINDOW_BATCHES = 8
 _HOPELESS = 16
-"""So many failures without a single answer are not about single samples."""
+"""The run stops after this many failures without a single answer."""
 _POLL_SECONDS = 0.2
 _LOCK_ATTEMPTS = 10
 RUN = "run.json"
-"""File in a run folder that says which model's answers it holds."""
+"""File in a run folder that identifies the model of its answers."""
 _FILES = ("results.json", "report.html")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a run goes; nothing here changes an answer but `seed` (it picks the wrong pictures)."""
+    """Settings of a run; only `seed` changes answers, because it chooses the wrong pictures."""
 
     batch_size: int = 8
     limit: int | None = None
-    """Only the first so many documents."""
+    """Ask only this many documents, from the first one on."""
     samples: tuple[str, ...] = ()
-    """Only documents with these ids."""
+    """Ask only documents with these ids."""
     seed: int = 0
     retry_failed: bool = True
-    """Ask samples again that failed in an earlier run."""
+    """Ask failed samples of an earlier run again."""
     grace_seconds: float = 30.0
-    """How long rank 0, its own work done, waits for ranks that have not started yet."""
+    """Seconds that rank 0 waits, after its own work, for ranks that have not started yet."""
     rank: int = field(default_factory=lambda: int(os.environ.get("RANK", "0")))
     world_size: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
 
@@ -78,10 +78,10 @@ class Settings:
 
 
 def select(data: DataSet, settings: Settings) -> tuple[Document, ...]:
-    """The documents that the settings ask for.
+    """The documents that the settings select.
 
     Raises:
-        EvalError: a sample id that the data does not have.
+        EvalError: the data have no document with one of the ids.
     """
     documents = data.documents
     if settings.samples:
@@ -94,11 +94,11 @@ def select(data: DataSet, settings: Settings) -> tuple[Document, ...]:
 
 @contextmanager
 def hold_run(folder: Path, *, rank: int = 0) -> Iterator[None]:
-    """Keep other processes out of a run folder, for this rank.
+    """Lock a run folder for this rank.
 
     Raises:
-        EvalError: another process works in it, or it cannot be made.
-        ConfigError: files of somebody else have the names of an evaluation's.
+        EvalError: another process works in it, or it cannot be created.
+        ConfigError: other files have the names of an evaluation's files.
     """
     refuse_strangers(folder, _FILES, kind="evaluation", also=(RUN,))
     try:
@@ -115,13 +115,13 @@ def hold_run(folder: Path, *, rank: int = 0) -> Iterator[None]:
                     f"{folder} is in use: another process works there as rank {rank}. "
                     "Wait for it or choose another folder."
                 ) from error
-            time.sleep(0.05)  # rank 0 may just be looking whether this rank is there
+            time.sleep(0.05)  # rank 0 may be probing the lock to see whether this rank is there
     with lock:
         yield
 
 
 def claim_run(folder: Path, model: Model) -> None:
-    """Write down whose answers a run folder holds.
+    """Record the model of a run folder's answers.
 
     Raises:
         EvalError: it belongs to another model or format.
@@ -132,7 +132,7 @@ def claim_run(folder: Path, model: Model) -> None:
 
 @contextmanager
 def open_run(folder: Path, model: Model, *, rank: int = 0) -> Iterator[None]:
-    """Hold a run folder for this rank and this model.
+    """Lock a run folder for this rank and this model.
 
     Raises:
         EvalError: see `hold_run` and `claim_run`.
@@ -143,7 +143,7 @@ def open_run(folder: Path, model: Model, *, rank: int = 0) -> Iterator[None]:
 
 
 def _claim(path: Path, identity: dict[str, Any], *, what: str) -> None:
-    """Write who a folder belongs to, or refuse one that belongs to somebody else."""
+    """Write the owner of a folder, or refuse a folder with another owner."""
     try:
         found = read_json(path)
     except FileNotFoundError:
@@ -160,7 +160,7 @@ def _claim(path: Path, identity: dict[str, Any], *, what: str) -> None:
 
 
 def _compared(value: Any) -> Any:
-    """A model is its fingerprint: its folder may be renamed, or its path spelled in another way."""
+    """Only the fingerprint identifies a model, because its folder may be renamed or spelled differently."""
     return value.get("fingerprint") if isinstance(value, dict) else value
 
 
@@ -177,21 +177,21 @@ def run_task(
 ) -> Path:
     """Ask every document of a task; call it within `open_run(folder, ...)`.
 
-    What is already answered is not asked again. Rank 0 returns when all answers are there; other ranks when their share
-    is done.
+    Answered documents are not asked again. Rank 0 returns when all answers are there, any other rank when its share is
+    done.
 
     Args:
-        model: answers.
+        model: the model.
         task: the protocol.
-        folder: of the run.
-        mode: which pictures to show.
+        folder: the run folder.
+        mode: the pictures to show.
         settings: batch size, limits, rank.
-        data: the loaded documents, if they are at hand.
+        data: the documents, if they are loaded already.
         progress: called after every answer.
         hasher: shared between tasks, so that a picture is read once.
 
     Returns:
-        The folder of the view, for `results.score_folder`.
+        The folder of the view, for `result_file.score_folder`.
 
     Raises:
         EvalError: the folder belongs to another protocol, or every sample fails.
@@ -217,7 +217,7 @@ def run_task(
     job.answer(share, retry=settings.retry_failed)
     if settings.rank == 0:
         _wait_for_others(folder, job, settings)
-        job.answer(work.items)  # whatever ranks that died left behind
+        job.answer(work.items)  # items that died ranks left unanswered
         merge(place, [item.key for item in work.items])
     return view
 
@@ -226,7 +226,7 @@ def _describe(
     view: Path, model: Model, task: Task, data: DataSet, work: Preparation, selection: Selection, mode: ImageMode,
     settings: Settings, *, asks: bool,
 ) -> None:  # fmt: skip
-    """Write what a view is about; `asks` says that this call has something to ask."""
+    """Write the description of a view; `asks` means that this call has something to ask."""
     rows = [
         item.document.to_dict()
         | {
@@ -255,7 +255,7 @@ def _describe(
 
 
 def _computed_by(view: Path, model: Model, *, asks: bool) -> list[dict[str, Any]]:
-    """What the answers of a view were computed with: all circumstances under which some were asked."""
+    """All environments in which answers of a view were computed."""
     try:
         known = list(json.loads((view / TASK).read_text(encoding="utf-8"))["computed_by"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -265,9 +265,9 @@ def _computed_by(view: Path, model: Model, *, asks: bool) -> list[dict[str, Any]
 
 
 def _wait_for_others(folder: Path, job: _Job, settings: Settings) -> None:
-    """Wait until all is answered, or until the ranks that owe answers are gone.
+    """Wait until all documents are answered, or until the ranks with missing answers have ended.
 
-    A rank that was not seen yet may still be starting, so it gets `grace_seconds` before its share is taken over.
+    A rank that has not been seen may still be starting, so its share is taken over only after `grace_seconds`.
     """
     others = [folder / f".rank-{rank}.lock" for rank in range(1, settings.world_size)]
     seen: set[Path] = set()
@@ -290,7 +290,7 @@ def _held(path: Path) -> bool:
 
 
 class _Job:
-    """The answers of one task folder, as one rank adds to them."""
+    """One rank's work on the answers of one task folder."""
 
     def __init__(
         self,
@@ -309,7 +309,7 @@ class _Job:
         self._known: set[str] = set()
 
     def missing(self, items: Sequence[Item], *, retry: bool = False) -> list[Item]:
-        """Items without an answer; with `retry` also those that failed in an earlier run."""
+        """Items without an answer; with `retry` also failed items of an earlier run."""
         rows = read_folder(self._place)
         again = (
             {key for key, row in rows.items() if row.get("error") is not None} - self._asked_here if retry else set()
@@ -318,7 +318,7 @@ class _Job:
         return [item for item in items if item.key not in self._known]
 
     def answer(self, items: Sequence[Item], *, retry: bool = False) -> None:
-        """Ask what is missing of the items."""
+        """Ask the items that have no answer."""
         pending = self.missing(items, retry=retry)
         self._report()
         if not pending:
@@ -341,7 +341,7 @@ class _Job:
                 del left[item.key]
         except EvalError:
             raise
-        except Exception as error:  # one bad sample must not cost the others their answers
+        except Exception as error:  # one bad sample must not lose the answers of the others
             logger.warning("%s: a batch failed (%s: %s); asking one by one", self._task.id, type(error).__name__, error)
         for item in left.values():
             self._single(item, log)

@@ -1,1 +1,1 @@
-"""From answers to numbers with error bars."""
+"""Scores of answers, with error bars."""

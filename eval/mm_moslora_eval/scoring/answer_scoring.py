@@ -1,4 +1,4 @@
-"""From answers to scores: named extractors and metrics. Needs no model and no torch."""
+"""Scores answers with named extractors and metrics. Needs no model and no torch."""
 
 from __future__ import annotations
 
@@ -36,20 +36,21 @@ def _mmmu_mixed(extract: Callable[[str, multiple_choice.Options], str]) -> Extra
 
 
 def mathvista_question(document: Document) -> mathvista.Question:
-    """What decides the form of the answer to a document of MathVista."""
+    """The columns that determine the form of the answer to a MathVista document."""
     extra = document.extra
     precision = extra.get("precision")
     return mathvista.Question(
         question_type=extra.get("question_type", "multi_choice" if document.options else "free_form"),
         answer_type=extra.get("answer_type", "text"),
-        # VLMEvalKit's file holds the choices as one cell and no option columns.
+        # VLMEvalKit's file has the choices in one cell and no option columns.
         choices=tuple(document.options.values()) or tuple(parse_list(extra.get("choices", ""))),
         precision=float(precision) if precision else None,
     )
 
 
 def _mathvista_form(text: str, document: Document) -> str:
-    """An extracted answer in MathVista's form; nothing stays nothing, where the source takes the likest choice."""
+    """An extracted answer in MathVista's form; an empty answer stays empty, while the source takes the most similar
+    choice."""
     return (mathvista.normalize_official(text, mathvista_question(document)) or "") if text.strip() else ""
 
 
@@ -62,7 +63,7 @@ def _mathvista_vlmevalkit(text: str, document: Document) -> str:
 
 
 def _choice_text(document: Document) -> str:
-    """The reference; the text of the choice where it is a letter."""
+    """The reference; if it is a letter, the text of that choice."""
     answer = "".join(document.answers[:1])
     return document.options.get(answer, answer)
 
@@ -104,7 +105,7 @@ EXTRACTORS: dict[str, Extractor] = {
     "yes_no_hallusionbench_lmms_eval": lambda text, _: yes_no.hallusionbench_lmms_eval(text),
     **{f"commonsense_{name.lower().replace('-', '_')}": _commonsense(name) for name in commonsense.DATASETS},
 }
-"""Name -> what is read from an answer; an empty string means that nothing can be inferred."""
+"""Name -> function that extracts the answer; an empty string means that nothing can be inferred."""
 
 
 def _best(metric: Callable[[str, str], float]) -> Metric:
@@ -122,7 +123,7 @@ def _mmmu_score(parsed: str, document: Document) -> float:
 
 
 def _mmmu_vlmevalkit_score(parsed: str, document: Document) -> float:
-    # The answer of a question that was open is option A, unless it is a capital letter by itself, as in the source.
+    # As in the source, the answer to an open question is option A, unless it is a single capital letter.
     answers = document.answers
     open_question = not document.options and not (len(answers) == 1 and answers[0] in _CAPITALS)
     return float(parsed == "A" if open_question else parsed in answers)
@@ -176,13 +177,13 @@ METRICS: dict[str, Metric] = {
         mathvista.correct_vlmevalkit(parsed, mathvista_question(document), _choice_text(document))
     ),
 }
-"""Name -> score of a parsed answer, 0 to 1."""
+"""Name -> function that scores a parsed answer, 0 to 1."""
 
 
 JUDGED = (
     "judge_mmvet", "judge_mmvet_vlmevalkit", "judge_mmvet_lmms_eval", "judge_llavabench", "judge_llavabench_lmms_eval",
 )  # fmt: skip
-"""Metrics that only a judge can compute; without one a task is unscored."""
+"""Metrics that need a judge; without one a task is unscored."""
 
 
 _THOUGHT = re.compile(r"<think>.*?</think>", re.S)
@@ -194,15 +195,15 @@ class Visible:
 
     text: str
     thought: bool
-    """A block was taken out."""
+    """A block was removed."""
     unclosed: bool
-    """A block begins and never ends: the answer was cut off before it began, so there is nothing to read."""
+    """A block has no end: the text was cut off before the answer, so there is nothing to extract."""
 
 
 def without_thinking(text: str) -> Visible:
-    """Take `<think>...</think>` out of an answer.
+    """Remove `<think>...</think>` from an answer.
 
-    Chat templates that open the block themselves leave an answer with its end alone; what stands before it goes too.
+    If the chat template opens the block, the answer contains only its end; the text before that is removed too.
     """
     rest = _THOUGHT.sub("", text)
     rest = rest.rsplit("</think>", 1)[-1]
@@ -214,14 +215,14 @@ def without_thinking(text: str) -> Visible:
 def score_answer(
     document: Document, text: str | None, *, extraction: str, metric: str, cluster: Hashable = None
 ) -> Scored:
-    """Read and score one answer; None is an answer that never came.
+    """Extract and score one answer; None is a missing answer.
 
     Args:
         document: the question.
         text: the answer.
         extraction: a name in `EXTRACTORS`.
         metric: a name in `METRICS`.
-        cluster: what samples that go together share.
+        cluster: identifier of the sample's cluster.
 
     Raises:
         EvalError: the document has no reference.
@@ -232,14 +233,14 @@ def score_answer(
         return Scored(document=document, text="", parsed="", score=0.0, failed=True, cluster=cluster)
     visible = without_thinking(text)
     parsed = "" if visible.unclosed else EXTRACTORS[extraction](visible.text, document)
-    # An answer that cannot be read is wrong, whatever a metric makes of an empty string.
+    # An answer that cannot be extracted is wrong, even if the metric accepts an empty string.
     score = METRICS[metric](parsed, document) if parsed.strip() else 0.0
     assert 0.0 <= score <= 1.0, (metric, document.id, score)
     return Scored(document=document, text=text, parsed=parsed, score=score, cluster=cluster)
 
 
 def score_leniently(samples: Sequence[Scored]) -> list[Scored]:
-    """The same answers, each right that holds the right word among others; none scores less than it did."""
+    """The same answers scored leniently: an answer that contains the right word is right; no score decreases."""
     return [replace(sample, score=max(sample.score, _lenient(sample))) for sample in samples]
 
 

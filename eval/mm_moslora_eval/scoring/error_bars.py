@@ -16,7 +16,7 @@ from mm_moslora.reporting.verdicts import Difference
 
 _NORMAL = NormalDist()
 _ROUNDING = 1e-12
-"""A standard error of shares below it is rounding: all values are the same number."""
+"""A standard error below this value is a rounding error: all values are equal."""
 
 
 def mean(values: Sequence[float]) -> float:
@@ -38,7 +38,7 @@ def mean_stderr(values: Sequence[float]) -> float:
 
 
 def clustered_stderr(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
-    """Standard error of the mean when values of one cluster (questions on one image) go together.
+    """Standard error of the mean of values that are correlated within clusters (questions on one image).
 
     Args:
         values: scores.
@@ -56,7 +56,7 @@ def clustered_stderr(values: Sequence[float], clusters: Sequence[Hashable]) -> f
         deviations[cluster].append(value - centre)
     cross = math.fsum(math.fsum(part) ** 2 - math.fsum(item * item for item in part) for part in deviations.values())
     variance = mean_stderr(values) ** 2 + cross / count**2
-    # Cross terms may outweigh the rest by a rounding error when clusters cancel exactly.
+    # The sum may be negative by a rounding error when clusters cancel exactly.
     return math.sqrt(max(0.0, variance))
 
 
@@ -67,7 +67,7 @@ def normal_interval(centre: float, stderr: float, *, level: float = 0.95) -> tup
 
 
 def wilson_interval(successes: float, count: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Interval of a proportion that behaves near 0 and 1 (Wilson's score interval)."""
+    """Wilson's score interval of a proportion, which stays within 0 to 1."""
     if count == 0:
         return math.nan, math.nan
     z = _NORMAL.inv_cdf((1 + level) / 2)
@@ -111,7 +111,7 @@ def t_two_sided(t: float, degrees: float) -> float:
 
 
 def t_quantile(level: float, degrees: float) -> float:
-    """The t that leaves (1 - level) in both tails together, by bisection."""
+    """The quantile of t with probability (1 - level) in both tails together, by bisection."""
     low, high = 0.0, 1.0
     while t_two_sided(high, degrees) > 1 - level:
         high *= 2
@@ -137,10 +137,10 @@ class Paired:
     high: float
     """95 % interval of the difference."""
     groups: int
-    """Independent samples: clusters, where they were given."""
+    """Number of independent samples: of clusters, if they were given."""
     t: float
     p_value: float
-    """Two-sided paired t-test; the clustered error is used where clusters were given."""
+    """Two-sided paired t-test, with the clustered error if clusters were given."""
     wins: int
     losses: int
     ties: int
@@ -149,7 +149,7 @@ class Paired:
 
     @property
     def as_difference(self) -> Difference:
-        """As verdicts take it."""
+        """The difference in the form for verdicts."""
         return Difference(value=self.difference, low=self.low, high=self.high, groups=self.groups)
 
 
@@ -196,16 +196,16 @@ def paired(a: Sequence[float], b: Sequence[float], *, clusters: Sequence[Hashabl
 
 
 def alike_interval(difference: float, groups: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Interval of a mean difference when every sample differs by the same amount, so that no spread is seen.
+    """Interval of a mean difference if every sample differs by the same amount, so that the sample variance is zero.
 
-    Without spread the error is unknown, not zero. Exact binomial bounds (Clopper and Pearson 1934) say how rare other
-    samples may be: with equal scores throughout, up to that share may differ by 1 in either direction; else at least
-    the rest of them differs the same way, and the others the opposite way.
+    Then the error is unknown, not zero. Exact binomial bounds (Clopper and Pearson 1934) limit the share of other
+    samples. If all scores are equal, up to that share may differ by 1 in either direction. Otherwise at least the rest
+    differs the same way, and that share the opposite way.
 
     Args:
-        difference: that of every sample.
-        groups: independent samples.
-        level: of the interval.
+        difference: the difference of every sample.
+        groups: number of independent samples.
+        level: confidence level.
     """
     if difference == 0:
         unseen = 1 - (1 - level) ** (1 / groups)
@@ -215,7 +215,7 @@ def alike_interval(difference: float, groups: int, *, level: float = 0.95) -> tu
 
 
 def alike_p_value(difference: float, groups: int) -> float:
-    """Two-sided p-value of the same case: the sign test over independent samples."""
+    """Two-sided p-value if every sample differs by the same amount: the sign test over independent samples."""
     return 1.0 if difference == 0 else sign_test(groups, 0)
 
 
@@ -225,7 +225,7 @@ def _t_test(centre: float, stderr: float, degrees: int) -> tuple[float, float]:
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Exact two-sided p-value that wins and losses are equally likely (McNemar's exact test)."""
+    """Exact two-sided p-value of the hypothesis that wins and losses are equally likely (McNemar's exact test)."""
     count = wins + losses
     if count == 0:
         return 1.0
@@ -244,13 +244,13 @@ def bootstrap_stderr(
     rounds: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Standard error and 95 % interval of any statistic by drawing whole groups with replacement.
+    """Standard error and 95 % interval of any statistic by a bootstrap over whole groups.
 
     Args:
-        groups: sample numbers, grouped by what goes together (image, question with its rotations).
-        statistic: of the drawn sample numbers.
-        rounds: how many draws.
-        seed: of this function's own generator.
+        groups: sample numbers by group (image, question with its rotations).
+        statistic: function of the drawn sample numbers.
+        rounds: number of draws.
+        seed: seed of this function's own generator.
 
     Returns:
         (standard error, low, high).
@@ -265,11 +265,11 @@ def bootstrap_stderr(
 
 
 def detectable_difference(stderr: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
-    """The smallest true difference that a paired comparison is likely to see (Miller 2024, section 5).
+    """Minimum detectable difference of a paired comparison (Miller 2024, section 5).
 
     Args:
-        stderr: of the difference, clustered where samples go together.
-        alpha: accepted share of false alarms.
-        power: share of true differences that are seen.
+        stderr: standard error of the difference, clustered if samples are clustered.
+        alpha: accepted rate of false positives.
+        power: rate at which a true difference is detected.
     """
     return (_NORMAL.inv_cdf(1 - alpha / 2) + _NORMAL.inv_cdf(power)) * stderr

@@ -1,4 +1,4 @@
-"""How sample scores add up to a benchmark's number: plain means and the field's corpus metrics."""
+"""Aggregates sample scores to a benchmark's number: plain means and the field's corpus metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SEED = 20240617  # fixed, so that a score file is reproduced to the last digit
 
 
 class _Copies:
-    """The samples of a bootstrap draw; a sample that is drawn several times is numbered, so that copies stay apart."""
+    """The samples of a bootstrap draw; copies of a sample that is drawn several times are numbered."""
 
     def __init__(self, samples: Samples) -> None:
         self._copies = [[sample] for sample in samples]
@@ -46,7 +46,7 @@ def _clusters(samples: Samples) -> list[list[int]]:
 
 
 def _bootstrapped(samples: Samples, numbers: Callable[[Samples], Numbers], *, headline: str) -> Aggregate:
-    """A corpus metric with an error from drawing whole clusters."""
+    """A corpus metric with an error from a bootstrap over whole clusters."""
     result, copies = numbers(samples), _Copies(samples)
     stderr, low, high = error_bars.bootstrap_stderr(
         _clusters(samples), lambda drawn: numbers(copies(drawn))[headline], rounds=_ROUNDS, seed=_SEED
@@ -64,7 +64,7 @@ def _pope(samples: Samples) -> Numbers:
 
 
 def _by_split(samples: Samples) -> dict[str, list[Scored]]:
-    """VLMEvalKit's file holds a question once and names every split that asks it, as `random,popular`."""
+    """The splits of a question; VLMEvalKit's file stores it once with all its splits, as `random,popular`."""
     splits: dict[str, list[Scored]] = defaultdict(list)
     for sample in samples:
         for name in (sample.document.category or "").split(","):
@@ -106,7 +106,7 @@ def _pope_lmms_eval_numbers(samples: Samples) -> Numbers:
 
 
 def pope_lmms_eval(samples: Samples) -> Aggregate:
-    """lmms-eval's F1 of `yes`: recall leaves out answers that are neither, and the yes ratio is that of the labels."""
+    """lmms-eval's F1 of `yes`: recall ignores answers that are neither, and the yes ratio is that of the labels."""
     return _bootstrapped(samples, _pope_lmms_eval_numbers, headline="f1")
 
 
@@ -120,7 +120,7 @@ def mme(samples: Samples) -> Aggregate:
 
 
 def _mme_pair(sample: Scored) -> str:
-    """The two questions of a picture share its name; equal pictures under two names are two pairs."""
+    """Key of the picture's two questions: its name, so that equal pictures under two names are two pairs."""
     extra = sample.document.extra
     return f"{extra.get('question_id') or extra.get('image_path') or sample.cluster} (draw {sample.draw})"
 
@@ -145,7 +145,7 @@ def hallusionbench(samples: Samples) -> Aggregate:
 
 
 def hallusionbench_vlmevalkit(samples: Samples) -> Aggregate:
-    """The same as VLMEvalKit groups it, by sub-category alone; with the three shares of every category."""
+    """The same with VLMEvalKit's grouping, by sub-category only; with the three shares of every category."""
     numbers = _hallusion_numbers(samples, ("subcategory",))
     members: dict[str, list[Scored]] = defaultdict(list)
     for sample in samples:
@@ -169,14 +169,14 @@ def _hallusion_numbers(samples: Samples, within: Sequence[str]) -> Callable[[Sam
 
 
 def circular(samples: Samples) -> Aggregate:
-    """MMBench: a question counts when every rotation of its options is answered right."""
+    """MMBench: a question counts if all rotations of its options are answered correctly."""
     grouped = _questions(samples)
     vanilla = error_bars.mean([sample.score for sample in samples])
     return replace(mean_with_error(grouped), metrics={"questions": float(len(grouped)), "vanilla": vanilla})
 
 
 def _questions(samples: Samples) -> list[Scored]:
-    """One sample per question, right when every rotation of its options is."""
+    """One sample per question, which is right if all rotations of its options are."""
     rows = [(int(sample.document.id), sample.score == 1.0) for sample in samples]
     hits = groups.circular_hits(rows)
     first = {groups.group_of(index): sample for (index, _), sample in reversed(list(zip(rows, samples, strict=True)))}
@@ -199,7 +199,7 @@ def macro(samples: Samples) -> Aggregate:
 
 
 def ocrbench(samples: Samples) -> Aggregate:
-    """OCRBench: the share of hits as headline, the sum and the five groups' sums beside it."""
+    """OCRBench: the share of hits as headline, with the total sum and the sums of the five groups."""
     sums: Numbers = defaultdict(float)
     for sample in samples:
         sums["total"] += sample.score
@@ -210,13 +210,13 @@ def ocrbench(samples: Samples) -> Aggregate:
 def caption_scores(samples: Samples) -> Aggregate:
     """COCO captions: CIDEr-D of the set, with BLEU-1 to 4 and ROUGE-L.
 
-    CIDEr-D weighs words by the whole set, so the error comes from the per-image values and is an approximation.
+    CIDEr-D weighs words by the whole set, so the error, which comes from the per-image values, is an approximation.
     """
     return _captions(samples, _TOKENIZERS["caption"])
 
 
 def caption_scores_plain(samples: Samples) -> Aggregate:
-    """The same on words between spaces, case and punctuation kept: VLMEvalKit's number divided by 100."""
+    """The same on space-separated words with case and punctuation: VLMEvalKit's number divided by 100."""
     return _captions(samples, _TOKENIZERS["caption_plain"])
 
 
@@ -300,7 +300,7 @@ AGGREGATIONS: dict[str, Callable[[Samples], Aggregate]] = {
     "caption": caption_scores,
     "caption_plain": caption_scores_plain,
 }
-"""Name -> how scored samples add up."""
+"""Name -> function that aggregates scored samples."""
 
 HEADLINES: dict[str, Callable[[Samples], float]] = {
     "pope": lambda samples: _pope_numbers(samples)["f1"],
@@ -310,9 +310,9 @@ HEADLINES: dict[str, Callable[[Samples], float]] = {
     "macro": lambda samples: _macro_numbers(samples)["average"],
     "llavabench": lambda samples: _llavabench_numbers(samples)["all"],
 }
-"""Aggregation whose headline is no mean of samples -> the number itself, without an error."""
+"""Aggregation without a mean as its headline -> function that computes the headline, without an error."""
 READS_ANSWERS = frozenset({"pope", "pope_splits", "pope_lmms_eval", *_TOKENIZERS})
-"""Aggregations that read the answers themselves: the scores of single samples have no part in their numbers."""
+"""Aggregations that use the answers themselves instead of the scores of single samples."""
 CAPTIONS = frozenset(_TOKENIZERS)
 """Aggregations of captions, which are neither right nor wrong."""
 
@@ -327,7 +327,7 @@ class HeadlineDifference:
     stderr: float
     low: float
     high: float
-    """95 % interval, from drawing whole clusters for both systems at once."""
+    """95 % interval from a joint bootstrap over whole clusters of both systems."""
 
 
 def headline_difference(aggregation: str, a: Samples, b: Samples) -> HeadlineDifference | None:
@@ -356,10 +356,10 @@ def _of_draws(aggregation: str, samples: Samples) -> Callable[[Sequence[int]], f
 
 
 def score_by_sample(aggregation: str, samples: Samples) -> list[float]:
-    """What every sample brings to the score that a task tells; the mean is that score.
+    """The contribution of every sample to the task's score; their mean is that score.
 
     For a mean these are the samples' own scores, for captions the CIDEr-D of each. Otherwise they come from the
-    jackknife (Tukey 1958): how the score changes when the samples of a cluster are left out, shared by these samples.
+    jackknife (Tukey 1958): the change of the score without a cluster, divided among the cluster's samples.
 
     Args:
         aggregation: of the task.
@@ -383,12 +383,12 @@ def score_by_sample(aggregation: str, samples: Samples) -> list[float]:
 
 
 def difference_of_scores(aggregation: str, a: Samples, b: Samples) -> Difference:
-    """A less B of the score that a task tells, on the same documents.
+    """The difference A - B of the task's score on the same documents.
 
     Args:
-        aggregation: of the task.
+        aggregation: the task's aggregation.
         a: samples of one system.
-        b: of another one, in any order.
+        b: samples of another system, in any order.
     """
     if aggregation == "circular":
         return difference_between(_questions(a), _questions(b))

@@ -1,5 +1,5 @@
-"""What must stand beside a score so that it is not misread: why samples failed, what was taken out of answers,
-that all answers are the same, that the right word stands in a sentence.
+"""Remarks that prevent misreading a score: why samples failed, what was removed from answers, that all answers are the
+same, that answers contain the right word among others.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from mm_moslora_eval.scoring.answer_scoring import score_leniently, without_thin
 from mm_moslora_eval.scoring.scored_sample import Scored
 
 FEWEST = 5
-"""With fewer answers nothing is said about their being alike."""
+"""Fewest answers for a remark that they are alike."""
 ALIKE = 0.95
-"""Share of one answer from which on the answers are called the same."""
+"""Share of one answer from which the answers count as the same."""
 _APART = 0.2
-"""By how much an answer must be rarer among the references."""
+"""Least difference between an answer's share of the answers and its share of the references."""
 _WORDS = 5
-"""Longer references are texts to be like, not words to be found."""
+"""Most words of a reference for the lenient score; longer references are whole texts."""
 _LONGEST = 200
 _PARTICULAR = re.compile(r"'[^']*'|\"[^\"]*\"|\d+|/\S+")
 
 
 def failures(errors: Sequence[str | None]) -> Iterator[str]:
-    """The commonest reason for failing; errors that differ in names and numbers alone are one reason."""
+    """The most common error; errors that differ only in names and numbers count as one."""
     told = [error for error in errors if error is not None]
     if not told:
         return
@@ -36,7 +36,7 @@ def failures(errors: Sequence[str | None]) -> Iterator[str]:
 
 
 def thinking(answered: Sequence[Scored]) -> Iterator[str]:
-    """That answers hold `<think>` blocks, which nobody read, and how many of these never end."""
+    """A remark on `<think>` blocks, which are not scored, and on blocks without an end."""
     answers = [without_thinking(sample.text) for sample in answered]
     thought, unclosed = sum(answer.thought for answer in answers), sum(answer.unclosed for answer in answers)
     if thought:
@@ -47,7 +47,7 @@ def thinking(answered: Sequence[Scored]) -> Iterator[str]:
 
 
 def answers_alike(answered: Sequence[Scored]) -> Iterator[str]:
-    """That (nearly) every question got the same answer though the references differ; that no answer can be read."""
+    """A remark if (nearly) all answers are the same though the references differ, or if no answer can be read."""
     if len(answered) < FEWEST:
         return
     unread = [sample for sample in answered if not sample.parsed.strip()]
@@ -68,7 +68,7 @@ def answers_alike(answered: Sequence[Scored]) -> Iterator[str]:
 
 
 def wordy(answered: Sequence[Scored]) -> Iterator[str]:
-    """That many answers hold the right word among others and count as wrong."""
+    """A remark if many answers contain the right word among others and count as wrong."""
     if len(answered) < FEWEST or not all(map(_asks_for_a_word, answered)):
         return
     lenient = sum(sample.score for sample in score_leniently(answered)) / len(answered)

@@ -12,21 +12,21 @@ from mm_moslora_eval.sources.document import Document
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """One document with its answer read and scored."""
+    """One document with its extracted and scored answer."""
 
     document: Document
     text: str
     parsed: str
-    """What the extraction read; empty: not inferable."""
+    """The extracted answer; empty: not inferable."""
     score: float
     failed: bool = False
     """No answer: the sample could not be asked or the model failed on it. It scores 0."""
     cluster: Hashable = None
-    """What samples that go together share: their image."""
+    """Identifier of the sample's cluster, such as its image."""
     numbers: tuple[float, ...] = ()
     """Further numbers of a judge, for the aggregation."""
     draw: int = 0
-    """Which copy this is in a bootstrap draw; copies are different samples wherever samples are grouped."""
+    """Number of the copy in a bootstrap draw; grouping treats copies as different samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,10 @@ class Aggregate:
 
 
 def mean_with_error(samples: Sequence[Scored]) -> Aggregate:
-    """Mean score; the error is clustered by image where several samples share one.
+    """Mean score; the error is clustered by image if several samples share an image.
 
-    Right/wrong scores without clusters get Wilson's interval, which behaves near 0 and 1. So do clustered ones that are
-    all right or all wrong, each cluster counting once: without variation the error is unknown, not zero.
+    Right/wrong scores without clusters get Wilson's interval, which is valid near 0 and 1. Clustered scores that are
+    all right or all wrong get it too, with each cluster counted once: without variation the error is unknown, not zero.
     """
     scores = [sample.score for sample in samples]
     centre = error_bars.mean(scores)
@@ -66,11 +66,11 @@ def mean_with_error(samples: Sequence[Scored]) -> Aggregate:
 
 
 def difference_between(a: Sequence[Scored], b: Sequence[Scored]) -> Difference:
-    """A less B on the same documents, sample by sample; questions about one picture go together.
+    """The paired difference A - B on the same documents; questions about one picture form a cluster.
 
     Args:
         a: samples of one system.
-        b: of another one, in any order.
+        b: samples of another system, in any order.
     """
     others = {sample.document.id: sample.score for sample in b}
     return error_bars.paired(

@@ -27,11 +27,11 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
     """Read the documents.
 
     Args:
-        source: where they are.
-        beside: folder of the task file, from which relative paths start; None: the working directory.
+        source: description of the data.
+        beside: folder of the task file, where relative paths start; None: the working directory.
 
     Raises:
-        EvalError: the file is missing, has another checksum, or cannot be read; the message says where.
+        EvalError: the file is missing, has another checksum, or cannot be read; names the place.
     """
     if source.kind == "hf":
         return hf_dataset.load(source, beside=beside)

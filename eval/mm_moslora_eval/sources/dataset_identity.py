@@ -1,4 +1,4 @@
-"""What a Hugging Face data set is, wherever it lies: the checksum of a folder, the commit of a set from the hub."""
+"""Identity of a Hugging Face data set: the checksum of a folder, or the commit of a data set from the hub."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mm_moslora.utils.untrusted_files import opened
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DERIVED = "cache-"
-"""Start of the names of files that `datasets` puts beside the data when it computes something."""
+"""Prefix of the cache files that `datasets` writes into the folder of the data."""
 
 
 def folder_checksum(folder: Path) -> str:
-    """SHA-256 over the names and contents of a folder's files; the same for a copy elsewhere."""
+    """SHA-256 over the names and contents of a folder's files; equal for a copy in another place."""
     whole = hashlib.sha256()
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -32,7 +32,7 @@ def folder_checksum(folder: Path) -> str:
 
 
 def hub_revision(table: Any) -> str | None:
-    """The commit that a set from the hub was read at; None for local data and where `datasets` does not say."""
+    """The commit at which a data set from the hub was read; None for local data or if `datasets` does not record it."""
     named = [str(name) for name in (getattr(table.info, "download_checksums", None) or {})]
     found = [match for name in named if name.startswith("hf://") and (match := re.search(r"@([0-9a-f]{40})/", name))]
     if found:

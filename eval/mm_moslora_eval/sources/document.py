@@ -1,4 +1,4 @@
-"""A benchmark's question with all that is needed to ask and to score it."""
+"""A benchmark's question with everything needed to ask and to score it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 CONTEXT = "context_"
-"""Start of the extra columns that hold a context per option (WinoGrande)."""
+"""Prefix of the extra columns with a context per option (WinoGrande)."""
 
 
 def digest(value: Any) -> str:
@@ -27,7 +27,7 @@ def digest(value: Any) -> str:
 
 @dataclass(frozen=True, eq=False)
 class StoredImage:
-    """A picture that stays where it is stored until it is needed."""
+    """A reference to a picture in a table, which is read when needed."""
 
     reader: Callable[[int, str, int], bytes]
     row: int
@@ -45,7 +45,7 @@ class StoredImage:
 
 
 ImageLike: TypeAlias = "Path | Image | bytes | StoredImage"
-"""A file, an opened picture, the bytes of an image file, or where to find them."""
+"""A file, an opened picture, the bytes of an image file, or a reference to them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class Document:
     extra: Mapping[str, str] = field(default_factory=dict)
     """Further columns that a prompt or an aggregation names."""
     problem: str | None = None
-    """Why this document cannot be asked; it is counted as failed, never dropped."""
+    """The reason why the document cannot be asked; it is then counted as failed, never dropped."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the images, as plain data."""
@@ -95,17 +95,17 @@ class Document:
 
     @property
     def hash(self) -> str:
-        """Of everything but the images."""
+        """Hash of everything except the images."""
         return digest(self.to_dict())
 
     def with_problem(self, problem: str | None) -> Document:
-        """The same document, marked; the first problem stays."""
+        """The document marked with a problem; an earlier problem is kept."""
         return self if problem is None or self.problem is not None else replace(self, problem=problem)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """The documents of a task and where they came from."""
+    """The documents of a task and their origin."""
 
     documents: tuple[Document, ...]
     path: str
@@ -116,13 +116,13 @@ class DataSet:
     """Commit of a data set from the hub."""
 
     def to_dict(self) -> dict[str, Any]:
-        """What results say about the data."""
+        """The description of the data for result files."""
         about = {"path": self.path, "sha256": self.sha256, "rows": len(self.documents), "dropped": self.dropped}
         return about | ({"revision": self.revision} if self.revision else {})
 
 
 def checked(documents: Iterable[Document], *, source: str) -> tuple[Document, ...]:
-    """Check what must hold over the whole set and mark documents whose answer cannot be right.
+    """Check the whole set and mark documents with an answer that cannot be right.
 
     Raises:
         EvalError: no documents, or two with the same id.

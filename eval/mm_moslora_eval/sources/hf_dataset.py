@@ -1,4 +1,4 @@
-"""Hugging Face data sets as documents: a local parquet, JSON or saved folder, else a hub id; never a token."""
+"""Hugging Face data sets as documents: a local parquet or JSON file, a saved folder, or a hub id; without a token."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
     if unknown:
         name = sorted(unknown)[0]
         raise EvalError(
-            f"source.columns: {name!r} is not a field of ours.{suggestion(name, _OURS)} Fields: {', '.join(_OURS)}."
+            f"source.columns: {name!r} is not a document field.{suggestion(name, _OURS)} Fields: {', '.join(_OURS)}."
         )
     from mm_moslora.data.sources.hf_tables import hub_store
 
@@ -57,7 +57,7 @@ def load(source: Source, *, beside: Path | None = None) -> DataSet:
                 f"Columns: {', '.join(table.column_names)}."
             )
     rows = len(table)
-    if place is None and source.image_folder is None:  # of the hub: below what was fetched from there
+    if place is None and source.image_folder is None:  # from the hub: below the fetched files
         folder = hub_store(source.path)[0].resolve()
     else:
         folder = picture_folder(source.image_folder, place or Path(source.path), beside=beside)
@@ -72,7 +72,7 @@ def _open(source: Source, path: Path | None) -> tuple[Any, str]:
 
     from mm_moslora.data.sources.hf_tables import load_checked, load_saved, undecoded
 
-    datasets.disable_progress_bars()  # rows are checked and counted here; the bars would hide that
+    datasets.disable_progress_bars()  # they would overwrite this package's own progress
     options: dict[str, Any] = {"name": source.config, "split": source.split}
     try:
         if path is None:
@@ -92,7 +92,7 @@ def _open(source: Source, path: Path | None) -> tuple[Any, str]:
         raise EvalError(f"{path} is neither a file nor a folder.")
     except MoSLoRAError:
         raise
-    except Exception as error:  # datasets raises nearly anything, and hides what was wrong behind it
+    except Exception as error:  # datasets raises many types and wraps the cause
         cause = error.__cause__ or error
         raise EvalError(
             f"Data set {source.path!r} cannot be opened ({type(cause).__name__}: {str(cause)[:300]}). "
@@ -124,7 +124,7 @@ def _documents(table: Any, source: Source, rules: PictureRules, *, of_hub: bool)
 
 
 def _choices(table: Any, source: Source) -> Iterator[Document]:
-    """Records of a commonsense task as lm-evaluation-harness puts them."""
+    """Records of a commonsense task in the form of lm-evaluation-harness."""
     task = source.lm_eval_task
     assert task is not None
     if task not in LM_EVAL_TASKS:
@@ -166,13 +166,13 @@ def document(
 
     Args:
         row: the data set's columns.
-        columns: our field -> their column, by default of the same name; `options` may name several, with commas.
-        default_id: when there is no id column.
+        columns: document field -> column, by default of the same name; `options` may name several, with commas.
+        default_id: id if there is no id column.
         images: its pictures.
         answer_is: see `Source.answer_is`.
 
     Raises:
-        EvalError: a number that may be an index or the text of an option.
+        EvalError: an answer is a number that may be an index or the text of an option.
     """
 
     def cell(name: str) -> Any:
@@ -243,7 +243,7 @@ def _answers(value: Any, options: Mapping[str, str], answer_is: str, *, where: s
     if answer_is == "auto" and isinstance(value, str) and index and written and index != written:
         raise EvalError(
             f"Document {where!r}: answer {text!r} is option {index} as an index and option {written} as a text. "
-            "Say which with source.answer_is: index or text."
+            "Set source.answer_is to index or text."
         )
     by_index = index if answer_is != "text" else None
     return (by_index or (written if answer_is != "index" else None) or text,)

@@ -1,4 +1,4 @@
-"""Identity of pictures, and the two controls: the mean colour (blind) and another item's picture (wrong)."""
+"""Hashes of pictures, and the two controls: the mean colour (blind) and another item's picture (wrong)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def open_image(image: ImageLike) -> Image:
 
 
 def mean_image(image: ImageLike) -> Image:
-    """A picture of the same size in the one colour that is the mean of all pixels."""
+    """A picture of the same size filled with the mean colour of all pixels."""
     from PIL import Image as Pillow
     from PIL import ImageStat
 
@@ -79,9 +79,9 @@ def derangement(identities: Iterable[str], *, seed: int, apart: Iterable[Sequenc
     """Another picture for every picture: a seeded permutation without fixed points.
 
     Args:
-        identities: hashes of pictures; repetitions count once.
-        seed: of this function's own generator.
-        apart: pictures that stand in one document; where it can be, none takes the place of another of them.
+        identities: hashes of pictures; duplicates count once.
+        seed: seed of this function's own generator.
+        apart: groups of pictures of one document; if possible, no picture replaces another of its group.
 
     Raises:
         EvalError: fewer than two different pictures.
@@ -90,12 +90,12 @@ def derangement(identities: Iterable[str], *, seed: int, apart: Iterable[Sequenc
     if len(distinct) < 2:
         raise EvalError(f"Image mode `wrong` needs two different pictures, the data has {len(distinct)}.")
     random.Random(seed).shuffle(distinct)
-    # A cycle through the shuffled list has no fixed point.
+    # A cyclic shift of the shuffled list has no fixed point.
     return _spread_apart(dict(zip(distinct, [*distinct[1:], distinct[0]], strict=True)), _companions(apart))
 
 
 def _companions(documents: Iterable[Sequence[str]]) -> dict[str, set[str]]:
-    """Of every picture those that stand beside it in a document, itself among them."""
+    """Picture -> all pictures that occur in a document with it, including itself."""
     found: dict[str, set[str]] = {}
     for names in documents:
         for name in names if len(set(names)) > 1 else ():
@@ -104,7 +104,7 @@ def _companions(documents: Iterable[Sequence[str]]) -> dict[str, set[str]]:
 
 
 def _spread_apart(other: dict[str, str], companions: Mapping[str, set[str]]) -> dict[str, str]:
-    """The same permutation with pictures exchanged until none takes the place of one beside it, where that can be."""
+    """The permutation with pictures exchanged until, if possible, none replaces a picture of the same document."""
     names = list(other)
     for name in companions:
         if other[name] not in companions[name]:

@@ -1,7 +1,7 @@
 """LLaVA files as documents.
 
 Question files: an object per line, `{"question_id", "image", "text", "category", "answer" | "answers", "options"}`.
-Conversation files (the training format): each human/gpt pair is a document of its own.
+Conversation files (the training format): each human/gpt pair is a separate document.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 Found = tuple[tuple[ImageLike, ...], str | None]
-"""The pictures of a record, and what is wrong with them."""
+"""The pictures of a record, and the problem with them if there is one."""
 
 
 def read(path: Path, *, rules: PictureRules, where: Mapping[str, str] | None = None) -> Iterator[Document | None]:
@@ -30,8 +30,8 @@ def read(path: Path, *, rules: PictureRules, where: Mapping[str, str] | None = N
 
     Args:
         path: the file.
-        rules: what pictures may be.
-        where: only records with these values in these fields; None stands for one that was dropped.
+        rules: rules for pictures.
+        where: only records with these values in these fields; None stands for a dropped record.
 
     Raises:
         EvalError: a line that is not a JSON object, or a record without question or answer; names the row.

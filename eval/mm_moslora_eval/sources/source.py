@@ -1,4 +1,4 @@
-"""Where the documents of a task come from."""
+"""The source of a task's documents."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where the documents of a task come from."""
+    """The source of a task's documents."""
 
     kind: Literal["llava", "tsv", "hf"]
     path: str
-    """A file (see `files.find_file`), or for `hf` a folder, a file or a hub id. Relative to the task file."""
+    """A file (see `source_files.find_file`), or for `hf` a folder, a file or a hub id. Relative to the task file."""
     image_folder: str | None = None
-    """Pictures that are named by path lie below it, relative to the task file; None: the folder of the data."""
+    """Folder of the pictures named by path, relative to the task file; None: the folder of the data."""
     follow_links: bool = False
-    """Accept symbolic links that lead out of it."""
+    """Accept symbolic links that lead out of the image folder."""
     drop_without_image: bool = False
     """tsv: leave out rows without a picture (counted)."""
     answer_lists: bool = True
@@ -32,8 +32,9 @@ class Source:
     lm_eval_task: str | None = None
     """hf: records of this lm-evaluation-harness task (`metrics.commonsense.LM_EVAL_TASKS`) in the original columns."""
     answer_is: Literal["auto", "letter", "index", "text"] = "auto"
-    """hf: what an answer says about the options; auto: a number is an index from 0, text a letter or an option."""
+    """hf: form of the answer to a question with options; auto: a number is an index from 0, text a letter or an
+    option."""
     where: dict[str, str] = field(default_factory=dict)
-    """Only rows with these values, such as `split: validation`; the others count as dropped."""
+    """Only rows with these values, such as `split: validation`; other rows count as dropped."""
     columns: dict[str, str] = field(default_factory=dict)
-    """hf: our name (id, image, question, options, answer, category, hint) -> the data set's column."""
+    """hf: document field (id, image, question, options, answer, category, hint) -> the data set's column."""

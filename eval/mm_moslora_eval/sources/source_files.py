@@ -1,4 +1,4 @@
-"""Finding data files and picture folders: relative to the task file, never to the working directory."""
+"""Finds data files and picture folders relative to the task file, never to the working directory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def find_file(path: str, *, beside: Path | None = None) -> Path:
 
     Args:
         path: as the task names it.
-        beside: folder of the task file; None, for a task that was made in Python: the working directory.
+        beside: folder of the task file; None (for a task built in Python): the working directory.
 
     Raises:
         EvalError: it is in none of these places.
@@ -25,10 +25,10 @@ def find_file(path: str, *, beside: Path | None = None) -> Path:
 
 
 def find_data(path: str, *, beside: Path | None = None) -> Path | None:
-    """A file or folder, looked up as by `find_file`; None where there is none, and the path may be an id on the hub.
+    """A file or folder, looked up as by `find_file`; None if it does not exist, so that it may be an id on the hub.
 
     Raises:
-        EvalError: it is in the working directory alone.
+        EvalError: it exists only in the working directory.
     """
     places = _places(path, beside)
     found = next((place for place in places if place.exists()), None)
@@ -38,7 +38,7 @@ def find_data(path: str, *, beside: Path | None = None) -> Path | None:
 
 
 def picture_folder(image_folder: str | None, data: Path, *, beside: Path | None = None) -> Path:
-    """The folder below which the pictures of a data file lie, resolved.
+    """The folder of a data file's pictures, resolved.
 
     Args:
         image_folder: as the task names it, relative to the task file; None: the folder of the data.

@@ -1,6 +1,6 @@
 """Pictures that documents name, found by the rules of training, and pictures inside a Hugging Face table.
 
-Those of a table are read when they are needed: decoded, a benchmark's do not fit in memory.
+Pictures of a table are read when they are needed, because a benchmark's decoded pictures do not fit in memory.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _AT_ONCE = 4096
 
 
 def rules_of(folder: Path, *, follow_links: bool) -> PictureRules:
-    """What pictures may be: files below a folder, bytes, data URLs.
+    """Rules for pictures: files below a folder, bytes and data URLs are accepted.
 
     Args:
-        folder: resolved.
+        folder: the image folder, resolved.
         follow_links: accept symbolic links that lead out of it.
     """
     from mm_moslora.data.images.locate_image import PictureRules
@@ -30,13 +30,13 @@ def rules_of(folder: Path, *, follow_links: bool) -> PictureRules:
 
 
 def found(given: Any, *, file: Path, row: int, rules: PictureRules) -> tuple[tuple[ImageLike, ...], str | None]:
-    """The pictures that a record names, and what is wrong with one of them.
+    """The pictures that a record names, and the problem with the first bad one.
 
     Args:
-        given: a name, bytes, an object with `bytes` or `path`, a list of such, or None.
-        file: of the record.
-        row: its number, for messages.
-        rules: what is accepted.
+        given: a name, bytes, an object with `bytes` or `path`, a list of these, or None.
+        file: file of the record, for messages.
+        row: number of the record, for messages.
+        rules: rules for pictures.
     """
     from mm_moslora.data.images.locate_image import StoredPicture, find_picture
     from mm_moslora.data.record_faults import RecordError, Where
@@ -59,10 +59,10 @@ class Pictures:
 
     Args:
         table: a `datasets.Dataset` that decodes nothing.
-        names: candidates; those that hold pictures or lists of them are used.
-        file: what it was read from, for messages.
-        rules: what pictures named by path may be.
-        store: folders of fetched files; a path into one of them is as good as bytes.
+        names: candidates; columns with pictures or lists of pictures are used.
+        file: source of the table, for messages.
+        rules: rules for pictures named by path.
+        store: folders of fetched files; a path into one of them is accepted like bytes.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Pictures:
 
 
 def _item(feature: Any) -> Any:
-    """What a list feature holds, or the feature itself."""
+    """The element of a list feature, or the feature itself."""
     if isinstance(feature, list):
         return feature[0]
     return getattr(feature, "feature", feature)

@@ -45,10 +45,10 @@ def read(
 
     Args:
         path: the file.
-        rules: what pictures named by path may be.
+        rules: rules for pictures named by path.
         drop_without_image: leave out rows without a picture, as VLMEvalKit does.
         answer_lists: an answer such as `['a', 'b']` holds several references.
-        where: only rows with these values in these columns; the others are dropped.
+        where: only rows with these values in these columns; other rows are dropped.
 
     Raises:
         EvalError: no header, a missing column, an unclosed quote, or a row of another width; names the row.
@@ -99,7 +99,7 @@ def document(
 
 
 def parse_list(text: str) -> list[str]:
-    """The strings of a Python or JSON list of strings, by a closed grammar (nothing is evaluated); else no strings."""
+    """The strings of a Python or JSON list of strings, parsed without evaluation; for other text no strings."""
     stripped = text.strip()
     if not _LIST.fullmatch(stripped):
         return []
@@ -111,12 +111,12 @@ def parse_list(text: str) -> list[str]:
 
 
 def read_columns(path: Path, *, required: tuple[str, ...] = ("index",)) -> list[Row]:
-    """The rows of any TSV with these columns, cells as they stand."""
+    """The rows of any TSV with these columns, with unchanged cells."""
     return list(_rows(path, required=required))
 
 
 def _rows(path: Path, *, required: tuple[str, ...] = ("index", "answer")) -> Iterator[Row]:
-    # One cell may hold a picture of many megabytes.
+    # A cell may contain a picture of many megabytes.
     csv.field_size_limit(sys.maxsize)
     for strict in (True, False):
         try:

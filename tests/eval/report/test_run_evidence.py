@@ -156,7 +156,7 @@ def test_an_export_has_no_before(measured: Path, tmp_path: Path, records: Path, 
     task = f"llava:{measured / 'test.jsonl'}@{records.parent / 'images'}"
     line = ["eval", "run", task, "--model", str(tmp_path / "export"), "--output", str(tmp_path / "eval"), "--untuned"]
     assert cli.run(line) == 1
-    assert "knows no model before tuning" in capsys.readouterr().err
+    assert "has no model before tuning" in capsys.readouterr().err
 
 
 def test_two_evaluations_that_end_together_both_leave_their_scores(measured: Path, monkeypatch: Any) -> None:
