@@ -213,7 +213,7 @@ def run_folder(path: Path) -> Path:
     start = path.parent if path.is_file() else path
     found = next((folder for folder in (start, *start.resolve().parents[:3]) if (folder / "run.json").is_file()), None)
     if found is None:
-        raise EvalError(f"{path} lies in no evaluation run: there is no run.json in it or above it.")
+        raise EvalError(f"{path} is not part of an evaluation run: there is no run.json in it or above it.")
     return found
 
 

@@ -136,7 +136,7 @@ def _hand_on(
         raise ConfigError("GGUF files are written in fp32 or fp16 here, and --dtype is bf16. Choose one of these.")
     assembly = load(model, merge=False, base=base)
     if needs_adapter and assembly.peft_model is None:
-        raise ConfigError(f"{model} carries no adapter to merge. Write it as it is with mm-moslora export --to hf.")
+        raise ConfigError(f"{model} has no adapter to merge. Write it unchanged with mm-moslora export --to hf.")
     moved = merge_adapter(assembly, dtype_of("fp32" if to == "gguf" else dtype))
     if moved is not None:
         rounded = "" if dtype == "fp32" or to == "gguf" else f", rounding to {dtype} included"
@@ -148,7 +148,7 @@ def _hand_on(
         names = ", ".join(path.name for path in (files.text, files.mmproj) if path)
         print(f"{output}: {names}, largest tensor difference {files.largest_difference:.2e}")
         if files.mmproj:
-            print("llama.cpp builds with its issue 25814 misplace CLIP's CLS token; take one in which it is mended.")
+            print("llama.cpp builds with its issue 25814 misplace CLIP's CLS token; use a build with the fix.")
     elif to == "llava-original":
         from mm_moslora.models.export.export_llava_checkpoint import export_original
 

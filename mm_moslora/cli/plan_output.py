@@ -90,7 +90,7 @@ def _pictures(found: Plan) -> str:
     width, height = found.picture
     line = f"Pictures: of {width} x {height} pixels (--picture), {tiles}{size.tokens_per_image:,} tokens each."
     if size.unseen:
-        line += f" [yellow]The model's processor was not asked[/], its configuration alone: {escape(size.unseen)}"
+        line += f" [yellow]Computed from the configuration, not by the model's processor[/]: {escape(size.unseen)}"
     return line
 
 

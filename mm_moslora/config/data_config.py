@@ -28,7 +28,7 @@ class SourceConfig:
     limit: int | None = None
     """Use at most this many records."""
     limit_by: Literal["random", "first"] = "random"
-    """Which records a limit takes: a fixed random choice, or the first ones."""
+    """Choice of records under a limit: a fixed random choice, or the first records."""
     follow_links: bool = False
     """Accept symbolic links that lead out of the image folder (download caches that link to a store need it)."""
     subset: str | None = None

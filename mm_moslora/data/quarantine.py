@@ -26,7 +26,7 @@ class Quarantine:
     def __init__(self, path: Path | None, total: int, config: DataConfig) -> None:
         self.path, self.total, self.config = path, total, config
         self.codes: dict[str, int] = {}
-        """How many bad records of each code."""
+        """Number of bad records by code."""
         self._seen: set[int] = set()
         self._lines: list[str] | None = []
         self._late = None if path is None else Appender(path)

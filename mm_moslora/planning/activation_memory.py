@@ -48,7 +48,7 @@ class ActivationMemory:
     weight_bytes: float
     """All frozen weights, as they are loaded."""
     value_bytes: int
-    """Of a value in the compute dtype."""
+    """Bytes of a value in the compute dtype."""
     layers: int
     width: int
     vocabulary: int
@@ -70,7 +70,7 @@ class ActivationMemory:
     vision_checkpointing: bool
     """Whether the backward pass recomputes the tower's layers."""
     is_lean: bool
-    """Whether decoder layers keep no more than about 8 of their width and twice the MLP's."""
+    """Whether decoder layers keep at most about 8 tensors of their width and 2 of the MLP's width."""
     counter: FlopCounter
 
 

@@ -248,7 +248,7 @@ def test_a_folder_that_only_holds_adapters_names_them(
 
 def test_merge_without_an_adapter_writes_nothing(language_folder: Path, adapter: Path, tmp_path: Path, capsys):
     assert run(["merge", str(language_folder), str(tmp_path / "out")]) == 1
-    assert "carries no adapter to merge" in capsys.readouterr().err
+    assert "has no adapter to merge" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -144,7 +144,7 @@ BAD = [
     (["run", "llava:QUESTIONS", "--model", "replay:missing.jsonl"], "is missing"),
     (["run", "llava:QUESTIONS", "--batch-size", "0", "--model", "replay:x"], "batch_size is 0"),
     (["check", "mmvet"], "was not found"),
-    (["score", "nowhere"], "lies in no evaluation run"),
+    (["score", "nowhere"], "is not part of an evaluation run"),
     (["compare", "nowhere", "elsewhere"], "There is no 'nowhere'"),
     (["compare", ".", "."], "no scored task in common"),
 ]

@@ -81,7 +81,7 @@ def test_a_plan_says_what_a_picture_of_the_size_asked_for_takes(family: str, tmp
     for file in ("processor_config.json", "preprocessor_config.json"):
         (folder / file).unlink(missing_ok=True)
     assert cli.run([*words, "64x48"]) == 0  # nobody knows how the processor would cut it
-    assert "tokens each. The model's processor was not asked, its configuration alone:" in capsys.readouterr().out
+    assert "tokens each. Computed from the configuration, not by the model's processor:" in capsys.readouterr().out
 
 
 def test_tiles_of_an_assembled_model_are_planned(tmp_path) -> None:

@@ -25,7 +25,7 @@ _VALUES = {
 
 
 def _value(document: Document) -> tuple[str, str, str]:
-    """How the wanted kind of answer is named; other precisions than 1 and 2 read as one decimal."""
+    """Wording for the kind of answer; a precision other than 1 or 2 gets the wording for one decimal."""
     kind = document.extra.get("answer_type", "integer")
     if kind == "float":
         kind = "float 2" if float(document.extra.get("precision") or 1) == 2 else "float 1"

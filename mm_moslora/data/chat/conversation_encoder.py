@@ -41,7 +41,7 @@ class Encoded:
     input_ids: Tensor
     """int64 ``[T]``."""
     supervised: Tensor
-    """bool ``[T]``: answers and the end-of-turn token behind each."""
+    """bool ``[T]``: true for answers and the end-of-turn token after each."""
     images: int = 0
     """Images in the turns that were kept."""
     dropped_turns: int = 0
@@ -66,7 +66,7 @@ class _Growing:
     supervised: list[bool] = field(default_factory=list)
     images: int = 0
     context: str = ""
-    """The special token that `ids` ends with, as text; tokenisers start afresh behind it."""
+    """The special token at the end of `ids`, as text; tokenisation restarts after it."""
     run: list[Piece] = field(default_factory=list)
     """Text that is not tokenised yet."""
     pictures: Sequence[Sequence[int]] | None = None

@@ -265,8 +265,8 @@ def _formless(value: Mapping[str, Any], key: str, where: Where) -> RecordError:
     """The error of a record in none of the forms; names the keys that it has."""
     found = ", ".join(ascii(str(name)[:40]) for name in list(value)[:8])
     remedy = (
-        "write conversations, messages, texts, question and answer, or caption; for a table, `columns` of the source "
-        "says which of its columns is which"
+        "write conversations, messages, texts, question and answer, or caption; for a table, map its columns with "
+        "`columns` of the source"
     )
     return where.error(Code.NO_TURNS, key, f"is missing; the record has {found or 'no key'}", remedy)
 

@@ -153,7 +153,7 @@ class Template:
         return bool(rest.strip()) and rest.lstrip() != between.lstrip()
 
     def _owners(self, roles: tuple[str, ...]) -> list[int]:
-        """For every content the number of its turn."""
+        """The turn number of every content."""
         return list(range(len(roles)))
 
     def _make(self, roles: tuple[str, ...]) -> Plan:

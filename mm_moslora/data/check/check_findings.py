@@ -45,7 +45,7 @@ def leakage(
     if not found:
         return Finding("ok", title, f"none of {len(known)} training pictures looks like one of {len(others)}"), []
     detail = f"training pictures that look like held-out ones: {len(found)}"
-    return Finding("warn", title, detail, "take them out of one of the sets, or scores there are too good"), found
+    return Finding("warn", title, detail, "remove them from one of the sets; otherwise scores are too high"), found
 
 
 def length_percentiles(report: CheckReport) -> dict[str, int]:
@@ -68,7 +68,7 @@ def _usable(report: CheckReport) -> Finding:
 def _ends(report: CheckReport) -> Finding:
     if not report.endless:
         return Finding("ok", "ends of answers", "every answer ends with a supervised end-of-turn token")
-    remedy = "a model tuned so does not stop by itself; use a template with an end of turn"
+    remedy = "a model tuned on them does not stop by itself; use a template with an end of turn"
     return Finding("warn", "ends of answers", f"{report.endless} records have an answer without one", remedy)
 
 
@@ -92,7 +92,7 @@ def _thinking(report: CheckReport) -> Finding:
         return Finding("ok", "thinking", f"{report.thoughts} answers think before they answer")
     detail = f"{report.thoughts} answers are learned with their thinking, {report.dropped_thoughts} without"
     remedy = (
-        "most chat templates show the thinking of the last answer alone; split such records, or model.thinking: never"
+        "most chat templates keep only the last answer's thinking; split such records, or set model.thinking: never"
     )
     return Finding("warn", "thinking", detail, remedy)
 
@@ -112,7 +112,7 @@ def _special(report: CheckReport) -> Finding:
 def _separators(report: CheckReport) -> Finding:
     if not report.separator_text:
         return Finding("ok", "separators", "no text spells what the template writes between turns")
-    remedy = "labels are right all the same, but the model reads a change of speaker; reword, or use another template"
+    remedy = "labels are correct, but the model sees a change of speaker; reword, or use another template"
     return Finding("warn", "separators", f"{report.separator_text} records spell the template's separators", remedy)
 
 
@@ -120,7 +120,7 @@ def _repeats(report: CheckReport) -> Finding:
     repeats = sum(report.repeated_ids.values())
     detail = f"{report.duplicates} records are copies of others, {repeats} repeat an id"
     status: Literal["ok", "warn"] = "warn" if report.duplicates or repeats else "ok"
-    remedy = "remove them, or say the repetition by weight" if status == "warn" else ""
+    remedy = "remove them, or set weight to repeat records" if status == "warn" else ""
     return Finding(status, "duplicates", detail, remedy)
 
 
