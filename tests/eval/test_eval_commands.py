@@ -190,7 +190,7 @@ def test_compare_runs_seeds_and_page(tmp_path: Path, capsys) -> None:
     assert "A 0.9000, B 0.4500, A - B +0.4500" in out
     assert "A wins 20, B wins 0, equal 20 of 40. A is better than B." in out
     assert "B 0.5000, 0.4000" in out
-    assert re.search(r"With 40 documents a true difference of 0\.\d+ is seen", out)
+    assert re.search(r"With 40 documents a true difference of 0\.\d+ is detected with 80 % power", out)
     html = page.read_text()
     for verb in (["compare", str(a), str(b), "--html"], ["report", str(a), "--output"]):
         assert cli.run(["eval", *verb, str(tmp_path)]) == 1
@@ -201,8 +201,8 @@ def test_compare_runs_seeds_and_page(tmp_path: Path, capsys) -> None:
     assert cli.run(["eval", "compare", str(a), str(a)]) == 0
     out = capsys.readouterr().out
     assert "It is not shown that A and B differ." in out
-    assert "Every one of 40 documents" in out
-    assert "0.0000 is seen" not in out
+    assert "All 40 documents differ by the same amount" in out
+    assert "0.0000 is detected" not in out
 
 
 def test_a_comparison_says_when_the_headline_is_no_mean(finished: Path, tmp_path: Path, capsys) -> None:
