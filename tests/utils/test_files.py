@@ -183,7 +183,7 @@ def test_names_of_a_run_in_a_folder_of_the_user_are_refused_with_the_way_out(tmp
     files.mark(tmp_path, "evaluation")
     with pytest.raises(ConfigError, match="a run of mm_moslora"):
         files.refuse_strangers(tmp_path, ["config.yaml"], kind="run")
-    assert os.system(str(caught.value).rpartition("say so: ")[2]) == 0
+    assert os.system(str(caught.value).rpartition("mark it: ")[2]) == 0
     files.refuse_strangers(tmp_path, ["config.yaml"], kind="run")
 
 
