@@ -13,7 +13,7 @@ from mm_moslora.config import DataConfig, ModelConfig, Recipe, refuse_all_frozen
 from mm_moslora.config.llava_chat_templates import require_template
 from mm_moslora.data.sources.open_sources import require_sources
 from mm_moslora.training.checkpointing.checkpoint_folder import refuse_resume
-from mm_moslora.training.engine.deepspeed_presets import read_preset
+from mm_moslora.training.deepspeed_presets import read_preset
 from mm_moslora.utils.errors import AdapterError, ConfigError, TrainingError, suggestion
 from mm_moslora.utils.files import refuse_strangers
 from mm_moslora.utils.run_paths import (

@@ -159,7 +159,7 @@ def test_a_preset_of_ones_own_with_keys_that_deepspeed_reads_is_taken(recipe: Re
 
 
 def test_programs_that_call_train_are_refused_first_too(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_loop.runs, "prepare", lambda *_, **__: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(training_loop.run_setup, "prepare", lambda *_, **__: pytest.fail("the model is loaded"))
     gone = replace(recipe, data=replace(recipe.data, validation=[SourceConfig(path="gone.jsonl")]))
     with pytest.raises(MoSLoRAError, match=r"gone\.jsonl does not exist"):
         train(gone)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mm_moslora.config import TrainConfig
-from mm_moslora.training.engine.deepspeed_presets import read_preset
+from mm_moslora.training.deepspeed_presets import read_preset
 from mm_moslora.training.parameter_groups import ParameterGroup
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
