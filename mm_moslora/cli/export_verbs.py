@@ -192,7 +192,7 @@ def import_model(
     if not source.exists():
         raise ModelError(f"There is no {str(source)!r}; expected a folder, .bin or .pth file.")
     quiet_libraries()
-    from mm_moslora.models.assembly import assemble
+    from mm_moslora.models.assembly import load_parts
     from mm_moslora.models.export.export_huggingface import export_model
     from mm_moslora.models.import_checkpoint import import_parts, whole_config
 
@@ -201,7 +201,7 @@ def import_model(
     print(f"{output}: {taken}, largest difference {found.largest_difference:.2e}")
     if parts:
         return 0
-    whole = assemble(whole_config(found, vision=vision, language=None if found.language else language))
+    whole = load_parts(whole_config(found, vision=vision, language=None if found.language else language))
     result = export_model(whole, output / "model")
     print(f"{result.folder}: {result.architecture}, largest logit difference {result.max_logit_difference:.2e}")
     return 0

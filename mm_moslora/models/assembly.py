@@ -1,15 +1,17 @@
-"""Assembly: from a recipe to a model and a processor.
+"""The one way from a recipe's `model` to a model, or to its parts: `load_parts`.
 
 Read from top to bottom, it is the order of work.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import peft
 import torch
@@ -18,10 +20,12 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     BitsAndBytesConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,37 +35,45 @@ from mm_moslora.batch import ImageProcessing
 from mm_moslora.config import ModelConfig, Thinking, VisionConfig
 from mm_moslora.config.llava_chat_templates import set_chat_template
 from mm_moslora.models.decoding.generation import stop_token_ids
+from mm_moslora.models.model_sizes import few_layers, sizes_of
 from mm_moslora.models.pretrained_vlm import load_pretrained_processor, load_pretrained_vlm, pretrained_image_token
 from mm_moslora.models.processing.anyres import NEWLINE, anyres_processor, compose_anyres, newline_of, require_anyres
 from mm_moslora.models.processing.image_processing import ProcessorImageProcessing, SquareImageProcessing
-from mm_moslora.models.processing.llava_processor import IMAGE_TOKEN, build_processor, image_processor
+from mm_moslora.models.processing.llava_processor import IMAGE_TOKEN, build_processor
 from mm_moslora.models.projectors.projector import build_projector, projector_tokens
 from mm_moslora.models.projectors.projector_layers import ProjectorShape
 from mm_moslora.models.vision.dual_tower import FusedVisionModel
 from mm_moslora.models.vision.timm_open_clip_tower import WrappedVisionModel
-from mm_moslora.models.vision.vision_tower import ImageSpec, load_vision
-from mm_moslora.models.vlm import VlmConfig, VlmForConditionalGeneration, has_own_forward, is_multimodal
+from mm_moslora.models.vision.vision_tower import ImageSpec, load_vision, sketch_vision
+from mm_moslora.models.vlm import VlmConfig, VlmForConditionalGeneration, is_multimodal
 from mm_moslora.utils.errors import ModelError, reason_of
 from mm_moslora.utils.package_requirements import install_command, is_installed
 from mm_moslora.utils.run_paths import require_model, require_projector
 
+Weights = Literal["all", "none", "shapes"]
+"""How much of a model is loaded; see `load_parts`."""
+
 
 @dataclass(kw_only=True)
-class Assembly:
-    """An assembled model and what goes with it."""
+class Parts:
+    """A model and what goes with it, as far as `load_parts` was asked for it."""
 
-    model: PreTrainedModel
-    """The base model; adapters, if any, sit inside it."""
-    tokenizer: PreTrainedTokenizerBase
-    """With the image token where there is a vision tower."""
+    model: PreTrainedModel = None  # type: ignore[assignment]
+    """The base model; adapters, if any, sit inside it. Absent without weights."""
+    tokenizer: PreTrainedTokenizerBase = None  # type: ignore[assignment]
+    """With the image token where there is a vision tower. Absent where shapes alone are loaded."""
     processor: Any = None
     """None for a language model alone."""
     is_pretrained_vlm: bool = False
     """Whether conversations take the form of the processor's own chat template."""
     image: ImageSpec | None = None
-    """The vision tower's specification, where the assembly is ours."""
+    """The vision tower's specification, where the model is assembled here."""
+    image_token_id: int | None = None
+    """Vocabulary id of the image placeholder; None: that of the model, if it sees."""
     tokens_per_image: int = 0
     """Visual tokens of a picture; of a ready-made model, of one of 448 x 448 pixels."""
+    layers: int = 0
+    """Decoder layers of the whole model, where shapes alone are loaded: `model` has a few of them."""
     peft_model: peft.PeftModel | None = None
     """The PEFT view of `model`, once adapters are in."""
     base: dict[str, Any] = field(default_factory=dict)
@@ -71,10 +83,9 @@ class Assembly:
     changed: bool = False
     """Whether weights besides the adapter are other ones than `base` names."""
 
-    @property
-    def image_token_id(self) -> int | None:
-        """Vocabulary id of the image placeholder."""
-        return self.model.config.image_token_id if is_multimodal(self.model) else None
+    def __post_init__(self) -> None:
+        if self.image_token_id is None and self.model is not None and is_multimodal(self.model):
+            self.image_token_id = self.model.config.image_token_id
 
     @property
     def template_processor(self) -> Any:
@@ -86,18 +97,21 @@ class Assembly:
         """What turns pictures into tensors; None for a language model alone."""
         if self.processor is None or self.image_token_id is None:
             return None
-        if self.is_pretrained_vlm or has_own_forward(self.model):
+        if self.is_pretrained_vlm or isinstance(self.processor, LlavaNextProcessor):
             return ProcessorImageProcessing(self.processor, image_token_id=self.image_token_id)
         return SquareImageProcessing(
             self.processor.image_processor, image_token_id=self.image_token_id, tokens=self.tokens_per_image
         )
 
 
-def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Assembly:
-    """Load the parts and put them together, without adapters.
+def load_parts(config: ModelConfig, *, weights: Weights = "all", dtype: torch.dtype = torch.float32) -> Parts:
+    """Load a recipe's model, or as much of it as is needed, without adapters.
 
     Args:
         config: the recipe's `model`.
+        weights: `all`: the model, to train or to use. `none`: no model, but all that turns records into tensors, for
+            data preparation. `shapes`: the model on the meta device with a few of its decoder layers, and no tokenizer
+            and processor, for planning; only configurations are read.
         dtype: dtype of every weight.
 
     Raises:
@@ -105,25 +119,93 @@ def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Asse
     """
     require_model("model.language", config.language)
     require_model("model.vlm", config.vlm)
-    if config.vlm is not None:
-        return _assemble_ready(config, dtype=dtype)
-    assert config.language is not None
-    language, tokenizer = load_language(
-        config.language, config.language_revision, dtype=dtype, quantisation=config.quantisation
-    )
-    set_chat_template(tokenizer, config.chat_template, faithful=config.faithful)
-    if config.chat_template is not None and language.generation_config is not None:
-        language.generation_config.eos_token_id = stop_token_ids(language, tokenizer.eos_token_id)
-    set_system_prompt(tokenizer, config.system_prompt)
-    base = {"language": config.language, "language_revision": config.language_revision}
+    with torch.device("meta") if weights == "shapes" else contextlib.nullcontext():
+        load = _assembled if config.vlm is None else _pretrained
+        return load(config, weights=weights, dtype=dtype)
+
+
+def _assembled(config: ModelConfig, *, weights: Weights, dtype: torch.dtype) -> Parts:
+    language = _language(config, weights=weights, dtype=dtype)
+    parts = Parts(
+        model=cast(PreTrainedModel, language.model), tokenizer=language.tokenizer, layers=language.layers,
+        base={"language": config.language, "language_revision": config.language_revision}, thinking=config.thinking,
+    )  # fmt: skip
     if config.vision is None:
-        return Assembly(model=language, tokenizer=tokenizer, base=base, thinking=config.thinking)
-    tower, spec = load_vision(config.vision, dtype=dtype)
+        return parts
+    tower, spec = load_vision(config.vision, dtype=dtype) if weights == "all" else sketch_vision(config.vision)
     shape = projector_shape(config, spec, language.config)
-    tokens = projector_tokens(config.projector.kind, shape) + (1 if config.vision.select == "cls_patch" else 0)
-    image_token_id = add_image_token(language, tokenizer)
-    settings = llava_settings(config.vision, spec, tower, language.config, image_token_id=image_token_id, tokens=tokens)
+    tokens = projector_tokens(config.projector.kind, shape) + (config.vision.select == "cls_patch")
     standard = is_standard(config, spec, tower)
+    _require_fitting(config, spec, tower, standard=standard)
+    token = language.add_image_token()
+    if weights != "none":
+        settings = llava_settings(config.vision, spec, tower, language.config, image_token_id=token, tokens=tokens)
+        if config.image_aspect == "anyres":
+            parts.model = compose_anyres(config, settings, spec, dtype=dtype)
+        else:
+            parts.model = compose(config, settings, shape, standard=standard, prefix=spec.prefix)
+    if weights == "all":
+        projector = build_projector(config.projector.kind, shape).to(dtype)
+        _fill(parts.model, cast(PreTrainedModel, language.model), tower, projector)
+        if config.projector.weights:
+            load_projector(projector, Path(config.projector.weights), newline=newline_of(parts.model))
+    if weights != "shapes":
+        parts.processor = _processor(config, language.tokenizer, spec, tokens=tokens, standard=standard)
+    parts.image, parts.image_token_id, parts.tokens_per_image = spec, token, tokens
+    parts.base |= {"vision": config.vision.name, "vision_revision": config.vision.revision}
+    return parts
+
+
+class _Language(NamedTuple):
+    """The language model of an assembled one, as far as it is loaded."""
+
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    """Absent where shapes alone are loaded."""
+    model: PreTrainedModel | None = None
+    layers: int = 0
+    """See `Parts.layers`."""
+
+    def add_image_token(self) -> int:
+        """Its number; without a tokenizer the last one of the vocabulary stands for it."""
+        if self.tokenizer is None:
+            return int(self.config.vocab_size) - 1
+        token = register_image_token(self.tokenizer)
+        if self.model is not None:
+            add_embedding_row(self.model, token)
+        return token
+
+
+def _language(config: ModelConfig, *, weights: Weights, dtype: torch.dtype) -> _Language:
+    assert config.language is not None
+    name, revision = config.language, config.language_revision
+    if weights == "shapes":
+        text, layers = few_layers(sizes_of(name, revision, key="model.language").get_text_config())
+        alone = AutoModelForCausalLM.from_config(text, trust_remote_code=False) if config.vision is None else None
+        return _Language(text, cast(Any, None), alone, layers)
+    if weights == "all":
+        model, tokenizer = load_language(name, revision, dtype=dtype, quantisation=config.quantisation)
+        language = _Language(model.config, tokenizer, model)
+    else:
+        language = _Language(*_language_config(name, revision))
+    set_chat_template(language.tokenizer, config.chat_template, faithful=config.faithful)
+    if language.model is not None and config.chat_template is not None and language.model.generation_config is not None:
+        stops = stop_token_ids(language.model, language.tokenizer.eos_token_id)
+        language.model.generation_config.eos_token_id = stops
+    set_system_prompt(language.tokenizer, config.system_prompt)
+    return language
+
+
+def _language_config(name: str, revision: str | None) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False), tokenizer
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model.language is {name!r}, which does not load: {reason_of(error)}.") from error
+
+
+def _require_fitting(config: ModelConfig, spec: ImageSpec, tower: PreTrainedModel, *, standard: bool) -> None:
+    assert config.vision is not None
     if not standard and config.vision.select == "cls_patch":
         raise ModelError(
             "model.vision.select is cls_patch, which only a stock tower with CLS and the mlp2x_gelu projector offers. "
@@ -131,28 +213,16 @@ def assemble(config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> Asse
         )
     if config.image_aspect == "anyres":
         require_anyres(config, spec, tower, standard=standard)
-        model = compose_anyres(config, settings, spec, dtype=dtype)
-    else:
-        model = compose(config, settings, shape, standard=standard, prefix=spec.prefix)
-    projector = build_projector(config.projector.kind, shape).to(dtype)
-    if config.projector.weights:
-        load_projector(projector, Path(config.projector.weights), newline=newline_of(model))
+
+
+def _fill(model: PreTrainedModel, language: PreTrainedModel, tower: PreTrainedModel, projector: nn.Module) -> None:
+    """Put the loaded parts into the empty shell."""
     model.model.vision_tower = tower
     model.model.language_model = language.base_model
     model.lm_head = language.get_output_embeddings()
     model.model.multi_modal_projector = projector
     model.generation_config = language.generation_config
-    processor = _processor(config, tokenizer, spec, tokens=tokens, standard=standard)
-    base |= {"vision": config.vision.name, "vision_revision": config.vision.revision}
-    return Assembly(
-        thinking=config.thinking,
-        model=model.eval(),
-        tokenizer=tokenizer,
-        processor=processor,
-        image=spec,
-        tokens_per_image=tokens,
-        base=base,
-    )
+    model.eval()
 
 
 def _processor(
@@ -163,26 +233,50 @@ def _processor(
     return build_processor(tokenizer, spec, aspect=config.image_aspect, tokens_per_image=tokens, standard=standard)
 
 
-def _assemble_ready(config: ModelConfig, *, dtype: torch.dtype) -> Assembly:
+def _pretrained(config: ModelConfig, *, weights: Weights, dtype: torch.dtype) -> Parts:
     assert config.vlm is not None
-    model, processor = load_pretrained_vlm(config.vlm, config.vlm_revision, dtype=dtype)
+    name, revision = config.vlm, config.vlm_revision
+    base = {"vlm": name, "vlm_revision": revision}
+    if weights == "shapes":
+        whole = copy.deepcopy(sizes_of(name, revision, key="model.vlm"))
+        whole.text_config, layers = few_layers(whole.get_text_config())
+        model = AutoModelForImageTextToText.from_config(whole, trust_remote_code=False)
+        return Parts(model=model, is_pretrained_vlm=True, base=base, layers=layers, thinking=config.thinking)
+    if weights == "all":
+        model, processor = load_pretrained_vlm(name, revision, dtype=dtype)
+        savable_generation_config(model)
+        token = None
+    else:
+        model, processor = None, load_pretrained_processor(name, revision)
+        token = pretrained_image_token(name, revision, processor)
     set_system_prompt(processor, config.system_prompt)
-    savable_generation_config(model)
-    base = {"vlm": config.vlm, "vlm_revision": config.vlm_revision}
-    return ready_assembly(model, processor, base=base, thinking=config.thinking)
+    return pretrained_parts(processor, model=model, image_token_id=token, base=base, thinking=config.thinking)
 
 
-def ready_assembly(
-    model: PreTrainedModel, processor: Any, *, base: dict[str, Any], thinking: Thinking = "auto"
-) -> Assembly:
-    """A loaded ready-made model with its processor."""
-    assembly = Assembly(
-        model=model.eval(), tokenizer=processor.tokenizer, processor=processor, is_pretrained_vlm=True, base=base,
-        thinking=thinking,
+def pretrained_parts(
+    processor: Any,
+    *,
+    model: PreTrainedModel | None,
+    image_token_id: int | None = None,
+    base: dict[str, Any],
+    thinking: Thinking = "auto",
+) -> Parts:
+    """A ready-made model with its processor.
+
+    Args:
+        processor: of transformers.
+        model: None where weights are not needed.
+        image_token_id: what visual features replace; None: the model says it.
+        base: where it came from.
+        thinking: the recipe's `model.thinking`.
+    """
+    parts = Parts(
+        model=cast(PreTrainedModel, model if model is None else model.eval()), tokenizer=processor.tokenizer,
+        processor=processor, is_pretrained_vlm=True, image_token_id=image_token_id, base=base, thinking=thinking,
     )  # fmt: skip
-    assert assembly.image_processing is not None
-    assembly.tokens_per_image = len(assembly.image_processing.placeholders([(448, 448)])[0])
-    return assembly
+    assert parts.image_processing is not None
+    parts.tokens_per_image = len(parts.image_processing.placeholders([(448, 448)])[0])
+    return parts
 
 
 def is_standard(config: ModelConfig, spec: ImageSpec, tower: PreTrainedModel) -> bool:
@@ -280,12 +374,11 @@ def _refuse_head_extras(language: PreTrainedModel, name: str) -> None:
         raise ModelError(f"{name!r} ({text.model_type}) has no plain linear head without bias. Choose another model.")
 
 
-def add_image_token(language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Give the tokenizer an image token and the embedding table a row for it.
+def add_embedding_row(language: PreTrainedModel, token_id: int) -> None:
+    """Give the embedding table a row for the image token.
 
     The row is the mean of all others: it is never looked up (visual tokens take its place) and its logit never wins.
     """
-    token_id = register_image_token(tokenizer)
     old = int(cast(Any, language.get_input_embeddings()).weight.shape[0])
     if token_id >= old:
         language.resize_token_embeddings(token_id + 1, mean_resizing=False)
@@ -293,7 +386,6 @@ def add_image_token(language: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         with torch.no_grad():
             for table in tables:
                 table[old:] = table[:old].float().mean(dim=0).to(table.dtype)
-    return token_id
 
 
 def register_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -302,87 +394,6 @@ def register_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return int(cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextAndImages:
-    """What turns records into tensors: all that data preparation needs of a model, without its language weights."""
-
-    tokenizer: PreTrainedTokenizerBase
-    image_token_id: int | None = None
-    tokens_per_image: int = 0
-    image_processor: Any = None
-    template_processor: Any = None
-    """Of a ready-made model, whose chat template then counts."""
-    image_processing: ImageProcessing | None = None
-    """None for a language model alone."""
-    thinking: Thinking = "auto"
-    """The recipe's `model.thinking`."""
-
-
-def text_and_images(config: ModelConfig) -> TextAndImages:
-    """Load tokenizer and image processor of a recipe's model, but not the language model.
-
-    Raises:
-        ModelError: a part is unknown.
-    """
-    if config.vlm is not None:
-        return _ready_text_and_images(config)
-    assert config.language is not None
-    require_model("model.language", config.language)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            config.language, revision=config.language_revision, trust_remote_code=False
-        )
-        language = AutoConfig.from_pretrained(
-            config.language, revision=config.language_revision, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.language is {config.language!r}, which does not load: {reason_of(error)}.") from error
-    set_chat_template(tokenizer, config.chat_template, faithful=config.faithful)
-    set_system_prompt(tokenizer, config.system_prompt)
-    if config.vision is None:
-        return TextAndImages(tokenizer=tokenizer, thinking=config.thinking)
-    _, spec = load_vision(config.vision)
-    shape = projector_shape(config, spec, language)
-    tokens = projector_tokens(config.projector.kind, shape) + (config.vision.select == "cls_patch")
-    token = register_image_token(tokenizer)
-    if config.image_aspect == "anyres":
-        processor = anyres_processor(tokenizer, spec, config.anyres_tiles)
-        return TextAndImages(
-            thinking=config.thinking,
-            tokenizer=tokenizer,
-            image_token_id=token,
-            tokens_per_image=tokens,
-            image_processor=processor.image_processor,
-            image_processing=ProcessorImageProcessing(processor, image_token_id=token),
-        )
-    images = image_processor(spec, config.image_aspect)
-    return TextAndImages(
-        thinking=config.thinking,
-        tokenizer=tokenizer,
-        image_token_id=token,
-        tokens_per_image=tokens,
-        image_processor=images,
-        image_processing=SquareImageProcessing(images, image_token_id=token, tokens=tokens),
-    )
-
-
-def _ready_text_and_images(config: ModelConfig) -> TextAndImages:
-    assert config.vlm is not None
-    processor = load_pretrained_processor(config.vlm, config.vlm_revision)
-    set_system_prompt(processor, config.system_prompt)
-    token = pretrained_image_token(config.vlm, config.vlm_revision, processor)
-    image_processing = ProcessorImageProcessing(processor, image_token_id=token)
-    return TextAndImages(
-        thinking=config.thinking,
-        tokenizer=processor.tokenizer,
-        image_token_id=token,
-        tokens_per_image=len(image_processing.placeholders([(448, 448)])[0]),
-        image_processor=processor.image_processor,
-        template_processor=processor,
-        image_processing=image_processing,
-    )
 
 
 def projector_shape(config: ModelConfig, spec: ImageSpec, language: PreTrainedConfig) -> ProjectorShape:

@@ -20,7 +20,7 @@ from transformers import (
 from mm_moslora import adapters
 from mm_moslora.adapters.folders.foreign_formats import read_json
 from mm_moslora.config import ModelConfig, Recipe
-from mm_moslora.models.assembly import Assembly, assemble, load_projector, ready_assembly
+from mm_moslora.models.assembly import Parts, load_parts, load_projector, pretrained_parts
 from mm_moslora.models.model_paths import resolve_model_paths
 from mm_moslora.models.pretrained_vlm import load_pretrained_processor
 from mm_moslora.models.processing.anyres import newline_of
@@ -39,12 +39,12 @@ def load(
     dtype: torch.dtype = torch.float32,
     base: str | Path | None = None,
     quantised: bool = True,
-) -> Assembly:
+) -> Parts:
     """Load a model for inference.
 
     Args:
         path: a run, a checkpoint of ours, an exported folder, or an adapter folder of any trainer.
-        merge: fold adapters into the base weights (faster); False leaves them live in `Assembly.peft_model`.
+        merge: fold adapters into the base weights (faster); False leaves them live in `Parts.peft_model`.
         dtype: dtype of the weights.
         base: for an adapter folder, the model it belongs to; None takes the one that it names.
         quantised: False loads a base in full that was trained on in 4 or 8 bits.
@@ -75,13 +75,13 @@ def model_of(folder: Path) -> ModelConfig:
     return resolve_model_paths(recipe_of(folder).model, folder)
 
 
-def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, quantised: bool) -> Assembly:
+def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, quantised: bool) -> Parts:
     config = model_of(folder)
     if not quantised:
         config = dataclasses.replace(config, quantisation="none")
     projector = dataclasses.replace(config.projector, weights=None)
     # Weights are merged in fp32 and rounded once at the end.
-    assembly = assemble(dataclasses.replace(config, projector=projector), dtype=torch.float32)
+    assembly = load_parts(dataclasses.replace(config, projector=projector), dtype=torch.float32)
     if is_multimodal(assembly.model) and not assembly.is_pretrained_vlm:
         load_projector(
             assembly.model.model.multi_modal_projector,
@@ -102,7 +102,7 @@ def _load_checkpoint(folder: Path, *, merge: bool, dtype: torch.dtype, quantised
     return assembly
 
 
-def _load_trained(assembly: Assembly, file: Path) -> None:
+def _load_trained(assembly: Parts, file: Path) -> None:
     state = load_file(file)
     own = assembly.model.state_dict()
     odd = [name for name, value in state.items() if name not in own or own[name].shape != value.shape]
@@ -111,7 +111,7 @@ def _load_trained(assembly: Assembly, file: Path) -> None:
     assembly.model.load_state_dict(state, strict=False)
 
 
-def _load_adapter(folder: Path, base: str | Path | None, *, merge: bool, dtype: torch.dtype) -> Assembly:
+def _load_adapter(folder: Path, base: str | Path | None, *, merge: bool, dtype: torch.dtype) -> Parts:
     """An adapter of another trainer, on the model that it names."""
     named = base or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if base is None and (folder / BASE).is_dir():  # wherever the folder was moved
@@ -133,7 +133,7 @@ def _load_adapter(folder: Path, base: str | Path | None, *, merge: bool, dtype: 
     return assembly
 
 
-def _load_exported(folder: str | Path, *, dtype: torch.dtype) -> Assembly:
+def _load_exported(folder: str | Path, *, dtype: torch.dtype) -> Parts:
     try:
         return _load_stock(folder, dtype=dtype)
     except MoSLoRAError:
@@ -142,18 +142,18 @@ def _load_exported(folder: str | Path, *, dtype: torch.dtype) -> Assembly:
         raise ModelError(f"{folder} does not load: {reason_of(error)}.") from error
 
 
-def _load_stock(folder: str | Path, *, dtype: torch.dtype) -> Assembly:
+def _load_stock(folder: str | Path, *, dtype: torch.dtype) -> Parts:
     config, _ = PretrainedConfig.get_config_dict(folder)
     base = {"exported": str(folder)}
     if "vision_config" not in config:
         language = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-        return Assembly(
+        return Parts(
             model=language.eval(), tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=False), base=base
         )
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
     processor: Any = load_pretrained_processor(str(folder), None)
     if not (isinstance(model, LlavaForConditionalGeneration) and takes_plain_contents(processor)):
-        return ready_assembly(model, processor, base=base)
+        return pretrained_parts(processor, model=model, base=base)
     processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     images = processor.image_processor
     crop: Any = images.crop_size
@@ -166,7 +166,7 @@ def _load_stock(folder: str | Path, *, dtype: torch.dtype) -> Assembly:
         mean=tuple(images.image_mean),
         std=tuple(images.image_std),
     )
-    return Assembly(
+    return Parts(
         model=model, tokenizer=_plain_tokenizer(processor), processor=processor, image=spec,
         tokens_per_image=int(model.config.image_seq_length), base=base,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from functools import cache
@@ -10,8 +11,12 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from mm_moslora.config import RECIPES_FOLDER
+from mm_moslora.utils.errors import ModelError, reason_of
 
 logger = logging.getLogger(__name__)
+
+LAYERS = 2
+"""All decoder layers are alike, so two of them tell the size, the cost and the trainable parameters of any number."""
 
 
 @cache
@@ -52,3 +57,33 @@ def known_shape(name: str) -> PreTrainedConfig:
     kind = values.pop("model_type")
     config: PreTrainedConfig = AutoConfig.for_model(kind, **values)
     return config
+
+
+def sizes_of(name: str, revision: str | None, *, key: str) -> Any:
+    """`config_to_count` of a recipe's model.
+
+    Args:
+        name: folder or hub id.
+        revision: of the hub.
+        key: of the recipe.
+
+    Raises:
+        ModelError: there is no configuration.
+    """
+    try:
+        return config_to_count(name, revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{key} is {name!r}, whose configuration is not to be had ({reason_of(error)}). Give a folder with its "
+            "config.json, or go online."
+        ) from error
+
+
+def few_layers(config: Any) -> tuple[Any, int]:
+    """A copy of a language model's configuration with few layers, and how many there were."""
+    config = copy.deepcopy(config)
+    layers = int(config.num_hidden_layers)
+    config.num_hidden_layers = min(LAYERS, layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    return config, layers

@@ -15,7 +15,7 @@ from mm_moslora import adapters
 from mm_moslora.adapters.folders.load_folder import read_folder
 from mm_moslora.adapters.layers.base_weights import stop_repacking
 from mm_moslora.config import AdapterConfig, ModelConfig
-from mm_moslora.models.assembly import Assembly
+from mm_moslora.models.assembly import Parts
 from mm_moslora.models.pretrained_vlm import decoder_path, tower_path
 from mm_moslora.models.vision.dual_tower import FusedVisionModel
 from mm_moslora.models.vlm import is_multimodal, part_of
@@ -24,12 +24,12 @@ from mm_moslora.utils.run_paths import adapter_folder
 
 
 def attach_adapters(
-    assembly: Assembly, config: ModelConfig, adapter: AdapterConfig, *, seed: int = 0
+    assembly: Parts, config: ModelConfig, adapter: AdapterConfig, *, seed: int = 0
 ) -> peft.PeftModel | None:
     """Put MoSLoRA into the components whose mode is `adapter`, and set what trains everywhere else.
 
     Args:
-        assembly: from `assemble`; its model is changed in place.
+        assembly: from `load_parts`; its model is changed in place.
         config: the recipe's `model`.
         adapter: the recipe's `adapter`.
         seed: seeds the factors, so that every rank makes the same.
@@ -108,7 +108,7 @@ def moslora_config(adapter: AdapterConfig) -> adapters.MoSLoRAConfig:
     )
 
 
-def _set_trainable(assembly: Assembly, config: ModelConfig) -> None:
+def _set_trainable(assembly: Parts, config: ModelConfig) -> None:
     model = assembly.model
     language = model.get_submodule(decoder_path(model)) if is_multimodal(model) else model
     _train_component(language, config.language_mode, config.language_last_n, what="model.language")
@@ -171,7 +171,7 @@ class ComponentRow:
     trainable: int
 
 
-def component_table(assembly: Assembly) -> list[ComponentRow]:
+def component_table(assembly: Parts) -> list[ComponentRow]:
     """Parameters and trainable parameters by component."""
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in assembly.model.named_parameters():

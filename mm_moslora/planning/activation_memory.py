@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from mm_moslora.config import Recipe
+from mm_moslora.config import AdapterConfig, ModelConfig
 from mm_moslora.models.batching.packed_batch import has_mrope
 from mm_moslora.models.batching.padded_batch import picture_inputs
 from mm_moslora.models.meta_model import MetaModel, build_meta_model
@@ -75,27 +75,34 @@ class ActivationMemory:
 
 
 def activation_memory(
-    recipe: Recipe, *, dtype: torch.dtype = torch.bfloat16, picture: tuple[int, int] = PICTURE
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    *,
+    vision_checkpointing: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    picture: tuple[int, int] = PICTURE,
 ) -> ActivationMemory:
     """Measure a recipe's model on the meta device.
 
     Args:
-        recipe: the configurations of its parts are read.
+        model: the recipe's `model`; the configurations of its parts are read.
+        adapter: the recipe's `adapter`.
+        vision_checkpointing: `train.vision_gradient_checkpointing`.
         dtype: the compute dtype.
         picture: width and height of a typical picture, for models with a cost that depends on it.
     """
-    bones = build_meta_model(recipe, dtype=dtype, picture=picture)
+    bones = build_meta_model(model, adapter, dtype=dtype, picture=picture)
     parts = bones.parameters()
     trainable = sum(mine for _, mine in parts.values())
     frozen = sum(total for total, _ in parts.values()) - trainable
     size = torch.finfo(dtype).bits // 8
-    linears = bones.quantisable() if recipe.model.quantisation != "none" else []
+    linears = bones.quantisable() if model.quantisation != "none" else []
     packed = sum(linears)
-    each = {"none": 0.0, "nf4": NF4_BYTES, "int8": 1.0}[recipe.model.quantisation]
+    each = {"none": 0.0, "nf4": NF4_BYTES, "int8": 1.0}[model.quantisation]
     config: Any = bones.model.config.get_text_config()
     inner = config.intermediate_size
     kept = _kept_by_layer(bones, dtype) / PROBE
-    image = _per_image(bones, dtype, checkpointing=recipe.train.vision_gradient_checkpointing)
+    image = _per_image(bones, dtype, checkpointing=vision_checkpointing)
     return ActivationMemory(
         parts=parts, frozen=frozen, trainable=trainable, weight_bytes=(frozen - packed) * size + packed * each,
         value_bytes=size, layers=bones.layers, width=config.hidden_size, vocabulary=config.vocab_size,
@@ -103,7 +110,7 @@ def activation_memory(
         kept_elsewhere=config.hidden_size * (2 * size + 4), kept_per_image=image.kept,
         # A gated MLP's backward pass holds four tensors of its inner width and four of the model's width.
         workspace_per_token=4 * (inner + config.hidden_size) * size,
-        workspace_per_image=image.workspace, vision_checkpointing=recipe.train.vision_gradient_checkpointing,
+        workspace_per_image=image.workspace, vision_checkpointing=vision_checkpointing,
         made_dense=max(linears, default=0) * size,
         is_lean=kept <= (10 * config.hidden_size + 2.5 * inner) * size,
         counter=FlopCounter(bones.model, layers=bones.layers, picture=image.cost),

@@ -29,7 +29,7 @@ from mm_moslora.data.packing import fill_rate, pack
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.data.training_set import encode_record, placeholders_of
-from mm_moslora.models.assembly import text_and_images
+from mm_moslora.models.assembly import load_parts
 from mm_moslora.training.preflight import check_data
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.files import PAGE_SIGN, output_file, replace_text
@@ -218,7 +218,7 @@ def _samples(recipe: Recipe, start: int, count: int) -> tuple[_Parts, list[Sampl
 
 
 def _parts(recipe: Recipe) -> _Parts:
-    parts = text_and_images(recipe.model)
+    parts = load_parts(recipe.model, weights="none")
     return _Parts(ConversationEncoder.of(parts), parts.image_processing)
 
 

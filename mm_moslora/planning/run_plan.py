@@ -7,11 +7,11 @@ Symbols: ``P`` frozen and ``Pt`` trainable parameters, ``W`` GPUs, ``T`` tokens 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from mm_moslora.config import Recipe
+from mm_moslora.config import Recipe, SourceConfig
 from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES, SMALLEST_CHUNK
 from mm_moslora.models.meta_model import size_decides
 from mm_moslora.models.pretrained_vlm import PICTURE
@@ -119,9 +119,9 @@ class Plan:
         return self.data.samples * self.data.tokens * self.epochs / option.tokens_per_second / 3600
 
 
-def known_data(recipe: Recipe, tokens_per_image: int) -> DataSize | None:
-    """Size of the recipe's first source, if it is a well-known data file."""
-    for source in recipe.data.train:
+def known_data(sources: Sequence[SourceConfig], tokens_per_image: int) -> DataSize | None:
+    """Size of the first source that is a well-known data file; None: there is none."""
+    for source in sources:
         known = KNOWN_DATA.get(Path(source.path).stem)
         if known:
             samples, tokens, pictures = known
@@ -215,11 +215,10 @@ def _simplest(options: list[Option]) -> Option | None:
     return min(options, key=lambda o: (o.checkpointing, order[o.zero], -o.micro_batch), default=None)
 
 
-def settings(recipe: Recipe, gpus: Gpus) -> Iterator[tuple[str, bool, int]]:
-    """ZeRO stage, checkpointing and micro-batch to try; the recipe's global batch is kept."""
-    batch = recipe.train.global_batch
-    share = max(1, batch // gpus.count)
-    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= share and batch % size == 0]
+def settings(global_batch: int, gpus: Gpus) -> Iterator[tuple[str, bool, int]]:
+    """ZeRO stage, checkpointing and micro-batch to try; the global batch is kept."""
+    share = max(1, global_batch // gpus.count)
+    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= share and global_batch % size == 0]
     stages = STAGES if gpus.count > 1 else ("zero0",)
     for zero in stages:
         for checkpointing in (False, True):
@@ -247,13 +246,17 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
             f"A picture of {picture[0]} x {picture[1]} pixels is asked for, but this model turns every picture into "
             "one square of the same size. Leave --picture out."
         )
-    size = activation_memory(recipe, picture=picture or PICTURE)
-    data = data or known_data(recipe, size.tokens_per_image)
+    train = recipe.train
+    size = activation_memory(
+        recipe.model, recipe.adapter, vision_checkpointing=train.vision_gradient_checkpointing,
+        picture=picture or PICTURE,
+    )  # fmt: skip
+    data = data or known_data(recipe.data.train, size.tokens_per_image)
     if data is None:
         raise ConfigError("The size of the data is not known. Give --samples and --tokens-per-sample.")
     tokens = min(data.tokens, recipe.data.max_length)
     data = replace(data, tokens=tokens, per_row=max(1.0, recipe.data.pack_tokens / tokens))
-    busy = busy_share(recipe.train.global_batch, gpus.count)
+    busy = busy_share(train.global_batch, gpus.count)
 
     def option(zero: str, checkpointing: bool, micro_batch: int) -> Option:
         samples = micro_batch * data.per_row
@@ -270,20 +273,19 @@ def plan(recipe: Recipe, gpus: Gpus, data: DataSize | None = None, *, picture: t
             fits=needed.total <= FREE_SHARE * gpus.memory,
         )  # fmt: skip
 
-    options = [option(*setting) for setting in settings(recipe, gpus)]
-    train = recipe.train
+    options = [option(*setting) for setting in settings(train.global_batch, gpus)]
     own = None
     if not train.zero.endswith(".json"):
         own = option(train.zero, train.gradient_checkpointing, train.micro_batch)
     fitting = [option for option in options if option.fits]
     best = _simplest([o for o in fitting if o.tokens_per_second >= 0.98 * max(f.tokens_per_second for f in fitting)])
     flops = _flops(size, data, 1, checkpointing=best.checkpointing if best else False)
-    epochs = recipe.train.epochs
-    if recipe.train.steps:
-        epochs = recipe.train.steps * recipe.train.global_batch * data.per_row / data.samples
+    epochs = train.epochs
+    if train.steps:
+        epochs = train.steps * train.global_batch * data.per_row / data.samples
     shown = (picture or PICTURE) if varies else None
     return Plan(
         gpus=gpus, activation_memory=size,
         picture=shown, data=data, epochs=epochs, flops=flops, best=best, options=options,
-        idle=max(0, gpus.count - recipe.train.global_batch), own=own,
+        idle=max(0, gpus.count - train.global_batch), own=own,
     )  # fmt: skip

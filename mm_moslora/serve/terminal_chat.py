@@ -17,7 +17,7 @@ from mm_moslora.data.chat.records import Turn
 from mm_moslora.data.images.decode_image import open_image
 from mm_moslora.data.images.video_clip import SUFFIXES as VIDEO_SUFFIXES
 from mm_moslora.data.images.video_clip import Clip
-from mm_moslora.models.assembly import Assembly
+from mm_moslora.models.assembly import Parts
 from mm_moslora.models.decoding.generation import Prompt, encode_images, stop_token_ids, stream
 from mm_moslora.models.decoding.row_decoding import stream_padded_row
 from mm_moslora.models.load_model import load
@@ -49,7 +49,7 @@ class Chat:
         max_new_tokens: longest answer, tokens.
     """
 
-    def __init__(self, assembly: Assembly, *, max_new_tokens: int = 128) -> None:
+    def __init__(self, assembly: Parts, *, max_new_tokens: int = 128) -> None:
         self.assembly, self.max_new_tokens = assembly, max_new_tokens
         self.encoder = ConversationEncoder.of(assembly)
         self.turns: list[Turn] = []

@@ -22,7 +22,7 @@ from mm_moslora.config import AdapterConfig, ModelConfig, Recipe
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
-from mm_moslora.models.assembly import Assembly, assemble
+from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.models.memory_efficient.compiled_layers import compile_layers
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels, use_kernels
@@ -118,7 +118,7 @@ class Run:
     recipe: Recipe
     folder: Path
     precision: str
-    assembly: Assembly
+    assembly: Parts
     training_set: TrainingSet
     validation_set: TrainingSet | None
     engine: Engine
@@ -151,7 +151,7 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
     model_start, adapter_start = parts, recipe.adapter
     if checkpoint is not None:
         model_start, adapter_start = _start_of(parts, recipe.adapter, checkpoint)
-    assembly = assemble(model_start, dtype=dtype_of(precision))
+    assembly = load_parts(model_start, dtype=dtype_of(precision))
     attach_adapters(assembly, recipe.model, adapter_start, seed=recipe.train.seed)
     if distributed.is_main():
         for line in trainable_table(assembly):
@@ -224,7 +224,7 @@ def _feature_store(config: ModelConfig, model: PreTrainedModel) -> FeatureStore 
     )
 
 
-def _data_set(recipe: Recipe, assembly: Assembly, *, validation: bool) -> TrainingSet | None:
+def _data_set(recipe: Recipe, assembly: Parts, *, validation: bool) -> TrainingSet | None:
     config, sources = recipe.data, recipe.data.train
     if validation:
         # Every held-out record once, however training mixes its sources.
@@ -245,7 +245,7 @@ def _data_set(recipe: Recipe, assembly: Assembly, *, validation: bool) -> Traini
 
 
 @torch.no_grad()
-def _start_projector(recipe: Recipe, assembly: Assembly, data: TrainingSet) -> None:
+def _start_projector(recipe: Recipe, assembly: Parts, data: TrainingSet) -> None:
     """Fit a new projector to pictures of the training data and their answers, as the recipe asks.
 
     Rank 0 computes on the device that it trains on; the other ranks get its weights.
@@ -266,7 +266,7 @@ def _start_projector(recipe: Recipe, assembly: Assembly, data: TrainingSet) -> N
     projector.load_state_dict(distributed.from_main(projector.state_dict()))
 
 
-def _fit(assembly: Assembly, data: TrainingSet, *, to_answers: bool) -> None:
+def _fit(assembly: Parts, data: TrainingSet, *, to_answers: bool) -> None:
     model = assembly.model
     projector, words = model.model.multi_modal_projector, cast(Tensor, model.get_input_embeddings().weight)
     pictures = [pixels for _, pixels in _spread_out(data, PICTURES_TO_STANDARDISE if to_answers else PICTURES_TO_SCALE)]
@@ -317,7 +317,7 @@ def _feature_spread(model: PreTrainedModel, pictures: Sequence[Tensor]) -> tuple
     return mean, spread
 
 
-def _hidden_and_words(assembly: Assembly, data: TrainingSet) -> Iterator[tuple[Tensor, Tensor]]:
+def _hidden_and_words(assembly: Parts, data: TrainingSet) -> Iterator[tuple[Tensor, Tensor]]:
     """Per picture, the input of the last layer ``[n, Q, H]`` and the mean word embedding of the answers ``[n, D]``."""
     model, marks = assembly.model, torch.tensor(assembly.tokenizer.all_special_ids)
     words = cast(Tensor, model.get_input_embeddings().weight)
@@ -353,7 +353,7 @@ def _where_it_trains(model: PreTrainedModel) -> Iterator[None]:
             part.to("cpu")
 
 
-def trainable_table(assembly: Assembly) -> list[str]:
+def trainable_table(assembly: Parts) -> list[str]:
     """Parameters and trainable parameters by component, as lines of text."""
     rows = component_table(assembly)
     total, trainable = sum(row.total for row in rows), sum(row.trainable for row in rows)

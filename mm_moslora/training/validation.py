@@ -24,7 +24,7 @@ from mm_moslora.data.chat.records import Record
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
-from mm_moslora.models.assembly import Assembly
+from mm_moslora.models.assembly import Parts
 from mm_moslora.models.decoding.generation import Prompt, encode_images, generate, stop_token_ids
 from mm_moslora.models.decoding.row_decoding import stream_padded_row
 from mm_moslora.models.vlm import has_own_forward, needs_padding
@@ -45,7 +45,7 @@ BEST = "best.json"
 class Moment:
     """The inputs of a harness."""
 
-    assembly: Assembly
+    assembly: Parts
     """The model in eval mode, with full weights."""
     recipe: Recipe
     folder: Path

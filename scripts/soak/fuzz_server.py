@@ -250,11 +250,11 @@ def tiny_models(folder: Path, *, longest: int = 512) -> Any:
     from tiny import make_language, make_vision
 
     from mm_moslora.config import ModelConfig, VisionConfig
-    from mm_moslora.models.assembly import assemble
+    from mm_moslora.models.assembly import load_parts
     from mm_moslora.serve.inference.served_models import Models, Variant
 
     language, vision = make_language(folder / "language"), make_vision(folder / "vision")
-    assembly = assemble(ModelConfig(language=str(language), vision=VisionConfig(name=str(vision))))
+    assembly = load_parts(ModelConfig(language=str(language), vision=VisionConfig(name=str(vision))))
     projector = assembly.model.model.multi_modal_projector
     assembly.model.config.get_text_config().max_position_embeddings = longest
     return Models(assembly, {"tiny": Variant(name="tiny", adapter=None, projector=projector, source="tiny")})

@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -28,7 +28,7 @@ import transformers
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import Recipe
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS, set_attention
-from mm_moslora.models.assembly import Assembly
+from mm_moslora.models.assembly import Parts
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import use_loss_head
 from mm_moslora.models.trainable_parts import attach_adapters
@@ -47,7 +47,7 @@ def engine(width: int) -> TorchEngine:
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     recipe = Recipe.from_dict({"model": {"language": "none"}, "adapter": {"rank": 8, "alpha": 16}})
-    attach_adapters(Assembly(model=model, tokenizer=cast(Any, None)), recipe.model, recipe.adapter)
+    attach_adapters(Parts(model=model), recipe.model, recipe.adapter)
     set_attention(model, SEGMENTS)
     use_lean_layers(model)
     use_loss_head(model)

@@ -68,13 +68,13 @@ def test_one_folder_goes_through_trainer_sft_trainer_and_our_loop(language_folde
 
 def test_our_loop_refuses_a_folder_of_another_rank(language_folder: Path, tmp_path: Path) -> None:
     from mm_moslora.config import AdapterConfig, ModelConfig
-    from mm_moslora.models.assembly import assemble
+    from mm_moslora.models.assembly import load_parts
     from mm_moslora.models.trainable_parts import attach_adapters
 
     model = ModelConfig(language=str(language_folder))
-    first = assemble(model, dtype=torch.float32)
+    first = load_parts(model, dtype=torch.float32)
     save_adapter(attach_adapters(first, model, AdapterConfig(rank=4, alpha=8)), tmp_path / "a")
-    again = assemble(model, dtype=torch.float32)
+    again = load_parts(model, dtype=torch.float32)
     with pytest.raises(ConfigError, match=r"rank 4 and alpha 8, but the recipe says 8 and 8.*adapter\.rank"):
         attach_adapters(again, model, AdapterConfig(rank=8, alpha=8, weights=str(tmp_path / "a")))
     tuned = attach_adapters(again, model, AdapterConfig(rank=4, alpha=8, weights=str(tmp_path / "a")))

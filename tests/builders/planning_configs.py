@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import transformers as t
 from torch import nn
 
+from mm_moslora.config import Recipe
 from mm_moslora.models.model_sizes import known_shape, known_shapes
+from mm_moslora.planning.activation_memory import ActivationMemory, activation_memory
 
 INTERNLM2 = "internlm/internlm2-chat-7b"
 CONVERTED = "internlm2-chat-7b-llama"
@@ -72,3 +75,9 @@ def write_configurations(folder: Path) -> dict[str, str]:
         config.save_pretrained(path)
         paths[name] = str(path)
     return paths
+
+
+def memory_of(recipe: Recipe, **options: Any) -> ActivationMemory:
+    """What the model of a recipe needs per token."""
+    again = recipe.train.vision_gradient_checkpointing
+    return activation_memory(recipe.model, recipe.adapter, vision_checkpointing=again, **options)

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import transformers
@@ -20,7 +20,7 @@ import transformers
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import Recipe
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS, set_attention
-from mm_moslora.models.assembly import Assembly
+from mm_moslora.models.assembly import Parts
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES, use_loss_head
 from mm_moslora.models.meta_model import build_meta_model
@@ -107,7 +107,7 @@ def with_tower(folder: Path, checkpointing: bool) -> Recipe:
 def run_tower(folder: Path, checkpointing: bool) -> dict[str, int]:
     """Two steps on pictures."""
     given = with_tower(folder, checkpointing)
-    bones = build_meta_model(given, dtype=torch.float32)
+    bones = build_meta_model(given.model, given.adapter, dtype=torch.float32)
     # What is needed is asked here, not what lies in the holes between blocks that the C library keeps.
     ctypes.CDLL(None).mallopt(-3, 2**16)
     start = status("VmRSS")
@@ -121,7 +121,7 @@ def run_tower(folder: Path, checkpointing: bool) -> dict[str, int]:
 
 
 def peak_of(given: Recipe, model: transformers.PreTrainedModel, batch: Batch) -> int:
-    attach_adapters(Assembly(model=model, tokenizer=cast(Any, None)), given.model, given.adapter)
+    attach_adapters(Parts(model=model), given.model, given.adapter)
     set_attention(model, SEGMENTS)
     use_lean_layers(model)
     use_loss_head(model)
@@ -166,7 +166,8 @@ def main() -> None:
     torch.randn(256, 256) @ torch.randn(256, 256)
     if what == "towers":
         write_tower(folder)
-        build_meta_model(with_tower(folder, checkpointing=False))  # imports what it needs
+        given = with_tower(folder, checkpointing=False)
+        build_meta_model(given.model, given.adapter)  # imports what it needs
         for checkpointing in TOWERS:
             found = in_child(lambda checkpointing=checkpointing: run_tower(folder, checkpointing))
             print(json.dumps({"checkpointing": checkpointing} | found), flush=True)

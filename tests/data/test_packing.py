@@ -109,14 +109,14 @@ class TestPackedLoader:
 @pytest.fixture(scope="module")
 def tiny_vlm(tmp_path_factory):
     """A tiny assembled model and a training set with its own encoder and eyes."""
-    from mm_moslora.models.assembly import assemble
+    from mm_moslora.models.assembly import load_parts
 
     folder = tmp_path_factory.mktemp("vlm")
     config = ModelConfig(
         language=str(make_language(folder / "language")),
         vision=VisionConfig(name=str(make_vision(folder / "vision", "clip")), feature_layer=-2),
     )
-    assembly = assemble(config, dtype=torch.float32)
+    assembly = load_parts(config, dtype=torch.float32)
     path = make_records(folder, 12)
     encoder = ConversationEncoder(
         assembly.tokenizer, image_token_id=assembly.image_token_id, tokens_per_image=assembly.tokens_per_image
@@ -127,10 +127,10 @@ def tiny_vlm(tmp_path_factory):
 
 def test_a_named_template_reaches_model_and_processor(tmp_path: Path) -> None:
     from mm_moslora.config.llava_chat_templates import notes_of
-    from mm_moslora.models.assembly import assemble
+    from mm_moslora.models.assembly import load_parts
 
     folder = make_language(tmp_path / "language")
-    assembly = assemble(ModelConfig(language=str(folder), chat_template="v1", faithful=True), dtype=torch.float32)
+    assembly = load_parts(ModelConfig(language=str(folder), chat_template="v1", faithful=True), dtype=torch.float32)
     assert notes_of(assembly.tokenizer.chat_template).name == "v1"
     assert assembly.tokenizer.eos_token_id in assembly.model.generation_config.eos_token_id
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mm_moslora.config import load_recipe
 from mm_moslora.data.collator import Collator
-from mm_moslora.models.assembly import assemble
+from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.training.engine import prepare_deepspeed
 from mm_moslora.training.run_setup import _data_set, seed_everything
@@ -23,7 +23,7 @@ def train(recipe_path: str, steps: str, stage: str) -> int:
     distributed.join()
     prepare_deepspeed("zero2")
     seed_everything(recipe.train.seed)
-    assembly = assemble(recipe.model, dtype=torch.float32)
+    assembly = load_parts(recipe.model, dtype=torch.float32)
     attach_adapters(assembly, recipe.model, recipe.adapter, seed=recipe.train.seed)
     output = Path(recipe.train.output)
     output.mkdir(parents=True, exist_ok=True)

@@ -52,10 +52,10 @@ def namespace(document: Path) -> dict:
 
         return {"model": open_model("RUN")}
     from mm_moslora.config import load_recipe
-    from mm_moslora.models.assembly import assemble
+    from mm_moslora.models.assembly import load_parts
 
     recipe = load_recipe("RECIPE.yaml")
-    return {name: assemble(recipe.model).model for name in ("model", "fresh_model", "base")}
+    return {name: load_parts(recipe.model).model for name in ("model", "fresh_model", "base")}
 
 
 def run_document(document: Path) -> None:

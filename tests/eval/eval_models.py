@@ -9,10 +9,10 @@ import torch
 
 def export_tiny(folder: Path, language: Path, vision: Path) -> Path:
     from mm_moslora.config import ModelConfig, VisionConfig
-    from mm_moslora.models.assembly import assemble
+    from mm_moslora.models.assembly import load_parts
     from mm_moslora.models.processing.llava_processor import save_processor
 
-    assembly = assemble(ModelConfig(language=str(language), vision=VisionConfig(name=str(vision))))
+    assembly = load_parts(ModelConfig(language=str(language), vision=VisionConfig(name=str(vision))))
     torch.manual_seed(3)
     for name, weight in assembly.model.model.language_model.named_parameters():
         if "layers" in name and weight.ndim == 2:

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS, set_attention, training_attention
-from mm_moslora.models.assembly import assemble, text_and_images
+from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.processing.image_processing import dummy_image_example
 from mm_moslora.models.processing.llava_processor import image_processor, image_transform, save_processor
 from mm_moslora.models.projectors.projector_layers import PixelShuffleProjector, ProjectorShape
@@ -86,7 +86,7 @@ MATRIX = [
 def test_every_combination_builds_saves_and_loads_back_with_equal_logits(
     vision, projector, stock, tokens, language_folder, tmp_path
 ):
-    assembly = assemble(config_for(language_folder, vision_name(vision, tmp_path), projector))
+    assembly = load_parts(config_for(language_folder, vision_name(vision, tmp_path), projector))
     assert assembly.tokens_per_image == tokens
     assert (type(assembly.model) is LlavaForConditionalGeneration) == stock
     assembly.model.save_pretrained(tmp_path / "out")
@@ -104,7 +104,7 @@ def test_every_combination_builds_saves_and_loads_back_with_equal_logits(
 
 @pytest.mark.parametrize("vision", ["dinov2", "open_clip"])
 def test_a_padding_free_batch_gives_each_sample_the_logits_it_has_alone(vision, language_folder, tmp_path):
-    assembly = assemble(config_for(language_folder, vision_name(vision, tmp_path)))
+    assembly = load_parts(config_for(language_folder, vision_name(vision, tmp_path)))
     with_image = example(assembly)
     text = Example(id="t", input_ids=torch.tensor([4, 5, 6, 9]), supervised=torch.tensor([False, True, True, True]))
     batch = Batch.from_examples([text, with_image, text])
@@ -123,7 +123,7 @@ def test_a_padding_free_batch_gives_each_sample_the_logits_it_has_alone(vision, 
 
 
 def test_a_dummy_image_touches_every_projector_weight_and_changes_nothing(language_folder, vision_folder):
-    assembly = assemble(config_for(language_folder, str(vision_folder)))
+    assembly = load_parts(config_for(language_folder, str(vision_folder)))
     assembly.model.requires_grad_(False)
     projector = assembly.model.model.multi_modal_projector.requires_grad_(True)
     text = Example(id="t", input_ids=torch.tensor([4, 5, 6]), supervised=torch.tensor([False, True, True]))
@@ -138,7 +138,7 @@ def test_a_dummy_image_touches_every_projector_weight_and_changes_nothing(langua
 
 
 def test_placeholders_that_do_not_match_the_images_are_named(language_folder, vision_folder):
-    assembly = assemble(config_for(language_folder, str(vision_folder)))
+    assembly = load_parts(config_for(language_folder, str(vision_folder)))
     good = example(assembly, name="row 17")
     bad = Example(
         id="row 17", input_ids=good.input_ids[:-6], supervised=good.supervised[:-6], pixel_values=good.pixel_values
@@ -161,20 +161,20 @@ def test_pixel_shuffle_keeps_every_feature():
 
 def test_what_data_preparation_needs_is_known_without_the_language_model(language_folder, vision_folder):
     config = config_for(language_folder, str(vision_folder), "pixel_shuffle")
-    parts, assembly = text_and_images(config), assemble(config)
+    parts, assembly = load_parts(config, weights="none"), load_parts(config)
     assert parts.tokens_per_image == assembly.tokens_per_image == 4
     assert parts.image_token_id == assembly.image_token_id
     picture = Image.new("RGB", (30, 20), (10, 200, 10))
-    ours = image_transform(parts.image_processor)(picture)
+    ours = image_transform(parts.processor.image_processor)(picture)
     torch.testing.assert_close(ours, image_transform(assembly.processor.image_processor)(picture), rtol=0, atol=0)
 
 
 def test_dinov2_runs_at_another_size_and_clip_refuses(language_folder, tmp_path):
     dinov2 = config_for(language_folder, str(make_vision(tmp_path / "dinov2", "dinov2")), image_size=14)
-    assert assemble(dinov2).tokens_per_image == 4
+    assert load_parts(dinov2).tokens_per_image == 4
     clip = config_for(language_folder, str(make_vision(tmp_path / "clip", "clip")), image_size=64)
     with pytest.raises(ModelError, match="fixed position embeddings for 32 pixels"):
-        assemble(clip)
+        load_parts(clip)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_an_unknown_part_is_named(options, message, language_folder, vision_fold
         **{k: v for k, v in options.items() if k == "feature_layer"},
     )
     with pytest.raises(ModelError, match=message.replace("?", r"\?")):
-        assemble(config)
+        load_parts(config)
 
 
 def test_a_projector_of_other_widths_is_refused(language_folder, vision_folder, tmp_path):
@@ -212,12 +212,12 @@ def test_a_projector_of_other_widths_is_refused(language_folder, vision_folder, 
         projector=ProjectorConfig(weights=str(tmp_path / "projector.safetensors")),
     )
     with pytest.raises(ModelError, match=r"linear_1.weight: file \[64, 48\], model \[64, 32\]"):
-        assemble(config)
+        load_parts(config)
 
 
 def test_a_tower_with_batch_norm_stays_in_fp32_and_rotary_buffers_too(language_folder):
     config = config_for(language_folder, "timm:test_efficientnet", feature_layer=-1)
-    assembly = assemble(config, dtype=torch.bfloat16)
+    assembly = load_parts(config, dtype=torch.bfloat16)
     dtypes = {p.dtype for p in assembly.model.model.vision_tower.parameters()}
     assert dtypes == {torch.float32}
     assert assembly.model.lm_head.weight.dtype == torch.bfloat16
@@ -228,7 +228,7 @@ def test_a_tower_with_batch_norm_stays_in_fp32_and_rotary_buffers_too(language_f
 
 
 def test_a_frozen_tower_with_batch_norm_sees_in_training_what_it_sees_in_evaluation(language_folder):
-    assembly = assemble(config_for(language_folder, "timm:test_efficientnet", feature_layer=-1))
+    assembly = load_parts(config_for(language_folder, "timm:test_efficientnet", feature_layer=-1))
     model, tower = assembly.model, assembly.model.model.vision_tower
     tower.requires_grad_(False)
     before = {name: value.clone() for name, value in tower.named_buffers()}
@@ -243,7 +243,7 @@ def test_a_frozen_tower_with_batch_norm_sees_in_training_what_it_sees_in_evaluat
 
 
 def test_the_last_layer_is_the_same_however_many_are_asked_for(language_folder):
-    tower = assemble(config_for(language_folder, "timm:test_efficientnet", feature_layer=-1)).model.model.vision_tower
+    tower = load_parts(config_for(language_folder, "timm:test_efficientnet", feature_layer=-1)).model.model.vision_tower
     pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         alone, among = tower(pixels, output_hidden_states=-1), tower(pixels, output_hidden_states=True)

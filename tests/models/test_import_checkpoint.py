@@ -13,7 +13,7 @@ from tiny import make_vision
 from transformers import AutoModelForCausalLM
 
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
-from mm_moslora.models.assembly import assemble
+from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.export.export_llava_checkpoint import export_original, original_state
 from mm_moslora.models.import_checkpoint import import_parts, whole_config
 from mm_moslora.utils.errors import ModelError
@@ -26,7 +26,7 @@ def clip(tmp_path_factory):
 
 @pytest.fixture
 def assembly(language_folder, clip):
-    return assemble(ModelConfig(language=str(language_folder), vision=VisionConfig(name=clip)))
+    return load_parts(ModelConfig(language=str(language_folder), vision=VisionConfig(name=clip)))
 
 
 def logits_of(assembly):
@@ -49,21 +49,21 @@ def test_a_whole_llava_checkpoint_goes_out_and_comes_back(layout, assembly, tmp_
     imported = import_parts(tmp_path / "llava", tmp_path / "parts")
     assert (imported.kind, imported.projector, imported.largest_difference) == ("LLaVA, whole", "mlp2x_gelu", 0.0)
     torch.manual_seed(0)
-    again = assemble(whole_config(imported))
+    again = load_parts(whole_config(imported))
     torch.testing.assert_close(logits_of(again)[..., :384], logits_of(assembly)[..., :384], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("aspect", "theirs"), [("pad", "pad"), ("crop", "square"), ("resize", None)])
 def test_how_pictures_become_squares_goes_out_and_comes_back(aspect, theirs, language_folder, clip, tmp_path):
     model = ModelConfig(language=str(language_folder), vision=VisionConfig(name=clip), image_aspect=aspect)
-    whole = assemble(model)
+    whole = load_parts(model)
     if theirs is None:
         with pytest.raises(ModelError, match=r"squeezed ones.*--to llava or hf"):
             export_original(whole, tmp_path / "llava")
         return
     export_original(whole, tmp_path / "llava")
     assert json.loads((tmp_path / "llava" / "config.json").read_text())["image_aspect_ratio"] == theirs
-    again = assemble(whole_config(import_parts(tmp_path / "llava", tmp_path / "parts")))
+    again = load_parts(whole_config(import_parts(tmp_path / "llava", tmp_path / "parts")))
     picture = [Image.linear_gradient("L").convert("RGB").resize((60, 30))]
     for name, value in whole.image_processing.see(picture)[0].tensors.items():
         torch.testing.assert_close(again.image_processing.see(picture)[0].tensors[name], value)
@@ -82,7 +82,7 @@ def test_a_projector_alone_starts_a_recipe(layers, layout, language_folder, clip
     assert imported.largest_difference == 0.0
     weights = str(imported.folder / "projector.safetensors")
     projector = ProjectorConfig(kind=imported.projector, weights=weights)
-    made = assemble(ModelConfig(language=str(language_folder), vision=VisionConfig(name=clip), projector=projector))
+    made = load_parts(ModelConfig(language=str(language_folder), vision=VisionConfig(name=clip), projector=projector))
     features = torch.randn(1, 16, 32)
     expected = features
     for index in range(layers):
@@ -110,19 +110,19 @@ def test_llavas_lora_folder_is_merged_into_its_base(assembly, language_folder, c
     with torch.no_grad():
         expected = tuned.merge_and_unload()(ids).logits
         torch.testing.assert_close(merged(ids).logits, expected, rtol=0, atol=1e-4)
-    assert assemble(whole_config(imported)).tokens_per_image == 16
+    assert load_parts(whole_config(imported)).tokens_per_image == 16
 
 
 def test_what_llava_has_no_place_for_is_refused_with_the_nearest_choice(language_folder, clip, tmp_path):
     siglip = str(make_vision(tmp_path / "siglip", "siglip"))
-    other = assemble(ModelConfig(language=str(language_folder), vision=VisionConfig(name=siglip)))
+    other = load_parts(ModelConfig(language=str(language_folder), vision=VisionConfig(name=siglip)))
     with pytest.raises(ModelError, match=r"CLIP towers only, this one is siglip_vision_model.*--to llava or hf"):
         export_original(other, tmp_path / "out")
     linear = ModelConfig(
         language=str(language_folder), vision=VisionConfig(name=clip), projector=ProjectorConfig(kind="linear")
     )
     with pytest.raises(ModelError, match=r"mlp2x_gelu, not VlmForConditionalGeneration"):
-        export_original(assemble(linear), tmp_path / "out")
+        export_original(load_parts(linear), tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.images.video_clip import Clip
-from mm_moslora.models.assembly import assemble
+from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.export.export_huggingface import export_model
 from mm_moslora.models.load_model import load
 from mm_moslora.serve.terminal_chat import Chat
@@ -99,7 +99,7 @@ def test_a_combination_is_built_trained_saved_loaded_exported_and_asked(language
     recipe = dataclasses.replace(recipe_for("x", write_records(tmp_path), tmp_path / "run"), model=model)
     train(recipe)
     assert not (tmp_path / "run" / "quarantine.jsonl").read_text()
-    tuned, live, fresh = load(tmp_path / "run"), load(tmp_path / "run", merge=False), assemble(model)
+    tuned, live, fresh = load(tmp_path / "run"), load(tmp_path / "run", merge=False), load_parts(model)
     encoder = ConversationEncoder(
         tuned.tokenizer, image_token_id=tuned.image_token_id, tokens_per_image=tuned.tokens_per_image
     )  # fmt: skip

@@ -12,7 +12,7 @@ from mm_moslora import adapters
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import Recipe
 from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
-from mm_moslora.models.assembly import assemble
+from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum, use_loss_head
 from mm_moslora.models.trainable_parts import attach_adapters
@@ -36,7 +36,7 @@ def quantised(folder: Path) -> Recipe:
 def test_adapters_train_on_a_base_in_four_bits(language_folder: Path) -> None:
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     recipe = quantised(language_folder)
-    assembly = assemble(recipe.model, dtype=torch.float32)
+    assembly = load_parts(recipe.model, dtype=torch.float32)
     attach_adapters(assembly, recipe.model, recipe.adapter)
     model = assembly.model.train()
     set_attention(model, training_attention(model))
@@ -194,4 +194,4 @@ def test_quantisation_without_its_library_is_one_clear_error(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
     with pytest.raises(ModelError, match="needs bitsandbytes"):
-        assemble(quantised(language_folder).model)
+        load_parts(quantised(language_folder).model)

@@ -103,10 +103,10 @@ def _in_a_terminal(command: list[str | Path]) -> tuple[int, str]:
 
 
 WAYS = {
-    "model.language": "from mm_moslora.models.assembly import assemble; from mm_moslora.config import ModelConfig\n"
-    "assemble(ModelConfig(language=folder))",
-    "model.vlm": "from mm_moslora.models.assembly import assemble; from mm_moslora.config import ModelConfig\n"
-    "assemble(ModelConfig(vlm=folder))",
+    "model.language": "from mm_moslora.models.assembly import load_parts; from mm_moslora.config import ModelConfig\n"
+    "load_parts(ModelConfig(language=folder))",
+    "model.vlm": "from mm_moslora.models.assembly import load_parts; from mm_moslora.config import ModelConfig\n"
+    "load_parts(ModelConfig(vlm=folder))",
     "model.vision.name": "from mm_moslora.models.vision.vision_tower import load_vision\n"
     "from mm_moslora.config import VisionConfig\n"
     "load_vision(VisionConfig(name=folder))",

@@ -12,6 +12,7 @@ import planning_worker
 import pytest
 import torch
 import transformers as t
+from planning_configs import memory_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_moslora import adapters
@@ -21,7 +22,6 @@ from mm_moslora.kernels.attention import segment_attention
 from mm_moslora.kernels.attention.segment_attention import set_attention
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
 from mm_moslora.models.memory_efficient.loss_head import CHUNK_BYTES
-from mm_moslora.planning.activation_memory import activation_memory
 from mm_moslora.planning.run_plan import memory
 from mm_moslora.training.engine import LossModule, StepResult
 from mm_moslora.training.metrics.gpu_specs import device_peak, parse_gpus
@@ -41,7 +41,7 @@ def measured(folder: Path, what: str) -> list[dict[str, int]]:
 
 
 def planned(recipe: Recipe, row: dict[str, int], *, tokens: int, images: int = 0) -> float:
-    size = activation_memory(recipe, dtype=torch.float32)
+    size = memory_of(recipe, dtype=torch.float32)
     needed = memory(
         size, zero="none", world=1, tokens=tokens, supervised=row["supervised"], images=images,
         checkpointing=False, logit_chunk=CHUNK_BYTES["cpu"],

@@ -16,7 +16,7 @@ from vlms import FAMILIES, make_vlm
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import Recipe
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS, set_attention
-from mm_moslora.models.assembly import Assembly, assemble
+from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.models.batching.padded_batch import picture_inputs
 from mm_moslora.models.trainable_parts import attach_adapters
 from mm_moslora.models.vlm import has_own_forward, image_features, needs_padding
@@ -29,16 +29,16 @@ PICTURES = ((150, 60), (40, 90), (64, 64))
 A100 = "NVIDIA A100-SXM4-80GB"
 
 
-def built(model: dict[str, object]) -> Assembly:
+def built(model: dict[str, object]) -> Parts:
     recipe = Recipe.from_dict({"model": model, "adapter": {"rank": 4}})
-    assembly = assemble(recipe.model)
+    assembly = load_parts(recipe.model)
     attach_adapters(assembly, recipe.model, recipe.adapter)
     if not needs_padding(assembly.model.train()):
         set_attention(assembly.model, SEGMENTS)
     return assembly
 
 
-def seen_batch(assembly: Assembly) -> Batch:
+def seen_batch(assembly: Parts) -> Batch:
     """A conversation with one picture and one with two."""
     torch.manual_seed(0)
     pictures = [Image.effect_noise(size, 50).convert("RGB") for size in PICTURES]
@@ -57,13 +57,13 @@ def of_step(batch: Batch) -> StepResult:
     )  # fmt: skip
 
 
-def needed(assembly: Assembly, batch: Batch) -> Flops:
+def needed(assembly: Parts, batch: Batch) -> Flops:
     found = Speedometer(assembly.model, device_name=A100).needs(of_step(batch), [batch])
     assert found is not None
     return found
 
 
-def counted(assembly: Assembly, batch: Batch) -> int:
+def counted(assembly: Parts, batch: Batch) -> int:
     """By torch, of the pictures' way through tower and projector and, where one of them trains, back."""
     model = assembly.model
     # Its counter knows neither the CPU's fused attention nor the in-place addmm_ of adapters.

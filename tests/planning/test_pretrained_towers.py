@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pytest
 from PIL import Image
+from planning_configs import memory_of
 from tiny import make_language, make_vision
 from vlms import FAMILIES, make_vlm
 
 from mm_moslora import cli
 from mm_moslora.config import Recipe
-from mm_moslora.models.assembly import assemble
+from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.batching.padded_batch import picture_inputs
 from mm_moslora.models.pretrained_vlm import PICTURE
 from mm_moslora.models.trainable_parts import attach_adapters, component_table
-from mm_moslora.planning.activation_memory import activation_memory, kept_bytes
+from mm_moslora.planning.activation_memory import kept_bytes
 from mm_moslora.planning.run_plan import DataSize, plan
 from mm_moslora.training.metrics.gpu_specs import parse_gpus
 from mm_moslora.training.metrics.throughput import Speedometer
@@ -29,7 +30,7 @@ def test_adapters_in_a_ready_made_tower_are_planned_as_they_train(family: str, t
     model = {"vlm": str(make_vlm(tmp_path / family, family)), "vision": {"mode": "adapter"}}
     optim = {"lr": 1e-4, "vision_lr": 2e-4, "projector_lr": 3e-4, "lora_plus_ratio": 4.0}
     recipe = Recipe.from_dict({"model": model, "adapter": {"rank": 4}, "optim": optim})
-    assembly = assemble(recipe.model)
+    assembly = load_parts(recipe.model)
     attach_adapters(assembly, recipe.model, recipe.adapter)
     real = {row.name: (row.total, row.trainable) for row in component_table(assembly)}
 
@@ -89,9 +90,9 @@ def test_tiles_of_an_assembled_model_are_planned(tmp_path) -> None:
     parts["vision"]["name"] = str(make_vision(tmp_path / "vision", "clip"))
     square = Recipe.from_dict({"model": parts, "adapter": {"rank": 2}})
     cut = Recipe.from_dict({"model": parts | {"image_aspect": "anyres"}, "adapter": {"rank": 2}})
-    one, five = (activation_memory(recipe, picture=(64, 64)) for recipe in (square, cut))
+    one, five = (memory_of(recipe, picture=(64, 64)) for recipe in (square, cut))
     assert (one.tiles, five.tiles) == (1, 5)
-    (seen,) = assemble(cut.model).image_processing.see([Image.new("RGB", (64, 64))])
+    (seen,) = load_parts(cut.model).image_processing.see([Image.new("RGB", (64, 64))])
     assert five.tokens_per_image == len(seen.placeholders)
     assert five.kept_per_image > 4.5 * one.kept_per_image
     assert five.counter.picture.patches == 5 * one.counter.picture.patches

@@ -14,14 +14,13 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from planning_configs import CONVERTED, INTERNLM2, write_configurations
+from planning_configs import CONVERTED, INTERNLM2, memory_of, write_configurations
 
 from mm_moslora import cli
 from mm_moslora.cli.plan_output import as_it_stands, expected
 from mm_moslora.config import Recipe, load_recipe, recipe_names
 from mm_moslora.models.meta_model import MetaModel, build_meta_model
 from mm_moslora.models.model_sizes import known_shapes
-from mm_moslora.planning.activation_memory import activation_memory
 from mm_moslora.planning.run_plan import DataSize, Plan, known_data, memory, plan
 from mm_moslora.training.engine import largest_adapter
 from mm_moslora.training.metrics.gpu_specs import parse_gpus
@@ -55,10 +54,14 @@ def shipped(name: str, folders: dict[str, str]) -> Recipe:
     return load_recipe(name, overrides)
 
 
+def meta_model(recipe: Recipe) -> MetaModel:
+    return build_meta_model(recipe.model, recipe.adapter)
+
+
 @pytest.fixture(scope="module")
 def bones(folders) -> Callable[[str], MetaModel]:
     """The skeleton of a shipped recipe."""
-    return functools.cache(lambda name: build_meta_model(shipped(name, folders)))
+    return functools.cache(lambda name: meta_model(shipped(name, folders)))
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +169,7 @@ def test_a_tower_is_counted_with_the_models_own_sizes() -> None:
     """Qwen2.5-VL-7B-Instruct has 8.29 thousand million parameters on the hub, Qwen3-VL-8B-Instruct 8.77."""
     sizes = {"qwen25_vl_7b_moslora": (8.292, 0.676), "qwen3_vl_8b_moslora": (8.767, 0.576)}
     for name, (whole, vision) in sizes.items():
-        parts = activation_memory(load_recipe(name)).parts
+        parts = memory_of(load_recipe(name)).parts
         base = {part: total for part, (total, _) in parts.items() if "adapter" not in part and "mixer" not in part}
         assert sum(base.values()) / 1e9 == pytest.approx(whole, abs=0.002)
         assert sum(total for part, total in base.items() if part != "language") / 1e9 == pytest.approx(vision, abs=0.01)
@@ -175,8 +178,8 @@ def test_a_tower_is_counted_with_the_models_own_sizes() -> None:
 @pytest.mark.parametrize("name", ["qwen25_vl_7b_moslora", "qwen3_vl_8b_moslora"])
 def test_ready_made_models_are_planned_on_packed_rows_and_lean_layers(name: str, folders) -> None:
     recipe = shipped(name, folders)
-    lean = activation_memory(recipe)
-    stock = activation_memory(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, lean_layers=False)))
+    lean = memory_of(recipe)
+    stock = memory_of(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, lean_layers=False)))
     assert lean.is_lean
     assert lean.kept_per_layer < 0.5 * stock.kept_per_layer
     assert lean.counter.drops  # though Qwen3-VL's three deepstack layers reach the end of the two that are at hand
@@ -279,15 +282,15 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch) -> None:
         monkeypatch.setattr("mm_moslora.models.meta_model.HUB_SECONDS", 0.2)
         start = time.monotonic()
         with pytest.raises(ModelError, match=r"model\.language is 'some/model'.* not to be had"):
-            build_meta_model(load_recipe("llava15_7b_moslora", ["model.language=some/model"]))
+            meta_model(load_recipe("llava15_7b_moslora", ["model.language=some/model"]))
         assert time.monotonic() - start < 5
     assert not constants.HF_HUB_OFFLINE
 
 
 def test_a_quantised_base_takes_a_third_of_the_memory(folders) -> None:
     recipe = shipped("llama3_8b_clip_moslora", folders)
-    whole = activation_memory(recipe)
-    packed = activation_memory(load_recipe_with(recipe, "nf4"))
+    whole = memory_of(recipe)
+    packed = memory_of(load_recipe_with(recipe, "nf4"))
     assert packed.weight_bytes < 0.4 * whole.weight_bytes
     assert packed.is_lean
     assert packed.kept_per_layer == whole.kept_per_layer
@@ -296,8 +299,8 @@ def test_a_quantised_base_takes_a_third_of_the_memory(folders) -> None:
         for size in (whole, packed)
     ]
     assert needed[1].workspace - needed[0].workspace == 4096 * 14_336 * 2  # one weight of Llama 3 made dense
-    assert not activation_memory(load_recipe_with(recipe, "int8")).is_lean
-    data = known_data(recipe, whole.tokens_per_image)
+    assert not memory_of(load_recipe_with(recipe, "int8")).is_lean
+    data = known_data(recipe.data.train, whole.tokens_per_image)
     assert data is not None
     assert data.samples == 665_298
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from planning_configs import memory_of
 from tiny import make_language, make_vision
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from mm_moslora.config import Recipe, VisionConfig
 from mm_moslora.models.meta_model import build_meta_model
 from mm_moslora.models.vision.vision_tower import load_vision, sketch_vision
-from mm_moslora.planning.activation_memory import activation_memory
 from mm_moslora.planning.run_plan import DataSize, plan
 from mm_moslora.training.metrics.gpu_specs import parse_gpus
 from mm_moslora.utils.errors import ConfigError
@@ -61,9 +61,9 @@ def recipe(language: str, vision: VisionConfig, *, mode: str = "frozen") -> Reci
 @pytest.mark.parametrize("kind", ["transformers", "open_clip"])
 def test_checkpointing_a_tower_is_planned(kind: str, towers, language: str) -> None:
     chosen = recipe(language, towers[kind], mode="full").to_dict()
-    plain = activation_memory(Recipe.from_dict(chosen))
+    plain = memory_of(Recipe.from_dict(chosen))
     chosen["train"]["vision_gradient_checkpointing"] = True
-    assert 0 < activation_memory(Recipe.from_dict(chosen)).kept_per_image < 0.6 * plain.kept_per_image
+    assert 0 < memory_of(Recipe.from_dict(chosen)).kept_per_image < 0.6 * plain.kept_per_image
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,16 +87,15 @@ def test_every_tower_can_be_planned_and_its_work_is_counted(kind: str, towers, l
 
 
 def test_a_tower_that_trains_needs_more_of_everything(towers, language: str) -> None:
-    frozen, trained = (
-        activation_memory(recipe(language, towers["transformers"], mode=mode)) for mode in ("frozen", "full")
-    )
+    frozen, trained = (memory_of(recipe(language, towers["transformers"], mode=mode)) for mode in ("frozen", "full"))
     assert trained.kept_per_image > 2 * frozen.kept_per_image
     assert trained.trainable > frozen.trainable
     chosen = recipe(language, towers["transformers"], mode="full").to_dict()
     chosen["model"]["vision"] |= {"mode": "last_n", "last_n": 1}
-    last = activation_memory(Recipe.from_dict(chosen))  # of three layers
+    last = memory_of(Recipe.from_dict(chosen))  # of three layers
     assert frozen.kept_per_image < last.kept_per_image < 0.5 * trained.kept_per_image
-    assert build_meta_model(recipe(language, towers["transformers"])).tokens_per_image == 36
+    plain = recipe(language, towers["transformers"])
+    assert build_meta_model(plain.model, plain.adapter).tokens_per_image == 36
 
 
 @pytest.mark.parametrize(
@@ -106,4 +105,4 @@ def test_a_tower_without_checkpointing_is_refused_by_a_plan_as_by_a_run(kind, na
     chosen = recipe(language, towers[kind]).to_dict()
     chosen["train"]["vision_gradient_checkpointing"] = True
     with pytest.raises(ConfigError, match=f"{name} has no gradient checkpointing"):
-        activation_memory(Recipe.from_dict(chosen))
+        memory_of(Recipe.from_dict(chosen))

@@ -17,9 +17,9 @@ def assembly(language_folder: Path, vision_folder: Path) -> Any:
     import torch
 
     from mm_moslora.config import ModelConfig, VisionConfig
-    from mm_moslora.models.assembly import assemble
+    from mm_moslora.models.assembly import load_parts
 
-    built = assemble(ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(vision_folder))))
+    built = load_parts(ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(vision_folder))))
     built.model.requires_grad_(False).eval()
     # Fresh weights say the same to everybody. Larger ones and a head of its own make answers depend on every token.
     torch.manual_seed(3)

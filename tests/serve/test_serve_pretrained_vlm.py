@@ -48,11 +48,11 @@ def open_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any
     from vlms import make_vlm
 
     from mm_moslora.config import ModelConfig
-    from mm_moslora.models.assembly import assemble
+    from mm_moslora.models.assembly import load_parts
     from mm_moslora.serve.inference.served_models import Models, Variant
 
     def make(family: str) -> Models:
-        assembly = assemble(ModelConfig(vlm=str(make_vlm(tmp_path_factory.mktemp(family), family))))
+        assembly = load_parts(ModelConfig(vlm=str(make_vlm(tmp_path_factory.mktemp(family), family))))
         assembly.model.requires_grad_(False).eval()
         told_apart(assembly.model)
         return Models(assembly, {"tiny": Variant(name="tiny", adapter=None, projector=None, source="tiny")})

@@ -19,7 +19,7 @@ from tiny import make_vision
 from mm_moslora.adapters import add_moslora, export_adapter, save_adapter
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
 from mm_moslora.config import ModelConfig, VisionConfig
-from mm_moslora.models.assembly import assemble
+from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.export.export_huggingface import export_model
 
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -40,7 +40,7 @@ def as_vllm(name: str) -> str:
 def handed_over(request: Any, language_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("vllm")
     vision = make_vision(root / "vision", request.param)
-    assembly = assemble(ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(vision))))
+    assembly = load_parts(ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(vision))))
     torch.manual_seed(0)
     assembly.peft_model = add_moslora(
         assembly.model, MoSLoRAConfig(r=4, lora_alpha=8, mixer_init="kaiming", rank_pattern={"o_proj": 2}),

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import fake_cuda
@@ -31,7 +31,7 @@ from mm_moslora.adapters import one_product_per_step, use_kernel
 from mm_moslora.batch import Batch
 from mm_moslora.config import Recipe
 from mm_moslora.kernels.attention import segment_attention
-from mm_moslora.models.assembly import Assembly
+from mm_moslora.models.assembly import Parts
 from mm_moslora.models.decoding.generation import Prompt, encode_images, generate, score_options
 from mm_moslora.models.decoding.row_decoding import prefill_row
 from mm_moslora.models.memory_efficient.decoder_layers import use_lean_layers
@@ -152,7 +152,7 @@ def one_layer() -> dict[str, Any]:
     )  # fmt: skip
     model: Any = transformers.AutoModelForCausalLM.from_config(kind, dtype=torch.bfloat16)
     recipe = Recipe.from_dict({"model": {"language": "none"}, "adapter": {"rank": 8, "alpha": 16}})
-    attach_adapters(Assembly(model=model, tokenizer=cast(Any, None)), recipe.model, recipe.adapter)
+    attach_adapters(Parts(model=model), recipe.model, recipe.adapter)
     segment_attention.set_attention(model, segment_attention.SEGMENTS)
     use_lean_layers(model)
     model.train()

@@ -170,7 +170,7 @@ def test_data_check_names_a_file_that_is_not_there_before_it_loads_a_tokenizer(
     recipe: Recipe, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "mm_moslora.planning.recipe_data.text_and_images", lambda *_: pytest.fail("the tokenizer is loaded")
+        "mm_moslora.planning.recipe_data.load_parts", lambda *_, **__: pytest.fail("the tokenizer is loaded")
     )
     for verb in ("check", "stats"):
         assert run(["data", verb, write(recipe), "--data.train.0.path", str(here / "gone.jsonl")]) == 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import IMAGE, Turn
-from mm_moslora.models.assembly import Assembly
+from mm_moslora.models.assembly import Parts
 from mm_moslora.models.decoding.generation import ContinuationScore, Prompt, generate, score_options, stop_token_ids
 from mm_moslora_eval.backends.model_fingerprint import circumstances, model_fingerprint
 from mm_moslora_eval.backends.visual_token_cache import VisualTokens
@@ -29,7 +29,7 @@ class LocalModel:
         reference: one question at a time, with no shared computation and no cache.
     """
 
-    def __init__(self, assembly: Assembly, *, name: str, reference: bool = False) -> None:
+    def __init__(self, assembly: Parts, *, name: str, reference: bool = False) -> None:
         self.assembly, self._name, self._reference = assembly, name, reference
         self.model = assembly.model.eval()
         self.encoder = ConversationEncoder.of(assembly)

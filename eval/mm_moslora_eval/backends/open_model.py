@@ -71,14 +71,14 @@ def open_model(name: str, *, precision: Precision = "auto", reference: bool = Fa
         from mm_moslora_eval.backends.transformers_model import TransformersModel
 
         return TransformersModel.from_pretrained(rest, dtype=dtype, reference=reference)
-    from mm_moslora.models.assembly import assemble
+    from mm_moslora.models.assembly import load_parts
     from mm_moslora.models.load_model import load, model_of
     from mm_moslora.models.vlm import has_own_forward
 
     folder = find_checkpoint(Path(name))
     if untuned and not (folder / MANIFEST).is_file():
         raise EvalError(f"{name} is an export, which has no model before tuning. Give a run or a checkpoint.")
-    assembly = assemble(model_of(folder), dtype=dtype) if untuned else load(folder, dtype=dtype)
+    assembly = load_parts(model_of(folder), dtype=dtype) if untuned else load(folder, dtype=dtype)
     name = f"{name}, before tuning" if untuned else name
     assembly.model.to(distributed.device())  # type: ignore[arg-type]
     if has_own_forward(assembly.model):

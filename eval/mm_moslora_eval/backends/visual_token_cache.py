@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from mm_moslora.models.assembly import Assembly
+from mm_moslora.models.assembly import Parts
 from mm_moslora.models.decoding.generation import encode_images
 from mm_moslora.models.vision.feature_cache import MEMORY_BYTES, FeatureCache
 from mm_moslora.utils.errors import EvalError
@@ -31,7 +31,7 @@ class VisualTokens:
         keep: False encodes every picture separately for every use (reference mode).
     """
 
-    def __init__(self, assembly: Assembly, *, keep: bool = True) -> None:
+    def __init__(self, assembly: Parts, *, keep: bool = True) -> None:
         self._assembly, self._keep = assembly, keep
         self._hash = Hasher()
         self._cache = FeatureCache(memory_bytes=MEMORY_BYTES if keep else 0)

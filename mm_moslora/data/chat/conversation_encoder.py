@@ -81,7 +81,7 @@ class _Growing:
         self.supervised += [supervised] * len(tokens)
 
 
-class Parts(Protocol):
+class EncoderParts(Protocol):
     """The attributes of a model that an encoder needs; see `ConversationEncoder`."""
 
     @property
@@ -146,7 +146,7 @@ class ConversationEncoder:
         self._bos = self.template.missing_bos()
 
     @classmethod
-    def of(cls, parts: Parts) -> ConversationEncoder:
+    def of(cls, parts: EncoderParts) -> ConversationEncoder:
         """Make the encoder of an assembled model, or of the parts that are loaded to prepare data."""
         return cls(
             parts.tokenizer,

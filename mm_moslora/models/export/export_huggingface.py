@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from mm_moslora import adapters
 from mm_moslora.adapters.folders.save_folder import name_base
 from mm_moslora.batch import Example
-from mm_moslora.models.assembly import Assembly, savable_generation_config
+from mm_moslora.models.assembly import Parts, savable_generation_config
 from mm_moslora.models.batching.padded_batch import padded_inputs
 from mm_moslora.models.families import tower_family
 from mm_moslora.models.processing.llava_processor import save_processor
@@ -45,7 +45,7 @@ class Exported:
     """Between the model in memory and the folder loaded back, fp32."""
 
 
-def export_model(assembly: Assembly, folder: Path, *, require_stock: bool = False) -> Exported:
+def export_model(assembly: Parts, folder: Path, *, require_stock: bool = False) -> Exported:
     """Write the whole model, adapters merged, as a Hugging Face folder.
 
     Args:
@@ -94,7 +94,7 @@ class ExportedLora:
     """Between the live adapter and the folder as stock PEFT loads it, fp32."""
 
 
-def published_base(assembly: Assembly) -> tuple[str, str | None] | None:
+def published_base(assembly: Parts) -> tuple[str, str | None] | None:
     """Name and hub revision of the model that the adapter belongs to; None where it lies nowhere but in memory."""
     base, model = assembly.base, assembly.model
     if assembly.changed:
@@ -112,7 +112,7 @@ def _absolute(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def export_lora(assembly: Assembly, folder: Path, *, dtype: torch.dtype = torch.float32) -> ExportedLora:
+def export_lora(assembly: Parts, folder: Path, *, dtype: torch.dtype = torch.float32) -> ExportedLora:
     """Write the adapter, folded to plain LoRA, for stock PEFT, vLLM and others, and the base where none is published.
 
     The folder names its base, so that PEFT's Auto classes load both. An assembled model's base, the projector of the
@@ -165,7 +165,7 @@ def _round_base(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def merge_adapter(assembly: Assembly, dtype: torch.dtype) -> float | None:
+def merge_adapter(assembly: Parts, dtype: torch.dtype) -> float | None:
     """Merge the live adapter, and only then cast the weights.
 
     Args:
@@ -224,7 +224,7 @@ def _rename_tensors(folder: Path, old: str, new: str) -> None:
         index.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
-def _check(assembly: Assembly, folder: Path) -> float:
+def _check(assembly: Parts, folder: Path) -> float:
     """Load the folder back in fp32 and compare logits on a prompt with an image, where there is a tower."""
     model = assembly.model
     loader = AutoModelForImageTextToText if is_multimodal(model) else AutoModelForCausalLM
@@ -258,7 +258,7 @@ def _compare(folder: Path, ours: Tensor, theirs: Tensor) -> float:
 
 
 @torch.no_grad()
-def _probe(assembly: Assembly, model: PreTrainedModel) -> Tensor:
+def _probe(assembly: Parts, model: PreTrainedModel) -> Tensor:
     """Logits ``[T, C]`` of a prompt with a picture (a gradient from dark to light), where the model sees."""
     text = assembly.tokenizer("A short check of the weights.", return_tensors="pt")["input_ids"][0]
     if assembly.image_processing is None:

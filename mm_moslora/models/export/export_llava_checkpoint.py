@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration, PreTrainedModel
 
-from mm_moslora.models.assembly import Assembly
+from mm_moslora.models.assembly import Parts
 from mm_moslora.models.export.export_huggingface import check_empty
 from mm_moslora.models.families import DECODERS, decoder_family
 from mm_moslora.models.processing.anyres import NEWLINE
@@ -26,7 +26,7 @@ _SQUEEZED = (
 )
 
 
-def export_original(assembly: Assembly, folder: Path, *, vision: str | None = None) -> float:
+def export_original(assembly: Parts, folder: Path, *, vision: str | None = None) -> float:
     """Write a folder that the original LLaVA code loads.
 
     Args:
@@ -95,7 +95,7 @@ def original_state(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
 
 
-def _aspect(assembly: Assembly) -> str | None:
+def _aspect(assembly: Parts) -> str | None:
     """LLaVA's name for how pictures become squares; None where it has none."""
     if isinstance(assembly.model, LlavaNextForConditionalGeneration):
         return "anyres"

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from mm_moslora.adapters.folders.gguf_adapter import FAMILIES, in_row_order, write_file
-from mm_moslora.models.assembly import Assembly
+from mm_moslora.models.assembly import Parts
 from mm_moslora.models.export.export_huggingface import check_empty
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
 from mm_moslora.utils.errors import ModelError
@@ -45,7 +45,7 @@ class GgufFiles:
     """Between the model's tensors and the files', read back; fp16 files round."""
 
 
-def export_gguf(assembly: Assembly, folder: Path, *, half: bool = False) -> GgufFiles:
+def export_gguf(assembly: Parts, folder: Path, *, half: bool = False) -> GgufFiles:
     """Write `model.gguf` and, where the model sees, `mmproj.gguf`.
 
     Args:
@@ -71,7 +71,7 @@ def export_gguf(assembly: Assembly, folder: Path, *, half: bool = False) -> Gguf
     return GgufFiles(text=folder / "model.gguf", mmproj=folder / "mmproj.gguf", largest_difference=difference)
 
 
-def why_not_gguf(assembly: Assembly) -> str | None:
+def why_not_gguf(assembly: Parts) -> str | None:
     """Why llama.cpp cannot hold the model, and the nearest choice; None where it can."""
     model, nearest = assembly.model, "Export with --to llava or hf, and use llama.cpp's own converter on that."
     text: Any = model.config.get_text_config()
@@ -117,7 +117,7 @@ def _rope(text: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10_000.0} | dict(getattr(text, "rope_parameters", None) or {})
 
 
-def _text_metadata(assembly: Assembly) -> gguf.GGUFWriter:
+def _text_metadata(assembly: Parts) -> gguf.GGUFWriter:
     text: Any = assembly.model.config.get_text_config()
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[FAMILIES[text.model_type].architecture])
     head = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
@@ -193,7 +193,7 @@ def _llama3_factors(text: Any) -> Tensor:
     return plain / scaled
 
 
-def _vision_metadata(assembly: Assembly) -> gguf.GGUFWriter:
+def _vision_metadata(assembly: Parts) -> gguf.GGUFWriter:
     config: Any = assembly.model.config
     vision = config.vision_config
     writer = gguf.GGUFWriter(None, "clip")

@@ -11,7 +11,7 @@ import yaml
 
 from mm_moslora import __version__
 from mm_moslora.config import Recipe, SourceConfig
-from mm_moslora.models.assembly import Assembly
+from mm_moslora.models.assembly import Parts
 from mm_moslora.models.load_model import recipe_of
 from mm_moslora.models.vlm import VlmForConditionalGeneration, is_multimodal
 from mm_moslora.reporting.verdicts import SCORE_NAMES, score_text
@@ -24,7 +24,7 @@ _HASHED_BYTES = 2**33
 
 
 def write_card(
-    assembly: Assembly, folder: Path, *, source: Path, licence: str | None = None, adapter_of: str | None = None
+    assembly: Parts, folder: Path, *, source: Path, licence: str | None = None, adapter_of: str | None = None
 ) -> Path:
     """Write `README.md`.
 
@@ -47,12 +47,12 @@ def write_card(
     return path
 
 
-def _bases(assembly: Assembly) -> dict[str, str]:
+def _bases(assembly: Parts) -> dict[str, str]:
     """The parts that have a name of their own."""
     return {part: str(assembly.base[part]) for part in ("vlm", "language", "vision") if assembly.base.get(part)}
 
 
-def _front(assembly: Assembly, recipe: Recipe | None, licence: str | None, adapter_of: str | None) -> dict[str, Any]:
+def _front(assembly: Parts, recipe: Recipe | None, licence: str | None, adapter_of: str | None) -> dict[str, Any]:
     sees = is_multimodal(assembly.model)
     hub_names = [name for name in _bases(assembly).values() if not Path(name).exists() and name.count("/") == 1]
     front: dict[str, Any] = {
@@ -70,7 +70,7 @@ def _front(assembly: Assembly, recipe: Recipe | None, licence: str | None, adapt
     return front | ({"datasets": hub_data} if hub_data else {})
 
 
-def _made_of(assembly: Assembly, licence: str | None, adapter_of: str | None) -> str:
+def _made_of(assembly: Parts, licence: str | None, adapter_of: str | None) -> str:
     rows = [f"| {part} | `{name}` |" for part, name in _bases(assembly).items()]
     model = type(assembly.model).__name__
     loads = f"It loads as `{model}`." if adapter_of is None else _of_an_adapter(model, adapter_of)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
-from mm_moslora.models.assembly import Assembly, text_and_images
+from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.models.load_model import model_of
 from mm_moslora.models.model_paths import stored_fingerprints
 from mm_moslora.models.processing.llava_processor import plain_template
@@ -23,7 +23,7 @@ _OTHERWISE_FREE: dict[type, frozenset[str]] = {
 compared, so a new key of the recipe is compared until it is listed here."""
 
 
-def refuse_other_settings(assembly: Assembly, main: Path, checkpoint: Path) -> None:
+def refuse_other_settings(assembly: Parts, main: Path, checkpoint: Path) -> None:
     """Refuse an adapter that was trained with other prompts, pictures or base weights.
 
     Args:
@@ -71,9 +71,9 @@ def _flat(prefix: str, part: Any) -> dict[str, str]:
     return found
 
 
-def _differing_parts(assembly: Assembly, added: ModelConfig) -> list[str]:
+def _differing_parts(assembly: Parts, added: ModelConfig) -> list[str]:
     """Differences between an export, which has no recipe, and a run, found by comparing the loaded parts."""
-    theirs = text_and_images(added)
+    theirs = load_parts(added, weights="none")
     config = assembly.model.config
     template = assembly.processor.chat_template if assembly.is_pretrained_vlm else assembly.tokenizer.chat_template
     other = theirs.tokenizer if theirs.template_processor is None else theirs.template_processor
@@ -81,7 +81,9 @@ def _differing_parts(assembly: Assembly, added: ModelConfig) -> list[str]:
     pairs: dict[str, tuple[Any, Any]] = {
         "the chat template or system prompt": (plain_template(template), plain_template(other.chat_template)),
         "the number of visual tokens": (assembly.tokens_per_image, theirs.tokens_per_image),
-        **_image_settings(getattr(assembly.processor, "image_processor", None), theirs.image_processor),
+        **_image_settings(
+            getattr(assembly.processor, "image_processor", None), getattr(theirs.processor, "image_processor", None)
+        ),
     }
     if vision is not None:
         pairs["model.vision.feature_layer"] = (getattr(config, "vision_feature_layer", None), vision.feature_layer)

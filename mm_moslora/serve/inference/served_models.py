@@ -25,7 +25,7 @@ from mm_moslora import adapters
 from mm_moslora.batch import Example, ProcessedImage
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
 from mm_moslora.data.chat.records import Turn
-from mm_moslora.models.assembly import Assembly, load_projector
+from mm_moslora.models.assembly import Parts, load_projector
 from mm_moslora.models.decoding.generation import Prompt, embed_prompt, encode_images, stop_token_ids
 from mm_moslora.models.decoding.prefix_cache import Decoder
 from mm_moslora.models.decoding.row_decoding import prefill_row
@@ -64,7 +64,7 @@ class Models:
         variants: by name, the default first.
     """
 
-    def __init__(self, assembly: Assembly, variants: Mapping[str, Variant]) -> None:
+    def __init__(self, assembly: Parts, variants: Mapping[str, Variant]) -> None:
         self.assembly, self.variants = assembly, dict(variants)
         self.encoder = ConversationEncoder.of(assembly)
         self.stops = stop_token_ids(assembly.model, assembly.tokenizer.eos_token_id)
@@ -181,7 +181,7 @@ class Models:
         return torch.cat(self.features.get_many(keys, encode))
 
 
-def _eyes_of(assembly: Assembly, variant: Variant) -> str:
+def _eyes_of(assembly: Parts, variant: Variant) -> str:
     """A key for what decides a picture's visual tokens besides the base; variants with equal keys share them.
 
     It names the projector, and the adapter where it has weights before the language model.
@@ -269,7 +269,7 @@ def _trained_weights(checkpoint: Path) -> str | None:
     return next((part for part in parts if (checkpoint / f"{part}.safetensors").is_file()), None)
 
 
-def _add(assembly: Assembly, name: str, path: Path, *, adapter: str, main: Path) -> Variant:
+def _add(assembly: Parts, name: str, path: Path, *, adapter: str, main: Path) -> Variant:
     """Load one more adapter, with its projector, into the base."""
     projector, newline, folder = _projector(assembly), _newline(assembly), path
     checkpoint = find_checkpoint(path)
@@ -297,15 +297,15 @@ def _add(assembly: Assembly, name: str, path: Path, *, adapter: str, main: Path)
     return Variant(name=name, adapter=adapter, projector=projector, newline=newline, source=path.name)
 
 
-def _projector(assembly: Assembly) -> nn.Module | None:
+def _projector(assembly: Parts) -> nn.Module | None:
     return getattr(getattr(assembly.model, "model", None), "multi_modal_projector", None)
 
 
-def _newline(assembly: Assembly) -> nn.Parameter | None:
+def _newline(assembly: Parts) -> nn.Parameter | None:
     return None if assembly.is_pretrained_vlm or not assembly.image_processing else newline_of(assembly.model)
 
 
-def _untuned_projector(assembly: Assembly, path: Path) -> tuple[nn.Module | None, nn.Parameter | None]:
+def _untuned_projector(assembly: Parts, path: Path) -> tuple[nn.Module | None, nn.Parameter | None]:
     """The projector that tuning started from, where its file exists; else the tuned one, with a warning."""
     own = _projector(assembly)
     if own is None or assembly.is_pretrained_vlm:
@@ -327,7 +327,7 @@ def _first_projector(checkpoint: Path) -> Path | None:
     return file if file is not None and file.is_file() else None
 
 
-def _read_projector(assembly: Assembly, file: Path) -> tuple[nn.Module | None, nn.Parameter | None]:
+def _read_projector(assembly: Parts, file: Path) -> tuple[nn.Module | None, nn.Parameter | None]:
     """Copies of the projector and the newline embedding with the values of a file; the originals without a file."""
     own, newline = _projector(assembly), _newline(assembly)
     if own is None or assembly.is_pretrained_vlm or not file.is_file():

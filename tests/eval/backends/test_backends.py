@@ -40,11 +40,11 @@ def request(name: str, text: str, *images: bytes, **options: object) -> Request:
 def exported(tmp_path_factory: pytest.TempPathFactory, language_folder: Path, vision_folder: Path) -> Path:
     """A tiny stock LLaVA on disk."""
     from mm_moslora.config import ModelConfig, VisionConfig
-    from mm_moslora.models.assembly import assemble
+    from mm_moslora.models.assembly import load_parts
     from mm_moslora.models.processing.llava_processor import save_processor
 
     folder = tmp_path_factory.mktemp("exported")
-    assembly = assemble(ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(vision_folder))))
+    assembly = load_parts(ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(vision_folder))))
     torch.manual_seed(3)
     for name, weight in assembly.model.model.language_model.named_parameters():
         if "layers" in name and weight.ndim == 2:

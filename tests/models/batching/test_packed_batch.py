@@ -16,7 +16,7 @@ from mm_moslora import adapters
 from mm_moslora.batch import Batch
 from mm_moslora.config import AdapterConfig, ModelConfig, ValidateConfig, VisionConfig
 from mm_moslora.kernels.attention.segment_attention import SEGMENTS, set_attention, training_attention
-from mm_moslora.models.assembly import Assembly, assemble
+from mm_moslora.models.assembly import Parts, load_parts
 from mm_moslora.models.batching.padded_batch import padded_hidden
 from mm_moslora.models.families import VLMS
 from mm_moslora.models.load_model import load
@@ -42,10 +42,10 @@ def folders(tmp_path_factory):
     return {family: make_vlm(tmp_path_factory.mktemp(family), family) for family in PACKED}
 
 
-def tuned(folder, *, layers: int = 3, dtype: torch.dtype = torch.float32) -> Assembly:
+def tuned(folder, *, layers: int = 3, dtype: torch.dtype = torch.float32) -> Parts:
     """Adapters in the decoder and in the tower, none of which is zero."""
     config = ModelConfig(vlm=str(folder), vision=VisionConfig(mode="adapter"))
-    assembly = assemble(config)
+    assembly = load_parts(config)
     shape = copy.deepcopy(assembly.model.config)
     text = shape.get_text_config()
     text.num_hidden_layers = layers
@@ -67,7 +67,7 @@ def pack(model) -> None:
     assert use_lean_layers(model) == len(model.get_decoder().layers)
 
 
-def sighted(assembly: Assembly) -> Batch:
+def sighted(assembly: Parts) -> Batch:
     """None, one and several pictures of different sizes, and answers in two turns."""
     return Batch.from_examples(
         [
@@ -82,7 +82,7 @@ def sighted(assembly: Assembly) -> Batch:
     )  # fmt: skip
 
 
-def blind(assembly: Assembly) -> Batch:
+def blind(assembly: Parts) -> Batch:
     return Batch.from_examples(
         [
             example_of(assembly, conversation("say red")),
@@ -116,7 +116,7 @@ def assert_equal(found: tuple[float, dict], expected: tuple[float, dict]) -> Non
 
 def test_what_is_packed_is_tested_and_a_prefix_that_sees_ahead_is_padded(tmp_path):
     assert set(FAMILIES) >= set(PACKED)
-    assert needs_padding(assemble(ModelConfig(vlm=str(make_vlm(tmp_path, "paligemma")))).model)
+    assert needs_padding(load_parts(ModelConfig(vlm=str(make_vlm(tmp_path, "paligemma")))).model)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from mm_moslora.config import ModelConfig, VisionConfig
-from mm_moslora.models.assembly import assemble
+from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.decoding.generation import Prompt, encode_images, generate, score_options, stream
 from mm_moslora.utils.errors import ModelError
 
 
 @pytest.fixture(scope="module")
 def assembly(language_folder, vision_folder):
-    built = assemble(ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(vision_folder))))
+    built = load_parts(ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(vision_folder))))
     built.model.eval()
     return built
 

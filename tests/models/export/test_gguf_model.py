@@ -9,7 +9,7 @@ from tiny import make_tokenizer, make_vision
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
-from mm_moslora.models.assembly import assemble
+from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.export.gguf_model import export_gguf
 from mm_moslora.utils.errors import ModelError
 from tests.models.test_languages import LANGUAGES, make_language_of
@@ -28,7 +28,7 @@ def values(reader):
 def test_transformers_reads_the_text_file_and_gives_the_same_logits(family, monkeypatch, tmp_path):
     if family == "qwen3":  # transformers' reader knows only the family's usual width of heads
         monkeypatch.setitem(LANGUAGES, family, lambda s: Qwen3ForCausalLM(Qwen3Config(**s, head_dim=128)))
-    assembly = assemble(ModelConfig(language=make_language_of(tmp_path / "language", family)))
+    assembly = load_parts(ModelConfig(language=make_language_of(tmp_path / "language", family)))
     files = export_gguf(assembly, tmp_path / "out")
     assert (files.mmproj, files.largest_difference) == (None, 0.0)
     twin = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32)
@@ -38,7 +38,7 @@ def test_transformers_reads_the_text_file_and_gives_the_same_logits(family, monk
 
 
 def test_llama_3_slows_its_frequencies_down_in_the_file_too(tmp_path):
-    assembly = assemble(ModelConfig(language=make_language_of(tmp_path / "language", "llama3")))
+    assembly = load_parts(ModelConfig(language=make_language_of(tmp_path / "language", "llama3")))
     export_gguf(assembly, tmp_path / "out")
     factors = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}["rope_freqs.weight"]
     plain = 1 / 5e5 ** (torch.arange(0, 16, 2) / 16)
@@ -51,7 +51,7 @@ def test_llama_3_slows_its_frequencies_down_in_the_file_too(tmp_path):
 
 @pytest.mark.parametrize("half", [False, True])
 def test_the_tower_and_the_projector_go_into_a_file_of_their_own(half, language_folder, clip, tmp_path):
-    assembly = assemble(ModelConfig(language=str(language_folder), vision=VisionConfig(name=clip)))
+    assembly = load_parts(ModelConfig(language=str(language_folder), vision=VisionConfig(name=clip)))
     files = export_gguf(assembly, tmp_path / "out", half=half)
     assert files.largest_difference < (1e-3 if half else 1e-12)
     reader = gguf.GGUFReader(files.mmproj)
@@ -91,4 +91,4 @@ def test_what_llama_cpp_has_no_place_for_is_refused(language_folder, clip, tmp_p
     ]
     for config, message in cases:
         with pytest.raises(ModelError, match=message):
-            export_gguf(assemble(config), tmp_path / "out")
+            export_gguf(load_parts(config), tmp_path / "out")

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny import make_tokenizer, make_vision
 
 from mm_moslora.config import ModelConfig, VisionConfig
-from mm_moslora.models.assembly import assemble
+from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.export.gguf_model import export_gguf
 from tests.models.test_languages import make_language_of
 
@@ -77,7 +77,7 @@ def difference(found, wanted):
 
 @pytest.mark.parametrize("family", ["smollm2", "llama3", "mistral", "qwen2.5", "qwen3"])
 def test_text_gives_the_same_ids_probabilities_and_answer(family, served, tmp_path):
-    assembly = assemble(ModelConfig(language=make_language_of(tmp_path / "language", family)))
+    assembly = load_parts(ModelConfig(language=make_language_of(tmp_path / "language", family)))
     ids = assembly.tokenizer.encode(TEXT, add_special_tokens=False)
     wanted = expected(assembly, input_ids=torch.tensor([ids]))
     address = served(export_gguf(assembly, tmp_path / "out"))
@@ -100,7 +100,7 @@ def test_words_are_cut_as_the_tokenizer_cuts_them(digits, served, tmp_path):
     last = ByteLevel(add_prefix_space=False, use_regex=digits is None)
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([first, last])
     tokenizer.save_pretrained(folder)
-    assembly = assemble(ModelConfig(language=folder))
+    assembly = load_parts(ModelConfig(language=folder))
     address = served(export_gguf(assembly, tmp_path / "out"))
     for text in (TEXT, "a<|im_end|>\n<|im_start|>user\n\n\n  x\ty\r\nz ", "I'LL say 3.14, they're 100% red\u3000!"):
         ids = assembly.tokenizer.encode(text, add_special_tokens=False)
@@ -111,7 +111,7 @@ def test_words_are_cut_as_the_tokenizer_cuts_them(digits, served, tmp_path):
 def test_a_picture_gives_the_same_probabilities(size, apart, served, tmp_path):
     language = make_language_of(tmp_path / "language", "smollm2")
     tower = str(make_vision(tmp_path / "clip", "clip"))
-    assembly = assemble(ModelConfig(language=language, vision=VisionConfig(name=tower)))
+    assembly = load_parts(ModelConfig(language=language, vision=VisionConfig(name=tower)))
     image = Image.effect_mandelbrot(size, (-2, -1, 1, 1), 60).convert("RGB")
     text = "<|im_start|>user\n<image>\nwhat is it?<|im_end|>\n"
     inputs = assembly.processor(images=[image], text=text, return_tensors="pt")

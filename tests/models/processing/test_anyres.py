@@ -12,7 +12,7 @@ from tiny import make_vision
 from transformers import LlavaNextForConditionalGeneration
 
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
-from mm_moslora.models.assembly import assemble, text_and_images
+from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.export.export_huggingface import export_model
 from mm_moslora.models.load_model import load
 from mm_moslora.training.training_loop import train
@@ -31,7 +31,7 @@ def config_for(language, tower, **more):
 @pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
 def test_a_picture_takes_the_whole_view_its_tiles_and_a_newline_per_row(kind, language_folder, tmp_path):
     config = config_for(language_folder, make_vision(tmp_path / kind, kind))
-    assembly, parts = assemble(config), text_and_images(config)
+    assembly, parts = load_parts(config), load_parts(config, weights="none")
     # A grid of 4 x 4 patches per view. Wide: one row of two tiles; the padding above and below is cut off.
     expected = {(64, 32): 16 + 4 * (8 + 1), (32, 64): 16 + 8 * (4 + 1), (64, 64): 16 + 8 * (8 + 1)}
     for size, tokens in expected.items():
@@ -63,7 +63,7 @@ def test_a_run_trains_the_newline_and_is_exported_as_llava_next(language_folder,
     assert again.image_processing.placeholders([(64, 32)]) == tuned.image_processing.placeholders([(64, 32)])
     # The projector and its newline start the next stage.
     weights = ProjectorConfig(weights=str(checkpoint / "projector.safetensors"))
-    started = assemble(dataclasses.replace(model, projector=weights))
+    started = load_parts(dataclasses.replace(model, projector=weights))
     torch.testing.assert_close(started.model.model.image_newline, tuned.model.model.image_newline, rtol=0, atol=0)
 
 
@@ -76,12 +76,12 @@ def test_a_run_trains_the_newline_and_is_exported_as_llava_next(language_folder,
 )
 def test_what_llava_next_cannot_hold_is_refused(kind, more, message, language_folder, tmp_path):
     with pytest.raises(ModelError, match=message):
-        assemble(config_for(language_folder, make_vision(tmp_path / kind, kind), **more))
+        load_parts(config_for(language_folder, make_vision(tmp_path / kind, kind), **more))
 
 
 def test_tiles_are_of_the_towers_own_size(language_folder, tmp_path):
     vision = VisionConfig(name=str(make_vision(tmp_path / "d", "dinov2")), image_size=14)
     with pytest.raises(ModelError, match="image_size to 28"):
-        assemble(ModelConfig(language=str(language_folder), vision=vision, image_aspect="anyres"))
+        load_parts(ModelConfig(language=str(language_folder), vision=vision, image_aspect="anyres"))
     with pytest.raises(ConfigError, match="anyres_tiles"):
         ModelConfig(language="x", anyres_tiles=[(0, 1)])

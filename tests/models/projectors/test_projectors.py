@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mm_moslora.config import ModelConfig, ProjectorConfig, VisionConfig
-from mm_moslora.models.assembly import assemble
+from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.export.export_huggingface import export_model
 from mm_moslora.models.load_model import load
 from mm_moslora.models.projectors.projector import PROJECTORS, build_projector, projector_tokens
@@ -137,7 +137,7 @@ def test_a_model_with_it_is_exported_and_loaded(kind, language_folder, vision_fo
         vision=VisionConfig(name=str(vision_folder)),
         projector=ProjectorConfig(kind=kind, queries=9, depth=1),
     )
-    assembly = assemble(config)
+    assembly = load_parts(config)
     exported = export_model(assembly, tmp_path / "out")
     assert not exported.stock
     assert exported.max_logit_difference < 1e-5

@@ -10,7 +10,7 @@ from tiny import make_vision
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration, SiglipVisionModel
 
 from mm_moslora.config import AdapterConfig, ModelConfig, VisionConfig
-from mm_moslora.models.assembly import assemble
+from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.export.export_huggingface import export_model
 from mm_moslora.models.load_model import load
 from mm_moslora.models.trainable_parts import attach_adapters
@@ -94,7 +94,7 @@ def test_open_clip_by_name_is_read_from_its_model_config(monkeypatch):
 def test_two_towers_see_the_picture_each_in_its_own_way(language_folder, tmp_path):
     names = [str(make_vision(tmp_path / kind, kind)) for kind in ("dinov2", "siglip28")]
     config = ModelConfig(language=str(language_folder), vision=VisionConfig(name=names[0], fuse_with=names[1]))
-    assembly = assemble(config)
+    assembly = load_parts(config)
     assert (assembly.image.width, assembly.image.tokens, assembly.image.prefix) == (64, 16, 0)
     (first, spec), (second, other) = (load_vision(VisionConfig(name=name)) for name in names)
     picture = torch.rand(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
@@ -128,7 +128,7 @@ def test_towers_with_other_patches_cannot_be_joined(tmp_path):
 
 def test_several_layers_lie_side_by_side_and_stay_stock(language_folder, tmp_path):
     vision = VisionConfig(name=str(make_vision(tmp_path / "clip", "clip")), feature_layer=[-3, -2])
-    assembly = assemble(ModelConfig(language=str(language_folder), vision=vision))
+    assembly = load_parts(ModelConfig(language=str(language_folder), vision=vision))
     assert assembly.image.width == 64
     assert isinstance(assembly.model, LlavaForConditionalGeneration)
     exported = export_model(assembly, tmp_path / "out", require_stock=True)
@@ -153,7 +153,7 @@ def test_a_tower_trains_as_the_recipe_says(kind, mode, language_folder, tmp_path
     beside = str(make_vision(tmp_path / "b", "siglip28")) if kind == "fused" else None
     vision = VisionConfig(name=name, fuse_with=beside, mode=mode, last_n=int(mode == "last_n"))
     config = ModelConfig(language=str(language_folder), vision=vision)
-    assembly = assemble(config)
+    assembly = load_parts(config)
     attach_adapters(assembly, config, AdapterConfig(rank=2))
     tower = {n: p for n, p in assembly.model.named_parameters() if part_of(n) == "vision"}
     trains = [name for name, parameter in tower.items() if parameter.requires_grad]

@@ -12,7 +12,7 @@ from tiny import make_vision
 
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import ModelConfig, OptimConfig, VisionConfig
-from mm_moslora.models.assembly import assemble
+from mm_moslora.models.assembly import load_parts
 from mm_moslora.models.memory_efficient.loss_head import use_loss_head
 from mm_moslora.models.vision.feature_cache import FeatureCache, FeatureStore, pixel_hash, tower_hash
 from mm_moslora.models.vision.frozen_tower import StepFeatureCache
@@ -26,7 +26,7 @@ RED, GREEN, BLUE = (210, 40, 40), (40, 180, 60), (40, 60, 210)
 
 @pytest.fixture
 def assembly(language_folder, vision_folder):
-    made = assemble(ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(vision_folder))))
+    made = load_parts(ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(vision_folder))))
     made.model.requires_grad_(False)
     made.model.model.multi_modal_projector.requires_grad_(True)
     return made
@@ -66,7 +66,7 @@ def test_a_step_encodes_each_picture_once_with_the_same_loss_and_gradient(assemb
     assert batches[0].image_keys[0] == batches[0].image_keys[2] != batches[0].image_keys[1]
     results = []
     for keys in (True, False):
-        twin = assemble(ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(vision_folder))))
+        twin = load_parts(ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(vision_folder))))
         twin.model.load_state_dict(assembly.model.state_dict())
         twin.model.requires_grad_(False)
         twin.model.model.multi_modal_projector.requires_grad_(True)
@@ -213,7 +213,7 @@ def test_ready_made_models_and_tiles_are_refused():
 def test_features_are_those_of_the_models_own_path(kind, language_folder, tmp_path):
     """Generation of stock code goes by get_image_features."""
     config = ModelConfig(language=str(language_folder), vision=VisionConfig(name=str(make_vision(tmp_path, kind))))
-    model = assemble(config).model
+    model = load_parts(config).model
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         theirs = torch.stack(list(model.model.get_image_features(pixel_values=pixels).pooler_output))
