@@ -34,7 +34,7 @@ _LONG_BYTES_PER_TOKEN = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class ModelParts:
     """The models of the recipe."""
 
     language: str
@@ -43,15 +43,15 @@ class Parts:
     why: str
 
 
-def _parts(name: PartsName, say: Say) -> Parts:
+def _parts(name: PartsName, say: Say) -> ModelParts:
     if name == "hub":
-        return Parts(
+        return ModelParts(
             language="HuggingFaceTB/SmolLM2-135M-Instruct",
             vision={"name": "google/siglip-base-patch16-224", "feature_layer": -2},
             visual_tokens=49,
             why="SigLIP was trained on pictures with texts; it is ten times as slow as EfficientNet-Lite0 on a CPU.",
         )
-    return Parts(
+    return ModelParts(
         language=str(model_assets.language_model(say)),
         vision={"name": str(model_assets.efficientnet_timm(say)), "image_size": 192, "feature_layer": -1},
         visual_tokens=9,
@@ -158,7 +158,7 @@ def _quoted(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _recipe(folder: Path, data: OwnData, parts: Parts, size: Size) -> str:
+def _recipe(folder: Path, data: OwnData, parts: ModelParts, size: Size) -> str:
     vision = ", ".join(f"{key}: {_quoted(value)}" for key, value in parts.vision.items())
     passes = size.steps / size.per_epoch
     return f"""\

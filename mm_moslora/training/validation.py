@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mm_moslora.batch import Example, ProcessedImage
-from mm_moslora.config import Recipe, ValidateConfig
+from mm_moslora.config import ValidateConfig
 from mm_moslora.data.batch_loader import BatchLoader
 from mm_moslora.data.chat.records import Record
 from mm_moslora.data.record_faults import RecordError
@@ -47,7 +47,12 @@ class Moment:
 
     assembly: Parts
     """The model in eval mode, with full weights."""
-    recipe: Recipe
+    name: str
+    """Name of the run."""
+    config: ValidateConfig
+    """The recipe's `validate`."""
+    batch_size: int
+    """Samples of a micro-batch, which fit the machine."""
     folder: Path
     """Folder for the results of this step."""
     step: int
@@ -111,7 +116,8 @@ class Validator:
     def _moment(self) -> Moment:
         run = self.run
         return Moment(
-            assembly=run.assembly, recipe=run.recipe, folder=run.folder / "validation" / f"step-{run.step:06d}",
+            assembly=run.assembly, name=run.recipe.name, config=run.recipe.validate,
+            batch_size=run.recipe.train.micro_batch, folder=run.folder / "validation" / f"step-{run.step:06d}",
             step=run.step, stop=self.stop,
         )  # fmt: skip
 

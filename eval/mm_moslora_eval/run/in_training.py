@@ -28,7 +28,7 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
     """Run the recipe's tasks; answers and scores are stored in the moment's folder.
 
     Args:
-        moment: model, recipe, step; see `mm_moslora.training.validation`.
+        moment: model, settings, step; see `mm_moslora.training.validation`.
 
     Returns:
         `eval/TASK/score` and `eval/TASK/METRIC` on rank 0; nothing on other ranks. None on ranks that stopped because
@@ -37,10 +37,9 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
     Raises:
         EvalError: see `task_registry.tasks_of`; or every sample fails.
     """
-    config = moment.recipe.validate
-    settings = Settings(batch_size=moment.recipe.train.micro_batch, limit=config.task_limit or None)
+    settings = Settings(batch_size=moment.batch_size, limit=moment.config.task_limit or None)
     _start_over(moment.folder)
-    model = LocalModel(moment.assembly, name=f"{moment.recipe.name} at step {moment.step}")
+    model = LocalModel(moment.assembly, name=f"{moment.name} at step {moment.step}")
     metrics: dict[str, float] = {}
     asked = moment.folder / "stop"  # otherwise rank 0 would wait for a stopped rank and then do its share
 
@@ -52,7 +51,7 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
 
     cut = False
     try:
-        for task in tasks_of(config.tasks):
+        for task in tasks_of(moment.config.tasks):
             for result in evaluate(
                 model, task, moment.folder, modes=("own",), baselines=(), settings=settings, progress=give_way
             ):
