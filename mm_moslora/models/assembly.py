@@ -5,9 +5,9 @@ Read from top to bottom, it is the order of work.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -119,8 +119,9 @@ def load_parts(config: ModelConfig, *, weights: Weights = "all", dtype: torch.dt
     """
     require_model("model.language", config.language)
     require_model("model.vlm", config.vlm)
-    with torch.device("meta") if weights == "shapes" else contextlib.nullcontext():
-        load = _assembled if config.vlm is None else _pretrained
+    place: AbstractContextManager[Any] = torch.device("meta") if weights == "shapes" else nullcontext()
+    load = _assembled if config.vlm is None else _pretrained
+    with place:
         return load(config, weights=weights, dtype=dtype)
 
 

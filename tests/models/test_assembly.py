@@ -169,6 +169,25 @@ def test_what_data_preparation_needs_is_known_without_the_language_model(languag
     torch.testing.assert_close(ours, image_transform(assembly.processor.image_processor)(picture), rtol=0, atol=0)
 
 
+def test_data_preparation_and_planning_need_no_weights(language_folder, tmp_path):
+    tower = make_vision(tmp_path / "clip", "clip")
+    (tower / "model.safetensors").unlink()
+    config = config_for(language_folder, str(tower))
+    found = load_parts(config, weights="none")
+    assert (found.model, found.tokens_per_image) == (None, 16)
+    assert len(found.image_processing.placeholders([(30, 20)])[0]) == 16
+    shapes = load_parts(config, weights="shapes")
+    assert {parameter.device.type for parameter in shapes.model.parameters()} == {"meta"}
+    assert (shapes.tokenizer, shapes.processor, shapes.layers, shapes.tokens_per_image) == (None, None, 2, 16)
+
+
+@pytest.mark.parametrize("weights", ["all", "none", "shapes"])
+def test_parts_that_do_not_fit_are_refused_however_much_is_loaded(weights, language_folder, vision_folder):
+    config = config_for(language_folder, str(vision_folder), "linear", select="cls_patch")
+    with pytest.raises(ModelError, match="cls_patch, which only a stock tower"):
+        load_parts(config, weights=weights)
+
+
 def test_dinov2_runs_at_another_size_and_clip_refuses(language_folder, tmp_path):
     dinov2 = config_for(language_folder, str(make_vision(tmp_path / "dinov2", "dinov2")), image_size=14)
     assert load_parts(dinov2).tokens_per_image == 4
