@@ -25,7 +25,7 @@ help:
 	@echo "make test        the whole test suite"
 	@echo "make test-extras what needs gradio, trackio, MLflow or Liger's kernels"
 	@echo "make test-versions  a part of the suite on the lowest versions, and on what GPU images carry"
-	@echo "make check       format, lint, types, import layers, shell scripts"
+	@echo "make check       format, lint, types, import layers and circles, shell scripts"
 	@echo "make clean       remove the environment, caches and build products; runs/ stays"
 
 quickstart: $(VENV)/.installed
@@ -68,6 +68,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_imports.py
 	$(BIN)/shellcheck -x .ci/run $$(find scripts -name '*.sh' -o -name '*.sbatch')
 
 $(BIN)/python:

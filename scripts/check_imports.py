@@ -29,9 +29,9 @@ COMMON = ("__init__.py", "__main__.py")
 Graph = Mapping[str, set[str]]
 
 
-def file_graph() -> dict[str, set[str]]:
+def file_graph(packages: Iterable[str] = PACKAGES) -> dict[str, set[str]]:
     """Modules that each module imports."""
-    graph = grimp.build_graph(*PACKAGES, cache_dir=None)
+    graph = grimp.build_graph(*packages, cache_dir=None)
     return {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
 
 
@@ -70,10 +70,14 @@ def names_used_twice(folders: Iterable[Path]) -> Iterator[str]:
             yield f"{name} occurs {len(found)} times ({folders_of}). Rename all but one."
 
 
-def faults() -> list[str]:
-    """One line per fault."""
-    found = [*full_folders(PACKAGES.values()), *names_used_twice(PACKAGES.values())]
-    if ring := circle(file_graph()):
+def faults(packages: Mapping[str, Path] = PACKAGES) -> list[str]:
+    """One line per fault.
+
+    Args:
+        packages: name, importable, to folder.
+    """
+    found = [*full_folders(packages.values()), *names_used_twice(packages.values())]
+    if ring := circle(file_graph(packages)):
         found.append(f"Circle of imports: {' -> '.join(ring)}. Move what both need into a module below.")
     return found
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm_moslora.adapters.adapter_targets import named_adapter_layers
+from mm_moslora.adapters.folder_format import FACTORS_A, MIXER, PREFIX, adapted_path
 from mm_moslora.adapters.folders.load_folder import read_folder
-from mm_moslora.adapters.folders.save_folder import FACTORS_A, MIXER, PREFIX, adapted_path
+from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.files import output_file
 from mm_moslora.utils.run_paths import writing

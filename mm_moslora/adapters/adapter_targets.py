@@ -9,23 +9,20 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import peft
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
-from mm_moslora.adapters.layers.base_weights import stop_repacking
 from mm_moslora.adapters.layers.layer_dispatch import why_not_adaptable
-from mm_moslora.adapters.layers.sibling_projections import link_siblings
 from mm_moslora.adapters.mixer import Mixer
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, check_expression, unmatched_patterns
+from mm_moslora.adapters.tree import is_inner, named_adapter_layers, named_base_modules, unwrapped
 from mm_moslora.adapters.uncalled_layers import why_not_called
 from mm_moslora.utils.errors import AdapterError, suggestion
 
@@ -40,8 +37,6 @@ _TASK_HEADS = {
     "QUESTION_ANS": ["qa_outputs"],
 }
 _SHOWN = 5
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""What torch calls the module inside a wrapper: of torch.compile, of activation checkpointing, of FSDP."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,55 +59,6 @@ class AdaptedModule:
     """Whether M trains."""
     parameters: int
     """Parameters of A, B and a trainable M."""
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside wrappers: torch.compile, activation checkpointing, FSDP, `DataParallel`, DDP."""
-    while True:
-        inner = next((model._modules[name] for name in _WRAPPED if name in model._modules), None)
-        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
-
-
-def bare_name(name: str) -> str:
-    """A name of a module or a parameter as it is without wrappers."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The model inside a PEFT wrapper, or the model itself."""
-    model = unwrapped(model)
-    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
-
-
-def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module of the base model with its path; adapters, and what lies inside them, are left out."""
-    stack: list[tuple[str, nn.Module]] = [("", base_model(model))]
-    while stack:
-        path, module = stack.pop()
-        module = unwrapped(module)
-        if isinstance(module, BaseTunerLayer):
-            module = module.get_base_layer()
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            module = module.original_module
-        yield path, module
-        prefix = f"{path}." if path else ""
-        stack.extend((prefix + name, child) for name, child in reversed(list(module.named_children())))
-
-
-def named_adapter_layers(model: nn.Module) -> Iterator[tuple[str, MoSLoRALayer]]:
-    """The adapted layers of a model with their paths in the base model."""
-    for path, module in base_model(model).named_modules():
-        if isinstance(module, MoSLoRALayer):
-            yield bare_name(path), module
-
-
-def is_inner(path: str) -> bool:
-    """Whether a module path lies inside an adapted layer: the out_proj of `nn.MultiheadAttention`, adapted with it."""
-    return ".base_layer." in path
 
 
 def resolve_targets(model: nn.Module, component: str = "", targets: str | Sequence[str] = ALL_LINEAR) -> list[str]:
@@ -374,9 +320,6 @@ def inject(
     adapted = {path for path, layer in named_adapter_layers(wrapped) if layer.holds(adapter_name)}
     adapted = {path for path in adapted if not is_inner(path)}
     assert adapted == set(paths), f"asked for {sorted(set(paths) ^ adapted)[:_SHOWN]} and PEFT did otherwise"
-    link_siblings(wrapped)
-    if not config.inference_mode:
-        stop_repacking(wrapped)
     return wrapped
 
 

@@ -12,11 +12,11 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from mm_moslora.adapters.adapter_targets import is_inner, named_adapter_layers, unwrapped
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import quantisation
 from mm_moslora.adapters.layers.sharded_weights import why_not_whole
 from mm_moslora.adapters.tied_weights import untie
+from mm_moslora.adapters.tree import is_inner, named_adapter_layers, unwrapped
 from mm_moslora.kernels.lora.lora_math import use_kernel
 from mm_moslora.utils.errors import AdapterError
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
+from torch import nn
 
-from mm_moslora.adapters.layers.layer_dispatch import create_layer
+from mm_moslora.adapters.folder_format import OWN_CONFIG, complete_folder, downloaded, read_manifest
 from mm_moslora.adapters.mixer import MixerInit, check_mixer_init
 from mm_moslora.utils.errors import AdapterError, suggestion
 
@@ -81,6 +80,8 @@ class MoSLoRAConfig(LoraConfig):
         },
     )
 
+    # What makes the adapted layer around a base layer, by the type of that; `tuner` fills it in.
+    layer_classes: ClassVar[dict[type[nn.Module], Callable[..., nn.Module]]] = {}
     # Where the layer sits; `create_layer` sets it on its own copy. Without annotation: not an option, and not saved.
     module_path = ""
 
@@ -101,8 +102,7 @@ class MoSLoRAConfig(LoraConfig):
                 )
         if self.has_mixer:
             self._check_other_options()
-        # One entry for all modules: a type that is not ours must raise, not fall through to PEFT's plain LoRA.
-        self._register_custom_module({torch.nn.Module: create_layer})  # type: ignore[dict-item]
+        self._register_custom_module(dict(self.layer_classes))  # type: ignore[arg-type]
 
     @property
     def has_mixer(self) -> bool:
@@ -156,8 +156,6 @@ class MoSLoRAConfig(LoraConfig):
         When the weights with mixers lie in the folder already, the folder becomes the double folder of `save_adapter`:
         stock PEFT would otherwise load them, drop the mixers and be wrong without a word.
         """
-        from mm_moslora.adapters.folders.save_folder import complete_folder
-
         complete_folder(Path(save_directory), self, auto_mapping=kwargs.get("auto_mapping_dict"))
 
     @classmethod
@@ -171,9 +169,9 @@ class MoSLoRAConfig(LoraConfig):
             subfolder: folder inside it.
             **kwargs: as for `peft.LoraConfig.from_pretrained`, for folders that are not ours.
         """
-        own = Path(pretrained_model_name_or_path, subfolder or "", "moslora.json")
-        if own.is_file():
-            return config_from_dict(json.loads(own.read_text(encoding="utf-8"))["config"])
+        folder = downloaded(pretrained_model_name_or_path, (OWN_CONFIG,), subfolder=subfolder, **kwargs)
+        if folder is not None and (folder / OWN_CONFIG).is_file():
+            return config_from_dict(read_manifest(folder)["config"])
         stock = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         return from_lora_config(stock)
 
@@ -246,11 +244,6 @@ class MoSLoRAConfig(LoraConfig):
                     f"{name} is set together with a mixer; this combination is not defined. Unset it, or use plain "
                     "LoRA (mixer_init='identity', mixer_trainable=False)."
                 )
-
-
-def config_to_dict(config: MoSLoRAConfig) -> dict[str, Any]:
-    """Plain JSON data of a configuration; `config_from_dict` reads it back equal."""
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
 
 
 def config_from_dict(data: Mapping[str, Any]) -> MoSLoRAConfig:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm_moslora.adapters.adapter_targets import named_adapter_layers
+from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.utils.errors import AdapterError
 
 

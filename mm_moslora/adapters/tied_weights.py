@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mm_moslora.adapters.adapter_targets import named_adapter_layers
+from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.kernels.lora.lora_matmul import is_plain
 
 

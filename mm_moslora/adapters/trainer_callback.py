@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mm_moslora.adapters.adapter_inspection import inspect_model, summary
-from mm_moslora.adapters.adapter_targets import named_adapter_layers
+from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.utils.errors import AdapterError
 
 

@@ -5,6 +5,7 @@ Shapes: A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,11 +16,12 @@ from peft.tuners.lora import LoraModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from mm_moslora.adapters.adapter_targets import is_inner, named_adapter_layers, unwrapped
+from mm_moslora.adapters.folder_format import PREFIX, check_tensors
 from mm_moslora.adapters.folders.load_folder import read_folder
-from mm_moslora.adapters.folders.save_folder import PREFIX, check_tensors, expected_shapes
+from mm_moslora.adapters.folders.save_folder import expected_shapes
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig
+from mm_moslora.adapters.tree import is_inner, named_adapter_layers, unwrapped
 from mm_moslora.kernels.lora.lora_math import delta_weight
 from mm_moslora.utils.errors import AdapterError
 
@@ -131,7 +133,8 @@ def _layers_of(model: nn.Module, adapters: Sequence[str]) -> dict[str, MoSLoRALa
 
 def _combined_config(model: nn.Module, first: str, rank: int, *, plain: bool) -> MoSLoRAConfig:
     source = _tuner(model).peft_config[first]
-    fields = {key: getattr(source, key) for key in MoSLoRAConfig.__dataclass_fields__ if hasattr(source, key)}
+    names = (item.name for item in dataclasses.fields(MoSLoRAConfig))
+    fields = {name: getattr(source, name) for name in names if hasattr(source, name)}
     # B carries the weights and the scalings, so that s is 1.
     changes: dict[str, Any] = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
     changes |= {"use_rslora": False, "init_lora_weights": True, "mixer_form": "dense", "factor_form": "free"}

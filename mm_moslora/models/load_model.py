@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from mm_moslora import adapters
-from mm_moslora.adapters.folders.foreign_formats import read_json
+from mm_moslora.adapters.folder_format import read_json
 from mm_moslora.config import ModelConfig, Recipe
 from mm_moslora.models.assembly import Parts, load_parts, load_projector, pretrained_parts
 from mm_moslora.models.model_paths import resolve_model_paths

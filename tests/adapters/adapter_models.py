@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import peft
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
@@ -81,3 +85,12 @@ def two_subspaces(A: Tensor, B: Tensor) -> Tensor:
     A1, A2 = A.chunk(2, dim=0)
     B1, B2 = B.chunk(2, dim=1)
     return (B1 + B2) @ (A1 + A2)
+
+
+def folded(base: nn.Module, folder: Path) -> peft.PeftModel:
+    """Plain LoRA from the files for everybody: what PEFT loads where this package is not imported."""
+    config = peft.LoraConfig.from_pretrained(folder)
+    config.inference_mode = True
+    model = peft.get_peft_model(base, config)
+    assert not peft.set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors")).unexpected_keys
+    return model.eval()

@@ -12,7 +12,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from adapters.adapter_models import train_a_bit
+from adapters.adapter_models import folded, train_a_bit
 from adapters.behaviour_models import LAYERS, inputs, network
 from peft.utils.hotswap import hotswap_adapter
 from preloaded import Preloaded
@@ -127,10 +127,10 @@ def test_selected_adapters(kind: str, tmp_path: Path) -> None:
 
 @every_layer
 def test_stock_peft_loads(kind: str, tmp_path: Path) -> None:
-    """Stock PEFT's `from_pretrained` gives the same output"""
+    """Without this package PEFT's `from_pretrained` gives plain LoRA with the same output"""
     model = _adapted(kind)
     save_adapter(model, tmp_path / "a")
-    stock = peft.PeftModel.from_pretrained(network(kind), tmp_path / "a")
+    stock = folded(network(kind), tmp_path / "a")
     assert not any(isinstance(module, MoSLoRALayer) for module in stock.modules())
     torch.testing.assert_close(_run(stock, kind), _run(model, kind), **CLOSE)
 
@@ -400,14 +400,37 @@ def test_hot_swap(kind: str, tmp_path: Path) -> None:
 
 
 @every_layer
-def test_stock_hot_swap(kind: str, tmp_path: Path) -> None:
-    """PEFT's own hot swap, which would zero the mixers, refuses"""
-    save_adapter(_adapted(kind, seed=5), tmp_path / "a")
+def test_entrances(kind: str, tmp_path: Path) -> None:
+    """PEFT's `from_pretrained` and `load_adapter` give A, M and B back"""
     model = _adapted(kind)
-    before = _run(model, kind)
+    save_adapter(model, tmp_path / "a")
+    loaded = peft.PeftModel.from_pretrained(network(kind), tmp_path / "a", is_trainable=True)
+    loaded.load_adapter(tmp_path / "a", "second")
+    state = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+    found = loaded.state_dict()
+    for name, tensor in state.items():
+        assert torch.equal(found[name], tensor)
+        assert torch.equal(found[name.replace(".default", ".second")], tensor)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name, p in loaded.named_parameters() if p.requires_grad} == trained
+
+
+@every_layer
+def test_stock_hot_swap(kind: str, tmp_path: Path) -> None:
+    """PEFT's own hot swap gives A, M and B, or refuses: of another `mixer_init`, and of embeddings"""
+    other = _adapted(kind, seed=5)
+    save_adapter(other, tmp_path / "a")
+    model = _adapted(kind)
+    if kind == "Embedding":
+        with pytest.raises(AttributeError, match="scaling"):
+            hotswap_adapter(model, str(tmp_path / "a"), adapter_name="default", torch_device="cpu")
+        return
+    hotswap_adapter(model, str(tmp_path / "a"), adapter_name="default", torch_device="cpu")
+    _assert_same(_run(model, kind), _run(other, kind))
+    save_adapter(_adapted(kind, mixer_init="kaiming"), tmp_path / "b")
     with pytest.raises(ValueError, match="mixer_init"):
-        hotswap_adapter(model, str(tmp_path / "a"), adapter_name="default", torch_device="cpu")
-    assert torch.equal(_run(model, kind), before)
+        hotswap_adapter(model, str(tmp_path / "b"), adapter_name="default", torch_device="cpu")
+    _assert_same(_run(model, kind), _run(other, kind))
 
 
 @where_dora
@@ -420,7 +443,7 @@ def test_dora(kind: str, tmp_path: Path) -> None:
     plain = _adapted(kind)
     assert (live - _run(plain, kind)).abs().max() > 1e-3
     save_adapter(model, tmp_path / "a")
-    stock = peft.PeftModel.from_pretrained(network(kind), tmp_path / "a")
+    stock = folded(network(kind), tmp_path / "a")
     torch.testing.assert_close(_run(stock, kind), live, **CLOSE)
     _assert_same(_run(load_adapter(network(kind), tmp_path / "a"), kind), live)
     torch.testing.assert_close(_run(model.merge_and_unload(), kind), live, **CLOSE)

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from accelerate import disk_offload
-from adapters.adapter_models import IDS, llama, logits, train_a_bit
+from adapters.adapter_models import IDS, folded, llama, logits, train_a_bit
 from peft import optimizers
 from peft.tuners.lora.intruders import reduce_intruder_dimension
 from preloaded import Preloaded
@@ -233,7 +233,7 @@ def test_a_classifier_that_trains_whole_gets_no_adapter(tmp_path: Path) -> None:
     live = logits(model.eval())
     save_adapter(model, tmp_path / "a")
     assert torch.equal(logits(load_adapter(base(), tmp_path / "a")), live)
-    assert torch.equal(logits(peft.PeftModel.from_pretrained(base(), tmp_path / "a")), live)
+    assert torch.equal(logits(folded(base(), tmp_path / "a")), live)
     with pytest.raises(AdapterError, match=r"modules_to_save=\['score', 'classifier'\] leaves none"):
         add_moslora(base(), MoSLoRAConfig(r=4, task_type="SEQ_CLS"), targets=["classifier"])
 
@@ -300,7 +300,7 @@ def test_tied_modules_that_train_whole_are_saved(tmp_path: Path) -> None:
     live = logits(model.eval())
     save_adapter(model, tmp_path / "a")
     assert torch.equal(logits(load_adapter(llama(tie_word_embeddings=True), tmp_path / "a")), live)
-    stock = peft.PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path / "a")
+    stock = folded(llama(tie_word_embeddings=True), tmp_path / "a")
     torch.testing.assert_close(logits(stock), live, atol=1e-5, rtol=0)
 
 

@@ -1,24 +1,71 @@
-"""What a program meets that imports the package: nothing heavy, nothing on stderr, nothing changed behind its back."""
+"""Imports: no circle among the modules; a program that imports the package meets nothing heavy and no change."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 CHECKOUT = Path(__file__).parents[2]
 
 
-def test_every_module_stands_in_a_layer_of_the_import_contract() -> None:
-    contracts = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    layers = next(item["layers"] for item in contracts if item["type"] == "layers")
-    placed = [name.strip() for layer in layers for name in layer.split("|")]
-    folder = CHECKOUT / "mm_moslora"
-    modules = [*folder.glob("*.py"), *(path.parent for path in folder.glob("*/__init__.py"))]
-    found = {f"mm_moslora.{path.stem}" for path in modules if path.stem != "__init__"}
-    assert sorted(placed) == sorted(found | {"mm_moslora_eval"})
+@pytest.fixture
+def check_imports() -> ModuleType:
+    pytest.importorskip("grimp", reason="grimp is not installed")
+    spec = importlib.util.spec_from_file_location("check_imports", CHECKOUT / "scripts" / "check_imports.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tree_has_no_circle_no_full_folder_and_no_name_twice(check_imports: ModuleType) -> None:
+    assert check_imports.faults() == []
+
+
+@pytest.mark.parametrize(
+    ("closing", "fault"),
+    [
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from {name}.low import high\n", "Circle"),
+        ("def call():\n    from {name}.low import high\n", "Circle"),
+        ("import json\n", None),
+    ],
+    ids=["type checking", "in a function", "none"],
+)
+def test_a_circle_is_found_wherever_the_import_stands(
+    check_imports: ModuleType, closing: str, fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"made_up_{tmp_path.name}"  # importlib remembers packages by name
+    for path, text in (
+        ("low/__init__", ""),
+        ("__init__", ""),
+        ("low/high", f"import {name}.below\n"),
+        ("below", closing),
+    ):
+        file = tmp_path / name / f"{path}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text.format(name=name))
+    monkeypatch.syspath_prepend(tmp_path)
+    found = check_imports.faults({name: tmp_path / name})
+    assert len(found) == (fault is not None)
+    if fault is not None:
+        assert found[0].startswith(f"{fault} of imports: {name}.")
+        assert {f"{name}.below", f"{name}.low.high"} <= set(found[0].replace(". Move", " ").split())
+
+
+def test_full_folders_and_names_that_occur_twice_are_found(check_imports: ModuleType, tmp_path: Path) -> None:
+    for index in range(check_imports.LIMIT + 1):
+        (tmp_path / f"module_{index}.py").touch()
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "module_0.py").touch()
+    (full,) = check_imports.full_folders([tmp_path])
+    assert f"holds {check_imports.LIMIT + 1} modules" in full
+    (twice,) = check_imports.names_used_twice([tmp_path])
+    assert twice.startswith("module_0.py occurs 2 times")
 
 
 def python(code: str, *options: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,19 +22,20 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mm_moslora.adapters.adapter_targets import is_inner
-from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_tensors
-from mm_moslora.adapters.folders.load_folder import read_folder
-from mm_moslora.adapters.folders.save_folder import (
+from mm_moslora.adapters.folder_format import (
     MIXER,
     PREFIX,
     STOCK_CONFIG,
     STOCK_WEIGHTS,
+    PlainPair,
     adapted_path,
     fold_state_dict,
     stock_config,
     target_paths,
 )
+from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_tensors
+from mm_moslora.adapters.folders.load_folder import read_folder
+from mm_moslora.adapters.tree import is_inner
 from mm_moslora.utils.errors import AdapterError, suggestion
 from mm_moslora.utils.files import output_file, replace_text, replacing
 from mm_moslora.utils.run_paths import writing
@@ -44,16 +44,6 @@ Layout = Literal["peft", "vllm", "diffusers", "gguf"]
 COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 """Parts of diffusers' pipelines that load LoRA."""
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlainPair:
-    """A folded adapter in one module."""
-
-    A: Tensor
-    """``[R, D_in]``, or ``[R, C, h, w]``."""
-    B: Tensor
-    """``[D_out, R]`` or ``[D_out, R, 1, 1]``, with the scaling inside."""
 
 
 def export_adapter(

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mm_moslora.adapters.folders.save_folder import (
+from mm_moslora.adapters.folder_format import (
     MIXER,
     OWN_CONFIG,
     PREFIX,
     STOCK_CONFIG,
     STOCK_WEIGHTS,
     adapted_path,
+    read_json,
     target_paths,
 )
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, from_lora_config
@@ -70,21 +70,6 @@ def read_foreign(root: Path, *, trainable: bool = False) -> AdapterFolder:
     if inside := adapters_inside(root):
         raise AdapterError(inside)
     raise AdapterError(f"{root} holds neither {OWN_CONFIG} nor {STOCK_CONFIG}; it is not an adapter folder.")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        AdapterError: damaged, or not an object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(f"{path} is not valid JSON ({error}). Copy the folder again.") from error
-    if not isinstance(data, dict):
-        raise AdapterError(f"{path} holds a {type(data).__name__}, expected an object.")
-    return data
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

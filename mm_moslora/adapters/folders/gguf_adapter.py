@@ -9,18 +9,16 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import gguf
 import torch
 from torch import Tensor
 
+from mm_moslora.adapters.folder_format import PlainPair
 from mm_moslora.utils.errors import AdapterError
 from mm_moslora.utils.files import replacing
 from mm_moslora.utils.run_paths import writing
-
-if TYPE_CHECKING:
-    from mm_moslora.adapters.folders.export_adapter import PlainPair
 
 
 class Family(NamedTuple):

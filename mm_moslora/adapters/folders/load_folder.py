@@ -13,23 +13,22 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from mm_moslora.adapters.adapter_targets import inject, is_inner, named_adapter_layers, named_base_modules
-from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_foreign, read_json, read_tensors
-from mm_moslora.adapters.folders.save_folder import (
-    FORMAT,
-    FORMAT_VERSION,
+from mm_moslora.adapters.adapter_targets import inject
+from mm_moslora.adapters.folder_format import (
     MIXER,
     OWN_CONFIG,
     OWN_WEIGHTS,
     PREFIX,
     STOCK_WEIGHTS,
     adapted_path,
-    base_fingerprint,
     check_tensors,
-    expected_shapes,
+    read_manifest,
 )
+from mm_moslora.adapters.folders.foreign_formats import AdapterFolder, read_foreign, read_tensors
+from mm_moslora.adapters.folders.save_folder import base_fingerprint, expected_shapes
 from mm_moslora.adapters.layers.layer_dispatch import factor_shapes, why_not_adaptable
 from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_from_dict
+from mm_moslora.adapters.tree import is_inner, named_adapter_layers, named_base_modules
 from mm_moslora.utils.errors import AdapterError, suggestion
 from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.run_paths import why_no_adapter_folder
@@ -91,32 +90,6 @@ def load_adapter(
     if not trainable:
         wrapped.eval()  # as PeftModel.from_pretrained does: an adapter's dropout is on in a fresh layer
     return wrapped
-
-
-def set_values(
-    model: peft.PeftModel, folder: Path, adapter_name: str, *, device: str | None, low_cpu_mem_usage: bool
-) -> Any:
-    """Give an adapter that is there the values A, M and B of its folder; nothing else changes.
-
-    Args:
-        model: holds the adapter, on the meta device perhaps.
-        folder: of `save_adapter`.
-        adapter_name: the adapter.
-        device: where the values are put first; matters for factors on the meta device.
-        low_cpu_mem_usage: take the tensors themselves for the factors, as PEFT does.
-
-    Returns:
-        PEFT's result: the missing and the unexpected keys.
-
-    Raises:
-        AdapterError: see `load_adapter`. The adapter has its old values then.
-    """
-    content = _read_for(model, folder, {}, trainable=False)
-    _check_same(model, adapter_name, content, str(folder))
-    tensors = content.tensors if device is None else {name: t.to(device) for name, t in content.tensors.items()}
-    result = _set_values(model, adapter_name, tensors, str(folder), low_cpu_mem_usage=low_cpu_mem_usage)
-    result.missing_keys.clear()  # the base's own; the adapter's are all there
-    return result
 
 
 def _read_for(model: nn.Module, folder: str | Path, base: Mapping[str, Any], *, trainable: bool) -> AdapterFolder:
@@ -293,18 +266,7 @@ def _shapes_by_rank(content: AdapterFolder) -> dict[str, tuple[int, ...]]:
 
 
 def _read_own(root: Path) -> AdapterFolder:
-    manifest = read_json(root / OWN_CONFIG)
-    if manifest.get("format") != FORMAT:
-        found = manifest.get("format")
-        raise AdapterError(f"{root / OWN_CONFIG} is not an adapter manifest: its format is {found!r}, not {FORMAT!r}.")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise AdapterError(
-            f"{root / OWN_CONFIG} has format version {manifest.get('format_version')!r}, this release reads "
-            f"{FORMAT_VERSION}. Update mm-moslora."
-        )
-    for part in ("config", "files", "base"):
-        if not isinstance(manifest.get(part), dict):
-            raise AdapterError(f"{root / OWN_CONFIG} lacks {part!r}, or it is no object. Copy the folder again.")
+    manifest = read_manifest(root)
     if lost := {STOCK_WEIGHTS, OWN_WEIGHTS} - manifest["files"].keys():
         raise AdapterError(f"{root / OWN_CONFIG} has no sha256 of {min(lost)}. Copy the folder again.")
     for name, expected in manifest["files"].items():

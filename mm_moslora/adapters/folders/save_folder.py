@@ -1,21 +1,11 @@
-"""The adapter folder: one set of factors for us, one for everybody else.
-
-::
-
-    adapter_config.json         stock PEFT's configuration, no key of ours
-    adapter_model.safetensors   folded factors A and B' = B M: a plain LoRA to stock PEFT, vLLM and llama.cpp, and right
-    moslora.safetensors         A, M and B in float32, under PEFT's names
-    moslora.json                full configuration, format version, sha256 of both weight files, the base they belong to
-
-`moslora.json` is written last and names the other two by hash: an interrupted or half-replaced folder is noticed.
-"""
+"""Save an adapter: take it out of its model, check it, write its folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,34 +13,20 @@ from typing import Any
 import peft
 import torch
 from peft.utils.save_and_load import get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mm_moslora.adapters.adapter_targets import (
+from mm_moslora.adapters.folder_format import PREFIX, STOCK_CONFIG, check_tensors, named_as_modules, write_folder
+from mm_moslora.adapters.layers.sharded_weights import why_not_whole
+from mm_moslora.adapters.moslora_config import MoSLoRAConfig
+from mm_moslora.adapters.tree import (
     bare_name,
     base_model,
-    is_inner,
     named_adapter_layers,
     named_base_modules,
     unwrapped,
 )
-from mm_moslora.adapters.layers.sharded_weights import why_not_whole
-from mm_moslora.adapters.moslora_config import MoSLoRAConfig, config_to_dict
-from mm_moslora.kernels.lora.lora_math import fold_right
 from mm_moslora.utils.errors import AdapterError
-from mm_moslora.utils.files import replace_text, sha256_of, staging
-from mm_moslora.utils.run_paths import writing
-
-FORMAT = "mm_moslora.adapter"
-FORMAT_VERSION = 1
-PREFIX = "base_model.model."
-STOCK_CONFIG, STOCK_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-OWN_CONFIG, OWN_WEIGHTS = "moslora.json", "moslora.safetensors"
-MIXER = ".lora_mixer.weight"
-# Embeddings keep their factors as bare parameters.
-FACTORS_A = (".lora_A.weight", ".lora_embedding_A")
-_FACTORS_B = (".lora_B.weight", ".lora_embedding_B")
-_FACTORS = (*FACTORS_A, *_FACTORS_B, MIXER)
+from mm_moslora.utils.files import replace_text
 
 
 def save_adapter(
@@ -148,20 +124,6 @@ def expected_shapes(model: nn.Module, adapter_name: str) -> dict[str, tuple[int,
     }
 
 
-def adapted_path(name: str) -> str | None:
-    """The module path of an A factor's name in the folder; None for every other name."""
-    for suffix in FACTORS_A:
-        if name.endswith(suffix):
-            return name.removeprefix(PREFIX).removesuffix(suffix)
-    return None
-
-
-def target_paths(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The modules to adapt, from the names of their factors; what lies inside an adapted module comes with it."""
-    paths = (adapted_path(name) for name in tensors)
-    return sorted(path for path in paths if path is not None and not is_inner(path))
-
-
 def adapter_tensors(
     model: nn.Module, adapter_name: str, state: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
@@ -188,74 +150,9 @@ def adapter_tensors(
     return {prefix + bare_name(name): tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()}
 
 
-def named_as_modules(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict under the names that PEFT looks for: those of modules, FSDP's wrappers left out.
-
-    A wrapper for activation checkpointing leaves itself out of state dicts, and PEFT would then write nothing in it.
-    """
-    held = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    places = {bare_name(name): name.replace("_fsdp_wrapped_module.", "") for name, _ in held}
-    return {places.get(bare_name(name), name): tensor for name, tensor in state.items()}
-
-
 def _bare(name: str) -> str:
     """A parameter's name without what wrappers and PEFT put into it."""
     return re.sub(r"^(module\.)*", "", bare_name(name)).removeprefix(PREFIX)
-
-
-def check_tensors(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], *, source: str = "The adapter"
-) -> None:
-    """Refuse factors that are not what the model needs.
-
-    Args:
-        tensors: name to tensor.
-        shapes: every name that must be there, and its shape.
-        source: what holds them, for the message.
-
-    Raises:
-        AdapterError: a factor is missing, unknown, empty, of another shape or no floats, or holds NaN or infinity.
-    """
-    factors = {name for name in tensors if name.endswith(_FACTORS)}
-    for problem, names in (("lacks", shapes.keys() - factors), ("has besides the expected", factors - shapes.keys())):
-        if names:
-            raise AdapterError(f"{source} {problem} {len(names)} factors, the first is {min(names)!r}.")
-    for name, tensor in tensors.items():
-        if tensor.numel() == 0:
-            raise AdapterError(
-                f"{name} is empty. Under ZeRO-3 a parameter is a shard of size 0 on most ranks: gather before saving."
-            )
-        if name in shapes and tuple(tensor.shape) != shapes[name]:
-            raise AdapterError(
-                f"{source}: {name} has shape {list(tensor.shape)}, expected {list(shapes[name])}. It was made for "
-                "another base model, or its files were changed."
-            )
-        if name in shapes and not tensor.is_floating_point():
-            raise AdapterError(f"{source}: {name} holds {tensor.dtype}, expected floats. Its files were changed.")
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(
-                f"{source}: {name} holds NaN or infinity; it is broken. Go back to an earlier checkpoint."
-            )
-
-
-def fold_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Factors with mixers as a plain LoRA of the same rank with the same update.
-
-    Args:
-        tensors: PEFT's names without the adapter's name; A, B and, where there is one, M. Other entries are kept.
-
-    Returns:
-        The same without mixers, ``B' = B M`` in B's dtype, contiguous: the product that the fused kernel uses, so
-        that a plain LoRA rounds as the live adapter does.
-    """
-    folded: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name.endswith(MIXER):
-            continue
-        suffix = next((suffix for suffix in _FACTORS_B if name.endswith(suffix)), None)
-        mixer = None if suffix is None else tensors.get(name.removesuffix(suffix) + MIXER)
-        folded[name] = (tensor if mixer is None else fold_right(tensor, mixer).to(tensor.dtype)).contiguous()
-    return folded
 
 
 def base_fingerprint(model: nn.Module) -> str:
@@ -277,125 +174,6 @@ def base_fingerprint(model: nn.Module) -> str:
         for name, parameter in module.named_parameters(recurse=False):
             lines.append(f"{path}.{name} {list(getattr(parameter, 'ds_shape', parameter.shape))}")
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-
-
-def write_folder(
-    folder: Path,
-    config: MoSLoRAConfig,
-    tensors: Mapping[str, Tensor],
-    *,
-    base: Mapping[str, Any],
-    auto_mapping: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the double folder from factors under their names in the folder.
-
-    Args:
-        folder: made if missing.
-        config: the adapter's configuration.
-        tensors: A, M, B and whatever else PEFT saves, in float32.
-        base: what to remember about the base model.
-        auto_mapping: PEFT's class hint for models without a task type.
-    """
-    paths = target_paths(tensors)
-    with writing(folder), staging(folder, (STOCK_CONFIG, STOCK_WEIGHTS, OWN_WEIGHTS, OWN_CONFIG)) as staged:
-        for name, content in ((STOCK_WEIGHTS, fold_state_dict(tensors)), (OWN_WEIGHTS, tensors)):
-            save_file(_apart(content), staged / name, metadata={"format": "pt"})
-        _write_json(staged / STOCK_CONFIG, stock_config(config, paths, auto_mapping))
-        own = config_to_dict(config) | {"target_modules": paths, "inference_mode": True}
-        files = {name: sha256_of(staged / name) for name in (STOCK_WEIGHTS, OWN_WEIGHTS)}
-        _write_json(staged / OWN_CONFIG, _manifest(own, files=files, base=base))
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors contiguous and without shared memory (tied modules that train whole), as safetensors wants them."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        own = tensor.contiguous()
-        result[name] = own.clone() if own.data_ptr() in seen else own
-        seen.add(own.data_ptr())
-    return result
-
-
-def _manifest(config: dict[str, Any], *, files: Mapping[str, str], base: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "config": config,
-        "files": dict(files),
-        "base": dict(base),
-    }
-
-
-def complete_folder(folder: Path, config: MoSLoRAConfig, *, auto_mapping: Mapping[str, Any] | None) -> None:
-    """Turn what `PeftModel.save_pretrained` just wrote into the double folder.
-
-    Args:
-        folder: holds `adapter_model.safetensors` with mixers inside; without it, only the configuration is written.
-        config: the adapter's configuration. In a folder that is a double folder already it is all that is written.
-        auto_mapping: PEFT's class hint.
-
-    Raises:
-        AdapterError: the weights were pickled, hold an empty or broken factor, or lack mixers.
-    """
-    weights = folder / STOCK_WEIGHTS
-    if (folder / "adapter_model.bin").is_file():
-        raise AdapterError(
-            f"{folder / 'adapter_model.bin'} is a pickle: stock PEFT would load it and drop the mixers. "
-            "Save with safe_serialization=True, and remove that file."
-        )
-    if not weights.is_file():
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_json(folder / STOCK_CONFIG, stock_config(config, None, auto_mapping))
-            _write_json(folder / OWN_CONFIG, _manifest(config_to_dict(config), files={}, base={}))
-        return
-    if _is_fold(folder):  # of what lies beside it: those are the factors, and this is the configuration alone
-        base = json.loads((folder / OWN_CONFIG).read_text(encoding="utf-8"))["base"]
-        write_folder(folder, config, load_file(folder / OWN_WEIGHTS), base=base, auto_mapping=auto_mapping)
-        return
-    # The base weight of an adapted embedding, which PEFT adds unless save_embedding_layers is False, keeps its dtype.
-    tensors = {bare_name(name): t if ".base_layer." in name else t.float() for name, t in load_file(weights).items()}
-    check_tensors(tensors, {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith(_FACTORS)})
-    mixed = (path for path in target_paths(tensors) if not config.is_plain(path))
-    bare = next((path for path in mixed if f"{PREFIX}{path}{MIXER}" not in tensors), None)
-    if bare is not None:
-        raise AdapterError(
-            f"{weights} has no mixer for {bare}, and the configuration gives it one: they are not of one adapter. Save "
-            "the model (save_adapter, save_pretrained), or write the configuration into a folder of its own."
-        )
-    write_folder(folder, config, tensors, base={}, auto_mapping=auto_mapping)
-
-
-def _is_fold(folder: Path) -> bool:
-    """Whether the weights for everybody are the fold of ours beside them."""
-    try:
-        manifest = json.loads((folder / OWN_CONFIG).read_text(encoding="utf-8"))
-        return all(sha256_of(folder / name) == manifest["files"][name] for name in (STOCK_WEIGHTS, OWN_WEIGHTS))
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
-
-
-def stock_config(
-    config: MoSLoRAConfig, paths: Sequence[str] | None, auto_mapping: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """The content of stock PEFT's `adapter_config.json`.
-
-    Args:
-        config: the adapter's configuration.
-        paths: the adapted modules; None keeps the targets as they are.
-        auto_mapping: PEFT's class hint.
-    """
-    changes: dict[str, Any] = {"inference_mode": True, "auto_mapping": auto_mapping}
-    if not config.changes_base:  # else PEFT must take the same start out of its base
-        changes["init_lora_weights"] = True
-    if paths is not None:
-        changes |= {"target_modules": list(paths), "exclude_modules": None}
-        changes |= {"layers_to_transform": None, "layers_pattern": None}
-    data = config.to_lora_config(**changes).to_dict()
-    alpha = data["lora_alpha"]
-    data["lora_alpha"] = int(alpha) if float(alpha).is_integer() else alpha
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(data.items())}
 
 
 def name_base(folder: Path, base: str, *, revision: str | None, kind: type[nn.Module] | None) -> None:
@@ -422,7 +200,3 @@ def _auto_mapping(model: nn.Module, config: MoSLoRAConfig) -> dict[str, str] | N
     if config.task_type is not None:
         return None
     return _class_of(type(base_model(model)))
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

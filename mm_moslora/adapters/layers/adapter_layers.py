@@ -2,8 +2,8 @@
 
 Shapes: x ``[..., D_in]``, A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``.
 
-`MoSLoRALayer` is what all layer types share, `FusedLinear` what linear layers with a fused kernel do, and
-`MoSLoRALinear` is the one for plain weights. The other types are in `layer_types` and `quantised`; `dispatch` chooses.
+`MoSLoRALayer` is what all layer types share. The types are in `fused_linear`, `other_layer_types`, `quantised_layers`
+and `bitsandbytes_layers`; `layer_dispatch` chooses.
 """
 
 from __future__ import annotations
@@ -20,23 +20,13 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import Tensor, nn
 
-from mm_moslora.adapters.layers.base_weights import weight_of
-from mm_moslora.adapters.layers.lora_variants import DoraMixerVariant, MoSLoRAVariant
-from mm_moslora.adapters.layers.sharded_weights import fetches_whole, only_fetches
+from mm_moslora.adapters.layers.lora_variants import MoSLoRAVariant
 from mm_moslora.adapters.mixer import FrozenFactor, Mixer, init_mixer, orthonormal_rows
-from mm_moslora.kernels.lora.fused_lora_linear import fused_linears
-from mm_moslora.kernels.lora.lora_math import current_kernel, delta_weight, is_traced
-from mm_moslora.kernels.lora.lora_matmul import LinearOperands
+from mm_moslora.kernels.lora.lora_math import delta_weight
 from mm_moslora.utils.errors import AdapterError
 
 if TYPE_CHECKING:
-    from mm_moslora.adapters.layers.sibling_projections import SiblingProjections
-    from mm_moslora.adapters.layers.step_window import StepWindow
     from mm_moslora.adapters.moslora_config import MoSLoRAConfig
-
-
-# Others are wrappers (FSDP's, say), or a module that somebody put in the place of one.
-_FACTOR_TYPES = (nn.Linear, Mixer, FrozenFactor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,85 +191,3 @@ class MoSLoRALayer(nn.Module, lora.LoraLayer):
                 start = torch.eye(rank) if square else torch.ones(rank)
                 state_dict[key] = start.to(factor)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class FusedLinear(MoSLoRALayer):
-    """A linear layer that the fused kernel computes where that is all that PEFT's layer would."""
-
-    siblings: SiblingProjections | None = None
-    """The layers that read the same input, if there are any; see `link_siblings`."""
-    step_window: StepWindow | None = None
-    """Within `one_product_per_step`."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Base output plus the active adapters, ``[..., D_out]``."""
-        if args or kwargs or is_traced():
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        if self.siblings is not None:
-            ready = self.siblings.output(self, x)
-            if ready is not None:
-                return ready
-        layer = self.fused_operands(x)
-        if layer is None:
-            return super().forward(x)  # type: ignore[no-any-return]
-        window = self.step_window
-        return fused_linears(x, [layer], None if window is None else window.products((self,)))[0]
-
-    def fused_operands(self, x: Tensor) -> LinearOperands | None:
-        """What the fused kernel needs to compute this layer, None where it would not compute what the modules do.
-
-        Args:
-            x: the input, ``[..., D_in]``.
-        """
-        adapter = self._fusable_adapter()
-        if adapter is None:
-            return None
-        base = cast(nn.Linear, self.base_layer)
-        weight = weight_of(base, x)
-        if weight is None:
-            return None
-        if (not isinstance(weight, Tensor) or hasattr(weight, "ds_id")) and not fetches_whole(self):
-            return None
-        if not all(self._only_holds(part[adapter]) for part in (self.lora_A, self.lora_B)):
-            return None
-        if adapter in self.lora_mixer and not self._only_holds(self.lora_mixer[adapter]):
-            return None
-        factors, dropout = self.factors(adapter), self.lora_dropout[adapter]
-        return LinearOperands(
-            weight=weight,
-            bias=base.bias,
-            A=factors.A,
-            M=factors.M,
-            B=factors.B,
-            scaling=factors.scaling,
-            dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
-        )
-
-    @staticmethod
-    def _only_holds(part: nn.Module) -> bool:
-        """Whether a factor's weight is there without its module being called: FSDP and offloading fetch it then."""
-        return type(part) in _FACTOR_TYPES and "forward" not in part.__dict__ and only_fetches(part)
-
-    def _fusable_adapter(self) -> str | None:
-        """The one active adapter, if the fused kernel computes exactly what the modules would."""
-        kernel = current_kernel()
-        if kernel == "reference" or self.disable_adapters or self.merged:
-            return None
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        if len(active) != 1:
-            return None
-        name = active[0]
-        mixed = name in self.lora_mixer
-        if not mixed and (kernel == "auto" or name in self.lora_variant):
-            return None
-        if mixed and type(self.lora_variant[name]) is not MoSLoRAVariant:
-            return None
-        if self.lora_bias[name] or not isinstance(self.scaling[name], int | float):
-            return None
-        return name
-
-
-class MoSLoRALinear(FusedLinear, lora.Linear):
-    """`nn.Linear` (or transformers' `Conv1D`) with LoRA and a mixer."""
-
-    dora_variant = DoraMixerVariant

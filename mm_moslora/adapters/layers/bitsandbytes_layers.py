@@ -9,8 +9,9 @@ from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor
 
-from mm_moslora.adapters.layers.adapter_layers import FusedLinear, MoSLoRALayer
+from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
 from mm_moslora.adapters.layers.base_weights import learns_through, unpack
+from mm_moslora.adapters.layers.fused_linear import FusedLinear
 from mm_moslora.adapters.layers.lora_variants import DoraMixerVariant
 from mm_moslora.utils.errors import AdapterError
 

@@ -15,8 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mm_moslora.adapters.layers.adapter_layers import MoSLoRALinear
 from mm_moslora.adapters.layers.base_weights import quantisation
+from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear
 from mm_moslora.adapters.layers.other_layer_types import MoSLoRAConv2d, MoSLoRAEmbedding, MoSLoRAMultiheadAttention
 from mm_moslora.adapters.layers.quantised_layers import create_quantised_layer
 from mm_moslora.kernels.lora.lora_matmul import is_plain

@@ -15,7 +15,8 @@ from peft.tuners.lora.layer import MultiheadAttention as StockAttention
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mm_moslora.adapters.layers.adapter_layers import Factors, MoSLoRALayer, MoSLoRALinear
+from mm_moslora.adapters.layers.adapter_layers import Factors, MoSLoRALayer
+from mm_moslora.adapters.layers.fused_linear import MoSLoRALinear
 from mm_moslora.adapters.layers.lora_variants import (
     ConvolutionVariant,
     DoraConvolutionVariant,

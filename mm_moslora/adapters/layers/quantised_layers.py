@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import nn
 
-from mm_moslora.adapters.layers.adapter_layers import FusedLinear
 from mm_moslora.adapters.layers.base_weights import Quantisation
+from mm_moslora.adapters.layers.fused_linear import FusedLinear
 
 if TYPE_CHECKING:
     from mm_moslora.adapters.moslora_config import MoSLoRAConfig

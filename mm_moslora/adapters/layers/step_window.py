@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mm_moslora.adapters.adapter_targets import named_adapter_layers
-from mm_moslora.adapters.layers.adapter_layers import FusedLinear
 from mm_moslora.kernels.lora.fused_lora_linear import Pending, SharedProducts
 from mm_moslora.kernels.lora.lora_math import combine
 from mm_moslora.kernels.lora.lora_matmul import LinearOperands, mixer_gradients
-from mm_moslora.utils.errors import AdapterError
 
 
 class StepWindow:
@@ -37,12 +35,12 @@ class StepWindow:
         for products in self._products.values():
             products.last = True
 
-    def products(self, layers: Sequence[FusedLinear]) -> SharedProducts:
+    def products(self, layers: Sequence[LoraLayer]) -> SharedProducts:
         """What a node over these layers shares with those of the other micro-batches."""
         key = tuple(map(_identity, layers))
         return self._products.setdefault(key, SharedProducts(last=self._last))
 
-    def product(self, layer: FusedLinear, operands: LinearOperands, dtype: torch.dtype) -> Tensor:
+    def product(self, layer: LoraLayer, operands: LinearOperands, dtype: torch.dtype) -> Tensor:
         """One layer's ``C = s B M`` for a kernel of somebody else's, ``[D_out, R]``, made once for all micro-batches.
 
         To that kernel it is the B of a plain LoRA without scaling; B and M get their gradients when the step has all.
@@ -101,7 +99,7 @@ def _leaf(tensor: Tensor) -> Tensor:
     return leaf
 
 
-def _identity(layer: FusedLinear) -> tuple[object, ...]:
+def _identity(layer: LoraLayer) -> tuple[object, ...]:
     """Whose product it is: micro-batches with another adapter, scaling or dropout have another one."""
     names = layer.active_adapters
     return (id(layer), *names, *(layer.scaling.get(name) for name in names), layer.training)
@@ -135,43 +133,3 @@ class _Lend(torch.autograd.Function):
             return None, None, None, None
         dM, dB = mixer_gradients(whole, pending.M, pending.B, pending.scaling)
         return None, None, dM if ctx.needs_input_grad[2] else None, dB if ctx.needs_input_grad[3] else None
-
-
-@contextmanager
-def one_product_per_step(model: nn.Module, *, leave_out: tuple[str, ...] = ()) -> Iterator[StepWindow]:
-    """Compute ``C = B M`` once for every forward pass in the block, and its chain rule once.
-
-    Put it around the micro-batches (forward and backward) of one optimiser step, not around the step itself. In the
-    block a micro-batch costs what plain LoRA costs. B and M get their gradients in the backward pass of the micro-batch
-    that `last_micro_batch()` announced, or else when the block ends; through autograd and its hooks either way. The
-    factors must not change inside; adapters may be switched and scaled (what the last micro-batch does not use gets its
-    gradients when the block ends). An engine that reduces gradients during `backward` (DeepSpeed,
-    DistributedDataParallel) needs the call of `last_micro_batch`, and every adapted layer in the last micro-batch.
-
-    Args:
-        model: PEFT model, or the base model with adapters inside.
-        leave_out: layers with one of these in their path share nothing.
-
-    Raises:
-        AdapterError: the factors are sharded (ZeRO-3).
-    """
-    window = StepWindow()
-    layers = [
-        layer
-        for path, layer in named_adapter_layers(model)
-        if isinstance(layer, FusedLinear) and not any(part in path for part in leave_out)
-    ]
-    if any(hasattr(parameter, "ds_id") for layer in layers for parameter in layer.parameters()):
-        raise AdapterError(
-            "one_product_per_step does not work under ZeRO-3: B and M are whole only while their layer computes, and "
-            "their gradients must come in its backward pass. Leave it out; every micro-batch then computes its own "
-            "product, 8 D_out R^2 operations a layer."
-        )
-    try:
-        for layer in layers:
-            layer.step_window = window
-        yield window
-        window.settle()
-    finally:
-        for layer in layers:
-            layer.step_window = None

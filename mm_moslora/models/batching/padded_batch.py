@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from mm_moslora.adapters.adapter_targets import base_model
+from mm_moslora.adapters.tree import base_model
 from mm_moslora.batch import IGNORED, Batch, Example, usable
 from mm_moslora.models.families import HOST_INPUTS, READ_INPUTS, vlm_family
 from mm_moslora.utils.errors import ModelError

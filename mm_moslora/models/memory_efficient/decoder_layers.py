@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mm_moslora.adapters.layers.adapter_layers import FusedLinear
 from mm_moslora.adapters.layers.base_weights import weight_of
+from mm_moslora.adapters.layers.fused_linear import FusedLinear
 from mm_moslora.adapters.layers.sharded_weights import fetches_whole
 from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps, compiled
 from mm_moslora.kernels.lora.lora_math import autocasts, current_kernel, use_kernel

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mm_moslora.adapters.layers.adapter_layers import FusedLinear
+from mm_moslora.adapters.layers.fused_linear import FusedLinear
 from mm_moslora.batch import Batch
 from mm_moslora.models.vision.timm_open_clip_tower import fp32_parameters
 from mm_moslora.training.engine import deepspeed_state

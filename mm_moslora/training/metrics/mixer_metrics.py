@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_moslora.adapters.adapter_inspection import describe, summary
-from mm_moslora.adapters.adapter_targets import named_adapter_layers
+from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.utils.files import replace_json
 
 SHOWN = 12

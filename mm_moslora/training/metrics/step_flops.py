@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mm_moslora.adapters.adapter_targets import named_base_modules
 from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
+from mm_moslora.adapters.tree import named_base_modules
 from mm_moslora.models.memory_efficient.decoder_layers import drops_positions
 from mm_moslora.models.pretrained_vlm import tower_path
 from mm_moslora.models.vlm import is_multimodal, part_of, projectors

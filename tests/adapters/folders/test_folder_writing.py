@@ -21,7 +21,6 @@ def _model():
 
 WAYS: dict[str, Callable[[Path, Path], object]] = {
     "save_adapter": lambda _, out: save_adapter(_model(), out),
-    "save_pretrained": lambda _, out: _model().save_pretrained(out),
     "peft": lambda folder, out: export_adapter(folder, out, layout="peft"),
     "vllm": lambda folder, out: export_adapter(folder, out, layout="vllm"),
     "diffusers": lambda folder, out: export_adapter(folder, out, layout="diffusers"),

@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from adapters.adapter_models import llama, llava, logits, train_a_bit
+from adapters.adapter_models import folded, llama, llava, logits, train_a_bit
 from adapters.behaviour_models import inputs, network
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -231,7 +231,7 @@ def test_a_start_that_changed_the_base_is_taken_out_of_it_again(tmp_path: Path, 
 
 
 def _stock(*folders: Path) -> list[peft.PeftModel]:
-    return [peft.PeftModel.from_pretrained(llama(), folder) for folder in folders]
+    return [folded(llama(), folder) for folder in folders]
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_a_diagonal_mixer_goes_through_every_exchange(kind: str, tmp_path: Path)
     found = {
         "loaded": load_adapter(network(kind), tmp_path / "a"),
         "exported": load_adapter(network(kind), export_adapter(tmp_path / "a", tmp_path / "plain", layout="peft")),
-        "stock": peft.PeftModel.from_pretrained(network(kind), tmp_path / "a"),
+        "stock": folded(network(kind), tmp_path / "a"),
         "swapped": swapped,
     }
     for combination in ("cat", "svd"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from adapters.adapter_models import IDS, llama, llava, llava_inputs, logits, train_a_bit
+from adapters.adapter_models import IDS, folded, llama, llava, llava_inputs, logits, train_a_bit
 from preloaded import Preloaded
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -30,7 +30,7 @@ from mm_moslora.adapters import (
     save_adapter,
 )
 from mm_moslora.adapters.adapter_inspection import inspect_adapter
-from mm_moslora.adapters.adapter_targets import named_adapter_layers
+from mm_moslora.adapters.tree import named_adapter_layers
 from mm_moslora.utils.errors import AdapterError
 
 TARGETS = ["q_proj", "down_proj"]
@@ -175,7 +175,7 @@ def test_peft_save_pretrained_writes_the_double_folder(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "a")
     assert {path.name for path in (tmp_path / "a").iterdir()} >= FILES
     assert torch.equal(logits(load_adapter(llama(), tmp_path / "a")), logits(model))
-    stock = peft.PeftModel.from_pretrained(llama(), tmp_path / "a")
+    stock = folded(llama(), tmp_path / "a")
     torch.testing.assert_close(logits(stock), logits(model), atol=1e-5, rtol=0)
 
 
@@ -359,7 +359,7 @@ def test_modules_to_save_travel_in_both_files(tmp_path: Path) -> None:
     model.get_base_model().lm_head.modules_to_save["default"].weight.data.add_(0.1)
     save_adapter(model, tmp_path / "a")
     assert torch.equal(logits(load_adapter(llama(), tmp_path / "a")), logits(model))
-    stock = peft.PeftModel.from_pretrained(llama(), tmp_path / "a")
+    stock = folded(llama(), tmp_path / "a")
     torch.testing.assert_close(logits(stock), logits(model), atol=1e-5, rtol=0)
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mm_moslora.adapters import MoSLoRAConfig, add_moslora, merge, one_product_per_step, use_kernel
-from mm_moslora.adapters.layers.adapter_layers import FusedLinear
 from mm_moslora.adapters.layers.base_weights import stop_repacking, weight_of
+from mm_moslora.adapters.layers.fused_linear import FusedLinear
 from mm_moslora.planning.activation_memory import kept_bytes
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")

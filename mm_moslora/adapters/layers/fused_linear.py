@@ -1,0 +1,253 @@
+"""Linear layers that the fused kernel computes: alone, with their siblings, and over the micro-batches of a step.
+
+Shapes: x ``[..., D_in]``, A ``[R, D_in]``, M ``[R, R]``, B ``[D_out, R]``.
+
+Siblings read the same input (query, key and value; gate and up) and are computed in one node. The first of them to be
+called computes all of them; the others pick up their result. A layer that is called with another tensor after all
+computes for itself, and from the next pass on its family does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
+from mm_moslora.adapters.layers.base_weights import weight_of
+from mm_moslora.adapters.layers.lora_variants import DoraMixerVariant, MoSLoRAVariant
+from mm_moslora.adapters.layers.sharded_weights import fetches_whole, only_fetches
+from mm_moslora.adapters.layers.step_window import StepWindow
+from mm_moslora.adapters.mixer import FrozenFactor, Mixer
+from mm_moslora.kernels.lora.fused_lora_linear import fused_linears
+from mm_moslora.kernels.lora.lora_math import current_kernel, is_traced
+from mm_moslora.kernels.lora.lora_matmul import LinearOperands
+from mm_moslora.utils.errors import AdapterError
+
+# Others are wrappers (FSDP's, say), or a module that somebody put in the place of one.
+_FACTOR_TYPES = (nn.Linear, Mixer, FrozenFactor)
+
+_FAMILIES = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("to_q", "to_k", "to_v"),
+    ("wq", "wk", "wv"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+"""Names of layers that read one input, in the order in which models call them."""
+
+_SECOND_INPUTS = {"key_value_states", "encoder_hidden_states", "context", "latents", "key", "memory"}
+"""Arguments of a module that may read its keys and values from elsewhere."""
+
+
+class FusedLinear(MoSLoRALayer):
+    """A linear layer that the fused kernel computes where that is all that PEFT's layer would."""
+
+    siblings: SiblingProjections | None = None
+    """The layers that read the same input, if there are any; see `link_siblings`."""
+    step_window: StepWindow | None = None
+    """Within `one_product_per_step`."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base output plus the active adapters, ``[..., D_out]``."""
+        if args or kwargs or is_traced():
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        if self.siblings is not None:
+            ready = self.siblings.output(self, x)
+            if ready is not None:
+                return ready
+        layer = self.fused_operands(x)
+        if layer is None:
+            return super().forward(x)  # type: ignore[no-any-return]
+        window = self.step_window
+        return fused_linears(x, [layer], None if window is None else window.products((self,)))[0]
+
+    def fused_operands(self, x: Tensor) -> LinearOperands | None:
+        """What the fused kernel needs to compute this layer, None where it would not compute what the modules do.
+
+        Args:
+            x: the input, ``[..., D_in]``.
+        """
+        adapter = self._fusable_adapter()
+        if adapter is None:
+            return None
+        base = cast(nn.Linear, self.base_layer)
+        weight = weight_of(base, x)
+        if weight is None:
+            return None
+        if (not isinstance(weight, Tensor) or hasattr(weight, "ds_id")) and not fetches_whole(self):
+            return None
+        if not all(self._only_holds(part[adapter]) for part in (self.lora_A, self.lora_B)):
+            return None
+        if adapter in self.lora_mixer and not self._only_holds(self.lora_mixer[adapter]):
+            return None
+        factors, dropout = self.factors(adapter), self.lora_dropout[adapter]
+        return LinearOperands(
+            weight=weight,
+            bias=base.bias,
+            A=factors.A,
+            M=factors.M,
+            B=factors.B,
+            scaling=factors.scaling,
+            dropout=dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
+        )
+
+    @staticmethod
+    def _only_holds(part: nn.Module) -> bool:
+        """Whether a factor's weight is there without its module being called: FSDP and offloading fetch it then."""
+        return type(part) in _FACTOR_TYPES and "forward" not in part.__dict__ and only_fetches(part)
+
+    def _fusable_adapter(self) -> str | None:
+        """The one active adapter, if the fused kernel computes exactly what the modules would."""
+        kernel = current_kernel()
+        if kernel == "reference" or self.disable_adapters or self.merged:
+            return None
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if len(active) != 1:
+            return None
+        name = active[0]
+        mixed = name in self.lora_mixer
+        if not mixed and (kernel == "auto" or name in self.lora_variant):
+            return None
+        if mixed and type(self.lora_variant[name]) is not MoSLoRAVariant:
+            return None
+        if self.lora_bias[name] or not isinstance(self.scaling[name], int | float):
+            return None
+        return name
+
+
+class MoSLoRALinear(FusedLinear, lora.Linear):
+    """`nn.Linear` (or transformers' `Conv1D`) with LoRA and a mixer."""
+
+    dora_variant = DoraMixerVariant
+
+
+class SiblingProjections:
+    """The family of one input."""
+
+    def __init__(self, layers: Sequence[FusedLinear]) -> None:
+        """Nothing is computed together before the first layer is called."""
+        self.layers = tuple(layers)
+        self._together = self._together_before = True
+        self._input: Tensor | None = None
+        self._version = -1
+        self._ready: dict[int, Tensor] = {}
+
+    def output(self, layer: FusedLinear, x: Tensor) -> Tensor | None:
+        """A layer's output for x, or None if it must compute for itself.
+
+        Args:
+            layer: of this family (a replica of one computes for itself).
+            x: ``[..., D_in]``.
+        """
+        if layer is self.layers[0]:
+            return self._compute(x) if torch.is_grad_enabled() and self._may_compute() else None
+        if self._input is not x or self._version != x._version:
+            # A pass that fell back to single layers leaves nothing behind to be mistaken about.
+            self._together = self._together and not self._ready
+            return None
+        ready = self._ready.pop(id(layer), None)
+        if not self._ready:
+            self._input = None
+        return ready
+
+    def _may_compute(self) -> bool:
+        """Checkpointing needs the same nodes in the forward pass and in its repetition during the backward pass."""
+        self._input, self._ready = None, {}
+        if torch._C._current_graph_task_id() == -1:
+            self._together_before = self._together
+        return self._together_before
+
+    def _compute(self, x: Tensor) -> Tensor | None:
+        chosen: list[tuple[FusedLinear, LinearOperands]] = []
+        for layer in self.layers:
+            # Such hooks (ZeRO-3's, for one) give every layer an input tensor of its own.
+            hooked = layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+            operands = None if hooked else layer.fused_operands(x)
+            if operands is not None:
+                chosen.append((layer, operands))
+        if len(chosen) < 2 or chosen[0][0] is not self.layers[0]:
+            return None
+        layers = tuple(layer for layer, _ in chosen)
+        window = layers[0].step_window
+        shared = None if window is None else window.products(layers)
+        own, *others = fused_linears(x, [operands for _, operands in chosen], shared)
+        self._input, self._version = x, x._version
+        self._ready = {id(layer): result for layer, result in zip(layers[1:], others, strict=True)}
+        return own
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: no results."""
+        return self.__dict__ | {"_input": None, "_ready": {}}
+
+
+def link_siblings(model: nn.Module) -> int:
+    """Let adapted layers that read the same input compute together, wherever names and signatures say that they do.
+
+    `add_moslora` and `load_adapter` call it; after `peft.get_peft_model` call it yourself. The results are the same
+    but for the order of sums; it takes effect in training only.
+
+    Args:
+        model: PEFT model, or the base model with adapters inside.
+
+    Returns:
+        The number of families found.
+    """
+    found = 0
+    for parent in model.modules():
+        if _SECOND_INPUTS & set(inspect.signature(type(parent).forward).parameters):
+            continue
+        for names in _FAMILIES:
+            layers = [child for name in names if isinstance(child := parent._modules.get(name), FusedLinear)]
+            if len(layers) > 1 and len({layer.widths[0] for layer in layers}) == 1:
+                family = SiblingProjections(layers)
+                for layer in layers:
+                    layer.siblings = family
+                found += 1
+    return found
+
+
+@contextmanager
+def one_product_per_step(model: nn.Module, *, leave_out: tuple[str, ...] = ()) -> Iterator[StepWindow]:
+    """Compute ``C = B M`` once for every forward pass in the block, and its chain rule once.
+
+    Put it around the micro-batches (forward and backward) of one optimiser step, not around the step itself. In the
+    block a micro-batch costs what plain LoRA costs. B and M get their gradients in the backward pass of the micro-batch
+    that `last_micro_batch()` announced, or else when the block ends; through autograd and its hooks either way. The
+    factors must not change inside; adapters may be switched and scaled (what the last micro-batch does not use gets its
+    gradients when the block ends). An engine that reduces gradients during `backward` (DeepSpeed,
+    DistributedDataParallel) needs the call of `last_micro_batch`, and every adapted layer in the last micro-batch.
+
+    Args:
+        model: PEFT model, or the base model with adapters inside.
+        leave_out: layers with one of these in their path share nothing.
+
+    Raises:
+        AdapterError: the factors are sharded (ZeRO-3).
+    """
+    window = StepWindow()
+    layers = [
+        layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, FusedLinear) and not any(part in path for part in leave_out)
+    ]
+    if any(hasattr(parameter, "ds_id") for layer in layers for parameter in layer.parameters()):
+        raise AdapterError(
+            "one_product_per_step does not work under ZeRO-3: B and M are whole only while their layer computes, and "
+            "their gradients must come in its backward pass. Leave it out; every micro-batch then computes its own "
+            "product, 8 D_out R^2 operations a layer."
+        )
+    try:
+        for layer in layers:
+            layer.step_window = window
+        yield window
+        window.settle()
+    finally:
+        for layer in layers:
+            layer.step_window = None

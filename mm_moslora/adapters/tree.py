@@ -1,0 +1,54 @@
+"""The module tree of a model that carries adapters: without wrappers, without what lies inside adapted layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import peft
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from mm_moslora.adapters.folder_format import WRAPPED, bare_name, is_inner
+from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
+
+__all__ = ["bare_name", "base_model", "is_inner", "named_adapter_layers", "named_base_modules", "unwrapped"]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside wrappers: torch.compile, activation checkpointing, FSDP, `DataParallel`, DDP."""
+    while True:
+        inner = next((model._modules[name] for name in WRAPPED if name in model._modules), None)
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model inside a PEFT wrapper, or the model itself."""
+    model = unwrapped(model)
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+
+
+def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of the base model with its path; adapters, and what lies inside them, are left out."""
+    stack: list[tuple[str, nn.Module]] = [("", base_model(model))]
+    while stack:
+        path, module = stack.pop()
+        module = unwrapped(module)
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module = module.original_module
+        yield path, module
+        prefix = f"{path}." if path else ""
+        stack.extend((prefix + name, child) for name, child in reversed(list(module.named_children())))
+
+
+def named_adapter_layers(model: nn.Module) -> Iterator[tuple[str, MoSLoRALayer]]:
+    """The adapted layers of a model with their paths in the base model."""
+    for path, module in base_model(model).named_modules():
+        if isinstance(module, MoSLoRALayer):
+            yield bare_name(path), module

@@ -1,0 +1,213 @@
+"""`MoSLoRAModel`: the tuner that PEFT puts around a model for every LoRA configuration, with mixers or without.
+
+PEFT finds a tuner and a configuration class by the type in `adapter_config.json`. That type stays LORA, so that PEFT
+without this package loads the folder as plain LoRA; `peft_patches` enters the classes of this module for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import peft
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+
+from mm_moslora.adapters.folder_format import FACTORS, MIXER, OWN_CONFIG, downloaded, fold_state_dict, named_as_modules
+from mm_moslora.adapters.layers.adapter_layers import MoSLoRALayer
+from mm_moslora.adapters.layers.base_weights import stop_repacking
+from mm_moslora.adapters.layers.fused_linear import link_siblings
+from mm_moslora.adapters.layers.layer_dispatch import create_layer
+from mm_moslora.adapters.moslora_config import MoSLoRAConfig, unmatched_patterns
+from mm_moslora.adapters.tied_weights import untie
+from mm_moslora.adapters.tree import named_adapter_layers
+from mm_moslora.adapters.uncalled_layers import why_not_called
+from mm_moslora.adapters.weighted_adapters import Combination, add_weighted_adapter
+from mm_moslora.utils.errors import AdapterError, suggestion
+
+# One entry for all modules: a type that cannot carry a mixer must raise, not fall through to PEFT's plain LoRA.
+MoSLoRAConfig.layer_classes[nn.Module] = create_layer
+
+
+class LoraConfigOfFolder(LoraConfig):
+    """What PEFT makes for the type LORA: `MoSLoRAConfig` where `moslora.json` lies beside, else `LoraConfig`."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A plain `LoraConfig`."""
+        return LoraConfig(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> LoraConfig:
+        """The configuration of an adapter folder, or of one on the hub; see `peft.PeftConfig.from_pretrained`."""
+        own = downloaded(pretrained_model_name_or_path, (OWN_CONFIG,), subfolder=subfolder, **kwargs)
+        kind: type[LoraConfig] = LoraConfig if own is None else MoSLoRAConfig
+        return kind.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
+class MoSLoRAModel(LoraModel):
+    """PEFT's `LoraModel`, which knows mixers; the same for every configuration that is no `MoSLoRAConfig`."""
+
+    def _prepare_adapter_config(self, peft_config: LoraConfig, model_config: dict[str, Any]) -> LoraConfig:
+        # The first moment at which the model and the configuration are there, and nothing is changed.
+        if isinstance(peft_config, MoSLoRAConfig):
+            _check_names(self.model, peft_config)
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter into the model, or nothing of it; see `peft.tuners.tuners_utils.BaseTuner`."""
+        config = self.peft_config.get(adapter_name)
+        if not isinstance(config, MoSLoRAConfig):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            return
+        layers = [layer for layer in model.modules() if isinstance(layer, MoSLoRALayer)]
+        before = {id(layer) for layer in layers if layer.holds(adapter_name)}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            _take_out(model, adapter_name, spared=before)
+            raise
+        link_siblings(model)
+        if not config.inference_mode:
+            stop_repacking(model)
+
+    def _create_and_replace(
+        self,
+        lora_config: LoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(lora_config, MoSLoRAConfig):
+            stock = isinstance(target, LoraLayer) and not isinstance(target, MoSLoRALayer)
+            if stock and not lora_config.is_plain(current_key):
+                raise AdapterError(
+                    f"{current_key} carries a plain {type(target).__module__}.{type(target).__name__} of another "
+                    "adapter, which cannot hold a mixer. Load that adapter with mm_moslora.adapters.load_adapter, or "
+                    "add the MoSLoRA adapter first."
+                )
+            # PEFT adapts the out_proj of MultiheadAttention with the whole.
+            called = lora_config.inference_mode or isinstance(parent, nn.MultiheadAttention)
+            if not called and (reason := why_not_called(parent, target_name)):
+                raise AdapterError(f"Target {current_key!r} cannot carry MoSLoRA: {reason}")
+        super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        **kwargs: Any,
+    ) -> None:
+        """Add up adapters; those with mixers as `mm_moslora.adapters.add_weighted_adapter` does."""
+        layers = [layer for _, layer in named_adapter_layers(self.model)]
+        if not any(name in layer.lora_mixer for layer in layers for name in adapters):
+            super().add_weighted_adapter(adapters, weights, adapter_name, combination_type, **kwargs)
+            return
+        unknown = sorted(k for k, value in kwargs.items() if k != "svd_rank" and value not in (None, True, "total"))
+        if unknown:
+            raise AdapterError(f"{unknown[0]} is not supported for adapters with mixers. Leave it out.")
+        kind = cast(Combination, combination_type)
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination=kind, rank=kwargs.get("svd_rank"))
+
+    def _check_merge_allowed(self) -> None:
+        untie(self.model)  # every way of merging in PEFT asks here first
+        super()._check_merge_allowed()
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: LoraConfig, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        if isinstance(config, MoSLoRAConfig):
+            # In place: PEFT goes on with it for the modules that train whole.
+            state_dict |= named_as_modules(model, state_dict)
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: LoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        if not isinstance(config, MoSLoRAConfig):
+            if any(name.endswith(MIXER) for name in state_dict):
+                state_dict = fold_state_dict(state_dict)
+            return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        renamed = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        if problem := _misfit(model, adapter_name, renamed):
+            raise AdapterError(
+                f"These values are not those of adapter {adapter_name!r}: {problem}. Load them under another adapter "
+                "name, or delete that adapter (delete_adapter) first."
+            )
+        return renamed
+
+
+def _check_names(model: nn.Module, config: MoSLoRAConfig) -> None:
+    if isinstance(model, peft.PeftModel):
+        raise AdapterError(
+            "The model is a PeftModel already; wrapped once more, nobody could load what it saves. Give it another "
+            "adapter with add_moslora or model.add_adapter, or take the first one out (model.unload())."
+        )
+    if config.target_parameters:
+        raise AdapterError(
+            f"The model holds {', '.join(config.target_parameters)} as parameters and not as linear layers (PEFT takes "
+            "the old names of experts for target_parameters), which cannot carry MoSLoRA. Name linear layers, or take "
+            "peft.LoraConfig."
+        )
+    paths = [path for path, _ in model.named_modules() if path]
+    targets: Any = config.target_modules
+    named = None if targets is None or isinstance(targets, str) else sorted(map(str, targets))
+    if named:
+        known = {part for path in paths for part in (path, path.rpartition(".")[2])}
+        ends = {".".join(parts[at:]) for parts in (path.split(".") for path in paths) for at in range(len(parts))}
+        for target in named:
+            if target not in ends and target != "all-linear":
+                raise AdapterError(f"Target {target!r} matches no module of the model.{suggestion(target, known)}")
+    if targets is not None and targets != "all-linear":
+        paths = [path for path in paths if check_target_module_exists(config, path)]
+    if not config.inference_mode:  # what was trained loads, whatever its configuration says besides
+        lost = unmatched_patterns(config, paths)
+        if lost:
+            raise AdapterError(
+                f"{', '.join(lost)} matches none of the modules to adapt. A key is a regular expression for the end of "
+                "a module path."
+            )
+
+
+def _take_out(model: nn.Module, adapter_name: str, *, spared: set[int]) -> None:
+    """Remove whatever there is of an adapter, and the layers that hold nothing else; not in layers that had it."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if not isinstance(layer, MoSLoRALayer) or id(layer) in spared:
+                continue
+            if set(layer.adapter_names()) - {adapter_name}:
+                layer.delete_adapter(adapter_name)
+            else:
+                setattr(parent, name, layer.get_base_layer())
+
+
+def _misfit(model: nn.Module, adapter_name: str, values: dict[str, Tensor]) -> str | None:
+    """Why values under the model's names are not those of an adapter that is there; None if they are."""
+    layers = [layer for layer in model.modules() if isinstance(layer, MoSLoRALayer)]
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        return "it is merged into the weights"
+    if stray := min(
+        (name for name in values if name.endswith((*FACTORS, ".lora_magnitude_vector.weight"))), default=None
+    ):
+        return f"it has no {stray}"
+    ends = tuple(f".lora_{kind}.{adapter_name}.weight" for kind in ("mixer", "A", "B", "magnitude_vector"))
+    ends += tuple(f".lora_embedding_{kind}.{adapter_name}" for kind in ("A", "B"))
+    # A mixer that is not there is the identity.
+    held = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(ends)}
+    lost = [name for name in held if name not in values and not name.endswith(ends[0])]
+    if lost:
+        return f"they lack {min(lost)}"
+    for name, own in held.items():
+        given = values.get(name)
+        if given is not None and own.numel() and own.shape != given.shape:  # a shard of ZeRO-3 is empty
+            return f"{name} is {list(own.shape)} there and {list(given.shape)} here"
+    return None

@@ -1,0 +1,268 @@
+"""PEFT's own entrances give A, M and B back, and the functions of PEFT that are replaced are those that were read."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from adapters.adapter_models import IDS, folded, llama, logits, train_a_bit
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraModel, intruders
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import hotswap, save_and_load
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from mm_moslora.adapters import MoSLoRAConfig, MoSLoRALayer, add_moslora, load_adapter, peft_patches, save_adapter
+from mm_moslora.adapters.tuner import LoraConfigOfFolder, MoSLoRAModel
+from mm_moslora.utils.errors import AdapterError
+
+TARGETS = ["q_proj", "v_proj"]
+
+
+def adapted(base: nn.Module | None = None, **changes) -> peft.PeftModel:
+    options = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    model = add_moslora(llama() if base is None else base, MoSLoRAConfig(**(options | changes)))
+    train_a_bit(model)
+    return model.eval()
+
+
+def factors(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    return {
+        name.replace(f".{adapter_name}", ""): tensor.detach().clone()
+        for name, tensor in model.state_dict().items()
+        if "lora_" in name and f".{adapter_name}." in name
+    }
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`a`: the adapter; `base`: the model that it names."""
+    root = tmp_path_factory.mktemp("saved")
+    llama().save_pretrained(root / "base")
+    save_adapter(adapted(LlamaForCausalLM.from_pretrained(root / "base").eval()), root / "a")
+    return root / "a"
+
+
+FORMS = [{}, {"mixer_form": "diagonal"}, {"factor_form": "svd"}, {"mixer_init": "butterfly", "mixer_trainable": False}]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("trainable", [True, False])
+def test_from_pretrained_gives_every_form_back(form: dict, trainable: bool, tmp_path: Path) -> None:
+    model = adapted(**form)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path, is_trainable=trainable)
+    assert same(factors(loaded), factors(model))
+    assert trained(loaded) == (trained(model) if trainable else set())
+    assert isinstance(loaded.base_model, MoSLoRAModel)
+    assert isinstance(loaded.peft_config["default"], MoSLoRAConfig)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_auto_peft_model_loads_base_and_adapter(saved: Path, trainable: bool) -> None:
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(saved, is_trainable=trainable)
+    assert same(factors(loaded), factors(adapted()))
+    assert bool(trained(loaded)) == trainable
+    assert torch.equal(logits(loaded.eval()), logits(load_adapter(llama(), saved)))
+
+
+def test_load_adapter_takes_a_new_name_and_one_that_is_there(saved: Path) -> None:
+    expected = factors(adapted())
+    model = peft.PeftModel.from_pretrained(llama(), saved, is_trainable=True)
+    model.load_adapter(saved, "second", is_trainable=True)
+    assert same(factors(model, "second"), expected)
+    assert any(".second." in name for name in trained(model))
+    before = trained(model)
+    train_a_bit(model)
+    assert not same(factors(model), expected)
+    model.load_adapter(saved, "default", is_trainable=True)
+    assert same(factors(model), expected)
+    assert trained(model) == before
+
+
+def test_a_plain_lora_adapter_gets_the_folded_factors(saved: Path) -> None:
+    plain = peft.LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM")
+    into = peft.get_peft_model(llama(), plain)
+    into.load_adapter(saved, "default")
+    named = peft.PeftModel.from_pretrained(llama(), saved, config=peft.LoraConfig.from_pretrained(saved))
+    for model in (into, named):
+        assert not any(isinstance(module, MoSLoRALayer) for module in model.modules())
+        assert torch.equal(logits(model.eval()), logits(folded(llama(), saved)))
+        torch.testing.assert_close(logits(model), logits(adapted()), atol=1e-5, rtol=0)
+    assert type(peft.PeftConfig.from_pretrained(saved)) is peft.LoraConfig
+
+
+def test_folders_of_plain_lora_are_what_they_were(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)
+    model = peft.get_peft_model(llama(), config)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path)
+    assert type(loaded.peft_config["default"]) is peft.LoraConfig
+    assert same(factors(loaded), factors(model))
+
+
+def test_an_adapter_on_the_hub_and_in_a_subfolder_comes_back(saved: Path, tmp_path: Path) -> None:
+    """The hub's cache answers as the hub does."""
+    snapshot = tmp_path / "models--someone--adapter" / "snapshots" / ("a" * 40)
+    for place in (snapshot, snapshot / "inside"):
+        shutil.copytree(saved, place, dirs_exist_ok=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    for where in ({}, {"subfolder": "inside"}):
+        model = peft.PeftModel.from_pretrained(llama(), "someone/adapter", cache_dir=str(tmp_path), **where)
+        assert same(factors(model), factors(adapted()))
+    assert same(factors(peft.PeftModel.from_pretrained(llama(), snapshot, subfolder="inside")), factors(adapted()))
+    for name in ("moslora.json", "moslora.safetensors"):
+        (snapshot / name).unlink()
+    plain = peft.PeftModel.from_pretrained(llama(), "someone/adapter", cache_dir=str(tmp_path))
+    assert torch.equal(logits(plain), logits(folded(llama(), saved)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 2}, r"is \[2, 32\] there and \[4, 32\] here"),
+        ({"target_modules": ["q_proj"]}, r"it has no .*v_proj\.lora_A\.weight"),
+        ({"target_modules": ["q_proj", "k_proj", "v_proj"]}, r"they lack .*k_proj\.lora_A"),
+    ],
+)
+def test_values_of_another_adapter_are_refused_and_nothing_is_loaded(saved: Path, changes: dict, message: str) -> None:
+    model = adapted(**changes)
+    before = factors(model)
+    with pytest.raises(AdapterError, match=message):
+        model.load_adapter(saved, "default")
+    assert same(factors(model), before)
+
+
+def test_a_merged_adapter_gets_no_values_from_peft(saved: Path) -> None:
+    model = adapted()
+    model.merge_adapter()
+    with pytest.raises(AdapterError, match="it is merged into the weights"):
+        model.load_adapter(saved, "default")
+
+
+@pytest.mark.parametrize("change", [lambda path: path.write_text("{"), lambda path: path.write_text('{"format": 1}')])
+def test_a_damaged_manifest_is_one_clear_error(saved: Path, tmp_path: Path, change) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "a"))
+    change(folder / "moslora.json")
+    with pytest.raises(AdapterError, match=r"moslora\.json is not"):
+        peft.PeftModel.from_pretrained(llama(), folder)
+
+
+def test_mixed_models_load_mixers_and_x_lora_loads_the_fold(saved: Path) -> None:
+    mixed = peft.PeftMixedModel.from_pretrained(llama(), str(saved))
+    assert torch.equal(logits(mixed.eval()), logits(load_adapter(llama(), saved)))
+    base = llama()
+    base.config.use_cache = False
+    options = {"hidden_size": 32, "xlora_depth": 1, "adapters": {"0": str(saved), "1": str(saved)}}
+    model = peft.get_peft_model(base, peft.XLoraConfig(task_type="CAUSAL_LM", **options))
+    plain = factors(folded(llama(), saved))
+    found = {name.replace(".0.weight", ".weight"): t for name, t in model.state_dict().items() if ".0.weight" in name}
+    found = {name: tensor for name, tensor in found.items() if "lora_A" in name or "lora_B" in name}
+    ends = {name[name.index("layers.") :]: tensor for name, tensor in plain.items()}
+    assert same({name[name.index("layers.") :]: tensor for name, tensor in found.items()}, ends)
+
+
+def test_trl_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(language_folder: Path, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rows = Dataset.from_list([{"text": f"{number} and {number + 1} are two numbers."} for number in range(16)])
+    config = MoSLoRAConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM")
+
+    def run(folder: str, resume: Path | None) -> dict[str, Tensor]:
+        arguments = trl.SFTConfig(
+            str(tmp_path / folder), per_device_train_batch_size=4, max_steps=4, save_steps=2, learning_rate=3e-2,
+            report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, logging_strategy="no", max_length=32,
+        )  # fmt: skip
+        trainer = trl.SFTTrainer(
+            AutoModelForCausalLM.from_pretrained(language_folder), arguments, train_dataset=rows, peft_config=config,
+            processing_class=AutoTokenizer.from_pretrained(language_folder, trust_remote_code=False),
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume and str(resume))
+        return factors(trainer.model)
+
+    whole = run("whole", None)
+    assert same(run("resumed", tmp_path / "whole" / "checkpoint-2"), whole)
+
+
+def test_the_model_that_peft_makes_trains_like_the_one_that_this_package_makes(saved: Path) -> None:
+    models = (
+        peft.PeftModel.from_pretrained(llama(), saved, is_trainable=True),
+        load_adapter(llama(), saved, trainable=True),
+    )
+    gradients = []
+    for model in models:
+        model.train()(IDS, labels=IDS).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert same(*gradients)
+
+
+def test_what_is_replaced_in_peft_is_what_was_read() -> None:
+    """Read the new function, and its callers, before the expected words change."""
+    weights, intruder = peft_patches._stock_weights, peft_patches._stock_intruders
+    found = {
+        f"{function.__module__}.{function.__name__}{inspect.signature(function)}" for function in (weights, intruder)
+    }
+    assert found == {
+        "peft.utils.save_and_load.load_peft_weights(model_id: 'str', device: 'Optional[str]' = None, key_mapping: "
+        "'Optional[dict[str, str]]' = None, **hf_hub_download_kwargs) -> 'dict'",
+        "peft.tuners.lora.intruders.reduce_intruder_dimension(peft_model, old_adapter_name='default', "
+        "new_adapter_name='intruder_reduced', top_k=10, threshold_epsilon=0.5, mitigation_lambda=0.75, "
+        "logging_sink=<built-in function print>)",
+    }
+    for caller in (peft.PeftModel.load_adapter, hotswap.hotswap_adapter):
+        assert "load_peft_weights(" in inspect.getsource(caller)
+        assert caller.__globals__["load_peft_weights"] is peft_patches.load_peft_weights
+    assert intruders.reduce_intruder_dimension is peft_patches.reduce_intruder_dimension
+    assert "config_keys_to_check = CONFIG_KEYS_TO_CHECK[" in inspect.getsource(hotswap.check_hotswap_configs_compatible)
+
+
+def test_peft_asks_its_tables_for_the_tuner_and_the_configuration() -> None:
+    assert PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA] is MoSLoRAModel
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.LORA] is LoraConfigOfFolder
+    for caller in (peft.PeftModel.__init__, save_and_load.get_peft_model_state_dict, peft.inject_adapter_in_model):
+        assert "PEFT_TYPE_TO_TUNER_MAPPING[" in inspect.getsource(caller)
+    for caller in (peft.PeftModel.from_pretrained, peft.PeftModel.load_adapter):
+        assert "PEFT_TYPE_TO_CONFIG_MAPPING[" in inspect.getsource(caller)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "parameters"),
+    [
+        (LoraModel, "_prepare_adapter_config", "self peft_config model_config"),
+        (
+            LoraModel, "_create_and_replace",
+            "self lora_config adapter_name target target_name parent current_key parameter_name",
+        ),
+        (BaseTuner, "inject_adapter", "self model adapter_name autocast_adapter_dtype low_cpu_mem_usage state_dict"),
+        (LoraModel, "_check_merge_allowed", "self"),
+        (LoraModel, "_get_adapter_state_dict", "model config adapter_name state_dict unwanted_adapter_names"),
+        (LoraModel, "_remap_adapter_state_dict_for_load", "model config adapter_name state_dict"),
+        (
+            LoraModel, "add_weighted_adapter",
+            "self adapters weights adapter_name combination_type svd_rank svd_clamp svd_full_matrices svd_driver "
+            "density majority_sign_method",
+        ),
+    ],
+)  # fmt: skip
+def test_the_methods_that_the_tuner_overrides_take_what_they_took(owner: type, name: str, parameters: str) -> None:
+    assert name in vars(owner)
+    assert name not in vars(LoraModel) or owner is LoraModel
+    assert list(inspect.signature(getattr(owner, name)).parameters) == parameters.split()
