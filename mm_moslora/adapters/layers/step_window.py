@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mm_moslora.kernels.lora.fused_lora_linear import Pending, SharedProducts
@@ -102,7 +102,7 @@ def _leaf(tensor: Tensor) -> Tensor:
 def _identity(layer: LoraLayer) -> tuple[object, ...]:
     """Whose product it is: micro-batches with another adapter, scaling or dropout have another one."""
     names = layer.active_adapters
-    return (id(layer), *names, *(layer.scaling.get(name) for name in names), layer.training)
+    return (id(layer), *names, *(layer.scaling.get(name) for name in names), cast(nn.Module, layer).training)
 
 
 @dataclass(kw_only=True)
