@@ -163,7 +163,8 @@ def prepare(recipe: Recipe, *, checkpoint: Path | None = None) -> Run:
         _start_projector(recipe, assembly, training_set)
     model = assembly.model.train()
     if not needs_padding(model):
-        set_attention(model, training_attention(model, recipe.model.attention, device=distributed.device()))
+        attention = training_attention(model, recipe.model.attention, device=distributed.device())
+        set_attention(model, attention, native=kernels.native)
     use_loss_head(model)
     if recipe.model.lean_layers:
         use_lean_layers(model)

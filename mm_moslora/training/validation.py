@@ -23,7 +23,7 @@ from mm_moslora.data.batch_loader import BatchLoader
 from mm_moslora.data.chat.records import Record
 from mm_moslora.data.record_faults import RecordError
 from mm_moslora.data.training_set import TrainingSet
-from mm_moslora.kernels.attention.segment_attention import set_attention, training_attention
+from mm_moslora.kernels.attention.segment_attention import set_attention
 from mm_moslora.models.assembly import Parts
 from mm_moslora.models.decoding.generation import Prompt, encode_images, generate, stop_token_ids
 from mm_moslora.models.decoding.row_decoding import stream_padded_row
@@ -201,8 +201,8 @@ def whole_model(run: Run) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(run.engine.gathered())
         if not needs_padding(model):
+            stack.callback(set_attention, model, model.get_decoder().config._attn_implementation)
             set_attention(model, "sdpa")
-            stack.callback(lambda: set_attention(model, training_attention(model, run.recipe.model.attention)))
         yield
 
 

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from mm_moslora.kernels.attention import native_cpu_attention, segment_attention
 from mm_moslora.kernels.attention.matmul_attention import products_are_faster
-from mm_moslora.kernels.attention.native_cpu_attention import runs_native, use_native_attention
+from mm_moslora.kernels.attention.native_cpu_attention import runs_native
 from mm_moslora.kernels.native import NativeError, library
 from mm_moslora.utils.hardware import keep_freed_memory, multiplies_tiles
 
@@ -38,18 +38,18 @@ LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-OURS = torch.nn.Module()
-use_native_attention(OURS, on=True)
+LAYER = torch.nn.Module()
+"""The attention layer that the functions are told; they ask it nothing here."""
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """This project's kernel where it supports the dtype, ``[1, H, T, E]`` to ``[1, T, H, E]``."""
-    return segment_attention.segment_attention(OURS, q, k, v, None, segment_lengths=(q.shape[2],))[0]
+    return segment_attention.segment_attention(LAYER, q, k, v, None, segment_lengths=(q.shape[2],), native=True)[0]
 
 
 def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Matrix products."""
-    return segment_attention.segment_attention(torch.nn.Module(), q, k, v, None, segment_lengths=(q.shape[2],))[0]
+    return segment_attention.segment_attention(LAYER, q, k, v, None, segment_lengths=(q.shape[2],))[0]
 
 
 def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def measure(tokens: int, name: str, rounds: int) -> dict[str, Any]:
         found = gradients(contender, [tensor.clone() for tensor in given], DTYPES[name])
         errors[kind] = max(float((g.double() - e).norm() / e.norm()) for g, e in zip(found, exact, strict=True))
     q, k, v = (tensor.to(DTYPES[name]) for tensor in given[:3])
-    by_ours = runs_native(OURS, q, k, v, 1) and not (name == "bf16" and multiplies_tiles())
+    by_ours = runs_native(q, k, v, segments=1) and not (name == "bf16" and multiplies_tiles())
     taken = "ours" if by_ours else "products" if products_are_faster(q[0]) else "pytorch"
     return {
         "tokens": tokens, "dtype": name, "taken": taken,

@@ -284,11 +284,12 @@ def ours(
             for part, value in zip((layer.lora_A, layer.lora_mixer, layer.lora_B), given, strict=True):
                 part["default"].weight.copy_(value)
     model.to(setting.device)
-    set_attention(model, training_attention(model))
+    kernels_too = lean and compiler is None
+    kernels = choose_kernels("auto", model.device, lean=kernels_too)
+    set_attention(model, training_attention(model), native=kernels.native)
     if lean:
         use_lean_layers(model)
-    kernels_too = lean and compiler is None
-    use_kernels(model, choose_kernels("auto", model.device, lean=kernels_too), lean=kernels_too)
+    use_kernels(model, kernels, lean=kernels_too)
     use_loss_head(model)
     if compiler is not None:
         compile_layers(model, compiler)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mm_moslora.kernels.attention import matmul_attention, native_cpu_attention
 from mm_moslora.kernels.attention.matmul_attention import BLOCK, attend, attend_backward
-from mm_moslora.kernels.attention.native_cpu_attention import runs_native, use_native_attention
+from mm_moslora.kernels.attention.native_cpu_attention import runs_native
 from mm_moslora.kernels.attention.segment_attention import picture_attention, segment_attention
 
 SCALE = 0.3
@@ -29,20 +29,17 @@ def tensors(heads: int, key_heads: int, tokens: int, dtype: torch.dtype, width: 
     return [torch.randn(shape).to(dtype) for shape in shapes]
 
 
-def ours() -> torch.nn.Module:
-    """A module whose attention is to run on our kernel."""
-    module = torch.nn.Module()
-    use_native_attention(module, on=True)
-    return module
+LAYER = torch.nn.Module()
+"""The attention layer that the functions are told."""
 
 
 @pytest.fixture
-def attending(made_by_amd: Callable[[bool], None]) -> Callable[[str], torch.nn.Module]:
-    """Choose how attention is computed; the module to tell it."""
+def attending(made_by_amd: Callable[[bool], None]) -> Callable[[str], bool]:
+    """Choose how attention is computed; what to tell it of the C++ kernel."""
 
-    def choose(way: str) -> torch.nn.Module:
+    def choose(way: str) -> bool:
         made_by_amd(way == "products")
-        return ours() if way == "ours" else torch.nn.Module()
+        return way == "ours"
 
     return choose
 
@@ -77,7 +74,8 @@ def test_segments_have_the_output_and_gradients_of_pytorch(
 ) -> None:
     q, k, v, grad = tensors(6, key_heads, sum(lengths), dtype)
     leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
-    output, _ = segment_attention(attending(way), *leaves, None, scaling=SCALE, segment_lengths=lengths)
+    options = {"scaling": SCALE, "segment_lengths": lengths, "native": attending(way)}
+    output, _ = segment_attention(LAYER, *leaves, None, **options)
     output.backward(grad)
     for mine, exact in zip([output, *(leaf.grad for leaf in leaves)], reference(q, k, v, grad, lengths), strict=True):
         size = torch.maximum(exact.norm(), grad.double().norm() / 5)  # a lone token's query has no gradient
@@ -90,8 +88,8 @@ def test_pictures_have_the_output_and_gradients_of_pytorch(
     dtype: torch.dtype, limit: float, way: str, attending
 ) -> None:
     torch.manual_seed(0)
-    module = attending(way)
-    module.is_causal = False
+    native, tower = attending(way), torch.nn.Module()
+    tower.is_causal = False
     q, k, v = (torch.randn(3, 4, 150, 16).to(dtype) for _ in range(3))
     grad = torch.randn(3, 150, 4, 16).to(dtype)
     found = []
@@ -100,7 +98,7 @@ def test_pictures_have_the_output_and_gradients_of_pytorch(
         if wide:
             output = F.scaled_dot_product_attention(*leaves, scale=SCALE).transpose(1, 2)
         else:
-            output, _ = picture_attention(module, *leaves, None, scaling=SCALE)
+            output, _ = picture_attention(tower, *leaves, None, scaling=SCALE, native=native)
         output.backward(grad.double() if wide else grad)
         found.append([output.detach(), *(leaf.grad for leaf in leaves)])
     for mine, exact in zip(*found, strict=True):
@@ -112,7 +110,7 @@ def test_kept_are_small_probabilities_in_half_precision_or_what_the_kernel_needs
         q, k, v, _ = tensors(2, 2, tokens, dtype)
         numbers = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()), lambda _: None):
-            segment_attention(torch.nn.Module(), q.requires_grad_(), k, v, None, segment_lengths=(tokens,))
+            segment_attention(LAYER, q.requires_grad_(), k, v, None, segment_lengths=(tokens,))
         return sum(numbers) - 3 * q.numel()
 
     made_by_amd(True)
@@ -142,13 +140,13 @@ def test_heads_taken_a_few_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPa
 
 @WAYS
 def test_autocast_does_not_round_the_scores(way: str, attending) -> None:
-    module = attending(way)
+    options = {"scaling": SCALE, "segment_lengths": (60, 40), "native": attending(way)}
     q, k, v, grad = tensors(4, 2, 100, torch.bfloat16)
     found = []
     for autocasting in (False, True):
         leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
         with torch.autocast("cpu", torch.bfloat16, enabled=autocasting):
-            output, _ = segment_attention(module, *leaves, None, scaling=SCALE, segment_lengths=(60, 40))
+            output, _ = segment_attention(LAYER, *leaves, None, **options)
             output.backward(grad)
         found.append([output.detach(), *(leaf.grad for leaf in leaves)])
     for plain, autocast in zip(*found, strict=True):
@@ -166,8 +164,8 @@ def test_little_above_the_diagonal_is_multiplied() -> None:
 def by_ours(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lengths: tuple[int, ...]) -> list[Tensor]:
     """Output and gradients."""
     leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
-    assert runs_native(ours(), *leaves, len(lengths))
-    output, _ = segment_attention(ours(), *leaves, None, scaling=SCALE, segment_lengths=lengths)
+    assert runs_native(*leaves, segments=len(lengths))
+    output, _ = segment_attention(LAYER, *leaves, None, scaling=SCALE, segment_lengths=lengths, native=True)
     output.backward(grad)
     return [output.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -231,29 +229,25 @@ def test_a_large_score_leaves_nothing_to_the_others() -> None:
     q, k, v, _ = tensors(1, 1, 300, torch.float32)
     q[0, 0, -1], k[0, 0, 250] = 0, 0
     q[0, 0, -1, 0], k[0, 0, 250, 0] = 1e3, 1e3
-    output, _ = segment_attention(ours(), q, k, v, None, scaling=1.0, segment_lengths=(300,))
+    output, _ = segment_attention(LAYER, q, k, v, None, scaling=1.0, segment_lengths=(300,), native=True)
     torch.testing.assert_close(output[0, -1, 0], v[0, 0, 250])
 
 
 @needs_kernels
 def test_where_our_kernel_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, _ = tensors(4, 2, 20, torch.bfloat16)
-    module = ours()
-    assert runs_native(module, q, k, v, 1)
-    assert not runs_native(torch.nn.Module(), q, k, v, 1)
-    assert not runs_native(module, q.half(), k.half(), v.half(), 1)
-    assert not runs_native(module, q.to("meta"), k.to("meta"), v.to("meta"), 1)
-    assert not runs_native(module, *(tensor.repeat(1, 1, 1, 20) for tensor in (q, k, v)), 1)  # heads of 320
+    assert runs_native(q, k, v, segments=1)
+    assert not runs_native(q.half(), k.half(), v.half(), segments=1)
+    assert not runs_native(q.to("meta"), k.to("meta"), v.to("meta"), segments=1)
+    assert not runs_native(*(tensor.repeat(1, 1, 1, 20) for tensor in (q, k, v)), segments=1)  # heads of 320
     with FlopCounterMode(display=False):
-        assert not runs_native(module, q, k, v, 1)
+        assert not runs_native(q, k, v, segments=1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
-    assert not runs_native(module, q, k, v, 1)  # two heads of keys for six threads
-    assert runs_native(module, q, k, v, 2)
+    assert not runs_native(q, k, v, segments=1)  # two heads of keys for six threads
+    assert runs_native(q, k, v, segments=2)
     monkeypatch.setattr(native_cpu_attention, "multiplies_tiles", lambda: True)
-    assert not runs_native(module, q, k, v, 2)
-    assert runs_native(module, q.float(), k.float(), v.float(), 2)
-    use_native_attention(module, on=False)
-    assert not runs_native(module, q.float(), k.float(), v.float(), 2)
+    assert not runs_native(q, k, v, segments=2)
+    assert runs_native(q.float(), k.float(), v.float(), segments=2)
 
 
 @needs_kernels
@@ -261,5 +255,5 @@ def test_kept_are_the_output_and_a_number_per_query(made_by_amd) -> None:
     q, k, v, _ = tensors(2, 2, 100, torch.bfloat16)
     numbers = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()), lambda _: None):
-        segment_attention(ours(), q.requires_grad_(), k, v, None, segment_lengths=(100,))
+        segment_attention(LAYER, q.requires_grad_(), k, v, None, segment_lengths=(100,), native=True)
     assert sum(numbers) == 4 * q.numel() + 2 * 100

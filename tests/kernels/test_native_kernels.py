@@ -7,17 +7,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from native_kernels import WHY_NOT, needs_kernels
-from pass_checks import RunChecks
+from pass_checks import RunChecks, lean_model
 
 from mm_moslora.config import ModelConfig, Recipe, TrainConfig
 from mm_moslora.kernels import native
+from mm_moslora.kernels.attention.segment_attention import NATIVE, SEGMENTS, set_attention
 from mm_moslora.models.memory_efficient.kernel_selection import choose_kernels
 from mm_moslora.planning import doctor
+from mm_moslora.training.validation import whole_model
 from mm_moslora.utils.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -32,6 +36,15 @@ needs_compiler = pytest.mark.skipif(native.find_compiler() is None, reason="ther
 class TestNative(RunChecks):
     name = "native"
     words = "Attention runs on the C++ kernel for CPUs"
+
+
+def test_a_run_has_its_attention_back_after_generation() -> None:
+    model = lean_model("llama", torch.float32)
+    set_attention(model, SEGMENTS, native=True)
+    run = SimpleNamespace(assembly=SimpleNamespace(model=model), engine=SimpleNamespace(gathered=nullcontext))
+    with whole_model(run):
+        assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == NATIVE[SEGMENTS]
 
 
 @pytest.fixture

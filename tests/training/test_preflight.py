@@ -115,6 +115,7 @@ def _split(text: str) -> list[str]:
 SETTINGS = json.loads((CHECKOUT / "deepspeed_configs" / "zero2.json").read_text())
 FROM_LIBRARIES: dict[str, tuple[str, str]] = {
     "attention": ("--model.attention sdpaa", "Did you mean 'sdpa'"),
+    "attention of towers": ("--model.attention mm_moslora_pictures", "expected one of auto, eager"),
     "flash attention": ("--model.attention flash_attention_2", "flash-attn"),
     "projector": ("--model.projector.kind mlp_gelu", "model.projector.kind is 'mlp_gelu', expected one of"),
     "compiler": ("--train.compile inductr", "Did you mean 'inductor'"),

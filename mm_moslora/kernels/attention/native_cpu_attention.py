@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mm_moslora.kernels.native import library
 from mm_moslora.utils.hardware import multiplies_tiles
@@ -23,20 +23,13 @@ WIDEST = 256
 """Head width; as in the source."""
 
 
-def use_native_attention(model: nn.Module, *, on: bool) -> None:
-    """Have the attention of a model run on the C++ kernel where it can, or not, in place."""
-    for module in model.modules():
-        module.native_attention = on  # type: ignore[assignment]  # any of them may be the one that attention is told
-
-
-def runs_native(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, segments: int) -> bool:
-    """Whether the attention of a module is to run on the C++ kernel.
+def runs_native(query: Tensor, key: Tensor, value: Tensor, *, segments: int) -> bool:
+    """Whether the C++ kernel is to compute some attention.
 
     Not so in bfloat16 where PyTorch's kernel has matrix units for it, nor where most threads would have nothing to do,
     nor under a mode that looks at every operator, such as a counter of FLOPs: it would not see the kernel.
 
     Args:
-        module: the attention layer.
         query: ``[1, H, S, E]``.
         key: ``[1, K, S, E]``.
         value: ``[1, K, S, E]``.
@@ -44,7 +37,7 @@ def runs_native(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, se
     """
     given = {(tensor.dtype, tensor.device.type) for tensor in (query, key, value)}
     known = len(given) == 1 and query.dtype in SUFFIXES and query.device.type == "cpu"
-    if not (getattr(module, "native_attention", False) and known) or torch._C._len_torch_dispatch_stack():
+    if not known or torch._C._len_torch_dispatch_stack():
         return False
     busy = segments * key.shape[1]
     tiles = query.dtype == torch.bfloat16 and multiplies_tiles()

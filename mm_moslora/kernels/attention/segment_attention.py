@@ -3,8 +3,8 @@
 Shapes: ``H`` heads, ``S`` tokens of the whole row, ``E`` head width.
 
 A dense block-diagonal mask costs the square of the whole row; a loop over segments costs the sum of the squares and
-was measured 2.4 times faster on a CPU. There, a C++ kernel takes all segments in one call where a model is to use it
-(`native_attention`); without it a segment's attention is written as matrix products where these are faster than
+was measured 2.4 times faster on a CPU. There, a C++ kernel takes all segments in one call under the names that end in
+`native`; under the others a segment's attention is written as matrix products where these are faster than
 PyTorch's kernel. On CUDA, flash-attention's variable-length kernel is used when it is installed (transformers passes it
 `cu_seq_lens_*`), and otherwise PyTorch's own (`varlen_attn`; half precision, compute capability 8.0 or more). The form
 that torch 2.11 has of it takes as many heads of keys as of queries, so that shared ones are repeated for it.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any, cast
 
@@ -40,6 +40,8 @@ SEGMENTS = "mm_moslora_segments"
 """Name under which the attention is registered with transformers."""
 PICTURES = "mm_moslora_pictures"
 """Name of the vision towers' attention."""
+NATIVE = {SEGMENTS: f"{SEGMENTS}_native", PICTURES: f"{PICTURES}_native"}
+"""Names of the same attention with the C++ kernel where it can run."""
 
 
 def segment_attention(
@@ -53,6 +55,8 @@ def segment_attention(
     segment_lengths: tuple[int, ...] = (),
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    *,
+    native: bool = False,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment of one row.
@@ -68,6 +72,7 @@ def segment_attention(
         segment_lengths: lengths that sum to ``S``.
         sliding_window: how many tokens back a token sees, its own place included; None: all.
         cu_seq_lens_q: where segments begin, and the end, int32; None: computed.
+        native: the C++ kernel computes it where it can.
 
     Returns:
         ``[1, S, H, E]`` and None.
@@ -88,7 +93,7 @@ def segment_attention(
         longest = max(segment_lengths)
         return kernel(*rows, ends, ends, longest, longest, **options).unsqueeze(0), None
     if query.device.type in ("cpu", "meta") and not (windowed or dropout):
-        return _on_cpu(module, query, key, value, scaling, segment_lengths, causal=True), None
+        return _on_cpu(query, key, value, scaling, segment_lengths, causal=True, native=native), None
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     outputs = []
@@ -137,6 +142,8 @@ def picture_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    *,
+    native: bool = False,
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """Attention among all patches of a picture; transformers' own except where another is faster on a CPU.
@@ -149,6 +156,7 @@ def picture_attention(
         attention_mask: None in all towers that are known.
         dropout: attention dropout.
         scaling: factor on the scores; None: ``E ** -0.5``.
+        native: the C++ kernel computes it where it can.
         rest: for transformers.
 
     Returns:
@@ -157,19 +165,18 @@ def picture_attention(
     causal = getattr(module, "is_causal", True) if rest.get("is_causal") is None else rest["is_causal"]
     plain = attention_mask is None and not dropout and not causal and query.shape == key.shape
     pictures, _, patches, _ = query.shape
-    by_ours = native_cpu_attention.runs_native(module, query, key, value, pictures)
+    by_ours = native and native_cpu_attention.runs_native(query, key, value, segments=pictures)
     by_products = query.device.type == "cpu" and query.dtype.itemsize == 2 and products_are_faster(query[0])
     if plain and (by_ours or by_products):
         # Patches of all pictures behind each other.
         q, k, v = (tensor.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for tensor in (query, key, value))
-        output = _on_cpu(module, q, k, v, scaling, (patches,) * pictures, causal=False)
+        output = _on_cpu(q, k, v, scaling, (patches,) * pictures, causal=False, native=native)
         return output[0].unflatten(0, (pictures, patches)), None
     given = {"dropout": dropout, "scaling": scaling, **rest}
     return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
 
 
 def _on_cpu(
-    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -177,10 +184,11 @@ def _on_cpu(
     lengths: tuple[int, ...],
     *,
     causal: bool,
+    native: bool,
 ) -> Tensor:
     """Attention within each segment; ``[1, S, H, E]`` from ``[1, H, S, E]``."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if native_cpu_attention.runs_native(module, query, key, value, len(lengths)):
+    if native and native_cpu_attention.runs_native(query, key, value, segments=len(lengths)):
         return native_cpu_attention.attend(query, key, value, scale, lengths, causal=causal)
     learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     return _CpuSegments.apply(query, key, value, scale, lengths, causal, learns)  # type: ignore[no-any-return]
@@ -257,9 +265,15 @@ def _no_mask(*_: Any, **__: Any) -> None:
     """Segments need no mask."""
 
 
-AttentionInterface.register(SEGMENTS, segment_attention)
-AttentionMaskInterface.register(SEGMENTS, _no_mask)
+SEGMENT_FUNCTIONS: dict[str, Callable[..., tuple[Tensor, None]]] = {
+    SEGMENTS: segment_attention, NATIVE[SEGMENTS]: partial(segment_attention, native=True),
+}  # fmt: skip
+"""By the name of the attention."""
+for _name, _function in SEGMENT_FUNCTIONS.items():
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, _no_mask)
 AttentionInterface.register(PICTURES, picture_attention)
+AttentionInterface.register(NATIVE[PICTURES], partial(picture_attention, native=True))
 
 
 def require_attention(requested: str) -> None:
@@ -271,7 +285,8 @@ def require_attention(requested: str) -> None:
     Raises:
         ConfigError: no such name, or no such package.
     """
-    known = ["auto", "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    ours = {PICTURES, *NATIVE.values()}  # towers', and those that `model.kernels` chooses
+    known = ["auto", "eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if name not in ours)]
     if "/" not in requested and requested not in known:
         raise ConfigError(
             f"model.attention is {requested!r}, expected one of {', '.join(known)}.{suggestion(requested, known)}"
@@ -300,14 +315,20 @@ def training_attention(model: PreTrainedModel, requested: str = "auto", *, devic
     return SEGMENTS if getattr(decoder, "_supports_attention_backend", False) else "sdpa"
 
 
-def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Switch the language model's attention, and that of a vision tower that runs transformers' default."""
-    model.get_decoder().set_attn_implementation(name)
+def set_attention(model: PreTrainedModel, name: str, *, native: bool = False) -> None:
+    """Switch the language model's attention, and that of a vision tower that runs transformers' default.
+
+    Args:
+        model: causal language model or VLM.
+        name: a transformers attention name, such as `training_attention` gives.
+        native: take the form of `SEGMENTS` and `PICTURES` that runs on the C++ kernel.
+    """
+    model.get_decoder().set_attn_implementation(NATIVE.get(name, name) if native else name)
     tower = getattr(model.base_model, "vision_tower", None)
     if not isinstance(tower, PreTrainedModel) or not tower._supports_attention_backend:
         return
     if tower.config._attn_implementation == "sdpa":
-        tower.set_attn_implementation(PICTURES)
+        tower.set_attn_implementation(NATIVE[PICTURES] if native else PICTURES)
 
 
 def segment_arguments(segment_lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from mm_moslora.kernels.attention.segment_attention import SEGMENTS, segment_attention
+from mm_moslora.kernels.attention.segment_attention import SEGMENT_FUNCTIONS
 from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer
 from mm_moslora.utils.errors import ConfigError, suggestion
 
@@ -78,7 +78,8 @@ def compile_layers(model: PreTrainedModel, backend: str) -> int:
         raise ConfigError(
             f"train.compile is {backend!r}, but the layers of {type(model).__name__} are not known. Leave it out."
         )
-    AttentionInterface.register(SEGMENTS, torch.compiler.disable(segment_attention))
+    for name, function in SEGMENT_FUNCTIONS.items():
+        AttentionInterface.register(name, torch.compiler.disable(function))
     for layer in layers:
         if isinstance(layer, LeanLayer):
             layer.compile_passes(backend)

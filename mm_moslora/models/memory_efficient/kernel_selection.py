@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from mm_moslora.kernels.attention.native_cpu_attention import use_native_attention
 from mm_moslora.kernels.fused_ops.liger_availability import LIGER_RANGE, installed_liger, why_not_liger
 from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps
 from mm_moslora.kernels.native import NativeError, library
@@ -27,7 +26,7 @@ class Kernels:
     required: str | None = None
     """What the recipe insists on."""
     native: bool = False
-    """Whether attention is to run on the C++ kernel."""
+    """Whether attention is to run on the C++ kernel, as `set_attention` is told."""
 
 
 def choose_kernels(wanted: str, device: torch.device, *, lean: bool = True) -> Kernels:
@@ -81,7 +80,7 @@ def _native_words(device: torch.device) -> str:
 
 
 def use_kernels(model: PreTrainedModel, kernels: Kernels, *, lean: bool = True) -> str:
-    """Have a model run on these kernels, in place: its lean layers, where it has any, and attention.
+    """Have the lean layers of a model run on these kernels, in place, where it has any.
 
     Args:
         model: that `mm_moslora.models.memory_efficient.decoder_layers.use_lean_layers` has seen.
@@ -89,12 +88,11 @@ def use_kernels(model: PreTrainedModel, kernels: Kernels, *, lean: bool = True) 
         lean: as for `choose_kernels`.
 
     Returns:
-        What runs on them, in words; nothing where nothing does.
+        What runs on them, attention included, in words; nothing where nothing does.
 
     Raises:
         ConfigError: nothing does, and the recipe insists on such kernels.
     """
-    use_native_attention(model, on=kernels.native)
     changed = [layer for layer in getattr(model.get_decoder(), "layers", ()) if lean and isinstance(layer, LeanLayer)]
     for layer in changed:
         layer.passes = kernels.passes
