@@ -24,6 +24,7 @@ from mm_moslora.models.batching.padded_batch import picture_inputs
 from mm_moslora.models.meta_model import MetaModel, build_meta_model
 from mm_moslora.models.pretrained_vlm import PICTURE, side_of, tower_path
 from mm_moslora.models.trainable_parts import checkpoint_layers
+from mm_moslora.models.transformers_patches import wrap_checkpointing
 from mm_moslora.models.vision.vision_tower import ImageSpec
 from mm_moslora.models.vlm import has_own_forward, image_features, is_multimodal, needs_padding
 from mm_moslora.training.metrics.step_flops import FlopCounter, PictureCost
@@ -249,18 +250,16 @@ def _largest_again(tower: Any) -> list[int]:
     """Checkpoint a tower's layers, and record the bytes that each keeps when the backward pass recomputes it."""
     checkpoint_layers(tower)
     found: list[int] = [0]
-    for layer in tower.modules():
-        if getattr(layer, "gradient_checkpointing", False):
-            layer._gradient_checkpointing_func = _noting(found, layer, layer._gradient_checkpointing_func)
+
+    def noting(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        def run(function: Callable[..., Any], *args: Any) -> Any:
+            found.append(kept_bytes(lambda: function(*args), layer))
+            return checkpoint(function, *args)
+
+        return run
+
+    wrap_checkpointing(tower, noting)
     return found
-
-
-def _noting(found: list[int], layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    def run(function: Callable[..., Any], *args: Any) -> Any:
-        found.append(kept_bytes(lambda: function(*args), layer))
-        return checkpoint(function, *args)
-
-    return run
 
 
 _nothing = functools.partial(torch.zeros, device="meta")

@@ -69,6 +69,7 @@ def test_attention_is_that_of_the_model(pair: Any, picture: Path) -> None:
     """Against weights computed by hand from one more forward pass."""
     from mm_moslora.data.chat.records import Turn
     from mm_moslora.models.decoding.generation import Prompt, embed_prompt
+    from mm_moslora.models.transformers_patches import attention_within
     from mm_moslora.serve.inference.attention_maps import attention_maps
 
     ids, seen = pair.prompt([Turn.asking("what is the color?", images=1)], [Image.open(picture).convert("RGB")])
@@ -77,10 +78,8 @@ def test_attention_is_that_of_the_model(pair: Any, picture: Path) -> None:
     with torch.no_grad():
         whole = torch.cat([ids, torch.tensor([5, 6])])
         row = embed_prompt(model, Prompt(input_ids=whole, features=pair.image_tokens("tiny", seen)))
-        before = model.get_decoder().config._attn_implementation
-        model.get_decoder().config._attn_implementation = "eager"
-        layers = model.get_decoder()(inputs_embeds=row[None], output_attentions=True).attentions
-        model.get_decoder().config._attn_implementation = before
+        with attention_within(model, "eager"):
+            layers = model.get_decoder()(inputs_embeds=row[None], output_attentions=True).attentions
     start = len(ids) - 1
     mean = sum(layer[0, :, start : start + 2].mean(dim=(0, 1)) for layer in layers)[
         whole == model.config.image_token_id

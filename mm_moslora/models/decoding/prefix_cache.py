@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer
 
 from mm_moslora.models.families import decoder_family
+from mm_moslora.models.transformers_patches import attention_within, forward_within
 from mm_moslora.utils.errors import ModelError
 
 SHARED_PREFIX = "mm_moslora_branches"
@@ -157,9 +157,9 @@ AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
 AttentionMaskInterface.register(SHARED_PREFIX, _no_mask)
 
 
-def _tall(weight: Tensor, rows: Tensor) -> Tensor:
+def _tall(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     """A linear layer as (W x^T)^T: for 3 to 16 rows on a CPU MKL takes up to twice as long for x W^T."""
-    return (weight @ rows.flatten(0, -2).t()).t().unflatten(0, rows.shape[:-1])
+    return lambda rows: (linear.weight @ rows.flatten(0, -2).t()).t().unflatten(0, rows.shape[:-1])
 
 
 def _plain_linears(model: PreTrainedModel) -> list[nn.Linear]:
@@ -314,7 +314,11 @@ class Decoder:
         if self._levels:
             arguments |= {"attention_mask": None, "branch_levels": self._levels}
             arguments["branch_visible"] = _visible(self._valid, valid.shape[1])
-        with self._attention(), self._few_rows(valid.numel()):
+        few = 2 < valid.numel() <= _FEW_ROWS
+        with (
+            attention_within(self._model, SHARED_PREFIX) if self._levels else nullcontext(),
+            forward_within(self._linears if few else (), _tall),
+        ):
             output = self._model(
                 inputs_embeds=embeddings, position_ids=positions, use_cache=True, logits_to_keep=keep,
                 **arguments,
@@ -385,33 +389,6 @@ class Decoder:
         cache = DynamicCache(config=self._model.config.get_text_config())
         cache.layers = [_RoomyLayer() for _ in cache.layers]
         return cache
-
-    @contextmanager
-    def _few_rows(self, rows: int) -> Iterator[None]:
-        """Linear layers that are quick for a few rows; see `_tall`."""
-        if not 2 < rows <= _FEW_ROWS:
-            yield
-            return
-        for linear in self._linears:
-            vars(linear)["forward"] = partial(_tall, linear.weight)
-        try:
-            yield
-        finally:
-            for linear in self._linears:
-                del vars(linear)["forward"]
-
-    @contextmanager
-    def _attention(self) -> Iterator[None]:
-        """Attention that knows levels, while there are any."""
-        if not self._levels:
-            yield
-            return
-        before = self._config._attn_implementation
-        self._config._attn_implementation = SHARED_PREFIX
-        try:
-            yield
-        finally:
-            self._config._attn_implementation = before
 
 
 def likeliest(logits: Tensor) -> tuple[Tensor, list[int]]:

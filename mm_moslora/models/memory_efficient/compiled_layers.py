@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from mm_moslora.kernels.attention.segment_attention import SEGMENT_FUNCTIONS
 from mm_moslora.models.memory_efficient.decoder_layers import LeanLayer
+from mm_moslora.models.transformers_patches import mix_in
 from mm_moslora.utils.errors import ConfigError, suggestion
 
 
@@ -28,11 +28,6 @@ class CompiledLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the layer computes."""
         return self.compiled_forward(hidden_states, *args, **kwargs)
-
-
-@cache
-def _compiled_class(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Compiled{kind.__name__}", (CompiledLayer, kind), {"__module__": __name__})
 
 
 def require_backend(backend: str) -> None:
@@ -85,6 +80,5 @@ def compile_layers(model: PreTrainedModel, backend: str) -> int:
             layer.compile_passes(backend)
         else:
             layer.compiled_forward = torch.compile(layer.forward, backend=backend, dynamic=True)
-            kind: Any = type(layer)
-            layer.__class__ = _compiled_class(kind)
+            mix_in(layer, CompiledLayer)
     return len(layers)

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -32,6 +31,7 @@ from mm_moslora.kernels.lora.lora_math import autocasts, current_kernel, use_ker
 from mm_moslora.kernels.lora.lora_matmul import LinearOperands
 from mm_moslora.models.families import LEAN_LAYERS
 from mm_moslora.models.memory_efficient.decoder_autograd import gated_mlp, normed_linears, rotate, turns
+from mm_moslora.models.transformers_patches import mix_in
 
 TARGET_POSITIONS = "target_positions"
 """Keyword under which the supervised positions travel through the decoder to its last layer."""
@@ -161,12 +161,9 @@ def use_lean_layers(model: PreTrainedModel, *, depth: int | None = None) -> int:
         return 0
     changed = 0
     for layer in layers:
-        kind: Any = type(layer)
-        if kind.__name__ in LEAN_LAYERS and getattr(layer.mlp, "act_fn", None).__class__.__name__ in (
-            "SiLUActivation",
-            "SiLU",
-        ):
-            layer.__class__ = _lean_class(kind)
+        activation = type(getattr(layer.mlp, "act_fn", None)).__name__
+        if type(layer).__name__ in LEAN_LAYERS and activation in ("SiLUActivation", "SiLU"):
+            mix_in(layer, LeanLayer)
             changed += 1
     if changed:
         last = layers[len(layers) - 1]
@@ -178,11 +175,6 @@ def _deepstack_layers(model: PreTrainedModel) -> int:
     """Decoder layers, from the first, to whose outputs a model adds visual features at all visual positions."""
     tower = getattr(model.config, "vision_config", None)
     return len(getattr(tower, "deepstack_visual_indexes", ()))
-
-
-@cache
-def _lean_class(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Lean{kind.__name__}", (LeanLayer, kind), {"__module__": __name__})
 
 
 def drops_positions(model: PreTrainedModel) -> bool:

@@ -10,17 +10,16 @@ visual tokens were read and does not explain the answer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from mm_moslora.batch import ProcessedImage
 from mm_moslora.models.decoding.generation import Prompt, embed_prompt
+from mm_moslora.models.transformers_patches import attention_within
 from mm_moslora.serve.inference.served_models import Models
 
 LONGEST = 1024
@@ -52,25 +51,13 @@ def attention_maps(
         return None
     model = models.assembly.model
     ids = torch.cat([input_ids, torch.tensor(list(answer))])
-    with models.use(name), _readable(model):
+    with models.use(name), attention_within(model, "eager"):  # the fast ones do not give their weights out
         embedded = embed_prompt(model, Prompt(input_ids=ids, features=models.image_tokens(name, seen)))
         weights = model.get_decoder()(inputs_embeds=embedded[None], output_attentions=True, use_cache=False).attentions
     asking = range(len(input_ids) - 1, length - 1)  # the positions whose output became the answer
     looked = torch.stack([layer[0, :, list(asking)].float().mean(dim=(0, 1)) for layer in weights]).mean(dim=0)
     maps = looked[ids == models.assembly.image_token_id].view(len(seen), side, side)
     return [one / one.max().clamp_min(1e-12) for one in maps]
-
-
-@contextmanager
-def _readable(model: PreTrainedModel) -> Iterator[None]:
-    """Use eager attention, since the faster kernels do not return their weights."""
-    config = model.get_decoder().config
-    before = config._attn_implementation
-    config._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 def overlay(pixels: Tensor, weights: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Image.Image:

@@ -12,6 +12,7 @@ import torch
 
 from mm_moslora.config import TrainConfig
 from mm_moslora.training.deepspeed_presets import read_preset
+from mm_moslora.training.engine.deepspeed_patches import skip_shared_memory_operator
 from mm_moslora.training.parameter_groups import ParameterGroup
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
@@ -175,9 +176,7 @@ def import_deepspeed(zero: str) -> None:
 
 
 def prepare_deepspeed(zero: str) -> None:
-    """Make DeepSpeed start on a machine without a compiler.
-
-    On CPUs it would otherwise build a shared-memory op that only inference uses, for minutes, and die without ninja.
+    """Make DeepSpeed start, on a machine without a compiler, too.
 
     Args:
         zero: the recipe's `train.zero`.
@@ -186,13 +185,11 @@ def prepare_deepspeed(zero: str) -> None:
         ConfigError: it does not import.
     """
     import_deepspeed(zero)
-    import deepspeed.ops
+    import deepspeed.comm as comm
 
     _warn_of_stale_locks()
     if os.environ["DS_ACCELERATOR"] == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    import deepspeed.comm as comm
-
+        skip_shared_memory_operator()
     comm.init_distributed(dist_backend=None, verbose=False)
 
 

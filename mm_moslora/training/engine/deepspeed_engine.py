@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from mm_moslora.adapters.layers.fused_linear import FusedLinear
 from mm_moslora.batch import Batch
 from mm_moslora.models.vision.timm_open_clip_tower import fp32_parameters
-from mm_moslora.training.engine import deepspeed_state
+from mm_moslora.training.engine import deepspeed_patches, deepspeed_state
 from mm_moslora.training.engine.engine_base import Engine, LossModule, Update
 from mm_moslora.training.engine.optimizer_state import HostState, Piece, StoredState
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
@@ -47,30 +47,15 @@ class DeepSpeedEngine(Engine):
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=config, dist_init_required=False)
         self.shares_products = self.stage < 3
         self.replicated = self.stage == 0
-        deepspeed_state.leave_lowest_scale_to_us(self.engine)
+        deepspeed_patches.leave_lowest_scale_to_us(self.engine)
         if self.stage == 3:
             _fetch_whole_layers(module)
-            deepspeed_state.gather_persistent_together(self.engine)
+            deepspeed_patches.gather_persistent_together(self.engine)
         if self.stage < 3:  # stage 3 has already cut them up
             for parameter, value in precise:
                 parameter.data = value.to(parameter.device)
         if self.stage == 0:
-            self._undo_warm_up_step()
-
-    @torch.no_grad()
-    def _undo_warm_up_step(self) -> None:
-        """DeepSpeed's half-precision optimiser of stage 0 takes one AdamW step with zero gradients when it is made.
-
-        That step decays the weights and leaves Adam's step count at one; without it, stage 0 gives the numbers of the
-        other stages.
-        """
-        wrapper = self.engine.optimizer
-        for masters, weights in zip(
-            getattr(wrapper, "fp32_groups", ()), getattr(wrapper, "fp16_groups", ()), strict=True
-        ):
-            wrapper.optimizer.state.clear()
-            for master, weight in zip(masters, weights, strict=True):
-                master.copy_(weight)
+            deepspeed_patches.undo_warm_up_step(self.engine)
 
     def _begin_step(self, with_images: list[float]) -> None:
         deepspeed_state.clear_gradients(self.engine, self.stage)
@@ -164,7 +149,7 @@ class DeepSpeedEngine(Engine):
         """See `Engine.gathered`."""
         if self.stage < 3:
             return nullcontext()
-        return deepspeed_state.whole(self.engine, self.module)
+        return deepspeed_patches.whole(self.engine, self.module)
 
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers."""

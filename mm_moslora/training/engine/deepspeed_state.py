@@ -1,9 +1,11 @@
-"""Where DeepSpeed keeps masters and moments, stage by stage, as `Piece`s; and how to make it notice new masters."""
+"""Where DeepSpeed keeps masters and moments, stage by stage, as `Piece`s; and how to make it notice new masters.
+
+It is read from attributes that DeepSpeed does not document; what is replaced in it stands in `deepspeed_patches`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,27 +92,6 @@ def refresh_weights(engine: Any, stage: int, named: Named, stored: StoredState) 
     optimizer.checkpoint_event_epilogue()
 
 
-def gather_persistent_together(engine: Any) -> None:
-    """Stage 3: after a step, bring the small parameters that stay whole together, not one by one.
-
-    DeepSpeed sends one gather for each, 672 in a step for the adapters of a 7B model.
-    """
-    kept = engine.optimizer.persistent_parameters
-    if not kept:
-        return
-    one_by_one = kept[0].all_gather
-
-    def together(param_list: Sequence[Any] | None = None, **options: Any) -> Any:
-        if param_list is None or options:
-            return one_by_one(param_list, **options)
-        absent = [parameter for parameter in param_list if parameter.ds_status.name == "NOT_AVAILABLE"]
-        if absent:
-            absent[0].all_gather_coalesced(absent).wait()
-        return None
-
-    kept[0].all_gather = together
-
-
 @torch.no_grad()
 def clear_gradients(engine: Any, stage: int) -> None:
     """Empty the buffers that gradients are collected in, before a step.
@@ -139,20 +120,21 @@ def offloads(engine: Any, stage: int) -> bool:
     return bool(optimizer.offload_optimizer if stage == 3 else stage > 0 and optimizer.cpu_offload)
 
 
-def _scaler_of(engine: Any) -> Any:
+def scaler_of(engine: Any) -> Any:
+    """DeepSpeed's loss scaler; None without scaling."""
     return getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)
 
 
 def read_scaler(engine: Any) -> dict[str, float]:
     """The state of dynamic loss scaling; empty where there is none."""
-    scaler = _scaler_of(engine)
+    scaler = scaler_of(engine)
     dynamic = getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False))
     return {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)} if dynamic else {}
 
 
 def write_scaler(engine: Any, values: dict[str, float]) -> None:
     """Set what `read_scaler` read."""
-    scaler = _scaler_of(engine)
+    scaler = scaler_of(engine)
     for key, value in values.items():
         if hasattr(scaler, key):
             setattr(scaler, key, value)
@@ -160,21 +142,14 @@ def write_scaler(engine: Any, values: dict[str, float]) -> None:
 
 def scale_of(engine: Any) -> float:
     """The present loss scale, 1 without scaling."""
-    return float(getattr(_scaler_of(engine), "cur_scale", 1.0) or 1.0)
+    return float(getattr(scaler_of(engine), "cur_scale", 1.0) or 1.0)
 
 
 def can_lower_scale(engine: Any) -> bool:
     """Whether an overflow would lower the loss scale: it is dynamic and not yet at its minimum."""
-    scaler = _scaler_of(engine)
+    scaler = scaler_of(engine)
     least = getattr(scaler, "min_scale", getattr(scaler, "min_loss_scale", None))
     return bool(read_scaler(engine)) and scale_of(engine) > float(least or 1.0)
-
-
-def leave_lowest_scale_to_us(engine: Any) -> None:
-    """Skip a step that overflows at the lowest scale, too; DeepSpeed's stages 1 to 3 would end the run at the first."""
-    scaler = _scaler_of(engine)
-    if hasattr(scaler, "raise_error_at_min_scale"):
-        scaler.raise_error_at_min_scale = False
 
 
 def whole_master(engine: Any, stage: int, parameter: nn.Parameter) -> Tensor | None:
@@ -187,30 +162,3 @@ def whole_master(engine: Any, stage: int, parameter: nn.Parameter) -> Tensor | N
                 if candidate is parameter:
                     return master
     return safe_get_full_fp32_param(parameter)
-
-
-@contextmanager
-def whole(engine: Any, module: nn.Module) -> Iterator[None]:
-    """Stage 3 with all weights gathered once, and with the hooks taken off that would let them go after each layer.
-
-    A forward pass in here, such as each token of an answer, moves no bytes between ranks and needs no other rank. The
-    small weights that stay whole during training are whole again afterwards.
-    """
-    from deepspeed.runtime.zero import GatheredParameters
-
-    offload = engine.optimizer.parameter_offload
-    handles = [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]
-    tables = {id(table): table for handle in handles if (table := handle.hooks_dict_ref()) is not None}
-    before = [(table, dict(table)) for table in tables.values()]
-    with GatheredParameters(list(module.parameters())):
-        for handle in handles:
-            (handle.hooks_dict_ref() or {}).pop(handle.id, None)
-        try:
-            yield
-        finally:
-            for table, hooks in before:  # in the order in which they were
-                table.clear()
-                table.update(hooks)
-    kept = engine.optimizer.persistent_parameters
-    if kept:
-        kept[0].all_gather(kept)

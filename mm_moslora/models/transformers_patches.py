@@ -1,0 +1,93 @@
+"""What the project replaces in live models of transformers, and why; everything else goes through public interfaces.
+
+No patch here changes a class or a function of the library: each acts on one model. The tests
+(`tests/models/test_transformers_patches.py`) fail when an installed release changes what a patch stands on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def mix_in(layer: nn.Module, mixin: type[nn.Module]) -> None:
+    """Give a layer a class made of a mixin and its own class, in place.
+
+    A wrapper around the layer would change the names of its weights, by which models are saved, merged and read; and
+    transformers has no registry of layer classes, as it has one of attention functions.
+
+    Args:
+        layer: of a decoder; its weights, hooks and attributes stay.
+        mixin: its `forward` goes first; the gradient checkpointing of transformers stays around both.
+    """
+    layer.__class__ = _mixed(mixin, type(layer))
+
+
+@cache
+def _mixed(mixin: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    name = mixin.__name__.removesuffix("Layer") + kind.__name__
+    return type(name, (mixin, kind), {"__module__": mixin.__module__})
+
+
+@contextmanager
+def attention_within(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Another attention of the decoder within the block.
+
+    `set_attn_implementation` visits every module and may load packages; here the attention changes for one forward
+    pass, and while decoding that is for one token.
+
+    Args:
+        model: causal language model or VLM.
+        name: of a registered attention, or `eager`.
+    """
+    config = model.get_decoder().config
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextmanager
+def forward_within(
+    linears: Iterable[nn.Linear], forward: Callable[[nn.Linear], Callable[[Tensor], Tensor]]
+) -> Iterator[None]:
+    """Another forward pass of some linear layers within the block.
+
+    A hook cannot take the place of a forward pass: what it returns comes after the layer has computed.
+
+    Args:
+        linears: without a `forward` of their own.
+        forward: makes that of a layer.
+    """
+    changed = list(linears)
+    for linear in changed:
+        vars(linear)["forward"] = forward(linear)
+    try:
+        yield
+    finally:
+        for linear in changed:
+            del vars(linear)["forward"]
+
+
+def wrap_checkpointing(
+    model: PreTrainedModel, wrap: Callable[[nn.Module, Callable[..., Any]], Callable[..., Tensor]]
+) -> None:
+    """Put a function around the gradient checkpointing of every layer that has it on.
+
+    `gradient_checkpointing_enable` takes no function of the caller's.
+
+    Args:
+        model: any part of a model.
+        wrap: from a layer and its checkpoint function to another checkpoint function.
+    """
+    for layer in model.modules():
+        if getattr(layer, "gradient_checkpointing", False):
+            checkpoint: Any = layer._gradient_checkpointing_func
+            layer._gradient_checkpointing_func = wrap(layer, checkpoint)  # type: ignore[assignment]

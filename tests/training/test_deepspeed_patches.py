@@ -1,0 +1,84 @@
+"""What the patches of DeepSpeed stand on; a test here fails when an installed release changes it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+import pytest
+from torch import nn
+
+from mm_moslora.training.engine.deepspeed_patches import skip_shared_memory_operator
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+
+def parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def inner(function: Callable[..., Any], name: str) -> list[str]:
+    """Parameters of a function that is made inside another one."""
+    (found,) = (code for code in function.__code__.co_consts if isinstance(code, CodeType) and code.co_name == name)
+    return list(found.co_varnames[: found.co_argcount])
+
+
+def attributes(kind: type) -> set[str]:
+    """Names that the methods of a class use."""
+    return {name for value in vars(kind).values() if inspect.isfunction(value) for name in value.__code__.co_names}
+
+
+def test_gathers_of_a_parameter_take_a_list() -> None:
+    convert = Init._convert_to_deepspeed_param
+    assert convert.__module__ == "deepspeed.runtime.zero.partition_parameters"
+    assert inner(convert, "all_gather")[0] == "param_list"
+    assert inner(convert, "all_gather_coalesced")[0] == "params"
+    assert "persistent_parameters" in attributes(DeepSpeedZeroOptimizer_Stage3)
+
+
+def test_hooks_of_stage_3_are_kept_by_handle() -> None:
+    assert attributes(DeepSpeedZeRoOffload) >= {"fwd_pre_hook", "forward_hooks", "backward_hooks"}
+    handle = nn.Linear(1, 1).register_forward_hook(lambda *_: None)
+    assert handle.id is not None
+    assert callable(handle.hooks_dict_ref)
+
+
+def test_stage_3_reads_and_writes_its_own_state() -> None:
+    kind = DeepSpeedZeroOptimizer_Stage3
+    assert kind.__module__ == "deepspeed.runtime.zero.stage3"
+    assert parameters(kind._rigid_load_state_dict) == ["self", "state_dict", "load_optimizer_states"]
+    for method in (kind._rigid_state_dict, kind.checkpoint_event_prologue, kind.checkpoint_event_epilogue):
+        assert parameters(method) == ["self"]
+    assert parameters(kind._get_param_partition_rank) == parameters(kind.get_param_id) == ["self", "param"]
+    assert attributes(kind) >= {
+        "grad_partitions_flat_buffer", "grad_position", "fp32_partitioned_groups_flat", "offload_optimizer",
+        "swap_optimizer",
+    }  # fmt: skip
+
+
+def test_masters_of_the_other_stages_are_where_they_are_read() -> None:
+    assert attributes(DeepSpeedZeroOptimizer) >= {"bit16_groups", "single_partition_of_fp32_groups", "cpu_offload"}
+    assert attributes(FP16_UnfusedOptimizer) >= {"fp16_groups", "fp32_groups"}
+
+
+def test_the_scaler_ends_a_run_at_its_lowest_scale_unless_told_otherwise() -> None:
+    assert "raise_error_at_min_scale" in parameters(DynamicLossScaler.__init__)
+    assert attributes(DynamicLossScaler) >= {"cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"}
+
+
+def test_the_operator_for_communication_on_cpus_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed.ops
+
+    monkeypatch.setattr(deepspeed.ops, "__compatible_ops__", dict(deepspeed.ops.__compatible_ops__))
+    assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
+    skip_shared_memory_operator()
+    assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
