@@ -54,27 +54,28 @@ class FusedLinear(MoSLoRALayer):
     step_window: StepWindow | None = None
     """Within `one_product_per_step`."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Base output plus the active adapters, ``[..., D_out]``."""
+    def forward(self, x: Tensor, *args: Any, plain_too: bool = False, **kwargs: Any) -> Tensor:
+        """Base output plus the active adapters, ``[..., D_out]``; for `plain_too` see `fused_operands`."""
         if args or kwargs or is_traced():
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         if self.siblings is not None:
             ready = self.siblings.output(self, x)
             if ready is not None:
                 return ready
-        layer = self.fused_operands(x)
+        layer = self.fused_operands(x, plain_too=plain_too)
         if layer is None:
             return super().forward(x)  # type: ignore[no-any-return]
         window = self.step_window
         return fused_linears(x, [layer], None if window is None else window.products((self,)))[0]
 
-    def fused_operands(self, x: Tensor) -> LinearOperands | None:
+    def fused_operands(self, x: Tensor, *, plain_too: bool = False) -> LinearOperands | None:
         """What the fused kernel needs to compute this layer, None where it would not compute what the modules do.
 
         Args:
             x: the input, ``[..., D_in]``.
+            plain_too: an adapter without a mixer as well, which `use_kernel("auto")` leaves to PEFT.
         """
-        adapter = self._fusable_adapter()
+        adapter = self._fusable_adapter(plain_too=plain_too)
         if adapter is None:
             return None
         base = cast(nn.Linear, self.base_layer)
@@ -103,7 +104,7 @@ class FusedLinear(MoSLoRALayer):
         """Whether a factor's weight is there without its module being called: FSDP and offloading fetch it then."""
         return type(part) in _FACTOR_TYPES and "forward" not in part.__dict__ and only_fetches(part)
 
-    def _fusable_adapter(self) -> str | None:
+    def _fusable_adapter(self, *, plain_too: bool) -> str | None:
         """The one active adapter, if the fused kernel computes exactly what the modules would."""
         kernel = current_kernel()
         if kernel == "reference" or self.disable_adapters or self.merged:
@@ -113,7 +114,7 @@ class FusedLinear(MoSLoRALayer):
             return None
         name = active[0]
         mixed = name in self.lora_mixer
-        if not mixed and (kernel == "auto" or name in self.lora_variant):
+        if not mixed and ((kernel == "auto" and not plain_too) or name in self.lora_variant):
             return None
         if mixed and type(self.lora_variant[name]) is not MoSLoRAVariant:
             return None

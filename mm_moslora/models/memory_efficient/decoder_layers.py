@@ -14,7 +14,6 @@ nothing reads the others. That is exact.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -27,7 +26,7 @@ from mm_moslora.adapters.layers.base_weights import weight_of
 from mm_moslora.adapters.layers.fused_linear import FusedLinear
 from mm_moslora.adapters.layers.sharded_weights import fetches_whole
 from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps, compiled
-from mm_moslora.kernels.lora.lora_math import autocasts, current_kernel, use_kernel
+from mm_moslora.kernels.lora.lora_math import autocasts
 from mm_moslora.kernels.lora.lora_matmul import LinearOperands
 from mm_moslora.models.families import LEAN_LAYERS
 from mm_moslora.models.memory_efficient.decoder_autograd import gated_mlp, normed_linears, rotate, turns
@@ -63,8 +62,8 @@ class LeanLayer(nn.Module):
         attended = _attention(layer.self_attn, projected, kwargs, self.passes)
         if self.is_last and positions is not None:
             attended, x = attended[positions], x[positions]
-        with _plain_lora_too():
-            x = x + layer.self_attn.o_proj(attended)
+        output = layer.self_attn.o_proj
+        x = x + (output(attended, plain_too=True) if isinstance(output, FusedLinear) else output(attended))
         norm = layer.post_attention_layernorm
         return gated_mlp(x, norm.weight, norm.variance_epsilon, gate, up, down, self.passes)[None]
 
@@ -117,17 +116,11 @@ def _usable(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> list[LinearOp
     if any(w.requires_grad or w.dtype != hidden.dtype for w in norms) or not fetches_whole(layer):
         return None
     modules = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    with _plain_lora_too():
-        found = [as_tensors(module, hidden) for module in modules]
+    found = [_operands(module, hidden) for module in modules]
     return None if any(item is None for item in found) else cast(list[LinearOperands], found)
 
 
-def _plain_lora_too() -> AbstractContextManager[None]:
-    """Fuse adapters without a mixer like all others, unless a kernel was chosen."""
-    return use_kernel("fused" if current_kernel() == "auto" else current_kernel())
-
-
-def as_tensors(module: nn.Module, x: Tensor) -> LinearOperands | None:
+def _operands(module: nn.Module, x: Tensor) -> LinearOperands | None:
     """A linear layer as tensors where their product is all that the module would compute.
 
     Args:
@@ -135,7 +128,7 @@ def as_tensors(module: nn.Module, x: Tensor) -> LinearOperands | None:
         x: its input, for dtype and device.
     """
     if isinstance(module, FusedLinear):
-        found = module.fused_operands(x)
+        found = module.fused_operands(x, plain_too=True)
         if found is None or module.step_window is None:
             return found
         product = module.step_window.product(module, found, x.dtype)
