@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_moslora.config import AdapterConfig, ModelConfig
+from mm_moslora.kernels.attention.segment_attention import segment_arguments
 from mm_moslora.models.batching.packed_batch import has_mrope
 from mm_moslora.models.batching.padded_batch import picture_inputs
 from mm_moslora.models.meta_model import MetaModel, build_meta_model
@@ -147,7 +148,7 @@ def _kept_by_layer(bones: MetaModel, dtype: torch.dtype) -> int:
             embeddings = decoder.rotary_emb(hidden, rope)
             arguments: dict[str, Any] = {"position_ids": positions, "position_embeddings": embeddings}
             if not needs_padding(bones.model):
-                arguments["segment_lengths"] = (PROBE,)
+                arguments |= segment_arguments((PROBE,), hidden.device)
             return kept_bytes(lambda: layer(hidden, attention_mask=None, **arguments), layer)
         except (AttributeError, TypeError) as error:
             raise ModelError(f"{type(layer).__name__} cannot be planned: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mm_moslora.kernels.attention import matmul_attention, native_cpu_attention
 from mm_moslora.kernels.attention.matmul_attention import BLOCK, attend, attend_backward
 from mm_moslora.kernels.attention.native_cpu_attention import runs_native
-from mm_moslora.kernels.attention.segment_attention import picture_attention, segment_attention
+from mm_moslora.kernels.attention.segment_attention import picture_attention, segment_arguments, segment_attention
 
 SCALE = 0.3
 
@@ -31,6 +32,11 @@ def tensors(heads: int, key_heads: int, tokens: int, dtype: torch.dtype, width: 
 
 LAYER = torch.nn.Module()
 """The attention layer that the functions are told."""
+
+
+def segments(*lengths: int) -> dict[str, Any]:
+    """What a row of these lengths tells its attention."""
+    return segment_arguments(lengths, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -74,8 +80,7 @@ def test_segments_have_the_output_and_gradients_of_pytorch(
 ) -> None:
     q, k, v, grad = tensors(6, key_heads, sum(lengths), dtype)
     leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
-    options = {"scaling": SCALE, "segment_lengths": lengths, "native": attending(way)}
-    output, _ = segment_attention(LAYER, *leaves, None, **options)
+    output, _ = segment_attention(LAYER, *leaves, None, scaling=SCALE, native=attending(way), **segments(*lengths))
     output.backward(grad)
     for mine, exact in zip([output, *(leaf.grad for leaf in leaves)], reference(q, k, v, grad, lengths), strict=True):
         size = torch.maximum(exact.norm(), grad.double().norm() / 5)  # a lone token's query has no gradient
@@ -110,7 +115,7 @@ def test_kept_are_small_probabilities_in_half_precision_or_what_the_kernel_needs
         q, k, v, _ = tensors(2, 2, tokens, dtype)
         numbers = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()), lambda _: None):
-            segment_attention(LAYER, q.requires_grad_(), k, v, None, segment_lengths=(tokens,))
+            segment_attention(LAYER, q.requires_grad_(), k, v, None, **segments(tokens))
         return sum(numbers) - 3 * q.numel()
 
     made_by_amd(True)
@@ -140,7 +145,7 @@ def test_heads_taken_a_few_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPa
 
 @WAYS
 def test_autocast_does_not_round_the_scores(way: str, attending) -> None:
-    options = {"scaling": SCALE, "segment_lengths": (60, 40), "native": attending(way)}
+    options = {"scaling": SCALE, "native": attending(way), **segments(60, 40)}
     q, k, v, grad = tensors(4, 2, 100, torch.bfloat16)
     found = []
     for autocasting in (False, True):
@@ -165,7 +170,7 @@ def by_ours(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, lengths: tuple[int, .
     """Output and gradients."""
     leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
     assert runs_native(*leaves, segments=len(lengths))
-    output, _ = segment_attention(LAYER, *leaves, None, scaling=SCALE, segment_lengths=lengths, native=True)
+    output, _ = segment_attention(LAYER, *leaves, None, scaling=SCALE, native=True, **segments(*lengths))
     output.backward(grad)
     return [output.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -229,7 +234,7 @@ def test_a_large_score_leaves_nothing_to_the_others() -> None:
     q, k, v, _ = tensors(1, 1, 300, torch.float32)
     q[0, 0, -1], k[0, 0, 250] = 0, 0
     q[0, 0, -1, 0], k[0, 0, 250, 0] = 1e3, 1e3
-    output, _ = segment_attention(LAYER, q, k, v, None, scaling=1.0, segment_lengths=(300,), native=True)
+    output, _ = segment_attention(LAYER, q, k, v, None, scaling=1.0, native=True, **segments(300))
     torch.testing.assert_close(output[0, -1, 0], v[0, 0, 250])
 
 
@@ -255,5 +260,5 @@ def test_kept_are_the_output_and_a_number_per_query(made_by_amd) -> None:
     q, k, v, _ = tensors(2, 2, 100, torch.bfloat16)
     numbers = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: numbers.append(t.numel()), lambda _: None):
-        segment_attention(LAYER, q.requires_grad_(), k, v, None, segment_lengths=(100,), native=True)
+        segment_attention(LAYER, q.requires_grad_(), k, v, None, native=True, **segments(100))
     assert sum(numbers) == 4 * q.numel() + 2 * 100

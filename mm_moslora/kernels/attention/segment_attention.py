@@ -1,6 +1,6 @@
 """Attention for padding-free batches: every segment attends to itself alone, without a mask.
 
-Shapes: ``H`` heads, ``S`` tokens of the whole row, ``E`` head width.
+Shapes: ``H`` heads, ``S`` tokens of the whole row, ``G`` segments, ``K`` supervised positions, ``E`` head width.
 
 A dense block-diagonal mask costs the square of the whole row; a loop over segments costs the sum of the squares and
 was measured 2.4 times faster on a CPU. There, a C++ kernel takes all segments in one call under the names that end in
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate
 from typing import Any, cast
@@ -44,6 +45,18 @@ NATIVE = {SEGMENTS: f"{SEGMENTS}_native", PICTURES: f"{PICTURES}_native"}
 """Names of the same attention with the C++ kernel where it can run."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepContext:
+    """What a packed row tells the layers of a decoder and their attention, as their keyword `step_context`."""
+
+    segment_lengths: tuple[int, ...]
+    """They sum to ``S``."""
+    ends: Tensor
+    """Where segments begin, and the end of the last, int32 ``[G + 1]``."""
+    target_positions: Tensor | None = None
+    """int64 ``[K]``: all that anybody reads of the last layer; None: everything."""
+
+
 def segment_attention(
     module: nn.Module,
     query: Tensor,
@@ -52,10 +65,9 @@ def segment_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    segment_lengths: tuple[int, ...] = (),
     sliding_window: int | None = None,
-    cu_seq_lens_q: Tensor | None = None,
     *,
+    step_context: StepContext,
     native: bool = False,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -69,19 +81,18 @@ def segment_attention(
         attention_mask: always None here.
         dropout: attention dropout.
         scaling: factor on the scores; None: ``E ** -0.5``.
-        segment_lengths: lengths that sum to ``S``.
         sliding_window: how many tokens back a token sees, its own place included; None: all.
-        cu_seq_lens_q: where segments begin, and the end, int32; None: computed.
+        step_context: says where the segments are.
         native: the C++ kernel computes it where it can.
 
     Returns:
         ``[1, S, H, E]`` and None.
     """
+    segment_lengths, ends = step_context.segment_lengths, step_context.ends
     assert attention_mask is None
     assert sum(segment_lengths) == query.shape[2], "segment lengths must sum to the row"
     windowed = sliding_window is not None and max(segment_lengths) > sliding_window
     if not dropout and (kernel := variable_length_kernel(query)) is not None:
-        ends = _ends(segment_lengths, query.device) if cu_seq_lens_q is None else cu_seq_lens_q
         options: dict[str, Any] = {"scale": scaling}
         if _shares_heads(kernel):
             options["enable_gqa"] = query.shape[1] != key.shape[1]
@@ -331,19 +342,23 @@ def set_attention(model: PreTrainedModel, name: str, *, native: bool = False) ->
         tower.set_attn_implementation(NATIVE[PICTURES] if native else PICTURES)
 
 
-def segment_arguments(segment_lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
-    """Keyword arguments that tell an attention function where segments begin: ours and flash-attention's."""
-    ends = _ends(segment_lengths, device)
+def segment_arguments(
+    segment_lengths: tuple[int, ...], device: torch.device, *, target_positions: Tensor | None = None
+) -> dict[str, Any]:
+    """Keyword arguments that tell a decoder where the segments of a row are: ours and flash-attention's.
+
+    Args:
+        segment_lengths: they sum to the row.
+        device: where the row is.
+        target_positions: see `StepContext`.
+    """
+    # Added up on the host and copied without waiting: made on the device, it would wait for all that runs there.
+    ends = torch.tensor([0, *accumulate(segment_lengths)], dtype=torch.int32).to(device, non_blocking=True)
     longest = max(segment_lengths)
     return {
-        "segment_lengths": segment_lengths,
+        "step_context": StepContext(segment_lengths=segment_lengths, ends=ends, target_positions=target_positions),
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,
         "max_length_q": longest,
         "max_length_k": longest,
     }
-
-
-def _ends(segment_lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    # Added up on the host and copied without waiting: made on the device, it would wait for all that runs there.
-    return torch.tensor([0, *accumulate(segment_lengths)], dtype=torch.int32).to(device, non_blocking=True)

@@ -21,7 +21,7 @@ from mm_moslora.batch import Batch
 from mm_moslora.kernels.attention.segment_attention import segment_arguments
 from mm_moslora.models.batching.padded_batch import picture_inputs, readable, takes, text_inputs
 from mm_moslora.models.families import vlm_family
-from mm_moslora.models.memory_efficient.decoder_layers import TARGET_POSITIONS, drops_positions
+from mm_moslora.models.memory_efficient.decoder_layers import drops_positions
 from mm_moslora.utils.errors import ModelError
 
 _ENCODED = "mm_encoder_outputs"
@@ -49,10 +49,9 @@ def packed_row_hidden(model: PreTrainedModel, batch: Batch, **inputs: Any) -> Te
     Returns:
         ``[K, D]``.
     """
-    inputs |= segment_arguments(batch.segment_lengths, batch.input_ids.device)
-    trimmed = drops_positions(model)
-    if trimmed:
-        inputs[TARGET_POSITIONS] = batch.target_positions
+    trimmed, device = drops_positions(model), batch.input_ids.device
+    positions = batch.target_positions if trimmed else None
+    inputs |= segment_arguments(batch.segment_lengths, device, target_positions=positions)
     hidden: Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
     return hidden if trimmed else hidden[batch.target_positions]
 

@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mm_moslora.adapters.layers.base_weights import weight_of
 from mm_moslora.adapters.layers.fused_linear import FusedLinear
 from mm_moslora.adapters.layers.sharded_weights import fetches_whole
+from mm_moslora.kernels.attention.segment_attention import StepContext
 from mm_moslora.kernels.fused_ops.torch_ops import TORCH_OPS, FusedOps, compiled
 from mm_moslora.kernels.lora.lora_math import autocasts
 from mm_moslora.kernels.lora.lora_matmul import LinearOperands
@@ -32,8 +33,6 @@ from mm_moslora.models.families import LEAN_LAYERS
 from mm_moslora.models.memory_efficient.decoder_autograd import gated_mlp, normed_linears, rotate, turns
 from mm_moslora.models.transformers_patches import mix_in
 
-TARGET_POSITIONS = "target_positions"
-"""Keyword under which the supervised positions travel through the decoder to its last layer."""
 
 
 class LeanLayer(nn.Module):
@@ -47,20 +46,21 @@ class LeanLayer(nn.Module):
     """The stock form, compiled, for the calls that fall back while training."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``[1, S, D]``, or ``[1, K, D]`` from the last layer when the supervised positions are given."""
-        positions = kwargs.pop(TARGET_POSITIONS, None)
+        """``[1, S, D]``, or ``[1, K, D]`` from the last layer when `step_context` names the supervised positions."""
+        context: StepContext | None = kwargs.get("step_context")
+        positions = context.target_positions if self.is_last and context is not None else None
         layer = cast(Any, self)
         linears = None if args else _usable(layer, hidden_states, kwargs)
         if linears is None:
             stock = self.compiled_fallback if self.compiled_fallback is not None and self.training else super().forward
             output: Tensor = stock(hidden_states, *args, **kwargs)
-            return output[:, positions] if self.is_last and positions is not None else output
+            return output if positions is None else output[:, positions]
         q, k, v, gate, up, down = linears
         x = hidden_states.squeeze(0)  # not [0], whose gradient is a copy into zeros
         norm = layer.input_layernorm
         projected = normed_linears(x, norm.weight, norm.variance_epsilon, (q, k, v), self.passes)
         attended = _attention(layer.self_attn, projected, kwargs, self.passes)
-        if self.is_last and positions is not None:
+        if positions is not None:
             attended, x = attended[positions], x[positions]
         output = layer.self_attn.o_proj
         x = x + (output(attended, plain_too=True) if isinstance(output, FusedLinear) else output(attended))
