@@ -96,7 +96,7 @@ def test_kernels_give_the_numbers_of_torch_in_tritons_interpreter() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", str(worker)],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=540,
-        cwd=worker.parents[2],
+        cwd=worker.parents[3],
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert re.search(r"\b4\d passed in", done.stdout)
