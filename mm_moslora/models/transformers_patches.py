@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 
 
 def mix_in(layer: nn.Module, mixin: type[nn.Module]) -> None:
-    """Give a layer a class made of a mixin and its own class, in place.
+    """Give a layer a class made of a mixin and its own class, or a subclass of its own class, in place.
 
     A wrapper around the layer would change the names of its weights, by which models are saved, merged and read; and
     transformers has no registry of layer classes, as it has one of attention functions.
 
     Args:
-        layer: of a decoder; its weights, hooks and attributes stay.
+        layer: of a decoder, or a head; its weights, hooks and attributes stay.
         mixin: its `forward` goes first; the gradient checkpointing of transformers stays around both.
     """
     layer.__class__ = _mixed(mixin, type(layer))
@@ -30,6 +30,8 @@ def mix_in(layer: nn.Module, mixin: type[nn.Module]) -> None:
 
 @cache
 def _mixed(mixin: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    if issubclass(mixin, kind):
+        return mixin
     name = mixin.__name__.removesuffix("Layer") + kind.__name__
     return type(name, (mixin, kind), {"__module__": mixin.__module__})
 

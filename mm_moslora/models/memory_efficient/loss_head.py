@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from mm_moslora.models.transformers_patches import mix_in
+
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 """Largest block of logits, as if in fp32. On a CPU a few hundred positions: every block reads the head's weights."""
 SMALLEST_CHUNK = 128
@@ -58,7 +60,7 @@ def use_loss_head(model: PreTrainedModel) -> bool:
     """Let the model's head compute the loss in chunks, in place; False where it is not a plain linear layer."""
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and head.bias is None and "forward" not in head.__dict__:
-        head.__class__ = LossHead
+        mix_in(head, LossHead)
     return isinstance(head, LossHead)
 
 
