@@ -11,12 +11,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from preloaded import Preloaded
 from tiny import make_language, make_records, make_vision
+
+if TYPE_CHECKING:
+    from mm_moslora.config import Recipe
 
 LONGEST = ("distributed", "training", "planning", "compare", "models", "scripts", "docs")
 """Folders whose tests begin first, so that the workers end together."""
@@ -83,3 +87,15 @@ def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Training records with pictures; the images lie in `images` beside the file."""
     return make_records(tmp_path_factory.mktemp("records"))
+
+
+@pytest.fixture
+def recipe(language_folder: Path, vision_folder: Path, records: Path, tmp_path: Path) -> Recipe:
+    """A tiny recipe for the tests of one process."""
+    from trials import make_recipe
+
+    made = make_recipe(
+        {"language": language_folder, "vision": vision_folder, "records": records}, tmp_path / "run", "none",
+        dropout=0.1, steps=6, micro_batch=4, rehearsal=True,
+    )  # fmt: skip
+    return replace(made, name="tiny", optim=replace(made.optim, lr=2e-3, projector_lr=1e-2))

@@ -34,7 +34,6 @@ from mm_moslora.models.memory_efficient.decoder_autograd import gated_mlp, norme
 from mm_moslora.models.transformers_patches import mix_in
 
 
-
 class LeanLayer(nn.Module):
     """Mixed in before a known decoder layer's class; see the module's description."""
 
