@@ -25,7 +25,8 @@ def mix_in(layer: nn.Module, mixin: type[nn.Module]) -> None:
         layer: of a decoder, or a head; its weights, hooks and attributes stay.
         mixin: its `forward` goes first; the gradient checkpointing of transformers stays around both.
     """
-    layer.__class__ = _mixed(mixin, type(layer))
+    classes: tuple[Any, Any] = (mixin, type(layer))  # mypy takes a class of modules for unhashable
+    layer.__class__ = _mixed(*classes)
 
 
 @cache

@@ -61,8 +61,8 @@ class LeanLayer(nn.Module):
         attended = _attention(layer.self_attn, projected, kwargs, self.passes)
         if positions is not None:
             attended, x = attended[positions], x[positions]
-        output = layer.self_attn.o_proj
-        x = x + (output(attended, plain_too=True) if isinstance(output, FusedLinear) else output(attended))
+        o_proj = layer.self_attn.o_proj
+        x = x + (o_proj(attended, plain_too=True) if isinstance(o_proj, FusedLinear) else o_proj(attended))
         norm = layer.post_attention_layernorm
         return gated_mlp(x, norm.weight, norm.variance_epsilon, gate, up, down, self.passes)[None]
 
