@@ -62,7 +62,8 @@ def patch_peft() -> None:
     """Enter the tuner and the configuration, and put the functions in their places; once more changes nothing."""
     PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.LORA] = MoSLoRAModel
     PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.LORA] = LoraConfigOfFolder
-    for module in (peft, peft_model, utils, save_and_load, hotswap):
+    modules: tuple[Any, ...] = (peft, peft_model, utils, save_and_load, hotswap)
+    for module in modules:
         module.load_peft_weights = load_peft_weights
     intruders.reduce_intruder_dimension = reduce_intruder_dimension
     # It compares these keys of `to_dict` of both configurations; stock LoRA has no mixer_init.

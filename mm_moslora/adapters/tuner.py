@@ -50,7 +50,7 @@ class LoraConfigOfFolder(LoraConfig):
 class MoSLoRAModel(LoraModel):
     """PEFT's `LoraModel`, which knows mixers; the same for every configuration that is no `MoSLoRAConfig`."""
 
-    def _prepare_adapter_config(self, peft_config: LoraConfig, model_config: dict[str, Any]) -> LoraConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         # The first moment at which the model and the configuration are there, and nothing is changed.
         if isinstance(peft_config, MoSLoRAConfig):
             _check_names(self.model, peft_config)
@@ -75,7 +75,7 @@ class MoSLoRAModel(LoraModel):
 
     def _create_and_replace(
         self,
-        lora_config: LoraConfig,
+        lora_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -97,12 +97,12 @@ class MoSLoRAModel(LoraModel):
                 raise AdapterError(f"Target {current_key!r} cannot carry MoSLoRA: {reason}")
         super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
 
-    def add_weighted_adapter(
+    def add_weighted_adapter(  # type: ignore[override]  # PEFT's options are keywords here
         self,
         adapters: list[str],
         weights: list[float],
         adapter_name: str,
-        combination_type: str = "svd",
+        combination_type: Any = "svd",
         **kwargs: Any,
     ) -> None:
         """Add up adapters; those with mixers as `mm_moslora.adapters.add_weighted_adapter` does."""
@@ -122,16 +122,21 @@ class MoSLoRAModel(LoraModel):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: LoraConfig, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: Any,
     ) -> dict[str, Tensor]:
         if isinstance(config, MoSLoRAConfig):
             # In place: PEFT goes on with it for the modules that train whole.
             state_dict |= named_as_modules(model, state_dict)
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **kwargs)
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: LoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         if not isinstance(config, MoSLoRAConfig):
             if any(name.endswith(MIXER) for name in state_dict):
