@@ -73,7 +73,7 @@ class MoSLoRAModel(LoraModel):
         if not config.inference_mode:
             stop_repacking(model)
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]  # LoraModel's parameters, which are not BaseTuner's
         self,
         lora_config: Any,
         adapter_name: str,

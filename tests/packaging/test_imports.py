@@ -27,6 +27,12 @@ def test_the_tree_has_no_circle_no_full_folder_and_no_name_twice(check_imports: 
     assert check_imports.faults() == []
 
 
+def test_the_picture_of_packages_is_that_of_the_imports(check_imports: ModuleType) -> None:
+    """If not: `python scripts/check_imports.py --draw`."""
+    text = check_imports.PICTURE.read_text()
+    assert check_imports.drawn(text) == text
+
+
 @pytest.mark.parametrize(
     ("closing", "fault"),
     [
