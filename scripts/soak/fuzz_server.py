@@ -246,7 +246,7 @@ def tiny_models(folder: Path, *, longest: int = 512) -> Any:
         folder: folder for its parts.
         longest: its context length, tokens.
     """
-    sys.path[:0] = [str(ROOT), str(ROOT / "eval"), str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "eval"), str(ROOT / "tests" / "builders")]
     from tiny import make_language, make_vision
 
     from mm_moslora.config import ModelConfig, VisionConfig

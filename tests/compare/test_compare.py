@@ -155,7 +155,7 @@ def test_changed_data_are_refused_before_anything_runs(
             line[line.index("--hold-out") + 1] = "0.4"
     assert cli.run([*line, *train_at]) == 1
     said = capsys.readouterr().err
-    assert {"questions": "test.jsonl", "share": "hold_out 0.3"}.get(changed, "data.train 1 changed since") in said
+    assert {"questions": "test.jsonl", "share": "hold_out 0.3"}.get(changed, "data.train 1 changed") in said
     assert "choose another --output" in said.lower()
 
 

@@ -146,7 +146,7 @@ def ai2d(rows: list[Row], runs: Runs) -> list[Any]:
     name = "ai2d@lmms_eval"
     found = by_letter(name, rows, runs)
     parsed = run_rows(name, [row | {"options": dict.fromkeys(LETTERS, "text")} for row in rows], runs, choice).parsed
-    filtered, score = block(name, "mcq.ai2d_filter"), block(name, "mcq.ai2d_lmms_eval")
+    filtered, score = block(name, "multiple_choice.ai2d_filter"), block(name, "multiple_choice.ai2d_lmms_eval")
     for number, row in enumerate(rows):
         if padded(row):
             found[number] = {letter: score(row["prediction"], letter) for letter in LETTERS}
@@ -159,7 +159,7 @@ def scienceqa_llava(rows: list[Row], runs: Runs) -> list[Any]:
     parsed = run_rows(name, rows, runs, choice).parsed
     ours = []
     for row, text in zip(rows, parsed, strict=True):
-        read = block(name, "mcq.scienceqa_llava")(row["prediction"], options(row)) if padded(row) else text
+        read = block(name, "multiple_choice.scienceqa_llava")(row["prediction"], options(row)) if padded(row) else text
         known = list(options(row))
         ours.append({"parsed": read or "FAILED", "pred_index": known.index(read) if read in known else -1})
     return ours
@@ -410,7 +410,7 @@ def captions(name: str, *, tokenised: bool) -> Callable[[Row, Runs], Any]:
         made = [Document(id=str(n), question="q", answers=tuple(texts)) for n, texts in enumerate(people)]
         metrics = runs(name, made, given).result.metrics
         if tokenised:
-            split = block(name, "ptb.tokenize")
+            split = block(name, "ptb_tokeniser.tokenize")
             given, people = [split(text) for text in given], [[split(text) for text in texts] for texts in people]
             assert given == row["tokenized_predictions"]
             assert people == row["tokenized_references"]
@@ -665,18 +665,18 @@ def whole(check: Callable[[Row, Runs], Any]) -> Check:
 
 CHECKS: dict[str, Check] = {
     "ai2d_lmms_eval": ai2d,
-    "anls_lmms_eval": scores("docvqa_val@lmms_eval", "documents.anls", all_at_once),
-    "anls_stvqa_llava": scores("docvqa_val@llava", "documents.anls_stvqa_llava", all_at_once),
-    "anls_vlmevalkit": scores("docvqa_val@vlmevalkit", "documents.anls", all_at_once),
+    "anls_lmms_eval": scores("docvqa_val@lmms_eval", "document_vqa.anls", all_at_once),
+    "anls_stvqa_llava": scores("docvqa_val@llava", "document_vqa.anls_stvqa_llava", all_at_once),
+    "anls_vlmevalkit": scores("docvqa_val@vlmevalkit", "document_vqa.anls", all_at_once),
     "caption_coco_no_tokenizer": whole(captions("coco_caption@vlmevalkit", tokenised=False)),
     "caption_coco_ptb": whole(captions("coco_caption@lmms_eval", tokenised=True)),
-    "caption_ptb_tokenizer": step("coco_caption@lmms_eval", "ptb.tokenize"),
+    "caption_ptb_tokenizer": step("coco_caption@lmms_eval", "ptb_tokeniser.tokenize"),
     "commonsense_extract_moslora": commonsense_answers,
     "commonsense_prompt_moslora": whole(commonsense_prompt),
     "commonsense_prompts_lm_eval": whole(lambda row, runs: commonsense_lm_eval(row, runs, runs.folder())),
-    "exact_match_gqa_llava": scores("gqa_testdev@llava", "exact.gqa_llava"),
-    "exact_match_gqa_lmms_eval": scores("gqa_testdev@lmms_eval", "exact.gqa_lmms_eval"),
-    "exact_match_gqa_vlmevalkit": scores("gqa_testdev@vlmevalkit", "exact.gqa_vlmevalkit"),
+    "exact_match_gqa_llava": scores("gqa_testdev@llava", "exact_match.gqa_llava"),
+    "exact_match_gqa_lmms_eval": scores("gqa_testdev@lmms_eval", "exact_match.gqa_lmms_eval"),
+    "exact_match_gqa_vlmevalkit": scores("gqa_testdev@vlmevalkit", "exact_match.gqa_vlmevalkit"),
     "hallusionbench_lmms_eval": whole(lambda row, runs: hallusionbench("hallusionbench@lmms_eval", row, runs)),
     "hallusionbench_vlmevalkit": whole(hallusionbench_vlmevalkit),
     "llavabench_parse_score_llava": llavabench_ratings("llavabench@llava"),
@@ -702,30 +702,30 @@ CHECKS: dict[str, Check] = {
     "mmvet_aggregate": whole(mmvet_aggregate),
     "mmvet_judge_prompt_tail": whole(mmvet_tail),
     "mmvet_judge_parse": mmvet_grades,
-    "ocrbench_lmms_eval": scores("ocrbench@lmms_eval", "documents.ocrbench_lmms_eval", with_category),
-    "ocrbench_vlmevalkit": scores("ocrbench@vlmevalkit", "documents.ocrbench_vlmevalkit", with_category),
+    "ocrbench_lmms_eval": scores("ocrbench@lmms_eval", "document_vqa.ocrbench_lmms_eval", with_category),
+    "ocrbench_vlmevalkit": scores("ocrbench@vlmevalkit", "document_vqa.ocrbench_vlmevalkit", with_category),
     "prompts_lmms_eval": each(prompt_lmms_eval),
     "prompts_vlmevalkit": each(prompt_vlmevalkit),
     "pope_metrics_llava": whole(pope_llava),
     "pope_metrics_lmms_eval": whole(pope_lmms_eval),
     "pope_metrics_vlmevalkit": whole(pope_vlmevalkit),
-    "realworldqa_lmms_eval": scores("realworldqa@lmms_eval", "exact.realworldqa_lmms_eval"),
-    "relaxed_accuracy_lmms_eval": scores("chartqa_test@lmms_eval", "documents.relaxed_lmms_eval"),
-    "relaxed_accuracy_vlmevalkit": scores("chartqa_test@vlmevalkit", "documents.relaxed_accuracy"),
+    "realworldqa_lmms_eval": scores("realworldqa@lmms_eval", "exact_match.realworldqa_lmms_eval"),
+    "relaxed_accuracy_lmms_eval": scores("chartqa_test@lmms_eval", "document_vqa.relaxed_lmms_eval"),
+    "relaxed_accuracy_vlmevalkit": scores("chartqa_test@vlmevalkit", "document_vqa.relaxed_accuracy"),
     "scienceqa_llava": scienceqa_llava,
     "scienceqa_lmms_eval": lambda rows, runs: by_letter("scienceqa_img@lmms_eval", rows, runs, LETTERS[:3]),
     "seedbench_lmms_eval": seedbench,
     "stats_clustered_stderr": each(lambda row: error_bars.clustered_stderr(row["scores"], row["clusters"])),
     "stats_mean_stderr": each(mean_stderr),
     "stats_paired_ttest": each(paired),
-    "vqa_accuracy_textvqa": scores("textvqa_val@lmms_eval", "vqa.textvqa", all_at_once),
-    "vqa_accuracy_vizwiz_official": scores("vizwiz_val@official", "vqa.vizwiz_official", all_at_once),
-    "vqa_accuracy_vlmevalkit": scores("textvqa_val@vlmevalkit", "vqa.vlmevalkit", all_at_once),
-    "vqa_accuracy_vqav2_lmms_eval": scores("vqav2_val@lmms_eval", "vqa.vqav2_lmms_eval", all_at_once),
-    "vqa_accuracy_vqav2_official": scores("vqav2_val@official", "vqa.vqav2_official", all_at_once),
-    "vqa_normalize_evalai": step("textvqa_val@lmms_eval", "vqa.normalize_evalai"),
-    "vqa_normalize_vlmevalkit": step("textvqa_val@vlmevalkit", "vqa.normalize_vlmevalkit"),
-    "vqa_normalize_vqav2_official": step("vqav2_val@official", "vqa.normalize_official"),
+    "vqa_accuracy_textvqa": scores("textvqa_val@lmms_eval", "vqa_accuracy.textvqa", all_at_once),
+    "vqa_accuracy_vizwiz_official": scores("vizwiz_val@official", "vqa_accuracy.vizwiz_official", all_at_once),
+    "vqa_accuracy_vlmevalkit": scores("textvqa_val@vlmevalkit", "vqa_accuracy.vlmevalkit", all_at_once),
+    "vqa_accuracy_vqav2_lmms_eval": scores("vqav2_val@lmms_eval", "vqa_accuracy.vqav2_lmms_eval", all_at_once),
+    "vqa_accuracy_vqav2_official": scores("vqav2_val@official", "vqa_accuracy.vqav2_official", all_at_once),
+    "vqa_normalize_evalai": step("textvqa_val@lmms_eval", "vqa_accuracy.normalize_evalai"),
+    "vqa_normalize_vlmevalkit": step("textvqa_val@vlmevalkit", "vqa_accuracy.normalize_vlmevalkit"),
+    "vqa_normalize_vqav2_official": step("vqav2_val@official", "vqa_accuracy.normalize_official"),
     "yesno_mme_lmms_eval": named(yes_no("mme@lmms_eval"), lambda text: text or "other"),
     "yesno_pope_llava": yes_no("pope@llava"),
     "yesno_pope_lmms_eval": yes_no_pope_lmms_eval,

@@ -15,7 +15,7 @@ from tiny import make_tokenizer
 
 CHECKOUT = Path(__file__).parents[2]
 LOADERS = {"from_pretrained", "from_config"}
-SAFE = {"PeftModel", "LoraConfig", "TransformersModel", "DDPMScheduler"}
+SAFE = {"PeftModel", "LoraConfig", "kind", "TransformersModel", "DDPMScheduler"}
 """Receivers that load no code of a folder: PEFT's adapters, diffusers' schedulers, and the class of the harness."""
 EVIL = """
 import pathlib

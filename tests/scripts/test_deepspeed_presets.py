@@ -63,7 +63,7 @@ def test_what_the_recipe_decides_is_left_to_it(name: str) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_the_recipe_fills_a_preset_and_writes_what_releases_differ_in(precision: str) -> None:
-    from mm_moslora.training.engine.deepspeed_config import deepspeed_config
+    from mm_moslora.training.engine.deepspeed_settings import deepspeed_config
 
     for name in STAGES:
         config = deepspeed_config(TrainConfig(zero=name, global_batch=8, micro_batch=2), precision, 0.5)
@@ -75,7 +75,7 @@ def test_the_recipe_fills_a_preset_and_writes_what_releases_differ_in(precision:
 
 
 def test_adapters_of_any_rank_stay_whole_under_zero3_unless_the_file_says_otherwise(tmp_path: Path) -> None:
-    from mm_moslora.training.engine.deepspeed_config import deepspeed_config
+    from mm_moslora.training.engine.deepspeed_settings import deepspeed_config
 
     def threshold(zero: str, largest: int) -> int:
         config = deepspeed_config(TrainConfig(zero=zero), "bf16", 1.0, largest_adapter=largest)
@@ -92,7 +92,7 @@ def test_adapters_of_any_rank_stay_whole_under_zero3_unless_the_file_says_otherw
 
 
 def test_a_file_that_contradicts_the_recipe_and_a_preset_that_is_not_there_are_refused(tmp_path: Path) -> None:
-    from mm_moslora.training.engine.deepspeed_config import deepspeed_config
+    from mm_moslora.training.engine.deepspeed_settings import deepspeed_config
 
     own = tmp_path / "own.json"
     own.write_text(json.dumps(_load("zero2") | {"bf16": {"enabled": True}}))
@@ -108,7 +108,7 @@ def test_a_file_that_contradicts_the_recipe_and_a_preset_that_is_not_there_are_r
 def test_a_lock_of_a_killed_build_is_named_before_anybody_waits_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from mm_moslora.training.engine.deepspeed_config import _warn_of_stale_locks
+    from mm_moslora.training.engine.deepspeed_settings import _warn_of_stale_locks
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     _warn_of_stale_locks()

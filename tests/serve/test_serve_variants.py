@@ -130,7 +130,7 @@ def test_names_and_folders_that_do_not_fit_are_refused(runs: tuple[Path, Path], 
 
     with pytest.raises(ConfigError, match="same name"):
         load_models(runs[0], name="one", further={"one": runs[1]})
-    with pytest.raises(ModelError, match="no checkpoint"):
+    with pytest.raises(ModelError, match="not a checkpoint"):
         load_models(runs[0], further={"two": tmp_path})
     with pytest.raises(ConfigError, match="NAME=FOLDER"):
         parse_adapters(["just-a-folder"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mm_moslora.config import TrainConfig
-from mm_moslora.training.engine.deepspeed_config import (
+from mm_moslora.training.engine.deepspeed_settings import (
     check_settings,
     deepspeed_config,
     deepspeed_refuses,

@@ -66,6 +66,8 @@ class StopRequest:
         if previous:
             previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, leave)
         try:
+            if previous and self.received:  # it came before these handlers
+                raise Stopped
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0.0)

@@ -235,7 +235,7 @@ def test_scoring_needs_only_the_answers(question_file: Path, tmp_path: Path, mod
     results = evaluate(model, task_of(question_file), tmp_path / "run", modes=("own",), baselines=(), settings=ONE)
     question_file.unlink()
     code = (
-        "import sys; from pathlib import Path; from mm_moslora_eval import cli;"
+        "import sys; from pathlib import Path; from mm_moslora_eval import eval_commands as cli;"
         f"r = cli.score(Path({str(tmp_path / 'run')!r})); print(r[0].score, 'torch' in sys.modules)"
     )
     done = subprocess.run(

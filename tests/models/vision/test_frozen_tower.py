@@ -198,7 +198,7 @@ def test_a_full_disk_stops_the_cache_and_not_the_run(assembly, tmp_path, monkeyp
 
 @pytest.mark.parametrize("mode", ["adapter", "full"])
 def test_an_encoder_that_trains_is_refused(mode):
-    with pytest.raises(ConfigError, match="one that trains"):
+    with pytest.raises(ConfigError, match="an encoder that trains"):
         VisionConfig(name="x", mode=mode, feature_cache="features")
 
 
