@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts" / "soak")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "builders"), str(ROOT / "scripts" / "soak")]
 
 from fuzzing import Tally, main  # noqa: E402
 
