@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mm_moslora.config import TrainConfig
+from mm_moslora.training.engine.deepspeed_engine import DeepSpeedEngine
 from mm_moslora.training.engine.deepspeed_settings import (
     check_settings,
     deepspeed_config,
@@ -17,7 +18,6 @@ from mm_moslora.training.engine.deepspeed_settings import (
     largest_adapter,
     prepare_deepspeed,
 )
-from mm_moslora.training.engine.deepspeed_engine import DeepSpeedEngine
 from mm_moslora.training.engine.engine_base import Engine, LossModule, StepResult
 from mm_moslora.training.engine.torch_engine import TorchEngine
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
