@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers.utils import logging
 
@@ -148,7 +148,8 @@ def run(model: Path, out: Path, *, steps: int = 12) -> dict[str, float]:
     tuned = load_adapter(base(model), folder)
     losses["mm_moslora"] = loss(model, tuned)
     save_adapter(tuned, out / "adapter")
-    losses["stock PEFT"] = loss(model, PeftModel.from_pretrained(base(model), out / "adapter"))
+    plain = LoraConfig.from_pretrained(out / "adapter")  # as PEFT reads the folder without mm_moslora
+    losses["stock PEFT"] = loss(model, PeftModel.from_pretrained(base(model), out / "adapter", config=plain))
     return losses
 
 
