@@ -223,8 +223,9 @@ def _become(asked: dict, files: list[int]) -> None:
     os.chdir(asked["folder"])
     os.environ.clear()
     os.environ.update(asked["environment"])
-    for number in asked["ignored"]:
-        signal.signal(number, signal.SIG_IGN)
+    for number in SIGNALS:  # not those of the tests, which a shell may have started with Ctrl-C ignored
+        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in asked["ignored"] else usual)
     torch.set_num_threads(
         torch.get_num_threads()
     )  # as mm_moslora.utils.hardware.renew_threads does; "stock" is without it

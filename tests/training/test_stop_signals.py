@@ -51,7 +51,7 @@ def test_a_run_that_is_told_to_stop_while_it_loads_asks_to_be_started_again(reci
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             process.send_signal(number)
-            said, errors = process.communicate(timeout=300)
+            said, errors = process.communicate(timeout=150)
             assert process.returncode == 75, errors
             assert stopped_text(number) in said
             assert "Traceback" not in errors
