@@ -2,7 +2,7 @@
 
 ::
 
-    adapter_config.json         stock PEFT's configuration, no key of ours
+    adapter_config.json         stock PEFT's configuration, without keys of this package
     adapter_model.safetensors   folded factors A and B' = B M: a plain LoRA to stock PEFT, vLLM and llama.cpp, and right
     moslora.safetensors         A, M and B in float32, under PEFT's names
     moslora.json                full configuration, format version, sha256 of both weight files, the base they belong to
@@ -291,7 +291,7 @@ def complete_folder(folder: Path, config: AdapterOptions, *, auto_mapping: Mappi
 
 
 def _is_fold(folder: Path) -> bool:
-    """Whether the weights for everybody are the fold of ours beside them."""
+    """Whether the folded weights that stock PEFT reads are the fold of A, M and B beside them."""
     try:
         manifest = json.loads((folder / OWN_CONFIG).read_text(encoding="utf-8"))
         return all(sha256_of(folder / name) == manifest["files"][name] for name in (STOCK_WEIGHTS, OWN_WEIGHTS))

@@ -418,7 +418,7 @@ def llava_settings(
     image_token_id: int,
     tokens: int,
 ) -> dict[str, Any]:
-    """Keys of `LlavaConfig`, and of ours, for these parts."""
+    """Keys of `LlavaConfig`, and keys that this package adds, for these parts."""
     drop_prefix = vision.select == "patch" and spec.prefix > 0
     return {
         "vision_config": tower.config,

@@ -68,7 +68,7 @@ def import_parts(source: Path, folder: Path, *, language: str | None = None) -> 
     Args:
         source: a folder, a .bin or a .pth file; see the top.
         folder: new or empty.
-        language: the base of a LoRA or of an XTuner checkpoint, where the one that the source names is not to be had.
+        language: the base of a LoRA or of an XTuner checkpoint, where the one that the source names cannot be read.
 
     Raises:
         ModelError: no such form, a projector that cannot be expressed, or a base that is needed and not named.

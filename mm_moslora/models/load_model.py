@@ -43,7 +43,7 @@ def load(
     """Load a model for inference.
 
     Args:
-        path: a run, a checkpoint of ours, an exported folder, or an adapter folder of any trainer.
+        path: a run, one of its checkpoints, an exported folder, or an adapter folder of any trainer.
         merge: fold adapters into the base weights (faster); False leaves them live in `Parts.peft_model`.
         dtype: dtype of the weights.
         base: for an adapter folder, the model it belongs to; None takes the one that it names.

@@ -89,7 +89,7 @@ def build_meta_model(
         picture: width and height of the one that stands for all; see `size_decides`.
 
     Raises:
-        ModelError: a configuration is not to be had, or of a kind that cannot be built without its weights; see also
+        ModelError: a configuration cannot be read, or is of a kind that cannot be built without its weights; see also
             `refuse_without_effect`.
     """
     refuse_without_effect(config)

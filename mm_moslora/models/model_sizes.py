@@ -42,7 +42,7 @@ def config_to_count(name: str, revision: str | None) -> PreTrainedConfig:
     except (OSError, ValueError, KeyError):
         if name not in known_shapes():
             raise
-        logger.info("%s: the shipped sizes are used, since its configuration is not to be had.", name)
+        logger.info("%s: its configuration cannot be read; the shipped sizes are used.", name)
         return known_shape(name)
     return config
 
@@ -74,7 +74,7 @@ def sizes_of(name: str, revision: str | None, *, key: str) -> Any:
         return config_to_count(name, revision)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{key} is {name!r}, whose configuration is not to be had ({reason_of(error)}). Give a folder with its "
+            f"{key} is {name!r}: its configuration cannot be read ({reason_of(error)}). Give a folder with its "
             "config.json, or go online."
         ) from error
 

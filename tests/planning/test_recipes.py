@@ -281,7 +281,7 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch) -> None:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr("mm_moslora.models.meta_model.HUB_SECONDS", 0.2)
         start = time.monotonic()
-        with pytest.raises(ModelError, match=r"model\.language is 'some/model'.* not to be had"):
+        with pytest.raises(ModelError, match=r"model\.language is 'some/model'.* cannot be read"):
             meta_model(load_recipe("llava15_7b_moslora", ["model.language=some/model"]))
         assert time.monotonic() - start < 5
     assert not constants.HF_HUB_OFFLINE

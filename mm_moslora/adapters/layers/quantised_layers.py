@@ -1,7 +1,7 @@
 """Adapters on quantised base layers: bitsandbytes in 4 and 8 bits, torchao's int8 weights.
 
 PEFT's quantised layers resolve only the variants they know and take every other configuration for plain LoRA, without
-a word. Here a quantised layer gets a class of ours, or an error.
+a word. Here a quantised layer gets a class of this package, or an error.
 """
 
 from __future__ import annotations

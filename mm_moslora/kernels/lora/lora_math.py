@@ -46,7 +46,7 @@ def use_kernel(kernel: Kernel) -> Iterator[None]:
 def is_traced() -> bool:
     """Whether torch.compile, torch.export, torch.jit.trace or a transform of torch.func looks at the operations.
 
-    They cannot look into an autograd node of ours.
+    They cannot look into a custom autograd node.
     """
     # Dynamo, which knows the first to be true, never sees the others.
     return (

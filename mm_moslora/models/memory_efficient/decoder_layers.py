@@ -123,7 +123,7 @@ def _operands(module: nn.Module, x: Tensor) -> LinearOperands | None:
     """A linear layer as tensors where their product is all that the module would compute.
 
     Args:
-        module: `nn.Linear`, a quantised one, or one of ours around either.
+        module: `nn.Linear`, a quantised one, or an adapted layer around either.
         x: its input, for dtype and device.
     """
     if isinstance(module, FusedLinear):

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 class FusedVisionConfig(PreTrainedConfig):
-    """Two towers of transformers or of ours."""
+    """Two towers, of transformers or of this package."""
 
     model_type = "mm_moslora_fused_vision"
 

@@ -196,7 +196,7 @@ def fp32_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def is_timm_folder(folder: Path) -> bool:
-    """A folder as timm publishes it: config.json with an architecture and no transformers model type of ours."""
+    """A folder as timm publishes it: config.json with an architecture and without the model type of this package."""
     file = folder / "config.json"
     if not file.is_file():
         return False
