@@ -158,7 +158,7 @@ AttentionMaskInterface.register(SHARED_PREFIX, _no_mask)
 
 
 def _tall(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """A linear layer as (W x^T)^T: for 3 to 16 rows on a CPU MKL takes up to twice as long for x W^T."""
+    """A linear layer as (W x^T)^T: for 3 to 16 rows some CPUs take longer for x W^T."""
     return lambda rows: (linear.weight @ rows.flatten(0, -2).t()).t().unflatten(0, rows.shape[:-1])
 
 
