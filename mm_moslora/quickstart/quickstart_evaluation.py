@@ -41,7 +41,7 @@ SHOWN_SAMPLES = 24
 
 MAX_NEW_TOKENS = 8
 """Answer length in tokens; answers are one word."""
-UNTUNED_NEW_TOKENS = 24
+UNTUNED_NEW_TOKENS = 16
 """Answer length for sentences with the right word, which the untuned model tends to give."""
 # image mode or baseline of the tuned model -> (name in evaluation.json, label)
 _ROWS = {
