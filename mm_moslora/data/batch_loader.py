@@ -19,10 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from mm_moslora.batch import Batch, Example
 from mm_moslora.config import DataConfig
-from mm_moslora.data.epoch_order import deal, plan_epoch, plan_llava, plan_rows
-from mm_moslora.data.packing import pack
+from mm_moslora.data.epoch_order import deal, pack, plan_epoch, plan_llava, plan_rows, records_of_epoch
 from mm_moslora.data.record_faults import RecordError
-from mm_moslora.data.source_mixture import expand
 from mm_moslora.data.training_set import TrainingSet
 
 logger = logging.getLogger(__name__)
@@ -109,7 +107,7 @@ class BatchLoader:
     def plan_units(self, epoch: int) -> list[list[list[int]]]:
         """The optimiser steps of an epoch over all ranks; a unit is a record or a packed row."""
         data, config = self.data, self.config
-        chosen = expand(data.members, data.weights, seed=self.seed, epoch=epoch)
+        chosen = records_of_epoch(data.members, data.weights, seed=self.seed, epoch=epoch)
         if config.pack_tokens:
             if config.order != "sequential":
                 random.Random(f"{self.seed} {epoch}").shuffle(chosen)

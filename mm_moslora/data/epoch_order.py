@@ -1,18 +1,155 @@
-"""The order of an epoch, and the division of an optimiser step among ranks and micro-batches.
+"""The order of an epoch: repeats of every source, packed rows, shuffled optimiser steps, the share of every rank.
 
-The order is a pure function of (seed, epoch), the division of the step's examples. A run's position in the data is
-therefore one number, the optimiser steps done, for any number of ranks and workers.
+The order depends on (seed, epoch) alone. The position of a run in its data is therefore one number, the optimiser steps
+done, for any number of ranks and workers.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 MEGABATCH = 16
 """Optimiser steps that are sorted by length together; more steps balance better, fewer steps mix more."""
+WAITING = 512
+"""Examples that packing chooses from; more fill rows better, fewer keep examples near their shuffled order."""
+_FREELY = 3.0
+"""While a row has room for this many average examples, it takes those that have waited longest."""
+
+
+def source_repeats(sizes: Sequence[int], parts: Sequence[float], *, records: int | None = None) -> list[float]:
+    """Repeats per record of each source that give the sources their parts of an epoch.
+
+    Args:
+        sizes: usable records of every source.
+        parts: part of every source; only the ratios matter. The part of an empty source is shared by the others.
+        records: records of an epoch; None: the number of usable records.
+    """
+    total = sum(part for part, size in zip(parts, sizes, strict=True) if size)
+    wanted = records or sum(sizes)
+    return [part / total * wanted / size if size else 1.0 for part, size in zip(parts, sizes, strict=True)]
+
+
+def records_of_epoch(members: Sequence[Sequence[int]], weights: Sequence[float], *, seed: int, epoch: int) -> list[int]:
+    """Record numbers of one epoch, source by source.
+
+    Every epoch has the same number of records. A fractional weight takes successive stretches of a seeded permutation,
+    so that over several epochs all records are seen equally often.
+
+    Args:
+        members: the record numbers of every source.
+        weights: repeats per record: 2 repeats all records, 0.5 takes another half in each epoch. A source gives at
+            least one record.
+        seed: seed of the run.
+        epoch: from 0.
+    """
+    chosen: list[int] = []
+    for source, (numbers, weight) in enumerate(zip(members, weights, strict=True)):
+        if not numbers:
+            continue
+        whole, size = int(weight), len(numbers)
+        part = round((weight - whole) * size)
+        if whole == 0:
+            part = max(1, part)
+        chosen += list(numbers) * whole
+        if part:
+            order = list(numbers)
+            random.Random(f"{seed} {source}").shuffle(order)
+            chosen += [order[(epoch * part + step) % size] for step in range(part)]
+    return chosen
+
+
+def pack(numbers: Iterable[int], lengths: Sequence[int], *, tokens: int, waiting: int = WAITING) -> list[list[int]]:
+    """Pack examples into padding-free rows with a maximum number of tokens, so that forward passes cost about the same.
+
+    A row takes the examples that have waited longest until it is nearly full, and then the one or two that leave the
+    least room. No example waits for more than `waiting` rows.
+
+    Args:
+        numbers: numbers of the examples, in shuffled order.
+        lengths: tokens per example, by number; none above `tokens`.
+        tokens: per row.
+        waiting: see `WAITING`.
+    """
+    coming, pool, rows = iter(numbers), _Pool(), []
+    while True:
+        for number in itertools.islice(coming, waiting - len(pool)):
+            assert lengths[number] <= tokens, "an example is longer than a row"
+            pool.add(number, lengths[number])
+        if not len(pool):
+            return rows
+        row, room = [pool.take(pool.oldest())], tokens
+        room -= lengths[row[0]]
+        while keys := pool.oldest_that_fits(room) if room > _FREELY * pool.mean else pool.best(room):
+            taken = [pool.take(key) for key in keys]
+            row += taken
+            room -= sum(lengths[number] for number in taken)
+        rows.append(row)
+
+
+class _Pool:
+    """Waiting examples, by length and by age."""
+
+    def __init__(self) -> None:
+        self._sorted: list[tuple[int, int]] = []  # length, key
+        self._sizes: list[int] = []
+        self._waiting: dict[int, int] = {}  # key: number, in order of age
+        self._length: dict[int, int] = {}
+        self._next, self._total = 0, 0
+
+    def __len__(self) -> int:
+        return len(self._sorted)
+
+    @property
+    def mean(self) -> float:
+        """Average length."""
+        return self._total / max(1, len(self))
+
+    def add(self, number: int, length: int) -> None:
+        key, self._next = self._next, self._next + 1
+        place = bisect.bisect_left(self._sorted, (length, key))
+        self._sorted.insert(place, (length, key))
+        self._sizes.insert(place, length)
+        self._waiting[key], self._length[key] = number, length
+        self._total += length
+
+    def take(self, key: int) -> int:
+        length = self._length.pop(key)
+        place = bisect.bisect_left(self._sorted, (length, key))
+        del self._sorted[place], self._sizes[place]
+        self._total -= length
+        return self._waiting.pop(key)
+
+    def oldest(self) -> int:
+        return next(iter(self._waiting))
+
+    def oldest_that_fits(self, room: int) -> list[int]:
+        return list(itertools.islice((key for key in self._waiting if self._length[key] <= room), 1))
+
+    def best(self, room: int) -> list[int]:
+        """The one or two examples that fill the given room best; none if no example fits."""
+        count = bisect.bisect_right(self._sizes, room)
+        if not count:
+            return []
+        sizes = np.array(self._sizes[:count])
+        places = np.arange(count)
+        partners = np.searchsorted(sizes, room - sizes, side="right") - 1
+        partners = np.minimum(partners, places - 1)  # the shorter of two: no example pairs with itself
+        sums = sizes + np.where(partners >= 0, sizes[partners], 0)
+        first = int(sums.argmax())
+        chosen = [first, int(partners[first])] if partners[first] >= 0 else [first]
+        return [self._sorted[place][1] for place in chosen]
+
+
+def fill_rate(rows: Sequence[Sequence[int]], lengths: Sequence[int], *, tokens: int) -> float:
+    """Fill rate: tokens in the rows divided by the rows' capacity."""
+    return sum(lengths[number] for row in rows for number in row) / (tokens * max(1, len(rows)))
 
 
 def plan_epoch(
@@ -64,14 +201,14 @@ def plan_rows(rows: Sequence[list[int]], *, seed: int, epoch: int, global_batch:
     """The optimiser steps of an epoch of packed rows, each a list of rows; only the last step may be shorter.
 
     Args:
-        rows: from `packing.pack`.
+        rows: from `pack`.
         seed: of the run.
         epoch: from 0.
         global_batch: rows per step.
     """
     shuffled = list(rows)
     random.Random(f"{seed} {epoch} rows").shuffle(shuffled)  # packing closes the fullest rows first
-    return [shuffled[start : start + global_batch] for start in range(0, len(shuffled), global_batch)]
+    return _cut(shuffled, global_batch)
 
 
 def plan_llava(
@@ -105,7 +242,7 @@ def plan_llava(
     return _cut([number for batch in batches for number in batch] + sorted(left), global_batch)
 
 
-def _cut(items: list[int], size: int) -> list[list[int]]:
+def _cut(items: list[Any], size: int) -> list[list[Any]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 

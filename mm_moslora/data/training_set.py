@@ -19,12 +19,12 @@ from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder, Encoded, TooLong
 from mm_moslora.data.chat.records import Record
 from mm_moslora.data.chat.text_tokens import SpecialTextError
+from mm_moslora.data.epoch_order import source_repeats
 from mm_moslora.data.images.decode_image import ImageError
 from mm_moslora.data.images.locate_image import check_picture, open_picture, picture_name, similar_file
 from mm_moslora.data.images.video_clip import Frame
 from mm_moslora.data.quarantine import Quarantine, summary
 from mm_moslora.data.record_faults import Code, RecordError
-from mm_moslora.data.source_mixture import repeats
 from mm_moslora.data.sources.open_sources import open_sources
 from mm_moslora.data.token_cache import TokenCache, open_cache
 from mm_moslora.utils.errors import DataError
@@ -162,7 +162,7 @@ class TrainingSet:
         """Repeats per epoch of the records of every source."""
         if config.mixing == "parts":
             sizes = [len(numbers) for numbers in self.members]
-            self.weights = repeats(sizes, self.weights, records=config.epoch_records)
+            self.weights = source_repeats(sizes, self.weights, records=config.epoch_records)
         self._report()
 
     def __len__(self) -> int:

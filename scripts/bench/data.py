@@ -42,7 +42,7 @@ from PIL import Image
 from mm_moslora.config import DataConfig, SourceConfig
 from mm_moslora.config.llava_chat_templates import CHAT_TEMPLATES, set_chat_template
 from mm_moslora.data.chat.conversation_encoder import ConversationEncoder
-from mm_moslora.data.packing import fill_rate, pack
+from mm_moslora.data.epoch_order import fill_rate, pack, plan_llava
 from mm_moslora.data.training_set import TrainingSet
 from mm_moslora.models.processing.image_processing import SquareImageProcessing
 
@@ -377,8 +377,6 @@ def _fullest_row(sizes: np.ndarray, worth: np.ndarray, room: int) -> tuple[np.nd
 
 def padded_share(lengths: list[int], image: list[bool], *, ranks: int = 8, batch: int = 16) -> float:
     """Tokens divided by padded tokens in LLaVA's order, 8 GPUs of 16 samples each."""
-    from mm_moslora.data.epoch_order import plan_llava
-
     held = 0
     for step in plan_llava(lengths, image, seed=0, epoch=0, global_batch=ranks * batch):
         members = sorted((lengths[number] for number in step), reverse=True)

@@ -1,16 +1,19 @@
-"""The order of training: sampler and mixture, as properties."""
+"""The order of training as properties: steps, mixture of sources, packed rows; and LLaVA's own order."""
 
 from __future__ import annotations
 
+import json
+import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_moslora.data.epoch_order import deal, plan_epoch
-from mm_moslora.data.source_mixture import expand
+from mm_moslora.data.epoch_order import deal, fill_rate, pack, plan_epoch, plan_llava, records_of_epoch
 
+GOLDEN = Path(__file__).parent / "golden" / "llava_order.json"
 ORDERS = ["grouped", "random", "sequential"]
 sets = st.lists(st.tuples(st.integers(1, 4000), st.booleans()), min_size=1, max_size=150)
 
@@ -40,8 +43,6 @@ def test_every_example_once_for_every_world_and_micro_batch(examples, order, glo
 @settings(max_examples=60, deadline=None)
 @given(sets, st.sampled_from(ORDERS), st.integers(0, 5), st.integers(0, 3))
 def test_the_order_depends_on_seed_and_epoch_alone(examples, order, seed, epoch):
-    import random
-
     first = plan(examples, seed=seed, epoch=epoch, order=order)
     random.seed(99)
     assert plan(examples, seed=seed, epoch=epoch, order=order) == first
@@ -64,8 +65,6 @@ def test_grouped_steps_are_of_one_modality_except_the_leftovers(images):
 
 
 def test_grouped_steps_hold_similar_lengths():
-    import random
-
     rng = random.Random(0)
     examples = [(rng.randint(10, 2000), True) for _ in range(512)]
 
@@ -86,8 +85,6 @@ def test_ranks_get_about_as_many_tokens(lengths, world):
 
 
 def test_balance_beats_dealing_in_turn():
-    import random
-
     rng = random.Random(3)
     lengths = [rng.randint(50, 2048) for _ in range(64)]
     ranks = deal(range(64), lengths, world_size=4, micro_batch=4)
@@ -114,7 +111,7 @@ class TestMixture:
             members.append(range(start, start + size))
             start += size
         weights = [weight for _, weight in sources]
-        seen = Counter(expand(members, weights, seed=seed, epoch=epoch))
+        seen = Counter(records_of_epoch(members, weights, seed=seed, epoch=epoch))
         for numbers, weight in zip(members, weights, strict=True):
             counts = [seen[number] for number in numbers]
             assert all(int(weight) <= count <= int(weight) + 1 for count in counts)
@@ -122,16 +119,16 @@ class TestMixture:
                 assert abs(sum(counts) - weight * len(counts)) <= 0.5
 
     def test_a_fraction_reaches_every_record_over_the_epochs(self):
-        epochs = [expand([range(10)], [0.5], seed=0, epoch=epoch) for epoch in range(4)]
+        epochs = [records_of_epoch([range(10)], [0.5], seed=0, epoch=epoch) for epoch in range(4)]
         assert [len(epoch) for epoch in epochs] == [5, 5, 5, 5]
         assert sorted(epochs[0] + epochs[1]) == list(range(10))
         assert set(Counter(number for epoch in epochs for number in epoch).values()) == {2}
 
     def test_a_tiny_weight_still_gives_a_record(self):
-        assert len(expand([range(10), range(10, 13)], [1, 0.01], seed=0, epoch=0)) == 11
+        assert len(records_of_epoch([range(10), range(10, 13)], [1, 0.01], seed=0, epoch=0)) == 11
 
     def test_gaps_in_the_numbers_stay_gaps(self):
-        assert expand([[0, 2, 5], [7]], [1, 2], seed=0, epoch=0) == [0, 2, 5, 7, 7]
+        assert records_of_epoch([[0, 2, 5], [7]], [1, 2], seed=0, epoch=0) == [0, 2, 5, 7, 7]
 
 
 @settings(max_examples=80, deadline=None)
@@ -141,3 +138,37 @@ def test_no_micro_batch_is_empty_while_there_are_examples_for_all(lengths, world
     ranks = deal(range(len(lengths)), lengths, world_size=world, micro_batch=micro)
     batches = [batch for rank in ranks for batch in rank]
     assert all(batches) or len(lengths) < len(batches)
+
+
+class TestPacking:
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(st.integers(1, 100), min_size=1, max_size=120), st.integers(1, 40))
+    def test_every_example_once_and_no_row_overflows(self, lengths, waiting) -> None:
+        rows = pack(range(len(lengths)), lengths, tokens=100, waiting=waiting)
+        assert sorted(number for row in rows for number in row) == list(range(len(lengths)))
+        assert all(0 < sum(lengths[number] for number in row) <= 100 for row in rows)
+
+    def test_an_example_seen_twice_is_packed_twice(self) -> None:
+        rows = pack([0, 1, 0], [5, 6], tokens=8)
+        assert Counter(number for row in rows for number in row) == {0: 2, 1: 1}
+
+    def test_lengths_like_those_of_instruction_data_fill_the_rows(self) -> None:
+        rng = random.Random(0)
+        lengths = [min(2048, int(rng.lognormvariate(5, 0.75)) + 40 + 576 * (rng.random() < 0.94)) for _ in range(4000)]
+        rows = pack(range(4000), lengths, tokens=4096)
+        assert fill_rate(rows, lengths, tokens=4096) >= 0.97
+
+    def test_nobody_waits_long(self) -> None:
+        lengths = [90] + [10] * 500
+        rows = pack([1, 0, *range(2, 501)], lengths, tokens=95, waiting=20)
+        assert any(0 in row for row in rows[:20])
+
+
+@pytest.mark.parametrize("case", json.loads(GOLDEN.read_text()), ids=lambda case: f"seed {case['seed']}")
+def test_the_llava_order_holds_the_records_of_llavas_steps(case) -> None:
+    """Values of LLaVA's own grouping under `torch.manual_seed`."""
+    steps = plan_llava(
+        [abs(length) for length in case["lengths"]], [length > 0 for length in case["lengths"]],
+        seed=case["seed"], epoch=0, global_batch=case["global_batch"],
+    )  # fmt: skip
+    assert [sorted(step) for step in steps] == case["steps"]

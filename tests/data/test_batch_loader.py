@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ import torch
 from tiny import make_records
 
 from mm_moslora.config import DataConfig
-from mm_moslora.data.batch_loader import BatchLoader
-from mm_moslora.utils.errors import DataError
+from mm_moslora.data.batch_loader import BatchLoader, largest_batch
+from mm_moslora.utils.errors import ConfigError, DataError
 from tests.data.sets import damage, make_set
 
 
@@ -160,3 +161,65 @@ def test_it_ends_cleanly_at_any_moment(path, workers):
         time.sleep(0.05)
     assert threading.active_count() <= threads
     assert not multiprocessing.active_children()
+
+
+class TestPackedLoader:
+    def loader(self, data, *, rank=0, world_size=1, start_step=0, micro_batch=1) -> BatchLoader:
+        return BatchLoader(
+            data, rank=rank, world_size=world_size, config=data.config, global_batch=4, micro_batch=micro_batch,
+            seed=3, start_step=start_step,
+        )  # fmt: skip
+
+    def data(self, tmp_path: Path, **options):
+        return make_set(make_records(tmp_path, 60), max_length=128, pack_tokens=256, **options)
+
+    def steps(self, loader: BatchLoader, count: int) -> list[list[tuple[str, ...]]]:
+        with loader:
+            batches = iter(loader)
+            return [[batch.ids for batch in next(batches)] for _ in range(count)]
+
+    def test_a_micro_batch_is_a_row_and_an_epoch_holds_every_record_once(self, tmp_path: Path) -> None:
+        data = self.data(tmp_path)
+        loader = self.loader(data)
+        epoch = self.steps(loader, loader.steps_per_epoch)
+        assert Counter(name for step in epoch for ids in step for name in ids) == Counter(f"r{n}" for n in range(60))
+        assert max(len(ids) for step in epoch for ids in step) > 3
+        lengths = {f"r{n}": data.lengths[n] for n in range(60)}
+        assert all(sum(lengths[name] for name in ids) <= 256 for step in epoch for ids in step)
+
+    @pytest.mark.parametrize("world_size", [2, 4])
+    def test_the_world_does_not_change_what_a_step_holds(self, tmp_path: Path, world_size: int) -> None:
+        data = self.data(tmp_path)
+        count = self.loader(data).steps_per_epoch + 2
+        alone = self.steps(self.loader(data), count)
+        ranks = [self.steps(self.loader(data, rank=rank, world_size=world_size), count) for rank in range(world_size)]
+        assert len(alone) == count
+        for number, step in enumerate(alone):
+            shared = [name for rank in ranks for ids in rank[number] for name in ids if name]
+            assert Counter(shared) == Counter(name for ids in step for name in ids if name)
+
+    def test_a_resumed_run_goes_on_exactly_also_in_later_epochs(self, tmp_path: Path) -> None:
+        data = self.data(tmp_path)
+        per_epoch = self.loader(data).steps_per_epoch
+        whole = self.steps(self.loader(data), 3 * per_epoch)
+        for start in (1, per_epoch, 2 * per_epoch + 1):
+            assert self.steps(self.loader(data, start_step=start), 2) == whole[start : start + 2]
+
+    def test_the_rehearsal_tries_a_full_row(self, tmp_path: Path) -> None:
+        batch = largest_batch(self.data(tmp_path), 2)
+        assert 480 < batch.tokens <= 512
+        assert batch.images
+
+    def test_settings_that_cannot_work_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"at least data\.max_length"):
+            DataConfig(pack_tokens=100, max_length=200)
+        with pytest.raises(DataError, match=r"needs exact lengths.*Set data.cache"):
+            self.data(tmp_path, exact_limit=5)
+        assert self.data(tmp_path, exact_limit=5, cache=str(tmp_path / "cache")).lengths[0] > 0
+
+
+def test_the_llava_order_is_a_recipe_key(tmp_path: Path) -> None:
+    data = make_set(make_records(tmp_path, 30), order="llava")
+    loader = BatchLoader(data, rank=0, world_size=1, config=data.config, global_batch=4, micro_batch=4)
+    assert sorted(number for step in loader.plan(0) for number in step) == list(range(30))
+    assert data.words[0] == len(["<image>", "what", "is", "the", "color?", "red", "is", "it", "red?", "yes"])
