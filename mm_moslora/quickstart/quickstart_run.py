@@ -370,7 +370,7 @@ def _summarise(
     exported: dict[str, Any],
 ) -> None:
     from mm_moslora.tracking.run_environment import environment
-    from mm_moslora.training.training_loop import peak_memory_gib
+    from mm_moslora.training.run_logging import peak_memory_gib
 
     tune = _tuned(folder)
     tokens = f"{tune['tokens_per_image']} visual tokens + " if tune else ""

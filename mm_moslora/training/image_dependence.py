@@ -87,7 +87,7 @@ class ImageCheck:
         compiled = self.run.recipe.train.compile is not None
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
         engine = self.run.engine
-        with undisturbed(self.run), _without_memory(engine.module), eager, _read_by_head(engine.module) as read:
+        with undisturbed(engine), _without_memory(engine.module), eager, _read_by_head(engine.module) as read:
             engine.evaluate([plain])
             engine.evaluate([noise])
         same = (read[0] == read[1]).all(dim=-1).cpu()  # [K]

@@ -1,8 +1,7 @@
-"""Parameter groups, each with its own learning rate, and the learning-rate schedule."""
+"""Parameter groups, each with its own learning rate."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,24 +96,3 @@ def _group_of(name: str, parameter: nn.Parameter, config: OptimConfig) -> tuple[
 
 def _or(value: float | None, default: float) -> float:
     return default if value is None else value
-
-
-def lr_factor(step: int, total: int, config: OptimConfig) -> float:
-    """Factor on every peak learning rate.
-
-    Args:
-        step: optimiser steps applied so far, 0 for the first.
-        total: optimiser steps of the run.
-        config: the recipe's `optim`.
-
-    Returns:
-        Rises linearly over the warm-up to 1, then follows the schedule down to `min_lr_ratio`.
-    """
-    warmup = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if config.schedule == "constant":
-        return 1.0
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape

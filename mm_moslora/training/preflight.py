@@ -12,7 +12,7 @@ from pathlib import Path
 from mm_moslora.config import DataConfig, ModelConfig, Recipe, refuse_all_frozen, refuse_lacking, refuse_without_effect
 from mm_moslora.config.llava_chat_templates import require_template
 from mm_moslora.data.sources.open_sources import require_sources
-from mm_moslora.training.checkpointing.checkpoint_folder import refuse_resume
+from mm_moslora.training.checkpointing.run_checkpoints import refuse_resume
 from mm_moslora.training.deepspeed_presets import read_preset
 from mm_moslora.utils.errors import AdapterError, ConfigError, TrainingError, suggestion
 from mm_moslora.utils.files import refuse_strangers

@@ -19,12 +19,12 @@ from mm_moslora.batch import Batch, Example
 from mm_moslora.config import OptimConfig, TrainConfig
 from mm_moslora.data.batch_loader import largest_batch
 from mm_moslora.models.vision.frozen_tower import StepFeatureCache
-from mm_moslora.training.checkpointing.commit_checkpoint import Saver, rank_folder
+from mm_moslora.training.checkpointing.checkpoint_folder import Saver, rank_folder
 from mm_moslora.training.engine import LossModule, OptimizerSettings, build_engine
 from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.training.precision import dtype_of
 from mm_moslora.training.run_setup import Run
-from mm_moslora.training.snapshot import RandomState, Snapshot, moving_statistics, snapshot
+from mm_moslora.training.snapshot import RandomState, Snapshot, load_optimizer, moving_statistics, snapshot
 from mm_moslora.utils import distributed, files
 from mm_moslora.utils.errors import CheckpointError, TrainingError
 
@@ -131,7 +131,7 @@ def rehearse(run: Run, saver: Saver) -> None:
     written = time.monotonic()
     statistics = {name: buffer.clone() for name, buffer in moving_statistics(run.assembly.model).items()}
     tokens = _largest_step(run)
-    run.engine.load_state([rank_folder(trial, rank) for rank in range(distributed.world_size())])
+    load_optimizer(run.engine, [rank_folder(trial, rank) for rank in range(distributed.world_size())])
     for name, buffer in moving_statistics(run.assembly.model).items():
         buffer.copy_(statistics[name])
     saver.discard()
@@ -166,10 +166,9 @@ def _check_restored(run: Run, taken: Snapshot) -> None:
         for name, value in state.items()
         if distributed.is_main() and not torch.equal(value, taken.weights[name.removeprefix("model.")])
     ]
-    problem = None
-    if changed:
-        problem = TrainingError(
-            f"{len(changed)} weights changed by being saved and loaded, such as {changed[0]}. "
-            "A resumed run would differ from this one; choose another train.zero."
-        )
-    distributed.agree(problem, what="Reading a checkpoint back")
+    with distributed.failing_together("Reading a checkpoint back"):
+        if changed:
+            raise TrainingError(
+                f"{len(changed)} weights changed by being saved and loaded, such as {changed[0]}. "
+                "A resumed run would differ from this one; choose another train.zero."
+            )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +15,85 @@ from safetensors.torch import load_file
 from mm_moslora.adapters.folders.load_folder import restore_frozen_factors
 from mm_moslora.config import Recipe
 from mm_moslora.models.model_paths import CONTENTS, base_fingerprints
-from mm_moslora.training.checkpointing import checkpoint_folder as checkpoint
-from mm_moslora.training.checkpointing.checkpoint_folder import OtherFormatError
-from mm_moslora.training.checkpointing.commit_checkpoint import rank_folder
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, OtherFormatError, rank_folder, read_manifest
+from mm_moslora.training.checkpointing.run_checkpoints import newest_valid, refuse_resume
 from mm_moslora.training.precision import resolve_precision
 from mm_moslora.training.run_setup import Run, seed_everything
-from mm_moslora.training.snapshot import RandomState, moving_statistics
+from mm_moslora.training.snapshot import RandomState, load_optimizer, moving_statistics
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError, ConfigError
 from mm_moslora.utils.run_paths import checkpoints, is_adapter, projector_file, resume_folder
 
 logger = logging.getLogger(__name__)
 
+# Recipe keys that may change on resume without changing the computation.
+_FREE_KEYS = (
+    "name", "track", "validate", "data.validation", "data.workers",
+    "data.train.*.path", "data.train.*.image_folder", "data.cache",  # the manifest holds a fingerprint of the data
+    *(f"train.{key}" for key in (
+        "output", "save_every", "keep_last", "keep_every", "validate_every", "log_every", "timeout_minutes",
+        "step_timeout_minutes", "rehearsal", "background_save",
+    )),
+)  # fmt: skip
+# Keys that change the order of summation only: losses after a resume agree to rounding.
+_ROUNDING_KEYS = (
+    "train.zero",
+    "train.micro_batch",
+    "train.gradient_checkpointing",
+    "train.compile",
+    "model.attention",
+    "model.lean_layers",
+    "model.kernels",
+    "model.vision.feature_cache",
+    "model.vision.feature_cache_gib",
+)
 
-def find_resume(recipe: Recipe, resume: str) -> tuple[Path, checkpoint.Manifest] | None:
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """Differences between a recipe and the recipe of a checkpoint, as `key: old -> new`."""
+
+    other_run: tuple[str, ...]
+    """Keys that change the computation."""
+    rounding: tuple[str, ...]
+    """Keys that change the order of summation only."""
+
+
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], *, moved: Sequence[str] = ()) -> Changes:
+    """Compare two resolved recipes.
+
+    Args:
+        before: the checkpoint's.
+        after: the current one.
+        moved: path keys that lead to the same contents.
+    """
+    old, new = _flatten(before), _flatten(after)
+    changed = {
+        key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not _is_below(key, (*_FREE_KEYS, *moved))
+    }
+    return Changes(
+        other_run=tuple(text for key, text in changed.items() if not _is_below(key, _ROUNDING_KEYS)),
+        rounding=tuple(text for key, text in changed.items() if _is_below(key, _ROUNDING_KEYS)),
+    )
+
+
+def _is_below(key: str, prefixes: Sequence[str]) -> bool:
+    return any(fnmatchcase(key, prefix) or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _flatten(data: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(data, Mapping) and data:
+        items: Any = data.items()
+    elif isinstance(data, list) and data:
+        items = enumerate(data)
+    else:
+        return {prefix.rstrip("."): data}
+    return {key: value for name, item in items for key, value in _flatten(item, f"{prefix}{name}.").items()}
+
+
+def find_resume(recipe: Recipe, resume: str) -> tuple[Path, Manifest] | None:
     """The checkpoint to resume from, the same on every rank.
 
     Args:
@@ -40,31 +107,25 @@ def find_resume(recipe: Recipe, resume: str) -> tuple[Path, checkpoint.Manifest]
     """
     run = Path(recipe.train.output)
     choice: str | None = None
-    failure: Exception | None = None
-    if distributed.is_main():
-        try:
-            found = _choose(run, resume)
-            if found is not None:
-                choice = str(found[0])
-                _check_same_run(found[0], found[1], recipe)
-        except CheckpointError as error:
-            failure = error
-    distributed.agree(failure, what="Looking for a checkpoint")
+    with distributed.failing_together("Looking for a checkpoint"):
+        if distributed.is_main() and (found := _choose(run, resume)) is not None:
+            choice = str(found[0])
+            _check_same_run(found[0], found[1], recipe)
     choice = distributed.from_main(choice)
     if choice is None:
         return None
-    return Path(choice), checkpoint.read_manifest(Path(choice), verify=False)
+    return Path(choice), read_manifest(Path(choice), verify=False)
 
 
-def _choose(run: Path, resume: str) -> tuple[Path, checkpoint.Manifest] | None:
-    checkpoint.refuse_resume(run, resume)
+def _choose(run: Path, resume: str) -> tuple[Path, Manifest] | None:
+    refuse_resume(run, resume)
     named = resume_folder(resume)
     if named is not None:
-        return named, checkpoint.read_manifest(named)
-    return None if resume == "never" else checkpoint.newest_valid(run)
+        return named, read_manifest(named)
+    return None if resume == "never" else newest_valid(run)
 
 
-def _check_same_run(folder: Path, manifest: checkpoint.Manifest, recipe: Recipe) -> None:
+def _check_same_run(folder: Path, manifest: Manifest, recipe: Recipe) -> None:
     changes = _changes(manifest, recipe)
     if changes.other_run:
         raise CheckpointError(
@@ -86,10 +147,10 @@ def _check_same_run(folder: Path, manifest: checkpoint.Manifest, recipe: Recipe)
         )  # fmt: skip
 
 
-def _changes(manifest: checkpoint.Manifest, recipe: Recipe) -> checkpoint.Changes:
+def _changes(manifest: Manifest, recipe: Recipe) -> Changes:
     expected = manifest.base.get(CONTENTS, {})
     same = [key for key, found in base_fingerprints(recipe.model).items() if expected.get(key) == found]
-    return checkpoint.changed_keys(_filled(manifest.recipe), recipe.to_dict(), moved=same)
+    return changed_keys(_filled(manifest.recipe), recipe.to_dict(), moved=same)
 
 
 def changed_since(recipe: Recipe) -> tuple[str, ...]:
@@ -108,7 +169,7 @@ def changed_since(recipe: Recipe) -> tuple[str, ...]:
     """
     for _, folder in reversed(checkpoints(Path(recipe.train.output))):
         try:
-            return _changes(checkpoint.read_manifest(folder, verify=False), recipe).other_run
+            return _changes(read_manifest(folder, verify=False), recipe).other_run
         except OtherFormatError:
             raise
         except CheckpointError:  # training skips a damaged one
@@ -132,7 +193,7 @@ def _filled(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
         return recipe
 
 
-def restore(run: Run, folder: Path, manifest: checkpoint.Manifest) -> None:
+def restore(run: Run, folder: Path, manifest: Manifest) -> None:
     """Restore the state of a checkpoint; bit for bit on the same number of ranks and the same ZeRO stage.
 
     Raises:
@@ -144,7 +205,7 @@ def restore(run: Run, folder: Path, manifest: checkpoint.Manifest) -> None:
             "became unusable, so that some would be seen twice and others never. Restore the data, or start another "
             "run from the checkpoint's weights (adapter.weights, model.projector.weights)."
         )
-    run.engine.load_state([rank_folder(folder, rank) for rank in range(manifest.world_size)])
+    load_optimizer(run.engine, [rank_folder(folder, rank) for rank in range(manifest.world_size)])
     _restore_statistics(run, folder)
     if run.assembly.peft_model is not None:
         restore_frozen_factors(run.assembly.peft_model, folder / "adapter")

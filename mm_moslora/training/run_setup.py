@@ -50,7 +50,7 @@ from mm_moslora.training.parameter_groups import parameter_groups
 from mm_moslora.training.precision import dtype_of, resolve_precision
 from mm_moslora.training.preflight import refuse_folder
 from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import ConfigError, TrainingError
+from mm_moslora.utils.errors import TrainingError
 from mm_moslora.utils.file_locks import held
 from mm_moslora.utils.progress_bar import Progress
 from mm_moslora.utils.run_paths import RUN_LOCK, is_adapter, projector_file
@@ -72,15 +72,11 @@ def exclusive(folder: Path) -> Iterator[None]:
         TrainingError: another process holds the lock, or the folder is not writable.
         DistributedError: the same on another rank.
     """
-    with ExitStack() as held:
-        failure: Exception | None = None
-        if distributed.is_main():
-            try:
+    with ExitStack() as stack:
+        with distributed.failing_together("Taking the run folder"):
+            if distributed.is_main():
                 refuse_folder(folder)
-                held.enter_context(_lock(folder))
-            except (ConfigError, TrainingError) as error:
-                failure = error
-        distributed.agree(failure, what="Taking the run folder")
+                stack.enter_context(_lock(folder))
         yield
 
 
@@ -256,14 +252,11 @@ def _start_projector(recipe: Recipe, assembly: Parts, data: TrainingSet) -> None
         return
     if not (wanted.fit_to_answers or wanted.scale_to_embeddings):
         return
-    projector, failure = model.model.multi_modal_projector, None
-    if distributed.is_main():
-        try:
+    projector = model.model.multi_modal_projector
+    with distributed.failing_together("Fitting the projector"):
+        if distributed.is_main():
             with _where_it_trains(model):
                 _fit(assembly, data, to_answers=wanted.fit_to_answers)
-        except Exception as error:  # raised below: the other ranks are waiting
-            failure = error
-    distributed.agree(failure, what="Fitting the projector")
     projector.load_state_dict(distributed.from_main(projector.state_dict()))
 
 

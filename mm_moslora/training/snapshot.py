@@ -1,14 +1,24 @@
-"""The contents of a checkpoint, copied so that they can be written while training continues."""
+"""The contents of a checkpoint: copied, so that they can be written while training continues, and read back.
+
+The optimiser state does not know how it was split. Each rank writes its pieces of flat parameters as safetensors, and
+any number of ranks on any ZeRO stage reads what it needs from all files: the state of two ranks on ZeRO-2 continues on
+four ranks on ZeRO-3, or in plain torch. Nothing here needs pickle.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import random
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,15 +28,16 @@ from mm_moslora.models.processing.anyres import NEWLINE
 from mm_moslora.models.processing.llava_processor import save_processor
 from mm_moslora.models.trainable_parts import component_of
 from mm_moslora.models.vlm import is_multimodal
-from mm_moslora.training.checkpointing.checkpoint_folder import Manifest
-from mm_moslora.training.checkpointing.commit_checkpoint import rank_folder
-from mm_moslora.training.engine.optimizer_state import HostState
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, rank_folder
+from mm_moslora.training.engine import Engine, Piece
 from mm_moslora.training.run_setup import Run
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
+MASTER = "master"
+OPTIMIZER, OPTIMIZER_DETAILS = "optimizer.safetensors", "optimizer.json"
 PROJECTOR = "model.multi_modal_projector."
 _COMPONENTS = ("vision", "language")
 
@@ -41,21 +52,21 @@ class Snapshot:
     """fp32 masters of all trained parameters, in full; on rank 0 only."""
     adapter: adapters.TakenAdapter | None
     """Adapter tensors, made from `weights`; on rank 0 only."""
-    state: HostState
-    """This rank's share of the optimiser state."""
+    optimizer: OptimizerState
+    """This rank's part of the optimiser state."""
     random_state: RandomState
 
     @property
     def size(self) -> int:
         """Estimate of the bytes that this rank will write."""
-        return self.state.bytes + sum(value.numel() * value.element_size() for value in self.weights.values())
+        return self.optimizer.bytes + sum(value.numel() * value.element_size() for value in self.weights.values())
 
     def write(self, folder: Path) -> None:
-        """Write this rank's part into a checkpoint's folder; see `commit_checkpoint.Saver.start`."""
+        """Write this rank's part into a checkpoint's folder; see `Saver.start`."""
         if distributed.is_main():
             write_model(self, folder)
         own = rank_folder(folder)
-        self.state.write(own)
+        self.optimizer.write(own)
         self.random_state.write(own)
 
 
@@ -88,8 +99,8 @@ def snapshot(run: Run) -> Snapshot:
         chosen = {name: value for name, value in weights.items() if "lora_" in name}
         adapter = adapters.take_adapter(run.assembly.peft_model, state=chosen, base=run.assembly.base)
     return Snapshot(
-        run=run, manifest=manifest, weights=weights, adapter=adapter, state=run.engine.copy_state(),
-        random_state=RandomState.now(),
+        run=run, manifest=manifest, weights=weights, adapter=adapter,
+        optimizer=OptimizerState.copy_of(run.engine), random_state=RandomState.now(),
     )  # fmt: skip
 
 
@@ -134,6 +145,135 @@ def write_model(taken: Snapshot, folder: Path) -> None:
 
 def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in state.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerState:
+    """A copy of this rank's part of the optimiser state in main memory."""
+
+    tensors: dict[str, Tensor]
+    """`KIND.START.NAME` to flat values."""
+    steps: dict[str, float]
+    """Adam's step count by parameter name."""
+    scaler: dict[str, float]
+    """Dynamic loss scale (fp16)."""
+
+    @classmethod
+    def copy_of(cls, engine: Engine) -> OptimizerState:
+        """Copy; where every rank holds the whole state, each takes every n-th parameter."""
+        pieces, tensors = engine.pieces(), {}
+        if engine.replicated:
+            pieces = pieces[distributed.rank() :: distributed.world_size()]
+        for piece in pieces:
+            for kind, value in {MASTER: piece.master, **piece.moments}.items():
+                tensors[f"{kind}.{piece.start}.{piece.name}"] = value.detach().to("cpu", copy=True).contiguous()
+        steps = {piece.name: float(piece.step) for piece in pieces}
+        return cls(tensors=tensors, steps=steps, scaler=engine.scaler_state())
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def write(self, folder: Path) -> None:
+        """Write both files into a folder that exists."""
+        save_file(self.tensors, folder / OPTIMIZER)
+        details = {"steps": self.steps, "scaler": self.scaler}
+        (folder / OPTIMIZER_DETAILS).write_text(json.dumps(details), encoding="utf-8")
+
+
+def load_optimizer(engine: Engine, folders: Sequence[Path]) -> None:
+    """Read the optimiser state that any number of ranks on any ZeRO stage wrote into an engine.
+
+    Args:
+        engine: trains the same parameters.
+        folders: one per rank that wrote.
+
+    Raises:
+        CheckpointError: the state is incomplete, or that of another model.
+    """
+    with StoredOptimizer(folders) as stored:
+        stored.fill(engine.pieces())
+        engine.refresh(lambda name: stored.whole(MASTER, name), stored.scaler)
+
+
+class StoredOptimizer:
+    """The pieces that all ranks of a checkpoint wrote, as whole parameters. Use it in a `with` block.
+
+    Args:
+        folders: one per rank that wrote.
+
+    Raises:
+        CheckpointError: a folder without state.
+    """
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.folders = list(folders)
+        self.steps: dict[str, float] = {}
+        self.scaler: dict[str, float] = {}
+        self._places: dict[tuple[str, str], list[tuple[int, Any, str]]] = defaultdict(list)
+        self._files = ExitStack()
+        if not self.folders:
+            raise CheckpointError("The checkpoint holds no trainer state, expected one folder per rank.")
+
+    def __enter__(self) -> StoredOptimizer:
+        for folder in self.folders:
+            try:
+                details = json.loads((folder / OPTIMIZER_DETAILS).read_text(encoding="utf-8"))
+                file = self._files.enter_context(safe_open(folder / OPTIMIZER, framework="pt"))
+            except OSError as error:
+                raise CheckpointError(f"{folder} lacks trainer state ({error}). Choose another checkpoint.") from error
+            self.steps |= details["steps"]
+            self.scaler = self.scaler or details["scaler"]
+            for key in file.keys():  # noqa: SIM118  (not a mapping)
+                kind, start, name = key.split(".", 2)
+                self._places[kind, name].append((int(start), file, key))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def whole(self, kind: str, name: str) -> Tensor:
+        """One flat fp32 tensor, put together from its pieces.
+
+        Raises:
+            CheckpointError: a gap between pieces.
+        """
+        places = sorted(self._places[kind, name], key=lambda place: place[0])
+        parts, end = [], 0
+        for start, file, key in places:
+            if start != end:
+                raise CheckpointError(
+                    f"{self.folders[0].parent}: {kind} of {name} has a gap at element {end}, the next piece starts at "
+                    f"{start}. The checkpoint is incomplete; choose another one."
+                )
+            parts.append(file.get_tensor(key))
+            end += parts[-1].numel()
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def fill(self, pieces: Sequence[Piece]) -> None:
+        """Write stored values into an engine's pieces.
+
+        Raises:
+            CheckpointError: a parameter that the checkpoint lacks, or of another size.
+        """
+        groups: dict[int, list[Piece]] = defaultdict(list)
+        for piece in pieces:
+            if (MASTER, piece.name) not in self._places:
+                raise CheckpointError(f"{self.folders[0].parent} has no state of {piece.name}, which trains.")
+            for kind, target in {MASTER: piece.master, **piece.moments}.items():
+                value = self.whole(kind, piece.name)
+                if piece.start + target.numel() > value.numel():
+                    raise CheckpointError(
+                        f"{self.folders[0].parent}: {piece.name} has {value.numel()} elements, expected at least "
+                        f"{piece.start + target.numel()}."
+                    )
+                target.copy_(value.narrow(0, piece.start, target.numel()))
+            groups[id(piece.step)].append(piece)
+        for members in groups.values():
+            # A flat group has one count; parameters that were ever stepped alone may differ, the most steps win.
+            members[0].step.fill_(max(self.steps.get(piece.name, 0.0) for piece in members))
 
 
 @dataclass(frozen=True, kw_only=True)

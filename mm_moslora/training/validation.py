@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from mm_moslora.batch import Example, ProcessedImage
 from mm_moslora.config import ValidateConfig
@@ -28,7 +30,9 @@ from mm_moslora.models.assembly import Parts
 from mm_moslora.models.decoding.generation import Prompt, encode_images, generate, stop_token_ids
 from mm_moslora.models.decoding.row_decoding import stream_padded_row
 from mm_moslora.models.vlm import has_own_forward, needs_padding
+from mm_moslora.tracking import Trackers
 from mm_moslora.tracking.tracker import Sample
+from mm_moslora.training.engine import Engine
 from mm_moslora.training.preflight import ACCURACY, LOSS
 from mm_moslora.training.run_setup import Run
 from mm_moslora.training.snapshot import RandomState
@@ -39,6 +43,8 @@ from mm_moslora.utils.errors import TrainingError, suggestion
 logger = logging.getLogger(__name__)
 
 BEST = "best.json"
+CUT_SHORT_AT = "cut_short_at"
+"""Counter: the step of a validation that a signal interrupted, so that a resumed run repeats it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,31 +79,55 @@ class CutShortError(Exception):
 
 
 class Validator:
-    """Validates a run.
+    """Validates a run, logs what it measures, and keeps the best value.
 
     Args:
         run: the run.
         measure: runs harness tasks; None: there are none.
         stop: a signal that it has received interrupts a validation.
+        trackers: the receivers of the metrics.
+        best: the best value so far.
     """
 
-    def __init__(self, run: Run, measure: Measure | None, stop: StopRequest) -> None:
-        self.run, self.measure, self.stop = run, measure, stop
+    def __init__(self, run: Run, measure: Measure | None, stop: StopRequest, *, trackers: Trackers, best: Best) -> None:
+        self.run, self.measure, self.stop, self.trackers, self.best = run, measure, stop, trackers, best
+        self.validated_at = -1
+        """Step of the last validation that was not interrupted."""
+        self.interrupted_by = 0
+        """Signal that interrupted the last validation."""
 
-    def __call__(self) -> tuple[dict[str, float], list[Sample]]:
-        """Metrics by name, the same on all ranks, and sample answers (on rank 0).
+    def __call__(self) -> bool:
+        """Validate; True when the model is the best so far. A signal interrupts it, see `cut_short`."""
+        run, started = self.run, time.monotonic()
+        try:
+            metrics, samples = self._metrics()
+        except CutShortError as cut:
+            self.interrupted_by, run.counters[CUT_SHORT_AT] = cut.number, run.step
+            logger.info("Signal %d interrupted the validation of step %d; it is repeated.", cut.number, run.step)
+            return False
+        run.counters.pop(CUT_SHORT_AT, None)
+        self.validated_at = run.step
+        if metrics:
+            self.trackers.log(metrics | {"validation_seconds": time.monotonic() - started}, run.step)
+        if samples:
+            self.trackers.log_samples("validation", samples, run.step)
+        return bool(metrics) and self.best.update(metrics, run.step)
 
-        Raises:
-            CutShortError: a signal arrived.
-        """
+    @property
+    def cut_short(self) -> bool:
+        """Whether a signal interrupted the validation of this step, also in an earlier session."""
+        return self.run.counters.get(CUT_SHORT_AT) == self.run.step
+
+    def _metrics(self) -> tuple[dict[str, float], list[Sample]]:
+        """Metrics by name, the same on all ranks, and sample answers (on rank 0)."""
         run = self.run
         metrics: dict[str, float] = {}
         samples: list[Sample] = []
-        with undisturbed(run):
+        with undisturbed(run.engine):
             if run.validation_set is not None:
                 metrics |= self._loss(run.validation_set)
             if run.recipe.validate.samples or self.measure is not None:
-                with whole_model(run):
+                with whole_model(run.engine, run.assembly.model):
                     if run.validation_set is not None and run.recipe.validate.samples:
                         samples = self._answers(run.validation_set)
                     if self.measure is not None:
@@ -183,23 +213,22 @@ def _spread(numbers: list[int], count: int) -> list[int]:
 
 
 @contextmanager
-def undisturbed(run: Run) -> Iterator[None]:
+def undisturbed(engine: Engine) -> Iterator[None]:
     """Evaluation mode inside the block; generators and training mode are restored after it."""
     before = RandomState.now()
-    run.engine.module.eval()
+    engine.module.eval()
     try:
         yield
     finally:
-        run.engine.module.train()
+        engine.module.train()
         before.restore()
 
 
 @contextmanager
-def whole_model(run: Run) -> Iterator[None]:
-    """The model prepared for generation: full weights, standard attention, a cache."""
-    model = run.assembly.model
+def whole_model(engine: Engine, model: PreTrainedModel) -> Iterator[None]:
+    """The model of an engine prepared for generation: full weights, standard attention, a cache."""
     with ExitStack() as stack:
-        stack.enter_context(run.engine.gathered())
+        stack.enter_context(engine.gathered())
         if not needs_padding(model):
             stack.callback(set_attention, model, model.get_decoder().config._attn_implementation)
             set_attention(model, "sdpa")

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -196,17 +197,22 @@ def gather_objects(value: T) -> list[T]:
     return box
 
 
-def agree(error: Exception | None, *, what: str) -> None:
-    """Raise on every rank when any rank failed, so that no rank waits for a failed one.
+@contextlib.contextmanager
+def failing_together(what: str) -> Iterator[None]:
+    """A block that fails on every rank when it fails on any, so that no rank waits for a failed one.
 
     Args:
-        error: this rank's error, or None.
         what: the action, for the message.
 
     Raises:
         DistributedError: on ranks without an error of their own; it names the ranks that failed. The others raise
         their own error.
     """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
     failures = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from simulated_disk import Operation, SimulatedDisk, note_file, recording
 
-from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Retention, folder_name, newest_valid
-from mm_moslora.training.checkpointing.commit_checkpoint import Saver, rank_folder
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, folder_name, rank_folder
+from mm_moslora.training.checkpointing.run_checkpoints import Retention, newest_valid
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError
 
@@ -82,8 +82,9 @@ def save(run: Path, step: int, operations: list[Operation], retention: Retention
         savers[0].finish()
     operations.append(("report", (step,)))
     with as_rank(0, []):
-        savers[0].tidy(retention)
-        savers[0].rest()
+        tidier = Tidier(run)
+        tidier.start(retention)
+        tidier.wait()
 
 
 def history(seed: int, work: Path) -> list[Operation]:

@@ -46,7 +46,7 @@ def test_a_run_has_its_attention_back_after_generation() -> None:
     model = lean_model("llama", torch.float32)
     set_attention(model, SEGMENTS, native=True)
     run = SimpleNamespace(assembly=SimpleNamespace(model=model), engine=SimpleNamespace(gathered=nullcontext))
-    with whole_model(run):
+    with whole_model(run.engine, run.assembly.model):
         assert model.config._attn_implementation == "sdpa"
     assert model.config._attn_implementation == NATIVE[SEGMENTS]
 

@@ -24,7 +24,8 @@ from mm_moslora.models.model_sizes import known_shapes
 from mm_moslora.planning.run_plan import DataSize, Plan, known_data, memory, plan
 from mm_moslora.training.engine import largest_adapter
 from mm_moslora.training.metrics.gpu_specs import parse_gpus
-from mm_moslora.training.parameter_groups import lr_factor, parameter_groups
+from mm_moslora.training.parameter_groups import parameter_groups
+from mm_moslora.training.training_loop import lr_factor
 from mm_moslora.utils.errors import ModelError
 
 SHIPPED = [name for name in recipe_names() if not name.startswith("quickstart")]

@@ -15,8 +15,7 @@ from mm_moslora.quickstart import model_assets, quickstart_evaluation, quickstar
 from mm_moslora.quickstart.instruction_data import DatasetFiles
 from mm_moslora.quickstart.quickstart_notes import QUICKSTART
 from mm_moslora.quickstart.quickstart_run import Choice
-from mm_moslora.training.checkpointing.checkpoint_folder import Manifest
-from mm_moslora.training.checkpointing.commit_checkpoint import commit
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, commit
 from mm_moslora.utils.errors import ConfigError
 from tests.eval.eval_fake import FakeModel
 

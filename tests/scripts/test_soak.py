@@ -44,7 +44,7 @@ def test_every_flipped_bit_is_found(tmp_path):
     import bit_flips
     from commit_protocol import content_of, manifest
 
-    from mm_moslora.training.checkpointing.commit_checkpoint import commit, rank_folder
+    from mm_moslora.training.checkpointing.checkpoint_folder import commit, rank_folder
 
     def write(folder):
         (rank_folder(folder, 0) / "optimizer.safetensors").write_bytes(content_of(1, "state"))

@@ -9,16 +9,9 @@ from pathlib import Path
 import pytest
 from between import just_before
 
-from mm_moslora.training.checkpointing.checkpoint_folder import (
-    Manifest,
-    OtherFormatError,
-    Retention,
-    changed_keys,
-    newest_valid,
-    read_manifest,
-    remove_old,
-)
-from mm_moslora.training.checkpointing.commit_checkpoint import commit
+from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, OtherFormatError, commit, read_manifest
+from mm_moslora.training.checkpointing.run_checkpoints import Retention, newest_valid, remove_old
+from mm_moslora.training.resume import changed_keys
 from mm_moslora.utils import files
 from mm_moslora.utils.errors import CheckpointError
 from mm_moslora.utils.run_paths import adapter_folder, checkpoints, find_checkpoint

@@ -23,8 +23,7 @@ from mm_moslora.config import OptimConfig, ProjectorConfig, Recipe, SourceConfig
 from mm_moslora.models.export.export_huggingface import export_lora, export_model
 from mm_moslora.models.load_model import load
 from mm_moslora.reporting.run_status import read_state
-from mm_moslora.training.parameter_groups import lr_factor
-from mm_moslora.training.training_loop import train
+from mm_moslora.training.training_loop import lr_factor, train
 from mm_moslora.utils.errors import CheckpointError, ConfigError, ModelError, MoSLoRAError, TrainingError
 from mm_moslora.utils.run_paths import RUN_FILES
 

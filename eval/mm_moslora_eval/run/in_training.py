@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm_moslora.utils import distributed
-from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import MARK, mark, remove
 from mm_moslora_eval.backends.local_model import LocalModel
 from mm_moslora_eval.protocol.task_registry import tasks_of
@@ -68,15 +67,11 @@ def measure(moment: Moment) -> Mapping[str, float] | None:
 
 def _start_over(folder: Path) -> None:
     """Delete the folder of a step, because a resumed run measures it again with weights that may differ slightly."""
-    failure: Exception | None = None
-    if distributed.is_main():
-        try:
+    with distributed.failing_together("Making room for the measurement"):
+        if distributed.is_main():
             remove(folder, mark=MARK if (folder / MARK).exists() else RUN)  # folders of earlier releases have no marker
             folder.mkdir(parents=True)
             mark(folder, "temporary")
-        except (OSError, ConfigError) as error:
-            failure = error
-    distributed.agree(failure, what="Making room for the measurement")
     distributed.barrier()
 
 

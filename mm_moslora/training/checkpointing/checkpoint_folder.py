@@ -1,7 +1,9 @@
-"""Checkpoints on disk: listing, verification, retention.
+"""A checkpoint folder: its manifest, how it is written, and how it is checked.
 
-A checkpoint is a folder with a valid manifest, which holds a sha256 of every file; the folder's name does not decide.
-`latest` is a hint for people; resuming takes the newest valid folder. `commit_checkpoint` writes checkpoints.
+All ranks write into a temporary folder, agree, write the manifest, sync and rename once. A thread writes and hashes the
+files while training continues; it never communicates with other ranks. All ranks commit together at the end of a step,
+after every rank has written. The manifest holds a sha256 of every file: a folder with a valid manifest is a checkpoint,
+whatever its name.
 """
 
 from __future__ import annotations
@@ -9,25 +11,37 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mm_moslora import __version__
-from mm_moslora.utils import files
-from mm_moslora.utils.errors import CheckpointError
-from mm_moslora.utils.run_paths import MANIFEST, checkpoints, resume_folder
+from mm_moslora.utils import distributed, files
+from mm_moslora.utils.errors import CheckpointError, ConfigError
+from mm_moslora.utils.run_paths import MANIFEST
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
 """Version of the manifest."""
+Files = dict[str, dict[str, Any]]
+_MARGIN = 1.1  # files take more room than their tensors
 
 
 class OtherFormatError(CheckpointError):
     """The checkpoint is intact, but another version of mm_moslora wrote it."""
+
+
+def folder_name(step: int) -> str:
+    """Name of the checkpoint of an optimiser step."""
+    return f"checkpoint-{step:06d}"
+
+
+def rank_folder(checkpoint: Path, rank: int | None = None) -> Path:
+    """The folder of a rank's part of the trainer state."""
+    return checkpoint / "trainer" / f"rank-{distributed.rank() if rank is None else rank:05d}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +60,7 @@ class Manifest:
     """Cumulative samples, tokens, skipped steps, seconds, ..."""
     trainable: dict[str, list[int]]
     """Names and shapes of all trained parameters."""
-    files: dict[str, dict[str, Any]]
+    files: Files
     """Relative path to {bytes, sha256}."""
     data: str = ""
     """Fingerprint of the training set; the data cursor is valid for this set only."""
@@ -64,9 +78,205 @@ def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def folder_name(step: int) -> str:
-    """Name of the checkpoint of an optimiser step."""
-    return f"checkpoint-{step:06d}"
+class Saver:
+    """Writes one checkpoint at a time.
+
+    Every rank makes the same calls in the same order: `start`, `busy` any number of times, then `finish` or `discard`.
+
+    Args:
+        run: the run folder, shared by all ranks.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.pending: Manifest | None = None
+        """Manifest of the checkpoint being written; None when nothing is."""
+        self._temporary = run
+        self._thread: threading.Thread | None = None
+        self._failure: str | None = None
+        self.files: Files = {}
+        """Size and hash of the files that this rank has written; of all ranks after `wait`."""
+
+    def start(self, manifest: Manifest, write: Callable[[Path], None], *, size: int = 0) -> None:
+        """Start to write.
+
+        Args:
+            manifest: of the state to be written; `files` is filled in later.
+            write: called on every rank with the temporary folder, in a thread. Each rank may write into its own
+                `rank_folder`; rank 0 may write anywhere else, too.
+            size: estimate of the bytes that this rank will write.
+
+        Raises:
+            CheckpointError: too little disk space, or the folder cannot be made; the same on every rank.
+        """
+        assert self.pending is None, "one at a time"
+        self._temporary = self.run / f".tmp-{folder_name(manifest.step)}"
+        (needed,) = distributed.sum_over_ranks([float(size)])
+        problem = None
+        if distributed.is_main():
+            problem = self._prepare(needed * _MARGIN)
+        problem = distributed.from_main(problem)
+        if problem is not None:
+            raise CheckpointError(f"The checkpoint of step {manifest.step} was not written: {problem}")
+        self.pending, self._failure, self.files = manifest, None, {}
+        self._thread = threading.Thread(target=self._work, args=(write,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _prepare(self, needed: float) -> str | None:
+        try:
+            for leftover in [*self.run.glob(".tmp-checkpoint-*"), *self.run.glob(".trash-checkpoint-*")]:
+                # A complete one has a manifest in place of the mark.
+                files.remove(leftover, mark=files.MARK if (leftover / files.MARK).exists() else MANIFEST)
+            free = files.free_bytes(self.run)
+            if free < needed:
+                return (
+                    f"{self.run} has {free / 2**20:,.0f} MiB free, {needed / 2**20:,.0f} MiB are needed, "
+                    f"{(needed - free) / 2**20:,.0f} MiB are missing. Earlier checkpoints are untouched; make room, or "
+                    "lower train.keep_last."
+                )
+            self._temporary.mkdir(parents=True)
+            files.mark(self._temporary, "checkpoint")
+        except (OSError, ConfigError) as error:
+            return f"{error}. Earlier checkpoints are untouched."
+        return None
+
+    def _work(self, write: Callable[[Path], None]) -> None:
+        try:
+            rank_folder(self._temporary).mkdir(parents=True, exist_ok=True)
+            write(self._temporary)
+            for path in self._own_files():
+                files.sync(path)
+                name = path.relative_to(self._temporary).as_posix()
+                self.files[name] = {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
+        except Exception as error:  # reported by `finish`, on every rank
+            self._failure = f"{type(error).__name__}: {error}"
+
+    def _own_files(self) -> list[Path]:
+        own = rank_folder(self._temporary)
+        if not distributed.is_main():
+            return sorted(path for path in own.rglob("*") if path.is_file())
+        others = self._temporary / "trainer"
+        mark = self._temporary / files.MARK
+        return sorted(
+            path
+            for path in self._temporary.rglob("*")
+            if path.is_file() and path != mark and (own in path.parents or others not in path.parents)
+        )
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is still writing."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> Path:
+        """Wait until all ranks have written.
+
+        Returns:
+            The temporary folder, complete but not committed.
+
+        Raises:
+            CheckpointError: a rank could not write, the same on every rank; its files are deleted.
+        """
+        assert self.pending is not None and self._thread is not None, "start() comes first"  # noqa: PT018
+        self._thread.join()
+        self._thread = None
+        outcomes = distributed.gather_objects((self._failure, self.files))
+        failed = [f"rank {index}: {text}" for index, (text, _) in enumerate(outcomes) if text is not None]
+        if failed:
+            step = self.pending.step
+            self.discard()
+            raise CheckpointError(
+                f"The checkpoint of step {step} could not be written to {self._temporary} ({'; '.join(failed[:3])}). "
+                f"Free there: {files.free_bytes(self.run) / 2**20:,.0f} MiB. Earlier checkpoints are untouched."
+            )
+        self.files = {name: entry for _, files in outcomes for name, entry in sorted(files.items())}
+        return self._temporary
+
+    def finish(self) -> Path:
+        """Wait until all ranks have written, and commit.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            CheckpointError: a rank could not write, the same on every rank; earlier checkpoints are untouched.
+        """
+        self.wait()
+        assert self.pending is not None
+        final = self.run / folder_name(self.pending.step)
+        problem = None
+        if distributed.is_main():
+            try:
+                seal(self._temporary, final, replace(self.pending, files=self.files))
+            except (OSError, CheckpointError) as error:
+                problem = f"{type(error).__name__}: {error}"
+        problem = distributed.from_main(problem)
+        if problem is not None:
+            self.discard()
+            raise CheckpointError(f"{final} could not be committed ({problem}). Earlier checkpoints are untouched.")
+        self.pending = None
+        return final
+
+    def discard(self) -> None:
+        """Delete the written files once no rank reads them any more; all ranks take part."""
+        self.pending = None
+        distributed.barrier()
+        if distributed.is_main():
+            files.remove(self._temporary)
+
+
+def seal(temporary: Path, final: Path, manifest: Manifest) -> None:
+    """Turn a complete temporary folder into a checkpoint.
+
+    The writers have synced their files. This function syncs folders, writes the manifest and renames, in this order.
+
+    Raises:
+        CheckpointError: a file of another rank is not complete here.
+    """
+    for name, entry in manifest.files.items():
+        path = temporary / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            raise CheckpointError(
+                f"{path} was written by another rank and is not complete here. The run folder must be on a file system "
+                "that all ranks share."
+            )
+    files.replace_json(temporary / MANIFEST, manifest.to_json())
+    folders = [path for path in temporary.rglob("*") if path.is_dir()]
+    for folder in sorted(folders, key=lambda path: -len(path.parts)):
+        files.sync(folder)
+    files.sync(temporary)
+    if final.exists():
+        try:
+            read_manifest(final)
+        except CheckpointError:
+            files.set_aside(final, "corrupt")
+        else:  # the same step of the same run: the existing checkpoint is equivalent
+            files.remove(temporary)
+            return
+    files.discard(temporary / files.MARK)
+    files.rename(temporary, final)
+    files.sync(final.parent)
+    files.replace_text(final.parent / "latest", final.name)
+
+
+def amend(checkpoint: Path, counters: Mapping[str, float]) -> None:
+    """Replace the counters of a committed checkpoint atomically; after a disk error it keeps the old ones."""
+    try:
+        manifest = read_manifest(checkpoint, verify=False)
+        files.replace_json(checkpoint / MANIFEST, replace(manifest, counters=dict(counters)).to_json())
+    except OSError as error:
+        logger.warning("%s does not record the end of the run (%s); the end is measured again.", checkpoint, error)
+
+
+def commit(run: Path, manifest: Manifest, write: Callable[[Path], None]) -> Path:
+    """Write one checkpoint and wait for it; see `Saver`.
+
+    Raises:
+        CheckpointError: a rank could not write; earlier checkpoints are untouched.
+    """
+    saver = Saver(run)
+    saver.start(manifest, write)
+    return saver.finish()
 
 
 def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
@@ -80,14 +290,14 @@ def read_manifest(folder: Path, *, verify: bool = True) -> Manifest:
         OtherFormatError: another version wrote it.
         CheckpointError: there is no manifest, or a file is missing, truncated or altered.
     """
-    manifest = _parse(folder / MANIFEST)
+    manifest = parse_manifest(folder / MANIFEST)
     for name, expected in manifest.files.items():
         _check_file(folder / name, expected, verify=verify)
     return manifest
 
 
-def _parse(path: Path) -> Manifest:
-    """Read a manifest without checking its files."""
+def parse_manifest(path: Path) -> Manifest:
+    """Read `manifest.json` without checking the files that it names; see `read_manifest`."""
     try:
         data = files.read_json(path)
     except FileNotFoundError as error:
@@ -120,197 +330,3 @@ def _check_file(path: Path, expected: Mapping[str, Any], *, verify: bool) -> Non
         raise CheckpointError(
             f"{path} was altered: its sha256 differs from the manifest. Choose an earlier checkpoint."
         )
-
-
-def refuse_resume(run: Path, resume: str) -> None:
-    """Refuse a value of `--resume` that contradicts the contents of the run folder.
-
-    Args:
-        run: the run folder.
-        resume: `auto`, `required`, `never`, or a checkpoint folder.
-
-    Raises:
-        CheckpointError: `required` without a checkpoint, `never` with one, or a folder that does not exist.
-    """
-    resume_folder(resume)
-    if resume == "never" and checkpoints(run):
-        raise CheckpointError(
-            f"{run} already holds checkpoints, but resume is never. Choose another train.output, or resume: auto."
-        )
-    if resume == "required" and not any(run.glob("checkpoint-*")):  # `newest_valid` reports damaged checkpoints
-        raise CheckpointError(f"{run} holds no checkpoint, but resume is required. Check train.output.")
-
-
-def newest_valid(run: Path) -> tuple[Path, Manifest] | None:
-    """The newest valid checkpoint of a run.
-
-    Newer checkpoints that are damaged are renamed to `*.corrupt`, logged and skipped.
-
-    Returns:
-        Folder and manifest, or None where the run has no checkpoint and none was put aside.
-
-    Raises:
-        OtherFormatError: another version of mm_moslora wrote the newest intact checkpoint; nothing is renamed.
-        CheckpointError: there are checkpoints, or some that were put aside, but none is valid; nothing is renamed.
-    """
-    damaged: list[tuple[Path, CheckpointError]] = []
-    for _, folder in reversed(checkpoints(run)):
-        try:
-            manifest = read_manifest(folder)
-        except OtherFormatError:
-            raise
-        except CheckpointError as error:
-            damaged.append((folder, error))
-            continue
-        for other, reason in damaged:
-            aside = files.set_aside(other, "corrupt")
-            logger.warning("Skipped a damaged checkpoint, now %s: %s", aside.name, reason)
-        return folder, manifest
-    if damaged:
-        raise CheckpointError(
-            f"All {len(damaged)} checkpoints in {run} are damaged; the newest: {damaged[0][1]} Restore one of them, or "
-            "start again in another folder (train.output)."
-        )
-    if names := sorted(path.name for path in run.glob("checkpoint-*")):
-        raise CheckpointError(
-            f"{run} holds no checkpoint to resume from, but {', '.join(names[:5])}, which was damaged, put aside or "
-            "made by another program. Restore it under its own name, choose another train.output, or start from step 0 "
-            "beside it with --resume never."
-        )
-    return None
-
-
-def set_aside_newer(run: Path, step: int) -> None:
-    """Rename the checkpoints of a run that are newer than the step it resumes from to `*.superseded`.
-
-    Otherwise the next start would resume from the newest of them, and retention would delete the new checkpoints first.
-    """
-    for number, folder in checkpoints(run):
-        if number > step:
-            aside = files.set_aside(folder, "superseded")
-            logger.warning("%s is newer than step %d, from which the run resumes; now %s.", folder, step, aside.name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Retention:
-    """The retention policy."""
-
-    last: int = 2
-    """Number of newest checkpoints to keep; 0 keeps all."""
-    every: int = 0
-    """Also keep steps that are a multiple of this; 0: none."""
-    best: str | None = None
-    """Also keep the checkpoint of this name."""
-
-    def superfluous(self, found: Sequence[tuple[int, Path]]) -> list[Path]:
-        """The checkpoints that may be deleted, oldest first."""
-        if self.last < 1:
-            return []
-        return [
-            folder
-            for step, folder in found[: -self.last]
-            if not (self.every and step % self.every == 0) and folder.name != self.best
-        ]
-
-
-def remove_old(run: Path, retention: Retention) -> None:
-    """Delete checkpoints outside the retention policy, oldest first, after the newest checkpoint has been verified.
-
-    A folder is kept, with a warning, where it holds files that are not in its manifest, or is not a checkpoint that
-    that this version can read.
-
-    Raises:
-        CheckpointError: the newest is damaged; nothing was deleted.
-    """
-    found = checkpoints(run)
-    superfluous = retention.superfluous(found)
-    if superfluous:
-        read_manifest(found[-1][1])
-    for folder in superfluous:
-        if reason := _why_kept(folder):
-            logger.warning("%s would be deleted by train.keep_last, but %s; it is kept.", folder, reason)
-            continue
-        trash = folder.with_name(f".trash-{folder.name}")
-        files.remove(trash, mark=MANIFEST)
-        files.rename(folder, trash)
-        files.remove(trash, mark=MANIFEST)
-
-
-def _why_kept(folder: Path) -> str | None:
-    """Why an old checkpoint must not be deleted; None where it may be."""
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    if not present:  # the rest of a deletion that a power loss interrupted
-        return None
-    try:
-        manifest = _parse(folder / MANIFEST)
-    except CheckpointError as error:
-        return str(error)
-    strangers = sorted(present - {MANIFEST, files.MARK, *manifest.files})
-    return f"it holds files that are not in its manifest ({', '.join(strangers[:3])})" if strangers else None
-
-
-# Recipe keys that may change on resume without changing the computation.
-_FREE_KEYS = (
-    "name", "track", "validate", "data.validation", "data.workers",
-    "data.train.*.path", "data.train.*.image_folder", "data.cache",  # the manifest holds a fingerprint of the data
-    *(f"train.{key}" for key in (
-        "output", "save_every", "keep_last", "keep_every", "validate_every", "log_every", "timeout_minutes",
-        "step_timeout_minutes", "rehearsal", "background_save",
-    )),
-)  # fmt: skip
-# Keys that change the order of summation only: losses after a resume agree to rounding.
-_ROUNDING_KEYS = (
-    "train.zero",
-    "train.micro_batch",
-    "train.gradient_checkpointing",
-    "train.compile",
-    "model.attention",
-    "model.lean_layers",
-    "model.kernels",
-    "model.vision.feature_cache",
-    "model.vision.feature_cache_gib",
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Changes:
-    """Differences between a recipe and the recipe of a checkpoint, as `key: old -> new`."""
-
-    other_run: tuple[str, ...]
-    """Keys that change the computation."""
-    rounding: tuple[str, ...]
-    """Keys that change the order of summation only."""
-
-
-def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], *, moved: Sequence[str] = ()) -> Changes:
-    """Compare two resolved recipes.
-
-    Args:
-        before: the checkpoint's.
-        after: the current one.
-        moved: path keys that lead to the same contents.
-    """
-    old, new = _flatten(before), _flatten(after)
-    changed = {
-        key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not _is_below(key, (*_FREE_KEYS, *moved))
-    }
-    return Changes(
-        other_run=tuple(text for key, text in changed.items() if not _is_below(key, _ROUNDING_KEYS)),
-        rounding=tuple(text for key, text in changed.items() if _is_below(key, _ROUNDING_KEYS)),
-    )
-
-
-def _is_below(key: str, prefixes: Sequence[str]) -> bool:
-    return any(fnmatchcase(key, prefix) or key.startswith(f"{prefix}.") for prefix in prefixes)
-
-
-def _flatten(data: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(data, Mapping) and data:
-        items: Any = data.items()
-    elif isinstance(data, list) and data:
-        items = enumerate(data)
-    else:
-        return {prefix.rstrip("."): data}
-    return {key: value for name, item in items for key, value in _flatten(item, f"{prefix}{name}.").items()}

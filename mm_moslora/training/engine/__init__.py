@@ -18,7 +18,7 @@ from mm_moslora.training.engine.deepspeed_settings import (
     largest_adapter,
     prepare_deepspeed,
 )
-from mm_moslora.training.engine.engine_base import Engine, LossModule, StepResult
+from mm_moslora.training.engine.engine_base import Engine, LossModule, Piece, StepResult
 from mm_moslora.training.engine.torch_engine import TorchEngine
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
 from mm_moslora.utils.errors import ConfigError, MoSLoRAError
@@ -28,6 +28,7 @@ __all__ = [
     "Engine",
     "LossModule",
     "OptimizerSettings",
+    "Piece",
     "StepResult",
     "TorchEngine",
     "build_engine",

@@ -1,25 +1,28 @@
-"""The engine on DeepSpeed ZeRO, any stage."""
+"""The engine on DeepSpeed ZeRO, any stage.
+
+Masters and moments lie in attributes of DeepSpeed's optimisers that are not documented. The methods behind `pieces`
+read them; `deepspeed_patches` holds what the project replaces and corrects.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch import Tensor
 
-from mm_moslora.adapters.layers.fused_linear import FusedLinear
 from mm_moslora.batch import Batch
 from mm_moslora.models.vision.timm_open_clip_tower import fp32_parameters
-from mm_moslora.training.engine import deepspeed_patches, deepspeed_state
-from mm_moslora.training.engine.engine_base import Engine, LossModule, Update
-from mm_moslora.training.engine.optimizer_state import HostState, Piece, StoredState
+from mm_moslora.training.engine import deepspeed_patches
+from mm_moslora.training.engine.engine_base import Engine, LossModule, Piece, Update
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
-from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError, TrainingError
+
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""Attributes of DeepSpeed's loss scalers that are their state."""
 
 
 class DeepSpeedEngine(Engine):
@@ -47,9 +50,9 @@ class DeepSpeedEngine(Engine):
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=config, dist_init_required=False)
         self.shares_products = self.stage < 3
         self.replicated = self.stage == 0
-        deepspeed_patches.leave_lowest_scale_to_us(self.engine)
+        deepspeed_patches.skip_at_lowest_scale(self._scaler)
         if self.stage == 3:
-            _fetch_whole_layers(module)
+            deepspeed_patches.fetch_whole_layers(module)
             deepspeed_patches.gather_persistent_together(self.engine)
         if self.stage < 3:  # stage 3 has already cut them up
             for parameter, value in precise:
@@ -58,8 +61,8 @@ class DeepSpeedEngine(Engine):
             deepspeed_patches.undo_warm_up_step(self.engine)
 
     def _begin_step(self, with_images: list[float]) -> None:
-        deepspeed_state.clear_gradients(self.engine, self.stage)
-        if deepspeed_state.offloads(self.engine, self.stage) and any(with_images):
+        deepspeed_patches.clear_gradients(self.engine, self.stage)
+        if deepspeed_patches.offloads(self.engine, self.stage) and any(with_images):
             # Only what the last micro-batch uses is handed to the optimiser, so it must use the vision path, too.
             with_images[-1] = max(1.0, with_images[-1])
 
@@ -79,7 +82,7 @@ class DeepSpeedEngine(Engine):
     def _update(self, lr_factor: float, sums: Tensor) -> Update:
         loss, right = sums.tolist()
         own_norm = self._gradient_norm() / self.loss_scale if self.stage == 0 else None
-        rescales = bool(deepspeed_state.read_scaler(self.engine))  # fp16: must see the overflow to lower its scale
+        rescales = bool(self.scaler_state())  # fp16: must see the overflow to lower its scale
         if own_norm is not None and not rescales and not (math.isfinite(loss) and math.isfinite(own_norm)):
             # Stages 1 to 3 skip a step whose gradients are not finite by themselves; stage 0 would apply it.
             self.engine.zero_grad()
@@ -97,14 +100,27 @@ class DeepSpeedEngine(Engine):
         )
 
     @property
+    def _scaler(self) -> Any:
+        """DeepSpeed's loss scaler; None without scaling."""
+        optimizer = self.engine.optimizer
+        return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+
+    @property
     def loss_scale(self) -> float:
         """See `Engine.loss_scale`."""
-        return deepspeed_state.scale_of(self.engine)
+        return float(getattr(self._scaler, "cur_scale", 1.0) or 1.0)
 
     @property
     def can_lower_scale(self) -> bool:
-        """See `Engine.can_lower_scale`."""
-        return deepspeed_state.can_lower_scale(self.engine)
+        """See `Engine.can_lower_scale`: the scale is dynamic and not yet at its minimum."""
+        least = getattr(self._scaler, "min_scale", getattr(self._scaler, "min_loss_scale", None))
+        return bool(self.scaler_state()) and self.loss_scale > float(least or 1.0)
+
+    def scaler_state(self) -> dict[str, float]:
+        """See `Engine.scaler_state`."""
+        scaler = self._scaler
+        dynamic = getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False))
+        return {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)} if dynamic else {}
 
     def _gradient_norm(self) -> float:
         """Stage 0: gradients are whole and already averaged on every rank, and deepspeed does not tell their norm."""
@@ -116,10 +132,13 @@ class DeepSpeedEngine(Engine):
 
     def trainable_state(self) -> dict[str, Tensor]:
         """See `Engine.trainable_state`; gathers the fp32 masters from all ranks."""
-        state = {}
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        state, masters = {}, self._masters_of_stage_0()
         for name, parameter in self._named_trainable():
-            value = deepspeed_state.whole_master(self.engine, self.stage, parameter)
-            value = parameter.data if value is None else value
+            value = masters.get(id(parameter))
+            value = safe_get_full_fp32_param(parameter) if value is None else value
+            value = parameter.data if value is None else value  # its own master
             if value.numel() == 0:
                 raise TrainingError(
                     f"{name} came out empty while gathering the trained weights. Nothing was saved; "
@@ -129,21 +148,55 @@ class DeepSpeedEngine(Engine):
             state[name] = value.detach().float().cpu().reshape(shape).clone()
         return state
 
+    def _masters_of_stage_0(self) -> dict[int, Tensor]:
+        """Masters by the ids of their half-precision parameters; empty in fp32 and at the other stages."""
+        optimizer = self.engine.optimizer
+        if self.stage > 0 or not hasattr(optimizer, "fp32_groups"):
+            return {}
+        groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        return {id(low): high for lows, highs in groups for low, high in zip(lows, highs, strict=True)}
+
     def pieces(self) -> list[Piece]:
-        """See `Engine.pieces`."""
-        return deepspeed_state.zero_pieces(self.engine, self.stage, self._named_trainable())
+        """See `Engine.pieces`; at stage 0 every rank holds all parameters whole."""
+        find = self._whole_pieces if self.stage == 0 else self._flat_pieces if self.stage < 3 else self._shard_pieces
+        return list(find(self.engine.optimizer))
 
-    def copy_state(self) -> HostState:
-        """See `Engine.copy_state`; at stage 0, where all ranks hold the same, each copies every n-th parameter."""
-        pieces = self.pieces()
-        if self.stage == 0:
-            pieces = pieces[distributed.rank() :: distributed.world_size()]
-        return HostState.copy_of(pieces, scaler=deepspeed_state.read_scaler(self.engine))
+    def _whole_pieces(self, optimizer: Any) -> Iterator[Piece]:
+        masters = self._masters_of_stage_0()
+        adam = optimizer.optimizer if masters else optimizer
+        for name, parameter in self._named_trainable():
+            yield Piece.of(name, adam, masters.get(id(parameter), parameter))
 
-    def refresh(self, stored: StoredState) -> None:
+    def _flat_pieces(self, optimizer: Any) -> Iterator[Piece]:
+        group_of = {id(parameter): index for index, group in enumerate(optimizer.bit16_groups) for parameter in group}
+        for name, parameter in self._named_trainable():
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:  # another rank's
+                continue
+            flat = optimizer.single_partition_of_fp32_groups[group_of[id(parameter)]]
+            start, place = mapping.lp_fragment_address.start, mapping.hp_fragment_address
+            yield Piece.of(name, optimizer.optimizer, flat, start=start, offset=place.start, length=place.numel)
+
+    def _shard_pieces(self, optimizer: Any) -> Iterator[Piece]:
+        for name, parameter in self._named_trainable():
+            group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = length * optimizer._get_param_partition_rank(parameter)
+            length = min(length, parameter.ds_numel - start)  # type: ignore[attr-defined]  # the rest is padding
+            if length > 0:
+                flat = optimizer.fp32_partitioned_groups_flat[group]
+                yield Piece.of(name, optimizer.optimizer, flat, start=start, offset=offset, length=length)
+
+    @torch.no_grad()
+    def refresh(self, stored: Callable[[str], Tensor], scaler: Mapping[str, float]) -> None:
         """See `Engine.refresh`."""
-        deepspeed_state.refresh_weights(self.engine, self.stage, self._named_trainable(), stored)
-        deepspeed_state.write_scaler(self.engine, stored.scaler)
+        if self.stage == 3:
+            deepspeed_patches.reload_masters(self.engine)
+        else:
+            for name, parameter in self._named_trainable():
+                parameter.copy_(stored(name).view_as(parameter))
+        for key, value in scaler.items():
+            if hasattr(self._scaler, key):
+                setattr(self._scaler, key, value)
 
     def gathered(self) -> AbstractContextManager[Any]:
         """See `Engine.gathered`."""
@@ -154,18 +207,3 @@ class DeepSpeedEngine(Engine):
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers."""
         self.engine.destroy()
-
-
-def _fetch_whole_layers(module: nn.Module) -> None:
-    """Have ZeRO-3 fetch the weights of a decoder or tower layer for the whole layer at once, and those of adapted ones.
-
-    Left alone, DeepSpeed fetches each for the submodule that owns it: dozens of gathers a layer, and kernels that span
-    several submodules would find nothing. Its leaf modules do not serve here: they reduce gradients when that of their
-    input is ready, which a first layer behind frozen embeddings never gets, so its adapter would not train.
-    """
-    from deepspeed.runtime.zero import register_external_parameter
-
-    for layer in module.modules():
-        if isinstance(layer, GradientCheckpointingLayer | FusedLinear):
-            for parameter in layer.parameters():
-                register_external_parameter(layer, parameter)

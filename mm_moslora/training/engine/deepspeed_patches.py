@@ -1,4 +1,4 @@
-"""What the project replaces in a live DeepSpeed engine, and why; `deepspeed_state` reads what it keeps.
+"""What the project replaces and corrects in a live DeepSpeed engine, and why.
 
 No upstream issue is known for any of it. The tests (`tests/training/test_deepspeed_patches.py`) fail when an installed
 release changes what a patch stands on.
@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mm_moslora.training.engine.deepspeed_state import scaler_of
+from mm_moslora.adapters.layers.fused_linear import FusedLinear
 
 
 def skip_shared_memory_operator() -> None:
@@ -37,11 +38,57 @@ def undo_warm_up_step(engine: Any) -> None:
             master.copy_(weight)
 
 
-def leave_lowest_scale_to_us(engine: Any) -> None:
-    """Skip a step that overflows at the lowest scale, too; DeepSpeed's stages 1 to 3 would end the run at the first."""
-    scaler = scaler_of(engine)
+def skip_at_lowest_scale(scaler: Any) -> None:
+    """Skip a step that overflows at the lowest scale, too; DeepSpeed's stages 1 to 3 would end the run at the first.
+
+    Args:
+        scaler: DeepSpeed's loss scaler, or None.
+    """
     if hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False
+
+
+def offloads(engine: Any, stage: int) -> bool:
+    """Whether gradients go to main memory, parameter by parameter, in the last micro-batch."""
+    optimizer = engine.optimizer
+    return bool(optimizer.offload_optimizer if stage == 3 else stage > 0 and optimizer.cpu_offload)
+
+
+@torch.no_grad()
+def clear_gradients(engine: Any, stage: int) -> None:
+    """Empty the buffers of gradients of stage 3 and of offloading before a step.
+
+    DeepSpeed overwrites a parameter's buffer in the first micro-batch of a step, if that uses the parameter. One that a
+    step does not use at all (the projector, when no rank has a picture) would be updated with the gradient of an
+    earlier step, and one that only a later micro-batch uses would add to it. Seen with 0.19 at stage 3.
+    """
+    optimizer = engine.optimizer
+    buffers: list[Tensor | None] = []
+    if stage == 3:
+        buffers += [optimizer.grad_partitions_flat_buffer]
+        if optimizer.offload_optimizer and not optimizer.swap_optimizer:
+            buffers += [group.grad for group in optimizer.fp32_partitioned_groups_flat]
+    elif stage > 0 and optimizer.cpu_offload:
+        buffers += [group.grad for group in optimizer.single_partition_of_fp32_groups]
+        buffers += list(getattr(optimizer, "accumulated_grads_in_cpu", {}).values())
+    for buffer in buffers:
+        if buffer is not None:
+            buffer.zero_()
+
+
+def fetch_whole_layers(module: nn.Module) -> None:
+    """Have ZeRO-3 fetch the weights of a decoder or tower layer for the whole layer at once, and those of adapted ones.
+
+    By default DeepSpeed fetches each for the submodule that owns it: dozens of gathers a layer, and kernels that span
+    several submodules would find nothing. Its leaf modules do not serve here: they reduce gradients when that of their
+    input is ready, which a first layer behind frozen embeddings never gets, so its adapter would not train.
+    """
+    from deepspeed.runtime.zero import register_external_parameter
+
+    for layer in module.modules():
+        if isinstance(layer, GradientCheckpointingLayer | FusedLinear):
+            for parameter in layer.parameters():
+                register_external_parameter(layer, parameter)
 
 
 def gather_persistent_together(engine: Any) -> None:
@@ -90,3 +137,15 @@ def whole(engine: Any, module: nn.Module) -> Iterator[None]:
     kept = engine.optimizer.persistent_parameters
     if kept:
         kept[0].all_gather(kept)
+
+
+@torch.no_grad()
+def reload_masters(engine: Any) -> None:
+    """Stage 3: set the weights that the forward pass gathers to the masters, which have just been read."""
+    optimizer = engine.optimizer
+    optimizer.checkpoint_event_prologue()
+    # Its own way of loading copies masters into the partitions that are gathered, wherever those live.
+    optimizer._rigid_load_state_dict(optimizer._rigid_state_dict())
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+    optimizer.checkpoint_event_epilogue()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +20,11 @@ from mm_moslora.models.families import TOWER_NAMES
 from mm_moslora.models.memory_efficient.loss_head import head_loss_sum
 from mm_moslora.models.vision.frozen_tower import StepFeatureCache
 from mm_moslora.models.vlm import supervised_hidden
-from mm_moslora.training.engine.optimizer_state import HostState, Piece, StoredState
 from mm_moslora.training.engine.stiefel_manifold import StiefelFactors
 from mm_moslora.training.parameter_groups import ParameterGroup
 from mm_moslora.utils import distributed
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class LossModule(nn.Module):
@@ -106,6 +106,59 @@ class Update:
     """See `StepResult.applied`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Consecutive elements of one parameter whose optimiser state this rank holds.
+
+    All tensors are flat views of equal length into what the optimiser uses; writing to them changes it.
+    """
+
+    name: str
+    """Parameter name in the engine's module."""
+    start: int
+    """First element, in the flattened parameter."""
+    master: Tensor
+    """fp32 values."""
+    moments: dict[str, Tensor]
+    """Adam's `exp_avg` and `exp_avg_sq`."""
+    step: Tensor
+    """Adam's step count; pieces of one flat group share it."""
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        optimizer: torch.optim.Optimizer,
+        master: Tensor,
+        *,
+        start: int = 0,
+        offset: int = 0,
+        length: int | None = None,
+    ) -> Piece:
+        """The state that an Adam keeps of a parameter, made as Adam makes it where there is none yet.
+
+        Args:
+            name: of the parameter.
+            optimizer: torch's AdamW.
+            master: what it steps: the parameter's master, or a flat tensor of several.
+            start: first element in the parameter.
+            offset: first element in `master`.
+            length: elements; None: all.
+        """
+        state = optimizer.state[master]
+        if "step" not in state:
+            state["step"] = torch.tensor(0.0)
+            for kind in MOMENTS:
+                state[kind] = torch.zeros_like(master, memory_format=torch.preserve_format)
+        length = master.numel() if length is None else length
+
+        def part(tensor: Tensor) -> Tensor:
+            return tensor.detach().view(-1).narrow(0, offset, length)
+
+        moments = {kind: part(state[kind]) for kind in MOMENTS}
+        return cls(name=name, start=start, master=part(master), moments=moments, step=state["step"])
+
+
 class Engine(ABC):
     """Runs optimiser steps and keeps the optimiser's state."""
 
@@ -161,7 +214,7 @@ class Engine(ABC):
         update = self._update(lr_factor, sums)
         applied, norm = update.applied, update.grad_norm
         if before and applied:
-            self.manifold.pull_back(before, self._on_manifold(), self.pieces())
+            self.manifold.pull_back(before, self._on_manifold(), self._masters())
         return StepResult(
             loss=update.total / max(1.0, supervised), grad_norm=norm, applied=applied,
             supervised_tokens=int(supervised), tokens=int(tokens), images=int(images), samples=int(samples),
@@ -225,11 +278,20 @@ class Engine(ABC):
 
     @abstractmethod
     def pieces(self) -> list[Piece]:
-        """The optimiser state that this rank holds, as views; see `mm_moslora.training.engine.optimizer_state`."""
+        """The optimiser state that this rank holds, as views."""
 
     @abstractmethod
-    def refresh(self, stored: StoredState) -> None:
-        """Take over masters that were just written into `pieces`."""
+    def refresh(self, stored: Callable[[str], Tensor], scaler: Mapping[str, float]) -> None:
+        """Take over masters that were just written into `pieces`.
+
+        Args:
+            stored: gives the whole master of a parameter, flat fp32, by its name.
+            scaler: from `scaler_state`.
+        """
+
+    def scaler_state(self) -> dict[str, float]:
+        """State of the dynamic loss scale (fp16); empty without one."""
+        return {}
 
     @torch.no_grad()
     def component_norms(self) -> dict[str, float]:
@@ -250,20 +312,6 @@ class Engine(ABC):
         copies = distributed.world_size() if self.replicated else 1
         return {name: math.sqrt(total / copies) for name, total in zip(parts, squares.tolist(), strict=True)}
 
-    def copy_state(self) -> HostState:
-        """This rank's share of the optimiser state, copied to main memory."""
-        return HostState.copy_of(self.pieces(), scaler={})
-
-    def load_state(self, folders: Sequence[Path]) -> None:
-        """Read what any number of ranks on any ZeRO stage wrote.
-
-        Args:
-            folders: of every rank that wrote.
-        """
-        with StoredState(folders) as stored:
-            stored.fill(self.pieces())
-            self.refresh(stored)
-
     def gathered(self) -> AbstractContextManager[Any]:
         """A context in which every rank holds all weights whole, and its model runs without the other ranks."""
         return nullcontext()
@@ -271,9 +319,12 @@ class Engine(ABC):
     def close(self) -> None:  # noqa: B027  (most engines hold nothing)
         """Free what the engine holds outside the module."""
 
+    def _masters(self) -> list[tuple[str, int, Tensor]]:
+        return [(piece.name, piece.start, piece.master) for piece in self.pieces()]
+
     def _on_manifold(self) -> dict[str, Tensor]:
         kept = self.manifold.factors  # engines without it are not asked for their pieces
-        return self.manifold.whole(self.pieces(), replicated=self.replicated) if kept else {}
+        return self.manifold.whole(self._masters(), replicated=self.replicated) if kept else {}
 
     def _named_trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [pair for group in self.groups for pair in zip(group.names, group.parameters, strict=True)]

@@ -5,14 +5,16 @@ The optimiser holds masters, and under ZeRO pieces of them on every rank; the ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mm_moslora.adapters.orthonormal_factors import OrthonormalFactor, orthonormal_factors, project_gradients
-from mm_moslora.training.engine.optimizer_state import Piece
 from mm_moslora.utils import distributed
+
+Masters = Iterable[tuple[str, int, Tensor]]
+"""Parts of masters that this rank holds: parameter name, first element, flat values (views)."""
 
 
 class StiefelFactors:
@@ -34,38 +36,37 @@ class StiefelFactors:
         for factor in self.factors.values():
             project_gradients(factor)
 
-    def whole(self, pieces: Sequence[Piece], *, replicated: bool) -> dict[str, Tensor]:
+    def whole(self, masters: Masters, *, replicated: bool) -> dict[str, Tensor]:
         """The masters of all factors, put together from all ranks in one collective; every rank calls it.
 
         Args:
-            pieces: of this rank.
-            replicated: every rank has all pieces.
+            masters: of this rank; those of other parameters are ignored.
+            replicated: every rank holds all masters.
         """
         if not self.factors:
             return {}
         sizes = [factor.weight.numel() for factor in self.factors.values()]
         flat = torch.zeros(sum(sizes), device=self._device)
         parts = dict(zip(self.factors, flat.split(sizes), strict=True))
-        for piece in self._own(pieces):
-            parts[piece.name][piece.start : piece.start + piece.master.numel()] = piece.master
+        for name, start, values in masters:
+            if name in parts:
+                parts[name][start : start + values.numel()] = values
         if not replicated:
             distributed.add_up(flat)
         return {name: part.view_as(self.factors[name].weight) for name, part in parts.items()}
 
     @torch.no_grad()
-    def pull_back(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], pieces: Sequence[Piece]) -> None:
+    def pull_back(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor], masters: Masters) -> None:
         """End a step on the manifold: masters and weights.
 
         Args:
             before: `whole` before the step.
             after: `whole` after it.
-            pieces: of this rank.
+            masters: of this rank; those of other parameters are ignored.
         """
         ends = {name: factor.end(before[name], after[name]) for name, factor in self.factors.items()}
-        for piece in self._own(pieces):
-            piece.master.copy_(ends[piece.name].reshape(-1)[piece.start : piece.start + piece.master.numel()])
+        for name, start, values in masters:
+            if name in ends:
+                values.copy_(ends[name].reshape(-1)[start : start + values.numel()])
         for name, factor in self.factors.items():
             factor.weight.copy_(ends[name])
-
-    def _own(self, pieces: Sequence[Piece]) -> list[Piece]:
-        return [piece for piece in pieces if piece.name in self.factors]

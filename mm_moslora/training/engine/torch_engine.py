@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mm_moslora.batch import Batch
-from mm_moslora.training.engine.engine_base import Engine, LossModule, Update
-from mm_moslora.training.engine.optimizer_state import MOMENTS, Piece, StoredState, adam_state
+from mm_moslora.training.engine.engine_base import Engine, LossModule, Piece, Update
 from mm_moslora.training.parameter_groups import OptimizerSettings, ParameterGroup
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import ConfigError
@@ -81,17 +80,11 @@ class TorchEngine(Engine):
     def pieces(self) -> list[Piece]:
         """See `Engine.pieces`."""
         masters = [master for group in self.masters for master in group]
-        pieces = []
-        for (name, _), master in zip(self._named_trainable(), masters, strict=True):
-            state = adam_state(self.optimizer, master)
-            moments = {kind: state[kind].view(-1) for kind in MOMENTS}
-            pieces.append(
-                Piece(name=name, start=0, master=master.detach().view(-1), moments=moments, step=state["step"])
-            )
-        return pieces
+        named = zip(self._named_trainable(), masters, strict=True)
+        return [Piece.of(name, self.optimizer, master) for (name, _), master in named]
 
     @torch.no_grad()
-    def refresh(self, stored: StoredState) -> None:
+    def refresh(self, stored: Callable[[str], Tensor], scaler: Mapping[str, float]) -> None:
         """See `Engine.refresh`."""
         for master, parameter in self._pairs():
             parameter.copy_(master)

@@ -19,14 +19,19 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import torch
+
 from mm_moslora.training.supervision.run_state import record_failure
 from mm_moslora.utils import distributed, heartbeat
+from mm_moslora.utils.errors import DistributedError, MoSLoRAError, TrainingError
 from mm_moslora.utils.files import discard, replacing
-from mm_moslora.utils.heartbeat import Heartbeat
+from mm_moslora.utils.heartbeat import Heartbeat, means_lost
 from mm_moslora.utils.redaction import redact_text
 
 logger = logging.getLogger(__name__)
@@ -252,6 +257,27 @@ class Watchdog:
         return Blame(
             text=f"All {len(beats)} ranks answer and wait in the same place: suspect the network between their hosts."
         )
+
+    @contextmanager
+    def blaming(self) -> Iterator[None]:
+        """Turn the failure of a collective after the loss of a rank or of a data worker into an error that names it."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if reason.startswith("DataLoader worker"):
+                raise TrainingError(
+                    f"A process that prepares examples died ({reason}). The usual cause is too little memory or, in a "
+                    "container, /dev/shm. Give more, lower data.workers, or set it to 0 for a thread. The same command "
+                    "resumes from the last checkpoint."
+                ) from error
+            lost = isinstance(error, torch.distributed.DistError) or means_lost(str(error))
+            if distributed.world_size() == 1 or isinstance(error, MoSLoRAError) or not lost:
+                raise
+            blame = self.verdict()
+            raise DistributedError(
+                f"The other ranks cannot be reached. {blame} ({reason[:200]})", ranks=blame.ranks
+            ) from error
 
     def _behind(self, beats: list[Heartbeat], others: list[Heartbeat]) -> list[tuple[Heartbeat, str]]:
         """Ranks that are silent, behind the others, or have given up."""

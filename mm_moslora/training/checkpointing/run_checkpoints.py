@@ -1,0 +1,181 @@
+"""The checkpoints of a run: the newest valid one, those that are put aside, and those that are deleted.
+
+`latest` is a hint for people; resuming takes the newest valid folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mm_moslora.training.checkpointing.checkpoint_folder import (
+    Manifest,
+    OtherFormatError,
+    parse_manifest,
+    read_manifest,
+)
+from mm_moslora.utils import files
+from mm_moslora.utils.errors import CheckpointError, ConfigError
+from mm_moslora.utils.run_paths import MANIFEST, checkpoints, resume_folder
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_resume(run: Path, resume: str) -> None:
+    """Refuse a value of `--resume` that contradicts the contents of the run folder.
+
+    Args:
+        run: the run folder.
+        resume: `auto`, `required`, `never`, or a checkpoint folder.
+
+    Raises:
+        CheckpointError: `required` without a checkpoint, `never` with one, or a folder that does not exist.
+    """
+    resume_folder(resume)
+    if resume == "never" and checkpoints(run):
+        raise CheckpointError(
+            f"{run} already holds checkpoints, but resume is never. Choose another train.output, or resume: auto."
+        )
+    if resume == "required" and not any(run.glob("checkpoint-*")):  # `newest_valid` reports damaged checkpoints
+        raise CheckpointError(f"{run} holds no checkpoint, but resume is required. Check train.output.")
+
+
+def newest_valid(run: Path) -> tuple[Path, Manifest] | None:
+    """The newest valid checkpoint of a run.
+
+    Newer checkpoints that are damaged are renamed to `*.corrupt`, logged and skipped.
+
+    Returns:
+        Folder and manifest, or None where the run has no checkpoint and none was put aside.
+
+    Raises:
+        OtherFormatError: another version of mm_moslora wrote the newest intact checkpoint; nothing is renamed.
+        CheckpointError: there are checkpoints, or some that were put aside, but none is valid; nothing is renamed.
+    """
+    damaged: list[tuple[Path, CheckpointError]] = []
+    for _, folder in reversed(checkpoints(run)):
+        try:
+            manifest = read_manifest(folder)
+        except OtherFormatError:
+            raise
+        except CheckpointError as error:
+            damaged.append((folder, error))
+            continue
+        for other, reason in damaged:
+            aside = files.set_aside(other, "corrupt")
+            logger.warning("Skipped a damaged checkpoint, now %s: %s", aside.name, reason)
+        return folder, manifest
+    if damaged:
+        raise CheckpointError(
+            f"All {len(damaged)} checkpoints in {run} are damaged; the newest: {damaged[0][1]} Restore one of them, or "
+            "start again in another folder (train.output)."
+        )
+    if names := sorted(path.name for path in run.glob("checkpoint-*")):
+        raise CheckpointError(
+            f"{run} holds no checkpoint to resume from, but {', '.join(names[:5])}, which was damaged, put aside or "
+            "made by another program. Restore it under its own name, choose another train.output, or start from step 0 "
+            "beside it with --resume never."
+        )
+    return None
+
+
+def set_aside_newer(run: Path, step: int) -> None:
+    """Rename the checkpoints of a run that are newer than the step it resumes from to `*.superseded`.
+
+    Otherwise the next start would resume from the newest of them, and retention would delete the new checkpoints first.
+    """
+    for number, folder in checkpoints(run):
+        if number > step:
+            aside = files.set_aside(folder, "superseded")
+            logger.warning("%s is newer than step %d, from which the run resumes; now %s.", folder, step, aside.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """The retention policy."""
+
+    last: int = 2
+    """Number of newest checkpoints to keep; 0 keeps all."""
+    every: int = 0
+    """Also keep steps that are a multiple of this; 0: none."""
+    best: str | None = None
+    """Also keep the checkpoint of this name."""
+
+    def superfluous(self, found: Sequence[tuple[int, Path]]) -> list[Path]:
+        """The checkpoints that may be deleted, oldest first."""
+        if self.last < 1:
+            return []
+        return [
+            folder
+            for step, folder in found[: -self.last]
+            if not (self.every and step % self.every == 0) and folder.name != self.best
+        ]
+
+
+def remove_old(run: Path, retention: Retention) -> None:
+    """Delete checkpoints outside the retention policy, oldest first, after the newest checkpoint has been verified.
+
+    A folder is kept, with a warning, where it holds files that are not in its manifest, or is not a checkpoint that
+    this version can read.
+
+    Raises:
+        CheckpointError: the newest is damaged; nothing was deleted.
+    """
+    found = checkpoints(run)
+    superfluous = retention.superfluous(found)
+    if superfluous:
+        read_manifest(found[-1][1])
+    for folder in superfluous:
+        if reason := _why_kept(folder):
+            logger.warning("%s would be deleted by train.keep_last, but %s; it is kept.", folder, reason)
+            continue
+        trash = folder.with_name(f".trash-{folder.name}")
+        files.remove(trash, mark=MANIFEST)
+        files.rename(folder, trash)
+        files.remove(trash, mark=MANIFEST)
+
+
+def _why_kept(folder: Path) -> str | None:
+    """Why an old checkpoint must not be deleted; None where it may be."""
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    if not present:  # the rest of a deletion that a power loss interrupted
+        return None
+    try:
+        manifest = parse_manifest(folder / MANIFEST)
+    except CheckpointError as error:
+        return str(error)
+    strangers = sorted(present - {MANIFEST, files.MARK, *manifest.files})
+    return f"it holds files that are not in its manifest ({', '.join(strangers[:3])})" if strangers else None
+
+
+class Tidier:
+    """Deletes old checkpoints of a run folder in a thread, one policy at a time.
+
+    Args:
+        run: the run folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self._thread: threading.Thread | None = None
+
+    def start(self, retention: Retention) -> None:
+        """Apply a retention policy, after an earlier one."""
+        self.wait()
+        self._thread = threading.Thread(target=self._work, args=(retention,), name="retention", daemon=True)
+        self._thread.start()
+
+    def _work(self, retention: Retention) -> None:
+        try:
+            remove_old(self.run, retention)
+        except (OSError, CheckpointError, ConfigError) as error:
+            logger.warning("No old checkpoint was deleted: %s", error)
+
+    def wait(self) -> None:
+        """Wait until nothing is being deleted."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None

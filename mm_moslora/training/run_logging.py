@@ -1,0 +1,193 @@
+"""What a run logs: metrics and warnings of its steps, its mixers, its peak memory and its summary."""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mm_moslora.batch import Batch
+from mm_moslora.models.trainable_parts import component_table
+from mm_moslora.tracking import Trackers
+from mm_moslora.training.engine import StepResult
+from mm_moslora.training.metrics.mixer_metrics import adapter_metrics, mixer_matrices, write_mixers
+from mm_moslora.training.metrics.throughput import Clock, RankFigures, Speedometer
+from mm_moslora.training.run_setup import Run
+from mm_moslora.training.supervision.loss_spikes import SPIKE, SpikeScore
+from mm_moslora.utils import distributed, files
+
+logger = logging.getLogger(__name__)
+
+
+class RunLog:
+    """Logs one training session; all ranks call each method together.
+
+    Args:
+        run: the run.
+        trackers: the receivers of the metrics.
+        total_steps: optimiser steps of the whole run.
+        steps_per_epoch: optimiser steps of an epoch.
+    """
+
+    def __init__(self, run: Run, trackers: Trackers, *, total_steps: int, steps_per_epoch: int) -> None:
+        self.run, self.trackers, self.total_steps, self.steps_per_epoch = run, trackers, total_steps, steps_per_epoch
+        self.clock = Clock(run.counters, run.step)
+        self.spikes = SpikeScore()
+        self.speedometer = Speedometer(run.assembly.model)
+        self.extra: dict[str, float] = {}
+        """Logged with the next step."""
+
+    def step(
+        self,
+        result: StepResult,
+        micro_batches: Sequence[Batch],
+        *,
+        lr_factor: float,
+        seconds: float,
+        data_seconds: float,
+    ) -> None:
+        """Warn of a loss spike and of a skipped step, and log metrics where they are due.
+
+        Args:
+            result: of the step, which the run's counters include.
+            micro_batches: this rank's.
+            lr_factor: factor on the peak learning rates.
+            seconds: for data and step.
+            data_seconds: for data.
+        """
+        self.clock.count(result)
+        self.note_memory()
+        spike = self.spikes.update(result.loss)
+        self._warn(result, spike, [name for batch in micro_batches for name in batch.ids])
+        step, recipe = self.run.step, self.run.recipe
+        if step % recipe.train.log_every == 0 or step == self.total_steps:
+            pace, work_seconds = self.clock.record(step, self.total_steps)
+            own = own_figures(seconds=seconds, data_seconds=data_seconds, work_seconds=work_seconds)
+            metrics = self._of_step(result, lr_factor) | {"loss_spike": spike}
+            metrics |= pace | self.speedometer.of(result, micro_batches, own)
+            self.trackers.log(metrics | self.extra, step)
+            self.extra = {}
+        if recipe.track.mixers_every and step % recipe.track.mixers_every == 0:
+            state = self.run.engine.trainable_state()
+            if distributed.is_main():
+                self.trackers.log(adapter_metrics(self.run.assembly.model, state), step)
+
+    def _warn(self, result: StepResult, spike: float, ids: Sequence[str]) -> None:
+        step = self.run.step
+        records = f"Records of rank {distributed.rank()}: {', '.join(ids[:16])}"
+        if result.applied:
+            if spike > SPIKE:
+                logger.warning(
+                    "Step %d: the loss %.4f is %.1f standard deviations above the last %d. %s",
+                    step, result.loss, spike, self.spikes.count, records,
+                )  # fmt: skip
+        elif result.rescaling:
+            logger.info("Step %d skipped: fp16's loss scale is now %g.", step, self.run.engine.loss_scale)
+        elif math.isfinite(result.loss) or not result.own_loss_is_finite:
+            what = "the loss or a gradient is not finite"
+            logger.warning("Step %d skipped: %s (loss %s). %s", step, what, result.loss, records)
+        elif distributed.is_main():
+            logger.warning("Step %d skipped: the loss of another rank is not finite.", step)
+
+    def _of_step(self, result: StepResult, lr_factor: float) -> dict[str, float]:
+        engine = self.run.engine
+        metrics = {
+            "loss": result.loss,
+            "token_accuracy": result.right_tokens / max(1, result.supervised_tokens),
+            "grad_norm": result.grad_norm,
+            "tokens": result.tokens,
+            "supervised_tokens": result.supervised_tokens,
+            "images": result.images,
+            "epoch": self.run.step / self.steps_per_epoch,
+            "skipped_steps": self.run.counters["skipped"],
+        }
+        metrics |= engine.component_norms()
+        metrics |= {f"lr/{group.name}": group.peak_lr * lr_factor for group in engine.groups}
+        if (store := engine.module.pictures.store) is not None:
+            metrics["feature_cache_hits"] = store.counts.hit_share
+        if engine.loss_scale != 1:
+            metrics["loss_scale"] = engine.loss_scale
+        return metrics
+
+    def final_mixers(self) -> None:
+        """Write and log the mixers at the end beside those at the start."""
+        final = mixer_matrices(self.run.engine.trainable_state())
+        if distributed.is_main():
+            mixers = write_mixers(self.run.folder / "mixers.json", before=self.run.first_mixers, after=final)
+            self.trackers.log_mixers(mixers, self.run.step)
+
+    def note_memory(self) -> None:
+        """Count the peak memory over all sessions of the run."""
+        counters = self.run.counters
+        counters["memory_gib"] = max(counters.get("memory_gib", 0.0), peak_memory_gib())
+
+    def metadata(self) -> dict[str, Any]:
+        """Metadata of the run for trackers, besides its recipe."""
+        hosts = set(distributed.gather_objects(socket.gethostname()))
+        rows = component_table(self.run.assembly)
+        return {
+            "world_size": distributed.world_size(), "nodes": len(hosts), "precision": self.run.precision,
+            "total_steps": self.total_steps, "parameters": sum(row.total for row in rows),
+            "trainable_parameters": sum(row.trainable for row in rows),
+            "components": {row.name: {"parameters": row.total, "trainable": row.trainable} for row in rows},
+            "base": self.run.assembly.base,
+        }  # fmt: skip
+
+    def write_summary(self) -> None:
+        """Write `summary.json` into the run folder."""
+        self.note_memory()
+        self.clock.tick()
+        if distributed.is_main():
+            files.replace_json(self.run.folder / "summary.json", summary(self.run, self.total_steps))
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process: device memory on an accelerator, resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def own_figures(*, seconds: float, data_seconds: float, work_seconds: float) -> RankFigures:
+    """Measurements of this rank, for the others."""
+    reserved = retries = 0.0
+    if torch.cuda.is_available():
+        reserved = torch.cuda.max_memory_reserved() / 2**30
+        retries = float(torch.cuda.memory_stats().get("num_alloc_retries", 0))
+    return RankFigures(
+        step_seconds=seconds, data_seconds=data_seconds, work_seconds=work_seconds, memory_gib=peak_memory_gib(),
+        memory_reserved_gib=reserved, allocator_retries=retries,
+    )  # fmt: skip
+
+
+def summary(run: Run, total: int) -> dict[str, Any]:
+    """Summary of a run for the report."""
+    return {
+        "format": 1,  # of the run folder, see report.schema
+        "name": run.recipe.name,
+        "steps": run.step,
+        "total_steps": total,
+        "counters": run.counters,
+        "precision": run.precision,
+        "world_size": distributed.world_size(),
+        "zero": run.recipe.train.zero,
+        "components": [vars(row) for row in component_table(run.assembly)],
+        "tokens_per_image": run.assembly.tokens_per_image,
+        "base": run.assembly.base,
+        "memory_gib": run.counters["memory_gib"],
+        "data": _data_facts(run),
+    }
+
+
+def _data_facts(run: Run) -> dict[str, Any]:
+    facts: dict[str, Any] = dict(run.training_set.statistics())
+    if run.counters.get("tokens"):
+        facts["supervised_share"] = run.counters["supervised_tokens"] / run.counters["tokens"]
+    if run.validation_set is not None:
+        facts["validation_records"] = len(run.validation_set)
+    return facts
