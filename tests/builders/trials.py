@@ -53,6 +53,11 @@ def make_recipe(
     )
 
 
+def with_train(recipe: Recipe, **changes) -> Recipe:
+    """The same with other keys of `train`."""
+    return replace(recipe, train=replace(recipe.train, **changes))
+
+
 def full(recipe: Recipe) -> Recipe:
     """The same with a language model that trains whole, without adapters."""
     return replace(recipe, model=replace(recipe.model, language_mode="full"))

@@ -11,7 +11,6 @@ from between import just_before
 
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, OtherFormatError, commit, read_manifest
 from mm_moslora.training.checkpointing.run_checkpoints import Retention, newest_valid, remove_old
-from mm_moslora.training.resume import changed_keys
 from mm_moslora.utils import files
 from mm_moslora.utils.errors import CheckpointError
 from mm_moslora.utils.run_paths import adapter_folder, checkpoints, find_checkpoint
@@ -203,21 +202,6 @@ def test_every_kth_and_the_best_stay_and_nothing_goes_while_the_newest_is_damage
     make(tmp_path, 7)
     remove_old(tmp_path, kept)
     assert [step for step, _ in checkpoints(tmp_path)] == [2, 4, 7]
-
-
-def test_keys_that_change_the_computation_are_listed_and_others_are_free():
-    before = {
-        "optim": {"lr": 1e-4},
-        "train": {"save_every": 5, "seed": 0},
-        "data": {"train": [{"path": "a", "weight": 1}]},
-    }
-    after = {
-        "optim": {"lr": 2e-4},
-        "train": {"save_every": 9, "seed": 0},
-        "data": {"train": [{"path": "b", "weight": 2}]},
-    }
-    changes = changed_keys(before, after)
-    assert list(changes.other_run) == ["data.train.0.weight: 1 -> 2", "optim.lr: 0.0001 -> 0.0002"]
 
 
 def test_hosts_whose_processes_have_the_same_number_write_the_same_file(tmp_path, monkeypatch):
