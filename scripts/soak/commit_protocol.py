@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from simulated_disk import Operation, SimulatedDisk, note_file, recording
 
 from mm_moslora.training.checkpointing.checkpoint_folder import Manifest, Saver, folder_name, rank_folder
-from mm_moslora.training.checkpointing.run_checkpoints import Retention, newest_valid
+from mm_moslora.training.checkpointing.run_checkpoints import Retention, Tidier, newest_valid
 from mm_moslora.utils import distributed
 from mm_moslora.utils.errors import CheckpointError
 
