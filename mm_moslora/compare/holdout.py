@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_moslora.config import Recipe, SourceConfig
-from mm_moslora.data.sources.json_file import JsonFile, StrictJsonError
+from mm_moslora.data.sources.record_source import RecordFile, StrictJsonError
 from mm_moslora.utils.errors import ConfigError
 from mm_moslora.utils.files import rename
 
@@ -68,10 +68,10 @@ def _split(path: Path, kept: Path, held: Path, *, share: float, most: int) -> No
 
 
 def _records(path: Path) -> Iterator[Any]:
-    file = JsonFile(path)
+    file = RecordFile(path)
     for row in range(len(file)):
         try:
-            yield file[row]
+            yield file.value(row)
         except StrictJsonError:
             continue  # the trainer counts unreadable records, in the file that the user gave
 

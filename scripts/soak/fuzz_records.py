@@ -27,7 +27,7 @@ from mm_moslora.data.chat.conversation_encoder import ConversationEncoder  # noq
 from mm_moslora.data.chat.records import parse_record  # noqa: E402
 from mm_moslora.data.images.locate_image import PictureRules  # noqa: E402
 from mm_moslora.data.record_faults import Code, RecordError, Where  # noqa: E402
-from mm_moslora.data.sources.json_file import StrictJsonError, parse_strictly  # noqa: E402
+from mm_moslora.data.sources.record_source import StrictJsonError, parse_strictly  # noqa: E402
 
 NASTY: list[Any] = [
     None, True, False, 0, -1, 1.5, 1e308, 10**30, "", " ", "\n", "\x00", "\ud800", "a" * 5000, "<image>", "<image>\nq",

@@ -1,19 +1,25 @@
-"""Finds the start and end of every value of a JSON list or a JSONL file without parsing the values.
+"""Finds the start and end of every value of a JSON list or a JSONL file.
 
 The scan looks only at quotes, backslashes and brackets. It is vectorised over chunks of a few megabytes, so that a
-gigabyte takes seconds and memory does not depend on the size. A value is checked when it is read.
+gigabyte takes seconds and memory does not depend on the size. A value is checked when it is read. Only a list that is
+damaged or has values that are no objects is decoded, value by value.
 """
 
 from __future__ import annotations
 
+import codecs
+import json
+import re
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mm_moslora.utils import untrusted_files
+from mm_moslora.utils.errors import DataError
+from mm_moslora.utils.untrusted_files import opened
 
 BOM = b"\xef\xbb\xbf"
 """UTF-8 byte order mark."""
@@ -26,6 +32,8 @@ _QUOTE, _BACKSLASH, _OPEN, _CLOSE = 1, 2, 3, 4
 _KINDS = np.zeros(256, dtype=np.uint8)
 for _kind, _characters in ((_QUOTE, b'"'), (_BACKSLASH, b"\\"), (_OPEN, b"[{"), (_CLOSE, b"]}")):
     _KINDS[list(_characters)] = _kind
+_DELIMITERS = tuple(", ]\t\r\n")
+_SPACE = re.compile(r"[ \t\r\n]*")
 _SPACES = np.zeros(256, dtype=bool)
 _SPACES[list(b" \t\r\n")] = True
 
@@ -35,7 +43,7 @@ _Places = NDArray[np.int64]
 def scan_lines(path: Path) -> tuple[array[int], array[int], array[int]]:
     """Starts, ends (bytes) and numbers (from 1) of the lines that are not blank."""
     starts, ends, numbers = array("Q"), array("Q"), array("Q")
-    with untrusted_files.opened(path, most=None) as stream:
+    with opened(path, most=None) as stream:
         offset = len(BOM) if stream.read(len(BOM)) == BOM else 0
         stream.seek(offset)
         begun, filled, number = offset, False, 1  # the unfinished line at the end of a chunk
@@ -72,17 +80,17 @@ def scan_list(path: Path) -> tuple[array[int], array[int]] | None:
     objects.
     """
     starts, ends = array("Q"), array("Q")
-    with untrusted_files.opened(path, most=None) as stream:
+    with opened(path, most=None) as stream:
         stream.seek(len(BOM) if stream.read(len(BOM)) == BOM else 0)
         buffer, offset = b"", stream.tell()
-        opened = False
+        begun = False
         while chunk := stream.read(CHUNK):
             buffer += chunk
-            if not opened:
+            if not begun:
                 body = buffer.lstrip()
                 if not body:
                     return None
-                offset, buffer, opened = offset + len(buffer) - len(body) + 1, body[1:], True
+                offset, buffer, begun = offset + len(buffer) - len(body) + 1, body[1:], True
             part = _scan(buffer)
             if part is None or not _separated(buffer, part, first=not starts):
                 return None
@@ -176,3 +184,106 @@ def _separated(buffer: bytes, part: _Part, *, first: bool) -> bool:
     solid = ~_SPACES[between]
     commas: Any = np.add.reduceat(solid, firsts, dtype=np.int64)
     return bool((commas == 1).all() and (between[solid] == ord(",")).all())
+
+
+def scan_list_carefully(path: Path) -> tuple[array[int], array[int]]:
+    """Starts and ends (bytes) of the values of a list, found one by one: slow, for lists that `scan_list` refuses.
+
+    Raises:
+        DataError: not UTF-8, or not a list to its end; the error names the byte.
+    """
+    starts, ends = array("Q"), array("Q")
+    window = _Window(path)
+    window.peek()
+    window.skip()  # the opening bracket
+    while (following := window.peek()) != "]":
+        if starts:
+            if following != ",":
+                raise window.broken("neither a comma nor the end of the list follows", len(starts))
+            window.skip()
+            window.peek()
+        start, end = window.value(len(starts))
+        starts.append(start)
+        ends.append(end)
+    window.skip()
+    if window.peek():
+        raise window.broken("text behind the end of the list", len(starts))
+    return starts, ends
+
+
+class _Window:
+    """A sliding window of decoded text over a JSON list in a file; `at` and `byte` advance together."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bytes = self._chunks()
+        self.decode = codecs.getincrementaldecoder("utf-8")()
+        self.text = ""
+        self.at = 0
+        self.byte = 0
+        self.decoder = json.JSONDecoder()
+
+    def _chunks(self) -> Iterator[bytes]:
+        with opened(self.path, most=None) as stream:
+            if stream.read(len(BOM)) == BOM:
+                self.byte = len(BOM)
+            else:
+                stream.seek(0)
+            while chunk := stream.read(CHUNK):
+                yield chunk
+
+    def _more(self) -> bool:
+        """Read the next chunk and drop the consumed text."""
+        chunk = next(self.bytes, None)
+        if chunk is None:
+            return False
+        try:
+            self.text, self.at = self.text[self.at :] + self.decode.decode(chunk), 0
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.path} is not UTF-8 ({error.reason}). Convert it to UTF-8.") from error
+        return True
+
+    def _move(self, place: int) -> None:
+        self.byte += len(self.text[self.at : place].encode("utf-8"))
+        self.at = place
+
+    def peek(self) -> str:
+        """The next character that is not white space; empty at the end."""
+        while True:
+            match = _SPACE.match(self.text, self.at)
+            assert match is not None
+            self._move(match.end())
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._more():
+                return ""
+
+    def skip(self) -> None:
+        """Consume the character that `peek` returned."""
+        self._move(self.at + 1)
+
+    def value(self, row: int) -> tuple[int, int]:
+        """Byte range of the next value."""
+        while True:
+            try:
+                _, end = self.decoder.raw_decode(self.text, self.at)
+            except RecursionError as error:
+                raise self.broken(f"record {row} is nested too deeply", row) from error
+            except ValueError as error:
+                if len(self.text) - self.at <= MAX_VALUE_BYTES and self._more():
+                    continue
+                what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                raise self.broken(f"record {row} breaks off or is damaged ({what})", row) from error
+            cut = self.text[end : end + 1] not in _DELIMITERS  # a number may go on in the next chunk
+            if cut and len(self.text) - self.at <= MAX_VALUE_BYTES and self._more():
+                continue
+            start = self.byte
+            self._move(end)
+            return start, self.byte
+
+    def broken(self, what: str, rows: int) -> DataError:
+        """The error of a list that cannot be read to its end."""
+        return DataError(
+            f"{self.path} is no valid JSON list at byte {self.byte}: {what}; the {rows} records before it are whole. "
+            "Repair it, or convert it to JSONL, where one bad line costs one record."
+        )

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from mm_moslora.config import SourceConfig
 from mm_moslora.data.images.locate_image import PictureRules
-from mm_moslora.data.sources.json_file import require_file
-from mm_moslora.data.sources.record_source import RecordFile, RecordSource, Selection
+from mm_moslora.data.sources.record_source import RecordFile, RecordSource, Selection, require_file
 from mm_moslora.utils.errors import DataError
 
 TABLE_SUFFIXES = (".parquet", ".arrow")

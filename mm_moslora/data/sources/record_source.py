@@ -1,9 +1,18 @@
-"""Random access to records: the interface of a source, JSON files, and some rows of a source."""
+"""Random access to records: the interface of a source, JSON lists and JSONL files, and some rows of a source.
+
+A JSON file is read once to find the start and end of each value (`json_scan`, about 200 MB/s), so memory stays bounded.
+A value is parsed when it is read. Parsing is strict: JSON that readers interpret differently (a key written twice) is
+an error. NaN and Infinity, which pandas writes into empty cells, are accepted as numbers. They make a record unusable
+only in a field that needs another type.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
+from array import array
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +20,13 @@ from typing import Any
 from mm_moslora.data.chat.records import Record, parse_record
 from mm_moslora.data.images.locate_image import PictureRules
 from mm_moslora.data.record_faults import Code, Where
-from mm_moslora.data.sources.json_file import JsonFile, StrictJsonError
+from mm_moslora.data.sources.json_scan import BOM, MAX_VALUE_BYTES, scan_lines, scan_list, scan_list_carefully
+from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.files import sha256_of
 from mm_moslora.utils.untrusted_files import opened
+
+MAX_DEPTH = 64
+"""Deepest nesting; a record needs 5."""
 
 
 class RecordSource(ABC):
@@ -62,30 +75,47 @@ class RecordSource(ABC):
 
 
 class RecordFile(RecordSource):
-    """The records of a LLaVA JSON list or a JSONL file.
+    """The records of a JSON list or a JSONL file.
 
     Args:
-        path: the file.
+        path: the file; in JSONL blank lines do not count. A byte order mark and CRLF are accepted.
         rules: rules for its pictures; None: files below the file's folder.
 
     Raises:
-        DataError: the file is missing, empty, or not JSON.
+        DataError: the file is missing, empty, not UTF-8, or a list that breaks off or has no values.
     """
 
     def __init__(self, path: Path, rules: PictureRules | None = None) -> None:
         super().__init__(path, rules or PictureRules(folder=path.parent.resolve()))
-        self._values = JsonFile(path)
+        require_file(path)
+        with opened(path, most=None) as stream:
+            head = stream.read(4096)
+        if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
+            raise DataError(f"{path} is UTF-16 or UTF-32, expected UTF-8. Convert it (iconv -f UTF-16 -t UTF-8).")
+        self._lines: array[int] | None = None
+        if head.removeprefix(BOM).lstrip()[:1] == b"[":
+            self._starts, self._ends = scan_list(path) or scan_list_carefully(path)
+        else:
+            self._starts, self._ends, self._lines = scan_lines(path)
+        if not self._starts:
+            raise DataError(f"{path} is empty: 0 records. Check the export that wrote it.")
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self._starts)
 
     def where(self, row: int) -> Where:
         """The place of a record, with its line in a JSONL file."""
-        return Where(file=self.path, line=self._values.line(row), row=row)
+        return Where(file=self.path, line=None if self._lines is None else self._lines[row], row=row)
 
     def value(self, row: int) -> Any:
         """The parsed value of a row."""
-        return self._values[row]
+        start, end = self._starts[row], self._ends[row]
+        if end - start > MAX_VALUE_BYTES:
+            raise StrictJsonError(f"takes {end - start} bytes, at most {MAX_VALUE_BYTES} are read", large=True)
+        with opened(self.path, most=None) as stream:
+            stream.seek(start)
+            raw = stream.read(end - start)
+        return parse_strictly(raw, constants=True)
 
     def fingerprint(self) -> str:
         """A hash of the file's bytes."""
@@ -120,3 +150,78 @@ class Selection(RecordSource):
         """A hash of the whole source and the chosen rows."""
         choice = hashlib.sha256(repr(list(self.rows)).encode()).hexdigest()
         return f"{self.source.fingerprint()}-{choice[:16]}"
+
+
+def require_file(path: Path) -> None:
+    """Refuse a path without a file.
+
+    Raises:
+        DataError: there is no file.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} does not exist or is no file, expected LLaVA JSON or JSONL. Check its path.")
+
+
+class StrictJsonError(ValueError):
+    """One value that cannot be used. `deep` and `large` mark exceeded limits; otherwise the JSON is broken."""
+
+    def __init__(self, message: str, *, deep: bool = False, large: bool = False) -> None:
+        super().__init__(message)
+        self.deep, self.large = deep, large
+
+
+def parse_strictly(raw: bytes | bytearray, *, max_depth: int = MAX_DEPTH, constants: bool = False) -> Any:
+    """Parse one JSON value.
+
+    Args:
+        raw: UTF-8.
+        max_depth: deepest nesting.
+        constants: accept NaN and Infinity, which are not JSON, as numbers.
+
+    Raises:
+        StrictJsonError: broken, NaN or Infinity without `constants`, a key written twice, nested too deeply, or half a
+            surrogate pair.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise StrictJsonError(f"is not UTF-8 at byte {error.start}") from error
+    try:
+        refuse = None if constants else _no_constant
+        value = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=refuse)
+    except RecursionError as error:
+        raise StrictJsonError(f"is nested more than {max_depth} levels deep", deep=True) from error
+    except json.JSONDecodeError as error:
+        raise StrictJsonError(f"is no valid JSON ({error.msg} at column {error.colno})") from error
+    except ValueError as error:  # the hooks below, and integers beyond Python's limit of digits
+        raise StrictJsonError(f"is no valid JSON ({error})") from error
+    if _too_deep(value, max_depth):
+        raise StrictJsonError(f"is nested more than {max_depth} levels deep", deep=True)
+    return value
+
+
+def _too_deep(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        level = [
+            item
+            for group in level
+            if isinstance(group, dict | list)
+            for item in (group.values() if isinstance(group, dict) else group)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {key[:80]!r} is written twice")
+    return found
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON value")

@@ -19,9 +19,8 @@ from typing import Any
 from mm_moslora.data.images.locate_image import PictureRules, StoredPicture
 from mm_moslora.data.images.video_clip import SUFFIXES as VIDEO_SUFFIXES
 from mm_moslora.data.record_faults import Where
-from mm_moslora.data.sources.json_file import StrictJsonError, parse_strictly
 from mm_moslora.data.sources.json_scan import MAX_VALUE_BYTES
-from mm_moslora.data.sources.record_source import RecordSource
+from mm_moslora.data.sources.record_source import RecordSource, StrictJsonError, parse_strictly
 from mm_moslora.utils.errors import DataError
 from mm_moslora.utils.untrusted_files import opened
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mm_moslora.data.sources.json_file import StrictJsonError, parse_strictly
+from mm_moslora.data.sources.record_source import StrictJsonError, parse_strictly
 from mm_moslora.serve.api.api_errors import ApiError
 from mm_moslora.serve.api.request_limits import Limits
 from mm_moslora.serve.inference.token_sampling import Sampling

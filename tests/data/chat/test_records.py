@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mm_moslora.data.chat.records import parse_record
 from mm_moslora.data.images.locate_image import PictureRules
 from mm_moslora.data.record_faults import Code, RecordError, Where
-from mm_moslora.data.sources import json_file
+from mm_moslora.data.sources import json_scan, record_source
 from mm_moslora.data.sources.record_source import RecordFile
 from mm_moslora.utils.errors import DataError
 
@@ -236,18 +236,18 @@ class TestFiles:
 
     @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
     def test_the_size_of_the_chunks_read_does_not_matter(self, tmp_path: Path, monkeypatch, chunk: int) -> None:
-        monkeypatch.setattr(json_file, "_CHUNK", chunk)
+        monkeypatch.setattr(json_scan, "CHUNK", chunk)
         values = [{"é": "日本\n🙂"}, 12345, "a]b,", [1, [2]], -1.5e3, None, {"a": {"b": '\\"'}}]
         (tmp_path / "a.json").write_text(json.dumps(values, ensure_ascii=False, indent=2), encoding="utf-8")
         (tmp_path / "a.jsonl").write_text(
             "\n \n".join(json.dumps(value, ensure_ascii=False) for value in values), encoding="utf-8"
         )
         for name in ("a.json", "a.jsonl"):
-            file = json_file.JsonFile(tmp_path / name)
-            assert [file[row] for row in range(len(file))] == values
+            file = RecordFile(tmp_path / name)
+            assert [file.value(row) for row in range(len(file))] == values
 
     def test_a_record_beyond_the_limit_is_not_read(self, tmp_path: Path, monkeypatch) -> None:
-        monkeypatch.setattr(json_file, "MAX_VALUE_BYTES", 100)
+        monkeypatch.setattr(record_source, "MAX_VALUE_BYTES", 100)
         path = tmp_path / "d.jsonl"
         path.write_text(json.dumps({"id": "x" * 200}) + "\n" + json.dumps({"conversations": QA}))
         file = RecordFile(path)

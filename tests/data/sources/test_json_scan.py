@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mm_moslora.data.sources import json_scan
-from mm_moslora.data.sources.json_file import JsonFile
+from mm_moslora.data.sources.record_source import RecordFile
 
 texts = st.text(st.sampled_from('a"\\[]{},: \n\té🙂'), max_size=12)
 values = st.recursive(texts | st.integers() | st.none(), lambda inner: st.lists(inner, max_size=3), max_leaves=4)
@@ -27,8 +27,8 @@ def test_a_list_gives_its_values(tmp_path: Path, monkeypatch, rows, indent, asci
     path = tmp_path / "a.json"
     path.write_text(f" \n{json.dumps(rows, indent=indent, ensure_ascii=ascii_only)} \n", encoding="utf-8")
     assert json_scan.scan_list(path) is not None
-    file = JsonFile(path)
-    assert [file[row] for row in range(len(file))] == rows
+    file = RecordFile(path)
+    assert [file.value(row) for row in range(len(file))] == rows
 
 
 @relaxed
@@ -74,7 +74,7 @@ def test_anything_but_a_sound_list_of_objects_is_left_to_the_careful_reader(tmp_
 
 def test_a_record_that_is_damaged_inside_costs_itself_alone(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[{"id": 1}, {"id": oops}, {"id": 3}]')
-    file = JsonFile(tmp_path / "a.json")
-    assert (file[0], file[2]) == ({"id": 1}, {"id": 3})
+    file = RecordFile(tmp_path / "a.json")
+    assert (file.value(0), file.value(2)) == ({"id": 1}, {"id": 3})
     with pytest.raises(ValueError, match="no valid JSON"):
-        file[1]
+        file.value(1)
